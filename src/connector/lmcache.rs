@@ -1,0 +1,128 @@
+//! LMCache PD (`LMCacheConnectorV1` of vLLM with LMCache 0.5.6's PD backend): the prefill engine pushes KV to the decode
+//! engine named in its request, then every rank sends the proxy one notification over ZeroMQ.
+//!
+//! Wire formats: LMCache 0.5.6 `pd_backend_async.py` and `vllm_v1_adapter.py`, and what real engines did.
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::{Handoff, HandoffError, Launch, LaunchContext, answer_params};
+use crate::fleet::{Endpoint, Role};
+
+/// LMCache's templates, one per role. `{{name}}` stands for a value of the plan.
+const PREFILL_TEMPLATE: &str = include_str!("../../configs/lmcache-prefill.yaml");
+const DECODE_TEMPLATE: &str = include_str!("../../configs/lmcache-decode.yaml");
+
+/// LMCache PD.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LmCache {
+    /// Who makes the first token that the client sees.
+    pub first_token: FirstToken,
+    /// The send buffer of a prefill engine, in bytes.
+    pub prefill_buffer_bytes: u64,
+    /// The receive buffer of a decode engine, in bytes. Nothing is evicted from it: only a decode frees it.
+    pub decode_buffer_bytes: u64,
+}
+
+/// Who makes the first token that the client sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FirstToken {
+    /// The decode engine, from the client's own request: exact in every respect, one more decode step.
+    Decoder,
+    /// The prefill engine, as LMCache's reference proxy does: one step sooner, completions and chat without extras only.
+    Prefiller,
+}
+
+impl LmCache {
+    pub(super) fn launch(&self, context: &LaunchContext<'_>) -> Launch {
+        let (kv_role, rpc_stem, template, buffer) = match context.role {
+            Role::Prefill => ("kv_producer", "producer", PREFILL_TEMPLATE, self.prefill_buffer_bytes),
+            Role::Decode => ("kv_consumer", "consumer", DECODE_TEMPLATE, self.decode_buffer_bytes),
+        };
+        let mut extra = json!({
+            "discard_partial_chunks": false,
+            // The name of a socket, not a port: it must differ between the engines of a host.
+            "lmcache_rpc_port": format!("{rpc_stem}{}", context.index + 1),
+        });
+        if context.role == Role::Decode && self.first_token == FirstToken::Prefiller {
+            // The decode leg then carries one token more than was transferred.
+            extra["skip_last_n_tokens"] = json!(1);
+        }
+        let mut arguments = Vec::new();
+        if context.role == Role::Prefill {
+            // LMCache transfers only what one scheduler step prefills: a prompt cut in two is silently lost.
+            arguments.push("--no-enable-chunked-prefill".to_owned());
+            if let Some(tokens) = context.max_model_len {
+                arguments.extend(["--max-num-batched-tokens".to_owned(), tokens.to_string()]);
+            }
+        }
+        let file = format!("lmcache-{}{}.yaml", context.role.engine_stem(), context.index + 1);
+        let (notify_host, notify_port) = context.notify.unwrap_or(("127.0.0.1", 0));
+        let (init_ports, alloc_ports) = context
+            .receiver
+            .map(|receiver| (ports(&receiver.init_ports), ports(&receiver.alloc_ports)))
+            .unwrap_or_default();
+        let content = template
+            .replace("{{notify_host}}", notify_host)
+            .replace("{{notify_port}}", &notify_port.to_string())
+            .replace("{{host}}", context.host)
+            .replace("{{init_ports}}", &init_ports)
+            .replace("{{alloc_ports}}", &alloc_ports)
+            .replace("{{buffer_bytes}}", &buffer.to_string())
+            .replace("{{device}}", context.device.as_str());
+        Launch {
+            kv_transfer_config: json!({
+                "kv_connector": "LMCacheConnectorV1",
+                "kv_role": kv_role,
+                "kv_connector_extra_config": extra,
+            }),
+            arguments,
+            env: vec![
+                (
+                    "LMCACHE_CONFIG_FILE".into(),
+                    context.run_dir.join(&file).display().to_string(),
+                ),
+                // Chunk keys are hashes that both engines must compute alike.
+                ("PYTHONHASHSEED".into(), "0".into()),
+            ],
+            file: Some((file.into(), content)),
+        }
+    }
+
+    pub(super) fn prefill_params(&self, request_id: &str, decoder: &Endpoint) -> String {
+        let receiver = decoder.receiver.as_ref();
+        let mut params = json!({
+            "disagg_spec": {
+                "req_id": request_id,
+                "receiver_host": receiver.map_or(decoder.host.as_str(), |receiver| receiver.host.as_str()),
+                "receiver_init_port": receiver.map(|receiver| receiver.init_ports.as_slice()).unwrap_or_default(),
+                "receiver_alloc_port": receiver.map(|receiver| receiver.alloc_ports.as_slice()).unwrap_or_default(),
+            },
+        });
+        if self.first_token == FirstToken::Prefiller {
+            params["ret_first_tok"] = json!(true);
+        }
+        params.to_string()
+    }
+
+    pub(super) fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
+        let params = answer_params(prefill_answer)?;
+        if self.first_token == FirstToken::Decoder {
+            return Ok(Handoff::Pushed);
+        }
+        let params = params.ok_or(HandoffError::Missing)?;
+        let value: serde_json::Value = serde_json::from_str(params.get()).map_err(|_| HandoffError::NotJson)?;
+        value["first_tok"]
+            .as_u64()
+            .and_then(|token| u32::try_from(token).ok())
+            .map(Handoff::PushedWithFirstToken)
+            .ok_or(HandoffError::Malformed("first_tok"))
+    }
+}
+
+/// A YAML list of ports in flow style.
+fn ports(ports: &[u16]) -> String {
+    let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+    format!("[{}]", ports.join(", "))
+}

@@ -1,0 +1,191 @@
+//! Connectors: how KV moves from a prefill engine to a decode engine.
+//!
+//! A connector answers two kinds of questions: what an engine needs at its launch ([`Connector::launch`]), and what the
+//! two legs of a request carry ([`Connector::prefill_params`], [`Connector::read_handoff`], [`Connector::decode_flow`]).
+//! It is a closed enum with one file per adapter; an unknown connector is an error, never a default.
+
+pub mod lmcache;
+pub mod nixl;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::fleet::{Endpoint, Role};
+
+pub use lmcache::{FirstToken, LmCache};
+pub use nixl::Nixl;
+
+/// How KV moves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "name", rename_all = "lowercase")]
+pub enum Connector {
+    /// vLLM's `NixlConnector`: the decode engine pulls from the prefill engine.
+    Nixl(Nixl),
+    /// `LMCacheConnectorV1` with LMCache's PD backend: the prefill engine pushes, then notifies the proxy.
+    #[serde(rename = "lmcache")]
+    LmCache(LmCache),
+}
+
+/// Where an engine's KV lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// NVIDIA GPUs.
+    Cuda,
+    /// vLLM's CPU backend.
+    Cpu,
+}
+
+impl Device {
+    /// As vLLM and LMCache spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cuda => "cuda",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// What is known of an engine when its connector is asked for launch arguments.
+#[derive(Debug)]
+pub struct LaunchContext<'plan> {
+    /// The engine's role.
+    pub role: Role,
+    /// Its 0-based number within the role.
+    pub index: usize,
+    /// Where its KV lives.
+    pub device: Device,
+    /// Host that its side channels bind to and advertise.
+    pub host: &'plan str,
+    /// Port of the NIXL side channel, if this connector has one.
+    pub side_channel_port: Option<u16>,
+    /// Its LMCache receiver, if it is a decode engine of that connector.
+    pub receiver: Option<&'plan crate::fleet::Receiver>,
+    /// Where the proxy takes LMCache's notifications.
+    pub notify: Option<(&'plan str, u16)>,
+    /// Longest prompt plus answer, in tokens, if the profile says so.
+    pub max_model_len: Option<u32>,
+    /// The run's folder, for variables that name a rendered file.
+    pub run_dir: &'plan Path,
+}
+
+/// What a connector adds to an engine's launch.
+#[derive(Debug, Default)]
+pub struct Launch {
+    /// The value of `--kv-transfer-config`.
+    pub kv_transfer_config: serde_json::Value,
+    /// More arguments.
+    pub arguments: Vec<String>,
+    /// Variables.
+    pub env: Vec<(String, String)>,
+    /// A file to write into the run's folder: path relative to it, and content.
+    pub file: Option<(PathBuf, String)>,
+}
+
+/// What the prefill leg gave for the decode leg of the same request. Not `Clone`: KV can be fetched once, for exactly
+/// the prompt that it was made of. Used twice, vLLM answers 200 with another prompt's text.
+#[derive(Debug)]
+pub enum Handoff {
+    /// Parameters that the decode engine pulls with, in the prefill engine's own bytes.
+    Pull(Box<RawValue>),
+    /// The KV was pushed to the decode engine, which finds it by the prompt.
+    Pushed,
+    /// As `Pushed`, and the first token is known.
+    PushedWithFirstToken(u32),
+}
+
+/// How the decode leg is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DecodeFlow {
+    /// The client's own body, plus the hand-off's parameters if it has any.
+    Original,
+    /// LMCache's reference flow: prompt tokens plus the first token, one token less to generate.
+    TokenSplice,
+}
+
+/// Why an answer of a prefill engine is no hand-off.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum HandoffError {
+    /// The answer is not a JSON object.
+    #[error("the prefill answer is not a JSON object")]
+    NotJson,
+    /// The field `kv_transfer_params` is absent or null.
+    #[error("the prefill answer has no `kv_transfer_params`")]
+    Missing,
+    /// A key of `kv_transfer_params` is absent or of the wrong kind. Sent on, it would kill the decode engine.
+    #[error("`kv_transfer_params.{0}` of the prefill answer is missing or malformed")]
+    Malformed(&'static str),
+    /// The prefill engine runs in another mode than the decode leg expects.
+    #[error("the prefill engine hands over in mode `{0}`, which this connector does not speak")]
+    Mode(String),
+}
+
+impl Connector {
+    /// Its name in profiles and on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Nixl(_) => "nixl",
+            Self::LmCache(_) => "lmcache",
+        }
+    }
+
+    /// What the connector adds to the launch of an engine.
+    pub fn launch(&self, context: &LaunchContext<'_>) -> Launch {
+        match self {
+            Self::Nixl(nixl) => nixl.launch(context),
+            Self::LmCache(lmcache) => lmcache.launch(context),
+        }
+    }
+
+    /// The value of `kv_transfer_params` on the prefill leg, as JSON text.
+    ///
+    /// `request_id` must be unique over all proxies and restarts. `decoder` is the engine that will decode.
+    pub fn prefill_params(&self, request_id: &str, decoder: &Endpoint) -> String {
+        match self {
+            Self::Nixl(nixl) => nixl.prefill_params(),
+            Self::LmCache(lmcache) => lmcache.prefill_params(request_id, decoder),
+        }
+    }
+
+    /// Whether a hand-off is complete only when LMCache's notifications have come, one per rank.
+    pub fn notifies(&self) -> bool {
+        match self {
+            Self::Nixl(_) => false,
+            Self::LmCache(_) => true,
+        }
+    }
+
+    /// Reads the hand-off out of the prefill engine's whole answer.
+    ///
+    /// # Errors
+    /// When the answer holds none, or one that must not reach a decode engine.
+    pub fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
+        match self {
+            Self::Nixl(nixl) => nixl.read_handoff(prefill_answer),
+            Self::LmCache(lmcache) => lmcache.read_handoff(prefill_answer),
+        }
+    }
+
+    /// How the decode leg is made.
+    pub fn decode_flow(&self) -> DecodeFlow {
+        match self {
+            Self::LmCache(LmCache {
+                first_token: FirstToken::Prefiller,
+                ..
+            }) => DecodeFlow::TokenSplice,
+            Self::Nixl(_) | Self::LmCache(_) => DecodeFlow::Original,
+        }
+    }
+}
+
+/// The `kv_transfer_params` of an answer, in its own bytes. `None` when absent or null.
+fn answer_params(prefill_answer: &[u8]) -> Result<Option<Box<RawValue>>, HandoffError> {
+    #[derive(serde::Deserialize)]
+    struct Answer {
+        kv_transfer_params: Option<Box<RawValue>>,
+    }
+    serde_json::from_slice::<Answer>(prefill_answer)
+        .map(|answer| answer.kv_transfer_params)
+        .map_err(|_| HandoffError::NotJson)
+}

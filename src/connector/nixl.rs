@@ -1,0 +1,142 @@
+//! NIXL pull (`NixlConnector` of vLLM 0.32): the prefill engine keeps the KV under a lease and answers with the
+//! parameters that the decode engine pulls with.
+//!
+//! Bodies and keys: vLLM 0.32.0 `nixl/pull_scheduler.py`, and what real engines did (vLLM on CPU, NIXL 1.5.1).
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{Handoff, HandoffError, Launch, LaunchContext, answer_params};
+use crate::fleet::Role;
+
+/// NIXL pull.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Nixl {}
+
+impl Nixl {
+    pub(super) fn launch(&self, context: &LaunchContext<'_>) -> Launch {
+        let mut config = json!({
+            "kv_connector": "NixlConnector",
+            "kv_role": match context.role { Role::Prefill => "kv_producer", Role::Decode => "kv_consumer" },
+            "kv_buffer_device": context.device.as_str(),
+        });
+        if context.role == Role::Decode {
+            // A lost transfer is then recomputed and the client still gets its answer; `fail` would be a 500.
+            config["kv_load_failure_policy"] = json!("recompute");
+        }
+        let mut env = vec![("VLLM_NIXL_SIDE_CHANNEL_HOST".into(), context.host.to_owned())];
+        if let Some(port) = context.side_channel_port {
+            env.push(("VLLM_NIXL_SIDE_CHANNEL_PORT".into(), port.to_string()));
+        }
+        Launch {
+            kv_transfer_config: config,
+            env,
+            ..Launch::default()
+        }
+    }
+
+    pub(super) fn prefill_params(&self) -> String {
+        json!({
+            "do_remote_decode": true,
+            "do_remote_prefill": false,
+            "remote_engine_id": null,
+            "remote_block_ids": null,
+            "remote_host": null,
+            "remote_port": null,
+        })
+        .to_string()
+    }
+
+    /// Checks key by key: vLLM's scheduler dies of a hand-off without block ids, and of one without a remote host as
+    /// soon as its client leaves.
+    pub(super) fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
+        let raw = answer_params(prefill_answer)?.ok_or(HandoffError::Missing)?;
+        let params: Value = serde_json::from_str(raw.get()).map_err(|_| HandoffError::NotJson)?;
+        let check = |ok: bool, key: &'static str| if ok { Ok(()) } else { Err(HandoffError::Malformed(key)) };
+        check(params["do_remote_prefill"] == Value::Bool(true), "do_remote_prefill")?;
+        for key in ["remote_engine_id", "remote_request_id", "remote_host"] {
+            check(params[key].as_str().is_some_and(|text| !text.is_empty()), key)?;
+        }
+        check(
+            params["remote_port"]
+                .as_u64()
+                .is_some_and(|port| (1..=65535).contains(&port)),
+            "remote_port",
+        )?;
+        check(params["tp_size"].as_u64().is_some_and(|size| size >= 1), "tp_size")?;
+        let groups = params["remote_block_ids"].as_array();
+        let has_blocks = groups.is_some_and(|groups| {
+            groups.iter().all(Value::is_array)
+                && groups
+                    .iter()
+                    .any(|group| group.as_array().is_some_and(|g| !g.is_empty()))
+        });
+        check(has_blocks, "remote_block_ids")?;
+        match params["transfer_mode"].as_str() {
+            None | Some("pull") => Ok(Handoff::Pull(raw)),
+            Some(other) => Err(HandoffError::Mode(other.to_owned())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(change: impl FnOnce(&mut Value)) -> Vec<u8> {
+        let mut params = json!({"do_remote_prefill": true, "do_remote_decode": false, "remote_block_ids": [[1, 2]],
+            "remote_engine_id": "e", "remote_request_id": "cmpl-1-0-ab", "remote_host": "127.0.0.1", "remote_port": 5600,
+            "tp_size": 1, "transfer_mode": "pull"});
+        change(&mut params);
+        json!({"id": "cmpl-1", "kv_transfer_params": params})
+            .to_string()
+            .into_bytes()
+    }
+
+    #[test]
+    fn a_complete_handoff_keeps_the_engines_own_bytes() {
+        let body =
+            br#"{"kv_transfer_params": {"do_remote_prefill": true,  "remote_block_ids":[[1]],"remote_engine_id":"e",
+            "remote_request_id":"r","remote_host":"h","remote_port":1,"tp_size":1,"new_key":1.50}}"#;
+        let Ok(Handoff::Pull(raw)) = Nixl {}.read_handoff(body) else {
+            panic!("a hand-off")
+        };
+        assert!(raw.get().contains(r#""new_key":1.50"#) && raw.get().contains("true,  "));
+    }
+
+    #[test]
+    fn a_handoff_that_would_kill_the_decode_engine_is_refused() {
+        for key in [
+            "remote_block_ids",
+            "remote_engine_id",
+            "remote_request_id",
+            "remote_host",
+            "remote_port",
+            "tp_size",
+        ] {
+            let body = answer(|params| {
+                params.as_object_mut().expect("object").remove(key);
+            });
+            assert_eq!(
+                Nixl {}.read_handoff(&body).expect_err(key),
+                HandoffError::Malformed(key)
+            );
+        }
+        let empty = answer(|params| params["remote_block_ids"] = json!([[]]));
+        assert_eq!(
+            Nixl {}.read_handoff(&empty).expect_err("empty"),
+            HandoffError::Malformed("remote_block_ids")
+        );
+        let push = answer(|params| params["transfer_mode"] = json!("push"));
+        assert_eq!(
+            Nixl {}.read_handoff(&push).expect_err("push"),
+            HandoffError::Mode("push".into())
+        );
+        assert_eq!(
+            Nixl {}
+                .read_handoff(br#"{"kv_transfer_params":null}"#)
+                .expect_err("null"),
+            HandoffError::Missing
+        );
+    }
+}

@@ -1,0 +1,348 @@
+//! The fleet's vocabulary: engines, roles, states, and the immutable view of them that every reader gets.
+//!
+//! The supervisor's driver is the only writer of a [`FleetView`]; it replaces the whole view through a `watch` channel.
+//! The one thing that others write is [`Load`], a counter that lives as long as one incarnation of an engine.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+
+/// What an engine does for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Reads the prompt and produces its KV cache.
+    Prefill,
+    /// Receives the KV cache and produces the tokens.
+    Decode,
+}
+
+impl Role {
+    /// The stem of an engine's name: `prefiller` or `decoder`, as in LMCache's example.
+    pub fn engine_stem(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefiller",
+            Self::Decode => "decoder",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        })
+    }
+}
+
+/// The name of one engine in a run: `prefiller1`, `decoder2`. Numbers start at 1.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct EngineId(Arc<str>);
+
+impl EngineId {
+    /// The id of the engine with 0-based `index` in its role.
+    pub fn new(role: Role, index: usize) -> Self {
+        Self(format!("{}{}", role.engine_stem(), index + 1).into())
+    }
+
+    /// An id as it was written, for engines that xpyd did not name.
+    pub fn named(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The name itself.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for EngineId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(&self.0)
+    }
+}
+
+/// The nth start of an engine, from 1. Events that carry an older one are stale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Incarnation(pub u32);
+
+impl Incarnation {
+    /// The first start.
+    pub const FIRST: Self = Self(1);
+}
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
+/// Where one engine is in its life. `docs` of `supervisor::state` draw the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineState {
+    /// Not started yet.
+    Planned,
+    /// Its process runs; `/health` has not answered 200 yet.
+    Starting,
+    /// `/health` answered 200; no hand-off through it has been proven yet.
+    Healthy,
+    /// A canary went through it; clients may use it.
+    Ready,
+    /// Takes no new request; those in flight go on.
+    Draining,
+    /// Was asked to stop; its tree is not empty yet.
+    Stopping,
+    /// Stopped on request, its tree is empty.
+    Stopped,
+    /// Ended, or was ended, for a reason nobody asked for.
+    Failed,
+}
+
+impl EngineState {
+    /// Whether a client's request may be sent to an engine in this state.
+    pub fn serves(self) -> bool {
+        matches!(self, Self::Ready)
+    }
+
+    /// Whether a process of the engine may still exist.
+    pub fn is_alive(self) -> bool {
+        match self {
+            Self::Starting | Self::Healthy | Self::Ready | Self::Draining | Self::Stopping => true,
+            Self::Planned | Self::Stopped | Self::Failed => false,
+        }
+    }
+}
+
+impl fmt::Display for EngineState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(match self {
+            Self::Planned => "planned",
+            Self::Starting => "starting",
+            Self::Healthy => "healthy",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// Where the whole fleet is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FleetStage {
+    /// Engines are starting.
+    Starting,
+    /// Every engine is healthy; canaries go through each pair.
+    Verifying,
+    /// Clients are served. Single engines may have failed since.
+    Ready,
+    /// No new request is taken; those in flight go on to a deadline.
+    Draining,
+    /// Engines are being stopped.
+    Stopping,
+    /// No engine's process is left, or what is left was reported.
+    Stopped,
+}
+
+impl fmt::Display for FleetStage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(match self {
+            Self::Starting => "starting",
+            Self::Verifying => "verifying",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+/// How to reach an engine: its HTTP address, and where its connector receives KV.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Endpoint {
+    /// Host name or address, without brackets.
+    pub host: String,
+    /// Port of the OpenAI API.
+    pub port: u16,
+    /// Ranks that work on one request, so also the LMCache notifications of one prefill. At least 1.
+    pub tensor_parallel: u16,
+    /// Where prefill engines deliver KV, if the connector needs to know.
+    pub receiver: Option<Receiver>,
+}
+
+impl Endpoint {
+    /// `host:port`, with brackets around an IPv6 address.
+    pub fn authority(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// A decode engine's LMCache side channel: one port of each kind per tensor-parallel rank.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Receiver {
+    /// Host that prefill engines connect to. LMCache knows peers by the string host + init port.
+    pub host: String,
+    /// Handshake ports, in rank order.
+    pub init_ports: Vec<u16>,
+    /// Allocation ports, in rank order.
+    pub alloc_ports: Vec<u16>,
+}
+
+/// What readers see of one engine.
+#[derive(Debug, Clone)]
+pub struct EngineView {
+    /// Its name.
+    pub id: EngineId,
+    /// What it does.
+    pub role: Role,
+    /// Which start of it this is.
+    pub incarnation: Incarnation,
+    /// Where it is in its life.
+    pub state: EngineState,
+    /// How to reach it.
+    pub endpoint: Endpoint,
+    /// Its leader's process id, once started.
+    pub pid: Option<u32>,
+    /// Why it failed, in one line.
+    pub reason: Option<String>,
+    /// Requests in flight on this incarnation.
+    pub load: Arc<Load>,
+}
+
+/// An immutable snapshot of the fleet.
+#[derive(Debug, Clone)]
+pub struct FleetView {
+    /// Grows by one with every published view.
+    pub generation: u64,
+    /// Where the fleet is.
+    pub stage: FleetStage,
+    /// All engines, prefill first, each role in number order.
+    pub engines: Vec<EngineView>,
+}
+
+impl FleetView {
+    /// The engines of `role` that take clients' requests, in number order.
+    pub fn serving(&self, role: Role) -> impl Iterator<Item = &EngineView> {
+        self.engines
+            .iter()
+            .filter(move |engine| engine.role == role && engine.state.serves())
+    }
+
+    /// The engine of this name.
+    pub fn engine(&self, id: &EngineId) -> Option<&EngineView> {
+        self.engines.iter().find(|engine| engine.id == *id)
+    }
+}
+
+/// Requests in flight on one incarnation of an engine. Once closed, nobody can enter any more, so a proxy that still
+/// holds an old view cannot slip a request in after a drain began.
+#[derive(Debug, Default)]
+pub struct Load {
+    /// Requests in flight in the low bits, [`CLOSED`] on top.
+    state: AtomicUsize,
+    changed: Notify,
+}
+
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
+impl Load {
+    /// Counts one more request, unless the load is closed. The guard uncounts it.
+    pub fn try_enter(self: &Arc<Self>) -> Option<LoadGuard> {
+        self.state
+            .try_update(Ordering::AcqRel, Ordering::Acquire, |state| {
+                if state & CLOSED == 0 { Some(state + 1) } else { None }
+            })
+            .ok()
+            .map(|_| LoadGuard(Arc::clone(self)))
+    }
+
+    /// Lets nobody in any more. Those inside stay.
+    pub fn close(&self) {
+        self.state.fetch_or(CLOSED, Ordering::AcqRel);
+        self.changed.notify_waiters();
+    }
+
+    /// Whether [`Load::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.state.load(Ordering::Acquire) & CLOSED != 0
+    }
+
+    /// Requests in flight now.
+    pub fn in_flight(&self) -> usize {
+        self.state.load(Ordering::Acquire) & !CLOSED
+    }
+
+    /// Returns once [`Load::close`] was called: the engine is going away, so give up what is in flight on it.
+    pub async fn closed(&self) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.is_closed() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Returns once nothing is in flight.
+    pub async fn idle(&self) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.in_flight() == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
+/// One request in flight; dropping it ends the count.
+#[derive(Debug)]
+pub struct LoadGuard(Arc<Load>);
+
+impl Drop for LoadGuard {
+    fn drop(&mut self) {
+        self.0.state.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closed_load_lets_nobody_in_and_keeps_those_inside() {
+        let load = Arc::new(Load::default());
+        let inside = load.try_enter().expect("open");
+        load.close();
+        assert!(load.try_enter().is_none());
+        assert_eq!(load.in_flight(), 1);
+        drop(inside);
+        assert_eq!(load.in_flight(), 0);
+    }
+
+    #[test]
+    fn ids_are_named_as_in_the_example_scripts() {
+        assert_eq!(EngineId::new(Role::Prefill, 0).as_str(), "prefiller1");
+        assert_eq!(EngineId::new(Role::Decode, 1).as_str(), "decoder2");
+    }
+}

@@ -1,0 +1,27 @@
+//! xpyd runs prefill/decode-disaggregated LLM serving on one machine: it launches the engines, proxies the OpenAI API
+//! over them, watches them, benches them and takes them down.
+//!
+//! The modules stand in layer order. Imports go down only; `tests/it/tidy.rs` holds the table. ARCHITECTURE.md tells the
+//! whole story.
+
+// Composition root and commands.
+pub mod cli;
+
+// Features. Siblings do not import each other.
+pub mod bench;
+pub mod control;
+pub mod logs;
+pub mod proxy;
+pub mod sim;
+pub mod supervisor;
+pub mod ui;
+
+// Domain.
+pub mod connector;
+pub mod engine;
+pub mod plan;
+
+// Vocabulary.
+pub mod fleet;
+pub mod report;
+pub mod signals;

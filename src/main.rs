@@ -1,0 +1,3 @@
+//! The `xpyd` program: everything is in the library.
+
+fn main() {}

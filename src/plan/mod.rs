@@ -1,0 +1,113 @@
+//! The plan: everything about a run, decided before anything runs.
+//!
+//! A [`Plan`] is a value. Whoever holds one knows every port, GPU, argument, variable and file of the run; nothing
+//! downstream decides any of them again.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::connector::Connector;
+use crate::engine::EngineKind;
+use crate::fleet::{Endpoint, EngineId, Role};
+
+/// Everything decided about one run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// The profile it was built from, by name or path.
+    pub profile: String,
+    /// The program that serves the model.
+    pub engine: EngineKind,
+    /// The model, as given to the engines.
+    pub model: String,
+    /// The name clients use for it.
+    pub served_model_name: String,
+    /// How KV moves from prefill to decode.
+    pub connector: Connector,
+    /// Why that connector, in one sentence.
+    pub connector_reason: String,
+    /// Prefill engines first, each role in number order.
+    pub engines: Vec<EngineSpec>,
+    /// The proxy.
+    pub proxy: ProxySpec,
+    /// Files to write into the run's folder before any engine starts.
+    pub files: Vec<RenderedFile>,
+    /// The folder of the run: logs, rendered files, `spawn.json`s.
+    pub run_dir: PathBuf,
+    /// Things the user should know that do not stop the run.
+    pub notes: Vec<String>,
+}
+
+/// One engine, ready to be spawned.
+#[derive(Debug, Clone, Serialize)]
+pub struct EngineSpec {
+    /// Its name.
+    pub id: EngineId,
+    /// What it does.
+    pub role: Role,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Variables set on top of xpyd's own environment.
+    pub env: BTreeMap<String, String>,
+    /// Indices of its GPUs, in rank order; empty on a CPU or with the simulated engine.
+    pub gpus: Vec<u32>,
+    /// How to reach it.
+    pub endpoint: Endpoint,
+    /// Every port it will listen on, with what for, the HTTP port included.
+    pub ports: Vec<PortUse>,
+    /// The path whose 200 means that it is up: `/health`.
+    pub ready_path: String,
+    /// How long it may take from its spawn until it is healthy.
+    pub ready_deadline: Duration,
+    /// How long it may take to leave after SIGTERM before its tree is killed.
+    pub stop_grace: Duration,
+    /// Its log file, relative to the run's folder: `prefiller1.log`.
+    pub log_file: PathBuf,
+}
+
+/// A port of the plan and what listens on it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct PortUse {
+    /// The port.
+    pub port: u16,
+    /// For people: `http`, `nixl side channel`, `lmcache init, rank 0`.
+    pub purpose: String,
+}
+
+/// The proxy's part of the plan.
+#[derive(Debug, Clone, Serialize)]
+pub struct ProxySpec {
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on.
+    pub port: u16,
+    /// Where LMCache's prefill engines send their notifications, if the connector has any.
+    pub notify: Option<(String, u16)>,
+    /// Header whose value binds a session to its engines; `None` binds nothing.
+    pub session_header: Option<String>,
+    /// Notifications to wait for per prefill; `None` means one per tensor-parallel rank.
+    pub notifications: Option<u16>,
+    /// How long requests in flight may go on after the first Ctrl+C.
+    pub drain_deadline: Duration,
+    /// How long one prefill leg may take, from its first byte out to its whole answer.
+    pub prefill_deadline: Duration,
+    /// How long the KV may take to arrive after the prefill's answer.
+    pub handoff_deadline: Duration,
+    /// How long the decode leg may take to its first byte, and then between two reads.
+    pub decode_idle_deadline: Duration,
+    /// Largest body of a client's request, in bytes.
+    pub max_body_bytes: usize,
+    /// Most requests in the proxy at once; one more is answered 503.
+    pub max_in_flight: usize,
+}
+
+/// A file to write into the run's folder.
+#[derive(Debug, Clone, Serialize)]
+pub struct RenderedFile {
+    /// Relative to the run's folder.
+    pub path: PathBuf,
+    /// The whole content.
+    pub content: String,
+}

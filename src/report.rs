@@ -1,0 +1,120 @@
+//! How a command ends: the public table of exit codes, and errors with their causes and hints.
+
+use std::fmt;
+
+/// Exit codes of every `xpyd` command. Public: scripts rely on them, so a number never changes its meaning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum ExitStatus {
+    /// All went well.
+    Success = 0,
+    /// The work itself failed: a benchmark with failed requests, a fleet that lost a role.
+    Failure = 1,
+    /// The command line, a profile or a file given by the user is wrong.
+    Usage = 2,
+    /// The machine cannot run the plan.
+    Preflight = 3,
+    /// An engine ended before it was ready.
+    EngineFailed = 4,
+    /// An engine, or a hand-off between two, was not ready in time.
+    NotReady = 5,
+    /// An engine kept crashing.
+    CrashLoop = 6,
+    /// Something of the run is still there after the teardown.
+    TeardownIncomplete = 7,
+    /// A run of this name is already there, or none is.
+    RunState = 8,
+    /// A defect of xpyd.
+    Bug = 70,
+    /// The user forced the stop.
+    Forced = 130,
+}
+
+impl ExitStatus {
+    /// The number the process exits with.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+}
+
+/// Why a command failed: an exit code, an error with its causes, and what the user can do about it.
+#[derive(Debug)]
+pub struct Failure {
+    /// The exit code.
+    pub status: ExitStatus,
+    /// What went wrong, outermost first.
+    pub error: anyhow::Error,
+    /// Commands or changes that mend it, one a line.
+    pub hints: Vec<String>,
+}
+
+impl Failure {
+    /// A failure without hints.
+    pub fn new(status: ExitStatus, error: impl Into<anyhow::Error>) -> Self {
+        Self {
+            status,
+            error: error.into(),
+            hints: Vec::new(),
+        }
+    }
+
+    /// A failure that is just a sentence.
+    pub fn message(status: ExitStatus, message: impl fmt::Display + fmt::Debug + Send + Sync + 'static) -> Self {
+        Self::new(status, anyhow::Error::msg(message))
+    }
+
+    /// Adds a hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    /// `error: …`, a `caused by: …` line per cause that says something new, then `hint: …` lines.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "error: {}", self.error)?;
+        for cause in self.error.chain().skip(1) {
+            write!(formatter, "\n  caused by: {cause}")?;
+        }
+        for hint in &self.hints {
+            write!(formatter, "\nhint: {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+/// An unexpected error is the work that failed, unless someone classified it.
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(ExitStatus::Failure, error)
+    }
+}
+
+/// The whole chain of an error in one line: `a: b: c`.
+pub fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_prints_error_causes_and_hints() {
+        let error = anyhow::Error::msg("no such file").context("cannot read `my.toml`");
+        let failure = Failure::new(ExitStatus::Usage, error).hint("check the path");
+        assert_eq!(
+            failure.to_string(),
+            "error: cannot read `my.toml`\n  caused by: no such file\nhint: check the path"
+        );
+    }
+}

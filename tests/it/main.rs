@@ -1,0 +1,1 @@
+//! Behaviour of xpyd through its binary and its public interfaces.
