@@ -11,6 +11,7 @@ pub mod cli;
 pub mod bench;
 pub mod control;
 pub mod logs;
+pub mod preflight;
 pub mod proxy;
 pub mod sim;
 pub mod supervisor;
@@ -19,7 +20,9 @@ pub mod ui;
 // Domain.
 pub mod connector;
 pub mod engine;
+pub mod machine;
 pub mod plan;
+pub mod profile;
 
 // Vocabulary.
 pub mod fleet;

@@ -2,7 +2,13 @@
 
 pub mod vllm;
 
+use std::path::Path;
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+
+use crate::connector::{Device, Launch};
+use crate::fleet::Endpoint;
 
 /// The program that serves the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -12,6 +18,35 @@ pub enum EngineKind {
     Vllm,
     /// `xpyd sim`, the built-in simulated engine: vLLM-shaped, and reads the same arguments, files and variables.
     Sim,
+}
+
+/// What is decided about an engine before its command line is written.
+#[derive(Debug)]
+pub struct Serve<'plan> {
+    /// The program: `vllm`, or `xpyd` for the simulated engine.
+    pub program: &'plan Path,
+    /// Model path or repository.
+    pub model: &'plan str,
+    /// Name for clients.
+    pub served_model_name: &'plan str,
+    /// Where to listen, and over how many ranks to spread.
+    pub endpoint: &'plan Endpoint,
+    /// Where it computes.
+    pub device: Device,
+    /// Its GPUs.
+    pub gpus: &'plan [u32],
+    /// Longest prompt plus answer, in tokens.
+    pub max_model_len: Option<u32>,
+    /// What its connector adds.
+    pub launch: &'plan Launch,
+    /// The profile's own arguments, last so that they win.
+    pub args: &'plan [String],
+    /// Whether the program knows `--shutdown-timeout`.
+    pub has_shutdown_timeout: bool,
+    /// xpyd's own deadline for the start.
+    pub ready_deadline: Duration,
+    /// What only the simulated engine is told: the timing preset and the faults.
+    pub sim: (&'plan str, &'plan [String]),
 }
 
 /// A step of an engine's start that its log shows.
@@ -26,6 +61,45 @@ pub struct PhaseMarker {
 }
 
 impl EngineKind {
+    /// Its name in profiles and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vllm => "vllm",
+            Self::Sim => "sim",
+        }
+    }
+
+    /// Program and arguments.
+    pub fn command(self, serve: &Serve<'_>) -> Vec<String> {
+        let mut argv = vec![serve.program.display().to_string()];
+        match self {
+            Self::Vllm => argv.push("serve".to_owned()),
+            Self::Sim => argv.push("sim".to_owned()),
+        }
+        argv.extend(vllm::arguments(serve));
+        if self == Self::Sim {
+            let (preset, faults) = serve.sim;
+            argv.extend(["--preset".to_owned(), preset.to_owned()]);
+            argv.extend(faults.iter().flat_map(|fault| ["--fault".to_owned(), fault.clone()]));
+        }
+        argv
+    }
+
+    /// Variables on top of xpyd's own environment, before those of the connector and of the profile.
+    pub fn environment(self, serve: &Serve<'_>) -> Vec<(String, String)> {
+        match self {
+            Self::Vllm => vllm::environment(serve),
+            Self::Sim => Vec::new(),
+        }
+    }
+
+    /// The path whose 200 means that an engine takes requests.
+    pub fn ready_path(self) -> &'static str {
+        match self {
+            Self::Vllm | Self::Sim => "/health",
+        }
+    }
+
     /// The markers of a start, in the order in which an engine prints them.
     pub fn phase_markers(self) -> &'static [PhaseMarker] {
         // The simulated engine prints vLLM's lines.

@@ -1,8 +1,65 @@
-//! `vllm serve`: the phases of its start.
+//! `vllm serve`: its command line, its variables, and the phases of its start.
 //!
-//! The lines were taken from vLLM 0.32.0's log and source; tqdm bars end in `\r` and carry no prefix.
+//! Flags and log lines are those of vLLM 0.32.0. tqdm bars end in `\r` and carry no prefix.
 
-use super::PhaseMarker;
+use std::time::Duration;
+
+use super::{PhaseMarker, Serve};
+use crate::connector::Device;
+
+/// How long vLLM lets running requests go on after SIGTERM. With its default of 0 it kills its own workers at once, so
+/// that NIXL and shared memory are never cleaned up.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The arguments after `vllm serve`, which the simulated engine takes as well.
+pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
+    let mut arguments: Vec<String> = vec![serve.model.to_owned()];
+    let mut flag = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
+    flag("host", serve.endpoint.host.clone());
+    flag("port", serve.endpoint.port.to_string());
+    flag("served-model-name", serve.served_model_name.to_owned());
+    flag("tensor-parallel-size", serve.endpoint.tensor_parallel.to_string());
+    if let Some(tokens) = serve.max_model_len {
+        flag("max-model-len", tokens.to_string());
+    }
+    if serve.has_shutdown_timeout {
+        flag("shutdown-timeout", SHUTDOWN_TIMEOUT.as_secs().to_string());
+    }
+    flag("kv-transfer-config", serve.launch.kv_transfer_config.to_string());
+    arguments.extend(serve.launch.arguments.iter().cloned());
+    arguments.extend(serve.args.iter().cloned());
+    arguments
+}
+
+/// The variables, before those of the connector and of the profile.
+pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
+    let mut variables: Vec<(&str, String)> = vec![
+        // Chunk and block hashes must agree between engines.
+        ("PYTHONHASHSEED", "0".to_owned()),
+        // The log is a file: no colours, and no line may wait in a buffer when a process dies.
+        ("PYTHONUNBUFFERED", "1".to_owned()),
+        ("VLLM_LOGGING_COLOR", "0".to_owned()),
+        // Only xpyd's deadline decides; vLLM's own strands its workers when it fires.
+        (
+            "VLLM_ENGINE_READY_TIMEOUT_S",
+            (serve.ready_deadline.as_secs() + 600).to_string(),
+        ),
+    ];
+    match serve.device {
+        Device::Cuda => {
+            let gpus: Vec<String> = serve.gpus.iter().map(u32::to_string).collect();
+            variables.push(("CUDA_VISIBLE_DEVICES", gpus.join(",")));
+            // CUDA's own order is by speed, NVML's by bus.
+            variables.push(("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()));
+            variables.push(("UCX_TLS", "cuda_ipc,cuda_copy,sm,self,tcp".to_owned()));
+        }
+        Device::Cpu => variables.push(("CUDA_VISIBLE_DEVICES", String::new())),
+    }
+    variables
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
+}
 
 /// The markers of a start, in order. GPU-only phases are missing from a CPU start, and the other way round.
 pub const PHASE_MARKERS: &[PhaseMarker] = &[

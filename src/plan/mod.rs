@@ -3,6 +3,9 @@
 //! A [`Plan`] is a value. Whoever holds one knows every port, GPU, argument, variable and file of the run; nothing
 //! downstream decides any of them again.
 
+mod build;
+mod choose;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +15,8 @@ use serde::Serialize;
 use crate::connector::Connector;
 use crate::engine::EngineKind;
 use crate::fleet::{Endpoint, EngineId, Role};
+
+pub use build::{PlanError, build};
 
 /// Everything decided about one run.
 #[derive(Debug, Clone, Serialize)]
@@ -110,4 +115,37 @@ pub struct RenderedFile {
     pub path: PathBuf,
     /// The whole content.
     pub content: String,
+}
+
+impl Plan {
+    /// The engines of one role, in number order.
+    pub fn engines_of(&self, role: Role) -> impl Iterator<Item = &EngineSpec> {
+        self.engines.iter().filter(move |engine| engine.role == role)
+    }
+
+    /// Every port of the run with its owner, the proxy's included, in port order.
+    pub fn ports(&self) -> Vec<(u16, String)> {
+        let mut ports = vec![(self.proxy.port, "proxy http".to_owned())];
+        ports.extend(
+            self.proxy
+                .notify
+                .iter()
+                .map(|(_, port)| (*port, "proxy lmcache notifications".to_owned())),
+        );
+        for engine in &self.engines {
+            ports.extend(
+                engine
+                    .ports
+                    .iter()
+                    .map(|using| (using.port, format!("{} {}", engine.id, using.purpose))),
+            );
+        }
+        ports.sort();
+        ports
+    }
+
+    /// GPUs that the plan needs.
+    pub fn gpus_needed(&self) -> usize {
+        self.engines.iter().map(|engine| engine.gpus.len()).sum()
+    }
 }

@@ -1,0 +1,36 @@
+//! Machines for tests: plans and checks are pure, so a machine is just a value.
+
+use super::{Engine, Gpu, Gpus, HuggingFace, Machine, Token, TokenSource, Version};
+
+impl Machine {
+    /// A machine with `gpus` H100s, the model cached, and vLLM with these versions beside it.
+    pub fn fixture(gpus: u32, vllm: &str, lmcache: Option<&str>) -> Self {
+        let gpu = |index| Gpu {
+            index,
+            name: "NVIDIA H100 80GB HBM3".to_owned(),
+            uuid: format!("GPU-{index:08x}"),
+            memory_total_bytes: 80 << 30,
+            memory_free_bytes: 79 << 30,
+        };
+        Self {
+            gpus: Gpus::Found((0..gpus).map(gpu).collect()),
+            hugging_face: HuggingFace {
+                token: Some(Token {
+                    source: TokenSource::Environment("HF_TOKEN"),
+                    well_formed: true,
+                }),
+                model_is_local: true,
+            },
+            engine: Engine::Found {
+                program: "/opt/venv/bin/vllm".into(),
+                vllm: Version::parse(vllm),
+                lmcache: lmcache.and_then(Version::parse),
+                nixl: Version::parse("1.5.1"),
+                has_shutdown_timeout: true,
+            },
+            cores: 16,
+            available_memory_bytes: 128 << 30,
+            xpyd: "/usr/bin/xpyd".into(),
+        }
+    }
+}

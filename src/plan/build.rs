@@ -1,0 +1,413 @@
+//! Builds the plan. Pure: the same profile and machine give the same plan.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::connector::{Connector, Device, LaunchContext};
+use crate::engine::{EngineKind, Serve};
+use crate::fleet::{Endpoint, EngineId, Receiver, Role};
+use crate::machine::{self, Gpus, Machine};
+use crate::profile::{DeviceChoice, Profile, RoleProfile};
+
+use super::{EngineSpec, Plan, PortUse, ProxySpec, RenderedFile, choose};
+
+/// Engines, their side channels and notifications stay on this machine.
+const LOOPBACK: &str = "127.0.0.1";
+
+/// Why no plan can be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// LMCache was asked for where it returns wrong text or does not work. Holds why.
+    #[error("connector `lmcache` is not safe here: {0}")]
+    UnsafeConnector(String),
+    /// A port is beyond 65535.
+    #[error("{purpose} of {owner} would need port {port}, and ports end at 65535")]
+    PortTooHigh {
+        /// Engine or `proxy`.
+        owner: String,
+        /// What for.
+        purpose: String,
+        /// The number.
+        port: u32,
+    },
+    /// Two parts of the plan need the same port.
+    #[error("port {port} is needed twice: {first} and {second}")]
+    PortTwice {
+        /// The port.
+        port: u16,
+        /// Who and what for.
+        first: String,
+        /// Who and what for.
+        second: String,
+    },
+    /// LMCache pushes rank to rank.
+    #[error("connector `lmcache` needs the same tensor_parallel on both roles, not {prefill} and {decode}")]
+    UnequalRanks {
+        /// Of the prefill engines.
+        prefill: u16,
+        /// Of the decode engines.
+        decode: u16,
+    },
+}
+
+impl PlanError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::UnsafeConnector(_) => {
+                "use `--connector nixl`, or `--set force_connector=true` if you know that your build is patched"
+                    .to_owned()
+            }
+            Self::PortTooHigh { .. } | Self::PortTwice { .. } => {
+                "change a port of the profile, for example `--set decode.port=7600`, or `--set port_offset=…`"
+                    .to_owned()
+            }
+            Self::UnequalRanks { .. } => "set both alike, or use `--connector nixl`".to_owned(),
+        }
+    }
+}
+
+/// Decides everything about a run whose folder is `run_dir` (absolute, or a placeholder for printing).
+///
+/// # Errors
+/// When the profile asks for what cannot work. Whether the machine can carry the plan is the preflight's question.
+pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Plan, PlanError> {
+    let (connector, connector_reason) = choose::connector(profile, machine)?;
+    let (prefill_ranks, decode_ranks) = (profile.prefill.tensor_parallel, profile.decode.tensor_parallel);
+    if connector.notifies() && prefill_ranks != decode_ranks {
+        return Err(PlanError::UnequalRanks {
+            prefill: prefill_ranks,
+            decode: decode_ranks,
+        });
+    }
+    let mut builder = Builder {
+        profile,
+        machine,
+        connector: &connector,
+        run_dir,
+        gpus: gpus(profile, machine),
+        files: Vec::new(),
+    };
+    let mut engines = Vec::new();
+    for role in [Role::Prefill, Role::Decode] {
+        for index in 0..usize::from(builder.role(role).count) {
+            engines.push(builder.engine(role, index)?);
+        }
+    }
+    let files = builder.files;
+    let plan = Plan {
+        profile: profile.name.clone(),
+        engine: profile.engine,
+        model: profile.model.clone(),
+        served_model_name: profile.served_model_name.clone(),
+        proxy: proxy(profile, &connector)?,
+        notes: notes(profile, &connector),
+        connector,
+        connector_reason,
+        engines,
+        files,
+        run_dir: run_dir.to_owned(),
+    };
+    check_ports(&plan)?;
+    Ok(plan)
+}
+
+/// The GPUs for all engines, prefill first: the profile's own, else the machine's in order, else the first numbers, so
+/// that a plan can be printed on a machine without any.
+fn gpus(profile: &Profile, machine: &Machine) -> Vec<u32> {
+    if profile.engine == EngineKind::Sim || profile.device == DeviceChoice::Cpu {
+        return Vec::new();
+    }
+    let explicit: Vec<u32> = profile
+        .prefill
+        .gpus
+        .iter()
+        .chain(&profile.decode.gpus)
+        .copied()
+        .collect();
+    let mut free: Vec<u32> = match &machine.gpus {
+        Gpus::Found(found) => found
+            .iter()
+            .map(|gpu| gpu.index)
+            .filter(|index| !explicit.contains(index))
+            .collect(),
+        Gpus::NotAsked | Gpus::Unavailable(_) => Vec::new(),
+    };
+    let mut next = free.iter().chain(&explicit).max().map_or(0, |index| index + 1);
+    let mut chosen = Vec::new();
+    for role in [&profile.prefill, &profile.decode] {
+        if !role.gpus.is_empty() {
+            chosen.extend(&role.gpus);
+            continue;
+        }
+        for _ in 0..usize::from(role.count) * usize::from(role.tensor_parallel) {
+            if free.is_empty() {
+                free.push(next);
+                next += 1;
+            }
+            chosen.push(free.remove(0));
+        }
+    }
+    chosen
+}
+
+struct Builder<'input> {
+    profile: &'input Profile,
+    machine: &'input Machine,
+    connector: &'input Connector,
+    run_dir: &'input Path,
+    /// For all engines, in order; empty where engines use none.
+    gpus: Vec<u32>,
+    files: Vec<RenderedFile>,
+}
+
+/// Everything an engine listens on.
+struct Addresses {
+    endpoint: Endpoint,
+    ports: Vec<PortUse>,
+    side_channel_port: Option<u16>,
+}
+
+impl Builder<'_> {
+    fn role(&self, role: Role) -> &RoleProfile {
+        match role {
+            Role::Prefill => &self.profile.prefill,
+            Role::Decode => &self.profile.decode,
+        }
+    }
+
+    fn engine(&mut self, role: Role, index: usize) -> Result<EngineSpec, PlanError> {
+        let id = EngineId::new(role, index);
+        let ranks = usize::from(self.role(role).tensor_parallel);
+        let port = |purpose: &str, base: u16, add: usize| {
+            let number =
+                u32::from(base) + u32::from(self.profile.port_offset) + u32::try_from(add).unwrap_or(u32::MAX / 2);
+            u16::try_from(number).map_err(|_| PlanError::PortTooHigh {
+                owner: id.to_string(),
+                purpose: purpose.to_owned(),
+                port: number,
+            })
+        };
+        let http = port("http", self.role(role).port, index)?;
+        let mut ports = vec![PortUse {
+            port: http,
+            purpose: "http".to_owned(),
+        }];
+        let mut side_channel_port = None;
+        let mut receiver = None;
+        match self.connector {
+            Connector::Nixl(_) => {
+                let base = match role {
+                    Role::Prefill => self.profile.nixl.prefill_side_channel_port,
+                    Role::Decode => self.profile.nixl.decode_side_channel_port,
+                };
+                let number = port("nixl side channel", base, index)?;
+                ports.push(PortUse {
+                    port: number,
+                    purpose: "nixl side channel".to_owned(),
+                });
+                side_channel_port = Some(number);
+            }
+            Connector::LmCache(_) if role == Role::Decode => {
+                let mut block = |purpose: &str, base: u16| -> Result<Vec<u16>, PlanError> {
+                    (0..ranks)
+                        .map(|rank| {
+                            let purpose = format!("{purpose}, rank {rank}");
+                            let number = port(&purpose, base, index * ranks + rank)?;
+                            ports.push(PortUse { port: number, purpose });
+                            Ok(number)
+                        })
+                        .collect()
+                };
+                receiver = Some(Receiver {
+                    host: LOOPBACK.to_owned(),
+                    init_ports: block("lmcache init", self.profile.lmcache.init_port)?,
+                    alloc_ports: block("lmcache alloc", self.profile.lmcache.alloc_port)?,
+                });
+            }
+            Connector::LmCache(_) => {}
+        }
+        let endpoint = Endpoint {
+            host: LOOPBACK.to_owned(),
+            port: http,
+            tensor_parallel: self.role(role).tensor_parallel,
+            receiver,
+        };
+        Ok(self.spec(
+            id,
+            role,
+            index,
+            Addresses {
+                endpoint,
+                ports,
+                side_channel_port,
+            },
+        ))
+    }
+
+    fn spec(&mut self, id: EngineId, role: Role, index: usize, addresses: Addresses) -> EngineSpec {
+        let Addresses {
+            endpoint,
+            ports,
+            side_channel_port,
+        } = addresses;
+        let profile = self.profile;
+        let device = match profile.device {
+            DeviceChoice::Cuda => Device::Cuda,
+            DeviceChoice::Cpu => Device::Cpu,
+        };
+        let max_model_len = match profile.engine {
+            EngineKind::Vllm => profile.vllm.max_model_len,
+            EngineKind::Sim => profile.vllm.max_model_len.or(Some(profile.sim.max_model_len)),
+        };
+        let mut launch = self.connector.launch(&LaunchContext {
+            role,
+            index,
+            device,
+            host: LOOPBACK,
+            side_channel_port,
+            receiver: endpoint.receiver.as_ref(),
+            notify: Some((
+                LOOPBACK,
+                profile.lmcache.notify_port.saturating_add(profile.port_offset),
+            )),
+            max_model_len,
+            run_dir: self.run_dir,
+        });
+        if let Some((path, content)) = launch.file.take() {
+            self.files.push(RenderedFile { path, content });
+        }
+        let ranks = usize::from(endpoint.tensor_parallel);
+        let gpus: Vec<u32> = if self.gpus.is_empty() {
+            Vec::new()
+        } else {
+            self.gpus.drain(..ranks).collect()
+        };
+        let (program, has_shutdown_timeout) = self.program();
+        let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
+        let serve = Serve {
+            program: &program,
+            model: &profile.model,
+            served_model_name: &profile.served_model_name,
+            endpoint: &endpoint,
+            device,
+            gpus: &gpus,
+            max_model_len,
+            launch: &launch,
+            args: &args,
+            has_shutdown_timeout,
+            ready_deadline: profile.deadlines.ready,
+            sim: (&profile.sim.preset, &profile.sim.faults),
+        };
+        let argv = profile.engine.command(&serve);
+        let mut env: BTreeMap<String, String> = profile.engine.environment(&serve).into_iter().collect();
+        env.extend(launch.env.iter().cloned());
+        if profile.engine == EngineKind::Vllm {
+            env.extend(profile.vllm.env.clone());
+        }
+        env.extend(self.role(role).env.clone());
+        EngineSpec {
+            log_file: PathBuf::from(format!("{id}.log")),
+            id,
+            role,
+            argv,
+            env,
+            gpus,
+            endpoint,
+            ports,
+            ready_path: profile.engine.ready_path().to_owned(),
+            ready_deadline: profile.deadlines.ready,
+            stop_grace: profile.deadlines.stop,
+        }
+    }
+
+    /// The engine's program, and whether it knows `--shutdown-timeout`.
+    fn program(&self) -> (PathBuf, bool) {
+        match (self.profile.engine, &self.machine.engine) {
+            (EngineKind::Sim, _) => (self.machine.xpyd.clone(), true),
+            (
+                EngineKind::Vllm,
+                machine::Engine::Found {
+                    program,
+                    has_shutdown_timeout,
+                    ..
+                },
+            ) => (program.clone(), *has_shutdown_timeout),
+            (EngineKind::Vllm, machine::Engine::Missing(_) | machine::Engine::NotAsked) => {
+                (PathBuf::from(&self.profile.vllm.program), true)
+            }
+        }
+    }
+}
+
+fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanError> {
+    let port = |purpose: &str, base: u16| {
+        base.checked_add(profile.port_offset)
+            .ok_or_else(|| PlanError::PortTooHigh {
+                owner: "proxy".to_owned(),
+                purpose: purpose.to_owned(),
+                port: u32::from(base) + u32::from(profile.port_offset),
+            })
+    };
+    let notify = if connector.notifies() {
+        Some((
+            LOOPBACK.to_owned(),
+            port("lmcache notifications", profile.lmcache.notify_port)?,
+        ))
+    } else {
+        None
+    };
+    Ok(ProxySpec {
+        host: profile.proxy.host.clone(),
+        port: port("http", profile.proxy.port)?,
+        notify,
+        session_header: profile
+            .proxy
+            .bind_sessions
+            .then(|| profile.proxy.session_header.clone()),
+        notifications: profile.lmcache.notifications,
+        drain_deadline: profile.deadlines.drain,
+        prefill_deadline: profile.deadlines.prefill,
+        handoff_deadline: profile.deadlines.handoff,
+        decode_idle_deadline: profile.deadlines.decode_idle,
+        max_body_bytes: profile.proxy.max_body_bytes,
+        max_in_flight: profile.proxy.max_in_flight,
+    })
+}
+
+/// Things to know that stop nothing.
+fn notes(profile: &Profile, connector: &Connector) -> Vec<String> {
+    let mut notes = Vec::new();
+    if profile.engine == EngineKind::Sim {
+        notes.push("simulated engines: answers are made up, timings follow the preset".to_owned());
+    }
+    if connector.notifies() && profile.vllm.max_model_len.is_none() && profile.engine == EngineKind::Vllm {
+        notes.push(
+            "vllm.max_model_len is not set: a prompt longer than an LMCache buffer will not be handed over".to_owned(),
+        );
+    }
+    let listens_beyond_loopback = !["127.0.0.1", "::1", "localhost"].contains(&profile.proxy.host.as_str());
+    if listens_beyond_loopback {
+        notes.push(format!(
+            "the proxy listens on {} without a password: anyone who reaches it can use it",
+            profile.proxy.host
+        ));
+    }
+    notes
+}
+
+fn check_ports(plan: &Plan) -> Result<(), PlanError> {
+    for pair in plan.ports().windows(2) {
+        let [(port, first), (next, second)] = pair else {
+            continue;
+        };
+        if port == next {
+            return Err(PlanError::PortTwice {
+                port: *port,
+                first: first.clone(),
+                second: second.clone(),
+            });
+        }
+    }
+    Ok(())
+}

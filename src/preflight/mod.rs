@@ -1,0 +1,213 @@
+//! The preflight: whether this machine can carry the plan. Pure: a plan and a machine give findings, each with a hint.
+
+use serde::Serialize;
+
+use crate::connector::Connector;
+use crate::engine::EngineKind;
+use crate::machine::{Engine, Gpus, Machine, TokenSource};
+use crate::plan::Plan;
+
+/// One result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at: `gpu`, `vllm`, `hf_token`.
+    pub check: &'static str,
+    /// How bad it is.
+    pub level: Level,
+    /// What was found, in one sentence.
+    pub message: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Pass,
+    /// The run may go on.
+    Warn,
+    /// The run cannot work.
+    Fail,
+}
+
+/// Repositories whose files need a token and an accepted licence, by prefix.
+const GATED: &[&str] = &["meta-llama/", "google/gemma", "mistralai/Mixtral-8x22B", "CohereForAI/"];
+
+/// Checks everything; the order is the order of a start.
+pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if plan.engine == EngineKind::Vllm {
+        findings.extend(software(plan, machine));
+        findings.extend(gpus(plan, machine));
+        findings.extend(model(plan, machine));
+    }
+    findings
+}
+
+fn finding(check: &'static str, level: Level, message: String, hint: Option<&str>) -> Finding {
+    Finding {
+        check,
+        level,
+        message,
+        hint: hint.map(str::to_owned),
+    }
+}
+
+fn software(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let Engine::Found {
+        program,
+        vllm,
+        lmcache,
+        nixl,
+        ..
+    } = &machine.engine
+    else {
+        let name = match &machine.engine {
+            Engine::Missing(name) => name.as_str(),
+            Engine::NotAsked | Engine::Found { .. } => "vllm",
+        };
+        let message = format!("the program `{name}` was not found");
+        let hint = "`pip install vllm` and activate its environment, or name it with `--set vllm.program=/path/to/vllm`; \
+            without vLLM, try `--engine sim`";
+        return vec![finding("vllm", Level::Fail, message, Some(hint))];
+    };
+    let mut findings = vec![match vllm {
+        Some(version) => finding(
+            "vllm",
+            Level::Pass,
+            format!("vLLM {version} at {}", program.display()),
+            None,
+        ),
+        None => finding(
+            "vllm",
+            Level::Warn,
+            format!("the version of {} could not be read", program.display()),
+            None,
+        ),
+    }];
+    let (package, version, install) = match plan.connector {
+        Connector::Nixl(_) => ("nixl", nixl, "`pip install nixl` in the environment of vLLM"),
+        Connector::LmCache(_) => (
+            "lmcache",
+            lmcache,
+            "`pip install lmcache nixl` in the environment of vLLM",
+        ),
+    };
+    findings.push(match (version, vllm) {
+        (Some(version), _) => finding(package, Level::Pass, format!("{package} {version}"), None),
+        // Without any metadata nothing can be said about one package.
+        (None, None) => finding(
+            package,
+            Level::Warn,
+            format!("whether {package} is installed could not be read"),
+            None,
+        ),
+        (None, Some(_)) => finding(
+            package,
+            Level::Fail,
+            format!("{package} is not installed beside vLLM"),
+            Some(install),
+        ),
+    });
+    findings
+}
+
+fn gpus(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let needed = plan.gpus_needed();
+    if needed == 0 {
+        return Vec::new();
+    }
+    let no_gpu = "try the simulated engines with `--engine sim`, or real vLLM without a GPU with `--profile cpu-1p1d`";
+    let found = match &machine.gpus {
+        Gpus::Found(found) => found,
+        Gpus::Unavailable(reason) => {
+            return vec![finding(
+                "gpu",
+                Level::Fail,
+                format!("the plan needs {needed} GPUs: {reason}"),
+                Some(no_gpu),
+            )];
+        }
+        Gpus::NotAsked => return Vec::new(),
+    };
+    let missing: Vec<String> = plan
+        .engines
+        .iter()
+        .flat_map(|engine| &engine.gpus)
+        .filter(|index| !found.iter().any(|gpu| gpu.index == **index))
+        .map(u32::to_string)
+        .collect();
+    if !missing.is_empty() {
+        let message = format!(
+            "the plan needs {needed} GPUs, and xpyd may use {} here (none with index {})",
+            found.len(),
+            missing.join(", ")
+        );
+        let hint = "choose a smaller profile (`xpyd profiles list`), `--set prefill.count=1`, or widen CUDA_VISIBLE_DEVICES; \
+            without GPUs, try `--engine sim`";
+        return vec![finding("gpu", Level::Fail, message, Some(hint))];
+    }
+    let names: Vec<&str> = found.iter().map(|gpu| gpu.name.as_str()).collect();
+    vec![finding(
+        "gpu",
+        Level::Pass,
+        format!("{needed} of {} GPUs ({})", found.len(), summary(&names)),
+        None,
+    )]
+}
+
+/// `4 × NVIDIA H100` for equal names, else all of them.
+fn summary(names: &[&str]) -> String {
+    match names.first() {
+        Some(first) if names.iter().all(|name| name == first) => format!("{} × {first}", names.len()),
+        _ => names.join(", "),
+    }
+}
+
+fn model(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let model = &plan.model;
+    if machine.hugging_face.model_is_local {
+        return vec![finding(
+            "model",
+            Level::Pass,
+            format!("`{model}` is on this machine"),
+            None,
+        )];
+    }
+    if model.starts_with('/') || model.starts_with('.') {
+        let message = format!("the model folder `{model}` has no config.json");
+        return vec![finding(
+            "model",
+            Level::Fail,
+            message,
+            Some("check the path given as `model`"),
+        )];
+    }
+    let gated = GATED.iter().any(|prefix| model.starts_with(prefix));
+    let licence = format!(
+        "accept the licence at https://huggingface.co/{model}, then `export HF_TOKEN=hf_…` (or `hf auth login`)"
+    );
+    match &machine.hugging_face.token {
+        None if gated => {
+            let message = format!("`{model}` is gated and not cached, and there is no Hugging Face token");
+            vec![finding("hf_token", Level::Fail, message, Some(&licence))]
+        }
+        Some(token) if gated && !token.well_formed => {
+            let place = match &token.source {
+                TokenSource::Environment(name) => (*name).to_owned(),
+                TokenSource::File(path) => path.display().to_string(),
+            };
+            let message = format!("the token in {place} does not have the form `hf_…`, and `{model}` is gated");
+            vec![finding("hf_token", Level::Fail, message, Some(&licence))]
+        }
+        None | Some(_) => {
+            let message = format!("`{model}` is not cached: the engines will download it first");
+            vec![finding("model", Level::Warn, message, None)]
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

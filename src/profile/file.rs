@@ -1,0 +1,280 @@
+//! The shape of a profile file, and the defaults of what it leaves out.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+use super::{
+    ConnectorChoice, Deadlines, DeviceChoice, LmCacheProfile, NixlProfile, Profile, ProxyProfile, RoleProfile,
+    SimProfile, VllmProfile,
+};
+use crate::connector::FirstToken;
+use crate::engine::EngineKind;
+
+/// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct File {
+    /// Read by `layers` only.
+    #[serde(rename = "extends")]
+    _extends: Option<String>,
+    description: Option<String>,
+    model: Option<String>,
+    served_model_name: Option<String>,
+    engine: Option<EngineKind>,
+    connector: Option<ConnectorChoice>,
+    force_connector: Option<bool>,
+    device: Option<DeviceChoice>,
+    port_offset: Option<u16>,
+    #[serde(default)]
+    prefill: RoleTable,
+    #[serde(default)]
+    decode: RoleTable,
+    #[serde(default)]
+    vllm: VllmTable,
+    #[serde(default)]
+    sim: SimTable,
+    #[serde(default)]
+    nixl: NixlTable,
+    #[serde(default)]
+    lmcache: LmCacheTable,
+    #[serde(default)]
+    proxy: ProxyTable,
+    #[serde(default)]
+    deadlines: DeadlinesTable,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RoleTable {
+    count: Option<u16>,
+    port: Option<u16>,
+    tensor_parallel: Option<u16>,
+    #[serde(default)]
+    gpus: Vec<u32>,
+    #[serde(default)]
+    args: Vec<String>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VllmTable {
+    program: Option<String>,
+    max_model_len: Option<u32>,
+    #[serde(default)]
+    args: Vec<String>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SimTable {
+    preset: Option<String>,
+    max_model_len: Option<u32>,
+    #[serde(default)]
+    faults: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NixlTable {
+    prefill_side_channel_port: Option<u16>,
+    decode_side_channel_port: Option<u16>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LmCacheTable {
+    first_token: Option<FirstToken>,
+    init_port: Option<u16>,
+    alloc_port: Option<u16>,
+    notify_port: Option<u16>,
+    prefill_buffer: Option<Bytes>,
+    decode_buffer: Option<Bytes>,
+    notifications: Option<u16>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProxyTable {
+    host: Option<String>,
+    port: Option<u16>,
+    bind_sessions: Option<bool>,
+    session_header: Option<String>,
+    max_body: Option<Bytes>,
+    max_in_flight: Option<usize>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeadlinesTable {
+    ready: Option<Span>,
+    drain: Option<Span>,
+    stop: Option<Span>,
+    prefill: Option<Span>,
+    handoff: Option<Span>,
+    decode_idle: Option<Span>,
+}
+
+/// A duration as people write it: `"30s"`, `"1m 30s"`.
+#[derive(Debug, Clone, Copy)]
+struct Span(Duration);
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        humantime::parse_duration(&text).map(Self).map_err(|error| {
+            serde::de::Error::custom(format!(
+                "invalid duration `{text}`: {error}; write for example \"90s\" or \"5m\""
+            ))
+        })
+    }
+}
+
+/// A number of bytes as people write it: `"2GiB"`, `"512MiB"`.
+#[derive(Debug, Clone, Copy)]
+struct Bytes(u64);
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_bytes(&text).map(Self).ok_or_else(|| {
+            serde::de::Error::custom(format!(
+                "invalid size `{text}`; write for example \"2GiB\" or \"512MiB\""
+            ))
+        })
+    }
+}
+
+fn parse_bytes(text: &str) -> Option<u64> {
+    let digits = text
+        .find(|character: char| !character.is_ascii_digit())
+        .unwrap_or(text.len());
+    let number: u64 = text[..digits].parse().ok()?;
+    let unit = match text[digits..].trim() {
+        "" | "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.checked_mul(unit)
+}
+
+/// A key that a complete profile must have, and has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MissingKey(pub(super) &'static str);
+
+impl File {
+    /// Fills in the defaults. The ports are those of LMCache's `disagg_prefill/xpyd` example.
+    pub(super) fn resolve(self, name: &str) -> Result<Profile, MissingKey> {
+        let model = self.model.ok_or(MissingKey("model"))?;
+        Ok(Profile {
+            name: name.to_owned(),
+            description: self.description.unwrap_or_default(),
+            served_model_name: self.served_model_name.unwrap_or_else(|| model.clone()),
+            model,
+            engine: self.engine.unwrap_or(EngineKind::Vllm),
+            connector: self.connector.unwrap_or(ConnectorChoice::Auto),
+            force_connector: self.force_connector.unwrap_or(false),
+            device: self.device.unwrap_or(DeviceChoice::Cuda),
+            port_offset: self.port_offset.unwrap_or(0),
+            prefill: self.prefill.resolve(7100),
+            decode: self.decode.resolve(7200),
+            vllm: VllmProfile {
+                program: self.vllm.program.unwrap_or_else(|| "vllm".to_owned()),
+                max_model_len: self.vllm.max_model_len,
+                args: self.vllm.args,
+                env: self.vllm.env,
+            },
+            sim: SimProfile {
+                preset: self.sim.preset.unwrap_or_else(|| "h100-llama-3.1-8b".to_owned()),
+                max_model_len: self.sim.max_model_len.unwrap_or(131_072),
+                faults: self.sim.faults,
+            },
+            nixl: NixlProfile {
+                prefill_side_channel_port: self.nixl.prefill_side_channel_port.unwrap_or(5600),
+                decode_side_channel_port: self.nixl.decode_side_channel_port.unwrap_or(5700),
+            },
+            lmcache: self.lmcache.resolve(),
+            proxy: self.proxy.resolve(),
+            deadlines: self.deadlines.resolve(),
+        })
+    }
+}
+
+impl RoleTable {
+    fn resolve(self, port: u16) -> RoleProfile {
+        RoleProfile {
+            count: self.count.unwrap_or(1),
+            port: self.port.unwrap_or(port),
+            tensor_parallel: self.tensor_parallel.unwrap_or(1),
+            gpus: self.gpus,
+            args: self.args,
+            env: self.env,
+        }
+    }
+}
+
+impl LmCacheTable {
+    fn resolve(self) -> LmCacheProfile {
+        LmCacheProfile {
+            first_token: self.first_token.unwrap_or(FirstToken::Decoder),
+            init_port: self.init_port.unwrap_or(7300),
+            alloc_port: self.alloc_port.unwrap_or(7400),
+            notify_port: self.notify_port.unwrap_or(7500),
+            prefill_buffer_bytes: self.prefill_buffer.map_or(1 << 30, |bytes| bytes.0),
+            decode_buffer_bytes: self.decode_buffer.map_or(2 << 30, |bytes| bytes.0),
+            notifications: self.notifications,
+        }
+    }
+}
+
+impl ProxyTable {
+    fn resolve(self) -> ProxyProfile {
+        ProxyProfile {
+            host: self.host.unwrap_or_else(|| "127.0.0.1".to_owned()),
+            port: self.port.unwrap_or(9100),
+            bind_sessions: self.bind_sessions.unwrap_or(false),
+            session_header: self.session_header.unwrap_or_else(|| "session-id".to_owned()),
+            max_body_bytes: self
+                .max_body
+                .map_or(64 << 20, |bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
+            max_in_flight: self.max_in_flight.unwrap_or(1024),
+        }
+    }
+}
+
+impl DeadlinesTable {
+    fn resolve(self) -> Deadlines {
+        let seconds = |span: Option<Span>, default| span.map_or(Duration::from_secs(default), |span| span.0);
+        Deadlines {
+            ready: seconds(self.ready, 1800),
+            drain: seconds(self.drain, 30),
+            // vLLM drains for its own 10 s, then needs up to 9 s for its workers.
+            stop: seconds(self.stop, 25),
+            prefill: seconds(self.prefill, 300),
+            handoff: seconds(self.handoff, 90),
+            decode_idle: seconds(self.decode_idle, 300),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(parse_bytes("2GiB"), Some(2 << 30));
+        assert_eq!(parse_bytes("512 MiB"), Some(512 << 20));
+        assert_eq!(parse_bytes("17"), Some(17));
+        for wrong in ["2GB", "GiB", "-1", "99999999999999999999", "18014398509481984KiB"] {
+            assert_eq!(parse_bytes(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Profiles: what the user wants, in TOML, before any fact about the machine is known.
+//!
+//! A profile is a stack of layers (a shipped profile, the user's file, `--set` overrides, flags). Each layer is checked on
+//! its own, so that an error points at the line where it was written; then the layers are merged, later ones winning, and
+//! [`Profile`] gets the defaults of [`file`].
+
+mod file;
+mod layers;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::connector::FirstToken;
+use crate::engine::EngineKind;
+
+pub use layers::{Override, ProfileError, is_shipped, load, shipped, shipped_names};
+
+/// What the user wants, complete and checked. Nothing in it depends on the machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Profile {
+    /// Name of a shipped profile, or the path of the user's file.
+    pub name: String,
+    /// One sentence for `xpyd profiles list`.
+    pub description: String,
+    /// Model path or Hugging Face repository.
+    pub model: String,
+    /// Name under which clients ask for it.
+    pub served_model_name: String,
+    /// The program that serves it.
+    pub engine: EngineKind,
+    /// How KV moves, or `auto`.
+    pub connector: ConnectorChoice,
+    /// Take a connector that the plan would refuse.
+    pub force_connector: bool,
+    /// Where the engines compute.
+    pub device: DeviceChoice,
+    /// Added to every port of the profile, so that several fleets fit on one machine.
+    pub port_offset: u16,
+    /// The prefill engines.
+    pub prefill: RoleProfile,
+    /// The decode engines.
+    pub decode: RoleProfile,
+    /// What is special to vLLM.
+    pub vllm: VllmProfile,
+    /// What is special to the simulated engine.
+    pub sim: SimProfile,
+    /// What is special to NIXL.
+    pub nixl: NixlProfile,
+    /// What is special to LMCache.
+    pub lmcache: LmCacheProfile,
+    /// The proxy.
+    pub proxy: ProxyProfile,
+    /// How long things may take.
+    pub deadlines: Deadlines,
+}
+
+/// How KV moves, as the user asks for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConnectorChoice {
+    /// LMCache where the installed versions make it safe, else NIXL.
+    Auto,
+    /// NIXL pull.
+    Nixl,
+    /// LMCache PD.
+    LmCache,
+}
+
+/// Where engines compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// NVIDIA GPUs, one or more per engine.
+    Cuda,
+    /// vLLM's CPU backend; no GPU is looked for.
+    Cpu,
+}
+
+/// The engines of one role.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RoleProfile {
+    /// How many, at least 1.
+    pub count: u16,
+    /// HTTP port of the first; the nth listens on `port + n - 1`.
+    pub port: u16,
+    /// GPUs, and ranks, per engine.
+    pub tensor_parallel: u16,
+    /// GPU indices for all engines of the role, in order; empty lets the plan choose.
+    pub gpus: Vec<u32>,
+    /// More arguments to the engine.
+    pub args: Vec<String>,
+    /// More variables.
+    pub env: BTreeMap<String, String>,
+}
+
+/// What is special to vLLM, for engines of both roles.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VllmProfile {
+    /// The `vllm` program: a name on PATH or a path.
+    pub program: String,
+    /// Longest prompt plus answer, in tokens; the model's own limit when absent.
+    pub max_model_len: Option<u32>,
+    /// More arguments.
+    pub args: Vec<String>,
+    /// More variables.
+    pub env: BTreeMap<String, String>,
+}
+
+/// What is special to the simulated engine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SimProfile {
+    /// The timing preset.
+    pub preset: String,
+    /// Longest prompt plus answer, in tokens, when `vllm.max_model_len` is absent.
+    pub max_model_len: u32,
+    /// Faults of every engine, as `xpyd sim --fault` takes them.
+    pub faults: Vec<String>,
+}
+
+/// What is special to NIXL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NixlProfile {
+    /// Side channel port of the first prefill engine; one per engine.
+    pub prefill_side_channel_port: u16,
+    /// Side channel port of the first decode engine; one per engine.
+    pub decode_side_channel_port: u16,
+}
+
+/// What is special to LMCache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LmCacheProfile {
+    /// Who makes the first token.
+    pub first_token: FirstToken,
+    /// First init port; one per decode engine and rank.
+    pub init_port: u16,
+    /// First allocation port; one per decode engine and rank.
+    pub alloc_port: u16,
+    /// Where the proxy takes notifications.
+    pub notify_port: u16,
+    /// Send buffer of a prefill engine, in bytes.
+    pub prefill_buffer_bytes: u64,
+    /// Receive buffer of a decode engine, in bytes.
+    pub decode_buffer_bytes: u64,
+    /// Notifications per prefill; absent means one per rank. Models with MLA send one.
+    pub notifications: Option<u16>,
+}
+
+/// The proxy, as the user wants it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyProfile {
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on.
+    pub port: u16,
+    /// Whether requests that share the session header's value share their engines.
+    pub bind_sessions: bool,
+    /// The session header.
+    pub session_header: String,
+    /// Largest request body, in bytes.
+    pub max_body_bytes: usize,
+    /// Most requests at once.
+    pub max_in_flight: usize,
+}
+
+/// How long things may take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Deadlines {
+    /// From an engine's spawn to its `/health`.
+    pub ready: Duration,
+    /// For requests in flight after the first Ctrl+C.
+    pub drain: Duration,
+    /// From SIGTERM to SIGKILL of an engine that served.
+    pub stop: Duration,
+    /// One prefill leg.
+    pub prefill: Duration,
+    /// From the prefill's answer to the KV's arrival.
+    pub handoff: Duration,
+    /// Between two reads of a decode leg.
+    pub decode_idle: Duration,
+}
+
+#[cfg(test)]
+mod tests;
