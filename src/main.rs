@@ -1,3 +1,5 @@
 //! The `xpyd` program: everything is in the library.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    xpyd::cli::main()
+}

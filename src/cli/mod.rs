@@ -1,1 +1,69 @@
-//! To come.
+//! The command line: one thin file per verb.
+
+mod completions;
+mod plan;
+mod profiles;
+mod request;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// Prefill/decode-disaggregated LLM serving on one machine.
+#[derive(Debug, Parser)]
+#[command(name = "xpyd", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    after_help = "Start with `xpyd demo`. Exit codes: 0 ok, 1 the work failed, 2 usage, 3 preflight, 4 an engine \
+    failed to start, 5 not ready in time, 6 crash loop, 7 teardown incomplete, 8 already running or not running, 70 bug, \
+    130 forced stop."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Print errors and data only.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Show everything that a run would do: ports, GPUs, command lines, files.
+    Plan(plan::Arguments),
+    /// List, show or check profiles.
+    Profiles(profiles::Arguments),
+    /// Print completions for a shell.
+    Completions(completions::Arguments),
+}
+
+/// Parses the command line and runs the verb.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let printer = Printer { quiet: cli.quiet };
+    let result = match cli.verb {
+        Verb::Plan(arguments) => plan::run(&arguments, printer),
+        Verb::Profiles(arguments) => profiles::run(&arguments, printer),
+        Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),
+    };
+    let status = result.unwrap_or_else(|failure| {
+        printer.error(&failure);
+        failure.status
+    });
+    ExitCode::from(status.code())
+}
+
+/// Runs an async verb on the main thread, with worker threads for what it spawns.
+fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| {
+            Failure::new(
+                ExitStatus::Bug,
+                anyhow::Error::new(error).context("cannot start the async runtime"),
+            )
+        })?;
+    runtime.block_on(work)
+}

@@ -25,7 +25,10 @@ pub(super) fn connector(profile: &Profile, machine: &Machine) -> Result<(Connect
             lmcache(format!("forced, although {objection}"))
         }
         (ConnectorChoice::LmCache, Some(objection)) => Err(PlanError::UnsafeConnector(objection)),
-        (ConnectorChoice::Auto, None) => lmcache("LMCache's PD backend is safe with what is installed".to_owned()),
+        (ConnectorChoice::Auto, None) if profile.engine == EngineKind::Sim => {
+            lmcache("the simulated engine speaks it".to_owned())
+        }
+        (ConnectorChoice::Auto, None) => lmcache("it is safe with what is installed".to_owned()),
         (ConnectorChoice::Auto, Some(objection)) => nixl(format!("not LMCache, because {objection}")),
     }
 }

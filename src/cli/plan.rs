@@ -1,0 +1,228 @@
+//! `xpyd plan`: everything that a run would do, for people and as JSON.
+
+use clap::Parser;
+
+use super::request::{self, FleetArguments};
+use crate::machine::Machine;
+use crate::plan::{EngineSpec, Plan};
+use crate::preflight;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{Printer, table};
+
+/// Arguments of `xpyd plan`.
+#[derive(Debug, Parser)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    fleet: FleetArguments,
+    /// Print the plan and the findings as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let (profile, machine) = arguments.fleet.survey()?;
+    // The run's folder is named when it is made.
+    let plan = request::build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;
+    show(&plan, &machine, arguments.json, printer)?;
+    Ok(ExitStatus::Success)
+}
+
+/// Prints the plan with its findings.
+pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer) -> Result<(), Failure> {
+    let findings = preflight::check(plan, machine);
+    if json {
+        let value = serde_json::json!({"plan": plan, "findings": findings});
+        let text = serde_json::to_string_pretty(&value).map_err(anyhow::Error::from)?;
+        printer.data(text);
+        return Ok(());
+    }
+    printer.data(text(plan));
+    if !findings.is_empty() {
+        printer.data("\nchecks");
+        for finding in &findings {
+            printer.data(format!("  {}", request::line(finding).replace('\n', "\n  ")));
+        }
+    }
+    Ok(())
+}
+
+/// The plan as people read it.
+fn text(plan: &Plan) -> String {
+    let mut lines = vec![
+        format!("profile    {}", plan.profile),
+        format!("model      {}{}", plan.model, served_as(plan)),
+        format!("engine     {}", plan.engine.name()),
+        format!("connector  {} ({})", plan.connector.name(), plan.connector_reason),
+        format!("proxy      http://{}:{}", plan.proxy.host, plan.proxy.port),
+        format!("run folder {}", plan.run_dir.display()),
+    ];
+    lines.extend(plan.notes.iter().map(|note| format!("note       {note}")));
+    let rows = plan.engines.iter().map(row).collect();
+    lines.push(String::new());
+    lines.push(table::render(
+        &["ENGINE", "ROLE", "GPUS", "PORT", "OTHER PORTS", "LOG"],
+        rows,
+    ));
+    for engine in &plan.engines {
+        lines.push(format!("\n{}", engine.id));
+        lines.extend(
+            engine
+                .env
+                .iter()
+                .map(|(name, value)| format!("  {name}={}", shell_word(value))),
+        );
+        lines.push(format!("  {}", command_line(&engine.argv)));
+    }
+    for file in &plan.files {
+        lines.push(format!("\n{}", plan.run_dir.join(&file.path).display()));
+        let content = file.content.lines().filter(|line| !line.starts_with('#'));
+        lines.extend(content.map(|line| format!("  {line}")));
+    }
+    lines.join("\n")
+}
+
+fn served_as(plan: &Plan) -> String {
+    if plan.served_model_name == plan.model {
+        String::new()
+    } else {
+        format!(", served as {}", plan.served_model_name)
+    }
+}
+
+fn row(engine: &EngineSpec) -> Vec<String> {
+    let gpus: Vec<String> = engine.gpus.iter().map(u32::to_string).collect();
+    let others: Vec<String> = engine
+        .ports
+        .iter()
+        .filter(|using| using.port != engine.endpoint.port)
+        .map(|using| format!("{} {}", using.port, using.purpose))
+        .collect();
+    let dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
+    vec![
+        engine.id.to_string(),
+        engine.role.to_string(),
+        dash(gpus.join(",")),
+        engine.endpoint.port.to_string(),
+        dash(others.join("; ")),
+        engine.log_file.display().to_string(),
+    ]
+}
+
+/// The command line, ready to be pasted, a flag per line.
+fn command_line(argv: &[String]) -> String {
+    let mut text = String::new();
+    for (index, word) in argv.iter().enumerate() {
+        if index > 0 {
+            text.push_str(if word.starts_with("--") { " \\\n    " } else { " " });
+        }
+        text.push_str(&shell_word(word));
+    }
+    text
+}
+
+/// A word as a shell reads it back.
+fn shell_word(word: &str) -> String {
+    let plain = |character: char| character.is_ascii_alphanumeric() || "-_./:=,@%+".contains(character);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::text;
+    use crate::machine::{Engine, Gpus, Machine};
+    use crate::plan::{self, PlanError};
+    use crate::profile::{self, Override};
+
+    fn plan_text(name: &str, machine: &Machine, overrides: &[&str]) -> Result<String, PlanError> {
+        let overrides: Vec<Override> = overrides
+            .iter()
+            .map(|set| Override::parse(set).expect("an override"))
+            .collect();
+        let profile = profile::load(name, &overrides).expect("a profile");
+        plan::build(&profile, machine, Path::new("/run")).map(|plan| text(&plan))
+    }
+
+    #[test]
+    fn every_shipped_profile_has_the_plan_of_its_snapshot() {
+        // An old box, where LMCache is safe, so that the snapshots show its files.
+        let machine = Machine::fixture(8, "0.25.1", Some("0.3.9"));
+        for name in profile::shipped_names() {
+            insta::assert_snapshot!(name, plan_text(name, &machine, &[]).expect("a plan"));
+        }
+    }
+
+    #[test]
+    fn a_simulated_fleet_has_the_plan_of_its_snapshot() {
+        let mut machine = Machine::fixture(0, "0.32.0", None);
+        machine.engine = Engine::NotAsked;
+        machine.gpus = Gpus::NotAsked;
+        insta::assert_snapshot!("sim", plan_text("1p1d", &machine, &["engine=sim"]).expect("a plan"));
+    }
+
+    #[test]
+    fn auto_picks_lmcache_only_where_it_is_safe_and_says_why() {
+        let connector = |machine: &Machine| {
+            let text = plan_text("2p2d", machine, &[]).expect("a plan");
+            text.lines()
+                .find(|line| line.starts_with("connector"))
+                .unwrap_or_default()
+                .to_owned()
+        };
+        let old = Machine::fixture(4, "0.25.1", Some("0.3.9"));
+        assert_eq!(
+            connector(&old),
+            "connector  lmcache (it is safe with what is installed)"
+        );
+        let new = Machine::fixture(4, "0.26.0", Some("0.5.6"));
+        assert_eq!(
+            connector(&new),
+            "connector  nixl (not LMCache, because with vLLM 0.26.0 it hands over wrong KV (its layout changed in vLLM 0.26))"
+        );
+        let without = Machine::fixture(4, "0.25.1", None);
+        assert_eq!(
+            connector(&without),
+            "connector  nixl (not LMCache, because LMCache is not installed beside vLLM)"
+        );
+    }
+
+    #[test]
+    fn an_unsafe_connector_is_refused_unless_forced() {
+        let new = Machine::fixture(4, "0.32.0", Some("0.5.6"));
+        let refused = plan_text("2p2d", &new, &["connector=lmcache"]);
+        assert!(matches!(refused, Err(PlanError::UnsafeConnector(_))), "{refused:?}");
+        let forced = plan_text("2p2d", &new, &["connector=lmcache", "force_connector=true"]).expect("a plan");
+        assert!(forced.contains("connector  lmcache (forced, although"), "{forced}");
+    }
+
+    #[test]
+    fn explicit_gpus_win_and_the_rest_fills_up_around_them() {
+        let machine = Machine::fixture(4, "0.32.0", None);
+        let text = plan_text("2p2d", &machine, &["decode.gpus=[0, 2]"]).expect("a plan");
+        let gpus: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("CUDA_VISIBLE_DEVICES="))
+            .collect();
+        assert_eq!(gpus, ["1", "3", "0", "2"]);
+    }
+
+    #[test]
+    fn a_port_that_is_needed_twice_or_does_not_exist_is_an_error() {
+        let machine = Machine::fixture(4, "0.32.0", None);
+        let clash = plan_text("2p2d", &machine, &["decode.port=7101"]).expect_err("a clash");
+        assert_eq!(
+            clash.to_string(),
+            "port 7101 is needed twice: decoder1 http and prefiller2 http"
+        );
+        let high = plan_text("2p2d", &machine, &["decode.port=65535"]).expect_err("too high");
+        assert_eq!(
+            high.to_string(),
+            "http of decoder2 would need port 65536, and ports end at 65535"
+        );
+    }
+}

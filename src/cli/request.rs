@@ -1,0 +1,173 @@
+//! What `up`, `plan` and `demo` share: from the command line to a plan with its findings.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use crate::engine::EngineKind;
+use crate::machine::{self, Machine};
+use crate::plan::{self, Plan, PlanError};
+use crate::preflight::{self, Finding, Level};
+use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// Which fleet.
+#[derive(Debug, Clone, Args)]
+pub(super) struct FleetArguments {
+    /// A shipped profile (see `xpyd profiles list`) or the path of a file.
+    #[arg(short, long, default_value = "2p2d", value_name = "NAME|FILE")]
+    pub profile: String,
+    /// Changes one key of the profile; may be repeated, later ones win.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Model path or Hugging Face repository.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// What serves the model: real vLLM, or the built-in simulated engine.
+    #[arg(long, value_enum)]
+    pub engine: Option<EngineFlag>,
+    /// How KV moves from prefill to decode.
+    #[arg(long, value_enum)]
+    pub connector: Option<ConnectorFlag>,
+    /// Port of the proxy.
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// Bind requests of one session to the same engines, as LMCache's example does.
+    #[arg(long, env = "CLIENT_BOUND", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub client_bound: Option<bool>,
+    /// Header that names the session.
+    #[arg(long, env = "CLIENT_BOUND_KEY", value_name = "HEADER")]
+    pub client_bound_key: Option<String>,
+    /// Folder that holds one folder per run.
+    #[arg(long, default_value = "logs", value_name = "DIR")]
+    pub logs: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum EngineFlag {
+    Vllm,
+    Sim,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum ConnectorFlag {
+    Auto,
+    Nixl,
+    #[value(name = "lmcache")]
+    LmCache,
+}
+
+impl FleetArguments {
+    /// The profile with everything the command line says on top.
+    pub(super) fn profile(&self) -> Result<Profile, Failure> {
+        let mut overrides = Vec::new();
+        for text in &self.set {
+            overrides.push(Override::parse(text).map_err(profile_failure)?);
+        }
+        let mut flag = |name: &str, key: &str, value: Option<toml::Value>| {
+            overrides.extend(value.map(|value| Override::flag(name, key, value)));
+        };
+        flag("--model", "model", self.model.clone().map(Into::into));
+        flag("--engine", "engine", self.engine.and_then(value_name).map(Into::into));
+        flag(
+            "--connector",
+            "connector",
+            self.connector.and_then(value_name).map(Into::into),
+        );
+        flag("--port", "proxy.port", self.port.map(|port| i64::from(port).into()));
+        flag(
+            "--client-bound",
+            "proxy.bind_sessions",
+            self.client_bound.map(Into::into),
+        );
+        flag(
+            "--client-bound-key",
+            "proxy.session_header",
+            self.client_bound_key.clone().map(Into::into),
+        );
+        profile::load(&self.profile, &overrides).map_err(profile_failure)
+    }
+
+    /// The profile and the facts about this machine that matter to it.
+    pub(super) fn survey(&self) -> Result<(Profile, Machine), Failure> {
+        let profile = self.profile()?;
+        let simulated = profile.engine == EngineKind::Sim;
+        let machine = machine::survey(&machine::Wanted {
+            model: &profile.model,
+            program: (!simulated).then_some(profile.vllm.program.as_str()),
+            gpus: !simulated && profile.device == DeviceChoice::Cuda,
+        });
+        Ok((profile, machine))
+    }
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "passed to `and_then`; the values are `Copy`"
+)]
+fn value_name(value: impl ValueEnum) -> Option<String> {
+    value.to_possible_value().map(|value| value.get_name().to_owned())
+}
+
+pub(super) fn profile_failure(error: ProfileError) -> Failure {
+    let hint = error.hint();
+    let failure = Failure::new(ExitStatus::Usage, error);
+    match hint {
+        Some(hint) => failure.hint(hint),
+        None => failure,
+    }
+}
+
+/// Builds the plan of a run in `run_dir`.
+pub(super) fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Plan, Failure> {
+    plan::build(profile, machine, run_dir).map_err(|error| {
+        let status = match &error {
+            PlanError::UnsafeConnector(_) => ExitStatus::Preflight,
+            PlanError::PortTooHigh { .. } | PlanError::PortTwice { .. } | PlanError::UnequalRanks { .. } => {
+                ExitStatus::Usage
+            }
+        };
+        let hint = error.hint();
+        Failure::new(status, error).hint(hint)
+    })
+}
+
+/// Checks the plan against the machine, prints what is not as it should be, and fails if the run cannot work.
+pub(super) fn preflight(plan: &Plan, machine: &Machine, printer: Printer) -> Result<(), Failure> {
+    let findings = preflight::check(plan, machine);
+    let failures = findings.iter().filter(|finding| finding.level == Level::Fail).count();
+    for finding in &findings {
+        match finding.level {
+            Level::Pass => {}
+            Level::Warn => printer.status(line(finding)),
+            Level::Fail => printer.error(line(finding)),
+        }
+    }
+    if failures == 0 {
+        return Ok(());
+    }
+    let noun = if failures == 1 { "problem" } else { "problems" };
+    Err(Failure::message(
+        ExitStatus::Preflight,
+        format!(
+            "this machine cannot run profile `{}`: {failures} {noun} above",
+            plan.profile
+        ),
+    ))
+}
+
+/// A finding in one or two lines.
+pub(super) fn line(finding: &Finding) -> String {
+    let level = match finding.level {
+        Level::Pass => "pass",
+        Level::Warn => "warn",
+        Level::Fail => "fail",
+    };
+    let hint = finding
+        .hint
+        .as_ref()
+        .map(|hint| format!("\n      hint: {hint}"))
+        .unwrap_or_default();
+    format!("{level}  {}: {}{hint}", finding.check, finding.message)
+}
