@@ -1,0 +1,294 @@
+//! The composition root of a run: builds every part, wires them, joins them.
+//!
+//! Nothing here decides anything about engines or requests. The supervisor runs on the calling task, which is the main
+//! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::control::rundir::{RunDir, RunEngine, RunInfo};
+use crate::control::{api, server};
+use crate::fleet::{EngineId, FleetStage, FleetView, Role};
+use crate::logs::{self, Phase};
+use crate::plan::{Plan, ProxySpec};
+use crate::proxy::{self, Notifications, Proxy};
+use crate::report::{ExitStatus, Failure, one_line};
+use crate::signals::StopSignals;
+use crate::supervisor::{self, Outcome};
+use crate::ui::Printer;
+
+mod reporting;
+
+/// How long all canaries may take together. The first hand-off of a fresh pair of real engines can take half a minute.
+const VERIFY_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long the parts may take to end once no engine is left.
+const JOIN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A run, decided and locked, about to begin.
+#[derive(Debug)]
+pub struct Run {
+    /// Everything decided about it. Its folder exists.
+    pub plan: Plan,
+    /// Its name and its lock.
+    pub name: String,
+    /// The lock, and the place of the control socket.
+    pub run_dir: RunDir,
+    /// Whether it runs without a terminal.
+    pub detached: bool,
+    /// Where people read.
+    pub printer: Printer,
+}
+
+/// A fleet that takes requests, as given to the work that [`run`] was asked to do.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    /// Where clients send requests.
+    pub url: String,
+    /// The name to ask for.
+    pub model: String,
+    /// The proxy itself, for its metrics.
+    pub proxy: Proxy,
+    /// From the last engine's `/health` to the end of the canaries.
+    pub verified_in: Duration,
+}
+
+/// Runs the fleet until it ends. Once it is ready, `when_ready` runs beside it; when that returns, the fleet is stopped.
+///
+/// # Errors
+/// When the run cannot begin: a port is taken, a file cannot be written. How a run that began ended is its [`Outcome`].
+pub async fn run<Work>(run: Run, when_ready: impl FnOnce(Ready) -> Work) -> Result<Outcome, Failure>
+where
+    Work: Future<Output = ()>,
+{
+    let Run { plan, name, run_dir, detached, printer } = run;
+    write_files(&plan)?;
+    let reservations = supervisor::reserve(&plan.engines).map_err(|conflict| {
+        Failure::new(ExitStatus::Preflight, conflict)
+            .hint("stop that process, or move the fleet with `--set port_offset=100`")
+    })?;
+    let listener = bind(&plan.proxy).await?;
+    let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);
+    let notifications = bind_notifications(&plan.proxy).await?;
+    let control = run_dir.listen().map_err(|error| {
+        Failure::new(ExitStatus::Failure, anyhow::Error::new(error).context("cannot open the control socket"))
+    })?;
+    let info = run_info(&plan, &name, &url, detached)?;
+    run_dir.publish(&info).map_err(|error| Failure::new(ExitStatus::Failure, error))?;
+
+    let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
+    let proxy = Proxy::new(proxy_settings(&plan), view.clone(), notifications);
+    let (requests, request_receiver) = mpsc::channel(8);
+    let (phase_sender, phase_receiver) = mpsc::channel(64);
+    let (phases_sender, phases) = watch::channel(Arc::new(HashMap::new()));
+    let stop = CancellationToken::new();
+    let mut parts = JoinSet::new();
+
+    parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
+    parts.spawn(serve_control(control, control_state(&info, &plan, &view, &phases, &proxy, &requests), stop.clone()));
+    for engine in &plan.engines {
+        let log = plan.run_dir.join(&engine.log_file);
+        let (kind, id, sender) = (plan.engine, engine.id.clone(), phase_sender.clone());
+        parts.spawn(until(stop.clone(), async move {
+            if let Err(error) = logs::watch_phases(log, kind, id.clone(), sender).await {
+                tracing::debug!(engine = %id, %error, "phases cannot be read");
+            }
+        }));
+    }
+    drop(phase_sender);
+    let reporter = reporting::Reporter::new(printer, &plan);
+    parts.spawn(reporter.run(view.clone(), phase_receiver, phases_sender, stop.clone()));
+
+    let settings = supervisor::Settings {
+        engines: plan.engines.clone(),
+        reservations,
+        run_dir: plan.run_dir.clone(),
+        drain_deadline: plan.proxy.drain_deadline,
+        verify_deadline: VERIFY_DEADLINE,
+        run_name: name,
+        program: std::env::current_exe().map_err(anyhow::Error::from)?,
+    };
+    let (verified_sender, verified) = watch::channel(Duration::ZERO);
+    let wiring = supervisor::Wiring {
+        signals: forward_signals(&mut parts, &stop)?,
+        requests: request_receiver,
+        view: view_sender,
+        verify: verify(proxy.clone(), verified_sender),
+    };
+    let work = async {
+        if reached_ready(view.clone()).await {
+            let verified_in = *verified.borrow();
+            when_ready(Ready { url: url.clone(), model: plan.served_model_name.clone(), proxy, verified_in }).await;
+            let (reply, _outcome) = oneshot::channel();
+            // A full or closed queue means that the run is ending anyway.
+            drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
+        }
+        std::future::pending::<()>().await;
+    };
+    let outcome = tokio::select! {
+        outcome = supervisor::run(settings, wiring) => outcome,
+        () = work => unreachable!("it never ends"),
+    };
+    stop.cancel();
+    let left: Vec<String> = outcome.left.iter().map(ToString::to_string).collect();
+    if tokio::time::timeout(JOIN_DEADLINE, async { while parts.join_next().await.is_some() {} }).await.is_err() {
+        tracing::warn!(parts = parts.len(), "parts of xpyd did not end in time");
+        parts.abort_all();
+    }
+    if let Err(error) = run_dir.record_outcome(outcome.exit_status(), &left) {
+        tracing::warn!(error = one_line(&error), "cannot record how the run ended");
+    }
+    Ok(outcome)
+}
+
+/// Runs `work` until it ends or `stop` is cancelled.
+async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
+    stop.run_until_cancelled(work).await;
+}
+
+fn write_files(plan: &Plan) -> Result<(), Failure> {
+    for file in &plan.files {
+        fs_err::write(plan.run_dir.join(&file.path), &file.content).map_err(anyhow::Error::from)?;
+    }
+    let text = serde_json::to_string_pretty(plan).map_err(anyhow::Error::from)?;
+    Ok(fs_err::write(plan.run_dir.join("plan.json"), text).map_err(anyhow::Error::from)?)
+}
+
+async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
+    TcpListener::bind((proxy.host.as_str(), proxy.port)).await.map_err(|error| {
+        let context = format!("the proxy cannot listen on {}:{}", proxy.host, proxy.port);
+        Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
+            .hint("choose another port with `--port`; `ss -ltnp` shows who holds this one")
+    })
+}
+
+async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, Failure> {
+    let Some((host, port)) = &proxy.notify else { return Ok(None) };
+    let bound = Notifications::bind(host, *port).await.map_err(|error| {
+        Failure::new(ExitStatus::Preflight, error).hint("choose another port with `--set lmcache.notify_port=…`")
+    })?;
+    Ok(Some(bound))
+}
+
+fn proxy_settings(plan: &Plan) -> proxy::Settings {
+    let spec = &plan.proxy;
+    proxy::Settings {
+        connector: plan.connector.clone(),
+        served_model_name: plan.served_model_name.clone(),
+        session_header: spec.session_header.clone(),
+        notifications: spec.notifications,
+        prefill_deadline: spec.prefill_deadline,
+        handoff_deadline: spec.handoff_deadline,
+        decode_idle_deadline: spec.decode_idle_deadline,
+        max_body_bytes: spec.max_body_bytes,
+        max_in_flight: spec.max_in_flight,
+    }
+}
+
+async fn serve_proxy(proxy: Proxy, listener: TcpListener, stop: CancellationToken) {
+    if let Err(error) = proxy.serve(listener, stop).await {
+        tracing::error!(%error, "the proxy stopped serving");
+    }
+}
+
+async fn serve_control(listener: tokio::net::UnixListener, state: server::ServerState, stop: CancellationToken) {
+    if let Err(error) = server::serve(listener, state, stop).await {
+        tracing::error!(%error, "the control socket stopped serving");
+    }
+}
+
+fn run_info(plan: &Plan, name: &str, url: &str, detached: bool) -> Result<RunInfo, Failure> {
+    let info = RunInfo::of_this_process(name).map_err(anyhow::Error::from)?;
+    let engines = plan.engines.iter();
+    Ok(RunInfo {
+        profile: plan.profile.clone(),
+        model: plan.served_model_name.clone(),
+        proxy_url: url.to_owned(),
+        logs_dir: plan.run_dir.clone(),
+        engines: engines
+            .map(|engine| RunEngine { id: engine.id.clone(), role: engine.role, log_file: engine.log_file.clone() })
+            .collect(),
+        detached,
+        ..info
+    })
+}
+
+/// What the control socket answers from, and where its requests to stop go.
+fn control_state(
+    info: &RunInfo,
+    plan: &Plan,
+    view: &watch::Receiver<Arc<FleetView>>,
+    phases: &watch::Receiver<Arc<HashMap<EngineId, Phase>>>,
+    proxy: &Proxy,
+    requests: &mpsc::Sender<supervisor::Request>,
+) -> server::ServerState {
+    let (info, view, phases, proxy) = (info.clone(), view.clone(), phases.clone(), proxy.clone());
+    let gpus: HashMap<EngineId, Vec<u32>> = plan.engines.iter().map(|engine| (engine.id.clone(), engine.gpus.clone())).collect();
+    let status = move || {
+        let (view, phases) = (view.borrow().clone(), phases.borrow().clone());
+        let engines = view.engines.iter().map(|engine| {
+            let phase = phases.get(&engine.id);
+            api::EngineStatus {
+                phase: phase.map(|phase| phase.name.to_owned()),
+                percent: phase.map(|phase| phase.percent),
+                gpus: gpus.get(&engine.id).cloned().unwrap_or_default(),
+                ..api::EngineStatus::from(engine)
+            }
+        });
+        api::Status {
+            run: info.clone(),
+            stage: view.stage,
+            ready_since: None,
+            in_flight: proxy.in_flight(),
+            drain_seconds_left: None,
+            engines: engines.collect(),
+        }
+    };
+    server::ServerState { status: Arc::new(status), stop: requests.clone() }
+}
+
+/// Listens for signals, and hands them on to the supervisor.
+fn forward_signals(parts: &mut JoinSet<()>, stop: &CancellationToken) -> Result<mpsc::Receiver<crate::signals::StopSignal>, Failure> {
+    let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
+    let (sender, receiver) = mpsc::channel(8);
+    parts.spawn(until(stop.clone(), async move {
+        loop {
+            let signal = signals.next().await;
+            if sender.send(signal).await.is_err() {
+                return;
+            }
+        }
+    }));
+    Ok(receiver)
+}
+
+/// One canary through every pair, one after the other: on a fresh pair the first hand-off is slow enough by itself.
+fn verify(proxy: Proxy, took: watch::Sender<Duration>) -> supervisor::Verify {
+    Box::new(move |pairs| {
+        let (proxy, took) = (proxy.clone(), took.clone());
+        Box::pin(async move {
+            let began = tokio::time::Instant::now();
+            for (prefill, decode) in pairs {
+                let report = proxy.canary(&prefill, &decode).await.map_err(|error| {
+                    format!("the hand-off from {prefill} to {decode} does not work: {}", one_line(&error))
+                })?;
+                tracing::info!(%prefill, %decode, ?report, "canary");
+            }
+            took.send_replace(began.elapsed());
+            Ok(())
+        })
+    })
+}
+
+/// Waits until clients are served; false if that will never be.
+async fn reached_ready(mut view: watch::Receiver<Arc<FleetView>>) -> bool {
+    let settled = |view: &Arc<FleetView>| !matches!(view.stage, FleetStage::Starting | FleetStage::Verifying);
+    view.wait_for(settled).await.is_ok_and(|view| view.stage == FleetStage::Ready)
+}

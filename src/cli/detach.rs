@@ -1,0 +1,84 @@
+//! `xpyd up --detach`: a second process of the same command line runs the fleet, in its own session; this one relays
+//! what it says until the fleet is ready, and returns the real outcome.
+//!
+//! The child's stderr is a pipe to the parent until the fleet is ready, and the run's `xpyd.log` afterwards. Its stdout
+//! is a pipe that carries one word: that the fleet is ready.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// What the child writes to its stdout once the fleet is ready.
+const READY: &str = "ready\n";
+
+/// Starts the process that stays, and waits until its fleet is ready or it has ended.
+pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
+    let program = std::env::current_exe().map_err(anyhow::Error::from)?;
+    let mut child = Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .arg("--detached-child")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| anyhow::Error::new(error).context("cannot start the process that stays"))?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    for line in stderr.into_iter().flat_map(|stderr| BufReader::new(stderr).lines()).map_while(Result::ok) {
+        printer.status(line);
+    }
+    let mut word = String::new();
+    if let Some(mut stdout) = stdout {
+        drop(stdout.read_to_string(&mut word));
+    }
+    if word == READY {
+        printer.status(format!("\nruns in the background as process {}; `xpyd down` stops it", child.id()));
+        return Ok(ExitStatus::Success);
+    }
+    // It said why; only its code is still missing.
+    let ended = child.wait().map_err(anyhow::Error::from)?;
+    Ok(ended.code().and_then(status_of).unwrap_or(ExitStatus::Failure))
+}
+
+fn status_of(code: i32) -> Option<ExitStatus> {
+    [
+        ExitStatus::Success,
+        ExitStatus::Failure,
+        ExitStatus::Usage,
+        ExitStatus::Preflight,
+        ExitStatus::EngineFailed,
+        ExitStatus::NotReady,
+        ExitStatus::CrashLoop,
+        ExitStatus::TeardownIncomplete,
+        ExitStatus::RunState,
+        ExitStatus::Bug,
+        ExitStatus::Forced,
+    ]
+    .into_iter()
+    .find(|status| i32::from(status.code()) == code)
+}
+
+/// Leaves the terminal's session, so that neither its Ctrl+C nor its end reaches this process.
+pub(super) fn become_session_leader() -> Result<(), Failure> {
+    nix::unistd::setsid().map(drop).map_err(|error| anyhow::Error::new(error).context("cannot leave the terminal").into())
+}
+
+/// Tells the parent that the fleet is ready, and lets go of its pipes. What is written to stderr from now on is in `log`.
+pub(super) fn release_parent(log: &Path) {
+    let mut stdout = std::io::stdout();
+    // A parent that is gone does not matter any more.
+    drop(stdout.write_all(READY.as_bytes()).and_then(|()| stdout.flush()));
+    let files = fs_err::OpenOptions::new()
+        .append(true)
+        .open(log)
+        .and_then(|log| Ok((log, fs_err::OpenOptions::new().write(true).open("/dev/null")?)));
+    match files {
+        Ok((log, null)) => {
+            drop(nix::unistd::dup2_stderr(log));
+            drop(nix::unistd::dup2_stdout(null));
+        }
+        Err(error) => tracing::warn!(%error, "cannot let go of the terminal"),
+    }
+}

@@ -1,0 +1,181 @@
+//! `xpyd up`: from the command line to a running fleet, and how it ended.
+
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::request::{self, FleetArguments};
+use super::{block_on, detach};
+use crate::app::{self, Ready, Run};
+use crate::control::rundir::{RunDir, RunDirError};
+use crate::engine::EngineKind;
+use crate::logs::{self, RunFolder};
+use crate::plan::Plan;
+use crate::report::{ExitStatus, Failure};
+use crate::supervisor::{Ending, Outcome};
+use crate::ui::Printer;
+
+/// Arguments of `xpyd up`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    fleet: FleetArguments,
+    /// Only print what would be done, as `xpyd plan` does.
+    #[arg(long)]
+    dry_run: bool,
+    /// Return once the fleet is ready, and leave it running; `xpyd down` stops it.
+    #[arg(short, long, conflicts_with = "dry_run")]
+    detach: bool,
+    /// Name of the run, for `xpyd down`, `status` and `logs` when there are several.
+    #[arg(long, default_value = "default")]
+    name: String,
+    /// Folders of old runs to keep.
+    #[arg(long, default_value_t = 20, value_name = "COUNT")]
+    keep_logs: usize,
+    /// Set by `--detach` on the process that stays.
+    #[arg(long, hide = true)]
+    detached_child: bool,
+}
+
+pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    if arguments.detached_child {
+        detach::become_session_leader()?;
+    }
+    let (profile, machine) = arguments.fleet.survey()?;
+    let draft = request::build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;
+    if arguments.dry_run {
+        super::plan::show(&draft, &machine, false, printer)?;
+        return Ok(ExitStatus::Success);
+    }
+    if arguments.detach && !arguments.detached_child {
+        return detach::start(printer);
+    }
+    request::preflight(&draft, &machine, printer)?;
+    let run_dir = acquire(&arguments.name)?;
+    let folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs)?;
+    let plan = request::build(&profile, &machine, folder.path())?;
+    log_to(folder.path())?;
+    announce(&plan, printer);
+    let detached = arguments.detached_child;
+    let run = Run { plan: plan.clone(), name: arguments.name.clone(), run_dir, detached, printer };
+    let log = folder.path().join("xpyd.log");
+    let outcome = block_on(app::run(run, async move |ready: Ready| {
+        tell_ready(&ready, detached, printer);
+        if detached {
+            detach::release_parent(&log);
+        }
+        std::future::pending::<()>().await;
+    }))?;
+    conclude(&outcome, &plan, printer)
+}
+
+/// Takes the lock of the run of this name.
+pub(super) fn acquire(name: &str) -> Result<RunDir, Failure> {
+    RunDir::acquire(name).map_err(|error| match &error {
+        RunDirError::AlreadyRunning { .. } => Failure::new(ExitStatus::RunState, error)
+            .hint("`xpyd status` shows it, `xpyd down` stops it, `--name other` starts a second one"),
+        _ => Failure::new(ExitStatus::Failure, error),
+    })
+}
+
+/// Makes the run's folder and returns its absolute path with it.
+pub(super) fn create_folder(logs: &Path, plan: &Plan, keep: usize) -> Result<RunFolder, Failure> {
+    let root = std::path::absolute(logs).map_err(anyhow::Error::from)?;
+    let stem = Path::new(&plan.profile).file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
+    logs::create_run_folder(&root, &stem, keep).map_err(|error| Failure::new(ExitStatus::Failure, error))
+}
+
+/// Sends xpyd's own log into the run's folder: `proxy.log` for the proxy, `xpyd.log` for everything else. `XPYD_LOG`
+/// chooses what is written, in the syntax of `tracing_subscriber::EnvFilter`.
+pub(super) fn log_to(folder: &Path) -> Result<(), Failure> {
+    use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
+    use tracing_subscriber::layer::{Layer, SubscriberExt};
+    use tracing_subscriber::util::SubscriberInitExt;
+
+    let open = |name: &str| {
+        let path = folder.join(name);
+        fs_err::OpenOptions::new().create(true).append(true).open(path).map(|file| file.into_parts().0)
+    };
+    let layer = |file: std::fs::File, of_proxy: bool| {
+        let level = EnvFilter::try_from_env("XPYD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+        let mine = filter_fn(move |event| event.target().starts_with("xpyd::proxy") == of_proxy);
+        tracing_subscriber::fmt::layer().with_ansi(false).with_writer(std::sync::Mutex::new(file)).with_filter(mine.and(level))
+    };
+    let xpyd = open("xpyd.log").map_err(anyhow::Error::from)?;
+    let proxy = open("proxy.log").map_err(anyhow::Error::from)?;
+    tracing_subscriber::registry().with(layer(xpyd, false)).with(layer(proxy, true)).try_init().map_err(anyhow::Error::from)?;
+    Ok(())
+}
+
+pub(super) fn announce(plan: &Plan, printer: Printer) {
+    let count = |role| plan.engines_of(role).count();
+    printer.status(format!(
+        "starting {} prefill + {} decode {} of {}",
+        count(crate::fleet::Role::Prefill),
+        count(crate::fleet::Role::Decode),
+        match plan.engine {
+            EngineKind::Vllm => "engines",
+            EngineKind::Sim => "simulated engines",
+        },
+        plan.model
+    ));
+    printer.status(format!("connector {}: {}", plan.connector.name(), plan.connector_reason));
+    for note in &plan.notes {
+        printer.status(format!("note: {note}"));
+    }
+    printer.status(format!("logs in {}", plan.run_dir.display()));
+}
+
+fn tell_ready(ready: &Ready, detached: bool, printer: Printer) {
+    printer.status(format!(
+        "ready: every pair of engines handed over correctly (checked in {})",
+        seconds(ready.verified_in)
+    ));
+    printer.status(format!("\n  OpenAI API   {}/v1   model {}", ready.url, ready.model));
+    printer.status(format!(
+        "  try          curl {}/v1/completions -H 'content-type: application/json' \\\n                 -d '{{\"model\": \"{}\", \"prompt\": \"Hello\", \"max_tokens\": 16}}'",
+        ready.url, ready.model
+    ));
+    printer.status("  and          xpyd status · xpyd logs decoder1 -f · xpyd bench · xpyd down");
+    if !detached {
+        printer.status("\npress Ctrl+C to stop");
+    }
+}
+
+pub(super) fn seconds(duration: Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
+}
+
+/// Says how the run ended: why, and whether anything is left.
+pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Result<ExitStatus, Failure> {
+    let status = outcome.exit_status();
+    if outcome.left.is_empty() {
+        printer.status(format!("stopped in {}; no process and no listener is left", seconds(outcome.teardown)));
+    } else {
+        printer.error("the teardown is incomplete; still there:");
+        for left in &outcome.left {
+            printer.error(format!("  {left}"));
+        }
+    }
+    match &outcome.ending {
+        Ending::Stopped => Ok(status),
+        Ending::Forced => {
+            printer.status("the stop was forced");
+            Ok(status)
+        }
+        Ending::EngineFailed { engine, .. } | Ending::LostRole { engine, .. } | Ending::NotReady { engine: Some(engine), .. } => {
+            let mut failure = Failure::message(status, outcome.ending.to_string());
+            let spec = plan.engines.iter().find(|spec| spec.id == *engine);
+            let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
+            if let Some(cause) = logs::first_error_in(&log, 0).ok().flatten() {
+                failure.error = anyhow::Error::msg(cause).context(outcome.ending.to_string());
+            }
+            Err(failure.hint(format!("`xpyd logs {engine} --tail 50` shows its log ({})", log.display())))
+        }
+        Ending::NotReady { engine: None, .. } | Ending::SupervisionLost { .. } => {
+            Err(Failure::message(status, outcome.ending.to_string())
+                .hint(format!("the logs of the run are in {}", plan.run_dir.display())))
+        }
+    }
+}

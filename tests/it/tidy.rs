@@ -1,0 +1,174 @@
+//! Invariants of the code itself: who may import whom, how long a file may be, who prints.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// What each module may import of the others. ARCHITECTURE.md says why; a new arrow is a change of the design.
+const ALLOWED: &[(&str, &[&str])] = &[
+    ("fleet", &[]),
+    ("report", &[]),
+    ("signals", &[]),
+    ("connector", &["fleet"]),
+    ("engine", &["connector", "fleet"]),
+    ("machine", &["report"]),
+    ("profile", &["connector", "engine", "fleet"]),
+    ("plan", &["connector", "engine", "fleet", "machine", "profile"]),
+    ("preflight", &["connector", "engine", "machine", "plan", "profile"]),
+    ("supervisor", &["fleet", "plan", "report", "signals"]),
+    ("proxy", &["connector", "fleet", "report"]),
+    ("control", &["fleet", "report"]),
+    ("logs", &["engine", "fleet", "report"]),
+    ("bench", &["report"]),
+    ("sim", &["report"]),
+    ("ui", &["bench", "fleet", "report"]),
+    (
+        "app",
+        &["control", "fleet", "logs", "plan", "proxy", "report", "signals", "supervisor", "ui"],
+    ),
+    (
+        "cli",
+        &[
+            "app", "bench", "connector", "control", "engine", "fleet", "logs", "machine", "plan", "preflight", "profile",
+            "proxy", "report", "signals", "sim", "supervisor", "ui",
+        ],
+    ),
+];
+
+/// Lines that a file may have.
+const MAX_LINES: usize = 600;
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+        if entry.is_dir() {
+            found.extend(sources(&entry));
+        } else if entry.extension().is_some_and(|extension| extension == "rs") {
+            found.push(entry);
+        }
+    }
+    found.sort();
+    found
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Path relative to `src`, module, and text of every source file.
+fn modules() -> Vec<(String, String, String)> {
+    let src = root().join("src");
+    sources(&src)
+        .into_iter()
+        .map(|path| {
+            let name = path.strip_prefix(&src).expect("below src").display().to_string();
+            let module = name.split('/').next().unwrap_or_default().trim_end_matches(".rs").to_owned();
+            (name, module, std::fs::read_to_string(&path).expect("a file"))
+        })
+        .collect()
+}
+
+/// Top-level modules that a text names after `crate::`, grouped imports included.
+fn imported(text: &str) -> Vec<String> {
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let joined = code.collect::<Vec<_>>().join("\n");
+    let mut names = Vec::new();
+    for rest in joined.split("crate::").skip(1) {
+        if let Some(group) = rest.strip_prefix('{') {
+            let mut depth = 0;
+            let mut name = String::new();
+            for character in group.chars() {
+                match character {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => names.push(std::mem::take(&mut name)),
+                    _ if depth == 0 => name.push(character),
+                    _ => {}
+                }
+            }
+            names.push(name);
+        } else {
+            names.push(rest.to_owned());
+        }
+    }
+    names
+        .into_iter()
+        .map(|name| name.trim().chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect::<String>())
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+#[test]
+fn imports_go_down_only() {
+    let table: BTreeMap<&str, &[&str]> = ALLOWED.iter().copied().collect();
+    let mut wrong = Vec::new();
+    for (name, module, text) in modules() {
+        if ["lib", "main"].contains(&module.as_str()) {
+            continue;
+        }
+        let allowed = table.get(module.as_str()).unwrap_or_else(|| panic!("`{module}` is not in the import table"));
+        for import in imported(&text) {
+            if import != module && table.contains_key(import.as_str()) && !allowed.contains(&import.as_str()) {
+                wrong.push(format!("{name} imports `{import}`"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "forbidden imports:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_import_table_has_no_cycle() {
+    let order: Vec<&str> = ALLOWED.iter().map(|(module, _)| *module).collect();
+    for (index, (module, allowed)) in ALLOWED.iter().enumerate() {
+        for import in *allowed {
+            let position = order.iter().position(|name| name == import).expect("a module of the table");
+            assert!(position < index, "`{module}` may import `{import}`, which stands above it");
+        }
+    }
+}
+
+#[test]
+fn files_are_short_and_say_what_they_are() {
+    let tests = sources(&root().join("tests"));
+    let all = sources(&root().join("src")).into_iter().chain(tests);
+    for path in all {
+        let text = std::fs::read_to_string(&path).expect("a file");
+        let lines = text.lines().count();
+        assert!(lines <= MAX_LINES, "{} has {lines} lines, and {MAX_LINES} are the limit", path.display());
+        assert!(text.starts_with("//!"), "{} does not begin with `//!`", path.display());
+    }
+}
+
+#[test]
+fn only_ui_writes_to_the_terminal() {
+    // The simulated engine is a program of its own: its log is its output.
+    let exempt = ["ui/mod.rs", "sim/log.rs", "cli/detach.rs"];
+    for (name, _, text) in modules() {
+        let writes = ["println!", "eprintln!", "print!(", "io::stdout()", "io::stderr()", "anstream::std"];
+        let found = writes.iter().find(|write| text.lines().any(|line| !line.trim_start().starts_with("//") && line.contains(**write)));
+        assert!(found.is_none() || exempt.contains(&name.as_str()), "{name} uses {found:?}; print through `ui::Printer`");
+    }
+}
+
+#[test]
+fn tests_do_not_sleep() {
+    for path in sources(&root().join("tests")) {
+        let text = std::fs::read_to_string(&path).expect("a file");
+        // Split, so that this line does not find itself.
+        for sleep in [concat!("thread::", "sleep("), concat!("time::", "sleep(")] {
+            assert!(!text.contains(sleep), "{} sleeps; wait for what the test needs, with a deadline", path.display());
+        }
+    }
+}
+
+#[test]
+fn nothing_of_a_developers_machine_is_in_the_project() {
+    let own = concat!("/wo", "rk/");
+    let files = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "Cargo.toml"];
+    let named = files.iter().map(|name| root().join(name));
+    let code = sources(&root().join("src")).into_iter().chain(sources(&root().join("tests")));
+    for path in named.chain(code) {
+        let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(!text.contains(own), "{} names a path of one machine", path.display());
+    }
+}

