@@ -1,0 +1,173 @@
+//! `xpyd demo`: a whole life of a fleet on simulated engines, for those who have just met xpyd.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser};
+use futures_util::StreamExt;
+
+use super::bench::{self, Target};
+use super::{block_on, request, up};
+use crate::app::{self, Ready, Run};
+use crate::machine;
+use crate::profile::{self, Override};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{Printer, table};
+
+/// Arguments of `xpyd demo`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Arguments {
+    /// Requests of the benchmark, one a second.
+    #[arg(long, default_value_t = 30, value_name = "COUNT")]
+    num_prompts: usize,
+    /// Timing of the simulated engines.
+    #[arg(long, default_value = "h100-llama-3.1-8b")]
+    preset: String,
+    /// Added to every port of the fleet; without it, the demo looks for free ones.
+    #[arg(long)]
+    port_offset: Option<u16>,
+    /// Folder that holds one folder per run.
+    #[arg(long, default_value = "logs", value_name = "DIR")]
+    logs: PathBuf,
+}
+
+/// Offsets that are tried for a demo beside a running fleet.
+const OFFSETS: [u16; 4] = [0, 20, 40, 60];
+
+const QUESTION: &str = "Why do people split prefill from decode?";
+
+pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let machine = machine::survey(&machine::Wanted { model: "", program: None, gpus: false });
+    let profile = |offset: u16| {
+        let overrides = [
+            Override::flag("--engine", "engine", "sim"),
+            Override::flag("--preset", "sim.preset", arguments.preset.as_str()),
+            Override::flag("--port-offset", "port_offset", i64::from(offset)),
+        ];
+        profile::load("2p2d", &overrides).map_err(request::profile_failure)
+    };
+    let mut offset = arguments.port_offset.unwrap_or(0);
+    if arguments.port_offset.is_none() {
+        for candidate in OFFSETS {
+            offset = candidate;
+            let plan = request::build(&profile(candidate)?, &machine, &arguments.logs)?;
+            if plan.ports().iter().all(|(port, _)| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()) {
+                break;
+            }
+        }
+    }
+    let profile = profile(offset)?;
+    let draft = request::build(&profile, &machine, &arguments.logs)?;
+    // A name of its own, so that a demo beside a running fleet is not in its way.
+    let name = format!("demo-{}", std::process::id());
+    let run_dir = up::acquire(&name)?;
+    let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS)?;
+    let plan = request::build(&profile, &machine, folder.path())?;
+    up::log_to(folder.path())?;
+    printer.status("xpyd demo: 2 prefill + 2 decode engines, simulated, so no GPU is needed.\n");
+    up::announce(&plan, printer);
+    let run = Run { plan: plan.clone(), name, run_dir, detached: false, printer };
+    let num_prompts = arguments.num_prompts;
+    let mut worked = Ok(ExitStatus::Success);
+    let outcome = block_on(app::run(run, async |ready: Ready| {
+        printer.status(format!("ready: every pair handed over correctly; the OpenAI API is at {}/v1", ready.url));
+        worked = show(&ready, num_prompts, printer).await;
+        printer.status("\ntaking everything down");
+    }))?;
+    let ended = up::conclude(&outcome, &plan, printer)?;
+    let worked = worked?;
+    if worked == ExitStatus::Success && ended == ExitStatus::Success {
+        next_steps(printer);
+    }
+    Ok(if ended == ExitStatus::Success { worked } else { ended })
+}
+
+/// One chat, the benchmark, and where its time went.
+async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<ExitStatus, Failure> {
+    printer.status(format!("\n1. one chat, streamed (simulated engines talk nonsense, but in time)\n\n> {QUESTION}"));
+    chat(ready, printer).await?;
+    printer.status(format!(
+        "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second\n"
+    ));
+    let before = stages(ready);
+    let arguments = benchmark_arguments(num_prompts);
+    let target = Target { base_url: ready.url.clone(), model: ready.model.clone() };
+    let status = bench::run(arguments, Some(target), printer).await?;
+    printer.status("\n3. where the time of a request went, on average, seen by the proxy\n");
+    let rows = stages(ready).into_iter().zip(before).map(|(after, before)| {
+        let count = after.count - before.count;
+        let mean = if count > 0.0 { (after.sum_seconds - before.sum_seconds) * 1000.0 / count } else { 0.0 };
+        vec![after.what.to_owned(), format!("{mean:9.2} ms")]
+    });
+    printer.data(table::render(&["STAGE", "     MEAN"], rows.collect()));
+    Ok(status)
+}
+
+/// Streams one answer to the terminal as it comes.
+async fn chat(ready: &Ready, printer: Printer) -> Result<(), Failure> {
+    let client = reqwest::Client::builder().no_proxy().build().map_err(anyhow::Error::from)?;
+    let body = serde_json::json!({
+        "model": ready.model, "stream": true, "max_tokens": 48,
+        "messages": [{"role": "user", "content": QUESTION}],
+    });
+    let answer = client.post(format!("{}/v1/chat/completions", ready.url)).json(&body).send().await;
+    let mut chunks = answer.and_then(reqwest::Response::error_for_status).map_err(anyhow::Error::from)?.bytes_stream();
+    let mut pending = Vec::new();
+    while let Some(chunk) = chunks.next().await {
+        pending.extend_from_slice(&chunk.map_err(anyhow::Error::from)?);
+        while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = pending.drain(..=end).collect();
+            let event = line.strip_prefix(b"data: ").map(serde_json::from_slice::<serde_json::Value>);
+            if let Some(Ok(event)) = event {
+                printer.data_part(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+            }
+        }
+    }
+    printer.data("");
+    Ok(())
+}
+
+/// The arguments of `xpyd bench` by default, with this many prompts.
+fn benchmark_arguments(num_prompts: usize) -> bench::Arguments {
+    #[derive(Debug, Parser)]
+    struct Bench {
+        #[command(flatten)]
+        arguments: bench::Arguments,
+    }
+    let prompts = num_prompts.to_string();
+    Bench::parse_from(["bench", "--num-prompts", &prompts]).arguments
+}
+
+/// One stage of all requests so far.
+struct Stage {
+    what: &'static str,
+    sum_seconds: f64,
+    count: f64,
+}
+
+/// Reads the proxy's stage histogram.
+fn stages(ready: &Ready) -> Vec<Stage> {
+    let text = ready.proxy.metrics_text();
+    let sample = |suffix: &str, stage: &str| {
+        let prefix = format!("xpyd_stage_seconds_{suffix}{{stage=\"{stage}\"}} ");
+        text.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok()).unwrap_or(0.0)
+    };
+    [
+        ("prefill", "prefill engine reads the prompt"),
+        ("handoff", "KV arrives at the decode engine"),
+        ("decode_first_byte", "decode engine makes the first token"),
+        ("total", "the whole request, to its last token"),
+    ]
+    .into_iter()
+    .map(|(stage, what)| Stage { what, sum_seconds: sample("sum", stage), count: sample("count", stage) })
+    .collect()
+}
+
+fn next_steps(printer: Printer) {
+    printer.status(
+        "\nNext:\n  \
+         xpyd up --engine sim        the same fleet, until Ctrl+C\n  \
+         xpyd plan                   what it would do on this machine with real vLLM\n  \
+         xpyd up                     do it: 2 prefill + 2 decode engines on 4 GPUs\n  \
+         xpyd profiles list          other shapes",
+    );
+}

@@ -1,0 +1,254 @@
+//! A run of xpyd in a folder of its own: its commands, its ports, its processes.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Longest wait for anything; far more than a loaded machine needs.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Every port base of the shipped profiles.
+const BASES: [u16; 8] = [5600, 5700, 7100, 7200, 7300, 7400, 7500, 9100];
+
+/// Ports that a fleet takes from each base.
+const WIDTH: u16 = 10;
+
+/// A number to add to every port of a profile, so that fleets of tests that run at once do not meet.
+fn free_port_offset() -> u16 {
+    // Below the ephemeral range of Linux, so that no outgoing connection is in the way.
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let turn = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(turn < 200, "no free ports");
+        // Bases are 100 apart, so ten fleets fit between them; then a stride that no two bases are apart.
+        let offset = (turn % 10) * WIDTH + (turn / 10) * 1000 + 4000;
+        let free = BASES.iter().all(|base| {
+            (0..WIDTH).all(|index| TcpListener::bind((Ipv4Addr::LOCALHOST, base + offset + index)).is_ok())
+        });
+        if free {
+            return offset;
+        }
+    }
+}
+
+/// A folder with everything of one test's runs in it.
+pub struct Place {
+    folder: tempfile::TempDir,
+    pub offset: u16,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        Self { folder: tempfile::tempdir().expect("a folder"), offset: free_port_offset() }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// `xpyd ARGUMENTS` in this place, untouched by the environment of whoever runs the tests.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
+        command.args(arguments).current_dir(self.path()).env("XDG_RUNTIME_DIR", self.path()).stdin(Stdio::null());
+        for name in ["CLIENT_BOUND", "CLIENT_BOUND_KEY", "XPYD_LOG", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"] {
+            command.env_remove(name);
+        }
+        command.env("HF_HOME", self.path().join("huggingface"));
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().expect("xpyd runs")
+    }
+
+    /// The arguments of `xpyd up` for simulated engines that take no time.
+    pub fn up_arguments(&self, more: &[&str]) -> Vec<String> {
+        let offset = format!("port_offset={}", self.offset);
+        let fixed = ["up", "--engine", "sim", "--set", "sim.preset=instant", "--set", &offset];
+        fixed.iter().chain(more).map(|argument| (*argument).to_owned()).collect()
+    }
+
+    /// Starts `xpyd up` with these arguments more.
+    pub fn up(&self, more: &[&str]) -> Run<'_> {
+        let arguments = self.up_arguments(more);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Run::start(self, &arguments)
+    }
+
+    pub fn proxy_port(&self) -> u16 {
+        9100 + self.offset
+    }
+
+    /// Processes whose current folder is this place: xpyd, its guardian, and everything that they started.
+    pub fn processes(&self) -> Vec<(i32, String)> {
+        let here = self.path().canonicalize().expect("the folder");
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
+            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+            if std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == here) {
+                let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                found.push((pid, String::from_utf8_lossy(&command).replace('\0', " ")));
+            }
+        }
+        found
+    }
+
+    /// Waits until no process of this place is left.
+    pub fn wait_until_empty(&self) {
+        wait_for("an empty place", || {
+            let left = self.processes();
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:#?}")) }
+        });
+    }
+
+    /// Nothing listens on any port of the place's fleet.
+    pub fn assert_no_listener(&self) {
+        for base in BASES {
+            for index in 0..WIDTH {
+                let port = base + self.offset + index;
+                assert!(
+                    std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err(),
+                    "something listens on port {port}"
+                );
+            }
+        }
+    }
+
+    /// A file of the newest run.
+    pub fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path().join("logs/latest").join(name)).unwrap_or_default()
+    }
+}
+
+/// Asks again until the answer is `Ok`, without ever sleeping longer than a moment.
+pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
+    let (_never, pause) = mpsc::channel::<()>();
+    let began = std::time::SystemTime::now();
+    loop {
+        match ask() {
+            Ok(answer) => return answer,
+            Err(state) => assert!(
+                began.elapsed().is_ok_and(|elapsed| elapsed < DEADLINE),
+                "waited too long for {what}: {state}"
+            ),
+        }
+        drop(pause.recv_timeout(Duration::from_millis(20)));
+    }
+}
+
+/// A running `xpyd`, whose stderr is read as it comes.
+pub struct Run<'place> {
+    place: &'place Place,
+    child: Child,
+    lines: Receiver<String>,
+    pub seen: Vec<String>,
+}
+
+impl<'place> Run<'place> {
+    pub fn start(place: &'place Place, arguments: &[&str]) -> Self {
+        let mut child = place
+            .command(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("xpyd starts");
+        let stderr = child.stderr.take().expect("a pipe");
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { place, child, lines, seen: Vec::new() }
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid")
+    }
+
+    /// Reads on until a line contains `text`.
+    pub fn wait_for_line(&mut self, text: &str) -> String {
+        loop {
+            match self.lines.recv_timeout(DEADLINE) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(error) => panic!("no line with `{text}` ({error}):\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    /// Waits until clients are served.
+    pub fn wait_until_ready(&mut self) {
+        self.wait_for_line("ready: every pair");
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).expect("xpyd is there");
+    }
+
+    /// Waits for the end and returns the exit code, and everything that was printed to stderr.
+    pub fn end(mut self) -> (i32, String) {
+        let status = wait_for("the end of xpyd", || match self.child.try_wait() {
+            Ok(Some(status)) => Ok(status),
+            Ok(None) => Err(format!("{:#?}", self.place.processes())),
+            Err(error) => panic!("{error}"),
+        });
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(5)) {
+            self.seen.push(line);
+        }
+        (status.code().unwrap_or(-1), self.seen.join("\n"))
+    }
+
+    /// Stdout so far; blocks until it is closed.
+    pub fn stdout(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(stdout) = &mut self.child.stdout {
+            drop(stdout.read_to_string(&mut text));
+        }
+        text
+    }
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// An answer over HTTP: status and body.
+pub fn post(port: u16, path: &str, body: &str) -> (u16, String) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().expect("a client");
+        let request = client
+            .post(format!("http://127.0.0.1:{port}{path}"))
+            .header("content-type", "application/json")
+            .body(body.to_owned());
+        let answer = request.send().await.expect("an answer");
+        (answer.status().as_u16(), answer.text().await.expect("a body"))
+    })
+}
+
+/// The text of a greedy completion.
+pub fn completion(port: u16, model: &str, prompt: &str) -> String {
+    let body = serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 12});
+    let (status, text) = post(port, "/v1/completions", &body.to_string());
+    assert_eq!(status, 200, "{text}");
+    let answer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    answer["choices"][0]["text"].as_str().expect("a text").to_owned()
+}

@@ -1,0 +1,226 @@
+//! `xpyd up` and its companions on simulated engines: a whole life, and what is left of it.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{Place, completion, post, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+
+#[test]
+fn a_fleet_comes_up_serves_and_leaves_nothing_after_ctrl_c() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let port = place.proxy_port();
+    let through = completion(port, MODEL, "The quick brown fox jumps over the lazy dog");
+    let alone = completion(7200 + place.offset, MODEL, "The quick brown fox jumps over the lazy dog");
+    assert_eq!(through, alone);
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("no process and no listener is left"), "{text}");
+    assert_eq!(place.processes(), []);
+    place.assert_no_listener();
+    for log in ["prefiller1.log", "prefiller2.log", "decoder1.log", "decoder2.log"] {
+        assert!(place.log(log).contains("Application startup complete."), "{log}");
+    }
+}
+
+#[test]
+fn every_connector_and_tensor_parallel_profile_comes_up() {
+    for (profile, more) in [
+        ("2p2d-nixl", vec![]),
+        ("1p1d-tp2", vec![]),
+        ("1p3d", vec![]),
+        ("1p1d", vec!["--set", "lmcache.first_token=prefiller"]),
+    ] {
+        let place = Place::new();
+        let mut run = place.up(&[&["--profile", profile], more.as_slice()].concat());
+        run.wait_until_ready();
+        let text = completion(place.proxy_port(), MODEL, "one two three");
+        assert_eq!(text, completion(7200 + place.offset, MODEL, "one two three"), "{profile}");
+        run.signal(Signal::SIGTERM);
+        let (code, text) = run.end();
+        assert_eq!(code, 0, "{profile}: {text}");
+        assert_eq!(place.processes(), [], "{profile}");
+    }
+}
+
+#[test]
+fn nothing_is_left_when_xpyd_is_killed() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    run.signal(Signal::SIGKILL);
+    place.wait_until_empty();
+    place.assert_no_listener();
+}
+
+#[test]
+fn nothing_is_left_when_xpyd_is_killed_during_the_start() {
+    let place = Place::new();
+    let mut run = place.up(&["--set", "sim.faults=[\"slow-start=60s\"]"]);
+    run.wait_for_line("logs in");
+    wait_for("engines", || if place.processes().len() > 4 { Ok(()) } else { Err(format!("{:?}", place.processes())) });
+    run.signal(Signal::SIGKILL);
+    place.wait_until_empty();
+}
+
+#[test]
+fn a_second_ctrl_c_kills_engines_that_ignore_sigterm() {
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d", "--set", "sim.faults=[\"ignore-sigterm\"]"]);
+    run.wait_until_ready();
+    run.signal(Signal::SIGINT);
+    run.wait_for_line("press Ctrl+C again to force");
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 130, "{text}");
+    assert_eq!(place.processes(), []);
+    place.assert_no_listener();
+}
+
+#[test]
+fn engines_that_ignore_sigterm_are_killed_when_their_grace_is_over() {
+    let place = Place::new();
+    let faults = "sim.faults=[\"ignore-sigterm\"]";
+    let mut run = place.up(&["--profile", "1p1d", "--set", faults, "--set", "deadlines.stop=1s"]);
+    run.wait_until_ready();
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn an_engine_that_fails_to_start_ends_the_run_with_its_first_error() {
+    let place = Place::new();
+    let mut run = place.up(&["--set", "sim.faults=[\"die-at=weights\"]"]);
+    run.wait_for_line("error:");
+    let (code, text) = run.end();
+    assert_eq!(code, 4, "{text}");
+    assert!(text.contains("caused by:") && text.contains("hint: `xpyd logs "), "{text}");
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn a_hand_off_that_moves_no_kv_keeps_the_fleet_from_getting_ready() {
+    let place = Place::new();
+    let faults = "sim.faults=[\"drop-notification\"]";
+    let run = place.up(&["--profile", "1p1d", "--set", faults, "--set", "deadlines.handoff=1s"]);
+    let (code, text) = run.end();
+    assert_eq!(code, 5, "{text}");
+    assert!(text.contains("the hand-off from prefiller1 to decoder1 does not work"), "{text}");
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn the_others_serve_on_when_an_engine_dies_and_the_run_ends_with_the_last_of_a_role() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let engine = |name: &str| {
+        let output = place.run(&["status", "--json"]);
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let engines = status["engines"].as_array().expect("a list").clone();
+        engines.into_iter().find(|engine| engine["id"] == name).expect("an engine")
+    };
+    let kill_engine = |name: &str| {
+        let pid = engine(name)["pid"].as_i64().expect("a pid");
+        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
+    };
+    kill_engine("decoder1");
+    run.wait_for_line("decoder1 failed");
+    for _ in 0..4 {
+        completion(place.proxy_port(), MODEL, "still here");
+    }
+    assert_eq!(engine("decoder1")["state"], "failed");
+    kill_engine("decoder2");
+    let (code, text) = run.end();
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("no decode engine is left"), "{text}");
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn a_detached_run_is_seen_followed_and_stopped_from_elsewhere() {
+    let place = Place::new();
+    let arguments = place.up_arguments(&["--detach"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let started = place.run(&arguments);
+    let text = String::from_utf8_lossy(&started.stderr).into_owned();
+    assert!(started.status.success(), "{text}");
+    assert!(text.contains("ready: every pair") && text.contains("runs in the background"), "{text}");
+
+    let status = place.run(&["status"]);
+    let table = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.status.success() && table.contains("prefiller1") && table.contains("ready"), "{table}");
+
+    let logs = place.run(&["logs", "decoder1", "--tail", "5"]);
+    assert!(logs.status.success() && !logs.stdout.is_empty(), "{logs:?}");
+
+    let second = place.run(&arguments);
+    assert_eq!(second.status.code(), Some(8), "{}", String::from_utf8_lossy(&second.stderr));
+
+    let down = place.run(&["down"]);
+    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    assert_eq!(place.processes(), []);
+    assert_eq!(place.run(&["down"]).status.code(), Some(8));
+    assert_eq!(place.run(&["status"]).status.code(), Some(8));
+    // The files outlive the run.
+    let logs = place.run(&["logs", "decoder1", "--tail", "5"]);
+    assert!(logs.status.success() && !logs.stdout.is_empty(), "{logs:?}");
+}
+
+#[test]
+fn a_detached_run_that_fails_says_so_at_once() {
+    let place = Place::new();
+    let arguments = place.up_arguments(&["--detach", "--set", "sim.faults=[\"die-at=weights\"]"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let started = place.run(&arguments);
+    let text = String::from_utf8_lossy(&started.stderr).into_owned();
+    assert_eq!(started.status.code(), Some(4), "{text}");
+    assert!(text.contains("error:"), "{text}");
+    place.wait_until_empty();
+}
+
+#[test]
+fn a_taken_port_is_named_with_its_holder_before_anything_starts() {
+    let place = Place::new();
+    let port = 7201 + place.offset;
+    let _holder = std::net::TcpListener::bind(("127.0.0.1", port)).expect("a free port");
+    let (code, text) = place.up(&[]).end();
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains(&port.to_string()) && text.contains("decoder2"), "{text}");
+    assert!(text.contains(&std::process::id().to_string()), "the holder: {text}");
+}
+
+#[test]
+fn without_gpus_the_preflight_points_to_the_simulated_engine() {
+    let place = Place::new();
+    let output = place.command(&["up"]).env("PATH", "").output().expect("xpyd runs");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("fail  vllm:") && text.contains("--engine sim"), "{text}");
+}
+
+#[test]
+fn a_dry_run_prints_the_plan_and_starts_nothing() {
+    let place = Place::new();
+    let (dry, plan) = (place.run(&["up", "--engine", "sim", "--dry-run"]), place.run(&["plan", "--engine", "sim"]));
+    assert!(dry.status.success());
+    assert_eq!(String::from_utf8_lossy(&dry.stdout), String::from_utf8_lossy(&plan.stdout));
+    assert!(!place.path().join("logs").exists());
+}
+
+#[test]
+fn a_session_keeps_its_engines() {
+    let place = Place::new();
+    let mut run = place.up(&["--client-bound"]);
+    run.wait_until_ready();
+    let (status, text) = post(place.proxy_port(), "/v1/completions", &format!("{{\"model\":\"{MODEL}\",\"prompt\":\"x\"}}"));
+    assert_eq!(status, 200, "{text}");
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}
