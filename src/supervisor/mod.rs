@@ -1,1 +1,3 @@
-//! To come.
+//! The supervisor.
+
+pub mod guardian;
