@@ -67,7 +67,7 @@ impl Engine {
         let (log, writer) = Log::open(&spawn.log)
             .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
         let inode = log.inode();
-        let mark = format!("{}.{}.{}", getpid(), spawn.engine, spawn.incarnation);
+        let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);
         let (program, arguments) = spawn.argv.split_first().ok_or("its command line is empty")?;
         let mut command = Command::new(program);
         command

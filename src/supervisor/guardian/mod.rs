@@ -10,6 +10,7 @@
 //! It knows nothing of roles, probes, proxies or policy: it starts process trees, keeps what they print, ends them, and
 //! says what happened. Everything that decides is on the other side of the socket.
 
+pub mod client;
 mod engine;
 mod log;
 pub mod process;

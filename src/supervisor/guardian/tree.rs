@@ -19,6 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::protocol::LeftoverProcess;
+use crate::fleet::{EngineId, Incarnation};
 
 /// The variable that marks every process of a tree. vLLM's `setproctitle` wipes it from EngineCore and workers, so it is
 /// a last resort, for daemons that kept nothing else of their tree.
@@ -158,6 +159,11 @@ impl Tree {
             mark,
             seen: HashSet::new(),
         }
+    }
+
+    /// The mark of one incarnation under the guardian with this process id.
+    pub(super) fn mark(guardian: u32, engine: &EngineId, incarnation: Incarnation) -> String {
+        format!("{guardian}.{engine}.{incarnation}")
     }
 
     /// The members now, zombies included: one that was not reaped yet may still have threads.
