@@ -29,6 +29,9 @@ const KILL_AGAIN_REPORTED: Duration = Duration::from_millis(500);
 /// The longest grace that an engine gets when xpyd has disappeared: nobody is left to ask for more.
 const ORPHAN_GRACE: Duration = Duration::from_secs(10);
 
+/// What the rest of its tree gets once the leader has left in that grace.
+const LEADERLESS_GRACE: Duration = Duration::from_secs(2);
+
 /// A running incarnation.
 #[derive(Debug)]
 pub(super) struct Engine {
@@ -210,6 +213,9 @@ impl Engine {
         }
         self.leader_alive = false;
         self.drain_log();
+        if let Ending::KillAt(at) = self.ending {
+            self.ending = Ending::KillAt(at.min(Instant::now() + LEADERLESS_GRACE));
+        }
         Some(Event::Exited {
             engine: self.id.clone(),
             incarnation: self.incarnation,
