@@ -1,1 +1,231 @@
-//! To come.
+//! The supervisor: brings a planned fleet up, keeps watch over it, and takes it down so that nothing is left.
+//!
+//! [`run`] is the whole of it. `state` decides (pure), `driver` carries out, the [`guardian`] owns the processes. It is
+//! the only writer of the fleet's view, and knows no route of the proxy and no flag of an engine.
+
+mod driver;
+pub mod guardian;
+pub mod ports;
+mod probe;
+mod spawn_record;
+mod state;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use self::driver::run;
+pub use self::guardian::protocol::Exit;
+pub use self::ports::{PortConflict, Reservations, reserve};
+use crate::fleet::{EngineId, FleetView, Role};
+use crate::plan::EngineSpec;
+use crate::report::ExitStatus;
+use crate::signals::StopSignal;
+
+/// What to run.
+#[derive(Debug)]
+pub struct Settings {
+    /// The engines, prefill first.
+    pub engines: Vec<EngineSpec>,
+    /// Their ports, held until none of their processes is left.
+    pub reservations: Reservations,
+    /// The run's folder, which exists: logs and `<id>.spawn.json` are written into it.
+    pub run_dir: PathBuf,
+    /// How long requests in flight may go on after a stop was asked for.
+    pub drain_deadline: Duration,
+    /// How long the canaries may take altogether.
+    pub verify_deadline: Duration,
+    /// The run's name, for people.
+    pub run_name: String,
+    /// The `xpyd` program, which is run again as the guardian: `std::env::current_exe()`.
+    pub program: PathBuf,
+}
+
+/// How the supervisor is connected to the rest of xpyd.
+pub struct Wiring {
+    /// Signals that ask for a stop.
+    pub signals: mpsc::Receiver<StopSignal>,
+    /// Requests from the control socket.
+    pub requests: mpsc::Receiver<Request>,
+    /// Where the fleet's view goes; made with [`initial_view`].
+    pub view: watch::Sender<Arc<FleetView>>,
+    /// Proves that a hand-off works between the engines of every pair (prefill, decode).
+    pub verify: Verify,
+}
+
+impl fmt::Debug for Wiring {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Wiring").finish_non_exhaustive()
+    }
+}
+
+/// Sends canaries through pairs of prefill and decode engine; the error is a sentence that names the pair.
+pub type Verify =
+    Box<dyn Fn(Vec<(EngineId, EngineId)>) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+
+/// What others may ask of a running fleet.
+#[derive(Debug)]
+pub enum Request {
+    /// Stop the run.
+    Stop {
+        /// Kill at once instead of draining.
+        force: bool,
+        /// Gets the outcome once the run is over.
+        reply: oneshot::Sender<Outcome>,
+    },
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Why it ended.
+    pub ending: Ending,
+    /// What is still there; empty after a complete teardown.
+    pub left: Vec<Leftover>,
+    /// From the first reason to end until the last look.
+    pub teardown: Duration,
+}
+
+impl Outcome {
+    /// The exit code for it: whatever the reason, something that was left behind is the most important news.
+    pub fn exit_status(&self) -> ExitStatus {
+        if !self.left.is_empty() {
+            return ExitStatus::TeardownIncomplete;
+        }
+        match &self.ending {
+            Ending::Stopped => ExitStatus::Success,
+            Ending::EngineFailed { .. } => ExitStatus::EngineFailed,
+            Ending::NotReady { .. } => ExitStatus::NotReady,
+            Ending::LostRole { .. } | Ending::SupervisionLost { .. } => ExitStatus::Failure,
+            Ending::Forced => ExitStatus::Forced,
+        }
+    }
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ending {
+    /// Somebody asked for it.
+    Stopped,
+    /// An engine ended before the fleet was ready.
+    EngineFailed {
+        /// Which.
+        engine: EngineId,
+        /// Why, in one line that names its log.
+        reason: String,
+        /// How its leader ended; `None` if its program never ran.
+        exit: Option<Exit>,
+    },
+    /// An engine, or a hand-off, was not ready in time.
+    NotReady {
+        /// Which engine; `None` if it was a hand-off.
+        engine: Option<EngineId>,
+        /// Why, in one line.
+        reason: String,
+        /// The time it had.
+        after: Duration,
+    },
+    /// The last engine of a role failed while clients were served.
+    LostRole {
+        /// The role.
+        role: Role,
+        /// Its last engine.
+        engine: EngineId,
+        /// Why that one failed, in one line.
+        reason: String,
+    },
+    /// The guardian could not be started, was killed, or does not answer.
+    SupervisionLost {
+        /// What happened, in one line.
+        reason: String,
+    },
+    /// Somebody asked for an end without grace.
+    Forced,
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => formatter.write_str("stopped"),
+            Self::EngineFailed { engine, reason, .. } => write!(formatter, "{engine} {reason}"),
+            Self::NotReady {
+                engine: Some(engine),
+                reason,
+                ..
+            } => write!(formatter, "{engine} {reason}"),
+            Self::NotReady {
+                engine: None, reason, ..
+            } => formatter.write_str(reason),
+            Self::LostRole { role, engine, reason } => {
+                write!(formatter, "no {role} engine is left: {engine} {reason}")
+            }
+            Self::SupervisionLost { reason } => write!(formatter, "supervision was lost: {reason}"),
+            Self::Forced => formatter.write_str("stopped by force"),
+        }
+    }
+}
+
+/// Something of a run that is still there after its teardown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Leftover {
+    /// A process that SIGKILL did not end.
+    Process {
+        /// Whose, if known.
+        engine: Option<EngineId>,
+        /// Process id.
+        pid: u32,
+        /// Name, 15 characters at most.
+        name: String,
+        /// State letter of `/proc/PID/stat`; `D` is waiting in the kernel.
+        state: char,
+    },
+    /// A port of the plan that somebody listens on.
+    Port {
+        /// Whose it was.
+        engine: EngineId,
+        /// The port.
+        port: u16,
+        /// What it was for.
+        purpose: String,
+        /// Who listens, if it can be seen.
+        holder: Option<ports::Holder>,
+    },
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process {
+                engine,
+                pid,
+                name,
+                state,
+            } => {
+                write!(formatter, "process {pid} (`{name}`, state {state})")?;
+                engine
+                    .as_ref()
+                    .map_or(Ok(()), |engine| write!(formatter, " of {engine}"))
+            }
+            Self::Port {
+                engine,
+                port,
+                purpose,
+                holder,
+            } => {
+                write!(formatter, "port {port} ({purpose} of {engine})")?;
+                holder
+                    .as_ref()
+                    .map_or(Ok(()), |holder| write!(formatter, ", held by {holder}"))
+            }
+        }
+    }
+}
+
+/// The view before anything has happened, for making the `watch` channel.
+pub fn initial_view(engines: &[EngineSpec]) -> FleetView {
+    state::Fleet::new(engines, Duration::ZERO, Duration::ZERO).view(0)
+}

@@ -1,3 +1,4 @@
 //! Behaviour of xpyd through its binary and its public interfaces.
 
+mod supervisor;
 mod tidy;

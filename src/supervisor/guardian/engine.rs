@@ -1,0 +1,283 @@
+//! One incarnation of an engine as the guardian sees it: started, watched, ended.
+//!
+//! Knows no socket: what happened is returned, and `process` passes it on.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::prctl;
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::unistd::{getpid, getppid, setsid};
+use tokio::time::Instant;
+
+use super::log::{Drained, Log};
+use super::protocol::{Event, Exit, LeftoverProcess, Spawn};
+use super::shm::SharedFiles;
+use super::tree::{MARK_VARIABLE, Process, Table, Tree};
+use crate::fleet::{EngineId, Incarnation};
+
+/// How long processes may outlive SIGKILL before they are reported: one that waits in the kernel may take longer.
+const LEFTOVER_AFTER: Duration = Duration::from_secs(5);
+
+/// How often a tree is killed again while it is not empty. Longer once it was reported.
+const KILL_AGAIN: Duration = Duration::from_millis(20);
+const KILL_AGAIN_REPORTED: Duration = Duration::from_millis(500);
+
+/// The longest grace that an engine gets when xpyd has disappeared: nobody is left to ask for more.
+const ORPHAN_GRACE: Duration = Duration::from_secs(10);
+
+/// What the rest of its tree gets once the leader has left in that grace.
+const LEADERLESS_GRACE: Duration = Duration::from_secs(2);
+
+/// A running incarnation.
+#[derive(Debug)]
+pub(super) struct Engine {
+    pub(super) id: EngineId,
+    incarnation: Incarnation,
+    leader: Process,
+    leader_alive: bool,
+    tree: Tree,
+    log: Option<Log>,
+    inode: u64,
+    shared_files: SharedFiles,
+    settled: bool,
+    terminated: bool,
+    stop_grace: Duration,
+    ending: Ending,
+}
+
+/// How far the guardian has gone in ending the tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// Nothing is to be forced.
+    None,
+    /// It is killed at this time unless it is gone by then.
+    KillAt(Instant),
+    /// SIGKILL was first sent at `since`; `again` is when to look next.
+    Killing {
+        since: Instant,
+        again: Instant,
+        reported: bool,
+    },
+}
+
+impl Engine {
+    /// Starts the engine. The error is a sentence for people.
+    pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
+        let (log, writer) = Log::open(&spawn.log)
+            .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
+        let inode = log.inode();
+        let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);
+        let (program, arguments) = spawn.argv.split_first().ok_or("its command line is empty")?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .envs(&spawn.env)
+            .env(MARK_VARIABLE, &mark)
+            .current_dir(&spawn.directory)
+            .stdin(Stdio::null())
+            .stdout(
+                writer
+                    .try_clone()
+                    .map_err(|error| format!("cannot duplicate its log pipe: {error}"))?,
+            )
+            .stderr(writer);
+        prepare_leader(&mut command);
+        let child = command
+            .spawn()
+            .map_err(|error| format!("cannot start `{program}`: {error}"))?;
+        // It cannot be reaped before this returns, because only the loop in `process` reaps.
+        let leader = i32::try_from(child.id())
+            .ok()
+            .and_then(Process::read)
+            .ok_or("its process is not in /proc")?;
+        Ok(Self {
+            tree: Tree::new(leader.pid, inode, mark),
+            id: spawn.engine,
+            incarnation: spawn.incarnation,
+            leader,
+            leader_alive: true,
+            log: Some(log),
+            inode,
+            shared_files: SharedFiles::default(),
+            settled: false,
+            terminated: false,
+            stop_grace: spawn.stop_grace,
+            ending: Ending::None,
+        })
+    }
+
+    /// What tells xpyd that it runs.
+    pub(super) fn spawned(&self) -> Event {
+        Event::Spawned {
+            engine: self.id.clone(),
+            incarnation: self.incarnation,
+            pid: self.leader.pid.unsigned_abs(),
+            pipe: self.inode,
+        }
+    }
+
+    /// Its start is over.
+    pub(super) fn settle(&mut self) {
+        self.settled = true;
+    }
+
+    /// The pipe to poll, while somebody may write to it.
+    pub(super) fn log_descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.log.as_ref().map(Log::descriptor)
+    }
+
+    /// Moves its output to its file.
+    pub(super) fn drain_log(&mut self) {
+        if self.log.as_mut().is_some_and(|log| log.drain() == Drained::Closed) {
+            self.log = None;
+        }
+    }
+
+    /// SIGTERM to the leader, the first time.
+    pub(super) fn terminate(&mut self, foreign: &SharedFiles) {
+        if self.leader_alive && !self.terminated {
+            self.terminated = true;
+            self.look(&Table::read(), foreign);
+            // A leader that is gone by now is reaped in this turn of the loop.
+            let _ = self.leader.signal(Signal::SIGTERM);
+        }
+    }
+
+    /// xpyd is gone: an engine that served gets a bounded grace, one that was still starting gets none.
+    pub(super) fn orphan(&mut self, foreign: &SharedFiles, now: Instant) {
+        if matches!(self.ending, Ending::None) {
+            if self.settled {
+                self.terminate(foreign);
+                self.ending = Ending::KillAt(now + self.stop_grace.min(ORPHAN_GRACE));
+            } else {
+                self.kill(foreign, now);
+            }
+        }
+    }
+
+    /// SIGKILL to the whole tree, now and again until it is empty.
+    pub(super) fn kill(&mut self, foreign: &SharedFiles, now: Instant) {
+        if !matches!(self.ending, Ending::Killing { .. }) {
+            self.look(&Table::read(), foreign);
+            self.tree.freeze_and_kill(getpid().as_raw());
+            self.ending = Ending::Killing {
+                since: now,
+                again: now + KILL_AGAIN,
+                reported: false,
+            };
+        }
+    }
+
+    /// When [`Engine::tick`] has something to do.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
+        match self.ending {
+            Ending::None => None,
+            Ending::KillAt(at) => Some(at),
+            Ending::Killing { again, .. } => Some(again),
+        }
+    }
+
+    /// Does what is due. Returns processes that outlived SIGKILL, once.
+    pub(super) fn tick(&mut self, foreign: &SharedFiles, now: Instant) -> Option<Event> {
+        match self.ending {
+            Ending::None => None,
+            Ending::KillAt(at) => {
+                if now >= at {
+                    self.kill(foreign, now);
+                }
+                None
+            }
+            Ending::Killing { again, .. } if now < again => None,
+            Ending::Killing { since, reported, .. } => {
+                let left = self.tree.freeze_and_kill(getpid().as_raw());
+                let report = !reported && now >= since + LEFTOVER_AFTER && !left.is_empty();
+                let reported = reported || report;
+                let again = now + if reported { KILL_AGAIN_REPORTED } else { KILL_AGAIN };
+                self.ending = Ending::Killing { since, again, reported };
+                report.then(|| Event::Leftover {
+                    engine: Some(self.id.clone()),
+                    processes: left.iter().map(Process::leftover).collect(),
+                })
+            }
+        }
+    }
+
+    /// Takes note of a reaped process; `Some` if it was the leader. Its last output is in the file by then.
+    pub(super) fn reaped(&mut self, pid: i32, exit: Exit) -> Option<Event> {
+        if !self.leader_alive || pid != self.leader.pid {
+            return None;
+        }
+        self.leader_alive = false;
+        self.drain_log();
+        if let Ending::KillAt(at) = self.ending {
+            self.ending = Ending::KillAt(at.min(Instant::now() + LEADERLESS_GRACE));
+        }
+        Some(Event::Exited {
+            engine: self.id.clone(),
+            incarnation: self.incarnation,
+            exit,
+        })
+    }
+
+    /// Learns who is in the tree and what they hold in `/dev/shm`. If leader and tree are gone, cleans up after them, and
+    /// the event says so.
+    pub(super) fn look(&mut self, table: &Table, foreign: &SharedFiles) -> Option<Event> {
+        let members = self.tree.members(table, getpid().as_raw());
+        self.shared_files
+            .add_used_by(members.iter().map(|process| process.pid), foreign);
+        if self.leader_alive || !members.is_empty() {
+            return None;
+        }
+        self.drain_log();
+        self.shared_files.remove_unused();
+        Some(Event::TreeEmpty {
+            engine: self.id.clone(),
+            incarnation: self.incarnation,
+        })
+    }
+
+    /// Whether it is known that only a look can tell that the tree is gone: its leader is.
+    pub(super) fn is_leaderless(&self) -> bool {
+        !self.leader_alive
+    }
+
+    /// Its processes, for a last report.
+    pub(super) fn leftover(&mut self, table: &Table) -> Vec<LeftoverProcess> {
+        let members = self.tree.members(table, getpid().as_raw());
+        members.iter().map(Process::leftover).collect()
+    }
+}
+
+/// What the leader does between fork and exec: an own session, death with the guardian, and signals as a fresh program
+/// expects them (the guardian blocks some, and ignored ones would stay ignored).
+#[expect(unsafe_code, reason = "`pre_exec` is the only way to run code between fork and exec")]
+fn prepare_leader(command: &mut Command) {
+    let guardian = getpid();
+    // SAFETY: the closure makes system calls only (setsid, prctl, getppid, sigprocmask, sigaction), allocates nothing,
+    // takes no lock, and the guardian has a single thread, so nothing can be left half-done by the fork.
+    unsafe {
+        command.pre_exec(move || {
+            setsid()?;
+            prctl::set_pdeathsig(Signal::SIGKILL)?;
+            // Had the guardian died before the line above, nobody would kill this process.
+            if getppid() != guardian {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            for reset in [
+                Signal::SIGPIPE,
+                Signal::SIGINT,
+                Signal::SIGTERM,
+                Signal::SIGHUP,
+                Signal::SIGCHLD,
+            ] {
+                signal(reset, SigHandler::SigDfl)?;
+            }
+            SigSet::empty().thread_set_mask()?;
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,378 @@
+//! The body of `xpyd guardian`: one thread that waits for commands, children and output, and never blocks on any of them.
+//!
+//! Its control socket is its stdin, both ways. It ends when told to, or when the socket closes because xpyd is gone:
+//! then it takes every engine down first. No signal ends it but SIGKILL, and that takes the leaders with it.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{getpid, setsid};
+use tokio::time::Instant;
+
+use super::engine::Engine;
+use super::protocol::{self, Command, Event, Exit, ProtocolError, Spawn};
+use super::shm::SharedFiles;
+use super::tree::{Process, Table};
+use crate::fleet::EngineId;
+use crate::report::ExitStatus;
+
+/// How often trees are looked at while nothing happens, to know members before their parents are gone.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How often a tree without a leader is looked at: its last members may not be the guardian's to reap.
+const LOOK_LEADERLESS: Duration = Duration::from_millis(200);
+
+/// How long the end may take once nobody can be told any more. A process that waits in the kernel for longer is left.
+const END_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long strays may outlive SIGKILL in a shutdown before they are reported.
+const STRAYS_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Runs the guardian to its end.
+///
+/// Must be called before any other thread is started. Returns [`ExitStatus::Usage`] if stdin is no Unix socket, which is
+/// what a person who types the hidden command has.
+pub fn run() -> ExitStatus {
+    let Ok(control) = control_socket() else {
+        return ExitStatus::Usage;
+    };
+    match Guardian::start(control) {
+        Ok(mut guardian) => guardian.serve(),
+        Err(_) => ExitStatus::Bug,
+    }
+}
+
+/// The socket that is this process's stdin.
+fn control_socket() -> io::Result<UnixStream> {
+    let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    socket.peer_addr()?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// What the guardian is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// xpyd is there.
+    Serving,
+    /// xpyd is gone or wants an end; by this time the guardian ends, whatever is left.
+    Ending(Instant),
+}
+
+#[derive(Debug)]
+struct Guardian {
+    control: Control,
+    children: SignalFd,
+    engines: Vec<Engine>,
+    /// What was in `/dev/shm` before any engine was.
+    foreign: SharedFiles,
+    mode: Mode,
+    next_look: Instant,
+}
+
+impl Guardian {
+    fn start(socket: UnixStream) -> io::Result<Self> {
+        // A session of its own: the terminal's Ctrl+C and hang-up are xpyd's to handle.
+        setsid()?;
+        prctl::set_child_subreaper(true)?;
+        // Blocked rather than ignored, because ignoring is inherited by engines even through exec.
+        let mut children = SigSet::empty();
+        children.add(Signal::SIGCHLD);
+        let mut blocked = children;
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+            blocked.add(signal);
+        }
+        blocked.thread_block()?;
+        Ok(Self {
+            control: Control::new(socket),
+            children: SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
+            engines: Vec::new(),
+            foreign: SharedFiles::present(),
+            mode: Mode::Serving,
+            next_look: Instant::now(),
+        })
+    }
+
+    fn serve(&mut self) -> ExitStatus {
+        self.control.send(&Event::Hello {
+            version: protocol::VERSION,
+        });
+        loop {
+            self.control.flush();
+            self.wait();
+            self.engines.iter_mut().for_each(Engine::drain_log);
+            self.reap();
+            if self.mode == Mode::Serving {
+                self.obey();
+            }
+            let now = Instant::now();
+            for engine in &mut self.engines {
+                if let Some(event) = engine.tick(&self.foreign, now) {
+                    self.control.send(&event);
+                }
+            }
+            self.look(now);
+            if let Mode::Ending(deadline) = self.mode
+                && (self.engines.is_empty() || now >= deadline)
+            {
+                return self.end();
+            }
+        }
+    }
+
+    /// Waits for anything to happen or become due.
+    fn wait(&self) {
+        let mut polled = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+        if self.mode == Mode::Serving {
+            polled.push(PollFd::new(self.control.descriptor(), self.control.interest()));
+        }
+        let logs = self.engines.iter().filter_map(Engine::log_descriptor);
+        polled.extend(logs.map(|pipe| PollFd::new(pipe, PollFlags::POLLIN)));
+
+        let due = self.engines.iter().filter_map(Engine::next_tick);
+        let look = (!self.engines.is_empty()).then_some(self.next_look);
+        let end = match self.mode {
+            Mode::Serving => None,
+            Mode::Ending(deadline) => Some(deadline),
+        };
+        let timeout = due.chain(look).chain(end).min().map(|instant| {
+            // One more millisecond, because a timeout that is rounded down would spin until the instant has come.
+            let wait = instant.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        });
+        // Interrupted or not, the loop looks at everything.
+        let _ = poll(&mut polled, timeout);
+    }
+
+    /// Reaps every ended child, adopted ones too.
+    fn reap(&mut self) {
+        while let Ok(Some(_)) = self.children.read_signal() {}
+        loop {
+            let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, Exit::Code(code)),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Exit::Signal(signal as i32)),
+                Err(Errno::EINTR) => continue,
+                Ok(_) | Err(_) => return,
+            };
+            // Anything that was reaped may have been the last of its tree.
+            self.next_look = Instant::now();
+            for engine in &mut self.engines {
+                if let Some(event) = engine.reaped(pid.as_raw(), exit) {
+                    self.control.send(&event);
+                }
+            }
+        }
+    }
+
+    /// Looks at all trees, if it is time, and lets go of those that are empty.
+    fn look(&mut self, now: Instant) {
+        if now < self.next_look || self.engines.is_empty() {
+            return;
+        }
+        let table = Table::read();
+        let (control, foreign) = (&mut self.control, &self.foreign);
+        self.engines.retain_mut(|engine| {
+            let gone = engine.look(&table, foreign);
+            if let Some(event) = &gone {
+                control.send(event);
+            }
+            gone.is_none()
+        });
+        let leaderless = self.engines.iter().any(Engine::is_leaderless);
+        self.next_look = now + if leaderless { LOOK_LEADERLESS } else { LOOK_EVERY };
+    }
+
+    /// Carries out what xpyd asked for.
+    fn obey(&mut self) {
+        let open = self.control.receive();
+        loop {
+            match self.control.command() {
+                Ok(Some(command)) => self.carry_out(command),
+                Ok(None) => break,
+                // A peer that speaks another language cannot be obeyed; the engines must not be left to nobody.
+                Err(_) => return self.orphan(),
+            }
+        }
+        if !open && self.mode == Mode::Serving {
+            self.orphan();
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        let now = Instant::now();
+        match command {
+            Command::Spawn(spawn) => self.spawn(spawn),
+            Command::Settled { engine } => self.with(&engine, |engine, _| engine.settle()),
+            Command::Terminate { engine } => self.with(&engine, Engine::terminate),
+            Command::Kill { engine } => self.with(&engine, |engine, foreign| engine.kill(foreign, now)),
+            Command::Shutdown => {
+                for engine in &mut self.engines {
+                    engine.kill(&self.foreign, now);
+                }
+                self.mode = Mode::Ending(now + STRAYS_DEADLINE);
+            }
+        }
+    }
+
+    fn spawn(&mut self, spawn: Spawn) {
+        let (engine, incarnation) = (spawn.engine.clone(), spawn.incarnation);
+        let started = if self.engines.iter().any(|running| running.id == engine) {
+            Err("an earlier start of it is not gone yet".to_owned())
+        } else {
+            Engine::spawn(spawn)
+        };
+        match started {
+            Ok(started) => {
+                self.control.send(&started.spawned());
+                self.engines.push(started);
+            }
+            Err(reason) => self.control.send(&Event::SpawnFailed {
+                engine,
+                incarnation,
+                reason,
+            }),
+        }
+    }
+
+    /// Applies `change` to the engine, if it is still there.
+    fn with(&mut self, engine: &EngineId, change: impl FnOnce(&mut Engine, &SharedFiles)) {
+        if let Some(engine) = self.engines.iter_mut().find(|running| running.id == *engine) {
+            change(engine, &self.foreign);
+        }
+    }
+
+    /// xpyd is gone: nothing of the run may outlive it.
+    fn orphan(&mut self) {
+        let now = Instant::now();
+        for engine in &mut self.engines {
+            engine.orphan(&self.foreign, now);
+        }
+        self.mode = Mode::Ending(now + END_DEADLINE);
+    }
+
+    /// Kills what no engine could be named for, reports what does not go, and says how the guardian ends.
+    fn end(&mut self) -> ExitStatus {
+        let table = Table::read();
+        let mut clean = true;
+        for engine in &mut self.engines {
+            let processes = engine.leftover(&table);
+            if !processes.is_empty() {
+                clean = false;
+                let engine = Some(engine.id.clone());
+                self.control.send(&Event::Leftover { engine, processes });
+            }
+        }
+        let strays = kill_strays();
+        if !strays.is_empty() && self.engines.is_empty() {
+            clean = false;
+            let processes = strays.iter().map(Process::leftover).collect();
+            self.control.send(&Event::Leftover {
+                engine: None,
+                processes,
+            });
+        }
+        self.control.flush();
+        if clean {
+            ExitStatus::Success
+        } else {
+            ExitStatus::TeardownIncomplete
+        }
+    }
+}
+
+/// Kills all that descends from the guardian until nothing does or the time is up. Returns what is left.
+fn kill_strays() -> Vec<Process> {
+    let deadline = Instant::now() + STRAYS_DEADLINE;
+    loop {
+        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
+        let strays: Vec<Process> = Table::read()
+            .descendants(getpid().as_raw())
+            .into_iter()
+            .cloned()
+            .collect();
+        if strays.is_empty() || Instant::now() >= deadline {
+            return strays;
+        }
+        for stray in &strays {
+            let _ = stray.signal(Signal::SIGKILL);
+        }
+        // Not a sleep by name only: there is nothing else left to wait for.
+        let _ = poll(&mut [], PollTimeout::from(5_u8));
+    }
+}
+
+/// The guardian's end of the socket. Nothing here blocks: what cannot be sent yet is kept.
+#[derive(Debug)]
+struct Control {
+    socket: UnixStream,
+    incoming: Vec<u8>,
+    outgoing: Vec<u8>,
+}
+
+impl Control {
+    fn new(socket: UnixStream) -> Self {
+        Self {
+            socket,
+            incoming: Vec::new(),
+            outgoing: Vec::new(),
+        }
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn interest(&self) -> PollFlags {
+        if self.outgoing.is_empty() {
+            PollFlags::POLLIN
+        } else {
+            PollFlags::POLLIN | PollFlags::POLLOUT
+        }
+    }
+
+    /// Events are small and few per incarnation, so what waits here is bounded by them.
+    fn send(&mut self, event: &Event) {
+        // Events hold only short strings that are UTF-8, so all of them can be written.
+        let _ = protocol::encode(event, &mut self.outgoing);
+    }
+
+    fn flush(&mut self) {
+        while !self.outgoing.is_empty() {
+            match self.socket.write(&self.outgoing) {
+                Ok(count) => drop(self.outgoing.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // The reading side will see the end as well.
+                Err(_) => self.outgoing.clear(),
+            }
+        }
+    }
+
+    /// Reads what is there. False once the other end is closed.
+    fn receive(&mut self) -> bool {
+        let mut buffer = [0; 1 << 14];
+        // A peer that sends without end is refused by the protocol, one buffer of a message at a time.
+        while self.incoming.len() < 2 * protocol::MAX_MESSAGE_BYTES {
+            match self.socket.read(&mut buffer) {
+                Ok(0) => return false,
+                Ok(count) => self.incoming.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    fn command(&mut self) -> Result<Option<Command>, ProtocolError> {
+        protocol::decode(&mut self.incoming)
+    }
+}

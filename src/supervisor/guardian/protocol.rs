@@ -1,0 +1,269 @@
+//! What xpyd and its guardian say to each other: one JSON object a line, over a Unix socket pair.
+//!
+//! Knows no process and no socket. Both ends are the same binary, but an upgraded xpyd may meet an older guardian, so
+//! the guardian's first message carries the version.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::fleet::{EngineId, Incarnation};
+
+/// Grows with every change that an older peer would not understand.
+pub const VERSION: u32 = 1;
+
+/// The longest message, in bytes, its newline included. A spawn carries a whole command line and its variables.
+pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
+
+/// What xpyd asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Command {
+    /// Start an engine. Answered by [`Event::Spawned`] or [`Event::SpawnFailed`].
+    Spawn(Spawn),
+    /// The engine's start is over: should xpyd disappear, it gets its grace instead of being killed at once.
+    Settled {
+        /// Which engine.
+        engine: EngineId,
+    },
+    /// SIGTERM to the leader, at most once per incarnation: a second one can kill vLLM in the middle of its cleanup.
+    Terminate {
+        /// Which engine.
+        engine: EngineId,
+    },
+    /// SIGKILL to the whole tree, until it is empty.
+    Kill {
+        /// Which engine.
+        engine: EngineId,
+    },
+    /// Kill whatever is left of anything, and exit.
+    Shutdown,
+}
+
+/// How to start an engine.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spawn {
+    /// Which engine.
+    pub engine: EngineId,
+    /// Which start of it; every event about it repeats this.
+    pub incarnation: Incarnation,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Variables set on top of the guardian's own environment, which is xpyd's.
+    pub env: BTreeMap<String, String>,
+    /// Working directory.
+    pub directory: PathBuf,
+    /// File that gets its output, appended.
+    pub log: PathBuf,
+    /// How long it may take to leave after SIGTERM, should xpyd disappear.
+    pub stop_grace: Duration,
+}
+
+/// Arguments and variables may hold secrets, so they are not shown.
+impl fmt::Debug for Spawn {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Spawn")
+            .field("engine", &self.engine)
+            .field("incarnation", &self.incarnation)
+            .field("log", &self.log)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the guardian reports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// The first message.
+    Hello {
+        /// The guardian's [`VERSION`].
+        version: u32,
+    },
+    /// The engine's leader runs.
+    Spawned {
+        /// Which engine.
+        engine: EngineId,
+        /// Which start of it.
+        incarnation: Incarnation,
+        /// Process id of the leader, which is also its session's id.
+        pid: u32,
+        /// Inode of the pipe that the tree writes its output to; who holds it belongs to the tree.
+        pipe: u64,
+    },
+    /// The engine's program could not be started; nothing of it is there.
+    SpawnFailed {
+        /// Which engine.
+        engine: EngineId,
+        /// Which start of it.
+        incarnation: Incarnation,
+        /// Why, in one line.
+        reason: String,
+    },
+    /// The engine's leader ended. Others of its tree may live on.
+    Exited {
+        /// Which engine.
+        engine: EngineId,
+        /// Which start of it.
+        incarnation: Incarnation,
+        /// How.
+        exit: Exit,
+    },
+    /// No process of the engine is left. The last event of an incarnation.
+    TreeEmpty {
+        /// Which engine.
+        engine: EngineId,
+        /// Which start of it.
+        incarnation: Incarnation,
+    },
+    /// These processes were sent SIGKILL a while ago and are still there.
+    Leftover {
+        /// Which engine; `None` for strays that no engine can be named for.
+        engine: Option<EngineId>,
+        /// The processes.
+        processes: Vec<LeftoverProcess>,
+    },
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exit {
+    /// By itself, with this code. vLLM exits with 0 after a crash as well, so 0 says nothing.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(formatter, "exited with code {code}"),
+            Self::Signal(number) => match Signal::try_from(*number) {
+                Ok(signal) => write!(formatter, "was killed by {signal}"),
+                Err(_) => write!(formatter, "was killed by signal {number}"),
+            },
+        }
+    }
+}
+
+/// A process that outlived SIGKILL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftoverProcess {
+    /// Its process id.
+    pub pid: u32,
+    /// Its name, as the kernel has it (15 characters at most).
+    pub name: String,
+    /// Its state letter: `D` waits in the kernel where no signal reaches it.
+    pub state: char,
+}
+
+/// Why a message could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// The message is not what this version understands.
+    #[error("message is not understood")]
+    Malformed(#[source] serde_json::Error),
+    /// The message could not be put into JSON: a path that is not UTF-8.
+    #[error("message cannot be encoded")]
+    Unencodable(#[source] serde_json::Error),
+    /// The message is too long.
+    #[error("message is longer than {MAX_MESSAGE_BYTES} bytes")]
+    TooLong,
+}
+
+/// Appends `message` and its newline to `outgoing`.
+pub(super) fn encode(message: &impl Serialize, outgoing: &mut Vec<u8>) -> Result<(), ProtocolError> {
+    let line = serde_json::to_vec(message).map_err(ProtocolError::Unencodable)?;
+    if line.len() >= MAX_MESSAGE_BYTES {
+        return Err(ProtocolError::TooLong);
+    }
+    outgoing.extend_from_slice(&line);
+    outgoing.push(b'\n');
+    Ok(())
+}
+
+/// Takes the first whole message out of `incoming`; `None` if there is none yet.
+pub(super) fn decode<T: DeserializeOwned>(incoming: &mut Vec<u8>) -> Result<Option<T>, ProtocolError> {
+    let Some(end) = incoming.iter().position(|byte| *byte == b'\n') else {
+        return if incoming.len() >= MAX_MESSAGE_BYTES {
+            Err(ProtocolError::TooLong)
+        } else {
+            Ok(None)
+        };
+    };
+    let line: Vec<u8> = incoming.drain(..=end).collect();
+    serde_json::from_slice(&line)
+        .map(Some)
+        .map_err(ProtocolError::Malformed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_arbitrary_fragmentation() {
+        let sent = vec![
+            Event::Hello { version: VERSION },
+            Event::Exited {
+                engine: EngineId::named("decoder1"),
+                incarnation: Incarnation::FIRST,
+                exit: Exit::Signal(9),
+            },
+            Event::Leftover {
+                engine: None,
+                processes: vec![LeftoverProcess {
+                    pid: 7,
+                    name: "a\nb".into(),
+                    state: 'D',
+                }],
+            },
+        ];
+        let mut wire = Vec::new();
+        for event in &sent {
+            encode(event, &mut wire).unwrap();
+        }
+        for size in 1..wire.len() {
+            let (mut incoming, mut received) = (Vec::new(), Vec::<Event>::new());
+            for fragment in wire.chunks(size) {
+                incoming.extend_from_slice(fragment);
+                while let Some(event) = decode(&mut incoming).unwrap() {
+                    received.push(event);
+                }
+            }
+            assert_eq!(received, sent, "fragments of {size} bytes");
+        }
+    }
+
+    #[test]
+    fn a_message_without_an_end_is_refused_instead_of_buffered_for_ever() {
+        let mut incoming = vec![b'x'; MAX_MESSAGE_BYTES];
+        assert!(matches!(decode::<Event>(&mut incoming), Err(ProtocolError::TooLong)));
+    }
+
+    #[test]
+    fn a_spawn_never_shows_its_variables() {
+        let spawn = Spawn {
+            engine: EngineId::named("decoder1"),
+            incarnation: Incarnation::FIRST,
+            argv: vec!["vllm".into(), "--api-key".into(), "swordfish".into()],
+            env: BTreeMap::from([("HF_TOKEN".into(), "hf_swordfish".into())]),
+            directory: "/".into(),
+            log: "decoder1.log".into(),
+            stop_grace: Duration::ZERO,
+        };
+        assert!(!format!("{:?}", Command::Spawn(spawn)).contains("swordfish"));
+    }
+
+    #[test]
+    fn exits_read_as_sentences() {
+        assert_eq!(Exit::Code(0).to_string(), "exited with code 0");
+        assert_eq!(Exit::Signal(9).to_string(), "was killed by SIGKILL");
+    }
+}

@@ -1,0 +1,154 @@
+//! Files in `/dev/shm` that an engine leaves behind when it is killed: found while its processes live, removed after.
+//!
+//! A leaked segment makes the next start of vLLM fail for ever (vLLM issues 51579 and 54002). Knows only process ids.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+const FOLDER: &str = "/dev/shm";
+
+/// Files by path, with the inode that tells a file from a later one of the same name.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SharedFiles(BTreeMap<PathBuf, u64>);
+
+impl SharedFiles {
+    /// All files that are there now.
+    pub(super) fn present() -> Self {
+        let Ok(entries) = std::fs::read_dir(FOLDER) else {
+            return Self::default();
+        };
+        Self(
+            entries
+                .flatten()
+                .filter_map(|entry| {
+                    let metadata = entry.metadata().ok().filter(std::fs::Metadata::is_file)?;
+                    Some((entry.path(), metadata.ino()))
+                })
+                .collect(),
+        )
+    }
+
+    /// Adds the files that a process of `pids` has open or mapped, of those that are not in `foreign`.
+    ///
+    /// Reading the maps of a large process costs milliseconds, so nothing is read when there is nothing new to explain.
+    pub(super) fn add_used_by(&mut self, pids: impl Iterator<Item = i32>, foreign: &Self) {
+        let mut unexplained = Self::present();
+        unexplained
+            .0
+            .retain(|path, inode| foreign.0.get(path) != Some(inode) && self.0.get(path) != Some(inode));
+        if unexplained.0.is_empty() {
+            return;
+        }
+        for pid in pids {
+            for path in used_by(pid) {
+                if let Some(inode) = unexplained.0.remove(&path) {
+                    self.0.insert(path, inode);
+                }
+            }
+        }
+    }
+
+    /// Removes every file that is still the same one, belongs to this user, and that no process uses any more.
+    pub(super) fn remove_unused(&self) {
+        let own = nix::unistd::geteuid().as_raw();
+        let mut leaked: Vec<&Path> = self
+            .0
+            .iter()
+            .filter(|(path, inode)| {
+                std::fs::symlink_metadata(path).is_ok_and(|now| now.ino() == **inode && now.uid() == own)
+            })
+            .map(|(path, _)| path.as_path())
+            .collect();
+        if leaked.is_empty() {
+            return;
+        }
+        let Ok(entries) = std::fs::read_dir("/proc") else {
+            return;
+        };
+        for pid in entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        {
+            for path in used_by(pid) {
+                leaked.retain(|candidate| *candidate != path);
+            }
+        }
+        for path in leaked {
+            // Gone in the meantime is as good.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Files in the folder that process `pid` has mapped or open. Empty for a process that is gone or not ours to read.
+fn used_by(pid: i32) -> Vec<PathBuf> {
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let mapped = String::from_utf8_lossy(&maps)
+        .lines()
+        .filter_map(|line| line.find(FOLDER).map(|start| PathBuf::from(&line[start..])))
+        .collect::<Vec<_>>();
+    let opened = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .filter(|target| target.starts_with(FOLDER));
+    mapped.into_iter().chain(opened).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own_pid() -> i32 {
+        i32::try_from(std::process::id()).unwrap()
+    }
+
+    #[test]
+    fn a_file_is_removed_once_nobody_uses_it_and_not_before() {
+        let file = tempfile::Builder::new()
+            .prefix("xpyd-test-")
+            .tempfile_in(FOLDER)
+            .unwrap();
+        let mut files = SharedFiles::default();
+        files.add_used_by([own_pid()].into_iter(), &SharedFiles::default());
+        files.remove_unused();
+        assert!(file.path().exists(), "this process has it open");
+        let (handle, path) = file.keep().unwrap();
+        drop(handle);
+        files.remove_unused();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_that_was_there_before_is_never_taken() {
+        let file = tempfile::Builder::new()
+            .prefix("xpyd-test-")
+            .tempfile_in(FOLDER)
+            .unwrap();
+        let mut files = SharedFiles::default();
+        files.add_used_by([own_pid()].into_iter(), &SharedFiles::present());
+        assert!(!files.0.contains_key(file.path()));
+    }
+
+    #[test]
+    fn a_new_file_of_the_same_name_is_left_alone() {
+        let file = tempfile::Builder::new()
+            .prefix("xpyd-test-")
+            .tempfile_in(FOLDER)
+            .unwrap();
+        let mut files = SharedFiles::default();
+        files.add_used_by([own_pid()].into_iter(), &SharedFiles::default());
+        let (handle, path) = file.keep().unwrap();
+        // The old file stays linked under another name, so that its inode number cannot be given to the new one.
+        let aside = path.with_extension("aside");
+        std::fs::rename(&path, &aside).unwrap();
+        drop(handle);
+        std::fs::write(&path, "somebody else's").unwrap();
+        files.remove_unused();
+        assert!(path.exists());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::remove_file(&aside).unwrap();
+    }
+}

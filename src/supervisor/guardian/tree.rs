@@ -1,0 +1,302 @@
+//! Which processes belong to an engine, from `/proc`; and signals that hit the process they were meant for.
+//!
+//! Knows nothing of commands or sockets. Used by the guardian, and by xpyd itself when the guardian was killed.
+//!
+//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the guardian, or xpyd after it)
+//! **and** one of these holds:
+//! - it is in the leader's session, which EngineCore and workers are;
+//! - it descends from another member (found by walking parents *before* anything is killed);
+//! - it was a member at an earlier look;
+//! - the reaper adopted it, and it holds the tree's log pipe or carries the tree's mark in its environment, which is how
+//!   a daemon that forked twice is found.
+//!
+//! A cgroup per engine would make all of this one line where one is delegated; this works everywhere.
+
+use std::collections::{BTreeMap, HashSet};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::protocol::LeftoverProcess;
+use crate::fleet::{EngineId, Incarnation};
+
+/// The variable that marks every process of a tree. vLLM's `setproctitle` wipes it from EngineCore and workers, so it is
+/// a last resort, for daemons that kept nothing else of their tree.
+pub(super) const MARK_VARIABLE: &str = "XPYD_TREE";
+
+/// One line of the process table.
+#[derive(Debug, Clone)]
+pub(super) struct Process {
+    /// Process id.
+    pub(super) pid: i32,
+    /// Its parent's.
+    pub(super) parent: i32,
+    /// Its session.
+    pub(super) session: i32,
+    /// When it started, in clock ticks since boot. With the pid it names a process for good.
+    pub(super) started: u64,
+    /// State letter.
+    pub(super) state: char,
+    /// Name, 15 characters at most.
+    pub(super) name: String,
+}
+
+impl Process {
+    /// The process `pid` now; `None` once it is gone.
+    pub(super) fn read(pid: i32) -> Option<Self> {
+        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+        Self::parse(&String::from_utf8_lossy(&stat))
+    }
+
+    /// Parses `/proc/PID/stat`: the name is in parentheses and may hold any character, parentheses too.
+    fn parse(stat: &str) -> Option<Self> {
+        let (pid, rest) = stat.split_once(" (")?;
+        let (name, rest) = rest.rsplit_once(") ")?;
+        let fields: Vec<&str> = rest.split(' ').collect();
+        Some(Self {
+            pid: pid.parse().ok()?,
+            name: name.to_owned(),
+            state: fields.first()?.chars().next()?,
+            parent: fields.get(1)?.parse().ok()?,
+            session: fields.get(3)?.parse().ok()?,
+            started: fields.get(19)?.parse().ok()?,
+        })
+    }
+
+    /// Sends `signal`, unless the process is gone and its id belongs to another by now.
+    pub(super) fn signal(&self, signal: Signal) -> Result<(), Errno> {
+        match Self::read(self.pid) {
+            Some(now) if now.started == self.started => kill(Pid::from_raw(self.pid), signal),
+            Some(_) | None => Err(Errno::ESRCH),
+        }
+    }
+
+    /// What people are told about it if it does not go.
+    pub(super) fn leftover(&self) -> LeftoverProcess {
+        LeftoverProcess {
+            pid: self.pid.unsigned_abs(),
+            name: self.name.clone(),
+            state: self.state,
+        }
+    }
+
+    fn holds_pipe(&self, inode: u64) -> bool {
+        let wanted = format!("pipe:[{inode}]");
+        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else {
+            return false;
+        };
+        descriptors
+            .flatten()
+            .any(|entry| std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str()))
+    }
+
+    fn carries(&self, mark: &str) -> bool {
+        let wanted = format!("{MARK_VARIABLE}={mark}");
+        std::fs::read(format!("/proc/{}/environ", self.pid)).is_ok_and(|environment| {
+            environment
+                .split(|byte| *byte == 0)
+                .any(|entry| entry == wanted.as_bytes())
+        })
+    }
+}
+
+/// The process table at one moment, by process id.
+#[derive(Debug)]
+pub(super) struct Table(BTreeMap<i32, Process>);
+
+impl Table {
+    /// Reads all of `/proc`.
+    pub(super) fn read() -> Self {
+        let Ok(entries) = std::fs::read_dir("/proc") else {
+            return Self(BTreeMap::new());
+        };
+        Self(
+            entries
+                .flatten()
+                .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+                .filter_map(Process::read)
+                .map(|process| (process.pid, process))
+                .collect(),
+        )
+    }
+
+    /// All that descend from `root`, without it.
+    pub(super) fn descendants(&self, root: i32) -> Vec<&Process> {
+        let mut found = Vec::new();
+        let mut generation = HashSet::from([root]);
+        while !generation.is_empty() {
+            let children: Vec<&Process> = self
+                .0
+                .values()
+                .filter(|process| generation.contains(&process.parent))
+                .collect();
+            generation = children.iter().map(|process| process.pid).collect();
+            found.extend(children);
+        }
+        found
+    }
+}
+
+/// How to recognise the processes of one incarnation of an engine.
+#[derive(Debug)]
+pub(super) struct Tree {
+    /// Process id of the leader, and of its session.
+    leader: i32,
+    /// Inode of its log pipe.
+    pipe: u64,
+    /// Value of [`MARK_VARIABLE`] in its environment.
+    mark: String,
+    /// Members seen so far and not known to be gone: process id and start time.
+    seen: HashSet<(i32, u64)>,
+}
+
+impl Tree {
+    pub(super) fn new(leader: i32, pipe: u64, mark: String) -> Self {
+        Self {
+            leader,
+            pipe,
+            mark,
+            seen: HashSet::new(),
+        }
+    }
+
+    /// The mark of one incarnation under the guardian with this process id.
+    pub(super) fn mark(guardian: u32, engine: &EngineId, incarnation: Incarnation) -> String {
+        format!("{guardian}.{engine}.{incarnation}")
+    }
+
+    /// The members now, zombies included: one that was not reaped yet may still have threads.
+    pub(super) fn members(&mut self, table: &Table, reaper: i32) -> Vec<Process> {
+        let candidates = table.descendants(reaper);
+        let mut members: HashSet<i32> = HashSet::new();
+        // Candidates come parents first, so one pass follows every chain.
+        for process in &candidates {
+            let belongs = process.session == self.leader
+                || members.contains(&process.parent)
+                || self.seen.contains(&(process.pid, process.started))
+                || process.parent == reaper && (process.holds_pipe(self.pipe) || process.carries(&self.mark));
+            if belongs {
+                members.insert(process.pid);
+            }
+        }
+        let members: Vec<Process> = candidates
+            .into_iter()
+            .filter(|process| members.contains(&process.pid))
+            .cloned()
+            .collect();
+        self.seen = members.iter().map(|process| (process.pid, process.started)).collect();
+        members
+    }
+
+    /// Stops every member, so that none can fork, until a look finds no new one; then kills them all. Returns them.
+    ///
+    /// Bounded: what slips through is found by the next call.
+    pub(super) fn freeze_and_kill(&mut self, reaper: i32) -> Vec<Process> {
+        const MOST_LOOKS: usize = 20;
+        let mut frozen = HashSet::new();
+        let mut members = Vec::new();
+        for _ in 0..MOST_LOOKS {
+            members = self.members(&Table::read(), reaper);
+            let mut found_new = false;
+            for process in &members {
+                if frozen.insert((process.pid, process.started)) {
+                    found_new = true;
+                    // One that is gone already is fine; one that may not be signalled shows up as a leftover.
+                    let _ = process.signal(Signal::SIGSTOP);
+                }
+            }
+            if !found_new {
+                break;
+            }
+        }
+        for process in &members {
+            let _ = process.signal(Signal::SIGKILL);
+        }
+        members
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: i32, parent: i32, session: i32) -> (i32, Process) {
+        let process = Process {
+            pid,
+            parent,
+            session,
+            started: u64::from(pid.unsigned_abs()) * 10,
+            state: 'S',
+            name: "sh".into(),
+        };
+        (pid, process)
+    }
+
+    fn members(tree: &mut Tree, processes: &[(i32, i32, i32)]) -> Vec<i32> {
+        let table = Table(
+            processes
+                .iter()
+                .map(|&(pid, parent, session)| process(pid, parent, session))
+                .collect(),
+        );
+        tree.members(&table, 900).iter().map(|process| process.pid).collect()
+    }
+
+    /// Process ids above the kernel's limit, so that no real process is looked at.
+    const LEADER: i32 = 0x4000_0000;
+
+    #[test]
+    fn a_name_with_spaces_and_parentheses_is_parsed() {
+        let stat = "42 (a) (b c)) S 7 8 9 0 -1 0 0 0 0 0 1 2 3 4 20 0 1 0 12345 0 0";
+        let parsed = Process::parse(stat).unwrap();
+        assert_eq!((parsed.pid, parsed.name.as_str(), parsed.state), (42, "a) (b c)", 'S'));
+        assert_eq!((parsed.parent, parsed.session, parsed.started), (7, 9, 12345));
+    }
+
+    #[test]
+    fn this_process_finds_itself_in_the_table() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let table = Table::read();
+        assert_eq!(table.0[&own].started, Process::read(own).unwrap().started);
+    }
+
+    #[test]
+    fn members_are_the_session_and_all_that_descends_from_it() {
+        let mut tree = Tree::new(LEADER, 0, String::new());
+        let (child, escaped, grandchild, other) = (LEADER + 1, LEADER + 2, LEADER + 3, LEADER + 4);
+        let found = members(
+            &mut tree,
+            &[
+                (LEADER, 900, LEADER),
+                (child, LEADER, LEADER),
+                (escaped, child, escaped),
+                (grandchild, escaped, escaped),
+                (other, 900, other),
+            ],
+        );
+        assert_eq!(found, [LEADER, child, escaped, grandchild]);
+    }
+
+    #[test]
+    fn a_member_seen_before_stays_one_after_its_parents_are_gone() {
+        let mut tree = Tree::new(LEADER, 0, String::new());
+        let escaped = LEADER + 1;
+        members(&mut tree, &[(LEADER, 900, LEADER), (escaped, LEADER, escaped)]);
+        assert_eq!(members(&mut tree, &[(escaped, 900, escaped)]), [escaped]);
+    }
+
+    #[test]
+    fn a_session_of_the_same_number_outside_the_reaper_is_somebody_elses() {
+        let mut tree = Tree::new(LEADER, 0, String::new());
+        assert!(members(&mut tree, &[(LEADER, 1, LEADER)]).is_empty());
+    }
+
+    #[test]
+    fn a_signal_never_hits_a_process_that_took_over_the_id() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let mut stale = Process::read(own).unwrap();
+        stale.started -= 1;
+        assert_eq!(stale.signal(Signal::SIGKILL), Err(Errno::ESRCH));
+    }
+}

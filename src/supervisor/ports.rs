@@ -1,0 +1,221 @@
+//! Holds every port of the plan from before the first spawn until the last process is gone, and names who is in the way.
+//!
+//! A port is held by a socket that is bound with `SO_REUSEADDR` and never listens. While it is held, the engine itself
+//! (uvicorn, ZeroMQ and torch all set `SO_REUSEADDR`) can bind and listen, a probe for a free port without that option
+//! skips it, the kernel does not give it out as an ephemeral port, and connects are refused. Another run of xpyd could
+//! bind it the same way, so a name in the abstract socket namespace, which is as wide as the ports are, locks each port.
+//! The kernel releases both when xpyd dies.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::UnixDatagram;
+
+use tokio::net::TcpSocket;
+
+use crate::fleet::EngineId;
+use crate::plan::EngineSpec;
+
+/// The ports of a plan, held until this is dropped.
+#[derive(Debug, Default)]
+pub struct Reservations {
+    held: Vec<(TcpSocket, UnixDatagram)>,
+}
+
+/// A port of the plan is taken.
+#[derive(Debug, thiserror::Error)]
+#[error("port {port} ({purpose} of {engine}) is taken{}", taken_by(holder.as_ref()))]
+pub struct PortConflict {
+    /// The port.
+    pub port: u16,
+    /// What the plan wants it for.
+    pub purpose: String,
+    /// The engine that wants it.
+    pub engine: EngineId,
+    /// Who has it, if that can be seen.
+    pub holder: Option<Holder>,
+    /// What the kernel said.
+    #[source]
+    pub source: io::Error,
+}
+
+fn taken_by(holder: Option<&Holder>) -> String {
+    holder.map_or_else(String::new, |holder| format!(" by {holder}"))
+}
+
+/// Who has a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// A process that listens on it.
+    Process {
+        /// Process id.
+        pid: u32,
+        /// Name, 15 characters at most.
+        name: String,
+    },
+    /// Another run of xpyd has reserved it.
+    OtherRun,
+    /// Another engine of the same plan.
+    Engine(EngineId),
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { pid, name } => write!(formatter, "process {pid} (`{name}`)"),
+            Self::OtherRun => formatter.write_str("another run of xpyd"),
+            Self::Engine(engine) => write!(formatter, "{engine}"),
+        }
+    }
+}
+
+/// Takes every port of the engines, or none.
+pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
+    let mut reservations = Reservations::default();
+    let mut taken: BTreeMap<u16, &EngineId> = BTreeMap::new();
+    for engine in engines {
+        for wanted in &engine.ports {
+            let conflict = |holder, source| PortConflict {
+                port: wanted.port,
+                purpose: wanted.purpose.clone(),
+                engine: engine.id.clone(),
+                holder,
+                source,
+            };
+            if let Some(other) = taken.insert(wanted.port, &engine.id) {
+                let source = io::ErrorKind::AddrInUse.into();
+                return Err(conflict(Some(Holder::Engine(other.clone())), source));
+            }
+            let lock = lock(wanted.port).map_err(|source| conflict(Some(Holder::OtherRun), source))?;
+            let socket =
+                bind(&engine.endpoint.host, wanted.port).map_err(|source| conflict(listener(wanted.port), source))?;
+            reservations.held.push((socket, lock));
+        }
+    }
+    Ok(reservations)
+}
+
+/// The lock between runs of xpyd.
+fn lock(port: u16) -> io::Result<UnixDatagram> {
+    let name = std::os::unix::net::SocketAddr::from_abstract_name(format!("xpyd/port/{port}"))?;
+    UnixDatagram::bind_addr(&name)
+}
+
+/// Binds without listening. Fails if anybody listens on the port, on whatever address.
+fn bind(host: &str, port: u16) -> io::Result<TcpSocket> {
+    let (socket, address) = if host.contains(':') {
+        (TcpSocket::new_v6()?, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+    } else {
+        (TcpSocket::new_v4()?, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
+/// Whether nobody listens on the port. A reservation is not in the way.
+pub(super) fn is_free(host: &str, port: u16) -> bool {
+    bind(host, port).is_ok()
+}
+
+/// The process that listens on `port`, if this user may see it.
+pub(super) fn listener(port: u16) -> Option<Holder> {
+    let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
+        .iter()
+        .filter_map(|table| std::fs::read_to_string(table).ok())
+        .find_map(|table| table.lines().find_map(|line| listening_inode(line, port)))?;
+    let wanted = format!("socket:[{inode}]");
+    for process in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else {
+            continue;
+        };
+        let holds = |entry: &std::fs::DirEntry| {
+            std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str())
+        };
+        if descriptors.flatten().any(|entry| holds(&entry)) {
+            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            return Some(Holder::Process {
+                pid,
+                name: name.trim_end().to_owned(),
+            });
+        }
+    }
+    None
+}
+
+/// The inode of the socket in one line of `/proc/net/tcp`, if it listens on `port`.
+fn listening_inode(line: &str, port: u16) -> Option<u64> {
+    const LISTEN: &str = "0A";
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let (_, hexadecimal) = fields.get(1)?.rsplit_once(':')?;
+    let listens = *fields.get(3)? == LISTEN && u16::from_str_radix(hexadecimal, 16) == Ok(port);
+    listens.then(|| fields.get(9)?.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+    use crate::supervisor::state::tests::engine;
+
+    fn wants(port: u16) -> Vec<EngineSpec> {
+        let mut spec = engine("decoder1", &[]);
+        spec.ports[0].port = port;
+        vec![spec]
+    }
+
+    fn unused_port() -> u16 {
+        TcpListener::bind(("127.0.0.1", 0))
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port()
+    }
+
+    #[test]
+    fn a_held_port_can_be_listened_on_by_the_engine_but_not_found_free_by_others() {
+        let port = unused_port();
+        let _held = reserve(&wants(port)).unwrap();
+        let unshared = TcpSocket::new_v4().unwrap();
+        assert!(unshared.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).is_err());
+        // The standard library sets SO_REUSEADDR, as servers do.
+        assert!(TcpListener::bind(("127.0.0.1", port)).is_ok());
+    }
+
+    #[test]
+    fn a_conflict_names_the_process_that_listens() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let conflict = reserve(&wants(port)).unwrap_err();
+        assert!(matches!(conflict.holder, Some(Holder::Process { pid, .. }) if pid == std::process::id()));
+        assert!(!is_free("127.0.0.1", port));
+    }
+
+    #[test]
+    fn another_run_cannot_reserve_the_same_port_until_it_is_released() {
+        let port = unused_port();
+        let held = reserve(&wants(port)).unwrap();
+        assert_eq!(reserve(&wants(port)).unwrap_err().holder, Some(Holder::OtherRun));
+        drop(held);
+        assert!(reserve(&wants(port)).is_ok());
+    }
+
+    #[test]
+    fn two_engines_with_the_same_port_are_told_apart_from_a_stranger() {
+        let port = unused_port();
+        let mut engines = wants(port);
+        engines.extend(wants(port));
+        engines[1].id = EngineId::named("decoder2");
+        let conflict = reserve(&engines).unwrap_err();
+        assert_eq!(
+            conflict.to_string(),
+            format!("port {port} (http of decoder2) is taken by decoder1")
+        );
+    }
+}

@@ -1,0 +1,121 @@
+//! Random histories: whatever happens in whatever order, the rules hold and the run ends.
+
+use proptest::prelude::*;
+
+use super::world::{FIRST, World, engine};
+use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation};
+use crate::plan::EngineSpec;
+use crate::supervisor::Ending;
+use crate::supervisor::guardian::protocol::Exit;
+use crate::supervisor::state::Event;
+
+/// One step of a random history. The number picks an engine.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Announce(usize),
+    Probe(usize),
+    Exit(usize),
+    Empty(usize),
+    Stale(usize),
+    Verified(bool),
+    Drained,
+    Wait,
+    Stop,
+    Interrupt,
+    Force,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..4_usize).prop_map(Step::Announce),
+        8 => (0..4_usize).prop_map(Step::Probe),
+        2 => (0..4_usize).prop_map(Step::Exit),
+        2 => (0..4_usize).prop_map(Step::Empty),
+        1 => (0..4_usize).prop_map(Step::Stale),
+        2 => proptest::bool::weighted(0.8).prop_map(Step::Verified),
+        1 => Just(Step::Drained),
+        1 => Just(Step::Wait),
+        1 => Just(Step::Stop),
+        1 => Just(Step::Interrupt),
+        1 => Just(Step::Force),
+    ]
+}
+
+/// Does the step, if the processes are such that it can happen.
+fn take(world: &mut World, ids: &[EngineId], step: Step) {
+    let processes = |world: &World, index: usize| world.processes[&ids[index]];
+    match step {
+        Step::Announce(index) if processes(world, index).leader && !processes(world, index).announced => {
+            world.announce(&ids[index]);
+        }
+        Step::Probe(index) if processes(world, index).leader && processes(world, index).announced => {
+            world.tell(Event::Probed(ids[index].clone(), FIRST));
+        }
+        Step::Exit(index) if processes(world, index).leader && processes(world, index).announced => {
+            if !processes(world, index).terminated && !world.ending {
+                world.unasked_exits += 1;
+            }
+            world.exit(ids[index].as_str());
+        }
+        Step::Empty(index) if processes(world, index).tree && !processes(world, index).leader => {
+            world.empty(ids[index].as_str());
+        }
+        Step::Stale(index) => {
+            let before = format!("{:?}", world.fleet.view(0));
+            world.tell(Event::Exited(ids[index].clone(), Incarnation(0), Exit::Code(0)));
+            assert_eq!(format!("{:?}", world.fleet.view(0)), before);
+        }
+        Step::Verified(ok) if std::mem::take(&mut world.verifying) => {
+            let result = if ok { Ok(()) } else { Err("no KV moved".to_owned()) };
+            world.tell(Event::Verified(result));
+        }
+        Step::Drained if std::mem::take(&mut world.awaiting_idle) => drop(world.tell(Event::Drained)),
+        Step::Wait => world.wait(),
+        Step::Stop => drop(world.tell(Event::Stop)),
+        Step::Interrupt => drop(world.tell(Event::Interrupt)),
+        Step::Force => drop(world.tell(Event::Force)),
+        Step::Announce(_) | Step::Probe(_) | Step::Exit(_) | Step::Empty(_) | Step::Verified(_) | Step::Drained => {}
+    }
+}
+
+proptest! {
+    /// The model asserts with every action that no engine has two incarnations, none is spawned after a stop began, no
+    /// leader gets a second SIGTERM, and the guardian is only let go when no process is left.
+    #[test]
+    fn every_history_keeps_the_rules_and_ends_once_it_is_stopped(
+        steps in prop::collection::vec(step(), 0..60),
+        shared_gpu in any::<bool>(),
+    ) {
+        let gpus: [&[u32]; 4] = if shared_gpu { [&[0], &[0], &[1], &[1]] } else { [&[0], &[1], &[2], &[3]] };
+        let names = ["prefiller1", "prefiller2", "decoder1", "decoder2"];
+        let engines: Vec<EngineSpec> = names.iter().zip(gpus).map(|(name, gpus)| engine(name, gpus)).collect();
+        let ids: Vec<EngineId> = engines.iter().map(|engine| engine.id.clone()).collect();
+        let mut world = World::new(&engines);
+        for step in steps {
+            if world.outcome.is_some() {
+                break;
+            }
+            take(&mut world, &ids, step);
+            let view = world.fleet.view(0);
+            for engine in &view.engines {
+                // Whoever serves is there, and whoever failed or stopped can be entered by nobody.
+                let processes = world.processes[&engine.id];
+                prop_assert!(!engine.state.serves() || processes.leader);
+                prop_assert!(engine.state != EngineState::Failed || engine.load.is_closed());
+            }
+        }
+        if world.outcome.is_none() {
+            world.tell(Event::Stop);
+        }
+        let outcome = world.play_out();
+        let view = world.fleet.view(0);
+        prop_assert_eq!(view.stage, FleetStage::Stopped);
+        for engine in &view.engines {
+            prop_assert!(matches!(engine.state, EngineState::Stopped | EngineState::Failed), "{:?}", engine);
+            prop_assert!(engine.load.is_closed());
+        }
+        if matches!(outcome.ending, Ending::EngineFailed { .. } | Ending::LostRole { .. }) {
+            prop_assert!(world.unasked_exits > 0);
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Process trees that do everything to stay, and a supervisor that leaves none of them behind.
+//!
+//! The trees are small shell scripts; the engine that answers HTTP is this very test program, run again.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod fleet;
+mod guardian;
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// Longer than anything takes on a loaded machine; only a defect waits it out.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// The variable by which a test finds the processes it has started, wherever they ended up.
+const MARK: &str = "XPYD_TEST_MARK";
+
+/// Waits until `condition` holds.
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited too long until {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The processes that carry the mark, by id and name. The dead that wait for their parent have no environment any more.
+fn marked(mark: &str) -> Vec<(u32, String)> {
+    let wanted = format!("{MARK}={mark}");
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environment| {
+                environment
+                    .split(|byte| *byte == 0)
+                    .any(|variable| variable == wanted.as_bytes())
+            })
+        })
+        .map(|pid| {
+            (
+                pid,
+                std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default(),
+            )
+        })
+        .collect()
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}

@@ -1,0 +1,323 @@
+//! The guardian, through its client and real processes.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command as Process, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use tokio::time::timeout;
+use xpyd::fleet::{EngineId, Incarnation};
+use xpyd::supervisor::guardian::client::Guardian;
+use xpyd::supervisor::guardian::protocol::{Command, Event, Exit, Spawn};
+
+use super::{MARK, PATIENCE, marked, read, until};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
+
+/// A leader that ignores SIGTERM, with a worker in its session, one in a session of its own, a daemon that forked twice
+/// and let go of the log, and a grandchild that holds the log. Each says `up` once it is where it wants to be.
+const STUBBORN: &str = r#"
+trap '' TERM
+sleep 1000 &
+setsid sh -c 'echo up; exec sleep 1000' &
+( setsid sh -c 'echo up; exec sleep 1000 >/dev/null 2>&1' & )
+sh -c 'sh -c "echo up; exec sleep 1000" & wait' &
+echo up
+"#;
+const STUBBORN_PROCESSES: usize = 6;
+
+fn stubborn(then: &str) -> String {
+    format!("{STUBBORN}{then}")
+}
+
+/// A guardian with its folder, and a mark that is on everything it starts.
+struct Bench {
+    guardian: Guardian,
+    folder: TempDir,
+    mark: String,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("guardian.log");
+        Self {
+            guardian: Guardian::start(Path::new(PROGRAM), &log).await.unwrap(),
+            mark: folder.path().to_string_lossy().into_owned(),
+            folder,
+        }
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("engine.log")
+    }
+
+    async fn event(&mut self) -> Event {
+        timeout(PATIENCE, self.guardian.event())
+            .await
+            .expect("an event in time")
+            .unwrap()
+    }
+
+    /// Starts the script as engine `decoder1`; returns its leader.
+    async fn spawn(&mut self, script: &str) -> u32 {
+        self.guardian.send(&spawn(script, &self.mark, &self.log())).unwrap();
+        match self.event().await {
+            Event::Spawned { pid, .. } => pid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn spawn_stubborn(&mut self, then: &str) -> u32 {
+        let leader = self.spawn(&stubborn(then)).await;
+        let log = self.log();
+        until("the whole tree is up", || read(&log).lines().count() == 4).await;
+        leader
+    }
+
+    fn kill(&mut self) {
+        self.guardian.send(&Command::Kill { engine: engine() }).unwrap();
+    }
+}
+
+fn engine() -> EngineId {
+    EngineId::named("decoder1")
+}
+
+fn spawn(script: &str, mark: &str, log: &Path) -> Command {
+    Command::Spawn(Spawn {
+        engine: engine(),
+        incarnation: Incarnation::FIRST,
+        argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        env: BTreeMap::from([(MARK.to_owned(), mark.to_owned())]),
+        directory: "/".into(),
+        log: log.to_owned(),
+        stop_grace: Duration::from_mins(10),
+    })
+}
+
+fn tree_empty() -> Event {
+    Event::TreeEmpty {
+        engine: engine(),
+        incarnation: Incarnation::FIRST,
+    }
+}
+
+fn exited(exit: Exit) -> Event {
+    Event::Exited {
+        engine: engine(),
+        incarnation: Incarnation::FIRST,
+        exit,
+    }
+}
+
+#[tokio::test]
+async fn a_kill_leaves_nothing_of_a_tree_that_ignores_sigterm_and_flees() {
+    let mut bench = Bench::new().await;
+    bench.spawn_stubborn("wait").await;
+    assert_eq!(marked(&bench.mark).len(), STUBBORN_PROCESSES);
+    bench.kill();
+    assert_eq!(bench.event().await, exited(Exit::Signal(9)));
+    assert_eq!(bench.event().await, tree_empty());
+    assert_eq!(marked(&bench.mark), []);
+}
+
+#[tokio::test]
+async fn a_leader_that_exits_first_is_reported_and_its_orphans_can_still_be_killed() {
+    let mut bench = Bench::new().await;
+    bench.spawn_stubborn("exit 0").await;
+    assert_eq!(bench.event().await, exited(Exit::Code(0)));
+    assert!(!marked(&bench.mark).is_empty());
+    bench.kill();
+    assert_eq!(bench.event().await, tree_empty());
+    assert_eq!(marked(&bench.mark), []);
+}
+
+#[tokio::test]
+async fn sigterm_reaches_the_leader_only_and_only_once() {
+    let mut bench = Bench::new().await;
+    let script = r#"
+        sh -c 'trap "echo worker got it" TERM; while :; do sleep 0.01; done' &
+        trap 'echo leader got it; trap "echo leader got it again" TERM; sleep 0.2; kill -9 $!; exit 7' TERM
+        echo up
+        while :; do sleep 0.01; done
+    "#;
+    bench.spawn(script).await;
+    let log = bench.log();
+    until("the leader is up", || read(&log).contains("up")).await;
+    for _ in 0..2 {
+        bench.guardian.send(&Command::Terminate { engine: engine() }).unwrap();
+    }
+    assert_eq!(bench.event().await, exited(Exit::Code(7)));
+    // What the worker's own `sleep` does is its business: the tree ends by itself or is still there to be killed.
+    bench.kill();
+    assert_eq!(bench.event().await, tree_empty());
+    assert_eq!(read(&log), "up\nleader got it\n");
+}
+
+#[tokio::test]
+async fn everything_an_engine_prints_is_in_its_log_when_its_end_is_reported() {
+    const LINES: usize = 200_000;
+    let mut bench = Bench::new().await;
+    bench.spawn(&format!("seq 1 {LINES}; printf 'no newline' >&2")).await;
+    assert_eq!(bench.event().await, exited(Exit::Code(0)));
+    let mut expected = (1..=LINES).fold(String::new(), |mut text, line| {
+        writeln!(text, "{line}").unwrap();
+        text
+    });
+    expected.push_str("no newline");
+    assert!(read(&bench.log()) == expected, "the log differs");
+}
+
+#[tokio::test]
+async fn an_engine_starts_with_a_session_default_signals_and_no_stdin() {
+    let mut bench = Bench::new().await;
+    let leader = bench
+        .spawn("cat; grep -E '^Sig(Blk|Ign)' /proc/self/status; readlink /proc/self/fd/0; cut -d' ' -f6 /proc/$$/stat")
+        .await;
+    assert_eq!(bench.event().await, exited(Exit::Code(0)));
+    let text = read(&bench.log());
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let [_, blocked, _, ignored, stdin, session] = words[..] else {
+        panic!("{text}")
+    };
+    // Signals 32 and 33 belong to the C library.
+    let standard = |mask: &str| u64::from_str_radix(mask, 16).unwrap() & 0x7fff_ffff;
+    assert_eq!((standard(blocked), standard(ignored)), (0, 0));
+    assert_eq!((stdin, session), ("/dev/null", leader.to_string().as_str()));
+}
+
+#[tokio::test]
+async fn a_program_that_is_not_there_is_a_failed_spawn() {
+    let mut bench = Bench::new().await;
+    let Command::Spawn(mut wrong) = spawn("", &bench.mark, &bench.log()) else {
+        unreachable!()
+    };
+    wrong.argv = vec!["/no/such/program".to_owned()];
+    bench.guardian.send(&Command::Spawn(wrong)).unwrap();
+    match bench.event().await {
+        Event::SpawnFailed { reason, .. } => assert!(reason.contains("/no/such/program"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_second_start_of_an_engine_that_is_still_there_is_refused() {
+    let mut bench = Bench::new().await;
+    bench.spawn("exec sleep 1000").await;
+    bench
+        .guardian
+        .send(&spawn("exec sleep 1000", &bench.mark, &bench.log()))
+        .unwrap();
+    assert!(matches!(bench.event().await, Event::SpawnFailed { .. }));
+    assert_eq!(marked(&bench.mark).len(), 1);
+}
+
+#[tokio::test]
+async fn shared_memory_of_a_killed_tree_is_removed() {
+    let mut bench = Bench::new().await;
+    let file = tempfile::Builder::new()
+        .prefix("xpyd-test-")
+        .tempdir_in("/dev/shm")
+        .unwrap();
+    let path = file.path().with_extension("segment");
+    bench
+        .spawn(&format!("exec 3<>{}; echo up; exec sleep 1000", path.display()))
+        .await;
+    let log = bench.log();
+    until("the segment is there", || read(&log).contains("up")).await;
+    assert!(path.exists());
+    bench.kill();
+    bench.event().await;
+    assert_eq!(bench.event().await, tree_empty());
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn signals_of_the_terminal_do_not_end_the_guardian() {
+    let mut bench = Bench::new().await;
+    let guardian = Pid::from_raw(bench.guardian.pid().try_into().unwrap());
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        kill(guardian, signal).unwrap();
+    }
+    bench.spawn("exit 3").await;
+    assert_eq!(bench.event().await, exited(Exit::Code(3)));
+}
+
+#[tokio::test]
+async fn a_shutdown_kills_what_is_left_and_ends_the_guardian() {
+    let mut bench = Bench::new().await;
+    bench.spawn_stubborn("wait").await;
+    bench.guardian.send(&Command::Shutdown).unwrap();
+    while timeout(PATIENCE, bench.guardian.event()).await.unwrap().is_ok() {}
+    bench.guardian.ended().await;
+    assert_eq!(marked(&bench.mark), []);
+}
+
+#[tokio::test]
+async fn nothing_is_left_when_the_guardian_is_killed() {
+    for then in ["wait", "exit 0"] {
+        let mut bench = Bench::new().await;
+        bench.spawn_stubborn(then).await;
+        let guardian = Pid::from_raw(bench.guardian.pid().try_into().unwrap());
+        kill(guardian, Signal::SIGKILL).unwrap();
+        while timeout(PATIENCE, bench.guardian.event()).await.unwrap().is_ok() {}
+        assert_eq!(bench.guardian.sweep().await, []);
+        assert_eq!(marked(&bench.mark), [], "leader: {then}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_left_when_xpyd_is_killed_and_engines_that_served_are_asked_first() {
+    for settled in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut xpyd = Process::new(std::env::current_exe().unwrap())
+            .args(["supervisor::guardian::play_xpyd", "--exact", "--ignored", "--nocapture"])
+            .env(PLAY, folder.path())
+            .envs(settled.then_some((PLAY_SETTLED, "1")))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mark = folder.path().to_string_lossy().into_owned();
+        let up = BufReader::new(xpyd.stdout.take().unwrap())
+            .lines()
+            .any(|line| line.unwrap() == "the tree is up");
+        assert!(up && !marked(&mark).is_empty());
+        xpyd.kill().unwrap();
+        xpyd.wait().unwrap();
+        until("nothing is left", || marked(&mark).is_empty()).await;
+        assert_eq!(
+            read(&folder.path().join("engine.log")).contains("asked to leave"),
+            settled
+        );
+    }
+}
+
+const PLAY: &str = "XPYD_TEST_PLAY";
+const PLAY_SETTLED: &str = "XPYD_TEST_PLAY_SETTLED";
+
+/// Not a test: the process that plays xpyd above. It starts a tree, says so, and waits to be killed.
+#[tokio::test]
+#[ignore = "run by another test"]
+async fn play_xpyd() {
+    let Ok(mark) = std::env::var(PLAY) else { return };
+    let folder = PathBuf::from(&mark);
+    let log = folder.join("engine.log");
+    let mut guardian = Guardian::start(Path::new(PROGRAM), &folder.join("guardian.log"))
+        .await
+        .unwrap();
+    let leader = "trap 'echo asked to leave; exit 0' TERM; while :; do sleep 0.01; done";
+    guardian.send(&spawn(&stubborn(leader), &mark, &log)).unwrap();
+    if std::env::var_os(PLAY_SETTLED).is_some() {
+        guardian.send(&Command::Settled { engine: engine() }).unwrap();
+    }
+    assert!(matches!(guardian.event().await.unwrap(), Event::Spawned { .. }));
+    until("the tree is up", || read(&log).lines().count() == 4).await;
+    println!("\nthe tree is up");
+    std::future::pending::<()>().await;
+}
