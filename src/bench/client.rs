@@ -281,7 +281,7 @@ impl Reader {
         }
         if let Some(choice) = chunk.choices.into_iter().flatten().next() {
             if self.has_token {
-                self.answer.gaps.push(received - self.answer.latency);
+                self.answer.gaps.push(received.saturating_sub(self.answer.latency));
             } else {
                 self.answer.first_token = received;
                 self.has_token = true;
@@ -310,7 +310,7 @@ impl Reader {
     }
 }
 
-/// The message in an error's body, in the shapes of OpenAI, of older vLLM and of FastAPI; else the body itself if it is a
+/// The message in an error's body, in the shapes of OpenAI, of older vLLM and of `FastAPI`; else the body itself if it is a
 /// short text.
 fn server_message(body: &[u8]) -> Option<String> {
     let text = match serde_json::from_slice::<Value>(body) {

@@ -41,7 +41,7 @@ pub use self::workload::{Random, RangeRatio, Workload, WorkloadError};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The latest release that a schedule may hold. Beyond it a rate is a typing error.
-const LONGEST_SCHEDULE: Duration = Duration::from_secs(30 * 24 * 3600);
+const LONGEST_SCHEDULE: Duration = Duration::from_hours(30 * 24);
 
 /// The route that requests go to, and with it their shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -248,11 +248,10 @@ impl Spec {
             request_rate,
             burstiness,
         } = self.arrivals;
-        // `!(x > 0)` and not `x <= 0`: NaN is refused too.
-        if !(request_rate > 0.0) {
+        if request_rate.is_nan() || request_rate <= 0.0 {
             return Err(BenchError::RequestRate(request_rate));
         }
-        if !(burstiness > 0.0) {
+        if burstiness.is_nan() || burstiness <= 0.0 {
             return Err(BenchError::Burstiness(burstiness));
         }
         let schedule = self.arrivals.schedule(count, self.workload.seed());

@@ -34,6 +34,18 @@ pub struct Answer {
     pub text: String,
 }
 
+impl Record {
+    /// How late the client was.
+    pub fn release_lag(&self) -> Duration {
+        self.released.saturating_sub(self.scheduled)
+    }
+
+    /// How long the request waited in the client for others to end.
+    pub fn queue_time(&self) -> Duration {
+        self.started.saturating_sub(self.released)
+    }
+}
+
 impl Answer {
     /// Tokens of the answer: the server's count, else one per chunk.
     pub fn output_tokens(&self) -> u64 {

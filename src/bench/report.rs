@@ -102,10 +102,7 @@ impl Report {
 
     /// How much later than scheduled the client released the requests: its own error, which no server is to blame for.
     pub fn release_lag(&self) -> Distribution {
-        let lags = self
-            .records
-            .iter()
-            .map(|record| (record.released - record.scheduled).as_secs_f64());
+        let lags = self.records.iter().map(|record| record.release_lag().as_secs_f64());
         Distribution::of_seconds(lags.collect(), &[50.0, 99.0, 100.0])
     }
 
@@ -130,16 +127,14 @@ impl Report {
         if groups.is_empty() {
             return None;
         }
-        let mut text = format!(
+        let mut lines = vec![format!(
             "Failed requests during benchmark run detected (capping to {}):",
             Self::SHOWN_CAUSES
-        );
-        for (index, FailureGroup { cause, count }) in groups.iter().take(Self::SHOWN_CAUSES).enumerate() {
-            text.push_str(&format!(
-                "\nError {index}: {cause} ({count} of {} requests)",
-                self.records.len()
-            ));
-        }
-        Some(text)
+        )];
+        let shown = groups.iter().take(Self::SHOWN_CAUSES).enumerate();
+        lines.extend(shown.map(|(index, FailureGroup { cause, count })| {
+            format!("Error {index}: {cause} ({count} of {} requests)", self.records.len())
+        }));
+        Some(lines.join("\n"))
     }
 }

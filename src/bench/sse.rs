@@ -163,8 +163,8 @@ mod tests {
             line_end in prop::sample::select(vec!["\n", "\r", "\r\n"]),
             cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..20),
         ) {
-            let whole = lines.iter().map(|line| format!("{line}\n")).collect::<String>();
-            let stream = lines.iter().map(|line| format!("{line}{line_end}")).collect::<String>();
+            let whole = [lines.join("\n").as_str(), "\n"].concat();
+            let stream = [lines.join(line_end).as_str(), line_end].concat();
             let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
             places.extend([0, stream.len()]);
             places.sort_unstable();

@@ -148,7 +148,6 @@ impl Metrics {
 }
 
 fn latencies(answered: &[(&Record, &Answer)], selection: Selection<'_>) -> Vec<(Metric, Distribution)> {
-    let queue_time = |record: &Record| (record.started - record.released).as_secs_f64();
     let values = |metric: Metric| -> Vec<f64> {
         let each = answered.iter();
         match metric {
@@ -159,9 +158,9 @@ fn latencies(answered: &[(&Record, &Answer)], selection: Selection<'_>) -> Vec<(
                 .map(Duration::as_secs_f64)
                 .collect(),
             Metric::E2el => each.map(|(_, answer)| answer.latency.as_secs_f64()).collect(),
-            Metric::ClientQueueTime => each.map(|(record, _)| queue_time(record)).collect(),
+            Metric::ClientQueueTime => each.map(|(record, _)| record.queue_time().as_secs_f64()).collect(),
             Metric::E2elIncludingClientQueue => each
-                .map(|(record, answer)| answer.latency.as_secs_f64() + queue_time(record))
+                .map(|(record, answer)| answer.latency.as_secs_f64() + record.queue_time().as_secs_f64())
                 .collect(),
         }
     };
@@ -186,13 +185,14 @@ fn peaks(answered: &[(&Record, &Answer)]) -> (f64, u64) {
     };
     let mut chunks = Vec::new();
     let mut requests = Vec::new();
-    let mut add = |counts: &mut Vec<u64>, second: usize| {
+    let add = |counts: &mut Vec<u64>, second: usize| {
         if counts.len() <= second {
             counts.resize(second + 1, 0);
         }
         counts[second] += 1;
     };
-    let second = |instant: Duration| usize::try_from((instant - first_start).as_secs()).unwrap_or(usize::MAX);
+    let second =
+        |instant: Duration| usize::try_from(instant.saturating_sub(first_start).as_secs()).unwrap_or(usize::MAX);
     for (record, answer) in answered {
         let mut instant = record.started + answer.first_token;
         add(&mut chunks, second(instant));

@@ -1,1 +1,3 @@
-//! To come.
+//! The command line: clap types and one thin file per verb.
+
+pub mod bench;

@@ -102,7 +102,7 @@ fn requests(result: &mut Map<String, Value>, report: &Report, detailed: bool) {
             [("start_times", each(|_, record| json!(record.started.as_secs_f64())))],
         );
     }
-    let queue_time = each(|_, record| json!((record.started - record.released).as_secs_f64()));
+    let queue_time = each(|_, record| json!(record.queue_time().as_secs_f64()));
     extend(result, [("queue_times", queue_time)]);
     if detailed {
         extend(

@@ -33,7 +33,7 @@ fn spec(request_rate: f64, burstiness: f64) -> Spec {
         ignore_eos: true,
         extra_body: serde_json::Map::new(),
         warmups: 0,
-        request_timeout: Duration::from_secs(60),
+        request_timeout: Duration::from_mins(1),
         metrics: vec![Metric::Ttft, Metric::Tpot, Metric::Itl],
         percentiles: vec![99.0],
         objectives: Vec::new(),

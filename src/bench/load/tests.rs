@@ -78,11 +78,7 @@ async fn a_limit_holds_and_the_wait_for_it_is_recorded_apart() {
     .await;
     assert_eq!(most.load(Ordering::SeqCst), 2);
     assert_eq!(seen.get(), 2);
-    let waits: Vec<Duration> = outcome
-        .records
-        .iter()
-        .map(|record| record.started - record.released)
-        .collect();
+    let waits: Vec<Duration> = outcome.records.iter().map(Record::queue_time).collect();
     assert_eq!(waits, [0, 0, 100, 100, 200, 200].map(milliseconds));
     assert!(outcome.records.iter().all(|record| record.released == record.scheduled));
 }
