@@ -1,1 +1,267 @@
-//! To come.
+//! The load generator: `vllm bench serve`'s workload, arrivals, measures and table, against any OpenAI-compatible server.
+//!
+//! A run is a line of pure steps around one loop: [`workload`] says what is asked, [`arrivals`] when, `load` sends it
+//! through `client` and gets one [`Record`] per request, [`stats`] makes them into numbers, `export` into text. Nothing
+//! here prints, and nothing knows of fleets: a server is a URL.
+//!
+//! "vLLM" in this module means the client of vLLM 0.32.
+
+pub mod arrivals;
+mod client;
+mod export;
+pub mod goodput;
+mod load;
+pub mod models;
+mod numpy;
+pub mod record;
+pub mod report;
+mod sse;
+pub mod stats;
+#[cfg(test)]
+mod vectors;
+pub mod workload;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::header::HeaderMap;
+use tokio_util::sync::CancellationToken;
+
+pub use self::arrivals::Arrivals;
+pub use self::goodput::Objective;
+pub use self::models::{Model, discover};
+pub use self::record::Record;
+pub use self::report::Report;
+pub use self::stats::Metric;
+pub use self::workload::{Random, RangeRatio, Workload, WorkloadError};
+
+/// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
+/// after 1, 3 and 7 seconds.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The latest release that a schedule may hold. Beyond it a rate is a typing error.
+const LONGEST_SCHEDULE: Duration = Duration::from_hours(30 * 24);
+
+/// The route that requests go to, and with it their shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// `/v1/completions`, prompts as token ids.
+    Completions,
+    /// `/v1/chat/completions`, prompts as text.
+    Chat,
+}
+
+impl Backend {
+    /// Its name on vLLM's command line and in its files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Completions => "openai",
+            Self::Chat => "openai-chat",
+        }
+    }
+
+    /// The path it has unless the user says otherwise.
+    pub fn endpoint(self) -> &'static str {
+        match self {
+            Self::Completions => "/v1/completions",
+            Self::Chat => "/v1/chat/completions",
+        }
+    }
+}
+
+/// Everything that decides a run.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// `http://host:port`, without a path.
+    pub base_url: String,
+    /// The shape of the requests.
+    pub backend: Backend,
+    /// The path of the requests; [`Backend::endpoint`] unless the server has another.
+    pub endpoint: String,
+    /// The model's name in the requests.
+    pub model: String,
+    /// Sent with every request. Mark secret values as sensitive.
+    pub headers: HeaderMap,
+    /// What is asked.
+    pub workload: Workload,
+    /// When it is asked.
+    pub arrivals: Arrivals,
+    /// Most requests at the server at once. Others wait in the client; the wait is recorded apart.
+    pub max_concurrency: Option<NonZeroUsize>,
+    /// Asks for answers of the full length.
+    pub ignore_eos: bool,
+    /// More fields of the request's body, such as sampling parameters; they replace those of the same name.
+    pub extra_body: serde_json::Map<String, serde_json::Value>,
+    /// Copies of the first prompt sent before the clock starts.
+    pub warmups: usize,
+    /// How long one request may take from its first byte out to its last byte in. vLLM's client gives 6 hours.
+    pub request_timeout: Duration,
+    /// The latencies that the report shows.
+    pub metrics: Vec<Metric>,
+    /// The percentiles that the report shows, 0 to 100, in this order.
+    pub percentiles: Vec<f64>,
+    /// What a good request keeps to. Empty: no goodput is reported.
+    pub objectives: Vec<Objective>,
+    /// Keeps the generated texts for the detailed report.
+    pub keep_texts: bool,
+}
+
+/// Why there is no run.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The settings make no requests.
+    #[error("the workload cannot be made")]
+    Workload(#[from] WorkloadError),
+    /// Zero, negative or not a number.
+    #[error("the request rate must be more than 0, not {0}")]
+    RequestRate(f64),
+    /// Zero, negative or not a number.
+    #[error("the burstiness must be more than 0, not {0}")]
+    Burstiness(f64),
+    /// The last request would go out in the far future.
+    #[error("at {rate} requests per second, {count} requests take more than 30 days")]
+    TooSlow {
+        /// Requests per second.
+        rate: f64,
+        /// How many.
+        count: usize,
+    },
+    /// The base URL is not one that requests can be sent to.
+    #[error("`{0}` is not a URL of the form `http://host:port`")]
+    BaseUrl(String),
+    /// The HTTP client could not be made.
+    #[error("cannot make an HTTP client")]
+    Client(#[source] reqwest::Error),
+    /// No answer from the server.
+    #[error("no answer from `{url}`")]
+    Unreachable {
+        /// What was asked.
+        url: String,
+        /// Why it failed.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// The server answers, but not with its models.
+    #[error("`{url}` does not list the models of an OpenAI-compatible server: {reason}")]
+    NoModelList {
+        /// What was asked.
+        url: String,
+        /// What came instead.
+        reason: String,
+    },
+    /// The server does not serve the model.
+    #[error("the server does not serve the model `{model}`")]
+    UnknownModel {
+        /// The model asked for.
+        model: String,
+        /// Those it serves.
+        served: Vec<String>,
+    },
+}
+
+/// What a run is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Copies of the first request, which are not measured.
+    WarmingUp,
+    /// The requests of the workload.
+    Measuring,
+}
+
+/// How far a run is.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// What it is doing. The other fields are about this phase alone.
+    pub phase: Phase,
+    /// Requests of the phase.
+    pub total: usize,
+    /// Those that have ended, well or not.
+    pub done: usize,
+    /// Those that have failed.
+    pub failed: usize,
+    /// Those that are at the server.
+    pub in_flight: usize,
+    /// Since the start of the phase.
+    pub elapsed: Duration,
+    /// Mean time to first token so far, in milliseconds.
+    pub mean_ttft_ms: Option<f64>,
+    /// Mean time per output token after the first so far, in milliseconds.
+    pub mean_tpot_ms: Option<f64>,
+}
+
+/// Runs the workload and reports on it. `progress` is called often, from this future; it must not block.
+///
+/// When `stop` is cancelled, requests in flight are dropped and the report is about those that have ended.
+///
+/// # Errors
+/// When the settings make no run. Requests that fail are no error: the report counts them.
+pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationToken) -> Result<Report, BenchError> {
+    let orders: Arc<[workload::Order]> = spec.workload.orders()?.into();
+    let releases = spec.releases(orders.len())?;
+    let client = Arc::new(client::Client::new(spec)?);
+    let run_id = uuid::Uuid::new_v4().simple().to_string();
+    // vLLM's form of request ids, so that logs of servers read the same.
+    let prefix: Arc<str> = format!("bench-{}-", &run_id[..8]).into();
+
+    let warm_up = |index: usize| {
+        let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}warmup-{index}"));
+        async move { client.exchange(&orders[0], &request_id).await }
+    };
+    let at_once = vec![Duration::ZERO; spec.warmups];
+    let warmed = load::drive(
+        &at_once,
+        spec.max_concurrency,
+        warm_up,
+        |tally| {
+            progress(tally.progress(Phase::WarmingUp));
+        },
+        &stop,
+    )
+    .await;
+    for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
+        tracing::warn!(cause, "a warm-up request failed");
+    }
+
+    let measure = |index: usize| {
+        let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}{index}"));
+        async move { client.exchange(&orders[index], &request_id).await }
+    };
+    let measured = load::drive(
+        &releases,
+        spec.max_concurrency,
+        measure,
+        |tally| {
+            progress(tally.progress(Phase::Measuring));
+        },
+        &stop,
+    )
+    .await;
+    let prompt_lengths = orders.iter().map(|order| order.prompt.token_count()).collect();
+    Ok(Report::new(spec, prompt_lengths, measured))
+}
+
+impl Spec {
+    /// When each of `count` requests is released, since the start.
+    fn releases(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
+        let Arrivals {
+            request_rate,
+            burstiness,
+        } = self.arrivals;
+        if request_rate.is_nan() || request_rate <= 0.0 {
+            return Err(BenchError::RequestRate(request_rate));
+        }
+        if burstiness.is_nan() || burstiness <= 0.0 {
+            return Err(BenchError::Burstiness(burstiness));
+        }
+        let schedule = self.arrivals.schedule(count, self.workload.seed());
+        let releases = schedule.into_iter().map(Duration::try_from_secs_f64);
+        match releases.collect::<Result<Vec<_>, _>>() {
+            Ok(releases) if releases.iter().all(|&release| release <= LONGEST_SCHEDULE) => Ok(releases),
+            _ => Err(BenchError::TooSlow {
+                rate: request_rate,
+                count,
+            }),
+        }
+    }
+}

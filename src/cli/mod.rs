@@ -1,5 +1,6 @@
 //! The command line: one thin file per verb.
 
+mod bench;
 mod completions;
 mod plan;
 mod profiles;

@@ -1,5 +1,6 @@
 //! The only place that writes to the terminal: data to stdout, everything else to stderr.
 
+pub mod bench;
 pub mod table;
 
 use std::io::Write;

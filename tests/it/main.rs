@@ -1,4 +1,5 @@
 //! Behaviour of xpyd through its binary and its public interfaces.
 
+mod bench;
 mod supervisor;
 mod tidy;

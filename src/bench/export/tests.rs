@@ -1,0 +1,273 @@
+//! The forms of a report against files that the real `vllm bench serve` wrote.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::bench::record::{Answer, Record};
+use crate::bench::stats::{Distribution, Metric, Metrics, Selection};
+use crate::bench::{Arrivals, Backend, Objective, Random, RangeRatio, Report, Spec, Workload};
+
+fn spec(request_rate: f64, burstiness: f64) -> Spec {
+    Spec {
+        base_url: "http://127.0.0.1:9".to_owned(),
+        backend: Backend::Completions,
+        endpoint: "/v1/completions".to_owned(),
+        model: "tiny".to_owned(),
+        headers: reqwest::header::HeaderMap::new(),
+        workload: Workload::Random(Random {
+            input_length: 1,
+            output_length: 1,
+            range_ratio: RangeRatio::default(),
+            prefix_length: 0,
+            vocabulary_size: 1,
+            prompt_count: 1,
+            seed: 0,
+        }),
+        arrivals: Arrivals {
+            request_rate,
+            burstiness,
+        },
+        max_concurrency: None,
+        ignore_eos: true,
+        extra_body: serde_json::Map::new(),
+        warmups: 0,
+        request_timeout: Duration::from_mins(1),
+        metrics: vec![Metric::Ttft, Metric::Tpot, Metric::Itl],
+        percentiles: vec![99.0],
+        objectives: Vec::new(),
+        keep_texts: true,
+    }
+}
+
+fn report(spec: Spec, metrics: Metrics, records: Vec<Record>, prompt_lengths: Vec<u64>) -> Report {
+    Report {
+        date: "20261122-205142".to_owned(),
+        spec,
+        metrics,
+        records,
+        prompt_lengths,
+        dropped: 0,
+        unsent: 0,
+    }
+}
+
+/// Mean, median and P99.
+fn latency(mean: f64, median: f64, p99: f64) -> Distribution {
+    Distribution {
+        mean,
+        median,
+        deviation: 0.0,
+        percentiles: vec![(99.0, p99)],
+    }
+}
+
+struct Capture {
+    request_rate: f64,
+    completed: usize,
+    tokens: [u64; 2],
+    duration: f64,
+    peaks: (f64, u64),
+    ttft: Distribution,
+    tpot: Distribution,
+    itl: Distribution,
+}
+
+impl Capture {
+    fn table(self) -> String {
+        let metrics = Metrics {
+            duration: self.duration,
+            completed: self.completed,
+            failed: 0,
+            total_input_tokens: self.tokens[0],
+            total_output_tokens: self.tokens[1],
+            request_goodput: None,
+            peak_output_throughput: self.peaks.0,
+            peak_concurrent_requests: self.peaks.1,
+            latencies: vec![
+                (Metric::Ttft, self.ttft),
+                (Metric::Tpot, self.tpot),
+                (Metric::Itl, self.itl),
+            ],
+        };
+        report(spec(self.request_rate, 100.0), metrics, Vec::new(), Vec::new()).table() + "\n"
+    }
+}
+
+#[test]
+fn the_table_of_the_recipe_is_vllms_byte_for_byte() {
+    let table = Capture {
+        request_rate: 1.0,
+        completed: 30,
+        tokens: [225_000, 6000],
+        duration: 32.097_696_895_999_89,
+        peaks: (217.0, 4),
+        ttft: latency(303.183_785_633_329_2, 302.787_525_499_979_9, 306.850_121_010_109),
+        tpot: latency(9.001_381_920_267_873, 9.001_823_660_803_975, 9.005_808_573_667_833),
+        itl: latency(9.001_381_920_267_873, 9.222_502_500_051_633, 11.790_182_410_102_263),
+    };
+    assert_eq!(table.table(), include_str!("captures/recipe.txt"));
+}
+
+#[test]
+fn a_burst_has_no_row_for_its_rate_and_long_values_overflow() {
+    let table = Capture {
+        request_rate: f64::INFINITY,
+        completed: 4,
+        tokens: [30_000, 164],
+        // The file has two decimals; this is the duration that its throughputs imply.
+        duration: 30_164.0 / 115_941.09,
+        peaks: (44.0, 4),
+        ttft: latency(57.49, 57.36, 58.59),
+        tpot: latency(2.5, 2.51, 2.53),
+        itl: latency(10.02, 10.44, 13.34),
+    };
+    assert_eq!(table.table(), include_str!("captures/burst.txt"));
+}
+
+#[test]
+fn the_tables_of_other_runs_are_vllms_byte_for_byte() {
+    let ramp = Capture {
+        request_rate: f64::INFINITY,
+        completed: 12,
+        tokens: [90_000, 60],
+        duration: 90_060.0 / 28_046.63,
+        peaks: (10.0, 5),
+        ttft: latency(53.91, 53.41, 57.18),
+        tpot: latency(2.59, 2.64, 3.1),
+        itl: latency(10.35, 10.54, 12.41),
+    };
+    assert_eq!(ramp.table(), include_str!("captures/ramp.txt"));
+    let two_requests = Capture {
+        request_rate: f64::INFINITY,
+        completed: 2,
+        tokens: [128, 6],
+        duration: 134.0 / 927.14,
+        peaks: (6.0, 2),
+        ttft: latency(103.12, 103.12, 103.49),
+        tpot: latency(20.27, 20.27, 20.39),
+        itl: latency(20.27, 20.24, 20.55),
+    };
+    assert_eq!(two_requests.table(), include_str!("captures/two_requests.txt"));
+}
+
+/// The run of `captures/everything.json`: the real client's clock readings in our records.
+fn everything() -> (Value, Report) {
+    let file: Value = serde_json::from_str(include_str!("captures/everything.json")).unwrap();
+    let at = |key: &str, index: usize| file[key][index].as_f64().unwrap();
+    let duration = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap();
+    let count = file["ttfts"].as_array().unwrap().len();
+    let records = (0..count).map(|index| {
+        let error = file["errors"][index].as_str().unwrap();
+        let gaps = file["itls"][index].as_array().unwrap();
+        let answer = Answer {
+            first_token: duration(at("ttfts", index)),
+            gaps: gaps.iter().map(|gap| duration(gap.as_f64().unwrap())).collect(),
+            latency: duration(at("latencies", index)),
+            prompt_tokens: file["input_lens"][index].as_u64(),
+            completion_tokens: file["output_lens"][index].as_u64(),
+            text: file["generated_texts"][index].as_str().unwrap().to_owned(),
+        };
+        let released = duration(at("start_times", index) - at("queue_times", index));
+        Record {
+            index,
+            scheduled: released,
+            released,
+            started: duration(at("start_times", index)),
+            result: if error.is_empty() {
+                Ok(answer)
+            } else {
+                Err(error.to_owned())
+            },
+        }
+    });
+    let records: Vec<Record> = records.collect();
+    let prompt_lengths: Vec<u64> = (0..count)
+        .map(|index| file["input_lens"][index].as_u64().unwrap())
+        .collect();
+    let objectives: Vec<Objective> = ["ttft:80", "e2el:260"].map(|text| text.parse().unwrap()).to_vec();
+    let spec = Spec {
+        max_concurrency: NonZeroUsize::new(2),
+        metrics: Metric::ALL.to_vec(),
+        percentiles: vec![50.0, 99.9, 90.0],
+        objectives,
+        ..spec(12.0, 2.0)
+    };
+    let selection = Selection {
+        percentiles: &spec.percentiles,
+        objectives: &spec.objectives,
+        is_limited: true,
+        is_scheduled: true,
+    };
+    let duration = duration(file["duration"].as_f64().unwrap());
+    let metrics = Metrics::of(&records, &prompt_lengths, duration, selection);
+    let report = report(spec, metrics, records, prompt_lengths);
+    (file, report)
+}
+
+#[test]
+fn the_same_clock_readings_give_the_same_table_as_the_real_client() {
+    let (_, report) = everything();
+    assert_eq!(report.table() + "\n", include_str!("captures/everything.txt"));
+}
+
+/// Equal, with numbers equal to the nanosecond that a record keeps.
+fn assert_close(path: &str, ours: &Value, theirs: &Value) {
+    match (ours, theirs) {
+        (Value::Number(ours), Value::Number(theirs)) => {
+            let (ours, theirs) = (ours.as_f64().unwrap(), theirs.as_f64().unwrap());
+            assert!((ours - theirs).abs() < 1e-5, "{path}: {ours}, not {theirs}");
+        }
+        (Value::Array(ours), Value::Array(theirs)) => {
+            assert_eq!(ours.len(), theirs.len(), "{path}");
+            for (index, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+                assert_close(&format!("{path}[{index}]"), ours, theirs);
+            }
+        }
+        _ => assert_eq!(ours, theirs, "{path}"),
+    }
+}
+
+#[test]
+fn the_file_has_the_keys_of_the_real_client_in_its_order_with_its_values() {
+    let (theirs, report) = everything();
+    let ours = report.to_json(true);
+    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    let mut expected_keys = keys(&theirs);
+    expected_keys.push("xpyd".to_owned());
+    assert_eq!(keys(&ours), expected_keys);
+    for (key, theirs) in theirs.as_object().unwrap() {
+        if !["date", "tokenizer_id"].contains(&key.as_str()) {
+            assert_close(key, &ours[key], theirs);
+        }
+    }
+    assert_eq!(ours["xpyd"]["failures"][0]["count"], report.failed());
+}
+
+#[test]
+fn without_details_the_lists_of_vllm_that_stay_are_two() {
+    let (_, report) = everything();
+    let brief = report.to_json(false);
+    let entries = brief.as_object().unwrap();
+    let lists: Vec<&String> = entries
+        .iter()
+        .filter(|(_, value)| value.is_array())
+        .map(|(key, _)| key)
+        .collect();
+    assert_eq!(lists, ["latencies", "queue_times"]);
+}
+
+#[test]
+fn failures_are_grouped_by_cause_the_most_frequent_first() {
+    let (_, mut report) = everything();
+    report.records[0].result = Err("the stream broke off".to_owned());
+    assert_eq!(
+        report.failure_summary().unwrap(),
+        "Failed requests during benchmark run detected (capping to 10):\n\
+         Error 0: Internal Server Error (4 of 20 requests)\n\
+         Error 1: the stream broke off (1 of 20 requests)"
+    );
+    report.records.retain(|record| record.result.is_ok());
+    assert_eq!(report.failure_summary(), None);
+}

@@ -1,0 +1,15 @@
+//! Reads the tables in `vectors/`, which numpy wrote; tests only.
+
+use std::fmt::Debug;
+use std::str::FromStr;
+
+/// The rows of a table, without its comments, each split at `|`.
+pub(super) fn rows(table: &str) -> impl Iterator<Item = Vec<&str>> {
+    let data = table.lines().filter(|line| !line.starts_with('#'));
+    data.map(|line| line.split('|').collect())
+}
+
+/// The numbers of one cell.
+pub(super) fn numbers<T: FromStr<Err: Debug>>(cell: &str) -> Vec<T> {
+    cell.split_whitespace().map(|word| word.parse().unwrap()).collect()
+}

@@ -1,0 +1,423 @@
+//! The bench against a server made here, over real sockets. What it measures is not asserted: only what it sends, counts
+//! and says.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures_util::{StreamExt as _, stream};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use xpyd::bench::{self, Arrivals, Backend, BenchError, Metric, Progress, Random, RangeRatio, Report, Spec, Workload};
+
+/// What the server does with one completion request.
+#[derive(Debug, Clone, Copy)]
+enum Behaviour {
+    /// Streams as many tokens as asked, two a chunk.
+    Answer,
+    /// Answers 500.
+    Fail,
+    /// Streams one token, then an error event.
+    FailInStream,
+    /// Streams one token, then ends.
+    EndEarly,
+    /// Streams one token, then breaks the connection.
+    Break,
+    /// Streams one token, then nothing more.
+    Hang,
+}
+
+type Script = Arc<dyn Fn(usize) -> Behaviour + Send + Sync>;
+
+struct Server {
+    address: SocketAddr,
+    seen: Arc<Mutex<Vec<(String, HeaderMap, Value)>>>,
+    /// Ends the server when dropped.
+    _task: JoinSet<()>,
+}
+
+#[derive(Clone)]
+struct Fake {
+    script: Script,
+    seen: Arc<Mutex<Vec<(String, HeaderMap, Value)>>>,
+}
+
+impl Server {
+    /// A server of the model `tiny` whose nth request, from 0, meets what the script says.
+    async fn start(script: impl Fn(usize) -> Behaviour + Send + Sync + 'static) -> Self {
+        let seen = Arc::default();
+        let fake = Fake {
+            script: Arc::new(script),
+            seen: Arc::clone(&seen),
+        };
+        let app = Router::new()
+            .route(
+                "/v1/models",
+                get(async || axum::Json(json!({"data": [{"id": "tiny", "root": "/models/tiny"}]}))),
+            )
+            .route("/v1/completions", post(complete))
+            .route("/v1/chat/completions", post(complete))
+            .with_state(fake);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut task = JoinSet::new();
+        task.spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Self {
+            address,
+            seen,
+            _task: task,
+        }
+    }
+
+    fn spec(&self) -> Spec {
+        Spec {
+            base_url: format!("http://{}", self.address),
+            backend: Backend::Completions,
+            endpoint: Backend::Completions.endpoint().to_owned(),
+            model: "tiny".to_owned(),
+            headers: HeaderMap::new(),
+            workload: Workload::Random(Random {
+                input_length: 16,
+                output_length: 6,
+                range_ratio: RangeRatio::default(),
+                prefix_length: 0,
+                vocabulary_size: 1000,
+                prompt_count: 8,
+                seed: 3,
+            }),
+            arrivals: Arrivals {
+                request_rate: f64::INFINITY,
+                burstiness: 1.0,
+            },
+            max_concurrency: None,
+            ignore_eos: true,
+            extra_body: serde_json::Map::new(),
+            warmups: 0,
+            request_timeout: Duration::from_mins(1),
+            metrics: Metric::ALL.to_vec(),
+            percentiles: vec![99.0],
+            objectives: Vec::new(),
+            keep_texts: true,
+        }
+    }
+}
+
+async fn complete(State(fake): State<Fake>, uri: Uri, headers: HeaderMap, body: Bytes) -> Response {
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    let is_chat = uri.path().contains("chat");
+    let asked = if is_chat {
+        &body["max_completion_tokens"]
+    } else {
+        &body["max_tokens"]
+    }
+    .as_u64()
+    .unwrap();
+    let index = {
+        let mut seen = fake.seen.lock().unwrap();
+        seen.push((uri.path().to_owned(), headers, body));
+        seen.len() - 1
+    };
+    let token = |text: &str| {
+        let choice = if is_chat {
+            json!({"delta": {"content": text}})
+        } else {
+            json!({"text": text})
+        };
+        format!("data: {}\n\n", json!({"choices": [choice]}))
+    };
+    let one = stream::iter([Ok::<_, std::io::Error>(token(" x"))]);
+    let body = match (fake.script)(index) {
+        Behaviour::Fail => {
+            let error = axum::Json(json!({"error": {"message": "out of luck"}}));
+            return (StatusCode::INTERNAL_SERVER_ERROR, error).into_response();
+        }
+        Behaviour::Answer => {
+            let usage = json!({"choices": [], "usage": {"prompt_tokens": 17, "completion_tokens": asked}});
+            let mut events: Vec<String> = (0..asked / 2).map(|_| token(" x y")).collect();
+            events.push(format!("data: {usage}\n\ndata: [DONE]\n\n"));
+            Body::from_stream(stream::iter(events.into_iter().map(Ok::<_, std::io::Error>)))
+        }
+        Behaviour::FailInStream => {
+            let error = "data: {\"error\":{\"message\":\"decoder1 died\"}}\n\ndata: [DONE]\n\n".to_owned();
+            Body::from_stream(one.chain(stream::iter([Ok(error)])))
+        }
+        Behaviour::EndEarly => Body::from_stream(one),
+        Behaviour::Break => Body::from_stream(one.chain(stream::once(async {
+            // A body that has to wait is flushed, so the client has the token before the break.
+            tokio::task::yield_now().await;
+            Err(std::io::Error::other("cut"))
+        }))),
+        Behaviour::Hang => Body::from_stream(one.chain(stream::pending())),
+    };
+    ([("content-type", "text/event-stream")], body).into_response()
+}
+
+async fn run(spec: &Spec) -> Report {
+    bench::run(spec, &|_| {}, CancellationToken::new()).await.unwrap()
+}
+
+#[tokio::test]
+async fn every_request_of_the_workload_is_sent_and_counted() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let report = run(&server.spec()).await;
+    let metrics = &report.metrics;
+    assert_eq!((metrics.completed, metrics.failed), (8, 0));
+    assert_eq!(
+        (metrics.total_input_tokens, metrics.total_output_tokens),
+        (8 * 17, 8 * 6)
+    );
+    assert!(
+        report
+            .records
+            .iter()
+            .all(|record| record.result.as_ref().unwrap().gaps.len() == 2)
+    );
+    assert!(!report.is_partial() && report.failure_summary().is_none());
+    assert!(
+        report
+            .table()
+            .contains("Total input tokens:                      136       \n")
+    );
+    let detailed = report.to_json(true);
+    assert_eq!(detailed["generated_texts"][7], " x y x y x y");
+}
+
+#[tokio::test]
+async fn a_completion_request_is_that_of_vllms_client() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let mut spec = server.spec();
+    spec.headers.insert("x-tenant", "t1".parse().unwrap());
+    spec.extra_body.insert("temperature".to_owned(), json!(0));
+    run(&spec).await;
+    let seen = server.seen.lock().unwrap();
+    let mut ids: Vec<&str> = seen
+        .iter()
+        .map(|(_, headers, _)| headers["x-request-id"].to_str().unwrap())
+        .collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 8);
+    assert!(ids[0].starts_with("bench-") && ids[0].ends_with("-0"));
+    let (path, headers, body) = &seen[0];
+    assert_eq!(
+        (path.as_str(), headers["x-tenant"].as_bytes()),
+        ("/v1/completions", &b"t1"[..])
+    );
+    let prompt = body["prompt"].as_array().unwrap();
+    assert_eq!(prompt.len(), 16);
+    let written = serde_json::to_string(body)
+        .unwrap()
+        .replace(&serde_json::to_string(prompt).unwrap(), "PROMPT");
+    assert_eq!(
+        written,
+        r#"{"model":"tiny","prompt":PROMPT,"repetition_penalty":1.0,"max_tokens":6,"logprobs":null,"stream":true,"#
+            .to_owned()
+            + r#""stream_options":{"include_usage":true},"ignore_eos":true,"temperature":0}"#
+    );
+}
+
+#[tokio::test]
+async fn the_same_seed_sends_the_same_prompts() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let mut spec = server.spec();
+    // One at a time, so that they arrive in order.
+    spec.max_concurrency = NonZeroUsize::new(1);
+    run(&spec).await;
+    run(&spec).await;
+    let seen = server.seen.lock().unwrap();
+    let prompts: Vec<&Value> = seen.iter().map(|(_, _, body)| &body["prompt"]).collect();
+    assert_eq!(prompts[..8], prompts[8..]);
+    assert_ne!(prompts[0], prompts[1]);
+}
+
+#[tokio::test]
+async fn a_chat_request_carries_text() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let spec = Spec {
+        backend: Backend::Chat,
+        endpoint: Backend::Chat.endpoint().to_owned(),
+        ..server.spec()
+    };
+    let report = run(&spec).await;
+    assert_eq!(report.metrics.completed, 8);
+    let seen = server.seen.lock().unwrap();
+    let (path, _, body) = &seen[0];
+    assert_eq!(path, "/v1/chat/completions");
+    let message = &body["messages"][0];
+    assert_eq!((&message["role"], body.get("prompt")), (&json!("user"), None));
+    assert_eq!(message["content"].as_str().unwrap().split(' ').count(), 16);
+}
+
+#[tokio::test]
+async fn failures_are_counted_apart_and_grouped_by_cause() {
+    let server = Server::start(|index| match index {
+        1 | 2 => Behaviour::Fail,
+        3 => Behaviour::FailInStream,
+        4 => Behaviour::EndEarly,
+        5 => Behaviour::Break,
+        _ => Behaviour::Answer,
+    })
+    .await;
+    let mut spec = server.spec();
+    spec.max_concurrency = NonZeroUsize::new(1);
+    let report = run(&spec).await;
+    assert_eq!((report.metrics.completed, report.failed()), (3, 5));
+    assert_eq!(report.metrics.total_output_tokens, 3 * 6);
+    let causes: Vec<(String, usize)> = report
+        .failures()
+        .into_iter()
+        .map(|group| (group.cause, group.count))
+        .collect();
+    assert_eq!(causes[0], ("HTTP 500 Internal Server Error: out of luck".to_owned(), 2));
+    let once: Vec<&str> = causes[1..].iter().map(|(cause, _)| cause.as_str()).collect();
+    assert!(
+        once[0].starts_with("the server failed during the stream: decoder1 died"),
+        "{once:?}"
+    );
+    assert!(once[1].starts_with("the stream broke off: "), "{once:?}");
+    assert_eq!(once[2], "the stream ended early, without `[DONE]`");
+    assert!(
+        report
+            .table()
+            .contains("Failed requests:                         5         \n")
+    );
+}
+
+#[tokio::test]
+async fn a_request_that_hangs_fails_at_its_deadline() {
+    let server = Server::start(|index| if index == 0 { Behaviour::Hang } else { Behaviour::Answer }).await;
+    let mut spec = server.spec();
+    spec.request_timeout = Duration::from_millis(200);
+    let report = run(&spec).await;
+    assert_eq!(report.failures()[0].cause, "no whole answer within 0.2 s");
+}
+
+#[tokio::test]
+async fn a_stop_reports_what_has_ended() {
+    let server = Server::start(|index| if index < 3 { Behaviour::Answer } else { Behaviour::Hang }).await;
+    let mut spec = server.spec();
+    spec.max_concurrency = NonZeroUsize::new(1);
+    let stop = CancellationToken::new();
+    let progress = |progress: Progress| {
+        if progress.done == 3 {
+            stop.cancel();
+        }
+    };
+    let report = bench::run(&spec, &progress, stop.clone()).await.unwrap();
+    assert_eq!(report.metrics.completed, 3);
+    assert_eq!((report.dropped, report.unsent), (5, 0));
+    assert!(report.is_partial());
+}
+
+#[tokio::test]
+async fn warm_ups_are_copies_of_the_first_prompt_and_do_not_count() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let spec = Spec {
+        warmups: 3,
+        ..server.spec()
+    };
+    let report = run(&spec).await;
+    assert_eq!(report.metrics.completed, 8);
+    let seen = server.seen.lock().unwrap();
+    assert_eq!(seen.len(), 11);
+    let first = seen
+        .iter()
+        .find(|(_, headers, _)| headers["x-request-id"].to_str().unwrap().ends_with("-0"));
+    let (_, _, first) = first.unwrap();
+    assert!(seen[..3].iter().all(|(_, _, body)| body["prompt"] == first["prompt"]));
+}
+
+#[tokio::test]
+async fn the_model_is_the_first_that_is_served_unless_named() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let base_url = server.spec().base_url;
+    let headers = HeaderMap::new();
+    let model = bench::discover(&base_url, &headers, None).await.unwrap();
+    assert_eq!(
+        (model.id.as_str(), model.root.as_deref()),
+        ("tiny", Some("/models/tiny"))
+    );
+    assert_eq!(bench::discover(&base_url, &headers, Some("tiny")).await.unwrap(), model);
+    let error = bench::discover(&base_url, &headers, Some("big")).await.unwrap_err();
+    assert!(
+        matches!(&error, BenchError::UnknownModel { served, .. } if served[..] == ["tiny"]),
+        "{error:?}"
+    );
+    let error = bench::discover(&format!("{base_url}/v1"), &headers, None)
+        .await
+        .unwrap_err();
+    assert!(matches!(&error, BenchError::NoModelList { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_one_clear_error() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base_url = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let error = bench::discover(&base_url, &HeaderMap::new(), None).await.unwrap_err();
+    assert_eq!(error.to_string(), format!("no answer from `{base_url}/v1/models`"));
+}
+
+#[tokio::test]
+async fn settings_that_make_no_run_are_refused_before_anything_is_sent() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let refused = async |spec: Spec| bench::run(&spec, &|_| {}, CancellationToken::new()).await.unwrap_err();
+    for rate in [0.0, -1.0, f64::NAN] {
+        let arrivals = Arrivals {
+            request_rate: rate,
+            burstiness: 1.0,
+        };
+        assert!(matches!(
+            refused(Spec {
+                arrivals,
+                ..server.spec()
+            })
+            .await,
+            BenchError::RequestRate(_)
+        ));
+        let arrivals = Arrivals {
+            request_rate: 1.0,
+            burstiness: rate,
+        };
+        assert!(matches!(
+            refused(Spec {
+                arrivals,
+                ..server.spec()
+            })
+            .await,
+            BenchError::Burstiness(_)
+        ));
+    }
+    let arrivals = Arrivals {
+        request_rate: 1e-300,
+        burstiness: 1.0,
+    };
+    assert!(matches!(
+        refused(Spec {
+            arrivals,
+            ..server.spec()
+        })
+        .await,
+        BenchError::TooSlow { .. }
+    ));
+    let base_url = "localhost:9100".to_owned();
+    assert!(matches!(
+        refused(Spec {
+            base_url,
+            ..server.spec()
+        })
+        .await,
+        BenchError::BaseUrl(_)
+    ));
+    assert!(server.seen.lock().unwrap().is_empty());
+}
