@@ -5,11 +5,13 @@
 //! ([`RunOutcome`] of the last run that ended by itself). A reader never takes the lock, it only asks who has it, so
 //! looking at a run cannot disturb the start of another. What a killed run left is removed by the next one to start.
 
-use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{DirBuilder, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use fs_err::os::unix::fs::OpenOptionsExt;
+use fs_err::{File, OpenOptions};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -216,7 +218,7 @@ impl RunDir {
             .truncate(false)
             .mode(0o600)
             .open(&lock_path)?;
-        match fcntl(&lock, FcntlArg::F_OFD_SETLK(&whole_file_write_lock())) {
+        match fcntl(lock.file(), FcntlArg::F_OFD_SETLK(&whole_file_write_lock())) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => {
                 return Err(RunDirError::AlreadyRunning {
@@ -398,7 +400,7 @@ fn make_private(path: &Path) -> Result<(), RunDirError> {
 
 fn check_private(path: &Path) -> Result<(), RunDirError> {
     let folder = fs_err::symlink_metadata(path)?;
-    if folder.is_dir() && folder.uid() == getuid().as_raw() && folder.mode() & 0o077 == 0 {
+    if folder.is_dir() && folder.uid() == getuid().as_raw() && folder.mode() & 0o777 == 0o700 {
         Ok(())
     } else {
         Err(RunDirError::NotPrivate { path: path.to_owned() })
@@ -419,7 +421,7 @@ fn whole_file_write_lock() -> libc::flock {
 }
 
 fn is_locked(lock_path: &Path) -> Result<bool, RunDirError> {
-    let file = match fs_err::File::open(lock_path) {
+    let file = match File::open(lock_path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error.into()),

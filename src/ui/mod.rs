@@ -1,5 +1,7 @@
 //! The only place that writes to the terminal: data to stdout, everything else to stderr.
 
+pub mod table;
+
 use std::io::Write;
 
 /// Writes to the terminal. Colours are dropped where the stream is not a terminal or `NO_COLOR` is set.

@@ -1,1 +1,4 @@
 //! Behaviour of xpyd through its binary and its public interfaces.
+
+mod control;
+mod logs;
