@@ -1,1 +1,5 @@
 //! To come.
+
+pub mod down;
+pub mod logs;
+pub mod status;

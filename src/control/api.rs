@@ -30,6 +30,17 @@ pub struct Status {
     pub engines: Vec<EngineStatus>,
 }
 
+impl Status {
+    /// The engines of which a process may still be there.
+    pub fn engines_left(&self) -> Vec<EngineId> {
+        self.engines
+            .iter()
+            .filter(|engine| engine.state.is_alive())
+            .map(|engine| engine.id.clone())
+            .collect()
+    }
+}
+
 /// What a status tells about one engine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EngineStatus {
