@@ -120,7 +120,7 @@ fn source(arguments: &Arguments, printer: Printer) -> Result<Source, Failure> {
             ));
             Ok(Source { folder, run: None })
         }
-        Err(failure) => Err(failure),
+        Err(failure) => Err(failure.hint("logs of an earlier run: xpyd logs --run DIR")),
     }
 }
 

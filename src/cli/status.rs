@@ -24,7 +24,7 @@ pub struct Arguments {
 
 /// Prints the status of a run. A run that is not there is a failure with its own exit code.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    let info = running(&arguments.name)?;
+    let info = running(&arguments.name).map_err(|failure| failure.hint("start one: xpyd up"))?;
     let client = client(&info)?;
     let status = client.status().await.map_err(|error| {
         Failure::new(ExitStatus::Failure, error).hint(format!("see what it last wrote: {}", logs_command(&info.name)))
@@ -41,12 +41,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
 pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
     match rundir::find(name) {
         Ok(Some(info)) => Ok(info),
-        Ok(None) => {
-            let failure = Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"));
-            Err(failure
-                .hint("start one: xpyd up")
-                .hint("logs of earlier runs: xpyd logs --run latest"))
-        }
+        Ok(None) => Err(Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"))),
         Err(error @ RunDirError::NotPublished { .. }) => {
             Err(Failure::new(ExitStatus::RunState, error).hint("try again in a moment"))
         }
@@ -119,7 +114,7 @@ fn print(status: &Status, printer: Printer) {
 fn stage(status: &Status) -> String {
     let ready_for = status.ready_since.as_deref().and_then(since);
     match (status.stage, ready_for, status.drain_seconds_left) {
-        (FleetStage::Ready, Some(span), _) => format!("ready since {span}"),
+        (FleetStage::Ready, Some(span), _) => format!("ready for {span}"),
         (FleetStage::Draining, _, Some(left)) => format!("draining for at most {left} s more"),
         (stage, ..) => stage.to_string(),
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
-use owo_colors::OwoColorize;
+use owo_colors::{AnsiColors, OwoColorize};
 use tokio::time::Instant;
 
 use super::{Printer, time_span};
@@ -12,12 +12,13 @@ use crate::fleet::{EngineId, EngineState, Role};
 /// How often the spinner turns.
 const TICK: Duration = Duration::from_millis(100);
 
+// All of them fit 80 columns.
 /// An engine whose start is under way.
-const MOVING: &str = "{spinner:.cyan} {prefix}  {bar:28.cyan/dim} {pos:>3} %  {msg}  {time:.dim}";
+const MOVING: &str = "{spinner:.cyan} {prefix}  {bar:18.cyan/dim} {pos:>3} %  {msg:20}  {time:.dim}";
 /// An engine that waits for its turn, or has arrived somewhere.
-const RESTING: &str = "{prefix}  {bar:28.green/dim} {pos:>3} %  {msg}";
+const RESTING: &str = "{prefix}  {bar:18.green/dim} {pos:>3} %  {msg}";
 /// An engine that failed.
-const BROKEN: &str = "{prefix}  {bar:28.red/dim} {pos:>3} %  {msg}";
+const BROKEN: &str = "{prefix}  {bar:18.red/dim} {pos:>3} %  {msg}";
 /// The end of a run.
 const ENDING: &str = "{spinner:.yellow} {msg}";
 
@@ -36,7 +37,7 @@ struct EngineLine {
     id: EngineId,
     /// Its name in the width of the longest.
     name: String,
-    /// `prefiller1  prefill  :7100`, in the width of the longest.
+    /// `prefiller1  :7100`, in the width of the longest; the colour of the name tells the role.
     label: String,
     bar: ProgressBar,
     /// When its present start began.
@@ -60,7 +61,11 @@ impl FleetProgress {
             .iter()
             .map(|(id, role, port)| {
                 let name = format!("{id:widest$}");
-                let label = format!("{name}  {role:7}  :{port:<5}");
+                let colour = match role {
+                    Role::Prefill => AnsiColors::Cyan,
+                    Role::Decode => AnsiColors::Magenta,
+                };
+                let label = format!("{}  :{port:<5}", name.color(colour));
                 let bar = bars.add(ProgressBar::new(100).with_finish(ProgressFinish::Abandon));
                 bar.set_style(style(RESTING));
                 bar.set_prefix(format!("  {label}"));
@@ -157,13 +162,10 @@ impl EngineLine {
                 let phase = self
                     .phase
                     .as_ref()
-                    .map(|(phase, _)| format!(" while {phase}"))
+                    .map(|(phase, _)| format!(": {phase}"))
                     .unwrap_or_default();
-                (
-                    "✗".red().to_string(),
-                    BROKEN,
-                    format!("{}{phase} after {took}", "failed".red().bold()),
-                )
+                let failed = "failed".red().bold().to_string();
+                ("✗".red().to_string(), BROKEN, format!("{failed}{phase}  {took}"))
             }
             EngineState::Draining | EngineState::Stopping | EngineState::Stopped => {
                 (" ".to_owned(), RESTING, self.state.yellow().to_string())

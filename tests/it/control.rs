@@ -7,18 +7,21 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::Parser;
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use xpyd::cli::{down, logs, status};
 use xpyd::control::api::Status;
 use xpyd::control::client::{ClientError, ControlClient};
 use xpyd::control::rundir::{RunDir, RunDirError, RunInfo, find_in, outcome_in};
 use xpyd::control::server::{ServerState, StopRequest, serve};
 use xpyd::fleet::FleetStage;
 use xpyd::report::ExitStatus;
+use xpyd::ui::Printer;
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -219,4 +222,29 @@ async fn a_run_that_is_not_there_is_an_error_that_names_the_socket() {
     let error = ControlClient::new(&socket).unwrap().status().await.unwrap_err();
     assert!(matches!(error, ClientError::NoAnswer { .. }));
     assert!(error.to_string().contains("control.sock"), "{error}");
+}
+
+/// The commands that need a run.
+#[derive(Debug, Parser)]
+enum Command {
+    Status(status::Arguments),
+    Down(down::Arguments),
+    Logs(logs::Arguments),
+}
+
+#[tokio::test]
+async fn commands_for_a_run_that_is_not_there_end_with_the_code_for_that() {
+    let name = format!("absent-{}", std::process::id());
+    for verb in ["status", "down", "logs"] {
+        let command = Command::try_parse_from(["xpyd", verb, "--name", &name]).unwrap();
+        let printer = Printer { quiet: true };
+        let result = match command {
+            Command::Status(arguments) => status::run(arguments, printer).await,
+            Command::Down(arguments) => down::run(arguments, printer).await,
+            Command::Logs(arguments) => logs::run(arguments, printer).await,
+        };
+        let failure = result.unwrap_err();
+        assert_eq!(failure.status, ExitStatus::RunState, "{verb}: {failure}");
+        assert!(failure.to_string().contains(&name), "{verb}: {failure}");
+    }
 }

@@ -6,13 +6,24 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::Parser;
 use fs_err::{File, OpenOptions};
 use proptest::prelude::*;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use xpyd::cli::logs as command;
 use xpyd::engine::EngineKind;
 use xpyd::fleet::{EngineId, Role};
 use xpyd::logs::{Follower, LogsError, PhaseTracker, create_run_folder, first_error_in, watch_phases};
+use xpyd::report::{ExitStatus, Failure};
+use xpyd::ui::Printer;
+
+/// `xpyd logs`, without the other commands.
+#[derive(Debug, Parser)]
+struct Command {
+    #[command(flatten)]
+    arguments: command::Arguments,
+}
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
@@ -230,4 +241,26 @@ fn a_real_folder_named_latest_is_not_touched() {
     fs_err::create_dir(root.path().join("latest")).unwrap();
     let error = create_run_folder(root.path(), "2p2d", 5).unwrap_err();
     assert!(matches!(error, LogsError::LatestIsNotALink(_)), "{error}");
+}
+
+async fn logs_command(arguments: &[&str]) -> Result<ExitStatus, Failure> {
+    let command = Command::try_parse_from([&["logs"], arguments].concat()).unwrap();
+    command::run(command.arguments, Printer { quiet: true }).await
+}
+
+#[tokio::test]
+async fn the_command_reads_a_folder_without_any_run_and_refuses_what_is_not_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    append(&folder.path().join("prefiller1.log"), b"one\ntwo");
+    assert_eq!(
+        logs_command(&["--run", path, "-n", "1", "prefill"]).await.unwrap(),
+        ExitStatus::Success
+    );
+
+    let unknown = logs_command(&["--run", path, "prefiler1"]).await.unwrap_err();
+    assert_eq!(unknown.status, ExitStatus::Usage);
+    assert!(unknown.to_string().contains("did you mean `prefiller1`?"), "{unknown}");
+    let nowhere = logs_command(&["--run", &format!("{path}/gone")]).await.unwrap_err();
+    assert_eq!(nowhere.status, ExitStatus::Usage);
 }
