@@ -26,6 +26,8 @@ const FIRST_WINDOW: u64 = 64 * 1024;
 #[derive(Debug)]
 pub struct Follower {
     path: PathBuf,
+    /// Where to begin in the file that is opened first, in bytes.
+    first_offset: u64,
     file: Option<OpenLog>,
     splitter: LineSplitter,
 }
@@ -40,8 +42,14 @@ struct OpenLog {
 impl Follower {
     /// Reads the whole log.
     pub fn from_start(path: &Path) -> Self {
+        Self::from_offset(path, 0)
+    }
+
+    /// Reads the log from the byte `offset` on; from its start if it is shorter than that.
+    pub fn from_offset(path: &Path, offset: u64) -> Self {
         Self {
             path: path.to_owned(),
+            first_offset: offset,
             file: None,
             splitter: LineSplitter::default(),
         }
@@ -126,12 +134,15 @@ impl Follower {
 
     fn open(&mut self) -> io::Result<()> {
         match File::open(&self.path) {
-            Ok(file) => {
-                let inode = file.metadata()?.ino();
+            Ok(mut file) => {
+                let metadata = file.metadata()?;
+                let offset = std::mem::take(&mut self.first_offset);
+                let position = if offset > metadata.len() { 0 } else { offset };
+                file.seek(SeekFrom::Start(position))?;
                 self.file = Some(OpenLog {
                     file,
-                    inode,
-                    position: 0,
+                    inode: metadata.ino(),
+                    position,
                 });
                 Ok(())
             }

@@ -75,6 +75,10 @@ fn piece_end(line: &[u8]) -> usize {
 /// A line as plain text: colours and everything else that would move a terminal's cursor are gone, and what is no
 /// UTF-8 is replaced.
 pub fn plain(line: &[u8]) -> String {
+    // Nearly every line is like this, and a log may have millions.
+    if line.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
+        return String::from_utf8_lossy(line).into_owned();
+    }
     anstream::adapter::strip_str(&String::from_utf8_lossy(line))
         .to_string()
         .chars()

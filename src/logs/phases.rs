@@ -91,16 +91,18 @@ impl PhaseTracker {
     }
 }
 
-/// Sends every phase of the start that the log at `log_path` shows. Ends after the last one, when nobody listens any
-/// more, or when the log cannot be read; drop it to end it earlier.
+/// Sends every phase of the start that the log at `log_path` shows from the byte `from` on, which is where the engine's
+/// present incarnation began to write. Ends after the last phase, when nobody listens any more, or when the log cannot
+/// be read; drop it to end it earlier.
 pub async fn watch_phases(
     log_path: PathBuf,
+    from: u64,
     kind: EngineKind,
     engine: EngineId,
     sender: mpsc::Sender<(EngineId, Phase)>,
 ) -> std::io::Result<()> {
     let mut tracker = PhaseTracker::new(kind);
-    let mut follower = Follower::from_start(&log_path);
+    let mut follower = Follower::from_offset(&log_path, from);
     loop {
         let lines = tokio::select! {
             lines = follower.next() => lines?,

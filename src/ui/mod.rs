@@ -4,7 +4,7 @@ pub mod prefix;
 pub mod progress;
 pub mod table;
 
-use std::fmt::Display;
+use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
@@ -32,10 +32,12 @@ impl Printer {
 
     /// Many lines of data at once. The error says that nobody reads any more, which ends an endless command.
     pub fn data_lines(self, lines: impl IntoIterator<Item = impl Display>) -> io::Result<()> {
-        let mut stdout = io::BufWriter::new(anstream::stdout().lock());
-        for line in lines {
-            writeln!(stdout, "{line}")?;
-        }
+        let text = lines.into_iter().fold(String::new(), |mut text, line| {
+            writeln!(text, "{line}").expect("a string takes everything");
+            text
+        });
+        let mut stdout = anstream::stdout().lock();
+        stdout.write_all(text.as_bytes())?;
         stdout.flush()
     }
 

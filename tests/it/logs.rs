@@ -187,10 +187,19 @@ proptest! {
 async fn the_phases_of_a_growing_log_arrive_until_the_engine_is_up() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("prefiller1.log");
+    // What an earlier incarnation wrote is no phase of this one.
+    let earlier = b"INFO:     Application startup complete.\n";
+    append(&log, earlier);
     let (sender, mut phases) = mpsc::channel(8);
     let engine = EngineId::new(Role::Prefill, 0);
     let mut watch = JoinSet::new();
-    watch.spawn(watch_phases(log.clone(), EngineKind::Sim, engine.clone(), sender));
+    watch.spawn(watch_phases(
+        log.clone(),
+        earlier.len() as u64,
+        EngineKind::Sim,
+        engine.clone(),
+        sender,
+    ));
 
     append(
         &log,
