@@ -5,6 +5,7 @@
 //! whole story.
 
 // Composition root and commands.
+pub mod app;
 pub mod cli;
 
 // Features. Siblings do not import each other.

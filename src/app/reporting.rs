@@ -115,7 +115,7 @@ impl Reporter {
 
     fn finish_progress(&mut self) {
         if let Some(progress) = self.progress.take() {
-            progress.finish();
+            progress.finish("");
         }
     }
 }

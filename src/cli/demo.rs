@@ -11,7 +11,7 @@ use crate::app::{self, Ready, Run};
 use crate::machine;
 use crate::profile::{self, Override};
 use crate::report::{ExitStatus, Failure};
-use crate::ui::{Printer, table};
+use crate::ui::{Printer, Table};
 
 /// Arguments of `xpyd demo`.
 #[derive(Debug, Clone, Args)]
@@ -93,12 +93,13 @@ async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<Exi
     let target = Target { base_url: ready.url.clone(), model: ready.model.clone() };
     let status = bench::run(arguments, Some(target), printer).await?;
     printer.status("\n3. where the time of a request went, on average, seen by the proxy\n");
-    let rows = stages(ready).into_iter().zip(before).map(|(after, before)| {
+    let mut table = Table::new(["stage", "     mean"]);
+    for (after, before) in stages(ready).into_iter().zip(before) {
         let count = after.count - before.count;
         let mean = if count > 0.0 { (after.sum_seconds - before.sum_seconds) * 1000.0 / count } else { 0.0 };
-        vec![after.what.to_owned(), format!("{mean:9.2} ms")]
-    });
-    printer.data(table::render(&["STAGE", "     MEAN"], rows.collect()));
+        table.row([after.what.to_owned(), format!("{mean:9.2} ms")]);
+    }
+    printer.data(table);
     Ok(status)
 }
 

@@ -2,41 +2,62 @@
 
 mod bench;
 mod completions;
+mod demo;
+mod detach;
+mod down;
+mod logs;
 mod plan;
 mod profiles;
 mod request;
+mod status;
+mod up;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::control::rundir;
 use crate::report::{ExitStatus, Failure};
+use crate::supervisor::guardian;
 use crate::ui::Printer;
 
 /// Prefill/decode-disaggregated LLM serving on one machine.
 #[derive(Debug, Parser)]
 #[command(name = "xpyd", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(
-    after_help = "Start with `xpyd demo`. Exit codes: 0 ok, 1 the work failed, 2 usage, 3 preflight, 4 an engine \
+#[command(after_help = "Start with `xpyd demo`. Exit codes: 0 ok, 1 the work failed, 2 usage, 3 preflight, 4 an engine \
     failed to start, 5 not ready in time, 6 crash loop, 7 teardown incomplete, 8 already running or not running, 70 bug, \
-    130 forced stop."
-)]
+    130 forced stop.")]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
-    /// Print errors and data only.
+    /// Print errors and data only
     #[arg(short, long, global = true)]
     quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Show everything that a run would do: ports, GPUs, command lines, files.
+    /// Start a fleet, serve the OpenAI API over it, and take it down on Ctrl+C
+    Up(up::Arguments),
+    /// See a whole fleet at work on simulated engines, in a minute
+    Demo(demo::Arguments),
+    /// Show a run's engines, their states and their load
+    Status(status::Arguments),
+    /// Print or follow the logs of a run
+    Logs(logs::Arguments),
+    /// Stop a run
+    Down(down::Arguments),
+    /// Measure a server, with the flags and the table of `vllm bench serve`
+    Bench(Box<bench::Arguments>),
+    /// Show everything that a run would do: ports, GPUs, command lines, files
     Plan(plan::Arguments),
-    /// List, show or check profiles.
+    /// List, show or check profiles
     Profiles(profiles::Arguments),
-    /// Print completions for a shell.
+    /// Print completions for a shell
     Completions(completions::Arguments),
+    /// Own the engines of a run; started by `xpyd up`, its control socket is its stdin
+    #[command(hide = true)]
+    Guardian,
 }
 
 /// Parses the command line and runs the verb.
@@ -44,9 +65,16 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let printer = Printer { quiet: cli.quiet };
     let result = match cli.verb {
+        Verb::Up(arguments) => up::run(&arguments, printer),
+        Verb::Demo(arguments) => demo::run(&arguments, printer),
+        Verb::Status(arguments) => block_on(status::run(arguments, printer)),
+        Verb::Logs(arguments) => block_on(logs::run(arguments, printer)),
+        Verb::Down(arguments) => block_on(down::run(arguments, printer)),
+        Verb::Bench(arguments) => block_on(bench::run(*arguments, running_fleet(), printer)),
         Verb::Plan(arguments) => plan::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
         Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),
+        Verb::Guardian => Ok(guardian::process::run()),
     };
     let status = result.unwrap_or_else(|failure| {
         printer.error(&failure);
@@ -57,14 +85,14 @@ pub fn main() -> ExitCode {
 
 /// Runs an async verb on the main thread, with worker threads for what it spawns.
 fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| {
-            Failure::new(
-                ExitStatus::Bug,
-                anyhow::Error::new(error).context("cannot start the async runtime"),
-            )
-        })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| {
+        Failure::new(ExitStatus::Bug, anyhow::Error::new(error).context("cannot start the async runtime"))
+    })?;
     runtime.block_on(work)
+}
+
+/// The run of the default name, if there is one: what `xpyd bench` measures unless it is told otherwise.
+fn running_fleet() -> Option<bench::Target> {
+    let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten()?;
+    Some(bench::Target { base_url: run.proxy_url, model: run.model })
 }

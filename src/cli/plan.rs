@@ -7,7 +7,7 @@ use crate::machine::Machine;
 use crate::plan::{EngineSpec, Plan};
 use crate::preflight;
 use crate::report::{ExitStatus, Failure};
-use crate::ui::{Printer, table};
+use crate::ui::{Printer, Table};
 
 /// Arguments of `xpyd plan`.
 #[derive(Debug, Parser)]
@@ -89,23 +89,30 @@ fn served_as(plan: &Plan) -> String {
     }
 }
 
-fn row(engine: &EngineSpec) -> Vec<String> {
+fn row(engine: &EngineSpec) -> [String; 6] {
     let gpus: Vec<String> = engine.gpus.iter().map(u32::to_string).collect();
-    let others: Vec<String> = engine
-        .ports
-        .iter()
-        .filter(|using| using.port != engine.endpoint.port)
-        .map(|using| format!("{} {}", using.port, using.purpose))
-        .collect();
-    let dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
-    vec![
+    [
         engine.id.to_string(),
         engine.role.to_string(),
-        dash(gpus.join(",")),
+        gpus.join(","),
         engine.endpoint.port.to_string(),
-        dash(others.join("; ")),
+        other_ports(engine),
         engine.log_file.display().to_string(),
     ]
+}
+
+/// `lmcache init 7300,7301; lmcache alloc 7400,7401`: the ports of all ranks together.
+fn other_ports(engine: &EngineSpec) -> String {
+    let mut groups: Vec<(&str, Vec<String>)> = Vec::new();
+    for using in engine.ports.iter().filter(|using| using.port != engine.endpoint.port) {
+        let purpose = using.purpose.split(", rank").next().unwrap_or_default();
+        match groups.iter_mut().find(|(name, _)| *name == purpose) {
+            Some((_, ports)) => ports.push(using.port.to_string()),
+            None => groups.push((purpose, vec![using.port.to_string()])),
+        }
+    }
+    let groups: Vec<String> = groups.into_iter().map(|(purpose, ports)| format!("{purpose} {}", ports.join(","))).collect();
+    groups.join("; ")
 }
 
 /// The command line, ready to be pasted, a flag per line.
@@ -145,7 +152,7 @@ mod tests {
             .map(|set| Override::parse(set).expect("an override"))
             .collect();
         let profile = profile::load(name, &overrides).expect("a profile");
-        plan::build(&profile, machine, Path::new("/run")).map(|plan| text(&plan))
+        plan::build(&profile, machine, Path::new("/run")).map(|plan| anstream::adapter::strip_str(&text(&plan)).to_string())
     }
 
     #[test]

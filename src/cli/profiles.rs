@@ -5,7 +5,7 @@ use clap::{Parser, Subcommand};
 use super::request::profile_failure;
 use crate::profile::{self, ProfileError};
 use crate::report::{ExitStatus, Failure};
-use crate::ui::{Printer, table};
+use crate::ui::{Printer, Table};
 
 /// Arguments of `xpyd profiles`.
 #[derive(Debug, Parser)]

@@ -16,6 +16,9 @@ use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, Outcome};
 use crate::ui::Printer;
 
+/// Folders of old runs to keep by default.
+pub(super) const KEEP_LOGS: usize = 20;
+
 /// Arguments of `xpyd up`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Arguments {
@@ -31,7 +34,7 @@ pub(super) struct Arguments {
     #[arg(long, default_value = "default")]
     name: String,
     /// Folders of old runs to keep.
-    #[arg(long, default_value_t = 20, value_name = "COUNT")]
+    #[arg(long, default_value_t = KEEP_LOGS, value_name = "COUNT")]
     keep_logs: usize,
     /// Set by `--detach` on the process that stays.
     #[arg(long, hide = true)]

@@ -1,9 +1,22 @@
 //! The only place that writes to the terminal: data to stdout, everything else to stderr.
 
 pub mod bench;
+pub mod prefix;
+pub mod progress;
 pub mod table;
 
-use std::io::Write;
+use std::fmt::{Display, Write as _};
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use anstream::{AutoStream, ColorChoice};
+use owo_colors::OwoColorize;
+
+use crate::fleet::EngineState;
+
+pub use prefix::RolePrefixes;
+pub use progress::{FleetProgress, StopProgress};
+pub use table::Table;
 
 /// Writes to the terminal. Colours are dropped where the stream is not a terminal or `NO_COLOR` is set.
 #[derive(Debug, Clone, Copy, Default)]
@@ -14,25 +27,80 @@ pub struct Printer {
 
 impl Printer {
     /// Data, for people or programs: one line on stdout. A closed pipe is not an error.
-    pub fn data(self, line: impl std::fmt::Display) {
+    pub fn data(self, line: impl Display) {
         drop(writeln!(anstream::stdout(), "{line}"));
     }
 
+    /// Many lines of data at once. The error says that nobody reads any more, which ends an endless command.
+    pub fn data_lines(self, lines: impl IntoIterator<Item = impl Display>) -> io::Result<()> {
+        let text = lines.into_iter().fold(String::new(), |mut text, line| {
+            writeln!(text, "{line}").expect("a string takes everything");
+            text
+        });
+        let mut stdout = anstream::stdout().lock();
+        stdout.write_all(text.as_bytes())?;
+        stdout.flush()
+    }
+
     /// Data without a line end, flushed at once: tokens as they arrive.
-    pub fn data_part(self, part: impl std::fmt::Display) {
+    pub fn data_part(self, part: impl Display) {
         let mut stdout = anstream::stdout();
         drop(write!(stdout, "{part}").and_then(|()| stdout.flush()));
     }
 
     /// What xpyd is doing: one line on stderr.
-    pub fn status(self, line: impl std::fmt::Display) {
+    pub fn status(self, line: impl Display) {
         if !self.quiet {
             drop(writeln!(anstream::stderr(), "{line}"));
         }
     }
 
     /// What went wrong: always on stderr.
-    pub fn error(self, text: impl std::fmt::Display) {
+    pub fn error(self, text: impl Display) {
         drop(writeln!(anstream::stderr(), "{text}"));
+    }
+
+    /// Whether stderr is a terminal, so that what is on it may be redrawn.
+    pub fn is_terminal(self) -> bool {
+        io::stderr().is_terminal()
+    }
+
+    /// Whether stderr shows colours.
+    pub fn colour(self) -> bool {
+        AutoStream::choice(&io::stderr()) != ColorChoice::Never
+    }
+}
+
+/// A time span for people: `0.4 s`, `12 s`, `2 min 05 s`, `3 h 07 min`.
+pub fn time_span(span: Duration) -> String {
+    let seconds = span.as_secs();
+    match seconds {
+        0 if span.subsec_millis() >= 50 => format!("{:.1} s", span.as_secs_f64()),
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {:02} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+/// A state in the colour that says whether to worry.
+pub fn state(state: EngineState) -> String {
+    match state {
+        EngineState::Ready => state.green().to_string(),
+        EngineState::Planned | EngineState::Stopped => state.dimmed().to_string(),
+        EngineState::Starting | EngineState::Healthy => state.cyan().to_string(),
+        EngineState::Draining | EngineState::Stopping => state.yellow().to_string(),
+        EngineState::Failed => state.red().bold().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_spans_keep_two_units_at_most() {
+        let spans =
+            [0, 49, 400, 12_900, 125_000, 3_600_000 + 7 * 60_000].map(|ms| time_span(Duration::from_millis(ms)));
+        assert_eq!(spans, ["0 s", "0 s", "0.4 s", "12 s", "2 min 05 s", "1 h 07 min"]);
     }
 }

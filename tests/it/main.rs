@@ -1,5 +1,9 @@
 //! Behaviour of xpyd through its binary and its public interfaces.
 
 mod bench;
+mod control;
+mod logs;
 mod supervisor;
+mod support;
 mod tidy;
+mod up;

@@ -1,0 +1,122 @@
+//! `xpyd down`: asks a run to stop and waits until it is gone.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::status::{client, logs_command, running};
+use crate::control::client::{ClientError, ControlClient};
+use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
+use crate::fleet::FleetStage;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{Printer, StopProgress, time_span};
+
+/// How often to look whether the run is gone.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Arguments of `xpyd down`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Name of the run
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
+    name: String,
+    /// Kill the engines now, without waiting for requests in flight
+    #[arg(long)]
+    force: bool,
+    /// How long to wait for the end; the run goes on stopping after that
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// Stops a run. Succeeds only when the run is gone and said that nothing of it is left.
+pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let info = running(&arguments.name)?;
+    let client = client(&info)?;
+    let started = Instant::now();
+    match client.down(arguments.force).await {
+        Ok(_) => {}
+        // It may have ended by itself a moment ago. If it has not, waiting for it would be waiting for nothing.
+        Err(_) if is_gone(&info)? => {}
+        Err(error) => return Err(unanswered(error, &info)),
+    }
+    let progress = StopProgress::new(
+        printer,
+        if arguments.force {
+            "forced"
+        } else {
+            "xpyd down --force kills now"
+        },
+    );
+    if !wait(&info, &client, started + arguments.timeout, progress).await? {
+        let waited = time_span(started.elapsed());
+        let failure = Failure::message(
+            ExitStatus::TeardownIncomplete,
+            format!("run `{}` (pid {}) is still there after {waited}", info.name, info.pid),
+        );
+        return Err(failure.hint("it goes on stopping; kill it now: xpyd down --force"));
+    }
+    match rundir::outcome(&info) {
+        Ok(Some(outcome)) if outcome.leftovers.is_empty() => {
+            printer.status(format!(
+                "run `{}` is down after {}",
+                info.name,
+                time_span(started.elapsed())
+            ));
+            Ok(ExitStatus::Success)
+        }
+        Ok(Some(outcome)) => {
+            let left = outcome.leftovers.join("\n  ");
+            let text = format!("run `{}` has ended, and this of it is left:\n  {left}", info.name);
+            Err(Failure::message(ExitStatus::TeardownIncomplete, text))
+        }
+        Ok(None) => {
+            let text = format!("run `{}` has ended without saying whether all of it is gone", info.name);
+            let failure = Failure::message(ExitStatus::TeardownIncomplete, text);
+            Err(failure.hint(format!("see its last words: {} xpyd", logs_command(&info.name))))
+        }
+        Err(error) => Err(Failure::new(ExitStatus::TeardownIncomplete, error)),
+    }
+}
+
+/// Waits with progress until the run is gone; false if it is still there at the deadline.
+async fn wait(
+    info: &RunInfo,
+    client: &ControlClient,
+    deadline: Instant,
+    mut progress: StopProgress,
+) -> Result<bool, Failure> {
+    while !is_gone(info)? {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        // A run that is past answering is past telling how far it is; its lock still tells when it is over.
+        if let Ok(status) = client.status().await {
+            match status.stage {
+                FleetStage::Draining => {
+                    progress.draining(status.in_flight, status.drain_seconds_left.map(Duration::from_secs));
+                }
+                _ => progress.stopping(&status.engines_left()),
+            }
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+    progress.clear();
+    Ok(true)
+}
+
+/// Whether this run has ended; another one of its name may be there already.
+fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
+    match rundir::find(&info.name) {
+        Ok(found) => Ok(found.is_none_or(|found| !found.is_same_run(info))),
+        // It removes its files just before it lets the lock go, so this is its end, or the start of the next one.
+        Err(RunDirError::NotPublished { .. }) => Ok(!info.is_alive()),
+        Err(error) => Err(Failure::new(ExitStatus::Failure, error)),
+    }
+}
+
+fn unanswered(error: ClientError, info: &RunInfo) -> Failure {
+    Failure::new(ExitStatus::TeardownIncomplete, error).hint(format!(
+        "xpyd is there but hangs; end it, and its guardian takes the engines down: kill -KILL {}",
+        info.pid
+    ))
+}

@@ -1,0 +1,114 @@
+//! The wire types of the control socket, apart from the types that the program works with, so that either may change
+//! without the other.
+//!
+//! | Request | Body | Answer |
+//! |---|---|---|
+//! | `GET /v1/status` | | 200 [`Status`] |
+//! | `POST /v1/down` | [`DownRequest`] | 202 [`DownAnswer`], at once; the run is gone when its lock is free |
+//!
+//! Every other answer carries an [`ErrorBody`]. Readers ignore fields that they do not know, so fields may be added.
+
+use serde::{Deserialize, Serialize};
+
+use super::rundir::RunInfo;
+use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, Role};
+
+/// Everything a run tells about itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// Who runs, and where its files are.
+    pub run: RunInfo,
+    /// Where the whole fleet is.
+    pub stage: FleetStage,
+    /// When the fleet became ready, RFC 3339; `None` before that.
+    pub ready_since: Option<String>,
+    /// Requests in the proxy now.
+    pub in_flight: usize,
+    /// How long the drain may still take, in seconds; `None` when there is none.
+    pub drain_seconds_left: Option<u64>,
+    /// Prefill engines first, each role in number order.
+    pub engines: Vec<EngineStatus>,
+}
+
+impl Status {
+    /// The engines of which a process may still be there.
+    pub fn engines_left(&self) -> Vec<EngineId> {
+        self.engines
+            .iter()
+            .filter(|engine| engine.state.is_alive())
+            .map(|engine| engine.id.clone())
+            .collect()
+    }
+}
+
+/// What a status tells about one engine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// Its name.
+    pub id: EngineId,
+    /// What it does.
+    pub role: Role,
+    /// Where it is in its life.
+    pub state: EngineState,
+    /// The phase of its start, from its log: `loading weights`.
+    pub phase: Option<String>,
+    /// How far its start is, 0 to 100.
+    pub percent: Option<u8>,
+    /// Its leader's process id.
+    pub pid: Option<u32>,
+    /// Port of its OpenAI API.
+    pub port: u16,
+    /// Indices of its GPUs.
+    pub gpus: Vec<u32>,
+    /// Which start of it this is, from 1.
+    pub incarnation: u32,
+    /// Requests in flight on it.
+    pub in_flight: usize,
+    /// How long this incarnation has been running, in seconds.
+    pub uptime_seconds: Option<u64>,
+    /// Why it failed, in one line.
+    pub reason: Option<String>,
+}
+
+impl From<&EngineView> for EngineStatus {
+    /// What the fleet's view knows. Phase, percentage, GPUs and uptime are known elsewhere and start empty.
+    fn from(view: &EngineView) -> Self {
+        Self {
+            id: view.id.clone(),
+            role: view.role,
+            state: view.state,
+            phase: None,
+            percent: None,
+            pid: view.pid,
+            port: view.endpoint.port,
+            gpus: Vec::new(),
+            incarnation: view.incarnation.0,
+            in_flight: view.load.in_flight(),
+            uptime_seconds: None,
+            reason: view.reason.clone(),
+        }
+    }
+}
+
+/// Asks a run to stop.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DownRequest {
+    /// Kill now instead of draining.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The run stops. It does not wait for the end: whoever asked watches the run's lock.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct DownAnswer {
+    /// Always true.
+    pub stopping: bool,
+}
+
+/// Why a request was not answered.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// In one line.
+    pub error: String,
+}

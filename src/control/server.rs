@@ -1,0 +1,157 @@
+//! The control socket's server.
+//!
+//! Knows nothing of what it controls: it answers with the status it is given and passes requests to stop on.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Json, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::Listener;
+use nix::unistd::getuid;
+use tokio::net::{UnixListener, UnixStream, unix};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::api::{DownAnswer, DownRequest, ErrorBody, Status};
+
+/// How long a client may hold up the end of the server.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// How long to wait after a failed accept, which mostly means that the process is out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The largest body of a request, in bytes.
+const MAX_BODY: usize = 64 * 1024;
+
+/// Someone asked the run to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StopRequest {
+    /// Kill now instead of draining.
+    pub force: bool,
+}
+
+/// What the server speaks for.
+#[derive(Clone)]
+pub struct ServerState {
+    /// Tells the run's status now. Called for each request; must not block.
+    pub status: Arc<dyn Fn() -> Status + Send + Sync>,
+    /// Takes requests to stop. A full channel already holds one, so what does not fit is dropped, unless it forces.
+    pub stop: mpsc::Sender<StopRequest>,
+}
+
+impl fmt::Debug for ServerState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("ServerState").finish_non_exhaustive()
+    }
+}
+
+/// Serves the control socket until `stop` is cancelled.
+pub async fn serve(listener: UnixListener, state: ServerState, stop: CancellationToken) -> io::Result<()> {
+    let router = Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/down", post(down))
+        .fallback(|| async {
+            refuse(
+                StatusCode::NOT_FOUND,
+                "no such route; there are /v1/status and /v1/down",
+            )
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(state);
+    let server = axum::serve(OwnPeers(listener), router).with_graceful_shutdown(stop.clone().cancelled_owned());
+    tokio::select! {
+        result = server.into_future() => result,
+        // A client that keeps half a request open must not keep the run.
+        () = async { stop.cancelled().await; tokio::time::sleep(FAREWELL).await } => Ok(()),
+    }
+}
+
+async fn status(State(state): State<ServerState>) -> Json<Status> {
+    Json((state.status)())
+}
+
+async fn down(State(state): State<ServerState>, body: Result<Json<DownRequest>, JsonRejection>) -> Response {
+    let request = match body {
+        Ok(Json(request)) => request,
+        // `curl -X POST` without a body is a plain stop.
+        Err(JsonRejection::MissingJsonContentType(_)) => DownRequest::default(),
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
+    };
+    let stop = StopRequest { force: request.force };
+    match state.stop.try_send(stop) {
+        // No receiver is left when the run is already past its last stage, and then it ends without being asked.
+        Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
+        Err(mpsc::error::TrySendError::Full(_)) if !stop.force => {}
+        Err(mpsc::error::TrySendError::Full(_)) => {
+            return refuse(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too many requests to stop at once; try again",
+            );
+        }
+    }
+    tracing::info!(force = stop.force, "asked to stop over the control socket");
+    (StatusCode::ACCEPTED, Json(DownAnswer { stopping: true })).into_response()
+}
+
+fn refuse(status: StatusCode, error: &str) -> Response {
+    (
+        status,
+        Json(ErrorBody {
+            error: error.to_owned(),
+        }),
+    )
+        .into_response()
+}
+
+/// Accepts connections of this user's and root's processes only. The folder's mode says the same; this holds even where
+/// someone has changed it.
+struct OwnPeers(UnixListener);
+
+impl Listener for OwnPeers {
+    type Io = UnixStream;
+    type Addr = unix::SocketAddr;
+
+    async fn accept(&mut self) -> (UnixStream, unix::SocketAddr) {
+        loop {
+            match self.0.accept().await {
+                Ok((stream, address)) => match stream.peer_cred() {
+                    Ok(peer) if may_control(peer.uid(), getuid().as_raw()) => return (stream, address),
+                    Ok(peer) => tracing::warn!(uid = peer.uid(), "refused another user on the control socket"),
+                    Err(error) => tracing::warn!(%error, "refused an unknown peer on the control socket"),
+                },
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept on the control socket");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<unix::SocketAddr> {
+        self.0.local_addr()
+    }
+}
+
+fn may_control(peer: u32, own: u32) -> bool {
+    peer == own || peer == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_same_user_and_root_may_control_a_run() {
+        assert!(may_control(1000, 1000));
+        assert!(may_control(0, 1000));
+        assert!(!may_control(1001, 1000));
+        assert!(!may_control(1000, 0));
+    }
+}

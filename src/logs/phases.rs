@@ -1,0 +1,120 @@
+//! How far an engine's start is, told from its log.
+
+use std::path::PathBuf;
+
+use regex::{Regex, RegexSet};
+use tokio::sync::mpsc;
+
+use super::follow::Follower;
+use super::lines::plain;
+use crate::engine::{EngineKind, PhaseMarker};
+use crate::fleet::EngineId;
+
+/// A step of an engine's start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Phase {
+    /// For people: `loading weights`.
+    pub name: &'static str,
+    /// How far the whole start is, 0 to 100.
+    pub percent: u8,
+}
+
+impl Phase {
+    /// The start's last phase: the log shows no more of it.
+    pub const LAST_PERCENT: u8 = 100;
+}
+
+/// Follows one start through the lines of its log. It never goes back: several processes write one log, and each goes
+/// through some of the phases by itself.
+#[derive(Debug)]
+pub struct PhaseTracker {
+    markers: &'static [PhaseMarker],
+    /// Finds the marker; all patterns at once, since most lines match none.
+    any: RegexSet,
+    /// Reads the percentage.
+    each: Vec<Regex>,
+    reached: Option<Phase>,
+}
+
+impl PhaseTracker {
+    /// A tracker that has seen nothing yet.
+    pub fn new(kind: EngineKind) -> Self {
+        let markers = kind.phase_markers();
+        let valid = "the markers are constants and a test compiles them all";
+        Self {
+            markers,
+            any: RegexSet::new(markers.iter().map(|marker| marker.pattern)).expect(valid),
+            each: markers
+                .iter()
+                .map(|marker| Regex::new(marker.pattern).expect(valid))
+                .collect(),
+            reached: None,
+        }
+    }
+
+    /// Takes the next line of the log; the phase if this line changed it.
+    pub fn feed(&mut self, line: &str) -> Option<Phase> {
+        let line = plain(line.trim_end().as_bytes());
+        let phase = self
+            .any
+            .matches(&line)
+            .into_iter()
+            .map(|index| self.phase_of(index, &line))
+            .max_by_key(|phase| phase.percent)?;
+        let is_news = self.reached.is_none_or(|reached| phase.percent > reached.percent);
+        is_news.then(|| *self.reached.insert(phase))
+    }
+
+    /// The phase reached so far.
+    pub fn reached(&self) -> Option<Phase> {
+        self.reached
+    }
+
+    /// The phase that `line` shows, which matches the marker with this index. A percentage in the line is of the span
+    /// up to the next marker.
+    fn phase_of(&self, index: usize, line: &str) -> Phase {
+        let marker = &self.markers[index];
+        let next = self.markers[index + 1..]
+            .iter()
+            .map(|next| next.percent)
+            .find(|percent| *percent > marker.percent)
+            .unwrap_or(Phase::LAST_PERCENT);
+        let done: u16 = self.each[index]
+            .captures(line)
+            .and_then(|captures| captures.get(1)?.as_str().parse().ok())
+            .unwrap_or(0);
+        let within = u16::from(next - marker.percent) * done.min(100) / 100;
+        Phase {
+            name: marker.phase,
+            percent: marker.percent + u8::try_from(within).expect("at most the span, which is a u8"),
+        }
+    }
+}
+
+/// Sends every phase of the start that the log at `log_path` shows from the byte `from` on, which is where the engine's
+/// present incarnation began to write. Ends after the last phase, when nobody listens any more, or when the log cannot
+/// be read; drop it to end it earlier.
+pub async fn watch_phases(
+    log_path: PathBuf,
+    from: u64,
+    kind: EngineKind,
+    engine: EngineId,
+    sender: mpsc::Sender<(EngineId, Phase)>,
+) -> std::io::Result<()> {
+    let mut tracker = PhaseTracker::new(kind);
+    let mut follower = Follower::from_offset(&log_path, from);
+    loop {
+        let lines = tokio::select! {
+            lines = follower.next() => lines?,
+            () = sender.closed() => return Ok(()),
+        };
+        for line in lines {
+            let Some(phase) = tracker.feed(&String::from_utf8_lossy(&line)) else {
+                continue;
+            };
+            if sender.send((engine.clone(), phase)).await.is_err() || phase.percent == Phase::LAST_PERCENT {
+                return Ok(());
+            }
+        }
+    }
+}

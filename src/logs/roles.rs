@@ -1,0 +1,154 @@
+//! Which logs a run's folder holds, and which of them a user means.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::fleet::Role;
+
+/// A log and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoleLog {
+    /// `prefiller1`, `decoder2`, `proxy`, `xpyd`.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+}
+
+/// A name that no log of the run has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no role `{name}` in this run")]
+pub struct UnknownRole {
+    /// What was asked for.
+    pub name: String,
+    /// What there is: single roles, then groups.
+    pub known: Vec<String>,
+    /// The nearest of them, if one is near.
+    pub nearest: Option<String>,
+}
+
+/// Names for several logs at once.
+const GROUPS: [&str; 3] = ["prefill", "decode", "all"];
+
+/// The logs in `folder`: prefill engines by number, decode engines by number, then the rest by name.
+pub fn logs_in(folder: &Path) -> io::Result<Vec<RoleLog>> {
+    let mut logs: Vec<RoleLog> = fs_err::read_dir(folder)?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .filter_map(|path| {
+            let name = path.file_stem()?.to_str()?.to_owned();
+            Some(RoleLog { name, path })
+        })
+        .collect();
+    sort(&mut logs);
+    Ok(logs)
+}
+
+/// Puts logs into the order in which they are shown.
+pub fn sort(logs: &mut [RoleLog]) {
+    logs.sort_by_cached_key(|log| {
+        let group = match role_of(&log.name) {
+            Some(Role::Prefill) => 0,
+            Some(Role::Decode) => 1,
+            None => 2,
+        };
+        let number: u32 = log
+            .name
+            .trim_start_matches(|letter: char| !letter.is_ascii_digit())
+            .parse()
+            .unwrap_or(0);
+        (group, number, log.name.clone())
+    });
+}
+
+/// The logs that `names` ask for, each once, in the order of `logs`. No name asks for all.
+pub fn select(logs: &[RoleLog], names: &[String]) -> Result<Vec<RoleLog>, UnknownRole> {
+    for name in names {
+        if !GROUPS.contains(&name.as_str()) && !logs.iter().any(|log| log.name == *name) {
+            return Err(unknown(logs, name));
+        }
+    }
+    let is_meant = |log: &&RoleLog| names.is_empty() || names.iter().any(|name| means(name, log));
+    Ok(logs.iter().filter(is_meant).cloned().collect())
+}
+
+fn means(name: &str, log: &RoleLog) -> bool {
+    match name {
+        "all" => true,
+        "prefill" => role_of(&log.name) == Some(Role::Prefill),
+        "decode" => role_of(&log.name) == Some(Role::Decode),
+        name => log.name == name,
+    }
+}
+
+/// The role of the engine of this name: `prefiller1`, `decoder2`.
+fn role_of(name: &str) -> Option<Role> {
+    [Role::Prefill, Role::Decode].into_iter().find(|role| {
+        name.strip_prefix(role.engine_stem())
+            .is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    })
+}
+
+fn unknown(logs: &[RoleLog], name: &str) -> UnknownRole {
+    let known: Vec<String> = logs
+        .iter()
+        .map(|log| log.name.clone())
+        .chain(GROUPS.map(str::to_owned))
+        .collect();
+    let nearest = known
+        .iter()
+        .map(|candidate| (strsim::jaro_winkler(candidate, name), candidate))
+        .filter(|(likeness, _)| *likeness > 0.7)
+        .max_by(|left, right| left.0.total_cmp(&right.0))
+        .map(|(_, candidate)| candidate.clone());
+    UnknownRole {
+        name: name.to_owned(),
+        known,
+        nearest,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logs() -> Vec<RoleLog> {
+        let mut logs: Vec<RoleLog> = ["xpyd", "decoder1", "prefiller10", "proxy", "prefiller2"]
+            .map(|name| RoleLog {
+                name: name.to_owned(),
+                path: PathBuf::from(format!("{name}.log")),
+            })
+            .into();
+        sort(&mut logs);
+        logs
+    }
+
+    fn names(asked: &[&str]) -> Result<Vec<String>, UnknownRole> {
+        let asked: Vec<String> = asked.iter().map(|&name| name.to_owned()).collect();
+        Ok(select(&logs(), &asked)?.into_iter().map(|log| log.name).collect())
+    }
+
+    #[test]
+    fn engines_come_in_the_order_of_their_numbers_and_the_rest_after_them() {
+        let all = ["prefiller2", "prefiller10", "decoder1", "proxy", "xpyd"];
+        assert_eq!(names(&[]).unwrap(), all);
+        assert_eq!(names(&["all"]).unwrap(), all);
+    }
+
+    #[test]
+    fn groups_and_names_add_up_and_nothing_comes_twice() {
+        assert_eq!(
+            names(&["proxy", "prefill", "prefiller2"]).unwrap(),
+            ["prefiller2", "prefiller10", "proxy"]
+        );
+    }
+
+    #[test]
+    fn an_unknown_role_is_an_error_that_names_the_nearest_one() {
+        let error = names(&["decoder1", "prefiler2"]).unwrap_err();
+        assert_eq!(error.name, "prefiler2");
+        assert_eq!(error.nearest.as_deref(), Some("prefiller2"));
+        assert!(error.known.contains(&"decode".to_owned()));
+        assert_eq!(names(&["zzz"]).unwrap_err().nearest, None);
+    }
+}

@@ -1,0 +1,308 @@
+//! Progress of a fleet's start and of its end: redrawn on a terminal, one line per change elsewhere.
+
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressState, ProgressStyle};
+use owo_colors::{AnsiColors, OwoColorize};
+use tokio::time::Instant;
+
+use super::{Printer, time_span};
+use crate::fleet::{EngineId, EngineState, Role};
+
+/// How often the spinner turns.
+const TICK: Duration = Duration::from_millis(100);
+
+// All of them fit 80 columns.
+/// An engine whose start is under way.
+const MOVING: &str = "{spinner:.cyan} {prefix}  {bar:18.cyan/dim} {pos:>3} %  {msg:20}  {time:.dim}";
+/// An engine that waits for its turn, or has arrived somewhere.
+const RESTING: &str = "{prefix}  {bar:18.green/dim} {pos:>3} %  {msg}";
+/// An engine that failed.
+const BROKEN: &str = "{prefix}  {bar:18.red/dim} {pos:>3} %  {msg}";
+/// The end of a run.
+const ENDING: &str = "{spinner:.yellow} {msg}";
+
+/// The start of a fleet, one line per engine.
+#[derive(Debug)]
+pub struct FleetProgress {
+    printer: Printer,
+    bars: MultiProgress,
+    /// Whether the bars are shown; changes are printed as lines otherwise.
+    redraws: bool,
+    lines: Vec<EngineLine>,
+}
+
+#[derive(Debug)]
+struct EngineLine {
+    id: EngineId,
+    /// Its name in the width of the longest.
+    name: String,
+    /// `prefiller1  :7100`, in the width of the longest; the colour of the name tells the role.
+    label: String,
+    bar: ProgressBar,
+    /// When its present start began.
+    started: Instant,
+    state: EngineState,
+    phase: Option<(String, u8)>,
+}
+
+impl FleetProgress {
+    /// Shows the engines, none of them started. The numbers are their HTTP ports.
+    pub fn new(printer: Printer, engines: &[(EngineId, Role, u16)]) -> Self {
+        let redraws = printer.is_terminal() && !printer.quiet;
+        let target = if redraws {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let bars = MultiProgress::with_draw_target(target);
+        let widest = engines.iter().map(|(id, ..)| id.as_str().len()).max().unwrap_or(0);
+        let lines = engines
+            .iter()
+            .map(|(id, role, port)| {
+                let name = format!("{id:widest$}");
+                let colour = match role {
+                    Role::Prefill => AnsiColors::Cyan,
+                    Role::Decode => AnsiColors::Magenta,
+                };
+                let label = format!("{}  :{port:<5}", name.color(colour));
+                let bar = bars.add(ProgressBar::new(100).with_finish(ProgressFinish::Abandon));
+                bar.set_style(style(RESTING));
+                bar.set_prefix(format!("  {label}"));
+                bar.set_message("waiting".dimmed().to_string());
+                EngineLine {
+                    id: id.clone(),
+                    name,
+                    label,
+                    bar,
+                    started: Instant::now(),
+                    state: EngineState::Planned,
+                    phase: None,
+                }
+            })
+            .collect();
+        Self {
+            printer,
+            bars,
+            redraws,
+            lines,
+        }
+    }
+
+    /// The engine's start has reached a phase; `percent` is how far the whole start is.
+    pub fn phase(&mut self, engine: &EngineId, phase: &str, percent: u8) {
+        let Some(line) = self.lines.iter_mut().find(|line| line.id == *engine) else {
+            return;
+        };
+        let is_new = line.phase.as_ref().is_none_or(|(known, _)| known != phase);
+        line.phase = Some((phase.to_owned(), percent));
+        if line.state != EngineState::Starting {
+            return;
+        }
+        line.bar.set_position(u64::from(percent));
+        line.bar.set_message(phase.to_owned());
+        if is_new && !self.redraws {
+            self.printer.status(line.plain(&format!("{phase} ({percent} %)")));
+        }
+    }
+
+    /// The engine is in another state now.
+    pub fn state(&mut self, engine: &EngineId, state: EngineState) {
+        let Some(line) = self.lines.iter_mut().find(|line| line.id == *engine) else {
+            return;
+        };
+        if line.state == state {
+            return;
+        }
+        if state == EngineState::Starting {
+            line.started = Instant::now();
+            line.phase = None;
+        }
+        line.state = state;
+        line.draw();
+        if !self.redraws {
+            self.printer.status(line.plain(&state.to_string()));
+        }
+    }
+
+    /// Runs `write`, which writes to the terminal, with the bars out of its way.
+    pub fn suspend<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.bars.suspend(write)
+    }
+
+    /// Leaves the last picture where it is and says how it ended.
+    pub fn finish(self, summary: impl std::fmt::Display) {
+        for line in &self.lines {
+            line.bar.abandon();
+        }
+        self.printer.status(summary);
+    }
+}
+
+impl EngineLine {
+    fn draw(&self) {
+        let took = time_span(self.started.elapsed());
+        let (mark, template, message) = match self.state {
+            EngineState::Planned => (" ".to_owned(), RESTING, "waiting".dimmed().to_string()),
+            EngineState::Starting => {
+                self.bar.reset();
+                self.bar.set_prefix(self.label.clone());
+                self.bar.set_style(style(MOVING));
+                self.bar.set_message("launching");
+                self.bar.enable_steady_tick(TICK);
+                return;
+            }
+            EngineState::Healthy => ("✓".cyan().to_string(), RESTING, format!("healthy after {took}")),
+            EngineState::Ready => (
+                "✓".green().to_string(),
+                RESTING,
+                format!("{} after {took}", "ready".green()),
+            ),
+            EngineState::Failed => {
+                let phase = self
+                    .phase
+                    .as_ref()
+                    .map(|(phase, _)| format!(": {phase}"))
+                    .unwrap_or_default();
+                let failed = "failed".red().bold().to_string();
+                ("✗".red().to_string(), BROKEN, format!("{failed}{phase}  {took}"))
+            }
+            EngineState::Draining | EngineState::Stopping | EngineState::Stopped => {
+                (" ".to_owned(), RESTING, self.state.yellow().to_string())
+            }
+        };
+        self.bar.disable_steady_tick();
+        self.bar.set_style(style(template));
+        self.bar.set_prefix(format!("{mark} {}", self.label));
+        if matches!(self.state, EngineState::Healthy | EngineState::Ready) {
+            self.bar.set_position(100);
+        }
+        self.bar.set_message(message);
+    }
+
+    /// `prefiller1  loading weights (56 %)  12 s`
+    fn plain(&self, news: &str) -> String {
+        format!("{}  {news}  {}", self.name, time_span(self.started.elapsed()))
+    }
+}
+
+/// The end of a run: draining, then stopping.
+#[derive(Debug)]
+pub struct StopProgress {
+    printer: Printer,
+    line: ProgressBar,
+    redraws: bool,
+    /// How the user can hurry, shown while there is something to wait for.
+    hurry: &'static str,
+    /// What a line was last printed for.
+    printed: String,
+}
+
+impl StopProgress {
+    /// Nothing is shown yet. `hurry` says how to force it: `press Ctrl+C again to force`.
+    pub fn new(printer: Printer, hurry: &'static str) -> Self {
+        let redraws = printer.is_terminal() && !printer.quiet;
+        let target = if redraws {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let line = ProgressBar::with_draw_target(None, target);
+        line.set_style(style(ENDING));
+        line.enable_steady_tick(TICK);
+        Self {
+            printer,
+            line,
+            redraws,
+            hurry,
+            printed: String::new(),
+        }
+    }
+
+    /// Requests in flight may go on for `left`.
+    pub fn draining(&mut self, in_flight: usize, left: Option<Duration>) {
+        let requests = if in_flight == 1 { "request" } else { "requests" };
+        let limit = left
+            .map(|left| format!(", at most {} more", time_span(left)))
+            .unwrap_or_default();
+        self.show(
+            "draining",
+            &format!("draining: {in_flight} {requests} in flight{limit}"),
+        );
+    }
+
+    /// These engines are still there.
+    pub fn stopping(&mut self, left: &[EngineId]) {
+        let names: Vec<&str> = left.iter().map(EngineId::as_str).collect();
+        let text = match names.as_slice() {
+            [] => "stopping".to_owned(),
+            names => format!("stopping: waiting for {}", names.join(", ")),
+        };
+        self.show(&text, &text);
+    }
+
+    /// Takes the line away; there is nothing more to say.
+    pub fn clear(self) {
+        self.line.finish_and_clear();
+    }
+
+    /// Takes the line away and says how it ended.
+    pub fn finish(self, summary: impl std::fmt::Display) {
+        self.line.finish_and_clear();
+        self.printer.status(summary);
+    }
+
+    /// Shows `text`; printed as a line only where `news` differs from the last time.
+    fn show(&mut self, news: &str, text: &str) {
+        let text = format!("{text}  {}", format!("({})", self.hurry).dimmed());
+        if !self.redraws && self.printed != news {
+            self.printer.status(&text);
+        }
+        news.clone_into(&mut self.printed);
+        self.line.set_message(text);
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
+        .expect("the templates are constants and a test makes each style")
+        .with_key("time", |state: &ProgressState, writer: &mut dyn std::fmt::Write| {
+            // A formatter that fails has nowhere to report it, and a missing time is no harm.
+            let _ = writer.write_str(&time_span(state.elapsed()));
+        })
+        .progress_chars("━╸─")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_template_makes_a_style() {
+        for template in [MOVING, RESTING, BROKEN, ENDING] {
+            style(template);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_plain_line_says_who_is_where_and_for_how_long() {
+        let engines = [
+            (EngineId::new(Role::Prefill, 0), Role::Prefill, 7100),
+            (EngineId::new(Role::Decode, 0), Role::Decode, 7200),
+        ];
+        let quiet = Printer { quiet: true };
+        let mut progress = FleetProgress::new(quiet, &engines);
+        progress.state(&engines[1].0, EngineState::Starting);
+        tokio::time::advance(Duration::from_secs(12)).await;
+        assert_eq!(
+            progress.lines[1].plain("loading weights (56 %)"),
+            "decoder1    loading weights (56 %)  12 s"
+        );
+        // A restart begins a new count and forgets the old phase.
+        progress.phase(&engines[1].0, "loading weights", 56);
+        progress.state(&engines[1].0, EngineState::Failed);
+        progress.state(&engines[1].0, EngineState::Starting);
+        assert_eq!(progress.lines[1].phase, None);
+        assert_eq!(progress.lines[1].plain("launching"), "decoder1    launching  0 s");
+    }
+}

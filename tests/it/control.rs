@@ -1,0 +1,250 @@
+//! The runtime folder and the control socket.
+
+#![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use xpyd::cli::{down, logs, status};
+use xpyd::control::api::Status;
+use xpyd::control::client::{ClientError, ControlClient};
+use xpyd::control::rundir::{RunDir, RunDirError, RunInfo, find_in, outcome_in};
+use xpyd::control::server::{ServerState, StopRequest, serve};
+use xpyd::fleet::FleetStage;
+use xpyd::report::ExitStatus;
+use xpyd::ui::Printer;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn root() -> TempDir {
+    let root = tempfile::tempdir().unwrap();
+    fs_err::set_permissions(root.path(), PermissionsExt::from_mode(0o700)).unwrap();
+    root
+}
+
+fn info(name: &str) -> RunInfo {
+    RunInfo {
+        model: "tiny".to_owned(),
+        ..RunInfo::of_this_process(name).unwrap()
+    }
+}
+
+#[test]
+fn a_run_is_found_from_its_publishing_to_its_end() {
+    let root = root();
+    assert_eq!(find_in(root.path(), "a").unwrap(), None);
+    let run = RunDir::acquire_in(root.path(), "a").unwrap();
+    assert!(
+        matches!(find_in(root.path(), "a"), Err(RunDirError::NotPublished { pid: Some(pid), .. }) if pid == std::process::id())
+    );
+    run.publish(&info("a")).unwrap();
+    assert_eq!(find_in(root.path(), "a").unwrap().unwrap().model, "tiny");
+    assert_eq!(find_in(root.path(), "b").unwrap(), None);
+    drop(run);
+    assert_eq!(find_in(root.path(), "a").unwrap(), None);
+    assert!(!root.path().join("a/run.json").exists());
+}
+
+#[test]
+fn a_second_run_of_the_same_name_is_refused_and_told_by_whom() {
+    let root = root();
+    let run = RunDir::acquire_in(root.path(), "a").unwrap();
+    let error = RunDir::acquire_in(root.path(), "a").unwrap_err();
+    assert!(
+        matches!(error, RunDirError::AlreadyRunning { pid: Some(pid), .. } if pid == std::process::id()),
+        "{error}"
+    );
+    RunDir::acquire_in(root.path(), "b").unwrap();
+    drop(run);
+    RunDir::acquire_in(root.path(), "a").unwrap();
+}
+
+#[test]
+fn what_a_killed_run_left_is_believed_by_nobody() {
+    let root = root();
+    // A free lock, whatever the files say.
+    drop(RunDir::acquire_in(root.path(), "a").unwrap());
+    let write =
+        |info: &RunInfo| fs_err::write(root.path().join("a/run.json"), serde_json::to_vec(info).unwrap()).unwrap();
+    write(&info("a"));
+    assert_eq!(find_in(root.path(), "a").unwrap(), None);
+    // The next run has the lock and has not spoken yet.
+    let run = RunDir::acquire_in(root.path(), "a").unwrap();
+    assert!(!root.path().join("a/run.json").exists());
+    let mut of_a_process_with_our_pid = info("a");
+    of_a_process_with_our_pid.start_time_ticks += 1;
+    let mut of_another_boot = info("a");
+    of_another_boot.boot_id = "00000000-0000-0000-0000-000000000000".to_owned();
+    for stale in [of_a_process_with_our_pid, of_another_boot] {
+        write(&stale);
+        assert!(matches!(
+            find_in(root.path(), "a"),
+            Err(RunDirError::NotPublished { .. })
+        ));
+    }
+    drop(run);
+}
+
+#[test]
+fn names_that_leave_the_folder_and_paths_too_long_for_a_socket_are_refused() {
+    let root = root();
+    for name in ["", ".", "..", "a/b", "ä", &"x".repeat(33)] {
+        assert!(
+            matches!(RunDir::acquire_in(root.path(), name), Err(RunDirError::BadName(_))),
+            "{name}"
+        );
+        assert!(
+            matches!(find_in(root.path(), name), Err(RunDirError::BadName(_))),
+            "{name}"
+        );
+    }
+    let deep = root.path().join("x".repeat(100));
+    let error = RunDir::acquire_in(&deep, "a").unwrap_err();
+    assert!(matches!(error, RunDirError::SocketPathTooLong { .. }), "{error}");
+    assert!(error.to_string().contains("107"), "{error}");
+}
+
+#[test]
+fn a_folder_that_others_can_write_or_that_is_a_link_is_refused() {
+    let root = root();
+    fs_err::create_dir(root.path().join("open")).unwrap();
+    fs_err::set_permissions(root.path().join("open"), PermissionsExt::from_mode(0o755)).unwrap();
+    symlink(root.path(), root.path().join("link")).unwrap();
+    for name in ["open", "link"] {
+        let error = RunDir::acquire_in(root.path(), name).unwrap_err();
+        assert!(matches!(error, RunDirError::NotPrivate { .. }), "{error}");
+    }
+}
+
+#[test]
+fn the_outcome_is_told_of_the_run_that_left_it_and_of_no_other() {
+    let root = root();
+    let run = RunDir::acquire_in(root.path(), "a").unwrap();
+    assert_eq!(outcome_in(root.path(), &info("a")).unwrap(), None);
+    let leftovers = ["pid 7 is in state D".to_owned()];
+    run.record_outcome(ExitStatus::TeardownIncomplete, &leftovers).unwrap();
+    drop(run);
+    let outcome = outcome_in(root.path(), &info("a")).unwrap().unwrap();
+    assert_eq!((outcome.exit_code, outcome.leftovers), (7, leftovers.to_vec()));
+    let mut other = info("a");
+    other.start_time_ticks += 1;
+    assert_eq!(outcome_in(root.path(), &other).unwrap(), None);
+}
+
+/// A run's server whose status says `ready`, with its tasks and its requests to stop.
+struct Server {
+    run: RunDir,
+    tasks: JoinSet<std::io::Result<()>>,
+    stop: CancellationToken,
+    requests: mpsc::Receiver<StopRequest>,
+}
+
+fn start_server(root: &Path) -> Server {
+    let run = RunDir::acquire_in(root, "a").unwrap();
+    let listener = run.listen().unwrap();
+    let (sender, requests) = mpsc::channel(1);
+    let status = Status {
+        run: info("a"),
+        stage: FleetStage::Ready,
+        ready_since: None,
+        in_flight: 3,
+        drain_seconds_left: None,
+        engines: Vec::new(),
+    };
+    let state = ServerState {
+        status: Arc::new(move || status.clone()),
+        stop: sender,
+    };
+    let stop = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(serve(listener, state, stop.clone()));
+    Server {
+        run,
+        tasks,
+        stop,
+        requests,
+    }
+}
+
+#[tokio::test]
+async fn status_and_down_travel_over_the_socket() {
+    let root = root();
+    let mut server = start_server(root.path());
+    let client = ControlClient::new(server.run.socket_path()).unwrap();
+    let status = client.status().await.unwrap();
+    assert_eq!((status.stage, status.in_flight), (FleetStage::Ready, 3));
+    assert!(client.down(false).await.unwrap().stopping);
+    // The run already has one request to stop; a second adds nothing, a forced one must not get lost.
+    assert!(client.down(false).await.unwrap().stopping);
+    let error = client.down(true).await.unwrap_err();
+    assert!(matches!(error, ClientError::Refused { status: 503, .. }), "{error}");
+    assert_eq!(server.requests.recv().await, Some(StopRequest { force: false }));
+    client.down(true).await.unwrap();
+    assert_eq!(server.requests.recv().await, Some(StopRequest { force: true }));
+}
+
+#[tokio::test]
+async fn a_client_with_half_a_request_cannot_keep_the_server() {
+    let root = root();
+    let mut server = start_server(root.path());
+    let mut half = UnixStream::connect(server.run.socket_path()).await.unwrap();
+    half.write_all(b"POST /v1/down HTTP/1.1\r\ncontent-length: 10\r\n")
+        .await
+        .unwrap();
+    // Answered after the half request was accepted, because connections are accepted in order.
+    ControlClient::new(server.run.socket_path())
+        .unwrap()
+        .status()
+        .await
+        .unwrap();
+    server.stop.cancel();
+    tokio::time::timeout(DEADLINE, server.tasks.join_next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_run_that_is_not_there_is_an_error_that_names_the_socket() {
+    let root = root();
+    let socket = root.path().join("control.sock");
+    let error = ControlClient::new(&socket).unwrap().status().await.unwrap_err();
+    assert!(matches!(error, ClientError::NoAnswer { .. }));
+    assert!(error.to_string().contains("control.sock"), "{error}");
+}
+
+/// The commands that need a run.
+#[derive(Debug, Parser)]
+enum Command {
+    Status(status::Arguments),
+    Down(down::Arguments),
+    Logs(logs::Arguments),
+}
+
+#[tokio::test]
+async fn commands_for_a_run_that_is_not_there_end_with_the_code_for_that() {
+    let name = format!("absent-{}", std::process::id());
+    for verb in ["status", "down", "logs"] {
+        let command = Command::try_parse_from(["xpyd", verb, "--name", &name]).unwrap();
+        let printer = Printer { quiet: true };
+        let result = match command {
+            Command::Status(arguments) => status::run(arguments, printer).await,
+            Command::Down(arguments) => down::run(arguments, printer).await,
+            Command::Logs(arguments) => logs::run(arguments, printer).await,
+        };
+        let failure = result.unwrap_err();
+        assert_eq!(failure.status, ExitStatus::RunState, "{verb}: {failure}");
+        assert!(failure.to_string().contains(&name), "{verb}: {failure}");
+    }
+}
