@@ -4,9 +4,9 @@
 //! other people's, and from those of runs that still write.
 
 use std::io;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use fs_err::os::unix::fs::symlink;
 use fs_err::{File, OpenOptions};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;

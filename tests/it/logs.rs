@@ -160,6 +160,23 @@ fn a_follower_survives_a_late_file_rotation_and_truncation() {
     assert_eq!(follower.finish().unwrap(), b"unfinished");
 }
 
+#[test]
+fn a_flood_before_a_rotation_is_read_to_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("decoder1.log");
+    let mut follower = Follower::from_start(&log);
+    append(&log, b"first\n");
+    assert_eq!(read(&mut follower), ["first"]);
+    // More than one look takes.
+    let flood: Vec<String> = (0..3000).map(|number| format!("{number:01000}")).collect();
+    append(&log, format!("{}\n", flood.join("\n")).as_bytes());
+    fs_err::rename(&log, folder.path().join("decoder1.log.1")).unwrap();
+    append(&log, b"last\n");
+    let lines = read(&mut follower);
+    assert_eq!(lines[..3000], flood);
+    assert_eq!(lines[3000..], ["last"]);
+}
+
 proptest! {
     #[test]
     fn the_last_lines_and_what_follows_are_the_end_of_the_whole(
