@@ -4,7 +4,6 @@
 //! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
-use crate::fleet::{EngineId, FleetStage, FleetView, Role};
+use crate::fleet::{EngineId, FleetStage, FleetView};
 use crate::logs::{self, Phase};
 use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
@@ -68,7 +67,13 @@ pub async fn run<Work>(run: Run, when_ready: impl FnOnce(Ready) -> Work) -> Resu
 where
     Work: Future<Output = ()>,
 {
-    let Run { plan, name, run_dir, detached, printer } = run;
+    let Run {
+        plan,
+        name,
+        run_dir,
+        detached,
+        printer,
+    } = run;
     write_files(&plan)?;
     let reservations = supervisor::reserve(&plan.engines).map_err(|conflict| {
         Failure::new(ExitStatus::Preflight, conflict)
@@ -78,10 +83,15 @@ where
     let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);
     let notifications = bind_notifications(&plan.proxy).await?;
     let control = run_dir.listen().map_err(|error| {
-        Failure::new(ExitStatus::Failure, anyhow::Error::new(error).context("cannot open the control socket"))
+        Failure::new(
+            ExitStatus::Failure,
+            anyhow::Error::new(error).context("cannot open the control socket"),
+        )
     })?;
     let info = run_info(&plan, &name, &url, detached)?;
-    run_dir.publish(&info).map_err(|error| Failure::new(ExitStatus::Failure, error))?;
+    run_dir
+        .publish(&info)
+        .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
 
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
     let proxy = Proxy::new(proxy_settings(&plan), view.clone(), notifications);
@@ -92,18 +102,25 @@ where
     let mut parts = JoinSet::new();
 
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
-    parts.spawn(serve_control(control, control_state(&info, &plan, &view, &phases, &proxy, &requests), stop.clone()));
+    let (stops, stop_receiver) = mpsc::channel(8);
+    parts.spawn(serve_control(
+        control,
+        control_state(&info, &plan, &view, &phases, &proxy, stops),
+        stop.clone(),
+    ));
+    parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
     for engine in &plan.engines {
         let log = plan.run_dir.join(&engine.log_file);
         let (kind, id, sender) = (plan.engine, engine.id.clone(), phase_sender.clone());
         parts.spawn(until(stop.clone(), async move {
-            if let Err(error) = logs::watch_phases(log, kind, id.clone(), sender).await {
+            if let Err(error) = logs::watch_phases(log, 0, kind, id.clone(), sender).await {
                 tracing::debug!(engine = %id, %error, "phases cannot be read");
             }
         }));
     }
     drop(phase_sender);
-    let reporter = reporting::Reporter::new(printer, &plan);
+    let (settled, progress_is_settled) = oneshot::channel();
+    let reporter = reporting::Reporter::new(printer, &plan, settled);
     parts.spawn(reporter.run(view.clone(), phase_receiver, phases_sender, stop.clone()));
 
     let settings = supervisor::Settings {
@@ -124,8 +141,16 @@ where
     };
     let work = async {
         if reached_ready(view.clone()).await {
+            // So that what is printed now stands below the bars.
+            drop(progress_is_settled.await);
             let verified_in = *verified.borrow();
-            when_ready(Ready { url: url.clone(), model: plan.served_model_name.clone(), proxy, verified_in }).await;
+            when_ready(Ready {
+                url: url.clone(),
+                model: plan.served_model_name.clone(),
+                proxy,
+                verified_in,
+            })
+            .await;
             let (reply, _outcome) = oneshot::channel();
             // A full or closed queue means that the run is ending anyway.
             drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
@@ -138,7 +163,10 @@ where
     };
     stop.cancel();
     let left: Vec<String> = outcome.left.iter().map(ToString::to_string).collect();
-    if tokio::time::timeout(JOIN_DEADLINE, async { while parts.join_next().await.is_some() {} }).await.is_err() {
+    if tokio::time::timeout(JOIN_DEADLINE, async { while parts.join_next().await.is_some() {} })
+        .await
+        .is_err()
+    {
         tracing::warn!(parts = parts.len(), "parts of xpyd did not end in time");
         parts.abort_all();
     }
@@ -162,15 +190,19 @@ fn write_files(plan: &Plan) -> Result<(), Failure> {
 }
 
 async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
-    TcpListener::bind((proxy.host.as_str(), proxy.port)).await.map_err(|error| {
-        let context = format!("the proxy cannot listen on {}:{}", proxy.host, proxy.port);
-        Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
-            .hint("choose another port with `--port`; `ss -ltnp` shows who holds this one")
-    })
+    TcpListener::bind((proxy.host.as_str(), proxy.port))
+        .await
+        .map_err(|error| {
+            let context = format!("the proxy cannot listen on {}:{}", proxy.host, proxy.port);
+            Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
+                .hint("choose another port with `--port`; `ss -ltnp` shows who holds this one")
+        })
 }
 
 async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, Failure> {
-    let Some((host, port)) = &proxy.notify else { return Ok(None) };
+    let Some((host, port)) = &proxy.notify else {
+        return Ok(None);
+    };
     let bound = Notifications::bind(host, *port).await.map_err(|error| {
         Failure::new(ExitStatus::Preflight, error).hint("choose another port with `--set lmcache.notify_port=…`")
     })?;
@@ -213,7 +245,11 @@ fn run_info(plan: &Plan, name: &str, url: &str, detached: bool) -> Result<RunInf
         proxy_url: url.to_owned(),
         logs_dir: plan.run_dir.clone(),
         engines: engines
-            .map(|engine| RunEngine { id: engine.id.clone(), role: engine.role, log_file: engine.log_file.clone() })
+            .map(|engine| RunEngine {
+                id: engine.id.clone(),
+                role: engine.role,
+                log_file: engine.log_file.clone(),
+            })
             .collect(),
         detached,
         ..info
@@ -227,10 +263,14 @@ fn control_state(
     view: &watch::Receiver<Arc<FleetView>>,
     phases: &watch::Receiver<Arc<HashMap<EngineId, Phase>>>,
     proxy: &Proxy,
-    requests: &mpsc::Sender<supervisor::Request>,
+    stop: mpsc::Sender<server::StopRequest>,
 ) -> server::ServerState {
     let (info, view, phases, proxy) = (info.clone(), view.clone(), phases.clone(), proxy.clone());
-    let gpus: HashMap<EngineId, Vec<u32>> = plan.engines.iter().map(|engine| (engine.id.clone(), engine.gpus.clone())).collect();
+    let gpus: HashMap<EngineId, Vec<u32>> = plan
+        .engines
+        .iter()
+        .map(|engine| (engine.id.clone(), engine.gpus.clone()))
+        .collect();
     let status = move || {
         let (view, phases) = (view.borrow().clone(), phases.borrow().clone());
         let engines = view.engines.iter().map(|engine| {
@@ -251,11 +291,27 @@ fn control_state(
             engines: engines.collect(),
         }
     };
-    server::ServerState { status: Arc::new(status), stop: requests.clone() }
+    server::ServerState {
+        status: Arc::new(status),
+        stop,
+    }
+}
+
+/// Hands requests to stop from the control socket on to the supervisor.
+async fn forward_stops(mut stops: mpsc::Receiver<server::StopRequest>, requests: mpsc::Sender<supervisor::Request>) {
+    while let Some(server::StopRequest { force }) = stops.recv().await {
+        let (reply, _outcome) = oneshot::channel();
+        if requests.send(supervisor::Request::Stop { force, reply }).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Listens for signals, and hands them on to the supervisor.
-fn forward_signals(parts: &mut JoinSet<()>, stop: &CancellationToken) -> Result<mpsc::Receiver<crate::signals::StopSignal>, Failure> {
+fn forward_signals(
+    parts: &mut JoinSet<()>,
+    stop: &CancellationToken,
+) -> Result<mpsc::Receiver<crate::signals::StopSignal>, Failure> {
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let (sender, receiver) = mpsc::channel(8);
     parts.spawn(until(stop.clone(), async move {
@@ -277,7 +333,10 @@ fn verify(proxy: Proxy, took: watch::Sender<Duration>) -> supervisor::Verify {
             let began = tokio::time::Instant::now();
             for (prefill, decode) in pairs {
                 let report = proxy.canary(&prefill, &decode).await.map_err(|error| {
-                    format!("the hand-off from {prefill} to {decode} does not work: {}", one_line(&error))
+                    format!(
+                        "the hand-off from {prefill} to {decode} does not work: {}",
+                        one_line(&error)
+                    )
                 })?;
                 tracing::info!(%prefill, %decode, ?report, "canary");
             }
@@ -290,5 +349,7 @@ fn verify(proxy: Proxy, took: watch::Sender<Duration>) -> supervisor::Verify {
 /// Waits until clients are served; false if that will never be.
 async fn reached_ready(mut view: watch::Receiver<Arc<FleetView>>) -> bool {
     let settled = |view: &Arc<FleetView>| !matches!(view.stage, FleetStage::Starting | FleetStage::Verifying);
-    view.wait_for(settled).await.is_ok_and(|view| view.stage == FleetStage::Ready)
+    view.wait_for(settled)
+        .await
+        .is_ok_and(|view| view.stage == FleetStage::Ready)
 }

@@ -3,35 +3,48 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Duration, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
+use crate::fleet::{EngineId, EngineState, FleetStage, FleetView, Role};
 use crate::logs::Phase;
 use crate::plan::Plan;
-use crate::ui::Printer;
-use crate::ui::progress::FleetProgress;
+use crate::ui::{FleetProgress, Printer, StopProgress};
 
 /// The phases that engines have reached, for the status.
 pub(super) type Phases = Arc<HashMap<EngineId, Phase>>;
+
+/// How often the number of requests in flight is shown while they are waited for.
+const REFRESH: Duration = Duration::from_millis(500);
 
 /// Prints what changes.
 #[derive(Debug)]
 pub(super) struct Reporter {
     printer: Printer,
+    /// The bars of the start, while there is one.
     progress: Option<FleetProgress>,
+    /// Told when the bars have been drawn for the last time.
+    settled: Option<oneshot::Sender<()>>,
+    /// The line of the stop, while there is one.
+    stopping: Option<StopProgress>,
     stage: FleetStage,
     states: HashMap<EngineId, EngineState>,
     phases: HashMap<EngineId, Phase>,
 }
 
 impl Reporter {
-    pub(super) fn new(printer: Printer, plan: &Plan) -> Self {
-        let engines: Vec<_> =
-            plan.engines.iter().map(|engine| (engine.id.clone(), engine.role, engine.endpoint.port)).collect();
+    pub(super) fn new(printer: Printer, plan: &Plan, settled: oneshot::Sender<()>) -> Self {
+        let engines: Vec<_> = plan
+            .engines
+            .iter()
+            .map(|engine| (engine.id.clone(), engine.role, engine.endpoint.port))
+            .collect();
         Self {
             printer,
             progress: Some(FleetProgress::new(printer, &engines)),
+            settled: Some(settled),
+            stopping: None,
             stage: FleetStage::Starting,
             states: HashMap::new(),
             phases: HashMap::new(),
@@ -46,6 +59,8 @@ impl Reporter {
         published: watch::Sender<Phases>,
         stop: CancellationToken,
     ) {
+        let mut refresh = interval(REFRESH);
+        refresh.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             tokio::select! {
                 biased;
@@ -56,6 +71,10 @@ impl Reporter {
                     }
                     let current = view.borrow_and_update().clone();
                     self.view_changed(&current);
+                }
+                _ = refresh.tick(), if self.stopping.is_some() => {
+                    let current = view.borrow().clone();
+                    self.show_stop(&current);
                 }
                 Some((engine, phase)) = phases.recv() => {
                     if let Some(progress) = &mut self.progress {
@@ -68,6 +87,9 @@ impl Reporter {
         }
         let last = view.borrow().clone();
         self.view_changed(&last);
+        if let Some(stopping) = self.stopping.take() {
+            stopping.clear();
+        }
     }
 
     fn view_changed(&mut self, view: &FleetView) {
@@ -102,20 +124,36 @@ impl Reporter {
                 }
             }
             FleetStage::Ready => self.finish_progress(),
-            FleetStage::Draining => {
+            FleetStage::Draining | FleetStage::Stopping => {
                 self.finish_progress();
-                let in_flight: usize = view.engines.iter().map(|engine| engine.load.in_flight()).sum();
-                let what = if in_flight == 0 { String::new() } else { " once the requests in flight are done".to_owned() };
-                self.printer.status(format!("stopping the engines{what}; press Ctrl+C again to force"));
+                let printer = self.printer;
+                self.stopping
+                    .get_or_insert_with(|| StopProgress::new(printer, "press Ctrl+C again to force"));
+                self.show_stop(view);
             }
-            FleetStage::Stopping => self.finish_progress(),
             FleetStage::Stopped => {}
+        }
+    }
+
+    /// What the stop waits for: requests, then engines.
+    fn show_stop(&mut self, view: &FleetView) {
+        let Some(stopping) = &mut self.stopping else { return };
+        if view.stage == FleetStage::Draining {
+            let in_flight = view.engines.iter().filter(|engine| engine.role == Role::Decode);
+            stopping.draining(in_flight.map(|engine| engine.load.in_flight()).sum(), None);
+        } else {
+            let left = view.engines.iter().filter(|engine| engine.state.is_alive());
+            stopping.stopping(&left.map(|engine| engine.id.clone()).collect::<Vec<_>>());
         }
     }
 
     fn finish_progress(&mut self) {
         if let Some(progress) = self.progress.take() {
-            progress.finish("");
+            progress.finish();
+        }
+        if let Some(settled) = self.settled.take() {
+            // Nobody waits any more when the run is ending.
+            let _ = settled.send(());
         }
     }
 }

@@ -36,7 +36,11 @@ const OFFSETS: [u16; 4] = [0, 20, 40, 60];
 const QUESTION: &str = "Why do people split prefill from decode?";
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    let machine = machine::survey(&machine::Wanted { model: "", program: None, gpus: false });
+    let machine = machine::survey(&machine::Wanted {
+        model: "",
+        program: None,
+        gpus: false,
+    });
     let profile = |offset: u16| {
         let overrides = [
             Override::flag("--engine", "engine", "sim"),
@@ -50,7 +54,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         for candidate in OFFSETS {
             offset = candidate;
             let plan = request::build(&profile(candidate)?, &machine, &arguments.logs)?;
-            if plan.ports().iter().all(|(port, _)| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()) {
+            if plan
+                .ports()
+                .iter()
+                .all(|(port, _)| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+            {
                 break;
             }
         }
@@ -65,11 +73,20 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     up::log_to(folder.path())?;
     printer.status("xpyd demo: 2 prefill + 2 decode engines, simulated, so no GPU is needed.\n");
     up::announce(&plan, printer);
-    let run = Run { plan: plan.clone(), name, run_dir, detached: false, printer };
+    let run = Run {
+        plan: plan.clone(),
+        name,
+        run_dir,
+        detached: false,
+        printer,
+    };
     let num_prompts = arguments.num_prompts;
     let mut worked = Ok(ExitStatus::Success);
     let outcome = block_on(app::run(run, async |ready: Ready| {
-        printer.status(format!("ready: every pair handed over correctly; the OpenAI API is at {}/v1", ready.url));
+        printer.status(format!(
+            "ready: every pair handed over correctly; the OpenAI API is at {}/v1",
+            ready.url
+        ));
         worked = show(&ready, num_prompts, printer).await;
         printer.status("\ntaking everything down");
     }))?;
@@ -83,20 +100,29 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
 
 /// One chat, the benchmark, and where its time went.
 async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<ExitStatus, Failure> {
-    printer.status(format!("\n1. one chat, streamed (simulated engines talk nonsense, but in time)\n\n> {QUESTION}"));
+    printer.status(format!(
+        "\n1. one chat, streamed (simulated engines talk nonsense, but in time)\n\n> {QUESTION}"
+    ));
     chat(ready, printer).await?;
     printer.status(format!(
         "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second\n"
     ));
     let before = stages(ready);
     let arguments = benchmark_arguments(num_prompts);
-    let target = Target { base_url: ready.url.clone(), model: ready.model.clone() };
+    let target = Target {
+        base_url: ready.url.clone(),
+        model: ready.model.clone(),
+    };
     let status = bench::run(arguments, Some(target), printer).await?;
     printer.status("\n3. where the time of a request went, on average, seen by the proxy\n");
     let mut table = Table::new(["stage", "     mean"]);
     for (after, before) in stages(ready).into_iter().zip(before) {
         let count = after.count - before.count;
-        let mean = if count > 0.0 { (after.sum_seconds - before.sum_seconds) * 1000.0 / count } else { 0.0 };
+        let mean = if count > 0.0 {
+            (after.sum_seconds - before.sum_seconds) * 1000.0 / count
+        } else {
+            0.0
+        };
         table.row([after.what.to_owned(), format!("{mean:9.2} ms")]);
     }
     printer.data(table);
@@ -105,19 +131,31 @@ async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<Exi
 
 /// Streams one answer to the terminal as it comes.
 async fn chat(ready: &Ready, printer: Printer) -> Result<(), Failure> {
-    let client = reqwest::Client::builder().no_proxy().build().map_err(anyhow::Error::from)?;
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .build()
+        .map_err(anyhow::Error::from)?;
     let body = serde_json::json!({
         "model": ready.model, "stream": true, "max_tokens": 48,
         "messages": [{"role": "user", "content": QUESTION}],
     });
-    let answer = client.post(format!("{}/v1/chat/completions", ready.url)).json(&body).send().await;
-    let mut chunks = answer.and_then(reqwest::Response::error_for_status).map_err(anyhow::Error::from)?.bytes_stream();
+    let answer = client
+        .post(format!("{}/v1/chat/completions", ready.url))
+        .json(&body)
+        .send()
+        .await;
+    let mut chunks = answer
+        .and_then(reqwest::Response::error_for_status)
+        .map_err(anyhow::Error::from)?
+        .bytes_stream();
     let mut pending = Vec::new();
     while let Some(chunk) = chunks.next().await {
         pending.extend_from_slice(&chunk.map_err(anyhow::Error::from)?);
         while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
-            let event = line.strip_prefix(b"data: ").map(serde_json::from_slice::<serde_json::Value>);
+            let event = line
+                .strip_prefix(b"data: ")
+                .map(serde_json::from_slice::<serde_json::Value>);
             if let Some(Ok(event)) = event {
                 printer.data_part(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
             }
@@ -150,7 +188,9 @@ fn stages(ready: &Ready) -> Vec<Stage> {
     let text = ready.proxy.metrics_text();
     let sample = |suffix: &str, stage: &str| {
         let prefix = format!("xpyd_stage_seconds_{suffix}{{stage=\"{stage}\"}} ");
-        text.lines().find_map(|line| line.strip_prefix(&prefix)?.parse().ok()).unwrap_or(0.0)
+        text.lines()
+            .find_map(|line| line.strip_prefix(&prefix)?.parse().ok())
+            .unwrap_or(0.0)
     };
     [
         ("prefill", "prefill engine reads the prompt"),
@@ -159,7 +199,11 @@ fn stages(ready: &Ready) -> Vec<Stage> {
         ("total", "the whole request, to its last token"),
     ]
     .into_iter()
-    .map(|(stage, what)| Stage { what, sum_seconds: sample("sum", stage), count: sample("count", stage) })
+    .map(|(stage, what)| Stage {
+        what,
+        sum_seconds: sample("sum", stage),
+        count: sample("count", stage),
+    })
     .collect()
 }
 

@@ -26,7 +26,11 @@ pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
         .spawn()
         .map_err(|error| anyhow::Error::new(error).context("cannot start the process that stays"))?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    for line in stderr.into_iter().flat_map(|stderr| BufReader::new(stderr).lines()).map_while(Result::ok) {
+    for line in stderr
+        .into_iter()
+        .flat_map(|stderr| BufReader::new(stderr).lines())
+        .map_while(Result::ok)
+    {
         printer.status(line);
     }
     let mut word = String::new();
@@ -34,7 +38,10 @@ pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
         drop(stdout.read_to_string(&mut word));
     }
     if word == READY {
-        printer.status(format!("\nruns in the background as process {}; `xpyd down` stops it", child.id()));
+        printer.status(format!(
+            "\nruns in the background as process {}; `xpyd down` stops it",
+            child.id()
+        ));
         return Ok(ExitStatus::Success);
     }
     // It said why; only its code is still missing.
@@ -62,7 +69,9 @@ fn status_of(code: i32) -> Option<ExitStatus> {
 
 /// Leaves the terminal's session, so that neither its Ctrl+C nor its end reaches this process.
 pub(super) fn become_session_leader() -> Result<(), Failure> {
-    nix::unistd::setsid().map(drop).map_err(|error| anyhow::Error::new(error).context("cannot leave the terminal").into())
+    nix::unistd::setsid()
+        .map(drop)
+        .map_err(|error| anyhow::Error::new(error).context("cannot leave the terminal").into())
 }
 
 /// Tells the parent that the fleet is ready, and lets go of its pipes. What is written to stderr from now on is in `log`.

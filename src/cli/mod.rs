@@ -24,9 +24,11 @@ use crate::ui::Printer;
 /// Prefill/decode-disaggregated LLM serving on one machine.
 #[derive(Debug, Parser)]
 #[command(name = "xpyd", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(after_help = "Start with `xpyd demo`. Exit codes: 0 ok, 1 the work failed, 2 usage, 3 preflight, 4 an engine \
+#[command(
+    after_help = "Start with `xpyd demo`. Exit codes: 0 ok, 1 the work failed, 2 usage, 3 preflight, 4 an engine \
     failed to start, 5 not ready in time, 6 crash loop, 7 teardown incomplete, 8 already running or not running, 70 bug, \
-    130 forced stop.")]
+    130 forced stop."
+)]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -85,14 +87,23 @@ pub fn main() -> ExitCode {
 
 /// Runs an async verb on the main thread, with worker threads for what it spawns.
 fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| {
-        Failure::new(ExitStatus::Bug, anyhow::Error::new(error).context("cannot start the async runtime"))
-    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| {
+            Failure::new(
+                ExitStatus::Bug,
+                anyhow::Error::new(error).context("cannot start the async runtime"),
+            )
+        })?;
     runtime.block_on(work)
 }
 
 /// The run of the default name, if there is one: what `xpyd bench` measures unless it is told otherwise.
 fn running_fleet() -> Option<bench::Target> {
     let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten()?;
-    Some(bench::Target { base_url: run.proxy_url, model: run.model })
+    Some(bench::Target {
+        base_url: run.proxy_url,
+        model: run.model,
+    })
 }

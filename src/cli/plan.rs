@@ -57,12 +57,11 @@ fn text(plan: &Plan) -> String {
         format!("run folder {}", plan.run_dir.display()),
     ];
     lines.extend(plan.notes.iter().map(|note| format!("note       {note}")));
-    let rows = plan.engines.iter().map(row).collect();
-    lines.push(String::new());
-    lines.push(table::render(
-        &["ENGINE", "ROLE", "GPUS", "PORT", "OTHER PORTS", "LOG"],
-        rows,
-    ));
+    let mut table = Table::new(["engine", "role", "gpus", "port", "other ports", "log"]);
+    for engine in &plan.engines {
+        table.row(row(engine));
+    }
+    lines.push(format!("\n{table}"));
     for engine in &plan.engines {
         lines.push(format!("\n{}", engine.id));
         lines.extend(
@@ -111,7 +110,10 @@ fn other_ports(engine: &EngineSpec) -> String {
             None => groups.push((purpose, vec![using.port.to_string()])),
         }
     }
-    let groups: Vec<String> = groups.into_iter().map(|(purpose, ports)| format!("{purpose} {}", ports.join(","))).collect();
+    let groups: Vec<String> = groups
+        .into_iter()
+        .map(|(purpose, ports)| format!("{purpose} {}", ports.join(",")))
+        .collect();
     groups.join("; ")
 }
 
@@ -152,7 +154,8 @@ mod tests {
             .map(|set| Override::parse(set).expect("an override"))
             .collect();
         let profile = profile::load(name, &overrides).expect("a profile");
-        plan::build(&profile, machine, Path::new("/run")).map(|plan| anstream::adapter::strip_str(&text(&plan)).to_string())
+        plan::build(&profile, machine, Path::new("/run"))
+            .map(|plan| anstream::adapter::strip_str(&text(&plan)).to_string())
     }
 
     #[test]

@@ -61,11 +61,11 @@ fn list(json: bool, printer: Printer) -> Result<(), Failure> {
             .collect();
         printer.data(serde_json::Value::from(rows));
     } else {
-        let cells = rows
-            .iter()
-            .map(|profile| vec![profile.name.clone(), profile.description.clone()])
-            .collect();
-        printer.data(table::render(&["PROFILE", "DESCRIPTION"], cells));
+        let mut table = Table::new(["profile", "description"]);
+        for profile in rows {
+            table.row([profile.name, profile.description]);
+        }
+        printer.data(table);
     }
     Ok(())
 }

@@ -61,7 +61,13 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     log_to(folder.path())?;
     announce(&plan, printer);
     let detached = arguments.detached_child;
-    let run = Run { plan: plan.clone(), name: arguments.name.clone(), run_dir, detached, printer };
+    let run = Run {
+        plan: plan.clone(),
+        name: arguments.name.clone(),
+        run_dir,
+        detached,
+        printer,
+    };
     let log = folder.path().join("xpyd.log");
     let outcome = block_on(app::run(run, async move |ready: Ready| {
         tell_ready(&ready, detached, printer);
@@ -85,7 +91,9 @@ pub(super) fn acquire(name: &str) -> Result<RunDir, Failure> {
 /// Makes the run's folder and returns its absolute path with it.
 pub(super) fn create_folder(logs: &Path, plan: &Plan, keep: usize) -> Result<RunFolder, Failure> {
     let root = std::path::absolute(logs).map_err(anyhow::Error::from)?;
-    let stem = Path::new(&plan.profile).file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
+    let stem = Path::new(&plan.profile)
+        .file_stem()
+        .map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
     logs::create_run_folder(&root, &stem, keep).map_err(|error| Failure::new(ExitStatus::Failure, error))
 }
 
@@ -98,16 +106,27 @@ pub(super) fn log_to(folder: &Path) -> Result<(), Failure> {
 
     let open = |name: &str| {
         let path = folder.join(name);
-        fs_err::OpenOptions::new().create(true).append(true).open(path).map(|file| file.into_parts().0)
+        fs_err::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map(|file| file.into_parts().0)
     };
     let layer = |file: std::fs::File, of_proxy: bool| {
         let level = EnvFilter::try_from_env("XPYD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
         let mine = filter_fn(move |event| event.target().starts_with("xpyd::proxy") == of_proxy);
-        tracing_subscriber::fmt::layer().with_ansi(false).with_writer(std::sync::Mutex::new(file)).with_filter(mine.and(level))
+        tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_writer(std::sync::Mutex::new(file))
+            .with_filter(mine.and(level))
     };
     let xpyd = open("xpyd.log").map_err(anyhow::Error::from)?;
     let proxy = open("proxy.log").map_err(anyhow::Error::from)?;
-    tracing_subscriber::registry().with(layer(xpyd, false)).with(layer(proxy, true)).try_init().map_err(anyhow::Error::from)?;
+    tracing_subscriber::registry()
+        .with(layer(xpyd, false))
+        .with(layer(proxy, true))
+        .try_init()
+        .map_err(anyhow::Error::from)?;
     Ok(())
 }
 
@@ -123,7 +142,11 @@ pub(super) fn announce(plan: &Plan, printer: Printer) {
         },
         plan.model
     ));
-    printer.status(format!("connector {}: {}", plan.connector.name(), plan.connector_reason));
+    printer.status(format!(
+        "connector {}: {}",
+        plan.connector.name(),
+        plan.connector_reason
+    ));
     for note in &plan.notes {
         printer.status(format!("note: {note}"));
     }
@@ -154,7 +177,10 @@ pub(super) fn seconds(duration: Duration) -> String {
 pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Result<ExitStatus, Failure> {
     let status = outcome.exit_status();
     if outcome.left.is_empty() {
-        printer.status(format!("stopped in {}; no process and no listener is left", seconds(outcome.teardown)));
+        printer.status(format!(
+            "stopped in {}; no process and no listener is left",
+            seconds(outcome.teardown)
+        ));
     } else {
         printer.error("the teardown is incomplete; still there:");
         for left in &outcome.left {
@@ -167,14 +193,21 @@ pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Resu
             printer.status("the stop was forced");
             Ok(status)
         }
-        Ending::EngineFailed { engine, .. } | Ending::LostRole { engine, .. } | Ending::NotReady { engine: Some(engine), .. } => {
+        Ending::EngineFailed { engine, .. }
+        | Ending::LostRole { engine, .. }
+        | Ending::NotReady {
+            engine: Some(engine), ..
+        } => {
             let mut failure = Failure::message(status, outcome.ending.to_string());
             let spec = plan.engines.iter().find(|spec| spec.id == *engine);
             let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
             if let Some(cause) = logs::first_error_in(&log, 0).ok().flatten() {
                 failure.error = anyhow::Error::msg(cause).context(outcome.ending.to_string());
             }
-            Err(failure.hint(format!("`xpyd logs {engine} --tail 50` shows its log ({})", log.display())))
+            Err(failure.hint(format!(
+                "`xpyd logs {engine} --tail 50` shows its log ({})",
+                log.display()
+            )))
         }
         Ending::NotReady { engine: None, .. } | Ending::SupervisionLost { .. } => {
             Err(Failure::message(status, outcome.ending.to_string())

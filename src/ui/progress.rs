@@ -130,12 +130,11 @@ impl FleetProgress {
         self.bars.suspend(write)
     }
 
-    /// Leaves the last picture where it is and says how it ended.
-    pub fn finish(self, summary: impl std::fmt::Display) {
+    /// Leaves the last picture where it is.
+    pub fn finish(self) {
         for line in &self.lines {
             line.bar.abandon();
         }
-        self.printer.status(summary);
     }
 }
 

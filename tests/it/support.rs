@@ -46,7 +46,10 @@ pub struct Place {
 
 impl Place {
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().expect("a folder"), offset: free_port_offset() }
+        Self {
+            folder: tempfile::tempdir().expect("a folder"),
+            offset: free_port_offset(),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -56,8 +59,18 @@ impl Place {
     /// `xpyd ARGUMENTS` in this place, untouched by the environment of whoever runs the tests.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
-        command.args(arguments).current_dir(self.path()).env("XDG_RUNTIME_DIR", self.path()).stdin(Stdio::null());
-        for name in ["CLIENT_BOUND", "CLIENT_BOUND_KEY", "XPYD_LOG", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"] {
+        command
+            .args(arguments)
+            .current_dir(self.path())
+            .env("XDG_RUNTIME_DIR", self.path())
+            .stdin(Stdio::null());
+        for name in [
+            "CLIENT_BOUND",
+            "CLIENT_BOUND_KEY",
+            "XPYD_LOG",
+            "HF_TOKEN",
+            "CUDA_VISIBLE_DEVICES",
+        ] {
             command.env_remove(name);
         }
         command.env("HF_HOME", self.path().join("huggingface"));
@@ -73,7 +86,11 @@ impl Place {
     pub fn up_arguments(&self, more: &[&str]) -> Vec<String> {
         let offset = format!("port_offset={}", self.offset);
         let fixed = ["up", "--engine", "sim", "--set", "sim.preset=instant", "--set", &offset];
-        fixed.iter().chain(more).map(|argument| (*argument).to_owned()).collect()
+        fixed
+            .iter()
+            .chain(more)
+            .map(|argument| (*argument).to_owned())
+            .collect()
     }
 
     /// Starts `xpyd up` with these arguments more.
@@ -92,7 +109,9 @@ impl Place {
         let here = self.path().canonicalize().expect("the folder");
         let mut found = Vec::new();
         for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+                continue;
+            };
             if std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == here) {
                 let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
                 found.push((pid, String::from_utf8_lossy(&command).replace('\0', " ")));
@@ -105,7 +124,11 @@ impl Place {
     pub fn wait_until_empty(&self) {
         wait_for("an empty place", || {
             let left = self.processes();
-            if left.is_empty() { Ok(()) } else { Err(format!("{left:#?}")) }
+            if left.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{left:#?}"))
+            }
         });
     }
 
@@ -169,7 +192,12 @@ impl<'place> Run<'place> {
                 }
             }
         });
-        Self { place, child, lines, seen: Vec::new() }
+        Self {
+            place,
+            child,
+            lines,
+            seen: Vec::new(),
+        }
     }
 
     pub fn pid(&self) -> i32 {
@@ -232,9 +260,16 @@ impl Drop for Run<'_> {
 
 /// An answer over HTTP: status and body.
 pub fn post(port: u16, path: &str, body: &str) -> (u16, String) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
     runtime.block_on(async {
-        let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().expect("a client");
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(DEADLINE)
+            .build()
+            .expect("a client");
         let request = client
             .post(format!("http://127.0.0.1:{port}{path}"))
             .header("content-type", "application/json")

@@ -23,13 +23,38 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ui", &["bench", "fleet", "report"]),
     (
         "app",
-        &["control", "fleet", "logs", "plan", "proxy", "report", "signals", "supervisor", "ui"],
+        &[
+            "control",
+            "fleet",
+            "logs",
+            "plan",
+            "proxy",
+            "report",
+            "signals",
+            "supervisor",
+            "ui",
+        ],
     ),
     (
         "cli",
         &[
-            "app", "bench", "connector", "control", "engine", "fleet", "logs", "machine", "plan", "preflight", "profile",
-            "proxy", "report", "signals", "sim", "supervisor", "ui",
+            "app",
+            "bench",
+            "connector",
+            "control",
+            "engine",
+            "fleet",
+            "logs",
+            "machine",
+            "plan",
+            "preflight",
+            "profile",
+            "proxy",
+            "report",
+            "signals",
+            "sim",
+            "supervisor",
+            "ui",
         ],
     ),
 ];
@@ -39,7 +64,10 @@ const MAX_LINES: usize = 600;
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+    for entry in std::fs::read_dir(folder)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").path())
+    {
         if entry.is_dir() {
             found.extend(sources(&entry));
         } else if entry.extension().is_some_and(|extension| extension == "rs") {
@@ -61,7 +89,12 @@ fn modules() -> Vec<(String, String, String)> {
         .into_iter()
         .map(|path| {
             let name = path.strip_prefix(&src).expect("below src").display().to_string();
-            let module = name.split('/').next().unwrap_or_default().trim_end_matches(".rs").to_owned();
+            let module = name
+                .split('/')
+                .next()
+                .unwrap_or_default()
+                .trim_end_matches(".rs")
+                .to_owned();
             (name, module, std::fs::read_to_string(&path).expect("a file"))
         })
         .collect()
@@ -93,7 +126,12 @@ fn imported(text: &str) -> Vec<String> {
     }
     names
         .into_iter()
-        .map(|name| name.trim().chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect::<String>())
+        .map(|name| {
+            name.trim()
+                .chars()
+                .take_while(|c| c.is_ascii_lowercase() || *c == '_')
+                .collect::<String>()
+        })
         .filter(|name| !name.is_empty())
         .collect()
 }
@@ -106,7 +144,9 @@ fn imports_go_down_only() {
         if ["lib", "main"].contains(&module.as_str()) {
             continue;
         }
-        let allowed = table.get(module.as_str()).unwrap_or_else(|| panic!("`{module}` is not in the import table"));
+        let allowed = table
+            .get(module.as_str())
+            .unwrap_or_else(|| panic!("`{module}` is not in the import table"));
         for import in imported(&text) {
             if import != module && table.contains_key(import.as_str()) && !allowed.contains(&import.as_str()) {
                 wrong.push(format!("{name} imports `{import}`"));
@@ -121,8 +161,14 @@ fn the_import_table_has_no_cycle() {
     let order: Vec<&str> = ALLOWED.iter().map(|(module, _)| *module).collect();
     for (index, (module, allowed)) in ALLOWED.iter().enumerate() {
         for import in *allowed {
-            let position = order.iter().position(|name| name == import).expect("a module of the table");
-            assert!(position < index, "`{module}` may import `{import}`, which stands above it");
+            let position = order
+                .iter()
+                .position(|name| name == import)
+                .expect("a module of the table");
+            assert!(
+                position < index,
+                "`{module}` may import `{import}`, which stands above it"
+            );
         }
     }
 }
@@ -134,7 +180,11 @@ fn files_are_short_and_say_what_they_are() {
     for path in all {
         let text = std::fs::read_to_string(&path).expect("a file");
         let lines = text.lines().count();
-        assert!(lines <= MAX_LINES, "{} has {lines} lines, and {MAX_LINES} are the limit", path.display());
+        assert!(
+            lines <= MAX_LINES,
+            "{} has {lines} lines, and {MAX_LINES} are the limit",
+            path.display()
+        );
         assert!(text.starts_with("//!"), "{} does not begin with `//!`", path.display());
     }
 }
@@ -144,9 +194,22 @@ fn only_ui_writes_to_the_terminal() {
     // The simulated engine is a program of its own: its log is its output.
     let exempt = ["ui/mod.rs", "sim/log.rs", "cli/detach.rs"];
     for (name, _, text) in modules() {
-        let writes = ["println!", "eprintln!", "print!(", "io::stdout()", "io::stderr()", "anstream::std"];
-        let found = writes.iter().find(|write| text.lines().any(|line| !line.trim_start().starts_with("//") && line.contains(**write)));
-        assert!(found.is_none() || exempt.contains(&name.as_str()), "{name} uses {found:?}; print through `ui::Printer`");
+        let writes = [
+            "println!",
+            "eprintln!",
+            "print!(",
+            "io::stdout()",
+            "io::stderr()",
+            "anstream::std",
+        ];
+        let found = writes.iter().find(|write| {
+            text.lines()
+                .any(|line| !line.trim_start().starts_with("//") && line.contains(**write))
+        });
+        assert!(
+            found.is_none() || exempt.contains(&name.as_str()),
+            "{name} uses {found:?}; print through `ui::Printer`"
+        );
     }
 }
 
@@ -156,7 +219,11 @@ fn tests_do_not_sleep() {
         let text = std::fs::read_to_string(&path).expect("a file");
         // Split, so that this line does not find itself.
         for sleep in [concat!("thread::", "sleep("), concat!("time::", "sleep(")] {
-            assert!(!text.contains(sleep), "{} sleeps; wait for what the test needs, with a deadline", path.display());
+            assert!(
+                !text.contains(sleep),
+                "{} sleeps; wait for what the test needs, with a deadline",
+                path.display()
+            );
         }
     }
 }
@@ -164,9 +231,17 @@ fn tests_do_not_sleep() {
 #[test]
 fn nothing_of_a_developers_machine_is_in_the_project() {
     let own = concat!("/wo", "rk/");
-    let files = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "Cargo.toml"];
+    let files = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "Cargo.toml",
+    ];
     let named = files.iter().map(|name| root().join(name));
-    let code = sources(&root().join("src")).into_iter().chain(sources(&root().join("tests")));
+    let code = sources(&root().join("src"))
+        .into_iter()
+        .chain(sources(&root().join("tests")));
     for path in named.chain(code) {
         let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert!(!text.contains(own), "{} names a path of one machine", path.display());

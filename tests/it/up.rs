@@ -14,7 +14,11 @@ fn a_fleet_comes_up_serves_and_leaves_nothing_after_ctrl_c() {
     run.wait_until_ready();
     let port = place.proxy_port();
     let through = completion(port, MODEL, "The quick brown fox jumps over the lazy dog");
-    let alone = completion(7200 + place.offset, MODEL, "The quick brown fox jumps over the lazy dog");
+    let alone = completion(
+        7200 + place.offset,
+        MODEL,
+        "The quick brown fox jumps over the lazy dog",
+    );
     assert_eq!(through, alone);
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
@@ -39,7 +43,11 @@ fn every_connector_and_tensor_parallel_profile_comes_up() {
         let mut run = place.up(&[&["--profile", profile], more.as_slice()].concat());
         run.wait_until_ready();
         let text = completion(place.proxy_port(), MODEL, "one two three");
-        assert_eq!(text, completion(7200 + place.offset, MODEL, "one two three"), "{profile}");
+        assert_eq!(
+            text,
+            completion(7200 + place.offset, MODEL, "one two three"),
+            "{profile}"
+        );
         run.signal(Signal::SIGTERM);
         let (code, text) = run.end();
         assert_eq!(code, 0, "{profile}: {text}");
@@ -62,7 +70,13 @@ fn nothing_is_left_when_xpyd_is_killed_during_the_start() {
     let place = Place::new();
     let mut run = place.up(&["--set", "sim.faults=[\"slow-start=60s\"]"]);
     run.wait_for_line("logs in");
-    wait_for("engines", || if place.processes().len() > 4 { Ok(()) } else { Err(format!("{:?}", place.processes())) });
+    wait_for("engines", || {
+        if place.processes().len() > 4 {
+            Ok(())
+        } else {
+            Err(format!("{:?}", place.processes()))
+        }
+    });
     run.signal(Signal::SIGKILL);
     place.wait_until_empty();
 }
@@ -100,7 +114,10 @@ fn an_engine_that_fails_to_start_ends_the_run_with_its_first_error() {
     run.wait_for_line("error:");
     let (code, text) = run.end();
     assert_eq!(code, 4, "{text}");
-    assert!(text.contains("caused by:") && text.contains("hint: `xpyd logs "), "{text}");
+    assert!(
+        text.contains("caused by:") && text.contains("hint: `xpyd logs "),
+        "{text}"
+    );
     assert_eq!(place.processes(), []);
 }
 
@@ -111,7 +128,10 @@ fn a_hand_off_that_moves_no_kv_keeps_the_fleet_from_getting_ready() {
     let run = place.up(&["--profile", "1p1d", "--set", faults, "--set", "deadlines.handoff=1s"]);
     let (code, text) = run.end();
     assert_eq!(code, 5, "{text}");
-    assert!(text.contains("the hand-off from prefiller1 to decoder1 does not work"), "{text}");
+    assert!(
+        text.contains("the hand-off from prefiller1 to decoder1 does not work"),
+        "{text}"
+    );
     assert_eq!(place.processes(), []);
 }
 
@@ -124,7 +144,10 @@ fn the_others_serve_on_when_an_engine_dies_and_the_run_ends_with_the_last_of_a_r
         let output = place.run(&["status", "--json"]);
         let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
         let engines = status["engines"].as_array().expect("a list").clone();
-        engines.into_iter().find(|engine| engine["id"] == name).expect("an engine")
+        engines
+            .into_iter()
+            .find(|engine| engine["id"] == name)
+            .expect("an engine")
     };
     let kill_engine = |name: &str| {
         let pid = engine(name)["pid"].as_i64().expect("a pid");
@@ -151,17 +174,28 @@ fn a_detached_run_is_seen_followed_and_stopped_from_elsewhere() {
     let started = place.run(&arguments);
     let text = String::from_utf8_lossy(&started.stderr).into_owned();
     assert!(started.status.success(), "{text}");
-    assert!(text.contains("ready: every pair") && text.contains("runs in the background"), "{text}");
+    assert!(
+        text.contains("ready: every pair") && text.contains("runs in the background"),
+        "{text}"
+    );
 
     let status = place.run(&["status"]);
     let table = String::from_utf8_lossy(&status.stdout).into_owned();
-    assert!(status.status.success() && table.contains("prefiller1") && table.contains("ready"), "{table}");
+    assert!(
+        status.status.success() && table.contains("prefiller1") && table.contains("ready"),
+        "{table}"
+    );
 
     let logs = place.run(&["logs", "decoder1", "--tail", "5"]);
     assert!(logs.status.success() && !logs.stdout.is_empty(), "{logs:?}");
 
     let second = place.run(&arguments);
-    assert_eq!(second.status.code(), Some(8), "{}", String::from_utf8_lossy(&second.stderr));
+    assert_eq!(
+        second.status.code(),
+        Some(8),
+        "{}",
+        String::from_utf8_lossy(&second.stderr)
+    );
 
     let down = place.run(&["down"]);
     assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
@@ -208,9 +242,15 @@ fn without_gpus_the_preflight_points_to_the_simulated_engine() {
 #[test]
 fn a_dry_run_prints_the_plan_and_starts_nothing() {
     let place = Place::new();
-    let (dry, plan) = (place.run(&["up", "--engine", "sim", "--dry-run"]), place.run(&["plan", "--engine", "sim"]));
+    let (dry, plan) = (
+        place.run(&["up", "--engine", "sim", "--dry-run"]),
+        place.run(&["plan", "--engine", "sim"]),
+    );
     assert!(dry.status.success());
-    assert_eq!(String::from_utf8_lossy(&dry.stdout), String::from_utf8_lossy(&plan.stdout));
+    assert_eq!(
+        String::from_utf8_lossy(&dry.stdout),
+        String::from_utf8_lossy(&plan.stdout)
+    );
     assert!(!place.path().join("logs").exists());
 }
 
@@ -219,7 +259,11 @@ fn a_session_keeps_its_engines() {
     let place = Place::new();
     let mut run = place.up(&["--client-bound"]);
     run.wait_until_ready();
-    let (status, text) = post(place.proxy_port(), "/v1/completions", &format!("{{\"model\":\"{MODEL}\",\"prompt\":\"x\"}}"));
+    let (status, text) = post(
+        place.proxy_port(),
+        "/v1/completions",
+        &format!("{{\"model\":\"{MODEL}\",\"prompt\":\"x\"}}"),
+    );
     assert_eq!(status, 200, "{text}");
     run.signal(Signal::SIGINT);
     assert_eq!(run.end().0, 0);
