@@ -33,7 +33,7 @@ pub(super) struct Outcome {
     pub(super) records: Vec<Record>,
     /// From before the first wait to the end of the last request, or to the stop.
     pub(super) duration: Duration,
-    /// Requests that were sent but dropped by the stop.
+    /// Requests that were released and then dropped by the stop.
     pub(super) dropped: usize,
     /// Requests that the stop came before.
     pub(super) unsent: usize,
@@ -84,7 +84,7 @@ where
         tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            () = sleep_until(due.unwrap_or(start)), if due.is_some() => {
+            () = wait_until(due.unwrap_or(start)), if due.is_some() => {
                 let waiting = Waiting { index: next, scheduled: releases[next], released: Instant::now() };
                 tasks.spawn(send(waiting, start, permits.clone(), exchange(next)));
                 next += 1;
@@ -110,6 +110,13 @@ where
         duration,
         dropped,
         unsent: releases.len() - next,
+    }
+}
+
+/// Waits for a release. A timer would round one that is due already up to its next tick of a millisecond.
+async fn wait_until(due: Instant) {
+    if Instant::now() < due {
+        sleep_until(due).await;
     }
 }
 

@@ -242,6 +242,16 @@ pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationTok
 }
 
 impl Spec {
+    /// Whether these settings make a run, before any server is asked.
+    ///
+    /// # Errors
+    /// Those of [`run`].
+    pub fn check(&self) -> Result<(), BenchError> {
+        client::url(&self.base_url, &self.endpoint)?;
+        self.releases(self.workload.orders()?.len())?;
+        Ok(())
+    }
+
     /// When each of `count` requests is released, since the start.
     fn releases(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
         let Arrivals {

@@ -21,7 +21,7 @@ pub struct Report {
     pub records: Vec<Record>,
     /// Length of each prompt as it was sent, in tokens, by its place in the workload.
     pub prompt_lengths: Vec<u64>,
-    /// Requests in flight that the stop dropped.
+    /// Requests that were released and then dropped by the stop.
     pub dropped: usize,
     /// Requests that the stop came before.
     pub unsent: usize,

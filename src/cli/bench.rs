@@ -78,12 +78,13 @@ async fn measure(
         .model
         .as_deref()
         .or(fleet.as_ref().map(|fleet| fleet.model.as_str()));
-    let discovery = stop.run_until_cancelled(bench::discover(&base_url, &headers, wanted));
+    let mut spec = arguments.spec(base_url, headers)?;
+    spec.check().map_err(failure)?;
+    let discovery = stop.run_until_cancelled(bench::discover(&spec.base_url, &spec.headers, wanted));
     let Some(model) = discovery.await else {
         return Ok(None);
     };
-    let model = model.map_err(failure)?;
-    let spec = arguments.spec(base_url, model.id, headers)?;
+    spec.model = model.map_err(failure)?.id;
     printer.status(arguments.headline(&spec));
 
     let shown = BenchProgress::new(printer);

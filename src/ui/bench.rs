@@ -52,7 +52,7 @@ impl BenchProgress {
     pub fn new(printer: Printer) -> Self {
         let medium = if std::io::stderr().is_terminal() && !printer.quiet {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {pos}/{len} {msg}");
+            let style = ProgressStyle::with_template("{prefix} [{bar:20}] {pos}/{len}, {wide_msg}");
             bar.set_style(style.expect("the template is a constant").progress_chars("=> "));
             Medium::Bar(bar)
         } else {

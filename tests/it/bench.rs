@@ -371,7 +371,11 @@ async fn a_server_that_is_not_there_is_one_clear_error() {
 #[tokio::test]
 async fn settings_that_make_no_run_are_refused_before_anything_is_sent() {
     let server = Server::start(|_| Behaviour::Answer).await;
-    let refused = async |spec: Spec| bench::run(&spec, &|_| {}, CancellationToken::new()).await.unwrap_err();
+    let refused = async |spec: Spec| {
+        assert!(spec.check().is_err());
+        bench::run(&spec, &|_| {}, CancellationToken::new()).await.unwrap_err()
+    };
+    server.spec().check().unwrap();
     for rate in [0.0, -1.0, f64::NAN] {
         let arrivals = Arrivals {
             request_rate: rate,

@@ -185,8 +185,8 @@ impl FromStr for Header {
 }
 
 impl Arguments {
-    /// The run that they ask for.
-    pub(super) fn spec(&self, base_url: String, model: String, headers: HeaderMap) -> Result<Spec, Failure> {
+    /// The run that they ask for. Its model is empty if they leave that to the server.
+    pub(super) fn spec(&self, base_url: String, headers: HeaderMap) -> Result<Spec, Failure> {
         let backend = match self.backend {
             BackendName::Openai => Backend::Completions,
             BackendName::OpenaiChat => Backend::Chat,
@@ -213,7 +213,7 @@ impl Arguments {
             base_url,
             backend,
             endpoint: endpoint.to_owned(),
-            model,
+            model: self.model.clone().unwrap_or_default(),
             headers,
             workload,
             arrivals: Arrivals {

@@ -13,9 +13,7 @@ fn parse(line: &str) -> Result<Arguments, clap::Error> {
 
 fn spec(line: &str) -> Spec {
     let arguments = parse(line).unwrap();
-    arguments
-        .spec("http://h:1".to_owned(), "m".to_owned(), HeaderMap::new())
-        .unwrap()
+    arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap()
 }
 
 #[test]
