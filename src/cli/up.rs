@@ -4,6 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
+use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
 use super::{block_on, detach};
@@ -100,10 +104,6 @@ pub(super) fn create_folder(logs: &Path, plan: &Plan, keep: usize) -> Result<Run
 /// Sends xpyd's own log into the run's folder: `proxy.log` for the proxy, `xpyd.log` for everything else. `XPYD_LOG`
 /// chooses what is written, in the syntax of `tracing_subscriber::EnvFilter`.
 pub(super) fn log_to(folder: &Path) -> Result<(), Failure> {
-    use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
-    use tracing_subscriber::layer::{Layer, SubscriberExt};
-    use tracing_subscriber::util::SubscriberInitExt;
-
     let open = |name: &str| {
         let path = folder.join(name);
         fs_err::OpenOptions::new()
@@ -112,22 +112,27 @@ pub(super) fn log_to(folder: &Path) -> Result<(), Failure> {
             .open(path)
             .map(|file| file.into_parts().0)
     };
-    let layer = |file: std::fs::File, of_proxy: bool| {
-        let level = EnvFilter::try_from_env("XPYD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-        let mine = filter_fn(move |event| event.target().starts_with("xpyd::proxy") == of_proxy);
-        tracing_subscriber::fmt::layer()
-            .with_ansi(false)
-            .with_writer(std::sync::Mutex::new(file))
-            .with_filter(mine.and(level))
-    };
     let xpyd = open("xpyd.log").map_err(anyhow::Error::from)?;
     let proxy = open("proxy.log").map_err(anyhow::Error::from)?;
     tracing_subscriber::registry()
-        .with(layer(xpyd, false))
-        .with(layer(proxy, true))
+        .with(log_layer(xpyd, false))
+        .with(log_layer(proxy, true))
         .try_init()
         .map_err(anyhow::Error::from)?;
     Ok(())
+}
+
+/// Writes what the proxy logs, or everything else, into a file.
+fn log_layer<S>(file: std::fs::File, of_proxy: bool) -> impl Layer<S>
+where
+    S: tracing::Subscriber + for<'span> LookupSpan<'span>,
+{
+    let level = EnvFilter::try_from_env("XPYD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let mine = filter_fn(move |event| event.target().starts_with("xpyd::proxy") == of_proxy);
+    tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(std::sync::Mutex::new(file))
+        .with_filter(mine.and(level))
 }
 
 pub(super) fn announce(plan: &Plan, printer: Printer) {
