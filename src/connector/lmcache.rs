@@ -6,7 +6,7 @@
 use serde::Serialize;
 use serde_json::json;
 
-use super::{Handoff, HandoffError, Launch, LaunchContext, answer_params};
+use super::{Handoff, HandoffError, Launch, LaunchContext, PairError, answer_params};
 use crate::fleet::{Endpoint, Role};
 
 /// LMCache's templates, one per role. `{{name}}` stands for a value of the plan.
@@ -106,6 +106,17 @@ impl LmCache {
         params.to_string()
     }
 
+    pub(super) fn check_pair(&self, prefill: &Endpoint, decode: &Endpoint) -> Result<(), PairError> {
+        let receiver = decode.receiver.as_ref().ok_or(PairError::NoReceiver)?;
+        let ranks = usize::from(prefill.tensor_parallel);
+        let (init, alloc) = (receiver.init_ports.len(), receiver.alloc_ports.len());
+        if (init, alloc) == (ranks, ranks) {
+            Ok(())
+        } else {
+            Err(PairError::Ports { ranks, init, alloc })
+        }
+    }
+
     pub(super) fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
         let params = answer_params(prefill_answer)?;
         if self.first_token == FirstToken::Decoder {
@@ -125,4 +136,58 @@ impl LmCache {
 fn ports(ports: &[u16]) -> String {
     let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
     format!("[{}]", ports.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::Receiver;
+
+    fn endpoint(tensor_parallel: u16, ports: Option<(&[u16], &[u16])>) -> Endpoint {
+        Endpoint {
+            host: "10.0.0.1".into(),
+            port: 8000,
+            tensor_parallel,
+            receiver: ports.map(|(init, alloc)| Receiver {
+                host: "10.0.0.2".into(),
+                init_ports: init.to_vec(),
+                alloc_ports: alloc.to_vec(),
+            }),
+        }
+    }
+
+    fn lmcache(first_token: FirstToken) -> LmCache {
+        LmCache {
+            first_token,
+            prefill_buffer_bytes: 1,
+            decode_buffer_bytes: 1,
+        }
+    }
+
+    #[test]
+    fn a_pair_needs_one_port_of_each_kind_per_rank() {
+        let check = |ranks, ports| lmcache(FirstToken::Decoder).check_pair(&endpoint(ranks, None), &endpoint(1, ports));
+        assert_eq!(check(2, Some((&[1, 2], &[3, 4]))), Ok(()));
+        assert_eq!(check(1, None), Err(PairError::NoReceiver));
+        for (ranks, init, alloc) in [(2, &[1][..], &[3, 4][..]), (2, &[1, 2], &[3]), (1, &[1, 2], &[3, 4])] {
+            assert!(matches!(
+                check(ranks, Some((init, alloc))),
+                Err(PairError::Ports { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn the_prefill_leg_names_the_decoders_ports() {
+        let params = |first_token| -> serde_json::Value {
+            let text = lmcache(first_token).prefill_params("r", &endpoint(1, Some((&[7300], &[7400]))));
+            serde_json::from_str(&text).expect("JSON")
+        };
+        let spec = json!({"req_id": "r", "receiver_host": "10.0.0.2", "receiver_init_port": [7300], "receiver_alloc_port": [7400]});
+        assert_eq!(params(FirstToken::Decoder), json!({"disagg_spec": spec}));
+        assert_eq!(
+            params(FirstToken::Prefiller),
+            json!({"disagg_spec": spec, "ret_first_tok": true})
+        );
+    }
 }

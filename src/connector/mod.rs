@@ -121,6 +121,63 @@ pub enum HandoffError {
     Mode(String),
 }
 
+/// Why two engines cannot hand over.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PairError {
+    /// LMCache: the decode engine has no receiver.
+    #[error("the decode engine has no LMCache receiver")]
+    NoReceiver,
+    /// LMCache: every rank of the prefill engine needs one port of each kind. With fewer, the engine hangs for good.
+    #[error("the prefill engine has {ranks} ranks, the receiver {init} init and {alloc} alloc ports")]
+    Ports {
+        /// Ranks of the prefill engine.
+        ranks: usize,
+        /// Handshake ports of the receiver.
+        init: usize,
+        /// Allocation ports of the receiver.
+        alloc: usize,
+    },
+}
+
+/// What a counter of transferred KV counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransferUnit {
+    /// Bytes.
+    Bytes,
+    /// Prompt tokens.
+    Tokens,
+}
+
+/// A counter of a decode engine that grows when KV arrives from a prefill engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TransferCounter {
+    /// Its Prometheus name, without `_total`, which only some versions append.
+    pub name: &'static str,
+    /// The label pair that the sample must have, as in the exposition: `source="external_kv_transfer"`.
+    pub label: Option<&'static str>,
+    /// What it counts.
+    pub unit: TransferUnit,
+}
+
+/// The KV bytes that NIXL has read, from finished transfers only.
+const NIXL_BYTES: TransferCounter = TransferCounter {
+    name: "vllm:nixl_bytes_transferred_sum",
+    label: None,
+    unit: TransferUnit::Bytes,
+};
+/// Prompt tokens whose KV came through any connector.
+const EXTERNAL_HITS: TransferCounter = TransferCounter {
+    name: "vllm:external_prefix_cache_hits",
+    label: None,
+    unit: TransferUnit::Tokens,
+};
+/// The same, as newer versions count it.
+const EXTERNAL_SOURCE: TransferCounter = TransferCounter {
+    name: "vllm:prompt_tokens_by_source",
+    label: Some("source=\"external_kv_transfer\""),
+    unit: TransferUnit::Tokens,
+};
+
 impl Connector {
     /// Its name in profiles and on the command line.
     pub fn name(&self) -> &'static str {
@@ -145,6 +202,25 @@ impl Connector {
         match self {
             Self::Nixl(nixl) => nixl.prefill_params(),
             Self::LmCache(lmcache) => lmcache.prefill_params(request_id, decoder),
+        }
+    }
+
+    /// Whether `prefill` may be told to hand over to `decode`. A wrong pair can wedge the prefill engine for good.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check_pair(&self, prefill: &Endpoint, decode: &Endpoint) -> Result<(), PairError> {
+        match self {
+            Self::Nixl(_) => Ok(()),
+            Self::LmCache(lmcache) => lmcache.check_pair(prefill, decode),
+        }
+    }
+
+    /// The decode engine's counters that prove that KV moved, the strongest proof first (names of vLLM 0.32.0).
+    pub fn transfer_counters(&self) -> &'static [TransferCounter] {
+        match self {
+            Self::Nixl(_) => &[NIXL_BYTES, EXTERNAL_SOURCE, EXTERNAL_HITS],
+            Self::LmCache(_) => &[EXTERNAL_SOURCE, EXTERNAL_HITS],
         }
     }
 

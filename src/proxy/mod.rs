@@ -1,1 +1,181 @@
-//! To come.
+//! The proxy: the OpenAI API over a fleet of prefill and decode engines.
+//!
+//! [`flow`] reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
+//! does not know who starts them, from which profile, or what arguments they got.
+
+mod body;
+mod canary;
+mod error;
+mod flow;
+mod guard;
+mod ledger;
+mod metrics;
+mod notify;
+mod pick;
+mod routes;
+mod rules;
+mod splice;
+mod sse;
+mod upstream;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::serve::ListenerExt as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::connector::Connector;
+use crate::fleet::{FleetView, Role};
+
+pub use canary::{CanaryError, CanaryReport, Transferred};
+pub use notify::{Notifications, NotifyError};
+
+use error::ProxyError;
+use flow::Deadlines;
+use metrics::Metrics;
+use upstream::Upstream;
+
+/// How a proxy behaves.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How KV moves between the engines.
+    pub connector: Connector,
+    /// The model that canaries ask for.
+    pub served_model_name: String,
+    /// Header whose value binds a session to its engines; `None` binds nothing.
+    pub session_header: Option<String>,
+    /// Notifications to wait for per prefill; `None` means one per tensor-parallel rank.
+    pub notifications: Option<u16>,
+    /// How long one prefill leg may take, from its first byte out to its whole answer.
+    pub prefill_deadline: Duration,
+    /// How long the KV may take to arrive after the prefill's answer.
+    pub handoff_deadline: Duration,
+    /// How long the decode leg may take to its first byte, and then between two reads. An answer that is not streamed
+    /// is one read, so this bounds its whole generation.
+    pub decode_idle_deadline: Duration,
+    /// Largest body of a client's request, in bytes.
+    pub max_body_bytes: usize,
+    /// Most requests in the proxy at once; one more is answered 503.
+    pub max_in_flight: usize,
+}
+
+/// A proxy. Clones are the same proxy.
+#[derive(Debug, Clone)]
+pub struct Proxy(Arc<Shared>);
+
+/// What all requests of a proxy share.
+struct Shared {
+    settings: Settings,
+    view: watch::Receiver<Arc<FleetView>>,
+    notifications: Option<Notifications>,
+    upstream: Upstream,
+    metrics: Metrics,
+    admission: Arc<Semaphore>,
+    prefill_turn: AtomicUsize,
+    decode_turn: AtomicUsize,
+    /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
+    cleanups: TaskTracker,
+}
+
+impl Proxy {
+    /// A proxy over the engines of `view`. LMCache needs `notifications`.
+    pub fn new(
+        settings: Settings,
+        view: watch::Receiver<Arc<FleetView>>,
+        notifications: Option<Notifications>,
+    ) -> Self {
+        let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
+        Self(Arc::new(Shared {
+            settings,
+            view,
+            notifications,
+            upstream: Upstream::new(),
+            metrics: Metrics::new(),
+            admission,
+            prefill_turn: AtomicUsize::new(0),
+            decode_turn: AtomicUsize::new(0),
+            cleanups: TaskTracker::new(),
+        }))
+    }
+
+    /// Serves until `stop` is cancelled, then lets what is in flight end, clean-ups included. How long that may take is
+    /// the caller's to bound.
+    ///
+    /// # Errors
+    /// When the listener fails.
+    pub async fn serve(self, listener: tokio::net::TcpListener, stop: CancellationToken) -> std::io::Result<()> {
+        let listener = listener.tap_io(|stream| {
+            // Events are small and each one matters. Without it they are merely slower.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "could not set TCP_NODELAY");
+            }
+        });
+        axum::serve(listener, routes::router(Arc::clone(&self.0)))
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await?;
+        self.0.cleanups.close();
+        self.0.cleanups.wait().await;
+        Ok(())
+    }
+
+    /// Requests in the proxy now, clean-ups of hand-offs included.
+    pub fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    /// The proxy's own metrics in Prometheus' text format.
+    pub fn metrics_text(&self) -> String {
+        self.0.metrics_text()
+    }
+}
+
+impl Shared {
+    fn admit(&self) -> Result<OwnedSemaphorePermit, ProxyError> {
+        Arc::clone(&self.admission)
+            .try_acquire_owned()
+            .map_err(|_| ProxyError::Busy {
+                limit: self.settings.max_in_flight,
+            })
+    }
+
+    fn deadlines(&self) -> Deadlines {
+        Deadlines {
+            prefill: self.settings.prefill_deadline,
+            handoff: self.settings.handoff_deadline,
+            decode: self.settings.decode_idle_deadline,
+        }
+    }
+
+    /// One counter per role, so that with equal numbers of engines the pairs stay together, as in the reference proxy.
+    fn next_turn(&self, role: Role) -> usize {
+        let turn = match role {
+            Role::Prefill => &self.prefill_turn,
+            Role::Decode => &self.decode_turn,
+        };
+        turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn in_flight(&self) -> usize {
+        let limit = self.settings.max_in_flight.min(Semaphore::MAX_PERMITS);
+        limit.saturating_sub(self.admission.available_permits())
+    }
+
+    fn metrics_text(&self) -> String {
+        let view = Arc::clone(&self.view.borrow());
+        self.metrics.text(&view, self.in_flight(), self.notifications.as_ref())
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Proxy")
+            .field("settings", &self.settings)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}

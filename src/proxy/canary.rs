@@ -1,0 +1,360 @@
+//! The canary: one real generation through a pair of engines before clients may use it.
+//!
+//! It must come back, equal what the decode engine says alone, and the decode engine's own counters must show that KV
+//! moved. It uses the very flow that clients' requests use.
+
+use std::fmt;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderMap, Method, Response, StatusCode};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::error::{ProxyError, Stage};
+use super::flow::{Deadlines, Job, Stages, answer};
+use super::rules::Kind;
+use super::upstream::{Call, Seat};
+use super::{Proxy, Shared};
+use crate::connector::{TransferCounter, TransferUnit};
+use crate::fleet::EngineId;
+use crate::report::one_line;
+
+/// Words of the prompt: well over two KV blocks of 128 tokens, yet short enough for any model's context.
+const WORDS: usize = 260;
+
+/// Tokens to generate.
+const TOKENS: usize = 8;
+
+/// The least that each stage of a canary may take. The first hand-off between two engines connects them, which took up
+/// to 50 s on slow machines.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// How long the decode engine's counters may lag behind its answer.
+const COUNTER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Time between two looks at the counters.
+const COUNTER_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How much KV the decode engine says it has received.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Transferred {
+    /// The growth of its counter.
+    pub amount: f64,
+    /// What that counts.
+    pub unit: TransferUnit,
+}
+
+impl fmt::Display for Transferred {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = match self.unit {
+            TransferUnit::Bytes => "bytes",
+            TransferUnit::Tokens => "tokens",
+        };
+        write!(formatter, "{:.0} {unit}", self.amount)
+    }
+}
+
+/// What a successful canary saw.
+#[derive(Debug, Clone)]
+pub struct CanaryReport {
+    /// The prefill and the decode engine.
+    pub pair: (EngineId, EngineId),
+    /// What the decode engine received.
+    pub transferred: Transferred,
+    /// From the prefill's answer to the decode engine's: notification, transfer and first token.
+    pub first_handoff: Duration,
+    /// The whole request through the pair.
+    pub total: Duration,
+}
+
+/// Why a pair must not serve clients.
+#[derive(Debug, thiserror::Error)]
+pub enum CanaryError {
+    /// The generation failed.
+    #[error("the generation through `{prefill}` and `{decode}` failed: {reason}")]
+    Failed {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+        /// The whole chain of errors, or the engine's own answer.
+        reason: String,
+    },
+    /// The decode engine's metrics cannot be read.
+    #[error("the metrics of `{engine}` cannot be read: {reason}")]
+    Metrics {
+        /// The decode engine.
+        engine: EngineId,
+        /// The whole chain of errors.
+        reason: String,
+    },
+    /// The answer was right, but the decode engine computed the prompt itself.
+    #[error("no KV moved from `{prefill}` to `{decode}`: none of {counters} grew")]
+    NothingMoved {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+        /// The counters that were watched.
+        counters: String,
+    },
+    /// The KV that arrived is not that of the prompt.
+    #[error("`{prefill}` and `{decode}` answer {through:?}, `{decode}` alone {alone:?}: the KV that arrives is wrong")]
+    Differs {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+        /// The text through the pair.
+        through: String,
+        /// The decode engine's own.
+        alone: String,
+    },
+}
+
+impl Proxy {
+    /// One real generation through this very pair, before clients may use it. The engines must be healthy or ready.
+    ///
+    /// # Errors
+    /// When it fails twice, no KV moved, or the answer is not the decode engine's own.
+    pub async fn canary(&self, prefill: &EngineId, decode: &EngineId) -> Result<CanaryReport, CanaryError> {
+        let canary = Canary {
+            shared: &self.0,
+            prefill,
+            decode,
+        };
+        Box::pin(canary.fly()).await
+    }
+}
+
+struct Canary<'run> {
+    shared: &'run Arc<Shared>,
+    prefill: &'run EngineId,
+    decode: &'run EngineId,
+}
+
+impl Canary<'_> {
+    async fn fly(&self) -> Result<CanaryReport, CanaryError> {
+        let body = self.body();
+        let counters = self.shared.settings.connector.transfer_counters();
+        let before = self.counters(counters).await?;
+        let sent = Instant::now();
+        let response = self.through(body.clone()).await?;
+        let stages = response.extensions().get::<Stages>().copied().unwrap_or_default();
+        let through = self.text(response).await?;
+        let total = sent.elapsed();
+        let transferred = self.growth(counters, &before).await?;
+        let alone = self.alone(body).await?;
+        if through != alone {
+            return Err(CanaryError::Differs {
+                prefill: self.prefill.clone(),
+                decode: self.decode.clone(),
+                through,
+                alone,
+            });
+        }
+        Ok(CanaryReport {
+            pair: (self.prefill.clone(), self.decode.clone()),
+            transferred,
+            first_handoff: stages.handoff + stages.first_byte,
+            total,
+        })
+    }
+
+    /// A prompt that no engine has seen, so that no cache can answer for the hand-off.
+    fn body(&self) -> Bytes {
+        const LIST: [&str; 8] = [
+            "tide", "amber", "north", "river", "copper", "lantern", "willow", "stone",
+        ];
+        let mut prompt = format!("Canary {}:", uuid::Uuid::new_v4());
+        for index in 0..WORDS {
+            write!(prompt, " {}", LIST[(index * index + index / 3) % LIST.len()])
+                .expect("writing to a string cannot fail");
+        }
+        let model = &self.shared.settings.served_model_name;
+        serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS})
+            .to_string()
+            .into()
+    }
+
+    fn failed(&self, reason: String) -> CanaryError {
+        CanaryError::Failed {
+            prefill: self.prefill.clone(),
+            decode: self.decode.clone(),
+            reason,
+        }
+    }
+
+    async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
+        let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
+        let job = Job {
+            kind: Kind::Completions,
+            body,
+            headers: HeaderMap::new(),
+            session: None,
+            pair: Some((self.prefill.clone(), self.decode.clone())),
+            deadlines: self.deadlines(),
+            arrived: Instant::now(),
+            permit: Arc::new(permit),
+        };
+        answer(self.shared, job)
+            .await
+            .map_err(|error| self.failed(one_line(&error)))
+    }
+
+    fn deadlines(&self) -> Deadlines {
+        let own = self.shared.deadlines();
+        Deadlines {
+            prefill: own.prefill.max(PATIENCE),
+            handoff: own.handoff.max(PATIENCE),
+            decode: own.decode.max(PATIENCE),
+        }
+    }
+
+    fn seat(&self) -> Result<Seat, CanaryError> {
+        let view = Arc::clone(&self.shared.view.borrow());
+        view.engine(self.decode)
+            .and_then(|engine| Seat::take(engine, &self.shared.view))
+            .ok_or_else(|| self.failed(format!("`{}` is not up", self.decode)))
+    }
+
+    /// The same prompt on the decode engine alone.
+    async fn alone(&self, body: Bytes) -> Result<String, CanaryError> {
+        let seat = self.seat()?;
+        let headers = HeaderMap::new();
+        let id = super::flow::new_id();
+        let call = Call {
+            body,
+            ..Call::post(Kind::Completions.path(), &headers, &id, Vec::new())
+        };
+        let step = self.shared.upstream.fetch(&seat.engine, call);
+        let answer: Result<_, ProxyError> = seat.run(Stage::Pass, self.deadlines().decode, step).await;
+        let (head, body) = answer.map_err(|error| self.failed(one_line(&error)))?;
+        self.read(head.status, &body)
+    }
+
+    async fn text(&self, response: Response<Body>) -> Result<String, CanaryError> {
+        let status = response.status();
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|error| self.failed(one_line(&error)))?.to_bytes();
+        self.read(status, &body)
+    }
+
+    fn read(&self, status: StatusCode, body: &[u8]) -> Result<String, CanaryError> {
+        #[derive(Deserialize)]
+        struct Completion {
+            choices: Vec<Choice>,
+        }
+        #[derive(Deserialize)]
+        struct Choice {
+            text: String,
+        }
+        let completion = serde_json::from_slice::<Completion>(body).ok();
+        match completion.and_then(|completion| completion.choices.into_iter().next()) {
+            Some(choice) if status.is_success() => Ok(choice.text),
+            _ => {
+                let beginning: String = String::from_utf8_lossy(body).chars().take(500).collect();
+                Err(self.failed(format!("{status}: {beginning}")))
+            }
+        }
+    }
+
+    /// The decode engine's counters, one value each.
+    async fn counters(&self, counters: &[TransferCounter]) -> Result<Vec<f64>, CanaryError> {
+        let seat = self.seat()?;
+        let headers = HeaderMap::new();
+        let call = Call {
+            method: Method::GET,
+            path: "/metrics",
+            headers: &headers,
+            request_id: None,
+            body: Bytes::new(),
+        };
+        let step = self.shared.upstream.fetch(&seat.engine, call);
+        let answer = seat.run(Stage::Pass, COUNTER_DEADLINE, step).await;
+        let (_, body) = answer.map_err(|error| CanaryError::Metrics {
+            engine: self.decode.clone(),
+            reason: one_line(&error),
+        })?;
+        let text = String::from_utf8_lossy(&body);
+        Ok(counters.iter().map(|counter| value(&text, counter)).collect())
+    }
+
+    /// Waits until one of the counters has grown.
+    async fn growth(&self, counters: &[TransferCounter], before: &[f64]) -> Result<Transferred, CanaryError> {
+        let deadline = Instant::now() + COUNTER_DEADLINE;
+        loop {
+            let after = self.counters(counters).await?;
+            let grown = counters
+                .iter()
+                .zip(before.iter().zip(&after))
+                .map(|(counter, (before, after))| (counter.unit, after - before))
+                .find(|(_, growth)| *growth > 0.0);
+            if let Some((unit, amount)) = grown {
+                return Ok(Transferred { amount, unit });
+            }
+            if Instant::now() >= deadline {
+                let names: Vec<_> = counters.iter().map(|counter| format!("`{}`", counter.name)).collect();
+                return Err(CanaryError::NothingMoved {
+                    prefill: self.prefill.clone(),
+                    decode: self.decode.clone(),
+                    counters: names.join(", "),
+                });
+            }
+            tokio::time::sleep(COUNTER_INTERVAL).await;
+        }
+    }
+}
+
+/// The sum over the samples of a counter in Prometheus text. A counter that is not there is 0: vLLM exports some only
+/// after their first count.
+fn value(text: &str, counter: &TransferCounter) -> f64 {
+    text.lines()
+        .filter_map(|line| {
+            let rest = line.strip_prefix(counter.name)?;
+            let rest = rest.strip_prefix("_total").unwrap_or(rest);
+            let (labels, number) = match rest.strip_prefix('{') {
+                Some(rest) => rest.rsplit_once('}')?,
+                None => ("", rest.strip_prefix(' ')?),
+            };
+            let counts = counter
+                .label
+                .is_none_or(|label| labels.split(',').any(|pair| pair == label));
+            counts.then(|| number.trim().parse::<f64>().ok())?
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_read_with_and_without_their_suffix() {
+        let text = "# HELP vllm:external_prefix_cache_hits_total x\n\
+            vllm:external_prefix_cache_hits_total{engine=\"0\",model_name=\"m\"} 7.0\n\
+            vllm:external_prefix_cache_hits_total{engine=\"1\",model_name=\"m\"} 2.0\n\
+            vllm:external_prefix_cache_hits_created{engine=\"0\"} 1.7e9\n\
+            vllm:prompt_tokens_by_source_total{source=\"local_compute\",engine=\"0\"} 9.0\n\
+            vllm:prompt_tokens_by_source_total{engine=\"0\",source=\"external_kv_transfer\"} 4.0\n\
+            vllm:nixl_bytes_transferred_sum 1.5e3\n";
+        let counter = |name, label| TransferCounter {
+            name,
+            label,
+            unit: TransferUnit::Tokens,
+        };
+        let read = |name, label| value(text, &counter(name, label)).to_string();
+        assert_eq!(read("vllm:external_prefix_cache_hits", None), "9");
+        assert_eq!(
+            read("vllm:prompt_tokens_by_source", Some("source=\"external_kv_transfer\"")),
+            "4"
+        );
+        assert_eq!(read("vllm:nixl_bytes_transferred_sum", None), "1500");
+        assert_eq!(read("vllm:absent", None), "0");
+    }
+}

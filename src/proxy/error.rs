@@ -1,0 +1,208 @@
+//! Everything that can go wrong with a client's request, and the only place that turns it into an OpenAI-shaped error.
+//!
+//! Knows HTTP statuses and the shape of errors; knows nothing of bodies, engines' choice or connectors' wire formats.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::{Response, StatusCode};
+
+use super::body::BodyError;
+use crate::connector::{HandoffError, PairError};
+use crate::fleet::{EngineId, FleetStage, Role};
+use crate::report::one_line;
+
+/// The part of a request's way in which it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Turning the prompt into token ids.
+    Tokenize,
+    /// The prefill leg.
+    Prefill,
+    /// The KV's way from the prefill to the decode engine.
+    Handoff,
+    /// The decode leg.
+    Decode,
+    /// A request that one engine answers alone.
+    Pass,
+}
+
+impl Stage {
+    /// Its name in messages, codes and metrics.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Tokenize => "tokenize",
+            Self::Prefill => "prefill",
+            Self::Handoff => "handoff",
+            Self::Decode => "decode",
+            Self::Pass => "pass",
+        }
+    }
+}
+
+/// Why a request got no answer from the engines.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ProxyError {
+    /// The client's body is no JSON object.
+    #[error("the request body is not usable")]
+    Body(#[from] BodyError),
+    /// The client's body is too large.
+    #[error("the request body is larger than {limit} bytes")]
+    TooLarge {
+        /// The limit, in bytes.
+        limit: usize,
+    },
+    /// The client did not send its whole body.
+    #[error("the request body did not arrive: {0}")]
+    Unread(String),
+    /// No such route.
+    #[error("xpyd serves no `{method} {path}`")]
+    NotFound {
+        /// The request's method.
+        method: String,
+        /// The request's path.
+        path: String,
+    },
+    /// The fleet takes no clients now.
+    #[error("the fleet is {0} and takes no requests")]
+    NotServing(FleetStage),
+    /// No engine of a role is ready.
+    #[error("no {0} engine is ready")]
+    NoEngine(Role),
+    /// The proxy is full.
+    #[error("{limit} requests are in flight, which is the limit")]
+    Busy {
+        /// The limit.
+        limit: usize,
+    },
+    /// One upstream call failed.
+    #[error("stage `{}` failed on engine `{engine}`", stage.as_str())]
+    Leg {
+        /// Where on the request's way.
+        stage: Stage,
+        /// The engine that was asked.
+        engine: EngineId,
+        /// What happened.
+        #[source]
+        cause: Cause,
+    },
+}
+
+/// What happened to one upstream call.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Cause {
+    /// No connection, or one that broke before the answer began.
+    #[error("the engine could not be reached")]
+    Unreachable(#[source] hyper_util::client::legacy::Error),
+    /// The answer broke off.
+    #[error("the answer broke off: {0}")]
+    Broken(String),
+    /// The stream ended without its end marker.
+    #[error("the stream ended before it was complete")]
+    Truncated,
+    /// Too slow.
+    #[error("nothing came within {}", humantime::format_duration(*.0))]
+    Timeout(Duration),
+    /// The engine ended or is being stopped.
+    #[error("the engine went away")]
+    Gone,
+    /// An answer of 500 or above.
+    #[error("the engine answered {status}: {message}")]
+    Status {
+        /// The engine's status.
+        status: StatusCode,
+        /// The beginning of its message.
+        message: String,
+    },
+    /// An answer of 200 that says that the generation failed.
+    #[error("the engine ended the generation with finish reason `{0}`")]
+    Finish(String),
+    /// The prefill answer holds no usable hand-off.
+    #[error("there is no hand-off")]
+    Handoff(#[from] HandoffError),
+    /// The two engines cannot work together.
+    #[error("the engines do not fit together")]
+    Pair(#[from] PairError),
+    /// An answer that is not what the route promises.
+    #[error("the engine's answer makes no sense: {0}")]
+    Nonsense(&'static str),
+}
+
+impl ProxyError {
+    /// Whether another pair of engines may well answer. Only asked before a byte went to the client.
+    pub(super) fn can_be_retried(&self) -> bool {
+        let Self::Leg { stage, cause, .. } = self else {
+            return false;
+        };
+        match cause {
+            Cause::Unreachable(_)
+            | Cause::Broken(_)
+            | Cause::Truncated
+            | Cause::Gone
+            | Cause::Status { .. }
+            | Cause::Finish(_)
+            | Cause::Handoff(_) => true,
+            // A lost notification comes with no other sign. A slow engine was given all the time there is.
+            Cause::Timeout(_) => *stage == Stage::Handoff,
+            Cause::Pair(_) | Cause::Nonsense(_) => false,
+        }
+    }
+
+    /// HTTP status, `type` and `code`. The two names are stable: clients may match on them.
+    fn kind(&self) -> (StatusCode, &'static str, &'static str) {
+        const CLIENT: &str = "invalid_request_error";
+        const BUSY: &str = "overloaded_error";
+        const ENGINE: &str = "engine_error";
+        match self {
+            Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
+            Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
+            Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
+            Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
+            Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
+            Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
+            Self::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_requests_in_flight"),
+            Self::Leg { cause, .. } => match cause {
+                Cause::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, ENGINE, "engine_timeout"),
+                Cause::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE => {
+                    (StatusCode::SERVICE_UNAVAILABLE, BUSY, "engine_overloaded")
+                }
+                Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
+                Cause::Handoff(_) => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
+                Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),
+                Cause::Broken(_) | Cause::Truncated | Cause::Status { .. } | Cause::Finish(_) | Cause::Nonsense(_) => {
+                    (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed")
+                }
+            },
+        }
+    }
+
+    /// The error as JSON text, in OpenAI's shape.
+    pub(super) fn to_json(&self) -> String {
+        let (_, kind, code) = self.kind();
+        serde_json::json!({
+            "error": {"message": one_line(self), "type": kind, "param": null, "code": code},
+        })
+        .to_string()
+    }
+
+    /// What ends a stream whose status has long been sent: an error event, then the end marker.
+    pub(super) fn to_events(&self) -> Bytes {
+        Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", self.to_json()))
+    }
+
+    /// The error as an answer.
+    pub(super) fn to_response(&self) -> Response<Body> {
+        let (status, ..) = self.kind();
+        let mut response = Response::new(Body::from(self.to_json()));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            // A restart of an engine takes longer, a full proxy less; one second keeps clients polite and quick.
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}

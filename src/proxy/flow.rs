@@ -1,0 +1,501 @@
+//! One request, top to bottom: parse, decide, reserve decode, pick prefill, prefill leg, hand-off, decode leg, stream on.
+//!
+//! A retry starts at the top with a new pair of engines and a new id, and only while no byte has gone to the client.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::response::Parts;
+use axum::http::{HeaderMap, Response, StatusCode, header};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use serde::Deserialize;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+
+use super::Shared;
+use super::body::Document;
+use super::error::{Cause, ProxyError, Stage};
+use super::guard::{Clock, Guarded, GuardedBody};
+use super::ledger::{Care, Consume, Entry, one_token_edits};
+use super::metrics::{Outcome, Timed};
+use super::pick;
+use super::rules::{self, Course, Kind};
+use super::sse::{self, Events};
+use super::upstream::{Call, Seat, forwardable, whole};
+use crate::fleet::{EngineId, EngineState, FleetStage, Role};
+
+/// How long each stage may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadlines {
+    pub(super) prefill: Duration,
+    pub(super) handoff: Duration,
+    /// To the first byte of the decode leg, and between two reads.
+    pub(super) decode: Duration,
+}
+
+/// A client's request, read and admitted.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) kind: Kind,
+    pub(super) body: Bytes,
+    /// The client's headers that may cross.
+    pub(super) headers: HeaderMap,
+    /// The session that the request belongs to.
+    pub(super) session: Option<String>,
+    /// The engines to use, whatever the fleet's stage: prefill, decode. For canaries.
+    pub(super) pair: Option<(EngineId, EngineId)>,
+    pub(super) deadlines: Deadlines,
+    pub(super) arrived: Instant,
+    pub(super) permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// How long the stages of an answered request took; an extension of its response.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Stages {
+    /// From the prefill's answer until the KV was there.
+    pub(super) handoff: Duration,
+    /// From sending the decode leg to its first event or whole answer.
+    pub(super) first_byte: Duration,
+}
+
+/// One attempt at a request.
+pub(super) struct Attempt<'job> {
+    pub(super) shared: &'job Arc<Shared>,
+    pub(super) job: &'job Job,
+    pub(super) document: &'job Document<'job>,
+    /// Engines that this request has used.
+    tried: Vec<EngineId>,
+}
+
+/// What a prefill engine said.
+pub(super) enum Prefilled {
+    /// An answer of 200.
+    Answer(Bytes),
+    /// An answer of 4xx, for the client.
+    Refused(Response<Body>),
+}
+
+/// What a decode engine said.
+pub(super) enum Decoded {
+    /// A whole answer of 200.
+    Whole(Parts, Bytes),
+    /// The beginning of a stream.
+    Stream(Parts, Incoming),
+    /// An answer of 4xx, for the client.
+    Refused(Response<Body>),
+}
+
+/// Answers a request.
+pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Body>, ProxyError> {
+    let document = Document::parse(&job.body)?;
+    let course = rules::course(job.kind, &document, shared.settings.connector.decode_flow());
+    let mut attempt = Attempt {
+        shared,
+        job: &job,
+        document: &document,
+        tried: Vec::new(),
+    };
+    match Box::pin(attempt.run(&course)).await {
+        Err(error) if error.can_be_retried() => {
+            tracing::warn!(
+                error = crate::report::one_line(&error),
+                "trying another pair of engines"
+            );
+            shared.metrics.retried();
+            Box::pin(attempt.run(&course)).await
+        }
+        outcome => outcome,
+    }
+}
+
+impl Attempt<'_> {
+    async fn run(&mut self, course: &Course) -> Result<Response<Body>, ProxyError> {
+        let outcome = match course {
+            Course::Bypass(reason) => {
+                tracing::debug!(reason, "answered by a decode engine alone");
+                self.bypass(None).await
+            }
+            Course::Handoff => self.hand_over().await,
+            Course::Splice(request) => super::splice::run(self, request).await,
+        };
+        if outcome.is_err() {
+            self.shared.metrics.handed(Outcome::Failed);
+        }
+        outcome
+    }
+
+    /// A decode engine alone, on a given seat or the next one.
+    pub(super) async fn bypass(&mut self, seat: Option<Arc<Seat>>) -> Result<Response<Body>, ProxyError> {
+        let seat = seat.map_or_else(|| self.seat(Role::Decode), Ok)?;
+        let id = new_id();
+        let sent = Instant::now();
+        let body = self.document.edited(&[]);
+        let decoded = self.decode(&seat, &id, self.job.kind.path(), body).await?;
+        let response = self.pass_on(&seat, None, decoded, sent).await?;
+        self.shared.metrics.handed(Outcome::Bypassed);
+        Ok(response)
+    }
+
+    /// Prefill on one engine, decode on another.
+    async fn hand_over(&mut self) -> Result<Response<Body>, ProxyError> {
+        let (prefill, decode) = self.seats()?;
+        let id = new_id();
+        let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
+        let params = self
+            .shared
+            .settings
+            .connector
+            .prefill_params(&id, &decode.engine.endpoint);
+        let mut edits = one_token_edits(self.job.kind);
+        edits.push(("kv_transfer_params", Some(&params)));
+        let body = self.document.edited(&edits);
+        let (answer, handoff_time) = match self
+            .deliver(&prefill, &decode, &mut entry, &id, self.job.kind.path(), body)
+            .await?
+        {
+            (Prefilled::Answer(answer), time) => (answer, time),
+            (Prefilled::Refused(response), _) => {
+                entry.void();
+                self.shared.metrics.handed(Outcome::Refused);
+                return Ok(response);
+            }
+        };
+        drop(answer);
+        drop(prefill);
+        let sent = Instant::now();
+        let params = entry.send().map(serde_json::value::RawValue::get);
+        let body = match params {
+            Some(params) => self.document.edited(&[("kv_transfer_params", Some(params))]),
+            None => self.document.edited(&[]),
+        };
+        let decoded = self.decode(&decode, &id, self.job.kind.path(), body).await?;
+        let mut response = self.pass_on(&decode, Some(entry), decoded, sent).await?;
+        if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
+            stages.handoff = handoff_time;
+        }
+        Ok(response)
+    }
+
+    /// A place on the decode engine, then one on the prefill engine. The lease on the KV begins with the prefill's
+    /// answer, so the wait for a decode engine must be over by then.
+    pub(super) fn seats(&mut self) -> Result<(Arc<Seat>, Arc<Seat>), ProxyError> {
+        let decode = self.seat(Role::Decode)?;
+        let prefill = self.seat(Role::Prefill)?;
+        let connector = &self.shared.settings.connector;
+        connector
+            .check_pair(&prefill.engine.endpoint, &decode.engine.endpoint)
+            .map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
+        Ok((prefill, decode))
+    }
+
+    fn seat(&mut self, role: Role) -> Result<Arc<Seat>, ProxyError> {
+        let view = Arc::clone(&self.shared.view.borrow());
+        let candidates = match &self.job.pair {
+            Some((prefill, decode)) => {
+                let id = if role == Role::Prefill { prefill } else { decode };
+                let up = |state| matches!(state, EngineState::Healthy | EngineState::Ready);
+                view.engine(id).into_iter().filter(|engine| up(engine.state)).collect()
+            }
+            None if view.stage != FleetStage::Ready => return Err(ProxyError::NotServing(view.stage)),
+            None => view.serving(role).collect(),
+        };
+        let turn = self.shared.next_turn(role);
+        let seat = pick::in_order(candidates, turn, self.job.session.as_deref(), &self.tried)
+            .into_iter()
+            .find_map(|engine| Seat::take(engine, &self.shared.view))
+            .ok_or(ProxyError::NoEngine(role))?;
+        self.tried.push(seat.engine.id.clone());
+        Ok(Arc::new(seat))
+    }
+
+    /// Opens the ledger's entry for a hand-off.
+    pub(super) fn reserve(&self, decode: &Arc<Seat>, id: &str, consume: Consume) -> Entry {
+        let care = Care {
+            decode: Arc::clone(decode),
+            headers: self.job.headers.clone(),
+            request_id: id.to_owned(),
+            consume,
+            deadline: self.job.deadlines.handoff,
+            _permit: Arc::clone(&self.job.permit),
+        };
+        Entry::reserve(self.shared, care)
+    }
+
+    /// The prefill leg and the KV's way: afterwards the entry is handed, unless the engine refused.
+    pub(super) async fn deliver(
+        &self,
+        prefill: &Seat,
+        decode: &Seat,
+        entry: &mut Entry,
+        id: &str,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<(Prefilled, Duration), ProxyError> {
+        let arrival = self
+            .shared
+            .notifications
+            .as_ref()
+            .filter(|_| self.shared.settings.connector.notifies());
+        let ranks = prefill.engine.endpoint.tensor_parallel;
+        let count = self.shared.settings.notifications.unwrap_or(ranks);
+        entry.prefilling(arrival.map(|notifications| notifications.expect(id, count)));
+        let legs = async {
+            let prefilled = self.prefill(prefill, id, path, body).await?;
+            let Prefilled::Answer(answer) = &prefilled else {
+                return Ok((prefilled, Duration::ZERO));
+            };
+            let handoff = self.shared.settings.connector.read_handoff(answer);
+            let handoff = handoff.map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
+            let answered = Instant::now();
+            let arrived = async {
+                entry.arrived().await;
+                Ok(())
+            };
+            prefill.run(Stage::Handoff, self.job.deadlines.handoff, arrived).await?;
+            entry.handed(handoff);
+            self.shared.metrics.took(Timed::Handoff, answered.elapsed());
+            Ok((prefilled, answered.elapsed()))
+        };
+        tokio::select! {
+            biased;
+            outcome = legs => outcome,
+            () = decode.gone() => Err(decode.failed(Stage::Handoff, Cause::Gone)),
+        }
+    }
+
+    async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {
+        let sent = Instant::now();
+        let call = Call::post(path, &self.job.headers, id, body);
+        let step = self.shared.upstream.fetch(&seat.engine, call);
+        let (head, body) = seat.run(Stage::Prefill, self.job.deadlines.prefill, step).await?;
+        match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
+            Verdict::Good => {
+                self.shared.metrics.took(Timed::Prefill, sent.elapsed());
+                Ok(Prefilled::Answer(body))
+            }
+            Verdict::Refused => Ok(Prefilled::Refused(verbatim(head, body))),
+        }
+    }
+
+    /// Sends the decode leg. A stream is returned as soon as its head is there.
+    pub(super) async fn decode(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Decoded, ProxyError> {
+        let deadline = self.job.deadlines.decode;
+        let call = Call::post(path, &self.job.headers, id, body);
+        let step = self.shared.upstream.send(&seat.engine, call);
+        let (head, body) = seat.run(Stage::Decode, deadline, step).await?.into_parts();
+        if head.status.is_success() && is_event_stream(&head) {
+            return Ok(Decoded::Stream(head, body));
+        }
+        let body = seat.run(Stage::Decode, deadline, whole(body)).await?;
+        match judge(&head, &body).map_err(|cause| seat.failed(Stage::Decode, cause))? {
+            Verdict::Good => Ok(Decoded::Whole(head, body)),
+            Verdict::Refused => Ok(Decoded::Refused(verbatim(head, body))),
+        }
+    }
+
+    /// Passes a decode engine's answer on unchanged. A stream is held back until its first event, because an error there
+    /// can still become a status, or another attempt.
+    async fn pass_on(
+        &self,
+        seat: &Arc<Seat>,
+        mut entry: Option<Entry>,
+        decoded: Decoded,
+        sent: Instant,
+    ) -> Result<Response<Body>, ProxyError> {
+        let clock = self.clock();
+        let refuse = |entry: &mut Option<Entry>| {
+            if let Some(entry) = entry {
+                entry.refused();
+            }
+        };
+        let (head, mut body) = match decoded {
+            Decoded::Refused(response) => {
+                refuse(&mut entry);
+                return Ok(response);
+            }
+            Decoded::Whole(head, body) => {
+                entry.map(Entry::consumed).unwrap_or_default();
+                return Ok(self.begin(verbatim(head, body), sent));
+            }
+            Decoded::Stream(head, body) => (head, body),
+        };
+        let mut events = Events::default();
+        let first = seat.run(
+            Stage::Decode,
+            self.job.deadlines.decode,
+            first_events(&mut body, &mut events),
+        );
+        let first = first.await?;
+        match judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
+            None => {}
+            Some(refusal) => {
+                refuse(&mut entry);
+                return Ok(refusal);
+            }
+        }
+        entry.map(Entry::consumed).unwrap_or_default();
+        let guarded = Guarded {
+            seat: Arc::clone(seat),
+            idle: self.job.deadlines.decode,
+            events: Some(events),
+            rewriter: None,
+            entry: None,
+            _clock: clock,
+        };
+        let headers = forwardable(&head.headers);
+        let mut response = Response::from_parts(head, Body::new(GuardedBody::new(first, body, guarded)));
+        *response.headers_mut() = headers;
+        Ok(self.begin(response, sent))
+    }
+
+    /// Measures the whole request until it is dropped.
+    pub(super) fn clock(&self) -> Clock {
+        Clock {
+            shared: Arc::clone(self.shared),
+            arrived: self.job.arrived,
+            _permit: Arc::clone(&self.job.permit),
+        }
+    }
+
+    /// Notes that the answer begins now.
+    pub(super) fn begin(&self, mut response: Response<Body>, decode_sent: Instant) -> Response<Body> {
+        let first_byte = decode_sent.elapsed();
+        self.shared.metrics.took(Timed::DecodeFirstByte, first_byte);
+        self.shared.metrics.first_token_after(self.job.arrived.elapsed());
+        response.extensions_mut().insert(Stages {
+            first_byte,
+            ..Stages::default()
+        });
+        response
+    }
+}
+
+/// An id that no other request has, over all proxies and restarts: KV is matched by it.
+pub(super) fn new_id() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
+enum Verdict {
+    Good,
+    Refused,
+}
+
+/// Judges a whole answer: good, refused for the client's own fault, or failed.
+fn judge(head: &Parts, body: &[u8]) -> Result<Verdict, Cause> {
+    if head.status.is_server_error() {
+        return Err(Cause::Status {
+            status: head.status,
+            message: message_of(body),
+        });
+    }
+    if !head.status.is_success() {
+        return Ok(Verdict::Refused);
+    }
+    failed_finish(body).map_or(Ok(Verdict::Good), |reason| Err(Cause::Finish(reason)))
+}
+
+/// Judges the first event of a stream: `None` if it is good, an answer if the client is at fault.
+fn judge_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause> {
+    #[derive(Deserialize)]
+    struct Event {
+        error: Option<EngineError>,
+    }
+    let Some(data) = sse::data(events).next() else {
+        return Ok(None);
+    };
+    if let Some(reason) = failed_finish(data) {
+        return Err(Cause::Finish(reason));
+    }
+    let Ok(Event { error: Some(error) }) = serde_json::from_slice(data) else {
+        return Ok(None);
+    };
+    let status = error
+        .code
+        .as_u64()
+        .and_then(|code| u16::try_from(code).ok())
+        .and_then(|code| StatusCode::from_u16(code).ok())
+        .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    if !status.is_client_error() {
+        return Err(Cause::Status {
+            status,
+            message: error.message,
+        });
+    }
+    let mut response = Response::new(Body::from(Bytes::copy_from_slice(data)));
+    *response.status_mut() = status;
+    let json = header::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    Ok(Some(response))
+}
+
+#[derive(Deserialize)]
+struct EngineError {
+    #[serde(default)]
+    message: String,
+    #[serde(default)]
+    code: serde_json::Value,
+}
+
+/// The beginning of an engine's error message.
+fn message_of(body: &[u8]) -> String {
+    #[derive(Deserialize)]
+    struct Wrapped {
+        error: EngineError,
+    }
+    let message = serde_json::from_slice::<Wrapped>(body).map_or_else(
+        |_| String::from_utf8_lossy(body).into_owned(),
+        |wrapped| wrapped.error.message,
+    );
+    message.chars().take(500).collect()
+}
+
+/// The finish reason of a generation that failed although its status says 200: vLLM ends so what it aborts while it
+/// shuts down, and what lost its KV.
+fn failed_finish(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Answer {
+        choices: Vec<Choice>,
+    }
+    #[derive(Deserialize)]
+    struct Choice {
+        finish_reason: Option<String>,
+    }
+    let answer: Answer = serde_json::from_slice(body).ok()?;
+    answer
+        .choices
+        .into_iter()
+        .filter_map(|choice| choice.finish_reason)
+        .find(|reason| matches!(reason.as_str(), "abort" | "error"))
+}
+
+/// An engine's whole answer, for the client.
+pub(super) fn verbatim(head: Parts, body: Bytes) -> Response<Body> {
+    let headers = forwardable(&head.headers);
+    let mut response = Response::from_parts(head, Body::from(body));
+    *response.headers_mut() = headers;
+    response
+}
+
+fn is_event_stream(head: &Parts) -> bool {
+    head.headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
+}
+
+/// Reads a stream until it has given a whole event.
+async fn first_events(body: &mut Incoming, events: &mut Events) -> Result<Bytes, Cause> {
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Cause::Broken(crate::report::one_line(&error)))?;
+        if let Ok(bytes) = frame.into_data() {
+            let whole = events.push(bytes);
+            if !whole.is_empty() {
+                return Ok(whole);
+            }
+        }
+    }
+    Err(Cause::Truncated)
+}

@@ -1,0 +1,124 @@
+//! Server-sent events as vLLM sends them: cutting a byte stream into whole events, and reading their data.
+//!
+//! Knows the framing only. What the data says is the caller's.
+
+use bytes::{Bytes, BytesMut};
+
+/// How much of an unfinished event is held back. A larger one is passed on in parts.
+const MAX_HELD_BYTES: usize = 8 << 20;
+
+/// Cuts network chunks into whole events, so that a stream that breaks off never ends within one.
+#[derive(Debug, Default)]
+pub(super) struct Events {
+    partial: BytesMut,
+    done: bool,
+}
+
+impl Events {
+    /// The whole events that `chunk` completes, possibly none. Does not copy where chunks end with an event.
+    pub(super) fn push(&mut self, chunk: Bytes) -> Bytes {
+        let mut joined = if self.partial.is_empty() {
+            chunk
+        } else {
+            self.partial.extend_from_slice(&chunk);
+            std::mem::take(&mut self.partial).freeze()
+        };
+        let end = match end_of_last_event(&joined) {
+            0 if joined.len() > MAX_HELD_BYTES => joined.len(),
+            end => end,
+        };
+        self.partial.extend_from_slice(&joined[end..]);
+        joined.truncate(end);
+        if !joined.is_empty() {
+            self.done = data(&joined).next_back().is_some_and(|data| data == b"[DONE]");
+        }
+        joined
+    }
+
+    /// Whether the end marker was the last event so far.
+    pub(super) fn is_done(&self) -> bool {
+        self.done
+    }
+}
+
+/// Where the last event in `bytes` ends, its blank line included; 0 if there is none.
+fn end_of_last_event(bytes: &[u8]) -> usize {
+    if bytes.ends_with(b"\n\n") {
+        return bytes.len();
+    }
+    let mut newline_before = None;
+    for (index, byte) in bytes.iter().enumerate().rev() {
+        match (byte, newline_before) {
+            (b'\n', Some(end)) => return end,
+            (b'\n', None) => newline_before = Some(index + 1),
+            (b'\r', _) => {}
+            _ => newline_before = None,
+        }
+    }
+    0
+}
+
+/// The `data` of each event in `events`, which vLLM always writes on one line.
+pub(super) fn data(events: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+    events
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| line.strip_prefix(b"data:"))
+        .map(<[u8]>::trim_ascii)
+}
+
+/// One event with `data`.
+pub(super) fn event(data: &str) -> String {
+    format!("data: {data}\n\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_unfinished_event_is_held_back() {
+        let mut events = Events::default();
+        assert_eq!(
+            events.push(Bytes::from_static(b"data: {\"a\":1}\n\ndata: {\"b")),
+            "data: {\"a\":1}\n\n"
+        );
+        assert_eq!(events.push(Bytes::from_static(b"\":2}\n")), "");
+        assert_eq!(
+            events.push(Bytes::from_static(b"\ndata: [DONE]\n\n")),
+            "data: {\"b\":2}\n\ndata: [DONE]\n\n"
+        );
+        assert!(events.is_done());
+    }
+
+    #[test]
+    fn data_is_read_with_either_line_end() {
+        let bytes = b": comment\r\ndata: {\"a\":1}\r\n\r\nevent: x\ndata:[DONE]\n\n";
+        let found: Vec<_> = data(bytes).collect();
+        assert_eq!(found, [&b"{\"a\":1}"[..], b"[DONE]"]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_chunking_gives_the_same_bytes_in_whole_events(
+            texts in proptest::collection::vec("[ -~]{0,12}", 1..8),
+            cuts in proptest::collection::vec(0_usize..200, 0..12),
+            crlf: bool,
+        ) {
+            let end = if crlf { "\r\n\r\n" } else { "\n\n" };
+            let stream = texts.iter().fold(String::new(), |stream, text| stream + "data: x" + text + end);
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut % (stream.len() + 1)).collect();
+            cuts.extend([0, stream.len()]);
+            cuts.sort_unstable();
+            let mut events = Events::default();
+            let mut out = Vec::new();
+            for pair in cuts.windows(2) {
+                let whole = events.push(Bytes::copy_from_slice(&stream.as_bytes()[pair[0]..pair[1]]));
+                prop_assert!(whole.is_empty() || whole.ends_with(end.as_bytes()));
+                out.extend_from_slice(&whole);
+            }
+            prop_assert_eq!(String::from_utf8(out).expect("text"), stream);
+        }
+    }
+}
