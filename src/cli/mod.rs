@@ -1,1 +1,3 @@
-//! To come.
+//! Commands: clap types, and one thin file per verb.
+
+pub mod sim;
