@@ -1,1 +1,391 @@
-//! To come.
+//! The simulated engine: a server that looks like `vllm serve` from outside.
+//!
+//! It reads the same arguments, variables and files, so that a launch that is wrong for vLLM is wrong here. Routes,
+//! errors, log lines, metrics, process tree and signals are vLLM's (0.32); KV really crosses from engine to engine over
+//! ZeroMQ, and the tokens depend on it. Times come from a model. It knows nothing of fleets, plans or proxies.
+
+mod api;
+mod blocks;
+mod connect;
+mod fault;
+mod kv_params;
+mod lmcache;
+mod log;
+mod metrics;
+mod nixl;
+mod options;
+mod process;
+mod scheduler;
+mod sequence;
+mod startup;
+mod timing;
+mod tokens;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::ListenerExt as _;
+use tokio::net::{TcpSocket, lookup_host};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+pub use fault::{Fault, FaultError, Phase};
+pub use lmcache::ConfigError;
+pub use log::LogTarget;
+pub use options::{ExtraConfig, KvRole, KvTransferConfig, LoadFailurePolicy, Options, OptionsError, ProcessKind};
+pub use timing::{H100_LLAMA_3_1_8B, INSTANT, PRESETS, Preset};
+
+use crate::report::ExitStatus;
+use api::Api;
+use connect::Connected;
+use log::{Log, Process};
+use metrics::Metrics;
+use process::Children;
+use scheduler::{Core, Death, Parts, Stage};
+use startup::Startup;
+
+/// The version of vLLM that is simulated.
+pub(crate) const VLLM_VERSION: &str = "0.32.0";
+
+/// Requests that may wait between the API and the core.
+const COMMANDS: usize = 4096;
+/// How long `/health` answers 503 after the core's death.
+const DEAD_BUT_ANSWERING: Duration = Duration::from_millis(50);
+/// How long connections may take to close at the end.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Why a simulated engine could not serve. vLLM exits with 1 for all of these.
+#[derive(Debug, thiserror::Error)]
+pub enum SimError {
+    /// The HTTP address cannot be bound.
+    #[error("cannot listen on `{address}`")]
+    Bind {
+        /// Host and port.
+        address: String,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The side channel cannot be bound.
+    #[error("cannot bind the NIXL side channel on `{address}`")]
+    SideChannel {
+        /// Host and port.
+        address: String,
+        /// Why not.
+        #[source]
+        source: zeromq::ZmqError,
+    },
+    /// LMCache's file is wrong.
+    #[error("cannot start LMCache")]
+    Lmcache(#[source] ConfigError),
+    /// vLLM has no such connector.
+    #[error("unsupported connector type: `{0}`")]
+    Connector(String),
+    /// Prefills that are not chunked must fit into one step.
+    #[error("`max_num_batched_tokens` ({step}) is smaller than `max_model_len` ({model})")]
+    StepTooSmall {
+        /// Tokens of a step.
+        step: u32,
+        /// The model's length.
+        model: u32,
+    },
+    /// Signals or processes of the system failed.
+    #[error("cannot {0}")]
+    System(&'static str, #[source] std::io::Error),
+    /// The start died where it was told to.
+    #[error("the start died at phase {0:?}, as the fault says")]
+    Fault(Phase),
+}
+
+/// Where an engine can be reached.
+#[derive(Debug, Clone)]
+pub(crate) struct Addresses {
+    pub(crate) http: SocketAddr,
+    pub(crate) lmcache: lmcache::receiver::ReceiverPorts,
+    /// The receiver's buffer, for tests.
+    #[cfg(test)]
+    pub(crate) receiver: Option<lmcache::receiver::Receiver>,
+}
+
+/// Runs one process of an engine to its end. For the API server: until a signal, or until the engine dies.
+///
+/// # Errors
+/// When the start fails.
+pub async fn run(options: Options) -> Result<ExitStatus, SimError> {
+    match options.process {
+        ProcessKind::ApiServer => run_server(options, None).await,
+        ProcessKind::EngineCore => process::engine_core(&options)
+            .await
+            .map(|()| ExitStatus::Success)
+            .map_err(|error| SimError::System("run workers", error)),
+        ProcessKind::Worker => process::worker(&options)
+            .await
+            .map(|()| ExitStatus::Success)
+            .map_err(|error| SimError::System("wait for signals", error)),
+    }
+}
+
+/// Runs the API server, and tells where it can be reached once it can.
+pub(crate) async fn run_server(
+    options: Options,
+    ready: Option<oneshot::Sender<Addresses>>,
+) -> Result<ExitStatus, SimError> {
+    let log = Log::new(options.log);
+    let result = Box::pin(serve(options, &log, ready)).await;
+    if let Err(error) = &result {
+        let message = crate::report::one_line(error);
+        log.raw(&format!(
+            "Traceback (most recent call last):\nRuntimeError: {message}\n"
+        ));
+    }
+    result
+}
+
+async fn serve(options: Options, log: &Log, ready: Option<oneshot::Sender<Addresses>>) -> Result<ExitStatus, SimError> {
+    let mut signals = Signals::listen(options.ignores_sigterm())?;
+    let options = Arc::new(options);
+    let socket = bind(&options).await?;
+    let starting = start(&options, log, socket);
+    tokio::pin!(starting);
+    let engine = tokio::select! {
+        engine = &mut starting => engine?,
+        // Python raises KeyboardInterrupt.
+        () = signals.next() => return Ok(ExitStatus::Forced),
+    };
+    if let Some(ready) = ready {
+        // Nobody has to listen.
+        drop(ready.send(engine.addresses.clone()));
+    }
+    log.raw("INFO:     Application startup complete.\n");
+    Ok(engine.serve(&mut signals, log).await)
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    ignored: bool,
+}
+
+impl Signals {
+    fn listen(ignored: bool) -> Result<Self, SimError> {
+        let listen = |kind| signal(kind).map_err(|error| SimError::System("listen to signals", error));
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            ignored,
+        })
+    }
+
+    /// The next one that counts.
+    async fn next(&mut self) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => {}
+                _ = self.interrupt.recv() => {}
+            }
+            if !self.ignored {
+                return;
+            }
+        }
+    }
+}
+
+/// Binds early and listens late, as vLLM does: a taken port fails the start at once, and until the engine is ready
+/// connections are refused.
+async fn bind(options: &Options) -> Result<TcpSocket, SimError> {
+    let address = format!("{}:{}", options.host, options.port);
+    let failed = |source| SimError::Bind {
+        address: address.clone(),
+        source,
+    };
+    let resolved = lookup_host((options.host.as_str(), options.port))
+        .await
+        .map_err(failed)?
+        .next()
+        .ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+    let socket = if resolved.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }
+    .map_err(failed)?;
+    socket.set_reuseaddr(true).map_err(failed)?;
+    socket.bind(resolved).map_err(failed)?;
+    Ok(socket)
+}
+
+/// An engine that serves.
+struct Engine {
+    options: Arc<Options>,
+    addresses: Addresses,
+    children: Children,
+    core: JoinSet<Result<(), Death>>,
+    http: JoinSet<std::io::Result<()>>,
+    closing: CancellationToken,
+    stage: watch::Sender<Stage>,
+    metrics: Arc<Metrics>,
+}
+
+/// Goes through the phases of a start.
+async fn start(options: &Arc<Options>, log: &Log, socket: TcpSocket) -> Result<Engine, SimError> {
+    if !options.chunked_prefill && options.step_tokens() < options.max_model_len {
+        return Err(SimError::StepTooSmall {
+            step: options.step_tokens(),
+            model: options.max_model_len,
+        });
+    }
+    let mut startup = Startup::begin(options, log);
+    startup.read_config().await?;
+    let children = Children::spawn(options, log)
+        .await
+        .map_err(|error| SimError::System("spawn the engine core", error))?;
+    startup.load().await?;
+    let metrics = Arc::new(Metrics::default());
+    let pool = blocks::BlockPool::new(options.preset.kv_cache_tokens);
+    let mut background = JoinSet::new();
+    let connected = Connected::make(options, log, &metrics, &pool, &mut background).await?;
+    if let Some(config) = &options.kv_transfer {
+        startup.connector(&config.kv_connector, &connected.engine_id);
+    }
+    let failed = |source| SimError::Bind {
+        address: format!("{}:{}", options.host, options.port),
+        source,
+    };
+    let address = socket.local_addr().map_err(failed)?;
+    startup.open(address).await?;
+    let (commands, queue) = mpsc::channel(COMMANDS);
+    let (stage, stage_view) = watch::channel(Stage::Serving);
+    let addresses = Addresses {
+        http: address,
+        lmcache: connected.lmcache_ports,
+        #[cfg(test)]
+        receiver: connected.receiver,
+    };
+    let core = Core::new(Parts {
+        options: Arc::clone(options),
+        metrics: Arc::clone(&metrics),
+        log: log.clone(),
+        pool: pool.clone(),
+        connector: connected.connector,
+        commands: queue,
+        stage: stage_view.clone(),
+        background,
+    });
+    let api = Arc::new(Api {
+        options: Arc::clone(options),
+        kind: connected.kind,
+        commands,
+        stage: stage_view,
+        metrics: Arc::clone(&metrics),
+        pool,
+    });
+    let closing = CancellationToken::new();
+    let listener = socket.listen(1024).map_err(failed)?.tap_io(|connection| {
+        // Without it a token waits for the acknowledgement of the one before.
+        drop(connection.set_nodelay(true));
+    });
+    let mut http = JoinSet::new();
+    let closed = closing.clone().cancelled_owned();
+    http.spawn(async {
+        axum::serve(listener, api::router(api))
+            .with_graceful_shutdown(closed)
+            .await
+    });
+    let mut cores = JoinSet::new();
+    cores.spawn(Box::pin(core.run()));
+    Ok(Engine {
+        options: Arc::clone(options),
+        addresses,
+        children,
+        core: cores,
+        http,
+        closing,
+        stage,
+        metrics,
+    })
+}
+
+impl Engine {
+    /// Serves until a signal, or until the core dies. Either way the exit code is 0, as with vLLM.
+    async fn serve(mut self, signals: &mut Signals, log: &Log) -> ExitStatus {
+        let death = tokio::select! {
+            () = signals.next() => None,
+            Some(ended) = self.core.join_next() => Some(match ended {
+                Ok(Ok(())) => Death("the engine core returned".to_owned()),
+                Ok(Err(death)) => death,
+                Err(error) => Death(error.to_string()),
+            }),
+            () = self.children.exited() => Some(Death("EngineCore proc died unexpectedly".to_owned())),
+        };
+        match death {
+            Some(death) => self.die(&death, log).await,
+            None => self.shut_down(log).await,
+        }
+        ExitStatus::Success
+    }
+
+    async fn die(mut self, death: &Death, log: &Log) {
+        let died = Instant::now();
+        self.stage.send_replace(Stage::Dead);
+        self.core.abort_all();
+        log.error("core.py:1512", "EngineCore encountered a fatal error.");
+        log.error("core.py:1512", "Traceback (most recent call last):");
+        log.error("core.py:1512", &death.0);
+        let message = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace \
+                       (above) for the root cause.";
+        log.line(Process::ApiServer, "ERROR", "async_llm.py:906", message);
+        sleep(DEAD_BUT_ANSWERING).await;
+        log.raw("INFO:     Shutting down\n");
+        self.close(log).await;
+        tokio::time::sleep_until(died + Duration::from_secs_f64(self.options.preset.death)).await;
+        self.children.stop(log).await;
+    }
+
+    async fn shut_down(mut self, log: &Log) {
+        let limit = self.options.shutdown_timeout;
+        let mode = if limit.is_zero() { "abort" } else { "drain" };
+        let message = format!(
+            "[shutdown] API server: shutdown triggered mode={mode} timeout={}s",
+            limit.as_secs()
+        );
+        log.info(Process::ApiServer, "launcher.py:248", &message);
+        if limit.is_zero() {
+            self.stage.send_replace(Stage::Aborting);
+        } else {
+            self.stage.send_replace(Stage::Draining);
+            // Past the limit, what still runs ends with an error.
+            drop(timeout(limit, self.idle()).await);
+            self.stage.send_replace(Stage::DrainOver);
+        }
+        drop(timeout(CLOSE_DEADLINE, self.core.join_next()).await);
+        self.close(log).await;
+        self.children.stop(log).await;
+    }
+
+    /// Returns once nothing runs or waits.
+    async fn idle(&self) {
+        while self.metrics.running.get() + self.metrics.waiting.get() > 0 {
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Closes the server, and what clients have not closed by then.
+    async fn close(&mut self, log: &Log) {
+        self.closing.cancel();
+        drop(timeout(CLOSE_DEADLINE, self.http.join_next()).await);
+        self.http.shutdown().await;
+        log.raw(&format!(
+            "INFO:     Application shutdown complete.\nINFO:     Finished server process [{}]\n",
+            std::process::id()
+        ));
+    }
+}

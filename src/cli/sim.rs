@@ -1,0 +1,191 @@
+//! `xpyd sim`: runs one simulated engine, with the arguments, variables and files of `vllm serve`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use crate::report::{ExitStatus, Failure};
+use crate::sim;
+
+/// Arguments of `xpyd sim`: those of `vllm serve` that xpyd passes, then those of the simulation.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// The model, a name or a path; nothing is loaded
+    pub model: String,
+    /// The name clients use for the model
+    #[arg(long)]
+    pub served_model_name: Option<String>,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port to listen on
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Longest prompt plus answer, in tokens
+    #[arg(long, default_value_t = 8192)]
+    pub max_model_len: u32,
+    /// Ranks
+    #[arg(long, default_value_t = 1)]
+    pub tensor_parallel_size: u16,
+    /// The connector, as JSON
+    #[arg(long)]
+    pub kv_transfer_config: Option<String>,
+    /// Capture no CUDA graphs
+    #[arg(long)]
+    pub enforce_eager: bool,
+    /// Accepted; no prefix is cached
+    #[arg(long = "no-enable-prefix-caching")]
+    pub no_enable_prefix_caching: bool,
+    /// Prefill every prompt in one step
+    #[arg(long = "no-enable-chunked-prefill")]
+    pub no_enable_chunked_prefill: bool,
+    /// Tokens of one scheduler step
+    #[arg(long)]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Seconds that running requests may go on after SIGTERM
+    #[arg(long, default_value_t = 0)]
+    pub shutdown_timeout: u64,
+    /// Tell cached tokens in `usage`
+    #[arg(long)]
+    pub enable_prompt_tokens_details: bool,
+    /// Accepted; nothing is computed
+    #[arg(long)]
+    pub dtype: Option<String>,
+    /// Accepted; no memory is used
+    #[arg(long)]
+    pub gpu_memory_utilization: Option<f64>,
+    /// The timing model's numbers
+    #[arg(long, default_value = sim::INSTANT.name)]
+    pub preset: String,
+    /// Something to do wrong, as NAME or NAME=VALUE; repeatable
+    #[arg(long = "fault", value_name = "KNOB", action = ArgAction::Append)]
+    pub faults: Vec<String>,
+    /// Which process of the engine this is
+    #[arg(long, hide = true)]
+    pub child: Option<Child>,
+}
+
+/// A process that the simulated API server spawns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Child {
+    /// vLLM's `EngineCore`.
+    EngineCore,
+    /// vLLM's worker.
+    Worker,
+}
+
+impl Arguments {
+    /// Checks the arguments and reads the variables that vLLM and LMCache read.
+    ///
+    /// # Errors
+    /// With the exit code for wrong usage, 2, which is also `vllm serve`'s.
+    pub fn into_options(self) -> Result<sim::Options, Failure> {
+        let usage = |error: sim::OptionsError| Failure::new(ExitStatus::Usage, error);
+        let preset =
+            sim::Preset::named(&self.preset).ok_or_else(|| usage(sim::OptionsError::Preset(self.preset.clone())))?;
+        let kv_transfer = self
+            .kv_transfer_config
+            .as_deref()
+            .map(sim::KvTransferConfig::parse)
+            .transpose()
+            .map_err(usage)?;
+        let faults = self
+            .faults
+            .iter()
+            .map(|fault| fault.parse())
+            .collect::<Result<Vec<sim::Fault>, _>>()
+            .map_err(|error| usage(error.into()))?;
+        let variable = |name: &str| std::env::var(name).ok();
+        let side_channel_port = variable("VLLM_NIXL_SIDE_CHANNEL_PORT")
+            .map(|port| {
+                port.parse()
+                    .map_err(|_| usage(sim::OptionsError::Port("VLLM_NIXL_SIDE_CHANNEL_PORT", port)))
+            })
+            .transpose()?
+            .unwrap_or(5600);
+        Ok(sim::Options {
+            served_model_name: self.served_model_name.unwrap_or_else(|| self.model.clone()),
+            model: self.model,
+            host: self.host,
+            port: self.port,
+            max_model_len: self.max_model_len,
+            tensor_parallel_size: self.tensor_parallel_size.max(1),
+            kv_transfer,
+            side_channel: (
+                variable("VLLM_NIXL_SIDE_CHANNEL_HOST").unwrap_or_else(|| "localhost".to_owned()),
+                side_channel_port,
+            ),
+            lmcache_config_file: variable("LMCACHE_CONFIG_FILE").map(PathBuf::from),
+            python_hash_seed: variable("PYTHONHASHSEED"),
+            chunked_prefill: !self.no_enable_chunked_prefill,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
+            prompt_tokens_details: self.enable_prompt_tokens_details,
+            enforce_eager: self.enforce_eager,
+            preset,
+            faults,
+            spawn_children: true,
+            process: match self.child {
+                None => sim::ProcessKind::ApiServer,
+                Some(Child::EngineCore) => sim::ProcessKind::EngineCore,
+                Some(Child::Worker) => sim::ProcessKind::Worker,
+            },
+            log: sim::LogTarget::Stderr,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn options(arguments: &[&str]) -> Result<sim::Options, Failure> {
+        let all = ["sim", "meta-llama/Llama-3.1-8B-Instruct"].iter().chain(arguments);
+        Command::try_parse_from(all).unwrap().arguments.into_options()
+    }
+
+    #[test]
+    fn the_arguments_of_vllm_are_taken_as_they_are() {
+        let options = options(&[
+            "--served-model-name=llama",
+            "--enforce-eager",
+            "--no-enable-prefix-caching",
+            "--no-enable-chunked-prefill",
+            "--max-num-batched-tokens=8192",
+            "--shutdown-timeout=10",
+            "--gpu-memory-utilization=0.8",
+            "--dtype=bfloat16",
+            r#"--kv-transfer-config={"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda"}"#,
+            "--preset=h100-llama-3.1-8b",
+            "--fault=slow-start=2s",
+            "--fault=drop-notification",
+        ])
+        .unwrap();
+        assert_eq!(options.served_model_name, "llama");
+        assert!(!options.chunked_prefill);
+        assert_eq!(options.shutdown_timeout, Duration::from_secs(10));
+        assert_eq!(options.faults.len(), 2);
+        assert_eq!(options.preset, sim::H100_LLAMA_3_1_8B);
+    }
+
+    #[test]
+    fn what_vllm_refuses_at_once_ends_with_its_exit_code() {
+        for wrong in [
+            r#"--kv-transfer-config={"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_rank":0}"#,
+            "--preset=h200",
+            "--fault=explode",
+        ] {
+            let failure = options(&[wrong]).expect_err(wrong);
+            assert_eq!(failure.status, ExitStatus::Usage, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! `/v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::request::{Common, Job, Message, Particulars, read, template};
+use super::stream::{self, Render};
+use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, usage};
+use crate::sim::sequence::{End, Output, TokenLogprob};
+use crate::sim::tokens::{VOCABULARY, decode, encode};
+
+/// The fields that only chat has.
+#[derive(Debug, Deserialize)]
+pub(super) struct ChatOnly {
+    messages: Vec<Message>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<u32>,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Value>,
+}
+
+impl ChatOnly {
+    /// Reads them; a wrong type is a schema error.
+    pub(super) fn read(body: &[u8]) -> Result<Self, ApiError> {
+        read(body)
+    }
+}
+
+/// What an answer repeats in each of its parts.
+#[derive(Debug, Clone)]
+pub(super) struct Shape {
+    id: String,
+    model: String,
+    created: u64,
+    prompt: Arc<[u32]>,
+    logprobs: bool,
+    return_token_ids: bool,
+    include_usage: bool,
+    tells_cached: bool,
+}
+
+/// Checks a request.
+pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -> Result<(Job, Shape), ApiError> {
+    api.check_model(common.model.as_deref())?;
+    if only.messages.is_empty() {
+        return Err(ApiError::bad_request("messages must not be empty", Some("messages")));
+    }
+    // vLLM needs a parser to be named at its start for any choice but `none`.
+    let tool_choice = only.tool_choice.as_ref().and_then(Value::as_str);
+    if only.tools.as_ref().is_some_and(|tools| !tools.is_empty()) && tool_choice != Some("none") {
+        return Err(ApiError::bad_request(
+            "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set",
+            None,
+        ));
+    }
+    let logprobs = only.logprobs.unwrap_or(false);
+    let particulars = Particulars {
+        id: format!("chatcmpl-{base}"),
+        prompts: vec![prompt(common, only)?.into()],
+        default_max_tokens: None,
+        logprobs: logprobs.then(|| only.top_logprobs.unwrap_or(0)),
+        needs_prompt: common.prompt_logprobs.is_some(),
+    };
+    let job = common.check(api, particulars)?;
+    let shape = Shape {
+        id: job.id.clone(),
+        model: api.options.served_model_name.clone(),
+        created: now(),
+        prompt: Arc::clone(&job.prompts[0]),
+        logprobs,
+        return_token_ids: job.return_token_ids,
+        include_usage: job.include_usage,
+        tells_cached: api.options.prompt_tokens_details,
+    };
+    Ok((job, shape))
+}
+
+/// The tokens of the messages, or those that the hand-off carries: they win.
+fn prompt(common: &Common, only: &ChatOnly) -> Result<Vec<u32>, ApiError> {
+    let handed = common
+        .kv_transfer_params
+        .as_ref()
+        .and_then(|params| params.get("prompt_token_ids"));
+    let Some(handed) = handed else {
+        return Ok(encode(&template(&only.messages)?));
+    };
+    let tokens = Vec::<u32>::deserialize(handed).unwrap_or_default();
+    if tokens.is_empty() {
+        let message = "kv_transfer_params.prompt_token_ids must be a non-empty list of non-negative integers";
+        return Err(ApiError::bad_request(message, Some("kv_transfer_params")));
+    }
+    match tokens.iter().find(|token| **token >= VOCABULARY) {
+        Some(token) => Err(out_of_vocabulary(*token)),
+        None => Ok(tokens),
+    }
+}
+
+/// Answers, in one piece or as a stream.
+pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response, ApiError> {
+    let sequences = job.choices;
+    let news = api.start(&job).await?;
+    if job.stream {
+        let chunks = Chunks {
+            shape,
+            made: 0,
+            cached: 0,
+            sequences,
+            begun: false,
+        };
+        return Ok(event_stream(stream::body(chunks, news, sequences)));
+    }
+    let mut outputs = collect(news, sequences).await?;
+    let made = outputs.iter().map(|output| output.tokens.len()).sum();
+    let mut params = Value::Null;
+    let mut cached = 0;
+    for output in outputs.iter_mut().rev() {
+        if let Some(End::Finished(finish)) = &mut output.end {
+            params = finish.kv_transfer_params.take();
+            cached = finish.cached_tokens;
+        }
+    }
+    let choices: Vec<Value> = outputs.into_iter().map(|output| shape.choice(output)).collect();
+    Ok(Json(json!({
+        "id": shape.id,
+        "object": "chat.completion",
+        "created": shape.created,
+        "model": shape.model,
+        "choices": choices,
+        "service_tier": null,
+        "system_fingerprint": null,
+        "usage": shape.usage(made, cached),
+        "prompt_logprobs": null,
+        "prompt_token_ids": shape.return_token_ids.then_some(&shape.prompt),
+        "kv_transfer_params": params,
+    }))
+    .into_response())
+}
+
+impl Shape {
+    fn usage(&self, made: usize, cached: usize) -> Value {
+        usage(self.prompt.len(), made, self.tells_cached.then_some(cached))
+    }
+
+    fn choice(&self, output: Output) -> Value {
+        let logprobs = self.logprobs_of(&output.logprobs);
+        let (reason, stop_reason) = reason(output.end);
+        json!({
+            "index": output.index,
+            "message": {
+                "role": "assistant",
+                "content": output.text,
+                "refusal": null,
+                "annotations": null,
+                "audio": null,
+                "function_call": null,
+                "tool_calls": [],
+                "reasoning": null,
+            },
+            "logprobs": logprobs,
+            "finish_reason": reason,
+            "stop_reason": stop_reason,
+            "token_ids": self.return_token_ids.then_some(output.tokens),
+        })
+    }
+
+    fn logprobs_of(&self, of: &[TokenLogprob]) -> Value {
+        if !self.logprobs {
+            return Value::Null;
+        }
+        let content: Vec<Value> = of
+            .iter()
+            .map(|one| {
+                let mut value = token_logprob(one.token, one.logprob);
+                value["top_logprobs"] = one
+                    .top
+                    .iter()
+                    .map(|(token, logprob)| token_logprob(*token, *logprob))
+                    .collect();
+                value
+            })
+            .collect();
+        json!({"content": content})
+    }
+}
+
+fn token_logprob(token: u32, logprob: f64) -> Value {
+    let text = decode(&[token]);
+    json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()})
+}
+
+fn reason(end: Option<End>) -> (Option<&'static str>, Value) {
+    match end {
+        Some(End::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
+        _ => (None, Value::Null),
+    }
+}
+
+/// The events of a streamed chat.
+struct Chunks {
+    shape: Shape,
+    made: usize,
+    cached: usize,
+    sequences: usize,
+    /// Whether the roles were told.
+    begun: bool,
+}
+
+impl Chunks {
+    fn event(&self, choices: &Value) -> Value {
+        json!({
+            "id": self.shape.id,
+            "object": "chat.completion.chunk",
+            "created": self.shape.created,
+            "model": self.shape.model,
+            "choices": choices,
+        })
+    }
+
+    fn roles(&self) -> Vec<String> {
+        (0..self.sequences)
+            .map(|index| {
+                let mut event = self.event(&json!([{
+                    "index": index,
+                    "delta": {"role": "assistant", "content": ""},
+                    "logprobs": null,
+                    "finish_reason": null,
+                }]));
+                event["prompt_token_ids"] = json!(self.shape.return_token_ids.then_some(&self.shape.prompt));
+                event.to_string()
+            })
+            .collect()
+    }
+}
+
+impl Render for Chunks {
+    fn chunks(&mut self, output: Output) -> Vec<String> {
+        let mut events = if self.begun { Vec::new() } else { self.roles() };
+        self.begun = true;
+        self.made += output.tokens.len();
+        if let Some(End::Finished(finish)) = &output.end {
+            self.cached = finish.cached_tokens;
+        }
+        if output.text.is_empty() && output.end.is_none() && output.logprobs.is_empty() {
+            return events;
+        }
+        let logprobs = self.shape.logprobs_of(&output.logprobs);
+        let (reason, stop_reason) = reason(output.end);
+        let mut choice = json!({
+            "index": output.index,
+            "delta": {"content": output.text},
+            "logprobs": logprobs,
+            "finish_reason": reason,
+            "token_ids": self.shape.return_token_ids.then_some(output.tokens),
+        });
+        if reason.is_some() {
+            choice["stop_reason"] = stop_reason;
+        }
+        events.push(self.event(&json!([choice])).to_string());
+        events
+    }
+
+    fn usage(&mut self) -> Option<String> {
+        if !self.shape.include_usage {
+            return None;
+        }
+        let mut event = self.event(&json!([]));
+        event["usage"] = self.shape.usage(self.made, self.cached);
+        Some(event.to_string())
+    }
+}

@@ -1,0 +1,324 @@
+//! The HTTP side: vLLM's routes, and what every request goes through between its body and the scheduler.
+
+mod chat;
+mod completion;
+mod request;
+mod stream;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+
+use super::blocks::BlockPool;
+use super::kv_params::{self, ConnectorKind, Transfer};
+use super::metrics::Metrics;
+use super::options::Options;
+use super::scheduler::{Command, Stage};
+use super::sequence::{End, Output, Request, Sampling};
+use super::tokens::{VOCABULARY, decode, encode};
+use request::{Common, Job};
+
+/// Largest body of a request, in bytes.
+const MAX_BODY: usize = 64 << 20;
+
+/// What handlers share.
+#[derive(Debug)]
+pub(crate) struct Api {
+    pub(crate) options: Arc<Options>,
+    pub(crate) kind: ConnectorKind,
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) stage: watch::Receiver<Stage>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) pool: BlockPool,
+}
+
+/// An answer that is an error, in OpenAI's shape.
+#[derive(Debug)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<&'static str>,
+}
+
+impl ApiError {
+    fn bad_request(message: impl Into<String>, param: Option<&'static str>) -> Self {
+        Self {
+            status: StatusCode::BAD_REQUEST,
+            kind: "BadRequestError",
+            message: message.into(),
+            param,
+        }
+    }
+
+    fn not_found(message: impl Into<String>, param: Option<&'static str>) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            kind: "NotFoundError",
+            message: message.into(),
+            param,
+        }
+    }
+
+    fn internal(message: &str) -> Self {
+        Self {
+            status: StatusCode::INTERNAL_SERVER_ERROR,
+            kind: "InternalServerError",
+            message: message.to_owned(),
+            param: None,
+        }
+    }
+
+    /// After a failed KV load, or when a drain is over.
+    fn failed() -> Self {
+        Self::internal("Internal server error")
+    }
+
+    /// The core is gone.
+    fn dead() -> Self {
+        Self::internal("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    }
+
+    fn body(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status.as_u16()}})
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.status, Json(self.body())).into_response()
+    }
+}
+
+/// All routes.
+pub(crate) fn router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/health", get(health))
+        .route("/ping", get(health).post(health))
+        .route("/version", get(async || Json(json!({"version": super::VLLM_VERSION}))))
+        .route("/load", get(async || Json(json!({"server_load": 0}))))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(models))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat_completions))
+        .fallback(async || (StatusCode::NOT_FOUND, Json(json!({"detail": "Not Found"}))))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(api)
+}
+
+async fn health(State(api): State<Arc<Api>>) -> StatusCode {
+    if *api.stage.borrow() == Stage::Dead {
+        StatusCode::SERVICE_UNAVAILABLE
+    } else {
+        StatusCode::OK
+    }
+}
+
+async fn metrics(State(api): State<Arc<Api>>) -> Response {
+    let page = api.metrics.render(&api.options.served_model_name, api.pool.usage());
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+        page,
+    )
+        .into_response()
+}
+
+async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
+    let options = &api.options;
+    Json(json!({"object": "list", "data": [{
+        "id": options.served_model_name,
+        "object": "model",
+        "created": now(),
+        "owned_by": "vllm",
+        "root": options.model,
+        "parent": null,
+        "max_model_len": options.max_model_len,
+        "permission": [],
+    }]}))
+}
+
+#[derive(Deserialize)]
+struct TokenizeBody {
+    prompt: Option<String>,
+    messages: Option<Vec<request::Message>>,
+    #[serde(default)]
+    return_token_strs: bool,
+}
+
+async fn tokenize(State(api): State<Arc<Api>>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    let body: TokenizeBody = request::read(&body)?;
+    let tokens = match (&body.prompt, &body.messages) {
+        (Some(prompt), _) => encode(prompt),
+        (None, Some(messages)) => encode(&request::template(messages)?),
+        (None, None) => {
+            return Err(ApiError::bad_request(
+                "prompt or messages: Field required",
+                Some("prompt"),
+            ));
+        }
+    };
+    let strings: Option<Vec<String>> = body
+        .return_token_strs
+        .then(|| tokens.iter().map(|token| decode(&[*token])).collect());
+    Ok(Json(json!({
+        "count": tokens.len(),
+        "max_model_len": api.options.max_model_len,
+        "tokens": tokens,
+        "token_strs": strings,
+    })))
+}
+
+#[derive(Deserialize)]
+struct DetokenizeBody {
+    tokens: Vec<u32>,
+}
+
+async fn detokenize(body: Bytes) -> Result<Json<Value>, ApiError> {
+    let body: DetokenizeBody = request::read(&body)?;
+    if let Some(token) = body.tokens.iter().find(|token| **token >= VOCABULARY) {
+        return Err(out_of_vocabulary(*token));
+    }
+    Ok(Json(json!({"prompt": decode(&body.tokens)})))
+}
+
+fn out_of_vocabulary(token: u32) -> ApiError {
+    ApiError::bad_request(format!("Token id {token} is out of vocabulary"), Some("prompt"))
+}
+
+async fn completions(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
+    let common = Common::read(&body)?;
+    let base = request_id(&headers, &common);
+    // From here on a refusal frees what a prefill engine holds for the request.
+    match completion::prepare(&api, &common, &body, &base) {
+        Ok((job, shape)) => completion::answer(&api, job, shape).await,
+        Err(error) => Err(api.refuse(&common, error)),
+    }
+}
+
+async fn chat_completions(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
+    let common = Common::read(&body)?;
+    let only = chat::ChatOnly::read(&body)?;
+    let base = request_id(&headers, &common);
+    match chat::prepare(&api, &common, &only, &base) {
+        Ok((job, shape)) => chat::answer(&api, job, shape).await,
+        Err(error) => Err(api.refuse(&common, error)),
+    }
+}
+
+/// The base of all ids of a request: the client's, or a new one.
+fn request_id(headers: &HeaderMap, common: &Common) -> String {
+    headers
+        .get("x-request-id")
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned)
+        .or_else(|| common.request_id.clone())
+        .unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string())
+}
+
+impl Api {
+    /// A request is refused; the blocks that its parameters name are given back.
+    fn refuse(&self, common: &Common, error: ApiError) -> ApiError {
+        if let Transfer::Pull(params) = kv_params::read(self.kind, common.kv_transfer_params.as_ref()) {
+            // A full queue leaves it to the lease.
+            drop(self.commands.try_send(Command::Release(params)));
+        }
+        error
+    }
+
+    /// The model's name is the one served, or absent.
+    fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
+        match model {
+            Some(name) if name != self.options.served_model_name && !name.is_empty() => Err(ApiError::not_found(
+                format!("The model `{name}` does not exist."),
+                Some("model"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Hands all sequences of a job to the core. Returns their news.
+    async fn start(&self, job: &Job) -> Result<mpsc::Receiver<Output>, ApiError> {
+        match *self.stage.borrow() {
+            Stage::Serving => {}
+            Stage::Dead => return Err(ApiError::dead()),
+            Stage::Draining | Stage::Aborting | Stage::DrainOver => {
+                return Err(ApiError::internal("cannot schedule new futures after shutdown"));
+            }
+        }
+        let sequences = job.prompts.len() * job.choices;
+        let news = if job.stream {
+            job.max_tokens.iter().max().copied().unwrap_or(1) + 1
+        } else {
+            1
+        };
+        let (output, receiver) = mpsc::channel(sequences * news);
+        for (position, prompt) in job.prompts.iter().enumerate() {
+            for choice in 0..job.choices {
+                let index = position * job.choices + choice;
+                let request = Request {
+                    id: format!("{}-{index}-{:08x}", job.id, rand::random::<u32>()),
+                    index,
+                    prompt: Arc::clone(prompt),
+                    sampling: Sampling {
+                        max_tokens: job.max_tokens[position],
+                        salt: Sampling::salt_of(job.temperature, job.seed, choice),
+                        ..job.sampling.clone()
+                    },
+                    stream: job.stream,
+                    transfer: job.transfer.clone(),
+                    output: output.clone(),
+                };
+                let added = self.commands.send(Command::Add(request)).await;
+                added.map_err(|_| ApiError::dead())?;
+            }
+        }
+        Ok(receiver)
+    }
+}
+
+/// Waits for all sequences of a request that is not streamed. In the order of their index.
+async fn collect(mut news: mpsc::Receiver<Output>, sequences: usize) -> Result<Vec<Output>, ApiError> {
+    let mut outputs = Vec::with_capacity(sequences);
+    while outputs.len() < sequences {
+        let output = news.recv().await.ok_or_else(ApiError::dead)?;
+        if matches!(output.end, Some(End::Failed)) {
+            return Err(ApiError::failed());
+        }
+        outputs.push(output);
+    }
+    outputs.sort_unstable_by_key(|output| output.index);
+    Ok(outputs)
+}
+
+/// The `usage` object. `cached` is told only where the engine was started to.
+fn usage(prompt: usize, completion: usize, cached: Option<usize>) -> Value {
+    json!({
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": cached.map(|cached_tokens| json!({"cached_tokens": cached_tokens})),
+    })
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_secs())
+}
+
+/// An event stream.
+fn event_stream(body: Body) -> Response {
+    ([(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")], body).into_response()
+}

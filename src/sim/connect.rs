@@ -1,0 +1,172 @@
+//! Builds the connector that `--kv-transfer-config` names: its sockets, its tasks, its part in the core.
+
+use std::sync::Arc;
+
+use tokio::task::JoinSet;
+use zeromq::{RouterSocket, Socket as _};
+
+use super::SimError;
+use super::blocks::BlockPool;
+use super::fault::{EveryNth, Fault};
+use super::kv_params::ConnectorKind;
+use super::lmcache::receiver::{Receiver, ReceiverPorts};
+use super::lmcache::sender::Sender;
+use super::lmcache::{Config, Role};
+use super::log::{Log, Process};
+use super::metrics::Metrics;
+use super::nixl::{Leases, SideChannel};
+use super::options::{KvRole, KvTransferConfig, Options};
+use super::scheduler::Connector;
+
+/// A connector and how it can be reached.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    pub(crate) connector: Connector,
+    pub(crate) kind: ConnectorKind,
+    pub(crate) engine_id: String,
+    pub(crate) lmcache_ports: ReceiverPorts,
+    /// The receiver's buffer, for tests.
+    #[cfg(test)]
+    pub(crate) receiver: Option<Receiver>,
+}
+
+impl Connected {
+    fn new(connector: Connector, kind: ConnectorKind, engine_id: String) -> Self {
+        Self {
+            connector,
+            kind,
+            engine_id,
+            lmcache_ports: ReceiverPorts::default(),
+            #[cfg(test)]
+            receiver: None,
+        }
+    }
+
+    /// Makes the connector. Its tasks live in `background`.
+    pub(crate) async fn make(
+        options: &Options,
+        log: &Log,
+        metrics: &Arc<Metrics>,
+        pool: &BlockPool,
+        background: &mut JoinSet<()>,
+    ) -> Result<Self, SimError> {
+        let Some(config) = &options.kv_transfer else {
+            return Ok(Self::new(Connector::None, ConnectorKind::None, String::new()));
+        };
+        let engine_id = config
+            .engine_id
+            .clone()
+            .unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        if config.is_nixl() {
+            let leases = Leases::new(config.lease(), Arc::clone(metrics), log.clone());
+            let (socket, port) = side_channel(options).await?;
+            let channel = SideChannel {
+                socket,
+                engine_id: engine_id.clone(),
+                model: options.model.clone(),
+                pool: pool.clone(),
+                leases: leases.clone(),
+            };
+            background.spawn(channel.serve());
+            background.spawn(leases.clone().expire());
+            let connector = Connector::Nixl {
+                leases,
+                engine_id: engine_id.clone(),
+                host: options.side_channel.0.clone(),
+                port,
+                policy: config.kv_load_failure_policy,
+            };
+            return Ok(Self::new(connector, ConnectorKind::Nixl, engine_id));
+        }
+        if config.is_lmcache() {
+            return lmcache(options, config, log, engine_id, background).await;
+        }
+        Err(SimError::Connector(config.kv_connector.clone()))
+    }
+}
+
+async fn side_channel(options: &Options) -> Result<(RouterSocket, u16), SimError> {
+    let (host, port) = &options.side_channel;
+    let address = format!("{host}:{port}");
+    let mut socket = RouterSocket::new();
+    match socket.bind(&format!("tcp://{address}")).await {
+        Ok(zeromq::Endpoint::Tcp(_, port)) => Ok((socket, port)),
+        Ok(zeromq::Endpoint::Ipc(_)) => Err(SimError::SideChannel {
+            address,
+            source: zeromq::ZmqError::Other("bound to no port"),
+        }),
+        Err(source) => Err(SimError::SideChannel { address, source }),
+    }
+}
+
+async fn lmcache(
+    options: &Options,
+    transfer: &KvTransferConfig,
+    log: &Log,
+    engine_id: String,
+    background: &mut JoinSet<()>,
+) -> Result<Connected, SimError> {
+    let config = Config::load(
+        options.lmcache_config_file.as_deref(),
+        options.python_hash_seed.as_deref(),
+    )
+    .map_err(SimError::Lmcache)?;
+    let warn = |message: &str| log.line(Process::Worker, "WARNING", "config_base.py:195", message);
+    for key in &config.unknown {
+        warn(&format!("Unknown configuration key: {key}"));
+    }
+    let world_size = usize::from(options.tensor_parallel_size);
+    match (config.role, transfer.kv_role) {
+        (Some(Role::Sender), KvRole::KvProducer | KvRole::KvBoth) => {
+            let every = |pick: fn(&Fault) -> Option<u64>| EveryNth::new(options.fault(pick));
+            let failures = every(|fault| match fault {
+                Fault::FailTransfer(nth) => Some(*nth),
+                _ => None,
+            });
+            let drops = every(|fault| match fault {
+                Fault::DropNotification(nth) => Some(*nth),
+                _ => None,
+            });
+            let timing = (options.preset, log.clone());
+            let sender = Sender::start(
+                config,
+                &options.model,
+                world_size,
+                timing,
+                (failures, drops),
+                background,
+            );
+            let connector = Connector::Sender(Box::new(sender));
+            Ok(Connected::new(connector, ConnectorKind::LmcacheSender, engine_id))
+        }
+        (Some(Role::Receiver), KvRole::KvConsumer | KvRole::KvBoth) => {
+            let skip = transfer.kv_connector_extra_config.skip_last_n_tokens;
+            let world = (world_size, options.preset.kv_bytes_per_token);
+            match Receiver::start(&config, &options.model, skip, world, background).await {
+                Ok((receiver, ports)) => {
+                    #[cfg(test)]
+                    let kept = receiver.clone();
+                    let connector = Connector::Receiver(receiver);
+                    let mut connected = Connected::new(connector, ConnectorKind::LmcacheReceiver, engine_id);
+                    connected.lmcache_ports = ports;
+                    #[cfg(test)]
+                    {
+                        connected.receiver = Some(kept);
+                    }
+                    Ok(connected)
+                }
+                Err(error) => {
+                    // LMCache goes on without: requests succeed, nothing is transferred.
+                    let message = format!("LMCache initialization failed, running in degraded mode: {error}");
+                    log.line(Process::Worker, "ERROR", "vllm_v1_adapter.py:1393", &message);
+                    Ok(Connected::new(Connector::None, ConnectorKind::None, engine_id))
+                }
+            }
+        }
+        (role, kv_role) => {
+            let message = format!("PD transfers nothing with pd_role {role:?} and kv_role {kv_role:?}");
+            warn(&message);
+            Ok(Connected::new(Connector::None, ConnectorKind::None, engine_id))
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What a simulated engine can be told to do wrong: `--fault NAME[=VALUE]`.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+/// One fault, as given on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The start takes this much longer.
+    SlowStart(Duration),
+    /// The start ends with exit code 1 when this phase begins.
+    DieAt(Phase),
+    /// SIGTERM and SIGINT have no effect.
+    IgnoreSigterm,
+    /// Every nth transfer sends no LMCache notification, though its KV arrived.
+    DropNotification(u64),
+    /// Every nth KV transfer fails.
+    FailTransfer(u64),
+    /// A plain request does not kill an LMCache sender, as with LMCache's sync mode.
+    SurvivePlainRequests,
+    /// A sequence makes no more tokens after this many, and never ends.
+    StallDecode(usize),
+    /// `EngineCore` and workers ignore SIGTERM and outlive the API server.
+    Orphans,
+}
+
+/// A step of a start at which an engine can be made to die.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Reading the model's configuration.
+    Config,
+    /// Starting the engine core.
+    Engine,
+    /// Joining the workers.
+    Workers,
+    /// Loading the weights.
+    Weights,
+    /// Sizing the KV cache.
+    KvCache,
+    /// Starting the connector and warming up.
+    Warmup,
+    /// Starting the HTTP server.
+    Server,
+}
+
+impl Phase {
+    /// All phases with their names on the command line, in order.
+    pub(crate) const NAMES: [(&'static str, Self); 7] = [
+        ("config", Self::Config),
+        ("engine", Self::Engine),
+        ("workers", Self::Workers),
+        ("weights", Self::Weights),
+        ("kv-cache", Self::KvCache),
+        ("warmup", Self::Warmup),
+        ("server", Self::Server),
+    ];
+}
+
+/// The faults and their values, as an error lists them.
+const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, ignore-sigterm, drop-notification[=EVERY_NTH], \
+                     fail-transfer[=EVERY_NTH], survive-plain-requests, stall-decode=TOKENS, orphans";
+
+/// Why a `--fault` is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FaultError {
+    /// No fault has this name.
+    #[error("unknown fault `{0}`; known are {KNOWN}")]
+    Unknown(String),
+    /// The value is missing or not of the fault's kind.
+    #[error("fault `{name}` needs {expected}")]
+    Value {
+        /// The fault.
+        name: &'static str,
+        /// What its value must be.
+        expected: String,
+    },
+}
+
+impl FromStr for Fault {
+    type Err = FaultError;
+
+    fn from_str(text: &str) -> Result<Self, FaultError> {
+        let (name, value) = text
+            .split_once('=')
+            .map_or((text, None), |(name, value)| (name, Some(value)));
+        match name {
+            "slow-start" => value
+                .and_then(|value| humantime::parse_duration(value).ok())
+                .map(Self::SlowStart)
+                .ok_or_else(|| bad_value("slow-start", "a duration such as `10s`")),
+            "die-at" => value
+                .and_then(|value| Phase::NAMES.iter().find(|(name, _)| *name == value))
+                .map(|(_, phase)| Self::DieAt(*phase))
+                .ok_or_else(|| {
+                    let names: Vec<&str> = Phase::NAMES.iter().map(|(name, _)| *name).collect();
+                    bad_value("die-at", &format!("one of {}", names.join(", ")))
+                }),
+            "ignore-sigterm" => Ok(Self::IgnoreSigterm),
+            "drop-notification" => every("drop-notification", value).map(Self::DropNotification),
+            "fail-transfer" => every("fail-transfer", value).map(Self::FailTransfer),
+            "survive-plain-requests" => Ok(Self::SurvivePlainRequests),
+            "stall-decode" => value
+                .and_then(|value| value.parse().ok())
+                .map(Self::StallDecode)
+                .ok_or_else(|| bad_value("stall-decode", "a number of tokens")),
+            "orphans" => Ok(Self::Orphans),
+            other => Err(FaultError::Unknown(other.to_owned())),
+        }
+    }
+}
+
+fn every(name: &'static str, value: Option<&str>) -> Result<u64, FaultError> {
+    value
+        .map_or(Some(1), |value| value.parse().ok().filter(|nth| *nth > 0))
+        .ok_or_else(|| bad_value(name, "a number from 1, or none for every one"))
+}
+
+fn bad_value(name: &'static str, expected: &str) -> FaultError {
+    FaultError::Value {
+        name,
+        expected: expected.to_owned(),
+    }
+}
+
+/// Counts events, and says which of them a fault hits.
+#[derive(Debug)]
+pub(crate) struct EveryNth {
+    nth: Option<u64>,
+    seen: u64,
+}
+
+impl EveryNth {
+    /// Hits every `nth` event; none without.
+    pub(crate) fn new(nth: Option<u64>) -> Self {
+        Self { nth, seen: 0 }
+    }
+
+    /// Counts one event. True when it is hit.
+    pub(crate) fn hits(&mut self) -> bool {
+        self.seen += 1;
+        self.nth.is_some_and(|nth| self.seen.is_multiple_of(nth))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_read_with_and_without_values() {
+        assert_eq!("drop-notification".parse(), Ok(Fault::DropNotification(1)));
+        assert_eq!("fail-transfer=3".parse(), Ok(Fault::FailTransfer(3)));
+        assert_eq!("slow-start=2s".parse(), Ok(Fault::SlowStart(Duration::from_secs(2))));
+        assert_eq!("die-at=kv-cache".parse(), Ok(Fault::DieAt(Phase::KvCache)));
+    }
+
+    #[test]
+    fn a_wrong_fault_is_told_what_would_be_right() {
+        let unknown = "slow-strat=1s".parse::<Fault>().expect_err("unknown").to_string();
+        assert!(unknown.contains("slow-start=DURATION"), "{unknown}");
+        let phase = "die-at=lunch".parse::<Fault>().expect_err("no phase").to_string();
+        assert!(phase.contains("weights"), "{phase}");
+        assert!("fail-transfer=0".parse::<Fault>().is_err());
+        assert!("stall-decode".parse::<Fault>().is_err());
+    }
+
+    #[test]
+    fn every_second_event_is_hit() {
+        let mut events = EveryNth::new(Some(2));
+        let hits: Vec<bool> = (0..4).map(|_| events.hits()).collect();
+        assert_eq!(hits, [false, true, false, true]);
+        assert!(!EveryNth::new(None).hits());
+    }
+}

@@ -1,0 +1,165 @@
+//! What a request's `kv_transfer_params` make an engine do. Pure.
+//!
+//! vLLM checks next to nothing of this object, so most mistakes in it cost the engine its life; each case here was seen
+//! on real engines (vLLM 0.32, `NixlConnector`; LMCache 0.5.6, async PD).
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+/// What the KV of a sequence does.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Transfer {
+    /// It stays.
+    None,
+    /// NIXL: it is kept for a decode engine, under a lease.
+    Hold,
+    /// NIXL: it is fetched from a prefill engine.
+    Pull(PullParams),
+    /// NIXL, one of the required addresses is missing: the request is never scheduled.
+    Park,
+    /// NIXL, the block ids are missing: the scheduler fails an assertion.
+    Fatal,
+    /// LMCache: it is pushed to a decode engine.
+    Push(DisaggSpec, FirstToken),
+    /// LMCache: the sender is asked for nothing, and its worker fails.
+    PushNowhere,
+    /// LMCache: what other engines pushed is looked up.
+    Retrieve,
+}
+
+/// Whether the answer carries the first token's id, for LMCache's reference proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FirstToken {
+    Told,
+    Untold,
+}
+
+/// Where a decode engine fetches from.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PullParams {
+    pub(crate) engine_id: String,
+    pub(crate) request_id: String,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) blocks: Vec<u32>,
+    /// `remote_prefill_cached_tokens`: what `usage` reports, unchecked.
+    pub(crate) cached_tokens: Option<usize>,
+}
+
+/// LMCache's `disagg_spec`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub(crate) struct DisaggSpec {
+    pub(crate) req_id: String,
+    pub(crate) receiver_host: String,
+    pub(crate) receiver_init_port: Vec<u16>,
+    pub(crate) receiver_alloc_port: Vec<u16>,
+}
+
+/// Which connector reads the parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ConnectorKind {
+    None,
+    Nixl,
+    LmcacheSender,
+    LmcacheReceiver,
+}
+
+/// What a connector makes of a request's parameters.
+pub(crate) fn read(kind: ConnectorKind, params: Option<&Map<String, Value>>) -> Transfer {
+    match kind {
+        ConnectorKind::None => Transfer::None,
+        ConnectorKind::Nixl => params.map_or(Transfer::None, read_nixl),
+        ConnectorKind::LmcacheSender => params
+            .and_then(|params| {
+                let spec = DisaggSpec::deserialize(params.get("disagg_spec")?).ok()?;
+                // LMCache looks for the key alone.
+                let first = if params.contains_key("ret_first_tok") {
+                    FirstToken::Told
+                } else {
+                    FirstToken::Untold
+                };
+                Some(Transfer::Push(spec, first))
+            })
+            .unwrap_or(Transfer::PushNowhere),
+        ConnectorKind::LmcacheReceiver => Transfer::Retrieve,
+    }
+}
+
+fn read_nixl(params: &Map<String, Value>) -> Transfer {
+    let flag = |key: &str| params.get(key).and_then(Value::as_bool).unwrap_or(false);
+    if flag("do_remote_prefill") {
+        let Some(blocks) = block_ids(params) else {
+            return Transfer::Fatal;
+        };
+        return pull_params(params, blocks).map_or(Transfer::Park, Transfer::Pull);
+    }
+    // Alone it is a plain prefill; with the rest of the object it asks for a hand-off.
+    if flag("do_remote_decode") && params.len() > 1 {
+        return Transfer::Hold;
+    }
+    Transfer::None
+}
+
+/// The block ids of the first group that has some.
+fn block_ids(params: &Map<String, Value>) -> Option<Vec<u32>> {
+    params
+        .get("remote_block_ids")?
+        .as_array()?
+        .iter()
+        .filter_map(|group| Vec::<u32>::deserialize(group).ok())
+        .find(|group| !group.is_empty())
+}
+
+fn pull_params(params: &Map<String, Value>, blocks: Vec<u32>) -> Option<PullParams> {
+    let text = |key: &str| params.get(key)?.as_str().map(str::to_owned);
+    Some(PullParams {
+        engine_id: text("remote_engine_id")?,
+        request_id: text("remote_request_id")?,
+        host: text("remote_host")?,
+        port: params.get("remote_port")?.as_u64()?.try_into().ok()?,
+        blocks,
+        cached_tokens: params
+            .get("remote_prefill_cached_tokens")
+            .and_then(Value::as_u64)
+            .and_then(|count| usize::try_from(count).ok()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn nixl(value: &Value) -> Transfer {
+        read(ConnectorKind::Nixl, value.as_object())
+    }
+
+    #[test]
+    fn a_bare_order_to_fetch_is_fatal_and_one_without_host_is_parked() {
+        assert_eq!(nixl(&json!({"do_remote_prefill": true})), Transfer::Fatal);
+        let complete = json!({"do_remote_prefill": true, "remote_block_ids": [[1]], "remote_engine_id": "e",
+            "remote_request_id": "r", "remote_host": "h", "remote_port": 5600});
+        assert!(matches!(nixl(&complete), Transfer::Pull(_)));
+        for key in ["remote_host", "remote_port", "remote_engine_id", "remote_request_id"] {
+            let mut without = complete.clone();
+            without.as_object_mut().unwrap().remove(key);
+            assert_eq!(nixl(&without), Transfer::Park, "{key}");
+        }
+        let mut off = complete;
+        off["do_remote_prefill"] = json!(false);
+        assert_eq!(nixl(&off), Transfer::None);
+    }
+
+    #[test]
+    fn nonsense_is_a_plain_request_to_nixl_and_deadly_to_an_lmcache_sender() {
+        for params in [json!({}), json!({"foo": 1}), json!({"do_remote_decode": true})] {
+            assert_eq!(nixl(&params), Transfer::None, "{params}");
+            assert_eq!(
+                read(ConnectorKind::LmcacheSender, params.as_object()),
+                Transfer::PushNowhere
+            );
+        }
+        assert_eq!(read(ConnectorKind::LmcacheReceiver, None), Transfer::Retrieve);
+    }
+}

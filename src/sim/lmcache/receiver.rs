@@ -1,0 +1,326 @@
+//! The decode side of LMCache PD: a bounded buffer per rank that prefill engines allocate in and write to, and that only
+//! the decode of the same prompt frees.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use zeromq::{RepSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqError, ZmqMessage};
+
+use super::{Config, key};
+use crate::sim::blocks::records;
+use crate::sim::tokens::mix;
+use crate::sim::wire::LmcacheMessage;
+
+/// All ranks of a receiver.
+#[derive(Debug, Clone)]
+pub(crate) struct Receiver {
+    config: Arc<Config>,
+    model: Arc<str>,
+    skip_last_tokens: usize,
+    ranks: Arc<[Rank]>,
+}
+
+/// One rank's buffer.
+#[derive(Debug)]
+struct Rank {
+    buffer: Mutex<Buffer>,
+    freed: Notify,
+}
+
+#[derive(Debug)]
+struct Buffer {
+    free: VecDeque<i64>,
+    /// What arrived or is to arrive. The same key may wait several times: entries are counted, not overwritten.
+    entries: HashMap<String, VecDeque<Page>>,
+    /// Identities of senders that made the handshake with this process.
+    senders: HashSet<String>,
+}
+
+#[derive(Debug)]
+struct Page {
+    index: i64,
+    /// `None` until the bytes have landed.
+    bytes: Option<Bytes>,
+}
+
+/// Where a receiver listens, in rank order.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ReceiverPorts {
+    pub(crate) init: Vec<u16>,
+    pub(crate) alloc: Vec<u16>,
+}
+
+impl Receiver {
+    /// Binds the ports of all ranks and serves them from tasks in `tasks`. `bytes_per_token` is the KV of all ranks.
+    pub(crate) async fn start(
+        config: &Config,
+        model: &str,
+        skip_last_tokens: usize,
+        world: (usize, u64),
+        tasks: &mut JoinSet<()>,
+    ) -> Result<(Self, ReceiverPorts), ZmqError> {
+        let (world_size, bytes_per_token) = world;
+        let chunk_bytes = config.chunk_size as u64 * bytes_per_token / world_size as u64;
+        let pages = i64::try_from(config.buffer_size / chunk_bytes).unwrap_or(i64::MAX);
+        let receiver = Self {
+            config: Arc::new(config.clone()),
+            model: model.into(),
+            skip_last_tokens,
+            ranks: (0..world_size)
+                .map(|_| Rank {
+                    buffer: Mutex::new(Buffer {
+                        free: (0..pages).collect(),
+                        entries: HashMap::new(),
+                        senders: HashSet::new(),
+                    }),
+                    freed: Notify::new(),
+                })
+                .collect(),
+        };
+        let mut bound = ReceiverPorts::default();
+        // A rank without a port of its own cannot start; LMCache indexes the lists by rank.
+        for rank in 0..world_size {
+            let missing = ZmqError::Other("list index out of range");
+            let (Some(init), Some(alloc)) = (config.init_ports.get(rank), config.alloc_ports.get(rank)) else {
+                return Err(missing);
+            };
+            let mut init_socket = RepSocket::new();
+            bound.init.push(bind(&mut init_socket, &config.peer_host, *init).await?);
+            let mut alloc_socket = RouterSocket::new();
+            // LMCache binds this one to all interfaces.
+            bound.alloc.push(bind(&mut alloc_socket, "0.0.0.0", *alloc).await?);
+            tasks.spawn(serve_handshakes(receiver.clone(), rank, init_socket));
+            tasks.spawn(serve_allocations(receiver.clone(), rank, alloc_socket));
+        }
+        Ok((receiver, bound))
+    }
+
+    /// Takes what is there for a prompt: the records of its longest prefix of chunks that every rank has. Whatever is
+    /// taken is freed. One token at least is left to compute.
+    pub(crate) fn retrieve(&self, prompt: &[u32]) -> Vec<u64> {
+        let looked_up = &prompt[..prompt.len().saturating_sub(self.skip_last_tokens)];
+        let mut loaded = Vec::new();
+        for (position, hash) in self.config.chunk_hashes(looked_up).into_iter().enumerate() {
+            let tokens = self
+                .config
+                .chunk_size
+                .min(looked_up.len() - position * self.config.chunk_size);
+            let Some(mut chunk) = self.take_chunk(hash) else {
+                break;
+            };
+            // Bytes that never landed are garbage, not a miss.
+            chunk.resize(tokens, mix(hash, 0));
+            loaded.extend(chunk);
+        }
+        loaded.truncate(prompt.len() - 1);
+        loaded
+    }
+
+    fn take_chunk(&self, hash: u64) -> Option<Vec<u64>> {
+        let keys: Vec<String> = (0..self.ranks.len())
+            .map(|rank| key(&self.model, self.ranks.len(), rank, hash))
+            .collect();
+        let complete = self
+            .ranks
+            .iter()
+            .zip(&keys)
+            .all(|(rank, key)| rank.lock().entries.contains_key(key));
+        if !complete {
+            return None;
+        }
+        let mut whole: Option<Vec<u64>> = None;
+        for (rank, key) in self.ranks.iter().zip(&keys) {
+            let bytes = rank.take(key).unwrap_or_default();
+            let shard: Vec<u64> = records(&bytes).collect();
+            whole = Some(match whole {
+                None => shard,
+                // Every rank carries the same records here, so a rank that differs was mixed up on the way.
+                Some(first) if first == shard => first,
+                Some(first) => first.iter().map(|record| mix(*record, 1)).collect(),
+            });
+        }
+        whole
+    }
+
+    /// Pages in use and in all, over all ranks.
+    #[cfg(test)]
+    pub(crate) fn pages_in_use(&self) -> usize {
+        self.ranks
+            .iter()
+            .map(|rank| rank.lock().entries.values().map(VecDeque::len).sum::<usize>())
+            .sum()
+    }
+}
+
+async fn bind(socket: &mut impl zeromq::Socket, host: &str, port: u16) -> Result<u16, ZmqError> {
+    match socket.bind(&format!("tcp://{host}:{port}")).await? {
+        zeromq::Endpoint::Tcp(_, port) => Ok(port),
+        zeromq::Endpoint::Ipc(_) => Err(ZmqError::Other("bound to no port")),
+    }
+}
+
+impl Rank {
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, key: &str) -> Option<Bytes> {
+        let mut buffer = self.lock();
+        let pages = buffer.entries.get_mut(key)?;
+        let page = pages.pop_front()?;
+        if pages.is_empty() {
+            buffer.entries.remove(key);
+        }
+        buffer.free.push_back(page.index);
+        drop(buffer);
+        self.freed.notify_one();
+        page.bytes
+    }
+
+    /// A page for every key, or `None` while too few are free. Keys count from now on, before their bytes land.
+    fn allocate(&self, keys: &[String]) -> Option<Vec<i64>> {
+        let mut buffer = self.lock();
+        if buffer.free.len() < keys.len() {
+            return None;
+        }
+        let pages: Vec<i64> = buffer.free.drain(..keys.len()).collect();
+        for (key, index) in keys.iter().zip(&pages) {
+            let page = Page {
+                index: *index,
+                bytes: None,
+            };
+            buffer.entries.entry(key.clone()).or_default().push_back(page);
+        }
+        Some(pages)
+    }
+
+    fn write(&self, keys: &[String], pages: &[i64], chunks: Vec<serde_bytes::ByteBuf>) -> bool {
+        let mut buffer = self.lock();
+        let mut accepted = keys.len() == chunks.len();
+        for ((key, index), bytes) in keys.iter().zip(pages).zip(chunks) {
+            let page = buffer
+                .entries
+                .get_mut(key)
+                .and_then(|pages| pages.iter_mut().find(|page| page.index == *index));
+            match page {
+                Some(page) => page.bytes = Some(Bytes::from(bytes.into_vec())),
+                None => accepted = false,
+            }
+        }
+        accepted
+    }
+}
+
+/// Answers the two messages of a handshake. Anything else gets no answer, which wedges a REP socket in LMCache, too.
+async fn serve_handshakes(receiver: Receiver, rank: usize, mut socket: RepSocket) {
+    loop {
+        let Ok(message) = socket.recv().await else {
+            // One peer went away; the others stay.
+            tokio::task::yield_now().await;
+            continue;
+        };
+        let Some(request) = message.get(0).and_then(|frame| LmcacheMessage::from_bytes(frame)) else {
+            continue;
+        };
+        let answer = match request {
+            LmcacheMessage::NixlInitRequest { local_meta_bytes } => LmcacheMessage::NixlInitResponse {
+                remote_agent_name: local_meta_bytes,
+                remote_meta_bytes: format!("xpyd-receiver-{rank}").into_bytes(),
+            },
+            LmcacheMessage::NixlMemRegRequest { local_id, .. } => {
+                receiver.ranks[rank].lock().senders.insert(local_id);
+                LmcacheMessage::NixlMemRegResponse {
+                    remote_xfer_dlist_bytes: Vec::new(),
+                }
+            }
+            _ => continue,
+        };
+        drop(socket.send(answer.to_bytes().into()).await);
+    }
+}
+
+/// An allocation that waits for free pages.
+struct Waiting {
+    identity: Bytes,
+    keys: Vec<String>,
+}
+
+/// Answers allocations in their order, each once its pages are free, and takes writes.
+async fn serve_allocations(receiver: Receiver, rank: usize, mut socket: RouterSocket) {
+    let rank = &receiver.ranks[rank];
+    let mut waiting: VecDeque<Waiting> = VecDeque::new();
+    loop {
+        while let Some(head) = waiting.front() {
+            let Some(remote_indexes) = rank.allocate(&head.keys) else {
+                break;
+            };
+            let answer = LmcacheMessage::AllocResponse {
+                remote_indexes,
+                already_sent_indexes: Vec::new(),
+            };
+            let identity = head.identity.clone();
+            waiting.pop_front();
+            reply(&mut socket, identity, &answer).await;
+        }
+        tokio::select! {
+            () = rank.freed.notified() => {}
+            message = socket.recv() => {
+                let Ok(message) = message else {
+                    tokio::task::yield_now().await;
+                    continue;
+                };
+                take_message(rank, &mut socket, &mut waiting, message).await;
+            }
+        }
+    }
+}
+
+async fn take_message(rank: &Rank, socket: &mut RouterSocket, waiting: &mut VecDeque<Waiting>, message: ZmqMessage) {
+    let frames = message.into_vec();
+    let [identity, _delimiter, payload] = frames.as_slice() else {
+        return;
+    };
+    // The identity is "{sender}-to-{receiver}".
+    let known = std::str::from_utf8(identity)
+        .ok()
+        .and_then(|identity| identity.split_once("-to-"))
+        .is_some_and(|(sender, _)| rank.lock().senders.contains(sender));
+    match LmcacheMessage::from_bytes(payload) {
+        Some(LmcacheMessage::AllocRequest {
+            keys,
+            req_id,
+            total_chunks,
+            ..
+        }) => {
+            let refused = !known || (!req_id.is_empty() && total_chunks == 0);
+            if refused {
+                let answer = LmcacheMessage::AllocResponse {
+                    remote_indexes: vec![-1; keys.len().max(1)],
+                    already_sent_indexes: Vec::new(),
+                };
+                reply(socket, identity.clone(), &answer).await;
+            } else {
+                waiting.push_back(Waiting {
+                    identity: identity.clone(),
+                    keys,
+                });
+            }
+        }
+        Some(LmcacheMessage::XpydWrite { keys, pages, chunks }) => {
+            let accepted = known && rank.write(&keys, &pages, chunks);
+            reply(socket, identity.clone(), &LmcacheMessage::XpydWritten { accepted }).await;
+        }
+        _ => {}
+    }
+}
+
+async fn reply(socket: &mut RouterSocket, identity: Bytes, answer: &LmcacheMessage) {
+    let frames = vec![identity, Bytes::new(), answer.to_bytes().into()];
+    if let Ok(message) = ZmqMessage::try_from(frames) {
+        // A sender that is gone needs no answer.
+        drop(socket.send(message).await);
+    }
+}

@@ -1,0 +1,384 @@
+//! The prefill side of LMCache PD: a handshake on the first contact with a decode engine, then allocate, write and
+//! notify, one transfer after the other.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+use zeromq::{
+    DealerSocket, PushSocket, ReqSocket, Socket as _, SocketEvent, SocketOptions, SocketRecv as _, SocketSend as _,
+    ZmqError, ZmqMessage,
+};
+
+use super::{Config, key};
+use crate::sim::fault::EveryNth;
+use crate::sim::kv_params::DisaggSpec;
+use crate::sim::log::{Log, Process};
+use crate::sim::timing::Preset;
+use crate::sim::wire::LmcacheMessage;
+
+/// After this long vLLM gives up a worker that does not answer (`execute_model`).
+pub(crate) const WORKER_DEADLINE: Duration = Duration::from_secs(300);
+/// Transfers that may wait per decode engine.
+const QUEUE: usize = 1024;
+/// How long a message of a live peer may take.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a peer that went away is tried again.
+const RECONNECT_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The prefill side of one engine.
+#[derive(Debug)]
+pub(crate) struct Sender {
+    config: Config,
+    model: String,
+    world_size: usize,
+    preset: Preset,
+    log: Log,
+    /// By `receiver_host` + init port, as LMCache keeps them: written differently, it is another peer.
+    peers: HashMap<String, mpsc::Sender<Transfer>>,
+    notifications: mpsc::Sender<String>,
+    failures: EveryNth,
+    drops: EveryNth,
+    local_id: String,
+}
+
+/// The KV of one prompt on its way.
+#[derive(Debug)]
+struct Transfer {
+    req_id: String,
+    hashes: Vec<u64>,
+    chunks: Vec<Bytes>,
+    last_chunk_tokens: usize,
+    tokens: usize,
+    fails: bool,
+    notifies: bool,
+}
+
+/// Why a peer cannot be reached. Either way the worker never returns.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HandshakeError {
+    /// A list of ports is shorter than the ranks.
+    #[error("IndexError: list index out of range")]
+    TooFewPorts,
+    /// Nobody answers.
+    #[error("no handshake with `{0}`")]
+    Unreachable(String, #[source] ZmqError),
+}
+
+impl Sender {
+    /// Starts the notifier in `tasks`.
+    pub(crate) fn start(
+        config: Config,
+        model: &str,
+        world_size: usize,
+        timing: (Preset, Log),
+        faults: (EveryNth, EveryNth),
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        let (notifications, queue) = mpsc::channel(QUEUE);
+        let address = format!("tcp://{}:{}", config.proxy.0, config.proxy.1);
+        let (preset, log) = timing;
+        tasks.spawn(notify(address, queue, log.clone()));
+        let (failures, drops) = faults;
+        Self {
+            config,
+            model: model.to_owned(),
+            world_size,
+            preset,
+            log,
+            peers: HashMap::new(),
+            notifications,
+            failures,
+            drops,
+            local_id: uuid::Uuid::new_v4().simple().to_string(),
+        }
+    }
+
+    /// Whether requests without a receiver pass (sync mode).
+    pub(crate) fn tolerates_plain_requests(&self) -> bool {
+        self.config.sync
+    }
+
+    /// Makes the handshake with a receiver that is not known yet. Waits for as long as a worker may.
+    pub(crate) async fn meet(&mut self, spec: &DisaggSpec, tasks: &mut JoinSet<()>) -> Result<(), HandshakeError> {
+        let first = spec.receiver_init_port.first().ok_or(HandshakeError::TooFewPorts)?;
+        let receiver_id = format!("{}{first}", spec.receiver_host);
+        if self.peers.contains_key(&receiver_id) {
+            return Ok(());
+        }
+        for rank in 0..self.world_size {
+            let port = spec.receiver_init_port.get(rank).ok_or(HandshakeError::TooFewPorts)?;
+            spec.receiver_alloc_port.get(rank).ok_or(HandshakeError::TooFewPorts)?;
+            let address = format!("tcp://{}:{port}", spec.receiver_host);
+            handshake(&address, &self.local_id)
+                .await
+                .map_err(|error| HandshakeError::Unreachable(address, error))?;
+        }
+        tokio::time::sleep(self.preset.handshake()).await;
+        let (queue, transfers) = mpsc::channel(QUEUE);
+        let peer = Peer {
+            addresses: spec.receiver_alloc_port[..self.world_size]
+                .iter()
+                .map(|port| format!("tcp://{}:{port}", spec.receiver_host))
+                .collect(),
+            identity: format!("{}-to-{receiver_id}", self.local_id),
+            model: self.model.clone(),
+            allocation_timeout: self.config.allocation_timeout,
+            chunk_size: self.config.chunk_size as u64,
+            preset: self.preset,
+            log: self.log.clone(),
+            notifications: self.notifications.clone(),
+        };
+        tasks.spawn(peer.run(transfers));
+        self.peers.insert(receiver_id, queue);
+        Ok(())
+    }
+
+    /// Queues the KV of a prompt for a receiver that was met.
+    pub(crate) fn push(&mut self, spec: &DisaggSpec, prompt: &[u32], records: &[u64]) {
+        let receiver_id = spec
+            .receiver_init_port
+            .first()
+            .map(|first| format!("{}{first}", spec.receiver_host));
+        let Some(peer) = receiver_id.and_then(|id| self.peers.get(&id)) else {
+            return;
+        };
+        let chunks = records
+            .chunks(self.config.chunk_size)
+            .map(|chunk| chunk.iter().flat_map(|record| record.to_le_bytes()).collect())
+            .collect();
+        let transfer = Transfer {
+            req_id: spec.req_id.clone(),
+            hashes: self.config.chunk_hashes(prompt),
+            chunks,
+            last_chunk_tokens: (prompt.len() - 1) % self.config.chunk_size + 1,
+            tokens: prompt.len(),
+            fails: self.failures.hits(),
+            notifies: !self.drops.hits(),
+        };
+        if peer.try_send(transfer).is_err() {
+            self.log
+                .error("pd_backend_async.py:1003", "Async transfer queue is full");
+        }
+    }
+}
+
+async fn handshake(address: &str, local_id: &str) -> Result<(), ZmqError> {
+    let mut options = SocketOptions::default();
+    options.connect_timeout(WORKER_DEADLINE);
+    let mut socket = ReqSocket::with_options(options);
+    socket.connect(address).await?;
+    let first = LmcacheMessage::NixlInitRequest {
+        local_meta_bytes: local_id.as_bytes().to_vec(),
+    };
+    let Some(LmcacheMessage::NixlInitResponse { remote_agent_name, .. }) = ask(&mut socket, &first).await? else {
+        return Err(ZmqError::Other("no NixlInitResponse"));
+    };
+    let second = LmcacheMessage::NixlMemRegRequest {
+        remote_agent_name,
+        local_id: local_id.to_owned(),
+        local_xfer_dlist_bytes: Vec::new(),
+    };
+    match ask(&mut socket, &second).await? {
+        Some(LmcacheMessage::NixlMemRegResponse { .. }) => Ok(()),
+        _ => Err(ZmqError::Other("no NixlMemRegResponse")),
+    }
+}
+
+async fn ask(socket: &mut ReqSocket, request: &LmcacheMessage) -> Result<Option<LmcacheMessage>, ZmqError> {
+    socket.send(request.to_bytes().into()).await?;
+    let answer = socket.recv().await?;
+    Ok(answer.get(0).and_then(|frame| LmcacheMessage::from_bytes(frame)))
+}
+
+/// The transfers to one receiver, first come, first served.
+struct Peer {
+    addresses: Vec<String>,
+    identity: String,
+    model: String,
+    allocation_timeout: Duration,
+    chunk_size: u64,
+    preset: Preset,
+    log: Log,
+    notifications: mpsc::Sender<String>,
+}
+
+/// The allocation socket of one rank.
+struct Connection {
+    socket: DealerSocket,
+    events: futures_util::stream::BoxStream<'static, SocketEvent>,
+}
+
+/// Why a transfer came to nothing.
+#[derive(Debug, thiserror::Error)]
+enum TransferError {
+    #[error("NIXL_ERR_REMOTE_DISCONNECT")]
+    Disconnected,
+    #[error("allocation timed out")]
+    Allocation,
+}
+
+impl Peer {
+    async fn run(self, mut transfers: mpsc::Receiver<Transfer>) {
+        let mut connections: Option<Vec<Connection>> = None;
+        while let Some(transfer) = transfers.recv().await {
+            let result = self.transfer(&mut connections, &transfer).await;
+            if let Err(error) = result {
+                // A receiver that went away is found at the same address again, but knows this sender no more.
+                connections = None;
+                let message = format!(
+                    "Async transfer task failed: {error}, [ABORT] req_id={}",
+                    transfer.req_id
+                );
+                self.log
+                    .line(Process::Worker, "ERROR", "pd_backend_async.py:985", &message);
+            }
+        }
+    }
+
+    async fn transfer(
+        &self,
+        connections: &mut Option<Vec<Connection>>,
+        transfer: &Transfer,
+    ) -> Result<(), TransferError> {
+        if connections.is_none() {
+            let mut fresh = Vec::with_capacity(self.addresses.len());
+            for address in &self.addresses {
+                fresh.push(self.connect(address).await?);
+            }
+            *connections = Some(fresh);
+        }
+        let connections = connections.as_mut().ok_or(TransferError::Disconnected)?;
+        let mut reserved = Vec::with_capacity(connections.len());
+        for (rank, connection) in connections.iter_mut().enumerate() {
+            reserved.push(self.allocate(connection, rank, transfer).await?);
+        }
+        sleep_until(Instant::now() + self.preset.transfer(transfer.tokens)).await;
+        if transfer.fails {
+            return Err(TransferError::Disconnected);
+        }
+        for (connection, (keys, pages)) in connections.iter_mut().zip(reserved) {
+            let chunks = transfer
+                .chunks
+                .iter()
+                .map(|chunk| serde_bytes::ByteBuf::from(chunk.to_vec()))
+                .collect();
+            let write = LmcacheMessage::XpydWrite { keys, pages, chunks };
+            match connection.exchange(&write, ANSWER_DEADLINE).await? {
+                LmcacheMessage::XpydWritten { accepted: true } => {}
+                _ => return Err(TransferError::Disconnected),
+            }
+            if transfer.notifies {
+                drop(self.notifications.send(transfer.req_id.clone()).await);
+            }
+        }
+        Ok(())
+    }
+
+    async fn connect(&self, address: &str) -> Result<Connection, TransferError> {
+        let mut options = SocketOptions::default();
+        options.connect_timeout(RECONNECT_DEADLINE);
+        if let Ok(identity) = self.identity.parse() {
+            options.peer_identity(identity);
+        }
+        let mut socket = DealerSocket::with_options(options);
+        let events = socket.monitor().boxed();
+        socket.connect(address).await.map_err(|_| TransferError::Disconnected)?;
+        Ok(Connection { socket, events })
+    }
+
+    async fn allocate(
+        &self,
+        connection: &mut Connection,
+        rank: usize,
+        transfer: &Transfer,
+    ) -> Result<(Vec<String>, Vec<i64>), TransferError> {
+        let world_size = self.addresses.len();
+        let keys: Vec<String> = transfer
+            .hashes
+            .iter()
+            .map(|hash| key(&self.model, world_size, rank, *hash))
+            .collect();
+        let request = LmcacheMessage::AllocRequest {
+            keys: keys.clone(),
+            fmt: 1,
+            // Layers and width of the model's KV do not matter here.
+            shape: vec![2, 32, self.chunk_size, 1024],
+            dtype: "bfloat16".to_owned(),
+            last_chunk_toks: transfer.last_chunk_tokens as u64,
+            req_id: transfer.req_id.clone(),
+            is_last_batch: true,
+            total_chunks: keys.len() as u64,
+        };
+        match connection.exchange(&request, self.allocation_timeout).await? {
+            LmcacheMessage::AllocResponse { remote_indexes, .. }
+                if remote_indexes.len() == keys.len() && !remote_indexes.contains(&-1) =>
+            {
+                Ok((keys, remote_indexes))
+            }
+            _ => Err(TransferError::Disconnected),
+        }
+    }
+}
+
+impl Connection {
+    async fn exchange(&mut self, message: &LmcacheMessage, limit: Duration) -> Result<LmcacheMessage, TransferError> {
+        let frames = vec![Bytes::new(), Bytes::from(message.to_bytes())];
+        let message = ZmqMessage::try_from(frames).map_err(|_| TransferError::Disconnected)?;
+        self.socket
+            .send(message)
+            .await
+            .map_err(|_| TransferError::Disconnected)?;
+        let answer = async {
+            loop {
+                tokio::select! {
+                    answer = self.socket.recv() => {
+                        let frames = answer.map_err(|_| TransferError::Disconnected)?.into_vec();
+                        return frames
+                            .last()
+                            .and_then(|payload| LmcacheMessage::from_bytes(payload))
+                            .ok_or(TransferError::Disconnected);
+                    }
+                    event = self.events.next() => {
+                        if matches!(event, Some(SocketEvent::Disconnected(_)) | None) {
+                            return Err(TransferError::Disconnected);
+                        }
+                    }
+                }
+            }
+        };
+        timeout(limit, answer).await.map_err(|_| TransferError::Allocation)?
+    }
+}
+
+/// Sends the proxy one message per transfer and rank. A proxy that was restarted is found again.
+async fn notify(address: String, mut queue: mpsc::Receiver<String>, log: Log) {
+    let mut socket: Option<PushSocket> = None;
+    while let Some(req_id) = queue.recv().await {
+        let message = LmcacheMessage::ProxyNotif { req_id }.to_bytes();
+        for _ in 0..2 {
+            if socket.is_none() {
+                let mut options = SocketOptions::default();
+                options.connect_timeout(RECONNECT_DEADLINE);
+                let mut fresh = PushSocket::with_options(options);
+                socket = fresh.connect(&address).await.is_ok().then_some(fresh);
+            }
+            match socket.as_mut() {
+                Some(open) if open.send(message.clone().into()).await.is_ok() => break,
+                _ => socket = None,
+            }
+        }
+        if socket.is_none() {
+            log.line(
+                Process::Worker,
+                "WARNING",
+                "pd_backend_async.py:671",
+                "the proxy takes no notification",
+            );
+        }
+    }
+}

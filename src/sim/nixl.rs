@@ -1,0 +1,289 @@
+//! NIXL pull: blocks held under a lease on the prefill side, a side channel that serves them, and the decode side's
+//! fetch. Real engines move the bytes by NIXL; here they go over the side channel itself.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, sleep_until};
+use zeromq::{ReqSocket, RouterSocket, Socket as _, SocketOptions, SocketRecv as _, SocketSend as _, ZmqMessage};
+
+use super::blocks::{BLOCK_TOKENS, BlockPool, Blocks, records};
+use super::kv_params::PullParams;
+use super::log::{Log, Process};
+use super::metrics::Metrics;
+use super::timing::Preset;
+use super::wire::{AgentMetadata, HandshakePayload, SideChannelRequest};
+
+/// A decode engine that has never met its peer waits this long for the side channel.
+const FIRST_CONTACT_DEADLINE: Duration = Duration::from_secs(5);
+/// One that has met it sees a refused connection at once.
+const CONNECT_DEADLINE: Duration = Duration::from_millis(50);
+/// How many expired requests are remembered, to tell a late notification from an unknown one.
+const REMEMBERED: usize = 4096;
+
+/// Blocks that wait for a decode engine. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Leases {
+    table: Arc<Mutex<Table>>,
+    changed: Arc<Notify>,
+    duration: Duration,
+    metrics: Arc<Metrics>,
+    log: Log,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    held: HashMap<String, (Blocks, Instant)>,
+    expired: VecDeque<String>,
+}
+
+impl Leases {
+    pub(crate) fn new(duration: Duration, metrics: Arc<Metrics>, log: Log) -> Self {
+        Self {
+            table: Arc::default(),
+            changed: Arc::new(Notify::new()),
+            duration,
+            metrics,
+            log,
+        }
+    }
+
+    /// Keeps blocks for whoever fetches them under this id.
+    pub(crate) fn hold(&self, request_id: &str, blocks: Blocks) {
+        let expiry = Instant::now() + self.duration;
+        self.lock().held.insert(request_id.to_owned(), (blocks, expiry));
+        self.changed.notify_one();
+    }
+
+    /// Frees what was fetched, or given up.
+    fn release(&self, request_id: &str) {
+        if self.lock().held.remove(request_id).is_none() {
+            self.metrics.late_notifications.add(1);
+            let message = format!("Potentially invalid KV blocks for unrecognized request {request_id}");
+            self.log.line(Process::Worker, "ERROR", "base_worker.py:3060", &message);
+        }
+    }
+
+    fn is_expired(&self, request_id: &str) -> bool {
+        self.lock().expired.iter().any(|expired| expired == request_id)
+    }
+
+    /// Frees what nobody fetched in time, for ever.
+    pub(crate) async fn expire(self) {
+        loop {
+            let changed = self.changed.notified();
+            let next = self.lock().held.values().map(|(_, expiry)| *expiry).min();
+            match next {
+                None => changed.await,
+                Some(expiry) => sleep_until(expiry).await,
+            }
+            let now = Instant::now();
+            let mut table = self.lock();
+            let over: Vec<String> = table
+                .held
+                .iter()
+                .filter(|(_, (_, expiry))| *expiry <= now)
+                .map(|(request_id, _)| request_id.clone())
+                .collect();
+            for request_id in over {
+                table.held.remove(&request_id);
+                if table.expired.len() == REMEMBERED {
+                    table.expired.pop_front();
+                }
+                self.metrics.expired_requests.add(1);
+                let message = format!(
+                    "Releasing expired KV blocks for request {request_id} which were retrieved by 0 remote worker(s)"
+                );
+                self.log
+                    .line(Process::Worker, "WARNING", "base_worker.py:3032", &message);
+                table.expired.push_back(request_id);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The prefill side's socket and what it serves.
+pub(crate) struct SideChannel {
+    pub(crate) socket: RouterSocket,
+    pub(crate) engine_id: String,
+    pub(crate) model: String,
+    pub(crate) pool: BlockPool,
+    pub(crate) leases: Leases,
+}
+
+impl SideChannel {
+    /// Answers for ever.
+    pub(crate) async fn serve(mut self) {
+        let started = Instant::now();
+        loop {
+            let Ok(message) = self.socket.recv().await else {
+                tokio::task::yield_now().await;
+                continue;
+            };
+            let frames = message.into_vec();
+            let [identity, _delimiter, payload] = frames.as_slice() else {
+                continue;
+            };
+            let answer = match SideChannelRequest::from_bytes(payload) {
+                Some(SideChannelRequest::GetMeta(_, _)) => {
+                    let time = rmp_serde::to_vec(&started.elapsed().as_secs_f64())
+                        .expect("a number has no type that msgpack lacks");
+                    vec![self.metadata(), time.into()]
+                }
+                Some(SideChannelRequest::Read {
+                    engine_id,
+                    request_id,
+                    blocks,
+                }) => vec![self.read(&engine_id, &request_id, &blocks)],
+                Some(SideChannelRequest::Done(notification)) => {
+                    let request_id = notification
+                        .rsplit_once(':')
+                        .map_or(notification.as_str(), |(id, _)| id);
+                    self.leases.release(request_id);
+                    vec![Bytes::new()]
+                }
+                // vLLM logs it and answers nothing.
+                None => continue,
+            };
+            let mut reply = vec![identity.clone(), Bytes::new()];
+            reply.extend(answer);
+            if let Ok(reply) = ZmqMessage::try_from(reply) {
+                // An engine that is gone needs no answer.
+                drop(self.socket.send(reply).await);
+            }
+        }
+    }
+
+    /// The bytes of the blocks, whoever they belong to by now; empty when the read fails.
+    fn read(&self, engine_id: &str, request_id: &str, blocks: &[u32]) -> Bytes {
+        if engine_id != self.engine_id || self.leases.is_expired(request_id) {
+            return Bytes::new();
+        }
+        self.pool.read(blocks).unwrap_or_default()
+    }
+
+    fn metadata(&self) -> Bytes {
+        let agent = AgentMetadata {
+            engine_id: self.engine_id.clone(),
+            agent_metadata: b"xpyd".to_vec(),
+            kv_caches_base_addr: Vec::new(),
+            device_id: 0,
+            num_blocks: u32::try_from(self.pool.total()).unwrap_or(u32::MAX),
+            block_lens: Vec::new(),
+            kv_cache_layout: "LBHNC".to_owned(),
+            block_size: u32::try_from(BLOCK_TOKENS).unwrap_or(u32::MAX),
+            attn_backend_name: "XPYD_SIM".to_owned(),
+        };
+        let payload = HandshakePayload {
+            compatibility_hash: compatibility_hash(&self.model),
+            agent_metadata_bytes: rmp_serde::to_vec_named(&agent).expect("metadata has no type that msgpack lacks"),
+        };
+        rmp_serde::to_vec_named(&payload)
+            .expect("a payload has no type that msgpack lacks")
+            .into()
+    }
+}
+
+/// Equal on engines that fit each other. vLLM hashes its version and the model's string among others.
+fn compatibility_hash(model: &str) -> String {
+    let hash = model
+        .bytes()
+        .fold(0, |hash, byte| super::tokens::mix(hash, u64::from(byte)));
+    format!("xpyd-sim-{hash:016x}")
+}
+
+/// Why KV could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PullError {
+    #[error("NIXL handshake failed")]
+    Handshake,
+    #[error("compatibility hash or engine id differ")]
+    Incompatible,
+    #[error("NIXL_ERR_REMOTE_DISCONNECT")]
+    Disconnected,
+}
+
+/// One connection of a decode engine to a prefill engine's side channel.
+pub(crate) struct Peer {
+    socket: ReqSocket,
+}
+
+impl Peer {
+    /// Connects; on first contact also exchanges metadata.
+    pub(crate) async fn reach(params: &PullParams, model: &str, met: bool, preset: &Preset) -> Result<Self, PullError> {
+        let mut options = SocketOptions::default();
+        options.connect_timeout(if met { CONNECT_DEADLINE } else { FIRST_CONTACT_DEADLINE });
+        let mut peer = Self {
+            socket: ReqSocket::with_options(options),
+        };
+        peer.socket
+            .connect(&format!("tcp://{}:{}", params.host, params.port))
+            .await
+            .map_err(|_| {
+                if met {
+                    PullError::Disconnected
+                } else {
+                    PullError::Handshake
+                }
+            })?;
+        if !met {
+            let answer = peer.ask(&SideChannelRequest::GetMeta(0, 0)).await?;
+            let payload: HandshakePayload = rmp_serde::from_slice(&answer).map_err(|_| PullError::Handshake)?;
+            let agent: AgentMetadata =
+                rmp_serde::from_slice(&payload.agent_metadata_bytes).map_err(|_| PullError::Handshake)?;
+            if payload.compatibility_hash != compatibility_hash(model) || agent.engine_id != params.engine_id {
+                return Err(PullError::Incompatible);
+            }
+            sleep(preset.handshake()).await;
+        }
+        Ok(peer)
+    }
+
+    /// Fetches the records of `tokens` tokens and tells the prefill engine that they may be freed.
+    pub(crate) async fn fetch(
+        mut self,
+        params: &PullParams,
+        tokens: usize,
+        preset: &Preset,
+    ) -> Result<Vec<u64>, PullError> {
+        let due = Instant::now() + preset.transfer(tokens);
+        let request = SideChannelRequest::Read {
+            engine_id: params.engine_id.clone(),
+            request_id: params.request_id.clone(),
+            blocks: params.blocks.clone(),
+        };
+        let bytes = self.ask(&request).await?;
+        let fetched: Vec<u64> = records(&bytes).take(tokens).collect();
+        if fetched.len() < tokens {
+            return Err(PullError::Disconnected);
+        }
+        sleep_until(due).await;
+        self.done(params).await?;
+        Ok(fetched)
+    }
+
+    /// Tells the prefill engine that its blocks may be freed.
+    pub(crate) async fn done(&mut self, params: &PullParams) -> Result<(), PullError> {
+        let notification = format!("{}:1", params.request_id);
+        self.ask(&SideChannelRequest::Done(notification)).await.map(drop)
+    }
+
+    async fn ask(&mut self, request: &SideChannelRequest) -> Result<Bytes, PullError> {
+        let exchange = async {
+            self.socket.send(request.to_bytes().into()).await.ok()?;
+            self.socket.recv().await.ok()?.into_vec().into_iter().next()
+        };
+        tokio::time::timeout(FIRST_CONTACT_DEADLINE, exchange)
+            .await
+            .ok()
+            .flatten()
+            .ok_or(PullError::Disconnected)
+    }
+}

@@ -1,0 +1,261 @@
+//! What a simulated engine is started with: vLLM's arguments, its `--kv-transfer-config`, and LMCache's file.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::fault::{Fault, Phase};
+use super::log::LogTarget;
+use super::timing::Preset;
+
+/// Everything a simulated engine is started with. Field by field what `vllm serve` reads from its command line and
+/// environment, and then what only the simulation knows.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The model, as given.
+    pub model: String,
+    /// The name clients use for it.
+    pub served_model_name: String,
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on; 0 lets the system choose.
+    pub port: u16,
+    /// Longest prompt plus answer, in tokens.
+    pub max_model_len: u32,
+    /// Ranks.
+    pub tensor_parallel_size: u16,
+    /// The connector, if any.
+    pub kv_transfer: Option<KvTransferConfig>,
+    /// `VLLM_NIXL_SIDE_CHANNEL_HOST` and `_PORT`.
+    pub side_channel: (String, u16),
+    /// `LMCACHE_CONFIG_FILE`.
+    pub lmcache_config_file: Option<PathBuf>,
+    /// `PYTHONHASHSEED`.
+    pub python_hash_seed: Option<String>,
+    /// Whether a long prompt is prefilled in several steps.
+    pub chunked_prefill: bool,
+    /// Tokens of one scheduler step, if given.
+    pub max_num_batched_tokens: Option<u32>,
+    /// How long running requests may go on after SIGTERM.
+    pub shutdown_timeout: Duration,
+    /// Whether `usage` tells cached tokens.
+    pub prompt_tokens_details: bool,
+    /// Whether graphs are captured at the start.
+    pub enforce_eager: bool,
+    /// The timing model's numbers.
+    pub preset: Preset,
+    /// What goes wrong.
+    pub faults: Vec<Fault>,
+    /// Whether `EngineCore` and worker processes are spawned, by executing this program again.
+    pub spawn_children: bool,
+    /// Which process of the engine this is.
+    pub process: ProcessKind,
+    /// Where log lines go.
+    pub log: LogTarget,
+}
+
+/// Which process of an engine this program is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessKind {
+    /// The one that serves, and that the launcher knows.
+    ApiServer,
+    /// Its child; it holds the workers and waits.
+    EngineCore,
+    /// A child of `EngineCore`; it waits.
+    Worker,
+}
+
+/// vLLM 0.32's `KVTransferConfig`. An unknown key is an error, as there.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KvTransferConfig {
+    /// `NixlConnector`, `LMCacheConnectorV1`.
+    pub kv_connector: String,
+    /// What the engine does with KV.
+    pub kv_role: KvRole,
+    /// The engine's id; made up when absent.
+    pub engine_id: Option<String>,
+    /// Ignored.
+    pub kv_buffer_device: Option<String>,
+    /// Ignored.
+    pub kv_port: Option<u16>,
+    /// What a decode engine does when KV did not arrive.
+    #[serde(default)]
+    pub kv_load_failure_policy: LoadFailurePolicy,
+    /// The connector's own settings.
+    #[serde(default)]
+    pub kv_connector_extra_config: ExtraConfig,
+    /// Ignored.
+    pub kv_connector_module_path: Option<String>,
+    /// Ignored.
+    #[serde(default)]
+    pub enable_permute_local_kv: bool,
+}
+
+/// `kv_role`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvRole {
+    /// Prefills.
+    KvProducer,
+    /// Decodes.
+    KvConsumer,
+    /// Both.
+    KvBoth,
+}
+
+/// `kv_load_failure_policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFailurePolicy {
+    /// The request fails.
+    #[default]
+    Fail,
+    /// The prompt is computed here.
+    Recompute,
+}
+
+/// The keys of `kv_connector_extra_config` that matter here; vLLM passes any other on, too.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct ExtraConfig {
+    /// Seconds for which NIXL keeps KV for a decode engine.
+    pub kv_lease_duration: Option<f64>,
+    /// Tokens at a prompt's end that LMCache neither looks up nor loads.
+    #[serde(default)]
+    pub skip_last_n_tokens: usize,
+}
+
+/// Why a start cannot even begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OptionsError {
+    /// `--kv-transfer-config` is not what vLLM takes.
+    #[error("argument --kv-transfer-config: 1 validation error for KVTransferConfig")]
+    KvTransferConfig(#[source] serde_json::Error),
+    /// No preset has this name.
+    #[error("unknown preset `{0}`; known are {known}", known = preset_names())]
+    Preset(String),
+    /// A `--fault` is unknown or malformed.
+    #[error(transparent)]
+    Fault(#[from] super::fault::FaultError),
+    /// A variable is not a port.
+    #[error("`{0}` is not a port number: `{1}`")]
+    Port(&'static str, String),
+}
+
+fn preset_names() -> String {
+    let names: Vec<&str> = super::timing::PRESETS.iter().map(|preset| preset.name).collect();
+    names.join(", ")
+}
+
+impl KvTransferConfig {
+    /// Reads the argument's JSON.
+    ///
+    /// # Errors
+    /// On an unknown key, a missing one, or a wrong type.
+    pub fn parse(json: &str) -> Result<Self, OptionsError> {
+        serde_json::from_str(json).map_err(OptionsError::KvTransferConfig)
+    }
+
+    /// Whether it is a NIXL pull connector.
+    pub(crate) fn is_nixl(&self) -> bool {
+        matches!(self.kv_connector.as_str(), "NixlConnector" | "NixlPullConnector")
+    }
+
+    /// Whether it is LMCache's in-process connector.
+    pub(crate) fn is_lmcache(&self) -> bool {
+        self.kv_connector == "LMCacheConnectorV1"
+    }
+
+    /// How long KV is kept for a decode engine; vLLM's default is 30 s.
+    pub(crate) fn lease(&self) -> Duration {
+        self.kv_connector_extra_config
+            .kv_lease_duration
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            .unwrap_or(Duration::from_secs(30))
+    }
+}
+
+impl Options {
+    /// An engine that takes no time, on a port that the system chooses, without a connector or child processes.
+    pub fn instant(model: &str) -> Self {
+        Self {
+            model: model.to_owned(),
+            served_model_name: model.to_owned(),
+            host: "127.0.0.1".to_owned(),
+            port: 0,
+            max_model_len: 8192,
+            tensor_parallel_size: 1,
+            kv_transfer: None,
+            side_channel: ("127.0.0.1".to_owned(), 0),
+            lmcache_config_file: None,
+            python_hash_seed: None,
+            chunked_prefill: true,
+            max_num_batched_tokens: None,
+            shutdown_timeout: Duration::ZERO,
+            prompt_tokens_details: false,
+            enforce_eager: true,
+            preset: super::timing::INSTANT,
+            faults: Vec::new(),
+            spawn_children: false,
+            process: ProcessKind::ApiServer,
+            log: LogTarget::Nowhere,
+        }
+    }
+
+    /// Tokens of one scheduler step. vLLM raises its default to the model's length where prefills are not chunked.
+    pub(crate) fn step_tokens(&self) -> u32 {
+        let default = if self.chunked_prefill {
+            2048
+        } else {
+            self.max_model_len.max(2048)
+        };
+        self.max_num_batched_tokens.unwrap_or(default)
+    }
+
+    pub(crate) fn ignores_sigterm(&self) -> bool {
+        self.faults.contains(&Fault::IgnoreSigterm)
+    }
+
+    pub(crate) fn leaves_orphans(&self) -> bool {
+        self.faults.contains(&Fault::Orphans)
+    }
+
+    pub(crate) fn dies_at(&self, phase: Phase) -> bool {
+        self.faults.contains(&Fault::DieAt(phase))
+    }
+
+    pub(crate) fn extra_start(&self) -> Duration {
+        self.fault(|fault| match fault {
+            Fault::SlowStart(duration) => Some(*duration),
+            _ => None,
+        })
+        .unwrap_or_default()
+    }
+
+    /// The value of the first fault that `pick` takes.
+    pub(crate) fn fault<T>(&self, pick: impl Fn(&Fault) -> Option<T>) -> Option<T> {
+        self.faults.iter().find_map(pick)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_of_the_kv_transfer_config_is_refused_as_vllm_does() {
+        let error = KvTransferConfig::parse(r#"{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_rank":0}"#)
+            .expect_err("unknown key");
+        assert!(crate::report::one_line(&error).contains("kv_rank"));
+        let error = KvTransferConfig::parse(r#"{"kv_connector":"NixlConnector"}"#).expect_err("no role");
+        assert!(crate::report::one_line(&error).contains("kv_role"));
+    }
+
+    #[test]
+    fn the_defaults_are_vllms() {
+        let config = KvTransferConfig::parse(r#"{"kv_connector":"NixlConnector","kv_role":"kv_producer"}"#).unwrap();
+        assert_eq!(config.kv_load_failure_policy, LoadFailurePolicy::Fail);
+        assert_eq!(config.lease(), Duration::from_secs(30));
+    }
+}

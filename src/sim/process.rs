@@ -1,0 +1,155 @@
+//! The process tree of a vLLM engine: the API server spawns `EngineCore`, which spawns the workers, all in one session.
+//!
+//! They do nothing but be there. They leave when the API server asks them to, and survive its SIGKILL, as real ones do.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+
+use super::log::{Log, Process};
+use super::options::Options;
+
+/// How long children may take to appear, and to leave when asked.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// The API server's hold on its tree.
+#[derive(Debug)]
+pub(crate) struct Children {
+    engine_core: Option<Child>,
+    orphans: bool,
+}
+
+impl Children {
+    /// Spawns the tree by executing this program again, unless the options say otherwise.
+    pub(crate) async fn spawn(options: &Options, log: &Log) -> std::io::Result<Self> {
+        let mut children = Self {
+            engine_core: None,
+            orphans: options.leaves_orphans(),
+        };
+        if !options.spawn_children {
+            return Ok(children);
+        }
+        let mut child = command(options, "VLLM::EngineCore", "engine-core")?
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut line = String::new();
+        if let Some(stdout) = child.stdout.take() {
+            let mut reader = BufReader::new(stdout);
+            timeout(DEADLINE, reader.read_line(&mut line)).await??;
+        }
+        let engine_core = child.id().unwrap_or_default();
+        log.set_children(engine_core, line.trim().parse().unwrap_or(engine_core));
+        children.engine_core = Some(child);
+        Ok(children)
+    }
+
+    /// Returns once `EngineCore` has gone by itself; never without children.
+    pub(crate) async fn exited(&mut self) {
+        match &mut self.engine_core {
+            Some(child) => drop(child.wait().await),
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Asks the tree to leave, and kills `EngineCore` if it does not.
+    pub(crate) async fn stop(mut self, log: &Log) {
+        let Some(child) = &mut self.engine_core else {
+            return;
+        };
+        log.info(
+            Process::ApiServer,
+            "utils.py:628",
+            "[shutdown] Process manager: send sigterm to process EngineCore",
+        );
+        if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
+            // It may have gone meanwhile.
+            drop(kill(Pid::from_raw(pid), Signal::SIGTERM));
+        }
+        if self.orphans {
+            return;
+        }
+        if timeout(DEADLINE, child.wait()).await.is_err() {
+            log.line(
+                Process::ApiServer,
+                "WARNING",
+                "utils.py:648",
+                "[shutdown] Process manager: force killing remaining processes count=1",
+            );
+            drop(child.kill().await);
+        }
+    }
+}
+
+fn command(options: &Options, title: &str, kind: &str) -> std::io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .arg0(title)
+        .args(["sim", &options.model, "--child", kind, "--tensor-parallel-size"])
+        .arg(options.tensor_parallel_size.to_string());
+    if options.leaves_orphans() {
+        command.args(["--fault", "orphans"]);
+    }
+    Ok(command)
+}
+
+/// The whole life of `EngineCore`: it spawns the workers, tells the first one's process id, and waits.
+pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
+    let mut asked_to_stop = signal(SignalKind::terminate())?;
+    let mut workers = Vec::new();
+    let mut pipes: Vec<Option<ChildStdin>> = Vec::new();
+    for rank in 0..options.tensor_parallel_size {
+        let title = if options.tensor_parallel_size == 1 {
+            "VLLM::Worker".to_owned()
+        } else {
+            format!("VLLM::Worker_TP{rank}")
+        };
+        let mut worker = command(options, &title, "worker")?
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        pipes.push(worker.stdin.take());
+        workers.push(worker);
+    }
+    let first = workers.first().and_then(Child::id).unwrap_or_default();
+    tokio::io::stdout().write_all(format!("{first}\n").as_bytes()).await?;
+    tokio::io::stdout().flush().await?;
+    let mut any_worker = futures_util::future::select_all(workers.iter_mut().map(|worker| Box::pin(worker.wait())));
+    loop {
+        tokio::select! {
+            _ = asked_to_stop.recv() => {
+                if !options.leaves_orphans() {
+                    break;
+                }
+            }
+            _ = &mut any_worker => break,
+        }
+    }
+    drop(any_worker);
+    // The end of its pipe is what tells a worker to leave.
+    drop(pipes);
+    for worker in &mut workers {
+        drop(timeout(DEADLINE, worker.wait()).await);
+    }
+    Ok(())
+}
+
+/// The whole life of a worker: it leaves when `EngineCore` does, or when asked to.
+pub(crate) async fn worker(options: &Options) -> std::io::Result<()> {
+    let mut asked_to_stop = signal(SignalKind::terminate())?;
+    if options.leaves_orphans() {
+        return std::future::pending().await;
+    }
+    let mut nothing = [0; 1];
+    tokio::select! {
+        _ = asked_to_stop.recv() => {}
+        _ = async { tokio::io::stdin().read(&mut nothing).await } => {}
+    }
+    Ok(())
+}

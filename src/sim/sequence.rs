@@ -1,0 +1,395 @@
+//! One sequence that an engine generates: its sampling, its text, its end. Pure; the scheduler drives it.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use super::blocks::Blocks;
+use super::kv_params::Transfer;
+use super::tokens::{END_OF_TURN, KvState, decode_into, mix};
+
+/// How a sequence is sampled and when it ends.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sampling {
+    /// Most tokens to make; at least 1.
+    pub(crate) max_tokens: usize,
+    /// Tokens before which the sequence does not end by itself.
+    pub(crate) min_tokens: usize,
+    /// Whether only `max_tokens` and stop strings end it.
+    pub(crate) ignore_eos: bool,
+    /// Texts that end it.
+    pub(crate) stop: Vec<String>,
+    /// Tokens that end it.
+    pub(crate) stop_token_ids: Vec<u32>,
+    /// Whether the stop string stays in the text.
+    pub(crate) include_stop: bool,
+    /// Mixed into every draw; 0 for greedy sampling.
+    pub(crate) salt: u64,
+    /// How many alternatives to report per token; `None` reports no probabilities.
+    pub(crate) logprobs: Option<u32>,
+}
+
+impl Sampling {
+    /// The salt of the `choice`-th of several answers. Greedy ones are all alike.
+    pub(crate) fn salt_of(temperature: f64, seed: Option<i64>, choice: usize) -> u64 {
+        if temperature == 0.0 || (seed.is_none() && choice == 0) {
+            return 0;
+        }
+        mix(seed.unwrap_or_default().cast_unsigned(), choice as u64) | 1
+    }
+}
+
+/// A request for one sequence, as the API hands it to the scheduler.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// The engine's id of it: `cmpl-<base>-<index>-<8 hex>`.
+    pub(crate) id: String,
+    /// Its number among the sequences of the client's request.
+    pub(crate) index: usize,
+    /// The prompt.
+    pub(crate) prompt: Arc<[u32]>,
+    /// How to sample.
+    pub(crate) sampling: Sampling,
+    /// Whether every token is reported, or only the whole.
+    pub(crate) stream: bool,
+    /// What its KV does.
+    pub(crate) transfer: Transfer,
+    /// Where its tokens go. Closed once the client is gone.
+    pub(crate) output: mpsc::Sender<Output>,
+}
+
+/// The probability of one token.
+#[derive(Debug, Clone)]
+pub(crate) struct TokenLogprob {
+    /// The token.
+    pub(crate) token: u32,
+    /// Its logarithm of probability.
+    pub(crate) logprob: f64,
+    /// The best alternatives, itself first.
+    pub(crate) top: Vec<(u32, f64)>,
+}
+
+/// News of one sequence.
+#[derive(Debug)]
+pub(crate) struct Output {
+    /// The request's [`Request::index`].
+    pub(crate) index: usize,
+    /// Text since the last news.
+    pub(crate) text: String,
+    /// Tokens since the last news.
+    pub(crate) tokens: Vec<u32>,
+    /// Their probabilities, if asked for.
+    pub(crate) logprobs: Vec<TokenLogprob>,
+    /// Set on the last news.
+    pub(crate) end: Option<End>,
+}
+
+/// How a sequence ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// With an answer.
+    Finished(Finish),
+    /// With HTTP status 500, as after a failed KV load.
+    Failed,
+}
+
+/// A complete answer.
+#[derive(Debug)]
+pub(crate) struct Finish {
+    /// `length`, `stop` or `abort`.
+    pub(crate) reason: &'static str,
+    /// The stop string or stop token.
+    pub(crate) stop_reason: Value,
+    /// `kv_transfer_params` of the answer.
+    pub(crate) kv_transfer_params: Value,
+    /// Prompt tokens that were not computed here.
+    pub(crate) cached_tokens: usize,
+}
+
+/// A sequence in the scheduler.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) request: Request,
+    /// Records of the prompt that another engine computed.
+    pub(crate) loaded: Vec<u64>,
+    /// Blocks of the prompt, once it is scheduled.
+    pub(crate) blocks: Option<Blocks>,
+    /// Prompt tokens that `usage` calls cached.
+    pub(crate) cached_tokens: usize,
+    /// Tokens made.
+    pub(crate) made: usize,
+    first: Option<u32>,
+    state: KvState,
+    previous: Option<u32>,
+    text: Vec<u8>,
+    reported: usize,
+    tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprob>,
+}
+
+impl Sequence {
+    pub(crate) fn new(request: Request) -> Self {
+        Self {
+            request,
+            loaded: Vec::new(),
+            blocks: None,
+            cached_tokens: 0,
+            made: 0,
+            first: None,
+            state: KvState::default(),
+            previous: None,
+            text: Vec::new(),
+            reported: 0,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+        }
+    }
+
+    /// Prompt tokens that are left to compute here. A fully loaded prompt leaves one: its last token is computed again.
+    pub(crate) fn uncomputed(&self) -> usize {
+        self.request.prompt.len() - self.usable()
+    }
+
+    fn usable(&self) -> usize {
+        self.loaded.len().min(self.request.prompt.len() - 1)
+    }
+
+    /// Tokens of the sequence so far.
+    pub(crate) fn context(&self) -> usize {
+        self.request.prompt.len() + self.made
+    }
+
+    /// The first token made.
+    pub(crate) fn first_token(&self) -> Option<u32> {
+        self.first
+    }
+
+    /// Whether nobody waits for it any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.request.output.is_closed()
+    }
+
+    /// Takes the loaded records and computes the rest of the prompt. Returns the records of the whole prompt.
+    pub(crate) fn prefill(&mut self) -> Vec<u64> {
+        let usable = self.usable();
+        let mut records = std::mem::take(&mut self.loaded);
+        records.truncate(usable);
+        for record in &records {
+            self.state.absorb(*record);
+        }
+        debug_assert_eq!(self.state.length(), usable);
+        records.reserve_exact(self.request.prompt.len() - usable);
+        for token in &self.request.prompt[usable..] {
+            records.push(self.state.compute(*token));
+        }
+        records
+    }
+
+    /// Makes the next token. Returns the end, if it was the last one.
+    pub(crate) fn advance(&mut self) -> Option<Finish> {
+        let sampling = &self.request.sampling;
+        let draw = self.state.draw(sampling.salt);
+        let may_end = !sampling.ignore_eos && self.made >= sampling.min_tokens;
+        let token = draw.token(self.previous, may_end);
+        self.made += 1;
+        self.first.get_or_insert(token);
+        self.previous = Some(token);
+        self.tokens.push(token);
+        if let Some(alternatives) = sampling.logprobs {
+            let mut top = vec![(token, draw.logprob())];
+            top.extend((1..alternatives).map(|rank| draw.alternative(rank)));
+            self.logprobs.push(TokenLogprob {
+                token,
+                logprob: draw.logprob(),
+                top,
+            });
+        }
+        if token == END_OF_TURN {
+            return Some(self.finish("stop", Value::Null));
+        }
+        self.state.compute(token);
+        let before = self.text.len();
+        decode_into(token, &mut self.text);
+        let sampling = &self.request.sampling;
+        if self.made >= sampling.min_tokens {
+            if sampling.stop_token_ids.contains(&token) {
+                return Some(self.finish("stop", token.into()));
+            }
+            if let Some((stop, end)) = self.find_stop(before) {
+                self.text.truncate(end);
+                return Some(self.finish("stop", stop.into()));
+            }
+        }
+        (self.made >= self.request.sampling.max_tokens).then(|| self.finish("length", Value::Null))
+    }
+
+    /// The first stop string that the text after `before` completes, and where the text ends for it.
+    fn find_stop(&self, before: usize) -> Option<(String, usize)> {
+        let sampling = &self.request.sampling;
+        sampling
+            .stop
+            .iter()
+            .filter_map(|stop| {
+                let start = before.saturating_sub(stop.len() - 1);
+                let found = start
+                    + self.text[start..]
+                        .windows(stop.len())
+                        .position(|window| window == stop.as_bytes())?;
+                Some((found, stop))
+            })
+            .min()
+            .map(|(found, stop)| {
+                let end = if sampling.include_stop {
+                    found + stop.len()
+                } else {
+                    found
+                };
+                (stop.clone(), end)
+            })
+    }
+
+    /// An end for `reason`.
+    pub(crate) fn finish(&self, reason: &'static str, stop_reason: Value) -> Finish {
+        Finish {
+            reason,
+            stop_reason,
+            kv_transfer_params: Value::Null,
+            cached_tokens: self.cached_tokens,
+        }
+    }
+
+    /// What is to be told now; `None` when nothing is.
+    pub(crate) fn report(&mut self, end: Option<End>) -> Option<Output> {
+        if end.is_none() && !self.request.stream {
+            return None;
+        }
+        // A stop string may be half there: that much text waits.
+        let held = if end.is_none() {
+            self.request.sampling.stop.iter().map(String::len).max().unwrap_or(1) - 1
+        } else {
+            0
+        };
+        let mut until = self.text.len().saturating_sub(held).max(self.reported);
+        while until > self.reported && until < self.text.len() && !starts_character(self.text[until]) {
+            until -= 1;
+        }
+        let text = String::from_utf8_lossy(&self.text[self.reported..until]).into_owned();
+        self.reported = until;
+        Some(Output {
+            index: self.request.index,
+            text,
+            tokens: std::mem::take(&mut self.tokens),
+            logprobs: std::mem::take(&mut self.logprobs),
+            end,
+        })
+    }
+}
+
+fn starts_character(byte: u8) -> bool {
+    byte & 0b1100_0000 != 0b1000_0000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokens::encode;
+    use super::*;
+
+    fn sequence(sampling: Sampling) -> (Sequence, mpsc::Receiver<Output>) {
+        let (output, receiver) = mpsc::channel(1);
+        let request = Request {
+            id: "cmpl-1-0-00000000".into(),
+            index: 0,
+            prompt: encode("Tell me a story about a river").into(),
+            sampling,
+            stream: true,
+            transfer: Transfer::None,
+            output,
+        };
+        (Sequence::new(request), receiver)
+    }
+
+    /// Runs a sequence to its end: its reported texts, its tokens, its end.
+    fn run(sampling: Sampling) -> (Vec<String>, Vec<u32>, Finish) {
+        let (mut sequence, _receiver) = sequence(sampling);
+        sequence.prefill();
+        let (mut texts, mut tokens) = (Vec::new(), Vec::new());
+        loop {
+            let finish = sequence.advance();
+            let ended = finish.is_some();
+            let output = sequence.report(finish.map(End::Finished)).expect("streams");
+            texts.push(output.text);
+            tokens.extend(output.tokens);
+            if ended {
+                let Some(End::Finished(finish)) = output.end else {
+                    panic!("finished")
+                };
+                return (texts, tokens, finish);
+            }
+        }
+    }
+
+    fn endless(max_tokens: usize) -> Sampling {
+        Sampling {
+            max_tokens,
+            ignore_eos: true,
+            ..Sampling::default()
+        }
+    }
+
+    #[test]
+    fn the_same_prompt_gives_the_same_tokens_and_another_seed_gives_others() {
+        assert_eq!(run(endless(20)).1, run(endless(20)).1);
+        let salt = Sampling::salt_of(1.0, Some(7), 0);
+        let seeded = run(Sampling { salt, ..endless(20) }).1;
+        assert_ne!(seeded, run(endless(20)).1);
+        assert_eq!(Sampling::salt_of(0.0, Some(7), 3), 0);
+    }
+
+    #[test]
+    fn a_stop_string_over_several_tokens_never_shows_even_in_part() {
+        let whole = run(endless(40)).0.concat();
+        let stop = whole[20..33].to_owned();
+        let (texts, _, finish) = run(Sampling {
+            stop: vec![stop.clone()],
+            ..endless(40)
+        });
+        assert_eq!(finish.reason, "stop");
+        assert_eq!(finish.stop_reason, Value::from(stop.clone()));
+        assert_eq!(texts.concat(), whole[..whole.find(&stop).unwrap()]);
+    }
+
+    #[test]
+    fn an_answer_ends_by_itself_unless_told_otherwise() {
+        let free = Sampling {
+            max_tokens: 5000,
+            ..Sampling::default()
+        };
+        let (_, tokens, finish) = run(free.clone());
+        assert_eq!((finish.reason, tokens.last()), ("stop", Some(&END_OF_TURN)));
+        let (_, longer, _) = run(Sampling {
+            min_tokens: tokens.len() + 1,
+            ..free
+        });
+        assert!(longer.len() > tokens.len());
+    }
+
+    #[test]
+    fn loaded_records_give_the_tokens_that_computing_gives() {
+        let (mut alone, _keep) = sequence(endless(10));
+        let records = alone.prefill();
+        let (mut loaded, _keep_too) = sequence(endless(10));
+        loaded.loaded = records.clone();
+        assert_eq!(loaded.uncomputed(), 1);
+        assert_eq!(loaded.prefill(), records);
+        let (mut garbled, _keep_three) = sequence(endless(10));
+        garbled.loaded = records;
+        garbled.loaded[0] ^= 1;
+        garbled.prefill();
+        for one in [&mut alone, &mut loaded, &mut garbled] {
+            while one.advance().is_none() {}
+        }
+        assert_eq!(alone.tokens, loaded.tokens);
+        assert_ne!(alone.tokens, garbled.tokens);
+    }
+}
