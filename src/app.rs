@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineId, FleetStage, FleetView};
-use crate::logs::{self, Phase};
+use crate::logs;
 use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
@@ -26,7 +26,7 @@ use crate::ui::Printer;
 mod reporting;
 
 /// How long all canaries may take together. The first hand-off of a fresh pair of real engines can take half a minute.
-const VERIFY_DEADLINE: Duration = Duration::from_secs(300);
+const VERIFY_DEADLINE: Duration = Duration::from_mins(5);
 
 /// How long the parts may take to end once no engine is left.
 const JOIN_DEADLINE: Duration = Duration::from_secs(5);
@@ -75,19 +75,13 @@ where
         printer,
     } = run;
     write_files(&plan)?;
-    let reservations = supervisor::reserve(&plan.engines).map_err(|conflict| {
-        Failure::new(ExitStatus::Preflight, conflict)
-            .hint("stop that process, or move the fleet with `--set port_offset=100`")
-    })?;
-    let listener = bind(&plan.proxy).await?;
-    let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);
-    let notifications = bind_notifications(&plan.proxy).await?;
-    let control = run_dir.listen().map_err(|error| {
-        Failure::new(
-            ExitStatus::Failure,
-            anyhow::Error::new(error).context("cannot open the control socket"),
-        )
-    })?;
+    let Sockets {
+        reservations,
+        listener,
+        url,
+        notifications,
+        control,
+    } = open_sockets(&plan, &run_dir).await?;
     let info = run_info(&plan, &name, &url, detached)?;
     run_dir
         .publish(&info)
@@ -96,42 +90,15 @@ where
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
     let proxy = Proxy::new(proxy_settings(&plan), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
-    let (phase_sender, phase_receiver) = mpsc::channel(64);
-    let (phases_sender, phases) = watch::channel(Arc::new(HashMap::new()));
     let stop = CancellationToken::new();
     let mut parts = JoinSet::new();
-
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
+    let (progress_is_settled, phases) = report(&mut parts, &plan, printer, &view, &stop);
     let (stops, stop_receiver) = mpsc::channel(8);
-    parts.spawn(serve_control(
-        control,
-        control_state(&info, &plan, &view, &phases, &proxy, stops),
-        stop.clone(),
-    ));
+    let control_state = control_state(&info, &plan, &view, &phases, &proxy, stops);
+    parts.spawn(serve_control(control, control_state, stop.clone()));
     parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
-    for engine in &plan.engines {
-        let log = plan.run_dir.join(&engine.log_file);
-        let (kind, id, sender) = (plan.engine, engine.id.clone(), phase_sender.clone());
-        parts.spawn(until(stop.clone(), async move {
-            if let Err(error) = logs::watch_phases(log, 0, kind, id.clone(), sender).await {
-                tracing::debug!(engine = %id, %error, "phases cannot be read");
-            }
-        }));
-    }
-    drop(phase_sender);
-    let (settled, progress_is_settled) = oneshot::channel();
-    let reporter = reporting::Reporter::new(printer, &plan, settled);
-    parts.spawn(reporter.run(view.clone(), phase_receiver, phases_sender, stop.clone()));
 
-    let settings = supervisor::Settings {
-        engines: plan.engines.clone(),
-        reservations,
-        run_dir: plan.run_dir.clone(),
-        drain_deadline: plan.proxy.drain_deadline,
-        verify_deadline: VERIFY_DEADLINE,
-        run_name: name,
-        program: std::env::current_exe().map_err(anyhow::Error::from)?,
-    };
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
     let wiring = supervisor::Wiring {
         signals: forward_signals(&mut parts, &stop)?,
@@ -145,7 +112,7 @@ where
             drop(progress_is_settled.await);
             let verified_in = *verified.borrow();
             when_ready(Ready {
-                url: url.clone(),
+                url,
                 model: plan.served_model_name.clone(),
                 proxy,
                 verified_in,
@@ -155,25 +122,102 @@ where
             // A full or closed queue means that the run is ending anyway.
             drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
         }
-        std::future::pending::<()>().await;
+        std::future::pending::<std::convert::Infallible>().await
     };
     let outcome = tokio::select! {
-        outcome = supervisor::run(settings, wiring) => outcome,
-        () = work => unreachable!("it never ends"),
+        outcome = supervisor::run(supervisor_settings(&plan, name, reservations)?, wiring) => outcome,
+        never = work => match never {},
     };
     stop.cancel();
+    join(parts).await;
     let left: Vec<String> = outcome.left.iter().map(ToString::to_string).collect();
-    if tokio::time::timeout(JOIN_DEADLINE, async { while parts.join_next().await.is_some() {} })
-        .await
-        .is_err()
-    {
-        tracing::warn!(parts = parts.len(), "parts of xpyd did not end in time");
-        parts.abort_all();
-    }
     if let Err(error) = run_dir.record_outcome(outcome.exit_status(), &left) {
         tracing::warn!(error = one_line(&error), "cannot record how the run ended");
     }
     Ok(outcome)
+}
+
+/// Everything that a run listens on itself, and what it holds for its engines.
+struct Sockets {
+    reservations: supervisor::Reservations,
+    listener: TcpListener,
+    url: String,
+    notifications: Option<Notifications>,
+    control: tokio::net::UnixListener,
+}
+
+async fn open_sockets(plan: &Plan, run_dir: &RunDir) -> Result<Sockets, Failure> {
+    let reservations = supervisor::reserve(&plan.engines).map_err(|conflict| {
+        Failure::new(ExitStatus::Preflight, conflict)
+            .hint("stop that process, or move the fleet with `--set port_offset=100`")
+    })?;
+    let listener = bind(&plan.proxy).await?;
+    let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);
+    let notifications = bind_notifications(&plan.proxy).await?;
+    let control = run_dir.listen().map_err(|error| {
+        Failure::new(
+            ExitStatus::Failure,
+            anyhow::Error::new(error).context("cannot open the control socket"),
+        )
+    })?;
+    Ok(Sockets {
+        reservations,
+        listener,
+        url,
+        notifications,
+        control,
+    })
+}
+
+/// Starts what tells people of the run: one reader of phases per engine, and the reporter. The receivers say when the
+/// start has been shown for the last time, and how far each engine is.
+fn report(
+    parts: &mut JoinSet<()>,
+    plan: &Plan,
+    printer: Printer,
+    view: &watch::Receiver<Arc<FleetView>>,
+    stop: &CancellationToken,
+) -> (oneshot::Receiver<()>, watch::Receiver<reporting::Phases>) {
+    let (sender, receiver) = mpsc::channel(64);
+    for engine in &plan.engines {
+        let log = plan.run_dir.join(&engine.log_file);
+        let (kind, id, sender) = (plan.engine, engine.id.clone(), sender.clone());
+        parts.spawn(until(stop.clone(), async move {
+            if let Err(error) = logs::watch_phases(log, 0, kind, id.clone(), sender).await {
+                tracing::debug!(engine = %id, %error, "phases cannot be read");
+            }
+        }));
+    }
+    let (published, phases) = watch::channel(reporting::Phases::default());
+    let (settled, progress_is_settled) = oneshot::channel();
+    let reporter = reporting::Reporter::new(printer, plan, settled);
+    parts.spawn(reporter.run(view.clone(), receiver, published, stop.clone()));
+    (progress_is_settled, phases)
+}
+
+fn supervisor_settings(
+    plan: &Plan,
+    name: String,
+    reservations: supervisor::Reservations,
+) -> Result<supervisor::Settings, Failure> {
+    Ok(supervisor::Settings {
+        engines: plan.engines.clone(),
+        reservations,
+        run_dir: plan.run_dir.clone(),
+        drain_deadline: plan.proxy.drain_deadline,
+        verify_deadline: VERIFY_DEADLINE,
+        run_name: name,
+        program: std::env::current_exe().map_err(anyhow::Error::from)?,
+    })
+}
+
+/// Waits for all parts, but not for ever.
+async fn join(mut parts: JoinSet<()>) {
+    let all = async { while parts.join_next().await.is_some() {} };
+    if tokio::time::timeout(JOIN_DEADLINE, all).await.is_err() {
+        tracing::warn!(parts = parts.len(), "parts of xpyd did not end in time");
+        parts.abort_all();
+    }
 }
 
 /// Runs `work` until it ends or `stop` is cancelled.
@@ -261,7 +305,7 @@ fn control_state(
     info: &RunInfo,
     plan: &Plan,
     view: &watch::Receiver<Arc<FleetView>>,
-    phases: &watch::Receiver<Arc<HashMap<EngineId, Phase>>>,
+    phases: &watch::Receiver<reporting::Phases>,
     proxy: &Proxy,
     stop: mpsc::Sender<server::StopRequest>,
 ) -> server::ServerState {

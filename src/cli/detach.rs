@@ -85,8 +85,9 @@ pub(super) fn release_parent(log: &Path) {
         .and_then(|log| Ok((log, fs_err::OpenOptions::new().write(true).open("/dev/null")?)));
     match files {
         Ok((log, null)) => {
-            drop(nix::unistd::dup2_stderr(log));
-            drop(nix::unistd::dup2_stdout(null));
+            if let Err(error) = nix::unistd::dup2_stderr(log).and(nix::unistd::dup2_stdout(null)) {
+                tracing::warn!(%error, "cannot let go of the terminal");
+            }
         }
         Err(error) => tracing::warn!(%error, "cannot let go of the terminal"),
     }

@@ -1,15 +1,17 @@
 //! The command line: one thin file per verb.
 
-mod bench;
+pub mod bench;
 mod completions;
 mod demo;
 mod detach;
-mod down;
-mod logs;
+pub mod down;
+pub mod logs;
 mod plan;
 mod profiles;
+pub mod proxy;
 mod request;
-mod status;
+//mod sim;
+pub mod status;
 mod up;
 
 use std::process::ExitCode;
@@ -51,6 +53,10 @@ enum Verb {
     Down(down::Arguments),
     /// Measure a server, with the flags and the table of `vllm bench serve`
     Bench(Box<bench::Arguments>),
+    /// Serve engines that xpyd did not start, on this machine or others
+    Proxy(proxy::Arguments),
+    /// Run one simulated engine, shaped like `vllm serve`
+    //Sim(Box<sim::Arguments>),
     /// Show everything that a run would do: ports, GPUs, command lines, files
     Plan(plan::Arguments),
     /// List, show or check profiles
@@ -73,6 +79,8 @@ pub fn main() -> ExitCode {
         Verb::Logs(arguments) => block_on(logs::run(arguments, printer)),
         Verb::Down(arguments) => block_on(down::run(arguments, printer)),
         Verb::Bench(arguments) => block_on(bench::run(*arguments, running_fleet(), printer)),
+        Verb::Proxy(arguments) => block_on(proxy::run(arguments, printer)),
+        //Verb::Sim(arguments) => sim::run(*arguments),
         Verb::Plan(arguments) => plan::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
         Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),
