@@ -88,7 +88,10 @@ pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
                 let source = io::ErrorKind::AddrInUse.into();
                 return Err(conflict(Some(Holder::Engine(other.clone())), source));
             }
-            let lock = lock(wanted.port).map_err(|source| conflict(Some(Holder::OtherRun), source))?;
+            let lock = lock(wanted.port).map_err(|source| {
+                let other_run = source.kind() == io::ErrorKind::AddrInUse;
+                conflict(other_run.then_some(Holder::OtherRun), source)
+            })?;
             let socket =
                 bind(&engine.endpoint.host, wanted.port).map_err(|source| conflict(listener(wanted.port), source))?;
             reservations.held.push((socket, lock));

@@ -177,7 +177,7 @@ impl Guardian {
     }
 
     /// Does what the guardian no longer can: ends it if it still hangs around, kills every tree it had started, and
-    /// removes their shared memory. Returns the processes that did not go within [`SWEEP_DEADLINE`].
+    /// removes their shared memory. Returns the processes that did not go within a few seconds.
     pub async fn sweep(&mut self) -> Vec<LeftoverProcess> {
         // An error means that it is gone already; once it is gone its children are this process's.
         let _ = self.child.start_kill();

@@ -279,6 +279,12 @@ mod tests {
     }
 
     #[test]
+    fn an_orphan_of_the_session_is_a_member_without_its_leader() {
+        let mut tree = Tree::new(LEADER, 0, String::new());
+        assert_eq!(members(&mut tree, &[(LEADER + 1, 900, LEADER)]), [LEADER + 1]);
+    }
+
+    #[test]
     fn a_member_seen_before_stays_one_after_its_parents_are_gone() {
         let mut tree = Tree::new(LEADER, 0, String::new());
         let escaped = LEADER + 1;
