@@ -25,9 +25,6 @@ pub(crate) struct Connected {
     pub(crate) kind: ConnectorKind,
     pub(crate) engine_id: String,
     pub(crate) lmcache_ports: ReceiverPorts,
-    /// The receiver's buffer, for tests.
-    #[cfg(test)]
-    pub(crate) receiver: Option<Receiver>,
 }
 
 impl Connected {
@@ -37,8 +34,6 @@ impl Connected {
             kind,
             engine_id,
             lmcache_ports: ReceiverPorts::default(),
-            #[cfg(test)]
-            receiver: None,
         }
     }
 
@@ -91,7 +86,7 @@ async fn side_channel(options: &Options) -> Result<(RouterSocket, u16), SimError
     let mut socket = RouterSocket::new();
     match socket.bind(&format!("tcp://{address}")).await {
         Ok(zeromq::Endpoint::Tcp(_, port)) => Ok((socket, port)),
-        Ok(zeromq::Endpoint::Ipc(_)) => Err(SimError::SideChannel {
+        Ok(_) => Err(SimError::SideChannel {
             address,
             source: zeromq::ZmqError::Other("bound to no port"),
         }),
@@ -144,15 +139,9 @@ async fn lmcache(
             let world = (world_size, options.preset.kv_bytes_per_token);
             match Receiver::start(&config, &options.model, skip, world, background).await {
                 Ok((receiver, ports)) => {
-                    #[cfg(test)]
-                    let kept = receiver.clone();
                     let connector = Connector::Receiver(receiver);
                     let mut connected = Connected::new(connector, ConnectorKind::LmcacheReceiver, engine_id);
                     connected.lmcache_ports = ports;
-                    #[cfg(test)]
-                    {
-                        connected.receiver = Some(kept);
-                    }
                     Ok(connected)
                 }
                 Err(error) => {

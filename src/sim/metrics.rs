@@ -1,6 +1,5 @@
 //! The counters of a simulated engine, exposed under vLLM 0.32's names.
 
-use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A number that only the engine writes and `/metrics` reads.
@@ -149,17 +148,18 @@ struct Page {
 
 impl Page {
     fn head(&mut self, name: &str, kind: &str) {
-        drop(writeln!(self.text, "# TYPE vllm:{name} {kind}"));
+        self.text.push_str("# TYPE vllm:");
+        self.text.push_str(name);
+        self.text.push(' ');
+        self.text.push_str(kind);
+        self.text.push('\n');
     }
 
     fn sample(&mut self, name: &str, label: &str, value: f64) {
         let separator = if label.is_empty() { "" } else { "," };
         // As Python prints floats: `3.0`.
-        drop(writeln!(
-            self.text,
-            "vllm:{name}{{{}{separator}{label}}} {value:?}",
-            self.labels
-        ));
+        let sample = format!("vllm:{name}{{{}{separator}{label}}} {value:?}\n", self.labels);
+        self.text.push_str(&sample);
     }
 
     fn family(&mut self, name: &str, kind: &str, samples: &[(&str, f64)]) {

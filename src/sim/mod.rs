@@ -97,6 +97,14 @@ pub enum SimError {
         /// The model's length.
         model: u32,
     },
+    /// The longest prompt must fit into the KV cache.
+    #[error("No available memory for the cache blocks: {holds} tokens fit, `max_model_len` is {model}")]
+    KvCache {
+        /// Tokens that fit.
+        holds: u32,
+        /// The model's length.
+        model: u32,
+    },
     /// Signals or processes of the system failed.
     #[error("cannot {0}")]
     System(&'static str, #[source] std::io::Error),
@@ -105,14 +113,15 @@ pub enum SimError {
     Fault(Phase),
 }
 
-/// Where an engine can be reached.
+/// Where an engine that serves can be reached: what the system chose for ports that were 0.
 #[derive(Debug, Clone)]
-pub(crate) struct Addresses {
-    pub(crate) http: SocketAddr,
-    pub(crate) lmcache: lmcache::receiver::ReceiverPorts,
-    /// The receiver's buffer, for tests.
-    #[cfg(test)]
-    pub(crate) receiver: Option<lmcache::receiver::Receiver>,
+pub struct Addresses {
+    /// The OpenAI API.
+    pub http: SocketAddr,
+    /// LMCache's handshake ports of a decode engine, in rank order.
+    pub lmcache_init_ports: Vec<u16>,
+    /// LMCache's allocation ports of a decode engine, in rank order.
+    pub lmcache_alloc_ports: Vec<u16>,
 }
 
 /// Runs one process of an engine to its end. For the API server: until a signal, or until the engine dies.
@@ -121,7 +130,7 @@ pub(crate) struct Addresses {
 /// When the start fails.
 pub async fn run(options: Options) -> Result<ExitStatus, SimError> {
     match options.process {
-        ProcessKind::ApiServer => run_server(options, None).await,
+        ProcessKind::ApiServer => serve_logged(options, None).await,
         ProcessKind::EngineCore => process::engine_core(&options)
             .await
             .map(|()| ExitStatus::Success)
@@ -133,11 +142,15 @@ pub async fn run(options: Options) -> Result<ExitStatus, SimError> {
     }
 }
 
-/// Runs the API server, and tells where it can be reached once it can.
-pub(crate) async fn run_server(
-    options: Options,
-    ready: Option<oneshot::Sender<Addresses>>,
-) -> Result<ExitStatus, SimError> {
+/// As [`run`] for the API server, and tells where it can be reached once it can: for engines within one process.
+///
+/// # Errors
+/// When the start fails.
+pub async fn run_telling(options: Options, ready: oneshot::Sender<Addresses>) -> Result<ExitStatus, SimError> {
+    serve_logged(options, Some(ready)).await
+}
+
+async fn serve_logged(options: Options, ready: Option<oneshot::Sender<Addresses>>) -> Result<ExitStatus, SimError> {
     let log = Log::new(options.log);
     let result = Box::pin(serve(options, &log, ready)).await;
     if let Err(error) = &result {
@@ -251,6 +264,12 @@ async fn start(options: &Arc<Options>, log: &Log, socket: TcpSocket) -> Result<E
     startup.load().await?;
     let metrics = Arc::new(Metrics::default());
     let pool = blocks::BlockPool::new(options.preset.kv_cache_tokens);
+    if !pool.could_hold(options.max_model_len as usize) {
+        return Err(SimError::KvCache {
+            holds: options.preset.kv_cache_tokens,
+            model: options.max_model_len,
+        });
+    }
     let mut background = JoinSet::new();
     let connected = Connected::make(options, log, &metrics, &pool, &mut background).await?;
     if let Some(config) = &options.kv_transfer {
@@ -266,9 +285,8 @@ async fn start(options: &Arc<Options>, log: &Log, socket: TcpSocket) -> Result<E
     let (stage, stage_view) = watch::channel(Stage::Serving);
     let addresses = Addresses {
         http: address,
-        lmcache: connected.lmcache_ports,
-        #[cfg(test)]
-        receiver: connected.receiver,
+        lmcache_init_ports: connected.lmcache_ports.init,
+        lmcache_alloc_ports: connected.lmcache_ports.alloc,
     };
     let core = Core::new(Parts {
         options: Arc::clone(options),

@@ -70,7 +70,7 @@ impl Children {
         );
         if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
             // It may have gone meanwhile.
-            drop(kill(Pid::from_raw(pid), Signal::SIGTERM));
+            kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
         }
         if self.orphans {
             return;

@@ -188,7 +188,7 @@ impl Draw {
 
     /// Its logarithm of probability: between -2 and 0.
     pub(crate) fn logprob(self) -> f64 {
-        -((self.0 >> 40) % 2000) as f64 / 1000.0
+        -(((self.0 >> 40) % 2000) as f64) / 1000.0
     }
 
     /// The `rank`-th best alternative from 1, with its logarithm of probability.

@@ -144,21 +144,12 @@ impl Receiver {
         }
         whole
     }
-
-    /// Pages in use and in all, over all ranks.
-    #[cfg(test)]
-    pub(crate) fn pages_in_use(&self) -> usize {
-        self.ranks
-            .iter()
-            .map(|rank| rank.lock().entries.values().map(VecDeque::len).sum::<usize>())
-            .sum()
-    }
 }
 
 async fn bind(socket: &mut impl zeromq::Socket, host: &str, port: u16) -> Result<u16, ZmqError> {
     match socket.bind(&format!("tcp://{host}:{port}")).await? {
         zeromq::Endpoint::Tcp(_, port) => Ok(port),
-        zeromq::Endpoint::Ipc(_) => Err(ZmqError::Other("bound to no port")),
+        _ => Err(ZmqError::Other("bound to no port")),
     }
 }
 

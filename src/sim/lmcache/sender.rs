@@ -367,10 +367,12 @@ async fn notify(address: String, mut queue: mpsc::Receiver<String>, log: Log) {
                 let mut fresh = PushSocket::with_options(options);
                 socket = fresh.connect(&address).await.is_ok().then_some(fresh);
             }
-            match socket.as_mut() {
-                Some(open) if open.send(message.clone().into()).await.is_ok() => break,
-                _ => socket = None,
+            if let Some(open) = socket.as_mut()
+                && open.send(message.clone().into()).await.is_ok()
+            {
+                break;
             }
+            socket = None;
         }
         if socket.is_none() {
             log.line(
