@@ -149,7 +149,7 @@ struct Sockets {
 async fn open_sockets(plan: &Plan, run_dir: &RunDir) -> Result<Sockets, Failure> {
     let reservations = supervisor::reserve(&plan.engines).map_err(|conflict| {
         Failure::new(ExitStatus::Preflight, conflict)
-            .hint("stop that process, or move the fleet with `--set port_offset=100`")
+            .hint("stop that process, or move the fleet with `--set port_offset=1000`")
     })?;
     let listener = bind(&plan.proxy).await?;
     let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);

@@ -10,7 +10,7 @@ mod plan;
 mod profiles;
 pub mod proxy;
 mod request;
-//mod sim;
+pub mod sim;
 pub mod status;
 mod up;
 
@@ -56,7 +56,7 @@ enum Verb {
     /// Serve engines that xpyd did not start, on this machine or others
     Proxy(proxy::Arguments),
     /// Run one simulated engine, shaped like `vllm serve`
-    //Sim(Box<sim::Arguments>),
+    Sim(Box<sim::Arguments>),
     /// Show everything that a run would do: ports, GPUs, command lines, files
     Plan(plan::Arguments),
     /// List, show or check profiles
@@ -80,7 +80,7 @@ pub fn main() -> ExitCode {
         Verb::Down(arguments) => block_on(down::run(arguments, printer)),
         Verb::Bench(arguments) => block_on(bench::run(*arguments, running_fleet(), printer)),
         Verb::Proxy(arguments) => block_on(proxy::run(arguments, printer)),
-        //Verb::Sim(arguments) => sim::run(*arguments),
+        Verb::Sim(arguments) => block_on(sim::run(*arguments)),
         Verb::Plan(arguments) => plan::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
         Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),

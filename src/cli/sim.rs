@@ -75,6 +75,13 @@ pub enum Child {
     Worker,
 }
 
+/// Runs one process of an engine to its end.
+pub(super) async fn run(arguments: Arguments) -> Result<ExitStatus, Failure> {
+    let options = arguments.into_options()?;
+    // The engine's own log says what happened, as vLLM's does; only the exit code is left to tell.
+    Ok(sim::run(options).await.unwrap_or(ExitStatus::Failure))
+}
+
 impl Arguments {
     /// Checks the arguments and reads the variables that vLLM and LMCache read.
     ///

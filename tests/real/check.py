@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 
-xpyd, folder, connector = sys.argv[1], pathlib.Path(sys.argv[2]).resolve(), sys.argv[3]
+xpyd, folder, connector = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve(), sys.argv[3]
 here = pathlib.Path(__file__).resolve().parent
 MODEL = "tiny"
 START_DEADLINE_SECONDS = 900
@@ -66,18 +66,15 @@ def counter(base, names):
     return total
 
 
-def engine_processes():
-    """Processes that run something of the environment, besides this one: pid and command line."""
+def processes_in(place):
+    """Processes whose current folder is `place`, which everything that the run starts inherits: pid and command line."""
     found = {}
     for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                program = os.readlink(entry / "exe")
-            except OSError:
-                continue
-            if str(folder) in command or command.startswith("VLLM::") or pathlib.Path(xpyd).resolve() == pathlib.Path(program):
-                found[int(entry.name)] = command.strip()
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(place):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
     return found
 
 
@@ -94,8 +91,7 @@ def listeners():
 
 def main():
     shared_before = set(os.listdir("/dev/shm"))
-    processes_before = set(engine_processes())
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-"))
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-")).resolve()
     environment = os.environ | {
         "PYTHONPATH": str(here / "site"),
         "XDG_RUNTIME_DIR": str(scratch),
@@ -103,12 +99,12 @@ def main():
         "VLLM_NO_USAGE_STATS": "1",
         "LMCACHE_TRACK_USAGE": "false",
     }
-    command = [xpyd, "up", "--profile", "cpu-1p1d", "--model", str(folder / "tiny-llama"), "--connector", connector]
+    command = [str(xpyd), "up", "--profile", "cpu-1p1d", "--model", str(folder / "tiny-llama"), "--connector", connector]
     command += ["--set", f"served_model_name={MODEL}", "--set", f"vllm.program={folder}/venv/bin/vllm"]
     command += ["--set", "force_connector=true", "--logs", str(scratch / "logs")]
     print(f"== {connector}: {' '.join(command)}", flush=True)
     began = time.monotonic()
-    fleet = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    fleet = subprocess.Popen(command, env=environment, cwd=scratch, stderr=subprocess.PIPE, text=True)
     ready = threading.Event()
 
     def relay():
@@ -131,7 +127,7 @@ def main():
         relaying.join()
         print(f"  Ctrl+C to exit: {time.monotonic() - stopped:.1f} s, code {status}")
         assert status == 0, f"exit code {status}"
-        left = {pid: name for pid, name in engine_processes().items() if pid not in processes_before}
+        left = processes_in(scratch)
         assert not left, f"processes are left: {left}"
         assert not ports & listeners(), f"listeners are left: {ports & listeners()}"
         shared = set(os.listdir("/dev/shm")) - shared_before
