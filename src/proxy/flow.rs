@@ -121,7 +121,7 @@ impl Attempt<'_> {
             Course::Handoff => self.hand_over().await,
             Course::Splice(request) => super::splice::run(self, request).await,
         };
-        if outcome.is_err() {
+        if matches!(outcome, Err(ProxyError::Leg { .. })) {
             self.shared.metrics.handed(Outcome::Failed);
         }
         outcome

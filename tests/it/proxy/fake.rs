@@ -316,8 +316,11 @@ pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
         .unwrap_or_else(|_| panic!("{what} did not happen"))
 }
 
+/// An answer that does not depend on the request.
+pub(crate) type Script = fn() -> Response<Body>;
+
 /// Answers given one after the other; the last one stays.
-pub(crate) fn in_turn(answers: Vec<fn() -> Response<Body>>) -> impl Fn(Seen) -> std::future::Ready<Response<Body>> {
+pub(crate) fn in_turn(answers: Vec<Script>) -> impl Fn(Seen) -> std::future::Ready<Response<Body>> {
     let next = Mutex::new(0);
     move |_| {
         let mut next = next.lock().unwrap();
