@@ -161,7 +161,8 @@ impl Entry {
         self.close();
     }
 
-    fn close(&mut self) {
+    /// Closes the entry before its end: nothing is owed.
+    pub(super) fn close(&mut self) {
         self.stage = Stage::Closed;
         if self.care.take().is_some() {
             self.shared.metrics.open_handoffs(-1);

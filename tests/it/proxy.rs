@@ -477,6 +477,11 @@ async fn requests_that_cannot_be_served_get_errors_in_openais_shape() {
     assert!(message(&response.text().await.unwrap()).contains("prefill"));
     let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!((status, code(&body).as_str()), (503, "no_engine"));
+    assert_eq!(
+        rig.complete(r#"{"prompt":"x","n":2}"#).await.0,
+        200,
+        "needs no prefill engine"
+    );
     rig.change(|view| view.stage = FleetStage::Verifying);
     assert_eq!(rig.get("/health").await.status(), 503);
     rig.finish().await;

@@ -83,6 +83,36 @@ async fn the_decode_leg_waits_for_every_rank_and_carries_the_clients_body() {
 }
 
 #[tokio::test]
+async fn models_whose_first_rank_alone_stores_kv_need_one_notification() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
+    let settings = Settings {
+        notifications: Some(1),
+        ..settings(lmcache(FirstToken::Decoder))
+    };
+    let rig = rig(settings, &prefill, &decode, 4, socket).await;
+    let outcome = soon("the answer", rig.complete(r#"{"prompt":"x"}"#)).await;
+    assert_eq!(outcome, (200, COMPLETION.to_owned()));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_unreachable_prefill_engine_leaves_nothing_to_wait_for() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let decode = decoder().await;
+    let settings = settings(lmcache(FirstToken::Decoder));
+    let rig = Rig::start(settings, &[super::dead_port().await], &[decode.port], 1, Some(socket)).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, code(&body).as_str()), (502, "engine_unreachable"));
+    assert_eq!(
+        rig.metric("xpyd_handoffs_open "),
+        "0",
+        "no clean-up waits for KV that cannot come"
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
 async fn a_lost_notification_is_an_error_within_its_deadline() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let (prefill, decode) = (prefiller(socket.port(), 0, PREFILLED).await, decoder().await);
@@ -125,10 +155,13 @@ async fn kv_that_arrives_after_its_client_left_is_consumed() {
     assert_eq!(consumed.path, "/v1/chat/completions");
     let expected = json!({"messages": [], "stream": false, "max_completion_tokens": 1, "max_tokens": 1});
     assert_eq!(consumed.json(), expected);
-    let metric = rig.metric(r#"xpyd_handoff_cleanups_total{outcome="freed"}"#);
-    rig.proxy.metrics_text();
-    assert!(metric.is_empty() || metric == "1");
+    let proxy = rig.proxy.clone();
     rig.finish().await;
+    let metrics = proxy.metrics_text();
+    assert!(
+        metrics.contains(r#"xpyd_handoff_cleanups_total{outcome="freed"} 1"#),
+        "{metrics}"
+    );
 }
 
 #[tokio::test]
