@@ -80,7 +80,7 @@ async fn both_legs_carry_the_clients_own_bytes_and_one_fresh_id() {
         assert_eq!(seen.headers["authorization"], "Bearer secret");
         assert!(!seen.headers.contains_key("x-data-parallel-rank"));
     }
-    assert_eq!(rig.metric(r#"xpyd_handoffs_total{outcome="transferred"}"#), "1");
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="transferred"}"#), "1");
     for stage in ["prefill", "handoff", "decode_first_byte", "total"] {
         assert_eq!(
             rig.metric(&format!(r#"xpyd_stage_seconds_count{{stage="{stage}"}}"#)),
@@ -141,7 +141,7 @@ async fn what_a_handoff_cannot_do_goes_to_a_decode_engine_alone() {
         assert_eq!(decode.seen().last().unwrap().raw, body);
     }
     assert_eq!(prefill.seen().len(), 0);
-    assert_eq!(rig.metric(r#"xpyd_handoffs_total{outcome="bypassed"}"#), "3");
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="bypassed"}"#), "3");
     rig.finish().await;
 }
 
@@ -167,7 +167,7 @@ async fn an_engines_refusal_reaches_the_client_verbatim_and_is_not_retried() {
         serde_json::from_str::<Value>(PARAMS).unwrap()
     );
     assert_ne!(release["model"], json!("m"));
-    let handoffs = |rig: &Rig| rig.metric(r#"xpyd_handoffs_total{outcome="refused"}"#);
+    let handoffs = |rig: &Rig| rig.metric(r#"xpyd_handoff_total{outcome="refused"}"#);
     assert_eq!(handoffs(&rig), "1");
     rig.finish().await;
 }
@@ -246,7 +246,7 @@ async fn an_unreachable_engine_is_retried_elsewhere_and_named_when_there_is_no_o
         message(&body).contains("`prefill`") && message(&body).contains("`prefiller1`"),
         "{body}"
     );
-    assert_eq!(rig.metric(r#"xpyd_handoffs_total{outcome="failed"}"#), "2");
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="failed"}"#), "2");
     rig.finish().await;
 }
 
