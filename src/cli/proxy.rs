@@ -93,7 +93,7 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = FirstTokenName::Decoder)]
     pub first_token: FirstTokenName,
     /// Keep the requests of a session on the same engines.
-    #[arg(long, env = "CLIENT_BOUND", default_value = "false", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
+    #[arg(long, env = "CLIENT_BOUND", action = clap::ArgAction::Set, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
     pub client_bound: bool,
     /// The header that names a request's session.
     #[arg(long, env = "CLIENT_BOUND_KEY", default_value = "session-id")]
@@ -431,6 +431,20 @@ mod tests {
 
     fn owned(texts: &[&str]) -> Vec<String> {
         texts.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn sessions_are_bound_on_request_only() {
+        let header = |line: &str| {
+            let words = std::iter::once("proxy").chain(line.split_whitespace());
+            settings(&Command::try_parse_from(words).expect("well-formed flags").arguments).session_header
+        };
+        assert_eq!(header("--client-bound=false"), None);
+        assert_eq!(header("--client-bound"), Some("session-id".into()));
+        assert_eq!(
+            header("--client-bound true --client-bound-key x-user"),
+            Some("x-user".into())
+        );
     }
 
     #[test]

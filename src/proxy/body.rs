@@ -92,7 +92,8 @@ impl<'body> Document<'body> {
 
     /// The body with `edits` applied and without the fields that no client may set. An edit may set one of those.
     ///
-    /// A key that is there keeps its place; a new one comes last; of duplicates the first stays.
+    /// A key that is there keeps its place; a new one comes last; of duplicates the first stays; what is removed takes
+    /// the whitespace before it along.
     pub(super) fn edited(&self, edits: &[Edit<'_>]) -> Vec<u8> {
         let extra = self.get(EXTRA_ARGUMENTS).and_then(without_forbidden);
         let mut all: Vec<Edit<'_>> = edits.to_vec();
@@ -204,7 +205,7 @@ mod tests {
         );
         assert_eq!(
             edit(body, &[("model", None), ("xA", None)]),
-            "{ \n \"max_tokens\": 1e2 , \"seed\":12345678901234567890}\n"
+            "{\n \"max_tokens\": 1e2 , \"seed\":12345678901234567890}\n"
         );
         assert_eq!(edit("{}", &[("n", Some("1")), ("m", Some("2"))]), r#"{"n":1,"m":2}"#);
         assert_eq!(edit(r#"{"n":1}"#, &[("n", None)]), "{}");

@@ -327,7 +327,7 @@ fn value(text: &str, counter: &TransferCounter) -> f64 {
                 .is_none_or(|label| labels.split(',').any(|pair| pair == label));
             counts.then(|| number.trim().parse::<f64>().ok())?
         })
-        .sum()
+        .fold(0.0, |sum, value| sum + value)
 }
 
 #[cfg(test)]

@@ -150,6 +150,11 @@ impl ProxyError {
         }
     }
 
+    /// Whether the leg's engine never saw the request, so that it left nothing to clean up.
+    pub(super) fn is_unsent(&self) -> bool {
+        matches!(self, Self::Leg { cause: Cause::Unreachable(error), .. } if error.is_connect())
+    }
+
     /// HTTP status, `type` and `code`. The two names are stable: clients may match on them.
     fn kind(&self) -> (StatusCode, &'static str, &'static str) {
         const CLIENT: &str = "invalid_request_error";

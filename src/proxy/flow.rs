@@ -121,7 +121,7 @@ impl Attempt<'_> {
             Course::Handoff => self.hand_over().await,
             Course::Splice(request) => super::splice::run(self, request).await,
         };
-        if outcome.is_err() {
+        if matches!(outcome, Err(ProxyError::Leg { .. })) {
             self.shared.metrics.handed(Outcome::Failed);
         }
         outcome
@@ -259,11 +259,15 @@ impl Attempt<'_> {
             self.shared.metrics.took(Timed::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
-        tokio::select! {
+        let outcome = tokio::select! {
             biased;
             outcome = legs => outcome,
             () = decode.gone() => Err(decode.failed(Stage::Handoff, Cause::Gone)),
+        };
+        if outcome.as_ref().is_err_and(ProxyError::is_unsent) {
+            entry.close();
         }
+        outcome
     }
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {

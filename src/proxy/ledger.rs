@@ -122,13 +122,18 @@ impl Entry {
 
     /// The decode leg is about to be sent, with these parameters if the connector has any. They are given out once.
     pub(super) fn send(&mut self) -> Option<&RawValue> {
-        let Stage::Handed(handoff) = std::mem::replace(&mut self.stage, Stage::Closed) else {
-            return None;
-        };
-        self.stage = Stage::Sent {
-            handoff,
-            refused: false,
-        };
+        match std::mem::replace(&mut self.stage, Stage::Closed) {
+            Stage::Handed(handoff) => {
+                self.stage = Stage::Sent {
+                    handoff,
+                    refused: false,
+                }
+            }
+            other => {
+                self.stage = other;
+                return None;
+            }
+        }
         match &self.stage {
             Stage::Sent {
                 handoff: Handoff::Pull(params),
@@ -156,7 +161,8 @@ impl Entry {
         self.close();
     }
 
-    fn close(&mut self) {
+    /// Closes the entry before its end: nothing is owed.
+    pub(super) fn close(&mut self) {
         self.stage = Stage::Closed;
         if self.care.take().is_some() {
             self.shared.metrics.open_handoffs(-1);
@@ -267,3 +273,6 @@ fn consume_call(consume: &Consume) -> (&'static str, Bytes) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -128,7 +128,7 @@ impl Metrics {
             "Requests answered, by route and status",
             metrics.requests.clone(),
         );
-        registry.register("handoffs", "Hand-offs by how they ended", metrics.handoffs.clone());
+        registry.register("handoff", "Hand-offs by how they ended", metrics.handoffs.clone());
         registry.register(
             "handoff_cleanups",
             "Hand-offs that ended early, by whether their KV could be freed",

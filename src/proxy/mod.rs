@@ -1,6 +1,6 @@
 //! The proxy: the OpenAI API over a fleet of prefill and decode engines.
 //!
-//! [`flow`] reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
+//! `flow` reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
 //! does not know who starts them, from which profile, or what arguments they got.
 
 mod body;

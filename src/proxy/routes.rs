@@ -111,9 +111,9 @@ async fn pass_to_decoder(shared: &Arc<Shared>, request: Request) -> Result<Respo
     Ok(flow::verbatim(head, body))
 }
 
-/// Whether a client's request would be served: it says nothing about single engines.
+/// Whether clients are served: 200 while there is a ready engine of each role.
 async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
-    match shared.takes_clients() {
+    match shared.is_healthy() {
         Ok(()) => Response::new(Body::empty()),
         Err(error) => error.to_response(),
     }
@@ -163,17 +163,21 @@ fn session(shared: &Shared, headers: &HeaderMap) -> Option<String> {
 }
 
 impl Shared {
-    /// Whether clients are served now.
+    /// Whether the fleet is at a stage that takes clients. Which engines a request needs is its own matter.
     fn takes_clients(&self) -> Result<(), ProxyError> {
+        match self.view.borrow().stage {
+            FleetStage::Ready => Ok(()),
+            stage => Err(ProxyError::NotServing(stage)),
+        }
+    }
+
+    /// Whether a request that needs both roles would be served.
+    fn is_healthy(&self) -> Result<(), ProxyError> {
+        self.takes_clients()?;
         let view = self.view.borrow();
-        if view.stage != FleetStage::Ready {
-            return Err(ProxyError::NotServing(view.stage));
-        }
-        for role in [Role::Prefill, Role::Decode] {
-            if view.serving(role).next().is_none() {
-                return Err(ProxyError::NoEngine(role));
-            }
-        }
-        Ok(())
+        let missing = [Role::Prefill, Role::Decode]
+            .into_iter()
+            .find(|role| view.serving(*role).next().is_none());
+        missing.map_or(Ok(()), |role| Err(ProxyError::NoEngine(role)))
     }
 }

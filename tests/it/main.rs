@@ -3,6 +3,7 @@
 mod bench;
 mod control;
 mod logs;
+mod proxy;
 mod supervisor;
 mod support;
 mod tidy;

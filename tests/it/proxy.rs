@@ -1,0 +1,579 @@
+//! The proxy over scripted engines: routes, NIXL hand-offs, failures, and clients that leave.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests stop them as loudly as the tests themselves"
+)]
+
+mod canary;
+mod fake;
+mod lmcache;
+
+use std::time::Duration;
+
+use axum::body::Body;
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use xpyd::connector::{Connector, Nixl};
+use xpyd::fleet::{FleetStage, Role};
+use xpyd::proxy::Settings;
+
+use fake::{
+    COMPLETION, Fake, PARAMS, Raise, Rig, Script, answer, dead_port, error, events, in_turn, nixl_prefilled, soon,
+};
+
+async fn prefiller() -> Fake {
+    Fake::start(|_| async { nixl_prefilled() }).await
+}
+
+async fn decoder() -> Fake {
+    Fake::start(|_| async { answer(200, COMPLETION) }).await
+}
+
+fn message(body: &str) -> String {
+    let body: Value = serde_json::from_str(body).expect("an error is JSON");
+    body["error"]["message"]
+        .as_str()
+        .expect("an error has a message")
+        .to_owned()
+}
+
+fn code(body: &str) -> String {
+    let body: Value = serde_json::from_str(body).expect("an error is JSON");
+    body["error"]["code"]
+        .as_str()
+        .expect("an error of the proxy has a code")
+        .to_owned()
+}
+
+#[tokio::test]
+async fn both_legs_carry_the_clients_own_bytes_and_one_fresh_id() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let body = r#"{ "prompt":"hi", "temperature":0.70, "max_tokens":5,"min_tokens":2,"stream":false,"unknown":[1.0],"kv_transfer_params":{"do_remote_prefill":true}}"#;
+    let response = rig
+        .post("/v1/completions", body)
+        .header("authorization", "Bearer secret")
+        .header("x-request-id", "mine")
+        .header("x-data-parallel-rank", "7")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(response.headers()["content-type"], "application/json");
+    assert_eq!(response.text().await.unwrap(), COMPLETION);
+    let (first, second) = (prefill.seen().remove(0), decode.seen().remove(0));
+    assert_eq!(
+        first.json(),
+        json!({"prompt": "hi", "temperature": 0.7, "max_tokens": 1, "stream": false, "unknown": [1.0],
+            "kv_transfer_params": {"do_remote_decode": true, "do_remote_prefill": false, "remote_engine_id": null,
+                "remote_block_ids": null, "remote_host": null, "remote_port": null}})
+    );
+    let expected = format!(
+        r#"{{ "prompt":"hi", "temperature":0.70, "max_tokens":5,"min_tokens":2,"stream":false,"unknown":[1.0],"kv_transfer_params":{PARAMS}}}"#
+    );
+    assert_eq!(second.raw, expected);
+    assert_eq!(first.id(), second.id());
+    assert_ne!(first.id(), "mine");
+    for seen in [&first, &second] {
+        assert_eq!(seen.path, "/v1/completions");
+        assert_eq!(seen.headers["authorization"], "Bearer secret");
+        assert!(!seen.headers.contains_key("x-data-parallel-rank"));
+    }
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="transferred"}"#), "1");
+    for stage in ["prefill", "handoff", "decode_first_byte", "total"] {
+        assert_eq!(
+            rig.metric(&format!(r#"xpyd_stage_seconds_count{{stage="{stage}"}}"#)),
+            "1",
+            "{stage}"
+        );
+    }
+    assert_eq!(rig.metric("xpyd_time_to_first_token_seconds_count"), "1");
+    assert_eq!(
+        rig.metric(r#"xpyd_requests_total{endpoint="/v1/completions",status="200"}"#),
+        "1"
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_chat_stays_a_chat_on_both_legs_and_streams_unchanged() {
+    const STREAM: [&str; 3] = [
+        "data: {\"choices\":[{\"del",
+        "ta\":{}}]}\n\ndata: {\"x\":1}\n\n",
+        "data: [DONE]\n\n",
+    ];
+    let prefill = prefiller().await;
+    let decode = Fake::start(|_| async { events(STREAM.map(Ok).to_vec()) }).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}], "stream": true,
+        "stream_options": {"include_usage": true}});
+    let response = rig.post("/v1/chat/completions", body.to_string()).send().await.unwrap();
+    assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
+    assert_eq!(response.text().await.unwrap(), STREAM.concat());
+    let (first, second) = (prefill.seen().remove(0), decode.seen().remove(0));
+    assert_eq!(
+        (first.path.as_str(), second.path.as_str()),
+        ("/v1/chat/completions", "/v1/chat/completions")
+    );
+    let prefill_body = first.json();
+    assert_eq!(prefill_body["tools"], body["tools"]);
+    assert_eq!(
+        (&prefill_body["max_tokens"], &prefill_body["max_completion_tokens"]),
+        (&json!(1), &json!(1))
+    );
+    assert_eq!(prefill_body["stream"], json!(false));
+    assert_eq!(prefill_body.get("stream_options"), None);
+    assert_eq!(second.json()["stream_options"], body["stream_options"]);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn what_a_handoff_cannot_do_goes_to_a_decode_engine_alone() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    for body in [
+        r#"{"prompt":"x","n":2}"#,
+        r#"{"prompt":["a","b"]}"#,
+        r#"{"prompt":"x","echo":true,"logprobs":1}"#,
+    ] {
+        assert_eq!(rig.complete(body).await, (200, COMPLETION.to_owned()));
+        assert_eq!(decode.seen().last().unwrap().raw, body);
+    }
+    assert_eq!(prefill.seen().len(), 0);
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="bypassed"}"#), "3");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_engines_refusal_reaches_the_client_verbatim_and_is_not_retried() {
+    let prefill = Fake::start(in_turn(vec![|| error(404, "no such model"), nixl_prefilled])).await;
+    let decode = Fake::start(in_turn(vec![|| error(400, "bad max_tokens"), || {
+        error(404, "unknown model")
+    }]))
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, message(&body)), (404, "no such model".into()));
+    assert_eq!((prefill.seen().len(), decode.seen().len()), (1, 0));
+
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, message(&body)), (400, "bad max_tokens".into()));
+    assert_eq!(prefill.seen().len(), 2);
+    // The prefill engine still holds the KV: the release names a model that does not exist.
+    let release = decode.saw(2).await.remove(1).json();
+    assert_eq!(
+        release["kv_transfer_params"],
+        serde_json::from_str::<Value>(PARAMS).unwrap()
+    );
+    assert_ne!(release["model"], json!("m"));
+    let handoffs = |rig: &Rig| rig.metric(r#"xpyd_handoff_total{outcome="refused"}"#);
+    assert_eq!(handoffs(&rig), "1");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_failure_before_the_first_byte_is_retried_once_with_another_pair_and_a_new_id() {
+    let broken: [(Script, bool); 6] = [
+        (|| error(500, "prefill broke"), true),
+        (
+            || {
+                answer(
+                    200,
+                    r#"{"choices":[{"finish_reason":"abort"}],"kv_transfer_params":null}"#,
+                )
+            },
+            true,
+        ),
+        (
+            || {
+                answer(
+                    200,
+                    r#"{"choices":[{"finish_reason":"length"}],"kv_transfer_params":{"do_remote_prefill":true}}"#,
+                )
+            },
+            true,
+        ),
+        (|| error(500, "decode broke"), false),
+        (
+            || answer(200, r#"{"choices":[{"text":"","finish_reason":"error"}]}"#),
+            false,
+        ),
+        (
+            || {
+                events(vec![Ok(
+                    "data: {\"error\":{\"message\":\"lost\",\"code\":500}}\n\ndata: [DONE]\n\n",
+                )])
+            },
+            false,
+        ),
+    ];
+    for (failure, in_prefill) in broken {
+        let bad = Fake::start(move |_| async move { failure() }).await;
+        let (good_prefill, good_decode) = (prefiller().await, decoder().await);
+        let spare = if in_prefill { decoder().await } else { prefiller().await };
+        let rig = if in_prefill {
+            Rig::nixl(&[bad.port, good_prefill.port], &[good_decode.port, spare.port]).await
+        } else {
+            Rig::nixl(&[good_prefill.port, spare.port], &[bad.port, good_decode.port]).await
+        };
+        assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await, (200, COMPLETION.to_owned()));
+        let first_attempt = bad.seen().remove(0).id().to_owned();
+        let fakes = [&good_prefill, &good_decode, &spare];
+        let second: Vec<_> = fakes
+            .iter()
+            .flat_map(|fake| fake.seen())
+            .filter(|seen| seen.id() != first_attempt)
+            .collect();
+        assert_eq!(second.len(), 2, "both legs of the second attempt");
+        assert_eq!(second[0].id(), second[1].id());
+        assert_eq!(rig.metric("xpyd_retries_total"), "1");
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn an_unreachable_engine_is_retried_elsewhere_and_named_when_there_is_no_other() {
+    let (prefill, decode, dead) = (prefiller().await, decoder().await, dead_port().await);
+    let rig = Rig::nixl(&[dead, prefill.port], &[decode.port]).await;
+    assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await.0, 200);
+    rig.finish().await;
+
+    let rig = Rig::nixl(&[dead], &[decode.port]).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, code(&body).as_str()), (502, "engine_unreachable"));
+    assert!(
+        message(&body).contains("`prefill`") && message(&body).contains("`prefiller1`"),
+        "{body}"
+    );
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="failed"}"#), "2");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_error_event_for_the_clients_own_fault_becomes_its_status() {
+    let decode = Fake::start(|_| async {
+        events(vec![Ok(
+            "data: {\"error\":{\"message\":\"too long\",\"code\":400}}\n\n",
+        )])
+    })
+    .await;
+    let prefill = prefiller().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x","stream":true}"#).await;
+    assert_eq!((status, message(&body)), (400, "too long".into()));
+    assert_eq!(prefill.seen().len(), 1);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_never_ends_silently() {
+    let ends: [(Option<Result<&str, &str>>, &str); 2] =
+        [(Some(Err("cut")), "broke off"), (None, "before it was complete")];
+    for (end, reason) in ends {
+        let prefill = prefiller().await;
+        let go = CancellationToken::new();
+        let gate = go.clone();
+        let decode = Fake::start(move |_| {
+            let gate = gate.clone();
+            async move {
+                let first = futures_util::stream::iter([Ok("data: {\"a\":1}\n\ndata: {\"b")]);
+                let rest = futures_util::stream::once(async move { gate.cancelled().await })
+                    .flat_map(move |()| futures_util::stream::iter(end))
+                    .map(|chunk| chunk.map_err(std::io::Error::other));
+                fake::sse(Body::from_stream(first.chain(rest)))
+            }
+        })
+        .await;
+        let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+        let response = rig
+            .post("/v1/completions", r#"{"prompt":"x","stream":true}"#)
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(response.status(), 200);
+        let mut stream = response.bytes_stream();
+        let first = stream.next().await.unwrap().unwrap();
+        assert_eq!(first, "data: {\"a\":1}\n\n", "the unfinished event is held back");
+        go.cancel();
+        let rest: Vec<_> = soon("the end", stream.map(Result::unwrap).collect()).await;
+        let rest = String::from_utf8(rest.concat()).unwrap();
+        let error = rest
+            .strip_prefix("data: ")
+            .and_then(|rest| rest.strip_suffix("\n\ndata: [DONE]\n\n"))
+            .unwrap();
+        let error = message(error);
+        assert!(error.contains(reason) && error.contains("`decoder1`"), "{error}");
+        rig.finish().await;
+    }
+}
+
+/// A decode engine whose stream stops after its first event. The token is raised when the proxy hangs up.
+async fn stalling_decoder() -> (Fake, CancellationToken) {
+    let hung_up = CancellationToken::new();
+    let raise = hung_up.clone();
+    let fake = Fake::start(move |_| {
+        let raise = Raise(raise.clone());
+        async move {
+            let first = futures_util::stream::iter([Ok::<_, std::io::Error>("data: {\"a\":1}\n\n")]);
+            let rest = futures_util::stream::once(async move {
+                let _raise = raise;
+                std::future::pending().await
+            });
+            fake::sse(Body::from_stream(first.chain(rest)))
+        }
+    })
+    .await;
+    (fake, hung_up)
+}
+
+#[tokio::test]
+async fn a_stalled_stream_ends_with_an_error_event() {
+    let (decode, hung_up) = stalling_decoder().await;
+    let prefill = prefiller().await;
+    let settings = Settings {
+        decode_idle_deadline: Duration::from_millis(200),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let (_, text) = rig.complete(r#"{"prompt":"x","stream":true}"#).await;
+    assert!(
+        text.contains("engine_timeout") && text.ends_with("data: [DONE]\n\n"),
+        "{text}"
+    );
+    soon("the hang-up", hung_up.cancelled()).await;
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_the_leg_that_runs() {
+    let (decode, hung_up) = stalling_decoder().await;
+    let prefill = prefiller().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let response = rig
+        .post("/v1/completions", r#"{"prompt":"x","stream":true}"#)
+        .send()
+        .await
+        .unwrap();
+    let mut stream = response.bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    drop(stream);
+    soon("the hang-up of the decode leg", hung_up.cancelled()).await;
+    rig.finish().await;
+    assert_eq!(decode.seen().len(), 1);
+
+    let hung_up = CancellationToken::new();
+    let raise = hung_up.clone();
+    let prefill = Fake::start(move |_| {
+        let raise = Raise(raise.clone());
+        async move {
+            let _raise = raise;
+            std::future::pending().await
+        }
+    })
+    .await;
+    let decode = decoder().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.post("/v1/completions", r#"{"prompt":"x"}"#).send();
+    tokio::select! {
+        _ = request => panic!("the prefill never answers"),
+        _ = prefill.saw(1) => {}
+    }
+    soon("the hang-up of the prefill leg", hung_up.cancelled()).await;
+    rig.finish().await;
+    assert_eq!(decode.seen().len(), 0);
+}
+
+#[tokio::test]
+async fn legs_on_an_engine_that_ends_fail_at_once() {
+    let stuck = Fake::start(|_| std::future::pending()).await;
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[stuck.port, prefill.port], &[decode.port]).await;
+    let request = rig.complete(r#"{"prompt":"x"}"#);
+    let lose = async {
+        stuck.saw(1).await;
+        rig.lose(Role::Prefill, 0);
+    };
+    let ((status, _), ()) = soon("the retry", futures_util::future::join(request, lose)).await;
+    assert_eq!((status, prefill.seen().len()), (200, 1));
+    rig.finish().await;
+
+    let (decode, _) = stalling_decoder().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let response = rig
+        .post("/v1/completions", r#"{"prompt":"x","stream":true}"#)
+        .send()
+        .await
+        .unwrap();
+    rig.lose(Role::Decode, 0);
+    let text = soon("the end of the stream", response.text()).await.unwrap();
+    assert!(
+        text.contains("went away") && text.ends_with("data: [DONE]\n\n"),
+        "{text}"
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_draining_engine_finishes_what_it_has() {
+    let go = CancellationToken::new();
+    let gate = go.clone();
+    let decode = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            gate.cancelled().await;
+            answer(200, COMPLETION)
+        }
+    })
+    .await;
+    let prefill = prefiller().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.complete(r#"{"prompt":"x"}"#);
+    let drain = async {
+        decode.saw(1).await;
+        rig.change(|view| {
+            view.stage = FleetStage::Draining;
+            for engine in &mut view.engines {
+                engine.load.close();
+                engine.state = xpyd::fleet::EngineState::Draining;
+            }
+        });
+        let (status, body) = rig.complete(r#"{"prompt":"late"}"#).await;
+        assert_eq!((status, code(&body).as_str()), (503, "not_serving"));
+        go.cancel();
+    };
+    let (outcome, ()) = soon("the answer", futures_util::future::join(request, drain)).await;
+    assert_eq!(outcome, (200, COMPLETION.to_owned()));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn requests_that_cannot_be_served_get_errors_in_openais_shape() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let (status, body) = rig.complete("{\"prompt\":\"x\", oops}").await;
+    assert_eq!((status, code(&body).as_str()), (400, "invalid_body"));
+    assert!(message(&body).contains("line 1 column 16"), "{body}");
+    let (status, body) = rig.complete("[1]").await;
+    assert_eq!((status, code(&body).as_str()), (400, "invalid_body"));
+    let (status, body) = rig.complete(" ".repeat(10_001)).await;
+    assert_eq!((status, code(&body).as_str()), (413, "body_too_large"));
+    let response = rig.get("/v1/unknown").await;
+    assert_eq!(response.status(), 404);
+    assert_eq!(code(&response.text().await.unwrap()), "unknown_route");
+    assert_eq!(rig.get("/v1/completions").await.status(), 404);
+    assert_eq!((prefill.seen().len(), decode.seen().len()), (0, 0));
+
+    assert_eq!(rig.get("/health").await.status(), 200);
+    rig.lose(Role::Prefill, 0);
+    let response = rig.get("/health").await;
+    assert_eq!(
+        (
+            response.status().as_u16(),
+            response.headers()["retry-after"].to_str().unwrap()
+        ),
+        (503, "1")
+    );
+    assert!(message(&response.text().await.unwrap()).contains("prefill"));
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, code(&body).as_str()), (503, "no_engine"));
+    assert_eq!(
+        rig.complete(r#"{"prompt":"x","n":2}"#).await.0,
+        200,
+        "needs no prefill engine"
+    );
+    rig.change(|view| view.stage = FleetStage::Verifying);
+    assert_eq!(rig.get("/health").await.status(), 503);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_full_proxy_says_so() {
+    let go = CancellationToken::new();
+    let gate = go.clone();
+    let prefill = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            gate.cancelled().await;
+            nixl_prefilled()
+        }
+    })
+    .await;
+    let decode = decoder().await;
+    let settings = Settings {
+        max_in_flight: 1,
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let first = rig.complete(r#"{"prompt":"x"}"#);
+    let second = async {
+        prefill.saw(1).await;
+        assert_eq!(
+            rig.metric(r#"xpyd_engine_requests_in_flight{engine="decoder1",role="decode"}"#),
+            "1"
+        );
+        let outcome = rig.complete(r#"{"prompt":"y"}"#).await;
+        go.cancel();
+        outcome
+    };
+    let (first, (status, body)) = soon("both answers", futures_util::future::join(first, second)).await;
+    assert_eq!(
+        (first.0, status, code(&body).as_str()),
+        (200, 503, "too_many_requests_in_flight")
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn turns_go_round_and_sessions_stay() {
+    let (p1, p2, d1, d2) = (prefiller().await, prefiller().await, decoder().await, decoder().await);
+    let settings = Settings {
+        session_header: Some("session-id".into()),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[p1.port, p2.port], &[d1.port, d2.port], 1, None).await;
+    for _ in 0..4 {
+        rig.complete(r#"{"prompt":"x"}"#).await;
+    }
+    let counts = || [&p1, &p2, &d1, &d2].map(|fake| fake.seen().len());
+    assert_eq!(counts(), [2, 2, 2, 2]);
+    for _ in 0..4 {
+        let request = rig
+            .post("/v1/completions", r#"{"prompt":"x"}"#)
+            .header("session-id", "s");
+        assert_eq!(request.send().await.unwrap().status(), 200);
+    }
+    let mut counts = counts();
+    counts[..2].sort_unstable();
+    counts[2..].sort_unstable();
+    assert_eq!(counts, [2, 6, 2, 6]);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn what_only_an_engine_knows_is_asked_of_a_decode_engine() {
+    let prefill = prefiller().await;
+    let decode = Fake::start(|seen| async move { answer(200, format!("{} {}", seen.path, seen.raw)) }).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    for path in ["/v1/models", "/version"] {
+        assert_eq!(rig.get(path).await.text().await.unwrap(), format!("{path} "));
+    }
+    for path in ["/tokenize", "/detokenize"] {
+        let answer = rig
+            .post(path, "{\"a\": 1.0}")
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        assert_eq!(answer, format!("{path} {{\"a\": 1.0}}"));
+    }
+    assert_eq!(prefill.seen().len(), 0);
+    let text = rig.get("/metrics").await.text().await.unwrap();
+    assert!(
+        text.contains(r#"xpyd_requests_total{endpoint="/tokenize",status="200"} 1"#),
+        "{text}"
+    );
+    rig.finish().await;
+}

@@ -1,0 +1,91 @@
+//! The canary: what it proves, and what it must not let pass.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use xpyd::connector::TransferUnit;
+use xpyd::fleet::{EngineId, EngineState, FleetStage, Role};
+use xpyd::proxy::{CanaryError, CanaryReport};
+
+use super::fake::{Fake, Rig, answer, nixl_prefilled};
+
+/// Flies a canary over a pair whose decode engine has `moved` bytes per hand-off and answers with these texts.
+async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<CanaryReport, CanaryError> {
+    let bytes = Arc::new(AtomicUsize::new(7));
+    let prefill = Fake::start(|_| async { nixl_prefilled() }).await;
+    let decode = Fake::start(move |seen| {
+        let bytes = Arc::clone(&bytes);
+        async move {
+            if seen.path == "/metrics" {
+                let bytes = bytes.load(Ordering::Relaxed);
+                return answer(
+                    200,
+                    format!("vllm:nixl_bytes_transferred_sum{{engine=\"0\"}} {bytes}.0\n"),
+                );
+            }
+            let through = seen.json().get("kv_transfer_params").is_some();
+            if through {
+                bytes.fetch_add(moved, Ordering::Relaxed);
+            }
+            let text = if through { handed } else { alone };
+            answer(
+                200,
+                format!(r#"{{"choices":[{{"text":"{text}","finish_reason":"length"}}]}}"#),
+            )
+        }
+    })
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    rig.change(|view| {
+        view.stage = FleetStage::Verifying;
+        for engine in &mut view.engines {
+            engine.state = EngineState::Healthy;
+        }
+    });
+    let report = rig
+        .proxy
+        .canary(&EngineId::new(Role::Prefill, 0), &EngineId::new(Role::Decode, 0))
+        .await;
+    rig.finish().await;
+    report
+}
+
+#[tokio::test]
+async fn a_pair_that_hands_over_passes_before_clients_are_served() {
+    let report = fly(4096, "same", "same").await.expect("a good pair");
+    assert_eq!(
+        report.pair,
+        (EngineId::new(Role::Prefill, 0), EngineId::new(Role::Decode, 0))
+    );
+    assert_eq!(
+        (report.transferred.amount.to_string(), report.transferred.unit),
+        ("4096".into(), TransferUnit::Bytes)
+    );
+}
+
+#[tokio::test]
+async fn wrong_kv_is_found_by_the_text() {
+    let error = fly(4096, "one", "two").await.expect_err("a bad pair");
+    assert!(
+        matches!(&error, CanaryError::Differs { through, alone, .. } if through == "one" && alone == "two"),
+        "{error}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_right_answer_without_a_transfer_is_no_success() {
+    let error = fly(0, "same", "same").await.expect_err("no transfer");
+    assert!(matches!(error, CanaryError::NothingMoved { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_pair_that_is_not_up_is_named() {
+    let rig = Rig::nixl(&[1], &[1]).await;
+    rig.lose(Role::Decode, 0);
+    let error = rig
+        .proxy
+        .canary(&EngineId::new(Role::Prefill, 0), &EngineId::new(Role::Decode, 0))
+        .await;
+    assert!(error.expect_err("no engine").to_string().contains("decoder1"));
+    rig.finish().await;
+}

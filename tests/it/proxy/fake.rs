@@ -1,0 +1,331 @@
+//! Engines that a test scripts, and a proxy over them.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::{HeaderMap, Response, StatusCode};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use xpyd::connector::{Connector, FirstToken, LmCache, Nixl};
+use xpyd::fleet::{
+    Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
+};
+use xpyd::proxy::{Notifications, Proxy, Settings};
+
+/// No test waits longer than this for something that must happen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// One request as an engine saw it.
+#[derive(Debug, Clone)]
+pub(crate) struct Seen {
+    pub(crate) path: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) raw: String,
+}
+
+impl Seen {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.raw).unwrap_or(Value::Null)
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        self.headers["x-request-id"].to_str().unwrap()
+    }
+}
+
+type Answer = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
+
+/// A scripted engine.
+pub(crate) struct Fake {
+    pub(crate) port: u16,
+    seen: watch::Receiver<Vec<Seen>>,
+    _server: JoinSet<()>,
+}
+
+impl Fake {
+    /// An engine that answers with what `script` makes of each request.
+    pub(crate) async fn start<F>(script: impl Fn(Seen) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (sender, seen) = watch::channel(Vec::new());
+        let script: Arc<dyn Fn(Seen) -> Answer + Send + Sync> = Arc::new(move |seen| Box::pin(script(seen)));
+        let sender = Arc::new(sender);
+        let router = Router::new().fallback(move |request: Request| {
+            let (script, sender) = (Arc::clone(&script), Arc::clone(&sender));
+            async move {
+                let (head, body) = request.into_parts();
+                let body = body.collect().await.unwrap().to_bytes();
+                let seen = Seen {
+                    path: head.uri.path().to_owned(),
+                    headers: head.headers,
+                    raw: String::from_utf8(body.to_vec()).unwrap(),
+                };
+                sender.send_modify(|all: &mut Vec<Seen>| all.push(seen.clone()));
+                script(seen).await
+            }
+        });
+        let mut server = JoinSet::new();
+        server.spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self {
+            port,
+            seen,
+            _server: server,
+        }
+    }
+
+    pub(crate) fn seen(&self) -> Vec<Seen> {
+        self.seen.borrow().clone()
+    }
+
+    /// Waits until the engine has seen `count` requests.
+    pub(crate) async fn saw(&self, count: usize) -> Vec<Seen> {
+        let mut seen = self.seen.clone();
+        let all = tokio::time::timeout(PATIENCE, seen.wait_for(|all| all.len() >= count)).await;
+        all.expect("the engine saw too few requests").unwrap().clone()
+    }
+}
+
+/// An address where nobody listens.
+pub(crate) async fn dead_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+pub(crate) fn answer(status: u16, body: impl Into<Body>) -> Response<Body> {
+    Response::builder()
+        .status(StatusCode::from_u16(status).unwrap())
+        .header("content-type", "application/json")
+        .body(body.into())
+        .unwrap()
+}
+
+pub(crate) fn events(chunks: Vec<Result<&'static str, &'static str>>) -> Response<Body> {
+    let frames = chunks
+        .into_iter()
+        .map(|chunk| chunk.map(Bytes::from).map_err(std::io::Error::other));
+    sse(Body::from_stream(futures_util::stream::iter(frames)))
+}
+
+pub(crate) fn sse(body: Body) -> Response<Body> {
+    Response::builder()
+        .header("content-type", "text/event-stream; charset=utf-8")
+        .body(body)
+        .unwrap()
+}
+
+/// An engine's error.
+pub(crate) fn error(status: u16, message: &str) -> Response<Body> {
+    answer(
+        status,
+        json!({"error": {"message": message, "type": "T", "param": null, "code": status}}).to_string(),
+    )
+}
+
+/// The parameters that a NIXL prefill engine hands over, in a spelling that only its own bytes have.
+pub(crate) const PARAMS: &str = r#"{"do_remote_prefill": true, "do_remote_decode":false,"remote_block_ids":[[1, 2]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"127.0.0.1","remote_port":5600,"tp_size":1,"transfer_mode":"pull","future":1.50}"#;
+
+/// A NIXL prefill engine's answer.
+pub(crate) fn nixl_prefilled() -> Response<Body> {
+    answer(
+        200,
+        format!(r#"{{"id":"x","choices":[{{"text":"t","finish_reason":"length"}}],"kv_transfer_params":{PARAMS}}}"#),
+    )
+}
+
+/// A decode engine's whole answer, with bytes that no JSON writer would make.
+pub(crate) const COMPLETION: &str =
+    "{\"id\":\"cmpl-1\", \"choices\":[{\"text\":\" world\",\"finish_reason\":\"length\"}],\n\"new_field\":1.50}";
+
+/// A proxy over scripted engines.
+pub(crate) struct Rig {
+    pub(crate) proxy: Proxy,
+    pub(crate) url: String,
+    pub(crate) fleet: watch::Sender<Arc<FleetView>>,
+    stop: CancellationToken,
+    serving: JoinSet<std::io::Result<()>>,
+}
+
+pub(crate) fn lmcache(first_token: FirstToken) -> Connector {
+    Connector::LmCache(LmCache {
+        first_token,
+        prefill_buffer_bytes: 0,
+        decode_buffer_bytes: 0,
+    })
+}
+
+pub(crate) fn settings(connector: Connector) -> Settings {
+    Settings {
+        connector,
+        served_model_name: "m".into(),
+        session_header: None,
+        notifications: None,
+        prefill_deadline: PATIENCE,
+        handoff_deadline: PATIENCE,
+        decode_idle_deadline: PATIENCE,
+        max_body_bytes: 10_000,
+        max_in_flight: 8,
+    }
+}
+
+fn engine(role: Role, index: usize, port: u16, ranks: u16) -> EngineView {
+    let ports = |base: u16| (0..ranks).map(|rank| base + rank).collect();
+    EngineView {
+        id: EngineId::new(role, index),
+        role,
+        incarnation: Incarnation::FIRST,
+        state: EngineState::Ready,
+        endpoint: Endpoint {
+            host: "127.0.0.1".into(),
+            port,
+            tensor_parallel: ranks,
+            receiver: (role == Role::Decode).then(|| Receiver {
+                host: "127.0.0.1".into(),
+                init_ports: ports(7300),
+                alloc_ports: ports(7400),
+            }),
+        },
+        pid: None,
+        reason: None,
+        load: Arc::new(Load::default()),
+    }
+}
+
+impl Rig {
+    /// NIXL over engines on these ports.
+    pub(crate) async fn nixl(prefill: &[u16], decode: &[u16]) -> Self {
+        Self::start(settings(Connector::Nixl(Nixl {})), prefill, decode, 1, None).await
+    }
+
+    pub(crate) async fn start(
+        settings: Settings,
+        prefill: &[u16],
+        decode: &[u16],
+        ranks: u16,
+        notifications: Option<Notifications>,
+    ) -> Self {
+        let views = |role, ports: &[u16]| -> Vec<EngineView> {
+            let ports = ports.iter().enumerate();
+            ports.map(|(index, port)| engine(role, index, *port, ranks)).collect()
+        };
+        let engines = [views(Role::Prefill, prefill), views(Role::Decode, decode)].concat();
+        let (fleet, view) = watch::channel(Arc::new(FleetView {
+            generation: 1,
+            stage: FleetStage::Ready,
+            engines,
+        }));
+        let proxy = Proxy::new(settings, view, notifications);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let stop = CancellationToken::new();
+        let mut serving = JoinSet::new();
+        serving.spawn(proxy.clone().serve(listener, stop.clone()));
+        Self {
+            proxy,
+            url,
+            fleet,
+            stop,
+            serving,
+        }
+    }
+
+    pub(crate) fn post(&self, path: &str, body: impl Into<reqwest::Body>) -> reqwest::RequestBuilder {
+        reqwest::Client::new()
+            .post(format!("{}{path}", self.url))
+            .header("content-type", "application/json")
+            .body(body)
+    }
+
+    pub(crate) async fn complete(&self, body: impl Into<reqwest::Body>) -> (u16, String) {
+        let response = self.post("/v1/completions", body).send().await.unwrap();
+        (response.status().as_u16(), response.text().await.unwrap())
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> reqwest::Response {
+        reqwest::get(format!("{}{path}", self.url)).await.unwrap()
+    }
+
+    /// Changes the fleet's view as the supervisor would.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut FleetView)) {
+        let mut view = FleetView::clone(&self.fleet.borrow());
+        view.generation += 1;
+        change(&mut view);
+        self.fleet.send_replace(Arc::new(view));
+    }
+
+    /// The engine ends.
+    pub(crate) fn lose(&self, role: Role, index: usize) {
+        let id = EngineId::new(role, index);
+        self.change(|view| {
+            let engine = view.engines.iter_mut().find(|engine| engine.id == id).unwrap();
+            engine.state = EngineState::Failed;
+            engine.load.close();
+        });
+    }
+
+    /// Stops the proxy, which lets clean-ups end, and checks that nothing is left.
+    pub(crate) async fn finish(mut self) {
+        self.stop.cancel();
+        let ended = tokio::time::timeout(PATIENCE, self.serving.join_next()).await;
+        ended.expect("the proxy did not stop").unwrap().unwrap().unwrap();
+        assert_eq!(self.proxy.in_flight(), 0, "requests were left in flight");
+        let open = self.metric("xpyd_handoffs_open ");
+        assert_eq!(open, "0", "hand-offs were left open");
+        for engine in &self.fleet.borrow().engines {
+            assert_eq!(engine.load.in_flight(), 0, "{} is left loaded", engine.id);
+        }
+    }
+
+    /// The value of the sample whose line begins so.
+    pub(crate) fn metric(&self, beginning: &str) -> String {
+        let text = self.proxy.metrics_text();
+        let value = text.lines().find_map(|line| line.strip_prefix(beginning));
+        value.unwrap_or_default().trim().to_owned()
+    }
+}
+
+/// A flag that is raised when this is dropped, to see that a connection ended.
+pub(crate) struct Raise(pub(crate) CancellationToken);
+
+impl Drop for Raise {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// Waits for something that must happen.
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what} did not happen"))
+}
+
+/// An answer that does not depend on the request.
+pub(crate) type Script = fn() -> Response<Body>;
+
+/// Answers given one after the other; the last one stays.
+pub(crate) fn in_turn(answers: Vec<Script>) -> impl Fn(Seen) -> std::future::Ready<Response<Body>> {
+    let next = Mutex::new(0);
+    move |_| {
+        let mut next = next.lock().unwrap();
+        let answer = answers[(*next).min(answers.len() - 1)];
+        *next += 1;
+        std::future::ready(answer())
+    }
+}

@@ -1,0 +1,447 @@
+//! LMCache: notifications, KV that must be consumed, and the splice.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::Response;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use xpyd::connector::FirstToken;
+use xpyd::proxy::{Notifications, Settings};
+use zeromq::{PushSocket, Socket, SocketSend};
+
+use super::fake::{COMPLETION, Fake, Rig, Seen, answer, error, events, lmcache, settings, soon};
+use super::{code, message};
+
+/// Sends one notification, as a rank of a prefill engine does.
+async fn notify(port: u16, request_id: &str) {
+    let mut socket = PushSocket::new();
+    socket.connect(&format!("tcp://127.0.0.1:{port}")).await.unwrap();
+    let mut bytes = b"\x82\xa4type\xaaProxyNotif\xa6req_id\xd9".to_vec();
+    bytes.push(u8::try_from(request_id.len()).unwrap());
+    bytes.extend(request_id.as_bytes());
+    socket.send(bytes.into()).await.unwrap();
+    // Dropping a socket may drop what it has not written yet.
+    soon("the notification", socket.close()).await;
+}
+
+fn spec(seen: &Seen) -> Value {
+    seen.json()["kv_transfer_params"]["disagg_spec"].clone()
+}
+
+fn request_id(seen: &Seen) -> String {
+    spec(seen)["req_id"]
+        .as_str()
+        .expect("a plain request would kill an LMCache prefill engine")
+        .to_owned()
+}
+
+async fn decoder() -> Fake {
+    Fake::start(|_| async { answer(200, COMPLETION) }).await
+}
+
+/// A prefill engine that sends `ranks` notifications before it answers.
+async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fake {
+    Fake::start(move |seen| async move {
+        for _ in 0..ranks {
+            notify(port, &request_id(&seen)).await;
+        }
+        answer(200, body)
+    })
+    .await
+}
+
+const PREFILLED: &str = r#"{"choices":[{"text":"t","finish_reason":"length"}],"kv_transfer_params":null}"#;
+
+async fn rig(settings: Settings, prefill: &Fake, decode: &Fake, ranks: u16, socket: Notifications) -> Rig {
+    Rig::start(settings, &[prefill.port], &[decode.port], ranks, Some(socket)).await
+}
+
+#[tokio::test]
+async fn the_decode_leg_waits_for_every_rank_and_carries_the_clients_body() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let port = socket.port();
+    // One rank notifies before the answer, the other one long after.
+    let (prefill, decode) = (prefiller(port, 1, PREFILLED).await, decoder().await);
+    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 2, socket).await;
+    let body = r#"{"prompt":"x", "max_tokens":5,"n":1}"#;
+    let request = rig.complete(body);
+    let second_rank = async {
+        let seen = prefill.saw(1).await.remove(0);
+        assert_eq!(spec(&seen)["receiver_init_port"], json!([7300, 7301]));
+        assert_eq!(request_id(&seen), seen.id());
+        // Foreign and repeated garbage in between.
+        notify(port, "someone-else").await;
+        assert_eq!(decode.seen().len(), 0);
+        notify(port, &request_id(&seen)).await;
+    };
+    let (outcome, ()) = soon("the answer", futures_util::future::join(request, second_rank)).await;
+    assert_eq!(outcome, (200, COMPLETION.to_owned()));
+    assert_eq!(decode.seen()[0].raw, body);
+    assert_eq!(decode.seen().len(), 1);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn models_whose_first_rank_alone_stores_kv_need_one_notification() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
+    let settings = Settings {
+        notifications: Some(1),
+        ..settings(lmcache(FirstToken::Decoder))
+    };
+    let rig = rig(settings, &prefill, &decode, 4, socket).await;
+    let outcome = soon("the answer", rig.complete(r#"{"prompt":"x"}"#)).await;
+    assert_eq!(outcome, (200, COMPLETION.to_owned()));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_unreachable_prefill_engine_leaves_nothing_to_wait_for() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let decode = decoder().await;
+    let settings = settings(lmcache(FirstToken::Decoder));
+    let rig = Rig::start(settings, &[super::dead_port().await], &[decode.port], 1, Some(socket)).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, code(&body).as_str()), (502, "engine_unreachable"));
+    assert_eq!(
+        rig.metric("xpyd_handoffs_open "),
+        "0",
+        "no clean-up waits for KV that cannot come"
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_lost_notification_is_an_error_within_its_deadline() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let (prefill, decode) = (prefiller(socket.port(), 0, PREFILLED).await, decoder().await);
+    let settings = Settings {
+        handoff_deadline: Duration::from_millis(200),
+        ..settings(lmcache(FirstToken::Decoder))
+    };
+    let rig = rig(settings, &prefill, &decode, 1, socket).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, code(&body).as_str()), (504, "engine_timeout"));
+    assert!(
+        message(&body).contains("`handoff`") && message(&body).contains("`prefiller1`"),
+        "{body}"
+    );
+    let ids: Vec<String> = prefill.seen().iter().map(request_id).collect();
+    assert_eq!(ids.len(), 2, "a lost hand-off is tried again once");
+    assert_ne!(ids[0], ids[1]);
+    rig.finish().await;
+    assert_eq!(decode.seen().len(), 0);
+}
+
+#[tokio::test]
+async fn kv_that_arrives_after_its_client_left_is_consumed() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let port = socket.port();
+    let (prefill, decode) = (prefiller(port, 0, PREFILLED).await, decoder().await);
+    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let request = rig
+        .post(
+            "/v1/chat/completions",
+            r#"{"messages":[],"stream":true,"max_completion_tokens":99}"#,
+        )
+        .send();
+    tokio::select! {
+        _ = request => panic!("no notification, no answer"),
+        _ = prefill.saw(1) => {}
+    }
+    notify(port, &request_id(&prefill.seen()[0])).await;
+    let consumed = decode.saw(1).await.remove(0);
+    assert_eq!(consumed.path, "/v1/chat/completions");
+    let expected = json!({"messages": [], "stream": false, "max_completion_tokens": 1, "max_tokens": 1});
+    assert_eq!(consumed.json(), expected);
+    let proxy = rig.proxy.clone();
+    rig.finish().await;
+    let metrics = proxy.metrics_text();
+    assert!(
+        metrics.contains(r#"xpyd_handoff_cleanups_total{outcome="freed"} 1"#),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn kv_of_a_refused_decode_is_consumed() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let prefill = prefiller(socket.port(), 1, PREFILLED).await;
+    let decode = Fake::start(|seen| async move {
+        if seen.json()["max_tokens"] == 1 {
+            answer(200, COMPLETION)
+        } else {
+            error(400, "bad top_p")
+        }
+    })
+    .await;
+    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let (status, body) = rig.complete(r#"{"prompt":"x","top_p":"?"}"#).await;
+    assert_eq!((status, message(&body)), (400, "bad top_p".into()));
+    assert_eq!(decode.saw(2).await[1].json()["max_tokens"], 1);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_decoder_with_the_wrong_number_of_ports_is_never_named() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
+    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    rig.change(|view| view.engines[0].endpoint.tensor_parallel = 2);
+    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!((status, code(&body).as_str()), (500, "engines_do_not_fit"));
+    assert_eq!(prefill.seen().len(), 0);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn requests_that_need_no_handoff_never_reach_a_prefill_engine() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
+    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    for body in [
+        r#"{"prompt":["a","b"]}"#,
+        r#"{"prompt":"x","n":2}"#,
+        r#"{"prompt":"x","max_tokens":0}"#,
+    ] {
+        assert_eq!(rig.complete(body).await.0, 200);
+    }
+    assert_eq!(rig.get("/v1/models").await.status(), 200);
+    assert_eq!(prefill.seen().len(), 0);
+    rig.finish().await;
+}
+
+/// The prefill engine's answer in the splice: `Hel` is token 42.
+const FIRST: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"Hel","logprobs":null,"finish_reason":"length","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":2}},"kv_transfer_params":{"first_tok":42}}"#;
+
+/// The same where the answer is already over.
+const ENDED: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop","stop_reason":7}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1},"kv_transfer_params":{"first_tok":2}}"#;
+
+/// The same where the first token is half a character.
+const HALF: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"\ufffd","finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":9}}"#;
+
+const REST: &str = r#"{"id":"cmpl-D","object":"text_completion","created":6,"model":"m","choices":[{"index":0,"text":"lo","logprobs":null,"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":4,"total_tokens":5,"completion_tokens":1,"prompt_tokens_details":null}}"#;
+
+/// Cut where a parser that takes a chunk for an event would fail.
+fn rest_stream() -> Response<Body> {
+    events(vec![
+        Ok(
+            "data: {\"id\":\"cmpl-D\",\"object\":\"text_completion\",\"created\":6,\"model\":\"m\",\"choices\":[{\"index\":0,\"te",
+        ),
+        Ok(
+            "xt\":\"lo\",\"logprobs\":null,\"finish_reason\":null,\"stop_reason\":null}]}\n\ndata: {\"id\":\"cmpl-D\",\"choices\":[{\"index\":0,\"text\":\"!\",\"finish_reason\":\"length\"}]}\n\n",
+        ),
+        Ok(
+            "data: {\"id\":\"cmpl-D\",\"choices\":[],\"usage\":{\"prompt_tokens\":4,\"total_tokens\":6,\"completion_tokens\":2}}\n\n",
+        ),
+        Ok("data: [DONE]\n\n"),
+    ])
+}
+
+async fn splice(first: &'static str, body: &str, path: &str) -> (u16, String, String, Vec<Seen>, Vec<Seen>) {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let prefill = prefiller(socket.port(), 1, first).await;
+    let decode = Fake::start(|seen| async move {
+        match (seen.path.as_str(), &seen.json()["stream"]) {
+            ("/tokenize", _) => answer(200, r#"{"count":3,"max_model_len":99,"tokens":[1,2,3]}"#),
+            (_, Value::Bool(true)) => rest_stream(),
+            _ => answer(200, REST),
+        }
+    })
+    .await;
+    let rig = rig(settings(lmcache(FirstToken::Prefiller)), &prefill, &decode, 1, socket).await;
+    let request = rig.post(path, body.to_owned()).header("authorization", "Bearer k");
+    let response = soon("the answer", request.send()).await.unwrap();
+    let status = response.status().as_u16();
+    let content_type = response.headers()["content-type"].to_str().unwrap().to_owned();
+    let text = soon("the whole answer", response.text()).await.unwrap();
+    rig.finish().await;
+    (status, content_type, text, prefill.seen(), decode.seen())
+}
+
+fn chunks(text: &str) -> Vec<Value> {
+    let data = text.split("\n\n").filter_map(|event| event.strip_prefix("data: "));
+    data.map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data)))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_spliced_completion_is_one_coherent_answer() {
+    let body = r#"{"model":"m","prompt":"x","max_tokens":5,"temperature":0}"#;
+    let (status, content_type, text, prefill, decode) = splice(FIRST, body, "/v1/completions").await;
+    assert_eq!((status, content_type.as_str()), (200, "application/json"));
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(answer["id"], "cmpl-P");
+    assert_eq!(answer["choices"][0]["text"], "Hello");
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    let usage = json!({"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 2}});
+    assert_eq!(answer["usage"], usage);
+    let first = prefill[0].json();
+    assert_eq!((&first["prompt"], &first["max_tokens"]), (&json!([1, 2, 3]), &json!(1)));
+    assert_eq!(first["kv_transfer_params"]["ret_first_tok"], true);
+    assert_eq!(decode[0].json(), json!({"model": "m", "prompt": "x"}));
+    let rest = json!({"model": "m", "prompt": [1, 2, 3, 42], "max_tokens": 4, "temperature": 0});
+    assert_eq!(decode[1].json(), rest);
+    assert_eq!(decode.len(), 2);
+    for seen in prefill.iter().chain(&decode) {
+        assert_eq!(seen.headers["authorization"], "Bearer k");
+    }
+}
+
+#[tokio::test]
+async fn a_spliced_stream_has_one_id_and_the_right_usage() {
+    let body = r#"{"model":"m","prompt":[1,2,3],"stream":true,"stream_options":{"include_usage":true}}"#;
+    let (_, content_type, text, _, decode) = splice(FIRST, body, "/v1/completions").await;
+    assert!(content_type.starts_with("text/event-stream"));
+    let chunks = chunks(&text);
+    let texts: Vec<_> = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["text"].as_str())
+        .collect();
+    assert_eq!(texts, ["Hel", "lo", "!"]);
+    assert_eq!(chunks.last().unwrap(), "[DONE]");
+    let events = &chunks[..chunks.len() - 1];
+    assert!(
+        events
+            .iter()
+            .all(|chunk| chunk["id"] == "cmpl-P" && chunk["created"] == 5),
+        "{text}"
+    );
+    let usage = &events.last().unwrap()["usage"];
+    assert_eq!(
+        (&usage["prompt_tokens"], &usage["completion_tokens"]),
+        (&json!(3), &json!(3))
+    );
+    assert_eq!(events[0]["usage"], Value::Null);
+    // The prompt was token ids already, and vLLM's default of 16 tokens counts the first one.
+    assert_eq!(decode.len(), 1);
+    assert_eq!(decode[0].json()["max_tokens"], 15);
+}
+
+#[tokio::test]
+async fn a_spliced_chat_is_a_chat() {
+    let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
+    let (_, _, text, prefill, decode) = splice(FIRST, body, "/v1/chat/completions").await;
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (answer["object"].as_str(), answer["id"].as_str()),
+        (Some("chat.completion"), Some("chatcmpl-P"))
+    );
+    let message = &answer["choices"][0]["message"];
+    assert_eq!(
+        (message["role"].as_str(), message["content"].as_str()),
+        (Some("assistant"), Some("Hello"))
+    );
+    assert_eq!(prefill[0].json().get("messages"), None);
+    assert_eq!(decode[1].json(), json!({"prompt": [1, 2, 3, 42], "max_tokens": null}));
+
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"max_completion_tokens":9}"#;
+    let (_, _, text, _, decode) = splice(FIRST, body, "/v1/chat/completions").await;
+    let chunks = chunks(&text);
+    assert_eq!(
+        chunks[0]["choices"][0]["delta"],
+        json!({"role": "assistant", "content": ""})
+    );
+    let contents = chunks[1..]
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
+    assert_eq!(contents.collect::<String>(), "Hello!");
+    assert_eq!(chunks[1]["object"], "chat.completion.chunk");
+    assert_eq!(decode[1].json()["max_tokens"], 8);
+}
+
+#[tokio::test]
+async fn an_answer_that_ends_with_its_first_token_needs_no_decode_leg() {
+    let body = r#"{"model":"m","prompt":"x","max_tokens":1}"#;
+    let (_, _, text, _, decode) = splice(FIRST, body, "/v1/completions").await;
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (
+            answer["choices"][0]["text"].as_str(),
+            answer["choices"][0]["finish_reason"].as_str()
+        ),
+        (Some("Hel"), Some("length"))
+    );
+    assert_eq!(answer["usage"]["completion_tokens"], 1);
+    // Only the tokenization, and the request that takes the KV out of the decode engine's buffer.
+    assert_eq!(decode.len(), 2);
+    assert_eq!(
+        decode[1].json(),
+        json!({"model": "m", "prompt": [1, 2, 3, 1], "max_tokens": 1})
+    );
+
+    let body = r#"{"model":"m","prompt":"x","stream":true,"stream_options":{"include_usage":true},"max_tokens":9}"#;
+    let (_, content_type, text, _, decode) = splice(ENDED, body, "/v1/completions").await;
+    assert!(content_type.starts_with("text/event-stream"));
+    let chunks = chunks(&text);
+    assert_eq!(
+        (
+            &chunks[0]["choices"][0]["finish_reason"],
+            &chunks[0]["choices"][0]["stop_reason"]
+        ),
+        (&json!("stop"), &json!(7))
+    );
+    assert_eq!(
+        (&chunks[1]["choices"], &chunks[1]["usage"]["completion_tokens"]),
+        (&json!([]), &json!(1))
+    );
+    assert_eq!(chunks[2], "[DONE]");
+    assert_eq!(decode[1].json()["max_tokens"], 1);
+}
+
+#[tokio::test]
+async fn half_a_character_is_left_to_the_decode_engine() {
+    let body = r#"{"model":"m","prompt":"x","max_tokens":5}"#;
+    let (status, _, text, _, decode) = splice(HALF, body, "/v1/completions").await;
+    assert_eq!((status, text.as_str()), (200, REST));
+    let mut bodies: Vec<String> = decode[1..].iter().map(|seen| seen.raw.clone()).collect();
+    bodies.sort_by_key(|raw| raw.contains("\"x\""));
+    assert_eq!(bodies[1], body, "the client's own request");
+    assert!(bodies[0].contains("[1,2,3,1]"), "and the KV consumed");
+}
+
+#[tokio::test]
+async fn what_a_splice_cannot_do_exactly_goes_to_a_decode_engine_alone() {
+    for extra in [r#""logprobs":1"#, r#""stop":["a"]"#, r#""min_tokens":2"#, r#""seed":7"#] {
+        let body = format!(r#"{{"model":"m","prompt":"x",{extra}}}"#);
+        let (status, _, text, prefill, decode) = splice(FIRST, &body, "/v1/completions").await;
+        assert_eq!((status, text.as_str()), (200, REST));
+        assert_eq!(
+            (prefill.len(), decode.len(), decode[0].raw.as_str()),
+            (0, 1, body.as_str())
+        );
+    }
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function"}]}"#;
+    let (_, _, _, prefill, decode) = splice(FIRST, body, "/v1/chat/completions").await;
+    assert_eq!(
+        (prefill.len(), decode[0].path.as_str(), decode[0].raw.as_str()),
+        (0, "/v1/chat/completions", body)
+    );
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_during_the_decode_leg_still_has_its_kv_consumed() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let prefill = prefiller(socket.port(), 1, PREFILLED).await;
+    let stuck = CancellationToken::new();
+    let gate = stuck.clone();
+    let decode = Fake::start(move |seen| {
+        let gate = gate.clone();
+        async move {
+            if seen.json()["max_tokens"] != 1 {
+                gate.cancelled().await;
+            }
+            answer(200, COMPLETION)
+        }
+    })
+    .await;
+    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let request = rig.post("/v1/completions", r#"{"prompt":"x","max_tokens":50}"#).send();
+    tokio::select! {
+        _ = request => panic!("the decode engine never answers"),
+        _ = decode.saw(1) => {}
+    }
+    assert_eq!(decode.saw(2).await[1].json()["max_tokens"], 1);
+    rig.finish().await;
+}
