@@ -93,9 +93,9 @@ where
     let stop = CancellationToken::new();
     let mut parts = JoinSet::new();
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
-    let (progress_is_settled, phases) = report(&mut parts, &plan, printer, &view, &stop);
+    let (progress_is_settled, seen) = report(&mut parts, &plan, printer, &view, &stop);
     let (stops, stop_receiver) = mpsc::channel(8);
-    let control_state = control_state(&info, &plan, &view, &phases, &proxy, stops);
+    let control_state = control_state(&info, &plan, &view, &seen, &proxy, stops);
     parts.spawn(serve_control(control, control_state, stop.clone()));
     parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
 
@@ -177,7 +177,7 @@ fn report(
     printer: Printer,
     view: &watch::Receiver<Arc<FleetView>>,
     stop: &CancellationToken,
-) -> (oneshot::Receiver<()>, watch::Receiver<reporting::Phases>) {
+) -> (oneshot::Receiver<()>, watch::Receiver<Arc<reporting::Seen>>) {
     let (sender, receiver) = mpsc::channel(64);
     for engine in &plan.engines {
         let log = plan.run_dir.join(&engine.log_file);
@@ -188,11 +188,11 @@ fn report(
             }
         }));
     }
-    let (published, phases) = watch::channel(reporting::Phases::default());
+    let (published, seen) = watch::channel(Arc::default());
     let (settled, progress_is_settled) = oneshot::channel();
-    let reporter = reporting::Reporter::new(printer, plan, settled);
-    parts.spawn(reporter.run(view.clone(), receiver, published, stop.clone()));
-    (progress_is_settled, phases)
+    let reporter = reporting::Reporter::new(printer, plan, settled, published);
+    parts.spawn(reporter.run(view.clone(), receiver, stop.clone()));
+    (progress_is_settled, seen)
 }
 
 fn supervisor_settings(
@@ -305,23 +305,25 @@ fn control_state(
     info: &RunInfo,
     plan: &Plan,
     view: &watch::Receiver<Arc<FleetView>>,
-    phases: &watch::Receiver<reporting::Phases>,
+    seen: &watch::Receiver<Arc<reporting::Seen>>,
     proxy: &Proxy,
     stop: mpsc::Sender<server::StopRequest>,
 ) -> server::ServerState {
-    let (info, view, phases, proxy) = (info.clone(), view.clone(), phases.clone(), proxy.clone());
+    let (info, view, seen, proxy) = (info.clone(), view.clone(), seen.clone(), proxy.clone());
     let gpus: HashMap<EngineId, Vec<u32>> = plan
         .engines
         .iter()
         .map(|engine| (engine.id.clone(), engine.gpus.clone()))
         .collect();
     let status = move || {
-        let (view, phases) = (view.borrow().clone(), phases.borrow().clone());
+        let (view, seen) = (view.borrow().clone(), seen.borrow().clone());
         let engines = view.engines.iter().map(|engine| {
-            let phase = phases.get(&engine.id);
+            let phase = seen.phases.get(&engine.id);
+            let started = seen.started.get(&engine.id).filter(|_| engine.state.is_alive());
             api::EngineStatus {
                 phase: phase.map(|phase| phase.name.to_owned()),
                 percent: phase.map(|phase| phase.percent),
+                uptime_seconds: started.map(|started| started.elapsed().as_secs()),
                 gpus: gpus.get(&engine.id).cloned().unwrap_or_default(),
                 ..api::EngineStatus::from(engine)
             }
@@ -329,7 +331,7 @@ fn control_state(
         api::Status {
             run: info.clone(),
             stage: view.stage,
-            ready_since: None,
+            ready_since: seen.ready_since.clone(),
             in_flight: proxy.in_flight(),
             drain_seconds_left: None,
             engines: engines.collect(),

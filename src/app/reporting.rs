@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Duration, MissedTickBehavior, interval};
+use tokio::time::{Duration, Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use crate::fleet::{EngineId, EngineState, FleetStage, FleetView, Role};
@@ -12,8 +12,16 @@ use crate::logs::Phase;
 use crate::plan::Plan;
 use crate::ui::{FleetProgress, Printer, StopProgress};
 
-/// The phases that engines have reached, for the status.
-pub(super) type Phases = Arc<HashMap<EngineId, Phase>>;
+/// What only the reporter knows, for the status.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Seen {
+    /// How far each engine's start is.
+    pub(super) phases: HashMap<EngineId, Phase>,
+    /// When each engine began to start.
+    pub(super) started: HashMap<EngineId, Instant>,
+    /// When the fleet became ready, RFC 3339.
+    pub(super) ready_since: Option<String>,
+}
 
 /// How often the number of requests in flight is shown while they are waited for.
 const REFRESH: Duration = Duration::from_millis(500);
@@ -30,11 +38,17 @@ pub(super) struct Reporter {
     stopping: Option<StopProgress>,
     stage: FleetStage,
     states: HashMap<EngineId, EngineState>,
-    phases: HashMap<EngineId, Phase>,
+    seen: Seen,
+    published: watch::Sender<Arc<Seen>>,
 }
 
 impl Reporter {
-    pub(super) fn new(printer: Printer, plan: &Plan, settled: oneshot::Sender<()>) -> Self {
+    pub(super) fn new(
+        printer: Printer,
+        plan: &Plan,
+        settled: oneshot::Sender<()>,
+        published: watch::Sender<Arc<Seen>>,
+    ) -> Self {
         let engines: Vec<_> = plan
             .engines
             .iter()
@@ -47,7 +61,8 @@ impl Reporter {
             stopping: None,
             stage: FleetStage::Starting,
             states: HashMap::new(),
-            phases: HashMap::new(),
+            seen: Seen::default(),
+            published,
         }
     }
 
@@ -56,7 +71,6 @@ impl Reporter {
         mut self,
         mut view: watch::Receiver<Arc<FleetView>>,
         mut phases: mpsc::Receiver<(EngineId, Phase)>,
-        published: watch::Sender<Phases>,
         stop: CancellationToken,
     ) {
         let mut refresh = interval(REFRESH);
@@ -80,8 +94,8 @@ impl Reporter {
                     if let Some(progress) = &mut self.progress {
                         progress.phase(&engine, phase.name, phase.percent);
                     }
-                    self.phases.insert(engine, phase);
-                    published.send_replace(Arc::new(self.phases.clone()));
+                    self.seen.phases.insert(engine, phase);
+                    self.publish();
                 }
             }
         }
@@ -97,6 +111,10 @@ impl Reporter {
             let before = self.states.insert(engine.id.clone(), engine.state);
             if before == Some(engine.state) {
                 continue;
+            }
+            if engine.state == EngineState::Starting {
+                self.seen.started.insert(engine.id.clone(), Instant::now());
+                self.publish();
             }
             match &mut self.progress {
                 Some(progress) => progress.state(&engine.id, engine.state),
@@ -123,7 +141,11 @@ impl Reporter {
                     None => self.printer.status(text),
                 }
             }
-            FleetStage::Ready => self.finish_progress(),
+            FleetStage::Ready => {
+                self.seen.ready_since = Some(jiff::Timestamp::now().to_string());
+                self.publish();
+                self.finish_progress();
+            }
             FleetStage::Draining | FleetStage::Stopping => {
                 self.finish_progress();
                 let printer = self.printer;
@@ -133,6 +155,10 @@ impl Reporter {
             }
             FleetStage::Stopped => {}
         }
+    }
+
+    fn publish(&self) {
+        self.published.send_replace(Arc::new(self.seen.clone()));
     }
 
     /// What the stop waits for: requests, then engines.

@@ -259,7 +259,8 @@ impl DeadlinesTable {
             stop: seconds(self.stop, 25),
             prefill: seconds(self.prefill, 300),
             handoff: seconds(self.handoff, 90),
-            decode_idle: seconds(self.decode_idle, 300),
+            // It also bounds a whole answer that is not streamed.
+            decode_idle: seconds(self.decode_idle, 600),
         }
     }
 }

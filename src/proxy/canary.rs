@@ -16,7 +16,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::error::{ProxyError, Stage};
-use super::flow::{Deadlines, Job, Stages, answer};
+use super::flow::{Job, Stages, answer};
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
 use super::{Proxy, Shared};
@@ -29,10 +29,6 @@ const WORDS: usize = 260;
 
 /// Tokens to generate.
 const TOKENS: usize = 8;
-
-/// The least that each stage of a canary may take. The first hand-off between two engines connects them, which took up
-/// to 50 s on slow machines.
-const PATIENCE: Duration = Duration::from_mins(2);
 
 /// How long the decode engine's counters may lag behind its answer.
 const COUNTER_DEADLINE: Duration = Duration::from_secs(10);
@@ -198,22 +194,13 @@ impl Canary<'_> {
             headers: HeaderMap::new(),
             session: None,
             pair: Some((self.prefill.clone(), self.decode.clone())),
-            deadlines: self.deadlines(),
+            deadlines: self.shared.deadlines(),
             arrived: Instant::now(),
             permit: Arc::new(permit),
         };
         answer(self.shared, job)
             .await
             .map_err(|error| self.failed(one_line(&error)))
-    }
-
-    fn deadlines(&self) -> Deadlines {
-        let own = self.shared.deadlines();
-        Deadlines {
-            prefill: own.prefill.max(PATIENCE),
-            handoff: own.handoff.max(PATIENCE),
-            decode: own.decode.max(PATIENCE),
-        }
     }
 
     fn seat(&self) -> Result<Seat, CanaryError> {
@@ -233,7 +220,7 @@ impl Canary<'_> {
             ..Call::post(Kind::Completions.path(), &headers, &id, Vec::new())
         };
         let step = self.shared.upstream.fetch(&seat.engine, call);
-        let answer: Result<_, ProxyError> = seat.run(Stage::Pass, self.deadlines().decode, step).await;
+        let answer: Result<_, ProxyError> = seat.run(Stage::Pass, self.shared.deadlines().decode, step).await;
         let (head, body) = answer.map_err(|error| self.failed(one_line(&error)))?;
         self.read(head.status, &body)
     }
