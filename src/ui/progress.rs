@@ -208,6 +208,10 @@ impl StopProgress {
         };
         let line = ProgressBar::with_draw_target(None, target);
         line.set_style(style(ENDING));
+        if redraws {
+            // The terminal has just echoed `^C`, and a line that is redrawn must begin where the cursor is.
+            printer.status("");
+        }
         line.enable_steady_tick(TICK);
         Self {
             printer,
