@@ -1,1 +1,3 @@
 //! Behaviour of xpyd through its binary and its public interfaces.
+
+mod sim;
