@@ -56,11 +56,6 @@ impl BlockPool {
         })
     }
 
-    /// Whether that many tokens fit into the pool at all.
-    pub(crate) fn could_hold(&self, tokens: usize) -> bool {
-        tokens.div_ceil(BLOCK_TOKENS) <= self.total
-    }
-
     /// The part of the pool in use, 0 to 1.
     pub(crate) fn usage(&self) -> f64 {
         1.0 - self.lock().free.len() as f64 / self.total as f64
@@ -158,7 +153,6 @@ mod tests {
         let pool = BlockPool::new(32);
         let all = pool.reserve(32).unwrap();
         assert!(pool.reserve(1).is_none());
-        assert!(pool.could_hold(32) && !pool.could_hold(33));
         assert!(pool.read(&[2]).is_none());
         drop(all);
         assert!(pool.reserve(1).is_some());

@@ -166,19 +166,29 @@ async fn serve(options: Options, log: &Log, ready: Option<oneshot::Sender<Addres
     let mut signals = Signals::listen(options.ignores_sigterm())?;
     let options = Arc::new(options);
     let socket = bind(&options).await?;
-    let starting = start(&options, log, socket);
-    tokio::pin!(starting);
-    let engine = tokio::select! {
-        engine = &mut starting => engine?,
-        // Python raises KeyboardInterrupt.
-        () = signals.next() => return Ok(ExitStatus::Forced),
+    let mut children = Children::new(&options);
+    let started = tokio::select! {
+        started = start(&options, log, socket, &mut children) => Some(started),
+        () = signals.next() => None,
+    };
+    let engine = match started {
+        Some(Ok(engine)) => engine,
+        Some(Err(error)) => {
+            children.stop(log).await;
+            return Err(error);
+        }
+        None => {
+            // Python raises KeyboardInterrupt.
+            children.stop(log).await;
+            return Ok(ExitStatus::Forced);
+        }
     };
     if let Some(ready) = ready {
         // Nobody has to listen.
         drop(ready.send(engine.addresses.clone()));
     }
     log.raw("INFO:     Application startup complete.\n");
-    Ok(engine.serve(&mut signals, log).await)
+    Ok(engine.serve(&mut signals, children, log).await)
 }
 
 /// SIGTERM and SIGINT.
@@ -236,11 +246,26 @@ async fn bind(options: &Options) -> Result<TcpSocket, SimError> {
     Ok(socket)
 }
 
+/// What vLLM refuses before it loads anything, and what it finds out when it sizes the KV cache.
+fn check(options: &Options) -> Result<(), SimError> {
+    let model = options.max_model_len;
+    if !options.chunked_prefill && options.step_tokens() < model {
+        return Err(SimError::StepTooSmall {
+            step: options.step_tokens(),
+            model,
+        });
+    }
+    let holds = options.preset.kv_cache_tokens;
+    if holds < model {
+        return Err(SimError::KvCache { holds, model });
+    }
+    Ok(())
+}
+
 /// An engine that serves.
 struct Engine {
     options: Arc<Options>,
     addresses: Addresses,
-    children: Children,
     core: JoinSet<Result<(), Death>>,
     http: JoinSet<std::io::Result<()>>,
     closing: CancellationToken,
@@ -249,27 +274,22 @@ struct Engine {
 }
 
 /// Goes through the phases of a start.
-async fn start(options: &Arc<Options>, log: &Log, socket: TcpSocket) -> Result<Engine, SimError> {
-    if !options.chunked_prefill && options.step_tokens() < options.max_model_len {
-        return Err(SimError::StepTooSmall {
-            step: options.step_tokens(),
-            model: options.max_model_len,
-        });
-    }
+async fn start(
+    options: &Arc<Options>,
+    log: &Log,
+    socket: TcpSocket,
+    children: &mut Children,
+) -> Result<Engine, SimError> {
+    check(options)?;
     let mut startup = Startup::begin(options, log);
     startup.read_config().await?;
-    let children = Children::spawn(options, log)
+    children
+        .spawn(options, log)
         .await
         .map_err(|error| SimError::System("spawn the engine core", error))?;
     startup.load().await?;
     let metrics = Arc::new(Metrics::default());
     let pool = blocks::BlockPool::new(options.preset.kv_cache_tokens);
-    if !pool.could_hold(options.max_model_len as usize) {
-        return Err(SimError::KvCache {
-            holds: options.preset.kv_cache_tokens,
-            model: options.max_model_len,
-        });
-    }
     let mut background = JoinSet::new();
     let connected = Connected::make(options, log, &metrics, &pool, &mut background).await?;
     if let Some(config) = &options.kv_transfer {
@@ -323,7 +343,6 @@ async fn start(options: &Arc<Options>, log: &Log, socket: TcpSocket) -> Result<E
     Ok(Engine {
         options: Arc::clone(options),
         addresses,
-        children,
         core: cores,
         http,
         closing,
@@ -334,7 +353,7 @@ async fn start(options: &Arc<Options>, log: &Log, socket: TcpSocket) -> Result<E
 
 impl Engine {
     /// Serves until a signal, or until the core dies. Either way the exit code is 0, as with vLLM.
-    async fn serve(mut self, signals: &mut Signals, log: &Log) -> ExitStatus {
+    async fn serve(mut self, signals: &mut Signals, mut children: Children, log: &Log) -> ExitStatus {
         let death = tokio::select! {
             () = signals.next() => None,
             Some(ended) = self.core.join_next() => Some(match ended {
@@ -342,12 +361,13 @@ impl Engine {
                 Ok(Err(death)) => death,
                 Err(error) => Death(error.to_string()),
             }),
-            () = self.children.exited() => Some(Death("EngineCore proc died unexpectedly".to_owned())),
+            () = children.exited() => Some(Death("EngineCore proc died unexpectedly".to_owned())),
         };
         match death {
             Some(death) => self.die(&death, log).await,
             None => self.shut_down(log).await,
         }
+        children.stop(log).await;
         ExitStatus::Success
     }
 
@@ -365,7 +385,6 @@ impl Engine {
         log.raw("INFO:     Shutting down\n");
         self.close(log).await;
         tokio::time::sleep_until(died + Duration::from_secs_f64(self.options.preset.death)).await;
-        self.children.stop(log).await;
     }
 
     async fn shut_down(mut self, log: &Log) {
@@ -386,7 +405,6 @@ impl Engine {
         }
         drop(timeout(CLOSE_DEADLINE, self.core.join_next()).await);
         self.close(log).await;
-        self.children.stop(log).await;
     }
 
     /// Returns once nothing runs or waits.

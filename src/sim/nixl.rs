@@ -172,7 +172,7 @@ impl SideChannel {
     fn metadata(&self) -> Bytes {
         let agent = AgentMetadata {
             engine_id: self.engine_id.clone(),
-            agent_metadata: b"xpyd".to_vec(),
+            opaque: b"xpyd".to_vec(),
             kv_caches_base_addr: Vec::new(),
             device_id: 0,
             num_blocks: u32::try_from(self.pool.total()).unwrap_or(u32::MAX),

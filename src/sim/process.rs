@@ -26,28 +26,34 @@ pub(crate) struct Children {
 }
 
 impl Children {
-    /// Spawns the tree by executing this program again, unless the options say otherwise.
-    pub(crate) async fn spawn(options: &Options, log: &Log) -> std::io::Result<Self> {
-        let mut children = Self {
+    /// None yet.
+    pub(crate) fn new(options: &Options) -> Self {
+        Self {
             engine_core: None,
             orphans: options.leaves_orphans(),
-        };
+        }
+    }
+
+    /// Spawns the tree by executing this program again, unless the options say otherwise.
+    pub(crate) async fn spawn(&mut self, options: &Options, log: &Log) -> std::io::Result<()> {
         if !options.spawn_children {
-            return Ok(children);
+            return Ok(());
         }
         let mut child = command(options, "VLLM::EngineCore", "engine-core")?
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()?;
+        let engine_core = child.id().unwrap_or_default();
+        let stdout = child.stdout.take();
+        // Kept before the first wait: a start that is given up must still stop it.
+        self.engine_core = Some(child);
         let mut line = String::new();
-        if let Some(stdout) = child.stdout.take() {
+        if let Some(stdout) = stdout {
             let mut reader = BufReader::new(stdout);
             timeout(DEADLINE, reader.read_line(&mut line)).await??;
         }
-        let engine_core = child.id().unwrap_or_default();
         log.set_children(engine_core, line.trim().parse().unwrap_or(engine_core));
-        children.engine_core = Some(child);
-        Ok(children)
+        Ok(())
     }
 
     /// Returns once `EngineCore` has gone by itself; never without children.
@@ -59,7 +65,7 @@ impl Children {
     }
 
     /// Asks the tree to leave, and kills `EngineCore` if it does not.
-    pub(crate) async fn stop(mut self, log: &Log) {
+    pub(crate) async fn stop(&mut self, log: &Log) {
         let Some(child) = &mut self.engine_core else {
             return;
         };

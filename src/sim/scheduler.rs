@@ -170,7 +170,7 @@ impl Core {
     async fn idle(&mut self) -> Result<(), Death> {
         // Blocks may come free, and stalled clients may leave, without a word.
         let pause = if self.waiting.is_empty() && self.running.is_empty() {
-            Duration::from_secs(3600)
+            Duration::from_hours(1)
         } else {
             Duration::from_millis(20)
         };
@@ -391,9 +391,7 @@ impl Core {
             return Ok(());
         }
         // The last token of a transferred prompt is computed with the next step; a computed one has its first token.
-        if transferred {
-            self.running.push(sequence);
-        } else if self.advance(&mut sequence) {
+        if transferred || self.advance(&mut sequence) {
             self.running.push(sequence);
         }
         Ok(())

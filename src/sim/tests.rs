@@ -101,9 +101,10 @@ fn nixl(role: &str, more: &Value) -> Options {
     }
 }
 
+/// A prompt of that many tokens.
 fn prompt(words: usize) -> String {
     (0..words)
-        .map(|word| [" the", " river", " learn", " mother"][word * word % 4])
+        .map(|word| [" the", " time", " people", " water", " say"][word * word % 5])
         .collect()
 }
 
@@ -156,7 +157,7 @@ async fn parameters_used_twice_or_for_another_prompt_give_wrong_text_and_status_
     let body = json!({"prompt": prompt(100), "max_tokens": 20});
     let right = alone.complete(&body).await;
     let params = prefiller.complete(&remote_decode(&body)).await["kv_transfer_params"].take();
-    let other = json!({"prompt": prompt(101).replace(" learn", " house"), "max_tokens": 20});
+    let other = json!({"prompt": prompt(100).replacen(" the", " say", 1), "max_tokens": 20});
     let crossed = decoder.complete(&with_params(&other, &params)).await;
     assert_ne!(content(&crossed), content(&alone.complete(&other).await));
     let again = decoder.complete(&with_params(&body, &params)).await;

@@ -223,7 +223,7 @@ mod tests {
         }
         let text = decode(&made);
         assert_eq!(encode(&text), made, "{text}");
-        assert!(made.iter().any(|token| *token == PERIOD));
+        assert!(made.contains(&PERIOD));
     }
 
     #[test]
@@ -231,7 +231,9 @@ mod tests {
         let records = [1_u64, 2, 3, 4];
         let fold = |records: &[u64]| {
             let mut state = KvState::default();
-            records.iter().for_each(|record| state.absorb(*record));
+            for record in records {
+                state.absorb(*record);
+            }
             state.draw(0).0
         };
         for position in 0..records.len() {

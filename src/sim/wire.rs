@@ -181,8 +181,8 @@ pub(crate) struct AgentMetadata {
     /// The engine's id.
     pub(crate) engine_id: String,
     /// Opaque.
-    #[serde(with = "serde_bytes")]
-    pub(crate) agent_metadata: Vec<u8>,
+    #[serde(rename = "agent_metadata", with = "serde_bytes")]
+    pub(crate) opaque: Vec<u8>,
     /// Addresses of the KV caches; none here.
     pub(crate) kv_caches_base_addr: Vec<u64>,
     /// The GPU.

@@ -4,6 +4,7 @@ mod bench;
 mod control;
 mod logs;
 mod proxy;
+mod sim;
 mod supervisor;
 mod support;
 mod tidy;

@@ -177,7 +177,7 @@ impl Config {
 }
 
 /// Long enough to never end within a run, short enough for every clock.
-const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
+const FOR_EVER: Duration = Duration::from_hours(365 * 24);
 
 /// `model@world_size@worker_id@chunk_hash@dtype`, as LMCache writes it.
 pub(crate) fn key(model: &str, world_size: usize, rank: usize, hash: u64) -> String {
@@ -244,7 +244,7 @@ mod tests {
             .replace("{{device}}", "cuda");
         let prefill = parse(&prefill).unwrap();
         assert_eq!((prefill.role, prefill.proxy.1), (Some(Role::Sender), 7500));
-        assert_eq!(prefill.allocation_timeout, Duration::from_secs(60));
+        assert_eq!(prefill.allocation_timeout, Duration::from_mins(1));
         assert!(prefill.unknown.is_empty() && decode.unknown.is_empty());
         assert_eq!(prefill.hash_salt, decode.hash_salt);
     }

@@ -22,7 +22,7 @@ use crate::sim::timing::Preset;
 use crate::sim::wire::LmcacheMessage;
 
 /// After this long vLLM gives up a worker that does not answer (`execute_model`).
-pub(crate) const WORKER_DEADLINE: Duration = Duration::from_secs(300);
+pub(crate) const WORKER_DEADLINE: Duration = Duration::from_mins(5);
 /// Transfers that may wait per decode engine.
 const QUEUE: usize = 1024;
 /// How long a message of a live peer may take.
