@@ -131,6 +131,9 @@ pub(crate) struct Sequence {
 impl Sequence {
     pub(crate) fn new(request: Request) -> Self {
         Self {
+            // The prompt's last token, and not none: a prompt that ends with an answer's first token must go on as that
+            // answer does.
+            previous: request.prompt.last().copied(),
             request,
             loaded: Vec::new(),
             blocks: None,
@@ -138,7 +141,6 @@ impl Sequence {
             made: 0,
             first: None,
             state: KvState::default(),
-            previous: None,
             text: Vec::new(),
             reported: 0,
             tokens: Vec::new(),

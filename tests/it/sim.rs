@@ -1,6 +1,9 @@
 //! `xpyd sim` as a process: its tree, its signals, its exit codes.
 
-#![expect(clippy::unwrap_used, reason = "what a test starts and signals may only fail by failing the test")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "what a test starts and signals may only fail by failing the test"
+)]
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};

@@ -1,6 +1,6 @@
 //! A run of xpyd in a folder of its own: its commands, its ports, its processes.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// Longest wait for anything; far more than a loaded machine needs.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
 /// Every port base of the shipped profiles.
 const BASES: [u16; 8] = [5600, 5700, 7100, 7200, 7300, 7400, 7500, 9100];
@@ -39,25 +39,25 @@ fn free_port_offset() -> u16 {
 }
 
 /// A folder with everything of one test's runs in it.
-pub struct Place {
+pub(crate) struct Place {
     folder: tempfile::TempDir,
-    pub offset: u16,
+    pub(crate) offset: u16,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             folder: tempfile::tempdir().expect("a folder"),
             offset: free_port_offset(),
         }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }
 
     /// `xpyd ARGUMENTS` in this place, untouched by the environment of whoever runs the tests.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
         command
             .args(arguments)
@@ -78,12 +78,12 @@ impl Place {
     }
 
     /// Runs a command to its end.
-    pub fn run(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().expect("xpyd runs")
     }
 
     /// The arguments of `xpyd up` for simulated engines that take no time.
-    pub fn up_arguments(&self, more: &[&str]) -> Vec<String> {
+    pub(crate) fn up_arguments(&self, more: &[&str]) -> Vec<String> {
         let offset = format!("port_offset={}", self.offset);
         let fixed = ["up", "--engine", "sim", "--set", "sim.preset=instant", "--set", &offset];
         fixed
@@ -94,18 +94,18 @@ impl Place {
     }
 
     /// Starts `xpyd up` with these arguments more.
-    pub fn up(&self, more: &[&str]) -> Run<'_> {
+    pub(crate) fn up(&self, more: &[&str]) -> Run<'_> {
         let arguments = self.up_arguments(more);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         Run::start(self, &arguments)
     }
 
-    pub fn proxy_port(&self) -> u16 {
+    pub(crate) fn proxy_port(&self) -> u16 {
         9100 + self.offset
     }
 
     /// Processes whose current folder is this place: xpyd, its guardian, and everything that they started.
-    pub fn processes(&self) -> Vec<(i32, String)> {
+    pub(crate) fn processes(&self) -> Vec<(i32, String)> {
         let here = self.path().canonicalize().expect("the folder");
         let mut found = Vec::new();
         for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
@@ -121,7 +121,7 @@ impl Place {
     }
 
     /// Waits until no process of this place is left.
-    pub fn wait_until_empty(&self) {
+    pub(crate) fn wait_until_empty(&self) {
         wait_for("an empty place", || {
             let left = self.processes();
             if left.is_empty() {
@@ -133,7 +133,7 @@ impl Place {
     }
 
     /// Nothing listens on any port of the place's fleet.
-    pub fn assert_no_listener(&self) {
+    pub(crate) fn assert_no_listener(&self) {
         for base in BASES {
             for index in 0..WIDTH {
                 let port = base + self.offset + index;
@@ -146,13 +146,13 @@ impl Place {
     }
 
     /// A file of the newest run.
-    pub fn log(&self, name: &str) -> String {
+    pub(crate) fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.path().join("logs/latest").join(name)).unwrap_or_default()
     }
 }
 
 /// Asks again until the answer is `Ok`, without ever sleeping longer than a moment.
-pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
+pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
     let (_never, pause) = mpsc::channel::<()>();
     let began = std::time::SystemTime::now();
     loop {
@@ -163,20 +163,20 @@ pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T 
                 "waited too long for {what}: {state}"
             ),
         }
-        drop(pause.recv_timeout(Duration::from_millis(20)));
+        assert!(pause.recv_timeout(Duration::from_millis(20)).is_err(), "nobody sends");
     }
 }
 
 /// A running `xpyd`, whose stderr is read as it comes.
-pub struct Run<'place> {
+pub(crate) struct Run<'place> {
     place: &'place Place,
     child: Child,
     lines: Receiver<String>,
-    pub seen: Vec<String>,
+    pub(crate) seen: Vec<String>,
 }
 
 impl<'place> Run<'place> {
-    pub fn start(place: &'place Place, arguments: &[&str]) -> Self {
+    pub(crate) fn start(place: &'place Place, arguments: &[&str]) -> Self {
         let mut child = place
             .command(arguments)
             .stdout(Stdio::piped())
@@ -200,12 +200,12 @@ impl<'place> Run<'place> {
         }
     }
 
-    pub fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).expect("a pid")
     }
 
     /// Reads on until a line contains `text`.
-    pub fn wait_for_line(&mut self, text: &str) -> String {
+    pub(crate) fn wait_for_line(&mut self, text: &str) -> String {
         loop {
             match self.lines.recv_timeout(DEADLINE) {
                 Ok(line) => {
@@ -220,16 +220,16 @@ impl<'place> Run<'place> {
     }
 
     /// Waits until clients are served.
-    pub fn wait_until_ready(&mut self) {
+    pub(crate) fn wait_until_ready(&mut self) {
         self.wait_for_line("ready: every pair");
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid()), signal).expect("xpyd is there");
     }
 
     /// Waits for the end and returns the exit code, and everything that was printed to stderr.
-    pub fn end(mut self) -> (i32, String) {
+    pub(crate) fn end(mut self) -> (i32, String) {
         let status = wait_for("the end of xpyd", || match self.child.try_wait() {
             Ok(Some(status)) => Ok(status),
             Ok(None) => Err(format!("{:#?}", self.place.processes())),
@@ -239,15 +239,6 @@ impl<'place> Run<'place> {
             self.seen.push(line);
         }
         (status.code().unwrap_or(-1), self.seen.join("\n"))
-    }
-
-    /// Stdout so far; blocks until it is closed.
-    pub fn stdout(&mut self) -> String {
-        let mut text = String::new();
-        if let Some(stdout) = &mut self.child.stdout {
-            drop(stdout.read_to_string(&mut text));
-        }
-        text
     }
 }
 
@@ -259,28 +250,53 @@ impl Drop for Run<'_> {
 }
 
 /// An answer over HTTP: status and body.
-pub fn post(port: u16, path: &str, body: &str) -> (u16, String) {
+pub(crate) fn post(port: u16, path: &str, body: &str) -> (u16, String) {
+    post_with(port, path, body, &[])
+}
+
+/// As [`post`], with headers.
+pub(crate) fn post_with(port: u16, path: &str, body: &str, headers: &[(&str, &str)]) -> (u16, String) {
+    let client = client();
+    let mut request = client
+        .post(url(port, path))
+        .header("content-type", "application/json")
+        .body(body.to_owned());
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    answer(request)
+}
+
+/// The body that a path answers.
+pub(crate) fn get(port: u16, path: &str) -> String {
+    answer(client().get(url(port, path))).1
+}
+
+fn url(port: u16, path: &str) -> String {
+    format!("http://127.0.0.1:{port}{path}")
+}
+
+fn client() -> reqwest::Client {
+    reqwest::Client::builder()
+        .no_proxy()
+        .timeout(DEADLINE)
+        .build()
+        .expect("a client")
+}
+
+fn answer(request: reqwest::RequestBuilder) -> (u16, String) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        let client = reqwest::Client::builder()
-            .no_proxy()
-            .timeout(DEADLINE)
-            .build()
-            .expect("a client");
-        let request = client
-            .post(format!("http://127.0.0.1:{port}{path}"))
-            .header("content-type", "application/json")
-            .body(body.to_owned());
         let answer = request.send().await.expect("an answer");
         (answer.status().as_u16(), answer.text().await.expect("a body"))
     })
 }
 
 /// The text of a greedy completion.
-pub fn completion(port: u16, model: &str, prompt: &str) -> String {
+pub(crate) fn completion(port: u16, model: &str, prompt: &str) -> String {
     let body = serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 12});
     let (status, text) = post(port, "/v1/completions", &body.to_string());
     assert_eq!(status, 200, "{text}");

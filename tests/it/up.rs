@@ -3,7 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::{Place, completion, post, wait_for};
+use crate::support::{Place, completion, get, post, post_with, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -257,14 +257,97 @@ fn a_dry_run_prints_the_plan_and_starts_nothing() {
 #[test]
 fn a_session_keeps_its_engines() {
     let place = Place::new();
-    let mut run = place.up(&["--client-bound"]);
+    let mut run = place.up(&["--client-bound", "--client-bound-key", "x-chat"]);
     run.wait_until_ready();
-    let (status, text) = post(
-        place.proxy_port(),
-        "/v1/completions",
-        &format!("{{\"model\":\"{MODEL}\",\"prompt\":\"x\"}}"),
+    let body = format!("{{\"model\":\"{MODEL}\",\"prompt\":\"x\",\"max_tokens\":2}}");
+    let before = served_by_decoders(&place);
+    for _ in 0..6 {
+        let (status, text) = post_with(place.proxy_port(), "/v1/completions", &body, &[("x-chat", "one")]);
+        assert_eq!(status, 200, "{text}");
+    }
+    let after = served_by_decoders(&place);
+    let grown: Vec<u64> = after
+        .iter()
+        .zip(&before)
+        .map(|(after, before)| after - before)
+        .collect();
+    assert!(
+        grown == [6, 0] || grown == [0, 6],
+        "one session on two decoders: {grown:?}"
     );
-    assert_eq!(status, 200, "{text}");
-    run.signal(Signal::SIGINT);
-    assert_eq!(run.end().0, 0);
+    for _ in 0..4 {
+        post(place.proxy_port(), "/v1/completions", &body);
+    }
+    let grown: Vec<u64> = served_by_decoders(&place)
+        .iter()
+        .zip(&after)
+        .map(|(now, before)| now - before)
+        .collect();
+    assert_eq!(grown, [2, 2], "requests without a session go round");
+}
+
+/// Requests that each of the two decode engines has finished.
+fn served_by_decoders(place: &Place) -> [u64; 2] {
+    [7200, 7201].map(|port| {
+        let text = get(port + place.offset, "/metrics");
+        let counts = text
+            .lines()
+            .filter(|line| line.starts_with("vllm:request_success_total"));
+        let sum: f64 = counts
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum();
+        // A count, which has no fraction.
+        format!("{sum}").parse().expect("a whole number")
+    })
+}
+
+#[test]
+fn the_demo_shows_a_whole_life_and_ends_by_itself() {
+    let place = Place::new();
+    let offset = place.offset.to_string();
+    let output = place.run(&[
+        "demo",
+        "--preset",
+        "instant",
+        "--num-prompts",
+        "2",
+        "--port-offset",
+        &offset,
+    ]);
+    let (data, text) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{text}");
+    assert!(data.contains("Successful requests:                     2"), "{data}");
+    assert!(data.contains("prefill engine reads the prompt"), "{data}");
+    assert!(
+        text.contains("no process and no listener is left") && text.contains("xpyd up --engine sim"),
+        "{text}"
+    );
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn the_bench_finds_the_running_fleet_by_itself() {
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d"]);
+    run.wait_until_ready();
+    let output = place.run(&[
+        "bench",
+        "--num-prompts",
+        "4",
+        "--request-rate",
+        "inf",
+        "--random-input-len",
+        "64",
+        "--json",
+    ]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{text}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(
+        (&report["completed"], &report["total_input_tokens"]),
+        (&4.into(), &256.into())
+    );
 }
