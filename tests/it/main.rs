@@ -1,5 +1,6 @@
 //! Behaviour of xpyd through its binary and its public interfaces.
 
+mod alone;
 mod bench;
 mod control;
 mod logs;
