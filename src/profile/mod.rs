@@ -2,7 +2,7 @@
 //!
 //! A profile is a stack of layers (a shipped profile, the user's file, `--set` overrides, flags). Each layer is checked on
 //! its own, so that an error points at the line where it was written; then the layers are merged, later ones winning, and
-//! [`Profile`] gets the defaults of [`file`].
+//! [`Profile`] gets the defaults of `file`.
 
 mod file;
 mod layers;
