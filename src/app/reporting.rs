@@ -112,6 +112,13 @@ impl Reporter {
             if before == Some(engine.state) {
                 continue;
             }
+            tracing::info!(
+                engine = %engine.id,
+                incarnation = %engine.incarnation,
+                state = %engine.state,
+                reason = engine.reason,
+                "engine"
+            );
             if engine.state == EngineState::Starting {
                 self.seen.started.insert(engine.id.clone(), Instant::now());
                 self.publish();
@@ -127,6 +134,7 @@ impl Reporter {
         }
         if view.stage != self.stage {
             self.stage = view.stage;
+            tracing::info!(stage = %view.stage, "fleet");
             self.stage_changed(view);
         }
     }

@@ -34,7 +34,7 @@ pub(super) struct FleetArguments {
     #[arg(long)]
     pub port: Option<u16>,
     /// Bind requests of one session to the same engines, as LMCache's example does.
-    #[arg(long, env = "CLIENT_BOUND", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, env = "CLIENT_BOUND", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new(), value_name = "BOOL")]
     pub client_bound: Option<bool>,
     /// Header that names the session.
     #[arg(long, env = "CLIENT_BOUND_KEY", value_name = "HEADER")]

@@ -93,6 +93,28 @@ fn a_gated_model_needs_a_well_formed_token_unless_it_is_cached() {
 }
 
 #[test]
+fn engines_on_the_cpu_want_memory_and_cores_but_no_gpu() {
+    let mut machine = Machine::fixture(0, "0.32.0", None);
+    machine.gpus = Gpus::NotAsked;
+    let warned = |machine: &Machine| {
+        let findings = findings("cpu-1p1d", machine);
+        assert!(
+            findings.iter().all(|finding| finding.level != Level::Fail),
+            "{findings:#?}"
+        );
+        findings
+            .into_iter()
+            .filter(|finding| finding.level == Level::Warn)
+            .map(|finding| finding.check)
+            .collect::<Vec<_>>()
+    };
+    assert!(warned(&machine).is_empty());
+    machine.cores = 2;
+    machine.available_memory_bytes = 7 << 30;
+    assert_eq!(warned(&machine), ["memory", "cores"]);
+}
+
+#[test]
 fn the_simulated_engine_needs_nothing() {
     let mut machine = Machine::fixture(0, "0.32.0", None);
     machine.engine = Engine::Missing("vllm".to_owned());
