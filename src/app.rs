@@ -15,7 +15,6 @@ use tokio_util::sync::CancellationToken;
 use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineId, FleetStage, FleetView};
-use crate::logs;
 use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
@@ -95,9 +94,14 @@ where
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
     let (progress_is_settled, seen) = report(&mut parts, &plan, printer, &view, &stop);
     let (stops, stop_receiver) = mpsc::channel(8);
-    let control_state = control_state(&info, &plan, &view, &seen, &proxy, stops);
+    let (take_outs, take_out_receiver) = mpsc::channel(8);
+    let control_state = control_state(&info, &plan, &view, &seen, &proxy, (stops, take_outs));
     parts.spawn(serve_control(control, control_state, stop.clone()));
     parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
+    parts.spawn(until(
+        stop.clone(),
+        forward_take_outs(take_out_receiver, requests.clone()),
+    ));
 
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
     let wiring = supervisor::Wiring {
@@ -181,12 +185,8 @@ fn report(
     let (sender, receiver) = mpsc::channel(64);
     for engine in &plan.engines {
         let log = plan.run_dir.join(&engine.log_file);
-        let (kind, id, sender) = (plan.engine, engine.id.clone(), sender.clone());
-        parts.spawn(until(stop.clone(), async move {
-            if let Err(error) = logs::watch_phases(log, 0, kind, id.clone(), sender).await {
-                tracing::debug!(engine = %id, %error, "phases cannot be read");
-            }
-        }));
+        let starts = reporting::follow_starts(log, plan.engine, engine.id.clone(), sender.clone(), view.clone());
+        parts.spawn(until(stop.clone(), starts));
     }
     let (published, seen) = watch::channel(Arc::default());
     let (settled, progress_is_settled) = oneshot::channel();
@@ -205,6 +205,7 @@ fn supervisor_settings(
         reservations,
         run_dir: plan.run_dir.clone(),
         drain_deadline: plan.proxy.drain_deadline,
+        restart: plan.restart.clone(),
         verify_deadline: VERIFY_DEADLINE,
         run_name: name,
         program: std::env::current_exe().map_err(anyhow::Error::from)?,
@@ -300,14 +301,14 @@ fn run_info(plan: &Plan, name: &str, url: &str, detached: bool) -> Result<RunInf
     })
 }
 
-/// What the control socket answers from, and where its requests to stop go.
+/// What the control socket answers from, and where its requests go.
 fn control_state(
     info: &RunInfo,
     plan: &Plan,
     view: &watch::Receiver<Arc<FleetView>>,
     seen: &watch::Receiver<Arc<reporting::Seen>>,
     proxy: &Proxy,
-    stop: mpsc::Sender<server::StopRequest>,
+    (stop, take_out): (mpsc::Sender<server::StopRequest>, mpsc::Sender<server::TakeOut>),
 ) -> server::ServerState {
     let (info, view, seen, proxy) = (info.clone(), view.clone(), seen.clone(), proxy.clone());
     let gpus: HashMap<EngineId, Vec<u32>> = plan
@@ -340,6 +341,7 @@ fn control_state(
     server::ServerState {
         status: Arc::new(status),
         stop,
+        take_out,
     }
 }
 
@@ -349,6 +351,31 @@ async fn forward_stops(mut stops: mpsc::Receiver<server::StopRequest>, requests:
         let (reply, _outcome) = oneshot::channel();
         if requests.send(supervisor::Request::Stop { force, reply }).await.is_err() {
             return;
+        }
+    }
+}
+
+/// Hands requests that concern one engine from the control socket on to the supervisor.
+async fn forward_take_outs(mut asked: mpsc::Receiver<server::TakeOut>, requests: mpsc::Sender<supervisor::Request>) {
+    while let Some(take_out) = asked.recv().await {
+        let (reply, answer) = oneshot::channel();
+        let engine = take_out.engine.clone();
+        let request = supervisor::Request::Engine {
+            engine: take_out.engine,
+            then: match take_out.verb {
+                server::EngineVerb::Restart => supervisor::Then::Restart,
+                server::EngineVerb::Drain => supervisor::Then::Stay,
+            },
+            force: take_out.force,
+            reply,
+        };
+        if requests.send(request).await.is_err() {
+            return;
+        }
+        if let Ok(answer) = answer.await {
+            let answer = answer.map_err(|refusal| format!("{engine} cannot be taken out: {refusal}"));
+            // Whoever asked may have gone.
+            let _ = take_out.reply.send(answer);
         }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// What an engine does for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -101,7 +102,9 @@ pub enum EngineState {
     Stopping,
     /// Stopped on request, its tree is empty.
     Stopped,
-    /// Ended, or was ended, for a reason nobody asked for.
+    /// Ended, or was ended, for a reason nobody asked for, and starts again later.
+    Backoff,
+    /// Ended, or was ended, for a reason nobody asked for, and stays so.
     Failed,
 }
 
@@ -115,7 +118,7 @@ impl EngineState {
     pub fn is_alive(self) -> bool {
         match self {
             Self::Starting | Self::Healthy | Self::Ready | Self::Draining | Self::Stopping => true,
-            Self::Planned | Self::Stopped | Self::Failed => false,
+            Self::Planned | Self::Stopped | Self::Backoff | Self::Failed => false,
         }
     }
 }
@@ -130,6 +133,7 @@ impl fmt::Display for EngineState {
             Self::Draining => "draining",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
+            Self::Backoff => "backoff",
             Self::Failed => "failed",
         })
     }
@@ -220,6 +224,8 @@ pub struct EngineView {
     pub pid: Option<u32>,
     /// Why it failed, in one line.
     pub reason: Option<String>,
+    /// When it starts again, in [`EngineState::Backoff`].
+    pub restart_at: Option<Instant>,
     /// Requests in flight on this incarnation.
     pub load: Arc<Load>,
 }

@@ -1,16 +1,18 @@
 //! Tells the user what the fleet does: progress while it starts, and every change after that.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Duration, Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::{EngineId, EngineState, FleetStage, FleetView, Role};
-use crate::logs::Phase;
+use crate::engine::EngineKind;
+use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Role};
+use crate::logs::{self, Phase};
 use crate::plan::Plan;
-use crate::ui::{FleetProgress, Printer, StopProgress};
+use crate::ui::{FleetProgress, Printer, StopProgress, time_span};
 
 /// What only the reporter knows, for the status.
 #[derive(Debug, Clone, Default)]
@@ -25,6 +27,33 @@ pub(super) struct Seen {
 
 /// How often the number of requests in flight is shown while they are waited for.
 const REFRESH: Duration = Duration::from_millis(500);
+
+/// Reads the phases of every start of an engine from its log, in which each start goes on where the last one ended.
+pub(super) async fn follow_starts(
+    log: PathBuf,
+    kind: EngineKind,
+    id: EngineId,
+    sender: mpsc::Sender<(EngineId, Phase)>,
+    mut view: watch::Receiver<Arc<FleetView>>,
+) {
+    let (mut incarnation, mut offset) = (Incarnation::FIRST, 0);
+    loop {
+        let start = async {
+            if let Err(error) = logs::watch_phases(log.clone(), offset, kind, id.clone(), sender.clone()).await {
+                tracing::debug!(engine = %id, %error, "phases cannot be read");
+            }
+            std::future::pending::<()>().await;
+        };
+        let is_next = |view: &Arc<FleetView>| view.engine(&id).is_some_and(|engine| engine.incarnation != incarnation);
+        let next = tokio::select! {
+            () = start => return,
+            next = view.wait_for(is_next) => next.ok().and_then(|view| view.engine(&id).map(|engine| engine.incarnation)),
+        };
+        let Some(next) = next else { return };
+        incarnation = next;
+        offset = fs_err::metadata(&log).map_or(0, |file| file.len());
+    }
+}
 
 /// Prints what changes.
 #[derive(Debug)]
@@ -121,21 +150,38 @@ impl Reporter {
             );
             if engine.state == EngineState::Starting {
                 self.seen.started.insert(engine.id.clone(), Instant::now());
+                self.seen.phases.remove(&engine.id);
                 self.publish();
             }
             match &mut self.progress {
                 Some(progress) => progress.state(&engine.id, engine.state),
-                None if engine.state == EngineState::Failed => {
-                    let reason = engine.reason.as_deref().unwrap_or("it ended");
-                    self.printer.error(format!("{} failed: {reason}", engine.id));
-                }
-                None => {}
+                None => self.tell_change(engine, view.stage),
             }
         }
         if view.stage != self.stage {
             self.stage = view.stage;
             tracing::info!(stage = %view.stage, "fleet");
             self.stage_changed(view);
+        }
+    }
+
+    /// What becomes of single engines while the others serve, and every failure.
+    fn tell_change(&self, engine: &EngineView, stage: FleetStage) {
+        let (id, reason) = (&engine.id, engine.reason.as_deref().unwrap_or("it ended"));
+        let serving = stage == FleetStage::Ready;
+        match engine.state {
+            EngineState::Failed => self.printer.error(format!("{id} failed: {reason}")),
+            EngineState::Backoff => {
+                let wait = engine.restart_at.map(|at| at.saturating_duration_since(Instant::now()));
+                let wait = time_span(wait.unwrap_or_default());
+                self.printer
+                    .error(format!("{id} failed: {reason}; it starts again in {wait}"));
+            }
+            EngineState::Draining if serving => self.printer.status(format!("{id} takes no more requests")),
+            EngineState::Stopped if serving => self.printer.status(format!("{id} is stopped")),
+            EngineState::Starting => self.printer.status(format!("{id} starts again")),
+            EngineState::Ready => self.printer.status(format!("{id} serves again")),
+            _ => {}
         }
     }
 

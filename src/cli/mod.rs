@@ -5,11 +5,13 @@ mod completions;
 mod demo;
 mod detach;
 pub mod down;
+mod drain;
 pub mod logs;
 mod plan;
 mod profiles;
 pub mod proxy;
 mod request;
+mod restart;
 pub mod sim;
 pub mod status;
 mod up;
@@ -49,6 +51,10 @@ enum Verb {
     Status(status::Arguments),
     /// Print or follow the logs of a run
     Logs(logs::Arguments),
+    /// Take engines out, start them again and prove them, while the others serve
+    Restart(restart::Arguments),
+    /// Take engines out and stop them, while the others serve
+    Drain(drain::Arguments),
     /// Stop a run
     Down(down::Arguments),
     /// Measure a server, with the flags and the table of `vllm bench serve`
@@ -77,6 +83,8 @@ pub fn main() -> ExitCode {
         Verb::Demo(arguments) => demo::run(&arguments, printer),
         Verb::Status(arguments) => block_on(status::run(arguments, printer)),
         Verb::Logs(arguments) => block_on(logs::run(arguments, printer)),
+        Verb::Restart(arguments) => block_on(restart::run(arguments, printer)),
+        Verb::Drain(arguments) => block_on(drain::run(arguments, printer)),
         Verb::Down(arguments) => block_on(down::run(arguments, printer)),
         Verb::Bench(arguments) => block_on(bench::run(*arguments, running_fleet(), printer)),
         Verb::Proxy(arguments) => block_on(proxy::run(arguments, printer)),

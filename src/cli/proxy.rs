@@ -354,6 +354,7 @@ fn fleet(prefill: Vec<Endpoint>, decode: Vec<Endpoint>) -> FleetView {
                 endpoint,
                 pid: None,
                 reason: None,
+                restart_at: None,
                 load: Arc::new(Load::default()),
             })
     };

@@ -135,6 +135,12 @@ fn detail(engine: &EngineStatus) -> String {
         _ => None,
     };
     let restarts = (engine.incarnation > 1).then(|| format!("start {}", engine.incarnation));
-    let parts: Vec<String> = [start, engine.reason.clone(), restarts].into_iter().flatten().collect();
+    let next = engine
+        .restart_in_seconds
+        .map(|seconds| format!("starts again in {}", ui::time_span(Duration::from_secs(seconds))));
+    let parts: Vec<String> = [start, engine.reason.clone(), next, restarts]
+        .into_iter()
+        .flatten()
+        .collect();
     parts.join("; ")
 }

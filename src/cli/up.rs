@@ -200,6 +200,7 @@ pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Resu
         }
         Ending::EngineFailed { engine, .. }
         | Ending::LostRole { engine, .. }
+        | Ending::CrashLoop { engine, .. }
         | Ending::NotReady {
             engine: Some(engine), ..
         } => {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{Handoff, HandoffError, Launch, LaunchContext, PairError, answer_params};
-use crate::fleet::{Endpoint, Role};
+use crate::fleet::{Endpoint, Receiver, Role};
 
 /// LMCache's templates, one per role. `{{name}}` stands for a value of the plan.
 const PREFILL_TEMPLATE: &str = include_str!("../../configs/lmcache-prefill.yaml");
@@ -59,18 +59,17 @@ impl LmCache {
         }
         let file = format!("lmcache-{}{}.yaml", context.role.engine_stem(), context.index + 1);
         let (notify_host, notify_port) = context.notify.unwrap_or(("127.0.0.1", 0));
-        let (init_ports, alloc_ports) = context
-            .receiver
-            .map(|receiver| (ports(&receiver.init_ports), ports(&receiver.alloc_ports)))
-            .unwrap_or_default();
         let content = template
             .replace("{{notify_host}}", notify_host)
             .replace("{{notify_port}}", &notify_port.to_string())
             .replace("{{host}}", context.host)
-            .replace("{{init_ports}}", &init_ports)
-            .replace("{{alloc_ports}}", &alloc_ports)
             .replace("{{buffer_bytes}}", &buffer.to_string())
             .replace("{{device}}", context.device.as_str());
+        let (content, receiver_template) = match context.receiver {
+            // A prefill engine never connects again to a decode engine that it has known and that ended.
+            Some(receiver) => (with_ports(&content, receiver), Some(content)),
+            None => (content, None),
+        };
         Launch {
             kv_transfer_config: json!({
                 "kv_connector": "LMCacheConnectorV1",
@@ -87,6 +86,7 @@ impl LmCache {
                 ("PYTHONHASHSEED".into(), "0".into()),
             ],
             file: Some((file.into(), content)),
+            receiver_template,
         }
     }
 
@@ -132,6 +132,13 @@ impl LmCache {
     }
 }
 
+/// A decode engine's file with its receiver's ports.
+pub(super) fn with_ports(template: &str, receiver: &Receiver) -> String {
+    template
+        .replace("{{init_ports}}", &ports(&receiver.init_ports))
+        .replace("{{alloc_ports}}", &ports(&receiver.alloc_ports))
+}
+
 /// A YAML list of ports in flow style.
 fn ports(ports: &[u16]) -> String {
     let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
@@ -141,7 +148,6 @@ fn ports(ports: &[u16]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::Receiver;
 
     fn endpoint(tensor_parallel: u16, ports: Option<(&[u16], &[u16])>) -> Endpoint {
         Endpoint {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::fleet::{Endpoint, Role};
+use crate::fleet::{Endpoint, Receiver, Role};
 
 pub use lmcache::{FirstToken, LmCache};
 pub use nixl::Nixl;
@@ -61,7 +61,7 @@ pub struct LaunchContext<'plan> {
     /// Port of the NIXL side channel, if this connector has one.
     pub side_channel_port: Option<u16>,
     /// Its LMCache receiver, if it is a decode engine of that connector.
-    pub receiver: Option<&'plan crate::fleet::Receiver>,
+    pub receiver: Option<&'plan Receiver>,
     /// Where the proxy takes LMCache's notifications.
     pub notify: Option<(&'plan str, u16)>,
     /// Longest prompt plus answer, in tokens, if the profile says so.
@@ -81,6 +81,14 @@ pub struct Launch {
     pub env: Vec<(String, String)>,
     /// A file to write into the run's folder: path relative to it, and content.
     pub file: Option<(PathBuf, String)>,
+    /// The content of that file with the receiver's ports left open, where every start of an engine needs new ones:
+    /// [`with_receiver_ports`] closes it.
+    pub receiver_template: Option<String>,
+}
+
+/// The content of a decode engine's file from [`Launch::receiver_template`].
+pub fn with_receiver_ports(template: &str, receiver: &Receiver) -> String {
+    lmcache::with_ports(template, receiver)
 }
 
 /// What the prefill leg gave for the decode leg of the same request. Not `Clone`: KV can be fetched once, for exactly

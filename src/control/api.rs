@@ -5,10 +5,14 @@
 //! |---|---|---|
 //! | `GET /v1/status` | | 200 [`Status`] |
 //! | `POST /v1/down` | [`DownRequest`] | 202 [`DownAnswer`], at once; the run is gone when its lock is free |
+//! | `POST /v1/engines/{id}/restart` | [`EngineRequest`] | 202 [`EngineAnswer`], at once; the status shows the rest |
+//! | `POST /v1/engines/{id}/drain` | [`EngineRequest`] | the same |
 //!
 //! Every other answer carries an [`ErrorBody`]. Readers ignore fields that they do not know, so fields may be added.
 
 use serde::{Deserialize, Serialize};
+
+use tokio::time::Instant;
 
 use super::rundir::RunInfo;
 use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, Role};
@@ -68,6 +72,8 @@ pub struct EngineStatus {
     pub uptime_seconds: Option<u64>,
     /// Why it failed, in one line.
     pub reason: Option<String>,
+    /// In how many seconds it starts again; `None` unless it waits for that.
+    pub restart_in_seconds: Option<u64>,
 }
 
 impl From<&EngineView> for EngineStatus {
@@ -86,6 +92,9 @@ impl From<&EngineView> for EngineStatus {
             in_flight: view.load.in_flight(),
             uptime_seconds: None,
             reason: view.reason.clone(),
+            restart_in_seconds: view
+                .restart_at
+                .map(|at| at.saturating_duration_since(Instant::now()).as_secs()),
         }
     }
 }
@@ -104,6 +113,22 @@ pub struct DownRequest {
 pub struct DownAnswer {
     /// Always true.
     pub stopping: bool,
+}
+
+/// Asks for one engine to be drained and stopped, and perhaps started again.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineRequest {
+    /// Even if its role then has no engine that serves.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The engine is being drained.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct EngineAnswer {
+    /// After a restart, the engine is of this incarnation or a later one.
+    pub incarnation: u32,
 }
 
 /// Why a request was not answered.

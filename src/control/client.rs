@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::api::{DownAnswer, DownRequest, ErrorBody, Status};
+use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, Status};
+use super::server::EngineVerb;
+use crate::fleet::EngineId;
 
 /// How long one question may take. The server answers from memory, so a second is already a sign of trouble.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -68,6 +70,12 @@ impl ControlClient {
     pub async fn down(&self, force: bool) -> Result<DownAnswer, ClientError> {
         self.ask(self.http.post("http://xpyd/v1/down").json(&DownRequest { force }))
             .await
+    }
+
+    /// Asks the run to drain and stop one engine, and to start it again if the verb says so. The status shows how it goes.
+    pub async fn engine(&self, engine: &EngineId, verb: EngineVerb, force: bool) -> Result<EngineAnswer, ClientError> {
+        let url = format!("http://xpyd/v1/engines/{engine}/{}", verb.name());
+        self.ask(self.http.post(url).json(&EngineRequest { force })).await
     }
 
     async fn ask<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, ClientError> {

@@ -9,17 +9,18 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Json, State};
+use axum::extract::{DefaultBodyLimit, Json, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::Listener;
 use nix::unistd::getuid;
 use tokio::net::{UnixListener, UnixStream, unix};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::api::{DownAnswer, DownRequest, ErrorBody, Status};
+use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, Status};
+use crate::fleet::{EngineId, Incarnation};
 
 /// How long a client may hold up the end of the server.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -37,6 +38,38 @@ pub struct StopRequest {
     pub force: bool,
 }
 
+/// What may be asked of one engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineVerb {
+    /// Drain it, stop it, start it again.
+    Restart,
+    /// Drain it and stop it.
+    Drain,
+}
+
+impl EngineVerb {
+    /// Its name in paths.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Restart => "restart",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+/// Someone asked for one engine to be taken out.
+#[derive(Debug)]
+pub struct TakeOut {
+    /// Which; there is one of this name.
+    pub engine: EngineId,
+    /// What is asked for.
+    pub verb: EngineVerb,
+    /// Even if its role then has no engine that serves.
+    pub force: bool,
+    /// Gets the incarnation that a restart leads to, or why it cannot be.
+    pub reply: oneshot::Sender<Result<Incarnation, String>>,
+}
+
 /// What the server speaks for.
 #[derive(Clone)]
 pub struct ServerState {
@@ -44,6 +77,8 @@ pub struct ServerState {
     pub status: Arc<dyn Fn() -> Status + Send + Sync>,
     /// Takes requests to stop. A full channel already holds one, so what does not fit is dropped, unless it forces.
     pub stop: mpsc::Sender<StopRequest>,
+    /// Takes requests that concern one engine. What does not fit is refused.
+    pub take_out: mpsc::Sender<TakeOut>,
 }
 
 impl fmt::Debug for ServerState {
@@ -57,10 +92,12 @@ pub async fn serve(listener: UnixListener, state: ServerState, stop: Cancellatio
     let router = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/down", post(down))
+        .route("/v1/engines/{id}/restart", post(restart))
+        .route("/v1/engines/{id}/drain", post(drain))
         .fallback(|| async {
             refuse(
                 StatusCode::NOT_FOUND,
-                "no such route; there are /v1/status and /v1/down",
+                "no such route; there are /v1/status, /v1/down, /v1/engines/{id}/restart and /v1/engines/{id}/drain",
             )
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -98,6 +135,46 @@ async fn down(State(state): State<ServerState>, body: Result<Json<DownRequest>, 
     }
     tracing::info!(force = stop.force, "asked to stop over the control socket");
     (StatusCode::ACCEPTED, Json(DownAnswer { stopping: true })).into_response()
+}
+
+type EngineBody = Result<Json<EngineRequest>, JsonRejection>;
+
+async fn restart(State(state): State<ServerState>, Path(id): Path<String>, body: EngineBody) -> Response {
+    take_out(&state, &id, EngineVerb::Restart, body).await
+}
+
+async fn drain(State(state): State<ServerState>, Path(id): Path<String>, body: EngineBody) -> Response {
+    take_out(&state, &id, EngineVerb::Drain, body).await
+}
+
+async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: EngineBody) -> Response {
+    let EngineRequest { force } = match body {
+        Ok(Json(request)) => request,
+        Err(JsonRejection::MissingJsonContentType(_)) => EngineRequest::default(),
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
+    };
+    let engine = EngineId::named(id);
+    if (state.status)().engines.iter().all(|known| known.id != engine) {
+        return refuse(StatusCode::NOT_FOUND, &format!("no engine `{engine}` in this run"));
+    }
+    let (reply, answer) = oneshot::channel();
+    let request = TakeOut {
+        engine,
+        verb,
+        force,
+        reply,
+    };
+    if state.take_out.try_send(request).is_err() {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once; try again");
+    }
+    match answer.await {
+        Ok(Ok(incarnation)) => {
+            let incarnation = incarnation.0;
+            (StatusCode::ACCEPTED, Json(EngineAnswer { incarnation })).into_response()
+        }
+        Ok(Err(reason)) => refuse(StatusCode::CONFLICT, &reason),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the run is ending"),
+    }
 }
 
 fn refuse(status: StatusCode, error: &str) -> Response {

@@ -60,6 +60,17 @@ pub struct PhaseMarker {
     pub percent: u8,
 }
 
+/// Names of the Prometheus samples that tell a working engine from a hung one.
+#[derive(Debug, Clone, Copy)]
+pub struct ProgressMetrics {
+    /// Where they are: `/metrics`.
+    pub path: &'static str,
+    /// Requests being computed now.
+    pub running: &'static str,
+    /// Counters of which at least one grows while anything is computed.
+    pub counters: &'static [&'static str],
+}
+
 impl EngineKind {
     /// Its name in profiles and on the command line.
     pub fn name(self) -> &'static str {
@@ -105,6 +116,13 @@ impl EngineKind {
         // The simulated engine prints vLLM's lines.
         match self {
             Self::Vllm | Self::Sim => vllm::PHASE_MARKERS,
+        }
+    }
+
+    /// What `/metrics` says about an engine's progress.
+    pub fn progress_metrics(self) -> ProgressMetrics {
+        match self {
+            Self::Vllm | Self::Sim => vllm::PROGRESS_METRICS,
         }
     }
 

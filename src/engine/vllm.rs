@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::{PhaseMarker, Serve};
+use super::{PhaseMarker, ProgressMetrics, Serve};
 use crate::connector::Device;
 
 /// How long vLLM lets running requests go on after SIGTERM. With its default of 0 it kills its own workers at once, so
@@ -129,6 +129,13 @@ pub const PHASE_MARKERS: &[PhaseMarker] = &[
         percent: 100,
     },
 ];
+
+/// Requests that wait for remote KV do not count as running, so a slow hand-off is no hang.
+pub const PROGRESS_METRICS: ProgressMetrics = ProgressMetrics {
+    path: "/metrics",
+    running: "vllm:num_requests_running",
+    counters: &["vllm:generation_tokens_total", "vllm:prompt_tokens_total"],
+};
 
 /// Lines after which no start succeeds.
 pub const FATAL_PATTERNS: &[&str] = &[

@@ -9,7 +9,7 @@ use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Gpus, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
 
-use super::{EngineSpec, Plan, PortUse, ProxySpec, RenderedFile, choose};
+use super::{EngineSpec, Liveness, Plan, PortUse, ProxySpec, RenderedFile, choose};
 
 /// Engines, their side channels and notifications stay on this machine.
 const LOOPBACK: &str = "127.0.0.1";
@@ -106,6 +106,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         connector_reason,
         engines,
         files,
+        restart: profile.restart.clone(),
         run_dir: run_dir.to_owned(),
     };
     check_ports(&plan)?;
@@ -274,7 +275,12 @@ impl Builder<'_> {
             max_model_len,
             run_dir: self.run_dir,
         });
+        let mut receiver_template = None;
         if let Some((path, content)) = launch.file.take() {
+            receiver_template = launch.receiver_template.take().map(|content| RenderedFile {
+                path: path.clone(),
+                content,
+            });
             self.files.push(RenderedFile { path, content });
         }
         let ranks = usize::from(endpoint.tensor_parallel);
@@ -318,6 +324,8 @@ impl Builder<'_> {
             ready_path: profile.engine.ready_path().to_owned(),
             ready_deadline: profile.deadlines.ready,
             stop_grace: profile.deadlines.stop,
+            liveness: liveness(profile),
+            receiver_template,
         }
     }
 
@@ -337,6 +345,16 @@ impl Builder<'_> {
                 (PathBuf::from(&self.profile.vllm.program), true)
             }
         }
+    }
+}
+
+fn liveness(profile: &Profile) -> Liveness {
+    let metrics = profile.engine.progress_metrics();
+    Liveness {
+        path: metrics.path.to_owned(),
+        running: metrics.running.to_owned(),
+        counters: metrics.counters.iter().map(|&name| name.to_owned()).collect(),
+        stall: profile.deadlines.stall,
     }
 }
 

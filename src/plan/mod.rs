@@ -5,6 +5,7 @@
 
 mod build;
 mod choose;
+mod respawn;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,6 +18,9 @@ use crate::engine::EngineKind;
 use crate::fleet::{Endpoint, EngineId, Role};
 
 pub use build::{PlanError, build};
+pub use respawn::{fresh_ports_needed, respawn};
+
+pub use crate::profile::{RestartPolicy, RestartWhen};
 
 /// Everything decided about one run.
 #[derive(Debug, Clone, Serialize)]
@@ -39,6 +43,8 @@ pub struct Plan {
     pub proxy: ProxySpec,
     /// Files to write into the run's folder before any engine starts.
     pub files: Vec<RenderedFile>,
+    /// Which engines that ended are started again.
+    pub restart: RestartPolicy,
     /// The folder of the run: logs, rendered files, `spawn.json`s.
     pub run_dir: PathBuf,
     /// Things the user should know that do not stop the run.
@@ -70,6 +76,24 @@ pub struct EngineSpec {
     pub stop_grace: Duration,
     /// Its log file, relative to the run's folder: `prefiller1.log`.
     pub log_file: PathBuf,
+    /// How to tell that it hangs.
+    pub liveness: Liveness,
+    /// The file that names its receiver's ports, as a template for [`respawn`]; `None` if there is none.
+    #[serde(skip)]
+    pub receiver_template: Option<RenderedFile>,
+}
+
+/// How to tell that an engine hangs: it has running requests, and none of its counters grows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Liveness {
+    /// The path of its Prometheus metrics.
+    pub path: String,
+    /// The sample that counts running requests.
+    pub running: String,
+    /// Samples that count what it has done.
+    pub counters: Vec<String>,
+    /// For how long nothing may grow.
+    pub stall: Duration,
 }
 
 /// A port of the plan and what listens on it.

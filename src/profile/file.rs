@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use super::{
-    ConnectorChoice, Deadlines, DeviceChoice, LmCacheProfile, NixlProfile, Profile, ProxyProfile, RoleProfile,
-    SimProfile, VllmProfile,
+    ConnectorChoice, Deadlines, DeviceChoice, LmCacheProfile, NixlProfile, Profile, ProxyProfile, RestartPolicy,
+    RestartWhen, RoleProfile, SimProfile, VllmProfile,
 };
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
@@ -43,6 +43,8 @@ pub(super) struct File {
     proxy: ProxyTable,
     #[serde(default)]
     deadlines: DeadlinesTable,
+    #[serde(default)]
+    restart: RestartTable,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -118,6 +120,17 @@ struct DeadlinesTable {
     prefill: Option<Span>,
     handoff: Option<Span>,
     decode_idle: Option<Span>,
+    stall: Option<Span>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RestartTable {
+    policy: Option<RestartWhen>,
+    max_restarts: Option<u32>,
+    backoff: Option<Span>,
+    max_backoff: Option<Span>,
+    stable_after: Option<Span>,
 }
 
 /// A duration as people write it: `"30s"`, `"1m 30s"`.
@@ -203,6 +216,7 @@ impl File {
             lmcache: self.lmcache.resolve(),
             proxy: self.proxy.resolve(),
             deadlines: self.deadlines.resolve(),
+            restart: self.restart.resolve(),
         })
     }
 }
@@ -261,6 +275,21 @@ impl DeadlinesTable {
             handoff: seconds(self.handoff, 90),
             // It also bounds a whole answer that is not streamed.
             decode_idle: seconds(self.decode_idle, 600),
+            // Far more than the longest prefill, which counts its prompt's tokens only when it is over.
+            stall: seconds(self.stall, 120),
+        }
+    }
+}
+
+impl RestartTable {
+    fn resolve(self) -> RestartPolicy {
+        let seconds = |span: Option<Span>, default| span.map_or(Duration::from_secs(default), |span| span.0);
+        RestartPolicy {
+            policy: self.policy.unwrap_or(RestartWhen::OnFailure),
+            max_restarts: self.max_restarts.unwrap_or(5),
+            backoff: seconds(self.backoff, 1),
+            max_backoff: seconds(self.max_backoff, 60),
+            stable_after: seconds(self.stable_after, 300),
         }
     }
 }

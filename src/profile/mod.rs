@@ -52,6 +52,8 @@ pub struct Profile {
     pub proxy: ProxyProfile,
     /// How long things may take.
     pub deadlines: Deadlines,
+    /// Which engines that ended are started again.
+    pub restart: RestartPolicy,
 }
 
 /// How KV moves, as the user asks for it.
@@ -177,6 +179,36 @@ pub struct Deadlines {
     pub handoff: Duration,
     /// Between two reads of a decode leg.
     pub decode_idle: Duration,
+    /// For an engine with running requests that makes no token.
+    pub stall: Duration,
+}
+
+/// Which engines that ended unasked are started again, and when. It holds once an engine has been ready; a failure
+/// before the fleet is ready ends the run.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct RestartPolicy {
+    /// After which failures.
+    pub policy: RestartWhen,
+    /// Restarts in a row, without a stable time in between, after which an engine is given up.
+    pub max_restarts: u32,
+    /// The wait before the first restart; each further one in a row waits twice as long, and up to a quarter more.
+    pub backoff: Duration,
+    /// The longest wait, before the quarter.
+    pub max_backoff: Duration,
+    /// An engine that was ready for so long is stable: its restarts are counted anew.
+    pub stable_after: Duration,
+}
+
+/// After which failures an engine is started again. Every exit that nobody asked for is one, whatever its code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartWhen {
+    /// After none.
+    Never,
+    /// After those that may not come back; a wrong flag would.
+    OnFailure,
+    /// After all.
+    Always,
 }
 
 #[cfg(test)]

@@ -59,6 +59,7 @@ mod tests {
                 },
                 pid: None,
                 reason: None,
+                restart_at: None,
                 load: Arc::new(Load::default()),
             })
             .collect()

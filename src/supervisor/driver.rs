@@ -14,10 +14,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::guardian::client::{Guardian, GuardianError, is_still_there};
 use super::guardian::protocol::{Command, Event as Report, LeftoverProcess, Spawn};
-use super::state::{Action, Event, Fleet};
-use super::{Ending, Leftover, Outcome, Request, Settings, Verify, Wiring, ports, probe, spawn_record};
-use crate::fleet::{EngineId, FleetView, Incarnation, Load};
-use crate::plan::EngineSpec;
+use super::state::{Action, Event, Fleet, Goal, Limits};
+use super::{
+    Ending, Leftover, Outcome, Refusal, Request, Settings, Then, Verify, Wiring, liveness, ports, probe, spawn_record,
+};
+use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
+use crate::plan::{self, EngineSpec};
 use crate::report::one_line;
 use crate::signals::StopSignal;
 
@@ -59,10 +61,15 @@ struct Driver {
     fleet: Fleet,
     generation: u64,
     tasks: JoinSet<Event>,
+    /// What asks each engine something: whether it is up, then whether it makes progress.
     probes: BTreeMap<EngineId, tokio::task::AbortHandle>,
     prober: reqwest::Client,
     replies: Vec<oneshot::Sender<Outcome>>,
+    /// Given once the view shows what was asked for.
+    answers: Vec<(oneshot::Sender<Answer>, Answer)>,
 }
+
+type Answer = Result<Incarnation, Refusal>;
 
 impl Driver {
     async fn start(settings: Settings, wiring: Wiring) -> Result<Self, String> {
@@ -73,8 +80,13 @@ impl Driver {
             .map_err(|error| one_line(&error))?;
         tracing::info!(pid = guardian.pid(), "guardian started");
         let generation = wiring.view.borrow().generation;
+        let limits = Limits {
+            drain: settings.drain_deadline,
+            verify: settings.verify_deadline,
+            restart: settings.restart.clone(),
+        };
         Ok(Self {
-            fleet: Fleet::new(&settings.engines, settings.drain_deadline, settings.verify_deadline),
+            fleet: Fleet::new(&settings.engines, limits, Some(rand::make_rng())),
             settings,
             directory,
             signals: wiring.signals,
@@ -88,6 +100,7 @@ impl Driver {
             probes: BTreeMap::new(),
             prober,
             replies: Vec::new(),
+            answers: Vec::new(),
         })
     }
 
@@ -98,6 +111,9 @@ impl Driver {
                 tracing::debug!(?event, "fleet event");
                 let actions = self.fleet.handle(event, Instant::now());
                 self.publish();
+                for (reply, answer) in self.answers.drain(..) {
+                    let _ = reply.send(answer);
+                }
                 for action in actions {
                     match action {
                         Action::Finish(outcome) => return outcome,
@@ -105,6 +121,7 @@ impl Driver {
                             self.guardian_open = false;
                             events.push_back(Event::Swept(self.guardian.sweep().await));
                         }
+                        Action::Spawn(id, incarnation) => events.extend(self.spawn(&id, incarnation)),
                         action => self.perform(action),
                     }
                 }
@@ -122,10 +139,7 @@ impl Driver {
                 StopSignal::Interrupt => Event::Interrupt,
                 StopSignal::Terminate | StopSignal::Hangup => Event::Stop,
             }),
-            Some(Request::Stop { force, reply }) = self.requests.recv() => {
-                self.replies.push(reply);
-                Some(if force { Event::Force } else { Event::Stop })
-            }
+            Some(request) = self.requests.recv() => self.asked(request),
             report = self.guardian.event(), if self.guardian_open => match report {
                 Ok(report) => from_report(report),
                 Err(error) => Some(self.guardian_gone(&error).await),
@@ -142,6 +156,39 @@ impl Driver {
         }
     }
 
+    /// What somebody asked for, if it may be.
+    fn asked(&mut self, request: Request) -> Option<Event> {
+        match request {
+            Request::Stop { force, reply } => {
+                self.replies.push(reply);
+                Some(if force { Event::Force } else { Event::Stop })
+            }
+            Request::Engine {
+                engine,
+                then,
+                force,
+                reply,
+            } => {
+                let goal = match then {
+                    Then::Restart => Goal::StartAgain,
+                    Then::Stay => Goal::Stop,
+                };
+                let answer = self.fleet.may_leave(&engine, goal, force);
+                tracing::info!(%engine, ?then, force, ?answer, "asked to take an engine out");
+                if answer.is_err() {
+                    // Whoever asked may have gone.
+                    let _ = reply.send(answer);
+                    return None;
+                }
+                self.answers.push((reply, answer));
+                Some(match then {
+                    Then::Restart => Event::Restart(engine),
+                    Then::Stay => Event::TakeOut(engine),
+                })
+            }
+        }
+    }
+
     async fn guardian_gone(&mut self, error: &GuardianError) -> Event {
         self.guardian_open = false;
         self.guardian.ended().await;
@@ -151,7 +198,6 @@ impl Driver {
     fn perform(&mut self, action: Action) {
         tracing::debug!(?action, "fleet action");
         match action {
-            Action::Spawn(id, incarnation) => self.spawn(&id, incarnation),
             Action::Record(id, incarnation, pid) => self.record(&id, incarnation, pid),
             Action::Probe(id, incarnation) => {
                 if let Some(spec) = self.spec(&id).cloned() {
@@ -166,16 +212,30 @@ impl Driver {
                     self.probes.insert(id, handle);
                 }
             }
-            Action::Settled(engine) => self.command(&Command::Settled { engine }),
-            Action::Verify(pairs) => {
-                let verification = (self.verify)(pairs);
-                self.tasks.spawn(async move { Event::Verified(verification.await) });
+            Action::Watch(id, incarnation) => {
+                if let Some(spec) = self.spec(&id).cloned() {
+                    let prober = self.prober.clone();
+                    let handle = self.tasks.spawn({
+                        let id = id.clone();
+                        async move {
+                            let reason = liveness::until_hung(prober, spec).await;
+                            Event::Hung(id, incarnation, reason)
+                        }
+                    });
+                    self.probes.insert(id, handle);
+                }
             }
-            Action::AwaitIdle => {
-                let loads = self.fleet.loads();
+            Action::Settled(engine) => self.command(&Command::Settled { engine }),
+            Action::Verify(round, pairs) => {
+                let verification = (self.verify)(pairs);
+                self.tasks
+                    .spawn(async move { Event::Verified(round, verification.await) });
+            }
+            Action::AwaitIdle(of) => {
+                let loads = self.fleet.loads(of.as_ref().map(|(id, _)| id));
                 self.tasks.spawn(async move {
                     idle(&loads).await;
-                    Event::Drained
+                    Event::Drained(of)
                 });
             }
             Action::Terminate(engine) => {
@@ -192,13 +252,24 @@ impl Driver {
                 self.tasks
                     .spawn(async move { Event::Checked(what_is_left(&processes, &engines).await) });
             }
-            // Both are the loop's: one ends it, the other has to be waited for.
-            Action::Sweep | Action::Finish(_) => {}
+            // These are the loop's own: they end it, have to be waited for, or lead to events at once.
+            Action::Spawn(..) | Action::Sweep | Action::Finish(_) => {}
         }
     }
 
-    fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) {
-        let Some(spec) = self.spec(id) else { return };
+    fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) -> Vec<Event> {
+        let mut events = Vec::new();
+        if incarnation > Incarnation::FIRST {
+            match self.renew(id) {
+                Ok(Some(endpoint)) => events.push(Event::Moved(id.clone(), incarnation, endpoint)),
+                Ok(None) => {}
+                Err(error) => {
+                    let reason = format!("cannot be prepared for another start: {error}");
+                    return vec![Event::SpawnFailed(id.clone(), incarnation, reason)];
+                }
+            }
+        }
+        let Some(spec) = self.spec(id) else { return events };
         let spawn = Spawn {
             engine: id.clone(),
             incarnation,
@@ -209,9 +280,28 @@ impl Driver {
             stop_grace: spec.stop_grace,
         };
         if let Err(error) = self.guardian.send(&Command::Spawn(spawn)) {
-            let failed = Event::SpawnFailed(id.clone(), incarnation, one_line(&error));
-            self.tasks.spawn(async move { failed });
+            events.push(Event::SpawnFailed(id.clone(), incarnation, one_line(&error)));
         }
+        events
+    }
+
+    /// Gives an engine that starts again what no earlier start of it had. Returns its new endpoint, if that differs.
+    fn renew(&mut self, id: &EngineId) -> std::io::Result<Option<Endpoint>> {
+        let Some(index) = self.settings.engines.iter().position(|engine| engine.id == *id) else {
+            return Ok(None);
+        };
+        let spec = &mut self.settings.engines[index];
+        let count = plan::fresh_ports_needed(spec);
+        if count == 0 {
+            return Ok(None);
+        }
+        let fresh = self.settings.reservations.take_free(&spec.endpoint.host, count)?;
+        let (renewed, file) = plan::respawn(spec, &fresh);
+        if let Some(file) = file {
+            fs_err::write(self.settings.run_dir.join(file.path), file.content)?;
+        }
+        *spec = renewed;
+        Ok(Some(spec.endpoint.clone()))
     }
 
     fn record(&mut self, id: &EngineId, incarnation: Incarnation, pid: u32) {
@@ -267,7 +357,12 @@ fn from_report(report: Report) -> Option<Event> {
             engine,
             incarnation,
             exit,
-        } => Event::Exited(engine, incarnation, exit),
+        } => Event::Exited {
+            engine,
+            incarnation,
+            exit,
+            retryable: true,
+        },
         Report::TreeEmpty { engine, incarnation } => Event::TreeEmpty(engine, incarnation),
         Report::Leftover { engine, processes } => Event::Leftover(engine, processes),
     })
@@ -296,7 +391,7 @@ async fn what_is_left(processes: &[(Option<EngineId>, LeftoverProcess)], engines
                 state: process.state,
             });
         let held = engines.iter().flat_map(|engine| {
-            let held = |used: &&crate::plan::PortUse| !ports::is_free(&engine.endpoint.host, used.port);
+            let held = |used: &&plan::PortUse| !ports::is_free(&engine.endpoint.host, used.port);
             engine.ports.iter().filter(held).map(|used| Leftover::Port {
                 engine: engine.id.clone(),
                 port: used.port,

@@ -5,8 +5,10 @@
 
 mod driver;
 pub mod guardian;
+mod liveness;
 pub mod ports;
 mod probe;
+mod restart;
 mod spawn_record;
 mod state;
 
@@ -21,8 +23,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use self::driver::run;
 pub use self::guardian::protocol::Exit;
 pub use self::ports::{PortConflict, Reservations, reserve};
-use crate::fleet::{EngineId, FleetView, Role};
-use crate::plan::EngineSpec;
+use crate::fleet::{EngineId, EngineState, FleetStage, FleetView, Incarnation, Role};
+use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
 use crate::signals::StopSignal;
 
@@ -39,6 +41,8 @@ pub struct Settings {
     pub drain_deadline: Duration,
     /// How long the canaries may take altogether.
     pub verify_deadline: Duration,
+    /// Which engines that ended are started again.
+    pub restart: RestartPolicy,
     /// The run's name, for people.
     pub run_name: String,
     /// The `xpyd` program, which is run again as the guardian: `std::env::current_exe()`.
@@ -77,6 +81,43 @@ pub enum Request {
         /// Gets the outcome once the run is over.
         reply: oneshot::Sender<Outcome>,
     },
+    /// Drain and stop one engine while the others serve.
+    Engine {
+        /// Which.
+        engine: EngineId,
+        /// What then.
+        then: Then,
+        /// Even if its role then has no engine that serves.
+        force: bool,
+        /// Gets the incarnation that will follow, or why there will be none; at once, the rest is seen in the view.
+        reply: oneshot::Sender<Result<Incarnation, Refusal>>,
+    },
+}
+
+/// What happens to an engine that was taken out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It starts again, and serves once canaries have gone through it.
+    Restart,
+    /// It stays stopped.
+    Stay,
+}
+
+/// Why an engine is not taken out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The run has no engine of this name.
+    #[error("no such engine in this run")]
+    UnknownEngine,
+    /// Single engines are taken out of fleets that serve.
+    #[error("the fleet is {0}, not ready")]
+    FleetNotReady(FleetStage),
+    /// There is nothing to take out, or it leaves already.
+    #[error("it is {0}")]
+    State(EngineState),
+    /// Clients would not be served.
+    #[error("no other {0} engine serves, so clients would be refused meanwhile")]
+    LastOfRole(Role),
 }
 
 /// How a run ended.
@@ -100,6 +141,7 @@ impl Outcome {
             Ending::Stopped => ExitStatus::Success,
             Ending::EngineFailed { .. } => ExitStatus::EngineFailed,
             Ending::NotReady { .. } => ExitStatus::NotReady,
+            Ending::CrashLoop { .. } => ExitStatus::CrashLoop,
             Ending::LostRole { .. } | Ending::SupervisionLost { .. } => ExitStatus::Failure,
             Ending::Forced => ExitStatus::Forced,
         }
@@ -138,6 +180,15 @@ pub enum Ending {
         /// Why that one failed, in one line.
         reason: String,
     },
+    /// The last engine of a role kept failing.
+    CrashLoop {
+        /// The role.
+        role: Role,
+        /// Its last engine.
+        engine: EngineId,
+        /// Why that one failed the last time, in one line.
+        reason: String,
+    },
     /// The guardian could not be started, was killed, or does not answer.
     SupervisionLost {
         /// What happened, in one line.
@@ -160,7 +211,7 @@ impl fmt::Display for Ending {
             Self::NotReady {
                 engine: None, reason, ..
             } => formatter.write_str(reason),
-            Self::LostRole { role, engine, reason } => {
+            Self::LostRole { role, engine, reason } | Self::CrashLoop { role, engine, reason } => {
                 write!(formatter, "no {role} engine is left: {engine} {reason}")
             }
             Self::SupervisionLost { reason } => write!(formatter, "supervision was lost: {reason}"),
@@ -227,5 +278,17 @@ impl fmt::Display for Leftover {
 
 /// The view before anything has happened, for making the `watch` channel.
 pub fn initial_view(engines: &[EngineSpec]) -> FleetView {
-    state::Fleet::new(engines, Duration::ZERO, Duration::ZERO).view(0)
+    let never = RestartPolicy {
+        policy: RestartWhen::Never,
+        max_restarts: 0,
+        backoff: Duration::ZERO,
+        max_backoff: Duration::ZERO,
+        stable_after: Duration::ZERO,
+    };
+    let limits = state::Limits {
+        drain: Duration::ZERO,
+        verify: Duration::ZERO,
+        restart: never,
+    };
+    state::Fleet::new(engines, limits, None).view(0)
 }

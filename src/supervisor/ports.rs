@@ -100,6 +100,23 @@ pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
     Ok(reservations)
 }
 
+impl Reservations {
+    /// Takes `count` more ports that nobody has, and that these reservations never held before.
+    pub(super) fn take_free(&mut self, host: &str, count: usize) -> io::Result<Vec<u16>> {
+        let mut ports = Vec::new();
+        for _ in 0..count {
+            let (socket, address) = socket(host, 0)?;
+            // Without SO_REUSEADDR, so that the kernel picks no port that another reservation holds.
+            socket.bind(address)?;
+            socket.set_reuseaddr(true)?;
+            let port = socket.local_addr()?.port();
+            self.held.push((socket, lock(port)?));
+            ports.push(port);
+        }
+        Ok(ports)
+    }
+}
+
 /// The lock between runs of xpyd.
 fn lock(port: u16) -> io::Result<UnixDatagram> {
     let name = std::os::unix::net::SocketAddr::from_abstract_name(format!("xpyd/port/{port}"))?;
@@ -108,14 +125,19 @@ fn lock(port: u16) -> io::Result<UnixDatagram> {
 
 /// Binds without listening. Fails if anybody listens on the port, on whatever address.
 fn bind(host: &str, port: u16) -> io::Result<TcpSocket> {
-    let (socket, address) = if host.contains(':') {
-        (TcpSocket::new_v6()?, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
-    } else {
-        (TcpSocket::new_v4()?, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
-    };
+    let (socket, address) = socket(host, port)?;
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
+}
+
+/// A socket, and every address of its family with this port.
+fn socket(host: &str, port: u16) -> io::Result<(TcpSocket, SocketAddr)> {
+    Ok(if host.contains(':') {
+        (TcpSocket::new_v6()?, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+    } else {
+        (TcpSocket::new_v4()?, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
+    })
 }
 
 /// Whether nobody listens on the port. A reservation is not in the way.
@@ -207,6 +229,22 @@ mod tests {
         assert_eq!(reserve(&wants(port)).unwrap_err().holder, Some(Holder::OtherRun));
         drop(held);
         assert!(reserve(&wants(port)).is_ok());
+    }
+
+    #[test]
+    fn free_ports_are_all_different_and_can_be_listened_on_by_the_engine_only() {
+        let mut held = Reservations::default();
+        let mut ports = held.take_free("127.0.0.1", 50).unwrap();
+        ports.extend(held.take_free("127.0.0.1", 50).unwrap());
+        for port in &ports {
+            let unshared = TcpSocket::new_v4().unwrap();
+            assert!(unshared.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, *port))).is_err());
+            assert!(TcpListener::bind(("127.0.0.1", *port)).is_ok());
+            assert_eq!(reserve(&wants(*port)).unwrap_err().holder, Some(Holder::OtherRun));
+        }
+        ports.sort_unstable();
+        ports.dedup();
+        assert_eq!(ports.len(), 100);
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub(super) async fn until_up(client: reqwest::Client, engine: EngineSpec) {
 }
 
 /// Where to ask: an engine that listens on every address is asked on the loopback one.
-fn reachable(engine: &EngineSpec) -> String {
+pub(super) fn reachable(engine: &EngineSpec) -> String {
     let mut endpoint = engine.endpoint.clone();
     match endpoint.host.as_str() {
         "0.0.0.0" => "127.0.0.1".clone_into(&mut endpoint.host),

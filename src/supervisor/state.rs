@@ -4,12 +4,17 @@
 //! ```text
 //!            Spawn            /health 200          canaries pass         stop asked
 //!  Planned ────────> Starting ────────────> Healthy ────────────> Ready ────────────> Draining
-//!     │                 │ exit, deadline       │ exit               │ exit                │ drained, deadline
-//!     │ stop            │                      └───────┬────────────┘                     v
-//!     │                 ├──────────────────────────────┴──> Failed (tree killed)      Stopping: SIGTERM to the leader,
-//!     v                 │ stop: short grace                                           SIGKILL to the tree after its
-//!  Stopped <────────────┴──────────────── tree empty ───────────────────────────────  grace
+//!   │   ^               │ exit, deadline       │ exit, canary       │ exit, hung          │ drained, deadline
+//!   │   │               │                      └───────┬────────────┘                     v
+//!   │   │ tree empty,   ├──────────────────────────────┴──> Backoff or Failed         Stopping: SIGTERM to the leader,
+//!   │   │ wait over     │                                   (tree killed)             SIGKILL to the tree after its
+//!   │   └───────────────│── incarnation + 1 ─────────────────┘   restart asked, ┐     grace
+//!   v stop              │ stop: short grace                                     │        │
+//!  Stopped <────────────┴──────────────── tree empty ───────────────────────────┴────────┘
 //! ```
+//! Before the fleet is ready a failure ends the run. After that the policy decides (`restart`), and the engine goes all
+//! the way again while the others serve.
+//!
 //! The fleet:
 //! ```text
 //!  Starting ──all healthy──> Verifying ──ok──> Ready ──stop──> Draining ──> Stopping ──trees gone──> Closing ──> Checking ──> Over
@@ -20,12 +25,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rand::rngs::StdRng;
 use tokio::time::Instant;
 
 use super::guardian::protocol::{Exit, LeftoverProcess};
-use super::{Ending, Leftover, Outcome};
-use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load};
-use crate::plan::EngineSpec;
+use super::{Ending, Leftover, Outcome, restart};
+use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load};
+use crate::plan::{EngineSpec, RestartPolicy};
 
 /// What an engine that has not served yet gets to leave: there is nothing to hand over, but workers to take along.
 const START_GRACE: Duration = Duration::from_secs(2);
@@ -51,24 +57,38 @@ pub(super) enum Event {
     Spawned(EngineId, Incarnation, u32),
     /// The program could not be started.
     SpawnFailed(EngineId, Incarnation, String),
+    /// This start of the engine receives KV elsewhere than the one before.
+    Moved(EngineId, Incarnation, Endpoint),
     /// The leader ended.
-    Exited(EngineId, Incarnation, Exit),
+    Exited {
+        engine: EngineId,
+        incarnation: Incarnation,
+        exit: Exit,
+        /// False where the cause is known to come again.
+        retryable: bool,
+    },
     /// No process of the engine is left.
     TreeEmpty(EngineId, Incarnation),
     /// Processes outlived SIGKILL; without an engine, strays.
     Leftover(Option<EngineId>, Vec<LeftoverProcess>),
     /// `/health` answered 200.
     Probed(EngineId, Incarnation),
-    /// The canaries went through every pair, or one did not.
-    Verified(Result<(), String>),
+    /// The canaries of this round went through every pair, or one did not.
+    Verified(u64, Result<(), String>),
+    /// The engine does nothing, though it has something to do. Holds why that is known.
+    Hung(EngineId, Incarnation, String),
+    /// A restart of this engine was asked for, and [`Fleet::may_leave`].
+    Restart(EngineId),
+    /// An end of this engine was asked for, and [`Fleet::may_leave`].
+    TakeOut(EngineId),
     /// A stop was asked for, by a signal or over the control socket. Asking again changes nothing.
     Stop,
     /// Ctrl+C: a stop, and the next one forces it.
     Interrupt,
     /// A stop without any grace.
     Force,
-    /// Nothing is in flight any more.
-    Drained,
+    /// Nothing is in flight any more: on this engine, or at all.
+    Drained(Option<(EngineId, Incarnation)>),
     /// [`Fleet::next_deadline`] has come.
     Tick,
     /// The connection to the guardian is closed, asked for or not.
@@ -90,10 +110,12 @@ pub(super) enum Action {
     Probe(EngineId, Incarnation),
     /// Tell the guardian that the engine's start is over.
     Settled(EngineId),
-    /// Send canaries through these pairs of prefill and decode engine.
-    Verify(Vec<(EngineId, EngineId)>),
-    /// Wait until nothing is in flight.
-    AwaitIdle,
+    /// See that the engine makes progress, until it is asked to stop or killed.
+    Watch(EngineId, Incarnation),
+    /// Send canaries through these pairs of prefill and decode engine, as this round.
+    Verify(u64, Vec<(EngineId, EngineId)>),
+    /// Wait until nothing is in flight: on this engine, or at all.
+    AwaitIdle(Option<(EngineId, Incarnation)>),
     /// SIGTERM to the leader.
     Terminate(EngineId),
     /// SIGKILL to the tree.
@@ -118,8 +140,23 @@ struct Engine {
     reason: Option<String>,
     load: Arc<Load>,
     tree: Tree,
-    /// Until when the engine may stay as it is: starting, stopping, or killed without an answer.
+    /// Until when the engine may stay as it is: starting, draining alone, stopping, or killed without an answer.
     until: Option<Instant>,
+    goal: Goal,
+    /// In backoff, when it starts again, if its tree is empty by then.
+    restart_at: Option<Instant>,
+    restarts: restart::History,
+}
+
+/// What is to become of an engine, as far as others do not know better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// It is there to serve.
+    Serve,
+    /// It is to stop and then start again.
+    StartAgain,
+    /// It is to stop and stay so.
+    Stop,
 }
 
 /// What is known of an engine's processes.
@@ -141,9 +178,7 @@ enum Tree {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Starting,
-    Verifying {
-        until: Instant,
-    },
+    Verifying,
     Ready,
     Draining {
         until: Instant,
@@ -160,13 +195,28 @@ enum Stage {
     Over,
 }
 
+/// What bounds a fleet's waits and restarts.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    /// How long requests in flight may go on.
+    pub(super) drain: Duration,
+    /// How long the canaries of one round may take altogether.
+    pub(super) verify: Duration,
+    /// Which engines start again.
+    pub(super) restart: RestartPolicy,
+}
+
 /// All engines and the run they are in.
 #[derive(Debug)]
 pub(super) struct Fleet {
     engines: Vec<Engine>,
     stage: Stage,
-    drain_deadline: Duration,
-    verify_deadline: Duration,
+    limits: Limits,
+    /// Spreads restarts; without it they come exactly when the policy says.
+    random: Option<StdRng>,
+    verification: Option<Verification>,
+    /// Rounds of canaries so far.
+    rounds: u64,
     stop_asked: bool,
     /// Why the run ends, and since when it does.
     ending: Option<(Ending, Instant)>,
@@ -176,7 +226,7 @@ pub(super) struct Fleet {
 }
 
 impl Fleet {
-    pub(super) fn new(engines: &[EngineSpec], drain_deadline: Duration, verify_deadline: Duration) -> Self {
+    pub(super) fn new(engines: &[EngineSpec], limits: Limits, random: Option<StdRng>) -> Self {
         let engines = engines.iter().map(|spec| Engine {
             spec: spec.clone(),
             incarnation: Incarnation::FIRST,
@@ -186,12 +236,17 @@ impl Fleet {
             load: Arc::default(),
             tree: Tree::Absent,
             until: None,
+            goal: Goal::Serve,
+            restart_at: None,
+            restarts: restart::History::default(),
         });
         Self {
             engines: engines.collect(),
             stage: Stage::Starting,
-            drain_deadline,
-            verify_deadline,
+            limits,
+            random,
+            verification: None,
+            rounds: 0,
             stop_asked: false,
             ending: None,
             strays: Vec::new(),
@@ -208,27 +263,50 @@ impl Fleet {
             Event::SpawnFailed(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.tree_is(index, Tree::Absent);
-                    self.fail(index, reason, None, now);
+                    self.fail(index, Failure::without_exit(reason), now);
                 }
             }
-            Event::Exited(id, incarnation, exit) => {
+            Event::Moved(id, incarnation, endpoint) => {
                 if let Some(index) = self.current(&id, incarnation) {
-                    self.exited(index, exit, now);
+                    self.engines[index].spec.endpoint = endpoint;
+                    self.changed = true;
+                }
+            }
+            Event::Exited {
+                engine,
+                incarnation,
+                exit,
+                retryable,
+            } => {
+                if let Some(index) = self.current(&engine, incarnation) {
+                    self.exited(index, exit, retryable, now);
                 }
             }
             Event::TreeEmpty(id, incarnation) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.tree_is(index, Tree::Absent);
-                    self.fail(index, "its processes are gone".to_owned(), None, now);
+                    self.fail(index, Failure::without_exit("its processes are gone".to_owned()), now);
                 }
             }
-            Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes),
+            Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
-            Event::Verified(result) => self.verified(result, now),
+            Event::Verified(round, result) => self.verified(round, result, now),
+            Event::Hung(id, incarnation, reason) => {
+                if let Some(index) = self.current(&id, incarnation) {
+                    self.fail(index, Failure::without_exit(reason), now);
+                }
+            }
+            Event::Restart(id) => self.leave(&id, Goal::StartAgain, now),
+            Event::TakeOut(id) => self.leave(&id, Goal::Stop, now),
             Event::Interrupt if self.stop_asked => self.force(now),
             Event::Interrupt | Event::Stop => self.stop(now),
             Event::Force => self.force(now),
-            Event::Drained => {
+            Event::Drained(Some((id, incarnation))) => {
+                if let Some(index) = self.current(&id, incarnation) {
+                    self.drained_alone(index, now);
+                }
+            }
+            Event::Drained(None) => {
                 if matches!(self.stage, Stage::Draining { .. }) {
                     self.stop_all(now);
                 }
@@ -245,11 +323,18 @@ impl Fleet {
     /// When [`Event::Tick`] is due.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let stage = match self.stage {
-            Stage::Verifying { until } | Stage::Draining { until } | Stage::Closing { until } => Some(until),
+            Stage::Draining { until } | Stage::Closing { until } => Some(until),
             Stage::Stopping { decode_turn } => decode_turn,
-            Stage::Starting | Stage::Ready | Stage::Sweeping | Stage::Checking | Stage::Over => None,
+            Stage::Starting | Stage::Verifying | Stage::Ready | Stage::Sweeping | Stage::Checking | Stage::Over => None,
         };
-        self.engines.iter().filter_map(|engine| engine.until).chain(stage).min()
+        let canaries = self.verification.as_ref().map(|verification| verification.until);
+        let waits = self.engines.iter().filter_map(|engine| engine.until);
+        let restarts = self
+            .engines
+            .iter()
+            .filter_map(|engine| engine.restart_at.filter(|_| engine.tree == Tree::Absent))
+            .filter(|_| self.stage == Stage::Ready);
+        waits.chain(restarts).chain(canaries).chain(stage).min()
     }
 
     /// The view, if readers would see a difference since the last call.
@@ -263,7 +348,7 @@ impl Fleet {
             generation,
             stage: match self.stage {
                 Stage::Starting => FleetStage::Starting,
-                Stage::Verifying { .. } => FleetStage::Verifying,
+                Stage::Verifying => FleetStage::Verifying,
                 Stage::Ready => FleetStage::Ready,
                 Stage::Draining { .. } => FleetStage::Draining,
                 Stage::Stopping { .. } | Stage::Closing { .. } | Stage::Sweeping | Stage::Checking => {
@@ -275,9 +360,13 @@ impl Fleet {
         }
     }
 
-    /// The loads of all engines, for the wait until they are idle.
-    pub(super) fn loads(&self) -> Vec<Arc<Load>> {
-        self.engines.iter().map(|engine| Arc::clone(&engine.load)).collect()
+    /// The loads of this engine, or of all, for the wait until they are idle.
+    pub(super) fn loads(&self, of: Option<&EngineId>) -> Vec<Arc<Load>> {
+        let meant = self
+            .engines
+            .iter()
+            .filter(|engine| of.is_none_or(|id| engine.spec.id == *id));
+        meant.map(|engine| Arc::clone(&engine.load)).collect()
     }
 
     /// Processes that were reported as left, with their engine.
@@ -307,7 +396,7 @@ impl Fleet {
         }
     }
 
-    fn exited(&mut self, index: usize, exit: Exit, now: Instant) {
+    fn exited(&mut self, index: usize, exit: Exit, retryable: bool, now: Instant) {
         let engine = &mut self.engines[index];
         if engine.tree == Tree::Running {
             engine.tree = Tree::Leaderless;
@@ -320,65 +409,33 @@ impl Fleet {
                     engine.until = Some(engine.until.map_or(grace, |until| until.min(grace)));
                 }
             }
-            EngineState::Starting => self.fail_by_exit(index, exit, "while starting", now),
-            EngineState::Healthy | EngineState::Ready => self.fail_by_exit(index, exit, "unasked", now),
-            EngineState::Draining => self.fail_by_exit(index, exit, "while draining", now),
-            EngineState::Planned | EngineState::Stopped | EngineState::Failed => {}
+            EngineState::Starting | EngineState::Healthy | EngineState::Ready | EngineState::Draining => {
+                let when = match engine.state {
+                    EngineState::Starting => "while starting",
+                    EngineState::Draining => "while draining",
+                    _ => "unasked",
+                };
+                let failure = Failure {
+                    reason: format!("{exit} {when}; see its log `{}`", engine.spec.log_file.display()),
+                    exit: Some(exit),
+                    retryable,
+                };
+                self.fail(index, failure, now);
+            }
+            EngineState::Planned | EngineState::Stopped | EngineState::Backoff | EngineState::Failed => {}
         }
     }
 
-    fn left_over(&mut self, id: Option<&EngineId>, processes: Vec<LeftoverProcess>) {
-        match self.engines.iter_mut().find(|engine| Some(&engine.spec.id) == id) {
+    fn left_over(&mut self, id: Option<&EngineId>, processes: Vec<LeftoverProcess>, now: Instant) {
+        match self.engines.iter().position(|engine| Some(&engine.spec.id) == id) {
             // Only the answer to a kill; a tree that was found empty since stays so.
-            Some(engine) if engine.tree != Tree::Absent => {
-                engine.tree = Tree::Left(processes);
-                engine.until = None;
+            Some(index) if self.engines[index].tree != Tree::Absent => {
+                self.engines[index].tree = Tree::Left(processes);
+                self.engines[index].until = None;
+                self.cannot_restart(index, now);
             }
             Some(_) => {}
             None => self.strays = processes,
-        }
-    }
-
-    fn probed(&mut self, id: &EngineId, incarnation: Incarnation, now: Instant) {
-        let Some(index) = self.current(id, incarnation) else {
-            return;
-        };
-        if self.engines[index].state != EngineState::Starting {
-            return;
-        }
-        self.enter(index, EngineState::Healthy, None);
-        self.actions.push(Action::Settled(id.clone()));
-        self.start_next(now);
-        if self.stage == Stage::Starting && self.engines.iter().all(|engine| engine.state == EngineState::Healthy) {
-            self.to(Stage::Verifying {
-                until: now + self.verify_deadline,
-            });
-            self.actions.push(Action::Verify(self.pairs()));
-        }
-    }
-
-    fn verified(&mut self, result: Result<(), String>, now: Instant) {
-        if !matches!(self.stage, Stage::Verifying { .. }) {
-            return;
-        }
-        match result {
-            Ok(()) => {
-                self.to(Stage::Ready);
-                for index in 0..self.engines.len() {
-                    self.enter(index, EngineState::Ready, None);
-                }
-            }
-            Err(reason) => {
-                let after = self.verify_deadline;
-                self.end(
-                    Ending::NotReady {
-                        engine: None,
-                        reason,
-                        after,
-                    },
-                    now,
-                );
-            }
         }
     }
 
@@ -386,16 +443,16 @@ impl Fleet {
     fn stop(&mut self, now: Instant) {
         self.stop_asked = true;
         match self.stage {
-            Stage::Starting | Stage::Verifying { .. } => self.end(Ending::Stopped, now),
+            Stage::Starting | Stage::Verifying => self.end(Ending::Stopped, now),
             Stage::Ready => {
                 self.ending = Some((Ending::Stopped, now));
                 self.to(Stage::Draining {
-                    until: now + self.drain_deadline,
+                    until: now + self.limits.drain,
                 });
                 for index in self.those(|engine| engine.state == EngineState::Ready) {
                     self.enter(index, EngineState::Draining, None);
                 }
-                self.actions.push(Action::AwaitIdle);
+                self.actions.push(Action::AwaitIdle(None));
             }
             Stage::Draining { .. }
             | Stage::Stopping { .. }
@@ -410,11 +467,7 @@ impl Fleet {
     fn force(&mut self, now: Instant) {
         self.stop_asked = true;
         match self.stage {
-            Stage::Starting
-            | Stage::Verifying { .. }
-            | Stage::Ready
-            | Stage::Draining { .. }
-            | Stage::Stopping { .. } => {
+            Stage::Starting | Stage::Verifying | Stage::Ready | Stage::Draining { .. } | Stage::Stopping { .. } => {
                 let since = self.ending.take().map_or(now, |(_, since)| since);
                 self.ending = Some((Ending::Forced, since));
                 self.to(Stage::Stopping { decode_turn: None });
@@ -426,6 +479,7 @@ impl Fleet {
                     } else if engine.state.is_alive() {
                         self.enter(index, EngineState::Stopping, None);
                     }
+                    self.no_restart(index);
                     self.kill(index, now);
                 }
             }
@@ -450,19 +504,25 @@ impl Fleet {
                     engine.spec.log_file.display()
                 );
                 self.not_ready(index, reason, now);
+            } else if engine.state == EngineState::Draining {
+                self.drained_alone(index, now);
             } else {
                 self.kill(index, now);
             }
         }
+        if let Some(verification) = self
+            .verification
+            .as_ref()
+            .filter(|verification| verification.until <= now)
+        {
+            let (round, reason) = (verification.round, "the canaries took too long".to_owned());
+            self.verified(round, Err(reason), now);
+        }
         match self.stage {
-            Stage::Verifying { until } if until <= now => {
-                let reason = "the canaries took too long".to_owned();
-                self.verified(Err(reason), now);
-            }
             Stage::Draining { until } if until <= now => self.stop_all(now),
             Stage::Closing { until } if until <= now => self.sweep(),
             Stage::Starting
-            | Stage::Verifying { .. }
+            | Stage::Verifying
             | Stage::Ready
             | Stage::Draining { .. }
             | Stage::Stopping { .. }
@@ -480,11 +540,7 @@ impl Fleet {
                 self.actions.push(Action::Check);
             }
             Stage::Sweeping | Stage::Checking | Stage::Over => {}
-            Stage::Starting
-            | Stage::Verifying { .. }
-            | Stage::Ready
-            | Stage::Draining { .. }
-            | Stage::Stopping { .. } => {
+            Stage::Starting | Stage::Verifying | Stage::Ready | Stage::Draining { .. } | Stage::Stopping { .. } => {
                 // A stop that was under way does not end as it was meant to; a failure keeps its first cause.
                 let lost = Ending::SupervisionLost {
                     reason: reason.to_owned(),
@@ -504,6 +560,7 @@ impl Fleet {
                         engine.reason = Some(reason.to_owned());
                         self.enter(index, EngineState::Failed, None);
                     }
+                    self.no_restart(index);
                 }
                 self.sweep();
             }
@@ -546,12 +603,18 @@ impl Engine {
             endpoint: self.spec.endpoint.clone(),
             pid: self.pid,
             reason: self.reason.clone(),
+            restart_at: self.restart_at,
             load: Arc::clone(&self.load),
         }
     }
 }
 
+mod restarts;
 mod transitions;
+mod verification;
+
+use self::transitions::Failure;
+use self::verification::Verification;
 
 #[cfg(test)]
 pub(super) mod tests;

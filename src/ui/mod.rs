@@ -88,7 +88,7 @@ pub fn state(state: EngineState) -> String {
         EngineState::Ready => state.green().to_string(),
         EngineState::Planned | EngineState::Stopped => state.dimmed().to_string(),
         EngineState::Starting | EngineState::Healthy => state.cyan().to_string(),
-        EngineState::Draining | EngineState::Stopping => state.yellow().to_string(),
+        EngineState::Draining | EngineState::Stopping | EngineState::Backoff => state.yellow().to_string(),
         EngineState::Failed => state.red().bold().to_string(),
     }
 }

@@ -166,7 +166,7 @@ impl EngineLine {
                 let failed = "failed".red().bold().to_string();
                 ("✗".red().to_string(), BROKEN, format!("{failed}{phase}  {took}"))
             }
-            EngineState::Draining | EngineState::Stopping | EngineState::Stopped => {
+            EngineState::Draining | EngineState::Stopping | EngineState::Stopped | EngineState::Backoff => {
                 (" ".to_owned(), RESTING, self.state.yellow().to_string())
             }
         };

@@ -5,6 +5,7 @@ mod bench;
 mod control;
 mod logs;
 mod proxy;
+mod restart;
 mod sim;
 mod supervisor;
 mod support;

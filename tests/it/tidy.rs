@@ -25,6 +25,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "app",
         &[
             "control",
+            "engine",
             "fleet",
             "logs",
             "plan",

@@ -138,7 +138,7 @@ fn a_hand_off_that_moves_no_kv_keeps_the_fleet_from_getting_ready() {
 #[test]
 fn the_others_serve_on_when_an_engine_dies_and_the_run_ends_with_the_last_of_a_role() {
     let place = Place::new();
-    let mut run = place.up(&[]);
+    let mut run = place.up(&["--set", "restart.policy=never"]);
     run.wait_until_ready();
     let engine = |name: &str| {
         let output = place.run(&["status", "--json"]);

@@ -34,6 +34,7 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         },
         pid: None,
         reason: None,
+        restart_at: None,
         load: Arc::new(Load::default()),
     };
     let (_fleet, view) = watch::channel(Arc::new(FleetView {

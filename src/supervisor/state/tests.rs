@@ -1,12 +1,14 @@
 //! The rules of the state machine by name.
 
 mod histories;
+mod restarts;
 mod world;
 
 pub(in crate::supervisor) use self::world::engine;
-use self::world::{DRAIN, FIRST, Processes, World};
+use self::world::{DRAIN, FIRST, Processes, World, exited};
 use super::*;
 use crate::fleet::Role;
+use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 
 fn terminate(name: &str) -> Action {
@@ -38,12 +40,12 @@ fn ready_means_that_every_pair_was_verified() {
     world.all_healthy();
     assert_eq!(world.stage(), FleetStage::Verifying);
     let pairs = world.log.iter().find_map(|action| match action {
-        Action::Verify(pairs) => Some(pairs.len()),
+        Action::Verify(_, pairs) => Some(pairs.len()),
         _ => None,
     });
     assert_eq!(pairs, Some(4));
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 0);
-    world.tell(Event::Verified(Ok(())));
+    world.verified(Ok(()));
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 2);
 }
 
@@ -91,7 +93,7 @@ fn canaries_that_fail_or_never_answer_end_the_run() {
         let mut world = World::two_by_two();
         world.all_healthy();
         match answer {
-            Some(result) => drop(world.tell(Event::Verified(result))),
+            Some(result) => world.verified(result),
             None => world.wait(),
         }
         let outcome = world.play_out();
@@ -104,7 +106,7 @@ fn canaries_that_fail_or_never_answer_end_the_run() {
 fn a_failed_engine_leaves_the_view_at_once_and_the_others_go_on() {
     let mut world = World::ready();
     world.exit("decoder1");
-    assert_eq!(world.state("decoder1"), EngineState::Failed);
+    assert_eq!(world.state("decoder1"), EngineState::Backoff);
     assert!(world.load("decoder1").is_closed());
     assert!(world.did(&kill("decoder1")));
     assert_eq!(world.stage(), FleetStage::Ready);
@@ -114,7 +116,7 @@ fn a_failed_engine_leaves_the_view_at_once_and_the_others_go_on() {
 
 #[test]
 fn losing_the_last_engine_of_a_role_ends_the_run() {
-    let mut world = World::ready();
+    let mut world = World::ready_with_policy(RestartWhen::Never);
     world.exit("prefiller1");
     world.exit("prefiller2");
     let outcome = world.play_out();
@@ -135,7 +137,7 @@ fn a_stop_drains_then_stops_prefill_before_decode() {
     assert_eq!(world.stage(), FleetStage::Draining);
     assert!(!world.load("decoder1").is_closed(), "requests in flight go on");
     assert!(!world.did(&terminate("prefiller1")));
-    world.tell(Event::Drained);
+    world.tell(Event::Drained(None));
     assert!(world.did(&terminate("prefiller1")) && world.did(&terminate("prefiller2")));
     assert!(!world.did(&terminate("decoder1")));
     world.exit("prefiller1");
@@ -149,7 +151,7 @@ fn a_stop_drains_then_stops_prefill_before_decode() {
 fn decode_engines_do_not_wait_long_for_slow_prefill_engines() {
     let mut world = World::ready();
     world.tell(Event::Stop);
-    world.tell(Event::Drained);
+    world.tell(Event::Drained(None));
     world.wait();
     assert!(world.did(&terminate("decoder1")));
     assert!(!world.did(&kill("prefiller1")));
@@ -170,7 +172,7 @@ fn a_drain_ends_at_its_deadline_and_closes_what_is_in_flight() {
 fn an_engine_that_ignores_sigterm_is_killed_after_its_grace() {
     let mut world = World::ready();
     world.tell(Event::Stop);
-    world.tell(Event::Drained);
+    world.tell(Event::Drained(None));
     let start = world.now;
     while !world.did(&kill("prefiller1")) {
         world.wait();
@@ -182,7 +184,7 @@ fn an_engine_that_ignores_sigterm_is_killed_after_its_grace() {
 fn what_outlives_its_leader_is_killed_after_a_short_moment() {
     let mut world = World::ready();
     world.tell(Event::Stop);
-    world.tell(Event::Drained);
+    world.tell(Event::Drained(None));
     let start = world.now;
     world.exit("prefiller1");
     while !world.did(&kill("prefiller1")) {
@@ -228,7 +230,7 @@ fn a_second_interrupt_kills_and_a_second_sigterm_does_not() {
 
 #[test]
 fn a_first_interrupt_in_a_failing_run_does_not_force_it() {
-    let mut world = World::ready();
+    let mut world = World::ready_with_policy(RestartWhen::Never);
     world.exit("prefiller1");
     world.exit("prefiller2");
     world.tell(Event::Interrupt);
@@ -240,11 +242,7 @@ fn a_first_interrupt_in_a_failing_run_does_not_force_it() {
 #[test]
 fn events_of_an_older_incarnation_are_dropped() {
     let mut world = World::ready();
-    world.tell(Event::Exited(
-        EngineId::named("decoder1"),
-        Incarnation(0),
-        Exit::Code(0),
-    ));
+    world.tell(exited(EngineId::named("decoder1"), Incarnation(0), true));
     world.tell(Event::TreeEmpty(EngineId::named("decoder1"), Incarnation(0)));
     assert_eq!(world.state("decoder1"), EngineState::Ready);
 }

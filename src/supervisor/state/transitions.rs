@@ -10,10 +10,31 @@ use crate::fleet::{EngineId, EngineState, Incarnation, Role};
 use crate::supervisor::Ending;
 use crate::supervisor::guardian::protocol::Exit;
 
+/// Why an engine ended.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// In one line.
+    pub(super) reason: String,
+    /// How its leader ended, if that was it.
+    pub(super) exit: Option<Exit>,
+    /// False where the cause is known to come again.
+    pub(super) retryable: bool,
+}
+
+impl Failure {
+    pub(super) fn without_exit(reason: String) -> Self {
+        Self {
+            reason,
+            exit: None,
+            retryable: true,
+        }
+    }
+}
+
 impl Fleet {
     /// Spawns every planned engine whose GPUs are free of starts: two at once on one GPU spoil vLLM's memory profile.
     pub(super) fn start_next(&mut self, now: Instant) {
-        if self.stage != Stage::Starting {
+        if !matches!(self.stage, Stage::Starting | Stage::Ready) {
             return;
         }
         let mut busy: BTreeSet<u32> = BTreeSet::new();
@@ -40,16 +61,16 @@ impl Fleet {
     }
 
     /// The engine ended, or must end, for a reason nobody asked for.
-    pub(super) fn fail(&mut self, index: usize, reason: String, exit: Option<Exit>, now: Instant) {
-        if self.mark_failed(index, &reason, now) {
+    pub(super) fn fail(&mut self, index: usize, failure: Failure, now: Instant) {
+        if self.mark_failed(index, &failure.reason, now) {
+            let Failure {
+                reason,
+                exit,
+                retryable,
+            } = failure;
             let engine = self.engines[index].spec.id.clone();
-            self.consequences(index, Ending::EngineFailed { engine, reason, exit }, now);
+            self.consequences(index, Ending::EngineFailed { engine, reason, exit }, retryable, now);
         }
-    }
-
-    pub(super) fn fail_by_exit(&mut self, index: usize, exit: Exit, when: &str, now: Instant) {
-        let log = self.engines[index].spec.log_file.display();
-        self.fail(index, format!("{exit} {when}; see its log `{log}`"), Some(exit), now);
     }
 
     /// The engine's time to become healthy is over.
@@ -57,7 +78,7 @@ impl Fleet {
         if self.mark_failed(index, &reason, now) {
             let spec = &self.engines[index].spec;
             let (engine, after) = (Some(spec.id.clone()), spec.ready_deadline);
-            self.consequences(index, Ending::NotReady { engine, reason, after }, now);
+            self.consequences(index, Ending::NotReady { engine, reason, after }, true, now);
         }
     }
 
@@ -75,18 +96,10 @@ impl Fleet {
     }
 
     /// What the failure of one engine means to the fleet.
-    fn consequences(&mut self, index: usize, cause: Ending, now: Instant) {
-        let role = self.engines[index].spec.role;
+    fn consequences(&mut self, index: usize, cause: Ending, retryable: bool, now: Instant) {
         match self.stage {
-            Stage::Starting | Stage::Verifying { .. } => self.end(cause, now),
-            Stage::Ready => {
-                let serves = |engine: &Engine| engine.spec.role == role && engine.state.serves();
-                if !self.engines.iter().any(serves) {
-                    let engine = self.engines[index].spec.id.clone();
-                    let reason = self.engines[index].reason.clone().unwrap_or_default();
-                    self.end(Ending::LostRole { role, engine, reason }, now);
-                }
-            }
+            Stage::Starting | Stage::Verifying => self.end(cause, now),
+            Stage::Ready => self.restart_by_policy(index, retryable, now),
             Stage::Draining { .. }
             | Stage::Stopping { .. }
             | Stage::Closing { .. }
@@ -120,11 +133,12 @@ impl Fleet {
                 }
                 (EngineState::Draining, Role::Decode)
                 | (EngineState::Stopping | EngineState::Stopped | EngineState::Failed, _) => {}
+                (EngineState::Backoff, _) => self.no_restart(index),
             }
         }
     }
 
-    fn terminate(&mut self, index: usize, grace: Duration, now: Instant) {
+    pub(super) fn terminate(&mut self, index: usize, grace: Duration, now: Instant) {
         let id = self.engines[index].spec.id.clone();
         self.enter(index, EngineState::Stopping, Some(now + grace));
         self.actions.push(Action::Terminate(id));
@@ -148,6 +162,11 @@ impl Fleet {
 
     /// What follows from the state alone.
     pub(super) fn go_on(&mut self, now: Instant) {
+        if self.stage == Stage::Ready {
+            self.renew_those_due(now);
+            self.start_next(now);
+            self.verify_next(now);
+        }
         let Stage::Stopping { decode_turn } = self.stage else {
             return;
         };
@@ -182,16 +201,13 @@ impl Fleet {
             .collect()
     }
 
-    pub(super) fn pairs(&self) -> Vec<(EngineId, EngineId)> {
-        let of = |role| self.engines.iter().filter(move |engine| engine.spec.role == role);
-        of(Role::Prefill)
-            .flat_map(|prefill| of(Role::Decode).map(|decode| (prefill.spec.id.clone(), decode.spec.id.clone())))
-            .collect()
-    }
-
     pub(super) fn to(&mut self, stage: Stage) {
         self.stage = stage;
         self.changed = true;
+        if !matches!(stage, Stage::Verifying | Stage::Ready) {
+            // Its canaries are of no use any more.
+            self.verification = None;
+        }
     }
 
     pub(super) fn enter(&mut self, index: usize, state: EngineState, until: Option<Instant>) {

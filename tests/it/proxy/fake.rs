@@ -203,6 +203,7 @@ fn engine(role: Role, index: usize, port: u16, ranks: u16) -> EngineView {
         },
         pid: None,
         reason: None,
+        restart_at: None,
         load: Arc::new(Load::default()),
     }
 }

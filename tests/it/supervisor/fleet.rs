@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, Role};
-use xpyd::plan::{EngineSpec, PortUse};
+use xpyd::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
 use xpyd::supervisor::{self, Ending, Outcome, Request, Settings, Wiring};
@@ -75,6 +75,13 @@ impl Run {
             run_dir: folder.path().to_owned(),
             drain_deadline: PATIENCE,
             verify_deadline: PATIENCE,
+            restart: RestartPolicy {
+                policy: RestartWhen::Never,
+                max_restarts: 0,
+                backoff: Duration::ZERO,
+                max_backoff: Duration::ZERO,
+                stable_after: PATIENCE,
+            },
             run_name: "test".to_owned(),
             program: env!("CARGO_BIN_EXE_xpyd").into(),
         };
@@ -167,6 +174,13 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
         ready_deadline: PATIENCE,
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
+        liveness: Liveness {
+            path: "/metrics".to_owned(),
+            running: "running".to_owned(),
+            counters: Vec::new(),
+            stall: PATIENCE,
+        },
+        receiver_template: None,
     }
 }
 

@@ -2,12 +2,11 @@
 
 use proptest::prelude::*;
 
-use super::world::{FIRST, World, engine};
+use super::world::{MAX_RESTARTS, World, engine, exited};
 use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation};
 use crate::plan::EngineSpec;
 use crate::supervisor::Ending;
-use crate::supervisor::guardian::protocol::Exit;
-use crate::supervisor::state::Event;
+use crate::supervisor::state::{Event, Goal};
 
 /// One step of a random history. The number picks an engine.
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +16,8 @@ enum Step {
     Exit(usize),
     Empty(usize),
     Stale(usize),
+    Hung(usize),
+    Leave(usize, bool, bool),
     Verified(bool),
     Drained,
     Wait,
@@ -32,6 +33,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..4_usize).prop_map(Step::Exit),
         2 => (0..4_usize).prop_map(Step::Empty),
         1 => (0..4_usize).prop_map(Step::Stale),
+        1 => (0..4_usize).prop_map(Step::Hung),
+        2 => (0..4_usize, any::<bool>(), any::<bool>()).prop_map(|(index, again, force)| Step::Leave(index, again, force)),
         2 => proptest::bool::weighted(0.8).prop_map(Step::Verified),
         1 => Just(Step::Drained),
         1 => Just(Step::Wait),
@@ -49,7 +52,7 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
             world.announce(&ids[index]);
         }
         Step::Probe(index) if processes(world, index).leader && processes(world, index).announced => {
-            world.tell(Event::Probed(ids[index].clone(), FIRST));
+            world.tell(Event::Probed(ids[index].clone(), world.incarnation(&ids[index])));
         }
         Step::Exit(index) if processes(world, index).leader && processes(world, index).announced => {
             if !processes(world, index).terminated && !world.ending {
@@ -62,19 +65,44 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
         }
         Step::Stale(index) => {
             let before = format!("{:?}", world.fleet.view(0));
-            world.tell(Event::Exited(ids[index].clone(), Incarnation(0), Exit::Code(0)));
+            world.tell(exited(ids[index].clone(), Incarnation(0), true));
             assert_eq!(format!("{:?}", world.fleet.view(0)), before);
         }
-        Step::Verified(ok) if std::mem::take(&mut world.verifying) => {
+        Step::Verified(ok) if world.verifying.is_some() => {
             let result = if ok { Ok(()) } else { Err("no KV moved".to_owned()) };
-            world.tell(Event::Verified(result));
+            world.verified(result);
         }
-        Step::Drained if std::mem::take(&mut world.awaiting_idle) => drop(world.tell(Event::Drained)),
+        Step::Drained if !world.awaiting_idle.is_empty() => {
+            let of = world.awaiting_idle.remove(0);
+            world.tell(Event::Drained(of));
+        }
+        Step::Hung(index) if processes(world, index).leader => {
+            world.unasked_exits += 1;
+            world.tell(Event::Hung(
+                ids[index].clone(),
+                world.incarnation(&ids[index]),
+                "hung".to_owned(),
+            ));
+        }
+        Step::Leave(index, again, force) => {
+            let goal = if again { Goal::StartAgain } else { Goal::Stop };
+            if world.fleet.may_leave(&ids[index], goal, force).is_ok() {
+                *world.requests.entry(ids[index].clone()).or_default() += 1;
+                let id = ids[index].clone();
+                world.tell(if again { Event::Restart(id) } else { Event::TakeOut(id) });
+            }
+        }
         Step::Wait => world.wait(),
         Step::Stop => drop(world.tell(Event::Stop)),
         Step::Interrupt => drop(world.tell(Event::Interrupt)),
         Step::Force => drop(world.tell(Event::Force)),
-        Step::Announce(_) | Step::Probe(_) | Step::Exit(_) | Step::Empty(_) | Step::Verified(_) | Step::Drained => {}
+        Step::Announce(_)
+        | Step::Probe(_)
+        | Step::Exit(_)
+        | Step::Empty(_)
+        | Step::Hung(_)
+        | Step::Verified(_)
+        | Step::Drained => {}
     }
 }
 
@@ -83,7 +111,7 @@ proptest! {
     /// leader gets a second SIGTERM, and the guardian is only let go when no process is left.
     #[test]
     fn every_history_keeps_the_rules_and_ends_once_it_is_stopped(
-        steps in prop::collection::vec(step(), 0..60),
+        steps in prop::collection::vec(step(), 0..120),
         shared_gpu in any::<bool>(),
     ) {
         let gpus: [&[u32]; 4] = if shared_gpu { [&[0], &[0], &[1], &[1]] } else { [&[0], &[1], &[2], &[3]] };
@@ -95,6 +123,7 @@ proptest! {
             if world.outcome.is_some() {
                 break;
             }
+            let before = world.fleet.view(0);
             take(&mut world, &ids, step);
             let view = world.fleet.view(0);
             for engine in &view.engines {
@@ -102,6 +131,15 @@ proptest! {
                 let processes = world.processes[&engine.id];
                 prop_assert!(!engine.state.serves() || processes.leader);
                 prop_assert!(engine.state != EngineState::Failed || engine.load.is_closed());
+                // Only a request revives what the policy gave up.
+                let was_failed = before.engine(&engine.id).is_some_and(|was| was.state == EngineState::Failed);
+                let may_revive = matches!(step, Step::Leave(index, true, _) if ids[index] == engine.id);
+                prop_assert!(!was_failed || engine.state == EngineState::Failed || may_revive);
+                // A request begins a new count.
+                let requests = world.requests.get(&engine.id).copied().unwrap_or(0);
+                prop_assert!(processes.spawns <= 1 + requests + MAX_RESTARTS * (requests + 1), "{:?}", world.log);
+                // The next one has its number before it starts, and may never start.
+                prop_assert!([0, 1].contains(&(engine.incarnation.0 - processes.spawns)));
             }
         }
         if world.outcome.is_none() {
@@ -114,7 +152,10 @@ proptest! {
             prop_assert!(matches!(engine.state, EngineState::Stopped | EngineState::Failed), "{:?}", engine);
             prop_assert!(engine.load.is_closed());
         }
-        if matches!(outcome.ending, Ending::EngineFailed { .. } | Ending::LostRole { .. }) {
+        if matches!(
+            outcome.ending,
+            Ending::EngineFailed { .. } | Ending::LostRole { .. } | Ending::CrashLoop { .. }
+        ) {
             prop_assert!(world.unasked_exits > 0);
         }
     }

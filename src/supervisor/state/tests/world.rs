@@ -7,14 +7,31 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, Role};
-use crate::plan::{EngineSpec, PortUse};
+use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use crate::supervisor::Outcome;
 use crate::supervisor::guardian::protocol::Exit;
-use crate::supervisor::state::{Action, Event, Fleet};
+use crate::supervisor::state::{Action, Event, Fleet, Limits};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(20);
 pub(super) const VERIFY: Duration = Duration::from_secs(40);
 pub(super) const FIRST: Incarnation = Incarnation::FIRST;
+
+/// Restarts in a row that the worlds' policy allows.
+pub(super) const MAX_RESTARTS: u32 = 3;
+
+/// The wait before the first restart.
+pub(super) const BACKOFF: Duration = Duration::from_secs(1);
+
+pub(super) fn policy(policy: RestartWhen) -> RestartPolicy {
+    RestartPolicy {
+        policy,
+        max_restarts: MAX_RESTARTS,
+        backoff: BACKOFF,
+        max_backoff: Duration::from_secs(60),
+        // Longer than any history.
+        stable_after: Duration::from_hours(10_000),
+    }
+}
 
 /// An engine to be: its role follows from its name.
 pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
@@ -42,6 +59,13 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
         ready_deadline: Duration::from_mins(10),
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
+        liveness: Liveness {
+            path: "/metrics".to_owned(),
+            running: "running".to_owned(),
+            counters: vec!["done".to_owned()],
+            stall: Duration::from_mins(2),
+        },
+        receiver_template: None,
     }
 }
 
@@ -53,6 +77,17 @@ pub(super) struct Processes {
     pub(super) announced: bool,
     pub(super) terminated: bool,
     pub(super) killed: bool,
+    /// Starts so far.
+    pub(super) spawns: u32,
+}
+
+pub(super) fn exited(engine: EngineId, incarnation: Incarnation, retryable: bool) -> Event {
+    Event::Exited {
+        engine,
+        incarnation,
+        exit: Exit::Code(0),
+        retryable,
+    }
 }
 
 /// A fleet, a clock, and a model of its processes that checks every action against the rules that always hold.
@@ -60,33 +95,47 @@ pub(super) struct World {
     pub(super) fleet: Fleet,
     pub(super) now: Instant,
     pub(super) processes: BTreeMap<EngineId, Processes>,
-    pub(super) verifying: bool,
-    pub(super) awaiting_idle: bool,
+    /// The round of canaries under way.
+    pub(super) verifying: Option<u64>,
+    /// Who is waited for until nothing is in flight.
+    pub(super) awaiting_idle: Vec<Option<(EngineId, Incarnation)>>,
     pub(super) shutdown: bool,
     pub(super) sweeping: bool,
     pub(super) checking: bool,
     pub(super) ending: bool,
     pub(super) unasked_exits: usize,
+    /// Restarts and drains that were asked for and allowed.
+    pub(super) requests: BTreeMap<EngineId, u32>,
     pub(super) outcome: Option<Outcome>,
     pub(super) log: Vec<Action>,
 }
 
 impl World {
     pub(super) fn new(engines: &[EngineSpec]) -> Self {
+        Self::with_policy(engines, RestartWhen::OnFailure)
+    }
+
+    pub(super) fn with_policy(engines: &[EngineSpec], when: RestartWhen) -> Self {
+        let limits = Limits {
+            drain: DRAIN,
+            verify: VERIFY,
+            restart: policy(when),
+        };
         let mut world = Self {
-            fleet: Fleet::new(engines, DRAIN, VERIFY),
+            fleet: Fleet::new(engines, limits, None),
             now: Instant::now(),
             processes: engines
                 .iter()
                 .map(|engine| (engine.id.clone(), Processes::default()))
                 .collect(),
-            verifying: false,
-            awaiting_idle: false,
+            verifying: None,
+            awaiting_idle: Vec::new(),
             shutdown: false,
             sweeping: false,
             checking: false,
             ending: false,
             unasked_exits: 0,
+            requests: BTreeMap::new(),
             outcome: None,
             log: Vec::new(),
         };
@@ -95,14 +144,22 @@ impl World {
     }
 
     pub(super) fn two_by_two() -> Self {
+        Self::new(&Self::four())
+    }
+
+    fn four() -> [EngineSpec; 4] {
         let gpu_each = [("prefiller1", 0), ("prefiller2", 1), ("decoder1", 2), ("decoder2", 3)];
-        Self::new(&gpu_each.map(|(name, gpu)| engine(name, &[gpu])))
+        gpu_each.map(|(name, gpu)| engine(name, &[gpu]))
     }
 
     pub(super) fn ready() -> Self {
-        let mut world = Self::two_by_two();
+        Self::ready_with_policy(RestartWhen::OnFailure)
+    }
+
+    pub(super) fn ready_with_policy(when: RestartWhen) -> Self {
+        let mut world = Self::with_policy(&Self::four(), when);
         world.all_healthy();
-        world.tell(Event::Verified(Ok(())));
+        world.verified(Ok(()));
         assert_eq!(world.stage(), FleetStage::Ready);
         world
     }
@@ -110,29 +167,55 @@ impl World {
     pub(super) fn all_healthy(&mut self) {
         let ids: Vec<EngineId> = self.processes.keys().cloned().collect();
         for id in ids {
-            self.announce(&id);
-            self.tell(Event::Probed(id, FIRST));
+            self.healthy(id.as_str());
         }
+    }
+
+    pub(super) fn healthy(&mut self, name: &str) {
+        let id = EngineId::named(name);
+        self.announce(&id);
+        let incarnation = self.incarnation(&id);
+        self.tell(Event::Probed(id, incarnation));
+    }
+
+    /// The round of canaries under way ends.
+    pub(super) fn verified(&mut self, result: Result<(), String>) {
+        let round = self.verifying.take().expect("a round is under way");
+        self.tell(Event::Verified(round, result));
     }
 
     pub(super) fn announce(&mut self, id: &EngineId) {
         self.processes.get_mut(id).unwrap().announced = true;
-        self.tell(Event::Spawned(id.clone(), FIRST, 1));
+        self.tell(Event::Spawned(id.clone(), self.incarnation(id), 1));
+    }
+
+    pub(super) fn incarnation(&self, id: &EngineId) -> Incarnation {
+        self.fleet.view(0).engine(id).unwrap().incarnation
+    }
+
+    /// The engine's leader and the rest of it end, unasked.
+    pub(super) fn crash(&mut self, name: &str) {
+        self.exit(name);
+        self.empty(name);
     }
 
     pub(super) fn exit(&mut self, name: &str) {
         let id = EngineId::named(name);
         self.processes.get_mut(&id).unwrap().leader = false;
-        self.tell(Event::Exited(id, FIRST, Exit::Code(0)));
+        let incarnation = self.incarnation(&id);
+        self.tell(exited(id, incarnation, true));
     }
 
     pub(super) fn empty(&mut self, name: &str) {
         let id = EngineId::named(name);
-        *self.processes.get_mut(&id).unwrap() = Processes {
+        let processes = self.processes.get_mut(&id).unwrap();
+        *processes = Processes {
             announced: true,
+            spawns: processes.spawns,
             ..Processes::default()
         };
-        self.tell(Event::TreeEmpty(id, FIRST));
+        let incarnation = self.incarnation(&id);
+        self.tell(Event::TreeEmpty(id, incarnation));
     }
 
     pub(super) fn tell(&mut self, event: Event) -> Vec<Action> {
@@ -151,11 +234,17 @@ impl World {
     fn carry_out(&mut self, action: &Action) {
         assert!(self.outcome.is_none(), "{action:?} after the end");
         match action {
-            Action::Spawn(id, _) => {
+            Action::Spawn(id, incarnation) => {
                 assert!(!self.ending, "spawned {id} after a stop began");
                 let processes = self.processes.get_mut(id).unwrap();
                 assert!(!processes.tree, "two incarnations of {id} at once");
-                (processes.leader, processes.tree) = (true, true);
+                assert_eq!(incarnation.0, processes.spawns + 1, "incarnations of {id} are counted");
+                *processes = Processes {
+                    leader: true,
+                    tree: true,
+                    spawns: incarnation.0,
+                    ..Processes::default()
+                };
             }
             Action::Terminate(id) => {
                 let processes = self.processes.get_mut(id).unwrap();
@@ -163,8 +252,11 @@ impl World {
                 processes.terminated = true;
             }
             Action::Kill(id) => self.processes.get_mut(id).unwrap().killed = true,
-            Action::Verify(_) => self.verifying = true,
-            Action::AwaitIdle => self.awaiting_idle = true,
+            Action::Verify(round, pairs) => {
+                assert!(!pairs.is_empty(), "canaries through nobody");
+                self.verifying = Some(*round);
+            }
+            Action::AwaitIdle(of) => self.awaiting_idle.push(of.clone()),
             Action::Shutdown => {
                 assert!(
                     self.processes.values().all(|process| !process.tree),
@@ -175,12 +267,16 @@ impl World {
             Action::Check => self.checking = true,
             Action::Sweep => {
                 for processes in self.processes.values_mut() {
-                    *processes = Processes::default();
+                    let spawns = processes.spawns;
+                    *processes = Processes {
+                        spawns,
+                        ..Processes::default()
+                    };
                 }
                 self.sweeping = true;
             }
             Action::Finish(outcome) => self.outcome = Some(outcome.clone()),
-            Action::Record(..) | Action::Probe(..) | Action::Settled(_) => {}
+            Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::Settled(_) => {}
         }
     }
 

@@ -1,0 +1,23 @@
+//! `xpyd drain`: takes engines out and stops them, while the others serve.
+
+use std::time::Duration;
+
+use super::restart::{EngineArguments, take_out};
+use crate::control::server::EngineVerb;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// Arguments of `xpyd drain`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    engines: EngineArguments,
+    /// How long to wait for each engine; it goes on stopping after that
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// Drains engines; `xpyd restart` brings them back.
+pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    take_out(&arguments.engines, EngineVerb::Drain, arguments.timeout, printer).await
+}

@@ -1,0 +1,178 @@
+//! `xpyd restart`: takes engines out one after the other, and starts them again, while the others serve.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::status::{client, logs_command, running};
+use crate::control::api::{EngineStatus, Status};
+use crate::control::client::{ClientError, ControlClient};
+use crate::control::rundir::{DEFAULT_NAME, RunInfo};
+use crate::control::server::EngineVerb;
+use crate::fleet::{EngineId, EngineState, FleetStage};
+use crate::logs::roles::{self, RoleLog};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{FleetProgress, Printer};
+
+/// How often to look how far an engine is.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Arguments of `xpyd restart`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    engines: EngineArguments,
+    /// How long to wait for each engine; it goes on after that
+    #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// Which engines of which run.
+#[derive(Debug, clap::Args)]
+pub(super) struct EngineArguments {
+    /// Engines, as in `xpyd logs`: decoder1, prefiller2, decode, prefill, all
+    #[arg(required = true, value_name = "ROLE")]
+    roles: Vec<String>,
+    /// Name of the run
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
+    name: String,
+    /// Go on even where no other engine of the role serves; clients are refused meanwhile
+    #[arg(long)]
+    force: bool,
+}
+
+/// Restarts engines, each only when the one before serves again.
+pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    take_out(&arguments.engines, EngineVerb::Restart, arguments.timeout, printer).await
+}
+
+/// Takes engines out one after the other, and waits for each with progress.
+pub(super) async fn take_out(
+    arguments: &EngineArguments,
+    verb: EngineVerb,
+    timeout: Duration,
+    printer: Printer,
+) -> Result<ExitStatus, Failure> {
+    let info = running(&arguments.name)?;
+    let ids = engines(&info, &arguments.roles)?;
+    let client = client(&info)?;
+    let ports = status(&client, &info).await?.engines;
+    let shown: Vec<_> = ports
+        .iter()
+        .filter(|engine| ids.contains(&engine.id))
+        .map(|engine| (engine.id.clone(), engine.role, engine.port))
+        .collect();
+    let mut progress = FleetProgress::new(printer, &shown);
+    for id in &ids {
+        let answer = client.engine(id, verb, arguments.force).await;
+        let wait = Wait {
+            id,
+            verb,
+            incarnation: answer.map_err(|error| refused(error, arguments.force))?.incarnation,
+            info: &info,
+        };
+        wait.until_done(&client, Instant::now() + timeout, &mut progress)
+            .await?;
+    }
+    progress.finish();
+    Ok(ExitStatus::Success)
+}
+
+/// The engines that `names` mean.
+fn engines(info: &RunInfo, names: &[String]) -> Result<Vec<EngineId>, Failure> {
+    let known: Vec<RoleLog> = info
+        .engines
+        .iter()
+        .map(|engine| RoleLog {
+            name: engine.id.to_string(),
+            path: info.logs_dir.join(&engine.log_file),
+        })
+        .collect();
+    let meant = roles::select(&known, names).map_err(|unknown| {
+        let known = format!("there are {}", unknown.known.join(", "));
+        let hint = match &unknown.nearest {
+            Some(nearest) => format!("did you mean `{nearest}`? {known}"),
+            None => known,
+        };
+        Failure::new(ExitStatus::Usage, unknown).hint(hint)
+    })?;
+    Ok(meant.iter().map(|role| EngineId::named(&role.name)).collect())
+}
+
+async fn status(client: &ControlClient, info: &RunInfo) -> Result<Status, Failure> {
+    client.status().await.map_err(|error| {
+        Failure::new(ExitStatus::Failure, error).hint(format!(
+            "see what the run last wrote: {} xpyd",
+            logs_command(&info.name)
+        ))
+    })
+}
+
+fn refused(error: ClientError, force: bool) -> Failure {
+    let refusal = matches!(&error, ClientError::Refused { status: 409, .. });
+    let failure = Failure::new(ExitStatus::Failure, error);
+    if refusal && !force {
+        failure.hint("`xpyd status` shows the engines; --force takes out the last one of a role as well")
+    } else {
+        failure
+    }
+}
+
+/// One engine that is on its way.
+struct Wait<'call> {
+    id: &'call EngineId,
+    verb: EngineVerb,
+    /// The first incarnation after a restart.
+    incarnation: u32,
+    info: &'call RunInfo,
+}
+
+impl Wait<'_> {
+    async fn until_done(
+        &self,
+        client: &ControlClient,
+        deadline: Instant,
+        progress: &mut FleetProgress,
+    ) -> Result<(), Failure> {
+        loop {
+            let status = status(client, self.info).await?;
+            let engine = status.engines.iter().find(|engine| engine.id == *self.id);
+            if let Some(engine) = engine {
+                progress.state(&engine.id, engine.state);
+                if let (Some(phase), Some(percent)) = (&engine.phase, engine.percent) {
+                    progress.phase(&engine.id, phase, percent);
+                }
+                if self.is_done(engine)? {
+                    return Ok(());
+                }
+            }
+            if status.stage != FleetStage::Ready {
+                let text = format!("the run is {}, so {} was not waited for", status.stage, self.id);
+                return Err(Failure::message(ExitStatus::Failure, text));
+            }
+            if Instant::now() >= deadline {
+                let state = engine.map_or(EngineState::Planned, |engine| engine.state);
+                let failure = Failure::message(ExitStatus::NotReady, format!("{} is still {state}", self.id));
+                return Err(failure.hint("it goes on; `xpyd status` shows how far it is"));
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    fn is_done(&self, engine: &EngineStatus) -> Result<bool, Failure> {
+        let is_next = engine.incarnation >= self.incarnation;
+        match (self.verb, engine.state) {
+            (EngineVerb::Restart, EngineState::Ready) if is_next => Ok(true),
+            (EngineVerb::Drain, EngineState::Stopped) => Ok(true),
+            // One that crashed while it drained waits in backoff as well, and then starts as it was asked to.
+            (EngineVerb::Restart, EngineState::Backoff) if !is_next => Ok(false),
+            (_, EngineState::Failed | EngineState::Backoff) => {
+                let reason = engine.reason.as_deref().unwrap_or("it ended");
+                let failure = Failure::message(ExitStatus::EngineFailed, format!("{} failed: {reason}", self.id));
+                let logs = logs_command(&self.info.name);
+                Err(failure.hint(format!("`{logs} {} --tail 50` shows its log", self.id)))
+            }
+            _ => Ok(false),
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What a later start of an engine differs in. PURE: whoever starts it reserves the ports and writes the file.
+//!
+//! Only an LMCache receiver differs: prefill engines know it by host and init port, and one that has lost it never
+//! connects to that address again. NIXL engines make a new id by themselves.
+
+use super::{EngineSpec, RenderedFile};
+use crate::connector::with_receiver_ports;
+use crate::fleet::Receiver;
+
+/// How many ports [`respawn`] needs that no earlier start of the engine had.
+pub fn fresh_ports_needed(spec: &EngineSpec) -> usize {
+    spec.endpoint
+        .receiver
+        .as_ref()
+        .map_or(0, |receiver| receiver.init_ports.len() + receiver.alloc_ports.len())
+}
+
+/// The engine with `fresh` ports for its receiver, as many as [`fresh_ports_needed`] says, and the file to write before
+/// it starts.
+///
+/// # Panics
+/// With fewer ports than that.
+pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> (EngineSpec, Option<RenderedFile>) {
+    let mut spec = spec.clone();
+    let Some(receiver) = &spec.endpoint.receiver else {
+        return (spec, None);
+    };
+    let old: Vec<u16> = receiver
+        .init_ports
+        .iter()
+        .chain(&receiver.alloc_ports)
+        .copied()
+        .collect();
+    let (init, alloc) = fresh.split_at(receiver.init_ports.len());
+    let receiver = Receiver {
+        host: receiver.host.clone(),
+        init_ports: init.to_vec(),
+        alloc_ports: alloc.to_vec(),
+    };
+    for used in &mut spec.ports {
+        if let Some(index) = old.iter().position(|port| *port == used.port) {
+            used.port = fresh[index];
+        }
+    }
+    let file = spec.receiver_template.as_ref().map(|template| RenderedFile {
+        path: template.path.clone(),
+        content: with_receiver_ports(&template.content, &receiver),
+    });
+    spec.endpoint.receiver = Some(receiver);
+    (spec, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::fleet::Role;
+    use crate::machine::Machine;
+    use crate::plan::{Plan, build};
+    use crate::profile::{self, Override};
+
+    fn plan(connector: &str) -> Plan {
+        let overrides = [Override::parse(&format!("connector={connector}")).expect("an override")];
+        let profile = profile::load("1p1d-tp2", &overrides).expect("a shipped profile");
+        build(
+            &profile,
+            &Machine::fixture(4, "0.25.1", Some("0.3.9")),
+            Path::new("/run"),
+        )
+        .expect("a plan")
+    }
+
+    #[test]
+    fn a_receiver_listens_elsewhere_after_every_start_and_its_file_says_so() {
+        let plan = plan("lmcache");
+        let first = &plan.engines[1];
+        assert_eq!((first.role, fresh_ports_needed(first)), (Role::Decode, 4));
+        let (second, file) = respawn(first, &[41, 42, 43, 44]);
+        let receiver = second.endpoint.receiver.as_ref().expect("a receiver");
+        assert_eq!(
+            (&receiver.init_ports[..], &receiver.alloc_ports[..]),
+            (&[41, 42][..], &[43, 44][..])
+        );
+        let ports: Vec<u16> = second.ports.iter().map(|used| used.port).collect();
+        assert_eq!(ports, [first.endpoint.port, 41, 42, 43, 44]);
+        let planned = &plan.files[1];
+        let file = file.expect("a file");
+        assert_eq!(file.path, planned.path);
+        let replaced = planned
+            .content
+            .replace("[7300, 7301]", "[41, 42]")
+            .replace("[7400, 7401]", "[43, 44]");
+        assert_eq!(file.content, replaced);
+        let (third, file) = respawn(&second, &[51, 52, 53, 54]);
+        assert_eq!(third.endpoint.receiver.expect("a receiver").init_ports, [51, 52]);
+        assert!(file.expect("a file").content.contains("[53, 54]"));
+    }
+
+    #[test]
+    fn engines_without_a_receiver_start_again_as_they_were() {
+        for engine in plan("nixl").engines.iter().chain(&plan("lmcache").engines[..1]) {
+            assert_eq!(fresh_ports_needed(engine), 0);
+            let (again, file) = respawn(engine, &[]);
+            assert_eq!(
+                (again.ports, again.endpoint),
+                (engine.ports.clone(), engine.endpoint.clone())
+            );
+            assert!(file.is_none());
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Tells a hung engine by what it gets done, not by how fast it answers: requests run, and no counter grows.
+//!
+//! The judge is pure. The names of samples come with the engine's spec.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use super::probe::reachable;
+use crate::plan::EngineSpec;
+
+/// How often an engine is asked; more often where the deadline is short.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// How many questions fit into the deadline at least.
+const QUESTIONS: u32 = 5;
+
+/// What an engine's metrics say about its progress.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Sample {
+    /// Requests being computed.
+    running: f64,
+    /// All that it has done, summed up.
+    done: f64,
+}
+
+/// Watches one incarnation.
+#[derive(Debug)]
+struct Judge {
+    stall: Duration,
+    done: Option<f64>,
+    /// When it was last seen to have nothing to do or to have done something.
+    well: Instant,
+}
+
+impl Judge {
+    fn new(stall: Duration, now: Instant) -> Self {
+        Self {
+            stall,
+            done: None,
+            well: now,
+        }
+    }
+
+    /// Takes in an answer, or that there was none; a sentence if the engine hangs.
+    fn observe(&mut self, sample: Option<Sample>, now: Instant) -> Option<String> {
+        if let Some(sample) = sample {
+            let has_done_something = self.done != Some(sample.done);
+            if sample.running == 0.0 || has_done_something {
+                self.well = now;
+            }
+            self.done = Some(sample.done);
+        }
+        let waited = now - self.well;
+        (waited >= self.stall).then(|| {
+            let time = humantime::format_duration(Duration::from_secs(waited.as_secs().max(1)));
+            match sample {
+                Some(sample) => format!(
+                    "hung: {} requests run, and no token was made for {time}",
+                    sample.running
+                ),
+                None => format!("hung: its metrics have not answered for {time}"),
+            }
+        })
+    }
+}
+
+/// Returns once the engine hangs, with the reason.
+pub(super) async fn until_hung(client: reqwest::Client, engine: EngineSpec) -> String {
+    let url = format!("http://{}{}", reachable(&engine), engine.liveness.path);
+    let mut judge = Judge::new(engine.liveness.stall, Instant::now());
+    let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
+    loop {
+        let sample = ask(&client, &url, &engine).await;
+        if let Some(reason) = judge.observe(sample, Instant::now()) {
+            return reason;
+        }
+        sleep(pause).await;
+    }
+}
+
+async fn ask(client: &reqwest::Client, url: &str, engine: &EngineSpec) -> Option<Sample> {
+    let answer = client.get(url).send().await.ok()?.error_for_status().ok()?;
+    let text = answer.text().await.ok()?;
+    Some(Sample {
+        running: value(&text, &engine.liveness.running),
+        done: engine.liveness.counters.iter().map(|name| value(&text, name)).sum(),
+    })
+}
+
+/// The sum over the samples of this name in Prometheus text; 0 if there is none.
+fn value(text: &str, name: &str) -> f64 {
+    let samples = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let number = match rest.strip_prefix('{') {
+            Some(rest) => rest.rsplit_once('}')?.1,
+            None => rest.strip_prefix(' ')?,
+        };
+        number.trim().parse::<f64>().ok()
+    });
+    samples.fold(0.0, |sum, value| sum + value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALL: Duration = Duration::from_secs(10);
+
+    /// What the judge says about one sample a second.
+    fn judge(samples: impl IntoIterator<Item = Option<(f64, f64)>>) -> Option<String> {
+        let start = Instant::now();
+        let mut judge = Judge::new(STALL, start);
+        let samples = samples
+            .into_iter()
+            .map(|sample| sample.map(|(running, done)| Sample { running, done }));
+        samples
+            .zip(0..)
+            .find_map(|(sample, second)| judge.observe(sample, start + Duration::from_secs(second)))
+    }
+
+    #[test]
+    fn running_requests_without_a_token_are_a_hang_after_the_deadline_and_not_before() {
+        let stalled = |count| judge([Some((1.0, 7.0))].into_iter().cycle().take(count));
+        assert_eq!(stalled(10), None);
+        let reason = stalled(11).expect("hung");
+        assert_eq!(reason, "hung: 1 requests run, and no token was made for 10s");
+    }
+
+    #[test]
+    fn an_idle_engine_and_a_slow_one_are_well() {
+        assert_eq!(judge([Some((0.0, 7.0))].into_iter().cycle().take(100)), None);
+        // One token in nine seconds.
+        let slow = (0..100_u32).map(|second| Some((3.0, f64::from(second / 9))));
+        assert_eq!(judge(slow), None);
+    }
+
+    #[test]
+    fn time_without_work_does_not_count() {
+        let idle = [Some((0.0, 7.0)); 9];
+        let stalled = [Some((2.0, 7.0)); 9];
+        assert_eq!(judge(idle.into_iter().chain(stalled)), None);
+    }
+
+    #[test]
+    fn a_missing_answer_is_a_hang_only_if_none_comes_for_the_whole_deadline() {
+        let busy = (0..100_u32).map(|second| (second % 9 == 0).then(|| (1.0, f64::from(second))));
+        assert_eq!(judge(busy), None);
+        let silent = judge([None; 11]).expect("hung");
+        assert!(silent.contains("have not answered"), "{silent}");
+    }
+
+    #[test]
+    fn samples_are_summed_over_their_labels_and_not_over_longer_names() {
+        let text = "# TYPE x:tokens_total counter\nx:tokens_total{engine=\"0\"} 3.0\nx:tokens_total{engine=\"1\"} 4\n\
+            x:tokens_total_more 9\nx:running 2\n";
+        assert_eq!(value(text, "x:tokens_total").to_string(), "7");
+        assert_eq!(value(text, "x:running").to_string(), "2");
+        assert_eq!(value(text, "x:absent").to_string(), "0");
+    }
+}

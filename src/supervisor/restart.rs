@@ -1,0 +1,129 @@
+//! When an engine that failed starts again, or that it does not. PURE: the policy, the time and the dice are given.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::plan::{RestartPolicy, RestartWhen};
+
+/// How much of a wait may be added to it, so that engines that failed together do not start together for ever.
+const SPREAD: f64 = 0.25;
+
+/// What one engine has gone through, over all its incarnations.
+#[derive(Debug, Clone, Default)]
+pub(super) struct History {
+    /// Restarts since it was last stable.
+    in_a_row: u32,
+    /// Since when its present incarnation has been ready.
+    ready_since: Option<Instant>,
+}
+
+/// What follows from a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// It starts again after this wait.
+    Restart(Duration),
+    /// It stays failed: the policy says so, or its cause would only come again.
+    Leave,
+    /// It stays failed: it has been restarted as often as it may without being stable in between.
+    CrashLoop,
+}
+
+impl History {
+    /// Its present incarnation takes clients' requests from `now` on.
+    pub(super) fn ready(&mut self, now: Instant) {
+        self.ready_since = Some(now);
+    }
+
+    /// It failed. `retryable` is false where the cause is known to come again, `dice` lies in 0..1.
+    pub(super) fn failed(&mut self, policy: &RestartPolicy, retryable: bool, dice: f64, now: Instant) -> Decision {
+        let stable = |since| now.saturating_duration_since(since) >= policy.stable_after;
+        if self.ready_since.take().is_some_and(stable) {
+            self.in_a_row = 0;
+        }
+        match policy.policy {
+            RestartWhen::Never => return Decision::Leave,
+            RestartWhen::OnFailure if !retryable => return Decision::Leave,
+            RestartWhen::OnFailure | RestartWhen::Always => {}
+        }
+        if self.in_a_row >= policy.max_restarts {
+            return Decision::CrashLoop;
+        }
+        let doubled = 2_u32.saturating_pow(self.in_a_row);
+        let wait = policy.backoff.saturating_mul(doubled).min(policy.max_backoff);
+        self.in_a_row += 1;
+        Decision::Restart(wait.mul_f64(1.0 + SPREAD * dice))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn policy(policy: RestartWhen) -> RestartPolicy {
+        RestartPolicy {
+            policy,
+            max_restarts: 4,
+            backoff: Duration::from_secs(1),
+            max_backoff: Duration::from_secs(5),
+            stable_after: Duration::from_mins(5),
+        }
+    }
+
+    fn seconds(seconds: u64) -> Decision {
+        Decision::Restart(Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn waits_double_up_to_the_longest_and_end_with_the_crash_loop() {
+        let (mut history, now) = (History::default(), Instant::now());
+        let mut fail = || history.failed(&policy(RestartWhen::OnFailure), true, 0.0, now);
+        let decisions = [(); 6].map(|()| fail());
+        let expected = [seconds(1), seconds(2), seconds(4), seconds(5)];
+        assert_eq!(decisions[..4], expected);
+        assert_eq!(decisions[4..], [Decision::CrashLoop; 2]);
+    }
+
+    #[test]
+    fn a_stable_time_begins_a_new_count_and_a_shorter_one_does_not() {
+        let (mut history, policy) = (History::default(), policy(RestartWhen::OnFailure));
+        let start = Instant::now();
+        assert_eq!(history.failed(&policy, true, 0.0, start), seconds(1));
+        history.ready(start);
+        let almost = start + policy.stable_after.checked_sub(Duration::from_millis(1)).unwrap();
+        assert_eq!(history.failed(&policy, true, 0.0, almost), seconds(2));
+        history.ready(almost);
+        let stable = almost + policy.stable_after;
+        assert_eq!(history.failed(&policy, true, 0.0, stable), seconds(1));
+        // The time that was stable counts once.
+        assert_eq!(
+            history.failed(&policy, true, 0.0, stable + policy.stable_after),
+            seconds(2)
+        );
+    }
+
+    #[test]
+    fn the_policy_and_the_cause_decide_whether_it_starts_at_all() {
+        let now = Instant::now();
+        let decide = |when, retryable| History::default().failed(&policy(when), retryable, 0.0, now);
+        assert_eq!(decide(RestartWhen::Never, true), Decision::Leave);
+        assert_eq!(decide(RestartWhen::OnFailure, false), Decision::Leave);
+        assert_eq!(decide(RestartWhen::Always, false), seconds(1));
+    }
+
+    proptest! {
+        #[test]
+        fn jitter_only_ever_adds_up_to_a_quarter(failures in 0_u32..40, dice in 0.0..1.0) {
+            let unbounded = RestartPolicy { max_restarts: u32::MAX, ..policy(RestartWhen::Always) };
+            let mut history = History { in_a_row: failures, ready_since: None };
+            let plain = history.clone().failed(&unbounded, true, 0.0, Instant::now());
+            let spread = history.failed(&unbounded, true, dice, Instant::now());
+            let (Decision::Restart(plain), Decision::Restart(spread)) = (plain, spread) else {
+                return Err(TestCaseError::fail("not restarted"));
+            };
+            prop_assert!(plain <= spread && spread <= plain.mul_f64(1.25));
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Single engines that leave and come back while the fleet serves, through the binary on simulated engines.
+
+use std::process::Output;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{Place, completion, get, post, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+
+/// What `xpyd status --json` says about one engine.
+fn engine(place: &Place, name: &str) -> serde_json::Value {
+    let output = place.run(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let engines = status["engines"].as_array().expect("a list").clone();
+    let mut engines = engines.into_iter();
+    engines.find(|engine| engine["id"] == name).expect("an engine")
+}
+
+fn kill_engine(place: &Place, name: &str) {
+    let pid = engine(place, name)["pid"].as_i64().expect("a pid");
+    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Prompt tokens whose KV a decode engine has received.
+fn received_tokens(port: u16) -> f64 {
+    let metrics = get(port, "/metrics");
+    let samples = metrics
+        .lines()
+        .filter(|line| line.starts_with("vllm:prompt_tokens_by_source_total") && line.contains("external_kv_transfer"));
+    samples
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
+}
+
+#[test]
+fn a_killed_decoder_comes_back_and_gets_kv_again_while_clients_are_served() {
+    for connector in ["connector=lmcache", "connector=nixl"] {
+        let place = Place::new();
+        let mut run = place.up(&["--set", connector, "--set", "restart.backoff=10ms"]);
+        run.wait_until_ready();
+        let ask = |prompt: &str| completion(place.proxy_port(), MODEL, prompt);
+        ask("before");
+        kill_engine(&place, "decoder1");
+        let back = wait_for("decoder1", || {
+            ask("meanwhile");
+            let engine = engine(&place, "decoder1");
+            let is_back = engine["state"] == "ready" && engine["incarnation"] == 2;
+            if is_back { Ok(engine) } else { Err(engine.to_string()) }
+        });
+        assert_eq!(back["reason"], serde_json::Value::Null);
+        let before = received_tokens(7200 + place.offset);
+        let prompt = "a prompt that is long enough to fill a whole block of KV on its way ".repeat(40);
+        // Two decode engines take turns.
+        let answers = [ask(&prompt), ask(&prompt)];
+        assert!(
+            received_tokens(7200 + place.offset) > before,
+            "{connector}: no KV reached the new incarnation"
+        );
+        let alone = completion(7200 + place.offset, MODEL, &prompt);
+        assert_eq!(answers, [alone.clone(), alone], "{connector}");
+        run.signal(Signal::SIGINT);
+        let (code, text) = run.end();
+        assert_eq!(code, 0, "{text}");
+        assert!(
+            text.contains("decoder1 failed") && text.contains("decoder1 serves again"),
+            "{text}"
+        );
+        assert_eq!(place.processes(), []);
+        place.assert_no_listener();
+    }
+}
+
+#[test]
+fn a_crash_loop_ends_the_run_with_its_own_exit_code() {
+    let place = Place::new();
+    let limits = ["--set", "restart.backoff=10ms", "--set", "restart.max_restarts=1"];
+    let mut run = place.up(&[&["--profile", "1p1d"], limits.as_slice()].concat());
+    run.wait_until_ready();
+    kill_engine(&place, "decoder1");
+    run.wait_for_line("decoder1 serves again");
+    completion(place.proxy_port(), MODEL, "once more");
+    kill_engine(&place, "decoder1");
+    let (code, text) = run.end();
+    assert_eq!(code, 6, "{text}");
+    assert!(
+        text.contains("no decode engine is left") && text.contains("kept failing"),
+        "{text}"
+    );
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn a_role_in_backoff_answers_503_until_a_request_brings_it_back() {
+    let place = Place::new();
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        "restart.backoff=1h",
+        "--set",
+        "restart.max_backoff=1h",
+    ]);
+    run.wait_until_ready();
+    let refused = place.run(&["restart", "decoder1"]);
+    assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+    assert!(
+        text(&refused).contains("no other decode engine serves"),
+        "{}",
+        text(&refused)
+    );
+    kill_engine(&place, "decoder1");
+    run.wait_for_line("decoder1 failed");
+    let body = format!("{{\"model\":\"{MODEL}\",\"prompt\":\"x\",\"max_tokens\":2}}");
+    assert_eq!(post(place.proxy_port(), "/v1/completions", &body).0, 503);
+    let waiting = engine(&place, "decoder1");
+    assert_eq!(waiting["state"], "backoff");
+    assert!(
+        waiting["restart_in_seconds"]
+            .as_u64()
+            .is_some_and(|seconds| seconds > 3000),
+        "{waiting}"
+    );
+    let restart = place.run(&["restart", "decode"]);
+    assert!(restart.status.success(), "{}", text(&restart));
+    completion(place.proxy_port(), MODEL, "back again");
+}
+
+#[test]
+fn a_restart_under_load_loses_no_request() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let (done, port) = (AtomicBool::new(false), place.proxy_port());
+    let statuses = std::thread::scope(|scope| {
+        let client = |number: usize| {
+            let done = &done;
+            move || {
+                let mut answers = Vec::new();
+                while !done.load(Ordering::Relaxed) {
+                    let body = serde_json::json!({"model": MODEL, "prompt": format!("{number}"), "max_tokens": 50});
+                    answers.push(post(port, "/v1/completions", &body.to_string()));
+                }
+                answers
+            }
+        };
+        let clients: Vec<_> = (0..4).map(|number| scope.spawn(client(number))).collect();
+        let restart = place.run(&["restart", "decoder1", "prefiller2"]);
+        done.store(true, Ordering::Relaxed);
+        assert!(restart.status.success(), "{}", text(&restart));
+        let answers = clients.into_iter().flat_map(|client| client.join().expect("a client"));
+        answers.collect::<Vec<_>>()
+    });
+    let lost: Vec<_> = statuses.iter().filter(|(status, _)| *status != 200).collect();
+    assert!(lost.is_empty() && statuses.len() >= 4, "{lost:#?}");
+    for (name, incarnation) in [("decoder1", 2), ("prefiller2", 2), ("decoder2", 1), ("prefiller1", 1)] {
+        let engine = engine(&place, name);
+        assert_eq!(
+            (&engine["state"], &engine["incarnation"]),
+            (&"ready".into(), &incarnation.into()),
+            "{engine}"
+        );
+    }
+}
+
+#[test]
+fn a_drained_engine_stays_out_until_it_is_restarted() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let unknown = place.run(&["drain", "decodr2"]);
+    assert_eq!(unknown.status.code(), Some(2), "{}", text(&unknown));
+    assert!(
+        text(&unknown).contains("did you mean `decoder2`?"),
+        "{}",
+        text(&unknown)
+    );
+    let drained = place.run(&["drain", "decoder2"]);
+    assert!(drained.status.success(), "{}", text(&drained));
+    assert_eq!(engine(&place, "decoder2")["state"], "stopped");
+    for _ in 0..3 {
+        completion(place.proxy_port(), MODEL, "the other one");
+    }
+    let last = place.run(&["drain", "decoder1"]);
+    assert_eq!(last.status.code(), Some(1), "{}", text(&last));
+    let restart = place.run(&["restart", "decoder2"]);
+    assert!(restart.status.success(), "{}", text(&restart));
+    assert_eq!(engine(&place, "decoder2")["state"], "ready");
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
+fn a_hung_engine_is_ended_and_started_again() {
+    let place = Place::new();
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        "sim.faults=[\"stall-decode=20\"]",
+        "--set",
+        "deadlines.stall=1s",
+        "--set",
+        "restart.backoff=10ms",
+    ]);
+    run.wait_until_ready();
+    let body = serde_json::json!({"model": MODEL, "prompt": "for ever", "max_tokens": 60});
+    let (status, answer) = post(place.proxy_port(), "/v1/completions", &body.to_string());
+    assert!(status >= 500, "{status}: {answer}");
+    run.wait_for_line("decoder1 failed: hung: 1 requests run");
+    run.wait_for_line("decoder1 serves again");
+    completion(place.proxy_port(), MODEL, "a short one");
+}
