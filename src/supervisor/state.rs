@@ -30,7 +30,7 @@ use tokio::time::Instant;
 
 use super::guardian::protocol::{Exit, LeftoverProcess};
 use super::{Ending, Leftover, Outcome, restart};
-use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load};
+use crate::fleet::{Endpoint, EngineId, EngineState, Incarnation, Load};
 use crate::plan::{EngineSpec, RestartPolicy};
 
 /// What an engine that has not served yet gets to leave: there is nothing to hand over, but workers to take along.
@@ -337,54 +337,6 @@ impl Fleet {
         waits.chain(restarts).chain(canaries).chain(stage).min()
     }
 
-    /// The view, if readers would see a difference since the last call.
-    pub(super) fn changed_view(&mut self, generation: u64) -> Option<FleetView> {
-        std::mem::take(&mut self.changed).then(|| self.view(generation))
-    }
-
-    /// The view now.
-    pub(super) fn view(&self, generation: u64) -> FleetView {
-        FleetView {
-            generation,
-            stage: match self.stage {
-                Stage::Starting => FleetStage::Starting,
-                Stage::Verifying => FleetStage::Verifying,
-                Stage::Ready => FleetStage::Ready,
-                Stage::Draining { .. } => FleetStage::Draining,
-                Stage::Stopping { .. } | Stage::Closing { .. } | Stage::Sweeping | Stage::Checking => {
-                    FleetStage::Stopping
-                }
-                Stage::Over => FleetStage::Stopped,
-            },
-            engines: self.engines.iter().map(Engine::view).collect(),
-        }
-    }
-
-    /// The loads of this engine, or of all, for the wait until they are idle.
-    pub(super) fn loads(&self, of: Option<&EngineId>) -> Vec<Arc<Load>> {
-        let meant = self
-            .engines
-            .iter()
-            .filter(|engine| of.is_none_or(|id| engine.spec.id == *id));
-        meant.map(|engine| Arc::clone(&engine.load)).collect()
-    }
-
-    /// Processes that were reported as left, with their engine.
-    pub(super) fn leftovers(&self) -> Vec<(Option<EngineId>, LeftoverProcess)> {
-        let mut left = Vec::new();
-        for engine in &self.engines {
-            if let Tree::Left(processes) = &engine.tree {
-                left.extend(
-                    processes
-                        .iter()
-                        .map(|process| (Some(engine.spec.id.clone()), process.clone())),
-                );
-            }
-        }
-        left.extend(self.strays.iter().map(|process| (None, process.clone())));
-        left
-    }
-
     fn spawned(&mut self, id: &EngineId, incarnation: Incarnation, pid: u32) {
         if let Some(index) = self.current(id, incarnation) {
             self.engines[index].pid = Some(pid);
@@ -593,25 +545,10 @@ impl Fleet {
     }
 }
 
-impl Engine {
-    fn view(&self) -> EngineView {
-        EngineView {
-            id: self.spec.id.clone(),
-            role: self.spec.role,
-            incarnation: self.incarnation,
-            state: self.state,
-            endpoint: self.spec.endpoint.clone(),
-            pid: self.pid,
-            reason: self.reason.clone(),
-            restart_at: self.restart_at,
-            load: Arc::clone(&self.load),
-        }
-    }
-}
-
 mod restarts;
 mod transitions;
 mod verification;
+mod view;
 
 use self::transitions::Failure;
 use self::verification::Verification;

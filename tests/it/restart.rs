@@ -212,7 +212,7 @@ fn a_hung_engine_is_ended_and_started_again() {
         "restart.backoff=10ms",
     ]);
     run.wait_until_ready();
-    let body = serde_json::json!({"model": MODEL, "prompt": "for ever", "max_tokens": 60});
+    let body = serde_json::json!({"model": MODEL, "prompt": "for ever", "max_tokens": 60, "ignore_eos": true});
     let (status, answer) = post(place.proxy_port(), "/v1/completions", &body.to_string());
     assert!(status >= 500, "{status}: {answer}");
     run.wait_for_line("decoder1 failed: hung: 1 requests run");

@@ -7,7 +7,7 @@ mod world;
 pub(in crate::supervisor) use self::world::engine;
 use self::world::{DRAIN, FIRST, Processes, World, exited};
 use super::*;
-use crate::fleet::Role;
+use crate::fleet::{FleetStage, Role};
 use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 
