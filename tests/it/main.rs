@@ -5,6 +5,7 @@ mod bench;
 mod control;
 mod logs;
 mod proxy;
+mod readme;
 mod sim;
 mod supervisor;
 mod support;
