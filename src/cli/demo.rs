@@ -208,11 +208,29 @@ fn stages(ready: &Ready) -> Vec<Stage> {
 }
 
 fn next_steps(printer: Printer) {
-    printer.status(
-        "\nNext:\n  \
-         xpyd up --engine sim        the same fleet, until Ctrl+C\n  \
-         xpyd plan                   what it would do on this machine with real vLLM\n  \
-         xpyd up                     do it: 2 prefill + 2 decode engines on 4 GPUs\n  \
-         xpyd profiles list          other shapes",
-    );
+    let xpyd = program();
+    printer.status("\nNext:");
+    for (arguments, what) in [
+        ("up --engine sim", "the same fleet, until Ctrl+C"),
+        ("plan", "what it would do on this machine with real vLLM"),
+        ("up", "do it: 2 prefill + 2 decode engines on 4 GPUs"),
+        ("profiles list", "other shapes"),
+    ] {
+        printer.status(format!("  {:36}{what}", format!("{xpyd} {arguments}")));
+    }
+}
+
+/// What to type for this program: its name if PATH leads to one of that name, else its path.
+fn program() -> String {
+    let on_path = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join("xpyd").is_file()));
+    let here = std::env::current_dir().ok();
+    let program = std::env::current_exe().ok().filter(|_| !on_path);
+    program.map_or_else(
+        || "xpyd".to_owned(),
+        |program| {
+            let relative = here.and_then(|here| program.strip_prefix(here).ok().map(std::path::Path::to_owned));
+            relative.unwrap_or(program).display().to_string()
+        },
+    )
 }

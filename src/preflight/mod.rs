@@ -171,7 +171,7 @@ fn cpu(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     if machine.available_memory_bytes < engines * CPU_ENGINE_BYTES {
         let message = format!(
             "{engines} engines on the CPU take about {} GiB, and {} GiB are available",
-            engines * CPU_ENGINE_BYTES >> 30,
+            (engines * CPU_ENGINE_BYTES) >> 30,
             machine.available_memory_bytes >> 30
         );
         findings.push(finding(

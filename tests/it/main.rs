@@ -5,6 +5,7 @@ mod bench;
 mod control;
 mod logs;
 mod proxy;
+mod readme;
 mod restart;
 mod sim;
 mod supervisor;

@@ -2,9 +2,10 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
@@ -20,35 +21,41 @@ const BASES: [u16; 8] = [5600, 5700, 7100, 7200, 7300, 7400, 7500, 9100];
 /// Ports that a fleet takes from each base.
 const WIDTH: u16 = 10;
 
-/// A number to add to every port of a profile, so that fleets of tests that run at once do not meet.
-fn free_port_offset() -> u16 {
-    // Below the ephemeral range of Linux, so that no outgoing connection is in the way.
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    loop {
-        let turn = NEXT.fetch_add(1, Ordering::Relaxed);
-        assert!(turn < 170, "no free ports");
-        // Bases are 100 apart, so ten fleets fit between them; then a stride that no two bases are apart.
+/// A number to add to every port of a profile, so that fleets of tests that run at once do not meet, in this process or
+/// another. It is taken as long as the socket lives, whose name says so to everyone on the machine.
+fn free_port_offset() -> (u16, UnixListener) {
+    // Below the ephemeral range of Linux, so that no outgoing connection is in the way. Bases are 100 apart, so ten
+    // fleets fit between them, and no two bases are about a multiple of 1100 apart.
+    for turn in 0..170 {
         let offset = (turn % 10) * WIDTH + (turn / 10) * 1100 + 4000;
+        let name = SocketAddr::from_abstract_name(format!("xpyd-tests/{offset}")).expect("a name");
+        let Ok(taken) = UnixListener::bind_addr(&name) else {
+            continue;
+        };
         let free = BASES.iter().all(|base| {
             (0..WIDTH).all(|index| TcpListener::bind((Ipv4Addr::LOCALHOST, base + offset + index)).is_ok())
         });
         if free {
-            return offset;
+            return (offset, taken);
         }
     }
+    panic!("no free ports");
 }
 
 /// A folder with everything of one test's runs in it.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
     pub(crate) offset: u16,
+    _offset_is_taken: UnixListener,
 }
 
 impl Place {
     pub(crate) fn new() -> Self {
+        let (offset, taken) = free_port_offset();
         Self {
             folder: tempfile::tempdir().expect("a folder"),
-            offset: free_port_offset(),
+            offset,
+            _offset_is_taken: taken,
         }
     }
 

@@ -322,7 +322,7 @@ fn the_demo_shows_a_whole_life_and_ends_by_itself() {
     assert!(data.contains("Successful requests:                     2"), "{data}");
     assert!(data.contains("prefill engine reads the prompt"), "{data}");
     assert!(
-        text.contains("no process and no listener is left") && text.contains("xpyd up --engine sim"),
+        text.contains("no process and no listener is left") && text.contains("up --engine sim"),
         "{text}"
     );
     assert_eq!(place.processes(), []);

@@ -2,36 +2,17 @@
 
 import concurrent.futures
 import json
-import os
-import pathlib
 import re
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
 
-xpyd, folder, connector = pathlib.Path(sys.argv[1]).resolve(), pathlib.Path(sys.argv[2]).resolve(), sys.argv[3]
-here = pathlib.Path(__file__).resolve().parent
-MODEL = "tiny"
-START_DEADLINE_SECONDS = 900
+from fleet import MODEL, Fleet, request
+
 STOP_DEADLINE_SECONDS = 120
 SUBJECTS = ["rivers", "winter", "a very old clock", "bread", "the moon", "engines", "salt", "maps", "rain", "a long road"]
 # From a few tokens to several KV blocks and LMCache chunks.
 PROMPTS = [f"Tell me about {subject}. " * (1 + 7 * index) for index, subject in enumerate(SUBJECTS)]
-
-
-def request(url, body=None, stream=False):
-    data = None if body is None else json.dumps(body).encode()
-    call = urllib.request.Request(url, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(call, timeout=180) as answer:
-        if not stream:
-            return answer.read().decode()
-        assert answer.headers["content-type"].startswith("text/event-stream"), answer.headers["content-type"]
-        return [line[6:].strip().decode() for line in answer if line.startswith(b"data: ")]
 
 
 def answer(base, prompt, chat, stream):
@@ -66,85 +47,21 @@ def counter(base, names):
     return total
 
 
-def processes_in(place):
-    """Processes whose current folder is `place`, which everything that the run starts inherits: pid and command line."""
-    found = {}
-    for entry in pathlib.Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(place):
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-    return found
-
-
-def listeners():
-    """Ports that somebody listens on."""
-    ports = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in pathlib.Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                ports.add(int(fields[1].rsplit(":", 1)[1], 16))
-    return ports
-
-
 def main():
-    shared_before = set(os.listdir("/dev/shm"))
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-")).resolve()
-    environment = os.environ | {
-        "PYTHONPATH": str(here / "site"),
-        "XDG_RUNTIME_DIR": str(scratch),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "LMCACHE_TRACK_USAGE": "false",
-    }
-    command = [str(xpyd), "up", "--profile", "cpu-1p1d", "--model", str(folder / "tiny-llama"), "--connector", connector]
-    command += ["--set", f"served_model_name={MODEL}", "--set", f"vllm.program={folder}/venv/bin/vllm"]
-    command += ["--set", "force_connector=true", "--logs", str(scratch / "logs")]
-    print(f"== {connector}: {' '.join(command)}", flush=True)
-    began = time.monotonic()
-    fleet = subprocess.Popen(command, env=environment, cwd=scratch, stderr=subprocess.PIPE, text=True)
-    ready = threading.Event()
-
-    def relay():
-        for line in fleet.stderr:
-            print(f"  {time.monotonic() - began:6.1f} s  {line.rstrip()}", flush=True)
-            if line.startswith("ready"):
-                ready.set()
-        ready.set()
-
-    relaying = threading.Thread(target=relay)
-    relaying.start()
-    try:
-        assert ready.wait(START_DEADLINE_SECONDS) and fleet.poll() is None, f"the fleet did not get ready; logs in {scratch}"
-        plan = json.loads((scratch / "logs/latest/plan.json").read_text())
-        ports = {use["port"] for engine in plan["engines"] for use in engine["ports"]} | {plan["proxy"]["port"]}
-        check_answers(f"http://127.0.0.1:{plan['proxy']['port']}", decode_base(plan))
-        fleet.send_signal(signal.SIGINT)
+    xpyd, folder, connector = sys.argv[1:]
+    with Fleet(xpyd, folder, connector) as fleet:
+        fleet.wait_for_line("ready: every pair")
+        check_answers(fleet.proxy(), fleet.decoder(), connector)
+        fleet.process.send_signal(signal.SIGINT)
         stopped = time.monotonic()
-        status = fleet.wait(STOP_DEADLINE_SECONDS)
-        relaying.join()
+        status = fleet.process.wait(STOP_DEADLINE_SECONDS)
         print(f"  Ctrl+C to exit: {time.monotonic() - stopped:.1f} s, code {status}")
         assert status == 0, f"exit code {status}"
-        left = processes_in(scratch)
-        assert not left, f"processes are left: {left}"
-        assert not ports & listeners(), f"listeners are left: {ports & listeners()}"
-        shared = set(os.listdir("/dev/shm")) - shared_before
-        assert not shared, f"files in /dev/shm are left: {shared}"
-    finally:
-        if fleet.poll() is None:
-            fleet.kill()
-            fleet.wait()
+        fleet.assert_nothing_is_left()
     print(f"== {connector}: passed", flush=True)
 
 
-def decode_base(plan):
-    engine = next(engine for engine in plan["engines"] if engine["role"] == "decode")
-    return f"http://127.0.0.1:{engine['endpoint']['port']}"
-
-
-def check_answers(proxy, decoder):
+def check_answers(proxy, decoder, connector):
     names = {
         "nixl": {"vllm:nixl_bytes_transferred_sum"},
         "lmcache": {"vllm:external_prefix_cache_hits_total"},

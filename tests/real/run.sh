@@ -3,8 +3,11 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-$HOME/.cache/xpyd-real}
+what=${2:-check}
 "$here/setup.sh" "$folder"
 cargo build --release --locked --manifest-path "$here/../../Cargo.toml"
+target=$(cargo metadata --no-deps --format-version 1 --manifest-path "$here/../../Cargo.toml" \
+    | "$folder/venv/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
 for connector in ${XPYD_REAL_CONNECTORS:-nixl lmcache}; do
-    "$folder/venv/bin/python" "$here/check.py" "$here/../../target/release/xpyd" "$folder" "$connector"
+    "$folder/venv/bin/python" "$here/$what.py" "$target/release/xpyd" "$folder" "$connector"
 done

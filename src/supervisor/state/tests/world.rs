@@ -27,7 +27,7 @@ pub(super) fn policy(policy: RestartWhen) -> RestartPolicy {
         policy,
         max_restarts: MAX_RESTARTS,
         backoff: BACKOFF,
-        max_backoff: Duration::from_secs(60),
+        max_backoff: Duration::from_mins(1),
         // Longer than any history.
         stable_after: Duration::from_hours(10_000),
     }

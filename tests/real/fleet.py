@@ -1,0 +1,125 @@
+"""One fleet of real engines: started by xpyd in a folder of its own, asked over HTTP, and looked for afterwards."""
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.request
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODEL = "tiny"
+START_DEADLINE_SECONDS = 900
+
+
+def request(url, body=None, stream=False):
+    """The body of an answer, or the data of its events."""
+    data = None if body is None else json.dumps(body).encode()
+    call = urllib.request.Request(url, data, {"content-type": "application/json"})
+    with urllib.request.urlopen(call, timeout=180) as answer:
+        if not stream:
+            return answer.read().decode()
+        assert answer.headers["content-type"].startswith("text/event-stream"), answer.headers["content-type"]
+        return [line[6:].strip().decode() for line in answer if line.startswith(b"data: ")]
+
+
+class Fleet:
+    """`xpyd up --profile cpu-1p1d` on real vLLM."""
+
+    def __init__(self, xpyd, folder, connector):
+        xpyd, folder = pathlib.Path(xpyd).resolve(), pathlib.Path(folder).resolve()
+        self.shared_before = set(os.listdir("/dev/shm"))
+        # Everything that the run starts inherits this as its current folder, and can be found by it.
+        self.place = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-")).resolve()
+        environment = os.environ | {
+            "PYTHONPATH": str(HERE / "site"),
+            "XDG_RUNTIME_DIR": str(self.place),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "LMCACHE_TRACK_USAGE": "false",
+        }
+        command = [str(xpyd), "up", "--profile", "cpu-1p1d", "--connector", connector]
+        command += ["--model", str(folder / "tiny-llama"), "--logs", str(self.place / "logs")]
+        for override in (f"served_model_name={MODEL}", f"vllm.program={folder}/venv/bin/vllm", "force_connector=true"):
+            command += ["--set", override]
+        print(f"== {connector}: {' '.join(command)}", flush=True)
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(command, env=environment, cwd=self.place, stderr=subprocess.PIPE, text=True)
+        self.lines, self.changed = [], threading.Condition()
+        self.relaying = threading.Thread(target=self.relay)
+        self.relaying.start()
+
+    def relay(self):
+        for line in self.process.stderr:
+            print(f"  {time.monotonic() - self.began:6.1f} s  {line.rstrip()}", flush=True)
+            with self.changed:
+                self.lines.append(line)
+                self.changed.notify_all()
+        with self.changed:
+            self.lines.append("(end)")
+            self.changed.notify_all()
+
+    def wait_for_line(self, text):
+        """Waits until xpyd has printed a line with `text`."""
+        def seen():
+            return any(text in line or line == "(end)" for line in self.lines)
+
+        with self.changed:
+            came = self.changed.wait_for(seen, START_DEADLINE_SECONDS) and any(text in line for line in self.lines)
+        assert came, f"no line with {text!r}; logs in {self.place}"
+
+    def plan(self):
+        return json.loads((self.place / "logs/latest/plan.json").read_text())
+
+    def proxy(self):
+        return f"http://127.0.0.1:{self.plan()['proxy']['port']}"
+
+    def decoder(self):
+        engine = next(engine for engine in self.plan()["engines"] if engine["role"] == "decode")
+        return f"http://127.0.0.1:{engine['endpoint']['port']}"
+
+    def ports(self):
+        plan = self.plan()
+        return {use["port"] for engine in plan["engines"] for use in engine["ports"]} | {plan["proxy"]["port"]}
+
+    def processes(self):
+        """What is there of the run: pid and command line."""
+        found = {}
+        for entry in pathlib.Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.readlink(entry / "cwd") == str(self.place):
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(entry.name)] = command.decode(errors="replace").strip()
+            except OSError:
+                continue
+        return found
+
+    def assert_nothing_is_left(self):
+        left = self.processes()
+        assert not left, f"processes are left: {left}"
+        listening = self.ports() & listeners()
+        assert not listening, f"listeners are left: {listening}"
+        shared = set(os.listdir("/dev/shm")) - self.shared_before
+        assert not shared, f"files in /dev/shm are left: {shared}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.relaying.join()
+
+
+def listeners():
+    """Ports that somebody listens on."""
+    ports = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in pathlib.Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                ports.add(int(fields[1].rsplit(":", 1)[1], 16))
+    return ports
