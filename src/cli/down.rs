@@ -107,7 +107,8 @@ async fn wait(
 /// Whether this run has ended; another one of its name may be there already.
 fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
     match rundir::find(&info.name) {
-        Ok(found) => Ok(found.is_none_or(|found| !found.is_same_run(info))),
+        // The lock goes a moment before the process does.
+        Ok(found) => Ok(found.is_none_or(|found| !found.is_same_run(info)) && !info.is_alive()),
         // It removes its files just before it lets the lock go, so this is its end, or the start of the next one.
         Err(RunDirError::NotPublished { .. }) => Ok(!info.is_alive()),
         Err(error) => Err(Failure::new(ExitStatus::Failure, error)),

@@ -160,6 +160,7 @@ impl RunInfo {
     pub fn is_alive(&self) -> bool {
         boot_id().is_ok_and(|boot_id| boot_id == self.boot_id)
             && start_time_ticks(self.pid).is_ok_and(|ticks| ticks == self.start_time_ticks)
+            && !is_zombie(self.pid)
     }
 
     /// Whether both describe the same run, not just the same name.
@@ -365,6 +366,13 @@ pub fn start_time_ticks(pid: u32) -> io::Result<u64> {
                 format!("`/proc/{pid}/stat` has no start time"),
             )
         })
+}
+
+/// Whether the process has ended and only waits for its parent to notice. It holds nothing any more.
+fn is_zombie(pid: u32) -> bool {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// The boot of this machine.
