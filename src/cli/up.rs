@@ -14,10 +14,11 @@ use super::{block_on, detach};
 use crate::app::{self, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
-use crate::logs::{self, RunFolder};
+use crate::fleet::EngineId;
+use crate::logs::{self, Diagnosis, RunFolder};
 use crate::plan::Plan;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::{Ending, Outcome};
+use crate::supervisor::{Ending, Exit, Outcome};
 use crate::ui::Printer;
 
 /// Folders of old runs to keep by default.
@@ -198,26 +199,69 @@ pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Resu
             printer.status("the stop was forced");
             Ok(status)
         }
-        Ending::EngineFailed { engine, .. }
-        | Ending::LostRole { engine, .. }
+        Ending::EngineFailed { engine, exit, .. } => Err(explained(outcome, plan, engine, *exit)),
+        Ending::LostRole { engine, .. }
         | Ending::CrashLoop { engine, .. }
         | Ending::NotReady {
             engine: Some(engine), ..
-        } => {
-            let mut failure = Failure::message(status, outcome.ending.to_string());
-            let spec = plan.engines.iter().find(|spec| spec.id == *engine);
-            let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
-            if let Some(cause) = logs::first_error_in(&log, 0).ok().flatten() {
-                failure.error = anyhow::Error::msg(cause).context(outcome.ending.to_string());
-            }
-            Err(failure.hint(format!(
-                "`xpyd logs {engine} --tail 50` shows its log ({})",
-                log.display()
-            )))
-        }
-        Ending::NotReady { engine: None, .. } | Ending::SupervisionLost { .. } => {
-            Err(Failure::message(status, outcome.ending.to_string())
-                .hint(format!("the logs of the run are in {}", plan.run_dir.display())))
-        }
+        } => Err(explained(outcome, plan, engine, None)),
+        Ending::NotReady { engine: None, .. } => Err(hand_off_failed(outcome, plan)),
+        Ending::SupervisionLost { .. } => Err(in_folder(Failure::message(status, outcome.ending.to_string()), plan)),
     }
+}
+
+/// The failure of a run that an engine's failure ended: the first real error of its log, what that means, and what to do
+/// about it.
+fn explained(outcome: &Outcome, plan: &Plan, engine: &EngineId, exit: Option<Exit>) -> Failure {
+    let spec = plan.engines.iter().find(|spec| spec.id == *engine);
+    let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
+    let exit = exit.map(|exit| match exit {
+        Exit::Code(code) => logs::Exit::Code(code),
+        Exit::Signal(number) => logs::Exit::Signal(number),
+    });
+    let diagnosis = logs::diagnose(&log, 0, exit);
+    let shown = format!("`xpyd logs {engine} --tail 50` shows its log ({})", log.display());
+    with_diagnosis(outcome, diagnosis.as_ref(), shown)
+}
+
+/// The failure of a run whose engines all came up, but do not hand over. One of them may have said why.
+fn hand_off_failed(outcome: &Outcome, plan: &Plan) -> Failure {
+    let diagnosed = plan.engines.iter().find_map(|spec| {
+        let diagnosis = logs::diagnose(&plan.run_dir.join(&spec.log_file), 0, None)?;
+        diagnosis.hint.is_some().then_some((spec, diagnosis))
+    });
+    match diagnosed {
+        Some((spec, mut diagnosis)) => {
+            diagnosis.error = diagnosis.error.map(|error| format!("{}: {error}", spec.id));
+            let shown = format!("`xpyd logs {} --tail 50` shows its log", spec.id);
+            with_diagnosis(outcome, Some(&diagnosis), shown)
+        }
+        None => in_folder(
+            Failure::message(outcome.exit_status(), outcome.ending.to_string()),
+            plan,
+        ),
+    }
+}
+
+fn in_folder(failure: Failure, plan: &Plan) -> Failure {
+    failure.hint(format!("the logs of the run are in {}", plan.run_dir.display()))
+}
+
+/// The ending, caused by the error in the log, caused by what is known to be behind it; then what to do.
+fn with_diagnosis(outcome: &Outcome, diagnosis: Option<&Diagnosis>, log_shown_by: String) -> Failure {
+    let hint = diagnosis.and_then(|diagnosis| diagnosis.hint);
+    let known = hint.map(|hint| format!("{}: {}", hint.title, hint.explanation));
+    let error = diagnosis.and_then(|diagnosis| diagnosis.error.clone());
+    let ending = outcome.ending.to_string();
+    let error = match (known, error) {
+        (Some(known), Some(error)) => anyhow::Error::msg(known).context(error).context(ending),
+        (Some(cause), None) | (None, Some(cause)) => anyhow::Error::msg(cause).context(ending),
+        (None, None) => anyhow::Error::msg(ending),
+    };
+    let mut failure = Failure::new(outcome.exit_status(), error);
+    if let Some(hint) = hint {
+        tracing::info!(name = hint.name, "known failure");
+        failure = failure.hint(hint.fix.as_str()).hint(format!("{} says more", hint.link));
+    }
+    failure.hint(log_shown_by)
 }

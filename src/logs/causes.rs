@@ -11,7 +11,13 @@ use std::path::Path;
 use fs_err::File;
 use regex::Regex;
 
+use self::hints::Evidence;
+pub use self::hints::{Exit, Hint, Retry, hints};
 use super::lines::{LineSplitter, plain};
+use super::phases::PhaseTracker;
+use crate::engine::EngineKind;
+
+mod hints;
 
 /// Longest answer, in characters.
 const MAX_LENGTH: usize = 400;
@@ -29,7 +35,7 @@ const RECORD: &str = r"(?x)
     (?P<message> .* )$";
 
 /// A Python exception as a traceback ends with it: `package.ClassName: message`.
-const EXCEPTION: &str = r"^(?:[A-Za-z_]\w*\.)*(?P<class>[A-Z]\w*)(?:: .*|:?)$";
+const EXCEPTION: &str = r"^(?:[A-Za-z_]\w*\.)*(?P<class>[A-Z]\w*|\w+Error)(?:: .*|:?)$";
 
 /// Errors that are one line each.
 const ERROR_LINE: &str = r"(?x)
@@ -45,6 +51,7 @@ const CONSEQUENCE: &str = r"(?x)
     | ^EngineCore \s (?: encountered | failed )
     | output_handler \s failed
     | ^WorkerProc \s
+    | check \s the \s stack \s trace \s above
     | ^Application \s startup \s failed";
 
 /// The first real error in the lines of one engine's log, without colours and prefixes.
@@ -58,19 +65,78 @@ pub fn first_error<'log>(lines: impl IntoIterator<Item = &'log str>) -> Option<S
 
 /// [`first_error`] of a log file, from the byte `from` on, which is where the failed incarnation began to write.
 pub fn first_error_in(log: &Path, from: u64) -> io::Result<Option<String>> {
+    let mut search = Search::new();
+    each_line(log, from, |line| search.feed(line))?;
+    Ok(search.finish())
+}
+
+/// Why an engine failed.
+#[derive(Debug, Clone)]
+pub struct Diagnosis {
+    /// The first real error, as [`first_error`] gives it, or else the line of the log that shows the failure. `None` if
+    /// the log says nothing, as after SIGKILL.
+    pub error: Option<String>,
+    /// What is known about this failure.
+    pub hint: Option<&'static Hint>,
+}
+
+/// Why the engine failed that wrote the log at `log`, from the byte `from` on, which is where its failed incarnation
+/// began to write. `exit` is how its leader ended; `None` if it still ran, so that it hung. `None` if there is nothing
+/// to say. A log that cannot be read says nothing.
+///
+/// An engine that was asked to stop gets no hint: vLLM fails in many ways when SIGTERM meets its start.
+pub fn diagnose(log: &Path, from: u64, exit: Option<Exit>) -> Option<Diagnosis> {
+    let mut search = Search::new();
+    let mut evidence = Evidence::default();
+    let mut phases = PhaseTracker::new(EngineKind::Vllm);
+    let read = each_line(log, from, |line| {
+        let line = plain(line.trim_end().as_bytes());
+        phases.feed(&line);
+        evidence.feed(search.message(&line));
+        search.feed(&line);
+    });
+    if let Err(error) = read {
+        tracing::debug!(%error, "a failed engine's log cannot be read");
+    }
+    let error = search.found();
+    if exit.is_some_and(Exit::was_asked_for) {
+        return error.map(|error| Diagnosis {
+            error: Some(shortened(error)),
+            hint: None,
+        });
+    }
+    let found = hints::find(&hints::Failure {
+        error: error.as_deref(),
+        evidence: &evidence,
+        phase: phases.reached().map(|phase| phase.name),
+        exit,
+    });
+    let (hint, line) = found.map_or((None, None), |(hint, line)| (Some(hint), line));
+    let error = error.as_deref().or(line).map(|text| shortened(text.to_owned()));
+    (error.is_some() || hint.is_some()).then_some(Diagnosis { error, hint })
+}
+
+/// Gives every line of the file's end to `take`, from the byte `from` on.
+fn each_line(log: &Path, from: u64, mut take: impl FnMut(&str)) -> io::Result<()> {
     let mut file = File::open(log)?;
     let length = file.metadata()?.len();
     let start = from.max(length.saturating_sub(SEARCHED));
     file.seek(SeekFrom::Start(start))?;
     let mut bytes = Vec::new();
     file.take(SEARCHED).read_to_end(&mut bytes)?;
-    let mut search = Search::new();
     let mut splitter = LineSplitter::default();
-    splitter.feed(&bytes, |line| search.feed(&String::from_utf8_lossy(&line)));
+    splitter.feed(&bytes, |line| take(&String::from_utf8_lossy(&line)));
     if let Some(line) = splitter.finish() {
-        search.feed(&String::from_utf8_lossy(&line));
+        take(&String::from_utf8_lossy(&line));
     }
-    Ok(search.finish())
+    Ok(())
+}
+
+fn shortened(text: String) -> String {
+    match text.char_indices().nth(MAX_LENGTH) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// What each process of the log is in the middle of.
@@ -118,6 +184,12 @@ impl Search {
             error: None,
             consequence_seen: None,
         }
+    }
+
+    /// A line without colours, without what says who wrote it and when.
+    fn message<'line>(&self, line: &'line str) -> &'line str {
+        let message = self.record.captures(line).and_then(|record| record.name("message"));
+        message.map_or(line, |message| message.as_str())
     }
 
     fn feed(&mut self, line: &str) {
@@ -175,7 +247,8 @@ impl Search {
         if !is_error {
             return Within::Nothing;
         }
-        if message.starts_with("Traceback (most recent call last)") {
+        // LMCache logs a whole traceback as one message that begins with a text of its own.
+        if message.contains("Traceback (most recent call last)") {
             return Within::Traceback;
         }
         if let Some(argument) = self.argument.captures(message).filter(|_| !has_level) {
@@ -223,11 +296,12 @@ impl Search {
     }
 
     fn finish(self) -> Option<String> {
-        let text = self.cause.or(self.error).or(self.consequence_seen)?;
-        match text.char_indices().nth(MAX_LENGTH) {
-            Some((end, _)) => Some(format!("{}…", &text[..end])),
-            None => Some(text),
-        }
+        self.found().map(shortened)
+    }
+
+    /// The error at its full length.
+    fn found(self) -> Option<String> {
+        self.cause.or(self.error).or(self.consequence_seen)
     }
 }
 

@@ -10,7 +10,7 @@ pub mod lines;
 pub mod phases;
 pub mod roles;
 
-pub use causes::{first_error, first_error_in};
+pub use causes::{Diagnosis, Exit, Hint, Retry, diagnose, first_error, first_error_in, hints};
 pub use folder::{RunFolder, create_run_folder};
 pub use follow::Follower;
 pub use phases::{Phase, PhaseTracker, watch_phases};

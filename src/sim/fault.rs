@@ -1,15 +1,18 @@
 //! What a simulated engine can be told to do wrong: `--fault NAME[=VALUE]`.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 /// One fault, as given on the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// The start takes this much longer.
     SlowStart(Duration),
     /// The start ends with exit code 1 when this phase begins.
     DieAt(Phase),
+    /// The start ends with exit code 1 at once, and the log is what this file holds.
+    DieSaying(PathBuf),
     /// SIGTERM and SIGINT have no effect.
     IgnoreSigterm,
     /// Every nth transfer sends no LMCache notification, though its KV arrived.
@@ -57,7 +60,7 @@ impl Phase {
 }
 
 /// The faults and their values, as an error lists them.
-const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, ignore-sigterm, drop-notification[=EVERY_NTH], \
+const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, die-saying=FILE, ignore-sigterm, drop-notification[=EVERY_NTH], \
                      fail-transfer[=EVERY_NTH], survive-plain-requests, stall-decode=TOKENS, orphans";
 
 /// Why a `--fault` is refused.
@@ -95,6 +98,9 @@ impl FromStr for Fault {
                     let names: Vec<&str> = Phase::NAMES.iter().map(|(name, _)| *name).collect();
                     bad_value("die-at", &format!("one of {}", names.join(", ")))
                 }),
+            "die-saying" => value
+                .map(|path| Self::DieSaying(path.into()))
+                .ok_or_else(|| bad_value("die-saying", "a file with a log")),
             "ignore-sigterm" => Ok(Self::IgnoreSigterm),
             "drop-notification" => every("drop-notification", value).map(Self::DropNotification),
             "fail-transfer" => every("fail-transfer", value).map(Self::FailTransfer),

@@ -97,6 +97,9 @@ pub enum SimError {
         /// The model's length.
         model: u32,
     },
+    /// The log of a failed start cannot be read.
+    #[error(transparent)]
+    LastWords(std::io::Error),
     /// The longest prompt must fit into the KV cache.
     #[error("No available memory for the cache blocks: {holds} tokens fit, `max_model_len` is {model}")]
     KvCache {

@@ -1,6 +1,6 @@
 //! What a simulated engine is started with: vLLM's arguments, its `--kv-transfer-config`, and LMCache's file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -223,6 +223,14 @@ impl Options {
 
     pub(crate) fn dies_at(&self, phase: Phase) -> bool {
         self.faults.contains(&Fault::DieAt(phase))
+    }
+
+    /// The file with the log of a start that fails.
+    pub(crate) fn dies_saying(&self) -> Option<&Path> {
+        self.faults.iter().find_map(|fault| match fault {
+            Fault::DieSaying(path) => Some(path.as_path()),
+            _ => None,
+        })
     }
 
     pub(crate) fn extra_start(&self) -> Duration {

@@ -58,6 +58,11 @@ impl<'options> Startup<'options> {
     /// Up to the engine core.
     pub(crate) async fn read_config(&self) -> Result<(), SimError> {
         let (options, api) = (self.options, Process::ApiServer);
+        if let Some(path) = options.dies_saying() {
+            let text = fs_err::read(path).map_err(SimError::LastWords)?;
+            self.log.raw(&String::from_utf8_lossy(&text));
+            return Err(SimError::Fault(Phase::Config));
+        }
         self.reach(0.05).await;
         let banner = format!(" ▄▄ ▄█ █     █     █ ▀▄▀ █  version {VLLM_VERSION}");
         self.log.info(api, "api_utils.py:347", &banner);

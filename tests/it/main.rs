@@ -2,6 +2,7 @@
 
 mod alone;
 mod bench;
+mod causes;
 mod control;
 mod logs;
 mod proxy;
