@@ -41,7 +41,6 @@ pub(super) struct Engine {
     leader_alive: bool,
     tree: Tree,
     log: Option<Log>,
-    inode: u64,
     shared_files: SharedFiles,
     settled: bool,
     terminated: bool,
@@ -69,7 +68,6 @@ impl Engine {
     pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
         let (log, writer) = Log::open(&spawn.log)
             .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
-        let inode = log.inode();
         let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);
         let (program, arguments) = spawn.argv.split_first().ok_or("its command line is empty")?;
         let mut command = Command::new(program);
@@ -95,13 +93,12 @@ impl Engine {
             .and_then(Process::read)
             .ok_or("its process is not in /proc")?;
         Ok(Self {
-            tree: Tree::new(leader.pid, inode, mark),
+            tree: Tree::new(leader.pid, log.inode(), mark),
             id: spawn.engine,
             incarnation: spawn.incarnation,
             leader,
             leader_alive: true,
             log: Some(log),
-            inode,
             shared_files: SharedFiles::default(),
             settled: false,
             terminated: false,
@@ -116,7 +113,6 @@ impl Engine {
             engine: self.id.clone(),
             incarnation: self.incarnation,
             pid: self.leader.pid.unsigned_abs(),
-            pipe: self.inode,
         }
     }
 
@@ -163,7 +159,7 @@ impl Engine {
     pub(super) fn kill(&mut self, foreign: &SharedFiles, now: Instant) {
         if !matches!(self.ending, Ending::Killing { .. }) {
             self.look(&Table::read(), foreign);
-            self.tree.freeze_and_kill(getpid().as_raw());
+            self.tree.kill(getpid().as_raw());
             self.ending = Ending::Killing {
                 since: now,
                 again: now + KILL_AGAIN,
@@ -193,7 +189,7 @@ impl Engine {
             }
             Ending::Killing { again, .. } if now < again => None,
             Ending::Killing { since, reported, .. } => {
-                let left = self.tree.freeze_and_kill(getpid().as_raw());
+                let left = self.tree.kill(getpid().as_raw());
                 let report = !reported && now >= since + LEFTOVER_AFTER && !left.is_empty();
                 let reported = reported || report;
                 let again = now + if reported { KILL_AGAIN_REPORTED } else { KILL_AGAIN };

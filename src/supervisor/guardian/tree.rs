@@ -1,8 +1,8 @@
 //! Which processes belong to an engine, from `/proc`; and signals that hit the process they were meant for.
 //!
-//! Knows nothing of commands or sockets. Used by the guardian, and by xpyd itself when the guardian was killed.
+//! Knows nothing of commands or sockets.
 //!
-//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the guardian, or xpyd after it)
+//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the guardian)
 //! **and** one of these holds:
 //! - it is in the leader's session, which EngineCore and workers are;
 //! - it descends from another member (found by walking parents *before* anything is killed);
@@ -189,32 +189,38 @@ impl Tree {
         members
     }
 
-    /// Stops every member, so that none can fork, until a look finds no new one; then kills them all. Returns them.
-    ///
-    /// Bounded: what slips through is found by the next call.
-    pub(super) fn freeze_and_kill(&mut self, reaper: i32) -> Vec<Process> {
-        const MOST_LOOKS: usize = 20;
-        let mut frozen = HashSet::new();
-        let mut members = Vec::new();
-        for _ in 0..MOST_LOOKS {
-            members = self.members(&Table::read(), reaper);
-            let mut found_new = false;
-            for process in &members {
-                if frozen.insert((process.pid, process.started)) {
-                    found_new = true;
-                    // One that is gone already is fine; one that may not be signalled shows up as a leftover.
-                    let _ = process.signal(Signal::SIGSTOP);
-                }
-            }
-            if !found_new {
-                break;
-            }
-        }
-        for process in &members {
-            let _ = process.signal(Signal::SIGKILL);
-        }
-        members
+    /// Kills all members, as [`freeze_and_kill`] does. Returns them.
+    pub(super) fn kill(&mut self, reaper: i32) -> Vec<Process> {
+        freeze_and_kill(|table| self.members(table, reaper))
     }
+}
+
+/// Stops every process that `select` finds, so that none can fork, until a look finds no new one; then kills them all.
+/// Returns them.
+///
+/// Bounded: what slips through is found by the next call.
+pub(super) fn freeze_and_kill(mut select: impl FnMut(&Table) -> Vec<Process>) -> Vec<Process> {
+    const MOST_LOOKS: usize = 20;
+    let mut frozen = HashSet::new();
+    let mut found = Vec::new();
+    for _ in 0..MOST_LOOKS {
+        found = select(&Table::read());
+        let mut found_new = false;
+        for process in &found {
+            if frozen.insert((process.pid, process.started)) {
+                found_new = true;
+                // One that is gone already is fine; one that may not be signalled shows up as a leftover.
+                let _ = process.signal(Signal::SIGSTOP);
+            }
+        }
+        if !found_new {
+            break;
+        }
+    }
+    for process in &found {
+        let _ = process.signal(Signal::SIGKILL);
+    }
+    found
 }
 
 #[cfg(test)]
