@@ -4,6 +4,7 @@ mod alone;
 mod bench;
 mod control;
 mod logs;
+mod matrix;
 mod proxy;
 mod sim;
 mod supervisor;

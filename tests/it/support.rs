@@ -17,6 +17,9 @@ pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 /// Every port base of the shipped profiles.
 const BASES: [u16; 8] = [5600, 5700, 7100, 7200, 7300, 7400, 7500, 9100];
 
+/// Fleets that find room below the ephemeral ports.
+const TURNS: u16 = 200;
+
 /// Ports that a fleet takes from each base.
 const WIDTH: u16 = 10;
 
@@ -26,8 +29,11 @@ fn free_port_offset() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let turn = NEXT.fetch_add(1, Ordering::Relaxed);
-        assert!(turn < 200, "no free ports");
+        assert!(turn < TURNS, "no free ports");
         // Bases are 100 apart, so ten fleets fit between them; then a stride that no two bases are apart.
+        // Where to begin depends on the process, so that test programs that run at once seldom meet either.
+        let begin = u16::try_from(std::process::id() % u32::from(TURNS)).expect("less than the turns");
+        let turn = (turn + begin) % TURNS;
         let offset = (turn % 10) * WIDTH + (turn / 10) * 1000 + 4000;
         let free = BASES.iter().all(|base| {
             (0..WIDTH).all(|index| TcpListener::bind((Ipv4Addr::LOCALHOST, base + offset + index)).is_ok())
@@ -132,17 +138,17 @@ impl Place {
         });
     }
 
+    /// A port of the place's fleet that somebody listens on.
+    pub(crate) fn listener(&self) -> Option<u16> {
+        BASES
+            .iter()
+            .flat_map(|base| (0..WIDTH).map(move |index| base + self.offset + index))
+            .find(|port| std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, *port)).is_ok())
+    }
+
     /// Nothing listens on any port of the place's fleet.
     pub(crate) fn assert_no_listener(&self) {
-        for base in BASES {
-            for index in 0..WIDTH {
-                let port = base + self.offset + index;
-                assert!(
-                    std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err(),
-                    "something listens on port {port}"
-                );
-            }
-        }
+        assert_eq!(self.listener(), None, "something listens on this port");
     }
 
     /// A file of the newest run.

@@ -229,7 +229,7 @@ impl Engine {
             return None;
         }
         self.drain_log();
-        self.shared_files.remove_unused();
+        self.shared_files.remove_unused(&[]);
         Some(Event::TreeEmpty {
             engine: self.id.clone(),
             incarnation: self.incarnation,

@@ -10,36 +10,34 @@ use nix::unistd::{Pid, getpid};
 use tokio::time::Instant;
 
 use super::shm::SharedFiles;
-use super::tree::{Process, Table, freeze_and_kill};
+use super::tree::{Process, freeze, kill_all};
 
 /// Milliseconds between two looks.
 const LOOK_AGAIN: u8 = 5;
 
-/// Kills all descendants of this process, and removes what they use in `/dev/shm` unless it is in `foreign`,
+/// Removes what descendants of this process, and no others, use in `/dev/shm` (unless it is in `foreign`), and kills them,
 /// until nothing is left or `deadline` has passed. Returns the processes that are left.
 ///
-/// Blocks. Only finds what this process has inherited if it is a child subreaper.
+/// Files go first, so that whoever is killed in the middle leaves processes by which the next one finds the rest. Blocks.
+/// Only finds what this process has inherited if it is a child subreaper.
 pub(super) fn sweep(foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
     let own = getpid().as_raw();
-    let strays = |table: &Table| -> Vec<Process> { table.descendants(own).into_iter().cloned().collect() };
     let give_up = Instant::now() + deadline;
-    let mut shared_files = SharedFiles::default();
     loop {
-        let found = strays(&Table::read());
-        if found.is_empty() {
-            shared_files.remove_unused();
+        let found = freeze(|table| table.descendants(own).into_iter().cloned().collect());
+        if found.is_empty() || Instant::now() >= give_up {
             return found;
         }
-        if Instant::now() >= give_up {
-            return found;
-        }
-        shared_files.add_used_by(found.iter().map(|process| process.pid), foreign);
-        freeze_and_kill(strays);
+        let pids: Vec<i32> = found.iter().map(|process| process.pid).collect();
+        let mut shared_files = SharedFiles::default();
+        shared_files.add_used_by(pids.iter().copied(), foreign);
+        shared_files.remove_unused(&pids);
+        kill_all(&found);
         // Not a sleep by name only: there is nothing else to wait for.
         let _ = poll(&mut [], PollTimeout::from(LOOK_AGAIN));
-        for process in &found {
+        for pid in pids {
             // Those with another parent are reaped by it, or by a later turn.
-            let _ = waitpid(Pid::from_raw(process.pid), Some(WaitPidFlag::WNOHANG));
+            let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
         }
     }
 }

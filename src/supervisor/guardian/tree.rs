@@ -189,17 +189,18 @@ impl Tree {
         members
     }
 
-    /// Kills all members, as [`freeze_and_kill`] does. Returns them.
+    /// Kills all members, frozen first. Returns them.
     pub(super) fn kill(&mut self, reaper: i32) -> Vec<Process> {
-        freeze_and_kill(|table| self.members(table, reaper))
+        let members = freeze(|table| self.members(table, reaper));
+        kill_all(&members);
+        members
     }
 }
 
-/// Stops every process that `select` finds, so that none can fork, until a look finds no new one; then kills them all.
-/// Returns them.
+/// Stops every process that `select` finds, so that none can fork, until a look finds no new one. Returns them.
 ///
 /// Bounded: what slips through is found by the next call.
-pub(super) fn freeze_and_kill(mut select: impl FnMut(&Table) -> Vec<Process>) -> Vec<Process> {
+pub(super) fn freeze(mut select: impl FnMut(&Table) -> Vec<Process>) -> Vec<Process> {
     const MOST_LOOKS: usize = 20;
     let mut frozen = HashSet::new();
     let mut found = Vec::new();
@@ -217,10 +218,14 @@ pub(super) fn freeze_and_kill(mut select: impl FnMut(&Table) -> Vec<Process>) ->
             break;
         }
     }
-    for process in &found {
+    found
+}
+
+/// SIGKILL to all of them, frozen or not.
+pub(super) fn kill_all(processes: &[Process]) {
+    for process in processes {
         let _ = process.signal(Signal::SIGKILL);
     }
-    found
 }
 
 #[cfg(test)]

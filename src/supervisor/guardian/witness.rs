@@ -34,7 +34,10 @@ pub(super) enum Part {
 
 /// Makes this process the witness of a new one, and returns in both: at once in the guardian, in the witness once
 /// nothing of the guardian is left. The caller must have no other thread.
-#[expect(unsafe_code, reason = "a fork shares all memory, where a second program would take megabytes")]
+#[expect(
+    unsafe_code,
+    reason = "a fork shares all memory, where a second program would take megabytes"
+)]
 pub(super) fn split(control: UnixStream) -> io::Result<Part> {
     prctl::set_child_subreaper(true)?;
     let foreign = SharedFiles::present();
