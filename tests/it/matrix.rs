@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -244,7 +245,9 @@ fn strike(place: &Place, run: &mut Run<'_>, blow: Blow) {
             let processes = place.processes();
             let pids: Vec<i32> = victims.iter().map(|victim| victim.find(&processes)).collect();
             for pid in pids {
-                kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it is there");
+                // The death of the one before may have ended this one already.
+                let killed = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                assert!(matches!(killed, Ok(()) | Err(Errno::ESRCH)), "{killed:?}");
             }
         }
     }

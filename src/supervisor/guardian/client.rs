@@ -179,8 +179,8 @@ impl Guardian {
         }
         // It was killed, or there is something that it could not end. This process inherits what it had; it has no other children.
         let _ = self.witness.start_kill();
-        let foreign = self.foreign.clone();
-        let sweeping = tokio::task::spawn_blocking(move || sweep(&foreign, SWEEP_DEADLINE));
+        let (guardian, foreign) = (self.pid, self.foreign.clone());
+        let sweeping = tokio::task::spawn_blocking(move || sweep(guardian, &foreign, SWEEP_DEADLINE));
         let left = sweeping.await.expect("a sweep does not panic and is not cancelled");
         let _ = self.witness.try_wait();
         left.iter().map(Process::leftover).collect()

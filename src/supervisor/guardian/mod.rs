@@ -17,6 +17,7 @@
 //! It knows nothing of roles, probes, proxies or policy: it starts process trees, keeps what they print, ends them, and
 //! says what happened. Everything that decides is on the other side of the socket.
 
+mod cgroup;
 pub mod client;
 mod engine;
 mod log;

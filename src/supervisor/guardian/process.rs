@@ -289,7 +289,7 @@ impl Guardian {
                 self.control.send(&Event::Leftover { engine, processes });
             }
         }
-        let strays = sweep(&self.foreign, STRAYS_DEADLINE);
+        let strays = sweep(std::process::id(), &self.foreign, STRAYS_DEADLINE);
         if !strays.is_empty() && self.engines.is_empty() {
             clean = false;
             let processes = strays.iter().map(Process::leftover).collect();

@@ -9,22 +9,29 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, getpid};
 use tokio::time::Instant;
 
+use super::cgroup::Cgroup;
 use super::shm::SharedFiles;
-use super::tree::{Process, freeze, kill_all};
+use super::tree::{Process, Tree, freeze, kill_all};
 
 /// Milliseconds between two looks.
 const LOOK_AGAIN: u8 = 5;
 
 /// Removes what descendants of this process, and no others, use in `/dev/shm` (unless it is in `foreign`), and kills them,
-/// until nothing is left or `deadline` has passed. Returns the processes that are left.
+/// until nothing is left or `deadline` has passed; then removes the cgroups of `guardian`. Returns the processes that are left.
 ///
 /// Files go first, so that whoever is killed in the middle leaves processes by which the next one finds the rest. Blocks.
 /// Only finds what this process has inherited if it is a child subreaper.
-pub(super) fn sweep(foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
+pub(super) fn sweep(guardian: u32, foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
     let own = getpid().as_raw();
     let give_up = Instant::now() + deadline;
     loop {
         let found = freeze(|table| table.descendants(own).into_iter().cloned().collect());
+        if found.is_empty() {
+            for cgroup in Cgroup::named(&Tree::cgroups_of(guardian)) {
+                cgroup.kill();
+                cgroup.remove();
+            }
+        }
         if found.is_empty() || Instant::now() >= give_up {
             return found;
         }

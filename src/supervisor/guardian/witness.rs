@@ -67,7 +67,7 @@ fn watch(guardian: Pid, foreign: &SharedFiles) -> ExitStatus {
     };
     // It has tried for long enough, and has said what is left.
     let gave_up = code == Some(i32::from(ExitStatus::TeardownIncomplete.code()));
-    if gave_up || !sweep(foreign, WITNESS_DEADLINE).is_empty() {
+    if gave_up || !sweep(guardian.as_raw().unsigned_abs(), foreign, WITNESS_DEADLINE).is_empty() {
         ExitStatus::TeardownIncomplete
     } else {
         ExitStatus::Success
