@@ -25,6 +25,8 @@ pub enum Fault {
     StallDecode(usize),
     /// `EngineCore` and workers ignore SIGTERM and outlive the API server.
     Orphans,
+    /// A daemon that forked twice into a session of its own ignores SIGTERM, and holds the log and a file in `/dev/shm`.
+    Stray,
 }
 
 /// A step of a start at which an engine can be made to die.
@@ -61,7 +63,7 @@ impl Phase {
 
 /// The faults and their values, as an error lists them.
 const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, die-saying=FILE, ignore-sigterm, drop-notification[=EVERY_NTH], \
-                     fail-transfer[=EVERY_NTH], survive-plain-requests, stall-decode=TOKENS, orphans";
+                     fail-transfer[=EVERY_NTH], survive-plain-requests, stall-decode=TOKENS, orphans, stray";
 
 /// Why a `--fault` is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -110,6 +112,7 @@ impl FromStr for Fault {
                 .map(Self::StallDecode)
                 .ok_or_else(|| bad_value("stall-decode", "a number of tokens")),
             "orphans" => Ok(Self::Orphans),
+            "stray" => Ok(Self::Stray),
             other => Err(FaultError::Unknown(other.to_owned())),
         }
     }

@@ -221,6 +221,10 @@ impl Options {
         self.faults.contains(&Fault::Orphans)
     }
 
+    pub(crate) fn leaves_stray(&self) -> bool {
+        self.faults.contains(&Fault::Stray)
+    }
+
     pub(crate) fn dies_at(&self, phase: Phase) -> bool {
         self.faults.contains(&Fault::DieAt(phase))
     }

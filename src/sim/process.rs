@@ -18,6 +18,9 @@ use super::options::Options;
 /// How long children may take to appear, and to leave when asked.
 const DEADLINE: Duration = Duration::from_secs(5);
 
+/// What the fault `stray` leaves behind. It ends by itself, should nobody end it.
+const STRAY: &str = "trap '' TERM INT HUP; exec sleep 600 9>/dev/shm/xpyd-sim-stray-$$";
+
 /// The API server's hold on its tree.
 #[derive(Debug)]
 pub(crate) struct Children {
@@ -38,6 +41,11 @@ impl Children {
     pub(crate) async fn spawn(&mut self, options: &Options, log: &Log) -> std::io::Result<()> {
         if !options.spawn_children {
             return Ok(());
+        }
+        if options.leaves_stray() {
+            let mut setsid = Command::new("setsid");
+            let forked = setsid.args(["--fork", "sh", "-c", STRAY]).stdin(Stdio::null()).status();
+            timeout(DEADLINE, forked).await??;
         }
         let mut child = command(options, "VLLM::EngineCore", "engine-core")?
             .stdin(Stdio::null())

@@ -48,13 +48,15 @@ fn taken_by(holder: Option<&Holder>) -> String {
 /// Who has a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
-    /// A process that listens on it.
+    /// A process that listens on it, or has a connection from it.
     Process {
         /// Process id.
         pid: u32,
         /// Name, 15 characters at most.
         name: String,
     },
+    /// A process that this user may not look into.
+    User(String),
     /// Another run of xpyd has reserved it.
     OtherRun,
     /// Another engine of the same plan.
@@ -65,6 +67,7 @@ impl fmt::Display for Holder {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Process { pid, name } => write!(formatter, "process {pid} (`{name}`)"),
+            Self::User(name) => write!(formatter, "a process of user `{name}`"),
             Self::OtherRun => formatter.write_str("another run of xpyd"),
             Self::Engine(engine) => write!(formatter, "{engine}"),
         }
@@ -145,12 +148,16 @@ pub(super) fn is_free(host: &str, port: u16) -> bool {
     bind(host, port).is_ok()
 }
 
-/// The process that listens on `port`, if this user may see it.
+/// Who has `port`: the process, or its user where this one may not look into it.
 pub(super) fn listener(port: u16) -> Option<Holder> {
-    let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
+    let tables: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| std::fs::read_to_string(table).ok())
-        .find_map(|table| table.lines().find_map(|line| listening_inode(line, port)))?;
+        .collect();
+    let sockets = tables.iter().flat_map(|table| table.lines());
+    let SocketUse { inode, user, .. } = sockets
+        .filter_map(|line| socket_on(line, port))
+        .max_by_key(|socket| socket.listens)?;
     let wanted = format!("socket:[{inode}]");
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
@@ -170,16 +177,29 @@ pub(super) fn listener(port: u16) -> Option<Holder> {
             });
         }
     }
-    None
+    let name = nix::unistd::User::from_uid(user.into()).ok().flatten();
+    Some(Holder::User(name.map_or_else(|| user.to_string(), |user| user.name)))
 }
 
-/// The inode of the socket in one line of `/proc/net/tcp`, if it listens on `port`.
-fn listening_inode(line: &str, port: u16) -> Option<u64> {
+/// A socket that has a port.
+#[derive(Debug, PartialEq, Eq)]
+struct SocketUse {
+    listens: bool,
+    user: u32,
+    inode: u64,
+}
+
+/// The socket in one line of `/proc/net/tcp` or `tcp6`, if it has `port` and a process has it: inode 0 is nobody's.
+fn socket_on(line: &str, port: u16) -> Option<SocketUse> {
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (_, hexadecimal) = fields.get(1)?.rsplit_once(':')?;
-    let listens = *fields.get(3)? == LISTEN && u16::from_str_radix(hexadecimal, 16) == Ok(port);
-    listens.then(|| fields.get(9)?.parse().ok())?
+    let socket = SocketUse {
+        listens: *fields.get(3)? == LISTEN,
+        user: fields.get(7)?.parse().ok()?,
+        inode: fields.get(9)?.parse().ok()?,
+    };
+    (u16::from_str_radix(hexadecimal, 16) == Ok(port) && socket.inode != 0).then_some(socket)
 }
 
 #[cfg(test)]
@@ -220,6 +240,34 @@ mod tests {
         let conflict = reserve(&wants(port)).unwrap_err();
         assert!(matches!(conflict.holder, Some(Holder::Process { pid, .. }) if pid == std::process::id()));
         assert!(!is_free("127.0.0.1", port));
+    }
+
+    #[test]
+    fn a_server_for_both_families_is_a_conflict_that_is_named() {
+        let Ok(listener) = TcpListener::bind(("::", 0)) else {
+            // No IPv6 here.
+            return;
+        };
+        let conflict = reserve(&wants(listener.local_addr().unwrap().port())).unwrap_err();
+        assert!(matches!(conflict.holder, Some(Holder::Process { pid, .. }) if pid == std::process::id()));
+    }
+
+    #[test]
+    fn lines_of_the_kernels_tables_are_read_for_both_families() {
+        let listens = "0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000  0 4711 1 0 100";
+        let expected = SocketUse {
+            listens: true,
+            user: 1000,
+            inode: 4711,
+        };
+        assert_eq!(socket_on(listens, 8080), Some(expected));
+        assert_eq!(socket_on(listens, 8081), None);
+        let connected =
+            "1: 00000000000000000000000001000000:1F90 00000000000000000000000001000000:C350 01 0:0 0:0 0 0 0 7 1";
+        assert_eq!(socket_on(connected, 8080).map(|socket| socket.listens), Some(false));
+        let over = "2: 0100007F:1F90 0100007F:C350 06 0:0 0:0 0 0 0 0 3";
+        assert_eq!(socket_on(over, 8080), None);
+        assert_eq!(socket_on("sl local_address rem_address st", 8080), None);
     }
 
     #[test]

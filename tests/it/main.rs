@@ -5,6 +5,7 @@ mod bench;
 mod causes;
 mod control;
 mod logs;
+mod matrix;
 mod proxy;
 mod readme;
 mod restart;

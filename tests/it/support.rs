@@ -139,17 +139,17 @@ impl Place {
         });
     }
 
+    /// A port of the place's fleet that somebody listens on.
+    pub(crate) fn listener(&self) -> Option<u16> {
+        BASES
+            .iter()
+            .flat_map(|base| (0..WIDTH).map(move |index| base + self.offset + index))
+            .find(|port| std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, *port)).is_ok())
+    }
+
     /// Nothing listens on any port of the place's fleet.
     pub(crate) fn assert_no_listener(&self) {
-        for base in BASES {
-            for index in 0..WIDTH {
-                let port = base + self.offset + index;
-                assert!(
-                    std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err(),
-                    "something listens on port {port}"
-                );
-            }
-        }
+        assert_eq!(self.listener(), None, "something listens on this port");
     }
 
     /// A file of the newest run.

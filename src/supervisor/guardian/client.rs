@@ -1,25 +1,23 @@
-//! xpyd's end of the guardian: starts it, talks to it without ever blocking, and takes over its duty if it is killed.
+//! xpyd's end of the guardian: starts it, talks to it without ever blocking, and sweeps after it if it is killed.
 //!
 //! Decides nothing: commands come from the driver, and events go to it.
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::prctl;
-use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Pid, getpid};
+use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::process::Child;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 
 use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
 use super::shm::SharedFiles;
-use super::tree::{Process, Table, Tree};
-use crate::fleet::EngineId;
+use super::sweep::sweep;
+use super::tree::Process;
 
 /// How long a fresh guardian may take to say hello: it is a re-exec and nothing more.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -45,6 +43,9 @@ pub enum GuardianError {
     /// It ended, or closed the connection.
     #[error("guardian is gone")]
     Gone,
+    /// Its witness ended before it.
+    #[error("the guardian's witness is gone")]
+    WitnessGone,
     /// It said nothing for too long.
     #[error("guardian did not answer within {} s", HELLO_DEADLINE.as_secs())]
     Silent,
@@ -62,13 +63,11 @@ pub enum GuardianError {
 /// A running guardian. Dropping it closes the connection, upon which the guardian takes every engine down by itself.
 #[derive(Debug)]
 pub struct Guardian {
-    child: Child,
+    witness: Child,
     pid: u32,
     stream: UnixStream,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
-    /// How to recognise what must be swept, should the guardian be killed.
-    trees: HashMap<EngineId, Tree>,
     foreign: SharedFiles,
 }
 
@@ -90,7 +89,7 @@ impl Guardian {
             .create(true)
             .open(log)
             .map_err(start)?;
-        let child = tokio::process::Command::new(program)
+        let witness = tokio::process::Command::new(program)
             .arg("guardian")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
@@ -98,17 +97,19 @@ impl Guardian {
             .spawn()
             .map_err(start)?;
         let mut guardian = Self {
-            pid: child.id().ok_or(GuardianError::Gone)?,
-            child,
+            pid: 0,
+            witness,
             stream: UnixStream::from_std(own).map_err(GuardianError::Connection)?,
             incoming: Vec::new(),
             outgoing: Vec::new(),
-            trees: HashMap::new(),
             foreign,
         };
         match timeout(HELLO_DEADLINE, guardian.event()).await {
-            Ok(Ok(Event::Hello { version })) if version == protocol::VERSION => Ok(guardian),
-            Ok(Ok(Event::Hello { version })) => Err(GuardianError::Version { theirs: version }),
+            Ok(Ok(Event::Hello { version, pid })) if version == protocol::VERSION => {
+                guardian.pid = pid;
+                Ok(guardian)
+            }
+            Ok(Ok(Event::Hello { version, .. })) => Err(GuardianError::Version { theirs: version }),
             Ok(Ok(_)) => Err(GuardianError::Gone),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(GuardianError::Silent),
@@ -120,6 +121,11 @@ impl Guardian {
         self.pid
     }
 
+    /// The process id of its witness, which is its parent; `None` once that has ended.
+    pub fn witness_pid(&self) -> Option<u32> {
+        self.witness.id()
+    }
+
     /// Queues a command; [`Guardian::event`] sends it. Commands are few, so the queue is bounded by them.
     pub fn send(&mut self, command: &Command) -> Result<(), ProtocolError> {
         protocol::encode(command, &mut self.outgoing)
@@ -129,7 +135,6 @@ impl Guardian {
     pub async fn event(&mut self) -> Result<Event, GuardianError> {
         loop {
             if let Some(event) = protocol::decode(&mut self.incoming).map_err(GuardianError::Protocol)? {
-                self.note(&event);
                 return Ok(event);
             }
             let interest = if self.outgoing.is_empty() {
@@ -137,7 +142,13 @@ impl Guardian {
             } else {
                 Interest::READABLE | Interest::WRITABLE
             };
-            let ready = self.stream.ready(interest).await.map_err(GuardianError::Connection)?;
+            let ready = tokio::select! {
+                // What the guardian said last comes before the end of its witness, which ends after it.
+                biased;
+                ready = self.stream.ready(interest) => ready.map_err(GuardianError::Connection)?,
+                // Without a witness the run is safe no more: only this process would be left to sweep.
+                _ = self.witness.wait() => return Err(GuardianError::WitnessGone),
+            };
             // A guardian that is gone cannot be written to, but its last words can still be read.
             if ready.is_writable()
                 && let Ok(count) = self.stream.try_write(&self.outgoing)
@@ -156,65 +167,40 @@ impl Guardian {
         }
     }
 
-    fn note(&mut self, event: &Event) {
-        match event {
-            Event::Spawned {
-                engine,
-                incarnation,
-                pid,
-                pipe,
-            } => {
-                if let Ok(leader) = i32::try_from(*pid) {
-                    let tree = Tree::new(leader, *pipe, Tree::mark(self.pid, engine, *incarnation));
-                    self.trees.insert(engine.clone(), tree);
-                }
-            }
-            Event::TreeEmpty { engine, .. } => {
-                self.trees.remove(engine);
-            }
-            Event::Hello { .. } | Event::SpawnFailed { .. } | Event::Exited { .. } | Event::Leftover { .. } => {}
-        }
-    }
-
-    /// Does what the guardian no longer can: ends it if it still hangs around, kills every tree it had started, and
-    /// removes their shared memory. Returns the processes that did not go within a few seconds.
+    /// Ends a guardian that hangs, and whatever guardian and engines have left, shared memory too. Returns the processes
+    /// that did not go within a few seconds.
     pub async fn sweep(&mut self) -> Vec<LeftoverProcess> {
-        // An error means that it is gone already; once it is gone its children are this process's.
-        let _ = self.child.start_kill();
-        let _ = timeout(SWEEP_DEADLINE, self.child.wait()).await;
-        let own = getpid().as_raw();
-        let mut shared_files = SharedFiles::default();
-        let deadline = Instant::now() + SWEEP_DEADLINE;
-        loop {
-            let table = Table::read();
-            let members: Vec<Process> = self
-                .trees
-                .values_mut()
-                .flat_map(|tree| tree.members(&table, own))
-                .collect();
-            if members.is_empty() {
-                shared_files.remove_unused();
-                return Vec::new();
-            }
-            if Instant::now() >= deadline {
-                return members.iter().map(Process::leftover).collect();
-            }
-            shared_files.add_used_by(members.iter().map(|process| process.pid), &self.foreign);
-            for tree in self.trees.values_mut() {
-                tree.freeze_and_kill(own);
-            }
-            sleep(Duration::from_millis(10)).await;
-            for process in &members {
-                // Those with another parent are reaped by it, or by a later turn.
-                let _ = waitpid(Pid::from_raw(process.pid), Some(WaitPidFlag::WNOHANG));
-            }
+        self.kill();
+        // The witness does it, because it goes on with it should this process be killed in the middle.
+        if let Ok(Ok(status)) = timeout(SWEEP_DEADLINE, self.witness.wait()).await
+            && status.success()
+        {
+            return Vec::new();
+        }
+        // It was killed, or there is something that it could not end. This process inherits what it had; it has no other children.
+        let _ = self.witness.start_kill();
+        let (guardian, foreign) = (self.pid, self.foreign.clone());
+        let sweeping = tokio::task::spawn_blocking(move || sweep(guardian, &foreign, SWEEP_DEADLINE));
+        let left = sweeping.await.expect("a sweep does not panic and is not cancelled");
+        let _ = self.witness.try_wait();
+        left.iter().map(Process::leftover).collect()
+    }
+
+    /// SIGKILL to the guardian, as long as its id is known to be its own: until its parent has reaped it.
+    fn kill(&self) {
+        let (Ok(pid), Some(witness)) = (i32::try_from(self.pid), self.witness_pid()) else {
+            return;
+        };
+        if let Some(guardian) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == witness) {
+            // One that ended meanwhile is as good.
+            let _ = guardian.signal(Signal::SIGKILL);
         }
     }
 
-    /// Waits until the guardian's process has ended after it closed the connection, which takes no time.
+    /// Waits until the witness has ended, which it does as soon as the guardian and all that it left have.
     pub async fn ended(&mut self) {
-        if timeout(SWEEP_DEADLINE, self.child.wait()).await.is_err() {
-            let _ = self.child.start_kill();
+        if timeout(SWEEP_DEADLINE, self.witness.wait()).await.is_err() {
+            let _ = self.witness.start_kill();
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Knows no socket: what happened is returned, and `process` passes it on.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::process::CommandExt;
@@ -10,9 +11,10 @@ use std::time::Duration;
 
 use nix::sys::prctl;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
-use nix::unistd::{getpid, getppid, setsid};
+use nix::unistd::{getpid, getppid, setsid, write};
 use tokio::time::Instant;
 
+use super::cgroup::Cgroup;
 use super::log::{Drained, Log};
 use super::protocol::{Event, Exit, LeftoverProcess, Spawn};
 use super::shm::SharedFiles;
@@ -41,7 +43,6 @@ pub(super) struct Engine {
     leader_alive: bool,
     tree: Tree,
     log: Option<Log>,
-    inode: u64,
     shared_files: SharedFiles,
     settled: bool,
     terminated: bool,
@@ -69,8 +70,9 @@ impl Engine {
     pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
         let (log, writer) = Log::open(&spawn.log)
             .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
-        let inode = log.inode();
         let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);
+        let cgroup = Cgroup::create(&Tree::cgroup_name(std::process::id(), &spawn.engine, spawn.incarnation));
+        let entrance = cgroup.as_ref().and_then(|cgroup| cgroup.entrance().ok());
         let (program, arguments) = spawn.argv.split_first().ok_or("its command line is empty")?;
         let mut command = Command::new(program);
         command
@@ -85,9 +87,14 @@ impl Engine {
                     .map_err(|error| format!("cannot duplicate its log pipe: {error}"))?,
             )
             .stderr(writer);
-        prepare_leader(&mut command);
+        prepare_leader(&mut command, entrance);
         let child = command
             .spawn()
+            .inspect_err(|_| {
+                if let Some(cgroup) = &cgroup {
+                    cgroup.remove();
+                }
+            })
             .map_err(|error| format!("cannot start `{program}`: {error}"))?;
         // It cannot be reaped before this returns, because only the loop in `process` reaps.
         let leader = i32::try_from(child.id())
@@ -95,13 +102,12 @@ impl Engine {
             .and_then(Process::read)
             .ok_or("its process is not in /proc")?;
         Ok(Self {
-            tree: Tree::new(leader.pid, inode, mark),
+            tree: Tree::new(leader.pid, log.inode(), mark, cgroup),
             id: spawn.engine,
             incarnation: spawn.incarnation,
             leader,
             leader_alive: true,
             log: Some(log),
-            inode,
             shared_files: SharedFiles::default(),
             settled: false,
             terminated: false,
@@ -116,7 +122,6 @@ impl Engine {
             engine: self.id.clone(),
             incarnation: self.incarnation,
             pid: self.leader.pid.unsigned_abs(),
-            pipe: self.inode,
         }
     }
 
@@ -163,7 +168,7 @@ impl Engine {
     pub(super) fn kill(&mut self, foreign: &SharedFiles, now: Instant) {
         if !matches!(self.ending, Ending::Killing { .. }) {
             self.look(&Table::read(), foreign);
-            self.tree.freeze_and_kill(getpid().as_raw());
+            self.tree.kill(getpid().as_raw());
             self.ending = Ending::Killing {
                 since: now,
                 again: now + KILL_AGAIN,
@@ -193,7 +198,7 @@ impl Engine {
             }
             Ending::Killing { again, .. } if now < again => None,
             Ending::Killing { since, reported, .. } => {
-                let left = self.tree.freeze_and_kill(getpid().as_raw());
+                let left = self.tree.kill(getpid().as_raw());
                 let report = !reported && now >= since + LEFTOVER_AFTER && !left.is_empty();
                 let reported = reported || report;
                 let again = now + if reported { KILL_AGAIN_REPORTED } else { KILL_AGAIN };
@@ -233,7 +238,8 @@ impl Engine {
             return None;
         }
         self.drain_log();
-        self.shared_files.remove_unused();
+        self.shared_files.remove_unused(&[]);
+        self.tree.remove();
         Some(Event::TreeEmpty {
             engine: self.id.clone(),
             incarnation: self.incarnation,
@@ -252,15 +258,19 @@ impl Engine {
     }
 }
 
-/// What the leader does between fork and exec: an own session, death with the guardian, and signals as a fresh program
+/// What the leader does between fork and exec: its cgroup, an own session, death with the guardian, and signals as a fresh program
 /// expects them (the guardian blocks some, and ignored ones would stay ignored).
 #[expect(unsafe_code, reason = "`pre_exec` is the only way to run code between fork and exec")]
-fn prepare_leader(command: &mut Command) {
+fn prepare_leader(command: &mut Command, entrance: Option<File>) {
     let guardian = getpid();
-    // SAFETY: the closure makes system calls only (setsid, prctl, getppid, sigprocmask, sigaction), allocates nothing,
+    // SAFETY: the closure makes system calls only (write, setsid, prctl, getppid, sigprocmask, sigaction), allocates nothing,
     // takes no lock, and the guardian has a single thread, so nothing can be left half-done by the fork.
     unsafe {
         command.pre_exec(move || {
+            if let Some(entrance) = &entrance {
+                // Outside of its cgroup it is found by its session, as where there are none.
+                let _ = write(entrance, b"0");
+            }
             setsid()?;
             prctl::set_pdeathsig(Signal::SIGKILL)?;
             // Had the guardian died before the line above, nobody would kill this process.

@@ -1,19 +1,29 @@
 //! The guardian: a second process of xpyd that is the only parent of the engines, and outlives xpyd by just long enough
-//! to take them down.
+//! to take them down. Between the two stands a witness that does nothing but outlive both.
 //!
 //! ```text
-//! xpyd ──socketpair── xpyd guardian ──┬── prefiller1 (own session) ── EngineCore, workers ...
-//!   commands ──>                      ├── decoder1   (own session) ── ...
-//!   <── events                        └── <whatever they lost>      (it is their subreaper)
+//! xpyd ── witness ── guardian ──┬── prefiller1 (own session) ── EngineCore, workers ...
+//!   └──── socketpair ────┘      ├── decoder1   (own session) ── ...
+//!   commands ──>  <── events    └── <whatever they lost>      (it is their subreaper)
 //! ```
+//!
+//! | killed | who ends the rest |
+//! |---|---|
+//! | xpyd, or xpyd and witness | the guardian, which reads the end of its socket: engines that served get a bounded grace |
+//! | guardian, or xpyd and guardian | the kernel kills the leaders (PDEATHSIG), the witness what they started |
+//! | witness, or witness and guardian | xpyd, which is the next subreaper above |
+//! | all three in the same instant | the kernel kills the leaders; what they started is left to itself |
 //!
 //! It knows nothing of roles, probes, proxies or policy: it starts process trees, keeps what they print, ends them, and
 //! says what happened. Everything that decides is on the other side of the socket.
 
+mod cgroup;
 pub mod client;
 mod engine;
 mod log;
 pub mod process;
 pub mod protocol;
 mod shm;
+mod sweep;
 mod tree;
+mod witness;

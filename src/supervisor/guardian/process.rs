@@ -1,7 +1,8 @@
 //! The body of `xpyd guardian`: one thread that waits for commands, children and output, and never blocks on any of them.
 //!
 //! Its control socket is its stdin, both ways. It ends when told to, or when the socket closes because xpyd is gone:
-//! then it takes every engine down first. No signal ends it but SIGKILL, and that takes the leaders with it.
+//! then it takes every engine down first. No signal ends it but SIGKILL; that takes the leaders with it, and its witness
+//! takes the rest.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,13 +15,15 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{getpid, setsid};
+use nix::unistd::setsid;
 use tokio::time::Instant;
 
 use super::engine::Engine;
 use super::protocol::{self, Command, Event, Exit, ProtocolError, Spawn};
 use super::shm::SharedFiles;
+use super::sweep::sweep;
 use super::tree::{Process, Table};
+use super::witness::{self, Part};
 use crate::fleet::EngineId;
 use crate::report::ExitStatus;
 
@@ -36,7 +39,7 @@ const END_DEADLINE: Duration = Duration::from_secs(30);
 /// How long strays may outlive SIGKILL in a shutdown before they are reported.
 const STRAYS_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Runs the guardian to its end.
+/// Runs the guardian to its end, in a child process of this one, which becomes its witness.
 ///
 /// Must be called before any other thread is started. Returns [`ExitStatus::Usage`] if stdin is no Unix socket, which is
 /// what a person who types the hidden command has.
@@ -44,10 +47,33 @@ pub fn run() -> ExitStatus {
     let Ok(control) = control_socket() else {
         return ExitStatus::Usage;
     };
-    match Guardian::start(control) {
-        Ok(mut guardian) => guardian.serve(),
+    let ended = start_session().and_then(|()| witness::split(control));
+    match ended {
+        Ok(Part::Witness(status)) => status,
+        Ok(Part::Guardian(control)) => match Guardian::start(control) {
+            Ok(mut guardian) => guardian.serve(),
+            Err(_) => ExitStatus::Bug,
+        },
         Err(_) => ExitStatus::Bug,
     }
+}
+
+/// What witness and guardian have in common: a session of their own, because the terminal's Ctrl+C and hang-up are
+/// xpyd's to handle; and no signal that ends them but SIGKILL.
+fn start_session() -> io::Result<()> {
+    setsid()?;
+    // Blocked rather than ignored, because ignoring is inherited by engines even through exec.
+    let mut blocked = SigSet::empty();
+    for signal in [
+        Signal::SIGCHLD,
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ] {
+        blocked.add(signal);
+    }
+    Ok(blocked.thread_block()?)
 }
 
 /// The socket that is this process's stdin.
@@ -80,17 +106,9 @@ struct Guardian {
 
 impl Guardian {
     fn start(socket: UnixStream) -> io::Result<Self> {
-        // A session of its own: the terminal's Ctrl+C and hang-up are xpyd's to handle.
-        setsid()?;
         prctl::set_child_subreaper(true)?;
-        // Blocked rather than ignored, because ignoring is inherited by engines even through exec.
         let mut children = SigSet::empty();
         children.add(Signal::SIGCHLD);
-        let mut blocked = children;
-        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
-            blocked.add(signal);
-        }
-        blocked.thread_block()?;
         Ok(Self {
             control: Control::new(socket),
             children: SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
@@ -104,6 +122,7 @@ impl Guardian {
     fn serve(&mut self) -> ExitStatus {
         self.control.send(&Event::Hello {
             version: protocol::VERSION,
+            pid: std::process::id(),
         });
         loop {
             self.control.flush();
@@ -270,7 +289,7 @@ impl Guardian {
                 self.control.send(&Event::Leftover { engine, processes });
             }
         }
-        let strays = kill_strays();
+        let strays = sweep(std::process::id(), &self.foreign, STRAYS_DEADLINE);
         if !strays.is_empty() && self.engines.is_empty() {
             clean = false;
             let processes = strays.iter().map(Process::leftover).collect();
@@ -285,27 +304,6 @@ impl Guardian {
         } else {
             ExitStatus::TeardownIncomplete
         }
-    }
-}
-
-/// Kills all that descends from the guardian until nothing does or the time is up. Returns what is left.
-fn kill_strays() -> Vec<Process> {
-    let deadline = Instant::now() + STRAYS_DEADLINE;
-    loop {
-        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
-        let strays: Vec<Process> = Table::read()
-            .descendants(getpid().as_raw())
-            .into_iter()
-            .cloned()
-            .collect();
-        if strays.is_empty() || Instant::now() >= deadline {
-            return strays;
-        }
-        for stray in &strays {
-            let _ = stray.signal(Signal::SIGKILL);
-        }
-        // Not a sleep by name only: there is nothing else left to wait for.
-        let _ = poll(&mut [], PollTimeout::from(5_u8));
     }
 }
 

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::fleet::{EngineId, Incarnation};
 
 /// Grows with every change that an older peer would not understand.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The longest message, in bytes, its newline included. A spawn carries a whole command line and its variables.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -84,6 +84,8 @@ pub enum Event {
     Hello {
         /// The guardian's [`VERSION`].
         version: u32,
+        /// Its process id; the process that xpyd started is its witness.
+        pid: u32,
     },
     /// The engine's leader runs.
     Spawned {
@@ -93,8 +95,6 @@ pub enum Event {
         incarnation: Incarnation,
         /// Process id of the leader, which is also its session's id.
         pid: u32,
-        /// Inode of the pipe that the tree writes its output to; who holds it belongs to the tree.
-        pipe: u64,
     },
     /// The engine's program could not be started; nothing of it is there.
     SpawnFailed {
@@ -210,7 +210,10 @@ mod tests {
     #[test]
     fn messages_survive_arbitrary_fragmentation() {
         let sent = vec![
-            Event::Hello { version: VERSION },
+            Event::Hello {
+                version: VERSION,
+                pid: 6,
+            },
             Event::Exited {
                 engine: EngineId::named("decoder1"),
                 incarnation: Incarnation::FIRST,

@@ -49,8 +49,8 @@ impl SharedFiles {
         }
     }
 
-    /// Removes every file that is still the same one, belongs to this user, and that no process uses any more.
-    pub(super) fn remove_unused(&self) {
+    /// Removes every file that is still the same one, belongs to this user, and that no process but the `dying` uses.
+    pub(super) fn remove_unused(&self, dying: &[i32]) {
         let own = nix::unistd::geteuid().as_raw();
         let mut leaked: Vec<&Path> = self
             .0
@@ -69,6 +69,7 @@ impl SharedFiles {
         for pid in entries
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|pid| !dying.contains(pid))
         {
             for path in used_by(pid) {
                 leaked.retain(|candidate| *candidate != path);
@@ -113,11 +114,11 @@ mod tests {
             .unwrap();
         let mut files = SharedFiles::default();
         files.add_used_by([own_pid()].into_iter(), &SharedFiles::default());
-        files.remove_unused();
+        files.remove_unused(&[]);
         assert!(file.path().exists(), "this process has it open");
         let (handle, path) = file.keep().unwrap();
         drop(handle);
-        files.remove_unused();
+        files.remove_unused(&[]);
         assert!(!path.exists());
     }
 
@@ -146,7 +147,7 @@ mod tests {
         std::fs::rename(&path, &aside).unwrap();
         drop(handle);
         std::fs::write(&path, "somebody else's").unwrap();
-        files.remove_unused();
+        files.remove_unused(&[]);
         assert!(path.exists());
         std::fs::remove_file(&path).unwrap();
         std::fs::remove_file(&aside).unwrap();

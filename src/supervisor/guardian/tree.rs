@@ -1,8 +1,8 @@
 //! Which processes belong to an engine, from `/proc`; and signals that hit the process they were meant for.
 //!
-//! Knows nothing of commands or sockets. Used by the guardian, and by xpyd itself when the guardian was killed.
+//! Knows nothing of commands or sockets.
 //!
-//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the guardian, or xpyd after it)
+//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the guardian)
 //! **and** one of these holds:
 //! - it is in the leader's session, which EngineCore and workers are;
 //! - it descends from another member (found by walking parents *before* anything is killed);
@@ -10,7 +10,8 @@
 //! - the reaper adopted it, and it holds the tree's log pipe or carries the tree's mark in its environment, which is how
 //!   a daemon that forked twice is found.
 //!
-//! A cgroup per engine would make all of this one line where one is delegated; this works everywhere.
+//! Where the tree has a cgroup, its members belong to it without further questions, and it is killed as one before the
+//! rest is looked for. The rules above work everywhere.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -18,6 +19,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::cgroup::Cgroup;
 use super::protocol::LeftoverProcess;
 use crate::fleet::{EngineId, Incarnation};
 
@@ -147,18 +149,31 @@ pub(super) struct Tree {
     pipe: u64,
     /// Value of [`MARK_VARIABLE`] in its environment.
     mark: String,
+    /// Its cgroup, where it could have one.
+    cgroup: Option<Cgroup>,
     /// Members seen so far and not known to be gone: process id and start time.
     seen: HashSet<(i32, u64)>,
 }
 
 impl Tree {
-    pub(super) fn new(leader: i32, pipe: u64, mark: String) -> Self {
+    pub(super) fn new(leader: i32, pipe: u64, mark: String, cgroup: Option<Cgroup>) -> Self {
         Self {
             leader,
             pipe,
             mark,
+            cgroup,
             seen: HashSet::new(),
         }
+    }
+
+    /// The name of the cgroup of one incarnation. Begins with [`Tree::cgroups_of`] its guardian.
+    pub(super) fn cgroup_name(guardian: u32, engine: &EngineId, incarnation: Incarnation) -> String {
+        format!("{}{engine}.{incarnation}", Self::cgroups_of(guardian))
+    }
+
+    /// How the names of all cgroups of a guardian begin.
+    pub(super) fn cgroups_of(guardian: u32) -> String {
+        format!("xpyd-{guardian}.")
     }
 
     /// The mark of one incarnation under the guardian with this process id.
@@ -169,10 +184,12 @@ impl Tree {
     /// The members now, zombies included: one that was not reaped yet may still have threads.
     pub(super) fn members(&mut self, table: &Table, reaper: i32) -> Vec<Process> {
         let candidates = table.descendants(reaper);
+        let inside = self.cgroup.as_ref().map_or_else(Vec::new, Cgroup::members);
         let mut members: HashSet<i32> = HashSet::new();
         // Candidates come parents first, so one pass follows every chain.
         for process in &candidates {
             let belongs = process.session == self.leader
+                || inside.contains(&process.pid)
                 || members.contains(&process.parent)
                 || self.seen.contains(&(process.pid, process.started))
                 || process.parent == reaper && (process.holds_pipe(self.pipe) || process.carries(&self.mark));
@@ -189,31 +206,52 @@ impl Tree {
         members
     }
 
-    /// Stops every member, so that none can fork, until a look finds no new one; then kills them all. Returns them.
-    ///
-    /// Bounded: what slips through is found by the next call.
-    pub(super) fn freeze_and_kill(&mut self, reaper: i32) -> Vec<Process> {
-        const MOST_LOOKS: usize = 20;
-        let mut frozen = HashSet::new();
-        let mut members = Vec::new();
-        for _ in 0..MOST_LOOKS {
-            members = self.members(&Table::read(), reaper);
-            let mut found_new = false;
-            for process in &members {
-                if frozen.insert((process.pid, process.started)) {
-                    found_new = true;
-                    // One that is gone already is fine; one that may not be signalled shows up as a leftover.
-                    let _ = process.signal(Signal::SIGSTOP);
-                }
-            }
-            if !found_new {
-                break;
-            }
+    /// Removes what stands for the tree, once it is empty.
+    pub(super) fn remove(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.remove();
         }
-        for process in &members {
-            let _ = process.signal(Signal::SIGKILL);
+    }
+
+    /// Kills all members, frozen first. Returns those that were still there for it.
+    pub(super) fn kill(&mut self, reaper: i32) -> Vec<Process> {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.kill();
         }
+        let members = freeze(|table| self.members(table, reaper));
+        kill_all(&members);
         members
+    }
+}
+
+/// Stops every process that `select` finds, so that none can fork, until a look finds no new one. Returns them.
+///
+/// Bounded: what slips through is found by the next call.
+pub(super) fn freeze(mut select: impl FnMut(&Table) -> Vec<Process>) -> Vec<Process> {
+    const MOST_LOOKS: usize = 20;
+    let mut frozen = HashSet::new();
+    let mut found = Vec::new();
+    for _ in 0..MOST_LOOKS {
+        found = select(&Table::read());
+        let mut found_new = false;
+        for process in &found {
+            if frozen.insert((process.pid, process.started)) {
+                found_new = true;
+                // One that is gone already is fine; one that may not be signalled shows up as a leftover.
+                let _ = process.signal(Signal::SIGSTOP);
+            }
+        }
+        if !found_new {
+            break;
+        }
+    }
+    found
+}
+
+/// SIGKILL to all of them, frozen or not.
+pub(super) fn kill_all(processes: &[Process]) {
+    for process in processes {
+        let _ = process.signal(Signal::SIGKILL);
     }
 }
 
@@ -263,7 +301,7 @@ mod tests {
 
     #[test]
     fn members_are_the_session_and_all_that_descends_from_it() {
-        let mut tree = Tree::new(LEADER, 0, String::new());
+        let mut tree = Tree::new(LEADER, 0, String::new(), None);
         let (child, escaped, grandchild, other) = (LEADER + 1, LEADER + 2, LEADER + 3, LEADER + 4);
         let found = members(
             &mut tree,
@@ -280,13 +318,13 @@ mod tests {
 
     #[test]
     fn an_orphan_of_the_session_is_a_member_without_its_leader() {
-        let mut tree = Tree::new(LEADER, 0, String::new());
+        let mut tree = Tree::new(LEADER, 0, String::new(), None);
         assert_eq!(members(&mut tree, &[(LEADER + 1, 900, LEADER)]), [LEADER + 1]);
     }
 
     #[test]
     fn a_member_seen_before_stays_one_after_its_parents_are_gone() {
-        let mut tree = Tree::new(LEADER, 0, String::new());
+        let mut tree = Tree::new(LEADER, 0, String::new(), None);
         let escaped = LEADER + 1;
         members(&mut tree, &[(LEADER, 900, LEADER), (escaped, LEADER, escaped)]);
         assert_eq!(members(&mut tree, &[(escaped, 900, escaped)]), [escaped]);
@@ -294,7 +332,7 @@ mod tests {
 
     #[test]
     fn a_session_of_the_same_number_outside_the_reaper_is_somebody_elses() {
-        let mut tree = Tree::new(LEADER, 0, String::new());
+        let mut tree = Tree::new(LEADER, 0, String::new(), None);
         assert!(members(&mut tree, &[(LEADER, 1, LEADER)]).is_empty());
     }
 

@@ -1,0 +1,50 @@
+//! The end of everything that descends from this process: for whoever inherits what a guardian left behind.
+//!
+//! Knows no engines: a process that was reparented to a child subreaper of the run belongs to the run.
+
+use std::time::Duration;
+
+use nix::poll::{PollTimeout, poll};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::{Pid, getpid};
+use tokio::time::Instant;
+
+use super::cgroup::Cgroup;
+use super::shm::SharedFiles;
+use super::tree::{Process, Tree, freeze, kill_all};
+
+/// Milliseconds between two looks.
+const LOOK_AGAIN: u8 = 5;
+
+/// Removes what descendants of this process, and no others, use in `/dev/shm` (unless it is in `foreign`), and kills them,
+/// until nothing is left or `deadline` has passed; then removes the cgroups of `guardian`. Returns the processes that are left.
+///
+/// Files go first, so that whoever is killed in the middle leaves processes by which the next one finds the rest. Blocks.
+/// Only finds what this process has inherited if it is a child subreaper.
+pub(super) fn sweep(guardian: u32, foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
+    let own = getpid().as_raw();
+    let give_up = Instant::now() + deadline;
+    loop {
+        let found = freeze(|table| table.descendants(own).into_iter().cloned().collect());
+        if found.is_empty() {
+            for cgroup in Cgroup::named(&Tree::cgroups_of(guardian)) {
+                cgroup.kill();
+                cgroup.remove();
+            }
+        }
+        if found.is_empty() || Instant::now() >= give_up {
+            return found;
+        }
+        let pids: Vec<i32> = found.iter().map(|process| process.pid).collect();
+        let mut shared_files = SharedFiles::default();
+        shared_files.add_used_by(pids.iter().copied(), foreign);
+        shared_files.remove_unused(&pids);
+        kill_all(&found);
+        // Not a sleep by name only: there is nothing else to wait for.
+        let _ = poll(&mut [], PollTimeout::from(LOOK_AGAIN));
+        for pid in pids {
+            // Those with another parent are reaped by it, or by a later turn.
+            let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+        }
+    }
+}
