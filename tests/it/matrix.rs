@@ -189,7 +189,20 @@ fn reach(place: &Place, fault: Fault, phase: Phase, blow: Blow) -> (Run<'_>, Opt
         (Phase::Ready, Blow::TwoInterrupts) => "deadlines.stop=60s",
         _ => "deadlines.stop=300ms",
     };
-    let mut run = place.up(&["--profile", "1p1d", "--set", &faults, "--set", drain, "--set", stop]);
+    // A killed engine would come back, and the run with it; tests of restarts are elsewhere.
+    let policy = "restart.policy=never";
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        &faults,
+        "--set",
+        drain,
+        "--set",
+        stop,
+        "--set",
+        policy,
+    ]);
     if phase == Phase::Starting {
         let per_engine = if fault == Fault::Stray { 4 } else { 3 };
         wait_for("all processes", || match place.processes().len() {
