@@ -318,6 +318,7 @@ impl Builder<'_> {
             ready_path: profile.engine.ready_path().to_owned(),
             ready_deadline: profile.deadlines.ready,
             stop_grace: profile.deadlines.stop,
+            log_limits: profile.logs,
         }
     }
 

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::connector::Connector;
 use crate::engine::EngineKind;
-use crate::fleet::{Endpoint, EngineId, Role};
+use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 
 pub use build::{PlanError, build};
 
@@ -70,6 +70,8 @@ pub struct EngineSpec {
     pub stop_grace: Duration,
     /// Its log file, relative to the run's folder: `prefiller1.log`.
     pub log_file: PathBuf,
+    /// How much of its output is kept.
+    pub log_limits: LogLimits,
 }
 
 /// A port of the plan and what listens on it.

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
+use crate::fleet::LogLimits;
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -43,6 +44,8 @@ pub(super) struct File {
     proxy: ProxyTable,
     #[serde(default)]
     deadlines: DeadlinesTable,
+    #[serde(default)]
+    logs: LogsTable,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -118,6 +121,14 @@ struct DeadlinesTable {
     prefill: Option<Span>,
     handoff: Option<Span>,
     decode_idle: Option<Span>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogsTable {
+    max_file: Option<Bytes>,
+    max_files: Option<u32>,
+    max_age: Option<Span>,
 }
 
 /// A duration as people write it: `"30s"`, `"1m 30s"`.
@@ -203,6 +214,7 @@ impl File {
             lmcache: self.lmcache.resolve(),
             proxy: self.proxy.resolve(),
             deadlines: self.deadlines.resolve(),
+            logs: self.logs.resolve(),
         })
     }
 }
@@ -261,6 +273,17 @@ impl DeadlinesTable {
             handoff: seconds(self.handoff, 90),
             // It also bounds a whole answer that is not streamed.
             decode_idle: seconds(self.decode_idle, 600),
+        }
+    }
+}
+
+impl LogsTable {
+    fn resolve(self) -> LogLimits {
+        let default = LogLimits::default();
+        LogLimits {
+            file_bytes: self.max_file.map_or(default.file_bytes, |bytes| bytes.0.max(1)),
+            files: self.max_files.unwrap_or(default.files).max(2),
+            age: self.max_age.map_or(default.age, |span| span.0),
         }
     }
 }

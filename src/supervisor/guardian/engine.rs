@@ -67,7 +67,7 @@ enum Ending {
 impl Engine {
     /// Starts the engine. The error is a sentence for people.
     pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
-        let (log, writer) = Log::open(&spawn.log)
+        let (log, writer) = Log::open(&spawn.log, spawn.log_limits)
             .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
         let inode = log.inode();
         let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, Role};
+use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, LogLimits, Role};
 use xpyd::plan::{EngineSpec, PortUse};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
@@ -167,6 +167,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
         ready_deadline: PATIENCE,
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
+        log_limits: LogLimits::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, Role};
+use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, PortUse};
 use crate::supervisor::Outcome;
 use crate::supervisor::guardian::protocol::Exit;
@@ -42,6 +42,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
         ready_deadline: Duration::from_mins(10),
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
+        log_limits: LogLimits::default(),
     }
 }
 
