@@ -17,6 +17,9 @@ use super::start::{Start, written};
 /// How much one call of [`Merge::read_new`] returns, in bytes; the last line may exceed it.
 const BATCH_BYTES: usize = 1024 * 1024;
 
+/// How many lines of a log are read at least to find its first stamp.
+const LINES_TO_STAMP: usize = 10_000;
+
 /// A line of one of several logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
@@ -144,9 +147,16 @@ impl Record {
 impl Source {
     /// Reads more lines; false if there are none now.
     fn refill(&mut self) -> io::Result<bool> {
-        for line in self.follower.read_new()? {
-            let record = self.record(line);
-            self.waiting.push_back(record);
+        // The first stamp may be a file or two away, but a log without any is not read to its end for that.
+        while self.waiting.len() < LINES_TO_STAMP && self.waiting.back().is_none_or(|last| last.time.is_none()) {
+            let lines = self.follower.read_new()?;
+            if lines.is_empty() {
+                break;
+            }
+            for line in lines {
+                let record = self.record(line);
+                self.waiting.push_back(record);
+            }
         }
         // What an engine prints before its first stamp, it prints just before.
         let undated = self.waiting.iter().take_while(|record| record.time.is_none()).count();

@@ -3,6 +3,8 @@
 mod alone;
 mod bench;
 mod control;
+mod log_flood;
+mod log_merge;
 mod logs;
 mod proxy;
 mod sim;
