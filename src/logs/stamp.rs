@@ -33,6 +33,9 @@ pub struct Head<'line> {
     stamp: Option<Stamp>,
 }
 
+/// An hour as written: the year if it is known, month, day, hour, and whether it is UTC.
+type Hour = (Option<i16>, [i8; 3], bool);
+
 /// A point in time as written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
@@ -199,7 +202,7 @@ pub struct Clock {
     /// Near the next stamp, to guess its year.
     reference: Micros,
     /// The last hour that was looked up, and when it began.
-    hour: Option<((Option<i16>, [i8; 3], bool), Option<Micros>)>,
+    hour: Option<(Hour, Option<Micros>)>,
     latest: Option<Micros>,
 }
 

@@ -126,9 +126,9 @@ struct DeadlinesTable {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LogsTable {
-    max_file: Option<Bytes>,
-    max_files: Option<u32>,
-    max_age: Option<Span>,
+    file_size: Option<Bytes>,
+    files: Option<u32>,
+    age: Option<Span>,
 }
 
 /// A duration as people write it: `"30s"`, `"1m 30s"`.
@@ -281,9 +281,9 @@ impl LogsTable {
     fn resolve(self) -> LogLimits {
         let default = LogLimits::default();
         LogLimits {
-            file_bytes: self.max_file.map_or(default.file_bytes, |bytes| bytes.0.max(1)),
-            files: self.max_files.unwrap_or(default.files).max(2),
-            age: self.max_age.map_or(default.age, |span| span.0),
+            file_bytes: self.file_size.map_or(default.file_bytes, |bytes| bytes.0.max(1)),
+            files: self.files.unwrap_or(default.files).max(2),
+            age: self.age.map_or(default.age, |span| span.0),
         }
     }
 }

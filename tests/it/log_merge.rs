@@ -265,11 +265,20 @@ fn what_is_no_time_or_no_pattern_is_refused() {
 #[test]
 fn the_logs_of_a_whole_run_are_in_order_after_it_was_killed() {
     let place = Place::new();
-    let mut run = place.up(&["--profile", "1p1d"]);
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        "logs.file_size=1KiB",
+        "--set",
+        "logs.files=100",
+    ]);
     run.wait_until_ready();
     run.signal(Signal::SIGKILL);
     drop(run);
     place.wait_until_empty();
+    // The limits of the profile have reached the guardian.
+    assert!(!place.log("decoder1.1.log").is_empty());
     let output = place.run(&["logs", "--json"]);
     assert!(output.status.success(), "{output:?}");
     let mut times = Vec::new();
