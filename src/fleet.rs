@@ -6,6 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -81,6 +82,28 @@ impl Incarnation {
 impl fmt::Display for Incarnation {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(formatter)
+    }
+}
+
+/// How much of an engine's output is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLimits {
+    /// Size at which a file is full, in bytes; it still takes the rest of its last line.
+    pub file_bytes: u64,
+    /// Files kept, the one being written included; at least 2.
+    pub files: u32,
+    /// A full file that was last written longer ago than this is removed, the newest one excepted.
+    pub age: Duration,
+}
+
+impl Default for LogLimits {
+    /// One GiB an engine, of the last week.
+    fn default() -> Self {
+        Self {
+            file_bytes: 256 << 20,
+            files: 4,
+            age: Duration::from_hours(7 * 24),
+        }
     }
 }
 

@@ -1,14 +1,24 @@
 //! `xpyd logs`: what the roles of a run wrote, now and as they write it.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use jiff::civil::{DateTime, Time};
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, Zoned};
+use regex::{Regex, RegexBuilder};
+use serde::Serialize;
+
 use super::status::running;
 use crate::control::rundir::{self, DEFAULT_NAME, RunInfo};
+use crate::logs::Merge;
 use crate::logs::folder::LATEST;
-use crate::logs::follow::{Follower, POLL_INTERVAL};
+use crate::logs::follow::POLL_INTERVAL;
 use crate::logs::lines::plain;
+use crate::logs::merge::Record;
 use crate::logs::roles::{self, RoleLog, UnknownRole};
+use crate::logs::stamp::Head;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, RolePrefixes};
 
@@ -24,9 +34,21 @@ pub struct Arguments {
     /// Go on as the logs grow
     #[arg(short, long)]
     follow: bool,
-    /// Begin with the last N lines of each log instead of all of it
+    /// Begin with the last N lines of each log instead of all of it; counted before `--grep`
     #[arg(short = 'n', long, value_name = "N")]
     tail: Option<usize>,
+    /// Leave out what is older: `10m`, `14:05`, `2026-11-23T13:05:00Z`
+    #[arg(long, value_name = "TIME", value_parser = parse_since)]
+    since: Option<Timestamp>,
+    /// Only lines that match this regular expression; colours are not part of a line
+    #[arg(long, value_name = "REGEX")]
+    grep: Option<String>,
+    /// Match without regard to case
+    #[arg(short, long, requires = "grep")]
+    ignore_case: bool,
+    /// One JSON object a line: role, text, and time, level and process where they are known
+    #[arg(long)]
+    json: bool,
     /// Folder of the run, or its name below `logs`, or `latest`; without it, the run that is up, else the latest
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
@@ -35,7 +57,7 @@ pub struct Arguments {
     name: String,
 }
 
-/// Prints logs, role after role; with `--follow`, whatever comes after that as it comes.
+/// Prints logs, merged by time; with `--follow`, whatever comes after that as it comes.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let source = source(&arguments, printer)?;
     let all = source.logs().map_err(|error| cannot_read(&error))?;
@@ -46,22 +68,40 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
             format!("there is no log in `{}` yet", source.folder.display()),
         ));
     }
-    let mut shown = Shown::new(&chosen, printer);
-    show(&mut shown, &chosen, &arguments, source.run.as_ref())
+    let mut shown = Shown::new(&chosen, &arguments, printer)?;
+    shown
+        .show(arguments.follow, source.run.as_ref())
         .await
         .map_err(|error| cannot_read(&error))?;
     Ok(ExitStatus::Success)
 }
 
-async fn show(shown: &mut Shown, logs: &[RoleLog], arguments: &Arguments, run: Option<&RunInfo>) -> io::Result<()> {
-    if shown.begin(logs, arguments.tail)? == Reader::Gone {
-        return Ok(());
+/// A time as people write it: `10m` ago, `14:05` of the last 24 hours, or a whole date and time.
+fn parse_since(text: &str) -> Result<Timestamp, String> {
+    let now = Zoned::now();
+    if let Ok(ago) = humantime::parse_duration(text) {
+        return now.timestamp().checked_sub(ago).map_err(|error| error.to_string());
     }
-    if arguments.follow {
-        return shown.follow(run).await;
+    if let Ok(time) = text.parse() {
+        return Ok(time);
     }
-    shown.finish();
-    Ok(())
+    let local = match (text.parse::<Time>(), text.parse::<DateTime>()) {
+        (Ok(time), _) => {
+            let is_to_come = time > now.time();
+            let day = if is_to_come {
+                now.date().yesterday().ok()
+            } else {
+                Some(now.date())
+            };
+            day.map(|day| day.to_datetime(time))
+        }
+        (_, Ok(time)) => Some(time),
+        _ => None,
+    };
+    local
+        .and_then(|local| local.to_zoned(now.time_zone().clone()).ok())
+        .map(|time| time.timestamp())
+        .ok_or_else(|| "write for example `10m`, `14:05`, `2026-11-23 14:05:00` or `2026-11-23T13:05:00Z`".to_owned())
 }
 
 /// Where the logs are, and the run that still writes them.
@@ -139,86 +179,102 @@ enum Reader {
 /// The logs being shown.
 struct Shown {
     printer: Printer,
+    names: Vec<String>,
     prefixes: RolePrefixes,
-    followers: Vec<Follower>,
+    merge: Merge,
+    grep: Option<Regex>,
+    json: bool,
+}
+
+/// A line for programs.
+#[derive(Serialize)]
+struct JsonLine<'line> {
+    role: &'line str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    level: Option<Cow<'line, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    process: Option<Cow<'line, str>>,
+    text: &'line str,
 }
 
 impl Shown {
-    fn new(logs: &[RoleLog], printer: Printer) -> Self {
+    fn new(logs: &[RoleLog], arguments: &Arguments, printer: Printer) -> Result<Self, Failure> {
         let names: Vec<&str> = logs.iter().map(|log| log.name.as_str()).collect();
-        Self {
+        let paths = logs.iter().map(|log| log.path.as_path());
+        let since = arguments.since.map(Timestamp::as_microsecond);
+        let merge = Merge::open(paths, since, arguments.tail, &TimeZone::system());
+        let grep = arguments.grep.as_ref().map(|pattern| {
+            RegexBuilder::new(pattern)
+                .case_insensitive(arguments.ignore_case)
+                .build()
+        });
+        Ok(Self {
             printer,
             prefixes: RolePrefixes::new(&names),
-            followers: Vec::new(),
-        }
+            names: names.into_iter().map(str::to_owned).collect(),
+            merge: merge.map_err(|error| cannot_read(&error))?,
+            grep: grep
+                .transpose()
+                .map_err(|error| Failure::new(ExitStatus::Usage, error))?,
+            json: arguments.json,
+        })
     }
 
-    /// Shows what is there already, log after log.
-    fn begin(&mut self, logs: &[RoleLog], tail: Option<usize>) -> io::Result<Reader> {
-        for (index, log) in logs.iter().enumerate() {
-            let mut follower = match tail {
-                None => Follower::from_start(&log.path),
-                Some(count) => {
-                    let (follower, lines) = Follower::from_last(&log.path, count)?;
-                    if self.print(index, &lines) == Reader::Gone {
-                        return Ok(Reader::Gone);
-                    }
-                    follower
-                }
-            };
-            loop {
-                let lines = follower.read_new()?;
-                if lines.is_empty() {
-                    break;
-                }
-                if self.print(index, &lines) == Reader::Gone {
-                    return Ok(Reader::Gone);
-                }
-            }
-            self.followers.push(follower);
-        }
-        Ok(Reader::There)
-    }
-
-    /// Shows what comes, until the run is gone, or for ever if there is none to watch.
-    async fn follow(&mut self, run: Option<&RunInfo>) -> io::Result<()> {
+    /// Shows what is there already and, if it is to be followed, what comes until the run is gone; for ever if there is
+    /// none to watch.
+    async fn show(&mut self, follow: bool, run: Option<&RunInfo>) -> io::Result<()> {
         loop {
             // Asked before reading, so that what a run wrote last is read after it was seen to be gone.
-            let is_over = run.is_some_and(has_ended);
-            let mut is_quiet = true;
-            for index in 0..self.followers.len() {
-                let lines = self.followers[index].read_new()?;
-                is_quiet &= lines.is_empty();
-                if self.print(index, &lines) == Reader::Gone {
+            let is_over = !follow || run.is_some_and(has_ended);
+            loop {
+                let records = self.merge.read_new()?;
+                if records.is_empty() {
+                    break;
+                }
+                if self.print(&records) == Reader::Gone {
                     return Ok(());
                 }
             }
-            if is_quiet && is_over {
-                self.finish();
+            if is_over {
+                let unfinished = self.merge.finish();
+                self.print(&unfinished);
                 return Ok(());
             }
-            if is_quiet {
-                tokio::time::sleep(POLL_INTERVAL).await;
-            }
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Shows the lines that never got an end.
-    fn finish(&mut self) {
-        for index in 0..self.followers.len() {
-            if let Some(line) = self.followers[index].finish() {
-                self.print(index, &[line]);
-            }
-        }
-    }
-
-    fn print(&self, index: usize, lines: &[Vec<u8>]) -> Reader {
-        let lines = lines.iter().map(|line| self.prefixes.line(index, &plain(line)));
+    fn print(&self, records: &[Record]) -> Reader {
+        let lines = records.iter().filter_map(|record| {
+            let text = plain(&record.line);
+            let is_wanted = self.grep.as_ref().is_none_or(|grep| grep.is_match(&text));
+            is_wanted.then(|| self.line(record, &text))
+        });
         if self.printer.data_lines(lines).is_ok() {
             Reader::There
         } else {
             Reader::Gone
         }
+    }
+
+    fn line(&self, record: &Record, text: &str) -> String {
+        if !self.json {
+            return self.prefixes.line(record.log, text);
+        }
+        let head = Head::of(&record.line);
+        let line = JsonLine {
+            role: &self.names[record.log],
+            time: record
+                .time
+                .and_then(|time| Timestamp::from_microsecond(time).ok())
+                .map(|time| time.to_string()),
+            level: head.level.map(String::from_utf8_lossy),
+            process: head.process.map(String::from_utf8_lossy),
+            text,
+        };
+        serde_json::to_string(&line).expect("texts can be put into JSON")
     }
 }
 

@@ -1,79 +1,81 @@
-//! Reading a log as it grows, and its last lines without reading all of it.
+//! Reading a log as it grows, over all the files it consists of.
 //!
-//! A follower asks the file for more ten times a second. It goes on where it was after a rotation (another file has the
-//! name now; the old one is read to its end first) and starts over when the file was cut.
+//! A follower asks the file for more ten times a second. It reads a file to its end before it goes on with the next one,
+//! however many rotations there were meanwhile, and starts over when the file was cut.
 
-use std::collections::VecDeque;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fs_err::File;
-
 use super::lines::LineSplitter;
+use super::rotation::{self, Part};
+use super::start::Start;
 
 /// How long a follower waits before it looks at a file again that had nothing new.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Most bytes that one look takes, so that a flood in one log does not starve the others.
-const BYTES_PER_LOOK: usize = 1024 * 1024;
+const BYTES_PER_LOOK: u64 = 1024 * 1024;
 
-/// How far from the end the search for the last lines begins, in bytes. Doubled until there are enough.
-const FIRST_WINDOW: u64 = 64 * 1024;
+/// Stands where full files were removed before they were read: the follower was slower than the engine for long.
+const GAP: &[u8] = b"[xpyd: output is missing here, it was removed before it was read]";
 
 /// Reads one log, now and as it grows. The file need not be there yet.
 #[derive(Debug)]
 pub struct Follower {
     path: PathBuf,
-    /// Where to begin in the file that is opened first, in bytes.
-    first_offset: u64,
+    first: First,
     file: Option<OpenLog>,
     splitter: LineSplitter,
+    /// Lines still to be passed over.
+    skip: usize,
+    buffer: Vec<u8>,
+}
+
+/// Which file to open first.
+#[derive(Debug, Clone, Copy)]
+enum First {
+    Oldest,
+    /// The one that is written, from this byte on.
+    Present(u64),
 }
 
 #[derive(Debug)]
 struct OpenLog {
-    file: File,
-    inode: u64,
+    part: Part,
     position: u64,
 }
 
 impl Follower {
-    /// Reads the whole log.
+    /// Reads the whole log, full files too.
     pub fn from_start(path: &Path) -> Self {
-        Self::from_offset(path, 0)
+        Self::new(path, First::Oldest)
     }
 
-    /// Reads the log from the byte `offset` on; from its start if it is shorter than that.
+    /// Reads the file that is written now from the byte `offset` on; from its start if it is shorter than that.
     pub fn from_offset(path: &Path, offset: u64) -> Self {
+        Self::new(path, First::Present(offset))
+    }
+
+    /// Reads the log from a line on that was looked for; all of it without one.
+    pub fn from_line(path: &Path, start: Option<Start>) -> io::Result<Self> {
+        let mut follower = Self::from_start(path);
+        if let Some(start) = start {
+            follower.skip = start.skip;
+            follower.open(start.part, start.offset)?;
+        }
+        Ok(follower)
+    }
+
+    fn new(path: &Path, first: First) -> Self {
         Self {
             path: path.to_owned(),
-            first_offset: offset,
+            first,
             file: None,
             splitter: LineSplitter::default(),
-        }
-    }
-
-    /// Reads the last `count` lines that are there now, which it returns, and goes on from there. An unfinished line at
-    /// the end is not among them; it comes when it is finished.
-    pub fn from_last(path: &Path, count: usize) -> io::Result<(Self, Vec<Vec<u8>>)> {
-        let mut follower = Self::from_start(path);
-        follower.open()?;
-        let Some(log) = follower.file.as_mut() else {
-            return Ok((follower, Vec::new()));
-        };
-        let length = log.file.metadata()?.len();
-        let mut window = FIRST_WINDOW;
-        loop {
-            let start = length.saturating_sub(window);
-            let (lines, splitter) = last_lines(&mut log.file, start, length, count)?;
-            if start == 0 || lines.len() >= count {
-                log.position = length;
-                follower.splitter = splitter;
-                return Ok((follower, lines.into()));
-            }
-            window = window.saturating_mul(2);
+            skip: 0,
+            buffer: Vec::new(),
         }
     }
 
@@ -103,77 +105,65 @@ impl Follower {
     /// Reads once; false when there is nothing to read now.
     fn look(&mut self, lines: &mut Vec<Vec<u8>>) -> io::Result<bool> {
         if self.file.is_none() {
-            self.open()?;
+            self.open_first()?;
         }
         let Some(log) = self.file.as_mut() else {
             return Ok(false);
         };
         // Asked before reading: whatever was written before the rotation is then read below, or on the next look.
-        let is_replaced = match fs_err::metadata(&self.path) {
-            Ok(now) => now.ino() != log.inode,
+        let is_newest = match fs_err::metadata(&self.path) {
+            Ok(now) => now.ino() == log.part.inode,
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
             Err(error) => return Err(error),
         };
-        if log.file.metadata()?.len() < log.position {
+        let file = &mut log.part.file;
+        if file.metadata()?.len() < log.position {
             log.position = 0;
-            log.file.seek(SeekFrom::Start(0))?;
+            file.seek(SeekFrom::Start(0))?;
             self.splitter.reset();
         }
-        let mut bytes = Vec::new();
-        let count = (&mut log.file).take(BYTES_PER_LOOK as u64).read_to_end(&mut bytes)?;
+        self.buffer.clear();
+        let count = file.take(BYTES_PER_LOOK).read_to_end(&mut self.buffer)?;
         log.position += count as u64;
-        self.splitter.feed(&bytes, |line| lines.push(line));
-        if count == 0 && is_replaced {
-            // A rotation cuts at a line's end; should it not have, the line is ended here.
-            lines.extend(self.splitter.finish());
-            self.file = None;
-            return Ok(true);
-        }
-        Ok(count > 0)
-    }
-
-    fn open(&mut self) -> io::Result<()> {
-        match File::open(&self.path) {
-            Ok(mut file) => {
-                let metadata = file.metadata()?;
-                let offset = std::mem::take(&mut self.first_offset);
-                let position = if offset > metadata.len() { 0 } else { offset };
-                file.seek(SeekFrom::Start(position))?;
-                self.file = Some(OpenLog {
-                    file,
-                    inode: metadata.ino(),
-                    position,
-                });
-                Ok(())
+        let skip = &mut self.skip;
+        self.splitter.feed(&self.buffer, |line| {
+            if *skip > 0 {
+                *skip -= 1;
+            } else {
+                lines.push(line);
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-}
-
-/// The last `count` whole lines between the bytes `start` and `end`, and the splitter as it is at the end.
-fn last_lines(file: &mut File, start: u64, end: u64, count: usize) -> io::Result<(VecDeque<Vec<u8>>, LineSplitter)> {
-    let mut splitter = LineSplitter::default();
-    let mut lines = VecDeque::new();
-    // A window in the middle begins within a line, or just after one; the first is not counted either way.
-    let mut is_partial = start > 0;
-    file.seek(SeekFrom::Start(start))?;
-    let mut rest = file.take(end - start);
-    let mut bytes = vec![0; BYTES_PER_LOOK.min(usize::try_from(end - start).unwrap_or(BYTES_PER_LOOK))];
-    loop {
-        let read = rest.read(&mut bytes)?;
-        if read == 0 {
-            return Ok((lines, splitter));
-        }
-        splitter.feed(&bytes[..read], |line| {
-            if std::mem::take(&mut is_partial) || count == 0 {
-                return;
-            }
-            if lines.len() == count {
-                lines.pop_front();
-            }
-            lines.push_back(line);
         });
+        if count > 0 || is_newest {
+            return Ok(count > 0);
+        }
+        let number = log.part.number;
+        let Some(next) = rotation::after(&self.path, number, Some(log.part.inode))? else {
+            return Ok(false);
+        };
+        if next.number > number + 1 {
+            lines.extend(self.splitter.finish());
+            lines.push(GAP.to_owned());
+        }
+        self.open(next, 0)?;
+        Ok(true)
+    }
+
+    fn open_first(&mut self) -> io::Result<()> {
+        let (number, offset) = match self.first {
+            First::Oldest => (0, 0),
+            First::Present(offset) => (u64::MAX, offset),
+        };
+        match rotation::after(&self.path, number, None)? {
+            Some(part) => self.open(part, offset),
+            None => Ok(()),
+        }
+    }
+
+    fn open(&mut self, mut part: Part, offset: u64) -> io::Result<()> {
+        let length = part.file.metadata()?.len();
+        let position = if offset > length { 0 } else { offset };
+        part.file.seek(SeekFrom::Start(position))?;
+        self.file = Some(OpenLog { part, position });
+        Ok(())
     }
 }

@@ -1,18 +1,23 @@
 //! The logs of a run: the folder they are in, following them as they grow, and what they say about a start.
 //!
-//! Logs are files that the guardian appends to. Everything here only reads them, so it works the same whether or not
+//! Logs are files that the guardian appends to and, when they are full, puts aside. Everything here only reads them, so it works the same whether or not
 //! xpyd runs, and a slow reader never holds an engine up. Nothing here prints.
 
 pub mod causes;
 pub mod folder;
 pub mod follow;
 pub mod lines;
+pub mod merge;
 pub mod phases;
 pub mod roles;
+mod rotation;
+pub mod stamp;
+pub mod start;
 
 pub use causes::{Diagnosis, Exit, Hint, Retry, diagnose, first_error, first_error_in, hints};
 pub use folder::{RunFolder, create_run_folder};
 pub use follow::Follower;
+pub use merge::Merge;
 pub use phases::{Phase, PhaseTracker, watch_phases};
 
 /// Why logs could not be used.

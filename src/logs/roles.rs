@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::rotation::split_number;
 use crate::fleet::Role;
 
 /// A log and whose it is.
@@ -10,7 +11,7 @@ use crate::fleet::Role;
 pub struct RoleLog {
     /// `prefiller1`, `decoder2`, `proxy`, `xpyd`.
     pub name: String,
-    /// The file.
+    /// The file that is written; older ones of the log have numbers.
     pub path: PathBuf,
 }
 
@@ -36,11 +37,15 @@ pub fn logs_in(folder: &Path) -> io::Result<Vec<RoleLog>> {
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
         .filter_map(|path| {
-            let name = path.file_stem()?.to_str()?.to_owned();
+            let stem = path.file_stem()?.to_str()?;
+            // A full file stands for its log.
+            let name = split_number(stem).map_or(stem, |(name, _)| name).to_owned();
+            let path = path.with_file_name(format!("{name}.log"));
             Some(RoleLog { name, path })
         })
         .collect();
     sort(&mut logs);
+    logs.dedup();
     Ok(logs)
 }
 

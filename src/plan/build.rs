@@ -306,12 +306,7 @@ impl Builder<'_> {
             sim: (&profile.sim.preset, &profile.sim.faults),
         };
         let argv = profile.engine.command(&serve);
-        let mut env: BTreeMap<String, String> = profile.engine.environment(&serve).into_iter().collect();
-        env.extend(launch.env.iter().cloned());
-        if profile.engine == EngineKind::Vllm {
-            env.extend(profile.vllm.env.clone());
-        }
-        env.extend(self.role(role).env.clone());
+        let env = self.environment(&serve, role);
         EngineSpec {
             log_file: PathBuf::from(format!("{id}.log")),
             id,
@@ -326,7 +321,19 @@ impl Builder<'_> {
             stop_grace: profile.deadlines.stop,
             liveness: liveness(profile),
             receiver_template,
+            log_limits: profile.logs,
         }
+    }
+
+    /// The engine's variables: its kind's, the connector's, then the profile's own, which win.
+    fn environment(&self, serve: &Serve<'_>, role: Role) -> BTreeMap<String, String> {
+        let mut env: BTreeMap<String, String> = self.profile.engine.environment(serve).into_iter().collect();
+        env.extend(serve.launch.env.iter().cloned());
+        if self.profile.engine == EngineKind::Vllm {
+            env.extend(self.profile.vllm.env.clone());
+        }
+        env.extend(self.role(role).env.clone());
+        env
     }
 
     /// The engine's program, and whether it knows `--shutdown-timeout`.

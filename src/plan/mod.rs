@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::connector::Connector;
 use crate::engine::EngineKind;
-use crate::fleet::{Endpoint, EngineId, Role};
+use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 
 pub use build::{PlanError, build};
 pub use respawn::{fresh_ports_needed, respawn};
@@ -76,6 +76,8 @@ pub struct EngineSpec {
     pub stop_grace: Duration,
     /// Its log file, relative to the run's folder: `prefiller1.log`.
     pub log_file: PathBuf,
+    /// How much of its output is kept.
+    pub log_limits: LogLimits,
     /// How to tell that it hangs.
     pub liveness: Liveness,
     /// The file that names its receiver's ports, as a template for [`respawn`]; `None` if there is none.

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
+use crate::fleet::LogLimits;
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -45,6 +46,7 @@ pub(super) struct File {
     deadlines: DeadlinesTable,
     #[serde(default)]
     restart: RestartTable,
+    logs: LogsTable,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -133,6 +135,14 @@ struct RestartTable {
     stable_after: Option<Span>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogsTable {
+    file_size: Option<Bytes>,
+    files: Option<u32>,
+    age: Option<Span>,
+}
+
 /// A duration as people write it: `"30s"`, `"1m 30s"`.
 #[derive(Debug, Clone, Copy)]
 struct Span(Duration);
@@ -217,6 +227,7 @@ impl File {
             proxy: self.proxy.resolve(),
             deadlines: self.deadlines.resolve(),
             restart: self.restart.resolve(),
+            logs: self.logs.resolve(),
         })
     }
 }
@@ -290,6 +301,17 @@ impl RestartTable {
             backoff: seconds(self.backoff, 1),
             max_backoff: seconds(self.max_backoff, 60),
             stable_after: seconds(self.stable_after, 300),
+        }
+    }
+}
+
+impl LogsTable {
+    fn resolve(self) -> LogLimits {
+        let default = LogLimits::default();
+        LogLimits {
+            file_bytes: self.file_size.map_or(default.file_bytes, |bytes| bytes.0.max(1)),
+            files: self.files.unwrap_or(default.files).max(2),
+            age: self.age.map_or(default.age, |span| span.0),
         }
     }
 }

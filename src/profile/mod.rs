@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
+use crate::fleet::LogLimits;
 
 pub use layers::{Override, ProfileError, is_shipped, load, shipped, shipped_names};
 
@@ -54,6 +55,8 @@ pub struct Profile {
     pub deadlines: Deadlines,
     /// Which engines that ended are started again.
     pub restart: RestartPolicy,
+    /// How much of each engine's output is kept.
+    pub logs: LogLimits,
 }
 
 /// How KV moves, as the user asks for it.

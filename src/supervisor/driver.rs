@@ -277,6 +277,7 @@ impl Driver {
             env: spec.env.clone(),
             directory: self.directory.clone(),
             log: self.settings.run_dir.join(&spec.log_file),
+            log_limits: spec.log_limits,
             stop_grace: spec.stop_grace,
         };
         if let Err(error) = self.guardian.send(&Command::Spawn(spawn)) {

@@ -4,6 +4,8 @@ mod alone;
 mod bench;
 mod causes;
 mod control;
+mod log_flood;
+mod log_merge;
 mod logs;
 mod matrix;
 mod proxy;

@@ -68,7 +68,7 @@ enum Ending {
 impl Engine {
     /// Starts the engine. The error is a sentence for people.
     pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
-        let (log, writer) = Log::open(&spawn.log)
+        let (log, writer) = Log::open(&spawn.log, spawn.log_limits)
             .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
         let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);
         let cgroup = Cgroup::create(&Tree::cgroup_name(std::process::id(), &spawn.engine, spawn.incarnation));

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::fleet::{EngineId, Incarnation};
+use crate::fleet::{EngineId, Incarnation, LogLimits};
 
 /// Grows with every change that an older peer would not understand.
 pub const VERSION: u32 = 2;
@@ -60,6 +60,9 @@ pub struct Spawn {
     pub directory: PathBuf,
     /// File that gets its output, appended.
     pub log: PathBuf,
+    /// How much of its output is kept.
+    #[serde(default)]
+    pub log_limits: LogLimits,
     /// How long it may take to leave after SIGTERM, should xpyd disappear.
     pub stop_grace: Duration,
 }
@@ -259,6 +262,7 @@ mod tests {
             env: BTreeMap::from([("HF_TOKEN".into(), "hf_swordfish".into())]),
             directory: "/".into(),
             log: "decoder1.log".into(),
+            log_limits: LogLimits::default(),
             stop_grace: Duration::ZERO,
         };
         assert!(!format!("{:?}", Command::Spawn(spawn)).contains("swordfish"));

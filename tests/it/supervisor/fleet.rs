@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, Role};
+use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, LogLimits, Role};
 use xpyd::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
@@ -181,6 +181,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
             stall: PATIENCE,
         },
         receiver_template: None,
+        log_limits: LogLimits::default(),
     }
 }
 

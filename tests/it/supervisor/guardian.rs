@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use tokio::time::timeout;
-use xpyd::fleet::{EngineId, Incarnation};
+use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::supervisor::guardian::client::Guardian;
 use xpyd::supervisor::guardian::protocol::{Command, Event, Exit, Spawn};
 
@@ -97,6 +97,7 @@ fn spawn(script: &str, mark: &str, log: &Path) -> Command {
         env: BTreeMap::from([(MARK.to_owned(), mark.to_owned())]),
         directory: "/".into(),
         log: log.to_owned(),
+        log_limits: LogLimits::default(),
         stop_grace: Duration::from_mins(10),
     })
 }

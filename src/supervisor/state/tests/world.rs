@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, Role};
+use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use crate::supervisor::Outcome;
 use crate::supervisor::guardian::protocol::Exit;
@@ -66,6 +66,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
             stall: Duration::from_mins(2),
         },
         receiver_template: None,
+        log_limits: LogLimits::default(),
     }
 }
 

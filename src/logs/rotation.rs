@@ -1,0 +1,96 @@
+//! The files that one log consists of: full ones with numbers, `decoder1.1.log`, `decoder1.2.log`, and the one that is
+//! written, `decoder1.log`.
+//!
+//! The guardian makes them (`supervisor::guardian::log` has the scheme): a higher number is newer, no number is used
+//! twice, and nothing is written to a file after it got one. So a reader that remembers the number of its file finds the
+//! next one, also when several rotations went by meanwhile.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use fs_err::File;
+
+/// An open file of a log.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) file: File,
+    /// The number that it has, or will get.
+    pub(super) number: u64,
+    pub(super) inode: u64,
+}
+
+/// Cuts the number off the name of a full file: `decoder1.3` is the third of `decoder1`.
+pub(super) fn split_number(stem: &str) -> Option<(&str, u64)> {
+    let (name, number) = stem.rsplit_once('.')?;
+    Some((name, number.parse().ok()?))
+}
+
+/// Opens the file after the one with this number and inode; `None` if there is none now. Files that were removed unread
+/// are passed over, which shows in the number.
+pub(super) fn after(log: &Path, number: u64, inode: Option<u64>) -> io::Result<Option<Part>> {
+    loop {
+        let numbers = full_files(log)?;
+        if let Some(next) = numbers.iter().copied().filter(|next| *next > number).min() {
+            match open(&log.with_extension(format!("{next}.log")), next)? {
+                Some(part) => return Ok(Some(part)),
+                // Removed in this moment.
+                None => continue,
+            }
+        }
+        let newest = numbers.into_iter().max().unwrap_or(0);
+        let Some(part) = open(log, newest + 1)? else {
+            return Ok(None);
+        };
+        // Had it been renamed meanwhile, another one would be next, and its number another one too.
+        if full_files(log)?.into_iter().max().unwrap_or(0) == newest {
+            return Ok((Some(part.inode) != inode).then_some(part));
+        }
+    }
+}
+
+/// Opens all files of a log, the oldest first.
+pub(super) fn all(log: &Path) -> io::Result<Vec<Part>> {
+    let mut parts: Vec<Part> = Vec::new();
+    loop {
+        let last = parts.last();
+        match after(log, last.map_or(0, |part| part.number), last.map(|part| part.inode))? {
+            Some(part) => parts.push(part),
+            None => return Ok(parts),
+        }
+    }
+}
+
+fn open(path: &Path, number: u64) -> io::Result<Option<Part>> {
+    match File::open(path) {
+        Ok(file) => {
+            let inode = file.metadata()?.ino();
+            Ok(Some(Part { file, number, inode }))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The numbers of the full files, in any order.
+fn full_files(log: &Path) -> io::Result<Vec<u64>> {
+    let folder = match log.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let entries = match fs_err::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let name = log.file_stem();
+    Ok(entries
+        .filter_map(Result::ok)
+        .filter_map(|entry| {
+            let path = PathBuf::from(entry.file_name());
+            let (of, number) = split_number(path.file_stem()?.to_str()?)?;
+            let is_of_this_log = path.extension()? == "log" && name? == of;
+            is_of_this_log.then_some(number)
+        })
+        .collect())
+}

@@ -1,0 +1,206 @@
+//! Floods: an engine that prints as fast as it can, through rotation, restarts and the death of xpyd. Every line counts.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::timeout;
+use xpyd::fleet::{EngineId, Incarnation, LogLimits};
+use xpyd::logs::Follower;
+use xpyd::logs::follow::POLL_INTERVAL;
+use xpyd::supervisor::guardian::client::Guardian;
+use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+
+use crate::support::{DEADLINE, Place, wait_for};
+
+/// About 20 MB of numbered lines in each of two incarnations.
+const LINES: u64 = 2_500_000;
+
+/// Rotates some twenty times per incarnation, and keeps everything.
+const LIMITS: LogLimits = LogLimits {
+    file_bytes: 1 << 20,
+    files: 1000,
+    age: Duration::MAX,
+};
+
+fn engine() -> EngineId {
+    EngineId::named("decoder1")
+}
+
+struct Flood {
+    guardian: Guardian,
+    folder: tempfile::TempDir,
+    incarnation: Incarnation,
+}
+
+impl Flood {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("guardian.log");
+        let program = Path::new(env!("CARGO_BIN_EXE_xpyd"));
+        Self {
+            guardian: Guardian::start(program, &log).await.unwrap(),
+            folder,
+            incarnation: Incarnation::FIRST,
+        }
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("decoder1.log")
+    }
+
+    async fn start(&mut self, script: &str, log_limits: LogLimits) {
+        let spawn = self.spawn(engine(), script, log_limits);
+        self.incarnation = Incarnation(self.incarnation.0 + 1);
+        self.guardian.send(&spawn).unwrap();
+        let event = self.event().await;
+        assert!(matches!(event, Event::Spawned { .. }), "{event:?}");
+    }
+
+    fn spawn(&self, engine: EngineId, script: &str, log_limits: LogLimits) -> Command {
+        Command::Spawn(Spawn {
+            log: self.folder.path().join(format!("{engine}.log")),
+            engine,
+            incarnation: self.incarnation,
+            argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            env: BTreeMap::new(),
+            directory: "/".into(),
+            log_limits,
+            stop_grace: DEADLINE,
+        })
+    }
+
+    async fn event(&mut self) -> Event {
+        timeout(DEADLINE, self.guardian.event()).await.unwrap().unwrap()
+    }
+
+    /// Waits until nothing of the engine is left, so that all it printed is in the log.
+    async fn end(&mut self) {
+        while !matches!(self.event().await, Event::TreeEmpty { .. }) {}
+    }
+}
+
+/// Reads until there is a line that says `end`, and checks that the numbers before it count from 1 to `last`, `times` times.
+fn count_on(mut follower: Follower, last: u64, times: u64) {
+    let (_never, pause) = std::sync::mpsc::channel::<()>();
+    let (mut seen, mut quiet) = (0, Duration::ZERO);
+    while seen < last * times {
+        let lines = follower.read_new().unwrap();
+        quiet = if lines.is_empty() {
+            quiet + POLL_INTERVAL
+        } else {
+            Duration::ZERO
+        };
+        assert!(quiet < DEADLINE, "{seen} lines, and no more come");
+        if lines.is_empty() {
+            assert!(pause.recv_timeout(POLL_INTERVAL).is_err());
+        }
+        for line in lines {
+            let expected = seen % last + 1;
+            assert!(
+                line == expected.to_string().as_bytes(),
+                "line {expected} is {:?}",
+                String::from_utf8_lossy(&line)
+            );
+            seen += 1;
+        }
+    }
+}
+
+fn numbered_files(folder: &Path) -> usize {
+    let entries = std::fs::read_dir(folder).unwrap().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names
+        .filter(|name| name.starts_with("decoder1.") && name != "decoder1.log")
+        .count()
+}
+
+#[tokio::test]
+async fn every_line_of_a_flood_is_there_after_rotations_and_a_restart_of_the_engine() {
+    let mut flood = Flood::new().await;
+    let follower = Follower::from_start(&flood.log());
+    // Reads along while the files are renamed under it.
+    let along = std::thread::spawn(move || count_on(follower, LINES, 2));
+    for _ in 0..2 {
+        flood.start(&format!("seq 1 {LINES}"), LIMITS).await;
+        flood.end().await;
+    }
+    assert!(numbered_files(flood.folder.path()) > 20);
+    along.join().unwrap();
+    count_on(Follower::from_start(&flood.log()), LINES, 2);
+}
+
+#[tokio::test]
+async fn the_death_of_xpyd_costs_no_line_of_an_engine_that_says_goodbye() {
+    let mut flood = Flood::new().await;
+    let folder = flood.folder.path().to_owned();
+    let gate = folder.join("gate");
+    // Goes on until xpyd is gone, and then prints some more.
+    let script = format!(
+        "trap '' TERM; mkfifo '{gate}'; seq 1 1000; read line <'{gate}'; seq 1001 300000",
+        gate = gate.display()
+    );
+    flood.start(&script, LIMITS).await;
+    let settled = Command::Settled { engine: engine() };
+    flood.guardian.send(&settled).unwrap();
+    // Its answer comes after the guardian has obeyed the command before it.
+    let other = flood.spawn(EngineId::named("decoder2"), "exit", LIMITS);
+    flood.guardian.send(&other).unwrap();
+    flood.event().await;
+    let log = flood.log();
+    wait_for("the first lines", || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        text.ends_with("\n1000\n").then_some(()).ok_or(text)
+    });
+    let Flood {
+        guardian,
+        folder: _kept,
+        ..
+    } = flood;
+    drop(guardian);
+    std::fs::write(&gate, "go on\n").unwrap();
+    count_on(Follower::from_start(&log), 300_000, 1);
+}
+
+#[tokio::test]
+async fn progress_bars_and_lines_of_a_megabyte_do_no_harm() {
+    let mut flood = Flood::new().await;
+    let limits = LogLimits {
+        file_bytes: 1 << 16,
+        ..LIMITS
+    };
+    // A bar that is redrawn 20 000 times, and a line that is longer than a file may be.
+    let script = "seq 1 20000 | awk '{ printf \"\\r%d%%|####\", $1 }'; echo; \
+                  head -c 1000000 /dev/zero | tr '\\0' x; echo; echo 'INFO 11-22 21:50:42 [a.py:1] done'";
+    flood.start(script, limits).await;
+    flood.end().await;
+
+    let place = Place::new();
+    let output = place.run(&["logs", "--run", flood.folder.path().to_str().unwrap(), "decoder1"]);
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let bars = (1..=20_000).map(|number| format!("{number}%|####"));
+    assert!(text.lines().take(20_000).eq(bars));
+    assert_eq!(text.bytes().filter(|byte| *byte == b'x').count(), 1_000_000);
+    assert!(text.ends_with("INFO 11-22 21:50:42 [a.py:1] done\n"));
+}
+
+#[tokio::test]
+async fn only_so_many_files_are_kept_and_a_reader_that_comes_late_gets_the_end() {
+    let mut flood = Flood::new().await;
+    let limits = LogLimits {
+        file_bytes: 10_000,
+        files: 3,
+        ..LIMITS
+    };
+    flood.start("seq 1 100000", limits).await;
+    flood.end().await;
+    assert_eq!(numbered_files(flood.folder.path()), 2);
+    let lines = Follower::from_start(&flood.log()).read_new().unwrap();
+    let first: u64 = String::from_utf8(lines[0].clone()).unwrap().parse().unwrap();
+    assert!(first > 90_000, "{first}");
+    let text = std::fs::read_to_string(flood.log()).unwrap();
+    assert!(text.is_empty() || text.ends_with("\n100000\n"), "{text}");
+}
