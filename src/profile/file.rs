@@ -46,6 +46,7 @@ pub(super) struct File {
     deadlines: DeadlinesTable,
     #[serde(default)]
     restart: RestartTable,
+    #[serde(default)]
     logs: LogsTable,
 }
 
