@@ -80,7 +80,7 @@ pub struct EngineSpec {
     pub log_limits: LogLimits,
     /// How to tell that it hangs.
     pub liveness: Liveness,
-    /// The file that names its receiver's ports, as a template for [`respawn`]; `None` if there is none.
+    /// The file that names its receiver's ports, as a template for [`respawn()`]; `None` if there is none.
     #[serde(skip)]
     pub receiver_template: Option<RenderedFile>,
 }
