@@ -209,6 +209,8 @@ fn stages(ready: &Ready) -> Vec<Stage> {
 
 fn next_steps(printer: Printer) {
     let xpyd = program();
+    // As wide as the longest of these commands, and two spaces.
+    let width = xpyd.len() + " up --engine sim".len() + 2;
     printer.status("\nNext:");
     for (arguments, what) in [
         ("up --engine sim", "the same fleet, until Ctrl+C"),
@@ -216,7 +218,7 @@ fn next_steps(printer: Printer) {
         ("up", "do it: 2 prefill + 2 decode engines on 4 GPUs"),
         ("profiles list", "other shapes"),
     ] {
-        printer.status(format!("  {:36}{what}", format!("{xpyd} {arguments}")));
+        printer.status(format!("  {:width$}{what}", format!("{xpyd} {arguments}")));
     }
 }
 
