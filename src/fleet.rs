@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -104,6 +105,35 @@ impl Default for LogLimits {
             files: 4,
             age: Duration::from_hours(7 * 24),
         }
+    }
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exit {
+    /// By itself, with this code. vLLM exits with 0 after a crash as well, so 0 says nothing.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code(code) => write!(formatter, "exited with code {code}"),
+            Self::Signal(number) => match Signal::try_from(*number) {
+                Ok(signal) => write!(formatter, "was killed by {signal}"),
+                Err(_) => write!(formatter, "was killed by signal {number}"),
+            },
+        }
+    }
+}
+
+impl Exit {
+    /// Whether somebody asked the process to stop, by SIGHUP, SIGINT or SIGTERM. What it logs then explains nothing.
+    pub fn was_asked_for(self) -> bool {
+        matches!(self, Self::Signal(1 | 2 | 15))
     }
 }
 

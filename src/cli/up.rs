@@ -14,11 +14,11 @@ use super::{block_on, detach};
 use crate::app::{self, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
-use crate::fleet::EngineId;
+use crate::fleet::{EngineId, Exit};
 use crate::logs::{self, Diagnosis, RunFolder};
 use crate::plan::Plan;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::{Ending, Exit, Outcome};
+use crate::supervisor::{Ending, Outcome};
 use crate::ui::Printer;
 
 /// Folders of old runs to keep by default.
@@ -215,10 +215,6 @@ pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Resu
 fn explained(outcome: &Outcome, plan: &Plan, engine: &EngineId, exit: Option<Exit>) -> Failure {
     let spec = plan.engines.iter().find(|spec| spec.id == *engine);
     let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
-    let exit = exit.map(|exit| match exit {
-        Exit::Code(code) => logs::Exit::Code(code),
-        Exit::Signal(number) => logs::Exit::Signal(number),
-    });
     let diagnosis = logs::diagnose(&log, 0, exit);
     let shown = format!("`xpyd logs {engine} --tail 50` shows its log ({})", log.display());
     with_diagnosis(outcome, diagnosis.as_ref(), shown)

@@ -159,8 +159,9 @@ impl RunInfo {
     /// Whether the process that wrote this is still there: same id, same start, same boot.
     pub fn is_alive(&self) -> bool {
         boot_id().is_ok_and(|boot_id| boot_id == self.boot_id)
-            && start_time_ticks(self.pid).is_ok_and(|ticks| ticks == self.start_time_ticks)
-            && !is_zombie(self.pid)
+            // A zombie has ended, holds nothing, and only waits for its parent to notice.
+            && state_and_start(self.pid)
+                .is_ok_and(|(state, ticks)| ticks == self.start_time_ticks && !matches!(state, 'Z' | 'X'))
     }
 
     /// Whether both describe the same run, not just the same name.
@@ -353,26 +354,29 @@ fn runtime_root() -> PathBuf {
         .map_or_else(|| PathBuf::from(format!("/tmp/xpyd-{uid}")), |path| path.join("xpyd"))
 }
 
-/// When the process `pid` started, in clock ticks after boot: field 22 of `/proc/<pid>/stat` (proc(5)).
+/// When the process `pid` started, in clock ticks after boot.
 pub fn start_time_ticks(pid: u32) -> io::Result<u64> {
-    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat"))?;
-    // Field 2 is the program's name in parentheses, which may itself hold spaces and parentheses.
-    stat.rsplit_once(')')
-        .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19))
-        .and_then(|field| field.parse().ok())
-        .ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("`/proc/{pid}/stat` has no start time"),
-            )
-        })
+    state_and_start(pid).map(|(_, ticks)| ticks)
 }
 
-/// Whether the process has ended and only waits for its parent to notice. It holds nothing any more.
-fn is_zombie(pid: u32) -> bool {
-    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')')
-        .is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+/// State letter and start time of a process: fields 3 and 22 of `/proc/<pid>/stat` (proc(5)).
+fn state_and_start(pid: u32) -> io::Result<(char, u64)> {
+    let stat = fs_err::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Field 2 is the program's name in parentheses, which may itself hold spaces and parentheses.
+    let fields = stat
+        .rsplit_once(')')
+        .map(|(_, rest)| rest.trim_start())
+        .unwrap_or_default();
+    let ticks = fields
+        .split_ascii_whitespace()
+        .nth(19)
+        .and_then(|field| field.parse().ok());
+    fields.chars().next().zip(ticks).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("`/proc/{pid}/stat` has no state or no start time"),
+        )
+    })
 }
 
 /// The boot of this machine.

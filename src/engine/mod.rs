@@ -125,11 +125,4 @@ impl EngineKind {
             Self::Vllm | Self::Sim => vllm::PROGRESS_METRICS,
         }
     }
-
-    /// Patterns of log lines that say that the start has failed for good.
-    pub fn fatal_patterns(self) -> &'static [&'static str] {
-        match self {
-            Self::Vllm | Self::Sim => vllm::FATAL_PATTERNS,
-        }
-    }
 }

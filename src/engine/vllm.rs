@@ -136,14 +136,3 @@ pub const PROGRESS_METRICS: ProgressMetrics = ProgressMetrics {
     running: "vllm:num_requests_running",
     counters: &["vllm:generation_tokens_total", "vllm:prompt_tokens_total"],
 };
-
-/// Lines after which no start succeeds.
-pub const FATAL_PATTERNS: &[&str] = &[
-    r"Engine core initialization failed",
-    r"EngineCore encountered a fatal error",
-    r"EngineDeadError",
-    r"WorkerProc hit an exception",
-    r"[Aa]ddress already in use",
-    r"No available memory for the cache blocks",
-    r"CUDA out of memory",
-];

@@ -12,10 +12,11 @@ use fs_err::File;
 use regex::Regex;
 
 use self::hints::Evidence;
-pub use self::hints::{Exit, Hint, Retry, hints};
+pub use self::hints::{Hint, Retry, hints};
 use super::lines::{LineSplitter, plain};
 use super::phases::PhaseTracker;
 use crate::engine::EngineKind;
+use crate::fleet::Exit;
 
 mod hints;
 

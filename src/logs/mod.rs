@@ -14,7 +14,7 @@ mod rotation;
 pub mod stamp;
 pub mod start;
 
-pub use causes::{Diagnosis, Exit, Hint, Retry, diagnose, first_error, first_error_in, hints};
+pub use causes::{Diagnosis, Hint, Retry, diagnose, first_error, first_error_in, hints};
 pub use folder::{RunFolder, create_run_folder};
 pub use follow::Follower;
 pub use merge::Merge;

@@ -145,11 +145,6 @@ pub fn shipped_names() -> impl Iterator<Item = &'static str> {
     SHIPPED.iter().map(|(name, _)| *name)
 }
 
-/// Whether a profile of this name is shipped.
-pub fn is_shipped(name: &str) -> bool {
-    shipped_names().any(|shipped| shipped == name)
-}
-
 /// Loads a profile by name or path, with everything it extends, and puts `overrides` on top.
 ///
 /// # Errors

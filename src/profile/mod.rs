@@ -14,7 +14,7 @@ use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
 
-pub use layers::{Override, ProfileError, is_shipped, load, shipped, shipped_names};
+pub use layers::{Override, ProfileError, load, shipped, shipped_names};
 
 /// What the user wants, complete and checked. Nothing in it depends on the machine.
 #[derive(Debug, Clone, PartialEq)]

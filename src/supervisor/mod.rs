@@ -21,9 +21,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::driver::run;
-pub use self::guardian::protocol::Exit;
 pub use self::ports::{PortConflict, Reservations, reserve};
-use crate::fleet::{EngineId, EngineState, FleetStage, FleetView, Incarnation, Role};
+use crate::fleet::{EngineId, EngineState, Exit, FleetStage, FleetView, Incarnation, Role};
 use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
 use crate::signals::StopSignal;

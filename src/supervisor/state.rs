@@ -28,8 +28,9 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use tokio::time::Instant;
 
-use super::guardian::protocol::{Exit, LeftoverProcess};
+use super::guardian::protocol::LeftoverProcess;
 use super::{Ending, Leftover, Outcome, restart};
+use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, Incarnation, Load};
 use crate::plan::{EngineSpec, RestartPolicy};
 

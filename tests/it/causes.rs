@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use xpyd::logs::{Exit, Hint, diagnose, hints};
+use xpyd::fleet::Exit;
+use xpyd::logs::{Hint, diagnose, hints};
 
 use crate::support::Place;
 

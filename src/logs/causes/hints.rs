@@ -2,6 +2,7 @@
 //!
 //! Knows no engine and no process: a failure is an error, a few lines of a log, the phase reached and how it ended.
 
+use crate::fleet::Exit;
 use std::sync::LazyLock;
 
 use regex::{Regex, RegexSet};
@@ -45,22 +46,6 @@ pub enum Retry {
     Once,
     /// It passes by itself.
     Yes,
-}
-
-/// How an engine's leader ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
-    /// By itself, with this code.
-    Code(i32),
-    /// By the signal of this number.
-    Signal(i32),
-}
-
-impl Exit {
-    /// Whether somebody asked the engine to stop, by SIGHUP, SIGINT or SIGTERM. What it logs then explains nothing.
-    pub(super) fn was_asked_for(self) -> bool {
-        matches!(self, Self::Signal(1 | 2 | 15))
-    }
 }
 
 /// Everything that is known of a failure.

@@ -16,9 +16,10 @@ use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
 use super::log::{Drained, Log};
-use super::protocol::{Event, Exit, LeftoverProcess, Spawn};
+use super::protocol::{Event, LeftoverProcess, Spawn};
 use super::shm::SharedFiles;
 use super::tree::{MARK_VARIABLE, Process, Table, Tree};
+use crate::fleet::Exit;
 use crate::fleet::{EngineId, Incarnation};
 
 /// How long processes may outlive SIGKILL before they are reported: one that waits in the kernel may take longer.

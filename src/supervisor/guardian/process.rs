@@ -19,12 +19,13 @@ use nix::unistd::setsid;
 use tokio::time::Instant;
 
 use super::engine::Engine;
-use super::protocol::{self, Command, Event, Exit, ProtocolError, Spawn};
+use super::protocol::{self, Command, Event, ProtocolError, Spawn};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
 use super::tree::{Process, Table};
 use super::witness::{self, Part};
 use crate::fleet::EngineId;
+use crate::fleet::Exit;
 use crate::report::ExitStatus;
 
 /// How often trees are looked at while nothing happens, to know members before their parents are gone.

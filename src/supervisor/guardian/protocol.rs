@@ -8,11 +8,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::fleet::{EngineId, Incarnation, LogLimits};
+use crate::fleet::{EngineId, Exit, Incarnation, LogLimits};
 
 /// Grows with every change that an older peer would not understand.
 pub const VERSION: u32 = 2;
@@ -131,28 +130,6 @@ pub enum Event {
         /// The processes.
         processes: Vec<LeftoverProcess>,
     },
-}
-
-/// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Exit {
-    /// By itself, with this code. vLLM exits with 0 after a crash as well, so 0 says nothing.
-    Code(i32),
-    /// By this signal.
-    Signal(i32),
-}
-
-impl fmt::Display for Exit {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Code(code) => write!(formatter, "exited with code {code}"),
-            Self::Signal(number) => match Signal::try_from(*number) {
-                Ok(signal) => write!(formatter, "was killed by {signal}"),
-                Err(_) => write!(formatter, "was killed by signal {number}"),
-            },
-        }
-    }
 }
 
 /// A process that outlived SIGKILL.

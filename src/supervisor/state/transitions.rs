@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Action, CLOSE_DEADLINE, DECODE_TURN, Engine, Fleet, KILL_ANSWER, START_GRACE, Stage, Tree};
+use crate::fleet::Exit;
 use crate::fleet::{EngineId, EngineState, Incarnation, Role};
 use crate::supervisor::Ending;
-use crate::supervisor::guardian::protocol::Exit;
 
 /// Why an engine ended.
 #[derive(Debug)]

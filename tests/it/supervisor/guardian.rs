@@ -11,9 +11,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use tokio::time::timeout;
+use xpyd::fleet::Exit;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Exit, Spawn};
+use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
 
 use super::{MARK, PATIENCE, marked, read, until};
 

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use crate::supervisor::Outcome;
-use crate::supervisor::guardian::protocol::Exit;
 use crate::supervisor::state::{Action, Event, Fleet, Limits};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(20);
