@@ -19,13 +19,19 @@ use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
-use crate::supervisor::{self, Outcome};
+use crate::supervisor::{self, Keep, KeptRun, Outcome};
 use crate::ui::Printer;
 
+mod kept;
 mod reporting;
+
+pub use kept::end_kept;
 
 /// How long all canaries may take together. The first hand-off of a fresh pair of real engines can take half a minute.
 const VERIFY_DEADLINE: Duration = Duration::from_mins(5);
+
+/// How long the engines of a detached run wait for the next xpyd should this one be killed.
+const KEEP_DETACHED: Duration = Duration::from_mins(15);
 
 /// How long the parts may take to end once no engine is left.
 const JOIN_DEADLINE: Duration = Duration::from_secs(5);
@@ -41,6 +47,8 @@ pub struct Run {
     pub run_dir: RunDir,
     /// Whether it runs without a terminal.
     pub detached: bool,
+    /// The engines that an earlier xpyd left, if they are to be taken over. The plan describes them.
+    pub attach: Option<KeptRun>,
     /// Where people read.
     pub printer: Printer,
 }
@@ -71,16 +79,17 @@ where
         name,
         run_dir,
         detached,
+        attach,
         printer,
     } = run;
-    write_files(&plan)?;
+    write_files(&plan, attach.is_some())?;
     let Sockets {
         reservations,
         listener,
         url,
         notifications,
         control,
-    } = open_sockets(&plan, &run_dir).await?;
+    } = open_sockets(&plan, &run_dir, attach.is_some()).await?;
     let info = run_info(&plan, &name, &url, detached)?;
     run_dir
         .publish(&info)
@@ -128,8 +137,9 @@ where
         }
         std::future::pending::<std::convert::Infallible>().await
     };
+    let keep = keep(&plan, &run_dir, detached);
     let outcome = tokio::select! {
-        outcome = supervisor::run(supervisor_settings(&plan, name, reservations)?, wiring) => outcome,
+        outcome = supervisor::run(supervisor_settings(&plan, name, reservations, keep, attach)?, wiring) => outcome,
         never = work => match never {},
     };
     stop.cancel();
@@ -150,11 +160,15 @@ struct Sockets {
     control: tokio::net::UnixListener,
 }
 
-async fn open_sockets(plan: &Plan, run_dir: &RunDir) -> Result<Sockets, Failure> {
-    let reservations = supervisor::reserve(&plan.engines).map_err(|conflict| {
-        Failure::new(ExitStatus::Preflight, conflict)
-            .hint("stop that process, or move the fleet with `--set port_offset=1000`")
-    })?;
+async fn open_sockets(plan: &Plan, run_dir: &RunDir, are_running: bool) -> Result<Sockets, Failure> {
+    let reservations = if are_running {
+        supervisor::reserve_running(&plan.engines)
+    } else {
+        supervisor::reserve(&plan.engines).map_err(|conflict| {
+            Failure::new(ExitStatus::Preflight, conflict)
+                .hint("stop that process, or move the fleet with `--set port_offset=1000`")
+        })?
+    };
     let listener = bind(&plan.proxy).await?;
     let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);
     let notifications = bind_notifications(&plan.proxy).await?;
@@ -199,6 +213,8 @@ fn supervisor_settings(
     plan: &Plan,
     name: String,
     reservations: supervisor::Reservations,
+    keep: Keep,
+    attach: Option<KeptRun>,
 ) -> Result<supervisor::Settings, Failure> {
     Ok(supervisor::Settings {
         engines: plan.engines.clone(),
@@ -207,6 +223,8 @@ fn supervisor_settings(
         drain_deadline: plan.proxy.drain_deadline,
         restart: plan.restart.clone(),
         verify_deadline: VERIFY_DEADLINE,
+        keep,
+        attach,
         run_name: name,
         program: std::env::current_exe().map_err(anyhow::Error::from)?,
     })
@@ -226,8 +244,19 @@ async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
     stop.run_until_cancelled(work).await;
 }
 
-fn write_files(plan: &Plan) -> Result<(), Failure> {
-    for file in &plan.files {
+/// What becomes of the engines should this process disappear.
+fn keep(plan: &Plan, run_dir: &RunDir, detached: bool) -> Keep {
+    let default = if detached { KEEP_DETACHED } else { Duration::ZERO };
+    Keep {
+        socket: run_dir.attach_path(),
+        wait: plan.keep.unwrap_or(default),
+        run_dir: plan.run_dir.clone(),
+    }
+}
+
+/// Writes the plan, and what its engines read when they start.
+fn write_files(plan: &Plan, are_running: bool) -> Result<(), Failure> {
+    for file in plan.files.iter().filter(|_| !are_running) {
         fs_err::write(plan.run_dir.join(&file.path), &file.content).map_err(anyhow::Error::from)?;
     }
     let text = serde_json::to_string_pretty(plan).map_err(anyhow::Error::from)?;
@@ -347,9 +376,15 @@ fn control_state(
 
 /// Hands requests to stop from the control socket on to the supervisor.
 async fn forward_stops(mut stops: mpsc::Receiver<server::StopRequest>, requests: mpsc::Sender<supervisor::Request>) {
-    while let Some(server::StopRequest { force }) = stops.recv().await {
-        let (reply, _outcome) = oneshot::channel();
-        if requests.send(supervisor::Request::Stop { force, reply }).await.is_err() {
+    while let Some(asked) = stops.recv().await {
+        let request = match asked {
+            server::StopRequest::Stop { force } => supervisor::Request::Stop {
+                force,
+                reply: oneshot::channel().0,
+            },
+            server::StopRequest::Leave { reply } => supervisor::Request::Leave { reply },
+        };
+        if requests.send(request).await.is_err() {
             return;
         }
     }

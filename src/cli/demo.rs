@@ -78,6 +78,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         name,
         run_dir,
         detached: false,
+        attach: None,
         printer,
     };
     let num_prompts = arguments.num_prompts;

@@ -5,10 +5,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::status::{client, logs_command, running};
+use super::{attach, up};
+use crate::app;
+use crate::control::api::DownRequest;
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
 use crate::fleet::FleetStage;
 use crate::report::{ExitStatus, Failure};
+use crate::supervisor::{Ending, KeptRun};
 use crate::ui::{Printer, StopProgress, time_span};
 
 /// How often to look whether the run is gone.
@@ -23,6 +27,9 @@ pub struct Arguments {
     /// Kill the engines now, without waiting for requests in flight
     #[arg(long)]
     force: bool,
+    /// End xpyd and its proxy only, to upgrade it: the engines wait for the next `xpyd up`
+    #[arg(long, conflicts_with = "force")]
+    keep_engines: bool,
     /// How long to wait for the end; the run goes on stopping after that
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -30,13 +37,24 @@ pub struct Arguments {
 
 /// Stops a run. Succeeds only when the run is gone and said that nothing of it is left.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    if rundir::find(&arguments.name).is_ok_and(|found| found.is_none())
+        && let Some(kept) = attach::find(&arguments.name)?
+    {
+        return end_kept(kept, arguments, printer).await;
+    }
     let info = running(&arguments.name)?;
     let client = client(&info)?;
     let started = Instant::now();
-    match client.down(arguments.force).await {
-        Ok(_) => {}
+    let request = DownRequest {
+        force: arguments.force,
+        keep_engines: arguments.keep_engines,
+    };
+    let mut kept_for = Duration::ZERO;
+    match client.down(request).await {
+        Ok(answer) => kept_for = Duration::from_secs(answer.keep_seconds),
         // It may have ended by itself a moment ago. If it has not, waiting for it would be waiting for nothing.
         Err(_) if is_gone(&info)? => {}
+        Err(error @ ClientError::Refused { .. }) => return Err(Failure::new(ExitStatus::Failure, error)),
         Err(error) => return Err(unanswered(error, &info)),
     }
     let progress = StopProgress::new(
@@ -56,6 +74,15 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         return Err(failure.hint("it goes on stopping; kill it now: xpyd down --force"));
     }
     match rundir::outcome(&info) {
+        Ok(Some(outcome)) if outcome.leftovers.is_empty() && !kept_for.is_zero() => {
+            printer.status(format!(
+                "xpyd has left run `{}`; its engines wait {} for the next `xpyd up`, and {} ends them",
+                info.name,
+                humantime::format_duration(kept_for),
+                attach::down_command(&info.name)
+            ));
+            Ok(ExitStatus::Success)
+        }
         Ok(Some(outcome)) if outcome.leftovers.is_empty() => {
             printer.status(format!(
                 "run `{}` is down after {}",
@@ -75,6 +102,26 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
             Err(failure.hint(format!("see its last words: {} xpyd", logs_command(&info.name))))
         }
         Err(error) => Err(Failure::new(ExitStatus::TeardownIncomplete, error)),
+    }
+}
+
+/// Ends the engines of a run whose xpyd has gone.
+async fn end_kept(kept: KeptRun, arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    if arguments.keep_engines {
+        let text = format!("run `{}` has no xpyd; its engines are kept already", arguments.name);
+        return Err(Failure::message(ExitStatus::RunState, text));
+    }
+    let run_dir = up::acquire(&arguments.name)?;
+    printer.status(format!(
+        "ending the engines that an earlier xpyd left: {}",
+        attach::who(&kept)
+    ));
+    let outcome = app::end_kept(kept, &run_dir, arguments.name, arguments.force, printer).await?;
+    up::say_what_is_left(&outcome, printer);
+    match &outcome.ending {
+        // With the guardian's witness gone the engines end without their grace, which is an end all the same.
+        Ending::Stopped | Ending::Forced | Ending::SupervisionLost { .. } => Ok(outcome.exit_status()),
+        ending => Err(Failure::message(outcome.exit_status(), ending.to_string())),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line: one thin file per verb.
 
+mod attach;
 pub mod bench;
 mod completions;
 mod demo;

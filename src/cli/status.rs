@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use super::attach;
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
@@ -24,7 +25,7 @@ pub struct Arguments {
 
 /// Prints the status of a run. A run that is not there is a failure with its own exit code.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    let info = running(&arguments.name).map_err(|failure| failure.hint("start one: xpyd up"))?;
+    let info = running(&arguments.name)?;
     let client = client(&info)?;
     let status = client.status().await.map_err(|error| {
         Failure::new(ExitStatus::Failure, error).hint(format!("see what it last wrote: {}", logs_command(&info.name)))
@@ -41,7 +42,20 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
 pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
     match rundir::find(name) {
         Ok(Some(info)) => Ok(info),
-        Ok(None) => Err(Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"))),
+        Ok(None) => Err(match attach::find(name)? {
+            Some(kept) => Failure::message(
+                ExitStatus::RunState,
+                format!(
+                    "run `{name}` has lost its xpyd; its engines are kept: {}",
+                    attach::who(&kept)
+                ),
+            )
+            .hint(format!(
+                "`xpyd up` attaches to them, {} ends them",
+                attach::down_command(name)
+            )),
+            None => Failure::message(ExitStatus::RunState, format!("no run `{name}` is up")).hint("start one: xpyd up"),
+        }),
         Err(error @ RunDirError::NotPublished { .. }) => {
             Err(Failure::new(ExitStatus::RunState, error).hint("try again in a moment"))
         }

@@ -10,7 +10,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
-use super::{block_on, detach};
+use super::{attach, block_on, detach};
 use crate::app::{self, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
@@ -59,21 +59,35 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if arguments.detach && !arguments.detached_child {
         return detach::start(printer);
     }
-    request::preflight(&draft, &machine, printer)?;
     let run_dir = acquire(&arguments.name)?;
-    let folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs)?;
-    let plan = request::build(&profile, &machine, folder.path())?;
-    log_to(folder.path())?;
-    announce(&plan, printer);
+    let attach = attach::find(&arguments.name)?;
+    let plan = if let Some(kept) = &attach {
+        let plan = request::build(&profile, &machine, &kept.kept.run_dir)?;
+        attach::resume(plan, kept, &arguments.name)?
+    } else {
+        request::preflight(&draft, &machine, printer)?;
+        let folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs)?;
+        request::build(&profile, &machine, folder.path())?
+    };
+    log_to(&plan.run_dir)?;
+    match &attach {
+        Some(kept) => printer.status(format!(
+            "attaching to the engines that an earlier xpyd left: {}\nlogs in {}",
+            attach::who(kept),
+            plan.run_dir.display()
+        )),
+        None => announce(&plan, printer),
+    }
     let detached = arguments.detached_child;
     let run = Run {
         plan: plan.clone(),
         name: arguments.name.clone(),
         run_dir,
         detached,
+        attach,
         printer,
     };
-    let log = folder.path().join("xpyd.log");
+    let log = plan.run_dir.join("xpyd.log");
     let outcome = block_on(app::run(run, async move |ready: Ready| {
         tell_ready(&ready, detached, printer);
         if detached {
@@ -182,19 +196,9 @@ pub(super) fn seconds(duration: Duration) -> String {
 /// Says how the run ended: why, and whether anything is left.
 pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Result<ExitStatus, Failure> {
     let status = outcome.exit_status();
-    if outcome.left.is_empty() {
-        printer.status(format!(
-            "stopped in {}; no process and no listener is left",
-            seconds(outcome.teardown)
-        ));
-    } else {
-        printer.error("the teardown is incomplete; still there:");
-        for left in &outcome.left {
-            printer.error(format!("  {left}"));
-        }
-    }
+    say_what_is_left(outcome, printer);
     match &outcome.ending {
-        Ending::Stopped => Ok(status),
+        Ending::Stopped | Ending::Kept => Ok(status),
         Ending::Forced => {
             printer.status("the stop was forced");
             Ok(status)
@@ -207,6 +211,23 @@ pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Resu
         } => Err(explained(outcome, plan, engine, None)),
         Ending::NotReady { engine: None, .. } => Err(hand_off_failed(outcome, plan)),
         Ending::SupervisionLost { .. } => Err(in_folder(Failure::message(status, outcome.ending.to_string()), plan)),
+    }
+}
+
+/// Says whether anything of the run is still there.
+pub(super) fn say_what_is_left(outcome: &Outcome, printer: Printer) {
+    if outcome.ending == Ending::Kept {
+        printer.status("left; the engines wait for the next `xpyd up`, and `xpyd down` ends them");
+    } else if outcome.left.is_empty() {
+        printer.status(format!(
+            "stopped in {}; no process and no listener is left",
+            seconds(outcome.teardown)
+        ));
+    } else {
+        printer.error("the teardown is incomplete; still there:");
+        for left in &outcome.left {
+            printer.error(format!("  {left}"));
+        }
     }
 }
 

@@ -106,6 +106,9 @@ pub struct DownRequest {
     /// Kill now instead of draining.
     #[serde(default)]
     pub force: bool,
+    /// Let xpyd end and the engines wait for the next one. Answered by 409 where that cannot be.
+    #[serde(default)]
+    pub keep_engines: bool,
 }
 
 /// The run stops. It does not wait for the end: whoever asked watches the run's lock.
@@ -113,6 +116,9 @@ pub struct DownRequest {
 pub struct DownAnswer {
     /// Always true.
     pub stopping: bool,
+    /// How long the engines will wait for the next xpyd, in seconds; 0 if they end with this one.
+    #[serde(default)]
+    pub keep_seconds: u64,
 }
 
 /// Asks for one engine to be drained and stopped, and perhaps started again.

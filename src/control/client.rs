@@ -67,9 +67,8 @@ impl ControlClient {
     }
 
     /// Asks the run to stop. It does, later: [`super::rundir::find`] tells when it is gone.
-    pub async fn down(&self, force: bool) -> Result<DownAnswer, ClientError> {
-        self.ask(self.http.post("http://xpyd/v1/down").json(&DownRequest { force }))
-            .await
+    pub async fn down(&self, request: DownRequest) -> Result<DownAnswer, ClientError> {
+        self.ask(self.http.post("http://xpyd/v1/down").json(&request)).await
     }
 
     /// Asks the run to drain and stop one engine, and to start it again if the verb says so. The status shows how it goes.

@@ -1,8 +1,9 @@
 //! The runtime folder of a run: its lock, its socket, and the files that say who runs and how the last run ended.
 //!
 //! The folder is `$XDG_RUNTIME_DIR/xpyd/<name>/`, or `/tmp/xpyd-<uid>/<name>/` where there is no such variable. It holds
-//! `lock` (locked for the life of the run, holds the pid), `run.json` ([`RunInfo`]), `control.sock` and `outcome.json`
-//! ([`RunOutcome`] of the last run that ended by itself). A reader never takes the lock, it only asks who has it, so
+//! `lock` (locked for the life of the run, holds the pid), `run.json` ([`RunInfo`]), `control.sock`, `attach.sock` (where
+//! the guardian of a run whose xpyd has gone may keep its engines) and `outcome.json` ([`RunOutcome`] of the last run that
+//! ended by itself). A reader never takes the lock, it only asks who has it, so
 //! looking at a run cannot disturb the start of another. What a killed run left is removed by the next one to start.
 
 use std::fs::{DirBuilder, Permissions};
@@ -33,6 +34,8 @@ const LOCK_FILE: &str = "lock";
 const RUN_FILE: &str = "run.json";
 const OUTCOME_FILE: &str = "outcome.json";
 const SOCKET_FILE: &str = "control.sock";
+/// No longer than that of the control socket, whose path is checked.
+const ATTACH_FILE: &str = "attach.sock";
 
 /// Why a runtime folder could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -263,6 +266,11 @@ impl RunDir {
         self.write(OUTCOME_FILE, &outcome)
     }
 
+    /// Where a guardian that keeps engines waits for the next run of this name.
+    pub fn attach_path(&self) -> PathBuf {
+        self.folder.join(ATTACH_FILE)
+    }
+
     /// Where the control socket is, or will be.
     pub fn socket_path(&self) -> &Path {
         &self.socket_path
@@ -342,6 +350,12 @@ pub fn outcome_in(root: &Path, info: &RunInfo) -> Result<Option<RunOutcome>, Run
 /// The control socket of the run `name`, whether or not it is there.
 pub fn socket_path(name: &str) -> PathBuf {
     runtime_root().join(name).join(SOCKET_FILE)
+}
+
+/// [`RunDir::attach_path`] of the run `name`, whether or not anybody waits there.
+pub fn attach_path(name: &str) -> Result<PathBuf, RunDirError> {
+    check_name(name)?;
+    Ok(runtime_root().join(name).join(ATTACH_FILE))
 }
 
 /// The folder with all runtime folders of this user.

@@ -32,10 +32,18 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const MAX_BODY: usize = 64 * 1024;
 
 /// Someone asked the run to stop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StopRequest {
-    /// Kill now instead of draining.
-    pub force: bool,
+#[derive(Debug)]
+pub enum StopRequest {
+    /// With its engines.
+    Stop {
+        /// Kill now instead of draining.
+        force: bool,
+    },
+    /// Without them.
+    Leave {
+        /// Gets for how long they will wait for the next xpyd, or why they cannot.
+        reply: oneshot::Sender<Result<Duration, String>>,
+    },
 }
 
 /// What may be asked of one engine.
@@ -121,11 +129,14 @@ async fn down(State(state): State<ServerState>, body: Result<Json<DownRequest>, 
         Err(JsonRejection::MissingJsonContentType(_)) => DownRequest::default(),
         Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
     };
-    let stop = StopRequest { force: request.force };
-    match state.stop.try_send(stop) {
+    if request.keep_engines {
+        return leave(&state).await;
+    }
+    let force = request.force;
+    match state.stop.try_send(StopRequest::Stop { force }) {
         // No receiver is left when the run is already past its last stage, and then it ends without being asked.
         Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
-        Err(mpsc::error::TrySendError::Full(_)) if !stop.force => {}
+        Err(mpsc::error::TrySendError::Full(_)) if !force => {}
         Err(mpsc::error::TrySendError::Full(_)) => {
             return refuse(
                 StatusCode::SERVICE_UNAVAILABLE,
@@ -133,8 +144,28 @@ async fn down(State(state): State<ServerState>, body: Result<Json<DownRequest>, 
             );
         }
     }
-    tracing::info!(force = stop.force, "asked to stop over the control socket");
-    (StatusCode::ACCEPTED, Json(DownAnswer { stopping: true })).into_response()
+    tracing::info!(force, "asked to stop over the control socket");
+    stopping(Duration::ZERO)
+}
+
+async fn leave(state: &ServerState) -> Response {
+    let (reply, answer) = oneshot::channel();
+    if state.stop.try_send(StopRequest::Leave { reply }).is_err() {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once; try again");
+    }
+    match answer.await {
+        Ok(Ok(keep)) => stopping(keep),
+        Ok(Err(reason)) => refuse(StatusCode::CONFLICT, &format!("the engines cannot be kept: {reason}")),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the run is ending"),
+    }
+}
+
+fn stopping(keep: Duration) -> Response {
+    let answer = DownAnswer {
+        stopping: true,
+        keep_seconds: keep.as_secs(),
+    };
+    (StatusCode::ACCEPTED, Json(answer)).into_response()
 }
 
 type EngineBody = Result<Json<EngineRequest>, JsonRejection>;

@@ -107,6 +107,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         engines,
         files,
         restart: profile.restart.clone(),
+        keep: profile.deadlines.keep,
         run_dir: run_dir.to_owned(),
     };
     check_ports(&plan)?;

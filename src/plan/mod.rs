@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::connector::Connector;
 use crate::engine::EngineKind;
@@ -45,14 +45,16 @@ pub struct Plan {
     pub files: Vec<RenderedFile>,
     /// Which engines that ended are started again.
     pub restart: RestartPolicy,
+    /// How long engines wait for the next xpyd should this one disappear; `None` leaves it to how the run was started.
+    pub keep: Option<Duration>,
     /// The folder of the run: logs, rendered files, `spawn.json`s.
     pub run_dir: PathBuf,
     /// Things the user should know that do not stop the run.
     pub notes: Vec<String>,
 }
 
-/// One engine, ready to be spawned.
-#[derive(Debug, Clone, Serialize)]
+/// One engine, ready to be spawned. Whoever attaches to it reads this again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineSpec {
     /// Its name.
     pub id: EngineId,
@@ -86,7 +88,7 @@ pub struct EngineSpec {
 }
 
 /// How to tell that an engine hangs: it has running requests, and none of its counters grows.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Liveness {
     /// The path of its Prometheus metrics.
     pub path: String,
@@ -99,7 +101,7 @@ pub struct Liveness {
 }
 
 /// A port of the plan and what listens on it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PortUse {
     /// The port.
     pub port: u16,
@@ -135,7 +137,7 @@ pub struct ProxySpec {
 }
 
 /// A file to write into the run's folder.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RenderedFile {
     /// Relative to the run's folder.
     pub path: PathBuf,

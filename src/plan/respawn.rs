@@ -5,7 +5,7 @@
 
 use super::{EngineSpec, RenderedFile};
 use crate::connector::with_receiver_ports;
-use crate::fleet::Receiver;
+use crate::fleet::{Endpoint, Receiver};
 
 /// How many ports [`respawn`] needs that no earlier start of the engine had.
 pub fn fresh_ports_needed(spec: &EngineSpec) -> usize {
@@ -48,6 +48,22 @@ pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> (EngineSpec, Option<Rendered
     });
     spec.endpoint.receiver = Some(receiver);
     (spec, file)
+}
+
+impl EngineSpec {
+    /// This engine as it runs already, if `running` is what this plan would start. Its receiver may have moved, and what
+    /// does not concern its process may have changed.
+    pub fn resume(&self, running: &Self) -> Option<Self> {
+        let without_receiver = |endpoint: &Endpoint| (endpoint.host.clone(), endpoint.port, endpoint.tensor_parallel);
+        let is_same = (&self.argv, &self.env, &self.gpus, self.role)
+            == (&running.argv, &running.env, &running.gpus, running.role)
+            && without_receiver(&self.endpoint) == without_receiver(&running.endpoint);
+        is_same.then(|| Self {
+            endpoint: running.endpoint.clone(),
+            ports: running.ports.clone(),
+            ..self.clone()
+        })
+    }
 }
 
 #[cfg(test)]

@@ -124,6 +124,7 @@ struct DeadlinesTable {
     handoff: Option<Span>,
     decode_idle: Option<Span>,
     stall: Option<Span>,
+    keep: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -289,6 +290,7 @@ impl DeadlinesTable {
             decode_idle: seconds(self.decode_idle, 600),
             // Far more than the longest prefill, which counts its prompt's tokens only when it is over.
             stall: seconds(self.stall, 120),
+            keep: self.keep.map(|span| span.0),
         }
     }
 }

@@ -184,6 +184,9 @@ pub struct Deadlines {
     pub decode_idle: Duration,
     /// For an engine with running requests that makes no token.
     pub stall: Duration,
+    /// For engines whose xpyd was killed, until the next one attaches; zero ends them with it. `None` leaves it to how the
+    /// run was started.
+    pub keep: Option<Duration>,
 }
 
 /// Which engines that ended unasked are started again, and when. It holds once an engine has been ready; a failure

@@ -16,7 +16,8 @@ use super::guardian::client::{Guardian, GuardianError, is_still_there};
 use super::guardian::protocol::{Command, Event as Report, LeftoverProcess, Spawn};
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
-    Ending, Leftover, Outcome, Refusal, Request, Settings, Then, Verify, Wiring, liveness, ports, probe, spawn_record,
+    Ending, Keep, KeptRun, Leftover, Outcome, Refusal, Request, Settings, Then, Verify, Wiring, liveness, ports, probe,
+    spawn_record,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
 use crate::plan::{self, EngineSpec};
@@ -25,6 +26,9 @@ use crate::signals::StopSignal;
 
 /// How long ports may stay taken after the last process: the kernel closes sockets while it ends a process.
 const PORTS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long engines wait for the next xpyd where the run itself would not have kept them.
+const KEEP_ON_REQUEST: Duration = Duration::from_mins(15);
 
 /// Brings the fleet up, supervises it, and returns once all of it is gone or what is left is known.
 ///
@@ -67,26 +71,39 @@ struct Driver {
     replies: Vec<oneshot::Sender<Outcome>>,
     /// Given once the view shows what was asked for.
     answers: Vec<(oneshot::Sender<Answer>, Answer)>,
+    /// Why the engines cannot outlive xpyd, if they cannot.
+    cannot_keep: Option<String>,
 }
 
 type Answer = Result<Incarnation, Refusal>;
 
 impl Driver {
-    async fn start(settings: Settings, wiring: Wiring) -> Result<Self, String> {
+    async fn start(mut settings: Settings, wiring: Wiring) -> Result<Self, String> {
         let directory = std::env::current_dir().map_err(|error| format!("no working directory: {error}"))?;
         let prober = probe::client().map_err(|error| one_line(&error))?;
-        let guardian = Guardian::start(&settings.program, &settings.run_dir.join("guardian.log"))
-            .await
+        let attach = settings.attach.take();
+        let kept = attach.as_ref().map(KeptRun::engines);
+        let guardian = match attach {
+            Some(run) => Guardian::attach(run),
+            None => Guardian::start(&settings.program, &settings.run_dir.join("guardian.log")).await,
+        };
+        let mut guardian = guardian.map_err(|error| one_line(&error))?;
+        tracing::info!(pid = guardian.pid(), attached = kept.is_some(), "guardian");
+        guardian
+            .send(&Command::Keep(settings.keep.clone()))
             .map_err(|error| one_line(&error))?;
-        tracing::info!(pid = guardian.pid(), "guardian started");
         let generation = wiring.view.borrow().generation;
         let limits = Limits {
             drain: settings.drain_deadline,
             verify: settings.verify_deadline,
             restart: settings.restart.clone(),
         };
+        let mut fleet = Fleet::new(&settings.engines, limits, Some(rand::make_rng()));
+        if let Some(kept) = kept {
+            fleet.attach(&kept, Instant::now());
+        }
         Ok(Self {
-            fleet: Fleet::new(&settings.engines, limits, Some(rand::make_rng())),
+            fleet,
             settings,
             directory,
             signals: wiring.signals,
@@ -101,6 +118,7 @@ impl Driver {
             prober,
             replies: Vec::new(),
             answers: Vec::new(),
+            cannot_keep: None,
         })
     }
 
@@ -121,6 +139,7 @@ impl Driver {
                             self.guardian_open = false;
                             events.push_back(Event::Swept(self.guardian.sweep().await));
                         }
+                        Action::Leave => self.leave_engines().await,
                         Action::Spawn(id, incarnation) => events.extend(self.spawn(&id, incarnation)),
                         action => self.perform(action),
                     }
@@ -141,6 +160,11 @@ impl Driver {
             }),
             Some(request) = self.requests.recv() => self.asked(request),
             report = self.guardian.event(), if self.guardian_open => match report {
+                Ok(Report::CannotKeep { reason }) => {
+                    tracing::warn!(reason, "engines would end with xpyd");
+                    self.cannot_keep = Some(reason);
+                    None
+                }
                 Ok(report) => from_report(report),
                 Err(error) => Some(self.guardian_gone(&error).await),
             },
@@ -162,6 +186,16 @@ impl Driver {
             Request::Stop { force, reply } => {
                 self.replies.push(reply);
                 Some(if force { Event::Force } else { Event::Stop })
+            }
+            Request::Leave { reply } => {
+                let answer = self
+                    .cannot_keep
+                    .clone()
+                    .map_or_else(|| Ok(self.keep_on_request().wait), Err);
+                let may = answer.is_ok();
+                // Whoever asked may have gone.
+                let _ = reply.send(answer);
+                may.then_some(Event::Leave)
             }
             Request::Engine {
                 engine,
@@ -186,6 +220,25 @@ impl Driver {
                     Then::Stay => Event::TakeOut(engine),
                 })
             }
+        }
+    }
+
+    /// How engines are kept that are left on request.
+    fn keep_on_request(&self) -> Keep {
+        let mut keep = self.settings.keep.clone();
+        if keep.wait.is_zero() {
+            keep.wait = KEEP_ON_REQUEST;
+        }
+        keep
+    }
+
+    async fn leave_engines(&mut self) {
+        self.command(&Command::Keep(self.keep_on_request()));
+        if let Err(error) = self.guardian.flush().await {
+            tracing::error!(
+                error = one_line(&error),
+                "the guardian was not told to keep the engines"
+            );
         }
     }
 
@@ -253,7 +306,7 @@ impl Driver {
                     .spawn(async move { Event::Checked(what_is_left(&processes, &engines).await) });
             }
             // These are the loop's own: they end it, have to be waited for, or lead to events at once.
-            Action::Spawn(..) | Action::Sweep | Action::Finish(_) => {}
+            Action::Spawn(..) | Action::Sweep | Action::Leave | Action::Finish(_) => {}
         }
     }
 
@@ -279,6 +332,7 @@ impl Driver {
             log: self.settings.run_dir.join(&spec.log_file),
             log_limits: spec.log_limits,
             stop_grace: spec.stop_grace,
+            memo: serde_json::to_value(spec).unwrap_or_default(),
         };
         if let Err(error) = self.guardian.send(&Command::Spawn(spawn)) {
             events.push(Event::SpawnFailed(id.clone(), incarnation, one_line(&error)));
@@ -342,7 +396,7 @@ impl Driver {
 
 fn from_report(report: Report) -> Option<Event> {
     Some(match report {
-        Report::Hello { .. } => return None,
+        Report::Hello { .. } | Report::CannotKeep { .. } => return None,
         Report::Spawned {
             engine,
             incarnation,

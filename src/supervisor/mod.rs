@@ -21,7 +21,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::driver::run;
-pub use self::ports::{PortConflict, Reservations, reserve};
+pub use self::guardian::attach::KeptRun;
+pub use self::guardian::protocol::{Keep, KeptState};
+pub use self::ports::{PortConflict, Reservations, reserve, reserve_running};
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, FleetView, Incarnation, Role};
 use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
@@ -42,6 +44,10 @@ pub struct Settings {
     pub verify_deadline: Duration,
     /// Which engines that ended are started again.
     pub restart: RestartPolicy,
+    /// What becomes of the engines should this process disappear.
+    pub keep: Keep,
+    /// The run to attach to, instead of starting a guardian and engines.
+    pub attach: Option<KeptRun>,
     /// The run's name, for people.
     pub run_name: String,
     /// The `xpyd` program, which is run again as the guardian: `std::env::current_exe()`.
@@ -79,6 +85,11 @@ pub enum Request {
         force: bool,
         /// Gets the outcome once the run is over.
         reply: oneshot::Sender<Outcome>,
+    },
+    /// Drain, and end xpyd without its engines: they wait for the next one.
+    Leave {
+        /// Gets for how long they will, or why they cannot; at once, the rest is seen in the view.
+        reply: oneshot::Sender<Result<Duration, String>>,
     },
     /// Drain and stop one engine while the others serve.
     Engine {
@@ -137,7 +148,7 @@ impl Outcome {
             return ExitStatus::TeardownIncomplete;
         }
         match &self.ending {
-            Ending::Stopped => ExitStatus::Success,
+            Ending::Stopped | Ending::Kept => ExitStatus::Success,
             Ending::EngineFailed { .. } => ExitStatus::EngineFailed,
             Ending::NotReady { .. } => ExitStatus::NotReady,
             Ending::CrashLoop { .. } => ExitStatus::CrashLoop,
@@ -152,6 +163,8 @@ impl Outcome {
 pub enum Ending {
     /// Somebody asked for it.
     Stopped,
+    /// Somebody asked for it, and the engines wait for the next xpyd.
+    Kept,
     /// An engine ended before the fleet was ready.
     EngineFailed {
         /// Which.
@@ -201,6 +214,7 @@ impl fmt::Display for Ending {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stopped => formatter.write_str("stopped"),
+            Self::Kept => formatter.write_str("left its engines to the next xpyd"),
             Self::EngineFailed { engine, reason, .. } => write!(formatter, "{engine} {reason}"),
             Self::NotReady {
                 engine: Some(engine),

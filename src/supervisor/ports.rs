@@ -21,7 +21,7 @@ use crate::plan::EngineSpec;
 /// The ports of a plan, held until this is dropped.
 #[derive(Debug, Default)]
 pub struct Reservations {
-    held: Vec<(TcpSocket, UnixDatagram)>,
+    held: Vec<(Option<TcpSocket>, UnixDatagram)>,
 }
 
 /// A port of the plan is taken.
@@ -97,10 +97,24 @@ pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
             })?;
             let socket =
                 bind(&engine.endpoint.host, wanted.port).map_err(|source| conflict(listener(wanted.port), source))?;
-            reservations.held.push((socket, lock));
+            reservations.held.push((Some(socket), lock));
         }
     }
     Ok(reservations)
+}
+
+/// Takes the ports of engines that run already: of those that they listen on, only the lock between runs.
+pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
+    let mut reservations = Reservations::default();
+    for engine in engines {
+        for used in &engine.ports {
+            if let Ok(lock) = lock(used.port) {
+                let socket = bind(&engine.endpoint.host, used.port).ok();
+                reservations.held.push((socket, lock));
+            }
+        }
+    }
+    reservations
 }
 
 impl Reservations {
@@ -113,7 +127,7 @@ impl Reservations {
             socket.bind(address)?;
             socket.set_reuseaddr(true)?;
             let port = socket.local_addr()?.port();
-            self.held.push((socket, lock(port)?));
+            self.held.push((Some(socket), lock(port)?));
             ports.push(port);
         }
         Ok(ports)

@@ -13,7 +13,8 @@
 //!  Stopped <────────────┴──────────────── tree empty ───────────────────────────┴────────┘
 //! ```
 //! Before the fleet is ready a failure ends the run. After that the policy decides (`restart`), and the engine goes all
-//! the way again while the others serve.
+//! the way again while the others serve. A fleet that was taken over from an xpyd that is gone begins with engines that are
+//! Healthy already, and its failures never end the run of the others.
 //!
 //! The fleet:
 //! ```text
@@ -88,6 +89,8 @@ pub(super) enum Event {
     Interrupt,
     /// A stop without any grace.
     Force,
+    /// An end of xpyd was asked for that leaves the engines to the next one.
+    Leave,
     /// Nothing is in flight any more: on this engine, or at all.
     Drained(Option<(EngineId, Incarnation)>),
     /// [`Fleet::next_deadline`] has come.
@@ -127,6 +130,8 @@ pub(super) enum Action {
     Sweep,
     /// See which processes and ports are still there.
     Check,
+    /// Tell the guardian to keep the engines for the next xpyd.
+    Leave,
     /// The run is over.
     Finish(Outcome),
 }
@@ -219,6 +224,8 @@ pub(super) struct Fleet {
     /// Rounds of canaries so far.
     rounds: u64,
     stop_asked: bool,
+    /// Whether it was taken over from an earlier xpyd.
+    is_attached: bool,
     /// Why the run ends, and since when it does.
     ending: Option<(Ending, Instant)>,
     strays: Vec<LeftoverProcess>,
@@ -249,6 +256,7 @@ impl Fleet {
             verification: None,
             rounds: 0,
             stop_asked: false,
+            is_attached: false,
             ending: None,
             strays: Vec::new(),
             actions: Vec::new(),
@@ -302,6 +310,7 @@ impl Fleet {
             Event::Interrupt if self.stop_asked => self.force(now),
             Event::Interrupt | Event::Stop => self.stop(now),
             Event::Force => self.force(now),
+            Event::Leave => self.leave_engines(now),
             Event::Drained(Some((id, incarnation))) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.drained_alone(index, now);
@@ -309,7 +318,7 @@ impl Fleet {
             }
             Event::Drained(None) => {
                 if matches!(self.stage, Stage::Draining { .. }) {
-                    self.stop_all(now);
+                    self.drained(now);
                 }
             }
             Event::Tick => self.tick(now),
@@ -334,7 +343,7 @@ impl Fleet {
             .engines
             .iter()
             .filter_map(|engine| engine.restart_at.filter(|_| engine.tree == Tree::Absent))
-            .filter(|_| self.stage == Stage::Ready);
+            .filter(|_| self.restarts_engines());
         waits.chain(restarts).chain(canaries).chain(stage).min()
     }
 
@@ -397,23 +406,23 @@ impl Fleet {
         self.stop_asked = true;
         match self.stage {
             Stage::Starting | Stage::Verifying => self.end(Ending::Stopped, now),
-            Stage::Ready => {
-                self.ending = Some((Ending::Stopped, now));
-                self.to(Stage::Draining {
-                    until: now + self.limits.drain,
-                });
-                for index in self.those(|engine| engine.state == EngineState::Ready) {
-                    self.enter(index, EngineState::Draining, None);
-                }
-                self.actions.push(Action::AwaitIdle(None));
-            }
-            Stage::Draining { .. }
-            | Stage::Stopping { .. }
-            | Stage::Closing { .. }
-            | Stage::Sweeping
-            | Stage::Checking
-            | Stage::Over => {}
+            Stage::Ready => self.drain(Ending::Stopped, now),
+            // Whoever wanted to keep the engines has changed their mind.
+            Stage::Draining { .. } => self.ending = Some((Ending::Stopped, now)),
+            Stage::Stopping { .. } | Stage::Closing { .. } | Stage::Sweeping | Stage::Checking | Stage::Over => {}
         }
+    }
+
+    /// Lets nobody in any more, and waits for those inside.
+    fn drain(&mut self, ending: Ending, now: Instant) {
+        self.ending = Some((ending, now));
+        self.to(Stage::Draining {
+            until: now + self.limits.drain,
+        });
+        for index in self.those(|engine| engine.state == EngineState::Ready) {
+            self.enter(index, EngineState::Draining, None);
+        }
+        self.actions.push(Action::AwaitIdle(None));
     }
 
     /// Kills everything now.
@@ -472,7 +481,7 @@ impl Fleet {
             self.verified(round, Err(reason), now);
         }
         match self.stage {
-            Stage::Draining { until } if until <= now => self.stop_all(now),
+            Stage::Draining { until } if until <= now => self.drained(now),
             Stage::Closing { until } if until <= now => self.sweep(),
             Stage::Starting
             | Stage::Verifying
@@ -546,6 +555,7 @@ impl Fleet {
     }
 }
 
+mod attach;
 mod restarts;
 mod transitions;
 mod verification;

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use xpyd::cli::{down, logs, status};
-use xpyd::control::api::Status;
+use xpyd::control::api::{DownRequest, Status};
 use xpyd::control::client::{ClientError, ControlClient};
 use xpyd::control::rundir::{RunDir, RunDirError, RunInfo, find_in, outcome_in};
 use xpyd::control::server::{ServerState, StopRequest, serve};
@@ -24,6 +24,11 @@ use xpyd::report::ExitStatus;
 use xpyd::ui::Printer;
 
 const DEADLINE: Duration = Duration::from_secs(20);
+
+const FORCED: DownRequest = DownRequest {
+    force: true,
+    keep_engines: false,
+};
 
 fn root() -> TempDir {
     let root = tempfile::tempdir().unwrap();
@@ -183,14 +188,20 @@ async fn status_and_down_travel_over_the_socket() {
     let client = ControlClient::new(server.run.socket_path()).unwrap();
     let status = client.status().await.unwrap();
     assert_eq!((status.stage, status.in_flight), (FleetStage::Ready, 3));
-    assert!(client.down(false).await.unwrap().stopping);
+    assert!(client.down(DownRequest::default()).await.unwrap().stopping);
     // The run already has one request to stop; a second adds nothing, a forced one must not get lost.
-    assert!(client.down(false).await.unwrap().stopping);
-    let error = client.down(true).await.unwrap_err();
+    assert!(client.down(DownRequest::default()).await.unwrap().stopping);
+    let error = client.down(FORCED).await.unwrap_err();
     assert!(matches!(error, ClientError::Refused { status: 503, .. }), "{error}");
-    assert_eq!(server.requests.recv().await, Some(StopRequest { force: false }));
-    client.down(true).await.unwrap();
-    assert_eq!(server.requests.recv().await, Some(StopRequest { force: true }));
+    assert!(matches!(
+        server.requests.recv().await,
+        Some(StopRequest::Stop { force: false })
+    ));
+    client.down(FORCED).await.unwrap();
+    assert!(matches!(
+        server.requests.recv().await,
+        Some(StopRequest::Stop { force: true })
+    ));
 }
 
 #[tokio::test]

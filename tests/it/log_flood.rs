@@ -69,6 +69,7 @@ impl Flood {
             directory: "/".into(),
             log_limits,
             stop_grace: DEADLINE,
+            memo: serde_json::Value::Null,
         })
     }
 

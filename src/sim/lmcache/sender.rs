@@ -355,26 +355,19 @@ impl Connection {
     }
 }
 
-/// Sends the proxy one message per transfer and rank. A proxy that was restarted is found again.
+/// Sends the proxy one message per transfer and rank, each over a connection of its own. libzmq, which LMCache has, sees at
+/// once that a proxy has gone and connects to the next one; a socket of this library would first lose a message.
 async fn notify(address: String, mut queue: mpsc::Receiver<String>, log: Log) {
-    let mut socket: Option<PushSocket> = None;
     while let Some(req_id) = queue.recv().await {
         let message = LmcacheMessage::ProxyNotif { req_id }.to_bytes();
-        for _ in 0..2 {
-            if socket.is_none() {
-                let mut options = SocketOptions::default();
-                options.connect_timeout(RECONNECT_DEADLINE);
-                let mut fresh = PushSocket::with_options(options);
-                socket = fresh.connect(&address).await.is_ok().then_some(fresh);
-            }
-            if let Some(open) = socket.as_mut()
-                && open.send(message.clone().into()).await.is_ok()
-            {
-                break;
-            }
-            socket = None;
-        }
-        if socket.is_none() {
+        let mut options = SocketOptions::default();
+        options.connect_timeout(RECONNECT_DEADLINE);
+        let mut socket = PushSocket::with_options(options);
+        let sent = async {
+            socket.connect(&address).await?;
+            socket.send(message.into()).await
+        };
+        if sent.await.is_err() {
             log.line(
                 Process::Worker,
                 "WARNING",

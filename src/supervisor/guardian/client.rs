@@ -11,16 +11,16 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::process::Child;
 use tokio::time::timeout;
 
+use super::attach::{KeptRun, Witness};
 use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
-use super::tree::Process;
+use super::tree::{Process, Table};
 
 /// How long a fresh guardian may take to say hello: it is a re-exec and nothing more.
-const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a sweep goes on before it reports what is left.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(5);
@@ -63,12 +63,18 @@ pub enum GuardianError {
 /// A running guardian. Dropping it closes the connection, upon which the guardian takes every engine down by itself.
 #[derive(Debug)]
 pub struct Guardian {
-    witness: Child,
+    witness: Witness,
     pid: u32,
+    link: Link,
+    foreign: SharedFiles,
+}
+
+/// The connection to a guardian, with what is on its way in either direction.
+#[derive(Debug)]
+struct Link {
     stream: UnixStream,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
-    foreign: SharedFiles,
 }
 
 impl Guardian {
@@ -79,7 +85,6 @@ impl Guardian {
         prctl::set_child_subreaper(true).map_err(|errno| GuardianError::Connection(errno.into()))?;
         let foreign = SharedFiles::present();
         let (own, theirs) = std::os::unix::net::UnixStream::pair().map_err(GuardianError::Connection)?;
-        own.set_nonblocking(true).map_err(GuardianError::Connection)?;
         let start = |source| GuardianError::Start {
             program: program.to_owned(),
             source,
@@ -98,14 +103,12 @@ impl Guardian {
             .map_err(start)?;
         let mut guardian = Self {
             pid: 0,
-            witness,
-            stream: UnixStream::from_std(own).map_err(GuardianError::Connection)?,
-            incoming: Vec::new(),
-            outgoing: Vec::new(),
+            witness: Witness::Child(witness),
+            link: Link::new(own, Vec::new())?,
             foreign,
         };
         match timeout(HELLO_DEADLINE, guardian.event()).await {
-            Ok(Ok(Event::Hello { version, pid })) if version == protocol::VERSION => {
+            Ok(Ok(Event::Hello { version, pid, .. })) if version == protocol::VERSION => {
                 guardian.pid = pid;
                 Ok(guardian)
             }
@@ -116,23 +119,136 @@ impl Guardian {
         }
     }
 
+    /// Attaches to the guardian of a run whose xpyd has gone. From its first command on it is this process's.
+    pub fn attach(run: KeptRun) -> Result<Self, GuardianError> {
+        Ok(Self {
+            witness: Witness::stranger(run.witness).map_err(GuardianError::Connection)?,
+            pid: run.pid,
+            link: Link::new(run.stream, run.incoming)?,
+            foreign: SharedFiles::present(),
+        })
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// The process id of its witness, which is its parent; `None` once that has ended.
+    /// The process id of its witness, which is its parent; `None` once that has ended, and where it is no child of this
+    /// process.
     pub fn witness_pid(&self) -> Option<u32> {
-        self.witness.id()
+        match &self.witness {
+            Witness::Child(child) => child.id(),
+            Witness::Stranger(_) | Witness::Gone => None,
+        }
     }
 
     /// Queues a command; [`Guardian::event`] sends it. Commands are few, so the queue is bounded by them.
     pub fn send(&mut self, command: &Command) -> Result<(), ProtocolError> {
-        protocol::encode(command, &mut self.outgoing)
+        protocol::encode(command, &mut self.link.outgoing)
     }
 
     /// Sends what is queued and returns the next event. Safe to cancel.
     pub async fn event(&mut self) -> Result<Event, GuardianError> {
+        tokio::select! {
+            // What the guardian said last comes before the end of its witness, which ends after it.
+            biased;
+            event = self.link.event() => event,
+            // Without a witness the run is safe no more: only this process would be left to sweep.
+            _ = self.witness.ended() => Err(GuardianError::WitnessGone),
+        }
+    }
+
+    /// Sends what is queued.
+    pub async fn flush(&mut self) -> Result<(), GuardianError> {
+        let sent = timeout(SWEEP_DEADLINE, self.link.flush()).await;
+        sent.map_err(|_| GuardianError::Silent)?
+            .map_err(GuardianError::Connection)
+    }
+
+    /// Ends a guardian that hangs, and whatever guardian and engines have left, shared memory too. Returns the processes
+    /// that did not go within a few seconds.
+    pub async fn sweep(&mut self) -> Vec<LeftoverProcess> {
+        let Witness::Child(_) = &self.witness else {
+            return self.sweep_attached().await;
+        };
+        self.kill();
+        // The witness does it, because it goes on with it should this process be killed in the middle.
+        if matches!(timeout(SWEEP_DEADLINE, self.witness.ended()).await, Ok(true)) {
+            return Vec::new();
+        }
+        // It was killed, or there is something that it could not end. This process inherits what it had; it has no other children.
+        self.kill_witness();
+        let (guardian, foreign) = (self.pid, self.foreign.clone());
+        let sweeping = tokio::task::spawn_blocking(move || sweep(guardian, &foreign, SWEEP_DEADLINE));
+        let left = sweeping.await.expect("a sweep does not panic and is not cancelled");
+        self.kill_witness();
+        left.iter().map(Process::leftover).collect()
+    }
+
+    /// [`Guardian::sweep`] where guardian and witness are no descendants of this process, so that it inherits nothing of
+    /// theirs: whichever of the two is left has to do it.
+    async fn sweep_attached(&mut self) -> Vec<LeftoverProcess> {
+        let engines: Vec<Process> = Table::read()
+            .descendants(i32::try_from(self.pid).unwrap_or_default())
+            .into_iter()
+            .cloned()
+            .collect();
+        // What was on its way to the guardian no longer matters, and half a message would spoil the next one.
+        self.link.outgoing.clear();
+        if self.send(&Command::Shutdown).is_ok() {
+            let end = async { while self.link.event().await.is_ok() {} };
+            // A guardian that hangs is killed, and then its witness sweeps.
+            if timeout(SWEEP_DEADLINE, end).await.is_err()
+                && let Some(guardian) = i32::try_from(self.pid).ok().and_then(Process::read)
+            {
+                let _ = guardian.signal(Signal::SIGKILL);
+            }
+        }
+        self.ended().await;
+        let left = engines.iter().filter(|process| is_still_there(&process.leftover()));
+        left.map(Process::leftover).collect()
+    }
+
+    /// SIGKILL to the guardian, as long as its id is known to be its own: until its parent has reaped it.
+    fn kill(&self) {
+        let (Ok(pid), Some(witness)) = (i32::try_from(self.pid), self.witness_pid()) else {
+            return;
+        };
+        if let Some(guardian) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == witness) {
+            // One that ended meanwhile is as good.
+            let _ = guardian.signal(Signal::SIGKILL);
+        }
+    }
+
+    /// Ends a witness that this process has started, or reaps it.
+    fn kill_witness(&mut self) {
+        if let Witness::Child(child) = &mut self.witness {
+            let _ = child.start_kill();
+            let _ = child.try_wait();
+        }
+    }
+
+    /// Waits until the witness has ended, which it does as soon as the guardian and all that it left have.
+    pub async fn ended(&mut self) {
+        if timeout(SWEEP_DEADLINE, self.witness.ended()).await.is_err() {
+            self.kill_witness();
+        }
+    }
+}
+
+impl Link {
+    fn new(stream: std::os::unix::net::UnixStream, incoming: Vec<u8>) -> Result<Self, GuardianError> {
+        stream.set_nonblocking(true).map_err(GuardianError::Connection)?;
+        Ok(Self {
+            stream: UnixStream::from_std(stream).map_err(GuardianError::Connection)?,
+            incoming,
+            outgoing: Vec::new(),
+        })
+    }
+
+    /// Sends what is queued and returns the next event. Safe to cancel.
+    async fn event(&mut self) -> Result<Event, GuardianError> {
         loop {
             if let Some(event) = protocol::decode(&mut self.incoming).map_err(GuardianError::Protocol)? {
                 return Ok(event);
@@ -142,13 +258,7 @@ impl Guardian {
             } else {
                 Interest::READABLE | Interest::WRITABLE
             };
-            let ready = tokio::select! {
-                // What the guardian said last comes before the end of its witness, which ends after it.
-                biased;
-                ready = self.stream.ready(interest) => ready.map_err(GuardianError::Connection)?,
-                // Without a witness the run is safe no more: only this process would be left to sweep.
-                _ = self.witness.wait() => return Err(GuardianError::WitnessGone),
-            };
+            let ready = self.stream.ready(interest).await.map_err(GuardianError::Connection)?;
             // A guardian that is gone cannot be written to, but its last words can still be read.
             if ready.is_writable()
                 && let Ok(count) = self.stream.try_write(&self.outgoing)
@@ -167,41 +277,16 @@ impl Guardian {
         }
     }
 
-    /// Ends a guardian that hangs, and whatever guardian and engines have left, shared memory too. Returns the processes
-    /// that did not go within a few seconds.
-    pub async fn sweep(&mut self) -> Vec<LeftoverProcess> {
-        self.kill();
-        // The witness does it, because it goes on with it should this process be killed in the middle.
-        if let Ok(Ok(status)) = timeout(SWEEP_DEADLINE, self.witness.wait()).await
-            && status.success()
-        {
-            return Vec::new();
+    async fn flush(&mut self) -> std::io::Result<()> {
+        while !self.outgoing.is_empty() {
+            self.stream.writable().await?;
+            match self.stream.try_write(&self.outgoing) {
+                Ok(count) => drop(self.outgoing.drain(..count)),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
         }
-        // It was killed, or there is something that it could not end. This process inherits what it had; it has no other children.
-        let _ = self.witness.start_kill();
-        let (guardian, foreign) = (self.pid, self.foreign.clone());
-        let sweeping = tokio::task::spawn_blocking(move || sweep(guardian, &foreign, SWEEP_DEADLINE));
-        let left = sweeping.await.expect("a sweep does not panic and is not cancelled");
-        let _ = self.witness.try_wait();
-        left.iter().map(Process::leftover).collect()
-    }
-
-    /// SIGKILL to the guardian, as long as its id is known to be its own: until its parent has reaped it.
-    fn kill(&self) {
-        let (Ok(pid), Some(witness)) = (i32::try_from(self.pid), self.witness_pid()) else {
-            return;
-        };
-        if let Some(guardian) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == witness) {
-            // One that ended meanwhile is as good.
-            let _ = guardian.signal(Signal::SIGKILL);
-        }
-    }
-
-    /// Waits until the witness has ended, which it does as soon as the guardian and all that it left have.
-    pub async fn ended(&mut self) {
-        if timeout(SWEEP_DEADLINE, self.witness.wait()).await.is_err() {
-            let _ = self.witness.start_kill();
-        }
+        Ok(())
     }
 }
 

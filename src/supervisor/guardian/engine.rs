@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::cgroup::Cgroup;
 use super::log::{Drained, Log};
-use super::protocol::{Event, LeftoverProcess, Spawn};
+use super::protocol::{Event, KeptEngine, KeptState, LeftoverProcess, Spawn};
 use super::shm::SharedFiles;
 use super::tree::{MARK_VARIABLE, Process, Table, Tree};
 use crate::fleet::Exit;
@@ -41,7 +41,8 @@ pub(super) struct Engine {
     pub(super) id: EngineId,
     incarnation: Incarnation,
     leader: Process,
-    leader_alive: bool,
+    /// How the leader ended; `None` while it lives.
+    exit: Option<Exit>,
     tree: Tree,
     log: Option<Log>,
     shared_files: SharedFiles,
@@ -49,6 +50,7 @@ pub(super) struct Engine {
     terminated: bool,
     stop_grace: Duration,
     ending: Ending,
+    memo: serde_json::Value,
 }
 
 /// How far the guardian has gone in ending the tree.
@@ -107,13 +109,14 @@ impl Engine {
             id: spawn.engine,
             incarnation: spawn.incarnation,
             leader,
-            leader_alive: true,
+            exit: None,
             log: Some(log),
             shared_files: SharedFiles::default(),
             settled: false,
             terminated: false,
             stop_grace: spawn.stop_grace,
             ending: Ending::None,
+            memo: spawn.memo,
         })
     }
 
@@ -145,7 +148,7 @@ impl Engine {
 
     /// SIGTERM to the leader, the first time.
     pub(super) fn terminate(&mut self, foreign: &SharedFiles) {
-        if self.leader_alive && !self.terminated {
+        if self.exit.is_none() && !self.terminated {
             self.terminated = true;
             self.look(&Table::read(), foreign);
             // A leader that is gone by now is reaped in this turn of the loop.
@@ -162,6 +165,41 @@ impl Engine {
             } else {
                 self.kill(foreign, now);
             }
+        }
+    }
+
+    /// xpyd is gone and the next one is waited for: only what was on its way out, or has lost its leader, is ended.
+    pub(super) fn keep(&mut self, foreign: &SharedFiles, now: Instant) {
+        if self.exit.is_some() {
+            self.kill(foreign, now);
+        } else if self.terminated {
+            self.orphan(foreign, now);
+        }
+    }
+
+    /// What is there of it, for an xpyd that attaches.
+    pub(super) fn kept(&self) -> KeptEngine {
+        let state = if self.exit.is_some() || self.terminated || !matches!(self.ending, Ending::None) {
+            KeptState::Leaving { exit: self.exit }
+        } else {
+            KeptState::Running {
+                pid: self.leader.pid.unsigned_abs(),
+                settled: self.settled,
+            }
+        };
+        KeptEngine {
+            engine: self.id.clone(),
+            incarnation: self.incarnation,
+            state,
+            memo: self.memo.clone(),
+        }
+    }
+
+    /// What is known of it once its tree is empty.
+    pub(super) fn gone(&self) -> KeptEngine {
+        KeptEngine {
+            state: KeptState::Gone { exit: self.exit },
+            ..self.kept()
         }
     }
 
@@ -214,10 +252,10 @@ impl Engine {
 
     /// Takes note of a reaped process; `Some` if it was the leader. Its last output is in the file by then.
     pub(super) fn reaped(&mut self, pid: i32, exit: Exit) -> Option<Event> {
-        if !self.leader_alive || pid != self.leader.pid {
+        if self.exit.is_some() || pid != self.leader.pid {
             return None;
         }
-        self.leader_alive = false;
+        self.exit = Some(exit);
         self.drain_log();
         if let Ending::KillAt(at) = self.ending {
             self.ending = Ending::KillAt(at.min(Instant::now() + LEADERLESS_GRACE));
@@ -235,7 +273,7 @@ impl Engine {
         let members = self.tree.members(table, getpid().as_raw());
         self.shared_files
             .add_used_by(members.iter().map(|process| process.pid), foreign);
-        if self.leader_alive || !members.is_empty() {
+        if self.exit.is_none() || !members.is_empty() {
             return None;
         }
         self.drain_log();
@@ -249,7 +287,7 @@ impl Engine {
 
     /// Whether it is known that only a look can tell that the tree is gone: its leader is.
     pub(super) fn is_leaderless(&self) -> bool {
-        !self.leader_alive
+        self.exit.is_some()
     }
 
     /// Its processes, for a last report.

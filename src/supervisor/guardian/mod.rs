@@ -9,7 +9,7 @@
 //!
 //! | killed | who ends the rest |
 //! |---|---|
-//! | xpyd, or xpyd and witness | the guardian, which reads the end of its socket: engines that served get a bounded grace |
+//! | xpyd, or xpyd and witness | the guardian, which reads the end of its socket: engines that served get a bounded grace; or it keeps them for the next xpyd, as long as it was told to |
 //! | guardian, or xpyd and guardian | the kernel kills the leaders (PDEATHSIG), the witness what they started |
 //! | witness, or witness and guardian | xpyd, which is the next subreaper above |
 //! | all three in the same instant | the kernel kills the leaders; what they started is left to itself |
@@ -17,9 +17,11 @@
 //! It knows nothing of roles, probes, proxies or policy: it starts process trees, keeps what they print, ends them, and
 //! says what happened. Everything that decides is on the other side of the socket.
 
+pub mod attach;
 mod cgroup;
 pub mod client;
 mod engine;
+mod keep;
 mod log;
 pub mod process;
 pub mod protocol;

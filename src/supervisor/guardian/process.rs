@@ -1,8 +1,8 @@
 //! The body of `xpyd guardian`: one thread that waits for commands, children and output, and never blocks on any of them.
 //!
 //! Its control socket is its stdin, both ways. It ends when told to, or when the socket closes because xpyd is gone:
-//! then it takes every engine down first. No signal ends it but SIGKILL; that takes the leaders with it, and its witness
-//! takes the rest.
+//! then it takes every engine down first, unless it was told to keep them for a while: then it waits for the next xpyd. No
+//! signal ends it but SIGKILL; that takes the leaders with it, and its witness takes the rest.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,11 +15,12 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::setsid;
+use nix::unistd::{getppid, setsid};
 use tokio::time::Instant;
 
 use super::engine::Engine;
-use super::protocol::{self, Command, Event, ProtocolError, Spawn};
+use super::keep::Meeting;
+use super::protocol::{self, Command, Event, Keep, Kept, KeptEngine, ProtocolError, Spawn};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
 use super::tree::{Process, Table};
@@ -90,6 +91,8 @@ fn control_socket() -> io::Result<UnixStream> {
 enum Mode {
     /// xpyd is there.
     Serving,
+    /// xpyd is gone, and the next one is waited for until this time.
+    Waiting(Instant),
     /// xpyd is gone or wants an end; by this time the guardian ends, whatever is left.
     Ending(Instant),
 }
@@ -99,6 +102,12 @@ struct Guardian {
     control: Control,
     children: SignalFd,
     engines: Vec<Engine>,
+    /// The last incarnation of each engine of which nothing is there.
+    gone: Vec<KeptEngine>,
+    /// Where the next xpyd is waited for, if engines are to be kept.
+    meeting: Option<Meeting>,
+    /// Until when the next xpyd was waited for when somebody came who has not asked for anything yet.
+    waited_until: Option<Instant>,
     /// What was in `/dev/shm` before any engine was.
     foreign: SharedFiles,
     mode: Mode,
@@ -114,6 +123,9 @@ impl Guardian {
             control: Control::new(socket),
             children: SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
             engines: Vec::new(),
+            gone: Vec::new(),
+            meeting: None,
+            waited_until: None,
             foreign: SharedFiles::present(),
             mode: Mode::Serving,
             next_look: Instant::now(),
@@ -121,17 +133,16 @@ impl Guardian {
     }
 
     fn serve(&mut self) -> ExitStatus {
-        self.control.send(&Event::Hello {
-            version: protocol::VERSION,
-            pid: std::process::id(),
-        });
+        self.greet(None);
         loop {
             self.control.flush();
             self.wait();
             self.engines.iter_mut().for_each(Engine::drain_log);
             self.reap();
-            if self.mode == Mode::Serving {
-                self.obey();
+            match self.mode {
+                Mode::Serving => self.obey(),
+                Mode::Waiting(until) => self.keep(until),
+                Mode::Ending(_) => {}
             }
             let now = Instant::now();
             for engine in &mut self.engines {
@@ -148,11 +159,22 @@ impl Guardian {
         }
     }
 
+    fn greet(&mut self, kept: Option<Kept>) {
+        self.control.send(&Event::Hello {
+            version: protocol::VERSION,
+            pid: std::process::id(),
+            witness: getppid().as_raw().unsigned_abs(),
+            kept,
+        });
+    }
+
     /// Waits for anything to happen or become due.
     fn wait(&self) {
         let mut polled = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
-        if self.mode == Mode::Serving {
-            polled.push(PollFd::new(self.control.descriptor(), self.control.interest()));
+        match (self.mode, &self.meeting) {
+            (Mode::Serving, _) => polled.push(PollFd::new(self.control.descriptor(), self.control.interest())),
+            (Mode::Waiting(_), Some(meeting)) => polled.push(PollFd::new(meeting.descriptor(), PollFlags::POLLIN)),
+            (Mode::Waiting(_) | Mode::Ending(_), _) => {}
         }
         let logs = self.engines.iter().filter_map(Engine::log_descriptor);
         polled.extend(logs.map(|pipe| PollFd::new(pipe, PollFlags::POLLIN)));
@@ -161,7 +183,7 @@ impl Guardian {
         let look = (!self.engines.is_empty()).then_some(self.next_look);
         let end = match self.mode {
             Mode::Serving => None,
-            Mode::Ending(deadline) => Some(deadline),
+            Mode::Waiting(deadline) | Mode::Ending(deadline) => Some(deadline),
         };
         let timeout = due.chain(look).chain(end).min().map(|instant| {
             // One more millisecond, because a timeout that is rounded down would spin until the instant has come.
@@ -198,13 +220,14 @@ impl Guardian {
             return;
         }
         let table = Table::read();
-        let (control, foreign) = (&mut self.control, &self.foreign);
+        let (control, gone, foreign) = (&mut self.control, &mut self.gone, &self.foreign);
         self.engines.retain_mut(|engine| {
-            let gone = engine.look(&table, foreign);
-            if let Some(event) = &gone {
+            let event = engine.look(&table, foreign);
+            if let Some(event) = &event {
                 control.send(event);
+                gone.push(engine.gone());
             }
-            gone.is_none()
+            event.is_none()
         });
         let leaderless = self.engines.iter().any(Engine::is_leaderless);
         self.next_look = now + if leaderless { LOOK_LEADERLESS } else { LOOK_EVERY };
@@ -222,21 +245,70 @@ impl Guardian {
             }
         }
         if !open && self.mode == Mode::Serving {
-            self.orphan();
+            match &self.meeting {
+                Some(meeting) if !meeting.keep.wait.is_zero() => {
+                    let until = || Instant::now() + meeting.keep.wait;
+                    self.mode = Mode::Waiting(self.waited_until.take().unwrap_or_else(until));
+                }
+                _ => self.orphan(),
+            }
+        }
+    }
+
+    /// Keeps the engines for the next xpyd, and hands them over when it comes. One that only looks does not lengthen the wait.
+    fn keep(&mut self, until: Instant) {
+        let now = Instant::now();
+        for engine in &mut self.engines {
+            engine.keep(&self.foreign, now);
+        }
+        let Some(meeting) = self
+            .meeting
+            .as_ref()
+            .filter(|_| now < until && !self.engines.is_empty())
+        else {
+            return self.orphan();
+        };
+        if let Some(socket) = meeting.accept() {
+            let engines = self.engines.iter().map(Engine::kept).chain(self.gone.iter().cloned());
+            let kept = Kept {
+                run_dir: meeting.keep.run_dir.clone(),
+                engines: engines.collect(),
+            };
+            self.control = Control::new(socket);
+            self.mode = Mode::Serving;
+            self.waited_until = Some(until);
+            self.greet(Some(kept));
+        }
+    }
+
+    /// Opens the place to wait for the next xpyd. It is open even where engines end with xpyd: it may change its mind.
+    fn prepare_to_keep(&mut self, keep: Keep) {
+        match &mut self.meeting {
+            // One that stays where it is is not opened anew: somebody may stand before it.
+            Some(meeting) if meeting.keep.socket == keep.socket => meeting.keep = keep,
+            _ => match Meeting::open(keep) {
+                Ok(meeting) => self.meeting = Some(meeting),
+                Err(error) => self.control.send(&Event::CannotKeep {
+                    reason: error.to_string(),
+                }),
+            },
         }
     }
 
     fn carry_out(&mut self, command: Command) {
         let now = Instant::now();
+        self.waited_until = None;
         match command {
             Command::Spawn(spawn) => self.spawn(spawn),
             Command::Settled { engine } => self.with(&engine, |engine, _| engine.settle()),
             Command::Terminate { engine } => self.with(&engine, Engine::terminate),
             Command::Kill { engine } => self.with(&engine, |engine, foreign| engine.kill(foreign, now)),
+            Command::Keep(keep) => self.prepare_to_keep(keep),
             Command::Shutdown => {
                 for engine in &mut self.engines {
                     engine.kill(&self.foreign, now);
                 }
+                self.meeting = None;
                 self.mode = Mode::Ending(now + STRAYS_DEADLINE);
             }
         }
@@ -252,6 +324,7 @@ impl Guardian {
         match started {
             Ok(started) => {
                 self.control.send(&started.spawned());
+                self.gone.retain(|gone| gone.engine != started.id);
                 self.engines.push(started);
             }
             Err(reason) => self.control.send(&Event::SpawnFailed {
@@ -272,6 +345,7 @@ impl Guardian {
     /// xpyd is gone: nothing of the run may outlive it.
     fn orphan(&mut self) {
         let now = Instant::now();
+        self.meeting = None;
         for engine in &mut self.engines {
             engine.orphan(&self.foreign, now);
         }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::fleet::{EngineId, Exit, Incarnation, LogLimits};
 
 /// Grows with every change that an older peer would not understand.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The longest message, in bytes, its newline included. A spawn carries a whole command line and its variables.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -40,8 +40,21 @@ pub enum Command {
         /// Which engine.
         engine: EngineId,
     },
+    /// What becomes of the engines should xpyd disappear. Until this is said they end with it.
+    Keep(Keep),
     /// Kill whatever is left of anything, and exit.
     Shutdown,
+}
+
+/// Engines that outlive xpyd for a while, so that the next one can attach to them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keep {
+    /// Where to wait for the next xpyd: the path of a Unix socket, in a folder that is its user's alone.
+    pub socket: PathBuf,
+    /// How long; zero ends them with xpyd.
+    pub wait: Duration,
+    /// The run's folder, for whoever attaches.
+    pub run_dir: PathBuf,
 }
 
 /// How to start an engine.
@@ -64,6 +77,9 @@ pub struct Spawn {
     pub log_limits: LogLimits,
     /// How long it may take to leave after SIGTERM, should xpyd disappear.
     pub stop_grace: Duration,
+    /// What xpyd wants to find again when it attaches; the guardian does not look into it.
+    #[serde(default)]
+    pub memo: serde_json::Value,
 }
 
 /// Arguments and variables may hold secrets, so they are not shown.
@@ -88,6 +104,16 @@ pub enum Event {
         version: u32,
         /// Its process id; the process that xpyd started is its witness.
         pid: u32,
+        /// The witness's process id.
+        witness: u32,
+        /// What it has kept, for an xpyd that attaches; `None` for the one that started it.
+        #[serde(default)]
+        kept: Option<Kept>,
+    },
+    /// Engines would end with xpyd, although it asked for them to be kept.
+    CannotKeep {
+        /// Why, in one line.
+        reason: String,
     },
     /// The engine's leader runs.
     Spawned {
@@ -129,6 +155,58 @@ pub enum Event {
         engine: Option<EngineId>,
         /// The processes.
         processes: Vec<LeftoverProcess>,
+    },
+}
+
+/// What is there of a run whose xpyd has gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The run's folder.
+    pub run_dir: PathBuf,
+    /// Every engine that was ever started.
+    pub engines: Vec<KeptEngine>,
+}
+
+/// Memos may hold secrets, so they are not shown.
+impl fmt::Debug for KeptEngine {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (&self.engine, self.incarnation, self.state).fmt(formatter)
+    }
+}
+
+/// The newest incarnation of an engine, as the guardian knows it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptEngine {
+    /// Which engine.
+    pub engine: EngineId,
+    /// Which start of it.
+    pub incarnation: Incarnation,
+    /// What is there of it.
+    pub state: KeptState,
+    /// What xpyd gave when it started it.
+    pub memo: serde_json::Value,
+}
+
+/// What is there of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeptState {
+    /// Its leader runs, and nobody has asked it to end.
+    Running {
+        /// Process id of the leader.
+        pid: u32,
+        /// Whether its start was over.
+        settled: bool,
+    },
+    /// It is being ended. [`Event::TreeEmpty`] will follow, or [`Event::Leftover`].
+    Leaving {
+        /// How its leader ended, if it has.
+        exit: Option<Exit>,
+    },
+    /// Nothing of it is there.
+    Gone {
+        /// How its leader ended.
+        exit: Option<Exit>,
     },
 }
 
@@ -193,6 +271,8 @@ mod tests {
             Event::Hello {
                 version: VERSION,
                 pid: 6,
+                witness: 5,
+                kept: None,
             },
             Event::Exited {
                 engine: EngineId::named("decoder1"),
@@ -241,6 +321,7 @@ mod tests {
             log: "decoder1.log".into(),
             log_limits: LogLimits::default(),
             stop_grace: Duration::ZERO,
+            memo: serde_json::json!({"api_key": "swordfish"}),
         };
         assert!(!format!("{:?}", Command::Spawn(spawn)).contains("swordfish"));
     }

@@ -21,6 +21,7 @@ use crate::report::ExitStatus;
 pub(super) const WITNESS_DEADLINE: Duration = Duration::from_secs(3);
 
 /// The name of the process, as `ps` shows it.
+pub(super) const WITNESS_NAME: &str = "xpyd-witness";
 const NAME: &std::ffi::CStr = c"xpyd-witness";
 
 /// Which of the two processes this is.

@@ -62,9 +62,10 @@ impl Fleet {
 
     /// Processes of the engine outlived SIGKILL, and a second incarnation must not run beside them.
     pub(super) fn cannot_restart(&mut self, index: usize, now: Instant) {
+        let restarts = self.restarts_engines();
         let engine = &mut self.engines[index];
         let leaves = engine.state == EngineState::Backoff || engine.state == EngineState::Stopping;
-        if self.stage == Stage::Ready && leaves {
+        if restarts && leaves {
             let reason = engine.reason.get_or_insert_with(|| "was stopped".to_owned());
             reason.push_str("; some of its processes cannot be ended, so it is not started again");
             engine.restart_at = None;

@@ -1,5 +1,6 @@
 //! The rules of the state machine by name.
 
+mod attach;
 mod histories;
 mod restarts;
 mod world;

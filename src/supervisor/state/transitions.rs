@@ -34,7 +34,7 @@ impl Failure {
 impl Fleet {
     /// Spawns every planned engine whose GPUs are free of starts: two at once on one GPU spoil vLLM's memory profile.
     pub(super) fn start_next(&mut self, now: Instant) {
-        if !matches!(self.stage, Stage::Starting | Stage::Ready) {
+        if self.stage != Stage::Starting && !self.restarts_engines() {
             return;
         }
         let mut busy: BTreeSet<u32> = BTreeSet::new();
@@ -98,8 +98,8 @@ impl Fleet {
     /// What the failure of one engine means to the fleet.
     fn consequences(&mut self, index: usize, cause: Ending, retryable: bool, now: Instant) {
         match self.stage {
-            Stage::Starting | Stage::Verifying => self.end(cause, now),
-            Stage::Ready => self.restart_by_policy(index, retryable, now),
+            _ if self.restarts_engines() => self.restart_by_policy(index, retryable, now),
+            Stage::Starting | Stage::Verifying | Stage::Ready => self.end(cause, now),
             Stage::Draining { .. }
             | Stage::Stopping { .. }
             | Stage::Closing { .. }
@@ -162,10 +162,14 @@ impl Fleet {
 
     /// What follows from the state alone.
     pub(super) fn go_on(&mut self, now: Instant) {
-        if self.stage == Stage::Ready {
+        if self.restarts_engines() {
             self.renew_those_due(now);
             self.start_next(now);
-            self.verify_next(now);
+        }
+        match self.stage {
+            Stage::Starting => self.verify_all_once_up(now),
+            Stage::Ready => self.verify_next(now),
+            _ => {}
         }
         let Stage::Stopping { decode_turn } = self.stage else {
             return;

@@ -32,12 +32,6 @@ impl Fleet {
         self.actions.push(Action::Settled(id.clone()));
         self.actions.push(Action::Watch(id.clone(), incarnation));
         self.start_next(now);
-        if self.stage == Stage::Starting && self.engines.iter().all(|engine| engine.state == EngineState::Healthy) {
-            self.to(Stage::Verifying);
-            let prefill = self.those(|engine| engine.spec.role == Role::Prefill);
-            let decode = self.those(|engine| engine.spec.role == Role::Decode);
-            self.verify(None, &prefill, &decode, now);
-        }
     }
 
     /// Begins a round for an engine that has come back, unless one is under way or there is nobody to try it with.
@@ -63,7 +57,7 @@ impl Fleet {
         }
     }
 
-    fn verify(&mut self, subject: Option<usize>, prefill: &[usize], decode: &[usize], now: Instant) {
+    pub(super) fn verify(&mut self, subject: Option<usize>, prefill: &[usize], decode: &[usize], now: Instant) {
         let id = |index: &usize| self.engines[*index].spec.id.clone();
         let pairs = prefill
             .iter()
@@ -107,6 +101,8 @@ impl Fleet {
                     }
                 }
             }
+            // The others are tried again without whoever failed meanwhile.
+            (Err(_), None) if self.is_attached && up.len() < verification.members.len() => self.to(Stage::Starting),
             (Err(reason), None) => {
                 let after = self.limits.verify;
                 let engine = None;

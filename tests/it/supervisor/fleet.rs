@@ -16,7 +16,7 @@ use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, LogLim
 use xpyd::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
-use xpyd::supervisor::{self, Ending, Outcome, Request, Settings, Wiring};
+use xpyd::supervisor::{self, Ending, Keep, Outcome, Request, Settings, Wiring};
 
 use super::{MARK, PATIENCE, marked, read};
 
@@ -70,6 +70,12 @@ impl Run {
         let (signals, signal_receiver) = mpsc::channel(1);
         let (requests, request_receiver) = mpsc::channel(1);
         let settings = Settings {
+            keep: Keep {
+                socket: folder.path().join("attach.sock"),
+                wait: Duration::ZERO,
+                run_dir: folder.path().to_owned(),
+            },
+            attach: None,
             reservations,
             engines: engines.clone(),
             run_dir: folder.path().to_owned(),

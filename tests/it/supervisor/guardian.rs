@@ -100,6 +100,7 @@ fn spawn(script: &str, mark: &str, log: &Path) -> Command {
         log: log.to_owned(),
         log_limits: LogLimits::default(),
         stop_grace: Duration::from_mins(10),
+        memo: serde_json::Value::Null,
     })
 }
 

@@ -10,6 +10,7 @@ use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use crate::supervisor::Outcome;
+use crate::supervisor::guardian::protocol::KeptState;
 use crate::supervisor::state::{Action, Event, Fleet, Limits};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(20);
@@ -116,13 +117,46 @@ impl World {
         Self::with_policy(engines, RestartWhen::OnFailure)
     }
 
+    /// A fleet of the third incarnations of engines that outlived their xpyd.
+    pub(super) fn attached(kept: &[(&str, KeptState)]) -> Self {
+        Self::attached_with(RestartWhen::OnFailure, kept)
+    }
+
+    pub(super) fn attached_with(when: RestartWhen, kept: &[(&str, KeptState)]) -> Self {
+        let engines: Vec<EngineSpec> = kept.iter().map(|(name, _)| engine(name, &[])).collect();
+        let mut world = Self::before_begin(&engines, when);
+        let mut states = Vec::new();
+        for (name, state) in kept {
+            let id = EngineId::named(name);
+            let runs = matches!(state, KeptState::Running { .. });
+            let processes = Processes {
+                leader: runs,
+                tree: !matches!(state, KeptState::Gone { .. }),
+                announced: true,
+                spawns: 3,
+                ..Processes::default()
+            };
+            world.processes.insert(id.clone(), processes);
+            states.push((id, Incarnation(3), *state));
+        }
+        world.fleet.attach(&states, world.now);
+        world.tell(Event::Begin);
+        world
+    }
+
     pub(super) fn with_policy(engines: &[EngineSpec], when: RestartWhen) -> Self {
+        let mut world = Self::before_begin(engines, when);
+        world.tell(Event::Begin);
+        world
+    }
+
+    fn before_begin(engines: &[EngineSpec], when: RestartWhen) -> Self {
         let limits = Limits {
             drain: DRAIN,
             verify: VERIFY,
             restart: policy(when),
         };
-        let mut world = Self {
+        Self {
             fleet: Fleet::new(engines, limits, None),
             now: Instant::now(),
             processes: engines
@@ -139,9 +173,7 @@ impl World {
             requests: BTreeMap::new(),
             outcome: None,
             log: Vec::new(),
-        };
-        world.tell(Event::Begin);
-        world
+        }
     }
 
     pub(super) fn two_by_two() -> Self {
@@ -277,7 +309,7 @@ impl World {
                 self.sweeping = true;
             }
             Action::Finish(outcome) => self.outcome = Some(outcome.clone()),
-            Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::Settled(_) => {}
+            Action::Leave | Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::Settled(_) => {}
         }
     }
 

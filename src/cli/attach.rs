@@ -1,0 +1,74 @@
+//! Engines that outlived their xpyd: found, and compared with what is asked for now.
+
+use crate::control::rundir;
+use crate::fleet::EngineId;
+use crate::plan::{EngineSpec, Plan};
+use crate::report::{ExitStatus, Failure};
+use crate::supervisor::guardian::client::GuardianError;
+use crate::supervisor::{KeptRun, KeptState};
+
+/// The engines that the last xpyd of the run `name` left, if they are still there.
+pub(super) fn find(name: &str) -> Result<Option<KeptRun>, Failure> {
+    let socket = rundir::attach_path(name).map_err(|error| Failure::new(ExitStatus::Usage, error))?;
+    KeptRun::find(&socket).map_err(|error| unusable(error, name))
+}
+
+fn unusable(error: GuardianError, name: &str) -> Failure {
+    let is_other_version = matches!(error, GuardianError::Version { .. } | GuardianError::Protocol(_));
+    let error = anyhow::Error::new(error).context(format!("engines of run `{name}` are kept, but out of reach"));
+    let failure = Failure::new(ExitStatus::RunState, error);
+    if is_other_version {
+        failure.hint("the xpyd that started them can still end them: `xpyd down` with that version")
+    } else {
+        failure.hint("try again in a moment; `pkill -KILL -f 'xpyd guardian'` ends the engines of all runs")
+    }
+}
+
+/// The plan with the engines as they run, if they are the ones that it would start.
+pub(super) fn resume(mut plan: Plan, kept: &KeptRun, name: &str) -> Result<Plan, Failure> {
+    let specs = kept.specs().map_err(|error| unusable(error, name))?;
+    let other = |engine: &EngineId, why: &str| {
+        let text = format!("engines of run `{name}` are kept, but {engine} {why}");
+        Failure::message(ExitStatus::RunState, text).hint(format!("{} ends them first", down_command(name)))
+    };
+    for running in &specs {
+        let Some(planned) = plan.engines.iter_mut().find(|planned| planned.id == running.id) else {
+            return Err(other(&running.id, "is not part of this plan"));
+        };
+        *planned = planned
+            .resume(running)
+            .ok_or_else(|| other(&running.id, &format!("runs with {}", difference(planned, running))))?;
+    }
+    Ok(plan)
+}
+
+/// What an engine runs with, where that is not what is planned. Values are not shown: they may be secrets.
+fn difference(planned: &EngineSpec, running: &EngineSpec) -> String {
+    let variables = planned.env.keys().chain(running.env.keys());
+    let mut changed = variables.filter(|name| planned.env.get(*name) != running.env.get(*name));
+    if planned.argv != running.argv {
+        "another command line than this plan's".to_owned()
+    } else if let Some(name) = changed.next() {
+        format!("another value of {name} than this plan's")
+    } else {
+        "other GPUs or another address than this plan's".to_owned()
+    }
+}
+
+/// Who is there of a kept run, in a few words.
+pub(super) fn who(kept: &KeptRun) -> String {
+    let engines = kept.engines().into_iter().map(|(engine, _, state)| match state {
+        KeptState::Running { pid, .. } => format!("{engine} (pid {pid})"),
+        KeptState::Leaving { .. } | KeptState::Gone { .. } => format!("{engine} (ended)"),
+    });
+    engines.collect::<Vec<_>>().join(", ")
+}
+
+/// The command that takes the run `name` down.
+pub(super) fn down_command(name: &str) -> String {
+    if name == rundir::DEFAULT_NAME {
+        "`xpyd down`".to_owned()
+    } else {
+        format!("`xpyd down --name {name}`")
+    }
+}

@@ -1,0 +1,116 @@
+//! Engines that outlive xpyd: taken over from an earlier one, and left to a later one. PURE.
+
+use tokio::time::Instant;
+
+use super::transitions::Failure;
+use super::{Action, Fleet, Stage, Tree};
+use crate::fleet::{EngineId, EngineState, Exit, Incarnation, Role};
+use crate::supervisor::guardian::protocol::KeptState;
+use crate::supervisor::{Ending, Outcome};
+
+impl Fleet {
+    /// Takes over engines that outlived an earlier xpyd, before anything else happens. Those that serve need only canaries;
+    /// those that ended meanwhile come back by policy, without ending the run for the others.
+    pub(in crate::supervisor) fn attach(&mut self, kept: &[(EngineId, Incarnation, KeptState)], now: Instant) {
+        self.is_attached = true;
+        for (id, incarnation, state) in kept {
+            let Some(index) = self.engines.iter().position(|engine| engine.spec.id == *id) else {
+                continue;
+            };
+            self.engines[index].incarnation = *incarnation;
+            match *state {
+                KeptState::Running { pid, settled } => self.take_over(index, pid, settled, now),
+                KeptState::Leaving { exit } => self.ended_meanwhile(index, Tree::Leaderless, exit, now),
+                KeptState::Gone { exit } => self.ended_meanwhile(index, Tree::Absent, exit, now),
+            }
+        }
+    }
+
+    fn take_over(&mut self, index: usize, pid: u32, settled: bool, now: Instant) {
+        let engine = &mut self.engines[index];
+        (engine.tree, engine.pid) = (Tree::Running, Some(pid));
+        let (id, incarnation) = (engine.spec.id.clone(), engine.incarnation);
+        if settled {
+            self.enter(index, EngineState::Healthy, None);
+            self.actions.push(Action::Watch(id, incarnation));
+        } else {
+            let until = now + engine.spec.ready_deadline;
+            self.enter(index, EngineState::Starting, Some(until));
+            self.actions.push(Action::Probe(id, incarnation));
+        }
+    }
+
+    fn ended_meanwhile(&mut self, index: usize, tree: Tree, exit: Option<Exit>, now: Instant) {
+        let engine = &mut self.engines[index];
+        engine.tree = tree;
+        // Only one that was there can fail.
+        engine.state = EngineState::Healthy;
+        let how = exit.map_or_else(|| "ended".to_owned(), |exit| exit.to_string());
+        let reason = format!(
+            "{how} while xpyd was away; see its log `{}`",
+            engine.spec.log_file.display()
+        );
+        self.fail(index, Failure::without_exit(reason), now);
+    }
+
+    /// Whether engines that failed start again now. Before a new fleet is ready, a failure ends the run instead.
+    pub(super) fn restarts_engines(&self) -> bool {
+        self.stage == Stage::Ready || self.is_attached && matches!(self.stage, Stage::Starting | Stage::Verifying)
+    }
+
+    /// Begins the canaries of the whole fleet once every engine is up. Of a fleet that was taken over, those that are on
+    /// their way back are not waited for as long as others of their role are there.
+    pub(super) fn verify_all_once_up(&mut self, now: Instant) {
+        let is_away = |state| matches!(state, EngineState::Backoff | EngineState::Failed);
+        let healthy = |role| self.those(|engine| engine.spec.role == role && engine.state == EngineState::Healthy);
+        let (prefill, decode) = (healthy(Role::Prefill), healthy(Role::Decode));
+        let all_up = self
+            .engines
+            .iter()
+            .all(|engine| engine.state == EngineState::Healthy || self.is_attached && is_away(engine.state));
+        if self.stage == Stage::Starting && all_up && !prefill.is_empty() && !decode.is_empty() {
+            self.to(Stage::Verifying);
+            self.verify(None, &prefill, &decode, now);
+        }
+    }
+
+    /// The run ends, and its engines stay: once nothing is in flight, or the drain's deadline has come.
+    pub(super) fn leave_engines(&mut self, now: Instant) {
+        match self.stage {
+            Stage::Starting | Stage::Verifying => {
+                self.ending = Some((Ending::Kept, now));
+                self.left(now);
+            }
+            Stage::Ready => self.drain(Ending::Kept, now),
+            Stage::Draining { .. }
+            | Stage::Stopping { .. }
+            | Stage::Closing { .. }
+            | Stage::Sweeping
+            | Stage::Checking
+            | Stage::Over => {}
+        }
+    }
+
+    /// Nothing is in flight any more, or may be.
+    pub(super) fn drained(&mut self, now: Instant) {
+        if matches!(self.ending, Some((Ending::Kept, _))) {
+            self.left(now);
+        } else {
+            self.stop_all(now);
+        }
+    }
+
+    fn left(&mut self, now: Instant) {
+        self.to(Stage::Over);
+        for engine in &self.engines {
+            engine.load.close();
+        }
+        let (ending, since) = self.ending.clone().unwrap_or((Ending::Kept, now));
+        self.actions.push(Action::Leave);
+        self.actions.push(Action::Finish(Outcome {
+            ending,
+            left: Vec::new(),
+            teardown: now - since,
+        }));
+    }
+}

@@ -1,0 +1,140 @@
+//! The rules of fleets that are taken over from an earlier xpyd or left to a later one, by name.
+
+use super::world::{BACKOFF, DRAIN, World};
+use crate::fleet::{EngineId, EngineState, Exit, FleetStage, Incarnation};
+use crate::plan::RestartWhen;
+use crate::report::ExitStatus;
+use crate::supervisor::guardian::protocol::KeptState;
+use crate::supervisor::state::{Action, Event};
+use crate::supervisor::{Ending, Leftover};
+
+fn id(name: &str) -> EngineId {
+    EngineId::named(name)
+}
+
+const RUNS: KeptState = KeptState::Running { pid: 7, settled: true };
+const STARTS: KeptState = KeptState::Running { pid: 7, settled: false };
+const GONE: KeptState = KeptState::Gone {
+    exit: Some(Exit::Code(1)),
+};
+
+#[test]
+fn engines_that_serve_need_only_canaries() {
+    let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS)]);
+    assert_eq!(world.stage(), FleetStage::Verifying);
+    assert!(!world.log.iter().any(|action| matches!(action, Action::Spawn(..))));
+    world.verified(Ok(()));
+    assert_eq!(world.stage(), FleetStage::Ready);
+    assert_eq!(world.fleet.view(0).engines[0].incarnation, Incarnation(3));
+}
+
+#[test]
+fn one_that_was_still_starting_is_waited_for() {
+    let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", STARTS)]);
+    assert_eq!(world.stage(), FleetStage::Starting);
+    assert!(world.did(&Action::Probe(id("decoder1"), Incarnation(3))));
+    world.tell(Event::Probed(id("decoder1"), Incarnation(3)));
+    assert_eq!(world.stage(), FleetStage::Verifying);
+}
+
+#[test]
+fn one_that_ended_meanwhile_holds_up_nobody_and_comes_back() {
+    let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS), ("decoder2", GONE)]);
+    assert_eq!(
+        (world.stage(), world.state("decoder2")),
+        (FleetStage::Verifying, EngineState::Backoff)
+    );
+    world.verified(Ok(()));
+    assert_eq!(world.stage(), FleetStage::Ready);
+    world.wait();
+    assert!(world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
+}
+
+#[test]
+fn a_role_without_any_engine_is_waited_for() {
+    let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", GONE)]);
+    assert_eq!(world.stage(), FleetStage::Starting);
+    world.wait();
+    assert!(world.did(&Action::Spawn(id("decoder1"), Incarnation(4))));
+}
+
+#[test]
+fn one_that_was_on_its_way_out_is_killed_before_it_starts_again() {
+    let mut world = World::attached(&[
+        ("prefiller1", RUNS),
+        ("decoder1", RUNS),
+        ("decoder2", KeptState::Leaving { exit: None }),
+    ]);
+    assert!(world.did(&Action::Kill(id("decoder2"))));
+    world.now += BACKOFF * 2;
+    world.tell(Event::Tick);
+    assert!(!world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
+    world.tell(Event::TreeEmpty(id("decoder2"), Incarnation(3)));
+    assert!(world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
+}
+
+#[test]
+fn a_failure_before_it_is_ready_does_not_end_a_fleet_that_was_taken_over() {
+    let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS), ("decoder2", RUNS)]);
+    world.tell(Event::Hung(id("decoder2"), Incarnation(3), "hung".to_owned()));
+    assert_eq!(world.state("decoder2"), EngineState::Backoff);
+    // Its canary fails with it, which says nothing of the others.
+    world.verified(Err("no answer".to_owned()));
+    assert_eq!(world.stage(), FleetStage::Verifying);
+    world.verified(Ok(()));
+    assert_eq!(world.stage(), FleetStage::Ready);
+}
+
+#[test]
+fn a_failed_canary_of_engines_that_are_all_up_ends_it() {
+    let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS)]);
+    world.verified(Err("wrong text".to_owned()));
+    assert_eq!(world.stage(), FleetStage::Stopping);
+}
+
+#[test]
+fn without_restarts_the_last_engine_of_a_role_ends_it() {
+    let mut world = World::attached_with(RestartWhen::Never, &[("prefiller1", RUNS), ("decoder1", GONE)]);
+    assert_eq!(world.stage(), FleetStage::Stopping);
+    world.empty("prefiller1");
+    world.tell(Event::GuardianGone("guardian is gone".to_owned()));
+    world.tell(Event::Checked(Vec::<Leftover>::new()));
+    let outcome = world.outcome.expect("an outcome");
+    assert!(matches!(outcome.ending, Ending::LostRole { .. }), "{outcome:?}");
+}
+
+#[test]
+fn leaving_drains_first_and_touches_no_engine() {
+    let mut world = World::ready();
+    world.tell(Event::Leave);
+    assert_eq!(world.stage(), FleetStage::Draining);
+    world.tell(Event::Drained(None));
+    assert!(world.did(&Action::Leave));
+    let outcome = world.outcome.clone().expect("an outcome");
+    assert_eq!(
+        (outcome.ending.clone(), outcome.exit_status()),
+        (Ending::Kept, ExitStatus::Success)
+    );
+    let touched = |action: &Action| matches!(action, Action::Terminate(_) | Action::Kill(_) | Action::Shutdown);
+    assert!(!world.log.iter().any(touched), "{:?}", world.log);
+}
+
+#[test]
+fn leaving_waits_no_longer_than_the_drain_may_take() {
+    let mut world = World::ready();
+    world.tell(Event::Leave);
+    let began = world.now;
+    world.wait();
+    assert_eq!(world.now - began, DRAIN);
+    assert!(world.did(&Action::Leave));
+}
+
+#[test]
+fn a_stop_that_is_asked_for_while_leaving_takes_the_engines_along() {
+    let mut world = World::ready();
+    world.tell(Event::Leave);
+    world.tell(Event::Stop);
+    world.tell(Event::Drained(None));
+    assert!(!world.did(&Action::Leave));
+    assert_eq!(world.stage(), FleetStage::Stopping);
+}

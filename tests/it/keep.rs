@@ -1,0 +1,215 @@
+//! Engines that outlive their xpyd: kept, attached to by the next one, or ended, through the binary on simulated engines.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{Place, Run, completion, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+
+/// Keeps engines for as long as any test takes.
+const KEEP: &str = "deadlines.keep=10m";
+
+fn status(place: &Place) -> serde_json::Value {
+    let output = place.run(&["status", "--json"]);
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// Name, process id and incarnation of every engine.
+fn engines(place: &Place) -> Vec<(String, i64, i64)> {
+    let status = status(place);
+    let engines = status["engines"].as_array().expect("a list").iter();
+    engines
+        .map(|engine| {
+            let number = |key: &str| engine[key].as_i64().expect("a number");
+            let id = engine["id"].as_str().expect("a name").to_owned();
+            (id, number("pid"), number("incarnation"))
+        })
+        .collect()
+}
+
+fn kill_process(pid: i64) {
+    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
+}
+
+/// The process whose command line, or name, is this.
+fn process(place: &Place, command: &str) -> i64 {
+    let is_meant = |pid: i32, line: &str| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim() == command || name.trim() != "xpyd-witness" && line.ends_with(command)
+    };
+    let processes = place.processes();
+    let found = processes.iter().find(|(pid, line)| is_meant(*pid, line.trim()));
+    found.unwrap_or_else(|| panic!("no {command}: {processes:#?}")).0.into()
+}
+
+/// A run whose xpyd was killed, with its engines as they were.
+fn orphaned<'place>(place: &'place Place, more: &[&str]) -> (Run<'place>, Vec<(String, i64, i64)>) {
+    let mut run = place.up(&[&["--set", KEEP], more].concat());
+    run.wait_until_ready();
+    let engines = engines(place);
+    run.signal(Signal::SIGKILL);
+    wait_for("the lock", || match place.run(&["status"]).status.code() {
+        Some(8) => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    (run, engines)
+}
+
+fn stop(place: &Place, run: Run<'_>) -> String {
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert_eq!(place.processes(), []);
+    place.assert_no_listener();
+    text
+}
+
+#[test]
+fn a_killed_xpyd_costs_no_engine_and_the_next_one_attaches() {
+    for connector in ["connector=lmcache", "connector=nixl"] {
+        let place = Place::new();
+        let (_dead, before) = orphaned(&place, &["--set", connector]);
+        let told = String::from_utf8(place.run(&["status"]).stderr).expect("text");
+        assert!(
+            told.contains("has lost its xpyd") && told.contains("`xpyd up` attaches"),
+            "{told}"
+        );
+        let mut run = place.up(&["--set", KEEP, "--set", connector]);
+        run.wait_until_ready();
+        assert_eq!(engines(&place), before, "{connector}");
+        let prompt = "a prompt of some length ".repeat(40);
+        assert_eq!(
+            completion(place.proxy_port(), MODEL, &prompt),
+            completion(7200 + place.offset, MODEL, &prompt)
+        );
+        // What was started by the first xpyd is supervised by the second one.
+        kill_process(before[3].1);
+        run.wait_for_line("decoder2 serves again");
+        assert!(stop(&place, run).contains("was killed by SIGKILL"));
+    }
+}
+
+#[test]
+fn an_engine_that_ended_meanwhile_comes_back_after_the_others_serve() {
+    let place = Place::new();
+    let (_dead, before) = orphaned(&place, &[]);
+    kill_process(before[2].1);
+    wait_for("the end of decoder1", || {
+        let told = String::from_utf8(place.run(&["status"]).stderr).expect("text");
+        if told.contains("decoder1 (ended)") {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
+    let mut run = place.up(&["--set", KEEP, "--set", "restart.backoff=10ms"]);
+    run.wait_until_ready();
+    wait_for("decoder1", || {
+        let now = engines(&place);
+        if now[2].2 == 2 { Ok(()) } else { Err(format!("{now:?}")) }
+    });
+    wait_for("all engines", || {
+        let states = status(&place)["engines"].to_string();
+        if states.matches("\"state\":\"ready\"").count() == 4 {
+            Ok(())
+        } else {
+            Err(states)
+        }
+    });
+    let log = place.log("xpyd.log");
+    assert!(log.contains("was killed by SIGKILL while xpyd was away"), "{log}");
+    stop(&place, run);
+}
+
+#[test]
+fn engines_that_nobody_comes_for_end_after_their_time() {
+    let place = Place::new();
+    let mut run = place.up(&["--set", "deadlines.keep=100ms"]);
+    run.wait_until_ready();
+    run.signal(Signal::SIGKILL);
+    place.wait_until_empty();
+    place.assert_no_listener();
+}
+
+#[test]
+fn xpyd_can_leave_its_engines_and_down_ends_them() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let before = engines(&place);
+    let left = place.run(&["down", "--keep-engines"]);
+    assert_eq!(left.status.code(), Some(0), "{left:?}");
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("the engines wait for the next `xpyd up`"), "{text}");
+
+    let mut run = place.up(&["--set", "deadlines.keep=0s"]);
+    run.wait_until_ready();
+    assert_eq!(engines(&place), before);
+    assert_eq!(place.run(&["down", "--keep-engines"]).status.code(), Some(0));
+    drop(run);
+
+    let down = place.run(&["down"]);
+    assert_eq!(down.status.code(), Some(0), "{down:?}");
+    assert_eq!(place.processes(), []);
+    place.assert_no_listener();
+    assert_eq!(place.run(&["down"]).status.code(), Some(8), "nothing is left to end");
+}
+
+#[test]
+fn another_plan_is_refused_and_leaves_the_engines_alone() {
+    let place = Place::new();
+    let (_dead, before) = orphaned(&place, &[]);
+    for (change, told) in [
+        ("decode.count=1", "decoder2 is not part of this plan"),
+        ("vllm.max_model_len=1024", "another command line"),
+    ] {
+        let run = place.up(&["--set", change]);
+        let (code, text) = run.end();
+        assert_eq!(code, 8, "{text}");
+        assert!(
+            text.contains(told) && text.contains("`xpyd down` ends them first"),
+            "{text}"
+        );
+    }
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    assert_eq!(engines(&place), before);
+    stop(&place, run);
+}
+
+#[test]
+fn nothing_is_left_when_the_guardian_is_killed_while_it_waits() {
+    let place = Place::new();
+    let (_dead, _) = orphaned(&place, &[]);
+    kill_process(process(&place, "xpyd guardian"));
+    place.wait_until_empty();
+    assert_eq!(place.run(&["down"]).status.code(), Some(8), "nothing is left to end");
+}
+
+#[test]
+fn nothing_is_left_when_guardian_or_witness_is_killed_after_another_xpyd_attached() {
+    for victim in ["xpyd guardian", "xpyd-witness"] {
+        let place = Place::new();
+        let (_dead, _) = orphaned(&place, &[]);
+        let mut run = place.up(&[]);
+        run.wait_until_ready();
+        kill_process(process(&place, victim));
+        let (code, text) = run.end();
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains("supervision was lost"), "{text}");
+        place.wait_until_empty();
+        place.assert_no_listener();
+    }
+}
+
+#[test]
+fn engines_whose_witness_is_gone_can_still_be_taken_down() {
+    let place = Place::new();
+    let (_dead, _) = orphaned(&place, &[]);
+    kill_process(process(&place, "xpyd-witness"));
+    let down = place.run(&["down"]);
+    assert_eq!(down.status.code(), Some(1), "{down:?}");
+    place.wait_until_empty();
+}
