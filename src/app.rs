@@ -295,6 +295,7 @@ fn proxy_settings(plan: &Plan) -> proxy::Settings {
         decode_idle_deadline: spec.decode_idle_deadline,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
+        service: spec.service.clone(),
     }
 }
 
@@ -355,7 +356,7 @@ fn control_state(
                 percent: phase.map(|phase| phase.percent),
                 uptime_seconds: started.map(|started| started.elapsed().as_secs()),
                 gpus: gpus.get(&engine.id).cloned().unwrap_or_default(),
-                ..api::EngineStatus::from(engine)
+                ..api::EngineStatus::from(&**engine)
             }
         });
         api::Status {

@@ -290,20 +290,20 @@ pub struct FleetView {
     pub generation: u64,
     /// Where the fleet is.
     pub stage: FleetStage,
-    /// All engines, prefill first, each role in number order.
-    pub engines: Vec<EngineView>,
+    /// All engines, prefill first, each role in number order. Shared, because every request in flight holds its own.
+    pub engines: Vec<Arc<EngineView>>,
 }
 
 impl FleetView {
     /// The engines of `role` that take clients' requests, in number order.
-    pub fn serving(&self, role: Role) -> impl Iterator<Item = &EngineView> {
+    pub fn serving(&self, role: Role) -> impl Iterator<Item = &Arc<EngineView>> {
         self.engines
             .iter()
             .filter(move |engine| engine.role == role && engine.state.serves())
     }
 
     /// The engine of this name.
-    pub fn engine(&self, id: &EngineId) -> Option<&EngineView> {
+    pub fn engine(&self, id: &EngineId) -> Option<&Arc<EngineView>> {
         self.engines.iter().find(|engine| engine.id == *id)
     }
 }
@@ -314,7 +314,10 @@ impl FleetView {
 pub struct Load {
     /// Requests in flight in the low bits, [`CLOSED`] on top.
     state: AtomicUsize,
-    changed: Notify,
+    /// Wakes those who wait for the close. Every request in flight does, so nothing else may wake them.
+    closed: Notify,
+    /// Wakes those who wait for the last request.
+    idle: Notify,
 }
 
 const CLOSED: usize = 1 << (usize::BITS - 1);
@@ -333,7 +336,7 @@ impl Load {
     /// Lets nobody in any more. Those inside stay.
     pub fn close(&self) {
         self.state.fetch_or(CLOSED, Ordering::AcqRel);
-        self.changed.notify_waiters();
+        self.closed.notify_waiters();
     }
 
     /// Whether [`Load::close`] was called.
@@ -349,7 +352,7 @@ impl Load {
     /// Returns once [`Load::close`] was called: the engine is going away, so give up what is in flight on it.
     pub async fn closed(&self) {
         loop {
-            let changed = self.changed.notified();
+            let changed = self.closed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             if self.is_closed() {
@@ -362,7 +365,7 @@ impl Load {
     /// Returns once nothing is in flight.
     pub async fn idle(&self) {
         loop {
-            let changed = self.changed.notified();
+            let changed = self.idle.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             if self.in_flight() == 0 {
@@ -379,8 +382,10 @@ pub struct LoadGuard(Arc<Load>);
 
 impl Drop for LoadGuard {
     fn drop(&mut self) {
-        self.0.state.fetch_sub(1, Ordering::AcqRel);
-        self.0.changed.notify_waiters();
+        let before = self.0.state.fetch_sub(1, Ordering::AcqRel);
+        if before & !CLOSED == 1 {
+            self.0.idle.notify_waiters();
+        }
     }
 }
 
@@ -397,6 +402,25 @@ mod tests {
         assert_eq!(load.in_flight(), 1);
         drop(inside);
         assert_eq!(load.in_flight(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_request_wakes_no_other_request() {
+        let load = Arc::new(Load::default());
+        let (mine, other) = (load.try_enter().expect("open"), load.try_enter().expect("open"));
+        let mut closed = tokio_test::task::spawn(load.closed());
+        let mut idle = tokio_test::task::spawn(load.idle());
+        assert!(closed.poll().is_pending() && idle.poll().is_pending());
+        drop(other);
+        assert!(
+            !closed.is_woken(),
+            "a thousand streams would be woken by each other's ends"
+        );
+        drop(mine);
+        assert!(!closed.is_woken() && idle.is_woken());
+        assert!(idle.poll().is_ready());
+        load.close();
+        assert!(closed.is_woken() && closed.poll().is_ready());
     }
 
     #[test]

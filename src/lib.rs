@@ -28,4 +28,5 @@ pub mod profile;
 // Vocabulary.
 pub mod fleet;
 pub mod report;
+pub mod service;
 pub mod signals;

@@ -16,6 +16,7 @@ use crate::fleet::{
 };
 use crate::proxy::{Notifications, Proxy, Settings};
 use crate::report::{ExitStatus, Failure};
+use crate::service::Service;
 use crate::signals::StopSignals;
 use crate::ui::Printer;
 
@@ -110,6 +111,9 @@ pub struct Arguments {
     /// How long a decode engine may be silent. Answers that are not streamed are silent until their end.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "10m")]
     pub decode_idle_deadline: Duration,
+    /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
 }
 
 /// Why the flags describe no fleet. Every variant names the flags.
@@ -294,7 +298,10 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     }
     // The sender is kept: nothing changes, but a closed channel would say that the fleet is gone.
     let (_fleet, view) = watch::channel(Arc::new(fleet(prefill, decode)));
-    let proxy = Proxy::new(settings(&arguments), view, notifications);
+    let service = Service::from_overrides(&arguments.set).map_err(|error| {
+        Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
+    })?;
+    let proxy = Proxy::new(settings(&arguments, service), view, notifications);
     let stop = CancellationToken::new();
     let mut serving = std::pin::pin!(proxy.clone().serve(listener, stop.clone()));
     tokio::select! {
@@ -314,7 +321,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     }
 }
 
-fn settings(arguments: &Arguments) -> Settings {
+fn settings(arguments: &Arguments, service: Service) -> Settings {
     Settings {
         connector: match arguments.connector {
             ConnectorName::Nixl => Connector::Nixl(Nixl {}),
@@ -337,6 +344,7 @@ fn settings(arguments: &Arguments) -> Settings {
         decode_idle_deadline: arguments.decode_idle_deadline,
         max_body_bytes: 64 << 20,
         max_in_flight: arguments.max_in_flight,
+        service,
     }
 }
 
@@ -357,6 +365,7 @@ fn fleet(prefill: Vec<Endpoint>, decode: Vec<Endpoint>) -> FleetView {
                 restart_at: None,
                 load: Arc::new(Load::default()),
             })
+            .map(Arc::new)
     };
     FleetView {
         generation: 1,
@@ -438,7 +447,8 @@ mod tests {
     fn sessions_are_bound_on_request_only() {
         let header = |line: &str| {
             let words = std::iter::once("proxy").chain(line.split_whitespace());
-            settings(&Command::try_parse_from(words).expect("well-formed flags").arguments).session_header
+            let arguments = Command::try_parse_from(words).expect("well-formed flags").arguments;
+            settings(&arguments, Service::default()).session_header
         };
         assert_eq!(header("--client-bound=false"), None);
         assert_eq!(header("--client-bound"), Some("session-id".into()));

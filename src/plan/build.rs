@@ -398,6 +398,7 @@ fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanErro
         decode_idle_deadline: profile.deadlines.decode_idle,
         max_body_bytes: profile.proxy.max_body_bytes,
         max_in_flight: profile.proxy.max_in_flight,
+        service: profile.proxy.service.clone(),
     })
 }
 

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::connector::Connector;
 use crate::engine::EngineKind;
 use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
+use crate::service::Service;
 
 pub use build::{PlanError, build};
 pub use respawn::{fresh_ports_needed, respawn};
@@ -134,6 +135,8 @@ pub struct ProxySpec {
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.
     pub max_in_flight: usize,
+    /// How clients are served.
+    pub service: Service,
 }
 
 /// A file to write into the run's folder.

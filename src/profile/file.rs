@@ -12,6 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
+use crate::service::{Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -104,7 +105,7 @@ struct LmCacheTable {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 struct ProxyTable {
     host: Option<String>,
     port: Option<u16>,
@@ -112,6 +113,7 @@ struct ProxyTable {
     session_header: Option<String>,
     max_body: Option<Bytes>,
     max_in_flight: Option<usize>,
+    routing: Routing,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -272,6 +274,7 @@ impl ProxyTable {
                 .max_body
                 .map_or(64 << 20, |bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
             max_in_flight: self.max_in_flight.unwrap_or(1024),
+            service: Service { routing: self.routing },
         }
     }
 }

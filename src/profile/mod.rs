@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
+use crate::service::Service;
 
 pub use layers::{Override, ProfileError, load, shipped, shipped_names};
 
@@ -165,6 +166,8 @@ pub struct ProxyProfile {
     pub max_body_bytes: usize,
     /// Most requests at once.
     pub max_in_flight: usize,
+    /// How clients are served.
+    pub service: Service,
 }
 
 /// How long things may take.

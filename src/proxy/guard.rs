@@ -70,7 +70,10 @@ impl GuardedBody {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
             idle: Box::pin(tokio::time::sleep(guarded.idle)),
-            gone: Box::pin(guarded.seat.gone()),
+            gone: Box::pin({
+                let seat = Arc::clone(&guarded.seat);
+                async move { seat.gone().await }
+            }),
             guarded,
         }
     }

@@ -3,6 +3,7 @@
 //! `flow` reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
 //! does not know who starts them, from which profile, or what arguments they got.
 
+mod answer;
 mod body;
 mod canary;
 mod error;
@@ -30,6 +31,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::connector::Connector;
 use crate::fleet::{FleetView, Role};
+use crate::service::Service;
 
 pub use canary::{CanaryError, CanaryReport, Transferred};
 pub use notify::{Notifications, NotifyError};
@@ -61,6 +63,8 @@ pub struct Settings {
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.
     pub max_in_flight: usize,
+    /// How clients are served.
+    pub service: Service,
 }
 
 /// A proxy. Clones are the same proxy.

@@ -3,6 +3,7 @@
 //! Knows nothing of HTTP; whether the chosen engine still lets a request in is the caller's to find out.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 use crate::fleet::{EngineId, EngineView};
 
@@ -12,11 +13,11 @@ use crate::fleet::{EngineId, EngineView};
 /// a role; when that one is lost only its own sessions move (rendezvous hashing). Engines already tried for this
 /// request come last.
 pub(super) fn in_order<'view>(
-    mut candidates: Vec<&'view EngineView>,
+    mut candidates: Vec<&'view Arc<EngineView>>,
     turn: usize,
     session: Option<&str>,
     tried: &[EngineId],
-) -> Vec<&'view EngineView> {
+) -> Vec<&'view Arc<EngineView>> {
     if let Some(session) = session {
         candidates.sort_by_cached_key(|engine| std::cmp::Reverse(affinity(session, &engine.id)));
     } else if !candidates.is_empty() {
@@ -37,14 +38,12 @@ fn affinity(session: &str, engine: &EngineId) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use proptest::prelude::*;
 
     use super::*;
     use crate::fleet::{Endpoint, EngineState, Incarnation, Load, Role};
 
-    fn engines(count: usize) -> Vec<EngineView> {
+    fn engines(count: usize) -> Vec<Arc<EngineView>> {
         (0..count)
             .map(|index| EngineView {
                 id: EngineId::new(Role::Decode, index),
@@ -62,10 +61,11 @@ mod tests {
                 restart_at: None,
                 load: Arc::new(Load::default()),
             })
+            .map(Arc::new)
             .collect()
     }
 
-    fn first(engines: &[EngineView], turn: usize, session: Option<&str>, tried: &[EngineId]) -> Option<EngineId> {
+    fn first(engines: &[Arc<EngineView>], turn: usize, session: Option<&str>, tried: &[EngineId]) -> Option<EngineId> {
         in_order(engines.iter().collect(), turn, session, tried)
             .first()
             .map(|engine| engine.id.clone())
@@ -98,7 +98,7 @@ mod tests {
             let home = first(&all, turn, Some(&session), &[]).expect("an engine");
             prop_assert_eq!(&first(&all, turn.wrapping_add(1), Some(&session), &[]).expect("an engine"), &home);
             let lost = EngineId::new(Role::Decode, lost % count);
-            let rest: Vec<EngineView> = all.into_iter().filter(|engine| engine.id != lost).collect();
+            let rest: Vec<Arc<EngineView>> = all.into_iter().filter(|engine| engine.id != lost).collect();
             let now = first(&rest, turn, Some(&session), &[]).expect("an engine");
             prop_assert!(now == home || lost == home);
         }

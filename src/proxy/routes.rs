@@ -13,6 +13,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::time::Instant;
 
 use super::Shared;
+use super::answer::verbatim;
 use super::error::{ProxyError, Stage};
 use super::flow::{self, Job};
 use super::pick;
@@ -108,7 +109,7 @@ async fn pass_to_decoder(shared: &Arc<Shared>, request: Request) -> Result<Respo
         Ok((head, whole(body).await?))
     };
     let (head, body) = seat.run(Stage::Pass, shared.settings.prefill_deadline, step).await?;
-    Ok(flow::verbatim(head, body))
+    Ok(verbatim(head, body))
 }
 
 /// Whether clients are served: 200 while there is a ready engine of each role.

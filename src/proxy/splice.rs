@@ -13,8 +13,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use super::answer::verbatim;
 use super::error::{Cause, ProxyError, Stage};
-use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id, verbatim};
+use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id};
 use super::guard::{Guarded, GuardedBody};
 use super::ledger::{Consume, Entry};
 use super::metrics::Outcome;

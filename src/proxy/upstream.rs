@@ -2,7 +2,6 @@
 //!
 //! Knows HTTP; knows nothing of prompts, connectors or retries.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -149,38 +148,36 @@ pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {
 /// One request's place on one incarnation of an engine. The engine counts as loaded while it lives.
 #[derive(Debug)]
 pub(super) struct Seat {
-    pub(super) engine: EngineView,
+    pub(super) engine: Arc<EngineView>,
     view: watch::Receiver<Arc<FleetView>>,
     _guard: LoadGuard,
 }
 
 impl Seat {
     /// Takes a place, unless the engine lets nobody in any more.
-    pub(super) fn take(engine: &EngineView, view: &watch::Receiver<Arc<FleetView>>) -> Option<Self> {
+    pub(super) fn take(engine: &Arc<EngineView>, view: &watch::Receiver<Arc<FleetView>>) -> Option<Self> {
         engine.load.try_enter().map(|guard| Self {
-            engine: engine.clone(),
+            engine: Arc::clone(engine),
             view: view.clone(),
             _guard: guard,
         })
     }
 
     /// Returns once this incarnation has gone. A closed load alone is not enough: a draining engine finishes what it has.
-    pub(super) fn gone(&self) -> impl Future<Output = ()> + Send + use<> {
-        let engine = self.engine.clone();
+    pub(super) async fn gone(&self) {
+        let engine = &self.engine;
+        engine.load.closed().await;
         let mut view = self.view.clone();
-        async move {
-            engine.load.closed().await;
-            loop {
-                let lives = view.borrow_and_update().engine(&engine.id).is_some_and(|now| {
-                    now.incarnation == engine.incarnation
-                        && matches!(
-                            now.state,
-                            EngineState::Healthy | EngineState::Ready | EngineState::Draining
-                        )
-                });
-                if !lives || view.changed().await.is_err() {
-                    return;
-                }
+        loop {
+            let lives = view.borrow_and_update().engine(&engine.id).is_some_and(|now| {
+                now.incarnation == engine.incarnation
+                    && matches!(
+                        now.state,
+                        EngineState::Healthy | EngineState::Ready | EngineState::Draining
+                    )
+            });
+            if !lives || view.changed().await.is_err() {
+                return;
             }
         }
     }

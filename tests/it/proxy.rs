@@ -9,6 +9,7 @@ mod canary;
 mod fake;
 mod lmcache;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -246,7 +247,7 @@ async fn an_unreachable_engine_is_retried_elsewhere_and_named_when_there_is_no_o
         message(&body).contains("`prefill`") && message(&body).contains("`prefiller1`"),
         "{body}"
     );
-    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="failed"}"#), "2");
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="failed"}"#), "3");
     rig.finish().await;
 }
 
@@ -435,7 +436,7 @@ async fn a_draining_engine_finishes_what_it_has() {
             view.stage = FleetStage::Draining;
             for engine in &mut view.engines {
                 engine.load.close();
-                engine.state = xpyd::fleet::EngineState::Draining;
+                Arc::make_mut(engine).state = xpyd::fleet::EngineState::Draining;
             }
         });
         let (status, body) = rig.complete(r#"{"prompt":"late"}"#).await;

@@ -9,6 +9,7 @@ use super::*;
 use crate::connector::{Connector, Nixl};
 use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Role};
 use crate::proxy::{Proxy, Settings};
+use crate::service::Service;
 
 /// Brings an entry to where `go` leaves it, drops it, and returns what the decode engine was sent, and the metrics.
 async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
@@ -37,10 +38,11 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         restart_at: None,
         load: Arc::new(Load::default()),
     };
+    let engine = Arc::new(engine);
     let (_fleet, view) = watch::channel(Arc::new(FleetView {
         generation: 1,
         stage: FleetStage::Ready,
-        engines: vec![engine.clone()],
+        engines: vec![Arc::clone(&engine)],
     }));
     let minute = Duration::from_mins(1);
     let settings = Settings {
@@ -53,6 +55,7 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         decode_idle_deadline: minute,
         max_body_bytes: 1,
         max_in_flight: 1,
+        service: Service::default(),
     };
     let proxy = Proxy::new(settings, view.clone(), None);
     let care = Care {

@@ -26,7 +26,7 @@ impl Fleet {
                 }
                 Stage::Over => FleetStage::Stopped,
             },
-            engines: self.engines.iter().map(Engine::view).collect(),
+            engines: self.engines.iter().map(|engine| Arc::new(engine.view())).collect(),
         }
     }
 

@@ -39,7 +39,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
     rig.change(|view| {
         view.stage = FleetStage::Verifying;
         for engine in &mut view.engines {
-            engine.state = EngineState::Healthy;
+            Arc::make_mut(engine).state = EngineState::Healthy;
         }
     });
     let report = rig

@@ -21,6 +21,7 @@ use xpyd::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
 use xpyd::proxy::{Notifications, Proxy, Settings};
+use xpyd::service::Service;
 
 /// No test waits longer than this for something that must happen.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -181,12 +182,13 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         decode_idle_deadline: PATIENCE,
         max_body_bytes: 10_000,
         max_in_flight: 8,
+        service: Service::default(),
     }
 }
 
-fn engine(role: Role, index: usize, port: u16, ranks: u16) -> EngineView {
+fn engine(role: Role, index: usize, port: u16, ranks: u16) -> Arc<EngineView> {
     let ports = |base: u16| (0..ranks).map(|rank| base + rank).collect();
-    EngineView {
+    Arc::new(EngineView {
         id: EngineId::new(role, index),
         role,
         incarnation: Incarnation::FIRST,
@@ -205,7 +207,7 @@ fn engine(role: Role, index: usize, port: u16, ranks: u16) -> EngineView {
         reason: None,
         restart_at: None,
         load: Arc::new(Load::default()),
-    }
+    })
 }
 
 impl Rig {
@@ -221,7 +223,7 @@ impl Rig {
         ranks: u16,
         notifications: Option<Notifications>,
     ) -> Self {
-        let views = |role, ports: &[u16]| -> Vec<EngineView> {
+        let views = |role, ports: &[u16]| -> Vec<Arc<EngineView>> {
             let ports = ports.iter().enumerate();
             ports.map(|(index, port)| engine(role, index, *port, ranks)).collect()
         };
@@ -274,7 +276,7 @@ impl Rig {
     pub(crate) fn lose(&self, role: Role, index: usize) {
         let id = EngineId::new(role, index);
         self.change(|view| {
-            let engine = view.engines.iter_mut().find(|engine| engine.id == id).unwrap();
+            let engine = Arc::make_mut(view.engines.iter_mut().find(|engine| engine.id == id).unwrap());
             engine.state = EngineState::Failed;
             engine.load.close();
         });
