@@ -6,6 +6,7 @@
 mod build;
 mod choose;
 mod respawn;
+mod start_key;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 
 pub use build::{PlanError, build};
 pub use respawn::{fresh_ports_needed, respawn};
+pub use start_key::start_key;
 
 pub use crate::profile::{RestartPolicy, RestartWhen};
 

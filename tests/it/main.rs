@@ -12,6 +12,7 @@ mod proxy;
 mod readme;
 mod restart;
 mod sim;
+mod status;
 mod supervisor;
 mod support;
 mod tidy;
