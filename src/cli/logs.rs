@@ -85,17 +85,11 @@ fn parse_since(text: &str) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    let local = match (text.parse::<Time>(), text.parse::<DateTime>()) {
-        (Ok(time), _) => {
-            let is_to_come = time > now.time();
-            let day = if is_to_come {
-                now.date().yesterday().ok()
-            } else {
-                Some(now.date())
-            };
-            day.map(|day| day.to_datetime(time))
-        }
-        (_, Ok(time)) => Some(time),
+    // The date first: a whole date and time can be read as a time as well, of whatever day.
+    let local = match (text.parse::<DateTime>(), text.parse::<Time>()) {
+        (Ok(local), _) => Some(local),
+        (_, Ok(time)) if time > now.time() => now.date().yesterday().ok().map(|day| day.to_datetime(time)),
+        (_, Ok(time)) => Some(now.date().to_datetime(time)),
         _ => None,
     };
     local
