@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
-use crate::fleet::{EngineId, FleetStage, FleetView};
+use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
@@ -24,6 +24,7 @@ use crate::ui::Printer;
 
 mod kept;
 mod reporting;
+mod starts;
 
 pub use kept::end_kept;
 
@@ -90,7 +91,10 @@ where
         notifications,
         control,
     } = open_sockets(&plan, &run_dir, attach.is_some()).await?;
-    let info = run_info(&plan, &name, &url, detached)?;
+    let info = RunInfo {
+        control_socket: run_dir.socket_path().to_owned(),
+        ..run_info(&plan, &name, &url, detached)?
+    };
     run_dir
         .publish(&info)
         .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
@@ -349,14 +353,20 @@ fn control_state(
     let status = move || {
         let (view, seen) = (view.borrow().clone(), seen.borrow().clone());
         let engines = view.engines.iter().map(|engine| {
-            let phase = seen.phases.get(&engine.id);
-            let started = seen.started.get(&engine.id).filter(|_| engine.state.is_alive());
-            api::EngineStatus {
-                phase: phase.map(|phase| phase.name.to_owned()),
-                percent: phase.map(|phase| phase.percent),
-                uptime_seconds: started.map(|started| started.elapsed().as_secs()),
+            let start = seen.starts.get(&engine.id);
+            let status = api::EngineStatus {
+                phase: start.map(|start| start.phase().to_owned()),
+                uptime_seconds: start
+                    .filter(|_| engine.state.is_alive())
+                    .map(|start| start.began.elapsed().as_secs()),
                 gpus: gpus.get(&engine.id).cloned().unwrap_or_default(),
                 ..api::EngineStatus::from(&**engine)
+            };
+            match start.map(reporting::EngineStart::estimate) {
+                Some(estimate) if engine.state == EngineState::Starting => {
+                    status.starting(estimate.percent, estimate.left)
+                }
+                _ => status,
             }
         });
         api::Status {

@@ -192,6 +192,18 @@ impl fmt::Display for EngineState {
     }
 }
 
+/// How long an engine's start still takes, judged by its last good one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TimeLeft {
+    /// There is nothing to judge it by.
+    #[default]
+    Unknown,
+    /// About this long, and more than nothing.
+    About(Duration),
+    /// It takes longer than the last one did.
+    Longer,
+}
+
 /// Where the whole fleet is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -8,24 +8,53 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Duration, Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use super::starts;
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Role};
-use crate::logs::{self, Phase};
-use crate::plan::Plan;
+use crate::logs::{self, Estimate, PastStart, Phase, Start};
+use crate::plan::{self, Plan};
 use crate::ui::{FleetProgress, Printer, StopProgress, time_span};
 
 /// What only the reporter knows, for the status.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Seen {
-    /// How far each engine's start is.
-    pub(super) phases: HashMap<EngineId, Phase>,
-    /// When each engine began to start.
-    pub(super) started: HashMap<EngineId, Instant>,
+    /// The present start of each engine.
+    pub(super) starts: HashMap<EngineId, EngineStart>,
     /// When the fleet became ready, RFC 3339.
     pub(super) ready_since: Option<String>,
 }
 
-/// How often the number of requests in flight is shown while they are waited for.
+/// One start of an engine.
+#[derive(Debug, Clone)]
+pub(super) struct EngineStart {
+    pub(super) began: Instant,
+    /// How far it is.
+    start: Start,
+    /// How long it took, once the engine is healthy.
+    took: Option<Duration>,
+}
+
+impl EngineStart {
+    fn begin(last: Option<Arc<PastStart>>) -> Self {
+        Self {
+            began: Instant::now(),
+            start: Start::begin(last),
+            took: None,
+        }
+    }
+
+    /// The phase that it is in, from its spawn on.
+    pub(super) fn phase(&self) -> &'static str {
+        self.start.phase().map_or("launching", |phase| phase.name)
+    }
+
+    /// How far it is now.
+    pub(super) fn estimate(&self) -> Estimate {
+        self.start.estimate(self.began.elapsed())
+    }
+}
+
+/// How often what moves with the clock is drawn anew: the time that a start still takes, and requests that are waited for.
 const REFRESH: Duration = Duration::from_millis(500);
 
 /// Reads the phases of every start of an engine from its log, in which each start goes on where the last one ended.
@@ -69,6 +98,10 @@ pub(super) struct Reporter {
     states: HashMap<EngineId, EngineState>,
     seen: Seen,
     published: watch::Sender<Arc<Seen>>,
+    /// What each engine's start is remembered by.
+    keys: HashMap<EngineId, String>,
+    /// The last good starts.
+    past: HashMap<String, Arc<PastStart>>,
 }
 
 impl Reporter {
@@ -92,6 +125,12 @@ impl Reporter {
             states: HashMap::new(),
             seen: Seen::default(),
             published,
+            keys: plan
+                .engines
+                .iter()
+                .map(|engine| (engine.id.clone(), plan::start_key(plan, engine)))
+                .collect(),
+            past: starts::recall(),
         }
     }
 
@@ -115,16 +154,17 @@ impl Reporter {
                     let current = view.borrow_and_update().clone();
                     self.view_changed(&current);
                 }
-                _ = refresh.tick(), if self.stopping.is_some() => {
+                _ = refresh.tick(), if self.stopping.is_some() || self.progress.is_some() => {
                     let current = view.borrow().clone();
                     self.show_stop(&current);
+                    self.show_starts();
                 }
                 Some((engine, phase)) = phases.recv() => {
-                    if let Some(progress) = &mut self.progress {
-                        progress.phase(&engine, phase.name, phase.percent);
+                    if let Some(EngineStart { began, start, .. }) = self.seen.starts.get_mut(&engine) {
+                        start.reach(phase, began.elapsed());
+                        self.publish();
+                        self.show_starts();
                     }
-                    self.seen.phases.insert(engine, phase);
-                    self.publish();
                 }
             }
         }
@@ -148,11 +188,7 @@ impl Reporter {
                 reason = engine.reason,
                 "engine"
             );
-            if engine.state == EngineState::Starting {
-                self.seen.started.insert(engine.id.clone(), Instant::now());
-                self.seen.phases.remove(&engine.id);
-                self.publish();
-            }
+            self.follow_start(engine);
             match &mut self.progress {
                 Some(progress) => progress.state(&engine.id, engine.state),
                 None => self.tell_change(engine, view.stage),
@@ -163,6 +199,49 @@ impl Reporter {
             tracing::info!(stage = %view.stage, "fleet");
             self.stage_changed(view);
         }
+    }
+
+    /// Keeps the start of an engine whose state has changed.
+    fn follow_start(&mut self, engine: &EngineView) {
+        match engine.state {
+            EngineState::Starting => {
+                let last = self.keys.get(&engine.id).and_then(|key| self.past.get(key));
+                let start = EngineStart::begin(last.cloned());
+                self.seen.starts.insert(engine.id.clone(), start);
+                self.publish();
+            }
+            // A view may have been missed.
+            EngineState::Healthy | EngineState::Ready => {
+                if let Some(start) = self.seen.starts.get_mut(&engine.id) {
+                    start.took.get_or_insert(start.began.elapsed());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Draws how far each start is.
+    fn show_starts(&mut self) {
+        let Some(progress) = &mut self.progress else { return };
+        for (engine, start) in &self.seen.starts {
+            let Estimate { percent, left } = start.estimate();
+            progress.phase(engine, start.phase(), percent, left);
+        }
+    }
+
+    /// Says what each engine's start took, in one line, and remembers it for the next run.
+    fn conclude_starts(&self, view: &FleetView) {
+        let took = view.engines.iter().filter_map(|engine| {
+            let start = self.seen.starts.get(&engine.id)?;
+            Some((engine.id.clone(), start.took?, start))
+        });
+        let (mut said, mut good) = (Vec::new(), Vec::new());
+        for (id, took, start) in took {
+            said.push(format!("{id} {}", time_span(took)));
+            good.extend(self.keys.get(&id).map(|key| (key.clone(), start.start.finish(took))));
+        }
+        self.printer.status(format!("started: {}", said.join(", ")));
+        starts::remember(good);
     }
 
     /// What becomes of single engines while the others serve, and every failure.
@@ -198,10 +277,10 @@ impl Reporter {
             FleetStage::Ready => {
                 self.seen.ready_since = Some(jiff::Timestamp::now().to_string());
                 self.publish();
-                self.finish_progress();
+                self.finish_progress(|reporter| reporter.conclude_starts(view));
             }
             FleetStage::Draining | FleetStage::Stopping => {
-                self.finish_progress();
+                self.finish_progress(|_| {});
                 let printer = self.printer;
                 self.stopping
                     .get_or_insert_with(|| StopProgress::new(printer, "press Ctrl+C again to force"));
@@ -227,9 +306,11 @@ impl Reporter {
         }
     }
 
-    fn finish_progress(&mut self) {
+    /// Draws the bars for the last time, with `last_word` below them.
+    fn finish_progress(&mut self, last_word: impl FnOnce(&Self)) {
         if let Some(progress) = self.progress.take() {
             progress.finish();
+            last_word(self);
         }
         if let Some(settled) = self.settled.take() {
             // Nobody waits any more when the run is ending.

@@ -49,7 +49,8 @@ pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
     Ok(ended.code().and_then(status_of).unwrap_or(ExitStatus::Failure))
 }
 
-fn status_of(code: i32) -> Option<ExitStatus> {
+/// The exit status of this number.
+pub(super) fn status_of(code: i32) -> Option<ExitStatus> {
     [
         ExitStatus::Success,
         ExitStatus::Failure,

@@ -152,7 +152,7 @@ async fn wait(
 }
 
 /// Whether this run has ended; another one of its name may be there already.
-fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
+pub(super) fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
     match rundir::find(&info.name) {
         // The lock goes a moment before the process does.
         Ok(found) => Ok(found.is_none_or(|found| !found.is_same_run(info)) && !info.is_alive()),

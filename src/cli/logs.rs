@@ -85,17 +85,11 @@ fn parse_since(text: &str) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    let local = match (text.parse::<Time>(), text.parse::<DateTime>()) {
-        (Ok(time), _) => {
-            let is_to_come = time > now.time();
-            let day = if is_to_come {
-                now.date().yesterday().ok()
-            } else {
-                Some(now.date())
-            };
-            day.map(|day| day.to_datetime(time))
-        }
-        (_, Ok(time)) => Some(time),
+    // The date first: a whole date and time can be read as a time as well, of whatever day.
+    let local = match (text.parse::<DateTime>(), text.parse::<Time>()) {
+        (Ok(local), _) => Some(local),
+        (_, Ok(time)) if time > now.time() => now.date().yesterday().ok().map(|day| day.to_datetime(time)),
+        (_, Ok(time)) => Some(now.date().to_datetime(time)),
         _ => None,
     };
     local
@@ -212,7 +206,7 @@ impl Shown {
         });
         Ok(Self {
             printer,
-            prefixes: RolePrefixes::new(&names),
+            prefixes: RolePrefixes::new(&names, printer.colours_data()),
             names: names.into_iter().map(str::to_owned).collect(),
             merge: merge.map_err(|error| cannot_read(&error))?,
             grep: grep
@@ -247,22 +241,32 @@ impl Shown {
     }
 
     fn print(&self, records: &[Record]) -> Reader {
-        let lines = records.iter().filter_map(|record| {
+        let mut lines = String::new();
+        for record in records {
             let text = plain(&record.line);
-            let is_wanted = self.grep.as_ref().is_none_or(|grep| grep.is_match(&text));
-            is_wanted.then(|| self.line(record, &text))
-        });
-        if self.printer.data_lines(lines).is_ok() {
+            if self.grep.as_ref().is_none_or(|grep| grep.is_match(&text)) {
+                self.add(record, &text, &mut lines);
+            }
+        }
+        if self.printer.data_lines(&lines).is_ok() {
             Reader::There
         } else {
             Reader::Gone
         }
     }
 
-    fn line(&self, record: &Record, text: &str) -> String {
-        if !self.json {
-            return self.prefixes.line(record.log, text);
+    /// Adds a line to `lines`.
+    fn add(&self, record: &Record, text: &str, lines: &mut String) {
+        if self.json {
+            lines.push_str(&self.json(record, text));
+        } else {
+            lines.push_str(self.prefixes.of(record.log));
+            lines.push_str(text);
         }
+        lines.push('\n');
+    }
+
+    fn json(&self, record: &Record, text: &str) -> String {
         let head = Head::of(&record.line);
         let line = JsonLine {
             role: &self.names[record.log],

@@ -140,7 +140,7 @@ impl Wait<'_> {
             if let Some(engine) = engine {
                 progress.state(&engine.id, engine.state);
                 if let (Some(phase), Some(percent)) = (&engine.phase, engine.percent) {
-                    progress.phase(&engine.id, phase, percent);
+                    progress.phase(&engine.id, phase, percent, engine.time_left());
                 }
                 if self.is_done(engine)? {
                     return Ok(());

@@ -1,5 +1,7 @@
 //! `xpyd status`: what a run is doing.
 
+mod watch;
+
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -12,6 +14,9 @@ use crate::fleet::{EngineState, FleetStage};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{self, Printer, Table};
 
+/// Columns from which a whole table is drawn, a usual detail included.
+const WIDE: usize = 112;
+
 /// Arguments of `xpyd status`.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -21,10 +26,24 @@ pub struct Arguments {
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
+    /// Go on until the run ends: drawn anew every so many seconds on a terminal, elsewhere a line for every change
+    #[arg(
+        short,
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        default_missing_value = "1",
+        value_parser = watch::parse_interval
+    )]
+    watch: Option<Duration>,
 }
 
-/// Prints the status of a run. A run that is not there is a failure with its own exit code.
+/// Prints the status of a run. A run that is not there is a failure with its own exit code. A run that is watched ends
+/// the command with its own exit code.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    if let Some(interval) = arguments.watch {
+        return watch::run(&arguments.name, interval, arguments.json, printer).await;
+    }
     let info = running(&arguments.name)?;
     let client = client(&info)?;
     let status = client.status().await.map_err(|error| {
@@ -33,7 +52,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     if arguments.json {
         printer.data(serde_json::to_string_pretty(&status).map_err(|error| Failure::new(ExitStatus::Bug, error))?);
     } else {
-        print(&status, printer);
+        printer.data(picture(&status, usize::MAX));
     }
     Ok(ExitStatus::Success)
 }
@@ -78,21 +97,30 @@ pub(super) fn logs_command(name: &str) -> String {
     }
 }
 
-fn print(status: &Status, printer: Printer) {
+/// The status for people. Columns that do not fit `width` beside the detail are left out.
+fn picture(status: &Status, width: usize) -> String {
     let run = &status.run;
     let age = since(&run.started_at)
         .map(|age| format!(", up for {age}"))
         .unwrap_or_default();
-    printer.data(format!(
-        "run `{}` is {}{age} (pid {})",
-        run.name,
-        stage(status),
-        run.pid
-    ));
-    printer.data(format!("  profile  {}", run.profile));
-    printer.data(format!("  model    {}", run.model));
-    printer.data(format!("  proxy    {} ({} in flight)", run.proxy_url, status.in_flight));
-    printer.data(format!("  logs     {}", run.logs_dir.display()));
+    let engines = if width < WIDE {
+        narrow(&status.engines).to_string()
+    } else {
+        wide(&status.engines).to_string()
+    };
+    [
+        format!("run `{}` is {}{age} (pid {})", run.name, stage(status), run.pid),
+        format!("  profile  {}", run.profile),
+        format!("  model    {}", run.model),
+        format!("  proxy    {} ({} in flight)", run.proxy_url, status.in_flight),
+        format!("  logs     {}", run.logs_dir.display()),
+        String::new(),
+        engines,
+    ]
+    .join("\n")
+}
+
+fn wide(engines: &[EngineStatus]) -> Table<9> {
     let mut table = Table::new([
         "engine",
         "role",
@@ -104,7 +132,7 @@ fn print(status: &Status, printer: Printer) {
         "uptime",
         "detail",
     ]);
-    for engine in &status.engines {
+    for engine in engines {
         table.row([
             engine.id.to_string(),
             engine.role.to_string(),
@@ -121,8 +149,20 @@ fn print(status: &Status, printer: Printer) {
             detail(engine),
         ]);
     }
-    printer.data("");
-    printer.data(table);
+    table
+}
+
+fn narrow(engines: &[EngineStatus]) -> Table<4> {
+    let mut table = Table::new(["engine", "state", "in flight", "detail"]);
+    for engine in engines {
+        table.row([
+            engine.id.to_string(),
+            ui::state(engine.state),
+            engine.in_flight.to_string(),
+            detail(engine),
+        ]);
+    }
+    table
 }
 
 fn stage(status: &Status) -> String {
@@ -145,7 +185,10 @@ fn since(time: &str) -> Option<String> {
 /// What the state alone does not say.
 fn detail(engine: &EngineStatus) -> String {
     let start = match (&engine.phase, engine.percent, engine.state) {
-        (Some(phase), Some(percent), EngineState::Starting) => Some(format!("{phase} ({percent} %)")),
+        (Some(phase), Some(percent), EngineState::Starting) => {
+            let left = ui::time_left(engine.time_left());
+            Some(format!("{phase} ({percent} %{left})"))
+        }
         _ => None,
     };
     let restarts = (engine.incarnation > 1).then(|| format!("start {}", engine.incarnation));

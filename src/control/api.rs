@@ -10,15 +10,16 @@
 //!
 //! Every other answer carries an [`ErrorBody`]. Readers ignore fields that they do not know, so fields may be added.
 
-use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::rundir::RunInfo;
-use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, Role};
+use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, Role, TimeLeft};
 
 /// Everything a run tells about itself.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Who runs, and where its files are.
     pub run: RunInfo,
@@ -43,10 +44,49 @@ impl Status {
             .map(|engine| engine.id.clone())
             .collect()
     }
+
+    /// The same without what only moves with the clock, to tell what has changed.
+    #[must_use]
+    pub fn timeless(&self) -> Self {
+        let mut status = self.clone();
+        status.drain_seconds_left = None;
+        for engine in &mut status.engines {
+            engine.uptime_seconds = None;
+            engine.eta_seconds = None;
+            engine.restart_in_seconds = None;
+        }
+        status
+    }
+}
+
+impl EngineStatus {
+    /// The same of an engine whose start is so far.
+    #[must_use]
+    pub fn starting(self, percent: u8, left: TimeLeft) -> Self {
+        let eta_seconds = match left {
+            TimeLeft::About(left) => Some(left.as_secs().max(1)),
+            TimeLeft::Unknown | TimeLeft::Longer => None,
+        };
+        Self {
+            percent: Some(percent),
+            eta_seconds,
+            slower_than_last: left == TimeLeft::Longer,
+            ..self
+        }
+    }
+
+    /// How long its start still takes.
+    pub fn time_left(&self) -> TimeLeft {
+        match self.eta_seconds {
+            Some(seconds) => TimeLeft::About(Duration::from_secs(seconds)),
+            None if self.slower_than_last => TimeLeft::Longer,
+            None => TimeLeft::Unknown,
+        }
+    }
 }
 
 /// What a status tells about one engine.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineStatus {
     /// Its name.
     pub id: EngineId,
@@ -56,8 +96,14 @@ pub struct EngineStatus {
     pub state: EngineState,
     /// The phase of its start, from its log: `loading weights`.
     pub phase: Option<String>,
-    /// How far its start is, 0 to 100.
+    /// How far its start is, 0 to 100; 100 only once it is ready.
     pub percent: Option<u8>,
+    /// About how many seconds its start still takes, judged by the last good one; `None` where that says nothing.
+    #[serde(default)]
+    pub eta_seconds: Option<u64>,
+    /// Whether its start takes longer than the last good one did.
+    #[serde(default)]
+    pub slower_than_last: bool,
     /// Its leader's process id.
     pub pid: Option<u32>,
     /// Port of its OpenAI API.
@@ -77,14 +123,20 @@ pub struct EngineStatus {
 }
 
 impl From<&EngineView> for EngineStatus {
-    /// What the fleet's view knows. Phase, percentage, GPUs and uptime are known elsewhere and start empty.
+    /// What the fleet's view knows. Phase, GPUs, uptime, and how far a start is, are known elsewhere and start empty.
     fn from(view: &EngineView) -> Self {
         Self {
             id: view.id.clone(),
             role: view.role,
             state: view.state,
             phase: None,
-            percent: None,
+            percent: match view.state {
+                EngineState::Healthy => Some(99),
+                EngineState::Ready => Some(100),
+                _ => None,
+            },
+            eta_seconds: None,
+            slower_than_last: false,
             pid: view.pid,
             port: view.endpoint.port,
             gpus: Vec::new(),

@@ -118,6 +118,9 @@ pub struct RunInfo {
     pub model: String,
     /// Where clients send requests: `http://127.0.0.1:9100`.
     pub proxy_url: String,
+    /// Where programs ask about the run, and stop it: HTTP over this Unix socket.
+    #[serde(default)]
+    pub control_socket: PathBuf,
     /// The folder with the run's logs, absolute.
     pub logs_dir: PathBuf,
     /// Prefill engines first, each role in number order.
@@ -140,7 +143,7 @@ pub struct RunEngine {
 }
 
 impl RunInfo {
-    /// What this process can say of itself. Profile, model, proxy, logs and engines start empty.
+    /// What this process can say of itself. Profile, model, proxy, socket, logs and engines start empty.
     pub fn of_this_process(name: &str) -> io::Result<Self> {
         let pid = std::process::id();
         Ok(Self {
@@ -152,6 +155,7 @@ impl RunInfo {
             profile: String::new(),
             model: String::new(),
             proxy_url: String::new(),
+            control_socket: PathBuf::new(),
             logs_dir: PathBuf::new(),
             engines: Vec::new(),
             started_at: jiff::Timestamp::now().to_string(),

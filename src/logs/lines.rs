@@ -3,7 +3,10 @@
 //! A progress bar redraws itself with `\r`, so that ends a line too; what it overwrites is a line of its own. Lines are
 //! bytes until they are shown, because engines print whatever they want.
 
+use std::borrow::Cow;
 use std::mem;
+
+use memchr::memchr2;
 
 /// The longest line in bytes. A longer one arrives in pieces, so that no line can fill the memory.
 pub const MAX_LINE: usize = 64 * 1024;
@@ -23,7 +26,7 @@ impl LineSplitter {
     /// Takes the next bytes and gives each line that they complete to `take`.
     pub fn feed(&mut self, bytes: &[u8], mut take: impl FnMut(Vec<u8>)) {
         let mut rest = bytes;
-        while let Some(end) = rest.iter().position(|byte| matches!(byte, b'\n' | b'\r')) {
+        while let Some(end) = memchr2(b'\n', b'\r', rest) {
             self.extend(&rest[..end], &mut take);
             let line = mem::take(&mut self.partial);
             let is_return = rest[end] == b'\r';
@@ -74,16 +77,17 @@ fn piece_end(line: &[u8]) -> usize {
 
 /// A line as plain text: colours and everything else that would move a terminal's cursor are gone, and what is no
 /// UTF-8 is replaced.
-pub fn plain(line: &[u8]) -> String {
+pub fn plain(line: &[u8]) -> Cow<'_, str> {
     // Nearly every line is like this, and a log may have millions.
     if line.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
-        return String::from_utf8_lossy(line).into_owned();
+        return String::from_utf8_lossy(line);
     }
-    anstream::adapter::strip_str(&String::from_utf8_lossy(line))
+    let plain = anstream::adapter::strip_str(&String::from_utf8_lossy(line))
         .to_string()
         .chars()
         .filter(|letter| !letter.is_control() || *letter == '\t')
-        .collect()
+        .collect();
+    Cow::Owned(plain)
 }
 
 #[cfg(test)]

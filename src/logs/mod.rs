@@ -4,6 +4,7 @@
 //! xpyd runs, and a slow reader never holds an engine up. Nothing here prints.
 
 pub mod causes;
+pub mod estimate;
 pub mod folder;
 pub mod follow;
 pub mod lines;
@@ -15,6 +16,7 @@ pub mod stamp;
 pub mod start;
 
 pub use causes::{Diagnosis, Hint, Retry, diagnose, first_error, first_error_in, hints};
+pub use estimate::{Estimate, PastStart, Start};
 pub use folder::{RunFolder, create_run_folder};
 pub use follow::Follower;
 pub use merge::Merge;

@@ -15,8 +15,10 @@ use crate::fleet::EngineId;
 pub struct Phase {
     /// For people: `loading weights`.
     pub name: &'static str,
-    /// How far the whole start is, 0 to 100.
+    /// How far the whole start is, 0 to 100: a guess for an engine on a warm machine.
     pub percent: u8,
+    /// How much of this step is done, 0 to 100, where the engine counts it itself.
+    pub done: Option<u8>,
 }
 
 impl Phase {
@@ -33,7 +35,8 @@ pub struct PhaseTracker {
     any: RegexSet,
     /// Reads the percentage.
     each: Vec<Regex>,
-    reached: Option<Phase>,
+    /// The marker last reached and how much of its step was done.
+    reached: Option<(usize, Option<u8>)>,
 }
 
 impl PhaseTracker {
@@ -55,38 +58,43 @@ impl PhaseTracker {
     /// Takes the next line of the log; the phase if this line changed it.
     pub fn feed(&mut self, line: &str) -> Option<Phase> {
         let line = plain(line.trim_end().as_bytes());
-        let phase = self
+        let news = self
             .any
             .matches(&line)
             .into_iter()
-            .map(|index| self.phase_of(index, &line))
-            .max_by_key(|phase| phase.percent)?;
-        let is_news = self.reached.is_none_or(|reached| phase.percent > reached.percent);
-        is_news.then(|| *self.reached.insert(phase))
+            .map(|index| (index, self.done_in(index, &line)))
+            .max()?;
+        if self.reached.is_some_and(|reached| news <= reached) {
+            return None;
+        }
+        self.reached = Some(news);
+        self.reached()
     }
 
     /// The phase reached so far.
     pub fn reached(&self) -> Option<Phase> {
-        self.reached
+        self.reached.map(|(index, done)| self.phase_of(index, done))
     }
 
-    /// The phase that `line` shows, which matches the marker with this index. A percentage in the line is of the span
-    /// up to the next marker.
-    fn phase_of(&self, index: usize, line: &str) -> Phase {
+    /// The percentage in a line that matches the marker with this index.
+    fn done_in(&self, index: usize, line: &str) -> Option<u8> {
+        let percent: u8 = self.each[index].captures(line)?.get(1)?.as_str().parse().ok()?;
+        Some(percent.min(100))
+    }
+
+    /// The phase that the marker with this index begins. What is done of it is done of the span up to the next marker.
+    fn phase_of(&self, index: usize, done: Option<u8>) -> Phase {
         let marker = &self.markers[index];
         let next = self.markers[index + 1..]
             .iter()
             .map(|next| next.percent)
             .find(|percent| *percent > marker.percent)
             .unwrap_or(Phase::LAST_PERCENT);
-        let done: u16 = self.each[index]
-            .captures(line)
-            .and_then(|captures| captures.get(1)?.as_str().parse().ok())
-            .unwrap_or(0);
-        let within = u16::from(next - marker.percent) * done.min(100) / 100;
+        let within = u16::from(next - marker.percent) * u16::from(done.unwrap_or(0)) / 100;
         Phase {
             name: marker.phase,
             percent: marker.percent + u8::try_from(within).expect("at most the span, which is a u8"),
+            done,
         }
     }
 }

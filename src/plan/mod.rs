@@ -6,6 +6,7 @@
 mod build;
 mod choose;
 mod respawn;
+mod start_key;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::service::Service;
 
 pub use build::{PlanError, build};
 pub use respawn::{fresh_ports_needed, respawn};
+pub use start_key::start_key;
 
 pub use crate::profile::{RestartPolicy, RestartWhen};
 

@@ -3,19 +3,21 @@
 pub mod bench;
 pub mod prefix;
 pub mod progress;
+pub mod screen;
 pub mod table;
 
-use std::fmt::{Display, Write as _};
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use anstream::{AutoStream, ColorChoice};
 use owo_colors::OwoColorize;
 
-use crate::fleet::EngineState;
+use crate::fleet::{EngineState, TimeLeft};
 
 pub use prefix::RolePrefixes;
 pub use progress::{FleetProgress, StopProgress};
+pub use screen::Screen;
 pub use table::Table;
 
 /// Writes to the terminal. Colours are dropped where the stream is not a terminal or `NO_COLOR` is set.
@@ -31,15 +33,21 @@ impl Printer {
         drop(writeln!(anstream::stdout(), "{line}"));
     }
 
-    /// Many lines of data at once. The error says that nobody reads any more, which ends an endless command.
-    pub fn data_lines(self, lines: impl IntoIterator<Item = impl Display>) -> io::Result<()> {
-        let text = lines.into_iter().fold(String::new(), |mut text, line| {
-            writeln!(text, "{line}").expect("a string takes everything");
-            text
-        });
-        let mut stdout = anstream::stdout().lock();
+    /// Many lines of data at once, each with its end. The error says that nobody reads any more, which ends an endless
+    /// command.
+    pub fn data_lines(self, text: &str) -> io::Result<()> {
+        // Logs have gigabytes: a text without colours is written as it is, a whole batch at once.
+        if AutoStream::choice(&io::stdout()) == ColorChoice::Never && text.contains('\x1b') {
+            return anstream::stdout().lock().write_all(text.as_bytes());
+        }
+        let mut stdout = io::stdout().lock();
         stdout.write_all(text.as_bytes())?;
         stdout.flush()
+    }
+
+    /// Whether stdout shows colours.
+    pub fn colours_data(self) -> bool {
+        AutoStream::choice(&io::stdout()) != ColorChoice::Never
     }
 
     /// Data without a line end, flushed at once: tokens as they arrive.
@@ -79,6 +87,15 @@ pub fn time_span(span: Duration) -> String {
         0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
         _ => format!("{} h {:02} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+/// What a start still takes, to stand behind how far it is: `, about 40 s left`. Empty where that is unknown.
+pub fn time_left(left: TimeLeft) -> String {
+    match left {
+        TimeLeft::Unknown => String::new(),
+        TimeLeft::About(left) => format!(", about {} left", time_span(left.max(Duration::from_secs(1)))),
+        TimeLeft::Longer => ", longer than last time".to_owned(),
     }
 }
 

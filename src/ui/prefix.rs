@@ -24,22 +24,23 @@ pub struct RolePrefixes {
 
 impl RolePrefixes {
     /// A prefix per name. A single log needs none, so its lines stay as they are.
-    pub fn new(names: &[&str]) -> Self {
+    pub fn new(names: &[&str], coloured: bool) -> Self {
         let widest = names.iter().map(|name| width(name)).max().unwrap_or(0);
         let prefixes = names
             .iter()
             .zip(COLOURS.iter().cycle())
             .map(|(name, colour)| match names {
                 [_] => String::new(),
-                _ => format!("{} ", format!("{name:widest$} |").color(*colour)),
+                _ if coloured => format!("{} ", format!("{name:widest$} |").color(*colour)),
+                _ => format!("{name:widest$} | "),
             })
             .collect();
         Self { prefixes }
     }
 
-    /// `line` as one of the log with this index.
-    pub fn line(&self, index: usize, line: &str) -> String {
-        format!("{}{line}", self.prefixes[index])
+    /// What stands before the lines of the log with this index.
+    pub fn of(&self, index: usize) -> &str {
+        &self.prefixes[index]
     }
 }
 
@@ -51,10 +52,14 @@ mod tests {
 
     #[test]
     fn several_logs_get_names_of_one_width_and_a_single_one_gets_none() {
-        let prefixes = RolePrefixes::new(&["prefiller1", "proxy"]);
-        let shown = [prefixes.line(0, "a"), prefixes.line(1, "b")].map(|line| strip_str(&line).to_string());
-        assert_eq!(shown, ["prefiller1 | a", "proxy      | b"]);
-        assert_ne!(prefixes.line(0, "")[..5], prefixes.line(1, "")[..5]);
-        assert_eq!(RolePrefixes::new(&["proxy"]).line(0, "b"), "b");
+        let names = ["prefiller1", "proxy"];
+        let (plain, coloured) = (RolePrefixes::new(&names, false), RolePrefixes::new(&names, true));
+        assert_eq!([plain.of(0), plain.of(1)], ["prefiller1 | ", "proxy      | "]);
+        assert_eq!(
+            [0, 1].map(|index| strip_str(coloured.of(index)).to_string()),
+            [0, 1].map(|index| plain.of(index))
+        );
+        assert_ne!(coloured.of(0)[..5], coloured.of(1)[..5]);
+        assert_eq!(RolePrefixes::new(&["proxy"], true).of(0), "");
     }
 }

@@ -6,19 +6,21 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressFinish, 
 use owo_colors::{AnsiColors, OwoColorize};
 use tokio::time::Instant;
 
-use super::{Printer, time_span};
-use crate::fleet::{EngineId, EngineState, Role};
+use super::{Printer, time_left, time_span};
+use crate::fleet::{EngineId, EngineState, Role, TimeLeft};
 
 /// How often the spinner turns.
 const TICK: Duration = Duration::from_millis(100);
 
 // All of them fit 80 columns.
 /// An engine whose start is under way.
-const MOVING: &str = "{spinner:.cyan} {prefix}  {bar:18.cyan/dim} {pos:>3} %  {msg:20}  {time:.dim}";
+const MOVING: &str = "{spinner:.cyan} {prefix}  {bar:10.cyan/dim} {pos:>3} %  {msg:20}  {time:.dim}";
+/// An engine whose start is under way, and is known to take about so long.
+const COUNTED: &str = "{spinner:.cyan} {prefix}  {bar:10.cyan/dim} {pos:>3} %  {msg}";
 /// An engine that waits for its turn, or has arrived somewhere.
-const RESTING: &str = "{prefix}  {bar:18.green/dim} {pos:>3} %  {msg}";
+const RESTING: &str = "{prefix}  {bar:10.green/dim} {pos:>3} %  {msg}";
 /// An engine that failed.
-const BROKEN: &str = "{prefix}  {bar:18.red/dim} {pos:>3} %  {msg}";
+const BROKEN: &str = "{prefix}  {bar:10.red/dim} {pos:>3} %  {msg}";
 /// The end of a run.
 const ENDING: &str = "{spinner:.yellow} {msg}";
 
@@ -89,8 +91,8 @@ impl FleetProgress {
         }
     }
 
-    /// The engine's start has reached a phase; `percent` is how far the whole start is.
-    pub fn phase(&mut self, engine: &EngineId, phase: &str, percent: u8) {
+    /// The engine's start is in a phase; `percent` and `left` are of the whole start.
+    pub fn phase(&mut self, engine: &EngineId, phase: &str, percent: u8, left: TimeLeft) {
         let Some(line) = self.lines.iter_mut().find(|line| line.id == *engine) else {
             return;
         };
@@ -100,9 +102,10 @@ impl FleetProgress {
             return;
         }
         line.bar.set_position(u64::from(percent));
-        line.bar.set_message(phase.to_owned());
+        line.count(phase, left);
         if is_new && !self.redraws {
-            self.printer.status(line.plain(&format!("{phase} ({percent} %)")));
+            self.printer
+                .status(line.plain(&format!("{phase} ({percent} %{})", time_left(left))));
         }
     }
 
@@ -139,6 +142,21 @@ impl FleetProgress {
 }
 
 impl EngineLine {
+    /// Shows the phase, and what the start still takes where that is known; else how long it has taken.
+    fn count(&self, phase: &str, left: TimeLeft) {
+        let left = match left {
+            TimeLeft::Unknown => {
+                self.bar.set_style(style(MOVING));
+                self.bar.set_message(phase.to_owned());
+                return;
+            }
+            TimeLeft::About(left) => format!("{} left", time_span(left.max(Duration::from_secs(1)))),
+            TimeLeft::Longer => "slower this time".to_owned(),
+        };
+        self.bar.set_style(style(COUNTED));
+        self.bar.set_message(format!("{phase:20}  {}", left.dimmed()));
+    }
+
     fn draw(&self) {
         let took = time_span(self.started.elapsed());
         let (mark, template, message) = match self.state {
@@ -173,8 +191,11 @@ impl EngineLine {
         self.bar.disable_steady_tick();
         self.bar.set_style(style(template));
         self.bar.set_prefix(format!("{mark} {}", self.label));
-        if matches!(self.state, EngineState::Healthy | EngineState::Ready) {
-            self.bar.set_position(100);
+        match self.state {
+            // A hand-off must still be proven.
+            EngineState::Healthy => self.bar.set_position(99),
+            EngineState::Ready => self.bar.set_position(100),
+            _ => {}
         }
         self.bar.set_message(message);
     }
@@ -282,7 +303,7 @@ mod tests {
 
     #[test]
     fn every_template_makes_a_style() {
-        for template in [MOVING, RESTING, BROKEN, ENDING] {
+        for template in [MOVING, COUNTED, RESTING, BROKEN, ENDING] {
             style(template);
         }
     }
@@ -302,7 +323,7 @@ mod tests {
             "decoder1    loading weights (56 %)  12 s"
         );
         // A restart begins a new count and forgets the old phase.
-        progress.phase(&engines[1].0, "loading weights", 56);
+        progress.phase(&engines[1].0, "loading weights", 56, TimeLeft::Unknown);
         progress.state(&engines[1].0, EngineState::Failed);
         progress.state(&engines[1].0, EngineState::Starting);
         assert_eq!(progress.lines[1].phase, None);

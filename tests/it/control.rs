@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
 
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
@@ -234,6 +235,49 @@ async fn a_run_that_is_not_there_is_an_error_that_names_the_socket() {
     let error = ControlClient::new(&socket).unwrap().status().await.unwrap_err();
     assert!(matches!(error, ClientError::NoAnswer { .. }));
     assert!(error.to_string().contains("control.sock"), "{error}");
+}
+
+/// What another user's process gets from the socket, by a plain request.
+fn ask_as(uid: Option<u32>, socket: &Path) -> std::io::Result<String> {
+    let socket = socket.to_owned();
+    // The kernel keeps users by thread; this one ends with its new one.
+    let asking = std::thread::spawn(move || {
+        if let Some(uid) = uid {
+            rustix::thread::set_thread_uid(rustix::thread::Uid::from_raw(uid))?;
+        }
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket)?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        stream.write_all(b"GET /v1/status HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    });
+    asking.join().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn another_user_is_refused_even_where_the_folder_is_open() {
+    if !nix::unistd::getuid().is_root() {
+        // Nobody else can become another user.
+        return;
+    }
+    let root = root();
+    let server = start_server(root.path());
+    let socket = server.run.socket_path().to_owned();
+    for (path, mode) in [(root.path(), 0o755), (&root.path().join("a"), 0o755), (&socket, 0o666)] {
+        fs_err::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    }
+    let own = ask_as(None, &socket).unwrap();
+    assert!(own.starts_with("HTTP/1.1 200"), "{own}");
+    let other = ask_as(Some(65_534), &socket);
+    // Nothing was said, whether or not the request could still be sent.
+    assert!(
+        other.as_ref().map_or_else(
+            |error| matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset),
+            String::is_empty
+        ),
+        "{other:?}"
+    );
 }
 
 /// The commands that need a run.

@@ -13,6 +13,7 @@ mod proxy;
 mod readme;
 mod restart;
 mod sim;
+mod status;
 mod supervisor;
 mod support;
 mod tidy;

@@ -81,6 +81,7 @@ impl Place {
             command.env_remove(name);
         }
         command.env("HF_HOME", self.path().join("huggingface"));
+        command.env("XDG_STATE_HOME", self.path().join("state"));
         command
     }
 
@@ -174,7 +175,7 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>
     }
 }
 
-/// A running `xpyd`, whose stderr is read as it comes.
+/// A running `xpyd`, of which everything that it prints is read as it comes.
 pub(crate) struct Run<'place> {
     place: &'place Place,
     child: Child,
@@ -184,16 +185,16 @@ pub(crate) struct Run<'place> {
 
 impl<'place> Run<'place> {
     pub(crate) fn start(place: &'place Place, arguments: &[&str]) -> Self {
-        let mut child = place
+        let (output, input) = std::io::pipe().expect("a pipe");
+        let child = place
             .command(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(input.try_clone().expect("a pipe"))
+            .stderr(input)
             .spawn()
             .expect("xpyd starts");
-        let stderr = child.stderr.take().expect("a pipe");
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
                 if sender.send(line).is_err() {
                     return;
                 }
@@ -235,7 +236,7 @@ impl<'place> Run<'place> {
         kill(Pid::from_raw(self.pid()), signal).expect("xpyd is there");
     }
 
-    /// Waits for the end and returns the exit code, and everything that was printed to stderr.
+    /// Waits for the end and returns the exit code, and everything that was printed.
     pub(crate) fn end(mut self) -> (i32, String) {
         let status = wait_for("the end of xpyd", || match self.child.try_wait() {
             Ok(Some(status)) => Ok(status),

@@ -1,0 +1,81 @@
+//! What an engine's start is known by from one run to the next. PURE.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use super::{EngineSpec, Plan};
+
+/// Equal for two starts that can be expected to take equally long: of the same engine, with the same program, model,
+/// arguments and number of GPUs, whatever the ports and the folder of the run.
+///
+/// It need not stay the same from one version of xpyd to the next: then only the past is forgotten.
+pub fn start_key(plan: &Plan, spec: &EngineSpec) -> String {
+    let ports: Vec<u16> = plan.ports().into_iter().map(|(port, _)| port).collect();
+    let folder = plan.run_dir.display().to_string();
+    let mut hasher = DefaultHasher::new();
+    (spec.id.as_str(), plan.engine, &plan.model, spec.gpus.len()).hash(&mut hasher);
+    for argument in &spec.argv {
+        without_ports(&argument.replace(&folder, "RUN"), &ports).hash(&mut hasher);
+    }
+    format!("{:016x}", hasher.finish())
+}
+
+/// `text` with a name in place of every number that is one of `ports`.
+fn without_ports(text: &str, ports: &[u16]) -> String {
+    let is_digit = |letter: char| letter.is_ascii_digit();
+    let mut rest = text;
+    let mut result = String::new();
+    while let Some(begin) = rest.find(is_digit) {
+        let (before, from) = rest.split_at(begin);
+        let (number, after) = from.split_at(from.find(|letter| !is_digit(letter)).unwrap_or(from.len()));
+        let is_port = number.parse().is_ok_and(|number| ports.contains(&number));
+        result.push_str(before);
+        result.push_str(if is_port { "PORT" } else { number });
+        rest = after;
+    }
+    result + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::machine::Machine;
+    use crate::plan::build;
+    use crate::profile::{Override, load};
+
+    /// The keys of a plan's engines.
+    fn keys(profile: &str, overrides: &[Override], folder: &str) -> Vec<String> {
+        let profile = load(profile, overrides).expect("a profile");
+        let machine = Machine::fixture(4, "0.25.1", Some("0.3.9"));
+        let plan = build(&profile, &machine, Path::new(folder)).expect("a plan");
+        plan.engines.iter().map(|spec| start_key(&plan, spec)).collect()
+    }
+
+    #[test]
+    fn ports_and_folders_make_no_difference_and_all_else_does() {
+        let keys_of = |overrides: &[Override]| keys("2p2d", overrides, "/logs/a");
+        let known = keys_of(&[]);
+        let moved = [Override::flag("--port-offset", "port_offset", 40)];
+        assert_eq!(keys("2p2d", &moved, "/logs/b"), known);
+        let mut unique = known.clone();
+        unique.sort();
+        unique.dedup();
+        assert_eq!(unique.len(), 4, "each engine has its own");
+        for other in [
+            Override::flag("--model", "model", "other"),
+            Override::flag("--set", "vllm.max_model_len", 4096),
+            Override::flag("--engine", "engine", "sim"),
+        ] {
+            assert!(keys_of(&[other]).iter().all(|key| !known.contains(key)));
+        }
+    }
+
+    #[test]
+    fn only_whole_numbers_are_ports() {
+        assert_eq!(
+            without_ports("a:7100/71001 {\"b\":7100} ü7", &[7100]),
+            "a:PORT/71001 {\"b\":PORT} ü7"
+        );
+    }
+}
