@@ -22,11 +22,14 @@ use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
 use crate::ui::Printer;
 
+mod causes;
 mod kept;
 mod reporting;
 mod starts;
 
 pub use kept::end_kept;
+
+pub use self::causes::Began;
 
 /// How long all canaries may take together. The first hand-off of a fresh pair of real engines can take half a minute.
 const VERIFY_DEADLINE: Duration = Duration::from_mins(5);
@@ -67,11 +70,20 @@ pub struct Ready {
     pub verified_in: Duration,
 }
 
+/// A run that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// How.
+    pub outcome: Outcome,
+    /// Where to read in the logs why.
+    pub began: Began,
+}
+
 /// Runs the fleet until it ends. Once it is ready, `when_ready` runs beside it; when that returns, the fleet is stopped.
 ///
 /// # Errors
 /// When the run cannot begin: a port is taken, a file cannot be written. How a run that began ended is its [`Outcome`].
-pub async fn run<Work>(run: Run, when_ready: impl FnOnce(Ready) -> Work) -> Result<Outcome, Failure>
+pub async fn run<Work>(run: Run, when_ready: impl FnOnce(Ready) -> Work) -> Result<Ended, Failure>
 where
     Work: Future<Output = ()>,
 {
@@ -117,11 +129,13 @@ where
     ));
 
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
+    let (began_sender, began) = watch::channel(Began::new());
     let wiring = supervisor::Wiring {
         signals: forward_signals(&mut parts, &stop)?,
         requests: request_receiver,
         view: view_sender,
         verify: verify(proxy.clone(), verified_sender),
+        explain: causes::explain(&plan, began_sender),
     };
     let work = async {
         if reached_ready(view.clone()).await {
@@ -152,7 +166,8 @@ where
     if let Err(error) = run_dir.record_outcome(outcome.exit_status(), &left) {
         tracing::warn!(error = one_line(&error), "cannot record how the run ended");
     }
-    Ok(outcome)
+    let began = began.borrow().clone();
+    Ok(Ended { outcome, began })
 }
 
 /// Everything that a run listens on itself, and what it holds for its engines.

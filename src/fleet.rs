@@ -137,6 +137,19 @@ impl Exit {
     }
 }
 
+/// Whether starting an engine again can help, as far as the cause of its failure tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Retry {
+    /// It fails in the same way until somebody changes something.
+    Never,
+    /// A race that is rarely lost twice.
+    Once,
+    /// It passes by itself, or nobody knows.
+    #[default]
+    Yes,
+}
+
 /// Where one engine is in its life. `docs` of `supervisor::state` draw the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -155,7 +168,8 @@ pub enum EngineState {
     Stopping,
     /// Stopped on request, its tree is empty.
     Stopped,
-    /// Ended, or was ended, for a reason nobody asked for, and starts again later.
+    /// Ended, or was ended, for a reason nobody asked for, and starts again later, unless its cause turns out to be one
+    /// that would come again.
     Backoff,
     /// Ended, or was ended, for a reason nobody asked for, and stays so.
     Failed,
@@ -287,9 +301,9 @@ pub struct EngineView {
     pub endpoint: Endpoint,
     /// Its leader's process id, once started.
     pub pid: Option<u32>,
-    /// Why it failed, in one line.
+    /// Why it failed, in one line; until it serves again.
     pub reason: Option<String>,
-    /// When it starts again, in [`EngineState::Backoff`].
+    /// When it starts again, in [`EngineState::Backoff`]; `None` while its cause is still looked for.
     pub restart_at: Option<Instant>,
     /// Requests in flight on this incarnation.
     pub load: Arc<Load>,

@@ -65,6 +65,7 @@ pub async fn end_kept(
         signals: forward_signals(&mut parts, &end)?,
         requests: request_receiver,
         view,
+        explain: Box::new(|_| Arc::new(|_| supervisor::Cause::default())),
         verify: Box::new(|_| Box::pin(std::future::pending())),
     };
     let mut progress = StopProgress::new(printer, "press Ctrl+C twice to force");

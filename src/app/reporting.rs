@@ -84,6 +84,31 @@ pub(super) async fn follow_starts(
     }
 }
 
+/// What is compared of two views of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct LastSeen {
+    incarnation: Incarnation,
+    state: EngineState,
+    /// Whether it is known when it starts again.
+    will_start: bool,
+}
+
+impl LastSeen {
+    fn of(engine: &EngineView) -> Self {
+        Self {
+            incarnation: engine.incarnation,
+            state: engine.state,
+            will_start: engine.restart_at.is_some(),
+        }
+    }
+
+    /// Whether the engine, as it is now, failed without a view in between that told so: views are overwritten by later ones.
+    fn missed_failure(self, now: &EngineView) -> bool {
+        let was_told = self.will_start || matches!(self.state, EngineState::Failed | EngineState::Stopped);
+        now.incarnation != self.incarnation && now.reason.is_some() && !was_told
+    }
+}
+
 /// Prints what changes.
 #[derive(Debug)]
 pub(super) struct Reporter {
@@ -95,7 +120,8 @@ pub(super) struct Reporter {
     /// The line of the stop, while there is one.
     stopping: Option<StopProgress>,
     stage: FleetStage,
-    states: HashMap<EngineId, EngineState>,
+    /// What was seen of each engine last.
+    states: HashMap<EngineId, LastSeen>,
     seen: Seen,
     published: watch::Sender<Arc<Seen>>,
     /// What each engine's start is remembered by.
@@ -177,8 +203,9 @@ impl Reporter {
 
     fn view_changed(&mut self, view: &FleetView) {
         for engine in &view.engines {
-            let before = self.states.insert(engine.id.clone(), engine.state);
-            if before == Some(engine.state) {
+            let now = LastSeen::of(engine);
+            let before = self.states.insert(engine.id.clone(), now);
+            if before == Some(now) {
                 continue;
             }
             tracing::info!(
@@ -189,10 +216,14 @@ impl Reporter {
                 "engine"
             );
             self.follow_start(engine);
-            match &mut self.progress {
-                Some(progress) => progress.state(&engine.id, engine.state),
-                None => self.tell_change(engine, view.stage),
+            if let Some(progress) = &mut self.progress {
+                progress.state(&engine.id, engine.state);
+                continue;
             }
+            if before.is_some_and(|before| before.missed_failure(engine)) {
+                self.tell_restart(engine, Instant::now());
+            }
+            self.tell_change(engine, view.stage);
         }
         if view.stage != self.stage {
             self.stage = view.stage;
@@ -251,10 +282,10 @@ impl Reporter {
         match engine.state {
             EngineState::Failed => self.printer.error(format!("{id} failed: {reason}")),
             EngineState::Backoff => {
-                let wait = engine.restart_at.map(|at| at.saturating_duration_since(Instant::now()));
-                let wait = time_span(wait.unwrap_or_default());
-                self.printer
-                    .error(format!("{id} failed: {reason}; it starts again in {wait}"));
+                // Without a time its cause is still looked for, and belongs to what is told.
+                if let Some(at) = engine.restart_at {
+                    self.tell_restart(engine, at);
+                }
             }
             EngineState::Draining if serving => self.printer.status(format!("{id} takes no more requests")),
             EngineState::Stopped if serving => self.printer.status(format!("{id} is stopped")),
@@ -262,6 +293,13 @@ impl Reporter {
             EngineState::Ready => self.printer.status(format!("{id} serves again")),
             _ => {}
         }
+    }
+
+    fn tell_restart(&self, engine: &EngineView, at: Instant) {
+        let (id, reason) = (&engine.id, engine.reason.as_deref().unwrap_or("it ended"));
+        let wait = time_span(at.saturating_duration_since(Instant::now()));
+        self.printer
+            .error(format!("{id} failed: {reason}; it starts again in {wait}"));
     }
 
     fn stage_changed(&mut self, view: &FleetView) {

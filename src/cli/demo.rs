@@ -83,7 +83,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     };
     let num_prompts = arguments.num_prompts;
     let mut worked = Ok(ExitStatus::Success);
-    let outcome = block_on(app::run(run, async |ready: Ready| {
+    let ended = block_on(app::run(run, async |ready: Ready| {
         printer.status(format!(
             "ready: every pair handed over correctly; the OpenAI API is at {}/v1",
             ready.url
@@ -91,7 +91,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         worked = show(&ready, num_prompts, printer).await;
         printer.status("\ntaking everything down");
     }))?;
-    let ended = up::conclude(&outcome, &plan, printer)?;
+    let ended = up::conclude(&ended, &plan, printer)?;
     let worked = worked?;
     if worked == ExitStatus::Success && ended == ExitStatus::Success {
         next_steps(printer);

@@ -166,6 +166,8 @@ impl Wait<'_> {
             (EngineVerb::Drain, EngineState::Stopped) => Ok(true),
             // One that crashed while it drained waits in backoff as well, and then starts as it was asked to.
             (EngineVerb::Restart, EngineState::Backoff) if !is_next => Ok(false),
+            // Its cause is still looked for.
+            (_, EngineState::Backoff) if engine.restart_in_seconds.is_none() => Ok(false),
             (_, EngineState::Failed | EngineState::Backoff) => {
                 let reason = engine.reason.as_deref().unwrap_or("it ended");
                 let failure = Failure::message(ExitStatus::EngineFailed, format!("{} failed: {reason}", self.id));

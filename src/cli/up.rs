@@ -11,11 +11,11 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
 use super::{attach, block_on, detach};
-use crate::app::{self, Ready, Run};
+use crate::app::{self, Began, Ended, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit};
-use crate::logs::{self, Diagnosis, RunFolder};
+use crate::logs::{self, Diagnosis, Position, RunFolder};
 use crate::plan::Plan;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, Outcome};
@@ -88,14 +88,14 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         printer,
     };
     let log = plan.run_dir.join("xpyd.log");
-    let outcome = block_on(app::run(run, async move |ready: Ready| {
+    let ended = block_on(app::run(run, async move |ready: Ready| {
         tell_ready(&ready, detached, printer);
         if detached {
             detach::release_parent(&log);
         }
         std::future::pending::<()>().await;
     }))?;
-    conclude(&outcome, &plan, printer)
+    conclude(&ended, &plan, printer)
 }
 
 /// Takes the lock of the run of this name.
@@ -194,7 +194,8 @@ pub(super) fn seconds(duration: Duration) -> String {
 }
 
 /// Says how the run ended: why, and whether anything is left.
-pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Result<ExitStatus, Failure> {
+pub(super) fn conclude(ended: &Ended, plan: &Plan, printer: Printer) -> Result<ExitStatus, Failure> {
+    let Ended { outcome, began } = ended;
     let status = outcome.exit_status();
     say_what_is_left(outcome, printer);
     match &outcome.ending {
@@ -203,13 +204,13 @@ pub(super) fn conclude(outcome: &Outcome, plan: &Plan, printer: Printer) -> Resu
             printer.status("the stop was forced");
             Ok(status)
         }
-        Ending::EngineFailed { engine, exit, .. } => Err(explained(outcome, plan, engine, *exit)),
+        Ending::EngineFailed { engine, exit, .. } => Err(explained(outcome, plan, began, engine, *exit)),
         Ending::LostRole { engine, .. }
         | Ending::CrashLoop { engine, .. }
         | Ending::NotReady {
             engine: Some(engine), ..
-        } => Err(explained(outcome, plan, engine, None)),
-        Ending::NotReady { engine: None, .. } => Err(hand_off_failed(outcome, plan)),
+        } => Err(explained(outcome, plan, began, engine, None)),
+        Ending::NotReady { engine: None, .. } => Err(hand_off_failed(outcome, plan, began)),
         Ending::SupervisionLost { .. } => Err(in_folder(Failure::message(status, outcome.ending.to_string()), plan)),
     }
 }
@@ -233,18 +234,19 @@ pub(super) fn say_what_is_left(outcome: &Outcome, printer: Printer) {
 
 /// The failure of a run that an engine's failure ended: the first real error of its log, what that means, and what to do
 /// about it.
-fn explained(outcome: &Outcome, plan: &Plan, engine: &EngineId, exit: Option<Exit>) -> Failure {
+fn explained(outcome: &Outcome, plan: &Plan, began: &Began, engine: &EngineId, exit: Option<Exit>) -> Failure {
     let spec = plan.engines.iter().find(|spec| spec.id == *engine);
     let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
-    let diagnosis = logs::diagnose(&log, 0, exit);
+    let diagnosis = logs::diagnose(&log, last_start(began, engine), exit);
     let shown = format!("`xpyd logs {engine} --tail 50` shows its log ({})", log.display());
     with_diagnosis(outcome, diagnosis.as_ref(), shown)
 }
 
 /// The failure of a run whose engines all came up, but do not hand over. One of them may have said why.
-fn hand_off_failed(outcome: &Outcome, plan: &Plan) -> Failure {
+fn hand_off_failed(outcome: &Outcome, plan: &Plan, began: &Began) -> Failure {
     let diagnosed = plan.engines.iter().find_map(|spec| {
-        let diagnosis = logs::diagnose(&plan.run_dir.join(&spec.log_file), 0, None)?;
+        let log = plan.run_dir.join(&spec.log_file);
+        let diagnosis = logs::diagnose(&log, last_start(began, &spec.id), None)?;
         diagnosis.hint.is_some().then_some((spec, diagnosis))
     });
     match diagnosed {
@@ -260,6 +262,11 @@ fn hand_off_failed(outcome: &Outcome, plan: &Plan) -> Failure {
     }
 }
 
+/// Where the engine's last incarnation, which is the one that failed, began to write.
+fn last_start(began: &Began, engine: &EngineId) -> Position {
+    began.get(engine).copied().unwrap_or(Position::START)
+}
+
 fn in_folder(failure: Failure, plan: &Plan) -> Failure {
     failure.hint(format!("the logs of the run are in {}", plan.run_dir.display()))
 }
@@ -268,8 +275,10 @@ fn in_folder(failure: Failure, plan: &Plan) -> Failure {
 fn with_diagnosis(outcome: &Outcome, diagnosis: Option<&Diagnosis>, log_shown_by: String) -> Failure {
     let hint = diagnosis.and_then(|diagnosis| diagnosis.hint);
     let known = hint.map(|hint| format!("{}: {}", hint.title, hint.explanation));
-    let error = diagnosis.and_then(|diagnosis| diagnosis.error.clone());
     let ending = outcome.ending.to_string();
+    let error = diagnosis.and_then(|diagnosis| diagnosis.error.clone());
+    // The reason of an engine that failed while clients were served names it already.
+    let error = error.filter(|error| !ending.contains(error));
     let error = match (known, error) {
         (Some(known), Some(error)) => anyhow::Error::msg(known).context(error).context(ending),
         (Some(cause), None) | (None, Some(cause)) => anyhow::Error::msg(cause).context(ending),

@@ -5,16 +5,16 @@
 //! first one too.
 
 use std::collections::HashMap;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::path::Path;
 
-use fs_err::File;
 use regex::Regex;
 
 use self::hints::Evidence;
-pub use self::hints::{Hint, Retry, hints};
+pub use self::hints::{Hint, hints};
 use super::lines::{LineSplitter, plain};
-use super::phases::PhaseTracker;
+use super::phases::{Phase, PhaseTracker};
+use super::rotation::{self, Position};
 use crate::engine::EngineKind;
 use crate::fleet::Exit;
 
@@ -64,8 +64,8 @@ pub fn first_error<'log>(lines: impl IntoIterator<Item = &'log str>) -> Option<S
     search.finish()
 }
 
-/// [`first_error`] of a log file, from the byte `from` on, which is where the failed incarnation began to write.
-pub fn first_error_in(log: &Path, from: u64) -> io::Result<Option<String>> {
+/// [`first_error`] of a log from `from` on, which is where the failed incarnation began to write.
+pub fn first_error_in(log: &Path, from: Position) -> io::Result<Option<String>> {
     let mut search = Search::new();
     each_line(log, from, |line| search.feed(line))?;
     Ok(search.finish())
@@ -81,12 +81,21 @@ pub struct Diagnosis {
     pub hint: Option<&'static Hint>,
 }
 
-/// Why the engine failed that wrote the log at `log`, from the byte `from` on, which is where its failed incarnation
-/// began to write. `exit` is how its leader ended; `None` if it still ran, so that it hung. `None` if there is nothing
+/// How far the start came that began to write at `from`; `None` if its log shows nothing of it.
+pub fn phase_reached(log: &Path, from: Position, kind: EngineKind) -> io::Result<Option<Phase>> {
+    let mut phases = PhaseTracker::new(kind);
+    each_line(log, from, |line| {
+        phases.feed(line);
+    })?;
+    Ok(phases.reached())
+}
+
+/// Why the engine failed that wrote the log at `log`, from `from` on, which is where its failed incarnation began to
+/// write. `exit` is how its leader ended; `None` if it still ran, so that it hung. `None` if there is nothing
 /// to say. A log that cannot be read says nothing.
 ///
 /// An engine that was asked to stop gets no hint: vLLM fails in many ways when SIGTERM meets its start.
-pub fn diagnose(log: &Path, from: u64, exit: Option<Exit>) -> Option<Diagnosis> {
+pub fn diagnose(log: &Path, from: Position, exit: Option<Exit>) -> Option<Diagnosis> {
     let mut search = Search::new();
     let mut evidence = Evidence::default();
     let mut phases = PhaseTracker::new(EngineKind::Vllm);
@@ -117,14 +126,9 @@ pub fn diagnose(log: &Path, from: u64, exit: Option<Exit>) -> Option<Diagnosis> 
     (error.is_some() || hint.is_some()).then_some(Diagnosis { error, hint })
 }
 
-/// Gives every line of the file's end to `take`, from the byte `from` on.
-fn each_line(log: &Path, from: u64, mut take: impl FnMut(&str)) -> io::Result<()> {
-    let mut file = File::open(log)?;
-    let length = file.metadata()?.len();
-    let start = from.max(length.saturating_sub(SEARCHED));
-    file.seek(SeekFrom::Start(start))?;
-    let mut bytes = Vec::new();
-    file.take(SEARCHED).read_to_end(&mut bytes)?;
+/// Gives every line of the log's end to `take`, from `from` on.
+fn each_line(log: &Path, from: Position, mut take: impl FnMut(&str)) -> io::Result<()> {
+    let bytes = rotation::end_since(log, from, SEARCHED)?;
     let mut splitter = LineSplitter::default();
     splitter.feed(&bytes, |line| take(&String::from_utf8_lossy(&line)));
     if let Some(line) = splitter.finish() {

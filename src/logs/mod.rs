@@ -15,12 +15,13 @@ mod rotation;
 pub mod stamp;
 pub mod start;
 
-pub use causes::{Diagnosis, Hint, Retry, diagnose, first_error, first_error_in, hints};
+pub use causes::{Diagnosis, Hint, diagnose, first_error, first_error_in, hints, phase_reached};
 pub use estimate::{Estimate, PastStart, Start};
 pub use folder::{RunFolder, create_run_folder};
 pub use follow::Follower;
 pub use merge::Merge;
 pub use phases::{Phase, PhaseTracker, watch_phases};
+pub use rotation::Position;
 
 /// Why logs could not be used.
 #[derive(Debug, thiserror::Error)]

@@ -5,7 +5,7 @@
 //! twice, and nothing is written to a file after it got one. So a reader that remembers the number of its file finds the
 //! next one, also when several rotations went by meanwhile.
 
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,55 @@ pub(super) struct Part {
     /// The number that it has, or will get.
     pub(super) number: u64,
     pub(super) inode: u64,
+}
+
+/// A place in a log that stays the same through rotations: what comes after it was written later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// The number that the file has, or will get.
+    number: u64,
+    /// In bytes.
+    offset: u64,
+}
+
+impl Position {
+    /// Where every log begins.
+    pub const START: Self = Self { number: 0, offset: 0 };
+
+    /// Where the log ends now.
+    pub fn end_of(log: &Path) -> io::Result<Self> {
+        Ok(match all(log)?.last() {
+            Some(last) => Self {
+                number: last.number,
+                offset: last.file.metadata()?.len(),
+            },
+            None => Self::START,
+        })
+    }
+}
+
+/// The bytes of a log since `from`; of more than `most`, the last ones. Files that were removed meanwhile are left out.
+pub(super) fn end_since(log: &Path, from: Position, most: u64) -> io::Result<Vec<u8>> {
+    let parts = all(log)?;
+    if parts.is_empty() {
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("no log `{}`", log.display()),
+        ));
+    }
+    let (mut room, mut ends) = (most, Vec::new());
+    for mut part in parts.into_iter().rev().filter(|part| part.number >= from.number) {
+        let length = part.file.metadata()?.len();
+        let begin = if part.number == from.number { from.offset } else { 0 };
+        let begin = begin.max(length.saturating_sub(room)).min(length);
+        part.file.seek(SeekFrom::Start(begin))?;
+        let mut bytes = Vec::new();
+        part.file.take(length - begin).read_to_end(&mut bytes)?;
+        room -= bytes.len() as u64;
+        ends.push(bytes);
+    }
+    ends.reverse();
+    Ok(ends.concat())
 }
 
 /// Cuts the number off the name of a full file: `decoder1.3` is the third of `decoder1`.

@@ -319,6 +319,7 @@ impl Builder<'_> {
             ports,
             ready_path: profile.engine.ready_path().to_owned(),
             ready_deadline: profile.deadlines.ready,
+            start_stall: profile.deadlines.start_stall,
             stop_grace: profile.deadlines.stop,
             liveness: liveness(profile),
             receiver_template,

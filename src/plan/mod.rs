@@ -77,6 +77,8 @@ pub struct EngineSpec {
     pub ready_path: String,
     /// How long it may take from its spawn until it is healthy.
     pub ready_deadline: Duration,
+    /// For how long a start may do nothing at all: log, compute or read.
+    pub start_stall: Duration,
     /// How long it may take to leave after SIGTERM before its tree is killed.
     pub stop_grace: Duration,
     /// Its log file, relative to the run's folder: `prefiller1.log`.

@@ -120,6 +120,7 @@ struct ProxyTable {
 #[serde(deny_unknown_fields)]
 struct DeadlinesTable {
     ready: Option<Span>,
+    start_stall: Option<Span>,
     drain: Option<Span>,
     stop: Option<Span>,
     prefill: Option<Span>,
@@ -284,6 +285,8 @@ impl DeadlinesTable {
         let seconds = |span: Option<Span>, default| span.map_or(Duration::from_secs(default), |span| span.0);
         Deadlines {
             ready: seconds(self.ready, 1800),
+            // One tick of CPU time is progress, so this is far more than any working start needs.
+            start_stall: seconds(self.start_stall, 300),
             drain: seconds(self.drain, 30),
             // vLLM drains for its own 10 s, then needs up to 9 s for its workers.
             stop: seconds(self.stop, 25),

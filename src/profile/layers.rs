@@ -289,5 +289,8 @@ fn check_ranges(profile: &Profile) -> Result<(), ProfileError> {
     if profile.proxy.max_in_flight == 0 {
         return fail("proxy.max_in_flight".to_owned(), "must be at least 1");
     }
+    if profile.deadlines.start_stall.is_zero() {
+        return fail("deadlines.start_stall".to_owned(), "must be longer than 0");
+    }
     Ok(())
 }

@@ -175,6 +175,8 @@ pub struct ProxyProfile {
 pub struct Deadlines {
     /// From an engine's spawn to its `/health`.
     pub ready: Duration,
+    /// For a start that logs nothing, computes nothing and reads nothing. Not 0.
+    pub start_stall: Duration,
     /// For requests in flight after the first Ctrl+C.
     pub drain: Duration,
     /// From SIGTERM to SIGKILL of an engine that served.

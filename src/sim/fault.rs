@@ -11,8 +11,11 @@ pub enum Fault {
     SlowStart(Duration),
     /// The start ends with exit code 1 when this phase begins.
     DieAt(Phase),
-    /// The start ends with exit code 1 at once, and the log is what this file holds.
+    /// The start ends with exit code 1 at once, and the log is what this file holds. As long as there is no such file,
+    /// nothing happens, so that a later start can be made to fail.
     DieSaying(PathBuf),
+    /// The start goes on no more from this phase on, without any work.
+    FreezeAt(Phase),
     /// SIGTERM and SIGINT have no effect.
     IgnoreSigterm,
     /// Every nth transfer sends no LMCache notification, though its KV arrived.
@@ -29,7 +32,7 @@ pub enum Fault {
     Stray,
 }
 
-/// A step of a start at which an engine can be made to die.
+/// A step of a start at which an engine can be made to die, or to go on no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Reading the model's configuration.
@@ -62,7 +65,7 @@ impl Phase {
 }
 
 /// The faults and their values, as an error lists them.
-const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, die-saying=FILE, ignore-sigterm, drop-notification[=EVERY_NTH], \
+const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, freeze-at=PHASE, die-saying=FILE, ignore-sigterm, drop-notification[=EVERY_NTH], \
                      fail-transfer[=EVERY_NTH], survive-plain-requests, stall-decode=TOKENS, orphans, stray";
 
 /// Why a `--fault` is refused.
@@ -93,13 +96,8 @@ impl FromStr for Fault {
                 .and_then(|value| humantime::parse_duration(value).ok())
                 .map(Self::SlowStart)
                 .ok_or_else(|| bad_value("slow-start", "a duration such as `10s`")),
-            "die-at" => value
-                .and_then(|value| Phase::NAMES.iter().find(|(name, _)| *name == value))
-                .map(|(_, phase)| Self::DieAt(*phase))
-                .ok_or_else(|| {
-                    let names: Vec<&str> = Phase::NAMES.iter().map(|(name, _)| *name).collect();
-                    bad_value("die-at", &format!("one of {}", names.join(", ")))
-                }),
+            "die-at" => phase("die-at", value).map(Self::DieAt),
+            "freeze-at" => phase("freeze-at", value).map(Self::FreezeAt),
             "die-saying" => value
                 .map(|path| Self::DieSaying(path.into()))
                 .ok_or_else(|| bad_value("die-saying", "a file with a log")),
@@ -116,6 +114,16 @@ impl FromStr for Fault {
             other => Err(FaultError::Unknown(other.to_owned())),
         }
     }
+}
+
+fn phase(name: &'static str, value: Option<&str>) -> Result<Phase, FaultError> {
+    value
+        .and_then(|value| Phase::NAMES.iter().find(|(name, _)| *name == value))
+        .map(|(_, phase)| *phase)
+        .ok_or_else(|| {
+            let names: Vec<&str> = Phase::NAMES.iter().map(|(name, _)| *name).collect();
+            bad_value(name, &format!("one of {}", names.join(", ")))
+        })
 }
 
 fn every(name: &'static str, value: Option<&str>) -> Result<u64, FaultError> {
@@ -161,6 +169,7 @@ mod tests {
         assert_eq!("fail-transfer=3".parse(), Ok(Fault::FailTransfer(3)));
         assert_eq!("slow-start=2s".parse(), Ok(Fault::SlowStart(Duration::from_secs(2))));
         assert_eq!("die-at=kv-cache".parse(), Ok(Fault::DieAt(Phase::KvCache)));
+        assert_eq!("freeze-at=engine".parse(), Ok(Fault::FreezeAt(Phase::Engine)));
     }
 
     #[test]

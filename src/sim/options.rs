@@ -229,6 +229,10 @@ impl Options {
         self.faults.contains(&Fault::DieAt(phase))
     }
 
+    pub(crate) fn freezes_at(&self, phase: Phase) -> bool {
+        self.faults.contains(&Fault::FreezeAt(phase))
+    }
+
     /// The file with the log of a start that fails.
     pub(crate) fn dies_saying(&self) -> Option<&Path> {
         self.faults.iter().find_map(|fault| match fault {

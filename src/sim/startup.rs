@@ -39,9 +39,12 @@ impl<'options> Startup<'options> {
         sleep_until(self.began + self.extra + whole.mul_f64(share)).await;
     }
 
-    /// Enters a phase, or dies at it.
+    /// Enters a phase, or dies or freezes at it.
     async fn enter(&self, phase: Phase, share: f64) -> Result<(), SimError> {
         self.reach(share).await;
+        if self.options.freezes_at(phase) {
+            std::future::pending::<()>().await;
+        }
         if !self.options.dies_at(phase) {
             return Ok(());
         }
@@ -58,7 +61,7 @@ impl<'options> Startup<'options> {
     /// Up to the engine core.
     pub(crate) async fn read_config(&self) -> Result<(), SimError> {
         let (options, api) = (self.options, Process::ApiServer);
-        if let Some(path) = options.dies_saying() {
+        if let Some(path) = options.dies_saying().filter(|path| path.exists()) {
             let text = fs_err::read(path).map_err(SimError::LastWords)?;
             self.log.raw(&String::from_utf8_lossy(&text));
             return Err(SimError::Fault(Phase::Config));

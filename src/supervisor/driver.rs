@@ -14,10 +14,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::guardian::client::{Guardian, GuardianError, is_still_there};
 use super::guardian::protocol::{Command, Event as Report, LeftoverProcess, Spawn};
+use super::hang::Scene;
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
-    Ending, Keep, KeptRun, Leftover, Outcome, Refusal, Request, Settings, Then, Verify, Wiring, liveness, ports, probe,
-    spawn_record,
+    Ending, Explain, ExplainIncarnation, Keep, KeptRun, Leftover, Outcome, Refusal, Request, Settings, Then, Verify,
+    Wiring, cause, liveness, ports, probe, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
 use crate::plan::{self, EngineSpec};
@@ -60,6 +61,9 @@ struct Driver {
     requests: mpsc::Receiver<Request>,
     view: watch::Sender<Arc<FleetView>>,
     verify: Verify,
+    explain: Explain,
+    /// What tells why the present incarnation of each engine failed.
+    explainers: BTreeMap<EngineId, ExplainIncarnation>,
     guardian: Guardian,
     guardian_open: bool,
     fleet: Fleet,
@@ -110,6 +114,8 @@ impl Driver {
             requests: wiring.requests,
             view: wiring.view,
             verify: wiring.verify,
+            explain: wiring.explain,
+            explainers: BTreeMap::new(),
             guardian,
             guardian_open: true,
             generation,
@@ -254,12 +260,21 @@ impl Driver {
             Action::Record(id, incarnation, pid) => self.record(&id, incarnation, pid),
             Action::Probe(id, incarnation) => {
                 if let Some(spec) = self.spec(&id).cloned() {
-                    let prober = self.prober.clone();
+                    let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
+                    let log = self.settings.run_dir.join(&spec.log_file);
+                    let explainer = self.explainers.get(&id).cloned();
                     let handle = self.tasks.spawn({
                         let id = id.clone();
                         async move {
-                            probe::until_up(prober, spec).await;
-                            Event::Probed(id, incarnation)
+                            let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
+                            tokio::select! {
+                                () = probe::until_up(prober, spec) => Event::Probed(id, incarnation),
+                                still = standstill::until_still(log, scene.leader, stall) => {
+                                    let phase = cause::ask(explainer, None).await.phase;
+                                    let reason = standstill::reason(still, phase, &log_file);
+                                    Event::StoodStill(id, incarnation, scene.record(reason, "").await)
+                                }
+                            }
                         }
                     });
                     self.probes.insert(id, handle);
@@ -267,16 +282,21 @@ impl Driver {
             }
             Action::Watch(id, incarnation) => {
                 if let Some(spec) = self.spec(&id).cloned() {
-                    let prober = self.prober.clone();
+                    let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
                     let handle = self.tasks.spawn({
                         let id = id.clone();
                         async move {
-                            let reason = liveness::until_hung(prober, spec).await;
-                            Event::Hung(id, incarnation, reason)
+                            let hang = liveness::until_hung(&prober, &spec).await;
+                            Event::Hung(id, incarnation, scene.record(hang.reason, &hang.metrics).await)
                         }
                     });
                     self.probes.insert(id, handle);
                 }
+            }
+            Action::Explain(id, incarnation, exit) => {
+                let explainer = self.explainers.get(&id).cloned();
+                self.tasks
+                    .spawn(async move { Event::Explained(id, incarnation, cause::ask(explainer, exit).await) });
             }
             Action::Settled(engine) => self.command(&Command::Settled { engine }),
             Action::Verify(round, pairs) => {
@@ -323,6 +343,7 @@ impl Driver {
             }
         }
         let Some(spec) = self.spec(id) else { return events };
+        let explainer = (self.explain)(spec);
         let spawn = Spawn {
             engine: id.clone(),
             incarnation,
@@ -334,6 +355,7 @@ impl Driver {
             stop_grace: spec.stop_grace,
             memo: serde_json::to_value(spec).unwrap_or_default(),
         };
+        self.explainers.insert(id.clone(), explainer);
         if let Err(error) = self.guardian.send(&Command::Spawn(spawn)) {
             events.push(Event::SpawnFailed(id.clone(), incarnation, one_line(&error)));
         }
@@ -366,6 +388,16 @@ impl Driver {
                 spawn_record::write(&self.settings.run_dir, &self.settings.run_name, spec, incarnation, pid)
         {
             tracing::warn!(engine = %id, %error, "spawn record not written");
+        }
+    }
+
+    /// What to look at if this start of the engine hangs.
+    fn scene(&self, id: &EngineId, incarnation: Incarnation) -> Scene {
+        Scene {
+            folder: self.settings.run_dir.clone(),
+            engine: id.clone(),
+            incarnation,
+            leader: self.view.borrow().engine(id).and_then(|engine| engine.pid),
         }
     }
 
@@ -416,7 +448,6 @@ fn from_report(report: Report) -> Option<Event> {
             engine,
             incarnation,
             exit,
-            retryable: true,
         },
         Report::TreeEmpty { engine, incarnation } => Event::TreeEmpty(engine, incarnation),
         Report::Leftover { engine, processes } => Event::Leftover(engine, processes),

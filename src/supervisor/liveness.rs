@@ -2,6 +2,8 @@
 //!
 //! The judge is pure. The names of samples come with the engine's spec.
 
+use std::collections::VecDeque;
+use std::fmt::Write as _;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -65,27 +67,88 @@ impl Judge {
     }
 }
 
-/// Returns once the engine hangs, with the reason.
-pub(super) async fn until_hung(client: reqwest::Client, engine: EngineSpec) -> String {
-    let url = format!("http://{}{}", reachable(&engine), engine.liveness.path);
+/// An engine that hangs.
+#[derive(Debug)]
+pub(super) struct Hang {
+    /// Why that is known.
+    pub(super) reason: String,
+    /// What its metrics said lately, for people.
+    pub(super) metrics: String,
+}
+
+/// Answers that are remembered.
+const REMEMBERED: usize = 20;
+
+/// Bytes of the last answer that are remembered.
+const MOST_METRICS: usize = 64 * 1024;
+
+/// What its metrics said lately.
+#[derive(Debug, Default)]
+struct Memory {
+    samples: VecDeque<(Instant, Option<Sample>)>,
+    last_answer: String,
+}
+
+impl Memory {
+    fn keep(&mut self, answer: Option<String>, sample: Option<Sample>, now: Instant) {
+        self.last_answer = answer.unwrap_or(std::mem::take(&mut self.last_answer));
+        self.samples.push_back((now, sample));
+        if self.samples.len() > REMEMBERED {
+            self.samples.pop_front();
+        }
+    }
+
+    fn told(&self, now: Instant) -> String {
+        let mut text = String::new();
+        for (at, sample) in &self.samples {
+            let ago = (now - *at).as_secs();
+            let _ = match sample {
+                Some(Sample { running, done }) => writeln!(text, "{ago} s ago: {running} running, {done} done"),
+                None => writeln!(text, "{ago} s ago: no answer"),
+            };
+        }
+        text.push_str("the last answer, without comments and buckets\n");
+        let is_plain = |line: &&str| !line.starts_with('#') && !line.contains("_bucket{");
+        for line in self.last_answer.lines().filter(is_plain) {
+            if text.len() + line.len() > MOST_METRICS {
+                break;
+            }
+            let _ = writeln!(text, "{line}");
+        }
+        text
+    }
+}
+
+/// Returns once the engine hangs.
+pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec) -> Hang {
+    let url = format!("http://{}{}", reachable(engine), engine.liveness.path);
+    let mut memory = Memory::default();
     let mut judge = Judge::new(engine.liveness.stall, Instant::now());
     let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
     loop {
-        let sample = ask(&client, &url, &engine).await;
-        if let Some(reason) = judge.observe(sample, Instant::now()) {
-            return reason;
+        let answer = ask(client, &url).await;
+        let (sample, now) = (answer.as_deref().map(|text| Sample::read(text, engine)), Instant::now());
+        memory.keep(answer, sample, now);
+        if let Some(reason) = judge.observe(sample, now) {
+            let metrics = memory.told(now);
+            return Hang { reason, metrics };
         }
         sleep(pause).await;
     }
 }
 
-async fn ask(client: &reqwest::Client, url: &str, engine: &EngineSpec) -> Option<Sample> {
+async fn ask(client: &reqwest::Client, url: &str) -> Option<String> {
     let answer = client.get(url).send().await.ok()?.error_for_status().ok()?;
-    let text = answer.text().await.ok()?;
-    Some(Sample {
-        running: value(&text, &engine.liveness.running),
-        done: engine.liveness.counters.iter().map(|name| value(&text, name)).sum(),
-    })
+    answer.text().await.ok()
+}
+
+impl Sample {
+    fn read(text: &str, engine: &EngineSpec) -> Self {
+        Self {
+            running: value(text, &engine.liveness.running),
+            done: engine.liveness.counters.iter().map(|name| value(text, name)).sum(),
+        }
+    }
 }
 
 /// The sum over the samples of this name in Prometheus text; 0 if there is none.
@@ -148,6 +211,25 @@ mod tests {
         assert_eq!(judge(busy), None);
         let silent = judge([None; 11]).expect("hung");
         assert!(silent.contains("have not answered"), "{silent}");
+    }
+
+    #[test]
+    fn the_last_answers_are_remembered_and_no_more_of_them_than_a_few() {
+        let (start, mut memory) = (Instant::now(), Memory::default());
+        let at = |second| start + Duration::from_secs(second);
+        let answer = "# HELP x\nx_bucket{le=\"1\"} 3\nx_total 4\n".to_owned();
+        let sample = Sample {
+            running: 2.0,
+            done: 7.0,
+        };
+        for second in 0..50 {
+            memory.keep(Some(answer.clone()), Some(sample), at(second));
+        }
+        memory.keep(None, None, at(50));
+        let told = memory.told(at(51));
+        assert_eq!(told.matches("2 running, 7 done").count(), REMEMBERED - 1);
+        assert!(told.contains("1 s ago: no answer"), "{told}");
+        assert!(told.ends_with("buckets\nx_total 4\n"), "{told}");
     }
 
     #[test]

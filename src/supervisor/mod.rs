@@ -3,13 +3,16 @@
 //! [`run`] is the whole of it. `state` decides (pure), `driver` carries out, the [`guardian`] owns the processes. It is
 //! the only writer of the fleet's view, and knows no route of the proxy and no flag of an engine.
 
+mod cause;
 mod driver;
 pub mod guardian;
+mod hang;
 mod liveness;
 pub mod ports;
 mod probe;
 mod restart;
 mod spawn_record;
+mod standstill;
 mod state;
 
 use std::fmt;
@@ -20,6 +23,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use self::cause::{Cause, Explain, ExplainIncarnation};
 pub use self::driver::run;
 pub use self::guardian::attach::KeptRun;
 pub use self::guardian::protocol::{Keep, KeptState};
@@ -64,6 +68,8 @@ pub struct Wiring {
     pub view: watch::Sender<Arc<FleetView>>,
     /// Proves that a hand-off works between the engines of every pair (prefill, decode).
     pub verify: Verify,
+    /// Tells from an engine's log why it failed.
+    pub explain: Explain,
 }
 
 impl fmt::Debug for Wiring {

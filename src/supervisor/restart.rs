@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::fleet::Retry;
 use crate::plan::{RestartPolicy, RestartWhen};
 
 /// How much of a wait may be added to it, so that engines that failed together do not start together for ever.
@@ -14,6 +15,8 @@ const SPREAD: f64 = 0.25;
 pub(super) struct History {
     /// Restarts since it was last stable.
     in_a_row: u32,
+    /// It was restarted, since it was last stable, after a cause that is rarely met twice.
+    raced: bool,
     /// Since when its present incarnation has been ready.
     ready_since: Option<Instant>,
 }
@@ -25,7 +28,7 @@ pub(super) enum Decision {
     Restart(Duration),
     /// It stays failed: the policy says so, or its cause would only come again.
     Leave,
-    /// It stays failed: it has been restarted as often as it may without being stable in between.
+    /// It stays failed: it has been restarted as often as it, or the cause, may without being stable in between.
     CrashLoop,
 }
 
@@ -35,17 +38,21 @@ impl History {
         self.ready_since = Some(now);
     }
 
-    /// It failed. `retryable` is false where the cause is known to come again, `dice` lies in 0..1.
-    pub(super) fn failed(&mut self, policy: &RestartPolicy, retryable: bool, dice: f64, now: Instant) -> Decision {
+    /// It failed at `now`. `retry` is what its cause says about another start, `dice` lies in 0..1.
+    pub(super) fn failed(&mut self, policy: &RestartPolicy, retry: Retry, dice: f64, now: Instant) -> Decision {
         let stable = |since| now.saturating_duration_since(since) >= policy.stable_after;
-        if self.ready_since.take().is_some_and(stable) {
-            self.in_a_row = 0;
+        let was_stable = self.ready_since.take().is_some_and(stable);
+        if was_stable {
+            (self.in_a_row, self.raced) = (0, false);
         }
-        match policy.policy {
-            RestartWhen::Never => return Decision::Leave,
-            RestartWhen::OnFailure if !retryable => return Decision::Leave,
-            RestartWhen::OnFailure | RestartWhen::Always => {}
+        match (policy.policy, retry) {
+            (RestartWhen::Never, _) => return Decision::Leave,
+            // One that was stable has shown that it can do without this failure.
+            (RestartWhen::OnFailure, Retry::Never) if !was_stable => return Decision::Leave,
+            (RestartWhen::OnFailure, Retry::Once) if self.raced => return Decision::CrashLoop,
+            (RestartWhen::OnFailure | RestartWhen::Always, _) => {}
         }
+        self.raced |= retry == Retry::Once;
         if self.in_a_row >= policy.max_restarts {
             return Decision::CrashLoop;
         }
@@ -79,7 +86,7 @@ mod tests {
     #[test]
     fn waits_double_up_to_the_longest_and_end_with_the_crash_loop() {
         let (mut history, now) = (History::default(), Instant::now());
-        let mut fail = || history.failed(&policy(RestartWhen::OnFailure), true, 0.0, now);
+        let mut fail = || history.failed(&policy(RestartWhen::OnFailure), Retry::Yes, 0.0, now);
         let decisions = [(); 6].map(|()| fail());
         let expected = [seconds(1), seconds(2), seconds(4), seconds(5)];
         assert_eq!(decisions[..4], expected);
@@ -90,16 +97,16 @@ mod tests {
     fn a_stable_time_begins_a_new_count_and_a_shorter_one_does_not() {
         let (mut history, policy) = (History::default(), policy(RestartWhen::OnFailure));
         let start = Instant::now();
-        assert_eq!(history.failed(&policy, true, 0.0, start), seconds(1));
+        assert_eq!(history.failed(&policy, Retry::Yes, 0.0, start), seconds(1));
         history.ready(start);
         let almost = start + policy.stable_after.checked_sub(Duration::from_millis(1)).unwrap();
-        assert_eq!(history.failed(&policy, true, 0.0, almost), seconds(2));
+        assert_eq!(history.failed(&policy, Retry::Yes, 0.0, almost), seconds(2));
         history.ready(almost);
         let stable = almost + policy.stable_after;
-        assert_eq!(history.failed(&policy, true, 0.0, stable), seconds(1));
+        assert_eq!(history.failed(&policy, Retry::Yes, 0.0, stable), seconds(1));
         // The time that was stable counts once.
         assert_eq!(
-            history.failed(&policy, true, 0.0, stable + policy.stable_after),
+            history.failed(&policy, Retry::Yes, 0.0, stable + policy.stable_after),
             seconds(2)
         );
     }
@@ -107,19 +114,43 @@ mod tests {
     #[test]
     fn the_policy_and_the_cause_decide_whether_it_starts_at_all() {
         let now = Instant::now();
-        let decide = |when, retryable| History::default().failed(&policy(when), retryable, 0.0, now);
-        assert_eq!(decide(RestartWhen::Never, true), Decision::Leave);
-        assert_eq!(decide(RestartWhen::OnFailure, false), Decision::Leave);
-        assert_eq!(decide(RestartWhen::Always, false), seconds(1));
+        let decide = |when, retry| History::default().failed(&policy(when), retry, 0.0, now);
+        assert_eq!(decide(RestartWhen::Never, Retry::Yes), Decision::Leave);
+        assert_eq!(decide(RestartWhen::OnFailure, Retry::Never), Decision::Leave);
+        assert_eq!(decide(RestartWhen::Always, Retry::Never), seconds(1));
+    }
+
+    #[test]
+    fn a_race_is_run_once_more_whatever_else_happens_in_between() {
+        let (mut history, now) = (History::default(), Instant::now());
+        let mut fail = |retry| history.failed(&policy(RestartWhen::OnFailure), retry, 0.0, now);
+        let decisions = [Retry::Yes, Retry::Once, Retry::Yes, Retry::Once].map(&mut fail);
+        assert_eq!(decisions, [seconds(1), seconds(2), seconds(4), Decision::CrashLoop]);
+        let mut history = History::default();
+        let mut fail = || history.failed(&policy(RestartWhen::Always), Retry::Once, 0.0, now);
+        assert_eq!([fail(), fail()], [seconds(1), seconds(2)]);
+    }
+
+    #[test]
+    fn a_stable_time_disproves_a_cause_and_forgets_a_race() {
+        let policy = policy(RestartWhen::OnFailure);
+        for retry in [Retry::Never, Retry::Once] {
+            let (mut history, start) = (History::default(), Instant::now());
+            history.failed(&policy, Retry::Once, 0.0, start);
+            history.ready(start);
+            let stable = start + policy.stable_after;
+            assert_eq!(history.failed(&policy, retry, 0.0, stable), seconds(1));
+            assert_ne!(history.failed(&policy, retry, 0.0, stable), seconds(2), "{retry:?}");
+        }
     }
 
     proptest! {
         #[test]
         fn jitter_only_ever_adds_up_to_a_quarter(failures in 0_u32..40, dice in 0.0..1.0) {
             let unbounded = RestartPolicy { max_restarts: u32::MAX, ..policy(RestartWhen::Always) };
-            let mut history = History { in_a_row: failures, ready_since: None };
-            let plain = history.clone().failed(&unbounded, true, 0.0, Instant::now());
-            let spread = history.failed(&unbounded, true, dice, Instant::now());
+            let mut history = History { in_a_row: failures, ..History::default() };
+            let plain = history.clone().failed(&unbounded, Retry::Yes, 0.0, Instant::now());
+            let spread = history.failed(&unbounded, Retry::Yes, dice, Instant::now());
             let (Decision::Restart(plain), Decision::Restart(spread)) = (plain, spread) else {
                 return Err(TestCaseError::fail("not restarted"));
             };

@@ -12,9 +12,10 @@
 //!   v stop              │ stop: short grace                                     │        │
 //!  Stopped <────────────┴──────────────── tree empty ───────────────────────────┴────────┘
 //! ```
-//! Before the fleet is ready a failure ends the run. After that the policy decides (`restart`), and the engine goes all
-//! the way again while the others serve. A fleet that was taken over from an xpyd that is gone begins with engines that are
-//! Healthy already, and its failures never end the run of the others.
+//! Before the fleet is ready a failure ends the run. After that cause and policy decide (`restart`): the engine waits in
+//! Backoff until its tree is empty and its log has been asked for the cause, and then stays failed, or goes all the way
+//! again while the others serve. A fleet that was taken over from an xpyd that is gone begins with engines that are Healthy
+//! already, and its failures never end the run of the others.
 //!
 //! The fleet:
 //! ```text
@@ -30,7 +31,7 @@ use rand::rngs::StdRng;
 use tokio::time::Instant;
 
 use super::guardian::protocol::LeftoverProcess;
-use super::{Ending, Leftover, Outcome, restart};
+use super::{Cause, Ending, Leftover, Outcome, restart};
 use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, Incarnation, Load};
 use crate::plan::{EngineSpec, RestartPolicy};
@@ -46,6 +47,9 @@ const DECODE_TURN: Duration = Duration::from_secs(1);
 
 /// How long the guardian may take to say that a killed tree is empty or cannot be emptied; it reports the latter after 5 s.
 const KILL_ANSWER: Duration = Duration::from_secs(15);
+
+/// How long the look for a failure's cause in the engine's log may take; without an answer, nobody knows it.
+const CAUSE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long the guardian may take to end: it gives itself 3 s for trees and 3 s for strays.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
@@ -66,11 +70,11 @@ pub(super) enum Event {
         engine: EngineId,
         incarnation: Incarnation,
         exit: Exit,
-        /// False where the cause is known to come again.
-        retryable: bool,
     },
     /// No process of the engine is left.
     TreeEmpty(EngineId, Incarnation),
+    /// What the log of an engine that failed says.
+    Explained(EngineId, Incarnation, Cause),
     /// Processes outlived SIGKILL; without an engine, strays.
     Leftover(Option<EngineId>, Vec<LeftoverProcess>),
     /// `/health` answered 200.
@@ -79,6 +83,8 @@ pub(super) enum Event {
     Verified(u64, Result<(), String>),
     /// The engine does nothing, though it has something to do. Holds why that is known.
     Hung(EngineId, Incarnation, String),
+    /// The start does nothing any more. Holds where it stands still, and for how long.
+    StoodStill(EngineId, Incarnation, String),
     /// A restart of this engine was asked for, and [`Fleet::may_leave`].
     Restart(EngineId),
     /// An end of this engine was asked for, and [`Fleet::may_leave`].
@@ -112,6 +118,8 @@ pub(super) enum Action {
     Record(EngineId, Incarnation, u32),
     /// Ask `/health` until it answers 200.
     Probe(EngineId, Incarnation),
+    /// Look for the cause of its failure in its log; holds how its leader ended.
+    Explain(EngineId, Incarnation, Option<Exit>),
     /// Tell the guardian that the engine's start is over.
     Settled(EngineId),
     /// See that the engine makes progress, until it is asked to stop or killed.
@@ -149,6 +157,8 @@ struct Engine {
     /// Until when the engine may stay as it is: starting, draining alone, stopping, or killed without an answer.
     until: Option<Instant>,
     goal: Goal,
+    /// In backoff, the failure whose cause is not known yet.
+    unexplained: Option<Unexplained>,
     /// In backoff, when it starts again, if its tree is empty by then.
     restart_at: Option<Instant>,
     restarts: restart::History,
@@ -245,6 +255,7 @@ impl Fleet {
             tree: Tree::Absent,
             until: None,
             goal: Goal::Serve,
+            unexplained: None,
             restart_at: None,
             restarts: restart::History::default(),
         });
@@ -285,10 +296,9 @@ impl Fleet {
                 engine,
                 incarnation,
                 exit,
-                retryable,
             } => {
                 if let Some(index) = self.current(&engine, incarnation) {
-                    self.exited(index, exit, retryable, now);
+                    self.exited(index, exit, now);
                 }
             }
             Event::TreeEmpty(id, incarnation) => {
@@ -297,12 +307,25 @@ impl Fleet {
                     self.fail(index, Failure::without_exit("its processes are gone".to_owned()), now);
                 }
             }
+            Event::Explained(id, incarnation, cause) => {
+                if let Some(index) = self.current(&id, incarnation) {
+                    self.explained(index, cause, now);
+                }
+            }
             Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
             Event::Verified(round, result) => self.verified(round, result, now),
             Event::Hung(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.fail(index, Failure::without_exit(reason), now);
+                }
+            }
+            Event::StoodStill(id, incarnation, reason) => {
+                if let Some(index) = self.current(&id, incarnation)
+                    && self.engines[index].state == EngineState::Starting
+                {
+                    let after = self.engines[index].spec.start_stall;
+                    self.not_ready(index, reason, after, now);
                 }
             }
             Event::Restart(id) => self.leave(&id, Goal::StartAgain, now),
@@ -358,7 +381,7 @@ impl Fleet {
         }
     }
 
-    fn exited(&mut self, index: usize, exit: Exit, retryable: bool, now: Instant) {
+    fn exited(&mut self, index: usize, exit: Exit, now: Instant) {
         let engine = &mut self.engines[index];
         if engine.tree == Tree::Running {
             engine.tree = Tree::Leaderless;
@@ -380,7 +403,6 @@ impl Fleet {
                 let failure = Failure {
                     reason: format!("{exit} {when}; see its log `{}`", engine.spec.log_file.display()),
                     exit: Some(exit),
-                    retryable,
                 };
                 self.fail(index, failure, now);
             }
@@ -465,9 +487,12 @@ impl Fleet {
                     humantime::format_duration(engine.spec.ready_deadline),
                     engine.spec.log_file.display()
                 );
-                self.not_ready(index, reason, now);
+                let after = self.engines[index].spec.ready_deadline;
+                self.not_ready(index, reason, after, now);
             } else if engine.state == EngineState::Draining {
                 self.drained_alone(index, now);
+            } else if engine.unexplained.is_some() {
+                self.explained(index, Cause::default(), now);
             } else {
                 self.kill(index, now);
             }
@@ -556,11 +581,13 @@ impl Fleet {
 }
 
 mod attach;
+mod explanations;
 mod restarts;
 mod transitions;
 mod verification;
 mod view;
 
+use self::explanations::Unexplained;
 use self::transitions::Failure;
 use self::verification::Verification;
 

@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use xpyd::fleet::Exit;
-use xpyd::logs::{Hint, diagnose, hints};
+use xpyd::logs::{Hint, Position, diagnose, first_error_in, hints};
 
-use crate::support::Place;
+use crate::support::{Place, Run, engine, kill_engine};
 
 /// The golden logs: `<entry>.log` or `<entry>.<variant>.log` for each entry of `hints.toml`.
 fn golden() -> BTreeMap<String, PathBuf> {
@@ -42,7 +42,7 @@ fn every_golden_log_leads_to_its_entry_by_its_first_real_error() {
     let mut table = String::new();
     for (name, path) in golden() {
         let expected = entry(&name);
-        let diagnosis = diagnose(&path, 0, exit(expected));
+        let diagnosis = diagnose(&path, Position::START, exit(expected));
         let hint = diagnosis.as_ref().and_then(|diagnosis| diagnosis.hint);
         let found = hint.map_or("nothing", |hint| hint.name.as_str());
         let error = diagnosis.as_ref().and_then(|diagnosis| diagnosis.error.as_deref());
@@ -68,9 +68,14 @@ fn every_entry_has_a_golden_log() {
 #[test]
 fn an_engine_that_was_asked_to_stop_gets_no_hint() {
     let log = &golden()["core-silent"];
-    assert!(diagnose(log, 0, Some(Exit::Code(1))).expect("an error").hint.is_some());
+    assert!(
+        diagnose(log, Position::START, Some(Exit::Code(1)))
+            .expect("an error")
+            .hint
+            .is_some()
+    );
     for signal in [1, 2, 15] {
-        let diagnosis = diagnose(log, 0, Some(Exit::Signal(signal))).expect("an error");
+        let diagnosis = diagnose(log, Position::START, Some(Exit::Signal(signal))).expect("an error");
         assert!(diagnosis.hint.is_none(), "{signal}");
     }
 }
@@ -80,7 +85,7 @@ fn good_starts_lead_to_no_entry() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/logs");
     for log in ["nixl-prefill.log", "lmcache-decode.log"] {
         for exit in [None, Some(Exit::Code(0)), Some(Exit::Code(1))] {
-            assert!(diagnose(&folder.join(log), 0, exit).is_none(), "{log}");
+            assert!(diagnose(&folder.join(log), Position::START, exit).is_none(), "{log}");
         }
     }
 }
@@ -89,9 +94,10 @@ fn good_starts_lead_to_no_entry() {
 fn what_an_earlier_incarnation_said_and_a_log_that_is_not_there_lead_to_nothing() {
     let golden = golden();
     let log = &golden["port-http"];
-    let end = std::fs::metadata(log).expect("a file").len();
+    let end = Position::end_of(log).expect("a file");
     assert!(diagnose(log, end, Some(Exit::Code(1))).is_none());
-    let killed = diagnose(&log.with_extension("gone"), 0, Some(Exit::Signal(9))).expect("the signal says enough");
+    let killed =
+        diagnose(&log.with_extension("gone"), Position::START, Some(Exit::Signal(9))).expect("the signal says enough");
     assert_eq!(
         (killed.error, killed.hint.map(|hint| hint.name.as_str())),
         (None, Some("killed"))
@@ -128,4 +134,155 @@ fn a_known_failure_is_printed_with_its_cause_and_what_to_do() {
 #[test]
 fn an_unknown_failure_is_printed_with_its_first_real_error() {
     insta::assert_snapshot!(printed(None));
+}
+
+/// A fleet of two prefill and two decode engines that serves, and whose next starts all die with the log of this name.
+fn later_starts_die_of(name: &str, place: &Place, check: impl FnOnce(&mut Run<'_>)) -> String {
+    let words = place.path().join("last-words.log");
+    let fault = format!("sim.faults=[{:?}]", format!("die-saying={}", words.display()));
+    let mut run = place.up(&["--set", &fault, "--set", "restart.backoff=10ms"]);
+    run.wait_until_ready();
+    std::fs::copy(&golden()[name], &words).expect("a copy");
+    kill_engine(place, "decoder1");
+    check(&mut run);
+    assert_eq!(engine(place, "decoder2")["state"], "ready");
+    // The other engine of the role goes the same way, and ends the run.
+    kill_engine(place, "decoder2");
+    let (code, text) = run.end();
+    assert_eq!(code, if name == "port-http" { 6 } else { 1 }, "{text}");
+    assert_eq!(place.processes(), []);
+    text
+}
+
+#[test]
+fn an_engine_that_dies_of_what_would_come_again_is_not_started_again() {
+    for (name, title, error) in [
+        (
+            "gpu-oom",
+            "the GPU's memory is too small for this model",
+            "torch.OutOfMemoryError: CUDA out of memory.",
+        ),
+        ("flag-unknown", "this vLLM has no such flag", "unrecognized arguments"),
+    ] {
+        let place = Place::new();
+        let text = later_starts_die_of(name, &place, |run| {
+            // Killed, which may be anybody's, so it starts again.
+            run.wait_for_line("the engine was killed from outside; it starts again in");
+            run.wait_for_line("it is not started again");
+            let failed = engine(&place, "decoder1");
+            assert_eq!(
+                (&failed["state"], &failed["incarnation"]),
+                (&"failed".into(), &2.into()),
+                "{failed}"
+            );
+            let reason = failed["reason"].as_str().expect("a reason");
+            assert!(reason.contains(title) && reason.contains(error), "{reason}");
+            let status = String::from_utf8(place.run(&["status"]).stdout).expect("text");
+            assert!(status.contains(title), "{status}");
+        });
+        // What is printed in the end is what the last start said, with what to do about it.
+        let (_, ending) = text.split_once("error: no decode engine is left").expect("an ending");
+        assert!(ending.contains(title) && ending.contains("hint:"), "{text}");
+        assert!(!ending.contains("killed from outside"), "{text}");
+    }
+}
+
+#[test]
+fn a_lost_race_for_a_port_is_run_once_more() {
+    let place = Place::new();
+    later_starts_die_of("port-http", &place, |run| {
+        run.wait_for_line("it starts again in");
+        let again = run.wait_for_line("an engine's HTTP port is taken");
+        assert!(again.contains("it starts again in"), "{again}");
+        let last = run.wait_for_line("an engine's HTTP port is taken");
+        assert!(last.contains("it kept failing and is not started again"), "{last}");
+        assert_eq!(engine(&place, "decoder1")["incarnation"], 3);
+    });
+}
+
+#[test]
+fn a_cause_that_nobody_knows_is_retried_as_often_as_the_policy_says() {
+    let place = Place::new();
+    let mut run = place.up(&[
+        "--set",
+        &format!(
+            "sim.faults=[{:?}]",
+            format!("die-saying={}", place.path().join("words").display())
+        ),
+        "--set",
+        "restart.backoff=10ms",
+        "--set",
+        "restart.max_restarts=3",
+    ]);
+    run.wait_until_ready();
+    std::fs::write(
+        place.path().join("words"),
+        "Traceback (most recent call last):\nOddError: who knows\n",
+    )
+    .expect("a file");
+    kill_engine(&place, "decoder1");
+    for _ in 0..2 {
+        let line = run.wait_for_line("OddError: who knows");
+        assert!(line.contains("it starts again in"), "{line}");
+    }
+    let last = run.wait_for_line("OddError: who knows");
+    assert!(last.contains("it kept failing"), "{last}");
+    assert_eq!(engine(&place, "decoder1")["incarnation"], 4);
+}
+
+#[test]
+fn the_always_policy_asks_for_no_cause() {
+    let place = Place::new();
+    let words = place.path().join("words");
+    let fault = format!("sim.faults=[{:?}]", format!("die-saying={}", words.display()));
+    let mut run = place.up(&[
+        "--set",
+        &fault,
+        "--set",
+        "restart.backoff=10ms",
+        "--set",
+        "restart.policy=always",
+        "--set",
+        "restart.max_restarts=1000",
+        "--set",
+        "restart.max_backoff=50ms",
+    ]);
+    run.wait_until_ready();
+    std::fs::copy(&golden()["flag-unknown"], &words).expect("a copy");
+    kill_engine(&place, "decoder1");
+    for _ in 0..2 {
+        let line = run.wait_for_line("this vLLM has no such flag");
+        assert!(line.contains("it starts again in"), "{line}");
+    }
+    std::fs::remove_file(&words).expect("it is there");
+    run.wait_for_line("decoder1 serves again");
+}
+
+#[test]
+fn a_position_is_found_again_after_rotations_and_only_what_came_after_it_counts() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let log = folder.path().join("decoder1.log");
+    assert_eq!(Position::end_of(&log).expect("no log is no error"), Position::START);
+    let error = |name: &str| format!("Traceback (most recent call last):\n{name}Error: x\n");
+    let first = |from| first_error_in(&log, from).expect("a log").unwrap_or_default();
+    std::fs::write(&log, error("First")).expect("a log");
+    let second = Position::end_of(&log).expect("an end");
+    std::fs::write(&log, error("First") + &error("Second")).expect("a log");
+    assert_eq!(
+        [first(Position::START), first(second)],
+        ["FirstError: x", "SecondError: x"]
+    );
+    // The second incarnation fills the file, and goes on in another one, and the third begins there.
+    std::fs::rename(&log, log.with_extension("1.log")).expect("a rotation");
+    std::fs::write(&log, "quiet\n").expect("a log");
+    assert_eq!(first(second), "SecondError: x");
+    let third = Position::end_of(&log).expect("an end");
+    assert_eq!(first(third), "");
+    std::fs::write(&log, "quiet\n".to_owned() + &error("Third")).expect("a log");
+    assert_eq!(first(third), "ThirdError: x");
+    std::fs::rename(&log, log.with_extension("2.log")).expect("a rotation");
+    assert_eq!(first(third), "ThirdError: x");
+    // Nothing of the second incarnation is left but the part in the third one's file.
+    std::fs::remove_file(log.with_extension("1.log")).expect("it is there");
+    assert_eq!(first(second), "ThirdError: x");
 }

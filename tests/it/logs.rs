@@ -16,7 +16,7 @@ use xpyd::cli::logs as command;
 use xpyd::engine::EngineKind;
 use xpyd::fleet::{EngineId, Role};
 use xpyd::logs::start::Start;
-use xpyd::logs::{Follower, LogsError, PhaseTracker, create_run_folder, first_error_in, watch_phases};
+use xpyd::logs::{Follower, LogsError, PhaseTracker, Position, create_run_folder, first_error_in, watch_phases};
 use xpyd::report::{ExitStatus, Failure};
 use xpyd::ui::Printer;
 
@@ -36,7 +36,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn cause(name: &str) -> Option<String> {
-    first_error_in(&fixture(name), 0).unwrap()
+    first_error_in(&fixture(name), Position::START).unwrap()
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn an_earlier_incarnations_error_is_not_the_later_ones() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("decoder1.log");
     fs_err::copy(fixture("fail-port.log"), &log).unwrap();
-    let second = fs_err::metadata(&log).unwrap().len();
+    let second = Position::end_of(&log).unwrap();
     append(&log, &fs_err::read(fixture("fail-engine-death.log")).unwrap());
     assert_eq!(
         first_error_in(&log, second).unwrap().unwrap(),

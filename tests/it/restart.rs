@@ -3,29 +3,20 @@
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use crate::support::{Place, completion, get, post, wait_for};
+use crate::support::{Place, completion, engine, get, kill_engine, post, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
-/// What `xpyd status --json` says about one engine.
-fn engine(place: &Place, name: &str) -> serde_json::Value {
-    let output = place.run(&["status", "--json"]);
-    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let engines = status["engines"].as_array().expect("a list").clone();
-    let mut engines = engines.into_iter();
-    engines.find(|engine| engine["id"] == name).expect("an engine")
-}
-
-fn kill_engine(place: &Place, name: &str) {
-    let pid = engine(place, name)["pid"].as_i64().expect("a pid");
-    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
-}
-
 fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Processes that the record of a hang shows; those of simulated engines are all called like this.
+fn processes_in(record: &str) -> usize {
+    let lines = record.lines().filter(|line| !line.starts_with(' '));
+    lines.filter(|line| line.contains(" xpyd: state ")).count()
 }
 
 /// Prompt tokens whose KV a decode engine has received.
@@ -210,12 +201,61 @@ fn a_hung_engine_is_ended_and_started_again() {
         "deadlines.stall=1s",
         "--set",
         "restart.backoff=10ms",
+        "--set",
+        "decode.env.A_SECRET=swordfish",
     ]);
     run.wait_until_ready();
     let body = serde_json::json!({"model": MODEL, "prompt": "for ever", "max_tokens": 60, "ignore_eos": true});
     let (status, answer) = post(place.proxy_port(), "/v1/completions", &body.to_string());
     assert!(status >= 500, "{status}: {answer}");
-    run.wait_for_line("decoder1 failed: hung: 1 requests run");
+    let failed = run.wait_for_line("decoder1 failed: hung: 1 requests run");
+    assert!(
+        failed.contains("what it was doing is in `decoder1.hang.1.txt`"),
+        "{failed}"
+    );
+    let state = place.log("decoder1.hang.1.txt");
+    assert!(processes_in(&state) >= 3, "API server, engine core, worker: {state}");
+    for expected in [
+        "decoder1, start 1",
+        "    thread ",
+        "1 running",
+        "vllm:num_requests_running",
+    ] {
+        assert!(state.contains(expected), "{expected}: {state}");
+    }
+    assert!(!state.contains("swordfish"), "{state}");
     run.wait_for_line("decoder1 serves again");
     completion(place.proxy_port(), MODEL, "a short one");
+}
+
+#[test]
+fn a_start_that_stands_still_is_given_up_with_what_it_was_doing() {
+    let place = Place::new();
+    let run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        "sim.faults=[\"freeze-at=weights\"]",
+        "--set",
+        "deadlines.start_stall=2s",
+    ]);
+    let (code, text) = run.end();
+    assert_eq!(code, 5, "{text}");
+    let (_, failure) = text.split_once("error: ").expect("an error");
+    assert!(
+        failure.contains("stands still while starting, at: joining workers; for ") && failure.contains("read nothing"),
+        "{text}"
+    );
+    let name = if failure.starts_with("decoder1") {
+        "decoder1"
+    } else {
+        "prefiller1"
+    };
+    let file = format!("{name}.hang.1.txt");
+    assert!(failure.contains(&format!("what it was doing is in `{file}`")), "{text}");
+    let state = place.log(&file);
+    assert!(processes_in(&state) >= 3, "API server, engine core, worker: {state}");
+    assert_eq!(place.processes(), []);
+    let zero = place.run(&["up", "--engine", "sim", "--set", "deadlines.start_stall=0s"]);
+    assert_eq!(zero.status.code(), Some(2), "{}", String::from_utf8_lossy(&zero.stderr));
 }

@@ -257,6 +257,21 @@ impl Drop for Run<'_> {
     }
 }
 
+/// What `xpyd status --json` says about one engine.
+pub(crate) fn engine(place: &Place, name: &str) -> serde_json::Value {
+    let output = place.run(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let engines = status["engines"].as_array().expect("a list").clone();
+    let mut engines = engines.into_iter();
+    engines.find(|engine| engine["id"] == name).expect("an engine")
+}
+
+/// SIGKILL to its leader.
+pub(crate) fn kill_engine(place: &Place, name: &str) {
+    let pid = engine(place, name)["pid"].as_i64().expect("a pid");
+    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
+}
+
 /// An answer over HTTP: status and body.
 pub(crate) fn post(port: u16, path: &str, body: &str) -> (u16, String) {
     post_with(port, path, body, &[])

@@ -2,11 +2,12 @@
 //!
 //! Knows no engine and no process: a failure is an error, a few lines of a log, the phase reached and how it ended.
 
-use crate::fleet::Exit;
 use std::sync::LazyLock;
 
 use regex::{Regex, RegexSet};
 use serde::Deserialize;
+
+use crate::fleet::{Exit, Retry};
 
 /// One known failure. The file says how an entry is found, and that the first that fits wins.
 #[derive(Debug, Deserialize)]
@@ -34,18 +35,6 @@ pub struct Hint {
     pub link: String,
     /// Whether starting the engine again can help.
     pub retry: Retry,
-}
-
-/// Whether starting an engine again can help.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Retry {
-    /// It fails in the same way until somebody changes something.
-    Never,
-    /// A race that is rarely lost twice.
-    Once,
-    /// It passes by itself.
-    Yes,
 }
 
 /// Everything that is known of a failure.

@@ -27,5 +27,5 @@ pub mod process;
 pub mod protocol;
 mod shm;
 mod sweep;
-mod tree;
+pub(super) mod tree;
 mod witness;

@@ -14,10 +14,11 @@
 //! rest is looked for. The rules above work everywhere.
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use super::cgroup::Cgroup;
 use super::protocol::LeftoverProcess;
@@ -29,26 +30,42 @@ pub(super) const MARK_VARIABLE: &str = "XPYD_TREE";
 
 /// One line of the process table.
 #[derive(Debug, Clone)]
-pub(super) struct Process {
+pub(in crate::supervisor) struct Process {
     /// Process id.
-    pub(super) pid: i32,
+    pub(in crate::supervisor) pid: i32,
     /// Its parent's.
-    pub(super) parent: i32,
+    pub(in crate::supervisor) parent: i32,
     /// Its session.
-    pub(super) session: i32,
+    pub(in crate::supervisor) session: i32,
     /// When it started, in clock ticks since boot. With the pid it names a process for good.
-    pub(super) started: u64,
+    pub(in crate::supervisor) started: u64,
     /// State letter.
-    pub(super) state: char,
+    pub(in crate::supervisor) state: char,
+    /// CPU time that it has used, in clock ticks.
+    pub(in crate::supervisor) cpu_ticks: u64,
+    /// Its memory that is not swapped out, in pages.
+    resident_pages: u64,
     /// Name, 15 characters at most.
-    pub(super) name: String,
+    pub(in crate::supervisor) name: String,
 }
 
 impl Process {
     /// The process `pid` now; `None` once it is gone.
     pub(super) fn read(pid: i32) -> Option<Self> {
-        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+        Self::read_in(Path::new(&format!("/proc/{pid}")))
+    }
+
+    /// The process or thread that this folder of `/proc` is about.
+    pub(in crate::supervisor) fn read_in(folder: &Path) -> Option<Self> {
+        let stat = std::fs::read(folder.join("stat")).ok()?;
         Self::parse(&String::from_utf8_lossy(&stat))
+    }
+
+    /// Its memory that is not swapped out, in bytes.
+    pub(in crate::supervisor) fn resident_bytes(&self) -> u64 {
+        let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+        let page = page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(4096);
+        self.resident_pages * page
     }
 
     /// Parses `/proc/PID/stat`: the name is in parentheses and may hold any character, parentheses too.
@@ -63,6 +80,8 @@ impl Process {
             parent: fields.get(1)?.parse().ok()?,
             session: fields.get(3)?.parse().ok()?,
             started: fields.get(19)?.parse().ok()?,
+            cpu_ticks: fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?,
+            resident_pages: fields.get(21)?.parse().ok()?,
         })
     }
 
@@ -105,11 +124,11 @@ impl Process {
 
 /// The process table at one moment, by process id.
 #[derive(Debug)]
-pub(super) struct Table(BTreeMap<i32, Process>);
+pub(in crate::supervisor) struct Table(BTreeMap<i32, Process>);
 
 impl Table {
     /// Reads all of `/proc`.
-    pub(super) fn read() -> Self {
+    pub(in crate::supervisor) fn read() -> Self {
         let Ok(entries) = std::fs::read_dir("/proc") else {
             return Self(BTreeMap::new());
         };
@@ -121,6 +140,15 @@ impl Table {
                 .map(|process| (process.pid, process))
                 .collect(),
         )
+    }
+
+    /// The leader, its session, and all that descends from it: what can be told of a tree from outside of the guardian.
+    pub(in crate::supervisor) fn led_by(&self, leader: i32) -> Vec<Process> {
+        let descendants: HashSet<i32> = self.descendants(leader).iter().map(|process| process.pid).collect();
+        let belongs = |process: &&Process| {
+            process.pid == leader || process.session == leader || descendants.contains(&process.pid)
+        };
+        self.0.values().filter(belongs).cloned().collect()
     }
 
     /// All that descend from `root`, without it.
@@ -266,6 +294,8 @@ mod tests {
             session,
             started: u64::from(pid.unsigned_abs()) * 10,
             state: 'S',
+            cpu_ticks: 0,
+            resident_pages: 0,
             name: "sh".into(),
         };
         (pid, process)
@@ -290,6 +320,7 @@ mod tests {
         let parsed = Process::parse(stat).unwrap();
         assert_eq!((parsed.pid, parsed.name.as_str(), parsed.state), (42, "a) (b c)", 'S'));
         assert_eq!((parsed.parent, parsed.session, parsed.started), (7, 9, 12345));
+        assert_eq!(parsed.cpu_ticks, 3);
     }
 
     #[test]
@@ -314,6 +345,14 @@ mod tests {
             ],
         );
         assert_eq!(found, [LEADER, child, escaped, grandchild]);
+    }
+
+    #[test]
+    fn a_leader_leads_its_session_and_what_descends_from_it() {
+        let table = [(1, 0, 1), (5, 1, 5), (6, 5, 5), (7, 6, 7), (8, 1, 5), (9, 1, 9)];
+        let table = Table(table.map(|(pid, parent, session)| process(pid, parent, session)).into());
+        let led: Vec<i32> = table.led_by(5).iter().map(|process| process.pid).collect();
+        assert_eq!(led, [5, 6, 7, 8]);
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Fleet {
             "{how} while xpyd was away; see its log `{}`",
             engine.spec.log_file.display()
         );
-        self.fail(index, Failure::without_exit(reason), now);
+        self.fail(index, Failure { reason, exit }, now);
     }
 
     /// Whether engines that failed start again now. Before a new fleet is ready, a failure ends the run instead.

@@ -4,26 +4,28 @@ use rand::RngExt;
 use tokio::time::Instant;
 
 use super::{Action, Engine, Fleet, Goal, START_GRACE, Stage, Tree};
-use crate::fleet::{EngineId, EngineState, Incarnation, Load};
+use crate::fleet::{EngineId, EngineState, Incarnation, Load, Retry};
+use crate::plan::RestartWhen;
 use crate::supervisor::restart::{self, Decision};
 use crate::supervisor::{Ending, Refusal};
 
 impl Fleet {
-    /// The engine has failed while clients are served.
-    pub(super) fn restart_by_policy(&mut self, index: usize, retryable: bool, now: Instant) {
+    /// The engine failed at `since` while clients are served, and its cause is known as far as it will be.
+    pub(super) fn restart_by_policy(&mut self, index: usize, retry: Retry, since: Instant, now: Instant) {
         let dice = self.random.as_mut().map_or(0.0, RngExt::random);
         let engine = &mut self.engines[index];
-        if engine.goal == Goal::Stop {
-            return;
-        }
-        match engine.restarts.failed(&self.limits.restart, retryable, dice, now) {
-            Decision::Restart(wait) => {
-                // Its `until` is that of the kill.
-                engine.state = EngineState::Backoff;
-                engine.restart_at = Some(now + wait);
+        match engine.restarts.failed(&self.limits.restart, retry, dice, since) {
+            Decision::Restart(wait) => engine.restart_at = Some(since + wait),
+            Decision::Leave => {
+                engine.state = EngineState::Failed;
+                if retry == Retry::Never && self.limits.restart.policy == RestartWhen::OnFailure {
+                    let reason = engine.reason.get_or_insert_default();
+                    reason.push_str("; that would come again, so it is not started again");
+                }
+                self.end_if_role_is_lost(index, false, now);
             }
-            Decision::Leave => self.end_if_role_is_lost(index, false, now),
             Decision::CrashLoop => {
+                engine.state = EngineState::Failed;
                 let reason = engine.reason.get_or_insert_default();
                 reason.push_str("; it kept failing and is not started again");
                 self.end_if_role_is_lost(index, true, now);
@@ -68,7 +70,7 @@ impl Fleet {
         if restarts && leaves {
             let reason = engine.reason.get_or_insert_with(|| "was stopped".to_owned());
             reason.push_str("; some of its processes cannot be ended, so it is not started again");
-            engine.restart_at = None;
+            (engine.restart_at, engine.unexplained) = (None, None);
             let was_wanted = engine.goal != Goal::Stop;
             self.enter(index, EngineState::Failed, None);
             if was_wanted {
@@ -81,9 +83,12 @@ impl Fleet {
     pub(super) fn no_restart(&mut self, index: usize) {
         let engine = &mut self.engines[index];
         if engine.state == EngineState::Backoff {
-            // Its `until` is that of the kill.
             engine.state = EngineState::Failed;
-            engine.restart_at = None;
+            (engine.restart_at, engine.unexplained) = (None, None);
+            if engine.tree == Tree::Absent {
+                // Otherwise it is that of the kill.
+                engine.until = None;
+            }
             self.changed = true;
         }
     }
@@ -100,7 +105,8 @@ impl Fleet {
             if due {
                 engine.incarnation = Incarnation(engine.incarnation.0 + 1);
                 engine.load = Load::default().into();
-                (engine.pid, engine.reason, engine.restart_at) = (None, None, None);
+                // Its reason stays until it serves again: the next start may come at once.
+                (engine.pid, engine.restart_at) = (None, None);
                 engine.goal = Goal::Serve;
                 self.enter(index, EngineState::Planned, None);
             }
@@ -166,11 +172,11 @@ impl Fleet {
             EngineState::Backoff if engine.tree != Tree::Absent => {
                 // On its way out already; its `until` is that of the kill.
                 engine.state = EngineState::Stopping;
-                engine.restart_at = None;
+                (engine.restart_at, engine.unexplained) = (None, None);
                 self.changed = true;
             }
             EngineState::Backoff | EngineState::Failed | EngineState::Stopped => {
-                engine.restart_at = None;
+                (engine.restart_at, engine.unexplained) = (None, None);
                 self.enter(index, EngineState::Stopped, None);
             }
             EngineState::Planned | EngineState::Draining | EngineState::Stopping => {}

@@ -1,12 +1,13 @@
 //! The rules of the state machine by name.
 
 mod attach;
+mod deadlines;
 mod histories;
 mod restarts;
 mod world;
 
 pub(in crate::supervisor) use self::world::engine;
-use self::world::{DRAIN, FIRST, Processes, World, exited};
+use self::world::{DRAIN, FIRST, Processes, VERIFY, World, exited};
 use super::*;
 use crate::fleet::{FleetStage, Role};
 use crate::plan::RestartWhen;
@@ -86,6 +87,36 @@ fn an_engine_that_is_not_healthy_in_time_ends_the_run() {
     let outcome = world.play_out();
     assert_eq!(outcome.exit_status(), ExitStatus::NotReady);
     assert!(matches!(outcome.ending, Ending::NotReady { engine: Some(_), .. }));
+}
+
+#[test]
+fn a_start_that_stands_still_ends_the_run_as_one_that_is_not_ready() {
+    let mut world = World::two_by_two();
+    let decoder = EngineId::named("decoder1");
+    world.announce(&decoder);
+    world.tell(Event::StoodStill(
+        decoder.clone(),
+        Incarnation(2),
+        "stands still".to_owned(),
+    ));
+    assert_eq!(
+        world.state("decoder1"),
+        EngineState::Starting,
+        "of no incarnation that is there"
+    );
+    world.tell(Event::StoodStill(decoder, FIRST, "stands still".to_owned()));
+    assert!(world.did(&kill("decoder1")));
+    let outcome = world.play_out();
+    assert_eq!(outcome.exit_status(), ExitStatus::NotReady);
+    assert_eq!(outcome.ending.to_string(), "decoder1 stands still");
+}
+
+#[test]
+fn an_engine_that_is_up_does_not_stand_still() {
+    let mut world = World::ready();
+    let reason = "stands still".to_owned();
+    world.tell(Event::StoodStill(EngineId::named("decoder1"), FIRST, reason));
+    assert_eq!(world.state("decoder1"), EngineState::Ready);
 }
 
 #[test]
@@ -232,8 +263,8 @@ fn a_second_interrupt_kills_and_a_second_sigterm_does_not() {
 #[test]
 fn a_first_interrupt_in_a_failing_run_does_not_force_it() {
     let mut world = World::ready_with_policy(RestartWhen::Never);
-    world.exit("prefiller1");
-    world.exit("prefiller2");
+    world.crash("prefiller1");
+    world.crash("prefiller2");
     world.tell(Event::Interrupt);
     assert!(!world.did(&kill("decoder1")));
     world.tell(Event::Interrupt);
@@ -243,7 +274,7 @@ fn a_first_interrupt_in_a_failing_run_does_not_force_it() {
 #[test]
 fn events_of_an_older_incarnation_are_dropped() {
     let mut world = World::ready();
-    world.tell(exited(EngineId::named("decoder1"), Incarnation(0), true));
+    world.tell(exited(EngineId::named("decoder1"), Incarnation(0)));
     world.tell(Event::TreeEmpty(EngineId::named("decoder1"), Incarnation(0)));
     assert_eq!(world.state("decoder1"), EngineState::Ready);
 }

@@ -17,17 +17,11 @@ pub(super) struct Failure {
     pub(super) reason: String,
     /// How its leader ended, if that was it.
     pub(super) exit: Option<Exit>,
-    /// False where the cause is known to come again.
-    pub(super) retryable: bool,
 }
 
 impl Failure {
     pub(super) fn without_exit(reason: String) -> Self {
-        Self {
-            reason,
-            exit: None,
-            retryable: true,
-        }
+        Self { reason, exit: None }
     }
 }
 
@@ -63,22 +57,17 @@ impl Fleet {
     /// The engine ended, or must end, for a reason nobody asked for.
     pub(super) fn fail(&mut self, index: usize, failure: Failure, now: Instant) {
         if self.mark_failed(index, &failure.reason, now) {
-            let Failure {
-                reason,
-                exit,
-                retryable,
-            } = failure;
+            let Failure { reason, exit } = failure;
             let engine = self.engines[index].spec.id.clone();
-            self.consequences(index, Ending::EngineFailed { engine, reason, exit }, retryable, now);
+            self.consequences(index, Ending::EngineFailed { engine, reason, exit }, exit, now);
         }
     }
 
-    /// The engine's time to become healthy is over.
-    pub(super) fn not_ready(&mut self, index: usize, reason: String, now: Instant) {
+    /// The engine's time to become healthy, or to show that it still tries, is over.
+    pub(super) fn not_ready(&mut self, index: usize, reason: String, after: Duration, now: Instant) {
         if self.mark_failed(index, &reason, now) {
-            let spec = &self.engines[index].spec;
-            let (engine, after) = (Some(spec.id.clone()), spec.ready_deadline);
-            self.consequences(index, Ending::NotReady { engine, reason, after }, true, now);
+            let engine = Some(self.engines[index].spec.id.clone());
+            self.consequences(index, Ending::NotReady { engine, reason, after }, None, now);
         }
     }
 
@@ -96,9 +85,9 @@ impl Fleet {
     }
 
     /// What the failure of one engine means to the fleet.
-    fn consequences(&mut self, index: usize, cause: Ending, retryable: bool, now: Instant) {
+    fn consequences(&mut self, index: usize, cause: Ending, exit: Option<Exit>, now: Instant) {
         match self.stage {
-            _ if self.restarts_engines() => self.restart_by_policy(index, retryable, now),
+            _ if self.restarts_engines() => self.await_explanation(index, exit, now),
             Stage::Starting | Stage::Verifying | Stage::Ready => self.end(cause, now),
             Stage::Draining { .. }
             | Stage::Stopping { .. }
@@ -163,6 +152,7 @@ impl Fleet {
     /// What follows from the state alone.
     pub(super) fn go_on(&mut self, now: Instant) {
         if self.restarts_engines() {
+            self.ask_for_explanations(now);
             self.renew_those_due(now);
             self.start_next(now);
         }

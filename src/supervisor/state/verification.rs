@@ -97,6 +97,7 @@ impl Fleet {
                 for index in up {
                     if self.engines[index].state == EngineState::Healthy {
                         self.engines[index].restarts.ready(now);
+                        self.engines[index].reason = None;
                         self.enter(index, EngineState::Ready, None);
                     }
                 }

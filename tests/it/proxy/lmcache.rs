@@ -129,7 +129,11 @@ async fn a_lost_notification_is_an_error_within_its_deadline() {
         "{body}"
     );
     let ids: Vec<String> = prefill.seen().iter().map(request_id).collect();
-    assert_eq!(ids.len(), 3, "a lost hand-off is tried again, each time with an id of its own");
+    assert_eq!(
+        ids.len(),
+        3,
+        "a lost hand-off is tried again, each time with an id of its own"
+    );
     assert_ne!(ids[0], ids[1]);
     rig.finish().await;
     assert_eq!(decode.seen().len(), 0);

@@ -16,7 +16,7 @@ use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, LogLim
 use xpyd::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
-use xpyd::supervisor::{self, Ending, Keep, Outcome, Request, Settings, Wiring};
+use xpyd::supervisor::{self, Cause, Ending, Keep, Outcome, Request, Settings, Wiring};
 
 use super::{MARK, PATIENCE, marked, read};
 
@@ -96,6 +96,7 @@ impl Run {
             requests: request_receiver,
             view: view_sender,
             verify: Box::new(move |_| Box::pin(std::future::ready(canary.clone()))),
+            explain: Box::new(|_| Arc::new(|_| Cause::default())),
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(supervisor::run(settings, wiring));
@@ -178,6 +179,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
         }],
         ready_path: "/health".to_owned(),
         ready_deadline: PATIENCE,
+        start_stall: PATIENCE,
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
         liveness: Liveness {

@@ -6,7 +6,7 @@ use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 use crate::supervisor::guardian::protocol::KeptState;
 use crate::supervisor::state::{Action, Event};
-use crate::supervisor::{Ending, Leftover};
+use crate::supervisor::{Cause, Ending, Leftover};
 
 fn id(name: &str) -> EngineId {
     EngineId::named(name)
@@ -40,6 +40,7 @@ fn one_that_was_still_starting_is_waited_for() {
 #[test]
 fn one_that_ended_meanwhile_holds_up_nobody_and_comes_back() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS), ("decoder2", GONE)]);
+    world.explained("decoder2", Cause::default());
     assert_eq!(
         (world.stage(), world.state("decoder2")),
         (FleetStage::Verifying, EngineState::Backoff)
@@ -53,6 +54,7 @@ fn one_that_ended_meanwhile_holds_up_nobody_and_comes_back() {
 #[test]
 fn a_role_without_any_engine_is_waited_for() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", GONE)]);
+    world.explained("decoder1", Cause::default());
     assert_eq!(world.stage(), FleetStage::Starting);
     world.wait();
     assert!(world.did(&Action::Spawn(id("decoder1"), Incarnation(4))));
@@ -70,6 +72,7 @@ fn one_that_was_on_its_way_out_is_killed_before_it_starts_again() {
     world.tell(Event::Tick);
     assert!(!world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
     world.tell(Event::TreeEmpty(id("decoder2"), Incarnation(3)));
+    world.explained("decoder2", Cause::default());
     assert!(world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
 }
 
@@ -95,6 +98,7 @@ fn a_failed_canary_of_engines_that_are_all_up_ends_it() {
 #[test]
 fn without_restarts_the_last_engine_of_a_role_ends_it() {
     let mut world = World::attached_with(RestartWhen::Never, &[("prefiller1", RUNS), ("decoder1", GONE)]);
+    world.explained("decoder1", Cause::default());
     assert_eq!(world.stage(), FleetStage::Stopping);
     world.empty("prefiller1");
     world.tell(Event::GuardianGone("guardian is gone".to_owned()));

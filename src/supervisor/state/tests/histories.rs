@@ -3,10 +3,10 @@
 use proptest::prelude::*;
 
 use super::world::{MAX_RESTARTS, World, engine, exited};
-use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation};
+use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation, Retry};
 use crate::plan::EngineSpec;
-use crate::supervisor::Ending;
 use crate::supervisor::state::{Event, Goal};
+use crate::supervisor::{Cause, Ending};
 
 /// One step of a random history. The number picks an engine.
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +17,7 @@ enum Step {
     Empty(usize),
     Stale(usize),
     Hung(usize),
+    Explained(usize, Retry),
     Leave(usize, bool, bool),
     Verified(bool),
     Drained,
@@ -34,6 +35,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..4_usize).prop_map(Step::Empty),
         1 => (0..4_usize).prop_map(Step::Stale),
         1 => (0..4_usize).prop_map(Step::Hung),
+        4 => (0..4_usize, prop_oneof![4 => Just(Retry::Yes), 1 => Just(Retry::Once), 1 => Just(Retry::Never)])
+            .prop_map(|(index, retry)| Step::Explained(index, retry)),
         2 => (0..4_usize, any::<bool>(), any::<bool>()).prop_map(|(index, again, force)| Step::Leave(index, again, force)),
         2 => proptest::bool::weighted(0.8).prop_map(Step::Verified),
         1 => Just(Step::Drained),
@@ -65,7 +68,7 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
         }
         Step::Stale(index) => {
             let before = format!("{:?}", world.fleet.view(0));
-            world.tell(exited(ids[index].clone(), Incarnation(0), true));
+            world.tell(exited(ids[index].clone(), Incarnation(0)));
             assert_eq!(format!("{:?}", world.fleet.view(0)), before);
         }
         Step::Verified(ok) if world.verifying.is_some() => {
@@ -83,6 +86,13 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
                 world.incarnation(&ids[index]),
                 "hung".to_owned(),
             ));
+        }
+        Step::Explained(index, retry) => {
+            let cause = Cause {
+                retry,
+                ..Cause::default()
+            };
+            world.explained(ids[index].as_str(), cause);
         }
         Step::Leave(index, again, force) => {
             let goal = if again { Goal::StartAgain } else { Goal::Stop };

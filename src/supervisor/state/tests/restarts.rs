@@ -1,18 +1,26 @@
 //! The rules of engines that leave and come back while the fleet serves, by name.
 
-use super::world::{BACKOFF, DRAIN, FIRST, MAX_RESTARTS, Processes, World, engine, exited};
+use super::world::{BACKOFF, DRAIN, FIRST, MAX_RESTARTS, Processes, World, engine};
 use super::{kill, terminate};
-use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation, Role};
+use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation, Retry, Role};
 use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 use crate::supervisor::guardian::protocol::LeftoverProcess;
 use crate::supervisor::state::{Action, Event, Goal};
-use crate::supervisor::{Ending, Refusal};
+use crate::supervisor::{Cause, Ending, Refusal};
 
 const SECOND: Incarnation = Incarnation(2);
 
 fn id(name: &str) -> EngineId {
     EngineId::named(name)
+}
+
+fn cause(retry: Retry) -> Cause {
+    Cause {
+        retry,
+        found: Some("out of memory: no byte left".to_owned()),
+        phase: None,
+    }
 }
 
 /// The pairs of the newest round of canaries.
@@ -39,12 +47,19 @@ fn an_engine_that_fails_comes_back_through_canaries_while_the_others_serve() {
     let old = world.load("decoder1");
     world.exit("decoder1");
     let start = world.now;
-    assert_eq!(world.state("decoder1"), EngineState::Backoff);
+    let restart_at = |world: &World| world.fleet.view(0).engine(&id("decoder1")).unwrap().restart_at;
     assert_eq!(
-        world.fleet.view(0).engine(&id("decoder1")).unwrap().restart_at,
-        Some(start + BACKOFF)
+        (world.state("decoder1"), restart_at(&world)),
+        (EngineState::Backoff, None)
     );
     world.empty("decoder1");
+    world.now += BACKOFF / 2;
+    world.explained("decoder1", Cause::default());
+    assert_eq!(
+        restart_at(&world),
+        Some(start + BACKOFF),
+        "the look for its cause is part of the wait"
+    );
     assert!(!world.did(&Action::Spawn(id("decoder1"), SECOND)));
     world.wait();
     assert_eq!(world.now - start, BACKOFF);
@@ -72,6 +87,8 @@ fn nothing_starts_beside_what_an_earlier_incarnation_left() {
     world.tell(Event::Tick);
     assert!(!world.did(&Action::Spawn(id("decoder1"), SECOND)));
     world.empty("decoder1");
+    assert!(!world.did(&Action::Spawn(id("decoder1"), SECOND)));
+    world.explained("decoder1", Cause::default());
     assert!(world.did(&Action::Spawn(id("decoder1"), SECOND)));
 }
 
@@ -220,9 +237,61 @@ fn an_answer_of_an_older_round_is_dropped() {
 #[test]
 fn a_cause_that_would_come_again_is_not_retried() {
     let mut world = World::ready();
-    world.processes.get_mut(&id("decoder1")).unwrap().leader = false;
-    world.tell(exited(id("decoder1"), FIRST, false));
+    world.crash_of("decoder1", cause(Retry::Never));
+    assert_eq!(
+        (world.state("decoder1"), world.stage()),
+        (EngineState::Failed, FleetStage::Ready)
+    );
+    let reason = world.reason("decoder1");
+    assert!(
+        reason.starts_with("exited with code 0 unasked; see its log `decoder1.log`: out of memory: no byte left")
+            && reason.ends_with("it is not started again"),
+        "{reason}"
+    );
+    world.crash_of("decoder2", cause(Retry::Never));
+    let outcome = world.play_out();
+    assert!(matches!(outcome.ending, Ending::LostRole { .. }), "{outcome:?}");
+    assert!(outcome.ending.to_string().contains("no byte left"));
+}
+
+#[test]
+fn a_lost_race_is_retried_once_and_an_unknown_cause_as_often_as_the_policy_says() {
+    let mut world = World::ready();
+    world.crash_of("decoder1", cause(Retry::Once));
+    assert_eq!(world.state("decoder1"), EngineState::Backoff);
+    world.wait();
+    world.announce(&id("decoder1"));
+    world.crash_of("decoder1", cause(Retry::Once));
     assert_eq!(world.state("decoder1"), EngineState::Failed);
+    assert!(
+        world.reason("decoder1").contains("kept failing"),
+        "{}",
+        world.reason("decoder1")
+    );
+    for _ in 0..MAX_RESTARTS {
+        world.crash("decoder2");
+        assert_eq!(world.state("decoder2"), EngineState::Backoff);
+        world.wait();
+        world.announce(&id("decoder2"));
+    }
+}
+
+#[test]
+fn an_answer_about_the_cause_that_comes_too_late_changes_nothing() {
+    let mut world = World::ready();
+    world.exit("decoder1");
+    world.empty("decoder1");
+    world.tell(Event::Restart(id("decoder1")));
+    world.healthy("decoder1");
+    world.tell(Event::Explained(id("decoder1"), FIRST, cause(Retry::Never)));
+    world.tell(Event::Explained(id("decoder1"), SECOND, cause(Retry::Never)));
+    assert_eq!(world.state("decoder1"), EngineState::Healthy);
+    // A stop of the run does not wait for it either.
+    world.exit("decoder2");
+    world.empty("decoder2");
+    world.tell(Event::Force);
+    assert_eq!(world.state("decoder2"), EngineState::Failed);
+    assert_eq!(world.play_out().exit_status(), ExitStatus::Forced);
 }
 
 #[test]
@@ -237,6 +306,20 @@ fn a_restarted_engine_that_is_not_healthy_in_time_is_tried_again_without_ending_
         (EngineState::Backoff, FleetStage::Ready)
     );
     assert!(world.did(&kill("decoder1")));
+}
+
+#[test]
+fn a_restart_that_stands_still_is_killed_and_tried_again() {
+    let mut world = World::ready();
+    world.crash("decoder1");
+    world.wait();
+    world.announce(&id("decoder1"));
+    world.tell(Event::StoodStill(id("decoder1"), SECOND, "stands still".to_owned()));
+    assert!(world.did(&kill("decoder1")));
+    world.empty("decoder1");
+    world.explained("decoder1", Cause::default());
+    world.wait();
+    assert!(world.did(&Action::Spawn(id("decoder1"), Incarnation(3))));
 }
 
 #[test]

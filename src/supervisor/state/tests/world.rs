@@ -1,6 +1,6 @@
 //! A fleet, a clock, and a model of its processes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use tokio::time::Instant;
 use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
-use crate::supervisor::Outcome;
 use crate::supervisor::guardian::protocol::KeptState;
 use crate::supervisor::state::{Action, Event, Fleet, Limits};
+use crate::supervisor::{Cause, Outcome};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(20);
 pub(super) const VERIFY: Duration = Duration::from_secs(40);
@@ -58,6 +58,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
         }],
         ready_path: "/health".to_owned(),
         ready_deadline: Duration::from_mins(10),
+        start_stall: Duration::from_mins(5),
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
         liveness: Liveness {
@@ -83,12 +84,11 @@ pub(super) struct Processes {
     pub(super) spawns: u32,
 }
 
-pub(super) fn exited(engine: EngineId, incarnation: Incarnation, retryable: bool) -> Event {
+pub(super) fn exited(engine: EngineId, incarnation: Incarnation) -> Event {
     Event::Exited {
         engine,
         incarnation,
         exit: Exit::Code(0),
-        retryable,
     }
 }
 
@@ -101,6 +101,8 @@ pub(super) struct World {
     pub(super) verifying: Option<u64>,
     /// Who is waited for until nothing is in flight.
     pub(super) awaiting_idle: Vec<Option<(EngineId, Incarnation)>>,
+    /// Incarnations whose logs are being asked.
+    pub(super) unexplained: BTreeSet<(EngineId, Incarnation)>,
     pub(super) shutdown: bool,
     pub(super) sweeping: bool,
     pub(super) checking: bool,
@@ -165,6 +167,7 @@ impl World {
                 .collect(),
             verifying: None,
             awaiting_idle: Vec::new(),
+            unexplained: BTreeSet::new(),
             shutdown: false,
             sweeping: false,
             checking: false,
@@ -226,17 +229,31 @@ impl World {
         self.fleet.view(0).engine(id).unwrap().incarnation
     }
 
-    /// The engine's leader and the rest of it end, unasked.
+    /// The engine's leader and the rest of it end, unasked, and its log says nothing.
     pub(super) fn crash(&mut self, name: &str) {
+        self.crash_of(name, Cause::default());
+    }
+
+    pub(super) fn crash_of(&mut self, name: &str, cause: Cause) {
         self.exit(name);
         self.empty(name);
+        self.explained(name, cause);
+    }
+
+    /// The engine's log is asked for the cause of its failure, and this is the answer.
+    pub(super) fn explained(&mut self, name: &str, cause: Cause) {
+        let id = EngineId::named(name);
+        let incarnation = self.incarnation(&id);
+        if self.unexplained.remove(&(id.clone(), incarnation)) {
+            self.tell(Event::Explained(id, incarnation, cause));
+        }
     }
 
     pub(super) fn exit(&mut self, name: &str) {
         let id = EngineId::named(name);
         self.processes.get_mut(&id).unwrap().leader = false;
         let incarnation = self.incarnation(&id);
-        self.tell(exited(id, incarnation, true));
+        self.tell(exited(id, incarnation));
     }
 
     pub(super) fn empty(&mut self, name: &str) {
@@ -290,6 +307,13 @@ impl World {
                 self.verifying = Some(*round);
             }
             Action::AwaitIdle(of) => self.awaiting_idle.push(of.clone()),
+            Action::Explain(id, incarnation, _) => {
+                assert!(!self.processes[id].tree, "{id} still writes its log");
+                assert!(
+                    self.unexplained.insert((id.clone(), *incarnation)),
+                    "the log of {id} is asked twice"
+                );
+            }
             Action::Shutdown => {
                 assert!(
                     self.processes.values().all(|process| !process.tree),
@@ -354,6 +378,16 @@ impl World {
 
     pub(super) fn stage(&self) -> FleetStage {
         self.fleet.view(0).stage
+    }
+
+    /// Why the engine failed.
+    pub(super) fn reason(&self, name: &str) -> String {
+        let view = self.fleet.view(0);
+        view.engine(&EngineId::named(name))
+            .unwrap()
+            .reason
+            .clone()
+            .unwrap_or_default()
     }
 
     pub(super) fn state(&self, name: &str) -> EngineState {
