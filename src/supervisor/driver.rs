@@ -213,12 +213,14 @@ impl Driver {
                 }
             }
             Action::Watch(id, incarnation) => {
-                if let Some(spec) = self.spec(&id).cloned() {
+                let loads = self.fleet.loads(Some(&id));
+                if let (Some(spec), [load]) = (self.spec(&id).cloned(), &loads[..]) {
+                    let load = Arc::clone(load);
                     let prober = self.prober.clone();
                     let handle = self.tasks.spawn({
                         let id = id.clone();
                         async move {
-                            let reason = liveness::until_hung(prober, spec).await;
+                            let reason = liveness::until_hung(prober, spec, load).await;
                             Event::Hung(id, incarnation, reason)
                         }
                     });

@@ -2,11 +2,13 @@
 //!
 //! The judge is pure. The names of samples come with the engine's spec.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
 use super::probe::reachable;
+use crate::fleet::{Load, Role};
 use crate::plan::EngineSpec;
 
 /// How often an engine is asked; more often where the deadline is short.
@@ -65,13 +67,24 @@ impl Judge {
     }
 }
 
-/// Returns once the engine hangs, with the reason.
-pub(super) async fn until_hung(client: reqwest::Client, engine: EngineSpec) -> String {
+/// Returns once the engine hangs, with the reason. `load` is what it was given and has not answered.
+///
+/// vLLM counts what runs step by step, so the first request after a worker's last step is in none of its metrics. What a
+/// prefill engine was given is at work; a place on a decode engine may still wait for a prefill.
+pub(super) async fn until_hung(client: reqwest::Client, engine: EngineSpec, load: Arc<Load>) -> String {
     let url = format!("http://{}{}", reachable(&engine), engine.liveness.path);
     let mut judge = Judge::new(engine.liveness.stall, Instant::now());
     let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
     loop {
-        let sample = ask(&client, &url, &engine).await;
+        let given = if engine.role == Role::Prefill {
+            load.in_flight()
+        } else {
+            0
+        };
+        let sample = ask(&client, &url, &engine).await.map(|sample| Sample {
+            running: sample.running.max(given as f64),
+            ..sample
+        });
         if let Some(reason) = judge.observe(sample, Instant::now()) {
             return reason;
         }
