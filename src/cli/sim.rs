@@ -111,6 +111,9 @@ impl Arguments {
             })
             .transpose()?
             .unwrap_or(5600);
+        let step_deadline = variable("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS")
+            .and_then(|seconds| seconds.parse().ok())
+            .map_or(sim::STEP_DEADLINE, Duration::from_secs);
         Ok(sim::Options {
             served_model_name: self.served_model_name.unwrap_or_else(|| self.model.clone()),
             model: self.model,
@@ -127,6 +130,7 @@ impl Arguments {
             python_hash_seed: variable("PYTHONHASHSEED"),
             chunked_prefill: !self.no_enable_chunked_prefill,
             max_num_batched_tokens: self.max_num_batched_tokens,
+            step_deadline,
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
             prompt_tokens_details: self.enable_prompt_tokens_details,
             enforce_eager: self.enforce_eager,

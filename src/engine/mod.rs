@@ -45,6 +45,8 @@ pub struct Serve<'plan> {
     pub has_shutdown_timeout: bool,
     /// xpyd's own deadline for the start.
     pub ready_deadline: Duration,
+    /// How long an engine with something to do may get nothing done.
+    pub stall: Duration,
     /// What only the simulated engine is told: the timing preset and the faults.
     pub sim: (&'plan str, &'plan [String]),
 }
@@ -100,7 +102,7 @@ impl EngineKind {
     pub fn environment(self, serve: &Serve<'_>) -> Vec<(String, String)> {
         match self {
             Self::Vllm => vllm::environment(serve),
-            Self::Sim => Vec::new(),
+            Self::Sim => vec![vllm::step_deadline(serve)],
         }
     }
 

@@ -7,9 +7,14 @@ use std::time::Duration;
 use super::{PhaseMarker, ProgressMetrics, Serve};
 use crate::connector::Device;
 
-/// How long vLLM lets running requests go on after SIGTERM. With its default of 0 it kills its own workers at once, so
-/// that NIXL and shared memory are never cleaned up.
-pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// When vLLM kills its own processes after SIGTERM; until then running requests go on, but the proxy has drained before.
+/// With its default of 0 it kills its workers at once, so that NIXL and shared memory are never cleaned up. A real engine
+/// uses all of it even when idle: what it holds is given back in a second or two, and then Python takes its time to end.
+pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// When `EngineCore` sends SIGTERM to workers that it has told to leave. It ends those that have cleaned up, and those
+/// that have not ignore it. `EngineCore` removes its own shared memory only when they have gone.
+const WORKER_GRACE: Duration = Duration::from_secs(3);
 
 /// The arguments after `vllm serve`, which the simulated engine takes as well.
 pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
@@ -44,6 +49,10 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
             "VLLM_ENGINE_READY_TIMEOUT_S",
             (serve.ready_deadline.as_secs() + 600).to_string(),
         ),
+        (
+            "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS",
+            WORKER_GRACE.as_secs().to_string(),
+        ),
     ];
     match serve.device {
         Device::Cuda => {
@@ -55,10 +64,15 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
         }
         Device::Cpu => variables.push(("CUDA_VISIBLE_DEVICES", String::new())),
     }
-    variables
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+    let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value));
+    variables.chain([step_deadline(serve)]).collect()
+}
+
+/// When the engine core gives up a worker and ends. One that hangs before it has made a step for a request is in no metric,
+/// so nobody else can tell.
+pub(super) fn step_deadline(serve: &Serve<'_>) -> (String, String) {
+    let name = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS".to_owned();
+    (name, serve.stall.as_secs().max(1).to_string())
 }
 
 /// The markers of a start, in order. GPU-only phases are missing from a CPU start, and the other way round.

@@ -304,6 +304,7 @@ impl Builder<'_> {
             args: &args,
             has_shutdown_timeout,
             ready_deadline: profile.deadlines.ready,
+            stall: profile.deadlines.stall,
             sim: (&profile.sim.preset, &profile.sim.faults),
         };
         let argv = profile.engine.command(&serve);

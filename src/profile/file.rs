@@ -288,7 +288,7 @@ impl DeadlinesTable {
             // One tick of CPU time is progress, so this is far more than any working start needs.
             start_stall: seconds(self.start_stall, 300),
             drain: seconds(self.drain, 30),
-            // vLLM drains for its own 10 s, then needs up to 9 s for its workers.
+            // vLLM kills its own processes after 5 s, then its API server closes; a loaded machine takes its time.
             stop: seconds(self.stop, 25),
             prefill: seconds(self.prefill, 300),
             handoff: seconds(self.handoff, 90),

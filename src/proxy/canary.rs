@@ -1,7 +1,9 @@
 //! The canary: one real generation through a pair of engines before clients may use it.
 //!
-//! It must come back, equal what the decode engine says alone, and the decode engine's own counters must show that KV
-//! moved. It uses the very flow that clients' requests use.
+//! It must come back, equal what the decode engine says alone as far as numbers can (`likeness`), and the decode engine's
+//! own counters must show that KV moved. It uses the very flow that clients' requests use.
+
+mod likeness;
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -20,15 +22,20 @@ use super::flow::{Job, Stages, answer};
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
 use super::{Proxy, Shared};
-use crate::connector::{TransferCounter, TransferUnit};
+use crate::connector::{DecodeFlow, TransferCounter, TransferUnit};
 use crate::fleet::EngineId;
 use crate::report::one_line;
+use likeness::{ALTERNATIVES, Answer, Likeness};
 
 /// Words of the prompt: well over two KV blocks of 128 tokens, yet short enough for any model's context.
 const WORDS: usize = 260;
 
 /// Tokens to generate.
 const TOKENS: usize = 8;
+
+/// How many prompts are tried where the answers differ, and only the order of additions may be the reason. One answer
+/// that is the same proves the pair; with none, most of them must have begun the same.
+const FLIGHTS: usize = 5;
 
 /// How long the decode engine's counters may lag behind its answer.
 const COUNTER_DEADLINE: Duration = Duration::from_secs(10);
@@ -117,7 +124,7 @@ impl Proxy {
     /// One real generation through this very pair, before clients may use it. The engines must be healthy or ready.
     ///
     /// # Errors
-    /// When it fails twice, no KV moved, or the answer is not the decode engine's own.
+    /// When it fails twice, no KV moved, or the answers are not the decode engine's own.
     pub async fn canary(&self, prefill: &EngineId, decode: &EngineId) -> Result<CanaryReport, CanaryError> {
         let canary = Canary {
             shared: &self.0,
@@ -135,31 +142,50 @@ struct Canary<'run> {
 }
 
 impl Canary<'_> {
+    /// Flies until an answer is the same as the decode engine's own, or is certainly another.
     async fn fly(&self) -> Result<CanaryReport, CanaryError> {
+        let (mut flown, mut drifted) = (0, 0);
+        loop {
+            let (report, through, alone) = self.flight().await?;
+            let likeness = through.likeness(&alone);
+            tracing::info!(?report, ?likeness, through = through.text, alone = alone.text, "canary");
+            flown += 1;
+            drifted += usize::from(likeness == Likeness::Drifted);
+            let is_over = flown == FLIGHTS || likeness == Likeness::Different;
+            let began_alike = flown == FLIGHTS && drifted > FLIGHTS / 2;
+            if likeness == Likeness::Same || (began_alike && likeness != Likeness::Different) {
+                return Ok(report);
+            }
+            if is_over {
+                return Err(CanaryError::Differs {
+                    prefill: self.prefill.clone(),
+                    decode: self.decode.clone(),
+                    through: through.text,
+                    alone: alone.text,
+                });
+            }
+        }
+    }
+
+    /// One generation through the pair, and the same by the decode engine alone.
+    async fn flight(&self) -> Result<(CanaryReport, Answer, Answer), CanaryError> {
         let body = self.body();
         let counters = self.shared.settings.connector.transfer_counters();
         let before = self.counters(counters).await?;
         let sent = Instant::now();
         let response = self.through(body.clone()).await?;
         let stages = response.extensions().get::<Stages>().copied().unwrap_or_default();
-        let through = self.text(response).await?;
+        let through = self.whole(response).await?;
         let total = sent.elapsed();
         let transferred = self.growth(counters, &before).await?;
         let alone = self.alone(body).await?;
-        if through != alone {
-            return Err(CanaryError::Differs {
-                prefill: self.prefill.clone(),
-                decode: self.decode.clone(),
-                through,
-                alone,
-            });
-        }
-        Ok(CanaryReport {
+        let report = CanaryReport {
             pair: (self.prefill.clone(), self.decode.clone()),
             transferred,
             first_handoff: stages.handoff + stages.first_byte,
             total,
-        })
+        };
+        Ok((report, through, alone))
     }
 
     /// A prompt that no engine has seen, so that no cache can answer for the hand-off.
@@ -173,9 +199,14 @@ impl Canary<'_> {
                 .expect("writing to a string cannot fail");
         }
         let model = &self.shared.settings.served_model_name;
-        serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS})
-            .to_string()
-            .into()
+        let mut body = serde_json::json!({
+            "model": model, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
+        });
+        // A splice would send a request with probabilities to the decode engine alone.
+        if self.shared.settings.connector.decode_flow() == DecodeFlow::Original {
+            body["logprobs"] = ALTERNATIVES.into();
+        }
+        body.to_string().into()
     }
 
     fn failed(&self, reason: String) -> CanaryError {
@@ -211,7 +242,7 @@ impl Canary<'_> {
     }
 
     /// The same prompt on the decode engine alone.
-    async fn alone(&self, body: Bytes) -> Result<String, CanaryError> {
+    async fn alone(&self, body: Bytes) -> Result<Answer, CanaryError> {
         let seat = self.seat()?;
         let headers = HeaderMap::new();
         let id = super::flow::new_id();
@@ -225,25 +256,21 @@ impl Canary<'_> {
         self.read(head.status, &body)
     }
 
-    async fn text(&self, response: Response<Body>) -> Result<String, CanaryError> {
+    async fn whole(&self, response: Response<Body>) -> Result<Answer, CanaryError> {
         let status = response.status();
         let body = response.into_body().collect().await;
         let body = body.map_err(|error| self.failed(one_line(&error)))?.to_bytes();
         self.read(status, &body)
     }
 
-    fn read(&self, status: StatusCode, body: &[u8]) -> Result<String, CanaryError> {
+    fn read(&self, status: StatusCode, body: &[u8]) -> Result<Answer, CanaryError> {
         #[derive(Deserialize)]
         struct Completion {
-            choices: Vec<Choice>,
-        }
-        #[derive(Deserialize)]
-        struct Choice {
-            text: String,
+            choices: Vec<Answer>,
         }
         let completion = serde_json::from_slice::<Completion>(body).ok();
         match completion.and_then(|completion| completion.choices.into_iter().next()) {
-            Some(choice) if status.is_success() => Ok(choice.text),
+            Some(answer) if status.is_success() => Ok(answer),
             _ => {
                 let beginning: String = String::from_utf8_lossy(body).chars().take(500).collect();
                 Err(self.failed(format!("{status}: {beginning}")))

@@ -24,8 +24,16 @@ pub enum Fault {
     FailTransfer(u64),
     /// A plain request does not kill an LMCache sender, as with LMCache's sync mode.
     SurvivePlainRequests,
+    /// Every nth KV that arrives is not what was sent.
+    GarbleKv(u64),
+    /// Every nth sequence adds in another order, and so takes the other one of two tokens that are equally likely: its
+    /// second token, and then goes on from there. Real engines do so where other requests share a step.
+    Drift(u64),
     /// A sequence makes no more tokens after this many, and never ends.
     StallDecode(usize),
+    /// After this many requests the worker does not answer any more. What runs is counted step by step, so the next request
+    /// is in no metric, until the core gives the worker up.
+    Hang(u64),
     /// `EngineCore` and workers ignore SIGTERM and outlive the API server.
     Orphans,
     /// A daemon that forked twice into a session of its own ignores SIGTERM, and holds the log and a file in `/dev/shm`.
@@ -65,8 +73,9 @@ impl Phase {
 }
 
 /// The faults and their values, as an error lists them.
-const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, freeze-at=PHASE, die-saying=FILE, ignore-sigterm, drop-notification[=EVERY_NTH], \
-                     fail-transfer[=EVERY_NTH], survive-plain-requests, stall-decode=TOKENS, orphans, stray";
+const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, freeze-at=PHASE, die-saying=FILE, ignore-sigterm, \
+                     drop-notification[=EVERY_NTH], fail-transfer[=EVERY_NTH], garble-kv[=EVERY_NTH], drift[=EVERY_NTH], \
+                     survive-plain-requests, stall-decode=TOKENS, hang=REQUESTS, orphans, stray";
 
 /// Why a `--fault` is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -104,11 +113,17 @@ impl FromStr for Fault {
             "ignore-sigterm" => Ok(Self::IgnoreSigterm),
             "drop-notification" => every("drop-notification", value).map(Self::DropNotification),
             "fail-transfer" => every("fail-transfer", value).map(Self::FailTransfer),
+            "garble-kv" => every("garble-kv", value).map(Self::GarbleKv),
+            "drift" => every("drift", value).map(Self::Drift),
             "survive-plain-requests" => Ok(Self::SurvivePlainRequests),
             "stall-decode" => value
                 .and_then(|value| value.parse().ok())
                 .map(Self::StallDecode)
                 .ok_or_else(|| bad_value("stall-decode", "a number of tokens")),
+            "hang" => value
+                .and_then(|value| value.parse().ok())
+                .map(Self::Hang)
+                .ok_or_else(|| bad_value("hang", "a number of requests")),
             "orphans" => Ok(Self::Orphans),
             "stray" => Ok(Self::Stray),
             other => Err(FaultError::Unknown(other.to_owned())),

@@ -40,7 +40,9 @@ use tokio_util::sync::CancellationToken;
 pub use fault::{Fault, FaultError, Phase};
 pub use lmcache::ConfigError;
 pub use log::LogTarget;
-pub use options::{ExtraConfig, KvRole, KvTransferConfig, LoadFailurePolicy, Options, OptionsError, ProcessKind};
+pub use options::{
+    ExtraConfig, KvRole, KvTransferConfig, LoadFailurePolicy, Options, OptionsError, ProcessKind, STEP_DEADLINE,
+};
 pub use timing::{H100_LLAMA_3_1_8B, INSTANT, PRESETS, Preset};
 
 use crate::report::ExitStatus;

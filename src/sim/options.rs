@@ -9,6 +9,9 @@ use super::fault::{Fault, Phase};
 use super::log::LogTarget;
 use super::timing::Preset;
 
+/// vLLM's default for `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`.
+pub const STEP_DEADLINE: Duration = Duration::from_mins(5);
+
 /// Everything a simulated engine is started with. Field by field what `vllm serve` reads from its command line and
 /// environment, and then what only the simulation knows.
 #[derive(Debug, Clone)]
@@ -37,6 +40,8 @@ pub struct Options {
     pub chunked_prefill: bool,
     /// Tokens of one scheduler step, if given.
     pub max_num_batched_tokens: Option<u32>,
+    /// `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`: how long a worker may take for a step before the core dies of it.
+    pub step_deadline: Duration,
     /// How long running requests may go on after SIGTERM.
     pub shutdown_timeout: Duration,
     /// Whether `usage` tells cached tokens.
@@ -192,6 +197,7 @@ impl Options {
             python_hash_seed: None,
             chunked_prefill: true,
             max_num_batched_tokens: None,
+            step_deadline: STEP_DEADLINE,
             shutdown_timeout: Duration::ZERO,
             prompt_tokens_details: false,
             enforce_eager: true,

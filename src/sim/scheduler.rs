@@ -16,7 +16,7 @@ use super::blocks::BlockPool;
 use super::fault::{EveryNth, Fault};
 use super::kv_params::{FirstToken, PullParams, Transfer};
 use super::lmcache::receiver::Receiver;
-use super::lmcache::sender::{Sender, WORKER_DEADLINE};
+use super::lmcache::sender::Sender;
 use super::log::{Log, Process};
 use super::metrics::Metrics;
 use super::nixl::{Leases, Peer, PullError};
@@ -97,7 +97,12 @@ pub(crate) struct Core {
     met: HashSet<String>,
     unsent_releases: Vec<PullParams>,
     pull_failures: EveryNth,
+    garbled_loads: EveryNth,
+    drifts: Option<EveryNth>,
     stall_after: Option<usize>,
+    hang_after: Option<u64>,
+    /// Requests taken so far.
+    taken: u64,
 }
 
 /// What a task of the core brought.
@@ -109,6 +114,15 @@ enum Loaded {
     ParkedLeft,
 }
 
+/// Changes what arrived, if the fault hits it.
+fn garble(fault: &mut EveryNth, records: &mut [u64]) {
+    if let Some(first) = records.first_mut()
+        && fault.hits()
+    {
+        *first ^= 1;
+    }
+}
+
 impl Core {
     pub(crate) fn new(parts: Parts) -> Self {
         let options = &parts.options;
@@ -116,8 +130,20 @@ impl Core {
             Fault::FailTransfer(nth) => Some(*nth),
             _ => None,
         }));
+        let garbled_loads = EveryNth::new(options.fault(|fault| match fault {
+            Fault::GarbleKv(nth) => Some(*nth),
+            _ => None,
+        }));
+        let drifts = options.fault(|fault| match fault {
+            Fault::Drift(nth) => Some(EveryNth::new(Some(*nth))),
+            _ => None,
+        });
         let stall_after = options.fault(|fault| match fault {
             Fault::StallDecode(tokens) => Some(*tokens),
+            _ => None,
+        });
+        let hang_after = options.fault(|fault| match fault {
+            Fault::Hang(requests) => Some(*requests),
             _ => None,
         });
         Self {
@@ -130,7 +156,11 @@ impl Core {
             met: HashSet::new(),
             unsent_releases: Vec::new(),
             pull_failures,
+            garbled_loads,
+            drifts,
             stall_after,
+            hang_after,
+            taken: 0,
         }
     }
 
@@ -150,6 +180,10 @@ impl Core {
             }
             while let Some(loaded) = self.loads.try_join_next() {
                 self.take_loaded(loaded)?;
+            }
+            if self.hang_after.is_some_and(|after| self.taken > after) {
+                wedged(&mut self.parts).await?;
+                continue;
             }
             self.count();
             if self.can_prefill() {
@@ -206,7 +240,12 @@ impl Core {
                 }
                 Ok(())
             }
-            Command::Add(request) => self.add(Sequence::new(request)),
+            Command::Add(request) => {
+                self.taken += 1;
+                let mut sequence = Sequence::new(request);
+                sequence.tie = self.drifts.as_mut().map(EveryNth::hits);
+                self.add(sequence)
+            }
         }
     }
 
@@ -250,6 +289,7 @@ impl Core {
                 if let Connector::Receiver(receiver) = &self.parts.connector {
                     metrics.external_queries.add(prompt.len());
                     sequence.loaded = receiver.retrieve(&prompt);
+                    garble(&mut self.garbled_loads, &mut sequence.loaded);
                     sequence.cached_tokens = sequence.loaded.len();
                     metrics.external_hits.add(sequence.loaded.len());
                     let message = format!(
@@ -317,6 +357,7 @@ impl Core {
                 metrics.transferred(records.len() as u64 * self.parts.options.preset.kv_bytes_per_token);
                 sequence.cached_tokens = params.cached_tokens.unwrap_or(records.len());
                 sequence.loaded = records;
+                garble(&mut self.garbled_loads, &mut sequence.loaded);
                 self.met.insert(params.engine_id);
                 self.waiting.push_back(*sequence);
             }
@@ -410,7 +451,7 @@ impl Core {
         }
         let meeting = sender.meet(spec, &mut parts.background);
         tokio::select! {
-            met = tokio::time::timeout(WORKER_DEADLINE, meeting) => match met {
+            met = tokio::time::timeout(parts.options.step_deadline, meeting) => match met {
                 Ok(Ok(())) => {
                     sender.push(spec, &sequence.request.prompt, records);
                     return Ok(true);
@@ -423,11 +464,7 @@ impl Core {
             },
             () = ended(&mut parts.stage) => return Ok(false),
         }
-        // The worker is wedged, and with it all that waits.
-        tokio::select! {
-            () = sleep(WORKER_DEADLINE) => Err(Death("RPC call to execute_model timed out".to_owned())),
-            () = ended(&mut parts.stage) => Ok(false),
-        }
+        wedged(parts).await.map(|()| false)
     }
 
     /// One decode step of all running sequences.
@@ -540,6 +577,14 @@ fn send(sequence: &mut Sequence, end: End) {
 }
 
 /// Returns once what runs is to end.
+/// The worker does not answer, and all that waits waits with it: until the end, or until the core gives it up.
+async fn wedged(parts: &mut Parts) -> Result<(), Death> {
+    tokio::select! {
+        () = sleep(parts.options.step_deadline) => Err(Death("RPC call to execute_model timed out".to_owned())),
+        () = ended(&mut parts.stage) => Ok(()),
+    }
+}
+
 async fn ended(stage: &mut watch::Receiver<Stage>) {
     let over = stage
         .wait_for(|stage| !matches!(stage, Stage::Serving | Stage::Draining))

@@ -9,6 +9,9 @@ use super::blocks::Blocks;
 use super::kv_params::Transfer;
 use super::tokens::{END_OF_TURN, KvState, decode_into, mix};
 
+/// How far apart the probabilities of two tokens are that are equally likely but for the order of additions.
+const EQUALLY_LIKELY: f64 = 0.01;
+
 /// How a sequence is sampled and when it ends.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sampling {
@@ -119,6 +122,8 @@ pub(crate) struct Sequence {
     pub(crate) cached_tokens: usize,
     /// Tokens made.
     pub(crate) made: usize,
+    /// Whether it takes the other one of two second tokens that are equally likely; `None` where one is likelier.
+    pub(crate) tie: Option<bool>,
     first: Option<u32>,
     state: KvState,
     previous: Option<u32>,
@@ -139,6 +144,7 @@ impl Sequence {
             blocks: None,
             cached_tokens: 0,
             made: 0,
+            tie: None,
             first: None,
             state: KvState::default(),
             text: Vec::new(),
@@ -193,14 +199,22 @@ impl Sequence {
         let sampling = &self.request.sampling;
         let draw = self.state.draw(sampling.salt);
         let may_end = !sampling.ignore_eos && self.made >= sampling.min_tokens;
-        let token = draw.token(self.previous, may_end);
+        let mut token = draw.token(self.previous, may_end);
+        let other = self.tie.filter(|_| self.made == 1).map(|takes_other| {
+            let other = draw.alternative(64).0;
+            let (made, left) = if takes_other { (other, token) } else { (token, other) };
+            token = made;
+            left
+        });
         self.made += 1;
         self.first.get_or_insert(token);
         self.previous = Some(token);
         self.tokens.push(token);
         if let Some(alternatives) = sampling.logprobs {
             let mut top = vec![(token, draw.logprob())];
+            top.extend(other.map(|other| (other, draw.logprob() - EQUALLY_LIKELY)));
             top.extend((1..alternatives).map(|rank| draw.alternative(rank)));
+            top.truncate(alternatives.max(1) as usize);
             self.logprobs.push(TokenLogprob {
                 token,
                 logprob: draw.logprob(),

@@ -258,41 +258,8 @@ impl Driver {
         tracing::debug!(?action, "fleet action");
         match action {
             Action::Record(id, incarnation, pid) => self.record(&id, incarnation, pid),
-            Action::Probe(id, incarnation) => {
-                if let Some(spec) = self.spec(&id).cloned() {
-                    let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
-                    let log = self.settings.run_dir.join(&spec.log_file);
-                    let explainer = self.explainers.get(&id).cloned();
-                    let handle = self.tasks.spawn({
-                        let id = id.clone();
-                        async move {
-                            let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
-                            tokio::select! {
-                                () = probe::until_up(prober, spec) => Event::Probed(id, incarnation),
-                                still = standstill::until_still(log, scene.leader, stall) => {
-                                    let phase = cause::ask(explainer, None).await.phase;
-                                    let reason = standstill::reason(still, phase, &log_file);
-                                    Event::StoodStill(id, incarnation, scene.record(reason, "").await)
-                                }
-                            }
-                        }
-                    });
-                    self.probes.insert(id, handle);
-                }
-            }
-            Action::Watch(id, incarnation) => {
-                if let Some(spec) = self.spec(&id).cloned() {
-                    let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
-                    let handle = self.tasks.spawn({
-                        let id = id.clone();
-                        async move {
-                            let hang = liveness::until_hung(&prober, &spec).await;
-                            Event::Hung(id, incarnation, scene.record(hang.reason, &hang.metrics).await)
-                        }
-                    });
-                    self.probes.insert(id, handle);
-                }
-            }
+            Action::Probe(id, incarnation) => self.probe(id, incarnation),
+            Action::Watch(id, incarnation) => self.watch(id, incarnation),
             Action::Explain(id, incarnation, exit) => {
                 let explainer = self.explainers.get(&id).cloned();
                 self.tasks
@@ -328,6 +295,47 @@ impl Driver {
             // These are the loop's own: they end it, have to be waited for, or lead to events at once.
             Action::Spawn(..) | Action::Sweep | Action::Leave | Action::Finish(_) => {}
         }
+    }
+
+    /// Asks a starting engine until it is up, and looks whether its start goes on.
+    fn probe(&mut self, id: EngineId, incarnation: Incarnation) {
+        let Some(spec) = self.spec(&id).cloned() else { return };
+        let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
+        let log = self.settings.run_dir.join(&spec.log_file);
+        let explainer = self.explainers.get(&id).cloned();
+        let handle = self.tasks.spawn({
+            let id = id.clone();
+            async move {
+                let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
+                tokio::select! {
+                    () = probe::until_up(prober, spec) => Event::Probed(id, incarnation),
+                    still = standstill::until_still(log, scene.leader, stall) => {
+                        let phase = cause::ask(explainer, None).await.phase;
+                        let reason = standstill::reason(still, phase, &log_file);
+                        Event::StoodStill(id, incarnation, scene.record(reason, "").await)
+                    }
+                }
+            }
+        });
+        self.probes.insert(id, handle);
+    }
+
+    /// Watches that an engine that is up gets things done.
+    fn watch(&mut self, id: EngineId, incarnation: Incarnation) {
+        let loads = self.fleet.loads(Some(&id));
+        let (Some(spec), [load]) = (self.spec(&id).cloned(), &loads[..]) else {
+            return;
+        };
+        let load = Arc::clone(load);
+        let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
+        let handle = self.tasks.spawn({
+            let id = id.clone();
+            async move {
+                let hang = liveness::until_hung(&prober, &spec, &load).await;
+                Event::Hung(id, incarnation, scene.record(hang.reason, &hang.metrics).await)
+            }
+        });
+        self.probes.insert(id, handle);
     }
 
     fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) -> Vec<Event> {

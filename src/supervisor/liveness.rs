@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::probe::reachable;
+use crate::fleet::{Load, Role};
 use crate::plan::EngineSpec;
 
 /// How often an engine is asked; more often where the deadline is short.
@@ -119,15 +120,28 @@ impl Memory {
     }
 }
 
-/// Returns once the engine hangs.
-pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec) -> Hang {
+/// Returns once the engine hangs. `load` is what it was given and has not answered.
+///
+/// vLLM counts what runs step by step, so the first request after a worker's last step is in none of its metrics. What a
+/// prefill engine was given is at work; a place on a decode engine may still wait for a prefill.
+pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, load: &Load) -> Hang {
     let url = format!("http://{}{}", reachable(engine), engine.liveness.path);
     let mut memory = Memory::default();
     let mut judge = Judge::new(engine.liveness.stall, Instant::now());
     let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
     loop {
         let answer = ask(client, &url).await;
-        let (sample, now) = (answer.as_deref().map(|text| Sample::read(text, engine)), Instant::now());
+        let given = if engine.role == Role::Prefill {
+            load.in_flight()
+        } else {
+            0
+        };
+        let now = Instant::now();
+        let sample = answer.as_deref().map(|text| Sample::read(text, engine));
+        let sample = sample.map(|sample| Sample {
+            running: sample.running.max(given as f64),
+            ..sample
+        });
         memory.keep(answer, sample, now);
         if let Some(reason) = judge.observe(sample, now) {
             let metrics = memory.told(now);

@@ -190,6 +190,56 @@ fn a_drained_engine_stays_out_until_it_is_restarted() {
 }
 
 #[test]
+fn an_engine_whose_worker_hangs_before_it_counts_a_request_is_started_again() {
+    let place = Place::new();
+    // A canary is two requests to the decode engine, so its second request of a client hangs.
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        "sim.faults=[\"hang=3\"]",
+        "--set",
+        "deadlines.stall=1s",
+        "--set",
+        "restart.backoff=10ms",
+    ]);
+    run.wait_until_ready();
+    completion(place.proxy_port(), MODEL, "the last one");
+    let body = serde_json::json!({"model": MODEL, "prompt": "one too many", "max_tokens": 2});
+    let (status, answer) = post(place.proxy_port(), "/v1/completions", &body.to_string());
+    assert!(status >= 500, "{status}: {answer}");
+    run.wait_for_line("decoder1 failed");
+    run.wait_for_line("decoder1 serves again");
+}
+
+#[test]
+fn a_prefill_engine_that_does_nothing_with_what_it_was_given_hangs_whatever_its_metrics_say() {
+    let place = Place::new();
+    let patient = "prefill.env={VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=\"600\"}";
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--set",
+        "decode.count=2",
+        "--set",
+        "sim.faults=[\"hang=3\"]",
+        "--set",
+        patient,
+        "--set",
+        "deadlines.stall=1s",
+        "--set",
+        "restart.backoff=10ms",
+    ]);
+    run.wait_until_ready();
+    // A canary for each decode engine, and one more.
+    completion(place.proxy_port(), MODEL, "the last one");
+    let body = serde_json::json!({"model": MODEL, "prompt": "one too many", "max_tokens": 2});
+    let (status, answer) = post(place.proxy_port(), "/v1/completions", &body.to_string());
+    assert!(status >= 500, "{status}: {answer}");
+    run.wait_for_line("prefiller1 failed: hung: 1 requests run");
+}
+
+#[test]
 fn a_hung_engine_is_ended_and_started_again() {
     let place = Place::new();
     let mut run = place.up(&[

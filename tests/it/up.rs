@@ -136,6 +136,32 @@ fn a_hand_off_that_moves_no_kv_keeps_the_fleet_from_getting_ready() {
 }
 
 #[test]
+fn kv_that_arrives_wrong_keeps_the_fleet_from_getting_ready() {
+    for connector in ["connector=lmcache", "connector=nixl"] {
+        let place = Place::new();
+        let faults = ["--set", "sim.faults=[\"garble-kv\"]", "--set", connector];
+        let (code, text) = place.up(&[&["--profile", "1p1d"], faults.as_slice()].concat()).end();
+        assert_eq!(code, 5, "{text}");
+        assert!(text.contains("the KV that arrives is wrong"), "{text}");
+        assert_eq!(place.processes(), []);
+    }
+}
+
+#[test]
+fn answers_that_differ_by_the_order_of_additions_alone_do_not_keep_a_fleet_from_getting_ready() {
+    // Each second sequence: what the decode engine says alone always parts from what it says through the pair.
+    for every in ["drift=2", "drift=3"] {
+        let place = Place::new();
+        let faults = format!("sim.faults=[\"{every}\"]");
+        let mut run = place.up(&["--profile", "1p1d", "--set", &faults]);
+        run.wait_until_ready();
+        run.signal(Signal::SIGINT);
+        let (code, text) = run.end();
+        assert_eq!(code, 0, "{text}");
+    }
+}
+
+#[test]
 fn the_others_serve_on_when_an_engine_dies_and_the_run_ends_with_the_last_of_a_role() {
     let place = Place::new();
     let mut run = place.up(&["--set", "restart.policy=never"]);

@@ -14,6 +14,12 @@ SUBJECTS = ["rivers", "winter", "a very old clock", "bread", "the moon", "engine
 # From a few tokens to several KV blocks and LMCache chunks.
 PROMPTS = [f"Tell me about {subject}. " * (1 + 7 * index) for index, subject in enumerate(SUBJECTS)]
 
+# What the decode engine counts of the KV that reaches it.
+TRANSFERRED = {
+    "nixl": {"vllm:nixl_bytes_transferred_sum"},
+    "lmcache": {"vllm:external_prefix_cache_hits_total"},
+}
+
 
 def answer(base, prompt, chat, stream):
     """Text, finish reason and usage of one greedy answer."""
@@ -62,10 +68,7 @@ def main():
 
 
 def check_answers(proxy, decoder, connector):
-    names = {
-        "nixl": {"vllm:nixl_bytes_transferred_sum"},
-        "lmcache": {"vllm:external_prefix_cache_hits_total"},
-    }[connector]
+    names = TRANSFERRED[connector]
     unit = {"nixl": "bytes pulled", "lmcache": "tokens found in the decode engine's buffer"}[connector]
     kinds = [(chat, stream) for chat in (False, True) for stream in (False, True)]
     differing = []

@@ -26,27 +26,28 @@ def request(url, body=None, stream=False):
 
 
 class Fleet:
-    """`xpyd up --profile cpu-1p1d` on real vLLM."""
+    """`xpyd up --profile cpu-1p1d` on real vLLM, with more settings if given."""
 
-    def __init__(self, xpyd, folder, connector):
-        xpyd, folder = pathlib.Path(xpyd).resolve(), pathlib.Path(folder).resolve()
+    def __init__(self, xpyd, folder, connector, settings=()):
+        self.xpyd, folder = pathlib.Path(xpyd).resolve(), pathlib.Path(folder).resolve()
         self.shared_before = set(os.listdir("/dev/shm"))
         # Everything that the run starts inherits this as its current folder, and can be found by it.
         self.place = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-")).resolve()
-        environment = os.environ | {
+        self.environment = os.environ | {
             "PYTHONPATH": str(HERE / "site"),
             "XDG_RUNTIME_DIR": str(self.place),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "LMCACHE_TRACK_USAGE": "false",
         }
-        command = [str(xpyd), "up", "--profile", "cpu-1p1d", "--connector", connector]
+        command = [str(self.xpyd), "up", "--profile", "cpu-1p1d", "--connector", connector]
         command += ["--model", str(folder / "tiny-llama"), "--logs", str(self.place / "logs")]
-        for override in (f"served_model_name={MODEL}", f"vllm.program={folder}/venv/bin/vllm", "force_connector=true"):
+        own = (f"served_model_name={MODEL}", f"vllm.program={folder}/venv/bin/vllm", "force_connector=true")
+        for override in (*own, *settings):
             command += ["--set", override]
         print(f"== {connector}: {' '.join(command)}", flush=True)
         self.began = time.monotonic()
-        self.process = subprocess.Popen(command, env=environment, cwd=self.place, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=self.environment, cwd=self.place, stderr=subprocess.PIPE, text=True)
         self.lines, self.changed = [], threading.Condition()
         self.relaying = threading.Thread(target=self.relay)
         self.relaying.start()
@@ -69,6 +70,18 @@ class Fleet:
         with self.changed:
             came = self.changed.wait_for(seen, START_DEADLINE_SECONDS) and any(text in line for line in self.lines)
         assert came, f"no line with {text!r}; logs in {self.place}"
+
+    def run(self, *arguments):
+        """Another command of xpyd about this run; its output."""
+        command = [str(self.xpyd), *arguments]
+        done = subprocess.run(command, env=self.environment, cwd=self.place, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"xpyd {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}"
+        return done.stdout
+
+    def engine(self, name):
+        """What `xpyd status` says about one engine."""
+        engines = json.loads(self.run("status", "--json"))["engines"]
+        return next(engine for engine in engines if engine["id"] == name)
 
     def plan(self):
         return json.loads((self.place / "logs/latest/plan.json").read_text())

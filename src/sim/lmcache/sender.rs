@@ -18,11 +18,10 @@ use super::{Config, key};
 use crate::sim::fault::EveryNth;
 use crate::sim::kv_params::DisaggSpec;
 use crate::sim::log::{Log, Process};
+use crate::sim::options::STEP_DEADLINE;
 use crate::sim::timing::Preset;
 use crate::sim::wire::LmcacheMessage;
 
-/// After this long vLLM gives up a worker that does not answer (`execute_model`).
-pub(crate) const WORKER_DEADLINE: Duration = Duration::from_mins(5);
 /// Transfers that may wait per decode engine.
 const QUEUE: usize = 1024;
 /// How long a message of a live peer may take.
@@ -169,7 +168,7 @@ impl Sender {
 
 async fn handshake(address: &str, local_id: &str) -> Result<(), ZmqError> {
     let mut options = SocketOptions::default();
-    options.connect_timeout(WORKER_DEADLINE);
+    options.connect_timeout(STEP_DEADLINE);
     let mut socket = ReqSocket::with_options(options);
     socket.connect(address).await?;
     let first = LmcacheMessage::NixlInitRequest {

@@ -1,8 +1,9 @@
 //! Files in `/dev/shm` that an engine leaves behind when it is killed: found while its processes live, removed after.
 //!
 //! A leaked segment makes the next start of vLLM fail for ever (vLLM issues 51579 and 54002). Knows only process ids.
+//! A file counts by its inode: glibc makes a semaphore under another name first, and that one is what `/proc` shows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -41,24 +42,22 @@ impl SharedFiles {
             return;
         }
         for pid in pids {
-            for path in used_by(pid) {
-                if let Some(inode) = unexplained.0.remove(&path) {
-                    self.0.insert(path, inode);
-                }
-            }
+            let used = used_by(pid);
+            self.0
+                .extend(unexplained.0.extract_if(.., |_, inode| used.contains(inode)));
         }
     }
 
     /// Removes every file that is still the same one, belongs to this user, and that no process but the `dying` uses.
     pub(super) fn remove_unused(&self, dying: &[i32]) {
         let own = nix::unistd::geteuid().as_raw();
-        let mut leaked: Vec<&Path> = self
+        let mut leaked: Vec<(&Path, u64)> = self
             .0
             .iter()
             .filter(|(path, inode)| {
                 std::fs::symlink_metadata(path).is_ok_and(|now| now.ino() == **inode && now.uid() == own)
             })
-            .map(|(path, _)| path.as_path())
+            .map(|(path, inode)| (path.as_path(), *inode))
             .collect();
         if leaked.is_empty() {
             return;
@@ -71,30 +70,32 @@ impl SharedFiles {
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter(|pid| !dying.contains(pid))
         {
-            for path in used_by(pid) {
-                leaked.retain(|candidate| *candidate != path);
-            }
+            let used = used_by(pid);
+            leaked.retain(|(_, inode)| !used.contains(inode));
         }
-        for path in leaked {
+        for (path, _) in leaked {
             // Gone in the meantime is as good.
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
-/// Files in the folder that process `pid` has mapped or open. Empty for a process that is gone or not ours to read.
-fn used_by(pid: i32) -> Vec<PathBuf> {
+/// Inodes of files in the folder that process `pid` has mapped or open. Empty for a process that is gone or not ours to
+/// read.
+fn used_by(pid: i32) -> BTreeSet<u64> {
     let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     let mapped = String::from_utf8_lossy(&maps)
         .lines()
-        .filter_map(|line| line.find(FOLDER).map(|start| PathBuf::from(&line[start..])))
-        .collect::<Vec<_>>();
+        .filter(|line| line.contains(FOLDER))
+        // Range, permissions, offset, device, inode, path.
+        .filter_map(|line| line.split_ascii_whitespace().nth(4)?.parse().ok())
+        .collect::<Vec<u64>>();
     let opened = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
-        .filter(|target| target.starts_with(FOLDER));
+        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(FOLDER)))
+        .filter_map(|entry| Some(std::fs::metadata(entry.path()).ok()?.ino()));
     mapped.into_iter().chain(opened).collect()
 }
 
@@ -120,6 +121,25 @@ mod tests {
         drop(handle);
         files.remove_unused(&[]);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_file_is_known_by_another_name_than_the_one_it_was_opened_by() {
+        let file = tempfile::Builder::new()
+            .prefix("xpyd-test-")
+            .tempfile_in(FOLDER)
+            .unwrap();
+        let (handle, first) = file.keep().unwrap();
+        let last = first.with_extension("last");
+        std::fs::hard_link(&first, &last).unwrap();
+        std::fs::remove_file(&first).unwrap();
+        let mut files = SharedFiles::default();
+        files.add_used_by([own_pid()].into_iter(), &SharedFiles::default());
+        files.remove_unused(&[]);
+        assert!(last.exists(), "this process has it open");
+        drop(handle);
+        files.remove_unused(&[]);
+        assert!(!last.exists());
     }
 
     #[test]

@@ -1,0 +1,95 @@
+//! The language of the state machine: what may happen to a fleet, and what may have to be done about it.
+
+use super::super::guardian::protocol::LeftoverProcess;
+use super::super::{Cause, Leftover, Outcome};
+use crate::fleet::{Endpoint, EngineId, Exit, Incarnation};
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub(in crate::supervisor) enum Event {
+    /// The run begins.
+    Begin,
+    /// The leader runs.
+    Spawned(EngineId, Incarnation, u32),
+    /// The program could not be started.
+    SpawnFailed(EngineId, Incarnation, String),
+    /// This start of the engine receives KV elsewhere than the one before.
+    Moved(EngineId, Incarnation, Endpoint),
+    /// The leader ended.
+    Exited {
+        engine: EngineId,
+        incarnation: Incarnation,
+        exit: Exit,
+    },
+    /// No process of the engine is left.
+    TreeEmpty(EngineId, Incarnation),
+    /// What the log of an engine that failed says.
+    Explained(EngineId, Incarnation, Cause),
+    /// Processes outlived SIGKILL; without an engine, strays.
+    Leftover(Option<EngineId>, Vec<LeftoverProcess>),
+    /// `/health` answered 200.
+    Probed(EngineId, Incarnation),
+    /// The canaries of this round went through every pair, or one did not.
+    Verified(u64, Result<(), String>),
+    /// The engine does nothing, though it has something to do. Holds why that is known.
+    Hung(EngineId, Incarnation, String),
+    /// The start does nothing any more. Holds where it stands still, and for how long.
+    StoodStill(EngineId, Incarnation, String),
+    /// A restart of this engine was asked for, and [`Fleet::may_leave`].
+    Restart(EngineId),
+    /// An end of this engine was asked for, and [`Fleet::may_leave`].
+    TakeOut(EngineId),
+    /// A stop was asked for, by a signal or over the control socket. Asking again changes nothing.
+    Stop,
+    /// Ctrl+C: a stop, and the next one forces it.
+    Interrupt,
+    /// A stop without any grace.
+    Force,
+    /// An end of xpyd was asked for that leaves the engines to the next one.
+    Leave,
+    /// Nothing is in flight any more: on this engine, or at all.
+    Drained(Option<(EngineId, Incarnation)>),
+    /// [`Fleet::next_deadline`] has come.
+    Tick,
+    /// The connection to the guardian is closed, asked for or not.
+    GuardianGone(String),
+    /// The sweep after a lost guardian is over; these processes are left.
+    Swept(Vec<LeftoverProcess>),
+    /// The last look is over; these are left.
+    Checked(Vec<Leftover>),
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::supervisor) enum Action {
+    /// Start the engine's process.
+    Spawn(EngineId, Incarnation),
+    /// Write down how the engine was started, with its process id.
+    Record(EngineId, Incarnation, u32),
+    /// Ask `/health` until it answers 200.
+    Probe(EngineId, Incarnation),
+    /// Look for the cause of its failure in its log; holds how its leader ended.
+    Explain(EngineId, Incarnation, Option<Exit>),
+    /// Tell the guardian that the engine's start is over.
+    Settled(EngineId),
+    /// See that the engine makes progress, until it is asked to stop or killed.
+    Watch(EngineId, Incarnation),
+    /// Send canaries through these pairs of prefill and decode engine, as this round.
+    Verify(u64, Vec<(EngineId, EngineId)>),
+    /// Wait until nothing is in flight: on this engine, or at all.
+    AwaitIdle(Option<(EngineId, Incarnation)>),
+    /// SIGTERM to the leader.
+    Terminate(EngineId),
+    /// SIGKILL to the tree.
+    Kill(EngineId),
+    /// Let the guardian end.
+    Shutdown,
+    /// Kill what the lost guardian had started.
+    Sweep,
+    /// See which processes and ports are still there.
+    Check,
+    /// Tell the guardian to keep the engines for the next xpyd.
+    Leave,
+    /// The run is over.
+    Finish(Outcome),
+}
