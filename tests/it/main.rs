@@ -8,6 +8,7 @@ mod log_flood;
 mod log_merge;
 mod logs;
 mod matrix;
+mod measure;
 mod proxy;
 mod readme;
 mod restart;
