@@ -202,11 +202,16 @@ impl Driver {
             Action::Probe(id, incarnation) => {
                 if let Some(spec) = self.spec(&id).cloned() {
                     let prober = self.prober.clone();
+                    let leader = self.leader(&id);
                     let handle = self.tasks.spawn({
                         let id = id.clone();
                         async move {
-                            probe::until_up(prober, spec).await;
-                            Event::Probed(id, incarnation)
+                            probe::until_up(prober, spec.clone()).await;
+                            // What answers need not be the engine.
+                            match leader.and_then(|leader| ports::usurped(&spec, leader)) {
+                                None => Event::Probed(id, incarnation),
+                                Some(reason) => Event::Usurped(id, incarnation, reason),
+                            }
                         }
                     });
                     self.probes.insert(id, handle);
@@ -328,6 +333,11 @@ impl Driver {
         }
     }
 
+    /// The process id of the engine's leader, while there is one.
+    fn leader(&self, id: &EngineId) -> Option<u32> {
+        self.view.borrow().engines.iter().find(|engine| engine.id == *id)?.pid
+    }
+
     fn spec(&self, id: &EngineId) -> Option<&EngineSpec> {
         self.settings.engines.iter().find(|engine| engine.id == *id)
     }
@@ -397,7 +407,7 @@ async fn what_is_left(processes: &[(Option<EngineId>, LeftoverProcess)], engines
                 engine: engine.id.clone(),
                 port: used.port,
                 purpose: used.purpose.clone(),
-                holder: ports::listener(used.port),
+                holder: ports::holder(used.port),
             })
         });
         let left: Vec<Leftover> = still_there.chain(held).collect();

@@ -74,6 +74,8 @@ pub(super) enum Event {
     Leftover(Option<EngineId>, Vec<LeftoverProcess>),
     /// `/health` answered 200.
     Probed(EngineId, Incarnation),
+    /// Somebody else listens on a port of the engine. Holds who and where.
+    Usurped(EngineId, Incarnation, String),
     /// The canaries of this round went through every pair, or one did not.
     Verified(u64, Result<(), String>),
     /// The engine does nothing, though it has something to do. Holds why that is known.
@@ -292,7 +294,7 @@ impl Fleet {
             Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
             Event::Verified(round, result) => self.verified(round, result, now),
-            Event::Hung(id, incarnation, reason) => {
+            Event::Hung(id, incarnation, reason) | Event::Usurped(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.fail(index, Failure::without_exit(reason), now);
                 }

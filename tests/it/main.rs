@@ -9,6 +9,7 @@ mod log_merge;
 mod logs;
 mod matrix;
 mod measure;
+mod ports;
 mod proxy;
 mod readme;
 mod restart;
