@@ -85,8 +85,10 @@ fn parse_since(text: &str) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    let local = match (text.parse::<Time>(), text.parse::<DateTime>()) {
-        (Ok(time), _) => {
+    // A date with a time also parses as a time alone.
+    let local = match (text.parse::<DateTime>(), text.parse::<Time>()) {
+        (Ok(time), _) => Some(time),
+        (_, Ok(time)) => {
             let is_to_come = time > now.time();
             let day = if is_to_come {
                 now.date().yesterday().ok()
@@ -95,7 +97,6 @@ fn parse_since(text: &str) -> Result<Timestamp, String> {
             };
             day.map(|day| day.to_datetime(time))
         }
-        (_, Ok(time)) => Some(time),
         _ => None,
     };
     local
