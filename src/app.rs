@@ -286,9 +286,14 @@ async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
     TcpListener::bind((proxy.host.as_str(), proxy.port))
         .await
         .map_err(|error| {
-            let context = format!("the proxy cannot listen on {}:{}", proxy.host, proxy.port);
+            let context = format!(
+                "the proxy cannot listen on {}:{}{}",
+                proxy.host,
+                proxy.port,
+                had_by(proxy.port)
+            );
             Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
-                .hint("choose another port with `--port`; `ss -ltnp` shows who holds this one")
+                .hint("choose another port with `--port`")
         })
 }
 
@@ -297,9 +302,16 @@ async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, 
         return Ok(None);
     };
     let bound = Notifications::bind(host, *port).await.map_err(|error| {
-        Failure::new(ExitStatus::Preflight, error).hint("choose another port with `--set lmcache.notify_port=…`")
+        let context = format!("the proxy cannot take notifications on {host}:{port}{}", had_by(*port));
+        Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
+            .hint("choose another port with `--set lmcache.notify_port=…`")
     })?;
     Ok(Some(bound))
+}
+
+/// Who has a port, as the end of a sentence.
+fn had_by(port: u16) -> String {
+    supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
 }
 
 fn proxy_settings(plan: &Plan) -> proxy::Settings {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::connector::{Connector, Device, LaunchContext};
-use crate::engine::{EngineKind, Serve};
+use crate::engine::{EngineKind, Serve, vllm};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Gpus, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
@@ -142,7 +142,7 @@ fn gpus(profile: &Profile, machine: &Machine) -> Vec<u32> {
             chosen.extend(&role.gpus);
             continue;
         }
-        for _ in 0..usize::from(role.count) * usize::from(role.tensor_parallel) {
+        for _ in 0..usize::from(role.count) * ranks(profile, role) {
             if free.is_empty() {
                 free.push(next);
                 next += 1;
@@ -151,6 +151,18 @@ fn gpus(profile: &Profile, machine: &Machine) -> Vec<u32> {
         }
     }
     chosen
+}
+
+/// The data-parallel ranks of each engine of a role: what the arguments to vLLM say.
+fn data_parallel(profile: &Profile, role: &RoleProfile) -> u16 {
+    let names = ["--data-parallel-size", "-dp"];
+    let value = vllm::option(&role.args, &names).or_else(|| vllm::option(&profile.vllm.args, &names));
+    value.and_then(|value| value.parse().ok()).unwrap_or(1).max(1)
+}
+
+/// GPUs of each engine of a role.
+fn ranks(profile: &Profile, role: &RoleProfile) -> usize {
+    usize::from(role.tensor_parallel) * usize::from(data_parallel(profile, role))
 }
 
 struct Builder<'input> {
@@ -203,12 +215,17 @@ impl Builder<'_> {
                     Role::Prefill => self.profile.nixl.prefill_side_channel_port,
                     Role::Decode => self.profile.nixl.decode_side_channel_port,
                 };
-                let number = port("nixl side channel", base, index)?;
-                ports.push(PortUse {
-                    port: number,
-                    purpose: "nixl side channel".to_owned(),
-                });
-                side_channel_port = Some(number);
+                // vLLM 0.32 listens on the port it is given plus the data-parallel rank, once for all tensor-parallel ranks.
+                let ranks = usize::from(data_parallel(self.profile, self.role(role)));
+                for rank in 0..ranks {
+                    let purpose = match ranks {
+                        1 => "nixl side channel".to_owned(),
+                        _ => format!("nixl side channel, rank {rank}"),
+                    };
+                    let number = port(&purpose, base, index * ranks + rank)?;
+                    ports.push(PortUse { port: number, purpose });
+                    side_channel_port.get_or_insert(number);
+                }
             }
             Connector::LmCache(_) if role == Role::Decode => {
                 let mut block = |purpose: &str, base: u16| -> Result<Vec<u16>, PlanError> {
@@ -229,6 +246,7 @@ impl Builder<'_> {
             }
             Connector::LmCache(_) => {}
         }
+        ports.extend(self.named_in_arguments(role));
         let endpoint = Endpoint {
             host: LOOPBACK.to_owned(),
             port: http,
@@ -284,12 +302,7 @@ impl Builder<'_> {
             });
             self.files.push(RenderedFile { path, content });
         }
-        let ranks = usize::from(endpoint.tensor_parallel);
-        let gpus: Vec<u32> = if self.gpus.is_empty() {
-            Vec::new()
-        } else {
-            self.gpus.drain(..ranks).collect()
-        };
+        let gpus = self.take_gpus(role);
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
         let serve = Serve {
@@ -297,6 +310,9 @@ impl Builder<'_> {
             model: &profile.model,
             served_model_name: &profile.served_model_name,
             endpoint: &endpoint,
+            number: self.number(role, index),
+            port_offset: profile.port_offset,
+            data_parallel: data_parallel(profile, self.role(role)),
             device,
             gpus: &gpus,
             max_model_len,
@@ -326,6 +342,36 @@ impl Builder<'_> {
             receiver_template,
             log_limits: profile.logs,
         }
+    }
+
+    /// The next GPUs, as many as an engine of this role needs.
+    fn take_gpus(&mut self, role: Role) -> Vec<u32> {
+        let needed = ranks(self.profile, self.role(role)).min(self.gpus.len());
+        self.gpus.drain(..needed).collect()
+    }
+
+    /// How many engines of the fleet come before this one.
+    fn number(&self, role: Role, index: usize) -> usize {
+        match role {
+            Role::Prefill => index,
+            Role::Decode => usize::from(self.profile.prefill.count) + index,
+        }
+    }
+
+    /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.
+    fn named_in_arguments(&self, role: Role) -> impl Iterator<Item = PortUse> {
+        let options = [
+            ("--master-port", "master port"),
+            ("--data-parallel-rpc-port", "data-parallel rpc"),
+        ];
+        options.into_iter().filter_map(move |(name, purpose)| {
+            let value =
+                vllm::option(&self.role(role).args, &[name]).or_else(|| vllm::option(&self.profile.vllm.args, &[name]));
+            Some(PortUse {
+                port: value?.parse().ok()?,
+                purpose: purpose.to_owned(),
+            })
+        })
     }
 
     /// The engine's variables: its kind's, the connector's, then the profile's own, which win.

@@ -303,12 +303,17 @@ impl Driver {
         let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
         let log = self.settings.run_dir.join(&spec.log_file);
         let explainer = self.explainers.get(&id).cloned();
+        let leader = self.leader(&id);
         let handle = self.tasks.spawn({
             let id = id.clone();
             async move {
                 let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
                 tokio::select! {
-                    () = probe::until_up(prober, spec) => Event::Probed(id, incarnation),
+                    // What answers need not be the engine.
+                    () = probe::until_up(prober, spec.clone()) => match leader.and_then(|leader| ports::usurped(&spec, leader)) {
+                        None => Event::Probed(id, incarnation),
+                        Some(reason) => Event::Usurped(id, incarnation, reason),
+                    },
                     still = standstill::until_still(log, scene.leader, stall) => {
                         let phase = cause::ask(explainer, None).await.phase;
                         let reason = standstill::reason(still, phase, &log_file);
@@ -422,6 +427,11 @@ impl Driver {
         }
     }
 
+    /// The process id of the engine's leader, while there is one.
+    fn leader(&self, id: &EngineId) -> Option<u32> {
+        self.view.borrow().engines.iter().find(|engine| engine.id == *id)?.pid
+    }
+
     fn spec(&self, id: &EngineId) -> Option<&EngineSpec> {
         self.settings.engines.iter().find(|engine| engine.id == *id)
     }
@@ -490,7 +500,7 @@ async fn what_is_left(processes: &[(Option<EngineId>, LeftoverProcess)], engines
                 engine: engine.id.clone(),
                 port: used.port,
                 purpose: used.purpose.clone(),
-                holder: ports::listener(used.port),
+                holder: ports::holder(used.port),
             })
         });
         let left: Vec<Leftover> = still_there.chain(held).collect();

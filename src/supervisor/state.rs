@@ -224,7 +224,7 @@ impl Fleet {
             Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
             Event::Verified(round, result) => self.verified(round, result, now),
-            Event::Hung(id, incarnation, reason) => {
+            Event::Hung(id, incarnation, reason) | Event::Usurped(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.fail(index, Failure::without_exit(reason), now);
                 }

@@ -9,6 +9,8 @@ mod log_flood;
 mod log_merge;
 mod logs;
 mod matrix;
+mod measure;
+mod ports;
 mod proxy;
 mod readme;
 mod restart;

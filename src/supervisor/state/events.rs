@@ -29,6 +29,8 @@ pub(in crate::supervisor) enum Event {
     Leftover(Option<EngineId>, Vec<LeftoverProcess>),
     /// `/health` answered 200.
     Probed(EngineId, Incarnation),
+    /// Somebody else listens on a port of the engine. Holds who and where.
+    Usurped(EngineId, Incarnation, String),
     /// The canaries of this round went through every pair, or one did not.
     Verified(u64, Result<(), String>),
     /// The engine does nothing, though it has something to do. Holds why that is known.
