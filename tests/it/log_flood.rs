@@ -10,8 +10,9 @@ use tokio::time::timeout;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::logs::Follower;
 use xpyd::logs::follow::POLL_INTERVAL;
+use xpyd::supervisor::KeptRun;
 use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+use xpyd::supervisor::guardian::protocol::{Command, Event, Keep, Spawn};
 
 use crate::support::{DEADLINE, Place, wait_for};
 
@@ -130,6 +131,42 @@ async fn every_line_of_a_flood_is_there_after_rotations_and_a_restart_of_the_eng
     }
     assert!(numbered_files(flood.folder.path()) > 20);
     along.join().unwrap();
+    count_on(Follower::from_start(&flood.log()), LINES, 2);
+}
+
+#[tokio::test]
+async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
+    let mut flood = Flood::new().await;
+    let socket = flood.folder.path().join("attach.sock");
+    let keep = Keep {
+        socket: socket.clone(),
+        wait: DEADLINE,
+        run_dir: flood.folder.path().to_owned(),
+    };
+    flood.guardian.send(&Command::Keep(keep)).unwrap();
+    // It prints on until it has been attached to.
+    let attached = flood.folder.path().join("attached");
+    let script = format!(
+        "seq 1 {LINES}; until [ -e '{}' ]; do :; done; seq 1 {LINES}",
+        attached.display()
+    );
+    flood.start(&script, LIMITS).await;
+    let Flood { guardian, folder, .. } = flood;
+    // As the kernel does when xpyd is killed.
+    drop(guardian);
+    let found = tokio::task::spawn_blocking(move || KeptRun::find(&socket))
+        .await
+        .unwrap();
+    let kept = found.unwrap().expect("the guardian waits");
+    assert_eq!(kept.kept.run_dir, folder.path());
+    let mut flood = Flood {
+        guardian: Guardian::attach(kept).unwrap(),
+        folder,
+        incarnation: Incarnation::FIRST,
+    };
+    fs_err::write(attached, "").unwrap();
+    flood.end().await;
+    assert!(numbered_files(flood.folder.path()) > 20);
     count_on(Follower::from_start(&flood.log()), LINES, 2);
 }
 
