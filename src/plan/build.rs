@@ -40,6 +40,16 @@ pub enum PlanError {
         /// Who and what for.
         second: String,
     },
+    /// A running fleet is to grow, and the machine has no GPU for it.
+    #[error("{engine} needs {needed} GPU{}, and {free} of this machine are free", if *needed == 1 { "" } else { "s" })]
+    NoGpuLeft {
+        /// The engine.
+        engine: String,
+        /// GPUs that it needs.
+        needed: usize,
+        /// GPUs that nobody of the fleet has.
+        free: usize,
+    },
     /// LMCache pushes rank to rank.
     #[error("connector `lmcache` needs the same tensor_parallel on both roles, not {prefill} and {decode}")]
     UnequalRanks {
@@ -62,6 +72,7 @@ impl PlanError {
                 "change a port of the profile, for example `--set decode.port=7600`, or `--set port_offset=…`"
                     .to_owned()
             }
+            Self::NoGpuLeft { .. } => "`xpyd status` shows who has which GPU".to_owned(),
             Self::UnequalRanks { .. } => "set both alike, or use `--connector nixl`".to_owned(),
         }
     }
@@ -80,18 +91,11 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
             decode: decode_ranks,
         });
     }
-    let mut builder = Builder {
-        profile,
-        machine,
-        connector: &connector,
-        run_dir,
-        gpus: gpus(profile, machine),
-        files: Vec::new(),
-    };
+    let mut builder = Builder::new(profile, machine, &connector, run_dir, gpus(profile, machine));
     let mut engines = Vec::new();
     for role in [Role::Prefill, Role::Decode] {
         for index in 0..usize::from(builder.role(role).count) {
-            engines.push(builder.engine(role, index)?);
+            engines.push(builder.engine(role, index, engines.len())?);
         }
     }
     let files = builder.files;
@@ -165,14 +169,16 @@ fn ranks(profile: &Profile, role: &RoleProfile) -> usize {
     usize::from(role.tensor_parallel) * usize::from(data_parallel(profile, role))
 }
 
-struct Builder<'input> {
+/// Builds engines one after the other.
+pub(super) struct Builder<'input> {
     profile: &'input Profile,
     machine: &'input Machine,
     connector: &'input Connector,
     run_dir: &'input Path,
     /// For all engines, in order; empty where engines use none.
     gpus: Vec<u32>,
-    files: Vec<RenderedFile>,
+    /// What the engines so far read.
+    pub(super) files: Vec<RenderedFile>,
 }
 
 /// Everything an engine listens on.
@@ -182,7 +188,24 @@ struct Addresses {
     side_channel_port: Option<u16>,
 }
 
-impl Builder<'_> {
+impl<'input> Builder<'input> {
+    pub(super) fn new(
+        profile: &'input Profile,
+        machine: &'input Machine,
+        connector: &'input Connector,
+        run_dir: &'input Path,
+        gpus: Vec<u32>,
+    ) -> Self {
+        Self {
+            profile,
+            machine,
+            connector,
+            run_dir,
+            gpus,
+            files: Vec::new(),
+        }
+    }
+
     fn role(&self, role: Role) -> &RoleProfile {
         match role {
             Role::Prefill => &self.profile.prefill,
@@ -190,7 +213,8 @@ impl Builder<'_> {
         }
     }
 
-    fn engine(&mut self, role: Role, index: usize) -> Result<EngineSpec, PlanError> {
+    /// The engine of this index within its role, and of this number within the fleet; no two engines share either.
+    pub(super) fn engine(&mut self, role: Role, index: usize, number: usize) -> Result<EngineSpec, PlanError> {
         let id = EngineId::new(role, index);
         let ranks = usize::from(self.role(role).tensor_parallel);
         let port = |purpose: &str, base: u16, add: usize| {
@@ -256,7 +280,7 @@ impl Builder<'_> {
         Ok(self.spec(
             id,
             role,
-            index,
+            (index, number),
             Addresses {
                 endpoint,
                 ports,
@@ -265,7 +289,7 @@ impl Builder<'_> {
         ))
     }
 
-    fn spec(&mut self, id: EngineId, role: Role, index: usize, addresses: Addresses) -> EngineSpec {
+    fn spec(&mut self, id: EngineId, role: Role, (index, number): (usize, usize), addresses: Addresses) -> EngineSpec {
         let Addresses {
             endpoint,
             ports,
@@ -310,7 +334,7 @@ impl Builder<'_> {
             model: &profile.model,
             served_model_name: &profile.served_model_name,
             endpoint: &endpoint,
-            number: self.number(role, index),
+            number,
             port_offset: profile.port_offset,
             data_parallel: data_parallel(profile, self.role(role)),
             device,
@@ -348,14 +372,6 @@ impl Builder<'_> {
     fn take_gpus(&mut self, role: Role) -> Vec<u32> {
         let needed = ranks(self.profile, self.role(role)).min(self.gpus.len());
         self.gpus.drain(..needed).collect()
-    }
-
-    /// How many engines of the fleet come before this one.
-    fn number(&self, role: Role, index: usize) -> usize {
-        match role {
-            Role::Prefill => index,
-            Role::Decode => usize::from(self.profile.prefill.count) + index,
-        }
     }
 
     /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.
@@ -471,7 +487,7 @@ fn notes(profile: &Profile, connector: &Connector) -> Vec<String> {
     notes
 }
 
-fn check_ports(plan: &Plan) -> Result<(), PlanError> {
+pub(super) fn check_ports(plan: &Plan) -> Result<(), PlanError> {
     for pair in plan.ports().windows(2) {
         let [(port, first), (next, second)] = pair else {
             continue;

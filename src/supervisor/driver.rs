@@ -21,7 +21,7 @@ use super::{
     Wiring, cause, liveness, ports, probe, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
-use crate::plan::{self, EngineSpec};
+use crate::plan::{self, EngineSpec, RenderedFile};
 use crate::report::one_line;
 use crate::signals::StopSignal;
 
@@ -203,6 +203,14 @@ impl Driver {
                 let _ = reply.send(answer);
                 may.then_some(Event::Leave)
             }
+            Request::Join { spec, files, reply } => {
+                let answer = self.prepare_to_join(&spec, &files);
+                let may = answer.is_ok();
+                tracing::info!(engine = %spec.id, ?answer, "asked to let an engine join");
+                // Whoever asked may have gone.
+                let _ = reply.send(answer);
+                may.then_some(Event::Join(spec))
+            }
             Request::Engine {
                 engine,
                 then,
@@ -227,6 +235,18 @@ impl Driver {
                 })
             }
         }
+    }
+
+    /// Takes the new engine's ports and writes what it reads.
+    fn prepare_to_join(&mut self, spec: &EngineSpec, files: &[RenderedFile]) -> Result<(), String> {
+        self.fleet.may_grow().map_err(|refusal| refusal.to_string())?;
+        let reserved = ports::reserve(std::slice::from_ref(spec)).map_err(|conflict| one_line(&conflict))?;
+        for file in files {
+            fs_err::write(self.settings.run_dir.join(&file.path), &file.content).map_err(|error| one_line(&error))?;
+        }
+        self.settings.reservations.add(reserved);
+        self.settings.engines.push(spec.clone());
+        Ok(())
     }
 
     /// How engines are kept that are left on request.

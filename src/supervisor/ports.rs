@@ -123,6 +123,11 @@ pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
 }
 
 impl Reservations {
+    /// Holds those of others as well.
+    pub(super) fn add(&mut self, others: Self) {
+        self.held.extend(others.held);
+    }
+
     /// Takes `count` more ports that nobody has, and that these reservations never held before.
     pub(super) fn take_free(&mut self, host: &str, count: usize) -> io::Result<Vec<u16>> {
         let mut ports = Vec::new();

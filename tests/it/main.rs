@@ -14,6 +14,7 @@ mod ports;
 mod proxy;
 mod readme;
 mod restart;
+mod scale;
 mod sim;
 mod status;
 mod supervisor;

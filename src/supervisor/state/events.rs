@@ -3,6 +3,7 @@
 use super::super::guardian::protocol::LeftoverProcess;
 use super::super::{Cause, Leftover, Outcome};
 use crate::fleet::{Endpoint, EngineId, Exit, Incarnation};
+use crate::plan::EngineSpec;
 
 /// What happened.
 #[derive(Debug, Clone)]
@@ -37,6 +38,8 @@ pub(in crate::supervisor) enum Event {
     Hung(EngineId, Incarnation, String),
     /// The start does nothing any more. Holds where it stands still, and for how long.
     StoodStill(EngineId, Incarnation, String),
+    /// An engine more, whose ports are reserved, joins a fleet that [`Fleet::may_grow`].
+    Join(Box<EngineSpec>),
     /// A restart of this engine was asked for, and [`Fleet::may_leave`].
     Restart(EngineId),
     /// An end of this engine was asked for, and [`Fleet::may_leave`].
