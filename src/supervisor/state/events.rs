@@ -38,11 +38,11 @@ pub(in crate::supervisor) enum Event {
     Hung(EngineId, Incarnation, String),
     /// The start does nothing any more. Holds where it stands still, and for how long.
     StoodStill(EngineId, Incarnation, String),
-    /// An engine more, whose ports are reserved, joins a fleet that [`Fleet::may_grow`].
+    /// An engine more, whose ports are reserved, joins a fleet that `Fleet::may_grow`.
     Join(Box<EngineSpec>),
-    /// A restart of this engine was asked for, and [`Fleet::may_leave`].
+    /// A restart of this engine was asked for, and `Fleet::may_leave`.
     Restart(EngineId),
-    /// An end of this engine was asked for, and [`Fleet::may_leave`].
+    /// An end of this engine was asked for, and `Fleet::may_leave`.
     TakeOut(EngineId),
     /// A stop was asked for, by a signal or over the control socket. Asking again changes nothing.
     Stop,
@@ -54,7 +54,7 @@ pub(in crate::supervisor) enum Event {
     Leave,
     /// Nothing is in flight any more: on this engine, or at all.
     Drained(Option<(EngineId, Incarnation)>),
-    /// [`Fleet::next_deadline`] has come.
+    /// `Fleet::next_deadline` has come.
     Tick,
     /// The connection to the guardian is closed, asked for or not.
     GuardianGone(String),
