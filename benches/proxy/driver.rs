@@ -1,10 +1,16 @@
 //! The load: raw HTTP/1.1 over kept-alive connections, bytes prepared beforehand, answers read only as far as checks need.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// Streams that may be connecting at once. More would overflow a listener's queue, which the kernel answers with a reset.
+const CONNECTING: usize = 64;
 
 /// No answer may take longer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -127,9 +133,17 @@ impl Connection {
     }
 
     /// Reads a stream to its end marker and notes how long each event was on its way.
-    async fn events(&mut self, request: &[u8], times: &mut Vec<u64>) -> Result<(), String> {
+    ///
+    /// The permit to connect is given back with the head: until then the listener may not have accepted.
+    async fn events(
+        &mut self,
+        request: &[u8],
+        turn: Option<OwnedSemaphorePermit>,
+        times: &mut Vec<u64>,
+    ) -> Result<(), String> {
         const SENT: &[u8] = b"\"sent\":";
         self.head(request).await?;
+        drop(turn);
         loop {
             let now = SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -163,7 +177,7 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
 
 /// Whole answers, as fast as `connections` clients get them, until the time is over or `most` were asked for.
 pub(crate) async fn whole(port: u16, prompt: usize, connections: usize, time: Duration, most: u64) -> Outcome {
-    let request: std::sync::Arc<[u8]> = Ask { prompt, stream: false }.bytes().into();
+    let request: Arc<[u8]> = Ask { prompt, stream: false }.bytes().into();
     let begun = Instant::now();
     let mut clients = JoinSet::new();
     for _ in 0..connections {
@@ -196,18 +210,20 @@ pub(crate) async fn whole(port: u16, prompt: usize, connections: usize, time: Du
 
 /// `count` streams at once, to their ends.
 pub(crate) async fn streams(port: u16, prompt: usize, count: usize) -> Outcome {
-    let request: std::sync::Arc<[u8]> = Ask { prompt, stream: true }.bytes().into();
+    let request: Arc<[u8]> = Ask { prompt, stream: true }.bytes().into();
     let begun = Instant::now();
+    let connecting = Arc::new(Semaphore::new(CONNECTING));
     let mut clients = JoinSet::new();
     for _ in 0..count {
-        let request = request.clone();
+        let (request, connecting) = (Arc::clone(&request), Arc::clone(&connecting));
         clients.spawn(async move {
             let mut outcome = Outcome {
                 requests: 1,
                 ..Outcome::default()
             };
+            let turn = connecting.acquire_owned().await;
             let done = match Connection::open(port).await {
-                Ok(mut connection) => connection.events(&request, &mut outcome.times).await,
+                Ok(mut connection) => connection.events(&request, turn.ok(), &mut outcome.times).await,
                 Err(error) => Err(error.to_string()),
             };
             outcome.errors.extend(done.err());

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use driver::Outcome;
 use participants::{Participant, Tree, free_port, null_engine, serves};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Bytes of the short and of the long prompt.
 const PROMPTS: [usize; 2] = [500, 34_000];
@@ -73,12 +74,12 @@ struct Stand {
 }
 
 impl Stand {
-    fn start(participant: Participant, folder: &Path) -> Result<Self, String> {
+    async fn start(participant: Participant, folder: &Path) -> Result<Self, String> {
         let port = || free_port().map_err(|error| error.to_string());
         let (prefill, decode, mut own) = (port()?, port()?, port()?);
         let engine = |port| null_engine(folder, port, EVENTS, INTERVAL).map_err(|error| error.to_string());
         let engines = [engine(prefill)?, engine(decode)?];
-        if !(serves(prefill) && serves(decode)) {
+        if !(serves(prefill).await && serves(decode).await) {
             return Err("the null engines do not serve".into());
         }
         let tree = match participant.command(folder, own, prefill, decode)? {
@@ -91,7 +92,7 @@ impl Stand {
                 Some(Tree::start(command, &log).map_err(|error| error.to_string())?)
             }
         };
-        if !serves(own) {
+        if !serves(own).await {
             return Err("does not serve".into());
         }
         Ok(Self {
@@ -165,6 +166,16 @@ struct Row {
 
 #[tokio::main]
 async fn main() {
+    let mut terminated = signal(SignalKind::terminate()).expect("signals");
+    // What was started ends with the measurement, however that ends: dropping it kills the trees.
+    tokio::select! {
+        () = measure_all() => {}
+        _ = terminated.recv() => println!("terminated"),
+        _ = tokio::signal::ctrl_c() => println!("interrupted"),
+    }
+}
+
+async fn measure_all() {
     let options = Options::read();
     let folder = tempfile::tempdir().expect("a folder");
     println!(
@@ -186,7 +197,7 @@ async fn main() {
         if !(chosen || participant == Participant::Base) {
             continue;
         }
-        match Stand::start(participant, folder.path()) {
+        match Stand::start(participant, folder.path()).await {
             Err(reason) => println!("{:<14} {reason}", participant.name()),
             Ok(stand) => stands.push(stand),
         }

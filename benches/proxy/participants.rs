@@ -5,7 +5,9 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// How long one may take to serve.
 const START: Duration = Duration::from_secs(30);
@@ -95,13 +97,13 @@ pub(crate) fn free_port() -> std::io::Result<u16> {
 }
 
 /// Waits until a port takes connections.
-pub(crate) fn serves(port: u16) -> bool {
+pub(crate) async fn serves(port: u16) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < START {
-        if std::net::TcpStream::connect(("127.0.0.1", port)).is_ok() {
+        if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
             return true;
         }
-        std::thread::sleep(Duration::from_millis(20));
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     false
 }
