@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
+use tokio::net::TcpListener;
 
 use crate::report::{ExitStatus, Failure};
 use crate::sim;
@@ -67,6 +68,15 @@ pub struct Arguments {
     /// Which process of the engine this is
     #[arg(long, hide = true)]
     pub child: Option<Child>,
+    /// Answer everything at once with canned bytes: what `benches/proxy` measures proxies with
+    #[arg(long, hide = true)]
+    pub null: bool,
+    /// Events of a null engine's streams
+    #[arg(long, hide = true, default_value_t = 16, requires = "null")]
+    pub null_events: u32,
+    /// Time between two events of a null engine's streams
+    #[arg(long, hide = true, default_value = "0s", requires = "null", value_parser = humantime::parse_duration)]
+    pub null_interval: Duration,
 }
 
 /// A process that the simulated API server spawns.
@@ -80,9 +90,27 @@ pub enum Child {
 
 /// Runs one process of an engine to its end.
 pub(super) async fn run(arguments: Arguments) -> Result<ExitStatus, Failure> {
+    if arguments.null {
+        return answer_at_once(&arguments).await;
+    }
     let options = arguments.into_options()?;
     // The engine's own log says what happened, as vLLM's does; only the exit code is left to tell.
     Ok(sim::run(options).await.unwrap_or(ExitStatus::Failure))
+}
+
+async fn answer_at_once(arguments: &Arguments) -> Result<ExitStatus, Failure> {
+    let failed = |error: std::io::Error| {
+        let address = format!("cannot serve on `{}:{}`", arguments.host, arguments.port);
+        Failure::new(ExitStatus::Failure, anyhow::Error::new(error).context(address))
+    };
+    let listener = TcpListener::bind((arguments.host.as_str(), arguments.port))
+        .await
+        .map_err(failed)?;
+    let engine = sim::NullEngine {
+        events: arguments.null_events,
+        interval: arguments.null_interval,
+    };
+    match engine.serve(listener).await.map_err(failed)? {}
 }
 
 impl Arguments {

@@ -13,6 +13,7 @@ mod lmcache;
 mod log;
 mod metrics;
 mod nixl;
+mod null;
 mod options;
 mod process;
 mod scheduler;
@@ -40,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 pub use fault::{Fault, FaultError, Phase};
 pub use lmcache::ConfigError;
 pub use log::LogTarget;
+pub use null::{COMPLETION as NULL_COMPLETION, NullEngine};
 pub use options::{
     ExtraConfig, KvRole, KvTransferConfig, LoadFailurePolicy, Options, OptionsError, ProcessKind, STEP_DEADLINE,
 };

@@ -1,0 +1,254 @@
+//! Who takes part: how each is started over one prefill and one decode engine, and how its tree is measured and ended.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// How long one may take to serve.
+const START: Duration = Duration::from_secs(30);
+
+/// A process tree of its own session.
+pub(crate) struct Tree(Child);
+
+impl Tree {
+    pub(crate) fn start(mut command: Command, log: &Path) -> std::io::Result<Self> {
+        let log = fs::File::create(log)?;
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0);
+        command.spawn().map(Self)
+    }
+
+    /// The processes of the tree: the child and all its descendants.
+    fn processes(&self) -> Vec<u32> {
+        let mut parents = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            if let Some(parent) = stat(pid).and_then(|fields| fields.get(1)?.parse::<u32>().ok()) {
+                parents.push((pid, parent));
+            }
+        }
+        let mut tree = vec![self.0.id()];
+        let mut next = 0;
+        while let Some(parent) = tree.get(next).copied() {
+            tree.extend(parents.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| *pid));
+            next += 1;
+        }
+        tree
+    }
+
+    /// User and system time of the tree so far. Linux scales both to the time that it ran exactly, in ticks of 10 ms.
+    pub(crate) fn cpu(&self) -> Duration {
+        let ticks = |pid: u32| {
+            let fields = stat(pid).unwrap_or_default();
+            let tick = |index: usize| {
+                fields
+                    .get(index)
+                    .and_then(|field| field.parse::<u64>().ok())
+                    .unwrap_or(0)
+            };
+            // Fields 14 to 17 of proc(5), counted from the third: its own time, and that of children it waited for.
+            (11..15).map(tick).sum::<u64>()
+        };
+        Duration::from_millis(self.processes().into_iter().map(ticks).sum::<u64>() * 10)
+    }
+
+    /// Resident memory of the tree, in KiB.
+    pub(crate) fn rss(&self) -> u64 {
+        let resident = |pid: u32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+            line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
+                .unwrap_or(0)
+        };
+        self.processes().into_iter().map(resident).sum()
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        for pid in self.processes().into_iter().rev() {
+            let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// The fields of `/proc/PID/stat` after the name, which may hold spaces.
+fn stat(pid: u32) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = text.rsplit_once(')')?;
+    Some(fields.split_whitespace().map(str::to_owned).collect())
+}
+
+/// A port that is free now.
+pub(crate) fn free_port() -> std::io::Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Waits until a port takes connections.
+pub(crate) async fn serves(port: u16) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < START {
+        if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    false
+}
+
+/// A null engine.
+pub(crate) fn null_engine(folder: &Path, port: u16, events: u32, interval: Duration) -> std::io::Result<Tree> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
+    command.args(["sim", "null", "--null", "--port", &port.to_string()]);
+    command.args(["--null-events", &events.to_string()]);
+    command.args(["--null-interval", &format!("{}ms", interval.as_millis())]);
+    Tree::start(command, &folder.join(format!("engine-{port}.log")))
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Participant {
+    /// The decode engine itself, with nothing before it.
+    Base,
+    Xpyd,
+    /// One hop: a plain reverse proxy before the decode engine.
+    Nginx,
+    VllmRouter,
+    SglangRouter,
+}
+
+impl Participant {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Base,
+        Self::Nginx,
+        Self::Xpyd,
+        Self::VllmRouter,
+        Self::SglangRouter,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Xpyd => "xpyd",
+            Self::Nginx => "nginx (1 hop)",
+            Self::VllmRouter => "vllm-router",
+            Self::SglangRouter => "sglang-router",
+        }
+    }
+
+    /// Whether the prefill engine must have seen each request too.
+    pub(crate) fn prefills(self) -> bool {
+        !matches!(self, Self::Base | Self::Nginx)
+    }
+
+    /// The command that serves on `port`, or why there is none.
+    pub(crate) fn command(
+        self,
+        folder: &Path,
+        port: u16,
+        prefill: u16,
+        decode: u16,
+    ) -> Result<Option<Command>, String> {
+        let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let here = port.to_string();
+        let metrics = free_port().map_err(|error| error.to_string())?.to_string();
+        Ok(Some(match self {
+            Self::Base => return Ok(None),
+            Self::Xpyd => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
+                command.args([
+                    "proxy",
+                    "--connector",
+                    "nixl",
+                    "--port",
+                    &here,
+                    "--max-in-flight",
+                    "4096",
+                ]);
+                command.args([
+                    "--prefiller-host",
+                    "127.0.0.1",
+                    "--prefiller-port",
+                    &prefill.to_string(),
+                ]);
+                command.args(["--decoder-host", "127.0.0.1", "--decoder-port", &decode.to_string()]);
+                command
+            }
+            Self::Nginx => {
+                let mut command = found("nginx")?;
+                let file = folder.join("nginx.conf");
+                fs::write(&file, nginx_file(folder, port, decode)).map_err(|error| error.to_string())?;
+                command.arg("-c").arg(file).arg("-p").arg(folder);
+                command
+            }
+            Self::VllmRouter => {
+                let mut command = found("vllm-router")?;
+                command.args([
+                    "--vllm-pd-disaggregation",
+                    "--prefill",
+                    &url(prefill),
+                    "--decode",
+                    &url(decode),
+                ]);
+                command.args([
+                    "--policy",
+                    "round_robin",
+                    "--port",
+                    &here,
+                    "--prometheus-port",
+                    &metrics,
+                ]);
+                command.args(["--log-level", "warning", "--max-concurrent-requests", "4096"]);
+                command
+            }
+            Self::SglangRouter => {
+                let mut command = found("sglang-router")?;
+                command.args(["launch", "--pd-disaggregation", "--prefill", &url(prefill), "none"]);
+                command.args(["--decode", &url(decode), "--policy", "round_robin", "--port", &here]);
+                command.args(["--prometheus-port", &metrics, "--log-level", "warn"]);
+                command
+            }
+        }))
+    }
+}
+
+fn nginx_file(folder: &Path, port: u16, engine: u16) -> String {
+    let folder = folder.display();
+    format!(
+        "daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.log;\n\
+         events {{ worker_connections 8192; }}\n\
+         http {{ access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;\n\
+         fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n\
+         client_body_buffer_size 128k; keepalive_requests 10000000;\n\
+         upstream engine {{ server 127.0.0.1:{engine}; keepalive 128; keepalive_requests 10000000; }}\n\
+         server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://engine; proxy_http_version 1.1;\n\
+         proxy_set_header Connection \"\"; proxy_buffering off; }} }} }}\n"
+    )
+}
+
+/// A program of `$XPYD_BENCH_VENV/bin`, of PATH, or of where Debian puts servers.
+fn found(name: &str) -> Result<Command, String> {
+    let venv = std::env::var_os("XPYD_BENCH_VENV").map(|venv| PathBuf::from(venv).join("bin"));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = venv
+        .into_iter()
+        .chain(std::env::split_paths(&path))
+        .chain([PathBuf::from("/usr/sbin")]);
+    let mut candidates = folders.map(|folder| folder.join(name));
+    candidates
+        .find(|file| file.is_file())
+        .map(Command::new)
+        .ok_or_else(|| "not installed".to_owned())
+}
