@@ -3,7 +3,7 @@
 //! Nothing here decides anything about engines or requests. The supervisor runs on the calling task, which is the main
 //! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
 
-use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
-use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
+use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
@@ -25,9 +25,11 @@ use crate::ui::Printer;
 mod causes;
 mod kept;
 mod reporting;
+mod scale;
 mod starts;
 
 pub use kept::end_kept;
+pub use scale::Grow;
 
 pub use self::causes::Began;
 
@@ -41,7 +43,6 @@ const KEEP_DETACHED: Duration = Duration::from_mins(15);
 const JOIN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A run, decided and locked, about to begin.
-#[derive(Debug)]
 pub struct Run {
     /// Everything decided about it. Its folder exists.
     pub plan: Plan,
@@ -53,8 +54,19 @@ pub struct Run {
     pub detached: bool,
     /// The engines that an earlier xpyd left, if they are to be taken over. The plan describes them.
     pub attach: Option<KeptRun>,
+    /// Plans more engines for it.
+    pub grow: Grow,
     /// Where people read.
     pub printer: Printer,
+}
+
+impl fmt::Debug for Run {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Run")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A fleet that takes requests, as given to the work that [`run`] was asked to do.
@@ -93,8 +105,10 @@ where
         run_dir,
         detached,
         attach,
+        grow,
         printer,
     } = run;
+    let run_dir = Arc::new(run_dir);
     write_files(&plan, attach.is_some())?;
     let Sockets {
         reservations,
@@ -117,16 +131,18 @@ where
     let stop = CancellationToken::new();
     let mut parts = JoinSet::new();
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
-    let (progress_is_settled, seen) = report(&mut parts, &plan, printer, &view, &stop);
-    let (stops, stop_receiver) = mpsc::channel(8);
-    let (take_outs, take_out_receiver) = mpsc::channel(8);
-    let control_state = control_state(&info, &plan, &view, &seen, &proxy, (stops, take_outs));
-    parts.spawn(serve_control(control, control_state, stop.clone()));
-    parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
-    parts.spawn(until(
-        stop.clone(),
-        forward_take_outs(take_out_receiver, requests.clone()),
-    ));
+    let (planned, plans) = watch::channel(Arc::new(plan.clone()));
+    let (progress_is_settled, seen) = report(&mut parts, &plans, printer, &view, &stop);
+    let status = status(&info, plans, &view, &seen, &proxy);
+    let scaler = scale::Scaler {
+        grow,
+        plan: planned,
+        view: view.clone(),
+        requests: requests.clone(),
+        run_dir: Arc::clone(&run_dir),
+        info,
+    };
+    control_parts(&mut parts, &stop, control, status, scaler);
 
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
     let (began_sender, began) = watch::channel(Began::new());
@@ -162,12 +178,41 @@ where
     };
     stop.cancel();
     join(parts).await;
+    record(&run_dir, &outcome);
+    let began = began.borrow().clone();
+    Ok(Ended { outcome, began })
+}
+
+/// Leaves word for `xpyd down` of how the run ended.
+fn record(run_dir: &RunDir, outcome: &Outcome) {
     let left: Vec<String> = outcome.left.iter().map(ToString::to_string).collect();
     if let Err(error) = run_dir.record_outcome(outcome.exit_status(), &left) {
         tracing::warn!(error = one_line(&error), "cannot record how the run ended");
     }
-    let began = began.borrow().clone();
-    Ok(Ended { outcome, began })
+}
+
+/// Starts the control socket, and what hands its requests on to the supervisor.
+fn control_parts(
+    parts: &mut JoinSet<()>,
+    stop: &CancellationToken,
+    listener: tokio::net::UnixListener,
+    status: impl Fn() -> api::Status + Send + Sync + 'static,
+    scaler: scale::Scaler,
+) {
+    let (stops, stop_receiver) = mpsc::channel(8);
+    let (take_outs, take_out_receiver) = mpsc::channel(8);
+    let (scales, scale_receiver) = mpsc::channel(8);
+    let state = server::ServerState {
+        status: Arc::new(status),
+        stop: stops,
+        take_out: take_outs,
+        scale: scales,
+    };
+    let requests = scaler.requests.clone();
+    parts.spawn(serve_control(listener, state, stop.clone()));
+    parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
+    parts.spawn(until(stop.clone(), forward_take_outs(take_out_receiver, requests)));
+    parts.spawn(until(stop.clone(), scaler.run(scale_receiver)));
 }
 
 /// Everything that a run listens on itself, and what it holds for its engines.
@@ -210,20 +255,19 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, are_running: bool) -> Resul
 /// start has been shown for the last time, and how far each engine is.
 fn report(
     parts: &mut JoinSet<()>,
-    plan: &Plan,
+    plans: &watch::Receiver<Arc<Plan>>,
     printer: Printer,
     view: &watch::Receiver<Arc<FleetView>>,
     stop: &CancellationToken,
 ) -> (oneshot::Receiver<()>, watch::Receiver<Arc<reporting::Seen>>) {
     let (sender, receiver) = mpsc::channel(64);
-    for engine in &plan.engines {
-        let log = plan.run_dir.join(&engine.log_file);
-        let starts = reporting::follow_starts(log, plan.engine, engine.id.clone(), sender.clone(), view.clone());
-        parts.spawn(until(stop.clone(), starts));
-    }
+    parts.spawn(until(
+        stop.clone(),
+        reporting::follow_all(plans.clone(), sender, view.clone()),
+    ));
     let (published, seen) = watch::channel(Arc::default());
     let (settled, progress_is_settled) = oneshot::channel();
-    let reporter = reporting::Reporter::new(printer, plan, settled, published);
+    let reporter = reporting::Reporter::new(printer, &plans.borrow(), settled, published);
     parts.spawn(reporter.run(view.clone(), receiver, stop.clone()));
     (progress_is_settled, seen)
 }
@@ -278,17 +322,25 @@ fn write_files(plan: &Plan, are_running: bool) -> Result<(), Failure> {
     for file in plan.files.iter().filter(|_| !are_running) {
         fs_err::write(plan.run_dir.join(&file.path), &file.content).map_err(anyhow::Error::from)?;
     }
-    let text = serde_json::to_string_pretty(plan).map_err(anyhow::Error::from)?;
-    Ok(fs_err::write(plan.run_dir.join("plan.json"), text).map_err(anyhow::Error::from)?)
+    Ok(write_plan(plan).map_err(anyhow::Error::from)?)
+}
+
+fn write_plan(plan: &Plan) -> std::io::Result<()> {
+    fs_err::write(plan.run_dir.join("plan.json"), serde_json::to_string_pretty(plan)?)
 }
 
 async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
     TcpListener::bind((proxy.host.as_str(), proxy.port))
         .await
         .map_err(|error| {
-            let context = format!("the proxy cannot listen on {}:{}", proxy.host, proxy.port);
+            let context = format!(
+                "the proxy cannot listen on {}:{}{}",
+                proxy.host,
+                proxy.port,
+                had_by(proxy.port)
+            );
             Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
-                .hint("choose another port with `--port`; `ss -ltnp` shows who holds this one")
+                .hint("choose another port with `--port`")
         })
 }
 
@@ -297,9 +349,16 @@ async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, 
         return Ok(None);
     };
     let bound = Notifications::bind(host, *port).await.map_err(|error| {
-        Failure::new(ExitStatus::Preflight, error).hint("choose another port with `--set lmcache.notify_port=…`")
+        let context = format!("the proxy cannot take notifications on {host}:{port}{}", had_by(*port));
+        Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
+            .hint("choose another port with `--set lmcache.notify_port=…`")
     })?;
     Ok(Some(bound))
+}
+
+/// Who has a port, as the end of a sentence.
+fn had_by(port: u16) -> String {
+    supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
 }
 
 fn proxy_settings(plan: &Plan) -> proxy::Settings {
@@ -332,49 +391,49 @@ async fn serve_control(listener: tokio::net::UnixListener, state: server::Server
 
 fn run_info(plan: &Plan, name: &str, url: &str, detached: bool) -> Result<RunInfo, Failure> {
     let info = RunInfo::of_this_process(name).map_err(anyhow::Error::from)?;
-    let engines = plan.engines.iter();
     Ok(RunInfo {
         profile: plan.profile.clone(),
         model: plan.served_model_name.clone(),
         proxy_url: url.to_owned(),
         logs_dir: plan.run_dir.clone(),
-        engines: engines
-            .map(|engine| RunEngine {
-                id: engine.id.clone(),
-                role: engine.role,
-                log_file: engine.log_file.clone(),
-            })
-            .collect(),
+        engines: run_engines(plan),
         detached,
         ..info
     })
 }
 
-/// What the control socket answers from, and where its requests go.
-fn control_state(
+/// The engines as later commands need to know them.
+fn run_engines(plan: &Plan) -> Vec<RunEngine> {
+    let engines = plan.engines.iter();
+    engines
+        .map(|engine| RunEngine {
+            id: engine.id.clone(),
+            role: engine.role,
+            log_file: engine.log_file.clone(),
+        })
+        .collect()
+}
+
+/// What the control socket answers from.
+fn status(
     info: &RunInfo,
-    plan: &Plan,
+    plans: watch::Receiver<Arc<Plan>>,
     view: &watch::Receiver<Arc<FleetView>>,
     seen: &watch::Receiver<Arc<reporting::Seen>>,
     proxy: &Proxy,
-    (stop, take_out): (mpsc::Sender<server::StopRequest>, mpsc::Sender<server::TakeOut>),
-) -> server::ServerState {
+) -> impl Fn() -> api::Status + Send + Sync + use<> {
     let (info, view, seen, proxy) = (info.clone(), view.clone(), seen.clone(), proxy.clone());
-    let gpus: HashMap<EngineId, Vec<u32>> = plan
-        .engines
-        .iter()
-        .map(|engine| (engine.id.clone(), engine.gpus.clone()))
-        .collect();
-    let status = move || {
-        let (view, seen) = (view.borrow().clone(), seen.borrow().clone());
+    move || {
+        let (plan, view, seen) = (plans.borrow().clone(), view.borrow().clone(), seen.borrow().clone());
         let engines = view.engines.iter().map(|engine| {
             let start = seen.starts.get(&engine.id);
+            let planned = plan.engines.iter().find(|planned| planned.id == engine.id);
             let status = api::EngineStatus {
                 phase: start.map(|start| start.phase().to_owned()),
                 uptime_seconds: start
                     .filter(|_| engine.state.is_alive())
                     .map(|start| start.began.elapsed().as_secs()),
-                gpus: gpus.get(&engine.id).cloned().unwrap_or_default(),
+                gpus: planned.map(|planned| planned.gpus.clone()).unwrap_or_default(),
                 ..api::EngineStatus::from(&**engine)
             };
             match start.map(reporting::EngineStart::estimate) {
@@ -385,18 +444,16 @@ fn control_state(
             }
         });
         api::Status {
-            run: info.clone(),
+            run: RunInfo {
+                engines: run_engines(&plan),
+                ..info.clone()
+            },
             stage: view.stage,
             ready_since: seen.ready_since.clone(),
             in_flight: proxy.in_flight(),
             drain_seconds_left: None,
             engines: engines.collect(),
         }
-    };
-    server::ServerState {
-        status: Arc::new(status),
-        stop,
-        take_out,
     }
 }
 

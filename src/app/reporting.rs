@@ -1,10 +1,11 @@
 //! Tells the user what the fleet does: progress while it starts, and every change after that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Duration, Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -56,6 +57,35 @@ impl EngineStart {
 
 /// How often what moves with the clock is drawn anew: the time that a start still takes, and requests that are waited for.
 const REFRESH: Duration = Duration::from_millis(500);
+
+/// Reads the phases of every engine of the plan, and of those that join it.
+pub(super) async fn follow_all(
+    mut plans: watch::Receiver<Arc<Plan>>,
+    sender: mpsc::Sender<(EngineId, Phase)>,
+    view: watch::Receiver<Arc<FleetView>>,
+) {
+    let (mut followed, mut readers) = (HashSet::new(), JoinSet::new());
+    loop {
+        let plan = plans.borrow_and_update().clone();
+        for engine in &plan.engines {
+            if followed.insert(engine.id.clone()) {
+                let log = plan.run_dir.join(&engine.log_file);
+                readers.spawn(follow_starts(
+                    log,
+                    plan.engine,
+                    engine.id.clone(),
+                    sender.clone(),
+                    view.clone(),
+                ));
+            }
+        }
+        if plans.changed().await.is_err() {
+            // No engine joins any more; the readers end with the fleet's view.
+            while readers.join_next().await.is_some() {}
+            return;
+        }
+    }
+}
 
 /// Reads the phases of every start of an engine from its log, in which each start goes on where the last one ended.
 pub(super) async fn follow_starts(
@@ -279,6 +309,11 @@ impl Reporter {
     fn tell_change(&self, engine: &EngineView, stage: FleetStage) {
         let (id, reason) = (&engine.id, engine.reason.as_deref().unwrap_or("it ended"));
         let serving = stage == FleetStage::Ready;
+        let again = if engine.incarnation == Incarnation::FIRST {
+            ""
+        } else {
+            " again"
+        };
         match engine.state {
             EngineState::Failed => self.printer.error(format!("{id} failed: {reason}")),
             EngineState::Backoff => {
@@ -289,8 +324,8 @@ impl Reporter {
             }
             EngineState::Draining if serving => self.printer.status(format!("{id} takes no more requests")),
             EngineState::Stopped if serving => self.printer.status(format!("{id} is stopped")),
-            EngineState::Starting => self.printer.status(format!("{id} starts again")),
-            EngineState::Ready => self.printer.status(format!("{id} serves again")),
+            EngineState::Starting => self.printer.status(format!("{id} starts{again}")),
+            EngineState::Ready => self.printer.status(format!("{id} serves{again}")),
             _ => {}
         }
     }

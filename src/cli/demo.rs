@@ -79,6 +79,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         run_dir,
         detached: false,
         attach: None,
+        grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
         printer,
     };
     let num_prompts = arguments.num_prompts;

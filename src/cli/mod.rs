@@ -13,6 +13,7 @@ mod profiles;
 pub mod proxy;
 mod request;
 mod restart;
+mod scale;
 pub mod sim;
 pub mod status;
 mod up;
@@ -56,6 +57,8 @@ enum Verb {
     Restart(restart::Arguments),
     /// Take engines out and stop them, while the others serve
     Drain(drain::Arguments),
+    /// Change how many engines of a role serve: stopped ones come back, new ones join, the last ones leave
+    Scale(scale::Arguments),
     /// Stop a run
     Down(down::Arguments),
     /// Measure a server, with the flags and the table of `vllm bench serve`
@@ -85,6 +88,7 @@ pub fn main() -> ExitCode {
         Verb::Status(arguments) => block_on(status::run(arguments, printer)),
         Verb::Logs(arguments) => block_on(logs::run(arguments, printer)),
         Verb::Restart(arguments) => block_on(restart::run(arguments, printer)),
+        Verb::Scale(arguments) => block_on(scale::run(arguments, printer)),
         Verb::Drain(arguments) => block_on(drain::run(arguments, printer)),
         Verb::Down(arguments) => block_on(down::run(arguments, printer)),
         Verb::Bench(arguments) => block_on(bench::run(*arguments, running_fleet(), printer)),

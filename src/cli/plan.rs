@@ -53,7 +53,12 @@ fn text(plan: &Plan) -> String {
         format!("model      {}{}", plan.model, served_as(plan)),
         format!("engine     {}", plan.engine.name()),
         format!("connector  {} ({})", plan.connector.name(), plan.connector_reason),
-        format!("proxy      http://{}:{}", plan.proxy.host, plan.proxy.port),
+        format!(
+            "proxy      http://{}:{}{}",
+            plan.proxy.host,
+            plan.proxy.port,
+            notified_at(plan)
+        ),
         format!("run folder {}", plan.run_dir.display()),
     ];
     lines.extend(plan.notes.iter().map(|note| format!("note       {note}")));
@@ -86,6 +91,11 @@ fn served_as(plan: &Plan) -> String {
     } else {
         format!(", served as {}", plan.served_model_name)
     }
+}
+
+fn notified_at(plan: &Plan) -> String {
+    let port = plan.proxy.notify.as_ref().map(|(_, port)| *port);
+    port.map_or_else(String::new, |port| format!(", lmcache notifications on port {port}"))
 }
 
 fn row(engine: &EngineSpec) -> [String; 6] {
@@ -219,6 +229,36 @@ mod tests {
             .filter_map(|line| line.trim().strip_prefix("CUDA_VISIBLE_DEVICES="))
             .collect();
         assert_eq!(gpus, ["1", "3", "0", "2"]);
+    }
+
+    #[test]
+    fn engines_look_for_ports_of_their_own_in_different_places_unless_ranks_would_share_one() {
+        let machine = Machine::fixture(8, "0.32.0", None);
+        let own = |overrides: &[&str]| -> Vec<String> {
+            let text = plan_text("2p2d", &machine, overrides).expect("a plan");
+            let ports = text.lines().filter_map(|line| line.trim().strip_prefix("VLLM_PORT="));
+            ports.map(str::to_owned).collect()
+        };
+        assert_eq!(own(&["port_offset=1000"]), ["8600", "8620", "8640", "8660"]);
+        assert_eq!(own(&["decode.args=[\"--data-parallel-size=2\"]"]), ["7600", "7620"]);
+    }
+
+    #[test]
+    fn data_parallel_ranks_have_gpus_and_side_channels_and_ports_named_in_arguments_are_planned() {
+        let machine = Machine::fixture(8, "0.32.0", None);
+        let parallel = "decode.args=[\"--data-parallel-size\", \"2\", \"--data_parallel_rpc_port\", \"29550\"]";
+        let text = plan_text("1p1d-tp2", &machine, &["connector=nixl", parallel]).expect("a plan");
+        let row = text.lines().find(|line| line.starts_with("decoder1 ")).expect("a row");
+        assert!(row.contains("2,3,4,5"), "{row}");
+        assert!(
+            row.contains("nixl side channel 5700,5701; data-parallel rpc 29550"),
+            "{row}"
+        );
+        let clash = plan_text("2p2d-nixl", &machine, &[parallel]).expect_err("both decode engines");
+        assert_eq!(
+            clash.to_string(),
+            "port 29550 is needed twice: decoder1 data-parallel rpc and decoder2 data-parallel rpc"
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::report::{ExitStatus, Failure};
 use crate::ui::{FleetProgress, Printer};
 
 /// How often to look how far an engine is.
-const POLL_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Arguments of `xpyd restart`.
 #[derive(Debug, clap::Args)]
@@ -99,7 +99,7 @@ fn engines(info: &RunInfo, names: &[String]) -> Result<Vec<EngineId>, Failure> {
     Ok(meant.iter().map(|role| EngineId::named(&role.name)).collect())
 }
 
-async fn status(client: &ControlClient, info: &RunInfo) -> Result<Status, Failure> {
+pub(super) async fn status(client: &ControlClient, info: &RunInfo) -> Result<Status, Failure> {
     client.status().await.map_err(|error| {
         Failure::new(ExitStatus::Failure, error).hint(format!(
             "see what the run last wrote: {} xpyd",
@@ -119,16 +119,16 @@ fn refused(error: ClientError, force: bool) -> Failure {
 }
 
 /// One engine that is on its way.
-struct Wait<'call> {
-    id: &'call EngineId,
-    verb: EngineVerb,
+pub(super) struct Wait<'call> {
+    pub(super) id: &'call EngineId,
+    pub(super) verb: EngineVerb,
     /// The first incarnation after a restart.
-    incarnation: u32,
-    info: &'call RunInfo,
+    pub(super) incarnation: u32,
+    pub(super) info: &'call RunInfo,
 }
 
 impl Wait<'_> {
-    async fn until_done(
+    pub(super) async fn until_done(
         &self,
         client: &ControlClient,
         deadline: Instant,

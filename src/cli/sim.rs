@@ -28,6 +28,9 @@ pub struct Arguments {
     /// Ranks
     #[arg(long, default_value_t = 1)]
     pub tensor_parallel_size: u16,
+    /// Data-parallel ranks; each has a side channel of its own, and the first one does all the work
+    #[arg(long, default_value_t = 1)]
+    pub data_parallel_size: u16,
     /// The connector, as JSON
     #[arg(long)]
     pub kv_transfer_config: Option<String>,
@@ -121,6 +124,7 @@ impl Arguments {
             port: self.port,
             max_model_len: self.max_model_len,
             tensor_parallel_size: self.tensor_parallel_size.max(1),
+            data_parallel_size: self.data_parallel_size.max(1),
             kv_transfer,
             side_channel: (
                 variable("VLLM_NIXL_SIDE_CHANNEL_HOST").unwrap_or_else(|| "localhost".to_owned()),

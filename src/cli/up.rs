@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, Outcome};
 use crate::ui::Printer;
@@ -85,6 +85,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         run_dir,
         detached,
         attach,
+        grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
     };
     let log = plan.run_dir.join("xpyd.log");

@@ -7,6 +7,7 @@
 //! | `POST /v1/down` | [`DownRequest`] | 202 [`DownAnswer`], at once; the run is gone when its lock is free |
 //! | `POST /v1/engines/{id}/restart` | [`EngineRequest`] | 202 [`EngineAnswer`], at once; the status shows the rest |
 //! | `POST /v1/engines/{id}/drain` | [`EngineRequest`] | the same |
+//! | `POST /v1/scale` | [`ScaleRequest`] | 202 [`ScaleAnswer`], at once; the status shows the rest |
 //!
 //! Every other answer carries an [`ErrorBody`]. Readers ignore fields that they do not know, so fields may be added.
 
@@ -187,6 +188,25 @@ pub struct EngineRequest {
 pub struct EngineAnswer {
     /// After a restart, the engine is of this incarnation or a later one.
     pub incarnation: u32,
+}
+
+/// Asks for another number of engines of a role.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScaleRequest {
+    /// The role.
+    pub role: Role,
+    /// Engines of it that are to serve, at least 1.
+    pub count: u16,
+}
+
+/// The engines that come or go.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ScaleAnswer {
+    /// Those that start, in number order, each with the incarnation that will serve.
+    pub starting: Vec<(EngineId, u32)>,
+    /// Those that are drained and stopped, the highest number first.
+    pub stopping: Vec<EngineId>,
 }
 
 /// Why a request was not answered.

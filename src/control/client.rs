@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, Status};
+use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, ScaleAnswer, ScaleRequest, Status};
 use super::server::EngineVerb;
 use crate::fleet::EngineId;
 
@@ -75,6 +75,11 @@ impl ControlClient {
     pub async fn engine(&self, engine: &EngineId, verb: EngineVerb, force: bool) -> Result<EngineAnswer, ClientError> {
         let url = format!("http://xpyd/v1/engines/{engine}/{}", verb.name());
         self.ask(self.http.post(url).json(&EngineRequest { force })).await
+    }
+
+    /// Asks the run for another number of engines of a role. The status shows how it goes.
+    pub async fn scale(&self, request: ScaleRequest) -> Result<ScaleAnswer, ClientError> {
+        self.ask(self.http.post("http://xpyd/v1/scale").json(&request)).await
     }
 
     async fn ask<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, ClientError> {

@@ -19,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream, unix};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, Status};
+use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, ScaleAnswer, ScaleRequest, Status};
 use crate::fleet::{EngineId, Incarnation};
 
 /// How long a client may hold up the end of the server.
@@ -78,6 +78,15 @@ pub struct TakeOut {
     pub reply: oneshot::Sender<Result<Incarnation, String>>,
 }
 
+/// Someone asked for another number of engines of a role.
+#[derive(Debug)]
+pub struct Scale {
+    /// What was asked for.
+    pub request: ScaleRequest,
+    /// Gets who comes and goes, or why not.
+    pub reply: oneshot::Sender<Result<ScaleAnswer, String>>,
+}
+
 /// What the server speaks for.
 #[derive(Clone)]
 pub struct ServerState {
@@ -87,6 +96,8 @@ pub struct ServerState {
     pub stop: mpsc::Sender<StopRequest>,
     /// Takes requests that concern one engine. What does not fit is refused.
     pub take_out: mpsc::Sender<TakeOut>,
+    /// Takes requests for another number of engines. What does not fit is refused.
+    pub scale: mpsc::Sender<Scale>,
 }
 
 impl fmt::Debug for ServerState {
@@ -102,10 +113,11 @@ pub async fn serve(listener: UnixListener, state: ServerState, stop: Cancellatio
         .route("/v1/down", post(down))
         .route("/v1/engines/{id}/restart", post(restart))
         .route("/v1/engines/{id}/drain", post(drain))
+        .route("/v1/scale", post(scale))
         .fallback(|| async {
             refuse(
                 StatusCode::NOT_FOUND,
-                "no such route; there are /v1/status, /v1/down, /v1/engines/{id}/restart and /v1/engines/{id}/drain",
+                "no such route; there are /v1/status, /v1/down, /v1/engines/{id}/restart, /v1/engines/{id}/drain and /v1/scale",
             )
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -203,6 +215,28 @@ async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: EngineB
             let incarnation = incarnation.0;
             (StatusCode::ACCEPTED, Json(EngineAnswer { incarnation })).into_response()
         }
+        Ok(Err(reason)) => refuse(StatusCode::CONFLICT, &reason),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the run is ending"),
+    }
+}
+
+async fn scale(State(state): State<ServerState>, body: Result<Json<ScaleRequest>, JsonRejection>) -> Response {
+    let request = match body {
+        Ok(Json(request)) => request,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
+    };
+    if request.count == 0 {
+        return refuse(
+            StatusCode::BAD_REQUEST,
+            "a role needs at least 1 engine; `xpyd down` ends the run",
+        );
+    }
+    let (reply, answer) = oneshot::channel();
+    if state.scale.try_send(Scale { request, reply }).is_err() {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once; try again");
+    }
+    match answer.await {
+        Ok(Ok(answer)) => (StatusCode::ACCEPTED, Json(answer)).into_response(),
         Ok(Err(reason)) => refuse(StatusCode::CONFLICT, &reason),
         Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the run is ending"),
     }

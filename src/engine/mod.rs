@@ -31,6 +31,12 @@ pub struct Serve<'plan> {
     pub served_model_name: &'plan str,
     /// Where to listen, and over how many ranks to spread.
     pub endpoint: &'plan Endpoint,
+    /// How many engines of the fleet come before it.
+    pub number: usize,
+    /// What is added to every port of the fleet.
+    pub port_offset: u16,
+    /// Data-parallel ranks.
+    pub data_parallel: u16,
     /// Where it computes.
     pub device: Device,
     /// Its GPUs.

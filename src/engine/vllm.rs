@@ -16,6 +16,29 @@ pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// that have not ignore it. `EngineCore` removes its own shared memory only when they have gone.
 const WORKER_GRACE: Duration = Duration::from_secs(3);
 
+/// Where vLLM of the first engine looks for ports for itself; each further engine starts [`OWN_PORTS`] later.
+///
+/// It takes the first port from there on that it can bind without `SO_REUSEADDR`, so it skips what xpyd holds. Left to
+/// itself it asks the kernel for any port and binds it later, and engines that start together take each other's.
+const FIRST_OWN_PORT: u16 = 7600;
+
+/// How many ports an engine may look at before it meets those of the next one.
+const OWN_PORTS: u16 = 20;
+
+/// The value of an option among `args`, whichever of its names and spellings was used; the last one wins, as with vLLM.
+pub fn option<'args>(args: &'args [String], names: &[&str]) -> Option<&'args str> {
+    let named = |word: &str| names.iter().any(|name| word.replace('_', "-") == **name);
+    let mut found = None;
+    for (index, word) in args.iter().enumerate() {
+        match word.split_once('=') {
+            Some((name, value)) if named(name) => found = Some(value),
+            None if named(word) => found = args.get(index + 1).map(String::as_str),
+            _ => {}
+        }
+    }
+    found
+}
+
 /// The arguments after `vllm serve`, which the simulated engine takes as well.
 pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
     let mut arguments: Vec<String> = vec![serve.model.to_owned()];
@@ -54,6 +77,14 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
             WORKER_GRACE.as_secs().to_string(),
         ),
     ];
+    // With data parallelism all ranks would begin at the same port, and older versions never end to look for a second one.
+    if serve.data_parallel == 1 {
+        let add = u16::try_from(serve.number)
+            .unwrap_or(u16::MAX)
+            .saturating_mul(OWN_PORTS);
+        let first = FIRST_OWN_PORT.saturating_add(serve.port_offset);
+        variables.push(("VLLM_PORT", first.saturating_add(add).to_string()));
+    }
     match serve.device {
         Device::Cuda => {
             let gpus: Vec<String> = serve.gpus.iter().map(u32::to_string).collect();

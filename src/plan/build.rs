@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::connector::{Connector, Device, LaunchContext};
-use crate::engine::{EngineKind, Serve};
+use crate::engine::{EngineKind, Serve, vllm};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Gpus, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
@@ -40,6 +40,16 @@ pub enum PlanError {
         /// Who and what for.
         second: String,
     },
+    /// A running fleet is to grow, and the machine has no GPU for it.
+    #[error("{engine} needs {needed} GPU{}, and {free} of this machine are free", if *needed == 1 { "" } else { "s" })]
+    NoGpuLeft {
+        /// The engine.
+        engine: String,
+        /// GPUs that it needs.
+        needed: usize,
+        /// GPUs that nobody of the fleet has.
+        free: usize,
+    },
     /// LMCache pushes rank to rank.
     #[error("connector `lmcache` needs the same tensor_parallel on both roles, not {prefill} and {decode}")]
     UnequalRanks {
@@ -62,6 +72,7 @@ impl PlanError {
                 "change a port of the profile, for example `--set decode.port=7600`, or `--set port_offset=…`"
                     .to_owned()
             }
+            Self::NoGpuLeft { .. } => "`xpyd status` shows who has which GPU".to_owned(),
             Self::UnequalRanks { .. } => "set both alike, or use `--connector nixl`".to_owned(),
         }
     }
@@ -80,18 +91,11 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
             decode: decode_ranks,
         });
     }
-    let mut builder = Builder {
-        profile,
-        machine,
-        connector: &connector,
-        run_dir,
-        gpus: gpus(profile, machine),
-        files: Vec::new(),
-    };
+    let mut builder = Builder::new(profile, machine, &connector, run_dir, gpus(profile, machine));
     let mut engines = Vec::new();
     for role in [Role::Prefill, Role::Decode] {
         for index in 0..usize::from(builder.role(role).count) {
-            engines.push(builder.engine(role, index)?);
+            engines.push(builder.engine(role, index, engines.len())?);
         }
     }
     let files = builder.files;
@@ -142,7 +146,7 @@ fn gpus(profile: &Profile, machine: &Machine) -> Vec<u32> {
             chosen.extend(&role.gpus);
             continue;
         }
-        for _ in 0..usize::from(role.count) * usize::from(role.tensor_parallel) {
+        for _ in 0..usize::from(role.count) * ranks(profile, role) {
             if free.is_empty() {
                 free.push(next);
                 next += 1;
@@ -153,14 +157,28 @@ fn gpus(profile: &Profile, machine: &Machine) -> Vec<u32> {
     chosen
 }
 
-struct Builder<'input> {
+/// The data-parallel ranks of each engine of a role: what the arguments to vLLM say.
+fn data_parallel(profile: &Profile, role: &RoleProfile) -> u16 {
+    let names = ["--data-parallel-size", "-dp"];
+    let value = vllm::option(&role.args, &names).or_else(|| vllm::option(&profile.vllm.args, &names));
+    value.and_then(|value| value.parse().ok()).unwrap_or(1).max(1)
+}
+
+/// GPUs of each engine of a role.
+fn ranks(profile: &Profile, role: &RoleProfile) -> usize {
+    usize::from(role.tensor_parallel) * usize::from(data_parallel(profile, role))
+}
+
+/// Builds engines one after the other.
+pub(super) struct Builder<'input> {
     profile: &'input Profile,
     machine: &'input Machine,
     connector: &'input Connector,
     run_dir: &'input Path,
     /// For all engines, in order; empty where engines use none.
     gpus: Vec<u32>,
-    files: Vec<RenderedFile>,
+    /// What the engines so far read.
+    pub(super) files: Vec<RenderedFile>,
 }
 
 /// Everything an engine listens on.
@@ -170,7 +188,24 @@ struct Addresses {
     side_channel_port: Option<u16>,
 }
 
-impl Builder<'_> {
+impl<'input> Builder<'input> {
+    pub(super) fn new(
+        profile: &'input Profile,
+        machine: &'input Machine,
+        connector: &'input Connector,
+        run_dir: &'input Path,
+        gpus: Vec<u32>,
+    ) -> Self {
+        Self {
+            profile,
+            machine,
+            connector,
+            run_dir,
+            gpus,
+            files: Vec::new(),
+        }
+    }
+
     fn role(&self, role: Role) -> &RoleProfile {
         match role {
             Role::Prefill => &self.profile.prefill,
@@ -178,7 +213,8 @@ impl Builder<'_> {
         }
     }
 
-    fn engine(&mut self, role: Role, index: usize) -> Result<EngineSpec, PlanError> {
+    /// The engine of this index within its role, and of this number within the fleet; no two engines share either.
+    pub(super) fn engine(&mut self, role: Role, index: usize, number: usize) -> Result<EngineSpec, PlanError> {
         let id = EngineId::new(role, index);
         let ranks = usize::from(self.role(role).tensor_parallel);
         let port = |purpose: &str, base: u16, add: usize| {
@@ -203,12 +239,17 @@ impl Builder<'_> {
                     Role::Prefill => self.profile.nixl.prefill_side_channel_port,
                     Role::Decode => self.profile.nixl.decode_side_channel_port,
                 };
-                let number = port("nixl side channel", base, index)?;
-                ports.push(PortUse {
-                    port: number,
-                    purpose: "nixl side channel".to_owned(),
-                });
-                side_channel_port = Some(number);
+                // vLLM 0.32 listens on the port it is given plus the data-parallel rank, once for all tensor-parallel ranks.
+                let ranks = usize::from(data_parallel(self.profile, self.role(role)));
+                for rank in 0..ranks {
+                    let purpose = match ranks {
+                        1 => "nixl side channel".to_owned(),
+                        _ => format!("nixl side channel, rank {rank}"),
+                    };
+                    let number = port(&purpose, base, index * ranks + rank)?;
+                    ports.push(PortUse { port: number, purpose });
+                    side_channel_port.get_or_insert(number);
+                }
             }
             Connector::LmCache(_) if role == Role::Decode => {
                 let mut block = |purpose: &str, base: u16| -> Result<Vec<u16>, PlanError> {
@@ -229,6 +270,7 @@ impl Builder<'_> {
             }
             Connector::LmCache(_) => {}
         }
+        ports.extend(self.named_in_arguments(role));
         let endpoint = Endpoint {
             host: LOOPBACK.to_owned(),
             port: http,
@@ -238,7 +280,7 @@ impl Builder<'_> {
         Ok(self.spec(
             id,
             role,
-            index,
+            (index, number),
             Addresses {
                 endpoint,
                 ports,
@@ -247,7 +289,7 @@ impl Builder<'_> {
         ))
     }
 
-    fn spec(&mut self, id: EngineId, role: Role, index: usize, addresses: Addresses) -> EngineSpec {
+    fn spec(&mut self, id: EngineId, role: Role, (index, number): (usize, usize), addresses: Addresses) -> EngineSpec {
         let Addresses {
             endpoint,
             ports,
@@ -284,12 +326,7 @@ impl Builder<'_> {
             });
             self.files.push(RenderedFile { path, content });
         }
-        let ranks = usize::from(endpoint.tensor_parallel);
-        let gpus: Vec<u32> = if self.gpus.is_empty() {
-            Vec::new()
-        } else {
-            self.gpus.drain(..ranks).collect()
-        };
+        let gpus = self.take_gpus(role);
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
         let serve = Serve {
@@ -297,6 +334,9 @@ impl Builder<'_> {
             model: &profile.model,
             served_model_name: &profile.served_model_name,
             endpoint: &endpoint,
+            number,
+            port_offset: profile.port_offset,
+            data_parallel: data_parallel(profile, self.role(role)),
             device,
             gpus: &gpus,
             max_model_len,
@@ -326,6 +366,28 @@ impl Builder<'_> {
             receiver_template,
             log_limits: profile.logs,
         }
+    }
+
+    /// The next GPUs, as many as an engine of this role needs.
+    fn take_gpus(&mut self, role: Role) -> Vec<u32> {
+        let needed = ranks(self.profile, self.role(role)).min(self.gpus.len());
+        self.gpus.drain(..needed).collect()
+    }
+
+    /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.
+    fn named_in_arguments(&self, role: Role) -> impl Iterator<Item = PortUse> {
+        let options = [
+            ("--master-port", "master port"),
+            ("--data-parallel-rpc-port", "data-parallel rpc"),
+        ];
+        options.into_iter().filter_map(move |(name, purpose)| {
+            let value =
+                vllm::option(&self.role(role).args, &[name]).or_else(|| vllm::option(&self.profile.vllm.args, &[name]));
+            Some(PortUse {
+                port: value?.parse().ok()?,
+                purpose: purpose.to_owned(),
+            })
+        })
     }
 
     /// The engine's variables: its kind's, the connector's, then the profile's own, which win.
@@ -425,7 +487,7 @@ fn notes(profile: &Profile, connector: &Connector) -> Vec<String> {
     notes
 }
 
-fn check_ports(plan: &Plan) -> Result<(), PlanError> {
+pub(super) fn check_ports(plan: &Plan) -> Result<(), PlanError> {
     for pair in plan.ports().windows(2) {
         let [(port, first), (next, second)] = pair else {
             continue;

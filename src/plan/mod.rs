@@ -5,6 +5,7 @@
 
 mod build;
 mod choose;
+mod grow;
 mod respawn;
 mod start_key;
 
@@ -20,6 +21,7 @@ use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 use crate::service::Service;
 
 pub use build::{PlanError, build};
+pub use grow::{Growth, grow};
 pub use respawn::{fresh_ports_needed, respawn};
 pub use start_key::start_key;
 

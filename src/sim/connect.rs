@@ -54,21 +54,25 @@ impl Connected {
             .unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
         if config.is_nixl() {
             let leases = Leases::new(config.lease(), Arc::clone(metrics), log.clone());
-            let (socket, port) = side_channel(options).await?;
-            let channel = SideChannel {
-                socket,
-                engine_id: engine_id.clone(),
-                model: options.model.clone(),
-                pool: pool.clone(),
-                leases: leases.clone(),
-            };
-            background.spawn(channel.serve());
+            let mut first = None;
+            for rank in 0..options.data_parallel_size {
+                let (socket, port) = side_channel(options, rank).await?;
+                first.get_or_insert(port);
+                let channel = SideChannel {
+                    socket,
+                    engine_id: engine_id.clone(),
+                    model: options.model.clone(),
+                    pool: pool.clone(),
+                    leases: leases.clone(),
+                };
+                background.spawn(channel.serve());
+            }
             background.spawn(leases.clone().expire());
             let connector = Connector::Nixl {
                 leases,
                 engine_id: engine_id.clone(),
                 host: options.side_channel.0.clone(),
-                port,
+                port: first.unwrap_or_default(),
                 policy: config.kv_load_failure_policy,
             };
             return Ok(Self::new(connector, ConnectorKind::Nixl, engine_id));
@@ -80,8 +84,11 @@ impl Connected {
     }
 }
 
-async fn side_channel(options: &Options) -> Result<(RouterSocket, u16), SimError> {
+/// The side channel of a data-parallel rank: vLLM adds its number to the port.
+async fn side_channel(options: &Options, rank: u16) -> Result<(RouterSocket, u16), SimError> {
     let (host, port) = &options.side_channel;
+    // Port 0 lets the system choose.
+    let port = if *port == 0 { 0 } else { port.saturating_add(rank) };
     let address = format!("{host}:{port}");
     let mut socket = RouterSocket::new();
     match socket.bind(&format!("tcp://{address}")).await {

@@ -28,6 +28,8 @@ pub struct Options {
     pub max_model_len: u32,
     /// Ranks.
     pub tensor_parallel_size: u16,
+    /// Data-parallel ranks. All but the first only listen on their side channels.
+    pub data_parallel_size: u16,
     /// The connector, if any.
     pub kv_transfer: Option<KvTransferConfig>,
     /// `VLLM_NIXL_SIDE_CHANNEL_HOST` and `_PORT`.
@@ -191,6 +193,7 @@ impl Options {
             port: 0,
             max_model_len: 8192,
             tensor_parallel_size: 1,
+            data_parallel_size: 1,
             kv_transfer: None,
             side_channel: ("127.0.0.1".to_owned(), 0),
             lmcache_config_file: None,

@@ -21,7 +21,7 @@ use super::{
     Wiring, cause, liveness, ports, probe, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
-use crate::plan::{self, EngineSpec};
+use crate::plan::{self, EngineSpec, RenderedFile};
 use crate::report::one_line;
 use crate::signals::StopSignal;
 
@@ -203,6 +203,14 @@ impl Driver {
                 let _ = reply.send(answer);
                 may.then_some(Event::Leave)
             }
+            Request::Join { spec, files, reply } => {
+                let answer = self.prepare_to_join(&spec, &files);
+                let may = answer.is_ok();
+                tracing::info!(engine = %spec.id, ?answer, "asked to let an engine join");
+                // Whoever asked may have gone.
+                let _ = reply.send(answer);
+                may.then_some(Event::Join(spec))
+            }
             Request::Engine {
                 engine,
                 then,
@@ -227,6 +235,18 @@ impl Driver {
                 })
             }
         }
+    }
+
+    /// Takes the new engine's ports and writes what it reads.
+    fn prepare_to_join(&mut self, spec: &EngineSpec, files: &[RenderedFile]) -> Result<(), String> {
+        self.fleet.may_grow().map_err(|refusal| refusal.to_string())?;
+        let reserved = ports::reserve(std::slice::from_ref(spec)).map_err(|conflict| one_line(&conflict))?;
+        for file in files {
+            fs_err::write(self.settings.run_dir.join(&file.path), &file.content).map_err(|error| one_line(&error))?;
+        }
+        self.settings.reservations.add(reserved);
+        self.settings.engines.push(spec.clone());
+        Ok(())
     }
 
     /// How engines are kept that are left on request.
@@ -303,12 +323,17 @@ impl Driver {
         let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
         let log = self.settings.run_dir.join(&spec.log_file);
         let explainer = self.explainers.get(&id).cloned();
+        let leader = self.leader(&id);
         let handle = self.tasks.spawn({
             let id = id.clone();
             async move {
                 let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
                 tokio::select! {
-                    () = probe::until_up(prober, spec) => Event::Probed(id, incarnation),
+                    // What answers need not be the engine.
+                    () = probe::until_up(prober, spec.clone()) => match leader.and_then(|leader| ports::usurped(&spec, leader)) {
+                        None => Event::Probed(id, incarnation),
+                        Some(reason) => Event::Usurped(id, incarnation, reason),
+                    },
                     still = standstill::until_still(log, scene.leader, stall) => {
                         let phase = cause::ask(explainer, None).await.phase;
                         let reason = standstill::reason(still, phase, &log_file);
@@ -422,6 +447,11 @@ impl Driver {
         }
     }
 
+    /// The process id of the engine's leader, while there is one.
+    fn leader(&self, id: &EngineId) -> Option<u32> {
+        self.view.borrow().engines.iter().find(|engine| engine.id == *id)?.pid
+    }
+
     fn spec(&self, id: &EngineId) -> Option<&EngineSpec> {
         self.settings.engines.iter().find(|engine| engine.id == *id)
     }
@@ -490,7 +520,7 @@ async fn what_is_left(processes: &[(Option<EngineId>, LeftoverProcess)], engines
                 engine: engine.id.clone(),
                 port: used.port,
                 purpose: used.purpose.clone(),
-                holder: ports::listener(used.port),
+                holder: ports::holder(used.port),
             })
         });
         let left: Vec<Leftover> = still_there.chain(held).collect();

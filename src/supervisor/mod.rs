@@ -29,7 +29,7 @@ pub use self::guardian::attach::KeptRun;
 pub use self::guardian::protocol::{Keep, KeptState};
 pub use self::ports::{PortConflict, Reservations, reserve, reserve_running};
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, FleetView, Incarnation, Role};
-use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
+use crate::plan::{EngineSpec, RenderedFile, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
 use crate::signals::StopSignal;
 
@@ -96,6 +96,15 @@ pub enum Request {
     Leave {
         /// Gets for how long they will, or why they cannot; at once, the rest is seen in the view.
         reply: oneshot::Sender<Result<Duration, String>>,
+    },
+    /// Let an engine more join while the others serve.
+    Join {
+        /// The engine, with a name, ports and GPUs of its own.
+        spec: Box<EngineSpec>,
+        /// Files that it reads, to be written into the run's folder.
+        files: Vec<RenderedFile>,
+        /// Gets why it cannot be; at once, the rest is seen in the view.
+        reply: oneshot::Sender<Result<(), String>>,
     },
     /// Drain and stop one engine while the others serve.
     Engine {

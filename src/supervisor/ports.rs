@@ -57,6 +57,8 @@ pub enum Holder {
     },
     /// A process that this user may not look into.
     User(String),
+    /// Somebody who has bound it and does not listen; the kernel shows such sockets to nobody.
+    Unseen,
     /// Another run of xpyd has reserved it.
     OtherRun,
     /// Another engine of the same plan.
@@ -68,6 +70,7 @@ impl fmt::Display for Holder {
         match self {
             Self::Process { pid, name } => write!(formatter, "process {pid} (`{name}`)"),
             Self::User(name) => write!(formatter, "a process of user `{name}`"),
+            Self::Unseen => formatter.write_str("a program that has bound it without listening"),
             Self::OtherRun => formatter.write_str("another run of xpyd"),
             Self::Engine(engine) => write!(formatter, "{engine}"),
         }
@@ -95,8 +98,10 @@ pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
                 let other_run = source.kind() == io::ErrorKind::AddrInUse;
                 conflict(other_run.then_some(Holder::OtherRun), source)
             })?;
-            let socket =
-                bind(&engine.endpoint.host, wanted.port).map_err(|source| conflict(listener(wanted.port), source))?;
+            let socket = bind(&engine.endpoint.host, wanted.port).map_err(|source| {
+                let taken = source.kind() == io::ErrorKind::AddrInUse;
+                conflict(taken.then(|| holder(wanted.port).unwrap_or(Holder::Unseen)), source)
+            })?;
             reservations.held.push((Some(socket), lock));
         }
     }
@@ -118,6 +123,11 @@ pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
 }
 
 impl Reservations {
+    /// Holds those of others as well.
+    pub(super) fn add(&mut self, others: Self) {
+        self.held.extend(others.held);
+    }
+
     /// Takes `count` more ports that nobody has, and that these reservations never held before.
     pub(super) fn take_free(&mut self, host: &str, count: usize) -> io::Result<Vec<u16>> {
         let mut ports = Vec::new();
@@ -163,36 +173,96 @@ pub(super) fn is_free(host: &str, port: u16) -> bool {
 }
 
 /// Who has `port`: the process, or its user where this one may not look into it.
-pub(super) fn listener(port: u16) -> Option<Holder> {
-    let tables: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
+pub fn holder(port: u16) -> Option<Holder> {
+    let socket = sockets_on(port).into_iter().max_by_key(|socket| socket.listens)?;
+    let Some(&pid) = holders(&socket).first() else {
+        let user = nix::unistd::User::from_uid(socket.user.into()).ok().flatten();
+        return Some(Holder::User(
+            user.map_or_else(|| socket.user.to_string(), |user| user.name),
+        ));
+    };
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(Holder::Process {
+        pid,
+        name: name.trim_end().to_owned(),
+    })
+}
+
+/// The first port of the engine that others listen on instead of its own processes, which all stand below `leader` or in
+/// its session. A port that nobody listens on is none: not every engine opens all of them.
+///
+/// A reservation cannot keep out a program that sets `SO_REUSEADDR` as well and listens first; the engine then fails to
+/// listen, while that program may answer in its place.
+pub(super) fn usurped(engine: &EngineSpec, leader: u32) -> Option<String> {
+    engine.ports.iter().find_map(|used| {
+        let mut listening = sockets_on(used.port)
+            .into_iter()
+            .filter(|socket| socket.listens)
+            .peekable();
+        listening.peek()?;
+        if listening.any(|socket| holders(&socket).iter().any(|pid| belongs(*pid, leader))) {
+            return None;
+        }
+        let holder = holder(used.port)?;
+        Some(format!(
+            "does not listen on port {} ({}): {holder} does",
+            used.port, used.purpose
+        ))
+    })
+}
+
+/// Whether a process is in the session of `leader`, or descends from it.
+fn belongs(pid: u32, leader: u32) -> bool {
+    let mut ancestor = Some(pid);
+    while let Some(pid) = ancestor.filter(|pid| *pid > 1) {
+        let Some((parent, session)) = parent_and_session(pid) else {
+            return false;
+        };
+        if pid == leader || session == leader {
+            return true;
+        }
+        ancestor = Some(parent);
+    }
+    false
+}
+
+/// Two fields of `/proc/PID/stat`. The name before them may hold any character.
+fn parent_and_session(pid: u32) -> Option<(u32, u32)> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat);
+    let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(1);
+    Some((fields.next()?.parse().ok()?, fields.nth(1)?.parse().ok()?))
+}
+
+/// The processes that have the socket open, of those that this one may look into.
+fn holders(socket: &SocketUse) -> Vec<u32> {
+    let wanted = format!("socket:[{}]", socket.inode);
+    let holds = |pid: &u32| {
+        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        descriptors
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+            .any(|target| target.as_os_str() == wanted.as_str())
+    };
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|process| process.file_name().to_str()?.parse().ok());
+    pids.filter(holds).collect()
+}
+
+/// The sockets of both families that have `port`.
+fn sockets_on(port: u16) -> Vec<SocketUse> {
+    ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| std::fs::read_to_string(table).ok())
-        .collect();
-    let sockets = tables.iter().flat_map(|table| table.lines());
-    let SocketUse { inode, user, .. } = sockets
-        .filter_map(|line| socket_on(line, port))
-        .max_by_key(|socket| socket.listens)?;
-    let wanted = format!("socket:[{inode}]");
-    for process in std::fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        let Ok(descriptors) = std::fs::read_dir(process.path().join("fd")) else {
-            continue;
-        };
-        let holds = |entry: &std::fs::DirEntry| {
-            std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str())
-        };
-        if descriptors.flatten().any(|entry| holds(&entry)) {
-            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            return Some(Holder::Process {
-                pid,
-                name: name.trim_end().to_owned(),
-            });
-        }
-    }
-    let name = nix::unistd::User::from_uid(user.into()).ok().flatten();
-    Some(Holder::User(name.map_or_else(|| user.to_string(), |user| user.name)))
+        .flat_map(|table| {
+            table
+                .lines()
+                .filter_map(|line| socket_on(line, port))
+                .collect::<Vec<_>>()
+        })
+        .collect()
 }
 
 /// A socket that has a port.
@@ -254,6 +324,32 @@ mod tests {
         let conflict = reserve(&wants(port)).unwrap_err();
         assert!(matches!(conflict.holder, Some(Holder::Process { pid, .. }) if pid == std::process::id()));
         assert!(!is_free("127.0.0.1", port));
+    }
+
+    #[test]
+    fn a_port_that_is_bound_without_listening_is_a_conflict_too() {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let conflict = reserve(&wants(port)).unwrap_err();
+        assert_eq!(conflict.holder, Some(Holder::Unseen));
+    }
+
+    #[test]
+    fn a_port_is_usurped_by_whoever_listens_outside_of_the_engines_tree() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let own = std::process::id();
+        let engine = &wants(listener.local_addr().unwrap().port())[0];
+        assert_eq!(usurped(engine, own), None);
+        let (parent, _) = parent_and_session(own).unwrap();
+        assert_eq!(usurped(engine, parent), None, "a descendant listens");
+        let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let reason = usurped(engine, stranger.id()).unwrap();
+        assert!(reason.contains(&format!("process {own}")), "{reason}");
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+        drop(listener);
+        assert_eq!(usurped(engine, stranger.id()), None, "nobody listens");
     }
 
     #[test]

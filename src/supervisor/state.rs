@@ -131,6 +131,25 @@ pub(super) struct Limits {
     pub(super) restart: RestartPolicy,
 }
 
+impl Engine {
+    fn planned(spec: EngineSpec) -> Self {
+        Self {
+            spec,
+            incarnation: Incarnation::FIRST,
+            state: EngineState::Planned,
+            pid: None,
+            reason: None,
+            load: Arc::default(),
+            tree: Tree::Absent,
+            until: None,
+            goal: Goal::Serve,
+            unexplained: None,
+            restart_at: None,
+            restarts: restart::History::default(),
+        }
+    }
+}
+
 /// All engines and the run they are in.
 #[derive(Debug)]
 pub(super) struct Fleet {
@@ -154,22 +173,8 @@ pub(super) struct Fleet {
 
 impl Fleet {
     pub(super) fn new(engines: &[EngineSpec], limits: Limits, random: Option<StdRng>) -> Self {
-        let engines = engines.iter().map(|spec| Engine {
-            spec: spec.clone(),
-            incarnation: Incarnation::FIRST,
-            state: EngineState::Planned,
-            pid: None,
-            reason: None,
-            load: Arc::default(),
-            tree: Tree::Absent,
-            until: None,
-            goal: Goal::Serve,
-            unexplained: None,
-            restart_at: None,
-            restarts: restart::History::default(),
-        });
         Self {
-            engines: engines.collect(),
+            engines: engines.iter().cloned().map(Engine::planned).collect(),
             stage: Stage::Starting,
             limits,
             random,
@@ -224,7 +229,7 @@ impl Fleet {
             Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
             Event::Verified(round, result) => self.verified(round, result, now),
-            Event::Hung(id, incarnation, reason) => {
+            Event::Hung(id, incarnation, reason) | Event::Usurped(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.fail(index, Failure::without_exit(reason), now);
                 }
@@ -236,6 +241,11 @@ impl Fleet {
                     let after = self.engines[index].spec.start_stall;
                     self.not_ready(index, reason, after, now);
                 }
+            }
+            Event::Join(spec) => {
+                // Appended, so that the numbers of the others stay; it starts as one that comes back would.
+                self.engines.push(Engine::planned(*spec));
+                self.changed = true;
             }
             Event::Restart(id) => self.leave(&id, Goal::StartAgain, now),
             Event::TakeOut(id) => self.leave(&id, Goal::Stop, now),

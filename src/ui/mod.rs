@@ -8,9 +8,11 @@ pub mod table;
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anstream::{AutoStream, ColorChoice};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use owo_colors::OwoColorize;
 
 use crate::fleet::{EngineState, TimeLeft};
@@ -59,13 +61,13 @@ impl Printer {
     /// What xpyd is doing: one line on stderr.
     pub fn status(self, line: impl Display) {
         if !self.quiet {
-            drop(writeln!(anstream::stderr(), "{line}"));
+            write_stderr(&format!("{line}\n"));
         }
     }
 
     /// What went wrong: always on stderr.
     pub fn error(self, text: impl Display) {
-        drop(writeln!(anstream::stderr(), "{text}"));
+        write_stderr(&format!("{text}\n"));
     }
 
     /// Whether stderr is a terminal, so that what is on it may be redrawn.
@@ -76,6 +78,26 @@ impl Printer {
     /// Whether stderr shows colours.
     pub fn colour(self) -> bool {
         AutoStream::choice(&io::stderr()) != ColorChoice::Never
+    }
+}
+
+/// How long a reader of stderr may take to make room, in milliseconds.
+const PATIENCE: u16 = 200;
+
+/// As many bytes as a pipe takes at once if it takes any.
+const PIECE: usize = 4096;
+
+/// Writes to stderr what its reader takes in time, and drops the rest: whoever started xpyd with a pipe that nobody
+/// reads must not stop a fleet, nor its end.
+fn write_stderr(text: &str) {
+    let raw = io::stderr();
+    let mut stderr = anstream::stderr().lock();
+    for piece in text.as_bytes().chunks(PIECE) {
+        let mut room = [PollFd::new(raw.as_fd(), PollFlags::POLLOUT)];
+        let has_room = poll(&mut room, PollTimeout::from(PATIENCE)).is_ok_and(|ready| ready > 0);
+        if !has_room || stderr.write_all(piece).is_err() {
+            return;
+        }
     }
 }
 

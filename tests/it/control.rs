@@ -170,6 +170,7 @@ fn start_server(root: &Path) -> Server {
         status: Arc::new(move || status.clone()),
         stop: sender,
         take_out: mpsc::channel(1).0,
+        scale: mpsc::channel(1).0,
     };
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();

@@ -10,8 +10,9 @@ use tokio::time::timeout;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::logs::Follower;
 use xpyd::logs::follow::POLL_INTERVAL;
+use xpyd::supervisor::KeptRun;
 use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+use xpyd::supervisor::guardian::protocol::{Command, Event, Keep, Spawn};
 
 use crate::support::{DEADLINE, Place, wait_for};
 
@@ -131,6 +132,174 @@ async fn every_line_of_a_flood_is_there_after_rotations_and_a_restart_of_the_eng
     assert!(numbered_files(flood.folder.path()) > 20);
     along.join().unwrap();
     count_on(Follower::from_start(&flood.log()), LINES, 2);
+}
+
+#[tokio::test]
+async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
+    let mut flood = Flood::new().await;
+    let socket = flood.folder.path().join("attach.sock");
+    let keep = Keep {
+        socket: socket.clone(),
+        wait: DEADLINE,
+        run_dir: flood.folder.path().to_owned(),
+    };
+    flood.guardian.send(&Command::Keep(keep)).unwrap();
+    // It prints on until it has been attached to.
+    let attached = flood.folder.path().join("attached");
+    let script = format!(
+        "seq 1 {LINES}; until [ -e '{}' ]; do :; done; seq 1 {LINES}",
+        attached.display()
+    );
+    flood.start(&script, LIMITS).await;
+    let Flood { guardian, folder, .. } = flood;
+    // As the kernel does when xpyd is killed.
+    drop(guardian);
+    let found = tokio::task::spawn_blocking(move || KeptRun::find(&socket))
+        .await
+        .unwrap();
+    let kept = found.unwrap().expect("the guardian waits");
+    assert_eq!(kept.kept.run_dir, folder.path());
+    let mut flood = Flood {
+        guardian: Guardian::attach(kept).unwrap(),
+        folder,
+        incarnation: Incarnation::FIRST,
+    };
+    fs_err::write(attached, "").unwrap();
+    flood.end().await;
+    assert!(numbered_files(flood.folder.path()) > 20);
+    count_on(Follower::from_start(&flood.log()), LINES, 2);
+}
+
+/// What a burst of a loading engine comes to: 40 MB without a build for speed, 300 MB with one.
+const BURST_LINES: u64 = if cfg!(debug_assertions) { 400_000 } else { 3_000_000 };
+
+#[tokio::test]
+async fn a_burst_of_long_lines_on_stderr_is_counted_to_the_last_one() {
+    let mut flood = Flood::new().await;
+    let limits = LogLimits {
+        file_bytes: 8 << 20,
+        ..LIMITS
+    };
+    // 100 bytes a line, first all on stderr, then on stdout: an engine that is read on one of them only would hang.
+    let half = BURST_LINES / 2;
+    let padding = "x".repeat(90);
+    let script = format!(
+        "seq -f '%09.0f{padding}' 1 {half} >&2; seq -f '%09.0f{padding}' {} {BURST_LINES}",
+        half + 1
+    );
+    flood.start(&script, limits).await;
+    flood.end().await;
+    let mut follower = Follower::from_start(&flood.log());
+    let mut expected = 0;
+    loop {
+        let lines = follower.read_new().unwrap();
+        if lines.is_empty() {
+            break;
+        }
+        for line in lines {
+            expected += 1;
+            assert!(
+                line.starts_with(format!("{expected:09}x").as_bytes()) && line.len() == 99,
+                "line {expected}"
+            );
+        }
+    }
+    assert_eq!(expected, BURST_LINES);
+}
+
+#[tokio::test]
+async fn a_log_that_somebody_takes_away_goes_on_in_a_file_of_its_name() {
+    for take_away in [(|log: &Path| std::fs::remove_file(log).unwrap()) as fn(&Path), |log| {
+        std::fs::rename(log, log.with_extension("elsewhere")).unwrap();
+    }] {
+        let mut flood = Flood::new().await;
+        let gate = flood.folder.path().join("gate");
+        let script = format!(
+            "mkfifo '{0}'; seq 1 1000; read line <'{0}'; seq 1 300000",
+            gate.display()
+        );
+        flood.start(&script, LIMITS).await;
+        let log = flood.log();
+        wait_for("the first lines", || {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            (text.ends_with("\n1000\n") && gate.exists()).then_some(()).ok_or(text)
+        });
+        take_away(&log);
+        std::fs::write(&gate, "go on\n").unwrap();
+        flood.end().await;
+        count_on(Follower::from_start(&log), 300_000, 1);
+        assert!(numbered_files(flood.folder.path()) > 0);
+    }
+}
+
+const FULL_DISK: &str = "XPYD_TEST_FULL_DISK";
+
+#[test]
+fn a_full_disk_costs_output_that_is_counted_and_no_engine() {
+    let disk = tempfile::tempdir().unwrap();
+    // In a mount namespace of its own, which ends with it.
+    let script = "mount -t tmpfs -o size=4m xpyd-test \"$0\" && exec \"$@\"";
+    let inside = |program: &std::ffi::OsStr, arguments: &[&str]| {
+        let mut unshare = std::process::Command::new("unshare");
+        unshare
+            .args(["--mount", "sh", "-c", script])
+            .arg(disk.path())
+            .arg(program)
+            .args(arguments);
+        unshare.env(FULL_DISK, disk.path());
+        unshare.output()
+    };
+    if !inside("true".as_ref(), &[]).is_ok_and(|output| output.status.success()) {
+        println!("skipped: no file system may be mounted here");
+        return;
+    }
+    let program = std::env::current_exe().unwrap();
+    let output = inside(
+        program.as_os_str(),
+        &["log_flood::on_a_full_disk", "--exact", "--ignored", "--nocapture"],
+    )
+    .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// Not a test by itself: the inside of the one above.
+#[tokio::test]
+#[ignore = "run by another test"]
+async fn on_a_full_disk() {
+    let Some(disk) = std::env::var_os(FULL_DISK).map(PathBuf::from) else {
+        return;
+    };
+    let mut flood = Flood::new().await;
+    let gate = flood.folder.path().join("gate");
+    let ballast = disk.join("ballast");
+    std::fs::write(&ballast, vec![0; 3 << 20]).unwrap();
+    // More than the disk and a pipe take; then room is made, and the engine says one thing more.
+    let script = format!(
+        "mkfifo '{0}'; seq 1 600000; read line <'{0}'; echo at last",
+        gate.display()
+    );
+    let Command::Spawn(mut spawn) = flood.spawn(engine(), &script, LIMITS) else {
+        unreachable!()
+    };
+    spawn.log = disk.join("decoder1.log");
+    spawn.log_limits.file_bytes = 1 << 30;
+    flood.guardian.send(&Command::Spawn(spawn)).unwrap();
+    assert!(matches!(flood.event().await, Event::Spawned { .. }));
+    wait_for("the gate", || if gate.exists() { Ok(()) } else { Err(String::new()) });
+    // Opens once the engine reads, and it has printed everything by then.
+    let gate = std::fs::OpenOptions::new().write(true).open(&gate).unwrap();
+    std::fs::remove_file(&ballast).unwrap();
+    drop(gate);
+    flood.end().await;
+    let text = std::fs::read_to_string(disk.join("decoder1.log")).unwrap();
+    let (kept, rest) = text.split_once("\n[xpyd: ").expect("a marker");
+    let (lost, rest) = rest
+        .split_once(" bytes of output lost here, the disk did not take them]\n")
+        .unwrap();
+    let rest = rest.strip_suffix("at last\n").expect("what came when there was room");
+    let all: usize = (1..=600_000).map(|number: u32| number.to_string().len() + 1).sum();
+    assert_eq!(kept.len() + lost.parse::<usize>().unwrap() + rest.len(), all);
 }
 
 #[tokio::test]

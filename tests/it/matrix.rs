@@ -42,9 +42,33 @@ impl Fault {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Phase {
     Starting,
+    /// Engines are up, and a canary waits for KV that never comes.
+    Verifying,
     Ready,
     Serving,
     Draining,
+    /// One of the two engines has failed and waits for its next start.
+    Backoff,
+}
+
+impl Phase {
+    /// What can be wrong in it. What engines themselves do with signals does not change with every phase.
+    fn faults(self) -> &'static [Fault] {
+        match self {
+            Self::Verifying | Self::Backoff => &[Fault::Nothing, Fault::Stray],
+            Self::Starting | Self::Ready | Self::Serving | Self::Draining => &FAULTS,
+        }
+    }
+
+    fn has(self, blow: Blow) -> bool {
+        match self {
+            // The simulated engine does not look at `EngineCore` before it serves.
+            Self::Starting => blow != Blow::Kill(&[Victim::EngineCore]),
+            // An engine that fails as well is no end: it waits for its next start, too.
+            Self::Backoff => !matches!(blow, Blow::Kill([Victim::Leader | Victim::EngineCore])),
+            _ => true,
+        }
+    }
 }
 
 /// What happens to it.
@@ -58,7 +82,7 @@ enum Blow {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Victim {
+pub(crate) enum Victim {
     Xpyd,
     Guardian,
     Witness,
@@ -87,6 +111,8 @@ fn expected(phase: Phase, blow: Blow, fault: Fault) -> &'static [i32] {
         // An engine that fails while the run is ending is no news.
         Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Draining => &[0],
         Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Starting => &[4],
+        // The canary that waits for the engine may fail before the engine has ended.
+        Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Verifying => &[4, 5],
         Blow::Kill(_) => &[1],
         Blow::Interrupt if phase == Phase::Draining => &[130],
         Blow::TwoInterrupts if phase == Phase::Draining => &[130],
@@ -100,11 +126,10 @@ fn expected(phase: Phase, blow: Blow, fault: Fault) -> &'static [i32] {
 /// Goes through all cells of a phase.
 #[expect(clippy::print_stdout, reason = "tells which cell failed where the failure does not")]
 fn all_of(phase: Phase) {
-    let mut cells: Vec<(Fault, Blow)> = FAULTS
-        .iter()
+    let faults = phase.faults().iter();
+    let mut cells: Vec<(Fault, Blow)> = faults
         .flat_map(|fault| BLOWS.iter().map(move |blow| (*fault, *blow)))
-        // The simulated engine does not look at `EngineCore` before it serves.
-        .filter(|(_, blow)| phase != Phase::Starting || *blow != Blow::Kill(&[Victim::EngineCore]))
+        .filter(|(_, blow)| phase.has(*blow))
         .collect();
     cells.reverse();
     let cells = Mutex::new(cells);
@@ -127,6 +152,16 @@ fn all_of(phase: Phase) {
 #[test]
 fn nothing_is_left_of_a_run_that_is_starting() {
     all_of(Phase::Starting);
+}
+
+#[test]
+fn nothing_is_left_of_a_run_that_is_being_verified() {
+    all_of(Phase::Verifying);
+}
+
+#[test]
+fn nothing_is_left_of_a_run_with_an_engine_that_waits_for_its_next_start() {
+    all_of(Phase::Backoff);
 }
 
 #[test]
@@ -177,7 +212,8 @@ fn reach(place: &Place, fault: Fault, phase: Phase, blow: Blow) -> (Run<'_>, Opt
     let mut faults: Vec<&str> = fault.knob().into_iter().collect();
     faults.push(match phase {
         Phase::Starting => "slow-start=60s",
-        Phase::Ready | Phase::Serving | Phase::Draining => "stall-decode=9",
+        Phase::Verifying => "drop-notification",
+        Phase::Ready | Phase::Serving | Phase::Draining | Phase::Backoff => "stall-decode=9",
     });
     let faults = format!("sim.faults={faults:?}");
     // Who waits for a second signal must have the time for it.
@@ -190,7 +226,10 @@ fn reach(place: &Place, fault: Fault, phase: Phase, blow: Blow) -> (Run<'_>, Opt
         _ => "deadlines.stop=300ms",
     };
     // A killed engine would come back, and the run with it; tests of restarts are elsewhere.
-    let policy = "restart.policy=never";
+    let policy = match phase {
+        Phase::Backoff => "restart.backoff=60s",
+        _ => "restart.policy=never",
+    };
     let mut run = place.up(&[
         "--profile",
         "1p1d",
@@ -202,6 +241,8 @@ fn reach(place: &Place, fault: Fault, phase: Phase, blow: Blow) -> (Run<'_>, Opt
         stop,
         "--set",
         policy,
+        "--set",
+        "deadlines.handoff=60s",
     ]);
     if phase == Phase::Starting {
         let per_engine = if fault == Fault::Stray { 4 } else { 3 };
@@ -211,7 +252,22 @@ fn reach(place: &Place, fault: Fault, phase: Phase, blow: Blow) -> (Run<'_>, Opt
         });
         return (run, None);
     }
+    if phase == Phase::Verifying {
+        wait_for("the canary", || {
+            let output = place.run(&["status", "--json"]);
+            let status = String::from_utf8_lossy(&output.stdout).into_owned();
+            let is_verifying =
+                status.contains("\"stage\": \"verifying\"") || status.contains("\"stage\":\"verifying\"");
+            if is_verifying { Ok(()) } else { Err(status) }
+        });
+        return (run, None);
+    }
     run.wait_until_ready();
+    if phase == Phase::Backoff {
+        strike(place, &mut run, Blow::Kill(&[Victim::Leader]));
+        run.wait_for_line(" failed");
+        return (run, None);
+    }
     if phase == Phase::Ready {
         return (run, None);
     }
@@ -267,7 +323,8 @@ fn strike(place: &Place, run: &mut Run<'_>, blow: Blow) {
 }
 
 impl Victim {
-    fn find(self, processes: &[(i32, String)]) -> i32 {
+    /// Its process id among these of a place.
+    pub(crate) fn find(self, processes: &[(i32, String)]) -> i32 {
         let is_witness = |pid: &i32| {
             std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "xpyd-witness")
         };
@@ -293,42 +350,4 @@ fn shared_memory(place: &Place) -> Vec<PathBuf> {
     };
     let all = place.processes().into_iter().flat_map(|(pid, _)| held_by(pid));
     all.filter(|path| path.starts_with("/dev/shm")).collect()
-}
-
-/// Not a test: from SIGKILL of xpyd until no process of four idle engines is left, and what guardian and witness take.
-/// `cargo test --test it -- --ignored --nocapture measure_teardown`
-#[test]
-#[ignore = "a measurement"]
-fn measure_teardown() {
-    const RUNS: usize = 50;
-    let place = Place::new();
-    let mut took = Vec::new();
-    for _ in 0..RUNS {
-        let mut run = place.up(&["--profile", "2p2d"]);
-        run.wait_until_ready();
-        let processes = place.processes();
-        if took.is_empty() {
-            for victim in [Victim::Xpyd, Victim::Guardian, Victim::Witness] {
-                let pid = victim.find(&processes);
-                let memory = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("its memory");
-                let line = |name: &str| memory.lines().find(|line| line.starts_with(name)).map(str::to_owned);
-                println!("{victim:?} {:?} {:?}", line("Rss"), line("Pss:"));
-            }
-        }
-        let began = std::time::SystemTime::now();
-        run.signal(Signal::SIGKILL);
-        while processes
-            .iter()
-            .any(|(pid, _)| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|command| !command.is_empty()))
-        {
-            std::thread::yield_now();
-        }
-        took.push(began.elapsed().expect("a clock that goes on").as_millis());
-    }
-    took.sort_unstable();
-    println!(
-        "ms of {RUNS}: p50 {} p99 {} all {took:?}",
-        took[RUNS / 2],
-        took[RUNS * 99 / 100]
-    );
 }

@@ -6,6 +6,7 @@
 
 mod fleet;
 mod guardian;
+mod kernel;
 
 use std::path::Path;
 use std::time::Duration;

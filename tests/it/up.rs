@@ -1,5 +1,8 @@
 //! `xpyd up` and its companions on simulated engines: a whole life, and what is left of it.
 
+use std::io::Write as _;
+
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -93,6 +96,75 @@ fn a_second_ctrl_c_kills_engines_that_ignore_sigterm() {
     assert_eq!(code, 130, "{text}");
     assert_eq!(place.processes(), []);
     place.assert_no_listener();
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_holds_up_neither_a_fleet_nor_its_end() {
+    let place = Place::new();
+    let arguments = place.up_arguments(&["--profile", "1p1d", "--set", "restart.backoff=10ms"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (unread, mut full) = std::io::pipe().expect("a pipe");
+    fcntl(&full, FcntlArg::F_SETPIPE_SZ(4096)).expect("a small pipe");
+    full.write_all(&[b'x'; 4096]).expect("room for it");
+    let stdout = full.try_clone().expect("a descriptor");
+    let mut command = place.command(&arguments);
+    let mut xpyd = command.stdout(stdout).stderr(full).spawn().expect("xpyd starts");
+    let status = |what: &str, is_there: &dyn Fn(&serde_json::Value) -> bool| {
+        wait_for(what, || {
+            let output = place.run(&["status", "--json"]);
+            let status = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            if is_there(&status) {
+                Ok(status)
+            } else {
+                Err(status.to_string())
+            }
+        })
+    };
+    let ready = status("a ready fleet", &|status| status["stage"] == "ready");
+    completion(place.proxy_port(), MODEL, "one two three");
+    // Much is to be said about an engine that fails and comes back.
+    let decoder = ready["engines"][1]["pid"].as_i64().expect("a pid");
+    kill(Pid::from_raw(i32::try_from(decoder).expect("a pid")), Signal::SIGKILL).expect("it is there");
+    status("the decode engine", &|status| {
+        let engine = &status["engines"][1];
+        engine["incarnation"] == 2 && engine["state"] == "ready"
+    });
+    completion(place.proxy_port(), MODEL, "one two three");
+    let pid = i32::try_from(xpyd.id()).expect("a pid");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it is there");
+    let ended = wait_for("the end of xpyd", || {
+        xpyd.try_wait()
+            .expect("a child")
+            .ok_or_else(|| format!("{:#?}", place.processes()))
+    });
+    assert_eq!(ended.code(), Some(0));
+    assert_eq!(place.processes(), []);
+    drop(unread);
+}
+
+#[test]
+fn an_up_during_a_slow_stop_is_refused_until_nothing_is_left() {
+    let place = Place::new();
+    let slow = [
+        "--profile",
+        "1p1d",
+        "--set",
+        "deadlines.stop=60s",
+        "--set",
+        "sim.faults=[\"ignore-sigterm\"]",
+    ];
+    let mut run = place.up(&slow);
+    run.wait_until_ready();
+    run.signal(Signal::SIGINT);
+    run.wait_for_line("press Ctrl+C again to force");
+    let (code, text) = place.up(&["--profile", "1p1d"]).end();
+    assert_eq!(code, 8, "{text}");
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 130);
+    let mut next = place.up(&["--profile", "1p1d"]);
+    next.wait_until_ready();
+    next.signal(Signal::SIGTERM);
+    assert_eq!(next.end().0, 0);
 }
 
 #[test]

@@ -40,14 +40,19 @@ class Fleet:
             "VLLM_NO_USAGE_STATS": "1",
             "LMCACHE_TRACK_USAGE": "false",
         }
-        command = [str(self.xpyd), "up", "--profile", "cpu-1p1d", "--connector", connector]
-        command += ["--model", str(folder / "tiny-llama"), "--logs", str(self.place / "logs")]
+        self.command = [str(self.xpyd), "up", "--profile", "cpu-1p1d", "--connector", connector]
+        self.command += ["--model", str(folder / "tiny-llama"), "--logs", str(self.place / "logs")]
         own = (f"served_model_name={MODEL}", f"vllm.program={folder}/venv/bin/vllm", "force_connector=true")
         for override in (*own, *settings):
-            command += ["--set", override]
-        print(f"== {connector}: {' '.join(command)}", flush=True)
+            self.command += ["--set", override]
+        print(f"== {connector}: {' '.join(self.command)}", flush=True)
+        self.up()
+
+    def up(self):
+        """Starts xpyd, the first one of the run or another one after it."""
         self.began = time.monotonic()
-        self.process = subprocess.Popen(command, env=self.environment, cwd=self.place, stderr=subprocess.PIPE, text=True)
+        environment = self.environment
+        self.process = subprocess.Popen(self.command, env=environment, cwd=self.place, stderr=subprocess.PIPE, text=True)
         self.lines, self.changed = [], threading.Condition()
         self.relaying = threading.Thread(target=self.relay)
         self.relaying.start()

@@ -206,14 +206,26 @@ impl Engine {
     /// SIGKILL to the whole tree, now and again until it is empty.
     pub(super) fn kill(&mut self, foreign: &SharedFiles, now: Instant) {
         if !matches!(self.ending, Ending::Killing { .. }) {
-            self.look(&Table::read(), foreign);
-            self.tree.kill(getpid().as_raw());
+            self.strike(foreign);
             self.ending = Ending::Killing {
                 since: now,
                 again: now + KILL_AGAIN,
                 reported: false,
             };
         }
+    }
+
+    /// SIGKILL to all that is there of the tree now. Returns it.
+    ///
+    /// Its files in `/dev/shm` go first: should this process be killed in the middle, whoever sweeps after it knows of them
+    /// only by processes that still live.
+    fn strike(&mut self, foreign: &SharedFiles) -> Vec<Process> {
+        let frozen = self.tree.freeze(getpid().as_raw());
+        let pids: Vec<i32> = frozen.iter().map(|process| process.pid).collect();
+        self.shared_files.add_used_by(pids.iter().copied(), foreign);
+        self.shared_files.remove_unused(&pids);
+        self.tree.kill(&frozen);
+        frozen
     }
 
     /// When [`Engine::tick`] has something to do.
@@ -237,7 +249,7 @@ impl Engine {
             }
             Ending::Killing { again, .. } if now < again => None,
             Ending::Killing { since, reported, .. } => {
-                let left = self.tree.kill(getpid().as_raw());
+                let left = self.strike(foreign);
                 let report = !reported && now >= since + LEFTOVER_AFTER && !left.is_empty();
                 let reported = reported || report;
                 let again = now + if reported { KILL_AGAIN_REPORTED } else { KILL_AGAIN };

@@ -143,6 +143,9 @@ impl Sink {
 
     /// Appends `bytes`, to the next file from where this one is full.
     fn take(&mut self, mut bytes: &[u8]) {
+        if !self.is_in_place() {
+            self.replace();
+        }
         while !bytes.is_empty() {
             let room = usize::try_from(self.rotate_at.saturating_sub(self.size)).unwrap_or(usize::MAX);
             if bytes.len() < room {
@@ -162,6 +165,22 @@ impl Sink {
                 // No other file can be had: this one goes on, and the next attempt is as far away as the first was.
                 self.rotate_at = self.size.saturating_add(self.limits.file_bytes);
             }
+        }
+    }
+
+    /// Whether the log's name still means the file that is written to: others may remove it, or rename it.
+    fn is_in_place(&self) -> bool {
+        let named = fs::metadata(&self.path);
+        let own = self.file.metadata();
+        named.is_ok_and(|named| own.is_ok_and(|own| (named.dev(), named.ino()) == (own.dev(), own.ino())))
+    }
+
+    /// Goes on in the file that has the log's name now, if one can be had.
+    fn replace(&mut self) {
+        if let Ok(file) = append_to(&self.path) {
+            self.size = file.metadata().map_or(0, |metadata| metadata.len());
+            self.rotate_at = self.limits.file_bytes;
+            self.file = file;
         }
     }
 

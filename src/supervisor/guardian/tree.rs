@@ -241,14 +241,17 @@ impl Tree {
         }
     }
 
-    /// Kills all members, frozen first. Returns those that were still there for it.
-    pub(super) fn kill(&mut self, reaper: i32) -> Vec<Process> {
+    /// Stops all members, so that none of them can start another. Returns them.
+    pub(super) fn freeze(&mut self, reaper: i32) -> Vec<Process> {
+        freeze(|table| self.members(table, reaper))
+    }
+
+    /// Kills the frozen members, and whatever else is in the cgroup.
+    pub(super) fn kill(&self, frozen: &[Process]) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.kill();
         }
-        let members = freeze(|table| self.members(table, reaper));
-        kill_all(&members);
-        members
+        kill_all(frozen);
     }
 }
 

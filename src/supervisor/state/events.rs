@@ -3,6 +3,7 @@
 use super::super::guardian::protocol::LeftoverProcess;
 use super::super::{Cause, Leftover, Outcome};
 use crate::fleet::{Endpoint, EngineId, Exit, Incarnation};
+use crate::plan::EngineSpec;
 
 /// What happened.
 #[derive(Debug, Clone)]
@@ -29,12 +30,16 @@ pub(in crate::supervisor) enum Event {
     Leftover(Option<EngineId>, Vec<LeftoverProcess>),
     /// `/health` answered 200.
     Probed(EngineId, Incarnation),
+    /// Somebody else listens on a port of the engine. Holds who and where.
+    Usurped(EngineId, Incarnation, String),
     /// The canaries of this round went through every pair, or one did not.
     Verified(u64, Result<(), String>),
     /// The engine does nothing, though it has something to do. Holds why that is known.
     Hung(EngineId, Incarnation, String),
     /// The start does nothing any more. Holds where it stands still, and for how long.
     StoodStill(EngineId, Incarnation, String),
+    /// An engine more, whose ports are reserved, joins a fleet that [`Fleet::may_grow`].
+    Join(Box<EngineSpec>),
     /// A restart of this engine was asked for, and [`Fleet::may_leave`].
     Restart(EngineId),
     /// An end of this engine was asked for, and [`Fleet::may_leave`].

@@ -113,6 +113,14 @@ impl Fleet {
         }
     }
 
+    /// Whether another engine may join: single engines come to fleets that serve.
+    pub(in crate::supervisor) fn may_grow(&self) -> Result<(), Refusal> {
+        match self.stage {
+            Stage::Ready => Ok(()),
+            _ => Err(Refusal::FleetNotReady(self.view(0).stage)),
+        }
+    }
+
     /// Whether the engine may be restarted or stopped alone. For a restart, the incarnation that will follow.
     pub(in crate::supervisor) fn may_leave(
         &self,

@@ -14,6 +14,9 @@ impl Fleet {
 
     /// The view now.
     pub(in crate::supervisor) fn view(&self, generation: u64) -> FleetView {
+        let mut engines: Vec<_> = self.engines.iter().map(|engine| Arc::new(engine.view())).collect();
+        // Those that joined later stand last, whatever their role.
+        engines.sort_by_key(|engine| engine.role);
         FleetView {
             generation,
             stage: match self.stage {
@@ -26,7 +29,7 @@ impl Fleet {
                 }
                 Stage::Over => FleetStage::Stopped,
             },
-            engines: self.engines.iter().map(|engine| Arc::new(engine.view())).collect(),
+            engines,
         }
     }
 

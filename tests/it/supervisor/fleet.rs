@@ -259,6 +259,18 @@ async fn two_interrupts_kill_engines_that_ignore_sigterm() {
 }
 
 #[tokio::test]
+async fn a_wrapper_that_passes_no_signal_on_leaves_nothing_of_what_it_wraps() {
+    let program = std::env::current_exe().unwrap();
+    let wrapper = format!(
+        "trap 'exit 0' TERM; {} supervisor::fleet::fake_engine --exact --ignored --nocapture & wait; exit 1",
+        program.display()
+    );
+    let run = Run::ready(&["prefiller1", "decoder1"], &wrapper).await;
+    run.signals.send(StopSignal::Terminate).await.unwrap();
+    assert_eq!(run.outcome().await.exit_status(), ExitStatus::Success);
+}
+
+#[tokio::test]
 async fn a_stop_while_engines_start_does_not_wait_for_them() {
     let mut run = Run::start(&["prefiller1", "decoder1"], "trap '' TERM; sleep 1000", Ok(()));
     run.until(|view| view.engines.iter().all(|engine| engine.pid.is_some()))

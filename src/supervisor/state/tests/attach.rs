@@ -71,7 +71,7 @@ fn one_that_was_on_its_way_out_is_killed_before_it_starts_again() {
     world.now += BACKOFF * 2;
     world.tell(Event::Tick);
     assert!(!world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
-    world.tell(Event::TreeEmpty(id("decoder2"), Incarnation(3)));
+    world.empty("decoder2");
     world.explained("decoder2", Cause::default());
     assert!(world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
 }

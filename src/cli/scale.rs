@@ -1,0 +1,113 @@
+//! `xpyd scale`: another number of engines of a role, while the others serve.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::restart::{POLL_INTERVAL, Wait, status};
+use super::status::{client, running};
+use crate::control::api::{ScaleAnswer, ScaleRequest, Status};
+use crate::control::client::{ClientError, ControlClient};
+use crate::control::rundir::{DEFAULT_NAME, RunInfo};
+use crate::control::server::EngineVerb;
+use crate::fleet::{EngineId, Role};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{FleetProgress, Printer};
+
+/// How long a new engine may take to be seen; it is planned at once.
+const SEEN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Arguments of `xpyd scale`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Engines of a role that are to serve: decode=3, prefill=2
+    #[arg(required = true, value_name = "ROLE=COUNT")]
+    counts: Vec<Count>,
+    /// Name of the run
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
+    name: String,
+    /// How long to wait for each engine; it goes on after that
+    #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// `decode=3`.
+#[derive(Debug, Clone, Copy)]
+struct Count(ScaleRequest);
+
+impl FromStr for Count {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (role, count) = text
+            .split_once('=')
+            .ok_or("expected ROLE=COUNT, for example decode=3")?;
+        let role = match role {
+            "prefill" => Role::Prefill,
+            "decode" => Role::Decode,
+            _ => return Err(format!("`{role}` is no role; there are `prefill` and `decode`")),
+        };
+        match count.parse() {
+            Ok(0) => Err("a role needs at least 1 engine; `xpyd down` ends the run".to_owned()),
+            Ok(count) => Ok(Self(ScaleRequest { role, count })),
+            Err(_) => Err(format!("`{count}` is no number of engines")),
+        }
+    }
+}
+
+/// Changes the number of engines, and waits until those that come serve and those that go are stopped.
+pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let info = running(&arguments.name)?;
+    let client = client(&info)?;
+    for Count(request) in arguments.counts {
+        let answer = client.scale(request).await.map_err(refused)?;
+        let ScaleAnswer { starting, stopping } = &answer;
+        if starting.is_empty() && stopping.is_empty() {
+            printer.status(format!("{} engines serve as {} already", request.count, request.role));
+            continue;
+        }
+        let mut progress = FleetProgress::new(printer, &shown(&client, &info, &answer).await?);
+        let starts = starting.iter().map(|(id, start)| (id, *start, EngineVerb::Restart));
+        let stops = stopping.iter().map(|id| (id, 0, EngineVerb::Drain));
+        for (id, incarnation, verb) in starts.chain(stops) {
+            let wait = Wait {
+                id,
+                verb,
+                incarnation,
+                info: &info,
+            };
+            wait.until_done(&client, Instant::now() + arguments.timeout, &mut progress)
+                .await?;
+        }
+        progress.finish();
+    }
+    Ok(ExitStatus::Success)
+}
+
+/// The engines that come and go, as the status knows them.
+async fn shown(
+    client: &ControlClient,
+    info: &RunInfo,
+    answer: &ScaleAnswer,
+) -> Result<Vec<(EngineId, Role, u16)>, Failure> {
+    let deadline = Instant::now() + SEEN_DEADLINE;
+    loop {
+        let Status { engines, .. } = status(client, info).await?;
+        let changes =
+            |id: &EngineId| answer.stopping.contains(id) || answer.starting.iter().any(|(start, _)| start == id);
+        let shown: Vec<_> = engines
+            .into_iter()
+            .filter(|engine| changes(&engine.id))
+            .map(|engine| (engine.id, engine.role, engine.port))
+            .collect();
+        if shown.len() == answer.starting.len() + answer.stopping.len() || Instant::now() >= deadline {
+            return Ok(shown);
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
+}
+
+fn refused(error: ClientError) -> Failure {
+    Failure::new(ExitStatus::Failure, error).hint("`xpyd status` shows the engines")
+}

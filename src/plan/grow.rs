@@ -1,0 +1,131 @@
+//! More engines for a fleet that runs already. PURE. What runs stays as it is: new engines get ports after those of their
+//! role, and GPUs that no engine of the plan has.
+
+use super::build::{Builder, check_ports};
+use super::{EngineSpec, Plan, PlanError, RenderedFile};
+use crate::fleet::Role;
+use crate::machine::{Gpus, Machine};
+use crate::profile::Profile;
+
+/// What a plan grows by.
+#[derive(Debug, Clone)]
+pub struct Growth {
+    /// The plan with the new engines.
+    pub plan: Plan,
+    /// The new engines.
+    pub engines: Vec<EngineSpec>,
+    /// Files to write into the run's folder before they start.
+    pub files: Vec<RenderedFile>,
+}
+
+/// The plan with `count` engines more of `role`, built from the profile and the machine that `plan` was built from.
+///
+/// # Errors
+/// When no GPU is left for them, or a port of theirs is taken within the plan.
+pub fn grow(profile: &Profile, machine: &Machine, plan: &Plan, role: Role, count: usize) -> Result<Growth, PlanError> {
+    let existing = plan.engines_of(role).count();
+    let mut builder = Builder::new(
+        profile,
+        machine,
+        &plan.connector,
+        &plan.run_dir,
+        free_gpus(machine, plan),
+    );
+    let needed = plan.engines_of(role).next().map_or(0, |engine| engine.gpus.len());
+    let mut engines = Vec::new();
+    for added in 0..count {
+        let engine = builder.engine(role, existing + added, plan.engines.len() + added)?;
+        if engine.gpus.len() < needed {
+            return Err(PlanError::NoGpuLeft {
+                engine: engine.id.to_string(),
+                needed,
+                free: engine.gpus.len(),
+            });
+        }
+        engines.push(engine);
+    }
+    let files = builder.files;
+    let mut grown = plan.clone();
+    grown.engines.extend(engines.iter().cloned());
+    grown.engines.sort_by_key(|engine| engine.role);
+    grown.files.extend(files.iter().cloned());
+    check_ports(&grown)?;
+    Ok(Growth {
+        plan: grown,
+        engines,
+        files,
+    })
+}
+
+/// GPUs of the machine that no engine of the plan has, in order.
+fn free_gpus(machine: &Machine, plan: &Plan) -> Vec<u32> {
+    let Gpus::Found(found) = &machine.gpus else {
+        return Vec::new();
+    };
+    let is_free = |index: &u32| !plan.engines.iter().any(|engine| engine.gpus.contains(index));
+    found.iter().map(|gpu| gpu.index).filter(is_free).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+    use crate::plan::build;
+    use crate::profile::{self, Override};
+
+    fn profile(connector: &str) -> Profile {
+        let overrides = [Override::parse(&format!("connector={connector}")).expect("an override")];
+        profile::load("1p1d", &overrides).expect("a shipped profile")
+    }
+
+    #[test]
+    fn new_engines_share_no_port_file_or_gpu_with_those_that_run() {
+        for connector in ["nixl", "lmcache"] {
+            let (profile, machine) = (profile(connector), Machine::fixture(8, "0.25.1", Some("0.3.9")));
+            let mut plan = build(&profile, &machine, Path::new("/run")).expect("a plan");
+            for (role, count) in [(Role::Decode, 2), (Role::Prefill, 1), (Role::Decode, 1)] {
+                let before = plan.clone();
+                let growth = grow(&profile, &machine, &plan, role, count).expect("room");
+                assert_eq!(growth.engines.len(), count);
+                for engine in &before.engines {
+                    assert!(growth.plan.engines.contains(engine), "{} runs already", engine.id);
+                }
+                plan = growth.plan;
+            }
+            let unique = |values: Vec<String>| values.iter().collect::<BTreeSet<_>>().len() == values.len();
+            assert!(unique(plan.ports().iter().map(|(port, _)| port.to_string()).collect()));
+            assert!(unique(
+                plan.files.iter().map(|file| file.path.display().to_string()).collect()
+            ));
+            let gpus = plan.engines.iter().flat_map(|engine| &engine.gpus);
+            assert!(unique(gpus.map(u32::to_string).collect()));
+            let ranges = plan.engines.iter().filter_map(|engine| engine.env.get("VLLM_PORT"));
+            assert!(unique(ranges.cloned().collect()));
+            let names: Vec<&str> = plan.engines.iter().map(|engine| engine.id.as_str()).collect();
+            assert_eq!(
+                names,
+                [
+                    "prefiller1",
+                    "prefiller2",
+                    "decoder1",
+                    "decoder2",
+                    "decoder3",
+                    "decoder4"
+                ]
+            );
+        }
+    }
+
+    #[test]
+    fn a_machine_without_a_free_gpu_is_told_so() {
+        let (profile, machine) = (profile("nixl"), Machine::fixture(2, "0.25.1", None));
+        let plan = build(&profile, &machine, Path::new("/run")).expect("a plan");
+        let error = grow(&profile, &machine, &plan, Role::Decode, 1).expect_err("no room");
+        assert_eq!(
+            error.to_string(),
+            "decoder2 needs 1 GPU, and 0 of this machine are free"
+        );
+    }
+}

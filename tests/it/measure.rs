@@ -1,0 +1,170 @@
+//! Not tests: what supervision costs and how long it takes, on simulated engines. They assert nothing about time.
+//!
+//! `cargo test --release --test it -- --ignored --nocapture --test-threads 1 measure::`
+
+#![expect(clippy::print_stdout, reason = "measurements are printed")]
+#![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has failed")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use nix::sys::signal::Signal;
+use xpyd::fleet::{EngineId, Incarnation, LogLimits};
+use xpyd::supervisor::guardian::client::Guardian;
+use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+
+use crate::matrix::Victim;
+use crate::support::{DEADLINE, Place, get};
+
+fn milliseconds(since: SystemTime) -> u128 {
+    since.elapsed().unwrap().as_millis()
+}
+
+fn print_percentiles(what: &str, mut took: Vec<u128>) {
+    took.sort_unstable();
+    let (count, last) = (took.len(), took.len() - 1);
+    println!(
+        "{what}, ms, {count} runs: p50 {} p99 {} max {}",
+        took[count / 2],
+        took[count * 99 / 100],
+        took[last]
+    );
+}
+
+/// From SIGKILL of xpyd until no process of four idle engines is left; and what xpyd, guardian and witness take idle.
+#[test]
+#[ignore = "a measurement"]
+fn teardown_after_sigkill() {
+    let place = Place::new();
+    let mut took = Vec::new();
+    for turn in 0..50 {
+        let mut run = place.up(&["--profile", "2p2d"]);
+        run.wait_until_ready();
+        let processes = place.processes();
+        for victim in [Victim::Xpyd, Victim::Guardian, Victim::Witness] {
+            if turn == 0 {
+                let memory =
+                    std::fs::read_to_string(format!("/proc/{}/smaps_rollup", victim.find(&processes))).unwrap();
+                let lines = memory
+                    .lines()
+                    .filter(|line| line.starts_with("Rss") || line.starts_with("Pss:"));
+                println!("{victim:?}: {}", lines.collect::<Vec<_>>().join(", "));
+            }
+        }
+        let began = SystemTime::now();
+        run.signal(Signal::SIGKILL);
+        while processes
+            .iter()
+            .any(|(pid, _)| std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|command| !command.is_empty()))
+        {
+            std::thread::yield_now();
+        }
+        took.push(milliseconds(began));
+    }
+    print_percentiles("SIGKILL of xpyd to an empty tree of four engines", took);
+}
+
+/// From Ctrl+C until xpyd has ended, four idle engines.
+#[test]
+#[ignore = "a measurement"]
+fn graceful_stop() {
+    let place = Place::new();
+    let mut took = Vec::new();
+    for _ in 0..20 {
+        let mut run = place.up(&["--profile", "2p2d"]);
+        run.wait_until_ready();
+        let began = SystemTime::now();
+        run.signal(Signal::SIGINT);
+        assert_eq!(run.end().0, 0);
+        took.push(milliseconds(began));
+    }
+    print_percentiles("Ctrl+C to the end of four engines", took);
+}
+
+/// From the start of `xpyd up` until it has seen `/health` of both of its instant engines, and until clients are served;
+/// and until the `/health` of one such engine alone.
+#[test]
+#[ignore = "a measurement"]
+fn start() {
+    let place = Place::new();
+    let (mut healthy, mut ready, mut alone) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..20 {
+        let began = SystemTime::now();
+        let mut run = place.up(&["--profile", "1p1d"]);
+        while !get_or_nothing(&place).contains("verifying") && !get_or_nothing(&place).contains("\"ready\"") {}
+        healthy.push(milliseconds(began));
+        run.wait_until_ready();
+        ready.push(milliseconds(began));
+        run.signal(Signal::SIGINT);
+        run.end();
+        let began = SystemTime::now();
+        let port = (7200 + place.offset).to_string();
+        let mut engine = place
+            .command(&["sim", "model", "--port", &port, "--preset", "instant"])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        while std::net::TcpStream::connect(("127.0.0.1", 7200 + place.offset)).is_err() {
+            std::thread::yield_now();
+        }
+        get(7200 + place.offset, "/health");
+        alone.push(milliseconds(began));
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(engine.id().try_into().unwrap()),
+            Signal::SIGTERM,
+        )
+        .unwrap();
+        engine.wait().unwrap();
+    }
+    print_percentiles("start of xpyd to /health of two engines seen", healthy);
+    print_percentiles("start of xpyd to a fleet that serves", ready);
+    print_percentiles("start of one engine to its /health, without xpyd", alone);
+}
+
+/// What the run says over its control socket, if it is there already.
+fn get_or_nothing(place: &Place) -> String {
+    let output = place.run(&["status", "--json"]);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Bytes per second from an engine that prints as fast as it can, through the guardian, to files that rotate.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn log_throughput() {
+    const BYTES: u64 = 2_000_000_000;
+    let folder = tempfile::tempdir().unwrap();
+    let mut guardian = Guardian::start(
+        Path::new(env!("CARGO_BIN_EXE_xpyd")),
+        &folder.path().join("guardian.log"),
+    )
+    .await
+    .unwrap();
+    let line = "x".repeat(199);
+    let spawn = Command::Spawn(Spawn {
+        engine: EngineId::named("decoder1"),
+        incarnation: Incarnation::FIRST,
+        argv: ["sh", "-c", &format!("yes {line} | head -c {BYTES}")]
+            .map(str::to_owned)
+            .to_vec(),
+        env: BTreeMap::new(),
+        directory: "/".into(),
+        log: folder.path().join("decoder1.log"),
+        log_limits: LogLimits {
+            file_bytes: 64 << 20,
+            files: 4,
+            age: Duration::MAX,
+        },
+        stop_grace: DEADLINE,
+        memo: serde_json::Value::Null,
+    });
+    let began = SystemTime::now();
+    guardian.send(&spawn).unwrap();
+    while !matches!(guardian.event().await.unwrap(), Event::TreeEmpty { .. }) {}
+    let took = milliseconds(began);
+    println!(
+        "log throughput: {} MB/s ({BYTES} bytes in {took} ms)",
+        u128::from(BYTES) / 1000 / took
+    );
+}

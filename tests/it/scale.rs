@@ -1,0 +1,115 @@
+//! Engines that join and leave a fleet that serves, through the binary on simulated engines.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::Signal;
+
+use crate::support::{Place, completion, get, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+
+fn scale(place: &Place, counts: &[&str], expected: i32) -> String {
+    let output = place.run(&[&["scale"], counts].concat());
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(expected), "{told}");
+    told
+}
+
+fn states(place: &Place) -> Vec<(String, String)> {
+    let output = place.run(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let engines = status["engines"].as_array().expect("a list").iter();
+    let text = |value: &serde_json::Value| value.as_str().expect("a text").to_owned();
+    engines
+        .map(|engine| (text(&engine["id"]), text(&engine["state"])))
+        .collect()
+}
+
+/// Requests that an engine has finished.
+fn finished(port: u16) -> f64 {
+    let metrics = get(port, "/metrics");
+    let samples = metrics
+        .lines()
+        .filter(|line| line.starts_with("vllm:request_success_total"));
+    samples
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        .sum()
+}
+
+#[test]
+fn engines_join_and_leave_while_no_request_is_lost() {
+    for connector in ["connector=nixl", "connector=lmcache"] {
+        let place = Place::new();
+        let mut run = place.up(&["--profile", "1p1d", "--set", connector]);
+        run.wait_until_ready();
+        let (done, port) = (AtomicBool::new(false), place.proxy_port());
+        let alone = completion(7200 + place.offset, MODEL, "once");
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(completion(port, MODEL, "once"), alone);
+                }
+            });
+            scale(&place, &["decode=3", "prefill=2"], 0);
+            let ready = |id: &str| (id.to_owned(), "ready".to_owned());
+            let all = ["prefiller1", "prefiller2", "decoder1", "decoder2", "decoder3"];
+            assert_eq!(states(&place), all.map(ready), "{connector}");
+            wait_for("work for every engine", || {
+                let ports = [7100, 7101, 7200, 7201, 7202].map(|base| base + place.offset);
+                let counts = ports.map(finished);
+                // The canaries of those that joined are two at most, per peer.
+                if counts.iter().all(|count| *count > 12.0) {
+                    Ok(())
+                } else {
+                    Err(format!("{counts:?}"))
+                }
+            });
+            let logs = place.run(&["logs", "decoder3"]);
+            assert!(!logs.stdout.is_empty(), "its log is found by its name");
+
+            scale(&place, &["decode=1"], 0);
+            let stopped: Vec<String> = states(&place)
+                .into_iter()
+                .filter_map(|(id, state)| (state == "stopped").then_some(id))
+                .collect();
+            assert_eq!(stopped, ["decoder2", "decoder3"], "{connector}");
+            // Those that left come back before anybody new joins.
+            scale(&place, &["decode=2"], 0);
+            assert!(states(&place).contains(&ready("decoder2")));
+            done.store(true, Ordering::Relaxed);
+            client.join().expect("every request was answered");
+        });
+        run.signal(Signal::SIGINT);
+        let (code, text) = run.end();
+        assert_eq!(code, 0, "{text}");
+        assert!(
+            text.contains("decoder3 starts\n") && text.contains("decoder2 serves again"),
+            "{text}"
+        );
+        assert_eq!(place.processes(), []);
+        place.assert_no_listener();
+    }
+}
+
+#[test]
+fn what_cannot_be_scaled_is_refused_with_a_reason() {
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d"]);
+    run.wait_until_ready();
+    for (count, told) in [
+        ("decode=0", "needs at least 1 engine"),
+        ("decoder=2", "`decoder` is no role"),
+        ("decode", "expected ROLE=COUNT"),
+    ] {
+        assert!(scale(&place, &[count], 2).contains(told), "{count}");
+    }
+    assert!(scale(&place, &["decode=1"], 0).contains("already"));
+    // The port of the next decode engine is taken by a stranger.
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 7201 + place.offset)).expect("a free port");
+    let told = scale(&place, &["decode=2"], 1);
+    assert!(told.contains("is taken by process"), "{told}");
+    drop(taken);
+    scale(&place, &["decode=2"], 0);
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}

@@ -1,0 +1,224 @@
+//! What takes the kernel's help to provoke: a process that SIGKILL does not end, and process ids that come again.
+//!
+//! Both need rights that not every machine gives; without them the tests say so and prove nothing.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command as Process;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::time::{Instant, timeout};
+use xpyd::fleet::{EngineId, Incarnation, LogLimits};
+use xpyd::supervisor::guardian::client::Guardian;
+use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+
+use super::{PATIENCE, read, until};
+use crate::support::Place;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
+
+/// A freezer of cgroup version 1: what is frozen in it waits in the kernel, state `D`, whatever signal it gets.
+struct Freezer(PathBuf);
+
+impl Freezer {
+    /// `None` where there is no such hierarchy, or this user may not make one.
+    fn new(purpose: &str) -> Option<Self> {
+        let mounts = std::fs::read_to_string("/proc/mounts").ok()?;
+        let is_freezer = |options: &str| options.split(',').any(|option| option == "freezer");
+        let folder = mounts.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            (fields.get(2) == Some(&"cgroup") && is_freezer(fields.get(3)?)).then(|| PathBuf::from(fields[1]))
+        })?;
+        let own = folder.join(format!("xpyd-test-{purpose}-{}", std::process::id()));
+        std::fs::create_dir(&own).ok()?;
+        Some(Self(own))
+    }
+
+    async fn freeze(&self, pid: i32) {
+        std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+        self.set("FROZEN");
+        until("it is frozen", || {
+            read(&self.0.join("freezer.state")).trim() == "FROZEN"
+        })
+        .await;
+    }
+
+    fn set(&self, state: &str) {
+        std::fs::write(self.0.join("freezer.state"), state).unwrap();
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.set("THAWED");
+        // The kernel lets go of a process some moments after it has ended.
+        let give_up = Instant::now() + PATIENCE;
+        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < give_up {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_sigkill_does_not_end_is_named_and_never_called_stopped() {
+    let Some(freezer) = Freezer::new("worker") else {
+        println!("skipped: no freezer of cgroup version 1 may be made here");
+        return;
+    };
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d"]);
+    run.wait_until_ready();
+    let processes = place.processes();
+    let (frozen, _) = processes
+        .iter()
+        .find(|(_, command)| command.contains("VLLM::Worker"))
+        .unwrap();
+    freezer.freeze(*frozen).await;
+    run.signal(Signal::SIGINT);
+    run.wait_for_line("press Ctrl+C again to force");
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 7, "{text}");
+    assert!(!text.contains("no process and no listener is left"), "{text}");
+    assert!(
+        text.lines()
+            .any(|line| line.contains(&format!("process {frozen} (`")) && line.contains("state D")),
+        "{text}"
+    );
+    drop(freezer);
+    // The signal was waiting for it.
+    place.wait_until_empty();
+}
+
+#[tokio::test]
+async fn shared_memory_is_removed_before_anything_is_killed_that_tells_whose_it_is() {
+    let Some(freezer) = Freezer::new("segment") else {
+        println!("skipped: no freezer of cgroup version 1 may be made here");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut guardian = Guardian::start(Path::new(PROGRAM), &folder.path().join("guardian.log"))
+        .await
+        .unwrap();
+    let segment = Path::new("/dev/shm").join(format!("xpyd-test-frozen-{}", std::process::id()));
+    let script = format!("exec 3<>{}; echo up; exec sleep 1000", segment.display());
+    guardian.send(&spawn(folder.path(), "decoder1", &script)).unwrap();
+    let Event::Spawned { pid, .. } = event(&mut guardian).await else {
+        panic!("no start")
+    };
+    let log = folder.path().join("decoder1.log");
+    until("the segment is there", || segment.exists() && !read(&log).is_empty()).await;
+    freezer.freeze(pid.try_into().unwrap()).await;
+    let engine = EngineId::named("decoder1");
+    guardian.send(&Command::Kill { engine }).unwrap();
+    tokio::select! {
+        event = guardian.event() => panic!("what cannot end has ended: {event:?}"),
+        () = until("the segment is gone", || !segment.exists()) => {}
+    }
+    drop(freezer);
+    while !matches!(event(&mut guardian).await, Event::TreeEmpty { .. }) {}
+}
+
+const IN_NAMESPACE: &str = "XPYD_TEST_PID_NAMESPACE";
+
+/// So few process ids that each comes again within a moment.
+const MOST_PIDS: &str = "400";
+
+#[test]
+fn a_kill_never_hits_a_process_that_has_got_the_id_of_one_of_the_tree() {
+    let namespace = ["--pid", "--fork", "--kill-child", "--mount-proc"];
+    let may = Process::new("unshare")
+        .args(namespace)
+        .args(["sh", "-c", "echo 400 > /proc/sys/kernel/pid_max"])
+        .output()
+        .is_ok_and(|output| output.status.success());
+    // Before Linux 6.14 the limit is the whole machine's, which is not ours to change.
+    let outside: u32 = read(Path::new("/proc/sys/kernel/pid_max")).trim().parse().unwrap();
+    if !may || outside <= 400 {
+        println!("skipped: no process id namespace with a limit of its own may be made here");
+        return;
+    }
+    let output = Process::new("unshare")
+        .args(namespace)
+        .arg(std::env::current_exe().unwrap())
+        .args([
+            "supervisor::kernel::in_a_namespace",
+            "--exact",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(IN_NAMESPACE, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// Not a test by itself: the inside of the one above.
+#[tokio::test]
+#[ignore = "run by another test"]
+async fn in_a_namespace() {
+    if std::env::var_os(IN_NAMESPACE).is_none() {
+        return;
+    }
+    std::fs::write("/proc/sys/kernel/pid_max", MOST_PIDS).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guardian = Guardian::start(Path::new(PROGRAM), &folder.path().join("guardian.log"))
+        .await
+        .unwrap();
+    // Its child in a session of its own is known as a member before it ends.
+    // Ids below 300 never come again. The orphan is the guardian's to reap, which makes it look at the tree.
+    let victim = "while [ $(sh -c 'echo $$') -lt 310 ]; do :; done; \
+                  setsid sleep 1000 & echo $! > child; (true &); read line < gate; kill -9 $!; wait $!; echo gone > gone; exec sleep 1000";
+    nix::unistd::mkfifo(&folder.path().join("gate"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    guardian.send(&spawn(folder.path(), "decoder1", victim)).unwrap();
+    assert!(matches!(event(&mut guardian).await, Event::Spawned { .. }));
+    until("its child is there", || {
+        read(&folder.path().join("child")).ends_with('\n')
+    })
+    .await;
+    let child: u32 = read(&folder.path().join("child")).trim().parse().unwrap();
+    // The other engine takes ids until it has that one.
+    let other = format!(
+        "read line < start; while :; do sleep 1000 & \
+         if [ $! = {child} ]; then echo $! > taken; exec sleep 1000; fi; kill -9 $!; wait $!; done"
+    );
+    nix::unistd::mkfifo(&folder.path().join("start"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    guardian.send(&spawn(folder.path(), "decoder2", &other)).unwrap();
+    assert!(matches!(event(&mut guardian).await, Event::Spawned { .. }));
+    std::fs::write(folder.path().join("gate"), "go\n").unwrap();
+    until("the child is gone", || folder.path().join("gone").exists()).await;
+    std::fs::write(folder.path().join("start"), "go\n").unwrap();
+    until("its id has come again", || folder.path().join("taken").exists()).await;
+
+    guardian
+        .send(&Command::Kill {
+            engine: EngineId::named("decoder1"),
+        })
+        .unwrap();
+    while !matches!(event(&mut guardian).await, Event::TreeEmpty { engine, .. } if engine == EngineId::named("decoder1"))
+    {
+    }
+    let stat = read(Path::new(&format!("/proc/{child}/stat")));
+    assert!(stat.contains("(sleep) S"), "the other engine's process was hit: {stat}");
+}
+
+/// Starts a script in `folder`, with its log there.
+fn spawn(folder: &Path, engine: &str, script: &str) -> Command {
+    Command::Spawn(Spawn {
+        engine: EngineId::named(engine),
+        incarnation: Incarnation::FIRST,
+        argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        env: BTreeMap::new(),
+        directory: folder.to_owned(),
+        log: folder.join(format!("{engine}.log")),
+        log_limits: LogLimits::default(),
+        stop_grace: Duration::from_mins(10),
+        memo: serde_json::Value::Null,
+    })
+}
+
+async fn event(guardian: &mut Guardian) -> Event {
+    timeout(PATIENCE, guardian.event()).await.unwrap().unwrap()
+}
