@@ -1,7 +1,9 @@
 //! How clients are served, as the user wants it: one vocabulary for a profile's `[proxy]` table, the plan, the proxy and
 //! `xpyd proxy --set`, so that an option is spelled once.
 
-use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// All of it. Every option has a default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -9,20 +11,85 @@ use serde::{Deserialize, Serialize};
 pub struct Service {
     /// Which engines a request goes to.
     pub routing: Routing,
+    /// Who waits until an engine has room.
+    pub admission: Admission,
 }
 
 /// Which engines a request goes to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Routing {
+    /// How a prefill engine is chosen.
+    pub prefill_policy: Policy,
+    /// How a decode engine is chosen.
+    pub decode_policy: Policy,
+    /// Prompts with fewer tokens that the decode engine does not know are answered by it alone; 0 hands every prompt over.
+    pub prefill_threshold: u64,
     /// Pairs of engines that one request may be tried with, the first one included, as long as its client has got nothing.
     pub attempts: u32,
 }
 
 impl Default for Routing {
     fn default() -> Self {
-        Self { attempts: 3 }
+        Self {
+            prefill_policy: Policy::RoundRobin,
+            decode_policy: Policy::RoundRobin,
+            prefill_threshold: 0,
+            attempts: 3,
+        }
     }
+}
+
+/// How an engine of a role is chosen. A session stays on its engines under each of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// One after the other. With equal numbers of engines the pairs stay together, as LMCache's reference proxy has it.
+    RoundRobin,
+    /// The one whose requests have the fewest tokens.
+    LeastTokens,
+    /// The one that has read most of the prompt's beginning before, unless it is much fuller than another.
+    Prefix,
+    /// Always the same one for the same beginning of a prompt.
+    ConsistentHash,
+}
+
+/// Who waits until an engine has room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Admission {
+    /// Requests that may wait; one more is answered 429.
+    pub max_queued: usize,
+    /// How long one may wait until it is answered 503.
+    #[serde(serialize_with = "write_span", deserialize_with = "read_span")]
+    pub queue_deadline: Duration,
+    /// Tokens of prompts and answers on a decode engine at once. Absent: what the engine says it has KV blocks for, no limit if
+    /// it says nothing; 0: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_tokens: Option<u64>,
+    /// LMCache: tokens that a decode engine's receive buffer holds; 0: no limit.
+    pub buffer_tokens: u64,
+}
+
+impl Default for Admission {
+    fn default() -> Self {
+        Self {
+            max_queued: 1024,
+            queue_deadline: Duration::from_secs(30),
+            decode_tokens: None,
+            buffer_tokens: 0,
+        }
+    }
+}
+
+fn write_span<S: Serializer>(span: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_duration(*span))
+}
+
+/// A time as people write it: `30s`.
+fn read_span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text).map_err(|error| serde::de::Error::custom(format!("`{text}`: {error}")))
 }
 
 impl Service {
@@ -69,6 +136,15 @@ mod tests {
         assert_eq!(from(&[]), Ok(Service::default()));
         let service = from(&["routing.attempts=5", "routing.attempts=2"]).expect("known options");
         assert_eq!(service.routing.attempts, 2);
+        let service = from(&[
+            "routing.decode_policy=least-tokens",
+            "admission.queue_deadline=1m",
+            "admission.decode_tokens=0",
+        ])
+        .expect("known options");
+        assert_eq!(service.routing.decode_policy, Policy::LeastTokens);
+        assert_eq!(service.admission.queue_deadline, Duration::from_mins(1));
+        assert_eq!(service.admission.decode_tokens, Some(0));
     }
 
     #[test]
@@ -77,6 +153,8 @@ mod tests {
             ("routing.atempts=5", "unknown field `atempts`"),
             ("routing=5", "invalid type"),
             ("routing.attempts=many", "invalid type"),
+            ("routing.prefill_policy=random", "unknown variant `random`"),
+            ("admission.queue_deadline=soon", "`soon`"),
             ("routing", "expected KEY=VALUE"),
         ] {
             let error = from(&[text]).expect_err(text);

@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{Routing, Service};
+use crate::service::{Admission, Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -114,6 +114,7 @@ struct ProxyTable {
     max_body: Option<Bytes>,
     max_in_flight: Option<usize>,
     routing: Routing,
+    admission: Admission,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -275,7 +276,10 @@ impl ProxyTable {
                 .max_body
                 .map_or(64 << 20, |bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
             max_in_flight: self.max_in_flight.unwrap_or(1024),
-            service: Service { routing: self.routing },
+            service: Service {
+                routing: self.routing,
+                admission: self.admission,
+            },
         }
     }
 }

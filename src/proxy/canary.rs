@@ -296,6 +296,9 @@ impl Canary<'_> {
             reason: one_line(&error),
         })?;
         let text = String::from_utf8_lossy(&body);
+        if let Some(tokens) = capacity(&text) {
+            self.shared.seats.said(&seat.engine, tokens);
+        }
         Ok(counters.iter().map(|counter| value(&text, counter)).collect())
     }
 
@@ -325,6 +328,24 @@ impl Canary<'_> {
     }
 }
 
+/// Tokens that an engine's KV cache holds, by `vllm:cache_config_info` of vLLM 0.32, over all its engine cores. `None` where
+/// it says nothing.
+fn capacity(text: &str) -> Option<u64> {
+    let core = |line: &str| {
+        let labels = line.strip_prefix("vllm:cache_config_info{")?;
+        let number = |name: &str| -> Option<u64> {
+            let mut pairs = labels
+                .split(',')
+                .filter_map(|pair| pair.trim_end_matches('}').split_once('='));
+            let value = pairs.find_map(|(key, value)| (key == name).then_some(value))?;
+            value.strip_prefix('"')?.split('"').next()?.parse().ok()
+        };
+        number("block_size")?.checked_mul(number("num_gpu_blocks")?)
+    };
+    let tokens = text.lines().filter_map(core).reduce(u64::saturating_add);
+    tokens.filter(|tokens| *tokens > 0)
+}
+
 /// The sum over the samples of a counter in Prometheus text. A counter that is not there is 0: vLLM exports some only
 /// after their first count.
 fn value(text: &str, counter: &TransferCounter) -> f64 {
@@ -347,6 +368,20 @@ fn value(text: &str, counter: &TransferCounter) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_size_of_the_kv_cache_is_read_where_it_is_known() {
+        let line = |blocks: &str, engine: u8| {
+            format!(
+                "vllm:cache_config_info{{block_size=\"16\",engine=\"{engine}\",num_cpu_blocks=\"None\",num_gpu_blocks=\"{blocks}\"}} 1.0\n"
+            )
+        };
+        let head = "# TYPE vllm:cache_config_info gauge\n";
+        assert_eq!(capacity(&format!("{head}{}", line("100", 0))), Some(1600));
+        assert_eq!(capacity(&format!("{}{}", line("100", 0), line("50", 1))), Some(2400));
+        assert_eq!(capacity(&line("None", 0)), None);
+        assert_eq!(capacity(head), None);
+    }
 
     #[test]
     fn counters_are_read_with_and_without_their_suffix() {

@@ -77,6 +77,22 @@ pub(super) enum ProxyError {
         /// The limit.
         limit: usize,
     },
+    /// As many requests wait as may.
+    #[error("{limit} requests wait for a decode engine with room, which is the limit")]
+    QueueFull {
+        /// The limit.
+        limit: usize,
+        /// Seconds until a new attempt makes sense.
+        retry_after: u64,
+    },
+    /// The request waited in vain.
+    #[error("no decode engine had room within {}", humantime::format_duration(*limit))]
+    QueueTimeout {
+        /// How long it waited.
+        limit: Duration,
+        /// Seconds until a new attempt makes sense.
+        retry_after: u64,
+    },
     /// One upstream call failed.
     #[error("stage `{}` failed on engine `{engine}`", stage.as_str())]
     Leg {
@@ -168,6 +184,8 @@ impl ProxyError {
             Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
             Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
             Self::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_requests_in_flight"),
+            Self::QueueFull { .. } => (StatusCode::TOO_MANY_REQUESTS, BUSY, "queue_full"),
+            Self::QueueTimeout { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "queue_timeout"),
             Self::Leg { cause, .. } => match cause {
                 Cause::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, ENGINE, "engine_timeout"),
                 Cause::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE => {
@@ -204,9 +222,14 @@ impl ProxyError {
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        let retry_after = match self {
+            Self::QueueFull { retry_after, .. } | Self::QueueTimeout { retry_after, .. } => Some(*retry_after),
             // A restart of an engine takes longer, a full proxy less; one second keeps clients polite and quick.
-            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => Some(1),
+            _ => None,
+        };
+        if let Some(seconds) = retry_after {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

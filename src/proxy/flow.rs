@@ -20,11 +20,11 @@ use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody};
 use super::ledger::{Care, Consume, Entry, one_token_edits};
 use super::metrics::{Outcome, Timed};
-use super::pick;
 use super::rules::{self, Course, Kind};
+use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{Call, Seat, forwardable, whole};
-use crate::fleet::{EngineId, EngineState, FleetStage, Role};
+use crate::fleet::EngineId;
 
 /// How long each stage may take.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +66,7 @@ pub(super) struct Attempt<'job> {
     pub(super) job: &'job Job,
     pub(super) document: &'job Document<'job>,
     /// Engines that this request has used.
-    tried: Vec<EngineId>,
+    pub(super) tried: Vec<EngineId>,
 }
 
 /// What a prefill engine said.
@@ -135,7 +135,10 @@ impl Attempt<'_> {
 
     /// A decode engine alone, on a given seat or the next one.
     pub(super) async fn bypass(&mut self, seat: Option<Arc<Seat>>) -> Result<Response<Body>, ProxyError> {
-        let seat = seat.map_or_else(|| self.seat(Role::Decode), Ok)?;
+        let seat = match seat {
+            Some(seat) => seat,
+            None => self.seat_alone().await?,
+        };
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
@@ -147,7 +150,10 @@ impl Attempt<'_> {
 
     /// Prefill on one engine, decode on another.
     async fn hand_over(&mut self) -> Result<Response<Body>, ProxyError> {
-        let (prefill, decode) = self.seats()?;
+        let (prefill, decode) = match self.seats().await? {
+            Seated::Pair(prefill, decode) => (prefill, decode),
+            Seated::Alone(decode) => return self.bypass(Some(decode)).await,
+        };
         let id = new_id();
         let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
         let params = self
@@ -183,38 +189,6 @@ impl Attempt<'_> {
             stages.handoff = handoff_time;
         }
         Ok(response)
-    }
-
-    /// A place on the decode engine, then one on the prefill engine. The lease on the KV begins with the prefill's
-    /// answer, so the wait for a decode engine must be over by then.
-    pub(super) fn seats(&mut self) -> Result<(Arc<Seat>, Arc<Seat>), ProxyError> {
-        let decode = self.seat(Role::Decode)?;
-        let prefill = self.seat(Role::Prefill)?;
-        let connector = &self.shared.settings.connector;
-        connector
-            .check_pair(&prefill.engine.endpoint, &decode.engine.endpoint)
-            .map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
-        Ok((prefill, decode))
-    }
-
-    fn seat(&mut self, role: Role) -> Result<Arc<Seat>, ProxyError> {
-        let view = Arc::clone(&self.shared.view.borrow());
-        let candidates = match &self.job.pair {
-            Some((prefill, decode)) => {
-                let id = if role == Role::Prefill { prefill } else { decode };
-                let up = |state| matches!(state, EngineState::Healthy | EngineState::Ready);
-                view.engine(id).into_iter().filter(|engine| up(engine.state)).collect()
-            }
-            None if view.stage != FleetStage::Ready => return Err(ProxyError::NotServing(view.stage)),
-            None => view.serving(role).collect(),
-        };
-        let turn = self.shared.next_turn(role);
-        let seat = pick::in_order(candidates, turn, self.job.session.as_deref(), &self.tried)
-            .into_iter()
-            .find_map(|engine| Seat::take(engine, &self.shared.view))
-            .ok_or(ProxyError::NoEngine(role))?;
-        self.tried.push(seat.engine.id.clone());
-        Ok(Arc::new(seat))
     }
 
     /// Opens the ledger's entry for a hand-off.
@@ -253,6 +227,7 @@ impl Attempt<'_> {
             let Prefilled::Answer(answer) = &prefilled else {
                 return Ok((prefilled, Duration::ZERO));
             };
+            self.prefilled(prefill, decode, answer);
             let handoff = self.shared.settings.connector.read_handoff(answer);
             let handoff = handoff.map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
             let answered = Instant::now();

@@ -153,6 +153,9 @@ impl Entry {
     /// The decode engine has the KV.
     pub(super) fn consumed(mut self) {
         self.shared.metrics.handed(Outcome::Transferred);
+        if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
+            held.consumed();
+        }
         self.close();
     }
 

@@ -68,6 +68,8 @@ impl Outcome {
 /// A timed part of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Timed {
+    /// The wait for a decode engine that has room, where there was one.
+    Queue,
     /// The prefill leg.
     Prefill,
     /// From the prefill's answer until the KV has arrived, where the connector says when.
@@ -81,6 +83,7 @@ pub(super) enum Timed {
 impl Timed {
     fn as_str(self) -> &'static str {
         match self {
+            Self::Queue => "queue",
             Self::Prefill => "prefill",
             Self::Handoff => "handoff",
             Self::DecodeFirstByte => "decode_first_byte",
@@ -100,6 +103,7 @@ pub(super) struct Metrics {
     first_token: Histogram,
     retries: Counter,
     in_flight: Gauge,
+    queued: Gauge,
     engine_in_flight: Family<EngineLabels, Gauge>,
     handoffs_open: Gauge,
     late_notifications: Gauge,
@@ -117,6 +121,7 @@ impl Metrics {
             first_token: Histogram::new(BUCKETS),
             retries: Counter::default(),
             in_flight: Gauge::default(),
+            queued: Gauge::default(),
             engine_in_flight: Family::default(),
             handoffs_open: Gauge::default(),
             late_notifications: Gauge::default(),
@@ -150,6 +155,11 @@ impl Metrics {
             metrics.retries.clone(),
         );
         registry.register("requests_in_flight", "Requests in the proxy", metrics.in_flight.clone());
+        registry.register(
+            "requests_queued",
+            "Requests that wait for a decode engine with room",
+            metrics.queued.clone(),
+        );
         registry.register(
             "engine_requests_in_flight",
             "Requests in flight on an engine",
@@ -209,8 +219,15 @@ impl Metrics {
     }
 
     /// The metrics in Prometheus' text format, with what is only known at this moment.
-    pub(super) fn text(&self, view: &FleetView, in_flight: usize, notifications: Option<&Notifications>) -> String {
+    pub(super) fn text(
+        &self,
+        view: &FleetView,
+        in_flight: usize,
+        queued: usize,
+        notifications: Option<&Notifications>,
+    ) -> String {
         self.in_flight.set(to_gauge(in_flight));
+        self.queued.set(to_gauge(queued));
         // Engines come and go with the view.
         self.engine_in_flight.clear();
         for engine in &view.engines {

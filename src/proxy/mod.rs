@@ -3,6 +3,7 @@
 //! `flow` reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
 //! does not know who starts them, from which profile, or what arguments they got.
 
+mod admission;
 mod answer;
 mod body;
 mod canary;
@@ -13,8 +14,10 @@ mod ledger;
 mod metrics;
 mod notify;
 mod pick;
+mod prefix;
 mod routes;
 mod rules;
+mod seats;
 mod splice;
 mod sse;
 mod upstream;
@@ -39,6 +42,7 @@ pub use notify::{Notifications, NotifyError};
 use error::ProxyError;
 use flow::Deadlines;
 use metrics::Metrics;
+use seats::Seats;
 use upstream::Upstream;
 
 /// How a proxy behaves.
@@ -79,6 +83,7 @@ struct Shared {
     upstream: Upstream,
     metrics: Metrics,
     admission: Arc<Semaphore>,
+    seats: Seats,
     prefill_turn: AtomicUsize,
     decode_turn: AtomicUsize,
     /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
@@ -94,6 +99,7 @@ impl Proxy {
     ) -> Self {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         Self(Arc::new(Shared {
+            seats: Seats::new(&settings.service.admission),
             settings,
             view,
             notifications,
@@ -170,7 +176,12 @@ impl Shared {
 
     fn metrics_text(&self) -> String {
         let view = Arc::clone(&self.view.borrow());
-        self.metrics.text(&view, self.in_flight(), self.notifications.as_ref())
+        self.metrics.text(
+            &view,
+            self.in_flight(),
+            self.seats.waiting(),
+            self.notifications.as_ref(),
+        )
     }
 }
 

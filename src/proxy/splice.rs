@@ -20,6 +20,7 @@ use super::guard::{Guarded, GuardedBody};
 use super::ledger::{Consume, Entry};
 use super::metrics::Outcome;
 use super::rules::{Kind, SpliceRequest, is_token_list};
+use super::seats::Seated;
 use super::sse::{self, Events};
 use super::upstream::{Call, Seat};
 
@@ -77,7 +78,10 @@ struct Half {
 
 /// Answers a request by splicing.
 pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> Result<Response<Body>, ProxyError> {
-    let (prefill, decode) = attempt.seats()?;
+    let (prefill, decode) = match attempt.seats().await? {
+        Seated::Pair(prefill, decode) => (prefill, decode),
+        Seated::Alone(decode) => return attempt.bypass(Some(decode)).await,
+    };
     let id = new_id();
     let mut tokens = match tokenize(attempt, &decode, &id).await? {
         Ok(ids) => ids,

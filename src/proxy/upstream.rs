@@ -16,6 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::watch;
 
 use super::error::{Cause, ProxyError, Stage};
+use super::seats::Held;
 use crate::fleet::{EngineState, EngineView, FleetView, LoadGuard};
 
 /// How long a connection may take. Engines are near: one that does not accept within this is not there.
@@ -150,6 +151,7 @@ pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {
 pub(super) struct Seat {
     pub(super) engine: Arc<EngineView>,
     view: watch::Receiver<Arc<FleetView>>,
+    held: Option<Held>,
     _guard: LoadGuard,
 }
 
@@ -159,8 +161,22 @@ impl Seat {
         engine.load.try_enter().map(|guard| Self {
             engine: Arc::clone(engine),
             view: view.clone(),
+            held: None,
             _guard: guard,
         })
+    }
+
+    /// The seat of a request that weighs something.
+    pub(super) fn holding(self, held: Held) -> Self {
+        Self {
+            held: Some(held),
+            ..self
+        }
+    }
+
+    /// What its request weighs.
+    pub(super) fn held(&self) -> Option<&Held> {
+        self.held.as_ref()
     }
 
     /// Returns once this incarnation has gone. A closed load alone is not enough: a draining engine finishes what it has.

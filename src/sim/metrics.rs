@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::blocks::BLOCK_TOKENS;
+
 /// A number that only the engine writes and `/metrics` reads.
 #[derive(Debug, Default)]
 pub(crate) struct Number(AtomicU64);
@@ -80,8 +82,9 @@ impl Metrics {
         }
     }
 
-    /// The page in Prometheus' text format. `usage` is the part of the KV cache in use, 0 to 1.
-    pub(crate) fn render(&self, model: &str, usage: f64) -> String {
+    /// The page in Prometheus' text format. `usage` is the part of the KV cache in use, 0 to 1, and `blocks`
+    /// its size.
+    pub(crate) fn render(&self, model: &str, usage: f64, blocks: usize) -> String {
         let mut page = Page {
             text: String::with_capacity(4096),
             labels: format!("engine=\"0\",model_name=\"{model}\""),
@@ -98,6 +101,8 @@ impl Metrics {
             ],
         );
         page.family("kv_cache_usage_perc", "gauge", &[("", usage)]);
+        let size = format!("block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{blocks}\"");
+        page.family("cache_config_info", "gauge", &[(&size, 1.0)]);
         page.counter("external_prefix_cache_queries_total", &self.external_queries);
         page.counter("external_prefix_cache_hits_total", &self.external_hits);
         page.counter("prompt_tokens_total", &self.prompt_tokens);
@@ -184,10 +189,11 @@ mod tests {
         metrics.prompt_tokens.add(7);
         metrics.finished("length");
         metrics.transferred(5000);
-        let page = metrics.render("llama", 0.25);
+        let page = metrics.render("llama", 0.25, 100);
         for line in [
             "vllm:prompt_tokens_total{engine=\"0\",model_name=\"llama\"} 7.0",
             "vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"llama\"} 0.25",
+            "vllm:cache_config_info{engine=\"0\",model_name=\"llama\",block_size=\"16\",num_gpu_blocks=\"100\"} 1.0",
             "vllm:request_success_total{engine=\"0\",model_name=\"llama\",finished_reason=\"length\"} 1.0",
             "vllm:nixl_bytes_transferred_bucket{engine=\"0\",model_name=\"llama\",le=\"4096.0\"} 0.0",
             "vllm:nixl_bytes_transferred_bucket{engine=\"0\",model_name=\"llama\",le=\"16384.0\"} 1.0",

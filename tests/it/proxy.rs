@@ -8,6 +8,8 @@
 mod canary;
 mod fake;
 mod lmcache;
+mod policies;
+mod queue;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -126,7 +126,9 @@ async fn health(State(api): State<Arc<Api>>) -> StatusCode {
 }
 
 async fn metrics(State(api): State<Arc<Api>>) -> Response {
-    let page = api.metrics.render(&api.options.served_model_name, api.pool.usage());
+    let page = api
+        .metrics
+        .render(&api.options.served_model_name, api.pool.usage(), api.pool.total());
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
         page,

@@ -312,6 +312,22 @@ impl Drop for Raise {
     }
 }
 
+/// Something that goes on beside the test. Dropping it ends it.
+pub(crate) struct Going<T>(JoinSet<T>);
+
+impl<T: Send + 'static> Going<T> {
+    pub(crate) fn start(future: impl Future<Output = T> + Send + 'static) -> Self {
+        let mut task = JoinSet::new();
+        task.spawn(future);
+        Self(task)
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn end(mut self) -> T {
+        soon("the end", self.0.join_next()).await.unwrap().unwrap()
+    }
+}
+
 /// Waits for something that must happen.
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future)

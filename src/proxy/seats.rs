@@ -1,0 +1,353 @@
+//! Seats on engines for one attempt of a request: waits for a decode engine that has room, then takes one of each role.
+//!
+//! The shell around `admission`, `prefix` and `pick`, which decide. The lease on KV begins with the prefill's answer, so
+//! the wait is over before any seat is taken.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::http::header;
+use serde::Deserialize;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::Shared;
+use super::admission::{Ask, Book, Weight};
+use super::error::{ProxyError, Stage};
+use super::flow::{Attempt, Job};
+use super::metrics::Timed;
+use super::pick::{self, Candidate, Wish};
+use super::prefix::{self, hash_of};
+use super::upstream::Seat;
+use crate::fleet::{EngineState, EngineView, FleetStage, FleetView, Role};
+use crate::service::{Admission, Policy};
+
+/// How full the engines are and who waits, for all requests of a proxy.
+#[derive(Debug)]
+pub(super) struct Seats(Mutex<Book<Arc<Notify>>>);
+
+impl Seats {
+    pub(super) fn new(admission: &Admission) -> Self {
+        Self(Mutex::new(Book::new(admission.decode_tokens, admission.buffer_tokens)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Book<Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The engine says how many KV tokens it has room for.
+    pub(super) fn said(&self, engine: &EngineView, tokens: u64) {
+        let mut book = self.lock();
+        book.said(engine, tokens);
+        wake(&book);
+    }
+
+    /// Requests that wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.lock().queue.len()
+    }
+}
+
+/// Lets the head of the queue try again. Waking all would cost a scan of the fleet each.
+fn wake(book: &Book<Arc<Notify>>) {
+    if let Some((_, waker)) = book.queue.head() {
+        waker.notify_one();
+    }
+}
+
+/// What a request weighs on the engine of its seat. Dropping it frees that.
+#[derive(Debug)]
+pub(super) struct Held {
+    shared: Arc<Shared>,
+    engine: Arc<EngineView>,
+    weight: Mutex<Weight>,
+}
+
+impl Held {
+    fn change(&self, change: impl FnOnce(Weight) -> Weight) {
+        let mut book = self.shared.seats.lock();
+        let mut weight = self.weight.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = change(*weight);
+        book.change(&self.engine, *weight, now);
+        *weight = now;
+        wake(&book);
+    }
+
+    /// The engine has taken the KV out of LMCache's buffer.
+    pub(super) fn consumed(&self) {
+        self.change(|weight| Weight { buffer: 0, ..weight });
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.change(|_| Weight::default());
+    }
+}
+
+/// A place in the queue. Dropping it leaves.
+struct Ticket<'request> {
+    shared: &'request Shared,
+    client: u64,
+    number: u64,
+    turn: Arc<Notify>,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        let mut book = self.shared.seats.lock();
+        book.queue.leave(self.client, self.number);
+        wake(&book);
+    }
+}
+
+/// The seats of an attempt.
+pub(super) enum Seated {
+    /// A prefill engine hands over to a decode engine.
+    Pair(Arc<Seat>, Arc<Seat>),
+    /// The decode engine computes the little that it does not know by itself.
+    Alone(Arc<Seat>),
+}
+
+/// A request, as far as the choice of engines goes.
+struct Choice {
+    ask: Ask,
+    session: Option<u64>,
+    chunks: Vec<u64>,
+    beginning: u64,
+}
+
+/// A seat, and how many of the prompt's tokens its engine had read before.
+struct Taken {
+    seat: Arc<Seat>,
+    known: u64,
+}
+
+impl Attempt<'_> {
+    /// A place on a decode engine, then one on a prefill engine, unless the prompt is too short to need that.
+    pub(super) async fn seats(&mut self) -> Result<Seated, ProxyError> {
+        let choice = self.choice();
+        let connector = &self.shared.settings.connector;
+        let buffer = if connector.notifies() {
+            Weight::buffer_for(choice.ask.prompt)
+        } else {
+            0
+        };
+        let Taken { seat: decode, known } = self.decode_seat(&choice, buffer).await?;
+        let threshold = self.shared.settings.service.routing.prefill_threshold;
+        if self.job.pair.is_none() && choice.ask.prompt.saturating_sub(known) < threshold {
+            decode.held().inspect(|held| held.consumed());
+            tracing::debug!(tokens = choice.ask.prompt, known, "too short for a prefill engine");
+            return Ok(Seated::Alone(decode));
+        }
+        let turn = self.shared.next_turn(Role::Prefill);
+        let weight = Weight {
+            kv: choice.ask.prompt,
+            buffer: 0,
+        };
+        let prefill = self.take(Role::Prefill, &choice, weight, turn, None)?;
+        let prefill = prefill.ok_or(ProxyError::NoEngine(Role::Prefill))?.seat;
+        connector
+            .check_pair(&prefill.engine.endpoint, &decode.engine.endpoint)
+            .map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
+        Ok(Seated::Pair(prefill, decode))
+    }
+
+    /// A place on a decode engine that answers alone.
+    pub(super) async fn seat_alone(&mut self) -> Result<Arc<Seat>, ProxyError> {
+        let choice = self.choice();
+        Ok(self.decode_seat(&choice, 0).await?.seat)
+    }
+
+    fn choice(&self) -> Choice {
+        let routing = &self.shared.settings.service.routing;
+        let uses = |policy| routing.prefill_policy == policy || routing.decode_policy == policy;
+        let document = self.document;
+        let prompt = document.given(self.job.kind.prompt_field()).unwrap_or_default();
+        // What the chat template puts before the messages.
+        let seed = || hash_of((document.get("model"), document.get("tools")));
+        Choice {
+            ask: Ask::of(self.job.kind, document),
+            session: self.job.session.as_deref().map(hash_of),
+            chunks: if uses(Policy::Prefix) {
+                prefix::chunks(seed(), prompt)
+            } else {
+                Vec::new()
+            },
+            beginning: if uses(Policy::ConsistentHash) {
+                prefix::beginning(seed(), prompt)
+            } else {
+                0
+            },
+        }
+    }
+
+    /// Waits for a decode engine that has room, in a fair queue, up to the deadline of the queue.
+    async fn decode_seat(&mut self, choice: &Choice, buffer: u64) -> Result<Taken, ProxyError> {
+        let shared: &Arc<Shared> = self.shared;
+        let kv = choice.ask.prompt.saturating_add(choice.ask.answer);
+        let weight = Weight { kv, buffer };
+        let turn = shared.next_turn(Role::Decode);
+        if let Some(taken) = self.take(Role::Decode, choice, weight, turn, None)? {
+            return Ok(taken);
+        }
+        let ticket = join(shared, self.job)?;
+        let began = Instant::now();
+        let limit = shared.settings.service.admission.queue_deadline;
+        let mut deadline = std::pin::pin!(tokio::time::sleep(limit));
+        let mut view = shared.view.clone();
+        view.mark_unchanged();
+        loop {
+            if let Some(taken) = self.take(Role::Decode, choice, weight, turn, Some(&ticket))? {
+                shared.metrics.took(Timed::Queue, began.elapsed());
+                return Ok(taken);
+            }
+            tokio::select! {
+                () = ticket.turn.notified() => {}
+                Ok(()) = view.changed() => {}
+                () = &mut deadline => {
+                    shared.metrics.took(Timed::Queue, began.elapsed());
+                    let retry_after = shared.seats.lock().queue.retry_after();
+                    return Err(ProxyError::QueueTimeout { limit, retry_after });
+                }
+            }
+        }
+    }
+
+    /// A place on the best engine that has room; `None` if it is not this request's turn, or no engine has any.
+    fn take(
+        &mut self,
+        role: Role,
+        choice: &Choice,
+        weight: Weight,
+        turn: usize,
+        ticket: Option<&Ticket<'_>>,
+    ) -> Result<Option<Taken>, ProxyError> {
+        let shared = self.shared;
+        let routing = &shared.settings.service.routing;
+        let wish = Wish {
+            policy: if role == Role::Prefill {
+                routing.prefill_policy
+            } else {
+                routing.decode_policy
+            },
+            session: choice.session,
+            beginning: choice.beginning,
+            tokens: choice.ask.prompt,
+        };
+        let view = Arc::clone(&shared.view.borrow());
+        let engines = self.engines(role, &view)?;
+        // Prefill engines queue by themselves, and canaries go where they are told to.
+        let is_limited = role == Role::Decode && self.job.pair.is_none();
+        let mut book = shared.seats.lock();
+        let count = engines.len();
+        let rank = |place| (place + count - turn % count) % count;
+        let mut candidates: Vec<Candidate<'_>> = engines
+            .into_iter()
+            .enumerate()
+            .map(|(place, engine)| Candidate {
+                engine,
+                rank: rank(place),
+                tokens: book.tokens(engine),
+                known: book.known_tokens(engine, &choice.chunks),
+                has_room: !is_limited || book.fits(engine, weight),
+                tried: self.tried.contains(&engine.id),
+            })
+            .collect();
+        if is_limited && !book.queue.may_try(ticket.map(|ticket| ticket.number)) {
+            return Ok(None);
+        }
+        while let Some(place) = pick::best(&candidates, &wish) {
+            let Candidate { engine, known, .. } = candidates.swap_remove(place);
+            let Some(seat) = Seat::take(engine, &shared.view) else {
+                continue;
+            };
+            book.enter(engine, weight, &choice.chunks);
+            if ticket.is_some() {
+                book.queue.serve(Instant::now());
+            }
+            wake(&book);
+            self.tried.push(engine.id.clone());
+            let held = Held {
+                shared: Arc::clone(shared),
+                engine: Arc::clone(engine),
+                weight: Mutex::new(weight),
+            };
+            let seat = Arc::new(seat.holding(held));
+            return Ok(Some(Taken { seat, known }));
+        }
+        if candidates.is_empty() {
+            Err(ProxyError::NoEngine(role))
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// The engines that may be asked; at least one.
+    fn engines<'view>(&self, role: Role, view: &'view FleetView) -> Result<Vec<&'view Arc<EngineView>>, ProxyError> {
+        let engines: Vec<_> = match &self.job.pair {
+            Some((prefill, decode)) => {
+                let id = if role == Role::Prefill { prefill } else { decode };
+                let up = |state| matches!(state, EngineState::Healthy | EngineState::Ready);
+                view.engine(id).into_iter().filter(|engine| up(engine.state)).collect()
+            }
+            None if view.stage != FleetStage::Ready => return Err(ProxyError::NotServing(view.stage)),
+            None => view.serving(role).collect(),
+        };
+        if engines.is_empty() {
+            Err(ProxyError::NoEngine(role))
+        } else {
+            Ok(engines)
+        }
+    }
+
+    /// The prefill engine has answered: it computes nothing more for this request, and it has counted the prompt.
+    pub(super) fn prefilled(&self, prefill: &Seat, decode: &Seat, answer: &[u8]) {
+        #[derive(Deserialize)]
+        struct Answer {
+            usage: Usage,
+        }
+        #[derive(Deserialize)]
+        struct Usage {
+            prompt_tokens: u64,
+        }
+        prefill.held().inspect(|held| held.change(|_| Weight::default()));
+        let ask = Ask::of(self.job.kind, self.document);
+        if ask.exact {
+            return;
+        }
+        if let (Some(held), Ok(answer)) = (decode.held(), serde_json::from_slice::<Answer>(answer)) {
+            let prompt = answer.usage.prompt_tokens;
+            held.change(|weight| Weight {
+                kv: weight.kv.saturating_sub(ask.prompt).saturating_add(prompt),
+                buffer: if weight.buffer == 0 {
+                    0
+                } else {
+                    Weight::buffer_for(prompt)
+                },
+            });
+        }
+    }
+}
+
+/// Joins the queue, unless it is full.
+fn join<'request>(shared: &'request Shared, job: &Job) -> Result<Ticket<'request>, ProxyError> {
+    let client = match (job.headers.get(header::AUTHORIZATION), &job.session) {
+        (Some(key), _) => hash_of(key.as_bytes()),
+        (None, Some(session)) => hash_of(session),
+        (None, None) => 0,
+    };
+    let limit = shared.settings.service.admission.max_queued;
+    let mut book = shared.seats.lock();
+    if book.queue.len() >= limit {
+        let retry_after = book.queue.retry_after();
+        return Err(ProxyError::QueueFull { limit, retry_after });
+    }
+    let turn = Arc::new(Notify::new());
+    let number = book.queue.join(client, Arc::clone(&turn));
+    Ok(Ticket {
+        shared,
+        client,
+        number,
+        turn,
+    })
+}
