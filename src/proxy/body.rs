@@ -52,7 +52,8 @@ impl<'body> Document<'body> {
         Self::parse_text(std::str::from_utf8(body).map_err(BodyError::NotUtf8)?)
     }
 
-    fn parse_text(text: &'body str) -> Result<Self, BodyError> {
+    /// The same of text.
+    pub(super) fn parse_text(text: &'body str) -> Result<Self, BodyError> {
         let Entries(entries) = serde_json::from_str(text).map_err(BodyError::NotObject)?;
         let mut members = Vec::with_capacity(entries.len());
         let mut cursor = text.find('{').unwrap_or_default() + 1;
@@ -107,7 +108,8 @@ impl<'body> Document<'body> {
         self.apply(&all).into_bytes()
     }
 
-    fn apply(&self, edits: &[Edit<'_>]) -> String {
+    /// The text with `edits` applied and nothing else, for what no client wrote.
+    pub(super) fn apply(&self, edits: &[Edit<'_>]) -> String {
         let growth: usize = edits
             .iter()
             .map(|(key, value)| key.len() + value.map_or(0, str::len) + 4)
@@ -146,6 +148,35 @@ impl<'body> Document<'body> {
         }
         out.push_str(&self.text[cursor..]);
         out
+    }
+}
+
+/// One step on the way to a value within a JSON text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// The value of an object's key; of duplicates the last one.
+    Key(&'static str),
+    /// The first element of a list.
+    First,
+}
+
+/// The JSON text with another value at the end of `path`: what `new` makes of the one that is there. `None` if there is none,
+/// or `new` wants no other.
+pub(super) fn edit_at(text: &str, path: &[Step], new: impl FnOnce(&str) -> Option<String>) -> Option<String> {
+    match path {
+        [] => new(text),
+        [Step::Key(key), rest @ ..] => {
+            let document = Document::parse_text(text).ok()?;
+            let value = edit_at(document.get(key)?, rest, new)?;
+            Some(document.apply(&[(key, Some(&value))]))
+        }
+        [Step::First, rest @ ..] => {
+            let elements: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+            let first = elements.first()?.get();
+            let start = first.as_ptr().addr() - text.as_ptr().addr();
+            let value = edit_at(first, rest, new)?;
+            Some([&text[..start], &value, &text[start + first.len()..]].concat())
+        }
     }
 }
 
@@ -217,6 +248,23 @@ mod tests {
         assert_eq!(Document::parse(body.as_bytes()).expect("object").get("n"), Some("2"));
         assert_eq!(edit(body, &[("n", Some("7"))]), r#"{"n":7,"a":0}"#);
         assert_eq!(edit(body, &[("n", None)]), r#"{"a":0}"#);
+    }
+
+    #[test]
+    fn a_value_deep_within_changes_alone() {
+        let path = [Step::Key("choices"), Step::First, Step::Key("text")];
+        let text =
+            "{ \"choices\" :[ {\"index\":0, \"text\": \"a\\u00e9\" ,\"x\":1.50}, {\"text\":\"z\"}],\n\"usage\":null}";
+        let changed = edit_at(text, &path, |old| Some(format!("[{old}]"))).expect("it is there");
+        assert_eq!(changed, text.replacen("\"a\\u00e9\"", "[\"a\\u00e9\"]", 1));
+        assert_eq!(edit_at(text, &path, |_| None), None);
+        for path in [
+            &[Step::Key("usage"), Step::Key("a")][..],
+            &[Step::First],
+            &[Step::Key("none")],
+        ] {
+            assert_eq!(edit_at(text, path, |_| Some("1".into())), None, "{path:?}");
+        }
     }
 
     #[test]

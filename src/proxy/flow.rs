@@ -17,13 +17,14 @@ use super::Shared;
 use super::answer::{Verdict, first_events, is_event_stream, judge, judge_event, verbatim};
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
-use super::guard::{Clock, Guarded, GuardedBody};
+use super::guard::{Clock, Guarded, GuardedBody, Tally};
 use super::ledger::{Care, Consume, Entry, one_token_edits};
 use super::metrics::{Outcome, Timed};
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{Call, Seat, forwardable, whole};
+use super::usage::PrefillUsage;
 use crate::fleet::EngineId;
 
 /// How long each stage may take.
@@ -73,8 +74,8 @@ pub(super) struct Attempt<'job> {
 pub(super) enum Prefilled {
     /// An answer of 200.
     Answer(Bytes),
-    /// An answer of 4xx, for the client.
-    Refused(Response<Body>),
+    /// An answer of 4xx.
+    Refused,
 }
 
 /// What a decode engine said.
@@ -143,9 +144,15 @@ impl Attempt<'_> {
         let sent = Instant::now();
         let body = self.document.edited(&[]);
         let decoded = self.decode(&seat, &id, self.job.kind.path(), body).await?;
-        let response = self.pass_on(&seat, None, decoded, sent).await?;
-        self.shared.metrics.handed(Outcome::Bypassed);
-        Ok(response)
+        self.pass_on(&seat, None, decoded, sent).await
+    }
+
+    /// The prefill engine has refused a request, in words that may be about its own leg of it: the decode engine has the
+    /// last word, on what the client asked for.
+    pub(super) async fn refused(&mut self, entry: Entry, decode: Arc<Seat>) -> Result<Response<Body>, ProxyError> {
+        entry.void();
+        decode.held().inspect(|held| held.consumed());
+        self.bypass(Some(decode)).await
     }
 
     /// Prefill on one engine, decode on another.
@@ -169,12 +176,12 @@ impl Attempt<'_> {
             .await?
         {
             (Prefilled::Answer(answer), time) => (answer, time),
-            (Prefilled::Refused(response), _) => {
-                entry.void();
-                self.shared.metrics.handed(Outcome::Refused);
-                return Ok(response);
+            (Prefilled::Refused, _) => {
+                drop(prefill);
+                return self.refused(entry, decode).await;
             }
         };
+        let usage = PrefillUsage::of(&answer, self.shared.settings.connector.notifies());
         drop(answer);
         drop(prefill);
         let sent = Instant::now();
@@ -184,7 +191,7 @@ impl Attempt<'_> {
             None => self.document.edited(&[]),
         };
         let decoded = self.decode(&decode, &id, self.job.kind.path(), body).await?;
-        let mut response = self.pass_on(&decode, Some(entry), decoded, sent).await?;
+        let mut response = self.pass_on(&decode, Some((entry, usage)), decoded, sent).await?;
         if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
             stages.handoff = handoff_time;
         }
@@ -261,7 +268,7 @@ impl Attempt<'_> {
                 self.shared.metrics.took(Timed::Prefill, sent.elapsed());
                 Ok(Prefilled::Answer(body))
             }
-            Verdict::Refused => Ok(Prefilled::Refused(verbatim(head, body))),
+            Verdict::Refused => Ok(Prefilled::Refused),
         }
     }
 
@@ -281,29 +288,37 @@ impl Attempt<'_> {
         }
     }
 
-    /// Passes a decode engine's answer on unchanged. A stream is held back until its first event, because an error there
-    /// can still become a status, or another attempt.
+    /// Passes a decode engine's answer on, with the usage of the prefill engine where one was asked. A stream is held back
+    /// until its first event, because an error there can still become a status, or another attempt.
     async fn pass_on(
         &self,
         seat: &Arc<Seat>,
-        mut entry: Option<Entry>,
+        handed: Option<(Entry, PrefillUsage)>,
         decoded: Decoded,
         sent: Instant,
     ) -> Result<Response<Body>, ProxyError> {
         let clock = self.clock();
-        let refuse = |entry: &mut Option<Entry>| {
+        let (mut entry, usage) = handed.map_or((None, None), |(entry, usage)| (Some(entry), Some(usage)));
+        let refuse = |entry: &mut Option<Entry>, refusal| {
             if let Some(entry) = entry {
                 entry.refused();
             }
+            self.shared.metrics.handed(Outcome::Refused);
+            Ok(refusal)
         };
         let (head, mut body) = match decoded {
-            Decoded::Refused(response) => {
-                refuse(&mut entry);
-                return Ok(response);
-            }
+            Decoded::Refused(response) => return refuse(&mut entry, response),
             Decoded::Whole(head, body) => {
+                let mut tally = self.tally(entry.is_some());
                 entry.map(Entry::consumed).unwrap_or_default();
-                return Ok(self.begin(verbatim(head, body), sent));
+                let corrected = usage.and_then(|usage| usage.correct(&body));
+                let Some((corrected, proof)) = corrected else {
+                    return Ok(self.begin(verbatim(head, body), sent));
+                };
+                if proof.disproves() {
+                    tally.outcome = Outcome::Recomputed;
+                }
+                return Ok(self.begin(verbatim(head, corrected.into()), sent));
             }
             Decoded::Stream(head, body) => (head, body),
         };
@@ -314,26 +329,35 @@ impl Attempt<'_> {
             first_events(&mut body, &mut events),
         );
         let first = first.await?;
-        match judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
-            None => {}
-            Some(refusal) => {
-                refuse(&mut entry);
-                return Ok(refusal);
-            }
+        if let Some(refusal) = judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
+            return refuse(&mut entry, refusal);
         }
+        let tally = self.tally(entry.is_some());
         entry.map(Entry::consumed).unwrap_or_default();
         let guarded = Guarded {
-            seat: Arc::clone(seat),
             idle: self.job.deadlines.decode,
             events: Some(events),
-            rewriter: None,
-            entry: None,
-            _clock: clock,
+            usage,
+            tally: Some(tally),
+            ..Guarded::new(Arc::clone(seat), clock)
         };
         let headers = forwardable(&head.headers);
-        let mut response = Response::from_parts(head, Body::new(GuardedBody::new(first, body, guarded)));
+        let body = Body::new(GuardedBody::after(first, body, guarded));
+        let mut response = Response::from_parts(head, body);
         *response.headers_mut() = headers;
         Ok(self.begin(response, sent))
+    }
+
+    /// Counts a hand-off that has come to an answer, or a request that needed none.
+    pub(super) fn tally(&self, handed: bool) -> Tally {
+        Tally {
+            shared: Arc::clone(self.shared),
+            outcome: if handed {
+                Outcome::Transferred
+            } else {
+                Outcome::Bypassed
+            },
+        }
     }
 
     /// Measures the whole request until it is dropped.

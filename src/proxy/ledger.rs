@@ -15,7 +15,6 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::Shared;
 use super::body::{Document, Edit};
 use super::error::Stage as Leg;
-use super::metrics::Outcome;
 use super::notify::Arrival;
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
@@ -152,7 +151,6 @@ impl Entry {
 
     /// The decode engine has the KV.
     pub(super) fn consumed(mut self) {
-        self.shared.metrics.handed(Outcome::Transferred);
         if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
             held.consumed();
         }

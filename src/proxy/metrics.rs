@@ -44,13 +44,15 @@ struct EngineLabels {
 /// How a request's hand-off ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The decode engine took the KV and answered.
+    /// The decode engine took the KV and answered, as far as is known.
     Transferred,
+    /// The decode engine's usage shows that it computed the prompt itself.
+    Recomputed,
     /// A decode engine answered alone, because the request asks for what no hand-off can do.
     Bypassed,
     /// A leg failed. A retry counts on its own.
     Failed,
-    /// The prefill engine refused the request; there was nothing to hand over.
+    /// The decode engine refused the request.
     Refused,
 }
 
@@ -58,6 +60,7 @@ impl Outcome {
     fn as_str(self) -> &'static str {
         match self {
             Self::Transferred => "transferred",
+            Self::Recomputed => "recomputed",
             Self::Bypassed => "bypassed",
             Self::Failed => "failed",
             Self::Refused => "refused",

@@ -5,6 +5,7 @@
 
 mod admission;
 mod answer;
+mod api;
 mod body;
 mod canary;
 mod error;
@@ -13,6 +14,7 @@ mod guard;
 mod ledger;
 mod metrics;
 mod notify;
+mod pass;
 mod pick;
 mod prefix;
 mod routes;
@@ -21,6 +23,7 @@ mod seats;
 mod splice;
 mod sse;
 mod upstream;
+mod usage;
 
 use std::fmt;
 use std::sync::Arc;

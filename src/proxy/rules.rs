@@ -46,7 +46,7 @@ pub(super) enum Course {
 /// What a splice must know of the request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SpliceRequest {
-    /// Tokens to generate; `None` is as many as fit.
+    /// Tokens to generate; `None` is as many as fit, which only chat can ask for.
     pub(super) limit: Option<u64>,
     /// Whether the client wants events.
     pub(super) stream: bool,
@@ -175,8 +175,8 @@ fn splice_request(kind: Kind, document: &Document<'_>) -> Result<SpliceRequest, 
         return Err("stream_options");
     }
     let limit = match kind {
-        // vLLM: absent means 16, an explicit null means as many as fit.
-        Kind::Completions => document.get("max_tokens").unwrap_or("16"),
+        // vLLM 0.32 takes null for absent, which means 16.
+        Kind::Completions => document.given("max_tokens").unwrap_or("16"),
         Kind::Chat => {
             if document
                 .get("messages")
@@ -289,7 +289,7 @@ mod tests {
             (
                 Kind::Completions,
                 r#"{"prompt":"x","max_tokens":null}"#,
-                request(None, false, false),
+                request(Some(16), false, false),
             ),
             // What `vllm bench serve` sends.
             (

@@ -1,5 +1,5 @@
 //! LMCache's reference flow, done right: the prefill engine makes the first token, the decode engine goes on from the
-//! prompt plus that token, and the two halves become one coherent answer.
+//! prompt plus that token, and the two halves become one coherent answer, byte for byte that of one engine.
 //!
 //! Only requests that [`super::rules`] lets through come here, so there is one choice, no logprobs and no stop string.
 
@@ -10,57 +10,74 @@ use axum::body::Body;
 use axum::http::{Response, header};
 use bytes::Bytes;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::answer::verbatim;
+use super::body::{Document, Edit, Step, edit_at};
 use super::error::{Cause, ProxyError, Stage};
 use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id};
 use super::guard::{Guarded, GuardedBody};
-use super::ledger::{Consume, Entry};
+use super::ledger::{Consume, Entry, one_token_edits};
 use super::metrics::Outcome;
 use super::rules::{Kind, SpliceRequest, is_token_list};
 use super::seats::Seated;
 use super::sse::{self, Events};
 use super::upstream::{Call, Seat};
+use super::usage::PrefillUsage;
 
-/// Both legs use this route, because only it takes token ids.
-const PATH: &str = "/v1/completions";
-
-/// The first token and what came with it.
+/// The prefill engine's answer: the first token and what came with it.
 #[derive(Debug, Deserialize)]
-struct First {
-    id: String,
-    created: Value,
-    model: Value,
+struct First<'answer> {
+    #[serde(borrow)]
+    id: &'answer RawValue,
+    #[serde(borrow)]
+    created: &'answer RawValue,
+    #[serde(borrow)]
+    model: &'answer RawValue,
     choices: Vec<FirstChoice>,
+    #[serde(default)]
     usage: Value,
 }
 
 #[derive(Debug, Deserialize)]
 struct FirstChoice {
-    text: String,
+    text: Option<String>,
+    message: Option<FirstMessage>,
     finish_reason: Option<String>,
     #[serde(default)]
     stop_reason: Value,
 }
 
-/// What turns the decode engine's events into the client's.
-#[derive(Debug)]
-pub(super) struct Rewriter {
-    shape: Shape,
+#[derive(Debug, Deserialize)]
+struct FirstMessage {
+    content: Option<String>,
+    reasoning: Option<Value>,
+    tool_calls: Option<Vec<Value>>,
 }
 
-/// What both halves of an answer share.
+impl FirstChoice {
+    /// The first token's text, unless a parser of the engine has taken it for something else.
+    fn text(self) -> Option<String> {
+        match self.message {
+            None => self.text,
+            Some(message) => {
+                let is_plain = message.reasoning.is_none() && message.tool_calls.is_none_or(|calls| calls.is_empty());
+                message.content.filter(|_| is_plain)
+            }
+        }
+    }
+}
+
+/// What turns the decode engine's answer into the client's.
 #[derive(Debug)]
-struct Shape {
+pub(super) struct Rewriter {
     kind: Kind,
+    /// JSON texts that all parts of an answer share.
     id: String,
-    created: Value,
-    model: Value,
-    include_usage: bool,
-    /// The prefill engine's own count of cached tokens, which is the one that the client pays for.
-    cached: Value,
+    created: String,
+    model: String,
 }
 
 /// A splice whose first half is done.
@@ -72,7 +89,8 @@ struct Half {
     tokens: Vec<u32>,
     /// The first token's text.
     text: String,
-    shape: Shape,
+    rewriter: Rewriter,
+    usage: PrefillUsage,
     handoff_time: Duration,
 }
 
@@ -82,46 +100,64 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
         Seated::Pair(prefill, decode) => (prefill, decode),
         Seated::Alone(decode) => return attempt.bypass(Some(decode)).await,
     };
+    let kind = attempt.job.kind;
     let id = new_id();
-    let mut tokens = match tokenize(attempt, &decode, &id).await? {
-        Ok(ids) => ids,
-        Err(refusal) => return Ok(refusal),
+    let Some(mut tokens) = tokenize(attempt, &decode, &id).await? else {
+        return attempt.bypass(Some(decode)).await;
     };
     let mut entry = reserve(attempt, &decode, &id, &tokens);
     let body = prefill_body(attempt, &decode, &id, &tokens);
-    let (prefilled, handoff_time) = attempt.deliver(&prefill, &decode, &mut entry, &id, PATH, body).await?;
+    let (prefilled, handoff_time) = attempt
+        .deliver(&prefill, &decode, &mut entry, &id, kind.path(), body)
+        .await?;
     let answer = match prefilled {
         Prefilled::Answer(answer) => answer,
-        Prefilled::Refused(response) => {
-            entry.void();
-            attempt.shared.metrics.handed(Outcome::Refused);
-            return Ok(response);
+        Prefilled::Refused => {
+            drop(prefill);
+            return attempt.refused(entry, decode).await;
         }
     };
     let nonsense = |what| prefill.failed(Stage::Prefill, Cause::Nonsense(what));
-    let first: First = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
-    let choice = first.choices.first().ok_or_else(|| nonsense("it has no choice"))?;
+    let mut first: First<'_> = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
+    let choice = first.choices.pop().ok_or_else(|| nonsense("it has no choice"))?;
     tokens.push(entry.first_token().ok_or_else(|| nonsense("it has no first token"))?);
-    let shape = Shape::new(attempt.job.kind, &first, request.include_usage);
-    if choice.finish_reason.as_deref() == Some("stop") || request.limit == Some(1) {
+    let rewriter = Rewriter::new(kind, &first);
+    let (finish, stop) = (choice.finish_reason.clone(), choice.stop_reason.clone());
+    let text = choice.text();
+    if let Some(text) = &text
+        && (finish.as_deref() == Some("stop") || request.limit == Some(1))
+    {
         // The entry's end makes the decode engine take the KV that nobody will decode from.
-        attempt.shared.metrics.handed(Outcome::Transferred);
-        return Ok(attempt.begin(shape.alone(&first, choice, request.stream), Instant::now()));
+        drop(attempt.tally(true));
+        let body = if request.stream {
+            let last = Ending {
+                text,
+                finish: &finish.into(),
+                stop: &stop,
+                usage: request.include_usage.then_some(&first.usage),
+            };
+            Some(rewriter.only_events(&last))
+        } else {
+            alone(&answer)
+        };
+        let response = whole_response(body.ok_or_else(|| nonsense("it is no completion"))?, request.stream);
+        return Ok(attempt.begin(response, Instant::now()));
     }
-    if choice.text.is_empty() || choice.text.contains('\u{fffd}') {
-        // A special token, or one byte of a character: its text depends on the tokens after it.
+    // A special token, or one byte of a character: its text depends on the tokens after it.
+    let Some(text) = text.filter(|text| !text.is_empty() && !text.contains('\u{fffd}')) else {
         return attempt.bypass(Some(decode)).await;
-    }
-    drop(prefill);
+    };
     let half = Half {
         decode,
         entry,
         id,
         tokens,
-        text: choice.text.clone(),
-        shape,
+        text,
+        rewriter,
+        usage: PrefillUsage::of(&answer, true),
         handoff_time,
     };
+    drop(prefill);
     half.finish(attempt, request.limit).await
 }
 
@@ -134,59 +170,97 @@ fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) 
 }
 
 fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) -> Vec<u8> {
+    let kind = attempt.job.kind;
     let connector = &attempt.shared.settings.connector;
-    attempt.document.edited(&[
-        ("messages", None),
-        ("max_completion_tokens", None),
-        ("stream_options", None),
-        ("prompt", Some(&list(tokens))),
-        ("max_tokens", Some("1")),
-        ("stream", Some("false")),
-        (
-            "kv_transfer_params",
-            Some(&connector.prefill_params(id, &decode.engine.endpoint)),
-        ),
-    ])
+    let params = connector.prefill_params(id, &decode.engine.endpoint);
+    let prompt = Prompt::new(kind, tokens, &params);
+    let mut edits = one_token_edits(kind);
+    edits.extend(prompt.edits());
+    attempt.document.edited(&edits)
+}
+
+/// A prompt of token ids, as the route of a kind takes it: chat takes it beside the messages (vLLM 0.32).
+struct Prompt {
+    ids: Option<String>,
+    params: Option<String>,
+}
+
+impl Prompt {
+    fn new(kind: Kind, tokens: &[u32], params: &str) -> Self {
+        let ids = list(tokens);
+        let (ids, params) = match kind {
+            Kind::Completions => (Some(ids), params.to_owned()),
+            Kind::Chat => {
+                let own = Document::parse_text(params).expect("a connector makes an object");
+                (None, own.apply(&[("prompt_token_ids", Some(&ids))]))
+            }
+        };
+        Self {
+            ids,
+            params: Some(params).filter(|params| params != "{}"),
+        }
+    }
+
+    fn edits(&self) -> impl Iterator<Item = Edit<'_>> {
+        let params = ("kv_transfer_params", self.params.as_deref());
+        let prompt = self.ids.as_deref().map(|ids| ("prompt", Some(ids)));
+        prompt.into_iter().chain([params])
+    }
 }
 
 impl Half {
     /// The decode leg: the client's body with the prompt's tokens, the first token, and one token less to generate.
     async fn finish(mut self, attempt: &Attempt<'_>, limit: Option<u64>) -> Result<Response<Body>, ProxyError> {
-        let limit = limit.map_or_else(|| "null".to_owned(), |limit| (limit - 1).to_string());
-        let body = attempt.document.edited(&[
-            ("messages", None),
-            ("max_completion_tokens", None),
-            ("prompt", Some(&list(&self.tokens))),
-            ("max_tokens", Some(&limit)),
-        ]);
+        let kind = attempt.job.kind;
+        let prompt = Prompt::new(kind, &self.tokens, "{}");
+        let limit = limit.map(|limit| (limit - 1).to_string());
+        let mut edits: Vec<Edit<'_>> = prompt.edits().collect();
+        let limits: &[&str] = match kind {
+            Kind::Completions => &["max_tokens"],
+            Kind::Chat => &["max_tokens", "max_completion_tokens"],
+        };
+        let is_given = |key: &&&str| kind == Kind::Completions || attempt.document.given(key).is_some();
+        edits.extend(limits.iter().filter(is_given).map(|key| (*key, limit.as_deref())));
+        let body = attempt.document.edited(&edits);
         let sent = Instant::now();
         self.entry.send();
-        let response = match attempt.decode(&self.decode, &self.id, PATH, body).await? {
+        let response = match attempt.decode(&self.decode, &self.id, kind.path(), body).await? {
             Decoded::Refused(response) => {
                 self.entry.refused();
+                attempt.shared.metrics.handed(Outcome::Refused);
                 return Ok(response);
             }
             Decoded::Whole(head, body) => {
+                let mut tally = attempt.tally(true);
                 self.entry.consumed();
-                let whole = self.shape.whole(&self.text, &body);
+                let corrected = self.usage.correct(&body);
+                if corrected.as_ref().is_some_and(|(_, proof)| proof.disproves()) {
+                    tally.outcome = Outcome::Recomputed;
+                }
+                let answer = match &corrected {
+                    Some((answer, _)) => Some(answer.as_str()),
+                    None => std::str::from_utf8(&body).ok(),
+                };
+                let whole = answer.and_then(|answer| self.rewriter.whole(&self.text, answer));
                 let nonsense = || {
                     self.decode
                         .failed(Stage::Decode, Cause::Nonsense("it is no completion"))
                 };
-                verbatim(head, whole.ok_or_else(nonsense)?)
+                verbatim(head, whole.ok_or_else(nonsense)?.into())
             }
             Decoded::Stream(head, body) => {
-                let begin = self.shape.first_events(&self.text);
+                let begin = self.rewriter.first_events(&self.text);
                 let guarded = Guarded {
-                    seat: self.decode,
                     idle: attempt.job.deadlines.decode,
                     events: Some(Events::default()),
-                    rewriter: Some(Rewriter { shape: self.shape }),
+                    rewriter: Some(self.rewriter),
                     entry: Some(self.entry),
-                    _clock: attempt.clock(),
+                    usage: Some(self.usage),
+                    tally: Some(attempt.tally(true)),
+                    ..Guarded::new(self.decode, attempt.clock())
                 };
                 let mut response = verbatim(head, Bytes::new());
-                *response.body_mut() = Body::new(GuardedBody::new(begin, body, guarded));
+                *response.body_mut() = Body::new(GuardedBody::new(begin.into(), body, guarded));
                 response
             }
         };
@@ -198,12 +272,8 @@ impl Half {
     }
 }
 
-/// The prompt's token ids, or the engine's refusal.
-async fn tokenize(
-    attempt: &Attempt<'_>,
-    seat: &Seat,
-    id: &str,
-) -> Result<Result<Vec<u32>, Response<Body>>, ProxyError> {
+/// The prompt's token ids. `None` if the engine refuses it, in words that are about another route than the client's.
+async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option<Vec<u32>>, ProxyError> {
     #[derive(Deserialize)]
     struct Tokens {
         tokens: Vec<u32>,
@@ -211,10 +281,7 @@ async fn tokenize(
     let field = attempt.job.kind.prompt_field();
     let prompt = attempt.document.get(field).unwrap_or("null");
     if is_token_list(prompt) {
-        let ids = serde_json::from_str(prompt);
-        return ids
-            .map(Ok)
-            .map_err(|_| seat.failed(Stage::Tokenize, Cause::Nonsense("a token id is out of range")));
+        return Ok(serde_json::from_str(prompt).ok());
     }
     let model = attempt.document.get("model").unwrap_or("null");
     let body = format!(r#"{{"model":{model},"{field}":{prompt}}}"#);
@@ -222,11 +289,11 @@ async fn tokenize(
     let step = attempt.shared.upstream.fetch(&seat.engine, call);
     let (head, body) = seat.run(Stage::Tokenize, attempt.job.deadlines.prefill, step).await?;
     if head.status.is_client_error() {
-        return Ok(Err(verbatim(head, body)));
+        return Ok(None);
     }
     let tokens: Option<Tokens> = serde_json::from_slice(&body).ok();
     match tokens {
-        Some(Tokens { tokens }) if head.status.is_success() && !tokens.is_empty() => Ok(Ok(tokens)),
+        Some(Tokens { tokens }) if head.status.is_success() => Ok(Some(tokens).filter(|tokens| !tokens.is_empty())),
         _ => Err(seat.failed(Stage::Tokenize, Cause::Nonsense("it has no tokens"))),
     }
 }
@@ -237,155 +304,194 @@ fn list(ids: &[u32]) -> String {
     format!("[{}]", ids.join(","))
 }
 
-impl Shape {
-    fn new(kind: Kind, first: &First, include_usage: bool) -> Self {
+/// The prefill engine's whole answer where there is nothing to add, without its side of the hand-off.
+fn alone(answer: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(answer).ok()?;
+    let params = [Step::Key("kv_transfer_params")];
+    let cleared = edit_at(text, &params, |_| Some("null".to_owned()));
+    Some(cleared.unwrap_or_else(|| text.to_owned()))
+}
+
+fn whole_response(body: String, stream: bool) -> Response<Body> {
+    let content_type = if stream {
+        "text/event-stream; charset=utf-8"
+    } else {
+        "application/json"
+    };
+    let mut response = Response::new(Body::from(body));
+    let content_type = header::HeaderValue::from_static(content_type);
+    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    response
+}
+
+/// The end of a stream whose first token is its last.
+struct Ending<'ending> {
+    text: &'ending str,
+    finish: &'ending Value,
+    stop: &'ending Value,
+    usage: Option<&'ending Value>,
+}
+
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+impl Rewriter {
+    fn new(kind: Kind, first: &First<'_>) -> Self {
         Self {
             kind,
-            id: match kind {
-                Kind::Completions => first.id.clone(),
-                Kind::Chat => first.id.replacen("cmpl-", "chatcmpl-", 1),
-            },
-            created: first.created.clone(),
-            model: first.model.clone(),
-            include_usage,
-            cached: first.usage["prompt_tokens_details"].clone(),
+            id: first.id.get().to_owned(),
+            created: first.created.get().to_owned(),
+            model: first.model.get().to_owned(),
         }
     }
 
-    /// One event with a piece of text.
-    fn chunk(&self, delta: &Value, finish_reason: &Value, stop_reason: &Value) -> String {
-        let (object, piece) = match self.kind {
-            Kind::Completions => ("text_completion", "text"),
-            Kind::Chat => ("chat.completion.chunk", "delta"),
+    /// One event, in the words of vLLM 0.32: `rest` follows the choices.
+    fn event(&self, choices: &str, rest: &str) -> String {
+        let Self {
+            kind,
+            id,
+            created,
+            model,
+        } = self;
+        let object = match kind {
+            Kind::Completions => "text_completion",
+            Kind::Chat => "chat.completion.chunk",
         };
-        let choice = json!({"index": 0, piece: delta, "logprobs": null, "finish_reason": finish_reason, "stop_reason": stop_reason});
-        self.envelope(object, &json!([choice]), None)
-    }
-
-    fn envelope(&self, object: &str, choices: &Value, usage: Option<Value>) -> String {
-        let mut event =
-            json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices});
-        if self.include_usage || usage.is_some() {
-            event["usage"] = usage.unwrap_or_default();
-        }
-        sse::event(&event.to_string())
-    }
-
-    fn text(&self, text: &str) -> Value {
-        match self.kind {
-            Kind::Completions => json!(text),
-            Kind::Chat => json!({"content": text}),
-        }
-    }
-
-    /// What a stream begins with: the first token, after the role if it is a chat.
-    fn first_events(&self, text: &str) -> Bytes {
-        let first = self.chunk(&self.text(text), &Value::Null, &Value::Null);
-        (self.role() + &first).into()
+        sse::event(&format!(
+            r#"{{"id":{id},"object":"{object}","created":{created},"model":{model},"choices":[{choices}]{rest}}}"#
+        ))
     }
 
     /// The event that opens a chat; completions have none.
     fn role(&self) -> String {
+        let choice = r#"{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}"#;
         match self.kind {
             Kind::Completions => String::new(),
-            Kind::Chat => self.chunk(&json!({"role": "assistant", "content": ""}), &Value::Null, &Value::Null),
+            Kind::Chat => self.event(choice, r#","prompt_token_ids":null,"prompt_text":null"#),
         }
     }
 
-    /// The client's usage. The decode engine has counted the first token as part of the prompt.
-    fn usage(&self, decoded: &Value) -> Value {
-        let mut usage = decoded.clone();
-        if let Some(tokens) = decoded["prompt_tokens"].as_u64() {
-            usage["prompt_tokens"] = json!(tokens.saturating_sub(1));
-        }
-        if let Some(tokens) = decoded["completion_tokens"].as_u64() {
-            usage["completion_tokens"] = json!(tokens + 1);
-        }
-        if usage.is_object() {
-            usage["prompt_tokens_details"] = self.cached.clone();
-        }
-        usage
-    }
-
-    /// An answer of one choice.
-    fn answer(&self, text: &str, finish_reason: &Value, stop_reason: &Value, usage: &Value) -> Value {
-        let (object, piece, content) = match self.kind {
-            Kind::Completions => ("text_completion", "text", json!(text)),
-            Kind::Chat => (
-                "chat.completion",
-                "message",
-                json!({"role": "assistant", "content": text, "refusal": null, "tool_calls": []}),
+    /// What a stream begins with: the first token, after the role if it is a chat.
+    fn first_events(&self, text: &str) -> String {
+        let text = quoted(text);
+        let choice = match self.kind {
+            Kind::Completions => format!(
+                r#"{{"index":0,"text":{text},"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}}"#
+            ),
+            Kind::Chat => format!(
+                r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null,"token_ids":null}}"#
             ),
         };
-        json!({
-            "id": self.id, "object": object, "created": self.created, "model": self.model,
-            "choices": [{"index": 0, piece: content, "logprobs": null, "finish_reason": finish_reason, "stop_reason": stop_reason}],
-            "usage": usage,
-        })
+        self.role() + &self.event(&choice, "")
+    }
+
+    /// A whole stream of one token.
+    fn only_events(&self, last: &Ending<'_>) -> String {
+        let (text, finish, stop) = (quoted(last.text), last.finish, last.stop);
+        let choice = match self.kind {
+            Kind::Completions => format!(
+                r#"{{"index":0,"text":{text},"logprobs":null,"finish_reason":{finish},"stop_reason":{stop},"prompt_token_ids":null,"token_ids":null}}"#
+            ),
+            Kind::Chat => format!(
+                r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":{finish},"stop_reason":{stop},"token_ids":null}}"#
+            ),
+        };
+        let mut events = self.role() + &self.event(&choice, "");
+        if let Some(usage) = last.usage {
+            events += &self.event("", &format!(r#","usage":{}"#, without_nulls(usage)));
+        }
+        events + &sse::event("[DONE]")
+    }
+
+    /// The decode engine's usage for the client: it has counted the first token as part of the prompt.
+    fn usage(usage: &str) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Counts {
+            prompt_tokens: u64,
+            completion_tokens: u64,
+        }
+        let counts: Counts = serde_json::from_str(usage).ok()?;
+        let (prompt, completion) = (counts.prompt_tokens.checked_sub(1)?, counts.completion_tokens + 1);
+        let (prompt, completion) = (prompt.to_string(), completion.to_string());
+        let edits = [
+            ("prompt_tokens", Some(prompt.as_str())),
+            ("completion_tokens", Some(completion.as_str())),
+        ];
+        Some(Document::parse_text(usage).ok()?.apply(&edits))
     }
 
     /// The whole answer, from the first token's text and the decode engine's whole answer.
-    fn whole(&self, first: &str, decoded: &[u8]) -> Option<Bytes> {
-        let decoded: Value = serde_json::from_slice(decoded).ok()?;
-        let choice = decoded["choices"].get(0)?;
-        let text = format!("{first}{}", choice["text"].as_str()?);
-        let usage = self.usage(&decoded["usage"]);
-        let answer = self.answer(&text, &choice["finish_reason"], &choice["stop_reason"], &usage);
-        Some(answer.to_string().into())
-    }
-
-    /// The whole answer where the first token is also the last.
-    fn alone(&self, first: &First, choice: &FirstChoice, stream: bool) -> Response<Body> {
-        let (finish, stop) = (json!(choice.finish_reason), &choice.stop_reason);
-        let (content_type, body) = if stream {
-            let mut events = String::new();
-            events.push_str(&self.role());
-            events.push_str(&self.chunk(&self.text(&choice.text), &finish, stop));
-            if self.include_usage {
-                events.push_str(&self.envelope(self.stream_object(), &json!([]), Some(first.usage.clone())));
-            }
-            events.push_str(&sse::event("[DONE]"));
-            ("text/event-stream; charset=utf-8", events)
-        } else {
-            let answer = self.answer(&choice.text, &finish, stop, &first.usage);
-            ("application/json", answer.to_string())
+    fn whole(&self, first: &str, decoded: &str) -> Option<String> {
+        let path: &[Step] = match self.kind {
+            Kind::Completions => &[Step::Key("choices"), Step::First, Step::Key("text")],
+            Kind::Chat => &[
+                Step::Key("choices"),
+                Step::First,
+                Step::Key("message"),
+                Step::Key("content"),
+            ],
         };
-        let mut response = Response::new(Body::from(body));
-        let content_type = header::HeaderValue::from_static(content_type);
-        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
-        response
+        let joined = edit_at(decoded, path, |rest| {
+            let rest: Option<String> = serde_json::from_str(rest).ok()?;
+            Some(quoted(&(first.to_owned() + &rest.unwrap_or_default())))
+        })?;
+        let counted = edit_at(&joined, &[Step::Key("usage")], Self::usage)?;
+        Some(self.signed(&Document::parse_text(&counted).ok()?))
     }
 
-    fn stream_object(&self) -> &'static str {
-        match self.kind {
-            Kind::Completions => "text_completion",
-            Kind::Chat => "chat.completion.chunk",
-        }
+    /// With the id and the time of the first half.
+    fn signed(&self, document: &Document<'_>) -> String {
+        document.apply(&[("id", Some(&self.id)), ("created", Some(&self.created))])
     }
-}
 
-impl Rewriter {
     /// Whole events of the decode engine as the client shall see them. What is no completion chunk, such as an error or
     /// the end marker, passes unchanged.
-    pub(super) fn rewrite(&mut self, events: &[u8]) -> Bytes {
+    pub(super) fn rewrite(&mut self, events: &Bytes) -> Bytes {
         let mut out = String::with_capacity(events.len());
-        for data in sse::data(events) {
-            match serde_json::from_slice::<Value>(data) {
-                Ok(chunk) if chunk["choices"].is_array() => out.push_str(&self.rewrite_chunk(&chunk)),
-                _ => out.push_str(&sse::event(&String::from_utf8_lossy(data))),
+        for (_, event) in sse::each(events) {
+            let rewritten = sse::data(event)
+                .next()
+                .and_then(|data| self.chunk(std::str::from_utf8(data).ok()?));
+            match rewritten {
+                Some(chunk) => out.push_str(&chunk),
+                None => out.push_str(&String::from_utf8_lossy(event)),
             }
         }
         out.into()
     }
 
-    fn rewrite_chunk(&self, chunk: &Value) -> String {
-        let shape = &self.shape;
-        match chunk["choices"].get(0) {
-            Some(choice) => {
-                let text = choice["text"].as_str().unwrap_or_default();
-                shape.chunk(&shape.text(text), &choice["finish_reason"], &choice["stop_reason"])
-            }
-            None => shape.envelope(shape.stream_object(), &json!([]), Some(shape.usage(&chunk["usage"]))),
+    /// One chunk of the decode engine; nothing of the one that opens a chat, which was sent with the first token.
+    fn chunk(&self, data: &str) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Choice {
+            delta: Option<Delta>,
         }
+        #[derive(Deserialize)]
+        struct Delta {
+            role: Option<String>,
+        }
+        let document = Document::parse_text(data).ok()?;
+        let choices: Vec<Choice> = serde_json::from_str(document.get("choices")?).ok()?;
+        if choices
+            .iter()
+            .any(|choice| choice.delta.as_ref().is_some_and(|delta| delta.role.is_some()))
+        {
+            return Some(String::new());
+        }
+        let signed = self.signed(&document);
+        let counted = edit_at(&signed, &[Step::Key("usage")], Self::usage);
+        Some(sse::event(&counted.unwrap_or(signed)))
+    }
+}
+
+/// As vLLM writes the usage of a stream: what has no value is left out.
+fn without_nulls(value: &Value) -> Value {
+    match value {
+        Value::Object(members) => {
+            let given = members.iter().filter(|(_, value)| !value.is_null());
+            given.map(|(key, value)| (key.clone(), without_nulls(value))).collect()
+        }
+        other => other.clone(),
     }
 }

@@ -58,6 +58,30 @@ fn end_of_last_event(bytes: &[u8]) -> usize {
     0
 }
 
+/// Each of whole events with the place where it begins, its blank line included.
+pub(super) fn each(events: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let rest = events.get(start..).filter(|rest| !rest.is_empty())?;
+        let end = end_of_first_event(rest);
+        let found = (start, &rest[..end]);
+        start += end;
+        Some(found)
+    })
+}
+
+/// Where the first event in `bytes` ends, its blank line included; all of them if none does.
+fn end_of_first_event(bytes: &[u8]) -> usize {
+    for end in memchr::memchr_iter(b'\n', bytes) {
+        let rest = &bytes[end + 1..];
+        let blank = rest.strip_prefix(b"\r").unwrap_or(rest);
+        if blank.first() == Some(&b'\n') {
+            return bytes.len() - blank.len() + 1;
+        }
+    }
+    bytes.len()
+}
+
 /// The `data` of each event in `events`, which vLLM always writes on one line.
 pub(super) fn data(events: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     events

@@ -226,7 +226,7 @@ const ENDED: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"mo
 /// The same where the first token is half a character.
 const HALF: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"\ufffd","finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":9}}"#;
 
-const REST: &str = r#"{"id":"cmpl-D","object":"text_completion","created":6,"model":"m","choices":[{"index":0,"text":"lo","logprobs":null,"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":4,"total_tokens":5,"completion_tokens":1,"prompt_tokens_details":null}}"#;
+const REST: &str = r#"{"id":"cmpl-D","object":"text_completion","created":6,"model":"m","choices":[{"index":0,"text":"lo","logprobs":null,"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":4,"total_tokens":5,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":3}}}"#;
 
 /// Cut where a parser that takes a chunk for an event would fail.
 fn rest_stream() -> Response<Body> {
@@ -250,6 +250,11 @@ async fn splice(first: &'static str, body: &str, path: &str) -> (u16, String, St
     let decode = Fake::start(|seen| async move {
         match (seen.path.as_str(), &seen.json()["stream"]) {
             ("/tokenize", _) => answer(200, r#"{"count":3,"max_model_len":99,"tokens":[1,2,3]}"#),
+            (CHAT, Value::Bool(true)) => events(vec![
+                Ok("data: {\"id\":\"d\",\"created\":6,\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n"),
+                Ok("data: {\"id\":\"d\",\"created\":6,\"choices\":[{\"delta\":{\"content\":\"lo\"}}]}\n\ndata: [DONE]\n\n"),
+            ]),
+            (CHAT, _) => answer(200, r#"{"id":"chatcmpl-D","object":"chat.completion","created":6,"choices":[{"message":{"role":"assistant","content":"lo","new":1.50}}],"usage":{"prompt_tokens":4,"completion_tokens":1}}"#),
             (_, Value::Bool(true)) => rest_stream(),
             _ => answer(200, REST),
         }
@@ -324,36 +329,52 @@ async fn a_spliced_stream_has_one_id_and_the_right_usage() {
     assert_eq!(decode[0].json()["max_tokens"], 15);
 }
 
+/// The same of a chat, and what a reasoning parser makes of it.
+const CHAT_FIRST: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel"},"finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":42}}"#;
+const CHAT_THOUGHT: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","reasoning":"Hel"},"finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":42}}"#;
+
+const CHAT: &str = "/v1/chat/completions";
+
 #[tokio::test]
-async fn a_spliced_chat_is_a_chat() {
+async fn a_spliced_chat_is_the_decode_engines_own_chat_with_the_first_token_before_it() {
     let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
-    let (_, _, text, prefill, decode) = splice(FIRST, body, "/v1/chat/completions").await;
-    let answer: Value = serde_json::from_str(&text).unwrap();
+    let (_, _, text, prefill, decode) = splice(CHAT_FIRST, body, CHAT).await;
+    let whole = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"choices":[{"message":{"role":"assistant","content":"Hello","new":1.50}}],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    assert_eq!(text, whole);
+    assert_eq!(prefill[0].path, CHAT);
+    let params = &prefill[0].json()["kv_transfer_params"];
     assert_eq!(
-        (answer["object"].as_str(), answer["id"].as_str()),
-        (Some("chat.completion"), Some("chatcmpl-P"))
+        (&params["prompt_token_ids"], &params["ret_first_tok"]),
+        (&json!([1, 2, 3]), &json!(true))
     );
-    let message = &answer["choices"][0]["message"];
-    assert_eq!(
-        (message["role"].as_str(), message["content"].as_str()),
-        (Some("assistant"), Some("Hello"))
-    );
-    assert_eq!(prefill[0].json().get("messages"), None);
-    assert_eq!(decode[1].json(), json!({"prompt": [1, 2, 3, 42], "max_tokens": null}));
+    let rest = json!({"messages": [{"role": "user", "content": "x"}], "kv_transfer_params": {"prompt_token_ids": [1, 2, 3, 42]}});
+    assert_eq!((decode[1].path.as_str(), decode[1].json()), (CHAT, rest));
 
     let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"max_completion_tokens":9}"#;
-    let (_, _, text, _, decode) = splice(FIRST, body, "/v1/chat/completions").await;
+    let (_, _, text, _, decode) = splice(CHAT_FIRST, body, CHAT).await;
     let chunks = chunks(&text);
+    let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]).collect();
+    assert_eq!(*deltas[0], json!({"role": "assistant", "content": ""}));
     assert_eq!(
-        chunks[0]["choices"][0]["delta"],
-        json!({"role": "assistant", "content": ""})
+        (&deltas[1]["content"], &deltas[2]["content"]),
+        (&json!("Hel"), &json!("lo"))
     );
-    let contents = chunks[1..]
-        .iter()
-        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
-    assert_eq!(contents.collect::<String>(), "Hello!");
-    assert_eq!(chunks[1]["object"], "chat.completion.chunk");
-    assert_eq!(decode[1].json()["max_tokens"], 8);
+    assert!(
+        chunks[..3]
+            .iter()
+            .all(|chunk| chunk["id"] == "chatcmpl-P" && chunk["created"] == 5)
+    );
+    assert_eq!((chunks.len(), &chunks[3]), (4, &json!("[DONE]")));
+    assert_eq!(decode[1].json()["max_completion_tokens"], 8);
+    assert_eq!(decode[1].json().get("max_tokens"), None);
+}
+
+#[tokio::test]
+async fn a_first_token_that_is_no_plain_text_is_left_to_the_decode_engine() {
+    let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
+    let (status, _, _, prefill, decode) = splice(CHAT_THOUGHT, body, CHAT).await;
+    assert_eq!((status, prefill.len()), (200, 1));
+    assert!(decode.iter().any(|seen| seen.raw == body), "the client's own request");
 }
 
 #[tokio::test]
@@ -421,7 +442,7 @@ async fn what_a_splice_cannot_do_exactly_goes_to_a_decode_engine_alone() {
     let (_, _, _, prefill, decode) = splice(FIRST, body, "/v1/chat/completions").await;
     assert_eq!(
         (prefill.len(), decode[0].path.as_str(), decode[0].raw.as_str()),
-        (0, "/v1/chat/completions", body)
+        (0, CHAT, body)
     );
 }
 
