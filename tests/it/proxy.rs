@@ -7,7 +7,7 @@
 
 mod canary;
 pub(crate) mod fake;
-mod lmcache;
+pub(crate) mod lmcache;
 mod policies;
 mod queue;
 

@@ -42,7 +42,7 @@ async fn decoder() -> Fake {
 }
 
 /// A prefill engine that sends `ranks` notifications before it answers.
-async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fake {
+pub(crate) async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fake {
     Fake::start(move |seen| async move {
         for _ in 0..ranks {
             notify(port, &request_id(&seen)).await;
