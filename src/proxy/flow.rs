@@ -122,7 +122,8 @@ impl Attempt<'_> {
     async fn run(&mut self, course: &Course) -> Result<Response<Body>, ProxyError> {
         let outcome = match course {
             Course::Bypass(reason) => {
-                tracing::debug!(reason, "answered by a decode engine alone");
+                let why = rules::why(self.job.kind, reason);
+                tracing::debug!(reason, why, "answered by a decode engine alone");
                 self.bypass(None).await
             }
             Course::Handoff => self.hand_over().await,

@@ -12,6 +12,8 @@ mod error;
 mod flow;
 mod guard;
 mod ledger;
+#[cfg(test)]
+mod matrix;
 mod metrics;
 mod notify;
 mod pass;
