@@ -210,7 +210,7 @@ impl Prompt {
 
 impl Half {
     /// The decode leg: the client's body with the prompt's tokens, the first token, and one token less to generate.
-    async fn finish(mut self, attempt: &Attempt<'_>, limit: Option<u64>) -> Result<Response<Body>, ProxyError> {
+    async fn finish(mut self, attempt: &mut Attempt<'_>, limit: Option<u64>) -> Result<Response<Body>, ProxyError> {
         let kind = attempt.job.kind;
         let prompt = Prompt::new(kind, &self.tokens, "{}");
         let limit = limit.map(|limit| (limit - 1).to_string());
@@ -225,10 +225,11 @@ impl Half {
         let sent = Instant::now();
         self.entry.send();
         let response = match attempt.decode(&self.decode, &self.id, kind.path(), body).await? {
-            Decoded::Refused(response) => {
+            Decoded::Refused(_) => {
+                // In words about its own leg, which the client has not written.
                 self.entry.refused();
-                attempt.shared.metrics.handed(Outcome::Refused);
-                return Ok(response);
+                drop(self.entry);
+                return attempt.bypass(Some(self.decode)).await;
             }
             Decoded::Whole(head, body) => {
                 let mut tally = attempt.tally(true);

@@ -6,4 +6,5 @@
 )]
 
 mod answers;
+mod cells;
 mod passes;

@@ -1,0 +1,490 @@
+//! docs/matrix.md, cell by cell: the fleet's bytes against one engine's, for each way in which KV is handed over.
+//!
+//! Ids and times differ, and nothing else may. The engines tell their cached tokens, so that the KV that came from elsewhere
+//! would show.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::{Place, Run, get, post, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+const COMPLETIONS: &str = "/v1/completions";
+const CHAT: &str = "/v1/chat/completions";
+
+/// What becomes of a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fate {
+    /// Prefill on one engine, decode on another.
+    Handed,
+    /// A decode engine alone.
+    Alone,
+    /// An engine refuses it.
+    Refused,
+}
+
+/// How KV is handed over.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Flow {
+    Nixl,
+    Decoder,
+    Prefiller,
+}
+
+impl Flow {
+    fn settings(self) -> &'static [&'static str] {
+        match self {
+            Self::Nixl => &["--connector", "nixl"],
+            Self::Decoder => &["--connector", "lmcache"],
+            Self::Prefiller => &["--connector", "lmcache", "--set", "lmcache.first_token=prefiller"],
+        }
+    }
+}
+
+/// One engine that was never told of another.
+struct Alone {
+    process: Child,
+    port: u16,
+}
+
+impl Alone {
+    fn start(place: &Place) -> Self {
+        let arguments = [
+            "sim",
+            MODEL,
+            "--port",
+            "0",
+            "--enable-prompt-tokens-details",
+            "--max-model-len",
+            "16384",
+        ];
+        let mut process = place.command(&arguments).stderr(Stdio::piped()).spawn().unwrap();
+        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let mut line = String::new();
+        let address = loop {
+            line.clear();
+            assert!(log.read_line(&mut line).unwrap() > 0, "the engine ended");
+            if let Some((_, address)) = line.trim_end().split_once("Starting vLLM server on http://") {
+                break address.to_owned();
+            }
+        };
+        // Whoever reads no more must not block the engine.
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        let port: u16 = address.rsplit_once(':').unwrap().1.parse().unwrap();
+        wait_for("the engine", || {
+            let health = std::net::TcpStream::connect(("127.0.0.1", port));
+            health.map(drop).map_err(|error| error.to_string())
+        });
+        Self { process, port }
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
+
+/// The text without what differs between any two answers: ids and times.
+fn normalised(text: &str) -> String {
+    let ids = regex::Regex::new(r"\b(cmpl|chatcmpl|resp|msg)[-_][0-9a-f]{32}").unwrap();
+    let times = regex::Regex::new(r#""(created|created_at)":\d+"#).unwrap();
+    let text = ids.replace_all(text, "$1-ID");
+    times.replace_all(&text, r#""$1":0"#).into_owned()
+}
+
+/// How many requests of each fate the proxy has counted.
+fn counts(port: u16) -> [u64; 3] {
+    let text = get(port, "/metrics");
+    let of = |outcomes: &[&str]| {
+        let sample = |outcome: &&str| {
+            let beginning = format!("xpyd_handoff_total{{outcome=\"{outcome}\"}} ");
+            let value = text.lines().find_map(|line| line.strip_prefix(&beginning));
+            value.map_or(0, |value| value.parse::<u64>().unwrap())
+        };
+        outcomes.iter().map(sample).sum()
+    };
+    [
+        of(&["transferred"]),
+        of(&["bypassed"]),
+        of(&["refused", "failed", "recomputed"]),
+    ]
+}
+
+/// A request with what it adds to the plainest one, and its fate where the decode engine, and where the prefill engine makes
+/// the first token.
+type Cell = (&'static str, Value, Fate, Fate);
+
+use Fate::{Alone as Bypass, Handed, Refused};
+
+fn completions() -> Vec<Cell> {
+    let long: Vec<u32> = (0..700).map(|id| 65_800 + id % 256).collect();
+    vec![
+        ("plain", json!({}), Handed, Handed),
+        ("token ids", json!({"prompt": [65_800, 65_900, 66_000]}), Handed, Handed),
+        ("one token", json!({"prompt": [65_800]}), Handed, Handed),
+        ("several blocks and chunks", json!({"prompt": long}), Handed, Handed),
+        (
+            "any text",
+            json!({"prompt": "Grüße, \u{1F30A}\n\t\"quoted\" \\ done"}),
+            Handed,
+            Handed,
+        ),
+        ("list of one text", json!({"prompt": ["one day"]}), Bypass, Bypass),
+        (
+            "list of texts",
+            json!({"prompt": ["one day", "two ships"]}),
+            Bypass,
+            Bypass,
+        ),
+        (
+            "lists of token ids",
+            json!({"prompt": [[65_800, 65_801], [65_900]]}),
+            Bypass,
+            Bypass,
+        ),
+        ("n", json!({"n": 3, "temperature": 1, "seed": 5}), Bypass, Bypass),
+        ("n, greedy", json!({"n": 2}), Refused, Refused),
+        ("best_of", json!({"best_of": 2}), Bypass, Bypass),
+        ("beam search", json!({"use_beam_search": true, "n": 3}), Bypass, Bypass),
+        ("echo", json!({"echo": true}), Bypass, Bypass),
+        (
+            "echo with logprobs",
+            json!({"echo": true, "logprobs": 2}),
+            Bypass,
+            Bypass,
+        ),
+        (
+            "echo and nothing more",
+            json!({"echo": true, "max_tokens": 0, "logprobs": 1}),
+            Bypass,
+            Bypass,
+        ),
+        ("logprobs", json!({"logprobs": 3}), Handed, Bypass),
+        ("logprobs 0", json!({"logprobs": 0}), Handed, Bypass),
+        ("prompt_logprobs", json!({"prompt_logprobs": 2}), Bypass, Bypass),
+        (
+            "min_tokens",
+            json!({"min_tokens": 20, "max_tokens": 40}),
+            Handed,
+            Bypass,
+        ),
+        (
+            "min_tokens above max_tokens",
+            json!({"min_tokens": 20, "max_tokens": 3}),
+            Refused,
+            Refused,
+        ),
+        ("max_tokens 1", json!({"max_tokens": 1}), Handed, Handed),
+        ("max_tokens absent", json!({"max_tokens": "-"}), Handed, Handed),
+        ("max_tokens null", json!({"max_tokens": null}), Handed, Handed),
+        ("max_tokens huge", json!({"max_tokens": 1_000_000}), Refused, Refused),
+        ("max_tokens 0", json!({"max_tokens": 0}), Refused, Refused),
+        ("max_tokens a text", json!({"max_tokens": "7"}), Refused, Refused),
+        ("stop at the first token", json!({"stop": [" "]}), Handed, Bypass),
+        ("stop over tokens", json!({"stop": "the "}), Handed, Bypass),
+        (
+            "stop kept",
+            json!({"stop": [" a"], "include_stop_str_in_output": true}),
+            Handed,
+            Bypass,
+        ),
+        ("stop_token_ids", json!({"stop_token_ids": [44, 46]}), Handed, Bypass),
+        (
+            "ignore_eos",
+            json!({"ignore_eos": true, "max_tokens": 300}),
+            Handed,
+            Handed,
+        ),
+        ("until it ends", json!({"max_tokens": 4000}), Handed, Handed),
+        ("seed", json!({"seed": 7, "temperature": 1}), Handed, Bypass),
+        (
+            "sampling",
+            json!({"temperature": 0.0, "top_p": 0.9, "top_k": 40, "min_p": 0.1}),
+            Handed,
+            Handed,
+        ),
+        (
+            "penalties",
+            json!({"presence_penalty": 0.5, "repetition_penalty": 1.2}),
+            Handed,
+            Bypass,
+        ),
+        (
+            "penalties without effect",
+            json!({"presence_penalty": 0.0, "repetition_penalty": 1.0}),
+            Handed,
+            Handed,
+        ),
+        ("logit_bias", json!({"logit_bias": {"65800": 5}}), Handed, Bypass),
+        (
+            "structured output",
+            json!({"structured_outputs": {"choice": ["yes", "no"]}}),
+            Handed,
+            Bypass,
+        ),
+        ("return_token_ids", json!({"return_token_ids": true}), Handed, Bypass),
+        ("suffix", json!({"suffix": "."}), Refused, Refused),
+        (
+            "stream_options without a stream",
+            json!({"stream": false, "stream_options": {"include_usage": true}}),
+            Refused,
+            Refused,
+        ),
+        (
+            "transfer parameters",
+            json!({"kv_transfer_params": {"do_remote_prefill": true}}),
+            Handed,
+            Handed,
+        ),
+        (
+            "a field of a later vLLM",
+            json!({"a_new_field": [1.50]}),
+            Handed,
+            Bypass,
+        ),
+        ("no prompt", json!({"prompt": "-"}), Refused, Refused),
+        ("an empty prompt", json!({"prompt": ""}), Refused, Refused),
+        ("an unknown model", json!({"model": "other"}), Refused, Refused),
+        (
+            "an unknown token",
+            json!({"prompt": [65_800, 200_000]}),
+            Refused,
+            Refused,
+        ),
+        (
+            "too long a prompt",
+            json!({"prompt": vec![65_800; 17_000]}),
+            Refused,
+            Refused,
+        ),
+    ]
+}
+
+fn chats() -> Vec<Cell> {
+    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
+    let parts =
+        json!([{"role": "user", "content": [{"type": "text", "text": "Tell me"}, {"type": "text", "text": " more"}]}]);
+    let turns = json!([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Tell me of the sea"}]);
+    vec![
+        ("plain", json!({}), Handed, Handed),
+        ("turns", json!({"messages": turns}), Handed, Handed),
+        ("parts", json!({"messages": parts}), Handed, Bypass),
+        ("max_tokens absent", json!({"max_tokens": "-"}), Handed, Handed),
+        (
+            "max_completion_tokens",
+            json!({"max_tokens": "-", "max_completion_tokens": 9}),
+            Handed,
+            Handed,
+        ),
+        (
+            "both limits",
+            json!({"max_tokens": 3, "max_completion_tokens": 9}),
+            Handed,
+            Handed,
+        ),
+        ("one token", json!({"max_completion_tokens": 1}), Handed, Handed),
+        ("n", json!({"n": 2, "temperature": 1, "seed": 3}), Bypass, Bypass),
+        ("logprobs", json!({"logprobs": true, "top_logprobs": 2}), Handed, Bypass),
+        ("prompt_logprobs", json!({"prompt_logprobs": 1}), Bypass, Bypass),
+        (
+            "tools that may not be used",
+            json!({"tools": [tool], "tool_choice": "none"}),
+            Handed,
+            Bypass,
+        ),
+        (
+            "tools without a parser",
+            json!({"tools": [tool], "tool_choice": "auto"}),
+            Refused,
+            Refused,
+        ),
+        (
+            "structured output",
+            json!({"response_format": {"type": "json_object"}}),
+            Handed,
+            Bypass,
+        ),
+        (
+            "reasoning",
+            json!({"reasoning_effort": "low", "include_reasoning": false}),
+            Handed,
+            Bypass,
+        ),
+        (
+            "template",
+            json!({"chat_template_kwargs": {"enable_thinking": false}}),
+            Handed,
+            Bypass,
+        ),
+        ("seed", json!({"seed": 7, "temperature": 1}), Handed, Bypass),
+        ("stop", json!({"stop": ["."]}), Handed, Bypass),
+        ("min_tokens", json!({"min_tokens": 12}), Handed, Bypass),
+        ("return_token_ids", json!({"return_token_ids": true}), Handed, Bypass),
+        ("no messages", json!({"messages": []}), Refused, Refused),
+        ("messages of another kind", json!({"messages": "hi"}), Refused, Refused),
+    ]
+}
+
+/// The whole body of a cell: what it names with `"-"` is absent.
+fn body(path: &str, cell: &Value, manner: Value) -> String {
+    let mut body = json!({"model": MODEL, "max_tokens": 17, "temperature": 0});
+    if path == COMPLETIONS {
+        body["prompt"] = json!("Once upon a time there was a ship");
+    } else {
+        body["messages"] = json!([{"role": "user", "content": "Tell me a story"}]);
+    }
+    let (Value::Object(cell), Value::Object(manner)) = (cell.clone(), manner) else {
+        panic!("objects")
+    };
+    // What a cell is about goes before the manner.
+    body.as_object_mut().unwrap().extend(manner);
+    body.as_object_mut().unwrap().extend(cell);
+    body.as_object_mut().unwrap().retain(|_, value| value != "-");
+    body.to_string()
+}
+
+/// How answers are asked for.
+fn manners() -> [Value; 4] {
+    [
+        json!({}),
+        json!({"stream": true}),
+        json!({"stream": true, "stream_options": {"include_usage": true}}),
+        json!({"stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true}}),
+    ]
+}
+
+fn up(place: &Place, flow: Flow) -> Run<'_> {
+    let mut arguments = vec!["--profile", "1p1d", "--set", "force_connector=true"];
+    for setting in [
+        r#"prefill.args=["--enable-prompt-tokens-details"]"#,
+        r#"decode.args=["--enable-prompt-tokens-details"]"#,
+        "sim.max_model_len=16384",
+    ] {
+        arguments.extend(["--set", setting]);
+    }
+    arguments.extend(flow.settings());
+    place.up(&arguments)
+}
+
+fn check(flow: Flow) {
+    let place = Place::new();
+    let mut fleet = up(&place, flow);
+    let alone = Alone::start(&place);
+    fleet.wait_until_ready();
+    let port = place.proxy_port();
+    let mut wrong = Vec::new();
+    for (path, cells) in [(COMPLETIONS, completions()), (CHAT, chats())] {
+        for (name, cell, by_decoder, by_prefiller) in cells {
+            let declared = if flow == Flow::Prefiller {
+                by_prefiller
+            } else {
+                by_decoder
+            };
+            for manner in manners() {
+                // Each event of a stream counts the first token: a splice cannot.
+                let counts_each = manner.to_string().contains("continuous");
+                let text = body(path, &cell, manner);
+                let expected = post(alone.port, path, &text);
+                let fate = match declared {
+                    _ if expected.0 != 200 => Refused,
+                    Handed if counts_each && flow == Flow::Prefiller => Bypass,
+                    declared => declared,
+                };
+                let before = counts(port);
+                let got = post(port, path, &text);
+                let after = counts(port);
+                let counted = [0, 1, 2].map(|place| after[place] - before[place]);
+                let due = match fate {
+                    Handed => [1, 0, 0],
+                    Bypass => [0, 1, 0],
+                    Refused => [0, 0, 1],
+                };
+                if (got.0, normalised(&got.1)) != (expected.0, normalised(&expected.1)) || counted != due {
+                    wrong.push(format!(
+                        "{flow:?} {path} {name}: {text}\n  fleet  {counted:?} {got:?}\n  engine {due:?} {expected:?}"
+                    ));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} cells differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn every_cell_is_one_engines_answer_over_nixl() {
+    check(Flow::Nixl);
+}
+
+#[test]
+fn every_cell_is_one_engines_answer_over_lmcache() {
+    check(Flow::Decoder);
+}
+
+#[test]
+fn every_cell_is_one_engines_answer_where_the_prefill_engine_makes_the_first_token() {
+    check(Flow::Prefiller);
+}
+
+#[test]
+fn every_passed_route_is_one_engines_answer() {
+    let place = Place::new();
+    let mut fleet = up(&place, Flow::Nixl);
+    let alone = Alone::start(&place);
+    fleet.wait_until_ready();
+    let messages = json!([{"role": "user", "content": "Tell me of the sea"}]);
+    let response = |more: Value| {
+        let mut body =
+            json!({"model": MODEL, "input": "Tell me of the sea", "max_output_tokens": 12, "temperature": 0});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let posts = [
+        ("/v1/responses", response(json!({}))),
+        (
+            "/v1/responses",
+            response(json!({"stream": true, "kv_transfer_params": {"do_remote_prefill": true}})),
+        ),
+        ("/v1/responses", response(json!({"model": "other"}))),
+        (
+            "/v1/messages",
+            json!({"model": MODEL, "messages": messages, "max_tokens": 9, "system": "Be brief"}),
+        ),
+        (
+            "/v1/messages",
+            json!({"model": MODEL, "messages": messages, "max_tokens": 9, "stream": true}),
+        ),
+        ("/v1/messages", json!({"model": MODEL, "max_tokens": 9})),
+        (
+            "/v1/messages/count_tokens",
+            json!({"model": MODEL, "messages": messages}),
+        ),
+        ("/tokenize", json!({"prompt": "one day", "return_token_strs": true})),
+        ("/tokenize", json!({"messages": messages})),
+        ("/detokenize", json!({"tokens": [65_800, 65_801]})),
+        ("/detokenize", json!({"tokens": [200_000]})),
+        // The model makes no embeddings, and neither does a fleet of it.
+        ("/v1/embeddings", json!({"model": MODEL, "input": "x"})),
+        ("/v1/score", json!({"model": MODEL})),
+        ("/v1/of_a_later_version", json!({"model": MODEL})),
+        ("/not_known", json!({})),
+    ];
+    for (path, body) in posts {
+        let (got, expected) = (
+            post(place.proxy_port(), path, &body.to_string()),
+            post(alone.port, path, &body.to_string()),
+        );
+        assert_eq!(got.0, expected.0, "{path} {body}");
+        if path != "/not_known" {
+            assert_eq!(normalised(&got.1), normalised(&expected.1), "{path} {body}");
+        }
+    }
+    for path in ["/v1/models", "/version", "/ping", "/health", "/v1/of_a_later_version"] {
+        let (got, expected) = (get(place.proxy_port(), path), get(alone.port, path));
+        assert_eq!(normalised(&got), normalised(&expected), "{path}");
+    }
+}
