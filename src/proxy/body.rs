@@ -281,6 +281,12 @@ mod tests {
     }
 
     #[test]
+    fn depth_is_the_engines_to_refuse() {
+        let deep = format!("{{\"a\":{}{},\"n\":2}}", "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(edit(&deep, &[("n", Some("1"))]), deep.replace("\"n\":2", "\"n\":1"));
+    }
+
+    #[test]
     fn what_is_no_object_is_refused_with_the_place() {
         let message = |body: &[u8]| crate::report::one_line(&Document::parse(body).expect_err("no object"));
         assert!(
@@ -325,7 +331,94 @@ mod tests {
         })
     }
 
+    /// Any JSON value as text, with the spellings that a writer of its own would not keep.
+    fn values() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            Just("-0".to_owned()),
+            Just("1.50e+00".to_owned()),
+            Just("123456789012345678901234567890".to_owned()),
+            Just("1e999".to_owned()),
+            Just("\"\\u00e9\\/\\ud83c\\udf0a\\\"}{,:\"".to_owned()),
+            Just("\"\\ud800\"".to_owned()),
+            any::<String>().prop_map(|text| Value::from(text).to_string()),
+        ];
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            let member = (keys(), inner.clone()).prop_map(|(key, value)| format!("{key} :{value}"));
+            prop_oneof![
+                proptest::collection::vec(inner, 0..4).prop_map(|all| format!("[ {}\t]", all.join(" ,"))),
+                proptest::collection::vec(member, 0..4).prop_map(|all| format!("{{{}\n}}", all.join(","))),
+            ]
+        })
+    }
+
+    /// Keys as text: few, so that they meet, and forbidden ones in several spellings.
+    fn keys() -> impl Strategy<Value = String> {
+        prop_oneof![
+            Just("\"a\"".to_owned()),
+            Just("\"\\u0061\"".to_owned()),
+            Just("\"kv_transfer_params\"".to_owned()),
+            Just("\"kv_transfer\\u005fparams\"".to_owned()),
+            Just("\"ec_transfer_params\"".to_owned()),
+            any::<String>().prop_map(|text| Value::from(text).to_string()),
+        ]
+    }
+
+    fn key_of(text: &str) -> String {
+        serde_json::from_str(text).expect("a key")
+    }
+
     proptest! {
+        #[test]
+        fn whatever_is_edited_every_other_member_keeps_its_bytes(
+            members in proptest::collection::vec((keys(), "[ \n\t\r]{0,2}", values(), "[ \n\t\r]{0,2}"), 0..8),
+            edited in proptest::collection::vec((0_usize..8, proptest::option::of(values())), 0..4),
+        ) {
+            let texts: Vec<String> = members.iter().map(|(key, before, value, _)| format!("{key}{before}:{before}{value}")).collect();
+            let spaced: Vec<String> = members.iter().zip(&texts).map(|((_, _, _, after), text)| format!("{after}{text}{after}")).collect();
+            let body = format!("{{{}}}", spaced.join(","));
+            let mut edits: Vec<(String, Option<String>)> = Vec::new();
+            for (place, value) in edited {
+                let key = members.get(place).map_or("new".to_owned(), |(key, ..)| key_of(key));
+                let is_plain = key.chars().all(|character| character.is_ascii_alphanumeric());
+                if is_plain && edits.iter().all(|(other, _)| *other != key) {
+                    edits.push((key, value));
+                }
+            }
+            let mut due = Vec::new();
+            let mut set = Vec::new();
+            for ((key, before, ..), text) in members.iter().zip(&texts) {
+                let name = key_of(key);
+                match edits.iter().find(|(edited, _)| *edited == name) {
+                    _ if FORBIDDEN.contains(&name.as_str()) => {}
+                    None => due.push(text.clone()),
+                    Some((_, Some(value))) if !set.contains(&name) => {
+                        due.push(format!("{key}{before}:{before}{value}"));
+                        set.push(name);
+                    }
+                    Some(_) => {}
+                }
+            }
+            let new = edits.iter().filter(|(key, _)| !set.contains(key));
+            due.extend(new.filter_map(|(key, value)| Some(format!("\"{key}\":{}", value.as_deref()?))));
+            let edits: Vec<Edit<'_>> = edits.iter().map(|(key, value)| (key.as_str(), value.as_deref())).collect();
+            let out = edit(&body, &edits);
+            let left = Document::parse_text(&out).expect("still an object");
+            let left: Vec<&str> = left.members.iter().map(|member| &out[member.whole.clone()]).collect();
+            prop_assert_eq!(left, due);
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in any::<Vec<u8>>(), cut in 0_usize..200, body in objects()) {
+            let mut broken = body.into_bytes();
+            broken.truncate(cut);
+            for bytes in [bytes, broken] {
+                if let Ok(document) = Document::parse(&bytes) {
+                    prop_assert!(serde_json::from_slice::<serde_json::Map<String, Value>>(&document.edited(&[])).is_ok());
+                }
+            }
+        }
+
         #[test]
         fn edits_equal_edits_of_the_parsed_value(body in objects(), remove_a: bool, set_b: bool) {
             let mut edits: Vec<Edit<'_>> = Vec::new();
