@@ -3,6 +3,7 @@
 //! Ids and times differ, and nothing else may. The engines tell their cached tokens, so that the KV that came from elsewhere
 //! would show.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 
@@ -12,10 +13,10 @@ use crate::support::{Place, Run, get, post, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 const COMPLETIONS: &str = "/v1/completions";
-const CHAT: &str = "/v1/chat/completions";
 
 /// What becomes of a request.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 enum Fate {
     /// Prefill on one engine, decode on another.
     Handed,
@@ -114,238 +115,42 @@ fn counts(port: u16) -> [u64; 3] {
     ]
 }
 
-/// A request with what it adds to the plainest one, and its fate where the decode engine, and where the prefill engine makes
-/// the first token.
-type Cell = (&'static str, Value, Fate, Fate);
+/// A request by what it adds to the plainest one, and its fate where the decode engine, and where the prefill engine makes the
+/// first token. What is `"-"` is absent, and `{"of": x, "times": n}` is `x` so many times.
+#[derive(serde::Deserialize)]
+struct Cell(String, serde_json::Map<String, Value>, Fate, Fate);
 
-use Fate::{Alone as Bypass, Handed, Refused};
+/// Also those of `tests/real/matrix.py`.
+const CELLS: &str = include_str!("../../fixtures/cells.json");
 
-fn completions() -> Vec<Cell> {
-    let long: Vec<u32> = (0..700).map(|id| 65_800 + id % 256).collect();
-    vec![
-        ("plain", json!({}), Handed, Handed),
-        ("token ids", json!({"prompt": [65_800, 65_900, 66_000]}), Handed, Handed),
-        ("one token", json!({"prompt": [65_800]}), Handed, Handed),
-        ("several blocks and chunks", json!({"prompt": long}), Handed, Handed),
-        (
-            "any text",
-            json!({"prompt": "Grüße, \u{1F30A}\n\t\"quoted\" \\ done"}),
-            Handed,
-            Handed,
-        ),
-        ("list of one text", json!({"prompt": ["one day"]}), Bypass, Bypass),
-        (
-            "list of texts",
-            json!({"prompt": ["one day", "two ships"]}),
-            Bypass,
-            Bypass,
-        ),
-        (
-            "lists of token ids",
-            json!({"prompt": [[65_800, 65_801], [65_900]]}),
-            Bypass,
-            Bypass,
-        ),
-        ("n", json!({"n": 3, "temperature": 1, "seed": 5}), Bypass, Bypass),
-        ("n, greedy", json!({"n": 2}), Refused, Refused),
-        ("best_of", json!({"best_of": 2}), Bypass, Bypass),
-        ("beam search", json!({"use_beam_search": true, "n": 3}), Bypass, Bypass),
-        ("echo", json!({"echo": true}), Bypass, Bypass),
-        (
-            "echo with logprobs",
-            json!({"echo": true, "logprobs": 2}),
-            Bypass,
-            Bypass,
-        ),
-        (
-            "echo and nothing more",
-            json!({"echo": true, "max_tokens": 0, "logprobs": 1}),
-            Bypass,
-            Bypass,
-        ),
-        ("logprobs", json!({"logprobs": 3}), Handed, Bypass),
-        ("logprobs 0", json!({"logprobs": 0}), Handed, Bypass),
-        ("prompt_logprobs", json!({"prompt_logprobs": 2}), Bypass, Bypass),
-        (
-            "min_tokens",
-            json!({"min_tokens": 20, "max_tokens": 40}),
-            Handed,
-            Bypass,
-        ),
-        (
-            "min_tokens above max_tokens",
-            json!({"min_tokens": 20, "max_tokens": 3}),
-            Refused,
-            Refused,
-        ),
-        ("max_tokens 1", json!({"max_tokens": 1}), Handed, Handed),
-        ("max_tokens absent", json!({"max_tokens": "-"}), Handed, Handed),
-        ("max_tokens null", json!({"max_tokens": null}), Handed, Handed),
-        ("max_tokens huge", json!({"max_tokens": 1_000_000}), Refused, Refused),
-        ("max_tokens 0", json!({"max_tokens": 0}), Refused, Refused),
-        ("max_tokens a text", json!({"max_tokens": "7"}), Refused, Refused),
-        ("stop at the first token", json!({"stop": [" "]}), Handed, Bypass),
-        ("stop over tokens", json!({"stop": "the "}), Handed, Bypass),
-        (
-            "stop kept",
-            json!({"stop": [" a"], "include_stop_str_in_output": true}),
-            Handed,
-            Bypass,
-        ),
-        ("stop_token_ids", json!({"stop_token_ids": [44, 46]}), Handed, Bypass),
-        (
-            "ignore_eos",
-            json!({"ignore_eos": true, "max_tokens": 300}),
-            Handed,
-            Handed,
-        ),
-        ("until it ends", json!({"max_tokens": 4000}), Handed, Handed),
-        ("seed", json!({"seed": 7, "temperature": 1}), Handed, Bypass),
-        (
-            "sampling",
-            json!({"temperature": 0.0, "top_p": 0.9, "top_k": 40, "min_p": 0.1}),
-            Handed,
-            Handed,
-        ),
-        (
-            "penalties",
-            json!({"presence_penalty": 0.5, "repetition_penalty": 1.2}),
-            Handed,
-            Bypass,
-        ),
-        (
-            "penalties without effect",
-            json!({"presence_penalty": 0.0, "repetition_penalty": 1.0}),
-            Handed,
-            Handed,
-        ),
-        ("logit_bias", json!({"logit_bias": {"65800": 5}}), Handed, Bypass),
-        (
-            "structured output",
-            json!({"structured_outputs": {"choice": ["yes", "no"]}}),
-            Handed,
-            Bypass,
-        ),
-        ("return_token_ids", json!({"return_token_ids": true}), Handed, Bypass),
-        ("suffix", json!({"suffix": "."}), Refused, Refused),
-        (
-            "stream_options without a stream",
-            json!({"stream": false, "stream_options": {"include_usage": true}}),
-            Refused,
-            Refused,
-        ),
-        (
-            "transfer parameters",
-            json!({"kv_transfer_params": {"do_remote_prefill": true}}),
-            Handed,
-            Handed,
-        ),
-        (
-            "a field of a later vLLM",
-            json!({"a_new_field": [1.50]}),
-            Handed,
-            Bypass,
-        ),
-        ("no prompt", json!({"prompt": "-"}), Refused, Refused),
-        ("an empty prompt", json!({"prompt": ""}), Refused, Refused),
-        ("an unknown model", json!({"model": "other"}), Refused, Refused),
-        (
-            "an unknown token",
-            json!({"prompt": [65_800, 200_000]}),
-            Refused,
-            Refused,
-        ),
-        (
-            "too long a prompt",
-            json!({"prompt": vec![65_800; 17_000]}),
-            Refused,
-            Refused,
-        ),
-    ]
-}
-
-fn chats() -> Vec<Cell> {
-    let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}});
-    let parts =
-        json!([{"role": "user", "content": [{"type": "text", "text": "Tell me"}, {"type": "text", "text": " more"}]}]);
-    let turns = json!([{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Tell me of the sea"}]);
-    vec![
-        ("plain", json!({}), Handed, Handed),
-        ("turns", json!({"messages": turns}), Handed, Handed),
-        ("parts", json!({"messages": parts}), Handed, Bypass),
-        ("max_tokens absent", json!({"max_tokens": "-"}), Handed, Handed),
-        (
-            "max_completion_tokens",
-            json!({"max_tokens": "-", "max_completion_tokens": 9}),
-            Handed,
-            Handed,
-        ),
-        (
-            "both limits",
-            json!({"max_tokens": 3, "max_completion_tokens": 9}),
-            Handed,
-            Handed,
-        ),
-        ("one token", json!({"max_completion_tokens": 1}), Handed, Handed),
-        ("n", json!({"n": 2, "temperature": 1, "seed": 3}), Bypass, Bypass),
-        ("logprobs", json!({"logprobs": true, "top_logprobs": 2}), Handed, Bypass),
-        ("prompt_logprobs", json!({"prompt_logprobs": 1}), Bypass, Bypass),
-        (
-            "tools that may not be used",
-            json!({"tools": [tool], "tool_choice": "none"}),
-            Handed,
-            Bypass,
-        ),
-        (
-            "tools without a parser",
-            json!({"tools": [tool], "tool_choice": "auto"}),
-            Refused,
-            Refused,
-        ),
-        (
-            "structured output",
-            json!({"response_format": {"type": "json_object"}}),
-            Handed,
-            Bypass,
-        ),
-        (
-            "reasoning",
-            json!({"reasoning_effort": "low", "include_reasoning": false}),
-            Handed,
-            Bypass,
-        ),
-        (
-            "template",
-            json!({"chat_template_kwargs": {"enable_thinking": false}}),
-            Handed,
-            Bypass,
-        ),
-        ("seed", json!({"seed": 7, "temperature": 1}), Handed, Bypass),
-        ("stop", json!({"stop": ["."]}), Handed, Bypass),
-        ("min_tokens", json!({"min_tokens": 12}), Handed, Bypass),
-        ("return_token_ids", json!({"return_token_ids": true}), Handed, Bypass),
-        ("no messages", json!({"messages": []}), Refused, Refused),
-        ("messages of another kind", json!({"messages": "hi"}), Refused, Refused),
-    ]
-}
-
-/// The whole body of a cell: what it names with `"-"` is absent.
-fn body(path: &str, cell: &Value, manner: Value) -> String {
+/// The whole body of a cell.
+fn body(path: &str, cell: &serde_json::Map<String, Value>, manner: &Value) -> String {
     let mut body = json!({"model": MODEL, "max_tokens": 17, "temperature": 0});
     if path == COMPLETIONS {
         body["prompt"] = json!("Once upon a time there was a ship");
     } else {
         body["messages"] = json!([{"role": "user", "content": "Tell me a story"}]);
     }
-    let (Value::Object(cell), Value::Object(manner)) = (cell.clone(), manner) else {
-        panic!("objects")
-    };
+    let fields = body.as_object_mut().unwrap();
     // What a cell is about goes before the manner.
-    body.as_object_mut().unwrap().extend(manner);
-    body.as_object_mut().unwrap().extend(cell);
-    body.as_object_mut().unwrap().retain(|_, value| value != "-");
+    for (key, value) in manner.as_object().unwrap().iter().chain(cell) {
+        fields.insert(key.clone(), repeated(value));
+    }
+    fields.retain(|_, value| value != "-");
     body.to_string()
+}
+
+fn repeated(value: &Value) -> Value {
+    let Some(times) = value["times"].as_u64().and_then(|times| usize::try_from(times).ok()) else {
+        return value.clone();
+    };
+    match &value["of"] {
+        Value::String(text) => json!(text.repeat(times)),
+        list => {
+            let list = list.as_array().unwrap();
+            list.iter().cycle().take(list.len() * times).cloned().collect()
+        }
+    }
 }
 
 /// How answers are asked for.
@@ -378,21 +183,22 @@ fn check(flow: Flow) {
     fleet.wait_until_ready();
     let port = place.proxy_port();
     let mut wrong = Vec::new();
-    for (path, cells) in [(COMPLETIONS, completions()), (CHAT, chats())] {
-        for (name, cell, by_decoder, by_prefiller) in cells {
-            let declared = if flow == Flow::Prefiller {
+    let matrix: BTreeMap<String, Vec<Cell>> = serde_json::from_str(CELLS).unwrap();
+    for (path, cells) in &matrix {
+        for Cell(name, cell, by_decoder, by_prefiller) in cells {
+            let declared = *if flow == Flow::Prefiller {
                 by_prefiller
             } else {
                 by_decoder
             };
-            for manner in manners() {
+            for manner in &manners() {
                 // Each event of a stream counts the first token: a splice cannot.
                 let counts_each = manner.to_string().contains("continuous");
-                let text = body(path, &cell, manner);
+                let text = body(path, cell, manner);
                 let expected = post(alone.port, path, &text);
                 let fate = match declared {
-                    _ if expected.0 != 200 => Refused,
-                    Handed if counts_each && flow == Flow::Prefiller => Bypass,
+                    _ if expected.0 != 200 => Fate::Refused,
+                    Fate::Handed if counts_each && flow == Flow::Prefiller => Fate::Alone,
                     declared => declared,
                 };
                 let before = counts(port);
@@ -400,9 +206,9 @@ fn check(flow: Flow) {
                 let after = counts(port);
                 let counted = [0, 1, 2].map(|place| after[place] - before[place]);
                 let due = match fate {
-                    Handed => [1, 0, 0],
-                    Bypass => [0, 1, 0],
-                    Refused => [0, 0, 1],
+                    Fate::Handed => [1, 0, 0],
+                    Fate::Alone => [0, 1, 0],
+                    Fate::Refused => [0, 0, 1],
                 };
                 if (got.0, normalised(&got.1)) != (expected.0, normalised(&expected.1)) || counted != due {
                     wrong.push(format!(
