@@ -472,6 +472,26 @@ async fn requests_that_vllm_refuses_are_refused_in_its_words() {
 }
 
 #[tokio::test]
+async fn a_grammar_allows_what_it_says_and_the_prompt_decides() {
+    let engine = Running::start(options()).await;
+    let mut seen = std::collections::BTreeSet::new();
+    for subject in ["rivers", "winter", "bread", "maps", "salt", "rain"] {
+        let body = json!({"prompt": subject, "structured_outputs": {"choice": ["yes", "no"]}});
+        let choice = engine.complete(&body).await["choices"][0].clone();
+        assert_eq!(choice["finish_reason"], "stop");
+        seen.insert(choice["text"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), ["no", "yes"]);
+    let schema = json!({"type": "object", "properties": {"city": {"enum": ["Rome"]}, "size": {"type": "integer"}}});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    let body = json!({"messages": [{"role": "user", "content": "x"}], "response_format": format});
+    let (_, answer) = engine.post("/v1/chat/completions", &body).await;
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap();
+    let value: Value = serde_json::from_str(text).unwrap();
+    assert!(value["city"] == "Rome" && value["size"].is_u64(), "{text}");
+}
+
+#[tokio::test]
 async fn several_prompts_and_several_choices_come_in_index_order() {
     let engine = Running::start(options()).await;
     let body = json!({"prompt": ["one day", "two ships"], "n": 2, "temperature": 1, "seed": 7, "max_tokens": 8,

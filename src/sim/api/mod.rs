@@ -6,6 +6,7 @@ mod other;
 mod prompt_logprobs;
 mod request;
 mod stream;
+mod structured;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};

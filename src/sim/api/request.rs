@@ -8,9 +8,11 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::structured::{StructuredOutputs, texts};
 use super::{Api, ApiError};
 use crate::sim::kv_params::{self, Transfer};
 use crate::sim::sequence::Sampling;
+use crate::sim::tokens::encode;
 
 /// The fields that completions and chat share.
 #[derive(Debug, Deserialize)]
@@ -23,6 +25,8 @@ pub(super) struct Common {
     stream_options: Option<StreamOptions>,
     n: Option<i64>,
     use_beam_search: Option<bool>,
+    structured_outputs: Option<StructuredOutputs>,
+    response_format: Option<Value>,
     temperature: Option<f64>,
     seed: Option<i64>,
     stop: Option<Box<RawValue>>,
@@ -185,6 +189,8 @@ impl Common {
                 include_stop: self.include_stop_str_in_output.unwrap_or(false),
                 salt: 0,
                 logprobs: of.logprobs,
+                allowed: texts(self.structured_outputs.as_ref(), self.response_format.as_ref())?
+                    .map(|texts| texts.iter().map(|text| encode(text)).collect()),
             },
             // Beams differ whatever the temperature, and always in the same way.
             temperature: if beams { 1.0 } else { temperature },

@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{Place, Run, get, post, wait_for};
+use crate::support::{Place, Run, engine, get, post, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 const COMPLETIONS: &str = "/v1/completions";
@@ -293,4 +295,45 @@ fn every_passed_route_is_one_engines_answer() {
         let (got, expected) = (get(place.proxy_port(), path), get(alone.port, path));
         assert_eq!(normalised(&got), normalised(&expected), "{path}");
     }
+}
+
+#[test]
+fn a_stream_that_its_engine_aborts_ends_with_an_error_event() {
+    let place = Place::new();
+    let faults = r#"sim.faults=["stall-decode=9"]"#;
+    let mut fleet = place.up(&["--profile", "1p1d", "--set", faults, "--set", "restart.backoff=60s"]);
+    fleet.wait_until_ready();
+    let port = place.proxy_port();
+    let fields = json!({"prompt": "a b c", "stream": true, "max_tokens": 50, "ignore_eos": true});
+    let body = body(COMPLETIONS, fields.as_object().unwrap(), &json!({}));
+    let begun = || {
+        let text = get(port, "/metrics");
+        let sample = |line: &str| {
+            line.strip_prefix("xpyd_time_to_first_token_seconds_count ")
+                .map(str::to_owned)
+        };
+        text.lines().find_map(sample)
+    };
+    let before = begun();
+    let is_begun = || {
+        if begun() == before {
+            Err(format!("{before:?}"))
+        } else {
+            Ok(())
+        }
+    };
+    let (status, text) = std::thread::scope(|scope| {
+        let stream = scope.spawn(|| post(port, COMPLETIONS, &body));
+        wait_for("the first token", is_begun);
+        // vLLM ends what runs with reason `abort` when it is told to stop.
+        let decoder = engine(&place, "decoder1")["pid"].as_i64().unwrap();
+        kill(Pid::from_raw(i32::try_from(decoder).unwrap()), Signal::SIGTERM).unwrap();
+        stream.join().unwrap()
+    });
+    assert_eq!(status, 200);
+    assert!(
+        text.contains("\"error\":{") && text.ends_with("data: [DONE]\n\n"),
+        "{text}"
+    );
+    assert!(!text.contains("\"abort\""), "{text}");
 }
