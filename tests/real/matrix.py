@@ -98,7 +98,9 @@ def compare(fleet, engine, model, prefiller):
             for stream in MANNERS if path in PROMPTS else [{}]:
                 body = {"model": model, "max_tokens": 16, "temperature": 0} | PROMPTS.get(path, {}) | stream | fields
                 body = {key: repeated(value) for key, value in body.items() if value != "-"}
-                alone, before = ask(engine, path, body), outcomes(fleet)
+                # Asked directly, the decode engine would die of them.
+                harmless = {key: value for key, value in body.items() if key != "kv_transfer_params"}
+                alone, before = ask(engine, path, harmless), outcomes(fleet)
                 through = ask(fleet, path, body)
                 fate, seen = by_prefiller if prefiller else by_decoder, counted(before, outcomes(fleet))
                 if stream is COUNTED and prefiller and fate == "handed":
