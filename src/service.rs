@@ -27,6 +27,8 @@ pub struct Routing {
     pub prefill_threshold: u64,
     /// Pairs of engines that one request may be tried with, the first one included, as long as its client has got nothing.
     pub attempts: u32,
+    /// What happens to requests while no prefill engine serves.
+    pub without_prefill: WithoutPrefill,
 }
 
 impl Default for Routing {
@@ -36,8 +38,19 @@ impl Default for Routing {
             decode_policy: Policy::RoundRobin,
             prefill_threshold: 0,
             attempts: 3,
+            without_prefill: WithoutPrefill::Fail,
         }
     }
+}
+
+/// What happens to requests while no prefill engine serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WithoutPrefill {
+    /// They are answered 503.
+    Fail,
+    /// Decode engines answer alone, at the cost of the streams that they serve.
+    Aggregate,
 }
 
 /// How an engine of a role is chosen. A session stays on its engines under each of them.
