@@ -13,6 +13,17 @@ pub struct Service {
     pub routing: Routing,
     /// Who waits until an engine has room.
     pub admission: Admission,
+    /// What a hand-off must be.
+    pub handoff: Handoff,
+}
+
+/// What a hand-off must be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Handoff {
+    /// A decode engine whose KV did not arrive fails the request, which is tried again, instead of computing the prompt
+    /// itself while streams wait for it.
+    pub strict: bool,
 }
 
 /// Which engines a request goes to.

@@ -81,8 +81,8 @@ pub(super) struct Attempt<'job> {
     pub(super) shared: &'job Arc<Shared>,
     pub(super) job: &'job Job,
     pub(super) document: &'job Document<'job>,
-    /// The number of this attempt, from 1.
-    attempt: u32,
+    /// The number of this one, from 1.
+    number: u32,
     /// Engines that this request has failed on.
     pub(super) tried: Vec<Arc<EngineView>>,
     /// The engines of this attempt.
@@ -117,7 +117,7 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         shared,
         job: &job,
         document: &document,
-        attempt: 0,
+        number: 0,
         tried: Vec::new(),
         engines: Vec::new(),
         settling: None,
@@ -128,7 +128,7 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         most = most.min(2);
     }
     loop {
-        attempt.attempt += 1;
+        attempt.number += 1;
         let error = match Box::pin(attempt.run(&course)).await {
             Ok(response) => {
                 shared.seats.succeeded(&attempt.engines);
@@ -137,7 +137,7 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
             Err(error) => error,
         };
         attempt.blame(&error);
-        if attempt.attempt >= most || !error.can_be_retried() {
+        if attempt.number >= most || !error.can_be_retried() {
             return Err(error);
         }
         tracing::warn!(
@@ -178,7 +178,7 @@ impl Attempt<'_> {
         for engine in &self.engines {
             add(&engine.role.to_string(), engine.id.as_str());
         }
-        label.push_str(&format!(";attempt={}", self.attempt));
+        label.extend([";attempt=", &self.number.to_string()]);
         if let Ok(value) = HeaderValue::from_str(&label) {
             response.headers_mut().insert("x-xpyd-handoff", value);
         }
@@ -213,11 +213,7 @@ impl Attempt<'_> {
     }
 
     /// A decode engine alone, and why.
-    pub(super) async fn bypass(
-        &mut self,
-        seat: Arc<Seat>,
-        reason: &'static str,
-    ) -> Result<Response<Body>, ProxyError> {
+    pub(super) async fn bypass(&mut self, seat: Arc<Seat>, reason: &'static str) -> Result<Response<Body>, ProxyError> {
         tracing::debug!(reason, "answered by a decode engine alone");
         let id = new_id();
         let sent = Instant::now();

@@ -66,7 +66,7 @@ struct Shape {
 /// What the prefill leg gave.
 enum First {
     /// The beginning of an answer.
-    Half(Half),
+    Half(Box<Half>),
     /// The whole answer.
     Whole(Response<Body>),
     /// A token that no text can be told of yet.
@@ -97,7 +97,15 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
         Err(refusal) => return Ok(told(refusal, Outcome::Refused, None)),
     };
     let mut entry = reserve(attempt, &decode, &id, &tokens);
-    let first = Box::pin(first_half(attempt, request, prefill, (&decode, &id), &mut entry, tokens)).await;
+    let first = Box::pin(first_half(
+        attempt,
+        request,
+        prefill,
+        (&decode, &id),
+        &mut entry,
+        tokens,
+    ))
+    .await;
     let outcome = match first {
         Ok(First::Half(half)) => Box::pin(half.finish(attempt, request.limit, &mut entry)).await,
         Ok(First::Whole(response)) => Ok(response),
@@ -144,14 +152,14 @@ async fn first_half(
         // A special token, or one byte of a character: its text depends on the tokens after it.
         return Ok(First::Unknown);
     }
-    Ok(First::Half(Half {
+    Ok(First::Half(Box::new(Half {
         decode: Arc::clone(decode),
         id: id.to_owned(),
         tokens,
         text: choice.text.clone(),
         shape,
         handoff_time,
-    }))
+    })))
 }
 
 fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) -> Entry {

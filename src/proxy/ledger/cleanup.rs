@@ -196,7 +196,11 @@ async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End)
     }
     let request = &care.request_id;
     let error = refusals.join("; ");
-    tracing::warn!(request, error, "could not free the KV of a request that ended early: its lease will");
+    tracing::warn!(
+        request,
+        error,
+        "could not free the KV of a request that ended early: its lease will"
+    );
     shared.metrics.cleaned_up(false);
 }
 
@@ -221,7 +225,11 @@ async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
     };
     if let Some(error) = &refusal {
         let request = &care.request_id;
-        tracing::warn!(request, error, "could not empty the decode engine's buffer of a request that ended early");
+        tracing::warn!(
+            request,
+            error,
+            "could not empty the decode engine's buffer of a request that ended early"
+        );
     }
     shared.metrics.cleaned_up(refusal.is_none());
 }

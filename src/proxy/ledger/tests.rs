@@ -115,7 +115,11 @@ async fn an_engine_is_not_idle_while_its_kv_waits() {
 }
 
 /// How far a hand-off came, how to bring it there, and what the decode engine must be sent.
-type Table<'test> = Vec<(&'test str, fn(&mut Entry, &Seat), &'test dyn Fn(&Option<String>) -> bool)>;
+type Table<'test> = Vec<(
+    &'test str,
+    fn(&mut Entry, &Seat),
+    &'test dyn Fn(&Option<String>) -> bool,
+)>;
 
 #[tokio::test]
 async fn what_is_owed_depends_on_how_far_the_handoff_came() {
