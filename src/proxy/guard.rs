@@ -146,7 +146,7 @@ impl GuardedBody {
     }
 
     fn take(&mut self, bytes: Bytes) -> Result<(), Cause> {
-        if let Some(entry) = self.guarded.entry.take() {
+        if let Some(mut entry) = self.guarded.entry.take() {
             entry.consumed();
         }
         let bytes = match &mut self.guarded.events {
@@ -199,6 +199,9 @@ impl GuardedBody {
         let error = self.guarded.seat.failed(self.guarded.stage, cause);
         self.guarded.count(Outcome::Failed);
         self.guarded.tally = None;
+        if let Some(mut entry) = self.guarded.entry.take() {
+            drop(entry.failed(&error));
+        }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {
             return Err(std::io::Error::other(error.to_string()));

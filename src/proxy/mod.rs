@@ -7,6 +7,7 @@ mod admission;
 mod answer;
 mod api;
 mod body;
+mod breaker;
 mod canary;
 mod error;
 mod flow;
@@ -93,7 +94,14 @@ struct Shared {
     decode_turn: AtomicUsize,
     /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
     cleanups: TaskTracker,
+    /// Places for clean-ups that wait for an overdue notification.
+    overdue: Arc<Semaphore>,
+    /// The proxy ends.
+    closing: CancellationToken,
 }
+
+/// Overdue notifications that are waited for at once. Each costs about a kilobyte and its request's body.
+const OVERDUE_AT_ONCE: usize = 1024;
 
 impl Proxy {
     /// A proxy over the engines of `view`. LMCache needs `notifications`.
@@ -114,6 +122,8 @@ impl Proxy {
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
             cleanups: TaskTracker::new(),
+            overdue: Arc::new(Semaphore::new(OVERDUE_AT_ONCE)),
+            closing: CancellationToken::new(),
         }))
     }
 
@@ -132,6 +142,7 @@ impl Proxy {
         axum::serve(listener, routes::router(Arc::clone(&self.0)))
             .with_graceful_shutdown(stop.cancelled_owned())
             .await?;
+        self.0.closing.cancel();
         self.0.cleanups.close();
         self.0.cleanups.wait().await;
         Ok(())

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::Shared;
 use super::answer::is_event_stream;
 use super::body::Document;
-use super::error::{ProxyError, Stage};
+use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, End, Guarded, GuardedBody};
 use super::pick;
 use super::sse::Events;
@@ -56,11 +56,16 @@ pub(super) async fn answer(
                 let body = Body::new(GuardedBody::new(Bytes::new(), body, guarded));
                 return Ok(Response::from_parts(head, body));
             }
-            Err(error) if error.is_unsent() => outcome = Err(error),
+            Err(error) if is_unsent(&error) => outcome = Err(error),
             Err(error) => return Err(error),
         }
     }
     outcome
+}
+
+/// Whether the engine never saw the request.
+fn is_unsent(error: &ProxyError) -> bool {
+    matches!(error, ProxyError::Leg { cause: Cause::Unreachable(error), .. } if error.is_connect())
 }
 
 /// The body without what no client may set. One that is no JSON object to the proxy may be one to an engine, whose reader

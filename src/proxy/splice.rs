@@ -29,7 +29,7 @@ use super::usage::PrefillUsage;
 
 /// The prefill engine's answer: the first token and what came with it.
 #[derive(Debug, Deserialize)]
-struct First<'answer> {
+struct Answer<'answer> {
     #[serde(borrow)]
     id: &'answer RawValue,
     #[serde(borrow)]
@@ -39,6 +39,8 @@ struct First<'answer> {
     choices: Vec<FirstChoice>,
     #[serde(default)]
     usage: Value,
+    #[serde(borrow)]
+    system_fingerprint: Option<&'answer RawValue>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -80,10 +82,21 @@ pub(super) struct Rewriter {
     model: String,
 }
 
+/// What the prefill leg gave.
+enum First {
+    /// The beginning of an answer.
+    Half(Box<Half>),
+    /// The whole answer.
+    Whole(Response<Body>),
+    /// A token that no text can be told of yet.
+    Unknown,
+    /// A refusal, in words that may be about the leg.
+    Refused,
+}
+
 /// A splice whose first half is done.
 struct Half {
     decode: Arc<Seat>,
-    entry: Entry,
     id: String,
     /// The prompt's tokens, then the first one of the answer.
     tokens: Vec<u32>,
@@ -98,27 +111,54 @@ struct Half {
 pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> Result<Response<Body>, ProxyError> {
     let (prefill, decode) = match attempt.seats().await? {
         Seated::Pair(prefill, decode) => (prefill, decode),
-        Seated::Alone(decode) => return attempt.bypass(Some(decode)).await,
+        Seated::Alone(decode, reason) => return attempt.bypass(decode, reason).await,
     };
-    let kind = attempt.job.kind;
     let id = new_id();
-    let Some(mut tokens) = tokenize(attempt, &decode, &id).await? else {
-        return attempt.bypass(Some(decode)).await;
+    let Some(tokens) = tokenize(attempt, &decode, &id).await? else {
+        decode.held().inspect(|held| held.consumed());
+        return attempt.bypass(decode, "tokenize_refused").await;
     };
     let mut entry = reserve(attempt, &decode, &id, &tokens);
-    let body = prefill_body(attempt, &decode, &id, &tokens);
-    let (prefilled, handoff_time) = attempt
-        .deliver(&prefill, &decode, &mut entry, &id, kind.path(), body)
-        .await?;
-    let answer = match prefilled {
-        Prefilled::Answer(answer) => answer,
-        Prefilled::Refused => {
-            drop(prefill);
-            return attempt.refused(entry, decode).await;
+    let seats = (&decode, id.as_str());
+    let first = Box::pin(first_half(attempt, request, prefill, seats, &mut entry, tokens)).await;
+    let outcome = match first {
+        Ok(First::Half(half)) => Box::pin(half.finish(attempt, request.limit, &mut entry)).await,
+        Ok(First::Whole(response)) => Ok(Some(response)),
+        Ok(First::Unknown) => return attempt.bypass(decode, "first_token").await,
+        Ok(First::Refused) => return attempt.refused(entry, decode).await,
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(Some(response)) => Ok(response),
+        Ok(None) => {
+            // Makes the decode engine take the KV.
+            drop(entry);
+            attempt.bypass(decode, "decode_refused").await
         }
+        Err(error) => {
+            attempt.settle_later(entry.failed(&error));
+            Err(error)
+        }
+    }
+}
+
+/// The prefill leg, and what its answer leaves to do.
+async fn first_half(
+    attempt: &Attempt<'_>,
+    request: &SpliceRequest,
+    prefill: Arc<Seat>,
+    (decode, id): (&Arc<Seat>, &str),
+    entry: &mut Entry,
+    mut tokens: Vec<u32>,
+) -> Result<First, ProxyError> {
+    let kind = attempt.job.kind;
+    let body = prefill_body(attempt, decode, id, &tokens);
+    let delivered = attempt.deliver(&prefill, decode, entry, id, kind.path(), body).await?;
+    let (Prefilled::Answer(answer), handoff_time) = delivered else {
+        return Ok(First::Refused);
     };
     let nonsense = |what| prefill.failed(Stage::Prefill, Cause::Nonsense(what));
-    let mut first: First<'_> = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
+    let mut first: Answer<'_> = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
     let choice = first.choices.pop().ok_or_else(|| nonsense("it has no choice"))?;
     tokens.push(entry.first_token().ok_or_else(|| nonsense("it has no first token"))?);
     let rewriter = Rewriter::new(kind, &first);
@@ -135,30 +175,28 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
                 finish: &finish.into(),
                 stop: &stop,
                 usage: request.include_usage.then_some(&first.usage),
+                fingerprint: first.system_fingerprint,
             };
             Some(rewriter.only_events(&last))
         } else {
             alone(&answer)
         };
         let response = whole_response(body.ok_or_else(|| nonsense("it is no completion"))?, request.stream);
-        return Ok(attempt.begin(response, Instant::now()));
+        return Ok(First::Whole(attempt.begin(response, Instant::now())));
     }
     // A special token, or one byte of a character: its text depends on the tokens after it.
     let Some(text) = text.filter(|text| !text.is_empty() && !text.contains('\u{fffd}')) else {
-        return attempt.bypass(Some(decode)).await;
+        return Ok(First::Unknown);
     };
-    let half = Half {
-        decode,
-        entry,
-        id,
+    Ok(First::Half(Box::new(Half {
+        decode: Arc::clone(decode),
+        id: id.to_owned(),
         tokens,
         text,
         rewriter,
         usage: PrefillUsage::of(&answer, true),
         handoff_time,
-    };
-    drop(prefill);
-    half.finish(attempt, request.limit).await
+    })))
 }
 
 fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) -> Entry {
@@ -209,8 +247,14 @@ impl Prompt {
 }
 
 impl Half {
-    /// The decode leg: the client's body with the prompt's tokens, the first token, and one token less to generate.
-    async fn finish(mut self, attempt: &mut Attempt<'_>, limit: Option<u64>) -> Result<Response<Body>, ProxyError> {
+    /// The decode leg: the client's body with the prompt's tokens, the first token, and one token less to generate. No answer
+    /// if the engine refuses it, in words about what the client has not written.
+    async fn finish(
+        self,
+        attempt: &Attempt<'_>,
+        limit: Option<u64>,
+        entry: &mut Entry,
+    ) -> Result<Option<Response<Body>>, ProxyError> {
         let kind = attempt.job.kind;
         let prompt = Prompt::new(kind, &self.tokens, "{}");
         let limit = limit.map(|limit| (limit - 1).to_string());
@@ -223,17 +267,15 @@ impl Half {
         edits.extend(limits.iter().filter(is_given).map(|key| (*key, limit.as_deref())));
         let body = attempt.document.edited(&edits);
         let sent = Instant::now();
-        self.entry.send();
+        entry.send();
         let response = match attempt.decode(&self.decode, &self.id, kind.path(), body).await? {
             Decoded::Refused(_) => {
-                // In words about its own leg, which the client has not written.
-                self.entry.refused();
-                drop(self.entry);
-                return attempt.bypass(Some(self.decode)).await;
+                entry.refused();
+                return Ok(None);
             }
             Decoded::Whole(head, body) => {
                 let mut tally = attempt.tally(true);
-                self.entry.consumed();
+                entry.consumed();
                 let corrected = self.usage.correct(&body);
                 if corrected.as_ref().is_some_and(|(_, proof)| proof.disproves()) {
                     tally.outcome = Outcome::Recomputed;
@@ -255,7 +297,7 @@ impl Half {
                     idle: attempt.job.deadlines.decode,
                     events: Some(Events::default()),
                     rewriter: Some(self.rewriter),
-                    entry: Some(self.entry),
+                    entry: Some(entry.take()),
                     usage: Some(self.usage),
                     tally: Some(attempt.tally(true)),
                     ..Guarded::new(self.decode, attempt.clock())
@@ -269,7 +311,7 @@ impl Half {
         if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
             stages.handoff = self.handoff_time;
         }
-        Ok(response)
+        Ok(Some(response))
     }
 }
 
@@ -331,6 +373,8 @@ struct Ending<'ending> {
     finish: &'ending Value,
     stop: &'ending Value,
     usage: Option<&'ending Value>,
+    /// Told with the last event, where the engine has one.
+    fingerprint: Option<&'ending RawValue>,
 }
 
 fn quoted(text: &str) -> String {
@@ -338,7 +382,7 @@ fn quoted(text: &str) -> String {
 }
 
 impl Rewriter {
-    fn new(kind: Kind, first: &First<'_>) -> Self {
+    fn new(kind: Kind, first: &Answer<'_>) -> Self {
         Self {
             kind,
             id: first.id.get().to_owned(),
@@ -398,11 +442,17 @@ impl Rewriter {
                 r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":{finish},"stop_reason":{stop},"token_ids":null}}"#
             ),
         };
-        let mut events = self.role() + &self.event(&choice, "");
-        if let Some(usage) = last.usage {
-            events += &self.event("", &format!(r#","usage":{}"#, without_nulls(usage)));
-        }
-        events + &sse::event("[DONE]")
+        let fingerprint = last.fingerprint.map_or_else(String::new, |fingerprint| {
+            format!(r#","system_fingerprint":{}"#, fingerprint.get())
+        });
+        let end = match last.usage {
+            None => self.event(&choice, &fingerprint),
+            Some(usage) => {
+                let usage = format!(r#","usage":{}{fingerprint}"#, without_nulls(usage));
+                self.event(&choice, "") + &self.event("", &usage)
+            }
+        };
+        self.role() + &end + &sse::event("[DONE]")
     }
 
     /// The decode engine's usage for the client: it has counted the first token as part of the prompt.

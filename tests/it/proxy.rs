@@ -10,6 +10,7 @@ pub(crate) mod fake;
 pub(crate) mod lmcache;
 mod policies;
 mod queue;
+mod stranded;
 
 use std::sync::Arc;
 use std::time::Duration;
