@@ -3,6 +3,7 @@
 mod alone;
 mod bench;
 mod causes;
+mod chaos;
 mod control;
 mod keep;
 mod log_flood;

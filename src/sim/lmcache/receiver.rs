@@ -11,6 +11,7 @@ use zeromq::{RepSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend a
 
 use super::{Config, key};
 use crate::sim::blocks::records;
+use crate::sim::metrics::Metrics;
 use crate::sim::tokens::mix;
 use crate::sim::wire::LmcacheMessage;
 
@@ -26,6 +27,7 @@ pub(crate) struct Receiver {
 /// One rank's buffer.
 #[derive(Debug)]
 struct Rank {
+    metrics: Arc<Metrics>,
     buffer: Mutex<Buffer>,
     freed: Notify,
 }
@@ -59,10 +61,10 @@ impl Receiver {
         config: &Config,
         model: &str,
         skip_last_tokens: usize,
-        world: (usize, u64),
+        world: (usize, u64, Arc<Metrics>),
         tasks: &mut JoinSet<()>,
     ) -> Result<(Self, ReceiverPorts), ZmqError> {
-        let (world_size, bytes_per_token) = world;
+        let (world_size, bytes_per_token, metrics) = world;
         let chunk_bytes = config.chunk_size as u64 * bytes_per_token / world_size as u64;
         let pages = i64::try_from(config.buffer_size / chunk_bytes).unwrap_or(i64::MAX);
         let receiver = Self {
@@ -71,6 +73,7 @@ impl Receiver {
             skip_last_tokens,
             ranks: (0..world_size)
                 .map(|_| Rank {
+                    metrics: Arc::clone(&metrics),
                     buffer: Mutex::new(Buffer {
                         free: (0..pages).collect(),
                         entries: HashMap::new(),
@@ -167,6 +170,7 @@ impl Rank {
         }
         buffer.free.push_back(page.index);
         drop(buffer);
+        self.metrics.buffered_pages.subtract(1);
         self.freed.notify_one();
         page.bytes
     }
@@ -185,6 +189,7 @@ impl Rank {
             };
             buffer.entries.entry(key.clone()).or_default().push_back(page);
         }
+        self.metrics.buffered_pages.add(keys.len());
         Some(pages)
     }
 
