@@ -10,7 +10,7 @@ use axum::http::response::Parts;
 use axum::http::{HeaderMap, HeaderValue, Response};
 use bytes::Bytes;
 use hyper::body::Incoming;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Shared;
@@ -18,16 +18,14 @@ use super::answer::{Verdict, first_events, is_event_stream, judge, judge_event, 
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody};
-use super::ledger::{Care, Consume, Entry, one_token_edits};
+use super::ledger::{Care, Consume, Entry, Push, beginning_of, one_token_edits};
 use super::metrics::{Outcome, Timed};
+use super::notify::Arrival;
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{Call, Seat, forwardable, whole};
 use crate::fleet::{EngineId, EngineView};
-
-/// How long a new attempt waits for the clean-up of the one before.
-const SETTLE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long each stage may take.
 #[derive(Debug, Clone, Copy)]
@@ -83,12 +81,10 @@ pub(super) struct Attempt<'job> {
     pub(super) document: &'job Document<'job>,
     /// The number of this one, from 1.
     number: u32,
-    /// Engines that this request has failed on.
+    /// Engines that the next attempt should leave alone.
     pub(super) tried: Vec<Arc<EngineView>>,
     /// The engines of this attempt.
     pub(super) engines: Vec<Arc<EngineView>>,
-    /// Ends once the KV of the attempt before can mix with no other's.
-    settling: Option<oneshot::Receiver<()>>,
 }
 
 /// What a prefill engine said.
@@ -120,7 +116,6 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         number: 0,
         tried: Vec::new(),
         engines: Vec::new(),
-        settling: None,
     };
     let mut most = shared.settings.service.routing.attempts;
     if job.pair.is_some() {
@@ -145,7 +140,6 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
             "trying another pair of engines"
         );
         shared.metrics.retried();
-        attempt.settle().await;
     }
 }
 
@@ -185,36 +179,35 @@ impl Attempt<'_> {
         response
     }
 
-    /// Notes which engines the next attempt should leave alone: only those that failed.
+    /// Notes which engines the next attempt should leave alone.
     fn blame(&mut self, error: &ProxyError) {
         let ProxyError::Leg { stage, engine: id, .. } = error else {
             return;
         };
-        // KV that does not arrive may be the fault of either.
-        let is_to_blame = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
-        self.tried.extend(self.engines.drain(..).filter(is_to_blame));
         if error.blames_engine() {
-            self.tried.last().inspect(|engine| self.shared.seats.failed(engine));
+            let engine = self.engines.iter().find(|engine| engine.id == *id);
+            engine.inspect(|engine| self.shared.seats.failed(engine));
         }
-    }
-
-    /// What the next attempt has to wait for.
-    pub(super) fn settle_later(&mut self, settling: Option<oneshot::Receiver<()>>) {
-        self.settling = settling;
-    }
-
-    /// Waits until the KV of a failed attempt can mix with no other's. Pages that a dead prefill engine has half written
-    /// count as the prompt's KV until somebody takes them; this same prompt would, from the next engine pair.
-    async fn settle(&mut self) {
-        if let Some(settled) = self.settling.take() {
-            // A sender that is gone has nothing more to say.
-            let _ = tokio::time::timeout(SETTLE_DEADLINE, settled).await;
-        }
+        // KV that does not arrive may be the fault of either, and where it is pushed, some may be left on its way.
+        let avoids_both = match stage {
+            Stage::Handoff => true,
+            Stage::Prefill => self.shared.settings.connector.notifies(),
+            Stage::Tokenize | Stage::Decode | Stage::Pass => false,
+        };
+        let is_avoided = |engine: &Arc<EngineView>| avoids_both || engine.id == *id;
+        self.tried.extend(self.engines.drain(..).filter(is_avoided));
     }
 
     /// A decode engine alone, and why.
     pub(super) async fn bypass(&mut self, seat: Arc<Seat>, reason: &'static str) -> Result<Response<Body>, ProxyError> {
         tracing::debug!(reason, "answered by a decode engine alone");
+        if self.shared.pushed_notifications().is_some() {
+            let quiet = async {
+                self.shared.pushes.quiet(&seat.engine, self.beginning()).await;
+                Ok(())
+            };
+            seat.run(Stage::Handoff, self.job.deadlines.handoff, quiet).await?;
+        }
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
@@ -234,7 +227,7 @@ impl Attempt<'_> {
         let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
         let outcome = Box::pin(self.legs(prefill, &decode, &mut entry, &id)).await;
         if let Err(error) = &outcome {
-            self.settle_later(entry.failed(error));
+            entry.failed(error);
         }
         outcome
     }
@@ -286,6 +279,7 @@ impl Attempt<'_> {
             deadline: self.job.deadlines.handoff,
             permit: Arc::clone(&self.job.permit),
             prefill: None,
+            push: None,
         };
         Entry::reserve(self.shared, care)
     }
@@ -300,14 +294,8 @@ impl Attempt<'_> {
         path: &str,
         body: Vec<u8>,
     ) -> Result<(Prefilled, Duration), ProxyError> {
-        let arrival = self
-            .shared
-            .notifications
-            .as_ref()
-            .filter(|_| self.shared.settings.connector.notifies());
-        let ranks = prefill.engine.endpoint.tensor_parallel;
-        let count = self.shared.settings.notifications.unwrap_or(ranks);
-        entry.prefilling(prefill, arrival.map(|notifications| notifications.expect(id, count)));
+        let pushed = self.pushed(prefill, decode, id).await?;
+        entry.prefilling(prefill, pushed);
         let legs = async {
             let prefilled = self.prefill(prefill, id, path, body).await?;
             let Prefilled::Answer(answer) = &prefilled else {
@@ -323,6 +311,8 @@ impl Attempt<'_> {
             };
             prefill.run(Stage::Handoff, self.job.deadlines.handoff, arrived).await?;
             entry.handed(handoff);
+            let unmixed = async { entry.unmixed().await.map_err(Cause::from) };
+            decode.run(Stage::Handoff, self.job.deadlines.handoff, unmixed).await?;
             self.shared.metrics.took(Timed::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
@@ -331,6 +321,25 @@ impl Attempt<'_> {
             outcome = legs => outcome,
             () = decode.gone() => Err(decode.failed(Stage::Handoff, Cause::Gone)),
         }
+    }
+
+    /// The notifications to wait for and the place among other pushes, where the connector pushes.
+    async fn pushed(&self, prefill: &Seat, decode: &Seat, id: &str) -> Result<Option<(Arrival, Push)>, ProxyError> {
+        let Some(notifications) = self.shared.pushed_notifications() else {
+            return Ok(None);
+        };
+        let pushes = &self.shared.pushes;
+        let entering = async { Ok(pushes.enter(&decode.engine, self.beginning()).await) };
+        let push = decode.run(Stage::Handoff, self.job.deadlines.handoff, entering).await?;
+        let ranks = prefill.engine.endpoint.tensor_parallel;
+        let count = self.shared.settings.notifications.unwrap_or(ranks);
+        Ok(Some((notifications.expect(id, count), push)))
+    }
+
+    /// The hash of how the prompt begins.
+    fn beginning(&self) -> u64 {
+        let prompt = self.document.given(self.job.kind.prompt_field()).unwrap_or_default();
+        beginning_of(self.document.get("model"), prompt)
     }
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {

@@ -4,12 +4,12 @@
 //! left or a leg failed, it sees to the KV: `table` says what is owed, `cleanup` pays it.
 
 mod cleanup;
+mod pushes;
 mod table;
 
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
-use tokio::sync::oneshot;
 
 use super::Shared;
 use super::error::{Cause, ProxyError};
@@ -21,6 +21,7 @@ use cleanup::Owed;
 use table::{Debt, End, Progress, Way, owed};
 
 pub(super) use cleanup::{Care, Consume, one_token_edits};
+pub(super) use pushes::{Mixed, Push, Pushes, beginning_of};
 
 /// One hand-off, from the reservation of its decode engine on.
 #[derive(Debug)]
@@ -55,10 +56,13 @@ impl Entry {
         }
     }
 
-    /// The prefill leg is about to be sent. From now on the engine may have KV of this hand-off.
-    pub(super) fn prefilling(&mut self, prefill: &Seat, arrival: Option<Arrival>) {
+    /// The prefill leg is about to be sent. From now on the engine may have KV of this hand-off; one that pushes it gives
+    /// an arrival and a push.
+    pub(super) fn prefilling(&mut self, prefill: &Seat, pushed: Option<(Arrival, Push)>) {
+        let (arrival, push) = pushed.unzip();
         if let Some(care) = &mut self.care {
             care.prefill = Some(prefill.keep());
+            care.push = push;
         }
         self.stage = Stage::Prefilling(arrival);
     }
@@ -76,6 +80,15 @@ impl Entry {
         self.stage = Stage::Handed(handoff);
         if let Some(care) = self.care.as_mut().filter(|_| is_pushed) {
             care.prefill = None;
+            care.push.iter().for_each(Push::landed);
+        }
+    }
+
+    /// Waits until the KV that was pushed can be decoded from. Safe to cancel.
+    pub(super) async fn unmixed(&self) -> Result<(), Mixed> {
+        match self.care.as_ref().and_then(|care| care.push.as_ref()) {
+            Some(push) => push.unmixed().await,
+            None => Ok(()),
         }
     }
 
@@ -129,7 +142,8 @@ impl Entry {
     /// There is no KV, and none will come.
     pub(super) fn close(&mut self) {
         self.stage = Stage::Closed;
-        if self.care.take().is_some() {
+        if let Some(care) = self.care.take() {
+            care.push.iter().for_each(Push::landed);
             self.shared.metrics.open_handoffs(-1);
         }
     }
@@ -143,8 +157,8 @@ impl Entry {
         }
     }
 
-    /// The request has failed. What is returned, if anything, ends once its KV can mix with no other's.
-    pub(super) fn failed(&mut self, error: &ProxyError) -> Option<oneshot::Receiver<()>> {
+    /// The request has failed.
+    pub(super) fn failed(&mut self, error: &ProxyError) {
         let end = match error {
             ProxyError::Leg { engine, cause, .. } => match cause {
                 Cause::Gone if self.care.as_ref().is_some_and(|care| care.decode.engine.id == *engine) => {
@@ -157,25 +171,27 @@ impl Entry {
             },
             _ => End::Failed,
         };
-        self.end(end)
+        self.end(end);
     }
 
-    fn end(&mut self, end: End) -> Option<oneshot::Receiver<()>> {
-        let care = self.care.take()?;
-        let owed = self.owed(end);
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
-            self.shared.metrics.open_handoffs(-1);
-            return None;
+    fn end(&mut self, end: End) {
+        let Some(care) = self.care.take() else {
+            return;
         };
-        let Some(owed) = owed else {
-            self.shared.metrics.open_handoffs(-1);
-            return None;
-        };
-        let mixes = !matches!(owed, Owed::Release(..));
-        let (sender, paid) = oneshot::channel();
-        let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed, sender);
-        drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
-        mixes.then_some(paid)
+        match (self.owed(end), tokio::runtime::Handle::try_current()) {
+            (Some(owed), Ok(runtime)) => {
+                if !matches!(end, End::Left) {
+                    care.push.iter().for_each(Push::failed);
+                }
+                let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed);
+                drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
+            }
+            _ => {
+                // Where nothing is owed, no KV is anywhere.
+                care.push.iter().for_each(Push::landed);
+                self.shared.metrics.open_handoffs(-1);
+            }
+        }
     }
 
     fn owed(&mut self, end: End) -> Option<Owed> {
@@ -218,7 +234,7 @@ fn way(handoff: &Handoff) -> Way {
 impl Drop for Entry {
     /// Nobody said why it ended: the client left, and took the request along.
     fn drop(&mut self) {
-        drop(self.end(End::Left));
+        self.end(End::Left);
     }
 }
 

@@ -113,7 +113,7 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
         Err(error) => Err(error),
     };
     if let Err(error) = &outcome {
-        attempt.settle_later(entry.failed(error));
+        entry.failed(error);
     }
     outcome
 }

@@ -283,6 +283,7 @@ async fn answered(
     if given == expected && !failed || failed && !given.is_empty() && expected.starts_with(&given) {
         Ok(())
     } else {
-        Err(format!("wrong: {given:?}, not {expected:?}: {text}"))
+        let errors: Vec<&Value> = events.iter().filter(|event| event["error"].is_object()).collect();
+        Err(format!("wrong: {given:?}, not {expected:?}: {errors:?}"))
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
 use serde_json::value::RawValue;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::super::Shared;
@@ -17,6 +17,7 @@ use super::super::error::Stage as Leg;
 use super::super::notify::Arrival;
 use super::super::rules::Kind;
 use super::super::upstream::{Call, Kept, Seat};
+use super::pushes::Push;
 use super::table::End;
 use crate::fleet::Role;
 
@@ -55,6 +56,8 @@ pub(in crate::proxy) struct Care {
     pub(in crate::proxy) decode: Arc<Seat>,
     /// The prefill engine, as long as it has KV of this hand-off.
     pub(in crate::proxy) prefill: Option<Kept>,
+    /// What is on its way into the decode engine's buffer, or in it.
+    pub(in crate::proxy) push: Option<Push>,
     pub(in crate::proxy) headers: HeaderMap,
     pub(in crate::proxy) request_id: String,
     pub(in crate::proxy) consume: Consume,
@@ -82,8 +85,8 @@ pub(super) enum Owed {
     ConsumeNowAndLater(Arrival),
 }
 
-/// Pays. `paid` is told once no KV of this hand-off can mix with another's.
-pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed, paid: oneshot::Sender<()>) {
+/// Pays.
+pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
     let overdue = match owed {
         Owed::Release(params, end) => {
             release(&shared, &care, &params, end).await;
@@ -96,7 +99,10 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed, paid: onesh
         Owed::ConsumeOnceThere(mut arrival) => {
             let came = tokio::select! {
                 biased;
-                () = arrival.complete() => Some(true),
+                () = arrival.complete() => {
+                    care.push.iter().for_each(Push::landed);
+                    Some(true)
+                }
                 () = care.decode.gone() => None,
                 () = prefill_gone(&care) => Some(true),
                 () = tokio::time::sleep(care.deadline) => Some(false),
@@ -112,8 +118,6 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed, paid: onesh
         }
     };
     shared.metrics.open_handoffs(-1);
-    // Nobody may wait for it any more, which is no failure.
-    let _ = paid.send(());
     if let Some(arrival) = overdue {
         expect_overdue(&shared, care, arrival).await;
     }
@@ -127,6 +131,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
     let Care {
         decode,
         prefill,
+        push,
         headers,
         request_id,
         consume: request,
@@ -134,7 +139,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         permit,
     } = care;
     let engine = decode.watch();
-    drop((decode, prefill, permit));
+    drop((decode, prefill, push, permit));
     let came = tokio::select! {
         () = arrival.complete() => true,
         () = engine.gone() => false,
@@ -148,6 +153,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
     let care = Care {
         decode: Arc::new(seat),
         prefill: None,
+        push: None,
         headers,
         request_id,
         consume: request,

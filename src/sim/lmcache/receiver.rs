@@ -162,9 +162,19 @@ impl Rank {
     }
 
     fn take(&self, key: &str) -> Option<Bytes> {
+        self.free(key, |_| Some(0))
+    }
+
+    /// Frees a page whose bytes never landed.
+    fn cancel(&self, key: &str) {
+        self.free(key, |pages| pages.iter().position(|page| page.bytes.is_none()));
+    }
+
+    /// Frees the page that `choose` says, and returns its bytes.
+    fn free(&self, key: &str, choose: impl FnOnce(&VecDeque<Page>) -> Option<usize>) -> Option<Bytes> {
         let mut buffer = self.lock();
         let pages = buffer.entries.get_mut(key)?;
-        let page = pages.pop_front()?;
+        let page = choose(pages).and_then(|place| pages.remove(place))?;
         if pages.is_empty() {
             buffer.entries.remove(key);
         }
@@ -304,6 +314,14 @@ async fn take_message(rank: &Rank, socket: &mut RouterSocket, waiting: &mut VecD
                     keys,
                 });
             }
+        }
+        Some(LmcacheMessage::CancelNotif { keys, .. }) => {
+            keys.iter().for_each(|key| rank.cancel(key));
+            let answer = LmcacheMessage::AllocResponse {
+                remote_indexes: Vec::new(),
+                already_sent_indexes: Vec::new(),
+            };
+            reply(socket, identity.clone(), &answer).await;
         }
         Some(LmcacheMessage::XpydWrite { keys, pages, chunks }) => {
             let accepted = known && rank.write(&keys, &pages, chunks);

@@ -314,6 +314,11 @@ impl Peer {
         }
         sleep_until(Instant::now() + self.preset.transfer(transfer.tokens)).await;
         if transfer.fails {
+            for (connection, (keys, _)) in connections.iter_mut().zip(reserved) {
+                let req_id = transfer.req_id.clone();
+                let cancel = LmcacheMessage::CancelNotif { req_id, keys };
+                connection.exchange(&cancel, ANSWER_DEADLINE).await?;
+            }
             return Err(TransferError::Disconnected);
         }
         for (connection, (keys, pages)) in connections.iter_mut().zip(reserved) {
