@@ -10,7 +10,6 @@ use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
-use super::ledger::Mixed;
 use crate::connector::{HandoffError, PairError};
 use crate::fleet::{EngineId, FleetStage, Role};
 use crate::report::one_line;
@@ -139,21 +138,12 @@ pub(super) enum Cause {
     /// The prefill answer holds no usable hand-off.
     #[error("there is no hand-off")]
     Handoff(#[from] HandoffError),
-    /// KV of a hand-off that broke off may have got into this one's.
-    #[error("another hand-off of a prompt that begins alike broke off, and may have spoilt the KV")]
-    Mixed,
     /// The two engines cannot work together.
     #[error("the engines do not fit together")]
     Pair(#[from] PairError),
     /// An answer that is not what the route promises.
     #[error("the engine's answer makes no sense: {0}")]
     Nonsense(&'static str),
-}
-
-impl From<Mixed> for Cause {
-    fn from(_: Mixed) -> Self {
-        Self::Mixed
-    }
 }
 
 impl ProxyError {
@@ -169,8 +159,7 @@ impl ProxyError {
             | Cause::Gone
             | Cause::Status { .. }
             | Cause::Finish(_)
-            | Cause::Handoff(_)
-            | Cause::Mixed => true,
+            | Cause::Handoff(_) => true,
             // A lost notification comes with no other sign. A slow engine was given all the time there is.
             Cause::Timeout(_) => *stage == Stage::Handoff,
             Cause::Pair(_) | Cause::Nonsense(_) => false,
@@ -209,7 +198,7 @@ impl ProxyError {
                     (StatusCode::SERVICE_UNAVAILABLE, BUSY, "engine_overloaded")
                 }
                 Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
-                Cause::Handoff(_) | Cause::Mixed => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
+                Cause::Handoff(_) => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
                 Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),
                 Cause::Broken(_) | Cause::Truncated | Cause::Status { .. } | Cause::Finish(_) | Cause::Nonsense(_) => {
                     (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed")

@@ -18,9 +18,8 @@ use super::answer::{Verdict, first_events, is_event_stream, judge, judge_event, 
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody};
-use super::ledger::{Care, Consume, Entry, Push, beginning_of, one_token_edits};
+use super::ledger::{Care, Consume, Entry, one_token_edits};
 use super::metrics::{Outcome, Timed};
-use super::notify::Arrival;
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
@@ -188,26 +187,14 @@ impl Attempt<'_> {
             let engine = self.engines.iter().find(|engine| engine.id == *id);
             engine.inspect(|engine| self.shared.seats.failed(engine));
         }
-        // KV that does not arrive may be the fault of either, and where it is pushed, some may be left on its way.
-        let avoids_both = match stage {
-            Stage::Handoff => true,
-            Stage::Prefill => self.shared.settings.connector.notifies(),
-            Stage::Tokenize | Stage::Decode | Stage::Pass => false,
-        };
-        let is_avoided = |engine: &Arc<EngineView>| avoids_both || engine.id == *id;
+        // KV that does not arrive may be the fault of either.
+        let is_avoided = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
         self.tried.extend(self.engines.drain(..).filter(is_avoided));
     }
 
     /// A decode engine alone, and why.
     pub(super) async fn bypass(&mut self, seat: Arc<Seat>, reason: &'static str) -> Result<Response<Body>, ProxyError> {
         tracing::debug!(reason, "answered by a decode engine alone");
-        if self.shared.pushed_notifications().is_some() {
-            let quiet = async {
-                self.shared.pushes.quiet(&seat.engine, self.beginning()).await;
-                Ok(())
-            };
-            seat.run(Stage::Handoff, self.job.deadlines.handoff, quiet).await?;
-        }
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
@@ -256,11 +243,12 @@ impl Attempt<'_> {
         };
         drop(prefill);
         let sent = Instant::now();
-        let params = entry.send().map(serde_json::value::RawValue::get);
-        let body = match params {
-            Some(params) => self.document.edited(&[("kv_transfer_params", Some(params))]),
-            None => self.document.edited(&[]),
-        };
+        let tag = connector.decode_params(id);
+        let pulled = entry.send().map(serde_json::value::RawValue::get);
+        let edit = pulled
+            .or(tag.as_deref())
+            .map(|params| ("kv_transfer_params", Some(params)));
+        let body = self.document.edited(edit.as_slice());
         let decoded = self.decode(decode, id, path, body).await?;
         let mut response = self.pass_on(decode, Some(entry), decoded, sent).await?;
         if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
@@ -279,7 +267,7 @@ impl Attempt<'_> {
             deadline: self.job.deadlines.handoff,
             permit: Arc::clone(&self.job.permit),
             prefill: None,
-            push: None,
+            decode_params: self.shared.settings.connector.decode_params(id),
         };
         Entry::reserve(self.shared, care)
     }
@@ -294,8 +282,14 @@ impl Attempt<'_> {
         path: &str,
         body: Vec<u8>,
     ) -> Result<(Prefilled, Duration), ProxyError> {
-        let pushed = self.pushed(prefill, decode, id).await?;
-        entry.prefilling(prefill, pushed);
+        let connector = &self.shared.settings.connector;
+        let notifications = self.shared.notifications.as_ref().filter(|_| connector.notifies());
+        let ranks = prefill.engine.endpoint.tensor_parallel;
+        let count = self.shared.settings.notifications.unwrap_or(ranks);
+        entry.prefilling(
+            prefill,
+            notifications.map(|notifications| notifications.expect(id, count)),
+        );
         let legs = async {
             let prefilled = self.prefill(prefill, id, path, body).await?;
             let Prefilled::Answer(answer) = &prefilled else {
@@ -311,8 +305,6 @@ impl Attempt<'_> {
             };
             prefill.run(Stage::Handoff, self.job.deadlines.handoff, arrived).await?;
             entry.handed(handoff);
-            let unmixed = async { entry.unmixed().await.map_err(Cause::from) };
-            decode.run(Stage::Handoff, self.job.deadlines.handoff, unmixed).await?;
             self.shared.metrics.took(Timed::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
@@ -321,25 +313,6 @@ impl Attempt<'_> {
             outcome = legs => outcome,
             () = decode.gone() => Err(decode.failed(Stage::Handoff, Cause::Gone)),
         }
-    }
-
-    /// The notifications to wait for and the place among other pushes, where the connector pushes.
-    async fn pushed(&self, prefill: &Seat, decode: &Seat, id: &str) -> Result<Option<(Arrival, Push)>, ProxyError> {
-        let Some(notifications) = self.shared.pushed_notifications() else {
-            return Ok(None);
-        };
-        let pushes = &self.shared.pushes;
-        let entering = async { Ok(pushes.enter(&decode.engine, self.beginning()).await) };
-        let push = decode.run(Stage::Handoff, self.job.deadlines.handoff, entering).await?;
-        let ranks = prefill.engine.endpoint.tensor_parallel;
-        let count = self.shared.settings.notifications.unwrap_or(ranks);
-        Ok(Some((notifications.expect(id, count), push)))
-    }
-
-    /// The hash of how the prompt begins.
-    fn beginning(&self) -> u64 {
-        let prompt = self.document.given(self.job.kind.prompt_field()).unwrap_or_default();
-        beginning_of(self.document.get("model"), prompt)
     }
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {

@@ -4,7 +4,6 @@
 //! left or a leg failed, it sees to the KV: `table` says what is owed, `cleanup` pays it.
 
 mod cleanup;
-mod pushes;
 mod table;
 
 use std::sync::Arc;
@@ -21,7 +20,6 @@ use cleanup::Owed;
 use table::{Debt, End, Progress, Way, owed};
 
 pub(super) use cleanup::{Care, Consume, one_token_edits};
-pub(super) use pushes::{Mixed, Push, Pushes, beginning_of};
 
 /// One hand-off, from the reservation of its decode engine on.
 #[derive(Debug)]
@@ -56,13 +54,10 @@ impl Entry {
         }
     }
 
-    /// The prefill leg is about to be sent. From now on the engine may have KV of this hand-off; one that pushes it gives
-    /// an arrival and a push.
-    pub(super) fn prefilling(&mut self, prefill: &Seat, pushed: Option<(Arrival, Push)>) {
-        let (arrival, push) = pushed.unzip();
+    /// The prefill leg is about to be sent. From now on the engine may have KV of this hand-off.
+    pub(super) fn prefilling(&mut self, prefill: &Seat, arrival: Option<Arrival>) {
         if let Some(care) = &mut self.care {
             care.prefill = Some(prefill.keep());
-            care.push = push;
         }
         self.stage = Stage::Prefilling(arrival);
     }
@@ -80,15 +75,6 @@ impl Entry {
         self.stage = Stage::Handed(handoff);
         if let Some(care) = self.care.as_mut().filter(|_| is_pushed) {
             care.prefill = None;
-            care.push.iter().for_each(Push::landed);
-        }
-    }
-
-    /// Waits until the KV that was pushed can be decoded from. Safe to cancel.
-    pub(super) async fn unmixed(&self) -> Result<(), Mixed> {
-        match self.care.as_ref().and_then(|care| care.push.as_ref()) {
-            Some(push) => push.unmixed().await,
-            None => Ok(()),
         }
     }
 
@@ -142,8 +128,7 @@ impl Entry {
     /// There is no KV, and none will come.
     pub(super) fn close(&mut self) {
         self.stage = Stage::Closed;
-        if let Some(care) = self.care.take() {
-            care.push.iter().for_each(Push::landed);
+        if self.care.take().is_some() {
             self.shared.metrics.open_handoffs(-1);
         }
     }
@@ -180,17 +165,10 @@ impl Entry {
         };
         match (self.owed(end), tokio::runtime::Handle::try_current()) {
             (Some(owed), Ok(runtime)) => {
-                if !matches!(end, End::Left) {
-                    care.push.iter().for_each(Push::failed);
-                }
                 let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed);
                 drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
             }
-            _ => {
-                // Where nothing is owed, no KV is anywhere.
-                care.push.iter().for_each(Push::landed);
-                self.shared.metrics.open_handoffs(-1);
-            }
+            _ => self.shared.metrics.open_handoffs(-1),
         }
     }
 

@@ -42,7 +42,6 @@ pub use notify::{Notifications, NotifyError};
 
 use error::ProxyError;
 use flow::Deadlines;
-use ledger::Pushes;
 use metrics::Metrics;
 use seats::Seats;
 use upstream::Upstream;
@@ -90,8 +89,6 @@ struct Shared {
     decode_turn: AtomicUsize,
     /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
     cleanups: TaskTracker,
-    /// KV on its way into the buffers of decode engines.
-    pushes: Pushes,
     /// Places for clean-ups that wait for an overdue notification.
     overdue: Arc<Semaphore>,
     /// The proxy ends.
@@ -120,7 +117,6 @@ impl Proxy {
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
             cleanups: TaskTracker::new(),
-            pushes: Pushes::default(),
             overdue: Arc::new(Semaphore::new(OVERDUE_AT_ONCE)),
             closing: CancellationToken::new(),
         }))
@@ -165,11 +161,6 @@ impl Shared {
             .map_err(|_| ProxyError::Busy {
                 limit: self.settings.max_in_flight,
             })
-    }
-
-    /// Where notifications of pushed KV come, if this connector pushes.
-    fn pushed_notifications(&self) -> Option<&Notifications> {
-        self.notifications.as_ref().filter(|_| self.settings.connector.notifies())
     }
 
     fn deadlines(&self) -> Deadlines {

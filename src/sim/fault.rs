@@ -120,7 +120,12 @@ impl FromStr for Fault {
             "repeat-notification" => every("repeat-notification", value).map(Self::RepeatNotification),
             "delay-notification" => delay(value)
                 .map(|(time, nth)| Self::DelayNotification(time, nth))
-                .ok_or_else(|| bad_value("delay-notification", "a duration such as `1s`, or `1s/3` for every third one")),
+                .ok_or_else(|| {
+                    bad_value(
+                        "delay-notification",
+                        "a duration such as `1s`, or `1s/3` for every third one",
+                    )
+                }),
             "fail-transfer" => every("fail-transfer", value).map(Self::FailTransfer),
             "garble-kv" => every("garble-kv", value).map(Self::GarbleKv),
             "drift" => every("drift", value).map(Self::Drift),

@@ -79,7 +79,8 @@ fn nothing_is_lost_wrong_or_left_when_the_prefill_engine_makes_the_first_token()
 
 fn storm(seed: u64, connector: &[&str]) {
     let place = Place::new();
-    let faults = r#"sim.faults=["drop-notification=9","repeat-notification=7","delay-notification=700ms/8","fail-transfer=11"]"#;
+    let faults =
+        r#"sim.faults=["drop-notification=9","repeat-notification=7","delay-notification=700ms/8","fail-transfer=11"]"#;
     let settings = [
         faults,
         "sim.preset=brisk",
@@ -91,7 +92,11 @@ fn storm(seed: u64, connector: &[&str]) {
         "deadlines.decode_idle=30s",
         "proxy.routing.attempts=10",
     ];
-    let arguments: Vec<&str> = settings.iter().chain(connector).flat_map(|setting| ["--set", setting]).collect();
+    let arguments: Vec<&str> = settings
+        .iter()
+        .chain(connector)
+        .flat_map(|setting| ["--set", setting])
+        .collect();
     let mut run = place.up(&arguments);
     run.wait_until_ready();
     let questions = questions(&place, seed);
@@ -187,7 +192,8 @@ fn wait_until_whole(place: &Place) {
 fn sample(port: u16, beginning: &str) -> f64 {
     let metrics = get(port, "/metrics");
     let line = metrics.lines().find(|line| line.starts_with(beginning));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
+        .unwrap_or(0.0)
 }
 
 fn assert_nothing_is_left(place: &Place, seed: u64) {
@@ -209,7 +215,11 @@ fn assert_nothing_is_left(place: &Place, seed: u64) {
             .filter(|(.., value)| *value != 0.0)
             .map(|(port, name, value)| format!("{} on {port}: {value}", name.trim()))
             .collect();
-        if left.is_empty() { Ok(()) } else { Err(format!("seed {seed}: {left:?}")) }
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("seed {seed}: {left:?}"))
+        }
     });
 }
 
@@ -236,7 +246,9 @@ fn load(place: &Place, questions: &[Question], seed: u64) {
             let told = match manner {
                 Manner::Leave(after) => {
                     let after = Duration::from_millis(after);
-                    tokio::time::timeout(after, answered(request, question)).await.unwrap_or(Ok(()))
+                    tokio::time::timeout(after, answered(request, question))
+                        .await
+                        .unwrap_or(Ok(()))
                 }
                 Manner::Whole | Manner::Stream => tokio::time::timeout(DEADLINE, answered(request, question))
                     .await
@@ -254,7 +266,9 @@ async fn answered(
 ) -> Result<(), String> {
     let response = request.await.map_err(|error| format!("no answer: {error:?}"))?;
     let status = response.status();
-    let is_stream = response.headers()["content-type"].as_bytes().starts_with(b"text/event-stream");
+    let is_stream = response.headers()["content-type"]
+        .as_bytes()
+        .starts_with(b"text/event-stream");
     let mut text = String::new();
     let mut body = response.bytes_stream();
     while let Some(chunk) = body.next().await {
@@ -268,7 +282,11 @@ async fn answered(
     if !is_stream {
         let answer: Value = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;
         let given = answer["choices"][0]["text"].as_str().unwrap_or_default();
-        return if given == expected { Ok(()) } else { Err(format!("wrong: {given:?}, not {expected:?}")) };
+        return if given == expected {
+            Ok(())
+        } else {
+            Err(format!("wrong: {given:?}, not {expected:?}"))
+        };
     }
     let events: Vec<Value> = text
         .split("\n\n")
@@ -278,7 +296,10 @@ async fn answered(
     if events.last().is_none_or(|last| last != "[DONE]") {
         return Err(format!("a silent end: {text}"));
     }
-    let given: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    let given: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["text"].as_str())
+        .collect();
     let failed = events.iter().any(|event| event["error"].is_object());
     if given == expected && !failed || failed && !given.is_empty() && expected.starts_with(&given) {
         Ok(())

@@ -17,7 +17,6 @@ use super::super::error::Stage as Leg;
 use super::super::notify::Arrival;
 use super::super::rules::Kind;
 use super::super::upstream::{Call, Kept, Seat};
-use super::pushes::Push;
 use super::table::End;
 use crate::fleet::Role;
 
@@ -56,8 +55,8 @@ pub(in crate::proxy) struct Care {
     pub(in crate::proxy) decode: Arc<Seat>,
     /// The prefill engine, as long as it has KV of this hand-off.
     pub(in crate::proxy) prefill: Option<Kept>,
-    /// What is on its way into the decode engine's buffer, or in it.
-    pub(in crate::proxy) push: Option<Push>,
+    /// What a decode leg must carry to find pushed KV.
+    pub(in crate::proxy) decode_params: Option<String>,
     pub(in crate::proxy) headers: HeaderMap,
     pub(in crate::proxy) request_id: String,
     pub(in crate::proxy) consume: Consume,
@@ -85,7 +84,7 @@ pub(super) enum Owed {
     ConsumeNowAndLater(Arrival),
 }
 
-/// Pays.
+/// Pays what is owed.
 pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
     let overdue = match owed {
         Owed::Release(params, end) => {
@@ -99,10 +98,7 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
         Owed::ConsumeOnceThere(mut arrival) => {
             let came = tokio::select! {
                 biased;
-                () = arrival.complete() => {
-                    care.push.iter().for_each(Push::landed);
-                    Some(true)
-                }
+                () = arrival.complete() => Some(true),
                 () = care.decode.gone() => None,
                 () = prefill_gone(&care) => Some(true),
                 () = tokio::time::sleep(care.deadline) => Some(false),
@@ -131,7 +127,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
     let Care {
         decode,
         prefill,
-        push,
+        decode_params,
         headers,
         request_id,
         consume: request,
@@ -139,7 +135,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         permit,
     } = care;
     let engine = decode.watch();
-    drop((decode, prefill, push, permit));
+    drop((decode, prefill, permit));
     let came = tokio::select! {
         () = arrival.complete() => true,
         () = engine.gone() => false,
@@ -153,7 +149,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
     let care = Care {
         decode: Arc::new(seat),
         prefill: None,
-        push: None,
+        decode_params,
         headers,
         request_id,
         consume: request,
@@ -215,11 +211,12 @@ async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
     let call = match &care.consume {
         Consume::Completion(body) => (Kind::Completions.path(), body.clone()),
         Consume::Original(kind, body) => {
+            let mut edits = one_token_edits(*kind);
+            if let Some(params) = &care.decode_params {
+                edits.push(("kv_transfer_params", Some(params)));
+            }
             // It was parsed before; were it not, the engine would say so.
-            let edited = Document::parse(body).map_or_else(
-                |_| body.clone(),
-                |document| document.edited(&one_token_edits(*kind)).into(),
-            );
+            let edited = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
             (kind.path(), edited)
         }
     };

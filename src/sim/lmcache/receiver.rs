@@ -103,7 +103,7 @@ impl Receiver {
 
     /// Takes what is there for a prompt: the records of its longest prefix of chunks that every rank has. Whatever is
     /// taken is freed. One token at least is left to compute.
-    pub(crate) fn retrieve(&self, prompt: &[u32]) -> Vec<u64> {
+    pub(crate) fn retrieve(&self, prompt: &[u32], tag: &str) -> Vec<u64> {
         let looked_up = &prompt[..prompt.len().saturating_sub(self.skip_last_tokens)];
         let mut loaded = Vec::new();
         for (position, hash) in self.config.chunk_hashes(looked_up).into_iter().enumerate() {
@@ -111,7 +111,7 @@ impl Receiver {
                 .config
                 .chunk_size
                 .min(looked_up.len() - position * self.config.chunk_size);
-            let Some(mut chunk) = self.take_chunk(hash) else {
+            let Some(mut chunk) = self.take_chunk(hash, tag) else {
                 break;
             };
             // Bytes that never landed are garbage, not a miss.
@@ -122,9 +122,9 @@ impl Receiver {
         loaded
     }
 
-    fn take_chunk(&self, hash: u64) -> Option<Vec<u64>> {
+    fn take_chunk(&self, hash: u64, tag: &str) -> Option<Vec<u64>> {
         let keys: Vec<String> = (0..self.ranks.len())
-            .map(|rank| key(&self.model, self.ranks.len(), rank, hash))
+            .map(|rank| key(&self.model, self.ranks.len(), rank, hash, tag))
             .collect();
         let complete = self
             .ranks

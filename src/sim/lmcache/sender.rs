@@ -16,7 +16,7 @@ use zeromq::{
 
 use super::{Config, key};
 use crate::sim::fault::{EveryNth, Fault};
-use crate::sim::kv_params::DisaggSpec;
+use crate::sim::kv_params::{DisaggSpec, Tag};
 use crate::sim::log::{Log, Process};
 use crate::sim::options::{Options, STEP_DEADLINE};
 use crate::sim::timing::Preset;
@@ -97,6 +97,7 @@ struct Notice {
 struct Transfer {
     req_id: String,
     hashes: Vec<u64>,
+    tag: Tag,
     chunks: Vec<Bytes>,
     last_chunk_tokens: usize,
     tokens: usize,
@@ -185,7 +186,7 @@ impl Sender {
     }
 
     /// Queues the KV of a prompt for a receiver that was met.
-    pub(crate) fn push(&mut self, spec: &DisaggSpec, prompt: &[u32], records: &[u64]) {
+    pub(crate) fn push(&mut self, spec: &DisaggSpec, tag: &str, prompt: &[u32], records: &[u64]) {
         let receiver_id = spec
             .receiver_init_port
             .first()
@@ -200,6 +201,7 @@ impl Sender {
         let transfer = Transfer {
             req_id: spec.req_id.clone(),
             hashes: self.config.chunk_hashes(prompt),
+            tag: tag.to_owned(),
             chunks,
             last_chunk_tokens: (prompt.len() - 1) % self.config.chunk_size + 1,
             tokens: prompt.len(),
@@ -365,7 +367,7 @@ impl Peer {
         let keys: Vec<String> = transfer
             .hashes
             .iter()
-            .map(|hash| key(&self.model, world_size, rank, *hash))
+            .map(|hash| key(&self.model, world_size, rank, *hash, &transfer.tag))
             .collect();
         let request = LmcacheMessage::AllocRequest {
             keys: keys.clone(),
