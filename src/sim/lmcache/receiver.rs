@@ -316,7 +316,9 @@ async fn take_message(rank: &Rank, socket: &mut RouterSocket, waiting: &mut VecD
             }
         }
         Some(LmcacheMessage::CancelNotif { keys, .. }) => {
-            keys.iter().for_each(|key| rank.cancel(key));
+            for key in &keys {
+                rank.cancel(key);
+            }
             let answer = LmcacheMessage::AllocResponse {
                 remote_indexes: Vec::new(),
                 already_sent_indexes: Vec::new(),
