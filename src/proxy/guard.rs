@@ -200,7 +200,7 @@ impl GuardedBody {
         self.guarded.count(Outcome::Failed);
         self.guarded.tally = None;
         if let Some(mut entry) = self.guarded.entry.take() {
-            drop(entry.failed(&error));
+            entry.failed(&error);
         }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {

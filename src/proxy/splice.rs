@@ -136,7 +136,7 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
             attempt.bypass(decode, "decode_refused").await
         }
         Err(error) => {
-            attempt.settle_later(entry.failed(&error));
+            entry.failed(&error);
             Err(error)
         }
     }
@@ -203,7 +203,9 @@ fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) 
     let model = attempt.document.get("model").unwrap_or("null");
     // Any token after the prompt will do to take the prompt's KV.
     let prompt = list(&[tokens, &tokens[..1]].concat());
-    let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1}}"#);
+    let params = attempt.shared.settings.connector.decode_params(id);
+    let params = params.as_deref().unwrap_or("null");
+    let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1,"kv_transfer_params":{params}}}"#);
     attempt.reserve(decode, id, Consume::Completion(body.into()))
 }
 
@@ -256,7 +258,8 @@ impl Half {
         entry: &mut Entry,
     ) -> Result<Option<Response<Body>>, ProxyError> {
         let kind = attempt.job.kind;
-        let prompt = Prompt::new(kind, &self.tokens, "{}");
+        let params = attempt.shared.settings.connector.decode_params(&self.id);
+        let prompt = Prompt::new(kind, &self.tokens, params.as_deref().unwrap_or("{}"));
         let limit = limit.map(|limit| (limit - 1).to_string());
         let mut edits: Vec<Edit<'_>> = prompt.edits().collect();
         let limits: &[&str] = match kind {
