@@ -61,6 +61,7 @@ impl PrefillUsage {
     pub(super) fn of(answer: &[u8], pushed: bool) -> Self {
         let usage = std::str::from_utf8(answer)
             .ok()
+            .filter(|_| has_details(answer))
             .and_then(|text| Document::parse_text(text).ok()?.given("usage"));
         let details = usage.and_then(|usage| {
             let all = Document::parse_text(Document::parse_text(usage).ok()?.given("prompt_tokens_details")?).ok()?;
@@ -78,7 +79,9 @@ impl PrefillUsage {
 
     /// A whole answer of the decode engine as the client shall see it, and what it proves. `None` if it tells no details.
     pub(super) fn correct(&self, answer: &[u8]) -> Option<(String, Proof)> {
-        memchr::memmem::find(answer, DETAILS)?;
+        if !has_details(answer) {
+            return None;
+        }
         let mut proof = Proof::default();
         let corrected = edit_at(std::str::from_utf8(answer).ok()?, &[Step::Key("usage")], |usage| {
             proof = self.proof(&serde_json::from_str(usage).ok()?);
@@ -91,7 +94,9 @@ impl PrefillUsage {
 
     /// The same of whole events of its stream.
     pub(super) fn correct_events(&self, events: &[u8]) -> Option<(Bytes, Proof)> {
-        memchr::memmem::find(events, DETAILS)?;
+        if !has_details(events) {
+            return None;
+        }
         let mut proof = Proof::default();
         let mut out = Vec::with_capacity(events.len());
         for (_, event) in sse::each(events) {
@@ -122,6 +127,12 @@ impl PrefillUsage {
             remote_tokens: cached.filter(|_| !says_nothing),
         }
     }
+}
+
+/// Whether an answer tells details of the prompt. Text cannot look so, because it has its quotes escaped; most answers and
+/// events are done with here.
+fn has_details(json: &[u8]) -> bool {
+    memchr::memmem::find_iter(json, DETAILS).any(|at| json[at + DETAILS.len()..].trim_ascii_start().starts_with(b"{"))
 }
 
 #[cfg(test)]
