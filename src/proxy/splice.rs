@@ -1,6 +1,9 @@
 //! LMCache's reference flow, done right: the prefill engine makes the first token, the decode engine goes on from the
 //! prompt plus that token, and the two halves become one coherent answer, byte for byte that of one engine.
 //!
+//! The prefill leg is the client's own request, so that its answer has the shape of a whole one. The decode leg is a
+//! completion, because only that takes token ids in every version of vLLM.
+//!
 //! Only requests that [`super::rules`] lets through come here, so there is one choice, no logprobs and no stop string.
 
 use std::sync::Arc;
@@ -10,8 +13,8 @@ use axum::body::Body;
 use axum::http::{Response, header};
 use bytes::Bytes;
 use serde::Deserialize;
-use serde_json::Value;
 use serde_json::value::RawValue;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::answer::verbatim;
@@ -26,6 +29,23 @@ use super::seats::Seated;
 use super::sse::{self, Events};
 use super::upstream::{Call, Seat};
 use super::usage::PrefillUsage;
+
+/// The decode leg's route.
+const PATH: &str = "/v1/completions";
+
+/// Fields of a chat that a splice serves and that are none of a completion.
+const CHAT_ONLY: [&str; 10] = [
+    "messages",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "tool_choice",
+    "parallel_tool_calls",
+    "include_reasoning",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_prompt_text",
+];
 
 /// The prefill engine's answer: the first token and what came with it.
 #[derive(Debug, Deserialize)]
@@ -72,7 +92,41 @@ impl FirstChoice {
     }
 }
 
-/// What turns the decode engine's answer into the client's.
+/// The decode engine's answer, or one event of it.
+#[derive(Debug, Deserialize)]
+struct Rest<'answer> {
+    #[serde(borrow)]
+    choices: Vec<RestChoice<'answer>>,
+    #[serde(borrow)]
+    usage: Option<&'answer RawValue>,
+    #[serde(borrow)]
+    system_fingerprint: Option<&'answer RawValue>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RestChoice<'answer> {
+    text: String,
+    #[serde(borrow)]
+    finish_reason: Option<&'answer RawValue>,
+    #[serde(borrow)]
+    stop_reason: Option<&'answer RawValue>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Counts {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
+impl RestChoice<'_> {
+    /// How it ends, if it does.
+    fn ending(&self) -> Option<(&str, &str)> {
+        let finish = self.finish_reason?.get();
+        Some((finish, self.stop_reason.map_or("null", RawValue::get)))
+    }
+}
+
+/// What turns the decode engine's events into the client's.
 #[derive(Debug)]
 pub(super) struct Rewriter {
     kind: Kind,
@@ -102,6 +156,8 @@ struct Half {
     tokens: Vec<u32>,
     /// The first token's text.
     text: String,
+    /// The prefill engine's whole answer.
+    answer: Bytes,
     rewriter: Rewriter,
     usage: PrefillUsage,
     handoff_time: Duration,
@@ -114,15 +170,23 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
         Seated::Alone(decode, reason) => return attempt.bypass(decode, reason).await,
     };
     let id = new_id();
-    let Some(tokens) = tokenize(attempt, &decode, &id).await? else {
+    let Some(Tokenized { tokens, max_model_len }) = tokenize(attempt, &decode, &id).await? else {
         decode.held().inspect(|held| held.consumed());
         return attempt.bypass(decode, "tokenize_refused").await;
+    };
+    // A chat without a limit fills the context; a completion without one would not.
+    let limit = request
+        .limit
+        .or(max_model_len.and_then(|most| most.checked_sub(tokens.len() as u64)));
+    let Some(limit) = limit.filter(|limit| *limit > 0) else {
+        decode.held().inspect(|held| held.consumed());
+        return attempt.bypass(decode, "max_tokens").await;
     };
     let mut entry = reserve(attempt, &decode, &id, &tokens);
     let seats = (&decode, id.as_str());
     let first = Box::pin(first_half(attempt, request, prefill, seats, &mut entry, tokens)).await;
     let outcome = match first {
-        Ok(First::Half(half)) => Box::pin(half.finish(attempt, request.limit, &mut entry)).await,
+        Ok(First::Half(half)) => Box::pin(half.finish(attempt, limit, &mut entry)).await,
         Ok(First::Whole(response)) => Ok(Some(response)),
         Ok(First::Unknown) => return attempt.bypass(decode, "first_token").await,
         Ok(First::Refused) => return attempt.refused(entry, decode).await,
@@ -162,24 +226,19 @@ async fn first_half(
     let choice = first.choices.pop().ok_or_else(|| nonsense("it has no choice"))?;
     tokens.push(entry.first_token().ok_or_else(|| nonsense("it has no first token"))?);
     let rewriter = Rewriter::new(kind, &first);
-    let (finish, stop) = (choice.finish_reason.clone(), choice.stop_reason.clone());
+    let finish = json!(choice.finish_reason);
+    let stop = choice.stop_reason.to_string();
+    let is_last = finish == "stop" || request.limit == Some(1);
     let text = choice.text();
-    if let Some(text) = &text
-        && (finish.as_deref() == Some("stop") || request.limit == Some(1))
-    {
+    if let Some(text) = text.as_ref().filter(|_| is_last) {
         // The entry's end makes the decode engine take the KV that nobody will decode from.
         drop(attempt.tally(true));
         let body = if request.stream {
-            let last = Ending {
-                text,
-                finish: &finish.into(),
-                stop: &stop,
-                usage: request.include_usage.then_some(&first.usage),
-                fingerprint: first.system_fingerprint,
-            };
-            Some(rewriter.only_events(&last))
+            let usage = request.include_usage.then(|| without_nulls(&first.usage).to_string());
+            let ending = (finish.to_string(), stop);
+            Some(rewriter.only_events(text, &ending, usage.as_deref(), first.system_fingerprint))
         } else {
-            alone(&answer)
+            std::str::from_utf8(&answer).ok().map(without_params)
         };
         let response = whole_response(body.ok_or_else(|| nonsense("it is no completion"))?, request.stream);
         return Ok(First::Whole(attempt.begin(response, Instant::now())));
@@ -193,8 +252,9 @@ async fn first_half(
         id: id.to_owned(),
         tokens,
         text,
-        rewriter,
         usage: PrefillUsage::of(&answer, true),
+        answer,
+        rewriter,
         handoff_time,
     })))
 }
@@ -211,67 +271,52 @@ fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) 
 
 fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) -> Vec<u8> {
     let kind = attempt.job.kind;
-    let connector = &attempt.shared.settings.connector;
-    let params = connector.prefill_params(id, &decode.engine.endpoint);
-    let prompt = Prompt::new(kind, tokens, &params);
+    let ids = list(tokens);
+    let mut params = attempt
+        .shared
+        .settings
+        .connector
+        .prefill_params(id, &decode.engine.endpoint);
     let mut edits = one_token_edits(kind);
-    edits.extend(prompt.edits());
+    match kind {
+        Kind::Completions => edits.push(("prompt", Some(&ids))),
+        Kind::Chat => {
+            // So that it need not count them again; versions that do not know the key make the same of the messages.
+            let own = Document::parse_text(&params).expect("a connector makes an object");
+            params = own.apply(&[("prompt_token_ids", Some(&ids))]);
+        }
+    }
+    edits.push(("kv_transfer_params", Some(&params)));
     attempt.document.edited(&edits)
 }
 
-/// A prompt of token ids, as the route of a kind takes it: chat takes it beside the messages (vLLM 0.32).
-struct Prompt {
-    ids: Option<String>,
-    params: Option<String>,
-}
-
-impl Prompt {
-    fn new(kind: Kind, tokens: &[u32], params: &str) -> Self {
-        let ids = list(tokens);
-        let (ids, params) = match kind {
-            Kind::Completions => (Some(ids), params.to_owned()),
-            Kind::Chat => {
-                let own = Document::parse_text(params).expect("a connector makes an object");
-                (None, own.apply(&[("prompt_token_ids", Some(&ids))]))
-            }
-        };
-        Self {
-            ids,
-            params: Some(params).filter(|params| params != "{}"),
-        }
+/// The client's body with the prompt's tokens, the first token, and one token less to generate.
+fn decode_body(attempt: &Attempt<'_>, id: &str, tokens: &[u32], limit: u64) -> Vec<u8> {
+    let params = attempt.shared.settings.connector.decode_params(id);
+    let (prompt, limit) = (list(tokens), (limit - 1).to_string());
+    let mut edits: Vec<Edit<'_>> = vec![
+        ("prompt", Some(&prompt)),
+        ("max_tokens", Some(&limit)),
+        ("kv_transfer_params", params.as_deref()),
+    ];
+    if attempt.job.kind == Kind::Chat {
+        edits.extend(CHAT_ONLY.map(|key| (key, None)));
     }
-
-    fn edits(&self) -> impl Iterator<Item = Edit<'_>> {
-        let params = ("kv_transfer_params", self.params.as_deref());
-        let prompt = self.ids.as_deref().map(|ids| ("prompt", Some(ids)));
-        prompt.into_iter().chain([params])
-    }
+    attempt.document.edited(&edits)
 }
 
 impl Half {
-    /// The decode leg: the client's body with the prompt's tokens, the first token, and one token less to generate. No answer
-    /// if the engine refuses it, in words about what the client has not written.
+    /// The decode leg. No answer if the engine refuses it, in words about what the client has not written.
     async fn finish(
         self,
         attempt: &Attempt<'_>,
-        limit: Option<u64>,
+        limit: u64,
         entry: &mut Entry,
     ) -> Result<Option<Response<Body>>, ProxyError> {
-        let kind = attempt.job.kind;
-        let params = attempt.shared.settings.connector.decode_params(&self.id);
-        let prompt = Prompt::new(kind, &self.tokens, params.as_deref().unwrap_or("{}"));
-        let limit = limit.map(|limit| (limit - 1).to_string());
-        let mut edits: Vec<Edit<'_>> = prompt.edits().collect();
-        let limits: &[&str] = match kind {
-            Kind::Completions => &["max_tokens"],
-            Kind::Chat => &["max_tokens", "max_completion_tokens"],
-        };
-        let is_given = |key: &&&str| kind == Kind::Completions || attempt.document.given(key).is_some();
-        edits.extend(limits.iter().filter(is_given).map(|key| (*key, limit.as_deref())));
-        let body = attempt.document.edited(&edits);
+        let body = decode_body(attempt, &self.id, &self.tokens, limit);
         let sent = Instant::now();
         entry.send();
-        let response = match attempt.decode(&self.decode, &self.id, kind.path(), body).await? {
+        let response = match attempt.decode(&self.decode, &self.id, PATH, body).await? {
             Decoded::Refused(_) => {
                 entry.refused();
                 return Ok(None);
@@ -279,20 +324,15 @@ impl Half {
             Decoded::Whole(head, body) => {
                 let mut tally = attempt.tally(true);
                 entry.consumed();
-                let corrected = self.usage.correct(&body);
-                if corrected.as_ref().is_some_and(|(_, proof)| proof.disproves()) {
+                if self.usage.proof_of(&body).disproves() {
                     tally.outcome = Outcome::Recomputed;
                 }
-                let answer = match &corrected {
-                    Some((answer, _)) => Some(answer.as_str()),
-                    None => std::str::from_utf8(&body).ok(),
-                };
-                let whole = answer.and_then(|answer| self.rewriter.whole(&self.text, answer));
                 let nonsense = || {
                     self.decode
                         .failed(Stage::Decode, Cause::Nonsense("it is no completion"))
                 };
-                verbatim(head, whole.ok_or_else(nonsense)?.into())
+                let whole = self.whole(&body).ok_or_else(nonsense)?;
+                verbatim(head, whole.into())
             }
             Decoded::Stream(head, body) => {
                 let begin = self.rewriter.first_events(&self.text);
@@ -316,18 +356,55 @@ impl Half {
         }
         Ok(Some(response))
     }
+
+    /// The prefill engine's answer, gone on as the decode engine says.
+    fn whole(&self, decoded: &[u8]) -> Option<String> {
+        let rest: Rest<'_> = serde_json::from_slice(decoded).ok()?;
+        let choice = rest.choices.first()?;
+        let counts: Counts = serde_json::from_str(rest.usage?.get()).ok()?;
+        let path: &[Step] = match self.rewriter.kind {
+            Kind::Completions => &[Step::Key("text")],
+            Kind::Chat => &[Step::Key("message"), Step::Key("content")],
+        };
+        let (finish, stop) = choice.ending().unwrap_or(("null", "null"));
+        let answer = std::str::from_utf8(&self.answer).ok()?;
+        let joined = edit_at(answer, &[Step::Key("choices"), Step::First], |first| {
+            let text = quoted(&(self.text.clone() + &choice.text));
+            let joined = edit_at(first, path, |_| Some(text))?;
+            let edits = [("finish_reason", Some(finish)), ("stop_reason", Some(stop))];
+            Some(Document::parse_text(&joined).ok()?.apply(&edits))
+        })?;
+        let counted = edit_at(&joined, &[Step::Key("usage")], |usage| {
+            let first: Counts = serde_json::from_str(usage).ok()?;
+            let made = counts.completion_tokens + 1;
+            let (made, total) = (made.to_string(), (first.prompt_tokens + made).to_string());
+            let edits = [
+                ("completion_tokens", Some(made.as_str())),
+                ("total_tokens", Some(total.as_str())),
+            ];
+            Some(Document::parse_text(usage).ok()?.apply(&edits))
+        })?;
+        Some(without_params(&counted))
+    }
+}
+
+/// A prompt's token ids, and how many tokens it may have with its answer.
+#[derive(Deserialize)]
+struct Tokenized {
+    tokens: Vec<u32>,
+    max_model_len: Option<u64>,
 }
 
 /// The prompt's token ids. `None` if the engine refuses it, in words that are about another route than the client's.
-async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option<Vec<u32>>, ProxyError> {
-    #[derive(Deserialize)]
-    struct Tokens {
-        tokens: Vec<u32>,
-    }
+async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option<Tokenized>, ProxyError> {
     let field = attempt.job.kind.prompt_field();
     let prompt = attempt.document.get(field).unwrap_or("null");
     if is_token_list(prompt) {
-        return Ok(serde_json::from_str(prompt).ok());
+        let tokens = serde_json::from_str(prompt).ok();
+        return Ok(tokens.map(|tokens| Tokenized {
+            tokens,
+            max_model_len: None,
+        }));
     }
     let model = attempt.document.get("model").unwrap_or("null");
     let body = format!(r#"{{"model":{model},"{field}":{prompt}}}"#);
@@ -337,9 +414,9 @@ async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option
     if head.status.is_client_error() {
         return Ok(None);
     }
-    let tokens: Option<Tokens> = serde_json::from_slice(&body).ok();
-    match tokens {
-        Some(Tokens { tokens }) if head.status.is_success() => Ok(Some(tokens).filter(|tokens| !tokens.is_empty())),
+    let told: Option<Tokenized> = serde_json::from_slice(&body).ok();
+    match told {
+        Some(told) if head.status.is_success() => Ok(Some(told).filter(|told| !told.tokens.is_empty())),
         _ => Err(seat.failed(Stage::Tokenize, Cause::Nonsense("it has no tokens"))),
     }
 }
@@ -350,12 +427,10 @@ fn list(ids: &[u32]) -> String {
     format!("[{}]", ids.join(","))
 }
 
-/// The prefill engine's whole answer where there is nothing to add, without its side of the hand-off.
-fn alone(answer: &[u8]) -> Option<String> {
-    let text = std::str::from_utf8(answer).ok()?;
+/// The prefill engine's answer without its side of the hand-off.
+fn without_params(answer: &str) -> String {
     let params = [Step::Key("kv_transfer_params")];
-    let cleared = edit_at(text, &params, |_| Some("null".to_owned()));
-    Some(cleared.unwrap_or_else(|| text.to_owned()))
+    edit_at(answer, &params, |_| Some("null".to_owned())).unwrap_or_else(|| answer.to_owned())
 }
 
 fn whole_response(body: String, stream: bool) -> Response<Body> {
@@ -368,16 +443,6 @@ fn whole_response(body: String, stream: bool) -> Response<Body> {
     let content_type = header::HeaderValue::from_static(content_type);
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     response
-}
-
-/// The end of a stream whose first token is its last.
-struct Ending<'ending> {
-    text: &'ending str,
-    finish: &'ending Value,
-    stop: &'ending Value,
-    usage: Option<&'ending Value>,
-    /// Told with the last event, where the engine has one.
-    fingerprint: Option<&'ending RawValue>,
 }
 
 fn quoted(text: &str) -> String {
@@ -420,38 +485,42 @@ impl Rewriter {
         }
     }
 
-    /// What a stream begins with: the first token, after the role if it is a chat.
-    fn first_events(&self, text: &str) -> String {
+    /// A choice with a piece of text, and how it ends, if it does.
+    fn choice(&self, text: &str, ending: Option<(&str, &str)>) -> String {
         let text = quoted(text);
-        let choice = match self.kind {
-            Kind::Completions => format!(
-                r#"{{"index":0,"text":{text},"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}}"#
-            ),
-            Kind::Chat => format!(
-                r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null,"token_ids":null}}"#
-            ),
-        };
-        self.role() + &self.event(&choice, "")
-    }
-
-    /// A whole stream of one token.
-    fn only_events(&self, last: &Ending<'_>) -> String {
-        let (text, finish, stop) = (quoted(last.text), last.finish, last.stop);
-        let choice = match self.kind {
+        let (finish, stop) = ending.unwrap_or(("null", "null"));
+        match self.kind {
             Kind::Completions => format!(
                 r#"{{"index":0,"text":{text},"logprobs":null,"finish_reason":{finish},"stop_reason":{stop},"prompt_token_ids":null,"token_ids":null}}"#
             ),
-            Kind::Chat => format!(
-                r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":{finish},"stop_reason":{stop},"token_ids":null}}"#
-            ),
-        };
-        let fingerprint = last.fingerprint.map_or_else(String::new, |fingerprint| {
-            format!(r#","system_fingerprint":{}"#, fingerprint.get())
-        });
-        let end = match last.usage {
+            Kind::Chat => {
+                let stop = ending.map_or_else(String::new, |(_, stop)| format!(r#""stop_reason":{stop},"#));
+                format!(
+                    r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":{finish},{stop}"token_ids":null}}"#
+                )
+            }
+        }
+    }
+
+    /// What a stream begins with: the first token, after the role if it is a chat.
+    fn first_events(&self, text: &str) -> String {
+        self.role() + &self.event(&self.choice(text, None), "")
+    }
+
+    /// A whole stream of one token.
+    fn only_events(
+        &self,
+        text: &str,
+        (finish, stop): &(String, String),
+        usage: Option<&str>,
+        fingerprint: Option<&RawValue>,
+    ) -> String {
+        let choice = self.choice(text, Some((finish, stop)));
+        let fingerprint = told_fingerprint(fingerprint);
+        let end = match usage {
             None => self.event(&choice, &fingerprint),
             Some(usage) => {
-                let usage = format!(r#","usage":{}{fingerprint}"#, without_nulls(usage));
+                let usage = format!(r#","usage":{usage}{fingerprint}"#);
                 self.event(&choice, "") + &self.event("", &usage)
             }
         };
@@ -460,11 +529,6 @@ impl Rewriter {
 
     /// The decode engine's usage for the client: it has counted the first token as part of the prompt.
     fn usage(usage: &str) -> Option<String> {
-        #[derive(Deserialize)]
-        struct Counts {
-            prompt_tokens: u64,
-            completion_tokens: u64,
-        }
         let counts: Counts = serde_json::from_str(usage).ok()?;
         let (prompt, completion) = (counts.prompt_tokens.checked_sub(1)?, counts.completion_tokens + 1);
         let (prompt, completion) = (prompt.to_string(), completion.to_string());
@@ -473,25 +537,6 @@ impl Rewriter {
             ("completion_tokens", Some(completion.as_str())),
         ];
         Some(Document::parse_text(usage).ok()?.apply(&edits))
-    }
-
-    /// The whole answer, from the first token's text and the decode engine's whole answer.
-    fn whole(&self, first: &str, decoded: &str) -> Option<String> {
-        let path: &[Step] = match self.kind {
-            Kind::Completions => &[Step::Key("choices"), Step::First, Step::Key("text")],
-            Kind::Chat => &[
-                Step::Key("choices"),
-                Step::First,
-                Step::Key("message"),
-                Step::Key("content"),
-            ],
-        };
-        let joined = edit_at(decoded, path, |rest| {
-            let rest: Option<String> = serde_json::from_str(rest).ok()?;
-            Some(quoted(&(first.to_owned() + &rest.unwrap_or_default())))
-        })?;
-        let counted = edit_at(&joined, &[Step::Key("usage")], Self::usage)?;
-        Some(self.signed(&Document::parse_text(&counted).ok()?))
     }
 
     /// With the id and the time of the first half.
@@ -515,28 +560,27 @@ impl Rewriter {
         out.into()
     }
 
-    /// One chunk of the decode engine; nothing of the one that opens a chat, which was sent with the first token.
+    /// One chunk of the decode engine.
     fn chunk(&self, data: &str) -> Option<String> {
-        #[derive(Deserialize)]
-        struct Choice {
-            delta: Option<Delta>,
+        let rest: Rest<'_> = serde_json::from_str(data).ok()?;
+        if self.kind == Kind::Completions {
+            let signed = self.signed(&Document::parse_text(data).ok()?);
+            let counted = edit_at(&signed, &[Step::Key("usage")], Self::usage);
+            return Some(sse::event(&counted.unwrap_or(signed)));
         }
-        #[derive(Deserialize)]
-        struct Delta {
-            role: Option<String>,
-        }
-        let document = Document::parse_text(data).ok()?;
-        let choices: Vec<Choice> = serde_json::from_str(document.get("choices")?).ok()?;
-        if choices
-            .iter()
-            .any(|choice| choice.delta.as_ref().is_some_and(|delta| delta.role.is_some()))
-        {
-            return Some(String::new());
-        }
-        let signed = self.signed(&document);
-        let counted = edit_at(&signed, &[Step::Key("usage")], Self::usage);
-        Some(sse::event(&counted.unwrap_or(signed)))
+        let usage = rest.usage.and_then(|usage| Self::usage(usage.get()));
+        let usage = usage.map_or_else(String::new, |usage| format!(r#","usage":{usage}"#));
+        let choice = rest.choices.first();
+        let choice = choice.map_or_else(String::new, |choice| self.choice(&choice.text, choice.ending()));
+        Some(self.event(&choice, &(usage + &told_fingerprint(rest.system_fingerprint))))
     }
+}
+
+/// What engines may say of themselves with their last event.
+fn told_fingerprint(fingerprint: Option<&RawValue>) -> String {
+    fingerprint.map_or_else(String::new, |fingerprint| {
+        format!(r#","system_fingerprint":{}"#, fingerprint.get())
+    })
 }
 
 /// As vLLM writes the usage of a stream: what has no value is left out.

@@ -77,6 +77,18 @@ impl PrefillUsage {
         }
     }
 
+    /// What a whole answer of the decode engine proves.
+    pub(super) fn proof_of(&self, answer: &[u8]) -> Proof {
+        #[derive(Deserialize)]
+        struct Answer {
+            usage: Usage,
+        }
+        if !has_details(answer) {
+            return Proof::default();
+        }
+        serde_json::from_slice::<Answer>(answer).map_or_else(|_| Proof::default(), |answer| self.proof(&answer.usage))
+    }
+
     /// A whole answer of the decode engine as the client shall see it, and what it proves. `None` if it tells no details.
     pub(super) fn correct(&self, answer: &[u8]) -> Option<(String, Proof)> {
         if !has_details(answer) {

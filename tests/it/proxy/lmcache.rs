@@ -316,11 +316,6 @@ async fn splice(first: &'static str, body: &str, path: &str) -> (u16, String, St
     let decode = Fake::start(|seen| async move {
         match (seen.path.as_str(), &seen.json()["stream"]) {
             ("/tokenize", _) => answer(200, r#"{"count":3,"max_model_len":99,"tokens":[1,2,3]}"#),
-            (CHAT, Value::Bool(true)) => events(vec![
-                Ok("data: {\"id\":\"d\",\"created\":6,\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n"),
-                Ok("data: {\"id\":\"d\",\"created\":6,\"choices\":[{\"delta\":{\"content\":\"lo\"}}]}\n\ndata: [DONE]\n\n"),
-            ]),
-            (CHAT, _) => answer(200, r#"{"id":"chatcmpl-D","object":"chat.completion","created":6,"choices":[{"message":{"role":"assistant","content":"lo","new":1.50}}],"usage":{"prompt_tokens":4,"completion_tokens":1}}"#),
             (_, Value::Bool(true)) => rest_stream(),
             _ => answer(200, REST),
         }
@@ -397,16 +392,16 @@ async fn a_spliced_stream_has_one_id_and_the_right_usage() {
 }
 
 /// The same of a chat, and what a reasoning parser makes of it.
-const CHAT_FIRST: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel"},"finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":42}}"#;
+const CHAT_FIRST: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","new":1.50},"finish_reason":"length","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1},"kv_transfer_params":{"first_tok":42}}"#;
 const CHAT_THOUGHT: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","reasoning":"Hel"},"finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":42}}"#;
 
 const CHAT: &str = "/v1/chat/completions";
 
 #[tokio::test]
-async fn a_spliced_chat_is_the_decode_engines_own_chat_with_the_first_token_before_it() {
-    let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
+async fn a_spliced_chat_is_the_prefill_engines_own_chat_gone_on() {
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"parallel_tool_calls":true,"logprobs":false}"#;
     let (_, _, text, prefill, decode) = splice(CHAT_FIRST, body, CHAT).await;
-    let whole = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"choices":[{"message":{"role":"assistant","content":"Hello","new":1.50}}],"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+    let whole = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hello","new":1.50},"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2},"kv_transfer_params":null}"#;
     assert_eq!(text, whole);
     assert_eq!(prefill[0].path, CHAT);
     let params = &prefill[0].json()["kv_transfer_params"];
@@ -414,28 +409,26 @@ async fn a_spliced_chat_is_the_decode_engines_own_chat_with_the_first_token_befo
         (&params["prompt_token_ids"], &params["ret_first_tok"]),
         (&json!([1, 2, 3]), &json!(true))
     );
-    let mut due = tag(&prefill[0]);
-    due["prompt_token_ids"] = json!([1, 2, 3, 42]);
-    let rest = json!({"messages": [{"role": "user", "content": "x"}], "kv_transfer_params": due});
-    assert_eq!((decode[1].path.as_str(), decode[1].json()), (CHAT, rest));
+    // As many tokens as fit: 99 less the prompt's 3 and the first one.
+    let rest = json!({"prompt": [1, 2, 3, 42], "max_tokens": 95, "kv_transfer_params": tag(&prefill[0])});
+    assert_eq!((decode[1].path.as_str(), decode[1].json()), ("/v1/completions", rest));
 
-    let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"max_completion_tokens":9}"#;
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"stream_options":{"include_usage":true},"max_completion_tokens":9}"#;
     let (_, _, text, _, decode) = splice(CHAT_FIRST, body, CHAT).await;
     let chunks = chunks(&text);
     let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]).collect();
     assert_eq!(*deltas[0], json!({"role": "assistant", "content": ""}));
-    assert_eq!(
-        (&deltas[1]["content"], &deltas[2]["content"]),
-        (&json!("Hel"), &json!("lo"))
-    );
-    assert!(
-        chunks[..3]
-            .iter()
-            .all(|chunk| chunk["id"] == "chatcmpl-P" && chunk["created"] == 5)
-    );
-    assert_eq!((chunks.len(), &chunks[3]), (4, &json!("[DONE]")));
-    assert_eq!(decode[1].json()["max_completion_tokens"], 8);
-    assert_eq!(decode[1].json().get("max_tokens"), None);
+    let contents: Vec<&Value> = deltas[1..4].iter().map(|delta| &delta["content"]).collect();
+    assert_eq!(contents, ["Hel", "lo", "!"]);
+    assert_eq!(chunks[3]["choices"][0]["finish_reason"], "length");
+    let usage = json!({"prompt_tokens": 3, "total_tokens": 6, "completion_tokens": 3});
+    assert_eq!((&chunks[4]["choices"], &chunks[4]["usage"]), (&json!([]), &usage));
+    let of_one_answer = |chunk: &Value| {
+        chunk["id"] == "chatcmpl-P" && chunk["created"] == 5 && chunk["object"] == "chat.completion.chunk"
+    };
+    assert!(chunks[..5].iter().all(of_one_answer), "{text}");
+    assert_eq!((chunks.len(), &chunks[5]), (6, &json!("[DONE]")));
+    assert_eq!(decode[1].json()["max_tokens"], 8);
 }
 
 #[tokio::test]
