@@ -1,8 +1,10 @@
 //! `xpyd proxy` alone, over engines that somebody else started, with the flags of LMCache's `disagg_proxy_server.py`.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::support::{Place, Run, completion, wait_for};
 
@@ -14,7 +16,9 @@ struct Engines(Vec<Child>);
 impl Drop for Engines {
     fn drop(&mut self) {
         for engine in &mut self.0 {
-            drop(engine.kill());
+            // What it started outlives it otherwise, as with real engines.
+            let group = Pid::from_raw(i32::try_from(engine.id()).expect("a pid"));
+            drop(killpg(group, Signal::SIGKILL));
             drop(engine.wait());
         }
     }
@@ -55,7 +59,7 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
         for (name, value) in engine["env"].as_object().expect("variables") {
             command.env(name, value.as_str().expect("a text"));
         }
-        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         engines.0.push(command.spawn().expect("an engine"));
         let port = u16::try_from(engine["endpoint"]["port"].as_u64().expect("a port")).expect("a port");
         wait_for("an engine", || {
@@ -70,7 +74,7 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
 #[test]
 fn a_proxy_of_its_own_serves_engines_over_lmcache_and_stops_on_sigterm() {
     let place = Place::new();
-    let _engines = start_engines(&place, "2p2d");
+    let engines = start_engines(&place, "2p2d");
     let port = |base: u16| (base + place.offset).to_string();
     let pair = |base: u16| format!("{},{}", base + place.offset, base + place.offset + 1);
     let mut proxy = Run::start(
@@ -110,6 +114,8 @@ fn a_proxy_of_its_own_serves_engines_over_lmcache_and_stops_on_sigterm() {
     proxy.signal(Signal::SIGTERM);
     let (code, text) = proxy.end();
     assert_eq!(code, 0, "{text}");
+    drop(engines);
+    place.wait_until_empty();
 }
 
 #[test]
