@@ -1,31 +1,15 @@
 //! `xpyd proxy` alone, over engines that somebody else started, with the flags of LMCache's `disagg_proxy_server.py`.
 
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use crate::support::{Place, Run, completion, wait_for};
+use crate::support::{Place, Run, Unsupervised, completion, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
-/// Engines that nobody supervises, as a launcher script would have started them.
-struct Engines(Vec<Child>);
-
-impl Drop for Engines {
-    fn drop(&mut self) {
-        for engine in &mut self.0 {
-            // What it started outlives it otherwise, as with real engines.
-            let group = Pid::from_raw(i32::try_from(engine.id()).expect("a pid"));
-            drop(killpg(group, Signal::SIGKILL));
-            drop(engine.wait());
-        }
-    }
-}
-
 /// Starts the engines of a plan by its own command lines, and waits until they are up.
-fn start_engines(place: &Place, profile: &str) -> Engines {
+fn start_engines(place: &Place, profile: &str) -> Vec<Unsupervised> {
     let offset = format!("port_offset={}", place.offset);
     let output = place.run(&[
         "plan",
@@ -47,7 +31,7 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
         let name = file["path"].as_str().expect("a name");
         std::fs::write(folder.join(name), file["content"].as_str().expect("a text")).expect("a file");
     }
-    let mut engines = Engines(Vec::new());
+    let mut engines = Vec::new();
     for engine in plan["engines"].as_array().expect("engines") {
         let words: Vec<&str> = engine["argv"]
             .as_array()
@@ -59,8 +43,8 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
         for (name, value) in engine["env"].as_object().expect("variables") {
             command.env(name, value.as_str().expect("a text"));
         }
-        command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        engines.0.push(command.spawn().expect("an engine"));
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        engines.push(Unsupervised::start(&mut command));
         let port = u16::try_from(engine["endpoint"]["port"].as_u64().expect("a port")).expect("a port");
         wait_for("an engine", || {
             std::net::TcpStream::connect(("127.0.0.1", port))

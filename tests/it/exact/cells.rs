@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{Place, Run, engine, get, post, wait_for};
+use crate::support::{Place, Run, Unsupervised, engine, get, post, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 const COMPLETIONS: &str = "/v1/completions";
@@ -48,7 +48,7 @@ impl Flow {
 
 /// One engine that was never told of another.
 struct Alone {
-    process: Child,
+    _process: Unsupervised,
     port: u16,
 }
 
@@ -63,8 +63,8 @@ impl Alone {
             "--max-model-len",
             "16384",
         ];
-        let mut process = place.command(&arguments).stderr(Stdio::piped()).spawn().unwrap();
-        let mut log = BufReader::new(process.stderr.take().unwrap());
+        let mut process = Unsupervised::start(place.command(&arguments).stderr(Stdio::piped()));
+        let mut log = BufReader::new(process.stderr());
         let mut line = String::new();
         let address = loop {
             line.clear();
@@ -80,14 +80,10 @@ impl Alone {
             let health = std::net::TcpStream::connect(("127.0.0.1", port));
             health.map(drop).map_err(|error| error.to_string())
         });
-        Self { process, port }
-    }
-}
-
-impl Drop for Alone {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
+        Self {
+            _process: process,
+            port,
+        }
     }
 }
 
