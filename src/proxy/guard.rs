@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
@@ -20,7 +20,7 @@ use super::ledger::Entry;
 use super::metrics::Timed;
 use super::splice::Rewriter;
 use super::sse::Events;
-use super::upstream::Seat;
+use super::upstream::{AnswerBody, Seat};
 
 /// Measures a request from its arrival until this is dropped.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ pub(super) struct Guarded {
 /// The body of a streamed answer.
 pub(super) struct GuardedBody {
     /// `None` once the stream has ended.
-    inner: Option<Incoming>,
+    inner: Option<AnswerBody>,
     ready: VecDeque<Bytes>,
     idle: Pin<Box<Sleep>>,
     gone: Pin<Box<dyn Future<Output = ()> + Send>>,
@@ -65,7 +65,7 @@ pub(super) struct GuardedBody {
 
 impl GuardedBody {
     /// A body that sends `first`, then what comes from `inner`.
-    pub(super) fn new(first: Bytes, inner: Incoming, guarded: Guarded) -> Self {
+    pub(super) fn new(first: Bytes, inner: AnswerBody, guarded: Guarded) -> Self {
         Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),

@@ -9,6 +9,7 @@ mod body;
 mod canary;
 mod error;
 mod flow;
+mod framing;
 mod guard;
 mod ledger;
 mod listen;
@@ -22,6 +23,7 @@ mod seats;
 mod splice;
 mod sse;
 mod upstream;
+mod wire;
 
 use std::fmt;
 use std::sync::Arc;
@@ -104,7 +106,7 @@ impl Proxy {
             settings,
             view,
             notifications,
-            upstream: Upstream::new(),
+            upstream: Upstream::default(),
             metrics: Metrics::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),
@@ -124,7 +126,11 @@ impl Proxy {
             clients: self.0.settings.service.clients.clone(),
             stall: self.0.settings.decode_idle_deadline,
         };
-        listen::serve(listener, router, limits, stop, self.0.cleanups.clone()).await
+        let served = listen::serve(listener, router, limits, stop, self.0.cleanups.clone());
+        tokio::select! {
+            served = served => served,
+            () = self.0.upstream.close_idle() => Ok(()),
+        }
     }
 
     /// Requests in the proxy now, clean-ups of hand-offs included.
