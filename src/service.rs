@@ -15,6 +15,17 @@ pub struct Service {
     pub admission: Admission,
     /// What clients' connections are held to.
     pub clients: Clients,
+    /// What a hand-off must be.
+    pub handoff: Handoff,
+}
+
+/// What a hand-off must be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Handoff {
+    /// A decode engine whose KV did not arrive fails the request, which is tried again, instead of computing the prompt
+    /// itself while streams wait for it.
+    pub strict: bool,
 }
 
 /// Which engines a request goes to.
@@ -29,6 +40,8 @@ pub struct Routing {
     pub prefill_threshold: u64,
     /// Pairs of engines that one request may be tried with, the first one included, as long as its client has got nothing.
     pub attempts: u32,
+    /// What happens to requests while no prefill engine serves.
+    pub without_prefill: WithoutPrefill,
 }
 
 impl Default for Routing {
@@ -38,8 +51,19 @@ impl Default for Routing {
             decode_policy: Policy::RoundRobin,
             prefill_threshold: 0,
             attempts: 3,
+            without_prefill: WithoutPrefill::Fail,
         }
     }
+}
+
+/// What happens to requests while no prefill engine serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WithoutPrefill {
+    /// They are answered 503.
+    Fail,
+    /// Decode engines answer alone, at the cost of the streams that they serve.
+    Aggregate,
 }
 
 /// How an engine of a role is chosen. A session stays on its engines under each of them.

@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{Admission, Clients, Routing, Service};
+use crate::service::{Admission, Clients, Handoff, Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -116,6 +116,7 @@ struct ProxyTable {
     routing: Routing,
     admission: Admission,
     clients: Clients,
+    handoff: Handoff,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -281,6 +282,7 @@ impl ProxyTable {
                 routing: self.routing,
                 admission: self.admission,
                 clients: self.clients,
+                handoff: self.handoff,
             },
         }
     }

@@ -79,7 +79,7 @@ impl GuardedBody {
     }
 
     fn take(&mut self, bytes: Bytes) {
-        if let Some(entry) = self.guarded.entry.take() {
+        if let Some(mut entry) = self.guarded.entry.take() {
             entry.consumed();
         }
         let bytes = match &mut self.guarded.events {
@@ -99,6 +99,9 @@ impl GuardedBody {
     fn fail(&mut self, cause: Cause) -> Result<(), std::io::Error> {
         self.inner = None;
         let error = self.guarded.seat.failed(Stage::Decode, cause);
+        if let Some(mut entry) = self.guarded.entry.take() {
+            drop(entry.failed(&error));
+        }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {
             return Err(std::io::Error::other(error.to_string()));

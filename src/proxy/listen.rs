@@ -70,17 +70,17 @@ impl Limits {
     }
 }
 
-/// Serves on all threads until `stop` is cancelled and what is in flight has ended, `last` included.
+/// Serves on all threads until `stop` is cancelled and the last answer is sent. The threads go on with what requests have
+/// left behind on them, until they are dropped.
 ///
 /// # Errors
-/// When the listener cannot be shared among threads, or a thread cannot be started or ends early.
+/// When the listener cannot be shared among threads, or a thread cannot be started or breaks off.
 pub(super) async fn serve(
     listener: tokio::net::TcpListener,
     router: Router,
     limits: Limits,
     stop: CancellationToken,
-    last: TaskTracker,
-) -> io::Result<()> {
+) -> io::Result<Threads> {
     let listener = listener.into_std()?;
     // A burst of clients waits; the short queue of the standard library would lose some for seconds.
     listen(&listener, Backlog::MAXCONN)?;
@@ -93,14 +93,10 @@ pub(super) async fn serve(
             limits: limits.clone(),
             connections: Arc::clone(&connections),
             stop: stop.clone(),
-            last: last.clone(),
         };
         let (listener, abandon) = (listener.try_clone()?, threads.abandon.clone());
         let (ended, end) = oneshot::channel();
-        let run = move || {
-            // Nobody waits any more for a server that was abandoned.
-            let _ = ended.send(server.run(listener, &abandon));
-        };
+        let run = move || server.run(listener, ended, &abandon);
         let thread = thread::Builder::new().name(format!("proxy-{number}")).spawn(run)?;
         threads.started.push(thread);
         ends.push(end);
@@ -111,12 +107,12 @@ pub(super) async fn serve(
         end.await
             .map_err(|_| io::Error::other("a thread of the proxy broke off"))??;
     }
-    Ok(())
+    Ok(threads)
 }
 
-/// The threads of a server. Dropping it ends them, and what is in flight.
+/// The threads of a server. Dropping it ends them, with everything that runs on them.
 #[derive(Default)]
-struct Threads {
+pub(super) struct Threads {
     started: Vec<JoinHandle<()>>,
     abandon: CancellationToken,
 }
@@ -137,14 +133,20 @@ struct Server {
     limits: Limits,
     connections: Arc<Semaphore>,
     stop: CancellationToken,
-    last: TaskTracker,
 }
 
 impl Server {
-    fn run(&self, listener: TcpListener, abandon: &CancellationToken) -> io::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let served = runtime.block_on(abandon.run_until_cancelled(self.serve(listener)));
-        served.unwrap_or(Ok(()))
+    fn run(&self, listener: TcpListener, ended: oneshot::Sender<io::Result<()>>, abandon: &CancellationToken) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(ended.send(Err(error))),
+        };
+        let serve = async {
+            // Nobody waits any more for threads that are being dropped.
+            drop(ended.send(self.serve(listener).await));
+            std::future::pending::<()>().await;
+        };
+        runtime.block_on(abandon.run_until_cancelled(serve));
     }
 
     async fn serve(&self, listener: TcpListener) -> io::Result<()> {
@@ -156,8 +158,6 @@ impl Server {
         drop(listener);
         serving.close();
         serving.wait().await;
-        self.last.close();
-        self.last.wait().await;
         Ok(())
     }
 

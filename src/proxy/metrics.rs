@@ -42,11 +42,12 @@ struct EngineLabels {
 }
 
 /// How a request's hand-off ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// The decode engine took the KV and answered.
+    #[default]
     Transferred,
-    /// A decode engine answered alone, because the request asks for what no hand-off can do.
+    /// A decode engine answered alone, because no hand-off can do what the request asks for, or none is worth it.
     Bypassed,
     /// A leg failed. A retry counts on its own.
     Failed,
@@ -55,7 +56,7 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Transferred => "transferred",
             Self::Bypassed => "bypassed",

@@ -6,6 +6,7 @@
 mod admission;
 mod answer;
 mod body;
+mod breaker;
 mod canary;
 mod error;
 mod flow;
@@ -91,7 +92,14 @@ struct Shared {
     decode_turn: AtomicUsize,
     /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
     cleanups: TaskTracker,
+    /// Places for clean-ups that wait for an overdue notification.
+    overdue: Arc<Semaphore>,
+    /// The proxy ends.
+    closing: CancellationToken,
 }
+
+/// Overdue notifications that are waited for at once. Each costs about a kilobyte and its request's body.
+const OVERDUE_AT_ONCE: usize = 1024;
 
 impl Proxy {
     /// A proxy over the engines of `view`. LMCache needs `notifications`.
@@ -112,6 +120,8 @@ impl Proxy {
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
             cleanups: TaskTracker::new(),
+            overdue: Arc::new(Semaphore::new(OVERDUE_AT_ONCE)),
+            closing: CancellationToken::new(),
         }))
     }
 
@@ -126,7 +136,14 @@ impl Proxy {
             clients: self.0.settings.service.clients.clone(),
             stall: self.0.settings.decode_idle_deadline,
         };
-        let served = listen::serve(listener, router, limits, stop, self.0.cleanups.clone());
+        let served = async {
+            let threads = listen::serve(listener, router, limits, stop).await?;
+            self.0.closing.cancel();
+            self.0.cleanups.close();
+            self.0.cleanups.wait().await;
+            drop(threads);
+            Ok(())
+        };
         tokio::select! {
             served = served => served,
             () = self.0.upstream.close_idle() => Ok(()),

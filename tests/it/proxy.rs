@@ -10,6 +10,7 @@ mod fake;
 mod lmcache;
 mod policies;
 mod queue;
+mod stranded;
 mod wire;
 
 use std::sync::Arc;
