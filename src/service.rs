@@ -112,7 +112,8 @@ impl Default for Admission {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Clients {
-    /// Connections at once; others wait to be accepted. Half of the descriptors that the process may open is the limit.
+    /// Connections at once; others wait to be accepted. Half of the descriptors that the process may open is
+    /// the limit.
     pub max_connections: usize,
     /// How long a connection may take, when it is new and after each answer, until it has sent the next request's head.
     #[serde(serialize_with = "write_span", deserialize_with = "read_span")]

@@ -15,7 +15,7 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -41,6 +41,9 @@ const CORES_PER_THREAD: usize = 8;
 /// Most threads that are started where no number is given.
 const MOST_THREADS: usize = 8;
 
+/// Descriptors that are asked for where the usual limit of 1,024 is in the way. vLLM asks for as many for itself.
+const DESCRIPTORS: u64 = 65_535;
+
 /// Descriptors for everything that is no connection.
 const OTHER_DESCRIPTORS: u64 = 64;
 
@@ -61,12 +64,24 @@ impl Limits {
 
     /// Connections at once: each may need a second descriptor for its engine.
     fn connections(&self) -> usize {
-        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
-        let fitting = (descriptors / 2).saturating_sub(OTHER_DESCRIPTORS).max(1);
+        let fitting = (descriptors() / 2).saturating_sub(OTHER_DESCRIPTORS).max(1);
         let fitting = usize::try_from(fitting).unwrap_or(usize::MAX);
         self.clients
             .max_connections
             .clamp(1, fitting.min(Semaphore::MAX_PERMITS))
+    }
+}
+
+/// How many descriptors this process may open, after it has asked for enough.
+fn descriptors() -> u64 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return DESCRIPTORS;
+    };
+    let wanted = hard.min(DESCRIPTORS);
+    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() {
+        wanted
+    } else {
+        soft
     }
 }
 
