@@ -212,12 +212,8 @@ impl Server {
             let mut connection = pin!(connection);
             let served = tokio::select! {
                 biased;
-                served = connection.as_mut() => Some(served),
-                () = stop.cancelled() => None,
-            };
-            let served = match served {
-                Some(served) => served,
-                None => {
+                served = connection.as_mut() => served,
+                () = stop.cancelled() => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }

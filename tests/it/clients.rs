@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Child, Stdio};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -171,8 +171,8 @@ fn a_client_that_reads_slowly_is_served_on() {
     read_to(&mut slow, "data: ");
     let (_never, pause) = mpsc::channel::<()>();
     let mut chunk = [0; 16384];
-    let began = Instant::now();
-    while began.elapsed() < Duration::from_secs(8) {
+    // Together far more than the deadline.
+    for _ in 0..16 {
         assert!(slow.read(&mut chunk).expect("the stream goes on") > 0);
         assert!(pause.recv_timeout(Duration::from_millis(500)).is_err(), "nobody sends");
     }
@@ -218,10 +218,11 @@ fn a_proxy_that_stops_ends_idle_connections_at_once_and_answers_in_full() {
     for mut connection in idle.into_iter().chain([fresh]) {
         assert!(is_closed(&mut connection));
     }
-    wait_for("the end of the listener", || match connect(place.proxy_port()) {
+    let refused = wait_for("the end of the listener", || match connect(place.proxy_port()) {
         Ok(_) => Err("a client was accepted".to_owned()),
-        Err(error) => Ok(assert_eq!(error.kind(), ErrorKind::ConnectionRefused)),
+        Err(error) => Ok(error.kind()),
     });
+    assert_eq!(refused, ErrorKind::ConnectionRefused);
     read_to(&mut streaming, "data: [DONE]\n\n");
     let (code, text) = proxy.end();
     assert_eq!(code, 0, "{text}");
@@ -263,7 +264,9 @@ fn few_descriptors_make_clients_wait_and_break_nothing() {
         connect(place.proxy_port()).map_err(|error| error.to_string())
     });
     let mut clients: Vec<TcpStream> = (0..200).map(|_| client(&place)).collect();
-    clients.iter_mut().for_each(|client| ask(client, false));
+    for client in &mut clients {
+        ask(client, false);
+    }
     for mut client in clients {
         let answer = read_to(&mut client, r#""completion_tokens":3}}"#);
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
