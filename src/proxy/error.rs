@@ -147,6 +147,9 @@ pub(super) enum Cause {
     /// The prefill answer holds no usable hand-off.
     #[error("there is no hand-off")]
     Handoff(#[from] HandoffError),
+    /// KV did not arrive, and hand-offs are strict.
+    #[error("the engine computed the prompt by itself")]
+    Recomputed,
     /// The two engines cannot work together.
     #[error("the engines do not fit together")]
     Pair(#[from] PairError),
@@ -168,7 +171,8 @@ impl ProxyError {
             | Cause::Gone
             | Cause::Status { .. }
             | Cause::Finish(_)
-            | Cause::Handoff(_) => true,
+            | Cause::Handoff(_)
+            | Cause::Recomputed => true,
             // A lost notification comes with no other sign. A slow engine was given all the time there is.
             Cause::Timeout(_) => *stage == Stage::Handoff,
             Cause::Pair(_) | Cause::Nonsense(_) => false,
@@ -208,7 +212,7 @@ impl ProxyError {
                     (StatusCode::SERVICE_UNAVAILABLE, BUSY, "engine_overloaded")
                 }
                 Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
-                Cause::Handoff(_) => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
+                Cause::Handoff(_) | Cause::Recomputed => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
                 Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),
                 Cause::Broken(_) | Cause::Truncated | Cause::Status { .. } | Cause::Finish(_) | Cause::Nonsense(_) => {
                     (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed")

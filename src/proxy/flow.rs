@@ -378,13 +378,17 @@ impl Attempt<'_> {
         let (head, mut body) = match decoded {
             Decoded::Refused(response) => return refuse(&mut entry, response),
             Decoded::Whole(head, body) => {
-                let mut tally = self.tally(entry.is_some());
+                let handed = entry.is_some();
                 entry.map(Entry::consumed).unwrap_or_default();
-                let Some((corrected, proof)) = usage.and_then(|usage| usage.correct(&body)) else {
-                    return Ok(self.begin(verbatim(head, body), sent));
-                };
-                let mut response = verbatim(head, corrected.into());
-                if proof.disproves() {
+                let corrected = usage.and_then(|usage| usage.correct(&body));
+                let recomputed = corrected.as_ref().is_some_and(|(_, proof)| proof.disproves());
+                if recomputed && self.shared.settings.service.handoff.strict {
+                    return Err(seat.failed(Stage::Handoff, Cause::Recomputed));
+                }
+                let mut tally = self.tally(handed);
+                let body = corrected.map_or(body, |(corrected, _)| corrected.into());
+                let mut response = verbatim(head, body);
+                if recomputed {
                     tally.outcome = Outcome::Recomputed;
                     response = told(response, Outcome::Recomputed, None);
                 }
