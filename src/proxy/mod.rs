@@ -5,6 +5,7 @@
 
 mod admission;
 mod answer;
+mod api;
 mod body;
 mod breaker;
 mod canary;
@@ -14,8 +15,11 @@ mod framing;
 mod guard;
 mod ledger;
 mod listen;
+#[cfg(test)]
+mod matrix;
 mod metrics;
 mod notify;
+mod pass;
 mod pick;
 mod prefix;
 mod routes;
@@ -24,6 +28,7 @@ mod seats;
 mod splice;
 mod sse;
 mod upstream;
+mod usage;
 mod wire;
 
 use std::fmt;

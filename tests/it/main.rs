@@ -6,6 +6,7 @@ mod causes;
 mod chaos;
 mod clients;
 mod control;
+mod exact;
 mod keep;
 mod log_flood;
 mod log_merge;
