@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
-use crate::proxy::{self, Notifications, Proxy};
+use crate::proxy::{self, ClientKeys, EngineKey, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
@@ -56,8 +56,19 @@ pub struct Run {
     pub attach: Option<KeptRun>,
     /// Plans more engines for it.
     pub grow: Grow,
+    /// The keys that let clients and xpyd in.
+    pub keys: Keys,
     /// Where people read.
     pub printer: Printer,
+}
+
+/// The API keys of a run. They are no part of its plan, which is written down.
+#[derive(Debug, Clone, Default)]
+pub struct Keys {
+    /// Those of which clients must bear one.
+    pub clients: ClientKeys,
+    /// The one that the engines want.
+    pub engines: Option<EngineKey>,
 }
 
 impl fmt::Debug for Run {
@@ -106,6 +117,7 @@ where
         detached,
         attach,
         grow,
+        keys,
         printer,
     } = run;
     let run_dir = Arc::new(run_dir);
@@ -126,7 +138,7 @@ where
         .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
 
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
-    let proxy = Proxy::new(proxy_settings(&plan), view.clone(), notifications);
+    let proxy = Proxy::new(proxy_settings(&plan, keys), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
     let stop = CancellationToken::new();
     let mut parts = JoinSet::new();
@@ -326,7 +338,10 @@ fn write_files(plan: &Plan, are_running: bool) -> Result<(), Failure> {
 }
 
 fn write_plan(plan: &Plan) -> std::io::Result<()> {
-    fs_err::write(plan.run_dir.join("plan.json"), serde_json::to_string_pretty(plan)?)
+    fs_err::write(
+        plan.run_dir.join("plan.json"),
+        serde_json::to_string_pretty(&plan.redacted())?,
+    )
 }
 
 async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
@@ -361,7 +376,7 @@ fn had_by(port: u16) -> String {
     supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
 }
 
-fn proxy_settings(plan: &Plan) -> proxy::Settings {
+fn proxy_settings(plan: &Plan, keys: Keys) -> proxy::Settings {
     let spec = &plan.proxy;
     proxy::Settings {
         connector: plan.connector.clone(),
@@ -373,6 +388,8 @@ fn proxy_settings(plan: &Plan) -> proxy::Settings {
         decode_idle_deadline: spec.decode_idle_deadline,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
+        client_keys: keys.clients,
+        engine_key: keys.engines,
         service: spec.service.clone(),
     }
 }

@@ -1,6 +1,7 @@
 //! How clients are served, as the user wants it: one vocabulary for a profile's `[proxy]` table, the plan, the proxy and
 //! `xpyd proxy --set`, so that an option is spelled once.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -13,6 +14,19 @@ pub struct Service {
     pub routing: Routing,
     /// Who waits until an engine has room.
     pub admission: Admission,
+    /// Who is let in.
+    pub guard: Guard,
+}
+
+/// Who is let in. The keys themselves are in no profile: they come from a file, or from `XPYD_API_KEY`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Guard {
+    /// A file with one API key a line, of which clients must bear one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_file: Option<PathBuf>,
+    /// Whether engines see the key that a client bears, although xpyd has checked it.
+    pub pass_key_through: bool,
 }
 
 /// Which engines a request goes to.

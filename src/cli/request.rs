@@ -9,7 +9,9 @@ use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{self, Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
+use crate::proxy::{ClientKeys, EngineKey};
 use crate::report::{ExitStatus, Failure};
+use crate::service::Guard;
 use crate::ui::Printer;
 
 /// Which fleet.
@@ -39,6 +41,9 @@ pub(super) struct FleetArguments {
     /// Header that names the session.
     #[arg(long, env = "CLIENT_BOUND_KEY", value_name = "HEADER")]
     pub client_bound_key: Option<String>,
+    /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
     /// Folder that holds one folder per run.
     #[arg(long, default_value = "logs", value_name = "DIR")]
     pub logs: PathBuf,
@@ -86,6 +91,11 @@ impl FleetArguments {
             "proxy.session_header",
             self.client_bound_key.clone().map(Into::into),
         );
+        flag(
+            "--api-key-file",
+            "proxy.guard.api_key_file",
+            self.api_key_file.as_ref().map(|path| path.display().to_string().into()),
+        );
         profile::load(&self.profile, &overrides).map_err(profile_failure)
     }
 
@@ -117,6 +127,55 @@ pub(super) fn profile_failure(error: ProfileError) -> Failure {
         Some(hint) => failure.hint(hint),
         None => failure,
     }
+}
+
+/// The keys that let clients and xpyd in, for a proxy that serves so.
+pub(super) fn client_keys(guard: &Guard) -> Result<ClientKeys, Failure> {
+    let usage = |error: anyhow::Error| {
+        Failure::new(ExitStatus::Usage, error).hint("one key a line, of visible ASCII characters; `#` begins a comment")
+    };
+    let mut keys = ClientKeys::default();
+    if let Some(path) = &guard.api_key_file {
+        let text = fs_err::read_to_string(path).map_err(|error| usage(error.into()))?;
+        keys = ClientKeys::read(&text)
+            .map_err(|error| usage(anyhow::Error::new(error).context(format!("cannot use `{}`", path.display()))))?;
+        if keys.is_empty() {
+            return Err(usage(anyhow::Error::msg(format!(
+                "`{}` holds no API key",
+                path.display()
+            ))));
+        }
+    }
+    let variable = std::env::var("XPYD_API_KEY").unwrap_or_default();
+    let more = ClientKeys::read(&variable)
+        .map_err(|error| usage(anyhow::Error::new(error).context("cannot use `XPYD_API_KEY`")))?;
+    Ok(keys.and(more))
+}
+
+/// The key that the engines of a plan want. They inherit xpyd's environment.
+pub(super) fn engine_key(plan: &Plan) -> Result<Option<EngineKey>, Failure> {
+    let inherited = inherited_engine_key();
+    let key = plan.engine_key(inherited.as_deref()).map_err(|error| {
+        Failure::new(ExitStatus::Usage, error)
+            .hint("give both roles the same `--api-key`, for example in `[vllm] args`")
+    })?;
+    checked_engine_key(key)
+}
+
+/// The variable from which vLLM takes its key.
+pub(super) fn inherited_engine_key() -> Option<String> {
+    std::env::var(crate::engine::vllm::API_KEY_VARIABLE).ok()
+}
+
+/// A key of engines as a header carries it.
+pub(super) fn checked_engine_key(key: Option<&str>) -> Result<Option<EngineKey>, Failure> {
+    let key = key.filter(|key| !key.is_empty()).map(EngineKey::new).transpose();
+    key.map_err(|error| {
+        Failure::new(
+            ExitStatus::Usage,
+            anyhow::Error::new(error).context("the key of the engines"),
+        )
+    })
 }
 
 /// Builds the plan of a run in `run_dir`.

@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{Admission, Routing, Service};
+use crate::service::{Admission, Guard, Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -115,6 +115,7 @@ struct ProxyTable {
     max_in_flight: Option<usize>,
     routing: Routing,
     admission: Admission,
+    guard: Guard,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -279,6 +280,7 @@ impl ProxyTable {
             service: Service {
                 routing: self.routing,
                 admission: self.admission,
+                guard: self.guard,
             },
         }
     }

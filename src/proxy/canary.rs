@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Method, Response, StatusCode};
+use axum::http::{Method, Response, StatusCode};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use serde::Deserialize;
@@ -222,7 +222,7 @@ impl Canary<'_> {
         let job = Job {
             kind: Kind::Completions,
             body,
-            headers: HeaderMap::new(),
+            headers: self.shared.own_headers(),
             session: None,
             pair: Some((self.prefill.clone(), self.decode.clone())),
             deadlines: self.shared.deadlines(),
@@ -244,7 +244,7 @@ impl Canary<'_> {
     /// The same prompt on the decode engine alone.
     async fn alone(&self, body: Bytes) -> Result<Answer, CanaryError> {
         let seat = self.seat()?;
-        let headers = HeaderMap::new();
+        let headers = self.shared.own_headers();
         let id = super::flow::new_id();
         let call = Call {
             body,
@@ -281,7 +281,7 @@ impl Canary<'_> {
     /// The decode engine's counters, one value each.
     async fn counters(&self, counters: &[TransferCounter]) -> Result<Vec<f64>, CanaryError> {
         let seat = self.seat()?;
-        let headers = HeaderMap::new();
+        let headers = self.shared.own_headers();
         let call = Call {
             method: Method::GET,
             path: "/metrics",

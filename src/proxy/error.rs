@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
@@ -57,6 +57,12 @@ pub(super) enum ProxyError {
     /// The client did not send its whole body.
     #[error("the request body did not arrive: {0}")]
     Unread(String),
+    /// The client bears no key that lets it in.
+    #[error("{}", if *bears_none { "an API key is needed: `Authorization: Bearer KEY`" } else { "this API key is not known" })]
+    Unauthorized {
+        /// Whether it bears none at all.
+        bears_none: bool,
+    },
     /// No such route.
     #[error("xpyd serves no `{method} {path}`")]
     NotFound {
@@ -180,6 +186,7 @@ impl ProxyError {
             Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
+            Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, CLIENT, "invalid_api_key"),
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
             Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
             Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
@@ -222,6 +229,9 @@ impl ProxyError {
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         let retry_after = match self {
             Self::QueueFull { retry_after, .. } | Self::QueueTimeout { retry_after, .. } => Some(*retry_after),
             // A restart of an engine takes longer, a full proxy less; one second keeps clients polite and quick.

@@ -7,9 +7,11 @@ mod admission;
 mod answer;
 mod body;
 mod canary;
+mod entrance;
 mod error;
 mod flow;
 mod guard;
+mod key;
 mod ledger;
 mod metrics;
 mod notify;
@@ -37,6 +39,7 @@ use crate::fleet::{FleetView, Role};
 use crate::service::Service;
 
 pub use canary::{CanaryError, CanaryReport, Transferred};
+pub use key::{ClientKeys, EngineKey, KeyError};
 pub use notify::{Notifications, NotifyError};
 
 use error::ProxyError;
@@ -67,6 +70,10 @@ pub struct Settings {
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.
     pub max_in_flight: usize,
+    /// The keys of which clients must bear one.
+    pub client_keys: ClientKeys,
+    /// The key that the engines want.
+    pub engine_key: Option<EngineKey>,
     /// How clients are served.
     pub service: Service,
 }

@@ -7,6 +7,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, Response, header};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -14,11 +15,12 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::answer::verbatim;
+use super::entrance::enter;
 use super::error::{ProxyError, Stage};
 use super::flow::{self, Job};
 use super::pick;
 use super::rules::Kind;
-use super::upstream::{Call, Seat, forwardable, whole};
+use super::upstream::{Call, Seat, whole};
 use crate::fleet::{FleetStage, Role};
 
 /// How long a client may take to send its body.
@@ -37,6 +39,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/metrics", get(metrics))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
+        .layer(from_fn_with_state(Arc::clone(&shared), enter))
         .with_state(shared)
 }
 
@@ -60,7 +63,7 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
         kind,
         body,
         session: session(shared, &head.headers),
-        headers: forwardable(&head.headers),
+        headers: shared.crossing(&head.headers),
         pair: None,
         deadlines: shared.deadlines(),
         arrived,
@@ -96,7 +99,7 @@ async fn pass_to_decoder(shared: &Arc<Shared>, request: Request) -> Result<Respo
             .find_map(|engine| Seat::take(engine, &shared.view))
             .ok_or(ProxyError::NoEngine(Role::Decode))?
     };
-    let headers = forwardable(&head.headers);
+    let headers = shared.crossing(&head.headers);
     let call = Call {
         method: head.method,
         path: head.uri.path_and_query().map_or("/", |path| path.as_str()),
@@ -135,7 +138,11 @@ async fn unknown(State(shared): State<Arc<Shared>>, method: Method, request: Req
     respond(&shared, "other", Err(error))
 }
 
-fn respond(shared: &Shared, endpoint: &'static str, outcome: Result<Response<Body>, ProxyError>) -> Response<Body> {
+pub(super) fn respond(
+    shared: &Shared,
+    endpoint: &'static str,
+    outcome: Result<Response<Body>, ProxyError>,
+) -> Response<Body> {
     let response = outcome.unwrap_or_else(|error| {
         tracing::warn!(endpoint, error = crate::report::one_line(&error), "request failed");
         error.to_response()

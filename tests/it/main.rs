@@ -4,6 +4,7 @@ mod alone;
 mod bench;
 mod causes;
 mod control;
+mod guard;
 mod keep;
 mod log_flood;
 mod log_merge;

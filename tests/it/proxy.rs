@@ -7,6 +7,7 @@
 
 mod canary;
 mod fake;
+mod guard;
 mod lmcache;
 mod policies;
 mod queue;

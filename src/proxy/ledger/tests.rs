@@ -46,6 +46,8 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
     }));
     let minute = Duration::from_mins(1);
     let settings = Settings {
+        client_keys: crate::proxy::ClientKeys::default(),
+        engine_key: None,
         connector: Connector::Nixl(Nixl {}),
         served_model_name: "m".into(),
         session_header: None,
