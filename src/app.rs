@@ -177,9 +177,7 @@ where
                 verified_in,
             })
             .await;
-            let (reply, _outcome) = oneshot::channel();
-            // A full or closed queue means that the run is ending anyway.
-            drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
+            request_stop(&requests).await;
         }
         std::future::pending::<std::convert::Infallible>().await
     };
@@ -193,6 +191,12 @@ where
     record(&run_dir, &outcome);
     let began = began.borrow().clone();
     Ok(Ended { outcome, began })
+}
+
+/// Stops the run; a full or closed queue means that it is ending anyway.
+async fn request_stop(requests: &mpsc::Sender<supervisor::Request>) {
+    let (reply, _outcome) = oneshot::channel();
+    drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
 }
 
 /// Leaves word for `xpyd down` of how the run ended.

@@ -219,6 +219,8 @@ impl Canary<'_> {
 
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
         let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
+        let record = self.shared.record();
+        record.generates();
         let job = Job {
             kind: Kind::Completions,
             body,
@@ -228,9 +230,11 @@ impl Canary<'_> {
             deadlines: self.shared.deadlines(),
             arrived: Instant::now(),
             permit: Arc::new(permit),
+            record: Arc::clone(&record),
         };
         answer(self.shared, job)
             .await
+            .map(|response| record.answer(response))
             .map_err(|error| self.failed(one_line(&error)))
     }
 

@@ -11,19 +11,46 @@ use axum::middleware::Next;
 
 use super::Shared;
 use super::error::ProxyError;
+use super::record::Record;
 use super::routes::respond;
 use super::upstream::forwardable;
 
+/// Most headers of a request, and most bytes of their names and values together. A client behind several gateways sends
+/// some forty of a few kilobytes.
+const MAX_HEADERS: usize = 90;
+const MAX_HEADER_BYTES: usize = 32 << 10;
+
 /// Lets a request in, or answers why not.
-pub(super) async fn enter(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response<Body> {
-    match shared.check(&request) {
-        Ok(()) => next.run(request).await,
-        Err(error) => respond(&shared, "refused", Err(error)),
-    }
+pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
+    let record = Arc::new(Record::new(Arc::clone(&shared.metrics.clients), request.headers()));
+    let response = match shared.check(&request) {
+        Ok(()) => {
+            request.extensions_mut().insert(Arc::clone(&record));
+            next.run(request).await
+        }
+        Err(error) => respond(&shared, "other", Err(error)),
+    };
+    record.answer(response)
 }
 
 impl Shared {
+    /// The record of a request that is xpyd's own.
+    pub(super) fn record(&self) -> Arc<Record> {
+        Arc::new(Record::new(Arc::clone(&self.metrics.canaries), &HeaderMap::new()))
+    }
+
     fn check(&self, request: &Request) -> Result<(), ProxyError> {
+        let headers = request.headers();
+        let bytes: usize = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len())
+            .sum();
+        if headers.len() > MAX_HEADERS || bytes > MAX_HEADER_BYTES {
+            return Err(ProxyError::HeadersTooLarge {
+                most: MAX_HEADERS,
+                bytes: MAX_HEADER_BYTES,
+            });
+        }
         let keys = &self.settings.client_keys;
         if keys.let_in(request.method(), request.uri().path(), request.headers()) {
             Ok(())

@@ -42,6 +42,10 @@ impl Stage {
     }
 }
 
+/// The `code` of an error, as an extension of its answer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Code(pub(super) &'static str);
+
 /// Why a request got no answer from the engines.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ProxyError {
@@ -70,6 +74,22 @@ pub(super) enum ProxyError {
         method: String,
         /// The request's path.
         path: String,
+    },
+    /// A route that exists, but not for this method.
+    #[error("`{path}` takes no `{method}`")]
+    WrongMethod {
+        /// The request's method.
+        method: String,
+        /// The request's path.
+        path: String,
+    },
+    /// More, or longer, headers than anybody needs.
+    #[error("the request's headers are too many or too large: {most} of together {bytes} bytes are taken")]
+    HeadersTooLarge {
+        /// Most headers.
+        most: usize,
+        /// Most bytes of names and values.
+        bytes: usize,
     },
     /// The fleet takes no clients now.
     #[error("the fleet is {0} and takes no requests")]
@@ -188,6 +208,8 @@ impl ProxyError {
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
             Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, CLIENT, "invalid_api_key"),
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
+            Self::WrongMethod { .. } => (StatusCode::METHOD_NOT_ALLOWED, CLIENT, "method_not_allowed"),
+            Self::HeadersTooLarge { .. } => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, CLIENT, "headers_too_large"),
             Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
             Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
             Self::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_requests_in_flight"),
@@ -224,9 +246,10 @@ impl ProxyError {
 
     /// The error as an answer.
     pub(super) fn to_response(&self) -> Response<Body> {
-        let (status, ..) = self.kind();
+        let (status, _, code) = self.kind();
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = status;
+        response.extensions_mut().insert(Code(code));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if status == StatusCode::UNAUTHORIZED {

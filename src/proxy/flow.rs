@@ -20,6 +20,7 @@ use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody};
 use super::ledger::{Care, Consume, Entry, one_token_edits};
 use super::metrics::{Outcome, Timed};
+use super::record::Record;
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
@@ -49,6 +50,7 @@ pub(super) struct Job {
     pub(super) deadlines: Deadlines,
     pub(super) arrived: Instant,
     pub(super) permit: Arc<OwnedSemaphorePermit>,
+    pub(super) record: Arc<Record>,
 }
 
 /// How long the stages of an answered request took; an extension of its response.
@@ -110,7 +112,7 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
                     error = crate::report::one_line(&error),
                     "trying another pair of engines"
                 );
-                shared.metrics.retried();
+                job.record.retried();
             }
             outcome => return outcome,
         }
@@ -128,7 +130,7 @@ impl Attempt<'_> {
             Course::Splice(request) => super::splice::run(self, request).await,
         };
         if matches!(outcome, Err(ProxyError::Leg { .. })) {
-            self.shared.metrics.handed(Outcome::Failed);
+            self.job.record.handed(Outcome::Failed);
         }
         outcome
     }
@@ -144,7 +146,7 @@ impl Attempt<'_> {
         let body = self.document.edited(&[]);
         let decoded = self.decode(&seat, &id, self.job.kind.path(), body).await?;
         let response = self.pass_on(&seat, None, decoded, sent).await?;
-        self.shared.metrics.handed(Outcome::Bypassed);
+        self.job.record.handed(Outcome::Bypassed);
         Ok(response)
     }
 
@@ -171,7 +173,7 @@ impl Attempt<'_> {
             (Prefilled::Answer(answer), time) => (answer, time),
             (Prefilled::Refused(response), _) => {
                 entry.void();
-                self.shared.metrics.handed(Outcome::Refused);
+                self.job.record.handed(Outcome::Refused);
                 return Ok(response);
             }
         };
@@ -201,7 +203,7 @@ impl Attempt<'_> {
             deadline: self.job.deadlines.handoff,
             _permit: Arc::clone(&self.job.permit),
         };
-        Entry::reserve(self.shared, care)
+        Entry::reserve(self.shared, &self.job.record, care)
     }
 
     /// The prefill leg and the KV's way: afterwards the entry is handed, unless the engine refused.
@@ -237,7 +239,7 @@ impl Attempt<'_> {
             };
             prefill.run(Stage::Handoff, self.job.deadlines.handoff, arrived).await?;
             entry.handed(handoff);
-            self.shared.metrics.took(Timed::Handoff, answered.elapsed());
+            self.job.record.took(Timed::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
         let outcome = tokio::select! {
@@ -253,12 +255,13 @@ impl Attempt<'_> {
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {
         let sent = Instant::now();
+        self.job.record.asked(seat, id);
         let call = Call::post(path, &self.job.headers, id, body);
         let step = self.shared.upstream.fetch(&seat.engine, call);
         let (head, body) = seat.run(Stage::Prefill, self.job.deadlines.prefill, step).await?;
         match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
             Verdict::Good => {
-                self.shared.metrics.took(Timed::Prefill, sent.elapsed());
+                self.job.record.took(Timed::Prefill, sent.elapsed());
                 Ok(Prefilled::Answer(body))
             }
             Verdict::Refused => Ok(Prefilled::Refused(verbatim(head, body))),
@@ -268,6 +271,7 @@ impl Attempt<'_> {
     /// Sends the decode leg. A stream is returned as soon as its head is there.
     pub(super) async fn decode(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Decoded, ProxyError> {
         let deadline = self.job.deadlines.decode;
+        self.job.record.asked(seat, id);
         let call = Call::post(path, &self.job.headers, id, body);
         let step = self.shared.upstream.send(&seat.engine, call);
         let (head, body) = seat.run(Stage::Decode, deadline, step).await?.into_parts();
@@ -328,7 +332,7 @@ impl Attempt<'_> {
             events: Some(events),
             rewriter: None,
             entry: None,
-            _clock: clock,
+            clock,
         };
         let headers = forwardable(&head.headers);
         let mut response = Response::from_parts(head, Body::new(GuardedBody::new(first, body, guarded)));
@@ -339,8 +343,8 @@ impl Attempt<'_> {
     /// Measures the whole request until it is dropped.
     pub(super) fn clock(&self) -> Clock {
         Clock {
-            shared: Arc::clone(self.shared),
-            arrived: self.job.arrived,
+            record: Arc::clone(&self.job.record),
+            last_read: None,
             _permit: Arc::clone(&self.job.permit),
         }
     }
@@ -348,8 +352,8 @@ impl Attempt<'_> {
     /// Notes that the answer begins now.
     pub(super) fn begin(&self, mut response: Response<Body>, decode_sent: Instant) -> Response<Body> {
         let first_byte = decode_sent.elapsed();
-        self.shared.metrics.took(Timed::DecodeFirstByte, first_byte);
-        self.shared.metrics.first_token_after(self.job.arrived.elapsed());
+        self.job.record.took(Timed::DecodeFirstByte, first_byte);
+        self.job.record.first_token_after(self.job.arrived.elapsed());
         response.extensions_mut().insert(Stages {
             first_byte,
             ..Stages::default()

@@ -14,26 +14,30 @@ use hyper::body::{Body, Frame, Incoming};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
-use super::Shared;
 use super::error::{Cause, Stage};
 use super::ledger::Entry;
-use super::metrics::Timed;
+use super::metrics::Ending;
+use super::record::Record;
 use super::splice::Rewriter;
 use super::sse::Events;
 use super::upstream::Seat;
 
-/// Measures a request from its arrival until this is dropped.
+/// What belongs to a request as long as it is in the proxy, and measures its stream.
 #[derive(Debug)]
 pub(super) struct Clock {
-    pub(super) shared: Arc<Shared>,
-    pub(super) arrived: Instant,
-    /// Held as long as the request is in the proxy.
+    pub(super) record: Arc<Record>,
+    /// When the stream was last read.
+    pub(super) last_read: Option<Instant>,
     pub(super) _permit: Arc<OwnedSemaphorePermit>,
 }
 
-impl Drop for Clock {
-    fn drop(&mut self) {
-        self.shared.metrics.took(Timed::Total, self.arrived.elapsed());
+impl Clock {
+    /// The stream was read; before the first read, it begins.
+    fn read(&mut self, now: Instant) {
+        match self.last_read.replace(now) {
+            Some(before) => self.record.gap(now - before),
+            None => self.record.streams(),
+        }
     }
 }
 
@@ -50,7 +54,7 @@ pub(super) struct Guarded {
     pub(super) rewriter: Option<Rewriter>,
     /// The hand-off that the first byte proves.
     pub(super) entry: Option<Entry>,
-    pub(super) _clock: Clock,
+    pub(super) clock: Clock,
 }
 
 /// The body of a streamed answer.
@@ -65,7 +69,8 @@ pub(super) struct GuardedBody {
 
 impl GuardedBody {
     /// A body that sends `first`, then what comes from `inner`.
-    pub(super) fn new(first: Bytes, inner: Incoming, guarded: Guarded) -> Self {
+    pub(super) fn new(first: Bytes, inner: Incoming, mut guarded: Guarded) -> Self {
+        guarded.clock.read(Instant::now());
         Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
@@ -98,6 +103,7 @@ impl GuardedBody {
     /// Ends the stream before its time. The engine notices because its connection closes.
     fn fail(&mut self, cause: Cause) -> Result<(), std::io::Error> {
         self.inner = None;
+        self.guarded.clock.record.stream_ended(Ending::Broken);
         let error = self.guarded.seat.failed(Stage::Decode, cause);
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {
@@ -123,14 +129,17 @@ impl Body for GuardedBody {
             };
             let failure = match Pin::new(inner).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    this.idle.as_mut().reset(Instant::now() + this.guarded.idle);
+                    let now = Instant::now();
+                    this.idle.as_mut().reset(now + this.guarded.idle);
                     if let Ok(bytes) = frame.into_data() {
+                        this.guarded.clock.read(now);
                         this.take(bytes);
                     }
                     continue;
                 }
                 Poll::Ready(None) if this.guarded.events.as_ref().is_none_or(Events::is_done) => {
                     this.inner = None;
+                    this.guarded.clock.record.stream_ended(Ending::Answered);
                     continue;
                 }
                 Poll::Ready(None) => Cause::Truncated,

@@ -17,6 +17,7 @@ use super::body::{Document, Edit};
 use super::error::Stage as Leg;
 use super::metrics::Outcome;
 use super::notify::Arrival;
+use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
 use crate::connector::Handoff;
@@ -66,6 +67,7 @@ pub(super) enum Consume {
 #[derive(Debug)]
 pub(super) struct Entry {
     shared: Arc<Shared>,
+    record: Arc<Record>,
     stage: Stage,
     care: Option<Care>,
 }
@@ -86,10 +88,11 @@ enum Stage {
 
 impl Entry {
     /// Opens an entry for a request whose decode engine is reserved.
-    pub(super) fn reserve(shared: &Arc<Shared>, care: Care) -> Self {
+    pub(super) fn reserve(shared: &Arc<Shared>, record: &Arc<Record>, care: Care) -> Self {
         shared.metrics.open_handoffs(1);
         Self {
             shared: Arc::clone(shared),
+            record: Arc::clone(record),
             stage: Stage::Reserved,
             care: Some(care),
         }
@@ -152,7 +155,7 @@ impl Entry {
 
     /// The decode engine has the KV.
     pub(super) fn consumed(mut self) {
-        self.shared.metrics.handed(Outcome::Transferred);
+        self.record.handed(Outcome::Transferred);
         if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
             held.consumed();
         }

@@ -17,6 +17,7 @@ mod metrics;
 mod notify;
 mod pick;
 mod prefix;
+mod record;
 mod routes;
 mod rules;
 mod seats;
@@ -107,11 +108,11 @@ impl Proxy {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         Self(Arc::new(Shared {
             seats: Seats::new(&settings.service.admission),
+            metrics: Metrics::new(&settings.served_model_name),
             settings,
             view,
             notifications,
             upstream: Upstream::new(),
-            metrics: Metrics::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),

@@ -19,6 +19,7 @@ use super::entrance::enter;
 use super::error::{ProxyError, Stage};
 use super::flow::{self, Job};
 use super::pick;
+use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat, whole};
 use crate::fleet::{FleetStage, Role};
@@ -38,7 +39,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .fallback(unknown)
-        .method_not_allowed_fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(Arc::clone(&shared), enter))
         .with_state(shared)
 }
@@ -56,7 +57,12 @@ async fn chat(State(shared): State<Arc<Shared>>, request: Request) -> Response<B
 async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<Response<Body>, ProxyError> {
     let arrived = Instant::now();
     shared.takes_clients()?;
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    let record: Arc<Record> = head
+        .extensions
+        .remove()
+        .expect("the entrance puts one into every request");
+    record.generates();
     let body = read(body, shared.settings.max_body_bytes).await?;
     let permit = shared.admit()?;
     let job = Job {
@@ -68,6 +74,7 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
         deadlines: shared.deadlines(),
         arrived,
         permit: Arc::new(permit),
+        record,
     };
     flow::answer(shared, job).await
 }
@@ -115,6 +122,10 @@ async fn pass_to_decoder(shared: &Arc<Shared>, request: Request) -> Result<Respo
     Ok(verbatim(head, body))
 }
 
+/// The route that an answer is counted under, as its extension.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Endpoint(pub(super) &'static str);
+
 /// Whether clients are served: 200 while there is a ready engine of each role.
 async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
     match shared.is_healthy() {
@@ -138,16 +149,26 @@ async fn unknown(State(shared): State<Arc<Shared>>, method: Method, request: Req
     respond(&shared, "other", Err(error))
 }
 
+/// axum adds `Allow`.
+async fn wrong_method(State(shared): State<Arc<Shared>>, method: Method, request: Request) -> Response<Body> {
+    let error = ProxyError::WrongMethod {
+        method: method.to_string(),
+        path: request.uri().path().to_owned(),
+    };
+    respond(&shared, "other", Err(error))
+}
+
 pub(super) fn respond(
     shared: &Shared,
     endpoint: &'static str,
     outcome: Result<Response<Body>, ProxyError>,
 ) -> Response<Body> {
-    let response = outcome.unwrap_or_else(|error| {
+    let mut response = outcome.unwrap_or_else(|error| {
         tracing::warn!(endpoint, error = crate::report::one_line(&error), "request failed");
         error.to_response()
     });
     shared.metrics.answered(endpoint, response.status().as_u16());
+    response.extensions_mut().insert(Endpoint(endpoint));
     response
 }
 

@@ -94,7 +94,7 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
         Prefilled::Answer(answer) => answer,
         Prefilled::Refused(response) => {
             entry.void();
-            attempt.shared.metrics.handed(Outcome::Refused);
+            attempt.job.record.handed(Outcome::Refused);
             return Ok(response);
         }
     };
@@ -105,7 +105,7 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
     let shape = Shape::new(attempt.job.kind, &first, request.include_usage);
     if choice.finish_reason.as_deref() == Some("stop") || request.limit == Some(1) {
         // The entry's end makes the decode engine take the KV that nobody will decode from.
-        attempt.shared.metrics.handed(Outcome::Transferred);
+        attempt.job.record.handed(Outcome::Transferred);
         return Ok(attempt.begin(shape.alone(&first, choice, request.stream), Instant::now()));
     }
     if choice.text.is_empty() || choice.text.contains('\u{fffd}') {
@@ -183,7 +183,7 @@ impl Half {
                     events: Some(Events::default()),
                     rewriter: Some(Rewriter { shape: self.shape }),
                     entry: Some(self.entry),
-                    _clock: attempt.clock(),
+                    clock: attempt.clock(),
                 };
                 let mut response = verbatim(head, Bytes::new());
                 *response.body_mut() = Body::new(GuardedBody::new(begin, body, guarded));

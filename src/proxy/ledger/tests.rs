@@ -71,7 +71,7 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         deadline: minute,
         _permit: Arc::new(proxy.0.admit().expect("a free place")),
     };
-    let mut entry = Entry::reserve(&proxy.0, care);
+    let mut entry = Entry::reserve(&proxy.0, &proxy.0.record(), care);
     go(&mut entry);
     drop(entry);
     proxy.0.cleanups.close();

@@ -1,0 +1,155 @@
+//! What the proxy tells of its requests: metrics of how they ended, under its own names and under vLLM's.
+
+use axum::body::Body;
+use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
+
+use super::fake::{self, COMPLETION, Fake, Rig, Script, answer, error, events, in_turn, soon};
+use super::{decoder, prefiller};
+
+const EVENT: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
+const DONE: &str = "data: [DONE]\n\n";
+
+/// Requests that ended so.
+fn ended(rig: &Rig, outcome: &str) -> String {
+    rig.metric(&format!(r#"xpyd_request_seconds_count{{outcome="{outcome}"}}"#))
+}
+
+#[tokio::test]
+async fn every_generation_is_counted_once_by_how_it_ended_for_its_client() {
+    let prefill = prefiller().await;
+    let script: Vec<Script> = vec![
+        || answer(200, COMPLETION),
+        || events([EVENT, DONE].map(Ok).to_vec()),
+        || error(400, "no"),
+        || error(500, "broke"),
+        || error(500, "broke"),
+        || error(500, "broke"),
+    ];
+    let decode = Fake::start(in_turn(script)).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let streamed = r#"{"prompt":"x","stream":true}"#;
+    for (body, outcome, count) in [
+        (r#"{"prompt":"x"}"#, "answered", "1"),
+        (streamed, "answered", "2"),
+        (r#"{"prompt":"x"}"#, "refused", "1"),
+        (r#"{"prompt":"x"}"#, "failed", "1"),
+    ] {
+        rig.complete(body).await;
+        until_ended(&rig, outcome, count).await;
+    }
+    assert_eq!(ended(&rig, "left"), "");
+    assert_eq!(
+        rig.metric("vllm:e2e_request_latency_seconds_count{model_name=\"m\"}"),
+        "2"
+    );
+    rig.finish().await;
+}
+
+/// The count comes with the last of what a request held, which may be after its last byte.
+async fn until_ended(rig: &Rig, outcome: &str, count: &str) {
+    soon(outcome, async {
+        while ended(rig, outcome) != count {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stream_that_its_client_leaves_or_that_breaks_is_not_counted_as_answered() {
+    let cut = CancellationToken::new();
+    let gate = cut.clone();
+    let prefill = prefiller().await;
+    let decode = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            let first = futures_util::stream::iter([Ok(EVENT)]);
+            let rest = futures_util::stream::once(async move {
+                gate.cancelled().await;
+                Err(std::io::Error::other("cut"))
+            });
+            fake::sse(Body::from_stream(first.chain(rest)))
+        }
+    })
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = || rig.post("/v1/completions", r#"{"prompt":"x","stream":true}"#).send();
+    let mut stream = request().await.unwrap().bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    drop(stream);
+    until_ended(&rig, "left", "1").await;
+    let mut stream = request().await.unwrap().bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    cut.cancel();
+    while stream.next().await.is_some() {}
+    until_ended(&rig, "broken", "1").await;
+    assert_eq!(ended(&rig, "answered"), "");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn the_time_between_tokens_is_measured_once_for_every_read_after_the_first() {
+    let next = CancellationToken::new();
+    let gate = next.clone();
+    let prefill = prefiller().await;
+    let decode = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            let first = futures_util::stream::iter([Ok::<_, std::io::Error>(EVENT)]);
+            let second = futures_util::stream::once(async move {
+                gate.cancelled().await;
+                Ok([EVENT, EVENT, DONE].concat())
+            });
+            fake::sse(Body::from_stream(
+                first.map(|event| event.map(str::to_owned)).chain(second),
+            ))
+        }
+    })
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.post("/v1/completions", r#"{"prompt":"x","stream":true}"#).send();
+    let mut stream = request.await.unwrap().bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    let gaps = || rig.metric("xpyd_inter_token_seconds_count");
+    assert_eq!(gaps(), "0");
+    next.cancel();
+    while stream.next().await.is_some() {}
+    assert_eq!(gaps(), "1");
+    assert_eq!(
+        rig.metric("vllm:inter_token_latency_seconds_count{model_name=\"m\"}"),
+        "1"
+    );
+    assert_eq!(
+        rig.metric("vllm:time_to_first_token_seconds_count{model_name=\"m\"}"),
+        "1"
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn the_fleet_tells_what_runs_under_vllms_names() {
+    let go = CancellationToken::new();
+    let gate = go.clone();
+    let prefill = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            gate.cancelled().await;
+            fake::nixl_prefilled()
+        }
+    })
+    .await;
+    let decode = decoder().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.complete(r#"{"prompt":"x"}"#);
+    let look = async {
+        prefill.saw(1).await;
+        assert_eq!(rig.metric("vllm:num_requests_running{model_name=\"m\"}"), "1");
+        assert_eq!(rig.metric("vllm:num_requests_waiting{model_name=\"m\"}"), "0");
+        go.cancel();
+    };
+    let ((status, _), ()) = soon("the answer", futures_util::future::join(request, look)).await;
+    assert_eq!(status, 200);
+    assert_eq!(rig.metric("vllm:num_requests_running{model_name=\"m\"}"), "0");
+    rig.finish().await;
+}
