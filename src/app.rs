@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
-use crate::proxy::{self, ClientKeys, EngineKey, Notifications, Proxy};
+use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
@@ -56,19 +56,21 @@ pub struct Run {
     pub attach: Option<KeptRun>,
     /// Plans more engines for it.
     pub grow: Grow,
-    /// The keys that let clients and xpyd in.
-    pub keys: Keys,
+    /// What its proxy needs and no plan holds.
+    pub proxy_parts: ProxyParts,
     /// Where people read.
     pub printer: Printer,
 }
 
-/// The API keys of a run. They are no part of its plan, which is written down.
+/// What the proxy of a run needs and its plan, which is written down, does not hold: secrets, and what is open.
 #[derive(Debug, Clone, Default)]
-pub struct Keys {
-    /// Those of which clients must bear one.
-    pub clients: ClientKeys,
-    /// The one that the engines want.
-    pub engines: Option<EngineKey>,
+pub struct ProxyParts {
+    /// The keys of which clients must bear one.
+    pub client_keys: ClientKeys,
+    /// The key that the engines want.
+    pub engine_key: Option<EngineKey>,
+    /// Where requests are written down.
+    pub access_log: Option<AccessLog>,
 }
 
 impl fmt::Debug for Run {
@@ -117,7 +119,7 @@ where
         detached,
         attach,
         grow,
-        keys,
+        proxy_parts,
         printer,
     } = run;
     let run_dir = Arc::new(run_dir);
@@ -138,7 +140,7 @@ where
         .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
 
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
-    let proxy = Proxy::new(proxy_settings(&plan, keys), view.clone(), notifications);
+    let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
     let stop = CancellationToken::new();
     let mut parts = JoinSet::new();
@@ -380,7 +382,7 @@ fn had_by(port: u16) -> String {
     supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
 }
 
-fn proxy_settings(plan: &Plan, keys: Keys) -> proxy::Settings {
+fn proxy_settings(plan: &Plan, parts: ProxyParts) -> proxy::Settings {
     let spec = &plan.proxy;
     proxy::Settings {
         connector: plan.connector.clone(),
@@ -392,8 +394,9 @@ fn proxy_settings(plan: &Plan, keys: Keys) -> proxy::Settings {
         decode_idle_deadline: spec.decode_idle_deadline,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
-        client_keys: keys.clients,
-        engine_key: keys.engines,
+        client_keys: parts.client_keys,
+        engine_key: parts.engine_key,
+        access_log: parts.access_log,
         service: spec.service.clone(),
     }
 }

@@ -16,6 +16,28 @@ pub struct Service {
     pub admission: Admission,
     /// Who is let in.
     pub guard: Guard,
+    /// What is written down of requests.
+    pub access_log: AccessLog,
+}
+
+/// What is written down of requests: never what they say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AccessLog {
+    /// The file, with one JSON object a line, such as `/dev/stdout`; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A larger file is renamed to `FILE.1`, and begun anew.
+    pub max_bytes: u64,
+}
+
+impl Default for AccessLog {
+    fn default() -> Self {
+        Self {
+            file: None,
+            max_bytes: 256 << 20,
+        }
+    }
 }
 
 /// Who is let in. The keys themselves are in no profile: they come from a file, or from `XPYD_API_KEY`.

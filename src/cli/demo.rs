@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 
 use super::bench::{self, Target};
 use super::{block_on, request, up};
-use crate::app::{self, Keys, Ready, Run};
+use crate::app::{self, ProxyParts, Ready, Run};
 use crate::engine::vllm;
 use crate::machine;
 use crate::profile::{self, Override};
@@ -85,7 +85,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         detached: false,
         attach: None,
         grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
-        keys: Keys::default(),
+        proxy_parts: ProxyParts::default(),
         printer,
     };
     let num_prompts = arguments.num_prompts;

@@ -117,6 +117,9 @@ pub struct Arguments {
     /// engines are sent that key.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// A file for one JSON line per request, such as `/dev/stdout`.
+    #[arg(long, value_name = "FILE")]
+    pub access_log: Option<PathBuf>,
     /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -273,9 +276,12 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let mut service = Service::from_overrides(&arguments.set).map_err(|error| {
         Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
     })?;
+    service.access_log.file = arguments.access_log.clone().or(service.access_log.file);
     service.guard.api_key_file = arguments.api_key_file.clone().or(service.guard.api_key_file);
+    let parts = request::proxy_parts(&service)?;
     let settings = Settings {
-        client_keys: request::client_keys(&service.guard)?,
+        client_keys: parts.client_keys,
+        access_log: parts.access_log,
         engine_key: request::checked_engine_key(request::inherited_engine_key().as_deref())?,
         ..settings(&arguments, service)
     };
@@ -358,6 +364,7 @@ fn settings(arguments: &Arguments, service: Service) -> Settings {
         max_in_flight: arguments.max_in_flight,
         client_keys: ClientKeys::default(),
         engine_key: None,
+        access_log: None,
         service,
     }
 }

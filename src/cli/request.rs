@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use crate::app::ProxyParts;
 use crate::engine::EngineKind;
 use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{self, Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
-use crate::proxy::{ClientKeys, EngineKey};
+use crate::proxy::{AccessLog, ClientKeys, EngineKey};
 use crate::report::{ExitStatus, Failure};
-use crate::service::Guard;
+use crate::service::{self, Guard, Service};
 use crate::ui::Printer;
 
 /// Which fleet.
@@ -44,6 +45,9 @@ pub(super) struct FleetArguments {
     /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// A file for one JSON line per request, such as `/dev/stdout`.
+    #[arg(long, value_name = "FILE")]
+    pub access_log: Option<PathBuf>,
     /// Folder that holds one folder per run.
     #[arg(long, default_value = "logs", value_name = "DIR")]
     pub logs: PathBuf,
@@ -96,6 +100,11 @@ impl FleetArguments {
             "proxy.guard.api_key_file",
             self.api_key_file.as_ref().map(|path| path.display().to_string().into()),
         );
+        flag(
+            "--access-log",
+            "proxy.access_log.file",
+            self.access_log.as_ref().map(|path| path.display().to_string().into()),
+        );
         profile::load(&self.profile, &overrides).map_err(profile_failure)
     }
 
@@ -129,8 +138,27 @@ pub(super) fn profile_failure(error: ProfileError) -> Failure {
     }
 }
 
-/// The keys that let clients and xpyd in, for a proxy that serves so.
-pub(super) fn client_keys(guard: &Guard) -> Result<ClientKeys, Failure> {
+/// What a proxy that serves so needs, but for the key of its engines.
+pub(super) fn proxy_parts(service: &Service) -> Result<ProxyParts, Failure> {
+    Ok(ProxyParts {
+        client_keys: client_keys(&service.guard)?,
+        engine_key: None,
+        access_log: access_log(&service.access_log)?,
+    })
+}
+
+fn access_log(options: &service::AccessLog) -> Result<Option<AccessLog>, Failure> {
+    let open = |path: &PathBuf| {
+        AccessLog::open(path, options.max_bytes).map_err(|error| {
+            let context = format!("cannot write the access log `{}`", path.display());
+            Failure::new(ExitStatus::Usage, anyhow::Error::new(error).context(context))
+                .hint("name a file in a folder that exists, or `/dev/stdout`")
+        })
+    };
+    options.file.as_ref().map(open).transpose()
+}
+
+fn client_keys(guard: &Guard) -> Result<ClientKeys, Failure> {
     let usage = |error: anyhow::Error| {
         Failure::new(ExitStatus::Usage, error).hint("one key a line, of visible ASCII characters; `#` begins a comment")
     };

@@ -11,7 +11,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
 use super::{attach, block_on, detach};
-use crate::app::{self, Began, Ended, Keys, Ready, Run};
+use crate::app::{self, Began, Ended, ProxyParts, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit};
@@ -59,9 +59,9 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if arguments.detach && !arguments.detached_child {
         return detach::start(printer);
     }
-    let keys = Keys {
-        clients: request::client_keys(&draft.proxy.service.guard)?,
-        engines: request::engine_key(&draft)?,
+    let proxy_parts = ProxyParts {
+        engine_key: request::engine_key(&draft)?,
+        ..request::proxy_parts(&draft.proxy.service)?
     };
     let run_dir = acquire(&arguments.name)?;
     let attach = attach::find(&arguments.name)?;
@@ -89,7 +89,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         run_dir,
         detached,
         attach,
-        keys,
+        proxy_parts,
         grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
     };

@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{Admission, Guard, Routing, Service};
+use crate::service::{AccessLog, Admission, Guard, Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -116,6 +116,7 @@ struct ProxyTable {
     routing: Routing,
     admission: Admission,
     guard: Guard,
+    access_log: AccessLog,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -281,6 +282,7 @@ impl ProxyTable {
                 routing: self.routing,
                 admission: self.admission,
                 guard: self.guard,
+                access_log: self.access_log,
             },
         }
     }

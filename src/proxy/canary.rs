@@ -220,7 +220,7 @@ impl Canary<'_> {
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
         let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
         let record = self.shared.record();
-        record.generates();
+        record.generates(None);
         let job = Job {
             kind: Kind::Completions,
             body,

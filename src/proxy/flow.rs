@@ -262,6 +262,7 @@ impl Attempt<'_> {
         match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
             Verdict::Good => {
                 self.job.record.took(Timed::Prefill, sent.elapsed());
+                self.job.record.prefilled(&body);
                 Ok(Prefilled::Answer(body))
             }
             Verdict::Refused => Ok(Prefilled::Refused(verbatim(head, body))),
@@ -306,6 +307,7 @@ impl Attempt<'_> {
                 return Ok(response);
             }
             Decoded::Whole(head, body) => {
+                self.job.record.decoded(&body);
                 entry.map(Entry::consumed).unwrap_or_default();
                 return Ok(self.begin(verbatim(head, body), sent));
             }

@@ -71,6 +71,7 @@ impl GuardedBody {
     /// A body that sends `first`, then what comes from `inner`.
     pub(super) fn new(first: Bytes, inner: Incoming, mut guarded: Guarded) -> Self {
         guarded.clock.read(Instant::now());
+        guarded.clock.record.decoded(&first);
         Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
@@ -95,6 +96,7 @@ impl GuardedBody {
             Some(rewriter) => rewriter.rewrite(&bytes),
             None => bytes,
         };
+        self.guarded.clock.record.decoded(&bytes);
         if !bytes.is_empty() {
             self.ready.push_back(bytes);
         }

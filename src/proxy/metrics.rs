@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use super::Settings;
 use super::notify::Notifications;
 use crate::fleet::FleetView;
 
@@ -71,7 +72,7 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Transferred => "transferred",
             Self::Bypassed => "bypassed",
@@ -242,7 +243,7 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    pub(super) fn new(model: &str) -> Self {
+    pub(super) fn new(settings: &Settings) -> Self {
         let mut registry = Registry::with_prefix("xpyd");
         let clients = Arc::new(Traffic::new(&mut registry));
         let canaries = Arc::new(Traffic::new(registry.sub_registry_with_prefix("canary")));
@@ -262,7 +263,11 @@ impl Metrics {
             registry,
         };
         metrics.register_own();
-        metrics.register_as_vllm(model);
+        metrics.register_as_vllm(&settings.served_model_name);
+        if let Some(log) = &settings.access_log {
+            let help = "Lines of the access log for which there was no place";
+            metrics.registry.register("access_log_dropped", help, log.dropped());
+        }
         metrics
     }
 

@@ -3,6 +3,7 @@
 //! `flow` reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
 //! does not know who starts them, from which profile, or what arguments they got.
 
+mod access;
 mod admission;
 mod answer;
 mod body;
@@ -39,6 +40,7 @@ use crate::connector::Connector;
 use crate::fleet::{FleetView, Role};
 use crate::service::Service;
 
+pub use access::AccessLog;
 pub use canary::{CanaryError, CanaryReport, Transferred};
 pub use key::{ClientKeys, EngineKey, KeyError};
 pub use notify::{Notifications, NotifyError};
@@ -75,6 +77,8 @@ pub struct Settings {
     pub client_keys: ClientKeys,
     /// The key that the engines want.
     pub engine_key: Option<EngineKey>,
+    /// Where requests are written down.
+    pub access_log: Option<AccessLog>,
     /// How clients are served.
     pub service: Service,
 }
@@ -108,7 +112,7 @@ impl Proxy {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         Self(Arc::new(Shared {
             seats: Seats::new(&settings.service.admission),
-            metrics: Metrics::new(&settings.served_model_name),
+            metrics: Metrics::new(&settings),
             settings,
             view,
             notifications,

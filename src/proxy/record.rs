@@ -4,16 +4,21 @@
 //! It never holds a body, a prompt or a key.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderValue, Response, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
+use memchr::memmem;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::access::AccessLog;
 use super::error::Code;
 use super::metrics::{Ending, Outcome, Timed, Traffic};
+use super::prefix::hash_of;
 use super::routes::Endpoint;
 use super::upstream::Seat;
+use crate::fleet::{EngineId, Role};
 
 /// The header of a request's id. A client's own is told back to it and logged; engines get another.
 const REQUEST_ID: &str = "x-request-id";
@@ -33,7 +38,11 @@ const TOLD_STAGES: [(Timed, &str); 4] = [
 #[derive(Debug)]
 pub(super) struct Record {
     traffic: Arc<Traffic>,
+    log: Option<AccessLog>,
+    method: Method,
     arrived: Instant,
+    /// When it arrived, for people.
+    at: SystemTime,
     /// The client's own id of the request.
     client_id: Option<HeaderValue>,
     noted: Mutex<Noted>,
@@ -56,15 +65,31 @@ struct Noted {
     /// The id that the engines of the last attempt know.
     engine_id: Option<String>,
     handoff: Option<Outcome>,
+    attempts: u32,
+    prefill: Option<EngineId>,
+    decode: Option<EngineId>,
+    tokens: Usage,
+    /// A hash of the session's name.
+    session: Option<u64>,
+}
+
+/// Tokens of a request, as engines count them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+struct Usage {
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
 }
 
 impl Record {
-    /// The record of a client's request with these headers.
-    pub(super) fn new(traffic: Arc<Traffic>, headers: &HeaderMap) -> Self {
+    /// The record of a request of this method and with these headers.
+    pub(super) fn new(traffic: Arc<Traffic>, log: Option<AccessLog>, method: Method, headers: &HeaderMap) -> Self {
         let is_short = |id: &&HeaderValue| id.len() <= MAX_ID_BYTES && id.to_str().is_ok();
         Self {
             traffic,
+            log,
+            method,
             arrived: Instant::now(),
+            at: SystemTime::now(),
             client_id: headers.get(REQUEST_ID).filter(is_short).cloned(),
             noted: Mutex::default(),
         }
@@ -74,14 +99,22 @@ impl Record {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The request is a generation.
-    pub(super) fn generates(&self) {
-        self.noted().generates = true;
+    /// The request is a generation, and belongs to this session.
+    pub(super) fn generates(&self, session: Option<&str>) {
+        let mut noted = self.noted();
+        noted.generates = true;
+        noted.attempts = 1;
+        noted.session = session.map(hash_of);
     }
 
     /// A leg is sent to an engine under this id.
-    pub(super) fn asked(&self, _seat: &Seat, id: &str) {
+    pub(super) fn asked(&self, seat: &Seat, id: &str) {
         let mut noted = self.noted();
+        let engine = Some(seat.engine.id.clone());
+        match seat.engine.role {
+            Role::Prefill => noted.prefill = engine,
+            Role::Decode => noted.decode = engine,
+        }
         if noted.engine_id.as_deref() != Some(id) {
             noted.engine_id = Some(id.to_owned());
         }
@@ -106,8 +139,32 @@ impl Record {
 
     /// The request is tried once more.
     pub(super) fn retried(&self) {
-        self.noted().stages = [None; Timed::COUNT];
+        let mut noted = self.noted();
+        noted.stages = [None; Timed::COUNT];
+        noted.attempts += 1;
+        (noted.prefill, noted.decode) = (None, None);
+        drop(noted);
         self.traffic.retried();
+    }
+
+    /// The prefill engine has answered, and counted the prompt.
+    pub(super) fn prefilled(&self, answer: &[u8]) {
+        if let Some(usage) = self.usage_in(answer) {
+            self.noted().tokens.prompt_tokens = usage.prompt_tokens;
+        }
+    }
+
+    /// The decode engine has sent a whole answer, or events.
+    pub(super) fn decoded(&self, bytes: &[u8]) {
+        if let Some(usage) = self.usage_in(bytes) {
+            self.noted().tokens = usage;
+        }
+    }
+
+    /// The last usage that an engine tells, where anybody wants to know it.
+    fn usage_in(&self, bytes: &[u8]) -> Option<Usage> {
+        self.log.as_ref()?;
+        last_usage(bytes)
     }
 
     /// The answer is a stream.
@@ -146,10 +203,105 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let noted = std::mem::take(&mut *self.noted());
+        let total = self.arrived.elapsed();
         if noted.generates {
-            self.traffic.ended(noted.ending(), self.arrived.elapsed());
+            self.traffic.ended(noted.ending(), total);
+        }
+        // Who only asks whether xpyd is well is no client.
+        if let (Some(log), true) = (&self.log, noted.endpoint.is_some() || noted.generates) {
+            match serde_json::to_string(&self.line(&noted, total)) {
+                Ok(line) => log.tell(line),
+                Err(error) => tracing::error!(%error, "a line of the access log cannot be made"),
+            }
         }
     }
+}
+
+/// A line of the access log. What is not known is left out.
+#[derive(Debug, Serialize)]
+struct Line<'record> {
+    /// When the request arrived, in UTC.
+    time: String,
+    method: &'record str,
+    route: &'record str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<u16>,
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    code: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefill: Option<&'record str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decode: Option<&'record str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    handoff: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attempts: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefill_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    handoff_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_token_ms: Option<f64>,
+    total_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_tokens: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens: Option<u64>,
+    /// The client's own id of the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_id: Option<&'record str>,
+    /// The id that engines know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    engine_request_id: Option<&'record str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<String>,
+}
+
+impl Record {
+    fn line<'record>(&'record self, noted: &'record Noted, total: Duration) -> Line<'record> {
+        let stage = |stage: Timed| noted.stages[stage as usize].map(milliseconds);
+        let time = jiff::Timestamp::try_from(self.at).unwrap_or_default();
+        Line {
+            time: format!("{time:.3}"),
+            method: self.method.as_str(),
+            // A client that left before its answer began knows of no route.
+            route: noted.endpoint.unwrap_or("unknown"),
+            status: noted.status.map(|status| status.as_u16()),
+            outcome: noted.ending().as_str(),
+            code: noted.code,
+            prefill: noted.prefill.as_ref().map(EngineId::as_str),
+            decode: noted.decode.as_ref().map(EngineId::as_str),
+            handoff: noted.handoff.map(Outcome::as_str),
+            attempts: noted.generates.then_some(noted.attempts),
+            queue_ms: stage(Timed::Queue),
+            prefill_ms: stage(Timed::Prefill),
+            handoff_ms: stage(Timed::Handoff),
+            first_token_ms: stage(Timed::DecodeFirstByte),
+            total_ms: milliseconds(total),
+            prompt_tokens: noted.tokens.prompt_tokens,
+            completion_tokens: noted.tokens.completion_tokens,
+            request_id: self.client_id.as_ref().and_then(|id| id.to_str().ok()),
+            engine_request_id: noted.engine_id.as_deref(),
+            session: noted.session.map(|hash| format!("{hash:016x}")),
+        }
+    }
+}
+
+/// Milliseconds, to the microsecond.
+fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
+}
+
+/// The last `usage` of an answer or of events. A key cannot be written like this within a JSON string.
+fn last_usage(bytes: &[u8]) -> Option<Usage> {
+    const KEY: &[u8] = b"\"usage\":";
+    let place = memmem::rfind(bytes, KEY)?;
+    let value = &bytes[place + KEY.len()..];
+    let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<Usage>>();
+    values.next()?.ok()?
 }
 
 impl Noted {
@@ -170,7 +322,7 @@ fn server_timing(stages: &[Option<Duration>; Timed::COUNT]) -> Option<HeaderValu
         .iter()
         .filter_map(|(stage, name)| {
             let time = stages[*stage as usize]?;
-            Some(format!("{name};dur={:.3}", time.as_secs_f64() * 1000.0))
+            Some(format!("{name};dur={:.3}", milliseconds(time)))
         })
         .collect();
     (!known.is_empty()).then(|| HeaderValue::from_str(&known.join(", ")).ok())?
@@ -190,6 +342,35 @@ mod tests {
             server_timing(&stages).expect("a header"),
             "prefill;dur=12.000, first-token;dur=1.500"
         );
+    }
+
+    #[test]
+    fn the_last_usage_is_found_whatever_the_text_says() {
+        let usage = |prompt, completion| {
+            Some(Usage {
+                prompt_tokens: Some(prompt),
+                completion_tokens: Some(completion),
+            })
+        };
+        let events = br#"data: {"choices":[{"text":"\"usage\":{\"prompt_tokens\":9}"}],"usage":null}
+
+data: {"choices":[],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2}}
+
+data: [DONE]
+"#;
+        assert_eq!(last_usage(events), usage(3, 2));
+        assert_eq!(
+            last_usage(br#"{"usage": {"prompt_tokens":3,"completion_tokens":2}, "x":1}"#),
+            usage(3, 2)
+        );
+        for none in [
+            &br#"{"choices":[{"text":"\"usage\":{}"}],"usage":null}"#[..],
+            b"",
+            b"\"usage\":",
+            b"\"usage\":7",
+        ] {
+            assert_eq!(last_usage(none), None);
+        }
     }
 
     #[test]

@@ -62,7 +62,7 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
         .extensions
         .remove()
         .expect("the entrance puts one into every request");
-    record.generates();
+    record.generates(session(shared, &head.headers).as_deref());
     let body = read(body, shared.settings.max_body_bytes).await?;
     let permit = shared.admit()?;
     let job = Job {

@@ -11,6 +11,7 @@ mod log_merge;
 mod logs;
 mod matrix;
 mod measure;
+mod observe;
 mod ports;
 mod proxy;
 mod readme;

@@ -48,6 +48,7 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
     let settings = Settings {
         client_keys: crate::proxy::ClientKeys::default(),
         engine_key: None,
+        access_log: None,
         connector: Connector::Nixl(Nixl {}),
         served_model_name: "m".into(),
         session_header: None,

@@ -184,6 +184,7 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         max_in_flight: 8,
         client_keys: ClientKeys::default(),
         engine_key: None,
+        access_log: None,
         service: Service::default(),
     }
 }
