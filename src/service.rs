@@ -18,6 +18,16 @@ pub struct Service {
     pub guard: Guard,
     /// What is written down of requests.
     pub access_log: AccessLog,
+    /// What `/metrics` tells.
+    pub metrics: Metrics,
+}
+
+/// What `/metrics` tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// Whether the engines' own metrics are in it, too, as they always are in `/metrics?engines`.
+    pub merge: bool,
 }
 
 /// What is written down of requests: never what they say.

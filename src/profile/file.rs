@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{AccessLog, Admission, Guard, Routing, Service};
+use crate::service::{AccessLog, Admission, Guard, Metrics, Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -117,6 +117,7 @@ struct ProxyTable {
     admission: Admission,
     guard: Guard,
     access_log: AccessLog,
+    metrics: Metrics,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -283,6 +284,7 @@ impl ProxyTable {
                 admission: self.admission,
                 guard: self.guard,
                 access_log: self.access_log,
+                metrics: self.metrics,
             },
         }
     }

@@ -16,7 +16,7 @@ use prometheus_client::registry::Registry;
 
 use super::Settings;
 use super::notify::Notifications;
-use crate::fleet::FleetView;
+use crate::fleet::{EngineView, FleetView};
 
 /// From a millisecond, which is a hand-off on one machine, to minutes, which is a long answer. Seconds.
 const BUCKETS: [f64; 18] = [
@@ -56,6 +56,15 @@ struct StageLabels {
 struct EngineLabels {
     engine: String,
     role: String,
+}
+
+impl EngineLabels {
+    fn of(engine: &EngineView) -> Self {
+        Self {
+            engine: engine.id.to_string(),
+            role: engine.role.to_string(),
+        }
+    }
 }
 
 /// How a request's hand-off ended.
@@ -237,6 +246,7 @@ pub(super) struct Metrics {
     queued: Gauge,
     running: Gauge,
     engine_in_flight: Family<EngineLabels, Gauge>,
+    unread: Family<EngineLabels, Counter>,
     handoffs_open: Gauge,
     late_notifications: Gauge,
     malformed_notifications: Gauge,
@@ -257,6 +267,7 @@ impl Metrics {
             queued: Gauge::default(),
             running: Gauge::default(),
             engine_in_flight: Family::default(),
+            unread: Family::default(),
             handoffs_open: Gauge::default(),
             late_notifications: Gauge::default(),
             malformed_notifications: Gauge::default(),
@@ -293,6 +304,11 @@ impl Metrics {
             "engine_requests_in_flight",
             "Requests in flight on an engine",
             self.engine_in_flight.clone(),
+        );
+        registry.register(
+            "engine_metrics_unread",
+            "Times that an engine's metrics were to be merged and did not come",
+            self.unread.clone(),
         );
         registry.register(
             "handoffs_open",
@@ -352,18 +368,25 @@ impl Metrics {
         self.cleanups.get_or_create(&OutcomeLabels { outcome }).inc();
     }
 
+    /// An engine's metrics did not come.
+    pub(super) fn unread(&self, engine: &EngineView) {
+        self.unread.get_or_create(&EngineLabels::of(engine)).inc();
+    }
+
     /// One hand-off more is open (`1`) or one less (`-1`).
     pub(super) fn open_handoffs(&self, change: i64) {
         self.handoffs_open.inc_by(change);
     }
 
-    /// The metrics in Prometheus' text format, with what is only known at this moment.
+    /// The metrics in `OpenMetrics`' text format, with what is only known at this moment. Where engines tell of themselves
+    /// under vLLM's names, the fleet must not do so, too.
     pub(super) fn text(
         &self,
         view: &FleetView,
         in_flight: usize,
         queued: usize,
         notifications: Option<&Notifications>,
+        as_vllm: bool,
     ) -> String {
         self.in_flight.set(to_gauge(in_flight));
         self.queued.set(to_gauge(queued));
@@ -371,12 +394,8 @@ impl Metrics {
         // Engines come and go with the view.
         self.engine_in_flight.clear();
         for engine in &view.engines {
-            let labels = EngineLabels {
-                engine: engine.id.to_string(),
-                role: engine.role.to_string(),
-            };
             self.engine_in_flight
-                .get_or_create(&labels)
+                .get_or_create(&EngineLabels::of(engine))
                 .set(to_gauge(engine.load.in_flight()));
         }
         if let Some(notifications) = notifications {
@@ -386,8 +405,9 @@ impl Metrics {
                 .set(i64::try_from(notifications.malformed()).unwrap_or(i64::MAX));
         }
         let mut text = String::new();
-        [&self.registry, &self.as_vllm]
+        [Some(&self.registry), as_vllm.then_some(&self.as_vllm)]
             .into_iter()
+            .flatten()
             .try_for_each(|registry| encode_registry(&mut text, registry))
             .and_then(|()| encode_eof(&mut text))
             .expect("writing to a string cannot fail");

@@ -14,6 +14,7 @@ mod flow;
 mod guard;
 mod key;
 mod ledger;
+mod merge;
 mod metrics;
 mod notify;
 mod pick;
@@ -21,6 +22,7 @@ mod prefix;
 mod record;
 mod routes;
 mod rules;
+mod scrape;
 mod seats;
 mod splice;
 mod sse;
@@ -94,6 +96,8 @@ struct Shared {
     notifications: Option<Notifications>,
     upstream: Upstream,
     metrics: Metrics,
+    /// Held while engines are asked for their metrics, so that many who ask do not multiply the questions.
+    scraping: tokio::sync::Mutex<()>,
     admission: Arc<Semaphore>,
     seats: Seats,
     prefill_turn: AtomicUsize,
@@ -117,6 +121,7 @@ impl Proxy {
             view,
             notifications,
             upstream: Upstream::new(),
+            scraping: tokio::sync::Mutex::default(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
@@ -149,9 +154,9 @@ impl Proxy {
         self.0.in_flight()
     }
 
-    /// The proxy's own metrics in Prometheus' text format.
+    /// The proxy's own metrics in `OpenMetrics`' text format.
     pub fn metrics_text(&self) -> String {
-        self.0.metrics_text()
+        self.0.metrics_text(true)
     }
 }
 
@@ -186,13 +191,14 @@ impl Shared {
         limit.saturating_sub(self.admission.available_permits())
     }
 
-    fn metrics_text(&self) -> String {
+    fn metrics_text(&self, as_vllm: bool) -> String {
         let view = Arc::clone(&self.view.borrow());
         self.metrics.text(
             &view,
             self.in_flight(),
             self.seats.waiting(),
             self.notifications.as_ref(),
+            as_vllm,
         )
     }
 }

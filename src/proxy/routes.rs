@@ -134,9 +134,20 @@ async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
     }
 }
 
-async fn metrics(State(shared): State<Arc<Shared>>) -> Response<Body> {
-    let mut response = Response::new(Body::from(shared.metrics_text()));
-    let content_type = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+async fn metrics(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
+    let query = request.uri().query().unwrap_or_default();
+    let merges = shared.settings.service.metrics.merge || query.split('&').any(|part| part == "engines");
+    let (text, content_type) = if merges {
+        (
+            shared.merged_metrics().await,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )
+    } else {
+        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        (shared.metrics_text(true), content_type)
+    };
+    let mut response = Response::new(Body::from(text));
+    let content_type = HeaderValue::from_static(content_type);
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     response
 }

@@ -114,3 +114,19 @@ fn an_access_log_that_cannot_be_written_is_refused_before_anything_starts() {
         assert!(error.contains("no/such/folder") && error.contains("hint:"), "{error}");
     }
 }
+
+#[test]
+fn metrics_of_simulated_engines_are_merged() {
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d", "--set", "proxy.metrics.merge=true"]);
+    run.wait_until_ready();
+    let text = get(place.proxy_port(), "/metrics");
+    for engine in [
+        "engine=\"prefiller1\",role=\"prefill\"",
+        "engine=\"decoder1\",role=\"decode\"",
+    ] {
+        assert!(text.contains(&format!("vllm:kv_cache_usage_perc{{{engine}")), "{text}");
+    }
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}

@@ -4,7 +4,9 @@ use axum::body::Body;
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
-use super::fake::{self, COMPLETION, Fake, Rig, Script, answer, error, events, in_turn, soon};
+use xpyd::connector::{Connector, Nixl};
+
+use super::fake::{self, COMPLETION, Fake, Raise, Rig, Script, answer, dead_port, error, events, in_turn, soon};
 use super::{decoder, prefiller};
 
 const EVENT: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
@@ -151,5 +153,75 @@ async fn the_fleet_tells_what_runs_under_vllms_names() {
     let ((status, _), ()) = soon("the answer", futures_util::future::join(request, look)).await;
     assert_eq!(status, 200);
     assert_eq!(rig.metric("vllm:num_requests_running{model_name=\"m\"}"), "0");
+    rig.finish().await;
+}
+
+/// An engine that answers every path with this text.
+async fn telling(text: &'static str) -> Fake {
+    Fake::start(move |_| async move { answer(200, text) }).await
+}
+
+#[tokio::test]
+async fn the_engines_metrics_are_merged_by_option_or_question_and_the_fleets_then_have_their_own_names_only() {
+    const PAGE: &str = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\"} 3.0\n";
+    for by_option in [true, false] {
+        let (prefill, decode) = (telling(PAGE).await, telling(PAGE).await);
+        let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+        settings.service.metrics.merge = by_option;
+        let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+        let plain = rig.get("/metrics").await.text().await.unwrap();
+        assert_eq!(plain.contains("exported_engine"), by_option, "{plain}");
+        let response = rig.get("/metrics?engines").await;
+        assert_eq!(
+            response.headers()["content-type"],
+            "text/plain; version=0.0.4; charset=utf-8"
+        );
+        let merged = response.text().await.unwrap();
+        for (engine, role) in [("prefiller1", "prefill"), ("decoder1", "decode")] {
+            let sample =
+                format!(r#"vllm:num_requests_running{{engine="{engine}",role="{role}",exported_engine="0"}} 3.0"#);
+            assert!(merged.contains(&sample), "{merged}");
+        }
+        assert_eq!(
+            merged.matches("# TYPE vllm:num_requests_running ").count(),
+            1,
+            "{merged}"
+        );
+        assert!(merged.contains("# TYPE xpyd_retries_total counter"), "{merged}");
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn engines_whose_metrics_do_not_come_are_counted_and_hold_up_nobody() {
+    let hung_up = CancellationToken::new();
+    let raise = hung_up.clone();
+    let stuck = Fake::start(move |_| {
+        let raise = Raise(raise.clone());
+        async move {
+            let _raise = raise;
+            std::future::pending().await
+        }
+    })
+    .await;
+    let endless = Fake::start(|_| async {
+        let line = futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>("m 1\n".repeat(1 << 14)));
+        answer(200, Body::from_stream(line))
+    })
+    .await;
+    let broken = Fake::start(|_| async { error(500, "broke") }).await;
+    let good = telling("m 1\n").await;
+    let prefill = [stuck.port, dead_port().await, good.port];
+    let rig = Rig::nixl(&prefill, &[endless.port, broken.port]).await;
+    let merged = rig.get("/metrics?engines").await.text().await.unwrap();
+    assert!(
+        merged.contains("m{engine=\"prefiller3\",role=\"prefill\"} 1\n"),
+        "{merged}"
+    );
+    let unread = merged
+        .lines()
+        .filter(|line| line.starts_with("xpyd_engine_metrics_unread_total{") && line.ends_with(" 1"));
+    assert_eq!(unread.count(), 4, "{merged}");
+    soon("the hang-up", hung_up.cancelled()).await;
     rig.finish().await;
 }
