@@ -115,6 +115,70 @@ fn an_access_log_that_cannot_be_written_is_refused_before_anything_starts() {
     }
 }
 
+/// Every metric that an expression of the dashboard names.
+fn named_by_the_dashboard() -> Vec<String> {
+    fn expressions(value: &Value, found: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, field) in fields {
+                    match field {
+                        Value::String(text) if ["expr", "definition"].contains(&name.as_str()) => {
+                            found.push(text.clone())
+                        }
+                        field => expressions(field, found),
+                    }
+                }
+            }
+            Value::Array(fields) => fields.iter().for_each(|field| expressions(field, found)),
+            _ => {}
+        }
+    }
+    let dashboard = include_str!("../../configs/grafana-dashboard.json");
+    let mut found = Vec::new();
+    expressions(&serde_json::from_str(dashboard).expect("JSON"), &mut found);
+    assert!(found.len() > 20, "{found:?}");
+    let is_part = |character: char| character.is_ascii_alphanumeric() || "_:".contains(character);
+    let words = found
+        .iter()
+        .flat_map(|expression| expression.split(|character| !is_part(character)));
+    let mut names: Vec<String> = words
+        .filter(|word| word.starts_with("xpyd_") || word.starts_with("vllm:"))
+        .map(str::to_owned)
+        .collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[test]
+fn every_metric_of_the_dashboard_is_one_that_a_fleet_tells() {
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d", "--set", "proxy.metrics.merge=true"]);
+    run.wait_until_ready();
+    let port = place.proxy_port();
+    let body = json!({"model": MODEL, "prompt": "one two", "max_tokens": 4, "stream": true}).to_string();
+    assert_eq!(post_with(port, "/v1/completions", &body, &[]).0, 200);
+    let named = named_by_the_dashboard();
+    assert!(named.len() > 15, "{named:?}");
+    let missing = wait_for("the end of the request", || {
+        let text = get(port, "/metrics");
+        let is_told = |name: &String| {
+            text.lines().any(|line| {
+                line.strip_prefix(name.as_str())
+                    .is_some_and(|rest| rest.starts_with(['{', ' ']))
+            })
+        };
+        if !text.contains("xpyd_request_seconds_count{outcome=\"answered\"} 1") {
+            return Err(text);
+        }
+        Ok(named.iter().filter(|name| !is_told(name)).cloned().collect::<Vec<_>>())
+    });
+    // Nothing was abandoned here, so that nothing had to be cleaned up.
+    assert_eq!(missing, ["xpyd_handoff_cleanups_total"]);
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}
+
 #[test]
 fn metrics_of_simulated_engines_are_merged() {
     let place = Place::new();
