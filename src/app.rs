@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
-use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy};
+use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy, Traces};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
@@ -71,6 +71,8 @@ pub struct ProxyParts {
     pub engine_key: Option<EngineKey>,
     /// Where requests are written down.
     pub access_log: Option<AccessLog>,
+    /// Where traces go.
+    pub traces: Option<Traces>,
 }
 
 impl fmt::Debug for Run {
@@ -397,6 +399,7 @@ fn proxy_settings(plan: &Plan, parts: ProxyParts) -> proxy::Settings {
         client_keys: parts.client_keys,
         engine_key: parts.engine_key,
         access_log: parts.access_log,
+        traces: parts.traces,
         service: spec.service.clone(),
     }
 }

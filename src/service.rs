@@ -20,6 +20,28 @@ pub struct Service {
     pub access_log: AccessLog,
     /// What `/metrics` tells.
     pub metrics: Metrics,
+    /// Where traces go.
+    pub traces: Traces,
+}
+
+/// Where traces go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Traces {
+    /// A collector of OTLP over HTTP, such as `http://localhost:4318/v1/traces`; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_endpoint: Option<String>,
+    /// How many of a hundred requests that are in no trace yet begin one.
+    pub percent: u8,
+}
+
+impl Default for Traces {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            percent: 100,
+        }
+    }
 }
 
 /// What `/metrics` tells.

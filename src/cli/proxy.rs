@@ -120,6 +120,9 @@ pub struct Arguments {
     /// A file for one JSON line per request, such as `/dev/stdout`.
     #[arg(long, value_name = "FILE")]
     pub access_log: Option<PathBuf>,
+    /// A collector of traces, by OTLP over HTTP: `http://localhost:4318/v1/traces`.
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
     /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -276,12 +279,14 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let mut service = Service::from_overrides(&arguments.set).map_err(|error| {
         Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
     })?;
+    service.traces.otlp_endpoint = arguments.otlp_traces_endpoint.clone().or(service.traces.otlp_endpoint);
     service.access_log.file = arguments.access_log.clone().or(service.access_log.file);
     service.guard.api_key_file = arguments.api_key_file.clone().or(service.guard.api_key_file);
     let parts = request::proxy_parts(&service)?;
     let settings = Settings {
         client_keys: parts.client_keys,
         access_log: parts.access_log,
+        traces: parts.traces,
         engine_key: request::checked_engine_key(request::inherited_engine_key().as_deref())?,
         ..settings(&arguments, service)
     };
@@ -365,6 +370,7 @@ fn settings(arguments: &Arguments, service: Service) -> Settings {
         client_keys: ClientKeys::default(),
         engine_key: None,
         access_log: None,
+        traces: None,
         service,
     }
 }

@@ -10,7 +10,7 @@ use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{self, Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
-use crate::proxy::{AccessLog, ClientKeys, EngineKey};
+use crate::proxy::{AccessLog, ClientKeys, EngineKey, Traces};
 use crate::report::{ExitStatus, Failure};
 use crate::service::{self, Guard, Service};
 use crate::ui::Printer;
@@ -48,6 +48,9 @@ pub(super) struct FleetArguments {
     /// A file for one JSON line per request, such as `/dev/stdout`.
     #[arg(long, value_name = "FILE")]
     pub access_log: Option<PathBuf>,
+    /// A collector of traces, by OTLP over HTTP: `http://localhost:4318/v1/traces`.
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
     /// Folder that holds one folder per run.
     #[arg(long, default_value = "logs", value_name = "DIR")]
     pub logs: PathBuf,
@@ -105,6 +108,11 @@ impl FleetArguments {
             "proxy.access_log.file",
             self.access_log.as_ref().map(|path| path.display().to_string().into()),
         );
+        flag(
+            "--otlp-traces-endpoint",
+            "proxy.traces.otlp_endpoint",
+            self.otlp_traces_endpoint.clone().map(Into::into),
+        );
         profile::load(&self.profile, &overrides).map_err(profile_failure)
     }
 
@@ -144,6 +152,7 @@ pub(super) fn proxy_parts(service: &Service) -> Result<ProxyParts, Failure> {
         client_keys: client_keys(&service.guard)?,
         engine_key: None,
         access_log: access_log(&service.access_log)?,
+        traces: traces(&service.traces)?,
     })
 }
 
@@ -156,6 +165,16 @@ fn access_log(options: &service::AccessLog) -> Result<Option<AccessLog>, Failure
         })
     };
     options.file.as_ref().map(open).transpose()
+}
+
+fn traces(options: &service::Traces) -> Result<Option<Traces>, Failure> {
+    let open = |endpoint: &String| {
+        Traces::open(endpoint, options.percent).map_err(|error| {
+            Failure::new(ExitStatus::Usage, error)
+                .hint("write the whole URL of the collector's HTTP port: `http://localhost:4318/v1/traces`")
+        })
+    };
+    options.otlp_endpoint.as_ref().map(open).transpose()
 }
 
 fn client_keys(guard: &Guard) -> Result<ClientKeys, Failure> {

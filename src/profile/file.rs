@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{AccessLog, Admission, Guard, Metrics, Routing, Service};
+use crate::service::{AccessLog, Admission, Guard, Metrics, Routing, Service, Traces};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -118,6 +118,7 @@ struct ProxyTable {
     guard: Guard,
     access_log: AccessLog,
     metrics: Metrics,
+    traces: Traces,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -285,6 +286,7 @@ impl ProxyTable {
                 guard: self.guard,
                 access_log: self.access_log,
                 metrics: self.metrics,
+                traces: self.traces,
             },
         }
     }

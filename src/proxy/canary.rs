@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use super::error::{ProxyError, Stage};
 use super::flow::{Job, Stages, answer};
+use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
 use super::{Proxy, Shared};
@@ -219,7 +220,7 @@ impl Canary<'_> {
 
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
         let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
-        let record = self.shared.record();
+        let record = Arc::new(Record::of_canary(self.shared));
         record.generates(None);
         let job = Job {
             kind: Kind::Completions,

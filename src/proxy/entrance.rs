@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, Method, Response, header};
+use axum::http::{HeaderMap, Response, header};
 use axum::middleware::Next;
 
 use super::Shared;
@@ -22,12 +22,8 @@ const MAX_HEADER_BYTES: usize = 32 << 10;
 
 /// Lets a request in, or answers why not.
 pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
-    let record = Arc::new(Record::new(
-        Arc::clone(&shared.metrics.clients),
-        shared.settings.access_log.clone(),
-        request.method().clone(),
-        request.headers(),
-    ));
+    let method = request.method().clone();
+    let record = Arc::new(Record::of_client(&shared, method, request.headers_mut()));
     let response = match shared.check(&request) {
         Ok(()) => {
             request.extensions_mut().insert(Arc::clone(&record));
@@ -39,12 +35,6 @@ pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Reques
 }
 
 impl Shared {
-    /// The record of a request that is xpyd's own.
-    pub(super) fn record(&self) -> Arc<Record> {
-        let traffic = Arc::clone(&self.metrics.canaries);
-        Arc::new(Record::new(traffic, None, Method::POST, &HeaderMap::new()))
-    }
-
     fn check(&self, request: &Request) -> Result<(), ProxyError> {
         let headers = request.headers();
         let bytes: usize = headers

@@ -255,8 +255,8 @@ impl Attempt<'_> {
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {
         let sent = Instant::now();
-        self.job.record.asked(seat, id);
-        let call = Call::post(path, &self.job.headers, id, body);
+        let headers = self.job.record.leg(seat, id, &self.job.headers);
+        let call = Call::post(path, &headers, id, body);
         let step = self.shared.upstream.fetch(&seat.engine, call);
         let (head, body) = seat.run(Stage::Prefill, self.job.deadlines.prefill, step).await?;
         match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
@@ -272,8 +272,8 @@ impl Attempt<'_> {
     /// Sends the decode leg. A stream is returned as soon as its head is there.
     pub(super) async fn decode(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Decoded, ProxyError> {
         let deadline = self.job.deadlines.decode;
-        self.job.record.asked(seat, id);
-        let call = Call::post(path, &self.job.headers, id, body);
+        let headers = self.job.record.leg(seat, id, &self.job.headers);
+        let call = Call::post(path, &headers, id, body);
         let step = self.shared.upstream.send(&seat.engine, call);
         let (head, body) = seat.run(Stage::Decode, deadline, step).await?.into_parts();
         if head.status.is_success() && is_event_stream(&head) {

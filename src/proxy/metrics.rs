@@ -108,7 +108,7 @@ impl Timed {
     /// How many there are.
     pub(super) const COUNT: usize = 4;
 
-    fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Queue => "queue",
             Self::Prefill => "prefill",

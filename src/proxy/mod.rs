@@ -26,6 +26,7 @@ mod scrape;
 mod seats;
 mod splice;
 mod sse;
+mod trace;
 mod upstream;
 
 use std::fmt;
@@ -46,6 +47,7 @@ pub use access::AccessLog;
 pub use canary::{CanaryError, CanaryReport, Transferred};
 pub use key::{ClientKeys, EngineKey, KeyError};
 pub use notify::{Notifications, NotifyError};
+pub use trace::{Traces, TracesError};
 
 use error::ProxyError;
 use flow::Deadlines;
@@ -81,6 +83,8 @@ pub struct Settings {
     pub engine_key: Option<EngineKey>,
     /// Where requests are written down.
     pub access_log: Option<AccessLog>,
+    /// Where traces go.
+    pub traces: Option<Traces>,
     /// How clients are served.
     pub service: Service,
 }

@@ -3,20 +3,25 @@
 //! Whoever works on a request notes what happens; the record is complete, and told, once the last of them has dropped it.
 //! It never holds a body, a prompt or a key.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use memchr::memmem;
+use opentelemetry::KeyValue;
+use opentelemetry_sdk::trace::Span;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use super::Shared;
 use super::access::AccessLog;
 use super::error::Code;
 use super::metrics::{Ending, Outcome, Timed, Traffic};
 use super::prefix::hash_of;
 use super::routes::Endpoint;
+use super::trace::{self, Trace};
 use super::upstream::Seat;
 use crate::fleet::{EngineId, Role};
 
@@ -39,6 +44,7 @@ const TOLD_STAGES: [(Timed, &str); 4] = [
 pub(super) struct Record {
     traffic: Arc<Traffic>,
     log: Option<AccessLog>,
+    trace: Option<Trace>,
     method: Method,
     arrived: Instant,
     /// When it arrived, for people.
@@ -71,6 +77,8 @@ struct Noted {
     tokens: Usage,
     /// A hash of the session's name.
     session: Option<u64>,
+    /// The span of the leg that runs.
+    leg: Option<Span>,
 }
 
 /// Tokens of a request, as engines count them.
@@ -81,12 +89,26 @@ struct Usage {
 }
 
 impl Record {
-    /// The record of a request of this method and with these headers.
-    pub(super) fn new(traffic: Arc<Traffic>, log: Option<AccessLog>, method: Method, headers: &HeaderMap) -> Self {
+    /// The record of a request of a client. From now on its headers name its span.
+    pub(super) fn of_client(shared: &Shared, method: Method, headers: &mut HeaderMap) -> Self {
+        let mut record = Self::new(&shared.metrics.clients, method, headers);
+        record.log.clone_from(&shared.settings.access_log);
+        let traces = shared.settings.traces.as_ref();
+        record.trace = traces.map(|traces| traces.begin(headers, record.at));
+        record
+    }
+
+    /// The record of a request of xpyd's own.
+    pub(super) fn of_canary(shared: &Shared) -> Self {
+        Self::new(&shared.metrics.canaries, Method::POST, &HeaderMap::new())
+    }
+
+    fn new(traffic: &Arc<Traffic>, method: Method, headers: &HeaderMap) -> Self {
         let is_short = |id: &&HeaderValue| id.len() <= MAX_ID_BYTES && id.to_str().is_ok();
         Self {
-            traffic,
-            log,
+            traffic: Arc::clone(traffic),
+            log: None,
+            trace: None,
             method,
             arrived: Instant::now(),
             at: SystemTime::now(),
@@ -107,9 +129,23 @@ impl Record {
         noted.session = session.map(hash_of);
     }
 
-    /// A leg is sent to an engine under this id.
-    pub(super) fn asked(&self, seat: &Seat, id: &str) {
+    /// A leg is sent to an engine under this id: the headers for it.
+    pub(super) fn leg<'job>(&self, seat: &Seat, id: &str, headers: &'job HeaderMap) -> Cow<'job, HeaderMap> {
+        let mut headers = Cow::Borrowed(headers);
         let mut noted = self.noted();
+        if let Some(trace) = &self.trace {
+            let name = match seat.engine.role {
+                Role::Prefill => "prefill",
+                Role::Decode => "decode",
+            };
+            let attributes = vec![
+                KeyValue::new("xpyd.engine", seat.engine.id.to_string()),
+                KeyValue::new("gen_ai.request.id", id.to_owned()),
+                KeyValue::new("server.address", seat.engine.endpoint.host.clone()),
+                KeyValue::new("server.port", i64::from(seat.engine.endpoint.port)),
+            ];
+            noted.leg = Some(trace.leg(name, attributes, headers.to_mut()));
+        }
         let engine = Some(seat.engine.id.clone());
         match seat.engine.role {
             Role::Prefill => noted.prefill = engine,
@@ -118,11 +154,21 @@ impl Record {
         if noted.engine_id.as_deref() != Some(id) {
             noted.engine_id = Some(id.to_owned());
         }
+        headers
     }
 
     /// A stage took so long.
     pub(super) fn took(&self, stage: Timed, time: Duration) {
-        self.noted().stages[stage as usize] = Some(time);
+        let mut noted = self.noted();
+        noted.stages[stage as usize] = Some(time);
+        if let Some(trace) = &self.trace {
+            match stage {
+                Timed::Prefill => noted.leg = None,
+                Timed::Queue | Timed::Handoff => trace.part(stage.as_str(), time),
+                Timed::DecodeFirstByte => {}
+            }
+        }
+        drop(noted);
         self.traffic.took(stage, time);
     }
 
@@ -143,6 +189,7 @@ impl Record {
         noted.stages = [None; Timed::COUNT];
         noted.attempts += 1;
         (noted.prefill, noted.decode) = (None, None);
+        noted.leg.take().as_mut().map(trace::fail);
         drop(noted);
         self.traffic.retried();
     }
@@ -163,8 +210,7 @@ impl Record {
 
     /// The last usage that an engine tells, where anybody wants to know it.
     fn usage_in(&self, bytes: &[u8]) -> Option<Usage> {
-        self.log.as_ref()?;
-        last_usage(bytes)
+        (self.log.is_some() || self.trace.is_some()).then(|| last_usage(bytes))?
     }
 
     /// The answer is a stream.
@@ -202,10 +248,16 @@ impl Record {
 /// Tells what the request was.
 impl Drop for Record {
     fn drop(&mut self) {
-        let noted = std::mem::take(&mut *self.noted());
+        let mut noted = std::mem::take(&mut *self.noted());
         let total = self.arrived.elapsed();
         if noted.generates {
             self.traffic.ended(noted.ending(), total);
+        }
+        if let Some(trace) = &self.trace {
+            let has_failed = matches!(noted.ending(), Ending::Failed | Ending::Broken);
+            noted.leg.take().as_mut().filter(|_| has_failed).map(trace::fail);
+            let name = format!("{} {}", self.method, noted.route());
+            trace.end(name, has_failed, self.attributes(&noted));
         }
         // Who only asks whether xpyd is well is no client.
         if let (Some(log), true) = (&self.log, noted.endpoint.is_some() || noted.generates) {
@@ -267,8 +319,7 @@ impl Record {
         Line {
             time: format!("{time:.3}"),
             method: self.method.as_str(),
-            // A client that left before its answer began knows of no route.
-            route: noted.endpoint.unwrap_or("unknown"),
+            route: noted.route(),
             status: noted.status.map(|status| status.as_u16()),
             outcome: noted.ending().as_str(),
             code: noted.code,
@@ -290,6 +341,33 @@ impl Record {
     }
 }
 
+impl Record {
+    /// What the request's span tells, by the names of OpenTelemetry's conventions where they have any.
+    fn attributes(&self, noted: &Noted) -> Vec<KeyValue> {
+        let text = |name: &'static str, value: Option<&str>| Some(KeyValue::new(name, value?.to_owned()));
+        let number = |name: &'static str, value: Option<u64>| {
+            Some(KeyValue::new(name, i64::try_from(value?).unwrap_or(i64::MAX)))
+        };
+        let client_id = self.client_id.as_ref().and_then(|id| id.to_str().ok());
+        let attributes = [
+            text("http.request.method", Some(self.method.as_str())),
+            text("http.route", noted.endpoint),
+            number(
+                "http.response.status_code",
+                noted.status.map(|status| status.as_u16().into()),
+            ),
+            text("error.type", noted.code),
+            text("xpyd.outcome", Some(noted.ending().as_str())),
+            text("xpyd.handoff", noted.handoff.map(Outcome::as_str)),
+            number("xpyd.attempts", noted.generates.then_some(noted.attempts.into())),
+            text("xpyd.request_id", client_id),
+            number("gen_ai.usage.input_tokens", noted.tokens.prompt_tokens),
+            number("gen_ai.usage.output_tokens", noted.tokens.completion_tokens),
+        ];
+        attributes.into_iter().flatten().collect()
+    }
+}
+
 /// Milliseconds, to the microsecond.
 fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1000.0
@@ -305,6 +383,11 @@ fn last_usage(bytes: &[u8]) -> Option<Usage> {
 }
 
 impl Noted {
+    /// A client that left before its answer began knows of no route.
+    fn route(&self) -> &'static str {
+        self.endpoint.unwrap_or("unknown")
+    }
+
     fn ending(&self) -> Ending {
         match self.status {
             None => Ending::Left,

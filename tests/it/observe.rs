@@ -1,6 +1,14 @@
 //! What a fleet tells of its requests beyond their answers: the access log, and engines' metrics merged into its own.
 
+use std::sync::mpsc::{Receiver, channel};
+
+use axum::Router;
+use axum::body::Bytes;
 use nix::sys::signal::Signal;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::common::v1::any_value::Value as AnyValue;
+use opentelemetry_proto::tonic::trace::v1::Span;
+use prost::Message;
 use serde_json::{Value, json};
 
 use crate::support::{Place, get, post_with, wait_for};
@@ -13,6 +21,30 @@ fn lines(place: &Place, name: &str) -> Vec<Value> {
     text.lines()
         .map(|line| serde_json::from_str(line).expect("JSON"))
         .collect()
+}
+
+/// A line of the access log for a generation through the pair.
+fn assert_tells_all_of_a_generation(line: &Value) {
+    for (key, value) in [
+        ("method", json!("POST")),
+        ("route", json!("/v1/completions")),
+        ("outcome", json!("answered")),
+        ("prefill", json!("prefiller1")),
+        ("decode", json!("decoder1")),
+        ("handoff", json!("transferred")),
+        ("attempts", json!(1)),
+        ("completion_tokens", json!(4)),
+        ("request_id", json!("client-7")),
+    ] {
+        assert_eq!(line[key], value, "{key} of {line}");
+    }
+    for key in ["prefill_ms", "handoff_ms", "first_token_ms", "total_ms"] {
+        assert!(line[key].as_f64().is_some_and(|time| time >= 0.0), "{key} of {line}");
+    }
+    assert!(line["prompt_tokens"].as_u64() > Some(0), "{line}");
+    assert!(line["time"].as_str().expect("a time").ends_with('Z'), "{line}");
+    assert_ne!(line["engine_request_id"], line["request_id"]);
+    assert_eq!(line["session"].as_str().map(str::len), Some(16), "a hash");
 }
 
 #[test]
@@ -69,28 +101,7 @@ fn the_access_log_has_a_line_for_every_request_and_nothing_of_what_it_says() {
     let of = |status: u16| found.iter().filter(move |line| line["status"] == status);
     let generations: Vec<&Value> = of(200).collect();
     assert_eq!(generations.len(), 2);
-    for line in generations {
-        for (key, value) in [
-            ("method", json!("POST")),
-            ("route", json!("/v1/completions")),
-            ("outcome", json!("answered")),
-            ("prefill", json!("prefiller1")),
-            ("decode", json!("decoder1")),
-            ("handoff", json!("transferred")),
-            ("attempts", json!(1)),
-            ("completion_tokens", json!(4)),
-            ("request_id", json!("client-7")),
-        ] {
-            assert_eq!(line[key], value, "{key} of {line}");
-        }
-        for key in ["prefill_ms", "handoff_ms", "first_token_ms", "total_ms"] {
-            assert!(line[key].as_f64().is_some_and(|time| time >= 0.0), "{key} of {line}");
-        }
-        assert!(line["prompt_tokens"].as_u64() > Some(0), "{line}");
-        assert!(line["time"].as_str().expect("a time").ends_with('Z'), "{line}");
-        assert_ne!(line["engine_request_id"], line["request_id"]);
-        assert_eq!(line["session"].as_str().map(str::len), Some(16), "a hash");
-    }
+    generations.into_iter().for_each(assert_tells_all_of_a_generation);
     let refused = of(401).next().expect("a line");
     assert_eq!(
         (&refused["code"], &refused["outcome"]),
@@ -123,7 +134,7 @@ fn named_by_the_dashboard() -> Vec<String> {
                 for (name, field) in fields {
                     match field {
                         Value::String(text) if ["expr", "definition"].contains(&name.as_str()) => {
-                            found.push(text.clone())
+                            found.push(text.clone());
                         }
                         field => expressions(field, found),
                     }
@@ -193,4 +204,121 @@ fn metrics_of_simulated_engines_are_merged() {
     }
     run.signal(Signal::SIGINT);
     assert_eq!(run.end().0, 0);
+}
+
+/// A collector: its URL, and what is exported to it.
+fn collector() -> (String, Receiver<ExportTraceServiceRequest>) {
+    let (exported, exports) = channel();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}/v1/traces", listener.local_addr().expect("an address"));
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async move {
+            listener.set_nonblocking(true).expect("a socket");
+            let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
+            let router = Router::new().fallback(move |body: Bytes| {
+                let export = ExportTraceServiceRequest::decode(body).expect("an export");
+                drop(exported.send(export));
+                std::future::ready(())
+            });
+            axum::serve(listener, router).await.expect("served");
+        });
+    });
+    (url, exports)
+}
+
+/// An attribute of a span, as text.
+fn attribute(span: &Span, name: &str) -> Option<String> {
+    let attribute = span.attributes.iter().find(|attribute| attribute.key == name)?;
+    match attribute.value.clone()?.value? {
+        AnyValue::StringValue(text) => Some(text),
+        AnyValue::IntValue(number) => Some(number.to_string()),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_request_and_its_legs_are_exported_as_spans_of_one_trace() {
+    let (url, exports) = collector();
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "1p1d", "--otlp-traces-endpoint", &url]);
+    run.wait_until_ready();
+    let body = json!({"model": MODEL, "prompt": "confidential words", "max_tokens": 4, "stream": true,
+        "stream_options": {"include_usage": true}});
+    let context = [("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")];
+    assert_eq!(
+        post_with(place.proxy_port(), "/v1/completions", &body.to_string(), &context).0,
+        200
+    );
+    assert_eq!(post_with(place.proxy_port(), "/v1/completions", "[1]", &context).0, 400);
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0, "what waits is exported before the end");
+
+    let exported: Vec<ExportTraceServiceRequest> = exports.try_iter().collect();
+    assert!(!format!("{exported:?}").contains("confidential"));
+    let resources = exported.iter().flat_map(|export| &export.resource_spans);
+    let spans: Vec<&Span> = resources
+        .flat_map(|resource| &resource.scope_spans)
+        .flat_map(|scope| &scope.spans)
+        .collect();
+    assert!(
+        spans
+            .iter()
+            .all(|span| span.trace_id == 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736_u128.to_be_bytes())
+    );
+    let roots: Vec<&&Span> = spans
+        .iter()
+        .filter(|span| span.name == "POST /v1/completions")
+        .collect();
+    let of = |status: &str| {
+        let mut found = roots
+            .iter()
+            .filter(|span| attribute(span, "http.response.status_code").as_deref() == Some(status));
+        found.next().expect("a span")
+    };
+    assert_eq!(attribute(of("400"), "error.type").as_deref(), Some("invalid_body"));
+    let root = of("200");
+    assert_eq!(root.parent_span_id, 0x00f0_67aa_0ba9_02b7_u64.to_be_bytes());
+    for (name, value) in [
+        ("xpyd.outcome", "answered"),
+        ("xpyd.handoff", "transferred"),
+        ("xpyd.attempts", "1"),
+        ("gen_ai.usage.output_tokens", "4"),
+    ] {
+        assert_eq!(attribute(root, name).as_deref(), Some(value), "{name}");
+    }
+    let children: Vec<&&Span> = spans
+        .iter()
+        .filter(|span| span.parent_span_id == root.span_id)
+        .collect();
+    let mut names: Vec<&str> = children.iter().map(|span| span.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["decode", "handoff", "prefill"]);
+    for child in children {
+        let lies_within = |time: u64| (root.start_time_unix_nano..=root.end_time_unix_nano).contains(&time);
+        assert!(
+            lies_within(child.start_time_unix_nano) && lies_within(child.end_time_unix_nano),
+            "{child:?} {root:?}"
+        );
+        if child.name != "handoff" {
+            let engine = if child.name == "prefill" {
+                "prefiller1"
+            } else {
+                "decoder1"
+            };
+            assert_eq!(attribute(child, "xpyd.engine").as_deref(), Some(engine));
+        }
+    }
+}
+
+#[test]
+fn a_collector_that_is_no_url_is_refused_before_anything_starts() {
+    let place = Place::new();
+    let output = place.run(&["up", "--engine", "sim", "--otlp-traces-endpoint", "not a url"]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("not a url") && error.contains("hint:"), "{error}");
 }

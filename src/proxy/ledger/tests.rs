@@ -49,6 +49,7 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         client_keys: crate::proxy::ClientKeys::default(),
         engine_key: None,
         access_log: None,
+        traces: None,
         connector: Connector::Nixl(Nixl {}),
         served_model_name: "m".into(),
         session_header: None,
@@ -72,7 +73,7 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         deadline: minute,
         _permit: Arc::new(proxy.0.admit().expect("a free place")),
     };
-    let mut entry = Entry::reserve(&proxy.0, &proxy.0.record(), care);
+    let mut entry = Entry::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), care);
     go(&mut entry);
     drop(entry);
     proxy.0.cleanups.close();

@@ -185,6 +185,7 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         client_keys: ClientKeys::default(),
         engine_key: None,
         access_log: None,
+        traces: None,
         service: Service::default(),
     }
 }

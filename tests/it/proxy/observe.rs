@@ -5,6 +5,7 @@ use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
 use xpyd::connector::{Connector, Nixl};
+use xpyd::proxy::{Settings, Traces};
 
 use super::fake::{self, COMPLETION, Fake, Raise, Rig, Script, answer, dead_port, error, events, in_turn, soon};
 use super::{decoder, prefiller};
@@ -223,5 +224,94 @@ async fn engines_whose_metrics_do_not_come_are_counted_and_hold_up_nobody() {
         .filter(|line| line.starts_with("xpyd_engine_metrics_unread_total{") && line.ends_with(" 1"));
     assert_eq!(unread.count(), 4, "{merged}");
     soon("the hang-up", hung_up.cancelled()).await;
+    rig.finish().await;
+}
+
+/// Trace, span and flags of a `traceparent`.
+fn parts(headers: &axum::http::HeaderMap) -> [String; 3] {
+    let value = headers["traceparent"].to_str().unwrap();
+    let parts: Vec<&str> = value.split('-').collect();
+    assert_eq!((parts.len(), parts[0]), (4, "00"), "{value}");
+    assert_eq!((parts[1].len(), parts[2].len()), (32, 16), "{value}");
+    [parts[1], parts[2], parts[3]].map(str::to_owned)
+}
+
+/// A proxy that traces, towards a collector that is not there.
+async fn tracing(percent: u8) -> (Fake, Fake, Rig) {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let endpoint = format!("http://127.0.0.1:{}/v1/traces", dead_port().await);
+    let settings = Settings {
+        traces: Some(Traces::open(&endpoint, percent).unwrap()),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    (prefill, decode, rig)
+}
+
+#[tokio::test]
+async fn every_leg_goes_on_in_the_clients_trace_under_a_span_of_its_own() {
+    let (prefill, decode, rig) = tracing(0).await;
+    let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    for flags in ["01", "00"] {
+        for path in ["/v1/completions", "/tokenize"] {
+            let request = rig
+                .post(path, r#"{"prompt":"x"}"#)
+                .header("traceparent", format!("00-{trace}-{span}-{flags}"))
+                .header("tracestate", "vendor=1");
+            assert_eq!(request.send().await.unwrap().status(), 200);
+        }
+        let seen = [prefill.seen(), decode.seen()].concat();
+        let legs: Vec<_> = seen.iter().rev().map(|seen| parts(&seen.headers)).collect();
+        let mut spans: Vec<_> = legs.iter().map(|[_, span, _]| span.clone()).collect();
+        spans.push(span.into());
+        spans.sort();
+        spans.dedup();
+        assert_eq!(spans.len(), legs.len() + 1, "each has its own: {legs:?}");
+        for seen in &seen {
+            assert_eq!(seen.headers["tracestate"], "vendor=1");
+        }
+        // The client has decided whether its trace is kept.
+        let [_, _, last] = parts(&decode.seen().last().unwrap().headers);
+        assert_eq!(last, flags);
+        assert!(legs.iter().all(|[id, ..]| id == trace), "{legs:?}");
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_request_without_a_trace_begins_one_that_is_kept_as_often_as_asked_for() {
+    for (percent, flags) in [(100, "01"), (0, "00")] {
+        let (prefill, decode, rig) = tracing(percent).await;
+        for broken in [
+            None,
+            Some("garbage"),
+            Some("00-00000000000000000000000000000000-00f067aa0ba902b7-01"),
+        ] {
+            let request = rig.post("/v1/completions", r#"{"prompt":"x"}"#);
+            let request = broken
+                .into_iter()
+                .fold(request, |request, value| request.header("traceparent", value));
+            assert_eq!(request.send().await.unwrap().status(), 200);
+            let seen = [prefill.seen().pop().unwrap(), decode.seen().pop().unwrap()];
+            let [first, second] = seen.map(|seen| parts(&seen.headers));
+            assert_eq!((&first[0], &first[2]), (&second[0], &flags.to_owned()));
+            assert_ne!(first[1], second[1]);
+        }
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn without_traces_the_clients_own_context_is_passed_on_as_it_is() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let request = rig
+        .post("/v1/completions", r#"{"prompt":"x"}"#)
+        .header("traceparent", context);
+    request.send().await.unwrap();
+    for seen in [prefill.seen(), decode.seen()].concat() {
+        assert_eq!(seen.headers["traceparent"], context);
+    }
     rig.finish().await;
 }
