@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -334,19 +334,22 @@ impl FleetView {
     }
 }
 
-/// Requests in flight on one incarnation of an engine. Once closed, nobody can enter any more, so a proxy that still
-/// holds an old view cannot slip a request in after a drain began.
+/// What one incarnation of an engine is busy with: requests in flight, and KV that it keeps for others. Once closed, nobody
+/// can enter any more, so a proxy that still holds an old view cannot slip a request in after a drain began.
 #[derive(Debug, Default)]
 pub struct Load {
-    /// Requests in flight in the low bits, [`CLOSED`] on top.
-    state: AtomicUsize,
+    /// Requests in flight in the low half, hand-offs kept above it, [`CLOSED`] on top.
+    state: AtomicU64,
     /// Wakes those who wait for the close. Every request in flight does, so nothing else may wake them.
     closed: Notify,
     /// Wakes those who wait for the last request.
     idle: Notify,
 }
 
-const CLOSED: usize = 1 << (usize::BITS - 1);
+const CLOSED: u64 = 1 << 63;
+
+/// One hand-off kept. Room for four thousand million requests below it.
+const KEPT: u64 = 1 << 32;
 
 impl Load {
     /// Counts one more request, unless the load is closed. The guard uncounts it.
@@ -357,6 +360,13 @@ impl Load {
             })
             .ok()
             .map(|_| LoadGuard(Arc::clone(self)))
+    }
+
+    /// Counts KV that waits on this engine for another one to fetch it, until the guard is dropped. The engine computes
+    /// nothing for it, so it is no request in flight; but an engine that is stopped now takes it along.
+    pub fn keep(self: &Arc<Self>) -> KeptGuard {
+        self.state.fetch_add(KEPT, Ordering::AcqRel);
+        KeptGuard(Arc::clone(self))
     }
 
     /// Lets nobody in any more. Those inside stay.
@@ -372,7 +382,17 @@ impl Load {
 
     /// Requests in flight now.
     pub fn in_flight(&self) -> usize {
-        self.state.load(Ordering::Acquire) & !CLOSED
+        usize::try_from(self.state.load(Ordering::Acquire) % KEPT).unwrap_or(usize::MAX)
+    }
+
+    /// Hand-offs whose KV waits here.
+    pub fn kept(&self) -> usize {
+        usize::try_from((self.state.load(Ordering::Acquire) & !CLOSED) / KEPT).unwrap_or(usize::MAX)
+    }
+
+    /// Whether no request is in flight and no KV is kept.
+    pub fn is_idle(&self) -> bool {
+        self.state.load(Ordering::Acquire) & !CLOSED == 0
     }
 
     /// Returns once [`Load::close`] was called: the engine is going away, so give up what is in flight on it.
@@ -388,16 +408,23 @@ impl Load {
         }
     }
 
-    /// Returns once nothing is in flight.
+    /// Returns once [`Load::is_idle`].
     pub async fn idle(&self) {
         loop {
             let changed = self.idle.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if self.in_flight() == 0 {
+            if self.is_idle() {
                 return;
             }
             changed.await;
+        }
+    }
+
+    fn subtract(&self, count: u64) {
+        let before = self.state.fetch_sub(count, Ordering::AcqRel);
+        if before & !CLOSED == count {
+            self.idle.notify_waiters();
         }
     }
 }
@@ -408,10 +435,17 @@ pub struct LoadGuard(Arc<Load>);
 
 impl Drop for LoadGuard {
     fn drop(&mut self) {
-        let before = self.0.state.fetch_sub(1, Ordering::AcqRel);
-        if before & !CLOSED == 1 {
-            self.0.idle.notify_waiters();
-        }
+        self.0.subtract(1);
+    }
+}
+
+/// KV that waits on an engine; dropping it says that it was fetched or freed.
+#[derive(Debug)]
+pub struct KeptGuard(Arc<Load>);
+
+impl Drop for KeptGuard {
+    fn drop(&mut self) {
+        self.0.subtract(KEPT);
     }
 }
 
@@ -447,6 +481,21 @@ mod tests {
         assert!(idle.poll().is_ready());
         load.close();
         assert!(closed.is_woken() && closed.poll().is_ready());
+    }
+
+    #[tokio::test]
+    async fn kv_that_waits_keeps_an_engine_from_being_idle_but_is_no_request() {
+        let load = Arc::new(Load::default());
+        let request = load.try_enter().expect("open");
+        let kept = load.keep();
+        load.close();
+        let mut idle = tokio_test::task::spawn(load.idle());
+        assert!(idle.poll().is_pending());
+        drop(request);
+        assert_eq!((load.in_flight(), load.kept()), (0, 1));
+        assert!(!load.is_idle() && !idle.is_woken() && idle.poll().is_pending());
+        drop(kept);
+        assert!(idle.is_woken() && idle.poll().is_ready());
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub struct Service {
     pub routing: Routing,
     /// Who waits until an engine has room.
     pub admission: Admission,
+    /// What a hand-off must be.
+    pub handoff: Handoff,
     /// Who is let in.
     pub guard: Guard,
     /// What is written down of requests.
@@ -22,6 +24,15 @@ pub struct Service {
     pub metrics: Metrics,
     /// Where traces go.
     pub traces: Traces,
+}
+
+/// What a hand-off must be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Handoff {
+    /// A decode engine whose KV did not arrive fails the request, which is tried again, instead of computing the prompt
+    /// itself while streams wait for it.
+    pub strict: bool,
 }
 
 /// Where traces go.
@@ -95,6 +106,8 @@ pub struct Routing {
     pub prefill_threshold: u64,
     /// Pairs of engines that one request may be tried with, the first one included, as long as its client has got nothing.
     pub attempts: u32,
+    /// What happens to requests while no prefill engine serves.
+    pub without_prefill: WithoutPrefill,
 }
 
 impl Default for Routing {
@@ -104,8 +117,19 @@ impl Default for Routing {
             decode_policy: Policy::RoundRobin,
             prefill_threshold: 0,
             attempts: 3,
+            without_prefill: WithoutPrefill::Fail,
         }
     }
+}
+
+/// What happens to requests while no prefill engine serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WithoutPrefill {
+    /// They are answered 503.
+    Fail,
+    /// Decode engines answer alone, at the cost of the streams that they serve.
+    Aggregate,
 }
 
 /// How an engine of a role is chosen. A session stays on its engines under each of them.

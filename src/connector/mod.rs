@@ -66,6 +66,8 @@ pub struct LaunchContext<'plan> {
     pub notify: Option<(&'plan str, u16)>,
     /// Longest prompt plus answer, in tokens, if the profile says so.
     pub max_model_len: Option<u32>,
+    /// Whether a decode engine must fail where KV did not arrive.
+    pub strict: bool,
     /// The run's folder, for variables that name a rendered file.
     pub run_dir: &'plan Path,
 }

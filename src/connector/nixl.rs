@@ -21,8 +21,8 @@ impl Nixl {
             "kv_buffer_device": context.device.as_str(),
         });
         if context.role == Role::Decode {
-            // A lost transfer is then recomputed and the client still gets its answer; `fail` would be a 500.
-            config["kv_load_failure_policy"] = json!("recompute");
+            // A lost transfer is recomputed and the client still gets its answer; `fail` is a 500, and another attempt.
+            config["kv_load_failure_policy"] = json!(if context.strict { "fail" } else { "recompute" });
         }
         let mut env = vec![("VLLM_NIXL_SIDE_CHANNEL_HOST".into(), context.host.to_owned())];
         if let Some(port) = context.side_channel_port {

@@ -316,6 +316,7 @@ impl<'input> Builder<'input> {
                 profile.lmcache.notify_port.saturating_add(profile.port_offset),
             )),
             max_model_len,
+            strict: profile.proxy.service.handoff.strict,
             run_dir: self.run_dir,
         });
         let mut receiver_template = None;

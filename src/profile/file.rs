@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{AccessLog, Admission, Guard, Metrics, Routing, Service, Traces};
+use crate::service::{AccessLog, Admission, Guard, Handoff, Metrics, Routing, Service, Traces};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -115,6 +115,7 @@ struct ProxyTable {
     max_in_flight: Option<usize>,
     routing: Routing,
     admission: Admission,
+    handoff: Handoff,
     guard: Guard,
     access_log: AccessLog,
     metrics: Metrics,
@@ -283,6 +284,7 @@ impl ProxyTable {
             service: Service {
                 routing: self.routing,
                 admission: self.admission,
+                handoff: self.handoff,
                 guard: self.guard,
                 access_log: self.access_log,
                 metrics: self.metrics,

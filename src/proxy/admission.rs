@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::body::Document;
+use super::breaker::Breaker;
 use super::prefix::Memory;
 use super::rules::{Kind, is_token_list};
 use crate::fleet::{EngineId, EngineView, Incarnation};
@@ -85,6 +86,7 @@ struct Room {
     /// The KV tokens that the engine says it has room for.
     said: Option<u64>,
     memory: Memory,
+    breaker: Breaker,
 }
 
 /// How full the engines are, and who waits. `T` is how a waiter is woken.
@@ -120,6 +122,7 @@ impl<T> Book<T> {
             used: Weight::default(),
             said: None,
             memory: Memory::default(),
+            breaker: Breaker::default(),
         };
         let room = self.rooms.entry(engine.id.clone()).or_insert_with(new);
         if room.incarnation < engine.incarnation {
@@ -132,6 +135,16 @@ impl<T> Book<T> {
         self.rooms
             .get(&engine.id)
             .filter(|room| room.incarnation == engine.incarnation)
+    }
+
+    /// What is known of its failures; `None` if it has gone.
+    pub(super) fn breaker(&mut self, engine: &EngineView) -> Option<&mut Breaker> {
+        self.room(engine).map(|room| &mut room.breaker)
+    }
+
+    /// Whether it has failed so often that others are to be preferred.
+    pub(super) fn is_failing(&self, engine: &EngineView, now: Instant) -> bool {
+        self.known_room(engine).is_some_and(|room| room.breaker.is_open(now))
     }
 
     /// Tokens of the requests on it.

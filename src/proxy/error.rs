@@ -192,9 +192,15 @@ impl ProxyError {
         }
     }
 
-    /// Whether the leg's engine never saw the request, so that it left nothing to clean up.
-    pub(super) fn is_unsent(&self) -> bool {
-        matches!(self, Self::Leg { cause: Cause::Unreachable(error), .. } if error.is_connect())
+    /// Whether it is the engine's own failure, which a next request is likely to meet as well. What the supervisor knows
+    /// already, and what another engine may be to blame for, is none.
+    pub(super) fn blames_engine(&self) -> bool {
+        match self {
+            Self::Leg { stage, cause, .. } => {
+                *stage != Stage::Handoff && !matches!(cause, Cause::Gone | Cause::Pair(_) | Cause::Handoff(_))
+            }
+            _ => false,
+        }
     }
 
     /// HTTP status, `type` and `code`. The two names are stable: clients may match on them.

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::response::Parts;
-use axum::http::{HeaderMap, Response};
+use axum::http::{HeaderMap, HeaderValue, Response};
 use bytes::Bytes;
 use hyper::body::Incoming;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
 
 use super::Shared;
@@ -25,7 +25,10 @@ use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{Call, Seat, forwardable, whole};
-use crate::fleet::EngineId;
+use crate::fleet::{EngineId, EngineView};
+
+/// How long a new attempt waits for the clean-up of the one before.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long each stage may take.
 #[derive(Debug, Clone, Copy)]
@@ -62,13 +65,32 @@ pub(super) struct Stages {
     pub(super) first_byte: Duration,
 }
 
-/// One attempt at a request.
+/// What became of an answered request's hand-off; an extension of its response.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Told {
+    pub(super) outcome: Outcome,
+    /// Why a decode engine answered alone.
+    pub(super) reason: Option<&'static str>,
+}
+
+pub(super) fn told(mut response: Response<Body>, outcome: Outcome, reason: Option<&'static str>) -> Response<Body> {
+    response.extensions_mut().insert(Told { outcome, reason });
+    response
+}
+
+/// The attempts at a request, one after the other.
 pub(super) struct Attempt<'job> {
     pub(super) shared: &'job Arc<Shared>,
     pub(super) job: &'job Job,
     pub(super) document: &'job Document<'job>,
-    /// Engines that this request has used.
-    pub(super) tried: Vec<EngineId>,
+    /// The number of this one, from 1.
+    number: u32,
+    /// Engines that this request has failed on.
+    pub(super) tried: Vec<Arc<EngineView>>,
+    /// The engines of this attempt.
+    pub(super) engines: Vec<Arc<EngineView>>,
+    /// Ends once the KV of the attempt before can mix with no other's.
+    settling: Option<oneshot::Receiver<()>>,
 }
 
 /// What a prefill engine said.
@@ -97,34 +119,45 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         shared,
         job: &job,
         document: &document,
+        number: 0,
         tried: Vec::new(),
+        engines: Vec::new(),
+        settling: None,
     };
-    let mut left = shared.settings.service.routing.attempts;
+    let mut most = shared.settings.service.routing.attempts;
     if job.pair.is_some() {
         // The first hand-off of a fresh pair may fail, a second failure is what a canary is to find.
-        left = left.min(2);
+        most = most.min(2);
     }
     loop {
-        left = left.saturating_sub(1);
-        match Box::pin(attempt.run(&course)).await {
-            Err(error) if left > 0 && error.can_be_retried() => {
-                tracing::warn!(
-                    error = crate::report::one_line(&error),
-                    "trying another pair of engines"
-                );
-                job.record.retried();
+        attempt.number += 1;
+        let error = match Box::pin(attempt.run(&course)).await {
+            Ok(response) => {
+                shared.seats.succeeded(&attempt.engines);
+                return Ok(attempt.labelled(response));
             }
-            outcome => return outcome,
+            Err(error) => error,
+        };
+        attempt.blame(&error);
+        if attempt.number >= most || !error.can_be_retried() {
+            return Err(error);
         }
+        tracing::warn!(
+            error = crate::report::one_line(&error),
+            "trying another pair of engines"
+        );
+        job.record.retried();
+        attempt.settle().await;
     }
 }
 
 impl Attempt<'_> {
     async fn run(&mut self, course: &Course) -> Result<Response<Body>, ProxyError> {
+        self.engines.clear();
         let outcome = match course {
             Course::Bypass(reason) => {
-                tracing::debug!(reason, "answered by a decode engine alone");
-                self.bypass(None).await
+                let seat = self.seat_alone().await?;
+                self.bypass(seat, reason).await
             }
             Course::Handoff => self.hand_over().await,
             Course::Splice(request) => super::splice::run(self, request).await,
@@ -135,49 +168,101 @@ impl Attempt<'_> {
         outcome
     }
 
-    /// A decode engine alone, on a given seat or the next one.
-    pub(super) async fn bypass(&mut self, seat: Option<Arc<Seat>>) -> Result<Response<Body>, ProxyError> {
-        let seat = match seat {
-            Some(seat) => seat,
-            None => self.seat_alone().await?,
+    /// The answer with a header that says what became of its hand-off, in the syntax of RFC 8941:
+    /// `transferred;prefill="prefiller1";decode="decoder2";attempt=1`.
+    fn labelled(&self, mut response: Response<Body>) -> Response<Body> {
+        let Told { outcome, reason } = response.extensions().get().copied().unwrap_or_default();
+        let mut label = outcome.as_str().to_owned();
+        let mut add = |name: &str, value: &str| label.extend([";", name, "=\"", value, "\""]);
+        if let Some(reason) = reason {
+            add("reason", reason);
+        }
+        for engine in &self.engines {
+            add(&engine.role.to_string(), engine.id.as_str());
+        }
+        label.extend([";attempt=", &self.number.to_string()]);
+        if let Ok(value) = HeaderValue::from_str(&label) {
+            response.headers_mut().insert("x-xpyd-handoff", value);
+        }
+        response
+    }
+
+    /// Notes which engines the next attempt should leave alone: only those that failed.
+    fn blame(&mut self, error: &ProxyError) {
+        let ProxyError::Leg { stage, engine: id, .. } = error else {
+            return;
         };
+        // KV that does not arrive may be the fault of either.
+        let is_to_blame = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
+        self.tried.extend(self.engines.drain(..).filter(is_to_blame));
+        if error.blames_engine() {
+            self.tried.last().inspect(|engine| self.shared.seats.failed(engine));
+        }
+    }
+
+    /// What the next attempt has to wait for.
+    pub(super) fn settle_later(&mut self, settling: Option<oneshot::Receiver<()>>) {
+        self.settling = settling;
+    }
+
+    /// Waits until the KV of a failed attempt can mix with no other's. Pages that a dead prefill engine has half written
+    /// count as the prompt's KV until somebody takes them; this same prompt would, from the next engine pair.
+    async fn settle(&mut self) {
+        if let Some(settled) = self.settling.take() {
+            // A sender that is gone has nothing more to say.
+            let _ = tokio::time::timeout(SETTLE_DEADLINE, settled).await;
+        }
+    }
+
+    /// A decode engine alone, and why.
+    pub(super) async fn bypass(&mut self, seat: Arc<Seat>, reason: &'static str) -> Result<Response<Body>, ProxyError> {
+        tracing::debug!(reason, "answered by a decode engine alone");
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
         let decoded = self.decode(&seat, &id, self.job.kind.path(), body).await?;
         let response = self.pass_on(&seat, None, decoded, sent).await?;
         self.job.record.handed(Outcome::Bypassed);
-        Ok(response)
+        Ok(told(response, Outcome::Bypassed, Some(reason)))
     }
 
     /// Prefill on one engine, decode on another.
     async fn hand_over(&mut self) -> Result<Response<Body>, ProxyError> {
         let (prefill, decode) = match self.seats().await? {
             Seated::Pair(prefill, decode) => (prefill, decode),
-            Seated::Alone(decode) => return self.bypass(Some(decode)).await,
+            Seated::Alone(decode, reason) => return self.bypass(decode, reason).await,
         };
         let id = new_id();
         let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
-        let params = self
-            .shared
-            .settings
-            .connector
-            .prefill_params(&id, &decode.engine.endpoint);
+        let outcome = Box::pin(self.legs(prefill, &decode, &mut entry, &id)).await;
+        if let Err(error) = &outcome {
+            self.settle_later(entry.failed(error));
+        }
+        outcome
+    }
+
+    /// Both legs of a hand-off.
+    async fn legs(
+        &self,
+        prefill: Arc<Seat>,
+        decode: &Arc<Seat>,
+        entry: &mut Entry,
+        id: &str,
+    ) -> Result<Response<Body>, ProxyError> {
+        let path = self.job.kind.path();
+        let connector = &self.shared.settings.connector;
+        let params = connector.prefill_params(id, &decode.engine.endpoint);
         let mut edits = one_token_edits(self.job.kind);
         edits.push(("kv_transfer_params", Some(&params)));
         let body = self.document.edited(&edits);
-        let (answer, handoff_time) = match self
-            .deliver(&prefill, &decode, &mut entry, &id, self.job.kind.path(), body)
-            .await?
-        {
-            (Prefilled::Answer(answer), time) => (answer, time),
+        let handoff_time = match self.deliver(&prefill, decode, entry, id, path, body).await? {
+            (Prefilled::Answer(_), time) => time,
             (Prefilled::Refused(response), _) => {
-                entry.void();
+                entry.close();
                 self.job.record.handed(Outcome::Refused);
-                return Ok(response);
+                return Ok(told(response, Outcome::Refused, None));
             }
         };
-        drop(answer);
         drop(prefill);
         let sent = Instant::now();
         let params = entry.send().map(serde_json::value::RawValue::get);
@@ -185,8 +270,8 @@ impl Attempt<'_> {
             Some(params) => self.document.edited(&[("kv_transfer_params", Some(params))]),
             None => self.document.edited(&[]),
         };
-        let decoded = self.decode(&decode, &id, self.job.kind.path(), body).await?;
-        let mut response = self.pass_on(&decode, Some(entry), decoded, sent).await?;
+        let decoded = self.decode(decode, id, path, body).await?;
+        let mut response = self.pass_on(decode, Some(entry), decoded, sent).await?;
         if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
             stages.handoff = handoff_time;
         }
@@ -201,7 +286,8 @@ impl Attempt<'_> {
             request_id: id.to_owned(),
             consume,
             deadline: self.job.deadlines.handoff,
-            _permit: Arc::clone(&self.job.permit),
+            permit: Arc::clone(&self.job.permit),
+            prefill: None,
         };
         Entry::reserve(self.shared, &self.job.record, care)
     }
@@ -223,7 +309,7 @@ impl Attempt<'_> {
             .filter(|_| self.shared.settings.connector.notifies());
         let ranks = prefill.engine.endpoint.tensor_parallel;
         let count = self.shared.settings.notifications.unwrap_or(ranks);
-        entry.prefilling(arrival.map(|notifications| notifications.expect(id, count)));
+        entry.prefilling(prefill, arrival.map(|notifications| notifications.expect(id, count)));
         let legs = async {
             let prefilled = self.prefill(prefill, id, path, body).await?;
             let Prefilled::Answer(answer) = &prefilled else {
@@ -242,15 +328,11 @@ impl Attempt<'_> {
             self.job.record.took(Timed::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
-        let outcome = tokio::select! {
+        tokio::select! {
             biased;
             outcome = legs => outcome,
             () = decode.gone() => Err(decode.failed(Stage::Handoff, Cause::Gone)),
-        };
-        if outcome.as_ref().is_err_and(ProxyError::is_unsent) {
-            entry.close();
         }
-        outcome
     }
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {
@@ -291,12 +373,12 @@ impl Attempt<'_> {
     async fn pass_on(
         &self,
         seat: &Arc<Seat>,
-        mut entry: Option<Entry>,
+        mut entry: Option<&mut Entry>,
         decoded: Decoded,
         sent: Instant,
     ) -> Result<Response<Body>, ProxyError> {
         let clock = self.clock();
-        let refuse = |entry: &mut Option<Entry>| {
+        let refuse = |entry: &mut Option<&mut Entry>| {
             if let Some(entry) = entry {
                 entry.refused();
             }
@@ -304,7 +386,7 @@ impl Attempt<'_> {
         let (head, mut body) = match decoded {
             Decoded::Refused(response) => {
                 refuse(&mut entry);
-                return Ok(response);
+                return Ok(told(response, Outcome::Refused, None));
             }
             Decoded::Whole(head, body) => {
                 self.job.record.decoded(&body);
@@ -324,7 +406,7 @@ impl Attempt<'_> {
             None => {}
             Some(refusal) => {
                 refuse(&mut entry);
-                return Ok(refusal);
+                return Ok(told(refusal, Outcome::Refused, None));
             }
         }
         entry.map(Entry::consumed).unwrap_or_default();

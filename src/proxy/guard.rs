@@ -85,7 +85,7 @@ impl GuardedBody {
     }
 
     fn take(&mut self, bytes: Bytes) {
-        if let Some(entry) = self.guarded.entry.take() {
+        if let Some(mut entry) = self.guarded.entry.take() {
             entry.consumed();
         }
         let bytes = match &mut self.guarded.events {
@@ -107,6 +107,9 @@ impl GuardedBody {
         self.inner = None;
         self.guarded.clock.record.stream_ended(Ending::Broken);
         let error = self.guarded.seat.failed(Stage::Decode, cause);
+        if let Some(mut entry) = self.guarded.entry.take() {
+            drop(entry.failed(&error));
+        }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {
             return Err(std::io::Error::other(error.to_string()));

@@ -1,67 +1,27 @@
 //! The ledger of hand-offs: who owns a request's KV, and what must happen to it when the request ends early.
 //!
 //! An [`Entry`] goes through reserved → prefilling → handed → sent → consumed. Dropped on the way, because the client
-//! left or a leg failed, it sees to the KV: pulled KV is released on the prefill engine, pushed KV is consumed on the
-//! decode engine, whose buffer nothing else frees. Knows connectors only through their [`Handoff`].
+//! left or a leg failed, it sees to the KV: `table` says what is owed, `cleanup` pays it.
+
+mod cleanup;
+mod table;
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use axum::http::{HeaderMap, StatusCode};
-use bytes::Bytes;
 use serde_json::value::RawValue;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::oneshot;
 
 use super::Shared;
-use super::body::{Document, Edit};
-use super::error::Stage as Leg;
+use super::error::{Cause, ProxyError};
 use super::metrics::Outcome;
 use super::notify::Arrival;
 use super::record::Record;
-use super::rules::Kind;
-use super::upstream::{Call, Seat};
+use super::upstream::Seat;
 use crate::connector::Handoff;
+use cleanup::Owed;
+use table::{Debt, End, Progress, Way, owed};
 
-/// A model that no engine serves: the decode engine answers 404 and, as seen on vLLM 0.32.0, lets the prefill engine
-/// free the blocks of the parameters that came along.
-const NO_MODEL: &str = "xpyd-releases-kv-with-this-unknown-model";
-
-/// Changes that turn a client's body into one that generates a single token in one piece.
-pub(super) fn one_token_edits(kind: Kind) -> Vec<Edit<'static>> {
-    let mut edits = vec![
-        ("stream", Some("false")),
-        ("stream_options", None),
-        ("max_tokens", Some("1")),
-        // vLLM refuses a minimum above the maximum.
-        ("min_tokens", None),
-    ];
-    if kind == Kind::Chat {
-        edits.push(("max_completion_tokens", Some("1")));
-    }
-    edits
-}
-
-/// What is needed to see to the KV of a request that ends early.
-#[derive(Debug)]
-pub(super) struct Care {
-    pub(super) decode: Arc<Seat>,
-    pub(super) headers: HeaderMap,
-    pub(super) request_id: String,
-    pub(super) consume: Consume,
-    /// How long the clean-up may wait for notifications, and then for the decode engine.
-    pub(super) deadline: Duration,
-    /// Held until the KV is seen to, so that clean-ups count as requests in flight.
-    pub(super) _permit: Arc<OwnedSemaphorePermit>,
-}
-
-/// The request that makes a decode engine take KV that was pushed to it.
-#[derive(Debug)]
-pub(super) enum Consume {
-    /// The client's body, for one token.
-    Original(Kind, Bytes),
-    /// A completion of these bytes.
-    Completion(Bytes),
-}
+pub(super) use cleanup::{Care, Consume, one_token_edits};
 
 /// One hand-off, from the reservation of its decode engine on.
 #[derive(Debug)]
@@ -98,8 +58,11 @@ impl Entry {
         }
     }
 
-    /// The prefill leg is about to be sent.
-    pub(super) fn prefilling(&mut self, arrival: Option<Arrival>) {
+    /// The prefill leg is about to be sent. From now on the engine may have KV of this hand-off.
+    pub(super) fn prefilling(&mut self, prefill: &Seat, arrival: Option<Arrival>) {
+        if let Some(care) = &mut self.care {
+            care.prefill = Some(prefill.keep());
+        }
         self.stage = Stage::Prefilling(arrival);
     }
 
@@ -112,7 +75,11 @@ impl Entry {
 
     /// The KV is there for the decode leg.
     pub(super) fn handed(&mut self, handoff: Handoff) {
+        let is_pushed = !matches!(handoff, Handoff::Pull(_));
         self.stage = Stage::Handed(handoff);
+        if let Some(care) = self.care.as_mut().filter(|_| is_pushed) {
+            care.prefill = None;
+        }
     }
 
     /// The answer's first token, where the prefill engine made it.
@@ -154,7 +121,7 @@ impl Entry {
     }
 
     /// The decode engine has the KV.
-    pub(super) fn consumed(mut self) {
+    pub(super) fn consumed(&mut self) {
         self.record.handed(Outcome::Transferred);
         if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
             held.consumed();
@@ -163,120 +130,99 @@ impl Entry {
     }
 
     /// There is no KV, and none will come.
-    pub(super) fn void(mut self) {
-        self.close();
-    }
-
-    /// Closes the entry before its end: nothing is owed.
     pub(super) fn close(&mut self) {
         self.stage = Stage::Closed;
         if self.care.take().is_some() {
             self.shared.metrics.open_handoffs(-1);
         }
     }
+
+    /// Moves the hand-off out, for a stream that goes on with it.
+    pub(super) fn take(&mut self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            record: Arc::clone(&self.record),
+            stage: std::mem::replace(&mut self.stage, Stage::Closed),
+            care: self.care.take(),
+        }
+    }
+
+    /// The request has failed. What is returned, if anything, ends once its KV can mix with no other's.
+    pub(super) fn failed(&mut self, error: &ProxyError) -> Option<oneshot::Receiver<()>> {
+        let end = match error {
+            ProxyError::Leg { engine, cause, .. } => match cause {
+                Cause::Gone if self.care.as_ref().is_some_and(|care| care.decode.engine.id == *engine) => {
+                    End::DecodeGone
+                }
+                Cause::Gone => End::PrefillGone,
+                Cause::Timeout(_) => End::Late,
+                Cause::Unreachable(error) if error.is_connect() => End::Unsent,
+                _ => End::Failed,
+            },
+            _ => End::Failed,
+        };
+        self.end(end)
+    }
+
+    fn end(&mut self, end: End) -> Option<oneshot::Receiver<()>> {
+        let care = self.care.take()?;
+        let owed = self.owed(end);
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            self.shared.metrics.open_handoffs(-1);
+            return None;
+        };
+        let Some(owed) = owed else {
+            self.shared.metrics.open_handoffs(-1);
+            return None;
+        };
+        let mixes = !matches!(owed, Owed::Release(..));
+        let (sender, paid) = oneshot::channel();
+        let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed, sender);
+        drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
+        mixes.then_some(paid)
+    }
+
+    fn owed(&mut self, end: End) -> Option<Owed> {
+        let stage = std::mem::replace(&mut self.stage, Stage::Closed);
+        let (way, progress) = match &stage {
+            Stage::Closed => return None,
+            Stage::Reserved => (Way::Pulled, Progress::Reserved),
+            Stage::Prefilling(None) => (Way::Pulled, Progress::Prefilling),
+            Stage::Prefilling(Some(_)) => (Way::Pushed, Progress::Prefilling),
+            Stage::Handed(handoff) => (way(handoff), Progress::Handed),
+            Stage::Sent { handoff, refused } => {
+                let progress = if *refused { Progress::Refused } else { Progress::Sent };
+                (way(handoff), progress)
+            }
+        };
+        match (owed(way, progress, end), stage) {
+            (
+                Debt::Release,
+                Stage::Handed(Handoff::Pull(params))
+                | Stage::Sent {
+                    handoff: Handoff::Pull(params),
+                    ..
+                },
+            ) => Some(Owed::Release(params, end)),
+            (Debt::Consume, _) => Some(Owed::Consume),
+            (Debt::ConsumeOnceThere, Stage::Prefilling(Some(arrival))) => Some(Owed::ConsumeOnceThere(arrival)),
+            (Debt::ConsumeNowAndLater, Stage::Prefilling(Some(arrival))) => Some(Owed::ConsumeNowAndLater(arrival)),
+            _ => None,
+        }
+    }
+}
+
+fn way(handoff: &Handoff) -> Way {
+    match handoff {
+        Handoff::Pull(_) => Way::Pulled,
+        Handoff::Pushed | Handoff::PushedWithFirstToken(_) => Way::Pushed,
+    }
 }
 
 impl Drop for Entry {
+    /// Nobody said why it ended: the client left, and took the request along.
     fn drop(&mut self) {
-        let Some(care) = self.care.take() else {
-            return;
-        };
-        let stage = std::mem::replace(&mut self.stage, Stage::Closed);
-        let owed = match stage {
-            Stage::Reserved | Stage::Closed | Stage::Prefilling(None) => None,
-            Stage::Prefilling(Some(arrival)) => Some(Owed::ConsumeAfter(arrival)),
-            // A decode engine whose client leaves tells the prefill engine by itself.
-            Stage::Sent {
-                handoff: Handoff::Pull(_),
-                refused: false,
-            } => None,
-            Stage::Handed(handoff) | Stage::Sent { handoff, .. } => Some(match handoff {
-                Handoff::Pull(params) => Owed::Release(params),
-                Handoff::Pushed | Handoff::PushedWithFirstToken(_) => Owed::Consume,
-            }),
-        };
-        let shared = Arc::clone(&self.shared);
-        match (owed, tokio::runtime::Handle::try_current()) {
-            (Some(owed), Ok(runtime)) => {
-                let cleanup = async move {
-                    see_to(&shared, &care, owed).await;
-                    shared.metrics.open_handoffs(-1);
-                };
-                drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
-            }
-            _ => shared.metrics.open_handoffs(-1),
-        }
-    }
-}
-
-/// What is still to be done for KV whose request ended early.
-enum Owed {
-    /// Free the prefill engine's blocks.
-    Release(Box<RawValue>),
-    /// Free the decode engine's buffer.
-    Consume,
-    /// The same, if the KV comes at all.
-    ConsumeAfter(Arrival),
-}
-
-async fn see_to(shared: &Shared, care: &Care, owed: Owed) {
-    let (path, body) = match owed {
-        Owed::Release(params) => {
-            let body = format!(
-                r#"{{"model":"{NO_MODEL}","prompt":"x","max_tokens":1,"kv_transfer_params":{}}}"#,
-                params.get()
-            );
-            (Kind::Completions.path(), Bytes::from(body))
-        }
-        Owed::Consume => consume_call(&care.consume),
-        Owed::ConsumeAfter(mut arrival) => {
-            let came = tokio::select! {
-                biased;
-                () = arrival.complete() => true,
-                () = care.decode.gone() => false,
-                () = tokio::time::sleep(care.deadline) => false,
-            };
-            if !came {
-                return;
-            }
-            consume_call(&care.consume)
-        }
-    };
-    let call = Call {
-        body,
-        ..Call::post(path, &care.headers, &care.request_id, Vec::new())
-    };
-    let answer = care
-        .decode
-        .run(
-            Leg::Handoff,
-            care.deadline,
-            shared.upstream.fetch(&care.decode.engine, call),
-        )
-        .await;
-    let refusal = match answer {
-        Ok((head, _)) if head.status.is_success() || head.status == StatusCode::NOT_FOUND => None,
-        Ok((head, _)) => Some(format!("the engine answered {}", head.status)),
-        Err(error) => Some(crate::report::one_line(&error)),
-    };
-    if let Some(error) = &refusal {
-        let engine = &care.decode.engine.id;
-        tracing::warn!(%engine, request = care.request_id, error, "could not free the KV of a request that ended early");
-    }
-    shared.metrics.cleaned_up(refusal.is_none());
-}
-
-fn consume_call(consume: &Consume) -> (&'static str, Bytes) {
-    match consume {
-        Consume::Completion(body) => (Kind::Completions.path(), body.clone()),
-        Consume::Original(kind, body) => {
-            // It was parsed before; were it not, the engine would say so.
-            let edited = Document::parse(body).map_or_else(
-                |_| body.clone(),
-                |document| document.edited(&one_token_edits(*kind)).into(),
-            );
-            (kind.path(), edited)
-        }
+        drop(self.end(End::Left));
     }
 }
 

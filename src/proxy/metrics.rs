@@ -68,11 +68,12 @@ impl EngineLabels {
 }
 
 /// How a request's hand-off ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// The decode engine took the KV and answered.
+    #[default]
     Transferred,
-    /// A decode engine answered alone, because the request asks for what no hand-off can do.
+    /// A decode engine answered alone, because no hand-off can do what the request asks for, or none is worth it.
     Bypassed,
     /// A leg failed. A retry counts on its own.
     Failed,

@@ -7,6 +7,7 @@ mod access;
 mod admission;
 mod answer;
 mod body;
+mod breaker;
 mod canary;
 mod entrance;
 mod error;
@@ -108,7 +109,14 @@ struct Shared {
     decode_turn: AtomicUsize,
     /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
     cleanups: TaskTracker,
+    /// Places for clean-ups that wait for an overdue notification.
+    overdue: Arc<Semaphore>,
+    /// The proxy ends.
+    closing: CancellationToken,
 }
+
+/// Overdue notifications that are waited for at once. Each costs about a kilobyte and its request's body.
+const OVERDUE_AT_ONCE: usize = 1024;
 
 impl Proxy {
     /// A proxy over the engines of `view`. LMCache needs `notifications`.
@@ -130,6 +138,8 @@ impl Proxy {
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
             cleanups: TaskTracker::new(),
+            overdue: Arc::new(Semaphore::new(OVERDUE_AT_ONCE)),
+            closing: CancellationToken::new(),
         }))
     }
 
@@ -148,6 +158,7 @@ impl Proxy {
         axum::serve(listener, routes::router(Arc::clone(&self.0)))
             .with_graceful_shutdown(stop.cancelled_owned())
             .await?;
+        self.0.closing.cancel();
         self.0.cleanups.close();
         self.0.cleanups.wait().await;
         Ok(())

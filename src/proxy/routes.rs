@@ -23,6 +23,7 @@ use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat, whole};
 use crate::fleet::{FleetStage, Role};
+use crate::service::WithoutPrefill;
 
 /// How long a client may take to send its body.
 const BODY_DEADLINE: Duration = Duration::from_mins(1);
@@ -215,8 +216,10 @@ impl Shared {
     fn is_healthy(&self) -> Result<(), ProxyError> {
         self.takes_clients()?;
         let view = self.view.borrow();
+        let needs_prefill = self.settings.service.routing.without_prefill == WithoutPrefill::Fail;
         let missing = [Role::Prefill, Role::Decode]
             .into_iter()
+            .filter(|role| needs_prefill || *role == Role::Decode)
             .find(|role| view.serving(*role).next().is_none());
         missing.map_or(Ok(()), |role| Err(ProxyError::NoEngine(role)))
     }

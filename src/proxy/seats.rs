@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::admission::{Ask, Book, Weight};
+use super::breaker::Breaker;
 use super::error::{ProxyError, Stage};
 use super::flow::{Attempt, Job};
 use super::metrics::Timed;
@@ -19,7 +20,7 @@ use super::pick::{self, Candidate, Wish};
 use super::prefix::{self, hash_of};
 use super::upstream::Seat;
 use crate::fleet::{EngineState, EngineView, FleetStage, FleetView, Role};
-use crate::service::{Admission, Policy};
+use crate::service::{Admission, Policy, WithoutPrefill};
 
 /// How full the engines are and who waits, for all requests of a proxy.
 #[derive(Debug)]
@@ -39,6 +40,22 @@ impl Seats {
         let mut book = self.lock();
         book.said(engine, tokens);
         wake(&book);
+    }
+
+    /// A request failed on the engine, by the engine's fault.
+    pub(super) fn failed(&self, engine: &EngineView) {
+        let mut book = self.lock();
+        if book.breaker(engine).is_some_and(|breaker| breaker.fail(Instant::now())) {
+            tracing::warn!(engine = %engine.id, "it fails one request after the other; others are preferred for a while");
+        }
+    }
+
+    /// A request was answered by these engines.
+    pub(super) fn succeeded(&self, engines: &[Arc<EngineView>]) {
+        let mut book = self.lock();
+        for engine in engines {
+            book.breaker(engine).into_iter().for_each(Breaker::succeed);
+        }
     }
 
     /// Requests that wait.
@@ -104,8 +121,8 @@ impl Drop for Ticket<'_> {
 pub(super) enum Seated {
     /// A prefill engine hands over to a decode engine.
     Pair(Arc<Seat>, Arc<Seat>),
-    /// The decode engine computes the little that it does not know by itself.
-    Alone(Arc<Seat>),
+    /// The decode engine answers alone, and why.
+    Alone(Arc<Seat>, &'static str),
 }
 
 /// A request, as far as the choice of engines goes.
@@ -136,20 +153,30 @@ impl Attempt<'_> {
         let threshold = self.shared.settings.service.routing.prefill_threshold;
         if self.job.pair.is_none() && choice.ask.prompt.saturating_sub(known) < threshold {
             decode.held().inspect(|held| held.consumed());
-            tracing::debug!(tokens = choice.ask.prompt, known, "too short for a prefill engine");
-            return Ok(Seated::Alone(decode));
+            return Ok(Seated::Alone(decode, "prefill_threshold"));
         }
         let turn = self.shared.next_turn(Role::Prefill);
         let weight = Weight {
             kv: choice.ask.prompt,
             buffer: 0,
         };
-        let prefill = self.take(Role::Prefill, &choice, weight, turn, None)?;
-        let prefill = prefill.ok_or(ProxyError::NoEngine(Role::Prefill))?.seat;
+        let prefill = match self.take(Role::Prefill, &choice, weight, turn, None) {
+            Ok(prefill) => prefill.ok_or(ProxyError::NoEngine(Role::Prefill))?.seat,
+            Err(ProxyError::NoEngine(Role::Prefill)) if self.aggregates() => {
+                decode.held().inspect(|held| held.consumed());
+                return Ok(Seated::Alone(decode, "without_prefill"));
+            }
+            Err(error) => return Err(error),
+        };
         connector
             .check_pair(&prefill.engine.endpoint, &decode.engine.endpoint)
             .map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
         Ok(Seated::Pair(prefill, decode))
+    }
+
+    /// Whether decode engines may prefill as well where no prefill engine serves.
+    fn aggregates(&self) -> bool {
+        self.job.pair.is_none() && self.shared.settings.service.routing.without_prefill == WithoutPrefill::Aggregate
     }
 
     /// A place on a decode engine that answers alone.
@@ -238,6 +265,7 @@ impl Attempt<'_> {
         let engines = self.engines(role, &view)?;
         // Prefill engines queue by themselves, and canaries go where they are told to.
         let is_limited = role == Role::Decode && self.job.pair.is_none();
+        let now = Instant::now();
         let mut book = shared.seats.lock();
         let count = engines.len();
         let rank = |place| (place + count - turn % count) % count;
@@ -250,7 +278,7 @@ impl Attempt<'_> {
                 tokens: book.tokens(engine),
                 known: book.known_tokens(engine, &choice.chunks),
                 has_room: !is_limited || book.fits(engine, weight),
-                tried: self.tried.contains(&engine.id),
+                tried: self.has_tried(engine) || book.is_failing(engine, now),
             })
             .collect();
         if is_limited && !book.queue.may_try(ticket.map(|ticket| ticket.number)) {
@@ -262,11 +290,12 @@ impl Attempt<'_> {
                 continue;
             };
             book.enter(engine, weight, &choice.chunks);
+            book.breaker(engine).into_iter().for_each(|breaker| breaker.enter(now));
             if ticket.is_some() {
-                book.queue.serve(Instant::now());
+                book.queue.serve(now);
             }
             wake(&book);
-            self.tried.push(engine.id.clone());
+            self.engines.push(Arc::clone(engine));
             let held = Held {
                 shared: Arc::clone(shared),
                 engine: Arc::clone(engine),
@@ -280,6 +309,11 @@ impl Attempt<'_> {
         } else {
             Ok(None)
         }
+    }
+
+    fn has_tried(&self, engine: &EngineView) -> bool {
+        let is_same = |tried: &Arc<EngineView>| tried.id == engine.id && tried.incarnation == engine.incarnation;
+        self.tried.iter().any(is_same)
     }
 
     /// The engines that may be asked; at least one.

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::answer::verbatim;
 use super::error::{Cause, ProxyError, Stage};
-use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id};
+use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id, told};
 use super::guard::{Guarded, GuardedBody};
 use super::ledger::{Consume, Entry};
 use super::metrics::Outcome;
@@ -29,7 +29,7 @@ const PATH: &str = "/v1/completions";
 
 /// The first token and what came with it.
 #[derive(Debug, Deserialize)]
-struct First {
+struct Answer {
     id: String,
     created: Value,
     model: Value,
@@ -63,10 +63,19 @@ struct Shape {
     cached: Value,
 }
 
+/// What the prefill leg gave.
+enum First {
+    /// The beginning of an answer.
+    Half(Box<Half>),
+    /// The whole answer.
+    Whole(Response<Body>),
+    /// A token that no text can be told of yet.
+    Unknown,
+}
+
 /// A splice whose first half is done.
 struct Half {
     decode: Arc<Seat>,
-    entry: Entry,
     id: String,
     /// The prompt's tokens, then the first one of the answer.
     tokens: Vec<u32>,
@@ -80,49 +89,77 @@ struct Half {
 pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> Result<Response<Body>, ProxyError> {
     let (prefill, decode) = match attempt.seats().await? {
         Seated::Pair(prefill, decode) => (prefill, decode),
-        Seated::Alone(decode) => return attempt.bypass(Some(decode)).await,
+        Seated::Alone(decode, reason) => return attempt.bypass(decode, reason).await,
     };
     let id = new_id();
-    let mut tokens = match tokenize(attempt, &decode, &id).await? {
+    let tokens = match tokenize(attempt, &decode, &id).await? {
         Ok(ids) => ids,
-        Err(refusal) => return Ok(refusal),
+        Err(refusal) => return Ok(told(refusal, Outcome::Refused, None)),
     };
     let mut entry = reserve(attempt, &decode, &id, &tokens);
-    let body = prefill_body(attempt, &decode, &id, &tokens);
-    let (prefilled, handoff_time) = attempt.deliver(&prefill, &decode, &mut entry, &id, PATH, body).await?;
+    let first = Box::pin(first_half(
+        attempt,
+        request,
+        prefill,
+        (&decode, &id),
+        &mut entry,
+        tokens,
+    ))
+    .await;
+    let outcome = match first {
+        Ok(First::Half(half)) => Box::pin(half.finish(attempt, request.limit, &mut entry)).await,
+        Ok(First::Whole(response)) => Ok(response),
+        Ok(First::Unknown) => return attempt.bypass(decode, "first_token").await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = &outcome {
+        attempt.settle_later(entry.failed(error));
+    }
+    outcome
+}
+
+/// The prefill leg, and what its answer leaves to do.
+async fn first_half(
+    attempt: &Attempt<'_>,
+    request: &SpliceRequest,
+    prefill: Arc<Seat>,
+    (decode, id): (&Arc<Seat>, &str),
+    entry: &mut Entry,
+    mut tokens: Vec<u32>,
+) -> Result<First, ProxyError> {
+    let body = prefill_body(attempt, decode, id, &tokens);
+    let (prefilled, handoff_time) = attempt.deliver(&prefill, decode, entry, id, PATH, body).await?;
     let answer = match prefilled {
         Prefilled::Answer(answer) => answer,
         Prefilled::Refused(response) => {
-            entry.void();
+            entry.close();
             attempt.job.record.handed(Outcome::Refused);
-            return Ok(response);
+            return Ok(First::Whole(told(response, Outcome::Refused, None)));
         }
     };
     let nonsense = |what| prefill.failed(Stage::Prefill, Cause::Nonsense(what));
-    let first: First = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
+    let first: Answer = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
     let choice = first.choices.first().ok_or_else(|| nonsense("it has no choice"))?;
     tokens.push(entry.first_token().ok_or_else(|| nonsense("it has no first token"))?);
     let shape = Shape::new(attempt.job.kind, &first, request.include_usage);
     if choice.finish_reason.as_deref() == Some("stop") || request.limit == Some(1) {
         // The entry's end makes the decode engine take the KV that nobody will decode from.
         attempt.job.record.handed(Outcome::Transferred);
-        return Ok(attempt.begin(shape.alone(&first, choice, request.stream), Instant::now()));
+        let response = shape.alone(&first, choice, request.stream);
+        return Ok(First::Whole(attempt.begin(response, Instant::now())));
     }
     if choice.text.is_empty() || choice.text.contains('\u{fffd}') {
         // A special token, or one byte of a character: its text depends on the tokens after it.
-        return attempt.bypass(Some(decode)).await;
+        return Ok(First::Unknown);
     }
-    drop(prefill);
-    let half = Half {
-        decode,
-        entry,
-        id,
+    Ok(First::Half(Box::new(Half {
+        decode: Arc::clone(decode),
+        id: id.to_owned(),
         tokens,
         text: choice.text.clone(),
         shape,
         handoff_time,
-    };
-    half.finish(attempt, request.limit).await
+    })))
 }
 
 fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) -> Entry {
@@ -151,7 +188,12 @@ fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) 
 
 impl Half {
     /// The decode leg: the client's body with the prompt's tokens, the first token, and one token less to generate.
-    async fn finish(mut self, attempt: &Attempt<'_>, limit: Option<u64>) -> Result<Response<Body>, ProxyError> {
+    async fn finish(
+        self,
+        attempt: &Attempt<'_>,
+        limit: Option<u64>,
+        entry: &mut Entry,
+    ) -> Result<Response<Body>, ProxyError> {
         let limit = limit.map_or_else(|| "null".to_owned(), |limit| (limit - 1).to_string());
         let body = attempt.document.edited(&[
             ("messages", None),
@@ -160,14 +202,14 @@ impl Half {
             ("max_tokens", Some(&limit)),
         ]);
         let sent = Instant::now();
-        self.entry.send();
+        entry.send();
         let response = match attempt.decode(&self.decode, &self.id, PATH, body).await? {
             Decoded::Refused(response) => {
-                self.entry.refused();
-                return Ok(response);
+                entry.refused();
+                return Ok(told(response, Outcome::Refused, None));
             }
             Decoded::Whole(head, body) => {
-                self.entry.consumed();
+                entry.consumed();
                 let whole = self.shape.whole(&self.text, &body);
                 let nonsense = || {
                     self.decode
@@ -182,7 +224,7 @@ impl Half {
                     idle: attempt.job.deadlines.decode,
                     events: Some(Events::default()),
                     rewriter: Some(Rewriter { shape: self.shape }),
-                    entry: Some(self.entry),
+                    entry: Some(entry.take()),
                     clock: attempt.clock(),
                 };
                 let mut response = verbatim(head, Bytes::new());
@@ -238,7 +280,7 @@ fn list(ids: &[u32]) -> String {
 }
 
 impl Shape {
-    fn new(kind: Kind, first: &First, include_usage: bool) -> Self {
+    fn new(kind: Kind, first: &Answer, include_usage: bool) -> Self {
         Self {
             kind,
             id: match kind {
@@ -335,7 +377,7 @@ impl Shape {
     }
 
     /// The whole answer where the first token is also the last.
-    fn alone(&self, first: &First, choice: &FirstChoice, stream: bool) -> Response<Body> {
+    fn alone(&self, first: &Answer, choice: &FirstChoice, stream: bool) -> Response<Body> {
         let (finish, stop) = (json!(choice.finish_reason), &choice.stop_reason);
         let (content_type, body) = if stream {
             let mut events = String::new();

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use super::error::{Cause, ProxyError, Stage};
 use super::seats::Held;
-use crate::fleet::{EngineState, EngineView, FleetView, LoadGuard};
+use crate::fleet::{EngineState, EngineView, FleetView, KeptGuard, LoadGuard};
 
 /// How long a connection may take. Engines are near: one that does not accept within this is not there.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -185,22 +185,24 @@ impl Seat {
         self.held.as_ref()
     }
 
-    /// Returns once this incarnation has gone. A closed load alone is not enough: a draining engine finishes what it has.
+    /// Returns once this incarnation has gone.
     pub(super) async fn gone(&self) {
-        let engine = &self.engine;
-        engine.load.closed().await;
-        let mut view = self.view.clone();
-        loop {
-            let lives = view.borrow_and_update().engine(&engine.id).is_some_and(|now| {
-                now.incarnation == engine.incarnation
-                    && matches!(
-                        now.state,
-                        EngineState::Healthy | EngineState::Ready | EngineState::Draining
-                    )
-            });
-            if !lives || view.changed().await.is_err() {
-                return;
-            }
+        gone(&self.engine, &self.view).await;
+    }
+
+    /// The same incarnation, without a place on it.
+    pub(super) fn watch(&self) -> EngineWatch {
+        EngineWatch {
+            engine: Arc::clone(&self.engine),
+            view: self.view.clone(),
+        }
+    }
+
+    /// Says that KV of the seat's request waits on this engine, for longer than the seat may be taken.
+    pub(super) fn keep(&self) -> Kept {
+        Kept {
+            watch: self.watch(),
+            _guard: self.engine.load.keep(),
         }
     }
 
@@ -226,6 +228,57 @@ impl Seat {
             stage,
             engine: self.engine.id.clone(),
             cause,
+        }
+    }
+}
+
+/// One incarnation of an engine, which somebody must know the end of.
+#[derive(Debug)]
+pub(super) struct EngineWatch {
+    engine: Arc<EngineView>,
+    view: watch::Receiver<Arc<FleetView>>,
+}
+
+impl EngineWatch {
+    /// Returns once it has gone.
+    pub(super) async fn gone(&self) {
+        gone(&self.engine, &self.view).await;
+    }
+
+    /// A place on it, unless it lets nobody in any more.
+    pub(super) fn seat(&self) -> Option<Seat> {
+        Seat::take(&self.engine, &self.view)
+    }
+}
+
+/// KV that waits on an engine. Until it is dropped, a drain of the engine waits as well.
+#[derive(Debug)]
+pub(super) struct Kept {
+    watch: EngineWatch,
+    _guard: KeptGuard,
+}
+
+impl Kept {
+    /// Returns once the engine, and so the KV, has gone.
+    pub(super) async fn gone(&self) {
+        self.watch.gone().await;
+    }
+}
+
+/// A closed load alone is not the end of an incarnation: a draining engine finishes what it has.
+async fn gone(engine: &EngineView, view: &watch::Receiver<Arc<FleetView>>) {
+    engine.load.closed().await;
+    let mut view = view.clone();
+    loop {
+        let lives = view.borrow_and_update().engine(&engine.id).is_some_and(|now| {
+            now.incarnation == engine.incarnation
+                && matches!(
+                    now.state,
+                    EngineState::Healthy | EngineState::Ready | EngineState::Draining
+                )
+        });
+        if !lives || view.changed().await.is_err() {
+            return;
         }
     }
 }

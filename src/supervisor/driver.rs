@@ -494,7 +494,7 @@ fn from_report(report: Report) -> Option<Event> {
 
 /// Returns once nothing is in flight on any of them at the same time.
 async fn idle(loads: &[Arc<Load>]) {
-    while loads.iter().any(|load| load.in_flight() > 0) {
+    while loads.iter().any(|load| !load.is_idle()) {
         for load in loads {
             load.idle().await;
         }

@@ -12,6 +12,7 @@ mod lmcache;
 mod observe;
 mod policies;
 mod queue;
+mod stranded;
 
 use std::sync::Arc;
 use std::time::Duration;

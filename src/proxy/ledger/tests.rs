@@ -1,30 +1,26 @@
 //! What dropping an entry does, for every stage.
 
+use std::time::Duration;
+
 use axum::Router;
+use axum::http::{HeaderMap, StatusCode};
+use bytes::Bytes;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::cleanup::NO_MODEL;
 use super::*;
 use crate::connector::{Connector, Nixl};
 use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Role};
+use crate::proxy::rules::Kind;
 use crate::proxy::{Proxy, Settings};
 use crate::service::Service;
 
-/// Brings an entry to where `go` leaves it, drops it, and returns what the decode engine was sent, and the metrics.
-async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
-    let (sender, mut received) = mpsc::channel(8);
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let port = listener.local_addr().expect("an address").port();
-    let router = Router::new().fallback(move |body: String| async move {
-        sender.send(body).await.expect("the test listens");
-        StatusCode::NOT_FOUND
-    });
-    let mut server = JoinSet::new();
-    server.spawn(async move { axum::serve(listener, router).await });
-    let engine = EngineView {
-        id: EngineId::new(Role::Decode, 0),
-        role: Role::Decode,
+fn engine(role: Role, port: u16) -> Arc<EngineView> {
+    Arc::new(EngineView {
+        id: EngineId::new(role, 0),
+        role,
         incarnation: Incarnation::FIRST,
         state: EngineState::Ready,
         endpoint: Endpoint {
@@ -37,12 +33,25 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
         reason: None,
         restart_at: None,
         load: Arc::new(Load::default()),
-    };
-    let engine = Arc::new(engine);
+    })
+}
+
+/// Brings an entry to where `go` leaves it, drops it, and returns what the decode engine was sent, and the metrics.
+async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String) {
+    let (sender, mut received) = mpsc::channel(8);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let router = Router::new().fallback(move |body: String| async move {
+        sender.send(body).await.expect("the test listens");
+        StatusCode::NOT_FOUND
+    });
+    let mut server = JoinSet::new();
+    server.spawn(async move { axum::serve(listener, router).await });
+    let (prefill, engine) = (engine(Role::Prefill, 1), engine(Role::Decode, port));
     let (_fleet, view) = watch::channel(Arc::new(FleetView {
         generation: 1,
         stage: FleetStage::Ready,
-        engines: vec![Arc::clone(&engine)],
+        engines: vec![Arc::clone(&prefill), Arc::clone(&engine)],
     }));
     let minute = Duration::from_mins(1);
     let settings = Settings {
@@ -71,16 +80,19 @@ async fn dropped(go: impl FnOnce(&mut Entry)) -> (Option<String>, String) {
             Bytes::from_static(br#"{"prompt":"x","max_tokens":9}"#),
         ),
         deadline: minute,
-        _permit: Arc::new(proxy.0.admit().expect("a free place")),
+        prefill: None,
+        permit: Arc::new(proxy.0.admit().expect("a free place")),
     };
     let mut entry = Entry::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), care);
-    go(&mut entry);
+    let seat = Seat::take(&prefill, &view).expect("an open engine");
+    go(&mut entry, &seat);
+    drop(seat);
     drop(entry);
     proxy.0.cleanups.close();
     proxy.0.cleanups.wait().await;
     assert_eq!(
-        (proxy.in_flight(), engine.load.in_flight()),
-        (0, 0),
+        (proxy.in_flight(), engine.load.is_idle(), prefill.load.is_idle()),
+        (0, true, true),
         "the clean-up let everything go"
     );
     (received.try_recv().ok(), proxy.metrics_text())
@@ -91,8 +103,27 @@ fn pull() -> Handoff {
     Handoff::Pull(RawValue::from_string(params).expect("JSON"))
 }
 
+#[tokio::test]
+async fn an_engine_is_not_idle_while_its_kv_waits() {
+    let held = |handoff: fn() -> Handoff| {
+        dropped(move |entry, seat| {
+            entry.prefilling(seat, None);
+            assert_eq!(seat.engine.load.kept(), 1);
+            entry.handed(handoff());
+            let waits = usize::from(matches!(handoff(), Handoff::Pull(_)));
+            assert_eq!(seat.engine.load.kept(), waits, "KV that was pushed waits elsewhere");
+        })
+    };
+    held(pull).await;
+    held(|| Handoff::Pushed).await;
+}
+
 /// How far a hand-off came, how to bring it there, and what the decode engine must be sent.
-type Table<'test> = Vec<(&'test str, fn(&mut Entry), &'test dyn Fn(&Option<String>) -> bool)>;
+type Table<'test> = Vec<(
+    &'test str,
+    fn(&mut Entry, &Seat),
+    &'test dyn Fn(&Option<String>) -> bool,
+)>;
 
 #[tokio::test]
 async fn what_is_owed_depends_on_how_far_the_handoff_came() {
@@ -103,13 +134,13 @@ async fn what_is_owed_depends_on_how_far_the_handoff_came() {
     let consume = |sent: &Option<String>| sent.as_deref() == Some(r#"{"prompt":"x","max_tokens":1,"stream":false}"#);
     let nothing = Option::<String>::is_none;
     let table: Table<'_> = vec![
-        ("reserved", |_| {}, &nothing),
-        ("prefilling", |entry| entry.prefilling(None), &nothing),
-        ("pulled KV handed", |entry| entry.handed(pull()), &release),
+        ("reserved", |_, _| {}, &nothing),
+        ("prefilling", |entry, seat| entry.prefilling(seat, None), &nothing),
+        ("pulled KV handed", |entry, _| entry.handed(pull()), &release),
         (
             // The decode engine tells the prefill engine by itself when its client leaves.
             "pulled KV sent",
-            |entry| {
+            |entry, _| {
                 entry.handed(pull());
                 assert!(entry.send().is_some());
                 assert!(entry.send().is_none(), "parameters are given out once");
@@ -118,17 +149,17 @@ async fn what_is_owed_depends_on_how_far_the_handoff_came() {
         ),
         (
             "pulled KV refused",
-            |entry| {
+            |entry, _| {
                 entry.handed(pull());
                 entry.send();
                 entry.refused();
             },
             &release,
         ),
-        ("pushed KV handed", |entry| entry.handed(Handoff::Pushed), &consume),
+        ("pushed KV handed", |entry, _| entry.handed(Handoff::Pushed), &consume),
         (
             "pushed KV sent",
-            |entry| {
+            |entry, _| {
                 entry.handed(Handoff::Pushed);
                 entry.send();
             },

@@ -295,7 +295,7 @@ impl Rig {
         let open = self.metric("xpyd_handoffs_open ");
         assert_eq!(open, "0", "hand-offs were left open");
         for engine in &self.fleet.borrow().engines {
-            assert_eq!(engine.load.in_flight(), 0, "{} is left loaded", engine.id);
+            assert!(engine.load.is_idle(), "{} is left loaded: {:?}", engine.id, engine.load);
         }
     }
 

@@ -136,7 +136,79 @@ async fn a_lost_notification_is_an_error_within_its_deadline() {
     );
     assert_ne!(ids[0], ids[1]);
     rig.finish().await;
-    assert_eq!(decode.seen().len(), 0);
+    let seen = decode.saw(3).await;
+    assert!(
+        seen.len() == 3 && seen.iter().all(|seen| seen.json()["max_tokens"] == 1),
+        "the KV may be there all the same, and is taken out of the buffer: {seen:?}"
+    );
+}
+
+#[tokio::test]
+async fn kv_whose_notification_is_overdue_is_consumed_when_it_comes_at_last() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let port = socket.port();
+    let (prefill, decode) = (prefiller(port, 0, PREFILLED).await, decoder().await);
+    let mut settings = Settings {
+        handoff_deadline: Duration::from_millis(200),
+        ..settings(lmcache(FirstToken::Decoder))
+    };
+    settings.service.routing.attempts = 1;
+    let rig = rig(settings, &prefill, &decode, 1, socket).await;
+    assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await.0, 504);
+    decode.saw(1).await;
+    // Nothing is held meanwhile: a drain need not wait.
+    soon("an idle decode engine", rig.fleet.borrow().engines[1].load.idle()).await;
+    notify(port, &request_id(&prefill.seen()[0])).await;
+    let seen = decode.saw(2).await;
+    assert_eq!(seen[1].json()["max_tokens"], 1);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_new_attempt_waits_until_a_dead_engines_half_written_kv_is_gone() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let port = socket.port();
+    // The first one dies in its prefill leg, the second one hands over.
+    let dying = Fake::start(|_| std::future::pending::<Response<Body>>()).await;
+    let living = prefiller(port, 1, PREFILLED).await;
+    let (consuming, gate) = (CancellationToken::new(), CancellationToken::new());
+    let decode = {
+        let (consuming, gate) = (consuming.clone(), gate.clone());
+        Fake::start(move |seen| {
+            let (consuming, gate) = (consuming.clone(), gate.clone());
+            async move {
+                if seen.json()["max_tokens"] == 1 {
+                    consuming.cancel();
+                    gate.cancelled().await;
+                }
+                answer(200, COMPLETION)
+            }
+        })
+        .await
+    };
+    let settings = settings(lmcache(FirstToken::Decoder));
+    let rig = Rig::start(settings, &[dying.port, living.port], &[decode.port], 1, Some(socket)).await;
+    let request = rig.complete(r#"{"prompt":"x","max_tokens":7}"#);
+    let events = async {
+        dying.saw(1).await;
+        rig.lose(xpyd::fleet::Role::Prefill, 0);
+        soon("the clean-up", consuming.cancelled()).await;
+        // Were the new attempt not to wait, it would be at the prefill engine by now or very soon.
+        for _ in 0..50 {
+            tokio::task::yield_now().await;
+            assert_eq!(living.seen().len(), 0, "the new attempt did not wait");
+        }
+        gate.cancel();
+    };
+    let ((status, _), ()) = tokio::join!(request, events);
+    assert_eq!(status, 200);
+    let asked: Vec<Value> = decode
+        .seen()
+        .iter()
+        .map(|seen| seen.json()["max_tokens"].clone())
+        .collect();
+    assert_eq!(asked, [json!(1), json!(7)]);
+    rig.finish().await;
 }
 
 #[tokio::test]

@@ -1,0 +1,255 @@
+//! Pays what a hand-off that ended early owes: frees the prefill engine's blocks, or empties the decode engine's buffer.
+//!
+//! Every wait is bounded. Knows what to send to an engine; what is owed is `table`'s to say.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::{HeaderMap, StatusCode};
+use bytes::Bytes;
+use serde_json::value::RawValue;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::time::timeout;
+
+use super::super::Shared;
+use super::super::body::{Document, Edit};
+use super::super::error::Stage as Leg;
+use super::super::notify::Arrival;
+use super::super::rules::Kind;
+use super::super::upstream::{Call, Kept, Seat};
+use super::table::End;
+use crate::fleet::Role;
+
+/// A model that no engine serves: the decode engine answers 404 and, as seen on vLLM 0.32.0, lets the prefill engine
+/// free the blocks of the parameters that came along.
+pub(super) const NO_MODEL: &str = "xpyd-releases-kv-with-this-unknown-model";
+
+/// How long one engine may take to pass a release on. The lease ends after 30 s anyway.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long a failed clean-up waits for the news that its engine has gone, which settles it as well.
+const NEWS_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long an overdue notification is still acted upon. It waits in a full buffer's queue as long as that stays full, and
+/// vLLM gives up a worker that waits longer.
+const OVERDUE: Duration = Duration::from_mins(5);
+
+/// Changes that turn a client's body into one that generates a single token in one piece.
+pub(in crate::proxy) fn one_token_edits(kind: Kind) -> Vec<Edit<'static>> {
+    let mut edits = vec![
+        ("stream", Some("false")),
+        ("stream_options", None),
+        ("max_tokens", Some("1")),
+        // vLLM refuses a minimum above the maximum.
+        ("min_tokens", None),
+    ];
+    if kind == Kind::Chat {
+        edits.push(("max_completion_tokens", Some("1")));
+    }
+    edits
+}
+
+/// What is needed to see to the KV of a request that ends early.
+#[derive(Debug)]
+pub(in crate::proxy) struct Care {
+    pub(in crate::proxy) decode: Arc<Seat>,
+    /// The prefill engine, as long as it has KV of this hand-off.
+    pub(in crate::proxy) prefill: Option<Kept>,
+    pub(in crate::proxy) headers: HeaderMap,
+    pub(in crate::proxy) request_id: String,
+    pub(in crate::proxy) consume: Consume,
+    /// How long the clean-up may wait for notifications, and then for the decode engine.
+    pub(in crate::proxy) deadline: Duration,
+    /// Held until the KV is seen to, so that clean-ups count as requests in flight.
+    pub(in crate::proxy) permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// The request that makes a decode engine take KV that was pushed to it.
+#[derive(Debug)]
+pub(in crate::proxy) enum Consume {
+    /// The client's body, for one token.
+    Original(Kind, Bytes),
+    /// A completion of these bytes.
+    Completion(Bytes),
+}
+
+/// A debt, with what paying it takes.
+#[derive(Debug)]
+pub(super) enum Owed {
+    Release(Box<RawValue>, End),
+    Consume,
+    ConsumeOnceThere(Arrival),
+    ConsumeNowAndLater(Arrival),
+}
+
+/// Pays. `paid` is told once no KV of this hand-off can mix with another's.
+pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed, paid: oneshot::Sender<()>) {
+    let overdue = match owed {
+        Owed::Release(params, end) => {
+            release(&shared, &care, &params, end).await;
+            None
+        }
+        Owed::Consume => {
+            consume(&shared, &care, &care.decode).await;
+            None
+        }
+        Owed::ConsumeOnceThere(mut arrival) => {
+            let came = tokio::select! {
+                biased;
+                () = arrival.complete() => Some(true),
+                () = care.decode.gone() => None,
+                () = prefill_gone(&care) => Some(true),
+                () = tokio::time::sleep(care.deadline) => Some(false),
+            };
+            if came.is_some() {
+                consume(&shared, &care, &care.decode).await;
+            }
+            (came == Some(false)).then_some(arrival)
+        }
+        Owed::ConsumeNowAndLater(arrival) => {
+            consume(&shared, &care, &care.decode).await;
+            Some(arrival)
+        }
+    };
+    shared.metrics.open_handoffs(-1);
+    // Nobody may wait for it any more, which is no failure.
+    let _ = paid.send(());
+    if let Some(arrival) = overdue {
+        expect_overdue(&shared, care, arrival).await;
+    }
+}
+
+/// Waits on for a notification without holding anything, so that nothing has to wait for this.
+async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) {
+    let Ok(_place) = Arc::clone(&shared.overdue).try_acquire_owned() else {
+        return;
+    };
+    let Care {
+        decode,
+        prefill,
+        headers,
+        request_id,
+        consume: request,
+        deadline,
+        permit,
+    } = care;
+    let engine = decode.watch();
+    drop((decode, prefill, permit));
+    let came = tokio::select! {
+        () = arrival.complete() => true,
+        () = engine.gone() => false,
+        () = shared.closing.cancelled() => false,
+        () = tokio::time::sleep(OVERDUE) => false,
+    };
+    let (Some(seat), Ok(permit)) = (came.then(|| engine.seat()).flatten(), shared.admit()) else {
+        return;
+    };
+    tracing::debug!(request = request_id, "an overdue notification came");
+    let care = Care {
+        decode: Arc::new(seat),
+        prefill: None,
+        headers,
+        request_id,
+        consume: request,
+        deadline,
+        permit: Arc::new(permit),
+    };
+    consume(shared, &care, &care.decode).await;
+}
+
+async fn prefill_gone(care: &Care) {
+    match &care.prefill {
+        Some(kept) => kept.gone().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Frees the prefill engine's blocks: any decode engine can pass that on, the request's own one first if it is well.
+async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End) {
+    let own_is_well = !matches!(end, End::Unsent | End::Late | End::DecodeGone);
+    let own = Arc::clone(&care.decode);
+    let view = Arc::clone(&shared.view.borrow());
+    let others = view
+        .serving(Role::Decode)
+        .filter(|engine| engine.id != own.engine.id)
+        .filter_map(|engine| Seat::take(engine, &shared.view))
+        .map(Arc::new);
+    let mut seats: Vec<Arc<Seat>> = others.collect();
+    seats.insert(if own_is_well { 0 } else { seats.len() }, own);
+    let body = format!(
+        r#"{{"model":"{NO_MODEL}","prompt":"x","max_tokens":1,"kv_transfer_params":{}}}"#,
+        params.get()
+    );
+    let body = Bytes::from(body);
+    let mut refusals = Vec::new();
+    for seat in &seats {
+        let path = Kind::Completions.path();
+        let sent = send(shared, care, seat, (path, body.clone()), RELEASE_DEADLINE);
+        match tokio::select! {
+            biased;
+            sent = sent => sent,
+            () = prefill_gone(care) => Ok(()),
+        } {
+            Ok(()) => return shared.metrics.cleaned_up(true),
+            Err(refusal) => refusals.push(refusal),
+        }
+    }
+    let request = &care.request_id;
+    let error = refusals.join("; ");
+    tracing::warn!(
+        request,
+        error,
+        "could not free the KV of a request that ended early: its lease will"
+    );
+    shared.metrics.cleaned_up(false);
+}
+
+/// Empties the decode engine's buffer of this hand-off's KV.
+async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
+    let call = match &care.consume {
+        Consume::Completion(body) => (Kind::Completions.path(), body.clone()),
+        Consume::Original(kind, body) => {
+            // It was parsed before; were it not, the engine would say so.
+            let edited = Document::parse(body).map_or_else(
+                |_| body.clone(),
+                |document| document.edited(&one_token_edits(*kind)).into(),
+            );
+            (kind.path(), edited)
+        }
+    };
+    let outcome = send(shared, care, seat, call, care.deadline).await;
+    let refusal = match outcome {
+        // Its buffer went with it.
+        Err(_) if timeout(NEWS_DEADLINE, seat.gone()).await.is_ok() => None,
+        outcome => outcome.err(),
+    };
+    if let Some(error) = &refusal {
+        let request = &care.request_id;
+        tracing::warn!(
+            request,
+            error,
+            "could not empty the decode engine's buffer of a request that ended early"
+        );
+    }
+    shared.metrics.cleaned_up(refusal.is_none());
+}
+
+/// Sends one request of a clean-up; a sentence if it did not do.
+async fn send(
+    shared: &Shared,
+    care: &Care,
+    seat: &Seat,
+    (path, body): (&'static str, Bytes),
+    deadline: Duration,
+) -> Result<(), String> {
+    let call = Call {
+        body,
+        ..Call::post(path, &care.headers, &care.request_id, Vec::new())
+    };
+    let step = shared.upstream.fetch(&seat.engine, call);
+    match seat.run(Leg::Handoff, deadline, step).await {
+        Ok((head, _)) if head.status.is_success() || head.status == StatusCode::NOT_FOUND => Ok(()),
+        Ok((head, _)) => Err(format!("`{}` answered {}", seat.engine.id, head.status)),
+        Err(error) => Err(crate::report::one_line(&error)),
+    }
+}
