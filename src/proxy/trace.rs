@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
 use opentelemetry::trace::{SpanBuilder, SpanKind, Status, TraceContextExt, Tracer as _, TracerProvider as _};
 use opentelemetry::{Context, KeyValue};
-use opentelemetry_otlp::{SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, Span};
@@ -23,11 +23,19 @@ const EXPORT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Why there can be no traces.
 #[derive(Debug, thiserror::Error)]
-#[error("no traces can be sent to `{endpoint}`")]
-pub struct TracesError {
-    endpoint: String,
-    #[source]
-    source: opentelemetry_otlp::ExporterBuildError,
+pub enum TracesError {
+    /// The exporter speaks neither gRPC nor TLS.
+    #[error("`{0}` is no URL that begins with `http://`")]
+    NoHttp(String),
+    /// The exporter refuses.
+    #[error("no traces can be sent to `{endpoint}`")]
+    Exporter {
+        /// The collector's URL.
+        endpoint: String,
+        /// Why.
+        #[source]
+        source: opentelemetry_otlp::ExporterBuildError,
+    },
 }
 
 /// The way to a collector. Clones are the same way; the last one to be dropped sends what waits.
@@ -42,14 +50,18 @@ impl Traces {
     /// context, so many in a hundred are sampled; one that comes with a context has been decided about.
     ///
     /// # Errors
-    /// When the URL is none.
+    /// When the URL is none that begins with `http://`.
     pub fn open(endpoint: &str, percent: u8) -> Result<Self, TracesError> {
+        if !endpoint.starts_with("http://") {
+            return Err(TracesError::NoHttp(endpoint.to_owned()));
+        }
         let exporter = SpanExporter::builder()
             .with_http()
+            .with_protocol(Protocol::HttpBinary)
             .with_endpoint(endpoint)
             .with_timeout(EXPORT_DEADLINE)
             .build()
-            .map_err(|source| TracesError {
+            .map_err(|source| TracesError::Exporter {
                 endpoint: endpoint.to_owned(),
                 source,
             })?;

@@ -317,8 +317,15 @@ fn a_request_and_its_legs_are_exported_as_spans_of_one_trace() {
 #[test]
 fn a_collector_that_is_no_url_is_refused_before_anything_starts() {
     let place = Place::new();
-    let output = place.run(&["up", "--engine", "sim", "--otlp-traces-endpoint", "not a url"]);
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{error}");
-    assert!(error.contains("not a url") && error.contains("hint:"), "{error}");
+    for url in [
+        "not a url",
+        "localhost:4317",
+        "https://collector:4318/v1/traces",
+        "http://[broken",
+    ] {
+        let output = place.run(&["up", "--engine", "sim", "--otlp-traces-endpoint", url]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(url) && error.contains("hint:"), "{error}");
+    }
 }
