@@ -34,6 +34,9 @@ pub enum FirstToken {
     Prefiller,
 }
 
+/// The key of a hand-off's tag. LMCache takes everything after `lmcache.tag.` for its name.
+const TAG: &str = "lmcache.tag.handoff";
+
 impl LmCache {
     pub(super) fn launch(&self, context: &LaunchContext<'_>) -> Launch {
         let (kv_role, rpc_stem, template, buffer) = match context.role {
@@ -90,6 +93,13 @@ impl LmCache {
         }
     }
 
+    /// The hand-off's tag, which LMCache makes part of the keys of its KV. Without one, hand-offs of prompts that begin alike share pages of
+    /// the decode engine's buffer, from their allocation on: before their bytes have landed, and after the engine that was
+    /// to write them has died, which gives wrong text without an error. (LMCache 0.5.6: `pd_backend_async.py`, `utils.py`.)
+    pub(super) fn decode_params(&self, request_id: &str) -> String {
+        json!({TAG: request_id}).to_string()
+    }
+
     pub(super) fn prefill_params(&self, request_id: &str, decoder: &Endpoint) -> String {
         let receiver = decoder.receiver.as_ref();
         let mut params = json!({
@@ -100,6 +110,7 @@ impl LmCache {
                 "receiver_alloc_port": receiver.map(|receiver| receiver.alloc_ports.as_slice()).unwrap_or_default(),
             },
         });
+        params[TAG] = json!(request_id);
         if self.first_token == FirstToken::Prefiller {
             params["ret_first_tok"] = json!(true);
         }
@@ -190,10 +201,13 @@ mod tests {
             serde_json::from_str(&text).expect("JSON")
         };
         let spec = json!({"req_id": "r", "receiver_host": "10.0.0.2", "receiver_init_port": [7300], "receiver_alloc_port": [7400]});
-        assert_eq!(params(FirstToken::Decoder), json!({"disagg_spec": spec}));
+        assert_eq!(
+            params(FirstToken::Decoder),
+            json!({"disagg_spec": spec, "lmcache.tag.handoff": "r"})
+        );
         assert_eq!(
             params(FirstToken::Prefiller),
-            json!({"disagg_spec": spec, "ret_first_tok": true})
+            json!({"disagg_spec": spec, "lmcache.tag.handoff": "r", "ret_first_tok": true})
         );
     }
 }

@@ -215,6 +215,14 @@ impl Connector {
         }
     }
 
+    /// The value of `kv_transfer_params` on the decode leg where the hand-off itself gives none, as JSON text.
+    pub fn decode_params(&self, request_id: &str) -> Option<String> {
+        match self {
+            Self::Nixl(_) => None,
+            Self::LmCache(lmcache) => Some(lmcache.decode_params(request_id)),
+        }
+    }
+
     /// Whether `prefill` may be told to hand over to `decode`. A wrong pair can wedge the prefill engine for good.
     ///
     /// # Errors

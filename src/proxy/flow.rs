@@ -10,7 +10,7 @@ use axum::http::response::Parts;
 use axum::http::{HeaderMap, HeaderValue, Response};
 use bytes::Bytes;
 use hyper::body::Incoming;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Shared;
@@ -26,9 +26,6 @@ use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{Call, Seat, forwardable, whole};
 use crate::fleet::{EngineId, EngineView};
-
-/// How long a new attempt waits for the clean-up of the one before.
-const SETTLE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long each stage may take.
 #[derive(Debug, Clone, Copy)]
@@ -85,12 +82,10 @@ pub(super) struct Attempt<'job> {
     pub(super) document: &'job Document<'job>,
     /// The number of this one, from 1.
     number: u32,
-    /// Engines that this request has failed on.
+    /// Engines that the next attempt should leave alone.
     pub(super) tried: Vec<Arc<EngineView>>,
     /// The engines of this attempt.
     pub(super) engines: Vec<Arc<EngineView>>,
-    /// Ends once the KV of the attempt before can mix with no other's.
-    settling: Option<oneshot::Receiver<()>>,
 }
 
 /// What a prefill engine said.
@@ -122,7 +117,6 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         number: 0,
         tried: Vec::new(),
         engines: Vec::new(),
-        settling: None,
     };
     let mut most = shared.settings.service.routing.attempts;
     if job.pair.is_some() {
@@ -147,7 +141,6 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
             "trying another pair of engines"
         );
         job.record.retried();
-        attempt.settle().await;
     }
 }
 
@@ -187,31 +180,18 @@ impl Attempt<'_> {
         response
     }
 
-    /// Notes which engines the next attempt should leave alone: only those that failed.
+    /// Notes which engines the next attempt should leave alone.
     fn blame(&mut self, error: &ProxyError) {
         let ProxyError::Leg { stage, engine: id, .. } = error else {
             return;
         };
-        // KV that does not arrive may be the fault of either.
-        let is_to_blame = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
-        self.tried.extend(self.engines.drain(..).filter(is_to_blame));
         if error.blames_engine() {
-            self.tried.last().inspect(|engine| self.shared.seats.failed(engine));
+            let engine = self.engines.iter().find(|engine| engine.id == *id);
+            engine.inspect(|engine| self.shared.seats.failed(engine));
         }
-    }
-
-    /// What the next attempt has to wait for.
-    pub(super) fn settle_later(&mut self, settling: Option<oneshot::Receiver<()>>) {
-        self.settling = settling;
-    }
-
-    /// Waits until the KV of a failed attempt can mix with no other's. Pages that a dead prefill engine has half written
-    /// count as the prompt's KV until somebody takes them; this same prompt would, from the next engine pair.
-    async fn settle(&mut self) {
-        if let Some(settled) = self.settling.take() {
-            // A sender that is gone has nothing more to say.
-            let _ = tokio::time::timeout(SETTLE_DEADLINE, settled).await;
-        }
+        // KV that does not arrive may be the fault of either.
+        let is_avoided = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
+        self.tried.extend(self.engines.drain(..).filter(is_avoided));
     }
 
     /// A decode engine alone, and why.
@@ -236,7 +216,7 @@ impl Attempt<'_> {
         let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
         let outcome = Box::pin(self.legs(prefill, &decode, &mut entry, &id)).await;
         if let Err(error) = &outcome {
-            self.settle_later(entry.failed(error));
+            entry.failed(error);
         }
         outcome
     }
@@ -265,11 +245,12 @@ impl Attempt<'_> {
         };
         drop(prefill);
         let sent = Instant::now();
-        let params = entry.send().map(serde_json::value::RawValue::get);
-        let body = match params {
-            Some(params) => self.document.edited(&[("kv_transfer_params", Some(params))]),
-            None => self.document.edited(&[]),
-        };
+        let tag = connector.decode_params(id);
+        let pulled = entry.send().map(serde_json::value::RawValue::get);
+        let edit = pulled
+            .or(tag.as_deref())
+            .map(|params| ("kv_transfer_params", Some(params)));
+        let body = self.document.edited(edit.as_slice());
         let decoded = self.decode(decode, id, path, body).await?;
         let mut response = self.pass_on(decode, Some(entry), decoded, sent).await?;
         if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
@@ -288,6 +269,7 @@ impl Attempt<'_> {
             deadline: self.job.deadlines.handoff,
             permit: Arc::clone(&self.job.permit),
             prefill: None,
+            decode_params: self.shared.settings.connector.decode_params(id),
         };
         Entry::reserve(self.shared, &self.job.record, care)
     }
@@ -302,14 +284,14 @@ impl Attempt<'_> {
         path: &str,
         body: Vec<u8>,
     ) -> Result<(Prefilled, Duration), ProxyError> {
-        let arrival = self
-            .shared
-            .notifications
-            .as_ref()
-            .filter(|_| self.shared.settings.connector.notifies());
+        let connector = &self.shared.settings.connector;
+        let notifications = self.shared.notifications.as_ref().filter(|_| connector.notifies());
         let ranks = prefill.engine.endpoint.tensor_parallel;
         let count = self.shared.settings.notifications.unwrap_or(ranks);
-        entry.prefilling(prefill, arrival.map(|notifications| notifications.expect(id, count)));
+        entry.prefilling(
+            prefill,
+            notifications.map(|notifications| notifications.expect(id, count)),
+        );
         let legs = async {
             let prefilled = self.prefill(prefill, id, path, body).await?;
             let Prefilled::Answer(answer) = &prefilled else {

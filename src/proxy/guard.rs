@@ -108,7 +108,7 @@ impl GuardedBody {
         self.guarded.clock.record.stream_ended(Ending::Broken);
         let error = self.guarded.seat.failed(Stage::Decode, cause);
         if let Some(mut entry) = self.guarded.entry.take() {
-            drop(entry.failed(&error));
+            entry.failed(&error);
         }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {

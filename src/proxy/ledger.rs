@@ -9,7 +9,6 @@ mod table;
 use std::sync::Arc;
 
 use serde_json::value::RawValue;
-use tokio::sync::oneshot;
 
 use super::Shared;
 use super::error::{Cause, ProxyError};
@@ -147,8 +146,8 @@ impl Entry {
         }
     }
 
-    /// The request has failed. What is returned, if anything, ends once its KV can mix with no other's.
-    pub(super) fn failed(&mut self, error: &ProxyError) -> Option<oneshot::Receiver<()>> {
+    /// The request has failed.
+    pub(super) fn failed(&mut self, error: &ProxyError) {
         let end = match error {
             ProxyError::Leg { engine, cause, .. } => match cause {
                 Cause::Gone if self.care.as_ref().is_some_and(|care| care.decode.engine.id == *engine) => {
@@ -161,25 +160,20 @@ impl Entry {
             },
             _ => End::Failed,
         };
-        self.end(end)
+        self.end(end);
     }
 
-    fn end(&mut self, end: End) -> Option<oneshot::Receiver<()>> {
-        let care = self.care.take()?;
-        let owed = self.owed(end);
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
-            self.shared.metrics.open_handoffs(-1);
-            return None;
+    fn end(&mut self, end: End) {
+        let Some(care) = self.care.take() else {
+            return;
         };
-        let Some(owed) = owed else {
-            self.shared.metrics.open_handoffs(-1);
-            return None;
-        };
-        let mixes = !matches!(owed, Owed::Release(..));
-        let (sender, paid) = oneshot::channel();
-        let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed, sender);
-        drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
-        mixes.then_some(paid)
+        match (self.owed(end), tokio::runtime::Handle::try_current()) {
+            (Some(owed), Ok(runtime)) => {
+                let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed);
+                drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
+            }
+            _ => self.shared.metrics.open_handoffs(-1),
+        }
     }
 
     fn owed(&mut self, end: End) -> Option<Owed> {
@@ -222,7 +216,7 @@ fn way(handoff: &Handoff) -> Way {
 impl Drop for Entry {
     /// Nobody said why it ended: the client left, and took the request along.
     fn drop(&mut self) {
-        drop(self.end(End::Left));
+        self.end(End::Left);
     }
 }
 

@@ -113,7 +113,7 @@ pub(super) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> R
         Err(error) => Err(error),
     };
     if let Err(error) = &outcome {
-        attempt.settle_later(entry.failed(error));
+        entry.failed(error);
     }
     outcome
 }
@@ -166,7 +166,9 @@ fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) 
     let model = attempt.document.get("model").unwrap_or("null");
     // Any token after the prompt will do to take the prompt's KV.
     let prompt = list(&[tokens, &tokens[..1]].concat());
-    let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1}}"#);
+    let params = attempt.shared.settings.connector.decode_params(id);
+    let params = params.as_deref().unwrap_or("null");
+    let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1,"kv_transfer_params":{params}}}"#);
     attempt.reserve(decode, id, Consume::Completion(body.into()))
 }
 
@@ -195,11 +197,13 @@ impl Half {
         entry: &mut Entry,
     ) -> Result<Response<Body>, ProxyError> {
         let limit = limit.map_or_else(|| "null".to_owned(), |limit| (limit - 1).to_string());
+        let params = attempt.shared.settings.connector.decode_params(&self.id);
         let body = attempt.document.edited(&[
             ("messages", None),
             ("max_completion_tokens", None),
             ("prompt", Some(&list(&self.tokens))),
             ("max_tokens", Some(&limit)),
+            ("kv_transfer_params", params.as_deref()),
         ]);
         let sent = Instant::now();
         entry.send();

@@ -7,10 +7,9 @@ use zeromq::{RouterSocket, Socket as _};
 
 use super::SimError;
 use super::blocks::BlockPool;
-use super::fault::{EveryNth, Fault};
 use super::kv_params::ConnectorKind;
 use super::lmcache::receiver::{Receiver, ReceiverPorts};
-use super::lmcache::sender::Sender;
+use super::lmcache::sender::{Faults, Sender};
 use super::lmcache::{Config, Role};
 use super::log::{Log, Process};
 use super::metrics::Metrics;
@@ -78,7 +77,7 @@ impl Connected {
             return Ok(Self::new(connector, ConnectorKind::Nixl, engine_id));
         }
         if config.is_lmcache() {
-            return lmcache(options, config, log, engine_id, background).await;
+            return lmcache(options, config, (log, metrics), engine_id, background).await;
         }
         Err(SimError::Connector(config.kv_connector.clone()))
     }
@@ -104,7 +103,7 @@ async fn side_channel(options: &Options, rank: u16) -> Result<(RouterSocket, u16
 async fn lmcache(
     options: &Options,
     transfer: &KvTransferConfig,
-    log: &Log,
+    (log, metrics): (&Log, &Arc<Metrics>),
     engine_id: String,
     background: &mut JoinSet<()>,
 ) -> Result<Connected, SimError> {
@@ -120,22 +119,13 @@ async fn lmcache(
     let world_size = usize::from(options.tensor_parallel_size);
     match (config.role, transfer.kv_role) {
         (Some(Role::Sender), KvRole::KvProducer | KvRole::KvBoth) => {
-            let every = |pick: fn(&Fault) -> Option<u64>| EveryNth::new(options.fault(pick));
-            let failures = every(|fault| match fault {
-                Fault::FailTransfer(nth) => Some(*nth),
-                _ => None,
-            });
-            let drops = every(|fault| match fault {
-                Fault::DropNotification(nth) => Some(*nth),
-                _ => None,
-            });
             let timing = (options.preset, log.clone());
             let sender = Sender::start(
                 config,
                 &options.model,
                 world_size,
                 timing,
-                (failures, drops),
+                Faults::of(options),
                 background,
             );
             let connector = Connector::Sender(Box::new(sender));
@@ -143,7 +133,7 @@ async fn lmcache(
         }
         (Some(Role::Receiver), KvRole::KvConsumer | KvRole::KvBoth) => {
             let skip = transfer.kv_connector_extra_config.skip_last_n_tokens;
-            let world = (world_size, options.preset.kv_bytes_per_token);
+            let world = (world_size, options.preset.kv_bytes_per_token, Arc::clone(metrics));
             match Receiver::start(&config, &options.model, skip, world, background).await {
                 Ok((receiver, ports)) => {
                     let connector = Connector::Receiver(receiver);

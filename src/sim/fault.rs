@@ -20,6 +20,10 @@ pub enum Fault {
     IgnoreSigterm,
     /// Every nth transfer sends no LMCache notification, though its KV arrived.
     DropNotification(u64),
+    /// Every nth transfer sends its LMCache notification twice.
+    RepeatNotification(u64),
+    /// Every nth transfer sends its LMCache notification so much later.
+    DelayNotification(Duration, u64),
     /// Every nth KV transfer fails.
     FailTransfer(u64),
     /// A plain request does not kill an LMCache sender, as with LMCache's sync mode.
@@ -74,7 +78,8 @@ impl Phase {
 
 /// The faults and their values, as an error lists them.
 const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, freeze-at=PHASE, die-saying=FILE, ignore-sigterm, \
-                     drop-notification[=EVERY_NTH], fail-transfer[=EVERY_NTH], garble-kv[=EVERY_NTH], drift[=EVERY_NTH], \
+                     drop-notification[=EVERY_NTH], repeat-notification[=EVERY_NTH], \
+                     delay-notification=DURATION[/EVERY_NTH], fail-transfer[=EVERY_NTH], garble-kv[=EVERY_NTH], drift[=EVERY_NTH], \
                      survive-plain-requests, stall-decode=TOKENS, hang=REQUESTS, orphans, stray";
 
 /// Why a `--fault` is refused.
@@ -112,6 +117,15 @@ impl FromStr for Fault {
                 .ok_or_else(|| bad_value("die-saying", "a file with a log")),
             "ignore-sigterm" => Ok(Self::IgnoreSigterm),
             "drop-notification" => every("drop-notification", value).map(Self::DropNotification),
+            "repeat-notification" => every("repeat-notification", value).map(Self::RepeatNotification),
+            "delay-notification" => delay(value)
+                .map(|(time, nth)| Self::DelayNotification(time, nth))
+                .ok_or_else(|| {
+                    bad_value(
+                        "delay-notification",
+                        "a duration such as `1s`, or `1s/3` for every third one",
+                    )
+                }),
             "fail-transfer" => every("fail-transfer", value).map(Self::FailTransfer),
             "garble-kv" => every("garble-kv", value).map(Self::GarbleKv),
             "drift" => every("drift", value).map(Self::Drift),
@@ -145,6 +159,13 @@ fn every(name: &'static str, value: Option<&str>) -> Result<u64, FaultError> {
     value
         .map_or(Some(1), |value| value.parse().ok().filter(|nth| *nth > 0))
         .ok_or_else(|| bad_value(name, "a number from 1, or none for every one"))
+}
+
+fn delay(value: Option<&str>) -> Option<(Duration, u64)> {
+    let value = value?;
+    let (time, nth) = value.split_once('/').unwrap_or((value, "1"));
+    let nth = nth.parse().ok().filter(|nth| *nth > 0)?;
+    Some((humantime::parse_duration(time).ok()?, nth))
 }
 
 fn bad_value(name: &'static str, expected: &str) -> FaultError {
@@ -181,6 +202,9 @@ mod tests {
     #[test]
     fn faults_are_read_with_and_without_values() {
         assert_eq!("drop-notification".parse(), Ok(Fault::DropNotification(1)));
+        let delay = |nth| Ok(Fault::DelayNotification(Duration::from_secs(1), nth));
+        assert_eq!("delay-notification=1s".parse(), delay(1));
+        assert_eq!("delay-notification=1s/3".parse(), delay(3));
         assert_eq!("fail-transfer=3".parse(), Ok(Fault::FailTransfer(3)));
         assert_eq!("slow-start=2s".parse(), Ok(Fault::SlowStart(Duration::from_secs(2))));
         assert_eq!("die-at=kv-cache".parse(), Ok(Fault::DieAt(Phase::KvCache)));
@@ -195,6 +219,7 @@ mod tests {
         assert!(phase.contains("weights"), "{phase}");
         assert!("fail-transfer=0".parse::<Fault>().is_err());
         assert!("stall-decode".parse::<Fault>().is_err());
+        assert!("delay-notification=1s/0".parse::<Fault>().is_err());
     }
 
     #[test]

@@ -20,11 +20,11 @@ pub(crate) enum Transfer {
     /// NIXL, the block ids are missing: the scheduler fails an assertion.
     Fatal,
     /// LMCache: it is pushed to a decode engine.
-    Push(DisaggSpec, FirstToken),
+    Push(DisaggSpec, FirstToken, Tag),
     /// LMCache: the sender is asked for nothing, and its worker fails.
     PushNowhere,
-    /// LMCache: what other engines pushed is looked up.
-    Retrieve,
+    /// LMCache: what other engines pushed under this tag is looked up.
+    Retrieve(Tag),
 }
 
 /// Whether the answer carries the first token's id, for LMCache's reference proxy.
@@ -78,11 +78,22 @@ pub(crate) fn read(kind: ConnectorKind, params: Option<&Map<String, Value>>) -> 
                 } else {
                     FirstToken::Untold
                 };
-                Some(Transfer::Push(spec, first))
+                Some(Transfer::Push(spec, first, tag(Some(params))))
             })
             .unwrap_or(Transfer::PushNowhere),
-        ConnectorKind::LmcacheReceiver => Transfer::Retrieve,
+        ConnectorKind::LmcacheReceiver => Transfer::Retrieve(tag(params)),
     }
+}
+
+/// `@name%value` for each tag, as LMCache appends them to its keys; empty without any.
+pub(crate) type Tag = String;
+
+fn tag(params: Option<&Map<String, Value>>) -> Tag {
+    let tags = params.into_iter().flatten().filter_map(|(key, value)| {
+        let name = key.strip_prefix("lmcache.tag.")?;
+        Some(format!("@{name}%{}", value.as_str()?))
+    });
+    tags.collect()
 }
 
 fn read_nixl(params: &Map<String, Value>) -> Transfer {
@@ -160,6 +171,9 @@ mod tests {
                 Transfer::PushNowhere
             );
         }
-        assert_eq!(read(ConnectorKind::LmcacheReceiver, None), Transfer::Retrieve);
+        let retrieve = |params: &Value| read(ConnectorKind::LmcacheReceiver, params.as_object());
+        assert_eq!(retrieve(&Value::Null), Transfer::Retrieve(String::new()));
+        let tagged = json!({"lmcache.tag.a": "1", "lmcache.other": "x", "lmcache.tag.b": "2"});
+        assert_eq!(retrieve(&tagged), Transfer::Retrieve("@a%1@b%2".to_owned()));
     }
 }

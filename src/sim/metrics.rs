@@ -13,6 +13,10 @@ impl Number {
         self.0.fetch_add(count as u64, Ordering::Relaxed);
     }
 
+    pub(crate) fn subtract(&self, count: usize) {
+        self.0.fetch_sub(count as u64, Ordering::Relaxed);
+    }
+
     pub(crate) fn set(&self, count: usize) {
         self.0.store(count as u64, Ordering::Relaxed);
     }
@@ -54,6 +58,8 @@ pub(crate) struct Metrics {
     pub(crate) failed_transfers: Number,
     pub(crate) expired_requests: Number,
     pub(crate) late_notifications: Number,
+    /// Pages of LMCache's receive buffer in use, over all ranks. LMCache tells of it in no metric.
+    pub(crate) buffered_pages: Number,
     /// By [`FINISH_REASONS`].
     finished: [Number; FINISH_REASONS.len()],
     transferred: [Number; BYTE_BUCKETS.len()],
@@ -126,6 +132,8 @@ impl Metrics {
         page.counter("nixl_num_failed_transfers_total", &self.failed_transfers);
         page.counter("nixl_num_kv_expired_reqs_total", &self.expired_requests);
         page.counter("nixl_num_notifications_after_expiry_total", &self.late_notifications);
+        let buffered = self.buffered_pages.get() as f64;
+        page.family("sim_lmcache_buffered_pages", "gauge", &[("", buffered)]);
         self.render_transfers(&mut page);
         page.text
     }

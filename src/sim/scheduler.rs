@@ -285,10 +285,10 @@ impl Core {
                 self.pull(sequence, params);
                 return Ok(());
             }
-            Transfer::Retrieve => {
+            Transfer::Retrieve(tag) => {
                 if let Connector::Receiver(receiver) = &self.parts.connector {
                     metrics.external_queries.add(prompt.len());
-                    sequence.loaded = receiver.retrieve(&prompt);
+                    sequence.loaded = receiver.retrieve(&prompt, &tag);
                     garble(&mut self.garbled_loads, &mut sequence.loaded);
                     sequence.cached_tokens = sequence.loaded.len();
                     metrics.external_hits.add(sequence.loaded.len());
@@ -441,7 +441,8 @@ impl Core {
     /// Hands the KV of a prefilled prompt to LMCache's sender. False when the engine ended meanwhile.
     async fn push(&mut self, sequence: &Sequence, records: &[u64]) -> Result<bool, Death> {
         let parts = &mut self.parts;
-        let (Transfer::Push(spec, _), Connector::Sender(sender)) = (&sequence.request.transfer, &mut parts.connector)
+        let (Transfer::Push(spec, _, tag), Connector::Sender(sender)) =
+            (&sequence.request.transfer, &mut parts.connector)
         else {
             return Ok(true);
         };
@@ -453,7 +454,7 @@ impl Core {
         tokio::select! {
             met = tokio::time::timeout(parts.options.step_deadline, meeting) => match met {
                 Ok(Ok(())) => {
-                    sender.push(spec, &sequence.request.prompt, records);
+                    sender.push(spec, tag, &sequence.request.prompt, records);
                     return Ok(true);
                 }
                 Ok(Err(error)) => {
@@ -548,7 +549,7 @@ impl Core {
                 leases.hold(&sequence.request.id, blocks);
                 params
             }
-            (Connector::Sender(_), Transfer::Push(_, FirstToken::Told)) => sequence
+            (Connector::Sender(_), Transfer::Push(_, FirstToken::Told, _)) => sequence
                 .first_token()
                 .map_or(Value::Null, |token| json!({"first_tok": token})),
             _ => Value::Null,

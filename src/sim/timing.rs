@@ -42,7 +42,7 @@ pub struct Preset {
 }
 
 /// The presets that `--preset` knows.
-pub const PRESETS: &[Preset] = &[INSTANT, H100_LLAMA_3_1_8B];
+pub const PRESETS: &[Preset] = &[INSTANT, BRISK, H100_LLAMA_3_1_8B];
 
 /// Everything takes no time: for tests, and as an engine that costs nothing under a proxy's benchmark.
 pub const INSTANT: Preset = Preset {
@@ -61,6 +61,16 @@ pub const INSTANT: Preset = Preset {
     start: 0.0,
     death: 0.1,
     kv_cache_tokens: 400_000,
+};
+
+/// As instant, but generations take long enough to be met half way: for tests of what happens in between.
+pub(super) const BRISK: Preset = Preset {
+    name: "brisk",
+    prefill_constant: 0.005,
+    prefill_per_token: 10.0e-6,
+    step_constant: 0.005,
+    kv_latency: 0.005,
+    ..INSTANT
 };
 
 /// Llama-3.1-8B in bf16 on one H100 with `--enforce-eager`, KV over `NVLink`.

@@ -16,6 +16,13 @@ pub(crate) enum LmcacheMessage {
         /// As in the request's `disagg_spec`.
         req_id: String,
     },
+    /// To the receiver: a transfer came to nothing, its pages may go. Answered with an empty `AllocResponse`.
+    CancelNotif {
+        /// As in the request's `disagg_spec`.
+        req_id: String,
+        /// What was reserved.
+        keys: Vec<String>,
+    },
     /// To the receiver: reserve a page per chunk.
     AllocRequest {
         /// One key per chunk, in prompt order.

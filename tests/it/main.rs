@@ -3,6 +3,7 @@
 mod alone;
 mod bench;
 mod causes;
+mod chaos;
 mod control;
 mod guard;
 mod keep;

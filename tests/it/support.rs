@@ -326,7 +326,12 @@ fn answer(request: reqwest::RequestBuilder) -> (u16, String) {
 
 /// The text of a greedy completion.
 pub(crate) fn completion(port: u16, model: &str, prompt: &str) -> String {
-    let body = serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 12});
+    completion_of(port, model, prompt, 12)
+}
+
+/// The text of a greedy completion of so many tokens.
+pub(crate) fn completion_of(port: u16, model: &str, prompt: &str, tokens: usize) -> String {
+    let body = serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": tokens});
     let (status, text) = post(port, "/v1/completions", &body.to_string());
     assert_eq!(status, 200, "{text}");
     let answer: serde_json::Value = serde_json::from_str(&text).expect("JSON");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::{HeaderMap, StatusCode};
 use bytes::Bytes;
 use serde_json::value::RawValue;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::super::Shared;
@@ -55,6 +55,8 @@ pub(in crate::proxy) struct Care {
     pub(in crate::proxy) decode: Arc<Seat>,
     /// The prefill engine, as long as it has KV of this hand-off.
     pub(in crate::proxy) prefill: Option<Kept>,
+    /// What a decode leg must carry to find pushed KV.
+    pub(in crate::proxy) decode_params: Option<String>,
     pub(in crate::proxy) headers: HeaderMap,
     pub(in crate::proxy) request_id: String,
     pub(in crate::proxy) consume: Consume,
@@ -82,8 +84,8 @@ pub(super) enum Owed {
     ConsumeNowAndLater(Arrival),
 }
 
-/// Pays. `paid` is told once no KV of this hand-off can mix with another's.
-pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed, paid: oneshot::Sender<()>) {
+/// Pays what is owed.
+pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
     let overdue = match owed {
         Owed::Release(params, end) => {
             release(&shared, &care, &params, end).await;
@@ -112,8 +114,6 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed, paid: onesh
         }
     };
     shared.metrics.open_handoffs(-1);
-    // Nobody may wait for it any more, which is no failure.
-    let _ = paid.send(());
     if let Some(arrival) = overdue {
         expect_overdue(&shared, care, arrival).await;
     }
@@ -127,6 +127,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
     let Care {
         decode,
         prefill,
+        decode_params,
         headers,
         request_id,
         consume: request,
@@ -148,6 +149,7 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
     let care = Care {
         decode: Arc::new(seat),
         prefill: None,
+        decode_params,
         headers,
         request_id,
         consume: request,
@@ -209,11 +211,12 @@ async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
     let call = match &care.consume {
         Consume::Completion(body) => (Kind::Completions.path(), body.clone()),
         Consume::Original(kind, body) => {
+            let mut edits = one_token_edits(*kind);
+            if let Some(params) = &care.decode_params {
+                edits.push(("kv_transfer_params", Some(params)));
+            }
             // It was parsed before; were it not, the engine would say so.
-            let edited = Document::parse(body).map_or_else(
-                |_| body.clone(),
-                |document| document.edited(&one_token_edits(*kind)).into(),
-            );
+            let edited = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
             (kind.path(), edited)
         }
     };

@@ -71,7 +71,7 @@ pub(super) fn owed(way: Way, progress: Progress, end: End) -> Debt {
         // One that has not seen the parameters, or may be frozen, does not.
         (Way::Pulled, Handed | Sent | Refused, _) => Debt::Release,
         (Way::Pushed, Prefilling, End::Late) => Debt::ConsumeNowAndLater,
-        // Half-written pages count as there from the moment they are allocated, so the dead engine's must go as well.
+        // Pages count as there from the moment they are allocated, so those of a dead engine must go as well.
         (Way::Pushed, Prefilling, _) => Debt::ConsumeOnceThere,
         (Way::Pushed, Handed | Sent | Refused, _) => Debt::Consume,
     }

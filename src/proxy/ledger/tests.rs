@@ -81,6 +81,7 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
         ),
         deadline: minute,
         prefill: None,
+        decode_params: None,
         permit: Arc::new(proxy.0.admit().expect("a free place")),
     };
     let mut entry = Entry::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), care);

@@ -179,9 +179,9 @@ impl Config {
 /// Long enough to never end within a run, short enough for every clock.
 const FOR_EVER: Duration = Duration::from_hours(365 * 24);
 
-/// `model@world_size@worker_id@chunk_hash@dtype`, as LMCache writes it.
-pub(crate) fn key(model: &str, world_size: usize, rank: usize, hash: u64) -> String {
-    format!("{model}@{world_size}@{rank}@{hash:x}@bfloat16")
+/// `model@world_size@worker_id@chunk_hash@dtype` and the request's tags, as LMCache writes it.
+pub(crate) fn key(model: &str, world_size: usize, rank: usize, hash: u64, tag: &str) -> String {
+    format!("{model}@{world_size}@{rank}@{hash:x}@bfloat16{tag}")
 }
 
 fn whole(values: &serde_yaml_ng::Mapping, key: &str) -> Option<u64> {

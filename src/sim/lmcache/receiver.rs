@@ -11,6 +11,7 @@ use zeromq::{RepSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend a
 
 use super::{Config, key};
 use crate::sim::blocks::records;
+use crate::sim::metrics::Metrics;
 use crate::sim::tokens::mix;
 use crate::sim::wire::LmcacheMessage;
 
@@ -26,6 +27,7 @@ pub(crate) struct Receiver {
 /// One rank's buffer.
 #[derive(Debug)]
 struct Rank {
+    metrics: Arc<Metrics>,
     buffer: Mutex<Buffer>,
     freed: Notify,
 }
@@ -59,10 +61,10 @@ impl Receiver {
         config: &Config,
         model: &str,
         skip_last_tokens: usize,
-        world: (usize, u64),
+        world: (usize, u64, Arc<Metrics>),
         tasks: &mut JoinSet<()>,
     ) -> Result<(Self, ReceiverPorts), ZmqError> {
-        let (world_size, bytes_per_token) = world;
+        let (world_size, bytes_per_token, metrics) = world;
         let chunk_bytes = config.chunk_size as u64 * bytes_per_token / world_size as u64;
         let pages = i64::try_from(config.buffer_size / chunk_bytes).unwrap_or(i64::MAX);
         let receiver = Self {
@@ -71,6 +73,7 @@ impl Receiver {
             skip_last_tokens,
             ranks: (0..world_size)
                 .map(|_| Rank {
+                    metrics: Arc::clone(&metrics),
                     buffer: Mutex::new(Buffer {
                         free: (0..pages).collect(),
                         entries: HashMap::new(),
@@ -100,7 +103,7 @@ impl Receiver {
 
     /// Takes what is there for a prompt: the records of its longest prefix of chunks that every rank has. Whatever is
     /// taken is freed. One token at least is left to compute.
-    pub(crate) fn retrieve(&self, prompt: &[u32]) -> Vec<u64> {
+    pub(crate) fn retrieve(&self, prompt: &[u32], tag: &str) -> Vec<u64> {
         let looked_up = &prompt[..prompt.len().saturating_sub(self.skip_last_tokens)];
         let mut loaded = Vec::new();
         for (position, hash) in self.config.chunk_hashes(looked_up).into_iter().enumerate() {
@@ -108,7 +111,7 @@ impl Receiver {
                 .config
                 .chunk_size
                 .min(looked_up.len() - position * self.config.chunk_size);
-            let Some(mut chunk) = self.take_chunk(hash) else {
+            let Some(mut chunk) = self.take_chunk(hash, tag) else {
                 break;
             };
             // Bytes that never landed are garbage, not a miss.
@@ -119,9 +122,9 @@ impl Receiver {
         loaded
     }
 
-    fn take_chunk(&self, hash: u64) -> Option<Vec<u64>> {
+    fn take_chunk(&self, hash: u64, tag: &str) -> Option<Vec<u64>> {
         let keys: Vec<String> = (0..self.ranks.len())
-            .map(|rank| key(&self.model, self.ranks.len(), rank, hash))
+            .map(|rank| key(&self.model, self.ranks.len(), rank, hash, tag))
             .collect();
         let complete = self
             .ranks
@@ -159,14 +162,25 @@ impl Rank {
     }
 
     fn take(&self, key: &str) -> Option<Bytes> {
+        self.free(key, |_| Some(0))
+    }
+
+    /// Frees a page whose bytes never landed.
+    fn cancel(&self, key: &str) {
+        self.free(key, |pages| pages.iter().position(|page| page.bytes.is_none()));
+    }
+
+    /// Frees the page that `choose` says, and returns its bytes.
+    fn free(&self, key: &str, choose: impl FnOnce(&VecDeque<Page>) -> Option<usize>) -> Option<Bytes> {
         let mut buffer = self.lock();
         let pages = buffer.entries.get_mut(key)?;
-        let page = pages.pop_front()?;
+        let page = choose(pages).and_then(|place| pages.remove(place))?;
         if pages.is_empty() {
             buffer.entries.remove(key);
         }
         buffer.free.push_back(page.index);
         drop(buffer);
+        self.metrics.buffered_pages.subtract(1);
         self.freed.notify_one();
         page.bytes
     }
@@ -185,6 +199,7 @@ impl Rank {
             };
             buffer.entries.entry(key.clone()).or_default().push_back(page);
         }
+        self.metrics.buffered_pages.add(keys.len());
         Some(pages)
     }
 
@@ -299,6 +314,16 @@ async fn take_message(rank: &Rank, socket: &mut RouterSocket, waiting: &mut VecD
                     keys,
                 });
             }
+        }
+        Some(LmcacheMessage::CancelNotif { keys, .. }) => {
+            for key in &keys {
+                rank.cancel(key);
+            }
+            let answer = LmcacheMessage::AllocResponse {
+                remote_indexes: Vec::new(),
+                already_sent_indexes: Vec::new(),
+            };
+            reply(socket, identity.clone(), &answer).await;
         }
         Some(LmcacheMessage::XpydWrite { keys, pages, chunks }) => {
             let accepted = known && rank.write(&keys, &pages, chunks);

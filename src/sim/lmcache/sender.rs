@@ -15,10 +15,10 @@ use zeromq::{
 };
 
 use super::{Config, key};
-use crate::sim::fault::EveryNth;
-use crate::sim::kv_params::DisaggSpec;
+use crate::sim::fault::{EveryNth, Fault};
+use crate::sim::kv_params::{DisaggSpec, Tag};
 use crate::sim::log::{Log, Process};
-use crate::sim::options::STEP_DEADLINE;
+use crate::sim::options::{Options, STEP_DEADLINE};
 use crate::sim::timing::Preset;
 use crate::sim::wire::LmcacheMessage;
 
@@ -39,10 +39,57 @@ pub(crate) struct Sender {
     log: Log,
     /// By `receiver_host` + init port, as LMCache keeps them: written differently, it is another peer.
     peers: HashMap<String, mpsc::Sender<Transfer>>,
-    notifications: mpsc::Sender<String>,
+    notifications: mpsc::Sender<Notice>,
+    faults: Faults,
+    local_id: String,
+}
+
+/// What can go wrong with transfers.
+#[derive(Debug)]
+pub(crate) struct Faults {
     failures: EveryNth,
     drops: EveryNth,
-    local_id: String,
+    repeats: EveryNth,
+    delays: EveryNth,
+    delay: Duration,
+}
+
+impl Faults {
+    /// Those that the options ask for.
+    pub(crate) fn of(options: &Options) -> Self {
+        let every = |pick: fn(&Fault) -> Option<u64>| EveryNth::new(options.fault(pick));
+        Self {
+            failures: every(|fault| match fault {
+                Fault::FailTransfer(nth) => Some(*nth),
+                _ => None,
+            }),
+            drops: every(|fault| match fault {
+                Fault::DropNotification(nth) => Some(*nth),
+                _ => None,
+            }),
+            repeats: every(|fault| match fault {
+                Fault::RepeatNotification(nth) => Some(*nth),
+                _ => None,
+            }),
+            delays: every(|fault| match fault {
+                Fault::DelayNotification(_, nth) => Some(*nth),
+                _ => None,
+            }),
+            delay: options
+                .fault(|fault| match fault {
+                    Fault::DelayNotification(time, _) => Some(*time),
+                    _ => None,
+                })
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// A notification, and when it is to be sent.
+#[derive(Debug)]
+struct Notice {
+    req_id: String,
+    due: Instant,
 }
 
 /// The KV of one prompt on its way.
@@ -50,11 +97,14 @@ pub(crate) struct Sender {
 struct Transfer {
     req_id: String,
     hashes: Vec<u64>,
+    tag: Tag,
     chunks: Vec<Bytes>,
     last_chunk_tokens: usize,
     tokens: usize,
     fails: bool,
-    notifies: bool,
+    /// How often its notification is sent.
+    notices: usize,
+    delay: Duration,
 }
 
 /// Why a peer cannot be reached. Either way the worker never returns.
@@ -75,14 +125,13 @@ impl Sender {
         model: &str,
         world_size: usize,
         timing: (Preset, Log),
-        faults: (EveryNth, EveryNth),
+        faults: Faults,
         tasks: &mut JoinSet<()>,
     ) -> Self {
         let (notifications, queue) = mpsc::channel(QUEUE);
         let address = format!("tcp://{}:{}", config.proxy.0, config.proxy.1);
         let (preset, log) = timing;
         tasks.spawn(notify(address, queue, log.clone()));
-        let (failures, drops) = faults;
         Self {
             config,
             model: model.to_owned(),
@@ -91,8 +140,7 @@ impl Sender {
             log,
             peers: HashMap::new(),
             notifications,
-            failures,
-            drops,
+            faults,
             local_id: uuid::Uuid::new_v4().simple().to_string(),
         }
     }
@@ -138,7 +186,7 @@ impl Sender {
     }
 
     /// Queues the KV of a prompt for a receiver that was met.
-    pub(crate) fn push(&mut self, spec: &DisaggSpec, prompt: &[u32], records: &[u64]) {
+    pub(crate) fn push(&mut self, spec: &DisaggSpec, tag: &str, prompt: &[u32], records: &[u64]) {
         let receiver_id = spec
             .receiver_init_port
             .first()
@@ -153,11 +201,21 @@ impl Sender {
         let transfer = Transfer {
             req_id: spec.req_id.clone(),
             hashes: self.config.chunk_hashes(prompt),
+            tag: tag.to_owned(),
             chunks,
             last_chunk_tokens: (prompt.len() - 1) % self.config.chunk_size + 1,
             tokens: prompt.len(),
-            fails: self.failures.hits(),
-            notifies: !self.drops.hits(),
+            fails: self.faults.failures.hits(),
+            notices: match (self.faults.drops.hits(), self.faults.repeats.hits()) {
+                (true, _) => 0,
+                (false, true) => 2,
+                (false, false) => 1,
+            },
+            delay: if self.faults.delays.hits() {
+                self.faults.delay
+            } else {
+                Duration::ZERO
+            },
         };
         if peer.try_send(transfer).is_err() {
             self.log
@@ -203,7 +261,7 @@ struct Peer {
     chunk_size: u64,
     preset: Preset,
     log: Log,
-    notifications: mpsc::Sender<String>,
+    notifications: mpsc::Sender<Notice>,
 }
 
 /// The allocation socket of one rank.
@@ -258,6 +316,11 @@ impl Peer {
         }
         sleep_until(Instant::now() + self.preset.transfer(transfer.tokens)).await;
         if transfer.fails {
+            for (connection, (keys, _)) in connections.iter_mut().zip(reserved) {
+                let req_id = transfer.req_id.clone();
+                let cancel = LmcacheMessage::CancelNotif { req_id, keys };
+                connection.exchange(&cancel, ANSWER_DEADLINE).await?;
+            }
             return Err(TransferError::Disconnected);
         }
         for (connection, (keys, pages)) in connections.iter_mut().zip(reserved) {
@@ -271,8 +334,12 @@ impl Peer {
                 LmcacheMessage::XpydWritten { accepted: true } => {}
                 _ => return Err(TransferError::Disconnected),
             }
-            if transfer.notifies {
-                drop(self.notifications.send(transfer.req_id.clone()).await);
+            for _ in 0..transfer.notices {
+                let notice = Notice {
+                    req_id: transfer.req_id.clone(),
+                    due: Instant::now() + transfer.delay,
+                };
+                drop(self.notifications.send(notice).await);
             }
         }
         Ok(())
@@ -300,7 +367,7 @@ impl Peer {
         let keys: Vec<String> = transfer
             .hashes
             .iter()
-            .map(|hash| key(&self.model, world_size, rank, *hash))
+            .map(|hash| key(&self.model, world_size, rank, *hash, &transfer.tag))
             .collect();
         let request = LmcacheMessage::AllocRequest {
             keys: keys.clone(),
@@ -356,14 +423,28 @@ impl Connection {
 
 /// Sends the proxy one message per transfer and rank, each over a connection of its own. libzmq, which LMCache has, sees at
 /// once that a proxy has gone and connects to the next one; a socket of this library would first lose a message.
-async fn notify(address: String, mut queue: mpsc::Receiver<String>, log: Log) {
-    while let Some(req_id) = queue.recv().await {
-        let message = LmcacheMessage::ProxyNotif { req_id }.to_bytes();
+async fn notify(address: String, mut queue: mpsc::Receiver<Notice>, log: Log) {
+    let mut sending = JoinSet::new();
+    while let Some(notice) = queue.recv().await {
+        if notice.due > Instant::now() {
+            let (address, log) = (address.clone(), log.clone());
+            sending.spawn(async move { notice.send(&address, &log).await });
+        } else {
+            notice.send(&address, &log).await;
+        }
+        while sending.try_join_next().is_some() {}
+    }
+}
+
+impl Notice {
+    async fn send(self, address: &str, log: &Log) {
+        sleep_until(self.due).await;
+        let message = LmcacheMessage::ProxyNotif { req_id: self.req_id }.to_bytes();
         let mut options = SocketOptions::default();
         options.connect_timeout(RECONNECT_DEADLINE);
         let mut socket = PushSocket::with_options(options);
         let sent = async {
-            socket.connect(&address).await?;
+            socket.connect(address).await?;
             socket.send(message.into()).await
         };
         if sent.await.is_err() {

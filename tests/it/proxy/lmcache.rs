@@ -37,6 +37,14 @@ fn request_id(seen: &Seen) -> String {
         .to_owned()
 }
 
+/// What a decode leg carries to find the KV of this hand-off and no other.
+fn tag(prefill: &Seen) -> Value {
+    let tag = json!({"lmcache.tag.handoff": request_id(prefill)});
+    let carried = &prefill.json()["kv_transfer_params"]["lmcache.tag.handoff"];
+    assert_eq!(carried, &tag["lmcache.tag.handoff"], "both legs carry the same tag");
+    tag
+}
+
 async fn decoder() -> Fake {
     Fake::start(|_| async { answer(200, COMPLETION) }).await
 }
@@ -78,7 +86,12 @@ async fn the_decode_leg_waits_for_every_rank_and_carries_the_clients_body() {
     };
     let (outcome, ()) = soon("the answer", futures_util::future::join(request, second_rank)).await;
     assert_eq!(outcome, (200, COMPLETION.to_owned()));
-    assert_eq!(decode.seen()[0].raw, body);
+    let tagged = format!(
+        r#"{},"kv_transfer_params":{}}}"#,
+        body.trim_end_matches('}'),
+        tag(&prefill.seen()[0])
+    );
+    assert_eq!(decode.seen()[0].raw, tagged);
     assert_eq!(decode.seen().len(), 1);
     rig.finish().await;
 }
@@ -165,49 +178,29 @@ async fn kv_whose_notification_is_overdue_is_consumed_when_it_comes_at_last() {
 }
 
 #[tokio::test]
-async fn a_new_attempt_waits_until_a_dead_engines_half_written_kv_is_gone() {
+async fn kv_that_a_dead_prefill_engine_has_half_written_is_taken_out_and_found_by_nobody_else() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
     // The first one dies in its prefill leg, the second one hands over.
     let dying = Fake::start(|_| std::future::pending::<Response<Body>>()).await;
     let living = prefiller(port, 1, PREFILLED).await;
-    let (consuming, gate) = (CancellationToken::new(), CancellationToken::new());
-    let decode = {
-        let (consuming, gate) = (consuming.clone(), gate.clone());
-        Fake::start(move |seen| {
-            let (consuming, gate) = (consuming.clone(), gate.clone());
-            async move {
-                if seen.json()["max_tokens"] == 1 {
-                    consuming.cancel();
-                    gate.cancelled().await;
-                }
-                answer(200, COMPLETION)
-            }
-        })
-        .await
-    };
+    let decode = decoder().await;
     let settings = settings(lmcache(FirstToken::Decoder));
     let rig = Rig::start(settings, &[dying.port, living.port], &[decode.port], 1, Some(socket)).await;
     let request = rig.complete(r#"{"prompt":"x","max_tokens":7}"#);
-    let events = async {
+    let death = async {
         dying.saw(1).await;
         rig.lose(xpyd::fleet::Role::Prefill, 0);
-        soon("the clean-up", consuming.cancelled()).await;
-        // Were the new attempt not to wait, it would be at the prefill engine by now or very soon.
-        for _ in 0..50 {
-            tokio::task::yield_now().await;
-            assert_eq!(living.seen().len(), 0, "the new attempt did not wait");
-        }
-        gate.cancel();
     };
-    let ((status, _), ()) = tokio::join!(request, events);
+    let ((status, _), ()) = tokio::join!(request, death);
     assert_eq!(status, 200);
-    let asked: Vec<Value> = decode
-        .seen()
-        .iter()
-        .map(|seen| seen.json()["max_tokens"].clone())
-        .collect();
-    assert_eq!(asked, [json!(1), json!(7)]);
+    let seen = decode.saw(2).await;
+    let carried = |tokens: u64| {
+        let leg = seen.iter().find(|seen| seen.json()["max_tokens"] == tokens);
+        leg.expect("both legs").json()["kv_transfer_params"].clone()
+    };
+    assert_eq!(carried(1), tag(&dying.seen()[0]), "taken out");
+    assert_eq!(carried(7), tag(&living.seen()[0]), "the answer's own");
     rig.finish().await;
 }
 
@@ -230,7 +223,8 @@ async fn kv_that_arrives_after_its_client_left_is_consumed() {
     notify(port, &request_id(&prefill.seen()[0])).await;
     let consumed = decode.saw(1).await.remove(0);
     assert_eq!(consumed.path, "/v1/chat/completions");
-    let expected = json!({"messages": [], "stream": false, "max_completion_tokens": 1, "max_tokens": 1});
+    let expected = json!({"messages": [], "stream": false, "max_completion_tokens": 1, "max_tokens": 1,
+        "kv_transfer_params": tag(&prefill.seen()[0])});
     assert_eq!(consumed.json(), expected);
     let proxy = rig.proxy.clone();
     rig.finish().await;
@@ -358,7 +352,8 @@ async fn a_spliced_completion_is_one_coherent_answer() {
     assert_eq!((&first["prompt"], &first["max_tokens"]), (&json!([1, 2, 3]), &json!(1)));
     assert_eq!(first["kv_transfer_params"]["ret_first_tok"], true);
     assert_eq!(decode[0].json(), json!({"model": "m", "prompt": "x"}));
-    let rest = json!({"model": "m", "prompt": [1, 2, 3, 42], "max_tokens": 4, "temperature": 0});
+    let rest = json!({"model": "m", "prompt": [1, 2, 3, 42], "max_tokens": 4, "temperature": 0,
+        "kv_transfer_params": tag(&prefill[0])});
     assert_eq!(decode[1].json(), rest);
     assert_eq!(decode.len(), 2);
     for seen in prefill.iter().chain(&decode) {
@@ -411,7 +406,10 @@ async fn a_spliced_chat_is_a_chat() {
         (Some("assistant"), Some("Hello"))
     );
     assert_eq!(prefill[0].json().get("messages"), None);
-    assert_eq!(decode[1].json(), json!({"prompt": [1, 2, 3, 42], "max_tokens": null}));
+    assert_eq!(
+        decode[1].json(),
+        json!({"prompt": [1, 2, 3, 42], "max_tokens": null, "kv_transfer_params": tag(&prefill[0])})
+    );
 
     let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"max_completion_tokens":9}"#;
     let (_, _, text, _, decode) = splice(FIRST, body, "/v1/chat/completions").await;
@@ -431,7 +429,7 @@ async fn a_spliced_chat_is_a_chat() {
 #[tokio::test]
 async fn an_answer_that_ends_with_its_first_token_needs_no_decode_leg() {
     let body = r#"{"model":"m","prompt":"x","max_tokens":1}"#;
-    let (_, _, text, _, decode) = splice(FIRST, body, "/v1/completions").await;
+    let (_, _, text, prefill, decode) = splice(FIRST, body, "/v1/completions").await;
     let answer: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(
         (
@@ -445,7 +443,7 @@ async fn an_answer_that_ends_with_its_first_token_needs_no_decode_leg() {
     assert_eq!(decode.len(), 2);
     assert_eq!(
         decode[1].json(),
-        json!({"model": "m", "prompt": [1, 2, 3, 1], "max_tokens": 1})
+        json!({"model": "m", "prompt": [1, 2, 3, 1], "max_tokens": 1, "kv_transfer_params": tag(&prefill[0])})
     );
 
     let body = r#"{"model":"m","prompt":"x","stream":true,"stream_options":{"include_usage":true},"max_tokens":9}"#;

@@ -1,0 +1,318 @@
+//! A fleet under load while everything goes wrong that can: no hang, no wrong answer, no KV left behind.
+//!
+//! What happens is drawn from a seed. `XPYD_CHAOS_SEEDS=20` tries more of them, `XPYD_CHAOS_SEED=7` that very one.
+
+use std::io::Write as _;
+use std::net::{Ipv4Addr, TcpStream};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use serde_json::{Value, json};
+
+use crate::support::{DEADLINE, Place, completion_of, get, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+
+const CLIENTS: usize = 6;
+const REQUESTS: usize = 12;
+const BLOWS: usize = 5;
+
+/// Tokens of every answer. At 5 ms each, an engine can die in between.
+const TOKENS: usize = 40;
+
+/// A prompt and the only right answer to it.
+struct Question {
+    prompt: String,
+    answer: String,
+}
+
+/// What a client does.
+#[derive(Debug, Clone, Copy)]
+enum Manner {
+    Whole,
+    Stream,
+    /// Leaves after so many milliseconds.
+    Leave(u64),
+}
+
+/// Seeds to try.
+fn seeds() -> Vec<u64> {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
+    match number("XPYD_CHAOS_SEED") {
+        Some(seed) => vec![seed],
+        None => (1..=number("XPYD_CHAOS_SEEDS").unwrap_or(1)).collect(),
+    }
+}
+
+#[test]
+fn nothing_is_lost_wrong_or_left_when_kv_is_pulled() {
+    for seed in seeds() {
+        storm(seed, &["connector=nixl"]);
+    }
+}
+
+#[test]
+fn nothing_is_lost_wrong_or_left_when_kv_is_pulled_strictly() {
+    for seed in seeds() {
+        storm(seed, &["connector=nixl", "proxy.handoff.strict=true"]);
+    }
+}
+
+#[test]
+fn nothing_is_lost_wrong_or_left_when_kv_is_pushed() {
+    for seed in seeds() {
+        storm(seed, &["connector=lmcache"]);
+    }
+}
+
+#[test]
+fn nothing_is_lost_wrong_or_left_when_the_prefill_engine_makes_the_first_token() {
+    for seed in seeds() {
+        storm(seed, &["connector=lmcache", "lmcache.first_token=prefiller"]);
+    }
+}
+
+fn storm(seed: u64, connector: &[&str]) {
+    let place = Place::new();
+    let faults =
+        r#"sim.faults=["drop-notification=9","repeat-notification=7","delay-notification=700ms/8","fail-transfer=11"]"#;
+    let settings = [
+        faults,
+        "sim.preset=brisk",
+        "restart.backoff=50ms",
+        "restart.max_restarts=1000",
+        "deadlines.stall=2s",
+        "deadlines.handoff=500ms",
+        "deadlines.prefill=30s",
+        "deadlines.decode_idle=30s",
+        "proxy.routing.attempts=10",
+    ];
+    let arguments: Vec<&str> = settings
+        .iter()
+        .chain(connector)
+        .flat_map(|setting| ["--set", setting])
+        .collect();
+    let mut run = place.up(&arguments);
+    run.wait_until_ready();
+    let questions = questions(&place, seed);
+    std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS as u64)
+            .map(|client| {
+                let (place, questions) = (&place, &questions);
+                scope.spawn(move || load(place, questions, seed * 1000 + client))
+            })
+            .collect();
+        blows(&place, seed);
+        for client in clients {
+            client.join().unwrap_or_else(|_| panic!("seed {seed}, {connector:?}"));
+        }
+    });
+    for question in &questions {
+        let answer = completion_of(place.proxy_port(), MODEL, &question.prompt, TOKENS);
+        assert_eq!(answer, question.answer, "seed {seed}: after the storm");
+    }
+    assert_nothing_is_left(&place, seed);
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "seed {seed}: {text}");
+    assert_eq!(place.processes(), []);
+}
+
+/// Prompts from a word to several chunks of KV, with the answers of one engine alone.
+fn questions(place: &Place, seed: u64) -> Vec<Question> {
+    let lengths = [1, 40, 400, 900, 1500, 4000];
+    let prompts = lengths.iter().map(|words| format!("{seed} {}", "word ".repeat(*words)));
+    prompts
+        .map(|prompt| Question {
+            answer: completion_of(7200 + place.offset, MODEL, &prompt, TOKENS),
+            prompt,
+        })
+        .collect()
+}
+
+/// One engine after the other is killed, frozen or restarted, as soon as the fleet is whole again; so one of each role
+/// lives all the time.
+fn blows(place: &Place, seed: u64) {
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut half_open = Vec::new();
+    for _ in 0..BLOWS {
+        let engines = engines(place);
+        let (name, incarnation, pid) = engines.choose(&mut random).expect("engines");
+        match random.random_range(0..5) {
+            0 | 1 => kill(*pid, Signal::SIGKILL).expect("it is there"),
+            2 => kill(*pid, Signal::SIGSTOP).expect("it is there"),
+            3 => {
+                let restart = place.run(&["restart", name]);
+                assert!(restart.status.success(), "{}", String::from_utf8_lossy(&restart.stderr));
+            }
+            _ => {
+                let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, place.proxy_port())).expect("a connection");
+                let head = "POST /v1/completions HTTP/1.1\r\ncontent-length: 100\r\n\r\n{\"prompt\"";
+                client.write_all(head.as_bytes()).expect("written");
+                half_open.push(client);
+                continue;
+            }
+        }
+        // A frozen engine counts as ready until it is found out.
+        wait_for("the next incarnation", || {
+            let status = status(place);
+            let engines = status["engines"].as_array().cloned().unwrap_or_default();
+            let is_whole = engines.len() == 4 && engines.iter().all(|engine| engine["state"] == "ready");
+            let is_next =
+                |engine: &Value| engine["id"] == **name && engine["incarnation"].as_i64() > Some(*incarnation);
+            if is_whole && engines.iter().any(is_next) {
+                Ok(())
+            } else {
+                Err(status.to_string())
+            }
+        });
+    }
+}
+
+fn status(place: &Place) -> Value {
+    let output = place.run(&["status", "--json"]);
+    serde_json::from_slice(&output.stdout).unwrap_or_default()
+}
+
+/// Names, incarnations and leaders.
+fn engines(place: &Place) -> Vec<(String, i64, Pid)> {
+    let status = status(place);
+    let engines = status["engines"].as_array().expect("a list").iter();
+    engines
+        .map(|engine| {
+            let number = |key: &str| engine[key].as_i64().expect("a number");
+            let pid = Pid::from_raw(i32::try_from(number("pid")).expect("a pid"));
+            (
+                engine["id"].as_str().expect("a name").to_owned(),
+                number("incarnation"),
+                pid,
+            )
+        })
+        .collect()
+}
+
+/// The sample of an engine's or the proxy's metrics whose line begins so; 0 if there is none.
+fn sample(port: u16, beginning: &str) -> f64 {
+    let metrics = get(port, "/metrics");
+    let line = metrics.lines().find(|line| line.starts_with(beginning));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
+        .unwrap_or(0.0)
+}
+
+fn assert_nothing_is_left(place: &Place, seed: u64) {
+    let at = |base: u16| base + place.offset;
+    let looked_at = [
+        (at(9100), "xpyd_handoffs_open "),
+        (at(9100), "xpyd_requests_in_flight "),
+        (at(7100), "vllm:kv_cache_usage_perc"),
+        (at(7101), "vllm:kv_cache_usage_perc"),
+        (at(7200), "vllm:kv_cache_usage_perc"),
+        (at(7201), "vllm:kv_cache_usage_perc"),
+        (at(7200), "vllm:sim_lmcache_buffered_pages"),
+        (at(7201), "vllm:sim_lmcache_buffered_pages"),
+    ];
+    wait_for("nothing to be left", || {
+        let left: Vec<String> = looked_at
+            .iter()
+            .map(|(port, name)| (port, name, sample(*port, name)))
+            .filter(|(.., value)| *value != 0.0)
+            .map(|(port, name, value)| format!("{} on {port}: {value}", name.trim()))
+            .collect();
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("seed {seed}: {left:?}"))
+        }
+    });
+}
+
+/// One client's requests, one after the other.
+fn load(place: &Place, questions: &[Question], seed: u64) {
+    let mut random = StdRng::seed_from_u64(seed);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let url = format!("http://127.0.0.1:{}/v1/completions", place.proxy_port());
+    for _ in 0..REQUESTS {
+        let question = questions.choose(&mut random).expect("a question");
+        let manner = match random.random_range(0..4) {
+            0 => Manner::Leave(random.random_range(0..150)),
+            1 => Manner::Whole,
+            _ => Manner::Stream,
+        };
+        let body = json!({"model": MODEL, "prompt": question.prompt, "temperature": 0, "max_tokens": TOKENS,
+            "stream": !matches!(manner, Manner::Whole)});
+        // A connection of its own, so that leaving closes it.
+        let request = reqwest::Client::new().post(&url).body(body.to_string()).send();
+        runtime.block_on(async {
+            let told = match manner {
+                Manner::Leave(after) => {
+                    let after = Duration::from_millis(after);
+                    tokio::time::timeout(after, answered(request, question))
+                        .await
+                        .unwrap_or(Ok(()))
+                }
+                Manner::Whole | Manner::Stream => tokio::time::timeout(DEADLINE, answered(request, question))
+                    .await
+                    .unwrap_or_else(|_| Err("it hangs".to_owned())),
+            };
+            told.unwrap_or_else(|error| panic!("{manner:?} of {} bytes: {error}", question.prompt.len()));
+        });
+    }
+}
+
+/// Checks an answer. Whoever has got no byte yet must be answered; a stream may end with an honest error event.
+async fn answered(
+    request: impl Future<Output = reqwest::Result<reqwest::Response>>,
+    question: &Question,
+) -> Result<(), String> {
+    let response = request.await.map_err(|error| format!("no answer: {error:?}"))?;
+    let status = response.status();
+    let is_stream = response.headers()["content-type"]
+        .as_bytes()
+        .starts_with(b"text/event-stream");
+    let mut text = String::new();
+    let mut body = response.bytes_stream();
+    while let Some(chunk) = body.next().await {
+        let chunk = chunk.map_err(|error| format!("it broke off: {error:?} after {text}"))?;
+        text.push_str(&String::from_utf8_lossy(&chunk));
+    }
+    if status != 200 {
+        return Err(format!("{status}: {text}"));
+    }
+    let expected = question.answer.as_str();
+    if !is_stream {
+        let answer: Value = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;
+        let given = answer["choices"][0]["text"].as_str().unwrap_or_default();
+        return if given == expected {
+            Ok(())
+        } else {
+            Err(format!("wrong: {given:?}, not {expected:?}"))
+        };
+    }
+    let events: Vec<Value> = text
+        .split("\n\n")
+        .filter_map(|event| event.strip_prefix("data: "))
+        .map(|data| serde_json::from_str(data).unwrap_or_else(|_| json!(data)))
+        .collect();
+    if events.last().is_none_or(|last| last != "[DONE]") {
+        return Err(format!("a silent end: {text}"));
+    }
+    let given: String = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["text"].as_str())
+        .collect();
+    let failed = events.iter().any(|event| event["error"].is_object());
+    if given == expected && !failed || failed && !given.is_empty() && expected.starts_with(&given) {
+        Ok(())
+    } else {
+        let errors: Vec<&Value> = events.iter().filter(|event| event["error"].is_object()).collect();
+        Err(format!("wrong: {given:?}, not {expected:?}: {errors:?}"))
+    }
+}
