@@ -399,16 +399,17 @@ impl Noted {
     }
 }
 
-/// The stages in the syntax of W3C's Server Timing, in milliseconds; `None` before any.
+/// The stages in the syntax of W3C's Server Timing, in milliseconds; `None` before any. Who did not wait is told so.
 fn server_timing(stages: &[Option<Duration>; Timed::COUNT]) -> Option<HeaderValue> {
+    stages.iter().flatten().next()?;
     let known: Vec<String> = TOLD_STAGES
         .iter()
         .filter_map(|(stage, name)| {
-            let time = stages[*stage as usize]?;
+            let time = stages[*stage as usize].or((*stage == Timed::Queue).then_some(Duration::ZERO))?;
             Some(format!("{name};dur={:.3}", milliseconds(time)))
         })
         .collect();
-    (!known.is_empty()).then(|| HeaderValue::from_str(&known.join(", ")).ok())?
+    HeaderValue::from_str(&known.join(", ")).ok()
 }
 
 #[cfg(test)]
@@ -423,7 +424,7 @@ mod tests {
         stages[Timed::Prefill as usize] = Some(Duration::from_millis(12));
         assert_eq!(
             server_timing(&stages).expect("a header"),
-            "prefill;dur=12.000, first-token;dur=1.500"
+            "queue;dur=0.000, prefill;dur=12.000, first-token;dur=1.500"
         );
     }
 

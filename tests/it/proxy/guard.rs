@@ -162,12 +162,12 @@ async fn an_answer_says_how_long_its_stages_took() {
     .await;
     let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
     for (body, stages) in [
-        (r#"{"prompt":"x"}"#, &["prefill", "handoff", "first-token"][..]),
+        (r#"{"prompt":"x"}"#, &["queue", "prefill", "handoff", "first-token"][..]),
         (
             r#"{"prompt":"x","stream":true}"#,
-            &["prefill", "handoff", "first-token"],
+            &["queue", "prefill", "handoff", "first-token"],
         ),
-        (r#"{"prompt":"x","n":2}"#, &["first-token"]),
+        (r#"{"prompt":"x","n":2}"#, &["queue", "first-token"]),
     ] {
         let response = rig.post("/v1/completions", body).send().await.unwrap();
         let timing = response.headers()["server-timing"].to_str().unwrap().to_owned();
