@@ -91,6 +91,14 @@ pub(super) enum ProxyError {
         /// Most bytes of names and values.
         bytes: usize,
     },
+    /// A route that clients do not get.
+    #[error("xpyd does not pass `{path}` on: {why}")]
+    Refused {
+        /// The route, as its rule has it.
+        path: &'static str,
+        /// Why.
+        why: &'static str,
+    },
     /// The fleet takes no clients now.
     #[error("the fleet is {0} and takes no requests")]
     NotServing(FleetStage),
@@ -216,6 +224,7 @@ impl ProxyError {
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
             Self::WrongMethod { .. } => (StatusCode::METHOD_NOT_ALLOWED, CLIENT, "method_not_allowed"),
             Self::HeadersTooLarge { .. } => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, CLIENT, "headers_too_large"),
+            Self::Refused { .. } => (StatusCode::FORBIDDEN, CLIENT, "route_refused"),
             Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
             Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
             Self::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_requests_in_flight"),

@@ -12,7 +12,6 @@ use serde_json::value::RawValue;
 
 use super::Shared;
 use super::error::{Cause, ProxyError};
-use super::metrics::Outcome;
 use super::notify::Arrival;
 use super::record::Record;
 use super::upstream::Seat;
@@ -121,7 +120,6 @@ impl Entry {
 
     /// The decode engine has the KV.
     pub(super) fn consumed(&mut self) {
-        self.record.handed(Outcome::Transferred);
         if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
             held.consumed();
         }

@@ -6,6 +6,7 @@
 mod access;
 mod admission;
 mod answer;
+mod api;
 mod body;
 mod breaker;
 mod canary;
@@ -15,9 +16,12 @@ mod flow;
 mod guard;
 mod key;
 mod ledger;
+#[cfg(test)]
+mod matrix;
 mod merge;
 mod metrics;
 mod notify;
+mod pass;
 mod pick;
 mod prefix;
 mod record;
@@ -29,6 +33,7 @@ mod splice;
 mod sse;
 mod trace;
 mod upstream;
+mod usage;
 
 use std::fmt;
 use std::sync::Arc;

@@ -290,7 +290,8 @@ impl Core {
                     metrics.external_queries.add(prompt.len());
                     sequence.loaded = receiver.retrieve(&prompt, &tag);
                     garble(&mut self.garbled_loads, &mut sequence.loaded);
-                    sequence.cached_tokens = sequence.loaded.len();
+                    // The last token of a prompt is computed again.
+                    sequence.cached_tokens = sequence.loaded.len().min(prompt.len() - 1);
                     metrics.external_hits.add(sequence.loaded.len());
                     let message = format!(
                         "Reqid: {}, Total tokens {}, LMCache hit tokens: {}",

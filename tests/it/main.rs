@@ -5,6 +5,7 @@ mod bench;
 mod causes;
 mod chaos;
 mod control;
+mod exact;
 mod guard;
 mod keep;
 mod log_flood;

@@ -79,7 +79,7 @@ fn the_access_log_has_a_line_for_every_request_and_nothing_of_what_it_says() {
     assert_eq!(ask("/v1/completions", &body(false), "swordfish"), 200);
     assert_eq!(ask("/v1/completions", &body(true), "swordfish"), 200);
     assert_eq!(ask("/v1/completions", &body(false), "wrong-key"), 401);
-    assert_eq!(ask("/v1/confidential", &json!({}), "swordfish"), 404);
+    assert_eq!(ask("/confidential", &json!({}), "swordfish"), 404);
     assert_eq!(get(port, "/health"), "");
     let found = wait_for("four lines", || {
         let found = lines(&place, "access.jsonl");
