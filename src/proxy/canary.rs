@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Method, Response, StatusCode};
+use axum::http::{Method, Response, StatusCode};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use serde::Deserialize;
@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use super::error::{ProxyError, Stage};
 use super::flow::{Job, Stages, answer};
+use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
 use super::{Proxy, Shared};
@@ -219,18 +220,22 @@ impl Canary<'_> {
 
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
         let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
+        let record = Arc::new(Record::of_canary(self.shared));
+        record.generates(None);
         let job = Job {
             kind: Kind::Completions,
             body,
-            headers: HeaderMap::new(),
+            headers: self.shared.own_headers(),
             session: None,
             pair: Some((self.prefill.clone(), self.decode.clone())),
             deadlines: self.shared.deadlines(),
             arrived: Instant::now(),
             permit: Arc::new(permit),
+            record: Arc::clone(&record),
         };
         answer(self.shared, job)
             .await
+            .map(|response| record.answer(response))
             .map_err(|error| self.failed(one_line(&error)))
     }
 
@@ -244,7 +249,7 @@ impl Canary<'_> {
     /// The same prompt on the decode engine alone.
     async fn alone(&self, body: Bytes) -> Result<Answer, CanaryError> {
         let seat = self.seat()?;
-        let headers = HeaderMap::new();
+        let headers = self.shared.own_headers();
         let id = super::flow::new_id();
         let call = Call {
             body,
@@ -281,7 +286,7 @@ impl Canary<'_> {
     /// The decode engine's counters, one value each.
     async fn counters(&self, counters: &[TransferCounter]) -> Result<Vec<f64>, CanaryError> {
         let seat = self.seat()?;
-        let headers = HeaderMap::new();
+        let headers = self.shared.own_headers();
         let call = Call {
             method: Method::GET,
             path: "/metrics",

@@ -54,6 +54,21 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
         // The proxy's own threads end in real time.
         tokio::time::resume();
     }
+    let clients = [
+        "xpyd_handoff_total",
+        "xpyd_stage_seconds_count",
+        "xpyd_request_seconds_count",
+    ];
+    for name in clients {
+        assert_eq!(rig.metric(&format!("{name}{{")), "", "{name}: canaries are no clients");
+    }
+    assert_eq!(rig.metric("xpyd_time_to_first_token_seconds_count"), "0");
+    if let Ok(report) = &report {
+        let flown = report.total.as_nanos() > 0;
+        let counted = rig.metric(r#"xpyd_canary_request_seconds_count{outcome="answered"}"#);
+        assert_eq!((flown, counted.as_str()), (true, "1"));
+        assert_eq!(rig.metric(r#"xpyd_canary_handoff_total{outcome="transferred"}"#), "1");
+    }
     rig.finish().await;
     report
 }
