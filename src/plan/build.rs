@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::connector::{Connector, Device, LaunchContext};
+use crate::connector::{CachePorts, Connector, Device, LaunchContext};
 use crate::engine::{EngineKind, Serve, vllm};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Gpus, Machine};
-use crate::profile::{DeviceChoice, Profile, RoleProfile};
+use crate::profile::{DeviceChoice, LmCacheMpProfile, Profile, RoleProfile};
 
 use super::{EngineSpec, Liveness, Plan, PortUse, ProxySpec, RenderedFile, choose};
 
@@ -186,6 +186,7 @@ struct Addresses {
     endpoint: Endpoint,
     ports: Vec<PortUse>,
     side_channel_port: Option<u16>,
+    cache: Option<CachePorts>,
 }
 
 impl<'input> Builder<'input> {
@@ -233,8 +234,9 @@ impl<'input> Builder<'input> {
         }];
         let mut side_channel_port = None;
         let mut receiver = None;
+        let mut cache = None;
         match self.connector {
-            Connector::Nixl(_) => {
+            Connector::Nixl(_) | Connector::LmCacheMp(_) => {
                 let base = match role {
                     Role::Prefill => self.profile.nixl.prefill_side_channel_port,
                     Role::Decode => self.profile.nixl.decode_side_channel_port,
@@ -270,6 +272,23 @@ impl<'input> Builder<'input> {
             }
             Connector::LmCache(_) => {}
         }
+        if let Connector::LmCacheMp(_) = self.connector {
+            let LmCacheMpProfile {
+                port: requests,
+                http_port: http,
+                ..
+            } = self.profile.lmcache_mp;
+            let mut listener = |purpose: &str, base: u16| -> Result<u16, PlanError> {
+                let number = port(purpose, base, number)?;
+                let purpose = purpose.to_owned();
+                ports.push(PortUse { port: number, purpose });
+                Ok(number)
+            };
+            cache = Some(CachePorts {
+                requests: listener("cache server", requests)?,
+                http: listener("cache server http", http)?,
+            });
+        }
         ports.extend(self.named_in_arguments(role));
         let endpoint = Endpoint {
             host: LOOPBACK.to_owned(),
@@ -285,6 +304,7 @@ impl<'input> Builder<'input> {
                 endpoint,
                 ports,
                 side_channel_port,
+                cache,
             },
         ))
     }
@@ -294,6 +314,7 @@ impl<'input> Builder<'input> {
             endpoint,
             ports,
             side_channel_port,
+            cache,
         } = addresses;
         let profile = self.profile;
         let device = match profile.device {
@@ -311,6 +332,7 @@ impl<'input> Builder<'input> {
             host: LOOPBACK,
             side_channel_port,
             receiver: endpoint.receiver.as_ref(),
+            cache,
             notify: Some((
                 LOOPBACK,
                 profile.lmcache.notify_port.saturating_add(profile.port_offset),
@@ -331,6 +353,7 @@ impl<'input> Builder<'input> {
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
         let serve = Serve {
+            xpyd: &self.machine.xpyd,
             program: &program,
             model: &profile.model,
             served_model_name: &profile.served_model_name,
@@ -346,6 +369,7 @@ impl<'input> Builder<'input> {
             has_shutdown_timeout,
             ready_deadline: profile.deadlines.ready,
             stall: profile.deadlines.stall,
+            stop: profile.deadlines.stop,
             sim: (&profile.sim.preset, &profile.sim.faults),
         };
         let argv = profile.engine.command(&serve);

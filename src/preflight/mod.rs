@@ -90,7 +90,7 @@ fn software(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     }];
     let (package, version, install) = match plan.connector {
         Connector::Nixl(_) => ("nixl", nixl, "`pip install nixl` in the environment of vLLM"),
-        Connector::LmCache(_) => (
+        Connector::LmCache(_) | Connector::LmCacheMp(_) => (
             "lmcache",
             lmcache,
             "`pip install lmcache nixl` in the environment of vLLM",
