@@ -84,3 +84,62 @@ impl LmCacheMp {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::fleet::Role;
+
+    #[test]
+    fn each_role_has_nixl_first_and_the_policy_where_the_scheduler_reads_it() {
+        let connector = LmCacheMp {
+            nixl: Nixl {},
+            l1_bytes: 3 << 29,
+        };
+        let launch = |role, strict| {
+            connector.launch(&LaunchContext {
+                role,
+                index: 1,
+                device: Device::Cuda,
+                host: "127.0.0.1",
+                side_channel_port: Some(5701),
+                receiver: None,
+                cache: Some(CachePorts {
+                    requests: 6558,
+                    http: 8093,
+                }),
+                notify: None,
+                max_model_len: None,
+                strict,
+                run_dir: Path::new("/run"),
+            })
+        };
+        for (role, strict, kv_role, policy) in [
+            (Role::Prefill, false, "kv_producer", None),
+            (Role::Decode, false, "kv_consumer", Some("recompute")),
+            (Role::Decode, true, "kv_consumer", Some("fail")),
+        ] {
+            let config = launch(role, strict).kv_transfer_config;
+            let parts = &config["kv_connector_extra_config"]["connectors"];
+            for whole in [&config, &parts[0]] {
+                assert_eq!(whole["kv_role"], kv_role);
+                assert_eq!(
+                    whole.get("kv_load_failure_policy").and_then(|policy| policy.as_str()),
+                    policy
+                );
+            }
+            let names = [&config, &parts[0], &parts[1]].map(|part| part["kv_connector"].clone());
+            assert_eq!(names, ["MultiConnector", "NixlConnector", "LMCacheMPConnector"]);
+        }
+        let companion = launch(Role::Decode, false).companion.expect("a cache server");
+        assert_eq!((companion.program, companion.port), ("lmcache", 6558));
+        let words = companion.arguments.join(" ");
+        assert_eq!(
+            words,
+            "server --host 127.0.0.1 --port 6558 --http-host 127.0.0.1 --http-port 8093 --l1-size-gb 1.5 \
+             --eviction-policy LRU --chunk-size 256 --instance-id decoder2"
+        );
+    }
+}

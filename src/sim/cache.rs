@@ -40,10 +40,10 @@ pub struct CacheServer {
 enum CacheRequest {
     /// Whether it is there.
     Ping,
-    /// The records that a prompt begins with.
-    Lookup(Vec<u32>),
+    /// The records that a prompt begins with, under this salt.
+    Lookup(u64, Vec<u32>),
     /// Keep the records of this prompt.
-    Store(Vec<u32>, Vec<u64>),
+    Store(u64, Vec<u32>, Vec<u64>),
 }
 
 impl CacheServer {
@@ -77,8 +77,9 @@ impl CacheServer {
         let mut socket = RouterSocket::new();
         let bound = socket.bind(&format!("tcp://{}", address(&self.requests))).await;
         bound.map_err(|source| SimError::Cache(address(&self.requests), source))?;
+        let time = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S,%3f");
         log.raw(&format!(
-            "[1970-01-01 00:00:00,000] LMCache INFO: LMCache zmq cache server is running on {}\n",
+            "[{time}] LMCache INFO: LMCache zmq cache server is running on {}\n",
             address(&self.requests)
         ));
         let health = axum::Router::new().route("/healthcheck", get(|| async { Json("healthy") }));
@@ -126,13 +127,13 @@ impl Kept {
     fn carry_out(&mut self, request: CacheRequest) -> Vec<u64> {
         match request {
             CacheRequest::Ping => Vec::new(),
-            CacheRequest::Lookup(prompt) => {
-                let found = keys(&prompt, self.chunk_tokens).map_while(|key| self.chunks.get(&key).cloned());
+            CacheRequest::Lookup(salt, prompt) => {
+                let found = keys(salt, &prompt, self.chunk_tokens).map_while(|key| self.chunks.get(&key).cloned());
                 found.flatten().collect()
             }
-            CacheRequest::Store(prompt, records) => {
+            CacheRequest::Store(salt, prompt, records) => {
                 let chunks = records.chunks_exact(self.chunk_tokens);
-                for (key, chunk) in keys(&prompt, self.chunk_tokens).zip(chunks) {
+                for (key, chunk) in keys(salt, &prompt, self.chunk_tokens).zip(chunks) {
                     self.chunks.put(key, chunk.to_vec());
                 }
                 Vec::new()
@@ -141,10 +142,10 @@ impl Kept {
     }
 }
 
-/// A key for each whole chunk, which stands for all tokens up to its end.
-fn keys(prompt: &[u32], chunk_tokens: usize) -> impl Iterator<Item = u64> {
+/// A key for each whole chunk, which stands for the salt and all tokens up to its end.
+fn keys(salt: u64, prompt: &[u32], chunk_tokens: usize) -> impl Iterator<Item = u64> {
     let chunks = prompt.chunks_exact(chunk_tokens);
-    chunks.scan(0, |hash, chunk| {
+    chunks.scan(salt, |hash, chunk| {
         *hash = chunk.iter().fold(*hash, |hash, token| mix(hash, u64::from(*token)));
         Some(*hash)
     })
@@ -167,15 +168,15 @@ impl CacheClient {
     }
 
     /// The records that the prompt begins with; none if the server is gone.
-    pub(crate) async fn look_up(&self, prompt: &[u32]) -> Vec<u64> {
-        self.ask(&CacheRequest::Lookup(prompt.to_vec()))
-            .await
-            .unwrap_or_default()
+    pub(crate) async fn look_up(&self, salt: Option<&str>, prompt: &[u32]) -> Vec<u64> {
+        let request = CacheRequest::Lookup(number(salt), prompt.to_vec());
+        self.ask(&request).await.unwrap_or_default()
     }
 
     /// Keeps the records of a prompt. Lost if the server is gone.
-    pub(crate) async fn store(&self, prompt: &[u32], records: Vec<u64>) {
-        drop(self.ask(&CacheRequest::Store(prompt.to_vec(), records)).await);
+    pub(crate) async fn store(&self, salt: Option<&str>, prompt: &[u32], records: Vec<u64>) {
+        let request = CacheRequest::Store(number(salt), prompt.to_vec(), records);
+        drop(self.ask(&request).await);
     }
 
     async fn ask(&self, request: &CacheRequest) -> Option<Vec<u64>> {
@@ -189,6 +190,12 @@ impl CacheClient {
         };
         timeout(EXCHANGE_DEADLINE, exchange).await.ok().flatten()
     }
+}
+
+/// A salt as it goes into keys.
+fn number(salt: Option<&str>) -> u64 {
+    let bytes = salt.unwrap_or_default().bytes();
+    bytes.fold(0, |hash, byte| mix(hash, u64::from(byte)))
 }
 
 #[cfg(test)]
@@ -205,8 +212,10 @@ mod tests {
     #[test]
     fn whole_chunks_of_what_prompts_have_in_common_are_found() {
         let mut kept = kept(8);
-        kept.carry_out(CacheRequest::Store(vec![1, 2, 3, 4, 5], vec![10, 20, 30, 40, 50]));
-        let mut found = |prompt: &[u32]| kept.carry_out(CacheRequest::Lookup(prompt.to_vec()));
+        kept.carry_out(CacheRequest::Store(0, vec![1, 2, 3, 4, 5], vec![10, 20, 30, 40, 50]));
+        let mut salted = |salt, prompt: &[u32]| kept.carry_out(CacheRequest::Lookup(salt, prompt.to_vec()));
+        assert_eq!(salted(1, &[1, 2, 3, 4]), [0; 0]);
+        let mut found = |prompt: &[u32]| salted(0, prompt);
         assert_eq!(found(&[1, 2, 3, 4, 5, 6]), [10, 20, 30, 40]);
         assert_eq!(found(&[1, 2, 3, 5]), [10, 20]);
         assert_eq!(found(&[1]), [0; 0]);
@@ -217,9 +226,9 @@ mod tests {
     fn what_was_not_used_for_longest_goes_first() {
         let mut kept = kept(2);
         for prompt in [[1, 1], [2, 2], [3, 3]] {
-            kept.carry_out(CacheRequest::Store(prompt.to_vec(), vec![7, 7]));
+            kept.carry_out(CacheRequest::Store(0, prompt.to_vec(), vec![7, 7]));
         }
-        let mut found = |token| kept.carry_out(CacheRequest::Lookup(vec![token, token])).len();
+        let mut found = |token| kept.carry_out(CacheRequest::Lookup(0, vec![token, token])).len();
         assert_eq!([found(1), found(2), found(3)], [0, 2, 2]);
     }
 }

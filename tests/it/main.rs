@@ -6,6 +6,7 @@ mod causes;
 mod chaos;
 mod control;
 mod keep;
+mod lmcache_mp;
 mod log_flood;
 mod log_merge;
 mod logs;

@@ -32,6 +32,7 @@ pub(super) struct Common {
     pub(super) prompt_logprobs: Option<i64>,
     pub(super) kv_transfer_params: Option<Map<String, Value>>,
     pub(super) request_id: Option<String>,
+    cache_salt: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -69,6 +70,7 @@ pub(super) struct Job {
     pub(super) include_usage: bool,
     pub(super) return_token_ids: bool,
     pub(super) transfer: Transfer,
+    pub(super) cache_salt: Option<String>,
 }
 
 /// What differs between the two kinds of requests when they are checked.
@@ -163,6 +165,7 @@ impl Common {
                 .unwrap_or(false),
             return_token_ids: self.return_token_ids.unwrap_or(false),
             transfer,
+            cache_salt: self.cache_salt.clone(),
         })
     }
 

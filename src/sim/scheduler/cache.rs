@@ -37,7 +37,8 @@ impl Core {
         };
         self.parts.metrics.external_queries.add(sequence.request.prompt.len());
         self.loads.spawn(async move {
-            sequence.loaded = cache.look_up(&sequence.request.prompt).await;
+            let request = &sequence.request;
+            sequence.loaded = cache.look_up(request.cache_salt.as_deref(), &request.prompt).await;
             sequence.cached_tokens = sequence.loaded.len();
             Loaded::Cached(Box::new(sequence))
         });
@@ -46,9 +47,11 @@ impl Core {
     /// Has the cache server keep the records of a whole prompt.
     pub(super) fn store(&mut self, sequence: &Sequence, records: &[u64]) {
         if let Some(cache) = self.parts.cache.clone() {
-            let (prompt, records) = (Arc::clone(&sequence.request.prompt), records.to_vec());
+            let request = &sequence.request;
+            let (prompt, salt) = (Arc::clone(&request.prompt), request.cache_salt.clone());
+            let records = records.to_vec();
             self.loads.spawn(async move {
-                cache.store(&prompt, records).await;
+                cache.store(salt.as_deref(), &prompt, records).await;
                 Loaded::Stored
             });
         }
