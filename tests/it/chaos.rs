@@ -112,7 +112,6 @@ fn storm(seed: u64, connector: &[&str]) {
             client.join().unwrap_or_else(|_| panic!("seed {seed}, {connector:?}"));
         }
     });
-    wait_until_whole(&place);
     for question in &questions {
         let answer = completion_of(place.proxy_port(), MODEL, &question.prompt, TOKENS);
         assert_eq!(answer, question.answer, "seed {seed}: after the storm");
@@ -142,9 +141,8 @@ fn blows(place: &Place, seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let mut half_open = Vec::new();
     for _ in 0..BLOWS {
-        wait_until_whole(place);
         let engines = engines(place);
-        let (name, pid) = engines.choose(&mut random).expect("engines");
+        let (name, incarnation, pid) = engines.choose(&mut random).expect("engines");
         match random.random_range(0..5) {
             0 | 1 => kill(*pid, Signal::SIGKILL).expect("it is there"),
             2 => kill(*pid, Signal::SIGSTOP).expect("it is there"),
@@ -157,8 +155,22 @@ fn blows(place: &Place, seed: u64) {
                 let head = "POST /v1/completions HTTP/1.1\r\ncontent-length: 100\r\n\r\n{\"prompt\"";
                 client.write_all(head.as_bytes()).expect("written");
                 half_open.push(client);
+                continue;
             }
         }
+        // A frozen engine counts as ready until it is found out.
+        wait_for("the next incarnation", || {
+            let status = status(place);
+            let engines = status["engines"].as_array().cloned().unwrap_or_default();
+            let is_whole = engines.len() == 4 && engines.iter().all(|engine| engine["state"] == "ready");
+            let is_next =
+                |engine: &Value| engine["id"] == **name && engine["incarnation"].as_i64() > Some(*incarnation);
+            if is_whole && engines.iter().any(is_next) {
+                Ok(())
+            } else {
+                Err(status.to_string())
+            }
+        });
     }
 }
 
@@ -167,25 +179,21 @@ fn status(place: &Place) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
-fn engines(place: &Place) -> Vec<(String, Pid)> {
+/// Names, incarnations and leaders.
+fn engines(place: &Place) -> Vec<(String, i64, Pid)> {
     let status = status(place);
     let engines = status["engines"].as_array().expect("a list").iter();
     engines
         .map(|engine| {
-            let pid = engine["pid"].as_i64().expect("a pid");
-            let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
-            (engine["id"].as_str().expect("a name").to_owned(), pid)
+            let number = |key: &str| engine[key].as_i64().expect("a number");
+            let pid = Pid::from_raw(i32::try_from(number("pid")).expect("a pid"));
+            (
+                engine["id"].as_str().expect("a name").to_owned(),
+                number("incarnation"),
+                pid,
+            )
         })
         .collect()
-}
-
-fn wait_until_whole(place: &Place) {
-    wait_for("every engine", || {
-        let status = status(place);
-        let engines = status["engines"].as_array().cloned().unwrap_or_default();
-        let is_whole = engines.len() == 4 && engines.iter().all(|engine| engine["state"] == "ready");
-        if is_whole { Ok(()) } else { Err(status.to_string()) }
-    });
 }
 
 /// The sample of an engine's or the proxy's metrics whose line begins so; 0 if there is none.
