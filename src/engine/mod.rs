@@ -118,11 +118,11 @@ impl EngineKind {
     fn accompanied(self, companion: &Companion, serve: &Serve<'_>) -> Vec<String> {
         let mut argv = vec![serve.xpyd.display().to_string(), "companion".to_owned()];
         let mut flag = |name: &str, value: String| argv.extend([format!("--{name}"), value]);
-        let milliseconds = |time: Duration| format!("{}ms", time.as_millis());
         flag("host", serve.endpoint.host.clone());
         flag("port", companion.port.to_string());
-        flag("deadline", milliseconds(COMPANION_DEADLINE.min(serve.ready_deadline)));
-        flag("grace", milliseconds(serve.stop));
+        let deadline = COMPANION_DEADLINE.min(serve.ready_deadline);
+        flag("deadline", humantime::format_duration(deadline).to_string());
+        flag("grace", humantime::format_duration(serve.stop).to_string());
         argv.push("--".to_owned());
         match self {
             Self::Vllm => argv.push(serve.program.with_file_name(companion.program).display().to_string()),
