@@ -2,8 +2,6 @@
 //!
 //! Arguments, ports and log lines are those of `lmcache server` 0.5.6; what goes over its socket is the simulation's own.
 
-use std::num::NonZeroUsize;
-
 use axum::Json;
 use axum::routing::get;
 use lru::LruCache;
@@ -64,9 +62,10 @@ impl CacheServer {
     }
 
     async fn serve(self, log: &Log) -> Result<(), SimError> {
-        let chunks = self.l1_gibibytes * f64::from(1 << 30) / TOKEN_BYTES / self.chunk_tokens as f64;
-        // A fraction of a chunk is none.
-        let chunks = NonZeroUsize::new(chunks as usize).ok_or(SimError::CacheSize(self.l1_gibibytes))?;
+        let capacity = self.l1_gibibytes * f64::from(1 << 30) / TOKEN_BYTES / self.chunk_tokens as f64;
+        if capacity < 1.0 {
+            return Err(SimError::CacheSize(self.l1_gibibytes));
+        }
         let address = |(host, port): &(String, u16)| format!("{host}:{port}");
         let http = TcpListener::bind(address(&self.http))
             .await
@@ -84,7 +83,8 @@ impl CacheServer {
         ));
         let health = axum::Router::new().route("/healthcheck", get(|| async { Json("healthy") }));
         let kept = Kept {
-            chunks: LruCache::new(chunks),
+            chunks: LruCache::unbounded(),
+            capacity,
             chunk_tokens: self.chunk_tokens,
         };
         tokio::select! {
@@ -99,6 +99,8 @@ impl CacheServer {
 /// The records of chunks, by a hash of all tokens up to the chunk's end.
 struct Kept {
     chunks: LruCache<u64, Vec<u64>>,
+    /// How many chunks fit.
+    capacity: f64,
     chunk_tokens: usize,
 }
 
@@ -135,6 +137,9 @@ impl Kept {
                 let chunks = records.chunks_exact(self.chunk_tokens);
                 for (key, chunk) in keys(salt, &prompt, self.chunk_tokens).zip(chunks) {
                     self.chunks.put(key, chunk.to_vec());
+                }
+                while self.chunks.len() as f64 > self.capacity {
+                    self.chunks.pop_lru();
                 }
                 Vec::new()
             }
@@ -202,16 +207,17 @@ fn number(salt: Option<&str>) -> u64 {
 mod tests {
     use super::*;
 
-    fn kept(chunks: usize) -> Kept {
+    fn kept(capacity: f64) -> Kept {
         Kept {
-            chunks: LruCache::new(NonZeroUsize::new(chunks).unwrap()),
+            chunks: LruCache::unbounded(),
+            capacity,
             chunk_tokens: 2,
         }
     }
 
     #[test]
     fn whole_chunks_of_what_prompts_have_in_common_are_found() {
-        let mut kept = kept(8);
+        let mut kept = kept(8.0);
         kept.carry_out(CacheRequest::Store(0, vec![1, 2, 3, 4, 5], vec![10, 20, 30, 40, 50]));
         let mut salted = |salt, prompt: &[u32]| kept.carry_out(CacheRequest::Lookup(salt, prompt.to_vec()));
         assert_eq!(salted(1, &[1, 2, 3, 4]), [0; 0]);
@@ -224,7 +230,7 @@ mod tests {
 
     #[test]
     fn what_was_not_used_for_longest_goes_first() {
-        let mut kept = kept(2);
+        let mut kept = kept(2.0);
         for prompt in [[1, 1], [2, 2], [3, 3]] {
             kept.carry_out(CacheRequest::Store(0, prompt.to_vec(), vec![7, 7]));
         }

@@ -8,14 +8,14 @@ use std::net::{TcpStream, ToSocketAddrs as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 use rustix::process::{PidfdFlags, pidfd_open};
+use tokio::time::Instant;
 
 /// How often the companion's port is tried, and how long one try may take.
 const TRY_EVERY: Duration = Duration::from_millis(50);
@@ -83,14 +83,11 @@ impl Companion<'_> {
         let Some((engine, arguments)) = self.engine.split_first() else {
             return CompanionError::Empty;
         };
-        let mut companion = match self.start() {
-            Ok(companion) => companion,
-            Err(error) => return error,
-        };
-        if let Err(error) = self
-            .wait_until_listening(&mut companion)
-            .and_then(|()| self.watch(&companion, report))
-        {
+        let ready = self.start().and_then(|(mut companion, end)| {
+            self.wait_until_listening(&mut companion, &end)?;
+            self.watch(&end, report)
+        });
+        if let Err(error) = ready {
             return error;
         }
         CompanionError::Start(engine.clone(), Command::new(engine).args(arguments).exec())
@@ -101,31 +98,40 @@ impl Companion<'_> {
         self.command.iter().take(2).cloned().collect::<Vec<_>>().join(" ")
     }
 
-    fn start(&self) -> Result<Child, CompanionError> {
+    /// The companion, and a descriptor that becomes readable when it ends.
+    fn start(&self) -> Result<(Child, OwnedFd), CompanionError> {
         let (program, arguments) = self.command.split_first().ok_or(CompanionError::Empty)?;
         let mut command = Command::new(program);
         command.args(arguments);
         end_with_parent(&mut command);
-        command
+        let companion = command
             .spawn()
-            .map_err(|error| CompanionError::Start(program.clone(), error))
+            .map_err(|error| CompanionError::Start(program.clone(), error))?;
+        // Nobody reaps it meanwhile, so its id cannot be another's.
+        let end = i32::try_from(companion.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+            .ok_or(io::Error::from(io::ErrorKind::NotFound))
+            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+        let end = end.map_err(|error| CompanionError::System("watch the companion", error))?;
+        Ok((companion, end))
     }
 
-    fn wait_until_listening(&self, companion: &mut Child) -> Result<(), CompanionError> {
+    fn wait_until_listening(&self, companion: &mut Child, end: &OwnedFd) -> Result<(), CompanionError> {
         let (host, port) = self.address;
         let began = Instant::now();
         while began.elapsed() < self.deadline {
-            let ended = companion.try_wait();
-            match ended.map_err(|error| CompanionError::System("wait for the companion", error))? {
-                Some(status) => {
-                    return Err(CompanionError::Ended {
-                        command: self.name(),
-                        ended: ending(status),
-                        port,
-                    });
-                }
-                None if listens(host, port) => return Ok(()),
-                None => sleep(TRY_EVERY),
+            if has_ended(end, TRY_EVERY) {
+                let ended = companion.wait();
+                let ended = ended.map_err(|error| CompanionError::System("wait for the companion", error))?;
+                return Err(CompanionError::Ended {
+                    command: self.name(),
+                    ended: ending(ended),
+                    port,
+                });
+            }
+            if listens(host, port) {
+                return Ok(());
             }
         }
         Err(CompanionError::Deaf {
@@ -140,28 +146,21 @@ impl Companion<'_> {
         unsafe_code,
         reason = "a fork shares all memory, where a second program would take megabytes"
     )]
-    fn watch(&self, companion: &Child, report: impl FnOnce(&CompanionError)) -> Result<(), CompanionError> {
-        let failed = |doing| move |error: io::Error| CompanionError::System(doing, error);
-        // Nobody reaps the companion before the leader has ended, so its id cannot be another's.
-        let ended = i32::try_from(companion.id())
-            .ok()
-            .and_then(rustix::process::Pid::from_raw)
-            .ok_or(io::Error::from(io::ErrorKind::NotFound))
-            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?))
-            .map_err(failed("watch the companion"))?;
+    fn watch(&self, end: &OwnedFd, report: impl FnOnce(&CompanionError)) -> Result<(), CompanionError> {
         let leader = getpid();
         // SAFETY: this process has a single thread, so the child finds no lock held and no data half-changed.
-        match unsafe { fork() }.map_err(|error| failed("fork the companion's watcher")(error.into()))? {
+        let forked = unsafe { fork() };
+        match forked.map_err(|error| CompanionError::System("fork the companion's watcher", error.into()))? {
             ForkResult::Parent { .. } => Ok(()),
             ForkResult::Child => {
-                self.end_engine_after(&ended, leader, report);
+                self.end_engine_after(end, leader, report);
                 Err(CompanionError::Lost(self.name()))
             }
         }
     }
 
     /// The whole life of the watcher. It ends with its leader at the latest.
-    fn end_engine_after(&self, ended: &OwnedFd, leader: Pid, report: impl FnOnce(&CompanionError)) {
+    fn end_engine_after(&self, end: &OwnedFd, leader: Pid, report: impl FnOnce(&CompanionError)) {
         // Neither can fail for a signal and a name that are valid.
         let _ = prctl::set_pdeathsig(Signal::SIGKILL);
         let _ = prctl::set_name(WATCHER_NAME);
@@ -169,14 +168,28 @@ impl Companion<'_> {
         if getppid() != leader {
             return;
         }
-        let mut watched = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
-        while poll(&mut watched, PollTimeout::NONE).is_err() {}
+        while !has_ended(end, Duration::MAX) {}
         report(&CompanionError::Lost(self.name()));
         // The first signal lets answers in flight end. One that hangs because the companion is gone gets the second.
         let _ = kill(leader, Signal::SIGTERM);
-        sleep(self.grace);
+        pause(self.grace);
         let _ = kill(leader, Signal::SIGKILL);
     }
+}
+
+/// Waits for the end that the descriptor stands for, for so long at most; whether it has come.
+fn has_ended(end: &OwnedFd, wait: Duration) -> bool {
+    let mut watched = [PollFd::new(end.as_fd(), PollFlags::POLLIN)];
+    poll(&mut watched, poll_timeout(wait)).is_ok_and(|ended| ended > 0)
+}
+
+fn pause(time: Duration) {
+    // Nobody sends this process a signal that would end it early.
+    let _ = poll(&mut [], poll_timeout(time));
+}
+
+fn poll_timeout(time: Duration) -> PollTimeout {
+    PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX)
 }
 
 /// Whether somebody takes connections there.
