@@ -22,7 +22,8 @@ const TRY_EVERY: Duration = Duration::from_millis(50);
 const TRY: Duration = Duration::from_secs(1);
 
 /// The name of the process that watches a companion, as `ps` shows it.
-const WATCHER_NAME: &std::ffi::CStr = c"xpyd-companion";
+pub(super) const WATCHER_NAME: &str = "xpyd-companion";
+const NAME: &std::ffi::CStr = c"xpyd-companion";
 
 /// An engine and its companion.
 #[derive(Debug)]
@@ -163,7 +164,7 @@ impl Companion<'_> {
     fn end_engine_after(&self, end: &OwnedFd, leader: Pid, report: impl FnOnce(&CompanionError)) {
         // Neither can fail for a signal and a name that are valid.
         let _ = prctl::set_pdeathsig(Signal::SIGKILL);
-        let _ = prctl::set_name(WATCHER_NAME);
+        let _ = prctl::set_name(NAME);
         // Had the leader ended before the first line, nobody would end this process.
         if getppid() != leader {
             return;
