@@ -45,8 +45,8 @@ impl Ask {
                 .max(1)
         };
         let limit = match kind {
-            // vLLM: absent means 16, an explicit null means as many as fit.
-            Kind::Completions => document.get("max_tokens").unwrap_or("16"),
+            // vLLM 0.32 takes null for absent, which means 16.
+            Kind::Completions => document.given("max_tokens").unwrap_or("16"),
             Kind::Chat => document
                 .given("max_completion_tokens")
                 .or(document.given("max_tokens"))

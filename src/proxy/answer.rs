@@ -68,6 +68,41 @@ pub(super) fn judge_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause
     Ok(Some(response))
 }
 
+/// What whole events of a stream say of its generation.
+pub(super) enum Seen {
+    Good,
+    /// The engine ends the stream with an error event.
+    Told,
+    /// The event that begins here ends a generation that failed as if it had succeeded.
+    Failed(usize, Cause),
+}
+
+/// Looks whether a generation fails within `events`. Text cannot hold these words in quotes without escapes, so that most
+/// events need not be parsed.
+pub(super) fn look(events: &[u8]) -> Seen {
+    #[derive(Deserialize)]
+    struct Event {
+        #[serde(default)]
+        error: Option<serde::de::IgnoredAny>,
+    }
+    let has = |word: &[u8]| memchr::memmem::find(events, word).is_some();
+    if !has(b"\"abort\"") && !has(b"\"error\"") {
+        return Seen::Good;
+    }
+    let mut seen = Seen::Good;
+    for (at, event) in sse::each(events) {
+        for data in sse::data(event) {
+            if let Some(reason) = failed_finish(data) {
+                return Seen::Failed(at, Cause::Finish(reason));
+            }
+            if matches!(serde_json::from_slice(data), Ok(Event { error: Some(_) })) {
+                seen = Seen::Told;
+            }
+        }
+    }
+    seen
+}
+
 #[derive(Deserialize)]
 struct EngineError {
     #[serde(default)]

@@ -52,7 +52,8 @@ impl<'body> Document<'body> {
         Self::parse_text(std::str::from_utf8(body).map_err(BodyError::NotUtf8)?)
     }
 
-    fn parse_text(text: &'body str) -> Result<Self, BodyError> {
+    /// The same of text.
+    pub(super) fn parse_text(text: &'body str) -> Result<Self, BodyError> {
         let Entries(entries) = serde_json::from_str(text).map_err(BodyError::NotObject)?;
         let mut members = Vec::with_capacity(entries.len());
         let mut cursor = text.find('{').unwrap_or_default() + 1;
@@ -107,7 +108,8 @@ impl<'body> Document<'body> {
         self.apply(&all).into_bytes()
     }
 
-    fn apply(&self, edits: &[Edit<'_>]) -> String {
+    /// The text with `edits` applied and nothing else, for what no client wrote.
+    pub(super) fn apply(&self, edits: &[Edit<'_>]) -> String {
         let growth: usize = edits
             .iter()
             .map(|(key, value)| key.len() + value.map_or(0, str::len) + 4)
@@ -146,6 +148,35 @@ impl<'body> Document<'body> {
         }
         out.push_str(&self.text[cursor..]);
         out
+    }
+}
+
+/// One step on the way to a value within a JSON text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// The value of an object's key; of duplicates the last one.
+    Key(&'static str),
+    /// The first element of a list.
+    First,
+}
+
+/// The JSON text with another value at the end of `path`: what `new` makes of the one that is there. `None` if there is none,
+/// or `new` wants no other.
+pub(super) fn edit_at(text: &str, path: &[Step], new: impl FnOnce(&str) -> Option<String>) -> Option<String> {
+    match path {
+        [] => new(text),
+        [Step::Key(key), rest @ ..] => {
+            let document = Document::parse_text(text).ok()?;
+            let value = edit_at(document.get(key)?, rest, new)?;
+            Some(document.apply(&[(key, Some(&value))]))
+        }
+        [Step::First, rest @ ..] => {
+            let elements: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+            let first = elements.first()?.get();
+            let start = first.as_ptr().addr() - text.as_ptr().addr();
+            let value = edit_at(first, rest, new)?;
+            Some([&text[..start], &value, &text[start + first.len()..]].concat())
+        }
     }
 }
 
@@ -220,6 +251,23 @@ mod tests {
     }
 
     #[test]
+    fn a_value_deep_within_changes_alone() {
+        let path = [Step::Key("choices"), Step::First, Step::Key("text")];
+        let text =
+            "{ \"choices\" :[ {\"index\":0, \"text\": \"a\\u00e9\" ,\"x\":1.50}, {\"text\":\"z\"}],\n\"usage\":null}";
+        let changed = edit_at(text, &path, |old| Some(format!("[{old}]"))).expect("it is there");
+        assert_eq!(changed, text.replacen("\"a\\u00e9\"", "[\"a\\u00e9\"]", 1));
+        assert_eq!(edit_at(text, &path, |_| None), None);
+        for path in [
+            &[Step::Key("usage"), Step::Key("a")][..],
+            &[Step::First],
+            &[Step::Key("none")],
+        ] {
+            assert_eq!(edit_at(text, path, |_| Some("1".into())), None, "{path:?}");
+        }
+    }
+
+    #[test]
     fn a_client_cannot_smuggle_transfer_parameters_in() {
         let body = r#"{"kv_transfer_params":{"do_remote_prefill":true},"prompt":"x","kv_transfer_p\u0061rams":1,
             "vllm_xargs":{"top":1.0,"kv_transfer_params":{"remote_host":"evil"}},"ec_transfer_params":{}}"#;
@@ -230,6 +278,12 @@ mod tests {
         let value: Value = serde_json::from_str(&own).expect("JSON");
         assert_eq!(value["kv_transfer_params"], serde_json::json!({"own": 1}));
         assert_eq!(own.matches("transfer_params").count(), 1, "{own}");
+    }
+
+    #[test]
+    fn depth_is_the_engines_to_refuse() {
+        let deep = format!("{{\"a\":{}{},\"n\":2}}", "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(edit(&deep, &[("n", Some("1"))]), deep.replace("\"n\":2", "\"n\":1"));
     }
 
     #[test]
@@ -277,7 +331,94 @@ mod tests {
         })
     }
 
+    /// Any JSON value as text, with the spellings that a writer of its own would not keep.
+    fn values() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            Just("-0".to_owned()),
+            Just("1.50e+00".to_owned()),
+            Just("123456789012345678901234567890".to_owned()),
+            Just("1e999".to_owned()),
+            Just("\"\\u00e9\\/\\ud83c\\udf0a\\\"}{,:\"".to_owned()),
+            Just("\"\\ud800\"".to_owned()),
+            any::<String>().prop_map(|text| Value::from(text).to_string()),
+        ];
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            let member = (keys(), inner.clone()).prop_map(|(key, value)| format!("{key} :{value}"));
+            prop_oneof![
+                proptest::collection::vec(inner, 0..4).prop_map(|all| format!("[ {}\t]", all.join(" ,"))),
+                proptest::collection::vec(member, 0..4).prop_map(|all| format!("{{{}\n}}", all.join(","))),
+            ]
+        })
+    }
+
+    /// Keys as text: few, so that they meet, and forbidden ones in several spellings.
+    fn keys() -> impl Strategy<Value = String> {
+        prop_oneof![
+            Just("\"a\"".to_owned()),
+            Just("\"\\u0061\"".to_owned()),
+            Just("\"kv_transfer_params\"".to_owned()),
+            Just("\"kv_transfer\\u005fparams\"".to_owned()),
+            Just("\"ec_transfer_params\"".to_owned()),
+            any::<String>().prop_map(|text| Value::from(text).to_string()),
+        ]
+    }
+
+    fn key_of(text: &str) -> String {
+        serde_json::from_str(text).expect("a key")
+    }
+
     proptest! {
+        #[test]
+        fn whatever_is_edited_every_other_member_keeps_its_bytes(
+            members in proptest::collection::vec((keys(), "[ \n\t\r]{0,2}", values(), "[ \n\t\r]{0,2}"), 0..8),
+            edited in proptest::collection::vec((0_usize..8, proptest::option::of(values())), 0..4),
+        ) {
+            let texts: Vec<String> = members.iter().map(|(key, before, value, _)| format!("{key}{before}:{before}{value}")).collect();
+            let spaced: Vec<String> = members.iter().zip(&texts).map(|((_, _, _, after), text)| format!("{after}{text}{after}")).collect();
+            let body = format!("{{{}}}", spaced.join(","));
+            let mut edits: Vec<(String, Option<String>)> = Vec::new();
+            for (place, value) in edited {
+                let key = members.get(place).map_or("new".to_owned(), |(key, ..)| key_of(key));
+                let is_plain = key.chars().all(|character| character.is_ascii_alphanumeric());
+                if is_plain && edits.iter().all(|(other, _)| *other != key) {
+                    edits.push((key, value));
+                }
+            }
+            let mut due = Vec::new();
+            let mut set = Vec::new();
+            for ((key, before, ..), text) in members.iter().zip(&texts) {
+                let name = key_of(key);
+                match edits.iter().find(|(edited, _)| *edited == name) {
+                    _ if FORBIDDEN.contains(&name.as_str()) => {}
+                    None => due.push(text.clone()),
+                    Some((_, Some(value))) if !set.contains(&name) => {
+                        due.push(format!("{key}{before}:{before}{value}"));
+                        set.push(name);
+                    }
+                    Some(_) => {}
+                }
+            }
+            let new = edits.iter().filter(|(key, _)| !set.contains(key));
+            due.extend(new.filter_map(|(key, value)| Some(format!("\"{key}\":{}", value.as_deref()?))));
+            let edits: Vec<Edit<'_>> = edits.iter().map(|(key, value)| (key.as_str(), value.as_deref())).collect();
+            let out = edit(&body, &edits);
+            let left = Document::parse_text(&out).expect("still an object");
+            let left: Vec<&str> = left.members.iter().map(|member| &out[member.whole.clone()]).collect();
+            prop_assert_eq!(left, due);
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in any::<Vec<u8>>(), cut in 0_usize..200, body in objects()) {
+            let mut broken = body.into_bytes();
+            broken.truncate(cut);
+            for bytes in [bytes, broken] {
+                if let Ok(document) = Document::parse(&bytes) {
+                    prop_assert!(serde_json::from_slice::<serde_json::Map<String, Value>>(&document.edited(&[])).is_ok());
+                }
+            }
+        }
+
         #[test]
         fn edits_equal_edits_of_the_parsed_value(body in objects(), remove_a: bool, set_b: bool) {
             let mut edits: Vec<Edit<'_>> = Vec::new();

@@ -65,6 +65,14 @@ pub(super) enum ProxyError {
         /// The request's path.
         path: String,
     },
+    /// A route that clients do not get.
+    #[error("xpyd does not pass `{path}` on: {why}")]
+    Refused {
+        /// The route, as its rule has it.
+        path: &'static str,
+        /// Why.
+        why: &'static str,
+    },
     /// The fleet takes no clients now.
     #[error("the fleet is {0} and takes no requests")]
     NotServing(FleetStage),
@@ -187,6 +195,7 @@ impl ProxyError {
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
+            Self::Refused { .. } => (StatusCode::FORBIDDEN, CLIENT, "route_refused"),
             Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
             Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
             Self::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_requests_in_flight"),

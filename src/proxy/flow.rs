@@ -17,13 +17,14 @@ use super::Shared;
 use super::answer::{Verdict, first_events, is_event_stream, judge, judge_event, verbatim};
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
-use super::guard::{Clock, Guarded, GuardedBody};
+use super::guard::{Clock, Guarded, GuardedBody, Tally};
 use super::ledger::{Care, Consume, Entry, one_token_edits};
 use super::metrics::{Outcome, Timed};
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{Call, Seat, forwardable, whole};
+use super::usage::PrefillUsage;
 use crate::fleet::{EngineId, EngineView};
 
 /// How long each stage may take.
@@ -90,8 +91,8 @@ pub(super) struct Attempt<'job> {
 pub(super) enum Prefilled {
     /// An answer of 200.
     Answer(Bytes),
-    /// An answer of 4xx, for the client.
-    Refused(Response<Body>),
+    /// An answer of 4xx.
+    Refused,
 }
 
 /// What a decode engine said.
@@ -194,14 +195,25 @@ impl Attempt<'_> {
 
     /// A decode engine alone, and why.
     pub(super) async fn bypass(&mut self, seat: Arc<Seat>, reason: &'static str) -> Result<Response<Body>, ProxyError> {
-        tracing::debug!(reason, "answered by a decode engine alone");
+        let why = rules::why(self.job.kind, reason);
+        tracing::debug!(reason, why, "answered by a decode engine alone");
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
         let decoded = self.decode(&seat, &id, self.job.kind.path(), body).await?;
         let response = self.pass_on(&seat, None, decoded, sent).await?;
-        self.shared.metrics.handed(Outcome::Bypassed);
+        if response.extensions().get::<Told>().is_some() {
+            return Ok(response);
+        }
         Ok(told(response, Outcome::Bypassed, Some(reason)))
+    }
+
+    /// The prefill engine has refused a request, in words that may be about its own leg of it: the decode engine has the
+    /// last word, on what the client asked for.
+    pub(super) async fn refused(&mut self, mut entry: Entry, decode: Arc<Seat>) -> Result<Response<Body>, ProxyError> {
+        entry.close();
+        decode.held().inspect(|held| held.consumed());
+        self.bypass(decode, "prefill_refused").await
     }
 
     /// Prefill on one engine, decode on another.
@@ -212,35 +224,36 @@ impl Attempt<'_> {
         };
         let id = new_id();
         let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
-        let outcome = Box::pin(self.legs(prefill, &decode, &mut entry, &id)).await;
-        if let Err(error) = &outcome {
-            entry.failed(error);
+        match Box::pin(self.legs(prefill, &decode, &mut entry, &id)).await {
+            Ok(Some(response)) => Ok(response),
+            Ok(None) => self.refused(entry, decode).await,
+            Err(error) => {
+                entry.failed(&error);
+                Err(error)
+            }
         }
-        outcome
     }
 
-    /// Both legs of a hand-off.
+    /// Both legs of a hand-off; no answer if the prefill engine refuses its own.
     async fn legs(
         &self,
         prefill: Arc<Seat>,
         decode: &Arc<Seat>,
         entry: &mut Entry,
         id: &str,
-    ) -> Result<Response<Body>, ProxyError> {
+    ) -> Result<Option<Response<Body>>, ProxyError> {
         let path = self.job.kind.path();
         let connector = &self.shared.settings.connector;
         let params = connector.prefill_params(id, &decode.engine.endpoint);
         let mut edits = one_token_edits(self.job.kind);
         edits.push(("kv_transfer_params", Some(&params)));
         let body = self.document.edited(&edits);
-        let handoff_time = match self.deliver(&prefill, decode, entry, id, path, body).await? {
-            (Prefilled::Answer(_), time) => time,
-            (Prefilled::Refused(response), _) => {
-                entry.close();
-                self.shared.metrics.handed(Outcome::Refused);
-                return Ok(told(response, Outcome::Refused, None));
-            }
+        let (answer, handoff_time) = match self.deliver(&prefill, decode, entry, id, path, body).await? {
+            (Prefilled::Answer(answer), time) => (answer, time),
+            (Prefilled::Refused, _) => return Ok(None),
         };
+        let usage = PrefillUsage::of(&answer, connector.notifies());
+        drop(answer);
         drop(prefill);
         let sent = Instant::now();
         let tag = connector.decode_params(id);
@@ -250,11 +263,11 @@ impl Attempt<'_> {
             .map(|params| ("kv_transfer_params", Some(params)));
         let body = self.document.edited(edit.as_slice());
         let decoded = self.decode(decode, id, path, body).await?;
-        let mut response = self.pass_on(decode, Some(entry), decoded, sent).await?;
+        let mut response = self.pass_on(decode, Some((entry, usage)), decoded, sent).await?;
         if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
             stages.handoff = handoff_time;
         }
-        Ok(response)
+        Ok(Some(response))
     }
 
     /// Opens the ledger's entry for a hand-off.
@@ -325,7 +338,7 @@ impl Attempt<'_> {
                 self.shared.metrics.took(Timed::Prefill, sent.elapsed());
                 Ok(Prefilled::Answer(body))
             }
-            Verdict::Refused => Ok(Prefilled::Refused(verbatim(head, body))),
+            Verdict::Refused => Ok(Prefilled::Refused),
         }
     }
 
@@ -345,29 +358,38 @@ impl Attempt<'_> {
         }
     }
 
-    /// Passes a decode engine's answer on unchanged. A stream is held back until its first event, because an error there
-    /// can still become a status, or another attempt.
+    /// Passes a decode engine's answer on, with the usage of the prefill engine where one was asked. A stream is held back
+    /// until its first event, because an error there can still become a status, or another attempt.
     async fn pass_on(
         &self,
         seat: &Arc<Seat>,
-        mut entry: Option<&mut Entry>,
+        handed: Option<(&mut Entry, PrefillUsage)>,
         decoded: Decoded,
         sent: Instant,
     ) -> Result<Response<Body>, ProxyError> {
         let clock = self.clock();
-        let refuse = |entry: &mut Option<&mut Entry>| {
+        let (mut entry, usage) = handed.map_or((None, None), |(entry, usage)| (Some(entry), Some(usage)));
+        let refuse = |entry: &mut Option<&mut Entry>, refusal| {
             if let Some(entry) = entry {
                 entry.refused();
             }
+            self.shared.metrics.handed(Outcome::Refused);
+            Ok(told(refusal, Outcome::Refused, None))
         };
         let (head, mut body) = match decoded {
-            Decoded::Refused(response) => {
-                refuse(&mut entry);
-                return Ok(told(response, Outcome::Refused, None));
-            }
+            Decoded::Refused(response) => return refuse(&mut entry, response),
             Decoded::Whole(head, body) => {
+                let mut tally = self.tally(entry.is_some());
                 entry.map(Entry::consumed).unwrap_or_default();
-                return Ok(self.begin(verbatim(head, body), sent));
+                let Some((corrected, proof)) = usage.and_then(|usage| usage.correct(&body)) else {
+                    return Ok(self.begin(verbatim(head, body), sent));
+                };
+                let mut response = verbatim(head, corrected.into());
+                if proof.disproves() {
+                    tally.outcome = Outcome::Recomputed;
+                    response = told(response, Outcome::Recomputed, None);
+                }
+                return Ok(self.begin(response, sent));
             }
             Decoded::Stream(head, body) => (head, body),
         };
@@ -378,26 +400,35 @@ impl Attempt<'_> {
             first_events(&mut body, &mut events),
         );
         let first = first.await?;
-        match judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
-            None => {}
-            Some(refusal) => {
-                refuse(&mut entry);
-                return Ok(told(refusal, Outcome::Refused, None));
-            }
+        if let Some(refusal) = judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
+            return refuse(&mut entry, refusal);
         }
+        let tally = self.tally(entry.is_some());
         entry.map(Entry::consumed).unwrap_or_default();
         let guarded = Guarded {
-            seat: Arc::clone(seat),
             idle: self.job.deadlines.decode,
             events: Some(events),
-            rewriter: None,
-            entry: None,
-            _clock: clock,
+            usage,
+            tally: Some(tally),
+            ..Guarded::new(Arc::clone(seat), clock)
         };
         let headers = forwardable(&head.headers);
-        let mut response = Response::from_parts(head, Body::new(GuardedBody::new(first, body, guarded)));
+        let body = Body::new(GuardedBody::after(first, body, guarded));
+        let mut response = Response::from_parts(head, body);
         *response.headers_mut() = headers;
         Ok(self.begin(response, sent))
+    }
+
+    /// Counts a hand-off that has come to an answer, or a request that needed none.
+    pub(super) fn tally(&self, handed: bool) -> Tally {
+        Tally {
+            shared: Arc::clone(self.shared),
+            outcome: if handed {
+                Outcome::Transferred
+            } else {
+                Outcome::Bypassed
+            },
+        }
     }
 
     /// Measures the whole request until it is dropped.

@@ -1,7 +1,7 @@
 //! The body of a streamed answer: passes events on as they come and holds everything that the request occupies.
 //!
 //! When it ends or is dropped, the engines' seats, the admission permit and the timers end with it. It never ends
-//! silently: a stream that breaks, stalls or loses its engine ends with an error event.
+//! silently: a stream that breaks, stalls, loses its engine or says that its generation failed ends with an error event.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -15,12 +15,14 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
 use super::Shared;
+use super::answer::{Seen, look};
 use super::error::{Cause, Stage};
 use super::ledger::Entry;
-use super::metrics::Timed;
+use super::metrics::{Outcome, Timed};
 use super::splice::Rewriter;
 use super::sse::Events;
 use super::upstream::Seat;
+use super::usage::PrefillUsage;
 
 /// Measures a request from its arrival until this is dropped.
 #[derive(Debug)]
@@ -37,20 +39,76 @@ impl Drop for Clock {
     }
 }
 
+/// Counts how a hand-off ended, once: when it is dropped, which is when the answer is over.
+#[derive(Debug)]
+pub(super) struct Tally {
+    pub(super) shared: Arc<Shared>,
+    pub(super) outcome: Outcome,
+}
+
+impl Drop for Tally {
+    fn drop(&mut self) {
+        self.shared.metrics.handed(self.outcome);
+    }
+}
+
+/// How a stream that is complete ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// With OpenAI's end marker.
+    Marker,
+    /// With any event: only the connection tells whether it is complete.
+    AnyEvent,
+}
+
 /// What a stream needs besides the engine's bytes.
 #[derive(Debug)]
 pub(super) struct Guarded {
     /// The decode engine's seat.
     pub(super) seat: Arc<Seat>,
+    /// What fails when it breaks off.
+    pub(super) stage: Stage,
     /// Longest time between two reads.
     pub(super) idle: Duration,
+    pub(super) end: End,
     /// Cuts the bytes into events; `None` where the answer is no event stream.
     pub(super) events: Option<Events>,
     /// Rewrites events.
     pub(super) rewriter: Option<Rewriter>,
     /// The hand-off that the first byte proves.
     pub(super) entry: Option<Entry>,
+    /// What the prefill engine used, where one did; the client is told of that.
+    pub(super) usage: Option<PrefillUsage>,
+    pub(super) tally: Option<Tally>,
     pub(super) _clock: Clock,
+}
+
+impl Guarded {
+    /// What every stream needs.
+    pub(super) fn new(seat: Arc<Seat>, clock: Clock) -> Self {
+        Self {
+            seat,
+            stage: Stage::Decode,
+            idle: clock.shared.deadlines().decode,
+            end: End::Marker,
+            events: None,
+            rewriter: None,
+            entry: None,
+            usage: None,
+            tally: None,
+            _clock: clock,
+        }
+    }
+
+    fn count(&mut self, outcome: Outcome) {
+        if let Some(tally) = &mut self.tally {
+            tally.outcome = outcome;
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.end == End::AnyEvent || self.events.as_ref().is_none_or(Events::is_done)
+    }
 }
 
 /// The body of a streamed answer.
@@ -78,7 +136,16 @@ impl GuardedBody {
         }
     }
 
-    fn take(&mut self, bytes: Bytes) {
+    /// A body that sends the whole events that were read ahead from `inner`, and goes on from there.
+    pub(super) fn after(read: Bytes, inner: Incoming, guarded: Guarded) -> Self {
+        let mut body = Self::new(Bytes::new(), inner, guarded);
+        if let Err(cause) = body.pass_on(read) {
+            body.fail(cause).expect("only what is no stream of events fails so");
+        }
+        body
+    }
+
+    fn take(&mut self, bytes: Bytes) -> Result<(), Cause> {
         if let Some(mut entry) = self.guarded.entry.take() {
             entry.consumed();
         }
@@ -86,25 +153,62 @@ impl GuardedBody {
             Some(events) => events.push(bytes),
             None => bytes,
         };
-        let bytes = match &mut self.guarded.rewriter {
-            Some(rewriter) => rewriter.rewrite(&bytes),
-            None => bytes,
-        };
-        if !bytes.is_empty() {
-            self.ready.push_back(bytes);
+        self.pass_on(bytes)
+    }
+
+    /// Queues whole events for the client, up to one that says that the generation failed.
+    fn pass_on(&mut self, mut events: Bytes) -> Result<(), Cause> {
+        let guarded = &mut self.guarded;
+        let mut failure = None;
+        if guarded.end == End::Marker && guarded.events.is_some() {
+            match look(&events) {
+                Seen::Good => {}
+                // The engine tells its client itself.
+                Seen::Told => guarded.count(Outcome::Failed),
+                Seen::Failed(at, cause) => {
+                    events.truncate(at);
+                    failure = Some(cause);
+                }
+            }
         }
+        if let Some(usage) = &guarded.usage
+            && let Some((corrected, proof)) = usage.correct_events(&events)
+        {
+            events = corrected;
+            if proof.disproves() {
+                guarded.count(Outcome::Recomputed);
+            }
+        }
+        let events = match &mut guarded.rewriter {
+            Some(rewriter) => rewriter.rewrite(&events),
+            None => events,
+        };
+        if failure.is_none() && guarded.events.as_ref().is_some_and(Events::is_done) {
+            // Before the client sees the end, so that who looks at the metrics then finds it counted.
+            guarded.tally = None;
+        }
+        if !events.is_empty() {
+            self.ready.push_back(events);
+        }
+        failure.map_or(Ok(()), Err)
     }
 
     /// Ends the stream before its time. The engine notices because its connection closes.
     fn fail(&mut self, cause: Cause) -> Result<(), std::io::Error> {
         self.inner = None;
-        let error = self.guarded.seat.failed(Stage::Decode, cause);
+        let error = self.guarded.seat.failed(self.guarded.stage, cause);
+        self.guarded.count(Outcome::Failed);
+        self.guarded.tally = None;
         if let Some(mut entry) = self.guarded.entry.take() {
             entry.failed(&error);
         }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
         if self.guarded.events.is_none() {
             return Err(std::io::Error::other(error.to_string()));
+        }
+        if self.guarded.end == End::AnyEvent {
+            // Clients of routes whose events have names look for this one.
+            self.ready.push_back(Bytes::from_static(b"event: error\n"));
         }
         self.ready.push_back(error.to_events());
         Ok(())
@@ -127,12 +231,12 @@ impl Body for GuardedBody {
             let failure = match Pin::new(inner).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => {
                     this.idle.as_mut().reset(Instant::now() + this.guarded.idle);
-                    if let Ok(bytes) = frame.into_data() {
-                        this.take(bytes);
+                    match frame.into_data().map(|bytes| this.take(bytes)) {
+                        Ok(Err(cause)) => cause,
+                        _ => continue,
                     }
-                    continue;
                 }
-                Poll::Ready(None) if this.guarded.events.as_ref().is_none_or(Events::is_done) => {
+                Poll::Ready(None) if this.guarded.is_complete() => {
                     this.inner = None;
                     continue;
                 }

@@ -12,7 +12,6 @@ use serde_json::value::RawValue;
 
 use super::Shared;
 use super::error::{Cause, ProxyError};
-use super::metrics::Outcome;
 use super::notify::Arrival;
 use super::upstream::Seat;
 use crate::connector::Handoff;
@@ -118,7 +117,6 @@ impl Entry {
 
     /// The decode engine has the KV.
     pub(super) fn consumed(&mut self) {
-        self.shared.metrics.handed(Outcome::Transferred);
         if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
             held.consumed();
         }

@@ -44,14 +44,16 @@ struct EngineLabels {
 /// How a request's hand-off ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The decode engine took the KV and answered.
+    /// The decode engine took the KV and answered, as far as is known.
     #[default]
     Transferred,
+    /// The decode engine's usage shows that it computed the prompt itself.
+    Recomputed,
     /// A decode engine answered alone, because no hand-off can do what the request asks for, or none is worth it.
     Bypassed,
     /// A leg failed. A retry counts on its own.
     Failed,
-    /// The prefill engine refused the request; there was nothing to hand over.
+    /// The decode engine refused the request.
     Refused,
 }
 
@@ -59,6 +61,7 @@ impl Outcome {
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Transferred => "transferred",
+            Self::Recomputed => "recomputed",
             Self::Bypassed => "bypassed",
             Self::Failed => "failed",
             Self::Refused => "refused",

@@ -5,6 +5,7 @@
 
 mod admission;
 mod answer;
+mod api;
 mod body;
 mod breaker;
 mod canary;
@@ -12,8 +13,11 @@ mod error;
 mod flow;
 mod guard;
 mod ledger;
+#[cfg(test)]
+mod matrix;
 mod metrics;
 mod notify;
+mod pass;
 mod pick;
 mod prefix;
 mod routes;
@@ -22,6 +26,7 @@ mod seats;
 mod splice;
 mod sse;
 mod upstream;
+mod usage;
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The proxy's routes: which request is a generation, which one an engine answers alone, and which is refused.
+//! The proxy's routes, served by the rules of `api`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,18 +7,19 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, Response, header};
-use axum::routing::{get, post};
+use axum::routing::{MethodFilter, on};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::time::Instant;
 
 use super::Shared;
-use super::answer::verbatim;
-use super::error::{ProxyError, Stage};
+use super::api::{self, Course, Methods, Rule};
+use super::error::ProxyError;
 use super::flow::{self, Job};
-use super::pick;
+use super::guard::Clock;
+use super::pass;
 use super::rules::Kind;
-use super::upstream::{Call, Seat, forwardable, whole};
+use super::upstream::forwardable;
 use crate::fleet::{FleetStage, Role};
 use crate::service::WithoutPrefill;
 
@@ -27,28 +28,34 @@ const BODY_DEADLINE: Duration = Duration::from_mins(1);
 
 /// The whole API.
 pub(super) fn router(shared: Arc<Shared>) -> Router {
-    Router::new()
-        .route("/v1/completions", post(completions))
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/models", get(pass))
-        .route("/version", get(pass))
-        .route("/tokenize", post(pass))
-        .route("/detokenize", post(pass))
-        .route("/health", get(health))
-        .route("/metrics", get(metrics))
+    let mut router = Router::new();
+    for rule in api::ROUTES {
+        let methods = match rule.methods {
+            Methods::Get => MethodFilter::GET,
+            Methods::Post => MethodFilter::POST,
+            Methods::Both => MethodFilter::GET.or(MethodFilter::POST),
+        };
+        let handler =
+            move |State(shared): State<Arc<Shared>>, request| async move { follow(&shared, rule, request).await };
+        router = router.route(rule.path, on(methods, handler));
+    }
+    router
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
         .with_state(shared)
 }
 
-async fn completions(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
-    let outcome = Box::pin(generate(&shared, Kind::Completions, request)).await;
-    respond(&shared, Kind::Completions.path(), outcome)
-}
-
-async fn chat(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
-    let outcome = Box::pin(generate(&shared, Kind::Chat, request)).await;
-    respond(&shared, Kind::Chat.path(), outcome)
+/// Does with a request what its route's rule says.
+async fn follow(shared: &Arc<Shared>, rule: &'static Rule, request: Request) -> Response<Body> {
+    let outcome = match rule.course {
+        Course::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
+        Course::Health => return health(shared),
+        Course::Metrics => return metrics(shared),
+        Course::Pass if !api::is_plain(request.uri().path()) => Err(not_found(request.method(), &request)),
+        Course::Pass => Box::pin(pass_on(shared, request)).await,
+        Course::Refuse(why) => Err(ProxyError::Refused { path: rule.path, why }),
+    };
+    respond(shared, rule.path, outcome)
 }
 
 async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<Response<Body>, ProxyError> {
@@ -70,58 +77,30 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
     flow::answer(shared, job).await
 }
 
-/// A request that a decode engine answers alone and unchanged.
-async fn pass(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
-    let path = match request.uri().path() {
-        "/tokenize" => "/tokenize",
-        "/detokenize" => "/detokenize",
-        "/version" => "/version",
-        _ => "/v1/models",
-    };
-    let outcome = Box::pin(pass_to_decoder(&shared, request)).await;
-    respond(&shared, path, outcome)
-}
-
-async fn pass_to_decoder(shared: &Arc<Shared>, request: Request) -> Result<Response<Body>, ProxyError> {
+/// A request that a decode engine answers alone.
+async fn pass_on(shared: &Arc<Shared>, request: Request) -> Result<Response<Body>, ProxyError> {
+    let arrived = Instant::now();
     shared.takes_clients()?;
     let (head, body) = request.into_parts();
     let body = read(body, shared.settings.max_body_bytes).await?;
-    let _permit = shared.admit()?;
-    let seat = {
-        let view = Arc::clone(&shared.view.borrow());
-        let session = session(shared, &head.headers);
-        let candidates = view.serving(Role::Decode).collect();
-        // No turn of its own: that would shift the pairs of the generations.
-        pick::in_order(candidates, 0, session.as_deref(), &[])
-            .into_iter()
-            .find_map(|engine| Seat::take(engine, &shared.view))
-            .ok_or(ProxyError::NoEngine(Role::Decode))?
+    let clock = Clock {
+        shared: Arc::clone(shared),
+        arrived,
+        _permit: Arc::new(shared.admit()?),
     };
-    let headers = forwardable(&head.headers);
-    let call = Call {
-        method: head.method,
-        path: head.uri.path_and_query().map_or("/", |path| path.as_str()),
-        headers: &headers,
-        request_id: None,
-        body,
-    };
-    let step = async {
-        let (head, body) = shared.upstream.send(&seat.engine, call).await?.into_parts();
-        Ok((head, whole(body).await?))
-    };
-    let (head, body) = seat.run(Stage::Pass, shared.settings.prefill_deadline, step).await?;
-    Ok(verbatim(head, body))
+    let session = session(shared, &head.headers);
+    pass::answer(shared, &head, &body, session.as_deref(), clock).await
 }
 
 /// Whether clients are served: 200 while there is a ready engine of each role.
-async fn health(State(shared): State<Arc<Shared>>) -> Response<Body> {
+fn health(shared: &Shared) -> Response<Body> {
     match shared.is_healthy() {
         Ok(()) => Response::new(Body::empty()),
         Err(error) => error.to_response(),
     }
 }
 
-async fn metrics(State(shared): State<Arc<Shared>>) -> Response<Body> {
+fn metrics(shared: &Shared) -> Response<Body> {
     let mut response = Response::new(Body::from(shared.metrics_text()));
     let content_type = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);
@@ -129,11 +108,14 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response<Body> {
 }
 
 async fn unknown(State(shared): State<Arc<Shared>>, method: Method, request: Request) -> Response<Body> {
-    let error = ProxyError::NotFound {
+    respond(&shared, "other", Err(not_found(&method, &request)))
+}
+
+fn not_found(method: &Method, request: &Request) -> ProxyError {
+    ProxyError::NotFound {
         method: method.to_string(),
         path: request.uri().path().to_owned(),
-    };
-    respond(&shared, "other", Err(error))
+    }
 }
 
 fn respond(shared: &Shared, endpoint: &'static str, outcome: Result<Response<Body>, ProxyError>) -> Response<Body> {

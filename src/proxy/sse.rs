@@ -29,8 +29,8 @@ impl Events {
         };
         self.partial.extend_from_slice(&joined[end..]);
         joined.truncate(end);
-        if !joined.is_empty() {
-            self.done = data(&joined).next_back().is_some_and(|data| data == b"[DONE]");
+        if let Some(last) = data(&joined).next_back() {
+            self.done = last == b"[DONE]";
         }
         joined
     }
@@ -56,6 +56,30 @@ fn end_of_last_event(bytes: &[u8]) -> usize {
         }
     }
     0
+}
+
+/// Each of whole events with the place where it begins, its blank line included.
+pub(super) fn each(events: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let rest = events.get(start..).filter(|rest| !rest.is_empty())?;
+        let end = end_of_first_event(rest);
+        let found = (start, &rest[..end]);
+        start += end;
+        Some(found)
+    })
+}
+
+/// Where the first event in `bytes` ends, its blank line included; all of them if none does.
+fn end_of_first_event(bytes: &[u8]) -> usize {
+    for end in memchr::memchr_iter(b'\n', bytes) {
+        let rest = &bytes[end + 1..];
+        let blank = rest.strip_prefix(b"\r").unwrap_or(rest);
+        if blank.first() == Some(&b'\n') {
+            return bytes.len() - blank.len() + 1;
+        }
+    }
+    bytes.len()
 }
 
 /// The `data` of each event in `events`, which vLLM always writes on one line.
@@ -99,7 +123,47 @@ mod tests {
         assert_eq!(found, [&b"{\"a\":1}"[..], b"[DONE]"]);
     }
 
+    /// Events of any lines, with either line end, that end with a blank one.
+    fn events() -> impl Strategy<Value = String> {
+        let line = prop_oneof![
+            Just("data: [DONE]".to_owned()),
+            Just(": keep-alive".to_owned()),
+            Just("event: delta".to_owned()),
+            Just("data:".to_owned()),
+            "[^\r\n]{0,12}".prop_map(|text| format!("data: {text}")),
+        ];
+        let end = prop_oneof![Just("\n"), Just("\r\n")];
+        let event = (proptest::collection::vec((line, end.clone()), 1..4), end).prop_map(|(lines, end)| {
+            let lines: String = lines.into_iter().map(|(line, end)| line + end).collect();
+            lines + end
+        });
+        proptest::collection::vec(event, 1..6).prop_map(|events| events.concat())
+    }
+
     proptest! {
+        #[test]
+        fn any_chunking_gives_the_same_events(stream in events(), cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..12)) {
+            let whole: Vec<&[u8]> = each(stream.as_bytes()).map(|(_, event)| event).collect();
+            prop_assert_eq!(whole.concat(), stream.as_bytes());
+            let mut places: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+            places.extend([0, stream.len()]);
+            places.sort_unstable();
+            let mut events = Events::default();
+            let mut out: Vec<Vec<u8>> = Vec::new();
+            for pair in places.windows(2) {
+                let completed = events.push(Bytes::copy_from_slice(&stream.as_bytes()[pair[0]..pair[1]]));
+                let mut due = 0;
+                for (at, event) in each(&completed) {
+                    prop_assert_eq!(at, due);
+                    due += event.len();
+                    out.push(event.to_vec());
+                }
+            }
+            prop_assert_eq!(&out, &whole);
+            let told = data(stream.as_bytes()).next_back();
+            prop_assert_eq!(events.is_done(), told == Some(&b"[DONE]"[..]));
+        }
+
         #[test]
         fn any_chunking_gives_the_same_bytes_in_whole_events(
             texts in proptest::collection::vec("[ -~]{0,12}", 1..8),

@@ -31,6 +31,8 @@ pub(crate) struct Sampling {
     pub(crate) salt: u64,
     /// How many alternatives to report per token; `None` reports no probabilities.
     pub(crate) logprobs: Option<u32>,
+    /// The token sequences that a grammar allows; `None` allows all.
+    pub(crate) allowed: Option<Arc<[Vec<u32>]>>,
 }
 
 impl Sampling {
@@ -127,6 +129,8 @@ pub(crate) struct Sequence {
     /// Whether it takes the other one of two second tokens that are equally likely; `None` where one is likelier.
     pub(crate) tie: Option<bool>,
     first: Option<u32>,
+    /// Which of the allowed sequences it is.
+    drawn: usize,
     state: KvState,
     previous: Option<u32>,
     text: Vec<u8>,
@@ -148,6 +152,7 @@ impl Sequence {
             made: 0,
             tie: None,
             first: None,
+            drawn: 0,
             state: KvState::default(),
             text: Vec::new(),
             reported: 0,
@@ -202,6 +207,12 @@ impl Sequence {
         let draw = self.state.draw(sampling.salt);
         let may_end = !sampling.ignore_eos && self.made >= sampling.min_tokens;
         let mut token = draw.token(self.previous, may_end);
+        if let Some(allowed) = sampling.allowed.as_ref().filter(|allowed| !allowed.is_empty()) {
+            if self.made == 0 {
+                self.drawn = draw.choice(allowed.len());
+            }
+            token = allowed[self.drawn].get(self.made).copied().unwrap_or(END_OF_TURN);
+        }
         let other = self.tie.filter(|_| self.made == 1).map(|takes_other| {
             let other = draw.alternative(64).0;
             let (made, left) = if takes_other { (other, token) } else { (token, other) };

@@ -186,6 +186,11 @@ impl Draw {
         }
     }
 
+    /// One of so many.
+    pub(crate) fn choice(self, of: usize) -> usize {
+        usize::try_from(self.0 >> 33).unwrap_or(0) % of.max(1)
+    }
+
     /// Its logarithm of probability: between -2 and 0.
     pub(crate) fn logprob(self) -> f64 {
         -(((self.0 >> 40) % 2000) as f64) / 1000.0

@@ -1,27 +1,15 @@
 //! `xpyd proxy` alone, over engines that somebody else started, with the flags of LMCache's `disagg_proxy_server.py`.
 
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Place, Run, completion, wait_for};
+use crate::support::{Place, Run, Unsupervised, completion, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
-/// Engines that nobody supervises, as a launcher script would have started them.
-struct Engines(Vec<Child>);
-
-impl Drop for Engines {
-    fn drop(&mut self) {
-        for engine in &mut self.0 {
-            drop(engine.kill());
-            drop(engine.wait());
-        }
-    }
-}
-
 /// Starts the engines of a plan by its own command lines, and waits until they are up.
-fn start_engines(place: &Place, profile: &str) -> Engines {
+fn start_engines(place: &Place, profile: &str) -> Vec<Unsupervised> {
     let offset = format!("port_offset={}", place.offset);
     let output = place.run(&[
         "plan",
@@ -43,7 +31,7 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
         let name = file["path"].as_str().expect("a name");
         std::fs::write(folder.join(name), file["content"].as_str().expect("a text")).expect("a file");
     }
-    let mut engines = Engines(Vec::new());
+    let mut engines = Vec::new();
     for engine in plan["engines"].as_array().expect("engines") {
         let words: Vec<&str> = engine["argv"]
             .as_array()
@@ -56,7 +44,7 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
             command.env(name, value.as_str().expect("a text"));
         }
         command.stdout(Stdio::null()).stderr(Stdio::null());
-        engines.0.push(command.spawn().expect("an engine"));
+        engines.push(Unsupervised::start(&mut command));
         let port = u16::try_from(engine["endpoint"]["port"].as_u64().expect("a port")).expect("a port");
         wait_for("an engine", || {
             std::net::TcpStream::connect(("127.0.0.1", port))
@@ -70,7 +58,7 @@ fn start_engines(place: &Place, profile: &str) -> Engines {
 #[test]
 fn a_proxy_of_its_own_serves_engines_over_lmcache_and_stops_on_sigterm() {
     let place = Place::new();
-    let _engines = start_engines(&place, "2p2d");
+    let engines = start_engines(&place, "2p2d");
     let port = |base: u16| (base + place.offset).to_string();
     let pair = |base: u16| format!("{},{}", base + place.offset, base + place.offset + 1);
     let mut proxy = Run::start(
@@ -110,6 +98,8 @@ fn a_proxy_of_its_own_serves_engines_over_lmcache_and_stops_on_sigterm() {
     proxy.signal(Signal::SIGTERM);
     let (code, text) = proxy.end();
     assert_eq!(code, 0, "{text}");
+    drop(engines);
+    place.wait_until_empty();
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod bench;
 mod causes;
 mod chaos;
 mod control;
+mod exact;
 mod keep;
 mod lmcache_mp;
 mod log_flood;

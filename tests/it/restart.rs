@@ -248,7 +248,7 @@ fn a_hung_engine_is_ended_and_started_again() {
         "--set",
         "sim.faults=[\"stall-decode=20\"]",
         "--set",
-        "deadlines.stall=1s",
+        "deadlines.stall=3s",
         "--set",
         "restart.backoff=10ms",
         "--set",

@@ -4,12 +4,13 @@ use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 /// Longest wait for anything; far more than a loaded machine needs.
@@ -172,6 +173,31 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>
             ),
         }
         assert!(pause.recv_timeout(Duration::from_millis(20)).is_err(), "nobody sends");
+    }
+}
+
+/// An engine that a test has started without xpyd, in a process group of its own. Dropping it ends the group: what an
+/// engine has started outlives its leader otherwise, as with real ones.
+pub(crate) struct Unsupervised(Child);
+
+impl Unsupervised {
+    pub(crate) fn start(command: &mut Command) -> Self {
+        Self(command.process_group(0).spawn().expect("an engine"))
+    }
+
+    /// What it prints to its standard error, which must be a pipe.
+    pub(crate) fn stderr(&mut self) -> std::process::ChildStderr {
+        self.0.stderr.take().expect("a pipe that nobody has taken")
+    }
+}
+
+impl Drop for Unsupervised {
+    fn drop(&mut self) {
+        drop(killpg(
+            Pid::from_raw(i32::try_from(self.0.id()).expect("a pid")),
+            Signal::SIGKILL,
+        ));
+        drop(self.0.wait());
     }
 }
 

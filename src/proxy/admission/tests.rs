@@ -40,7 +40,7 @@ fn a_request_weighs_its_prompt_and_the_answer_that_it_may_get() {
     let completion = |body| ask(Kind::Completions, body);
     assert_eq!(completion(r#"{"prompt":[1, 2,3]}"#), (3, true, 16));
     assert_eq!(completion(r#"{"prompt":"12345678","max_tokens":7}"#), (3, false, 7));
-    assert_eq!(completion(r#"{"prompt":"","max_tokens":null}"#), (1, false, 1024));
+    assert_eq!(completion(r#"{"prompt":"","max_tokens":null}"#), (1, false, 16));
     assert_eq!(completion(r#"{"max_tokens":99999999999,"n":3}"#), (1, false, 3072));
     let chat = |body| ask(Kind::Chat, body);
     assert_eq!(chat(r#"{"messages":[{"a":"b"}],"tools":[1,2,3]}"#), (5, false, 1024));

@@ -7,9 +7,9 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::request::{Common, Job, Message, Particulars, read, template};
+use super::request::{Common, Job, Message, Particulars, TellUsage, read, template};
 use super::stream::{self, Render};
-use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, usage};
+use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
 use crate::sim::sequence::{End, Output, TokenLogprob};
 use crate::sim::tokens::{VOCABULARY, decode, encode};
 
@@ -39,7 +39,8 @@ pub(super) struct Shape {
     prompt: Arc<[u32]>,
     logprobs: bool,
     return_token_ids: bool,
-    include_usage: bool,
+    prompt_logprobs: Option<u32>,
+    tell_usage: TellUsage,
     tells_cached: bool,
 }
 
@@ -64,6 +65,7 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
         default_max_tokens: None,
         logprobs: logprobs.then(|| only.top_logprobs.unwrap_or(0)),
         needs_prompt: common.prompt_logprobs.is_some(),
+        echoes: false,
     };
     let job = common.check(api, particulars)?;
     let shape = Shape {
@@ -73,7 +75,10 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
         prompt: Arc::clone(&job.prompts[0]),
         logprobs,
         return_token_ids: job.return_token_ids,
-        include_usage: job.include_usage,
+        prompt_logprobs: common
+            .prompt_logprobs
+            .map(|alternatives| u32::try_from(alternatives).unwrap_or(0)),
+        tell_usage: job.tell_usage,
         tells_cached: api.options.prompt_tokens_details,
     };
     Ok((job, shape))
@@ -109,6 +114,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
             made: 0,
             cached: 0,
             sequences,
+            told: vec![0; sequences],
             begun: false,
         };
         return Ok(event_stream(stream::body(chunks, news, sequences)));
@@ -133,9 +139,14 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "service_tier": null,
         "system_fingerprint": null,
         "usage": shape.usage(made, cached),
-        "prompt_logprobs": null,
+        "prompt_logprobs": shape
+            .prompt_logprobs
+            .map(|alternatives| prompt_logprobs::tell(&shape.prompt, alternatives)),
         "prompt_token_ids": shape.return_token_ids.then_some(&shape.prompt),
+        "prompt_text": null,
         "kv_transfer_params": params,
+        "ec_transfer_params": null,
+        "metrics": null,
     }))
     .into_response())
 }
@@ -157,13 +168,13 @@ impl Shape {
                 "annotations": null,
                 "audio": null,
                 "function_call": null,
-                "tool_calls": [],
                 "reasoning": null,
             },
             "logprobs": logprobs,
             "finish_reason": reason,
             "stop_reason": stop_reason,
             "token_ids": self.return_token_ids.then_some(output.tokens),
+            "routed_experts": null,
         })
     }
 
@@ -205,6 +216,8 @@ struct Chunks {
     made: usize,
     cached: usize,
     sequences: usize,
+    /// Tokens made, by choice.
+    told: Vec<usize>,
     /// Whether the roles were told.
     begun: bool,
 }
@@ -220,6 +233,13 @@ impl Chunks {
         })
     }
 
+    /// Tells the usage so far, where every event does.
+    fn count(&self, event: &mut Value, made: usize) {
+        if self.shape.tell_usage == TellUsage::Always {
+            event["usage"] = streamed_usage(self.shape.prompt.len(), made, None);
+        }
+    }
+
     fn roles(&self) -> Vec<String> {
         (0..self.sequences)
             .map(|index| {
@@ -230,6 +250,8 @@ impl Chunks {
                     "finish_reason": null,
                 }]));
                 event["prompt_token_ids"] = json!(self.shape.return_token_ids.then_some(&self.shape.prompt));
+                event["prompt_text"] = Value::Null;
+                self.count(&mut event, 0);
                 event.to_string()
             })
             .collect()
@@ -244,31 +266,32 @@ impl Render for Chunks {
         if let Some(End::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
         }
-        if output.text.is_empty() && output.end.is_none() && output.logprobs.is_empty() {
-            return events;
-        }
-        let logprobs = self.shape.logprobs_of(&output.logprobs);
-        let (reason, stop_reason) = reason(output.end);
+        let index = output.index;
+        self.told[index] += output.tokens.len();
         let mut choice = json!({
-            "index": output.index,
+            "index": index,
             "delta": {"content": output.text},
-            "logprobs": logprobs,
-            "finish_reason": reason,
-            "token_ids": self.shape.return_token_ids.then_some(output.tokens),
+            "logprobs": self.shape.logprobs_of(&output.logprobs),
         });
+        let (reason, stop_reason) = reason(output.end);
+        choice["finish_reason"] = json!(reason);
         if reason.is_some() {
             choice["stop_reason"] = stop_reason;
         }
-        events.push(self.event(&json!([choice])).to_string());
+        choice["token_ids"] = json!(self.shape.return_token_ids.then_some(output.tokens));
+        let mut event = self.event(&json!([choice]));
+        self.count(&mut event, self.told[index]);
+        events.push(event.to_string());
         events
     }
 
     fn usage(&mut self) -> Option<String> {
-        if !self.shape.include_usage {
+        if self.shape.tell_usage == TellUsage::Never {
             return None;
         }
         let mut event = self.event(&json!([]));
-        event["usage"] = self.shape.usage(self.made, self.cached);
+        let cached = self.shape.tells_cached.then_some(self.cached);
+        event["usage"] = streamed_usage(self.shape.prompt.len(), self.made, cached);
         Some(event.to_string())
     }
 }

@@ -8,9 +8,9 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::request::{Common, Job, Particulars, read};
+use super::request::{Common, Job, Particulars, TellUsage, read};
 use super::stream::{self, Render};
-use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, usage};
+use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
 use crate::sim::sequence::{End, Output, TokenLogprob};
 use crate::sim::tokens::{VOCABULARY, decode, encode};
 
@@ -20,6 +20,7 @@ struct CompletionOnly {
     prompt: Option<Box<RawValue>>,
     echo: Option<bool>,
     logprobs: Option<u32>,
+    suffix: Option<String>,
 }
 
 /// What an answer repeats in each of its parts.
@@ -33,7 +34,11 @@ pub(super) struct Shape {
     prompts: Vec<Arc<[u32]>>,
     choices: usize,
     return_token_ids: bool,
-    include_usage: bool,
+    /// Alternatives to tell for each token of the answer, and of the prompt where it is echoed.
+    logprobs: Option<u32>,
+    prompt_logprobs: Option<u32>,
+    prompt_only: bool,
+    tell_usage: TellUsage,
     tells_cached: bool,
 }
 
@@ -41,6 +46,9 @@ pub(super) struct Shape {
 pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Result<(Job, Shape), ApiError> {
     let only: CompletionOnly = read(body)?;
     api.check_model(common.model.as_deref())?;
+    if only.suffix.is_some() {
+        return Err(ApiError::bad_request("suffix is not currently supported", None));
+    }
     let raw = only
         .prompt
         .as_deref()
@@ -53,6 +61,7 @@ pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Re
         default_max_tokens: Some(16),
         logprobs: only.logprobs,
         needs_prompt: common.prompt_logprobs.is_some() || (echo && only.logprobs.is_some()),
+        echoes: echo,
     };
     let job = common.check(api, particulars)?;
     let shape = Shape {
@@ -67,7 +76,12 @@ pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Re
         prompts: job.prompts.clone(),
         choices: job.choices,
         return_token_ids: job.return_token_ids,
-        include_usage: job.include_usage,
+        logprobs: only.logprobs,
+        prompt_logprobs: common
+            .prompt_logprobs
+            .map(|alternatives| u32::try_from(alternatives).unwrap_or(0)),
+        prompt_only: job.prompt_only,
+        tell_usage: job.tell_usage,
         tells_cached: api.options.prompt_tokens_details,
     };
     Ok((job, shape))
@@ -109,10 +123,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
             cached = finish.cached_tokens;
         }
     }
-    let choices: Vec<Value> = outputs
-        .into_iter()
-        .map(|output| shape.choice(output, 0, true))
-        .collect();
+    let choices: Vec<Value> = outputs.into_iter().map(|output| shape.choice(output)).collect();
     Ok(Json(json!({
         "id": shape.id,
         "object": "text_completion",
@@ -123,6 +134,8 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "system_fingerprint": null,
         "usage": shape.usage(made, cached),
         "kv_transfer_params": params,
+        "ec_transfer_params": null,
+        "metrics": null,
     }))
     .into_response())
 }
@@ -137,38 +150,61 @@ impl Shape {
         usage(prompt, made, self.tells_cached.then_some(cached))
     }
 
-    /// One choice. `offset` is the length of its text before; `whole` says whether it is all of it.
-    fn choice(&self, output: Output, offset: usize, whole: bool) -> Value {
-        let prompt = self.prompt_of(output.index);
+    /// What a choice tells with its next output; `begins` says whether it has told nothing yet.
+    fn part(&self, output: &Output, begins: bool, offset: usize) -> Part {
+        let prompt = &self.prompts[self.prompt_of(output.index)];
         let mut text = String::new();
-        if offset == 0
-            && let Some(echo) = self.echo.get(prompt)
-        {
+        let mut told: Vec<Option<TokenLogprob>> = Vec::new();
+        if begins && let Some(echo) = self.echo.get(self.prompt_of(output.index)) {
             text.clone_from(echo);
+            told = self
+                .logprobs
+                .map(|alternatives| prompt_logprobs::of(prompt, alternatives))
+                .unwrap_or_default();
         }
-        let logprobs = logprobs(&output.logprobs, offset + text.len());
-        text.push_str(&output.text);
-        let (reason, stop_reason) = match output.end {
-            Some(End::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
-            _ => (None, Value::Null),
-        };
-        let mut choice = json!({
+        if !self.prompt_only {
+            text.push_str(&output.text);
+            told.extend(output.logprobs.iter().cloned().map(Some));
+        }
+        Part {
+            logprobs: logprobs(&told, offset),
+            text,
+        }
+    }
+
+    /// A whole choice.
+    fn choice(&self, output: Output) -> Value {
+        let prompt = &self.prompts[self.prompt_of(output.index)];
+        let part = self.part(&output, true, 0);
+        let (reason, stop_reason) = reason(output.end);
+        json!({
             "index": output.index,
-            "text": text,
-            "logprobs": logprobs,
+            "text": part.text,
+            "logprobs": part.logprobs,
             "finish_reason": reason,
             "stop_reason": stop_reason,
             "token_ids": self.return_token_ids.then_some(&output.tokens),
-            "prompt_token_ids": (self.return_token_ids && offset == 0).then(|| &self.prompts[prompt]),
-        });
-        if whole {
-            choice["prompt_logprobs"] = Value::Null;
-        }
-        choice
+            "prompt_logprobs": self.prompt_logprobs.map(|alternatives| prompt_logprobs::tell(prompt, alternatives)),
+            "prompt_token_ids": self.return_token_ids.then_some(prompt),
+            "routed_experts": null,
+        })
     }
 }
 
-fn logprobs(of: &[TokenLogprob], offset: usize) -> Value {
+/// The part of a choice that one event tells.
+struct Part {
+    text: String,
+    logprobs: Value,
+}
+
+fn reason(end: Option<End>) -> (Option<&'static str>, Value) {
+    match end {
+        Some(End::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
+        _ => (None, Value::Null),
+    }
+}
+
+fn logprobs(of: &[Option<TokenLogprob>], offset: usize) -> Value {
     if of.is_empty() {
         return Value::Null;
     }
@@ -176,25 +212,22 @@ fn logprobs(of: &[TokenLogprob], offset: usize) -> Value {
     let mut offsets = Vec::with_capacity(of.len());
     let mut tokens = Vec::with_capacity(of.len());
     for one in of {
-        let text = decode(&[one.token]);
+        // The first token of a prompt has no probability; what it is does not matter to what comes after.
+        let text = one.as_ref().map_or_else(String::new, |one| decode(&[one.token]));
         offsets.push(at);
         at += text.len();
         tokens.push(text);
     }
-    let top: Vec<Value> = of
-        .iter()
-        .map(|one| {
-            one.top
-                .iter()
-                .map(|(token, logprob)| (decode(&[*token]), json!(logprob)))
-                .collect()
-        })
-        .collect();
+    let top = |one: &TokenLogprob| -> Value {
+        let top = one.top.iter();
+        top.map(|(token, logprob)| (decode(&[*token]), json!(logprob)))
+            .collect()
+    };
     json!({
         "text_offset": offsets,
-        "token_logprobs": of.iter().map(|one| one.logprob).collect::<Vec<f64>>(),
+        "token_logprobs": of.iter().map(|one| one.as_ref().map(|one| one.logprob)).collect::<Vec<_>>(),
         "tokens": tokens,
-        "top_logprobs": top,
+        "top_logprobs": of.iter().map(|one| one.as_ref().map(top)).collect::<Vec<_>>(),
     })
 }
 
@@ -203,8 +236,8 @@ struct Chunks {
     shape: Shape,
     made: usize,
     cached: usize,
-    /// Length of the text told, by choice.
-    offsets: Vec<usize>,
+    /// By choice: whether it has told something, tokens made, and the length of the text told.
+    told: Vec<(bool, usize, usize)>,
 }
 
 impl Chunks {
@@ -213,20 +246,18 @@ impl Chunks {
             shape,
             made: 0,
             cached: 0,
-            offsets: vec![0; sequences],
+            told: vec![(false, 0, 0); sequences],
         }
     }
 
-    fn event(&self, choices: &Value, usage: &Value) -> String {
+    fn event(&self, choices: &Value) -> Value {
         json!({
             "id": self.shape.id,
             "object": "text_completion",
             "created": self.shape.created,
             "model": self.shape.model,
             "choices": choices,
-            "usage": usage,
         })
-        .to_string()
     }
 }
 
@@ -236,19 +267,36 @@ impl Render for Chunks {
         if let Some(End::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
         }
-        // A token whose text is still held back has no event of its own, as with vLLM.
-        if output.text.is_empty() && output.end.is_none() && output.logprobs.is_empty() {
-            return Vec::new();
-        }
         let index = output.index;
-        let offset = self.offsets[index];
-        let choice = self.shape.choice(output, offset, false);
-        self.offsets[index] += choice["text"].as_str().map_or(0, str::len);
-        vec![self.event(&json!([choice]), &Value::Null)]
+        let (told, made, offset) = self.told[index];
+        let made = made + output.tokens.len();
+        let part = self.shape.part(&output, !told, offset);
+        self.told[index] = (true, made, offset + part.text.len());
+        let prompt = &self.shape.prompts[self.shape.prompt_of(index)];
+        let ids = self.shape.return_token_ids;
+        let (reason, stop_reason) = reason(output.end);
+        let mut event = self.event(&json!([{
+            "index": index,
+            "text": part.text,
+            "logprobs": part.logprobs,
+            "finish_reason": reason,
+            "stop_reason": stop_reason,
+            "prompt_token_ids": (ids && !told).then_some(prompt),
+            "token_ids": ids.then_some(&output.tokens),
+        }]));
+        if self.shape.tell_usage == TellUsage::Always {
+            event["usage"] = streamed_usage(prompt.len(), made, None);
+        }
+        vec![event.to_string()]
     }
 
     fn usage(&mut self) -> Option<String> {
-        let usage = self.shape.usage(self.made, self.cached);
-        self.shape.include_usage.then(|| self.event(&json!([]), &usage))
+        if self.shape.tell_usage == TellUsage::Never {
+            return None;
+        }
+        let prompt = self.shape.prompts.iter().map(|prompt| prompt.len()).sum();
+        let mut event = self.event(&json!([]));
+        event["usage"] = streamed_usage(prompt, self.made, self.shape.tells_cached.then_some(self.cached));
+        Some(event.to_string())
     }
 }

@@ -2,8 +2,11 @@
 
 mod chat;
 mod completion;
+mod other;
+mod prompt_logprobs;
 mod request;
 mod stream;
+mod structured;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -112,6 +115,9 @@ pub(crate) fn router(api: Arc<Api>) -> Router {
         .route("/detokenize", post(detokenize))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/responses", post(other::responses))
+        .route("/v1/messages", post(other::messages))
+        .route("/v1/messages/count_tokens", post(other::count_tokens))
         .fallback(async || (StatusCode::NOT_FOUND, Json(json!({"detail": "Not Found"}))))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(api)
@@ -310,8 +316,24 @@ fn usage(prompt: usize, completion: usize, cached: Option<usize>) -> Value {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
         "completion_tokens": completion,
-        "prompt_tokens_details": cached.map(|cached_tokens| json!({"cached_tokens": cached_tokens})),
+        "prompt_tokens_details": cached.map(|cached_tokens| json!({
+            "cached_tokens": cached_tokens, "created_cache_tokens": null, "multimodal_tokens": null,
+        })),
+        "completion_tokens_details": null,
     })
+}
+
+/// The `usage` of a stream, which leaves out what has no value.
+fn streamed_usage(prompt: usize, completion: usize, cached: Option<usize>) -> Value {
+    let mut usage = json!({
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+    });
+    if let Some(cached_tokens) = cached {
+        usage["prompt_tokens_details"] = json!({"cached_tokens": cached_tokens});
+    }
+    usage
 }
 
 /// Seconds since 1970.

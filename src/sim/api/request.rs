@@ -8,9 +8,11 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::structured::{StructuredOutputs, texts};
 use super::{Api, ApiError};
 use crate::sim::kv_params::{self, Transfer};
 use crate::sim::sequence::Sampling;
+use crate::sim::tokens::encode;
 
 /// The fields that completions and chat share.
 #[derive(Debug, Deserialize)]
@@ -22,6 +24,9 @@ pub(super) struct Common {
     pub(super) stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     n: Option<i64>,
+    use_beam_search: Option<bool>,
+    structured_outputs: Option<StructuredOutputs>,
+    response_format: Option<Value>,
     temperature: Option<f64>,
     seed: Option<i64>,
     stop: Option<Box<RawValue>>,
@@ -38,6 +43,17 @@ pub(super) struct Common {
 #[derive(Debug, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+/// When a stream tells its usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TellUsage {
+    Never,
+    /// In an event of its own before the end.
+    AtEnd,
+    /// There, and in every event.
+    Always,
 }
 
 /// One message of a chat.
@@ -45,6 +61,16 @@ struct StreamOptions {
 pub(super) struct Message {
     role: String,
     content: Option<Box<RawValue>>,
+}
+
+impl Message {
+    /// A message of text.
+    pub(super) fn new(role: &str, text: &str) -> Self {
+        Self {
+            role: role.to_owned(),
+            content: serde_json::value::to_raw_value(text).ok(),
+        }
+    }
 }
 
 /// One part of a message's content.
@@ -67,7 +93,9 @@ pub(super) struct Job {
     pub(super) temperature: f64,
     pub(super) seed: Option<i64>,
     pub(super) stream: bool,
-    pub(super) include_usage: bool,
+    pub(super) tell_usage: TellUsage,
+    /// Whether the client asked for its prompt and nothing more. One token is made all the same, as by vLLM.
+    pub(super) prompt_only: bool,
     pub(super) return_token_ids: bool,
     pub(super) transfer: Transfer,
     pub(super) cache_salt: Option<String>,
@@ -82,6 +110,8 @@ pub(super) struct Particulars {
     pub(super) logprobs: Option<u32>,
     /// Whether probabilities of the prompt are wanted: then it is computed, never fetched.
     pub(super) needs_prompt: bool,
+    /// Whether no token may be asked for, because the prompt is echoed.
+    pub(super) echoes: bool,
 }
 
 /// Reads a body. A wrong one is told where it is wrong.
@@ -111,6 +141,8 @@ impl Common {
     pub(super) fn check(&self, api: &Api, of: Particulars) -> Result<Job, ApiError> {
         let limit = api.options.max_model_len as usize;
         let given = self.max_completion_tokens.or(self.max_tokens);
+        let prompt_only = of.echoes && given == Some(0);
+        let given = if prompt_only { Some(1) } else { given };
         if let Some(wrong) = given.filter(|given| *given < 1) {
             let message = format!("max_tokens must be at least 1, got {wrong}.");
             return Err(ApiError::bad_request(message, Some("max_tokens")));
@@ -131,7 +163,12 @@ impl Common {
         if choices == 0 {
             return Err(ApiError::bad_request("n must be at least 1.", Some("n")));
         }
-        if choices > 1 && temperature == 0.0 {
+        let beams = self.use_beam_search.unwrap_or(false);
+        if beams && self.stream == Some(true) {
+            let message = "Streaming is not currently supported with beam search";
+            return Err(ApiError::bad_request(message, None));
+        }
+        if choices > 1 && temperature == 0.0 && !beams {
             let message = format!("n must be 1 when using greedy sampling, got {choices}.");
             return Err(ApiError::bad_request(message, Some("n")));
         }
@@ -154,19 +191,28 @@ impl Common {
                 include_stop: self.include_stop_str_in_output.unwrap_or(false),
                 salt: 0,
                 logprobs: of.logprobs,
+                allowed: texts(self.structured_outputs.as_ref(), self.response_format.as_ref())?
+                    .map(|texts| texts.iter().map(|text| encode(text)).collect()),
             },
-            temperature,
-            seed: self.seed,
+            // Beams differ whatever the temperature, and always in the same way.
+            temperature: if beams { 1.0 } else { temperature },
+            seed: if beams { None } else { self.seed },
             stream: self.stream.unwrap_or(false),
-            include_usage: self
-                .stream_options
-                .as_ref()
-                .and_then(|options| options.include_usage)
-                .unwrap_or(false),
+            tell_usage: self.tell_usage(),
+            prompt_only,
             return_token_ids: self.return_token_ids.unwrap_or(false),
             transfer,
             cache_salt: self.cache_salt.clone(),
         })
+    }
+
+    fn tell_usage(&self) -> TellUsage {
+        let options = self.stream_options.as_ref();
+        match options.map(|options| (options.include_usage, options.continuous_usage_stats)) {
+            Some((Some(true), Some(true))) => TellUsage::Always,
+            Some((Some(true), _)) => TellUsage::AtEnd,
+            _ => TellUsage::Never,
+        }
     }
 
     /// `stop` is a text or a list of texts.

@@ -17,7 +17,8 @@ impl Core {
         self.parts.metrics.external_queries.add(prompt.len());
         sequence.loaded = receiver.retrieve(prompt, tag);
         garble(&mut self.garbled_loads, &mut sequence.loaded);
-        sequence.cached_tokens = sequence.loaded.len();
+        // The last token of a prompt is computed again.
+        sequence.cached_tokens = sequence.loaded.len().min(prompt.len() - 1);
         self.parts.metrics.external_hits.add(sequence.loaded.len());
         let message = format!(
             "Reqid: {}, Total tokens {}, LMCache hit tokens: {}",
@@ -39,7 +40,7 @@ impl Core {
         self.loads.spawn(async move {
             let request = &sequence.request;
             sequence.loaded = cache.look_up(request.cache_salt.as_deref(), &request.prompt).await;
-            sequence.cached_tokens = sequence.loaded.len();
+            sequence.cached_tokens = sequence.loaded.len().min(request.prompt.len() - 1);
             Loaded::Cached(Box::new(sequence))
         });
     }

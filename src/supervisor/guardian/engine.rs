@@ -331,6 +331,7 @@ fn prepare_leader(command: &mut Command, entrance: Option<File>) {
             for reset in [
                 Signal::SIGPIPE,
                 Signal::SIGINT,
+                Signal::SIGQUIT,
                 Signal::SIGTERM,
                 Signal::SIGHUP,
                 Signal::SIGCHLD,

@@ -50,7 +50,7 @@ async fn decoder() -> Fake {
 }
 
 /// A prefill engine that sends `ranks` notifications before it answers.
-async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fake {
+pub(crate) async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fake {
     Fake::start(move |seen| async move {
         for _ in 0..ranks {
             notify(port, &request_id(&seen)).await;
@@ -292,7 +292,7 @@ const ENDED: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"mo
 /// The same where the first token is half a character.
 const HALF: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"\ufffd","finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":9}}"#;
 
-const REST: &str = r#"{"id":"cmpl-D","object":"text_completion","created":6,"model":"m","choices":[{"index":0,"text":"lo","logprobs":null,"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":4,"total_tokens":5,"completion_tokens":1,"prompt_tokens_details":null}}"#;
+const REST: &str = r#"{"id":"cmpl-D","object":"text_completion","created":6,"model":"m","choices":[{"index":0,"text":"lo","logprobs":null,"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":4,"total_tokens":5,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":3}}}"#;
 
 /// Cut where a parser that takes a chunk for an event would fail.
 fn rest_stream() -> Response<Body> {
@@ -391,39 +391,52 @@ async fn a_spliced_stream_has_one_id_and_the_right_usage() {
     assert_eq!(decode[0].json()["max_tokens"], 15);
 }
 
-#[tokio::test]
-async fn a_spliced_chat_is_a_chat() {
-    let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
-    let (_, _, text, prefill, decode) = splice(FIRST, body, "/v1/chat/completions").await;
-    let answer: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(
-        (answer["object"].as_str(), answer["id"].as_str()),
-        (Some("chat.completion"), Some("chatcmpl-P"))
-    );
-    let message = &answer["choices"][0]["message"];
-    assert_eq!(
-        (message["role"].as_str(), message["content"].as_str()),
-        (Some("assistant"), Some("Hello"))
-    );
-    assert_eq!(prefill[0].json().get("messages"), None);
-    assert_eq!(
-        decode[1].json(),
-        json!({"prompt": [1, 2, 3, 42], "max_tokens": null, "kv_transfer_params": tag(&prefill[0])})
-    );
+/// The same of a chat, and what a reasoning parser makes of it.
+const CHAT_FIRST: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","new":1.50},"finish_reason":"length","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1},"kv_transfer_params":{"first_tok":42}}"#;
+const CHAT_THOUGHT: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","reasoning":"Hel"},"finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":42}}"#;
 
-    let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"max_completion_tokens":9}"#;
-    let (_, _, text, _, decode) = splice(FIRST, body, "/v1/chat/completions").await;
-    let chunks = chunks(&text);
+const CHAT: &str = "/v1/chat/completions";
+
+#[tokio::test]
+async fn a_spliced_chat_is_the_prefill_engines_own_chat_gone_on() {
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"parallel_tool_calls":true,"logprobs":false}"#;
+    let (_, _, text, prefill, decode) = splice(CHAT_FIRST, body, CHAT).await;
+    let whole = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hello","new":1.50},"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2},"kv_transfer_params":null}"#;
+    assert_eq!(text, whole);
+    assert_eq!(prefill[0].path, CHAT);
+    let params = &prefill[0].json()["kv_transfer_params"];
     assert_eq!(
-        chunks[0]["choices"][0]["delta"],
-        json!({"role": "assistant", "content": ""})
+        (&params["prompt_token_ids"], &params["ret_first_tok"]),
+        (&json!([1, 2, 3]), &json!(true))
     );
-    let contents = chunks[1..]
-        .iter()
-        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str());
-    assert_eq!(contents.collect::<String>(), "Hello!");
-    assert_eq!(chunks[1]["object"], "chat.completion.chunk");
+    // As many tokens as fit: 99 less the prompt's 3 and the first one.
+    let rest = json!({"prompt": [1, 2, 3, 42], "max_tokens": 95, "kv_transfer_params": tag(&prefill[0])});
+    assert_eq!((decode[1].path.as_str(), decode[1].json()), ("/v1/completions", rest));
+
+    let body = r#"{"messages":[{"role":"user","content":"x"}],"stream":true,"stream_options":{"include_usage":true},"max_completion_tokens":9}"#;
+    let (_, _, text, _, decode) = splice(CHAT_FIRST, body, CHAT).await;
+    let chunks = chunks(&text);
+    let deltas: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]).collect();
+    assert_eq!(*deltas[0], json!({"role": "assistant", "content": ""}));
+    let contents: Vec<&Value> = deltas[1..4].iter().map(|delta| &delta["content"]).collect();
+    assert_eq!(contents, ["Hel", "lo", "!"]);
+    assert_eq!(chunks[3]["choices"][0]["finish_reason"], "length");
+    let usage = json!({"prompt_tokens": 3, "total_tokens": 6, "completion_tokens": 3});
+    assert_eq!((&chunks[4]["choices"], &chunks[4]["usage"]), (&json!([]), &usage));
+    let of_one_answer = |chunk: &Value| {
+        chunk["id"] == "chatcmpl-P" && chunk["created"] == 5 && chunk["object"] == "chat.completion.chunk"
+    };
+    assert!(chunks[..5].iter().all(of_one_answer), "{text}");
+    assert_eq!((chunks.len(), &chunks[5]), (6, &json!("[DONE]")));
     assert_eq!(decode[1].json()["max_tokens"], 8);
+}
+
+#[tokio::test]
+async fn a_first_token_that_is_no_plain_text_is_left_to_the_decode_engine() {
+    let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
+    let (status, _, _, prefill, decode) = splice(CHAT_THOUGHT, body, CHAT).await;
+    assert_eq!((status, prefill.len()), (200, 1));
+    assert!(decode.iter().any(|seen| seen.raw == body), "the client's own request");
 }
 
 #[tokio::test]
@@ -491,7 +504,7 @@ async fn what_a_splice_cannot_do_exactly_goes_to_a_decode_engine_alone() {
     let (_, _, _, prefill, decode) = splice(FIRST, body, "/v1/chat/completions").await;
     assert_eq!(
         (prefill.len(), decode[0].path.as_str(), decode[0].raw.as_str()),
-        (0, "/v1/chat/completions", body)
+        (0, CHAT, body)
     );
 }
 

@@ -1,0 +1,128 @@
+//! docs/matrix.md, made of the rules: what it says is what happens.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use super::api::{Course, Methods, ROUTES};
+use super::rules::Kind;
+use super::rules::fields::{FIELDS, Field, When};
+
+const HEAD: &str = "\
+# What becomes of a request
+
+A client must not be able to tell a fleet from one big vLLM, except by its speed. So every route of vLLM 0.32's server and
+every field of its generations has a rule, and what a hand-off between two engines cannot serve exactly, one engine serves.
+This page is made of the rules in `src/proxy/api.rs` and `src/proxy/rules/fields.rs`; a test compares them, and
+`XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it anew. `tests/it/exact` compares the fleet's bytes with one
+simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vLLM's.
+
+- **handed over**: prefill on one engine, decode on another, from the client's own bytes.
+- **spliced**: the prefill engine makes the first token as well (`first_token = \"prefiller\"` with LMCache only). What a splice
+  cannot do goes to a decode engine alone.
+- **alone**: one decode engine answers, from the client's own bytes. Nothing is split over several engines, and nothing merged:
+  several choices or prompts are cheaper on one engine than the care that they would take on two.
+- **refused**: no engine sees it; the answer is an error in OpenAI's shape.
+
+Whichever it is: `kv_transfer_params` and `ec_transfer_params` are taken out, also of `vllm_xargs`; other fields reach the engine
+as the client wrote them. Ids are the proxy's, one for each answer. `usage` is that of one engine: where prompts are handed
+over, `cached_tokens` is what the prefill engine had cached, and not the KV that came from it. What a prefill engine refuses is
+asked of the decode engine, whose answer the client gets. A generation that ends with `abort` or `error` is an error, also
+after the first event.
+
+";
+
+fn methods(methods: Methods) -> &'static str {
+    match methods {
+        Methods::Get => "GET",
+        Methods::Post => "POST",
+        Methods::Both => "GET, POST",
+    }
+}
+
+fn fate(course: Course) -> (&'static str, &'static str) {
+    match course {
+        Course::Generate(_) => ("handed over", "by its fields, below"),
+        Course::Health => ("the proxy's", "200 while there is a ready engine of each role"),
+        Course::Metrics => ("the proxy's", "its own metrics"),
+        Course::Pass => ("alone", ""),
+        Course::Refuse(why) => ("refused", why),
+    }
+}
+
+fn cell(served: &str, when: When) -> String {
+    match when {
+        When::Always => served.to_owned(),
+        When::Never => "alone".to_owned(),
+        When::Only(values) => {
+            let values: Vec<String> = values.iter().map(|value| format!("`{value}`")).collect();
+            format!("{served} with {}, else alone", values.join(" or "))
+        }
+        When::Count => format!("{served} with a whole number from 1, else alone"),
+        When::OnePrompt => format!("{served} with one text or one list of token ids, else alone"),
+        When::List => format!("{served} with a list, else alone"),
+        When::PlainChat => format!("{served} with messages of a role and a text, else alone"),
+        When::IncludeUsage => format!("{served} with `include_usage` only, else alone"),
+    }
+}
+
+fn kinds(field: &Field) -> &'static str {
+    match field.kinds {
+        [Kind::Completions] => "completions",
+        [Kind::Chat] => "chat",
+        _ => "both",
+    }
+}
+
+fn render() -> String {
+    let mut text = HEAD.to_owned();
+    text += "## Routes\n\nWhat is not here is answered 404.\n\n| Route | Methods | What becomes of it | |\n|---|---|---|---|\n";
+    for rule in ROUTES {
+        let (what, why) = fate(rule.course);
+        writeln!(text, "| `{}` | {} | {what} | {why} |", rule.path, methods(rule.methods)).expect("a string takes all");
+    }
+    text += "\nResponses that vLLM stores (`VLLM_ENABLE_RESPONSES_API_STORE=1`) are known to the engine that made them: with several \
+             decode\nengines, bind sessions (`proxy.bind_sessions`).\n\n";
+    text += "## Fields of `/v1/completions` and `/v1/chat/completions`\n\nAbsent fields and `null` change nothing. A field that is not \
+             here is handed over, and never spliced.\n\n| Field | Of | Hand-off | Splice | |\n|---|---|---|---|---|\n";
+    for field in FIELDS {
+        let (handoff, splice) = (cell("handed over", field.handoff), cell("spliced", field.splice));
+        writeln!(
+            text,
+            "| `{}` | {} | {handoff} | {splice} | {} |",
+            field.name,
+            kinds(field),
+            field.why
+        )
+        .expect("a string takes all");
+    }
+    text
+}
+
+#[test]
+fn the_document_says_what_the_rules_do() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/matrix.md");
+    if std::env::var_os("XPYD_UPDATE_DOCS").is_some() {
+        fs_err::write(&path, render()).expect("the document can be written");
+    }
+    let written = fs_err::read_to_string(&path).expect("the document is there");
+    assert!(
+        written == render(),
+        "docs/matrix.md is not what the rules say: run `XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix`"
+    );
+}
+
+#[test]
+fn every_field_stands_once_for_each_route() {
+    for (place, field) in FIELDS.iter().enumerate() {
+        let again = FIELDS[place + 1..]
+            .iter()
+            .any(|other| other.name == field.name && other.kinds.iter().any(|kind| field.kinds.contains(kind)));
+        assert!(!again, "{}", field.name);
+        // Whatever a splice serves, a hand-off serves as well.
+        assert!(
+            field.handoff != When::Never || field.splice == When::Never,
+            "{}",
+            field.name
+        );
+    }
+}

@@ -1,0 +1,120 @@
+//! Which requests are handed over, spliced, or answered by a decode engine alone.
+
+use super::*;
+
+fn decide(kind: Kind, body: &str, flow: DecodeFlow) -> Course {
+    course(kind, &Document::parse(body.as_bytes()).expect("an object"), flow)
+}
+
+#[test]
+fn requests_that_a_handoff_would_answer_wrongly_go_to_a_decode_engine_alone() {
+    let handoff = [
+        r#"{"prompt":"x"}"#,
+        r#"{"prompt":[1, 2]}"#,
+        r#"{"prompt":"x","n":1,"echo":false,"best_of":null,"prompt_logprobs":null,"max_tokens":1}"#,
+        r#"{"prompt":"x","logprobs":3,"stop":["a"],"min_tokens":2,"seed":1}"#,
+    ];
+    for body in handoff {
+        assert_eq!(
+            decide(Kind::Completions, body, DecodeFlow::Original),
+            Course::Handoff,
+            "{body}"
+        );
+    }
+    let bypass = [
+        (r#"{"prompt":"x","n":2}"#, "n"),
+        (r#"{"prompt":"x","n":"2"}"#, "n"),
+        (r#"{"prompt":"x","n":1,"n":3}"#, "n"),
+        (r#"{"prompt":"x","best_of":2}"#, "best_of"),
+        (r#"{"prompt":"x","use_beam_search":true}"#, "use_beam_search"),
+        (r#"{"prompt":"x","echo":true}"#, "echo"),
+        (r#"{"prompt":"x","echo":true,"logprobs":1}"#, "echo"),
+        (r#"{"prompt":"x","prompt_logprobs":0}"#, "prompt_logprobs"),
+        (r#"{"prompt":["x"]}"#, "prompt"),
+        (r#"{"prompt":[[1],[2]]}"#, "prompt"),
+        (r#"{"prompt":[]}"#, "prompt"),
+        (r#"{"prompt":"x","max_tokens":0}"#, "max_tokens"),
+        (r#"{"prompt":"x","max_tokens":"7"}"#, "max_tokens"),
+        (r#"{"model":"m"}"#, "prompt"),
+    ];
+    for (body, reason) in bypass {
+        for flow in [DecodeFlow::Original, DecodeFlow::TokenSplice] {
+            assert_eq!(decide(Kind::Completions, body, flow), Course::Bypass(reason), "{body}");
+        }
+    }
+    let chat = r#"{"messages":[{"role":"user","content":"x"}],"tools":[{}],"max_completion_tokens":5}"#;
+    assert_eq!(decide(Kind::Chat, chat, DecodeFlow::Original), Course::Handoff);
+    assert_eq!(
+        decide(Kind::Chat, r#"{"messages":"x"}"#, DecodeFlow::Original),
+        Course::Bypass("messages")
+    );
+}
+
+#[test]
+fn a_splice_takes_only_what_it_can_do_exactly() {
+    let request = |limit, stream, include_usage| {
+        Course::Splice(SpliceRequest {
+            limit,
+            stream,
+            include_usage,
+        })
+    };
+    let splices = [
+        (Kind::Completions, r#"{"prompt":"x"}"#, request(Some(16), false, false)),
+        (
+            Kind::Completions,
+            r#"{"prompt":"x","max_tokens":null}"#,
+            request(Some(16), false, false),
+        ),
+        // What `vllm bench serve` sends.
+        (
+            Kind::Completions,
+            r#"{"model":"m","prompt":"x","temperature":0.0,"repetition_penalty":1.0,"max_tokens":200,"logprobs":null,
+                "stream":true,"stream_options":{"include_usage":true},"ignore_eos":true}"#,
+            request(Some(200), true, true),
+        ),
+        (
+            Kind::Chat,
+            r#"{"messages":[{"role":"user","content":"x"}],"max_tokens":9,"max_completion_tokens":5,"tools":null}"#,
+            request(Some(5), false, false),
+        ),
+        (
+            Kind::Chat,
+            r#"{"messages":[{"role":"user","content":"x"}]}"#,
+            request(None, false, false),
+        ),
+    ];
+    for (kind, body, expected) in splices {
+        assert_eq!(decide(kind, body, DecodeFlow::TokenSplice), expected, "{body}");
+    }
+    for extra in [
+        r#""logprobs":1"#,
+        r#""stop":"a""#,
+        r#""stop_token_ids":[1]"#,
+        r#""seed":1"#,
+        r#""min_tokens":2"#,
+        r#""presence_penalty":0.5"#,
+        r#""response_format":{"type":"json_object"}"#,
+        r#""tools":[]"#,
+        r#""logit_bias":{"1":1}"#,
+        r#""return_token_ids":true"#,
+        r#""suffix":"b""#,
+        r#""some_new_field":false"#,
+        r#""add_special_tokens":false"#,
+        r#""stream":"true""#,
+        r#""stream":true,"stream_options":{"continuous_usage_stats":true}"#,
+        r#""stream_options":{"include_usage":true}"#,
+    ] {
+        let body = format!(r#"{{"prompt":"x",{extra}}}"#);
+        let decided = decide(Kind::Completions, &body, DecodeFlow::TokenSplice);
+        assert!(matches!(decided, Course::Bypass(_)), "{body}");
+    }
+    for messages in [
+        r#"[{"role":"user","content":[{"type":"image_url"}]}]"#,
+        r#"[{"role":"assistant","content":"x","tool_calls":[]}]"#,
+    ] {
+        let body = format!(r#"{{"messages":{messages}}}"#);
+        let decided = decide(Kind::Chat, &body, DecodeFlow::TokenSplice);
+        assert_eq!(decided, Course::Bypass("messages"), "{body}");
+    }
+}

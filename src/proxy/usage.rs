@@ -1,0 +1,212 @@
+//! What answers say that they used. The prompt was read by the prefill engine, so its count of cached tokens is the one that
+//! a single engine would give; the decode engine's count says instead whether the KV came from elsewhere.
+//!
+//! What real engines did (vLLM 0.32.0, `--enable-prompt-tokens-details`): a decode engine of LMCache counts all tokens but the
+//! last one as cached, one of NIXL repeats the prefill engine's count. Without the flag neither says anything.
+
+use bytes::Bytes;
+use serde::Deserialize;
+
+use super::body::{Document, Step, edit_at};
+use super::sse;
+
+/// Where the details of the prompt stand in an answer, or in the event of a stream that tells the usage.
+const DETAILS: &[u8] = b"\"prompt_tokens_details\":";
+
+/// What the prefill engine used for a request.
+#[derive(Debug)]
+pub(super) struct PrefillUsage {
+    /// The members of its `prompt_tokens_details` that have a value, as JSON text.
+    details: Vec<(String, String)>,
+    cached_tokens: Option<u64>,
+    /// Whether the decode engine counts the KV that it received as cached, whatever the prefill engine found.
+    pushed: bool,
+}
+
+/// What the decode engine's usage proves about the hand-off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Proof {
+    /// Tokens of the prompt that the decode engine did not compute; `None` where its usage does not say.
+    pub(super) remote_tokens: Option<u64>,
+}
+
+impl Proof {
+    /// Whether the decode engine has computed the whole prompt by itself.
+    pub(super) fn disproves(self) -> bool {
+        self.remote_tokens == Some(0)
+    }
+}
+
+/// The part of `usage` that counts here.
+#[derive(Debug, Default, Deserialize)]
+struct Usage {
+    #[serde(default)]
+    prompt_tokens: u64,
+    prompt_tokens_details: Option<Details>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Details {
+    cached_tokens: Option<u64>,
+}
+
+impl Usage {
+    fn cached_tokens(&self) -> Option<u64> {
+        self.prompt_tokens_details.as_ref()?.cached_tokens
+    }
+}
+
+impl PrefillUsage {
+    /// What a prefill engine's whole answer says. `pushed`: the connector pushes KV.
+    pub(super) fn of(answer: &[u8], pushed: bool) -> Self {
+        let usage = std::str::from_utf8(answer)
+            .ok()
+            .filter(|_| has_details(answer))
+            .and_then(|text| Document::parse_text(text).ok()?.given("usage"));
+        let details = usage.and_then(|usage| {
+            let all = Document::parse_text(Document::parse_text(usage).ok()?.given("prompt_tokens_details")?).ok()?;
+            let given = |key: &str| Some((key.to_owned(), all.given(key)?.to_owned()));
+            Some(all.keys().filter_map(given).collect())
+        });
+        Self {
+            details: details.unwrap_or_default(),
+            cached_tokens: usage
+                .and_then(|usage| serde_json::from_str::<Usage>(usage).ok())
+                .and_then(|usage| usage.cached_tokens()),
+            pushed,
+        }
+    }
+
+    /// What a whole answer of the decode engine proves.
+    pub(super) fn proof_of(&self, answer: &[u8]) -> Proof {
+        #[derive(Deserialize)]
+        struct Answer {
+            usage: Usage,
+        }
+        if !has_details(answer) {
+            return Proof::default();
+        }
+        serde_json::from_slice::<Answer>(answer).map_or_else(|_| Proof::default(), |answer| self.proof(&answer.usage))
+    }
+
+    /// A whole answer of the decode engine as the client shall see it, and what it proves. `None` if it tells no details.
+    pub(super) fn correct(&self, answer: &[u8]) -> Option<(String, Proof)> {
+        if !has_details(answer) {
+            return None;
+        }
+        let mut proof = Proof::default();
+        let corrected = edit_at(std::str::from_utf8(answer).ok()?, &[Step::Key("usage")], |usage| {
+            proof = self.proof(&serde_json::from_str(usage).ok()?);
+            edit_at(usage, &[Step::Key("prompt_tokens_details")], |details| {
+                self.details(details)
+            })
+        });
+        corrected.map(|answer| (answer, proof))
+    }
+
+    /// The same of whole events of its stream.
+    pub(super) fn correct_events(&self, events: &[u8]) -> Option<(Bytes, Proof)> {
+        if !has_details(events) {
+            return None;
+        }
+        let mut proof = Proof::default();
+        let mut out = Vec::with_capacity(events.len());
+        for (_, event) in sse::each(events) {
+            let corrected = sse::data(event).next().and_then(|data| {
+                let (corrected, proven) = self.correct(data)?;
+                proof = proven;
+                let start = data.as_ptr().addr() - event.as_ptr().addr();
+                Some([&event[..start], corrected.as_bytes(), &event[start + data.len()..]].concat())
+            });
+            out.extend_from_slice(corrected.as_deref().unwrap_or(event));
+        }
+        Some((out.into(), proof))
+    }
+
+    /// The decode engine's details with the prefill engine's values. What only one of them tells stays as it is.
+    fn details(&self, details: &str) -> Option<String> {
+        let own = Document::parse_text(details).ok()?;
+        let told = self.details.iter().filter(|(key, _)| own.given(key).is_some());
+        let edits: Vec<_> = told.map(|(key, value)| (key.as_str(), Some(value.as_str()))).collect();
+        Some(own.apply(&edits))
+    }
+
+    fn proof(&self, decoded: &Usage) -> Proof {
+        let cached = decoded.cached_tokens();
+        // The only token of a prompt is computed wherever its KV is, and an equal count may be a repeated one.
+        let says_nothing = decoded.prompt_tokens <= 1 || (!self.pushed && cached == self.cached_tokens);
+        Proof {
+            remote_tokens: cached.filter(|_| !says_nothing),
+        }
+    }
+}
+
+/// Whether an answer tells details of the prompt. Text cannot look so, because it has its quotes escaped; most answers and
+/// events are done with here.
+fn has_details(json: &[u8]) -> bool {
+    memchr::memmem::find_iter(json, DETAILS).any(|at| json[at + DETAILS.len()..].trim_ascii_start().starts_with(b"{"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PREFILLED: &[u8] = br#"{"usage":{"prompt_tokens":300,"total_tokens":301,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":16,"created_cache_tokens":null}}}"#;
+
+    fn usage(details: &str) -> String {
+        format!(
+            "{{\"choices\":[{{\"text\":\"\\\"prompt_tokens_details\\\":1\"}}], \"usage\":{{\"prompt_tokens\":300,\"prompt_tokens_details\":{details} }},\"x\":1.50}}"
+        )
+    }
+
+    #[test]
+    fn the_client_sees_the_prefill_engines_cache_and_every_other_byte_unchanged() {
+        let used = PrefillUsage::of(PREFILLED, true);
+        for (decoded, seen, remote_tokens) in [
+            (r#"{"cached_tokens":299}"#, r#"{"cached_tokens":16}"#, Some(299)),
+            (
+                r#"{ "cached_tokens": 0,"new":[1] }"#,
+                r#"{ "cached_tokens": 16,"new":[1] }"#,
+                Some(0),
+            ),
+            (r#"{"created_cache_tokens":7}"#, r#"{"created_cache_tokens":7}"#, None),
+        ] {
+            let (answer, proof) = used.correct(usage(decoded).as_bytes()).expect("it tells");
+            assert_eq!((answer, proof), (usage(seen), Proof { remote_tokens }));
+        }
+        assert_eq!(used.correct(usage("null").as_bytes()), None);
+        let silent = PrefillUsage::of(br#"{"usage":{"prompt_tokens_details":null}}"#, true);
+        let own = usage(r#"{"cached_tokens":299}"#);
+        assert_eq!(silent.correct(own.as_bytes()).expect("it tells").0, own);
+    }
+
+    #[test]
+    fn only_the_event_that_tells_the_usage_changes() {
+        let text = "data: {\"choices\":[{\"text\":\"\\\"prompt_tokens_details\\\":\"}]}\n\n";
+        let events = format!(
+            ": x\r\n\r\n{text}data:  {}\r\n\r\ndata: [DONE]\n\n",
+            usage(r#"{"cached_tokens":0}"#)
+        );
+        let (seen, proof) = PrefillUsage::of(PREFILLED, true)
+            .correct_events(events.as_bytes())
+            .expect("it tells");
+        assert_eq!(seen, events.replace("\"cached_tokens\":0", "\"cached_tokens\":16"));
+        assert!(proof.disproves());
+        assert_eq!(PrefillUsage::of(PREFILLED, true).correct_events(text.as_bytes()), None);
+    }
+
+    #[test]
+    fn a_repeated_count_proves_nothing() {
+        let count = |pushed, cached: u64, prompt: u64| {
+            let answer = format!(
+                r#"{{"usage":{{"prompt_tokens":{prompt},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#
+            );
+            let corrected = PrefillUsage::of(PREFILLED, pushed).correct(answer.as_bytes());
+            corrected.expect("it tells").1.remote_tokens
+        };
+        assert_eq!(count(false, 16, 300), None);
+        assert_eq!(count(false, 299, 300), Some(299));
+        assert_eq!(count(true, 16, 300), Some(16));
+        assert_eq!(count(true, 0, 1), None);
+    }
+}

@@ -1,0 +1,192 @@
+//! What becomes of answers: refusals of a prefill engine, usage, and generations that fail.
+
+use futures_util::StreamExt as _;
+use serde_json::json;
+use xpyd::connector::{Connector, FirstToken, Nixl};
+use xpyd::proxy::Notifications;
+
+use crate::proxy::fake::{self, COMPLETION, Fake, PARAMS, Rig, answer, error, events, nixl_prefilled};
+use crate::proxy::lmcache::prefiller as notifying;
+
+async fn prefiller() -> Fake {
+    Fake::start(|_| async { nixl_prefilled() }).await
+}
+
+fn outcome(rig: &Rig, outcome: &str) -> String {
+    rig.metric(&format!("xpyd_handoff_total{{outcome=\"{outcome}\"}}"))
+}
+
+#[tokio::test]
+async fn what_a_prefill_engine_refuses_the_decode_engine_decides_on_the_clients_own_words() {
+    // The prefill engine's complaint is about the proxy's own edit.
+    let prefill = Fake::start(|_| async { error(400, "max_tokens=1 is too small") }).await;
+    let body = r#"{"prompt":"x", "min_tokens":2,"max_tokens":5}"#;
+    for (decoder, status) in [("fine", 200), ("min_tokens must be", 400)] {
+        let decode = Fake::start(move |_| async move {
+            if decoder == "fine" {
+                answer(200, COMPLETION)
+            } else {
+                error(400, decoder)
+            }
+        })
+        .await;
+        let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+        let (got, text) = rig.complete(body).await;
+        assert_eq!(got, status, "{text}");
+        assert!(text == COMPLETION || text.contains("min_tokens must be"), "{text}");
+        let seen = decode.seen();
+        assert_eq!((seen.len(), seen[0].raw.as_str()), (1, body));
+        let counted = if status == 200 { "bypassed" } else { "refused" };
+        assert_eq!(outcome(&rig, counted), "1");
+        assert_eq!(rig.metric("xpyd_retries_total"), "0");
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_prefill_engine_of_lmcache_that_refuses_leaves_nothing_to_consume() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let prefill = Fake::start(|_| async { error(404, "no such model") }).await;
+    let decode = Fake::start(|_| async { error(404, "no such model, says the decoder") }).await;
+    let settings = fake::settings(fake::lmcache(FirstToken::Decoder));
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, Some(socket)).await;
+    let (status, text) = rig.complete(r#"{"model":"z","prompt":"x"}"#).await;
+    assert!(status == 404 && text.contains("says the decoder"), "{text}");
+    rig.finish().await;
+    assert_eq!(decode.seen().len(), 1);
+}
+
+/// Whole answers and streams whose usage tells of cached tokens.
+fn decoded(stream: bool, cached: u64) -> String {
+    let usage =
+        format!("\"usage\":{{\"prompt_tokens\":300, \"prompt_tokens_details\":{{\"cached_tokens\":{cached}}}}}");
+    if stream {
+        format!("data: {{\"choices\":[{{\"text\":\"a\"}}]}}\n\ndata: {{\"choices\":[],{usage}}}\n\ndata: [DONE]\n\n")
+    } else {
+        format!("{{\"choices\":[{{\"text\":\"a\",\"finish_reason\":\"length\"}}],\n{usage},\"new\":1.50}}")
+    }
+}
+
+const PREFILLED: &str = r#"{"choices":[{"text":"t","finish_reason":"length"}],"usage":{"prompt_tokens":300,"prompt_tokens_details":{"cached_tokens":16}},"kv_transfer_params":null}"#;
+
+#[tokio::test]
+async fn the_client_is_told_of_the_prefill_engines_cache_and_the_metrics_of_the_decode_engines() {
+    for stream in [false, true] {
+        for (cached, counted) in [(299, "transferred"), (0, "recomputed")] {
+            let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+            let prefill = notifying(socket.port(), 1, PREFILLED).await;
+            let decode = Fake::start(move |_| async move {
+                let body = decoded(stream, cached);
+                if stream {
+                    fake::sse(body.into())
+                } else {
+                    answer(200, body)
+                }
+            })
+            .await;
+            let settings = fake::settings(fake::lmcache(FirstToken::Decoder));
+            let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, Some(socket)).await;
+            let (status, text) = rig.complete(json!({"prompt": "x", "stream": stream}).to_string()).await;
+            assert_eq!((status, text), (200, decoded(stream, 16)));
+            assert_eq!(outcome(&rig, counted), "1", "{stream} {cached}");
+            rig.finish().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_count_that_nixl_repeats_disproves_nothing() {
+    let prefilled = format!(
+        r#"{{"choices":[{{"finish_reason":"length"}}],"usage":{{"prompt_tokens_details":{{"cached_tokens":0}}}},"kv_transfer_params":{PARAMS}}}"#
+    );
+    let prefill = Fake::start(move |_| std::future::ready(answer(200, prefilled.clone()))).await;
+    let decode = Fake::start(|_| async { answer(200, decoded(false, 0)) }).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await, (200, decoded(false, 0)));
+    assert_eq!(outcome(&rig, "transferred"), "1");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_generation_that_fails_after_its_first_event_ends_with_an_error_event() {
+    const FIRST: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"\\\"abort\\\"\"}]}\n\n";
+    const LAST: &str = "data: {\"choices\":[{\"index\":1,\"finish_reason\":null},{\"index\":0,\"finish_reason\":\"abort\"}]}\n\ndata: [DONE]\n\n";
+    const LOST: &str =
+        "data: {\"choices\":[{\"index\":1,\"text\":\"\",\"finish_reason\":\"error\"}]}\n\ndata: [DONE]\n\n";
+    const TOGETHER: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"\\\"abort\\\"\"}]}\n\ndata: {\"choices\":[{\"finish_reason\":\"abort\"}]}\n\ndata: [DONE]\n\n";
+    // In chunks of their own, and in one with the first event.
+    let streams: [(Vec<&str>, bool); 4] = [
+        (vec![FIRST, LAST], true),
+        (vec![FIRST, LOST], true),
+        (vec![TOGETHER], true),
+        (vec![FIRST, LAST], false),
+    ];
+    for (chunks, handed) in streams {
+        let prefill = prefiller().await;
+        let sent = chunks.clone();
+        let decode =
+            Fake::start(move |_| std::future::ready(events(sent.iter().map(|chunk| Ok(*chunk)).collect()))).await;
+        let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+        let body = json!({"prompt": "x", "stream": true, "n": if handed { 1 } else { 2 }});
+        let (status, text) = rig.complete(body.to_string()).await;
+        assert_eq!(status, 200);
+        let rest = text.strip_prefix(FIRST).unwrap();
+        assert!(
+            rest.starts_with("data: {\"error\":") && rest.contains("finish reason"),
+            "{rest}"
+        );
+        assert!(
+            rest.ends_with("data: [DONE]\n\n") && !rest.contains("finish_reason"),
+            "{rest}"
+        );
+        assert_eq!(
+            (outcome(&rig, "failed"), outcome(&rig, "transferred")),
+            ("1".into(), String::new())
+        );
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn an_engines_own_error_event_is_passed_on_and_counts_as_a_failure() {
+    const STREAM: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: {\"error\":{\"message\":\"lost\",\"code\":500}}\n\ndata: [DONE]\n\n";
+    let prefill = prefiller().await;
+    let decode = Fake::start(|_| async { events(vec![Ok(&STREAM[..34]), Ok(&STREAM[34..])]) }).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let (_, text) = rig.complete(r#"{"prompt":"x","stream":true}"#).await;
+    assert_eq!(text, STREAM);
+    assert_eq!(outcome(&rig, "failed"), "1");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_its_client_leaves_counts_as_what_it_was() {
+    let prefill = prefiller().await;
+    let decode = Fake::start(|_| async {
+        let first = futures_util::stream::iter([Ok::<_, std::io::Error>("data: {\"choices\":[]}\n\n")]);
+        fake::sse(axum::body::Body::from_stream(
+            first.chain(futures_util::stream::pending()),
+        ))
+    })
+    .await;
+    let rig = Rig::start(
+        fake::settings(Connector::Nixl(Nixl {})),
+        &[prefill.port],
+        &[decode.port],
+        1,
+        None,
+    )
+    .await;
+    let response = rig
+        .post("/v1/completions", r#"{"prompt":"x","stream":true}"#)
+        .send()
+        .await
+        .unwrap();
+    let mut stream = response.bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    drop(stream);
+    let proxy = rig.proxy.clone();
+    rig.finish().await;
+    let counted = r#"xpyd_handoff_total{outcome="transferred"} 1"#;
+    assert!(proxy.metrics_text().contains(counted), "{}", proxy.metrics_text());
+}

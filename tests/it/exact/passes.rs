@@ -1,0 +1,193 @@
+//! Requests that a decode engine answers alone, and those that no engine sees.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::Response;
+use futures_util::StreamExt as _;
+use serde_json::Value;
+use xpyd::connector::{Connector, Nixl};
+use xpyd::fleet::Role;
+use xpyd::proxy::Settings;
+
+use crate::proxy::fake::{self, Fake, Rig, answer, dead_port, soon};
+
+async fn rig(decode: &Fake) -> (Fake, Rig) {
+    let prefill = Fake::start(|_| async { answer(500, "nobody asks it") }).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    (prefill, rig)
+}
+
+async fn echo() -> Fake {
+    Fake::start(|seen| async move { answer(200, format!("{} {}", seen.path, seen.raw)) }).await
+}
+
+#[tokio::test]
+async fn what_no_client_may_set_is_taken_out_of_passed_requests_too() {
+    let decode = echo().await;
+    let (_prefill, rig) = rig(&decode).await;
+    for path in [
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/tokenize",
+        "/v1/of_a_later_version",
+        "/v1/responses/resp_1/cancel",
+    ] {
+        let body = r#"{"input" :"x", "kv_transfer_params":{"do_remote_prefill":true},"vllm_xargs":{"a":1,"kv_transfer_params":"x"},"new":1.50}"#;
+        let answer = rig.post(path, body).send().await.unwrap().text().await.unwrap();
+        assert_eq!(
+            answer,
+            format!(r#"{path} {{"input" :"x","vllm_xargs":{{"a":1}},"new":1.50}}"#)
+        );
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_body_that_the_proxy_cannot_read_is_not_passed() {
+    let decode = echo().await;
+    let (_prefill, rig) = rig(&decode).await;
+    // Python reads all of these.
+    for body in [
+        br#"{"kv_transfer_params":{"do_remote_prefill":true},"x":NaN}"#.to_vec(),
+        b"\xef\xbb\xbf{\"kv_transfer_params\":{}}".to_vec(),
+        "{}".encode_utf16().flat_map(u16::to_le_bytes).collect(),
+        b"--b\r\ncontent-disposition: form-data; name=\"vllm_xargs\"\r\n\r\n{}\r\n--b--".to_vec(),
+    ] {
+        let response = rig.post("/v1/embeddings", body).send().await.unwrap();
+        assert_eq!(response.status(), 400);
+        let body: Value = serde_json::from_str(&response.text().await.unwrap()).unwrap();
+        assert_eq!(body["error"]["code"], "invalid_body");
+    }
+    assert_eq!(decode.seen().len(), 0);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn routes_that_steer_engines_are_refused_however_they_are_written() {
+    let decode = echo().await;
+    let (prefill, rig) = rig(&decode).await;
+    for path in [
+        "/sleep",
+        "/wake_up",
+        "/pause",
+        "/resume",
+        "/abort_requests",
+        "/reset_prefix_cache",
+        "/collective_rpc",
+        "/scale_elastic_ep",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/inference/v1/generate",
+        "/v1/audio/transcriptions",
+        "/update_weights",
+    ] {
+        let response = rig.post(path, "{}").send().await.unwrap();
+        assert_eq!(response.status(), 403, "{path}");
+        let body: Value = serde_json::from_str(&response.text().await.unwrap()).unwrap();
+        assert_eq!(body["error"]["code"], "route_refused", "{path}");
+    }
+    for path in [
+        "/v1/load%5Flora_adapter",
+        "/v1/load_lora_adapter/",
+        "/v1//load_lora_adapter",
+        "/inference/v1/other",
+        "/not_known",
+    ] {
+        assert_eq!(rig.post(path, "{}").send().await.unwrap().status(), 404, "{path}");
+    }
+    assert_eq!((prefill.seen().len(), decode.seen().len()), (0, 0));
+    rig.finish().await;
+}
+
+/// An engine whose answer begins and does not go on.
+async fn half_an_answer(content_type: &'static str) -> Fake {
+    Fake::start(move |_| async move {
+        let first = futures_util::stream::iter([Ok::<_, std::io::Error>("event: a\ndata: {\"a\":1}\n\n")]);
+        let body = Body::from_stream(first.chain(futures_util::stream::pending()));
+        Response::builder()
+            .header("content-type", content_type)
+            .body(body)
+            .unwrap()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_passed_stream_comes_as_it_is_made_and_never_ends_silently() {
+    let decode = half_an_answer("text/event-stream; charset=utf-8").await;
+    let (_prefill, rig) = rig(&decode).await;
+    let response = soon("the head", rig.post("/v1/messages", r#"{"stream":true}"#).send())
+        .await
+        .unwrap();
+    let mut stream = response.bytes_stream();
+    let first = soon("the first event", stream.next()).await.unwrap().unwrap();
+    assert_eq!(first, "event: a\ndata: {\"a\":1}\n\n");
+    rig.lose(Role::Decode, 0);
+    let rest: Vec<_> = soon("the end", stream.map(Result::unwrap).collect()).await;
+    let rest = String::from_utf8(rest.concat()).unwrap();
+    assert!(rest.starts_with("event: error\ndata: {\"error\":"), "{rest}");
+    assert!(rest.contains("engine_unreachable"), "{rest}");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_passed_answer_that_stalls_breaks_off() {
+    let decode = half_an_answer("application/json").await;
+    let prefill = echo().await;
+    let settings = Settings {
+        decode_idle_deadline: Duration::from_millis(200),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let response = rig.post("/v1/embeddings", "{}").send().await.unwrap();
+    assert!(soon("the end", response.text()).await.is_err(), "it is not whole");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_passed_stream_needs_no_end_marker() {
+    let whole = "event: message_start\ndata: {}\n\nevent: message_stop\ndata: {}\n\n";
+    let decode = Fake::start(move |_| async move { fake::events(vec![Ok(whole)]) }).await;
+    let (_prefill, rig) = rig(&decode).await;
+    let response = rig.post("/v1/messages", "{}").send().await.unwrap();
+    assert_eq!(response.text().await.unwrap(), whole);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn passed_requests_go_to_the_least_busy_decode_engine_that_can_be_reached() {
+    let (prefill, busy, idle) = (
+        echo().await,
+        Fake::start(|_| std::future::pending()).await,
+        echo().await,
+    );
+    let rig = Rig::nixl(&[prefill.port], &[busy.port, idle.port]).await;
+    let stuck = rig.post("/v1/responses", "{}").send();
+    let second = async {
+        busy.saw(1).await;
+        rig.post("/v1/responses", "{}").send().await.unwrap().status()
+    };
+    tokio::select! {
+        _ = stuck => panic!("it never answers"),
+        status = soon("the answer", second) => assert_eq!(status, 200),
+    }
+    assert_eq!((busy.seen().len(), idle.seen().len()), (1, 1));
+    rig.finish().await;
+
+    let rig = Rig::nixl(&[prefill.port], &[dead_port().await, idle.port]).await;
+    assert_eq!(rig.get("/v1/models").await.status(), 200);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_passed_answer_keeps_its_status_and_length() {
+    let decode = Fake::start(|_| async { fake::error(422, "no such field") }).await;
+    let (_prefill, rig) = rig(&decode).await;
+    let response = rig.post("/v1/responses", "{}").send().await.unwrap();
+    assert_eq!(response.status(), 422);
+    let length: usize = response.headers()["content-length"].to_str().unwrap().parse().unwrap();
+    assert_eq!(response.text().await.unwrap().len(), length);
+    rig.finish().await;
+}
