@@ -13,6 +13,8 @@ pub struct Service {
     pub routing: Routing,
     /// Who waits until an engine has room.
     pub admission: Admission,
+    /// What clients' connections are held to.
+    pub clients: Clients,
     /// What a hand-off must be.
     pub handoff: Handoff,
 }
@@ -102,6 +104,33 @@ impl Default for Admission {
             queue_deadline: Duration::from_secs(30),
             decode_tokens: None,
             buffer_tokens: 0,
+        }
+    }
+}
+
+/// What clients' connections are held to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Clients {
+    /// Connections at once; others wait to be accepted. Half of the descriptors that the process may open is
+    /// the limit.
+    pub max_connections: usize,
+    /// How long a connection may take, when it is new and after each answer, until it has sent the next request's head.
+    #[serde(serialize_with = "write_span", deserialize_with = "read_span")]
+    pub idle_deadline: Duration,
+    /// Threads that serve clients. Absent: one per eight cores, eight at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+}
+
+impl Default for Clients {
+    fn default() -> Self {
+        Self {
+            max_connections: 16_384,
+            // Longer than the clients in use keep idle connections (Go and reqwest: 90 s), so that they leave first and no
+            // request meets a closing connection.
+            idle_deadline: Duration::from_mins(2),
+            threads: None,
         }
     }
 }

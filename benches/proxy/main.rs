@@ -1,45 +1,58 @@
 //! `cargo bench --bench proxy`: what proxies cost over engines that answer at once, side by side.
 //!
 //! `-- --only xpyd,nginx --seconds 3 --repeats 3 --streams 1000`. Everything is on loopback. README.md says how to read it.
+//! `cargo test` runs it in a tiny form, so that it cannot rot.
 
 #![expect(clippy::print_stdout, reason = "a table is all it is for")]
 
+mod check;
 mod driver;
 mod participants;
+mod table;
 
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use driver::Outcome;
 use participants::{Participant, Tree, free_port, null_engine, serves};
+use table::{Streams, Table, Whole};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Bytes of the short and of the long prompt.
 const PROMPTS: [usize; 2] = [500, 34_000];
 /// Connections at once.
 const CONNECTIONS: [usize; 3] = [1, 8, 64];
-/// A stream's events and the time between two.
-const EVENTS: u32 = 60;
-const INTERVAL: Duration = Duration::from_millis(100);
-/// Most requests of one phase.
-const MOST: u64 = 1_000_000;
 
 struct Options {
     only: Vec<String>,
     seconds: f64,
     repeats: usize,
     streams: usize,
+    /// Most requests of one phase.
+    most: u64,
+    /// A stream's events and the time between two.
+    events: u32,
+    interval: Duration,
 }
 
-impl Options {
-    fn read() -> Self {
-        let mut options = Self {
+impl Default for Options {
+    fn default() -> Self {
+        Self {
             only: Vec::new(),
             seconds: 2.0,
             repeats: 3,
             streams: 1000,
-        };
-        let mut words = std::env::args().skip(1);
+            most: 1_000_000,
+            events: 60,
+            interval: Duration::from_millis(100),
+        }
+    }
+}
+
+impl Options {
+    fn read(mut words: impl Iterator<Item = String>) -> Self {
+        let mut options = Self::default();
         while let Some(word) = words.next() {
             let mut value = || words.next().unwrap_or_default();
             match word.as_str() {
@@ -47,14 +60,21 @@ impl Options {
                 "--seconds" => options.seconds = value().parse().expect("--seconds takes a number"),
                 "--repeats" => options.repeats = value().parse().expect("--repeats takes a number"),
                 "--streams" => options.streams = value().parse().expect("--streams takes a number"),
-                // Cargo gives it to every bench.
-                "--bench" => {}
+                BENCH => {}
                 other => panic!("`{other}` is no option"),
             }
         }
         options
     }
+
+    fn chose(&self, participant: Participant) -> bool {
+        let named = |name: &String| participant.name().starts_with(name.as_str());
+        participant == Participant::Base || self.only.is_empty() || self.only.iter().any(named)
+    }
 }
+
+/// What Cargo gives to every bench, and to no test.
+const BENCH: &str = "--bench";
 
 /// One measured phase: what was seen, and what the participant used for it.
 struct Measured {
@@ -74,10 +94,11 @@ struct Stand {
 }
 
 impl Stand {
-    async fn start(participant: Participant, folder: &Path) -> Result<Self, String> {
+    async fn start(participant: Participant, folder: &Path, options: &Options) -> Result<Self, String> {
         let port = || free_port().map_err(|error| error.to_string());
         let (prefill, decode, mut own) = (port()?, port()?, port()?);
-        let engine = |port| null_engine(folder, port, EVENTS, INTERVAL).map_err(|error| error.to_string());
+        let engine =
+            |port| null_engine(folder, port, options.events, options.interval).map_err(|error| error.to_string());
         let engines = [engine(prefill)?, engine(decode)?];
         if !(serves(prefill).await && serves(decode).await) {
             return Err("the null engines do not serve".into());
@@ -107,6 +128,11 @@ impl Stand {
 
     fn cpu(&self) -> Duration {
         self.tree.as_ref().map_or(Duration::ZERO, Tree::cpu)
+    }
+
+    /// Resident memory, in MiB.
+    fn rss(&self) -> f64 {
+        self.tree.as_ref().map_or(0, Tree::rss) as f64 / 1024.0
     }
 
     async fn seen(&self) -> Result<[u64; 2], String> {
@@ -148,174 +174,106 @@ impl Stand {
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
-fn micros(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e6
-}
-
-/// The numbers of one participant that ratios are made of.
-#[derive(Default, Clone)]
-struct Row {
-    cpu: Vec<f64>,
-    p50: Vec<f64>,
-}
-
 #[tokio::main]
-async fn main() {
+async fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if !words.iter().any(|word| word == BENCH) {
+        check::all().await;
+        return ExitCode::SUCCESS;
+    }
     let mut terminated = signal(SignalKind::terminate()).expect("signals");
+    let options = Options::read(words.into_iter());
     // What was started ends with the measurement, however that ends: dropping it kills the trees.
     tokio::select! {
-        () = measure_all() => {}
-        _ = terminated.recv() => println!("terminated"),
-        _ = tokio::signal::ctrl_c() => println!("interrupted"),
+        table = measure_all(&options) => {
+            table.print_goals();
+            if table.invalid().next().is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+        }
+        _ = terminated.recv() => ExitCode::FAILURE,
+        _ = tokio::signal::ctrl_c() => ExitCode::FAILURE,
     }
 }
 
-async fn measure_all() {
-    let options = Options::read();
+/// Measures everybody, and prints each row once it is known.
+async fn measure_all(options: &Options) -> Table {
     let folder = tempfile::tempdir().expect("a folder");
-    println!(
-        "medians of {} repeats; CPU of the whole process tree; latency is added to the base's",
-        options.repeats
-    );
-    println!(
-        "{:<14} {:>6} {:>5} {:>9} {:>10} {:>9} {:>9} {:>8}",
-        "", "prompt", "conn", "req/s", "CPU us/req", "p50 us", "p99 us", "RSS MiB"
-    );
-    let mut rows: Vec<(Participant, Row)> = Vec::new();
     let mut stands = Vec::new();
-    for participant in Participant::ALL {
-        let chosen = options.only.is_empty()
-            || options
-                .only
-                .iter()
-                .any(|name| participant.name().starts_with(name.as_str()));
-        if !(chosen || participant == Participant::Base) {
-            continue;
-        }
-        match Stand::start(participant, folder.path()).await {
+    for participant in Participant::ALL
+        .into_iter()
+        .filter(|participant| options.chose(*participant))
+    {
+        match Stand::start(participant, folder.path(), options).await {
             Err(reason) => println!("{:<14} {reason}", participant.name()),
             Ok(stand) => stands.push(stand),
         }
     }
-    let mut base: Vec<[f64; 2]> = Vec::new();
+    println!(
+        "medians of {} repeats; CPU of the whole process tree; latency is added to the base's",
+        options.repeats
+    );
+    Whole::print_head();
+    let mut table = Table::default();
     for stand in &stands {
         stand.warm_up().await;
-        let row = whole_answers(stand, &options, &mut base).await;
-        rows.push((stand.participant, row));
+        for prompt in PROMPTS {
+            for connections in CONNECTIONS {
+                let row = whole_answers(stand, options, prompt, connections).await;
+                table.add_whole(row);
+            }
+        }
     }
-    println!(
-        "\n{:<14} {:>7} {:>12} {:>12} {:>9} {:>9}",
-        "", "streams", "CPU us/event", "KiB/stream", "p50 us", "p99 us"
-    );
+    Streams::print_head();
     for stand in &stands {
-        streams(stand, &options).await;
+        for prompt in PROMPTS {
+            table.add_streams(streams(stand, options, prompt).await);
+        }
     }
-    ratios(&rows);
+    table
 }
 
-async fn whole_answers(stand: &Stand, options: &Options, base: &mut Vec<[f64; 2]>) -> Row {
-    let mut row = Row::default();
-    let cells = PROMPTS
-        .iter()
-        .flat_map(|prompt| CONNECTIONS.map(|connections| (*prompt, connections)));
-    for (index, (prompt, connections)) in cells.enumerate() {
-        let mut all = [const { Vec::new() }; 4];
-        let mut invalid = None;
-        for _ in 0..options.repeats {
-            let time = Duration::from_secs_f64(options.seconds);
-            let measured = stand
-                .measure(driver::whole(stand.port, prompt, connections, time, MOST))
-                .await;
-            let outcome = &measured.outcome;
-            let requests = outcome.requests as f64;
-            let values = [
-                requests / outcome.wall.as_secs_f64(),
-                micros(measured.cpu) / requests,
-                outcome.quantile(0.5),
-                outcome.quantile(0.99),
-            ];
-            for (list, value) in all.iter_mut().zip(values) {
-                list.push(value);
-            }
-            invalid = invalid.or(measured.invalid);
-        }
-        let [rate, cpu, mut p50, mut p99] = all.map(median);
-        if stand.participant == Participant::Base {
-            base.push([p50, p99]);
-        } else if let Some(under) = base.get(index) {
-            (p50, p99) = (p50 - under[0], p99 - under[1]);
-        }
-        row.cpu.push(cpu);
-        row.p50.push(p50);
-        let rss = stand.tree.as_ref().map_or(0, Tree::rss) as f64 / 1024.0;
-        let invalid = invalid.map(|why| format!("  INVALID: {why}")).unwrap_or_default();
-        println!(
-            "{:<14} {prompt:>6} {connections:>5} {rate:>9.0} {cpu:>10.1} {p50:>9.0} {p99:>9.0} {rss:>8.1}{invalid}",
-            stand.participant.name()
-        );
+async fn whole_answers(stand: &Stand, options: &Options, prompt: usize, connections: usize) -> Whole {
+    let mut row = Whole::new(stand.participant, prompt, connections);
+    for _ in 0..options.repeats {
+        let time = Duration::from_secs_f64(options.seconds);
+        let load = driver::whole(stand.port, prompt, connections, time, options.most);
+        let Measured { outcome, cpu, invalid } = stand.measure(load).await;
+        let requests = outcome.requests as f64;
+        row.rate.push(requests / outcome.wall.as_secs_f64());
+        row.cpu.push(micros(cpu) / requests);
+        row.p50.push(outcome.quantile(0.5));
+        row.p99.push(outcome.quantile(0.99));
+        row.rss.push(stand.rss());
+        row.invalid.extend(invalid);
     }
     row
 }
 
-async fn streams(stand: &Stand, options: &Options) {
-    for prompt in PROMPTS {
+async fn streams(stand: &Stand, options: &Options, prompt: usize) -> Streams {
+    let mut row = Streams::new(stand.participant, prompt, options.streams);
+    for _ in 0..options.repeats {
         // Memory is looked at in the middle of the streams' life; connections of earlier phases have been closed by then.
-        let before = stand.tree.as_ref().map_or(0, Tree::rss);
+        let before = stand.rss();
         let middle = async {
-            tokio::time::sleep(INTERVAL * EVENTS / 2).await;
-            stand.tree.as_ref().map_or(0, Tree::rss)
+            tokio::time::sleep(options.interval * options.events / 2).await;
+            stand.rss()
         };
-        let mut rss = before;
+        let mut grown = before;
         let load = async {
             let (outcome, seen) = tokio::join!(driver::streams(stand.port, prompt, options.streams), middle);
-            rss = seen;
+            grown = seen;
             outcome
         };
-        let measured = stand.measure(load).await;
-        let outcome = &measured.outcome;
-        let events = outcome.times.len() as f64;
-        println!(
-            "{:<14} {:>7} {:>12.2} {:>12.1} {:>9.0} {:>9.0}  prompt {prompt}{}",
-            stand.participant.name(),
-            options.streams,
-            micros(measured.cpu) / events,
-            rss.saturating_sub(before) as f64 / options.streams as f64,
-            outcome.quantile(0.5),
-            outcome.quantile(0.99),
-            measured
-                .invalid
-                .map(|why| format!("  INVALID: {why}"))
-                .unwrap_or_default()
-        );
+        let Measured { outcome, cpu, invalid } = stand.measure(load).await;
+        row.cpu.push(micros(cpu) / outcome.times.len() as f64);
+        row.memory
+            .push((grown - before).max(0.0) * 1024.0 / options.streams as f64);
+        row.p50.push(outcome.quantile(0.5));
+        row.p99.push(outcome.quantile(0.99));
+        row.invalid.extend(invalid);
     }
+    row
 }
 
-/// The goals, as ratios to the peers of the same run.
-fn ratios(rows: &[(Participant, Row)]) {
-    let of = |participant| rows.iter().find(|(other, _)| *other == participant).map(|(_, row)| row);
-    let Some(xpyd) = of(Participant::Xpyd) else { return };
-    println!();
-    for (index, connections) in CONNECTIONS.iter().enumerate() {
-        let ratio = |peer: Option<&Row>, factor: f64| {
-            peer.map_or("n/a".to_owned(), |peer| {
-                format!("{:.2}", xpyd.cpu[index] / (peer.cpu[index] * factor))
-            })
-        };
-        println!(
-            "{connections:>3} connections: CPU is {} of vllm-router's (goal 0.25), {} of two nginx hops' (goal 1.50)",
-            ratio(of(Participant::VllmRouter), 1.0),
-            ratio(of(Participant::Nginx), 2.0)
-        );
-    }
-    if let Some(peer) = of(Participant::VllmRouter) {
-        println!(
-            "  1 connection: added p50 is {:.2} of vllm-router's (goal 0.33)",
-            xpyd.p50[0] / peer.p50[0]
-        );
-    }
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
 }

@@ -12,8 +12,12 @@ use tokio::time::Instant;
 /// How long one may take to serve.
 const START: Duration = Duration::from_secs(30);
 
-/// A process tree of its own session.
-pub(crate) struct Tree(Child);
+/// A process tree, which also ends when this program is killed.
+pub(crate) struct Tree {
+    root: Child,
+    /// Reads its input, which ends with this program, and then kills the tree's process group.
+    reaper: Child,
+}
 
 impl Tree {
     pub(crate) fn start(mut command: Command, log: &Path) -> std::io::Result<Self> {
@@ -23,11 +27,18 @@ impl Tree {
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0);
-        command.spawn().map(Self)
+        let root = command.spawn()?;
+        let reaper = Command::new("sh")
+            .args(["-c", "read line; kill -9 -$0", &root.id().to_string()])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        Ok(Self { root, reaper })
     }
 
     /// The processes of the tree: the child and all its descendants.
-    fn processes(&self) -> Vec<u32> {
+    pub(crate) fn processes(&self) -> Vec<u32> {
         let mut parents = Vec::new();
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
@@ -37,7 +48,7 @@ impl Tree {
                 parents.push((pid, parent));
             }
         }
-        let mut tree = vec![self.0.id()];
+        let mut tree = vec![self.root.id()];
         let mut next = 0;
         while let Some(parent) = tree.get(next).copied() {
             tree.extend(parents.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| *pid));
@@ -76,12 +87,20 @@ impl Tree {
 
 impl Drop for Tree {
     fn drop(&mut self) {
+        // Before the group is gone and its number may be another's.
+        drop(self.reaper.kill());
+        drop(self.reaper.wait());
         for pid in self.processes().into_iter().rev() {
             let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
-        let _ = self.0.wait();
+        drop(self.root.wait());
     }
+}
+
+/// Whether there is such a process, and not only what nobody has waited for.
+pub(crate) fn is_running(pid: u32) -> bool {
+    stat(pid).is_some_and(|fields| fields.first().is_some_and(|state| state != "Z"))
 }
 
 /// The fields of `/proc/PID/stat` after the name, which may hold spaces.

@@ -3,8 +3,12 @@
 //!
 //! Bodies and keys: vLLM 0.32.0 `nixl/pull_scheduler.py`, and what real engines did (vLLM on CPU, NIXL 1.5.1).
 
-use serde::Serialize;
-use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use serde_json::value::RawValue;
 
 use super::{Handoff, HandoffError, Launch, LaunchContext, answer_params};
 use crate::fleet::Role;
@@ -51,36 +55,39 @@ impl Nixl {
     /// soon as its client leaves.
     pub(super) fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
         let raw = answer_params(prefill_answer)?.ok_or(HandoffError::Missing)?;
-        let params: Value = serde_json::from_str(raw.get()).map_err(|_| HandoffError::NotJson)?;
+        let params: Params<'_> = serde_json::from_str(raw.get()).map_err(|_| HandoffError::NotJson)?;
         let check = |ok: bool, key: &'static str| if ok { Ok(()) } else { Err(HandoffError::Malformed(key)) };
-        check(params["do_remote_prefill"] == Value::Bool(true), "do_remote_prefill")?;
+        check(read(&params, "do_remote_prefill") == Some(true), "do_remote_prefill")?;
         for key in ["remote_engine_id", "remote_request_id", "remote_host"] {
-            check(params[key].as_str().is_some_and(|text| !text.is_empty()), key)?;
+            check(read(&params, key).is_some_and(|text: String| !text.is_empty()), key)?;
         }
-        check(
-            params["remote_port"]
-                .as_u64()
-                .is_some_and(|port| (1..=65535).contains(&port)),
-            "remote_port",
-        )?;
-        check(params["tp_size"].as_u64().is_some_and(|size| size >= 1), "tp_size")?;
-        let groups = params["remote_block_ids"].as_array();
-        let has_blocks = groups.is_some_and(|groups| {
-            groups.iter().all(Value::is_array)
-                && groups
-                    .iter()
-                    .any(|group| group.as_array().is_some_and(|g| !g.is_empty()))
-        });
+        let port: Option<u16> = read(&params, "remote_port");
+        check(port.is_some_and(|port| port > 0), "remote_port")?;
+        let ranks: Option<u64> = read(&params, "tp_size");
+        check(ranks.is_some_and(|ranks| ranks > 0), "tp_size")?;
+        let groups: Option<Vec<Vec<IgnoredAny>>> = read(&params, "remote_block_ids");
+        let has_blocks = groups.is_some_and(|groups| groups.iter().any(|group| !group.is_empty()));
         check(has_blocks, "remote_block_ids")?;
-        match params["transfer_mode"].as_str() {
+        let mode: Option<String> = read(&params, "transfer_mode");
+        match mode.as_deref() {
             None | Some("pull") => Ok(Handoff::Pull(raw)),
             Some(other) => Err(HandoffError::Mode(other.to_owned())),
         }
     }
 }
 
+/// The values of a hand-off's keys as JSON text. Long lists of block ids are never built.
+type Params<'answer> = BTreeMap<&'answer str, &'answer RawValue>;
+
+/// The value of a key, if it is there and of this kind.
+fn read<'answer, T: Deserialize<'answer>>(params: &Params<'answer>, key: &str) -> Option<T> {
+    serde_json::from_str(params.get(key)?.get()).ok()
+}
+
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn answer(change: impl FnOnce(&mut Value)) -> Vec<u8> {

@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{Admission, Handoff, Routing, Service};
+use crate::service::{Admission, Clients, Handoff, Routing, Service};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -125,6 +125,7 @@ struct ProxyTable {
     max_in_flight: Option<usize>,
     routing: Routing,
     admission: Admission,
+    clients: Clients,
     handoff: Handoff,
 }
 
@@ -302,6 +303,7 @@ impl ProxyTable {
             service: Service {
                 routing: self.routing,
                 admission: self.admission,
+                clients: self.clients,
                 handoff: self.handoff,
             },
         }

@@ -7,12 +7,11 @@ use axum::http::response::Parts;
 use axum::http::{Response, StatusCode, header};
 use bytes::Bytes;
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use serde::Deserialize;
 
 use super::error::Cause;
 use super::sse::{self, Events};
-use super::upstream::forwardable;
+use super::upstream::{AnswerBody, forwardable};
 
 /// What an engine's whole answer is.
 pub(super) enum Verdict {
@@ -159,7 +158,7 @@ pub(super) fn is_event_stream(head: &Parts) -> bool {
 }
 
 /// Reads a stream until it has given a whole event.
-pub(super) async fn first_events(body: &mut Incoming, events: &mut Events) -> Result<Bytes, Cause> {
+pub(super) async fn first_events(body: &mut AnswerBody, events: &mut Events) -> Result<Bytes, Cause> {
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Cause::Broken(crate::report::one_line(&error)))?;
         if let Ok(bytes) = frame.into_data() {

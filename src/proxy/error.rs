@@ -10,6 +10,7 @@ use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
+use super::upstream::Unreachable;
 use crate::connector::{HandoffError, PairError};
 use crate::fleet::{EngineId, FleetStage, Role};
 use crate::report::one_line;
@@ -119,7 +120,7 @@ pub(super) enum ProxyError {
 pub(super) enum Cause {
     /// No connection, or one that broke before the answer began.
     #[error("the engine could not be reached")]
-    Unreachable(#[source] hyper_util::client::legacy::Error),
+    Unreachable(#[source] Unreachable),
     /// The answer broke off.
     #[error("the answer broke off: {0}")]
     Broken(String),

@@ -9,7 +9,6 @@ use axum::body::Body;
 use axum::http::response::Parts;
 use axum::http::{HeaderMap, HeaderValue, Response};
 use bytes::Bytes;
-use hyper::body::Incoming;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
@@ -23,7 +22,7 @@ use super::metrics::{Outcome, Timed};
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
-use super::upstream::{Call, Seat, forwardable, whole};
+use super::upstream::{AnswerBody, Call, Seat, forwardable, whole};
 use super::usage::PrefillUsage;
 use crate::fleet::{EngineId, EngineView};
 
@@ -100,7 +99,7 @@ pub(super) enum Decoded {
     /// A whole answer of 200.
     Whole(Parts, Bytes),
     /// The beginning of a stream.
-    Stream(Parts, Incoming),
+    Stream(Parts, AnswerBody),
     /// An answer of 4xx, for the client.
     Refused(Response<Body>),
 }

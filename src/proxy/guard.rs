@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
@@ -21,7 +21,7 @@ use super::ledger::Entry;
 use super::metrics::{Outcome, Timed};
 use super::splice::Rewriter;
 use super::sse::Events;
-use super::upstream::Seat;
+use super::upstream::{AnswerBody, Seat};
 use super::usage::PrefillUsage;
 
 /// Measures a request from its arrival until this is dropped.
@@ -114,7 +114,7 @@ impl Guarded {
 /// The body of a streamed answer.
 pub(super) struct GuardedBody {
     /// `None` once the stream has ended.
-    inner: Option<Incoming>,
+    inner: Option<AnswerBody>,
     ready: VecDeque<Bytes>,
     idle: Pin<Box<Sleep>>,
     gone: Pin<Box<dyn Future<Output = ()> + Send>>,
@@ -123,7 +123,7 @@ pub(super) struct GuardedBody {
 
 impl GuardedBody {
     /// A body that sends `first`, then what comes from `inner`.
-    pub(super) fn new(first: Bytes, inner: Incoming, guarded: Guarded) -> Self {
+    pub(super) fn new(first: Bytes, inner: AnswerBody, guarded: Guarded) -> Self {
         Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
@@ -137,7 +137,7 @@ impl GuardedBody {
     }
 
     /// A body that sends the whole events that were read ahead from `inner`, and goes on from there.
-    pub(super) fn after(read: Bytes, inner: Incoming, guarded: Guarded) -> Self {
+    pub(super) fn after(read: Bytes, inner: AnswerBody, guarded: Guarded) -> Self {
         let mut body = Self::new(Bytes::new(), inner, guarded);
         if let Err(cause) = body.pass_on(read) {
             body.fail(cause).expect("only what is no stream of events fails so");

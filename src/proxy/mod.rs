@@ -11,8 +11,10 @@ mod breaker;
 mod canary;
 mod error;
 mod flow;
+mod framing;
 mod guard;
 mod ledger;
+mod listen;
 #[cfg(test)]
 mod matrix;
 mod metrics;
@@ -27,13 +29,13 @@ mod splice;
 mod sse;
 mod upstream;
 mod usage;
+mod wire;
 
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::serve::ListenerExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -47,6 +49,7 @@ pub use notify::{Notifications, NotifyError};
 
 use error::ProxyError;
 use flow::Deadlines;
+use listen::Limits;
 use metrics::Metrics;
 use seats::Seats;
 use upstream::Upstream;
@@ -116,7 +119,7 @@ impl Proxy {
             settings,
             view,
             notifications,
-            upstream: Upstream::new(),
+            upstream: Upstream::default(),
             metrics: Metrics::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),
@@ -131,21 +134,25 @@ impl Proxy {
     /// the caller's to bound.
     ///
     /// # Errors
-    /// When the listener fails.
+    /// When the listener cannot be used, or no thread can be started.
     pub async fn serve(self, listener: tokio::net::TcpListener, stop: CancellationToken) -> std::io::Result<()> {
-        let listener = listener.tap_io(|stream| {
-            // Events are small and each one matters. Without it they are merely slower.
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "could not set TCP_NODELAY");
-            }
-        });
-        axum::serve(listener, routes::router(Arc::clone(&self.0)))
-            .with_graceful_shutdown(stop.cancelled_owned())
-            .await?;
-        self.0.closing.cancel();
-        self.0.cleanups.close();
-        self.0.cleanups.wait().await;
-        Ok(())
+        let router = routes::router(Arc::clone(&self.0));
+        let limits = Limits {
+            clients: self.0.settings.service.clients.clone(),
+            stall: self.0.settings.decode_idle_deadline,
+        };
+        let served = async {
+            let threads = listen::serve(listener, router, limits, stop).await?;
+            self.0.closing.cancel();
+            self.0.cleanups.close();
+            self.0.cleanups.wait().await;
+            drop(threads);
+            Ok(())
+        };
+        tokio::select! {
+            served = served => served,
+            () = self.0.upstream.close_idle() => Ok(()),
+        }
     }
 
     /// Requests in the proxy now, clean-ups of hand-offs included.

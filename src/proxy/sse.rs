@@ -15,24 +15,43 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// The whole events that `chunk` completes, possibly none. Does not copy where chunks end with an event.
-    pub(super) fn push(&mut self, chunk: Bytes) -> Bytes {
-        let mut joined = if self.partial.is_empty() {
-            chunk
-        } else {
+    /// The whole events that `chunk` completes, possibly none. Does not copy where chunks end with an event, and looks at
+    /// each byte once, however many chunks an event comes in.
+    pub(super) fn push(&mut self, mut chunk: Bytes) -> Bytes {
+        let whole = if self.partial.is_empty() {
+            let whole = chunk.split_to(end_of_last_event(&chunk));
             self.partial.extend_from_slice(&chunk);
+            whole
+        } else {
+            let searched = self.searched();
+            self.partial.extend_from_slice(&chunk);
+            let end = match end_of_last_event(&self.partial[searched..]) {
+                0 => 0,
+                end => searched + end,
+            };
+            self.partial.split_to(end).freeze()
+        };
+        let whole = if whole.is_empty() && self.partial.len() > MAX_HELD_BYTES {
             std::mem::take(&mut self.partial).freeze()
+        } else {
+            whole
         };
-        let end = match end_of_last_event(&joined) {
-            0 if joined.len() > MAX_HELD_BYTES => joined.len(),
-            end => end,
-        };
-        self.partial.extend_from_slice(&joined[end..]);
-        joined.truncate(end);
-        if let Some(last) = data(&joined).next_back() {
+        // A comment after the end marker is no more data.
+        if let Some(last) = data(&whole).next_back() {
             self.done = last == b"[DONE]";
         }
-        joined
+        whole
+    }
+
+    /// How much of what is held back cannot belong to an event's end: all but a line's end at its own end.
+    fn searched(&self) -> usize {
+        let returns = self.partial.iter().rev().take_while(|byte| **byte == b'\r').count();
+        let line = self.partial.len() - returns;
+        if self.partial[..line].ends_with(b"\n") {
+            line - 1
+        } else {
+            self.partial.len()
+        }
     }
 
     /// Whether the end marker was the last event so far.
@@ -121,6 +140,19 @@ mod tests {
         let bytes = b": comment\r\ndata: {\"a\":1}\r\n\r\nevent: x\ndata:[DONE]\n\n";
         let found: Vec<_> = data(bytes).collect();
         assert_eq!(found, [&b"{\"a\":1}"[..], b"[DONE]"]);
+    }
+
+    /// This does not end within anybody's patience where each chunk costs what is held back already.
+    #[test]
+    fn a_huge_event_may_come_in_tiny_chunks() {
+        let mut events = Events::default();
+        let piece = Bytes::from_static(b"xx\r\nx\n\rx");
+        for _ in 0..MAX_HELD_BYTES / 9 {
+            assert_eq!(events.push(piece.clone()), "");
+        }
+        let whole = events.push(Bytes::from_static(b"\n\nrest"));
+        assert_eq!(whole.len(), MAX_HELD_BYTES / 9 * piece.len() + 2);
+        assert_eq!(events.push(Bytes::from_static(b"\r\n\r\n")), "rest\r\n\r\n");
     }
 
     /// Events of any lines, with either line end, that end with a blank one.

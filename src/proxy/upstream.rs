@@ -1,23 +1,28 @@
-//! Calls to engines: one HTTP client, the headers that may cross, and an engine's seat that a leg holds while it runs.
+//! Calls to engines: connections that are kept, the headers that may cross, and an engine's seat that a leg holds while it runs.
 //!
 //! Knows HTTP; knows nothing of prompts, connectors or retries.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use axum::http::response::Parts;
+use axum::http::{HeaderMap, HeaderName, Method, Response};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Frame};
 use hyper::header;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::error::{Cause, ProxyError, Stage};
+use super::framing::Framing;
 use super::seats::Held;
-use crate::fleet::{EngineState, EngineView, FleetView, KeptGuard, LoadGuard};
+use super::wire::{Head, Wire};
+use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetView, Incarnation, KeptGuard, LoadGuard};
 
 /// How long a connection may take. Engines are near: one that does not accept within this is not there.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -46,10 +51,43 @@ const NOT_FORWARDED: [HeaderName; 11] = [
 /// Client headers that would steer an engine: the request id pairs KV with requests, the rank picks an engine core.
 const STEERING: [&str; 2] = ["x-request-id", "x-data-parallel-rank"];
 
-/// The client of all engines.
-#[derive(Debug, Clone)]
-pub(super) struct Upstream {
-    client: Client<HttpConnector, Full<Bytes>>,
+/// Most idle connections that are kept to one engine.
+const MAX_IDLE: usize = 256;
+
+/// The connections to all engines. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Upstream(Arc<Mutex<HashMap<Home, Vec<Idle>>>>);
+
+/// Where a connection belongs: another incarnation is another process, and another runtime would be woken for its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Home {
+    engine: EngineId,
+    incarnation: Incarnation,
+    runtime: tokio::runtime::Id,
+}
+
+#[derive(Debug)]
+struct Idle {
+    wire: Wire,
+    since: Instant,
+}
+
+/// Why an engine could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unreachable {
+    /// Nothing was sent.
+    #[error("no connection")]
+    Connect(#[source] io::Error),
+    /// The request was sent, at least in part.
+    #[error("no answer")]
+    NoAnswer(#[source] io::Error),
+}
+
+impl Unreachable {
+    /// Whether the engine never saw the request.
+    pub(super) fn is_connect(&self) -> bool {
+        matches!(self, Self::Connect(_))
+    }
 }
 
 /// What is sent to an engine.
@@ -76,57 +114,182 @@ impl<'call> Call<'call> {
             body: body.into(),
         }
     }
+
+    /// The head of the request.
+    fn head(&self, authority: &str) -> Vec<u8> {
+        let mut head = Vec::with_capacity(512);
+        let mut put = |parts: &[&[u8]]| parts.iter().for_each(|part| head.extend_from_slice(part));
+        put(&[
+            self.method.as_str().as_bytes(),
+            b" ",
+            self.path.as_bytes(),
+            b" HTTP/1.1\r\nhost: ",
+        ]);
+        put(&[authority.as_bytes(), b"\r\n"]);
+        let replaced = |name| self.request_id.is_some() && (name == header::CONTENT_TYPE || name == REQUEST_ID);
+        for (name, value) in self.headers.iter().filter(|(name, _)| !replaced(*name)) {
+            put(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+        }
+        if let Some(id) = self.request_id {
+            put(&[
+                b"content-type: application/json\r\nx-request-id: ",
+                id.as_bytes(),
+                b"\r\n",
+            ]);
+        }
+        if self.method == Method::POST || !self.body.is_empty() {
+            put(&[b"content-length: ", self.body.len().to_string().as_bytes(), b"\r\n"]);
+        }
+        put(&[b"\r\n"]);
+        head
+    }
 }
 
 impl Upstream {
-    pub(super) fn new() -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_DEADLINE));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_CONNECTION)
-            .build(connector);
-        Self { client }
-    }
-
     /// Sends a call and waits for the head of the answer.
-    pub(super) async fn send(&self, engine: &EngineView, call: Call<'_>) -> Result<Response<Incoming>, Cause> {
-        let mut request = Request::new(Full::new(call.body));
-        *request.method_mut() = call.method;
-        *request.uri_mut() = format!("http://{}{}", engine.endpoint.authority(), call.path)
-            .parse()
-            .map_err(|_| Cause::Nonsense("its address is no URL"))?;
-        request.headers_mut().clone_from(call.headers);
-        if let Some(id) = call.request_id {
-            let id = HeaderValue::from_str(id).map_err(|_| Cause::Nonsense("the request id is no header value"))?;
-            request.headers_mut().insert("x-request-id", id);
-            request
-                .headers_mut()
-                .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        }
-        self.client.request(request).await.map_err(Cause::Unreachable)
+    pub(super) async fn send(&self, engine: &EngineView, call: Call<'_>) -> Result<Response<AnswerBody>, Cause> {
+        let head = call.head(&engine.endpoint.authority());
+        let home = Home {
+            engine: engine.id.clone(),
+            incarnation: engine.incarnation,
+            runtime: tokio::runtime::Handle::current().id(),
+        };
+        let no_answer = |error| Cause::Unreachable(Unreachable::NoAnswer(error));
+        let mut wire = loop {
+            let idle = self.idle(&home);
+            let is_new = idle.is_none();
+            let mut wire = match idle {
+                Some(wire) => wire,
+                None => connect(&engine.endpoint).await?,
+            };
+            match wire.send(&head, &call.body).await {
+                Ok(()) => break wire,
+                // It closed the very moment that it was taken.
+                Err((0, _)) if !is_new => {}
+                // An engine that refuses a request may say so without reading it to the end.
+                Err((_, error)) => match wire.head(&call.method).await {
+                    Ok(head) => return Ok(self.answer(head, wire, None)),
+                    Err(_) => return Err(no_answer(error)),
+                },
+            }
+        };
+        let head = wire.head(&call.method).await.map_err(no_answer)?;
+        Ok(self.answer(head, wire, Some(home)))
     }
 
     /// Sends a call and reads the whole answer.
-    pub(super) async fn fetch(
-        &self,
-        engine: &EngineView,
-        call: Call<'_>,
-    ) -> Result<(axum::http::response::Parts, Bytes), Cause> {
+    pub(super) async fn fetch(&self, engine: &EngineView, call: Call<'_>) -> Result<(Parts, Bytes), Cause> {
         let (head, body) = self.send(engine, call).await?.into_parts();
         Ok((head, whole(body).await?))
+    }
+
+    fn answer(&self, head: Head, wire: Wire, home: Option<Home>) -> Response<AnswerBody> {
+        let home = home.filter(|_| head.keeps_alive);
+        let body = AnswerBody {
+            wire: Some(wire),
+            framing: head.framing,
+            home: home.map(|home| (self.clone(), home)),
+        };
+        Response::from_parts(head.parts, body)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Home, Vec<Idle>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection that was used last, which is the least likely to be closed.
+    fn idle(&self, home: &Home) -> Option<Wire> {
+        let mut all = self.lock();
+        let idle = all.get_mut(home)?;
+        while let Some(Idle { wire, since }) = idle.pop() {
+            if since.elapsed() < IDLE_CONNECTION && wire.is_quiet() {
+                return Some(wire);
+            }
+        }
+        None
+    }
+
+    fn keep(&self, home: Home, wire: Wire) {
+        let mut all = self.lock();
+        let idle = all.entry(home).or_default();
+        if idle.len() < MAX_IDLE && wire.is_quiet() {
+            let since = Instant::now();
+            idle.push(Idle { wire, since });
+        }
+    }
+
+    /// Closes connections that have been idle for too long, for as long as it runs.
+    pub(super) async fn close_idle(&self) {
+        let mut turns = tokio::time::interval(IDLE_CONNECTION / 4);
+        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            turns.tick().await;
+            self.lock().retain(|_, idle| {
+                idle.retain(|idle| idle.since.elapsed() < IDLE_CONNECTION);
+                !idle.is_empty()
+            });
+        }
+    }
+}
+
+async fn connect(endpoint: &Endpoint) -> Result<Wire, Cause> {
+    let wire = tokio::time::timeout(CONNECT_DEADLINE, Wire::connect(&endpoint.host, endpoint.port)).await;
+    let wire = wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    wire.map_err(|error| Cause::Unreachable(Unreachable::Connect(error)))
+}
+
+/// The body of an engine's answer. At its end the connection is kept for another call; dropped before, it is closed.
+#[derive(Debug)]
+pub(super) struct AnswerBody {
+    wire: Option<Wire>,
+    framing: Framing,
+    home: Option<(Upstream, Home)>,
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let this = &mut *self;
+        let Some(wire) = &mut this.wire else {
+            return Poll::Ready(None);
+        };
+        let piece = ready!(wire.poll_body(&mut this.framing, context));
+        if !matches!(piece, Some(Ok(_))) {
+            let wire = this.wire.take();
+            if let (None, Some(wire), Some((upstream, home))) = (&piece, wire, this.home.take()) {
+                upstream.keep(home, wire);
+            }
+        }
+        Poll::Ready(piece.map(|piece| piece.map(Frame::data)))
     }
 }
 
 /// The whole body of an answer.
-pub(super) async fn whole(body: Incoming) -> Result<Bytes, Cause> {
-    Limited::new(body, MAX_ANSWER_BYTES)
-        .collect()
-        .await
-        .map(http_body_util::Collected::to_bytes)
-        .map_err(|error| Cause::Broken(error.to_string()))
+pub(super) async fn whole(mut body: AnswerBody) -> Result<Bytes, Cause> {
+    let broken = |error: io::Error| Cause::Broken(error.to_string());
+    let mut first = Bytes::new();
+    let mut all = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(piece) = frame.map_err(broken)?.into_data() else {
+            continue;
+        };
+        if first.is_empty() && all.is_empty() {
+            first = piece;
+            continue;
+        }
+        all.extend_from_slice(&std::mem::take(&mut first));
+        all.extend_from_slice(&piece);
+        if all.len() > MAX_ANSWER_BYTES {
+            return Err(Cause::Nonsense("it is too large"));
+        }
+    }
+    Ok(if all.is_empty() { first } else { all.freeze() })
 }
+
+/// The header that carries a request's id.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The headers that may cross from one connection to another.
 pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {
@@ -279,6 +442,8 @@ async fn gone(engine: &EngineView, view: &watch::Receiver<Arc<FleetView>>) {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderValue;
+
     use super::*;
 
     #[test]

@@ -4,6 +4,7 @@ mod alone;
 mod bench;
 mod causes;
 mod chaos;
+mod clients;
 mod control;
 mod exact;
 mod keep;

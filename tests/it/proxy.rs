@@ -11,6 +11,7 @@ pub(crate) mod lmcache;
 mod policies;
 mod queue;
 mod stranded;
+mod wire;
 
 use std::sync::Arc;
 use std::time::Duration;

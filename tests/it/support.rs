@@ -193,10 +193,9 @@ impl Unsupervised {
 
 impl Drop for Unsupervised {
     fn drop(&mut self) {
-        drop(killpg(
-            Pid::from_raw(i32::try_from(self.0.id()).expect("a pid")),
-            Signal::SIGKILL,
-        ));
+        let group = Pid::from_raw(i32::try_from(self.0.id()).expect("a pid"));
+        // A group that has ended is what was wanted.
+        let _ = killpg(group, Signal::SIGKILL);
         drop(self.0.wait());
     }
 }

@@ -1,0 +1,300 @@
+//! Serves clients: threads that accept connections and speak HTTP/1.1 on them until they are told to stop.
+//!
+//! A request stays on the thread that accepted its connection, engines' connections included, so that no step of it
+//! wakes another thread. Knows sockets and limits; knows no route and no engine.
+
+use std::io::{self, IoSlice};
+use std::net::TcpListener;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::Sleep;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::service::Clients;
+
+/// How long to wait for room when the system has none for another connection.
+const NO_ROOM: Duration = Duration::from_millis(100);
+
+/// Largest head of a request, and most that is read or held for a client at once.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// What the kernel may hold for a client. Linux doubles it, for its own bookkeeping.
+const KERNEL_BYTES: usize = 64 << 10;
+
+/// Cores that one thread keeps up with: the engines' share of the machine is far larger than the proxy's.
+const CORES_PER_THREAD: usize = 8;
+
+/// Most threads that are started where no number is given.
+const MOST_THREADS: usize = 8;
+
+/// Descriptors that are asked for where the usual limit of 1,024 is in the way. vLLM asks for as many for itself.
+const DESCRIPTORS: u64 = 65_535;
+
+/// Descriptors for everything that is no connection.
+const OTHER_DESCRIPTORS: u64 = 64;
+
+/// What clients are held to.
+#[derive(Debug, Clone)]
+pub(super) struct Limits {
+    pub(super) clients: Clients,
+    /// How long a client may take no byte of what there is for it.
+    pub(super) stall: Duration,
+}
+
+impl Limits {
+    fn threads(&self) -> usize {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let fitting = (cores / CORES_PER_THREAD).clamp(1, MOST_THREADS);
+        self.clients.threads.map_or(fitting, |threads| threads.max(1))
+    }
+
+    /// Connections at once: each may need a second descriptor for its engine.
+    fn connections(&self) -> usize {
+        let fitting = (descriptors() / 2).saturating_sub(OTHER_DESCRIPTORS).max(1);
+        let fitting = usize::try_from(fitting).unwrap_or(usize::MAX);
+        self.clients
+            .max_connections
+            .clamp(1, fitting.min(Semaphore::MAX_PERMITS))
+    }
+}
+
+/// How many descriptors this process may open, after it has asked for enough.
+fn descriptors() -> u64 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return DESCRIPTORS;
+    };
+    let wanted = hard.min(DESCRIPTORS);
+    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() {
+        wanted
+    } else {
+        soft
+    }
+}
+
+/// Serves on all threads until `stop` is cancelled and the last answer is sent. The threads go on with what requests have
+/// left behind on them, until they are dropped.
+///
+/// # Errors
+/// When the listener cannot be shared among threads, or a thread cannot be started or breaks off.
+pub(super) async fn serve(
+    listener: tokio::net::TcpListener,
+    router: Router,
+    limits: Limits,
+    stop: CancellationToken,
+) -> io::Result<Threads> {
+    let listener = listener.into_std()?;
+    // A burst of clients waits; the short queue of the standard library would lose some for seconds.
+    listen(&listener, Backlog::MAXCONN)?;
+    let connections = Arc::new(Semaphore::new(limits.connections()));
+    let mut threads = Threads::default();
+    let mut ends = Vec::new();
+    for number in 1..=limits.threads() {
+        let server = Server {
+            router: router.clone(),
+            limits: limits.clone(),
+            connections: Arc::clone(&connections),
+            stop: stop.clone(),
+        };
+        let (listener, abandon) = (listener.try_clone()?, threads.abandon.clone());
+        let (ended, end) = oneshot::channel();
+        let run = move || server.run(listener, ended, &abandon);
+        let thread = thread::Builder::new().name(format!("proxy-{number}")).spawn(run)?;
+        threads.started.push(thread);
+        ends.push(end);
+    }
+    // Only the threads hold it now, so that clients are refused once they have stopped accepting.
+    drop(listener);
+    for end in ends {
+        end.await
+            .map_err(|_| io::Error::other("a thread of the proxy broke off"))??;
+    }
+    Ok(threads)
+}
+
+/// The threads of a server. Dropping it ends them, with everything that runs on them.
+#[derive(Default)]
+pub(super) struct Threads {
+    started: Vec<JoinHandle<()>>,
+    abandon: CancellationToken,
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.abandon.cancel();
+        for thread in self.started.drain(..) {
+            // It panicked, which it has said itself.
+            drop(thread.join());
+        }
+    }
+}
+
+/// What one thread serves.
+struct Server {
+    router: Router,
+    limits: Limits,
+    connections: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+impl Server {
+    fn run(&self, listener: TcpListener, ended: oneshot::Sender<io::Result<()>>, abandon: &CancellationToken) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(ended.send(Err(error))),
+        };
+        let serve = async {
+            // Nobody waits any more for threads that are being dropped.
+            drop(ended.send(self.serve(listener).await));
+            std::future::pending::<()>().await;
+        };
+        runtime.block_on(abandon.run_until_cancelled(serve));
+    }
+
+    async fn serve(&self, listener: TcpListener) -> io::Result<()> {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let serving = TaskTracker::new();
+        while let Some((stream, permit)) = self.stop.run_until_cancelled(self.accept(&listener)).await {
+            serving.spawn(self.client(stream, permit));
+        }
+        drop(listener);
+        serving.close();
+        serving.wait().await;
+        Ok(())
+    }
+
+    /// The next client, once there is room for it. Others wait in the kernel's queue meanwhile.
+    async fn accept(&self, listener: &tokio::net::TcpListener) -> (TcpStream, OwnedSemaphorePermit) {
+        loop {
+            let permit = Arc::clone(&self.connections).acquire_owned();
+            let permit = permit.await.expect("nobody closes the semaphore");
+            match listener.accept().await {
+                Ok((stream, _)) => return (stream, permit),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a client's connection");
+                    tokio::time::sleep(NO_ROOM).await;
+                }
+            }
+        }
+    }
+
+    /// Serves one client until it leaves, breaks a limit, or has its answer after the stop.
+    fn client(&self, stream: TcpStream, permit: OwnedSemaphorePermit) -> impl Future<Output = ()> + use<> {
+        if let Err(error) = prepare(&stream) {
+            tracing::debug!(%error, "cannot set the options of a client's connection");
+        }
+        let stream = Patient {
+            stream,
+            stall: self.limits.stall,
+            stalled: None,
+        };
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.limits.clients.idle_deadline)
+            .max_buf_size(BUFFER_BYTES)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router.clone()));
+        let stop = self.stop.clone();
+        async move {
+            let mut connection = pin!(connection);
+            let served = tokio::select! {
+                biased;
+                served = connection.as_mut() => served,
+                () = stop.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = served {
+                tracing::debug!(
+                    error = crate::report::one_line(&error),
+                    "a client's connection ended early"
+                );
+            }
+            drop(permit);
+        }
+    }
+}
+
+/// Events are small and each one matters, so they leave at once. What the kernel holds for a client is kept small, so that
+/// a client that stops reading is noticed.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    Ok(setsockopt(stream, sockopt::SndBuf, &KERNEL_BYTES)?)
+}
+
+/// A client's connection, which breaks once the client has taken nothing for too long of what there is for it: it has
+/// stopped reading, or is gone without a word. The kernel's own deadline (`TCP_USER_TIMEOUT`) does not do: it also cuts off
+/// clients that take a little at a time.
+struct Patient {
+    stream: TcpStream,
+    stall: Duration,
+    /// Runs while the kernel takes no more bytes.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl Patient {
+    fn noting(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let stall = self.stall;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall)));
+        stalled
+            .as_mut()
+            .poll(context)
+            .map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Patient {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Patient {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.noting(context, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, parts);
+        self.noting(context, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

@@ -1,0 +1,242 @@
+//! One HTTP/1.1 connection to an engine: sends a request, reads the answer's head, then its body as it comes.
+//!
+//! It is driven by the request that uses it and by nothing else, so that no byte has to wake another task. Knows HTTP;
+//! knows no engine, no route and no pool.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use axum::http::header::{self, HeaderName, HeaderValue};
+use axum::http::response::Parts;
+use axum::http::{HeaderMap, Method, Response, StatusCode};
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio_util::io::poll_read_buf;
+
+use super::framing::{Framing, Step, nonsense, says};
+
+/// Largest head of an answer.
+const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// Most headers of an answer.
+const MAX_HEADERS: usize = 100;
+
+/// Room for a read at first, and for as long as little comes: streams are many and their events small.
+const LEAST_ROOM: usize = 4 << 10;
+
+/// Room for a read while as much comes.
+const MOST_ROOM: usize = 64 << 10;
+
+/// An open connection.
+#[derive(Debug)]
+pub(super) struct Wire {
+    stream: TcpStream,
+    /// Read and not yet given out.
+    read: BytesMut,
+    /// Room that is made for the next read.
+    room: usize,
+}
+
+/// The head of an answer.
+pub(super) struct Head {
+    pub(super) parts: Parts,
+    pub(super) framing: Framing,
+    /// Whether the connection takes another request afterwards.
+    pub(super) keeps_alive: bool,
+}
+
+impl Wire {
+    pub(super) async fn connect(host: &str, port: u16) -> io::Result<Self> {
+        let stream = TcpStream::connect((host, port)).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            stream,
+            read: BytesMut::new(),
+            room: LEAST_ROOM,
+        })
+    }
+
+    /// Whether the engine has neither closed the idle connection nor said anything unasked.
+    pub(super) fn is_quiet(&self) -> bool {
+        let heard = self.stream.try_read(&mut [0]);
+        self.read.is_empty() && heard.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Sends a request.
+    ///
+    /// # Errors
+    /// With how many bytes had been taken before.
+    pub(super) async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<(), (usize, io::Error)> {
+        let mut request = head.chain(body);
+        let whole = request.remaining();
+        while request.has_remaining() {
+            if let Err(error) = self.stream.write_buf(&mut request).await {
+                return Err((whole - request.remaining(), error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the head of the answer to a request with this method.
+    ///
+    /// # Errors
+    /// When the connection breaks or ends before, or the head is none.
+    pub(super) async fn head(&mut self, method: &Method) -> io::Result<Head> {
+        loop {
+            match parse(&mut self.read, method)? {
+                Some(head) if head.parts.status.is_informational() => {}
+                Some(head) => return Ok(head),
+                None if self.read.len() > MAX_HEAD_BYTES => return Err(nonsense("its head has no end")),
+                None if poll_fn(|context| self.poll_read(context)).await? > 0 => {}
+                None => return Err(io::ErrorKind::UnexpectedEof.into()),
+            }
+        }
+    }
+
+    /// The next piece of the answer's body; `None` at its end.
+    pub(super) fn poll_body(
+        &mut self,
+        framing: &mut Framing,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Bytes>>> {
+        loop {
+            match framing.take(&mut self.read) {
+                Ok(Step::Data(bytes)) => return Poll::Ready(Some(Ok(bytes))),
+                Ok(Step::End) => return Poll::Ready(None),
+                Ok(Step::More) => {}
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+            match ready!(self.poll_read(context)) {
+                Ok(0) if framing.ends_with_connection() => return Poll::Ready(None),
+                Ok(0) => return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into()))),
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+    }
+
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        // What is left of earlier room is used up first: a buffer whose events are still on their way cannot be reused.
+        if self.read.capacity() - self.read.len() < self.room / 4 {
+            self.read.reserve(self.room);
+        }
+        let offered = self.read.capacity() - self.read.len();
+        let count = ready!(poll_read_buf(Pin::new(&mut self.stream), context, &mut self.read))?;
+        self.room = if count == offered {
+            (self.room * 2).min(MOST_ROOM)
+        } else {
+            LEAST_ROOM
+        };
+        Poll::Ready(Ok(count))
+    }
+}
+
+/// Takes an answer's head out of what was read, once it is whole.
+fn parse(read: &mut BytesMut, method: &Method) -> io::Result<Option<Head>> {
+    let mut room = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut parsed = httparse::Response::new(&mut room);
+    let length = match parsed.parse(read) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) => return Ok(None),
+        Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
+    };
+    let status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok());
+    let status = status.ok_or_else(|| nonsense("its status is none"))?;
+    if status == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(nonsense("it changes the protocol"));
+    }
+    let is_old = parsed.version == Some(0);
+    let start = read.as_ptr().addr();
+    let mut named = Vec::with_capacity(parsed.headers.len());
+    for header in parsed.headers.iter() {
+        let name = HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| nonsense("a header has no name"))?;
+        let value = header.value.as_ptr().addr().saturating_sub(start);
+        named.push((name, value, header.value.len()));
+    }
+    let bytes = read.split_to(length).freeze();
+    let mut headers = HeaderMap::with_capacity(named.len());
+    for (name, from, length) in named {
+        // The value of an empty header may lie anywhere.
+        let value = if length == 0 {
+            Bytes::new()
+        } else {
+            bytes.slice(from..from + length)
+        };
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| nonsense("a header has no value"))?;
+        headers.append(name, value);
+    }
+    let (framing, is_clear) = Framing::of(method, status, &headers)?;
+    let keeps_alive = is_clear && !is_old && !says(&headers, &header::CONNECTION, "close");
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    let (parts, ()) = response.into_parts();
+    Ok(Some(Head {
+        parts,
+        framing,
+        keeps_alive,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(text: &'static str) -> io::Result<Option<(Head, BytesMut)>> {
+        let mut read = BytesMut::from(text);
+        Ok(parse(&mut read, &Method::POST)?.map(|head| (head, read)))
+    }
+
+    #[test]
+    fn a_head_is_read_when_it_is_whole_and_no_further() {
+        let text = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Empty:\r\nX-Two: a\r\nx-two: b\r\n\r\n{}";
+        let (head, rest) = parsed(text).expect("a head").expect("a whole one");
+        assert_eq!((head.framing, head.keeps_alive), (Framing::Length(2), true));
+        assert_eq!(head.parts.headers["x-empty"], "");
+        let two: Vec<_> = head
+            .parts
+            .headers
+            .get_all("x-two")
+            .iter()
+            .map(HeaderValue::as_bytes)
+            .collect();
+        assert_eq!((two, &rest[..]), (vec![&b"a"[..], b"b"], &b"{}"[..]));
+        let whole = text.len() - 2;
+        for end in 0..whole {
+            assert!(parsed(&text[..end]).expect("a beginning").is_none(), "{}", &text[..end]);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_ends_or_cannot_be_trusted_is_not_used_again() {
+        for (text, keeps_alive) in [
+            (
+                "HTTP/1.1 200 OK\r\nconnection: Keep-Alive\r\ncontent-length: 0\r\n\r\n",
+                true,
+            ),
+            (
+                "HTTP/1.1 200 OK\r\nconnection: x, Close\r\ncontent-length: 0\r\n\r\n",
+                false,
+            ),
+            ("HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n", false),
+            ("HTTP/1.1 200 OK\r\n\r\n", false),
+        ] {
+            let (head, _) = parsed(text).expect("a head").expect("a whole one");
+            assert_eq!(head.keeps_alive, keeps_alive, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_answer_is_an_error() {
+        for text in [
+            "SSH-2.0-OpenSSH\r\n",
+            "HTTP/1.1 101 Switching Protocols\r\n\r\n",
+            "HTTP/2.0 200\r\n\r\n",
+        ] {
+            assert!(parsed(text).is_err(), "{text}");
+        }
+    }
+}
