@@ -2,6 +2,7 @@
 
 mod attach;
 pub mod bench;
+mod companion;
 mod completions;
 mod demo;
 mod detach;
@@ -15,6 +16,7 @@ mod request;
 mod restart;
 mod scale;
 pub mod sim;
+mod sim_lmcache;
 pub mod status;
 mod up;
 
@@ -76,6 +78,12 @@ enum Verb {
     /// Own the engines of a run; started by `xpyd up`, its control socket is its stdin
     #[command(hide = true)]
     Guardian,
+    /// Start a server that an engine needs, and become the engine
+    #[command(hide = true)]
+    Companion(companion::Arguments),
+    /// Run one simulated cache server, shaped like `lmcache server`
+    #[command(hide = true)]
+    SimLmcache(sim_lmcache::Arguments),
 }
 
 /// Parses the command line and runs the verb.
@@ -98,6 +106,8 @@ pub fn main() -> ExitCode {
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
         Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),
         Verb::Guardian => Ok(guardian::process::run()),
+        Verb::Companion(arguments) => companion::run(&arguments, printer),
+        Verb::SimLmcache(arguments) => block_on(sim_lmcache::run(arguments)),
     };
     let status = result.unwrap_or_else(|failure| {
         printer.error(&failure);

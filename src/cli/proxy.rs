@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::request;
-use crate::connector::{Connector, FirstToken, LmCache, Nixl};
+use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
@@ -32,6 +32,8 @@ pub enum ConnectorName {
     Nixl,
     /// LMCache's PD backend: the prefill engine pushes and notifies this proxy.
     Lmcache,
+    /// As `nixl`, between engines that have LMCache's cache servers as well.
+    LmcacheMp,
 }
 
 /// Who makes the first token.
@@ -292,7 +294,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     };
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let notifications = match arguments.connector {
-        ConnectorName::Nixl => None,
+        ConnectorName::Nixl | ConnectorName::LmcacheMp => None,
         ConnectorName::Lmcache => Some(
             Notifications::bind(&arguments.proxy_host, arguments.proxy_port)
                 .await
@@ -356,6 +358,10 @@ fn settings(arguments: &Arguments, service: Service) -> Settings {
                 // Only launches use the sizes.
                 prefill_buffer_bytes: 0,
                 decode_buffer_bytes: 0,
+            }),
+            ConnectorName::LmcacheMp => Connector::LmCacheMp(LmCacheMp {
+                nixl: Nixl {},
+                l1_bytes: 0,
             }),
         },
         // Only canaries use it, and these engines get none.

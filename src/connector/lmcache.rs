@@ -90,6 +90,7 @@ impl LmCache {
             ],
             file: Some((file.into(), content)),
             receiver_template,
+            companion: None,
         }
     }
 

@@ -5,6 +5,7 @@
 //! It is a closed enum with one file per adapter; an unknown connector is an error, never a default.
 
 pub mod lmcache;
+pub mod lmcache_mp;
 pub mod nixl;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use serde_json::value::RawValue;
 use crate::fleet::{Endpoint, Receiver, Role};
 
 pub use lmcache::{FirstToken, LmCache};
+pub use lmcache_mp::{CachePorts, LmCacheMp};
 pub use nixl::Nixl;
 
 /// How KV moves.
@@ -26,6 +28,9 @@ pub enum Connector {
     /// `LMCacheConnectorV1` with LMCache's PD backend: the prefill engine pushes, then notifies the proxy.
     #[serde(rename = "lmcache")]
     LmCache(LmCache),
+    /// `MultiConnector` of NIXL pull and `LMCacheMPConnector`: NIXL hands over, LMCache keeps.
+    #[serde(rename = "lmcache-mp")]
+    LmCacheMp(LmCacheMp),
 }
 
 /// Where an engine's KV lives.
@@ -62,6 +67,8 @@ pub struct LaunchContext<'plan> {
     pub side_channel_port: Option<u16>,
     /// Its LMCache receiver, if it is a decode engine of that connector.
     pub receiver: Option<&'plan Receiver>,
+    /// The ports of its cache server, if this connector has one.
+    pub cache: Option<CachePorts>,
     /// Where the proxy takes LMCache's notifications.
     pub notify: Option<(&'plan str, u16)>,
     /// Longest prompt plus answer, in tokens, if the profile says so.
@@ -86,6 +93,19 @@ pub struct Launch {
     /// The content of that file with the receiver's ports left open, where every start of an engine needs new ones:
     /// [`with_receiver_ports`] closes it.
     pub receiver_template: Option<String>,
+    /// A server that the engine cannot do without.
+    pub companion: Option<Companion>,
+}
+
+/// A server of one engine's own, which is there before it starts, and without which it ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Companion {
+    /// The name of its program, which is beside the engine's.
+    pub program: &'static str,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// The port on which it listens once the engine may start.
+    pub port: u16,
 }
 
 /// The content of a decode engine's file from [`Launch::receiver_template`].
@@ -194,6 +214,7 @@ impl Connector {
         match self {
             Self::Nixl(_) => "nixl",
             Self::LmCache(_) => "lmcache",
+            Self::LmCacheMp(_) => "lmcache-mp",
         }
     }
 
@@ -202,6 +223,7 @@ impl Connector {
         match self {
             Self::Nixl(nixl) => nixl.launch(context),
             Self::LmCache(lmcache) => lmcache.launch(context),
+            Self::LmCacheMp(lmcache) => lmcache.launch(context),
         }
     }
 
@@ -210,7 +232,7 @@ impl Connector {
     /// `request_id` must be unique over all proxies and restarts. `decoder` is the engine that will decode.
     pub fn prefill_params(&self, request_id: &str, decoder: &Endpoint) -> String {
         match self {
-            Self::Nixl(nixl) => nixl.prefill_params(),
+            Self::Nixl(nixl) | Self::LmCacheMp(LmCacheMp { nixl, .. }) => nixl.prefill_params(),
             Self::LmCache(lmcache) => lmcache.prefill_params(request_id, decoder),
         }
     }
@@ -218,7 +240,7 @@ impl Connector {
     /// The value of `kv_transfer_params` on the decode leg where the hand-off itself gives none, as JSON text.
     pub fn decode_params(&self, request_id: &str) -> Option<String> {
         match self {
-            Self::Nixl(_) => None,
+            Self::Nixl(_) | Self::LmCacheMp(_) => None,
             Self::LmCache(lmcache) => Some(lmcache.decode_params(request_id)),
         }
     }
@@ -229,7 +251,7 @@ impl Connector {
     /// What does not fit.
     pub fn check_pair(&self, prefill: &Endpoint, decode: &Endpoint) -> Result<(), PairError> {
         match self {
-            Self::Nixl(_) => Ok(()),
+            Self::Nixl(_) | Self::LmCacheMp(_) => Ok(()),
             Self::LmCache(lmcache) => lmcache.check_pair(prefill, decode),
         }
     }
@@ -239,13 +261,15 @@ impl Connector {
         match self {
             Self::Nixl(_) => &[NIXL_BYTES, EXTERNAL_SOURCE, EXTERNAL_HITS],
             Self::LmCache(_) => &[EXTERNAL_SOURCE, EXTERNAL_HITS],
+            // The others grow with what comes from the engine's own cache server, too.
+            Self::LmCacheMp(_) => &[NIXL_BYTES],
         }
     }
 
     /// Whether a hand-off is complete only when LMCache's notifications have come, one per rank.
     pub fn notifies(&self) -> bool {
         match self {
-            Self::Nixl(_) => false,
+            Self::Nixl(_) | Self::LmCacheMp(_) => false,
             Self::LmCache(_) => true,
         }
     }
@@ -256,7 +280,7 @@ impl Connector {
     /// When the answer holds none, or one that must not reach a decode engine.
     pub fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
         match self {
-            Self::Nixl(nixl) => nixl.read_handoff(prefill_answer),
+            Self::Nixl(nixl) | Self::LmCacheMp(LmCacheMp { nixl, .. }) => nixl.read_handoff(prefill_answer),
             Self::LmCache(lmcache) => lmcache.read_handoff(prefill_answer),
         }
     }
@@ -268,7 +292,7 @@ impl Connector {
                 first_token: FirstToken::Prefiller,
                 ..
             }) => DecodeFlow::TokenSplice,
-            Self::Nixl(_) | Self::LmCache(_) => DecodeFlow::Original,
+            Self::Nixl(_) | Self::LmCache(_) | Self::LmCacheMp(_) => DecodeFlow::Original,
         }
     }
 }

@@ -7,8 +7,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::connector::{Device, Launch};
+use crate::connector::{Companion, Device, Launch};
 use crate::fleet::Endpoint;
+
+/// How long a companion may take until it listens. `lmcache server` imports torch, which took it 6 s on a quiet machine and
+/// 20 s on a busy one.
+const COMPANION_DEADLINE: Duration = Duration::from_mins(3);
 
 /// The program that serves the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -23,6 +27,8 @@ pub enum EngineKind {
 /// What is decided about an engine before its command line is written.
 #[derive(Debug)]
 pub struct Serve<'plan> {
+    /// xpyd itself, which starts companions.
+    pub xpyd: &'plan Path,
     /// The program: `vllm`, or `xpyd` for the simulated engine.
     pub program: &'plan Path,
     /// Model path or repository.
@@ -53,6 +59,8 @@ pub struct Serve<'plan> {
     pub ready_deadline: Duration,
     /// How long an engine with something to do may get nothing done.
     pub stall: Duration,
+    /// How long it may take to leave when asked.
+    pub stop: Duration,
     /// What only the simulated engine is told: the timing preset and the faults.
     pub sim: (&'plan str, &'plan [String]),
 }
@@ -90,7 +98,9 @@ impl EngineKind {
 
     /// Program and arguments.
     pub fn command(self, serve: &Serve<'_>) -> Vec<String> {
-        let mut argv = vec![serve.program.display().to_string()];
+        let companion = serve.launch.companion.as_ref();
+        let mut argv = companion.map_or_else(Vec::new, |companion| self.accompanied(companion, serve));
+        argv.push(serve.program.display().to_string());
         match self {
             Self::Vllm => argv.push("serve".to_owned()),
             Self::Sim => argv.push("sim".to_owned()),
@@ -101,6 +111,25 @@ impl EngineKind {
             argv.extend(["--preset".to_owned(), preset.to_owned()]);
             argv.extend(faults.iter().flat_map(|fault| ["--fault".to_owned(), fault.clone()]));
         }
+        argv
+    }
+
+    /// What stands before the engine's own command line where a companion must be there first: see `xpyd companion`.
+    fn accompanied(self, companion: &Companion, serve: &Serve<'_>) -> Vec<String> {
+        let mut argv = vec![serve.xpyd.display().to_string(), "companion".to_owned()];
+        let mut flag = |name: &str, value: String| argv.extend([format!("--{name}"), value]);
+        flag("host", serve.endpoint.host.clone());
+        flag("port", companion.port.to_string());
+        let deadline = COMPANION_DEADLINE.min(serve.ready_deadline);
+        flag("deadline", humantime::format_duration(deadline).to_string());
+        flag("grace", humantime::format_duration(serve.stop).to_string());
+        argv.push("--".to_owned());
+        match self {
+            Self::Vllm => argv.push(serve.program.with_file_name(companion.program).display().to_string()),
+            Self::Sim => argv.extend([serve.xpyd.display().to_string(), format!("sim-{}", companion.program)]),
+        }
+        argv.extend(companion.arguments.iter().cloned());
+        argv.push("--".to_owned());
         argv
     }
 

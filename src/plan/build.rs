@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::connector::{Connector, Device, LaunchContext};
+use crate::connector::{CachePorts, Connector, Device, LaunchContext};
 use crate::engine::{EngineKind, Serve, vllm};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Gpus, Machine};
@@ -186,6 +186,31 @@ struct Addresses {
     endpoint: Endpoint,
     ports: Vec<PortUse>,
     side_channel_port: Option<u16>,
+    cache: Option<CachePorts>,
+}
+
+/// The ports of one engine as they are given out.
+struct Ports<'id> {
+    owner: &'id EngineId,
+    offset: u16,
+    taken: Vec<PortUse>,
+}
+
+impl Ports<'_> {
+    /// The port `add` above the profile's `base`.
+    fn take(&mut self, purpose: &str, base: u16, add: usize) -> Result<u16, PlanError> {
+        let number = u32::from(base) + u32::from(self.offset) + u32::try_from(add).unwrap_or(u32::MAX / 2);
+        let port = u16::try_from(number).map_err(|_| PlanError::PortTooHigh {
+            owner: self.owner.to_string(),
+            purpose: purpose.to_owned(),
+            port: number,
+        })?;
+        self.taken.push(PortUse {
+            port,
+            purpose: purpose.to_owned(),
+        });
+        Ok(port)
+    }
 }
 
 impl<'input> Builder<'input> {
@@ -216,60 +241,27 @@ impl<'input> Builder<'input> {
     /// The engine of this index within its role, and of this number within the fleet; no two engines share either.
     pub(super) fn engine(&mut self, role: Role, index: usize, number: usize) -> Result<EngineSpec, PlanError> {
         let id = EngineId::new(role, index);
-        let ranks = usize::from(self.role(role).tensor_parallel);
-        let port = |purpose: &str, base: u16, add: usize| {
-            let number =
-                u32::from(base) + u32::from(self.profile.port_offset) + u32::try_from(add).unwrap_or(u32::MAX / 2);
-            u16::try_from(number).map_err(|_| PlanError::PortTooHigh {
-                owner: id.to_string(),
-                purpose: purpose.to_owned(),
-                port: number,
-            })
+        let mut ports = Ports {
+            owner: &id,
+            offset: self.profile.port_offset,
+            taken: Vec::new(),
         };
-        let http = port("http", self.role(role).port, index)?;
-        let mut ports = vec![PortUse {
-            port: http,
-            purpose: "http".to_owned(),
-        }];
-        let mut side_channel_port = None;
-        let mut receiver = None;
+        let http = ports.take("http", self.role(role).port, index)?;
+        let (mut side_channel_port, mut cache, mut receiver) = (None, None, None);
         match self.connector {
-            Connector::Nixl(_) => {
-                let base = match role {
-                    Role::Prefill => self.profile.nixl.prefill_side_channel_port,
-                    Role::Decode => self.profile.nixl.decode_side_channel_port,
-                };
-                // vLLM 0.32 listens on the port it is given plus the data-parallel rank, once for all tensor-parallel ranks.
-                let ranks = usize::from(data_parallel(self.profile, self.role(role)));
-                for rank in 0..ranks {
-                    let purpose = match ranks {
-                        1 => "nixl side channel".to_owned(),
-                        _ => format!("nixl side channel, rank {rank}"),
-                    };
-                    let number = port(&purpose, base, index * ranks + rank)?;
-                    ports.push(PortUse { port: number, purpose });
-                    side_channel_port.get_or_insert(number);
-                }
-            }
-            Connector::LmCache(_) if role == Role::Decode => {
-                let mut block = |purpose: &str, base: u16| -> Result<Vec<u16>, PlanError> {
-                    (0..ranks)
-                        .map(|rank| {
-                            let purpose = format!("{purpose}, rank {rank}");
-                            let number = port(&purpose, base, index * ranks + rank)?;
-                            ports.push(PortUse { port: number, purpose });
-                            Ok(number)
-                        })
-                        .collect()
-                };
-                receiver = Some(Receiver {
-                    host: LOOPBACK.to_owned(),
-                    init_ports: block("lmcache init", self.profile.lmcache.init_port)?,
-                    alloc_ports: block("lmcache alloc", self.profile.lmcache.alloc_port)?,
+            Connector::Nixl(_) => side_channel_port = self.side_channels(role, index, &mut ports)?,
+            Connector::LmCacheMp(_) => {
+                side_channel_port = self.side_channels(role, index, &mut ports)?;
+                let base = &self.profile.lmcache_mp;
+                cache = Some(CachePorts {
+                    requests: ports.take("cache server", base.port, number)?,
+                    http: ports.take("cache server http", base.http_port, number)?,
                 });
             }
+            Connector::LmCache(_) if role == Role::Decode => receiver = Some(self.receiver(index, &mut ports)?),
             Connector::LmCache(_) => {}
         }
+        let mut ports = ports.taken;
         ports.extend(self.named_in_arguments(role));
         let endpoint = Endpoint {
             host: LOOPBACK.to_owned(),
@@ -285,8 +277,44 @@ impl<'input> Builder<'input> {
                 endpoint,
                 ports,
                 side_channel_port,
+                cache,
             },
         ))
+    }
+
+    /// Takes the side channels of an engine; the first one.
+    fn side_channels(&self, role: Role, index: usize, ports: &mut Ports<'_>) -> Result<Option<u16>, PlanError> {
+        let base = match role {
+            Role::Prefill => self.profile.nixl.prefill_side_channel_port,
+            Role::Decode => self.profile.nixl.decode_side_channel_port,
+        };
+        // vLLM 0.32 listens on the port it is given plus the data-parallel rank, once for all tensor-parallel ranks.
+        let ranks = usize::from(data_parallel(self.profile, self.role(role)));
+        let mut first = None;
+        for rank in 0..ranks {
+            let purpose = match ranks {
+                1 => "nixl side channel".to_owned(),
+                _ => format!("nixl side channel, rank {rank}"),
+            };
+            let port = ports.take(&purpose, base, index * ranks + rank)?;
+            first.get_or_insert(port);
+        }
+        Ok(first)
+    }
+
+    /// Takes the ports of a decode engine's LMCache receiver.
+    fn receiver(&self, index: usize, ports: &mut Ports<'_>) -> Result<Receiver, PlanError> {
+        let ranks = usize::from(self.profile.decode.tensor_parallel);
+        let mut block = |purpose: &str, base: u16| -> Result<Vec<u16>, PlanError> {
+            (0..ranks)
+                .map(|rank| ports.take(&format!("{purpose}, rank {rank}"), base, index * ranks + rank))
+                .collect()
+        };
+        Ok(Receiver {
+            host: LOOPBACK.to_owned(),
+            init_ports: block("lmcache init", self.profile.lmcache.init_port)?,
+            alloc_ports: block("lmcache alloc", self.profile.lmcache.alloc_port)?,
+        })
     }
 
     fn spec(&mut self, id: EngineId, role: Role, (index, number): (usize, usize), addresses: Addresses) -> EngineSpec {
@@ -294,6 +322,7 @@ impl<'input> Builder<'input> {
             endpoint,
             ports,
             side_channel_port,
+            cache,
         } = addresses;
         let profile = self.profile;
         let device = match profile.device {
@@ -304,6 +333,7 @@ impl<'input> Builder<'input> {
             EngineKind::Vllm => profile.vllm.max_model_len,
             EngineKind::Sim => profile.vllm.max_model_len.or(Some(profile.sim.max_model_len)),
         };
+        let notify_port = profile.lmcache.notify_port.saturating_add(profile.port_offset);
         let mut launch = self.connector.launch(&LaunchContext {
             role,
             index,
@@ -311,10 +341,8 @@ impl<'input> Builder<'input> {
             host: LOOPBACK,
             side_channel_port,
             receiver: endpoint.receiver.as_ref(),
-            notify: Some((
-                LOOPBACK,
-                profile.lmcache.notify_port.saturating_add(profile.port_offset),
-            )),
+            cache,
+            notify: Some((LOOPBACK, notify_port)),
             max_model_len,
             strict: profile.proxy.service.handoff.strict,
             run_dir: self.run_dir,
@@ -331,6 +359,7 @@ impl<'input> Builder<'input> {
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
         let serve = Serve {
+            xpyd: &self.machine.xpyd,
             program: &program,
             model: &profile.model,
             served_model_name: &profile.served_model_name,
@@ -346,6 +375,7 @@ impl<'input> Builder<'input> {
             has_shutdown_timeout,
             ready_deadline: profile.deadlines.ready,
             stall: profile.deadlines.stall,
+            stop: profile.deadlines.stop,
             sim: (&profile.sim.preset, &profile.sim.faults),
         };
         let argv = profile.engine.command(&serve);

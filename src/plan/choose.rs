@@ -3,7 +3,7 @@
 //! vLLM packed K and V into one tensor in 0.26, and LMCache's in-process connector has copied wrong KV without a word
 //! since (LMCache issues 4463 and 4614; vLLM issue 52617). LMCache has no connector for vLLM's CPU backend.
 
-use crate::connector::{Connector, LmCache, Nixl};
+use crate::connector::{Connector, LmCache, LmCacheMp, Nixl};
 use crate::engine::EngineKind;
 use crate::machine::{self, Machine};
 use crate::profile::{ConnectorChoice, DeviceChoice, Profile};
@@ -20,6 +20,14 @@ pub(super) fn connector(profile: &Profile, machine: &Machine) -> Result<(Connect
     let objection = objection_to_lmcache(profile, machine);
     match (profile.connector, objection) {
         (ConnectorChoice::Nixl, _) => nixl("the profile asks for it".to_owned()),
+        (ConnectorChoice::LmCacheMp, _) => {
+            let l1_bytes = profile.lmcache_mp.l1_bytes;
+            let connector = Connector::LmCacheMp(LmCacheMp {
+                nixl: Nixl {},
+                l1_bytes,
+            });
+            Ok((connector, "the profile asks for it".to_owned()))
+        }
         (ConnectorChoice::LmCache, None) => lmcache("the profile asks for it".to_owned()),
         (ConnectorChoice::LmCache, Some(objection)) if profile.force_connector => {
             lmcache(format!("forced, although {objection}"))

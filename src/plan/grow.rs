@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn new_engines_share_no_port_file_or_gpu_with_those_that_run() {
-        for connector in ["nixl", "lmcache"] {
+        for connector in ["nixl", "lmcache", "lmcache-mp"] {
             let (profile, machine) = (profile(connector), Machine::fixture(8, "0.25.1", Some("0.3.9")));
             let mut plan = build(&profile, &machine, Path::new("/run")).expect("a plan");
             for (role, count) in [(Role::Decode, 2), (Role::Prefill, 1), (Role::Decode, 1)] {

@@ -115,7 +115,9 @@ mod tests {
 
     #[test]
     fn engines_without_a_receiver_start_again_as_they_were() {
-        for engine in plan("nixl").engines.iter().chain(&plan("lmcache").engines[..1]) {
+        let (nixl, lmcache, lmcache_mp) = (plan("nixl"), plan("lmcache"), plan("lmcache-mp"));
+        let without = nixl.engines.iter().chain(&lmcache_mp.engines);
+        for engine in without.chain(&lmcache.engines[..1]) {
             assert_eq!(fresh_ports_needed(engine), 0);
             let (again, file) = respawn(engine, &[]);
             assert_eq!(

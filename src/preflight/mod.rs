@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::connector::Connector;
 use crate::engine::EngineKind;
-use crate::machine::{Engine, Gpus, Machine, TokenSource};
+use crate::machine::{Engine, Gpus, Machine, TokenSource, Version};
 use crate::plan::Plan;
 
 /// One result.
@@ -42,6 +42,7 @@ pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         findings.extend(software(plan, machine));
         findings.extend(gpus(plan, machine));
         findings.extend(cpu(plan, machine));
+        findings.extend(cache_memory(plan, machine));
         findings.extend(model(plan, machine));
     }
     findings
@@ -88,31 +89,35 @@ fn software(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             None,
         ),
     }];
-    let (package, version, install) = match plan.connector {
-        Connector::Nixl(_) => ("nixl", nixl, "`pip install nixl` in the environment of vLLM"),
-        Connector::LmCache(_) => (
-            "lmcache",
-            lmcache,
-            "`pip install lmcache nixl` in the environment of vLLM",
-        ),
+    let nixl = ("nixl", nixl, "`pip install nixl` in the environment of vLLM");
+    let lmcache = (
+        "lmcache",
+        lmcache,
+        "`pip install lmcache nixl` in the environment of vLLM",
+    );
+    let needed = match plan.connector {
+        Connector::Nixl(_) => vec![nixl],
+        Connector::LmCache(_) => vec![lmcache],
+        Connector::LmCacheMp(_) => vec![nixl, lmcache],
     };
-    findings.push(match (version, vllm) {
-        (Some(version), _) => finding(package, Level::Pass, format!("{package} {version}"), None),
-        // Without any metadata nothing can be said about one package.
-        (None, None) => finding(
-            package,
-            Level::Warn,
-            format!("whether {package} is installed could not be read"),
-            None,
-        ),
-        (None, Some(_)) => finding(
-            package,
-            Level::Fail,
-            format!("{package} is not installed beside vLLM"),
-            Some(install),
-        ),
-    });
+    let packages = needed.into_iter();
+    findings.extend(packages.map(|(name, version, install)| package(name, version.as_ref(), vllm.is_some(), install)));
     findings
+}
+
+/// Whether a package is there. Where no package's metadata could be read, nothing can be said about one.
+fn package(name: &'static str, version: Option<&Version>, others_are_known: bool, install: &str) -> Finding {
+    match version {
+        Some(version) => finding(name, Level::Pass, format!("{name} {version}"), None),
+        None if others_are_known => {
+            let message = format!("{name} is not installed beside vLLM");
+            finding(name, Level::Fail, message, Some(install))
+        }
+        None => {
+            let message = format!("whether {name} is installed could not be read");
+            finding(name, Level::Warn, message, None)
+        }
+    }
 }
 
 fn gpus(plan: &Plan, machine: &Machine) -> Vec<Finding> {
@@ -195,6 +200,26 @@ fn cpu(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         findings.push(finding("cores", Level::Warn, message, None));
     }
     findings
+}
+
+/// Whether the cache servers' memory is there.
+fn cache_memory(plan: &Plan, machine: &Machine) -> Option<Finding> {
+    let Connector::LmCacheMp(lmcache) = &plan.connector else {
+        return None;
+    };
+    let needed = lmcache.l1_bytes.saturating_mul(plan.engines.len() as u64);
+    let sizes = format!(
+        "{} cache servers take {} MiB, and {} MiB are available",
+        plan.engines.len(),
+        needed >> 20,
+        machine.available_memory_bytes >> 20
+    );
+    Some(if needed <= machine.available_memory_bytes {
+        finding("cache_memory", Level::Pass, sizes, None)
+    } else {
+        let hint = "make them smaller, for example with `--set lmcache_mp.l1_size=2GiB`";
+        finding("cache_memory", Level::Fail, sizes, Some(hint))
+    })
 }
 
 /// `4 × NVIDIA H100` for equal names, else all of them.

@@ -74,6 +74,19 @@ fn a_missing_program_or_package_fails() {
 }
 
 #[test]
+fn cache_servers_want_both_packages_and_memory_for_all_of_them() {
+    let mut machine = Machine::fixture(4, "0.32.0", Some("0.5.6"));
+    machine.available_memory_bytes = 4 * (8 << 30);
+    assert!(failed("2p2d-lmcache-mp", &machine).is_empty());
+    machine.available_memory_bytes -= 1;
+    assert_eq!(failed("2p2d-lmcache-mp", &machine), ["cache_memory"]);
+    if let Engine::Found { nixl, lmcache, .. } = &mut machine.engine {
+        (*nixl, *lmcache) = (None, None);
+    }
+    assert_eq!(failed("2p2d-lmcache-mp", &machine), ["nixl", "lmcache", "cache_memory"]);
+}
+
+#[test]
 fn a_gated_model_needs_a_well_formed_token_unless_it_is_cached() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     machine.hugging_face.token = None;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use super::{
-    ConnectorChoice, Deadlines, DeviceChoice, LmCacheProfile, NixlProfile, Profile, ProxyProfile, RestartPolicy,
-    RestartWhen, RoleProfile, SimProfile, VllmProfile,
+    ConnectorChoice, Deadlines, DeviceChoice, LmCacheMpProfile, LmCacheProfile, NixlProfile, Profile, ProxyProfile,
+    RestartPolicy, RestartWhen, RoleProfile, SimProfile, VllmProfile,
 };
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
@@ -41,6 +41,8 @@ pub(super) struct File {
     nixl: NixlTable,
     #[serde(default)]
     lmcache: LmCacheTable,
+    #[serde(default)]
+    lmcache_mp: LmCacheMpTable,
     #[serde(default)]
     proxy: ProxyTable,
     #[serde(default)]
@@ -102,6 +104,14 @@ struct LmCacheTable {
     prefill_buffer: Option<Bytes>,
     decode_buffer: Option<Bytes>,
     notifications: Option<u16>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LmCacheMpTable {
+    port: Option<u16>,
+    http_port: Option<u16>,
+    l1_size: Option<Bytes>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -236,6 +246,7 @@ impl File {
                 decode_side_channel_port: self.nixl.decode_side_channel_port.unwrap_or(5700),
             },
             lmcache: self.lmcache.resolve(),
+            lmcache_mp: self.lmcache_mp.resolve(),
             proxy: self.proxy.resolve(),
             deadlines: self.deadlines.resolve(),
             restart: self.restart.resolve(),
@@ -267,6 +278,17 @@ impl LmCacheTable {
             prefill_buffer_bytes: self.prefill_buffer.map_or(1 << 30, |bytes| bytes.0),
             decode_buffer_bytes: self.decode_buffer.map_or(2 << 30, |bytes| bytes.0),
             notifications: self.notifications,
+        }
+    }
+}
+
+impl LmCacheMpTable {
+    /// The ports are those of LMCache's guide to disaggregated prefill with cache servers.
+    fn resolve(self) -> LmCacheMpProfile {
+        LmCacheMpProfile {
+            port: self.port.unwrap_or(6555),
+            http_port: self.http_port.unwrap_or(8090),
+            l1_bytes: self.l1_size.map_or(8 << 30, |bytes| bytes.0),
         }
     }
 }

@@ -13,6 +13,7 @@ const SHIPPED: &[(&str, &str)] = &[
     ("1p1d", include_str!("../../profiles/1p1d.toml")),
     ("2p2d", include_str!("../../profiles/2p2d.toml")),
     ("2p2d-nixl", include_str!("../../profiles/2p2d-nixl.toml")),
+    ("2p2d-lmcache-mp", include_str!("../../profiles/2p2d-lmcache-mp.toml")),
     ("1p1d-tp2", include_str!("../../profiles/1p1d-tp2.toml")),
     ("2p2d-tp2", include_str!("../../profiles/2p2d-tp2.toml")),
     ("1p3d", include_str!("../../profiles/1p3d.toml")),

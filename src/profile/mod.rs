@@ -50,6 +50,8 @@ pub struct Profile {
     pub nixl: NixlProfile,
     /// What is special to LMCache.
     pub lmcache: LmCacheProfile,
+    /// What is special to LMCache MP.
+    pub lmcache_mp: LmCacheMpProfile,
     /// The proxy.
     pub proxy: ProxyProfile,
     /// How long things may take.
@@ -70,6 +72,9 @@ pub enum ConnectorChoice {
     Nixl,
     /// LMCache PD.
     LmCache,
+    /// NIXL pull, and a cache server for each engine.
+    #[serde(rename = "lmcache-mp")]
+    LmCacheMp,
 }
 
 /// Where engines compute.
@@ -149,6 +154,17 @@ pub struct LmCacheProfile {
     pub decode_buffer_bytes: u64,
     /// Notifications per prefill; absent means one per rank. Models with MLA send one.
     pub notifications: Option<u16>,
+}
+
+/// What is special to LMCache MP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LmCacheMpProfile {
+    /// Request port of the first engine's cache server; one per engine.
+    pub port: u16,
+    /// HTTP port of the first engine's cache server; one per engine.
+    pub http_port: u16,
+    /// The memory of each cache server, in bytes.
+    pub l1_bytes: u64,
 }
 
 /// The proxy, as the user wants it.

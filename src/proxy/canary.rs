@@ -17,6 +17,7 @@ use http_body_util::BodyExt;
 use serde::Deserialize;
 use tokio::time::Instant;
 
+use super::body::Document;
 use super::error::{ProxyError, Stage};
 use super::flow::{Job, Stages, answer};
 use super::record::Record;
@@ -179,7 +180,7 @@ impl Canary<'_> {
         let through = self.whole(response).await?;
         let total = sent.elapsed();
         let transferred = self.growth(counters, &before).await?;
-        let alone = self.alone(body).await?;
+        let alone = self.alone(&body).await?;
         let report = CanaryReport {
             pair: (self.prefill.clone(), self.decode.clone()),
             transferred,
@@ -246,9 +247,12 @@ impl Canary<'_> {
             .ok_or_else(|| self.failed(format!("`{}` is not up", self.decode)))
     }
 
-    /// The same prompt on the decode engine alone.
-    async fn alone(&self, body: Bytes) -> Result<Answer, CanaryError> {
+    /// The same prompt on the decode engine alone. The salt keeps it from caches, which may hold the KV that was handed over.
+    async fn alone(&self, body: &Bytes) -> Result<Answer, CanaryError> {
         let seat = self.seat()?;
+        let salt = format!("\"{}\"", uuid::Uuid::new_v4());
+        let edits = [("cache_salt", Some(salt.as_str()))];
+        let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
         let headers = self.shared.own_headers();
         let id = super::flow::new_id();
         let call = Call {

@@ -7,6 +7,7 @@ use zeromq::{RouterSocket, Socket as _};
 
 use super::SimError;
 use super::blocks::BlockPool;
+use super::cache::CacheClient;
 use super::kv_params::ConnectorKind;
 use super::lmcache::receiver::{Receiver, ReceiverPorts};
 use super::lmcache::sender::{Faults, Sender};
@@ -24,6 +25,7 @@ pub(crate) struct Connected {
     pub(crate) kind: ConnectorKind,
     pub(crate) engine_id: String,
     pub(crate) lmcache_ports: ReceiverPorts,
+    pub(crate) cache: Option<CacheClient>,
 }
 
 impl Connected {
@@ -33,6 +35,7 @@ impl Connected {
             kind,
             engine_id,
             lmcache_ports: ReceiverPorts::default(),
+            cache: None,
         }
     }
 
@@ -51,8 +54,9 @@ impl Connected {
             .engine_id
             .clone()
             .unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-        if config.is_nixl() {
-            let leases = Leases::new(config.lease(), Arc::clone(metrics), log.clone());
+        let children = config.children();
+        if let Some(nixl) = children.iter().find(|child| child.is_nixl()) {
+            let leases = Leases::new(nixl.lease(), Arc::clone(metrics), log.clone());
             let mut first = None;
             for rank in 0..options.data_parallel_size {
                 let (socket, port) = side_channel(options, rank).await?;
@@ -74,7 +78,13 @@ impl Connected {
                 port: first.unwrap_or_default(),
                 policy: config.kv_load_failure_policy,
             };
-            return Ok(Self::new(connector, ConnectorKind::Nixl, engine_id));
+            let mut connected = Self::new(connector, ConnectorKind::Nixl, engine_id);
+            for child in children.iter().filter(|child| !child.is_nixl()) {
+                let address = child.cache_server();
+                let address = address.ok_or_else(|| SimError::Connector(child.kv_connector.clone()))?;
+                connected.cache = Some(CacheClient::connect(address).await?);
+            }
+            return Ok(connected);
         }
         if config.is_lmcache() {
             return lmcache(options, config, (log, metrics), engine_id, background).await;

@@ -6,6 +6,7 @@
 
 mod api;
 mod blocks;
+mod cache;
 mod connect;
 mod fault;
 mod kv_params;
@@ -38,6 +39,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+pub use cache::CacheServer;
 pub use fault::{Fault, FaultError, Phase};
 pub use lmcache::ConfigError;
 pub use log::LogTarget;
@@ -87,6 +89,15 @@ pub enum SimError {
         #[source]
         source: zeromq::ZmqError,
     },
+    /// The cache server's socket cannot be bound.
+    #[error("cannot bind the cache server on `{0}`")]
+    Cache(String, #[source] zeromq::ZmqError),
+    /// The cache server has no room for a single chunk.
+    #[error("size_gb must provide room for one chunk, and is {0}")]
+    CacheSize(f64),
+    /// The engine's cache server does not answer.
+    #[error("LMCache server at {0} does not answer")]
+    NoCache(String),
     /// LMCache's file is wrong.
     #[error("cannot start LMCache")]
     Lmcache(#[source] ConfigError),
@@ -321,6 +332,7 @@ async fn start(
         log: log.clone(),
         pool: pool.clone(),
         connector: connected.connector,
+        cache: connected.cache,
         commands: queue,
         stage: stage_view.clone(),
         background,

@@ -79,7 +79,7 @@ pub enum ProcessKind {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KvTransferConfig {
-    /// `NixlConnector`, `LMCacheConnectorV1`.
+    /// `NixlConnector`, `LMCacheConnectorV1`, `MultiConnector`.
     pub kv_connector: String,
     /// What the engine does with KV.
     pub kv_role: KvRole,
@@ -133,6 +133,15 @@ pub struct ExtraConfig {
     /// Tokens at a prompt's end that LMCache neither looks up nor loads.
     #[serde(default)]
     pub skip_last_n_tokens: usize,
+    /// The whole configurations of a multi-connector's parts.
+    #[serde(default)]
+    pub connectors: Vec<KvTransferConfig>,
+    /// Where an engine's cache server is: `tcp://localhost`.
+    #[serde(rename = "lmcache.mp.host")]
+    pub cache_host: Option<String>,
+    /// Its port.
+    #[serde(rename = "lmcache.mp.port")]
+    pub cache_port: Option<u16>,
 }
 
 /// Why a start cannot even begin.
@@ -169,6 +178,23 @@ impl KvTransferConfig {
     /// Whether it is a NIXL pull connector.
     pub(crate) fn is_nixl(&self) -> bool {
         matches!(self.kv_connector.as_str(), "NixlConnector" | "NixlPullConnector")
+    }
+
+    /// The parts of a multi-connector; itself, if it is none.
+    pub(crate) fn children(&self) -> &[Self] {
+        match self.kv_connector.as_str() {
+            "MultiConnector" => &self.kv_connector_extra_config.connectors,
+            _ => std::slice::from_ref(self),
+        }
+    }
+
+    /// Where an engine's cache server is, by LMCache's defaults; `None` if this is another connector.
+    pub(crate) fn cache_server(&self) -> Option<String> {
+        let extra = &self.kv_connector_extra_config;
+        (self.kv_connector == "LMCacheMPConnector").then(|| {
+            let host = extra.cache_host.as_deref().unwrap_or("tcp://localhost");
+            format!("{host}:{}", extra.cache_port.unwrap_or(5555))
+        })
     }
 
     /// Whether it is LMCache's in-process connector.

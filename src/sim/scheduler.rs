@@ -3,6 +3,8 @@
 //!
 //! Steps lie on an absolute schedule: a timer that fires late delays one step's news, never the steps after it.
 
+mod cache;
+
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::blocks::BlockPool;
+use super::cache::CacheClient;
 use super::fault::{EveryNth, Fault};
 use super::kv_params::{FirstToken, PullParams, Transfer};
 use super::lmcache::receiver::Receiver;
@@ -79,6 +82,8 @@ pub(crate) struct Parts {
     pub(crate) log: Log,
     pub(crate) pool: BlockPool,
     pub(crate) connector: Connector,
+    /// Its cache server, if it has one.
+    pub(crate) cache: Option<CacheClient>,
     pub(crate) commands: mpsc::Receiver<Command>,
     pub(crate) stage: watch::Receiver<Stage>,
     /// Tasks that live as long as the core: sockets and their peers.
@@ -110,6 +115,8 @@ pub(crate) struct Core {
 enum Loaded {
     Kv(Box<Sequence>, PullParams, Result<Vec<u64>, PullError>),
     Released(String),
+    Cached(Box<Sequence>),
+    Stored,
     /// The client of a request that could never be scheduled has left.
     ParkedLeft,
 }
@@ -285,28 +292,10 @@ impl Core {
                 self.pull(sequence, params);
                 return Ok(());
             }
-            Transfer::Retrieve(tag) => {
-                if let Connector::Receiver(receiver) = &self.parts.connector {
-                    metrics.external_queries.add(prompt.len());
-                    sequence.loaded = receiver.retrieve(&prompt, &tag);
-                    garble(&mut self.garbled_loads, &mut sequence.loaded);
-                    // The last token of a prompt is computed again.
-                    sequence.cached_tokens = sequence.loaded.len().min(prompt.len() - 1);
-                    metrics.external_hits.add(sequence.loaded.len());
-                    let message = format!(
-                        "Reqid: {}, Total tokens {}, LMCache hit tokens: {}",
-                        sequence.request.id,
-                        prompt.len(),
-                        sequence.loaded.len()
-                    );
-                    self.parts
-                        .log
-                        .info(Process::EngineCore, "vllm_v1_adapter.py:1475", &message);
-                }
-            }
+            Transfer::Retrieve(tag) => self.retrieve(&mut sequence, &tag),
             Transfer::None | Transfer::Hold | Transfer::Push(..) | Transfer::PushNowhere => {}
         }
-        self.waiting.push_back(sequence);
+        self.look_up(sequence);
         Ok(())
     }
 
@@ -349,6 +338,11 @@ impl Core {
         let loaded = loaded.map_err(|error| Death(error.to_string()))?;
         match loaded {
             Loaded::ParkedLeft => return Err(Death("KeyError: 'remote_host'".to_owned())),
+            Loaded::Stored => {}
+            Loaded::Cached(sequence) => {
+                self.parts.metrics.external_hits.add(sequence.loaded.len());
+                self.waiting.push_back(*sequence);
+            }
             Loaded::Released(engine_id) => {
                 self.met.insert(engine_id);
             }
@@ -426,6 +420,7 @@ impl Core {
             self.pass(duration).await;
         }
         let records = sequence.prefill();
+        self.store(&sequence, &records);
         blocks.write(&records);
         sequence.blocks = Some(blocks);
         if !self.push(&sequence, &records).await? || sequence.is_abandoned() {

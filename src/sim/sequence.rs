@@ -60,6 +60,8 @@ pub(crate) struct Request {
     pub(crate) stream: bool,
     /// What its KV does.
     pub(crate) transfer: Transfer,
+    /// Only requests with the same one share cached KV.
+    pub(crate) cache_salt: Option<String>,
     /// Where its tokens go. Closed once the client is gone.
     pub(crate) output: mpsc::Sender<Output>,
 }
@@ -331,6 +333,7 @@ mod tests {
             sampling,
             stream: true,
             transfer: Transfer::None,
+            cache_salt: None,
             output,
         };
         (Sequence::new(request), receiver)

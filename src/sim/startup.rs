@@ -84,7 +84,7 @@ impl<'options> Startup<'options> {
         if options
             .kv_transfer
             .as_ref()
-            .is_some_and(super::KvTransferConfig::is_nixl)
+            .is_some_and(|config| config.children().iter().any(super::KvTransferConfig::is_nixl))
         {
             self.log.info(api, "nixl_utils.py:72", "NIXL is available");
         }

@@ -4,6 +4,7 @@
 //! the only writer of the fleet's view, and knows no route of the proxy and no flag of an engine.
 
 mod cause;
+pub mod companion;
 mod driver;
 pub mod guardian;
 mod hang;

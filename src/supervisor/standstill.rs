@@ -74,7 +74,7 @@ pub(super) async fn until_still(log: PathBuf, leader: Option<u32>, stall: Durati
 }
 
 fn look(log: &Path, leader: i32) -> Sample {
-    let processes = Table::read().led_by(leader);
+    let processes = Table::read().engine_led_by(leader);
     Sample {
         log: std::fs::metadata(log).ok().map(|log| (log.ino(), log.len())),
         processes: processes.len(),

@@ -9,6 +9,7 @@ mod control;
 mod exact;
 mod guard;
 mod keep;
+mod lmcache_mp;
 mod log_flood;
 mod log_merge;
 mod logs;

@@ -300,6 +300,7 @@ impl Api {
                     },
                     stream: job.stream,
                     transfer: job.transfer.clone(),
+                    cache_salt: job.cache_salt.clone(),
                     output: output.clone(),
                 };
                 let added = self.commands.send(Command::Add(request)).await;

@@ -37,6 +37,7 @@ pub(super) struct Common {
     pub(super) prompt_logprobs: Option<i64>,
     pub(super) kv_transfer_params: Option<Map<String, Value>>,
     pub(super) request_id: Option<String>,
+    cache_salt: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -97,6 +98,7 @@ pub(super) struct Job {
     pub(super) prompt_only: bool,
     pub(super) return_token_ids: bool,
     pub(super) transfer: Transfer,
+    pub(super) cache_salt: Option<String>,
 }
 
 /// What differs between the two kinds of requests when they are checked.
@@ -200,6 +202,7 @@ impl Common {
             prompt_only,
             return_token_ids: self.return_token_ids.unwrap_or(false),
             transfer,
+            cache_salt: self.cache_salt.clone(),
         })
     }
 

@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
+use super::super::companion::WATCHER_NAME;
 use super::cgroup::Cgroup;
 use super::protocol::LeftoverProcess;
 use crate::fleet::{EngineId, Incarnation};
@@ -149,6 +150,24 @@ impl Table {
             process.pid == leader || process.session == leader || descendants.contains(&process.pid)
         };
         self.0.values().filter(belongs).cloned().collect()
+    }
+
+    /// As [`Table::led_by`], without the engine's companion, its watcher, and what they started: they work while the engine
+    /// hangs.
+    pub(in crate::supervisor) fn engine_led_by(&self, leader: i32) -> Vec<Process> {
+        let mut processes = self.led_by(leader);
+        let children = || self.0.values().filter(|process| process.parent == leader);
+        let Some(watcher) = children().find(|child| child.name == WATCHER_NAME) else {
+            return processes;
+        };
+        // The leader became the engine after it had started these two.
+        let others = children().filter(|child| child.started <= watcher.started);
+        let others: HashSet<i32> = others
+            .flat_map(|child| self.descendants(child.pid).into_iter().chain([child]))
+            .map(|process| process.pid)
+            .collect();
+        processes.retain(|process| !others.contains(&process.pid));
+        processes
     }
 
     /// All that descend from `root`, without it.
@@ -356,6 +375,20 @@ mod tests {
         let table = Table(table.map(|(pid, parent, session)| process(pid, parent, session)).into());
         let led: Vec<i32> = table.led_by(5).iter().map(|process| process.pid).collect();
         assert_eq!(led, [5, 6, 7, 8]);
+    }
+
+    #[test]
+    fn a_companion_is_no_part_of_the_engine_that_it_serves() {
+        let processes = [(5, 1, 5), (6, 5, 5), (7, 5, 5), (8, 5, 5), (9, 6, 5), (10, 8, 5)];
+        let mut table = Table(
+            processes
+                .map(|(pid, parent, session)| process(pid, parent, session))
+                .into(),
+        );
+        let engine = |table: &Table| -> Vec<i32> { table.engine_led_by(5).iter().map(|process| process.pid).collect() };
+        assert_eq!(engine(&table), [5, 6, 7, 8, 9, 10], "there is none");
+        table.0.get_mut(&7).unwrap().name = WATCHER_NAME.into();
+        assert_eq!(engine(&table), [5, 8, 10]);
     }
 
     #[test]

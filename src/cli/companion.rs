@@ -1,0 +1,41 @@
+//! `xpyd companion`: what an engine's leader runs first where the engine needs a server of its own.
+
+use std::time::Duration;
+
+use crate::report::{ExitStatus, Failure};
+use crate::supervisor::companion::Companion;
+use crate::ui::Printer;
+
+/// Arguments of `xpyd companion`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Where the companion will listen
+    #[arg(long)]
+    host: String,
+    /// Its port
+    #[arg(long)]
+    port: u16,
+    /// How long it may take until it listens
+    #[arg(long, value_parser = humantime::parse_duration)]
+    deadline: Duration,
+    /// How long the engine may take to leave when its companion has ended
+    #[arg(long, value_parser = humantime::parse_duration)]
+    grace: Duration,
+    /// The companion's command line, `--`, the engine's command line
+    #[arg(last = true, required = true)]
+    commands: Vec<String>,
+}
+
+/// Returns only if there is no engine.
+pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let mut commands = arguments.commands.splitn(2, |word| word == "--");
+    let companion = Companion {
+        address: (&arguments.host, arguments.port),
+        deadline: arguments.deadline,
+        grace: arguments.grace,
+        command: commands.next().unwrap_or_default(),
+        engine: commands.next().unwrap_or_default(),
+    };
+    let error = companion.lead(|error| printer.error(format_args!("error: {error}")));
+    Err(Failure::new(ExitStatus::Failure, error))
+}

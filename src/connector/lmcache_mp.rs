@@ -1,0 +1,145 @@
+//! LMCache MP (`MultiConnector` of vLLM over `NixlConnector` and `LMCacheMPConnector`): NIXL moves KV from prefill to
+//! decode, and each engine has a cache server of its own, from which it loads what prompts have in common.
+//!
+//! The legs of a request are those of NIXL pull. Configuration: LMCache 0.5.6 `lmcache_mp_connector.py` and
+//! `multiprocess/config.py`, vLLM 0.32.0 `multi_connector.py`, and what a real engine did.
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::{Companion, Device, Launch, LaunchContext, Nixl};
+
+/// LMCache MP.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LmCacheMp {
+    /// What moves KV.
+    pub nixl: Nixl,
+    /// The memory of each cache server, in bytes.
+    pub l1_bytes: u64,
+}
+
+/// Where an engine's cache server listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CachePorts {
+    /// For its engine.
+    pub requests: u16,
+    /// For people: its state and its metrics.
+    pub http: u16,
+}
+
+impl LmCacheMp {
+    pub(super) fn launch(&self, context: &LaunchContext<'_>) -> Launch {
+        let mut launch = self.nixl.launch(context);
+        let Some(cache) = context.cache else {
+            return launch;
+        };
+        let nixl = launch.kv_transfer_config.take();
+        let mut config = json!({
+            "kv_connector": "MultiConnector",
+            "kv_role": nixl["kv_role"],
+            "kv_connector_extra_config": {"connectors": [
+                // The first one that has a prompt's KV loads it, and a hand-off must.
+                nixl,
+                {
+                    "kv_connector": "LMCacheMPConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {
+                        "lmcache.mp.host": format!("tcp://{}", context.host),
+                        "lmcache.mp.port": cache.requests,
+                    },
+                },
+            ]},
+        });
+        // The scheduler reads the outer one only.
+        if let Some(policy) = nixl.get("kv_load_failure_policy") {
+            config["kv_load_failure_policy"] = policy.clone();
+        }
+        launch.kv_transfer_config = config;
+        launch.companion = Some(self.cache_server(context, cache));
+        launch
+    }
+
+    fn cache_server(&self, context: &LaunchContext<'_>, cache: CachePorts) -> Companion {
+        let name = format!("{}{}", context.role.engine_stem(), context.index + 1);
+        let gibibytes = self.l1_bytes as f64 / f64::from(1 << 30);
+        let mut arguments = vec!["server".to_owned()];
+        let mut flag = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
+        flag("host", context.host.to_owned());
+        flag("port", cache.requests.to_string());
+        flag("http-host", context.host.to_owned());
+        flag("http-port", cache.http.to_string());
+        // LMCache counts in units of 2^30 bytes.
+        flag("l1-size-gb", gibibytes.to_string());
+        flag("eviction-policy", "LRU".to_owned());
+        flag("chunk-size", "256".to_owned());
+        flag("instance-id", name);
+        if context.device == Device::Cpu {
+            // By default the server moves KV itself, by CUDA's means; an engine on a CPU moves its own.
+            flag("supported-transfer-mode", "auto".to_owned());
+        }
+        Companion {
+            program: "lmcache",
+            arguments,
+            port: cache.requests,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::fleet::Role;
+
+    #[test]
+    fn each_role_has_nixl_first_and_the_policy_where_the_scheduler_reads_it() {
+        let connector = LmCacheMp {
+            nixl: Nixl {},
+            l1_bytes: 3 << 29,
+        };
+        let launch = |role, strict| {
+            connector.launch(&LaunchContext {
+                role,
+                index: 1,
+                device: Device::Cuda,
+                host: "127.0.0.1",
+                side_channel_port: Some(5701),
+                receiver: None,
+                cache: Some(CachePorts {
+                    requests: 6558,
+                    http: 8093,
+                }),
+                notify: None,
+                max_model_len: None,
+                strict,
+                run_dir: Path::new("/run"),
+            })
+        };
+        for (role, strict, kv_role, policy) in [
+            (Role::Prefill, false, "kv_producer", None),
+            (Role::Decode, false, "kv_consumer", Some("recompute")),
+            (Role::Decode, true, "kv_consumer", Some("fail")),
+        ] {
+            let config = launch(role, strict).kv_transfer_config;
+            let parts = &config["kv_connector_extra_config"]["connectors"];
+            for whole in [&config, &parts[0]] {
+                assert_eq!(whole["kv_role"], kv_role);
+                assert_eq!(
+                    whole.get("kv_load_failure_policy").and_then(|policy| policy.as_str()),
+                    policy
+                );
+            }
+            let names = [&config, &parts[0], &parts[1]].map(|part| part["kv_connector"].clone());
+            assert_eq!(names, ["MultiConnector", "NixlConnector", "LMCacheMPConnector"]);
+        }
+        let companion = launch(Role::Decode, false).companion.expect("a cache server");
+        assert_eq!((companion.program, companion.port), ("lmcache", 6558));
+        let words = companion.arguments.join(" ");
+        assert_eq!(
+            words,
+            "server --host 127.0.0.1 --port 6558 --http-host 127.0.0.1 --http-port 8093 --l1-size-gb 1.5 \
+             --eviction-policy LRU --chunk-size 256 --instance-id decoder2"
+        );
+    }
+}
