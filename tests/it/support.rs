@@ -267,6 +267,12 @@ impl<'place> Run<'place> {
         kill(Pid::from_raw(self.pid()), signal).expect("xpyd is there");
     }
 
+    /// Kills xpyd, and waits until it has let everything go: its socket may be closed before its lock is.
+    pub(crate) fn kill(&mut self) {
+        self.signal(Signal::SIGKILL);
+        self.child.wait().expect("it ends");
+    }
+
     /// Waits for the end and returns the exit code, and everything that was printed.
     pub(crate) fn end(mut self) -> (i32, String) {
         let status = wait_for("the end of xpyd", || match self.child.try_wait() {
