@@ -54,10 +54,12 @@ def tool(client, model):
     """A call of a tool that must be made, or the engine's refusal where it has no parser."""
     try:
         asked = {"tools": [TOOL], "tool_choice": NAMED, "temperature": 0, "max_tokens": 60}
-        calls = client.chat.completions.create(model=model, messages=MESSAGES, **asked).choices[0].message.tool_calls
+        choice = client.chat.completions.create(model=model, messages=MESSAGES, **asked).choices[0]
     except openai.BadRequestError as error:
         return error.status_code
-    return [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+    # A random model may not end its call within so many tokens, which is then no call yet.
+    calls = choice.message.tool_calls or []
+    return choice.finish_reason, choice.message.content, [(call.function.name, call.function.arguments) for call in calls]
 
 
 def streamed(base, model):
