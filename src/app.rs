@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
-use crate::proxy::{self, Notifications, Proxy};
+use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy, Traces};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
@@ -56,8 +56,23 @@ pub struct Run {
     pub attach: Option<KeptRun>,
     /// Plans more engines for it.
     pub grow: Grow,
+    /// What its proxy needs and no plan holds.
+    pub proxy_parts: ProxyParts,
     /// Where people read.
     pub printer: Printer,
+}
+
+/// What the proxy of a run needs and its plan, which is written down, does not hold: secrets, and what is open.
+#[derive(Debug, Clone, Default)]
+pub struct ProxyParts {
+    /// The keys of which clients must bear one.
+    pub client_keys: ClientKeys,
+    /// The key that the engines want.
+    pub engine_key: Option<EngineKey>,
+    /// Where requests are written down.
+    pub access_log: Option<AccessLog>,
+    /// Where traces go.
+    pub traces: Option<Traces>,
 }
 
 impl fmt::Debug for Run {
@@ -106,6 +121,7 @@ where
         detached,
         attach,
         grow,
+        proxy_parts,
         printer,
     } = run;
     let run_dir = Arc::new(run_dir);
@@ -126,7 +142,7 @@ where
         .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
 
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
-    let proxy = Proxy::new(proxy_settings(&plan), view.clone(), notifications);
+    let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
     let stop = CancellationToken::new();
     let mut parts = JoinSet::new();
@@ -165,9 +181,7 @@ where
                 verified_in,
             })
             .await;
-            let (reply, _outcome) = oneshot::channel();
-            // A full or closed queue means that the run is ending anyway.
-            drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
+            request_stop(&requests).await;
         }
         std::future::pending::<std::convert::Infallible>().await
     };
@@ -181,6 +195,12 @@ where
     record(&run_dir, &outcome);
     let began = began.borrow().clone();
     Ok(Ended { outcome, began })
+}
+
+/// Stops the run; a full or closed queue means that it is ending anyway.
+async fn request_stop(requests: &mpsc::Sender<supervisor::Request>) {
+    let (reply, _outcome) = oneshot::channel();
+    drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
 }
 
 /// Leaves word for `xpyd down` of how the run ended.
@@ -326,7 +346,10 @@ fn write_files(plan: &Plan, are_running: bool) -> Result<(), Failure> {
 }
 
 fn write_plan(plan: &Plan) -> std::io::Result<()> {
-    fs_err::write(plan.run_dir.join("plan.json"), serde_json::to_string_pretty(plan)?)
+    fs_err::write(
+        plan.run_dir.join("plan.json"),
+        serde_json::to_string_pretty(&plan.redacted())?,
+    )
 }
 
 async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
@@ -361,7 +384,7 @@ fn had_by(port: u16) -> String {
     supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
 }
 
-fn proxy_settings(plan: &Plan) -> proxy::Settings {
+fn proxy_settings(plan: &Plan, parts: ProxyParts) -> proxy::Settings {
     let spec = &plan.proxy;
     proxy::Settings {
         connector: plan.connector.clone(),
@@ -373,6 +396,10 @@ fn proxy_settings(plan: &Plan) -> proxy::Settings {
         decode_idle_deadline: spec.decode_idle_deadline,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
+        client_keys: parts.client_keys,
+        engine_key: parts.engine_key,
+        access_log: parts.access_log,
+        traces: parts.traces,
         service: spec.service.clone(),
     }
 }

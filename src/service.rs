@@ -1,6 +1,7 @@
 //! How clients are served, as the user wants it: one vocabulary for a profile's `[proxy]` table, the plan, the proxy and
 //! `xpyd proxy --set`, so that an option is spelled once.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -17,6 +18,14 @@ pub struct Service {
     pub clients: Clients,
     /// What a hand-off must be.
     pub handoff: Handoff,
+    /// Who is let in.
+    pub guard: Guard,
+    /// What is written down of requests.
+    pub access_log: AccessLog,
+    /// What `/metrics` tells.
+    pub metrics: Metrics,
+    /// Where traces go.
+    pub traces: Traces,
 }
 
 /// What a hand-off must be.
@@ -26,6 +35,65 @@ pub struct Handoff {
     /// A decode engine whose KV did not arrive fails the request, which is tried again, instead of computing the prompt
     /// itself while streams wait for it.
     pub strict: bool,
+}
+
+/// Where traces go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Traces {
+    /// A collector of OTLP over HTTP, such as `http://localhost:4318/v1/traces`; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_endpoint: Option<String>,
+    /// How many of a hundred requests that are in no trace yet begin one.
+    pub percent: u8,
+}
+
+impl Default for Traces {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            percent: 100,
+        }
+    }
+}
+
+/// What `/metrics` tells.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Metrics {
+    /// Whether the engines' own metrics are in it, too, as they always are in `/metrics?engines`.
+    pub merge: bool,
+}
+
+/// What is written down of requests: never what they say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AccessLog {
+    /// The file, with one JSON object a line, such as `/dev/stdout`; absent: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A larger file is renamed to `FILE.1`, and begun anew.
+    pub max_bytes: u64,
+}
+
+impl Default for AccessLog {
+    fn default() -> Self {
+        Self {
+            file: None,
+            max_bytes: 256 << 20,
+        }
+    }
+}
+
+/// Who is let in. The keys themselves are in no profile: they come from a file, or from `XPYD_API_KEY`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Guard {
+    /// A file with one API key a line, of which clients must bear one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_file: Option<PathBuf>,
+    /// Whether engines see the key that a client bears, although xpyd has checked it.
+    pub pass_key_through: bool,
 }
 
 /// Which engines a request goes to.

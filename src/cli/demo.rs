@@ -7,7 +7,8 @@ use futures_util::StreamExt;
 
 use super::bench::{self, Target};
 use super::{block_on, request, up};
-use crate::app::{self, Ready, Run};
+use crate::app::{self, ProxyParts, Ready, Run};
+use crate::engine::vllm;
 use crate::machine;
 use crate::profile::{self, Override};
 use crate::report::{ExitStatus, Failure};
@@ -69,7 +70,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     let name = format!("demo-{}", std::process::id());
     let run_dir = up::acquire(&name)?;
     let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS)?;
-    let plan = request::build(&profile, &machine, folder.path())?;
+    let mut plan = request::build(&profile, &machine, folder.path())?;
+    for engine in &mut plan.engines {
+        // Whatever is set for other fleets: nobody needs a key in a demo.
+        engine.env.insert(vllm::API_KEY_VARIABLE.to_owned(), String::new());
+    }
     up::log_to(folder.path())?;
     printer.status("xpyd demo: 2 prefill + 2 decode engines, simulated, so no GPU is needed.\n");
     up::announce(&plan, printer);
@@ -80,6 +85,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         detached: false,
         attach: None,
         grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
+        proxy_parts: ProxyParts::default(),
         printer,
     };
     let num_prompts = arguments.num_prompts;

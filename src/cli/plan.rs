@@ -30,6 +30,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
 /// Prints the plan with its findings.
 pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer) -> Result<(), Failure> {
     let findings = preflight::check(plan, machine);
+    let plan = &plan.redacted();
     if json {
         let value = serde_json::json!({"plan": plan, "findings": findings});
         let text = serde_json::to_string_pretty(&value).map_err(anyhow::Error::from)?;

@@ -2,6 +2,7 @@
 //!
 //! Engines are taken to be ready: nothing here watches them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +11,12 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::request;
 use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
-use crate::proxy::{Notifications, Proxy, Settings};
+use crate::proxy::{ClientKeys, Notifications, Proxy, Settings};
 use crate::report::{ExitStatus, Failure};
 use crate::service::Service;
 use crate::signals::StopSignals;
@@ -113,6 +115,16 @@ pub struct Arguments {
     /// How long a decode engine may be silent. Answers that are not streamed are silent until their end.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "10m")]
     pub decode_idle_deadline: Duration,
+    /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more. With `VLLM_API_KEY`,
+    /// engines are sent that key.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// A file for one JSON line per request, such as `/dev/stdout`.
+    #[arg(long, value_name = "FILE")]
+    pub access_log: Option<PathBuf>,
+    /// A collector of traces, by OTLP over HTTP: `http://localhost:4318/v1/traces`.
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
     /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -266,6 +278,20 @@ fn shifted(ports: &[u16], by: usize, flag: &str) -> Result<Vec<u16>, FlagError> 
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let usage = |error: FlagError| Failure::new(ExitStatus::Usage, error);
     let (prefill, decode) = endpoints(&arguments).map_err(usage)?;
+    let mut service = Service::from_overrides(&arguments.set).map_err(|error| {
+        Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
+    })?;
+    service.traces.otlp_endpoint = arguments.otlp_traces_endpoint.clone().or(service.traces.otlp_endpoint);
+    service.access_log.file = arguments.access_log.clone().or(service.access_log.file);
+    service.guard.api_key_file = arguments.api_key_file.clone().or(service.guard.api_key_file);
+    let parts = request::proxy_parts(&service)?;
+    let settings = Settings {
+        client_keys: parts.client_keys,
+        access_log: parts.access_log,
+        traces: parts.traces,
+        engine_key: request::checked_engine_key(request::inherited_engine_key().as_deref())?,
+        ..settings(&arguments, service)
+    };
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let notifications = match arguments.connector {
         ConnectorName::Nixl | ConnectorName::LmcacheMp => None,
@@ -300,10 +326,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     }
     // The sender is kept: nothing changes, but a closed channel would say that the fleet is gone.
     let (_fleet, view) = watch::channel(Arc::new(fleet(prefill, decode)));
-    let service = Service::from_overrides(&arguments.set).map_err(|error| {
-        Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
-    })?;
-    let proxy = Proxy::new(settings(&arguments, service), view, notifications);
+    let proxy = Proxy::new(settings, view, notifications);
     let stop = CancellationToken::new();
     let mut serving = std::pin::pin!(proxy.clone().serve(listener, stop.clone()));
     tokio::select! {
@@ -350,6 +373,10 @@ fn settings(arguments: &Arguments, service: Service) -> Settings {
         decode_idle_deadline: arguments.decode_idle_deadline,
         max_body_bytes: 64 << 20,
         max_in_flight: arguments.max_in_flight,
+        client_keys: ClientKeys::default(),
+        engine_key: None,
+        access_log: None,
+        traces: None,
         service,
     }
 }

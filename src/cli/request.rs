@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use crate::app::ProxyParts;
 use crate::engine::EngineKind;
 use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{self, Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
+use crate::proxy::{AccessLog, ClientKeys, EngineKey, Traces};
 use crate::report::{ExitStatus, Failure};
+use crate::service::{self, Guard, Service};
 use crate::ui::Printer;
 
 /// Which fleet.
@@ -39,6 +42,15 @@ pub(super) struct FleetArguments {
     /// Header that names the session.
     #[arg(long, env = "CLIENT_BOUND_KEY", value_name = "HEADER")]
     pub client_bound_key: Option<String>,
+    /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// A file for one JSON line per request, such as `/dev/stdout`.
+    #[arg(long, value_name = "FILE")]
+    pub access_log: Option<PathBuf>,
+    /// A collector of traces, by OTLP over HTTP: `http://localhost:4318/v1/traces`.
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<String>,
     /// Folder that holds one folder per run.
     #[arg(long, default_value = "logs", value_name = "DIR")]
     pub logs: PathBuf,
@@ -86,6 +98,21 @@ impl FleetArguments {
             "proxy.session_header",
             self.client_bound_key.clone().map(Into::into),
         );
+        flag(
+            "--api-key-file",
+            "proxy.guard.api_key_file",
+            self.api_key_file.as_ref().map(|path| path.display().to_string().into()),
+        );
+        flag(
+            "--access-log",
+            "proxy.access_log.file",
+            self.access_log.as_ref().map(|path| path.display().to_string().into()),
+        );
+        flag(
+            "--otlp-traces-endpoint",
+            "proxy.traces.otlp_endpoint",
+            self.otlp_traces_endpoint.clone().map(Into::into),
+        );
         profile::load(&self.profile, &overrides).map_err(profile_failure)
     }
 
@@ -117,6 +144,85 @@ pub(super) fn profile_failure(error: ProfileError) -> Failure {
         Some(hint) => failure.hint(hint),
         None => failure,
     }
+}
+
+/// What a proxy that serves so needs, but for the key of its engines.
+pub(super) fn proxy_parts(service: &Service) -> Result<ProxyParts, Failure> {
+    Ok(ProxyParts {
+        client_keys: client_keys(&service.guard)?,
+        engine_key: None,
+        access_log: access_log(&service.access_log)?,
+        traces: traces(&service.traces)?,
+    })
+}
+
+fn access_log(options: &service::AccessLog) -> Result<Option<AccessLog>, Failure> {
+    let open = |path: &PathBuf| {
+        AccessLog::open(path, options.max_bytes).map_err(|error| {
+            let context = format!("cannot write the access log `{}`", path.display());
+            Failure::new(ExitStatus::Usage, anyhow::Error::new(error).context(context))
+                .hint("name a file in a folder that exists, or `/dev/stdout`")
+        })
+    };
+    options.file.as_ref().map(open).transpose()
+}
+
+fn traces(options: &service::Traces) -> Result<Option<Traces>, Failure> {
+    let open = |endpoint: &String| {
+        Traces::open(endpoint, options.percent).map_err(|error| {
+            Failure::new(ExitStatus::Usage, error)
+                .hint("write the whole URL of the collector's HTTP port: `http://localhost:4318/v1/traces`")
+        })
+    };
+    options.otlp_endpoint.as_ref().map(open).transpose()
+}
+
+fn client_keys(guard: &Guard) -> Result<ClientKeys, Failure> {
+    let usage = |error: anyhow::Error| {
+        Failure::new(ExitStatus::Usage, error).hint("one key a line, of visible ASCII characters; `#` begins a comment")
+    };
+    let mut keys = ClientKeys::default();
+    if let Some(path) = &guard.api_key_file {
+        let text = fs_err::read_to_string(path).map_err(|error| usage(error.into()))?;
+        keys = ClientKeys::read(&text)
+            .map_err(|error| usage(anyhow::Error::new(error).context(format!("cannot use `{}`", path.display()))))?;
+        if keys.is_empty() {
+            return Err(usage(anyhow::Error::msg(format!(
+                "`{}` holds no API key",
+                path.display()
+            ))));
+        }
+    }
+    let variable = std::env::var("XPYD_API_KEY").unwrap_or_default();
+    let more = ClientKeys::read(&variable)
+        .map_err(|error| usage(anyhow::Error::new(error).context("cannot use `XPYD_API_KEY`")))?;
+    Ok(keys.and(more))
+}
+
+/// The key that the engines of a plan want. They inherit xpyd's environment.
+pub(super) fn engine_key(plan: &Plan) -> Result<Option<EngineKey>, Failure> {
+    let inherited = inherited_engine_key();
+    let key = plan.engine_key(inherited.as_deref()).map_err(|error| {
+        Failure::new(ExitStatus::Usage, error)
+            .hint("give both roles the same `--api-key`, for example in `[vllm] args`")
+    })?;
+    checked_engine_key(key)
+}
+
+/// The variable from which vLLM takes its key.
+pub(super) fn inherited_engine_key() -> Option<String> {
+    std::env::var(crate::engine::vllm::API_KEY_VARIABLE).ok()
+}
+
+/// A key of engines as a header carries it.
+pub(super) fn checked_engine_key(key: Option<&str>) -> Result<Option<EngineKey>, Failure> {
+    let key = key.filter(|key| !key.is_empty()).map(EngineKey::new).transpose();
+    key.map_err(|error| {
+        Failure::new(
+            ExitStatus::Usage,
+            anyhow::Error::new(error).context("the key of the engines"),
+        )
+    })
 }
 
 /// Builds the plan of a run in `run_dir`.

@@ -47,6 +47,9 @@ pub struct Arguments {
     /// Tokens of one scheduler step
     #[arg(long)]
     pub max_num_batched_tokens: Option<u32>,
+    /// Keys of which clients must bear one
+    #[arg(long, num_args = 1.., value_name = "KEY", env = "VLLM_API_KEY", hide_env_values = true)]
+    pub api_key: Vec<String>,
     /// Seconds that running requests may go on after SIGTERM
     #[arg(long, default_value_t = 0)]
     pub shutdown_timeout: u64,
@@ -163,6 +166,7 @@ impl Arguments {
             chunked_prefill: !self.no_enable_chunked_prefill,
             max_num_batched_tokens: self.max_num_batched_tokens,
             step_deadline,
+            api_keys: self.api_key.into_iter().filter(|key| !key.is_empty()).collect(),
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
             prompt_tokens_details: self.enable_prompt_tokens_details,
             enforce_eager: self.enforce_eager,

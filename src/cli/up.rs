@@ -11,7 +11,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
 use super::{attach, block_on, detach};
-use crate::app::{self, Began, Ended, Ready, Run};
+use crate::app::{self, Began, Ended, ProxyParts, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit};
@@ -59,6 +59,10 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if arguments.detach && !arguments.detached_child {
         return detach::start(printer);
     }
+    let proxy_parts = ProxyParts {
+        engine_key: request::engine_key(&draft)?,
+        ..request::proxy_parts(&draft.proxy.service)?
+    };
     let run_dir = acquire(&arguments.name)?;
     let attach = attach::find(&arguments.name)?;
     let plan = if let Some(kept) = &attach {
@@ -85,6 +89,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         run_dir,
         detached,
         attach,
+        proxy_parts,
         grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
     };

@@ -39,6 +39,41 @@ pub fn option<'args>(args: &'args [String], names: &[&str]) -> Option<&'args str
     found
 }
 
+/// Every value of an option that takes several, in all its spellings.
+fn values<'args>(args: &'args [String], name: &str) -> Vec<&'args str> {
+    let mut found = Vec::new();
+    let mut follow = false;
+    for word in args {
+        if let Some(option) = word.strip_prefix("--") {
+            let (option, value) = option
+                .split_once('=')
+                .map_or((option, None), |(name, value)| (name, Some(value)));
+            let is_meant = option.replace('_', "-") == name;
+            found.extend(value.filter(|_| is_meant));
+            follow = is_meant && value.is_none();
+        } else if word.starts_with('-') {
+            follow = false;
+        } else if follow {
+            found.push(word);
+        }
+    }
+    found
+}
+
+/// The API keys that an engine takes: `--api-key`, else the variable; empty for one that wants none.
+pub fn api_keys<'engine>(argv: &'engine [String], variable: Option<&'engine str>) -> Vec<&'engine str> {
+    let given = values(argv, "api-key");
+    let keys = if given.is_empty() {
+        variable.into_iter().collect()
+    } else {
+        given
+    };
+    keys.into_iter().filter(|key| !key.is_empty()).collect()
+}
+
+/// The variable of [`api_keys`].
+pub const API_KEY_VARIABLE: &str = "VLLM_API_KEY";
+
 /// The arguments after `vllm serve`, which the simulated engine takes as well.
 pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
     let mut arguments: Vec<String> = vec![serve.model.to_owned()];

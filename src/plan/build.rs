@@ -509,9 +509,9 @@ fn notes(profile: &Profile, connector: &Connector) -> Vec<String> {
         );
     }
     let listens_beyond_loopback = !["127.0.0.1", "::1", "localhost"].contains(&profile.proxy.host.as_str());
-    if listens_beyond_loopback {
+    if listens_beyond_loopback && profile.proxy.service.guard.api_key_file.is_none() {
         notes.push(format!(
-            "the proxy listens on {} without a password: anyone who reaches it can use it",
+            "the proxy listens on {}: without `proxy.guard.api_key_file` or XPYD_API_KEY, anyone who reaches it can use it",
             profile.proxy.host
         ));
     }

@@ -6,6 +6,7 @@
 mod build;
 mod choose;
 mod grow;
+mod redact;
 mod respawn;
 mod start_key;
 
@@ -16,12 +17,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::connector::Connector;
-use crate::engine::EngineKind;
+use crate::engine::{EngineKind, vllm};
 use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 use crate::service::Service;
 
 pub use build::{PlanError, build};
 pub use grow::{Growth, grow};
+pub use redact::{redacted_argv, redacted_env};
 pub use respawn::{fresh_ports_needed, respawn};
 pub use start_key::start_key;
 
@@ -154,6 +156,14 @@ pub struct RenderedFile {
     pub content: String,
 }
 
+/// Two engines whose API keys differ: no request could go through both.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{} and {} have no API key in common, and a request must be let in by both", engines.0, engines.1)]
+pub struct NoCommonKey {
+    /// The two.
+    pub engines: (EngineId, EngineId),
+}
+
 impl Plan {
     /// The engines of one role, in number order.
     pub fn engines_of(&self, role: Role) -> impl Iterator<Item = &EngineSpec> {
@@ -179,6 +189,34 @@ impl Plan {
         }
         ports.sort();
         ports
+    }
+
+    /// A key that lets a request in at every engine that wants one; `inherited` is the engines' variable in xpyd's own
+    /// environment, which they get too.
+    ///
+    /// # Errors
+    /// The two engines that have no key in common.
+    pub fn engine_key<'plan>(&'plan self, inherited: Option<&'plan str>) -> Result<Option<&'plan str>, NoCommonKey> {
+        let keys = self.engines.iter().map(|engine| {
+            let own = engine.env.get(vllm::API_KEY_VARIABLE).map(String::as_str);
+            (&engine.id, vllm::api_keys(&engine.argv, own.or(inherited)))
+        });
+        let mut common: Option<(&EngineId, Vec<&str>)> = None;
+        for (id, keys) in keys.filter(|(_, keys)| !keys.is_empty()) {
+            common = match common {
+                None => Some((id, keys)),
+                Some((first, mut common)) => {
+                    common.retain(|key| keys.contains(key));
+                    if common.is_empty() {
+                        return Err(NoCommonKey {
+                            engines: (first.clone(), id.clone()),
+                        });
+                    }
+                    Some((first, common))
+                }
+            };
+        }
+        Ok(common.and_then(|(_, keys)| keys.first().copied()))
     }
 
     /// GPUs that the plan needs.

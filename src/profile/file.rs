@@ -12,7 +12,7 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{Admission, Clients, Handoff, Routing, Service};
+use crate::service::{AccessLog, Admission, Clients, Guard, Handoff, Metrics, Routing, Service, Traces};
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -127,6 +127,10 @@ struct ProxyTable {
     admission: Admission,
     clients: Clients,
     handoff: Handoff,
+    guard: Guard,
+    access_log: AccessLog,
+    metrics: Metrics,
+    traces: Traces,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -305,6 +309,10 @@ impl ProxyTable {
                 admission: self.admission,
                 clients: self.clients,
                 handoff: self.handoff,
+                guard: self.guard,
+                access_log: self.access_log,
+                metrics: self.metrics,
+                traces: self.traces,
             },
         }
     }

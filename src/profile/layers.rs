@@ -118,16 +118,17 @@ impl Override {
 
     /// A flag's value for one key.
     pub fn flag(flag: &str, key: &str, value: impl Into<Value>) -> Self {
-        let mut table = Table::new();
-        match key.split_once('.') {
-            None => {
-                table.insert(key.to_owned(), value.into());
-            }
-            Some((outer, inner)) => {
-                let mut nested = Table::new();
-                nested.insert(inner.to_owned(), value.into());
-                table.insert(outer.to_owned(), Value::Table(nested));
-            }
+        let (mut outer, last) = match key.rsplit_once('.') {
+            Some((outer, last)) => (Some(outer), last),
+            None => (None, key),
+        };
+        let mut table = Table::from_iter([(last.to_owned(), value.into())]);
+        while let Some(path) = outer {
+            let (rest, name) = path
+                .rsplit_once('.')
+                .map_or((None, path), |(rest, name)| (Some(rest), name));
+            table = Table::from_iter([(name.to_owned(), Value::Table(table))]);
+            outer = rest;
         }
         Self {
             origin: format!("`{flag}`"),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{HeaderMap, Method, Response, StatusCode};
+use axum::http::{Method, Response, StatusCode};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use serde::Deserialize;
@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use super::body::Document;
 use super::error::{ProxyError, Stage};
 use super::flow::{Job, Stages, answer};
+use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
 use super::{Proxy, Shared};
@@ -220,18 +221,22 @@ impl Canary<'_> {
 
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
         let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
+        let record = Arc::new(Record::of_canary(self.shared));
+        record.generates(None);
         let job = Job {
             kind: Kind::Completions,
             body,
-            headers: HeaderMap::new(),
+            headers: self.shared.own_headers(),
             session: None,
             pair: Some((self.prefill.clone(), self.decode.clone())),
             deadlines: self.shared.deadlines(),
             arrived: Instant::now(),
             permit: Arc::new(permit),
+            record: Arc::clone(&record),
         };
         answer(self.shared, job)
             .await
+            .map(|response| record.answer(response))
             .map_err(|error| self.failed(one_line(&error)))
     }
 
@@ -248,7 +253,7 @@ impl Canary<'_> {
         let salt = format!("\"{}\"", uuid::Uuid::new_v4());
         let edits = [("cache_salt", Some(salt.as_str()))];
         let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
-        let headers = HeaderMap::new();
+        let headers = self.shared.own_headers();
         let id = super::flow::new_id();
         let call = Call {
             body,
@@ -285,7 +290,7 @@ impl Canary<'_> {
     /// The decode engine's counters, one value each.
     async fn counters(&self, counters: &[TransferCounter]) -> Result<Vec<f64>, CanaryError> {
         let seat = self.seat()?;
-        let headers = HeaderMap::new();
+        let headers = self.shared.own_headers();
         let call = Call {
             method: Method::GET,
             path: "/metrics",

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
@@ -43,6 +43,10 @@ impl Stage {
     }
 }
 
+/// The `code` of an error, as an extension of its answer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Code(pub(super) &'static str);
+
 /// Why a request got no answer from the engines.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ProxyError {
@@ -58,6 +62,12 @@ pub(super) enum ProxyError {
     /// The client did not send its whole body.
     #[error("the request body did not arrive: {0}")]
     Unread(String),
+    /// The client bears no key that lets it in.
+    #[error("{}", if *bears_none { "an API key is needed: `Authorization: Bearer KEY`" } else { "this API key is not known" })]
+    Unauthorized {
+        /// Whether it bears none at all.
+        bears_none: bool,
+    },
     /// No such route.
     #[error("xpyd serves no `{method} {path}`")]
     NotFound {
@@ -65,6 +75,22 @@ pub(super) enum ProxyError {
         method: String,
         /// The request's path.
         path: String,
+    },
+    /// A route that exists, but not for this method.
+    #[error("`{path}` takes no `{method}`")]
+    WrongMethod {
+        /// The request's method.
+        method: String,
+        /// The request's path.
+        path: String,
+    },
+    /// More, or longer, headers than anybody needs.
+    #[error("the request's headers are too many or too large: {most} of together {bytes} bytes are taken")]
+    HeadersTooLarge {
+        /// Most headers.
+        most: usize,
+        /// Most bytes of names and values.
+        bytes: usize,
     },
     /// A route that clients do not get.
     #[error("xpyd does not pass `{path}` on: {why}")]
@@ -147,6 +173,9 @@ pub(super) enum Cause {
     /// The prefill answer holds no usable hand-off.
     #[error("there is no hand-off")]
     Handoff(#[from] HandoffError),
+    /// KV did not arrive, and hand-offs are strict.
+    #[error("the engine computed the prompt by itself")]
+    Recomputed,
     /// The two engines cannot work together.
     #[error("the engines do not fit together")]
     Pair(#[from] PairError),
@@ -168,7 +197,8 @@ impl ProxyError {
             | Cause::Gone
             | Cause::Status { .. }
             | Cause::Finish(_)
-            | Cause::Handoff(_) => true,
+            | Cause::Handoff(_)
+            | Cause::Recomputed => true,
             // A lost notification comes with no other sign. A slow engine was given all the time there is.
             Cause::Timeout(_) => *stage == Stage::Handoff,
             Cause::Pair(_) | Cause::Nonsense(_) => false,
@@ -195,7 +225,10 @@ impl ProxyError {
             Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
+            Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, CLIENT, "invalid_api_key"),
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
+            Self::WrongMethod { .. } => (StatusCode::METHOD_NOT_ALLOWED, CLIENT, "method_not_allowed"),
+            Self::HeadersTooLarge { .. } => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, CLIENT, "headers_too_large"),
             Self::Refused { .. } => (StatusCode::FORBIDDEN, CLIENT, "route_refused"),
             Self::NotServing(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "not_serving"),
             Self::NoEngine(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "no_engine"),
@@ -208,7 +241,7 @@ impl ProxyError {
                     (StatusCode::SERVICE_UNAVAILABLE, BUSY, "engine_overloaded")
                 }
                 Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
-                Cause::Handoff(_) => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
+                Cause::Handoff(_) | Cause::Recomputed => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
                 Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),
                 Cause::Broken(_) | Cause::Truncated | Cause::Status { .. } | Cause::Finish(_) | Cause::Nonsense(_) => {
                     (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed")
@@ -233,11 +266,15 @@ impl ProxyError {
 
     /// The error as an answer.
     pub(super) fn to_response(&self) -> Response<Body> {
-        let (status, ..) = self.kind();
+        let (status, _, code) = self.kind();
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = status;
+        response.extensions_mut().insert(Code(code));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         let retry_after = match self {
             Self::QueueFull { retry_after, .. } | Self::QueueTimeout { retry_after, .. } => Some(*retry_after),
             // A restart of an engine takes longer, a full proxy less; one second keeps clients polite and quick.

@@ -19,6 +19,7 @@ use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody, Tally};
 use super::ledger::{Care, Consume, Entry, one_token_edits};
 use super::metrics::{Outcome, Timed};
+use super::record::Record;
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
@@ -49,6 +50,7 @@ pub(super) struct Job {
     pub(super) deadlines: Deadlines,
     pub(super) arrived: Instant,
     pub(super) permit: Arc<OwnedSemaphorePermit>,
+    pub(super) record: Arc<Record>,
 }
 
 /// How long the stages of an answered request took; an extension of its response.
@@ -138,7 +140,7 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
             error = crate::report::one_line(&error),
             "trying another pair of engines"
         );
-        shared.metrics.retried();
+        job.record.retried();
     }
 }
 
@@ -154,7 +156,7 @@ impl Attempt<'_> {
             Course::Splice(request) => super::splice::run(self, request).await,
         };
         if matches!(outcome, Err(ProxyError::Leg { .. })) {
-            self.shared.metrics.handed(Outcome::Failed);
+            self.job.record.handed(Outcome::Failed);
         }
         outcome
     }
@@ -281,7 +283,7 @@ impl Attempt<'_> {
             prefill: None,
             decode_params: self.shared.settings.connector.decode_params(id),
         };
-        Entry::reserve(self.shared, care)
+        Entry::reserve(self.shared, &self.job.record, care)
     }
 
     /// The prefill leg and the KV's way: afterwards the entry is handed, unless the engine refused.
@@ -317,7 +319,7 @@ impl Attempt<'_> {
             };
             prefill.run(Stage::Handoff, self.job.deadlines.handoff, arrived).await?;
             entry.handed(handoff);
-            self.shared.metrics.took(Timed::Handoff, answered.elapsed());
+            self.job.record.took(Timed::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
         tokio::select! {
@@ -329,12 +331,14 @@ impl Attempt<'_> {
 
     async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {
         let sent = Instant::now();
-        let call = Call::post(path, &self.job.headers, id, body);
+        let headers = self.job.record.leg(seat, id, &self.job.headers);
+        let call = Call::post(path, &headers, id, body);
         let step = self.shared.upstream.fetch(&seat.engine, call);
         let (head, body) = seat.run(Stage::Prefill, self.job.deadlines.prefill, step).await?;
         match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
             Verdict::Good => {
-                self.shared.metrics.took(Timed::Prefill, sent.elapsed());
+                self.job.record.took(Timed::Prefill, sent.elapsed());
+                self.job.record.prefilled(&body);
                 Ok(Prefilled::Answer(body))
             }
             Verdict::Refused => Ok(Prefilled::Refused),
@@ -344,7 +348,8 @@ impl Attempt<'_> {
     /// Sends the decode leg. A stream is returned as soon as its head is there.
     pub(super) async fn decode(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Decoded, ProxyError> {
         let deadline = self.job.deadlines.decode;
-        let call = Call::post(path, &self.job.headers, id, body);
+        let headers = self.job.record.leg(seat, id, &self.job.headers);
+        let call = Call::post(path, &headers, id, body);
         let step = self.shared.upstream.send(&seat.engine, call);
         let (head, body) = seat.run(Stage::Decode, deadline, step).await?.into_parts();
         if head.status.is_success() && is_event_stream(&head) {
@@ -372,19 +377,24 @@ impl Attempt<'_> {
             if let Some(entry) = entry {
                 entry.refused();
             }
-            self.shared.metrics.handed(Outcome::Refused);
+            self.job.record.handed(Outcome::Refused);
             Ok(told(refusal, Outcome::Refused, None))
         };
         let (head, mut body) = match decoded {
             Decoded::Refused(response) => return refuse(&mut entry, response),
             Decoded::Whole(head, body) => {
-                let mut tally = self.tally(entry.is_some());
+                self.job.record.decoded(&body);
+                let handed = entry.is_some();
                 entry.map(Entry::consumed).unwrap_or_default();
-                let Some((corrected, proof)) = usage.and_then(|usage| usage.correct(&body)) else {
-                    return Ok(self.begin(verbatim(head, body), sent));
-                };
-                let mut response = verbatim(head, corrected.into());
-                if proof.disproves() {
+                let corrected = usage.and_then(|usage| usage.correct(&body));
+                let recomputed = corrected.as_ref().is_some_and(|(_, proof)| proof.disproves());
+                if recomputed && self.shared.settings.service.handoff.strict {
+                    return Err(seat.failed(Stage::Handoff, Cause::Recomputed));
+                }
+                let mut tally = self.tally(handed);
+                let body = corrected.map_or(body, |(corrected, _)| corrected.into());
+                let mut response = verbatim(head, body);
+                if recomputed {
                     tally.outcome = Outcome::Recomputed;
                     response = told(response, Outcome::Recomputed, None);
                 }
@@ -405,11 +415,10 @@ impl Attempt<'_> {
         let tally = self.tally(entry.is_some());
         entry.map(Entry::consumed).unwrap_or_default();
         let guarded = Guarded {
-            idle: self.job.deadlines.decode,
             events: Some(events),
             usage,
             tally: Some(tally),
-            ..Guarded::new(Arc::clone(seat), clock)
+            ..Guarded::new(Arc::clone(seat), self.job.deadlines.decode, clock)
         };
         let headers = forwardable(&head.headers);
         let body = Body::new(GuardedBody::after(first, body, guarded));
@@ -421,7 +430,7 @@ impl Attempt<'_> {
     /// Counts a hand-off that has come to an answer, or a request that needed none.
     pub(super) fn tally(&self, handed: bool) -> Tally {
         Tally {
-            shared: Arc::clone(self.shared),
+            record: Arc::clone(&self.job.record),
             outcome: if handed {
                 Outcome::Transferred
             } else {
@@ -433,8 +442,8 @@ impl Attempt<'_> {
     /// Measures the whole request until it is dropped.
     pub(super) fn clock(&self) -> Clock {
         Clock {
-            shared: Arc::clone(self.shared),
-            arrived: self.job.arrived,
+            record: Arc::clone(&self.job.record),
+            last_read: None,
             _permit: Arc::clone(&self.job.permit),
         }
     }
@@ -442,8 +451,8 @@ impl Attempt<'_> {
     /// Notes that the answer begins now.
     pub(super) fn begin(&self, mut response: Response<Body>, decode_sent: Instant) -> Response<Body> {
         let first_byte = decode_sent.elapsed();
-        self.shared.metrics.took(Timed::DecodeFirstByte, first_byte);
-        self.shared.metrics.first_token_after(self.job.arrived.elapsed());
+        self.job.record.took(Timed::DecodeFirstByte, first_byte);
+        self.job.record.first_token_after(self.job.arrived.elapsed());
         response.extensions_mut().insert(Stages {
             first_byte,
             ..Stages::default()

@@ -14,41 +14,43 @@ use hyper::body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
-use super::Shared;
 use super::answer::{Seen, look};
 use super::error::{Cause, Stage};
 use super::ledger::Entry;
-use super::metrics::{Outcome, Timed};
+use super::metrics::{Ending, Outcome};
+use super::record::Record;
 use super::splice::Rewriter;
 use super::sse::Events;
 use super::upstream::{AnswerBody, Seat};
 use super::usage::PrefillUsage;
 
-/// Measures a request from its arrival until this is dropped.
+/// What belongs to a request as long as it is in the proxy, and measures its stream.
 #[derive(Debug)]
 pub(super) struct Clock {
-    pub(super) shared: Arc<Shared>,
-    pub(super) arrived: Instant,
-    /// Held as long as the request is in the proxy.
+    pub(super) record: Arc<Record>,
+    /// When the stream was last read.
+    pub(super) last_read: Option<Instant>,
     pub(super) _permit: Arc<OwnedSemaphorePermit>,
 }
 
-impl Drop for Clock {
-    fn drop(&mut self) {
-        self.shared.metrics.took(Timed::Total, self.arrived.elapsed());
+impl Clock {
+    fn read(&mut self, now: Instant) {
+        if let Some(before) = self.last_read.replace(now) {
+            self.record.gap(now - before);
+        }
     }
 }
 
 /// Counts how a hand-off ended, once: when it is dropped, which is when the answer is over.
 #[derive(Debug)]
 pub(super) struct Tally {
-    pub(super) shared: Arc<Shared>,
+    pub(super) record: Arc<Record>,
     pub(super) outcome: Outcome,
 }
 
 impl Drop for Tally {
     fn drop(&mut self) {
-        self.shared.metrics.handed(self.outcome);
+        self.record.handed(self.outcome);
     }
 }
 
@@ -80,23 +82,30 @@ pub(super) struct Guarded {
     /// What the prefill engine used, where one did; the client is told of that.
     pub(super) usage: Option<PrefillUsage>,
     pub(super) tally: Option<Tally>,
-    pub(super) _clock: Clock,
+    pub(super) clock: Clock,
 }
 
 impl Guarded {
     /// What every stream needs.
-    pub(super) fn new(seat: Arc<Seat>, clock: Clock) -> Self {
+    pub(super) fn new(seat: Arc<Seat>, idle: Duration, clock: Clock) -> Self {
         Self {
             seat,
             stage: Stage::Decode,
-            idle: clock.shared.deadlines().decode,
+            idle,
             end: End::Marker,
             events: None,
             rewriter: None,
             entry: None,
             usage: None,
             tally: None,
-            _clock: clock,
+            clock,
+        }
+    }
+
+    /// The engine was read. Only reads of events tell of the time between tokens.
+    fn read(&mut self, now: Instant) {
+        if self.events.is_some() {
+            self.clock.read(now);
         }
     }
 
@@ -123,7 +132,9 @@ pub(super) struct GuardedBody {
 
 impl GuardedBody {
     /// A body that sends `first`, then what comes from `inner`.
-    pub(super) fn new(first: Bytes, inner: AnswerBody, guarded: Guarded) -> Self {
+    pub(super) fn new(first: Bytes, inner: AnswerBody, mut guarded: Guarded) -> Self {
+        guarded.clock.record.streams();
+        guarded.read(Instant::now());
         Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
@@ -183,6 +194,7 @@ impl GuardedBody {
             Some(rewriter) => rewriter.rewrite(&events),
             None => events,
         };
+        guarded.clock.record.decoded(&events);
         if failure.is_none() && guarded.events.as_ref().is_some_and(Events::is_done) {
             // Before the client sees the end, so that who looks at the metrics then finds it counted.
             guarded.tally = None;
@@ -196,6 +208,7 @@ impl GuardedBody {
     /// Ends the stream before its time. The engine notices because its connection closes.
     fn fail(&mut self, cause: Cause) -> Result<(), std::io::Error> {
         self.inner = None;
+        self.guarded.clock.record.stream_ended(Ending::Broken);
         let error = self.guarded.seat.failed(self.guarded.stage, cause);
         self.guarded.count(Outcome::Failed);
         self.guarded.tally = None;
@@ -230,7 +243,9 @@ impl Body for GuardedBody {
             };
             let failure = match Pin::new(inner).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    this.idle.as_mut().reset(Instant::now() + this.guarded.idle);
+                    let now = Instant::now();
+                    this.idle.as_mut().reset(now + this.guarded.idle);
+                    this.guarded.read(now);
                     match frame.into_data().map(|bytes| this.take(bytes)) {
                         Ok(Err(cause)) => cause,
                         _ => continue,
@@ -238,6 +253,7 @@ impl Body for GuardedBody {
                 }
                 Poll::Ready(None) if this.guarded.is_complete() => {
                     this.inner = None;
+                    this.guarded.clock.record.stream_ended(Ending::Answered);
                     continue;
                 }
                 Poll::Ready(None) => Cause::Truncated,

@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 use super::Shared;
 use super::error::{Cause, ProxyError};
 use super::notify::Arrival;
+use super::record::Record;
 use super::upstream::Seat;
 use crate::connector::Handoff;
 use cleanup::Owed;
@@ -24,6 +25,7 @@ pub(super) use cleanup::{Care, Consume, one_token_edits};
 #[derive(Debug)]
 pub(super) struct Entry {
     shared: Arc<Shared>,
+    record: Arc<Record>,
     stage: Stage,
     care: Option<Care>,
 }
@@ -44,10 +46,11 @@ enum Stage {
 
 impl Entry {
     /// Opens an entry for a request whose decode engine is reserved.
-    pub(super) fn reserve(shared: &Arc<Shared>, care: Care) -> Self {
+    pub(super) fn reserve(shared: &Arc<Shared>, record: &Arc<Record>, care: Care) -> Self {
         shared.metrics.open_handoffs(1);
         Self {
             shared: Arc::clone(shared),
+            record: Arc::clone(record),
             stage: Stage::Reserved,
             care: Some(care),
         }
@@ -135,6 +138,7 @@ impl Entry {
     pub(super) fn take(&mut self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
+            record: Arc::clone(&self.record),
             stage: std::mem::replace(&mut self.stage, Stage::Closed),
             care: self.care.take(),
         }

@@ -2,21 +2,38 @@
 //!
 //! Labels have few values by construction: routes, statuses, stages, outcomes and engine names, never what a client sent.
 
+use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use super::Settings;
 use super::notify::Notifications;
-use crate::fleet::FleetView;
+use crate::fleet::{EngineView, FleetView};
 
 /// From a millisecond, which is a hand-off on one machine, to minutes, which is a long answer. Seconds.
 const BUCKETS: [f64; 18] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+];
+
+/// vLLM 0.32's buckets (`v1/metrics/buckets.py`): to the first token, between tokens, and of whole requests. Seconds.
+const FIRST_TOKEN_BUCKETS: [f64; 22] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+];
+const INTER_TOKEN_BUCKETS: [f64; 19] = [
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
+const LATENCY_BUCKETS: [f64; 21] = [
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
 ];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -39,6 +56,15 @@ struct StageLabels {
 struct EngineLabels {
     engine: String,
     role: String,
+}
+
+impl EngineLabels {
+    fn of(engine: &EngineView) -> Self {
+        Self {
+            engine: engine.id.to_string(),
+            role: engine.role.to_string(),
+        }
+    }
 }
 
 /// How a request's hand-off ended.
@@ -80,126 +106,104 @@ pub(super) enum Timed {
     Handoff,
     /// From sending the decode leg to its first event or whole answer.
     DecodeFirstByte,
-    /// The whole request.
-    Total,
 }
 
 impl Timed {
-    fn as_str(self) -> &'static str {
+    /// How many there are.
+    pub(super) const COUNT: usize = 4;
+
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Queue => "queue",
             Self::Prefill => "prefill",
             Self::Handoff => "handoff",
             Self::DecodeFirstByte => "decode_first_byte",
-            Self::Total => "total",
         }
     }
 }
 
-/// All metrics of a proxy.
-#[derive(Debug)]
-pub(super) struct Metrics {
-    registry: Registry,
-    requests: Family<RequestLabels, Counter>,
-    handoffs: Family<OutcomeLabels, Counter>,
-    cleanups: Family<OutcomeLabels, Counter>,
-    stages: Family<StageLabels, Histogram>,
-    first_token: Histogram,
-    retries: Counter,
-    in_flight: Gauge,
-    queued: Gauge,
-    engine_in_flight: Family<EngineLabels, Gauge>,
-    handoffs_open: Gauge,
-    late_notifications: Gauge,
-    malformed_notifications: Gauge,
+/// How a request ended, as its client saw it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// With a whole answer.
+    Answered,
+    /// With an answer of 4xx.
+    Refused,
+    /// With an answer of 5xx.
+    Failed,
+    /// With an error event, after part of the answer.
+    Broken,
+    /// The client did not wait for the end.
+    Left,
 }
 
-impl Metrics {
-    pub(super) fn new() -> Self {
-        let mut registry = Registry::with_prefix("xpyd");
-        let metrics = Self {
-            requests: Family::default(),
+impl Ending {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Broken => "broken",
+            Self::Left => "left",
+        }
+    }
+}
+
+/// The metrics of the requests of one kind of asker: clients, or xpyd's own canaries.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    handoffs: Family<OutcomeLabels, Counter>,
+    stages: Family<StageLabels, Histogram>,
+    first_token: Histogram,
+    between_reads: Histogram,
+    ended: Family<OutcomeLabels, Histogram>,
+    answered: Histogram,
+    retries: Counter,
+}
+
+impl Traffic {
+    fn new(registry: &mut Registry) -> Self {
+        let traffic = Self {
             handoffs: Family::default(),
-            cleanups: Family::default(),
             stages: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
-            first_token: Histogram::new(BUCKETS),
+            first_token: Histogram::new(FIRST_TOKEN_BUCKETS),
+            between_reads: Histogram::new(INTER_TOKEN_BUCKETS),
+            ended: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
+            answered: Histogram::new(LATENCY_BUCKETS),
             retries: Counter::default(),
-            in_flight: Gauge::default(),
-            queued: Gauge::default(),
-            engine_in_flight: Family::default(),
-            handoffs_open: Gauge::default(),
-            late_notifications: Gauge::default(),
-            malformed_notifications: Gauge::default(),
-            registry: Registry::default(),
         };
-        registry.register(
-            "requests",
-            "Requests answered, by route and status",
-            metrics.requests.clone(),
-        );
-        registry.register("handoff", "Hand-offs by how they ended", metrics.handoffs.clone());
-        registry.register(
-            "handoff_cleanups",
-            "Hand-offs that ended early, by whether their KV could be freed",
-            metrics.cleanups.clone(),
-        );
+        registry.register("handoff", "Hand-offs by how they ended", traffic.handoffs.clone());
         registry.register(
             "stage_seconds",
             "Time a stage of a request took",
-            metrics.stages.clone(),
+            traffic.stages.clone(),
         );
         registry.register(
             "time_to_first_token_seconds",
             "Time from a request's arrival to its first event or whole answer",
-            metrics.first_token.clone(),
+            traffic.first_token.clone(),
+        );
+        registry.register(
+            "inter_token_seconds",
+            "Time between two reads of a stream that brought tokens",
+            traffic.between_reads.clone(),
+        );
+        registry.register(
+            "request_seconds",
+            "Time from a generation's arrival to its end, by how it ended for its client",
+            traffic.ended.clone(),
         );
         registry.register(
             "retries",
             "Requests that were given a second pair of engines",
-            metrics.retries.clone(),
+            traffic.retries.clone(),
         );
-        registry.register("requests_in_flight", "Requests in the proxy", metrics.in_flight.clone());
-        registry.register(
-            "requests_queued",
-            "Requests that wait for a decode engine with room",
-            metrics.queued.clone(),
-        );
-        registry.register(
-            "engine_requests_in_flight",
-            "Requests in flight on an engine",
-            metrics.engine_in_flight.clone(),
-        );
-        registry.register(
-            "handoffs_open",
-            "Hand-offs begun and neither consumed nor released",
-            metrics.handoffs_open.clone(),
-        );
-        registry.register(
-            "late_notifications",
-            "LMCache notifications that nobody waited for",
-            metrics.late_notifications.clone(),
-        );
-        registry.register(
-            "malformed_notifications",
-            "Messages on the notification socket that were no notification",
-            metrics.malformed_notifications.clone(),
-        );
-        Self { registry, ..metrics }
-    }
-
-    pub(super) fn answered(&self, endpoint: &'static str, status: u16) {
-        self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+        traffic
     }
 
     pub(super) fn handed(&self, outcome: Outcome) {
         let outcome = outcome.as_str();
         self.handoffs.get_or_create(&OutcomeLabels { outcome }).inc();
-    }
-
-    /// The KV of a hand-off that ended early was freed, or could not be.
-    pub(super) fn cleaned_up(&self, freed: bool) {
-        let outcome = if freed { "freed" } else { "stranded" };
-        self.cleanups.get_or_create(&OutcomeLabels { outcome }).inc();
     }
 
     pub(super) fn took(&self, stage: Timed, time: Duration) {
@@ -213,8 +217,164 @@ impl Metrics {
         self.first_token.observe(time.as_secs_f64());
     }
 
+    pub(super) fn gap(&self, time: Duration) {
+        self.between_reads.observe(time.as_secs_f64());
+    }
+
+    pub(super) fn ended(&self, ending: Ending, time: Duration) {
+        let outcome = ending.as_str();
+        self.ended
+            .get_or_create(&OutcomeLabels { outcome })
+            .observe(time.as_secs_f64());
+        if ending == Ending::Answered {
+            self.answered.observe(time.as_secs_f64());
+        }
+    }
+
     pub(super) fn retried(&self) {
         self.retries.inc();
+    }
+}
+
+/// All metrics of a proxy.
+#[derive(Debug)]
+pub(super) struct Metrics {
+    registry: Registry,
+    /// What one vLLM would say in the fleet's place, under its names.
+    as_vllm: Registry,
+    pub(super) clients: Arc<Traffic>,
+    pub(super) canaries: Arc<Traffic>,
+    requests: Family<RequestLabels, Counter>,
+    cleanups: Family<OutcomeLabels, Counter>,
+    in_flight: Gauge,
+    queued: Gauge,
+    running: Gauge,
+    engine_in_flight: Family<EngineLabels, Gauge>,
+    unread: Family<EngineLabels, Counter>,
+    handoffs_open: Gauge,
+    late_notifications: Gauge,
+    malformed_notifications: Gauge,
+}
+
+impl Metrics {
+    pub(super) fn new(settings: &Settings) -> Self {
+        let mut registry = Registry::with_prefix("xpyd");
+        let clients = Arc::new(Traffic::new(&mut registry));
+        let canaries = Arc::new(Traffic::new(registry.sub_registry_with_prefix("canary")));
+        let mut metrics = Self {
+            as_vllm: Registry::default(),
+            clients,
+            canaries,
+            requests: Family::default(),
+            cleanups: Family::default(),
+            in_flight: Gauge::default(),
+            queued: Gauge::default(),
+            running: Gauge::default(),
+            engine_in_flight: Family::default(),
+            unread: Family::default(),
+            handoffs_open: Gauge::default(),
+            late_notifications: Gauge::default(),
+            malformed_notifications: Gauge::default(),
+            registry,
+        };
+        metrics.register_own();
+        metrics.register_as_vllm(&settings.served_model_name);
+        if let Some(log) = &settings.access_log {
+            let help = "Lines of the access log for which there was no place";
+            metrics.registry.register("access_log_dropped", help, log.dropped());
+        }
+        metrics
+    }
+
+    fn register_own(&mut self) {
+        let registry = &mut self.registry;
+        registry.register(
+            "requests",
+            "Requests answered, by route and status",
+            self.requests.clone(),
+        );
+        registry.register(
+            "handoff_cleanups",
+            "Hand-offs that ended early, by whether their KV could be freed",
+            self.cleanups.clone(),
+        );
+        registry.register("requests_in_flight", "Requests in the proxy", self.in_flight.clone());
+        registry.register(
+            "requests_queued",
+            "Requests that wait for a decode engine with room",
+            self.queued.clone(),
+        );
+        registry.register(
+            "engine_requests_in_flight",
+            "Requests in flight on an engine",
+            self.engine_in_flight.clone(),
+        );
+        registry.register(
+            "engine_metrics_unread",
+            "Times that an engine's metrics were to be merged and did not come",
+            self.unread.clone(),
+        );
+        registry.register(
+            "handoffs_open",
+            "Hand-offs begun and neither consumed nor released",
+            self.handoffs_open.clone(),
+        );
+        registry.register(
+            "late_notifications",
+            "LMCache notifications that nobody waited for",
+            self.late_notifications.clone(),
+        );
+        registry.register(
+            "malformed_notifications",
+            "Messages on the notification socket that were no notification",
+            self.malformed_notifications.clone(),
+        );
+    }
+
+    /// Names and buckets are those of vLLM 0.32, so that its dashboards show the fleet as one engine.
+    fn register_as_vllm(&mut self, model: &str) {
+        let model = (Cow::Borrowed("model_name"), Cow::Owned(model.to_owned()));
+        let registry = self.as_vllm.sub_registry_with_label(model);
+        registry.register(
+            "vllm:time_to_first_token_seconds",
+            "Histogram of time to first token in seconds",
+            self.clients.first_token.clone(),
+        );
+        registry.register(
+            "vllm:inter_token_latency_seconds",
+            "Histogram of inter-token latency in seconds",
+            self.clients.between_reads.clone(),
+        );
+        registry.register(
+            "vllm:e2e_request_latency_seconds",
+            "Histogram of e2e request latency in seconds",
+            self.clients.answered.clone(),
+        );
+        registry.register(
+            "vllm:num_requests_running",
+            "Number of requests that engines work on",
+            self.running.clone(),
+        );
+        registry.register(
+            "vllm:num_requests_waiting",
+            "Number of requests waiting to be processed",
+            self.queued.clone(),
+        );
+    }
+
+    pub(super) fn answered(&self, endpoint: &'static str, status: u16) {
+        self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+    }
+
+    /// The KV of a hand-off that ended early was freed, or could not be.
+    pub(super) fn cleaned_up(&self, freed: bool) {
+        let outcome = if freed { "freed" } else { "stranded" };
+        self.cleanups.get_or_create(&OutcomeLabels { outcome }).inc();
+    }
+
+    /// An engine's metrics did not come.
+    pub(super) fn unread(&self, engine: &EngineView) {
+        self.unread.get_or_create(&EngineLabels::of(engine)).inc();
     }
 
     /// One hand-off more is open (`1`) or one less (`-1`).
@@ -222,25 +382,24 @@ impl Metrics {
         self.handoffs_open.inc_by(change);
     }
 
-    /// The metrics in Prometheus' text format, with what is only known at this moment.
+    /// The metrics in `OpenMetrics`' text format, with what is only known at this moment. Where engines tell of themselves
+    /// under vLLM's names, the fleet must not do so, too.
     pub(super) fn text(
         &self,
         view: &FleetView,
         in_flight: usize,
         queued: usize,
         notifications: Option<&Notifications>,
+        as_vllm: bool,
     ) -> String {
         self.in_flight.set(to_gauge(in_flight));
         self.queued.set(to_gauge(queued));
+        self.running.set(to_gauge(in_flight.saturating_sub(queued)));
         // Engines come and go with the view.
         self.engine_in_flight.clear();
         for engine in &view.engines {
-            let labels = EngineLabels {
-                engine: engine.id.to_string(),
-                role: engine.role.to_string(),
-            };
             self.engine_in_flight
-                .get_or_create(&labels)
+                .get_or_create(&EngineLabels::of(engine))
                 .set(to_gauge(engine.load.in_flight()));
         }
         if let Some(notifications) = notifications {
@@ -250,7 +409,12 @@ impl Metrics {
                 .set(i64::try_from(notifications.malformed()).unwrap_or(i64::MAX));
         }
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry).expect("writing to a string cannot fail");
+        [Some(&self.registry), as_vllm.then_some(&self.as_vllm)]
+            .into_iter()
+            .flatten()
+            .try_for_each(|registry| encode_registry(&mut text, registry))
+            .and_then(|()| encode_eof(&mut text))
+            .expect("writing to a string cannot fail");
         text
     }
 }

@@ -3,30 +3,37 @@
 //! `flow` reads top to bottom and is the place to start. The proxy learns of engines from the fleet's view alone; it
 //! does not know who starts them, from which profile, or what arguments they got.
 
+mod access;
 mod admission;
 mod answer;
 mod api;
 mod body;
 mod breaker;
 mod canary;
+mod entrance;
 mod error;
 mod flow;
 mod framing;
 mod guard;
+mod key;
 mod ledger;
 mod listen;
 #[cfg(test)]
 mod matrix;
+mod merge;
 mod metrics;
 mod notify;
 mod pass;
 mod pick;
 mod prefix;
+mod record;
 mod routes;
 mod rules;
+mod scrape;
 mod seats;
 mod splice;
 mod sse;
+mod trace;
 mod upstream;
 mod usage;
 mod wire;
@@ -44,8 +51,11 @@ use crate::connector::Connector;
 use crate::fleet::{FleetView, Role};
 use crate::service::Service;
 
+pub use access::AccessLog;
 pub use canary::{CanaryError, CanaryReport, Transferred};
+pub use key::{ClientKeys, EngineKey, KeyError};
 pub use notify::{Notifications, NotifyError};
+pub use trace::{Traces, TracesError};
 
 use error::ProxyError;
 use flow::Deadlines;
@@ -76,6 +86,14 @@ pub struct Settings {
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.
     pub max_in_flight: usize,
+    /// The keys of which clients must bear one.
+    pub client_keys: ClientKeys,
+    /// The key that the engines want.
+    pub engine_key: Option<EngineKey>,
+    /// Where requests are written down.
+    pub access_log: Option<AccessLog>,
+    /// Where traces go.
+    pub traces: Option<Traces>,
     /// How clients are served.
     pub service: Service,
 }
@@ -91,6 +109,8 @@ struct Shared {
     notifications: Option<Notifications>,
     upstream: Upstream,
     metrics: Metrics,
+    /// Held while engines are asked for their metrics, so that many who ask do not multiply the questions.
+    scraping: tokio::sync::Mutex<()>,
     admission: Arc<Semaphore>,
     seats: Seats,
     prefill_turn: AtomicUsize,
@@ -116,11 +136,12 @@ impl Proxy {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         Self(Arc::new(Shared {
             seats: Seats::new(&settings.service.admission),
+            metrics: Metrics::new(&settings),
             settings,
             view,
             notifications,
             upstream: Upstream::default(),
-            metrics: Metrics::new(),
+            scraping: tokio::sync::Mutex::default(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
@@ -160,9 +181,9 @@ impl Proxy {
         self.0.in_flight()
     }
 
-    /// The proxy's own metrics in Prometheus' text format.
+    /// The proxy's own metrics in `OpenMetrics`' text format.
     pub fn metrics_text(&self) -> String {
-        self.0.metrics_text()
+        self.0.metrics_text(true)
     }
 }
 
@@ -197,13 +218,14 @@ impl Shared {
         limit.saturating_sub(self.admission.available_permits())
     }
 
-    fn metrics_text(&self) -> String {
+    fn metrics_text(&self, as_vllm: bool) -> String {
         let view = Arc::clone(&self.view.borrow());
         self.metrics.text(
             &view,
             self.in_flight(),
             self.seats.waiting(),
             self.notifications.as_ref(),
+            as_vllm,
         )
     }
 }

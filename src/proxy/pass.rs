@@ -28,7 +28,7 @@ pub(super) async fn answer(
     clock: Clock,
 ) -> Result<Response<Body>, ProxyError> {
     let body = edited(body)?;
-    let headers = forwardable(&head.headers);
+    let headers = shared.crossing(&head.headers);
     let idle = shared.deadlines().decode;
     let mut outcome = Err(ProxyError::NoEngine(Role::Decode));
     for seat in seats(shared, session) {
@@ -44,11 +44,10 @@ pub(super) async fn answer(
             Ok(answer) => {
                 let (mut head, body) = answer.into_parts();
                 let guarded = Guarded {
-                    idle,
                     stage: Stage::Pass,
                     end: End::AnyEvent,
                     events: is_event_stream(&head).then(Events::default),
-                    ..Guarded::new(Arc::new(seat), clock)
+                    ..Guarded::new(Arc::new(seat), idle, clock)
                 };
                 // Events may be held back, so only what is no stream keeps its length.
                 let length = head.headers.get(header::CONTENT_LENGTH).cloned();

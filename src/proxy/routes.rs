@@ -6,7 +6,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, Response, header};
+use axum::http::{HeaderMap, HeaderValue, Method, Response, header, request};
+use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, on};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -14,12 +15,13 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::api::{self, Course, Methods, Rule};
+use super::entrance::enter;
 use super::error::ProxyError;
 use super::flow::{self, Job};
 use super::guard::Clock;
 use super::pass;
+use super::record::Record;
 use super::rules::Kind;
-use super::upstream::forwardable;
 use crate::fleet::{FleetStage, Role};
 use crate::service::WithoutPrefill;
 
@@ -41,7 +43,8 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
     }
     router
         .fallback(unknown)
-        .method_not_allowed_fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(Arc::clone(&shared), enter))
         .with_state(shared)
 }
 
@@ -50,7 +53,7 @@ async fn follow(shared: &Arc<Shared>, rule: &'static Rule, request: Request) -> 
     let outcome = match rule.course {
         Course::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
         Course::Health => return health(shared),
-        Course::Metrics => return metrics(shared),
+        Course::Metrics => return metrics(shared, asks_for_engines(&request)).await,
         Course::Pass if !api::is_plain(request.uri().path()) => Err(not_found(request.method(), &request)),
         Course::Pass => Box::pin(pass_on(shared, request)).await,
         Course::Refuse(why) => Err(ProxyError::Refused { path: rule.path, why }),
@@ -61,36 +64,50 @@ async fn follow(shared: &Arc<Shared>, rule: &'static Rule, request: Request) -> 
 async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<Response<Body>, ProxyError> {
     let arrived = Instant::now();
     shared.takes_clients()?;
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    let record = record(&mut head);
+    record.generates(session(shared, &head.headers).as_deref());
     let body = read(body, shared.settings.max_body_bytes).await?;
     let permit = shared.admit()?;
     let job = Job {
         kind,
         body,
         session: session(shared, &head.headers),
-        headers: forwardable(&head.headers),
+        headers: shared.crossing(&head.headers),
         pair: None,
         deadlines: shared.deadlines(),
         arrived,
         permit: Arc::new(permit),
+        record,
     };
     flow::answer(shared, job).await
 }
 
 /// A request that a decode engine answers alone.
 async fn pass_on(shared: &Arc<Shared>, request: Request) -> Result<Response<Body>, ProxyError> {
-    let arrived = Instant::now();
     shared.takes_clients()?;
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
+    let record = record(&mut head);
     let body = read(body, shared.settings.max_body_bytes).await?;
     let clock = Clock {
-        shared: Arc::clone(shared),
-        arrived,
+        record,
+        last_read: None,
         _permit: Arc::new(shared.admit()?),
     };
     let session = session(shared, &head.headers);
     pass::answer(shared, &head, &body, session.as_deref(), clock).await
 }
+
+/// The record of a request that came in.
+fn record(head: &mut request::Parts) -> Arc<Record> {
+    head.extensions
+        .remove()
+        .expect("the entrance puts one into every request")
+}
+
+/// The route that an answer is counted under, as its extension.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Endpoint(pub(super) &'static str);
 
 /// Whether clients are served: 200 while there is a ready engine of each role.
 fn health(shared: &Shared) -> Response<Body> {
@@ -100,9 +117,24 @@ fn health(shared: &Shared) -> Response<Body> {
     }
 }
 
-fn metrics(shared: &Shared) -> Response<Body> {
-    let mut response = Response::new(Body::from(shared.metrics_text()));
-    let content_type = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+/// `?engines` asks for the engines' metrics, too.
+fn asks_for_engines(request: &Request) -> bool {
+    let query = request.uri().query().unwrap_or_default();
+    query.split('&').any(|part| part == "engines")
+}
+
+async fn metrics(shared: &Shared, with_engines: bool) -> Response<Body> {
+    let (text, content_type) = if with_engines || shared.settings.service.metrics.merge {
+        (
+            shared.merged_metrics().await,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )
+    } else {
+        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        (shared.metrics_text(true), content_type)
+    };
+    let mut response = Response::new(Body::from(text));
+    let content_type = HeaderValue::from_static(content_type);
     response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     response
 }
@@ -118,12 +150,26 @@ fn not_found(method: &Method, request: &Request) -> ProxyError {
     }
 }
 
-fn respond(shared: &Shared, endpoint: &'static str, outcome: Result<Response<Body>, ProxyError>) -> Response<Body> {
-    let response = outcome.unwrap_or_else(|error| {
+/// axum adds `Allow`.
+async fn wrong_method(State(shared): State<Arc<Shared>>, method: Method, request: Request) -> Response<Body> {
+    let error = ProxyError::WrongMethod {
+        method: method.to_string(),
+        path: request.uri().path().to_owned(),
+    };
+    respond(&shared, "other", Err(error))
+}
+
+pub(super) fn respond(
+    shared: &Shared,
+    endpoint: &'static str,
+    outcome: Result<Response<Body>, ProxyError>,
+) -> Response<Body> {
+    let mut response = outcome.unwrap_or_else(|error| {
         tracing::warn!(endpoint, error = crate::report::one_line(&error), "request failed");
         error.to_response()
     });
     shared.metrics.answered(endpoint, response.status().as_u16());
+    response.extensions_mut().insert(Endpoint(endpoint));
     response
 }
 

@@ -225,14 +225,14 @@ impl Attempt<'_> {
         view.mark_unchanged();
         loop {
             if let Some(taken) = self.take(Role::Decode, choice, weight, turn, Some(&ticket))? {
-                shared.metrics.took(Timed::Queue, began.elapsed());
+                self.job.record.took(Timed::Queue, began.elapsed());
                 return Ok(taken);
             }
             tokio::select! {
                 () = ticket.turn.notified() => {}
                 Ok(()) = view.changed() => {}
                 () = &mut deadline => {
-                    shared.metrics.took(Timed::Queue, began.elapsed());
+                    self.job.record.took(Timed::Queue, began.elapsed());
                     let retry_after = shared.seats.lock().queue.retry_after();
                     return Err(ProxyError::QueueTimeout { limit, retry_after });
                 }

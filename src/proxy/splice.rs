@@ -249,18 +249,18 @@ impl Half {
                     .rewriter
                     .whole(&self.answer, &self.text, &body)
                     .ok_or_else(nonsense)?;
+                attempt.job.record.decoded(whole.as_bytes());
                 verbatim(head, whole.into())
             }
             Decoded::Stream(head, body) => {
                 let begin = self.rewriter.first_events(&self.text);
                 let guarded = Guarded {
-                    idle: attempt.job.deadlines.decode,
                     events: Some(Events::default()),
                     rewriter: Some(self.rewriter),
                     entry: Some(entry.take()),
                     usage: Some(self.usage),
                     tally: Some(attempt.tally(true)),
-                    ..Guarded::new(self.decode, attempt.clock())
+                    ..Guarded::new(self.decode, attempt.job.deadlines.decode, attempt.clock())
                 };
                 let mut response = verbatim(head, Bytes::new());
                 *response.body_mut() = Body::new(GuardedBody::new(begin.into(), body, guarded));

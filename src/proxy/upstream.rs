@@ -48,8 +48,16 @@ const NOT_FORWARDED: [HeaderName; 11] = [
     header::EXPECT,
 ];
 
-/// Client headers that would steer an engine: the request id pairs KV with requests, the rank picks an engine core.
-const STEERING: [&str; 2] = ["x-request-id", "x-data-parallel-rank"];
+/// Client headers by which vLLM 0.32 is steered. The request id pairs KV with requests, a session decides how long KV is
+/// kept, and the format of load metrics makes an engine tell of itself.
+const STEERING: [&str; 3] = ["x-request-id", "x-session-id", "endpoint-load-metrics-format"];
+
+/// How those begin that steer it more directly, today by priority and rank, and may come to steer it in other ways.
+const STEERING_PREFIXES: [&str; 3] = ["x-vllm-", "x-data-parallel-", "x-kv-"];
+
+fn steers(name: &str) -> bool {
+    STEERING.contains(&name) || STEERING_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
 
 /// Most idle connections that are kept to one engine.
 const MAX_IDLE: usize = 256;
@@ -302,9 +310,7 @@ pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {
         .collect();
     headers
         .iter()
-        .filter(|(name, _)| {
-            !NOT_FORWARDED.contains(name) && !STEERING.contains(&name.as_str()) && !named.contains(name)
-        })
+        .filter(|(name, _)| !NOT_FORWARDED.contains(name) && !steers(name.as_str()) && !named.contains(name))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect()
 }
@@ -457,6 +463,12 @@ mod tests {
             ("host", "me"),
             ("x-request-id", "mine"),
             ("x-data-parallel-rank", "3"),
+            ("X-Data-Parallel-Rank-Of-Tomorrow", "3"),
+            ("X-Vllm-Priority", "-9"),
+            ("x-session-id", "s"),
+            ("x-kv-engine", "e"),
+            ("endpoint-load-metrics-format", "JSON"),
+            ("session-id", "s"),
             ("authorization", "Bearer x"),
             ("traceparent", "00-1"),
         ];
@@ -472,6 +484,6 @@ mod tests {
         let kept = forwardable(&headers);
         let mut names: Vec<_> = kept.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
-        assert_eq!(names, ["authorization", "traceparent"]);
+        assert_eq!(names, ["authorization", "session-id", "traceparent"]);
     }
 }

@@ -44,6 +44,8 @@ pub struct Options {
     pub max_num_batched_tokens: Option<u32>,
     /// `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`: how long a worker may take for a step before the core dies of it.
     pub step_deadline: Duration,
+    /// `--api-key` or `VLLM_API_KEY`: what clients must bear; none lets everyone in.
+    pub api_keys: Vec<String>,
     /// How long running requests may go on after SIGTERM.
     pub shutdown_timeout: Duration,
     /// Whether `usage` tells cached tokens.
@@ -227,6 +229,7 @@ impl Options {
             chunked_prefill: true,
             max_num_batched_tokens: None,
             step_deadline: STEP_DEADLINE,
+            api_keys: Vec::new(),
             shutdown_timeout: Duration::ZERO,
             prompt_tokens_details: false,
             enforce_eager: true,

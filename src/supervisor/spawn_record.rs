@@ -7,9 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::fleet::Incarnation;
-use crate::plan::EngineSpec;
-
-const REDACTED: &str = "<redacted>";
+use crate::plan::{EngineSpec, redacted_argv, redacted_env};
 
 #[derive(Debug, Serialize)]
 struct SpawnRecord<'a> {
@@ -18,8 +16,8 @@ struct SpawnRecord<'a> {
     pid: u32,
     time: String,
     run: &'a str,
-    argv: Vec<&'a str>,
-    env: BTreeMap<&'a str, &'a str>,
+    argv: Vec<String>,
+    env: BTreeMap<String, String>,
     gpus: &'a [u32],
     log: &'a Path,
 }
@@ -40,38 +38,6 @@ pub(super) fn write(folder: &Path, run: &str, spec: &EngineSpec, incarnation: In
     let mut text = serde_json::to_vec_pretty(&record)?;
     text.push(b'\n');
     fs_err::write(folder.join(format!("{}.spawn.json", spec.id)), text)
-}
-
-fn redacted_argv(argv: &[String]) -> Vec<&str> {
-    let mut secret_follows = false;
-    argv.iter()
-        .map(|argument| {
-            let is_secret = std::mem::replace(&mut secret_follows, argument == "--api-key");
-            if is_secret || looks_secret(argument) {
-                REDACTED
-            } else if argument.starts_with("--api-key=") {
-                "--api-key=<redacted>"
-            } else {
-                argument
-            }
-        })
-        .collect()
-}
-
-fn redacted_env(env: &BTreeMap<String, String>) -> BTreeMap<&str, &str> {
-    const SECRET_WORDS: [&str; 5] = ["TOKEN", "KEY", "SECRET", "PASSWORD", "AUTH"];
-    env.iter()
-        .map(|(name, value)| {
-            let upper = name.to_uppercase();
-            let secret = SECRET_WORDS.iter().any(|word| upper.contains(word)) || looks_secret(value);
-            (name.as_str(), if secret { REDACTED } else { value.as_str() })
-        })
-        .collect()
-}
-
-/// Hugging Face's tokens begin like this.
-fn looks_secret(value: &str) -> bool {
-    value.starts_with("hf_")
 }
 
 #[cfg(test)]

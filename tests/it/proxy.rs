@@ -7,7 +7,9 @@
 
 mod canary;
 pub(crate) mod fake;
+mod guard;
 pub(crate) mod lmcache;
+mod observe;
 mod policies;
 mod queue;
 mod stranded;
@@ -86,7 +88,7 @@ async fn both_legs_carry_the_clients_own_bytes_and_one_fresh_id() {
         assert!(!seen.headers.contains_key("x-data-parallel-rank"));
     }
     assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="transferred"}"#), "1");
-    for stage in ["prefill", "handoff", "decode_first_byte", "total"] {
+    for stage in ["prefill", "handoff", "decode_first_byte"] {
         assert_eq!(
             rig.metric(&format!(r#"xpyd_stage_seconds_count{{stage="{stage}"}}"#)),
             "1",
@@ -461,7 +463,15 @@ async fn requests_that_cannot_be_served_get_errors_in_openais_shape() {
     let response = rig.get("/unknown").await;
     assert_eq!(response.status(), 404);
     assert_eq!(code(&response.text().await.unwrap()), "unknown_route");
-    assert_eq!(rig.get("/v1/completions").await.status(), 404);
+    let response = rig.get("/v1/completions").await;
+    assert_eq!(
+        (
+            response.status().as_u16(),
+            response.headers()["allow"].to_str().unwrap()
+        ),
+        (405, "POST")
+    );
+    assert_eq!(code(&response.text().await.unwrap()), "method_not_allowed");
     assert_eq!((prefill.seen().len(), decode.seen().len()), (0, 0));
 
     assert_eq!(rig.get("/health").await.status(), 200);

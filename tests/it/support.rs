@@ -76,6 +76,8 @@ impl Place {
             "CLIENT_BOUND",
             "CLIENT_BOUND_KEY",
             "XPYD_LOG",
+            "XPYD_API_KEY",
+            "VLLM_API_KEY",
             "HF_TOKEN",
             "CUDA_VISIBLE_DEVICES",
         ] {
@@ -210,9 +212,13 @@ pub(crate) struct Run<'place> {
 
 impl<'place> Run<'place> {
     pub(crate) fn start(place: &'place Place, arguments: &[&str]) -> Self {
+        Self::of(place, place.command(arguments))
+    }
+
+    /// A run of this command of the place's.
+    pub(crate) fn of(place: &'place Place, mut command: Command) -> Self {
         let (output, input) = std::io::pipe().expect("a pipe");
-        let child = place
-            .command(arguments)
+        let child = command
             .stdout(input.try_clone().expect("a pipe"))
             .stderr(input)
             .spawn()

@@ -55,6 +55,10 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
     }));
     let minute = Duration::from_mins(1);
     let settings = Settings {
+        client_keys: crate::proxy::ClientKeys::default(),
+        engine_key: None,
+        access_log: None,
+        traces: None,
         connector: Connector::Nixl(Nixl {}),
         served_model_name: "m".into(),
         session_header: None,
@@ -80,7 +84,7 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
         decode_params: None,
         permit: Arc::new(proxy.0.admit().expect("a free place")),
     };
-    let mut entry = Entry::reserve(&proxy.0, care);
+    let mut entry = Entry::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), care);
     let seat = Seat::take(&prefill, &view).expect("an open engine");
     go(&mut entry, &seat);
     drop(seat);

@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{self, DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -120,7 +121,21 @@ pub(crate) fn router(api: Arc<Api>) -> Router {
         .route("/v1/messages/count_tokens", post(other::count_tokens))
         .fallback(async || (StatusCode::NOT_FOUND, Json(json!({"detail": "Not Found"}))))
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&api), authenticate))
         .with_state(api)
+}
+
+/// vLLM's `authenticate.py`: only what begins like this wants a key.
+async fn authenticate(State(api): State<Arc<Api>>, request: extract::Request, next: Next) -> Response {
+    const GUARDED: [&str; 4] = ["/v1", "/v2", "/inference", "/cohere"];
+    let keys = &api.options.api_keys;
+    let is_guarded = GUARDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
+    let header = request.headers().get(header::AUTHORIZATION);
+    let given = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    if keys.is_empty() || !is_guarded || given.is_some_and(|given| keys.iter().any(|key| key == given)) {
+        return next.run(request).await;
+    }
+    (StatusCode::UNAUTHORIZED, Json(json!({"error": "Unauthorized"}))).into_response()
 }
 
 async fn health(State(api): State<Arc<Api>>) -> StatusCode {

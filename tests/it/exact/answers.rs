@@ -95,6 +95,26 @@ async fn the_client_is_told_of_the_prefill_engines_cache_and_the_metrics_of_the_
 }
 
 #[tokio::test]
+async fn a_strict_hand_off_whose_kv_did_not_arrive_is_tried_again() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let prefill = notifying(socket.port(), 1, PREFILLED).await;
+    let missing = Fake::start(|_| async { answer(200, decoded(false, 0)) }).await;
+    let there = Fake::start(|_| async { answer(200, decoded(false, 299)) }).await;
+    let mut settings = fake::settings(fake::lmcache(FirstToken::Decoder));
+    settings.service.handoff.strict = true;
+    let rig = Rig::start(settings, &[prefill.port], &[missing.port, there.port], 1, Some(socket)).await;
+    let answered = rig.complete(r#"{"prompt":"x"}"#).await;
+    assert_eq!(answered, (200, decoded(false, 16)));
+    assert_eq!((missing.seen().len(), there.seen().len()), (1, 1));
+    assert_eq!(outcome(&rig, "transferred"), "1");
+    assert_eq!(
+        (outcome(&rig, "failed"), outcome(&rig, "recomputed")),
+        ("1".into(), String::new())
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
 async fn a_count_that_nixl_repeats_disproves_nothing() {
     let prefilled = format!(
         r#"{{"choices":[{{"finish_reason":"length"}}],"usage":{{"prompt_tokens_details":{{"cached_tokens":0}}}},"kv_transfer_params":{PARAMS}}}"#

@@ -42,10 +42,33 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
             Arc::make_mut(engine).state = EngineState::Healthy;
         }
     });
+    let waits_in_vain = moved == 0;
+    if waits_in_vain {
+        tokio::time::pause();
+    }
     let report = rig
         .proxy
         .canary(&EngineId::new(Role::Prefill, 0), &EngineId::new(Role::Decode, 0))
         .await;
+    if waits_in_vain {
+        // The proxy's own threads end in real time.
+        tokio::time::resume();
+    }
+    let clients = [
+        "xpyd_handoff_total",
+        "xpyd_stage_seconds_count",
+        "xpyd_request_seconds_count",
+    ];
+    for name in clients {
+        assert_eq!(rig.metric(&format!("{name}{{")), "", "{name}: canaries are no clients");
+    }
+    assert_eq!(rig.metric("xpyd_time_to_first_token_seconds_count"), "0");
+    if let Ok(report) = &report {
+        let flown = report.total.as_nanos() > 0;
+        let counted = rig.metric(r#"xpyd_canary_request_seconds_count{outcome="answered"}"#);
+        assert_eq!((flown, counted.as_str()), (true, "1"));
+        assert_eq!(rig.metric(r#"xpyd_canary_handoff_total{outcome="transferred"}"#), "1");
+    }
     rig.finish().await;
     report
 }
@@ -72,7 +95,7 @@ async fn wrong_kv_is_found_by_the_text() {
     );
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_right_answer_without_a_transfer_is_no_success() {
     let error = fly(0, "same", "same").await.expect_err("no transfer");
     assert!(matches!(error, CanaryError::NothingMoved { .. }), "{error}");

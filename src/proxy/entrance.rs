@@ -1,0 +1,81 @@
+//! The entrance: what every request goes through before its route, whatever it asks for.
+//!
+//! Knows headers only: who is let in, and how much of them is taken. What a route does is the route's.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Response, header};
+use axum::middleware::Next;
+
+use super::Shared;
+use super::error::ProxyError;
+use super::record::Record;
+use super::routes::respond;
+use super::upstream::forwardable;
+
+/// Most headers of a request, and most bytes of their names and values together. A client behind several gateways sends
+/// some forty of a few kilobytes.
+const MAX_HEADERS: usize = 90;
+const MAX_HEADER_BYTES: usize = 32 << 10;
+
+/// Lets a request in, or answers why not.
+pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
+    let method = request.method().clone();
+    let record = Arc::new(Record::of_client(&shared, method, request.headers_mut()));
+    let response = match shared.check(&request) {
+        Ok(()) => {
+            request.extensions_mut().insert(Arc::clone(&record));
+            next.run(request).await
+        }
+        Err(error) => respond(&shared, "other", Err(error)),
+    };
+    record.answer(response)
+}
+
+impl Shared {
+    fn check(&self, request: &Request) -> Result<(), ProxyError> {
+        let headers = request.headers();
+        let bytes: usize = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len())
+            .sum();
+        if headers.len() > MAX_HEADERS || bytes > MAX_HEADER_BYTES {
+            return Err(ProxyError::HeadersTooLarge {
+                most: MAX_HEADERS,
+                bytes: MAX_HEADER_BYTES,
+            });
+        }
+        let keys = &self.settings.client_keys;
+        if keys.let_in(request.method(), request.uri().path(), request.headers()) {
+            Ok(())
+        } else {
+            Err(ProxyError::Unauthorized {
+                bears_none: !request.headers().contains_key(header::AUTHORIZATION),
+            })
+        }
+    }
+
+    /// The headers of a client's request that may cross to an engine. A key that xpyd has checked stays here, and the
+    /// engines' own takes its place, unless it is to be passed through.
+    pub(super) fn crossing(&self, headers: &HeaderMap) -> HeaderMap {
+        let mut crossing = forwardable(headers);
+        if !self.settings.client_keys.is_empty() && !self.settings.service.guard.pass_key_through {
+            crossing.remove(header::AUTHORIZATION);
+            if let Some(key) = &self.settings.engine_key {
+                key.add_to(&mut crossing);
+            }
+        }
+        crossing
+    }
+
+    /// The headers of xpyd's own calls to engines.
+    pub(super) fn own_headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        if let Some(key) = &self.settings.engine_key {
+            key.add_to(&mut headers);
+        }
+        headers
+    }
+}

@@ -1,0 +1,279 @@
+//! Pages of metrics made one: the proxy's own, and those of its engines with a label that says whose each sample is.
+//!
+//! Pure, and knows Prometheus' text format only (version 0.0.4, which engines write). Nothing that an engine writes can
+//! break the page: what is no sample is left out.
+
+use std::collections::BTreeMap;
+
+/// The metrics of one engine.
+#[derive(Debug, Clone)]
+pub(super) struct Page {
+    pub(super) engine: String,
+    pub(super) role: String,
+    pub(super) text: String,
+}
+
+/// A metric: what is said of it, and its samples.
+#[derive(Debug, Default)]
+struct Family<'page> {
+    help: Option<&'page str>,
+    kind: Option<&'page str>,
+    samples: String,
+}
+
+/// The proxy's own page, in `OpenMetrics`, and those of its engines as one in the text format 0.0.4. Samples of engines are
+/// labelled `engine` and `role`; where they had such labels, those are called `exported_…`, as Prometheus does it.
+pub(super) fn merge(own: &str, pages: &[Page]) -> String {
+    let mut merged = as_text_format(own);
+    let mut order: Vec<&str> = Vec::new();
+    let mut families: BTreeMap<&str, Family<'_>> = BTreeMap::new();
+    for page in pages {
+        let mut current = "";
+        for line in page.text.lines() {
+            let said = line.strip_prefix("# ").and_then(|said| {
+                let (what, rest) = said.split_once(' ')?;
+                let (name, text) = rest.split_once(' ').unwrap_or((rest, ""));
+                matches!(what, "HELP" | "TYPE").then_some((what, name, text))
+            });
+            let sample = || Sample::read(line);
+            let name = match (said, sample()) {
+                (Some((_, name, _)), _) if is_name(name) => name,
+                (None, Some(sample)) if sample.belongs_to(current) => current,
+                (None, Some(sample)) => sample.name,
+                _ => continue,
+            };
+            current = name;
+            let family = families.entry(name).or_insert_with(|| {
+                order.push(name);
+                Family::default()
+            });
+            match said {
+                Some(("HELP", _, text)) => family.help = family.help.or(Some(text)),
+                Some((_, _, text)) => family.kind = family.kind.or(Some(text)),
+                None => sample()
+                    .into_iter()
+                    .for_each(|sample| sample.write(page, &mut family.samples)),
+            }
+        }
+    }
+    for name in order {
+        let Family { help, kind, samples } = &families[name];
+        if samples.is_empty() {
+            continue;
+        }
+        for (what, text) in [("HELP", help), ("TYPE", kind)] {
+            if let Some(text) = text {
+                merged.extend(["# ", what, " ", name, " ", text, "\n"]);
+            }
+        }
+        merged.push_str(samples);
+    }
+    merged
+}
+
+/// `OpenMetrics` as the text format 0.0.4: there, the name of a counter is that of its samples, and nothing marks the end.
+fn as_text_format(own: &str) -> String {
+    let counters: Vec<&str> = own
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        .collect();
+    let mut text = String::with_capacity(own.len());
+    for line in own.lines() {
+        if line == "# EOF" || line.starts_with("# UNIT ") {
+            continue;
+        }
+        let said = line.strip_prefix("# ").and_then(|said| {
+            let (what, rest) = said.split_once(' ')?;
+            let (name, rest) = rest.split_once(' ')?;
+            counters.contains(&name).then_some((what, name, rest))
+        });
+        match said {
+            Some((what, name, rest)) => text.extend(["# ", what, " ", name, "_total ", rest, "\n"]),
+            None => text.extend([line, "\n"]),
+        }
+    }
+    text
+}
+
+/// A sample's line.
+#[derive(Debug, Clone, Copy)]
+struct Sample<'line> {
+    name: &'line str,
+    /// What stands between the braces.
+    labels: &'line str,
+    /// The value, and the time if there is one.
+    value: &'line str,
+}
+
+impl<'line> Sample<'line> {
+    fn read(line: &'line str) -> Option<Self> {
+        let end = line.find(['{', ' '])?;
+        let (name, rest) = line.split_at(end);
+        let (labels, value) = match rest.strip_prefix('{') {
+            Some(rest) => rest.split_at(end_of_labels(rest)?),
+            None => ("", rest),
+        };
+        let value = value.trim_start_matches('}').trim();
+        let is_number = |text: &str| text.parse::<f64>().is_ok();
+        let is_sample = is_name(name) && !value.is_empty() && value.split_whitespace().take(3).all(is_number);
+        is_sample.then_some(Self { name, labels, value })
+    }
+
+    /// Whether it is one of the samples of a metric of this name.
+    fn belongs_to(&self, family: &str) -> bool {
+        let suffix = (!family.is_empty()).then(|| self.name.strip_prefix(family)).flatten();
+        matches!(suffix, Some("" | "_bucket" | "_sum" | "_count" | "_total"))
+    }
+
+    fn write(&self, page: &Page, text: &mut String) {
+        text.extend([self.name, "{engine=\"", &page.engine, "\",role=\"", &page.role, "\""]);
+        for label in labels(self.labels) {
+            let is_ours = ["engine=", "role="].iter().any(|ours| label.starts_with(ours));
+            text.extend([",", if is_ours { "exported_" } else { "" }, label]);
+        }
+        text.extend(["} ", self.value, "\n"]);
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"_:".contains(&byte);
+    !name.is_empty() && !name.starts_with(|first: char| first.is_ascii_digit()) && name.bytes().all(is_part)
+}
+
+/// Where the brace stands that closes labels: not within a value. `None` if none does.
+fn end_of_labels(text: &str) -> Option<usize> {
+    cuts(text, b'}').next()
+}
+
+/// The labels, each `name="value"`.
+fn labels(text: &str) -> impl Iterator<Item = &str> {
+    let ends: Vec<usize> = cuts(text, b',').chain([text.len()]).collect();
+    let starts = [0].into_iter().chain(ends.clone().into_iter().map(|end| end + 1));
+    let parts: Vec<&str> = starts.zip(ends).map(|(start, end)| text[start..end].trim()).collect();
+    parts.into_iter().filter(|label| {
+        let value = label.split_once("=\"").filter(|(name, _)| is_name(name));
+        value.is_some_and(|(_, value)| value.ends_with('"'))
+    })
+}
+
+/// The places of `mark` outside of values.
+fn cuts(text: &str, mark: u8) -> impl Iterator<Item = usize> {
+    let (mut is_within, mut is_escaped) = (false, false);
+    text.bytes().enumerate().filter_map(move |(place, byte)| {
+        if is_escaped {
+            is_escaped = false;
+        } else if is_within && byte == b'\\' {
+            is_escaped = true;
+        } else if byte == b'"' {
+            is_within = !is_within;
+        } else if byte == mark && !is_within {
+            return Some(place);
+        }
+        None
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn page(engine: &str, role: &str, text: &str) -> Page {
+        Page {
+            engine: engine.into(),
+            role: role.into(),
+            text: text.into(),
+        }
+    }
+
+    #[test]
+    fn samples_of_all_engines_stand_under_one_heading_with_their_engine() {
+        let text = |value: u8| {
+            format!(
+                "# HELP vllm:prompt_tokens_total Number of prefill tokens processed.\n\
+                 # TYPE vllm:prompt_tokens_total counter\n\
+                 vllm:prompt_tokens_total{{engine=\"0\",model_name=\"m\"}} {value}.0\n\
+                 # HELP up Whether.\n# TYPE up gauge\nup 1\n\
+                 # TYPE vllm:e2e histogram\n\
+                 vllm:e2e_bucket{{le=\"+Inf\"}} 2.0 1700000000000\nvllm:e2e_sum 0.5\nvllm:e2e_count 2.0\n"
+            )
+        };
+        let own = "# HELP xpyd_requests Requests.\n# TYPE xpyd_requests counter\nxpyd_requests_total{status=\"200\"} 1\n# TYPE xpyd_open gauge\nxpyd_open 0\n# EOF\n";
+        let merged = merge(
+            own,
+            &[
+                page("prefiller1", "prefill", &text(7)),
+                page("decoder1", "decode", &text(8)),
+            ],
+        );
+        let expected = r#"# HELP xpyd_requests_total Requests.
+# TYPE xpyd_requests_total counter
+xpyd_requests_total{status="200"} 1
+# TYPE xpyd_open gauge
+xpyd_open 0
+# HELP vllm:prompt_tokens_total Number of prefill tokens processed.
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{engine="prefiller1",role="prefill",exported_engine="0",model_name="m"} 7.0
+vllm:prompt_tokens_total{engine="decoder1",role="decode",exported_engine="0",model_name="m"} 8.0
+# HELP up Whether.
+# TYPE up gauge
+up{engine="prefiller1",role="prefill"} 1
+up{engine="decoder1",role="decode"} 1
+# TYPE vllm:e2e histogram
+vllm:e2e_bucket{engine="prefiller1",role="prefill",le="+Inf"} 2.0 1700000000000
+vllm:e2e_sum{engine="prefiller1",role="prefill"} 0.5
+vllm:e2e_count{engine="prefiller1",role="prefill"} 2.0
+vllm:e2e_bucket{engine="decoder1",role="decode",le="+Inf"} 2.0 1700000000000
+vllm:e2e_sum{engine="decoder1",role="decode"} 0.5
+vllm:e2e_count{engine="decoder1",role="decode"} 2.0
+"#;
+        assert_eq!(merged, expected);
+    }
+
+    #[test]
+    fn values_may_hold_every_mark_of_the_format() {
+        let line = r#"m{a="},{\"x\"",engine="e\\",role="r,",b=""} NaN"#;
+        assert_eq!(
+            merge("", &[page("d", "decode", line)]),
+            "m{engine=\"d\",role=\"decode\",a=\"},{\\\"x\\\"\",exported_engine=\"e\\\\\",exported_role=\"r,\",b=\"\"} NaN\n"
+        );
+    }
+
+    #[test]
+    fn what_is_no_sample_is_left_out() {
+        for junk in [
+            "",
+            "<html>",
+            "m",
+            "m{",
+            "m{a=\"1\"",
+            "m{a=\"1} 2",
+            "m x",
+            "0m 1",
+            "m{a=1} x",
+            "# EOF",
+            "# TYPE m gauge",
+            "m }{ 1",
+        ] {
+            let merged = merge("", &[page("d", "decode", junk)]);
+            assert_eq!(merged, "", "{junk}");
+        }
+        // A label that is none is left out, and its sample stays.
+        assert_eq!(
+            merge("", &[page("d", "decode", "m{a=1,b=\"2\"} 3")]),
+            "m{engine=\"d\",role=\"decode\",b=\"2\"} 3\n"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_page_of_samples_is_merged_whatever_an_engine_writes(text in "([a-z_{}\"\\\\=,# \n0-9.]|# TYPE |m 1\n){0,60}") {
+            let merged = merge("xpyd_open 0\n", &[page("d", "decode", &text)]);
+            for line in merged.lines().skip(1).filter(|line| !line.starts_with("# ")) {
+                let sample = Sample::read(line).expect("a sample");
+                prop_assert!(sample.labels.starts_with("engine=\"d\",role=\"decode\""), "{}", line);
+            }
+        }
+    }
+}

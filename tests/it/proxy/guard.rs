@@ -1,0 +1,187 @@
+//! The entrance of the proxy: what it lets through to engines, keys and headers, and what it tells clients of their requests.
+
+use xpyd::connector::{Connector, Nixl};
+use xpyd::proxy::{ClientKeys, EngineKey, Settings};
+
+use super::fake::{self, COMPLETION, Fake, Rig, answer, nixl_prefilled};
+use super::{code, decoder, prefiller};
+
+/// A proxy with a key of its own over two engines that are sent another.
+async fn guarded(pass_key_through: bool) -> (Fake, Fake, Rig) {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let mut settings = Settings {
+        client_keys: ClientKeys::read("clients").unwrap(),
+        engine_key: Some(EngineKey::new("engines").unwrap()),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    settings.service.guard.pass_key_through = pass_key_through;
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    (prefill, decode, rig)
+}
+
+#[tokio::test]
+async fn a_checked_key_stays_at_the_proxy_unless_it_is_to_be_passed_through() {
+    for (pass_through, sent) in [(false, "Bearer engines"), (true, "Bearer clients")] {
+        let (prefill, decode, rig) = guarded(pass_through).await;
+        let request = |path: &str| {
+            rig.post(path, r#"{"prompt":"x"}"#)
+                .header("authorization", "Bearer clients")
+        };
+        assert_eq!(request("/v1/completions").send().await.unwrap().status(), 200);
+        assert_eq!(request("/tokenize").send().await.unwrap().status(), 200);
+        for seen in [prefill.seen(), decode.seen()].concat() {
+            assert_eq!(seen.headers["authorization"], sent, "{}", seen.path);
+        }
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn who_bears_no_key_reaches_no_engine_and_is_told_what_is_missing() {
+    let (prefill, decode, rig) = guarded(false).await;
+    let response = rig.post("/v1/completions", r#"{"prompt":"x"}"#).send().await.unwrap();
+    assert_eq!(response.status(), 401);
+    assert_eq!(response.headers()["www-authenticate"], "Bearer");
+    assert_eq!(code(&response.text().await.unwrap()), "invalid_api_key");
+    // Not even whether a route exists is told.
+    assert_eq!(rig.get("/unknown").await.status(), 401);
+    assert_eq!(rig.get("/health").await.status(), 200);
+    assert_eq!((prefill.seen().len(), decode.seen().len()), (0, 0));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn without_keys_of_its_own_the_proxy_passes_the_clients_on_and_adds_none() {
+    let prefill = Fake::start(|_| async { nixl_prefilled() }).await;
+    let decode = Fake::start(|_| async { answer(200, COMPLETION) }).await;
+    let settings = Settings {
+        engine_key: Some(EngineKey::new("engines").unwrap()),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let body = r#"{"prompt":"x"}"#;
+    rig.complete(body).await;
+    let own = rig.post("/v1/completions", body).header("authorization", "Bearer own");
+    own.send().await.unwrap();
+    for seen in [prefill.seen(), decode.seen()] {
+        let keys: Vec<_> = seen.iter().map(|seen| seen.headers.get("authorization")).collect();
+        assert_eq!(keys[0], None, "nobody uses the fleet's key without having shown one");
+        assert_eq!(keys[1].unwrap(), "Bearer own");
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn no_header_of_a_client_steers_an_engine_and_its_own_id_comes_back_to_it() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let steering = [
+        ("X-Vllm-Priority", "-100"),
+        ("x-vllm-of-tomorrow", "1"),
+        ("x-data-parallel-rank", "1"),
+        ("x-data-parallel-host", "elsewhere"),
+        ("x-session-id", "s"),
+        ("endpoint-load-metrics-format", "JSON"),
+        ("x-request-id", "mine-1"),
+    ];
+    for path in ["/v1/completions", "/tokenize"] {
+        let mut request = rig.post(path, r#"{"prompt":"x"}"#).header("x-harmless", "1");
+        for (name, value) in steering {
+            request = request.header(name, value);
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.headers()["x-request-id"], "mine-1");
+    }
+    let seen = [prefill.seen(), decode.seen()].concat();
+    assert_eq!(seen.len(), 3);
+    for seen in seen {
+        assert_eq!(seen.headers["x-harmless"], "1");
+        for (name, value) in steering {
+            assert_ne!(
+                seen.headers.get(name).and_then(|sent| sent.to_str().ok()),
+                Some(value),
+                "{name} on {}",
+                seen.path
+            );
+        }
+    }
+    // Without an id of its own, the client is told the engines'.
+    let response = rig.post("/v1/completions", r#"{"prompt":"x"}"#).send().await.unwrap();
+    assert_eq!(response.headers()["x-request-id"], decode.seen().last().unwrap().id());
+    // What is refused tells it, too; what is no id is not repeated.
+    let refused = rig
+        .post("/v1/completions", "[1]")
+        .header("x-request-id", "mine-2")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        (refused.status().as_u16(), &refused.headers()["x-request-id"]),
+        (400, &"mine-2".parse().unwrap())
+    );
+    let long = rig
+        .post("/v1/completions", "[1]")
+        .header("x-request-id", "i".repeat(129))
+        .send()
+        .await
+        .unwrap();
+    assert!(!long.headers().contains_key("x-request-id"));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn headers_that_are_too_many_or_too_large_are_refused() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let plain = || rig.post("/v1/completions", r#"{"prompt":"x"}"#);
+    let many = (0..91).fold(plain(), |request, index| request.header(format!("x-{index}"), "1"));
+    for request in [many, plain().header("x-large", "x".repeat(33 << 10))] {
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 431);
+        assert_eq!(code(&response.text().await.unwrap()), "headers_too_large");
+    }
+    let enough = (0..80).fold(plain(), |request, index| {
+        request.header(format!("x-{index}"), "x".repeat(300))
+    });
+    assert_eq!(enough.send().await.unwrap().status(), 200);
+    assert_eq!(prefill.seen().len(), 1);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_answer_says_how_long_its_stages_took() {
+    const STREAM: [&str; 2] = ["data: {\"a\":1}\n\n", "data: [DONE]\n\n"];
+    let prefill = prefiller().await;
+    let decode = Fake::start(|seen| async move {
+        if seen.json()["stream"] == true {
+            fake::events(STREAM.map(Ok).to_vec())
+        } else {
+            answer(200, COMPLETION)
+        }
+    })
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    for (body, stages) in [
+        (r#"{"prompt":"x"}"#, &["queue", "prefill", "handoff", "first-token"][..]),
+        (
+            r#"{"prompt":"x","stream":true}"#,
+            &["queue", "prefill", "handoff", "first-token"],
+        ),
+        (r#"{"prompt":"x","n":2}"#, &["queue", "first-token"]),
+    ] {
+        let response = rig.post("/v1/completions", body).send().await.unwrap();
+        let timing = response.headers()["server-timing"].to_str().unwrap().to_owned();
+        let told: Vec<&str> = timing
+            .split(", ")
+            .map(|entry| {
+                let (name, time) = entry.split_once(";dur=").unwrap();
+                assert!(time.parse::<f64>().unwrap() >= 0.0, "{timing}");
+                name
+            })
+            .collect();
+        assert_eq!(told, stages, "{body}");
+    }
+    let response = rig.post("/tokenize", "{}").send().await.unwrap();
+    assert!(!response.headers().contains_key("server-timing"));
+    rig.finish().await;
+}

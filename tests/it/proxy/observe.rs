@@ -1,0 +1,317 @@
+//! What the proxy tells of its requests: metrics of how they ended, under its own names and under vLLM's.
+
+use axum::body::Body;
+use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
+
+use xpyd::connector::{Connector, Nixl};
+use xpyd::proxy::{Settings, Traces};
+
+use super::fake::{self, COMPLETION, Fake, Raise, Rig, Script, answer, dead_port, error, events, in_turn, soon};
+use super::{decoder, prefiller};
+
+const EVENT: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
+const DONE: &str = "data: [DONE]\n\n";
+
+/// Requests that ended so.
+fn ended(rig: &Rig, outcome: &str) -> String {
+    rig.metric(&format!(r#"xpyd_request_seconds_count{{outcome="{outcome}"}}"#))
+}
+
+#[tokio::test]
+async fn every_generation_is_counted_once_by_how_it_ended_for_its_client() {
+    let prefill = prefiller().await;
+    let script: Vec<Script> = vec![
+        || answer(200, COMPLETION),
+        || events([EVENT, DONE].map(Ok).to_vec()),
+        || error(400, "no"),
+        || error(500, "broke"),
+        || error(500, "broke"),
+        || error(500, "broke"),
+    ];
+    let decode = Fake::start(in_turn(script)).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let streamed = r#"{"prompt":"x","stream":true}"#;
+    for (body, outcome, count) in [
+        (r#"{"prompt":"x"}"#, "answered", "1"),
+        (streamed, "answered", "2"),
+        (r#"{"prompt":"x"}"#, "refused", "1"),
+        (r#"{"prompt":"x"}"#, "failed", "1"),
+    ] {
+        rig.complete(body).await;
+        until_ended(&rig, outcome, count).await;
+    }
+    assert_eq!(ended(&rig, "left"), "");
+    assert_eq!(
+        rig.metric("vllm:e2e_request_latency_seconds_count{model_name=\"m\"}"),
+        "2"
+    );
+    rig.finish().await;
+}
+
+/// The count comes with the last of what a request held, which may be after its last byte.
+async fn until_ended(rig: &Rig, outcome: &str, count: &str) {
+    soon(outcome, async {
+        while ended(rig, outcome) != count {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stream_that_its_client_leaves_or_that_breaks_is_not_counted_as_answered() {
+    let cut = CancellationToken::new();
+    let gate = cut.clone();
+    let prefill = prefiller().await;
+    let decode = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            let first = futures_util::stream::iter([Ok(EVENT)]);
+            let rest = futures_util::stream::once(async move {
+                gate.cancelled().await;
+                Err(std::io::Error::other("cut"))
+            });
+            fake::sse(Body::from_stream(first.chain(rest)))
+        }
+    })
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = || rig.post("/v1/completions", r#"{"prompt":"x","stream":true}"#).send();
+    let mut stream = request().await.unwrap().bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    drop(stream);
+    until_ended(&rig, "left", "1").await;
+    let mut stream = request().await.unwrap().bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    cut.cancel();
+    while stream.next().await.is_some() {}
+    until_ended(&rig, "broken", "1").await;
+    assert_eq!(ended(&rig, "answered"), "");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn the_time_between_tokens_is_measured_once_for_every_read_after_the_first() {
+    let next = CancellationToken::new();
+    let gate = next.clone();
+    let prefill = prefiller().await;
+    let decode = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            let first = futures_util::stream::iter([Ok::<_, std::io::Error>(EVENT)]);
+            let second = futures_util::stream::once(async move {
+                gate.cancelled().await;
+                Ok([EVENT, EVENT, DONE].concat())
+            });
+            fake::sse(Body::from_stream(
+                first.map(|event| event.map(str::to_owned)).chain(second),
+            ))
+        }
+    })
+    .await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.post("/v1/completions", r#"{"prompt":"x","stream":true}"#).send();
+    let mut stream = request.await.unwrap().bytes_stream();
+    stream.next().await.unwrap().unwrap();
+    let gaps = || rig.metric("xpyd_inter_token_seconds_count");
+    assert_eq!(gaps(), "0");
+    next.cancel();
+    while stream.next().await.is_some() {}
+    assert_eq!(gaps(), "1");
+    assert_eq!(
+        rig.metric("vllm:inter_token_latency_seconds_count{model_name=\"m\"}"),
+        "1"
+    );
+    assert_eq!(
+        rig.metric("vllm:time_to_first_token_seconds_count{model_name=\"m\"}"),
+        "1"
+    );
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn the_fleet_tells_what_runs_under_vllms_names() {
+    let go = CancellationToken::new();
+    let gate = go.clone();
+    let prefill = Fake::start(move |_| {
+        let gate = gate.clone();
+        async move {
+            gate.cancelled().await;
+            fake::nixl_prefilled()
+        }
+    })
+    .await;
+    let decode = decoder().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.complete(r#"{"prompt":"x"}"#);
+    let look = async {
+        prefill.saw(1).await;
+        assert_eq!(rig.metric("vllm:num_requests_running{model_name=\"m\"}"), "1");
+        assert_eq!(rig.metric("vllm:num_requests_waiting{model_name=\"m\"}"), "0");
+        go.cancel();
+    };
+    let ((status, _), ()) = soon("the answer", futures_util::future::join(request, look)).await;
+    assert_eq!(status, 200);
+    assert_eq!(rig.metric("vllm:num_requests_running{model_name=\"m\"}"), "0");
+    rig.finish().await;
+}
+
+/// An engine that answers every path with this text.
+async fn telling(text: &'static str) -> Fake {
+    Fake::start(move |_| async move { answer(200, text) }).await
+}
+
+#[tokio::test]
+async fn the_engines_metrics_are_merged_by_option_or_question_and_the_fleets_then_have_their_own_names_only() {
+    const PAGE: &str = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\"} 3.0\n";
+    for by_option in [true, false] {
+        let (prefill, decode) = (telling(PAGE).await, telling(PAGE).await);
+        let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+        settings.service.metrics.merge = by_option;
+        let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+        let plain = rig.get("/metrics").await.text().await.unwrap();
+        assert_eq!(plain.contains("exported_engine"), by_option, "{plain}");
+        let response = rig.get("/metrics?engines").await;
+        assert_eq!(
+            response.headers()["content-type"],
+            "text/plain; version=0.0.4; charset=utf-8"
+        );
+        let merged = response.text().await.unwrap();
+        for (engine, role) in [("prefiller1", "prefill"), ("decoder1", "decode")] {
+            let sample =
+                format!(r#"vllm:num_requests_running{{engine="{engine}",role="{role}",exported_engine="0"}} 3.0"#);
+            assert!(merged.contains(&sample), "{merged}");
+        }
+        assert_eq!(
+            merged.matches("# TYPE vllm:num_requests_running ").count(),
+            1,
+            "{merged}"
+        );
+        assert!(merged.contains("# TYPE xpyd_retries_total counter"), "{merged}");
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn engines_whose_metrics_do_not_come_are_counted_and_hold_up_nobody() {
+    let hung_up = CancellationToken::new();
+    let raise = hung_up.clone();
+    let stuck = Fake::start(move |_| {
+        let raise = Raise(raise.clone());
+        async move {
+            let _raise = raise;
+            std::future::pending().await
+        }
+    })
+    .await;
+    let endless = Fake::start(|_| async {
+        let line = futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>("m 1\n".repeat(1 << 14)));
+        answer(200, Body::from_stream(line))
+    })
+    .await;
+    let broken = Fake::start(|_| async { error(500, "broke") }).await;
+    let good = telling("m 1\n").await;
+    let prefill = [stuck.port, dead_port().await, good.port];
+    let rig = Rig::nixl(&prefill, &[endless.port, broken.port]).await;
+    let merged = rig.get("/metrics?engines").await.text().await.unwrap();
+    assert!(
+        merged.contains("m{engine=\"prefiller3\",role=\"prefill\"} 1\n"),
+        "{merged}"
+    );
+    let unread = merged
+        .lines()
+        .filter(|line| line.starts_with("xpyd_engine_metrics_unread_total{") && line.ends_with(" 1"));
+    assert_eq!(unread.count(), 4, "{merged}");
+    soon("the hang-up", hung_up.cancelled()).await;
+    rig.finish().await;
+}
+
+/// Trace, span and flags of a `traceparent`.
+fn parts(headers: &axum::http::HeaderMap) -> [String; 3] {
+    let value = headers["traceparent"].to_str().unwrap();
+    let parts: Vec<&str> = value.split('-').collect();
+    assert_eq!((parts.len(), parts[0]), (4, "00"), "{value}");
+    assert_eq!((parts[1].len(), parts[2].len()), (32, 16), "{value}");
+    [parts[1], parts[2], parts[3]].map(str::to_owned)
+}
+
+/// A proxy that traces, towards a collector that is not there.
+async fn tracing(percent: u8) -> (Fake, Fake, Rig) {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let endpoint = format!("http://127.0.0.1:{}/v1/traces", dead_port().await);
+    let settings = Settings {
+        traces: Some(Traces::open(&endpoint, percent).unwrap()),
+        ..fake::settings(Connector::Nixl(Nixl {}))
+    };
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    (prefill, decode, rig)
+}
+
+#[tokio::test]
+async fn every_leg_goes_on_in_the_clients_trace_under_a_span_of_its_own() {
+    let (prefill, decode, rig) = tracing(0).await;
+    let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    for flags in ["01", "00"] {
+        for path in ["/v1/completions", "/tokenize"] {
+            let request = rig
+                .post(path, r#"{"prompt":"x"}"#)
+                .header("traceparent", format!("00-{trace}-{span}-{flags}"))
+                .header("tracestate", "vendor=1");
+            assert_eq!(request.send().await.unwrap().status(), 200);
+        }
+        let seen = [prefill.seen(), decode.seen()].concat();
+        let legs: Vec<_> = seen.iter().rev().map(|seen| parts(&seen.headers)).collect();
+        let mut spans: Vec<_> = legs.iter().map(|[_, span, _]| span.clone()).collect();
+        spans.push(span.into());
+        spans.sort();
+        spans.dedup();
+        assert_eq!(spans.len(), legs.len() + 1, "each has its own: {legs:?}");
+        for seen in &seen {
+            assert_eq!(seen.headers["tracestate"], "vendor=1");
+        }
+        // The client has decided whether its trace is kept.
+        let [_, _, last] = parts(&decode.seen().last().unwrap().headers);
+        assert_eq!(last, flags);
+        assert!(legs.iter().all(|[id, ..]| id == trace), "{legs:?}");
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn a_request_without_a_trace_begins_one_that_is_kept_as_often_as_asked_for() {
+    for (percent, flags) in [(100, "01"), (0, "00")] {
+        let (prefill, decode, rig) = tracing(percent).await;
+        for broken in [
+            None,
+            Some("garbage"),
+            Some("00-00000000000000000000000000000000-00f067aa0ba902b7-01"),
+        ] {
+            let request = rig.post("/v1/completions", r#"{"prompt":"x"}"#);
+            let request = broken
+                .into_iter()
+                .fold(request, |request, value| request.header("traceparent", value));
+            assert_eq!(request.send().await.unwrap().status(), 200);
+            let seen = [prefill.seen().pop().unwrap(), decode.seen().pop().unwrap()];
+            let [first, second] = seen.map(|seen| parts(&seen.headers));
+            assert_eq!((&first[0], &first[2]), (&second[0], &flags.to_owned()));
+            assert_ne!(first[1], second[1]);
+        }
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn without_traces_the_clients_own_context_is_passed_on_as_it_is() {
+    let (prefill, decode) = (prefiller().await, decoder().await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let request = rig
+        .post("/v1/completions", r#"{"prompt":"x"}"#)
+        .header("traceparent", context);
+    request.send().await.unwrap();
+    for seen in [prefill.seen(), decode.seen()].concat() {
+        assert_eq!(seen.headers["traceparent"], context);
+    }
+    rig.finish().await;
+}
