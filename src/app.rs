@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
-use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy, Traces};
+use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy, Tls, Traces};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
@@ -67,6 +67,8 @@ pub struct Run {
 pub struct ProxyParts {
     /// The keys of which clients must bear one.
     pub client_keys: ClientKeys,
+    /// What clients are shown; absent: plain HTTP is spoken.
+    pub tls: Option<Tls>,
     /// The key that the engines want.
     pub engine_key: Option<EngineKey>,
     /// Where requests are written down.
@@ -254,7 +256,8 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, are_running: bool) -> Resul
         })?
     };
     let listener = bind(&plan.proxy).await?;
-    let url = format!("http://{}", listener.local_addr().map_err(anyhow::Error::from)?);
+    let scheme = plan.proxy.service.clients.scheme();
+    let url = format!("{scheme}://{}", listener.local_addr().map_err(anyhow::Error::from)?);
     let notifications = bind_notifications(&plan.proxy).await?;
     let control = run_dir.listen().map_err(|error| {
         Failure::new(
@@ -397,6 +400,7 @@ fn proxy_settings(plan: &Plan, parts: ProxyParts) -> proxy::Settings {
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
         client_keys: parts.client_keys,
+        tls: parts.tls,
         engine_key: parts.engine_key,
         access_log: parts.access_log,
         traces: parts.traces,

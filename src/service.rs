@@ -189,6 +189,19 @@ pub struct Clients {
     /// Threads that serve clients. Absent: one per eight cores, eight at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
+    /// A file with a certificate in PEM, and with those that vouch for it after it: TLS is spoken. Absent: plain HTTP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_cert: Option<PathBuf>,
+    /// The file with its private key; present where `tls_cert` is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+}
+
+impl Clients {
+    /// What clients' URLs begin with.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls_cert.is_some() { "https" } else { "http" }
+    }
 }
 
 impl Default for Clients {
@@ -199,6 +212,8 @@ impl Default for Clients {
             // request meets a closing connection.
             idle_deadline: Duration::from_mins(2),
             threads: None,
+            tls_cert: None,
+            tls_key: None,
         }
     }
 }

@@ -216,7 +216,11 @@ fn failure(error: BenchError) -> Failure {
                 .join(", ")
         )],
         BenchError::BaseUrl(url) if url.starts_with("https://") => {
-            vec!["TLS is not spoken here: give the server's plain HTTP address".to_owned()]
+            vec![
+                "the benchmark speaks no TLS: start the fleet without `tls_cert` to measure it, or name a server's plain \
+                 HTTP address with `--base-url`"
+                    .to_owned(),
+            ]
         }
         BenchError::Workload(_)
         | BenchError::RequestRate(_)

@@ -55,7 +55,8 @@ fn text(plan: &Plan) -> String {
         format!("engine     {}", plan.engine.name()),
         format!("connector  {} ({})", plan.connector.name(), plan.connector_reason),
         format!(
-            "proxy      http://{}:{}{}",
+            "proxy      {}://{}:{}{}",
+            plan.proxy.service.clients.scheme(),
             plan.proxy.host,
             plan.proxy.port,
             notified_at(plan)

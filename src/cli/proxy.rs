@@ -119,6 +119,12 @@ pub struct Arguments {
     /// engines are sent that key.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// A file with a certificate in PEM, and with those that vouch for it after it: TLS is spoken instead of plain HTTP.
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the private key of `--tls-cert`.
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// A file for one JSON line per request, such as `/dev/stdout`.
     #[arg(long, value_name = "FILE")]
     pub access_log: Option<PathBuf>,
@@ -284,9 +290,13 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     service.traces.otlp_endpoint = arguments.otlp_traces_endpoint.clone().or(service.traces.otlp_endpoint);
     service.access_log.file = arguments.access_log.clone().or(service.access_log.file);
     service.guard.api_key_file = arguments.api_key_file.clone().or(service.guard.api_key_file);
+    service.clients.tls_cert = arguments.tls_cert.clone().or(service.clients.tls_cert);
+    service.clients.tls_key = arguments.tls_key.clone().or(service.clients.tls_key);
+    let scheme = service.clients.scheme();
     let parts = request::proxy_parts(&service)?;
     let settings = Settings {
         client_keys: parts.client_keys,
+        tls: parts.tls,
         access_log: parts.access_log,
         traces: parts.traces,
         engine_key: request::checked_engine_key(request::inherited_engine_key().as_deref())?,
@@ -313,7 +323,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         })?;
     let address = listener.local_addr().map_err(anyhow::Error::from)?;
     printer.status(format_args!(
-        "serving {} prefill and {} decode engines on http://{address}",
+        "serving {} prefill and {} decode engines on {scheme}://{address}",
         prefill.len(),
         decode.len()
     ));
@@ -374,6 +384,7 @@ fn settings(arguments: &Arguments, service: Service) -> Settings {
         max_body_bytes: 64 << 20,
         max_in_flight: arguments.max_in_flight,
         client_keys: ClientKeys::default(),
+        tls: None,
         engine_key: None,
         access_log: None,
         traces: None,

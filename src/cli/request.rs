@@ -10,9 +10,9 @@ use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{self, Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
-use crate::proxy::{AccessLog, ClientKeys, EngineKey, Traces};
+use crate::proxy::{AccessLog, ClientKeys, EngineKey, Tls, Traces};
 use crate::report::{ExitStatus, Failure};
-use crate::service::{self, Guard, Service};
+use crate::service::{self, Clients, Guard, Service};
 use crate::ui::Printer;
 
 /// Which fleet.
@@ -45,6 +45,12 @@ pub(super) struct FleetArguments {
     /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// A file with a certificate in PEM, and with those that vouch for it after it: TLS is spoken instead of plain HTTP.
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The file with the private key of `--tls-cert`.
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// A file for one JSON line per request, such as `/dev/stdout`.
     #[arg(long, value_name = "FILE")]
     pub access_log: Option<PathBuf>,
@@ -98,16 +104,14 @@ impl FleetArguments {
             "proxy.session_header",
             self.client_bound_key.clone().map(Into::into),
         );
-        flag(
-            "--api-key-file",
-            "proxy.guard.api_key_file",
-            self.api_key_file.as_ref().map(|path| path.display().to_string().into()),
-        );
-        flag(
-            "--access-log",
-            "proxy.access_log.file",
-            self.access_log.as_ref().map(|path| path.display().to_string().into()),
-        );
+        for (name, key, file) in [
+            ("--api-key-file", "proxy.guard.api_key_file", &self.api_key_file),
+            ("--tls-cert", "proxy.clients.tls_cert", &self.tls_cert),
+            ("--tls-key", "proxy.clients.tls_key", &self.tls_key),
+            ("--access-log", "proxy.access_log.file", &self.access_log),
+        ] {
+            flag(name, key, file.as_ref().map(|path| path.display().to_string().into()));
+        }
         flag(
             "--otlp-traces-endpoint",
             "proxy.traces.otlp_endpoint",
@@ -150,10 +154,28 @@ pub(super) fn profile_failure(error: ProfileError) -> Failure {
 pub(super) fn proxy_parts(service: &Service) -> Result<ProxyParts, Failure> {
     Ok(ProxyParts {
         client_keys: client_keys(&service.guard)?,
+        tls: tls(&service.clients)?,
         engine_key: None,
         access_log: access_log(&service.access_log)?,
         traces: traces(&service.traces)?,
     })
+}
+
+fn tls(clients: &Clients) -> Result<Option<Tls>, Failure> {
+    let alone = |path: &PathBuf, given, missing| {
+        let error = format!("`{given}` is `{}`, and there is no `{missing}`", path.display());
+        Failure::message(ExitStatus::Usage, error).hint("TLS needs both `--tls-cert FILE` and `--tls-key FILE`")
+    };
+    match (&clients.tls_cert, &clients.tls_key) {
+        (None, None) => Ok(None),
+        (Some(cert), None) => Err(alone(cert, "tls_cert", "tls_key")),
+        (None, Some(key)) => Err(alone(key, "tls_key", "tls_cert")),
+        (Some(cert), Some(key)) => Tls::open(cert, key).map(Some).map_err(|error| {
+            Failure::new(ExitStatus::Usage, error).hint(
+                "name a certificate in PEM, with those that vouch for it after it, and its private key in PEM, not encrypted",
+            )
+        }),
+    }
 }
 
 fn access_log(options: &service::AccessLog) -> Result<Option<AccessLog>, Failure> {

@@ -1,4 +1,4 @@
-//! Serves clients: threads that accept connections and speak HTTP/1.1 on them until they are told to stop.
+//! Serves clients: threads that accept connections and speak HTTP/1.1 on them, over TLS or not, until they are told to stop.
 //!
 //! A request stays on the thread that accepted its connection, engines' connections included, so that no step of it
 //! wakes another thread. Knows sockets and limits; knows no route and no engine.
@@ -20,14 +20,19 @@ use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::Sleep;
+use tokio::time::{Sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::tls::Tls;
 use crate::service::Clients;
 
 /// How long to wait for room when the system has none for another connection.
 const NO_ROOM: Duration = Duration::from_millis(100);
+
+/// Longest that a TLS handshake may take, which is a few small messages.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Largest head of a request, and most that is read or held for a client at once.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -51,6 +56,8 @@ const OTHER_DESCRIPTORS: u64 = 64;
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
     pub(super) clients: Clients,
+    /// What they are shown, if TLS is spoken.
+    pub(super) tls: Option<Tls>,
     /// How long a client may take no byte of what there is for it.
     pub(super) stall: Duration,
 }
@@ -168,7 +175,11 @@ impl Server {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let serving = TaskTracker::new();
         while let Some((stream, permit)) = self.stop.run_until_cancelled(self.accept(&listener)).await {
-            serving.spawn(self.client(stream, permit));
+            let (stream, session) = self.begin(stream, permit);
+            match &self.limits.tls {
+                None => serving.spawn(session.speak(stream)),
+                Some(tls) => serving.spawn(session.shake_hands(tls.acceptor(), stream)),
+            };
         }
         drop(listener);
         serving.close();
@@ -192,8 +203,8 @@ impl Server {
         }
     }
 
-    /// Serves one client until it leaves, breaks a limit, or has its answer after the stop.
-    fn client(&self, stream: TcpStream, permit: OwnedSemaphorePermit) -> impl Future<Output = ()> + use<> {
+    /// One client's connection, about to be served.
+    fn begin(&self, stream: TcpStream, permit: OwnedSemaphorePermit) -> (Patient, Session) {
         if let Err(error) = prepare(&stream) {
             tracing::debug!(%error, "cannot set the options of a client's connection");
         }
@@ -202,12 +213,49 @@ impl Server {
             stall: self.limits.stall,
             stalled: None,
         };
+        let session = Session {
+            router: self.router.clone(),
+            idle_deadline: self.limits.clients.idle_deadline,
+            stop: self.stop.clone(),
+            permit,
+        };
+        (stream, session)
+    }
+}
+
+/// What serves one client.
+struct Session {
+    router: Router,
+    idle_deadline: Duration,
+    stop: CancellationToken,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Session {
+    /// Serves over TLS, once client and proxy have agreed on it.
+    async fn shake_hands(self, tls: TlsAcceptor, stream: Patient) {
+        let deadline = self.idle_deadline.min(HANDSHAKE_DEADLINE);
+        let handshake = timeout(deadline, tls.accept(stream));
+        // Nothing has been asked for yet, so a stop need not wait for it.
+        match self.stop.run_until_cancelled(handshake).await {
+            Some(Ok(Ok(stream))) => self.speak(stream).await,
+            Some(Ok(Err(error))) => tracing::debug!(%error, "a client's TLS handshake failed"),
+            Some(Err(_)) => tracing::debug!("a client's TLS handshake took too long"),
+            None => {}
+        }
+    }
+
+    /// Serves until the client leaves, breaks a limit, or has its answer after the stop.
+    fn speak<Stream>(self, stream: Stream) -> impl Future<Output = ()> + use<Stream>
+    where
+        Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(self.limits.clients.idle_deadline)
+            .header_read_timeout(self.idle_deadline)
             .max_buf_size(BUFFER_BYTES)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router.clone()));
-        let stop = self.stop.clone();
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router));
+        let (stop, permit) = (self.stop, self.permit);
         async move {
             let mut connection = pin!(connection);
             let served = tokio::select! {

@@ -33,6 +33,7 @@ mod scrape;
 mod seats;
 mod splice;
 mod sse;
+mod tls;
 mod trace;
 mod upstream;
 mod usage;
@@ -55,6 +56,7 @@ pub use access::AccessLog;
 pub use canary::{CanaryError, CanaryReport, Transferred};
 pub use key::{ClientKeys, EngineKey, KeyError};
 pub use notify::{Notifications, NotifyError};
+pub use tls::{Tls, TlsError};
 pub use trace::{Traces, TracesError};
 
 use error::ProxyError;
@@ -88,6 +90,8 @@ pub struct Settings {
     pub max_in_flight: usize,
     /// The keys of which clients must bear one.
     pub client_keys: ClientKeys,
+    /// What clients are shown; absent: plain HTTP is spoken.
+    pub tls: Option<Tls>,
     /// The key that the engines want.
     pub engine_key: Option<EngineKey>,
     /// Where requests are written down.
@@ -160,6 +164,7 @@ impl Proxy {
         let router = routes::router(Arc::clone(&self.0));
         let limits = Limits {
             clients: self.0.settings.service.clients.clone(),
+            tls: self.0.settings.tls.clone(),
             stall: self.0.settings.decode_idle_deadline,
         };
         let served = async {

@@ -11,13 +11,13 @@ use nix::sys::signal::Signal;
 use crate::support::{DEADLINE, Place, Run, get, wait_for};
 
 /// A stream that ends when its reader leaves.
-const ENDLESS: &[&str] = &["--null-events", "4000000000"];
+pub(crate) const ENDLESS: &[&str] = &["--null-events", "4000000000"];
 
 /// Both engines of a proxy, killed when dropped.
-struct Engines([Child; 2]);
+pub(crate) struct Engines([Child; 2]);
 
 impl Engines {
-    fn start(place: &Place, more: &[&str]) -> Self {
+    pub(crate) fn start(place: &Place, more: &[&str]) -> Self {
         Self([7100, 7200].map(|base| {
             let port = (base + place.offset).to_string();
             let arguments = [&["sim", "null", "--null", "--port", &port][..], more].concat();
@@ -57,7 +57,7 @@ fn arguments(place: &Place, more: &[&str]) -> Vec<String> {
     fixed.chain(more.iter().copied()).map(str::to_owned).collect()
 }
 
-fn proxy<'place>(place: &'place Place, more: &[&str]) -> Run<'place> {
+pub(crate) fn proxy<'place>(place: &'place Place, more: &[&str]) -> Run<'place> {
     let arguments = arguments(place, more);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut run = Run::start(place, &arguments);
@@ -65,18 +65,18 @@ fn proxy<'place>(place: &'place Place, more: &[&str]) -> Run<'place> {
     run
 }
 
-fn connect(port: u16) -> std::io::Result<TcpStream> {
+pub(crate) fn connect(port: u16) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(DEADLINE))?;
     Ok(stream)
 }
 
-fn client(place: &Place) -> TcpStream {
+pub(crate) fn client(place: &Place) -> TcpStream {
     connect(place.proxy_port()).expect("the proxy listens")
 }
 
 /// A client whose kernel holds little for it.
-fn narrow_client(place: &Place) -> TcpStream {
+pub(crate) fn narrow_client(place: &Place) -> TcpStream {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -92,7 +92,7 @@ fn narrow_client(place: &Place) -> TcpStream {
     stream
 }
 
-fn ask(client: &mut TcpStream, stream: bool) {
+pub(crate) fn ask(client: &mut impl Write, stream: bool) {
     let body = format!(r#"{{"model":"null","prompt":"x","stream":{stream}}}"#);
     let head = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
@@ -102,7 +102,7 @@ fn ask(client: &mut TcpStream, stream: bool) {
 }
 
 /// Reads until what was read contains `text`.
-fn read_to(client: &mut TcpStream, text: &str) -> String {
+pub(crate) fn read_to(client: &mut impl Read, text: &str) -> String {
     let mut read = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -117,14 +117,14 @@ fn read_to(client: &mut TcpStream, text: &str) -> String {
 }
 
 /// A whole request on a connection that stays open.
-fn complete(client: &mut TcpStream) {
+pub(crate) fn complete(client: &mut (impl Read + Write)) {
     ask(client, false);
     let answer = read_to(client, r#""completion_tokens":3}}"#);
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 /// Whether the other side has closed the connection, once it says anything at all.
-fn is_closed(client: &mut TcpStream) -> bool {
+pub(crate) fn is_closed(client: &mut TcpStream) -> bool {
     match client.read(&mut [0; 64]) {
         Ok(count) => count == 0,
         Err(error) => {

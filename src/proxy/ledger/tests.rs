@@ -56,6 +56,7 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
     let minute = Duration::from_mins(1);
     let settings = Settings {
         client_keys: crate::proxy::ClientKeys::default(),
+        tls: None,
         engine_key: None,
         access_log: None,
         traces: None,

@@ -183,6 +183,7 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         max_body_bytes: 10_000,
         max_in_flight: 8,
         client_keys: ClientKeys::default(),
+        tls: None,
         engine_key: None,
         access_log: None,
         traces: None,
