@@ -199,7 +199,7 @@ fn an_engine_whose_worker_hangs_before_it_counts_a_request_is_started_again() {
         "--set",
         "sim.faults=[\"hang=3\"]",
         "--set",
-        "deadlines.stall=1s",
+        "deadlines.stall=3s",
         "--set",
         "restart.backoff=10ms",
     ]);
@@ -226,7 +226,7 @@ fn a_prefill_engine_that_does_nothing_with_what_it_was_given_hangs_whatever_its_
         "--set",
         patient,
         "--set",
-        "deadlines.stall=1s",
+        "deadlines.stall=3s",
         "--set",
         "restart.backoff=10ms",
     ]);
