@@ -127,11 +127,11 @@ async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<Exi
     for (after, before) in stages(ready).into_iter().zip(before) {
         let count = after.count - before.count;
         let mean = if count > 0.0 {
-            (after.sum_seconds - before.sum_seconds) * 1000.0 / count
+            format!("{:9.2} ms", (after.sum_seconds - before.sum_seconds) * 1000.0 / count)
         } else {
-            0.0
+            "     none".to_owned()
         };
-        table.row([after.what.to_owned(), format!("{mean:9.2} ms")]);
+        table.row([after.what.to_owned(), mean]);
     }
     printer.data(table);
     Ok(status)
@@ -191,26 +191,32 @@ struct Stage {
     count: f64,
 }
 
-/// Reads the proxy's stage histogram.
+/// Reads the proxy's histograms.
 fn stages(ready: &Ready) -> Vec<Stage> {
     let text = ready.proxy.metrics_text();
-    let sample = |suffix: &str, stage: &str| {
-        let prefix = format!("xpyd_stage_seconds_{suffix}{{stage=\"{stage}\"}} ");
+    let sample = |suffix: &str, (name, label): (&str, &str)| {
+        let prefix = format!("xpyd_{name}_seconds_{suffix}{{{label}}} ");
         text.lines()
             .find_map(|line| line.strip_prefix(&prefix)?.parse().ok())
             .unwrap_or(0.0)
     };
     [
-        ("prefill", "prefill engine reads the prompt"),
-        ("handoff", "KV arrives at the decode engine"),
-        ("decode_first_byte", "decode engine makes the first token"),
-        ("total", "the whole request, to its last token"),
+        (("stage", "stage=\"prefill\""), "prefill engine reads the prompt"),
+        (("stage", "stage=\"handoff\""), "KV arrives at the decode engine"),
+        (
+            ("stage", "stage=\"decode_first_byte\""),
+            "decode engine makes the first token",
+        ),
+        (
+            ("request", "outcome=\"answered\""),
+            "the whole request, to its last token",
+        ),
     ]
     .into_iter()
-    .map(|(stage, what)| Stage {
+    .map(|(series, what)| Stage {
         what,
-        sum_seconds: sample("sum", stage),
-        count: sample("count", stage),
+        sum_seconds: sample("sum", series),
+        count: sample("count", series),
     })
     .collect()
 }

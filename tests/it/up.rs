@@ -418,7 +418,11 @@ fn the_demo_shows_a_whole_life_and_ends_by_itself() {
     );
     assert!(output.status.success(), "{text}");
     assert!(data.contains("Successful requests:                     2"), "{data}");
-    assert!(data.contains("prefill engine reads the prompt"), "{data}");
+    let stages = data.split("STAGE").nth(1).expect("the table of stages");
+    assert!(
+        stages.contains("prefill engine reads the prompt") && !stages.contains("none"),
+        "every stage was measured: {stages}"
+    );
     assert!(
         text.contains("no process and no listener is left") && text.contains("up --engine sim"),
         "{text}"

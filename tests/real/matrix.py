@@ -66,6 +66,10 @@ def content(answer):
     """What an answer says, however its text was cut into events: a busy API server sends several tokens in one, and so tells
     fewer counts where each event has one. The last one counts."""
     status, text = normalised(answer)
+    if text.startswith('data: {"error"'):
+        # One engine has sent its 200 already; the proxy has not, and makes of the refusal what it is.
+        refusal = json.loads(text.splitlines()[0][6:])
+        return refusal["error"]["code"], json.dumps(refusal)
     if not text.startswith(("data:", "event:")):
         return status, text
     told, rest = {}, []
