@@ -24,7 +24,7 @@ use super::rules::{self, Course, Kind};
 use super::seats::Seated;
 use super::sse::Events;
 use super::upstream::{AnswerBody, Call, Seat, forwardable, whole};
-use super::usage::PrefillUsage;
+use super::usage::{PrefillUsage, Proof};
 use crate::fleet::{EngineId, EngineView};
 
 /// How long each stage may take.
@@ -257,11 +257,7 @@ impl Attempt<'_> {
         drop(answer);
         drop(prefill);
         let sent = Instant::now();
-        let tag = connector.decode_params(id);
-        let pulled = entry.send().map(serde_json::value::RawValue::get);
-        let edit = pulled
-            .or(tag.as_deref())
-            .map(|params| ("kv_transfer_params", Some(params)));
+        let edit = entry.send().map(|params| ("kv_transfer_params", Some(params)));
         let body = self.document.edited(edit.as_slice());
         let decoded = self.decode(decode, id, path, body).await?;
         let mut response = self.pass_on(decode, Some((entry, usage)), decoded, sent).await?;
@@ -386,19 +382,17 @@ impl Attempt<'_> {
                 self.job.record.decoded(&body);
                 let handed = entry.is_some();
                 entry.map(Entry::consumed).unwrap_or_default();
-                let corrected = usage.and_then(|usage| usage.correct(&body));
-                let recomputed = corrected.as_ref().is_some_and(|(_, proof)| proof.disproves());
-                if recomputed && self.shared.settings.service.handoff.strict {
-                    return Err(seat.failed(Stage::Handoff, Cause::Recomputed));
+                if !handed {
+                    let _tally = self.tally(Outcome::Bypassed);
+                    return Ok(self.begin(verbatim(head, body), sent));
                 }
-                let mut tally = self.tally(handed);
-                let body = corrected.map_or(body, |(corrected, _)| corrected.into());
-                let mut response = verbatim(head, body);
-                if recomputed {
-                    tally.outcome = Outcome::Recomputed;
-                    response = told(response, Outcome::Recomputed, None);
-                }
-                return Ok(self.begin(response, sent));
+                let (body, proof) = match usage.and_then(|usage| usage.correct(&body)) {
+                    Some((corrected, proof)) => (corrected.into(), proof),
+                    None => (body, Proof::default()),
+                };
+                let outcome = self.settled(seat, proof)?;
+                let _tally = self.tally(outcome);
+                return Ok(self.begin(told(verbatim(head, body), outcome, None), sent));
             }
             Decoded::Stream(head, body) => (head, body),
         };
@@ -412,7 +406,12 @@ impl Attempt<'_> {
         if let Some(refusal) = judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
             return refuse(&mut entry, refusal);
         }
-        let tally = self.tally(entry.is_some());
+        let handed = entry.is_some();
+        let tally = self.tally(if handed {
+            Outcome::Transferred
+        } else {
+            Outcome::Bypassed
+        });
         entry.map(Entry::consumed).unwrap_or_default();
         let guarded = Guarded {
             events: Some(events),
@@ -427,15 +426,20 @@ impl Attempt<'_> {
         Ok(self.begin(response, sent))
     }
 
+    /// How a hand-off ended that has come to a whole answer. A strict one has failed if its KV did not arrive.
+    pub(super) fn settled(&self, decode: &Seat, proof: Proof) -> Result<Outcome, ProxyError> {
+        match (proof.disproves(), self.shared.settings.service.handoff.strict) {
+            (false, _) => Ok(Outcome::Transferred),
+            (true, false) => Ok(Outcome::Recomputed),
+            (true, true) => Err(decode.failed(Stage::Handoff, Cause::Recomputed)),
+        }
+    }
+
     /// Counts a hand-off that has come to an answer, or a request that needed none.
-    pub(super) fn tally(&self, handed: bool) -> Tally {
+    pub(super) fn tally(&self, outcome: Outcome) -> Tally {
         Tally {
             record: Arc::clone(&self.job.record),
-            outcome: if handed {
-                Outcome::Transferred
-            } else {
-                Outcome::Bypassed
-            },
+            outcome,
         }
     }
 

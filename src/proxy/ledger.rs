@@ -8,8 +8,6 @@ mod table;
 
 use std::sync::Arc;
 
-use serde_json::value::RawValue;
-
 use super::Shared;
 use super::error::{Cause, ProxyError};
 use super::notify::Arrival;
@@ -88,8 +86,8 @@ impl Entry {
         }
     }
 
-    /// The decode leg is about to be sent, with these parameters if the connector has any. They are given out once.
-    pub(super) fn send(&mut self) -> Option<&RawValue> {
+    /// The decode leg is about to be sent, with these parameters if the connector has any, as JSON text. They are given out once.
+    pub(super) fn send(&mut self) -> Option<&str> {
         match std::mem::replace(&mut self.stage, Stage::Closed) {
             Stage::Handed(handoff) => {
                 self.stage = Stage::Sent {
@@ -106,8 +104,8 @@ impl Entry {
             Stage::Sent {
                 handoff: Handoff::Pull(params),
                 ..
-            } => Some(params),
-            _ => None,
+            } => Some(params.get()),
+            _ => self.care.as_ref()?.decode_params.as_deref(),
         }
     }
 

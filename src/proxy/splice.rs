@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::answer::verbatim;
 use super::body::{Document, Edit};
 use super::error::{Cause, ProxyError, Stage};
-use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id};
+use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id, told};
 use super::guard::{Guarded, GuardedBody};
 use super::ledger::{Consume, Entry, one_token_edits};
 use super::metrics::Outcome;
@@ -50,6 +50,7 @@ const CHAT_ONLY: [&str; 10] = [
     "continue_final_message",
     "return_prompt_text",
 ];
+
 /// What the prefill leg gave.
 enum First {
     /// The beginning of an answer.
@@ -146,7 +147,7 @@ async fn first_half(
     let text = choice.text();
     if let Some(text) = text.as_ref().filter(|_| is_last) {
         // The entry's end makes the decode engine take the KV that nobody will decode from.
-        drop(attempt.tally(true));
+        drop(attempt.tally(Outcome::Transferred));
         let body = if request.stream {
             let usage = request.include_usage.then(|| without_nulls(&first.usage).to_string());
             let ending = (finish.to_string(), stop);
@@ -177,9 +178,7 @@ fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) 
     let model = attempt.document.get("model").unwrap_or("null");
     // Any token after the prompt will do to take the prompt's KV.
     let prompt = list(&[tokens, &tokens[..1]].concat());
-    let params = attempt.shared.settings.connector.decode_params(id);
-    let params = params.as_deref().unwrap_or("null");
-    let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1,"kv_transfer_params":{params}}}"#);
+    let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1}}"#);
     attempt.reserve(decode, id, Consume::Completion(body.into()))
 }
 
@@ -205,13 +204,12 @@ fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) 
 }
 
 /// The client's body with the prompt's tokens, the first token, and one token less to generate.
-fn decode_body(attempt: &Attempt<'_>, id: &str, tokens: &[u32], limit: u64) -> Vec<u8> {
-    let params = attempt.shared.settings.connector.decode_params(id);
+fn decode_body(attempt: &Attempt<'_>, params: Option<&str>, tokens: &[u32], limit: u64) -> Vec<u8> {
     let (prompt, limit) = (list(tokens), (limit - 1).to_string());
     let mut edits: Vec<Edit<'_>> = vec![
         ("prompt", Some(&prompt)),
         ("max_tokens", Some(&limit)),
-        ("kv_transfer_params", params.as_deref()),
+        ("kv_transfer_params", params),
     ];
     if attempt.job.kind == Kind::Chat {
         edits.extend(CHAT_ONLY.map(|key| (key, None)));
@@ -227,20 +225,17 @@ impl Half {
         limit: u64,
         entry: &mut Entry,
     ) -> Result<Option<Response<Body>>, ProxyError> {
-        let body = decode_body(attempt, &self.id, &self.tokens, limit);
         let sent = Instant::now();
-        entry.send();
+        let body = decode_body(attempt, entry.send(), &self.tokens, limit);
         let response = match attempt.decode(&self.decode, &self.id, PATH, body).await? {
             Decoded::Refused(_) => {
                 entry.refused();
                 return Ok(None);
             }
             Decoded::Whole(head, body) => {
-                let mut tally = attempt.tally(true);
                 entry.consumed();
-                if self.usage.proof_of(&body).disproves() {
-                    tally.outcome = Outcome::Recomputed;
-                }
+                let outcome = attempt.settled(&self.decode, self.usage.proof_of(&body))?;
+                let _tally = attempt.tally(outcome);
                 let nonsense = || {
                     self.decode
                         .failed(Stage::Decode, Cause::Nonsense("it is no completion"))
@@ -250,7 +245,7 @@ impl Half {
                     .whole(&self.answer, &self.text, &body)
                     .ok_or_else(nonsense)?;
                 attempt.job.record.decoded(whole.as_bytes());
-                verbatim(head, whole.into())
+                told(verbatim(head, whole.into()), outcome, None)
             }
             Decoded::Stream(head, body) => {
                 let begin = self.rewriter.first_events(&self.text);
@@ -259,7 +254,7 @@ impl Half {
                     rewriter: Some(self.rewriter),
                     entry: Some(entry.take()),
                     usage: Some(self.usage),
-                    tally: Some(attempt.tally(true)),
+                    tally: Some(attempt.tally(Outcome::Transferred)),
                     ..Guarded::new(self.decode, attempt.job.deadlines.decode, attempt.clock())
                 };
                 let mut response = verbatim(head, Bytes::new());

@@ -208,19 +208,16 @@ async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End)
 
 /// Empties the decode engine's buffer of this hand-off's KV.
 async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
-    let call = match &care.consume {
-        Consume::Completion(body) => (Kind::Completions.path(), body.clone()),
-        Consume::Original(kind, body) => {
-            let mut edits = one_token_edits(*kind);
-            if let Some(params) = &care.decode_params {
-                edits.push(("kv_transfer_params", Some(params)));
-            }
-            // It was parsed before; were it not, the engine would say so.
-            let edited = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
-            (kind.path(), edited)
-        }
+    let (kind, body, mut edits) = match &care.consume {
+        Consume::Original(kind, body) => (*kind, body, one_token_edits(*kind)),
+        Consume::Completion(body) => (Kind::Completions, body, Vec::new()),
     };
-    let outcome = send(shared, care, seat, call, care.deadline).await;
+    if let Some(params) = &care.decode_params {
+        edits.push(("kv_transfer_params", Some(params)));
+    }
+    // It was parsed before; were it not, the engine would say so.
+    let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
+    let outcome = send(shared, care, seat, (kind.path(), body), care.deadline).await;
     let refusal = match outcome {
         // Its buffer went with it.
         Err(_) if timeout(NEWS_DEADLINE, seat.gone()).await.is_ok() => None,

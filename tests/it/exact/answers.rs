@@ -115,6 +115,36 @@ async fn a_strict_hand_off_whose_kv_did_not_arrive_is_tried_again() {
 }
 
 #[tokio::test]
+async fn a_strict_splice_whose_kv_did_not_arrive_is_tried_again() {
+    const FIRST: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"Hel","logprobs":null,"finish_reason":"length","stop_reason":null}],"usage":{"prompt_tokens":300,"total_tokens":301,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":16}},"kv_transfer_params":{"first_tok":42}}"#;
+    let rest = |cached: u64| {
+        format!(
+            r#"{{"id":"cmpl-D","choices":[{{"index":0,"text":"lo","finish_reason":"stop"}}],"usage":{{"prompt_tokens":301,"total_tokens":302,"completion_tokens":1,"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#
+        )
+    };
+    for (strict, asked, counted) in [(true, [1, 1], "transferred"), (false, [1, 0], "recomputed")] {
+        let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+        let prefill = notifying(socket.port(), 1, FIRST).await;
+        let missing = Fake::start(move |_| std::future::ready(answer(200, rest(0)))).await;
+        let there = Fake::start(move |_| std::future::ready(answer(200, rest(300)))).await;
+        let mut settings = fake::settings(fake::lmcache(FirstToken::Prefiller));
+        settings.service.handoff.strict = strict;
+        let decode = [missing.port, there.port];
+        let rig = Rig::start(settings, &[prefill.port], &decode, 1, Some(socket)).await;
+        let prompt: Vec<u32> = (0..300).collect();
+        let request = rig.post("/v1/completions", json!({"model": "m", "prompt": prompt}).to_string());
+        let response = request.send().await.unwrap();
+        let told = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
+        assert!(told.starts_with(counted), "{told}");
+        assert!(response.text().await.unwrap().contains(r#""text":"Hello""#));
+        assert_eq!(outcome(&rig, counted), "1");
+        let legs = |fake: &Fake| fake.seen().iter().filter(|seen| seen.json()["max_tokens"] != 1).count();
+        assert_eq!([legs(&missing), legs(&there)], asked);
+        rig.finish().await;
+    }
+}
+
+#[tokio::test]
 async fn a_count_that_nixl_repeats_disproves_nothing() {
     let prefilled = format!(
         r#"{{"choices":[{{"finish_reason":"length"}}],"usage":{{"prompt_tokens_details":{{"cached_tokens":0}}}},"kv_transfer_params":{PARAMS}}}"#
