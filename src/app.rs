@@ -16,7 +16,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
-use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Notifications, Proxy, Tls, Traces};
+use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
@@ -57,24 +57,9 @@ pub struct Run {
     /// Plans more engines for it.
     pub grow: Grow,
     /// What its proxy needs and no plan holds.
-    pub proxy_parts: ProxyParts,
+    pub proxy_parts: proxy::Parts,
     /// Where people read.
     pub printer: Printer,
-}
-
-/// What the proxy of a run needs and its plan, which is written down, does not hold: secrets, and what is open.
-#[derive(Debug, Clone, Default)]
-pub struct ProxyParts {
-    /// The keys of which clients must bear one.
-    pub client_keys: ClientKeys,
-    /// What clients are shown; absent: plain HTTP is spoken.
-    pub tls: Option<Tls>,
-    /// The key that the engines want.
-    pub engine_key: Option<EngineKey>,
-    /// Where requests are written down.
-    pub access_log: Option<AccessLog>,
-    /// Where traces go.
-    pub traces: Option<Traces>,
 }
 
 impl fmt::Debug for Run {
@@ -387,7 +372,7 @@ fn had_by(port: u16) -> String {
     supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
 }
 
-fn proxy_settings(plan: &Plan, parts: ProxyParts) -> proxy::Settings {
+fn proxy_settings(plan: &Plan, parts: proxy::Parts) -> proxy::Settings {
     let spec = &plan.proxy;
     proxy::Settings {
         connector: plan.connector.clone(),
@@ -399,11 +384,7 @@ fn proxy_settings(plan: &Plan, parts: ProxyParts) -> proxy::Settings {
         decode_idle_deadline: spec.decode_idle_deadline,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
-        client_keys: parts.client_keys,
-        tls: parts.tls,
-        engine_key: parts.engine_key,
-        access_log: parts.access_log,
-        traces: parts.traces,
+        parts,
         service: spec.service.clone(),
     }
 }

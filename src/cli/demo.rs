@@ -7,10 +7,11 @@ use futures_util::StreamExt;
 
 use super::bench::{self, Target};
 use super::{block_on, request, up};
-use crate::app::{self, ProxyParts, Ready, Run};
+use crate::app::{self, Ready, Run};
 use crate::engine::vllm;
 use crate::machine;
 use crate::profile::{self, Override};
+use crate::proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table};
 
@@ -85,7 +86,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         detached: false,
         attach: None,
         grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
-        proxy_parts: ProxyParts::default(),
+        proxy_parts: proxy::Parts::default(),
         printer,
     };
     let num_prompts = arguments.num_prompts;

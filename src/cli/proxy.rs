@@ -2,7 +2,6 @@
 //!
 //! Engines are taken to be ready: nothing here watches them.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,12 +10,12 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::request;
+use super::request::{self, ServiceArguments};
 use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
-use crate::proxy::{ClientKeys, Notifications, Proxy, Settings};
+use crate::proxy::{Notifications, Parts, Proxy, Settings};
 use crate::report::{ExitStatus, Failure};
 use crate::service::Service;
 use crate::signals::StopSignals;
@@ -115,22 +114,8 @@ pub struct Arguments {
     /// How long a decode engine may be silent. Answers that are not streamed are silent until their end.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "10m")]
     pub decode_idle_deadline: Duration,
-    /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more. With `VLLM_API_KEY`,
-    /// engines are sent that key.
-    #[arg(long, value_name = "FILE")]
-    pub api_key_file: Option<PathBuf>,
-    /// A file with a certificate in PEM, and with those that vouch for it after it: TLS is spoken instead of plain HTTP.
-    #[arg(long, value_name = "FILE")]
-    pub tls_cert: Option<PathBuf>,
-    /// The file with the private key of `--tls-cert`.
-    #[arg(long, value_name = "FILE")]
-    pub tls_key: Option<PathBuf>,
-    /// A file for one JSON line per request, such as `/dev/stdout`.
-    #[arg(long, value_name = "FILE")]
-    pub access_log: Option<PathBuf>,
-    /// A collector of traces, by OTLP over HTTP: `http://localhost:4318/v1/traces`.
-    #[arg(long, value_name = "URL")]
-    pub otlp_traces_endpoint: Option<String>,
+    #[command(flatten)]
+    service: ServiceArguments,
     /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
@@ -287,21 +272,13 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let mut service = Service::from_overrides(&arguments.set).map_err(|error| {
         Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
     })?;
-    service.traces.otlp_endpoint = arguments.otlp_traces_endpoint.clone().or(service.traces.otlp_endpoint);
-    service.access_log.file = arguments.access_log.clone().or(service.access_log.file);
-    service.guard.api_key_file = arguments.api_key_file.clone().or(service.guard.api_key_file);
-    service.clients.tls_cert = arguments.tls_cert.clone().or(service.clients.tls_cert);
-    service.clients.tls_key = arguments.tls_key.clone().or(service.clients.tls_key);
+    arguments.service.change(&mut service);
     let scheme = service.clients.scheme();
-    let parts = request::proxy_parts(&service)?;
-    let settings = Settings {
-        client_keys: parts.client_keys,
-        tls: parts.tls,
-        access_log: parts.access_log,
-        traces: parts.traces,
+    let parts = Parts {
         engine_key: request::checked_engine_key(request::inherited_engine_key().as_deref())?,
-        ..settings(&arguments, service)
+        ..request::proxy_parts(&service)?
     };
+    let settings = settings(&arguments, service, parts);
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let notifications = match arguments.connector {
         ConnectorName::Nixl | ConnectorName::LmcacheMp => None,
@@ -356,7 +333,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     }
 }
 
-fn settings(arguments: &Arguments, service: Service) -> Settings {
+fn settings(arguments: &Arguments, service: Service, parts: Parts) -> Settings {
     Settings {
         connector: match arguments.connector {
             ConnectorName::Nixl => Connector::Nixl(Nixl {}),
@@ -383,11 +360,7 @@ fn settings(arguments: &Arguments, service: Service) -> Settings {
         decode_idle_deadline: arguments.decode_idle_deadline,
         max_body_bytes: 64 << 20,
         max_in_flight: arguments.max_in_flight,
-        client_keys: ClientKeys::default(),
-        tls: None,
-        engine_key: None,
-        access_log: None,
-        traces: None,
+        parts,
         service,
     }
 }
@@ -492,7 +465,7 @@ mod tests {
         let header = |line: &str| {
             let words = std::iter::once("proxy").chain(line.split_whitespace());
             let arguments = Command::try_parse_from(words).expect("well-formed flags").arguments;
-            settings(&arguments, Service::default()).session_header
+            settings(&arguments, Service::default(), Parts::default()).session_header
         };
         assert_eq!(header("--client-bound=false"), None);
         assert_eq!(header("--client-bound"), Some("session-id".into()));

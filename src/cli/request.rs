@@ -4,13 +4,12 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use crate::app::ProxyParts;
 use crate::engine::EngineKind;
 use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{self, Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
-use crate::proxy::{AccessLog, ClientKeys, EngineKey, Tls, Traces};
+use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Tls, Traces};
 use crate::report::{ExitStatus, Failure};
 use crate::service::{self, Clients, Guard, Service};
 use crate::ui::Printer;
@@ -42,7 +41,18 @@ pub(super) struct FleetArguments {
     /// Header that names the session.
     #[arg(long, env = "CLIENT_BOUND_KEY", value_name = "HEADER")]
     pub client_bound_key: Option<String>,
-    /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more.
+    #[command(flatten)]
+    pub service: ServiceArguments,
+    /// Folder that holds one folder per run.
+    #[arg(long, default_value = "logs", value_name = "DIR")]
+    pub logs: PathBuf,
+}
+
+/// How clients are served, by flags that `xpyd proxy` has as well.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ServiceArguments {
+    /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more. Where
+    /// `VLLM_API_KEY` is set, engines are sent that key.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// A file with a certificate in PEM, and with those that vouch for it after it: TLS is spoken instead of plain HTTP.
@@ -57,9 +67,35 @@ pub(super) struct FleetArguments {
     /// A collector of traces, by OTLP over HTTP: `http://localhost:4318/v1/traces`.
     #[arg(long, value_name = "URL")]
     pub otlp_traces_endpoint: Option<String>,
-    /// Folder that holds one folder per run.
-    #[arg(long, default_value = "logs", value_name = "DIR")]
-    pub logs: PathBuf,
+}
+
+impl ServiceArguments {
+    /// Flag, key below a profile's `[proxy]`, and value.
+    fn given(&self) -> [(&'static str, &'static str, Option<String>); 5] {
+        let file = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        [
+            ("--api-key-file", "guard.api_key_file", file(&self.api_key_file)),
+            ("--tls-cert", "clients.tls_cert", file(&self.tls_cert)),
+            ("--tls-key", "clients.tls_key", file(&self.tls_key)),
+            ("--access-log", "access_log.file", file(&self.access_log)),
+            (
+                "--otlp-traces-endpoint",
+                "traces.otlp_endpoint",
+                self.otlp_traces_endpoint.clone(),
+            ),
+        ]
+    }
+
+    /// Says the same of a service that comes from no profile.
+    pub(super) fn change(&self, service: &mut Service) {
+        let set = |option: &mut Option<PathBuf>, flag: &Option<PathBuf>| *option = flag.clone().or(option.take());
+        set(&mut service.guard.api_key_file, &self.api_key_file);
+        set(&mut service.clients.tls_cert, &self.tls_cert);
+        set(&mut service.clients.tls_key, &self.tls_key);
+        set(&mut service.access_log.file, &self.access_log);
+        let endpoint = &mut service.traces.otlp_endpoint;
+        *endpoint = self.otlp_traces_endpoint.clone().or(endpoint.take());
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -104,19 +140,9 @@ impl FleetArguments {
             "proxy.session_header",
             self.client_bound_key.clone().map(Into::into),
         );
-        for (name, key, file) in [
-            ("--api-key-file", "proxy.guard.api_key_file", &self.api_key_file),
-            ("--tls-cert", "proxy.clients.tls_cert", &self.tls_cert),
-            ("--tls-key", "proxy.clients.tls_key", &self.tls_key),
-            ("--access-log", "proxy.access_log.file", &self.access_log),
-        ] {
-            flag(name, key, file.as_ref().map(|path| path.display().to_string().into()));
+        for (name, key, value) in self.service.given() {
+            flag(name, &format!("proxy.{key}"), value.map(Into::into));
         }
-        flag(
-            "--otlp-traces-endpoint",
-            "proxy.traces.otlp_endpoint",
-            self.otlp_traces_endpoint.clone().map(Into::into),
-        );
         profile::load(&self.profile, &overrides).map_err(profile_failure)
     }
 
@@ -151,8 +177,8 @@ pub(super) fn profile_failure(error: ProfileError) -> Failure {
 }
 
 /// What a proxy that serves so needs, but for the key of its engines.
-pub(super) fn proxy_parts(service: &Service) -> Result<ProxyParts, Failure> {
-    Ok(ProxyParts {
+pub(super) fn proxy_parts(service: &Service) -> Result<proxy::Parts, Failure> {
+    Ok(proxy::Parts {
         client_keys: client_keys(&service.guard)?,
         tls: tls(&service.clients)?,
         engine_key: None,

@@ -11,12 +11,13 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
 use super::{attach, block_on, detach};
-use crate::app::{self, Began, Ended, ProxyParts, Ready, Run};
+use crate::app::{self, Began, Ended, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
 use crate::plan::{self, Plan};
+use crate::proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, Outcome};
 use crate::ui::Printer;
@@ -59,7 +60,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if arguments.detach && !arguments.detached_child {
         return detach::start(printer);
     }
-    let proxy_parts = ProxyParts {
+    let proxy_parts = proxy::Parts {
         engine_key: request::engine_key(&draft)?,
         ..request::proxy_parts(&draft.proxy.service)?
     };

@@ -47,7 +47,7 @@ impl Shared {
                 bytes: MAX_HEADER_BYTES,
             });
         }
-        let keys = &self.settings.client_keys;
+        let keys = &self.settings.parts.client_keys;
         if keys.let_in(request.method(), request.uri().path(), request.headers()) {
             Ok(())
         } else {
@@ -61,9 +61,9 @@ impl Shared {
     /// engines' own takes its place, unless it is to be passed through.
     pub(super) fn crossing(&self, headers: &HeaderMap) -> HeaderMap {
         let mut crossing = forwardable(headers);
-        if !self.settings.client_keys.is_empty() && !self.settings.service.guard.pass_key_through {
+        if !self.settings.parts.client_keys.is_empty() && !self.settings.service.guard.pass_key_through {
             crossing.remove(header::AUTHORIZATION);
-            if let Some(key) = &self.settings.engine_key {
+            if let Some(key) = &self.settings.parts.engine_key {
                 key.add_to(&mut crossing);
             }
         }
@@ -73,7 +73,7 @@ impl Shared {
     /// The headers of xpyd's own calls to engines.
     pub(super) fn own_headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
-        if let Some(key) = &self.settings.engine_key {
+        if let Some(key) = &self.settings.parts.engine_key {
             key.add_to(&mut headers);
         }
         headers

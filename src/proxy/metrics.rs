@@ -279,7 +279,7 @@ impl Metrics {
         };
         metrics.register_own();
         metrics.register_as_vllm(&settings.served_model_name);
-        if let Some(log) = &settings.access_log {
+        if let Some(log) = &settings.parts.access_log {
             let help = "Lines of the access log for which there was no place";
             metrics.registry.register("access_log_dropped", help, log.dropped());
         }

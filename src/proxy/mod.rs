@@ -88,6 +88,15 @@ pub struct Settings {
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.
     pub max_in_flight: usize,
+    /// What is written down nowhere.
+    pub parts: Parts,
+    /// How clients are served.
+    pub service: Service,
+}
+
+/// What a proxy needs and no plan, which is written down, holds: secrets, and what is open.
+#[derive(Debug, Clone, Default)]
+pub struct Parts {
     /// The keys of which clients must bear one.
     pub client_keys: ClientKeys,
     /// What clients are shown; absent: plain HTTP is spoken.
@@ -98,8 +107,6 @@ pub struct Settings {
     pub access_log: Option<AccessLog>,
     /// Where traces go.
     pub traces: Option<Traces>,
-    /// How clients are served.
-    pub service: Service,
 }
 
 /// A proxy. Clones are the same proxy.
@@ -164,7 +171,7 @@ impl Proxy {
         let router = routes::router(Arc::clone(&self.0));
         let limits = Limits {
             clients: self.0.settings.service.clients.clone(),
-            tls: self.0.settings.tls.clone(),
+            tls: self.0.settings.parts.tls.clone(),
             stall: self.0.settings.decode_idle_deadline,
         };
         let served = async {

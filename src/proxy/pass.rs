@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, Response, header};
+use axum::http::{Response, header};
 use bytes::Bytes;
 
 use super::Shared;
@@ -51,7 +51,9 @@ pub(super) async fn answer(
                 };
                 // Events may be held back, so only what is no stream keeps its length.
                 let length = head.headers.get(header::CONTENT_LENGTH).cloned();
-                head.headers = with_length(forwardable(&head.headers), length);
+                head.headers = forwardable(&head.headers);
+                head.headers
+                    .extend(length.map(|length| (header::CONTENT_LENGTH, length)));
                 let body = Body::new(GuardedBody::new(Bytes::new(), body, guarded));
                 return Ok(Response::from_parts(head, body));
             }
@@ -88,11 +90,4 @@ fn seats(shared: &Arc<Shared>, session: Option<&str>) -> impl Iterator<Item = Se
         .collect();
     let view = shared.view.clone();
     engines.into_iter().filter_map(move |engine| Seat::take(&engine, &view))
-}
-
-fn with_length(mut headers: HeaderMap, length: Option<header::HeaderValue>) -> HeaderMap {
-    if let Some(length) = length {
-        headers.insert(header::CONTENT_LENGTH, length);
-    }
-    headers
 }

@@ -22,11 +22,8 @@ use super::metrics::{Ending, Outcome, Timed, Traffic};
 use super::prefix::hash_of;
 use super::routes::Endpoint;
 use super::trace::{self, Trace};
-use super::upstream::Seat;
+use super::upstream::{REQUEST_ID, Seat};
 use crate::fleet::{EngineId, Role};
-
-/// The header of a request's id. A client's own is told back to it and logged; engines get another.
-const REQUEST_ID: &str = "x-request-id";
 
 /// Longer ids of clients are ignored.
 const MAX_ID_BYTES: usize = 128;
@@ -92,8 +89,8 @@ impl Record {
     /// The record of a request of a client. From now on its headers name its span.
     pub(super) fn of_client(shared: &Shared, method: Method, headers: &mut HeaderMap) -> Self {
         let mut record = Self::new(&shared.metrics.clients, method, headers);
-        record.log.clone_from(&shared.settings.access_log);
-        let traces = shared.settings.traces.as_ref();
+        record.log.clone_from(&shared.settings.parts.access_log);
+        let traces = shared.settings.parts.traces.as_ref();
         record.trace = traces.map(|traces| traces.begin(headers, record.at));
         record
     }

@@ -48,6 +48,9 @@ const NOT_FORWARDED: [HeaderName; 11] = [
     header::EXPECT,
 ];
 
+/// The header of a request's id. A client's own is told back to it and logged; engines get another.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
 /// Client headers by which vLLM 0.32 is steered. The request id pairs KV with requests, a session decides how long KV is
 /// kept, and the format of load metrics makes an engine tell of itself.
 const STEERING: [&str; 3] = ["x-request-id", "x-session-id", "endpoint-load-metrics-format"];
@@ -295,9 +298,6 @@ pub(super) async fn whole(mut body: AnswerBody) -> Result<Bytes, Cause> {
     }
     Ok(if all.is_empty() { first } else { all.freeze() })
 }
-
-/// The header that carries a request's id.
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The headers that may cross from one connection to another.
 pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {

@@ -14,7 +14,7 @@ use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use serde_json::{Value, json};
 
-use crate::support::{DEADLINE, Place, completion_of, get, wait_for};
+use crate::support::{DEADLINE, Place, completion_of, metric, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -196,14 +196,6 @@ fn engines(place: &Place) -> Vec<(String, i64, Pid)> {
         .collect()
 }
 
-/// The sample of an engine's or the proxy's metrics whose line begins so; 0 if there is none.
-fn sample(port: u16, beginning: &str) -> f64 {
-    let metrics = get(port, "/metrics");
-    let line = metrics.lines().find(|line| line.starts_with(beginning));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
-        .unwrap_or(0.0)
-}
-
 fn assert_nothing_is_left(place: &Place, seed: u64) {
     let at = |base: u16| base + place.offset;
     let looked_at = [
@@ -219,7 +211,7 @@ fn assert_nothing_is_left(place: &Place, seed: u64) {
     wait_for("nothing to be left", || {
         let left: Vec<String> = looked_at
             .iter()
-            .map(|(port, name)| (port, name, sample(*port, name)))
+            .map(|(port, name)| (port, name, metric(*port, name, "")))
             .filter(|(.., value)| *value != 0.0)
             .map(|(port, name, value)| format!("{} on {port}: {value}", name.trim()))
             .collect();

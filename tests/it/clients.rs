@@ -2,42 +2,35 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{DEADLINE, Place, Run, get, wait_for};
+use crate::support::{DEADLINE, Place, Run, Unsupervised, get, wait_for};
 
 /// A stream that ends when its reader leaves.
 pub(crate) const ENDLESS: &[&str] = &["--null-events", "4000000000"];
 
-/// Both engines of a proxy, killed when dropped.
-pub(crate) struct Engines([Child; 2]);
+/// Both engines of a proxy.
+pub(crate) struct Engines {
+    _both: [Unsupervised; 2],
+}
 
 impl Engines {
     pub(crate) fn start(place: &Place, more: &[&str]) -> Self {
-        Self([7100, 7200].map(|base| {
+        let both = [7100, 7200].map(|base| {
             let port = (base + place.offset).to_string();
             let arguments = [&["sim", "null", "--null", "--port", &port][..], more].concat();
             let mut command = place.command(&arguments);
-            let engine = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-            let engine = engine.expect("an engine");
+            let engine = Unsupervised::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
             wait_for("an engine", || {
                 connect(base + place.offset).map_err(|error| error.to_string())
             });
             engine
-        }))
-    }
-}
-
-impl Drop for Engines {
-    fn drop(&mut self) {
-        for engine in &mut self.0 {
-            drop(engine.kill());
-            drop(engine.wait());
-        }
+        });
+        Self { _both: both }
     }
 }
 
@@ -258,8 +251,7 @@ fn few_descriptors_make_clients_wait_and_break_nothing() {
     let mut command = std::process::Command::new("sh");
     command.args(["-c", "ulimit -n 160; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_xpyd")]);
     command.args(&arguments).current_dir(place.path()).stdin(Stdio::null());
-    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let _proxy = Alone(child.expect("xpyd starts"));
+    let _proxy = Unsupervised::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
     wait_for("the proxy", || {
         connect(place.proxy_port()).map_err(|error| error.to_string())
     });
@@ -270,15 +262,5 @@ fn few_descriptors_make_clients_wait_and_break_nothing() {
     for mut client in clients {
         let answer = read_to(&mut client, r#""completion_tokens":3}}"#);
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    }
-}
-
-/// A process that ends with its test.
-struct Alone(Child);
-
-impl Drop for Alone {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
     }
 }

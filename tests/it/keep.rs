@@ -1,9 +1,8 @@
 //! Engines that outlive their xpyd: kept, attached to by the next one, or ended, through the binary on simulated engines.
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use crate::support::{Place, Run, completion, wait_for};
+use crate::support::{Place, Run, completion, kill_process, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -26,10 +25,6 @@ fn engines(place: &Place) -> Vec<(String, i64, i64)> {
             (id, number("pid"), number("incarnation"))
         })
         .collect()
-}
-
-fn kill_process(pid: i64) {
-    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
 }
 
 /// The process whose command line, or name, is this.

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 use std::process::Output;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use crate::support::{Place, Run, completion, engine, get, kill_engine, wait_for};
+use crate::support::{
+    Place, Run, asking_meanwhile, completion, engine, get, kill_engine, kill_process, metric, wait_for,
+};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -33,17 +33,6 @@ fn cache_server(place: &Place, engine_number: u16) -> i32 {
     servers.next().expect("a cache server").0
 }
 
-/// The value of a counter of an engine.
-fn counter(port: u16, name: &str) -> f64 {
-    let metrics = get(port, "/metrics");
-    let line = metrics.lines().find(|line| line.starts_with(name));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).expect(name)
-}
-
-fn kill_process(pid: i32) {
-    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it is there");
-}
-
 #[test]
 fn a_fleet_comes_up_hands_over_by_nixl_and_keeps_what_prompts_have_in_common() {
     let place = Place::new();
@@ -53,8 +42,8 @@ fn a_fleet_comes_up_hands_over_by_nixl_and_keeps_what_prompts_have_in_common() {
         assert_eq!(get(8100 + place.offset + number, "/healthcheck"), "\"healthy\"");
     }
     let decoder = 7200 + place.offset;
-    let kept = || [7100, 7101].map(|port| counter(port + place.offset, "vllm:external_prefix_cache_hits_total"));
-    let moved = || counter(decoder, "vllm:nixl_bytes_transferred_sum");
+    let kept = || [7100, 7101].map(|port| metric(port + place.offset, "vllm:external_prefix_cache_hits_total", ""));
+    let moved = || metric(decoder, "vllm:nixl_bytes_transferred_sum", "");
     let (kept_before, moved_before) = (kept(), moved());
     let common = "what many clients say before they say what they want ".repeat(60);
     for question in ["why", "when", "where", "who"] {
@@ -96,14 +85,7 @@ fn an_engine_comes_back_with_a_new_cache_server_when_it_has_lost_its_own_and_no_
     let place = Place::new();
     let mut run = up(&place, &["--set", "restart.backoff=10ms"]);
     run.wait_until_ready();
-    let (done, port) = (AtomicBool::new(false), place.proxy_port());
-    let alone = completion(7200 + place.offset, MODEL, "once");
-    std::thread::scope(|scope| {
-        let client = scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                assert_eq!(completion(port, MODEL, "once"), alone);
-            }
-        });
+    asking_meanwhile(&place, 7200 + place.offset, MODEL, || {
         for (number, name) in [(0, "prefiller1"), (3, "decoder2")] {
             let lost = cache_server(&place, number);
             kill_process(lost);
@@ -116,8 +98,6 @@ fn an_engine_comes_back_with_a_new_cache_server_when_it_has_lost_its_own_and_no_
             let log = place.log(&format!("{name}.log"));
             assert!(log.contains("sim-lmcache` ended, so the engine ends too"), "{log}");
         }
-        done.store(true, Ordering::Relaxed);
-        client.join().expect("every answer is right");
     });
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
@@ -239,7 +219,7 @@ fn the_proxy_alone_serves_such_engines() {
     ];
     let mut proxy = Run::start(&place, &arguments);
     proxy.wait_for_line("serving 2 prefill and 2 decode engines");
-    let moved = || counter(7200 + place.offset, "vllm:nixl_bytes_transferred_sum");
+    let moved = || metric(7200 + place.offset, "vllm:nixl_bytes_transferred_sum", "");
     let before = moved();
     // Two decode engines take turns.
     let answers = [(); 2].map(|()| completion(own_port, MODEL, "a prompt for a proxy of its own"));

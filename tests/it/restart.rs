@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Place, completion, engine, get, kill_engine, post, wait_for};
+use crate::support::{Place, completion, engine, kill_engine, metric, post, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -21,13 +21,7 @@ fn processes_in(record: &str) -> usize {
 
 /// Prompt tokens whose KV a decode engine has received.
 fn received_tokens(port: u16) -> f64 {
-    let metrics = get(port, "/metrics");
-    let samples = metrics
-        .lines()
-        .filter(|line| line.starts_with("vllm:prompt_tokens_by_source_total") && line.contains("external_kv_transfer"));
-    samples
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-        .sum()
+    metric(port, "vllm:prompt_tokens_by_source_total", "external_kv_transfer")
 }
 
 #[test]

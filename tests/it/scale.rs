@@ -1,10 +1,8 @@
 //! Engines that join and leave a fleet that serves, through the binary on simulated engines.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use nix::sys::signal::Signal;
 
-use crate::support::{Place, completion, get, wait_for};
+use crate::support::{Place, asking_meanwhile, metric, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -27,13 +25,7 @@ fn states(place: &Place) -> Vec<(String, String)> {
 
 /// Requests that an engine has finished.
 fn finished(port: u16) -> f64 {
-    let metrics = get(port, "/metrics");
-    let samples = metrics
-        .lines()
-        .filter(|line| line.starts_with("vllm:request_success_total"));
-    samples
-        .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-        .sum()
+    metric(port, "vllm:request_success_total", "")
 }
 
 #[test]
@@ -42,14 +34,7 @@ fn engines_join_and_leave_while_no_request_is_lost() {
         let place = Place::new();
         let mut run = place.up(&["--profile", "1p1d", "--set", connector]);
         run.wait_until_ready();
-        let (done, port) = (AtomicBool::new(false), place.proxy_port());
-        let alone = completion(7200 + place.offset, MODEL, "once");
-        std::thread::scope(|scope| {
-            let client = scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    assert_eq!(completion(port, MODEL, "once"), alone);
-                }
-            });
+        asking_meanwhile(&place, 7200 + place.offset, MODEL, || {
             scale(&place, &["decode=3", "prefill=2"], 0);
             let ready = |id: &str| (id.to_owned(), "ready".to_owned());
             let all = ["prefiller1", "prefiller2", "decoder1", "decoder2", "decoder3"];
@@ -76,8 +61,6 @@ fn engines_join_and_leave_while_no_request_is_lost() {
             // Those that left come back before anybody new joins.
             scale(&place, &["decode=2"], 0);
             assert!(states(&place).contains(&ready("decoder2")));
-            done.store(true, Ordering::Relaxed);
-            client.join().expect("every request was answered");
         });
         run.signal(Signal::SIGINT);
         let (code, text) = run.end();

@@ -7,6 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
@@ -178,13 +179,13 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>
     }
 }
 
-/// An engine that a test has started without xpyd, in a process group of its own. Dropping it ends the group: what an
+/// An engine or a proxy that a test has started by itself, in a process group of its own. Dropping it ends the group: what an
 /// engine has started outlives its leader otherwise, as with real ones.
 pub(crate) struct Unsupervised(Child);
 
 impl Unsupervised {
     pub(crate) fn start(command: &mut Command) -> Self {
-        Self(command.process_group(0).spawn().expect("an engine"))
+        Self(command.process_group(0).spawn().expect("it starts"))
     }
 
     /// What it prints to its standard error, which must be a pipe.
@@ -305,8 +306,55 @@ pub(crate) fn engine(place: &Place, name: &str) -> serde_json::Value {
 
 /// SIGKILL to its leader.
 pub(crate) fn kill_engine(place: &Place, name: &str) {
-    let pid = engine(place, name)["pid"].as_i64().expect("a pid");
-    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
+    kill_process(engine(place, name)["pid"].as_i64().expect("a pid"));
+}
+
+/// SIGKILL to one process.
+pub(crate) fn kill_process(pid: impl Into<i64>) {
+    kill(
+        Pid::from_raw(i32::try_from(pid.into()).expect("a pid")),
+        Signal::SIGKILL,
+    )
+    .expect("it is there");
+}
+
+/// The sum of an engine's or the proxy's samples whose lines begin with `name` and contain `label`; there must be one.
+pub(crate) fn metric(port: u16, name: &str, label: &str) -> f64 {
+    let metrics = get(port, "/metrics");
+    let lines = metrics
+        .lines()
+        .filter(|line| line.starts_with(name) && line.contains(label));
+    let samples = lines.map(|line| line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok()));
+    let samples: Option<Vec<f64>> = samples.collect();
+    let samples = samples.filter(|samples| !samples.is_empty());
+    samples
+        .unwrap_or_else(|| panic!("no `{name}` in {metrics}"))
+        .iter()
+        .sum()
+}
+
+/// Asks for the same greedy completion for as long as `work` goes on. Each answer must be the one that `engine`'s port gives.
+pub(crate) fn asking_meanwhile(place: &Place, engine: u16, model: &str, work: impl FnOnce()) {
+    /// Ends the asking also where the work fails.
+    struct Done<'flag>(&'flag AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let (done, port) = (AtomicBool::new(false), place.proxy_port());
+    let alone = completion(engine, model, "once");
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                assert_eq!(completion(port, model, "once"), alone);
+            }
+        });
+        let ending = Done(&done);
+        work();
+        drop(ending);
+        client.join().expect("every answer is right");
+    });
 }
 
 /// An answer over HTTP: status and body.

@@ -15,7 +15,7 @@ use super::*;
 use crate::connector::{Connector, Nixl};
 use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Role};
 use crate::proxy::rules::Kind;
-use crate::proxy::{Proxy, Settings};
+use crate::proxy::{Parts, Proxy, Settings};
 use crate::service::Service;
 
 fn engine(role: Role, port: u16) -> Arc<EngineView> {
@@ -56,11 +56,7 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
     }));
     let minute = Duration::from_mins(1);
     let settings = Settings {
-        client_keys: crate::proxy::ClientKeys::default(),
-        tls: None,
-        engine_key: None,
-        access_log: None,
-        traces: None,
+        parts: Parts::default(),
         connector: Connector::Nixl(Nixl {}),
         served_model_name: "m".into(),
         session_header: None,

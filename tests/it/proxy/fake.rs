@@ -20,7 +20,7 @@ use xpyd::connector::{Connector, FirstToken, LmCache, Nixl};
 use xpyd::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
-use xpyd::proxy::{ClientKeys, Notifications, Proxy, Settings};
+use xpyd::proxy::{Notifications, Parts, Proxy, Settings};
 use xpyd::service::Service;
 
 /// No test waits longer than this for something that must happen.
@@ -182,11 +182,7 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         decode_idle_deadline: PATIENCE,
         max_body_bytes: 10_000,
         max_in_flight: 8,
-        client_keys: ClientKeys::default(),
-        tls: None,
-        engine_key: None,
-        access_log: None,
-        traces: None,
+        parts: Parts::default(),
         service: Service::default(),
     }
 }

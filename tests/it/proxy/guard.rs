@@ -1,7 +1,7 @@
 //! The entrance of the proxy: what it lets through to engines, keys and headers, and what it tells clients of their requests.
 
 use xpyd::connector::{Connector, Nixl};
-use xpyd::proxy::{ClientKeys, EngineKey, Settings};
+use xpyd::proxy::{ClientKeys, EngineKey, Parts};
 
 use super::fake::{self, COMPLETION, Fake, Rig, answer, nixl_prefilled};
 use super::{code, decoder, prefiller};
@@ -9,10 +9,11 @@ use super::{code, decoder, prefiller};
 /// A proxy with a key of its own over two engines that are sent another.
 async fn guarded(pass_key_through: bool) -> (Fake, Fake, Rig) {
     let (prefill, decode) = (prefiller().await, decoder().await);
-    let mut settings = Settings {
+    let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+    settings.parts = Parts {
         client_keys: ClientKeys::read("clients").unwrap(),
         engine_key: Some(EngineKey::new("engines").unwrap()),
-        ..fake::settings(Connector::Nixl(Nixl {}))
+        ..Parts::default()
     };
     settings.service.guard.pass_key_through = pass_key_through;
     let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
@@ -54,10 +55,8 @@ async fn who_bears_no_key_reaches_no_engine_and_is_told_what_is_missing() {
 async fn without_keys_of_its_own_the_proxy_passes_the_clients_on_and_adds_none() {
     let prefill = Fake::start(|_| async { nixl_prefilled() }).await;
     let decode = Fake::start(|_| async { answer(200, COMPLETION) }).await;
-    let settings = Settings {
-        engine_key: Some(EngineKey::new("engines").unwrap()),
-        ..fake::settings(Connector::Nixl(Nixl {}))
-    };
+    let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+    settings.parts.engine_key = Some(EngineKey::new("engines").unwrap());
     let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let body = r#"{"prompt":"x"}"#;
     rig.complete(body).await;

@@ -5,7 +5,7 @@ use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
 use xpyd::connector::{Connector, Nixl};
-use xpyd::proxy::{Settings, Traces};
+use xpyd::proxy::Traces;
 
 use super::fake::{self, COMPLETION, Fake, Raise, Rig, Script, answer, dead_port, error, events, in_turn, soon};
 use super::{decoder, prefiller};
@@ -240,10 +240,8 @@ fn parts(headers: &axum::http::HeaderMap) -> [String; 3] {
 async fn tracing(percent: u8) -> (Fake, Fake, Rig) {
     let (prefill, decode) = (prefiller().await, decoder().await);
     let endpoint = format!("http://127.0.0.1:{}/v1/traces", dead_port().await);
-    let settings = Settings {
-        traces: Some(Traces::open(&endpoint, percent).unwrap()),
-        ..fake::settings(Connector::Nixl(Nixl {}))
-    };
+    let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+    settings.parts.traces = Some(Traces::open(&endpoint, percent).unwrap());
     let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     (prefill, decode, rig)
 }
