@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
 use super::load::Exchange;
-use super::record::Answer;
+use super::record::{Answer, Told};
 use super::sse::{Decoder, EventTooLarge};
 use super::workload::Order;
 use super::{Backend, BenchError, CONNECT_TIMEOUT, Spec};
@@ -151,6 +151,7 @@ impl Client {
             keep_text: self.keep_text,
             ..Reader::default()
         };
+        reader.answer.told = told(response.headers());
         let mut decoder = Decoder::new(MAX_EVENT_BYTES);
         while let Some(bytes) = response
             .chunk()
@@ -310,6 +311,19 @@ impl Reader {
     }
 }
 
+fn told(headers: &HeaderMap) -> Told {
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned)
+    };
+    Told {
+        handoff: text("x-xpyd-handoff"),
+        timing: text("server-timing"),
+    }
+}
+
 /// The message in an error's body, in the shapes of OpenAI, of older vLLM and of `FastAPI`; else the body itself if it is a
 /// short text.
 fn server_message(body: &[u8]) -> Option<String> {
@@ -366,6 +380,7 @@ mod tests {
             prompt_tokens: Some(7),
             completion_tokens: Some(5),
             text: "ab".to_owned(),
+            told: Told::default(),
         };
         assert_eq!(answer, Ok(expected));
     }

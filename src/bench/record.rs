@@ -32,6 +32,17 @@ pub struct Answer {
     pub completion_tokens: Option<u64>,
     /// The text; empty unless it is kept.
     pub text: String,
+    /// What the server told of the request in the headers of its answer.
+    pub told: Told,
+}
+
+/// What xpyd's proxy, and some other servers, tell of a request in the headers of its answer. Empty where they do not.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Told {
+    /// `x-xpyd-handoff`: what became of the hand-off.
+    pub handoff: Option<String>,
+    /// `Server-Timing`: how long the stages took until the answer began.
+    pub timing: Option<String>,
 }
 
 impl Record {

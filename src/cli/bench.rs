@@ -58,23 +58,25 @@ async fn measure(
     stop: CancellationToken,
 ) -> Result<Option<Report>, Failure> {
     let headers = headers(arguments)?;
-    let is_named = arguments.base_url.is_some() || arguments.host.is_some() || arguments.port.is_some();
+    let is_named =
+        arguments.target.base_url.is_some() || arguments.target.host.is_some() || arguments.target.port.is_some();
     let fleet = defaults.filter(|_| !is_named);
-    let base_url = match (&fleet, &arguments.base_url) {
+    let base_url = match (&fleet, &arguments.target.base_url) {
         (Some(fleet), _) => fleet.base_url.clone(),
         (None, Some(base_url)) => base_url.clone(),
         (None, None) => {
-            let host = arguments.host.as_deref().unwrap_or(DEFAULT_HOST);
+            let host = arguments.target.host.as_deref().unwrap_or(DEFAULT_HOST);
             // A bare IPv6 address stands in brackets in a URL.
             let host = if host.contains(':') && !host.starts_with('[') {
                 format!("[{host}]")
             } else {
                 host.to_owned()
             };
-            format!("http://{host}:{}", arguments.port.unwrap_or(DEFAULT_PORT))
+            format!("http://{host}:{}", arguments.target.port.unwrap_or(DEFAULT_PORT))
         }
     };
     let wanted = arguments
+        .target
         .model
         .as_deref()
         .or(fleet.as_ref().map(|fleet| fleet.model.as_str()));
@@ -124,8 +126,8 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
         }
     }
-    if arguments.json {
-        printer.data(report.to_json(arguments.save_detailed));
+    if arguments.output.json {
+        printer.data(report.to_json(arguments.output.save_detailed));
     } else {
         printer.data(report.table());
     }
@@ -136,7 +138,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             lag.mean
         ));
     }
-    if arguments.save_result {
+    if arguments.output.save_result {
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
     }
@@ -166,12 +168,12 @@ fn save(arguments: &Arguments, report: &Report) -> Result<std::path::PathBuf, Fa
             report.date
         )
     };
-    let name = arguments.result_filename.clone().unwrap_or_else(default_name);
-    let folder = arguments.result_dir.as_deref().unwrap_or(Path::new("."));
+    let name = arguments.output.result_filename.clone().unwrap_or_else(default_name);
+    let folder = arguments.output.result_dir.as_deref().unwrap_or(Path::new("."));
     let path = folder.join(name);
     let write = || {
         fs_err::create_dir_all(folder)?;
-        fs_err::write(&path, report.to_json(arguments.save_detailed).to_string() + "\n")
+        fs_err::write(&path, report.to_json(arguments.output.save_detailed).to_string() + "\n")
     };
     write().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     Ok(path)
@@ -190,7 +192,7 @@ fn headers(arguments: &Arguments) -> Result<HeaderMap, Failure> {
         value.set_sensitive(true);
         headers.insert(AUTHORIZATION, value);
     }
-    for arguments::Header { name, value } in &arguments.header {
+    for arguments::Header { name, value } in &arguments.target.header {
         headers.insert(name.clone(), value.clone());
     }
     Ok(headers)

@@ -168,6 +168,7 @@ fn everything() -> (Value, Report) {
             prompt_tokens: file["input_lens"][index].as_u64(),
             completion_tokens: file["output_lens"][index].as_u64(),
             text: file["generated_texts"][index].as_str().unwrap().to_owned(),
+            ..Answer::default()
         };
         let released = duration(at("start_times", index) - at("queue_times", index));
         Record {

@@ -30,7 +30,7 @@ fn answered(index: usize, started: u64, chunks: &[u64], completion_tokens: u64) 
             latency: milliseconds(chunks[chunks.len() - 1]),
             prompt_tokens: None,
             completion_tokens: Some(completion_tokens),
-            text: String::new(),
+            ..Answer::default()
         }),
     }
 }

@@ -1,9 +1,10 @@
 //! Flags to settings.
 
 use clap::{FromArgMatches as _, error::ErrorKind};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
+use crate::bench::{Metric, RangeRatio, Workload};
 
 fn parse(line: &str) -> Result<Arguments, clap::Error> {
     let command = Arguments::augment_args(clap::Command::new("bench").no_binary_name(true));
@@ -54,16 +55,17 @@ fn flags_that_take_several_values_take_them_as_vllm_does() {
     let line =
         "--goodput ttft:500 tpot:20 --header a=1 b=2=3 --metric-percentiles 50,99.9 --percentile-metrics e2el,ttft";
     let arguments = parse(line).unwrap();
-    assert_eq!(arguments.goodput.len(), 2);
+    assert_eq!(arguments.output.goodput.len(), 2);
     let headers: Vec<_> = arguments
+        .target
         .header
         .iter()
         .map(|header| (header.name.as_str(), header.value.as_bytes()))
         .collect();
     assert_eq!(headers, [("a", &b"1"[..]), ("b", &b"2=3"[..])]);
     assert!(!format!("{arguments:?}").contains("2=3"), "a header's value is secret");
-    assert_eq!(arguments.metric_percentiles, [50.0, 99.9]);
-    assert_eq!(arguments.percentile_metrics, [Metric::E2el, Metric::Ttft]);
+    assert_eq!(arguments.output.metric_percentiles, [50.0, 99.9]);
+    assert_eq!(arguments.output.percentile_metrics, [Metric::E2el, Metric::Ttft]);
 }
 
 #[test]

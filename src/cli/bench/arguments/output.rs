@@ -1,0 +1,51 @@
+//! Flags of `xpyd bench`: what is told of the run.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::bench::{Metric, Objective};
+
+/// Flags that say what is told of the run.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Report")]
+pub struct Output {
+    /// The latencies to report: `ttft`, `tpot`, `itl`, `e2el`, `client_queue_time`, `e2el_including_client_queue`.
+    #[arg(
+        long, value_name = "NAMES", value_delimiter = ',', value_parser = metric, default_value = "ttft,tpot,itl"
+    )]
+    pub percentile_metrics: Vec<Metric>,
+    /// The percentiles to report.
+    #[arg(
+        long, value_name = "NUMBERS", value_delimiter = ',', value_parser = percentile, default_value = "99"
+    )]
+    pub metric_percentiles: Vec<f64>,
+    /// What a good request keeps to, in milliseconds: `ttft:500 tpot:20 e2el:5000`.
+    #[arg(long, value_name = "NAME:MS", num_args = 1..)]
+    pub goodput: Vec<Objective>,
+    /// Prints the result as JSON in place of the table: vLLM's keys, and xpyd's own under `xpyd`.
+    #[arg(long)]
+    pub json: bool,
+    /// Saves the result as JSON.
+    #[arg(long)]
+    pub save_result: bool,
+    /// With the values of every request in the JSON.
+    #[arg(long)]
+    pub save_detailed: bool,
+    /// The folder of the saved result [default: the current one].
+    #[arg(long, value_name = "PATH")]
+    pub result_dir: Option<PathBuf>,
+    /// The name of the saved result [default: by backend, rate, model and time].
+    #[arg(long, value_name = "NAME")]
+    pub result_filename: Option<String>,
+}
+
+fn metric(name: &str) -> Result<Metric, String> {
+    let found = Metric::ALL.into_iter().find(|metric| metric.key() == name);
+    found.ok_or_else(|| format!("it is one of {}", Metric::ALL.map(Metric::key).join(", ")))
+}
+
+fn percentile(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| (0.0..=100.0).contains(number));
+    number.ok_or_else(|| "a percentile is a number from 0 to 100".to_owned())
+}
