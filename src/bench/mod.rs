@@ -13,6 +13,7 @@ pub mod goodput;
 mod load;
 pub mod models;
 mod numpy;
+mod reader;
 pub mod record;
 pub mod report;
 mod sse;
@@ -133,6 +134,9 @@ pub enum BenchError {
     /// The HTTP client could not be made.
     #[error("cannot make an HTTP client")]
     Client(#[source] reqwest::Error),
+    /// The threads that send could not be started.
+    #[error("cannot start the threads that send")]
+    Threads(#[source] std::io::Error),
     /// No answer from the server.
     #[error("no answer from `{url}`")]
     Unreachable {
@@ -200,16 +204,19 @@ pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationTok
     let orders: Arc<[workload::Order]> = spec.workload.orders()?.into();
     let releases = spec.releases(orders.len())?;
     let client = Arc::new(client::Client::new(spec)?);
+    let lanes = load::Lanes::start().map_err(BenchError::Threads)?;
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     // vLLM's form of request ids, so that logs of servers read the same.
     let prefix: Arc<str> = format!("bench-{}-", &run_id[..8]).into();
 
-    let warm_up = |index: usize| {
-        let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}warmup-{index}"));
-        async move { client.exchange(&orders[0], &request_id).await }
+    let own = (client.clone(), orders.clone(), prefix.clone());
+    let warm_up = move |index: usize| {
+        let (client, orders, prefix) = own.clone();
+        async move { client.exchange(&orders[0], &format!("{prefix}warmup-{index}")).await }
     };
     let at_once = vec![Duration::ZERO; spec.warmups];
     let warmed = load::drive(
+        &lanes,
         &at_once,
         spec.max_concurrency,
         warm_up,
@@ -223,11 +230,13 @@ pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationTok
         tracing::warn!(cause, "a warm-up request failed");
     }
 
-    let measure = |index: usize| {
-        let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}{index}"));
-        async move { client.exchange(&orders[index], &request_id).await }
+    let own = (client, orders.clone(), prefix);
+    let measure = move |index: usize| {
+        let (client, orders, prefix) = own.clone();
+        async move { client.exchange(&orders[index], &format!("{prefix}{index}")).await }
     };
     let measured = load::drive(
+        &lanes,
         &releases,
         spec.max_concurrency,
         measure,

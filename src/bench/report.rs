@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::Spec;
 use super::export;
 use super::load::Outcome;
-use super::record::Record;
+use super::record::{Effort, Record};
 use super::stats::{Distribution, Metric, Metrics, Selection};
 
 /// The result of a run.
@@ -25,6 +25,8 @@ pub struct Report {
     pub dropped: usize,
     /// Requests that the stop came before.
     pub unsent: usize,
+    /// What the run cost the client.
+    pub effort: Effort,
 }
 
 /// Requests that failed for the same reason.
@@ -55,6 +57,7 @@ impl Report {
             prompt_lengths,
             dropped: outcome.dropped,
             unsent: outcome.unsent,
+            effort: outcome.effort,
         }
     }
 

@@ -229,7 +229,8 @@ fn failure(error: BenchError) -> Failure {
         | BenchError::Burstiness(_)
         | BenchError::TooSlow { .. }
         | BenchError::BaseUrl(_)
-        | BenchError::Client(_) => Vec::new(),
+        | BenchError::Client(_)
+        | BenchError::Threads(_) => Vec::new(),
     };
     let mut failure = Failure::new(ExitStatus::Usage, error);
     failure.hints = hints;
