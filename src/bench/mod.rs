@@ -8,6 +8,7 @@
 
 pub mod arrivals;
 mod client;
+pub mod compare;
 mod export;
 pub mod goodput;
 mod load;
@@ -15,6 +16,8 @@ pub mod models;
 mod numpy;
 pub mod record;
 pub mod report;
+mod resample;
+pub mod saved;
 mod sse;
 pub mod stats;
 #[cfg(test)]
