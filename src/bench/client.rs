@@ -39,7 +39,7 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
-    Ids,
+    Prompt,
     Messages,
     OutputLength,
     Fixed(Value),
@@ -118,12 +118,13 @@ impl Client {
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = serde_json::to_vec(&Body { template, order }).expect("ids, texts and JSON values are JSON");
+        let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
         let request = self
             .http
             .post(self.url.clone())
             .header(CONTENT_TYPE, "application/json")
             .header("x-request-id", request_id)
+            .headers(order.headers.clone())
             .body(Bytes::from(body));
         let started = Instant::now();
         let answer = match timeout(self.timeout, self.read(request, started)).await {
@@ -180,7 +181,7 @@ fn template(spec: &Spec) -> Vec<(String, Field)> {
     let mut fields = vec![("model", Field::Fixed(json!(spec.model)))];
     match spec.backend {
         Backend::Completions => fields.extend([
-            ("prompt", Field::Ids),
+            ("prompt", Field::Prompt),
             ("repetition_penalty", Field::Fixed(json!(1.0))),
             ("max_tokens", Field::OutputLength),
             ("logprobs", Field::Fixed(Value::Null)),
@@ -220,11 +221,8 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
-                Field::Ids => body.serialize_entry(name, &self.order.prompt)?,
-                Field::Messages => {
-                    let messages = json!([{"role": "user", "content": self.order.prompt.text()}]);
-                    body.serialize_entry(name, &messages)?;
-                }
+                Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
+                Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
                 Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,
                 Field::Fixed(value) => body.serialize_entry(name, value)?,
             }
