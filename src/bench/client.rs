@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
 use super::load::Exchange;
-use super::record::{Answer, Told};
+use super::record::{Answer, EngineTimes, Told};
 use super::sse::{Decoder, EventTooLarge};
 use super::workload::Order;
 use super::{Backend, BenchError, CONNECT_TIMEOUT, Spec};
@@ -245,6 +245,7 @@ struct Reader {
 struct Chunk {
     choices: Option<Vec<Choice>>,
     usage: Option<Usage>,
+    metrics: Option<EngineMetrics>,
     error: Option<Value>,
 }
 
@@ -257,6 +258,23 @@ struct Choice {
 #[derive(Debug, Deserialize)]
 struct Delta {
     content: Option<String>,
+}
+
+/// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
+#[derive(Debug, Deserialize)]
+struct EngineMetrics {
+    queue_time_ms: Option<f64>,
+    time_to_first_token_ms: Option<f64>,
+}
+
+impl EngineMetrics {
+    fn times(&self) -> Option<EngineTimes> {
+        let duration = |milliseconds: Option<f64>| Duration::try_from_secs_f64(milliseconds? / 1000.0).ok();
+        Some(EngineTimes {
+            queue: duration(self.queue_time_ms)?,
+            first_token: duration(self.time_to_first_token_ms)?,
+        })
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -291,6 +309,9 @@ impl Reader {
                 self.answer.text.push_str(&text);
             }
         }
+        if let Some(metrics) = chunk.metrics {
+            self.answer.told.engine = metrics.times();
+        }
         if let Some(usage) = chunk.usage {
             self.answer.prompt_tokens = usage.prompt_tokens;
             self.answer.completion_tokens = usage.completion_tokens;
@@ -319,6 +340,7 @@ fn told(headers: &HeaderMap) -> Told {
     Told {
         handoff: text("x-xpyd-handoff"),
         timing: text("server-timing"),
+        engine: None,
     }
 }
 

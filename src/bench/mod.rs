@@ -7,6 +7,7 @@
 //! "vLLM" in this module means the client of vLLM 0.32.
 
 pub mod arrivals;
+pub mod attribution;
 mod client;
 pub mod compare;
 mod export;
@@ -32,6 +33,7 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::Arrivals;
+pub use self::attribution::{Phases, Stage};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::record::Record;
