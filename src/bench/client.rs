@@ -53,7 +53,7 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
-    Ids,
+    Prompt,
     Messages,
     OutputLength,
     Fixed(Value),
@@ -133,11 +133,11 @@ impl Client {
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = serde_json::to_vec(&Body { template, order }).expect("ids, texts and JSON values are JSON");
+        let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
         let mut head = self.head.clone();
-        head.extend_from_slice(
-            format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len()).as_bytes(),
-        );
+        put_headers(&mut head, &order.headers);
+        let rest = format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len());
+        head.extend_from_slice(rest.as_bytes());
         let started = Instant::now();
         let answer = match timeout(self.timeout, self.answer(&head, &body, started)).await {
             Ok(answer) => answer,
@@ -186,7 +186,10 @@ impl Client {
         let mut answer = reader.finish()?;
         self.keep(home, wire, framing, head.keeps_alive);
         answer.connected = connected;
-        answer.told = told(&head.parts.headers);
+        answer.told = Told {
+            engine: answer.told.engine,
+            ..told(&head.parts.headers)
+        };
         Ok(answer)
     }
 
@@ -254,12 +257,19 @@ fn head(url: &Url, headers: &HeaderMap) -> Vec<u8> {
             line(&[name.as_str().as_bytes(), b": ", value.as_bytes()]);
         }
     }
-    let ours = [HOST, CONTENT_TYPE, CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION];
-    let is_own = |name: &HeaderName| !ours.contains(name) && name != "x-request-id";
-    for (name, value) in headers.iter().filter(|(name, _)| is_own(name)) {
-        line(&[name.as_str().as_bytes(), b": ", value.as_bytes()]);
-    }
+    put_headers(&mut head, headers);
     head
+}
+
+/// Adds headers, but those that are this client's own.
+fn put_headers(head: &mut Vec<u8>, headers: &HeaderMap) {
+    let ours = [HOST, CONTENT_TYPE, CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION];
+    let is_own = |name: &HeaderName| ours.contains(name) || name == "x-request-id";
+    for (name, value) in headers.iter().filter(|(name, _)| !is_own(name)) {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            head.extend_from_slice(part);
+        }
+    }
 }
 
 /// The body's fields in the order of vLLM's client. The user's own fields replace those of the same name.
@@ -267,7 +277,7 @@ fn template(spec: &Spec) -> Vec<(String, Field)> {
     let mut fields = vec![("model", Field::Fixed(json!(spec.model)))];
     match spec.backend {
         Backend::Completions => fields.extend([
-            ("prompt", Field::Ids),
+            ("prompt", Field::Prompt),
             ("repetition_penalty", Field::Fixed(json!(1.0))),
             ("max_tokens", Field::OutputLength),
             ("logprobs", Field::Fixed(Value::Null)),
@@ -307,11 +317,8 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
-                Field::Ids => body.serialize_entry(name, &self.order.prompt)?,
-                Field::Messages => {
-                    let messages = json!([{"role": "user", "content": self.order.prompt.text()}]);
-                    body.serialize_entry(name, &messages)?;
-                }
+                Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
+                Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
                 Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,
                 Field::Fixed(value) => body.serialize_entry(name, value)?,
             }
@@ -330,6 +337,7 @@ fn told(headers: &HeaderMap) -> Told {
     Told {
         handoff: text("x-xpyd-handoff"),
         timing: text("server-timing"),
+        engine: None,
     }
 }
 

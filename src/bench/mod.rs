@@ -7,7 +7,9 @@
 //! "vLLM" in this module means the client of vLLM 0.32.
 
 pub mod arrivals;
+pub mod attribution;
 mod client;
+pub mod compare;
 mod export;
 pub mod goodput;
 mod load;
@@ -16,6 +18,8 @@ mod numpy;
 mod reader;
 pub mod record;
 pub mod report;
+mod resample;
+pub mod saved;
 mod sse;
 pub mod stats;
 #[cfg(test)]
@@ -30,12 +34,13 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::Arrivals;
+pub use self::attribution::{Phases, Stage};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::record::Record;
 pub use self::report::Report;
 pub use self::stats::Metric;
-pub use self::workload::{Random, RangeRatio, Workload, WorkloadError};
+pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
 
 /// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
 /// after 1, 3 and 7 seconds.
@@ -201,8 +206,8 @@ pub struct Progress {
 /// # Errors
 /// When the settings make no run. Requests that fail are no error: the report counts them.
 pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationToken) -> Result<Report, BenchError> {
-    let orders: Arc<[workload::Order]> = spec.workload.orders()?.into();
-    let releases = spec.releases(orders.len())?;
+    let orders = spec.workload.orders()?;
+    let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
     let lanes = load::Lanes::start().map_err(BenchError::Threads)?;
     let run_id = uuid::Uuid::new_v4().simple().to_string();
@@ -257,12 +262,16 @@ impl Spec {
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
         client::url(&self.base_url, &self.endpoint)?;
-        self.releases(self.workload.orders()?.len())?;
+        self.releases(&self.workload.orders()?)?;
         Ok(())
     }
 
-    /// When each of `count` requests is released, since the start.
-    fn releases(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
+    /// When each request is released, since the start: as the dataset says, else as the arrivals do.
+    fn releases(&self, orders: &[Order]) -> Result<Vec<Duration>, BenchError> {
+        if let Some(own) = orders.iter().map(|order| order.release).collect() {
+            return Ok(own);
+        }
+        let count = orders.len();
         let Arrivals {
             request_rate,
             burstiness,

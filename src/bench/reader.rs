@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::client::server_message;
-use super::record::Answer;
+use super::record::{Answer, EngineTimes};
 use super::sse::{Decoder, EventTooLarge};
 use crate::wire::Receipt;
 
@@ -115,6 +115,7 @@ struct Events {
 struct Chunk {
     choices: Option<Vec<Choice>>,
     usage: Option<Usage>,
+    metrics: Option<EngineMetrics>,
     error: Option<Value>,
 }
 
@@ -128,6 +129,23 @@ struct Choice {
 #[derive(Debug, Deserialize)]
 struct Delta {
     content: Option<String>,
+}
+
+/// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
+#[derive(Debug, Deserialize)]
+struct EngineMetrics {
+    queue_time_ms: Option<f64>,
+    time_to_first_token_ms: Option<f64>,
+}
+
+impl EngineMetrics {
+    fn times(&self) -> Option<EngineTimes> {
+        let duration = |milliseconds: Option<f64>| Duration::try_from_secs_f64(milliseconds? / 1000.0).ok();
+        Some(EngineTimes {
+            queue: duration(self.queue_time_ms)?,
+            first_token: duration(self.time_to_first_token_ms)?,
+        })
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -208,6 +226,9 @@ impl Events {
             if scanner.keep_text {
                 self.answer.text.push_str(&text);
             }
+        }
+        if let Some(metrics) = chunk.metrics {
+            self.answer.told.engine = metrics.times();
         }
         if let Some(usage) = chunk.usage {
             self.counted = counted.unwrap_or(self.counted);
