@@ -7,7 +7,9 @@
 //! "vLLM" in this module means the client of vLLM 0.32.
 
 pub mod arrivals;
+pub mod attribution;
 mod client;
+pub mod compare;
 mod engine_counters;
 mod export;
 pub mod goodput;
@@ -18,6 +20,8 @@ mod opening;
 mod options;
 pub mod record;
 pub mod report;
+mod resample;
+pub mod saved;
 mod sse;
 pub mod stats;
 #[cfg(test)]
@@ -32,6 +36,7 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
+pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
@@ -40,7 +45,7 @@ pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
 pub use self::report::{Beside, Report};
 pub use self::stats::Metric;
-pub use self::workload::{Random, RangeRatio, Workload, WorkloadError};
+pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
 
 /// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
 /// after 1, 3 and 7 seconds.
@@ -231,8 +236,8 @@ pub async fn run_aloud(
     say: &dyn Fn(&str),
     stop: CancellationToken,
 ) -> Result<Report, BenchError> {
-    let orders: Arc<[workload::Order]> = spec.workload.orders()?.into();
-    let releases = spec.releases(orders.len())?;
+    let orders = spec.workload.orders()?;
+    let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
     let prefix: Arc<str> = spec
         .options
@@ -297,12 +302,16 @@ impl Spec {
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
         client::url(&self.base_url, &self.endpoint)?;
-        self.releases(self.workload.orders()?.len())?;
+        self.releases(&self.workload.orders()?)?;
         Ok(())
     }
 
-    /// When each of `count` requests is released, since the start.
-    fn releases(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
+    /// When each request is released, since the start: as the dataset says, else as the arrivals do.
+    fn releases(&self, orders: &[Order]) -> Result<Vec<Duration>, BenchError> {
+        if let Some(own) = orders.iter().map(|order| order.release).collect() {
+            return Ok(own);
+        }
+        let count = orders.len();
         let Arrivals {
             request_rate,
             burstiness,

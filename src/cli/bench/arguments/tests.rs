@@ -4,7 +4,7 @@ use clap::{FromArgMatches as _, error::ErrorKind};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::bench::{Arrivals, Metric, RampStrategy, RangeRatio, Workload};
+use crate::bench::{Arrivals, Metric, RampStrategy, Random, RangeRatio, Workload};
 
 fn parse(line: &str) -> Result<Arguments, clap::Error> {
     let command = Arguments::augment_args(clap::Command::new("bench").no_binary_name(true));
@@ -17,10 +17,17 @@ fn spec(line: &str) -> Spec {
     arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap()
 }
 
+fn random(spec: &Spec) -> &Random {
+    match &spec.workload {
+        Workload::Random(random) => random,
+        Workload::Made(_) => panic!("not a random one"),
+    }
+}
+
 #[test]
 fn the_defaults_are_vllms() {
     let spec = spec("");
-    let Workload::Random(random) = &spec.workload;
+    let random = random(&spec);
     assert_eq!(
         (random.input_length, random.output_length, random.prompt_count),
         (1024, 128, 1000)
@@ -59,7 +66,7 @@ fn a_recipe_stands_for_flags_and_given_ones_win() {
     let arguments = parse(&words.join(" ")).unwrap();
     assert!(arguments.output.allow_failures);
     let spec = arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap();
-    let Workload::Random(random) = &spec.workload;
+    let random = random(&spec);
     assert_eq!(
         (random.input_length, random.output_length, random.prompt_count),
         (64, 200, 3)
@@ -80,7 +87,7 @@ fn a_ramp_takes_the_place_of_a_rate() {
 #[test]
 fn of_two_flags_and_of_two_objectives_the_later_one_counts() {
     let spec = spec("--num-prompts 3 --seed 1 --num-prompts 4 --goodput ttft:5 tpot:1 ttft:6");
-    let Workload::Random(random) = &spec.workload;
+    let random = random(&spec);
     assert_eq!(random.prompt_count, 4);
     assert_eq!(spec.objectives, ["ttft:6", "tpot:1"].map(|text| text.parse().unwrap()));
 }
@@ -146,7 +153,7 @@ fn sampling_flags_become_fields_and_extra_body_goes_before_them() {
 fn infinite_rates_and_separate_ratios_are_read() {
     let spec = spec(r#"--request-rate inf --burstiness inf --random-range-ratio {"input":0.1,"output":0.2}"#);
     assert!(spec.arrivals.request_rate.is_infinite() && spec.arrivals.burstiness.is_infinite());
-    let Workload::Random(random) = spec.workload;
+    let random = random(&spec);
     assert_eq!(
         random.range_ratio,
         RangeRatio {
