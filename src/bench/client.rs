@@ -19,6 +19,7 @@ use tokio::net::lookup_host;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
+use super::engine_counters;
 use super::load::Exchange;
 use super::reader::{AnswerError, Reader, Scanner};
 use super::record::{Answer, Told};
@@ -37,6 +38,8 @@ const MAX_IDLE: usize = 1 << 16;
 /// Sends the requests of one run.
 #[derive(Debug)]
 pub(super) struct Client {
+    /// For whatever is no request of the workload.
+    http: reqwest::Client,
     host: String,
     port: u16,
     /// Where the server is, once a request has asked. vLLM's client keeps the answer as well.
@@ -119,6 +122,7 @@ impl Client {
         let url = url(&spec.base_url, &spec.endpoint)?;
         let host = url.host_str().unwrap_or_default();
         Ok(Self {
+            http: http(&spec.headers)?,
             host: host.trim_matches(['[', ']']).to_owned(),
             port: url.port_or_known_default().unwrap_or(80),
             addresses: OnceCell::new(),
@@ -128,6 +132,11 @@ impl Client {
             timeout: spec.request_timeout,
             scanner: Scanner::new(spec.keep_texts),
         })
+    }
+
+    /// What the server's `/metrics` says of decoding.
+    pub(super) async fn engine_counters(&self, base_url: &str) -> engine_counters::Counters {
+        engine_counters::read(&self.http, base_url).await
     }
 
     /// Makes the request and reads its whole answer.
@@ -280,7 +289,7 @@ fn template(spec: &Spec) -> Vec<(String, Field)> {
             ("prompt", Field::Prompt),
             ("repetition_penalty", Field::Fixed(json!(1.0))),
             ("max_tokens", Field::OutputLength),
-            ("logprobs", Field::Fixed(Value::Null)),
+            ("logprobs", Field::Fixed(json!(spec.options.logprobs))),
         ]),
         Backend::Chat => fields.extend([
             ("messages", Field::Messages),
