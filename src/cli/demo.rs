@@ -1,5 +1,6 @@
 //! `xpyd demo`: a whole life of a fleet on simulated engines, for those who have just met xpyd.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -40,7 +41,10 @@ const QUESTION: &str = "Why do people split prefill from decode?";
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let machine = machine::survey(&machine::Wanted {
-        model: "",
+        model: None,
+        asks_for_account: false,
+        revision: "",
+        env: &BTreeMap::new(),
         program: None,
         gpus: false,
     });

@@ -8,6 +8,7 @@ mod demo;
 mod detach;
 pub mod down;
 mod drain;
+mod fetch;
 pub mod logs;
 mod plan;
 mod profiles;

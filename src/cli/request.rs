@@ -151,7 +151,10 @@ impl FleetArguments {
         let profile = self.profile()?;
         let simulated = profile.engine == EngineKind::Sim;
         let machine = machine::survey(&machine::Wanted {
-            model: &profile.model,
+            model: (!simulated).then_some(&profile.model),
+            asks_for_account: false,
+            revision: plan::revision(&profile),
+            env: &profile.vllm.env,
             program: (!simulated).then_some(profile.vllm.program.as_str()),
             gpus: !simulated && profile.device == DeviceChoice::Cuda,
         });

@@ -10,7 +10,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
-use super::{attach, block_on, detach};
+use super::{attach, block_on, detach, fetch};
 use crate::app::{self, Began, Ended, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
@@ -71,6 +71,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         attach::resume(plan, kept, &arguments.name)?
     } else {
         request::preflight(&draft, &machine, printer)?;
+        fetch::model(&draft, &profile, &machine, printer)?;
         let folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs)?;
         request::build(&profile, &machine, folder.path())?
     };

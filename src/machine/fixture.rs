@@ -1,6 +1,9 @@
 //! Machines for tests: plans and checks are pure, so a machine is just a value.
 
-use super::{Engine, Gpu, Gpus, HuggingFace, Machine, Token, TokenSource, Version};
+use super::huggingface::{CacheState, Hub, Model};
+use super::{
+    Engine, Environment, Gpu, Gpus, HuggingFace, Limit, Machine, Pcie, Space, System, Token, TokenSource, Version,
+};
 
 impl Machine {
     /// A machine with `gpus` H100s, the model cached, and vLLM with these versions beside it.
@@ -20,6 +23,16 @@ impl Machine {
                     well_formed: true,
                 }),
                 model_is_local: true,
+                model: Model {
+                    state: CacheState::Complete,
+                    folder: Some("/hub/snapshot".into()),
+                },
+                hub: Hub::NotAsked("the model is in the cache".to_owned()),
+                endpoint: "https://huggingface.co".to_owned(),
+                cache: "/hub".into(),
+                free_bytes: Some(1 << 40),
+                leftovers: Vec::new(),
+                similar: Vec::new(),
             },
             engine: Engine::Found {
                 program: "/opt/venv/bin/vllm".into(),
@@ -27,9 +40,33 @@ impl Machine {
                 lmcache: lmcache.and_then(Version::parse),
                 nixl: Version::parse("1.5.1"),
                 has_shutdown_timeout: true,
+                environment: Box::new(Environment {
+                    python: Some("/opt/venv/bin/python".into()),
+                    python_version: Version::parse("3.12.3"),
+                    has_lmcache_program: lmcache.is_some(),
+                    ..Environment::default()
+                }),
             },
             cores: 16,
             available_memory_bytes: 128 << 30,
+            system: System {
+                open_files: Limit {
+                    soft: 65_535,
+                    hard: 1 << 20,
+                },
+                locked_memory: Limit {
+                    soft: u64::MAX,
+                    hard: u64::MAX,
+                },
+                shared_memory: Some(Space {
+                    total: 64 << 30,
+                    free: 64 << 30,
+                }),
+                listeners: Vec::new(),
+                pcie: Pcie::default(),
+                has_rdma: false,
+                unix_seconds: 1_790_000_000,
+            },
             xpyd: "/usr/bin/xpyd".into(),
         }
     }

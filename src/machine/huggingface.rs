@@ -1,14 +1,49 @@
-//! Hugging Face: is there a token, and is the model here already? Nothing is asked over the network.
+//! Hugging Face: where its files are, whether there is a token, what of the model is here, and what the hub says.
+//!
+//! Every variable means what it means to `huggingface_hub` (its `constants.py` and `utils/_auth.py`, version 2.4).
 
+mod access;
+mod cache;
+mod download;
+mod hub;
+mod pointer;
+
+use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Token and cache.
+pub use access::{Access, AccessError};
+pub use cache::{CacheState, Leftover, LeftoverKind, Model};
+pub use download::{DownloadError, Progress, download};
+pub use hub::{Answer, Answered, Hub, Identity};
+
+/// What is asked when nobody says otherwise.
+const ENDPOINT: &str = "https://huggingface.co";
+
+/// The revision that engines take when they are given none.
+pub const MAIN: &str = "main";
+
+/// Token, cache, and what the hub said.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HuggingFace {
-    /// The token, if one was found. Its text is never kept.
+    /// The token, if one was found. Its text is not here.
     pub token: Option<Token>,
-    /// Whether the model is a folder, or in the cache.
+    /// Whether the model is a folder, or in the cache, with all that an engine needs.
     pub model_is_local: bool,
+    /// What of the model is on this machine.
+    pub model: Model,
+    /// What the hub said of the token and the model.
+    pub hub: Hub,
+    /// Base of every URL of the hub: `https://huggingface.co`.
+    pub endpoint: String,
+    /// The folder with a folder per repository.
+    pub cache: PathBuf,
+    /// Bytes that may still be written there; `None` where that could not be read.
+    pub free_bytes: Option<u64>,
+    /// What downloads that were cut off have left for this model.
+    pub leftovers: Vec<Leftover>,
+    /// Repositories of the cache whose names are close to the model's.
+    pub similar: Vec<String>,
 }
 
 /// What is known of a token.
@@ -29,46 +64,94 @@ pub enum TokenSource {
     File(PathBuf),
 }
 
-/// Looks for token and model where `huggingface_hub` does.
-pub(super) fn survey(model: &str) -> HuggingFace {
-    let home = home();
-    let hub = std::env::var_os("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
-    HuggingFace {
-        token: token(&home),
-        model_is_local: is_local(model, &hub),
+impl fmt::Display for TokenSource {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Environment(name) => formatter.write_str(name),
+            Self::File(path) => write!(formatter, "{}", path.display()),
+        }
     }
 }
 
-/// `HF_HOME`, or `huggingface` in the user's cache folder.
-fn home() -> PathBuf {
-    let path = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    path("HF_HOME")
-        .or_else(|| path("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
-        .or_else(|| path("HOME").map(|home| home.join(".cache/huggingface")))
-        .unwrap_or_else(|| PathBuf::from(".cache/huggingface"))
+/// A secret that no message, log or debug output shows.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Secret(String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Secret")
+    }
 }
 
-fn token(home: &Path) -> Option<Token> {
-    let from_environment = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].into_iter().find_map(|name| {
-        let text = std::env::var(name).ok().filter(|text| !text.trim().is_empty())?;
-        Some(Token {
-            source: TokenSource::Environment(name),
-            well_formed: is_well_formed(&text),
-        })
-    });
+impl Secret {
+    /// The text, for the one header that carries it.
+    fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Where things are and how the hub is reached, by variables: those that the profile gives the engines win.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    endpoint: String,
+    cache: PathBuf,
+    offline: Option<&'static str>,
+    token: Option<(Token, Secret)>,
+}
+
+impl Settings {
+    /// Reads the variables of this process under those of `profile`.
+    pub fn read(profile: &BTreeMap<String, String>) -> Self {
+        Self::from(&|name| profile.get(name).cloned().or_else(|| std::env::var(name).ok()))
+    }
+
+    fn from(variable: &dyn Fn(&str) -> Option<String>) -> Self {
+        let text = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
+        let folder = |name: &str| text(name).map(|path| expanded(&path, text("HOME").as_deref()));
+        let home = folder("HF_HOME")
+            .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
+            .or_else(|| folder("HOME").map(|home| home.join(".cache/huggingface")))
+            .unwrap_or_else(|| PathBuf::from(".cache/huggingface"));
+        let cache = folder("HF_HUB_CACHE")
+            .or_else(|| folder("HUGGINGFACE_HUB_CACHE"))
+            .unwrap_or_else(|| home.join("hub"));
+        let is_true = |name: &&str| {
+            text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
+        };
+        let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
+        let token_file = folder("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+        Self {
+            endpoint: endpoint.trim().trim_end_matches('/').to_owned(),
+            cache,
+            offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(is_true),
+            token: token(&text, token_file),
+        }
+    }
+}
+
+/// `~` is the user's home, as in Python's `expanduser`.
+fn expanded(path: &str, home: Option<&str>) -> PathBuf {
+    match (path.strip_prefix("~/"), home) {
+        (Some(rest), Some(home)) => Path::new(home).join(rest),
+        _ => PathBuf::from(path),
+    }
+}
+
+fn token(text: &dyn Fn(&str) -> Option<String>, file: PathBuf) -> Option<(Token, Secret)> {
+    let found = |source, text: &str| {
+        let text: String = text.trim().to_owned();
+        let well_formed = is_well_formed(&text);
+        // What no header can carry is no token that can be sent.
+        let sendable = !text.is_empty() && text.chars().all(|character| character.is_ascii_graphic());
+        let secret = Secret(if sendable { text } else { String::new() });
+        (Token { source, well_formed }, secret)
+    };
+    let from_environment = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]
+        .into_iter()
+        .find_map(|name| Some(found(TokenSource::Environment(name), &text(name)?)));
     from_environment.or_else(|| {
-        let path = std::env::var_os("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from);
-        let text = fs_err::read_to_string(&path)
-            .ok()
-            .filter(|text| !text.trim().is_empty())?;
-        Some(Token {
-            source: TokenSource::File(path),
-            well_formed: is_well_formed(&text),
-        })
+        let text = fs_err::read_to_string(&file).ok()?;
+        (!text.trim().is_empty()).then(|| found(TokenSource::File(file), &text))
     })
 }
 
@@ -79,38 +162,116 @@ fn is_well_formed(token: &str) -> bool {
         .is_some_and(|rest| rest.len() >= 16 && rest.chars().all(|character| character.is_ascii_alphanumeric()))
 }
 
-/// Whether the model is a folder with a `config.json`, or a snapshot in the cache has one.
-fn is_local(model: &str, hub: &Path) -> bool {
-    if Path::new(model).join("config.json").is_file() {
-        return true;
+/// Looks for token and model where `huggingface_hub` does, and asks the hub where that is needed: for a model that is not
+/// here, or for the token's account.
+pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> HuggingFace {
+    let (model, revision) = (wanted.model, wanted.revision);
+    let found = model.map_or(Model::none(), |model| cache::inspect(model, revision, &settings.cache));
+    let repository = model.filter(|model| is_repository(model));
+    let is_local = matches!(found.state, CacheState::Folder | CacheState::Complete);
+    let is_to_fetch = matches!(found.state, CacheState::Absent | CacheState::Partial { .. });
+    let asks_for_account = wanted.asks_for_account && settings.token.is_some();
+    let hub = match (settings.offline, &found.state) {
+        (Some(variable), _) => Hub::NotAsked(format!("{variable} is set")),
+        (None, _) if is_to_fetch => hub::ask(&Access::new(settings), repository, revision),
+        (None, _) if asks_for_account => hub::ask(&Access::new(settings), None, revision),
+        (None, CacheState::Complete) => Hub::NotAsked("the model is in the cache".to_owned()),
+        (None, CacheState::Folder | CacheState::BadFolder { .. }) => Hub::NotAsked("the model is a folder".to_owned()),
+        (None, _) => Hub::NotAsked("nothing is to be fetched".to_owned()),
+    };
+    let is_unknown = matches!(&hub, Hub::Answered(answered) if matches!(answered.model, Some(Answer::NotFound { .. })));
+    HuggingFace {
+        token: settings.token.as_ref().map(|(token, _)| token.clone()),
+        model_is_local: is_local,
+        model: found,
+        hub,
+        endpoint: settings.endpoint.clone(),
+        free_bytes: free_bytes(&settings.cache),
+        leftovers: repository.map_or_else(Vec::new, |repository| cache::leftovers(repository, &settings.cache)),
+        similar: match repository {
+            Some(repository) if is_unknown => cache::similar(repository, &settings.cache),
+            _ => Vec::new(),
+        },
+        cache: settings.cache.clone(),
     }
-    let snapshots = hub
-        .join(format!("models--{}", model.replace('/', "--")))
-        .join("snapshots");
-    fs_err::read_dir(snapshots)
-        .is_ok_and(|entries| entries.flatten().any(|entry| entry.path().join("config.json").exists()))
+}
+
+/// Whether this can be the name of a repository: `gpt2` or `org/model`.
+pub fn is_repository(model: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with(['.', '-'])
+            && part
+                .chars()
+                .all(|character| character.is_ascii_alphanumeric() || "-_.".contains(character))
+    };
+    match model.split_once('/') {
+        Some((owner, name)) => part(owner) && part(name),
+        None => part(model),
+    }
+}
+
+/// Bytes that this user may still write where the folder is, or will be.
+fn free_bytes(folder: &Path) -> Option<u64> {
+    let folder = std::path::absolute(folder).ok()?;
+    let there = folder.ancestors().find(|folder| folder.exists())?;
+    let space = nix::sys::statvfs::statvfs(there).ok()?;
+    Some(space.blocks_available() * space.fragment_size())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_cached_snapshot_is_local() {
-        let hub = tempfile::tempdir().expect("a folder");
-        assert!(!is_local("org/model", hub.path()));
-        let snapshot = hub.path().join("models--org--model/snapshots/abc");
-        fs_err::create_dir_all(&snapshot).expect("a folder");
-        assert!(!is_local("org/model", hub.path()), "an unfinished download");
-        fs_err::write(snapshot.join("config.json"), "{}").expect("a file");
-        assert!(is_local("org/model", hub.path()));
+    fn settings(variables: &[(&str, &str)]) -> Settings {
+        let variables = variables.to_vec();
+        Settings::from(&move |name| {
+            let found = variables.iter().find(|(known, _)| *known == name);
+            found.map(|(_, value)| (*value).to_owned())
+        })
     }
 
     #[test]
-    fn tokens_have_a_form() {
-        assert!(is_well_formed("hf_abcdefghijklmnopqrstuvwxyz\n"));
+    fn folders_follow_the_variables_in_hugging_faces_order() {
+        let cache = |variables: &[(&str, &str)]| settings(variables).cache;
+        assert_eq!(cache(&[("HOME", "/h")]), Path::new("/h/.cache/huggingface/hub"));
+        assert_eq!(
+            cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]),
+            Path::new("/c/huggingface/hub")
+        );
+        assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/hf")]), Path::new("/h/hf/hub"));
+        assert_eq!(cache(&[("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/hub")]), Path::new("/hub"));
+        assert_eq!(cache(&[("HUGGINGFACE_HUB_CACHE", "/old")]), Path::new("/old"));
+    }
+
+    #[test]
+    fn the_endpoint_has_no_slash_at_its_end_and_offline_has_two_names() {
+        assert_eq!(settings(&[("HF_ENDPOINT", "http://mirror/ ")]).endpoint, "http://mirror");
+        assert_eq!(settings(&[]).endpoint, ENDPOINT);
+        assert_eq!(settings(&[("HF_HUB_OFFLINE", "1")]).offline, Some("HF_HUB_OFFLINE"));
+        assert_eq!(settings(&[("TRANSFORMERS_OFFLINE", "yes")]).offline, Some("TRANSFORMERS_OFFLINE"));
+        assert_eq!(settings(&[("HF_HUB_OFFLINE", "0")]).offline, None);
+    }
+
+    #[test]
+    fn tokens_have_a_form_and_are_never_shown() {
+        let secret = "hf_abcdefghijklmnopqrstuvwxyz";
+        assert!(is_well_formed(&format!("{secret}\n")));
         for wrong in ["", "hf_", "abcdefghijklmnopqrstuvwxyz", "hf_abc def ghijklmnopqrstuv"] {
             assert!(!is_well_formed(wrong), "{wrong}");
+        }
+        let settings = settings(&[("HF_TOKEN", secret)]);
+        assert!(!format!("{settings:?}").contains(secret));
+        assert!(!format!("{:?}", Access::new(&settings)).contains(secret));
+    }
+
+    #[test]
+    fn a_repository_is_told_from_a_path() {
+        for name in ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"] {
+            assert!(is_repository(name), "{name}");
+        }
+        for path in ["/models/x", "./x", "../x", "~/x", "a/b/c", "a/", "", "a b", "a/..", "s3://x/y"] {
+            assert!(!is_repository(path), "{path}");
         }
     }
 }

@@ -3,14 +3,18 @@
 #[cfg(test)]
 mod fixture;
 mod gpu;
-mod huggingface;
+pub mod huggingface;
 mod software;
+mod system;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 pub use gpu::{Gpu, Gpus};
 pub use huggingface::{HuggingFace, Token, TokenSource};
-pub use software::{Engine, Version};
+pub use software::{Engine, Environment, Version};
+pub use system::{Limit, Listener, Pcie, Space, System};
 
 /// Everything the plan and the checks know about this machine.
 #[derive(Debug, Clone)]
@@ -25,6 +29,8 @@ pub struct Machine {
     pub cores: usize,
     /// Memory that could be given to new processes, in bytes.
     pub available_memory_bytes: u64,
+    /// Limits, shared memory, ports, clock.
+    pub system: System,
     /// This very program, for the simulated engine.
     pub xpyd: PathBuf,
 }
@@ -32,25 +38,46 @@ pub struct Machine {
 /// What to look for.
 #[derive(Debug)]
 pub struct Wanted<'profile> {
-    /// The model, a path or a Hugging Face repository.
-    pub model: &'profile str,
+    /// The model, a path or a Hugging Face repository; `None` when none is to be served.
+    pub model: Option<&'profile str>,
+    /// Whether the hub is asked whose the token is, even if nothing is to be fetched.
+    pub asks_for_account: bool,
+    /// Branch, tag or commit of the model.
+    pub revision: &'profile str,
+    /// Variables that the profile gives all engines.
+    pub env: &'profile BTreeMap<String, String>,
     /// The engine's program, a name on PATH or a path; `None` when the simulated engine runs.
     pub program: Option<&'profile str>,
     /// Whether GPUs are needed.
     pub gpus: bool,
 }
 
-/// Looks at the machine. Takes well under a second; imports nothing heavy and changes nothing.
+/// Looks at the machine, in well under a second, or in three where the hub has to be asked and does not answer. Imports
+/// nothing heavy and changes nothing. What takes a while is looked at side by side.
 pub fn survey(wanted: &Wanted<'_>) -> Machine {
     let memory = sysinfo::System::new_with_specifics(
         sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
     );
+    let settings = huggingface::Settings::read(wanted.env);
+    let (hugging_face, engine, system, gpus) = thread::scope(|scope| {
+        let hugging_face = scope.spawn(|| huggingface::survey(wanted, &settings));
+        let engine = scope.spawn(|| wanted.program.map_or(Engine::NotAsked, software::survey));
+        let system = scope.spawn(system::survey);
+        let gpus = if wanted.gpus { gpu::survey() } else { Gpus::NotAsked };
+        (joined(hugging_face), joined(engine), joined(system), gpus)
+    });
     Machine {
-        gpus: if wanted.gpus { gpu::survey() } else { Gpus::NotAsked },
-        hugging_face: huggingface::survey(wanted.model),
-        engine: wanted.program.map_or(Engine::NotAsked, software::survey),
-        cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        gpus,
+        hugging_face,
+        engine,
+        cores: thread::available_parallelism().map_or(1, std::num::NonZero::get),
         available_memory_bytes: memory.map_or(0, |memory| memory.available_memory()),
+        system,
         xpyd: std::env::current_exe().unwrap_or_else(|_| Path::new("xpyd").to_owned()),
     }
+}
+
+/// What a thread found; its panic is this thread's.
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

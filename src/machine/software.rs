@@ -1,6 +1,7 @@
 //! The installed engine: where its program is, and the versions beside it. Nothing heavy is imported to find out:
 //! the program's own interpreter reads package metadata.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -30,7 +31,28 @@ pub enum Engine {
         nixl: Option<Version>,
         /// Whether `vllm serve` knows `--shutdown-timeout`.
         has_shutdown_timeout: bool,
+        /// What else is known of the program's environment.
+        environment: Box<Environment>,
     },
+}
+
+/// The Python environment of the engine's program. Everything is empty where its interpreter could not be asked.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Environment {
+    /// The interpreter.
+    pub python: Option<PathBuf>,
+    /// Its version.
+    pub python_version: Option<Version>,
+    /// Versions of other packages that matter, by name; the distribution that brings NIXL's library, too.
+    pub packages: BTreeMap<String, String>,
+    /// CUDA that torch was built for, as its `version.py` says it: `13.0`.
+    pub cuda: Option<String>,
+    /// Options of `vllm serve` by the sources of the installed version, as far as they can be found there: `--max-model-len`.
+    pub options: BTreeSet<String>,
+    /// Names of the connectors that vLLM's factory knows.
+    pub connectors: BTreeSet<String>,
+    /// Whether the `lmcache` program is beside the engine's.
+    pub has_lmcache_program: bool,
 }
 
 /// The first three numbers of a version, and its text.
@@ -74,29 +96,59 @@ impl fmt::Display for Version {
 /// What [`PROBE`] prints.
 #[derive(Debug, Default, Deserialize)]
 struct Probe {
-    vllm: Option<String>,
-    lmcache: Option<String>,
-    nixl: Option<String>,
-    shutdown_timeout: bool,
+    python: Option<String>,
+    #[serde(default)]
+    packages: BTreeMap<String, String>,
+    cuda: Option<String>,
+    #[serde(default)]
+    options: BTreeSet<String>,
+    #[serde(default)]
+    connectors: BTreeSet<String>,
 }
 
-/// Reads metadata, and one source file for a flag that older versions lack. Imports neither vllm nor torch.
+/// Reads metadata, and those source files that define options and connectors. Imports neither vllm nor torch.
+///
+/// An option of `vllm serve` is a string in the files that call `add_argument`, or a field of a class of arguments, from
+/// which vLLM makes `--field-name`; where these files are has changed with versions.
 const PROBE: &str = r#"
-import importlib.metadata as metadata, importlib.util, json, pathlib
+import sys
+# The engine's program does not look into the current folder either.
+sys.path = [folder for folder in sys.path if folder]
+import importlib.metadata as metadata, importlib.util, json, pathlib, platform, re
 def version(name):
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-found = {name: version(name) for name in ("vllm", "lmcache")}
-found["nixl"] = version("nixl") or version("nixl-cu13") or version("nixl-cu12")
-spec = importlib.util.find_spec("vllm")
-folders = [pathlib.Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-sources = ("engine/arg_utils.py", "entrypoints/openai/cli_args.py")
-found["shutdown_timeout"] = any(
-    "shutdown_timeout" in (folder / source).read_text() for folder in folders for source in sources
-    if (folder / source).is_file())
-print(json.dumps(found))
+names = ("vllm", "lmcache", "nixl", "nixl-cu12", "nixl-cu13", "torch", "transformers", "huggingface_hub")
+packages = {name: version(name) for name in names}
+def folder(name):
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return pathlib.Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+def text(path):
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+options, connectors, cuda = set(), set(), None
+vllm, torch = folder("vllm"), folder("torch")
+if vllm:
+    serve = vllm / "entrypoints"
+    sources = [vllm / "engine/arg_utils.py", vllm / "utils/argparse_utils.py", *serve.rglob("cli_args.py"),
+        *serve.rglob("serve.py"), *(serve / "cli").glob("*.py")]
+    for source in map(text, sources):
+        options.update(re.findall(r"[\"'](--?[A-Za-z][A-Za-z0-9_-]*)[\"']", source))
+        options.update("--" + name for name in re.findall(r"^    ([a-z][a-z0-9_]*)\s*:", source, re.M))
+    factory = text(vllm / "distributed/kv_transfer/kv_connector/factory.py")
+    connectors.update(re.findall(r"register_connector\(\s*[\"'](\w+)[\"']", factory))
+if torch:
+    found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)", text(torch / "version.py"), re.M)
+    cuda = found and found.group(1)
+print(json.dumps({"python": platform.python_version(), "packages": {k: v for k, v in packages.items() if v},
+    "cuda": cuda, "options": sorted(options), "connectors": sorted(connectors)}))
 "#;
 
 /// Looks for the program and asks its interpreter.
@@ -104,16 +156,28 @@ pub(super) fn survey(program: &str) -> Engine {
     let Some(path) = find(program) else {
         return Engine::Missing(program.to_owned());
     };
-    let probe = interpreter(&path)
-        .and_then(|interpreter| ask(&interpreter))
-        .unwrap_or_default();
-    let version = |text: Option<String>| text.as_deref().and_then(Version::parse);
+    let python = interpreter(&path);
+    let probe = python.as_deref().and_then(ask).unwrap_or_default();
+    let version = |names: &[&str]| {
+        let found = names.iter().find_map(|name| probe.packages.get(*name));
+        found.and_then(|text| Version::parse(text))
+    };
+    let options: BTreeSet<String> = probe.options.iter().map(|option| option.replace('_', "-")).collect();
     Engine::Found {
+        vllm: version(&["vllm"]),
+        lmcache: version(&["lmcache"]),
+        nixl: version(&["nixl", "nixl-cu13", "nixl-cu12"]),
+        has_shutdown_timeout: options.contains("--shutdown-timeout"),
+        environment: Box::new(Environment {
+            has_lmcache_program: path.with_file_name("lmcache").is_file(),
+            python_version: probe.python.as_deref().and_then(Version::parse),
+            python,
+            packages: probe.packages,
+            cuda: probe.cuda,
+            options,
+            connectors: probe.connectors,
+        }),
         program: path,
-        vllm: version(probe.vllm),
-        lmcache: version(probe.lmcache),
-        nixl: version(probe.nixl),
-        has_shutdown_timeout: probe.shutdown_timeout,
     }
 }
 
@@ -130,16 +194,21 @@ fn find(program: &str) -> Option<PathBuf> {
 
 /// The interpreter of a script that pip made: the one of its first line, or the `python` beside it.
 fn interpreter(program: &Path) -> Option<PathBuf> {
-    let head = fs_err::read(program).ok()?;
-    let line = String::from_utf8_lossy(head.split(|byte| *byte == b'\n').next()?).into_owned();
-    let named = line.strip_prefix("#!").map(|rest| PathBuf::from(rest.trim()));
+    let mut head = [0; 512];
+    let read = fs_err::File::open(program).ok()?.read(&mut head).ok()?;
+    let line = String::from_utf8_lossy(head[..read].split(|byte| *byte == b'\n').next()?).into_owned();
+    let mut words = line.strip_prefix("#!").unwrap_or_default().split_ascii_whitespace();
+    let named = match (words.next(), words.next()) {
+        (Some(env), Some(name)) if env.ends_with("/env") => find(name),
+        (Some(path), _) => Some(PathBuf::from(path)),
+        _ => None,
+    };
+    let is_python = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        path.is_file() && (name.starts_with("python") || name.starts_with("pypy"))
+    };
     named
-        .filter(|path| {
-            path.is_file()
-                && path
-                    .file_name()
-                    .is_some_and(|name| name.to_string_lossy().starts_with("python"))
-        })
+        .filter(is_python)
         .or_else(|| Some(program.with_file_name("python")).filter(|path| path.is_file()))
 }
 

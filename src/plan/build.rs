@@ -9,7 +9,7 @@ use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Gpus, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
 
-use super::{EngineSpec, Liveness, Plan, PortUse, ProxySpec, RenderedFile, choose};
+use super::{EngineSpec, Liveness, Plan, PortUse, ProxySpec, RenderedFile, choose, fetch};
 
 /// Engines, their side channels and notifications stay on this machine.
 const LOOPBACK: &str = "127.0.0.1";
@@ -103,6 +103,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         profile: profile.name.clone(),
         engine: profile.engine,
         model: profile.model.clone(),
+        fetch: fetch::model(profile, machine),
         served_model_name: profile.served_model_name.clone(),
         proxy: proxy(profile, &connector)?,
         notes: notes(profile, &connector),
@@ -425,6 +426,10 @@ impl<'input> Builder<'input> {
     fn environment(&self, serve: &Serve<'_>, role: Role) -> BTreeMap<String, String> {
         let mut env: BTreeMap<String, String> = self.profile.engine.environment(serve).into_iter().collect();
         env.extend(serve.launch.env.iter().cloned());
+        if fetch::model(self.profile, self.machine).is_some() {
+            // It is in the cache when they start; asking the hub again only takes time, and fails where there is none.
+            env.insert(fetch::OFFLINE.to_owned(), "1".to_owned());
+        }
         if self.profile.engine == EngineKind::Vllm {
             env.extend(self.profile.vllm.env.clone());
         }

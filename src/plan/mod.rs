@@ -5,6 +5,7 @@
 
 mod build;
 mod choose;
+mod fetch;
 mod grow;
 mod redact;
 mod respawn;
@@ -22,6 +23,7 @@ use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 use crate::service::Service;
 
 pub use build::{PlanError, build};
+pub use fetch::{ModelFetch, revision};
 pub use grow::{Growth, grow};
 pub use redact::{redacted_argv, redacted_env};
 pub use respawn::{fresh_ports_needed, respawn};
@@ -38,6 +40,9 @@ pub struct Plan {
     pub engine: EngineKind,
     /// The model, as given to the engines.
     pub model: String,
+    /// What xpyd fetches before any engine starts, unless it is cached; `None` leaves that to the engines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fetch: Option<ModelFetch>,
     /// The name clients use for it.
     pub served_model_name: String,
     /// How KV moves from prefill to decode.

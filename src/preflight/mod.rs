@@ -1,9 +1,15 @@
 //! The preflight: whether this machine can carry the plan. Pure: a plan and a machine give findings, each with a hint.
 
+mod compatibility;
 mod gpu;
 mod memory;
 mod model;
+mod options;
+mod overview;
 mod software;
+mod system;
+
+use std::fmt;
 
 use serde::Serialize;
 
@@ -11,9 +17,13 @@ use crate::engine::EngineKind;
 use crate::machine::Machine;
 use crate::plan::Plan;
 
+pub use model::gibibytes;
+
 /// One result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
+    /// What it is about.
+    pub topic: Topic,
     /// What was looked at: `gpu`, `vllm`, `hf_token`.
     pub check: &'static str,
     /// How bad it is.
@@ -36,21 +46,75 @@ pub enum Level {
     Fail,
 }
 
-/// Checks everything; the order is the order of a start.
-pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    if plan.engine == EngineKind::Vllm {
-        findings.extend(software::check(plan, machine));
-        findings.extend(gpu::check(plan, machine));
-        findings.extend(memory::without_gpus(plan, machine));
-        findings.extend(memory::of_cache_servers(plan, machine));
-        findings.extend(model::check(plan, machine));
-    }
-    findings
+/// What a finding is about, in the order of a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Topic {
+    /// What the engines are made of.
+    Software,
+    /// Their GPUs.
+    Gpu,
+    /// The host's memory and cores.
+    Memory,
+    /// The model, its files, and Hugging Face.
+    Model,
+    /// Limits, ports, the clock.
+    System,
+    /// What earlier runs have left.
+    Leftovers,
 }
 
+impl fmt::Display for Topic {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Software => "software",
+            Self::Gpu => "GPUs",
+            Self::Memory => "memory and cores",
+            Self::Model => "model",
+            Self::System => "system",
+            Self::Leftovers => "leftovers",
+        })
+    }
+}
+
+/// Checks everything; the order is the order of a start.
+pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    if plan.engine != EngineKind::Vllm {
+        return Vec::new();
+    }
+    let topics = [
+        (Topic::Software, software::check(plan, machine)),
+        (Topic::Gpu, gpu::check(plan, machine)),
+        (Topic::Memory, memory::without_gpus(plan, machine)),
+        (Topic::Memory, memory::of_cache_servers(plan, machine).into_iter().collect()),
+        (Topic::Model, model::check(plan, machine)),
+        (Topic::System, system::check(plan, machine)),
+    ];
+    sorted(topics)
+}
+
+/// What can be said of a machine without a plan: nothing is needed, so nothing fails.
+pub fn overview(machine: &Machine) -> Vec<Finding> {
+    let topics = [
+        (Topic::Software, software::overview(machine)),
+        (Topic::Gpu, overview::gpus(machine)),
+        (Topic::Model, model::overview(machine)),
+        (Topic::System, system::overview(machine)),
+    ];
+    sorted(topics)
+}
+
+fn sorted(topics: impl IntoIterator<Item = (Topic, Vec<Finding>)>) -> Vec<Finding> {
+    let of = |(topic, findings): (Topic, Vec<Finding>)| {
+        findings.into_iter().map(move |finding| Finding { topic, ..finding })
+    };
+    topics.into_iter().flat_map(of).collect()
+}
+
+/// A finding whose topic is filled in by [`check`].
 fn finding(check: &'static str, level: Level, message: String, hint: Option<&str>) -> Finding {
     Finding {
+        topic: Topic::System,
         check,
         level,
         message,

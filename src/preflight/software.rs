@@ -1,48 +1,29 @@
-//! Whether what the engines are made of is installed.
+//! Whether what the engines are made of is installed, fits together, and knows what the plan asks of it.
 
-use super::{Finding, Level, finding};
+use super::{Finding, Level, compatibility, finding, options};
 use crate::connector::Connector;
-use crate::machine::{Engine, Machine, Version};
+use crate::machine::{Engine, Environment, Machine, Version};
 use crate::plan::Plan;
+
+const INSTALL_NIXL: &str = "`pip install nixl` in the environment of vLLM";
+const INSTALL_LMCACHE: &str = "`pip install lmcache nixl` in the environment of vLLM";
+const INSTALL_VLLM: &str = "`pip install vllm` and activate its environment, or name it with \
+    `--set vllm.program=/path/to/vllm`; without vLLM, try `--engine sim`";
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let Engine::Found {
-        program,
         vllm,
         lmcache,
         nixl,
+        environment,
         ..
     } = &machine.engine
     else {
-        let name = match &machine.engine {
-            Engine::Missing(name) => name.as_str(),
-            Engine::NotAsked | Engine::Found { .. } => "vllm",
-        };
-        let message = format!("the program `{name}` was not found");
-        let hint = "`pip install vllm` and activate its environment, or name it with `--set vllm.program=/path/to/vllm`; \
-            without vLLM, try `--engine sim`";
-        return vec![finding("vllm", Level::Fail, message, Some(hint))];
+        return vec![missing(&machine.engine, Level::Fail)];
     };
-    let mut findings = vec![match vllm {
-        Some(version) => finding(
-            "vllm",
-            Level::Pass,
-            format!("vLLM {version} at {}", program.display()),
-            None,
-        ),
-        None => finding(
-            "vllm",
-            Level::Warn,
-            format!("the version of {} could not be read", program.display()),
-            None,
-        ),
-    }];
-    let nixl = ("nixl", nixl, "`pip install nixl` in the environment of vLLM");
-    let lmcache = (
-        "lmcache",
-        lmcache,
-        "`pip install lmcache nixl` in the environment of vLLM",
-    );
+    let mut findings = found(machine);
+    let nixl = ("nixl", nixl, INSTALL_NIXL);
+    let lmcache = ("lmcache", lmcache, INSTALL_LMCACHE);
     let needed = match plan.connector {
         Connector::Nixl(_) => vec![nixl],
         Connector::LmCache(_) => vec![lmcache],
@@ -50,7 +31,79 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     };
     let packages = needed.into_iter();
     findings.extend(packages.map(|(name, version, install)| package(name, version.as_ref(), vllm.is_some(), install)));
+    findings.extend(cache_program(plan, environment, vllm.is_some()));
+    findings.extend(compatibility::check(Some(plan), &machine.engine));
+    findings.extend(options::unknown(plan, environment, vllm.as_ref()));
+    findings.extend(options::unregistered(plan, environment, vllm.as_ref()));
+    findings.extend(options::different(plan));
+    findings.extend(options::hash_seed(plan));
     findings
+}
+
+/// What is installed, where nothing is needed.
+pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
+    let Engine::Found { lmcache, nixl, .. } = &machine.engine else {
+        return vec![missing(&machine.engine, Level::Warn)];
+    };
+    let mut findings = found(machine);
+    let optional = [("nixl", nixl, INSTALL_NIXL), ("lmcache", lmcache, INSTALL_LMCACHE)];
+    findings.extend(optional.into_iter().map(|(name, version, install)| match version {
+        Some(version) => finding(name, Level::Pass, format!("{name} {version}"), None),
+        None if name == "nixl" => {
+            let message = "NIXL is not installed, and without it or LMCache no KV moves".to_owned();
+            finding(name, Level::Warn, message, Some(install))
+        }
+        None => finding(name, Level::Pass, "LMCache is not installed; NIXL does without".to_owned(), None),
+    }));
+    findings.extend(compatibility::check(None, &machine.engine));
+    findings
+}
+
+fn missing(engine: &Engine, level: Level) -> Finding {
+    let name = match engine {
+        Engine::Missing(name) => name.as_str(),
+        Engine::NotAsked | Engine::Found { .. } => "vllm",
+    };
+    let place = if name.contains('/') { "" } else { " on PATH" };
+    let message = format!("the program `{name}` was not found{place}");
+    finding("vllm", level, message, Some(INSTALL_VLLM))
+}
+
+/// vLLM and the Python that runs it.
+fn found(machine: &Machine) -> Vec<Finding> {
+    let Engine::Found {
+        program,
+        vllm,
+        environment,
+        ..
+    } = &machine.engine
+    else {
+        return Vec::new();
+    };
+    let vllm = match vllm {
+        Some(version) => {
+            let message = format!("vLLM {version} at {}", program.display());
+            finding("vllm", Level::Pass, message, None)
+        }
+        None => {
+            let message = format!("the version of {} could not be read", program.display());
+            let hint = "is it a script of another environment? `head -1` of it names its Python, and `python -m pip show vllm` there its version";
+            finding("vllm", Level::Warn, message, Some(hint))
+        }
+    };
+    vec![vllm].into_iter().chain(python(environment)).collect()
+}
+
+fn python(environment: &Environment) -> Option<Finding> {
+    let version = environment.python_version.as_ref()?;
+    let torch = environment.packages.get("torch").map(|torch| {
+        let cuda = environment.cuda.as_ref().map(|cuda| format!(" for CUDA {cuda}"));
+        // A version like `2.13.0+cu130` says it already.
+        let cuda = cuda.filter(|_| !torch.contains('+')).unwrap_or_default();
+        format!(", torch {torch}{cuda}")
+    });
+    let message = format!("Python {version}{}", torch.unwrap_or_default());
+    Some(finding("python", Level::Pass, message, None))
 }
 
 /// Whether a package is there. Where no package's metadata could be read, nothing can be said about one.
@@ -66,4 +119,13 @@ fn package(name: &'static str, version: Option<&Version>, others_are_known: bool
             finding(name, Level::Warn, message, None)
         }
     }
+}
+
+/// Whether the cache servers' program is there.
+fn cache_program(plan: &Plan, environment: &Environment, is_known: bool) -> Option<Finding> {
+    let is_needed = matches!(plan.connector, Connector::LmCacheMp(_)) && is_known;
+    (is_needed && !environment.has_lmcache_program).then(|| {
+        let message = "the program `lmcache` is not beside `vllm`, and every engine needs a cache server".to_owned();
+        finding("lmcache_program", Level::Fail, message, Some(INSTALL_LMCACHE))
+    })
 }

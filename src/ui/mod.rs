@@ -1,6 +1,7 @@
 //! The only place that writes to the terminal: data to stdout, everything else to stderr.
 
 pub mod bench;
+pub mod download;
 pub mod prefix;
 pub mod progress;
 pub mod screen;
@@ -17,6 +18,7 @@ use owo_colors::OwoColorize;
 
 use crate::fleet::{EngineState, TimeLeft};
 
+pub use download::DownloadProgress;
 pub use prefix::RolePrefixes;
 pub use progress::{FleetProgress, StopProgress};
 pub use screen::Screen;

@@ -1,0 +1,63 @@
+//! The model, fetched once before any engine starts.
+
+use crate::machine::huggingface::{self, Access, CacheState, DownloadError, Settings};
+use crate::machine::Machine;
+use crate::plan::{ModelFetch, Plan};
+use crate::preflight::gibibytes;
+use crate::profile::Profile;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{DownloadProgress, Printer};
+
+/// Fetches what the plan says is to be fetched, unless the cache has it.
+pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: Printer) -> Result<(), Failure> {
+    let is_missing = matches!(
+        machine.hugging_face.model.state,
+        CacheState::Absent | CacheState::Partial { .. }
+    );
+    let Some(fetch) = plan.fetch.as_ref().filter(|_| is_missing) else {
+        return Ok(());
+    };
+    let access = Access::new(&Settings::read(&profile.vllm.env));
+    printer.status(format!(
+        "fetching {} into {} once for all engines",
+        fetch.repository,
+        machine.hugging_face.cache.display()
+    ));
+    let progress = DownloadProgress::new(printer);
+    let result = huggingface::download(
+        &access,
+        &fetch.repository,
+        &fetch.revision,
+        &|now| progress.advance(now.bytes, now.total_bytes, (now.files, now.total_files)),
+        &|text| progress.note(&text),
+    );
+    let took = progress.finish();
+    result.map_err(|error| failure(error, fetch))?;
+    printer.status(format!("fetched {} in {took}", fetch.repository));
+    Ok(())
+}
+
+fn failure(error: DownloadError, fetch: &ModelFetch) -> Failure {
+    let hint = match &error {
+        DownloadError::Refused(_) => "`xpyd doctor --profile …` says what the hub has against it",
+        DownloadError::Access(_) => "start again: what has arrived is kept, and the download goes on where it broke off",
+        DownloadError::Damaged { .. } => {
+            "a proxy or a mirror on the way changes files: try another network, or without HF_ENDPOINT"
+        }
+        DownloadError::NoSpace { .. } => {
+            "`hf cache ls` shows what is there and `hf cache rm` removes it; or `export HF_HOME=/a/larger/disk`"
+        }
+        DownloadError::Locked { .. } => "end the other download, or wait for it",
+        DownloadError::Io(_) => "check the cache's folder, or name another one: `export HF_HOME=/a/folder/of/yours`",
+    };
+    let error = match error {
+        DownloadError::NoSpace { needed, free, folder } => anyhow::Error::msg(format!(
+            "{} are still to come, and {} are free in {folder}",
+            gibibytes(needed),
+            gibibytes(free)
+        )),
+        error => anyhow::Error::new(error),
+    };
+    let error = error.context(format!("cannot fetch {}", fetch.repository));
+    Failure::new(ExitStatus::Preflight, error).hint(hint)
+}

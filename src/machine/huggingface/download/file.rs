@@ -1,0 +1,354 @@
+//! One file of a download: under the lock that `huggingface_hub` takes, gone on with where it broke off, checked by its hash.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
+use ring::digest;
+
+use super::super::access::{Access, AccessError, escaped};
+use super::super::hub::{Answer, judge};
+use super::super::pointer::{Repository, link};
+use super::listing::{RemoteFile, asked_pause};
+use super::{Counter, DownloadError};
+
+/// Attempts in a row that bring no new byte.
+const MOST_IDLE: u32 = 6;
+
+/// Times that a whole file may arrive damaged.
+const MOST_DAMAGED: u32 = 3;
+
+/// The wait after the first attempt in vain; each further one takes twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(300);
+
+/// How long another process may hold a lock. A large file over a slow line takes hours, and engines would wait as long.
+const LOCK_DEADLINE: Duration = Duration::from_hours(2);
+
+/// How often a lock is tried.
+const LOCK_PAUSE: Duration = Duration::from_millis(200);
+
+const PIECE: usize = 1 << 20;
+
+/// What the files of a download have in common.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Job<'download> {
+    pub(super) access: &'download Access,
+    pub(super) repository: &'download str,
+    pub(super) place: &'download Repository,
+    pub(super) commit: &'download str,
+    pub(super) counter: &'download Counter<'download>,
+}
+
+/// How an attempt ended that did not bring the whole file.
+enum Broken {
+    /// Nothing will help.
+    Final(DownloadError),
+    /// Another attempt may, after a pause that the hub may have asked for.
+    Passing(DownloadError, Option<Duration>),
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Self::Final(error.into())
+    }
+}
+
+impl Job<'_> {
+    /// Brings the file into the snapshot.
+    pub(super) fn fetch(&self, file: &RemoteFile) -> Result<(), DownloadError> {
+        let blob = self.place.blobs().join(&file.hash);
+        let pointer = self.place.snapshot(self.commit).join(&file.path);
+        fs_err::create_dir_all(self.place.blobs())?;
+        fs_err::create_dir_all(self.place.locks())?;
+        if let Some(folder) = pointer.parent() {
+            fs_err::create_dir_all(folder)?;
+        }
+        let lock = self.lock(file)?;
+        if blob.exists() {
+            self.counter.add(signed(file.bytes));
+        } else {
+            self.fetch_blob(file, &blob)?;
+        }
+        drop(lock);
+        point(&pointer, &link(&file.path, &file.hash), &blob)
+    }
+
+    /// Waits until no other process fetches this file.
+    fn lock(&self, file: &RemoteFile) -> Result<Flock<File>, DownloadError> {
+        let path = self.place.locks().join(format!("{}.lock", file.hash));
+        let give_up = Instant::now() + LOCK_DEADLINE;
+        let mut handle = File::options().create(true).append(true).open(&path)?;
+        let mut is_told = false;
+        loop {
+            match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((back, nix::errno::Errno::EAGAIN)) if Instant::now() < give_up && !self.counter.is_over() => handle = back,
+                Err((_, nix::errno::Errno::EAGAIN)) => {
+                    return Err(DownloadError::Locked {
+                        name: file.path.clone(),
+                        lock: path.display().to_string(),
+                    });
+                }
+                // A file system without locks: the worst that can happen is that a file is fetched twice.
+                Err((_, error)) => return Err(io::Error::from(error).into()),
+            }
+            if !is_told {
+                self.counter.note(format!(
+                    "another process is downloading {}; waiting for it ({})",
+                    file.path,
+                    path.display()
+                ));
+                is_told = true;
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+    }
+
+    fn fetch_blob(&self, file: &RemoteFile, blob: &Path) -> Result<(), DownloadError> {
+        // The name by which older versions of `huggingface_hub` go on, too.
+        let part = blob.with_extension("incomplete");
+        let (mut idle, mut damaged) = (0, 0);
+        let mut counted: u64 = 0;
+        loop {
+            let before = size(&part);
+            let result = self.attempt(file, &part, &mut counted);
+            let (error, asked) = match result {
+                Ok(true) => {
+                    fs_err::rename(&part, blob)?;
+                    return Ok(());
+                }
+                Ok(false) => {
+                    fs_err::remove_file(&part)?;
+                    self.counter.add(-signed(std::mem::take(&mut counted)));
+                    damaged += 1;
+                    if damaged == MOST_DAMAGED {
+                        return Err(DownloadError::Damaged {
+                            name: file.path.clone(),
+                            times: damaged,
+                        });
+                    }
+                    self.counter.note(format!("{} arrived damaged; fetching it again", file.path));
+                    continue;
+                }
+                Err(Broken::Final(error)) => return Err(error),
+                Err(Broken::Passing(error, asked)) => (error, asked),
+            };
+            idle = if size(&part) > before { 0 } else { idle + 1 };
+            if idle == MOST_IDLE || self.counter.is_over() {
+                return Err(error);
+            }
+            let pause = asked.unwrap_or(FIRST_PAUSE * 2_u32.pow(idle));
+            self.counter.note(format!(
+                "{}: {error}; going on in {:.1} s",
+                file.path,
+                pause.as_secs_f64()
+            ));
+            std::thread::sleep(pause);
+        }
+    }
+
+    /// Fetches what is missing of the file, once. Whether what is there then has the right hash.
+    fn attempt(&self, file: &RemoteFile, part: &Path, counted: &mut u64) -> Result<bool, Broken> {
+        let mut target = File::options().create(true).read(true).append(true).open(part)?;
+        let mut have = target.metadata()?.len();
+        if have > file.bytes {
+            target.set_len(0)?;
+            have = 0;
+        }
+        let mut hasher = Hasher::new(file);
+        let read = hasher.read(&mut target)?;
+        self.count(counted, read);
+        if have < file.bytes {
+            let path = format!("{}/resolve/{}/{}", self.repository, self.commit, escaped(&file.path));
+            let answer = self.access.get_file(&path, have).map_err(passing)?;
+            let status = answer.status();
+            match status.as_u16() {
+                206 if starts_at(answer.headers(), have) => {}
+                // A server that knows no ranges begins anew.
+                200 => {
+                    target.set_len(0)?;
+                    hasher = Hasher::new(file);
+                    self.count(counted, 0);
+                    have = 0;
+                }
+                _ => return Err(refusal(status, answer.headers(), self.access)),
+            }
+            let mut body = answer.into_body();
+            self.copy(file, &mut body.as_reader(), &mut target, &mut hasher, (have, counted))?;
+        }
+        target.sync_data()?;
+        Ok(hasher.is_right())
+    }
+
+    fn copy(
+        &self,
+        file: &RemoteFile,
+        body: &mut dyn Read,
+        target: &mut File,
+        hasher: &mut Hasher,
+        (mut have, counted): (u64, &mut u64),
+    ) -> Result<(), Broken> {
+        let mut piece = vec![0; PIECE];
+        while have < file.bytes {
+            let read = body.read(&mut piece).map_err(|error| self.broke_off(&error.to_string()))?;
+            if read == 0 {
+                return Err(self.broke_off("the connection ended early"));
+            }
+            let bytes = &piece[..read];
+            target.write_all(bytes)?;
+            hasher.feed(bytes);
+            have += read as u64;
+            self.count(counted, have);
+            if self.counter.is_over() {
+                return Err(self.broke_off("another file failed"));
+            }
+        }
+        Ok(())
+    }
+
+    fn broke_off(&self, reason: &str) -> Broken {
+        passing(AccessError::Unreachable {
+            host: super::super::access::origin(&self.access.url("")).to_owned(),
+            reason: reason.to_owned(),
+        })
+    }
+
+    /// Says how many bytes of the file are here.
+    fn count(&self, counted: &mut u64, now: u64) {
+        self.counter.add(signed(now) - signed(*counted));
+        *counted = now;
+    }
+}
+
+fn passing(error: AccessError) -> Broken {
+    Broken::Passing(error.into(), None)
+}
+
+fn refusal(status: ureq::http::StatusCode, headers: &ureq::http::HeaderMap, access: &Access) -> Broken {
+    let answer = match judge(status, headers, access.has_token()) {
+        // Neither 200 nor 206, and no error: nobody knows what it is.
+        Answer::Open { .. } => Answer::Failed(format!("status {}", status.as_u16())),
+        answer => answer,
+    };
+    match answer {
+        Answer::RateLimited | Answer::Failed(_) => Broken::Passing(DownloadError::Refused(answer), asked_pause(headers)),
+        answer => Broken::Final(DownloadError::Refused(answer)),
+    }
+}
+
+/// Whether `Content-Range: bytes 5-9/10` begins where we stand.
+fn starts_at(headers: &ureq::http::HeaderMap, have: u64) -> bool {
+    let range = headers.get("content-range").and_then(|value| value.to_str().ok());
+    let start = range.and_then(|range| range.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok());
+    start == Some(have)
+}
+
+/// Makes the link of a snapshot, or a copy where the file system has none.
+fn point(pointer: &Path, target: &Path, blob: &Path) -> Result<(), DownloadError> {
+    if pointer.exists() {
+        return Ok(());
+    }
+    // A link to a blob that was removed is in the way.
+    match fs_err::remove_file(pointer) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    match std::os::unix::fs::symlink(target, pointer) {
+        Ok(()) => Ok(()),
+        Err(_) if pointer.exists() => Ok(()),
+        Err(_) => Ok(fs_err::copy(blob, pointer).map(drop)?),
+    }
+}
+
+/// Writes a file so that nobody ever sees half of it.
+pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+    if let Some(folder) = path.parent() {
+        fs_err::create_dir_all(folder)?;
+    }
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let half: PathBuf = path.with_file_name(name);
+    fs_err::write(&half, content)?;
+    fs_err::rename(&half, path)
+}
+
+/// The hash by which the hub names the file: SHA-256 of a large one, Git's of another.
+struct Hasher {
+    context: digest::Context,
+    wanted: String,
+}
+
+impl Hasher {
+    fn new(file: &RemoteFile) -> Self {
+        let is_git = file.hash.len() == 40;
+        let algorithm = if is_git {
+            &digest::SHA1_FOR_LEGACY_USE_ONLY
+        } else {
+            &digest::SHA256
+        };
+        let mut context = digest::Context::new(algorithm);
+        if is_git {
+            context.update(format!("blob {}\0", file.bytes).as_bytes());
+        }
+        Self {
+            context,
+            wanted: file.hash.to_ascii_lowercase(),
+        }
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        self.context.update(bytes);
+    }
+
+    /// Takes what is in the file already. Its bytes.
+    fn read(&mut self, file: &mut File) -> io::Result<u64> {
+        file.seek(SeekFrom::Start(0))?;
+        let mut piece = vec![0; PIECE];
+        let mut total = 0;
+        loop {
+            let read = file.read(&mut piece)?;
+            if read == 0 {
+                return Ok(total);
+            }
+            self.feed(&piece[..read]);
+            total += read as u64;
+        }
+    }
+
+    fn is_right(self) -> bool {
+        let digest = self.context.finish();
+        let text: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        text == self.wanted
+    }
+}
+
+fn size(path: &Path) -> u64 {
+    fs_err::metadata(path).map_or(0, |file| file.len())
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_those_of_git_and_of_large_files() {
+        // `git hash-object` of an empty file, and `sha256sum` of "abc".
+        let file = |hash: &str, bytes| RemoteFile {
+            path: "x".to_owned(),
+            bytes,
+            hash: hash.to_owned(),
+        };
+        assert!(Hasher::new(&file("e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", 0)).is_right());
+        let sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        let mut hasher = Hasher::new(&file(sha, 3));
+        hasher.feed(b"abc");
+        assert!(hasher.is_right());
+        assert!(!Hasher::new(&file(sha, 3)).is_right());
+    }
+}

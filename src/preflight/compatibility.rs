@@ -1,0 +1,145 @@
+//! Versions that do not go together, and options that are gone: the entries of `compatibility.toml`.
+
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+
+use super::{Finding, Level, finding};
+use crate::machine::{Engine, Version};
+use crate::plan::Plan;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    rule: Vec<Rule>,
+    option: Vec<GoneOption>,
+}
+
+/// Versions of a package with a problem. The file says what the keys mean.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rule {
+    name: String,
+    package: String,
+    from: Option<String>,
+    below: Option<String>,
+    /// The plan's connector; empty: only without a plan.
+    connector: Option<String>,
+    /// Another package that must be installed as well.
+    needs: Option<String>,
+    level: RuleLevel,
+    message: String,
+    hint: String,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RuleLevel {
+    Warn,
+    Fail,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoneOption {
+    name: String,
+    instead: String,
+}
+
+static TABLE: LazyLock<Table> = LazyLock::new(|| {
+    toml::from_str(include_str!("compatibility.toml")).expect("the file is part of the program and a test reads it")
+});
+
+/// What is known of the installed versions.
+pub(super) fn check(plan: Option<&Plan>, engine: &Engine) -> Vec<Finding> {
+    let fits = |rule: &&Rule| {
+        let connector = plan.map_or("", |plan| plan.connector.name());
+        let needed = rule.needs.as_ref().is_none_or(|name| version(engine, name).is_some());
+        needed && rule.connector.as_ref().is_none_or(|wanted| wanted == connector)
+    };
+    let rules = TABLE.rule.iter().filter(fits);
+    rules
+        .filter_map(|rule| {
+            let version = version(engine, &rule.package).filter(|version| rule.is_about(version))?;
+            let level = match rule.level {
+                RuleLevel::Warn => Level::Warn,
+                RuleLevel::Fail => Level::Fail,
+            };
+            let message = rule.message.replace("{version}", &version.text);
+            Some(finding(&rule.name, level, message, Some(&rule.hint)))
+        })
+        .collect()
+}
+
+/// What to say instead of an option that is gone.
+pub(super) fn instead(option: &str) -> Option<&'static str> {
+    let found = TABLE.option.iter().find(|gone| gone.name == option);
+    found.map(|gone| gone.instead.as_str())
+}
+
+impl Rule {
+    fn is_about(&self, version: &Version) -> bool {
+        let bound = |text: &Option<String>| text.as_deref().and_then(Version::parse);
+        bound(&self.from).is_none_or(|from| version.numbers >= from.numbers)
+            && bound(&self.below).is_none_or(|below| version.numbers < below.numbers)
+    }
+}
+
+fn version(engine: &Engine, package: &str) -> Option<Version> {
+    let Engine::Found {
+        vllm,
+        lmcache,
+        nixl,
+        environment,
+        ..
+    } = engine
+    else {
+        return None;
+    };
+    match package {
+        "vllm" => vllm.clone(),
+        "lmcache" => lmcache.clone(),
+        "nixl" => nixl.clone(),
+        other => environment.packages.get(other).and_then(|text| Version::parse(text)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_entry_can_be_read_and_is_about_some_versions() {
+        for rule in &TABLE.rule {
+            for bound in [&rule.from, &rule.below].into_iter().flatten() {
+                assert!(Version::parse(bound).is_some(), "{}: {bound}", rule.name);
+            }
+            assert!(rule.from.is_some() || rule.below.is_some(), "{} is about all versions", rule.name);
+            assert!(!rule.message.ends_with('.') && !rule.hint.is_empty(), "{}", rule.name);
+        }
+        let mut names: Vec<&str> = TABLE.option.iter().map(|option| option.name.as_str()).collect();
+        assert!(names.iter().all(|name| name.starts_with("--") && !name.contains('_')));
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), TABLE.option.len(), "an option is there twice");
+    }
+
+    #[test]
+    fn a_rule_is_about_the_versions_between_its_bounds() {
+        let rule = |from: Option<&str>, below: Option<&str>| Rule {
+            name: String::new(),
+            package: String::new(),
+            from: from.map(str::to_owned),
+            below: below.map(str::to_owned),
+            connector: None,
+            needs: None,
+            level: RuleLevel::Warn,
+            message: String::new(),
+            hint: String::new(),
+        };
+        let about = |rule: &Rule, text| rule.is_about(&Version::parse(text).expect("a version"));
+        let between = rule(Some("0.26"), Some("0.30"));
+        assert!(about(&between, "0.26.0") && about(&between, "0.29.9+cu130"));
+        assert!(!about(&between, "0.25.9") && !about(&between, "0.30.0"));
+    }
+}

@@ -1,0 +1,90 @@
+//! Progress of a download: one bar on a terminal, elsewhere a line now and then.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+
+use super::{Printer, time_span};
+
+const BAR: &str = "  {bar:24.cyan/dim} {binary_bytes:>10} of {binary_total_bytes}  {binary_bytes_per_sec:.dim}  {msg}";
+
+/// Between two lines where nothing can be redrawn.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// A download under way; threads may tell it at once.
+#[derive(Debug)]
+pub struct DownloadProgress {
+    printer: Printer,
+    redraws: bool,
+    bar: ProgressBar,
+    began: Instant,
+    told: Mutex<Told>,
+}
+
+/// What was said last.
+#[derive(Debug)]
+struct Told {
+    at: Instant,
+    percent: u64,
+}
+
+impl DownloadProgress {
+    /// Nothing has come yet.
+    pub fn new(printer: Printer) -> Self {
+        let redraws = printer.is_terminal() && !printer.quiet;
+        let target = if redraws {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let bar = ProgressBar::with_draw_target(Some(0), target).with_finish(ProgressFinish::AndClear);
+        if let Ok(style) = ProgressStyle::with_template(BAR) {
+            bar.set_style(style);
+        }
+        let began = Instant::now();
+        Self {
+            printer,
+            redraws,
+            bar,
+            began,
+            told: Mutex::new(Told { at: began, percent: 0 }),
+        }
+    }
+
+    /// So many bytes of all of them are here, and so many files.
+    pub fn advance(&self, bytes: u64, total: u64, (files, total_files): (usize, usize)) {
+        self.bar.set_length(total);
+        self.bar.set_position(bytes);
+        self.bar.set_message(format!("file {} of {total_files}", (files + 1).min(total_files)));
+        if self.redraws || total == 0 {
+            return;
+        }
+        let percent = u64::try_from(u128::from(bytes) * 100 / u128::from(total)).unwrap_or(100);
+        let Ok(mut told) = self.told.lock() else {
+            return;
+        };
+        if told.at.elapsed() >= LINE_EVERY && percent > told.percent {
+            *told = Told {
+                at: Instant::now(),
+                percent,
+            };
+            self.printer.status(format!("  {percent} % of {:.1} GiB", total as f64 / 1_073_741_824.0));
+        }
+    }
+
+    /// Something else to know, above the bar.
+    pub fn note(&self, text: &str) {
+        if self.redraws {
+            self.bar.suspend(|| self.printer.status(format!("  {text}")));
+        } else {
+            self.printer.status(format!("  {text}"));
+        }
+    }
+
+    /// Takes the bar away. How long it took.
+    pub fn finish(&self) -> String {
+        self.bar.finish_and_clear();
+        time_span(self.began.elapsed())
+    }
+}
