@@ -1,7 +1,7 @@
 //! The model, fetched once before any engine starts.
 
-use crate::machine::huggingface::{self, Access, CacheState, DownloadError, Settings};
 use crate::machine::Machine;
+use crate::machine::huggingface::{self, Access, CacheState, DownloadError, Settings};
 use crate::plan::{ModelFetch, Plan};
 use crate::preflight::gibibytes;
 use crate::profile::Profile;
@@ -40,7 +40,9 @@ pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: 
 fn failure(error: DownloadError, fetch: &ModelFetch) -> Failure {
     let hint = match &error {
         DownloadError::Refused(_) => "`xpyd doctor --profile …` says what the hub has against it",
-        DownloadError::Access(_) => "start again: what has arrived is kept, and the download goes on where it broke off",
+        DownloadError::Access(_) => {
+            "start again: what has arrived is kept, and the download goes on where it broke off"
+        }
         DownloadError::Damaged { .. } => {
             "a proxy or a mirror on the way changes files: try another network, or without HF_ENDPOINT"
         }

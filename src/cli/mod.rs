@@ -2,10 +2,13 @@
 
 mod attach;
 pub mod bench;
+mod bundle;
+mod checks;
 mod companion;
 mod completions;
 mod demo;
 mod detach;
+mod doctor;
 pub mod down;
 mod drain;
 mod fetch;
@@ -72,6 +75,10 @@ enum Verb {
     Sim(Box<sim::Arguments>),
     /// Show everything that a run would do: ports, GPUs, command lines, files
     Plan(plan::Arguments),
+    /// Check this machine, for a profile or at large: what is missing, why, and what mends it
+    Doctor(doctor::Arguments),
+    /// Put a run's plan and logs and this machine's findings into one archive for an issue, without secrets
+    Bundle(bundle::Arguments),
     /// List, show or check profiles
     Profiles(profiles::Arguments),
     /// Print completions for a shell
@@ -104,6 +111,8 @@ pub fn main() -> ExitCode {
         Verb::Proxy(arguments) => block_on(proxy::run(arguments, printer)),
         Verb::Sim(arguments) => block_on(sim::run(*arguments)),
         Verb::Plan(arguments) => plan::run(&arguments, printer),
+        Verb::Doctor(arguments) => doctor::run(&arguments, printer),
+        Verb::Bundle(arguments) => bundle::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
         Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),
         Verb::Guardian => Ok(guardian::process::run()),

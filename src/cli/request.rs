@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::checks;
 use crate::engine::EngineKind;
 use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
-use crate::preflight::{self, Finding, Level};
+use crate::preflight::{Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
 use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Tls, Traces};
 use crate::report::{ExitStatus, Failure};
@@ -49,7 +50,7 @@ pub(super) struct FleetArguments {
 }
 
 /// How clients are served, by flags that `xpyd proxy` has as well.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(super) struct ServiceArguments {
     /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more. Where
     /// `VLLM_API_KEY` is set, engines are sent that key.
@@ -113,6 +114,27 @@ pub(super) enum ConnectorFlag {
 }
 
 impl FleetArguments {
+    /// Those of a command that only names a profile and what is changed of it.
+    pub(super) fn of_profile(
+        profile: String,
+        set: Vec<String>,
+        model: Option<String>,
+        (engine, connector): (Option<EngineFlag>, Option<ConnectorFlag>),
+    ) -> Self {
+        Self {
+            profile,
+            set,
+            model,
+            engine,
+            connector,
+            port: None,
+            client_bound: None,
+            client_bound_key: None,
+            service: ServiceArguments::default(),
+            logs: PathBuf::from("logs"),
+        }
+    }
+
     /// The profile with everything the command line says on top.
     pub(super) fn profile(&self) -> Result<Profile, Failure> {
         let mut overrides = Vec::new();
@@ -292,7 +314,7 @@ pub(super) fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Res
 
 /// Checks the plan against the machine, prints what is not as it should be, and fails if the run cannot work.
 pub(super) fn preflight(plan: &Plan, machine: &Machine, printer: Printer) -> Result<(), Failure> {
-    let findings = preflight::check(plan, machine);
+    let findings = checks::of_plan(plan, machine);
     let failures = findings.iter().filter(|finding| finding.level == Level::Fail).count();
     for finding in &findings {
         match finding.level {

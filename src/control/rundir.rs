@@ -340,6 +340,30 @@ pub fn find_in(root: &Path, name: &str) -> Result<Option<RunInfo>, RunDirError> 
     }
 }
 
+/// Names of runs that were killed: their files are there, and nobody holds their lock. The next run of that name removes what
+/// they left.
+pub fn stale() -> Vec<String> {
+    stale_in(&runtime_root())
+}
+
+/// [`stale`] below another folder than the user's.
+pub fn stale_in(root: &Path) -> Vec<String> {
+    if check_private(root).is_err() {
+        return Vec::new();
+    }
+    let entries = fs_err::read_dir(root).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names
+        .filter(|name| {
+            let folder = root.join(name);
+            let has_files = [RUN_FILE, SOCKET_FILE].iter().any(|file| folder.join(file).exists());
+            check_name(name).is_ok() && has_files && is_locked(&folder.join(LOCK_FILE)).is_ok_and(|locked| !locked)
+        })
+        .collect();
+    names.sort();
+    names
+}
+
 /// How the run that `info` tells of has ended; `None` while it runs, and if it could not say any more.
 pub fn outcome(info: &RunInfo) -> Result<Option<RunOutcome>, RunDirError> {
     outcome_in(&runtime_root(), info)

@@ -240,16 +240,25 @@ mod tests {
             Path::new("/c/huggingface/hub")
         );
         assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/hf")]), Path::new("/h/hf/hub"));
-        assert_eq!(cache(&[("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/hub")]), Path::new("/hub"));
+        assert_eq!(
+            cache(&[("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/hub")]),
+            Path::new("/hub")
+        );
         assert_eq!(cache(&[("HUGGINGFACE_HUB_CACHE", "/old")]), Path::new("/old"));
     }
 
     #[test]
     fn the_endpoint_has_no_slash_at_its_end_and_offline_has_two_names() {
-        assert_eq!(settings(&[("HF_ENDPOINT", "http://mirror/ ")]).endpoint, "http://mirror");
+        assert_eq!(
+            settings(&[("HF_ENDPOINT", "http://mirror/ ")]).endpoint,
+            "http://mirror"
+        );
         assert_eq!(settings(&[]).endpoint, ENDPOINT);
         assert_eq!(settings(&[("HF_HUB_OFFLINE", "1")]).offline, Some("HF_HUB_OFFLINE"));
-        assert_eq!(settings(&[("TRANSFORMERS_OFFLINE", "yes")]).offline, Some("TRANSFORMERS_OFFLINE"));
+        assert_eq!(
+            settings(&[("TRANSFORMERS_OFFLINE", "yes")]).offline,
+            Some("TRANSFORMERS_OFFLINE")
+        );
         assert_eq!(settings(&[("HF_HUB_OFFLINE", "0")]).offline, None);
     }
 
@@ -270,7 +279,18 @@ mod tests {
         for name in ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"] {
             assert!(is_repository(name), "{name}");
         }
-        for path in ["/models/x", "./x", "../x", "~/x", "a/b/c", "a/", "", "a b", "a/..", "s3://x/y"] {
+        for path in [
+            "/models/x",
+            "./x",
+            "../x",
+            "~/x",
+            "a/b/c",
+            "a/",
+            "",
+            "a b",
+            "a/..",
+            "s3://x/y",
+        ] {
             assert!(!is_repository(path), "{path}");
         }
     }

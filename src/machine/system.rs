@@ -130,7 +130,10 @@ fn owners(sockets: &[(u16, u64)]) -> HashMap<u64, (u32, String)> {
         .map(|(_, inode)| (format!("socket:[{inode}]"), *inode))
         .collect();
     let processes = entries(Path::new("/proc"));
-    for (pid, folder) in processes.iter().filter_map(|path| Some((path.file_name()?.to_str()?.parse().ok()?, path))) {
+    for (pid, folder) in processes
+        .iter()
+        .filter_map(|path| Some((path.file_name()?.to_str()?.parse().ok()?, path)))
+    {
         for descriptor in std::fs::read_dir(folder.join("fd")).into_iter().flatten().flatten() {
             let target = std::fs::read_link(descriptor.path()).ok();
             let inode = target.and_then(|target| wanted.get(target.to_str()?).copied());
@@ -180,7 +183,11 @@ fn redirects(config: &[u8]) -> Option<bool> {
             break;
         };
         if header & 0xffff == ACS {
-            return Some(config.get(offset + 6).is_some_and(|control| control & REQUEST_OR_COMPLETION != 0));
+            return Some(
+                config
+                    .get(offset + 6)
+                    .is_some_and(|control| control & REQUEST_OR_COMPLETION != 0),
+            );
         }
         offset = (header >> 20) as usize;
         if offset < 256 {
@@ -196,7 +203,8 @@ mod tests {
 
     #[test]
     fn lines_of_listening_sockets_are_read_and_no_others() {
-        let listen = "   0: 0100007F:238C 00000000:0000 0A 00000000:00000000 00:00000000 00000000  0  0 4711 1 0 100 0 0 10 0";
+        let listen =
+            "   0: 0100007F:238C 00000000:0000 0A 00000000:00000000 00:00000000 00000000  0  0 4711 1 0 100 0 0 10 0";
         assert_eq!(listening(listen), Some((9100, 4711)));
         assert_eq!(listening(&listen.replace(" 0A ", " 01 ")), None);
         assert_eq!(listening("  sl  local_address rem_address   st"), None);
@@ -216,8 +224,8 @@ mod tests {
         let mut config = vec![0_u8; 4096];
         assert_eq!(redirects(&config), Some(false));
         // Advanced error reporting at 256, then ACS at 512.
-        config[256..260].copy_from_slice(&(0x0001 | 1 << 16 | 512 << 20_u32).to_le_bytes());
-        config[512..516].copy_from_slice(&(0x000d | 1 << 16_u32).to_le_bytes());
+        config[256..260].copy_from_slice(&0x2001_0001_u32.to_le_bytes());
+        config[512..516].copy_from_slice(&0x0001_000d_u32.to_le_bytes());
         assert_eq!(redirects(&config), Some(false));
         config[518] = 0b1_1101;
         assert_eq!(redirects(&config), Some(true));

@@ -38,18 +38,26 @@ const ELSEWHERE: [&str; 12] = [
 /// What to fetch. Nothing where the model is a folder, or the profile has engines read from elsewhere: they do that
 /// themselves.
 pub(super) fn model(profile: &Profile, machine: &Machine) -> Option<ModelFetch> {
-    let is_folder = matches!(machine.hugging_face.model.state, CacheState::Folder | CacheState::BadFolder { .. });
+    let is_folder = matches!(
+        machine.hugging_face.model.state,
+        CacheState::Folder | CacheState::BadFolder { .. }
+    );
     if profile.engine != EngineKind::Vllm || is_folder || !is_repository(&profile.model) {
         return None;
     }
     let roles = [&profile.prefill, &profile.decode];
     let args = || profile.vllm.args.iter().chain(roles.iter().flat_map(|role| &role.args));
     let reads_elsewhere = args().any(|word| {
-        let name = word.split_once('=').map_or(word.as_str(), |(name, _)| name).replace('_', "-");
+        let name = word
+            .split_once('=')
+            .map_or(word.as_str(), |(name, _)| name)
+            .replace('_', "-");
         ELSEWHERE.contains(&name.as_str())
     });
     // Roles may have places of their own; the variables of all engines are those that xpyd looks at, too.
-    let has_places = roles.iter().any(|role| role.env.keys().any(|name| name.starts_with("HF_")));
+    let has_places = roles
+        .iter()
+        .any(|role| role.env.keys().any(|name| name.starts_with("HF_")));
     let variables = profile.vllm.env.iter().chain(roles.iter().flat_map(|role| &role.env));
     let other_hub = variables.into_iter().any(|(name, _)| name == "VLLM_USE_MODELSCOPE");
     if reads_elsewhere || has_places || other_hub {
@@ -75,7 +83,10 @@ mod tests {
     use crate::profile::{Override, load};
 
     fn fetched(set: &[&str]) -> (Option<ModelFetch>, Option<String>) {
-        let overrides: Vec<Override> = set.iter().map(|set| Override::parse(set).expect("an override")).collect();
+        let overrides: Vec<Override> = set
+            .iter()
+            .map(|set| Override::parse(set).expect("an override"))
+            .collect();
         let profile = load("1p1d", &overrides).expect("a profile");
         let machine = Machine::fixture(2, "0.32.0", None);
         let plan = build(&profile, &machine, Path::new("/run")).expect("a plan");

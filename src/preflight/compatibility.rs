@@ -114,7 +114,11 @@ mod tests {
             for bound in [&rule.from, &rule.below].into_iter().flatten() {
                 assert!(Version::parse(bound).is_some(), "{}: {bound}", rule.name);
             }
-            assert!(rule.from.is_some() || rule.below.is_some(), "{} is about all versions", rule.name);
+            assert!(
+                rule.from.is_some() || rule.below.is_some(),
+                "{} is about all versions",
+                rule.name
+            );
             assert!(!rule.message.ends_with('.') && !rule.hint.is_empty(), "{}", rule.name);
         }
         let mut names: Vec<&str> = TABLE.option.iter().map(|option| option.name.as_str()).collect();

@@ -86,11 +86,19 @@ pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         (Topic::Software, software::check(plan, machine)),
         (Topic::Gpu, gpu::check(plan, machine)),
         (Topic::Memory, memory::without_gpus(plan, machine)),
-        (Topic::Memory, memory::of_cache_servers(plan, machine).into_iter().collect()),
+        (
+            Topic::Memory,
+            memory::of_cache_servers(plan, machine).into_iter().collect(),
+        ),
         (Topic::Model, model::check(plan, machine)),
         (Topic::System, system::check(plan, machine)),
     ];
     sorted(topics)
+}
+
+/// What a simulated fleet needs of a machine.
+pub fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    sorted([(Topic::System, system::of_simulated(plan, machine))])
 }
 
 /// What can be said of a machine without a plan: nothing is needed, so nothing fails.

@@ -25,7 +25,12 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         ],
         CacheState::BadFolder { problem } => {
             let hint = "check the path given as `model`, or name a repository of Hugging Face: `--model org/name`";
-            vec![finding("model", Level::Fail, format!("`{model}` {problem}"), Some(hint))]
+            vec![finding(
+                "model",
+                Level::Fail,
+                format!("`{model}` {problem}"),
+                Some(hint),
+            )]
         }
         CacheState::Partial { missing } => to_fetch(plan, facts, Some(missing)),
         CacheState::Absent | CacheState::None => to_fetch(plan, facts, None),
@@ -40,7 +45,10 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
     let facts = &machine.hugging_face;
     let mut findings = vec![pass("hf_cache", cache(facts))];
     findings.extend(match &facts.token {
-        None => Some(pass("hf_token", "there is none; only gated and private models need one".to_owned())),
+        None => Some(pass(
+            "hf_token",
+            "there is none; only gated and private models need one".to_owned(),
+        )),
         Some(_) => token(facts, false),
     });
     findings.extend(clock(&facts.hub));
@@ -74,14 +82,21 @@ fn to_fetch(plan: &Plan, facts: &HuggingFace, missing: Option<&Vec<String>>) -> 
     let part = missing.map(|missing| {
         let shown: Vec<&str> = missing.iter().take(3).map(String::as_str).collect();
         let more = missing.len().saturating_sub(shown.len());
-        let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+        let more = if more == 0 {
+            String::new()
+        } else {
+            format!(" and {more} more")
+        };
         format!("the cached copy of `{model}` lacks {}{more}", shown.join(", "))
     });
     let absent = part.unwrap_or_else(|| format!("`{model}` is not cached"));
     let mut findings = Vec::new();
     match &facts.hub {
         Hub::NotAsked(reason) => {
-            let hint = format!("`HF_HUB_OFFLINE=0 xpyd up …` fetches it; or copy its folder into {}", facts.cache.display());
+            let hint = format!(
+                "`HF_HUB_OFFLINE=0 xpyd up …` fetches it; or copy its folder into {}",
+                facts.cache.display()
+            );
             let message = format!("{absent}, and nothing is fetched: {reason}");
             findings.push(finding("model", Level::Fail, message, Some(&hint)));
         }
@@ -115,9 +130,15 @@ fn token(facts: &HuggingFace, is_needed: bool) -> Option<Finding> {
     match &answered.identity {
         Some(Identity::User(name)) => Some(pass("hf_token", format!("the token in {source} is of account {name}"))),
         Some(Identity::Invalid) => {
-            let form = if token.well_formed { "" } else { ", and it does not have the form `hf_…`" };
-            let message = format!("Hugging Face does not accept the token in {source}: it is wrong, expired or revoked{form}");
-            let hint = format!("make one at {TOKENS}, then `export HF_TOKEN=hf_…` or `hf auth login`; or `unset HF_TOKEN`");
+            let form = if token.well_formed {
+                ""
+            } else {
+                ", and it does not have the form `hf_…`"
+            };
+            let message =
+                format!("Hugging Face does not accept the token in {source}: it is wrong, expired or revoked{form}");
+            let hint =
+                format!("make one at {TOKENS}, then `export HF_TOKEN=hf_…` or `hf auth login`; or `unset HF_TOKEN`");
             let level = if is_needed { Level::Fail } else { Level::Warn };
             Some(finding("hf_token", level, message, Some(&hint)))
         }
@@ -145,14 +166,23 @@ fn access(plan: &Plan, facts: &HuggingFace, answer: &Answer, absent: &str) -> Fi
         }
         Answer::BadToken => {
             let message = format!("{absent}, and Hugging Face does not accept the token");
-            let hint = format!("make one at {TOKENS}, then `export HF_TOKEN=hf_…`; a public model needs none: `unset HF_TOKEN`");
+            let hint = format!(
+                "make one at {TOKENS}, then `export HF_TOKEN=hf_…`; a public model needs none: `unset HF_TOKEN`"
+            );
             finding("hf_access", Level::Fail, message, Some(&hint))
         }
         Answer::NotFound { with_token } => {
-            let or = if *with_token { "or this token may not see it" } else { "or it is private and there is no token" };
+            let or = if *with_token {
+                "or this token may not see it"
+            } else {
+                "or it is private and there is no token"
+            };
             let message = format!("there is no model `{model}` on {}, {or}", facts.endpoint);
             let hint = match facts.similar.first() {
-                Some(close) => format!("did you mean `{}`, which is cached? `--model {close}`", facts.similar.join("` or `")),
+                Some(close) => format!(
+                    "did you mean `{}`, which is cached? `--model {close}`",
+                    facts.similar.join("` or `")
+                ),
                 None => format!("check the name at {page}; for a private model, `export HF_TOKEN=hf_…`"),
             };
             finding("hf_access", Level::Fail, message, Some(&hint))
@@ -176,8 +206,14 @@ fn access(plan: &Plan, facts: &HuggingFace, answer: &Answer, absent: &str) -> Fi
 }
 
 fn room(plan: &Plan, facts: &HuggingFace, bytes: Option<u64>, absent: &str) -> Finding {
-    let who = if plan.fetch.is_some() { "xpyd fetches" } else { "each engine fetches" };
-    let size = bytes.map(|bytes| format!(" ({})", gibibytes(bytes))).unwrap_or_default();
+    let who = if plan.fetch.is_some() {
+        "xpyd fetches"
+    } else {
+        "each engine fetches"
+    };
+    let size = bytes
+        .map(|bytes| format!(" ({})", gibibytes(bytes)))
+        .unwrap_or_default();
     match (bytes, facts.free_bytes) {
         (Some(bytes), Some(free)) if free < bytes => {
             let message = format!(
@@ -186,7 +222,8 @@ fn room(plan: &Plan, facts: &HuggingFace, bytes: Option<u64>, absent: &str) -> F
                 gibibytes(free),
                 facts.cache.display()
             );
-            let hint = "`hf cache ls` shows what is there and `hf cache rm` removes it; or `export HF_HOME=/a/larger/disk`";
+            let hint =
+                "`hf cache ls` shows what is there and `hf cache rm` removes it; or `export HF_HOME=/a/larger/disk`";
             finding("disk", Level::Fail, message, Some(hint))
         }
         _ => pass("hf_access", format!("{absent}; {who} it before the start{size}")),
@@ -200,7 +237,10 @@ fn gated_by_name(plan: &Plan, facts: &HuggingFace, absent: &str) -> Option<Findi
     let message = match &facts.token {
         None if is_gated => format!("{absent} and is gated, and there is no Hugging Face token"),
         Some(token) if is_gated && !token.well_formed => {
-            format!("the token in {} does not have the form `hf_…`, and `{model}` is gated", token.source)
+            format!(
+                "the token in {} does not have the form `hf_…`, and `{model}` is gated",
+                token.source
+            )
         }
         None | Some(_) => return None,
     };
@@ -218,7 +258,10 @@ fn leftovers(facts: &HuggingFace) -> Vec<Finding> {
     let (parts, stale) = (of(LeftoverKind::DeadPart).count(), of(LeftoverKind::StaleLock).count());
     let mut findings = Vec::new();
     if let Some(held) = of(LeftoverKind::HeldLock).next() {
-        let message = format!("another process is downloading this model; it holds {}", held.path.display());
+        let message = format!(
+            "another process is downloading this model; it holds {}",
+            held.path.display()
+        );
         let hint = "`up` waits for it; `fuser` on that file names the process";
         findings.push(finding("hf_locks", Level::Warn, message, Some(hint)));
     }
@@ -227,7 +270,12 @@ fn leftovers(facts: &HuggingFace) -> Vec<Finding> {
             "downloads that were cut off have left {stale} locks and {parts} unusable parts ({})",
             gibibytes(bytes)
         );
-        findings.push(finding("hf_locks", Level::Warn, message, Some("`xpyd doctor --profile … --fix` removes them")));
+        findings.push(finding(
+            "hf_locks",
+            Level::Warn,
+            message,
+            Some("`xpyd doctor --profile … --fix` removes them"),
+        ));
     }
     findings
 }
@@ -241,6 +289,14 @@ fn clock(hub: &Hub) -> Option<Finding> {
         return Some(pass("clock", "agrees with the hub's".to_owned()));
     }
     let way = if ahead > 0 { "ahead of" } else { "behind" };
-    let message = format!("this clock is {} s {way} the hub's: tokens and certificates may be refused", ahead.abs());
-    Some(finding("clock", Level::Warn, message, Some("`timedatectl set-ntp true`")))
+    let message = format!(
+        "this clock is {} s {way} the hub's: tokens and certificates may be refused",
+        ahead.abs()
+    );
+    Some(finding(
+        "clock",
+        Level::Warn,
+        message,
+        Some("`timedatectl set-ntp true`"),
+    ))
 }

@@ -36,7 +36,10 @@ pub(super) fn unknown(plan: &Plan, environment: &Environment, vllm: Option<&Vers
                 continue;
             }
             let version = vllm.map(|version| format!(" {version}")).unwrap_or_default();
-            let message = format!("vLLM{version} has no option `{option}`, and {} would end at once", engine.id);
+            let message = format!(
+                "vLLM{version} has no option `{option}`, and {} would end at once",
+                engine.id
+            );
             findings.push(finding("options", Level::Fail, message, Some(&advice(option, known))));
         }
     }
@@ -50,7 +53,11 @@ pub(super) fn unknown(plan: &Plan, environment: &Environment, vllm: Option<&Vers
 /// The options on an engine's command line. A word that begins with `-` and a digit is a value.
 fn given(engine: &EngineSpec) -> impl Iterator<Item = &str> {
     // What stands before `serve` belongs to the program that starts the companion.
-    let start = engine.argv.iter().position(|word| word == "serve").map_or(0, |index| index + 1);
+    let start = engine
+        .argv
+        .iter()
+        .position(|word| word == "serve")
+        .map_or(0, |index| index + 1);
     engine.argv[start..].iter().filter_map(|word| {
         let is_option = word.starts_with("--") && word.len() > 2
             || word.starts_with('-') && word.chars().nth(1).is_some_and(char::is_alphabetic);
@@ -78,10 +85,15 @@ fn advice(option: &str, known: &BTreeSet<String>) -> String {
         return format!("{instead} (profiles say options in `vllm.args`, `prefill.args` and `decode.args`)");
     }
     let likeness = |name: &&String| strsim::normalized_damerau_levenshtein(name, &normal);
-    let closest = known.iter().max_by(|one, other| likeness(one).total_cmp(&likeness(other)));
+    let closest = known
+        .iter()
+        .max_by(|one, other| likeness(one).total_cmp(&likeness(other)));
     match closest.filter(|name| likeness(name) >= CLOSE) {
         Some(name) => format!("did you mean `{name}`? Options are in `vllm.args`, `prefill.args` and `decode.args`"),
-        None => "take it out of `vllm.args`, `prefill.args` or `decode.args`; `vllm serve --help=all` lists what there is".to_owned(),
+        None => {
+            "take it out of `vllm.args`, `prefill.args` or `decode.args`; `vllm serve --help=all` lists what there is"
+                .to_owned()
+        }
     }
 }
 
@@ -115,7 +127,9 @@ pub(super) fn unregistered(plan: &Plan, environment: &Environment, vllm: Option<
 pub(super) fn different(plan: &Plan) -> Vec<Finding> {
     let value = |role: Role, names: &[&str]| {
         let engine = plan.engines_of(role).next();
-        engine.and_then(|engine| vllm::option(&engine.argv, names)).map(str::to_owned)
+        engine
+            .and_then(|engine| vllm::option(&engine.argv, names))
+            .map(str::to_owned)
     };
     let differs = COMMON.iter().filter_map(|names| {
         let (prefill, decode) = (value(Role::Prefill, names), value(Role::Decode, names));
@@ -155,7 +169,10 @@ pub(super) fn hash_seed(plan: &Plan) -> Option<Finding> {
         format!("{NAME} is not set to a number: engines hash the same prompt differently")
     } else {
         let seeds: Vec<&str> = seeds.into_iter().collect();
-        format!("{NAME} differs between engines ({}): they hash the same prompt differently", seeds.join(", "))
+        format!(
+            "{NAME} differs between engines ({}): they hash the same prompt differently",
+            seeds.join(", ")
+        )
     };
     // LMCache finds KV by such hashes; NIXL sends parameters.
     let level = match plan.connector {
@@ -171,7 +188,15 @@ mod tests {
     use super::*;
 
     fn known() -> BTreeSet<String> {
-        let names = ["--max-model-len", "--port", "--served-model-name", "--enforce-eager", "--compilation-config", "-tp", "--gpu-memory-utilization"];
+        let names = [
+            "--max-model-len",
+            "--port",
+            "--served-model-name",
+            "--enforce-eager",
+            "--compilation-config",
+            "-tp",
+            "--gpu-memory-utilization",
+        ];
         names.map(str::to_owned).into()
     }
 

@@ -11,7 +11,12 @@ pub(super) fn gpus(machine: &Machine) -> Vec<Finding> {
         Gpus::Unavailable(reason) => vec![finding("gpu", Level::Warn, reason.clone(), Some(without))],
         Gpus::Found(found) if found.is_empty() => {
             let message = "there is a driver, and no GPU that xpyd may use".to_owned();
-            vec![finding("gpu", Level::Warn, message, Some("widen CUDA_VISIBLE_DEVICES, or see `nvidia-smi -L`"))]
+            vec![finding(
+                "gpu",
+                Level::Warn,
+                message,
+                Some("widen CUDA_VISIBLE_DEVICES, or see `nvidia-smi -L`"),
+            )]
         }
         Gpus::Found(found) => {
             let mut kinds: Vec<(&str, usize)> = Vec::new();

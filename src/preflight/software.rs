@@ -53,7 +53,12 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
             let message = "NIXL is not installed, and without it or LMCache no KV moves".to_owned();
             finding(name, Level::Warn, message, Some(install))
         }
-        None => finding(name, Level::Pass, "LMCache is not installed; NIXL does without".to_owned(), None),
+        None => finding(
+            name,
+            Level::Pass,
+            "LMCache is not installed; NIXL does without".to_owned(),
+            None,
+        ),
     }));
     findings.extend(compatibility::check(None, &machine.engine));
     findings
@@ -80,16 +85,14 @@ fn found(machine: &Machine) -> Vec<Finding> {
     else {
         return Vec::new();
     };
-    let vllm = match vllm {
-        Some(version) => {
-            let message = format!("vLLM {version} at {}", program.display());
-            finding("vllm", Level::Pass, message, None)
-        }
-        None => {
-            let message = format!("the version of {} could not be read", program.display());
-            let hint = "is it a script of another environment? `head -1` of it names its Python, and `python -m pip show vllm` there its version";
-            finding("vllm", Level::Warn, message, Some(hint))
-        }
+    let vllm = if let Some(version) = vllm {
+        let message = format!("vLLM {version} at {}", program.display());
+        finding("vllm", Level::Pass, message, None)
+    } else {
+        let message = format!("the version of {} could not be read", program.display());
+        let hint = "is it a script of another environment? `head -1` of it names its Python, and `python -m pip show vllm` \
+            there its version";
+        finding("vllm", Level::Warn, message, Some(hint))
     };
     vec![vllm].into_iter().chain(python(environment)).collect()
 }

@@ -1,4 +1,4 @@
-//! Limits, shared memory, ports, PCIe and the clock, against what the plan's engines need.
+//! Limits, shared memory, ports, the bus and the clock, against what the plan's engines need.
 
 use super::model::gibibytes;
 use super::{Finding, Level, finding};
@@ -33,13 +33,16 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
+pub(super) fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    vec![
+        open_files(machine.system.open_files),
+        ports(plan, &machine.system.listeners),
+    ]
+}
+
 pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
     let system = &machine.system;
-    vec![
-        open_files(system.open_files),
-        shared_memory(system, 0),
-        year(system),
-    ]
+    vec![open_files(system.open_files), shared_memory(system, 0), year(system)]
 }
 
 fn pass(check: &'static str, message: String) -> Finding {
@@ -56,7 +59,11 @@ fn shown(limit: u64) -> String {
 
 /// xpyd and vLLM raise the soft limit themselves; the hard one is the administrator's.
 fn open_files(limit: Limit) -> Finding {
-    let numbers = format!("{} open files per process, at most {}", shown(limit.soft), shown(limit.hard));
+    let numbers = format!(
+        "{} open files per process, at most {}",
+        shown(limit.soft),
+        shown(limit.hard)
+    );
     let hint = "as root, `ulimit -Hn 65535` before the start, `LimitNOFILE=65535` in a systemd unit, `--ulimit nofile=65535` \
         for a container, or `* hard nofile 65535` in /etc/security/limits.conf";
     match limit.hard {
@@ -73,12 +80,24 @@ fn shared_memory(system: &System, ranks: u64) -> Finding {
     let hint = "start the container with `--shm-size=16g` or `--ipc=host`; elsewhere, as root, `mount -o remount,size=50% /dev/shm`";
     let Some(space) = system.shared_memory else {
         let message = "there is no /dev/shm, and engines share memory between their processes there".to_owned();
-        return finding("shm", Level::Fail, message, Some("mount it: `mount -t tmpfs tmpfs /dev/shm`"));
+        return finding(
+            "shm",
+            Level::Fail,
+            message,
+            Some("mount it: `mount -t tmpfs tmpfs /dev/shm`"),
+        );
     };
-    let numbers = format!("/dev/shm has {} of {} free", gibibytes(space.free), gibibytes(space.total));
+    let numbers = format!(
+        "/dev/shm has {} of {} free",
+        gibibytes(space.free),
+        gibibytes(space.total)
+    );
     let needed = ranks * SHARED_BYTES_PER_RANK;
     if space.total < needed {
-        let message = format!("{numbers}, and {ranks} ranks of tensor parallelism want about {}", gibibytes(needed));
+        let message = format!(
+            "{numbers}, and {ranks} ranks of tensor parallelism want about {}",
+            gibibytes(needed)
+        );
         return finding("shm", Level::Fail, message, Some(hint));
     }
     if space.free < needed.max(SHARED_BYTES_PER_RANK) {
@@ -121,7 +140,9 @@ fn locked_memory(plan: &Plan, system: &System) -> Finding {
     };
     let over_rdma = plan.engines.iter().any(|engine| {
         let transports = engine.env.get("UCX_TLS").map_or("all", String::as_str);
-        transports.split(',').any(|name| ["all", "ib", "rc", "rc_v", "rc_x", "ud", "dc"].contains(&name))
+        transports
+            .split(',')
+            .any(|name| ["all", "ib", "rc", "rc_v", "rc_x", "ud", "dc"].contains(&name))
     });
     if system.has_rdma && over_rdma && limit != u64::MAX {
         let message = format!("{words}, and UCX may use this machine's RDMA devices, which want it all");
@@ -138,7 +159,8 @@ fn pcie(system: &System) -> Option<Finding> {
     if bridges == 0 || !system.pcie.has_iommu {
         return Some(pass("acs", "no bridge redirects what goes from GPU to GPU".to_owned()));
     }
-    let message = format!("{bridges} PCIe bridges redirect what goes from GPU to GPU (ACS), and direct copies may hang");
+    let message =
+        format!("{bridges} PCIe bridges redirect what goes from GPU to GPU (ACS), and direct copies may hang");
     let hint = "where GPUs have no NVLink: `iommu=pt` on the kernel's command line and ACS off in the firmware; or \
         `--set vllm.env.NCCL_P2P_DISABLE=1` with `--disable-custom-all-reduce` in `vllm.args`";
     Some(finding("acs", Level::Warn, message, Some(hint)))

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::*;
-use crate::machine::{Engine, Gpus, Token, TokenSource};
+use crate::machine::huggingface::{Answer, Answered, CacheState, Hub, Identity};
+use crate::machine::{Engine, Gpus, Limit, Listener, Pcie, Space, System, Token, TokenSource};
 use crate::profile::{self, Override};
 
 fn findings(profile: &str, machine: &Machine) -> Vec<Finding> {
@@ -29,7 +30,19 @@ fn a_good_machine_passes_everything() {
     );
     assert_eq!(
         findings.iter().map(|finding| finding.check).collect::<Vec<_>>(),
-        ["vllm", "lmcache", "gpu", "model"]
+        [
+            "vllm",
+            "python",
+            "lmcache",
+            "gpu",
+            "model",
+            "hf_access",
+            "nofile",
+            "shm",
+            "ports",
+            "memlock",
+            "time"
+        ]
     );
 }
 
@@ -86,23 +99,265 @@ fn cache_servers_want_both_packages_and_memory_for_all_of_them() {
     assert_eq!(failed("2p2d-lmcache-mp", &machine), ["nixl", "lmcache", "cache_memory"]);
 }
 
+fn hub(machine: &mut Machine, model: Answer) {
+    machine.hugging_face.model.state = CacheState::Absent;
+    machine.hugging_face.hub = Hub::Answered(Answered {
+        identity: Some(Identity::User("ada".to_owned())),
+        model: Some(model),
+        clock_ahead_seconds: Some(0),
+    });
+}
+
+fn of<'findings>(findings: &'findings [Finding], check: &str) -> &'findings Finding {
+    let found = findings.iter().find(|finding| finding.check == check);
+    found.unwrap_or_else(|| panic!("no {check} in {findings:#?}"))
+}
+
 #[test]
-fn a_gated_model_needs_a_well_formed_token_unless_it_is_cached() {
+fn each_answer_of_the_hub_has_its_finding_with_what_to_do() {
+    let mut machine = Machine::fixture(4, "0.32.0", None);
+    for (answer, check, level, hint) in [
+        (
+            Answer::Gated { with_token: true },
+            "hf_access",
+            Level::Fail,
+            "accept it at https://huggingface.co/meta-llama/",
+        ),
+        (
+            Answer::Gated { with_token: false },
+            "hf_access",
+            Level::Fail,
+            "accept the licence",
+        ),
+        (Answer::BadToken, "hf_access", Level::Fail, "settings/tokens"),
+        (
+            Answer::NotFound { with_token: true },
+            "hf_access",
+            Level::Fail,
+            "check the name",
+        ),
+        (Answer::NoRevision, "hf_access", Level::Fail, "--revision"),
+        (Answer::RateLimited, "hf_access", Level::Warn, "wait"),
+        (
+            Answer::Failed("status 503".to_owned()),
+            "hf_access",
+            Level::Warn,
+            "status.huggingface.co",
+        ),
+        (Answer::Open { bytes: Some(1 << 50) }, "disk", Level::Fail, "HF_HOME"),
+    ] {
+        hub(&mut machine, answer.clone());
+        let findings = findings("2p2d", &machine);
+        let found = of(&findings, check);
+        assert_eq!(found.level, level, "{answer:?}: {found:?}");
+        assert!(
+            found.hint.as_ref().is_some_and(|text| text.contains(hint)),
+            "{answer:?}: {found:?}"
+        );
+    }
+    hub(&mut machine, Answer::Open { bytes: Some(16 << 30) });
+    let access = findings("2p2d", &machine);
+    assert_eq!(
+        of(&access, "hf_access").message,
+        "`meta-llama/Llama-3.1-8B-Instruct` is not cached; xpyd fetches it before the start (16.0 GiB)"
+    );
+}
+
+#[test]
+fn a_typo_names_what_is_cached() {
+    let mut machine = Machine::fixture(4, "0.32.0", None);
+    hub(&mut machine, Answer::NotFound { with_token: false });
+    machine.hugging_face.similar = vec!["org/model".to_owned()];
+    let findings = findings("2p2d", &machine);
+    let hint = of(&findings, "hf_access").hint.clone();
+    assert_eq!(
+        hint.as_deref(),
+        Some("did you mean `org/model`, which is cached? `--model org/model`")
+    );
+}
+
+#[test]
+fn without_the_hub_a_gated_model_needs_a_well_formed_token_unless_it_is_cached() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     machine.hugging_face.token = None;
     assert!(failed("2p2d", &machine).is_empty(), "cached");
-    machine.hugging_face.model_is_local = false;
+    machine.hugging_face.model.state = CacheState::Absent;
+    machine.hugging_face.hub = Hub::Unreachable("no route".to_owned());
     assert_eq!(failed("2p2d", &machine), ["hf_token"]);
-    machine.hugging_face.token = Some(Token {
+    let token = |well_formed| Token {
         source: TokenSource::Environment("HF_TOKEN"),
-        well_formed: false,
-    });
+        well_formed,
+    };
+    machine.hugging_face.token = Some(token(false));
     assert_eq!(failed("2p2d", &machine), ["hf_token"]);
-    machine.hugging_face.token = Some(Token {
-        source: TokenSource::Environment("HF_TOKEN"),
-        well_formed: true,
-    });
+    machine.hugging_face.token = Some(token(true));
     assert!(failed("2p2d", &machine).is_empty());
+}
+
+#[test]
+fn what_is_missing_of_a_model_is_named_and_offline_it_fails() {
+    let mut machine = Machine::fixture(4, "0.32.0", None);
+    machine.hugging_face.model.state = CacheState::Partial {
+        missing: (1..=5).map(|number| format!("model-{number}.safetensors")).collect(),
+    };
+    machine.hugging_face.hub = Hub::NotAsked("HF_HUB_OFFLINE is set".to_owned());
+    let findings = findings("2p2d", &machine);
+    let model = of(&findings, "model");
+    assert_eq!(model.level, Level::Fail);
+    assert!(
+        model
+            .message
+            .contains("lacks model-1.safetensors, model-2.safetensors, model-3.safetensors and 2 more"),
+        "{model:?}"
+    );
+    assert!(model.message.ends_with("HF_HUB_OFFLINE is set"), "{model:?}");
+}
+
+#[test]
+fn limits_of_the_system_are_judged_by_what_the_plan_needs() {
+    let level = |profile: &str, change: &dyn Fn(&mut System), check: &str| {
+        let mut machine = Machine::fixture(8, "0.32.0", None);
+        change(&mut machine.system);
+        let findings = findings(profile, &machine);
+        of(&findings, check).level
+    };
+    let files = |hard| move |system: &mut System| system.open_files = Limit { soft: 1024, hard };
+    assert_eq!(level("2p2d", &files(1 << 20), "nofile"), Level::Pass);
+    assert_eq!(level("2p2d", &files(8192), "nofile"), Level::Warn);
+    assert_eq!(level("2p2d", &files(1024), "nofile"), Level::Fail);
+    let small = |system: &mut System| {
+        system.shared_memory = Some(Space {
+            total: 64 << 20,
+            free: 64 << 20,
+        });
+    };
+    assert_eq!(level("2p2d", &small, "shm"), Level::Warn);
+    assert_eq!(level("2p2d-tp2", &small, "shm"), Level::Fail);
+    assert_eq!(level("2p2d", &|system| system.shared_memory = None, "shm"), Level::Fail);
+    assert_eq!(level("2p2d", &|system| system.unix_seconds = 0, "time"), Level::Warn);
+    let bridges = |system: &mut System| {
+        system.pcie = Pcie {
+            has_iommu: true,
+            redirecting_bridges: Some(2),
+        };
+    };
+    assert_eq!(level("2p2d", &bridges, "acs"), Level::Warn);
+    let locked = |system: &mut System| {
+        system.locked_memory = Limit {
+            soft: 65_536,
+            hard: 65_536,
+        }
+    };
+    assert_eq!(level("2p2d", &locked, "memlock"), Level::Pass);
+}
+
+#[test]
+fn a_port_that_is_taken_names_its_holder() {
+    let mut machine = Machine::fixture(4, "0.32.0", None);
+    machine.system.listeners = vec![Listener {
+        port: 7101,
+        process: Some((4711, "nginx".to_owned())),
+    }];
+    let findings = findings("2p2d", &machine);
+    let ports = of(&findings, "ports");
+    assert_eq!(ports.level, Level::Fail);
+    assert_eq!(
+        ports.message,
+        "1 port is taken: 7101 (prefiller2 http) by process 4711 (nginx)"
+    );
+}
+
+fn with_options(options: &[&str], connectors: &[&str]) -> Machine {
+    let mut machine = Machine::fixture(4, "0.32.0", None);
+    if let Engine::Found { environment, .. } = &mut machine.engine {
+        environment.options = options.iter().map(|&name| name.to_owned()).collect();
+        environment.connectors = connectors.iter().map(|&name| name.to_owned()).collect();
+    }
+    machine
+}
+
+#[test]
+fn an_option_that_the_installed_vllm_lacks_fails_and_unreadable_sources_say_nothing() {
+    let mut options = vec![
+        "--max-model-len",
+        "--port",
+        "--served-model-name",
+        "--host",
+        "--tensor-parallel-size",
+    ];
+    assert!(
+        failed("2p2d", &with_options(&options[..1], &[])).is_empty(),
+        "not all sources were found"
+    );
+    let failures = findings("2p2d", &with_options(&options, &[]));
+    let message = &of(&failures, "options").message;
+    assert!(message.starts_with("vLLM 0.32.0 has no option `--"), "{message}");
+    options.extend([
+        "--shutdown-timeout",
+        "--kv-transfer-config",
+        "--gpu-memory-utilization",
+        "--max-num-batched-tokens",
+    ]);
+    options.extend([
+        "--enable-prefix-caching",
+        "--enforce-eager",
+        "--enable-chunked-prefill",
+        "--numa-bind",
+    ]);
+    assert_eq!(failed("2p2d", &with_options(&options, &["NixlConnector"])), [""; 0]);
+    assert_eq!(failed("2p2d", &with_options(&options, &["Other"])), ["connector"]);
+}
+
+fn findings_with(set: &[&str]) -> Vec<Finding> {
+    let overrides: Vec<Override> = set
+        .iter()
+        .map(|set| Override::parse(set).expect("an override"))
+        .collect();
+    let profile = profile::load("2p2d", &overrides).expect("a profile");
+    let machine = Machine::fixture(4, "0.32.0", Some("0.5.6"));
+    let plan = crate::plan::build(&profile, &machine, Path::new("/run")).expect("a plan");
+    check(&plan, &machine)
+}
+
+#[test]
+fn roles_must_agree_on_what_a_hand_off_compares() {
+    let found = findings_with(&[
+        "prefill.args=[\"--dtype\", \"float16\"]",
+        "decode.args=[\"--dtype=bfloat16\"]",
+    ]);
+    assert_eq!(of(&found, "roles").level, Level::Fail);
+    let found = findings_with(&["prefill.args=[\"--dtype\", \"float16\"]"]);
+    assert_eq!(of(&found, "roles").level, Level::Warn);
+    let found = findings_with(&["decode.env={PYTHONHASHSEED=\"1\"}"]);
+    assert_eq!(
+        of(&found, "hash_seed").message,
+        "PYTHONHASHSEED differs between engines (0, 1): they hash the same prompt differently"
+    );
+}
+
+#[test]
+fn a_connector_that_was_forced_is_told_to_be_unsafe() {
+    let found = findings_with(&["connector=lmcache", "force_connector=true"]);
+    assert_eq!(of(&found, "lmcache_layout").level, Level::Warn);
+}
+
+#[test]
+fn nothing_fails_where_nothing_is_asked_for() {
+    let mut machine = Machine::fixture(0, "0.32.0", None);
+    machine.engine = Engine::Missing("vllm".to_owned());
+    machine.gpus = Gpus::Unavailable("no NVIDIA driver".to_owned());
+    machine.hugging_face.token = None;
+    let findings = overview(&machine);
+    assert!(
+        findings.iter().all(|finding| finding.level != Level::Fail),
+        "{findings:#?}"
+    );
+    let warned: Vec<&str> = findings
+        .iter()
+        .filter(|finding| finding.level == Level::Warn)
+        .map(|finding| finding.check)
+        .collect();
+    assert_eq!(warned, ["vllm", "gpu"]);
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! Progress of a download: one bar on a terminal, elsewhere a line now and then.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
+use tokio::time::Instant;
 
 use super::{Printer, time_span};
 
@@ -56,7 +57,8 @@ impl DownloadProgress {
     pub fn advance(&self, bytes: u64, total: u64, (files, total_files): (usize, usize)) {
         self.bar.set_length(total);
         self.bar.set_position(bytes);
-        self.bar.set_message(format!("file {} of {total_files}", (files + 1).min(total_files)));
+        self.bar
+            .set_message(format!("file {} of {total_files}", (files + 1).min(total_files)));
         if self.redraws || total == 0 {
             return;
         }
@@ -69,7 +71,8 @@ impl DownloadProgress {
                 at: Instant::now(),
                 percent,
             };
-            self.printer.status(format!("  {percent} % of {:.1} GiB", total as f64 / 1_073_741_824.0));
+            self.printer
+                .status(format!("  {percent} % of {:.1} GiB", total as f64 / 1_073_741_824.0));
         }
     }
 

@@ -49,6 +49,13 @@ impl Printer {
         stdout.flush()
     }
 
+    /// Columns of the terminal that stdout is; `None` if it is none.
+    pub fn data_width(self) -> Option<usize> {
+        io::stdout()
+            .is_terminal()
+            .then(|| usize::from(console::Term::stdout().size().1))
+    }
+
     /// Whether stdout shows colours.
     pub fn colours_data(self) -> bool {
         AutoStream::choice(&io::stdout()) != ColorChoice::Never

@@ -1,5 +1,6 @@
 //! One way to the hub: HTTP with the token for the endpoint's own origin and for no other, redirects followed by hand.
 
+use std::fmt::Write;
 use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +36,10 @@ pub struct Access {
 
 impl std::fmt::Debug for Access {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Access").field("endpoint", &self.endpoint).finish_non_exhaustive()
+        formatter
+            .debug_struct("Access")
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
     }
 }
 
@@ -124,7 +128,8 @@ impl Access {
     /// A file from byte `from` on.
     pub(super) fn get_file(&self, path: &str, from: u64) -> Result<Response<Body>, AccessError> {
         let range = (from > 0).then(|| format!("bytes={from}-"));
-        self.follow(&self.url(path), range.as_deref(), None).map(|(_, answer)| answer)
+        self.follow(&self.url(path), range.as_deref(), None)
+            .map(|(_, answer)| answer)
     }
 
     /// Asks, and goes where the answers point to. The token goes to the endpoint's origin only.
@@ -206,6 +211,12 @@ fn joined(url: &str, location: &str) -> Option<String> {
     }
 }
 
+/// Waits on a thread that may block.
+pub(super) fn pause(duration: Duration) {
+    // Nobody unparks it; a wake-up without a reason only makes the pause shorter.
+    std::thread::park_timeout(duration);
+}
+
 /// A path of a URL: everything but what may stand for itself is escaped (RFC 3986, section 2.3).
 pub(super) fn escaped(path: &str) -> String {
     let mut text = String::with_capacity(path.len());
@@ -213,7 +224,7 @@ pub(super) fn escaped(path: &str) -> String {
         if byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte) {
             text.push(char::from(byte));
         } else {
-            text.push_str(&format!("%{byte:02X}"));
+            let _ = write!(text, "%{byte:02X}");
         }
     }
     text
@@ -227,7 +238,12 @@ mod tests {
     fn an_origin_is_no_more_and_no_less_than_scheme_host_and_port() {
         assert_eq!(origin("https://hf.co/a?b"), "https://hf.co");
         assert_eq!(origin("http://127.0.0.1:80"), "http://127.0.0.1:80");
-        for other in ["https://hf.co@evil.org/", "https://hf.co.evil.org/", "https://hf.co:444/", "http://hf.co/"] {
+        for other in [
+            "https://hf.co@evil.org/",
+            "https://hf.co.evil.org/",
+            "https://hf.co:444/",
+            "http://hf.co/",
+        ] {
             assert_ne!(origin(other), "https://hf.co", "{other}");
         }
     }

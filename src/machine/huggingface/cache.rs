@@ -92,7 +92,11 @@ pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
         return Model { state, folder };
     }
     if !is_repository(model) {
-        let problem = if path.is_file() { "is a file, not a folder" } else { "is not there" };
+        let problem = if path.is_file() {
+            "is a file, not a folder"
+        } else {
+            "is not there"
+        };
         return Model {
             state: CacheState::BadFolder {
                 problem: problem.to_owned(),
@@ -138,7 +142,9 @@ fn folder_problem(folder: &Path) -> Option<String> {
     }
     let pointer = weights(folder).into_iter().find(|path| is_lfs_pointer(path))?;
     let name = pointer.file_name()?.to_string_lossy().into_owned();
-    Some(format!("holds only Git LFS's pointer to {name}, not the file: run `git lfs pull` in it"))
+    Some(format!(
+        "holds only Git LFS's pointer to {name}, not the file: run `git lfs pull` in it"
+    ))
 }
 
 /// What a snapshot lacks; empty for one that an engine can start from.
@@ -410,15 +416,25 @@ mod tests {
             fs_err::write(path, "x").expect("a file");
         }
         let kinds = || -> Vec<LeftoverKind> {
-            leftovers("org/model", cache.path()).iter().map(|leftover| leftover.kind).collect()
+            leftovers("org/model", cache.path())
+                .iter()
+                .map(|leftover| leftover.kind)
+                .collect()
         };
         assert_eq!(kinds(), [], "all of it is young");
         let old = SystemTime::now() - 2 * OLD;
         for path in others.iter().chain([&lock, &part]) {
-            std::fs::File::options().append(true).open(path).and_then(|file| file.set_modified(old)).expect("a time");
+            std::fs::File::options()
+                .append(true)
+                .open(path)
+                .and_then(|file| file.set_modified(old))
+                .expect("a time");
         }
         assert_eq!(kinds(), [LeftoverKind::StaleLock, LeftoverKind::DeadPart]);
-        let held = Flock::lock(std::fs::File::open(&lock).expect("a file"), FlockArg::LockExclusiveNonblock);
+        let held = Flock::lock(
+            std::fs::File::open(&lock).expect("a file"),
+            FlockArg::LockExclusiveNonblock,
+        );
         let held = held.map_err(|(_, error)| error).expect("a lock");
         assert_eq!(kinds(), [LeftoverKind::HeldLock, LeftoverKind::DeadPart]);
         drop(held);
@@ -431,9 +447,16 @@ mod tests {
     #[test]
     fn close_names_of_the_cache_are_found() {
         let cache = tempfile::tempdir().expect("a folder");
-        for folder in ["models--Qwen--Qwen2.5-0.5B-Instruct", "models--other--model", "datasets--Qwen--Qwen2.5-0.5B"] {
+        for folder in [
+            "models--Qwen--Qwen2.5-0.5B-Instruct",
+            "models--other--model",
+            "datasets--Qwen--Qwen2.5-0.5B",
+        ] {
             fs_err::create_dir(cache.path().join(folder)).expect("a folder");
         }
-        assert_eq!(similar("Qwen/Qwen2.5-0.5b-Instuct", cache.path()), ["Qwen/Qwen2.5-0.5B-Instruct"]);
+        assert_eq!(
+            similar("Qwen/Qwen2.5-0.5b-Instuct", cache.path()),
+            ["Qwen/Qwen2.5-0.5B-Instruct"]
+        );
     }
 }

@@ -188,9 +188,11 @@ fn fetch_all(job: &file::Job<'_>, mut files: Vec<&RemoteFile>) -> Result<(), Dow
     };
     thread::scope(|scope| {
         let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-        let results = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked").into())));
+        let results = threads.into_iter().map(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a thread panicked").into()))
+        });
         results.fold(Ok(()), Result::and)
     })
 }
@@ -204,11 +206,13 @@ fn check_space(access: &Access, place: &Repository, files: &[&RemoteFile]) -> Re
     };
     let needed: u64 = files.iter().map(|file| file.bytes.saturating_sub(here(file))).sum();
     match super::free_bytes(&access.cache) {
-        Some(free) if needed > 0 && free < needed.saturating_add(RESERVE_BYTES.min(needed)) => Err(DownloadError::NoSpace {
-            needed,
-            free,
-            folder: access.cache.display().to_string(),
-        }),
+        Some(free) if needed > 0 && free < needed.saturating_add(RESERVE_BYTES.min(needed)) => {
+            Err(DownloadError::NoSpace {
+                needed,
+                free,
+                folder: access.cache.display().to_string(),
+            })
+        }
         _ => Ok(()),
     }
 }

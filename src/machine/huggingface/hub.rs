@@ -124,7 +124,10 @@ fn identity(access: &Access) -> Result<(Option<Identity>, HeaderMap), AccessErro
         _ => {
             let parsed = serde_json::from_str::<WhoAmI>(&text).map_err(|_| strange(&url, "no account"))?;
             // A name goes to the terminal: nothing but what a name may hold.
-            let name = parsed.name.chars().filter(|character| character.is_alphanumeric() || "-_.".contains(*character));
+            let name = parsed
+                .name
+                .chars()
+                .filter(|character| character.is_alphanumeric() || "-_.".contains(*character));
             Some(Identity::User(name.take(64).collect()))
         }
     };
@@ -132,7 +135,10 @@ fn identity(access: &Access) -> Result<(Option<Identity>, HeaderMap), AccessErro
 }
 
 fn model(access: &Access, repository: &str, revision: &str) -> Result<(Answer, HeaderMap), AccessError> {
-    let path = format!("{repository}/resolve/{}/config.json", escaped(revision).replace('/', "%2F"));
+    let path = format!(
+        "{repository}/resolve/{}/config.json",
+        escaped(revision).replace('/', "%2F")
+    );
     let (status, headers) = access.head(&path)?;
     Ok((judge(status, &headers, access.has_token()), headers))
 }
@@ -140,7 +146,12 @@ fn model(access: &Access, repository: &str, revision: &str) -> Result<(Answer, H
 /// What an answer about a file means. The hub names the reason in `X-Error-Code`, as `huggingface_hub` reads it
 /// (`utils/_http.py`); without it, the status has to do.
 pub(super) fn judge(status: StatusCode, headers: &HeaderMap, with_token: bool) -> Answer {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+    };
     match (status.as_u16(), text("x-error-code")) {
         (200..=399, _) | (_, "EntryNotFound") => Answer::Open { bytes: None },
         (_, "GatedRepo") => Answer::Gated { with_token },
@@ -184,12 +195,18 @@ mod tests {
         assert_eq!(judged(404, "EntryNotFound", "", false), Answer::Open { bytes: None });
         assert_eq!(judged(401, "GatedRepo", "", false), Answer::Gated { with_token: false });
         assert_eq!(judged(403, "GatedRepo", "", true), Answer::Gated { with_token: true });
-        assert_eq!(judged(401, "RepoNotFound", "", false), Answer::NotFound { with_token: false });
+        assert_eq!(
+            judged(401, "RepoNotFound", "", false),
+            Answer::NotFound { with_token: false }
+        );
         assert_eq!(
             judged(401, "", "Invalid credentials in Authorization header", true),
             Answer::BadToken
         );
-        assert_eq!(judged(404, "RepoNotFound", "", true), Answer::NotFound { with_token: true });
+        assert_eq!(
+            judged(404, "RepoNotFound", "", true),
+            Answer::NotFound { with_token: true }
+        );
         assert_eq!(judged(404, "RevisionNotFound", "", true), Answer::NoRevision);
         assert_eq!(judged(429, "", "", true), Answer::RateLimited);
         assert_eq!(judged(503, "", "", true), Answer::Failed("status 503".to_owned()));

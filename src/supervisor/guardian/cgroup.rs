@@ -76,6 +76,15 @@ impl Cgroup {
     }
 }
 
+/// The own cgroup's folder, if children of it may be made there and killed by one write.
+pub(super) fn delegated() -> Option<PathBuf> {
+    let folder = own()?;
+    let may_write = nix::unistd::access(&folder, nix::unistd::AccessFlags::W_OK).is_ok();
+    // The root of the hierarchy has no such file, but its children do.
+    let has_kill = folder.join("cgroup.kill").exists() || !folder.join("cgroup.events").exists();
+    (may_write && has_kill).then_some(folder)
+}
+
 /// The folder of this process's own cgroup.
 fn own() -> Option<PathBuf> {
     let read = |path| fs::read_to_string(path).ok();

@@ -23,9 +23,15 @@ pub mod client;
 mod engine;
 mod keep;
 mod log;
+pub mod orphans;
 pub mod process;
 pub mod protocol;
 mod shm;
 mod sweep;
 pub(super) mod tree;
 mod witness;
+
+/// The folder in which engines could get cgroups of their own; `None` where this user may make none.
+pub fn cgroup_folder() -> Option<std::path::PathBuf> {
+    cgroup::delegated()
+}

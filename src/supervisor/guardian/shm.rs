@@ -30,6 +30,16 @@ impl SharedFiles {
         )
     }
 
+    /// These.
+    pub(super) fn of(files: impl IntoIterator<Item = (PathBuf, u64)>) -> Self {
+        Self(files.into_iter().collect())
+    }
+
+    /// Keeps those whose path `keeps`.
+    pub(super) fn retain(&mut self, keeps: impl Fn(&Path) -> bool) {
+        self.0.retain(|path, _| keeps(path));
+    }
+
     /// Adds the files that a process of `pids` has open or mapped, of those that are not in `foreign`.
     ///
     /// Reading the maps of a large process costs milliseconds, so nothing is read when there is nothing new to explain.
@@ -50,20 +60,32 @@ impl SharedFiles {
 
     /// Removes every file that is still the same one, belongs to this user, and that no process but the `dying` uses.
     pub(super) fn remove_unused(&self, dying: &[i32]) {
+        for (path, _) in self.unused_but_by(dying) {
+            // Gone in the meantime is as good.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    /// Every file that is still the same one, belongs to this user, and that no process uses.
+    pub(super) fn unused(&self) -> Vec<(PathBuf, u64)> {
+        self.unused_but_by(&[])
+    }
+
+    fn unused_but_by(&self, dying: &[i32]) -> Vec<(PathBuf, u64)> {
         let own = nix::unistd::geteuid().as_raw();
-        let mut leaked: Vec<(&Path, u64)> = self
+        let mut unused: Vec<(PathBuf, u64)> = self
             .0
             .iter()
             .filter(|(path, inode)| {
                 std::fs::symlink_metadata(path).is_ok_and(|now| now.ino() == **inode && now.uid() == own)
             })
-            .map(|(path, inode)| (path.as_path(), *inode))
+            .map(|(path, inode)| (path.clone(), *inode))
             .collect();
-        if leaked.is_empty() {
-            return;
+        if unused.is_empty() {
+            return unused;
         }
         let Ok(entries) = std::fs::read_dir("/proc") else {
-            return;
+            return Vec::new();
         };
         for pid in entries
             .flatten()
@@ -71,12 +93,9 @@ impl SharedFiles {
             .filter(|pid| !dying.contains(pid))
         {
             let used = used_by(pid);
-            leaked.retain(|(_, inode)| !used.contains(inode));
+            unused.retain(|(_, inode)| !used.contains(inode));
         }
-        for (path, _) in leaked {
-            // Gone in the meantime is as good.
-            let _ = std::fs::remove_file(path);
-        }
+        unused
     }
 }
 

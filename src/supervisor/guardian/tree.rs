@@ -143,6 +143,16 @@ impl Table {
         )
     }
 
+    /// All of it.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Process> {
+        self.0.values()
+    }
+
+    /// The process `pid`.
+    pub(super) fn get(&self, pid: i32) -> Option<&Process> {
+        self.0.get(&pid)
+    }
+
     /// The leader, its session, and all that descends from it: what can be told of a tree from outside of the guardian.
     pub(in crate::supervisor) fn led_by(&self, leader: i32) -> Vec<Process> {
         let descendants: HashSet<i32> = self.descendants(leader).iter().map(|process| process.pid).collect();

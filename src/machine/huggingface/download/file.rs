@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use ring::digest;
+use tokio::time::Instant;
 
-use super::super::access::{Access, AccessError, escaped};
+use super::super::access::{Access, AccessError, escaped, pause};
 use super::super::hub::{Answer, judge};
 use super::super::pointer::{Repository, link};
 use super::listing::{RemoteFile, asked_pause};
@@ -84,7 +85,9 @@ impl Job<'_> {
         loop {
             match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(lock),
-                Err((back, nix::errno::Errno::EAGAIN)) if Instant::now() < give_up && !self.counter.is_over() => handle = back,
+                Err((back, nix::errno::Errno::EAGAIN)) if Instant::now() < give_up && !self.counter.is_over() => {
+                    handle = back;
+                }
                 Err((_, nix::errno::Errno::EAGAIN)) => {
                     return Err(DownloadError::Locked {
                         name: file.path.clone(),
@@ -102,7 +105,7 @@ impl Job<'_> {
                 ));
                 is_told = true;
             }
-            std::thread::sleep(LOCK_PAUSE);
+            pause(LOCK_PAUSE);
         }
     }
 
@@ -129,7 +132,8 @@ impl Job<'_> {
                             times: damaged,
                         });
                     }
-                    self.counter.note(format!("{} arrived damaged; fetching it again", file.path));
+                    self.counter
+                        .note(format!("{} arrived damaged; fetching it again", file.path));
                     continue;
                 }
                 Err(Broken::Final(error)) => return Err(error),
@@ -139,13 +143,13 @@ impl Job<'_> {
             if idle == MOST_IDLE || self.counter.is_over() {
                 return Err(error);
             }
-            let pause = asked.unwrap_or(FIRST_PAUSE * 2_u32.pow(idle));
+            let wait = asked.unwrap_or(FIRST_PAUSE * 2_u32.pow(idle));
             self.counter.note(format!(
                 "{}: {error}; going on in {:.1} s",
                 file.path,
-                pause.as_secs_f64()
+                wait.as_secs_f64()
             ));
-            std::thread::sleep(pause);
+            pause(wait);
         }
     }
 
@@ -179,7 +183,7 @@ impl Job<'_> {
             self.copy(file, &mut body.as_reader(), &mut target, &mut hasher, (have, counted))?;
         }
         target.sync_data()?;
-        Ok(hasher.is_right())
+        Ok(hasher.fits())
     }
 
     fn copy(
@@ -192,7 +196,9 @@ impl Job<'_> {
     ) -> Result<(), Broken> {
         let mut piece = vec![0; PIECE];
         while have < file.bytes {
-            let read = body.read(&mut piece).map_err(|error| self.broke_off(&error.to_string()))?;
+            let read = body
+                .read(&mut piece)
+                .map_err(|error| self.broke_off(&error.to_string()))?;
             if read == 0 {
                 return Err(self.broke_off("the connection ended early"));
             }
@@ -233,7 +239,9 @@ fn refusal(status: ureq::http::StatusCode, headers: &ureq::http::HeaderMap, acce
         answer => answer,
     };
     match answer {
-        Answer::RateLimited | Answer::Failed(_) => Broken::Passing(DownloadError::Refused(answer), asked_pause(headers)),
+        Answer::RateLimited | Answer::Failed(_) => {
+            Broken::Passing(DownloadError::Refused(answer), asked_pause(headers))
+        }
         answer => Broken::Final(DownloadError::Refused(answer)),
     }
 }
@@ -317,10 +325,15 @@ impl Hasher {
         }
     }
 
-    fn is_right(self) -> bool {
+    /// Whether it is the one that was wanted.
+    fn fits(self) -> bool {
         let digest = self.context.finish();
-        let text: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-        text == self.wanted
+        let bytes = digest.as_ref();
+        let written = |index: usize| self.wanted.get(2 * index..2 * index + 2);
+        let is_same = |(index, byte): (usize, &u8)| {
+            written(index).and_then(|text| u8::from_str_radix(text, 16).ok()) == Some(*byte)
+        };
+        self.wanted.len() == 2 * bytes.len() && bytes.iter().enumerate().all(is_same)
     }
 }
 
@@ -344,11 +357,11 @@ mod tests {
             bytes,
             hash: hash.to_owned(),
         };
-        assert!(Hasher::new(&file("e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", 0)).is_right());
+        assert!(Hasher::new(&file("e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", 0)).fits());
         let sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         let mut hasher = Hasher::new(&file(sha, 3));
         hasher.feed(b"abc");
-        assert!(hasher.is_right());
-        assert!(!Hasher::new(&file(sha, 3)).is_right());
+        assert!(hasher.fits());
+        assert!(!Hasher::new(&file(sha, 3)).fits());
     }
 }

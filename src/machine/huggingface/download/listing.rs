@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use ureq::http::{HeaderMap, StatusCode};
 
-use super::super::access::{Access, AccessError, escaped, strange};
+use super::super::access::{Access, AccessError, escaped, pause, strange};
 use super::super::hub::{Answer, judge};
 use super::super::pointer::{is_commit, is_hash, is_plain};
 use super::DownloadError;
@@ -78,12 +78,12 @@ pub(super) fn fetch(
             Err(Failure::Final(error)) => return Err(error),
             Err(Failure::Passing(error, asked)) => (error, asked),
         };
-        let Some(pause) = pauses.next() else {
+        let Some(next) = pauses.next() else {
             return Err(error);
         };
-        let pause = asked.unwrap_or(*pause).min(LONGEST_PAUSE);
-        note(format!("{error}; trying again in {:.1} s", pause.as_secs_f64()));
-        std::thread::sleep(pause);
+        let wait = asked.unwrap_or(*next).min(LONGEST_PAUSE);
+        note(format!("{error}; trying again in {:.1} s", wait.as_secs_f64()));
+        pause(wait);
     }
 }
 
@@ -116,7 +116,8 @@ fn ask(access: &Access, repository: &str, revision: &str) -> Result<Listing, Fai
     } else {
         let revision = escaped(revision).replace('/', "%2F");
         let url = access.url(&format!("api/models/{repository}/revision/{revision}"));
-        let info: Info = serde_json::from_str(&get(access, &url)?.0).map_err(|_| Failure::from(strange(&url, "no commit")))?;
+        let info: Info =
+            serde_json::from_str(&get(access, &url)?.0).map_err(|_| Failure::from(strange(&url, "no commit")))?;
         info.sha
     };
     if !is_commit(&commit) {
@@ -153,7 +154,9 @@ fn get(access: &Access, url: &str) -> Result<(String, HeaderMap), Failure> {
 fn refusal(status: StatusCode, headers: &HeaderMap, with_token: bool) -> Failure {
     let answer = judge(status, headers, with_token);
     match answer {
-        Answer::RateLimited | Answer::Failed(_) => Failure::Passing(DownloadError::Refused(answer), asked_pause(headers)),
+        Answer::RateLimited | Answer::Failed(_) => {
+            Failure::Passing(DownloadError::Refused(answer), asked_pause(headers))
+        }
         answer => Failure::Final(DownloadError::Refused(answer)),
     }
 }
@@ -188,8 +191,22 @@ fn next_page(headers: &HeaderMap) -> Option<String> {
 /// (safetensors first, `model_executor/model_loader/default_loader.py` of vLLM 0.32), and pictures.
 fn needed(files: Vec<RemoteFile>) -> Vec<RemoteFile> {
     const OTHERS: [&str; 16] = [
-        "h5", "msgpack", "onnx", "onnx_data", "ot", "tflite", "mlmodel", "pth", "ckpt", "png", "jpg", "jpeg", "gif", "webp",
-        "mp4", "pdf",
+        "h5",
+        "msgpack",
+        "onnx",
+        "onnx_data",
+        "ot",
+        "tflite",
+        "mlmodel",
+        "pth",
+        "ckpt",
+        "png",
+        "jpg",
+        "jpeg",
+        "gif",
+        "webp",
+        "mp4",
+        "pdf",
     ];
     let extension = |file: &RemoteFile| file.path.rsplit('.').next().unwrap_or_default().to_lowercase();
     let is_root = |file: &RemoteFile| !file.path.contains('/');
@@ -204,12 +221,13 @@ fn needed(files: Vec<RemoteFile>) -> Vec<RemoteFile> {
         let extension = extension(file);
         let folder = file.path.split_once('/').map(|(folder, _)| folder.to_lowercase());
         let is_other_program = OTHERS.contains(&extension.as_str())
-            || folder.is_some_and(|folder| ["original", "onnx", "openvino", "coreml", "metal"].contains(&folder.as_str()));
+            || folder
+                .is_some_and(|folder| ["original", "onnx", "openvino", "coreml", "metal"].contains(&folder.as_str()));
         let is_other_format = match extension.as_str() {
             "bin" | "pt" | "gguf" => has("safetensors"),
             _ => false,
         };
-        let is_double = is_consolidated(file) && (has("safetensors") || has("bin")) && !file.path.ends_with(".json");
+        let is_double = is_consolidated(file) && (has("safetensors") || has("bin")) && extension != "json";
         !is_other_program && !is_other_format && !is_double
     };
     files.into_iter().filter(|file| is_needed(file)).collect()
@@ -241,10 +259,18 @@ mod tests {
         ];
         assert_eq!(
             kept(&llama),
-            ["config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+            [
+                "config.json",
+                "model-1.safetensors",
+                "model.safetensors.index.json",
+                "tokenizer.json"
+            ]
         );
         assert_eq!(kept(&["pytorch_model.bin", "tf_model.h5"]), ["pytorch_model.bin"]);
-        assert_eq!(kept(&["consolidated.safetensors", "params.json"]), ["consolidated.safetensors", "params.json"]);
+        assert_eq!(
+            kept(&["consolidated.safetensors", "params.json"]),
+            ["consolidated.safetensors", "params.json"]
+        );
         assert_eq!(
             kept(&["consolidated.safetensors", "model.safetensors", "modeling_x.py"]),
             ["model.safetensors", "modeling_x.py"]

@@ -1,0 +1,325 @@
+//! `xpyd bundle`: a run's plan, logs and this machine's findings in one archive for an issue, without secrets.
+
+mod scrub;
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+
+use self::scrub::Scrubber;
+use super::doctor;
+use crate::control::rundir::{self, DEFAULT_NAME};
+use crate::machine::{Engine, Machine};
+use crate::plan::redacted_env;
+use crate::preflight::gibibytes;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// Of a long file, so much is taken from its beginning: a start that fails says why there.
+const HEAD_BYTES: u64 = 512 << 10;
+
+/// And so much from its end.
+const TAIL_BYTES: u64 = 4 << 20;
+
+/// Files of a run that are taken: an engine may have many full logs.
+const MOST_FILES: usize = 200;
+
+/// Variables that change what engines do begin like these.
+const TELLING: [&str; 16] = [
+    "CUDA",
+    "GLOO",
+    "HF_",
+    "LMCACHE",
+    "NCCL",
+    "NIXL",
+    "NVIDIA",
+    "OMP",
+    "PATH",
+    "PYTHON",
+    "TORCH",
+    "UCX",
+    "VIRTUAL_ENV",
+    "VLLM",
+    "XPYD",
+    "CONDA",
+];
+
+/// Arguments of `xpyd bundle`.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Arguments {
+    /// The archive to write; must not exist
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// The folder of a run; the newest one by default, or that of the run that is up
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// Name of a run that is up
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
+    name: String,
+    /// Folder that holds one folder per run
+    #[arg(long, default_value = "logs", value_name = "DIR")]
+    logs: PathBuf,
+}
+
+pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let folder = run_folder(arguments)?;
+    let stamp = jiff::Zoned::now().strftime("%Y%m%d-%H%M%S").to_string();
+    let stem = format!("xpyd-bundle-{stamp}");
+    let output = arguments
+        .output
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(format!("{stem}.tar.gz")));
+    let file = std::fs::File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&output)
+        .map_err(|error| {
+            let error = anyhow::Error::new(error).context(format!("cannot make `{}`", output.display()));
+            Failure::new(ExitStatus::Usage, error).hint("name another file: `xpyd bundle --output FILE.tar.gz`")
+        })?;
+    printer.status("looking at this machine");
+    let machine = doctor::survey();
+    let scrubber = Scrubber::new(&secrets(folder.as_deref()));
+    let written = write(file, &stem, folder.as_deref(), &machine, &scrubber);
+    let names = written.map_err(|error| {
+        drop(std::fs::remove_file(&output));
+        Failure::from(error.context(format!("cannot write `{}`", output.display())))
+    })?;
+    for name in &names {
+        printer.status(format!("  {name}"));
+    }
+    let bytes = std::fs::metadata(&output).map_or(0, |file| file.len());
+    printer.data(output.display());
+    printer.status(format!(
+        "{} with {} files. Tokens, keys and passwords were taken out as far as they can be told; look through it before you \
+         give it away: logs may hold prompts.",
+        gibibytes(bytes),
+        names.len()
+    ));
+    Ok(ExitStatus::Success)
+}
+
+/// The folder of the run: the one that is named, that of the run that is up, or the newest; `None` where there is none.
+fn run_folder(arguments: &Arguments) -> Result<Option<PathBuf>, Failure> {
+    if let Some(folder) = &arguments.run {
+        if folder.is_dir() {
+            return Ok(Some(folder.clone()));
+        }
+        let message = format!("`{}` is no folder", folder.display());
+        return Err(Failure::message(ExitStatus::Usage, message).hint("`ls logs` shows the folders of runs"));
+    }
+    let up = rundir::find(&arguments.name).ok().flatten().map(|run| run.logs_dir);
+    let newest = || std::fs::canonicalize(arguments.logs.join("latest")).ok();
+    Ok(up.or_else(newest).filter(|folder| folder.is_dir()))
+}
+
+fn write(
+    file: std::fs::File,
+    stem: &str,
+    folder: Option<&Path>,
+    machine: &Machine,
+    scrubber: &Scrubber,
+) -> anyhow::Result<Vec<String>> {
+    let mut archive = Archive {
+        builder: tar::Builder::new(GzEncoder::new(file, Compression::default())),
+        stem,
+        scrubber,
+        names: Vec::new(),
+    };
+    archive.add("about.txt", &about(machine))?;
+    archive.add(
+        "findings.json",
+        &doctor::json(&doctor::findings_of_machine(machine)).map_err(|failure| failure.error)?,
+    )?;
+    archive.add("variables.txt", &variables())?;
+    archive.add("packages.txt", &packages(machine))?;
+    archive.add("gpus.txt", &format!("{:#?}", machine.gpus))?;
+    for path in folder.map(files).unwrap_or_default() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // A file that cannot be read is told in its place: the archive is for those who look for what went wrong.
+        let text = ends(&path).unwrap_or_else(|error| format!("could not be read: {error}"));
+        archive.add(&format!("run/{name}"), &text)?;
+    }
+    archive.builder.into_inner()?.finish()?.flush()?;
+    Ok(archive.names)
+}
+
+/// The archive as it is written. Everything in it went through the scrubber.
+struct Archive<'bundle> {
+    builder: tar::Builder<GzEncoder<std::fs::File>>,
+    stem: &'bundle str,
+    scrubber: &'bundle Scrubber,
+    names: Vec<String>,
+}
+
+impl Archive<'_> {
+    fn add(&mut self, name: &str, text: &str) -> anyhow::Result<()> {
+        let text = self.scrubber.scrub(text);
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o600);
+        header.set_mtime(u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or(0));
+        let path = format!("{}/{name}", self.stem);
+        self.builder.append_data(&mut header, path, text.as_bytes())?;
+        self.names.push(name.to_owned());
+        Ok(())
+    }
+}
+
+/// What is said of a run: its plan, records, logs, and rendered files; in the order of their names.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let known = ["json", "log", "yaml", "txt", "toml"];
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> = entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()))
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            extension.is_some_and(|extension| known.contains(&extension))
+        })
+        .collect();
+    files.sort();
+    files.truncate(MOST_FILES);
+    files
+}
+
+/// A text as a whole, or its beginning and its end, cut where lines end: half a secret could not be told.
+fn ends(path: &Path) -> std::io::Result<String> {
+    let mut file = std::fs::File::open(path)?;
+    let size = file.metadata()?.len();
+    if size <= HEAD_BYTES + TAIL_BYTES {
+        let mut text = Vec::new();
+        file.take(HEAD_BYTES + TAIL_BYTES).read_to_end(&mut text)?;
+        return Ok(String::from_utf8_lossy(&text).into_owned());
+    }
+    let mut head = Vec::new();
+    (&mut file).take(HEAD_BYTES).read_to_end(&mut head)?;
+    head.truncate(
+        head.iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |index| index + 1),
+    );
+    file.seek(SeekFrom::Start(size - TAIL_BYTES))?;
+    let mut tail = Vec::new();
+    file.take(TAIL_BYTES).read_to_end(&mut tail)?;
+    tail.drain(
+        ..tail
+            .iter()
+            .position(|byte| *byte == b'\n')
+            .map_or(tail.len(), |index| index + 1),
+    );
+    let left_out = size - head.len() as u64 - tail.len() as u64;
+    Ok(format!(
+        "{}... {left_out} bytes were left out by xpyd bundle ...\n{}",
+        String::from_utf8_lossy(&head),
+        String::from_utf8_lossy(&tail)
+    ))
+}
+
+fn about(machine: &Machine) -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let release = read("/etc/os-release");
+    let name = release
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+        .unwrap_or("unknown");
+    [
+        format!(
+            "xpyd      {} ({}, {})",
+            env!("CARGO_PKG_VERSION"),
+            std::env::consts::OS,
+            std::env::consts::ARCH
+        ),
+        format!("made at   {}", jiff::Timestamp::now()),
+        format!("system    {}", name.trim_matches('"')),
+        format!("kernel    {}", read("/proc/sys/kernel/osrelease").trim()),
+        format!("cores     {}", machine.cores),
+        format!("memory    {} available", gibibytes(machine.available_memory_bytes)),
+        format!("cgroup    {}", read("/proc/self/cgroup").trim().replace('\n', ", ")),
+    ]
+    .join("\n")
+        + "\n"
+}
+
+fn packages(machine: &Machine) -> String {
+    match &machine.engine {
+        Engine::Found {
+            program, environment, ..
+        } => {
+            let mut lines = vec![format!("program {}", program.display())];
+            lines.extend(
+                environment
+                    .python
+                    .iter()
+                    .map(|python| format!("python {}", python.display())),
+            );
+            lines.extend(
+                environment
+                    .python_version
+                    .iter()
+                    .map(|version| format!("python {version}")),
+            );
+            lines.extend(
+                environment
+                    .packages
+                    .iter()
+                    .map(|(name, version)| format!("{name} {version}")),
+            );
+            lines.extend(environment.cuda.iter().map(|cuda| format!("torch's CUDA {cuda}")));
+            lines.join("\n") + "\n"
+        }
+        Engine::Missing(name) => format!("no `{name}` on PATH\n"),
+        Engine::NotAsked => String::new(),
+    }
+}
+
+/// The variables that change what engines do, without secrets.
+fn variables() -> String {
+    let all =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let telling = all.filter(|(name, _)| TELLING.iter().any(|beginning| name.starts_with(beginning)));
+    let lines = redacted_env(&telling.collect())
+        .into_iter()
+        .map(|(name, value)| format!("{name}={value}\n"));
+    lines.collect()
+}
+
+/// Every secret that can be found on this machine: those of this process's variables, tokens of Hugging Face, and the API keys
+/// of the run's proxy.
+fn secrets(folder: Option<&Path>) -> Vec<String> {
+    let all: std::collections::BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let shown = redacted_env(&all);
+    let mut secrets: Vec<String> = all
+        .iter()
+        .filter(|(name, value)| shown.get(*name) != Some(*value))
+        .map(|(_, value)| value.clone())
+        .collect();
+    let home = |name: &str| all.get(name).map(PathBuf::from);
+    let hugging_face = home("HF_HOME").or_else(|| home("HOME").map(|home| home.join(".cache/huggingface")));
+    let mut files: Vec<PathBuf> = home("HF_TOKEN_PATH").into_iter().collect();
+    files.extend(hugging_face.iter().map(|home| home.join("token")));
+    files.extend(folder.and_then(key_file));
+    for file in files {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        secrets.extend(
+            text.lines()
+                .map(|line| line.trim().to_owned())
+                .filter(|line| !line.starts_with('#')),
+        );
+    }
+    secrets
+}
+
+/// The file with the API keys of a run's clients, by its plan.
+fn key_file(folder: &Path) -> Option<PathBuf> {
+    let plan: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("plan.json")).ok()?).ok()?;
+    let path = plan.pointer("/proxy/service/guard/api_key_file")?.as_str()?;
+    Some(PathBuf::from(path))
+}

@@ -1,0 +1,199 @@
+//! Findings as people and programs read them: by topic in the order of a start, what to do below each, the sum at the end,
+//! where a terminal shows it.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use owo_colors::OwoColorize;
+
+use crate::preflight::{Finding, Level};
+use crate::report::Failure;
+use crate::ui::table;
+
+/// All findings, and how long they took.
+#[derive(Debug)]
+pub(super) struct Report<'findings> {
+    pub(super) profile: Option<&'findings str>,
+    pub(super) findings: &'findings [Finding],
+    pub(super) took: Duration,
+}
+
+impl Report<'_> {
+    fn of(&self, level: Level) -> Vec<&Finding> {
+        self.findings.iter().filter(|finding| finding.level == level).collect()
+    }
+
+    /// For programs. Keys stay as they are; checks may come and go.
+    pub(super) fn json(&self) -> Result<String, Failure> {
+        let value = serde_json::json!({
+            "xpyd": env!("CARGO_PKG_VERSION"),
+            "profile": self.profile,
+            "level": self.findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Pass),
+            "pass": self.of(Level::Pass).len(),
+            "warn": self.of(Level::Warn).len(),
+            "fail": self.of(Level::Fail).len(),
+            "seconds": (self.took.as_secs_f64() * 1000.0).round() / 1000.0,
+            "findings": self.findings,
+        });
+        Ok(serde_json::to_string_pretty(&value).map_err(anyhow::Error::from)?)
+    }
+
+    /// For people, in lines of at most `width` columns where one is given.
+    pub(super) fn text(&self, width: Option<usize>) -> String {
+        let names = self
+            .findings
+            .iter()
+            .map(|finding| table::width(finding.check))
+            .max()
+            .unwrap_or(0);
+        let mut text = String::new();
+        let mut topic = None;
+        for finding in self.findings {
+            if topic != Some(finding.topic) {
+                let gap = if topic.is_some() { "\n" } else { "" };
+                let _ = writeln!(text, "{gap}{}", finding.topic.to_string().bold());
+                topic = Some(finding.topic);
+            }
+            // Two spaces, the level, two spaces, the name, two spaces.
+            let indent = names + 10;
+            let name = format!("{:names$}", finding.check);
+            let message = wrapped(&finding.message, indent, width);
+            let _ = writeln!(text, "  {}  {name}  {message}", level(finding.level));
+            let hint = finding.hint.as_ref().filter(|_| finding.level != Level::Pass);
+            if let Some(hint) = hint {
+                let hint = wrapped(hint, indent + 5, width);
+                let _ = writeln!(text, "{:indent$}{} {hint}", "", "fix:".cyan());
+            }
+        }
+        text + "\n" + &self.sum()
+    }
+
+    /// `2 failed (ports, vllm), 1 warning (shm), 9 passed, in 0.4 s`.
+    fn sum(&self) -> String {
+        let names = |findings: &[&Finding]| {
+            let mut names: Vec<&str> = findings.iter().map(|finding| finding.check).collect();
+            names.dedup();
+            names.join(", ")
+        };
+        let (failed, warned) = (self.of(Level::Fail), self.of(Level::Warn));
+        let mut parts = Vec::new();
+        if !failed.is_empty() {
+            parts.push(format!(
+                "{} ({})",
+                format!("{} failed", failed.len()).red().bold(),
+                names(&failed)
+            ));
+        }
+        if !warned.is_empty() {
+            let noun = if warned.len() == 1 { "warning" } else { "warnings" };
+            parts.push(format!(
+                "{} ({})",
+                format!("{} {noun}", warned.len()).yellow(),
+                names(&warned)
+            ));
+        }
+        parts.push(format!("{} passed", self.of(Level::Pass).len()).green().to_string());
+        format!("{}, in {:.1} s", parts.join(", "), self.took.as_secs_f64())
+    }
+}
+
+fn level(level: Level) -> String {
+    match level {
+        Level::Pass => "pass".green().to_string(),
+        Level::Warn => "warn".yellow().bold().to_string(),
+        Level::Fail => "fail".red().bold().to_string(),
+    }
+}
+
+/// The text in lines that fit, the further ones below the first. A word that is too long stands alone.
+fn wrapped(text: &str, indent: usize, width: Option<usize>) -> String {
+    const LEAST: usize = 24;
+    let Some(room) = width.map(|width| width.saturating_sub(indent).max(LEAST)) else {
+        return text.to_owned();
+    };
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split(' ') {
+        match lines.last_mut() {
+            Some(line) if table::width(line) + 1 + table::width(word) <= room => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines.join(&format!("\n{:indent$}", ""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::preflight::Topic;
+
+    fn finding(topic: Topic, check: &'static str, level: Level, message: &str, hint: Option<&str>) -> Finding {
+        Finding {
+            topic,
+            check,
+            level,
+            message: message.to_owned(),
+            hint: hint.map(str::to_owned),
+        }
+    }
+
+    fn findings() -> Vec<Finding> {
+        vec![
+            finding(
+                Topic::Software,
+                "vllm",
+                Level::Pass,
+                "vLLM 0.32.0 at /opt/venv/bin/vllm",
+                None,
+            ),
+            finding(
+                Topic::Model,
+                "hf_access",
+                Level::Fail,
+                "`org/model` is not cached, and its licence is not accepted by this token's account",
+                Some("accept it at https://huggingface.co/org/model"),
+            ),
+            finding(
+                Topic::System,
+                "shm",
+                Level::Warn,
+                "/dev/shm has 12.0 MiB of 64.0 MiB free",
+                Some("start the container with `--shm-size=16g`"),
+            ),
+            finding(
+                Topic::System,
+                "time",
+                Level::Pass,
+                "the clock is plausible",
+                Some("not shown"),
+            ),
+        ]
+    }
+
+    fn shown(width: Option<usize>) -> String {
+        let report = Report {
+            profile: Some("2p2d"),
+            findings: &findings(),
+            took: Duration::from_millis(412),
+        };
+        anstream::adapter::strip_str(&report.text(width)).to_string()
+    }
+
+    #[test]
+    fn findings_stand_by_topic_and_line_up_and_the_sum_is_last() {
+        insta::assert_snapshot!(shown(None));
+    }
+
+    #[test]
+    fn a_narrow_terminal_breaks_lines_below_each_other() {
+        let text = shown(Some(60));
+        insta::assert_snapshot!(text);
+        assert!(
+            text.lines()
+                .all(|line| table::width(line) <= 60 || !line.trim().contains(' ')),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,338 @@
+//! What is left of engines that nobody watches any more: processes whose API server or xpyd has died, and shared memory that
+//! no process uses. Found, shown to people, and only then ended.
+//!
+//! A live engine's `EngineCore` is a child of its API server, or of a Python program of the user's that uses vLLM; a worker is
+//! one of its `EngineCore`. Once its parent is dead, a process is a child of whoever adopts orphans: `init`, or a
+//! container's first process. The guardian, which adopts its own, is busy with them.
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use nix::poll::{PollTimeout, poll};
+use nix::unistd::geteuid;
+use tokio::time::Instant;
+
+use super::shm::SharedFiles;
+use super::tree::{MARK_VARIABLE, Process, Table, freeze, kill_all};
+
+/// What vLLM calls its processes (`utils/system_utils.py`, `set_process_title`, of vLLM 0.32). No API server: one without a
+/// parent of its own is what `nohup vllm serve` leaves, and works.
+const TITLES: [&str; 3] = ["VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator"];
+
+/// What names of shared memory begin with that engines and their libraries make: Python, torch, NCCL, UCX, vLLM, LMCache,
+/// OpenMP.
+const SHARED_NAMES: [&str; 8] = [
+    "psm_",
+    "sem.mp-",
+    "torch_",
+    "nccl-",
+    "ucx_shm",
+    "vllm",
+    "lmcache",
+    "__KMP_REGISTERED_LIB_",
+];
+
+/// A file that is younger may be about to be opened by another process.
+const OLD: Duration = Duration::from_mins(10);
+
+/// Milliseconds between two looks.
+const LOOK_AGAIN: u8 = 20;
+
+/// The process id namespace of the machine itself (`PROC_PID_INIT_INO` of Linux).
+const FIRST_NAMESPACE: &str = "pid:[4026531836]";
+
+/// A process that nobody watches, with all that it has started.
+#[derive(Debug, Clone)]
+pub struct Orphan {
+    /// What it calls itself: `VLLM::EngineCore`.
+    pub title: String,
+    /// Process id.
+    pub pid: u32,
+    /// Why nobody watches it, as the rest of a sentence.
+    pub why: String,
+    /// How many processes it is with its descendants.
+    pub processes: usize,
+    /// Their memory that is not swapped out, in bytes.
+    pub resident_bytes: u64,
+    members: Vec<Process>,
+}
+
+/// A file of shared memory that no process uses.
+#[derive(Debug, Clone)]
+pub struct LeakedMemory {
+    /// The file.
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub bytes: u64,
+    inode: u64,
+}
+
+/// Looks through this user's processes.
+pub fn find() -> Vec<Orphan> {
+    let table = Table::read();
+    let ours = own_family(&table);
+    let candidates: Vec<(Process, String)> = table
+        .all()
+        .filter(|process| !ours.contains(&process.pid) && !matches!(process.state, 'Z' | 'X') && is_own(process.pid))
+        .filter_map(|process| Some((process.clone(), command_line(process.pid)?)))
+        .collect();
+    let mut found: Vec<Orphan> = Vec::new();
+    for (process, command) in &candidates {
+        let title = title(command);
+        let why = if is_engine_part(title) {
+            adopted(&table, process)
+        } else {
+            marked_by_the_dead(&table, process.pid)
+        };
+        if let Some(why) = why {
+            found.push(orphan(&table, process, title, why));
+        }
+    }
+    // What another orphan has started goes with that one.
+    let inner: HashSet<i32> = found
+        .iter()
+        .flat_map(|orphan| orphan.members.iter().skip(1))
+        .map(|process| process.pid)
+        .collect();
+    found.retain(|orphan| !inner.contains(&orphan.members[0].pid));
+    found
+}
+
+fn orphan(table: &Table, process: &Process, title: &str, why: String) -> Orphan {
+    let mut members = vec![process.clone()];
+    members.extend(table.descendants(process.pid).into_iter().cloned());
+    Orphan {
+        title: title.to_owned(),
+        pid: process.pid.unsigned_abs(),
+        why,
+        processes: members.len(),
+        resident_bytes: members.iter().map(Process::resident_bytes).sum(),
+        members,
+    }
+}
+
+/// This process and those that it descends from.
+fn own_family(table: &Table) -> HashSet<i32> {
+    let mut family = HashSet::new();
+    let mut next = Some(nix::unistd::getpid().as_raw());
+    while let Some(pid) = next.filter(|pid| family.insert(*pid)) {
+        next = table.get(pid).map(|process| process.parent);
+    }
+    family
+}
+
+fn is_own(pid: i32) -> bool {
+    let own = geteuid();
+    own.is_root() || std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|folder| folder.uid() == own.as_raw())
+}
+
+/// The command line, words parted by NUL; `None` for threads of the kernel and for what is gone.
+fn command_line(pid: i32) -> Option<String> {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    (!words.is_empty()).then(|| String::from_utf8_lossy(&words).into_owned())
+}
+
+/// What a process calls itself: the first word of its command line, with its folder cut off.
+fn title(command: &str) -> &str {
+    let first = command.split('\0').next().unwrap_or_default().trim();
+    if first.starts_with("VLLM::") {
+        return first;
+    }
+    first.rsplit('/').next().unwrap_or_default()
+}
+
+fn is_engine_part(title: &str) -> bool {
+    TITLES.iter().any(|part| title.starts_with(part))
+}
+
+/// Why a process of an engine has no parent of its own; `None` if it has one.
+fn adopted(table: &Table, process: &Process) -> Option<String> {
+    let Some(parent) = table.get(process.parent) else {
+        return Some("its parent is gone".to_owned());
+    };
+    let command = command_line(parent.pid).unwrap_or_default();
+    if could_have_started_it(&command) {
+        return None;
+    }
+    Some(format!(
+        "its API server is gone, and {} (pid {}) has adopted it",
+        parent.name, parent.pid
+    ))
+}
+
+/// Whether a process with this command line may have started an engine's part: Python, vLLM, xpyd, or another part.
+fn could_have_started_it(command: &str) -> bool {
+    let title = title(command);
+    let is_maker = ["python", "pypy", "vllm", "VLLM::", "xpyd", "ray", "pt_main_thread"]
+        .iter()
+        .any(|name| title.starts_with(name));
+    // `init` of a container may be a shell that runs one of them and waits.
+    is_maker
+        || command
+            .split('\0')
+            .skip(1)
+            .any(|word| word.ends_with("/vllm") || word.ends_with("/xpyd"))
+}
+
+/// Why a process is left of a run of xpyd; `None` if it is not, or its guardian lives.
+fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let wanted = format!("{MARK_VARIABLE}=");
+    let mark = environment
+        .split(|byte| *byte == 0)
+        .find_map(|entry| entry.strip_prefix(wanted.as_bytes()))?;
+    let mark = String::from_utf8_lossy(mark).into_owned();
+    // Guardian, engine and incarnation: `1234.decoder1.2`.
+    let (guardian, rest) = mark.split_once('.')?;
+    let guardian: i32 = guardian.parse().ok()?;
+    let lives = table.get(guardian).is_some_and(|process| {
+        let command = command_line(process.pid).unwrap_or_default();
+        title(&command).starts_with("xpyd")
+    });
+    let engine = rest.split('.').next().unwrap_or_default();
+    (!lives).then(|| format!("it is left of {engine} of a run whose xpyd and guardian (pid {guardian}) are dead"))
+}
+
+/// Ends them with all that they have started, and removes the shared memory that only they used. Blocks, for `deadline` at
+/// most. Returns the processes that are still there: id and name.
+pub fn reap(orphans: &[Orphan], deadline: Duration) -> Vec<(u32, String)> {
+    let give_up = Instant::now() + deadline;
+    // With its start a pid names one process for good.
+    let mut known: HashSet<(i32, u64)> = orphans
+        .iter()
+        .flat_map(|orphan| &orphan.members)
+        .map(|process| (process.pid, process.started))
+        .collect();
+    loop {
+        let members = freeze(|table| living(table, &mut known));
+        if members.is_empty() || Instant::now() >= give_up {
+            return members
+                .iter()
+                .map(|process| (process.pid.unsigned_abs(), process.name.clone()))
+                .collect();
+        }
+        let pids: Vec<i32> = members.iter().map(|process| process.pid).collect();
+        let mut shared_files = SharedFiles::default();
+        shared_files.add_used_by(pids.iter().copied(), &SharedFiles::default());
+        shared_files.remove_unused(&pids);
+        kill_all(&members);
+        // Not a sleep by name only: there is nothing else to wait for.
+        let _ = poll(&mut [], PollTimeout::from(LOOK_AGAIN));
+    }
+}
+
+/// Those of `known` that live, and what they have started meanwhile. Zombies are their parent's matter.
+fn living(table: &Table, known: &mut HashSet<(i32, u64)>) -> Vec<Process> {
+    let roots: Vec<Process> = table
+        .all()
+        .filter(|process| known.contains(&(process.pid, process.started)))
+        .cloned()
+        .collect();
+    let mut seen = HashSet::new();
+    let mut members = Vec::new();
+    for root in &roots {
+        for process in [root].into_iter().chain(table.descendants(root.pid)) {
+            if seen.insert(process.pid) && !matches!(process.state, 'Z' | 'X') {
+                known.insert((process.pid, process.started));
+                members.push(process.clone());
+            }
+        }
+    }
+    members
+}
+
+/// Shared memory of this user that looks like an engine's and that no process uses. Empty in a container: processes of others
+/// that use the same folder may be out of sight there.
+pub fn leaked_memory() -> Vec<LeakedMemory> {
+    let namespace = std::fs::read_link("/proc/self/ns/pid");
+    if !namespace.is_ok_and(|name| name == Path::new(FIRST_NAMESPACE)) {
+        return Vec::new();
+    }
+    let mut files = SharedFiles::present();
+    files.retain(|path| {
+        path.file_name()
+            .is_some_and(|name| is_an_engines(&name.to_string_lossy()))
+            && is_old(path)
+    });
+    files
+        .unused()
+        .into_iter()
+        .map(|(path, inode)| LeakedMemory {
+            bytes: std::fs::symlink_metadata(&path).map_or(0, |file| file.len()),
+            path,
+            inode,
+        })
+        .collect()
+}
+
+fn is_an_engines(name: &str) -> bool {
+    SHARED_NAMES.iter().any(|beginning| name.starts_with(beginning))
+}
+
+fn is_old(path: &Path) -> bool {
+    let changed = std::fs::symlink_metadata(path).and_then(|file| file.modified());
+    changed.is_ok_and(|changed| SystemTime::now().duration_since(changed).is_ok_and(|age| age > OLD))
+}
+
+impl LeakedMemory {
+    /// Removes the file, unless it is another one by now or somebody has opened it.
+    pub fn remove(&self) {
+        SharedFiles::of([(self.path.clone(), self.inode)]).remove_unused(&[]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_title_is_the_first_word_without_its_folder() {
+        assert_eq!(title("VLLM::Worker_TP0\0"), "VLLM::Worker_TP0");
+        assert_eq!(
+            title("/opt/venv/bin/python3.12\0/opt/venv/bin/vllm\0serve"),
+            "python3.12"
+        );
+        assert_eq!(title(""), "");
+    }
+
+    #[test]
+    fn an_engines_part_has_a_maker_or_is_an_orphan() {
+        for maker in [
+            "/opt/venv/bin/python\0/opt/venv/bin/vllm\0serve\0x",
+            "python3\0my_script.py",
+            "VLLM::EngineCore",
+            "VLLM::APIServer_0",
+            "/usr/bin/xpyd\0guardian",
+            "bash\0-c\0/opt/venv/bin/vllm",
+        ] {
+            assert!(could_have_started_it(maker), "{maker}");
+        }
+        for adopter in [
+            "/sbin/init",
+            "/usr/lib/systemd/systemd\0--user",
+            "tini\0--\0bash",
+            "bash",
+            "",
+            "sshd: me",
+        ] {
+            assert!(!could_have_started_it(adopter), "{adopter}");
+        }
+    }
+
+    #[test]
+    fn only_what_engines_name_so_is_theirs() {
+        for name in [
+            "psm_1a2b3c4d",
+            "torch_4711_12",
+            "nccl-AbCdEf",
+            "__KMP_REGISTERED_LIB_4711_0",
+        ] {
+            assert!(is_an_engines(name), "{name}");
+        }
+        for name in ["PostgreSQL.1234", "pulse-shm-1", "my_psm_1", "sem.other"] {
+            assert!(!is_an_engines(name), "{name}");
+        }
+    }
+}
