@@ -48,11 +48,14 @@ pub(super) struct Arguments {
     /// End them without asking
     #[arg(long, requires = "reap")]
     yes: bool,
+    /// Only this one; may be repeated
+    #[arg(long, requires = "reap", value_name = "PID")]
+    pid: Vec<u32>,
 }
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if arguments.reap {
-        return reap::run(arguments.yes, printer);
+        return reap::run(arguments.yes, &arguments.pid, printer);
     }
     let began = Instant::now();
     let (mut findings, machine) = look(arguments)?;
@@ -87,7 +90,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
 /// What is there, against the profile if there is one.
 fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
     let Some(profile) = &arguments.profile else {
-        let machine = survey();
+        let machine = survey(true);
         return Ok((preflight::overview(&machine), machine));
     };
     let fleet = FleetArguments::of_profile(
@@ -111,11 +114,11 @@ fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
     Ok((findings, machine))
 }
 
-/// This machine, where nothing is asked of it.
-pub(super) fn survey() -> Machine {
+/// This machine, where nothing is asked of it; and, if wanted, whose the token is.
+pub(super) fn survey(asks_for_account: bool) -> Machine {
     machine::survey(&machine::Wanted {
         model: None,
-        asks_for_account: true,
+        asks_for_account,
         revision: MAIN,
         env: &std::collections::BTreeMap::new(),
         program: Some(VLLM),

@@ -80,6 +80,17 @@ impl Place {
             "XPYD_API_KEY",
             "VLLM_API_KEY",
             "HF_TOKEN",
+            "HUGGING_FACE_HUB_TOKEN",
+            "HF_TOKEN_PATH",
+            "HF_ENDPOINT",
+            "HF_HUB_CACHE",
+            "HUGGINGFACE_HUB_CACHE",
+            "HF_HUB_OFFLINE",
+            "TRANSFORMERS_OFFLINE",
+            "HTTP_PROXY",
+            "http_proxy",
+            "ALL_PROXY",
+            "all_proxy",
             "CUDA_VISIBLE_DEVICES",
         ] {
             command.env_remove(name);

@@ -23,7 +23,7 @@ static PATTERNS: LazyLock<Vec<Regex>> = LazyLock::new(|| {
         r#"(?i)(\bx-(?:api|auth)-[a-z-]*["']?\s*[:=]\s*["']?)[^\s"',}]+"#,
         r"(?i)(\bbearer\s+)[A-Za-z0-9._~+/=-]{4,}",
         // Options and their values, as many as follow.
-        r#"(--(?:api[-_]key|hf[-_]token)(?:["',\s=]+))(?:[^\s"',\-][^\s"',]*["',]*[ \t]*)+"#,
+        r#"(--(?:api[-_]key|hf[-_]token)["']?(?:,\s*|\s+|=)["']?)[^\s"',-][^\s"',]*(?:["']?,?[ \t]+["']?[^\s"',-][^\s"',]*)*"#,
         // Lists and values by name, in JSON, YAML, Python and shells.
         r#"(?i)((?:api[_-]?keys?|hf[_-]?token)["']?\s*[:=]\s*)\[[^\]]*\]"#,
         r#"(?i)(\b[a-z0-9_-]*(?:api[_-]?key|access[_-]?key|private[_-]?key|secret|passwd|password|credentials?|auth[_-]?token|hf[_-]?token)["']?\s*[:=]\s*["']?)[^\s"',}\]]+"#,

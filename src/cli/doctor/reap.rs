@@ -11,8 +11,9 @@ use crate::ui::{Printer, Table};
 /// How long killed processes may take until they are gone. One in the middle of a transfer to a GPU takes seconds.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-pub(super) fn run(yes: bool, printer: Printer) -> Result<ExitStatus, Failure> {
-    let found = orphans::find();
+pub(super) fn run(yes: bool, only: &[u32], printer: Printer) -> Result<ExitStatus, Failure> {
+    let mut found = orphans::find();
+    found.retain(|orphan| only.is_empty() || only.contains(&orphan.pid));
     if found.is_empty() {
         printer.status("no engine without a run: nothing to end");
         return Ok(ExitStatus::Success);
@@ -35,7 +36,10 @@ pub(super) fn run(yes: bool, printer: Printer) -> Result<ExitStatus, Failure> {
     }
     let left = orphans::reap(&found, DEADLINE);
     if left.is_empty() {
-        printer.status(format!("ended {processes} processes; their shared memory is removed"));
+        let noun = if processes == 1 { "process" } else { "processes" };
+        printer.status(format!(
+            "ended {processes} {noun}, and removed the shared memory that only they used"
+        ));
         return Ok(ExitStatus::Success);
     }
     let names: Vec<String> = left.iter().map(|(pid, name)| format!("{name} (pid {pid})")).collect();
@@ -53,7 +57,12 @@ fn confirmed(processes: usize, printer: Printer) -> Result<bool, Failure> {
                 .hint("`xpyd doctor --reap --yes` ends them without asking"),
         );
     }
-    printer.error(format!("end these {processes} processes? [y/N]"));
+    let noun = if processes == 1 {
+        "this process"
+    } else {
+        "these processes"
+    };
+    printer.error(format!("end {noun}? [y/N]"));
     let mut answer = String::new();
     stdin.lock().read_line(&mut answer).map_err(anyhow::Error::from)?;
     Ok(["y", "yes"].contains(&answer.trim().to_lowercase().as_str()))

@@ -175,6 +175,7 @@ fn unreachable(url: &str, error: &ureq::Error) -> AccessError {
         ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
             "the connection was refused".to_owned()
         }
+        ureq::Error::Io(error) => error.to_string(),
         error => one_line(error),
     };
     AccessError::Unreachable {

@@ -9,8 +9,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-pub(super) use listing::size;
-
 use self::listing::RemoteFile;
 use super::access::{Access, AccessError};
 use super::hub::Answer;
@@ -142,13 +140,12 @@ pub fn download(
 ) -> Result<(), DownloadError> {
     let listing = listing::fetch(access, repository, revision, note)?;
     let place = Repository::new(&access.cache, repository);
-    let missing: Vec<&RemoteFile> = listing.files.iter().collect();
-    check_space(access, &place, &missing)?;
+    check_space(access, repository, &listing.files)?;
     let counter = Counter {
         bytes: AtomicU64::new(0),
         files: AtomicUsize::new(0),
-        total_bytes: missing.iter().map(|file| file.bytes).sum(),
-        total_files: missing.len(),
+        total_bytes: listing.files.iter().map(|file| file.bytes).sum(),
+        total_files: listing.files.len(),
         failed: AtomicBool::new(false),
         watch: Watch { progress, note },
     };
@@ -160,11 +157,17 @@ pub fn download(
         commit: &listing.commit,
         counter: &counter,
     };
-    fetch_all(&job, missing)?;
+    fetch_all(&job, listing.files.iter().collect())?;
     if revision != listing.commit {
         file::write_whole(&place.reference(revision), listing.commit.as_bytes())?;
     }
     Ok(())
+}
+
+/// Bytes of the files that engines need and that are not in the cache yet; asked once.
+pub(super) fn size(access: &Access, repository: &str, revision: &str) -> Option<u64> {
+    let files = listing::once(access, repository, revision)?.files;
+    Some(still_to_come(access, repository, &files))
 }
 
 /// Takes the files from a common list, the largest first, so that no thread is left alone with one at the end.
@@ -197,14 +200,20 @@ fn fetch_all(job: &file::Job<'_>, mut files: Vec<&RemoteFile>) -> Result<(), Dow
     })
 }
 
-fn check_space(access: &Access, place: &Repository, files: &[&RemoteFile]) -> Result<(), DownloadError> {
+/// Bytes of these files that are not in the cache yet.
+fn still_to_come(access: &Access, repository: &str, files: &[RemoteFile]) -> u64 {
+    let place = Repository::new(&access.cache, repository);
     let here = |file: &RemoteFile| {
         let blob = place.blobs().join(&file.hash);
         let part = blob.with_extension("incomplete");
         let size = |path: &std::path::Path| fs_err::metadata(path).ok().map(|file| file.len());
         size(&blob).or_else(|| size(&part)).unwrap_or(0)
     };
-    let needed: u64 = files.iter().map(|file| file.bytes.saturating_sub(here(file))).sum();
+    files.iter().map(|file| file.bytes.saturating_sub(here(file))).sum()
+}
+
+fn check_space(access: &Access, repository: &str, files: &[RemoteFile]) -> Result<(), DownloadError> {
+    let needed = still_to_come(access, repository, files);
     match super::free_bytes(&access.cache) {
         Some(free) if needed > 0 && free < needed.saturating_add(RESERVE_BYTES.min(needed)) => {
             Err(DownloadError::NoSpace {

@@ -41,9 +41,9 @@ pub enum Identity {
 /// Whether a repository can be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// Yes; what of it engines need is this large, in bytes, where the hub said so.
+    /// Yes.
     Open {
-        /// Bytes of all files that engines need.
+        /// Bytes that engines need and that are not in the cache yet, where the hub told them.
         bytes: Option<u64>,
     },
     /// Its licence has not been accepted, or there is no token that says by whom.
@@ -70,7 +70,7 @@ pub enum Answer {
 pub(super) fn ask(access: &Access, repository: Option<&str>, revision: &str) -> Hub {
     let (identity, access_answer, size) = thread::scope(|scope| {
         let identity = scope.spawn(|| access.has_token().then(|| identity(access)));
-        let size = scope.spawn(|| repository.and_then(|name| super::download::size(access, name, revision).ok()));
+        let size = scope.spawn(|| repository.and_then(|name| super::download::size(access, name, revision)));
         let answer = repository.map(|name| model(access, name, revision));
         (identity.join().ok().flatten(), answer, size.join().ok().flatten())
     });

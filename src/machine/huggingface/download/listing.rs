@@ -87,12 +87,9 @@ pub(super) fn fetch(
     }
 }
 
-/// Bytes of the files that engines need; asked once.
-pub(in super::super) fn size(access: &Access, repository: &str, revision: &str) -> Result<u64, DownloadError> {
-    match ask(access, repository, revision) {
-        Ok(listing) => Ok(listing.files.iter().map(|file| file.bytes).sum()),
-        Err(Failure::Final(error) | Failure::Passing(error, _)) => Err(error),
-    }
+/// As [`fetch`], asked once.
+pub(super) fn once(access: &Access, repository: &str, revision: &str) -> Option<Listing> {
+    ask(access, repository, revision).ok()
 }
 
 /// Whether asking again can help, and how long the hub wants us to wait.
