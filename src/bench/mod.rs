@@ -29,6 +29,7 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::Arrivals;
+pub use self::export::html::{ResultFileError, of_file as page_of_file};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::record::Record;

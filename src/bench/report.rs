@@ -69,6 +69,11 @@ impl Report {
         export::json::render(self, detailed)
     }
 
+    /// The report as one page of HTML that needs nothing else.
+    pub fn to_html(&self) -> String {
+        export::html::of_report(self)
+    }
+
     /// How many requests failed.
     pub fn failed(&self) -> usize {
         self.metrics.failed

@@ -1,6 +1,7 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod page;
 
 use std::path::Path;
 
@@ -32,6 +33,9 @@ const DEFAULT_PORT: u16 = 9100;
 /// # Errors
 /// When there is nothing to run: bad settings, no server, no such model; and when the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
+    if let (Some(result), Some(path)) = (&arguments.page.from, &arguments.page.report) {
+        return page::convert(result, path, printer);
+    }
     let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     let stop = CancellationToken::new();
     let benchmark = measure(&arguments, defaults, printer, stop.clone());
@@ -141,6 +145,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     if arguments.output.save_result {
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
+    }
+    if let Some(path) = &arguments.page.report {
+        page::write(report, path, printer)?;
     }
     Ok(if report.is_partial() {
         ExitStatus::Forced

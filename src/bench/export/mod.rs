@@ -1,5 +1,6 @@
 //! The forms of a report, one file each.
 
+pub(super) mod html;
 pub(super) mod json;
 pub(super) mod table;
 #[cfg(test)]

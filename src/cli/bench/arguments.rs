@@ -3,6 +3,7 @@
 mod data;
 mod load;
 mod output;
+mod page;
 mod sampling;
 mod target;
 
@@ -12,6 +13,7 @@ use reqwest::header::HeaderMap;
 pub(super) use self::data::Data;
 pub(super) use self::load::Load;
 pub(super) use self::output::Output;
+pub(super) use self::page::Page;
 pub(super) use self::sampling::Sampling;
 pub(super) use self::target::{BackendName, Header, Target};
 use crate::bench::{Arrivals, Backend, Spec};
@@ -35,6 +37,9 @@ pub struct Arguments {
     /// What is told of the run.
     #[command(flatten)]
     pub output: Output,
+    /// The report as a page.
+    #[command(flatten)]
+    pub page: Page,
 }
 
 impl Arguments {
