@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
 use super::load::Exchange;
-use super::record::{Answer, Told};
+use super::record::{Answer, EngineTimes, Told};
 use super::sse::{Decoder, EventTooLarge};
 use super::workload::Order;
 use super::{Backend, BenchError, CONNECT_TIMEOUT, Spec};
@@ -39,7 +39,7 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
-    Ids,
+    Prompt,
     Messages,
     OutputLength,
     Fixed(Value),
@@ -118,12 +118,13 @@ impl Client {
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = serde_json::to_vec(&Body { template, order }).expect("ids, texts and JSON values are JSON");
+        let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
         let request = self
             .http
             .post(self.url.clone())
             .header(CONTENT_TYPE, "application/json")
             .header("x-request-id", request_id)
+            .headers(order.headers.clone())
             .body(Bytes::from(body));
         let started = Instant::now();
         let answer = match timeout(self.timeout, self.read(request, started)).await {
@@ -180,7 +181,7 @@ fn template(spec: &Spec) -> Vec<(String, Field)> {
     let mut fields = vec![("model", Field::Fixed(json!(spec.model)))];
     match spec.backend {
         Backend::Completions => fields.extend([
-            ("prompt", Field::Ids),
+            ("prompt", Field::Prompt),
             ("repetition_penalty", Field::Fixed(json!(1.0))),
             ("max_tokens", Field::OutputLength),
             ("logprobs", Field::Fixed(Value::Null)),
@@ -220,11 +221,8 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
-                Field::Ids => body.serialize_entry(name, &self.order.prompt)?,
-                Field::Messages => {
-                    let messages = json!([{"role": "user", "content": self.order.prompt.text()}]);
-                    body.serialize_entry(name, &messages)?;
-                }
+                Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
+                Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
                 Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,
                 Field::Fixed(value) => body.serialize_entry(name, value)?,
             }
@@ -247,6 +245,7 @@ struct Reader {
 struct Chunk {
     choices: Option<Vec<Choice>>,
     usage: Option<Usage>,
+    metrics: Option<EngineMetrics>,
     error: Option<Value>,
 }
 
@@ -259,6 +258,23 @@ struct Choice {
 #[derive(Debug, Deserialize)]
 struct Delta {
     content: Option<String>,
+}
+
+/// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
+#[derive(Debug, Deserialize)]
+struct EngineMetrics {
+    queue_time_ms: Option<f64>,
+    time_to_first_token_ms: Option<f64>,
+}
+
+impl EngineMetrics {
+    fn times(&self) -> Option<EngineTimes> {
+        let duration = |milliseconds: Option<f64>| Duration::try_from_secs_f64(milliseconds? / 1000.0).ok();
+        Some(EngineTimes {
+            queue: duration(self.queue_time_ms)?,
+            first_token: duration(self.time_to_first_token_ms)?,
+        })
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -293,6 +309,9 @@ impl Reader {
                 self.answer.text.push_str(&text);
             }
         }
+        if let Some(metrics) = chunk.metrics {
+            self.answer.told.engine = metrics.times();
+        }
         if let Some(usage) = chunk.usage {
             self.answer.prompt_tokens = usage.prompt_tokens;
             self.answer.completion_tokens = usage.completion_tokens;
@@ -321,6 +340,7 @@ fn told(headers: &HeaderMap) -> Told {
     Told {
         handoff: text("x-xpyd-handoff"),
         timing: text("server-timing"),
+        engine: None,
     }
 }
 

@@ -7,6 +7,7 @@
 //! "vLLM" in this module means the client of vLLM 0.32.
 
 pub mod arrivals;
+pub mod attribution;
 mod client;
 mod export;
 pub mod goodput;
@@ -29,13 +30,14 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::Arrivals;
+pub use self::attribution::{Phases, Stage};
 pub use self::export::html::{ResultFileError, of_file as page_of_file};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::record::Record;
 pub use self::report::Report;
 pub use self::stats::Metric;
-pub use self::workload::{Random, RangeRatio, Workload, WorkloadError};
+pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
 
 /// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
 /// after 1, 3 and 7 seconds.
@@ -198,8 +200,8 @@ pub struct Progress {
 /// # Errors
 /// When the settings make no run. Requests that fail are no error: the report counts them.
 pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationToken) -> Result<Report, BenchError> {
-    let orders: Arc<[workload::Order]> = spec.workload.orders()?.into();
-    let releases = spec.releases(orders.len())?;
+    let orders = spec.workload.orders()?;
+    let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     // vLLM's form of request ids, so that logs of servers read the same.
@@ -249,12 +251,16 @@ impl Spec {
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
         client::url(&self.base_url, &self.endpoint)?;
-        self.releases(self.workload.orders()?.len())?;
+        self.releases(&self.workload.orders()?)?;
         Ok(())
     }
 
-    /// When each of `count` requests is released, since the start.
-    fn releases(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
+    /// When each request is released, since the start: as the dataset says, else as the arrivals do.
+    fn releases(&self, orders: &[Order]) -> Result<Vec<Duration>, BenchError> {
+        if let Some(own) = orders.iter().map(|order| order.release).collect() {
+            return Ok(own);
+        }
+        let count = orders.len();
         let Arrivals {
             request_rate,
             burstiness,

@@ -43,6 +43,17 @@ pub struct Told {
     pub handoff: Option<String>,
     /// `Server-Timing`: how long the stages took until the answer began.
     pub timing: Option<String>,
+    /// What the engine that answered says of the request, with `--enable-per-request-metrics`.
+    pub engine: Option<EngineTimes>,
+}
+
+/// An engine's own times of one request: `metrics` of vLLM 0.32's last chunk, or of its whole answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EngineTimes {
+    /// From its arrival in the scheduler until it was scheduled.
+    pub queue: Duration,
+    /// From there to its first token.
+    pub first_token: Duration,
 }
 
 impl Record {

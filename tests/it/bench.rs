@@ -255,7 +255,8 @@ async fn a_chat_request_carries_text() {
     assert_eq!(path, "/v1/chat/completions");
     let message = &body["messages"][0];
     assert_eq!((&message["role"], body.get("prompt")), (&json!("user"), None));
-    assert_eq!(message["content"].as_str().unwrap().split(' ').count(), 16);
+    let text = message["content"][0]["text"].as_str().unwrap();
+    assert_eq!(text.split(' ').count(), 16);
 }
 
 #[tokio::test]

@@ -19,7 +19,10 @@ pub(super) fn convert(result: &Path, path: &Path, printer: Printer) -> Result<Ex
     let usage = |error: std::io::Error| Failure::new(ExitStatus::Usage, error);
     let length = fs_err::metadata(result).map_err(usage)?.len();
     if length > LARGEST_RESULT {
-        let message = format!("`{}` has {length} bytes, and {LARGEST_RESULT} are the limit", result.display());
+        let message = format!(
+            "`{}` has {length} bytes, and {LARGEST_RESULT} are the limit",
+            result.display()
+        );
         return Err(Failure::message(ExitStatus::Usage, message));
     }
     let text = fs_err::read_to_string(result).map_err(usage)?;

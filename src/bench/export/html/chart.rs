@@ -1,5 +1,7 @@
 //! What every chart shares: two widths, so that letters stay legible on a phone without any script, and the axes.
 
+use std::fmt::{self, Write as _};
+
 use maud::{Markup, html};
 
 use super::number::{Axis, pixel, tick};
@@ -27,6 +29,57 @@ impl Size {
             Self::Wide => wide,
             Self::Narrow => narrow,
         }
+    }
+}
+
+/// The commands of an SVG path. One path of many shapes is far smaller than many elements.
+#[derive(Debug, Default)]
+pub(super) struct Path(String);
+
+impl Path {
+    fn add(&mut self, command: fmt::Arguments<'_>) -> &mut Self {
+        // Writing to a String cannot fail.
+        let _ = self.0.write_fmt(command);
+        self
+    }
+
+    pub(super) fn move_to(&mut self, x: f64, y: f64) -> &mut Self {
+        self.add(format_args!("M{} {}", pixel(x), pixel(y)))
+    }
+
+    pub(super) fn across_to(&mut self, x: f64) -> &mut Self {
+        self.add(format_args!("H{}", pixel(x)))
+    }
+
+    pub(super) fn down_to(&mut self, y: f64) -> &mut Self {
+        self.add(format_args!("V{}", pixel(y)))
+    }
+
+    pub(super) fn close(&mut self) -> &mut Self {
+        self.add(format_args!("Z"))
+    }
+
+    /// A filled bar that is always wide enough to leave a trace.
+    pub(super) fn bar(&mut self, (from, to): (f64, f64), y: f64, thickness: f64) {
+        let width = pixel((to - from).max(0.1));
+        self.move_to(from, y)
+            .add(format_args!("h{width}v{}h-{width}z", pixel(thickness)));
+    }
+
+    /// A diagonal cross around a point.
+    pub(super) fn cross(&mut self, (x, y): (f64, f64), arm: f64) {
+        let length = pixel(2.0 * arm);
+        self.move_to(x - arm, y - arm)
+            .add(format_args!("l{length} {length}m-{length} 0l{length} -{length}"));
+    }
+
+    /// A line of no length: with round ends it is a dot.
+    pub(super) fn dot(&mut self, x: f64, y: f64) {
+        self.move_to(x, y).add(format_args!("h0"));
+    }
+
+    pub(super) fn text(&self) -> &str {
+        &self.0
     }
 }
 
@@ -58,12 +111,11 @@ pub(super) fn bottom_axis(axis: &Axis, size: Size, (top, bottom): (f64, f64), un
 
 /// The lines of the axis along the bottom without its numbers, for a panel above another one.
 pub(super) fn down_lines(axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
-    let lines = axis.ticks(size.pick(10, 4));
-    let lines: String = lines
-        .into_iter()
-        .map(|value| format!("M{} {}V{}", pixel(axis.at(value)), pixel(top), pixel(bottom)))
-        .collect();
-    html! { path.grid d=(lines) {} }
+    let mut lines = Path::default();
+    for value in axis.ticks(size.pick(10, 4)) {
+        lines.move_to(axis.at(value), top).down_to(bottom);
+    }
+    html! { path.grid d=(lines.text()) {} }
 }
 
 /// The axis at the left: a line across at each tick, and its number before it.

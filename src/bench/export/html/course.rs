@@ -2,12 +2,14 @@
 
 use maud::{Markup, html};
 
-use super::chart::{Size, bottom_axis, chart, down_lines, left_axis, panel_name};
-use super::number::{Axis, digits, pixel, round_step, round_up, span, tick};
+use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_name};
+use super::number::{Axis, digits, pixel, place, round_step, round_up, span, tick};
 use super::run::Run;
 
 /// Dots that are drawn; more of them cover each other.
 const MOST_DOTS: usize = 3000;
+/// Up to this many, dots are large.
+const FEW_DOTS: usize = 300;
 /// Bars of the throughput.
 const ABOUT_BARS: f64 = 120.0;
 /// Points of the line of requests at the server.
@@ -44,7 +46,7 @@ impl Course {
         let starts = run.requests.iter().map(|request| request.started);
         let length = ends.chain(starts).fold(0.0, f64::max).max(1e-3);
         let step = round_step(length / ABOUT_BARS);
-        let mut tokens = vec![0.0; (length / step) as usize + 1];
+        let mut tokens = vec![0.0; place(length / step) + 1];
         let mut changes: Vec<(f64, isize)> = Vec::new();
         for (request, timing) in run.answered() {
             changes.extend([(request.started, 1), (request.started + timing.end(), -1)]);
@@ -54,8 +56,8 @@ impl Course {
             let mut instant = request.started + timing.first_token;
             for gap in [0.0].iter().chain(&timing.gaps) {
                 instant += gap;
-                let place = ((instant / step) as usize).min(tokens.len() - 1);
-                tokens[place] += each;
+                let bar = place(instant / step).min(tokens.len() - 1);
+                tokens[bar] += each;
             }
         }
         changes.sort_unstable_by(|left, right| left.0.total_cmp(&right.0));
@@ -87,32 +89,34 @@ impl Course {
         let rates = || self.tokens.iter().map(|tokens| tokens / self.step);
         let most = round_up(rates().fold(1.0, f64::max));
         let height = Axis::linear((0.0, most), (bottom, top));
-        let mut path = format!("M{} {}", pixel(axis.at(0.0)), pixel(bottom));
+        let mut path = Path::default();
+        path.move_to(axis.at(0.0), bottom);
         for (place, rate) in rates().enumerate() {
-            let end = axis.at((place + 1) as f64 * self.step);
-            path.push_str(&format!("V{}H{}", pixel(height.at(rate)), pixel(end)));
+            path.down_to(height.at(rate))
+                .across_to(axis.at((place + 1) as f64 * self.step));
         }
-        path.push_str(&format!("V{}Z", pixel(bottom)));
+        path.down_to(bottom).close();
         html! {
-            (panel_name(top - 10.0, &format!("Output tokens per second, in steps of {}", span(self.step))))
+            (panel_name(top - 10.0, &format!("Output tokens per second, in steps of {} s", tick(self.step))))
             (down_lines(axis, size, (top, bottom)))
-            (left_axis(&height, size, 3, tick))
-            path.area d=(path) {}
+            (left_axis(&height, size, 4, tick))
+            path.area d=(path.text()) {}
         }
     }
 
     fn in_flight(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
         let most = self.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(1);
         let height = Axis::linear((0.0, round_up(most.max(1) as f64)), (bottom, top));
-        let mut path = format!("M{} {}", pixel(axis.at(0.0)), pixel(bottom));
+        let mut path = Path::default();
+        path.move_to(axis.at(0.0), bottom);
         for (instant, count) in &self.in_flight {
-            path.push_str(&format!("H{}V{}", pixel(axis.at(*instant)), pixel(height.at(*count as f64))));
+            path.across_to(axis.at(*instant)).down_to(height.at(*count as f64));
         }
         html! {
             (panel_name(top - 10.0, "Requests at the server"))
             (down_lines(axis, size, (top, bottom)))
-            (left_axis(&height, size, 3, tick))
-            path.curve d=(path) {}
+            (left_axis(&height, size, 4, tick))
+            path.curve d=(path.text()) {}
         }
     }
 }
@@ -124,33 +128,25 @@ fn first_tokens(run: &Run, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -
     let (scale, unit) = if most < 10.0 { (1000.0, "ms") } else { (1.0, "s") };
     let height = Axis::linear((0.0, round_up((most * scale).max(1e-3))), (bottom, top));
     let stride = run.requests.len().div_ceil(MOST_DOTS).max(1);
-    let mut dots = String::new();
+    let (mut dots, mut crosses) = (Path::default(), Path::default());
     for (request, timing) in run.answered().step_by(stride) {
-        let (x, y) = (axis.at(request.started), height.at(timing.first_token * scale));
-        // A line of no length with round ends is a dot.
-        dots.push_str(&format!("M{} {}h0", pixel(x), pixel(y)));
+        dots.dot(axis.at(request.started), height.at(timing.first_token * scale));
     }
     let failed = run.requests.iter().filter(|request| request.result.is_err());
-    let crosses: String = failed
-        .take(MOST_DOTS)
-        .map(|request| {
-            format!(
-                "M{} {}l6 -6m-6 0l6 6",
-                pixel(axis.at(request.started) - 3.0),
-                pixel(bottom - 2.0)
-            )
-        })
-        .collect();
+    for request in failed.take(MOST_DOTS) {
+        crosses.cross((axis.at(request.started), bottom - 5.0), 3.0);
+    }
+    let few = run.requests.len() <= FEW_DOTS;
     let limit = run.objective("ttft").map(|limit| height.at(limit * scale));
     html! {
         (panel_name(top - 10.0, &format!("Time to first token by when a request was sent (in {unit})")))
-        (left_axis(&height, size, 3, tick))
+        (left_axis(&height, size, 4, tick))
         @if let Some(y) = limit {
             path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(y)) "H" (pixel(size.plot().1)) } {}
             text.name.limit x=(pixel(size.plot().1)) y=(pixel(y - 4.0)) text-anchor="end" { "objective" }
         }
-        path.dots d=(dots) {}
-        path.crosses d=(crosses) {}
+        path.dots.few[few] d=(dots.text()) {}
+        path.crosses d=(crosses.text()) {}
     }
 }
 
@@ -174,7 +170,7 @@ fn thinned(points: &[(f64, usize)], length: f64) -> Vec<(f64, usize)> {
     for (instant, count) in points {
         let start = (instant / step).floor() * step;
         match thinned.last_mut() {
-            Some(last) if last.0 == start => last.1 = last.1.max(*count),
+            Some(last) if last.0 >= start => last.1 = last.1.max(*count),
             _ => thinned.push((start, *count)),
         }
     }

@@ -8,8 +8,10 @@ mod chart;
 mod course;
 mod number;
 mod page;
+mod phase;
 mod run;
 mod spread;
+mod stages;
 mod table;
 mod timeline;
 

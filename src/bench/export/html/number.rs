@@ -5,6 +5,16 @@ pub(super) fn finite(value: f64) -> f64 {
     if value.is_finite() { value } else { 0.0 }
 }
 
+/// The whole part of a number from 0 up, as a place in a list.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "negative numbers and those that are none become 0, and the callers bound the rest"
+)]
+pub(super) fn place(value: f64) -> usize {
+    value as usize
+}
+
 /// A length of time in the unit that suits it, with three digits: `0.42 ms`, `303 ms`, `2.10 s`.
 pub(super) fn span(seconds: f64) -> String {
     let milliseconds = seconds * 1000.0;
@@ -67,7 +77,12 @@ fn grouped(digits: &str) -> String {
 /// A coordinate: a tenth of a pixel is as exact as anybody sees.
 pub(super) fn pixel(value: f64) -> String {
     let text = format!("{value:.1}");
-    text.strip_suffix(".0").map(str::to_owned).unwrap_or(text)
+    let trimmed = text.strip_suffix(".0").unwrap_or(&text);
+    if trimmed == "-0" {
+        "0".to_owned()
+    } else {
+        trimmed.to_owned()
+    }
 }
 
 /// From values to pixels.
@@ -162,7 +177,9 @@ impl Axis {
 /// The next larger of 1, 2 and 5 times a power of ten.
 pub(super) fn round_step(step: f64) -> f64 {
     let power = 10f64.powf(step.max(1e-12).log10().floor());
-    let factor = [1.0, 2.0, 5.0].into_iter().find(|factor| factor * power >= step * 0.999);
+    let factor = [1.0, 2.0, 5.0]
+        .into_iter()
+        .find(|factor| factor * power >= step * 0.999);
     factor.unwrap_or(10.0) * power
 }
 
@@ -201,7 +218,9 @@ mod tests {
         let spans = [0.00042, 0.009, 0.0303, 0.303, 0.9999, 2.1, 75.0, 1200.0].map(span);
         assert_eq!(
             spans,
-            ["0.42 ms", "9.00 ms", "30.3 ms", "303 ms", "1.00 s", "2.10 s", "75.0 s", "20 min"]
+            [
+                "0.42 ms", "9.00 ms", "30.3 ms", "303 ms", "1.00 s", "2.10 s", "75.0 s", "20 min"
+            ]
         );
         assert_eq!(
             (whole(12_345_678_u64).as_str(), hundredths(-12_345.678).as_str()),
@@ -220,7 +239,10 @@ mod tests {
     #[test]
     fn an_axis_puts_values_where_they_belong_and_keeps_others_inside() {
         let linear = Axis::linear((0.0, 10.0), (100.0, 200.0));
-        assert_eq!([linear.at(5.0), linear.at(-3.0), linear.at(99.0)], [150.0, 100.0, 200.0]);
+        assert_eq!(
+            [linear.at(5.0), linear.at(-3.0), linear.at(99.0)],
+            [150.0, 100.0, 200.0]
+        );
         let logarithmic = Axis::logarithmic((1.0, 100.0), (0.0, 10.0));
         assert!((logarithmic.at(10.0) - 5.0).abs() < 1e-9 && logarithmic.at(0.0) == 0.0);
         assert_eq!(logarithmic.ticks(6), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);

@@ -8,7 +8,11 @@
   const UNIT = 10000; // Times are in tenths of a millisecond.
   const ROW = 16;
 
-  for (const row of data.rows) row.end = row.phases.reduce((sum, length) => sum + length, row.start);
+  for (const row of data.rows) {
+    row.end = row.phases.reduce((sum, length) => sum + length, row.start);
+    row.sent = row.start + (data.phases[0][1] === "client_queue" ? row.phases[0] : 0);
+    row.stalls ??= [];
+  }
 
   const span = (units) => {
     const milliseconds = units / 10;
@@ -55,7 +59,7 @@
     const brush = element("rect", { class: "brush", y: top, height: bottom - top, visibility: "hidden" });
     plot.prepend(lit);
     plot.append(brush);
-    let rows = [], pitch = 1;
+    let rows = [], lanes = [], pitch = 1;
 
     const x = (time) => left + (Math.min(Math.max(time, shown[0]), shown[1]) - shown[0]) / (shown[1] - shown[0]) * (right - left);
     const time = (pixel) => shown[0] + (pixel - left) / (right - left) * (shown[1] - shown[0]);
@@ -63,26 +67,28 @@
     function draw() {
       const [from, to] = shown;
       rows = data.rows.filter((row) => row.end >= from && row.start <= to);
-      pitch = Math.min((bottom - top) / Math.max(rows.length, 1), ROW);
-      const thickness = pitch > 4 ? pitch - 2 : pitch;
+      lanes = [...new Set(rows.map((row) => row.lane))].sort((one, other) => one - other);
+      const places = new Map(lanes.map((lane, place) => [lane, place]));
+      pitch = Math.min((bottom - top) / Math.max(lanes.length, 1), ROW);
+      const thickness = pitch > 8 ? pitch - 3 : pitch > 4 ? pitch - 1.5 : pitch;
       const drawn = paths.map(() => []), stalled = [], crossed = [];
       const bar = (path, y, start, end) => {
         if (end < from || start > to) return;
         const x0 = x(start), width = Math.max(x(end) - x0, 0.1);
         path.push(`M${x0.toFixed(1)} ${y.toFixed(1)}h${width.toFixed(1)}v${thickness.toFixed(1)}h-${width.toFixed(1)}z`);
       };
-      rows.forEach((row, place) => {
-        const y = top + place * pitch;
+      for (const row of rows) {
+        const y = top + places.get(row.lane) * pitch;
         let start = row.start;
         row.phases.forEach((length, phase) => {
           if (length > 0) bar(drawn[phase], y, start, start += length);
         });
         for (let i = 0; i < row.stalls.length; i += 2) bar(stalled, y, row.stalls[i], row.stalls[i] + row.stalls[i + 1]);
         if (row.error != null) {
-          const arm = Math.min(Math.max(thickness / 2, 2), 4), cx = x(row.start + row.phases[0]) - arm, cy = y + thickness / 2 - arm;
+          const arm = Math.min(Math.max(thickness / 2, 2), 4), cx = x(row.sent) - arm, cy = y + thickness / 2 - arm;
           crossed.push(`M${cx.toFixed(1)} ${cy.toFixed(1)}l${2 * arm} ${2 * arm}m-${2 * arm} 0l${2 * arm} -${2 * arm}`);
         }
-      });
+      }
       paths.forEach((path, phase) => path.setAttribute("d", drawn[phase].join("")));
       stalls.setAttribute("d", stalled.join(""));
       crosses.setAttribute("d", crossed.join(""));
@@ -108,11 +114,20 @@
 
     function drawLabels() {
       labels.replaceChildren();
-      const stride = Math.max(Math.ceil(22 / pitch), 1);
-      for (let place = 0; place < rows.length; place += stride) {
-        const text = element("text", { class: "number", x: left - 7, y: (top + place * pitch + pitch / 2 + 4).toFixed(1), "text-anchor": "end" }, labels);
-        text.textContent = rows[place].request;
+      const stride = data.ownRows ? Math.max(Math.ceil(22 / pitch), 1) : Math.max(Math.ceil(lanes.length / 8), 1);
+      for (let place = data.ownRows ? 0 : stride; place < lanes.length + (data.ownRows ? 0 : 1); place += stride) {
+        const y = top + (place + (data.ownRows ? 0.5 : 0)) * pitch + 4;
+        const text = element("text", { class: "number", x: left - 7, y: y.toFixed(1), "text-anchor": "end" }, labels);
+        text.textContent = data.ownRows ? rows[place].request : place;
       }
+    }
+
+    // The request under the pointer, or the one that ended last before it where nothing runs.
+    function find(px, py) {
+      const lane = lanes[Math.floor((py - top) / pitch)], at = time(px), slack = 4 / (right - left) * (shown[1] - shown[0]);
+      if (lane === undefined || px < left || px > right) return undefined;
+      const inLane = rows.filter((row) => row.lane === lane);
+      return data.ownRows ? inLane[0] : inLane.find((row) => at >= row.start - slack && at <= row.end + slack);
     }
 
     const pixels = (event) => {
@@ -156,11 +171,11 @@
     }, { passive: false });
 
     function hover(px, py, event) {
-      const row = px >= left && px <= right ? rows[Math.floor((py - top) / pitch)] : undefined;
+      const row = find(px, py);
       tip.hidden = !row;
       lit.setAttribute("visibility", row ? "visible" : "hidden");
       if (!row) return;
-      lit.setAttribute("y", top + rows.indexOf(row) * pitch);
+      lit.setAttribute("y", top + lanes.indexOf(row.lane) * pitch);
       lit.setAttribute("height", pitch);
       describe(row);
       const box = figure.getBoundingClientRect(), inside = event.clientX - box.left;
@@ -181,7 +196,7 @@
       text.textContent = value;
       list.append(term, text);
     };
-    add("sent at", span(row.start + row.phases[0]));
+    add("sent at", span(row.sent));
     if (row.input != null) add("tokens in, out", row.input + ", " + row.output);
     row.phases.forEach((length, phase) => { if (length > 0) add(data.phases[phase][0], span(length)); });
     if (row.stalls.length) add("stalls", row.stalls.length / 2);

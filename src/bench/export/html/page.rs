@@ -3,37 +3,40 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
+use super::course;
 use super::number::{digits, hundredths, span, whole};
 use super::run::Run;
 use super::spread::Spread;
+use super::stages;
 use super::table::{self, Values};
 use super::timeline::Timeline;
-use super::course;
-use crate::bench::stats::percentile_of_sorted;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
 pub(super) fn of_run(run: &Run) -> Markup {
     let title = format!("{} at {}", short_name(&run.model_id), rate(run));
-    frame(&title, &html! {
-        header {
-            p.kind { "xpyd bench" span { (table::date(&run.date)) } }
-            h1 { bdi { (short_name(&run.model_id)) } " at " (rate(run)) }
-            p.lede { (lede(run)) }
-        }
-        (banner(run))
-        (headline(run))
-        @if run.requests.is_empty() {
-            p.notice { "The result was saved without details, so there is nothing to draw: `--save-detailed` keeps the times of \
-                every request." }
-            (named_latencies(run))
-        } @else {
-            (details(run))
-        }
-        section { h2 { "Settings" } (table::settings(run)) }
-        (terms())
-    })
+    frame(
+        &title,
+        &html! {
+            header {
+                p.kind { "xpyd bench" span { (table::date(&run.date)) } }
+                h1 { bdi { (short_name(&run.model_id)) } " at " (rate(run)) }
+                p.lede { (lede(run)) }
+            }
+            (banner(run))
+            (headline(run))
+            @if run.requests.is_empty() {
+                p.notice { "The result was saved without details, so there is nothing to draw: `--save-detailed` keeps the times of \
+                    every request." }
+                (named_latencies(run))
+            } @else {
+                (details(run))
+            }
+            section { h2 { "Settings" } (table::settings(run)) }
+            (terms())
+        },
+    )
 }
 
 /// The page around its content. Nothing may be loaded from anywhere, and the browser is told so.
@@ -68,6 +71,8 @@ fn details(run: &Run) -> Markup {
             section { h2 { "Latencies" } (table::latencies(&values)) }
         }
         section { h2 { "Every request" } (timeline.figure(run)) }
+        @if let Some(table) = table::stages(run) { section { h2 { "Where the time to first token goes" } @if let Some(figure) = stages::figure(run) { (figure) } (table) } }
+        @if let Some(pairs) = table::pairs(run) { section { h2 { "Engines" } (pairs) } }
         @if run.completed > 0 {
             section { h2 { "Time to first token" }
                 (spread("TTFT", "requests", &values.first_token, run.objective("ttft")))
@@ -85,8 +90,13 @@ fn details(run: &Run) -> Markup {
 }
 
 fn spread(name: &str, noun: &str, sorted: &[f64], objective: Option<f64>) -> Markup {
-    let spread = Spread { name, noun, sorted, objective };
-    html! { figure { (spread.chart()) } }
+    let spread = Spread {
+        name,
+        noun,
+        sorted,
+        objective,
+    };
+    spread.figure()
 }
 
 /// One sentence that says it all.
@@ -134,8 +144,15 @@ fn headline(run: &Run) -> Markup {
     let total = run.completed + run.failed;
     let latency = |name: &'static str, key: &str, unit: &'static str| {
         let median = median(run, key)?;
-        let tail = run.latency(&format!("p99_{key}_ms")).map(|tail| format!("P99 {}", hundredths(tail)));
-        Some(Tile { name, value: digits(median * 1000.0), unit, below: tail.unwrap_or_default() })
+        let tail = run
+            .latency(&format!("p99_{key}_ms"))
+            .map(|tail| format!("P99 {}", digits(tail)));
+        Some(Tile {
+            name,
+            value: digits(median * 1000.0),
+            unit,
+            below: tail.unwrap_or_default(),
+        })
     };
     let goodput = run.request_goodput.map(|goodput| Tile {
         name: "Goodput",
@@ -147,7 +164,10 @@ fn headline(run: &Run) -> Markup {
         name: "Output",
         value: digits(throughput),
         unit: "tok/s",
-        below: run.total_token_throughput.map(|total| format!("{} with prompts", digits(total))).unwrap_or_default(),
+        below: run
+            .total_token_throughput
+            .map(|total| format!("{} with prompts", digits(total)))
+            .unwrap_or_default(),
     });
     let answered = Tile {
         name: "Answered",
@@ -196,7 +216,8 @@ fn median(run: &Run, key: &str) -> Option<f64> {
     if run.completed == 0 {
         return None;
     }
-    run.latency(&format!("median_{key}_ms")).map(|milliseconds| milliseconds / 1000.0)
+    run.latency(&format!("median_{key}_ms"))
+        .map(|milliseconds| milliseconds / 1000.0)
 }
 
 /// The latencies that a file without details tells by name.

@@ -5,6 +5,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::number::finite;
+use crate::bench::attribution::{Phases, Stage};
 use crate::bench::record::Answer;
 use crate::bench::report::Report;
 
@@ -81,30 +82,20 @@ pub(super) struct Request {
     pub(super) queued: f64,
     pub(super) input_tokens: Option<u64>,
     pub(super) output_tokens: u64,
-    /// The engines that served it, where the server told.
-    pub(super) pair: Option<String>,
+    /// Where the time to its first token went and who served it, where the server told.
+    pub(super) told: Option<Told>,
     /// What came back, or why nothing usable did.
     pub(super) result: Result<Timing, String>,
 }
 
-/// A part of a request's time.
-#[derive(Debug)]
-pub(super) struct Phase {
-    pub(super) name: &'static str,
-    /// Its name in the style sheet.
-    pub(super) class: &'static str,
+/// What a server told of a request.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    /// The engines, as people write them: `prefiller1 → decoder2`.
+    pub(super) pair: String,
+    /// How long each of [`Stage::ALL`] took, in seconds.
+    pub(super) stages: [f64; Stage::ALL.len()],
 }
-
-/// The phases, in the order that a request goes through them.
-pub(super) const PHASES: [Phase; 7] = [
-    Phase { name: "client queue", class: "client-queue" },
-    Phase { name: "proxy queue", class: "proxy-queue" },
-    Phase { name: "prefill", class: "prefill" },
-    Phase { name: "hand-off", class: "handoff" },
-    Phase { name: "first decode step", class: "first-step" },
-    Phase { name: "until the first token", class: "wait" },
-    Phase { name: "decoding", class: "decoding" },
-];
 
 /// The times of an answer, since the request was sent.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -154,7 +145,7 @@ impl Run {
                 _ => report.prompt_lengths.get(record.index).copied(),
             },
             output_tokens: record.result.as_ref().map_or(0, Answer::output_tokens),
-            pair: None,
+            told: Phases::of(record).map(Told::from),
             result: match &record.result {
                 Ok(answer) => Ok(Timing {
                     first_token: answer.first_token.as_secs_f64(),
@@ -189,7 +180,7 @@ impl Run {
                 queued: queued(index),
                 input_tokens: self.input_lens.get(index).copied().flatten(),
                 output_tokens: self.output_lens.get(index).copied().flatten().unwrap_or(0),
-                pair: None,
+                told: None,
                 // vLLM's client leaves the latencies of what failed at 0, and some of its errors empty.
                 result: match error {
                     Some(error) => Err(shortened(error)),
@@ -224,6 +215,15 @@ impl Run {
     }
 }
 
+impl From<Phases> for Told {
+    fn from(phases: Phases) -> Self {
+        Self {
+            pair: phases.pair(),
+            stages: Stage::ALL.map(|stage| phases.length(stage).as_secs_f64()),
+        }
+    }
+}
+
 impl Timing {
     /// When its last token came, since the request was sent.
     pub(super) fn end(&self) -> f64 {
@@ -232,12 +232,6 @@ impl Timing {
 }
 
 impl Request {
-    /// How long it was in each of the [`PHASES`].
-    pub(super) fn phases(&self) -> [f64; PHASES.len()] {
-        let timing = self.result.clone().unwrap_or_default();
-        [self.queued, 0.0, 0.0, 0.0, 0.0, timing.first_token, timing.end() - timing.first_token]
-    }
-
     /// Until its first token; 0 if there was none.
     pub(super) fn first_token(&self) -> f64 {
         self.result.as_ref().map_or(0.0, |timing| timing.first_token)

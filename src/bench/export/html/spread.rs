@@ -2,8 +2,8 @@
 
 use maud::{Markup, html};
 
-use super::chart::{MARK_HEIGHT, Mark, Size, bottom_axis, chart, down_lines, left_axis, marks, panel_name};
-use super::number::{Axis, percent, pixel, round_up, span, tick, whole};
+use super::chart::{MARK_HEIGHT, Mark, Path, Size, bottom_axis, chart, down_lines, left_axis, marks, panel_name};
+use super::number::{Axis, percent, pixel, place, round_up, span, tick, whole};
 use crate::bench::stats::percentile_of_sorted;
 
 /// From this many values on the tail is worth an axis of its own.
@@ -13,9 +13,10 @@ const FEW: usize = 200;
 /// Steps of a curve: more of them than pixels show nothing.
 const MOST_STEPS: usize = 500;
 /// From this ratio of the largest to the smallest on the axis is logarithmic.
-const WIDE_RANGE: f64 = 20.0;
-/// Smaller values than this share of the largest stand at the lower end of a logarithmic axis.
-const SMALLEST_SHARE: f64 = 1e-5;
+const WIDE_RANGE: f64 = 10.0;
+/// Values below this share of the median stand at the lower end of a logarithmic axis: chunks that were read at once have
+/// gaps of microseconds, which tell of the network and would take most of the picture.
+const LOWEST_SHARE: f64 = 0.1;
 
 /// What is drawn.
 #[derive(Debug)]
@@ -39,8 +40,27 @@ struct Bin {
 }
 
 impl Spread<'_> {
-    pub(super) fn chart(&self) -> Markup {
-        chart("spread", &self.label(), |size| self.draw(size))
+    pub(super) fn figure(&self) -> Markup {
+        let floor = self.floor();
+        let below = self.sorted.partition_point(|value| *value < floor);
+        html! {
+            figure {
+                (chart("spread", &self.label(), |size| self.draw(size)))
+                @if self.is_wide() && below > 0 {
+                    figcaption { (whole(below)) " of " (whole(self.sorted.len())) " " (self.noun) " are under " (span(floor)) " and stand \
+                        at the left end." }
+                }
+            }
+        }
+    }
+
+    /// The least value that a logarithmic axis shows.
+    fn floor(&self) -> f64 {
+        self.sorted[0].max(percentile_of_sorted(self.sorted, 50.0) * LOWEST_SHARE)
+    }
+
+    fn is_wide(&self) -> bool {
+        self.sorted[self.sorted.len() - 1] > self.floor() * WIDE_RANGE
     }
 
     /// The chart in words.
@@ -87,24 +107,37 @@ impl Spread<'_> {
         let (smallest, largest) = (self.sorted[0], self.sorted[self.sorted.len() - 1]);
         let farthest = self.objective.unwrap_or(0.0).max(largest);
         let (scale, unit) = if farthest < 10.0 { (1000.0, "ms") } else { (1.0, "s") };
-        let floor = smallest.max(largest * SMALLEST_SHARE);
-        let axis = if largest > floor * WIDE_RANGE {
-            let lowest = self.objective.map_or(floor, |limit| limit.min(floor).max(largest * SMALLEST_SHARE));
+        let axis = if self.is_wide() {
+            let lowest = self
+                .objective
+                .map_or(self.floor(), |limit| limit.min(self.floor()).max(farthest * 1e-5));
             Axis::logarithmic((lowest * 0.9 * scale, farthest * 1.1 * scale), size.plot())
         } else {
             let margin = ((farthest - smallest) * 0.06).max(farthest * 0.002);
-            Axis::linear(((smallest - margin).max(0.0) * scale, (farthest + margin) * scale), size.plot())
+            Axis::linear(
+                ((smallest - margin).max(0.0) * scale, (farthest + margin) * scale),
+                size.plot(),
+            )
         };
         let named = self.marks(scale);
         let names = MARK_HEIGHT * named.len() as f64;
         let upper = (34.0 + names, 34.0 + names + size.pick(150.0, 120.0));
         let lower = (upper.1 + 46.0, upper.1 + 46.0 + size.pick(130.0, 110.0));
         let scale_axis = if axis.is_logarithmic { ", logarithmic" } else { "" };
+        let is_tail = self.sorted.len() >= MANY;
+        let curve_name = if is_tail {
+            "Share that is longer (logarithmic)"
+        } else {
+            "Share that is not longer"
+        };
         let picture = html! {
-            (panel_name(12.0, &format!("{} by {} (in {unit}{scale_axis})", capital(self.noun), self.name)))
             (self.histogram(&axis, size, upper, scale))
-            (self.curve(&axis, size, lower, scale, unit))
+            (self.curve(&axis, size, lower, scale))
+            (bottom_axis(&axis, size, lower, unit))
             (marks(&named, &axis, 22.0, lower.1))
+            // Last, because a mark may cross them.
+            (panel_name(12.0, &format!("{} by {} (in {unit}{scale_axis})", capital(self.noun), self.name)))
+            (panel_name(lower.0 - 12.0, curve_name))
         };
         (lower.1 + 24.0, picture)
     }
@@ -115,7 +148,7 @@ impl Spread<'_> {
         let height = Axis::linear((0.0, round_up(most as f64)), (bottom, top));
         html! {
             (down_lines(axis, size, (top, bottom)))
-            (left_axis(&height, size, 3, tick))
+            (left_axis(&height, size, 4, tick))
             @for bin in bins.iter().filter(|bin| bin.count > 0) {
                 @let (from, to) = (axis.at(bin.from), axis.at(bin.to));
                 // The least bar still shows, or a slow request among thousands would not be seen.
@@ -125,13 +158,13 @@ impl Spread<'_> {
                 }
             }
             @if self.sorted.len() <= FEW {
-                path.rug d=(rug(self.sorted, axis, bottom, scale)) {}
+                path.rug d=(rug(self.sorted, axis, bottom, scale).text()) {}
             }
         }
     }
 
     /// The share of values up to each size; where there are many, the share beyond it, so that the tail can be read.
-    fn curve(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64), scale: f64, unit: &str) -> Markup {
+    fn curve(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64), scale: f64) -> Markup {
         let count = self.sorted.len();
         let is_tail = count >= MANY;
         let shares = if is_tail {
@@ -139,26 +172,20 @@ impl Spread<'_> {
         } else {
             Axis::linear((0.0, 1.0), (bottom, top))
         };
-        let name = if is_tail {
-            "Share that is longer (logarithmic)"
-        } else {
-            "Share that is not longer"
-        };
-        let mut path = format!("M{} {}", pixel(axis.at(0.0)), pixel(shares.at(if is_tail { 1.0 } else { 0.0 })));
+        let mut path = Path::default();
+        path.move_to(axis.at(0.0), if is_tail { top } else { bottom });
         for rank in ranks(count, is_tail) {
             let below = (rank + 1) as f64 / count as f64;
             let share = if is_tail { 1.0 - below } else { below };
-            let (x, y) = (axis.at(self.sorted[rank] * scale), shares.at(share));
-            path.push_str(&format!("H{}V{}", pixel(x), pixel(y)));
+            path.across_to(axis.at(self.sorted[rank] * scale))
+                .down_to(shares.at(share));
         }
         if !is_tail {
-            path.push_str(&format!("H{}", pixel(size.plot().1)));
+            path.across_to(size.plot().1);
         }
         html! {
-            (panel_name(top - 12.0, name))
-            (left_axis(&shares, size, if is_tail { 4 } else { 4 }, |share| format!("{} %", tick(share * 100.0))))
-            (bottom_axis(axis, size, (top, bottom), unit))
-            path.curve d=(path) {}
+            (left_axis(&shares, size, 4, |share| format!("{} %", tick(share * 100.0))))
+            path.curve d=(path.text()) {}
         }
     }
 }
@@ -176,7 +203,7 @@ fn ranks(count: usize, is_tail: bool) -> Vec<usize> {
         } else {
             last as f64 * (1.0 - share)
         };
-        last - (from_end.round().max(0.0) as usize).min(last)
+        last - place(from_end.round()).min(last)
     };
     let mut ranks: Vec<usize> = (0..=MOST_STEPS).map(rank).collect();
     ranks.dedup();
@@ -188,28 +215,28 @@ fn bins(sorted: &[f64], axis: &Axis, scale: f64, most: usize) -> Vec<Bin> {
     let share = |value: f64| axis.share(value * scale);
     let at = |percentile| share(percentile_of_sorted(sorted, percentile));
     let step = 2.0 * (at(75.0) - at(25.0)) / (sorted.len() as f64).cbrt();
-    let (low, high) = (share(sorted[0]), share(sorted[sorted.len() - 1]));
     let wanted = if step > 0.0 { 1.0 / step } else { most as f64 };
-    let count = (wanted.ceil() as usize).clamp(12, most);
+    let count = place(wanted.ceil()).clamp(12, most);
     let mut bins: Vec<Bin> = (0..count)
-        .map(|place| Bin {
-            from: axis.value(place as f64 / count as f64),
-            to: axis.value((place + 1) as f64 / count as f64),
+        .map(|step| Bin {
+            from: axis.value(step as f64 / count as f64),
+            to: axis.value((step + 1) as f64 / count as f64),
             count: 0,
         })
         .collect();
-    debug_assert!(low <= high, "the values are sorted");
     for value in sorted {
-        let place = (share(*value) * count as f64) as usize;
-        bins[place.min(count - 1)].count += 1;
+        bins[place(share(*value) * count as f64).min(count - 1)].count += 1;
     }
     bins
 }
 
 /// A short line for each value.
-fn rug(sorted: &[f64], axis: &Axis, bottom: f64, scale: f64) -> String {
-    let lines = sorted.iter().map(|value| format!("M{} {}v5", pixel(axis.at(value * scale)), pixel(bottom + 2.0)));
-    lines.collect()
+fn rug(sorted: &[f64], axis: &Axis, bottom: f64, scale: f64) -> Path {
+    let mut path = Path::default();
+    for value in sorted {
+        path.move_to(axis.at(value * scale), bottom + 2.0).down_to(bottom + 7.0);
+    }
+    path
 }
 
 fn capital(word: &str) -> String {

@@ -1,15 +1,19 @@
 //! The tables of the report: latencies, failures, the slowest requests, settings.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use maud::{Markup, html};
 
-use super::number::{digits, hundredths, percent, span, whole};
-use super::run::{PHASES, Request, Run};
+use super::number::{hundredths, percent, span, whole};
+use super::phase::Phase;
+use super::run::{Request, Run, Timing};
+use crate::bench::attribution::Stage;
 use crate::bench::stats::percentile_of_sorted;
 
 /// Rows of the table of slow requests.
 const SLOWEST: usize = 10;
+/// Rows of the table of pairs.
+const MOST_PAIRS: usize = 100;
 /// Rows of the table of failures.
 const MOST_CAUSES: usize = 20;
 
@@ -41,8 +45,16 @@ impl Values {
         };
         Self {
             first_token: sorted(run.answered().map(|(_, timing)| timing.first_token).collect()),
-            per_token: sorted(run.answered().filter_map(|(request, _)| request.time_per_output_token()).collect()),
-            gaps: sorted(run.answered().flat_map(|(_, timing)| timing.gaps.iter().copied()).collect()),
+            per_token: sorted(
+                run.answered()
+                    .filter_map(|(request, _)| request.time_per_output_token())
+                    .collect(),
+            ),
+            gaps: sorted(
+                run.answered()
+                    .flat_map(|(_, timing)| timing.gaps.iter().copied())
+                    .collect(),
+            ),
             whole: sorted(run.answered().map(|(_, timing)| timing.latency).collect()),
         }
     }
@@ -61,7 +73,7 @@ pub(super) fn latencies(values: &Values) -> Markup {
             caption { "Latencies in milliseconds, of requests that were answered" }
             thead { tr {
                 th scope="col" { "Latency" } th scope="col" { "Values" } th scope="col" { "Mean" } th scope="col" { "Median" }
-                th scope="col" { "P90" } th scope="col" { "P99" } th scope="col" { "Most" }
+                th scope="col" { "P90" } th scope="col" { "P99" } th scope="col" { "Max" }
             } }
             tbody {
                 @for row in rows.iter().flatten() {
@@ -96,6 +108,112 @@ impl Latency {
     }
 }
 
+/// Where the time to the first token went, by stage. Nothing where no server told.
+pub(super) fn stages(run: &Run) -> Option<Markup> {
+    let stages: Vec<Phase> = Phase::used(run)
+        .into_iter()
+        .filter(|phase| matches!(phase, Phase::Stage(_)))
+        .collect();
+    let told = run.answered().filter(|(request, _)| request.told.is_some()).count();
+    if stages.is_empty() {
+        return None;
+    }
+    let rows: Vec<(Phase, Vec<f64>, f64)> = stages
+        .into_iter()
+        .map(|stage| {
+            let lengths = stage.lengths(run);
+            let mean = lengths.iter().sum::<f64>() / lengths.len().max(1) as f64;
+            (stage, lengths, mean)
+        })
+        .collect();
+    let total: f64 = rows.iter().map(|(_, _, mean)| mean).sum();
+    let share = |mean: f64| mean / total.max(f64::MIN_POSITIVE) * 100.0;
+    Some(html! {
+        div.stack role="img" aria-label="The stages' shares of the mean time to first token; the table has the numbers" {
+            @for (stage, _, mean) in &rows { i class={ "swatch " (stage.class()) } style={ "width:" (format!("{:.2}", share(*mean))) "%" } {} }
+        }
+        div.scroll { table.numbers {
+            caption { "Stages of the time to first token, in milliseconds" @if told < run.completed {
+                ", of " (whole(told)) " of " (whole(run.completed)) " requests of which the server told" } }
+            thead { tr {
+                th scope="col" { "Stage" } th scope="col" { "Share" } th scope="col" { "Mean" } th scope="col" { "Median" }
+                th scope="col" { "P90" } th scope="col" { "P99" } th scope="col" { "Max" }
+            } }
+            tbody {
+                @for (stage, lengths, mean) in &rows {
+                    tr {
+                        th scope="row" { i class={ "swatch " (stage.class()) } {} (stage.name()) }
+                        td { (format!("{:.1} %", share(*mean))) }
+                        td { (hundredths(mean * 1000.0)) }
+                        @for percentile in [50.0, 90.0, 99.0, 100.0] {
+                            td { (hundredths(percentile_of_sorted(lengths, percentile) * 1000.0)) }
+                        }
+                    }
+                }
+            }
+        } }
+    })
+}
+
+/// The pairs of engines, each with the latencies of its requests. Nothing where no server told.
+pub(super) fn pairs(run: &Run) -> Option<Markup> {
+    let mut pairs: BTreeMap<&str, Vec<(&Request, &Timing)>> = BTreeMap::new();
+    for (request, timing) in run.answered() {
+        if let Some(told) = &request.told {
+            pairs.entry(&told.pair).or_default().push((request, timing));
+        }
+    }
+    let stages = [
+        Phase::Stage(Stage::PrefillCompute),
+        Phase::Stage(Stage::Prefill),
+        Phase::Stage(Stage::Handoff),
+    ];
+    let used = Phase::used(run);
+    let stages: Vec<Phase> = stages.into_iter().filter(|stage| used.contains(stage)).collect();
+    let sorted = |values: &mut dyn Iterator<Item = f64>| {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_unstable_by(f64::total_cmp);
+        values
+    };
+    (!pairs.is_empty()).then(|| {
+        html! {
+            div.scroll { table.numbers {
+                caption { "By pair of engines, in milliseconds" }
+                thead { tr {
+                    th scope="col" { "Pair" } th scope="col" { "Requests" } th scope="col" { "Median TTFT" } th scope="col" { "P99 TTFT" }
+                    @for stage in &stages { th scope="col" { "Median " (stage.name()) } }
+                    th scope="col" { "Median TPOT" }
+                } }
+                tbody {
+                    @for (pair, requests) in pairs.iter().take(MOST_PAIRS) {
+                        @let first_tokens = sorted(&mut requests.iter().map(|(_, timing)| timing.first_token));
+                        @let per_token = sorted(&mut requests.iter().filter_map(|(request, _)| request.time_per_output_token()));
+                        tr {
+                            th scope="row" { bdi { (pair) } }
+                            td { (whole(requests.len())) }
+                            td { (milliseconds(&first_tokens, 50.0)) }
+                            td.weak[requests.len() < 100] { (milliseconds(&first_tokens, 99.0)) }
+                            @for stage in &stages {
+                                td { (milliseconds(&sorted(&mut requests.iter().map(|(request, _)| stage.of(request))), 50.0)) }
+                            }
+                            td { (milliseconds(&per_token, 50.0)) }
+                        }
+                    }
+                }
+            } }
+            @if pairs.len() > MOST_PAIRS { p.note { "Further pairs: " (whole(pairs.len() - MOST_PAIRS)) "." } }
+        }
+    })
+}
+
+/// A percentile of ascending seconds; empty where there are none.
+fn milliseconds(sorted: &[f64], percentile: f64) -> String {
+    if sorted.is_empty() {
+        return String::new();
+    }
+    hundredths(percentile_of_sorted(sorted, percentile) * 1000.0)
+}
+
 /// What failed, by cause, the most frequent first.
 pub(super) fn failures(run: &Run) -> Markup {
     let mut causes: HashMap<&str, Vec<&Request>> = HashMap::new();
@@ -111,7 +229,7 @@ pub(super) fn failures(run: &Run) -> Markup {
         div.scroll { table.failures {
             caption { (whole(run.failed)) " of " (whole(run.completed + run.failed)) " requests failed, by cause" }
             thead { tr {
-                th scope="col" { "Requests" } th scope="col" { "Share" } th.text scope="col" { "Cause" } th scope="col" { "First" } th scope="col" { "Last" }
+                th scope="col" { "Requests" } th scope="col" { "Share" } th.text scope="col" { "Cause" } th scope="col" { "First sent" } th scope="col" { "Last sent" }
             } }
             tbody {
                 @for (cause, requests) in causes.iter().take(MOST_CAUSES) {
@@ -120,8 +238,8 @@ pub(super) fn failures(run: &Run) -> Markup {
                         td { (whole(requests.len())) }
                         td { (percent(requests.len(), total)) }
                         td.text { bdi { (cause) } }
-                        td { "at " (span(times().fold(f64::INFINITY, f64::min))) }
-                        td { "at " (span(times().fold(0.0, f64::max))) }
+                        td { (hundredths(times().fold(f64::INFINITY, f64::min))) " s" }
+                        td { (hundredths(times().fold(0.0, f64::max))) " s" }
                     }
                 }
             }
@@ -137,26 +255,26 @@ pub(super) fn slowest(run: &Run) -> Markup {
     let mut requests: Vec<_> = run.answered().collect();
     requests.sort_by(|left, right| right.1.first_token.total_cmp(&left.1.first_token));
     requests.truncate(SLOWEST);
-    let used = |phase: &usize| requests.iter().any(|(request, _)| request.phases()[*phase] > 0.0);
-    // Decoding is the last one, and told by the time per token. Without any other one, TTFT says it all.
-    let phases: Vec<usize> = (0..PHASES.len() - 1).filter(used).collect();
+    let is_told = |phase: &Phase| !matches!(phase, Phase::Wait | Phase::Decoding);
+    let phases: Vec<Phase> = Phase::used(run).into_iter().filter(is_told).collect();
+    // Without any but the wait in the client, TTFT says it all.
     let phases = if phases.len() > 1 { phases } else { Vec::new() };
     html! {
         div.scroll { table.numbers {
             caption { "The slowest first tokens, in milliseconds" }
             thead { tr {
                 th scope="col" { "Request" } th scope="col" { "Sent at" } th scope="col" { "Tokens in" } th scope="col" { "out" }
-                @for phase in &phases { th scope="col" { (PHASES[*phase].name) } }
+                @for phase in &phases { th scope="col" { (phase.name()) } }
                 th scope="col" { "TTFT" } th scope="col" { "TPOT" } th scope="col" { "E2EL" }
             } }
             tbody {
                 @for (request, timing) in &requests {
                     tr {
                         th scope="row" { (request.index) }
-                        td { (digits(request.started)) " s" }
+                        td { (hundredths(request.started)) " s" }
                         td { (request.input_tokens.map(whole).unwrap_or_default()) }
                         td { (whole(request.output_tokens)) }
-                        @for phase in &phases { td { (hundredths(request.phases()[*phase] * 1000.0)) } }
+                        @for phase in &phases { td { (hundredths(phase.of(request) * 1000.0)) } }
                         td { (hundredths(timing.first_token * 1000.0)) }
                         td { (request.time_per_output_token().map(|time| hundredths(time * 1000.0)).unwrap_or_default()) }
                         td { (hundredths(timing.latency * 1000.0)) }
@@ -169,7 +287,9 @@ pub(super) fn slowest(run: &Run) -> Markup {
 
 /// What the run was asked to do.
 pub(super) fn settings(run: &Run) -> Markup {
-    let rate = run.rate().map_or("all at once".to_owned(), |rate| format!("{rate} requests per second"));
+    let rate = run
+        .rate()
+        .map_or("all at once".to_owned(), |rate| format!("{rate} requests per second"));
     let limit = run.max_concurrency.map_or("no limit".to_owned(), whole);
     let own = |key: &str| run.xpyd.get(key).map(plain);
     let more = run.more.iter().filter(|(key, value)| is_setting(key, value));
@@ -202,9 +322,9 @@ fn setting(name: &str, value: Option<String>) -> Markup {
 
 fn arrivals(burstiness: f64) -> &'static str {
     match burstiness {
-        shape if shape == 1.0 => "a Poisson process",
         shape if shape < 1.0 => "burstier than a Poisson process",
-        _ => "more even than a Poisson process",
+        shape if shape > 1.0 => "more even than a Poisson process",
+        _ => "a Poisson process",
     }
 }
 

@@ -20,7 +20,9 @@ fn spec(line: &str) -> Spec {
 #[test]
 fn the_defaults_are_lmcaches_recipe() {
     let spec = spec("");
-    let Workload::Random(random) = &spec.workload;
+    let Workload::Random(random) = &spec.workload else {
+        panic!()
+    };
     assert_eq!(
         (random.input_length, random.output_length, random.prompt_count),
         (7500, 200, 30)
@@ -82,7 +84,9 @@ fn sampling_flags_become_fields_and_extra_body_goes_before_them() {
 fn infinite_rates_and_separate_ratios_are_read() {
     let spec = spec(r#"--request-rate inf --burstiness inf --random-range-ratio {"input":0.1,"output":0.2}"#);
     assert!(spec.arrivals.request_rate.is_infinite() && spec.arrivals.burstiness.is_infinite());
-    let Workload::Random(random) = spec.workload;
+    let Workload::Random(random) = spec.workload else {
+        panic!()
+    };
     assert_eq!(
         random.range_ratio,
         RangeRatio {

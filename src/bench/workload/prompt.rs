@@ -1,0 +1,212 @@
+//! A prompt in the forms that it may have, and how each is written in a request's JSON.
+
+use std::sync::Arc;
+
+use serde::ser::{SerializeSeq as _, Serializer};
+use serde::{Deserialize, Serialize};
+
+/// What a model is asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// Running token ids, stored as how to make them.
+    Running(Running),
+    /// Token ids.
+    Ids(Arc<[u32]>),
+    /// Text.
+    Text {
+        /// The text.
+        text: Arc<str>,
+        /// Its length by the client's own tokenizer.
+        token_count: u64,
+    },
+    /// The messages of a chat.
+    Messages {
+        /// In their order.
+        messages: Arc<[Message]>,
+        /// Their length by the client's own tokenizer; 0 where it has none.
+        token_count: u64,
+    },
+}
+
+/// One message of a chat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who says it: `user`, `assistant`, `system`.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+/// Running token ids: a thousand prompts of 7500 need no memory until they are sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Running {
+    pub(super) prefix: Arc<[u32]>,
+    pub(super) first: u32,
+    pub(super) length: u32,
+    pub(super) vocabulary_size: u32,
+}
+
+/// The value of `prompt` in a completion's body.
+#[derive(Debug, Clone, Copy)]
+pub struct AsCompletion<'a>(&'a Prompt);
+
+/// The value of `messages` in a chat's body.
+#[derive(Debug, Clone, Copy)]
+pub struct AsChat<'a>(&'a Prompt);
+
+impl Prompt {
+    /// How many tokens it has, as far as the client knows.
+    pub fn token_count(&self) -> u64 {
+        match self {
+            Self::Running(running) => running.prefix.len() as u64 + u64::from(running.length),
+            Self::Ids(ids) => ids.len() as u64,
+            Self::Text { token_count, .. } | Self::Messages { token_count, .. } => *token_count,
+        }
+    }
+
+    /// As the `prompt` of `/v1/completions`: token ids, which vLLM takes in place of text, or text. Messages are written
+    /// as their texts, one after the other.
+    pub fn as_completion(&self) -> AsCompletion<'_> {
+        AsCompletion(self)
+    }
+
+    /// As the `messages` of `/v1/chat/completions`. Token ids become words there, because a chat takes none.
+    pub fn as_chat(&self) -> AsChat<'_> {
+        AsChat(self)
+    }
+}
+
+impl Running {
+    /// The ids.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        let running =
+            (0..self.length).map(|index| wrap(u64::from(self.first) + u64::from(index), self.vocabulary_size));
+        self.prefix.iter().copied().chain(running)
+    }
+}
+
+/// `value % size`.
+#[expect(clippy::cast_possible_truncation, reason = "a remainder is smaller than its divisor")]
+pub(super) fn wrap(value: u64, size: u32) -> u32 {
+    (value % u64::from(size)) as u32
+}
+
+/// Ids as text: one word per id, which is about one token each. What it really counts only the server knows.
+///
+/// The words are few and short, so that every tokenizer has them whole; which one stands for an id is scrambled, so that
+/// prompts that start at different ids share no prefix.
+fn words(ids: impl Iterator<Item = u32>) -> String {
+    let words: Vec<&str> = ids.map(|id| WORDS[scramble(id) as usize % WORDS.len()]).collect();
+    words.join(" ")
+}
+
+/// `MurmurHash3`'s last step: every bit of the id changes about half of the bits.
+fn scramble(id: u32) -> u32 {
+    let mixed = (id ^ id >> 16).wrapping_mul(0x85eb_ca6b);
+    let mixed = (mixed ^ mixed >> 13).wrapping_mul(0xc2b2_ae35);
+    mixed ^ mixed >> 16
+}
+
+impl Serialize for AsCompletion<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            Prompt::Running(running) => serializer.collect_seq(running.ids()),
+            Prompt::Ids(ids) => serializer.collect_seq(ids.iter()),
+            Prompt::Text { text, .. } => serializer.serialize_str(text),
+            Prompt::Messages { messages, .. } => {
+                let texts: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
+                serializer.serialize_str(&texts.join("\n"))
+            }
+        }
+    }
+}
+
+impl Serialize for AsChat<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let one = |serializer: S, text: &str| {
+            let mut messages = serializer.serialize_seq(Some(1))?;
+            messages.serialize_element(&TextMessage::user(text))?;
+            messages.end()
+        };
+        match self.0 {
+            Prompt::Running(running) => one(serializer, &words(running.ids())),
+            Prompt::Ids(ids) => one(serializer, &words(ids.iter().copied())),
+            Prompt::Text { text, .. } => one(serializer, text),
+            Prompt::Messages { messages, .. } => messages.serialize(serializer),
+        }
+    }
+}
+
+/// A message as vLLM's client writes one that was a text: its content is a list of one part.
+#[derive(Serialize)]
+struct TextMessage<'a> {
+    role: &'static str,
+    content: [Part<'a>; 1],
+}
+
+#[derive(Serialize)]
+struct Part<'a> {
+    r#type: &'static str,
+    text: &'a str,
+}
+
+impl<'a> TextMessage<'a> {
+    fn user(text: &'a str) -> Self {
+        Self {
+            role: "user",
+            content: [Part { r#type: "text", text }],
+        }
+    }
+}
+
+const WORDS: [&str; 64] = [
+    "the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he",
+    "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "all",
+    "her", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "no", "more", "if",
+    "out", "so", "up", "said", "what", "its", "about", "than", "into", "them", "can", "only", "other", "time", "new",
+    "some",
+];
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn written(prompt: &Prompt) -> [serde_json::Value; 2] {
+        [
+            serde_json::to_value(prompt.as_completion()).unwrap(),
+            serde_json::to_value(prompt.as_chat()).unwrap(),
+        ]
+    }
+
+    #[test]
+    fn each_form_is_written_as_both_routes_want_it() {
+        let text = |text: &str| json!([{"role": "user", "content": [{"type": "text", "text": text}]}]);
+        let running = Prompt::Running(Running {
+            prefix: [7, 9].into(),
+            first: 2,
+            length: 3,
+            vocabulary_size: 4,
+        });
+        assert_eq!(written(&running)[0], json!([7, 9, 2, 3, 0]));
+        assert_eq!(running.token_count(), 5);
+        let ids = Prompt::Ids([7, 9, 2, 3, 0].into());
+        assert_eq!(written(&ids), written(&running));
+        let hello = Prompt::Text {
+            text: "hello".into(),
+            token_count: 1,
+        };
+        assert_eq!(written(&hello), [json!("hello"), text("hello")]);
+        let message = |role: &str, content: &str| Message {
+            role: role.to_owned(),
+            content: content.to_owned(),
+        };
+        let messages = Prompt::Messages {
+            messages: [message("system", "be brief"), message("user", "hello")].into(),
+            token_count: 3,
+        };
+        let chat = json!([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]);
+        assert_eq!(written(&messages), [json!("be brief\nhello"), chat]);
+    }
+}
