@@ -13,6 +13,8 @@ pub mod compare;
 mod engine_counters;
 mod export;
 pub mod goodput;
+pub mod honesty;
+pub mod interval;
 mod load;
 pub mod models;
 mod numpy;

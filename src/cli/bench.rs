@@ -13,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
 pub use self::line::line;
+use crate::bench::honesty::MachineUse;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
+use crate::machine::Processors;
 use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
 use crate::ui::Printer;
@@ -91,9 +93,14 @@ async fn measure(
             shown.update(&snapshot(&progress));
         }
     };
+    let before = Processors::now();
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
+    let after = Processors::now();
     shown.finish();
-    report.map(Some).map_err(failure)
+    let mut report = report.map_err(failure)?;
+    let shares = before.zip(after).and_then(|(before, after)| after.shares_since(before));
+    report.beside.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
+    Ok(Some(report))
 }
 
 /// The server that the flags name, else the running fleet, else vLLM's default.
@@ -175,12 +182,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         printer.data(report.table());
     }
-    let lag = report.release_lag();
-    if let [.., (_, most)] = lag.percentiles[..] {
-        printer.status(format_args!(
-            "requests left this client {:.2} ms after their time on average, {most:.2} ms at most",
-            lag.mean
-        ));
+    printer.status(report.remarks());
+    for reason in report.verdict().reasons {
+        printer.error(format_args!("INVALID: {reason}"));
     }
     if output.save_result || output.append_result {
         let path = save(arguments, report)?;

@@ -4,12 +4,14 @@
 mod fixture;
 mod gpu;
 mod huggingface;
+mod processors;
 mod software;
 
 use std::path::{Path, PathBuf};
 
 pub use gpu::{Gpu, Gpus};
 pub use huggingface::{HuggingFace, Token, TokenSource};
+pub use processors::Processors;
 pub use software::{Engine, Version};
 
 /// Everything the plan and the checks know about this machine.
