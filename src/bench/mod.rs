@@ -9,6 +9,7 @@
 pub mod arrivals;
 pub mod attribution;
 mod client;
+pub mod compare;
 mod export;
 pub mod goodput;
 mod load;
@@ -16,6 +17,8 @@ pub mod models;
 mod numpy;
 pub mod record;
 pub mod report;
+mod resample;
+pub mod saved;
 mod sse;
 pub mod stats;
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod compare;
 
 use std::path::Path;
 
@@ -32,6 +33,9 @@ const DEFAULT_PORT: u16 = 9100;
 /// # Errors
 /// When there is nothing to run: bad settings, no server, no such model; and when the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
+    if let Some(files) = &arguments.modes.compare {
+        return compare::run(files, arguments.output.json, printer);
+    }
     let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     let stop = CancellationToken::new();
     let benchmark = measure(&arguments, defaults, printer, stop.clone());

@@ -2,6 +2,7 @@
 
 mod data;
 mod load;
+mod modes;
 mod output;
 mod sampling;
 mod target;
@@ -11,6 +12,7 @@ use reqwest::header::HeaderMap;
 
 pub(super) use self::data::Data;
 pub(super) use self::load::Load;
+pub(super) use self::modes::Modes;
 pub(super) use self::output::Output;
 pub(super) use self::sampling::Sampling;
 pub(super) use self::target::{BackendName, Header, Target};
@@ -35,6 +37,9 @@ pub struct Arguments {
     /// What is told of the run.
     #[command(flatten)]
     pub output: Output,
+    /// More than one run.
+    #[command(flatten)]
+    pub modes: Modes,
 }
 
 impl Arguments {
