@@ -33,6 +33,7 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::Arrivals;
+use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
@@ -232,6 +233,7 @@ pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationTok
         let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}{index}"));
         async move { client.exchange(&orders[index], &request_id).await }
     };
+    let before = Page::read(spec).await;
     let measured = load::drive(
         &releases,
         spec.max_concurrency,
@@ -243,7 +245,11 @@ pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationTok
     )
     .await;
     let prompt_lengths = orders.iter().map(|order| order.prompt.token_count()).collect();
-    Ok(Report::new(spec, prompt_lengths, measured))
+    let mut report = Report::new(spec, prompt_lengths, measured);
+    if let (Some(before), Some(after)) = (before, Page::read(spec).await) {
+        report.engines = after.since(&before);
+    }
+    Ok(report)
 }
 
 impl Spec {

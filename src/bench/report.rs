@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::Spec;
+use super::attribution::{Engine, GpuUse, Summary};
 use super::export;
 use super::load::Outcome;
 use super::record::Record;
@@ -25,6 +26,10 @@ pub struct Report {
     pub dropped: usize,
     /// Requests that the stop came before.
     pub unsent: usize,
+    /// What the engines behind the server counted during the run; empty where nothing tells.
+    pub engines: Vec<Engine>,
+    /// What this machine's GPUs did during the run. Nothing here measures it: who runs the benchmark may.
+    pub gpus: Vec<GpuUse>,
 }
 
 /// Requests that failed for the same reason.
@@ -55,6 +60,8 @@ impl Report {
             prompt_lengths,
             dropped: outcome.dropped,
             unsent: outcome.unsent,
+            engines: Vec::new(),
+            gpus: Vec::new(),
         }
     }
 
@@ -67,6 +74,11 @@ impl Report {
     /// values of single requests.
     pub fn to_json(&self, detailed: bool) -> serde_json::Value {
         export::json::render(self, detailed)
+    }
+
+    /// Where the time to the first token went, as far as the server tells.
+    pub fn attribution(&self) -> Option<Summary> {
+        Summary::of(&self.records, &self.engines)
     }
 
     /// How many requests failed.

@@ -1,6 +1,7 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod attribution;
 mod compare;
 
 use std::path::Path;
@@ -94,9 +95,16 @@ async fn measure(
     printer.status(arguments.headline(&spec));
 
     let shown = BenchProgress::new(printer);
-    let report = bench::run(&spec, &|progress| shown.update(&snapshot(&progress)), stop).await;
+    let gpus = attribution::Gpus::watch(&spec.base_url);
+    let follow = |progress: Progress| {
+        gpus.follow(&progress);
+        shown.update(&snapshot(&progress));
+    };
+    let report = bench::run(&spec, &follow, stop).await;
     shown.finish();
-    report.map(Some).map_err(failure)
+    let mut report = report.map_err(failure)?;
+    report.gpus = gpus.finish();
+    Ok(Some(report))
 }
 
 fn snapshot(progress: &Progress) -> Snapshot {
@@ -135,6 +143,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         printer.data(report.table());
     }
+    attribution::tell(report, printer);
     let lag = report.release_lag();
     if let [.., (_, most)] = lag.percentiles[..] {
         printer.status(format_args!(

@@ -508,7 +508,7 @@ impl Core {
             return true;
         };
         self.parts.metrics.finished(finish.reason);
-        if let Some(times) = finish.times {
+        if let Some(times) = &finish.times {
             self.parts.metrics.took(times.queue, times.first_token);
         }
         finish.kv_transfer_params = self.answer_params(sequence, &finish);

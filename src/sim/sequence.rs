@@ -115,11 +115,11 @@ pub(crate) struct Finish {
     /// Prompt tokens that were not computed here.
     pub(crate) cached_tokens: usize,
     /// How long it took; `None` before a token.
-    pub(crate) times: Option<Times>,
+    pub(crate) times: Option<Box<Times>>,
 }
 
 /// How long the parts of a sequence's life took.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Times {
     /// Until it was scheduled, a transfer of its KV included.
     pub(crate) queue: Duration,
@@ -132,7 +132,7 @@ pub(crate) struct Times {
 
 impl Times {
     /// vLLM 0.32's `PerRequestMetrics`.
-    pub(crate) fn to_json(self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         let milliseconds = |time: Duration| time.as_secs_f64() * 1000.0;
         let inference = milliseconds(self.first_token + self.generation);
         let mut times = json!({
@@ -329,7 +329,7 @@ impl Sequence {
             stop_reason,
             kv_transfer_params: Value::Null,
             cached_tokens: self.cached_tokens,
-            times: self.times(),
+            times: self.times().map(Box::new),
         }
     }
 

@@ -50,6 +50,8 @@ fn report(spec: Spec, metrics: Metrics, records: Vec<Record>, prompt_lengths: Ve
         prompt_lengths,
         dropped: 0,
         unsent: 0,
+        engines: Vec::new(),
+        gpus: Vec::new(),
     }
 }
 

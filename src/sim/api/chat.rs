@@ -132,7 +132,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         if let Some(End::Finished(finish)) = &mut output.end {
             params = finish.kv_transfer_params.take();
             cached = finish.cached_tokens;
-            times = finish.times;
+            times = finish.times.take();
         }
     }
     let choices: Vec<Value> = outputs.into_iter().map(|output| shape.choice(output)).collect();
@@ -152,7 +152,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "prompt_text": null,
         "kv_transfer_params": params,
         "ec_transfer_params": null,
-        "metrics": times.filter(|_| shape.tells_times).map(Times::to_json),
+        "metrics": times.filter(|_| shape.tells_times).map(|times| times.to_json()),
     }))
     .into_response())
 }
@@ -221,7 +221,7 @@ struct Chunks {
     shape: Shape,
     made: usize,
     cached: usize,
-    times: Option<Times>,
+    times: Option<Box<Times>>,
     sequences: usize,
     /// Tokens made, by choice.
     told: Vec<usize>,
@@ -272,7 +272,7 @@ impl Render for Chunks {
         self.made += output.tokens.len();
         if let Some(End::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
-            self.times = finish.times;
+            self.times.clone_from(&finish.times);
         }
         let index = output.index;
         self.told[index] += output.tokens.len();
@@ -300,7 +300,7 @@ impl Render for Chunks {
         let mut event = self.event(&json!([]));
         let cached = self.shape.tells_cached.then_some(self.cached);
         event["usage"] = streamed_usage(self.shape.prompt.len(), self.made, cached);
-        if let Some(times) = self.times.filter(|_| self.shape.tells_times) {
+        if let Some(times) = self.times.as_ref().filter(|_| self.shape.tells_times) {
             event["metrics"] = times.to_json();
         }
         Some(event.to_string())

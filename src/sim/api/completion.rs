@@ -125,7 +125,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         if let Some(End::Finished(finish)) = &mut output.end {
             params = finish.kv_transfer_params.take();
             cached = finish.cached_tokens;
-            times = finish.times;
+            times = finish.times.take();
         }
     }
     let choices: Vec<Value> = outputs.into_iter().map(|output| shape.choice(output)).collect();
@@ -140,7 +140,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "usage": shape.usage(made, cached),
         "kv_transfer_params": params,
         "ec_transfer_params": null,
-        "metrics": times.filter(|_| shape.tells_times).map(Times::to_json),
+        "metrics": times.filter(|_| shape.tells_times).map(|times| times.to_json()),
     }))
     .into_response())
 }
@@ -241,7 +241,7 @@ struct Chunks {
     shape: Shape,
     made: usize,
     cached: usize,
-    times: Option<Times>,
+    times: Option<Box<Times>>,
     /// By choice: whether it has told something, tokens made, and the length of the text told.
     told: Vec<(bool, usize, usize)>,
 }
@@ -273,7 +273,7 @@ impl Render for Chunks {
         self.made += output.tokens.len();
         if let Some(End::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
-            self.times = finish.times;
+            self.times.clone_from(&finish.times);
         }
         let index = output.index;
         let (told, made, offset) = self.told[index];
@@ -305,7 +305,7 @@ impl Render for Chunks {
         let prompt = self.shape.prompts.iter().map(|prompt| prompt.len()).sum();
         let mut event = self.event(&json!([]));
         event["usage"] = streamed_usage(prompt, self.made, self.shape.tells_cached.then_some(self.cached));
-        if let Some(times) = self.times.filter(|_| self.shape.tells_times) {
+        if let Some(times) = self.times.as_ref().filter(|_| self.shape.tells_times) {
             event["metrics"] = times.to_json();
         }
         Some(event.to_string())
