@@ -204,7 +204,7 @@ fn warnings(summary: &Summary) -> Vec<String> {
 }
 
 fn tell_gpus(report: &Report, printer: Printer) {
-    for gpu in &report.gpus {
+    for gpu in &report.beside.gpus {
         printer.status(format_args!(
             "GPU {} ({}): utilisation {:.0} % (at most {:.0}), {:.0} W (at most {:.0}), {:.1} GiB (at most {:.1})",
             gpu.index,
@@ -217,7 +217,7 @@ fn tell_gpus(report: &Report, printer: Printer) {
             gpu.memory.max / GIB,
         ));
     }
-    if let Some(joules) = gpus::joules_per_token(&report.gpus, report.metrics.total_output_tokens) {
+    if let Some(joules) = gpus::joules_per_token(&report.beside.gpus, report.metrics.total_output_tokens) {
         printer.status(format_args!(
             "{joules:.2} J of GPU energy for each token of the answers"
         ));

@@ -26,6 +26,7 @@ fn record(index: usize, pair: (&str, &str), ttft: u64, unexplained: u64) -> Reco
         index,
         scheduled: Duration::ZERO,
         released: Duration::ZERO,
+        admitted: Duration::ZERO,
         started: Duration::from_millis(index as u64),
         result: Ok(answer),
     }
