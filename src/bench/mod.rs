@@ -40,6 +40,7 @@ pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
+pub use self::export::html::{ResultFileError, of_file as page_of_file};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
