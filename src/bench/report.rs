@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::Spec;
+use super::attribution::{Engine, GpuUse, Summary};
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::honesty::{MachineUse, Verdict};
@@ -47,6 +48,10 @@ pub struct Beside {
     pub probes: Option<Probes>,
     /// How the machine's cores spent the run, where the caller looked.
     pub machine: Option<MachineUse>,
+    /// What the engines behind the server counted; empty where nothing tells.
+    pub engines: Vec<Engine>,
+    /// What this machine's GPUs did. Nothing here measures it: who runs the benchmark may.
+    pub gpus: Vec<GpuUse>,
 }
 
 /// The requests of one token beside the workload.
@@ -140,6 +145,11 @@ impl Report {
     /// What stands below vLLM's table: [`Report::statistics`] and what the client itself did, for people.
     pub fn remarks(&self) -> String {
         export::own::render(self)
+    }
+
+    /// Where the time to the first token went, as far as the server tells.
+    pub fn attribution(&self) -> Option<Summary> {
+        Summary::of(&self.records, &self.beside.engines)
     }
 
     /// How many requests failed.

@@ -265,11 +265,11 @@ mod tests {
     fn the_interval_of_one_run_holds_the_true_value_about_as_often_as_it_says() {
         for (statistic, truth) in [(Statistic::Mean, 100.0), (Statistic::Percentile(50.0), 100.0)] {
             let mut held = 0;
-            for seed in 0..100 {
+            for seed in 0..40 {
                 let (low, high) = column(&noise(seed, 60, 1.0)).interval(statistic).unwrap();
                 held += i32::from(low <= truth && truth <= high);
             }
-            assert!((84..=100).contains(&held), "{statistic:?}: {held} of 100");
+            assert!((32..=40).contains(&held), "{statistic:?}: {held} of 40");
         }
         assert_eq!(column(&[1.0]).interval(Statistic::Mean), None);
     }

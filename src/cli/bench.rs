@@ -1,6 +1,7 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod attribution;
 mod compare;
 mod line;
 mod page;
@@ -88,7 +89,9 @@ async fn measure(
     printer.status(arguments.headline(&spec));
 
     let shown = BenchProgress::new(printer);
+    let gpus = attribution::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
+        gpus.follow(&progress);
         if !arguments.output.disable_tqdm {
             shown.update(&snapshot(&progress));
         }
@@ -100,6 +103,7 @@ async fn measure(
     let mut report = report.map_err(failure)?;
     let shares = before.zip(after).and_then(|(before, after)| after.shares_since(before));
     report.beside.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
+    report.beside.gpus = gpus.finish();
     Ok(Some(report))
 }
 
@@ -182,6 +186,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         printer.data(report.table());
     }
+    attribution::tell(report, printer);
     printer.status(report.remarks());
     for reason in report.verdict().reasons {
         printer.error(format_args!("INVALID: {reason}"));

@@ -6,6 +6,7 @@ mod gpu;
 mod huggingface;
 mod processors;
 mod software;
+mod watch;
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ pub use gpu::{Gpu, Gpus};
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use processors::Processors;
 pub use software::{Engine, Version};
+pub use watch::{GpuReading, GpuTotals, GpuWatch};
 
 /// Everything the plan and the checks know about this machine.
 #[derive(Debug, Clone)]
