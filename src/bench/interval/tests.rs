@@ -39,6 +39,11 @@ fn row<'a>(rows: &'a [Row], key: &str) -> &'a Row {
     rows.iter().find(|row| row.key == key).expect(key)
 }
 
+/// The mean, to a microsecond.
+fn mean(rows: &[Row], key: &str) -> String {
+    format!("{:.3}", row(rows, key).mean.value)
+}
+
 #[test]
 fn a_percentile_of_too_few_requests_is_called_the_slowest() {
     let of = |count: usize| {
@@ -87,14 +92,14 @@ fn tokens_stand_apart_from_chunks_where_a_chunk_holds_several() {
     told.result.as_mut().unwrap().chunk_tokens = vec![1, 4, 1];
     let statistics = Statistics::of(&[told.clone()], &[99.0]);
     assert_eq!(statistics.tokens, TokenCount::Told);
-    assert_eq!(row(&statistics.rows, "itl_chunk_gap").mean.value, 25.0);
+    assert_eq!(mean(&statistics.rows, "itl_chunk_gap"), "25.000");
     assert_eq!(row(&statistics.rows, "itl_per_token").count, 5);
-    assert_eq!(row(&statistics.rows, "itl_per_token").mean.value, 10.0);
+    assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
 
     told.result.as_mut().unwrap().chunk_tokens.clear();
     let statistics = Statistics::of(&[told], &[99.0]);
     assert_eq!(statistics.tokens, TokenCount::Spread);
-    assert_eq!(row(&statistics.rows, "itl_per_token").mean.value, 10.0);
+    assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
 
     let one_each = Statistics::of(&[answered(0, &[100, 140, 150], 3, None)], &[99.0]);
     assert_eq!(one_each.tokens, TokenCount::OnePerChunk);
@@ -107,7 +112,7 @@ fn a_chunk_that_only_names_the_role_is_no_token_and_the_first_text_is_told() {
     chat.result.as_mut().unwrap().first_text = Some(milliseconds(130));
     let statistics = Statistics::of(&[chat.clone()], &[99.0]);
     assert_eq!(statistics.tokens, TokenCount::OnePerChunk);
-    assert_eq!(row(&statistics.rows, "ttft_text").mean.value, 130.0);
+    assert_eq!(mean(&statistics.rows, "ttft_text"), "130.000");
     assert_eq!(chat.result.unwrap().token_gaps().0, [0.01]);
 }
 
@@ -132,8 +137,8 @@ fn the_first_request_of_each_pair_is_cold_and_left_out_of_what_is_said_without()
     assert_eq!(cold(&records), HashSet::from([0, 2]));
     let statistics = Statistics::of(&records, &[99.0]);
     assert_eq!(statistics.cold, 2);
-    assert_eq!(row(&statistics.rows, "ttft").mean.value, 380.0);
-    assert_eq!(row(&statistics.without_cold, "ttft").mean.value, 100.0);
+    assert_eq!(mean(&statistics.rows, "ttft"), "380.000");
+    assert_eq!(mean(&statistics.without_cold, "ttft"), "100.000");
     assert!(Statistics::of(&records[4..], &[99.0]).without_cold.is_empty());
 }
 
