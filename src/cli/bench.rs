@@ -188,6 +188,8 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     }
     attribution::tell(report, printer);
     printer.status(report.remarks());
+    // The exit code is that of the requests: scripts that know vLLM's ask whether they went well, and `xpyd.valid` in the
+    // result says whether their times may be believed.
     for reason in report.verdict().reasons {
         printer.error(format_args!("INVALID: {reason}"));
     }
