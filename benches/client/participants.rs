@@ -8,7 +8,7 @@ use crate::tree::found;
 /// What is asked of a client: `requests` at `rate`, of so many tokens each.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
-    /// Requests/s, evenly spaced.
+    /// Requests/s, at nearly even distances.
     pub(crate) rate: f64,
     pub(crate) requests: usize,
     pub(crate) tokens: u32,
@@ -67,7 +67,7 @@ impl Participant {
             "--request-rate",
             &rate,
             "--burstiness",
-            "inf",
+            "100",
             "--num-prompts",
             &requests,
         ]);

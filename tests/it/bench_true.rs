@@ -33,9 +33,8 @@ impl Bytes {
             let mut all = JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                accepted.fetch_add(1, Ordering::SeqCst);
                 stream.set_nodelay(true).unwrap();
-                all.spawn(answer(stream, Arc::clone(&pieces), closes));
+                all.spawn(answer(stream, Arc::clone(&pieces), Arc::clone(&accepted), closes));
             }
         });
         Self {
@@ -54,14 +53,20 @@ impl Bytes {
     }
 }
 
-async fn answer(mut stream: TcpStream, pieces: Arc<Vec<String>>, closes: bool) {
+async fn answer(mut stream: TcpStream, pieces: Arc<Vec<String>>, connections: Arc<AtomicUsize>, closes: bool) {
     let mut read = Vec::new();
+    let mut is_counted = false;
     loop {
         while !is_whole(&read) {
             match stream.read_buf(&mut read).await {
                 Ok(count) if count > 0 => {}
                 _ => return,
             }
+        }
+        // What asks for metrics has connections of its own.
+        if !is_counted && read.starts_with(b"POST") {
+            connections.fetch_add(1, Ordering::SeqCst);
+            is_counted = true;
         }
         read.clear();
         for piece in pieces.iter() {
