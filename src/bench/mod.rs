@@ -13,10 +13,12 @@ pub mod goodput;
 mod load;
 pub mod models;
 mod numpy;
+mod python;
 pub mod record;
 pub mod report;
 mod sse;
 pub mod stats;
+pub mod tokenizer;
 #[cfg(test)]
 mod vectors;
 pub mod workload;
