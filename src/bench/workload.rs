@@ -20,7 +20,7 @@ use reqwest::header::HeaderMap;
 
 pub use self::burstgpt::BurstGpt;
 pub use self::custom::Custom;
-pub use self::dataset::{Dataset, DatasetError, Product, Source};
+pub use self::dataset::{Dataset, DatasetError, Product, Progress, Source, Stopped};
 pub use self::prefix_repetition::PrefixRepetition;
 pub use self::prompt::{Message, Prompt, Running};
 pub use self::random::{Random, RangeRatio};
@@ -111,6 +111,11 @@ impl Workload {
             Self::Planned(dataset) => dataset.seed,
             Self::Made(made) => made.seed,
         }
+    }
+
+    /// Whether the dataset says when each request is released.
+    pub fn is_self_timed(&self) -> bool {
+        matches!(self, Self::Made(made) if made.orders.iter().all(|order| order.release.is_some()))
     }
 
     /// What numpy's global generator is for the arrivals, after the dataset.

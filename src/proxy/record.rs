@@ -12,6 +12,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 use memchr::memmem;
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::trace::Span;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -65,6 +66,12 @@ struct Noted {
     stream_end: Option<Ending>,
     /// Of the last attempt.
     stages: [Option<Duration>; Timed::COUNT],
+    /// How much of the prefill leg the request waited in the engine, and how much it was computed.
+    prefill_parts: Option<EngineTimes>,
+    /// How long the client's body was on its way, since the request arrived.
+    read_for: Option<Duration>,
+    /// When the last attempt began, since the request arrived; none for the first.
+    retried_after: Option<Duration>,
     /// The id that the engines of the last attempt know.
     engine_id: Option<String>,
     handoff: Option<Outcome>,
@@ -76,6 +83,13 @@ struct Noted {
     session: Option<u64>,
     /// The span of the leg that runs.
     leg: Option<Span>,
+}
+
+/// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+struct EngineTimes {
+    queue_time_ms: Option<f64>,
+    time_to_first_token_ms: Option<f64>,
 }
 
 /// Tokens of a request, as engines count them.
@@ -124,6 +138,11 @@ impl Record {
         noted.generates = true;
         noted.attempts = 1;
         noted.session = session.map(hash_of);
+    }
+
+    /// The client's body is there.
+    pub(super) fn has_read(&self) {
+        self.noted().read_for = Some(self.arrived.elapsed());
     }
 
     /// A leg is sent to an engine under this id: the headers for it.
@@ -184,6 +203,8 @@ impl Record {
     pub(super) fn retried(&self) {
         let mut noted = self.noted();
         noted.stages = [None; Timed::COUNT];
+        noted.prefill_parts = None;
+        noted.retried_after = Some(self.arrived.elapsed());
         noted.attempts += 1;
         (noted.prefill, noted.decode) = (None, None);
         noted.leg.take().as_mut().map(trace::fail);
@@ -191,8 +212,11 @@ impl Record {
         self.traffic.retried();
     }
 
-    /// The prefill engine has answered, and counted the prompt.
+    /// The prefill engine has answered, and counted the prompt. With `--enable-per-request-metrics` it tells its times, too.
     pub(super) fn prefilled(&self, answer: &[u8]) {
+        if let Some(times) = last_object(answer, b"\"metrics\":") {
+            self.noted().prefill_parts = Some(times);
+        }
         if let Some(usage) = self.usage_in(answer) {
             self.noted().tokens.prompt_tokens = usage.prompt_tokens;
         }
@@ -235,7 +259,7 @@ impl Record {
         if let Some(id) = self.client_id.clone().or_else(engine_id) {
             response.headers_mut().insert(REQUEST_ID, id);
         }
-        if let Some(timing) = server_timing(&noted.stages) {
+        if let Some(timing) = noted.server_timing(self.arrived.elapsed()) {
             response.headers_mut().insert("server-timing", timing);
         }
         response
@@ -370,12 +394,16 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1000.0
 }
 
-/// The last `usage` of an answer or of events. A key cannot be written like this within a JSON string.
+/// The last `usage` of an answer or of events.
 fn last_usage(bytes: &[u8]) -> Option<Usage> {
-    const KEY: &[u8] = b"\"usage\":";
-    let place = memmem::rfind(bytes, KEY)?;
-    let value = &bytes[place + KEY.len()..];
-    let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<Usage>>();
+    last_object(bytes, b"\"usage\":")
+}
+
+/// The last value of this key in an answer or in events. A key cannot be written like this within a JSON string.
+fn last_object<T: DeserializeOwned>(bytes: &[u8], key: &[u8]) -> Option<T> {
+    let place = memmem::rfind(bytes, key)?;
+    let value = &bytes[place + key.len()..];
+    let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<T>>();
     values.next()?.ok()?
 }
 
@@ -396,17 +424,35 @@ impl Noted {
     }
 }
 
-/// The stages in the syntax of W3C's Server Timing, in milliseconds; `None` before any. Who did not wait is told so.
-fn server_timing(stages: &[Option<Duration>; Timed::COUNT]) -> Option<HeaderValue> {
-    stages.iter().flatten().next()?;
-    let known: Vec<String> = TOLD_STAGES
-        .iter()
-        .filter_map(|(stage, name)| {
-            let time = stages[*stage as usize].or((*stage == Timed::Queue).then_some(Duration::ZERO))?;
-            Some(format!("{name};dur={:.3}", milliseconds(time)))
-        })
-        .collect();
-    HeaderValue::from_str(&known.join(", ")).ok()
+impl Noted {
+    /// The stages in the syntax of W3C's Server Timing, in milliseconds, and the `total` since the request's arrival; `None`
+    /// before any. Who did not wait is told so. Stages are those of the last attempt; what those before it took is
+    /// `retried`. A part of a stage has its name as a prefix.
+    fn server_timing(&self, total: Duration) -> Option<HeaderValue> {
+        self.stages.iter().flatten().next()?;
+        let mut known: Vec<(&str, f64)> = Vec::new();
+        let read = self.read_for.unwrap_or_default();
+        known.extend(self.read_for.map(|time| ("read", milliseconds(time))));
+        known.extend(
+            self.retried_after
+                .map(|time| ("retried", milliseconds(time.saturating_sub(read)))),
+        );
+        for (stage, name) in TOLD_STAGES {
+            let unless_told = (stage == Timed::Queue).then_some(Duration::ZERO);
+            let time = self.stages[stage as usize].or(unless_told);
+            known.extend(time.map(|time| (name, milliseconds(time))));
+            if let Some(parts) = self.prefill_parts.filter(|_| stage == Timed::Prefill) {
+                known.extend(parts.queue_time_ms.map(|time| ("prefill-queue", time)));
+                known.extend(parts.time_to_first_token_ms.map(|time| ("prefill-compute", time)));
+            }
+        }
+        known.push(("total", milliseconds(total)));
+        let metrics: Vec<String> = known
+            .iter()
+            .map(|(name, time)| format!("{name};dur={time:.3}"))
+            .collect();
+        HeaderValue::from_str(&metrics.join(", ")).ok()
+    }
 }
 
 #[cfg(test)]
@@ -415,13 +461,24 @@ mod tests {
 
     #[test]
     fn server_timing_names_the_stages_in_their_order() {
-        let mut stages = [None; Timed::COUNT];
-        assert_eq!(server_timing(&stages), None);
-        stages[Timed::DecodeFirstByte as usize] = Some(Duration::from_micros(1500));
-        stages[Timed::Prefill as usize] = Some(Duration::from_millis(12));
+        let mut noted = Noted::default();
+        let total = Duration::from_millis(20);
+        assert_eq!(noted.server_timing(total), None);
+        noted.stages[Timed::DecodeFirstByte as usize] = Some(Duration::from_micros(1500));
+        noted.stages[Timed::Prefill as usize] = Some(Duration::from_millis(12));
         assert_eq!(
-            server_timing(&stages).expect("a header"),
-            "queue;dur=0.000, prefill;dur=12.000, first-token;dur=1.500"
+            noted.server_timing(total).expect("a header"),
+            "queue;dur=0.000, prefill;dur=12.000, first-token;dur=1.500, total;dur=20.000"
+        );
+        noted.retried_after = Some(Duration::from_millis(3));
+        noted.prefill_parts = last_object(
+            br#"{"usage":{},"metrics":{"time_to_first_token_ms":7.5,"queue_time_ms":4.25,"mean_itl_ms":null}}"#,
+            b"\"metrics\":",
+        );
+        assert_eq!(
+            noted.server_timing(total).expect("a header"),
+            "retried;dur=3.000, queue;dur=0.000, prefill;dur=12.000, prefill-queue;dur=4.250, prefill-compute;dur=7.500, \
+             first-token;dur=1.500, total;dur=20.000"
         );
     }
 

@@ -68,6 +68,7 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
     let record = record(&mut head);
     record.generates(session(shared, &head.headers).as_deref());
     let body = read(body, shared.settings.max_body_bytes).await?;
+    record.has_read();
     let permit = shared.admit()?;
     let job = Job {
         kind,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::dataset::{read, whole, wrong};
-use super::{Dataset, DatasetError, Order, Product, Prompt};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
 use crate::bench::numpy::LegacyGenerator;
 use crate::bench::tokenizer::Tokenizer;
 
@@ -25,7 +25,7 @@ impl BurstGpt {
         &self,
         dataset: &Dataset,
         tokenizer: &Tokenizer,
-        progress: &dyn Fn(usize, usize),
+        progress: Progress<'_>,
     ) -> Result<Product, DatasetError> {
         let rows = self.rows()?;
         let count = dataset.prompt_count;
@@ -43,7 +43,7 @@ impl BurstGpt {
             let ids = (index..index + u64::from(asked)).map(|id| u32::try_from(id % size).unwrap_or_default());
             let text = tokenizer.decode(&ids.collect::<Vec<_>>())?;
             orders.push(Order::new(Prompt::text(text, asked as usize), answered));
-            progress(orders.len(), count);
+            progress(orders.len(), count)?;
         }
         Ok(Product {
             orders,

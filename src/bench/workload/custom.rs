@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use super::dataset::{json_lines, read};
-use super::{Dataset, DatasetError, Order, Product, Prompt};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
 use crate::bench::tokenizer::Tokenizer;
 
 /// A JSONL file of `{"prompt": …, "output_tokens": …}`.
@@ -27,7 +27,7 @@ impl Custom {
         &self,
         dataset: &Dataset,
         tokenizer: Option<&Tokenizer>,
-        progress: &dyn Fn(usize, usize),
+        progress: Progress<'_>,
     ) -> Result<Product, DatasetError> {
         let text = read(&self.path)?;
         let entries = json_lines(&self.path, &text)?;
@@ -61,7 +61,7 @@ impl Custom {
                 None => Prompt::text(prompt, 0),
             };
             orders.push(Order::new(prompt, output_length));
-            progress(orders.len(), count);
+            progress(orders.len(), count)?;
         }
         if orders.is_empty() {
             return Err(DatasetError::Empty {

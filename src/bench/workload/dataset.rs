@@ -62,6 +62,14 @@ pub struct Product {
     pub(in crate::bench) generator: Option<Box<LegacyGenerator>>,
 }
 
+/// Told how many of how many prompts are made; says whether to go on.
+pub type Progress<'a> = &'a dyn Fn(usize, usize) -> Result<(), Stopped>;
+
+/// Nobody waits for the prompts any more.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("the prompts are not wanted any more")]
+pub struct Stopped;
+
 /// Why a dataset gives no requests.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
@@ -113,6 +121,9 @@ pub enum DatasetError {
     /// Settings that make no prompts.
     #[error(transparent)]
     Settings(#[from] WorkloadError),
+    /// Nobody waits for it any more.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// The tokenizer fails.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -139,11 +150,7 @@ impl Dataset {
     ///
     /// # Errors
     /// When the file is missing or malformed, the settings make no requests, or the dataset needs a tokenizer.
-    pub fn make(
-        &self,
-        tokenizer: Result<&Tokenizer, &str>,
-        progress: &dyn Fn(usize, usize),
-    ) -> Result<Product, DatasetError> {
+    pub fn make(&self, tokenizer: Result<&Tokenizer, &str>, progress: Progress<'_>) -> Result<Product, DatasetError> {
         let needed = || {
             tokenizer.map_err(|reason| DatasetError::NoTokenizer {
                 dataset: self.source.name(),

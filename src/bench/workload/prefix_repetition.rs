@@ -1,7 +1,7 @@
 //! The dataset `prefix_repetition`: few prefixes, each shared by many prompts.
 
 use super::settle::{remark, settle};
-use super::{Dataset, DatasetError, Order, Product, Prompt, WorkloadError};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt, WorkloadError};
 use crate::bench::numpy::LegacyGenerator;
 use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
@@ -24,7 +24,7 @@ impl PrefixRepetition {
         &self,
         dataset: &Dataset,
         tokenizer: &Tokenizer,
-        progress: &dyn Fn(usize, usize),
+        progress: Progress<'_>,
     ) -> Result<Product, DatasetError> {
         if self.output_length == 0 {
             return Err(WorkloadError::NoOutput.into());
@@ -56,7 +56,7 @@ impl PrefixRepetition {
                 let ids = [prefix.as_slice(), &exact(self.suffix_length)?].concat();
                 let prompt = Prompt::text(tokenizer.decode(&ids)?, ids.len());
                 orders.push(Order::new(prompt, self.output_length));
-                progress(orders.len(), per_prefix * self.prefix_count);
+                progress(orders.len(), per_prefix * self.prefix_count)?;
             }
         }
         Ok(Product {

@@ -2,7 +2,7 @@
 
 use super::prompt::wrap;
 use super::settle::{Settled, remark, settle, settle_all};
-use super::{DatasetError, Order, Product, Prompt, Running, WorkloadError};
+use super::{DatasetError, Order, Product, Progress, Prompt, Running, WorkloadError};
 use crate::bench::numpy::Generator;
 use crate::bench::tokenizer::Tokenizer;
 
@@ -74,11 +74,7 @@ impl Random {
     }
 
     /// The very prompts of vLLM's `RandomDataset`, as text whose ids by this tokenizer are as many as asked for.
-    pub(super) fn texts(
-        &self,
-        tokenizer: &Tokenizer,
-        progress: &dyn Fn(usize, usize),
-    ) -> Result<Product, DatasetError> {
+    pub(super) fn texts(&self, tokenizer: &Tokenizer, progress: Progress<'_>) -> Result<Product, DatasetError> {
         self.check()?;
         let mut generator = Generator::new(self.seed);
         let added = u32::try_from(tokenizer.added_to_text()).unwrap_or(u32::MAX);

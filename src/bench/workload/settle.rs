@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread::{available_parallelism, scope};
 
-use super::super::tokenizer::{Tokenizer, TokenizerError};
+use super::{DatasetError, Progress};
+use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
 /// How often a prompt may be put right.
 const ATTEMPTS: u32 = 10;
@@ -82,8 +83,8 @@ pub(super) fn settle_all(
     ids: impl Fn(usize) -> Vec<u32> + Sync,
     target: impl Fn(usize) -> usize + Sync,
     mut draw: impl FnMut() -> u32,
-    progress: &dyn Fn(usize, usize),
-) -> Result<Vec<Settled>, TokenizerError> {
+    progress: Progress<'_>,
+) -> Result<Vec<Settled>, DatasetError> {
     let workers = available_parallelism().map_or(1, usize::from).min(count.max(1));
     let next = AtomicUsize::new(0);
     let (begun, taken) = sync_channel(workers * 64);
@@ -111,7 +112,7 @@ pub(super) fn settle_all(
             waiting[index] = Some(prompt?);
             while let Some(prompt) = waiting.get_mut(done.len()).and_then(Option::take) {
                 done.push(prompt.finish(tokenizer, &mut draw)?);
-                progress(done.len(), count);
+                progress(done.len(), count)?;
             }
         }
         Ok(done)

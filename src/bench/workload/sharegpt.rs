@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use super::dataset::{read, wrong};
-use super::{Dataset, DatasetError, Order, Product, Prompt};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
 use crate::bench::tokenizer::Tokenizer;
 
 /// A JSON file of conversations, as `ShareGPT` has them.
@@ -28,7 +28,7 @@ impl ShareGpt {
         &self,
         dataset: &Dataset,
         tokenizer: &Tokenizer,
-        progress: &dyn Fn(usize, usize),
+        progress: Progress<'_>,
     ) -> Result<Product, DatasetError> {
         let entries: Value = serde_json::from_str(&read(&self.path)?).map_err(|error| DatasetError::Read {
             path: self.path.clone(),
@@ -69,7 +69,7 @@ impl ShareGpt {
                 token_count: prompt_length,
             };
             orders.push(Order::new(prompt, u32::try_from(output_length).unwrap_or(u32::MAX)));
-            progress(orders.len(), dataset.prompt_count);
+            progress(orders.len(), dataset.prompt_count)?;
         }
         if orders.is_empty() {
             return Err(DatasetError::Empty {

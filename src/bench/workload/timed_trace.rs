@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::dataset::{Entry, json_lines, read};
-use super::{Dataset, DatasetError, Order, Product, Prompt};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
 use crate::bench::python;
 use crate::bench::tokenizer::Tokenizer;
 
@@ -44,7 +44,7 @@ impl TimedTrace {
         &self,
         dataset: &Dataset,
         tokenizer: &Tokenizer,
-        progress: &dyn Fn(usize, usize),
+        progress: Progress<'_>,
     ) -> Result<Product, DatasetError> {
         let text = read(&self.path)?;
         let entries = json_lines(&self.path, &text)?;
@@ -60,7 +60,7 @@ impl TimedTrace {
             let mut order = Order::new(Prompt::Ids(prompt.into()), output_length);
             order.release = self.self_timed.then_some(release);
             orders.push(order);
-            progress(orders.len(), count);
+            progress(orders.len(), count)?;
         }
         if orders.is_empty() {
             return Err(DatasetError::Empty {

@@ -161,12 +161,15 @@ async fn an_answer_says_how_long_its_stages_took() {
     .await;
     let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
     for (body, stages) in [
-        (r#"{"prompt":"x"}"#, &["queue", "prefill", "handoff", "first-token"][..]),
+        (
+            r#"{"prompt":"x"}"#,
+            &["read", "queue", "prefill", "handoff", "first-token", "total"][..],
+        ),
         (
             r#"{"prompt":"x","stream":true}"#,
-            &["queue", "prefill", "handoff", "first-token"],
+            &["read", "queue", "prefill", "handoff", "first-token", "total"],
         ),
-        (r#"{"prompt":"x","n":2}"#, &["queue", "first-token"]),
+        (r#"{"prompt":"x","n":2}"#, &["read", "queue", "first-token", "total"]),
     ] {
         let response = rig.post("/v1/completions", body).send().await.unwrap();
         let timing = response.headers()["server-timing"].to_str().unwrap().to_owned();

@@ -68,7 +68,7 @@ fn holds(vectors: &str, source: impl Fn(&Case) -> Source) {
         let tokenizer = tokenizer(&case.tokenizer);
         let about = format!("{} {:?}", case.tokenizer, case.settings);
         let dataset = case.dataset(source(&case));
-        let orders = dataset.make(Ok(&tokenizer), &|_, _| {}).unwrap().orders;
+        let orders = dataset.make(Ok(&tokenizer), &|_, _| Ok(())).unwrap().orders;
         let prompts: Vec<Value> = orders
             .iter()
             .map(|order| serde_json::to_value(order.prompt.as_completion()).unwrap())
@@ -187,12 +187,12 @@ fn without_a_tokenizer_only_the_datasets_that_need_one_fail() {
         chat_template: true,
         template_settings: Map::new(),
     }));
-    let product = custom.make(Err("it was skipped"), &|_, _| {}).unwrap();
+    let product = custom.make(Err("it was skipped"), &|_, _| Ok(())).unwrap();
     assert!(matches!(&product.orders[0].prompt, Prompt::Text { text, .. } if text.starts_with("Ünder ")));
     let burstgpt = dataset(Source::BurstGpt(BurstGpt {
         path: input("burstgpt_input.csv"),
     }));
-    let error = burstgpt.make(Err("it was skipped"), &|_, _| {}).unwrap_err();
+    let error = burstgpt.make(Err("it was skipped"), &|_, _| Ok(())).unwrap_err();
     assert_eq!(
         error.to_string(),
         "the dataset `burstgpt` needs a tokenizer: it was skipped"

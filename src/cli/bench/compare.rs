@@ -1,0 +1,90 @@
+//! `xpyd bench --compare A.json B.json`: reads two saved results and tells what differs. Needs no server.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::bench::compare::{self, Row};
+use crate::bench::saved::Saved;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{Printer, Table};
+
+/// The largest file that is read: the gaps of some ten million tokens.
+const MOST_BYTES: u64 = 1 << 30;
+
+/// Compares the two files.
+pub(super) fn run(files: &[PathBuf], as_json: bool, printer: Printer) -> Result<ExitStatus, Failure> {
+    let [before, after] = files else {
+        return Err(Failure::message(ExitStatus::Usage, "`--compare` takes two files"));
+    };
+    let (first, second) = (read(before)?, read(after)?);
+    let rows = compare::saved(&first, &second);
+    let caveats = compare::caveats(&first, &second);
+    for caveat in &caveats {
+        printer.status(format_args!("not like with like: {caveat}"));
+    }
+    if as_json {
+        printer.data(json!({
+            "xpyd_bench": "compare",
+            "a": described(before, &first),
+            "b": described(after, &second),
+            "confidence": 0.95,
+            "measures": compare::to_json(&rows),
+            "caveats": caveats,
+        }));
+        return Ok(ExitStatus::Success);
+    }
+    show(&rows, printer);
+    if rows.iter().all(|row| row.interval.is_none()) {
+        printer.status("whether that is more than chance, only files of `--save-detailed` can tell");
+    }
+    Ok(ExitStatus::Success)
+}
+
+/// Prints rows for people: the change, its interval, and what it means.
+pub(super) fn show(rows: &[Row], printer: Printer) {
+    let percent = |share: f64| format!("{:+.1}%", share * 100.0);
+    let mut table = Table::new(["measure", "a", "b", "change", "95% interval", "detectable", "verdict"]);
+    for row in rows {
+        let interval = row
+            .interval
+            .map(|(low, high)| format!("{} .. {}", percent(low), percent(high)));
+        table.row([
+            row.label.clone(),
+            format!("{:.2}", row.before),
+            format!("{:.2}", row.after),
+            row.change.map(percent).unwrap_or_default(),
+            interval.unwrap_or_default(),
+            row.detectable
+                .map(|share| format!("{:.1}%", share * 100.0))
+                .unwrap_or_default(),
+            row.verdict.words().to_owned(),
+        ]);
+    }
+    printer.data(table);
+}
+
+fn read(path: &Path) -> Result<Saved, Failure> {
+    let unusable = |error: anyhow::Error| {
+        let context = format!("cannot compare `{}`", path.display());
+        Failure::new(ExitStatus::Usage, error.context(context))
+            .hint("name two files that `--save-result` wrote, of `xpyd bench` or `vllm bench serve`")
+    };
+    let mut text = String::new();
+    fs_err::File::open(path)
+        .and_then(|file| file.take(MOST_BYTES).read_to_string(&mut text))
+        .map_err(|error| unusable(error.into()))?;
+    Saved::read(&text).map_err(|error| unusable(error.into()))
+}
+
+fn described(path: &Path, saved: &Saved) -> Value {
+    let of = |key: &str| saved.document.get(key).cloned().unwrap_or(Value::Null);
+    json!({
+        "file": path.display().to_string(),
+        "date": of("date"),
+        "model_id": of("model_id"),
+        "completed": of("completed"),
+        "failed": of("failed"),
+    })
+}
