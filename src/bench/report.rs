@@ -7,7 +7,7 @@ use super::Spec;
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::load::Outcome;
-use super::record::Record;
+use super::record::{Effort, Record};
 use super::stats::{Distribution, Metric, Metrics, Selection};
 
 /// The result of a run.
@@ -27,6 +27,8 @@ pub struct Report {
     pub dropped: usize,
     /// Requests that the stop came before.
     pub unsent: usize,
+    /// What the run cost the client.
+    pub effort: Effort,
     /// What was seen beside the requests.
     pub beside: Beside,
 }
@@ -102,6 +104,7 @@ impl Report {
         Self {
             dropped: outcome.dropped,
             unsent: outcome.unsent,
+            effort: outcome.effort,
             ..Self::of_records(spec, prompt_lengths, outcome.records, outcome.duration)
         }
     }
@@ -122,6 +125,7 @@ impl Report {
             prompt_lengths,
             dropped: 0,
             unsent: 0,
+            effort: Effort::default(),
             beside: Beside::default(),
         }
     }

@@ -90,6 +90,7 @@ fn record(saved: &Value, index: usize) -> Record {
         index,
         scheduled: released,
         released,
+        admitted: started,
         started,
         result: if error.is_empty() { Ok(answer) } else { Err(error) },
     }
@@ -163,7 +164,7 @@ fn the_same_clock_readings_give_the_same_table_byte_for_byte() {
         let is_result = |line: &&str| line.starts_with("Failed requests during") || line.starts_with("====");
         let is_told = |line: &&str| !line.starts_with("tip: install termplotlib");
         let lines: Vec<&str> = capture.printed.lines().filter(is_told).collect();
-        let start = lines.iter().position(|line| is_result(line)).unwrap();
+        let start = lines.iter().position(is_result).unwrap();
         assert_eq!(ours, lines[start..].join("\n"), "{}", capture.name);
     }
 }
