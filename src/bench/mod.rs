@@ -39,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
+pub use self::export::html::{ResultFileError, of_file as page_of_file};
 pub use self::export::python::{render as python_json, repr as python_number};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};

@@ -169,6 +169,11 @@ impl Report {
         export::json::render(self, detailed)
     }
 
+    /// The report as one page of HTML that needs nothing else.
+    pub fn to_html(&self) -> String {
+        export::html::of_report(self)
+    }
+
     /// The same as text: one line, as Python writes it, without the line end.
     pub fn to_text(&self, detailed: bool) -> String {
         export::python::render(&self.to_json(detailed))

@@ -5,6 +5,7 @@ mod arguments;
 mod captures;
 mod compare;
 mod line;
+mod page;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,9 @@ const DEFAULT_PORT: u16 = 8000;
 /// # Errors
 /// When there is nothing to run: bad settings, no server, no such model; and when the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
+    if let (Some(result), Some(path)) = (&arguments.page.from, &arguments.page.report) {
+        return page::convert(result, path, printer);
+    }
     if let Some(files) = &arguments.modes.compare {
         return compare::run(files, arguments.output.json, printer);
     }
@@ -178,6 +182,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     if output.save_result || output.append_result {
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
+    }
+    if let Some(path) = &arguments.page.report {
+        page::write(report, path, printer)?;
     }
     Ok(if report.is_partial() {
         ExitStatus::Forced

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::table::percentile_word;
+use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::{Probes, Report};
 
@@ -239,6 +240,7 @@ fn own(report: &Report) -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "seed": report.spec.workload.seed(),
+        "objectives": goodput::to_json(&report.spec.objectives),
         "release_lag_ms": {"mean": lag.mean, "p50": at(0), "p99": at(1), "max": at(2)},
         "failures": failures,
         "dropped": report.dropped,
