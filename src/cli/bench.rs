@@ -1,6 +1,7 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod attribution;
 #[cfg(test)]
 mod captures;
 mod compare;
@@ -88,14 +89,18 @@ async fn measure(
     printer.status(arguments.headline(&spec));
 
     let shown = BenchProgress::new(printer);
+    let gpus = attribution::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
+        gpus.follow(&progress);
         if !arguments.output.disable_tqdm {
             shown.update(&snapshot(&progress));
         }
     };
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
     shown.finish();
-    report.map(Some).map_err(failure)
+    let mut report = report.map_err(failure)?;
+    report.beside.gpus = gpus.finish();
+    Ok(Some(report))
 }
 
 /// The server that the flags name, else the running fleet, else vLLM's default.
@@ -172,6 +177,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         printer.data(report.table());
     }
+    attribution::tell(report, printer);
     let lag = report.release_lag();
     if let [.., (_, most)] = lag.percentiles[..] {
         printer.status(format_args!(

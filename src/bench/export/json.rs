@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::table::percentile_word;
+use crate::bench::attribution::gpus;
 use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::{Probes, Report};
@@ -245,6 +246,8 @@ fn own(report: &Report) -> Value {
         "failures": failures,
         "dropped": report.dropped,
         "unsent": report.unsent,
+        "where": report.attribution().map(|summary| summary.to_json()),
+        "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
 }
 

@@ -108,6 +108,7 @@ fn report(capture: &Capture) -> Report {
         speculation: speculation(saved),
         diffusion: diffusion(saved),
         probes: probes(saved),
+        ..Beside::default()
     };
     report
 }
