@@ -41,14 +41,17 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::alignment::align;
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
+use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
+pub use self::export::html::{ResultFileError, of_file as page_of_file};
+pub use self::export::python::{render as python_json, repr as python_number};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
 pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
-pub use self::report::{Beside, Report};
+pub use self::report::{Beside, Probes, Report};
 pub use self::stats::Metric;
 pub use self::tokenizer::{Tokenizer, TokenizerError};
 pub use self::workload::{
@@ -283,6 +286,7 @@ pub async fn run_aloud(
     say("Starting main benchmark run...");
     opening::announce(spec, say);
     let before = client.engine_counters(&spec.base_url).await;
+    let page = Page::read(spec).await;
     let started_at = jiff::Zoned::now();
     let own = (client.clone(), orders.clone(), prefix);
     let measure = move |index: usize| {
@@ -301,6 +305,9 @@ pub async fn run_aloud(
         diffusion: after.diffusion_since(&before, duration),
         ..Beside::default()
     };
+    if let (Some(before), Some(after)) = (page, Page::read(spec).await) {
+        report.beside.engines = after.since(&before);
+    }
     Ok(report)
 }
 

@@ -1,8 +1,12 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod attribution;
+#[cfg(test)]
+mod captures;
 mod compare;
 mod line;
+mod page;
 mod prompts;
 
 use std::io::{Seek as _, Write as _};
@@ -35,6 +39,9 @@ const DEFAULT_PORT: u16 = 8000;
 /// # Errors
 /// When there is nothing to run: bad settings, no server, no such model; and when the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
+    if let (Some(result), Some(path)) = (&arguments.page.from, &arguments.page.report) {
+        return page::convert(result, path, printer);
+    }
     if let Some(files) = &arguments.modes.compare {
         return compare::run(files, arguments.output.json, printer);
     }
@@ -89,14 +96,18 @@ async fn measure(
     printer.status(arguments.headline(&spec));
 
     let shown = BenchProgress::new(printer);
+    let gpus = attribution::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
+        gpus.follow(&progress);
         if !arguments.output.disable_tqdm {
             shown.update(&snapshot(&progress));
         }
     };
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
     shown.finish();
-    report.map(Some).map_err(failure)
+    let mut report = report.map_err(failure)?;
+    report.beside.gpus = gpus.finish();
+    Ok(Some(report))
 }
 
 /// The server that the flags name, else the running fleet, else vLLM's default.
@@ -168,17 +179,13 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             report.unsent
         ));
     }
-    if let Some(failures) = report.failure_summary() {
-        printer.error(failures);
-        if report.failures().iter().any(|group| group.cause.contains("vocabulary")) {
-            printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
-        }
-    }
+    present_failures(arguments, report, printer);
     if output.json {
         printer.data(report.to_text(output.save_detailed));
     } else {
         printer.data(report.table());
     }
+    attribution::tell(report, printer);
     let lag = report.release_lag();
     if let [.., (_, most)] = lag.percentiles[..] {
         printer.status(format_args!(
@@ -190,6 +197,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
     }
+    if let Some(path) = &arguments.page.report {
+        page::write(report, path, printer)?;
+    }
     Ok(if report.is_partial() {
         ExitStatus::Forced
     } else if report.failed() > 0 && !output.allow_failures {
@@ -197,6 +207,24 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         ExitStatus::Success
     })
+}
+
+/// Failures as vLLM shows them, a line each; where those are not all, also by cause.
+fn present_failures(arguments: &Arguments, report: &Report, printer: Printer) {
+    let lines = report.failure_lines();
+    if !arguments.output.json {
+        for line in &lines {
+            printer.data(line);
+        }
+    }
+    // The first line is a heading.
+    let are_all_shown = !arguments.output.json && report.failed() < lines.len();
+    if let Some(summary) = report.failure_summary().filter(|_| !are_all_shown) {
+        printer.error(summary);
+    }
+    if report.failures().iter().any(|group| group.cause.contains("vocabulary")) {
+        printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
+    }
 }
 
 /// Writes the result file, as vLLM does: its name, one line without an end, and a line more where it is appended.
