@@ -12,6 +12,7 @@ mod client;
 pub mod compare;
 mod export;
 pub mod goodput;
+pub mod growth;
 mod load;
 pub mod models;
 mod numpy;
@@ -19,6 +20,7 @@ pub mod record;
 pub mod report;
 mod resample;
 pub mod saved;
+pub mod search;
 mod sse;
 pub mod stats;
 #[cfg(test)]
