@@ -13,6 +13,7 @@ use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
+use super::engine_counters;
 use super::load::Exchange;
 use super::record::{Answer, EngineTimes, Told};
 use super::sse::{Decoder, EventTooLarge};
@@ -115,6 +116,11 @@ impl Client {
         })
     }
 
+    /// What the server's `/metrics` says of decoding.
+    pub(super) async fn engine_counters(&self, base_url: &str) -> engine_counters::Counters {
+        engine_counters::read(&self.http, base_url).await
+    }
+
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
@@ -184,7 +190,7 @@ fn template(spec: &Spec) -> Vec<(String, Field)> {
             ("prompt", Field::Prompt),
             ("repetition_penalty", Field::Fixed(json!(1.0))),
             ("max_tokens", Field::OutputLength),
-            ("logprobs", Field::Fixed(Value::Null)),
+            ("logprobs", Field::Fixed(json!(spec.options.logprobs))),
         ]),
         Backend::Chat => fields.extend([
             ("messages", Field::Messages),

@@ -10,12 +10,15 @@ pub mod arrivals;
 pub mod attribution;
 mod client;
 pub mod compare;
+mod engine_counters;
 mod export;
 pub mod goodput;
 pub mod growth;
 mod load;
 pub mod models;
 mod numpy;
+mod opening;
+mod options;
 pub mod record;
 pub mod report;
 mod resample;
@@ -34,12 +37,15 @@ use std::time::Duration;
 use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
-pub use self::arrivals::Arrivals;
+pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 pub use self::attribution::{Phases, Stage};
+pub use self::engine_counters::{Diffusion, Speculation};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
+pub use self::opening::NO_TEMPERATURE;
+pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
-pub use self::report::Report;
+pub use self::report::{Beside, Report};
 pub use self::stats::Metric;
 pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
 
@@ -112,6 +118,10 @@ pub struct Spec {
     pub objectives: Vec<Objective>,
     /// Keeps the generated texts for the detailed report.
     pub keep_texts: bool,
+    /// What else the run does; nothing unless asked.
+    pub options: Options,
+    /// What the result calls the run.
+    pub naming: Naming,
 }
 
 /// Why there is no run.
@@ -126,13 +136,24 @@ pub enum BenchError {
     /// Zero, negative or not a number.
     #[error("the burstiness must be more than 0, not {0}")]
     Burstiness(f64),
+    /// A ramp that begins below 1 request per second or falls.
+    #[error("a ramp rises from at least 1 request per second, not from {} to {}", .0.start, .0.end)]
+    Ramp(Ramp),
     /// The last request would go out in the far future.
     #[error("at {rate} requests per second, {count} requests take more than 30 days")]
     TooSlow {
-        /// Requests per second.
+        /// Requests per second, at first if they rise.
         rate: f64,
         /// How many.
         count: usize,
+    },
+    /// The ready check was in vain.
+    #[error("the server did not answer the first prompt within {} s: {cause}", patience.as_secs())]
+    NotReady {
+        /// How long it had.
+        patience: Duration,
+        /// What came of the last try.
+        cause: String,
     },
     /// The base URL is not one that requests can be sent to.
     #[error("`{0}` is not a URL of the form `http://host:port`")]
@@ -204,48 +225,76 @@ pub struct Progress {
 /// # Errors
 /// When the settings make no run. Requests that fail are no error: the report counts them.
 pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationToken) -> Result<Report, BenchError> {
+    run_aloud(spec, progress, &|_| {}, stop).await
+}
+
+/// As [`run`]; `say` gets the lines that vLLM's client prints before its table.
+///
+/// # Errors
+/// Those of [`run`].
+pub async fn run_aloud(
+    spec: &Spec,
+    progress: &dyn Fn(Progress),
+    say: &dyn Fn(&str),
+    stop: CancellationToken,
+) -> Result<Report, BenchError> {
     let orders = spec.workload.orders()?;
     let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
-    let run_id = uuid::Uuid::new_v4().simple().to_string();
-    // vLLM's form of request ids, so that logs of servers read the same.
-    let prefix: Arc<str> = format!("bench-{}-", &run_id[..8]).into();
+    let prefix: Arc<str> = spec
+        .options
+        .request_id_prefix
+        .clone()
+        .unwrap_or_else(random_prefix)
+        .into();
 
-    let warm_up = |index: usize| {
-        let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}warmup-{index}"));
-        async move { client.exchange(&orders[0], &request_id).await }
+    let ready_check = || async {
+        let request_id = format!("{prefix}ready");
+        client.exchange(&orders[0], &request_id).await.result.map(|_| ())
     };
-    let at_once = vec![Duration::ZERO; spec.warmups];
-    let warmed = load::drive(
-        &at_once,
-        spec.max_concurrency,
-        warm_up,
-        |tally| {
-            progress(tally.progress(Phase::WarmingUp));
-        },
-        &stop,
-    )
-    .await;
-    for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
-        tracing::warn!(cause, "a warm-up request failed");
+    opening::ready_check(spec.options.ready_check, ready_check, say, &stop).await?;
+    if spec.warmups > 0 {
+        say(&format!("Warming up with {} requests...", spec.warmups));
+        let warm_up = |index: usize| {
+            let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}warmup-{index}"));
+            async move { client.exchange(&orders[0], &request_id).await }
+        };
+        let at_once = vec![Duration::ZERO; spec.warmups];
+        let observe = |tally: &load::Tally| progress(tally.progress(Phase::WarmingUp));
+        let warmed = load::drive(&at_once, spec.max_concurrency, warm_up, observe, &stop).await;
+        for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
+            tracing::warn!(cause, "a warm-up request failed");
+        }
+        say("Warmup run completed.");
     }
 
+    say("Starting main benchmark run...");
+    opening::announce(spec, say);
+    let before = client.engine_counters(&spec.base_url).await;
+    let started_at = jiff::Zoned::now();
     let measure = |index: usize| {
         let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}{index}"));
         async move { client.exchange(&orders[index], &request_id).await }
     };
-    let measured = load::drive(
-        &releases,
-        spec.max_concurrency,
-        measure,
-        |tally| {
-            progress(tally.progress(Phase::Measuring));
-        },
-        &stop,
-    )
-    .await;
+    let observe = |tally: &load::Tally| progress(tally.progress(Phase::Measuring));
+    let measured = load::drive(&releases, spec.max_concurrency, measure, observe, &stop).await;
+    let duration = measured.duration.as_secs_f64();
+    let after = client.engine_counters(&spec.base_url).await;
     let prompt_lengths = orders.iter().map(|order| order.prompt.token_count()).collect();
-    Ok(Report::new(spec, prompt_lengths, measured))
+    let mut report = Report::new(spec, prompt_lengths, measured);
+    report.beside = Beside {
+        started_at: Some(started_at),
+        speculation: after.speculation_since(&before),
+        diffusion: after.diffusion_since(&before, duration),
+        ..Beside::default()
+    };
+    Ok(report)
+}
+
+/// vLLM's form of request ids, so that logs of servers read the same.
+fn random_prefix() -> String {
+    let run_id = uuid::Uuid::new_v4().simple().to_string();
+    format!("bench-{}-", &run_id[..8])
 }
 
 impl Spec {
@@ -268,6 +317,7 @@ impl Spec {
         let Arrivals {
             request_rate,
             burstiness,
+            ramp,
         } = self.arrivals;
         if request_rate.is_nan() || request_rate <= 0.0 {
             return Err(BenchError::RequestRate(request_rate));
@@ -275,12 +325,15 @@ impl Spec {
         if burstiness.is_nan() || burstiness <= 0.0 {
             return Err(BenchError::Burstiness(burstiness));
         }
+        if let Some(ramp) = ramp.filter(|ramp| ramp.start == 0 || ramp.end < ramp.start) {
+            return Err(BenchError::Ramp(ramp));
+        }
         let schedule = self.arrivals.schedule(count, self.workload.seed());
         let releases = schedule.into_iter().map(Duration::try_from_secs_f64);
         match releases.collect::<Result<Vec<_>, _>>() {
             Ok(releases) if releases.iter().all(|&release| release <= LONGEST_SCHEDULE) => Ok(releases),
             _ => Err(BenchError::TooSlow {
-                rate: request_rate,
+                rate: ramp.map_or(request_rate, |ramp| ramp.start.into()),
                 count,
             }),
         }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::Spec;
+use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::load::Outcome;
 use super::record::Record;
@@ -25,6 +26,30 @@ pub struct Report {
     pub dropped: usize,
     /// Requests that the stop came before.
     pub unsent: usize,
+    /// What was seen beside the requests.
+    pub beside: Beside,
+}
+
+/// What was seen beside the requests of the workload.
+#[derive(Debug, Clone, Default)]
+pub struct Beside {
+    /// When the schedule began.
+    pub started_at: Option<jiff::Zoned>,
+    /// Speculative decoding, where the server tells of it.
+    pub speculation: Option<Speculation>,
+    /// Diffusion decoding, where the server tells of it.
+    pub diffusion: Option<Diffusion>,
+    /// The probes, if there were any.
+    pub probes: Option<Probes>,
+}
+
+/// The requests of one token beside the workload.
+#[derive(Debug, Clone, Default)]
+pub struct Probes {
+    /// How many failed.
+    pub failed: usize,
+    /// The latencies of those that did not, in seconds.
+    pub latencies: Vec<f64>,
 }
 
 /// Requests that failed for the same reason.
@@ -55,6 +80,7 @@ impl Report {
             prompt_lengths,
             dropped: outcome.dropped,
             unsent: outcome.unsent,
+            beside: Beside::default(),
         }
     }
 
@@ -67,6 +93,26 @@ impl Report {
     /// values of single requests.
     pub fn to_json(&self, detailed: bool) -> serde_json::Value {
         export::json::render(self, detailed)
+    }
+
+    /// The same as text: one line, as Python writes it, without the line end.
+    pub fn to_text(&self, detailed: bool) -> String {
+        export::python::render(&self.to_json(detailed))
+    }
+
+    /// The name of its file, unless the user has another.
+    pub fn file_name(&self) -> String {
+        export::file::name(self)
+    }
+
+    /// The backend as the user named it.
+    pub fn backend(&self) -> &'static str {
+        self.spec.naming.backend.unwrap_or(self.spec.backend.name())
+    }
+
+    /// The model as the user or the server named it.
+    pub fn model_id(&self) -> &str {
+        self.spec.naming.model_id.as_ref().unwrap_or(&self.spec.model)
     }
 
     /// How many requests failed.

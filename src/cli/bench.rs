@@ -2,14 +2,17 @@
 
 mod arguments;
 mod compare;
+mod line;
 
-use std::path::Path;
+use std::io::{Seek as _, Write as _};
+use std::path::{Path, PathBuf};
 
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
-use crate::bench::{self, BenchError, Phase, Progress, Report};
+pub use self::line::line;
+use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
 use crate::ui::Printer;
@@ -20,13 +23,11 @@ use crate::ui::bench::{BenchProgress, Snapshot};
 pub struct Target {
     /// `http://host:port`.
     pub base_url: String,
-    /// The name of its model in requests.
-    pub model: String,
 }
 
-/// Where nothing says otherwise: xpyd's own proxy.
+/// Where nothing says otherwise and no fleet runs: vLLM's own defaults.
 const DEFAULT_HOST: &str = "127.0.0.1";
-const DEFAULT_PORT: u16 = 9100;
+const DEFAULT_PORT: u16 = 8000;
 
 /// Runs the command. `defaults` is the running fleet, if there is one.
 ///
@@ -61,42 +62,76 @@ async fn measure(
     printer: Printer,
     stop: CancellationToken,
 ) -> Result<Option<Report>, Failure> {
-    let headers = headers(arguments)?;
-    let is_named =
-        arguments.target.base_url.is_some() || arguments.target.host.is_some() || arguments.target.port.is_some();
-    let fleet = defaults.filter(|_| !is_named);
-    let base_url = match (&fleet, &arguments.target.base_url) {
-        (Some(fleet), _) => fleet.base_url.clone(),
-        (None, Some(base_url)) => base_url.clone(),
-        (None, None) => {
-            let host = arguments.target.host.as_deref().unwrap_or(DEFAULT_HOST);
+    let mut spec = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
+    spec.check().map_err(failure)?;
+    let say = |line: &str| {
+        if !arguments.output.json {
+            printer.data(line);
+        }
+    };
+    let Some(()) = stop
+        .run_until_cancelled(find_model(arguments, &mut spec, &say))
+        .await
+        .transpose()?
+    else {
+        return Ok(None);
+    };
+    if arguments.sampling.temperature.is_none() {
+        say(bench::NO_TEMPERATURE);
+    }
+    printer.status(arguments.headline(&spec));
+
+    let shown = BenchProgress::new(printer);
+    let show = |progress: Progress| {
+        if !arguments.output.disable_tqdm {
+            shown.update(&snapshot(&progress));
+        }
+    };
+    let report = bench::run_aloud(&spec, &show, &say, stop).await;
+    shown.finish();
+    report.map(Some).map_err(failure)
+}
+
+/// The server that the flags name, else the running fleet, else vLLM's default.
+fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
+    if let Some(base_url) = &target.base_url {
+        return base_url.clone();
+    }
+    match fleet {
+        Some(fleet) if target.host.is_none() && target.port.is_none() => fleet.base_url,
+        _ => {
+            let host = target.host.as_deref().unwrap_or(DEFAULT_HOST);
             // A bare IPv6 address stands in brackets in a URL.
             let host = if host.contains(':') && !host.starts_with('[') {
                 format!("[{host}]")
             } else {
                 host.to_owned()
             };
-            format!("http://{host}:{}", arguments.target.port.unwrap_or(DEFAULT_PORT))
+            format!("http://{host}:{}", target.port.unwrap_or(DEFAULT_PORT))
         }
-    };
-    let wanted = arguments
-        .target
-        .model
-        .as_deref()
-        .or(fleet.as_ref().map(|fleet| fleet.model.as_str()));
-    let mut spec = arguments.spec(base_url, headers)?;
-    spec.check().map_err(failure)?;
-    let discovery = stop.run_until_cancelled(bench::discover(&spec.base_url, &spec.headers, wanted));
-    let Some(model) = discovery.await else {
-        return Ok(None);
-    };
-    spec.model = model.map_err(failure)?.id;
-    printer.status(arguments.headline(&spec));
+    }
+}
 
-    let shown = BenchProgress::new(printer);
-    let report = bench::run(&spec, &|progress| shown.update(&snapshot(&progress)), stop).await;
-    shown.finish();
-    report.map(Some).map_err(failure)
+/// Asks the server for its first model, or whether it has the one that the user named.
+async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+    if spec.model.is_empty() {
+        say("Model not specified, fetching first model from server...");
+        let model = bench::discover(&spec.base_url, &spec.headers, None)
+            .await
+            .map_err(failure)?;
+        let root = model.root.unwrap_or_else(|| model.id.clone());
+        say(&format!("First model name: {}, first model id: {root}", model.id));
+        spec.model = model.id;
+        spec.naming.model_id = Some(root);
+        return Ok(());
+    }
+    match bench::discover(&spec.base_url, &spec.headers, Some(&spec.model)).await {
+        // vLLM's client does not ask, so a server without a list is measured, too.
+        Ok(_) | Err(BenchError::NoModelList { .. }) => Ok(()),
+        // It may come up in the time that the user gives it.
+        Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(()),
+        Err(error) => Err(failure(error)),
+    }
 }
 
 fn snapshot(progress: &Progress) -> Snapshot {
@@ -116,6 +151,7 @@ fn snapshot(progress: &Progress) -> Snapshot {
 }
 
 fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
+    let output = &arguments.output;
     if report.is_partial() {
         printer.status(format_args!(
             "stopped: {} requests ended, {} were dropped in flight, {} were never sent",
@@ -130,8 +166,8 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
         }
     }
-    if arguments.output.json {
-        printer.data(report.to_json(arguments.output.save_detailed));
+    if output.json {
+        printer.data(report.to_text(output.save_detailed));
     } else {
         printer.data(report.table());
     }
@@ -142,42 +178,35 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             lag.mean
         ));
     }
-    if arguments.output.save_result {
+    if output.save_result || output.append_result {
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
     }
     Ok(if report.is_partial() {
         ExitStatus::Forced
-    } else if report.failed() > 0 {
+    } else if report.failed() > 0 && !output.allow_failures {
         ExitStatus::Failure
     } else {
         ExitStatus::Success
     })
 }
 
-/// Writes the result file, by vLLM's rule for its name.
-fn save(arguments: &Arguments, report: &Report) -> Result<std::path::PathBuf, Failure> {
-    let spec = &report.spec;
-    let default_name = || {
-        let limit = spec
-            .max_concurrency
-            .map(|limit| format!("-concurrency{limit}"))
-            .unwrap_or_default();
-        let model = spec.model.rsplit('/').next().unwrap_or_default();
-        // `{:?}` writes whole numbers as Python does: `1.0`.
-        let rate = spec.arrivals.request_rate;
-        format!(
-            "{}-{rate:?}qps{limit}-{model}-{}.json",
-            spec.backend.name(),
-            report.date
-        )
-    };
-    let name = arguments.output.result_filename.clone().unwrap_or_else(default_name);
-    let folder = arguments.output.result_dir.as_deref().unwrap_or(Path::new("."));
+/// Writes the result file, as vLLM does: its name, one line without an end, and a line more where it is appended.
+fn save(arguments: &Arguments, report: &Report) -> Result<PathBuf, Failure> {
+    let output = &arguments.output;
+    let name = output.result_filename.clone().unwrap_or_else(|| report.file_name());
+    let folder = output.result_dir.as_deref().unwrap_or(Path::new("."));
     let path = folder.join(name);
+    let text = report.to_text(output.save_detailed);
     let write = || {
         fs_err::create_dir_all(folder)?;
-        fs_err::write(&path, report.to_json(arguments.output.save_detailed).to_string() + "\n")
+        if !output.append_result {
+            return fs_err::write(&path, text);
+        }
+        let mut file = fs_err::OpenOptions::new().create(true).append(true).open(&path)?;
+        let is_begun = file.seek(std::io::SeekFrom::End(0))? > 0;
+        let separator = if is_begun { "\n" } else { "" };
+        file.write_all(format!("{separator}{text}").as_bytes())
     };
     write().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     Ok(path)
@@ -232,6 +261,8 @@ fn failure(error: BenchError) -> Failure {
         | BenchError::RequestRate(_)
         | BenchError::Burstiness(_)
         | BenchError::TooSlow { .. }
+        | BenchError::Ramp(_)
+        | BenchError::NotReady { .. }
         | BenchError::BaseUrl(_)
         | BenchError::Client(_) => Vec::new(),
     };

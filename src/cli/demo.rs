@@ -1,5 +1,6 @@
 //! `xpyd demo`: a whole life of a fleet on simulated engines, for those who have just met xpyd.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser};
@@ -120,7 +121,6 @@ async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<Exi
     let arguments = benchmark_arguments(num_prompts);
     let target = Target {
         base_url: ready.url.clone(),
-        model: ready.model.clone(),
     };
     let status = bench::run(arguments, Some(target), printer).await?;
     printer.status("\n3. where the time of a request went, on average, seen by the proxy\n");
@@ -174,7 +174,7 @@ async fn chat(ready: &Ready, printer: Printer) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The arguments of `xpyd bench` by default, with this many prompts.
+/// The arguments of `xpyd bench` for LMCache's example, with this many prompts.
 fn benchmark_arguments(num_prompts: usize) -> bench::Arguments {
     #[derive(Debug, Parser)]
     struct Bench {
@@ -182,7 +182,10 @@ fn benchmark_arguments(num_prompts: usize) -> bench::Arguments {
         arguments: bench::Arguments,
     }
     let prompts = num_prompts.to_string();
-    Bench::parse_from(["bench", "--num-prompts", &prompts]).arguments
+    let line = ["demo", "bench", "--recipe", "lmcache-xpyd", "--num-prompts", &prompts];
+    let mut words = bench::line(line.map(OsString::from));
+    words.remove(0);
+    Bench::parse_from(words).arguments
 }
 
 /// One stage of all requests so far.

@@ -88,7 +88,7 @@ enum Verb {
 
 /// Parses the command line and runs the verb.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(bench::line(std::env::args_os()));
     let printer = Printer { quiet: cli.quiet };
     let result = match cli.verb {
         Verb::Up(arguments) => up::run(&arguments, printer),
@@ -135,6 +135,5 @@ fn running_fleet() -> Option<bench::Target> {
     let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten()?;
     Some(bench::Target {
         base_url: run.proxy_url,
-        model: run.model,
     })
 }

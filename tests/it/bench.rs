@@ -98,6 +98,7 @@ impl Server {
             arrivals: Arrivals {
                 request_rate: f64::INFINITY,
                 burstiness: 1.0,
+                ramp: None,
             },
             max_concurrency: None,
             ignore_eos: true,
@@ -108,6 +109,8 @@ impl Server {
             percentiles: vec![99.0],
             objectives: Vec::new(),
             keep_texts: true,
+            options: bench::Options::default(),
+            naming: bench::Naming::default(),
         }
     }
 }
@@ -381,6 +384,7 @@ async fn settings_that_make_no_run_are_refused_before_anything_is_sent() {
         let arrivals = Arrivals {
             request_rate: rate,
             burstiness: 1.0,
+            ramp: None,
         };
         assert!(matches!(
             refused(Spec {
@@ -393,6 +397,7 @@ async fn settings_that_make_no_run_are_refused_before_anything_is_sent() {
         let arrivals = Arrivals {
             request_rate: 1.0,
             burstiness: rate,
+            ramp: None,
         };
         assert!(matches!(
             refused(Spec {
@@ -406,6 +411,7 @@ async fn settings_that_make_no_run_are_refused_before_anything_is_sent() {
     let arrivals = Arrivals {
         request_rate: 1e-300,
         burstiness: 1.0,
+        ramp: None,
     };
     assert!(matches!(
         refused(Spec {

@@ -23,23 +23,43 @@ fn extend<const N: usize>(result: &mut Map<String, Value>, entries: [(&str, Valu
 
 fn settings(result: &mut Map<String, Value>, report: &Report) {
     let spec = &report.spec;
-    let backend = spec.backend.name();
+    let backend = report.backend();
     extend(
         result,
         [
             ("date", json!(report.date)),
             ("endpoint_type", json!(backend)),
             ("backend", json!(backend)),
-            ("label", Value::Null),
-            ("model_id", json!(spec.model)),
-            // Prompts are made of ids, so no tokenizer took part.
-            ("tokenizer_id", Value::Null),
+            ("label", json!(spec.naming.label)),
+            ("model_id", json!(report.model_id())),
+            ("tokenizer_id", json!(spec.naming.tokenizer_id)),
             ("num_prompts", json!(report.prompt_lengths.len())),
+        ],
+    );
+    result.extend(
+        spec.naming
+            .metadata
+            .iter()
+            .map(|(key, value)| (key.clone(), json!(value))),
+    );
+    extend(
+        result,
+        [
             ("request_rate", number(spec.arrivals.request_rate)),
             ("burstiness", number(spec.arrivals.burstiness)),
             ("max_concurrency", json!(spec.max_concurrency)),
         ],
     );
+    if let Some(ramp) = spec.arrivals.ramp {
+        extend(
+            result,
+            [
+                ("ramp_up_strategy", json!(ramp.strategy.name())),
+                ("ramp_up_start_rps", json!(ramp.start)),
+                ("ramp_up_end_rps", json!(ramp.end)),
+            ],
+        );
+    }
 }
 
 fn totals(result: &mut Map<String, Value>, report: &Report) {

@@ -1,6 +1,8 @@
 //! The forms of a report, one file each.
 
+pub(super) mod file;
 pub(super) mod json;
+pub(super) mod python;
 pub(super) mod table;
 #[cfg(test)]
 mod tests;

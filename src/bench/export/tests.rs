@@ -28,6 +28,7 @@ fn spec(request_rate: f64, burstiness: f64) -> Spec {
         arrivals: Arrivals {
             request_rate,
             burstiness,
+            ramp: None,
         },
         max_concurrency: None,
         ignore_eos: true,
@@ -38,6 +39,8 @@ fn spec(request_rate: f64, burstiness: f64) -> Spec {
         percentiles: vec![99.0],
         objectives: Vec::new(),
         keep_texts: true,
+        options: crate::bench::Options::default(),
+        naming: crate::bench::Naming::default(),
     }
 }
 
@@ -50,6 +53,7 @@ fn report(spec: Spec, metrics: Metrics, records: Vec<Record>, prompt_lengths: Ve
         prompt_lengths,
         dropped: 0,
         unsent: 0,
+        beside: crate::bench::Beside::default(),
     }
 }
 

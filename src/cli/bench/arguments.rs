@@ -1,4 +1,4 @@
-//! The flags of `xpyd bench`: named and meant as those of `vllm bench serve`, with LMCache's xPyD recipe as defaults.
+//! The flags of `xpyd bench`: named and meant as those of `vllm bench serve`, and with its defaults.
 
 mod data;
 mod load;
@@ -6,6 +6,8 @@ mod modes;
 mod output;
 mod sampling;
 mod target;
+
+use std::time::Duration;
 
 use clap::Args;
 use reqwest::header::HeaderMap;
@@ -16,11 +18,12 @@ pub(super) use self::modes::Modes;
 pub(super) use self::output::Output;
 pub(super) use self::sampling::Sampling;
 pub(super) use self::target::{BackendName, Header, Target};
-use crate::bench::{Arrivals, Backend, Spec};
+use crate::bench::{Backend, Lora, LoraAssignment, Naming, Options, Spec};
 use crate::report::{ExitStatus, Failure};
 
 /// Benchmarks a server: the running fleet, or any other that speaks OpenAI's API.
 #[derive(Debug, Clone, Args)]
+#[command(args_override_self = true)]
 pub struct Arguments {
     /// Which server is asked, and how.
     #[command(flatten)]
@@ -46,7 +49,7 @@ impl Arguments {
     /// The run that they ask for. Its model is empty if they leave that to the server.
     pub(super) fn spec(&self, base_url: String, headers: HeaderMap) -> Result<Spec, Failure> {
         let backend = match self.target.backend {
-            BackendName::Openai => Backend::Completions,
+            BackendName::Openai | BackendName::Vllm => Backend::Completions,
             BackendName::OpenaiChat => Backend::Chat,
         };
         let endpoint = self.target.endpoint.as_deref().unwrap_or(backend.endpoint());
@@ -56,17 +59,20 @@ impl Arguments {
                 "`--endpoint` is a path and starts with `/`",
             ));
         }
+        let arrivals = self.load.arrivals();
+        if arrivals.ramp.is_some() && arrivals.request_rate.is_finite() {
+            let problem = "`--request-rate` and `--ramp-up-strategy` exclude each other";
+            return Err(Failure::message(ExitStatus::Usage, problem));
+        }
+        let model = self.target.served_model_name.as_ref().or(self.target.model.as_ref());
         Ok(Spec {
             base_url,
             backend,
             endpoint: endpoint.to_owned(),
-            model: self.target.model.clone().unwrap_or_default(),
+            model: model.cloned().unwrap_or_default(),
             headers,
             workload: self.data.workload(),
-            arrivals: Arrivals {
-                request_rate: self.load.request_rate,
-                burstiness: self.load.burstiness,
-            },
+            arrivals,
             max_concurrency: self.load.max_concurrency,
             ignore_eos: self.sampling.ignore_eos,
             extra_body: self.sampling.fields(),
@@ -74,9 +80,35 @@ impl Arguments {
             request_timeout: self.load.request_timeout,
             metrics: self.output.percentile_metrics.clone(),
             percentiles: self.output.metric_percentiles.clone(),
-            objectives: self.output.goodput.clone(),
+            objectives: self.output.objectives(),
             keep_texts: self.output.save_detailed,
+            options: self.options(),
+            naming: Naming {
+                backend: Some(self.target.backend.name()),
+                model_id: self.target.model.clone(),
+                label: self.output.label.clone(),
+                metadata: self.output.metadata.clone(),
+                ..Naming::default()
+            },
         })
+    }
+
+    fn options(&self) -> Options {
+        let lora = (!self.target.lora_modules.is_empty()).then(|| Lora {
+            modules: self.target.lora_modules.clone(),
+            assignment: match self.target.lora_assignment {
+                target::LoraAssignment::Random => LoraAssignment::Random,
+                target::LoraAssignment::RoundRobin => LoraAssignment::RoundRobin,
+            },
+        });
+        Options {
+            lora,
+            logprobs: self.sampling.logprobs,
+            ready_check: Duration::from_secs(self.load.ready_check_timeout_sec.into()),
+            probe_rate: self.load.probe_request_rate,
+            request_id_prefix: self.target.request_id_prefix.clone(),
+            ..Options::default()
+        }
     }
 
     /// What is about to run, in one line.

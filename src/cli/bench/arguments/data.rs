@@ -1,7 +1,5 @@
 //! Flags of `xpyd bench`: what is asked.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
@@ -15,10 +13,10 @@ pub struct Data {
     #[arg(long, value_enum, default_value_t = DatasetName::Random)]
     pub dataset_name: DatasetName,
     /// Mean length of a prompt, in tokens.
-    #[arg(long, value_name = "TOKENS", default_value_t = 7500)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
     pub random_input_len: u32,
     /// Mean length of an answer, in tokens.
-    #[arg(long, value_name = "TOKENS", default_value_t = 200)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub random_output_len: u32,
     /// Spread of the lengths: uniform in mean * (1 ± ratio). A number, or `{"input": …, "output": …}`.
     #[arg(long, value_name = "RATIO", value_parser = range_ratio, default_value = "0.0")]
@@ -30,14 +28,14 @@ pub struct Data {
     #[arg(long, value_name = "TOKENS", default_value_t = 128_000)]
     pub vocab_size: u32,
     /// How many requests.
-    #[arg(long, value_name = "COUNT", default_value_t = 30)]
+    #[arg(long, value_name = "COUNT", default_value_t = 1000)]
     pub num_prompts: usize,
-    /// Seed of prompts, lengths and arrivals [default: the clock].
+    /// Seed of prompts, lengths and arrivals.
     ///
     /// The same seed makes the same prompts, whose KV a server may still hold from the last run: its numbers are then
-    /// those of a cache. So the default differs from run to run, as in LMCache's recipe, and is printed.
-    #[arg(long)]
-    pub seed: Option<u32>,
+    /// those of a cache.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u32,
 }
 
 /// What prompts are made of.
@@ -58,17 +56,10 @@ impl Data {
                 prefix_length: self.random_prefix_len,
                 vocabulary_size: self.vocab_size,
                 prompt_count: self.num_prompts,
-                seed: self.seed.unwrap_or_else(clock_seed),
+                seed: self.seed,
             }),
         }
     }
-}
-
-/// The seconds of the clock, as the shell's `date +%s` gives them; they wrap around in 2106.
-#[expect(clippy::cast_possible_truncation, reason = "the low bits are the ones that differ")]
-fn clock_seed() -> u32 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    now.as_secs() as u32
 }
 
 fn range_ratio(text: &str) -> Result<RangeRatio, String> {

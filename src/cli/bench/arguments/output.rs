@@ -32,12 +32,41 @@ pub struct Output {
     /// With the values of every request in the JSON.
     #[arg(long)]
     pub save_detailed: bool,
+    /// Saves the result as one more line of its file.
+    #[arg(long)]
+    pub append_result: bool,
     /// The folder of the saved result [default: the current one].
     #[arg(long, value_name = "PATH")]
     pub result_dir: Option<PathBuf>,
-    /// The name of the saved result [default: by backend, rate, model and time].
+    /// The name of the saved result [default: by label, rate, limit, model and time].
     #[arg(long, value_name = "NAME")]
     pub result_filename: Option<String>,
+    /// What the result is called, in its file and the file's name [default: the backend].
+    #[arg(long, value_name = "TEXT")]
+    pub label: Option<String>,
+    /// More keys of the saved result.
+    #[arg(long, value_name = "KEY=VALUE", num_args = 0.., value_parser = pair)]
+    pub metadata: Vec<(String, String)>,
+    /// Shows no progress.
+    #[arg(long)]
+    pub disable_tqdm: bool,
+    /// Exits with 0 even when requests failed, as vLLM does; `xpyd bench serve` implies it.
+    #[arg(long)]
+    pub allow_failures: bool,
+}
+
+impl Output {
+    /// The objectives: of two for the same latency the later one, as in vLLM.
+    pub(super) fn objectives(&self) -> Vec<Objective> {
+        let mut kept: Vec<Objective> = Vec::new();
+        for objective in &self.goodput {
+            match kept.iter_mut().find(|earlier| earlier.latency == objective.latency) {
+                Some(earlier) => *earlier = *objective,
+                None => kept.push(*objective),
+            }
+        }
+        kept
+    }
 }
 
 fn metric(name: &str) -> Result<Metric, String> {
@@ -46,6 +75,11 @@ fn metric(name: &str) -> Result<Metric, String> {
 }
 
 fn percentile(text: &str) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|number| (0.0..=100.0).contains(number));
+    let number = text.trim().parse().ok().filter(|number| (0.0..=100.0).contains(number));
     number.ok_or_else(|| "a percentile is a number from 0 to 100".to_owned())
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("it is written `KEY=VALUE`")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
 }

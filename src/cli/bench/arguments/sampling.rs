@@ -34,6 +34,9 @@ pub struct Sampling {
     /// Penalty of repetition [default: 1 for completions].
     #[arg(long)]
     pub repetition_penalty: Option<f64>,
+    /// Probabilities of so many tokens beside each one of a completion [default: none].
+    #[arg(long, value_name = "COUNT")]
+    pub logprobs: Option<u32>,
     /// More fields of the request's body, as a JSON object.
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub extra_body: Option<Map<String, Value>>,

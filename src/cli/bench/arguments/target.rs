@@ -10,12 +10,12 @@ use reqwest::header::{HeaderName, HeaderValue};
 #[command(next_help_heading = "Target")]
 pub struct Target {
     /// The server, as `http://host:port` [default: the running fleet, else --host and --port].
-    #[arg(long, value_name = "URL", conflicts_with_all = ["host", "port"])]
+    #[arg(long, value_name = "URL")]
     pub base_url: Option<String>,
     /// The server's host [default: 127.0.0.1].
     #[arg(long)]
     pub host: Option<String>,
-    /// The server's port [default: 9100].
+    /// The server's port [default: 8000].
     #[arg(long)]
     pub port: Option<u16>,
     /// The kind of requests.
@@ -24,22 +24,65 @@ pub struct Target {
     /// The path of the requests [default: by backend].
     #[arg(long, value_name = "PATH")]
     pub endpoint: Option<String>,
-    /// The model's name in requests [default: the first that the server lists].
+    /// The model [default: the first that the server lists].
     #[arg(long)]
     pub model: Option<String>,
+    /// The model's name in requests [default: --model].
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Names of low-rank adapters (`LoRA`); each request asks for one of them in place of the model.
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub lora_modules: Vec<String>,
+    /// Which request asks for which adapter.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = LoraAssignment::Random)]
+    pub lora_assignment: LoraAssignment,
     /// Headers of every request. `OPENAI_API_KEY` is sent as a bearer token.
-    #[arg(long, value_name = "NAME=VALUE", num_args = 1..)]
+    #[arg(long, value_name = "NAME=VALUE", num_args = 0..)]
     pub header: Vec<Header>,
+    /// What the requests' ids begin with [default: `bench-`, eight random digits, `-`].
+    #[arg(long, value_name = "TEXT", value_parser = id_prefix)]
+    pub request_id_prefix: Option<String>,
+    /// Accepted: there is no certificate to check, because the benchmark speaks no TLS.
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 /// The names of backends, as vLLM has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BackendName {
-    /// `/v1/completions`, with prompts of token ids.
-    #[value(alias = "vllm")]
+    /// `/v1/completions`
     Openai,
-    /// `/v1/chat/completions`, with prompts of words, about one token each.
+    /// The same
+    Vllm,
+    /// `/v1/chat/completions`
     OpenaiChat,
+}
+
+impl BackendName {
+    /// As it is written.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Openai => "openai",
+            Self::Vllm => "vllm",
+            Self::OpenaiChat => "openai-chat",
+        }
+    }
+}
+
+/// Which request asks for which adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoraAssignment {
+    /// Any one, by the seed
+    Random,
+    /// One after the other
+    RoundRobin,
+}
+
+fn id_prefix(text: &str) -> Result<String, String> {
+    let is_header = HeaderValue::try_from(text).is_ok_and(|value| value.to_str().is_ok());
+    is_header
+        .then(|| text.to_owned())
+        .ok_or_else(|| "it holds what an HTTP header cannot".to_owned())
 }
 
 /// A header given on the command line. Its value is not printed.

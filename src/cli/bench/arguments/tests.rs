@@ -4,7 +4,7 @@ use clap::{FromArgMatches as _, error::ErrorKind};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::bench::{Metric, RangeRatio, Workload};
+use crate::bench::{Arrivals, Metric, RampStrategy, Random, RangeRatio, Workload};
 
 fn parse(line: &str) -> Result<Arguments, clap::Error> {
     let command = Arguments::augment_args(clap::Command::new("bench").no_binary_name(true));
@@ -17,21 +17,27 @@ fn spec(line: &str) -> Spec {
     arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap()
 }
 
+fn random(spec: &Spec) -> &Random {
+    match &spec.workload {
+        Workload::Random(random) => random,
+        Workload::Made(_) => panic!("not a random one"),
+    }
+}
+
 #[test]
-fn the_defaults_are_lmcaches_recipe() {
+fn the_defaults_are_vllms() {
     let spec = spec("");
-    let Workload::Random(random) = &spec.workload else {
-        panic!()
-    };
+    let random = random(&spec);
     assert_eq!(
         (random.input_length, random.output_length, random.prompt_count),
-        (7500, 200, 30)
+        (1024, 128, 1000)
     );
     assert_eq!(
         spec.arrivals,
         Arrivals {
-            request_rate: 1.0,
-            burstiness: 100.0
+            request_rate: f64::INFINITY,
+            burstiness: 1.0,
+            ramp: None,
         }
     );
     assert!(spec.ignore_eos && spec.extra_body.is_empty() && spec.max_concurrency.is_none());
@@ -50,6 +56,69 @@ fn the_recipes_own_command_line_is_understood() {
     );
     assert_eq!(spec.workload.seed(), 1_763_800_000);
     assert!(spec.ignore_eos);
+}
+
+#[test]
+fn a_recipe_stands_for_flags_and_given_ones_win() {
+    let line = "xpyd bench serve --recipe lmcache-xpyd --num_prompts 3 --random-input-len 64";
+    let words = crate::cli::bench::line(line.split(' ').map(std::ffi::OsString::from));
+    let words: Vec<&str> = words[2..].iter().map(|word| word.to_str().unwrap()).collect();
+    let arguments = parse(&words.join(" ")).unwrap();
+    assert!(arguments.output.allow_failures);
+    let spec = arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap();
+    let random = random(&spec);
+    assert_eq!(
+        (random.input_length, random.output_length, random.prompt_count),
+        (64, 200, 3)
+    );
+    assert!(random.seed > 1_763_800_000);
+    assert_eq!((spec.arrivals.request_rate, spec.arrivals.burstiness), (1.0, 100.0));
+}
+
+#[test]
+fn a_ramp_takes_the_place_of_a_rate() {
+    let line = "--ramp-up-strategy exponential --ramp-up-start-rps 2 --ramp-up-end-rps 9";
+    let ramp = spec(line).arrivals.ramp.unwrap();
+    assert_eq!((ramp.strategy, ramp.start, ramp.end), (RampStrategy::Exponential, 2, 9));
+    let both = parse(&format!("{line} --request-rate 3")).unwrap();
+    assert!(both.spec("http://h:1".to_owned(), HeaderMap::new()).is_err());
+}
+
+#[test]
+fn of_two_flags_and_of_two_objectives_the_later_one_counts() {
+    let spec = spec("--num-prompts 3 --seed 1 --num-prompts 4 --goodput ttft:5 tpot:1 ttft:6");
+    let random = random(&spec);
+    assert_eq!(random.prompt_count, 4);
+    assert_eq!(spec.objectives, ["ttft:6", "tpot:1"].map(|text| text.parse().unwrap()));
+}
+
+#[test]
+fn what_is_sent_beside_the_workload_is_off_unless_asked() {
+    assert_eq!(spec("").options, Options::default());
+    let line = "--lora-modules a b --lora-assignment round-robin --logprobs 2 --ready-check-timeout-sec 9 \
+                --probe-request-rate 0.5 --request-id-prefix x- --served-model-name m --model org/m --backend vllm \
+                --label l --metadata tp=1 run=a=b";
+    let spec = spec(line);
+    assert_eq!(spec.model, "m");
+    assert_eq!(spec.naming.model_id.as_deref(), Some("org/m"));
+    assert_eq!(
+        (spec.naming.backend, spec.naming.label.as_deref()),
+        (Some("vllm"), Some("l"))
+    );
+    let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    assert_eq!(spec.naming.metadata, [pair("tp", "1"), pair("run", "a=b")]);
+    let expected = Options {
+        lora: Some(Lora {
+            modules: vec!["a".to_owned(), "b".to_owned()],
+            assignment: LoraAssignment::RoundRobin,
+        }),
+        logprobs: Some(2),
+        ready_check: Duration::from_secs(9),
+        probe_rate: 0.5,
+        request_id_prefix: Some("x-".to_owned()),
+        is_without_tokenizer: false,
+    };
+    assert_eq!(spec.options, expected);
 }
 
 #[test]
@@ -84,9 +153,7 @@ fn sampling_flags_become_fields_and_extra_body_goes_before_them() {
 fn infinite_rates_and_separate_ratios_are_read() {
     let spec = spec(r#"--request-rate inf --burstiness inf --random-range-ratio {"input":0.1,"output":0.2}"#);
     assert!(spec.arrivals.request_rate.is_infinite() && spec.arrivals.burstiness.is_infinite());
-    let Workload::Random(random) = spec.workload else {
-        panic!()
-    };
+    let random = random(&spec);
     assert_eq!(
         random.range_ratio,
         RangeRatio {
@@ -108,7 +175,12 @@ fn what_makes_no_sense_is_refused() {
         ("--extra-body [1]", ErrorKind::ValueValidation),
         ("--seed 4294967296", ErrorKind::ValueValidation),
         ("--dataset-name sonnet", ErrorKind::InvalidValue),
-        ("--base-url http://h:1 --port 1", ErrorKind::ArgumentConflict),
+        ("--backend openai-audio", ErrorKind::InvalidValue),
+        ("--metadata tp", ErrorKind::ValueValidation),
+        ("--probe-request-rate inf", ErrorKind::ValueValidation),
+        ("--ramp-up-strategy linear", ErrorKind::MissingRequiredArgument),
+        ("--ramp-up-start-rps 1", ErrorKind::MissingRequiredArgument),
+        ("--ramp-up-start-rps 0", ErrorKind::ValueValidation),
         ("--nmu-prompts 3", ErrorKind::UnknownArgument),
     ] {
         assert_eq!(parse(line).unwrap_err().kind(), kind, "{line}");
