@@ -58,12 +58,12 @@ struct Mean {
 }
 
 /// Releases request `i` at `releases[i]` after now, at most `limit` of them running at once, until all have ended or
-/// `stop` is cancelled.
+/// `stop` is cancelled. `observe` is told of the requests that have ended so far, in the order of their ends.
 pub(super) async fn drive<F>(
     releases: &[Duration],
     limit: Option<NonZeroUsize>,
     exchange: impl Fn(usize) -> F,
-    observe: impl Fn(&Tally),
+    observe: impl Fn(&Tally, &[Record]),
     stop: &CancellationToken,
 ) -> Outcome
 where
@@ -98,7 +98,7 @@ where
             _ = ticker.tick() => {}
         }
         tally.in_flight = tasks.len().min(limit.map_or(usize::MAX, NonZeroUsize::get));
-        observe(&tally);
+        observe(&tally, &records);
     }
 
     let duration = start.elapsed();

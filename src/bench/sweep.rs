@@ -148,6 +148,14 @@ pub fn is_overloaded(records: &[Record]) -> bool {
     Growth::of(&requests).is_some_and(Growth::is_overload)
 }
 
+/// Why a run measured its client and not the server, if it did.
+pub fn why_invalid(report: &Report) -> Option<String> {
+    /// A client that is later than this is busy with itself, in milliseconds at the 99th percentile.
+    const MOST_LAG: f64 = 20.0;
+    let lag = report.release_lag().percentiles.get(1).map_or(0.0, |(_, lag)| *lag);
+    (lag > MOST_LAG).then(|| format!("this client was {lag:.0} ms late (P99)"))
+}
+
 /// What is told of one point.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
@@ -177,7 +185,12 @@ impl Row {
     /// Of the report of a point.
     pub fn of(asked: f64, axis: Axis, report: &Report) -> Self {
         let latency = |metric| report.metrics.latency(metric).cloned().unwrap_or_default();
-        let last = report.records.iter().map(|record| record.started).max().unwrap_or_default();
+        let last = report
+            .records
+            .iter()
+            .map(|record| record.started)
+            .max()
+            .unwrap_or_default();
         let released = report.records.len() + report.dropped;
         Self {
             asked,
@@ -189,7 +202,7 @@ impl Row {
             output_throughput: report.metrics.output_throughput(),
             goodput: report.metrics.request_goodput,
             is_overloaded: axis == Axis::Rate && is_overloaded(&report.records),
-            invalid: report.why_invalid(),
+            invalid: why_invalid(report),
         }
     }
 
@@ -233,11 +246,16 @@ mod tests {
         for text in ["1,2", "qps=1", ""] {
             assert_eq!(refused(text), PointsError::Form, "{text}");
         }
-        for part in ["", "-1", "0", "NaN", "1..", "1..4", "1..4x1", "1..4x0", "4..1x2", "1..inf+1", "1..4+x", "x"] {
+        for part in [
+            "", "-1", "0", "NaN", "1..", "1..4", "1..4x1", "1..4x0", "4..1x2", "1..inf+1", "1..4+x", "x",
+        ] {
             assert_eq!(refused(&format!("rate={part}")), PointsError::Part(part.to_owned()));
         }
         for part in ["1.5", "1..4x1.5", "inf", "100000"] {
-            assert_eq!(refused(&format!("concurrency={part}")), PointsError::Whole(part.to_owned()));
+            assert_eq!(
+                refused(&format!("concurrency={part}")),
+                PointsError::Whole(part.to_owned())
+            );
         }
         assert_eq!(refused("rate=1..1000+1"), PointsError::TooMany);
     }

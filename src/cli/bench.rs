@@ -2,7 +2,10 @@
 
 mod arguments;
 mod compare;
+mod find_max;
 mod line;
+mod session;
+mod sweep;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -12,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
 pub use self::line::line;
+use self::session::Session;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
@@ -39,20 +43,39 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     }
     let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     let stop = CancellationToken::new();
-    let benchmark = measure(&arguments, defaults, printer, stop.clone());
-    tokio::pin!(benchmark);
-    let report = tokio::select! {
-        report = &mut benchmark => report?,
-        // What has ended is still worth its table, so the benchmark is asked to stop and awaited.
+    let work = work(&arguments, defaults, printer, stop.clone());
+    tokio::pin!(work);
+    tokio::select! {
+        status = &mut work => status,
+        // What has ended is still worth its table, so the work is asked to stop and awaited.
         _ = signals.next() => {
             stop.cancel();
-            benchmark.await?
+            work.await
         }
-    };
-    match report {
-        None => Ok(ExitStatus::Forced),
-        Some(report) => present(&arguments, &report, printer),
     }
+}
+
+/// One run, or what the mode makes of many.
+async fn work(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let modes = &arguments.modes;
+    if modes.flag().is_none() {
+        return match measure(arguments, defaults, printer, stop).await? {
+            None => Ok(ExitStatus::Forced),
+            Some(report) => present(arguments, &report, printer),
+        };
+    }
+    let Some(session) = Session::open(arguments, defaults, printer, stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    if let Some(points) = &modes.sweep {
+        return sweep::run(&session, points).await;
+    }
+    find_max::run(&session).await
 }
 
 /// The report, or nothing if the stop came before the first request.

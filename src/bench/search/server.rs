@@ -25,6 +25,7 @@ impl Queue {
         let arrivals = Arrivals {
             request_rate,
             burstiness,
+            ramp: None,
         };
         let mut free = vec![0.0_f64; self.servers];
         arrivals

@@ -1,8 +1,8 @@
 //! The search against servers that are functions, and against a queue.
 
 use proptest::prelude::*;
-use rand::rngs::StdRng;
 use rand::SeedableRng as _;
+use rand::rngs::StdRng;
 
 use super::evidence::{Ballot, Evidence, Opinion};
 use super::server::Queue;
