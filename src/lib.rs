@@ -30,3 +30,4 @@ pub mod fleet;
 pub mod report;
 pub mod service;
 pub mod signals;
+pub(crate) mod wire;

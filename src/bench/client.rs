@@ -1,40 +1,56 @@
-//! One streamed request: its body, the clock readings, and what the answer's events say.
+//! One streamed request: its body, its connection, and the clock at its start.
 //!
-//! Every read is stamped when it is received, before a byte of it is parsed, so that this client's own work is not in the
-//! latencies it reports.
+//! It begins right before a connection is made or, where one is idle, right before the request is written; the JSON of a long
+//! prompt has been made by then. What comes is stamped by the kernel, so this client's own work is not in the latencies that
+//! it reports.
 
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::Bytes;
-use reqwest::Url;
-use reqwest::header::{CONTENT_TYPE, HeaderMap};
-use serde::Deserialize;
+use reqwest::header::{
+    ACCEPT, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName, TRANSFER_ENCODING, USER_AGENT,
+};
+use reqwest::{Method, StatusCode, Url};
 use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use serde_json::{Map, Value, json};
+use tokio::net::lookup_host;
+use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use super::engine_counters;
 use super::load::Exchange;
-use super::record::{Answer, EngineTimes, Told};
-use super::sse::{Decoder, EventTooLarge};
+use super::reader::{AnswerError, Reader, Scanner};
+use super::record::{Answer, Told};
 use super::workload::Order;
 use super::{Backend, BenchError, CONNECT_TIMEOUT, Spec};
+use crate::wire::{Framing, Pool, Receipt, Wire};
 
-/// The most bytes of one event. A token with log-probabilities is a few kilobytes.
-const MAX_EVENT_BYTES: usize = 1 << 20;
 /// The most bytes that are read of a body which is not a stream.
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// The most characters of a server's message in a report.
 const MAX_MESSAGE_CHARS: usize = 300;
 
+/// Most idle connections of one thread. As many as a burst has left: each may be wanted again by the next one.
+const MAX_IDLE: usize = 1 << 16;
+
 /// Sends the requests of one run.
 #[derive(Debug)]
 pub(super) struct Client {
+    /// For whatever is no request of the workload.
     http: reqwest::Client,
-    url: Url,
+    host: String,
+    port: u16,
+    /// Where the server is, once a request has asked. vLLM's client keeps the answer as well.
+    addresses: OnceCell<Vec<SocketAddr>>,
+    /// The head of every request, up to what differs.
+    head: Vec<u8>,
+    /// Idle connections, by the runtime that they belong to.
+    pool: Pool<tokio::runtime::Id>,
     template: Vec<(String, Field)>,
     timeout: Duration,
-    keep_text: bool,
+    scanner: Scanner,
 }
 
 /// A value in a request's body.
@@ -49,25 +65,21 @@ enum Field {
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 enum ExchangeError {
+    #[error("no connection to the server")]
+    Connect(#[source] io::Error),
     #[error("the request did not get through")]
-    Send(#[source] reqwest::Error),
+    Send(#[source] io::Error),
+    #[error("no answer to the request")]
+    NoAnswer(#[source] io::Error),
     #[error("HTTP {status}{}", message.as_deref().map(|message| format!(": {message}")).unwrap_or_default())]
     Status {
-        status: reqwest::StatusCode,
+        status: StatusCode,
         message: Option<String>,
     },
     #[error("the stream broke off")]
-    Stream(#[source] reqwest::Error),
-    #[error("the server failed during the stream: {0}")]
-    Server(String),
-    #[error("the stream holds what is no completion chunk")]
-    Malformed(#[source] serde_json::Error),
-    #[error("the stream holds what is no completion chunk")]
-    TooLarge(#[from] EventTooLarge),
-    #[error("the stream ended without a token")]
-    NoToken,
-    #[error("the stream ended early, without `[DONE]`")]
-    Unfinished,
+    Stream(#[source] io::Error),
+    #[error(transparent)]
+    Answer(#[from] AnswerError),
     #[error("no whole answer within {} s", .0.as_secs_f64())]
     Timeout(Duration),
 }
@@ -107,12 +119,18 @@ pub(super) async fn bounded_body(mut response: reqwest::Response) -> Result<Vec<
 
 impl Client {
     pub(super) fn new(spec: &Spec) -> Result<Self, BenchError> {
+        let url = url(&spec.base_url, &spec.endpoint)?;
+        let host = url.host_str().unwrap_or_default();
         Ok(Self {
             http: http(&spec.headers)?,
-            url: url(&spec.base_url, &spec.endpoint)?,
+            host: host.trim_matches(['[', ']']).to_owned(),
+            port: url.port_or_known_default().unwrap_or(80),
+            addresses: OnceCell::new(),
+            head: head(&url, &spec.headers),
+            pool: Pool::new(MAX_IDLE),
             template: template(spec),
             timeout: spec.request_timeout,
-            keep_text: spec.keep_texts,
+            scanner: Scanner::new(spec.keep_texts),
         })
     }
 
@@ -125,15 +143,12 @@ impl Client {
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
         let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
-        let request = self
-            .http
-            .post(self.url.clone())
-            .header(CONTENT_TYPE, "application/json")
-            .header("x-request-id", request_id)
-            .headers(order.headers.clone())
-            .body(Bytes::from(body));
+        let mut head = self.head.clone();
+        put_headers(&mut head, &order.headers);
+        let rest = format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len());
+        head.extend_from_slice(rest.as_bytes());
         let started = Instant::now();
-        let answer = match timeout(self.timeout, self.read(request, started)).await {
+        let answer = match timeout(self.timeout, self.answer(&head, &body, started)).await {
             Ok(answer) => answer,
             Err(_) => Err(ExchangeError::Timeout(self.timeout)),
         };
@@ -141,44 +156,128 @@ impl Client {
         Exchange { started, result }
     }
 
-    async fn read(&self, request: reqwest::RequestBuilder, started: Instant) -> Result<Answer, ExchangeError> {
-        let mut response = request
-            .send()
-            .await
-            .map_err(|error| ExchangeError::Send(error.without_url()))?;
-        let status = response.status();
-        if !status.is_success() {
-            let body = bounded_body(response).await.unwrap_or_default();
-            return Err(ExchangeError::Status {
-                status,
-                message: server_message(&body),
-            });
-        }
-        let mut reader = Reader {
-            keep_text: self.keep_text,
-            ..Reader::default()
+    async fn answer(&self, head: &[u8], body: &[u8], started: Instant) -> Result<Answer, ExchangeError> {
+        let home = tokio::runtime::Handle::current().id();
+        let (mut wire, connected, sent) = loop {
+            let idle = self.pool.take(&home);
+            let is_new = idle.is_none();
+            let mut wire = match idle {
+                Some(wire) => wire,
+                None => self.connect().await.map_err(ExchangeError::Connect)?,
+            };
+            let connected = if is_new { started.elapsed() } else { Duration::ZERO };
+            match wire.send(head, body).await {
+                // It closed the very moment that it was taken.
+                Err((0, _)) if !is_new => {}
+                sent => break (wire, connected, sent),
+            }
         };
-        reader.answer.told = told(response.headers());
-        let mut decoder = Decoder::new(MAX_EVENT_BYTES);
-        while let Some(bytes) = response
-            .chunk()
-            .await
-            .map_err(|error| ExchangeError::Stream(error.without_url()))?
-        {
-            let received = started.elapsed();
-            let mut outcome = Ok(());
-            decoder.feed(&bytes, |event| {
-                if outcome.is_ok() {
-                    outcome = reader.take(event, received);
-                }
-            })?;
-            outcome?;
+        // A server that refuses a request may say so without reading it to the end.
+        let head = wire.head(&Method::POST).await;
+        let head = head.map_err(|error| match sent {
+            Ok(()) => ExchangeError::NoAnswer(said(error)),
+            Err((_, error)) => ExchangeError::Send(said(error)),
+        })?;
+        let mut framing = head.framing;
+        let status = head.parts.status;
+        if !status.is_success() {
+            let body = whole(&mut wire, &mut framing).await;
+            self.keep(home, wire, framing, head.keeps_alive);
+            let message = server_message(&body);
+            return Err(ExchangeError::Status { status, message });
         }
-        let received = started.elapsed();
-        let mut outcome = Ok(());
-        decoder.finish(|event| outcome = reader.take(event, received))?;
-        outcome?;
-        reader.finish()
+        let mut reader = Reader::new(&self.scanner, started);
+        while let Some(piece) = poll_fn(|context| wire.poll_body(&mut framing, context)).await {
+            let piece = piece.map_err(|error| ExchangeError::Stream(said(error)))?;
+            let receipt = wire.receipt().unwrap_or_else(Receipt::now);
+            reader.feed(&piece, receipt)?;
+        }
+        let mut answer = reader.finish()?;
+        self.keep(home, wire, framing, head.keeps_alive);
+        answer.connected = connected;
+        answer.told = Told {
+            engine: answer.told.engine,
+            ..told(&head.parts.headers)
+        };
+        Ok(answer)
+    }
+
+    async fn connect(&self) -> io::Result<Wire> {
+        let connect = async {
+            let resolve =
+                || async { Ok::<_, io::Error>(lookup_host((self.host.as_str(), self.port)).await?.collect()) };
+            let addresses: &Vec<SocketAddr> = self.addresses.get_or_try_init(resolve).await?;
+            Wire::connect(addresses.as_slice()).await
+        };
+        let wire = timeout(CONNECT_TIMEOUT, connect).await;
+        Ok(wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?.timed())
+    }
+
+    /// Keeps a connection for another request, if its answer has been read to the end.
+    fn keep(&self, home: tokio::runtime::Id, wire: Wire, framing: Framing, keeps_alive: bool) {
+        if keeps_alive && framing == Framing::Ended {
+            self.pool.keep(home, wire);
+        }
+    }
+}
+
+/// An error of a connection, in words for those that the system has none for.
+fn said(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        io::Error::new(error.kind(), "the server closed the connection")
+    } else {
+        error
+    }
+}
+
+/// The beginning of a body which is not a stream. What breaks off is shown as far as it came.
+async fn whole(wire: &mut Wire, framing: &mut Framing) -> Vec<u8> {
+    let mut body = Vec::new();
+    while body.len() <= MAX_BODY_BYTES
+        && let Some(Ok(piece)) = poll_fn(|context| wire.poll_body(framing, context)).await
+    {
+        body.extend_from_slice(&piece);
+    }
+    body
+}
+
+/// The head of every request, without its id, its length and its end.
+fn head(url: &Url, headers: &HeaderMap) -> Vec<u8> {
+    let mut head = Vec::new();
+    let mut line = |parts: &[&[u8]]| {
+        for part in parts.iter().chain(&[&b"\r\n"[..]]) {
+            head.extend_from_slice(part);
+        }
+    };
+    let query = url.query().map(|query| format!("?{query}")).unwrap_or_default();
+    line(&[b"POST ", url.path().as_bytes(), query.as_bytes(), b" HTTP/1.1"]);
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    line(&[
+        b"host: ",
+        url.host_str().unwrap_or_default().as_bytes(),
+        port.as_bytes(),
+    ]);
+    line(&[b"content-type: application/json"]);
+    for (name, value) in [
+        (ACCEPT, "*/*"),
+        (USER_AGENT, concat!("xpyd/", env!("CARGO_PKG_VERSION"))),
+    ] {
+        if !headers.contains_key(&name) {
+            line(&[name.as_str().as_bytes(), b": ", value.as_bytes()]);
+        }
+    }
+    put_headers(&mut head, headers);
+    head
+}
+
+/// Adds headers, but those that are this client's own.
+fn put_headers(head: &mut Vec<u8>, headers: &HeaderMap) {
+    let ours = [HOST, CONTENT_TYPE, CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION];
+    let is_own = |name: &HeaderName| ours.contains(name) || name == "x-request-id";
+    for (name, value) in headers.iter().filter(|(name, _)| !is_own(name)) {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            head.extend_from_slice(part);
+        }
     }
 }
 
@@ -237,105 +336,6 @@ impl Serialize for Body<'_> {
     }
 }
 
-/// Follows the events of one answer.
-#[derive(Debug, Default)]
-struct Reader {
-    answer: Answer,
-    has_token: bool,
-    is_done: bool,
-    keep_text: bool,
-}
-
-/// The parts of a completion chunk that count, of both routes.
-#[derive(Debug, Deserialize)]
-struct Chunk {
-    choices: Option<Vec<Choice>>,
-    usage: Option<Usage>,
-    metrics: Option<EngineMetrics>,
-    error: Option<Value>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Choice {
-    text: Option<String>,
-    delta: Option<Delta>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Delta {
-    content: Option<String>,
-}
-
-/// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
-#[derive(Debug, Deserialize)]
-struct EngineMetrics {
-    queue_time_ms: Option<f64>,
-    time_to_first_token_ms: Option<f64>,
-}
-
-impl EngineMetrics {
-    fn times(&self) -> Option<EngineTimes> {
-        let duration = |milliseconds: Option<f64>| Duration::try_from_secs_f64(milliseconds? / 1000.0).ok();
-        Some(EngineTimes {
-            queue: duration(self.queue_time_ms)?,
-            first_token: duration(self.time_to_first_token_ms)?,
-        })
-    }
-}
-
-#[derive(Debug, Deserialize)]
-struct Usage {
-    prompt_tokens: Option<u64>,
-    completion_tokens: Option<u64>,
-}
-
-impl Reader {
-    /// Takes one event. A chunk with a choice counts as a token even when its text is empty, as in vLLM: a special token
-    /// has none, and so has the chunk of a chat that names the role.
-    fn take(&mut self, event: &[u8], received: Duration) -> Result<(), ExchangeError> {
-        if event == b"[DONE]" {
-            self.is_done = true;
-            return Ok(());
-        }
-        let chunk: Chunk = serde_json::from_slice(event).map_err(ExchangeError::Malformed)?;
-        if chunk.error.is_some_and(|error| !error.is_null()) {
-            let message = server_message(event).unwrap_or_else(|| "no message".to_owned());
-            return Err(ExchangeError::Server(message));
-        }
-        if let Some(choice) = chunk.choices.into_iter().flatten().next() {
-            if self.has_token {
-                self.answer.gaps.push(received.saturating_sub(self.answer.latency));
-            } else {
-                self.answer.first_token = received;
-                self.has_token = true;
-            }
-            self.answer.latency = received;
-            let text = choice.text.or(choice.delta.and_then(|delta| delta.content));
-            if let Some(text) = text.filter(|_| self.keep_text) {
-                self.answer.text.push_str(&text);
-            }
-        }
-        if let Some(metrics) = chunk.metrics {
-            self.answer.told.engine = metrics.times();
-        }
-        if let Some(usage) = chunk.usage {
-            self.answer.prompt_tokens = usage.prompt_tokens;
-            self.answer.completion_tokens = usage.completion_tokens;
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Answer, ExchangeError> {
-        if !self.has_token {
-            Err(ExchangeError::NoToken)
-        } else if !self.is_done {
-            Err(ExchangeError::Unfinished)
-        } else {
-            Ok(self.answer)
-        }
-    }
-}
-
 fn told(headers: &HeaderMap) -> Told {
     let text = |name: &str| {
         headers
@@ -352,7 +352,7 @@ fn told(headers: &HeaderMap) -> Told {
 
 /// The message in an error's body, in the shapes of OpenAI, of older vLLM and of `FastAPI`; else the body itself if it is a
 /// short text.
-fn server_message(body: &[u8]) -> Option<String> {
+pub(super) fn server_message(body: &[u8]) -> Option<String> {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(value) => {
             let places = [
@@ -372,75 +372,6 @@ fn server_message(body: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn read(events: &[(&str, u64)]) -> Result<Answer, String> {
-        let mut reader = Reader {
-            keep_text: true,
-            ..Reader::default()
-        };
-        let outcome = events
-            .iter()
-            .try_for_each(|(event, milliseconds)| reader.take(event.as_bytes(), Duration::from_millis(*milliseconds)));
-        outcome
-            .and_then(|()| reader.finish())
-            .map_err(|error| crate::report::one_line(&error))
-    }
-
-    #[test]
-    fn latencies_end_at_the_last_chunk_with_a_choice() {
-        let answer = read(&[
-            (r#"{"choices":[{"text":"a"}]}"#, 100),
-            (r#"{"choices":[{"text":""}],"usage":null}"#, 110),
-            (r#"{"choices":[{"text":"b","finish_reason":"length"}]}"#, 125),
-            (
-                r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":5}}"#,
-                500,
-            ),
-            ("[DONE]", 600),
-        ]);
-        let milliseconds = Duration::from_millis;
-        let expected = Answer {
-            first_token: milliseconds(100),
-            gaps: vec![milliseconds(10), milliseconds(15)],
-            latency: milliseconds(125),
-            prompt_tokens: Some(7),
-            completion_tokens: Some(5),
-            text: "ab".to_owned(),
-            told: Told::default(),
-        };
-        assert_eq!(answer, Ok(expected));
-    }
-
-    #[test]
-    fn the_role_chunk_of_a_chat_is_its_first_token_as_in_vllm() {
-        let answer = read(&[
-            (r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#, 9),
-            (r#"{"choices":[{"delta":{"content":"hi"}}]}"#, 20),
-            ("[DONE]", 20),
-        ]);
-        let answer = answer.unwrap();
-        assert_eq!(
-            (answer.first_token.as_millis(), answer.gaps.len(), answer.text.as_str()),
-            (9, 1, "hi")
-        );
-    }
-
-    #[test]
-    fn a_stream_that_does_not_hold_a_whole_answer_fails_with_the_reason() {
-        let token = (r#"{"choices":[{"text":"a"}]}"#, 1);
-        assert_eq!(read(&[("[DONE]", 1)]).unwrap_err(), "the stream ended without a token");
-        assert_eq!(read(&[token]).unwrap_err(), "the stream ended early, without `[DONE]`");
-        let error = (r#"{"error":{"message":"decoder1 died","code":502}}"#, 2);
-        assert_eq!(
-            read(&[token, error]).unwrap_err(),
-            "the server failed during the stream: decoder1 died"
-        );
-        assert!(
-            read(&[("{", 1)])
-                .unwrap_err()
-                .starts_with("the stream holds what is no completion chunk: ")
-        );
-    }
 
     #[test]
     fn messages_are_found_in_every_shape_of_error() {

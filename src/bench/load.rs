@@ -1,22 +1,33 @@
 //! The one loop that sends requests by a schedule and gathers what becomes of them.
 //!
-//! Open loop: instants are absolute, a request never waits for another one's answer, and how late the loop itself was is
-//! recorded. It knows no HTTP: what a request does is a future that the caller makes.
+//! Open loop: instants are absolute, a request never waits for another one's answer, and how late the client itself was is
+//! recorded. Requests run on threads of their own (`lanes`); the caller's only gathers and tells of progress. It knows no
+//! HTTP: what a request does is a future that the caller makes.
+
+mod alarm;
+mod lanes;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::record::{Answer, Record};
+use self::alarm::Alarm;
+pub(super) use self::lanes::Lanes;
+use self::lanes::{Lane, Meter};
+use super::record::{Answer, Effort, Record};
 use super::{Phase, Progress};
 
 /// How often the caller hears of progress when nothing happens.
 const TICK: Duration = Duration::from_millis(250);
+
+/// Records on their way to the caller. A request that has ended may wait here: its times are known.
+const RECORDS_ON_THEIR_WAY: usize = 1024;
 
 /// What a request's future gives.
 #[derive(Debug)]
@@ -37,6 +48,8 @@ pub(super) struct Outcome {
     pub(super) dropped: usize,
     /// Requests that the stop came before.
     pub(super) unsent: usize,
+    /// What sending and reading cost.
+    pub(super) effort: Effort,
 }
 
 /// The running sums behind [`Progress`].
@@ -60,91 +73,162 @@ struct Mean {
 /// Releases request `i` at `releases[i]` after now, at most `limit` of them running at once, until all have ended or
 /// `stop` is cancelled. `observe` is told of the requests that have ended so far, in the order of their ends.
 pub(super) async fn drive<F>(
+    lanes: &Lanes,
     releases: &[Duration],
     limit: Option<NonZeroUsize>,
-    exchange: impl Fn(usize) -> F,
+    exchange: impl Fn(usize) -> F + Send + Sync + 'static,
     observe: impl Fn(&Tally, &[Record]),
     stop: &CancellationToken,
 ) -> Outcome
 where
     F: Future<Output = Exchange> + Send + 'static,
 {
-    let permits = limit.map(|limit| Arc::new(Semaphore::new(limit.get())));
     let start = Instant::now();
+    let (ended, mut gathered) = mpsc::channel(RECORDS_ON_THEIR_WAY);
+    let common = Arc::new(Common {
+        start,
+        permits: limit.map(|limit| Semaphore::new(limit.get().min(Semaphore::MAX_PERMITS))),
+        released: AtomicUsize::new(0),
+        exchange,
+    });
+    let meter = Meter::start();
+    let mut shares = JoinSet::new();
+    for (number, lane) in lanes.all().iter().enumerate() {
+        let turns = releases.iter().copied().enumerate();
+        let turns = turns.skip(number).step_by(lanes.all().len()).collect();
+        let share = share(lane.clone(), turns, Arc::clone(&common), ended.clone());
+        shares.spawn_on(share, &lane.handle);
+    }
+    drop(ended);
+
     let mut ticker = interval(TICK);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut tasks = JoinSet::new();
     let mut records = Vec::with_capacity(releases.len());
     let mut tally = Tally::new(start, releases.len());
-    let mut next = 0;
-
-    while next < releases.len() || !tasks.is_empty() {
-        let due = releases.get(next).map(|&release| start + release);
-        // The order matters: a release that is due goes before the bookkeeping of answers.
+    let mut busiest = 0.0_f64;
+    let mut last = start;
+    let stopped = loop {
         tokio::select! {
             biased;
-            () = stop.cancelled() => break,
-            () = wait_until(due.unwrap_or(start)), if due.is_some() => {
-                let waiting = Waiting { index: next, scheduled: releases[next], released: Instant::now() };
-                tasks.spawn(send(waiting, start, permits.clone(), exchange(next)));
-                next += 1;
-            }
-            Some(ended) = tasks.join_next() => {
-                // Nothing aborts these tasks before the loop ends, so what failed to join has panicked.
-                let record = ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+            () = stop.cancelled() => break true,
+            Some((record, end)) = gathered.recv() => {
                 tally.count(&record);
                 records.push(record);
+                last = last.max(end);
             }
+            ended = shares.join_next() => match ended {
+                // Nothing aborts these tasks before the loop ends, so what failed to join has panicked.
+                Some(ended) => {
+                    let busy = ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+                    busiest = busiest.max(busy);
+                }
+                // Whoever would send more records has ended, and none is left.
+                None => break false,
+            },
             _ = ticker.tick() => {}
         }
-        tally.in_flight = tasks.len().min(limit.map_or(usize::MAX, NonZeroUsize::get));
+        let in_flight = common.released.load(Ordering::Relaxed).saturating_sub(tally.done);
+        tally.in_flight = in_flight.min(limit.map_or(usize::MAX, NonZeroUsize::get));
         observe(&tally, &records);
-    }
+    };
 
-    let duration = start.elapsed();
-    let dropped = tasks.len();
-    tasks.shutdown().await;
-    records.sort_unstable_by_key(|record| record.index);
+    let duration = if stopped { start.elapsed() } else { last - start };
+    shares.shutdown().await;
+    while let Ok((record, _)) = gathered.try_recv() {
+        records.push(record);
+    }
+    records.sort_unstable_by_key(|record: &Record| record.index);
+    let released = common.released.load(Ordering::Relaxed);
     Outcome {
-        records,
         duration,
-        dropped,
-        unsent: releases.len() - next,
+        dropped: released - records.len(),
+        unsent: releases.len() - released,
+        effort: meter.effort(lanes.all().len(), busiest),
+        records,
     }
 }
 
-/// Waits for a release. A timer would round one that is due already up to its next tick of a millisecond.
-async fn wait_until(due: Instant) {
-    if Instant::now() < due {
-        sleep_until(due).await;
+/// What the shares of one drive have in common.
+struct Common<E> {
+    start: Instant,
+    permits: Option<Semaphore>,
+    /// Requests that were released, on all lanes.
+    released: AtomicUsize,
+    exchange: E,
+}
+
+/// One lane's part of a drive. Gives how busy its thread was, at the most.
+async fn share<E, F>(
+    lane: Lane,
+    turns: Vec<(usize, Duration)>,
+    common: Arc<Common<E>>,
+    ended: mpsc::Sender<(Record, Instant)>,
+) -> f64
+where
+    E: Fn(usize) -> F + Send + Sync + 'static,
+    F: Future<Output = Exchange> + Send + 'static,
+{
+    let busy = lanes::Busy::default();
+    let work = async {
+        let mut alarm = Alarm::new(lane.is_precise);
+        let mut tasks = JoinSet::new();
+        for (index, scheduled) in turns {
+            alarm.wait_until(common.start + scheduled).await;
+            let released = common.start.elapsed();
+            common.released.fetch_add(1, Ordering::Relaxed);
+            tasks.spawn(send(index, scheduled, released, Arc::clone(&common), ended.clone()));
+            while let Some(joined) = tasks.try_join_next() {
+                resume_panic(joined);
+            }
+        }
+        while let Some(joined) = tasks.join_next().await {
+            resume_panic(joined);
+        }
+    };
+    tokio::select! {
+        biased;
+        () = work => {}
+        () = busy.watch() => {}
+    }
+    busy.most()
+}
+
+/// Nothing aborts the tasks of requests but the end of their share, so one that failed to join has panicked.
+fn resume_panic(joined: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = joined {
+        std::panic::resume_unwind(error.into_panic());
     }
 }
 
-/// A request that has been released and may have to wait for its turn.
-struct Waiting {
+async fn send<E, F>(
     index: usize,
     scheduled: Duration,
-    released: Instant,
-}
-
-async fn send(
-    waiting: Waiting,
-    start: Instant,
-    permits: Option<Arc<Semaphore>>,
-    exchange: impl Future<Output = Exchange>,
-) -> Record {
-    let _permit = match permits {
-        Some(permits) => Some(permits.acquire_owned().await.expect("nothing closes the semaphore")),
+    released: Duration,
+    common: Arc<Common<E>>,
+    ended: mpsc::Sender<(Record, Instant)>,
+) where
+    E: Fn(usize) -> F,
+    F: Future<Output = Exchange>,
+{
+    let permit = match &common.permits {
+        Some(permits) => Some(permits.acquire().await.expect("nothing closes the semaphore")),
         None => None,
     };
-    let Exchange { started, result } = exchange.await;
-    Record {
-        index: waiting.index,
-        scheduled: waiting.scheduled,
-        released: waiting.released - start,
-        started: started - start,
+    // Without a limit nothing holds a request up, so whatever comes between is the client's own doing.
+    let admitted = permit.as_ref().map_or(released, |_| common.start.elapsed());
+    let Exchange { started, result } = (common.exchange)(index).await;
+    drop(permit);
+    let end = Instant::now();
+    let record = Record {
+        index,
+        scheduled,
+        released,
+        admitted,
+        started: started - common.start,
         result,
-    }
+    };
+    // Nobody gathers any more once the run has been stopped.
+    drop(ended.send((record, end)).await);
 }
 
 impl Tally {

@@ -19,6 +19,7 @@ pub mod models;
 mod numpy;
 mod opening;
 mod options;
+mod reader;
 pub mod record;
 pub mod report;
 mod resample;
@@ -162,6 +163,9 @@ pub enum BenchError {
     /// The HTTP client could not be made.
     #[error("cannot make an HTTP client")]
     Client(#[source] reqwest::Error),
+    /// The threads that send could not be started.
+    #[error("cannot start the threads that send")]
+    Threads(#[source] std::io::Error),
     /// No answer from the server.
     #[error("no answer from `{url}`")]
     Unreachable {
@@ -268,6 +272,7 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     let orders = spec.workload.orders()?;
     let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
+    let lanes = load::Lanes::start().map_err(BenchError::Threads)?;
     let prefix: Arc<str> = spec
         .options
         .request_id_prefix
@@ -282,13 +287,14 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     opening::ready_check(spec.options.ready_check, ready_check, say, &stop).await?;
     if spec.warmups > 0 {
         say(&format!("Warming up with {} requests...", spec.warmups));
-        let warm_up = |index: usize| {
-            let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}warmup-{index}"));
-            async move { client.exchange(&orders[0], &request_id).await }
+        let own = (client.clone(), orders.clone(), prefix.clone());
+        let warm_up = move |index: usize| {
+            let (client, orders, prefix) = own.clone();
+            async move { client.exchange(&orders[0], &format!("{prefix}warmup-{index}")).await }
         };
         let at_once = vec![Duration::ZERO; spec.warmups];
         let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
-        let warmed = load::drive(&at_once, spec.max_concurrency, warm_up, observe, &stop).await;
+        let warmed = load::drive(&lanes, &at_once, spec.max_concurrency, warm_up, observe, &stop).await;
         for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
             tracing::warn!(cause, "a warm-up request failed");
         }
@@ -299,15 +305,16 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     opening::announce(spec, say);
     let before = client.engine_counters(&spec.base_url).await;
     let started_at = jiff::Zoned::now();
-    let measure = |index: usize| {
-        let (client, orders, request_id) = (client.clone(), orders.clone(), format!("{prefix}{index}"));
-        async move { client.exchange(&orders[index], &request_id).await }
+    let own = (client.clone(), orders.clone(), prefix);
+    let measure = move |index: usize| {
+        let (client, orders, prefix) = own.clone();
+        async move { client.exchange(&orders[index], &format!("{prefix}{index}")).await }
     };
     let observe = |tally: &load::Tally, records: &[Record]| {
         progress(tally.progress(Phase::Measuring));
         ended(records);
     };
-    let measured = load::drive(&releases, spec.max_concurrency, measure, observe, &stop).await;
+    let measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
     let duration = measured.duration.as_secs_f64();
     let after = client.engine_counters(&spec.base_url).await;
     let prompt_lengths = orders.iter().map(|order| order.prompt.token_count()).collect();

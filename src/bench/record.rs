@@ -11,7 +11,9 @@ pub struct Record {
     pub scheduled: Duration,
     /// When the client came to it: later than scheduled by the client's own lag.
     pub released: Duration,
-    /// When it was sent: later than released if it waited for others (`max_concurrency`).
+    /// When it could be sent: later than released if it waited for others (`max_concurrency`).
+    pub admitted: Duration,
+    /// When it was sent: right before its connection was made or, on one that was idle, right before it was written.
     pub started: Duration,
     /// What came back, or why nothing usable did, in one line.
     pub result: Result<Answer, String>,
@@ -30,6 +32,14 @@ pub struct Answer {
     pub prompt_tokens: Option<u64>,
     /// Tokens of the answer as the server counted them.
     pub completion_tokens: Option<u64>,
+    /// How long the connection took, which is part of all times; zero on a connection that was used before.
+    pub connected: Duration,
+    /// Until the first chunk with text. Later than `first_token` where the first chunk only names a role.
+    pub first_text: Option<Duration>,
+    /// Tokens of each chunk with a choice, where the server told: by their ids, or by a count that runs along. Else empty.
+    pub chunk_tokens: Vec<u32>,
+    /// How late the answer was read, which is in none of its times where the kernel stamps what comes.
+    pub backlog: Backlog,
     /// The text; empty unless it is kept.
     pub text: String,
     /// What the server told of the request in the headers of its answer.
@@ -56,15 +66,69 @@ pub struct EngineTimes {
     pub first_token: Duration,
 }
 
+/// How long what came had to wait to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Backlog {
+    /// Reads that the kernel told of.
+    pub reads: u64,
+    /// Reads that it told nothing of; their times hold whatever wait there was.
+    pub unknown: u64,
+    /// The waits together.
+    pub total: Duration,
+    /// The longest wait.
+    pub most: Duration,
+}
+
+/// What a run cost the client itself.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Effort {
+    /// Threads that sent requests and read answers.
+    pub threads: usize,
+    /// The share of a core, 0 to 1, that the busiest of these threads used in the half second where it used most. 0 when
+    /// the run was shorter.
+    pub busiest: f64,
+    /// What all threads of the process used.
+    pub processor_time: Duration,
+    /// How long the run took.
+    pub wall_time: Duration,
+    /// Cores that the process may use.
+    pub cores: usize,
+}
+
 impl Record {
-    /// How late the client was.
+    /// How late the client was: in coming to the request, and in sending it once it could. Waits for others are none of it.
     pub fn release_lag(&self) -> Duration {
-        self.released.saturating_sub(self.scheduled)
+        self.released.saturating_sub(self.scheduled) + self.started.saturating_sub(self.admitted)
     }
 
     /// How long the request waited in the client for others to end.
     pub fn queue_time(&self) -> Duration {
         self.started.saturating_sub(self.released)
+    }
+}
+
+impl Backlog {
+    /// Counts one more read.
+    pub(super) fn add(&mut self, waited: Option<Duration>) {
+        match waited {
+            None => self.unknown += 1,
+            Some(waited) => {
+                self.reads += 1;
+                self.total += waited;
+                self.most = self.most.max(waited);
+            }
+        }
+    }
+
+    /// Of this answer and another one.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            reads: self.reads + other.reads,
+            unknown: self.unknown + other.unknown,
+            total: self.total + other.total,
+            most: self.most.max(other.most),
+        }
     }
 }
 

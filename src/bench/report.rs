@@ -6,7 +6,7 @@ use super::Spec;
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::load::Outcome;
-use super::record::Record;
+use super::record::{Effort, Record};
 use super::stats::{Distribution, Metric, Metrics, Selection};
 
 /// The result of a run.
@@ -26,6 +26,8 @@ pub struct Report {
     pub dropped: usize,
     /// Requests that the stop came before.
     pub unsent: usize,
+    /// What the run cost the client.
+    pub effort: Effort,
     /// What was seen beside the requests.
     pub beside: Beside,
 }
@@ -80,6 +82,7 @@ impl Report {
             prompt_lengths,
             dropped: outcome.dropped,
             unsent: outcome.unsent,
+            effort: outcome.effort,
             beside: Beside::default(),
         }
     }

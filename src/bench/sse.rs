@@ -1,5 +1,7 @@
 //! Server-sent events out of a byte stream that is cut anywhere. Knows nothing of what the events carry.
 
+use memchr::memchr2;
+
 /// Splits a stream into the data of its events, by the WHATWG rules: lines end in LF, CR or CRLF, an empty line ends
 /// an event, several `data` fields are joined with LF, comments and other fields are skipped.
 #[derive(Debug)]
@@ -36,9 +38,20 @@ impl Decoder {
                 bytes = &bytes[1..];
                 continue;
             }
-            let Some(end) = bytes.iter().position(|&byte| byte == b'\n' || byte == b'\r') else {
+            let Some(end) = memchr2(b'\n', b'\r', bytes) else {
                 return self.keep(bytes);
             };
+            // Nearly every event is one line that came whole, with its empty line: nothing of it has to be copied.
+            if self.line.is_empty()
+                && self.data.is_none()
+                && end <= self.limit
+                && bytes[end..].starts_with(b"\n\n")
+                && let Some(value) = data_field(&bytes[..end])
+            {
+                on_event(value);
+                bytes = &bytes[end + 2..];
+                continue;
+            }
             self.after_carriage_return = bytes[end] == b'\r';
             if end > self.limit {
                 return Err(EventTooLarge(self.limit));

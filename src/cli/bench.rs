@@ -287,7 +287,8 @@ fn failure(error: BenchError) -> Failure {
         | BenchError::Ramp(_)
         | BenchError::NotReady { .. }
         | BenchError::BaseUrl(_)
-        | BenchError::Client(_) => Vec::new(),
+        | BenchError::Client(_)
+        | BenchError::Threads(_) => Vec::new(),
     };
     let mut failure = Failure::new(ExitStatus::Usage, error);
     failure.hints = hints;

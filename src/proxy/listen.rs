@@ -15,7 +15,6 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -27,6 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use super::tls::Tls;
 use crate::service::Clients;
+use crate::wire::descriptors;
 
 /// How long to wait for room when the system has none for another connection.
 const NO_ROOM: Duration = Duration::from_millis(100);
@@ -71,24 +71,11 @@ impl Limits {
 
     /// Connections at once: each may need a second descriptor for its engine.
     fn connections(&self) -> usize {
-        let fitting = (descriptors() / 2).saturating_sub(OTHER_DESCRIPTORS).max(1);
+        let fitting = (descriptors(DESCRIPTORS) / 2).saturating_sub(OTHER_DESCRIPTORS).max(1);
         let fitting = usize::try_from(fitting).unwrap_or(usize::MAX);
         self.clients
             .max_connections
             .clamp(1, fitting.min(Semaphore::MAX_PERMITS))
-    }
-}
-
-/// How many descriptors this process may open, after it has asked for enough.
-fn descriptors() -> u64 {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return DESCRIPTORS;
-    };
-    let wanted = hard.min(DESCRIPTORS);
-    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() {
-        wanted
-    } else {
-        soft
     }
 }
 

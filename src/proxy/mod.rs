@@ -13,7 +13,6 @@ mod canary;
 mod entrance;
 mod error;
 mod flow;
-mod framing;
 mod guard;
 mod key;
 mod ledger;
@@ -37,7 +36,6 @@ mod tls;
 mod trace;
 mod upstream;
 mod usage;
-mod wire;
 
 use std::fmt;
 use std::sync::Arc;

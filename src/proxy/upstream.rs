@@ -2,10 +2,9 @@
 //!
 //! Knows HTTP; knows nothing of prompts, connectors or retries.
 
-use std::collections::HashMap;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -16,19 +15,14 @@ use http_body_util::BodyExt;
 use hyper::body::{Body, Frame};
 use hyper::header;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior};
 
 use super::error::{Cause, ProxyError, Stage};
-use super::framing::Framing;
 use super::seats::Held;
-use super::wire::{Head, Wire};
 use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetView, Incarnation, KeptGuard, LoadGuard};
+use crate::wire::{Framing, Head, Pool, Wire};
 
 /// How long a connection may take. Engines are near: one that does not accept within this is not there.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-
-/// How long an idle connection is kept. vLLM's server closes after 5 s; leaving first avoids sending into the close.
-const IDLE_CONNECTION: Duration = Duration::from_secs(4);
 
 /// Largest answer that is read as a whole. Logprobs of a long answer take tens of megabytes.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
@@ -66,8 +60,14 @@ fn steers(name: &str) -> bool {
 const MAX_IDLE: usize = 256;
 
 /// The connections to all engines. Clones share them.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Upstream(Arc<Mutex<HashMap<Home, Vec<Idle>>>>);
+#[derive(Debug, Clone)]
+pub(super) struct Upstream(Arc<Pool<Home>>);
+
+impl Default for Upstream {
+    fn default() -> Self {
+        Self(Arc::new(Pool::new(MAX_IDLE)))
+    }
+}
 
 /// Where a connection belongs: another incarnation is another process, and another runtime would be woken for its bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -75,12 +75,6 @@ struct Home {
     engine: EngineId,
     incarnation: Incarnation,
     runtime: tokio::runtime::Id,
-}
-
-#[derive(Debug)]
-struct Idle {
-    wire: Wire,
-    since: Instant,
 }
 
 /// Why an engine could not be asked.
@@ -167,7 +161,7 @@ impl Upstream {
         };
         let no_answer = |error| Cause::Unreachable(Unreachable::NoAnswer(error));
         let mut wire = loop {
-            let idle = self.idle(&home);
+            let idle = self.0.take(&home);
             let is_new = idle.is_none();
             let mut wire = match idle {
                 Some(wire) => wire,
@@ -204,47 +198,14 @@ impl Upstream {
         Response::from_parts(head.parts, body)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Home, Vec<Idle>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The connection that was used last, which is the least likely to be closed.
-    fn idle(&self, home: &Home) -> Option<Wire> {
-        let mut all = self.lock();
-        let idle = all.get_mut(home)?;
-        while let Some(Idle { wire, since }) = idle.pop() {
-            if since.elapsed() < IDLE_CONNECTION && wire.is_quiet() {
-                return Some(wire);
-            }
-        }
-        None
-    }
-
-    fn keep(&self, home: Home, wire: Wire) {
-        let mut all = self.lock();
-        let idle = all.entry(home).or_default();
-        if idle.len() < MAX_IDLE && wire.is_quiet() {
-            let since = Instant::now();
-            idle.push(Idle { wire, since });
-        }
-    }
-
     /// Closes connections that have been idle for too long, for as long as it runs.
     pub(super) async fn close_idle(&self) {
-        let mut turns = tokio::time::interval(IDLE_CONNECTION / 4);
-        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            turns.tick().await;
-            self.lock().retain(|_, idle| {
-                idle.retain(|idle| idle.since.elapsed() < IDLE_CONNECTION);
-                !idle.is_empty()
-            });
-        }
+        self.0.close_idle().await;
     }
 }
 
 async fn connect(endpoint: &Endpoint) -> Result<Wire, Cause> {
-    let wire = tokio::time::timeout(CONNECT_DEADLINE, Wire::connect(&endpoint.host, endpoint.port)).await;
+    let wire = tokio::time::timeout(CONNECT_DEADLINE, Wire::connect((endpoint.host.as_str(), endpoint.port))).await;
     let wire = wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     wire.map_err(|error| Cause::Unreachable(Unreachable::Connect(error)))
 }
@@ -270,7 +231,7 @@ impl Body for AnswerBody {
         if !matches!(piece, Some(Ok(_))) {
             let wire = this.wire.take();
             if let (None, Some(wire), Some((upstream, home))) = (&piece, wire, this.home.take()) {
-                upstream.keep(home, wire);
+                upstream.0.keep(home, wire);
             }
         }
         Poll::Ready(piece.map(|piece| piece.map(Frame::data)))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::bench::record::{Answer, Record};
+use crate::bench::record::{Answer, Effort, Record};
 use crate::bench::stats::{Distribution, Metric, Metrics, Selection};
 use crate::bench::{Arrivals, Backend, Objective, Random, RangeRatio, Report, Spec, Workload};
 
@@ -53,6 +53,7 @@ fn report(spec: Spec, metrics: Metrics, records: Vec<Record>, prompt_lengths: Ve
         prompt_lengths,
         dropped: 0,
         unsent: 0,
+        effort: Effort::default(),
         beside: crate::bench::Beside::default(),
     }
 }
@@ -179,6 +180,7 @@ fn everything() -> (Value, Report) {
             index,
             scheduled: released,
             released,
+            admitted: duration(at("start_times", index)),
             started: duration(at("start_times", index)),
             result: if error.is_empty() {
                 Ok(answer)

@@ -30,7 +30,7 @@ fn up_to(capacity: f64) -> impl Fn(f64) -> Verdict {
 /// One probe of the queue, as the bench makes it: the requests vote as they end, until they have decided.
 fn probe(queue: Queue, burstiness: f64, limit: f64, attainment: f64, rate: f64, seed: u32) -> (Verdict, usize) {
     let mut evidence = Evidence::new(attainment, 1, 10.0);
-    let most = Evidence::most_votes(attainment) + (rate * 15.0).ceil() as usize;
+    let most = Evidence::most_votes(attainment) + 1500;
     let mut ends: Vec<(f64, usize, f64, f64)> = queue
         .first_tokens(rate, burstiness, most, seed)
         .into_iter()

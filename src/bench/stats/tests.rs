@@ -23,6 +23,7 @@ fn answered(index: usize, started: u64, chunks: &[u64], completion_tokens: u64) 
         index,
         scheduled: milliseconds(started),
         released: milliseconds(started),
+        admitted: milliseconds(started),
         started: milliseconds(started),
         result: Ok(Answer {
             first_token: milliseconds(chunks[0]),

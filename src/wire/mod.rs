@@ -1,7 +1,11 @@
-//! One HTTP/1.1 connection to an engine: sends a request, reads the answer's head, then its body as it comes.
+//! One HTTP/1.1 connection to a server: sends a request, reads the answer's head, then its body as it comes.
 //!
-//! It is driven by the request that uses it and by nothing else, so that no byte has to wake another task. Knows HTTP;
-//! knows no engine, no route and no pool.
+//! It is driven by the request that uses it and by nothing else, so that no byte has to wake another task. The proxy and the
+//! benchmark are clients over it. Knows HTTP; knows no engine and no route.
+
+mod framing;
+mod pool;
+mod receipt;
 
 use std::future::poll_fn;
 use std::io;
@@ -12,11 +16,16 @@ use axum::http::header::{self, HeaderName, HeaderValue};
 use axum::http::response::Parts;
 use axum::http::{HeaderMap, Method, Response, StatusCode};
 use bytes::{Buf, Bytes, BytesMut};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio_util::io::poll_read_buf;
 
-use super::framing::{Framing, Step, nonsense, says};
+pub(crate) use self::framing::Framing;
+use self::framing::{Step, nonsense, says};
+pub(crate) use self::pool::Pool;
+pub(crate) use self::receipt::Receipt;
+use self::receipt::Receiver;
 
 /// Largest head of an answer.
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -32,35 +41,49 @@ const MOST_ROOM: usize = 64 << 10;
 
 /// An open connection.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(crate) struct Wire {
     stream: TcpStream,
     /// Read and not yet given out.
     read: BytesMut,
     /// Room that is made for the next read.
     room: usize,
+    /// Tells when what is read had come, where somebody wants to know.
+    receiver: Option<Receiver>,
 }
 
 /// The head of an answer.
-pub(super) struct Head {
-    pub(super) parts: Parts,
-    pub(super) framing: Framing,
+pub(crate) struct Head {
+    pub(crate) parts: Parts,
+    pub(crate) framing: Framing,
     /// Whether the connection takes another request afterwards.
-    pub(super) keeps_alive: bool,
+    pub(crate) keeps_alive: bool,
 }
 
 impl Wire {
-    pub(super) async fn connect(host: &str, port: u16) -> io::Result<Self> {
-        let stream = TcpStream::connect((host, port)).await?;
+    pub(crate) async fn connect(address: impl ToSocketAddrs) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         Ok(Self {
             stream,
             read: BytesMut::new(),
             room: LEAST_ROOM,
+            receiver: None,
         })
     }
 
+    /// The same connection, which knows from now on when its bytes came.
+    pub(crate) fn timed(mut self) -> Self {
+        self.receiver = Some(Receiver::new(&self.stream));
+        self
+    }
+
+    /// When the bytes of the last read came. `None` unless the connection is timed and has read.
+    pub(crate) fn receipt(&self) -> Option<Receipt> {
+        self.receiver.as_ref().and_then(Receiver::last)
+    }
+
     /// Whether the engine has neither closed the idle connection nor said anything unasked.
-    pub(super) fn is_quiet(&self) -> bool {
+    pub(crate) fn is_quiet(&self) -> bool {
         let heard = self.stream.try_read(&mut [0]);
         self.read.is_empty() && heard.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
@@ -69,7 +92,7 @@ impl Wire {
     ///
     /// # Errors
     /// With how many bytes had been taken before.
-    pub(super) async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<(), (usize, io::Error)> {
+    pub(crate) async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<(), (usize, io::Error)> {
         let mut request = head.chain(body);
         let whole = request.remaining();
         while request.has_remaining() {
@@ -84,7 +107,7 @@ impl Wire {
     ///
     /// # Errors
     /// When the connection breaks or ends before, or the head is none.
-    pub(super) async fn head(&mut self, method: &Method) -> io::Result<Head> {
+    pub(crate) async fn head(&mut self, method: &Method) -> io::Result<Head> {
         loop {
             match parse(&mut self.read, method)? {
                 Some(head) if head.parts.status.is_informational() => {}
@@ -97,7 +120,7 @@ impl Wire {
     }
 
     /// The next piece of the answer's body; `None` at its end.
-    pub(super) fn poll_body(
+    pub(crate) fn poll_body(
         &mut self,
         framing: &mut Framing,
         context: &mut Context<'_>,
@@ -119,6 +142,9 @@ impl Wire {
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if let Some(receiver) = &mut self.receiver {
+            return receiver.poll_read(&self.stream, &mut self.read, context);
+        }
         // What is left of earlier room is used up first: a buffer whose events are still on their way cannot be reused.
         if self.read.capacity() - self.read.len() < self.room / 4 {
             self.read.reserve(self.room);
@@ -131,6 +157,19 @@ impl Wire {
             LEAST_ROOM
         };
         Poll::Ready(Ok(count))
+    }
+}
+
+/// How many descriptors this process may open, after it has asked for as many as `wanted`.
+pub(crate) fn descriptors(wanted: u64) -> u64 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return wanted;
+    };
+    let wanted = hard.min(wanted);
+    if soft < wanted && setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).is_ok() {
+        wanted
+    } else {
+        soft
     }
 }
 

@@ -14,7 +14,7 @@ const MAX_LINE_BYTES: usize = 4 << 10;
 
 /// What is still to come of a body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Framing {
+pub(crate) enum Framing {
     /// So many bytes.
     Length(u64),
     /// Chunks, each with its size.
@@ -27,7 +27,7 @@ pub(super) enum Framing {
 
 /// The part of a chunked body that comes next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
+pub(crate) enum Part {
     /// The line with a chunk's size.
     Size,
     /// So many bytes of a chunk.
@@ -40,7 +40,7 @@ pub(super) enum Part {
 
 /// What the bytes that were read hold.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// A piece of the body.
     Data(Bytes),
     /// Nothing yet: more has to be read.
@@ -50,12 +50,12 @@ pub(super) enum Step {
 }
 
 /// The error of an answer that breaks the protocol.
-pub(super) fn nonsense(what: &'static str) -> io::Error {
+pub(crate) fn nonsense(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
 /// Whether a header that is a list holds this word.
-pub(super) fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
+pub(crate) fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     values
         .flat_map(|value| value.split(','))
@@ -67,7 +67,7 @@ impl Framing {
     ///
     /// # Errors
     /// When the head says how long the body is in a way that nobody can follow.
-    pub(super) fn of(method: &Method, status: StatusCode, headers: &HeaderMap) -> io::Result<(Self, bool)> {
+    pub(crate) fn of(method: &Method, status: StatusCode, headers: &HeaderMap) -> io::Result<(Self, bool)> {
         if *method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
             return Ok((Self::Ended, true));
         }
@@ -97,7 +97,7 @@ impl Framing {
     ///
     /// # Errors
     /// When the body breaks its framing.
-    pub(super) fn take(&mut self, read: &mut BytesMut) -> io::Result<Step> {
+    pub(crate) fn take(&mut self, read: &mut BytesMut) -> io::Result<Step> {
         loop {
             match self {
                 Self::Ended => return Ok(Step::End),
@@ -137,7 +137,7 @@ impl Framing {
     }
 
     /// The connection has ended: whether the body has, too.
-    pub(super) fn ends_with_connection(self) -> bool {
+    pub(crate) fn ends_with_connection(self) -> bool {
         matches!(self, Self::ToClose | Self::Ended | Self::Length(0))
     }
 }

@@ -1,0 +1,198 @@
+//! What events say, parsed or only scanned.
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::bench::record::Told;
+
+fn milliseconds(value: u64) -> Duration {
+    Duration::from_millis(value)
+}
+
+fn read_with(keep_text: bool, events: &[(&str, u64)]) -> Result<Answer, String> {
+    let scanner = Scanner::new(keep_text);
+    let mut read = Events::default();
+    let outcome = events
+        .iter()
+        .try_for_each(|(event, at)| read.take(&scanner, event.as_bytes(), milliseconds(*at)));
+    outcome
+        .and_then(|()| read.finish())
+        .map_err(|error| crate::report::one_line(&error))
+}
+
+/// The answer, which must not depend on whether texts are kept, but for the text.
+fn read(events: &[(&str, u64)]) -> Result<Answer, String> {
+    let kept = read_with(true, events);
+    let text = kept.as_ref().map(|answer| answer.text.clone()).unwrap_or_default();
+    let scanned = read_with(false, events).map(|answer| Answer { text, ..answer });
+    assert_eq!(scanned, kept);
+    kept
+}
+
+#[test]
+fn latencies_end_at_the_last_chunk_with_a_choice() {
+    let answer = read(&[
+        (r#"{"choices":[{"text":"a"}]}"#, 100),
+        (r#"{"choices":[{"text":""}],"usage":null}"#, 110),
+        (r#"{"choices":[{"text":"b","finish_reason":"length"}]}"#, 125),
+        (
+            r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":5}}"#,
+            500,
+        ),
+        ("[DONE]", 600),
+    ]);
+    let expected = Answer {
+        first_token: milliseconds(100),
+        first_text: Some(milliseconds(100)),
+        gaps: vec![milliseconds(10), milliseconds(15)],
+        latency: milliseconds(125),
+        prompt_tokens: Some(7),
+        completion_tokens: Some(5),
+        text: "ab".to_owned(),
+        told: Told::default(),
+        ..Answer::default()
+    };
+    assert_eq!(answer, Ok(expected));
+}
+
+#[test]
+fn the_role_chunk_of_a_chat_is_its_first_token_as_in_vllm_and_the_first_text_is_told_apart() {
+    let answer = read(&[
+        (r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#, 9),
+        (r#"{"choices":[{"delta":{"content":"hi"}}]}"#, 20),
+        ("[DONE]", 20),
+    ]);
+    let answer = answer.unwrap();
+    assert_eq!(
+        (answer.first_token.as_millis(), answer.gaps.len(), answer.text.as_str()),
+        (9, 1, "hi")
+    );
+    assert_eq!(answer.first_text, Some(milliseconds(20)));
+}
+
+#[test]
+fn tokens_of_a_chunk_are_counted_by_their_ids() {
+    let answer = read(&[
+        (r#"{"choices":[{"text":"a","token_ids":[5]}]}"#, 1),
+        (r#"{"choices":[{"text":"b c d","token_ids":[6, 7,8]}]}"#, 2),
+        (r#"{"choices":[{"text":"","token_ids":[ ]}]}"#, 3),
+        ("[DONE]", 3),
+    ]);
+    assert_eq!(answer.unwrap().chunk_tokens, [1, 3, 0]);
+}
+
+#[test]
+fn tokens_of_a_chunk_are_counted_by_usage_that_runs_along() {
+    let answer = read(&[
+        (
+            r#"{"choices":[{"text":"a"}],"usage":{"prompt_tokens":7,"completion_tokens":1}}"#,
+            1,
+        ),
+        (
+            r#"{"choices":[{"text":"b c"}],"usage":{"prompt_tokens":7,"completion_tokens":3}}"#,
+            2,
+        ),
+        (r#"{"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3}}"#, 3),
+        ("[DONE]", 3),
+    ]);
+    let answer = answer.unwrap();
+    assert_eq!((answer.chunk_tokens, answer.completion_tokens), (vec![1, 2], Some(3)));
+}
+
+#[test]
+fn a_count_that_not_every_chunk_has_is_none() {
+    let answer = read(&[
+        (r#"{"choices":[{"text":"a","token_ids":[5]}]}"#, 1),
+        (r#"{"choices":[{"text":"b"}]}"#, 2),
+        (r#"{"choices":[{"text":"c","token_ids":[5]}]}"#, 3),
+        ("[DONE]", 3),
+    ]);
+    assert!(answer.unwrap().chunk_tokens.is_empty());
+}
+
+#[test]
+fn a_stream_that_does_not_hold_a_whole_answer_fails_with_the_reason() {
+    let token = (r#"{"choices":[{"text":"a"}]}"#, 1);
+    assert_eq!(read(&[("[DONE]", 1)]).unwrap_err(), "the stream ended without a token");
+    assert_eq!(read(&[token]).unwrap_err(), "the stream ended early, without `[DONE]`");
+    let error = (r#"{"error":{"message":"decoder1 died","code":502}}"#, 2);
+    assert_eq!(
+        read(&[token, error]).unwrap_err(),
+        "the server failed during the stream: decoder1 died"
+    );
+    assert!(
+        read(&[token, ("{", 1)])
+            .unwrap_err()
+            .starts_with("the stream holds what is no completion chunk: ")
+    );
+}
+
+#[test]
+fn late_reads_are_counted_apart_from_times() {
+    let scanner = Scanner::new(false);
+    let started = Instant::now();
+    let mut reader = Reader::new(&scanner, started);
+    for (at, waited) in [(10, 4), (20, 1)] {
+        let receipt = Receipt {
+            at: started + milliseconds(at),
+            waited: Some(milliseconds(waited)),
+        };
+        reader
+            .feed(b"data: {\"choices\":[{\"text\":\"a\"}]}\n\n", receipt)
+            .unwrap();
+    }
+    let receipt = Receipt {
+        at: started + milliseconds(30),
+        waited: None,
+    };
+    reader.feed(b"data: [DONE]\n\n", receipt).unwrap();
+    let answer = reader.finish().unwrap();
+    assert_eq!(
+        (answer.first_token, answer.latency),
+        (milliseconds(10), milliseconds(20))
+    );
+    let backlog = answer.backlog;
+    assert_eq!((backlog.reads, backlog.unknown), (2, 1));
+    assert_eq!((backlog.total, backlog.most), (milliseconds(5), milliseconds(4)));
+}
+
+proptest! {
+    /// Whatever a text holds: names that the scan looks for, quotes, braces.
+    #[test]
+    fn a_scan_says_what_parsing_says(
+        texts in prop::collection::vec(
+            prop_oneof![
+                "[a-z\"\\\\:{}\\[\\], ]{0,12}",
+                Just("\"error\":{\"message\":1}".to_owned()),
+                Just("\\\"usage\":{}".to_owned()),
+                Just("\"choices\":[]".to_owned()),
+                Just("\"token_ids\":[1,2]".to_owned()),
+            ],
+            1..8,
+        ),
+        is_spaced: bool,
+        has_ids: bool,
+        usage in prop::sample::select(vec![None, Some(json!(null)), Some(json!({"completion_tokens": 4}))]),
+    ) {
+        let events: Vec<String> = texts.iter().enumerate().map(|(index, text)| {
+            let mut choice = json!({"index": 0, "text": text, "finish_reason": null});
+            if has_ids {
+                choice["token_ids"] = json!(vec![7; index % 3]);
+            }
+            let mut event = json!({"id": "cmpl-1", "choices": [choice]});
+            if let Some(usage) = &usage {
+                event["usage"] = usage.clone();
+            }
+            if is_spaced {
+                let spaced = serde_json::to_string_pretty(&event).unwrap();
+                spaced.replace('\n', " ")
+            } else {
+                event.to_string()
+            }
+        }).collect();
+        let mut events: Vec<(&str, u64)> = events.iter().map(String::as_str).zip(1..).collect();
+        events.push(("[DONE]", 99));
+        read(&events).unwrap();
+    }
+}

@@ -1,0 +1,76 @@
+//! Connections that wait for another request, by where they lead.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::Wire;
+
+/// How long an idle connection is kept. vLLM's server closes after 5 s; leaving first avoids sending into the close.
+const IDLE_CONNECTION: Duration = Duration::from_secs(4);
+
+/// Idle connections. `Home` is where they belong: another server, or another runtime, which would be woken for its bytes.
+#[derive(Debug)]
+pub(crate) struct Pool<Home> {
+    idle: Mutex<HashMap<Home, Vec<Idle>>>,
+    /// Most of one home.
+    most: usize,
+}
+
+#[derive(Debug)]
+struct Idle {
+    wire: Wire,
+    since: Instant,
+}
+
+impl<Home: Hash + Eq> Pool<Home> {
+    /// Keeps at most this many connections of one home.
+    pub(crate) fn new(most: usize) -> Self {
+        Self {
+            idle: Mutex::default(),
+            most,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Home, Vec<Idle>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection that was used last, which is the least likely to be closed.
+    pub(crate) fn take(&self, home: &Home) -> Option<Wire> {
+        let mut all = self.lock();
+        let idle = all.get_mut(home)?;
+        while let Some(Idle { wire, since }) = idle.pop() {
+            if since.elapsed() < IDLE_CONNECTION && wire.is_quiet() {
+                return Some(wire);
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection whose answer has been read to its end.
+    pub(crate) fn keep(&self, home: Home, wire: Wire) {
+        let mut all = self.lock();
+        let idle = all.entry(home).or_default();
+        if idle.len() < self.most && wire.is_quiet() {
+            let since = Instant::now();
+            idle.push(Idle { wire, since });
+        }
+    }
+
+    /// Closes connections that have been idle for too long, for as long as it runs.
+    pub(crate) async fn close_idle(&self) {
+        let mut turns = tokio::time::interval(IDLE_CONNECTION / 4);
+        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            turns.tick().await;
+            self.lock().retain(|_, idle| {
+                idle.retain(|idle| idle.since.elapsed() < IDLE_CONNECTION);
+                !idle.is_empty()
+            });
+        }
+    }
+}

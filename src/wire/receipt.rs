@@ -1,0 +1,126 @@
+//! When bytes came, as the kernel saw it: a reader that is busy or asleep reads late, and must not tell that as the
+//! server's time.
+//!
+//! Linux stamps a TCP segment as it arrives, and hands the stamp over with the bytes (`SO_TIMESTAMPNS`). Where several
+//! segments have been waiting, it is the stamp of the last one. Where there is none, the moment of the read counts.
+
+use std::io::{self, ErrorKind, IoSliceMut};
+use std::os::fd::AsRawFd;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::BytesMut;
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
+use nix::sys::time::TimeSpec;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+/// Room for one read. Streams are many and their events small.
+const ROOM: usize = 4 << 10;
+
+/// When bytes came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Receipt {
+    /// When the last of them reached this machine.
+    pub(crate) at: Instant,
+    /// How long they waited to be read. `None` where the kernel does not say when they came: then `at` is the read.
+    pub(crate) waited: Option<Duration>,
+}
+
+impl Receipt {
+    /// Of bytes that nobody stamped.
+    pub(crate) fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            waited: None,
+        }
+    }
+}
+
+/// Reads a stream and notes when its bytes came.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    room: Box<[u8; ROOM]>,
+    control: Vec<u8>,
+    /// When the stream was last known to hold nothing. What is read next came later.
+    emptied: Instant,
+    last: Option<Receipt>,
+}
+
+impl Receiver {
+    pub(super) fn new(stream: &TcpStream) -> Self {
+        // A kernel that cannot stamp is no reason not to read.
+        let _ = setsockopt(stream, sockopt::ReceiveTimestampns, &true);
+        Self {
+            room: Box::new([0; ROOM]),
+            control: cmsg_space!(TimeSpec),
+            emptied: Instant::now(),
+            last: None,
+        }
+    }
+
+    pub(super) fn last(&self) -> Option<Receipt> {
+        self.last
+    }
+
+    pub(super) fn poll_read(
+        &mut self,
+        stream: &TcpStream,
+        into: &mut BytesMut,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(stream.poll_read_ready(context))?;
+            let mut read = None;
+            let tried = stream.try_io(Interest::READABLE, || {
+                let (count, stamp) = receive(stream, &mut self.room[..], &mut self.control)?;
+                read = Some((count, stamp));
+                // A read that was not filled has emptied the stream. Told so, tokio waits for the kernel to wake it instead
+                // of asking once more: half of all system calls.
+                if 0 < count && count < ROOM {
+                    return Err(ErrorKind::WouldBlock.into());
+                }
+                Ok(())
+            });
+            match (read, tried) {
+                (Some((count, stamp)), _) => {
+                    self.note(stamp, count < ROOM);
+                    into.extend_from_slice(&self.room[..count]);
+                    return Poll::Ready(Ok(count));
+                }
+                (None, Err(error)) if error.kind() != ErrorKind::WouldBlock => return Poll::Ready(Err(error)),
+                (None, _) => {}
+            }
+        }
+    }
+
+    fn note(&mut self, stamp: Option<Duration>, emptied: bool) {
+        let now = Instant::now();
+        // The stamp is by the wall clock. Only how long ago it was counts, so that a clock that is set wrong does no harm;
+        // one that is set anew in between is caught by what is known anyway.
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let waited = stamp.map(|stamp| clock.saturating_sub(stamp).min(now - self.emptied));
+        self.last = Some(Receipt {
+            at: now - waited.unwrap_or_default(),
+            waited,
+        });
+        if emptied {
+            self.emptied = now;
+        }
+    }
+}
+
+/// One read, with the stamp of the last segment in it, since the epoch.
+fn receive(stream: &TcpStream, room: &mut [u8], control: &mut [u8]) -> io::Result<(usize, Option<Duration>)> {
+    let mut slices = [IoSliceMut::new(room)];
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(control), MsgFlags::empty())?;
+    let stamp = message.cmsgs().ok().and_then(|mut messages| {
+        messages.find_map(|message| match message {
+            ControlMessageOwned::ScmTimestampns(stamp) => Some(Duration::from(stamp)),
+            _ => None,
+        })
+    });
+    Ok((message.bytes, stamp))
+}
