@@ -19,6 +19,7 @@ pub mod models;
 mod numpy;
 mod opening;
 mod options;
+pub mod paired;
 mod reader;
 pub mod record;
 pub mod report;

@@ -1,8 +1,10 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
+mod against;
 mod arguments;
 mod compare;
 mod find_max;
+mod fleet;
 mod line;
 mod session;
 mod sweep;
@@ -14,6 +16,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
+use self::fleet::Fleet;
 pub use self::line::line;
 use self::session::Session;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
@@ -43,7 +46,7 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     }
     let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     let stop = CancellationToken::new();
-    let work = work(&arguments, defaults, printer, stop.clone());
+    let work = with_fleet(&arguments, defaults, printer, stop.clone());
     tokio::pin!(work);
     tokio::select! {
         status = &mut work => status,
@@ -53,6 +56,35 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
             work.await
         }
     }
+}
+
+/// The work, with a fleet of its own if the flags want one, which is taken down however the work ends.
+async fn with_fleet(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let Some(profile) = &arguments.fleet.profile else {
+        return work(arguments, defaults, printer, stop).await;
+    };
+    if profile.is_empty() {
+        let problem = "`--profile` takes the name of a profile: the bench brings up its fleet";
+        return Err(Failure::message(ExitStatus::Usage, problem)
+            .hint("`xpyd profiles list` shows the names")
+            .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
+    }
+    let Some(fleet) = Fleet::start(arguments, profile, printer, &stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    let mut arguments = arguments.clone();
+    // It was the fleet's; requests use the name that the fleet gives it.
+    arguments.target.model = None;
+    let worked = work(&arguments, Some(fleet.target.clone()), printer, stop).await;
+    // What went wrong first is told first.
+    let went_down = fleet.stop(printer).await;
+    let status = worked?;
+    went_down.map(|()| status)
 }
 
 /// One run, or what the mode makes of many.
@@ -75,7 +107,10 @@ async fn work(
     if let Some(points) = &modes.sweep {
         return sweep::run(&session, points).await;
     }
-    find_max::run(&session).await
+    match &modes.against {
+        Some(url) => against::run(&session, url).await,
+        None => find_max::run(&session).await,
+    }
 }
 
 /// The report, or nothing if the stop came before the first request.

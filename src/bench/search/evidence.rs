@@ -57,11 +57,13 @@ pub struct Evidence {
 }
 
 /// The odds of a bad request at which a probe should surely fail are so much higher than at which it should surely pass.
-const ODDS_RATIO: f64 = 4.0;
+const ODDS_RATIO: f64 = 3.0;
 /// One side must be so much likelier: errors of 5 % on both sides.
 const LIKELIER: f64 = 19.0;
 /// Fewest votes for any opinion.
 const FEWEST: usize = 20;
+/// Fewest votes to pass: where requests wait for each other, few of them are no sample.
+const FEWEST_TO_PASS: usize = 100;
 
 impl Evidence {
     /// No evidence yet. `attainment` is the share of good requests that is wanted, in (0, 1); `objectives` is their number.
@@ -92,7 +94,7 @@ impl Evidence {
     )]
     pub fn most_votes(attainment: f64) -> usize {
         let variance = attainment * (1.0 - attainment) * ODDS_RATIO.ln().powi(2);
-        ((2.0 * LIKELIER.ln().powi(2) / variance).ceil() as usize).clamp(100, 100_000)
+        ((2.0 * LIKELIER.ln().powi(2) / variance).ceil() as usize).clamp(3 * FEWEST_TO_PASS, 100_000)
     }
 
     /// Takes the request at this place of the schedule.
@@ -137,7 +139,8 @@ impl Evidence {
             return Opinion::Fail;
         }
         let has_time = self.span.is_some_and(|(first, last)| last - first >= self.shortest);
-        if weight <= -LIKELIER.ln() && has_time && !self.is_growing() {
+        let is_sample = self.votes >= FEWEST_TO_PASS && has_time;
+        if weight <= -LIKELIER.ln() && is_sample && !self.is_growing() {
             return Opinion::Pass;
         }
         Opinion::Open
@@ -244,7 +247,7 @@ mod tests {
             assert!(passes <= 20 && fails <= 20, "{attainment}: {passes}, {fails} of 200");
         }
         assert_eq!(decide(0.99, 1.0, 0), (Opinion::Fail, FEWEST));
-        assert!((190..210).contains(&decide(0.99, 0.0, 0).1));
+        assert!((240..300).contains(&decide(0.99, 0.0, 0).1));
     }
 
     #[test]
@@ -293,13 +296,12 @@ mod tests {
 
     #[test]
     fn a_probe_passes_only_after_its_shortest_time() {
-        let mut evidence = Evidence::new(0.9, 1, 10.0);
-        for place in 0..100 {
+        let mut evidence = Evidence::new(0.9, 1, 20.0);
+        for place in 0..201 {
             evidence.add(place, ballot(place, true));
         }
         assert_eq!(evidence.opinion(), Opinion::Open);
-        evidence.add(100, ballot(100, true));
-        evidence.add(101, ballot(101, true));
+        evidence.add(201, ballot(201, true));
         assert_eq!(evidence.opinion(), Opinion::Pass);
     }
 

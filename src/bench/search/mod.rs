@@ -73,6 +73,8 @@ const MOST_PROBES: usize = 60;
 const LOWEST: f64 = 1.0 / 1024.0;
 /// No client sends more requests per second.
 const HIGHEST: f64 = 100_000.0;
+/// A rate is given up after so many probes in a row that measured the client: other work on its machine passes.
+const MOST_INVALID: usize = 3;
 /// An end that stood so often is tried again: by chance alone, an end is the nearer one that often once in eight times.
 const SUSPICIOUS: usize = 3;
 /// By how much the search steps beyond an end that was wrong.
@@ -98,7 +100,7 @@ impl Search {
         if self.probes >= MOST_PROBES {
             return Step::End(Ending::Probes);
         }
-        if self.invalid > 1 {
+        if self.invalid >= MOST_INVALID {
             return Step::End(Ending::ClientLimit);
         }
         match (self.low, self.high) {

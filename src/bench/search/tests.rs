@@ -80,7 +80,7 @@ fn a_client_that_cannot_keep_up_decides_nothing() {
     );
     assert_eq!(ending, Ending::ClientLimit);
     assert_eq!(search.bracket(), (Some(4.0), None));
-    assert_eq!(rates[3..], [8.0, 8.0]);
+    assert_eq!(rates[3..], [8.0, 8.0, 8.0]);
 }
 
 #[test]

@@ -6,10 +6,11 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::Arguments;
 use super::session::Session;
 use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
 use crate::bench::search::{Ending, Search, Step, Verdict};
-use crate::bench::{Metric, Objective, Record, Report, sweep};
+use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::time_span;
 
@@ -46,7 +47,7 @@ enum Over {
 /// Searches.
 pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     let modes = &session.arguments.modes;
-    let objectives = objectives(session)?;
+    let objectives = session.first.objectives.clone();
     let wanted = format!("{} for {}% of requests", named(&objectives), percent(modes.attainment));
     let rate = session.arguments.load.request_rate;
     let mut search = Search::new(if rate.is_finite() { rate } else { FIRST_RATE }, modes.tolerance);
@@ -105,18 +106,17 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     })
 }
 
-/// The objectives, if the flags make a search.
-fn objectives(session: &Session<'_>) -> Result<Vec<Objective>, Failure> {
-    let objectives = session.first.objectives.clone();
-    if objectives.is_empty() {
+/// Whether the flags make a search.
+pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
+    if first.objectives.is_empty() {
         let problem = "`--find-max` needs objectives to meet";
         return Err(Failure::message(ExitStatus::Usage, problem).hint("name them: `--goodput ttft:500 tpot:20`"));
     }
-    if session.arguments.load.max_concurrency.is_some() {
+    if arguments.load.max_concurrency.is_some() {
         let problem = "`--max-concurrency` holds requests back in the client, where no objective sees them wait";
         return Err(Failure::message(ExitStatus::Usage, problem).hint("leave it out of `--find-max`"));
     }
-    Ok(objectives)
+    Ok(())
 }
 
 /// Probes a rate until it is decided; `None` if the time or the user's patience ran out before.

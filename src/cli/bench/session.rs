@@ -157,6 +157,12 @@ fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
         return Err(usage(format!("`{flag}` and `--ramp-up-strategy` both decide the rate"))
             .hint("leave out the `--ramp-up` flags"));
     }
+    if let Some(points) = &arguments.modes.sweep {
+        super::sweep::check(arguments, points)?;
+    }
+    if arguments.modes.find_max {
+        super::find_max::check(arguments, first)?;
+    }
     let orders = first.workload.orders().map_err(|error| failure(error.into()))?;
     if flag != "--against" && orders.iter().all(|order| order.release.is_some()) {
         return Err(usage(format!(

@@ -17,10 +17,6 @@ const FEWEST: usize = 80;
 
 /// Runs all points, or as many as the server keeps up with.
 pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitStatus, Failure> {
-    if points.axis == Axis::Rate && session.arguments.load.request_rate.is_finite() {
-        let problem = "`--request-rate` and `--sweep rate=…` both decide the rate";
-        return Err(Failure::message(ExitStatus::Usage, problem).hint("leave out `--request-rate`"));
-    }
     session.printer.status(format_args!(
         "sweep of {points}: {} requests each, to `{}` at {}; every point has prompts of its own, made from seed {} and its number",
         session.arguments.data.num_prompts,
@@ -68,6 +64,15 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
     } else {
         ExitStatus::Success
     })
+}
+
+/// Whether the flags make a sweep.
+pub(super) fn check(arguments: &Arguments, points: &Points) -> Result<(), Failure> {
+    if points.axis == Axis::Rate && arguments.load.request_rate.is_finite() {
+        let problem = "`--request-rate` and `--sweep rate=…` both decide the rate";
+        return Err(Failure::message(ExitStatus::Usage, problem).hint("leave out `--request-rate`"));
+    }
+    Ok(())
 }
 
 fn set(arguments: &mut Arguments, axis: Axis, asked: f64) {

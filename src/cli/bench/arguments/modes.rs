@@ -35,7 +35,7 @@ pub struct Modes {
     pub min_probe: Duration,
     /// How long the search may take.
     #[arg(
-        long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "20m", requires = "find_max"
+        long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "30m", requires = "find_max"
     )]
     pub max_time: Duration,
     /// Compares the server with this one: both get the same requests, in turn, so that what changes with time cancels.
@@ -59,13 +59,13 @@ pub struct Fleet {
     )]
     pub profile: Option<String>,
     /// Changes one key of the profile; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE", requires = "profile")]
+    #[arg(long, value_name = "KEY=VALUE", requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub set: Vec<String>,
     /// What serves the model: real vLLM, or the built-in simulated engine.
-    #[arg(long, value_enum, requires = "profile")]
+    #[arg(long, value_enum, requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub(in crate::cli) engine: Option<EngineFlag>,
     /// Timing of simulated engines.
-    #[arg(long, value_name = "NAME", requires = "profile")]
+    #[arg(long, value_name = "NAME", requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub preset: Option<String>,
     /// Folder that holds one folder per run of the fleet.
     #[arg(long, default_value = "logs", value_name = "DIR", requires = "profile")]
