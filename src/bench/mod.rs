@@ -41,8 +41,10 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
+use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
+pub use self::export::html::{ResultFileError, of_file as page_of_file};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
@@ -305,6 +307,7 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     say("Starting main benchmark run...");
     opening::announce(spec, say);
     let before = client.engine_counters(&spec.base_url).await;
+    let page = Page::read(spec).await;
     let started_at = jiff::Zoned::now();
     let own = (client.clone(), orders.clone(), prefix);
     let measure = move |index: usize| {
@@ -326,6 +329,9 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
         diffusion: after.diffusion_since(&before, duration),
         ..Beside::default()
     };
+    if let (Some(before), Some(after)) = (page, Page::read(spec).await) {
+        report.beside.engines = after.since(&before);
+    }
     Ok(report)
 }
 

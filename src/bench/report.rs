@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::Spec;
+use super::attribution::{Engine, GpuUse, Summary};
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::load::Outcome;
@@ -43,6 +44,10 @@ pub struct Beside {
     pub diffusion: Option<Diffusion>,
     /// The probes, if there were any.
     pub probes: Option<Probes>,
+    /// What the engines behind the server counted; empty where nothing tells.
+    pub engines: Vec<Engine>,
+    /// What this machine's GPUs did. Nothing here measures it: who runs the benchmark may.
+    pub gpus: Vec<GpuUse>,
 }
 
 /// The requests of one token beside the workload.
@@ -98,6 +103,11 @@ impl Report {
         export::json::render(self, detailed)
     }
 
+    /// The report as one page of HTML that needs nothing else.
+    pub fn to_html(&self) -> String {
+        export::html::of_report(self)
+    }
+
     /// The same as text: one line, as Python writes it, without the line end.
     pub fn to_text(&self, detailed: bool) -> String {
         export::python::render(&self.to_json(detailed))
@@ -116,6 +126,11 @@ impl Report {
     /// The model as the user or the server named it.
     pub fn model_id(&self) -> &str {
         self.spec.naming.model_id.as_ref().unwrap_or(&self.spec.model)
+    }
+
+    /// Where the time to the first token went, as far as the server tells.
+    pub fn attribution(&self) -> Option<Summary> {
+        Summary::of(&self.records, &self.beside.engines)
     }
 
     /// How many requests failed.

@@ -241,7 +241,7 @@ impl Distribution {
     clippy::cast_sign_loss,
     reason = "a rank lies between 0 and the number of values"
 )]
-fn percentile_of_sorted(sorted: &[f64], percentile: f64) -> f64 {
+pub(super) fn percentile_of_sorted(sorted: &[f64], percentile: f64) -> f64 {
     let last = sorted.len() - 1;
     let rank = (percentile / 100.0).clamp(0.0, 1.0) * last as f64;
     let below = rank.floor() as usize;

@@ -2,10 +2,12 @@
 
 mod against;
 mod arguments;
+mod attribution;
 mod compare;
 mod find_max;
 mod fleet;
 mod line;
+mod page;
 mod session;
 mod sweep;
 
@@ -41,6 +43,9 @@ const DEFAULT_PORT: u16 = 8000;
 /// # Errors
 /// When there is nothing to run: bad settings, no server, no such model; and when the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
+    if let (Some(result), Some(path)) = (&arguments.page.from, &arguments.page.report) {
+        return page::convert(result, path, printer);
+    }
     if let Some(files) = &arguments.modes.compare {
         return compare::run(files, arguments.output.json, printer);
     }
@@ -74,6 +79,11 @@ async fn with_fleet(
             .hint("`xpyd profiles list` shows the names")
             .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
     }
+    // Before anything is started for it.
+    session::check(
+        arguments,
+        &arguments.spec("http://127.0.0.1:1".to_owned(), headers(arguments)?)?,
+    )?;
     let Some(fleet) = Fleet::start(arguments, profile, printer, &stop).await? else {
         return Ok(ExitStatus::Forced);
     };
@@ -140,14 +150,18 @@ async fn measure(
     printer.status(arguments.headline(&spec));
 
     let shown = BenchProgress::new(printer);
+    let gpus = attribution::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
+        gpus.follow(&progress);
         if !arguments.output.disable_tqdm {
             shown.update(&snapshot(&progress));
         }
     };
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
     shown.finish();
-    report.map(Some).map_err(failure)
+    let mut report = report.map_err(failure)?;
+    report.beside.gpus = gpus.finish();
+    Ok(Some(report))
 }
 
 /// The server that the flags name, else the running fleet, else vLLM's default.
@@ -229,6 +243,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         printer.data(report.table());
     }
+    attribution::tell(report, printer);
     let lag = report.release_lag();
     if let [.., (_, most)] = lag.percentiles[..] {
         printer.status(format_args!(
@@ -239,6 +254,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     if output.save_result || output.append_result {
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
+    }
+    if let Some(path) = &arguments.page.report {
+        page::write(report, path, printer)?;
     }
     Ok(if report.is_partial() {
         ExitStatus::Forced

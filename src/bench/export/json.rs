@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use crate::bench::attribution::gpus;
+use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::Report;
 
@@ -181,10 +183,13 @@ fn own(report: &Report) -> Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "seed": report.spec.workload.seed(),
+        "objectives": goodput::to_json(&report.spec.objectives),
         "release_lag_ms": {"mean": lag.mean, "p50": at(0), "p99": at(1), "max": at(2)},
         "failures": failures,
         "dropped": report.dropped,
         "unsent": report.unsent,
+        "where": report.attribution().map(|summary| summary.to_json()),
+        "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
 }
 

@@ -4,6 +4,7 @@ mod data;
 mod load;
 mod modes;
 mod output;
+mod page;
 mod sampling;
 mod target;
 
@@ -16,6 +17,7 @@ pub(super) use self::data::Data;
 pub(super) use self::load::Load;
 pub(super) use self::modes::{Fleet, Modes};
 pub(super) use self::output::Output;
+pub(super) use self::page::Page;
 pub(super) use self::sampling::Sampling;
 pub(super) use self::target::{BackendName, Header, Target};
 use crate::bench::{Backend, Lora, LoraAssignment, Naming, Options, Spec};
@@ -40,6 +42,9 @@ pub struct Arguments {
     /// What is told of the run.
     #[command(flatten)]
     pub output: Output,
+    /// The report as a page.
+    #[command(flatten)]
+    pub page: Page,
     /// More than one run.
     #[command(flatten)]
     pub modes: Modes,

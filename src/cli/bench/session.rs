@@ -33,7 +33,6 @@ impl<'a> Session<'a> {
         stop: CancellationToken,
     ) -> Result<Option<Self>, Failure> {
         let mut first = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
-        first.check().map_err(failure)?;
         check(arguments, &first)?;
         let found = stop.run_until_cancelled(find_model(arguments, &mut first, &|_| {}));
         let Some(()) = found.await.transpose()? else {
@@ -143,15 +142,22 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Refuses what has no meaning for several runs.
-fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
-    let flag = arguments.modes.flag().unwrap_or_default();
+/// Refuses what makes no run, and what has no meaning for several of them.
+pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
+    first.check().map_err(failure)?;
+    let Some(flag) = arguments.modes.flag() else {
+        return Ok(());
+    };
     let usage = |text: String| Failure::message(ExitStatus::Usage, text);
     if arguments.output.append_result {
         return Err(
             usage(format!("`--append-result` appends results of one run, not of `{flag}`"))
                 .hint("`--save-result` saves the whole in a file of its own"),
         );
+    }
+    if arguments.page.report.is_some() {
+        return Err(usage(format!("`--report` is the page of one run, not of `{flag}`"))
+            .hint("leave out `--report`; `--json` and `--save-result` have every number"));
     }
     if first.arrivals.ramp.is_some() && flag != "--against" {
         return Err(usage(format!("`{flag}` and `--ramp-up-strategy` both decide the rate"))
