@@ -137,4 +137,4 @@ impl Arguments {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
