@@ -115,7 +115,26 @@ impl Workload {
 
     /// Whether the dataset says when each request is released.
     pub fn is_self_timed(&self) -> bool {
-        matches!(self, Self::Made(made) if made.orders.iter().all(|order| order.release.is_some()))
+        match self {
+            Self::Random(_) => false,
+            Self::Planned(dataset) => matches!(&dataset.source, Source::TimedTrace(trace) if trace.self_timed),
+            Self::Made(made) => made.orders.iter().all(|order| order.release.is_some()),
+        }
+    }
+
+    /// The dataset that is still to be made; none if its requests are there.
+    pub fn dataset(&self) -> Option<Dataset> {
+        match self {
+            Self::Random(random) => Some(Dataset {
+                prompt_count: random.prompt_count,
+                seed: random.seed,
+                source: Source::Random(random.clone()),
+                shuffle: true,
+                oversample: true,
+            }),
+            Self::Planned(dataset) => Some(dataset.clone()),
+            Self::Made(_) => None,
+        }
     }
 
     /// What numpy's global generator is for the arrivals, after the dataset.

@@ -1,6 +1,7 @@
 //! Makes a dataset into requests before a run: finds the tokenizer, lets it work beside a progress bar, and holds what it
 //! made against the server's own.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -20,85 +21,105 @@ use crate::ui::bench::{BenchProgress, Snapshot};
 /// Between two looks at how far the work is.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Puts requests in the place of the spec's dataset. `models` are names that the tokenizer may have, the likeliest first.
-pub(super) async fn prepare(
-    arguments: &Arguments,
-    spec: &mut Spec,
-    models: &[&str],
-    say: &dyn Fn(&str),
+/// Makes datasets into requests, run after run, with one tokenizer.
+#[derive(Debug)]
+pub(super) struct Prompts {
+    tokenizer: Result<Arc<Tokenizer>, String>,
+    is_skipped: bool,
+    /// Names that the tokenizer may have, the likeliest first.
+    names: Vec<String>,
     printer: Printer,
-) -> Result<(), Failure> {
-    let dataset = arguments.data.dataset()?;
-    let tokenizer = find(arguments, models)?;
-    match &tokenizer {
-        Ok(tokenizer) => spec.naming.tokenizer_id = Some(tokenizer.name().to_owned()),
-        Err(reason) => {
-            spec.options.is_without_tokenizer = arguments.data.skip_tokenizer_init;
-            if matches!(dataset.source, Source::Random(_)) {
-                // Ids need no tokenizer, and are made when the run begins.
-                printer.status(format_args!("prompts are {}: {reason}", without_tokenizer(arguments)));
-                return Ok(());
-            }
-        }
-    }
-    let is_aligned = matches!(dataset.source, Source::Random(_) | Source::PrefixRepetition(_));
-    let seed = dataset.seed;
-    let named = dataset.source.name();
-    let mut product = make(dataset, tokenizer, models, printer).await?;
-    for remark in &product.remarks {
-        printer.status(format_args!("note: {remark}"));
-    }
-    if is_aligned {
-        let shown = BenchProgress::new(printer);
-        let begun = Instant::now();
-        let progress = |done, total| shown.update(&snapshot("alignment", begun, done, total));
-        let line = bench::align(spec, &mut product.orders, &progress)
-            .await
-            .map_err(failure);
-        shown.finish();
-        if let Some(line) = line? {
-            say(&line);
-        }
-    }
-    if named == "timed_trace" {
-        printer.status(format_args!(
-            "blocks of the trace are seeded by Python's hash with PYTHONHASHSEED={}",
-            arguments.data.timed_trace_hash_seed
-        ));
-    }
-    spec.workload = Workload::Made(Made::new(product, seed));
-    Ok(())
 }
 
-fn without_tokenizer(arguments: &Arguments) -> &'static str {
-    if arguments.target.backend.is_chat() {
-        "words, about one token each"
-    } else {
-        "token ids"
+impl Prompts {
+    /// Finds the tokenizer: the one that the flags name, else the model's, where that is known as `root`, too.
+    ///
+    /// Where there is none and random prompts are asked for, a line says that they are something else, and why.
+    pub(super) fn open(
+        arguments: &Arguments,
+        spec: &Spec,
+        root: Option<String>,
+        printer: Printer,
+    ) -> Result<Self, Failure> {
+        let names = [spec.naming.model_id.clone(), root, Some(spec.model.clone())];
+        let names: Vec<String> = names.into_iter().flatten().collect();
+        let tokenizer = find(arguments, &names)?;
+        if let (Err(reason), Workload::Random(_)) = (&tokenizer, &spec.workload) {
+            let form = if arguments.target.backend.is_chat() {
+                "words, about one token each"
+            } else {
+                "token ids, not text"
+            };
+            printer.status(format_args!("prompts are {form}: {reason}"));
+        }
+        Ok(Self {
+            tokenizer,
+            is_skipped: arguments.data.skip_tokenizer_init,
+            names,
+            printer,
+        })
+    }
+
+    /// Puts requests in the place of the spec's dataset. `say` gets vLLM's lines about them.
+    pub(super) async fn prepare(&self, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+        let Some(dataset) = spec.workload.dataset() else {
+            return Ok(());
+        };
+        spec.naming.tokenizer_id = self.tokenizer.as_ref().ok().map(|found| found.name().to_owned());
+        spec.options.is_without_tokenizer = self.is_skipped;
+        if self.tokenizer.is_err() && matches!(dataset.source, Source::Random(_)) {
+            // Ids need no tokenizer, and are made when the run begins.
+            return Ok(());
+        }
+        let is_aligned = matches!(dataset.source, Source::Random(_) | Source::PrefixRepetition(_));
+        if let Source::TimedTrace(trace) = &dataset.source {
+            self.printer.status(format_args!(
+                "blocks of the trace are seeded by Python's hash with PYTHONHASHSEED={}",
+                trace.hash_seed
+            ));
+        }
+        let seed = dataset.seed;
+        let mut product = make(dataset, self.tokenizer.clone(), &self.names, self.printer).await?;
+        for remark in &product.remarks {
+            self.printer.status(format_args!("note: {remark}"));
+        }
+        if is_aligned {
+            let shown = BenchProgress::new(self.printer);
+            let begun = Instant::now();
+            let progress = |done, total| shown.update(&snapshot("alignment", begun, done, total));
+            let line = bench::align(spec, &mut product.orders, &progress)
+                .await
+                .map_err(failure);
+            shown.finish();
+            if let Some(line) = line? {
+                say(&line);
+            }
+        }
+        spec.workload = Workload::Made(Made::new(product, seed));
+        Ok(())
     }
 }
 
 /// The tokenizer, or why there is none: that is no failure unless one was named.
-fn find(arguments: &Arguments, models: &[&str]) -> Result<Result<Arc<Tokenizer>, String>, Failure> {
+fn find(arguments: &Arguments, names: &[String]) -> Result<Result<Arc<Tokenizer>, String>, Failure> {
     if arguments.data.skip_tokenizer_init {
         return Ok(Err("`--skip-tokenizer-init` asks for no tokenizer".to_owned()));
     }
-    if let Some(named) = &arguments.data.tokenizer {
-        let found = tokenizer::find(named).and_then(|path| Tokenizer::load(named, &path));
-        return found
+    let load = |name: &str, path: &Path| {
+        let loaded = Tokenizer::load(name, path);
+        loaded
             .map(|found| Ok(Arc::new(found)))
-            .map_err(|error| unusable(named, error));
+            .map_err(|error| unusable(name, error))
+    };
+    if let Some(named) = &arguments.data.tokenizer {
+        let path = tokenizer::find(named).map_err(|error| unusable(named, error))?;
+        return load(named, &path);
     }
     let mut first = None;
-    for model in models {
-        match tokenizer::find(model) {
-            // A folder that names itself a model and holds a broken tokenizer is no reason to measure something else.
-            Ok(path) => {
-                let loaded = Tokenizer::load(model, &path);
-                return loaded
-                    .map(|found| Ok(Arc::new(found)))
-                    .map_err(|error| unusable(model, error));
-            }
+    for name in names {
+        match tokenizer::find(name) {
+            // A model whose tokenizer is broken is no reason to measure something else.
+            Ok(path) => return load(name, &path),
             Err(error) => {
                 first.get_or_insert(error.to_string());
             }
@@ -137,7 +158,7 @@ fn missing(name: &str) -> Vec<String> {
 async fn make(
     dataset: Dataset,
     tokenizer: Result<Arc<Tokenizer>, String>,
-    models: &[&str],
+    names: &[String],
     printer: Printer,
 ) -> Result<Product, Failure> {
     let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
@@ -173,7 +194,7 @@ async fn make(
     let made = made.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
     made.map_err(|error| {
         let hints = match &error {
-            DatasetError::NoTokenizer { .. } => models.first().map_or_else(Vec::new, |model| missing(model)),
+            DatasetError::NoTokenizer { .. } => names.first().map_or_else(Vec::new, |name| missing(name)),
             DatasetError::Tokenizer(TokenizerError::Template { .. }) => {
                 vec!["`--skip-chat-template` sends the prompts as they stand".to_owned()]
             }
