@@ -93,12 +93,13 @@ fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
         let machine = survey(true);
         return Ok((preflight::overview(&machine), machine));
     };
-    let fleet = FleetArguments::of_profile(
-        profile.clone(),
-        arguments.set.clone(),
-        arguments.model.clone(),
-        (arguments.engine, arguments.connector),
-    );
+    let fleet = FleetArguments {
+        set: arguments.set.clone(),
+        model: arguments.model.clone(),
+        engine: arguments.engine,
+        connector: arguments.connector,
+        ..FleetArguments::of_profile(profile)
+    };
     let (profile, machine) = fleet.survey()?;
     let findings = match request::build(&profile, &machine, &fleet.logs.join("RUN")) {
         Ok(plan) if plan.engine == EngineKind::Vllm => preflight::check(&plan, &machine),

@@ -99,7 +99,7 @@ impl ServiceArguments {
     }
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum EngineFlag {
     Vllm,
     Sim,
@@ -113,26 +113,45 @@ pub(super) enum ConnectorFlag {
     LmCache,
 }
 
+/// Offsets that are tried for a fleet beside others.
+const OFFSETS: [u16; 4] = [0, 20, 40, 60];
+
+/// The first offset at which every port of the fleet is free. Where none is, the last one, and whoever starts says so.
+pub(super) fn free_offset(plan: impl Fn(u16) -> Result<Plan, Failure>) -> Result<u16, Failure> {
+    for offset in OFFSETS {
+        let is_free = |(port, _): &(u16, _)| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+        if plan(offset)?.ports().iter().all(is_free) {
+            return Ok(offset);
+        }
+    }
+    Ok(OFFSETS[OFFSETS.len() - 1])
+}
+
 impl FleetArguments {
-    /// Those of a command that only names a profile and what is changed of it.
-    pub(super) fn of_profile(
-        profile: String,
-        set: Vec<String>,
-        model: Option<String>,
-        (engine, connector): (Option<EngineFlag>, Option<ConnectorFlag>),
-    ) -> Self {
+    /// A profile as it is.
+    pub(super) fn of_profile(profile: &str) -> Self {
         Self {
-            profile,
-            set,
-            model,
-            engine,
-            connector,
+            profile: profile.to_owned(),
+            set: Vec::new(),
+            model: None,
+            engine: None,
+            connector: None,
             port: None,
             client_bound: None,
             client_bound_key: None,
             service: ServiceArguments::default(),
             logs: PathBuf::from("logs"),
         }
+    }
+
+    /// An offset at which this fleet's ports are free.
+    pub(super) fn free_offset(&self) -> Result<u16, Failure> {
+        let (_, machine) = self.survey()?;
+        free_offset(|offset| {
+            let mut moved = self.clone();
+            moved.set.push(format!("port_offset={offset}"));
+            build(&moved.profile()?, &machine, &self.logs)
+        })
     }
 
     /// The profile with everything the command line says on top.
@@ -188,7 +207,7 @@ impl FleetArguments {
     clippy::needless_pass_by_value,
     reason = "passed to `and_then`; the values are `Copy`"
 )]
-fn value_name(value: impl ValueEnum) -> Option<String> {
+pub(super) fn value_name(value: impl ValueEnum) -> Option<String> {
     value.to_possible_value().map(|value| value.get_name().to_owned())
 }
 

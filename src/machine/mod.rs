@@ -4,8 +4,10 @@
 mod fixture;
 mod gpu;
 pub mod huggingface;
+mod processors;
 mod software;
 mod system;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,8 +15,10 @@ use std::thread;
 
 pub use gpu::{Gpu, Gpus};
 pub use huggingface::{HuggingFace, Token, TokenSource};
+pub use processors::Processors;
 pub use software::{Engine, Environment, Version};
 pub use system::{Limit, Listener, Pcie, Space, System};
+pub use watch::{GpuReading, GpuTotals, GpuWatch};
 
 /// Everything the plan and the checks know about this machine.
 #[derive(Debug, Clone)]

@@ -115,12 +115,15 @@ fn orphan(table: &Table, process: &Process, title: &str, why: String) -> Orphan 
 
 /// This process and those that it descends from.
 fn own_family(table: &Table) -> HashSet<i32> {
-    let mut family = HashSet::new();
-    let mut next = Some(nix::unistd::getpid().as_raw());
-    while let Some(pid) = next.filter(|pid| family.insert(*pid)) {
-        next = table.get(pid).map(|process| process.parent);
-    }
-    family
+    let own = nix::unistd::getpid().as_raw();
+    ancestors(table, own).map(|process| process.pid).chain([own]).collect()
+}
+
+/// The processes that `pid` descends from, its parent first. Bounded: a table is no snapshot, and ids come again.
+fn ancestors(table: &Table, pid: i32) -> impl Iterator<Item = &Process> {
+    const DEEPEST: usize = 64;
+    let parent = move |pid: i32| table.get(pid).and_then(|process| table.get(process.parent));
+    std::iter::successors(parent(pid), move |process| parent(process.pid)).take(DEEPEST)
 }
 
 fn is_own(pid: i32) -> bool {
@@ -191,8 +194,13 @@ fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
         let command = command_line(process.pid).unwrap_or_default();
         title(&command).starts_with("xpyd")
     });
+    // A witness or an xpyd above it is about to end it.
+    let is_tended = ancestors(table, pid).any(|above| {
+        let command = command_line(above.pid).unwrap_or_default();
+        title(&command).starts_with("xpyd")
+    });
     let engine = rest.split('.').next().unwrap_or_default();
-    (!lives).then(|| format!("it is left of {engine} of a run whose xpyd and guardian (pid {guardian}) are dead"))
+    (!lives && !is_tended).then(|| format!("it is left of {engine} of a run whose xpyd and guardian (pid {guardian}) are dead"))
 }
 
 /// Ends them with all that they have started, and removes the shared memory that only they used. Blocks, for `deadline` at
