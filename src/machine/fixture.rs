@@ -1,6 +1,6 @@
 //! Machines for tests: plans and checks are pure, so a machine is just a value.
 
-use super::{Engine, Gpu, Gpus, HuggingFace, Machine, Token, TokenSource, Version};
+use super::{Driver, Engine, Gpu, GpuMemory, Gpus, HuggingFace, Machine, Token, TokenSource, Version};
 
 impl Machine {
     /// A machine with `gpus` H100s, the model cached, and vLLM with these versions beside it.
@@ -9,11 +9,17 @@ impl Machine {
             index,
             name: "NVIDIA H100 80GB HBM3".to_owned(),
             uuid: format!("GPU-{index:08x}"),
-            memory_total_bytes: 80 << 30,
-            memory_free_bytes: 79 << 30,
+            memory: Some(GpuMemory {
+                total: 80 << 30,
+                free: 79 << 30,
+                used: 1 << 29,
+            }),
+            processes: Some(Vec::new()),
+            ..Gpu::default()
         };
         Self {
             gpus: Gpus::Found((0..gpus).map(gpu).collect()),
+            driver: Driver::default(),
             hugging_face: HuggingFace {
                 token: Some(Token {
                     source: TokenSource::Environment("HF_TOKEN"),

@@ -8,7 +8,7 @@ mod software;
 
 use std::path::{Path, PathBuf};
 
-pub use gpu::{Gpu, Gpus};
+pub use gpu::{Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Usage, slice_number};
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use software::{Engine, Version};
 
@@ -17,6 +17,8 @@ pub use software::{Engine, Version};
 pub struct Machine {
     /// The GPUs that xpyd may use, or why none can be seen.
     pub gpus: Gpus,
+    /// Their driver.
+    pub driver: Driver,
     /// Token and cache.
     pub hugging_face: HuggingFace,
     /// The installed engine, if the profile's program was found.
@@ -45,8 +47,14 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
     let memory = sysinfo::System::new_with_specifics(
         sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
     );
+    let (gpus, driver) = if wanted.gpus {
+        gpu::survey()
+    } else {
+        (Gpus::NotAsked, Driver::default())
+    };
     Machine {
-        gpus: if wanted.gpus { gpu::survey() } else { Gpus::NotAsked },
+        gpus,
+        driver,
         hugging_face: huggingface::survey(wanted.model),
         engine: wanted.program.map_or(Engine::NotAsked, software::survey),
         cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
