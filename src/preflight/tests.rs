@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::machine::Token;
+use crate::machine::{Engine, Gpus, Token, TokenSource};
 use crate::profile::{self, Override};
 
 fn findings(profile: &str, machine: &Machine) -> Vec<Finding> {
