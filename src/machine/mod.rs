@@ -27,6 +27,8 @@ pub struct Machine {
     pub cores: usize,
     /// Memory that could be given to new processes, in bytes.
     pub available_memory_bytes: u64,
+    /// Whether processes can be bound to a NUMA node: there is more than one, and `numactl`, which vLLM does it with.
+    pub binds_numa: bool,
     /// This very program, for the simulated engine.
     pub xpyd: PathBuf,
 }
@@ -53,6 +55,7 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
         (Gpus::NotAsked, Driver::default())
     };
     Machine {
+        binds_numa: wanted.gpus && binds_numa(&gpus),
         gpus,
         driver,
         hugging_face: huggingface::survey(wanted.model),
@@ -61,4 +64,12 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
         available_memory_bytes: memory.map_or(0, |memory| memory.available_memory()),
         xpyd: std::env::current_exe().unwrap_or_else(|_| Path::new("xpyd").to_owned()),
     }
+}
+
+fn binds_numa(gpus: &Gpus) -> bool {
+    let mut nodes: Vec<u32> = gpus.found().iter().filter_map(|gpu| gpu.numa_node).collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    let has_several = nodes.len() > 1 || Path::new("/sys/devices/system/node/node1").is_dir();
+    has_several && software::find("numactl").is_some()
 }

@@ -30,6 +30,10 @@ pub enum Engine {
         nixl: Option<Version>,
         /// Whether `vllm serve` knows `--shutdown-timeout`.
         has_shutdown_timeout: bool,
+        /// Whether it reads UUIDs in `CUDA_VISIBLE_DEVICES`: those that know `--device-ids` do, older ones crash on them.
+        has_device_ids: bool,
+        /// Whether it knows `--numa-bind`, and goes on where the kernel forbids it.
+        has_numa_bind: bool,
     },
 }
 
@@ -78,6 +82,10 @@ struct Probe {
     lmcache: Option<String>,
     nixl: Option<String>,
     shutdown_timeout: bool,
+    #[serde(default)]
+    device_ids: bool,
+    #[serde(default)]
+    numa_bind: bool,
 }
 
 /// Reads metadata, and one source file for a flag that older versions lack. Imports neither vllm nor torch.
@@ -93,9 +101,12 @@ found["nixl"] = version("nixl") or version("nixl-cu13") or version("nixl-cu12")
 spec = importlib.util.find_spec("vllm")
 folders = [pathlib.Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
 sources = ("engine/arg_utils.py", "entrypoints/openai/cli_args.py")
-found["shutdown_timeout"] = any(
-    "shutdown_timeout" in (folder / source).read_text() for folder in folders for source in sources
-    if (folder / source).is_file())
+def has(word, *sources):
+    return any(word in (folder / source).read_text() for folder in folders for source in sources
+        if (folder / source).is_file())
+found["shutdown_timeout"] = has("shutdown_timeout", *sources)
+found["device_ids"] = has("--device-ids", *sources)
+found["numa_bind"] = has("--numa-bind-nodes", *sources) and has("_resolve_numactl_args", "utils/numa_utils.py")
 print(json.dumps(found))
 "#;
 
@@ -114,11 +125,13 @@ pub(super) fn survey(program: &str) -> Engine {
         lmcache: version(probe.lmcache),
         nixl: version(probe.nixl),
         has_shutdown_timeout: probe.shutdown_timeout,
+        has_device_ids: probe.device_ids,
+        has_numa_bind: probe.numa_bind,
     }
 }
 
 /// A path as it is, a name on PATH.
-fn find(program: &str) -> Option<PathBuf> {
+pub(super) fn find(program: &str) -> Option<PathBuf> {
     if program.contains('/') {
         return std::path::absolute(program).ok().filter(|path| path.is_file());
     }

@@ -5,7 +5,9 @@
 
 mod build;
 mod choose;
+mod gpus;
 mod grow;
+mod place;
 mod redact;
 mod respawn;
 mod start_key;
@@ -71,8 +73,12 @@ pub struct EngineSpec {
     pub argv: Vec<String>,
     /// Variables set on top of xpyd's own environment.
     pub env: BTreeMap<String, String>,
-    /// Indices of its GPUs, in rank order; empty on a CPU or with the simulated engine.
+    /// Indices of its GPUs, in rank order, with numbers of their own for MIG slices; empty on a CPU or with the simulated
+    /// engine.
     pub gpus: Vec<u32>,
+    /// Their UUIDs, `GPU-…` or `MIG-…`; empty where NVML did not tell them.
+    #[serde(default)]
+    pub gpu_uuids: Vec<String>,
     /// How to reach it.
     pub endpoint: Endpoint,
     /// Every port it will listen on, with what for, the HTTP port included.
