@@ -27,6 +27,7 @@ impl Machine {
                 }),
                 model_is_local: true,
             },
+            model: None,
             engine: Engine::Found {
                 program: "/opt/venv/bin/vllm".into(),
                 vllm: Version::parse(vllm),

@@ -150,7 +150,10 @@ impl Gpu {
     /// How people call it: `GPU 3`, `GPU 3 slice 1`.
     pub fn label(&self) -> String {
         match self.parent {
-            Some(parent) => format!("GPU {parent} slice {}", self.index.saturating_sub(slice_number(parent, 0))),
+            Some(parent) => format!(
+                "GPU {parent} slice {}",
+                self.index.saturating_sub(slice_number(parent, 0))
+            ),
             None => format!("GPU {}", self.index),
         }
     }

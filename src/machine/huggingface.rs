@@ -31,12 +31,16 @@ pub enum TokenSource {
 
 /// Looks for token and model where `huggingface_hub` does.
 pub(super) fn survey(model: &str) -> HuggingFace {
-    let home = home();
-    let hub = std::env::var_os("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from);
+    let (home, hub) = (home(), hub());
     HuggingFace {
         token: token(&home),
         model_is_local: is_local(model, &hub),
     }
+}
+
+/// Where repositories are cached.
+pub(super) fn hub() -> PathBuf {
+    std::env::var_os("HF_HUB_CACHE").map_or_else(|| home().join("hub"), PathBuf::from)
 }
 
 /// `HF_HOME`, or `huggingface` in the user's cache folder.

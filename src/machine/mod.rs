@@ -4,12 +4,16 @@
 mod fixture;
 mod gpu;
 mod huggingface;
+mod model;
 mod software;
 
 use std::path::{Path, PathBuf};
 
-pub use gpu::{Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Usage, slice_number};
+pub use gpu::{
+    Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Usage, slice_number,
+};
 pub use huggingface::{HuggingFace, Token, TokenSource};
+pub use model::{KvShape, ModelSize};
 pub use software::{Engine, Version};
 
 /// Everything the plan and the checks know about this machine.
@@ -21,6 +25,8 @@ pub struct Machine {
     pub driver: Driver,
     /// Token and cache.
     pub hugging_face: HuggingFace,
+    /// How large the model is, if it is here and engines want GPUs for it.
+    pub model: Option<ModelSize>,
     /// The installed engine, if the profile's program was found.
     pub engine: Engine,
     /// Cores that this process may run on.
@@ -59,6 +65,7 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
         gpus,
         driver,
         hugging_face: huggingface::survey(wanted.model),
+        model: wanted.gpus.then(|| model::survey(wanted.model)).flatten(),
         engine: wanted.program.map_or(Engine::NotAsked, software::survey),
         cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         available_memory_bytes: memory.map_or(0, |memory| memory.available_memory()),

@@ -24,6 +24,7 @@ use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 use crate::service::Service;
 
 pub use build::{PlanError, build};
+pub use gpus::memory_share;
 pub use grow::{Growth, grow};
 pub use redact::{redacted_argv, redacted_env};
 pub use respawn::{fresh_ports_needed, respawn};

@@ -92,10 +92,16 @@ impl<'input> Search<'input> {
         let ways = gpus
             .iter()
             .map(|gpu| gpus.iter().map(|other| way(gpu.path(other.index))).collect());
-        let largest = gpus.iter().filter_map(|gpu| gpu.memory).map(|memory| memory.total).max();
+        let largest = gpus
+            .iter()
+            .filter_map(|gpu| gpu.memory)
+            .map(|memory| memory.total)
+            .max();
         let is_small = |gpu: &Gpu| {
             let total = gpu.memory.map(|memory| memory.total);
-            total.zip(largest).is_some_and(|(total, largest)| total / 9 < largest / 10)
+            total
+                .zip(largest)
+                .is_some_and(|(total, largest)| total / 9 < largest / 10)
         };
         let mut seen = [0, 0];
         let mut order: Vec<(Reverse<usize>, usize, usize)> = Vec::new();
@@ -267,7 +273,10 @@ impl<'input> Search<'input> {
 
     /// The part of the GPU's memory that engines have been given.
     fn load(&self, places: &Places, position: usize) -> f64 {
-        let on_it = places.iter().zip(self.groups).filter(|(place, _)| place.contains(&position));
+        let on_it = places
+            .iter()
+            .zip(self.groups)
+            .filter(|(place, _)| place.contains(&position));
         on_it.map(|(_, group)| group.share.max(f64::EPSILON)).sum()
     }
 
@@ -291,7 +300,9 @@ impl<'input> Search<'input> {
         faults[4] = engines.iter().map(|engines| engines.saturating_sub(1)).sum();
         let of = |role: Role| {
             let pairs = places.iter().zip(self.groups);
-            pairs.filter(move |(_, group)| group.role == role).map(|(place, _)| place)
+            pairs
+                .filter(move |(_, group)| group.role == role)
+                .map(|(place, _)| place)
         };
         for prefill in of(Role::Prefill) {
             for decode in of(Role::Decode) {

@@ -1,6 +1,7 @@
 //! The preflight: whether this machine can carry the plan. Pure: a plan and a machine give findings, each with a hint.
 
 mod gpu;
+mod gpu_memory;
 mod memory;
 mod model;
 mod software;
@@ -42,6 +43,8 @@ pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     if plan.engine == EngineKind::Vllm {
         findings.extend(software::check(plan, machine));
         findings.extend(gpu::check(plan, machine));
+        findings.extend(gpu_memory::free(plan, machine));
+        findings.extend(gpu_memory::fit(plan, machine));
         findings.extend(memory::without_gpus(plan, machine));
         findings.extend(memory::of_cache_servers(plan, machine));
         findings.extend(model::check(plan, machine));

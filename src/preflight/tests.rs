@@ -29,7 +29,7 @@ fn a_good_machine_passes_everything() {
     );
     assert_eq!(
         findings.iter().map(|finding| finding.check).collect::<Vec<_>>(),
-        ["vllm", "lmcache", "gpu", "model"]
+        ["vllm", "lmcache", "gpu", "gpu_memory", "model"]
     );
 }
 

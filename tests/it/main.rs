@@ -8,6 +8,7 @@ mod chaos;
 mod clients;
 mod control;
 mod exact;
+mod gpu;
 mod guard;
 mod keep;
 mod lmcache_mp;

@@ -34,7 +34,11 @@ impl fmt::Display for GpuProcess {
             .bytes
             .map_or_else(|| "unknown size".to_owned(), |bytes| format!("{} MiB", bytes >> 20));
         match &self.local {
-            Some(local) => write!(formatter, "pid {} ({}, {}, {size})", local.pid, local.user, local.command),
+            Some(local) => write!(
+                formatter,
+                "pid {} ({}, {}, {size})",
+                local.pid, local.user, local.command
+            ),
             None => write!(
                 formatter,
                 "pid {} of the host ({size}), which cannot be seen from this container",
@@ -103,10 +107,7 @@ fn outer_ids(status: &str) -> Vec<u32> {
 
 /// What stands behind `name` in a `/proc/PID/status`.
 fn field<'status>(status: &'status str, name: &str) -> Option<&'status str> {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix(name))
-        .map(str::trim)
+    status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
 #[cfg(test)]

@@ -4,9 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
-use nvml_wrapper::enum_wrappers::device::{
-    EccCounter, MemoryError, P2pCapabilitiesIndex, P2pStatus, TopologyLevel,
-};
+use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, P2pCapabilitiesIndex, P2pStatus, TopologyLevel};
 use nvml_wrapper::enums::device::{SampleValue, UsedGpuMemory};
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::structs::device::FieldId;
@@ -80,7 +78,8 @@ pub(super) fn list(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
         };
         let whole = Gpu {
             numa_node: numa_node(device),
-            cpus: known("cpus", device.cpu_affinity_within_scope(CPU_WORDS, NODE_SCOPE)).and_then(|mask| list_of(&mask)),
+            cpus: known("cpus", device.cpu_affinity_within_scope(CPU_WORDS, NODE_SCOPE))
+                .and_then(|mask| list_of(&mask)),
             bus_id: known("bus id", device.pci_info()).map(|place| place.bus_id),
             paths: links.get(index).cloned().unwrap_or_default(),
             health: health(device),
@@ -255,7 +254,10 @@ fn path<'nvml>(
     if by_nvlink {
         return Path::NvLink;
     }
-    match known("topology", again().and_then(|other| device.topology_common_ancestor(other))) {
+    match known(
+        "topology",
+        again().and_then(|other| device.topology_common_ancestor(other)),
+    ) {
         Some(TopologyLevel::Internal | TopologyLevel::Single | TopologyLevel::Multiple) => Path::Switch,
         Some(TopologyLevel::HostBridge | TopologyLevel::Node) => Path::Numa,
         Some(TopologyLevel::System) => Path::System,
@@ -285,7 +287,11 @@ fn list_of(mask: &[u64]) -> Option<String> {
         match (first, is_set(cpu)) {
             (None, true) => first = Some(cpu),
             (Some(start), false) => {
-                ranges.push(if start + 1 == cpu { start.to_string() } else { format!("{start}-{}", cpu - 1) });
+                ranges.push(if start + 1 == cpu {
+                    start.to_string()
+                } else {
+                    format!("{start}-{}", cpu - 1)
+                });
                 first = None;
             }
             _ => {}

@@ -76,7 +76,13 @@ fn without_nvlink_a_switch_is_next_and_then_the_numa_node() {
 
 #[test]
 fn a_later_bridge_is_found_although_the_first_gpu_has_none() {
-    let gpus = machine(4, |one, other| if (one, other) == (2, 3) { GpuPath::NvLink } else { GpuPath::System });
+    let gpus = machine(4, |one, other| {
+        if (one, other) == (2, 3) {
+            GpuPath::NvLink
+        } else {
+            GpuPath::System
+        }
+    });
     assert_eq!(place(&gpus, &fleet(1, 1, 1)), [[2], [3]]);
 }
 
@@ -140,7 +146,13 @@ fn a_machine_full_of_slices_is_no_long_search() {
         .collect();
     let places = place(&gpus, &fleet(28, 28, 1));
     assert_eq!(places.iter().collect::<BTreeSet<_>>().len(), 56);
-    let large = machine(16, |one, other| if one / 8 == other / 8 { GpuPath::NvLink } else { GpuPath::System });
+    let large = machine(16, |one, other| {
+        if one / 8 == other / 8 {
+            GpuPath::NvLink
+        } else {
+            GpuPath::System
+        }
+    });
     assert_eq!(place(&large, &fleet(1, 1, 8)).concat(), (0..16).collect::<Vec<_>>());
 }
 
