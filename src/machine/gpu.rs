@@ -4,6 +4,7 @@
 mod holders;
 mod meter;
 mod nvml;
+mod release;
 mod visible;
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 pub use holders::{GpuProcess, LocalProcess};
 pub use meter::{Meter, Usage};
+pub use release::{Baseline, Release};
 
 /// What NVML says, within an inherited `CUDA_VISIBLE_DEVICES`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,9 +105,9 @@ impl Health {
 pub enum Path {
     /// They are the same one.
     Same,
-    /// NVLink, directly or through an NVSwitch (`NV#`).
+    /// `NVLink`, directly or through an `NVSwitch` (`NV#`).
     NvLink,
-    /// Only PCIe switches (`PIX`, `PXB`).
+    /// Only switches of the bus (`PIX`, `PXB`).
     Switch,
     /// The same NUMA node (`PHB`, `NODE`).
     Numa,

@@ -10,7 +10,8 @@ mod software;
 use std::path::{Path, PathBuf};
 
 pub use gpu::{
-    Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Usage, slice_number,
+    Baseline, Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Release, Usage,
+    slice_number,
 };
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use model::{KvShape, ModelSize};

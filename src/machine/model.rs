@@ -51,7 +51,8 @@ impl KvShape {
 #[derive(Debug, Default, Clone, Deserialize)]
 #[serde(default)]
 struct Config {
-    text_config: Option<Box<Config>>,
+    #[serde(rename = "text_config")]
+    text: Option<Box<Config>>,
     num_hidden_layers: u64,
     hidden_size: u64,
     intermediate_size: u64,
@@ -71,7 +72,8 @@ struct Config {
     #[serde(alias = "n_routed_experts", alias = "num_experts")]
     num_local_experts: Option<u64>,
     moe_intermediate_size: Option<u64>,
-    quantization_config: Option<Quantization>,
+    #[serde(rename = "quantization_config")]
+    quantization: Option<Quantization>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
@@ -132,10 +134,10 @@ fn weights(folder: &Path) -> Option<u64> {
 /// The size from the text of a `config.json`, and that of the weights if it is known. PURE.
 fn size(config: &str, weights: Option<u64>) -> Option<ModelSize> {
     let outer: Config = serde_json::from_str(config).ok()?;
-    let mut config = outer.text_config.as_deref().cloned().unwrap_or_else(|| outer.clone());
+    let mut config = outer.text.as_deref().cloned().unwrap_or_else(|| outer.clone());
     config.torch_dtype = config.torch_dtype.or(outer.torch_dtype);
     config.dtype = config.dtype.or(outer.dtype);
-    config.quantization_config = config.quantization_config.or(outer.quantization_config);
+    config.quantization = config.quantization.or(outer.quantization);
     if config.num_hidden_layers == 0 || config.num_attention_heads == 0 {
         return None;
     }
@@ -202,7 +204,7 @@ impl Config {
         let feed_forward = 3 * hidden * inner * experts;
         let vocabulary = self.vocab_size * hidden * if self.tie_word_embeddings { 1 } else { 2 };
         let layers = self.num_hidden_layers * (attention + feed_forward);
-        let bits = match &self.quantization_config {
+        let bits = match &self.quantization {
             Some(Quantization { bits: Some(bits), .. }) => *bits,
             Some(Quantization {
                 quant_method: Some(method),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
-use crate::connector::{CachePorts, Connector, Device, LaunchContext};
+use crate::connector::{CachePorts, Connector, Device, Launch, LaunchContext};
 use crate::engine::{EngineKind, Serve, vllm};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Machine};
@@ -298,14 +298,7 @@ impl<'input> Builder<'input> {
             strict: profile.proxy.service.handoff.strict,
             run_dir: self.run_dir,
         });
-        let mut receiver_template = None;
-        if let Some((path, content)) = launch.file.take() {
-            receiver_template = launch.receiver_template.take().map(|content| RenderedFile {
-                path: path.clone(),
-                content,
-            });
-            self.files.push(RenderedFile { path, content });
-        }
+        let receiver_template = self.keep_file(&mut launch);
         let gpus = self.gpus.pop_front().unwrap_or_default();
         let gpu_uuids = gpus::uuids(self.machine, &gpus);
         let (program, has_shutdown_timeout) = self.program();
@@ -322,10 +315,7 @@ impl<'input> Builder<'input> {
             device,
             visible_gpus: &gpus::visible(self.machine, &gpus, &gpu_uuids),
             numa_nodes: &gpus::numa_nodes(self.machine, &gpus, &args),
-            gpu_memory_utilization: self
-                .role(role)
-                .gpu_memory_utilization
-                .or(profile.vllm.gpu_memory_utilization),
+            gpu_memory_utilization: gpus::given_share(profile, self.role(role)),
             max_model_len,
             launch: &launch,
             args: &args,
@@ -355,6 +345,17 @@ impl<'input> Builder<'input> {
             receiver_template,
             log_limits: profile.logs,
         }
+    }
+
+    /// Keeps the file that an engine reads; the template of one that names its receiver's ports.
+    fn keep_file(&mut self, launch: &mut Launch) -> Option<RenderedFile> {
+        let (path, content) = launch.file.take()?;
+        let template = launch.receiver_template.take().map(|content| RenderedFile {
+            path: path.clone(),
+            content,
+        });
+        self.files.push(RenderedFile { path, content });
+        template
     }
 
     /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.

@@ -33,9 +33,13 @@ fn argument<'profile>(
 fn share(profile: &Profile, role: &RoleProfile, machine: &Machine) -> f64 {
     let given = argument(profile, role, &[vllm::MEMORY_OPTION]).and_then(|value| value.parse().ok());
     given
-        .or(role.gpu_memory_utilization)
-        .or(profile.vllm.gpu_memory_utilization)
+        .or_else(|| given_share(profile, role))
         .unwrap_or_else(|| default_share(machine))
+}
+
+/// The part of a GPU's memory that the profile's own keys give each engine of a role.
+pub(super) fn given_share(profile: &Profile, role: &RoleProfile) -> Option<f64> {
+    role.gpu_memory_utilization.or(profile.vllm.gpu_memory_utilization)
 }
 
 /// The part of each of its GPUs' memory that an engine takes, 0 to 1.

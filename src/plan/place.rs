@@ -227,7 +227,7 @@ impl<'input> Search<'input> {
         let swaps = slots.clone().into_iter().enumerate().flat_map({
             let slots = slots.clone();
             move |(number, (group, slot))| {
-                let others = slots[number + 1..].to_vec().into_iter();
+                let others = slots.clone().into_iter().skip(number + 1);
                 others.filter_map(move |(other, other_slot)| {
                     let (mine, theirs) = (places[group][slot], places[other][other_slot]);
                     let is_new = group != other && !places[group].contains(&theirs) && !places[other].contains(&mine);

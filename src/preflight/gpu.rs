@@ -62,14 +62,13 @@ fn summary(needed: usize, found: &[Gpu], machine: &Machine) -> String {
         }
     }
     let kinds: Vec<String> = kinds.iter().map(|(name, count)| format!("{count} × {name}")).collect();
-    let mut text = format!("{needed} of {} GPUs ({})", found.len(), kinds.join(", "));
+    let mut parts = vec![format!("{needed} of {} GPUs ({})", found.len(), kinds.join(", "))];
     let versions = [("driver", &machine.driver.version), ("CUDA", &machine.driver.cuda)];
-    for (what, version) in versions {
-        if let Some(version) = version {
-            text.push_str(&format!(", {what} {version}"));
-        }
-    }
-    text
+    let versions = versions
+        .iter()
+        .filter_map(|(what, version)| Some(format!("{what} {}", version.as_ref()?)));
+    parts.extend(versions);
+    parts.join(", ")
 }
 
 /// What is wrong with one GPU that engines are planned on.

@@ -128,10 +128,9 @@ pub(super) fn fit(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             let engine = plan.engines_of(role).next()?;
             let gpus = engine.gpus.iter().map(|index| machine.gpus.get(*index)?.memory);
             let smallest = gpus.min_by_key(|memory| memory.map_or(0, |memory| memory.total))??;
-            let budget = (memory_share(engine, machine) * smallest.total as f64) as u64;
             let option = |name: &str| vllm::option(&engine.argv, &[name]);
             let demand = Demand {
-                budget,
+                budget: part_of(smallest.total, memory_share(engine, machine)),
                 ranks: u64::from(engine.endpoint.tensor_parallel),
                 tokens: option("--max-model-len")
                     .and_then(|tokens| tokens.parse().ok())
@@ -199,24 +198,29 @@ fn judge(role: Role, model: &ModelSize, demand: &Demand) -> Finding {
         return finding("fit", Level::Warn, message, Some(&hint));
     }
     let fit = left / one;
-    match demand.requests.filter(|requests| *requests > fit) {
-        Some(requests) => {
-            let message = format!(
-                "about {fit} requests of {} tokens fit into {role} engines at once, not the {requests} of --max-num-seqs: the \
-                others will wait, or be preempted",
-                demand.tokens
-            );
-            finding("fit", Level::Warn, message, None)
-        }
-        None => {
-            let message = format!(
-                "{role} engines: {about}{} of weights on each GPU, and KV for about {fit} requests of {} tokens",
-                gib(weights),
-                demand.tokens
-            );
-            finding("fit", Level::Pass, message, None)
-        }
+    if let Some(requests) = demand.requests.filter(|requests| *requests > fit) {
+        let message = format!(
+            "about {fit} requests of {} tokens fit into {role} engines at once, not the {requests} of --max-num-seqs: the \
+            others will wait, or be preempted",
+            demand.tokens
+        );
+        return finding("fit", Level::Warn, message, None);
     }
+    let message = format!(
+        "{role} engines: {about}{} of weights on each GPU, and KV for about {fit} requests of {} tokens",
+        gib(weights),
+        demand.tokens
+    );
+    finding("fit", Level::Pass, message, None)
+}
+
+/// A part of so many bytes.
+fn part_of(bytes: u64, part: f64) -> u64 {
+    // In thousandths, which is finer than anybody sets it.
+    let thousandths = (0..=1000u16)
+        .rev()
+        .find(|thousandths| f64::from(*thousandths) <= part * 1000.0 + 0.5);
+    bytes / 1000 * u64::from(thousandths.unwrap_or(0))
 }
 
 fn role_key(role: Role) -> &'static str {
@@ -260,7 +264,7 @@ mod tests {
 
     fn demand(gib: f64, ranks: u64, tokens: u64) -> Demand {
         Demand {
-            budget: (gib * GIB) as u64,
+            budget: part_of(1 << 40, gib / 1024.0),
             ranks,
             tokens,
             requests: None,

@@ -2,6 +2,7 @@
 //! that looks like vLLM, so that plans want GPUs and NVML shows who runs on them.
 
 mod memory;
+mod placed;
 mod plan;
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -122,7 +123,7 @@ impl Machine {
 
     /// `xpyd plan`, as text.
     fn plan(&self, more: &[&str]) -> String {
-        text(self.prepared("plan", more).output().expect("xpyd runs"))
+        text(&self.prepared("plan", more).output().expect("xpyd runs"))
     }
 
     /// `xpyd plan --json`.
@@ -131,7 +132,7 @@ impl Machine {
             .prepared("plan", &[&["--json"], more].concat())
             .output()
             .expect("xpyd runs");
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", text(output)))
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", text(&output)))
     }
 
     /// The lines of the plan that tell findings of this check.
@@ -157,7 +158,7 @@ impl Machine {
     }
 }
 
-fn text(output: Output) -> String {
+fn text(output: &Output) -> String {
     format!(
         "{}{}",
         String::from_utf8_lossy(&output.stdout),

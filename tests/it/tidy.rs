@@ -33,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "engine",
             "fleet",
             "logs",
+            "machine",
             "plan",
             "proxy",
             "report",

@@ -43,9 +43,10 @@ fn title(machine: &Machine) -> String {
         .iter()
         .filter_map(|(what, version)| Some(format!("{what} {}", version.as_ref()?)));
     let versions: Vec<String> = versions.collect();
-    match versions.is_empty() {
-        true => "GPUs".to_owned(),
-        false => format!("GPUs ({})", versions.join(", ")),
+    if versions.is_empty() {
+        "GPUs".to_owned()
+    } else {
+        format!("GPUs ({})", versions.join(", "))
     }
 }
 

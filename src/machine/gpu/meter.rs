@@ -42,9 +42,6 @@ impl Meter {
 
     /// The processes on every GPU that this machine has, by UUID; what cannot be listed is left out.
     pub fn everywhere(&self) -> Vec<(String, Vec<GpuProcess>)> {
-        let gpus = nvml::list(&self.0).unwrap_or_default();
-        gpus.into_iter()
-            .filter_map(|gpu| Some((gpu.uuid, gpu.processes?)))
-            .collect()
+        nvml::processes_everywhere(&self.0)
     }
 }

@@ -155,11 +155,33 @@ pub(super) fn processes(device: &Device<'_>, lookup: &mut Lookup) -> Option<Vec<
     Some(processes.collect())
 }
 
-fn slices(whole: &Gpu, device: &Device<'_>, lookup: &mut Lookup) -> Vec<Gpu> {
+/// The processes on every GPU or slice, by its UUID, as far as they can be listed.
+pub(super) fn processes_everywhere(nvml: &Nvml) -> Vec<(String, Vec<GpuProcess>)> {
+    let mut lookup = Lookup::default();
+    let count = known("count", nvml.device_count()).unwrap_or(0);
+    let cards = (0..count).filter_map(|index| nvml.device_by_index(index).ok());
+    let devices = cards.flat_map(|device| {
+        let slices: Vec<Device<'_>> = slices_of(&device).into_iter().map(|(_, slice)| slice).collect();
+        if slices.is_empty() { vec![device] } else { slices }
+    });
+    devices
+        .filter_map(|device| Some((device.uuid().ok()?, processes(&device, &mut lookup)?)))
+        .collect()
+}
+
+/// The slices of a GPU that MIG divides, by their number, in which there may be gaps.
+fn slices_of<'nvml>(device: &Device<'nvml>) -> Vec<(u32, Device<'nvml>)> {
+    if known("mig mode", device.mig_mode()).is_none_or(|mode| mode.current != 1) {
+        return Vec::new();
+    }
     let most = known("mig device count", device.mig_device_count()).unwrap_or(0);
-    // Slices need not be numbered without gaps.
     let slices = (0..most).filter_map(|slice| Some((slice, device.mig_device_by_index(slice).ok()?)));
-    slices
+    slices.collect()
+}
+
+fn slices(whole: &Gpu, device: &Device<'_>, lookup: &mut Lookup) -> Vec<Gpu> {
+    slices_of(device)
+        .into_iter()
         .map(|(slice, device)| Gpu {
             parent: Some(whole.index),
             numa_node: whole.numa_node,
@@ -194,7 +216,7 @@ fn connect_slices(gpus: &mut [Gpu]) {
 /// The NUMA node whose memory is next to it. `nvmlDeviceGetNumaNodeId` answers another question: which node a GPU itself is.
 fn numa_node(device: &Device<'_>) -> Option<u32> {
     let mask = known("numa node", device.memory_affinity(1, NODE_SCOPE))?;
-    let mask = mask.first().copied().filter(|mask| mask.count_ones() == 1)?;
+    let mask = mask.first().copied().filter(|mask| mask.is_power_of_two())?;
     Some(mask.trailing_zeros())
 }
 

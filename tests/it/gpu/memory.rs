@@ -32,7 +32,7 @@ fn a_busy_gpu_is_avoided_and_its_holder_is_named_where_it_is_needed() {
     );
 
     let output = machine.prepared("up", &more).output().expect("xpyd runs");
-    assert_eq!(output.status.code(), Some(3), "{}", super::text(output));
+    assert_eq!(output.status.code(), Some(3), "{}", super::text(&output));
     let fits = [&more[..], &["--set", "vllm.gpu_memory_utilization=0.13"]].concat();
     assert!(
         machine.findings("gpu_memory", &fits)[0].starts_with("pass"),

@@ -75,7 +75,7 @@ fn an_inherited_list_is_never_left() {
     let only_one = Machine::new(&nvlink_pairs());
     let mut command = only_one.prepared("plan", &["-p", "1p1d"]);
     let output = command.env("CUDA_VISIBLE_DEVICES", "7").output().expect("xpyd runs");
-    let text = super::text(output);
+    let text = super::text(&output);
     assert!(
         text.contains("the plan needs 2 GPUs, and xpyd may use 1 here (none with index 8)"),
         "{text}"
@@ -199,7 +199,7 @@ fn a_library_that_is_missing_or_broken_is_a_finding() {
         .output()
         .expect("xpyd runs");
     assert!(output.status.success());
-    let text = super::text(output);
+    let text = super::text(&output);
     assert!(
         text.contains(
             "fail  gpu: the plan needs 2 GPUs: no NVIDIA driver: its library /nowhere/libnvidia-ml.so cannot be loaded"

@@ -334,6 +334,9 @@ impl World {
                 self.sweeping = true;
             }
             Action::Finish(outcome) => self.outcome = Some(outcome.clone()),
+            Action::Prepare(id, incarnation) => {
+                assert!(!self.processes[id].tree, "{id} {incarnation} waits for its own memory");
+            }
             Action::Leave | Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::Settled(_) => {}
         }
     }
