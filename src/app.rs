@@ -132,8 +132,7 @@ where
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
     let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
-    let stop = CancellationToken::new();
-    let mut parts = JoinSet::new();
+    let (stop, mut parts) = (CancellationToken::new(), JoinSet::new());
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
     let (progress_is_settled, seen, notes) = report(&mut parts, &plans, printer, &view, &stop);
@@ -162,11 +161,12 @@ where
         if reached_ready(view.clone()).await {
             // So that what is printed now stands below the bars.
             drop(progress_is_settled.await);
+            let verified_in = *verified.borrow();
             when_ready(Ready {
                 url,
                 model: plan.served_model_name.clone(),
                 proxy,
-                verified_in: *verified.borrow(),
+                verified_in,
             })
             .await;
             request_stop(&requests).await;

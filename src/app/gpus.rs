@@ -180,7 +180,11 @@ impl Watch {
             .iter()
             .flat_map(|(_, processes)| processes)
             .any(|process| process.local.is_none());
-        match judge(engine, &on.keys().copied().collect(), has_hosts_pids) {
+        let expected = Expected {
+            id: engine.id.clone(),
+            uuids: engine.gpu_uuids.clone(),
+        };
+        match judge(&expected, &on.keys().copied().collect(), has_hosts_pids) {
             Place::Right => {
                 tracing::info!(engine = %engine.id, gpus = ?engine.gpus, "NVML shows the engine on its GPUs");
                 Ok(())
@@ -293,9 +297,15 @@ enum Place {
     Doubtful(String),
 }
 
+/// An engine and where it should be.
+struct Expected {
+    id: EngineId,
+    uuids: Vec<String>,
+}
+
 /// Judges by the GPUs on which NVML shows the engine. PURE.
-fn judge(engine: &EngineSpec, on: &BTreeSet<&str>, has_hosts_pids: bool) -> Place {
-    let planned: BTreeSet<&str> = engine.gpu_uuids.iter().map(String::as_str).collect();
+fn judge(engine: &Expected, on: &BTreeSet<&str>, has_hosts_pids: bool) -> Place {
+    let planned: BTreeSet<&str> = engine.uuids.iter().map(String::as_str).collect();
     let strange: Vec<&str> = on.difference(&planned).copied().collect();
     let missing: Vec<&str> = planned.difference(on).copied().collect();
     let id = &engine.id;
@@ -303,7 +313,7 @@ fn judge(engine: &EngineSpec, on: &BTreeSet<&str>, has_hosts_pids: bool) -> Plac
         return Place::Wrong(format!(
             "runs on {} and was planned on {}: something changed CUDA_VISIBLE_DEVICES or the order of GPUs",
             strange.join(", "),
-            engine.gpu_uuids.join(", ")
+            engine.uuids.join(", ")
         ));
     }
     if missing.is_empty() {
@@ -323,17 +333,14 @@ fn judge(engine: &EngineSpec, on: &BTreeSet<&str>, has_hosts_pids: bool) -> Plac
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Machine;
-    use crate::plan;
-    use crate::profile::{self, Override};
 
     #[test]
     fn an_engine_is_right_on_its_own_gpus_only() {
-        let overrides = [Override::parse("connector=nixl").expect("an override")];
-        let profile = profile::load("1p1d-tp2", &overrides).expect("a profile");
-        let plan = plan::build(&profile, &Machine::fixture(4, "0.32.0", None), Path::new("/run")).expect("a plan");
-        let engine = &plan.engines[1];
-        let (third, fourth) = (engine.gpu_uuids[0].as_str(), engine.gpu_uuids[1].as_str());
+        let (third, fourth) = ("GPU-00000002", "GPU-00000003");
+        let engine = &Expected {
+            id: EngineId::named("decoder1"),
+            uuids: vec![third.to_owned(), fourth.to_owned()],
+        };
         let judged = |on: &[&str], hosts| judge(engine, &on.iter().copied().collect(), hosts);
         assert_eq!(judged(&[third, fourth], false), Place::Right);
         assert!(matches!(judged(&[third, "GPU-other"], true), Place::Wrong(reason) if reason.contains("GPU-other")));

@@ -262,9 +262,9 @@ mod tests {
         }
     }
 
-    fn demand(gib: f64, ranks: u64, tokens: u64) -> Demand {
+    fn demand(mib: u64, ranks: u64, tokens: u64) -> Demand {
         Demand {
-            budget: part_of(1 << 40, gib / 1024.0),
+            budget: mib << 20,
             ranks,
             tokens,
             requests: None,
@@ -274,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_model_that_fits_says_how_many_requests_do() {
-        let found = judge(Role::Decode, &llama(), &demand(73.2, 1, 16_384));
+        let found = judge(Role::Decode, &llama(), &demand(74_957, 1, 16_384));
         assert_eq!(found.level, Level::Pass);
         assert_eq!(
             found.message,
@@ -282,7 +282,7 @@ mod tests {
         );
         let many = Demand {
             requests: Some(64),
-            ..demand(73.2, 1, 16_384)
+            ..demand(74_957, 1, 16_384)
         };
         let found = judge(Role::Decode, &llama(), &many);
         assert!(
@@ -293,21 +293,21 @@ mod tests {
 
     #[test]
     fn a_context_that_is_too_long_gets_the_longest_that_fits() {
-        let found = judge(Role::Prefill, &llama(), &demand(22.0, 1, 131_072));
+        let found = judge(Role::Prefill, &llama(), &demand(22 << 10, 1, 131_072));
         assert_eq!(found.level, Level::Warn);
         assert!(found.message.contains("takes 16.0 GiB"), "{found:?}");
         let hint = found.hint.expect("a hint");
         // 22 less 15 of weights and 2 beside: 5 GiB, of 131072 bytes a token.
         assert_eq!(hint, "`--set vllm.max_model_len=40960` would fit");
         assert_eq!(
-            judge(Role::Prefill, &llama(), &demand(22.0, 2, 131_072)).level,
+            judge(Role::Prefill, &llama(), &demand(22 << 10, 2, 131_072)).level,
             Level::Pass
         );
     }
 
     #[test]
     fn weights_that_are_too_large_ask_for_more_gpus() {
-        let found = judge(Role::Decode, &llama(), &demand(14.0, 1, 4096));
+        let found = judge(Role::Decode, &llama(), &demand(14 << 10, 1, 4096));
         assert_eq!(found.level, Level::Warn);
         assert!(found.hint.is_some_and(|hint| hint.contains("decode.tensor_parallel=2")));
     }

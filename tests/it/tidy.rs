@@ -18,7 +18,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "plan",
         &["connector", "engine", "fleet", "machine", "profile", "service"],
     ),
-    ("preflight", &["connector", "engine", "machine", "plan", "profile"]),
+    (
+        "preflight",
+        &["connector", "engine", "fleet", "machine", "plan", "profile"],
+    ),
     ("supervisor", &["fleet", "plan", "report", "signals"]),
     ("proxy", &["connector", "fleet", "report", "service", "wire"]),
     ("control", &["fleet", "report"]),

@@ -158,12 +158,7 @@ fn mig_slices_are_devices_of_their_own() {
         pins(&machine, &["-p", "1p1d", "--set", "prefill.gpus=[1001]"]),
         [slice(2), slice(1)]
     );
-    let wide = machine.findings("mig", &["-p", "1p1d-tp2", "--set", "decode.count=0"]);
-    let wide = if wide.is_empty() {
-        machine.findings("mig", &["-p", "1p1d", "--set", "prefill.tensor_parallel=2"])
-    } else {
-        wide
-    };
+    let wide = machine.findings("mig", &["-p", "1p1d", "--set", "prefill.tensor_parallel=2"]);
     assert!(wide[0].contains("CUDA shows a process one slice only"), "{wide:?}");
     let old = r#"{"vllm": "0.11.0", "nixl": "1.5.1", "lmcache": null, "shutdown_timeout": false}"#;
     let old = Machine::with_vllm(script, old).findings("mig", &["-p", "1p1d"]);
