@@ -24,6 +24,17 @@ pub enum ObjectiveLatency {
     E2el,
 }
 
+impl ObjectiveLatency {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ttft => "ttft",
+            Self::Tpot => "tpot",
+            Self::E2el => "e2el",
+        }
+    }
+}
+
 /// Why a text is no objective.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ObjectiveError {
@@ -54,6 +65,19 @@ impl FromStr for Objective {
         let milliseconds = number.ok_or_else(|| ObjectiveError::Milliseconds(milliseconds.to_owned()))?;
         Ok(Self { latency, milliseconds })
     }
+}
+
+/// Objectives as the result file tells them: milliseconds by latency.
+pub(super) fn to_json(objectives: &[Objective]) -> serde_json::Value {
+    let entries = objectives.iter().map(|objective| {
+        let name = match objective.latency {
+            ObjectiveLatency::Ttft => "ttft",
+            ObjectiveLatency::Tpot => "tpot",
+            ObjectiveLatency::E2el => "e2el",
+        };
+        (name.to_owned(), serde_json::json!(objective.milliseconds))
+    });
+    serde_json::Value::Object(entries.collect())
 }
 
 impl Objective {

@@ -167,6 +167,11 @@ pub fn slice_number(parent: u32, slice: u32) -> u32 {
     1000 + 10 * parent + slice
 }
 
+/// Loads NVML; the error is a sentence.
+pub(super) fn open() -> Result<nvml_wrapper::Nvml, String> {
+    nvml::open()
+}
+
 /// Asks NVML for everything.
 pub(super) fn survey() -> (Gpus, Driver) {
     let library = match nvml::open() {

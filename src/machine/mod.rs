@@ -5,7 +5,9 @@ mod fixture;
 mod gpu;
 mod huggingface;
 mod model;
+mod processors;
 mod software;
+mod watch;
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +17,9 @@ pub use gpu::{
 };
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use model::{KvShape, ModelSize};
+pub use processors::Processors;
 pub use software::{Engine, Version};
+pub use watch::{GpuReading, GpuTotals, GpuWatch};
 
 /// Everything the plan and the checks know about this machine.
 #[derive(Debug, Clone)]

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::bench::{Arrivals, Metric, RampStrategy, Random, RangeRatio, Workload};
 
-fn parse(line: &str) -> Result<Arguments, clap::Error> {
+pub(in crate::cli::bench) fn parse(line: &str) -> Result<Arguments, clap::Error> {
     let command = Arguments::augment_args(clap::Command::new("bench").no_binary_name(true));
     let matches = command.try_get_matches_from(line.split_whitespace())?;
     Arguments::from_arg_matches(&matches)
@@ -20,7 +20,7 @@ fn spec(line: &str) -> Spec {
 fn random(spec: &Spec) -> &Random {
     match &spec.workload {
         Workload::Random(random) => random,
-        Workload::Made(_) => panic!("not a random one"),
+        Workload::Planned(_) | Workload::Made(_) => panic!("not a random one"),
     }
 }
 

@@ -1,0 +1,162 @@
+//! What every chart shares: two widths, so that letters stay legible on a phone without any script, and the axes.
+
+use std::fmt::{self, Write as _};
+
+use maud::{Markup, html};
+
+use super::number::{Axis, pixel, tick};
+
+/// A chart is drawn once for a page and once for a phone; the style sheet shows one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Size {
+    Wide,
+    Narrow,
+}
+
+impl Size {
+    /// Pixels from edge to edge.
+    pub(super) fn width(self) -> f64 {
+        self.pick(960.0, 380.0)
+    }
+
+    /// The first and the last pixel of the plot across: left of it stand the numbers.
+    pub(super) fn plot(self) -> (f64, f64) {
+        (self.pick(56.0, 42.0), self.width() - self.pick(20.0, 14.0))
+    }
+
+    pub(super) fn pick<T>(self, wide: T, narrow: T) -> T {
+        match self {
+            Self::Wide => wide,
+            Self::Narrow => narrow,
+        }
+    }
+}
+
+/// The commands of an SVG path. One path of many shapes is far smaller than many elements.
+#[derive(Debug, Default)]
+pub(super) struct Path(String);
+
+impl Path {
+    fn add(&mut self, command: fmt::Arguments<'_>) -> &mut Self {
+        // Writing to a String cannot fail.
+        let _ = self.0.write_fmt(command);
+        self
+    }
+
+    pub(super) fn move_to(&mut self, x: f64, y: f64) -> &mut Self {
+        self.add(format_args!("M{} {}", pixel(x), pixel(y)))
+    }
+
+    pub(super) fn across_to(&mut self, x: f64) -> &mut Self {
+        self.add(format_args!("H{}", pixel(x)))
+    }
+
+    pub(super) fn down_to(&mut self, y: f64) -> &mut Self {
+        self.add(format_args!("V{}", pixel(y)))
+    }
+
+    pub(super) fn close(&mut self) -> &mut Self {
+        self.add(format_args!("Z"))
+    }
+
+    /// A filled bar that is always wide enough to leave a trace.
+    pub(super) fn bar(&mut self, (from, to): (f64, f64), y: f64, thickness: f64) {
+        let width = pixel((to - from).max(0.1));
+        self.move_to(from, y)
+            .add(format_args!("h{width}v{}h-{width}z", pixel(thickness)));
+    }
+
+    /// A diagonal cross around a point.
+    pub(super) fn cross(&mut self, (x, y): (f64, f64), arm: f64) {
+        let length = pixel(2.0 * arm);
+        self.move_to(x - arm, y - arm)
+            .add(format_args!("l{length} {length}m-{length} 0l{length} -{length}"));
+    }
+
+    /// A line of no length: with round ends it is a dot.
+    pub(super) fn dot(&mut self, x: f64, y: f64) {
+        self.move_to(x, y).add(format_args!("h0"));
+    }
+
+    pub(super) fn text(&self) -> &str {
+        &self.0
+    }
+}
+
+/// One chart in both widths. `label` says in words what it shows, for those who do not see it; `draw` gives the height
+/// in pixels and the picture.
+pub(super) fn chart(class: &str, label: &str, draw: impl Fn(Size) -> (f64, Markup)) -> Markup {
+    html! {
+        @for (size, name) in [(Size::Wide, "wide"), (Size::Narrow, "narrow")] {
+            @let (height, picture) = draw(size);
+            svg class={ "chart " (name) " " (class) } role="img" aria-label=(label)
+                viewBox={ "0 0 " (pixel(size.width())) " " (pixel(height)) } { (picture) }
+        }
+    }
+}
+
+/// The axis along the bottom: a line up from each tick, and its number below. The last number names the unit.
+pub(super) fn bottom_axis(axis: &Axis, size: Size, (top, bottom): (f64, f64), unit: &str) -> Markup {
+    let ticks = axis.ticks(size.pick(10, 4));
+    html! {
+        (down_lines(axis, size, (top, bottom)))
+        @for (place, value) in ticks.iter().enumerate() {
+            @let is_last = place + 1 == ticks.len();
+            text.number x=(pixel(axis.at(*value))) y=(pixel(bottom + 17.0)) text-anchor="middle" {
+                (tick(*value)) @if is_last { " " (unit) }
+            }
+        }
+    }
+}
+
+/// The lines of the axis along the bottom without its numbers, for a panel above another one.
+pub(super) fn down_lines(axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+    let mut lines = Path::default();
+    for value in axis.ticks(size.pick(10, 4)) {
+        lines.move_to(axis.at(value), top).down_to(bottom);
+    }
+    html! { path.grid d=(lines.text()) {} }
+}
+
+/// The axis at the left: a line across at each tick, and its number before it.
+pub(super) fn left_axis(axis: &Axis, size: Size, about: usize, text: impl Fn(f64) -> String) -> Markup {
+    let (left, right) = size.plot();
+    html! {
+        @for value in axis.ticks(about) {
+            @let y = axis.at(value);
+            path.(if value == 0.0 { "base" } else { "grid" }) d={ "M" (pixel(left)) " " (pixel(y)) "H" (pixel(right)) } {}
+            text.number x=(pixel(left - 7.0)) y=(pixel(y + 4.0)) text-anchor="end" { (text(value)) }
+        }
+    }
+}
+
+/// The name of a panel, above its left end.
+pub(super) fn panel_name(y: f64, name: &str) -> Markup {
+    html! { text.panel x="0" y=(pixel(y)) { (name) } }
+}
+
+/// A value that stands out: a line down through the panels, named at its upper end.
+#[derive(Debug)]
+pub(super) struct Mark {
+    pub(super) value: f64,
+    pub(super) text: String,
+    /// `middle`, `tail` or `limit`.
+    pub(super) class: &'static str,
+}
+
+/// The height of one mark's name.
+pub(super) const MARK_HEIGHT: f64 = 17.0;
+
+/// Marks, each with its name on a line of its own so that none covers another.
+pub(super) fn marks(marks: &[Mark], axis: &Axis, top: f64, bottom: f64) -> Markup {
+    html! {
+        @for (place, mark) in marks.iter().enumerate() {
+            @let x = axis.at(mark.value);
+            @let y = top + place as f64 * MARK_HEIGHT;
+            @let is_right = axis.share(mark.value) > 0.55;
+            path class={ "mark " (mark.class) } d={ "M" (pixel(x)) " " (pixel(y + 2.0)) "V" (pixel(bottom)) } {}
+            text class={ "name " (mark.class) } x=(pixel(if is_right { x - 6.0 } else { x + 6.0 })) y=(pixel(y + 12.0))
+                text-anchor=(if is_right { "end" } else { "start" }) { (mark.text) }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! How the run went: tokens per second, requests at the server and the time to first token, over one axis of time.
+
+use maud::{Markup, html};
+
+use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_name};
+use super::number::{Axis, digits, pixel, place, round_step, round_up, span, tick};
+use super::run::Run;
+
+/// Dots that are drawn; more of them cover each other.
+const MOST_DOTS: usize = 3000;
+/// Up to this many, dots are large.
+const FEW_DOTS: usize = 300;
+/// Bars of the throughput.
+const ABOUT_BARS: f64 = 120.0;
+/// Points of the line of requests at the server.
+const MOST_POINTS: usize = 400;
+
+/// The numbers behind the chart.
+#[derive(Debug)]
+struct Course {
+    /// Length of the run, in seconds since the first release.
+    length: f64,
+    /// Seconds that a bar stands for.
+    step: f64,
+    /// Tokens of each bar.
+    tokens: Vec<f64>,
+    /// Requests at the server from an instant on.
+    in_flight: Vec<(f64, usize)>,
+}
+
+pub(super) fn draw(run: &Run) -> Markup {
+    let course = Course::of(run);
+    let most_tokens = course.tokens.iter().copied().fold(0.0, f64::max) / course.step;
+    let most_requests = course.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(0);
+    let label = format!(
+        "Over the {} of the run: at most {} output tokens per second, at most {most_requests} requests at the server",
+        span(course.length),
+        digits(most_tokens),
+    );
+    chart("course", &label, |size| course.picture(run, size))
+}
+
+impl Course {
+    fn of(run: &Run) -> Self {
+        let ends = run.answered().map(|(request, timing)| request.started + timing.end());
+        let starts = run.requests.iter().map(|request| request.started);
+        let length = ends.chain(starts).fold(0.0, f64::max).max(1e-3);
+        let step = round_step(length / ABOUT_BARS);
+        let mut tokens = vec![0.0; place(length / step) + 1];
+        let mut changes: Vec<(f64, isize)> = Vec::new();
+        for (request, timing) in run.answered() {
+            changes.extend([(request.started, 1), (request.started + timing.end(), -1)]);
+            // A chunk may hold several tokens: each one counts as its share of the answer.
+            let chunks = timing.gaps.len() + 1;
+            let each = request.output_tokens.max(1) as f64 / chunks as f64;
+            let mut instant = request.started + timing.first_token;
+            for gap in [0.0].iter().chain(&timing.gaps) {
+                instant += gap;
+                let bar = place(instant / step).min(tokens.len() - 1);
+                tokens[bar] += each;
+            }
+        }
+        changes.sort_unstable_by(|left, right| left.0.total_cmp(&right.0));
+        Self {
+            length,
+            step,
+            tokens,
+            in_flight: thinned(&running(&changes), length),
+        }
+    }
+
+    fn picture(&self, run: &Run, size: Size) -> (f64, Markup) {
+        let axis = Axis::linear((0.0, self.length), size.plot());
+        let height = size.pick(120.0, 100.0);
+        let panel = |place: f64| {
+            let top = 22.0 + place * (height + 44.0);
+            (top, top + height)
+        };
+        let picture = html! {
+            (self.tokens(&axis, size, panel(0.0)))
+            (self.in_flight(&axis, size, panel(1.0)))
+            (first_tokens(run, &axis, size, panel(2.0)))
+            (bottom_axis(&axis, size, panel(2.0), "s"))
+        };
+        (panel(2.0).1 + 24.0, picture)
+    }
+
+    fn tokens(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+        let rates = || self.tokens.iter().map(|tokens| tokens / self.step);
+        let most = round_up(rates().fold(1.0, f64::max));
+        let height = Axis::linear((0.0, most), (bottom, top));
+        let mut path = Path::default();
+        path.move_to(axis.at(0.0), bottom);
+        for (place, rate) in rates().enumerate() {
+            path.down_to(height.at(rate))
+                .across_to(axis.at((place + 1) as f64 * self.step));
+        }
+        path.down_to(bottom).close();
+        html! {
+            (panel_name(top - 10.0, &format!("Output tokens per second, in steps of {} s", tick(self.step))))
+            (down_lines(axis, size, (top, bottom)))
+            (left_axis(&height, size, 4, tick))
+            path.area d=(path.text()) {}
+        }
+    }
+
+    fn in_flight(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+        let most = self.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(1);
+        let height = Axis::linear((0.0, round_up(most.max(1) as f64)), (bottom, top));
+        let mut path = Path::default();
+        path.move_to(axis.at(0.0), bottom);
+        for (instant, count) in &self.in_flight {
+            path.across_to(axis.at(*instant)).down_to(height.at(*count as f64));
+        }
+        html! {
+            (panel_name(top - 10.0, "Requests at the server"))
+            (down_lines(axis, size, (top, bottom)))
+            (left_axis(&height, size, 4, tick))
+            path.curve d=(path.text()) {}
+        }
+    }
+}
+
+/// One dot per request where it was sent, as high as its time to first token; a cross at the bottom for each that failed.
+fn first_tokens(run: &Run, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+    let most = run.answered().map(|(_, timing)| timing.first_token).fold(0.0, f64::max);
+    let most = run.objective("ttft").map_or(most, |limit| most.max(limit));
+    let (scale, unit) = if most < 10.0 { (1000.0, "ms") } else { (1.0, "s") };
+    let height = Axis::linear((0.0, round_up((most * scale).max(1e-3))), (bottom, top));
+    let stride = run.requests.len().div_ceil(MOST_DOTS).max(1);
+    let (mut dots, mut crosses) = (Path::default(), Path::default());
+    for (request, timing) in run.answered().step_by(stride) {
+        dots.dot(axis.at(request.started), height.at(timing.first_token * scale));
+    }
+    let failed = run.requests.iter().filter(|request| request.result.is_err());
+    for request in failed.take(MOST_DOTS) {
+        crosses.cross((axis.at(request.started), bottom - 5.0), 3.0);
+    }
+    let few = run.requests.len() <= FEW_DOTS;
+    let limit = run.objective("ttft").map(|limit| height.at(limit * scale));
+    html! {
+        (panel_name(top - 10.0, &format!("Time to first token by when a request was sent (in {unit})")))
+        (left_axis(&height, size, 4, tick))
+        @if let Some(y) = limit {
+            path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(y)) "H" (pixel(size.plot().1)) } {}
+            text.name.limit x=(pixel(size.plot().1)) y=(pixel(y - 4.0)) text-anchor="end" { "objective" }
+        }
+        path.dots.few[few] d=(dots.text()) {}
+        path.crosses d=(crosses.text()) {}
+    }
+}
+
+/// How many run after each change.
+fn running(changes: &[(f64, isize)]) -> Vec<(f64, usize)> {
+    let mut count = 0;
+    let counted = changes.iter().map(|(instant, change)| {
+        count += change;
+        (*instant, usize::try_from(count).unwrap_or(0))
+    });
+    counted.collect()
+}
+
+/// At most so many points: of the many within one step of time, the highest.
+fn thinned(points: &[(f64, usize)], length: f64) -> Vec<(f64, usize)> {
+    if points.len() <= MOST_POINTS {
+        return points.to_vec();
+    }
+    let step = length / MOST_POINTS as f64;
+    let mut thinned: Vec<(f64, usize)> = Vec::with_capacity(MOST_POINTS + 1);
+    for (instant, count) in points {
+        let start = (instant / step).floor() * step;
+        match thinned.last_mut() {
+            Some(last) if last.0 >= start => last.1 = last.1.max(*count),
+            _ => thinned.push((start, *count)),
+        }
+    }
+    // The last change of all is the end of the last request.
+    thinned.extend(points.last());
+    thinned
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_line_keeps_its_peaks_and_its_end() {
+        let mut changes = Vec::new();
+        for request in 0..1000 {
+            changes.extend([(f64::from(request), 1), (f64::from(request) + 0.5, -1)]);
+        }
+        changes.extend([(400.1, 7), (400.2, -7)]);
+        changes.sort_unstable_by(|left: &(f64, isize), right| left.0.total_cmp(&right.0));
+        let points = thinned(&running(&changes), 1000.0);
+        assert!(points.len() <= MOST_POINTS + 2);
+        assert_eq!(points.iter().map(|(_, count)| *count).max(), Some(8));
+        assert_eq!(points.last(), Some(&(999.5, 0)));
+    }
+}

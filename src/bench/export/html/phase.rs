@@ -1,0 +1,88 @@
+//! The parts of a request's time as the report shows them: its names, and how long each one took.
+
+use super::run::{Request, Run};
+use crate::bench::attribution::Stage;
+use crate::bench::stats::percentile_of_sorted;
+
+/// A part of a request's time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// In the client, until others had ended.
+    ClientQueue,
+    /// A part of the time to the first token, where the server told of it.
+    Stage(Stage),
+    /// The time to the first token, where the server told nothing.
+    Wait,
+    /// From the first token to the last.
+    Decoding,
+}
+
+/// How many there are.
+pub(super) const COUNT: usize = Stage::ALL.len() + 3;
+
+impl Phase {
+    /// All of them, in the order that a request goes through them.
+    pub(super) fn all() -> [Self; COUNT] {
+        std::array::from_fn(|place| match place {
+            0 => Self::ClientQueue,
+            place if place <= Stage::ALL.len() => Self::Stage(Stage::ALL[place - 1]),
+            place if place + 1 < COUNT => Self::Wait,
+            _ => Self::Decoding,
+        })
+    }
+
+    /// Its name for people.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::ClientQueue => "client queue",
+            Self::Stage(stage) => stage.label(),
+            Self::Wait => "until the first token",
+            Self::Decoding => "decoding",
+        }
+    }
+
+    /// Its name in the style sheet, which the result file has for stages, too.
+    pub(super) fn class(self) -> &'static str {
+        match self {
+            Self::ClientQueue => "client_queue",
+            Self::Stage(stage) => stage.key(),
+            Self::Wait => "wait",
+            Self::Decoding => "decoding",
+        }
+    }
+
+    /// How long a request was in it, in seconds.
+    pub(super) fn of(self, request: &Request) -> f64 {
+        let timing = request.result.as_ref().ok();
+        match (self, &request.told) {
+            (Self::ClientQueue, _) => request.queued,
+            (Self::Decoding, _) => timing.map_or(0.0, |timing| timing.end() - timing.first_token),
+            (Self::Wait, None) => request.first_token(),
+            (Self::Stage(stage), Some(told)) => told.stages[stage as usize],
+            (Self::Wait, Some(_)) | (Self::Stage(_), None) => 0.0,
+        }
+    }
+
+    /// Those that took any time in the run.
+    pub(super) fn used(run: &Run) -> Vec<Self> {
+        let is_used = |phase: &Self| run.requests.iter().any(|request| phase.of(request) > 0.0);
+        Self::all().into_iter().filter(is_used).collect()
+    }
+
+    /// Its lengths over the requests that were answered, ascending.
+    pub(super) fn lengths(self, run: &Run) -> Vec<f64> {
+        let mut lengths: Vec<f64> = run.answered().map(|(request, _)| self.of(request)).collect();
+        lengths.sort_unstable_by(f64::total_cmp);
+        lengths
+    }
+
+    /// Its median over the requests that were answered.
+    pub(super) fn median(self, run: &Run) -> f64 {
+        let lengths = self.lengths(run);
+        if lengths.is_empty() {
+            0.0
+        } else {
+            percentile_of_sorted(&lengths, 50.0)
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What the page promises: it is whole, harmless, and never too large.
+
+use serde_json::{Value, json};
+
+use super::of_file;
+use super::run::Run;
+use super::timeline::Timeline;
+
+const HOSTILE: &str = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u{2028}&amp;";
+
+/// A result file with details: request `i` is sent at `i` tenths of a second and answers after 300 ms, with gaps of 10 ms.
+fn result(count: usize, gaps: usize, mut change: impl FnMut(usize, &mut Value)) -> Value {
+    let mut each: Vec<Value> = Vec::new();
+    for index in 0..count {
+        let start = 5000.0 + index as f64 / 10.0;
+        let latency = 0.3 + 0.01 * gaps as f64;
+        let mut one = json!({"ttft": 0.3, "itl": vec![0.01; gaps], "latency": latency, "start": start, "error": ""});
+        change(index, &mut one);
+        each.push(one);
+    }
+    let list = |key: &str| each.iter().map(|one| one[key].clone()).collect::<Vec<_>>();
+    let failed = each.iter().filter(|one| one["error"] != "").count();
+    json!({
+        "date": "20261122-205142", "backend": "openai", "model_id": "org/tiny", "num_prompts": count, "request_rate": 10.0,
+        "burstiness": 1.0, "max_concurrency": null, "duration": count as f64 / 10.0, "completed": count - failed, "failed": failed,
+        "total_input_tokens": 10 * count, "total_output_tokens": (gaps + 1) * count, "request_throughput": 9.5,
+        "output_throughput": 100.0, "total_token_throughput": 200.0, "input_lens": vec![10; count],
+        "output_lens": vec![gaps + 1; count], "ttfts": list("ttft"), "itls": list("itl"), "latencies": list("latency"),
+        "start_times": list("start"), "queue_times": vec![0.0; count], "errors": list("error"), "median_ttft_ms": 300.0,
+        "median_tpot_ms": 10.0,
+    })
+}
+
+fn fails(one: &mut Value, cause: &str) {
+    for (key, value) in [
+        ("ttft", json!(0.0)),
+        ("latency", json!(0.0)),
+        ("itl", json!([])),
+        ("error", json!(cause)),
+    ] {
+        one[key] = value;
+    }
+}
+
+#[test]
+fn what_servers_and_models_say_stands_in_the_page_as_text_only() {
+    let mut file = result(4, 3, |index, one| {
+        if index > 1 {
+            fails(one, HOSTILE);
+        }
+    });
+    file["model_id"] = json!(HOSTILE);
+    file["xpyd"] = json!({"version": HOSTILE, "seed": HOSTILE});
+    file[HOSTILE] = json!(HOSTILE);
+    let page = of_file(&file.to_string()).unwrap();
+    assert!(page.contains("&lt;script&gt;alert(1)"), "the cause is shown");
+    assert!(page.contains(r"\u003cscript\u003ealert(1)"), "and given to the script");
+    // The script's data and the script itself.
+    assert_eq!(page.matches("<script").count(), 2);
+    assert_eq!(page.matches("</script>").count(), 2);
+    assert!(!page.contains("<img"));
+}
+
+#[test]
+fn a_page_loads_nothing() {
+    let page = of_file(&result(3, 3, |_, _| ()).to_string()).unwrap();
+    let without_names = page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "");
+    for outside in ["http", "src=", "href=", "url(", "@import", "fetch("] {
+        assert!(!without_names.contains(outside), "`{outside}` is in the page");
+    }
+}
+
+#[test]
+fn a_page_of_many_requests_stays_small_and_says_what_it_left_out() {
+    let file = result(12_000, 20, |index, one| {
+        if index % 3 == 0 {
+            fails(one, &format!("cause {index}: {}", "long ".repeat(200)));
+        }
+    });
+    let page = of_file(&file.to_string()).unwrap();
+    assert!(page.len() < 5_000_000, "{} bytes", page.len());
+    assert!(page.contains("of 12\u{202f}000 requests are drawn"));
+    assert!(page.contains("Further causes: 3980"));
+}
+
+#[test]
+fn a_file_of_vllms_client_gives_a_page_with_or_without_details() {
+    let mut file: Value = serde_json::from_str(include_str!("../captures/everything.json")).unwrap();
+    let page = of_file(&file.to_string()).unwrap();
+    assert!(page.contains("Every request") && page.contains("4 of 20 requests failed, by cause"));
+    // As vLLM leaves a file without `--save-detailed`.
+    for list in [
+        "input_lens",
+        "output_lens",
+        "ttfts",
+        "itls",
+        "start_times",
+        "generated_texts",
+        "errors",
+    ] {
+        file.as_object_mut().unwrap().remove(list);
+    }
+    let page = of_file(&file.to_string()).unwrap();
+    assert!(page.contains("--save-detailed") && page.contains("median_ttft_ms"));
+}
+
+#[test]
+fn of_appended_results_the_last_one_is_shown() {
+    let mut first = result(2, 2, |_, _| ());
+    first["model_id"] = json!("first");
+    let text = format!("{first}\n{}\n\n", result(2, 2, |_, _| ()));
+    assert!(of_file(&text).unwrap().contains("tiny at 10 req/s"));
+}
+
+#[test]
+fn what_is_no_result_is_refused_with_the_reason() {
+    for (text, reason) in [
+        ("", "it is empty"),
+        ("{", "it is no result"),
+        ("[1]", "it is no result"),
+        ("{}", "it has no `duration`"),
+        (r#"{"duration": 1, "ttfts": "none"}"#, "it is no result"),
+    ] {
+        let error = of_file(text).unwrap_err().to_string();
+        assert!(error.starts_with("it is") && error.contains(reason), "{text}: {error}");
+    }
+}
+
+#[test]
+fn numbers_that_are_none_or_beyond_measure_do_not_break_a_page() {
+    for value in [json!(-1.0), json!(0.0), json!(1e300), json!(1e-300)] {
+        let file = result(130, 5, |index, one| {
+            for key in ["ttft", "latency", "start"] {
+                if index % 2 == 0 {
+                    one[key] = value.clone();
+                }
+            }
+            one["itl"] = json!([value, value, 0.01]);
+        });
+        let page = of_file(&file.to_string()).unwrap();
+        assert!(!page.contains("NaN") && !page.contains("inf "), "{value}");
+        assert!(page.len() < 5_000_000);
+    }
+}
+
+#[test]
+fn requests_that_share_a_lane_do_not_overlap() {
+    let file = result(600, 40, |_, _| ());
+    let run = Run::read(&file.to_string()).unwrap();
+    let timeline = Timeline::of(&run);
+    let data = timeline.data();
+    let mut ends = std::collections::HashMap::new();
+    for row in data["rows"].as_array().unwrap() {
+        let phases = row["phases"].as_array().unwrap();
+        let (start, length) = (
+            row["start"].as_i64().unwrap(),
+            phases.iter().filter_map(Value::as_i64).sum::<i64>(),
+        );
+        let end = ends.insert(row["lane"].as_u64().unwrap(), start + length);
+        assert!(end.is_none_or(|end| end <= start), "{row}");
+    }
+    // 700 ms each, ten a second: seven at once, and one more because neighbours are kept apart.
+    assert!((7..=8).contains(&ends.len()), "{} lanes", ends.len());
+}

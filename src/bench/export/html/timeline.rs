@@ -1,0 +1,332 @@
+//! Every request over time, by phase. Drawn here for a page without scripts, and given to the script as data.
+//!
+//! Few requests have a row each. Of many, rows would be a thin diagonal; there each request takes the first lane that is free,
+//! so that the picture's height is the number of requests at once.
+
+use maud::{Markup, PreEscaped, html};
+use serde_json::{Value, json};
+
+use super::chart::{Path, Size, bottom_axis, chart};
+use super::number::{Axis, pixel, place, span, tick, whole};
+use super::phase::{self, Phase};
+use super::run::{Request, Run};
+
+/// Requests that have a row each.
+const MOST_ROWS: usize = 120;
+/// Requests that are drawn. More take too many bytes.
+const MOST_DRAWN: usize = 4000;
+/// Of those, requests that failed.
+const MOST_FAILED: usize = 500;
+/// Of those, the ones that waited longest for their first token.
+const SLOWEST: usize = 300;
+/// Stalls that are drawn, the longest ones.
+const MOST_STALLS: usize = 2000;
+/// A gap is a stall from this many times the median gap on.
+const STALL_RATIO: f64 = 4.0;
+/// The height of all rows together, in pixels, where they are many.
+const HEIGHT: f64 = 560.0;
+/// The height of one row where they are few.
+const ROW_HEIGHT: f64 = 16.0;
+/// The first pixel of the plot from above.
+const TOP: f64 = 10.0;
+
+/// What is drawn.
+#[derive(Debug)]
+pub(super) struct Timeline<'a> {
+    rows: Vec<Row<'a>>,
+    lanes: usize,
+    has_own_rows: bool,
+    total: usize,
+    /// From the first release to the last token.
+    length: f64,
+    /// From this length on, a gap is shown as a stall.
+    stall: f64,
+    stalls: usize,
+    phases: Vec<Phase>,
+}
+
+#[derive(Debug)]
+struct Row<'a> {
+    request: &'a Request,
+    lane: usize,
+}
+
+impl<'a> Timeline<'a> {
+    pub(super) fn of(run: &'a Run) -> Self {
+        let mut gaps: Vec<f64> = run
+            .answered()
+            .flat_map(|(_, timing)| timing.gaps.iter().copied())
+            .collect();
+        gaps.sort_unstable_by(f64::total_cmp);
+        let typical = gaps.get(gaps.len() / 2).copied().unwrap_or(0.0) * STALL_RATIO;
+        let longest = gaps.len().checked_sub(MOST_STALLS + 1).map_or(0.0, |place| gaps[place]);
+        let stall = typical.max(longest).max(1e-6);
+        let length = run.requests.iter().map(end).fold(1e-3, f64::max);
+        let drawn = sample(&run.requests);
+        let has_own_rows = drawn.len() <= MOST_ROWS;
+        let rows = if has_own_rows {
+            let rows = drawn.into_iter().enumerate();
+            rows.map(|(lane, request)| Row { request, lane }).collect()
+        } else {
+            in_lanes(drawn, length)
+        };
+        Self {
+            lanes: rows.iter().map(|row| row.lane + 1).max().unwrap_or(1),
+            rows,
+            has_own_rows,
+            total: run.requests.len(),
+            length,
+            stall,
+            stalls: gaps.len() - gaps.partition_point(|gap| *gap <= stall),
+            phases: Phase::used(run),
+        }
+    }
+
+    /// The legend, which tells the medians too; the picture; the notes on what is not in it; the data for the script.
+    pub(super) fn figure(&self, run: &Run) -> Markup {
+        let failed = self.rows.iter().filter(|row| row.request.result.is_err()).count();
+        let label = format!(
+            "{} requests over {}, by phase; {failed} of them failed. The table of the slowest requests has the numbers.",
+            whole(self.rows.len()),
+            span(self.length)
+        );
+        html! {
+            figure.timeline {
+                (self.legend(run))
+                div.tools hidden {
+                    button type="button" data-action="in" { "Zoom in" }
+                    button type="button" data-action="out" { "Zoom out" }
+                    button type="button" data-action="left" aria-label="Earlier" { "←" }
+                    button type="button" data-action="right" aria-label="Later" { "→" }
+                    button type="button" data-action="reset" { "All" }
+                    span.hint { "Drag over a stretch of time to look closer." }
+                }
+                (chart("rows", &label, |size| self.picture(size)))
+                div.tip hidden {}
+                (self.notes())
+            }
+            script #timeline-data type="application/json" { (PreEscaped(embedded(&self.data()))) }
+        }
+    }
+
+    fn notes(&self) -> Markup {
+        html! {
+            @if !self.has_own_rows || self.rows.len() < self.total {
+                figcaption {
+                    @if !self.has_own_rows {
+                        "Each request takes the first lane that is free, so the picture is as high as requests were there at once. "
+                    }
+                    @if self.rows.len() < self.total {
+                        (whole(self.rows.len())) " of " (whole(self.total)) " requests are drawn: up to " (MOST_FAILED) " that failed, the "
+                        (SLOWEST) " that waited longest for their first token, and others at even steps. Every number and every other \
+                        chart is of all requests."
+                    }
+                }
+            }
+        }
+    }
+
+    fn legend(&self, run: &Run) -> Markup {
+        html! {
+            ul.legend aria-label="Phases in the order of time, with their medians" {
+                @for phase in &self.phases {
+                    li { i class={ "swatch " (phase.class()) } {} (phase.name()) " " span.value { (span(phase.median(run))) } }
+                }
+                @if self.stalls > 0 {
+                    li { i.swatch.stall {} "gap over " (span(self.stall)) " " span.value { (whole(self.stalls)) } }
+                }
+                @if run.failed > 0 { li { i.swatch.failed { "×" } "failed " span.value { (whole(run.failed)) } } }
+            }
+        }
+    }
+
+    fn picture(&self, size: Size) -> (f64, Markup) {
+        let pitch = (HEIGHT / self.lanes as f64).min(ROW_HEIGHT);
+        let bottom = TOP + pitch * self.lanes as f64;
+        let axis = Axis::linear((0.0, self.length), size.plot());
+        let (left, right) = size.plot();
+        let [phases, stalls, crosses] = self.paths(&axis, pitch);
+        let picture = html! {
+            g.axis { (bottom_axis(&axis, size, (TOP, bottom), "s")) }
+            g.labels { (self.labels(size, pitch, bottom)) }
+            g.plot data-left=(pixel(left)) data-right=(pixel(right)) data-top=(pixel(TOP)) data-bottom=(pixel(bottom)) {
+                @for (phase, path) in Phase::all().into_iter().zip(&phases) { path class={ "phase " (phase.class()) } d=(path.text()) {} }
+                path.stall d=(stalls[0].text()) {}
+                path.crosses d=(crosses[0].text()) {}
+            }
+        };
+        (bottom + 24.0, picture)
+    }
+
+    /// The paths of the phases, of the stalls, of the failures.
+    fn paths(&self, axis: &Axis, pitch: f64) -> [Vec<Path>; 3] {
+        let thickness = thickness(pitch);
+        let mut phases: Vec<Path> = std::iter::repeat_with(Path::default).take(phase::COUNT).collect();
+        let (mut stalls, mut crosses) = (Path::default(), Path::default());
+        for Row { request, lane } in &self.rows {
+            let y = TOP + *lane as f64 * pitch;
+            let mut start = request.started - request.queued;
+            for (path, phase) in phases.iter_mut().zip(Phase::all()) {
+                let end = start + phase.of(request);
+                if end > start {
+                    path.bar((axis.at(start), axis.at(end)), y, thickness);
+                    start = end;
+                }
+            }
+            for (from, to) in self.stalls_of(request) {
+                stalls.bar((axis.at(from), axis.at(to)), y, thickness);
+            }
+            if request.result.is_err() {
+                crosses.cross(
+                    (axis.at(request.started), y + thickness / 2.0),
+                    (thickness / 2.0).clamp(2.0, 4.0),
+                );
+            }
+        }
+        [phases, vec![stalls], vec![crosses]]
+    }
+
+    /// At the left: the numbers of some requests beside their rows, or how many lanes there are.
+    fn labels(&self, size: Size, pitch: f64, bottom: f64) -> Markup {
+        let x = pixel(size.plot().0 - 7.0);
+        let stride = place((22.0 / pitch).ceil()).max(1);
+        let lanes = Axis::linear((0.0, self.lanes as f64), (TOP, bottom));
+        html! {
+            @if self.has_own_rows {
+                @for Row { request, lane } in self.rows.iter().step_by(stride) {
+                    text.number x=(x) y=(pixel(TOP + (*lane as f64 + 0.5) * pitch + 4.0)) text-anchor="end" { (request.index) }
+                }
+            } @else {
+                @for count in lanes.ticks(8).into_iter().filter(|count| *count > 0.0) {
+                    text.number x=(x) y=(pixel(lanes.at(count) + 4.0)) text-anchor="end" { (tick(count)) }
+                }
+            }
+        }
+    }
+
+    /// From when to when nothing came, since the first release.
+    fn stalls_of(&self, request: &Request) -> Vec<(f64, f64)> {
+        let Ok(timing) = &request.result else {
+            return Vec::new();
+        };
+        let mut instant = request.started + timing.first_token;
+        let mut stalls = Vec::new();
+        for gap in &timing.gaps {
+            if *gap > self.stall {
+                stalls.push((instant, instant + gap));
+            }
+            instant += gap;
+        }
+        stalls
+    }
+
+    /// What the script needs to draw the same again at another scale, in tenths of a millisecond.
+    pub(super) fn data(&self) -> Value {
+        let rows = self.rows.iter().map(|Row { request, lane }| {
+            let stalls = self.stalls_of(request).into_iter();
+            let stalls: Vec<i64> = stalls.flat_map(|(from, to)| [units(from), units(to - from)]).collect();
+            let mut row = json!({
+                "request": request.index,
+                "lane": lane,
+                "start": units(request.started - request.queued),
+                "phases": self.phases.iter().map(|phase| units(phase.of(request))).collect::<Vec<_>>(),
+                "input": request.input_tokens,
+                "output": request.output_tokens,
+            });
+            // Left out where there is nothing to say: most of a page of thousands of requests is this.
+            if !stalls.is_empty() {
+                row["stalls"] = json!(stalls);
+            }
+            if let Some(told) = &request.told {
+                row["pair"] = json!(told.pair);
+            }
+            if let Err(error) = &request.result {
+                row["error"] = json!(error);
+            }
+            row
+        });
+        json!({
+            "phases": self.phases.iter().map(|phase| json!([phase.name(), phase.class()])).collect::<Vec<_>>(),
+            "length": units(self.length),
+            "ownRows": self.has_own_rows,
+            "rows": rows.collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// Tenths of a millisecond.
+#[expect(clippy::cast_possible_truncation, reason = "a run of days has far fewer")]
+fn units(seconds: f64) -> i64 {
+    (seconds * 10_000.0).round() as i64
+}
+
+/// The bar of a row, with a little room to the next one where there is room.
+fn thickness(pitch: f64) -> f64 {
+    match pitch {
+        wide if wide > 8.0 => wide - 3.0,
+        some if some > 4.0 => some - 1.5,
+        thin => thin,
+    }
+}
+
+/// When a request ended, since the first release.
+fn end(request: &Request) -> f64 {
+    request.started + request.result.as_ref().map_or(0.0, super::run::Timing::end)
+}
+
+/// Each request in the first lane that is free when it is released.
+fn in_lanes(requests: Vec<&Request>, length: f64) -> Vec<Row<'_>> {
+    // What failed has no length, but its cross has a width.
+    let room = |request: &Request| length / if request.result.is_ok() { 1000.0 } else { 120.0 };
+    let mut free_at: Vec<f64> = Vec::new();
+    let rows = requests.into_iter().map(|request| {
+        let start = request.started - request.queued;
+        let lane = free_at
+            .iter()
+            .position(|free_at| *free_at <= start)
+            .unwrap_or(free_at.len());
+        let busy_until = end(request) + room(request);
+        match free_at.get_mut(lane) {
+            Some(free_at) => *free_at = busy_until,
+            None => free_at.push(busy_until),
+        }
+        Row { request, lane }
+    });
+    rows.collect()
+}
+
+/// Which requests are drawn, in the order of the schedule.
+fn sample(requests: &[Request]) -> Vec<&Request> {
+    if requests.len() <= MOST_DRAWN {
+        return requests.iter().collect();
+    }
+    let mut is_chosen = vec![false; requests.len()];
+    let (mut answered, failed): (Vec<usize>, Vec<usize>) =
+        (0..requests.len()).partition(|place| requests[*place].result.is_ok());
+    for place in failed.iter().step_by(failed.len().div_ceil(MOST_FAILED).max(1)) {
+        is_chosen[*place] = true;
+    }
+    answered.sort_by(|left, right| requests[*right].first_token().total_cmp(&requests[*left].first_token()));
+    for place in answered.iter().take(SLOWEST) {
+        is_chosen[*place] = true;
+    }
+    let left = MOST_DRAWN - is_chosen.iter().filter(|chosen| **chosen).count();
+    for place in (0..requests.len()).step_by(requests.len().div_ceil(left)) {
+        is_chosen[place] = true;
+    }
+    let chosen = requests.iter().zip(is_chosen);
+    chosen
+        .filter_map(|(request, is_chosen)| is_chosen.then_some(request))
+        .collect()
+}
+
+/// JSON that may stand in a page's script element, whatever its texts hold: nothing in it can end the element or begin
+/// a comment, because `<`, `>` and `&` are written as escapes.
+pub(super) fn embedded(data: &Value) -> String {
+    data.to_string()
+        .replace('<', "\\u003c")
+        .replace('>', "\\u003e")
+        .replace('&', "\\u0026")
+        .replace('\u{2028}', "\\u2028")
+        .replace('\u{2029}', "\\u2029")
+}

@@ -1,0 +1,48 @@
+//! `xpyd bench --report`: the report as a page, of a run or of a saved result.
+
+use std::path::Path;
+
+use crate::bench::{self, Report};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// Result files that are read: one of a million requests has some hundred megabytes.
+const LARGEST_RESULT: u64 = 2 << 30;
+
+/// Writes the page of a run.
+pub(super) fn write(report: &Report, path: &Path, printer: Printer) -> Result<(), Failure> {
+    save(&report.to_html(), path, printer)
+}
+
+/// Writes the page of a saved result.
+pub(super) fn convert(result: &Path, path: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
+    let usage = |error: std::io::Error| Failure::new(ExitStatus::Usage, error);
+    let length = fs_err::metadata(result).map_err(usage)?.len();
+    if length > LARGEST_RESULT {
+        let message = format!(
+            "`{}` has {length} bytes, and {LARGEST_RESULT} are the limit",
+            result.display()
+        );
+        return Err(Failure::message(ExitStatus::Usage, message));
+    }
+    let text = fs_err::read_to_string(result).map_err(usage)?;
+    let page = bench::page_of_file(&text).map_err(|error| {
+        let context = format!("cannot make a report of `{}`", result.display());
+        Failure::new(ExitStatus::Usage, anyhow::Error::from(error).context(context))
+            .hint("`xpyd bench --save-result --save-detailed` and `vllm bench serve` with the same flags save one")
+    })?;
+    save(&page, path, printer)?;
+    Ok(ExitStatus::Success)
+}
+
+fn save(page: &str, path: &Path, printer: Printer) -> Result<(), Failure> {
+    let write = || {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            fs_err::create_dir_all(folder)?;
+        }
+        fs_err::write(path, page)
+    };
+    write().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
+    printer.status(format_args!("report written to {}", path.display()));
+    Ok(())
+}
