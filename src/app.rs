@@ -23,6 +23,7 @@ use crate::supervisor::{self, Keep, KeptRun, Outcome};
 use crate::ui::Printer;
 
 mod causes;
+mod gpus;
 mod kept;
 mod reporting;
 mod scale;
@@ -131,11 +132,10 @@ where
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
     let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
-    let stop = CancellationToken::new();
-    let mut parts = JoinSet::new();
+    let (stop, mut parts) = (CancellationToken::new(), JoinSet::new());
     parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
-    let (progress_is_settled, seen) = report(&mut parts, &plans, printer, &view, &stop);
+    let (progress_is_settled, seen, notes) = report(&mut parts, &plans, printer, &view, &stop);
     let status = status(&info, plans, &view, &seen, &proxy);
     let scaler = scale::Scaler {
         grow,
@@ -155,6 +155,7 @@ where
         view: view_sender,
         verify: verify(proxy.clone(), verified_sender),
         explain: causes::explain(&plan, began_sender),
+        gpus: gpus::checks(&plan.engines, &plan.run_dir, notes),
     };
     let work = async {
         if reached_ready(view.clone()).await {
@@ -260,14 +261,18 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, are_running: bool) -> Resul
 }
 
 /// Starts what tells people of the run: one reader of phases per engine, and the reporter. The receivers say when the
-/// start has been shown for the last time, and how far each engine is.
+/// start has been shown for the last time, and how far each engine is; the sender takes what else people should know.
 fn report(
     parts: &mut JoinSet<()>,
     plans: &watch::Receiver<Arc<Plan>>,
     printer: Printer,
     view: &watch::Receiver<Arc<FleetView>>,
     stop: &CancellationToken,
-) -> (oneshot::Receiver<()>, watch::Receiver<Arc<reporting::Seen>>) {
+) -> (
+    oneshot::Receiver<()>,
+    watch::Receiver<Arc<reporting::Seen>>,
+    mpsc::Sender<String>,
+) {
     let (sender, receiver) = mpsc::channel(64);
     parts.spawn(until(
         stop.clone(),
@@ -276,8 +281,9 @@ fn report(
     let (published, seen) = watch::channel(Arc::default());
     let (settled, progress_is_settled) = oneshot::channel();
     let reporter = reporting::Reporter::new(printer, &plans.borrow(), settled, published);
-    parts.spawn(reporter.run(view.clone(), receiver, stop.clone()));
-    (progress_is_settled, seen)
+    let (notes, told) = mpsc::channel(8);
+    parts.spawn(reporter.run(view.clone(), receiver, told, stop.clone()));
+    (progress_is_settled, seen, notes)
 }
 
 fn supervisor_settings(

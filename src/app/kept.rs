@@ -60,20 +60,30 @@ pub async fn end_kept(
     requests
         .try_send(stop)
         .map_err(|_| Failure::message(ExitStatus::Bug, "a new queue is full"))?;
+    let (notes, mut told) = mpsc::channel(8);
     let (mut parts, end) = (tokio::task::JoinSet::new(), tokio_util::sync::CancellationToken::new());
     let wiring = supervisor::Wiring {
         signals: forward_signals(&mut parts, &end)?,
         requests: request_receiver,
         view,
         explain: Box::new(|_| Arc::new(|_| supervisor::Cause::default())),
+        gpus: super::gpus::checks(&settings.engines, &settings.run_dir, notes),
         verify: Box::new(|_| Box::pin(std::future::pending())),
     };
     let mut progress = StopProgress::new(printer, "press Ctrl+C twice to force");
     let show = async {
-        while shown.changed().await.is_ok() {
-            let view = shown.borrow_and_update().clone();
-            let left = view.engines.iter().filter(|engine| engine.state.is_alive());
-            progress.stopping(&left.map(|engine| engine.id.clone()).collect::<Vec<_>>());
+        loop {
+            tokio::select! {
+                changed = shown.changed() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    let view = shown.borrow_and_update().clone();
+                    let left = view.engines.iter().filter(|engine| engine.state.is_alive());
+                    progress.stopping(&left.map(|engine| engine.id.clone()).collect::<Vec<_>>());
+                }
+                Some(note) = told.recv() => printer.status(note),
+            }
         }
         std::future::pending::<std::convert::Infallible>().await
     };

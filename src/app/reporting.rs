@@ -195,6 +195,7 @@ impl Reporter {
         mut self,
         mut view: watch::Receiver<Arc<FleetView>>,
         mut phases: mpsc::Receiver<(EngineId, Phase)>,
+        mut notes: mpsc::Receiver<String>,
         stop: CancellationToken,
     ) {
         let mut refresh = interval(REFRESH);
@@ -215,6 +216,7 @@ impl Reporter {
                     self.show_stop(&current);
                     self.show_starts();
                 }
+                Some(note) = notes.recv() => self.tell(&note),
                 Some((engine, phase)) = phases.recv() => {
                     if let Some(EngineStart { began, start, .. }) = self.seen.starts.get_mut(&engine) {
                         start.reach(phase, began.elapsed());
@@ -228,6 +230,14 @@ impl Reporter {
         self.view_changed(&last);
         if let Some(stopping) = self.stopping.take() {
             stopping.clear();
+        }
+    }
+
+    /// Says something, above the bars of the start while there are any.
+    fn tell(&self, text: &str) {
+        match &self.progress {
+            Some(progress) => progress.suspend(|| self.printer.status(text)),
+            None => self.printer.status(text),
         }
     }
 
@@ -341,11 +351,7 @@ impl Reporter {
         match view.stage {
             FleetStage::Starting => {}
             FleetStage::Verifying => {
-                let text = "verifying: one hand-off through every pair of engines";
-                match &self.progress {
-                    Some(progress) => progress.suspend(|| self.printer.status(text)),
-                    None => self.printer.status(text),
-                }
+                self.tell("verifying: one hand-off through every pair of engines");
             }
             FleetStage::Ready => {
                 self.seen.ready_since = Some(jiff::Timestamp::now().to_string());

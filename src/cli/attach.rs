@@ -1,8 +1,9 @@
 //! Engines that outlived their xpyd: found, and compared with what is asked for now.
 
 use crate::control::rundir;
-use crate::fleet::EngineId;
+use crate::fleet::{EngineId, Role};
 use crate::plan::{EngineSpec, Plan};
+use crate::profile::Profile;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::guardian::client::GuardianError;
 use crate::supervisor::{KeptRun, KeptState};
@@ -22,6 +23,24 @@ fn unusable(error: GuardianError, name: &str) -> Failure {
     } else {
         failure.hint("try again in a moment; `pkill -KILL -f 'xpyd guardian'` ends the engines of all runs")
     }
+}
+
+/// The profile with the GPUs on which the engines are: these hold the memory of their own GPUs, so the plan would place them
+/// elsewhere.
+pub(super) fn where_they_run(profile: &Profile, kept: &KeptRun, name: &str) -> Result<Profile, Failure> {
+    let mut specs = kept.specs().map_err(|error| unusable(error, name))?;
+    specs.sort_by_key(|spec| (spec.id.as_str().len(), spec.id.to_string()));
+    let mut profile = profile.clone();
+    for (role, of_role) in [
+        (Role::Prefill, &mut profile.prefill),
+        (Role::Decode, &mut profile.decode),
+    ] {
+        let running: Vec<_> = specs.iter().filter(|spec| spec.role == role).collect();
+        if running.len() == usize::from(of_role.count) {
+            of_role.gpus = running.iter().flat_map(|spec| spec.gpus.iter().copied()).collect();
+        }
+    }
+    Ok(profile)
 }
 
 /// The plan with the engines as they run, if they are the ones that it would start.

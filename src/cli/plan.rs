@@ -1,5 +1,7 @@
 //! `xpyd plan`: everything that a run would do, for people and as JSON.
 
+mod topology;
+
 use clap::Parser;
 
 use super::request::{self, FleetArguments};
@@ -32,12 +34,20 @@ pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer)
     let findings = preflight::check(plan, machine);
     let plan = &plan.redacted();
     if json {
-        let value = serde_json::json!({"plan": plan, "findings": findings});
+        let value = serde_json::json!({
+            "plan": plan,
+            "findings": findings,
+            "gpus": machine.gpus.found(),
+            "driver": machine.driver,
+        });
         let text = serde_json::to_string_pretty(&value).map_err(anyhow::Error::from)?;
         printer.data(text);
         return Ok(());
     }
     printer.data(text(plan));
+    if let Some(topology) = topology::text(plan, machine) {
+        printer.data(format!("\n{topology}"));
+    }
     if !findings.is_empty() {
         printer.data("\nchecks");
         for finding in &findings {
@@ -230,7 +240,7 @@ mod tests {
             .lines()
             .filter_map(|line| line.trim().strip_prefix("CUDA_VISIBLE_DEVICES="))
             .collect();
-        assert_eq!(gpus, ["1", "3", "0", "2"]);
+        assert_eq!(gpus, [1, 3, 0, 2].map(|number| format!("GPU-{number:08x}")));
     }
 
     #[test]

@@ -65,6 +65,12 @@ pub struct Arguments {
     /// Accepted; no memory is used
     #[arg(long)]
     pub gpu_memory_utilization: Option<f64>,
+    /// Accepted; nothing is bound
+    #[arg(long)]
+    pub numa_bind: bool,
+    /// Accepted; nothing is bound
+    #[arg(long, num_args = 1.., value_name = "NODE")]
+    pub numa_bind_nodes: Vec<u32>,
     /// The timing model's numbers
     #[arg(long, default_value = sim::INSTANT.name)]
     pub preset: String,

@@ -73,7 +73,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     let run_dir = acquire(&arguments.name)?;
     let attach = attach::find(&arguments.name)?;
     let plan = if let Some(kept) = &attach {
-        let plan = request::build(&profile, &machine, &kept.kept.run_dir)?;
+        let plan = request::build(
+            &attach::where_they_run(&profile, kept, &arguments.name)?,
+            &machine,
+            &kept.kept.run_dir,
+        )?;
         attach::resume(plan, kept, &arguments.name)?
     } else {
         request::preflight(&draft, &machine, printer)?;

@@ -45,8 +45,12 @@ pub struct Serve<'plan> {
     pub data_parallel: u16,
     /// Where it computes.
     pub device: Device,
-    /// Its GPUs.
-    pub gpus: &'plan [u32],
+    /// Its GPUs, as `CUDA_VISIBLE_DEVICES` has them.
+    pub visible_gpus: &'plan str,
+    /// The NUMA node of each of its GPUs, to bind its workers to; empty binds nothing.
+    pub numa_nodes: &'plan [u32],
+    /// The part of its GPUs' memory that it may use, 0 to 1; its own default when absent.
+    pub gpu_memory_utilization: Option<f64>,
     /// Longest prompt plus answer, in tokens.
     pub max_model_len: Option<u32>,
     /// What its connector adds.

@@ -2,7 +2,8 @@
 
 use super::huggingface::{CacheState, Hub, Model};
 use super::{
-    Engine, Environment, Gpu, Gpus, HuggingFace, Limit, Machine, Pcie, Space, System, Token, TokenSource, Version,
+    Driver, Engine, Environment, Gpu, GpuMemory, Gpus, HuggingFace, Limit, Machine, Pcie, Space, System, Token,
+    TokenSource, Version,
 };
 
 impl Machine {
@@ -12,11 +13,17 @@ impl Machine {
             index,
             name: "NVIDIA H100 80GB HBM3".to_owned(),
             uuid: format!("GPU-{index:08x}"),
-            memory_total_bytes: 80 << 30,
-            memory_free_bytes: 79 << 30,
+            memory: Some(GpuMemory {
+                total: 80 << 30,
+                free: 79 << 30,
+                used: 1 << 29,
+            }),
+            processes: Some(Vec::new()),
+            ..Gpu::default()
         };
         Self {
             gpus: Gpus::Found((0..gpus).map(gpu).collect()),
+            driver: Driver::default(),
             hugging_face: HuggingFace {
                 token: Some(Token {
                     source: TokenSource::Environment("HF_TOKEN"),
@@ -34,12 +41,15 @@ impl Machine {
                 leftovers: Vec::new(),
                 similar: Vec::new(),
             },
+            model: None,
             engine: Engine::Found {
                 program: "/opt/venv/bin/vllm".into(),
                 vllm: Version::parse(vllm),
                 lmcache: lmcache.and_then(Version::parse),
                 nixl: Version::parse("1.5.1"),
                 has_shutdown_timeout: true,
+                has_device_ids: Version::parse(vllm).is_some_and(|version| version.at_least(0, 30)),
+                has_numa_bind: true,
                 environment: Box::new(Environment {
                     python: Some("/opt/venv/bin/python".into()),
                     python_version: Version::parse("3.12.3"),
@@ -47,6 +57,7 @@ impl Machine {
                     ..Environment::default()
                 }),
             },
+            binds_numa: false,
             cores: 16,
             available_memory_bytes: 128 << 30,
             system: System {

@@ -4,6 +4,7 @@
 mod fixture;
 mod gpu;
 pub mod huggingface;
+mod model;
 mod processors;
 mod software;
 mod system;
@@ -13,8 +14,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-pub use gpu::{Gpu, Gpus};
+pub use gpu::{
+    Baseline, Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Release, Usage,
+    slice_number,
+};
 pub use huggingface::{HuggingFace, Token, TokenSource};
+pub use model::{KvShape, ModelSize};
 pub use processors::Processors;
 pub use software::{Engine, Environment, Version};
 pub use system::{Limit, Listener, Pcie, Space, System};
@@ -25,8 +30,12 @@ pub use watch::{GpuReading, GpuTotals, GpuWatch};
 pub struct Machine {
     /// The GPUs that xpyd may use, or why none can be seen.
     pub gpus: Gpus,
+    /// Their driver.
+    pub driver: Driver,
     /// Token and cache.
     pub hugging_face: HuggingFace,
+    /// How large the model is, if it is here and engines want GPUs for it.
+    pub model: Option<ModelSize>,
     /// The installed engine, if the profile's program was found.
     pub engine: Engine,
     /// Cores that this process may run on.
@@ -35,6 +44,8 @@ pub struct Machine {
     pub available_memory_bytes: u64,
     /// Limits, shared memory, ports, clock.
     pub system: System,
+    /// Whether processes can be bound to a NUMA node: there is more than one, and `numactl`, which vLLM does it with.
+    pub binds_numa: bool,
     /// This very program, for the simulated engine.
     pub xpyd: PathBuf,
 }
@@ -63,15 +74,23 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
         sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
     );
     let settings = huggingface::Settings::read(wanted.env);
-    let (hugging_face, engine, system, gpus) = thread::scope(|scope| {
+    let (hugging_face, engine, system, (gpus, driver)) = thread::scope(|scope| {
         let hugging_face = scope.spawn(|| huggingface::survey(wanted, &settings));
         let engine = scope.spawn(|| wanted.program.map_or(Engine::NotAsked, software::survey));
         let system = scope.spawn(system::survey);
-        let gpus = if wanted.gpus { gpu::survey() } else { Gpus::NotAsked };
+        let gpus = if wanted.gpus {
+            gpu::survey()
+        } else {
+            (Gpus::NotAsked, Driver::default())
+        };
         (joined(hugging_face), joined(engine), joined(system), gpus)
     });
+    let folder = hugging_face.model.folder.as_deref().filter(|_| wanted.gpus);
     Machine {
+        binds_numa: wanted.gpus && binds_numa(&gpus),
         gpus,
+        driver,
+        model: folder.and_then(model::survey),
         hugging_face,
         engine,
         cores: thread::available_parallelism().map_or(1, std::num::NonZero::get),
@@ -84,4 +103,12 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
 /// What a thread found; its panic is this thread's.
 fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn binds_numa(gpus: &Gpus) -> bool {
+    let mut nodes: Vec<u32> = gpus.found().iter().filter_map(|gpu| gpu.numa_node).collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+    let has_several = nodes.len() > 1 || Path::new("/sys/devices/system/node/node1").is_dir();
+    has_several && software::find("numactl").is_some()
 }

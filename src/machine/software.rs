@@ -31,6 +31,10 @@ pub enum Engine {
         nixl: Option<Version>,
         /// Whether `vllm serve` knows `--shutdown-timeout`.
         has_shutdown_timeout: bool,
+        /// Whether it reads UUIDs in `CUDA_VISIBLE_DEVICES`: those that know `--device-ids` do, older ones crash on them.
+        has_device_ids: bool,
+        /// Whether it knows `--numa-bind`, and goes on where the kernel forbids it.
+        has_numa_bind: bool,
         /// What else is known of the program's environment.
         environment: Box<Environment>,
     },
@@ -104,6 +108,8 @@ struct Probe {
     options: BTreeSet<String>,
     #[serde(default)]
     connectors: BTreeSet<String>,
+    #[serde(default)]
+    numa_bind: bool,
 }
 
 /// Reads metadata, and those source files that define options and connectors. Imports neither vllm nor torch.
@@ -133,7 +139,7 @@ def text(path):
         return path.read_text(errors="replace")
     except OSError:
         return ""
-options, connectors, cuda = set(), set(), None
+options, connectors, cuda, numa_bind = set(), set(), None, False
 vllm, torch = folder("vllm"), folder("torch")
 if vllm:
     serve = vllm / "entrypoints"
@@ -143,12 +149,14 @@ if vllm:
         options.update(re.findall(r"[\"'](--?[A-Za-z][A-Za-z0-9_-]*)[\"']", source))
         options.update("--" + name for name in re.findall(r"^    ([a-z][a-z0-9_]*)\s*:", source, re.M))
     factory = text(vllm / "distributed/kv_transfer/kv_connector/factory.py")
+    numa_bind = "_resolve_numactl_args" in text(vllm / "utils/numa_utils.py")
     connectors.update(re.findall(r"register_connector\(\s*[\"'](\w+)[\"']", factory))
 if torch:
     found = re.search(r"^cuda\b[^=]*=\s*['\"]([^'\"]+)", text(torch / "version.py"), re.M)
     cuda = found and found.group(1)
 print(json.dumps({"python": platform.python_version(), "packages": {k: v for k, v in packages.items() if v},
-    "cuda": cuda, "options": sorted(options), "connectors": sorted(connectors)}))
+    "cuda": cuda, "options": sorted(options), "connectors": sorted(connectors),
+    "numa_bind": numa_bind}))
 "#;
 
 /// Looks for the program and asks its interpreter.
@@ -168,6 +176,8 @@ pub(super) fn survey(program: &str) -> Engine {
         lmcache: version(&["lmcache"]),
         nixl: version(&["nixl", "nixl-cu13", "nixl-cu12"]),
         has_shutdown_timeout: options.contains("--shutdown-timeout"),
+        has_device_ids: options.contains("--device-ids"),
+        has_numa_bind: options.contains("--numa-bind-nodes") && probe.numa_bind,
         environment: Box::new(Environment {
             has_lmcache_program: path.with_file_name("lmcache").is_file(),
             python_version: probe.python.as_deref().and_then(Version::parse),
@@ -182,7 +192,7 @@ pub(super) fn survey(program: &str) -> Engine {
 }
 
 /// A path as it is, a name on PATH.
-fn find(program: &str) -> Option<PathBuf> {
+pub(super) fn find(program: &str) -> Option<PathBuf> {
     if program.contains('/') {
         return std::path::absolute(program).ok().filter(|path| path.is_file());
     }

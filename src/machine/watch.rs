@@ -75,11 +75,13 @@ pub struct GpuWatch {
 impl GpuWatch {
     /// Begins to look at the GPUs that xpyd may use; `None` where there are none, or no thread can be had.
     pub fn begin() -> Option<Self> {
-        let Gpus::Found(gpus) = gpu::survey() else {
+        let (Gpus::Found(gpus), _) = gpu::survey() else {
             return None;
         };
         let nvml = gpu::open().ok()?;
-        let indices: Vec<u32> = gpus.iter().map(|gpu| gpu.index).collect();
+        // Slices have neither a utilisation nor a power of their own.
+        let mut indices: Vec<u32> = gpus.iter().map(|gpu| gpu.parent.unwrap_or(gpu.index)).collect();
+        indices.dedup();
         (!gpus.is_empty()).then(|| Self::over(&gpus, move || read(&nvml, &indices)))?
     }
 
@@ -178,8 +180,7 @@ mod tests {
             index: 3,
             name: "H100".to_owned(),
             uuid: "GPU-3".to_owned(),
-            memory_total_bytes: 80 << 30,
-            memory_free_bytes: 80 << 30,
+            ..Gpu::default()
         };
         let (seen, looks) = channel();
         let mut power = 1000.0;

@@ -1,14 +1,15 @@
 //! Builds the plan. Pure: the same profile and machine give the same plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
-use crate::connector::{CachePorts, Connector, Device, LaunchContext};
+use crate::connector::{CachePorts, Connector, Device, Launch, LaunchContext};
 use crate::engine::{EngineKind, Serve, vllm};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
-use crate::machine::{self, Gpus, Machine};
+use crate::machine::{self, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
 
+use super::gpus::{self, data_parallel};
 use super::{EngineSpec, Liveness, Plan, PortUse, ProxySpec, RenderedFile, choose, fetch};
 
 /// Engines, their side channels and notifications stay on this machine.
@@ -91,7 +92,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
             decode: decode_ranks,
         });
     }
-    let mut builder = Builder::new(profile, machine, &connector, run_dir, gpus(profile, machine));
+    let mut builder = Builder::new(profile, machine, &connector, run_dir, gpus::for_all(profile, machine));
     let mut engines = Vec::new();
     for role in [Role::Prefill, Role::Decode] {
         for index in 0..usize::from(builder.role(role).count) {
@@ -99,7 +100,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         }
     }
     let files = builder.files;
-    let plan = Plan {
+    let mut plan = Plan {
         profile: profile.name.clone(),
         engine: profile.engine,
         model: profile.model.clone(),
@@ -115,59 +116,9 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         keep: profile.deadlines.keep,
         run_dir: run_dir.to_owned(),
     };
+    plan.notes.extend(gpus::notes(&plan, machine));
     check_ports(&plan)?;
     Ok(plan)
-}
-
-/// The GPUs for all engines, prefill first: the profile's own, else the machine's in order, else the first numbers, so
-/// that a plan can be printed on a machine without any.
-fn gpus(profile: &Profile, machine: &Machine) -> Vec<u32> {
-    if profile.engine == EngineKind::Sim || profile.device == DeviceChoice::Cpu {
-        return Vec::new();
-    }
-    let explicit: Vec<u32> = profile
-        .prefill
-        .gpus
-        .iter()
-        .chain(&profile.decode.gpus)
-        .copied()
-        .collect();
-    let mut free: Vec<u32> = match &machine.gpus {
-        Gpus::Found(found) => found
-            .iter()
-            .map(|gpu| gpu.index)
-            .filter(|index| !explicit.contains(index))
-            .collect(),
-        Gpus::NotAsked | Gpus::Unavailable(_) => Vec::new(),
-    };
-    let mut next = free.iter().chain(&explicit).max().map_or(0, |index| index + 1);
-    let mut chosen = Vec::new();
-    for role in [&profile.prefill, &profile.decode] {
-        if !role.gpus.is_empty() {
-            chosen.extend(&role.gpus);
-            continue;
-        }
-        for _ in 0..usize::from(role.count) * ranks(profile, role) {
-            if free.is_empty() {
-                free.push(next);
-                next += 1;
-            }
-            chosen.push(free.remove(0));
-        }
-    }
-    chosen
-}
-
-/// The data-parallel ranks of each engine of a role: what the arguments to vLLM say.
-fn data_parallel(profile: &Profile, role: &RoleProfile) -> u16 {
-    let names = ["--data-parallel-size", "-dp"];
-    let value = vllm::option(&role.args, &names).or_else(|| vllm::option(&profile.vllm.args, &names));
-    value.and_then(|value| value.parse().ok()).unwrap_or(1).max(1)
-}
-
-/// GPUs of each engine of a role.
-fn ranks(profile: &Profile, role: &RoleProfile) -> usize {
-    usize::from(role.tensor_parallel) * usize::from(data_parallel(profile, role))
 }
 
 /// Builds engines one after the other.
@@ -176,8 +127,8 @@ pub(super) struct Builder<'input> {
     machine: &'input Machine,
     connector: &'input Connector,
     run_dir: &'input Path,
-    /// For all engines, in order; empty where engines use none.
-    gpus: Vec<u32>,
+    /// Those of each engine, in order; empty where engines use none.
+    gpus: VecDeque<Vec<u32>>,
     /// What the engines so far read.
     pub(super) files: Vec<RenderedFile>,
 }
@@ -220,7 +171,7 @@ impl<'input> Builder<'input> {
         machine: &'input Machine,
         connector: &'input Connector,
         run_dir: &'input Path,
-        gpus: Vec<u32>,
+        gpus: VecDeque<Vec<u32>>,
     ) -> Self {
         Self {
             profile,
@@ -348,15 +299,9 @@ impl<'input> Builder<'input> {
             strict: profile.proxy.service.handoff.strict,
             run_dir: self.run_dir,
         });
-        let mut receiver_template = None;
-        if let Some((path, content)) = launch.file.take() {
-            receiver_template = launch.receiver_template.take().map(|content| RenderedFile {
-                path: path.clone(),
-                content,
-            });
-            self.files.push(RenderedFile { path, content });
-        }
-        let gpus = self.take_gpus(role);
+        let receiver_template = self.keep_file(&mut launch);
+        let gpus = self.gpus.pop_front().unwrap_or_default();
+        let gpu_uuids = gpus::uuids(self.machine, &gpus);
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
         let serve = Serve {
@@ -369,7 +314,9 @@ impl<'input> Builder<'input> {
             port_offset: profile.port_offset,
             data_parallel: data_parallel(profile, self.role(role)),
             device,
-            gpus: &gpus,
+            visible_gpus: &gpus::visible(self.machine, &gpus, &gpu_uuids),
+            numa_nodes: &gpus::numa_nodes(self.machine, &gpus, &args),
+            gpu_memory_utilization: gpus::given_share(profile, self.role(role)),
             max_model_len,
             launch: &launch,
             args: &args,
@@ -388,6 +335,7 @@ impl<'input> Builder<'input> {
             argv,
             env,
             gpus,
+            gpu_uuids,
             endpoint,
             ports,
             ready_path: profile.engine.ready_path().to_owned(),
@@ -400,10 +348,15 @@ impl<'input> Builder<'input> {
         }
     }
 
-    /// The next GPUs, as many as an engine of this role needs.
-    fn take_gpus(&mut self, role: Role) -> Vec<u32> {
-        let needed = ranks(self.profile, self.role(role)).min(self.gpus.len());
-        self.gpus.drain(..needed).collect()
+    /// Keeps the file that an engine reads; the template of one that names its receiver's ports.
+    fn keep_file(&mut self, launch: &mut Launch) -> Option<RenderedFile> {
+        let (path, content) = launch.file.take()?;
+        let template = launch.receiver_template.take().map(|content| RenderedFile {
+            path: path.clone(),
+            content,
+        });
+        self.files.push(RenderedFile { path, content });
+        template
     }
 
     /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.

@@ -1,10 +1,11 @@
 //! More engines for a fleet that runs already. PURE. What runs stays as it is: new engines get ports after those of their
-//! role, and GPUs that no engine of the plan has.
+//! role, and GPUs that are free beside those of the plan.
 
 use super::build::{Builder, check_ports};
+use super::gpus;
 use super::{EngineSpec, Plan, PlanError, RenderedFile};
 use crate::fleet::Role;
-use crate::machine::{Gpus, Machine};
+use crate::machine::{Gpu, Machine};
 use crate::profile::Profile;
 
 /// What a plan grows by.
@@ -24,24 +25,21 @@ pub struct Growth {
 /// When no GPU is left for them, or a port of theirs is taken within the plan.
 pub fn grow(profile: &Profile, machine: &Machine, plan: &Plan, role: Role, count: usize) -> Result<Growth, PlanError> {
     let existing = plan.engines_of(role).count();
-    let mut builder = Builder::new(
-        profile,
-        machine,
-        &plan.connector,
-        &plan.run_dir,
-        free_gpus(machine, plan),
-    );
-    let needed = plan.engines_of(role).next().map_or(0, |engine| engine.gpus.len());
+    let places = gpus::for_more(profile, machine, plan, role, count);
+    let mut builder = Builder::new(profile, machine, &plan.connector, &plan.run_dir, places);
+    let is_taken = |gpu: &&Gpu| plan.engines.iter().any(|engine| engine.gpus.contains(&gpu.index));
+    let mut free = machine.gpus.found().len() - machine.gpus.found().iter().filter(is_taken).count();
     let mut engines = Vec::new();
     for added in 0..count {
         let engine = builder.engine(role, existing + added, plan.engines.len() + added)?;
-        if engine.gpus.len() < needed {
+        if engine.gpus.iter().any(|index| machine.gpus.get(*index).is_none()) {
             return Err(PlanError::NoGpuLeft {
                 engine: engine.id.to_string(),
-                needed,
-                free: engine.gpus.len(),
+                needed: engine.gpus.len(),
+                free,
             });
         }
+        free = free.saturating_sub(engine.gpus.len());
         engines.push(engine);
     }
     let files = builder.files;
@@ -55,15 +53,6 @@ pub fn grow(profile: &Profile, machine: &Machine, plan: &Plan, role: Role, count
         engines,
         files,
     })
-}
-
-/// GPUs of the machine that no engine of the plan has, in order.
-fn free_gpus(machine: &Machine, plan: &Plan) -> Vec<u32> {
-    let Gpus::Found(found) = &machine.gpus else {
-        return Vec::new();
-    };
-    let is_free = |index: &u32| !plan.engines.iter().any(|engine| engine.gpus.contains(index));
-    found.iter().map(|gpu| gpu.index).filter(is_free).collect()
 }
 
 #[cfg(test)]

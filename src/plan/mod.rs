@@ -6,7 +6,9 @@
 mod build;
 mod choose;
 mod fetch;
+mod gpus;
 mod grow;
+mod place;
 mod redact;
 mod respawn;
 mod start_key;
@@ -24,6 +26,7 @@ use crate::service::Service;
 
 pub use build::{PlanError, build};
 pub use fetch::{ModelFetch, revision};
+pub use gpus::memory_share;
 pub use grow::{Growth, grow};
 pub use redact::{redacted_argv, redacted_env};
 pub use respawn::{fresh_ports_needed, respawn};
@@ -76,8 +79,12 @@ pub struct EngineSpec {
     pub argv: Vec<String>,
     /// Variables set on top of xpyd's own environment.
     pub env: BTreeMap<String, String>,
-    /// Indices of its GPUs, in rank order; empty on a CPU or with the simulated engine.
+    /// Indices of its GPUs, in rank order, with numbers of their own for MIG slices; empty on a CPU or with the simulated
+    /// engine.
     pub gpus: Vec<u32>,
+    /// Their UUIDs, `GPU-…` or `MIG-…`; empty where NVML did not tell them.
+    #[serde(default)]
+    pub gpu_uuids: Vec<String>,
     /// How to reach it.
     pub endpoint: Endpoint,
     /// Every port it will listen on, with what for, the HTTP port included.

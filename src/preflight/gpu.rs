@@ -1,8 +1,8 @@
-//! Whether the GPUs of the plan are there.
+//! Whether the GPUs of the plan are there, are well, and can be used as the plan wants.
 
 use super::{Finding, Level, finding};
-use crate::machine::{Gpus, Machine};
-use crate::plan::Plan;
+use crate::machine::{Engine, Gpu, Gpus, Machine};
+use crate::plan::{EngineSpec, Plan};
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let needed = plan.gpus_needed();
@@ -36,22 +36,121 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             missing.join(", ")
         );
         let hint = "choose a smaller profile (`xpyd profiles list`), `--set prefill.count=1`, or widen CUDA_VISIBLE_DEVICES; \
-            without GPUs, try `--engine sim`";
+            two engines share a GPU with `--set vllm.gpu_memory_utilization=0.45`; without GPUs, try `--engine sim`";
         return vec![finding("gpu", Level::Fail, message, Some(hint))];
     }
-    let names: Vec<&str> = found.iter().map(|gpu| gpu.name.as_str()).collect();
-    vec![finding(
-        "gpu",
-        Level::Pass,
-        format!("{needed} of {} GPUs ({})", found.len(), summary(&names)),
-        None,
-    )]
+    let mut findings = vec![finding("gpu", Level::Pass, summary(needed, found, machine), None)];
+    for gpu in found {
+        let users = plan.engines.iter().filter(|engine| engine.gpus.contains(&gpu.index));
+        let users: Vec<&str> = users.map(|engine| engine.id.as_str()).collect();
+        if !users.is_empty() {
+            findings.extend(health(gpu, &users.join(" and ")));
+        }
+    }
+    findings.extend(plan.engines.iter().filter_map(|engine| kinds(engine, machine)));
+    findings.extend(plan.engines.iter().filter_map(|engine| slices(engine, machine)));
+    findings
 }
 
-/// `4 × NVIDIA H100` for equal names, else all of them.
-fn summary(names: &[&str]) -> String {
-    match names.first() {
-        Some(first) if names.iter().all(|name| name == first) => format!("{} × {first}", names.len()),
-        _ => names.join(", "),
+/// `4 of 8 GPUs (8 × NVIDIA H100), driver 570.86.15, CUDA 12.8`.
+fn summary(needed: usize, found: &[Gpu], machine: &Machine) -> String {
+    let mut kinds: Vec<(&str, usize)> = Vec::new();
+    for gpu in found {
+        match kinds.iter_mut().find(|(name, _)| *name == gpu.name) {
+            Some((_, count)) => *count += 1,
+            None => kinds.push((&gpu.name, 1)),
+        }
+    }
+    let kinds: Vec<String> = kinds.iter().map(|(name, count)| format!("{count} × {name}")).collect();
+    let mut parts = vec![format!("{needed} of {} GPUs ({})", found.len(), kinds.join(", "))];
+    let versions = [("driver", &machine.driver.version), ("CUDA", &machine.driver.cuda)];
+    let versions = versions
+        .iter()
+        .filter_map(|(what, version)| Some(format!("{what} {}", version.as_ref()?)));
+    parts.extend(versions);
+    parts.join(", ")
+}
+
+/// What is wrong with one GPU that engines are planned on.
+fn health(gpu: &Gpu, users: &str) -> Vec<Finding> {
+    let label = gpu.label();
+    let fault = |level, message: String, hint: &str| finding("gpu_health", level, message, Some(hint));
+    let reset = format!(
+        "end what runs on it, then `sudo nvidia-smi --gpu-reset -i {}`, or reboot; until then choose others with \
+        `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`, or leave it out of CUDA_VISIBLE_DEVICES",
+        gpu.parent.unwrap_or(gpu.index)
+    );
+    let mut findings = Vec::new();
+    if let Some(reason) = &gpu.health.unreachable {
+        let message = format!("{label}, planned for {users}, cannot be used: {reason}");
+        let hint = format!("`dmesg | grep -i xid` tells more; {reset}");
+        return vec![fault(Level::Fail, message, &hint)];
+    }
+    if gpu.health.repair_failed == Some(true) {
+        let message = format!("{label}, planned for {users}, has bad memory that could not be replaced (XID 64)");
+        let hint = "have the card replaced; until then leave it out of CUDA_VISIBLE_DEVICES";
+        findings.push(fault(Level::Fail, message, hint));
+    } else if gpu.health.repair_pending == Some(true) {
+        let message = format!("{label}, planned for {users}, waits for a reset to replace bad memory (XID 63)");
+        findings.push(fault(Level::Warn, message, &reset));
+    }
+    if let Some(errors) = gpu.health.uncorrected_errors.filter(|errors| *errors > 0) {
+        let message = format!(
+            "{label}, planned for {users}, had {errors} uncorrected memory errors since its driver was loaded (XID 48, 94, 95)"
+        );
+        findings.push(fault(Level::Warn, message, &reset));
+    }
+    findings
+}
+
+/// Ranks of one engine wait for the slowest, and have as much KV as the smallest.
+fn kinds(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
+    let mut names: Vec<&str> = engine
+        .gpus
+        .iter()
+        .filter_map(|index| Some(machine.gpus.get(*index)?.name.as_str()))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    (names.len() > 1).then(|| {
+        let message = format!("{} runs on unlike GPUs: {}", engine.id, names.join(", "));
+        let hint = "name GPUs of one kind with `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`";
+        finding("gpu_kinds", Level::Warn, message, Some(hint))
+    })
+}
+
+/// What MIG does not allow.
+fn slices(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
+    let is_slice = |index: &u32| machine.gpus.get(*index).is_some_and(|gpu| gpu.parent.is_some());
+    if !engine.gpus.iter().any(is_slice) {
+        return None;
+    }
+    if engine.gpus.len() > 1 {
+        let message = format!(
+            "{} is to run over {} MIG slices, and CUDA shows a process one slice only",
+            engine.id,
+            engine.gpus.len()
+        );
+        let hint = "use `--set prefill.tensor_parallel=1` and `--set decode.tensor_parallel=1`, or switch MIG off with \
+            `sudo nvidia-smi -mig 0`";
+        return Some(finding("mig", Level::Fail, message, Some(hint)));
+    }
+    match &machine.engine {
+        Engine::Found {
+            has_device_ids: false,
+            vllm,
+            ..
+        } => {
+            let version = vllm
+                .as_ref()
+                .map_or_else(|| "this vLLM".to_owned(), |vllm| format!("vLLM {vllm}"));
+            let message = format!(
+                "{} is to run on a MIG slice, and {version} crashes on the UUID of one",
+                engine.id
+            );
+            let hint = "install a vLLM that knows `--device-ids` (0.32 does)";
+            Some(finding("mig", Level::Fail, message, Some(hint)))
+        }
+        _ => None,
     }
 }

@@ -2,6 +2,7 @@
 
 mod compatibility;
 mod gpu;
+mod gpu_memory;
 mod memory;
 mod model;
 mod options;
@@ -85,6 +86,8 @@ pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let topics = [
         (Topic::Software, software::check(plan, machine)),
         (Topic::Gpu, gpu::check(plan, machine)),
+        (Topic::Gpu, gpu_memory::free(plan, machine)),
+        (Topic::Gpu, gpu_memory::fit(plan, machine).into_iter().collect()),
         (Topic::Memory, memory::without_gpus(plan, machine)),
         (
             Topic::Memory,

@@ -35,6 +35,7 @@ fn a_good_machine_passes_everything() {
             "python",
             "lmcache",
             "gpu",
+            "gpu_memory",
             "model",
             "hf_access",
             "nofile",

@@ -61,6 +61,7 @@ struct RoleTable {
     tensor_parallel: Option<u16>,
     #[serde(default)]
     gpus: Vec<u32>,
+    gpu_memory_utilization: Option<Part>,
     #[serde(default)]
     args: Vec<String>,
     #[serde(default)]
@@ -72,6 +73,7 @@ struct RoleTable {
 struct VllmTable {
     program: Option<String>,
     max_model_len: Option<u32>,
+    gpu_memory_utilization: Option<Part>,
     #[serde(default)]
     args: Vec<String>,
     #[serde(default)]
@@ -180,6 +182,22 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
+/// A part of a whole: above 0, and 1 at most.
+#[derive(Debug, Clone, Copy)]
+struct Part(f64);
+
+impl<'de> Deserialize<'de> for Part {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let part = f64::deserialize(deserializer)?;
+        if part > 0.0 && part <= 1.0 {
+            Ok(Self(part))
+        } else {
+            let text = format!("{part} is not a part of the memory; write a number above 0 and up to 1, as 0.45");
+            Err(serde::de::Error::custom(text))
+        }
+    }
+}
+
 /// A number of bytes as people write it: `"2GiB"`, `"512MiB"`.
 #[derive(Debug, Clone, Copy)]
 struct Bytes(u64);
@@ -233,6 +251,7 @@ impl File {
             vllm: VllmProfile {
                 program: self.vllm.program.unwrap_or_else(|| "vllm".to_owned()),
                 max_model_len: self.vllm.max_model_len,
+                gpu_memory_utilization: self.vllm.gpu_memory_utilization.map(|part| part.0),
                 args: self.vllm.args,
                 env: self.vllm.env,
             },
@@ -262,6 +281,7 @@ impl RoleTable {
             port: self.port.unwrap_or(port),
             tensor_parallel: self.tensor_parallel.unwrap_or(1),
             gpus: self.gpus,
+            gpu_memory_utilization: self.gpu_memory_utilization.map(|part| part.0),
             args: self.args,
             env: self.env,
         }

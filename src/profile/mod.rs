@@ -98,6 +98,8 @@ pub struct RoleProfile {
     pub tensor_parallel: u16,
     /// GPU indices for all engines of the role, in order; empty lets the plan choose.
     pub gpus: Vec<u32>,
+    /// The part of each GPU's memory that an engine may use, 0 to 1; that of `vllm` when absent.
+    pub gpu_memory_utilization: Option<f64>,
     /// More arguments to the engine.
     pub args: Vec<String>,
     /// More variables.
@@ -111,6 +113,8 @@ pub struct VllmProfile {
     pub program: String,
     /// Longest prompt plus answer, in tokens; the model's own limit when absent.
     pub max_model_len: Option<u32>,
+    /// The part of each GPU's memory that an engine may use, 0 to 1; vLLM's own default when absent.
+    pub gpu_memory_utilization: Option<f64>,
     /// More arguments.
     pub args: Vec<String>,
     /// More variables.

@@ -11,14 +11,15 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use super::guardian::client::{Guardian, GuardianError, is_still_there};
 use super::guardian::protocol::{Command, Event as Report, LeftoverProcess, Spawn};
 use super::hang::Scene;
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
-    Ending, Explain, ExplainIncarnation, Keep, KeptRun, Leftover, Outcome, Refusal, Request, Settings, Then, Verify,
-    Wiring, cause, liveness, ports, probe, spawn_record, standstill,
+    Ending, Explain, ExplainIncarnation, GpuChecks, Keep, KeptRun, Leftover, Outcome, Refusal, Request, Settings, Then,
+    Verify, Wiring, cause, gpus, liveness, ports, probe, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
 use crate::plan::{self, EngineSpec, RenderedFile};
@@ -62,6 +63,10 @@ struct Driver {
     view: watch::Sender<Arc<FleetView>>,
     verify: Verify,
     explain: Explain,
+    gpus: GpuChecks,
+    /// Cancelled when nobody wants to wait for the last look.
+    hurry: CancellationToken,
+    is_checking: bool,
     /// What tells why the present incarnation of each engine failed.
     explainers: BTreeMap<EngineId, ExplainIncarnation>,
     guardian: Guardian,
@@ -115,6 +120,9 @@ impl Driver {
             view: wiring.view,
             verify: wiring.verify,
             explain: wiring.explain,
+            gpus: wiring.gpus,
+            hurry: CancellationToken::new(),
+            is_checking: false,
             explainers: BTreeMap::new(),
             guardian,
             guardian_open: true,
@@ -133,6 +141,9 @@ impl Driver {
         loop {
             while let Some(event) = events.pop_front() {
                 tracing::debug!(?event, "fleet event");
+                if self.is_checking && matches!(event, Event::Interrupt | Event::Force) {
+                    self.hurry.cancel();
+                }
                 let actions = self.fleet.handle(event, Instant::now());
                 self.publish();
                 for (reply, answer) in self.answers.drain(..) {
@@ -277,6 +288,7 @@ impl Driver {
     fn perform(&mut self, action: Action) {
         tracing::debug!(?action, "fleet action");
         match action {
+            Action::Prepare(id, incarnation) => self.prepare(id, incarnation),
             Action::Record(id, incarnation, pid) => self.record(&id, incarnation, pid),
             Action::Probe(id, incarnation) => self.probe(id, incarnation),
             Action::Watch(id, incarnation) => self.watch(id, incarnation),
@@ -309,8 +321,20 @@ impl Driver {
             Action::Shutdown => self.command(&Command::Shutdown),
             Action::Check => {
                 let (processes, engines) = (self.fleet.leftovers(), self.settings.engines.clone());
-                self.tasks
-                    .spawn(async move { Event::Checked(what_is_left(&processes, &engines).await) });
+                let on_gpus: Vec<EngineSpec> = engines
+                    .iter()
+                    .filter(|engine| gpus::has_gpus(engine))
+                    .cloned()
+                    .collect();
+                let memory = (!on_gpus.is_empty()).then(|| (self.gpus.released)(on_gpus, self.hurry.clone()));
+                self.is_checking = true;
+                self.tasks.spawn(async move {
+                    let mut left = what_is_left(&processes, &engines).await;
+                    if let Some(memory) = memory {
+                        left.extend(memory.await);
+                    }
+                    Event::Checked(left)
+                });
             }
             // These are the loop's own: they end it, have to be waited for, or lead to events at once.
             Action::Spawn(..) | Action::Sweep | Action::Leave | Action::Finish(_) => {}
@@ -324,16 +348,26 @@ impl Driver {
         let log = self.settings.run_dir.join(&spec.log_file);
         let explainer = self.explainers.get(&id).cloned();
         let leader = self.leader(&id);
+        let placed = leader
+            .filter(|_| gpus::has_gpus(&spec))
+            .map(|leader| (self.gpus.placed)(spec.clone(), leader));
         let handle = self.tasks.spawn({
             let id = id.clone();
             async move {
                 let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
                 tokio::select! {
                     // What answers need not be the engine.
-                    () = probe::until_up(prober, spec.clone()) => match leader.and_then(|leader| ports::usurped(&spec, leader)) {
-                        None => Event::Probed(id, incarnation),
-                        Some(reason) => Event::Usurped(id, incarnation, reason),
-                    },
+                    () = probe::until_up(prober, spec.clone()) => {
+                        let usurped = leader.and_then(|leader| ports::usurped(&spec, leader));
+                        match (usurped, placed) {
+                            (Some(reason), _) => Event::Usurped(id, incarnation, reason),
+                            (None, Some(placed)) => match placed.await {
+                                Ok(()) => Event::Probed(id, incarnation),
+                                Err(reason) => Event::Usurped(id, incarnation, reason),
+                            },
+                            (None, None) => Event::Probed(id, incarnation),
+                        }
+                    }
                     still = standstill::until_still(log, scene.leader, stall) => {
                         let phase = cause::ask(explainer, None).await.phase;
                         let reason = standstill::reason(still, phase, &log_file);
@@ -361,6 +395,16 @@ impl Driver {
             }
         });
         self.probes.insert(id, handle);
+    }
+
+    /// Waits until the GPUs of an engine are free for it.
+    fn prepare(&mut self, id: EngineId, incarnation: Incarnation) {
+        // Should it never start, the log of an earlier incarnation tells nothing about that.
+        self.explainers.remove(&id);
+        let Some(spec) = self.spec(&id).cloned() else { return };
+        let free = (self.gpus.before_start)(spec);
+        self.tasks
+            .spawn(async move { Event::Prepared(id, incarnation, free.await) });
     }
 
     fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) -> Vec<Event> {

@@ -6,6 +6,7 @@
 mod cause;
 pub mod companion;
 mod driver;
+mod gpus;
 pub mod guardian;
 mod hang;
 mod liveness;
@@ -26,6 +27,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::cause::{Cause, Explain, ExplainIncarnation};
 pub use self::driver::run;
+pub use self::gpus::{Answer, BeforeStart, GpuChecks, Placed, Released};
 pub use self::guardian::attach::KeptRun;
 pub use self::guardian::protocol::{Keep, KeptState};
 pub use self::ports::{PortConflict, Reservations, reserve, reserve_running};
@@ -71,6 +73,8 @@ pub struct Wiring {
     pub verify: Verify,
     /// Tells from an engine's log why it failed.
     pub explain: Explain,
+    /// Asks the driver of the engines' GPUs.
+    pub gpus: GpuChecks,
 }
 
 impl fmt::Debug for Wiring {
@@ -274,6 +278,15 @@ pub enum Leftover {
         /// Who listens, if it can be seen.
         holder: Option<ports::Holder>,
     },
+    /// Memory of a GPU that was not given back.
+    GpuMemory {
+        /// The GPU's number in the plan.
+        gpu: u32,
+        /// More in use than before the run, in bytes.
+        bytes: u64,
+        /// Who has it, as far as the driver tells.
+        by: Vec<String>,
+    },
 }
 
 impl fmt::Display for Leftover {
@@ -300,6 +313,14 @@ impl fmt::Display for Leftover {
                 holder
                     .as_ref()
                     .map_or(Ok(()), |holder| write!(formatter, ", held by {holder}"))
+            }
+            Self::GpuMemory { gpu, bytes, by } => {
+                write!(formatter, "{} MiB of GPU {gpu}", bytes >> 20)?;
+                if by.is_empty() {
+                    formatter.write_str(", held by nobody that the driver lists")
+                } else {
+                    write!(formatter, ", held by {}", by.join(", "))
+                }
             }
         }
     }

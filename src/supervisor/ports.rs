@@ -212,7 +212,7 @@ pub(super) fn usurped(engine: &EngineSpec, leader: u32) -> Option<String> {
 }
 
 /// Whether a process is in the session of `leader`, or descends from it.
-fn belongs(pid: u32, leader: u32) -> bool {
+pub fn belongs(pid: u32, leader: u32) -> bool {
     let mut ancestor = Some(pid);
     while let Some(pid) = ancestor.filter(|pid| *pid > 1) {
         let Some((parent, session)) = parent_and_session(pid) else {

@@ -193,6 +193,7 @@ impl Fleet {
     pub(super) fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match event {
             Event::Begin => self.start_next(now),
+            Event::Prepared(id, incarnation, result) => self.prepared(&id, incarnation, result, now),
             Event::Spawned(id, incarnation, pid) => self.spawned(&id, incarnation, pid),
             Event::SpawnFailed(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
@@ -378,6 +379,9 @@ impl Fleet {
                     let engine = &self.engines[index];
                     engine.load.close();
                     if engine.state == EngineState::Planned {
+                        self.enter(index, EngineState::Stopped, None);
+                    } else if engine.state.is_alive() && engine.tree == Tree::Absent {
+                        // It waits for memory.
                         self.enter(index, EngineState::Stopped, None);
                     } else if engine.state.is_alive() {
                         self.enter(index, EngineState::Stopping, None);

@@ -10,6 +10,7 @@ mod clients;
 mod control;
 mod doctor;
 mod exact;
+mod gpu;
 mod guard;
 mod hub;
 mod keep;

@@ -200,7 +200,8 @@ fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
         title(&command).starts_with("xpyd")
     });
     let engine = rest.split('.').next().unwrap_or_default();
-    (!lives && !is_tended).then(|| format!("it is left of {engine} of a run whose xpyd and guardian (pid {guardian}) are dead"))
+    (!lives && !is_tended)
+        .then(|| format!("it is left of {engine} of a run whose xpyd and guardian (pid {guardian}) are dead"))
 }
 
 /// Ends them with all that they have started, and removes the shared memory that only they used. Blocks, for `deadline` at

@@ -10,6 +10,8 @@ use crate::plan::EngineSpec;
 pub(in crate::supervisor) enum Event {
     /// The run begins.
     Begin,
+    /// What the engine's GPUs had to give back is back, or who holds it.
+    Prepared(EngineId, Incarnation, Result<(), String>),
     /// The leader runs.
     Spawned(EngineId, Incarnation, u32),
     /// The program could not be started.
@@ -67,6 +69,8 @@ pub(in crate::supervisor) enum Event {
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::supervisor) enum Action {
+    /// Wait until the memory of the engine's GPUs is free for it.
+    Prepare(EngineId, Incarnation),
     /// Start the engine's process.
     Spawn(EngineId, Incarnation),
     /// Write down how the engine was started, with its process id.

@@ -2,6 +2,7 @@
 
 mod attach;
 mod deadlines;
+mod gpus;
 mod histories;
 mod restarts;
 mod world;

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::{Action, CLOSE_DEADLINE, DECODE_TURN, Engine, Fleet, KILL_ANSWER, START_GRACE, Stage, Tree};
 use crate::fleet::Exit;
 use crate::fleet::{EngineId, EngineState, Incarnation, Role};
-use crate::supervisor::Ending;
+use crate::supervisor::{Ending, gpus};
 
 /// Why an engine ended.
 #[derive(Debug)]
@@ -22,6 +22,18 @@ pub(super) struct Failure {
 impl Failure {
     pub(super) fn without_exit(reason: String) -> Self {
         Self { reason, exit: None }
+    }
+}
+
+impl Engine {
+    /// Whether its processes are on their way out, and its GPUs' memory with them: to start another engine there meanwhile
+    /// spoils that one's memory profile (vLLM issue 56830).
+    fn gives_back(&self) -> bool {
+        let leaves = matches!(
+            self.state,
+            EngineState::Stopping | EngineState::Backoff | EngineState::Failed | EngineState::Stopped
+        );
+        leaves && !matches!(self.tree, Tree::Absent | Tree::Left(_))
     }
 }
 
@@ -39,18 +51,50 @@ impl Fleet {
         {
             busy.extend(&engine.spec.gpus);
         }
+        for engine in self.engines.iter().filter(|engine| engine.gives_back()) {
+            busy.extend(&engine.spec.gpus);
+        }
         for index in self.those(|engine| engine.state == EngineState::Planned) {
             let engine = &mut self.engines[index];
             let free = !engine.spec.gpus.iter().any(|gpu| busy.contains(gpu));
             // Whether it starts or waits, later engines on the same GPUs wait behind it.
             busy.extend(&engine.spec.gpus);
             if free {
-                engine.tree = Tree::Running;
                 let (id, incarnation) = (engine.spec.id.clone(), engine.incarnation);
                 let until = now + engine.spec.ready_deadline;
+                if gpus::has_gpus(&engine.spec) {
+                    self.actions.push(Action::Prepare(id, incarnation));
+                } else {
+                    engine.tree = Tree::Running;
+                    self.actions.push(Action::Spawn(id, incarnation));
+                }
                 self.enter(index, EngineState::Starting, Some(until));
-                self.actions.push(Action::Spawn(id, incarnation));
             }
+        }
+    }
+
+    /// The engine's GPUs are free for it, or they are not; nobody may want it any more.
+    pub(super) fn prepared(
+        &mut self,
+        id: &EngineId,
+        incarnation: Incarnation,
+        result: Result<(), String>,
+        now: Instant,
+    ) {
+        let Some(index) = self.current(id, incarnation) else {
+            return;
+        };
+        let engine = &mut self.engines[index];
+        if engine.state != EngineState::Starting || engine.tree != Tree::Absent {
+            return;
+        }
+        match result {
+            Ok(()) => {
+                engine.tree = Tree::Running;
+                engine.until = Some(now + engine.spec.ready_deadline);
+                self.actions.push(Action::Spawn(id.clone(), incarnation));
+            }
+            Err(reason) => self.fail(index, Failure::without_exit(reason), now),
         }
     }
 
@@ -128,6 +172,11 @@ impl Fleet {
     }
 
     pub(super) fn terminate(&mut self, index: usize, grace: Duration, now: Instant) {
+        if self.engines[index].tree == Tree::Absent {
+            // It was still waiting for memory.
+            self.enter(index, EngineState::Stopped, None);
+            return;
+        }
         let id = self.engines[index].spec.id.clone();
         self.enter(index, EngineState::Stopping, Some(now + grace));
         self.actions.push(Action::Terminate(id));

@@ -97,6 +97,7 @@ impl Run {
             view: view_sender,
             verify: Box::new(move |_| Box::pin(std::future::ready(canary.clone()))),
             explain: Box::new(|_| Arc::new(|_| Cause::default())),
+            gpus: supervisor::GpuChecks::none(),
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(supervisor::run(settings, wiring));
@@ -167,6 +168,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
             ("HF_TOKEN".to_owned(), "hf_swordfish".to_owned()),
         ]),
         gpus: Vec::new(),
+        gpu_uuids: Vec::new(),
         endpoint: Endpoint {
             host: "127.0.0.1".to_owned(),
             port,

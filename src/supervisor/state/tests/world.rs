@@ -46,6 +46,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
         argv: vec!["true".to_owned()],
         env: BTreeMap::new(),
         gpus: gpus.to_vec(),
+        gpu_uuids: Vec::new(),
         endpoint: Endpoint {
             host: "127.0.0.1".to_owned(),
             port: 0,
@@ -333,6 +334,9 @@ impl World {
                 self.sweeping = true;
             }
             Action::Finish(outcome) => self.outcome = Some(outcome.clone()),
+            Action::Prepare(id, incarnation) => {
+                assert!(!self.processes[id].tree, "{id} {incarnation} waits for its own memory");
+            }
             Action::Leave | Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::Settled(_) => {}
         }
     }

@@ -1,0 +1,177 @@
+//! The GPUs of a plan: how many each engine needs, which it gets, and how it is bound to them. PURE.
+
+use std::collections::VecDeque;
+
+use super::place::{Group, place};
+use super::{EngineSpec, Plan};
+use crate::engine::{EngineKind, vllm};
+use crate::fleet::Role;
+use crate::machine::{Engine, Machine};
+use crate::profile::{DeviceChoice, Profile, RoleProfile};
+
+/// The data-parallel ranks of each engine of a role: what the arguments to vLLM say.
+pub(super) fn data_parallel(profile: &Profile, role: &RoleProfile) -> u16 {
+    let value = argument(profile, role, &["--data-parallel-size", "-dp"]);
+    value.and_then(|value| value.parse().ok()).unwrap_or(1).max(1)
+}
+
+/// GPUs of each engine of a role.
+fn ranks(profile: &Profile, role: &RoleProfile) -> usize {
+    usize::from(role.tensor_parallel) * usize::from(data_parallel(profile, role))
+}
+
+/// The value of an option among the profile's own arguments; those of the role come after those of all engines.
+fn argument<'profile>(
+    profile: &'profile Profile,
+    role: &'profile RoleProfile,
+    names: &[&str],
+) -> Option<&'profile str> {
+    vllm::option(&role.args, names).or_else(|| vllm::option(&profile.vllm.args, names))
+}
+
+/// The part of a GPU's memory that each engine of a role takes.
+fn share(profile: &Profile, role: &RoleProfile, machine: &Machine) -> f64 {
+    let given = argument(profile, role, &[vllm::MEMORY_OPTION]).and_then(|value| value.parse().ok());
+    given
+        .or_else(|| given_share(profile, role))
+        .unwrap_or_else(|| default_share(machine))
+}
+
+/// The part of a GPU's memory that the profile's own keys give each engine of a role.
+pub(super) fn given_share(profile: &Profile, role: &RoleProfile) -> Option<f64> {
+    role.gpu_memory_utilization.or(profile.vllm.gpu_memory_utilization)
+}
+
+/// The part of each of its GPUs' memory that an engine takes, 0 to 1.
+pub fn memory_share(engine: &EngineSpec, machine: &Machine) -> f64 {
+    let given = vllm::option(&engine.argv, &[vllm::MEMORY_OPTION]).and_then(|value| value.parse().ok());
+    given.unwrap_or_else(|| default_share(machine))
+}
+
+/// What the installed vLLM takes unless it is told otherwise.
+fn default_share(machine: &Machine) -> f64 {
+    match &machine.engine {
+        Engine::Found { vllm: Some(vllm), .. } => vllm::default_memory_utilization(vllm.at_least(0, 32)),
+        Engine::Found { vllm: None, .. } | Engine::Missing(_) | Engine::NotAsked => {
+            vllm::default_memory_utilization(true)
+        }
+    }
+}
+
+fn uses_gpus(profile: &Profile) -> bool {
+    profile.engine == EngineKind::Vllm && profile.device == DeviceChoice::Cuda
+}
+
+fn group(profile: &Profile, machine: &Machine, role: Role, fixed: Vec<u32>) -> Group {
+    let of_role = match role {
+        Role::Prefill => &profile.prefill,
+        Role::Decode => &profile.decode,
+    };
+    Group {
+        role,
+        ranks: ranks(profile, of_role),
+        fixed,
+        share: share(profile, of_role, machine),
+    }
+}
+
+/// The GPUs of every engine, prefill first; none where engines use none. What the profile names stays.
+pub(super) fn for_all(profile: &Profile, machine: &Machine) -> VecDeque<Vec<u32>> {
+    if !uses_gpus(profile) {
+        return VecDeque::new();
+    }
+    let mut groups = Vec::new();
+    for (role, of_role) in [(Role::Prefill, &profile.prefill), (Role::Decode, &profile.decode)] {
+        let mut named = of_role.gpus.chunks(ranks(profile, of_role));
+        for _ in 0..of_role.count {
+            let fixed = named.next().unwrap_or_default().to_vec();
+            groups.push(group(profile, machine, role, fixed));
+        }
+    }
+    place(machine.gpus.found(), &groups).into()
+}
+
+/// The GPUs of `count` engines more of `role`, beside those of the plan.
+pub(super) fn for_more(
+    profile: &Profile,
+    machine: &Machine,
+    plan: &Plan,
+    role: Role,
+    count: usize,
+) -> VecDeque<Vec<u32>> {
+    if !uses_gpus(profile) {
+        return VecDeque::new();
+    }
+    let existing = plan
+        .engines
+        .iter()
+        .map(|engine| group(profile, machine, engine.role, engine.gpus.clone()));
+    let new = std::iter::repeat_with(|| group(profile, machine, role, Vec::new())).take(count);
+    let groups: Vec<Group> = existing.chain(new).collect();
+    place(machine.gpus.found(), &groups)
+        .into_iter()
+        .skip(plan.engines.len())
+        .collect()
+}
+
+/// The UUIDs of these GPUs; empty unless NVML told them all.
+pub(super) fn uuids(machine: &Machine, gpus: &[u32]) -> Vec<String> {
+    let uuids: Option<Vec<String>> = gpus
+        .iter()
+        .map(|index| Some(machine.gpus.get(*index)?.uuid.clone()).filter(|uuid| !uuid.is_empty()))
+        .collect();
+    uuids.unwrap_or_default()
+}
+
+/// `CUDA_VISIBLE_DEVICES`: UUIDs where the engine reads them, because numbers change their meaning with the driver and the
+/// order that CUDA is told; else numbers. A MIG slice has no number.
+pub(super) fn visible(machine: &Machine, gpus: &[u32], uuids: &[String]) -> String {
+    let reads_uuids = match &machine.engine {
+        Engine::Found { has_device_ids, .. } => *has_device_ids,
+        Engine::Missing(_) | Engine::NotAsked => true,
+    };
+    let is_slice = |index: &u32| machine.gpus.get(*index).is_some_and(|gpu| gpu.parent.is_some());
+    if !uuids.is_empty() && (reads_uuids || gpus.iter().any(is_slice)) {
+        return uuids.join(",");
+    }
+    gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The NUMA node of each GPU, if the engine is to be bound to them: it can be, the machine has several, and the profile's
+/// own arguments do not speak of it.
+pub(super) fn numa_nodes(machine: &Machine, gpus: &[u32], args: &[String]) -> Vec<u32> {
+    let has_flag = matches!(
+        &machine.engine,
+        Engine::Found {
+            has_numa_bind: true,
+            ..
+        }
+    );
+    let is_told = args.iter().any(|word| word.replace('_', "-").contains("numa-bind"));
+    if !has_flag || !machine.binds_numa || is_told {
+        return Vec::new();
+    }
+    let nodes: Option<Vec<u32>> = gpus.iter().map(|index| machine.gpus.get(*index)?.numa_node).collect();
+    nodes.unwrap_or_default()
+}
+
+/// Which engines share a GPU, for people.
+pub(super) fn notes(plan: &Plan, machine: &Machine) -> Vec<String> {
+    let mut notes = Vec::new();
+    for gpu in machine.gpus.found() {
+        let on_it: Vec<&str> = plan
+            .engines
+            .iter()
+            .filter(|engine| engine.gpus.contains(&gpu.index))
+            .map(|engine| engine.id.as_str())
+            .collect();
+        if on_it.len() > 1 {
+            notes.push(format!(
+                "{} share {} and start one after the other",
+                on_it.join(" and "),
+                gpu.label()
+            ));
+        }
+    }
+    notes
+}
