@@ -267,12 +267,12 @@ mod tests {
         fs_err::write(folder.path().join("config.json"), config).expect("a file");
         fs_err::write(folder.path().join("model.safetensors"), [0; 100]).expect("a file");
         let name = folder.path().display().to_string();
-        let found = survey(&name).expect("a model");
+        let found = survey(Path::new(&name)).expect("a model");
         assert_eq!((found.weights_bytes, found.weights_are_exact), (100, true));
         let index = r#"{"metadata": {"total_size": 12345}, "weight_map": {}}"#;
         fs_err::write(folder.path().join("model.safetensors.index.json"), index).expect("a file");
-        assert_eq!(survey(&name).expect("a model").weights_bytes, 12_345);
-        assert_eq!(survey("org/nowhere"), None);
+        assert_eq!(survey(Path::new(&name)).expect("a model").weights_bytes, 12_345);
+        assert_eq!(survey(Path::new("org/nowhere")), None);
         assert_eq!(size("{}", None), None);
     }
 }
