@@ -43,6 +43,8 @@ struct Known {
     baselines: BTreeMap<String, Baseline>,
     /// Processes that NVML showed on the GPUs, by engine, as NVML calls them.
     seen: BTreeMap<EngineId, BTreeSet<u32>>,
+    /// Whether it was said that places cannot be told.
+    is_told: bool,
     /// Engines that may run, and the GPUs that they are on.
     running: BTreeMap<EngineId, Vec<String>>,
 }
@@ -176,15 +178,19 @@ impl Watch {
         self.known()
             .seen
             .insert(engine.id.clone(), on.values().flatten().copied().collect());
-        let has_hosts_pids = everywhere
-            .iter()
-            .flat_map(|(_, processes)| processes)
-            .any(|process| process.local.is_none());
+        let mut listed = everywhere.iter().flat_map(|(_, processes)| processes).peekable();
+        let blind = if listed.peek().is_none() {
+            Some("NVML lists no process at all, as in most containers")
+        } else if listed.any(|process| process.local.is_none()) {
+            Some("NVML tells process ids of the host, and this is a container")
+        } else {
+            None
+        };
         let expected = Expected {
             id: engine.id.clone(),
             uuids: engine.gpu_uuids.clone(),
         };
-        match judge(&expected, &on.keys().copied().collect(), has_hosts_pids) {
+        match judge(&expected, &on.keys().copied().collect(), blind) {
             Place::Right => {
                 tracing::info!(engine = %engine.id, gpus = ?engine.gpus, "NVML shows the engine on its GPUs");
                 Ok(())
@@ -192,6 +198,12 @@ impl Watch {
             Place::Wrong(reason) => Err(reason),
             Place::Doubtful(reason) => {
                 self.note(format!("warn  gpu: {reason}"));
+                Ok(())
+            }
+            Place::Untold(reason) => {
+                if !std::mem::replace(&mut self.known().is_told, true) {
+                    self.note(format!("warn  gpu: {reason}"));
+                }
                 Ok(())
             }
         }
@@ -293,8 +305,10 @@ enum Place {
     Right,
     /// On others. Holds the end of a sentence.
     Wrong(String),
-    /// It cannot be told, or not of all. Holds a sentence.
+    /// Not on all of them. Holds a sentence.
     Doubtful(String),
+    /// It cannot be told, of this engine or of any. Holds a sentence.
+    Untold(String),
 }
 
 /// An engine and where it should be.
@@ -304,7 +318,7 @@ struct Expected {
 }
 
 /// Judges by the GPUs on which NVML shows the engine. PURE.
-fn judge(engine: &Expected, on: &BTreeSet<&str>, has_hosts_pids: bool) -> Place {
+fn judge(engine: &Expected, on: &BTreeSet<&str>, blind: Option<&str>) -> Place {
     let planned: BTreeSet<&str> = engine.uuids.iter().map(String::as_str).collect();
     let strange: Vec<&str> = on.difference(&planned).copied().collect();
     let missing: Vec<&str> = planned.difference(on).copied().collect();
@@ -319,10 +333,8 @@ fn judge(engine: &Expected, on: &BTreeSet<&str>, has_hosts_pids: bool) -> Place 
     if missing.is_empty() {
         return Place::Right;
     }
-    if on.is_empty() && has_hosts_pids {
-        return Place::Doubtful(format!(
-            "on which GPUs {id} runs cannot be told: NVML tells process ids of the host, and this is a container"
-        ));
+    if let Some(reason) = blind.filter(|_| on.is_empty()) {
+        return Place::Untold(format!("on which GPUs engines run cannot be told: {reason}"));
     }
     Place::Doubtful(format!(
         "NVML shows no process of {id} on {}, where it was planned",
@@ -341,11 +353,13 @@ mod tests {
             id: EngineId::named("decoder1"),
             uuids: vec![third.to_owned(), fourth.to_owned()],
         };
-        let judged = |on: &[&str], hosts| judge(engine, &on.iter().copied().collect(), hosts);
-        assert_eq!(judged(&[third, fourth], false), Place::Right);
-        assert!(matches!(judged(&[third, "GPU-other"], true), Place::Wrong(reason) if reason.contains("GPU-other")));
-        assert!(matches!(judged(&[third], false), Place::Doubtful(reason) if reason.contains(fourth)));
-        assert!(matches!(judged(&[], true), Place::Doubtful(reason) if reason.contains("container")));
-        assert!(matches!(judged(&[], false), Place::Doubtful(reason) if reason.contains("no process")));
+        let judged = |on: &[&str], blind| judge(engine, &on.iter().copied().collect(), blind);
+        assert_eq!(judged(&[third, fourth], None), Place::Right);
+        assert!(
+            matches!(judged(&[third, "GPU-other"], Some("host")), Place::Wrong(reason) if reason.contains("GPU-other"))
+        );
+        assert!(matches!(judged(&[third], None), Place::Doubtful(reason) if reason.contains(fourth)));
+        assert!(matches!(judged(&[], Some("a container")), Place::Untold(reason) if reason.contains("container")));
+        assert!(matches!(judged(&[], None), Place::Doubtful(reason) if reason.contains("no process")));
     }
 }

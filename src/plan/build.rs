@@ -301,7 +301,8 @@ impl<'input> Builder<'input> {
         });
         let receiver_template = self.keep_file(&mut launch);
         let gpus = self.gpus.pop_front().unwrap_or_default();
-        let gpu_uuids = gpus::uuids(self.machine, &gpus);
+        let mut gpu_uuids = gpus::uuids(self.machine, &gpus);
+        let visible_gpus = gpus::visible(self.machine, &gpus, &gpu_uuids);
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
         let serve = Serve {
@@ -314,7 +315,7 @@ impl<'input> Builder<'input> {
             port_offset: profile.port_offset,
             data_parallel: data_parallel(profile, self.role(role)),
             device,
-            visible_gpus: &gpus::visible(self.machine, &gpus, &gpu_uuids),
+            visible_gpus: &visible_gpus,
             numa_nodes: &gpus::numa_nodes(self.machine, &gpus, &args),
             gpu_memory_utilization: gpus::given_share(profile, self.role(role)),
             max_model_len,
@@ -328,6 +329,10 @@ impl<'input> Builder<'input> {
         };
         let argv = profile.engine.command(&serve);
         let env = self.environment(&serve, role);
+        if env.get("CUDA_VISIBLE_DEVICES") != Some(&visible_gpus) {
+            // The profile's own variable wins, and nobody knows what it will mean.
+            gpu_uuids.clear();
+        }
         EngineSpec {
             log_file: PathBuf::from(format!("{id}.log")),
             id,

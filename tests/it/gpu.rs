@@ -17,10 +17,10 @@ fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let (library, made) = (
-            folder.join("libfake-nvml.so"),
-            folder.join(format!("libfake-nvml.{}.so", std::process::id())),
-        );
+        // A folder of its own, because the compiler writes its parts beside what it makes.
+        let own = folder.join(format!("fake-nvml-{}", std::process::id()));
+        std::fs::create_dir_all(&own).expect("a folder");
+        let (library, made) = (folder.join("libfake-nvml.so"), own.join("libfake-nvml.so"));
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-nvml/lib.rs");
         let compiler = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let status = Command::new(compiler)
@@ -39,6 +39,7 @@ fn library() -> &'static Path {
         assert!(status.success(), "the fake library is built");
         // Another test process may be loading the one that is there.
         std::fs::rename(&made, &library).expect("a library");
+        std::fs::remove_dir_all(&own).expect("an empty folder");
         library
     })
 }

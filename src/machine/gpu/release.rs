@@ -60,6 +60,14 @@ impl Baseline {
             !ours.contains(&process.pid) && (process.local.is_some() || self.processes.contains_key(&process.pid))
         };
         let (strangers, suspects): (Vec<&GpuProcess>, Vec<&GpuProcess>) = processes.iter().partition(is_stranger);
+        if others
+            && strangers
+                .iter()
+                .all(|process| self.processes.contains_key(&process.pid))
+            && suspects.is_empty()
+        {
+            return Release::Unknown("NVML lists no processes of its GPU, on which another engine runs");
+        }
         if others && suspects.iter().any(|process| !ours.contains(&process.pid)) {
             return Release::Unknown("NVML tells process ids of the host, and another engine runs on its GPU");
         }
@@ -159,7 +167,7 @@ mod tests {
         assert_eq!(held(&before.compare(&leaving, &none, false)), 20_000);
         assert!(matches!(before.compare(&leaving, &none, true), Release::Unknown(_)));
         let left = usage(10_500, vec![process(81_000, 10_000, false)]);
-        assert_eq!(before.compare(&left, &none, true), Release::Back);
+        assert_eq!(before.compare(&left, &none, false), Release::Back);
     }
 
     #[test]
@@ -183,5 +191,11 @@ mod tests {
             Release::Unknown(_)
         ));
         assert_eq!(held(&before.compare(&unlisted, &BTreeSet::new(), false)), 35_000);
+        // As in most containers.
+        let empty = usage(35_500, Vec::new());
+        assert!(matches!(
+            before.compare(&empty, &BTreeSet::new(), true),
+            Release::Unknown(_)
+        ));
     }
 }

@@ -87,7 +87,7 @@ fn host_pids_leave_the_place_unknown_and_memory_proves_the_end() {
     let (code, text) = run.end();
     assert_eq!(code, 0, "{text}");
     assert!(
-        text.contains("on which GPUs prefiller1 runs cannot be told: NVML tells process ids of the host"),
+        text.contains("on which GPUs engines run cannot be told: NVML tells process ids of the host"),
         "{text}"
     );
     assert!(log(&machine).contains("GPU memory is back"), "{}", log(&machine));
@@ -113,4 +113,39 @@ fn engines_that_share_a_gpu_start_one_after_the_other_and_restart_alone() {
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
     assert_eq!(code, 0, "{text}");
+}
+
+#[test]
+fn engines_that_outlive_xpyd_stay_where_they_are_and_are_measured_by_what_was_before_them() {
+    let machine = Machine::new(&with_engines(4, "lag_ms = 300"));
+    let keep = ["--set", "deadlines.keep=10m"];
+    let mut first = up(&machine, &keep);
+    first.wait_until_ready();
+    first.signal(Signal::SIGKILL);
+    first.end();
+    // Their own memory must not make the plan place them elsewhere.
+    let mut second = up(&machine, &keep);
+    second.wait_for_line("attaching to the engines");
+    second.wait_until_ready();
+    second.signal(Signal::SIGINT);
+    let (code, text) = second.end();
+    assert_eq!(code, 0, "{text}");
+    assert!(
+        log(&machine).contains("GPU memory is back whose=\"the fleet\""),
+        "{}",
+        log(&machine)
+    );
+}
+
+#[test]
+fn without_gpus_no_library_is_loaded_for_a_stop() {
+    let machine = Machine::new("fail = \"nvmlInit_v2\"\n");
+    let mut command = machine.prepared("up", &["-p", "1p1d", "--engine", "sim", "--set", "sim.preset=instant"]);
+    command.env("XPYD_NVML", "/nowhere");
+    let mut run = Run::of(&machine.place, command);
+    run.wait_until_ready();
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert!(!log(&machine).to_lowercase().contains("gpu"), "{}", log(&machine));
 }

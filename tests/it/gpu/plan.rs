@@ -158,7 +158,19 @@ fn mig_slices_are_devices_of_their_own() {
         pins(&machine, &["-p", "1p1d", "--set", "prefill.gpus=[1001]"]),
         [slice(2), slice(1)]
     );
-    let wide = machine.findings("mig", &["-p", "1p1d", "--set", "prefill.tensor_parallel=2"]);
+    let wide = machine.findings(
+        "mig",
+        &[
+            "-p",
+            "1p1d",
+            "--set",
+            "prefill.tensor_parallel=2",
+            "--set",
+            "prefill.gpus=[1000, 1001]",
+            "--set",
+            "decode.gpus=[1000]",
+        ],
+    );
     assert!(wide[0].contains("CUDA shows a process one slice only"), "{wide:?}");
     let old = r#"{"packages": {"vllm": "0.11.0", "nixl": "1.5.1"}}"#;
     let old = Machine::with_vllm(script, old).findings("mig", &["-p", "1p1d"]);
