@@ -177,6 +177,8 @@ pub struct Row {
     pub goodput: Option<f64>,
     /// Whether the server fell behind.
     pub is_overloaded: bool,
+    /// Whether it was ended before all its requests had.
+    pub is_partial: bool,
     /// Why the numbers are not the server's, if they are not.
     pub invalid: Option<String>,
 }
@@ -202,6 +204,7 @@ impl Row {
             output_throughput: report.metrics.output_throughput(),
             goodput: report.metrics.request_goodput,
             is_overloaded: axis == Axis::Rate && is_overloaded(&report.records),
+            is_partial: report.is_partial(),
             invalid: why_invalid(report),
         }
     }
@@ -214,6 +217,7 @@ impl Row {
             "served": self.served,
             "failed": self.failed,
             "overloaded": self.is_overloaded,
+            "partial": self.is_partial,
             "valid": self.invalid.is_none(),
             "why_invalid": self.invalid,
         })
