@@ -150,10 +150,8 @@ pub fn is_overloaded(records: &[Record]) -> bool {
 
 /// Why a run measured its client and not the server, if it did.
 pub fn why_invalid(report: &Report) -> Option<String> {
-    /// A client that is later than this is busy with itself, in milliseconds at the 99th percentile.
-    const MOST_LAG: f64 = 50.0;
-    let lag = report.release_lag().percentiles.get(1).map_or(0.0, |(_, lag)| *lag);
-    (lag > MOST_LAG).then(|| format!("this client was {lag:.0} ms late (P99)"))
+    let verdict = report.verdict();
+    (!verdict.is_valid()).then(|| verdict.reasons.join("; "))
 }
 
 /// What is told of one point.
