@@ -56,6 +56,8 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
+    /// The run's model, unless a request has its own.
+    Model(Value),
     Prompt,
     Messages,
     OutputLength,
@@ -283,7 +285,7 @@ fn put_headers(head: &mut Vec<u8>, headers: &HeaderMap) {
 
 /// The body's fields in the order of vLLM's client. The user's own fields replace those of the same name.
 fn template(spec: &Spec) -> Vec<(String, Field)> {
-    let mut fields = vec![("model", Field::Fixed(json!(spec.model)))];
+    let mut fields = vec![("model", Field::Model(json!(spec.model)))];
     match spec.backend {
         Backend::Completions => fields.extend([
             ("prompt", Field::Prompt),
@@ -326,6 +328,10 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
+                Field::Model(model) => match &self.order.model {
+                    Some(own) => body.serialize_entry(name, own.as_ref())?,
+                    None => body.serialize_entry(name, model)?,
+                },
                 Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
                 Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
                 Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,

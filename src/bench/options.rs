@@ -1,6 +1,9 @@
 //! Settings of a run that most runs leave alone. Plain values.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use super::numpy::Generator;
 
 /// What a run does beside sending its workload. By default nothing.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -26,6 +29,20 @@ pub struct Lora {
     pub modules: Vec<String>,
     /// Which request asks for which.
     pub assignment: LoraAssignment,
+}
+
+impl Lora {
+    /// The module of each of `count` requests. There is at least one module.
+    pub(super) fn assigned(&self, count: usize, seed: u32) -> Vec<Arc<str>> {
+        let modules: Vec<Arc<str>> = self.modules.iter().map(|name| name.as_str().into()).collect();
+        let mut generator = Generator::new(seed);
+        let last = u32::try_from(modules.len().saturating_sub(1)).unwrap_or(u32::MAX);
+        let place = |index: usize| match self.assignment {
+            LoraAssignment::Random => generator.integer(0, last) as usize,
+            LoraAssignment::RoundRobin => index % modules.len(),
+        };
+        (0..count).map(place).map(|place| modules[place].clone()).collect()
+    }
 }
 
 /// Which request asks for which module.

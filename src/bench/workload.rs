@@ -44,6 +44,8 @@ pub struct Order {
     pub release: Option<Duration>,
     /// Its place in a session of several turns.
     pub turn: Option<Turn>,
+    /// What it asks for in place of the run's model.
+    pub model: Option<Arc<str>>,
 }
 
 /// A request's place in a session.
@@ -111,6 +113,7 @@ impl Order {
             headers: HeaderMap::new(),
             release: None,
             turn: None,
+            model: None,
         }
     }
 }
