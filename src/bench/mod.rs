@@ -13,19 +13,23 @@ pub mod compare;
 mod engine_counters;
 mod export;
 pub mod goodput;
+pub mod growth;
 mod load;
 pub mod models;
 mod numpy;
 mod opening;
 mod options;
+pub mod paired;
 mod probe;
 mod reader;
 pub mod record;
 pub mod report;
 mod resample;
 pub mod saved;
+pub mod search;
 mod sse;
 pub mod stats;
+pub mod sweep;
 #[cfg(test)]
 mod vectors;
 pub mod workload;
@@ -245,6 +249,32 @@ pub async fn run_aloud(
     say: &dyn Fn(&str),
     stop: CancellationToken,
 ) -> Result<Report, BenchError> {
+    let listener = Listener {
+        progress,
+        say,
+        ended: &|_| {},
+    };
+    run_watched(spec, listener, stop).await
+}
+
+/// Who is told while a run goes on. All are called often, from the future of the run, and must not block.
+#[expect(missing_debug_implementations, reason = "functions")]
+#[derive(Clone, Copy)]
+pub struct Listener<'a> {
+    /// Gets how far the run is.
+    pub progress: &'a dyn Fn(Progress),
+    /// Gets the lines that vLLM's client prints before its table.
+    pub say: &'a dyn Fn(&str),
+    /// Gets the requests that have ended so far, in the order of their ends.
+    pub ended: &'a dyn Fn(&[Record]),
+}
+
+/// As [`run`], for whoever wants to know each request as it ends.
+///
+/// # Errors
+/// Those of [`run`].
+pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: CancellationToken) -> Result<Report, BenchError> {
+    let Listener { progress, say, ended } = listener;
     let orders = spec.workload.orders()?;
     let releases = spec.releases(&orders)?;
     let lanes = load::Lanes::start().map_err(BenchError::Threads)?;
@@ -268,7 +298,10 @@ pub async fn run_aloud(
         let own = own.clone();
         async move { own.send(index, index.to_string()).await }
     };
-    let observe = |tally: &load::Tally| progress(tally.progress(Phase::Measuring));
+    let observe = |tally: &load::Tally, records: &[Record]| {
+        progress(tally.progress(Phase::Measuring));
+        ended(records);
+    };
     let mut measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
     over.cancel();
     let mut probes = None;
@@ -328,7 +361,7 @@ impl Sender {
         let own = self.clone();
         let warm_up = move |index: usize| own.clone().send(0, format!("warmup-{index}"));
         let at_once = vec![Duration::ZERO; spec.warmups];
-        let observe = |tally: &load::Tally| progress(tally.progress(Phase::WarmingUp));
+        let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
         let warmed = load::drive(lanes, &at_once, spec.max_concurrency, warm_up, observe, stop).await;
         for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
             tracing::warn!(cause, "a warm-up request failed");

@@ -1,12 +1,17 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
+mod against;
 mod arguments;
 mod attribution;
 #[cfg(test)]
 mod captures;
 mod compare;
+mod find_max;
+mod fleet;
 mod line;
 mod page;
+mod session;
+mod sweep;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -15,7 +20,9 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
+use self::fleet::Fleet;
 pub use self::line::line;
+use self::session::Session;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
@@ -46,19 +53,75 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     }
     let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     let stop = CancellationToken::new();
-    let benchmark = measure(&arguments, defaults, printer, stop.clone());
-    tokio::pin!(benchmark);
-    let report = tokio::select! {
-        report = &mut benchmark => report?,
-        // What has ended is still worth its table, so the benchmark is asked to stop and awaited.
+    let work = with_fleet(&arguments, defaults, printer, stop.clone());
+    tokio::pin!(work);
+    tokio::select! {
+        status = &mut work => status,
+        // What has ended is still worth its table, so the work is asked to stop and awaited.
         _ = signals.next() => {
             stop.cancel();
-            benchmark.await?
+            work.await
         }
+    }
+}
+
+/// The work, with a fleet of its own if the flags want one, which is taken down however the work ends.
+async fn with_fleet(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let Some(profile) = &arguments.fleet.profile else {
+        return work(arguments, defaults, printer, stop).await;
     };
-    match report {
-        None => Ok(ExitStatus::Forced),
-        Some(report) => present(&arguments, &report, printer),
+    if profile.is_empty() {
+        let problem = "`--profile` takes the name of a profile: the bench brings up its fleet";
+        return Err(Failure::message(ExitStatus::Usage, problem)
+            .hint("`xpyd profiles list` shows the names")
+            .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
+    }
+    // Before anything is started for it.
+    session::check(
+        arguments,
+        &arguments.spec("http://127.0.0.1:1".to_owned(), headers(arguments)?)?,
+    )?;
+    let Some(fleet) = Fleet::start(arguments, profile, printer, &stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    let mut arguments = arguments.clone();
+    // It was the fleet's; requests use the name that the fleet gives it.
+    arguments.target.model = None;
+    let worked = work(&arguments, Some(fleet.target.clone()), printer, stop).await;
+    // What went wrong first is told first.
+    let went_down = fleet.stop(printer).await;
+    let status = worked?;
+    went_down.map(|()| status)
+}
+
+/// One run, or what the mode makes of many.
+async fn work(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let modes = &arguments.modes;
+    if modes.flag().is_none() {
+        return match measure(arguments, defaults, printer, stop).await? {
+            None => Ok(ExitStatus::Forced),
+            Some(report) => present(arguments, &report, printer),
+        };
+    }
+    let Some(session) = Session::open(arguments, defaults, printer, stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    if let Some(points) = &modes.sweep {
+        return sweep::run(&session, points).await;
+    }
+    match &modes.against {
+        Some(url) => against::run(&session, url).await,
+        None => find_max::run(&session).await,
     }
 }
 

@@ -446,7 +446,7 @@ async fn adapters_take_turns_in_place_of_the_model_and_ids_begin_as_asked() {
             assignment: bench::LoraAssignment::RoundRobin,
         }),
         logprobs: Some(2),
-        ready_check: Duration::from_secs(60),
+        ready_check: Duration::from_mins(1),
         request_id_prefix: Some("mine-".to_owned()),
         ..bench::Options::default()
     };

@@ -12,7 +12,7 @@ use super::{Behaviour, Server};
 use crate::support::Place;
 
 /// Runs `xpyd bench` with the server's port and so many flags.
-async fn bench(server: &Server, place: &Place, words: &[&str], flags: &str) -> Output {
+fn bench(server: &Server, place: &Place, words: &[&str], flags: &str) -> Output {
     let port = server.address.port().to_string();
     let mut line: Vec<&str> = words.to_vec();
     line.extend(["--port", &port]);
@@ -61,8 +61,7 @@ async fn a_line_of_vllm_prints_and_saves_what_it_does_with_vllm() {
             &place,
             &["bench", "serve"],
             &format!("{line} --result-dir saved"),
-        )
-        .await;
+        );
         let (stdout, stderr) = text(&output);
         assert!(output.status.success(), "{name}: {stderr}");
 
@@ -120,7 +119,7 @@ async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
         (&["bench", "serve"], 0),
         (&["bench", "--allow-failures"], 0),
     ] {
-        let output = bench(&server, &place, words, flags).await;
+        let output = bench(&server, &place, words, flags);
         let (stdout, stderr) = text(&output);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {stderr}");
         let failures: Vec<&str> = stdout
@@ -138,7 +137,7 @@ async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
             ]
         );
     }
-    let output = bench(&server, &place, &["bench", "serve", "--json"], flags).await;
+    let output = bench(&server, &place, &["bench", "serve", "--json"], flags);
     let (stdout, stderr) = text(&output);
     let result: Value = serde_json::from_str(&stdout).expect("JSON alone");
     assert_eq!(result["failed"], 2);
@@ -152,7 +151,7 @@ async fn a_result_is_one_more_line_of_a_file_that_is_appended_to() {
     let flags =
         "--num-prompts 1 --random-input-len 8 --random-output-len 2 --append-result --result-filename all.jsonl";
     for _ in 0..2 {
-        let output = bench(&server, &place, &["bench"], flags).await;
+        let output = bench(&server, &place, &["bench"], flags);
         assert!(output.status.success(), "{}", text(&output).1);
     }
     let file = std::fs::read_to_string(place.path().join("all.jsonl")).unwrap();
@@ -176,7 +175,7 @@ async fn what_cannot_be_asked_for_is_one_clear_error() {
             "`--request-rate` and `--ramp-up-strategy` exclude each other",
         ),
     ] {
-        let output = bench(&server, &place, &["bench", "serve"], flags).await;
+        let output = bench(&server, &place, &["bench", "serve"], flags);
         let (_, stderr) = text(&output);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(stderr.contains(told), "{stderr}");
