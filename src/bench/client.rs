@@ -20,6 +20,7 @@ use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use super::engine_counters;
+use super::export::python;
 use super::load::Exchange;
 use super::reader::{AnswerError, Reader, Scanner};
 use super::record::{Answer, Told};
@@ -144,7 +145,7 @@ impl Client {
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
+        let body = python::write(&Body { template, order });
         let mut head = self.head.clone();
         put_headers(&mut head, &order.headers);
         let rest = format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len());
