@@ -3,6 +3,7 @@
 mod alone;
 mod bench;
 mod bench_much;
+mod bench_true;
 mod causes;
 mod chaos;
 mod clients;
