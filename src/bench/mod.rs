@@ -11,6 +11,7 @@ pub mod arrivals;
 pub mod attribution;
 mod client;
 pub mod compare;
+mod conversation;
 mod engine_counters;
 mod export;
 pub mod goodput;
@@ -45,6 +46,7 @@ use std::time::Duration;
 
 use reqwest::header::HeaderMap;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use self::alignment::align;
@@ -303,16 +305,19 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     let started_at = jiff::Zoned::now();
     let over = CancellationToken::new();
     let mut probing = sender.probe(spec.options.probe_rate, &over, &stop);
+    let conversations = Arc::new(conversation::Conversations::new(&sender.orders));
+    let successors = conversation::successors(&sender.orders);
     let own = sender.clone().with_adapters(spec);
     let measure = move |index: usize| {
-        let own = own.clone();
-        async move { own.send(index, index.to_string()).await }
+        let (own, conversations) = (own.clone(), conversations.clone());
+        async move { own.measure(index, &conversations).await }
     };
     let observe = |tally: &load::Tally, records: &[Record]| {
         progress(tally.progress(Phase::Measuring));
         ended(records);
     };
-    let mut measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
+    let limit = spec.max_concurrency;
+    let mut measured = load::drive_chained(&lanes, &releases, limit, successors, measure, observe, &stop).await;
     over.cancel();
     let mut probes = None;
     if let Some(probed) = probing.join_next().await {
@@ -347,7 +352,25 @@ struct Sender {
 }
 
 impl Sender {
-    /// Sends one request of the workload.
+    /// Sends one request of the workload, with what its session has said before.
+    async fn measure(self, index: usize, conversations: &conversation::Conversations) -> load::Exchange {
+        let request_id = format!("{}{index}", self.prefix);
+        let order = &self.orders[index];
+        match conversations.next(order) {
+            None => self.client.exchange(order, &request_id).await,
+            Some(Ok(order)) => {
+                let exchange = self.client.exchange(&order, &request_id).await;
+                conversations.answered(&order, &exchange.result);
+                exchange
+            }
+            Some(Err(reason)) => load::Exchange {
+                started: Instant::now(),
+                result: Err(reason),
+            },
+        }
+    }
+
+    /// Sends one request as it stands.
     async fn send(self, index: usize, name: String) -> load::Exchange {
         let request_id = format!("{}{name}", self.prefix);
         self.client.exchange(&self.orders[index], &request_id).await
