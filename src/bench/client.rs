@@ -130,7 +130,7 @@ impl Client {
             pool: Pool::new(MAX_IDLE),
             template: template(spec),
             timeout: spec.request_timeout,
-            scanner: Scanner::new(spec.keep_texts),
+            scanner: Scanner::new(spec.keep_texts || spec.workload.has_turns()),
         })
     }
 

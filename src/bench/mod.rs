@@ -11,6 +11,7 @@ pub mod arrivals;
 pub mod attribution;
 mod client;
 pub mod compare;
+mod conversation;
 mod engine_counters;
 mod export;
 pub mod goodput;
@@ -43,6 +44,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use self::alignment::align;
@@ -320,16 +322,33 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     let before = client.engine_counters(&spec.base_url).await;
     let page = Page::read(spec).await;
     let started_at = jiff::Zoned::now();
-    let own = (client.clone(), orders.clone(), prefix);
+    let conversations = Arc::new(conversation::Conversations::new(&orders));
+    let successors = conversation::successors(&orders);
+    let own = (client.clone(), orders.clone(), prefix, conversations);
     let measure = move |index: usize| {
-        let (client, orders, prefix) = own.clone();
-        async move { client.exchange(&orders[index], &format!("{prefix}{index}")).await }
+        let (client, orders, prefix, conversations) = own.clone();
+        async move {
+            let request_id = format!("{prefix}{index}");
+            match conversations.next(&orders[index]) {
+                None => client.exchange(&orders[index], &request_id).await,
+                Some(Ok(order)) => {
+                    let exchange = client.exchange(&order, &request_id).await;
+                    conversations.answered(&order, &exchange.result);
+                    exchange
+                }
+                Some(Err(reason)) => load::Exchange {
+                    started: Instant::now(),
+                    result: Err(reason),
+                },
+            }
+        }
     };
     let observe = |tally: &load::Tally, records: &[Record]| {
         progress(tally.progress(Phase::Measuring));
         ended(records);
     };
-    let measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
+    let limit = spec.max_concurrency;
+    let measured = load::drive_chained(&lanes, &releases, limit, successors, measure, observe, &stop).await;
     let duration = measured.duration.as_secs_f64();
     let after = client.engine_counters(&spec.base_url).await;
     let prompt_lengths = orders.iter().map(|order| order.prompt.token_count()).collect();

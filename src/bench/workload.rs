@@ -122,6 +122,11 @@ impl Workload {
         }
     }
 
+    /// Whether requests follow the answers of others, whose texts they need.
+    pub fn has_turns(&self) -> bool {
+        matches!(self, Self::Made(made) if made.orders.iter().any(|order| order.turn.is_some()))
+    }
+
     /// The dataset that is still to be made; none if its requests are there.
     pub fn dataset(&self) -> Option<Dataset> {
         match self {
