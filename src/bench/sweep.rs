@@ -192,9 +192,15 @@ impl Row {
             .max()
             .unwrap_or_default();
         let released = report.records.len() + report.dropped;
+        // When those that were dropped went out is not kept, but it was until the end.
+        let sending = if report.dropped > 0 {
+            report.metrics.duration
+        } else {
+            last.as_secs_f64()
+        };
         Self {
             asked,
-            sent: released as f64 / last.as_secs_f64().max(f64::MIN_POSITIVE),
+            sent: released as f64 / sending.max(f64::MIN_POSITIVE),
             served: report.metrics.request_throughput(),
             failed: report.failed(),
             ttft: latency(Metric::Ttft),
