@@ -41,12 +41,13 @@ use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
 pub use self::export::html::{ResultFileError, of_file as page_of_file};
+pub use self::export::python::{render as python_json, repr as python_number};
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
 pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
-pub use self::report::{Beside, Report};
+pub use self::report::{Beside, Probes, Report};
 pub use self::stats::Metric;
 pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
 

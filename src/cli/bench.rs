@@ -2,6 +2,8 @@
 
 mod arguments;
 mod attribution;
+#[cfg(test)]
+mod captures;
 mod compare;
 mod line;
 mod page;
@@ -169,12 +171,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             report.unsent
         ));
     }
-    if let Some(failures) = report.failure_summary() {
-        printer.error(failures);
-        if report.failures().iter().any(|group| group.cause.contains("vocabulary")) {
-            printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
-        }
-    }
+    present_failures(arguments, report, printer);
     if output.json {
         printer.data(report.to_text(output.save_detailed));
     } else {
@@ -202,6 +199,24 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         ExitStatus::Success
     })
+}
+
+/// Failures as vLLM shows them, a line each; where those are not all, also by cause.
+fn present_failures(arguments: &Arguments, report: &Report, printer: Printer) {
+    let lines = report.failure_lines();
+    if !arguments.output.json {
+        for line in &lines {
+            printer.data(line);
+        }
+    }
+    // The first line is a heading.
+    let are_all_shown = !arguments.output.json && report.failed() < lines.len();
+    if let Some(summary) = report.failure_summary().filter(|_| !are_all_shown) {
+        printer.error(summary);
+    }
+    if report.failures().iter().any(|group| group.cause.contains("vocabulary")) {
+        printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
+    }
 }
 
 /// Writes the result file, as vLLM does: its name, one line without an end, and a line more where it is appended.

@@ -134,4 +134,4 @@ impl Arguments {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
