@@ -6,6 +6,7 @@
 //!
 //! "vLLM" in this module means the client of vLLM 0.32.
 
+mod alignment;
 pub mod arrivals;
 pub mod attribution;
 mod client;
@@ -13,18 +14,26 @@ pub mod compare;
 mod engine_counters;
 mod export;
 pub mod goodput;
+pub mod growth;
+pub mod honesty;
+pub mod interval;
 mod load;
 pub mod models;
 mod numpy;
 mod opening;
 mod options;
+pub mod paired;
+mod python;
 mod reader;
 pub mod record;
 pub mod report;
 mod resample;
 pub mod saved;
+pub mod search;
 mod sse;
 pub mod stats;
+pub mod sweep;
+pub mod tokenizer;
 #[cfg(test)]
 mod vectors;
 pub mod workload;
@@ -36,6 +45,7 @@ use std::time::Duration;
 use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
+pub use self::alignment::align;
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
@@ -49,7 +59,11 @@ pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
 pub use self::report::{Beside, Probes, Report};
 pub use self::stats::Metric;
-pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
+pub use self::tokenizer::{Tokenizer, TokenizerError};
+pub use self::workload::{
+    BurstGpt, Custom, Dataset, DatasetError, Made, Message, Order, PrefixRepetition, Product, Prompt, Random,
+    RangeRatio, Sessions, ShareGpt, Source, Stopped, TimedTrace, Turn, Turns, Workload, WorkloadError,
+};
 
 /// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
 /// after 1, 3 and 7 seconds.
@@ -243,6 +257,32 @@ pub async fn run_aloud(
     say: &dyn Fn(&str),
     stop: CancellationToken,
 ) -> Result<Report, BenchError> {
+    let listener = Listener {
+        progress,
+        say,
+        ended: &|_| {},
+    };
+    run_watched(spec, listener, stop).await
+}
+
+/// Who is told while a run goes on. All are called often, from the future of the run, and must not block.
+#[expect(missing_debug_implementations, reason = "functions")]
+#[derive(Clone, Copy)]
+pub struct Listener<'a> {
+    /// Gets how far the run is.
+    pub progress: &'a dyn Fn(Progress),
+    /// Gets the lines that vLLM's client prints before its table.
+    pub say: &'a dyn Fn(&str),
+    /// Gets the requests that have ended so far, in the order of their ends.
+    pub ended: &'a dyn Fn(&[Record]),
+}
+
+/// As [`run`], for whoever wants to know each request as it ends.
+///
+/// # Errors
+/// Those of [`run`].
+pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: CancellationToken) -> Result<Report, BenchError> {
+    let Listener { progress, say, ended } = listener;
     let orders = spec.workload.orders()?;
     let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
@@ -267,7 +307,7 @@ pub async fn run_aloud(
             async move { client.exchange(&orders[0], &format!("{prefix}warmup-{index}")).await }
         };
         let at_once = vec![Duration::ZERO; spec.warmups];
-        let observe = |tally: &load::Tally| progress(tally.progress(Phase::WarmingUp));
+        let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
         let warmed = load::drive(&lanes, &at_once, spec.max_concurrency, warm_up, observe, &stop).await;
         for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
             tracing::warn!(cause, "a warm-up request failed");
@@ -285,7 +325,10 @@ pub async fn run_aloud(
         let (client, orders, prefix) = own.clone();
         async move { client.exchange(&orders[index], &format!("{prefix}{index}")).await }
     };
-    let observe = |tally: &load::Tally| progress(tally.progress(Phase::Measuring));
+    let observe = |tally: &load::Tally, records: &[Record]| {
+        progress(tally.progress(Phase::Measuring));
+        ended(records);
+    };
     let measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
     let duration = measured.duration.as_secs_f64();
     let after = client.engine_counters(&spec.base_url).await;
@@ -316,7 +359,7 @@ impl Spec {
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
         client::url(&self.base_url, &self.endpoint)?;
-        self.releases(&self.workload.orders()?)?;
+        self.schedule(self.workload.count()?)?;
         Ok(())
     }
 
@@ -325,7 +368,11 @@ impl Spec {
         if let Some(own) = orders.iter().map(|order| order.release).collect() {
             return Ok(own);
         }
-        let count = orders.len();
+        self.schedule(orders.len())
+    }
+
+    /// When the arrivals release each of `count` requests.
+    fn schedule(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
         let Arrivals {
             request_rate,
             burstiness,
@@ -340,7 +387,7 @@ impl Spec {
         if let Some(ramp) = ramp.filter(|ramp| ramp.start == 0 || ramp.end < ramp.start) {
             return Err(BenchError::Ramp(ramp));
         }
-        let schedule = self.arrivals.schedule(count, self.workload.seed());
+        let schedule = self.arrivals.schedule_from(count, self.workload.generator());
         let releases = schedule.into_iter().map(Duration::try_from_secs_f64);
         match releases.collect::<Result<Vec<_>, _>>() {
             Ok(releases) if releases.iter().all(|&release| release <= LONGEST_SCHEDULE) => Ok(releases),

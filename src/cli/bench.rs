@@ -1,12 +1,18 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
+mod against;
 mod arguments;
 mod attribution;
 #[cfg(test)]
 mod captures;
 mod compare;
+mod find_max;
+mod fleet;
 mod line;
 mod page;
+mod prompts;
+mod session;
+mod sweep;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -15,8 +21,13 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
+use self::fleet::Fleet;
 pub use self::line::line;
+use self::prompts::Prompts;
+use self::session::Session;
+use crate::bench::honesty::MachineUse;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
+use crate::machine::Processors;
 use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
 use crate::ui::Printer;
@@ -46,19 +57,75 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     }
     let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
     let stop = CancellationToken::new();
-    let benchmark = measure(&arguments, defaults, printer, stop.clone());
-    tokio::pin!(benchmark);
-    let report = tokio::select! {
-        report = &mut benchmark => report?,
-        // What has ended is still worth its table, so the benchmark is asked to stop and awaited.
+    let work = with_fleet(&arguments, defaults, printer, stop.clone());
+    tokio::pin!(work);
+    tokio::select! {
+        status = &mut work => status,
+        // What has ended is still worth its table, so the work is asked to stop and awaited.
         _ = signals.next() => {
             stop.cancel();
-            benchmark.await?
+            work.await
         }
+    }
+}
+
+/// The work, with a fleet of its own if the flags want one, which is taken down however the work ends.
+async fn with_fleet(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let Some(profile) = &arguments.fleet.profile else {
+        return work(arguments, defaults, printer, stop).await;
     };
-    match report {
-        None => Ok(ExitStatus::Forced),
-        Some(report) => present(&arguments, &report, printer),
+    if profile.is_empty() {
+        let problem = "`--profile` takes the name of a profile: the bench brings up its fleet";
+        return Err(Failure::message(ExitStatus::Usage, problem)
+            .hint("`xpyd profiles list` shows the names")
+            .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
+    }
+    // Before anything is started for it.
+    session::check(
+        arguments,
+        &arguments.spec("http://127.0.0.1:1".to_owned(), headers(arguments)?)?,
+    )?;
+    let Some(fleet) = Fleet::start(arguments, profile, printer, &stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    let mut arguments = arguments.clone();
+    // It was the fleet's; requests use the name that the fleet gives it.
+    arguments.target.model = None;
+    let worked = work(&arguments, Some(fleet.target.clone()), printer, stop).await;
+    // What went wrong first is told first.
+    let went_down = fleet.stop(printer).await;
+    let status = worked?;
+    went_down.map(|()| status)
+}
+
+/// One run, or what the mode makes of many.
+async fn work(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let modes = &arguments.modes;
+    if modes.flag().is_none() {
+        return match measure(arguments, defaults, printer, stop).await? {
+            None => Ok(ExitStatus::Forced),
+            Some(report) => present(arguments, &report, printer),
+        };
+    }
+    let Some(session) = Session::open(arguments, defaults, printer, stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    if let Some(points) = &modes.sweep {
+        return sweep::run(&session, points).await;
+    }
+    match &modes.against {
+        Some(url) => against::run(&session, url).await,
+        None => find_max::run(&session).await,
     }
 }
 
@@ -76,13 +143,18 @@ async fn measure(
             printer.data(line);
         }
     };
-    let Some(()) = stop
+    let Some(root) = stop
         .run_until_cancelled(find_model(arguments, &mut spec, &say))
         .await
         .transpose()?
     else {
         return Ok(None);
     };
+    let prompts = Prompts::open(arguments, &spec, root, printer)?;
+    let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &say));
+    if prepared.await.transpose()?.is_none() {
+        return Ok(None);
+    }
     if arguments.sampling.temperature.is_none() {
         say(bench::NO_TEMPERATURE);
     }
@@ -96,9 +168,13 @@ async fn measure(
             shown.update(&snapshot(&progress));
         }
     };
+    let before = Processors::now();
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
+    let after = Processors::now();
     shown.finish();
     let mut report = report.map_err(failure)?;
+    let shares = before.zip(after).and_then(|(before, after)| after.shares_since(before));
+    report.beside.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
     report.beside.gpus = gpus.finish();
     Ok(Some(report))
 }
@@ -123,8 +199,8 @@ fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     }
 }
 
-/// Asks the server for its first model, or whether it has the one that the user named.
-async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+/// Asks the server for its first model, or whether it has the one that the user named; gives what that was loaded from.
+async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<Option<String>, Failure> {
     if spec.model.is_empty() {
         say("Model not specified, fetching first model from server...");
         let model = bench::discover(&spec.base_url, &spec.headers, None)
@@ -134,13 +210,14 @@ async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) 
         say(&format!("First model name: {}, first model id: {root}", model.id));
         spec.model = model.id;
         spec.naming.model_id = Some(root);
-        return Ok(());
+        return Ok(None);
     }
     match bench::discover(&spec.base_url, &spec.headers, Some(&spec.model)).await {
         // vLLM's client does not ask, so a server without a list is measured, too.
-        Ok(_) | Err(BenchError::NoModelList { .. }) => Ok(()),
+        Ok(model) => Ok(model.root),
+        Err(BenchError::NoModelList { .. }) => Ok(None),
         // It may come up in the time that the user gives it.
-        Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(()),
+        Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(None),
         Err(error) => Err(failure(error)),
     }
 }
@@ -178,12 +255,11 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
         printer.data(report.table());
     }
     attribution::tell(report, printer);
-    let lag = report.release_lag();
-    if let [.., (_, most)] = lag.percentiles[..] {
-        printer.status(format_args!(
-            "requests left this client {:.2} ms after their time on average, {most:.2} ms at most",
-            lag.mean
-        ));
+    printer.status(report.remarks());
+    // The exit code is that of the requests: scripts that know vLLM's ask whether they went well, and `xpyd.valid` in the
+    // result says whether their times may be believed.
+    for reason in report.verdict().reasons {
+        printer.error(format_args!("INVALID: {reason}"));
     }
     if output.save_result || output.append_result {
         let path = save(arguments, report)?;
