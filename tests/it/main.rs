@@ -2,6 +2,7 @@
 
 mod alone;
 mod bench;
+mod bench_data;
 mod bench_much;
 mod bench_true;
 mod bench_where;

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::table::percentile_word;
 use crate::bench::attribution::gpus;
+use crate::bench::conversation;
 use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::{Probes, Report};
@@ -253,6 +254,7 @@ fn own(report: &Report) -> Value {
         "dropped": report.dropped,
         "unsent": report.unsent,
         "where": report.attribution().map(|summary| summary.to_json()),
+        "turns": conversation::turns_to_json(report),
         "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
 }
