@@ -5,6 +5,7 @@ mod bench;
 mod bench_data;
 mod bench_much;
 mod bench_true;
+mod bench_where;
 mod causes;
 mod chaos;
 mod clients;
