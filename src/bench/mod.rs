@@ -12,6 +12,7 @@ mod client;
 pub mod compare;
 mod engine_counters;
 mod export;
+mod failures;
 pub mod goodput;
 mod load;
 pub mod models;
@@ -40,6 +41,7 @@ pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
 pub use self::export::html::{ResultFileError, of_file as page_of_file};
+pub use self::failures::FailureGroup;
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
@@ -207,6 +209,8 @@ pub struct Progress {
     pub phase: Phase,
     /// Requests of the phase.
     pub total: usize,
+    /// Those that the schedule has let go so far.
+    pub released: usize,
     /// Those that have ended, well or not.
     pub done: usize,
     /// Those that have failed.

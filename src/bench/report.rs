@@ -1,10 +1,9 @@
 //! The result of a run: its settings, its records and its numbers, and the forms it can be shown in.
 
-use std::collections::HashMap;
-
 use super::Spec;
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
+use super::failures::{FailureGroup, by_cause};
 use super::load::Outcome;
 use super::record::{Effort, Record};
 use super::stats::{Distribution, Metric, Metrics, Selection};
@@ -52,15 +51,6 @@ pub struct Probes {
     pub failed: usize,
     /// The latencies of those that did not, in seconds.
     pub latencies: Vec<f64>,
-}
-
-/// Requests that failed for the same reason.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FailureGroup {
-    /// The reason, in one line.
-    pub cause: String,
-    /// How many requests.
-    pub count: usize,
 }
 
 impl Report {
@@ -162,17 +152,8 @@ impl Report {
 
     /// The failures by cause, the most frequent first.
     pub fn failures(&self) -> Vec<FailureGroup> {
-        let mut counts: HashMap<&str, usize> = HashMap::new();
-        for cause in self.records.iter().filter_map(|record| record.result.as_ref().err()) {
-            *counts.entry(cause).or_default() += 1;
-        }
-        let groups = counts.into_iter().map(|(cause, count)| FailureGroup {
-            cause: cause.to_owned(),
-            count,
-        });
-        let mut groups: Vec<_> = groups.collect();
-        groups.sort_unstable_by(|left, right| right.count.cmp(&left.count).then_with(|| left.cause.cmp(&right.cause)));
-        groups
+        let records = self.records.iter().enumerate();
+        by_cause(records.filter_map(|(place, record)| Some((place, record.result.as_ref().err()?.as_str()))))
     }
 
     /// What vLLM says before the table when requests failed, with one line per cause instead of one per request.
@@ -186,7 +167,7 @@ impl Report {
             Self::SHOWN_CAUSES
         )];
         let shown = groups.iter().take(Self::SHOWN_CAUSES).enumerate();
-        lines.extend(shown.map(|(index, FailureGroup { cause, count })| {
+        lines.extend(shown.map(|(index, FailureGroup { cause, count, .. })| {
             format!("Error {index}: {cause} ({count} of {} requests)", self.records.len())
         }));
         Some(lines.join("\n"))

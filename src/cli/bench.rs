@@ -2,8 +2,10 @@
 
 mod arguments;
 mod compare;
+mod interruption;
 mod line;
 mod page;
+mod trouble;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -12,10 +14,11 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
+use self::interruption::{Cause, Interruption};
 pub use self::line::line;
+use self::trouble::{advice, failure};
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::report::{ExitStatus, Failure};
-use crate::signals::StopSignals;
 use crate::ui::Printer;
 use crate::ui::bench::{BenchProgress, Snapshot};
 
@@ -41,21 +44,13 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     if let Some(files) = &arguments.modes.compare {
         return compare::run(files, arguments.output.json, printer);
     }
-    let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
-    let stop = CancellationToken::new();
-    let benchmark = measure(&arguments, defaults, printer, stop.clone());
-    tokio::pin!(benchmark);
-    let report = tokio::select! {
-        report = &mut benchmark => report?,
-        // What has ended is still worth its table, so the benchmark is asked to stop and awaited.
-        _ = signals.next() => {
-            stop.cancel();
-            benchmark.await?
+    let interruption = Interruption::watch(arguments.ending.deadline, printer)?;
+    match measure(&arguments, defaults, printer, interruption.stop.clone()).await? {
+        None => {
+            printer.status("stopped before the first request");
+            Ok(exit_status(&arguments, None, interruption.cause()))
         }
-    };
-    match report {
-        None => Ok(ExitStatus::Forced),
-        Some(report) => present(&arguments, &report, printer),
+        Some(report) => present(&arguments, &report, interruption.cause(), printer),
     }
 }
 
@@ -67,12 +62,15 @@ async fn measure(
     stop: CancellationToken,
 ) -> Result<Option<Report>, Failure> {
     let mut spec = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
+    let shown = BenchProgress::wanted(printer, !arguments.output.disable_tqdm);
+    shown.begin("making prompts");
     spec.check().map_err(failure)?;
     let say = |line: &str| {
         if !arguments.output.json {
-            printer.data(line);
+            shown.beside(|| printer.data(line));
         }
     };
+    shown.begin("asking the server for its models");
     let Some(()) = stop
         .run_until_cancelled(find_model(arguments, &mut spec, &say))
         .await
@@ -83,14 +81,12 @@ async fn measure(
     if arguments.sampling.temperature.is_none() {
         say(bench::NO_TEMPERATURE);
     }
-    printer.status(arguments.headline(&spec));
+    shown.beside(|| printer.status(arguments.headline(&spec)));
 
-    let shown = BenchProgress::new(printer);
-    let show = |progress: Progress| {
-        if !arguments.output.disable_tqdm {
-            shown.update(&snapshot(&progress));
-        }
-    };
+    if arguments.load.ready_check_timeout_sec > 0 {
+        shown.begin("waiting for the first answer");
+    }
+    let show = |progress: Progress| shown.update(&snapshot(&progress, &spec));
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
     shown.finish();
     report.map(Some).map_err(failure)
@@ -99,7 +95,16 @@ async fn measure(
 /// The server that the flags name, else the running fleet, else vLLM's default.
 fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     if let Some(base_url) = &target.base_url {
-        return base_url.clone();
+        // Clients of OpenAI's API take the URL with `/v1`, so people have it at hand; the paths here begin with it.
+        let has_version = target
+            .endpoint
+            .as_deref()
+            .is_none_or(|endpoint| endpoint.starts_with("/v1/"));
+        let without = base_url
+            .trim_end_matches('/')
+            .strip_suffix("/v1")
+            .filter(|_| has_version);
+        return without.unwrap_or(base_url).to_owned();
     }
     match fleet {
         Some(fleet) if target.host.is_none() && target.port.is_none() => fleet.base_url,
@@ -138,36 +143,40 @@ async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) 
     }
 }
 
-fn snapshot(progress: &Progress) -> Snapshot {
+fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
+    let is_measuring = progress.phase == Phase::Measuring;
+    let is_steady = spec.arrivals.request_rate.is_finite() && spec.arrivals.ramp.is_none();
     Snapshot {
         label: match progress.phase {
             Phase::WarmingUp => "warm-up",
             Phase::Measuring => "benchmark",
         },
         total: progress.total,
+        released: progress.released,
         done: progress.done,
         failed: progress.failed,
         in_flight: progress.in_flight,
         elapsed: progress.elapsed,
+        asked_rate: (is_measuring && is_steady).then_some(spec.arrivals.request_rate),
         mean_ttft_ms: progress.mean_ttft_ms,
         mean_tpot_ms: progress.mean_tpot_ms,
     }
 }
 
-fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
+fn present(
+    arguments: &Arguments,
+    report: &Report,
+    stopped: Option<Cause>,
+    printer: Printer,
+) -> Result<ExitStatus, Failure> {
     let output = &arguments.output;
-    if report.is_partial() {
-        printer.status(format_args!(
-            "stopped: {} requests ended, {} were dropped in flight, {} were never sent",
-            report.records.len(),
-            report.dropped,
-            report.unsent
-        ));
-    }
     if let Some(failures) = report.failure_summary() {
         printer.error(failures);
-        if report.failures().iter().any(|group| group.cause.contains("vocabulary")) {
-            printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
+        for hint in advice(&report.failures(), &report.spec) {
+            printer.error(format_args!("hint: {hint}"));
+        }
+        if report.metrics.completed == 0 {
+            printer.error("no request was answered, so every number is 0");
         }
     }
     if output.json {
@@ -176,7 +185,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
         printer.data(report.table());
     }
     let lag = report.release_lag();
-    if let [.., (_, most)] = lag.percentiles[..] {
+    if let [.., (_, most)] = lag.percentiles[..]
+        && !report.records.is_empty()
+    {
         printer.status(format_args!(
             "requests left this client {:.2} ms after their time on average, {most:.2} ms at most",
             lag.mean
@@ -189,13 +200,33 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     if let Some(path) = &arguments.page.report {
         page::write(report, path, printer)?;
     }
-    Ok(if report.is_partial() {
-        ExitStatus::Forced
-    } else if report.failed() > 0 && !output.allow_failures {
-        ExitStatus::Failure
-    } else {
-        ExitStatus::Success
-    })
+    // Last, where it is seen.
+    if report.is_partial() {
+        let why = match stopped {
+            Some(Cause::Deadline) => "stopped by `--deadline`",
+            _ => "stopped",
+        };
+        printer.status(format_args!(
+            "{why}: {} requests ended, {} were dropped in flight, {} were never sent",
+            report.records.len(),
+            report.dropped,
+            report.unsent
+        ));
+    }
+    Ok(exit_status(arguments, Some(report), stopped))
+}
+
+/// How the command ends: by what stopped it, else by whether requests failed.
+fn exit_status(arguments: &Arguments, report: Option<&Report>, stopped: Option<Cause>) -> ExitStatus {
+    let is_whole = report.is_some_and(|report| !report.is_partial());
+    match stopped {
+        Some(Cause::Signal) if !is_whole => ExitStatus::Forced,
+        Some(Cause::Deadline) if !is_whole => ExitStatus::Failure,
+        _ if report.is_some_and(|report| report.failed() > 0) && !arguments.output.allow_failures => {
+            ExitStatus::Failure
+        }
+        _ => ExitStatus::Success,
+    }
 }
 
 /// Writes the result file, as vLLM does: its name, one line without an end, and a line more where it is appended.
@@ -236,45 +267,4 @@ fn headers(arguments: &Arguments) -> Result<HeaderMap, Failure> {
         headers.insert(name.clone(), value.clone());
     }
     Ok(headers)
-}
-
-/// The failure of a run that could not begin, with what mends it.
-fn failure(error: BenchError) -> Failure {
-    let hints: Vec<String> = match &error {
-        BenchError::Unreachable { .. } => vec![
-            "`xpyd up` or `xpyd demo` starts a fleet; `xpyd status` says whether one runs".to_owned(),
-            "`--base-url http://host:port` names another server".to_owned(),
-        ],
-        BenchError::NoModelList { .. } => {
-            vec!["`--base-url` ends before the path: `http://host:port`, without `/v1`".to_owned()]
-        }
-        BenchError::UnknownModel { served, .. } if served.is_empty() => Vec::new(),
-        BenchError::UnknownModel { served, .. } => vec![format!(
-            "it serves {}; without `--model` the first is taken",
-            served
-                .iter()
-                .map(|name| format!("`{name}`"))
-                .collect::<Vec<_>>()
-                .join(", ")
-        )],
-        BenchError::BaseUrl(url) if url.starts_with("https://") => {
-            vec![
-                "the benchmark speaks no TLS: start the fleet without `tls_cert` to measure it, or name a server's plain \
-                 HTTP address with `--base-url`"
-                    .to_owned(),
-            ]
-        }
-        BenchError::Workload(_)
-        | BenchError::RequestRate(_)
-        | BenchError::Burstiness(_)
-        | BenchError::TooSlow { .. }
-        | BenchError::Ramp(_)
-        | BenchError::NotReady { .. }
-        | BenchError::BaseUrl(_)
-        | BenchError::Client(_)
-        | BenchError::Threads(_) => Vec::new(),
-    };
-    let mut failure = Failure::new(ExitStatus::Usage, error);
-    failure.hints = hints;
-    failure
 }

@@ -2,6 +2,7 @@
 
 mod alone;
 mod bench;
+mod bench_errors;
 mod bench_much;
 mod causes;
 mod chaos;

@@ -1,6 +1,6 @@
 //! The tables of the report: latencies, failures, the slowest requests, settings.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use maud::{Markup, html};
 
@@ -8,6 +8,7 @@ use super::number::{hundredths, percent, span, whole};
 use super::phase::Phase;
 use super::run::{Request, Run, Timing};
 use crate::bench::attribution::Stage;
+use crate::bench::failures::by_cause;
 use crate::bench::stats::percentile_of_sorted;
 
 /// Rows of the table of slow requests.
@@ -216,14 +217,9 @@ fn milliseconds(sorted: &[f64], percentile: f64) -> String {
 
 /// What failed, by cause, the most frequent first.
 pub(super) fn failures(run: &Run) -> Markup {
-    let mut causes: HashMap<&str, Vec<&Request>> = HashMap::new();
-    for request in &run.requests {
-        if let Err(cause) = &request.result {
-            causes.entry(cause).or_default().push(request);
-        }
-    }
-    let mut causes: Vec<_> = causes.into_iter().collect();
-    causes.sort_unstable_by(|left, right| right.1.len().cmp(&left.1.len()).then_with(|| left.0.cmp(right.0)));
+    let requests = run.requests.iter().enumerate();
+    let causes =
+        by_cause(requests.filter_map(|(place, request)| Some((place, request.result.as_ref().err()?.as_str()))));
     let total = run.requests.len();
     html! {
         div.scroll { table.failures {
@@ -232,12 +228,12 @@ pub(super) fn failures(run: &Run) -> Markup {
                 th scope="col" { "Requests" } th scope="col" { "Share" } th.text scope="col" { "Cause" } th scope="col" { "First sent" } th scope="col" { "Last sent" }
             } }
             tbody {
-                @for (cause, requests) in causes.iter().take(MOST_CAUSES) {
-                    @let times = || requests.iter().map(|request| request.started);
+                @for group in causes.iter().take(MOST_CAUSES) {
+                    @let times = || group.members.iter().map(|place| run.requests[*place].started);
                     tr {
-                        td { (whole(requests.len())) }
-                        td { (percent(requests.len(), total)) }
-                        td.text { bdi { (cause) } }
+                        td { (whole(group.count)) }
+                        td { (percent(group.count, total)) }
+                        td.text { bdi { (group.cause) } }
                         td { (hundredths(times().fold(f64::INFINITY, f64::min))) " s" }
                         td { (hundredths(times().fold(0.0, f64::max))) " s" }
                     }

@@ -74,7 +74,7 @@ fn a_page_loads_nothing() {
 fn a_page_of_many_requests_stays_small_and_says_what_it_left_out() {
     let file = result(12_000, 20, |index, one| {
         if index % 3 == 0 {
-            fails(one, &format!("cause {index}: {}", "long ".repeat(200)));
+            fails(one, &format!("cause{index}: {}", "long ".repeat(200)));
         }
     });
     let page = of_file(&file.to_string()).unwrap();
