@@ -6,8 +6,15 @@
 //! Stages are made so that they add up to what the client saw. What no stamp explains is a stage of its own,
 //! [`Stage::Unexplained`], so that a table of stages can be trusted or not.
 
+pub mod gpus;
+pub(super) mod pages;
+mod summary;
+
 use std::time::Duration;
 
+pub use self::gpus::GpuUse;
+pub use self::pages::{Counter, Engine, Role};
+pub use self::summary::{Cold, Pair, Remote, Row, Summary, TOLERANCE, Unexplained};
 use super::record::{Answer, Record};
 
 /// A part of the time to the first token. The order is that of a request's way.

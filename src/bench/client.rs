@@ -385,7 +385,10 @@ pub(super) fn server_message(body: &[u8]) -> Option<String> {
         Err(_) => std::str::from_utf8(body).ok()?.to_owned(),
     };
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let cut = line.char_indices().nth(MAX_MESSAGE_CHARS).map(|(end, _)| format!("{}…", &line[..end]));
+    let cut = line
+        .char_indices()
+        .nth(MAX_MESSAGE_CHARS)
+        .map(|(end, _)| format!("{}…", &line[..end]));
     (!line.is_empty()).then(|| cut.unwrap_or(line))
 }
 

@@ -38,9 +38,10 @@ use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
+use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
-pub use self::export::html::{ResultFileError, of_file as page_of_file};
+pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
 pub use self::failures::FailureGroup;
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
@@ -280,6 +281,7 @@ pub async fn run_aloud(
     say("Starting main benchmark run...");
     opening::announce(spec, say);
     let before = client.engine_counters(&spec.base_url).await;
+    let page = Page::read(spec).await;
     let started_at = jiff::Zoned::now();
     let own = (client.clone(), orders.clone(), prefix);
     let measure = move |index: usize| {
@@ -298,6 +300,9 @@ pub async fn run_aloud(
         diffusion: after.diffusion_since(&before, duration),
         ..Beside::default()
     };
+    if let (Some(before), Some(after)) = (page, Page::read(spec).await) {
+        report.beside.engines = after.since(&before);
+    }
     Ok(report)
 }
 

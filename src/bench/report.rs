@@ -1,6 +1,7 @@
 //! The result of a run: its settings, its records and its numbers, and the forms it can be shown in.
 
 use super::Spec;
+use super::attribution::{Engine, GpuUse, Summary};
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::failures::{FailureGroup, by_cause};
@@ -42,6 +43,10 @@ pub struct Beside {
     pub diffusion: Option<Diffusion>,
     /// The probes, if there were any.
     pub probes: Option<Probes>,
+    /// What the engines behind the server counted; empty where nothing tells.
+    pub engines: Vec<Engine>,
+    /// What this machine's GPUs did. Nothing here measures it: who runs the benchmark may.
+    pub gpus: Vec<GpuUse>,
 }
 
 /// The requests of one token beside the workload.
@@ -111,6 +116,11 @@ impl Report {
     /// The model as the user or the server named it.
     pub fn model_id(&self) -> &str {
         self.spec.naming.model_id.as_ref().unwrap_or(&self.spec.model)
+    }
+
+    /// Where the time to the first token went, as far as the server tells.
+    pub fn attribution(&self) -> Option<Summary> {
+        Summary::of(&self.records, &self.beside.engines)
     }
 
     /// How many requests failed.

@@ -1,6 +1,7 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
 mod arguments;
+mod attribution;
 mod compare;
 mod interruption;
 mod line;
@@ -86,10 +87,16 @@ async fn measure(
     if arguments.load.ready_check_timeout_sec > 0 {
         shown.begin("waiting for the first answer");
     }
-    let show = |progress: Progress| shown.update(&snapshot(&progress, &spec));
+    let gpus = attribution::Gpus::watch(&spec.base_url);
+    let show = |progress: Progress| {
+        gpus.follow(&progress);
+        shown.update(&snapshot(&progress, &spec));
+    };
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
     shown.finish();
-    report.map(Some).map_err(failure)
+    let mut report = report.map_err(failure)?;
+    report.beside.gpus = gpus.finish();
+    Ok(Some(report))
 }
 
 /// The server that the flags name, else the running fleet, else vLLM's default.
@@ -184,6 +191,7 @@ fn present(
     } else {
         printer.data(report.table());
     }
+    attribution::tell(report, printer);
     let lag = report.release_lag();
     if let [.., (_, most)] = lag.percentiles[..]
         && !report.records.is_empty()

@@ -14,7 +14,7 @@ use crate::machine;
 use crate::profile::{self, Override};
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
-use crate::ui::{Printer, Table};
+use crate::ui::Printer;
 
 /// Arguments of `xpyd demo`.
 #[derive(Debug, Clone, Args)]
@@ -117,25 +117,11 @@ async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<Exi
     printer.status(format!(
         "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second\n"
     ));
-    let before = stages(ready);
     let arguments = benchmark_arguments(num_prompts);
     let target = Target {
         base_url: ready.url.clone(),
     };
-    let status = bench::run(arguments, Some(target), printer).await?;
-    printer.status("\n3. where the time of a request went, on average, seen by the proxy\n");
-    let mut table = Table::new(["stage", "     mean"]);
-    for (after, before) in stages(ready).into_iter().zip(before) {
-        let count = after.count - before.count;
-        let mean = if count > 0.0 {
-            format!("{:9.2} ms", (after.sum_seconds - before.sum_seconds) * 1000.0 / count)
-        } else {
-            "     none".to_owned()
-        };
-        table.row([after.what.to_owned(), mean]);
-    }
-    printer.data(table);
-    Ok(status)
+    bench::run(arguments, Some(target), printer).await
 }
 
 /// Streams one answer to the terminal as it comes.
@@ -186,43 +172,6 @@ fn benchmark_arguments(num_prompts: usize) -> bench::Arguments {
     let mut words = bench::line(line.map(OsString::from));
     words.remove(0);
     Bench::parse_from(words).arguments
-}
-
-/// One stage of all requests so far.
-struct Stage {
-    what: &'static str,
-    sum_seconds: f64,
-    count: f64,
-}
-
-/// Reads the proxy's histograms.
-fn stages(ready: &Ready) -> Vec<Stage> {
-    let text = ready.proxy.metrics_text();
-    let sample = |suffix: &str, (name, label): (&str, &str)| {
-        let prefix = format!("xpyd_{name}_seconds_{suffix}{{{label}}} ");
-        text.lines()
-            .find_map(|line| line.strip_prefix(&prefix)?.parse().ok())
-            .unwrap_or(0.0)
-    };
-    [
-        (("stage", "stage=\"prefill\""), "prefill engine reads the prompt"),
-        (("stage", "stage=\"handoff\""), "KV arrives at the decode engine"),
-        (
-            ("stage", "stage=\"decode_first_byte\""),
-            "decode engine makes the first token",
-        ),
-        (
-            ("request", "outcome=\"answered\""),
-            "the whole request, to its last token",
-        ),
-    ]
-    .into_iter()
-    .map(|(series, what)| Stage {
-        what,
-        sum_seconds: sample("sum", series),
-        count: sample("count", series),
-    })
-    .collect()
 }
 
 fn next_steps(printer: Printer) {

@@ -56,6 +56,9 @@ pub struct Arguments {
     /// Tell cached tokens in `usage`
     #[arg(long)]
     pub enable_prompt_tokens_details: bool,
+    /// Tell a request's times in its answer
+    #[arg(long)]
+    pub enable_per_request_metrics: bool,
     /// Accepted; nothing is computed
     #[arg(long)]
     pub dtype: Option<String>,
@@ -169,6 +172,7 @@ impl Arguments {
             api_keys: self.api_key.into_iter().filter(|key| !key.is_empty()).collect(),
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
             prompt_tokens_details: self.enable_prompt_tokens_details,
+            per_request_metrics: self.enable_per_request_metrics,
             enforce_eager: self.enforce_eager,
             preset,
             faults,

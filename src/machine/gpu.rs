@@ -44,11 +44,16 @@ pub(super) fn survey() -> Gpus {
     }
 }
 
-fn list() -> Result<Vec<Gpu>, NvmlError> {
-    let nvml = Nvml::builder()
+/// Loads NVML.
+pub(super) fn open() -> Result<Nvml, NvmlError> {
+    Nvml::builder()
         // The default name needs the development package; every driver ships this one.
         .lib_path(std::ffi::OsStr::new("libnvidia-ml.so.1"))
-        .init()?;
+        .init()
+}
+
+fn list() -> Result<Vec<Gpu>, NvmlError> {
+    let nvml = open()?;
     (0..nvml.device_count()?)
         .map(|index| {
             let device = nvml.device_by_index(index)?;

@@ -5,12 +5,14 @@ mod fixture;
 mod gpu;
 mod huggingface;
 mod software;
+mod watch;
 
 use std::path::{Path, PathBuf};
 
 pub use gpu::{Gpu, Gpus};
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use software::{Engine, Version};
+pub use watch::{GpuReading, GpuTotals, GpuWatch};
 
 /// Everything the plan and the checks know about this machine.
 #[derive(Debug, Clone)]

@@ -1,6 +1,7 @@
 //! The counters of a simulated engine, exposed under vLLM 0.32's names.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::blocks::BLOCK_TOKENS;
 
@@ -27,22 +28,61 @@ impl Number {
 }
 
 /// Upper bounds of the buckets of `nixl_bytes_transferred`, in bytes: 4 KiB to 4 GiB in powers of four, as vLLM's grow.
-const BYTE_BUCKETS: [u64; 11] = [
-    1 << 12,
-    1 << 14,
-    1 << 16,
-    1 << 18,
-    1 << 20,
-    1 << 22,
-    1 << 24,
-    1 << 26,
-    1 << 28,
-    1 << 30,
-    1 << 32,
+const BYTE_BUCKETS: &[f64] = &[
+    4096.0,
+    16384.0,
+    65536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
+    67_108_864.0,
+    268_435_456.0,
+    1_073_741_824.0,
+    4_294_967_296.0,
 ];
 
+/// vLLM 0.32's buckets of a request's times (`v1/metrics/buckets.py`) and of a transfer's (`nixl/stats.py`), in seconds.
+const REQUEST_BUCKETS: &[f64] = &[
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+];
+const TRANSFER_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0];
+
+/// A histogram that only the engine writes and `/metrics` reads.
+#[derive(Debug)]
+pub(crate) struct Histogram {
+    bounds: &'static [f64],
+    buckets: Vec<Number>,
+    count: Number,
+    /// The bits of a float.
+    sum: AtomicU64,
+}
+
+impl Histogram {
+    fn new(bounds: &'static [f64]) -> Self {
+        Self {
+            bounds,
+            buckets: bounds.iter().map(|_| Number::default()).collect(),
+            count: Number::default(),
+            sum: AtomicU64::new(0.0_f64.to_bits()),
+        }
+    }
+
+    pub(crate) fn observe(&self, value: f64) {
+        let sum = f64::from_bits(self.sum.load(Ordering::Relaxed)) + value;
+        self.sum.store(sum.to_bits(), Ordering::Relaxed);
+        self.count.add(1);
+        for (bound, bucket) in self.bounds.iter().zip(&self.buckets) {
+            if value <= *bound {
+                bucket.add(1);
+            }
+        }
+    }
+}
+
 /// All counters. Names without comment are vLLM's.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Metrics {
     pub(crate) running: Number,
     pub(crate) waiting: Number,
@@ -62,12 +102,40 @@ pub(crate) struct Metrics {
     pub(crate) buffered_pages: Number,
     /// By [`FINISH_REASONS`].
     finished: [Number; FINISH_REASONS.len()],
-    transferred: [Number; BYTE_BUCKETS.len()],
-    transfers: Number,
-    transferred_bytes: Number,
+    /// Seconds that finished requests waited, KV transfers included.
+    queue_time: Histogram,
+    /// Seconds from a request's scheduling to its first token.
+    prefill_time: Histogram,
+    transferred_bytes: Histogram,
+    transfer_time: Histogram,
 }
 
 const FINISH_REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let number = Number::default;
+        Self {
+            running: number(),
+            waiting: number(),
+            deferred: number(),
+            prompt_tokens: number(),
+            generation_tokens: number(),
+            external_queries: number(),
+            external_hits: number(),
+            computed_tokens: number(),
+            failed_transfers: number(),
+            expired_requests: number(),
+            late_notifications: number(),
+            buffered_pages: number(),
+            finished: Default::default(),
+            queue_time: Histogram::new(REQUEST_BUCKETS),
+            prefill_time: Histogram::new(REQUEST_BUCKETS),
+            transferred_bytes: Histogram::new(BYTE_BUCKETS),
+            transfer_time: Histogram::new(TRANSFER_BUCKETS),
+        }
+    }
+}
 
 impl Metrics {
     /// Counts a request that ended.
@@ -77,15 +145,16 @@ impl Metrics {
         }
     }
 
+    /// Counts the times of a request that finished with an answer.
+    pub(crate) fn took(&self, queue: Duration, prefill: Duration) {
+        self.queue_time.observe(queue.as_secs_f64());
+        self.prefill_time.observe(prefill.as_secs_f64());
+    }
+
     /// Counts a transfer of KV by NIXL.
-    pub(crate) fn transferred(&self, bytes: u64) {
-        self.transfers.add(1);
-        self.transferred_bytes.0.fetch_add(bytes, Ordering::Relaxed);
-        for (bound, bucket) in BYTE_BUCKETS.iter().zip(&self.transferred) {
-            if bytes <= *bound {
-                bucket.add(1);
-            }
-        }
+    pub(crate) fn transferred(&self, bytes: u64, time: Duration) {
+        self.transferred_bytes.observe(bytes as f64);
+        self.transfer_time.observe(time.as_secs_f64());
     }
 
     /// The page in Prometheus' text format. `usage` is the part of the KV cache in use, 0 to 1, and `blocks`
@@ -134,23 +203,11 @@ impl Metrics {
         page.counter("nixl_num_notifications_after_expiry_total", &self.late_notifications);
         let buffered = self.buffered_pages.get() as f64;
         page.family("sim_lmcache_buffered_pages", "gauge", &[("", buffered)]);
-        self.render_transfers(&mut page);
+        page.histogram("request_queue_time_seconds", &self.queue_time);
+        page.histogram("request_prefill_time_seconds", &self.prefill_time);
+        page.histogram("nixl_xfer_time_seconds", &self.transfer_time);
+        page.histogram("nixl_bytes_transferred", &self.transferred_bytes);
         page.text
-    }
-
-    fn render_transfers(&self, page: &mut Page) {
-        page.head("nixl_bytes_transferred", "histogram");
-        for (bound, bucket) in BYTE_BUCKETS.iter().zip(&self.transferred) {
-            page.sample(
-                "nixl_bytes_transferred_bucket",
-                &format!("le=\"{bound}.0\""),
-                bucket.get() as f64,
-            );
-        }
-        let count = self.transfers.get() as f64;
-        page.sample("nixl_bytes_transferred_bucket", "le=\"+Inf\"", count);
-        page.sample("nixl_bytes_transferred_count", "", count);
-        page.sample("nixl_bytes_transferred_sum", "", self.transferred_bytes.get() as f64);
     }
 }
 
@@ -182,6 +239,19 @@ impl Page {
         }
     }
 
+    fn histogram(&mut self, name: &str, histogram: &Histogram) {
+        self.head(name, "histogram");
+        let bucket_name = format!("{name}_bucket");
+        let count = histogram.count.get() as f64;
+        for (bound, bucket) in histogram.bounds.iter().zip(&histogram.buckets) {
+            self.sample(&bucket_name, &format!("le=\"{bound:?}\""), bucket.get() as f64);
+        }
+        self.sample(&bucket_name, "le=\"+Inf\"", count);
+        self.sample(&format!("{name}_count"), "", count);
+        let sum = f64::from_bits(histogram.sum.load(Ordering::Relaxed));
+        self.sample(&format!("{name}_sum"), "", sum);
+    }
+
     fn counter(&mut self, name: &str, value: &Number) {
         self.family(name, "counter", &[("", value.get() as f64)]);
     }
@@ -196,7 +266,8 @@ mod tests {
         let metrics = Metrics::default();
         metrics.prompt_tokens.add(7);
         metrics.finished("length");
-        metrics.transferred(5000);
+        metrics.transferred(5000, Duration::from_millis(20));
+        metrics.took(Duration::from_millis(250), Duration::from_secs(2));
         let page = metrics.render("llama", 0.25, 100);
         for line in [
             "vllm:prompt_tokens_total{engine=\"0\",model_name=\"llama\"} 7.0",
@@ -206,6 +277,10 @@ mod tests {
             "vllm:nixl_bytes_transferred_bucket{engine=\"0\",model_name=\"llama\",le=\"4096.0\"} 0.0",
             "vllm:nixl_bytes_transferred_bucket{engine=\"0\",model_name=\"llama\",le=\"16384.0\"} 1.0",
             "vllm:nixl_bytes_transferred_sum{engine=\"0\",model_name=\"llama\"} 5000.0",
+            "vllm:nixl_xfer_time_seconds_sum{engine=\"0\",model_name=\"llama\"} 0.02",
+            "vllm:request_queue_time_seconds_bucket{engine=\"0\",model_name=\"llama\",le=\"0.3\"} 1.0",
+            "vllm:request_prefill_time_seconds_count{engine=\"0\",model_name=\"llama\"} 1.0",
+            "vllm:request_prefill_time_seconds_sum{engine=\"0\",model_name=\"llama\"} 2.0",
         ] {
             assert!(page.contains(line), "{line} in {page}");
         }

@@ -50,6 +50,8 @@ pub struct Options {
     pub shutdown_timeout: Duration,
     /// Whether `usage` tells cached tokens.
     pub prompt_tokens_details: bool,
+    /// Whether answers tell the times of their request.
+    pub per_request_metrics: bool,
     /// Whether graphs are captured at the start.
     pub enforce_eager: bool,
     /// The timing model's numbers.
@@ -232,6 +234,7 @@ impl Options {
             api_keys: Vec::new(),
             shutdown_timeout: Duration::ZERO,
             prompt_tokens_details: false,
+            per_request_metrics: false,
             enforce_eager: true,
             preset: super::timing::INSTANT,
             faults: Vec::new(),

@@ -349,7 +349,9 @@ impl Core {
             Loaded::Kv(mut sequence, params, Ok(records)) => {
                 let metrics = &self.parts.metrics;
                 metrics.external_hits.add(records.len());
-                metrics.transferred(records.len() as u64 * self.parts.options.preset.kv_bytes_per_token);
+                let preset = &self.parts.options.preset;
+                let bytes = records.len() as u64 * preset.kv_bytes_per_token;
+                metrics.transferred(bytes, preset.transfer(records.len()));
                 sequence.cached_tokens = params.cached_tokens.unwrap_or(records.len());
                 sequence.loaded = records;
                 garble(&mut self.garbled_loads, &mut sequence.loaded);
@@ -408,6 +410,7 @@ impl Core {
             self.step().await;
             return Ok(());
         };
+        sequence.scheduled = Some(Instant::now());
         let prompt = sequence.request.prompt.len();
         let uncomputed = sequence.uncomputed();
         let metrics = &self.parts.metrics;
@@ -505,6 +508,9 @@ impl Core {
             return true;
         };
         self.parts.metrics.finished(finish.reason);
+        if let Some(times) = &finish.times {
+            self.parts.metrics.took(times.queue, times.first_token);
+        }
         finish.kv_transfer_params = self.answer_params(sequence, &finish);
         send(sequence, End::Finished(finish));
         false

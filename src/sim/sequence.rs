@@ -1,9 +1,11 @@
 //! One sequence that an engine generates: its sampling, its text, its end. Pure; the scheduler drives it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::blocks::Blocks;
 use super::kv_params::Transfer;
@@ -112,6 +114,40 @@ pub(crate) struct Finish {
     pub(crate) kv_transfer_params: Value,
     /// Prompt tokens that were not computed here.
     pub(crate) cached_tokens: usize,
+    /// How long it took; `None` before a token.
+    pub(crate) times: Option<Box<Times>>,
+}
+
+/// How long the parts of a sequence's life took.
+#[derive(Debug, Clone)]
+pub(crate) struct Times {
+    /// Until it was scheduled, a transfer of its KV included.
+    pub(crate) queue: Duration,
+    /// From there to its first token.
+    pub(crate) first_token: Duration,
+    /// From there to its last token.
+    pub(crate) generation: Duration,
+    made: usize,
+}
+
+impl Times {
+    /// vLLM 0.32's `PerRequestMetrics`.
+    pub(crate) fn to_json(&self) -> Value {
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1000.0;
+        let inference = milliseconds(self.first_token + self.generation);
+        let mut times = json!({
+            "time_to_first_token_ms": milliseconds(self.first_token),
+            "generation_time_ms": milliseconds(self.generation),
+            "queue_time_ms": milliseconds(self.queue),
+        });
+        if self.made > 1 {
+            times["mean_itl_ms"] = json!(milliseconds(self.generation) / (self.made - 1) as f64);
+        }
+        if inference > 0.0 {
+            times["tokens_per_second"] = json!(self.made as f64 / inference * 1000.0);
+        }
+        times
+    }
 }
 
 /// A sequence in the scheduler.
@@ -126,6 +162,10 @@ pub(crate) struct Sequence {
     pub(crate) cached_tokens: usize,
     /// Tokens made.
     pub(crate) made: usize,
+    /// When it was scheduled.
+    pub(crate) scheduled: Option<Instant>,
+    queued: Instant,
+    first_token_at: Option<Instant>,
     /// Whether it takes the other one of two second tokens that are equally likely; `None` where one is likelier.
     pub(crate) tie: Option<bool>,
     first: Option<u32>,
@@ -150,6 +190,9 @@ impl Sequence {
             blocks: None,
             cached_tokens: 0,
             made: 0,
+            scheduled: None,
+            queued: Instant::now(),
+            first_token_at: None,
             tie: None,
             first: None,
             drawn: 0,
@@ -221,6 +264,7 @@ impl Sequence {
         });
         self.made += 1;
         self.first.get_or_insert(token);
+        self.first_token_at.get_or_insert_with(Instant::now);
         self.previous = Some(token);
         self.tokens.push(token);
         if let Some(alternatives) = sampling.logprobs {
@@ -285,7 +329,18 @@ impl Sequence {
             stop_reason,
             kv_transfer_params: Value::Null,
             cached_tokens: self.cached_tokens,
+            times: self.times().map(Box::new),
         }
+    }
+
+    fn times(&self) -> Option<Times> {
+        let (scheduled, first) = (self.scheduled?, self.first_token_at?);
+        Some(Times {
+            queue: scheduled - self.queued,
+            first_token: first - scheduled,
+            generation: first.elapsed(),
+            made: self.made,
+        })
     }
 
     /// What is to be told now; `None` when nothing is.

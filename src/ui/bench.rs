@@ -314,7 +314,7 @@ mod tests {
         done: 0,
         failed: 0,
         in_flight: 2,
-        elapsed: Duration::from_millis(5000),
+        elapsed: Duration::from_secs(5),
         asked_rate: Some(1.0),
         mean_ttft_ms: None,
         mean_tpot_ms: None,

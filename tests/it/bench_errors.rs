@@ -41,9 +41,17 @@ impl Server {
     /// Twelve requests, all at once, to the path of this behaviour.
     fn bench(&self, place: &Place, behaviour: &str, more: &[&str]) -> Seen {
         let (base_url, endpoint) = (self.url(""), format!("/{behaviour}/v1/completions"));
-        let fixed = ["bench", "--num-prompts", "12", "--random-input-len", "8", "--random-output-len", "4"];
+        let fixed = [
+            "bench",
+            "--num-prompts",
+            "12",
+            "--random-input-len",
+            "8",
+            "--random-output-len",
+            "4",
+        ];
         let target = ["--base-url", &base_url, "--endpoint", &endpoint];
-        Seen::of(place, &[&fixed, &target, more].concat())
+        Seen::of(place, &[&fixed[..], &target, more].concat())
     }
 }
 
@@ -53,7 +61,7 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
     for (number, line) in reader.by_ref().lines().enumerate() {
         let line = line?.to_lowercase();
         if number == 0 {
-            path = line.split(' ').nth(1).unwrap_or_default().to_owned();
+            line.split(' ').nth(1).unwrap_or_default().clone_into(&mut path);
         } else if let Some(value) = line.strip_prefix("content-length:") {
             length = value.trim().parse().unwrap_or(0);
         } else if line.is_empty() {
@@ -62,7 +70,12 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
     }
     reader.read_exact(&mut vec![0; length])?;
     if path == "/v1/models" {
-        return say(connection, "200 OK", "application/json", r#"{"data": [{"id": "tiny"}]}"#);
+        return say(
+            connection,
+            "200 OK",
+            "application/json",
+            r#"{"data": [{"id": "tiny"}]}"#,
+        );
     }
     let number = requests.fetch_add(1, Ordering::Relaxed);
     let error = |message: &str| format!(r#"{{"error": {{"message": "{message}"}}}}"#);
@@ -72,11 +85,21 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
             let long = format!("request cmpl-{number:08x} was lost: {}", "because ".repeat(300));
             say(connection, "500 Internal Server Error", json, &error(&long))
         }
-        "half" if number % 4 == 1 => say(connection, "503 Service Unavailable", json, &error("no engine is ready")),
+        "half" if number % 4 == 1 => say(
+            connection,
+            "503 Service Unavailable",
+            json,
+            &error("no engine is ready"),
+        ),
         "busy" => say(connection, "429 Too Many Requests", json, &error("slow down")),
         "guarded" => say(connection, "401 Unauthorized", json, &error("who are you?")),
         "plain" => say(connection, "200 OK", json, r#"{"choices": [{"text": "hello"}]}"#),
-        "cut" => say(connection, "200 OK", "text/event-stream", "data: {\"choices\":[{\"text\":\"a\"}]}\n\n"),
+        "cut" => say(
+            connection,
+            "200 OK",
+            "text/event-stream",
+            "data: {\"choices\":[{\"text\":\"a\"}]}\n\n",
+        ),
         "hang" => {
             // Held until the client gives up.
             reader.read_to_end(&mut Vec::new())?;
@@ -88,7 +111,8 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
         }
         "half" | "late" | "v1" => {
             let token = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n".repeat(4);
-            let usage = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":8,\"completion_tokens\":4}}\n\ndata: [DONE]\n\n";
+            let usage =
+                "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":8,\"completion_tokens\":4}}\n\ndata: [DONE]\n\n";
             say(connection, "200 OK", "text/event-stream", &(token + usage))
         }
         _ => say(connection, "404 Not Found", json, r#"{"detail": "Not Found"}"#),
@@ -146,16 +170,32 @@ fn what_cannot_be_begun_is_one_error_with_a_way_out() {
     };
     bench(&["--base-url", &nobody]).says(
         2,
-        &["error: no answer from `http://127.0.0.1:", "\n  caused by: Connection refused", "\nhint: `xpyd up`"],
+        &[
+            "error: no answer from `http://127.0.0.1:",
+            "\n  caused by: Connection refused",
+            "\nhint: `xpyd up`",
+        ],
     );
     let seen = bench(&["--base-url", &nobody]);
-    assert_eq!(seen.text.matches("caused by").count(), 1, "no layers of libraries: {}", seen.text);
+    assert_eq!(
+        seen.text.matches("caused by").count(),
+        1,
+        "no layers of libraries: {}",
+        seen.text
+    );
     let url = server.url("");
-    bench(&["--base-url", &url, "--model", "tinny"])
-        .says(2, &["error: the server does not serve the model `tinny`", "hint: did you mean `--model tiny`?"]);
+    bench(&["--base-url", &url, "--model", "tinny"]).says(
+        2,
+        &[
+            "error: the server does not serve the model `tinny`",
+            "hint: did you mean `--model tiny`?",
+        ],
+    );
     bench(&["--base-url", &url, "--model", "gpt-9"]).says(2, &["hint: it serves `tiny`"]);
-    bench(&["--base-url", &server.url("/nothing")])
-        .says(2, &["does not list the models", "hint: `--base-url` ends before the path"]);
+    bench(&["--base-url", &server.url("/nothing")]).says(
+        2,
+        &["does not list the models", "hint: `--base-url` ends before the path"],
+    );
     bench(&["--base-url", url.trim_start_matches("http://")]).says(2, &["hint: `--base-url http://127.0.0.1:"]);
     bench(&["--goodput", "tfft:500"]).says(2, &["did you mean `ttft`?"]);
     bench(&["--base-url", &url, "--num-prompts", "0"]).says(2, &["the number of prompts must be at least 1"]);
@@ -165,7 +205,18 @@ fn what_cannot_be_begun_is_one_error_with_a_way_out() {
 fn a_url_with_the_version_of_the_api_is_as_good() {
     let (place, server) = (Place::new(), Server::start());
     let url = server.url("/v1/");
-    let seen = Seen::of(&place, &["bench", "--base-url", &url, "--num-prompts", "3", "--random-input-len", "8"]);
+    let seen = Seen::of(
+        &place,
+        &[
+            "bench",
+            "--base-url",
+            &url,
+            "--num-prompts",
+            "3",
+            "--random-input-len",
+            "8",
+        ],
+    );
     seen.says(0, &[]);
     assert_eq!(seen.row("Successful requests:"), "3");
 }
@@ -184,7 +235,10 @@ fn failures_are_counted_by_cause_the_most_frequent_first_and_shortened() {
         ],
     );
     assert!(seen.text.lines().all(|line| line.len() < 500), "{}", seen.text);
-    assert_eq!((seen.row("Successful requests:"), seen.row("Failed requests:")), ("6", "6"));
+    assert_eq!(
+        (seen.row("Successful requests:"), seen.row("Failed requests:")),
+        ("6", "6")
+    );
     let seen = server.bench(&place, "half", &["--allow-failures"]);
     seen.says(0, &["Error 0:"]);
 }
@@ -198,11 +252,31 @@ fn each_kind_of_failure_has_its_own_advice() {
         seen.says(1, &[&cause, hint, "no request was answered"]);
         assert_eq!(seen.row("Failed requests:"), "12");
     };
-    all("busy", "HTTP 429 Too Many Requests: slow down", "hint: the server takes no more at once: `--max-concurrency");
-    all("guarded", "HTTP 401 Unauthorized: who are you?", "hint: a key is sent from `OPENAI_API_KEY`");
-    all("wrong", "HTTP 404 Not Found", "hint: nothing answers at `/wrong/v1/completions`: `--endpoint`");
-    all("plain", "the answer is no stream, but application/json", "hint: requests ask for a stream");
-    all("cut", "the stream ended early, without `[DONE]`", "hint: the server ended connections");
+    all(
+        "busy",
+        "HTTP 429 Too Many Requests: slow down",
+        "hint: the server takes no more at once: `--max-concurrency",
+    );
+    all(
+        "guarded",
+        "HTTP 401 Unauthorized: who are you?",
+        "hint: a key is sent from `OPENAI_API_KEY`",
+    );
+    all(
+        "wrong",
+        "HTTP 404 Not Found",
+        "hint: nothing answers at `/wrong/v1/completions`: `--endpoint`",
+    );
+    all(
+        "plain",
+        "the answer is no stream, but application/json",
+        "hint: requests ask for a stream",
+    );
+    all(
+        "cut",
+        "the stream ended early, without `[DONE]`",
+        "hint: the server ended connections",
+    );
     all("hang", "no whole answer within 0.4 s", "hint: `--request-timeout`");
 }
 
@@ -210,7 +284,10 @@ fn each_kind_of_failure_has_its_own_advice() {
 fn the_deadline_ends_a_run_whose_server_hangs() {
     let (place, server) = (Place::new(), Server::start());
     let seen = server.bench(&place, "late", &["--deadline", "1s"]);
-    seen.says(1, &["stopped by `--deadline`: 3 requests ended, 9 were dropped in flight, 0 were never sent"]);
+    seen.says(
+        1,
+        &["stopped by `--deadline`: 3 requests ended, 9 were dropped in flight, 0 were never sent"],
+    );
     assert_eq!(seen.row("Successful requests:"), "3");
 }
 
@@ -250,7 +327,10 @@ fn ctrl_c_shows_what_has_ended_and_says_so() {
         "{text}"
     );
     let page = std::fs::read_to_string(place.path().join("page.html")).unwrap();
-    assert!(page.contains("Stopped early") && page.contains("Every request"), "the page says so, too");
+    assert!(
+        page.contains("Stopped early") && page.contains("Every request"),
+        "the page says so, too"
+    );
 }
 
 #[test]
@@ -260,13 +340,26 @@ fn a_second_ctrl_c_leaves_at_once_whatever_goes_on() {
     let base_url = server.url("");
     let mut run = Run::start(
         &place,
-        &["bench", "--num-prompts", "1000000", "--random-input-len", "100000", "--base-url", &base_url],
+        &[
+            "bench",
+            "--num-prompts",
+            "1000000",
+            "--random-input-len",
+            "100000",
+            "--base-url",
+            &base_url,
+        ],
     );
     let (_never, pause) = mpsc::channel::<()>();
     // Until the signals are caught, one of them would end the process by itself.
     let caught = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", run.pid())).unwrap();
-        let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim().to_owned();
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .unwrap()
+            .trim()
+            .to_owned();
         u64::from_str_radix(&mask, 16).unwrap() & 0b10 != 0
     };
     let began = std::time::SystemTime::now();
@@ -286,10 +379,19 @@ fn a_second_ctrl_c_leaves_at_once_whatever_goes_on() {
 fn a_page_of_a_saved_result_is_that_of_the_run() {
     let (place, server) = (Place::new(), Server::start());
     let path = |name: &str| place.path().join(name).to_str().unwrap().to_owned();
-    let saving = ["--save-result", "--save-detailed", "--result-filename", "saved.json", "--report"];
+    let saving = [
+        "--save-result",
+        "--save-detailed",
+        "--result-filename",
+        "saved.json",
+        "--report",
+    ];
     let seen = server.bench(&place, "half", &[&saving[..], &[&path("live.html")]].concat());
     seen.says(1, &["report written to "]);
-    let seen = Seen::of(&place, &["bench", "--from", &path("saved.json"), "--report", &path("saved.html")]);
+    let seen = Seen::of(
+        &place,
+        &["bench", "--from", &path("saved.json"), "--report", &path("saved.html")],
+    );
     seen.says(0, &["report written to "]);
     let requests = |name: &str| -> Vec<(Value, Value, bool)> {
         let page = std::fs::read_to_string(path(name)).unwrap();
@@ -303,11 +405,22 @@ fn a_page_of_a_saved_result_is_that_of_the_run() {
     assert_eq!(live.len(), 12);
     assert_eq!(live.iter().filter(|(_, _, failed)| *failed).count(), 6);
     assert_eq!(live, requests("saved.html"));
-    Seen::of(&place, &["bench", "--from", &path("live.html"), "--report", &path("x.html")]).says(
+    Seen::of(
+        &place,
+        &["bench", "--from", &path("live.html"), "--report", &path("x.html")],
+    )
+    .says(
         2,
-        &["error: cannot make a report of `", "it is no result of", "hint: `xpyd bench --save-result --save-detailed`"],
+        &[
+            "error: cannot make a report of `",
+            "it is no result of",
+            "hint: `xpyd bench --save-result --save-detailed`",
+        ],
     );
-    Seen::of(&place, &["bench", "--from", &path("nothing.json"), "--report", &path("x.html")])
-        .says(2, &["nothing.json"]);
+    Seen::of(
+        &place,
+        &["bench", "--from", &path("nothing.json"), "--report", &path("x.html")],
+    )
+    .says(2, &["nothing.json"]);
     Seen::of(&place, &["bench", "--from", &path("saved.json")]).says(2, &["--report"]);
 }

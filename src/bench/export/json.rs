@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::html;
+use crate::bench::attribution::gpus;
 use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::Report;
@@ -14,7 +16,7 @@ pub(crate) fn render(report: &Report, detailed: bool) -> Value {
     totals(&mut result, report);
     requests(&mut result, report, detailed);
     latencies(&mut result, report);
-    result.insert("xpyd".to_owned(), own(report));
+    result.insert("xpyd".to_owned(), own(report, detailed));
     Value::Object(result)
 }
 
@@ -171,7 +173,7 @@ fn latencies(result: &mut Map<String, Value>, report: &Report) {
     }
 }
 
-fn own(report: &Report) -> Value {
+fn own(report: &Report, detailed: bool) -> Value {
     let lag = report.release_lag();
     let at = |place: usize| lag.percentiles[place].1;
     let failures: Vec<Value> = report
@@ -187,6 +189,9 @@ fn own(report: &Report) -> Value {
         "failures": failures,
         "dropped": report.dropped,
         "unsent": report.unsent,
+        "request_stages": detailed.then(|| html::stages(report)),
+        "where": report.attribution().map(|summary| summary.to_json()),
+        "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
 }
 

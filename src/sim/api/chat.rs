@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::request::{Common, Job, Message, Particulars, TellUsage, read, template};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
-use crate::sim::sequence::{End, Output, TokenLogprob};
+use crate::sim::sequence::{End, Output, Times, TokenLogprob};
 use crate::sim::tokens::{VOCABULARY, decode, encode};
 
 /// The fields that only chat has.
@@ -42,6 +42,7 @@ pub(super) struct Shape {
     prompt_logprobs: Option<u32>,
     tell_usage: TellUsage,
     tells_cached: bool,
+    tells_times: bool,
 }
 
 /// Checks a request.
@@ -80,6 +81,8 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
             .map(|alternatives| u32::try_from(alternatives).unwrap_or(0)),
         tell_usage: job.tell_usage,
         tells_cached: api.options.prompt_tokens_details,
+        // Times of several sequences belong to none of them.
+        tells_times: api.options.per_request_metrics && job.prompts.len() * job.choices == 1,
     };
     Ok((job, shape))
 }
@@ -113,6 +116,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
             shape,
             made: 0,
             cached: 0,
+            times: None,
             sequences,
             told: vec![0; sequences],
             begun: false,
@@ -123,10 +127,12 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
     let made = outputs.iter().map(|output| output.tokens.len()).sum();
     let mut params = Value::Null;
     let mut cached = 0;
+    let mut times = None;
     for output in outputs.iter_mut().rev() {
         if let Some(End::Finished(finish)) = &mut output.end {
             params = finish.kv_transfer_params.take();
             cached = finish.cached_tokens;
+            times = finish.times.take();
         }
     }
     let choices: Vec<Value> = outputs.into_iter().map(|output| shape.choice(output)).collect();
@@ -146,7 +152,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "prompt_text": null,
         "kv_transfer_params": params,
         "ec_transfer_params": null,
-        "metrics": null,
+        "metrics": times.filter(|_| shape.tells_times).map(|times| times.to_json()),
     }))
     .into_response())
 }
@@ -215,6 +221,7 @@ struct Chunks {
     shape: Shape,
     made: usize,
     cached: usize,
+    times: Option<Box<Times>>,
     sequences: usize,
     /// Tokens made, by choice.
     told: Vec<usize>,
@@ -265,6 +272,7 @@ impl Render for Chunks {
         self.made += output.tokens.len();
         if let Some(End::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
+            self.times.clone_from(&finish.times);
         }
         let index = output.index;
         self.told[index] += output.tokens.len();
@@ -292,6 +300,9 @@ impl Render for Chunks {
         let mut event = self.event(&json!([]));
         let cached = self.shape.tells_cached.then_some(self.cached);
         event["usage"] = streamed_usage(self.shape.prompt.len(), self.made, cached);
+        if let Some(times) = self.times.as_ref().filter(|_| self.shape.tells_times) {
+            event["metrics"] = times.to_json();
+        }
         Some(event.to_string())
     }
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::request::{Common, Job, Particulars, TellUsage, read};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
-use crate::sim::sequence::{End, Output, TokenLogprob};
+use crate::sim::sequence::{End, Output, Times, TokenLogprob};
 use crate::sim::tokens::{VOCABULARY, decode, encode};
 
 /// The fields that only completions have.
@@ -40,6 +40,7 @@ pub(super) struct Shape {
     prompt_only: bool,
     tell_usage: TellUsage,
     tells_cached: bool,
+    tells_times: bool,
 }
 
 /// Checks a request.
@@ -83,6 +84,8 @@ pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Re
         prompt_only: job.prompt_only,
         tell_usage: job.tell_usage,
         tells_cached: api.options.prompt_tokens_details,
+        // Times of several sequences belong to none of them.
+        tells_times: api.options.per_request_metrics && job.prompts.len() * job.choices == 1,
     };
     Ok((job, shape))
 }
@@ -116,11 +119,13 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
     let made = outputs.iter().map(|output| output.tokens.len()).sum();
     let mut params = Value::Null;
     let mut cached = 0;
+    let mut times = None;
     // For several prompts vLLM returns the parameters of the first.
     for output in outputs.iter_mut().rev() {
         if let Some(End::Finished(finish)) = &mut output.end {
             params = finish.kv_transfer_params.take();
             cached = finish.cached_tokens;
+            times = finish.times.take();
         }
     }
     let choices: Vec<Value> = outputs.into_iter().map(|output| shape.choice(output)).collect();
@@ -135,7 +140,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "usage": shape.usage(made, cached),
         "kv_transfer_params": params,
         "ec_transfer_params": null,
-        "metrics": null,
+        "metrics": times.filter(|_| shape.tells_times).map(|times| times.to_json()),
     }))
     .into_response())
 }
@@ -236,6 +241,7 @@ struct Chunks {
     shape: Shape,
     made: usize,
     cached: usize,
+    times: Option<Box<Times>>,
     /// By choice: whether it has told something, tokens made, and the length of the text told.
     told: Vec<(bool, usize, usize)>,
 }
@@ -246,6 +252,7 @@ impl Chunks {
             shape,
             made: 0,
             cached: 0,
+            times: None,
             told: vec![(false, 0, 0); sequences],
         }
     }
@@ -266,6 +273,7 @@ impl Render for Chunks {
         self.made += output.tokens.len();
         if let Some(End::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
+            self.times.clone_from(&finish.times);
         }
         let index = output.index;
         let (told, made, offset) = self.told[index];
@@ -297,6 +305,9 @@ impl Render for Chunks {
         let prompt = self.shape.prompts.iter().map(|prompt| prompt.len()).sum();
         let mut event = self.event(&json!([]));
         event["usage"] = streamed_usage(prompt, self.made, self.shape.tells_cached.then_some(self.cached));
+        if let Some(times) = self.times.as_ref().filter(|_| self.shape.tells_times) {
+            event["metrics"] = times.to_json();
+        }
         Some(event.to_string())
     }
 }
