@@ -54,9 +54,28 @@ impl Ramp {
             RampStrategy::Exponential => start * (end / start).powf(progress),
         }
     }
+
+    /// The whole rates that it passes in the first `released` of `count` requests, each with the request that has it first;
+    /// the first rate stands there from the start.
+    pub fn steps(&self, count: usize, released: usize) -> Vec<(Option<usize>, u32)> {
+        let mut steps = vec![(None, self.start)];
+        let mut reached = self.start;
+        for index in 0..released {
+            while reached < self.end && f64::from(reached + 1) <= self.rate(index, count) {
+                reached += 1;
+                steps.push((Some(index), reached));
+            }
+        }
+        steps
+    }
 }
 
 impl Arrivals {
+    /// Whether requests come at one rate, and not all at once or at a rising one.
+    pub fn has_fixed_rate(&self) -> bool {
+        self.request_rate.is_finite() && self.ramp.is_none()
+    }
+
     /// The release instants, in seconds since the start, ascending.
     ///
     /// The rule of `vllm bench serve` 0.32: gamma intervals from numpy's legacy generator, cumulated, then, unless the rate

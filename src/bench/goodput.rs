@@ -24,6 +24,17 @@ pub enum ObjectiveLatency {
     E2el,
 }
 
+impl ObjectiveLatency {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ttft => "ttft",
+            Self::Tpot => "tpot",
+            Self::E2el => "e2el",
+        }
+    }
+}
+
 /// Why a text is no objective.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ObjectiveError {

@@ -72,13 +72,13 @@ struct Mean {
 }
 
 /// Releases request `i` at `releases[i]` after now, at most `limit` of them running at once, until all have ended or
-/// `stop` is cancelled.
+/// `stop` is cancelled. `observe` is told of the requests that have ended so far, in the order of their ends.
 pub(super) async fn drive<F>(
     lanes: &Lanes,
     releases: &[Duration],
     limit: Option<NonZeroUsize>,
     exchange: impl Fn(usize) -> F + Send + Sync + 'static,
-    observe: impl Fn(&Tally),
+    observe: impl Fn(&Tally, &[Record]),
     stop: &CancellationToken,
 ) -> Outcome
 where
@@ -131,7 +131,7 @@ where
         tally.released = common.released.load(Ordering::Relaxed);
         let in_flight = tally.released.saturating_sub(tally.done);
         tally.in_flight = in_flight.min(limit.map_or(usize::MAX, NonZeroUsize::get));
-        observe(&tally);
+        observe(&tally, &records);
     };
 
     let duration = if stopped { start.elapsed() } else { last - start };

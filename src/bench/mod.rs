@@ -14,18 +14,22 @@ mod engine_counters;
 mod export;
 mod failures;
 pub mod goodput;
+pub mod growth;
 mod load;
 pub mod models;
 mod numpy;
 mod opening;
 mod options;
+pub mod paired;
 mod reader;
 pub mod record;
 pub mod report;
 mod resample;
 pub mod saved;
+pub mod search;
 mod sse;
 pub mod stats;
+pub mod sweep;
 #[cfg(test)]
 mod vectors;
 pub mod workload;
@@ -42,13 +46,14 @@ use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
 pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
+pub use self::export::python::{render as python_json, repr as python_number};
 pub use self::failures::FailureGroup;
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
 pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
-pub use self::report::{Beside, Report};
+pub use self::report::{Beside, Probes, Report};
 pub use self::stats::Metric;
 pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
 
@@ -246,6 +251,32 @@ pub async fn run_aloud(
     say: &dyn Fn(&str),
     stop: CancellationToken,
 ) -> Result<Report, BenchError> {
+    let listener = Listener {
+        progress,
+        say,
+        ended: &|_| {},
+    };
+    run_watched(spec, listener, stop).await
+}
+
+/// Who is told while a run goes on. All are called often, from the future of the run, and must not block.
+#[expect(missing_debug_implementations, reason = "functions")]
+#[derive(Clone, Copy)]
+pub struct Listener<'a> {
+    /// Gets how far the run is.
+    pub progress: &'a dyn Fn(Progress),
+    /// Gets the lines that vLLM's client prints before its table.
+    pub say: &'a dyn Fn(&str),
+    /// Gets the requests that have ended so far, in the order of their ends.
+    pub ended: &'a dyn Fn(&[Record]),
+}
+
+/// As [`run`], for whoever wants to know each request as it ends.
+///
+/// # Errors
+/// Those of [`run`].
+pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: CancellationToken) -> Result<Report, BenchError> {
+    let Listener { progress, say, ended } = listener;
     let orders = spec.workload.orders()?;
     let releases = spec.releases(&orders)?;
     let client = Arc::new(client::Client::new(spec)?);
@@ -270,7 +301,7 @@ pub async fn run_aloud(
             async move { client.exchange(&orders[0], &format!("{prefix}warmup-{index}")).await }
         };
         let at_once = vec![Duration::ZERO; spec.warmups];
-        let observe = |tally: &load::Tally| progress(tally.progress(Phase::WarmingUp));
+        let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
         let warmed = load::drive(&lanes, &at_once, spec.max_concurrency, warm_up, observe, &stop).await;
         for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
             tracing::warn!(cause, "a warm-up request failed");
@@ -288,7 +319,10 @@ pub async fn run_aloud(
         let (client, orders, prefix) = own.clone();
         async move { client.exchange(&orders[index], &format!("{prefix}{index}")).await }
     };
-    let observe = |tally: &load::Tally| progress(tally.progress(Phase::Measuring));
+    let observe = |tally: &load::Tally, records: &[Record]| {
+        progress(tally.progress(Phase::Measuring));
+        ended(records);
+    };
     let measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
     let duration = measured.duration.as_secs_f64();
     let after = client.engine_counters(&spec.base_url).await;

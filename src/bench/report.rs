@@ -1,5 +1,7 @@
 //! The result of a run: its settings, its records and its numbers, and the forms it can be shown in.
 
+use std::time::Duration;
+
 use super::Spec;
 use super::attribution::{Engine, GpuUse, Summary};
 use super::engine_counters::{Diffusion, Speculation};
@@ -58,28 +60,98 @@ pub struct Probes {
     pub latencies: Vec<f64>,
 }
 
+/// The numbers of probes, of which at least one succeeded.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ProbeNumbers {
+    /// How many succeeded.
+    pub completed: usize,
+    /// How many failed.
+    pub failed: usize,
+    /// Median latency, in milliseconds.
+    pub median_ms: f64,
+    /// 99th percentile of the latencies, in milliseconds.
+    pub p99_ms: f64,
+    /// The longest latency, in milliseconds.
+    pub most_ms: f64,
+}
+
+impl Probes {
+    /// Their numbers, unless none succeeded.
+    pub fn numbers(&self) -> Option<ProbeNumbers> {
+        let latencies = Distribution::of_seconds(self.latencies.clone(), &[99.0, 100.0]);
+        let [(_, p99_ms), (_, most_ms)] = latencies.percentiles[..] else {
+            return None;
+        };
+        (!self.latencies.is_empty()).then_some(ProbeNumbers {
+            completed: self.latencies.len(),
+            failed: self.failed,
+            median_ms: latencies.median,
+            p99_ms,
+            most_ms,
+        })
+    }
+}
+
 impl Report {
-    /// As many causes as vLLM shows failures.
-    const SHOWN_CAUSES: usize = 10;
+    /// As many failures as vLLM shows.
+    const SHOWN_FAILURES: usize = 10;
 
     pub(super) fn new(spec: &Spec, prompt_lengths: Vec<u64>, outcome: Outcome) -> Self {
+        Self {
+            dropped: outcome.dropped,
+            unsent: outcome.unsent,
+            effort: outcome.effort,
+            ..Self::of_records(spec, prompt_lengths, outcome.records, outcome.duration)
+        }
+    }
+
+    /// The report on records that are there already, of a run that took so long and ends now.
+    pub fn of_records(spec: &Spec, prompt_lengths: Vec<u64>, records: Vec<Record>, duration: Duration) -> Self {
         let selection = Selection {
             percentiles: &spec.percentiles,
             objectives: &spec.objectives,
             is_limited: spec.max_concurrency.is_some(),
-            is_scheduled: spec.arrivals.request_rate.is_finite(),
+            is_scheduled: spec.arrivals.has_fixed_rate(),
         };
         Self {
             date: jiff::Zoned::now().strftime("%Y%m%d-%H%M%S").to_string(),
             spec: spec.clone(),
-            metrics: Metrics::of(&outcome.records, &prompt_lengths, outcome.duration, selection),
-            records: outcome.records,
+            metrics: Metrics::of(&records, &prompt_lengths, duration, selection),
+            records,
             prompt_lengths,
-            dropped: outcome.dropped,
-            unsent: outcome.unsent,
-            effort: outcome.effort,
+            dropped: 0,
+            unsent: 0,
+            effort: Effort::default(),
             beside: Beside::default(),
         }
+    }
+
+    /// The latencies that the user wants to see, in the order of the table. vLLM's client shows those of tokens only where
+    /// it has a tokenizer.
+    pub fn shown_latencies(&self) -> impl Iterator<Item = (Metric, &Distribution)> {
+        let is_of_tokens = |metric: Metric| matches!(metric, Metric::Ttft | Metric::Tpot | Metric::Itl);
+        let has_tokenizer = !self.spec.options.is_without_tokenizer;
+        let latencies = self
+            .metrics
+            .latencies
+            .iter()
+            .map(|(metric, distribution)| (*metric, distribution));
+        latencies
+            .filter(|(metric, _)| self.spec.metrics.contains(metric))
+            .filter(move |(metric, _)| has_tokenizer || !is_of_tokens(*metric))
+    }
+
+    /// When a request was released, since the start; known of those that have ended.
+    pub(super) fn released(&self, index: usize) -> Option<Duration> {
+        let found = self.records.binary_search_by_key(&index, |record| record.index).ok()?;
+        Some(self.records[found].released)
+    }
+
+    /// An instant of the run in local time, as Python's `isoformat` writes it; null where nobody knows when it began.
+    pub(super) fn local_time(&self, since_start: Duration) -> Option<String> {
+        let start = self.beside.started_at.as_ref()?;
+        let instant = start.checked_add(since_start).ok()?;
+        Some(instant.strftime("%Y-%m-%dT%H:%M:%S.%6f").to_string())
     }
 
     /// The table of `vllm bench serve` 0.32, byte for byte, without the last line end.
@@ -166,20 +238,34 @@ impl Report {
         by_cause(records.filter_map(|(place, record)| Some((place, record.result.as_ref().err()?.as_str()))))
     }
 
-    /// What vLLM says before the table when requests failed, with one line per cause instead of one per request.
+    /// What vLLM prints before the table when requests failed: the first of them, in the order of the schedule.
+    pub fn failure_lines(&self) -> Vec<String> {
+        let causes = self.records.iter().filter_map(|record| record.result.as_ref().err());
+        let mut lines: Vec<String> = causes
+            .take(Self::SHOWN_FAILURES)
+            .enumerate()
+            .map(|(index, cause)| format!("Error {index}: {cause}"))
+            .collect();
+        if !lines.is_empty() {
+            let shown = Self::SHOWN_FAILURES;
+            lines.insert(
+                0,
+                format!("Failed requests during benchmark run detected (capping to {shown}):"),
+            );
+        }
+        lines
+    }
+
+    /// The failures by cause, the most frequent first, a line each.
     pub fn failure_summary(&self) -> Option<String> {
         let groups = self.failures();
-        if groups.is_empty() {
-            return None;
-        }
-        let mut lines = vec![format!(
-            "Failed requests during benchmark run detected (capping to {}):",
-            Self::SHOWN_CAUSES
-        )];
-        let shown = groups.iter().take(Self::SHOWN_CAUSES).enumerate();
-        lines.extend(shown.map(|(index, FailureGroup { cause, count, .. })| {
-            format!("Error {index}: {cause} ({count} of {} requests)", self.records.len())
-        }));
-        Some(lines.join("\n"))
+        let lines = groups
+            .iter()
+            .take(Self::SHOWN_FAILURES)
+            .map(|FailureGroup { cause, count, .. }| {
+                format!("{count} of {} requests failed: {cause}", self.records.len())
+            });
+        let lines: Vec<String> = lines.collect();
+        (!lines.is_empty()).then(|| lines.join("\n"))
     }
 }

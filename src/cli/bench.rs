@@ -1,11 +1,18 @@
 //! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
 
+mod against;
 mod arguments;
 mod attribution;
+#[cfg(test)]
+mod captures;
 mod compare;
+mod find_max;
+mod fleet;
 mod interruption;
 mod line;
 mod page;
+mod session;
+mod sweep;
 mod trouble;
 
 use std::io::{Seek as _, Write as _};
@@ -15,8 +22,10 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
+use self::fleet::Fleet;
 use self::interruption::{Cause, Interruption};
 pub use self::line::line;
+use self::session::Session;
 use self::trouble::{advice, failure};
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::report::{ExitStatus, Failure};
@@ -43,15 +52,79 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
         return page::convert(result, path, printer);
     }
     if let Some(files) = &arguments.modes.compare {
-        return compare::run(files, arguments.output.json, printer);
+        return compare::run(files, arguments.output.json, arguments.page.report.as_deref(), printer);
     }
-    let interruption = Interruption::watch(arguments.ending.deadline, printer)?;
-    match measure(&arguments, defaults, printer, interruption.stop.clone()).await? {
-        None => {
-            printer.status("stopped before the first request");
-            Ok(exit_status(&arguments, None, interruption.cause()))
-        }
-        Some(report) => present(&arguments, &report, interruption.cause(), printer),
+    // A fleet of the bench's own is taken down first, however often somebody asks.
+    let may_leave = arguments.fleet.profile.is_none();
+    let interruption = Interruption::watch(arguments.ending.deadline, may_leave, printer)?;
+    let status = with_fleet(&arguments, defaults, printer, interruption.stop.clone()).await?;
+    if interruption.cause() == Some(Cause::Deadline) && status == ExitStatus::Forced {
+        printer.status("`--deadline` was over before the run was");
+        return Ok(ExitStatus::Failure);
+    }
+    Ok(status)
+}
+
+/// The work, with a fleet of its own if the flags want one, which is taken down however the work ends.
+async fn with_fleet(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let Some(profile) = &arguments.fleet.profile else {
+        return work(arguments, defaults, printer, stop).await;
+    };
+    if profile.is_empty() {
+        let problem = "`--profile` takes the name of a profile: the bench brings up its fleet";
+        return Err(Failure::message(ExitStatus::Usage, problem)
+            .hint("`xpyd profiles list` shows the names")
+            .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
+    }
+    // Before anything is started for it.
+    session::check(
+        arguments,
+        &arguments.spec("http://127.0.0.1:1".to_owned(), headers(arguments)?)?,
+    )?;
+    let Some(fleet) = Fleet::start(arguments, profile, printer, &stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    let mut arguments = arguments.clone();
+    // It was the fleet's; requests use the name that the fleet gives it.
+    arguments.target.model = None;
+    let worked = work(&arguments, Some(fleet.target.clone()), printer, stop).await;
+    // What went wrong first is told first.
+    let went_down = fleet.stop(printer).await;
+    let status = worked?;
+    went_down.map(|()| status)
+}
+
+/// One run, or what the mode makes of many.
+async fn work(
+    arguments: &Arguments,
+    defaults: Option<Target>,
+    printer: Printer,
+    stop: CancellationToken,
+) -> Result<ExitStatus, Failure> {
+    let modes = &arguments.modes;
+    if modes.flag().is_none() {
+        return match measure(arguments, defaults, printer, stop).await? {
+            None => {
+                printer.status("stopped before the first request");
+                Ok(ExitStatus::Forced)
+            }
+            Some(report) => present(arguments, &report, printer),
+        };
+    }
+    let Some(session) = Session::open(arguments, defaults, printer, stop).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    if let Some(points) = &modes.sweep {
+        return sweep::run(&session, points).await;
+    }
+    match &modes.against {
+        Some(url) => against::run(&session, url).await,
+        None => find_max::run(&session).await,
     }
 }
 
@@ -170,22 +243,9 @@ fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
     }
 }
 
-fn present(
-    arguments: &Arguments,
-    report: &Report,
-    stopped: Option<Cause>,
-    printer: Printer,
-) -> Result<ExitStatus, Failure> {
+fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
     let output = &arguments.output;
-    if let Some(failures) = report.failure_summary() {
-        printer.error(failures);
-        for hint in advice(&report.failures(), &report.spec) {
-            printer.error(format_args!("hint: {hint}"));
-        }
-        if report.metrics.completed == 0 {
-            printer.error("no request was answered, so every number is 0");
-        }
-    }
+    present_failures(arguments, report, printer);
     if output.json {
         printer.data(report.to_text(output.save_detailed));
     } else {
@@ -210,30 +270,36 @@ fn present(
     }
     // Last, where it is seen.
     if report.is_partial() {
-        let why = match stopped {
-            Some(Cause::Deadline) => "stopped by `--deadline`",
-            _ => "stopped",
-        };
         printer.status(format_args!(
-            "{why}: {} requests ended, {} were dropped in flight, {} were never sent",
+            "stopped: {} requests ended, {} were dropped in flight, {} were never sent",
             report.records.len(),
             report.dropped,
             report.unsent
         ));
+        return Ok(ExitStatus::Forced);
     }
-    Ok(exit_status(arguments, Some(report), stopped))
+    Ok(if report.failed() > 0 && !output.allow_failures {
+        ExitStatus::Failure
+    } else {
+        ExitStatus::Success
+    })
 }
 
-/// How the command ends: by what stopped it, else by whether requests failed.
-fn exit_status(arguments: &Arguments, report: Option<&Report>, stopped: Option<Cause>) -> ExitStatus {
-    let is_whole = report.is_some_and(|report| !report.is_partial());
-    match stopped {
-        Some(Cause::Signal) if !is_whole => ExitStatus::Forced,
-        Some(Cause::Deadline) if !is_whole => ExitStatus::Failure,
-        _ if report.is_some_and(|report| report.failed() > 0) && !arguments.output.allow_failures => {
-            ExitStatus::Failure
+/// Failures as vLLM shows them, a line each; then by cause, and what mends them.
+fn present_failures(arguments: &Arguments, report: &Report, printer: Printer) {
+    if !arguments.output.json {
+        for line in report.failure_lines() {
+            printer.data(line);
         }
-        _ => ExitStatus::Success,
+    }
+    if let Some(summary) = report.failure_summary() {
+        printer.error(summary);
+    }
+    for hint in advice(&report.failures(), &report.spec) {
+        printer.error(format_args!("hint: {hint}"));
+    }
+    if report.failed() > 0 && report.metrics.completed == 0 {
+        printer.error("no request was answered, so every number is 0");
     }
 }
 

@@ -33,9 +33,6 @@ pub(super) struct Arguments {
     logs: PathBuf,
 }
 
-/// Offsets that are tried for a demo beside a running fleet.
-const OFFSETS: [u16; 4] = [0, 20, 40, 60];
-
 const QUESTION: &str = "Why do people split prefill from decode?";
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
@@ -52,20 +49,10 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         ];
         profile::load("2p2d", &overrides).map_err(request::profile_failure)
     };
-    let mut offset = arguments.port_offset.unwrap_or(0);
-    if arguments.port_offset.is_none() {
-        for candidate in OFFSETS {
-            offset = candidate;
-            let plan = request::build(&profile(candidate)?, &machine, &arguments.logs)?;
-            if plan
-                .ports()
-                .iter()
-                .all(|(port, _)| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
-            {
-                break;
-            }
-        }
-    }
+    let offset = match arguments.port_offset {
+        Some(offset) => offset,
+        None => request::free_offset(|offset| request::build(&profile(offset)?, &machine, &arguments.logs))?,
+    };
     let profile = profile(offset)?;
     let draft = request::build(&profile, &machine, &arguments.logs)?;
     // A name of its own, so that a demo beside a running fleet is not in its way.

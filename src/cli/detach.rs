@@ -12,7 +12,7 @@ use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
 /// What the child writes to its stdout once the fleet is ready.
-const READY: &str = "ready\n";
+pub(super) const READY: &str = "ready\n";
 
 /// Starts the process that stays, and waits until its fleet is ready or it has ended.
 pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
@@ -73,6 +73,18 @@ pub(super) fn become_session_leader() -> Result<(), Failure> {
     nix::unistd::setsid()
         .map(drop)
         .map_err(|error| anyhow::Error::new(error).context("cannot leave the terminal").into())
+}
+
+/// Makes the kernel send SIGTERM to this process when its parent has ended, which must be the process of this id.
+pub(super) fn end_with(parent: i32) -> Result<(), Failure> {
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)
+        .map_err(|error| anyhow::Error::new(error).context("cannot follow the process that started this one"))?;
+    // It may have ended before the kernel was asked.
+    if nix::unistd::getppid().as_raw() != parent {
+        let gone = "the process that this one should end with has ended already";
+        return Err(Failure::message(ExitStatus::Failure, gone));
+    }
+    Ok(())
 }
 
 /// Tells the parent that the fleet is ready, and lets go of its pipes. What is written to stderr from now on is in `log`.

@@ -35,6 +35,18 @@ pub struct Arguments {
     timeout: Duration,
 }
 
+impl Arguments {
+    /// Stops the run of this name, gently and with patience.
+    pub(super) fn of(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            force: false,
+            keep_engines: false,
+            timeout: Duration::from_mins(5),
+        }
+    }
+}
+
 /// Stops a run. Succeeds only when the run is gone and said that nothing of it is left.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if rundir::find(&arguments.name).is_ok_and(|found| found.is_none())

@@ -49,7 +49,7 @@ pub(super) struct FleetArguments {
 }
 
 /// How clients are served, by flags that `xpyd proxy` has as well.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(super) struct ServiceArguments {
     /// A file with one API key a line, of which clients must bear one. `XPYD_API_KEY` is one more. Where
     /// `VLLM_API_KEY` is set, engines are sent that key.
@@ -98,7 +98,7 @@ impl ServiceArguments {
     }
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum EngineFlag {
     Vllm,
     Sim,
@@ -112,7 +112,47 @@ pub(super) enum ConnectorFlag {
     LmCache,
 }
 
+/// Offsets that are tried for a fleet beside others.
+const OFFSETS: [u16; 4] = [0, 20, 40, 60];
+
+/// The first offset at which every port of the fleet is free. Where none is, the last one, and whoever starts says so.
+pub(super) fn free_offset(plan: impl Fn(u16) -> Result<Plan, Failure>) -> Result<u16, Failure> {
+    for offset in OFFSETS {
+        let is_free = |(port, _): &(u16, _)| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+        if plan(offset)?.ports().iter().all(is_free) {
+            return Ok(offset);
+        }
+    }
+    Ok(OFFSETS[OFFSETS.len() - 1])
+}
+
 impl FleetArguments {
+    /// A profile as it is.
+    pub(super) fn of_profile(profile: &str) -> Self {
+        Self {
+            profile: profile.to_owned(),
+            set: Vec::new(),
+            model: None,
+            engine: None,
+            connector: None,
+            port: None,
+            client_bound: None,
+            client_bound_key: None,
+            service: ServiceArguments::default(),
+            logs: PathBuf::from("logs"),
+        }
+    }
+
+    /// An offset at which this fleet's ports are free.
+    pub(super) fn free_offset(&self) -> Result<u16, Failure> {
+        let (_, machine) = self.survey()?;
+        free_offset(|offset| {
+            let mut moved = self.clone();
+            moved.set.push(format!("port_offset={offset}"));
+            build(&moved.profile()?, &machine, &self.logs)
+        })
+    }
+
     /// The profile with everything the command line says on top.
     pub(super) fn profile(&self) -> Result<Profile, Failure> {
         let mut overrides = Vec::new();
@@ -163,7 +203,7 @@ impl FleetArguments {
     clippy::needless_pass_by_value,
     reason = "passed to `and_then`; the values are `Copy`"
 )]
-fn value_name(value: impl ValueEnum) -> Option<String> {
+pub(super) fn value_name(value: impl ValueEnum) -> Option<String> {
     value.to_possible_value().map(|value| value.get_name().to_owned())
 }
 

@@ -45,11 +45,17 @@ pub(super) struct Arguments {
     /// Set by `--detach` on the process that stays.
     #[arg(long, hide = true)]
     detached_child: bool,
+    /// Set by `xpyd bench --profile`: the parent whose end is the end of this run, too.
+    #[arg(long, hide = true, value_name = "PID", requires = "detached_child")]
+    ends_with: Option<i32>,
 }
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if arguments.detached_child {
         detach::become_session_leader()?;
+    }
+    if let Some(parent) = arguments.ends_with {
+        detach::end_with(parent)?;
     }
     let (profile, machine) = arguments.fleet.survey()?;
     let draft = request::build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;

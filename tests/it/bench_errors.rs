@@ -228,9 +228,8 @@ fn failures_are_counted_by_cause_the_most_frequent_first_and_shortened() {
     seen.says(
         1,
         &[
-            "Error 0: HTTP 500 Internal Server Error: request cmpl-",
-            "… (3 of 12 requests)",
-            "Error 1: HTTP 503 Service Unavailable: no engine is ready (3 of 12 requests)",
+            "3 of 12 requests failed: HTTP 500 Internal Server Error: request cmpl-",
+            "3 of 12 requests failed: HTTP 503 Service Unavailable: no engine is ready",
             "hint: the reason is in the server's log",
         ],
     );
@@ -240,7 +239,7 @@ fn failures_are_counted_by_cause_the_most_frequent_first_and_shortened() {
         ("6", "6")
     );
     let seen = server.bench(&place, "half", &["--allow-failures"]);
-    seen.says(0, &["Error 0:"]);
+    seen.says(0, &["3 of 12 requests failed: "]);
 }
 
 #[test]
@@ -248,7 +247,7 @@ fn each_kind_of_failure_has_its_own_advice() {
     let (place, server) = (Place::new(), Server::start());
     let all = |behaviour, cause: &str, hint: &str| {
         let seen = server.bench(&place, behaviour, &["--request-timeout", "400ms"]);
-        let cause = format!("Error 0: {cause} (12 of 12 requests)");
+        let cause = format!("12 of 12 requests failed: {cause}\n");
         seen.says(1, &[&cause, hint, "no request was answered"]);
         assert_eq!(seen.row("Failed requests:"), "12");
     };
@@ -286,7 +285,10 @@ fn the_deadline_ends_a_run_whose_server_hangs() {
     let seen = server.bench(&place, "late", &["--deadline", "1s"]);
     seen.says(
         1,
-        &["stopped by `--deadline`: 3 requests ended, 9 were dropped in flight, 0 were never sent"],
+        &[
+            "stopped: 3 requests ended, 9 were dropped in flight, 0 were never sent",
+            "`--deadline` was over",
+        ],
     );
     assert_eq!(seen.row("Successful requests:"), "3");
 }

@@ -3,9 +3,10 @@
 
 use std::process::Output;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::Place;
+use crate::support::{Place, Run};
 
 fn stdout(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -62,4 +63,230 @@ fn what_cannot_be_compared_is_refused_with_the_file_and_a_hint() {
         );
     }
     assert_eq!(place.run(&["bench", "--compare", "a.json"]).status.code(), Some(2));
+}
+
+/// A benchmark of short requests to the fleet of a place.
+fn bench(place: &Place, more: &[&str]) -> Output {
+    let fixed = [
+        "bench",
+        "--random-input-len",
+        "16",
+        "--random-output-len",
+        "4",
+        "--vocab-size",
+        "1000",
+    ];
+    place.run(&fixed.iter().chain(more).copied().collect::<Vec<_>>())
+}
+
+#[test]
+fn a_sweep_runs_every_point_and_tells_all_of_them() {
+    let place = Place::new();
+    let mut fleet = place.up(&[]);
+    fleet.wait_until_ready();
+    let output = bench(
+        &place,
+        &[
+            "--sweep",
+            "concurrency=1,2..4x2",
+            "--num-prompts",
+            "6",
+            "--seed",
+            "5",
+            "--json",
+        ],
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let points = document["points"].as_array().unwrap();
+    let asked: Vec<_> = points
+        .iter()
+        .map(|point| point["result"]["max_concurrency"].clone())
+        .collect();
+    assert_eq!(asked, [1, 2, 4]);
+    assert!(points.iter().all(|point| point["result"]["completed"] == 6));
+    let mut seeds: Vec<_> = points.iter().map(|point| point["seed"].as_u64().unwrap()).collect();
+    seeds.dedup();
+    assert_eq!((seeds[0], seeds.len()), (5, 3));
+
+    let output = bench(
+        &place,
+        &[
+            "--sweep",
+            "rate=20,40",
+            "--num-prompts",
+            "5",
+            "--goodput",
+            "ttft:60000",
+            "--save-result",
+        ],
+    );
+    let table = stdout(&output);
+    assert_eq!(table.lines().count(), 3, "{table}{}", stderr(&output));
+    let saved = std::fs::read_dir(place.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let saved: Vec<String> = saved.filter(|name| name.starts_with("sweep-")).collect();
+    assert_eq!(saved.len(), 1);
+    let refused = place.run(&["bench", "--compare", &saved[0], &saved[0]]);
+    assert!(
+        stderr(&refused).contains("the result of `--sweep`"),
+        "{}",
+        stderr(&refused)
+    );
+}
+
+#[test]
+fn a_search_tells_every_probe_and_what_it_knows_when_its_time_is_over() {
+    let place = Place::new();
+    let mut fleet = place.up(&[]);
+    fleet.wait_until_ready();
+    let search = [
+        "--find-max",
+        "--request-rate",
+        "200",
+        "--attainment",
+        "0.5",
+        "--max-time",
+        "10s",
+    ];
+    let output = bench(&place, &[&search[..], &["--goodput", "e2el:0", "--json"]].concat());
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert_eq!(document["objectives"], json!({"e2el": 0.0}));
+    assert!(document["rate"].is_null(), "{document}");
+    let probes = document["probes"].as_array().unwrap();
+    assert!(
+        probes
+            .iter()
+            .all(|probe| probe["verdict"] != "pass" && probe["good"] == 0.0),
+        "{document}"
+    );
+    // The next rate is half of one that failed.
+    for pair in probes.windows(2).filter(|pair| pair[0]["verdict"] == "fail") {
+        assert_eq!(
+            pair[1]["rate"].as_f64(),
+            pair[0]["rate"].as_f64().map(|rate| rate / 2.0)
+        );
+    }
+}
+
+#[test]
+fn two_servers_get_the_same_requests() {
+    let place = Place::new();
+    let mut fleet = place.up(&[]);
+    fleet.wait_until_ready();
+    let url = format!("http://127.0.0.1:{}", place.proxy_port());
+    let output = bench(
+        &place,
+        &["--against", &url, "--num-prompts", "10", "--json", "--save-detailed"],
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["pairs"], 10);
+    for block in document["blocks"].as_array().unwrap() {
+        assert_eq!(block["a"]["input_lens"], block["b"]["input_lens"]);
+        assert_eq!(block["a"]["xpyd"]["seed"], block["b"]["xpyd"]["seed"]);
+        // One server here, so the same prompts have the same answers.
+        assert_eq!(block["a"]["output_lens"], block["b"]["output_lens"]);
+    }
+    assert!(document["measures"]["mean_ttft_ms"]["interval"].is_array());
+}
+
+#[test]
+fn what_excludes_each_other_is_refused() {
+    let place = Place::new();
+    let url = ["--base-url", "http://127.0.0.1:1"];
+    for (flags, reason) in [
+        (&["--sweep", "rate=1", "--find-max"][..], "cannot be used with"),
+        (&["--sweep", "qps=1"], "a sweep is written"),
+        (&["--sweep", "rate=1", "--request-rate", "2"], "both decide the rate"),
+        (&["--sweep", "rate=1", "--append-result"], "`--append-result`"),
+        (&["--find-max"], "needs objectives"),
+        (
+            &["--find-max", "--goodput", "ttft:1", "--max-concurrency", "1"],
+            "`--max-concurrency`",
+        ),
+        (&["--attainment", "0.9"], "--find-max"),
+        (
+            &["--find-max", "--goodput", "ttft:1", "--attainment", "99"],
+            "between 0 and 1",
+        ),
+        (&["--set", "a=b"], "cannot be used with"),
+    ] {
+        let output = bench(&place, &[&url[..], flags].concat());
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(reason), "{flags:?}: {}", stderr(&output));
+    }
+    let output = bench(&place, &["--profile", "--num-prompts", "3"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        stderr(&output).contains("takes the name of a profile"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+/// The flags of a fleet for the bench alone, on the ports of a place.
+fn own_fleet(place: &Place) -> Vec<String> {
+    let offset = format!("port_offset={}", place.offset);
+    let flags = [
+        "--profile",
+        "2p2d",
+        "--engine",
+        "sim",
+        "--preset",
+        "instant",
+        "--set",
+        &offset,
+    ];
+    flags.map(str::to_owned).to_vec()
+}
+
+#[test]
+fn a_fleet_of_the_benchs_own_is_brought_up_measured_and_taken_down() {
+    let place = Place::new();
+    let fleet = own_fleet(&place);
+    let fleet: Vec<&str> = fleet.iter().map(String::as_str).collect();
+    let output = bench(&place, &[&fleet[..], &["--num-prompts", "5", "--json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(document["completed"], 5);
+    place.wait_until_empty();
+    place.assert_no_listener();
+
+    // What it cannot do anyway starts nothing.
+    let output = bench(&place, &[&fleet[..], &["--find-max"]].concat());
+    assert_eq!(output.status.code(), Some(2));
+    assert!(!stderr(&output).contains("starting"), "{}", stderr(&output));
+    let output = bench(&place, &["--profile", "nothing"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn neither_an_interrupt_nor_a_kill_of_the_bench_leaves_its_fleet_behind() {
+    let place = Place::new();
+    for end in [Signal::SIGINT, Signal::SIGKILL] {
+        let fleet = own_fleet(&place);
+        let mut arguments: Vec<&str> = vec!["bench", "--num-prompts", "100000", "--request-rate", "10"];
+        arguments.extend([
+            "--sweep",
+            "concurrency=1,2",
+            "--random-input-len",
+            "16",
+            "--vocab-size",
+            "1000",
+        ]);
+        arguments.extend(fleet.iter().map(String::as_str));
+        let mut bench = Run::start(&place, &arguments);
+        bench.wait_for_line("point:");
+        bench.signal(end);
+        let (code, told) = bench.end();
+        if end == Signal::SIGINT {
+            assert_eq!(code, 130, "{told}");
+            assert!(told.contains("stopped: interrupted"), "{told}");
+        }
+        place.wait_until_empty();
+        place.assert_no_listener();
+    }
 }

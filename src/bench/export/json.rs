@@ -5,16 +5,18 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::html;
+use super::table::percentile_word;
 use crate::bench::attribution::gpus;
 use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
-use crate::bench::report::Report;
+use crate::bench::report::{Probes, Report};
 
 pub(crate) fn render(report: &Report, detailed: bool) -> Value {
     let mut result = Map::new();
     settings(&mut result, report);
     totals(&mut result, report);
     requests(&mut result, report, detailed);
+    beside(&mut result, report);
     latencies(&mut result, report);
     result.insert("xpyd".to_owned(), own(report, detailed));
     Value::Object(result)
@@ -156,19 +158,75 @@ fn requests(result: &mut Map<String, Value>, report: &Report, detailed: bool) {
     );
 }
 
+/// Probes, the steps of a ramp, and what engines tell of their decoding.
+fn beside(result: &mut Map<String, Value>, report: &Report) {
+    if let Some(probes) = report.beside.probes.as_ref().and_then(Probes::numbers) {
+        extend(
+            result,
+            [
+                ("probe_completed", json!(probes.completed)),
+                ("probe_failed", json!(probes.failed)),
+                ("probe_median_e2el_ms", json!(probes.median_ms)),
+                ("probe_p99_e2el_ms", json!(probes.p99_ms)),
+                ("probe_max_e2el_ms", json!(probes.most_ms)),
+            ],
+        );
+    }
+    if let Some(ramp) = report.spec.arrivals.ramp {
+        let count = report.prompt_lengths.len();
+        let events = ramp
+            .steps(count, count - report.unsent)
+            .into_iter()
+            .map(|(request, rate)| {
+                let released = request.and_then(|request| report.released(request)).unwrap_or_default();
+                json!({"rps": rate, "timestamp": report.local_time(released)})
+            });
+        extend(result, [("rps_change_events", events.collect())]);
+    }
+    if let Some(speculation) = &report.beside.speculation {
+        extend(
+            result,
+            [
+                ("spec_decode_acceptance_rate", json!(speculation.acceptance_rate)),
+                ("spec_decode_acceptance_length", json!(speculation.acceptance_length)),
+                ("spec_decode_num_drafts", json!(speculation.drafts)),
+                ("spec_decode_draft_tokens", json!(speculation.draft_tokens)),
+                ("spec_decode_accepted_tokens", json!(speculation.accepted_tokens)),
+                (
+                    "spec_decode_per_position_acceptance_rates",
+                    json!(speculation.acceptance_by_position),
+                ),
+            ],
+        );
+    }
+    if let Some(diffusion) = &report.beside.diffusion {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a count of steps, which vLLM cuts as well"
+        )]
+        let denoising_steps = diffusion.denoising_steps as i64;
+        extend(
+            result,
+            [
+                ("diffusion_committed_throughput", json!(diffusion.committed_throughput)),
+                ("diffusion_steps_per_canvas", json!(diffusion.steps_per_canvas)),
+                ("diffusion_committed_per_step", json!(diffusion.committed_per_step)),
+                ("diffusion_committed_tokens", json!(diffusion.committed_tokens)),
+                ("diffusion_denoising_steps", json!(denoising_steps)),
+                ("diffusion_canvas_positions", json!(diffusion.canvas_positions)),
+            ],
+        );
+    }
+}
+
 fn latencies(result: &mut Map<String, Value>, report: &Report) {
-    let shown = report
-        .metrics
-        .latencies
-        .iter()
-        .filter(|(metric, _)| report.spec.metrics.contains(metric));
-    for (metric, distribution) in shown {
+    for (metric, distribution) in report.shown_latencies() {
         let key = metric.key();
         result.insert(format!("mean_{key}_ms"), json!(distribution.mean));
         result.insert(format!("median_{key}_ms"), json!(distribution.median));
         result.insert(format!("std_{key}_ms"), json!(distribution.deviation));
         for (percentile, value) in &distribution.percentiles {
-            result.insert(format!("p{percentile}_{key}_ms"), json!(value));
+            result.insert(format!("p{}_{key}_ms", percentile_word(*percentile)), json!(value));
         }
     }
 }

@@ -6,8 +6,8 @@ use serde::Serialize as _;
 use serde_json::Value;
 use serde_json::ser::{Formatter, Serializer};
 
-/// The value in one line, without a line end.
-pub(crate) fn render(value: &Value) -> String {
+/// The value as Python's `json.dump` writes it by default: in one line, without a line end.
+pub fn render(value: &Value) -> String {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, Python);
     value
@@ -52,7 +52,7 @@ impl Formatter for Python {
 }
 
 /// A number as Python's `repr` writes it: the shortest digits that give it back, with an exponent below 1e-4 and from 1e16.
-pub(crate) fn repr(value: f64) -> String {
+pub fn repr(value: f64) -> String {
     let magnitude = value.abs();
     if value.is_nan() {
         return "nan".to_owned();

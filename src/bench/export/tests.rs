@@ -115,48 +115,6 @@ fn the_table_of_the_recipe_is_vllms_byte_for_byte() {
     assert_eq!(table.table(), include_str!("captures/recipe.txt"));
 }
 
-#[test]
-fn a_burst_has_no_row_for_its_rate_and_long_values_overflow() {
-    let table = Capture {
-        request_rate: f64::INFINITY,
-        completed: 4,
-        tokens: [30_000, 164],
-        // The file has two decimals; this is the duration that its throughputs imply.
-        duration: 30_164.0 / 115_941.09,
-        peaks: (44.0, 4),
-        ttft: latency(57.49, 57.36, 58.59),
-        tpot: latency(2.5, 2.51, 2.53),
-        itl: latency(10.02, 10.44, 13.34),
-    };
-    assert_eq!(table.table(), include_str!("captures/burst.txt"));
-}
-
-#[test]
-fn the_tables_of_other_runs_are_vllms_byte_for_byte() {
-    let ramp = Capture {
-        request_rate: f64::INFINITY,
-        completed: 12,
-        tokens: [90_000, 60],
-        duration: 90_060.0 / 28_046.63,
-        peaks: (10.0, 5),
-        ttft: latency(53.91, 53.41, 57.18),
-        tpot: latency(2.59, 2.64, 3.1),
-        itl: latency(10.35, 10.54, 12.41),
-    };
-    assert_eq!(ramp.table(), include_str!("captures/ramp.txt"));
-    let two_requests = Capture {
-        request_rate: f64::INFINITY,
-        completed: 2,
-        tokens: [128, 6],
-        duration: 134.0 / 927.14,
-        peaks: (6.0, 2),
-        ttft: latency(103.12, 103.12, 103.49),
-        tpot: latency(20.27, 20.27, 20.39),
-        itl: latency(20.27, 20.24, 20.55),
-    };
-    assert_eq!(two_requests.table(), include_str!("captures/two_requests.txt"));
-}
-
 /// The run of `captures/everything.json`: the real client's clock readings in our records.
 fn everything() -> (Value, Report) {
     let file: Value = serde_json::from_str(include_str!("captures/everything.json")).unwrap();
@@ -214,45 +172,6 @@ fn everything() -> (Value, Report) {
 }
 
 #[test]
-fn the_same_clock_readings_give_the_same_table_as_the_real_client() {
-    let (_, report) = everything();
-    assert_eq!(report.table() + "\n", include_str!("captures/everything.txt"));
-}
-
-/// Equal, with numbers equal to the nanosecond that a record keeps.
-fn assert_close(path: &str, ours: &Value, theirs: &Value) {
-    match (ours, theirs) {
-        (Value::Number(ours), Value::Number(theirs)) => {
-            let (ours, theirs) = (ours.as_f64().unwrap(), theirs.as_f64().unwrap());
-            assert!((ours - theirs).abs() < 1e-5, "{path}: {ours}, not {theirs}");
-        }
-        (Value::Array(ours), Value::Array(theirs)) => {
-            assert_eq!(ours.len(), theirs.len(), "{path}");
-            for (index, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
-                assert_close(&format!("{path}[{index}]"), ours, theirs);
-            }
-        }
-        _ => assert_eq!(ours, theirs, "{path}"),
-    }
-}
-
-#[test]
-fn the_file_has_the_keys_of_the_real_client_in_its_order_with_its_values() {
-    let (theirs, report) = everything();
-    let ours = report.to_json(true);
-    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-    let mut expected_keys = keys(&theirs);
-    expected_keys.push("xpyd".to_owned());
-    assert_eq!(keys(&ours), expected_keys);
-    for (key, theirs) in theirs.as_object().unwrap() {
-        if !["date", "tokenizer_id"].contains(&key.as_str()) {
-            assert_close(key, &ours[key], theirs);
-        }
-    }
-    assert_eq!(ours["xpyd"]["failures"][0]["count"], report.failed());
-}
-
-#[test]
 fn without_details_the_lists_of_vllm_that_stay_are_two() {
     let (_, report) = everything();
     let brief = report.to_json(false);
@@ -271,9 +190,7 @@ fn failures_are_grouped_by_cause_the_most_frequent_first() {
     report.records[0].result = Err("the stream broke off".to_owned());
     assert_eq!(
         report.failure_summary().unwrap(),
-        "Failed requests during benchmark run detected (capping to 10):\n\
-         Error 0: Internal Server Error (4 of 20 requests)\n\
-         Error 1: the stream broke off (1 of 20 requests)"
+        "4 of 20 requests failed: Internal Server Error\n1 of 20 requests failed: the stream broke off"
     );
     report.records.retain(|record| record.result.is_ok());
     assert_eq!(report.failure_summary(), None);

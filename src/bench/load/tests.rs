@@ -32,7 +32,7 @@ async fn requests_go_out_on_schedule_however_long_answers_take() {
         &releases,
         None,
         |_| after(milliseconds(1000), true),
-        |_| {},
+        |_, _| {},
         &CancellationToken::new(),
     )
     .await;
@@ -51,7 +51,7 @@ async fn records_stand_in_the_order_of_the_schedule() {
         &releases,
         None,
         exchange,
-        |_| {},
+        |_, _| {},
         &CancellationToken::new(),
     )
     .await;
@@ -77,7 +77,7 @@ async fn a_limit_holds_and_the_wait_for_it_is_recorded_apart() {
         }
     };
     let seen = Cell::new(0);
-    let observe = |tally: &Tally| seen.set(seen.get().max(tally.in_flight));
+    let observe = |tally: &Tally, _: &[Record]| seen.set(seen.get().max(tally.in_flight));
     let outcome = drive(
         &Lanes::here(),
         &[Duration::ZERO; 6],
@@ -99,7 +99,7 @@ async fn a_stop_keeps_what_has_ended_and_counts_the_rest() {
     let releases = [0, 100, 200, 5000].map(milliseconds);
     let stop = CancellationToken::new();
     let exchange = |index: usize| after(milliseconds(if index == 0 { 50 } else { 9000 }), true);
-    let observe = |tally: &Tally| {
+    let observe = |tally: &Tally, _: &[Record]| {
         if tally.in_flight == 2 {
             stop.cancel();
         }
@@ -115,7 +115,7 @@ async fn a_stop_keeps_what_has_ended_and_counts_the_rest() {
 async fn progress_is_told_while_nothing_happens_and_holds_the_means_so_far() {
     let told = Cell::new(0);
     let last = Cell::new(None);
-    let observe = |tally: &Tally| {
+    let observe = |tally: &Tally, _: &[Record]| {
         told.set(told.get() + 1);
         last.set(Some(tally.progress(Phase::Measuring)));
     };

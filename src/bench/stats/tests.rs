@@ -56,8 +56,9 @@ fn means_percentiles_and_deviations_are_numpys() {
         let mut actual = vec![distribution.mean, distribution.median, distribution.deviation];
         actual.extend(distribution.percentiles.iter().map(|(_, value)| value));
         for (actual, expected) in actual.iter().zip(numbers::<f64>(expected)) {
-            assert!(
-                (actual / 1000.0 - expected).abs() < 1e-12,
+            assert_eq!(
+                actual.to_bits(),
+                (expected * 1000.0).to_bits(),
                 "{actual} ms is not {expected} s"
             );
         }

@@ -17,7 +17,7 @@ use reqwest::header::HeaderMap;
 pub(super) use self::data::Data;
 pub(super) use self::ending::Ending;
 pub(super) use self::load::Load;
-pub(super) use self::modes::Modes;
+pub(super) use self::modes::{Fleet, Modes};
 pub(super) use self::output::Output;
 pub(super) use self::page::Page;
 pub(super) use self::sampling::Sampling;
@@ -53,6 +53,9 @@ pub struct Arguments {
     /// More than one run.
     #[command(flatten)]
     pub modes: Modes,
+    /// A fleet for the bench.
+    #[command(flatten)]
+    pub fleet: Fleet,
 }
 
 impl Arguments {
@@ -139,4 +142,4 @@ impl Arguments {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -36,19 +36,19 @@ pub(super) struct Interruption {
 }
 
 impl Interruption {
-    /// Begins to watch.
-    pub(super) fn watch(deadline: Option<Duration>, printer: Printer) -> Result<Self, Failure> {
+    /// Begins to watch. Only where it `may_leave`, the second signal ends the process.
+    pub(super) fn watch(deadline: Option<Duration>, may_leave: bool, printer: Printer) -> Result<Self, Failure> {
         let signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
         let stop = CancellationToken::new();
         let cause = Arc::new(OnceLock::new());
         let mut watch = JoinSet::new();
-        watch.spawn(ask_then_leave(
-            signals,
-            deadline,
-            stop.clone(),
-            Arc::clone(&cause),
-            printer,
-        ));
+        let (token, told) = (stop.clone(), Arc::clone(&cause));
+        watch.spawn(async move {
+            let signals = ask(signals, deadline, &token, &told).await;
+            if may_leave {
+                leave_at_the_next(signals, printer).await;
+            }
+        });
         Ok(Self {
             stop,
             cause,
@@ -62,13 +62,13 @@ impl Interruption {
     }
 }
 
-async fn ask_then_leave(
+/// Waits for the first reason to stop, and asks for it.
+async fn ask(
     mut signals: StopSignals,
     deadline: Option<Duration>,
-    stop: CancellationToken,
-    cause: Arc<OnceLock<Cause>>,
-    printer: Printer,
-) {
+    stop: &CancellationToken,
+    cause: &OnceLock<Cause>,
+) -> StopSignals {
     let over = async {
         match deadline {
             Some(deadline) => tokio::time::sleep(deadline).await,
@@ -82,6 +82,10 @@ async fn ask_then_leave(
     let is_first = cause.set(first).is_ok();
     debug_assert!(is_first, "nobody else sets it");
     stop.cancel();
+    signals
+}
+
+async fn leave_at_the_next(mut signals: StopSignals, printer: Printer) {
     // Most often the run has ended, and this watch with it, before that is worth a word.
     let patience = tokio::time::timeout(PATIENCE, signals.next());
     if patience.await.is_err() {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::bench::{Arrivals, Metric, RampStrategy, Random, RangeRatio, Workload};
 
-fn parse(line: &str) -> Result<Arguments, clap::Error> {
+pub(in crate::cli::bench) fn parse(line: &str) -> Result<Arguments, clap::Error> {
     let command = Arguments::augment_args(clap::Command::new("bench").no_binary_name(true));
     let matches = command.try_get_matches_from(line.split_whitespace())?;
     Arguments::from_arg_matches(&matches)

@@ -1,0 +1,160 @@
+//! `xpyd bench --against`: two servers, the same requests, in turn.
+
+use serde_json::{Map, Value, json};
+
+use super::compare::show;
+use super::failure;
+use super::session::Session;
+use crate::bench::paired::{self, Pairs, Side};
+use crate::bench::{self, Report, Spec, sweep};
+use crate::report::{ExitStatus, Failure};
+
+/// The other server, and what its requests name.
+struct Other {
+    base_url: String,
+    model: String,
+}
+
+/// Runs all blocks on both servers.
+pub(super) async fn run(session: &Session<'_>, url: &str) -> Result<ExitStatus, Failure> {
+    let Some(other) = find(session, url).await? else {
+        return Ok(ExitStatus::Forced);
+    };
+    let blocks = paired::blocks(session.arguments.data.num_prompts);
+    session.printer.status(format_args!(
+        "{} requests to each of two servers, in {} blocks, whose order is A B B A:\n  A  `{}` at {}\n  B  `{}` at {}",
+        session.arguments.data.num_prompts,
+        blocks.len(),
+        session.first.model,
+        session.first.base_url,
+        other.model,
+        other.base_url
+    ));
+    let mut pairs = Pairs::default();
+    let mut done = Vec::new();
+    for (block, &count) in blocks.iter().enumerate() {
+        let Some([first, second]) = both(session, &other, block, count).await? else {
+            break;
+        };
+        pairs.add(&first.records, &second.records);
+        done.push([first, second]);
+    }
+    conclude(session, &other, &pairs, &done, blocks.len())
+}
+
+/// Asks the other server for its model; `None` if the stop came first.
+async fn find(session: &Session<'_>, url: &str) -> Result<Option<Other>, Failure> {
+    let found = session
+        .stop
+        .run_until_cancelled(bench::discover(url, &session.first.headers, None));
+    let Some(model) = found.await.transpose().map_err(failure)? else {
+        return Ok(None);
+    };
+    Ok(Some(Other {
+        base_url: url.to_owned(),
+        model: model.id,
+    }))
+}
+
+/// One block on both servers: the report of A, then that of B. `None` if the user stopped it.
+async fn both(
+    session: &Session<'_>,
+    other: &Other,
+    block: usize,
+    count: usize,
+) -> Result<Option<[Report; 2]>, Failure> {
+    let number = u32::try_from(block).unwrap_or(u32::MAX);
+    let of_a = session.numbered_spec(number, |arguments| arguments.data.num_prompts = count)?;
+    let mut of_b = Spec {
+        base_url: other.base_url.clone(),
+        model: other.model.clone(),
+        ..of_a.clone()
+    };
+    of_b.naming.model_id = None;
+    let mut reports = [None, None];
+    for side in paired::order(block) {
+        let (spec, label, place) = match side {
+            Side::A => (&of_a, "A", 0),
+            Side::B => (&of_b, "B", 1),
+        };
+        let report = session.run(spec, label, &|_| {}, session.stop.clone()).await?;
+        if session.stop.is_cancelled() {
+            return Ok(None);
+        }
+        session.printer.status(format_args!(
+            "block {} on {label}: mean TTFT {:.1} ms, mean TPOT {:.2} ms{}",
+            block + 1,
+            report.mean_ttft_ms(),
+            report.mean_tpot_ms(),
+            told_apart(&report)
+        ));
+        reports[place] = Some(report);
+    }
+    let [first, second] = reports;
+    Ok(first.zip(second).map(|(first, second)| [first, second]))
+}
+
+/// What else is to be known of a block.
+fn told_apart(report: &Report) -> String {
+    let failed = report.failures().into_iter().next();
+    let failed = failed.map(|group| format!(", {} failed: {}", report.failed(), group.cause));
+    let invalid = sweep::why_invalid(report).map(|why| format!(", not valid: {why}"));
+    failed.unwrap_or_default() + &invalid.unwrap_or_default()
+}
+
+fn conclude(
+    session: &Session<'_>,
+    other: &Other,
+    pairs: &Pairs,
+    done: &[[Report; 2]],
+    blocks: usize,
+) -> Result<ExitStatus, Failure> {
+    let rows = pairs.rows(&session.first.percentiles);
+    if !session.arguments.output.json {
+        show(&rows, session.printer);
+    }
+    if done.len() < blocks {
+        session
+            .printer
+            .status(format_args!("stopped: {} of {blocks} blocks are complete", done.len()));
+    }
+    session.printer.status(format_args!(
+        "{} pairs of requests that both answered; the change is that of B against A",
+        pairs.len()
+    ));
+    if pairs.unpaired() > 0 {
+        session.printer.error(format_args!(
+            "{} requests that one of the two did not answer count for neither",
+            pairs.unpaired()
+        ));
+    }
+    let detailed = session.arguments.output.save_detailed;
+    let entry = |[first, second]: &[Report; 2]| json!({"a": first.to_json(detailed), "b": second.to_json(detailed)});
+    let more = [
+        (
+            "a",
+            json!({"base_url": session.first.base_url, "model_id": session.first.model}),
+        ),
+        ("b", json!({"base_url": other.base_url, "model_id": other.model})),
+        ("pairs", json!(pairs.len())),
+        ("unpaired", json!(pairs.unpaired())),
+        ("confidence", json!(0.95)),
+        ("measures", bench::compare::to_json(&rows)),
+        ("blocks", done.iter().map(entry).collect()),
+    ];
+    let entries = session.header("against").into_iter().chain(more);
+    let document = Value::Object(
+        entries
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect::<Map<_, _>>(),
+    );
+    session.finish("against", &document)?;
+    let has_failed = pairs.unpaired() > 0 || pairs.is_empty();
+    Ok(if session.stop.is_cancelled() {
+        ExitStatus::Forced
+    } else if has_failed && !session.arguments.output.allow_failures {
+        ExitStatus::Failure
+    } else {
+        ExitStatus::Success
+    })
+}

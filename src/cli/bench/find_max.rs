@@ -1,0 +1,378 @@
+//! `xpyd bench --find-max`: probes rates until the highest that meets the objectives is known closely enough.
+
+use std::cell::RefCell;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::Arguments;
+use super::session::Session;
+use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
+use crate::bench::search::{Ending, Search, Step, Verdict};
+use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::time_span;
+
+/// The first rate, where the flags name none.
+const FIRST_RATE: f64 = 1.0;
+/// Between a probe that was cut and the next: the server lets go of what it was doing.
+const SETTLE: Duration = Duration::from_secs(1);
+/// How long a server takes to fill, before anything is known of it.
+const FILL: Duration = Duration::from_secs(5);
+/// Most requests that are made up for one probe.
+const MOST_REQUESTS: usize = 200_000;
+
+/// A probe that has ended.
+struct Probe {
+    rate: f64,
+    verdict: Verdict,
+    evidence: Evidence,
+    sent: usize,
+    ttft_p99: Option<f64>,
+    lasted: Duration,
+    /// Of the answers: about how long the server takes to fill.
+    quickest: Duration,
+    invalid: Option<String>,
+    cause: Option<String>,
+}
+
+/// Why the search is over.
+enum Over {
+    Search(Ending),
+    Time,
+    Interrupted,
+}
+
+/// Searches.
+pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
+    let modes = &session.arguments.modes;
+    let objectives = session.first.objectives.clone();
+    let wanted = format!("{} for {}% of requests", named(&objectives), percent(modes.attainment));
+    let rate = session.arguments.load.request_rate;
+    let mut search = Search::new(if rate.is_finite() { rate } else { FIRST_RATE }, modes.tolerance);
+    session.printer.status(format_args!(
+        "searching the highest rate that meets {wanted}, to `{}` at {}; every probe has prompts of its own, made from seed {} and its number",
+        session.first.model,
+        session.first.base_url,
+        session.first.workload.seed()
+    ));
+    session.line(HEADER);
+    let began = Instant::now();
+    let deadline = began + modes.max_time;
+    let mut probes: Vec<Probe> = Vec::new();
+    let over = loop {
+        let rate = match search.step() {
+            Step::End(ending) => break Over::Search(ending),
+            Step::Probe(rate) => rate,
+        };
+        if session.stop.is_cancelled() {
+            break Over::Interrupted;
+        }
+        if Instant::now() >= deadline {
+            break Over::Time;
+        }
+        let fill = probes
+            .iter()
+            .map(|probe| probe.quickest)
+            .max()
+            .unwrap_or(FILL)
+            .max(FILL);
+        match probe(session, &objectives, rate, fill, deadline).await? {
+            Some(probe) => {
+                session.line(&line(&probe, &objectives));
+                search.take(rate, probe.verdict);
+                probes.push(probe);
+            }
+            None if session.stop.is_cancelled() => break Over::Interrupted,
+            None => break Over::Time,
+        }
+    };
+    let (low, high) = search.bracket();
+    for text in summary(&over, low, high, &wanted, &probes, &objectives) {
+        session.line(&text);
+    }
+    session.line(&format!(
+        "{} probes, {} requests, {}",
+        probes.len(),
+        probes.iter().map(|probe| probe.sent).sum::<usize>(),
+        time_span(began.elapsed())
+    ));
+    session.finish("find-max", &document(session, &objectives, &over, (low, high), &probes))?;
+    Ok(match (&over, low) {
+        (Over::Interrupted, _) => ExitStatus::Forced,
+        (_, None) => ExitStatus::Failure,
+        (_, Some(_)) => ExitStatus::Success,
+    })
+}
+
+/// Whether the flags make a search.
+pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
+    if first.objectives.is_empty() {
+        let problem = "`--find-max` needs objectives to meet";
+        return Err(Failure::message(ExitStatus::Usage, problem).hint("name them: `--goodput ttft:500 tpot:20`"));
+    }
+    if arguments.load.max_concurrency.is_some() {
+        let problem = "`--max-concurrency` holds requests back in the client, where no objective sees them wait";
+        return Err(Failure::message(ExitStatus::Usage, problem).hint("leave it out of `--find-max`"));
+    }
+    Ok(())
+}
+
+/// Probes a rate until it is decided; `None` if the time or the user's patience ran out before.
+async fn probe(
+    session: &Session<'_>,
+    objectives: &[Objective],
+    rate: f64,
+    fill: Duration,
+    deadline: Instant,
+) -> Result<Option<Probe>, Failure> {
+    let modes = &session.arguments.modes;
+    let shortest = modes.min_probe.as_secs_f64();
+    let votes = (Evidence::most_votes(modes.attainment) as f64).max(rate * shortest);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a number of requests, clamped"
+    )]
+    let count = ((votes + rate * 2.0 * fill.as_secs_f64()).ceil() as usize + 20).min(MOST_REQUESTS);
+    let spec = session.spec(|arguments| {
+        arguments.load.request_rate = rate;
+        arguments.data.num_prompts = count;
+    })?;
+    let decided = session.stop.child_token();
+    let evidence = RefCell::new((Evidence::new(modes.attainment, objectives.len(), shortest), 0));
+    let vote = |records: &[Record]| {
+        let (evidence, counted) = &mut *evidence.borrow_mut();
+        for record in &records[*counted..] {
+            evidence.add(record.index, ballot(record, objectives));
+        }
+        if *counted < records.len() && evidence.opinion() != Opinion::Open {
+            decided.cancel();
+        }
+        *counted = records.len();
+    };
+    let began = Instant::now();
+    let mut in_time = true;
+    let report = {
+        let run = session.run(&spec, "probe", &vote, decided.clone());
+        tokio::pin!(run);
+        if let Ok(report) = timeout_at(deadline, &mut run).await {
+            report?
+        } else {
+            in_time = false;
+            decided.cancel();
+            run.await?
+        }
+    };
+    let (evidence, _) = evidence.into_inner();
+    let opinion = if report.is_partial() {
+        evidence.opinion()
+    } else {
+        evidence.last_opinion()
+    };
+    if opinion == Opinion::Open && (!in_time || session.stop.is_cancelled()) {
+        return Ok(None);
+    }
+    if report.dropped > 0 {
+        // A stop that comes meanwhile is seen by the caller.
+        let _ = session.stop.run_until_cancelled(sleep(SETTLE)).await;
+    }
+    Ok(Some(judged(rate, opinion, evidence, &report, began.elapsed())))
+}
+
+fn judged(rate: f64, opinion: Opinion, evidence: Evidence, report: &Report, lasted: Duration) -> Probe {
+    let invalid = sweep::why_invalid(report);
+    let ttft = report.metrics.latency(Metric::Ttft);
+    let answers = report.records.iter().filter_map(|record| record.result.as_ref().ok());
+    Probe {
+        rate,
+        verdict: match opinion {
+            _ if invalid.is_some() => Verdict::Invalid,
+            Opinion::Pass => Verdict::Pass,
+            Opinion::Fail => Verdict::Fail,
+            Opinion::Open => Verdict::Invalid,
+        },
+        evidence,
+        sent: report.records.len() + report.dropped,
+        ttft_p99: ttft.and_then(|ttft| ttft.percentiles.last().map(|(_, value)| *value)),
+        lasted,
+        quickest: answers.map(|answer| answer.latency).min().unwrap_or_default(),
+        invalid,
+        cause: report.failures().into_iter().next().map(|group| group.cause),
+    }
+}
+
+fn ballot(record: &Record, objectives: &[Objective]) -> Ballot {
+    let answer = record.result.as_ref().ok();
+    let latency = answer.map(|answer| answer.latency).unwrap_or_default();
+    let is_missed = |objective: &Objective| answer.is_some_and(|answer| !objective.is_met(answer));
+    Ballot {
+        released: record.released.as_secs_f64(),
+        ended: (record.started + latency).as_secs_f64(),
+        first_token: answer.map(|answer| answer.first_token.as_secs_f64()),
+        missed: (0..objectives.len())
+            .filter(|&place| is_missed(&objectives[place]))
+            .collect(),
+    }
+}
+
+const HEADER: &str = "      REQ/S  VERDICT      GOOD   VOTES    SENT    TOOK  NOTE";
+
+fn line(probe: &Probe, objectives: &[Objective]) -> String {
+    let verdict = match probe.verdict {
+        Verdict::Pass => "pass",
+        Verdict::Fail => "fail",
+        Verdict::Invalid => "not valid",
+    };
+    let mut notes = broken(&probe.evidence, objectives);
+    if probe.evidence.is_growing() {
+        notes.push("the queue grows".to_owned());
+    }
+    notes.extend(probe.invalid.clone());
+    notes.extend(probe.cause.clone());
+    format!(
+        "{:>11.3}  {verdict:<9} {:>6.1}% {:>7} {:>7} {:>7}  {}",
+        probe.rate,
+        probe.evidence.share() * 100.0,
+        probe.evidence.votes(),
+        probe.sent,
+        time_span(probe.lasted),
+        if notes.is_empty() {
+            "-".to_owned()
+        } else {
+            notes.join(", ")
+        }
+    )
+}
+
+/// Which objectives were missed how often, the one most often missed first, and how many requests failed.
+fn broken(evidence: &Evidence, objectives: &[Objective]) -> Vec<String> {
+    let mut counts: Vec<(usize, String)> = evidence
+        .missed()
+        .iter()
+        .zip(objectives)
+        .map(|(&count, objective)| (count, format!("{count} missed {}", name(objective))))
+        .collect();
+    counts.push((evidence.failed(), format!("{} failed", evidence.failed())));
+    counts.retain(|(count, _)| *count > 0);
+    counts.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+    counts.into_iter().map(|(_, text)| text).collect()
+}
+
+fn name(objective: &Objective) -> String {
+    format!("{}:{}", objective.latency.name(), objective.milliseconds)
+}
+
+fn named(objectives: &[Objective]) -> String {
+    objectives.iter().map(name).collect::<Vec<_>>().join(" ")
+}
+
+fn percent(share: f64) -> f64 {
+    // Without the digits that a hundredth of a double has.
+    (share * 1e8).round() / 1e6
+}
+
+/// The result in sentences.
+fn summary(
+    over: &Over,
+    low: Option<f64>,
+    high: Option<f64>,
+    wanted: &str,
+    probes: &[Probe],
+    objectives: &[Objective],
+) -> Vec<String> {
+    let mut lines = Vec::new();
+    match over {
+        Over::Search(Ending::Found) => {}
+        Over::Search(Ending::NothingPasses) => lines.push("even the lowest rate fails".to_owned()),
+        Over::Search(Ending::EverythingPasses) => lines.push("even the highest rate passes".to_owned()),
+        Over::Search(Ending::ClientLimit) => {
+            lines.push("the client, not the server, is the limit: the rest is not known".to_owned());
+        }
+        Over::Search(Ending::Probes) => lines.push("too many probes: the verdicts contradict each other".to_owned()),
+        Over::Time => lines.push("the time is over (--max-time)".to_owned()),
+        Over::Interrupted => lines.push("interrupted".to_owned()),
+    }
+    lines.push(match (low, high) {
+        (Some(low), Some(high)) => format!("meets {wanted} up to {low:.2} req/s, and no longer at {high:.2}"),
+        (Some(low), None) => format!("meets {wanted} at {low:.2} req/s; what it does beyond is not known"),
+        (None, Some(high)) => format!("does not meet {wanted} at {high:.3} req/s; what it does below is not known"),
+        (None, None) => format!("whether it meets {wanted} is not known"),
+    });
+    if let Some(first) = high.and_then(|high| first_broken(high, probes, objectives)) {
+        lines.push(format!("what gives way first: {first}"));
+    }
+    lines
+}
+
+/// What broke at the lowest rate that failed.
+fn first_broken(high: f64, probes: &[Probe], objectives: &[Objective]) -> Option<String> {
+    let is_it = |probe: &&Probe| probe.verdict == Verdict::Fail && probe.rate.total_cmp(&high).is_eq();
+    let probe = probes.iter().rev().find(is_it)?;
+    let broken = broken(&probe.evidence, objectives);
+    let votes = probe.evidence.votes();
+    Some(format!("{} of {votes} requests at {high:.2} req/s", broken.join(", ")))
+}
+
+fn document(
+    session: &Session<'_>,
+    objectives: &[Objective],
+    over: &Over,
+    (low, high): (Option<f64>, Option<f64>),
+    probes: &[Probe],
+) -> Value {
+    let entry = |probe: &Probe| {
+        let missed = probe.evidence.missed().iter().zip(objectives);
+        let missed = missed.map(|(count, objective)| (objective.latency.name().to_owned(), json!(count)));
+        json!({
+            "rate": probe.rate,
+            "verdict": match probe.verdict {
+                Verdict::Pass => "pass",
+                Verdict::Fail => "fail",
+                Verdict::Invalid => "invalid",
+            },
+            "good": probe.evidence.share(),
+            "votes": probe.evidence.votes(),
+            "sent": probe.sent,
+            "failed": probe.evidence.failed(),
+            "missed": Value::Object(missed.collect()),
+            "growing": probe.evidence.is_growing(),
+            "ttft_ms": probe.ttft_p99,
+            "seconds": probe.lasted.as_secs_f64(),
+            "why_invalid": probe.invalid,
+        })
+    };
+    let ending = match over {
+        Over::Search(Ending::Found) => "found",
+        Over::Search(Ending::NothingPasses) => "nothing passes",
+        Over::Search(Ending::EverythingPasses) => "everything passes",
+        Over::Search(Ending::ClientLimit) => "client limit",
+        Over::Search(Ending::Probes) => "too many probes",
+        Over::Time => "time",
+        Over::Interrupted => "interrupted",
+    };
+    let modes = &session.arguments.modes;
+    let goodput = objectives
+        .iter()
+        .map(|objective| (objective.latency.name().to_owned(), json!(objective.milliseconds)));
+    let more = [
+        ("objectives", Value::Object(goodput.collect())),
+        ("attainment", json!(modes.attainment)),
+        ("tolerance", json!(modes.tolerance)),
+        ("ending", json!(ending)),
+        ("rate", json!(low)),
+        ("fails_at", json!(high)),
+        (
+            "first_broken",
+            json!(high.and_then(|high| first_broken(high, probes, objectives))),
+        ),
+        ("probes", probes.iter().map(entry).collect()),
+    ];
+    let entries = session.header("find-max").into_iter().chain(more);
+    Value::Object(
+        entries
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect::<Map<_, _>>(),
+    )
+}

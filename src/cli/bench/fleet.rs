@@ -1,0 +1,166 @@
+//! `xpyd bench --profile`: a fleet of the bench's own. A second xpyd runs it, as `xpyd up --detach` does; it is told to end
+//! when the bench has ended, and the kernel tells it if the bench is killed.
+
+use std::process::Stdio;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
+
+use super::{Arguments, Target};
+use crate::cli::{detach, down, request};
+use crate::control::rundir;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+
+/// A fleet that runs.
+pub(super) struct Fleet {
+    name: String,
+    xpyd: Child,
+    /// Where it serves.
+    pub(super) target: Target,
+}
+
+impl Fleet {
+    /// Brings up the fleet that the flags name; `None` if the stop came before it was ready.
+    pub(super) async fn start(
+        arguments: &Arguments,
+        profile: &str,
+        printer: Printer,
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>, Failure> {
+        let name = format!("bench-{}", std::process::id());
+        let program = std::env::current_exe().map_err(anyhow::Error::from)?;
+        let mut xpyd = Command::new(program)
+            .args(words(arguments, profile, &name)?)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| anyhow::Error::new(error).context("cannot start the process of the fleet"))?;
+        if !is_ready(&mut xpyd, printer, stop).await? {
+            // It has said why, and is about to end.
+            let ended = xpyd.wait().await.map_err(anyhow::Error::from)?;
+            if stop.is_cancelled() {
+                return Ok(None);
+            }
+            let status = ended.code().and_then(detach::status_of).unwrap_or(ExitStatus::Failure);
+            let problem = format!("the fleet of profile `{profile}` did not come up");
+            return Err(
+                Failure::message(status, problem).hint(format!("`xpyd plan --profile {profile}` shows what was tried"))
+            );
+        }
+        let run = rundir::find(&name).map_err(|error| Failure::new(ExitStatus::Failure, error))?;
+        let run = run.ok_or_else(|| Failure::message(ExitStatus::Failure, "the fleet has ended already"))?;
+        Ok(Some(Self {
+            name,
+            xpyd,
+            target: Target {
+                base_url: run.proxy_url,
+            },
+        }))
+    }
+
+    /// Takes it down, and fails if anything of it is left.
+    pub(super) async fn stop(mut self, printer: Printer) -> Result<(), Failure> {
+        let went_down = down::run(down::Arguments::of(&self.name), printer).await;
+        match went_down {
+            Ok(_) => {
+                self.xpyd.wait().await.map_err(anyhow::Error::from)?;
+                Ok(())
+            }
+            // It has ended by itself, and said why in its log.
+            Err(failure) if failure.status == ExitStatus::RunState => {
+                let problem = "the fleet ended while it was measured";
+                Err(Failure::message(ExitStatus::Failure, problem)
+                    .hint(format!("`xpyd logs --name {}` shows why", self.name)))
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+}
+
+/// The words of the command that runs the fleet.
+fn words(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<String>, Failure> {
+    let fleet = &arguments.fleet;
+    let mut settings = fleet.set.clone();
+    settings.extend(fleet.preset.as_ref().map(|preset| format!("sim.preset={preset}")));
+    let mut wanted = request::FleetArguments::of_profile(profile);
+    wanted.set.clone_from(&settings);
+    wanted.engine = fleet.engine;
+    wanted.model.clone_from(&arguments.target.model);
+    wanted.logs.clone_from(&fleet.logs);
+    if !settings
+        .iter()
+        .any(|setting| setting.trim_start().starts_with("port_offset"))
+    {
+        let offset = wanted.free_offset()?;
+        settings.push(format!("port_offset={offset}"));
+    }
+    let process = std::process::id().to_string();
+    let logs = fleet.logs.display().to_string();
+    let mut words = [
+        "up",
+        "--profile",
+        profile,
+        "--name",
+        name,
+        "--logs",
+        &logs,
+        "--detached-child",
+        "--ends-with",
+        &process,
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    for setting in settings {
+        words.extend(["--set".to_owned(), setting]);
+    }
+    if let Some(engine) = fleet.engine.and_then(request::value_name) {
+        words.extend(["--engine".to_owned(), engine]);
+    }
+    if let Some(model) = &arguments.target.model {
+        words.extend(["--model".to_owned(), model.clone()]);
+    }
+    Ok(words)
+}
+
+/// Relays what the process says until its fleet is ready or it lets go of its pipes; true if it is ready.
+async fn is_ready(xpyd: &mut Child, printer: Printer, stop: &CancellationToken) -> Result<bool, Failure> {
+    let (Some(stdout), Some(stderr)) = (xpyd.stdout.take(), xpyd.stderr.take()) else {
+        return Ok(false);
+    };
+    let mut lines = BufReader::new(stderr).lines();
+    let mut is_told = false;
+    loop {
+        tokio::select! {
+            line = lines.next_line() => match line {
+                Ok(Some(line)) => printer.status(line),
+                Ok(None) | Err(_) => break,
+            },
+            () = stop.cancelled(), if !is_told => {
+                is_told = true;
+                terminate(xpyd);
+            }
+        }
+    }
+    let mut word = String::new();
+    let mut stdout = stdout.take(64);
+    stdout.read_to_string(&mut word).await.map_err(anyhow::Error::from)?;
+    if word == detach::READY && stop.is_cancelled() {
+        // Both at once. It ends as it does before it is ready.
+        terminate(xpyd);
+        return Ok(false);
+    }
+    Ok(word == detach::READY)
+}
+
+fn terminate(xpyd: &Child) {
+    let process = xpyd.id().and_then(|id| i32::try_from(id).ok());
+    if let Some(process) = process {
+        // One that has ended needs no telling.
+        let _ = kill(Pid::from_raw(process), Signal::SIGTERM);
+    }
+}
