@@ -82,7 +82,11 @@ impl Arrivals {
     /// rises, scaled so that the last release is at `count / request_rate`. The first request therefore waits too, about
     /// one interval.
     pub fn schedule(&self, count: usize, seed: u32) -> Vec<f64> {
-        let mut generator = LegacyGenerator::new(seed);
+        self.schedule_from(count, LegacyGenerator::new(seed))
+    }
+
+    /// As [`Self::schedule`], where the dataset has drawn from the generator before.
+    pub(super) fn schedule_from(&self, count: usize, mut generator: LegacyGenerator) -> Vec<f64> {
         let interval = |index: usize| {
             let rate = self.ramp.map_or(self.request_rate, |ramp| ramp.rate(index, count));
             if rate.is_infinite() {

@@ -6,6 +6,7 @@
 //!
 //! "vLLM" in this module means the client of vLLM 0.32.
 
+mod alignment;
 pub mod arrivals;
 pub mod attribution;
 mod client;
@@ -21,6 +22,7 @@ mod numpy;
 mod opening;
 mod options;
 pub mod paired;
+mod python;
 mod reader;
 pub mod record;
 pub mod report;
@@ -30,6 +32,7 @@ pub mod search;
 mod sse;
 pub mod stats;
 pub mod sweep;
+pub mod tokenizer;
 #[cfg(test)]
 mod vectors;
 pub mod workload;
@@ -41,6 +44,7 @@ use std::time::Duration;
 use reqwest::header::HeaderMap;
 use tokio_util::sync::CancellationToken;
 
+pub use self::alignment::align;
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
@@ -55,7 +59,11 @@ pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
 pub use self::report::{Beside, Probes, Report};
 pub use self::stats::Metric;
-pub use self::workload::{Made, Message, Order, Prompt, Random, RangeRatio, Turn, Workload, WorkloadError};
+pub use self::tokenizer::{Tokenizer, TokenizerError};
+pub use self::workload::{
+    BurstGpt, Custom, Dataset, DatasetError, Made, Message, Order, PrefixRepetition, Product, Prompt, Random,
+    RangeRatio, Sessions, ShareGpt, Source, Stopped, TimedTrace, Turn, Turns, Workload, WorkloadError,
+};
 
 /// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
 /// after 1, 3 and 7 seconds.
@@ -353,7 +361,7 @@ impl Spec {
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
         client::url(&self.base_url, &self.endpoint)?;
-        self.releases(&self.workload.orders()?)?;
+        self.schedule(self.workload.count()?)?;
         Ok(())
     }
 
@@ -362,7 +370,11 @@ impl Spec {
         if let Some(own) = orders.iter().map(|order| order.release).collect() {
             return Ok(own);
         }
-        let count = orders.len();
+        self.schedule(orders.len())
+    }
+
+    /// When the arrivals release each of `count` requests.
+    fn schedule(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
         let Arrivals {
             request_rate,
             burstiness,
@@ -377,7 +389,7 @@ impl Spec {
         if let Some(ramp) = ramp.filter(|ramp| ramp.start == 0 || ramp.end < ramp.start) {
             return Err(BenchError::Ramp(ramp));
         }
-        let schedule = self.arrivals.schedule(count, self.workload.seed());
+        let schedule = self.arrivals.schedule_from(count, self.workload.generator());
         let releases = schedule.into_iter().map(Duration::try_from_secs_f64);
         match releases.collect::<Result<Vec<_>, _>>() {
             Ok(releases) if releases.iter().all(|&release| release <= LONGEST_SCHEDULE) => Ok(releases),

@@ -8,7 +8,7 @@ use rand_pcg::Pcg64;
 use rand_pcg::rand_core::Rng as _;
 
 /// `np.random` after `np.random.seed(seed)`: the legacy global generator on MT19937.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct LegacyGenerator {
     twister: Mt,
     /// The polar method makes normal draws in pairs; the second one waits here.
@@ -21,6 +21,33 @@ impl LegacyGenerator {
             twister: Mt::new(seed),
             spare_normal: None,
         }
+    }
+
+    /// One draw of `np.random.randint(0, count)`, which is also `RandomState(seed).randint`. `count` is not 0.
+    ///
+    /// Method: as many low bits as the highest value has, until they are in range; a range of one value draws nothing.
+    pub(super) fn below(&mut self, count: u32) -> u32 {
+        let highest = count - 1;
+        if highest == 0 {
+            return 0;
+        }
+        let mask = u32::MAX >> highest.leading_zeros();
+        loop {
+            let value = self.twister.next_u32() & mask;
+            if value <= highest {
+                return value;
+            }
+        }
+    }
+
+    /// `np.random.permutation(count)`, for a count within 32 bits.
+    pub(super) fn permutation(&mut self, count: usize) -> Vec<usize> {
+        let mut items: Vec<usize> = (0..count).collect();
+        for index in (1..count).rev() {
+            let other = self.below(u32::try_from(index).map_or(u32::MAX, |index| index + 1));
+            items.swap(index, other as usize);
+        }
+        items
     }
 
     /// `np.random.gamma(shape, scale)`. Both must be positive and finite.
@@ -164,7 +191,7 @@ impl Generator {
 
 /// High and low half.
 #[expect(clippy::cast_possible_truncation, reason = "the halves of 64 bits are 32 bits each")]
-fn halves(value: u64) -> [u32; 2] {
+pub(super) fn halves(value: u64) -> [u32; 2] {
     [(value >> 32) as u32, value as u32]
 }
 

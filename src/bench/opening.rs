@@ -62,6 +62,10 @@ where
 
 /// The lines about the load.
 pub(super) fn announce(spec: &Spec, say: &dyn Fn(&str)) {
+    if spec.workload.is_self_timed() {
+        say("Self timing is set, using the timestamps from the trace file.");
+        return;
+    }
     let arrivals = &spec.arrivals;
     match arrivals.ramp {
         Some(ramp) => {

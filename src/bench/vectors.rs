@@ -13,3 +13,11 @@ pub(super) fn rows(table: &str) -> impl Iterator<Item = Vec<&str>> {
 pub(super) fn numbers<T: FromStr<Err: Debug>>(cell: &str) -> Vec<T> {
     cell.split_whitespace().map(|word| word.parse().unwrap()).collect()
 }
+
+/// A tokenizer of `vectors/tokenizers`.
+pub(super) fn tokenizer(name: &str) -> std::sync::Arc<super::tokenizer::Tokenizer> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bench/vectors/tokenizers");
+    super::tokenizer::Tokenizer::load(name, &folder.join(name))
+        .unwrap()
+        .into()
+}

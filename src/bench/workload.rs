@@ -2,23 +2,41 @@
 //!
 //! A dataset makes [`Order`]s, the client writes them. Knows no wire format beyond how a prompt is written in JSON.
 
+mod burstgpt;
+mod custom;
+mod dataset;
+mod prefix_repetition;
 mod prompt;
 mod random;
+mod sessions;
+mod settle;
+mod sharegpt;
+mod timed_trace;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
 
+pub use self::burstgpt::BurstGpt;
+pub use self::custom::Custom;
+pub use self::dataset::{Dataset, DatasetError, Product, Progress, Source, Stopped};
+pub use self::prefix_repetition::PrefixRepetition;
 pub use self::prompt::{Message, Prompt, Running};
 pub use self::random::{Random, RangeRatio};
+pub use self::sessions::{Sessions, Turns};
+pub use self::sharegpt::ShareGpt;
+pub use self::timed_trace::TimedTrace;
+use super::numpy::LegacyGenerator;
 
 /// Which requests are made.
 #[derive(Debug, Clone)]
 pub enum Workload {
     /// Synthetic prompts of token ids, which need no tokenizer; made when the run begins.
     Random(Random),
-    /// Requests that a dataset has made beforehand, because that takes a tokenizer, files or a server.
+    /// A dataset that is still to be made into requests, because that takes a tokenizer, files or a server.
+    Planned(Dataset),
+    /// Requests that a dataset has made.
     Made(Made),
 }
 
@@ -29,6 +47,8 @@ pub struct Made {
     pub orders: Arc<[Order]>,
     /// Seed that they were made with, and that of the arrivals.
     pub seed: u32,
+    /// Where numpy's global generator stands, if the dataset drew from it.
+    generator: Option<Box<LegacyGenerator>>,
 }
 
 /// One request to make.
@@ -78,6 +98,9 @@ pub enum WorkloadError {
     /// Longer than any model takes.
     #[error("a length of more than {} tokens", Random::MAX_LENGTH)]
     TooLong,
+    /// A dataset was not made into requests.
+    #[error("the dataset has not been made into requests")]
+    NotMade,
 }
 
 impl Workload {
@@ -85,7 +108,54 @@ impl Workload {
     pub fn seed(&self) -> u32 {
         match self {
             Self::Random(random) => random.seed,
+            Self::Planned(dataset) => dataset.seed,
             Self::Made(made) => made.seed,
+        }
+    }
+
+    /// Whether the dataset says when each request is released.
+    pub fn is_self_timed(&self) -> bool {
+        match self {
+            Self::Random(_) => false,
+            Self::Planned(dataset) => matches!(&dataset.source, Source::TimedTrace(trace) if trace.self_timed),
+            Self::Made(made) => made.orders.iter().all(|order| order.release.is_some()),
+        }
+    }
+
+    /// The dataset that is still to be made; none if its requests are there.
+    pub fn dataset(&self) -> Option<Dataset> {
+        match self {
+            Self::Random(random) => Some(Dataset {
+                prompt_count: random.prompt_count,
+                seed: random.seed,
+                source: Source::Random(random.clone()),
+                shuffle: true,
+                oversample: true,
+            }),
+            Self::Planned(dataset) => Some(dataset.clone()),
+            Self::Made(_) => None,
+        }
+    }
+
+    /// What numpy's global generator is for the arrivals, after the dataset.
+    pub(super) fn generator(&self) -> LegacyGenerator {
+        let own = match self {
+            Self::Made(made) => made.generator.as_deref().cloned(),
+            Self::Random(_) | Self::Planned(_) => None,
+        };
+        own.unwrap_or_else(|| LegacyGenerator::new(self.seed()))
+    }
+
+    /// How many requests there will be at most, before they are made.
+    ///
+    /// # Errors
+    /// When the settings make none.
+    pub fn count(&self) -> Result<usize, WorkloadError> {
+        match self {
+            Self::Random(random) => random.check().map(|()| random.prompt_count),
+            Self::Planned(dataset) => Ok(dataset.prompt_count.max(1)),
+            Self::Made(made) if made.orders.is_empty() => Err(WorkloadError::NoPrompts),
+            Self::Made(made) => Ok(made.orders.len()),
         }
     }
 
@@ -96,8 +166,20 @@ impl Workload {
     pub fn orders(&self) -> Result<Arc<[Order]>, WorkloadError> {
         match self {
             Self::Random(random) => Ok(random.orders()?.into()),
+            Self::Planned(_) => Err(WorkloadError::NotMade),
             Self::Made(made) if made.orders.is_empty() => Err(WorkloadError::NoPrompts),
             Self::Made(made) => Ok(made.orders.clone()),
+        }
+    }
+}
+
+impl Made {
+    /// What a dataset has made with `seed`.
+    pub fn new(product: Product, seed: u32) -> Self {
+        Self {
+            orders: product.orders.into(),
+            seed,
+            generator: product.generator,
         }
     }
 }

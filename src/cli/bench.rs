@@ -11,6 +11,7 @@ mod fleet;
 mod interruption;
 mod line;
 mod page;
+mod prompts;
 mod session;
 mod sweep;
 mod trouble;
@@ -25,6 +26,7 @@ pub use self::arguments::Arguments;
 use self::fleet::Fleet;
 use self::interruption::{Cause, Interruption};
 pub use self::line::line;
+use self::prompts::Prompts;
 use self::session::Session;
 use self::trouble::{advice, failure};
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
@@ -145,13 +147,20 @@ async fn measure(
         }
     };
     shown.begin("asking the server for its models");
-    let Some(()) = stop
+    let Some(root) = stop
         .run_until_cancelled(find_model(arguments, &mut spec, &say))
         .await
         .transpose()?
     else {
         return Ok(None);
     };
+    // Making prompts shows a progress of its own.
+    shown.pause();
+    let prompts = Prompts::open(arguments, &spec, root, printer)?;
+    let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &say));
+    if prepared.await.transpose()?.is_none() {
+        return Ok(None);
+    }
     if arguments.sampling.temperature.is_none() {
         say(bench::NO_TEMPERATURE);
     }
@@ -201,8 +210,8 @@ fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     }
 }
 
-/// Asks the server for its first model, or whether it has the one that the user named.
-async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+/// Asks the server for its first model, or whether it has the one that the user named; gives what that was loaded from.
+async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<Option<String>, Failure> {
     if spec.model.is_empty() {
         say("Model not specified, fetching first model from server...");
         let model = bench::discover(&spec.base_url, &spec.headers, None)
@@ -212,13 +221,14 @@ async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) 
         say(&format!("First model name: {}, first model id: {root}", model.id));
         spec.model = model.id;
         spec.naming.model_id = Some(root);
-        return Ok(());
+        return Ok(None);
     }
     match bench::discover(&spec.base_url, &spec.headers, Some(&spec.model)).await {
         // vLLM's client does not ask, so a server without a list is measured, too.
-        Ok(_) | Err(BenchError::NoModelList { .. }) => Ok(()),
+        Ok(model) => Ok(model.root),
+        Err(BenchError::NoModelList { .. }) => Ok(None),
         // It may come up in the time that the user gives it.
-        Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(()),
+        Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(None),
         Err(error) => Err(failure(error)),
     }
 }

@@ -120,7 +120,17 @@ impl BenchProgress {
                 bar.set_style(style.tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
             }
             bar.set_message(self.placed(what));
+            bar.set_draw_target(ProgressDrawTarget::stderr());
             bar.enable_steady_tick(SPIN_INTERVAL);
+            self.lock().is_counting = false;
+        }
+    }
+
+    /// Shows nothing until the next call, so that another progress can be shown.
+    pub fn pause(&self) {
+        if let Medium::Bar(bar) = &self.medium {
+            bar.disable_steady_tick();
+            bar.set_draw_target(ProgressDrawTarget::hidden());
             self.lock().is_counting = false;
         }
     }
@@ -196,6 +206,7 @@ impl Drop for BenchProgress {
 /// Gives the bar its shape.
 fn count(bar: &ProgressBar) {
     bar.disable_steady_tick();
+    bar.set_draw_target(ProgressDrawTarget::stderr());
     let template = "{prefix} {bar:28.cyan/dim} {pos}/{len}\n  {wide_msg}";
     // The template is a constant, and what a constant says is right.
     if let Ok(style) = ProgressStyle::with_template(template) {

@@ -55,12 +55,33 @@ pub struct AsCompletion<'a>(&'a Prompt);
 pub struct AsChat<'a>(&'a Prompt);
 
 impl Prompt {
+    /// A text of so many tokens.
+    pub fn text(text: impl Into<Arc<str>>, token_count: usize) -> Self {
+        Self::Text {
+            text: text.into(),
+            token_count: token_count as u64,
+        }
+    }
+
     /// How many tokens it has, as far as the client knows.
     pub fn token_count(&self) -> u64 {
         match self {
             Self::Running(running) => running.prefix.len() as u64 + u64::from(running.length),
             Self::Ids(ids) => ids.len() as u64,
             Self::Text { token_count, .. } | Self::Messages { token_count, .. } => *token_count,
+        }
+    }
+
+    /// As text. Ids become words.
+    pub(super) fn words(&self) -> String {
+        match self {
+            Self::Running(running) => words(running.ids()),
+            Self::Ids(ids) => words(ids.iter().copied()),
+            Self::Text { text, .. } => text.to_string(),
+            Self::Messages { messages, .. } => {
+                let texts: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
+                texts.join("\n")
+            }
         }
     }
 
@@ -113,10 +134,7 @@ impl Serialize for AsCompletion<'_> {
             Prompt::Running(running) => serializer.collect_seq(running.ids()),
             Prompt::Ids(ids) => serializer.collect_seq(ids.iter()),
             Prompt::Text { text, .. } => serializer.serialize_str(text),
-            Prompt::Messages { messages, .. } => {
-                let texts: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
-                serializer.serialize_str(&texts.join("\n"))
-            }
+            Prompt::Messages { .. } => serializer.serialize_str(&self.0.words()),
         }
     }
 }
@@ -129,10 +147,9 @@ impl Serialize for AsChat<'_> {
             messages.end()
         };
         match self.0 {
-            Prompt::Running(running) => one(serializer, &words(running.ids())),
-            Prompt::Ids(ids) => one(serializer, &words(ids.iter().copied())),
-            Prompt::Text { text, .. } => one(serializer, text),
             Prompt::Messages { messages, .. } => messages.serialize(serializer),
+            Prompt::Text { text, .. } => one(serializer, text),
+            ids => one(serializer, &ids.words()),
         }
     }
 }

@@ -1,8 +1,10 @@
 //! The dataset `random` without a tokenizer: prompts of running token ids, a pure function of the settings and the seed.
 
 use super::prompt::wrap;
-use super::{Order, Prompt, Running, WorkloadError};
+use super::settle::{Settled, remark, settle, settle_all};
+use super::{DatasetError, Order, Product, Progress, Prompt, Running, WorkloadError};
 use crate::bench::numpy::Generator;
+use crate::bench::tokenizer::Tokenizer;
 
 /// Prompts of running token ids that start at a random one.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,7 +73,57 @@ impl Random {
             .collect())
     }
 
-    fn check(&self) -> Result<(), WorkloadError> {
+    /// The very prompts of vLLM's `RandomDataset`, as text whose ids by this tokenizer are as many as asked for.
+    pub(super) fn texts(&self, tokenizer: &Tokenizer, progress: Progress<'_>) -> Result<Product, DatasetError> {
+        self.check()?;
+        let mut generator = Generator::new(self.seed);
+        let added = u32::try_from(tokenizer.added_to_text()).unwrap_or(u32::MAX);
+        let input_length = self.input_length.saturating_sub(added);
+        let (shortest_input, longest_input) = spread(input_length, self.range_ratio.input);
+        let (shortest_output, longest_output) = spread(self.output_length, self.range_ratio.output);
+        if self.prefix_length + shortest_input == 0 {
+            return Err(WorkloadError::EmptyPrompt.into());
+        }
+        let vocabulary_size = tokenizer.vocabulary_size();
+        let allowed: Vec<u32> = (0..vocabulary_size).filter(|&id| !tokenizer.is_special(id)).collect();
+        if allowed.is_empty() {
+            return Err(WorkloadError::NoVocabulary.into());
+        }
+        let mut draws = |count: usize, low: u32, highest: u32| -> Vec<u32> {
+            (0..count).map(|_| generator.integer(low, highest)).collect()
+        };
+        let inputs = draws(self.prompt_count, shortest_input, longest_input);
+        let outputs = draws(self.prompt_count, shortest_output.max(1), longest_output.max(1));
+        let offsets = draws(self.prompt_count, 0, vocabulary_size - 1);
+        let highest = u32::try_from(allowed.len() - 1).unwrap_or(u32::MAX);
+        let places = draws(self.prefix_length as usize, 0, highest);
+        let prefix: Vec<u32> = places.into_iter().map(|place| allowed[place as usize]).collect();
+        let mut draw = || generator.integer(0, vocabulary_size - 1);
+        let prefix = if prefix.is_empty() {
+            prefix
+        } else {
+            settle(tokenizer, &prefix, prefix.len(), &mut draw)?.ids
+        };
+
+        let begin = |index: usize| -> Vec<u32> {
+            let first = offsets[index] as usize + index;
+            let running = (first..first + inputs[index] as usize).map(|place| allowed[place % allowed.len()]);
+            prefix.iter().copied().chain(running).collect()
+        };
+        let target = |index: usize| self.prefix_length as usize + inputs[index] as usize;
+        let prompts = settle_all(tokenizer, self.prompt_count, begin, target, draw, progress)?;
+        let remarks = remark(prompts.iter().map(Settled::excess).sum());
+        let orders = prompts.into_iter().zip(outputs);
+        Ok(Product {
+            orders: orders
+                .map(|(prompt, output_length)| Order::new(Prompt::text(prompt.text, prompt.ids.len()), output_length))
+                .collect(),
+            remarks: remarks.into_iter().collect(),
+            generator: None,
+        })
+    }
+
+    pub(super) fn check(&self) -> Result<(), WorkloadError> {
         let lengths = [self.input_length, self.output_length, self.prefix_length];
         let ratios = [self.range_ratio.input, self.range_ratio.output];
         if self.prompt_count == 0 {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::Args;
 use reqwest::header::HeaderMap;
 
-pub(super) use self::data::Data;
+pub(super) use self::data::{Data, DatasetName};
 pub(super) use self::ending::Ending;
 pub(super) use self::load::Load;
 pub(super) use self::modes::{Fleet, Modes};
@@ -84,10 +84,10 @@ impl Arguments {
             endpoint: endpoint.to_owned(),
             model: model.cloned().unwrap_or_default(),
             headers,
-            workload: self.data.workload(),
+            workload: self.data.workload(self.target.backend)?,
             arrivals,
             max_concurrency: self.load.max_concurrency,
-            ignore_eos: self.sampling.ignore_eos,
+            ignore_eos: self.sampling.ignore_eos.unwrap_or(self.data.ignores_eos()),
             extra_body: self.sampling.fields(),
             warmups: self.load.num_warmups,
             request_timeout: self.load.request_timeout,
@@ -126,16 +126,28 @@ impl Arguments {
 
     /// What is about to run, in one line.
     pub(super) fn headline(&self, spec: &Spec) -> String {
+        let random = matches!(self.data.dataset_name, DatasetName::Random);
+        let what = if random {
+            format!(
+                "{} requests of {} tokens in and {} out",
+                self.data.num_prompts,
+                self.data.random_prefix_len + self.data.input_length(),
+                self.data.output_length(),
+            )
+        } else {
+            let count = spec.workload.count().unwrap_or_default();
+            format!("{count} requests of `{}`", self.data.dataset_name.name())
+        };
+        let when = if spec.workload.is_self_timed() {
+            "at the trace's own times".to_owned()
+        } else {
+            format!("{} req/s, burstiness {}", self.load.request_rate, self.load.burstiness)
+        };
         format!(
-            "{} requests of {} tokens in and {} out to `{}` at {}{}: {} req/s, burstiness {}, seed {}",
-            self.data.num_prompts,
-            self.data.random_prefix_len + self.data.random_input_len,
-            self.data.random_output_len,
+            "{what} to `{}` at {}{}: {when}, seed {}",
             spec.model,
             spec.base_url,
             spec.endpoint,
-            self.load.request_rate,
-            self.load.burstiness,
             spec.workload.seed(),
         )
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::prompts::Prompts;
 use super::{Arguments, Target, base_url, failure, find_model, headers, snapshot};
 use crate::bench::{self, Listener, Progress, Record, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
@@ -20,6 +21,7 @@ pub(super) struct Session<'a> {
     pub(super) stop: CancellationToken,
     /// The run that the flags ask for, with the model that the server has.
     pub(super) first: Spec,
+    prompts: Prompts,
     /// Runs so far.
     runs: Cell<u32>,
 }
@@ -35,14 +37,16 @@ impl<'a> Session<'a> {
         let mut first = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
         check(arguments, &first)?;
         let found = stop.run_until_cancelled(find_model(arguments, &mut first, &|_| {}));
-        let Some(()) = found.await.transpose()? else {
+        let Some(root) = found.await.transpose()? else {
             return Ok(None);
         };
+        let prompts = Prompts::open(arguments, &first, root, printer)?;
         Ok(Some(Self {
             arguments,
             printer,
             stop,
             first,
+            prompts,
             runs: Cell::new(0),
         }))
     }
@@ -73,9 +77,11 @@ impl<'a> Session<'a> {
         ended: &dyn Fn(&[Record]),
         stop: CancellationToken,
     ) -> Result<Report, Failure> {
+        let mut spec = spec.clone();
+        self.prompts.prepare(&mut spec, &|_| {}).await?;
         let shown = BenchProgress::wanted(self.printer, !self.arguments.output.disable_tqdm);
         let show = |progress: Progress| {
-            let mut snapshot = snapshot(&progress, spec);
+            let mut snapshot = snapshot(&progress, &spec);
             if progress.phase == bench::Phase::Measuring {
                 snapshot.label = label;
             }
@@ -86,7 +92,7 @@ impl<'a> Session<'a> {
             say: &|_| {},
             ended,
         };
-        let report = bench::run_watched(spec, listener, stop).await;
+        let report = bench::run_watched(&spec, listener, stop).await;
         shown.finish();
         report.map_err(failure)
     }
@@ -166,8 +172,7 @@ pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> 
     if arguments.modes.find_max {
         super::find_max::check(arguments, first)?;
     }
-    let orders = first.workload.orders().map_err(|error| failure(error.into()))?;
-    if flag != "--against" && orders.iter().all(|order| order.release.is_some()) {
+    if flag != "--against" && first.workload.is_self_timed() {
         return Err(usage(format!(
             "`{flag}` decides when requests go out, and this dataset does, too"
         ))

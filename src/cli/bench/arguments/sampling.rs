@@ -7,12 +7,12 @@ use serde_json::{Map, Value};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
-    /// Asks for answers of the full length, whatever the model wants to say.
+    /// Asks for answers of the full length, whatever the model wants to say [default: true for `random` and `timed_trace`].
     #[arg(
         long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
-        default_value_t = true, default_missing_value = "true"
+        default_missing_value = "true"
     )]
-    pub ignore_eos: bool,
+    pub ignore_eos: Option<bool>,
     /// Sampling temperature [default: the server's].
     #[arg(long)]
     pub temperature: Option<f64>,
@@ -61,6 +61,6 @@ impl Sampling {
     }
 }
 
-fn json_object(text: &str) -> Result<Map<String, Value>, String> {
+pub(super) fn json_object(text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))
 }

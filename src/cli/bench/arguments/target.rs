@@ -59,6 +59,11 @@ pub enum BackendName {
 }
 
 impl BackendName {
+    /// Whether requests are chats.
+    pub(crate) fn is_chat(self) -> bool {
+        matches!(self, Self::OpenaiChat)
+    }
+
     /// As it is written.
     pub(super) fn name(self) -> &'static str {
         match self {

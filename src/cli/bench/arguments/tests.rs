@@ -20,7 +20,7 @@ fn spec(line: &str) -> Spec {
 fn random(spec: &Spec) -> &Random {
     match &spec.workload {
         Workload::Random(random) => random,
-        Workload::Made(_) => panic!("not a random one"),
+        Workload::Planned(_) | Workload::Made(_) => panic!("not a random one"),
     }
 }
 

@@ -1,0 +1,98 @@
+//! The dataset `burstgpt`: lengths of a table of real requests, prompts of running ids.
+
+use std::path::PathBuf;
+
+use super::dataset::{read, whole, wrong};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
+use crate::bench::numpy::LegacyGenerator;
+use crate::bench::tokenizer::Tokenizer;
+
+/// A CSV file as `BurstGPT` has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BurstGpt {
+    /// The file.
+    pub path: PathBuf,
+}
+
+/// The columns that are read.
+const MODEL: &str = "Model";
+const ASKED: &str = "Request tokens";
+const ANSWERED: &str = "Response tokens";
+
+impl BurstGpt {
+    /// vLLM's `BurstGPTDataset`: rows of GPT-4 that were answered, drawn as pandas draws them.
+    pub(super) fn make(
+        &self,
+        dataset: &Dataset,
+        tokenizer: &Tokenizer,
+        progress: Progress<'_>,
+    ) -> Result<Product, DatasetError> {
+        let rows = self.rows()?;
+        let count = dataset.prompt_count;
+        let mut generator = LegacyGenerator::new(dataset.seed);
+        let drawn: Vec<usize> = if count <= rows.len() {
+            generator.permutation(rows.len()).into_iter().take(count).collect()
+        } else {
+            let highest = u32::try_from(rows.len()).unwrap_or(u32::MAX);
+            (0..count).map(|_| generator.below(highest) as usize).collect()
+        };
+        let size = u64::from(tokenizer.vocabulary_size());
+        let mut orders = Vec::with_capacity(count);
+        for (index, row) in (0_u64..).zip(drawn) {
+            let (asked, answered) = rows[row];
+            let ids = (index..index + u64::from(asked)).map(|id| u32::try_from(id % size).unwrap_or_default());
+            let text = tokenizer.decode(&ids.collect::<Vec<_>>())?;
+            orders.push(Order::new(Prompt::text(text, asked as usize), answered));
+            progress(orders.len(), count)?;
+        }
+        Ok(Product {
+            orders,
+            ..Product::default()
+        })
+    }
+
+    /// Tokens asked and answered of each row that counts.
+    fn rows(&self) -> Result<Vec<(u32, u32)>, DatasetError> {
+        let text = read(&self.path)?;
+        let mut lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+        let names: Vec<&str> = lines
+            .next()
+            .map(|(_, line)| line.split(',').map(str::trim).collect())
+            .unwrap_or_default();
+        let column = |wanted: &str| {
+            let place = names.iter().position(|name| *name == wanted);
+            let what = || format!("no column `{wanted}` among `{}`", names.join(","));
+            place.ok_or_else(|| wrong(&self.path, "line 1".to_owned(), what()))
+        };
+        let (model, asked, answered) = (column(MODEL)?, column(ASKED)?, column(ANSWERED)?);
+        let mut rows = Vec::new();
+        for (number, line) in lines {
+            let cells: Vec<&str> = line.split(',').map(str::trim).collect();
+            let cell = |place: usize| {
+                let what = || format!("{} columns instead of {}", cells.len(), names.len());
+                let cell = cells.get(place).copied();
+                cell.ok_or_else(|| wrong(&self.path, format!("line {number}"), what()))
+            };
+            if cell(model)? != "GPT-4" {
+                continue;
+            }
+            let length = |place: usize| {
+                let text = cell(place)?;
+                let what = || format!("the column `{}` has `{text}`, not a number of tokens", names[place]);
+                let length = text.parse().ok().and_then(whole);
+                length.ok_or_else(|| wrong(&self.path, format!("line {number}"), what()))
+            };
+            let row = (length(asked)?, length(answered)?);
+            if row.1 > 0 {
+                rows.push(row);
+            }
+        }
+        if rows.is_empty() {
+            return Err(DatasetError::Empty {
+                path: self.path.clone(),
+                reason: "no row of the model `GPT-4` has an answer",
+            });
+        }
+        Ok(rows)
+    }
+}

@@ -1,0 +1,85 @@
+//! The dataset `sharegpt`: the first question of each conversation, with answers as long as the one it got.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use super::dataset::{read, wrong};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
+use crate::bench::tokenizer::Tokenizer;
+
+/// A JSON file of conversations, as `ShareGPT` has them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShareGpt {
+    /// The file.
+    pub path: PathBuf,
+    /// Length of every answer, in tokens; else as in the file.
+    pub output_length: Option<u32>,
+}
+
+/// What vLLM takes: nothing shorter than 4 tokens, no prompt over 1024, and no more than 2048 in all.
+const SHORTEST: u64 = 4;
+const LONGEST_PROMPT: u64 = 1024;
+const LONGEST_TOTAL: u64 = 2048;
+
+impl ShareGpt {
+    /// vLLM's `ShareGPTDataset`.
+    pub(super) fn make(
+        &self,
+        dataset: &Dataset,
+        tokenizer: &Tokenizer,
+        progress: Progress<'_>,
+    ) -> Result<Product, DatasetError> {
+        let entries: Value = serde_json::from_str(&read(&self.path)?).map_err(|error| DatasetError::Read {
+            path: self.path.clone(),
+            reason: format!("not JSON: {error}"),
+        })?;
+        let Value::Array(entries) = entries else {
+            return Err(DatasetError::Read {
+                path: self.path.clone(),
+                reason: "not a JSON list of conversations".to_owned(),
+            });
+        };
+        let conversations = entries.iter().enumerate().filter_map(|(index, entry)| {
+            let turns = entry.get("conversations")?.as_array()?;
+            (turns.len() >= 2).then_some((index, turns))
+        });
+        let mut orders = Vec::new();
+        for (index, turns) in dataset.shuffled(conversations.collect()) {
+            if orders.len() >= dataset.prompt_count {
+                break;
+            }
+            let value = |turn: usize| {
+                let place = format!("entry {}", index + 1);
+                let text = turns[turn].get("value").and_then(Value::as_str);
+                text.ok_or_else(|| wrong(&self.path, place, format_args!("turn {} has no text `value`", turn + 1)))
+            };
+            let (prompt, answer) = (value(0)?, value(1)?);
+            let prompt_length = tokenizer.count(prompt)?;
+            let output_length = match self.output_length {
+                Some(length) => u64::from(length),
+                None => tokenizer.count(answer)?,
+            };
+            let is_too_short = prompt_length < SHORTEST || self.output_length.is_none() && output_length < SHORTEST;
+            if is_too_short || prompt_length > LONGEST_PROMPT || prompt_length + output_length > LONGEST_TOTAL {
+                continue;
+            }
+            let prompt = Prompt::Text {
+                text: prompt.into(),
+                token_count: prompt_length,
+            };
+            orders.push(Order::new(prompt, u32::try_from(output_length).unwrap_or(u32::MAX)));
+            progress(orders.len(), dataset.prompt_count)?;
+        }
+        if orders.is_empty() {
+            return Err(DatasetError::Empty {
+                path: self.path.clone(),
+                reason: "no conversation has two turns, at least 4 tokens each, a prompt of at most 1024 and 2048 in all",
+            });
+        }
+        Ok(Product {
+            orders: dataset.oversampled(orders, dataset.prompt_count),
+            ..Product::default()
+        })
+    }
+}

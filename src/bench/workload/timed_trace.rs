@@ -1,0 +1,130 @@
+//! The dataset `timed_trace`: a recorded trace, Mooncake's or Qwen's, whose blocks of KV repeat where its hashes do.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::dataset::{Entry, json_lines, read};
+use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
+use crate::bench::python;
+use crate::bench::tokenizer::Tokenizer;
+
+/// A JSONL file of times, lengths and hashes of blocks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TimedTrace {
+    /// The file.
+    pub path: PathBuf,
+    /// Tokens that one hash stands for.
+    pub chunk_length: u32,
+    /// Seconds of one unit of the file's times.
+    pub seconds_per_unit: f64,
+    /// Field of the time.
+    pub time_field: String,
+    /// Field of the prompt's length.
+    pub input_field: String,
+    /// Field of the answer's length.
+    pub output_field: String,
+    /// Field of the hashes.
+    pub hashes_field: String,
+    /// Whether requests are released at the file's times; else as the arrivals say.
+    pub self_timed: bool,
+    /// `PYTHONHASHSEED` of the client whose prompts these are.
+    pub hash_seed: u32,
+}
+
+/// The latest time that a trace may hold, in seconds.
+const LATEST: f64 = 30.0 * 24.0 * 3600.0;
+
+impl TimedTrace {
+    /// vLLM's `TimedTrace`. It seeds each block with Python's `hash` of a text, which differs from process to process unless
+    /// `PYTHONHASHSEED` is set; prompts are those of that seed.
+    pub(super) fn make(
+        &self,
+        dataset: &Dataset,
+        tokenizer: &Tokenizer,
+        progress: Progress<'_>,
+    ) -> Result<Product, DatasetError> {
+        let text = read(&self.path)?;
+        let entries = json_lines(&self.path, &text)?;
+        let ids = tokenizer.plain_ids();
+        let mut blocks = HashMap::new();
+        let mut orders = Vec::new();
+        let count = entries.len().min(dataset.prompt_count);
+        for entry in entries.iter().take(count) {
+            let input_length = entry.length(&self.input_field, Some("--timed-trace-label-input-length"))?;
+            let output_length = entry.length(&self.output_field, Some("--timed-trace-label-output-length"))?;
+            let prompt = self.prompt(entry, input_length, &ids, &mut blocks)?;
+            let release = self.time(entry)?;
+            let mut order = Order::new(Prompt::Ids(prompt.into()), output_length);
+            order.release = self.self_timed.then_some(release);
+            orders.push(order);
+            progress(orders.len(), count)?;
+        }
+        if orders.is_empty() {
+            return Err(DatasetError::Empty {
+                path: self.path.clone(),
+                reason: "it has no line",
+            });
+        }
+        Ok(Product {
+            orders,
+            ..Product::default()
+        })
+    }
+
+    fn prompt(
+        &self,
+        entry: &Entry<'_>,
+        length: u32,
+        ids: &[u32],
+        blocks: &mut HashMap<String, Vec<u32>>,
+    ) -> Result<Vec<u32>, DatasetError> {
+        let hashes = entry.field(&self.hashes_field, Some("--timed-trace-label-hash-ids"))?;
+        let not_hashes = || {
+            entry.wrong(format_args!(
+                "the field `{}` is no list of whole numbers",
+                self.hashes_field
+            ))
+        };
+        let hashes = hashes.as_array().ok_or_else(not_hashes)?;
+        let mut prompt = Vec::new();
+        let mut missing = length;
+        for hash in hashes {
+            if !hash.is_i64() && !hash.is_u64() {
+                return Err(not_hashes());
+            }
+            let size = self.chunk_length.min(missing);
+            let block = blocks.entry(format!("{hash}:{size}")).or_insert_with_key(|key| {
+                let [_, seed] = crate::bench::numpy::halves(python::hash(key, self.hash_seed));
+                python::Random::new(seed.into()).choices(ids, size as usize)
+            });
+            prompt.extend_from_slice(block);
+            missing -= size;
+            if missing == 0 {
+                break;
+            }
+        }
+        if prompt.is_empty() {
+            return Err(entry.wrong("its prompt is empty: no length, or no hash"));
+        }
+        Ok(prompt)
+    }
+
+    fn time(&self, entry: &Entry<'_>) -> Result<Duration, DatasetError> {
+        let value = entry.field(&self.time_field, Some("--timed-trace-label-timestamp"))?;
+        let number = value.as_f64().or_else(|| Value::as_str(value)?.trim().parse().ok());
+        let seconds = number.map(|number| number * self.seconds_per_unit);
+        seconds
+            .filter(|seconds| (0.0..=LATEST).contains(seconds))
+            .map(Duration::from_secs_f64)
+            .ok_or_else(|| {
+                entry.wrong(format_args!(
+                    "the field `{}` is {value}, not a time within 30 days; `--timed-trace-sec-multiplier` makes its \
+                     unit seconds",
+                    self.time_field
+                ))
+            })
+    }
+}

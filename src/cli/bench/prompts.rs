@@ -1,0 +1,222 @@
+//! Makes a dataset into requests before a run: finds the tokenizer, lets it work beside a progress bar, and holds what it
+//! made against the server's own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::arguments::Arguments;
+use super::failure;
+use crate::bench::{
+    self, Dataset, DatasetError, Made, Product, Source, Spec, Stopped, Tokenizer, TokenizerError, Workload, tokenizer,
+};
+use crate::report::{ExitStatus, Failure};
+use crate::ui::Printer;
+use crate::ui::bench::{BenchProgress, Snapshot};
+
+/// Between two looks at how far the work is.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Makes datasets into requests, run after run, with one tokenizer.
+#[derive(Debug)]
+pub(super) struct Prompts {
+    tokenizer: Result<Arc<Tokenizer>, String>,
+    is_skipped: bool,
+    /// Names that the tokenizer may have, the likeliest first.
+    names: Vec<String>,
+    printer: Printer,
+}
+
+impl Prompts {
+    /// Finds the tokenizer: the one that the flags name, else the model's, where that is known as `root`, too.
+    ///
+    /// Where there is none and random prompts are asked for, a line says that they are something else, and why.
+    pub(super) fn open(
+        arguments: &Arguments,
+        spec: &Spec,
+        root: Option<String>,
+        printer: Printer,
+    ) -> Result<Self, Failure> {
+        let names = [spec.naming.model_id.clone(), root, Some(spec.model.clone())];
+        let names: Vec<String> = names.into_iter().flatten().collect();
+        let tokenizer = find(arguments, &names)?;
+        if let (Err(reason), Workload::Random(_)) = (&tokenizer, &spec.workload) {
+            let form = if arguments.target.backend.is_chat() {
+                "words, about one token each"
+            } else {
+                "token ids, not text"
+            };
+            printer.status(format_args!("prompts are {form}: {reason}"));
+        }
+        Ok(Self {
+            tokenizer,
+            is_skipped: arguments.data.skip_tokenizer_init,
+            names,
+            printer,
+        })
+    }
+
+    /// Puts requests in the place of the spec's dataset. `say` gets vLLM's lines about them.
+    pub(super) async fn prepare(&self, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+        let Some(dataset) = spec.workload.dataset() else {
+            return Ok(());
+        };
+        spec.naming.tokenizer_id = self.tokenizer.as_ref().ok().map(|found| found.name().to_owned());
+        spec.options.is_without_tokenizer = self.is_skipped;
+        if self.tokenizer.is_err() && matches!(dataset.source, Source::Random(_)) {
+            // Ids need no tokenizer, and are made when the run begins.
+            return Ok(());
+        }
+        let is_aligned = matches!(dataset.source, Source::Random(_) | Source::PrefixRepetition(_));
+        if let Source::TimedTrace(trace) = &dataset.source {
+            self.printer.status(format_args!(
+                "blocks of the trace are seeded by Python's hash with PYTHONHASHSEED={}",
+                trace.hash_seed
+            ));
+        }
+        let seed = dataset.seed;
+        let mut product = make(dataset, self.tokenizer.clone(), &self.names, self.printer).await?;
+        for remark in &product.remarks {
+            self.printer.status(format_args!("note: {remark}"));
+        }
+        if is_aligned {
+            let shown = BenchProgress::new(self.printer);
+            let begun = Instant::now();
+            let progress = |done, total| shown.update(&snapshot("alignment", begun, done, total));
+            let line = bench::align(spec, &mut product.orders, &progress)
+                .await
+                .map_err(failure);
+            shown.finish();
+            if let Some(line) = line? {
+                say(&line);
+            }
+        }
+        spec.workload = Workload::Made(Made::new(product, seed));
+        Ok(())
+    }
+}
+
+/// The tokenizer, or why there is none: that is no failure unless one was named.
+fn find(arguments: &Arguments, names: &[String]) -> Result<Result<Arc<Tokenizer>, String>, Failure> {
+    if arguments.data.skip_tokenizer_init {
+        return Ok(Err("`--skip-tokenizer-init` asks for no tokenizer".to_owned()));
+    }
+    let load = |name: &str, path: &Path| {
+        let loaded = Tokenizer::load(name, path);
+        loaded
+            .map(|found| Ok(Arc::new(found)))
+            .map_err(|error| unusable(name, error))
+    };
+    if let Some(named) = &arguments.data.tokenizer {
+        let path = tokenizer::find(named).map_err(|error| unusable(named, error))?;
+        return load(named, &path);
+    }
+    let mut first = None;
+    for name in names {
+        match tokenizer::find(name) {
+            // A model whose tokenizer is broken is no reason to measure something else.
+            Ok(path) => return load(name, &path),
+            Err(error) => {
+                first.get_or_insert(error.to_string());
+            }
+        }
+    }
+    Ok(Err(first.unwrap_or_else(|| "no model is known by name".to_owned())))
+}
+
+fn unusable(name: &str, error: TokenizerError) -> Failure {
+    let hints = match &error {
+        TokenizerError::Missing { .. } => missing(name),
+        _ => vec!["`--skip-tokenizer-init` measures without one, with prompts of token ids".to_owned()],
+    };
+    let mut failure = Failure::new(ExitStatus::Usage, error);
+    failure.hints = hints;
+    failure
+}
+
+/// What to do about a tokenizer that is not there.
+fn missing(name: &str) -> Vec<String> {
+    let mut hints = Vec::new();
+    let is_repository = name.split('/').count() == 2 && !name.starts_with(['/', '.', '~']);
+    if is_repository {
+        hints.push(format!(
+            "`hf download {name} --include 'tokenizer*' --include '*.jinja' --include config.json` fetches it"
+        ));
+    }
+    hints.push(
+        "`--tokenizer` names a folder with a `tokenizer.json`, that file, or a repository in Hugging Face's cache"
+            .to_owned(),
+    );
+    hints
+}
+
+/// Lets the dataset work on a thread of its own.
+async fn make(
+    dataset: Dataset,
+    tokenizer: Result<Arc<Tokenizer>, String>,
+    names: &[String],
+    printer: Printer,
+) -> Result<Product, Failure> {
+    let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let theirs = Arc::clone(&counts);
+    // Dropped with this future, which tells the thread that nobody waits any more.
+    let (wanted, is_wanted) = watch::channel(());
+    let mut work = tokio::task::spawn_blocking(move || {
+        let tokenizer = tokenizer.as_deref().map_err(String::as_str);
+        dataset.make(tokenizer, &|done, total| {
+            theirs.0.store(done, Ordering::Relaxed);
+            theirs.1.store(total, Ordering::Relaxed);
+            is_wanted.has_changed().map(|_| ()).map_err(|_| Stopped)
+        })
+    });
+    let shown = BenchProgress::new(printer);
+    let begun = Instant::now();
+    let mut ticker = interval(TICK);
+    ticker.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let made = loop {
+        tokio::select! {
+            made = &mut work => break made,
+            _ = ticker.tick() => {
+                let (done, total) = (counts.0.load(Ordering::Relaxed), counts.1.load(Ordering::Relaxed));
+                if total > 0 {
+                    shown.update(&snapshot("prompts", begun, done, total));
+                }
+            }
+        }
+    };
+    shown.finish();
+    drop(wanted);
+    // Nothing aborts the work, so what failed to join has panicked.
+    let made = made.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+    made.map_err(|error| {
+        let hints = match &error {
+            DatasetError::NoTokenizer { .. } => names.first().map_or_else(Vec::new, |name| missing(name)),
+            DatasetError::Tokenizer(TokenizerError::Template { .. }) => {
+                vec!["`--skip-chat-template` sends the prompts as they stand".to_owned()]
+            }
+            _ => Vec::new(),
+        };
+        let mut failure = Failure::new(ExitStatus::Usage, error);
+        failure.hints = hints;
+        failure
+    })
+}
+
+fn snapshot(label: &'static str, begun: Instant, done: usize, total: usize) -> Snapshot {
+    Snapshot {
+        label,
+        total,
+        released: done,
+        done,
+        failed: 0,
+        in_flight: 0,
+        elapsed: begun.elapsed(),
+        asked_rate: None,
+        mean_ttft_ms: None,
+        mean_tpot_ms: None,
+    }
+}
