@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::Instant;
 
-use crate::participants::{Tree, is_running};
+use crate::tree::{Tree, is_running};
 use crate::{BENCH, CONNECTIONS, Options, PROMPTS, measure_all};
 
 /// Far more than anything here takes.

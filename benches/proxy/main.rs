@@ -9,15 +9,18 @@ mod check;
 mod driver;
 mod participants;
 mod table;
+#[path = "../common/tree.rs"]
+mod tree;
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use driver::Outcome;
-use participants::{Participant, Tree, free_port, null_engine, serves};
+use participants::{Participant, null_engine};
 use table::{Streams, Table, Whole};
 use tokio::signal::unix::{SignalKind, signal};
+use tree::{Tree, free_port, serves};
 
 /// Bytes of the short and of the long prompt.
 const PROMPTS: [usize; 2] = [500, 34_000];

@@ -216,7 +216,7 @@ fn duration_of(header: &str, name: &str) -> Option<Duration> {
 }
 
 /// A parameter of a header's item, without its quotes.
-fn parameter_of<'header>(item: &'header str, name: &str) -> Option<&'header str> {
+pub(super) fn parameter_of<'header>(item: &'header str, name: &str) -> Option<&'header str> {
     item.split(';').skip(1).find_map(|parameter| {
         let (key, value) = parameter.split_once('=')?;
         (key.trim() == name).then(|| value.trim().trim_matches('"'))

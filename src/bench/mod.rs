@@ -16,6 +16,8 @@ mod export;
 mod failures;
 pub mod goodput;
 pub mod growth;
+pub mod honesty;
+pub mod interval;
 mod load;
 pub mod models;
 mod numpy;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::client::server_message;
-use super::record::{Answer, EngineTimes};
+use super::record::{Answer, Backlog, EngineTimes};
 use super::sse::{Decoder, EventTooLarge};
 use crate::wire::Receipt;
 
@@ -96,6 +96,8 @@ pub(super) struct Reader<'client> {
     started: Instant,
     decoder: Decoder,
     events: Events,
+    /// The read that is being taken in, and when it came, since the start.
+    read: Option<Receipt>,
     last: Duration,
 }
 
@@ -108,6 +110,8 @@ struct Events {
     tells_ids: bool,
     /// The server's count that runs along.
     counted: u64,
+    /// Chunks with a choice in the read that is being taken in.
+    in_read: u64,
 }
 
 /// The parts of a completion chunk that count, of both routes.
@@ -161,6 +165,7 @@ impl<'client> Reader<'client> {
             started,
             decoder: Decoder::new(MAX_EVENT_BYTES),
             events: Events::default(),
+            read: None,
             last: Duration::ZERO,
         }
     }
@@ -168,8 +173,11 @@ impl<'client> Reader<'client> {
     /// Takes bytes that came in one read.
     pub(super) fn feed(&mut self, bytes: &[u8], receipt: Receipt) -> Result<(), AnswerError> {
         let received = receipt.at.saturating_duration_since(self.started);
-        if received != self.last {
+        // The pieces of one read have one receipt.
+        if self.read != Some(receipt) {
             self.events.answer.backlog.add(receipt.waited);
+            self.events.in_read = 0;
+            self.read = Some(receipt);
             self.last = received;
         }
         let (events, scanner) = (&mut self.events, self.scanner);
@@ -179,6 +187,10 @@ impl<'client> Reader<'client> {
                 outcome = events.take(scanner, event, received);
             }
         })?;
+        if receipt.waited.is_some_and(|waited| waited > Backlog::LATE) {
+            self.events.answer.backlog.merged += self.events.in_read.saturating_sub(1);
+            self.events.in_read = self.events.in_read.min(1);
+        }
         outcome
     }
 
@@ -254,6 +266,7 @@ impl Events {
             self.has_token = true;
         }
         answer.latency = received;
+        self.in_read += 1;
     }
 
     fn finish(self) -> Result<Answer, AnswerError> {

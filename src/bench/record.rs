@@ -73,10 +73,24 @@ pub struct Backlog {
     pub reads: u64,
     /// Reads that it told nothing of; their times hold whatever wait there was.
     pub unknown: u64,
+    /// Chunks that came out of one read with an earlier one after a wait of more than [`Backlog::LATE`]. They may have come
+    /// apart, and then the gap between them is lost.
+    pub merged: u64,
     /// The waits together.
     pub total: Duration,
     /// The longest wait.
     pub most: Duration,
+}
+
+/// How it is known which chunk held how many tokens. The order is that of trust, the most first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TokenCount {
+    /// There are as many chunks as tokens.
+    OnePerChunk,
+    /// The server told of every chunk.
+    Told,
+    /// Only the whole number is known, and spread evenly over the chunks.
+    Spread,
 }
 
 /// What a run cost the client itself.
@@ -108,6 +122,9 @@ impl Record {
 }
 
 impl Backlog {
+    /// A wait that is long enough for a server to have sent more.
+    pub const LATE: Duration = Duration::from_millis(1);
+
     /// Counts one more read.
     pub(super) fn add(&mut self, waited: Option<Duration>) {
         match waited {
@@ -126,10 +143,30 @@ impl Backlog {
         Self {
             reads: self.reads + other.reads,
             unknown: self.unknown + other.unknown,
+            merged: self.merged + other.merged,
             total: self.total + other.total,
             most: self.most.max(other.most),
         }
     }
+}
+
+/// Each token's part of the gap before its chunk. A chunk without tokens adds its gap to the next one.
+fn shared(gaps: impl Iterator<Item = f64>, chunk_tokens: &[u32]) -> Vec<f64> {
+    let mut shared = Vec::new();
+    let mut waited = 0.0;
+    let mut has_token = chunk_tokens[0] > 0;
+    for (gap, &tokens) in gaps.zip(&chunk_tokens[1..]) {
+        waited += gap;
+        if tokens == 0 {
+            continue;
+        }
+        if has_token {
+            shared.extend(std::iter::repeat_n(waited / f64::from(tokens), tokens as usize));
+        }
+        has_token = true;
+        waited = 0.0;
+    }
+    shared
 }
 
 impl Answer {
@@ -139,6 +176,26 @@ impl Answer {
             None | Some(0) => 1 + self.gaps.len() as u64,
             Some(counted) => counted,
         }
+    }
+
+    /// Seconds per token after the first, of each token: the gap before its chunk, shared among the tokens of the chunk. And
+    /// how well it is known which chunk held how many.
+    pub fn token_gaps(&self) -> (Vec<f64>, TokenCount) {
+        let chunks = self.gaps.len() + 1;
+        let gaps = self.gaps.iter().map(Duration::as_secs_f64);
+        let tokens = usize::try_from(self.output_tokens()).unwrap_or(usize::MAX);
+        if self.chunk_tokens.len() == chunks {
+            return (shared(gaps, &self.chunk_tokens), TokenCount::Told);
+        }
+        if tokens == chunks {
+            return (gaps.collect(), TokenCount::OnePerChunk);
+        }
+        let names_role = self.first_text.is_some_and(|text| text > self.first_token);
+        if names_role && tokens + 1 == chunks {
+            return (gaps.skip(1).collect(), TokenCount::OnePerChunk);
+        }
+        let per_chunk = tokens.saturating_sub(1).max(1) as f64 / self.gaps.len().max(1) as f64;
+        (gaps.map(|gap| gap / per_chunk).collect(), TokenCount::Spread)
     }
 
     /// Seconds per output token after the first. `None` for an answer of one token.

@@ -7,6 +7,8 @@ use super::attribution::{Engine, GpuUse, Summary};
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
 use super::failures::{FailureGroup, by_cause};
+use super::honesty::{MachineUse, Verdict};
+use super::interval::Statistics;
 use super::load::Outcome;
 use super::record::{Effort, Record};
 use super::stats::{Distribution, Metric, Metrics, Selection};
@@ -45,6 +47,8 @@ pub struct Beside {
     pub diffusion: Option<Diffusion>,
     /// The probes, if there were any.
     pub probes: Option<Probes>,
+    /// How the machine's cores spent the run, where the caller looked.
+    pub machine: Option<MachineUse>,
     /// What the engines behind the server counted; empty where nothing tells.
     pub engines: Vec<Engine>,
     /// What this machine's GPUs did. Nothing here measures it: who runs the benchmark may.
@@ -188,6 +192,21 @@ impl Report {
     /// The model as the user or the server named it.
     pub fn model_id(&self) -> &str {
         self.spec.naming.model_id.as_ref().unwrap_or(&self.spec.model)
+    }
+
+    /// Intervals of the latencies, stalls, and the same without cold requests. Resampling takes up to a second.
+    pub fn statistics(&self) -> Statistics {
+        Statistics::of(&self.records, &self.spec.percentiles)
+    }
+
+    /// Whether the client was up to what it measured.
+    pub fn verdict(&self) -> Verdict {
+        Verdict::on(self)
+    }
+
+    /// What stands below vLLM's table: [`Report::statistics`] and what the client itself did, for people.
+    pub fn remarks(&self) -> String {
+        export::own::render(self)
     }
 
     /// Where the time to the first token went, as far as the server tells.

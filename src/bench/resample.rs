@@ -81,6 +81,21 @@ impl Column {
         self.weighted(statistic, &vec![1; self.requests()])
     }
 
+    /// The interval that holds the true value of the statistic in 95 of 100 cases, by chance of the requests alone. `None`
+    /// where too few requests have a value.
+    pub fn interval(&self, statistic: Statistic) -> Option<(f64, f64)> {
+        if self.valued() < 2 {
+            return None;
+        }
+        let mut random = StdRng::seed_from_u64(SEED);
+        let draws = (MOST_STEPS / (self.len() + self.requests())).clamp(FEWEST_DRAWS, DRAWS);
+        let values = (0..draws).filter_map(|_| self.weighted(statistic, &draw(self.requests(), &mut random)));
+        let values = Self::new(values.map(|value| vec![value]));
+        let at = |percentile| values.value(Statistic::Percentile(percentile));
+        // A statistic that most draws do not have says nothing.
+        at(2.5).zip(at(97.5)).filter(|_| values.len() >= draws * 9 / 10)
+    }
+
     /// The statistic where each request counts as often as its weight says.
     fn weighted(&self, statistic: Statistic, weights: &[u32]) -> Option<f64> {
         let count = |(&(_, count), &weight): (&(f64, usize), &u32)| count * weight as usize;
@@ -244,6 +259,30 @@ mod tests {
             held += i32::from(interval.low <= 1.2 && 1.2 <= interval.high);
         }
         assert!((84..=100).contains(&held), "{held} of 100");
+    }
+
+    #[test]
+    fn the_interval_of_one_run_holds_the_true_value_about_as_often_as_it_says() {
+        for (statistic, truth) in [(Statistic::Mean, 100.0), (Statistic::Percentile(50.0), 100.0)] {
+            let mut held = 0;
+            for seed in 0..40 {
+                let (low, high) = column(&noise(seed, 60, 1.0)).interval(statistic).unwrap();
+                held += i32::from(low <= truth && truth <= high);
+            }
+            assert!((32..=40).contains(&held), "{statistic:?}: {held} of 40");
+        }
+        assert_eq!(column(&[1.0]).interval(Statistic::Mean), None);
+    }
+
+    #[test]
+    fn gaps_of_one_request_are_no_independent_values() {
+        let alone = column(&noise(5, 400, 1.0));
+        let grouped: Vec<Vec<f64>> = noise(5, 20, 1.0).into_iter().map(|value| vec![value; 20]).collect();
+        let width = |column: &Column| {
+            let (low, high) = column.interval(Statistic::Mean).unwrap();
+            high - low
+        };
+        assert!(width(&Column::new(grouped)) > 2.0 * width(&alone));
     }
 
     #[test]

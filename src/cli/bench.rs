@@ -29,7 +29,9 @@ pub use self::line::line;
 use self::prompts::Prompts;
 use self::session::Session;
 use self::trouble::{advice, failure};
+use crate::bench::honesty::MachineUse;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
+use crate::machine::Processors;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 use crate::ui::bench::{BenchProgress, Snapshot};
@@ -174,9 +176,13 @@ async fn measure(
         gpus.follow(&progress);
         shown.update(&snapshot(&progress, &spec));
     };
+    let before = Processors::now();
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
+    let after = Processors::now();
     shown.finish();
     let mut report = report.map_err(failure)?;
+    let shares = before.zip(after).and_then(|(before, after)| after.shares_since(before));
+    report.beside.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
     report.beside.gpus = gpus.finish();
     Ok(Some(report))
 }
@@ -262,14 +268,11 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
         printer.data(report.table());
     }
     attribution::tell(report, printer);
-    let lag = report.release_lag();
-    if let [.., (_, most)] = lag.percentiles[..]
-        && !report.records.is_empty()
-    {
-        printer.status(format_args!(
-            "requests left this client {:.2} ms after their time on average, {most:.2} ms at most",
-            lag.mean
-        ));
+    printer.status(report.remarks());
+    // The exit code is that of the requests: scripts that know vLLM's ask whether they went well, and `xpyd.valid` in the
+    // result says whether their times may be believed.
+    for reason in report.verdict().reasons {
+        printer.error(format_args!("INVALID: {reason}"));
     }
     if output.save_result || output.append_result {
         let path = save(arguments, report)?;

@@ -1,12 +1,13 @@
 //! `xpyd demo`: a whole life of a fleet on simulated engines, for those who have just met xpyd.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::Stdio;
 
-use clap::{Args, Parser};
+use clap::Args;
 use futures_util::StreamExt;
+use tokio::process::Command;
 
-use super::bench::{self, Target};
+use super::detach::status_of;
 use super::{block_on, request, up};
 use crate::app::{self, Ready, Run};
 use crate::engine::vllm;
@@ -104,11 +105,26 @@ async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<Exi
     printer.status(format!(
         "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second\n"
     ));
-    let arguments = benchmark_arguments(num_prompts);
-    let target = Target {
-        base_url: ready.url.clone(),
-    };
-    bench::run(arguments, Some(target), printer).await
+    benchmark(&ready.url, num_prompts, printer).await
+}
+
+/// Runs the benchmark in a process of its own, as everybody else does: a client that shares a process with the proxy counts
+/// the proxy's work as its own.
+async fn benchmark(url: &str, num_prompts: usize, printer: Printer) -> Result<ExitStatus, Failure> {
+    let program = std::env::current_exe().map_err(anyhow::Error::from)?;
+    let mut command = Command::new(program);
+    command
+        .args(["bench", "--recipe", "lmcache-xpyd", "--base-url", url])
+        .args(["--num-prompts", &num_prompts.to_string()])
+        .stdin(Stdio::null())
+        // A fleet that ends takes its benchmark with it.
+        .kill_on_drop(true);
+    if printer.quiet {
+        command.arg("--quiet");
+    }
+    let ended = command.status().await;
+    let ended = ended.map_err(|error| anyhow::Error::new(error).context("cannot start the benchmark"))?;
+    Ok(ended.code().and_then(status_of).unwrap_or(ExitStatus::Failure))
 }
 
 /// Streams one answer to the terminal as it comes.
@@ -145,20 +161,6 @@ async fn chat(ready: &Ready, printer: Printer) -> Result<(), Failure> {
     }
     printer.data("");
     Ok(())
-}
-
-/// The arguments of `xpyd bench` for LMCache's example, with this many prompts.
-fn benchmark_arguments(num_prompts: usize) -> bench::Arguments {
-    #[derive(Debug, Parser)]
-    struct Bench {
-        #[command(flatten)]
-        arguments: bench::Arguments,
-    }
-    let prompts = num_prompts.to_string();
-    let line = ["demo", "bench", "--recipe", "lmcache-xpyd", "--num-prompts", &prompts];
-    let mut words = bench::line(line.map(OsString::from));
-    words.remove(0);
-    Bench::parse_from(words).arguments
 }
 
 fn next_steps(printer: Printer) {

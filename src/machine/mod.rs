@@ -4,6 +4,7 @@
 mod fixture;
 mod gpu;
 mod huggingface;
+mod processors;
 mod software;
 mod watch;
 
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 pub use gpu::{Gpu, Gpus};
 pub use huggingface::{HuggingFace, Token, TokenSource};
+pub use processors::Processors;
 pub use software::{Engine, Version};
 pub use watch::{GpuReading, GpuTotals, GpuWatch};
 

@@ -80,38 +80,43 @@ impl Server {
     }
 
     fn spec(&self) -> Spec {
-        Spec {
-            base_url: format!("http://{}", self.address),
-            backend: Backend::Completions,
-            endpoint: Backend::Completions.endpoint().to_owned(),
-            model: "tiny".to_owned(),
-            headers: HeaderMap::new(),
-            workload: Workload::Random(Random {
-                input_length: 16,
-                output_length: 6,
-                range_ratio: RangeRatio::default(),
-                prefix_length: 0,
-                vocabulary_size: 1000,
-                prompt_count: 8,
-                seed: 3,
-            }),
-            arrivals: Arrivals {
-                request_rate: f64::INFINITY,
-                burstiness: 1.0,
-                ramp: None,
-            },
-            max_concurrency: None,
-            ignore_eos: true,
-            extra_body: serde_json::Map::new(),
-            warmups: 0,
-            request_timeout: Duration::from_mins(1),
-            metrics: Metric::ALL.to_vec(),
-            percentiles: vec![99.0],
-            objectives: Vec::new(),
-            keep_texts: true,
-            options: bench::Options::default(),
-            naming: bench::Naming::default(),
-        }
+        spec(&format!("http://{}", self.address))
+    }
+}
+
+/// Eight small requests at once to the model `tiny`.
+pub(crate) fn spec(base_url: &str) -> Spec {
+    Spec {
+        base_url: base_url.to_owned(),
+        backend: Backend::Completions,
+        endpoint: Backend::Completions.endpoint().to_owned(),
+        model: "tiny".to_owned(),
+        headers: HeaderMap::new(),
+        workload: Workload::Random(Random {
+            input_length: 16,
+            output_length: 6,
+            range_ratio: RangeRatio::default(),
+            prefix_length: 0,
+            vocabulary_size: 1000,
+            prompt_count: 8,
+            seed: 3,
+        }),
+        arrivals: Arrivals {
+            request_rate: f64::INFINITY,
+            burstiness: 1.0,
+            ramp: None,
+        },
+        max_concurrency: None,
+        ignore_eos: true,
+        extra_body: serde_json::Map::new(),
+        warmups: 0,
+        request_timeout: Duration::from_mins(1),
+        metrics: Metric::ALL.to_vec(),
+        percentiles: vec![99.0],
+        objectives: Vec::new(),
+        keep_texts: true,
+        options: bench::Options::default(),
+        naming: bench::Naming::default(),
     }
 }
 

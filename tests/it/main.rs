@@ -4,6 +4,7 @@ mod alone;
 mod bench;
 mod bench_errors;
 mod bench_much;
+mod bench_true;
 mod causes;
 mod chaos;
 mod clients;

@@ -239,11 +239,17 @@ fn own(report: &Report, detailed: bool) -> Value {
         .into_iter()
         .map(|group| json!({"cause": group.cause, "count": group.count}))
         .collect();
+    let verdict = report.verdict();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "seed": report.spec.workload.seed(),
         "objectives": goodput::to_json(&report.spec.objectives),
         "release_lag_ms": {"mean": lag.mean, "p50": at(0), "p99": at(1), "max": at(2)},
+        "valid": verdict.is_valid(),
+        "reasons": verdict.reasons,
+        "notes": verdict.notes,
+        "client": verdict.to_json(),
+        "statistics": report.statistics().to_json(),
         "failures": failures,
         "dropped": report.dropped,
         "unsent": report.unsent,

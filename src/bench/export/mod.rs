@@ -3,6 +3,7 @@
 pub(super) mod file;
 pub(super) mod html;
 pub(super) mod json;
+pub(super) mod own;
 pub(super) mod python;
 pub(super) mod table;
 #[cfg(test)]

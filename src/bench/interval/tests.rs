@@ -1,0 +1,167 @@
+//! What is said of made records.
+
+use std::time::Duration;
+
+use super::*;
+use crate::bench::record::Told;
+
+fn milliseconds(value: u64) -> Duration {
+    Duration::from_millis(value)
+}
+
+/// A request whose chunks came at these milliseconds, of as many tokens, through this pair of engines.
+fn answered(index: usize, chunks: &[u64], tokens: u64, pair: Option<[&str; 2]>) -> Record {
+    let started = milliseconds(index as u64 * 10);
+    let handoff =
+        pair.map(|[prefill, decode]| format!("transferred;prefill=\"{prefill}\";decode=\"{decode}\";attempt=1"));
+    Record {
+        index,
+        scheduled: started,
+        released: started,
+        admitted: started,
+        started,
+        result: Ok(Answer {
+            first_token: milliseconds(chunks[0]),
+            first_text: Some(milliseconds(chunks[0])),
+            gaps: chunks.windows(2).map(|pair| milliseconds(pair[1] - pair[0])).collect(),
+            latency: milliseconds(chunks[chunks.len() - 1]),
+            completion_tokens: Some(tokens),
+            told: Told {
+                handoff,
+                ..Told::default()
+            },
+            ..Answer::default()
+        }),
+    }
+}
+
+fn row<'a>(rows: &'a [Row], key: &str) -> &'a Row {
+    rows.iter().find(|row| row.key == key).expect(key)
+}
+
+/// The mean, to a microsecond.
+fn mean(rows: &[Row], key: &str) -> String {
+    format!("{:.3}", row(rows, key).mean.value)
+}
+
+#[test]
+fn a_percentile_of_too_few_requests_is_called_the_slowest() {
+    let of = |count: usize| {
+        let records: Vec<Record> = (0..count)
+            .map(|index| answered(index, &[index as u64 + 1, index as u64 + 2], 2, None))
+            .collect();
+        Statistics::of(&records, &[99.0]).rows
+    };
+    assert_eq!(
+        row(&of(99), "ttft").tails,
+        [Tail::Slowest {
+            percentile: 99.0,
+            value: 99.0,
+            of: 99
+        }]
+    );
+    let enough = of(100);
+    let Tail::Percentile(_, estimate) = row(&enough, "ttft").tails[0] else {
+        panic!("{enough:?}")
+    };
+    assert!((estimate.value - 99.01).abs() < 1e-9);
+    // A hundred gaps of few requests are no hundred values.
+    let long: Vec<u64> = (1..200).collect();
+    let few = Statistics::of(&[answered(0, &long, 199, None), answered(1, &long, 199, None)], &[99.0]);
+    assert!(matches!(
+        row(&few.rows, "itl_chunk_gap").tails[0],
+        Tail::Slowest { of: 2, .. }
+    ));
+}
+
+#[test]
+fn the_same_records_have_the_same_intervals() {
+    let records: Vec<Record> = (0..40)
+        .map(|index| answered(index, &[100 + index as u64 % 7, 120], 2, None))
+        .collect();
+    let first = Statistics::of(&records, &[50.0]);
+    assert_eq!(first, Statistics::of(&records, &[50.0]));
+    let mean = row(&first.rows, "ttft").mean;
+    let (low, high) = mean.interval.unwrap();
+    assert!(low < mean.value && mean.value < high && high - low < 4.0, "{mean:?}");
+}
+
+#[test]
+fn tokens_stand_apart_from_chunks_where_a_chunk_holds_several() {
+    let mut told = answered(0, &[100, 140, 150], 6, None);
+    told.result.as_mut().unwrap().chunk_tokens = vec![1, 4, 1];
+    let statistics = Statistics::of(&[told.clone()], &[99.0]);
+    assert_eq!(statistics.tokens, TokenCount::Told);
+    assert_eq!(mean(&statistics.rows, "itl_chunk_gap"), "25.000");
+    assert_eq!(row(&statistics.rows, "itl_per_token").count, 5);
+    assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
+
+    told.result.as_mut().unwrap().chunk_tokens.clear();
+    let statistics = Statistics::of(&[told], &[99.0]);
+    assert_eq!(statistics.tokens, TokenCount::Spread);
+    assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
+
+    let one_each = Statistics::of(&[answered(0, &[100, 140, 150], 3, None)], &[99.0]);
+    assert_eq!(one_each.tokens, TokenCount::OnePerChunk);
+    assert!(one_each.rows.iter().all(|row| row.key != "itl_per_token"));
+}
+
+#[test]
+fn a_chunk_that_only_names_the_role_is_no_token_and_the_first_text_is_told() {
+    let mut chat = answered(0, &[100, 130, 140], 2, None);
+    chat.result.as_mut().unwrap().first_text = Some(milliseconds(130));
+    let statistics = Statistics::of(&[chat.clone()], &[99.0]);
+    assert_eq!(statistics.tokens, TokenCount::OnePerChunk);
+    assert_eq!(mean(&statistics.rows, "ttft_text"), "130.000");
+    assert_eq!(chat.result.unwrap().token_gaps().0, [0.01]);
+}
+
+#[test]
+fn a_chunk_without_tokens_adds_its_gap_to_the_next() {
+    let mut record = answered(0, &[100, 110, 130], 3, None);
+    let answer = record.result.as_mut().unwrap();
+    answer.chunk_tokens = vec![1, 0, 2];
+    assert_eq!(answer.token_gaps(), (vec![0.015, 0.015], TokenCount::Told));
+}
+
+#[test]
+fn the_first_request_of_each_pair_is_cold_and_left_out_of_what_is_said_without() {
+    let (a, b) = (Some(["prefiller1", "decoder1"]), Some(["prefiller1", "decoder2"]));
+    let records = [
+        answered(0, &[900, 901], 2, a),
+        answered(1, &[100, 101], 2, a),
+        answered(2, &[700, 701], 2, b),
+        answered(3, &[100, 101], 2, b),
+        answered(4, &[100, 101], 2, None),
+    ];
+    assert_eq!(cold(&records), HashSet::from([0, 2]));
+    let statistics = Statistics::of(&records, &[99.0]);
+    assert_eq!(statistics.cold, 2);
+    assert_eq!(mean(&statistics.rows, "ttft"), "380.000");
+    assert_eq!(mean(&statistics.without_cold, "ttft"), "100.000");
+    assert!(Statistics::of(&records[4..], &[99.0]).without_cold.is_empty());
+}
+
+#[test]
+fn gaps_of_more_than_twice_the_median_are_stalls() {
+    let records = [
+        answered(0, &[10, 20, 30, 40, 100], 5, None),
+        answered(1, &[10, 20, 30, 40, 60], 5, None),
+    ];
+    let stalls = Statistics::of(&records, &[99.0]).stalls;
+    assert_eq!(
+        stalls,
+        Stalls {
+            gaps: 8,
+            count: 1,
+            requests: 1,
+            longest: 60.0
+        }
+    );
+}
+
+#[test]
+fn nothing_answered_is_nothing_said() {
+    let statistics = Statistics::of(&[], &[99.0]);
+    assert!(statistics.rows.is_empty() && statistics.to_json()["all"].as_object().unwrap().is_empty());
+}
