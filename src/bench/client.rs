@@ -20,6 +20,7 @@ use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use super::engine_counters;
+use super::export::python;
 use super::load::Exchange;
 use super::reader::{AnswerError, Reader, Scanner};
 use super::record::{Answer, Told};
@@ -56,6 +57,8 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
+    /// The run's model, unless a request has its own.
+    Model(Value),
     Prompt,
     Messages,
     OutputLength,
@@ -132,7 +135,7 @@ impl Client {
             pool: Pool::new(MAX_IDLE),
             template: template(spec),
             timeout: spec.request_timeout,
-            scanner: Scanner::new(spec.keep_texts),
+            scanner: Scanner::new(spec.keep_texts || spec.workload.has_turns()),
         })
     }
 
@@ -144,7 +147,7 @@ impl Client {
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
+        let body = python::write(&Body { template, order });
         let mut head = self.head.clone();
         put_headers(&mut head, &order.headers);
         let rest = format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -302,7 +305,7 @@ fn put_headers(head: &mut Vec<u8>, headers: &HeaderMap) {
 
 /// The body's fields in the order of vLLM's client. The user's own fields replace those of the same name.
 fn template(spec: &Spec) -> Vec<(String, Field)> {
-    let mut fields = vec![("model", Field::Fixed(json!(spec.model)))];
+    let mut fields = vec![("model", Field::Model(json!(spec.model)))];
     match spec.backend {
         Backend::Completions => fields.extend([
             ("prompt", Field::Prompt),
@@ -345,6 +348,10 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
+                Field::Model(model) => match &self.order.model {
+                    Some(own) => body.serialize_entry(name, own.as_ref())?,
+                    None => body.serialize_entry(name, model)?,
+                },
                 Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
                 Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
                 Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,

@@ -2,6 +2,7 @@
 
 mod alone;
 mod bench;
+mod bench_data;
 mod bench_errors;
 mod bench_much;
 mod bench_true;

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::html;
 use super::table::percentile_word;
 use crate::bench::attribution::gpus;
+use crate::bench::conversation;
 use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::{Probes, Report};
@@ -255,6 +256,7 @@ fn own(report: &Report, detailed: bool) -> Value {
         "unsent": report.unsent,
         "request_stages": detailed.then(|| html::stages(report)),
         "where": report.attribution().map(|summary| summary.to_json()),
+        "turns": conversation::turns_to_json(report),
         "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
 }
