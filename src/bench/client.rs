@@ -79,6 +79,8 @@ enum ExchangeError {
         status: StatusCode,
         message: Option<String>,
     },
+    #[error("the answer is no stream, but {0}")]
+    NoStream(String),
     #[error("the stream broke off")]
     Stream(#[source] io::Error),
     #[error(transparent)]
@@ -186,7 +188,8 @@ impl Client {
         if !status.is_success() {
             let body = whole(&mut wire, &mut framing).await;
             self.keep(home, wire, framing, head.keeps_alive);
-            let message = server_message(&body);
+            // Some say in the body what the status says already.
+            let message = server_message(&body).filter(|message| status.canonical_reason() != Some(message));
             return Err(ExchangeError::Status { status, message });
         }
         let mut reader = Reader::new(&self.scanner, started);
@@ -195,7 +198,12 @@ impl Client {
             let receipt = wire.receipt().unwrap_or_else(Receipt::now);
             reader.feed(&piece, receipt)?;
         }
-        let mut answer = reader.finish()?;
+        let mut answer = reader.finish().map_err(|error| match error {
+            AnswerError::NoToken if !is_stream(&head.parts.headers) => {
+                ExchangeError::NoStream(kind(&head.parts.headers))
+            }
+            error => error.into(),
+        })?;
         self.keep(home, wire, framing, head.keeps_alive);
         answer.connected = connected;
         answer.told = Told {
@@ -222,6 +230,17 @@ impl Client {
             self.pool.keep(home, wire);
         }
     }
+}
+
+/// Whether an answer calls itself a stream of events. Not every server that streams says so.
+fn is_stream(headers: &HeaderMap) -> bool {
+    kind(headers).starts_with("text/event-stream")
+}
+
+/// The type of an answer's content.
+fn kind(headers: &HeaderMap) -> String {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.unwrap_or("without a type").to_owned()
 }
 
 /// An error of a connection, in words for those that the system has none for.
@@ -373,7 +392,11 @@ pub(super) fn server_message(body: &[u8]) -> Option<String> {
         Err(_) => std::str::from_utf8(body).ok()?.to_owned(),
     };
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    (!line.is_empty()).then(|| line.chars().take(MAX_MESSAGE_CHARS).collect())
+    let cut = line
+        .char_indices()
+        .nth(MAX_MESSAGE_CHARS)
+        .map(|(end, _)| format!("{}…", &line[..end]));
+    (!line.is_empty()).then(|| cut.unwrap_or(line))
 }
 
 #[cfg(test)]
@@ -389,7 +412,10 @@ mod tests {
         assert_eq!(message(r#"{"detail":"a"}"#).unwrap(), "a");
         assert_eq!(message("Internal Server Error").unwrap(), "Internal Server Error");
         assert_eq!(message("{}").or(message("")), None);
-        assert_eq!(message(&"x".repeat(1000)).unwrap().len(), MAX_MESSAGE_CHARS);
+        assert_eq!(
+            message(&"x".repeat(1000)).unwrap().chars().count(),
+            MAX_MESSAGE_CHARS + 1
+        );
     }
 
     #[test]

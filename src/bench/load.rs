@@ -59,6 +59,7 @@ pub(super) struct Outcome {
 pub(super) struct Tally {
     start: Instant,
     total: usize,
+    released: usize,
     done: usize,
     failed: usize,
     in_flight: usize,
@@ -149,7 +150,8 @@ where
             },
             _ = ticker.tick() => {}
         }
-        let in_flight = common.released.load(Ordering::Relaxed).saturating_sub(tally.done);
+        tally.released = common.released.load(Ordering::Relaxed);
+        let in_flight = tally.released.saturating_sub(tally.done);
         tally.in_flight = in_flight.min(limit.map_or(usize::MAX, NonZeroUsize::get));
         observe(&tally, &records);
     };
@@ -284,6 +286,7 @@ impl Tally {
         Self {
             start,
             total,
+            released: 0,
             done: 0,
             failed: 0,
             in_flight: 0,
@@ -310,6 +313,7 @@ impl Tally {
         Progress {
             phase,
             total: self.total,
+            released: self.released,
             done: self.done,
             failed: self.failed,
             in_flight: self.in_flight,

@@ -14,6 +14,7 @@ pub mod compare;
 mod conversation;
 mod engine_counters;
 mod export;
+mod failures;
 pub mod goodput;
 pub mod growth;
 pub mod honesty;
@@ -54,8 +55,9 @@ pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
-pub use self::export::html::{ResultFileError, of_file as page_of_file};
+pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
 pub use self::export::python::{render as python_json, repr as python_number};
+pub use self::failures::FailureGroup;
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
@@ -227,6 +229,8 @@ pub struct Progress {
     pub phase: Phase,
     /// Requests of the phase.
     pub total: usize,
+    /// Those that the schedule has let go so far.
+    pub released: usize,
     /// Those that have ended, well or not.
     pub done: usize,
     /// Those that have failed.
