@@ -71,8 +71,10 @@ pub fn gibibytes(bytes: u64) -> String {
     let bytes = bytes as f64;
     if bytes >= GIB {
         format!("{:.1} GiB", bytes / GIB)
-    } else {
+    } else if bytes >= MIB {
         format!("{:.1} MiB", bytes / MIB)
+    } else {
+        format!("{:.1} KiB", bytes / 1024.0)
     }
 }
 

@@ -333,7 +333,7 @@ fn a_model_is_fetched_once_goes_on_after_a_break_and_the_token_stays_with_the_hu
         .flatten();
     assert!(
         left.into_iter()
-            .all(|entry| !entry.path().extension().is_some_and(|end| end == "incomplete"))
+            .all(|entry| entry.path().extension().is_none_or(|end| end != "incomplete"))
     );
 
     // Engines read the cache only, and the next start asks nobody.
