@@ -50,7 +50,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             only: Vec::new(),
-            rates: vec![20.0, 50.0, 100.0, 500.0, 1000.0],
+            rates: vec![20.0, 50.0, 100.0, 500.0, 1000.0, 2000.0],
             seconds: 6.0,
             tokens: 128,
             pace: Pace {

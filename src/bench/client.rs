@@ -20,6 +20,7 @@ use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use super::engine_counters;
+use super::export::python;
 use super::load::Exchange;
 use super::reader::{AnswerError, Reader, Scanner};
 use super::record::{Answer, Told};
@@ -56,6 +57,8 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
+    /// The run's model, unless a request has its own.
+    Model(Value),
     Prompt,
     Messages,
     OutputLength,
@@ -76,6 +79,8 @@ enum ExchangeError {
         status: StatusCode,
         message: Option<String>,
     },
+    #[error("the answer is no stream, but {0}")]
+    NoStream(String),
     #[error("the stream broke off")]
     Stream(#[source] io::Error),
     #[error(transparent)]
@@ -130,7 +135,7 @@ impl Client {
             pool: Pool::new(MAX_IDLE),
             template: template(spec),
             timeout: spec.request_timeout,
-            scanner: Scanner::new(spec.keep_texts),
+            scanner: Scanner::new(spec.keep_texts || spec.workload.has_turns()),
         })
     }
 
@@ -142,7 +147,7 @@ impl Client {
     /// Makes the request and reads its whole answer.
     pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = serde_json::to_vec(&Body { template, order }).expect("prompts and JSON values are JSON");
+        let body = python::write(&Body { template, order });
         let mut head = self.head.clone();
         put_headers(&mut head, &order.headers);
         let rest = format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -183,7 +188,8 @@ impl Client {
         if !status.is_success() {
             let body = whole(&mut wire, &mut framing).await;
             self.keep(home, wire, framing, head.keeps_alive);
-            let message = server_message(&body);
+            // Some say in the body what the status says already.
+            let message = server_message(&body).filter(|message| status.canonical_reason() != Some(message));
             return Err(ExchangeError::Status { status, message });
         }
         let mut reader = Reader::new(&self.scanner, started);
@@ -192,7 +198,12 @@ impl Client {
             let receipt = wire.receipt().unwrap_or_else(Receipt::now);
             reader.feed(&piece, receipt)?;
         }
-        let mut answer = reader.finish()?;
+        let mut answer = reader.finish().map_err(|error| match error {
+            AnswerError::NoToken if !is_stream(&head.parts.headers) => {
+                ExchangeError::NoStream(kind(&head.parts.headers))
+            }
+            error => error.into(),
+        })?;
         self.keep(home, wire, framing, head.keeps_alive);
         answer.connected = connected;
         answer.told = Told {
@@ -219,6 +230,17 @@ impl Client {
             self.pool.keep(home, wire);
         }
     }
+}
+
+/// Whether an answer calls itself a stream of events. Not every server that streams says so.
+fn is_stream(headers: &HeaderMap) -> bool {
+    kind(headers).starts_with("text/event-stream")
+}
+
+/// The type of an answer's content.
+fn kind(headers: &HeaderMap) -> String {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    kind.unwrap_or("without a type").to_owned()
 }
 
 /// An error of a connection, in words for those that the system has none for.
@@ -283,7 +305,7 @@ fn put_headers(head: &mut Vec<u8>, headers: &HeaderMap) {
 
 /// The body's fields in the order of vLLM's client. The user's own fields replace those of the same name.
 fn template(spec: &Spec) -> Vec<(String, Field)> {
-    let mut fields = vec![("model", Field::Fixed(json!(spec.model)))];
+    let mut fields = vec![("model", Field::Model(json!(spec.model)))];
     match spec.backend {
         Backend::Completions => fields.extend([
             ("prompt", Field::Prompt),
@@ -326,6 +348,10 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
+                Field::Model(model) => match &self.order.model {
+                    Some(own) => body.serialize_entry(name, own.as_ref())?,
+                    None => body.serialize_entry(name, model)?,
+                },
                 Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
                 Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
                 Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,
@@ -366,7 +392,11 @@ pub(super) fn server_message(body: &[u8]) -> Option<String> {
         Err(_) => std::str::from_utf8(body).ok()?.to_owned(),
     };
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    (!line.is_empty()).then(|| line.chars().take(MAX_MESSAGE_CHARS).collect())
+    let cut = line
+        .char_indices()
+        .nth(MAX_MESSAGE_CHARS)
+        .map(|(end, _)| format!("{}…", &line[..end]));
+    (!line.is_empty()).then(|| cut.unwrap_or(line))
 }
 
 #[cfg(test)]
@@ -382,7 +412,10 @@ mod tests {
         assert_eq!(message(r#"{"detail":"a"}"#).unwrap(), "a");
         assert_eq!(message("Internal Server Error").unwrap(), "Internal Server Error");
         assert_eq!(message("{}").or(message("")), None);
-        assert_eq!(message(&"x".repeat(1000)).unwrap().len(), MAX_MESSAGE_CHARS);
+        assert_eq!(
+            message(&"x".repeat(1000)).unwrap().chars().count(),
+            MAX_MESSAGE_CHARS + 1
+        );
     }
 
     #[test]

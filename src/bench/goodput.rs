@@ -42,11 +42,25 @@ pub enum ObjectiveError {
     #[error("an objective is written `name:milliseconds`, as in `ttft:500`")]
     Form,
     /// A name that is no latency of a request.
-    #[error("`{0}` is no objective: it is one of `ttft`, `tpot`, `e2el`")]
+    #[error("`{name}` is no objective{instead}", name = .0, instead = instead(.0))]
     Name(String),
     /// Not a number of milliseconds.
     #[error("`{0}` is not a number of milliseconds from 0 up")]
     Milliseconds(String),
+}
+
+/// The name that was meant, or all there are.
+fn instead(name: &str) -> String {
+    const NAMES: [&str; 3] = ["ttft", "tpot", "e2el"];
+    let name = name.to_lowercase();
+    let near = NAMES
+        .into_iter()
+        .min_by_key(|known| strsim::damerau_levenshtein(known, &name));
+    match near.filter(|known| strsim::damerau_levenshtein(known, &name) <= 2) {
+        // A latency of its own, and no slip of the pen.
+        Some(known) if name != "itl" => format!("; did you mean `{known}`?"),
+        _ => ": it is one of `ttft`, `tpot`, `e2el`".to_owned(),
+    }
 }
 
 impl FromStr for Objective {
@@ -130,6 +144,11 @@ mod tests {
         let refused = |text: &str| text.parse::<Objective>().unwrap_err();
         assert_eq!(refused("ttft"), ObjectiveError::Form);
         assert_eq!(refused("itl:5"), ObjectiveError::Name("itl".to_owned()));
+        assert_eq!(
+            refused("tfft:5").to_string(),
+            "`tfft` is no objective; did you mean `ttft`?"
+        );
+        assert!(refused("itl:5").to_string().ends_with("one of `ttft`, `tpot`, `e2el`"));
         for milliseconds in ["-1", "NaN", "fast", ""] {
             assert_eq!(
                 refused(&format!("ttft:{milliseconds}")),

@@ -72,8 +72,13 @@ impl Verdict {
             connections: connected.len(),
             connecting: connected.iter().sum::<f64>() / connected.len().max(1) as f64,
         };
-        let ttft = report.metrics.latency(Metric::Ttft).map_or(0.0, |ttft| ttft.median);
-        verdict.judge(ttft, chunks, report.spec.arrivals.request_rate.is_finite());
+        let median = |metric| report.metrics.latency(metric).map_or(0.0, |latency| latency.median);
+        // Chunks that come closer than a late read is late would be read together by anybody.
+        if median(Metric::Itl) < Backlog::LATE.as_secs_f64() * 1e3 {
+            verdict.backlog.merged = 0;
+        }
+        let is_scheduled = report.spec.arrivals.request_rate.is_finite();
+        verdict.judge(median(Metric::Ttft), chunks, is_scheduled);
         verdict.annotate(report.beside.machine, &report.records);
         verdict
     }

@@ -7,6 +7,7 @@
 mod alarm;
 mod lanes;
 
+use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,12 +15,13 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
 use self::alarm::Alarm;
 pub(super) use self::lanes::Lanes;
 use self::lanes::{Lane, Meter};
+use super::conversation::Successor;
 use super::record::{Answer, Effort, Record};
 use super::{Phase, Progress};
 
@@ -57,6 +59,7 @@ pub(super) struct Outcome {
 pub(super) struct Tally {
     start: Instant,
     total: usize,
+    released: usize,
     done: usize,
     failed: usize,
     in_flight: usize,
@@ -83,18 +86,38 @@ pub(super) async fn drive<F>(
 where
     F: Future<Output = Exchange> + Send + 'static,
 {
+    drive_chained(lanes, releases, limit, [].into(), exchange, observe, stop).await
+}
+
+/// As [`drive`], where the end of request `i` releases the one that `successors[i]` names, so long after it. Such a request has
+/// no time in the schedule.
+pub(super) async fn drive_chained<F>(
+    lanes: &Lanes,
+    releases: &[Duration],
+    limit: Option<NonZeroUsize>,
+    successors: Arc<[Successor]>,
+    exchange: impl Fn(usize) -> F + Send + Sync + 'static,
+    observe: impl Fn(&Tally, &[Record]),
+    stop: &CancellationToken,
+) -> Outcome
+where
+    F: Future<Output = Exchange> + Send + 'static,
+{
+    let follows: HashSet<usize> = successors.iter().flatten().map(|(next, _)| *next).collect();
     let start = Instant::now();
     let (ended, mut gathered) = mpsc::channel(RECORDS_ON_THEIR_WAY);
     let common = Arc::new(Common {
         start,
         permits: limit.map(|limit| Semaphore::new(limit.get().min(Semaphore::MAX_PERMITS))),
         released: AtomicUsize::new(0),
+        successors,
         exchange,
     });
     let meter = Meter::start();
     let mut shares = JoinSet::new();
     for (number, lane) in lanes.all().iter().enumerate() {
         let turns = releases.iter().copied().enumerate();
+        let turns = turns.filter(|(index, _)| !follows.contains(index));
         let turns = turns.skip(number).step_by(lanes.all().len()).collect();
         let share = share(lane.clone(), turns, Arc::clone(&common), ended.clone());
         shares.spawn_on(share, &lane.handle);
@@ -127,7 +150,8 @@ where
             },
             _ = ticker.tick() => {}
         }
-        let in_flight = common.released.load(Ordering::Relaxed).saturating_sub(tally.done);
+        tally.released = common.released.load(Ordering::Relaxed);
+        let in_flight = tally.released.saturating_sub(tally.done);
         tally.in_flight = in_flight.min(limit.map_or(usize::MAX, NonZeroUsize::get));
         observe(&tally, &records);
     };
@@ -154,6 +178,8 @@ struct Common<E> {
     permits: Option<Semaphore>,
     /// Requests that were released, on all lanes.
     released: AtomicUsize,
+    /// What the end of each request releases.
+    successors: Arc<[Successor]>,
     exchange: E,
 }
 
@@ -176,7 +202,7 @@ where
             alarm.wait_until(common.start + scheduled).await;
             let released = common.start.elapsed();
             common.released.fetch_add(1, Ordering::Relaxed);
-            tasks.spawn(send(index, scheduled, released, Arc::clone(&common), ended.clone()));
+            tasks.spawn(chain(index, scheduled, released, Arc::clone(&common), ended.clone()));
             while let Some(joined) = tasks.try_join_next() {
                 resume_panic(joined);
             }
@@ -197,6 +223,30 @@ where
 fn resume_panic(joined: Result<(), tokio::task::JoinError>) {
     if let Err(error) = joined {
         std::panic::resume_unwind(error.into_panic());
+    }
+}
+
+/// A request, and those that follow it one by one.
+async fn chain<E, F>(
+    mut index: usize,
+    mut scheduled: Duration,
+    mut released: Duration,
+    common: Arc<Common<E>>,
+    ended: mpsc::Sender<(Record, Instant)>,
+) where
+    E: Fn(usize) -> F + Send + Sync,
+    F: Future<Output = Exchange> + Send,
+{
+    loop {
+        send(index, scheduled, released, Arc::clone(&common), ended.clone()).await;
+        let Some((next, pause)) = common.successors.get(index).copied().flatten() else {
+            return;
+        };
+        scheduled = common.start.elapsed() + pause;
+        sleep(pause).await;
+        released = common.start.elapsed();
+        common.released.fetch_add(1, Ordering::Relaxed);
+        index = next;
     }
 }
 
@@ -236,6 +286,7 @@ impl Tally {
         Self {
             start,
             total,
+            released: 0,
             done: 0,
             failed: 0,
             in_flight: 0,
@@ -262,6 +313,7 @@ impl Tally {
         Progress {
             phase,
             total: self.total,
+            released: self.released,
             done: self.done,
             failed: self.failed,
             in_flight: self.in_flight,

@@ -11,8 +11,10 @@ pub mod arrivals;
 pub mod attribution;
 mod client;
 pub mod compare;
+mod conversation;
 mod engine_counters;
 mod export;
+mod failures;
 pub mod goodput;
 pub mod growth;
 pub mod honesty;
@@ -23,6 +25,7 @@ mod numpy;
 mod opening;
 mod options;
 pub mod paired;
+mod probe;
 mod python;
 mod reader;
 pub mod record;
@@ -43,6 +46,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::header::HeaderMap;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use self::alignment::align;
@@ -50,8 +55,9 @@ pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
 use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
-pub use self::export::html::{ResultFileError, of_file as page_of_file};
+pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
 pub use self::export::python::{render as python_json, repr as python_number};
+pub use self::failures::FailureGroup;
 pub use self::goodput::Objective;
 pub use self::models::{Model, discover};
 pub use self::opening::NO_TEMPERATURE;
@@ -223,6 +229,8 @@ pub struct Progress {
     pub phase: Phase,
     /// Requests of the phase.
     pub total: usize,
+    /// Those that the schedule has let go so far.
+    pub released: usize,
     /// Those that have ended, well or not.
     pub done: usize,
     /// Those that have failed.
@@ -285,65 +293,156 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     let Listener { progress, say, ended } = listener;
     let orders = spec.workload.orders()?;
     let releases = spec.releases(&orders)?;
-    let client = Arc::new(client::Client::new(spec)?);
     let lanes = load::Lanes::start().map_err(BenchError::Threads)?;
-    let prefix: Arc<str> = spec
-        .options
-        .request_id_prefix
-        .clone()
-        .unwrap_or_else(random_prefix)
-        .into();
-
-    let ready_check = || async {
-        let request_id = format!("{prefix}ready");
-        client.exchange(&orders[0], &request_id).await.result.map(|_| ())
+    let prefix = spec.options.request_id_prefix.clone().unwrap_or_else(random_prefix);
+    let sender = Sender {
+        client: Arc::new(client::Client::new(spec)?),
+        orders,
+        prefix: prefix.into(),
     };
-    opening::ready_check(spec.options.ready_check, ready_check, say, &stop).await?;
-    if spec.warmups > 0 {
-        say(&format!("Warming up with {} requests...", spec.warmups));
-        let own = (client.clone(), orders.clone(), prefix.clone());
-        let warm_up = move |index: usize| {
-            let (client, orders, prefix) = own.clone();
-            async move { client.exchange(&orders[0], &format!("{prefix}warmup-{index}")).await }
-        };
-        let at_once = vec![Duration::ZERO; spec.warmups];
-        let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
-        let warmed = load::drive(&lanes, &at_once, spec.max_concurrency, warm_up, observe, &stop).await;
-        for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
-            tracing::warn!(cause, "a warm-up request failed");
-        }
-        say("Warmup run completed.");
-    }
+    sender.prepare(spec, &lanes, progress, say, &stop).await?;
 
     say("Starting main benchmark run...");
     opening::announce(spec, say);
-    let before = client.engine_counters(&spec.base_url).await;
+    let before = sender.client.engine_counters(&spec.base_url).await;
     let page = Page::read(spec).await;
     let started_at = jiff::Zoned::now();
-    let own = (client.clone(), orders.clone(), prefix);
+    let over = CancellationToken::new();
+    let mut probing = sender.probe(spec.options.probe_rate, &over, &stop);
+    let conversations = Arc::new(conversation::Conversations::new(&sender.orders));
+    let successors = conversation::successors(&sender.orders);
+    let own = sender.clone().with_adapters(spec);
     let measure = move |index: usize| {
-        let (client, orders, prefix) = own.clone();
-        async move { client.exchange(&orders[index], &format!("{prefix}{index}")).await }
+        let (own, conversations) = (own.clone(), conversations.clone());
+        async move { own.measure(index, &conversations).await }
     };
     let observe = |tally: &load::Tally, records: &[Record]| {
         progress(tally.progress(Phase::Measuring));
         ended(records);
     };
-    let measured = load::drive(&lanes, &releases, spec.max_concurrency, measure, observe, &stop).await;
+    let limit = spec.max_concurrency;
+    let mut measured = load::drive_chained(&lanes, &releases, limit, successors, measure, observe, &stop).await;
+    over.cancel();
+    let mut probes = None;
+    if let Some(probed) = probing.join_next().await {
+        let (told, next) = probed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+        measured.duration = measured.duration.max(next);
+        probes = Some(told);
+    }
     let duration = measured.duration.as_secs_f64();
-    let after = client.engine_counters(&spec.base_url).await;
-    let prompt_lengths = orders.iter().map(|order| order.prompt.token_count()).collect();
+    let after = sender.client.engine_counters(&spec.base_url).await;
+    let prompt_lengths = sender.orders.iter().map(|order| order.prompt.token_count()).collect();
     let mut report = Report::new(spec, prompt_lengths, measured);
     report.beside = Beside {
         started_at: Some(started_at),
         speculation: after.speculation_since(&before),
         diffusion: after.diffusion_since(&before, duration),
+        probes,
         ..Beside::default()
     };
     if let (Some(before), Some(after)) = (page, Page::read(spec).await) {
         report.beside.engines = after.since(&before);
     }
     Ok(report)
+}
+
+/// What every request of a run needs.
+#[derive(Debug, Clone)]
+struct Sender {
+    client: Arc<client::Client>,
+    orders: Arc<[Order]>,
+    /// What request ids begin with.
+    prefix: Arc<str>,
+}
+
+impl Sender {
+    /// Sends one request of the workload, with what its session has said before.
+    async fn measure(self, index: usize, conversations: &conversation::Conversations) -> load::Exchange {
+        let request_id = format!("{}{index}", self.prefix);
+        let order = &self.orders[index];
+        match conversations.next(order) {
+            None => self.client.exchange(order, &request_id).await,
+            Some(Ok(order)) => {
+                let exchange = self.client.exchange(&order, &request_id).await;
+                conversations.answered(&order, &exchange.result);
+                exchange
+            }
+            Some(Err(reason)) => load::Exchange {
+                started: Instant::now(),
+                result: Err(reason),
+            },
+        }
+    }
+
+    /// Sends one request as it stands.
+    async fn send(self, index: usize, name: String) -> load::Exchange {
+        let request_id = format!("{}{name}", self.prefix);
+        self.client.exchange(&self.orders[index], &request_id).await
+    }
+
+    /// The ready check and the warm-ups.
+    async fn prepare(
+        &self,
+        spec: &Spec,
+        lanes: &load::Lanes,
+        progress: &dyn Fn(Progress),
+        say: &dyn Fn(&str),
+        stop: &CancellationToken,
+    ) -> Result<(), BenchError> {
+        let ask = || async { self.clone().send(0, "ready".to_owned()).await.result.map(drop) };
+        opening::ready_check(spec.options.ready_check, ask, say, stop).await?;
+        if spec.warmups == 0 {
+            return Ok(());
+        }
+        say(&format!("Warming up with {} requests...", spec.warmups));
+        let own = self.clone();
+        let warm_up = move |index: usize| own.clone().send(0, format!("warmup-{index}"));
+        let at_once = vec![Duration::ZERO; spec.warmups];
+        let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
+        let warmed = load::drive(lanes, &at_once, spec.max_concurrency, warm_up, observe, stop).await;
+        for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
+            tracing::warn!(cause, "a warm-up request failed");
+        }
+        say("Warmup run completed.");
+        Ok(())
+    }
+
+    /// Begins to probe, if that is wanted.
+    fn probe(&self, rate: f64, over: &CancellationToken, stop: &CancellationToken) -> JoinSet<(Probes, Duration)> {
+        let mut probing = JoinSet::new();
+        if rate > 0.0 {
+            let prompt = Prompt::Text {
+                text: "Hi".into(),
+                token_count: 1,
+            };
+            let own = Self {
+                orders: [Order::new(prompt, 1)].into(),
+                ..self.clone()
+            };
+            let (over, stop) = (over.clone(), stop.clone());
+            probing.spawn(async move {
+                let ask = || async { own.clone().send(0, "probe".to_owned()).await.result };
+                probe::run(rate, ask, &over, &stop).await
+            });
+        }
+        probing
+    }
+
+    /// With the adapter that each request asks for.
+    fn with_adapters(self, spec: &Spec) -> Self {
+        let Some(lora) = &spec.options.lora else {
+            return self;
+        };
+        let models = lora.assigned(self.orders.len(), spec.workload.seed());
+        let orders = self.orders.iter().cloned().zip(models).map(|(order, model)| Order {
+            model: Some(model),
+            ..order
+        });
+        Self {
+            orders: orders.collect(),
+            ..self
+        }
+    }
 }
 
 /// vLLM's form of request ids, so that logs of servers read the same.

@@ -1,6 +1,9 @@
 //! Settings of a run that most runs leave alone. Plain values.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use super::python::Random;
 
 /// What a run does beside sending its workload. By default nothing.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -28,6 +31,20 @@ pub struct Lora {
     pub assignment: LoraAssignment,
 }
 
+impl Lora {
+    /// The module of each of `count` requests: Python's `random.choice` after `random.seed(seed)`, which is what vLLM's client
+    /// draws where its dataset draws nothing of that generator, as the random one. There is at least one module.
+    pub(super) fn assigned(&self, count: usize, seed: u32) -> Vec<Arc<str>> {
+        let modules: Vec<Arc<str>> = self.modules.iter().map(|name| name.as_str().into()).collect();
+        let mut generator = Random::new(seed.into());
+        let place = |index: usize| match self.assignment {
+            LoraAssignment::Random => generator.below(modules.len()),
+            LoraAssignment::RoundRobin => index % modules.len(),
+        };
+        (0..count).map(place).map(|place| modules[place].clone()).collect()
+    }
+}
+
 /// Which request asks for which module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoraAssignment {
@@ -50,4 +67,19 @@ pub struct Naming {
     pub label: Option<String>,
     /// More keys of the result.
     pub metadata: Vec<(String, String)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `CPython` 3.11: `random.seed(7); [random.choice("abc") for _ in range(12)]`.
+    #[test]
+    fn modules_are_drawn_as_python_draws_them() {
+        let lora = Lora {
+            modules: ["a", "b", "c"].map(str::to_owned).to_vec(),
+            assignment: LoraAssignment::Random,
+        };
+        assert_eq!(lora.assigned(12, 7).concat(), "babcaacabcac");
+    }
 }

@@ -1,12 +1,12 @@
 //! The result of a run: its settings, its records and its numbers, and the forms it can be shown in.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use super::Spec;
 use super::attribution::{Engine, GpuUse, Summary};
 use super::engine_counters::{Diffusion, Speculation};
 use super::export;
+use super::failures::{FailureGroup, by_cause};
 use super::honesty::{MachineUse, Verdict};
 use super::interval::Statistics;
 use super::load::Outcome;
@@ -94,15 +94,6 @@ impl Probes {
             most_ms,
         })
     }
-}
-
-/// Requests that failed for the same reason.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FailureGroup {
-    /// The reason, in one line.
-    pub cause: String,
-    /// How many requests.
-    pub count: usize,
 }
 
 impl Report {
@@ -262,17 +253,8 @@ impl Report {
 
     /// The failures by cause, the most frequent first.
     pub fn failures(&self) -> Vec<FailureGroup> {
-        let mut counts: HashMap<&str, usize> = HashMap::new();
-        for cause in self.records.iter().filter_map(|record| record.result.as_ref().err()) {
-            *counts.entry(cause).or_default() += 1;
-        }
-        let groups = counts.into_iter().map(|(cause, count)| FailureGroup {
-            cause: cause.to_owned(),
-            count,
-        });
-        let mut groups: Vec<_> = groups.collect();
-        groups.sort_unstable_by(|left, right| right.count.cmp(&left.count).then_with(|| left.cause.cmp(&right.cause)));
-        groups
+        let records = self.records.iter().enumerate();
+        by_cause(records.filter_map(|(place, record)| Some((place, record.result.as_ref().err()?.as_str()))))
     }
 
     /// What vLLM prints before the table when requests failed: the first of them, in the order of the schedule.
@@ -299,7 +281,9 @@ impl Report {
         let lines = groups
             .iter()
             .take(Self::SHOWN_FAILURES)
-            .map(|FailureGroup { cause, count }| format!("{count} of {} requests failed: {cause}", self.records.len()));
+            .map(|FailureGroup { cause, count, .. }| {
+                format!("{count} of {} requests failed: {cause}", self.records.len())
+            });
         let lines: Vec<String> = lines.collect();
         (!lines.is_empty()).then(|| lines.join("\n"))
     }

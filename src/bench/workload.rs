@@ -64,6 +64,8 @@ pub struct Order {
     pub release: Option<Duration>,
     /// Its place in a session of several turns.
     pub turn: Option<Turn>,
+    /// What it asks for in place of the run's model.
+    pub model: Option<Arc<str>>,
 }
 
 /// A request's place in a session.
@@ -120,6 +122,11 @@ impl Workload {
             Self::Planned(dataset) => matches!(&dataset.source, Source::TimedTrace(trace) if trace.self_timed),
             Self::Made(made) => made.orders.iter().all(|order| order.release.is_some()),
         }
+    }
+
+    /// Whether requests follow the answers of others, whose texts they need.
+    pub fn has_turns(&self) -> bool {
+        matches!(self, Self::Made(made) if made.orders.iter().any(|order| order.turn.is_some()))
     }
 
     /// The dataset that is still to be made; none if its requests are there.
@@ -193,6 +200,7 @@ impl Order {
             headers: HeaderMap::new(),
             release: None,
             turn: None,
+            model: None,
         }
     }
 }

@@ -8,11 +8,13 @@ mod captures;
 mod compare;
 mod find_max;
 mod fleet;
+mod interruption;
 mod line;
 mod page;
 mod prompts;
 mod session;
 mod sweep;
+mod trouble;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -22,14 +24,15 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
 use self::fleet::Fleet;
+use self::interruption::{Cause, Interruption};
 pub use self::line::line;
 use self::prompts::Prompts;
 use self::session::Session;
+use self::trouble::{advice, failure};
 use crate::bench::honesty::MachineUse;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::machine::Processors;
 use crate::report::{ExitStatus, Failure};
-use crate::signals::StopSignals;
 use crate::ui::Printer;
 use crate::ui::bench::{BenchProgress, Snapshot};
 
@@ -53,20 +56,17 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
         return page::convert(result, path, printer);
     }
     if let Some(files) = &arguments.modes.compare {
-        return compare::run(files, arguments.output.json, printer);
+        return compare::run(files, arguments.output.json, arguments.page.report.as_deref(), printer);
     }
-    let mut signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
-    let stop = CancellationToken::new();
-    let work = with_fleet(&arguments, defaults, printer, stop.clone());
-    tokio::pin!(work);
-    tokio::select! {
-        status = &mut work => status,
-        // What has ended is still worth its table, so the work is asked to stop and awaited.
-        _ = signals.next() => {
-            stop.cancel();
-            work.await
-        }
+    // A fleet of the bench's own is taken down first, however often somebody asks.
+    let may_leave = arguments.fleet.profile.is_none();
+    let interruption = Interruption::watch(arguments.ending.deadline, may_leave, printer)?;
+    let status = with_fleet(&arguments, defaults, printer, interruption.stop.clone()).await?;
+    if interruption.cause() == Some(Cause::Deadline) && status == ExitStatus::Forced {
+        printer.status("`--deadline` was over before the run was");
+        return Ok(ExitStatus::Failure);
     }
+    Ok(status)
 }
 
 /// The work, with a fleet of its own if the flags want one, which is taken down however the work ends.
@@ -113,7 +113,10 @@ async fn work(
     let modes = &arguments.modes;
     if modes.flag().is_none() {
         return match measure(arguments, defaults, printer, stop).await? {
-            None => Ok(ExitStatus::Forced),
+            None => {
+                printer.status("stopped before the first request");
+                Ok(ExitStatus::Forced)
+            }
             Some(report) => present(arguments, &report, printer),
         };
     }
@@ -137,12 +140,15 @@ async fn measure(
     stop: CancellationToken,
 ) -> Result<Option<Report>, Failure> {
     let mut spec = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
+    let shown = BenchProgress::wanted(printer, !arguments.output.disable_tqdm);
+    shown.begin("making prompts");
     spec.check().map_err(failure)?;
     let say = |line: &str| {
         if !arguments.output.json {
-            printer.data(line);
+            shown.beside(|| printer.data(line));
         }
     };
+    shown.begin("asking the server for its models");
     let Some(root) = stop
         .run_until_cancelled(find_model(arguments, &mut spec, &say))
         .await
@@ -150,6 +156,8 @@ async fn measure(
     else {
         return Ok(None);
     };
+    // Making prompts shows a progress of its own.
+    shown.pause();
     let prompts = Prompts::open(arguments, &spec, root, printer)?;
     let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &say));
     if prepared.await.transpose()?.is_none() {
@@ -158,15 +166,15 @@ async fn measure(
     if arguments.sampling.temperature.is_none() {
         say(bench::NO_TEMPERATURE);
     }
-    printer.status(arguments.headline(&spec));
+    shown.beside(|| printer.status(arguments.headline(&spec)));
 
-    let shown = BenchProgress::new(printer);
+    if arguments.load.ready_check_timeout_sec > 0 {
+        shown.begin("waiting for the first answer");
+    }
     let gpus = attribution::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
         gpus.follow(&progress);
-        if !arguments.output.disable_tqdm {
-            shown.update(&snapshot(&progress));
-        }
+        shown.update(&snapshot(&progress, &spec));
     };
     let before = Processors::now();
     let report = bench::run_aloud(&spec, &show, &say, stop).await;
@@ -182,7 +190,16 @@ async fn measure(
 /// The server that the flags name, else the running fleet, else vLLM's default.
 fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     if let Some(base_url) = &target.base_url {
-        return base_url.clone();
+        // Clients of OpenAI's API take the URL with `/v1`, so people have it at hand; the paths here begin with it.
+        let has_version = target
+            .endpoint
+            .as_deref()
+            .is_none_or(|endpoint| endpoint.starts_with("/v1/"));
+        let without = base_url
+            .trim_end_matches('/')
+            .strip_suffix("/v1")
+            .filter(|_| has_version);
+        return without.unwrap_or(base_url).to_owned();
     }
     match fleet {
         Some(fleet) if target.host.is_none() && target.port.is_none() => fleet.base_url,
@@ -222,17 +239,21 @@ async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) 
     }
 }
 
-fn snapshot(progress: &Progress) -> Snapshot {
+fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
+    let is_measuring = progress.phase == Phase::Measuring;
+    let is_steady = spec.arrivals.request_rate.is_finite() && spec.arrivals.ramp.is_none();
     Snapshot {
         label: match progress.phase {
             Phase::WarmingUp => "warm-up",
             Phase::Measuring => "benchmark",
         },
         total: progress.total,
+        released: progress.released,
         done: progress.done,
         failed: progress.failed,
         in_flight: progress.in_flight,
         elapsed: progress.elapsed,
+        asked_rate: (is_measuring && is_steady).then_some(spec.arrivals.request_rate),
         mean_ttft_ms: progress.mean_ttft_ms,
         mean_tpot_ms: progress.mean_tpot_ms,
     }
@@ -240,14 +261,6 @@ fn snapshot(progress: &Progress) -> Snapshot {
 
 fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
     let output = &arguments.output;
-    if report.is_partial() {
-        printer.status(format_args!(
-            "stopped: {} requests ended, {} were dropped in flight, {} were never sent",
-            report.records.len(),
-            report.dropped,
-            report.unsent
-        ));
-    }
     present_failures(arguments, report, printer);
     if output.json {
         printer.data(report.to_text(output.save_detailed));
@@ -268,30 +281,38 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     if let Some(path) = &arguments.page.report {
         page::write(report, path, printer)?;
     }
-    Ok(if report.is_partial() {
-        ExitStatus::Forced
-    } else if report.failed() > 0 && !output.allow_failures {
+    // Last, where it is seen.
+    if report.is_partial() {
+        printer.status(format_args!(
+            "stopped: {} requests ended, {} were dropped in flight, {} were never sent",
+            report.records.len(),
+            report.dropped,
+            report.unsent
+        ));
+        return Ok(ExitStatus::Forced);
+    }
+    Ok(if report.failed() > 0 && !output.allow_failures {
         ExitStatus::Failure
     } else {
         ExitStatus::Success
     })
 }
 
-/// Failures as vLLM shows them, a line each; where those are not all, also by cause.
+/// Failures as vLLM shows them, a line each; then by cause, and what mends them.
 fn present_failures(arguments: &Arguments, report: &Report, printer: Printer) {
-    let lines = report.failure_lines();
     if !arguments.output.json {
-        for line in &lines {
+        for line in report.failure_lines() {
             printer.data(line);
         }
     }
-    // The first line is a heading.
-    let are_all_shown = !arguments.output.json && report.failed() < lines.len();
-    if let Some(summary) = report.failure_summary().filter(|_| !are_all_shown) {
+    if let Some(summary) = report.failure_summary() {
         printer.error(summary);
     }
-    if report.failures().iter().any(|group| group.cause.contains("vocabulary")) {
-        printer.error("hint: `--vocab-size N` keeps the prompts' token ids below the model's vocabulary size");
+    for hint in advice(&report.failures(), &report.spec) {
+        printer.error(format_args!("hint: {hint}"));
+    }
+    if report.failed() > 0 && report.metrics.completed == 0 {
+        printer.error("no request was answered, so every number is 0");
     }
 }
 
@@ -333,45 +354,4 @@ fn headers(arguments: &Arguments) -> Result<HeaderMap, Failure> {
         headers.insert(name.clone(), value.clone());
     }
     Ok(headers)
-}
-
-/// The failure of a run that could not begin, with what mends it.
-fn failure(error: BenchError) -> Failure {
-    let hints: Vec<String> = match &error {
-        BenchError::Unreachable { .. } => vec![
-            "`xpyd up` or `xpyd demo` starts a fleet; `xpyd status` says whether one runs".to_owned(),
-            "`--base-url http://host:port` names another server".to_owned(),
-        ],
-        BenchError::NoModelList { .. } => {
-            vec!["`--base-url` ends before the path: `http://host:port`, without `/v1`".to_owned()]
-        }
-        BenchError::UnknownModel { served, .. } if served.is_empty() => Vec::new(),
-        BenchError::UnknownModel { served, .. } => vec![format!(
-            "it serves {}; without `--model` the first is taken",
-            served
-                .iter()
-                .map(|name| format!("`{name}`"))
-                .collect::<Vec<_>>()
-                .join(", ")
-        )],
-        BenchError::BaseUrl(url) if url.starts_with("https://") => {
-            vec![
-                "the benchmark speaks no TLS: start the fleet without `tls_cert` to measure it, or name a server's plain \
-                 HTTP address with `--base-url`"
-                    .to_owned(),
-            ]
-        }
-        BenchError::Workload(_)
-        | BenchError::RequestRate(_)
-        | BenchError::Burstiness(_)
-        | BenchError::TooSlow { .. }
-        | BenchError::Ramp(_)
-        | BenchError::NotReady { .. }
-        | BenchError::BaseUrl(_)
-        | BenchError::Client(_)
-        | BenchError::Threads(_) => Vec::new(),
-    };
-    let mut failure = Failure::new(ExitStatus::Usage, error);
-    failure.hints = hints;
-    failure
 }

@@ -1,16 +1,24 @@
-//! Progress of a benchmark: a bar on a terminal, a line now and then elsewhere. Knows only the numbers it shows.
+//! Progress of a benchmark: two lines that are drawn again on a terminal, a line now and then elsewhere. Knows only the
+//! numbers it shows.
 
-use std::cell::Cell;
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use owo_colors::OwoColorize as _;
 
 use super::Printer;
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// From here on it is said that nothing comes back. A long answer takes less with any model that is worth a benchmark.
+const SILENCE: Duration = Duration::from_mins(1);
+
+/// Between two turns of the sign that work goes on, where how much is left is not known.
+const SPIN_INTERVAL: Duration = Duration::from_millis(120);
 
 /// What is shown.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +27,8 @@ pub struct Snapshot {
     pub label: &'static str,
     /// Requests to make.
     pub total: usize,
+    /// Those that the schedule has let go so far.
+    pub released: usize,
     /// Those that have ended.
     pub done: usize,
     /// Those that have failed.
@@ -27,59 +37,142 @@ pub struct Snapshot {
     pub in_flight: usize,
     /// Since the start.
     pub elapsed: Duration,
+    /// Requests per second that the schedule asks for; `None` if all go at once.
+    pub asked_rate: Option<f64>,
     /// Mean time to first token so far, in milliseconds.
     pub mean_ttft_ms: Option<f64>,
     /// Mean time per output token so far, in milliseconds.
     pub mean_tpot_ms: Option<f64>,
 }
 
-/// Shows how far a benchmark is, on stderr.
+/// Shows how far a benchmark is, on stderr. It may be shared with whoever else prints meanwhile.
 #[derive(Debug)]
 pub struct BenchProgress {
     printer: Printer,
     medium: Medium,
+    /// `point 3 of 8`: which of several runs this is.
+    place: String,
+    state: Mutex<State>,
 }
 
 #[derive(Debug)]
 enum Medium {
     Bar(ProgressBar),
+    Lines,
+    Nothing,
+}
+
+/// What the numbers of a moment alone do not tell.
+#[derive(Debug, Clone, Copy, Default)]
+struct State {
     /// When the last line was written, since the start.
-    Lines(Cell<Duration>),
+    last_line: Duration,
+    pace: Pace,
+    /// Whether the bar has its shape already.
+    is_counting: bool,
+}
+
+/// How fast requests end.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pace {
+    /// When some had ended for the first time, and how many.
+    first: Option<(Duration, usize)>,
+    /// When the number of those last grew, and to what.
+    last: (Duration, usize),
 }
 
 impl BenchProgress {
     /// A bar if stderr is a terminal, lines if not, nothing if the printer is quiet.
     pub fn new(printer: Printer) -> Self {
-        let medium = if std::io::stderr().is_terminal() && !printer.quiet {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("{prefix} [{bar:20}] {pos}/{len}, {wide_msg}");
-            bar.set_style(style.expect("the template is a constant").progress_chars("=> "));
-            Medium::Bar(bar)
-        } else {
-            Medium::Lines(Cell::new(Duration::ZERO))
-        };
-        Self { printer, medium }
+        Self::of_place(printer, "")
+    }
+
+    /// As [`Self::new`] where `is_wanted`, else one that shows nothing.
+    pub fn wanted(printer: Printer, is_wanted: bool) -> Self {
+        Self {
+            printer,
+            medium: if is_wanted {
+                Medium::of(printer)
+            } else {
+                Medium::Nothing
+            },
+            place: String::new(),
+            state: Mutex::default(),
+        }
+    }
+
+    /// As [`Self::new`], for one of several runs: `place` says which, as in `point 3 of 8, 4 req/s`.
+    pub fn of_place(printer: Printer, place: impl Into<String>) -> Self {
+        Self {
+            printer,
+            medium: Medium::of(printer),
+            place: place.into(),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Shows that something without a number goes on, such as `making prompts`, until the next call. Only on a terminal:
+    /// elsewhere what has begun is a line of somebody else.
+    pub fn begin(&self, what: &str) {
+        if let Medium::Bar(bar) = &self.medium {
+            // The template is a constant, and what a constant says is right.
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
+                bar.set_style(style.tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
+            }
+            bar.set_message(self.placed(what));
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            bar.enable_steady_tick(SPIN_INTERVAL);
+            self.lock().is_counting = false;
+        }
+    }
+
+    /// Shows nothing until the next call, so that another progress can be shown.
+    pub fn pause(&self) {
+        if let Medium::Bar(bar) = &self.medium {
+            bar.disable_steady_tick();
+            bar.set_draw_target(ProgressDrawTarget::hidden());
+            self.lock().is_counting = false;
+        }
     }
 
     /// Shows the state, or decides that it is too early to.
     pub fn update(&self, snapshot: &Snapshot) {
+        let mut state = self.lock();
+        state.pace.hear(snapshot);
         match &self.medium {
             Medium::Bar(bar) => {
-                bar.set_prefix(snapshot.label);
+                if !state.is_counting {
+                    state.is_counting = true;
+                    count(bar);
+                }
+                bar.set_prefix(self.placed(snapshot.label));
                 bar.set_length(snapshot.total as u64);
                 bar.set_position(snapshot.done as u64);
-                bar.set_message(snapshot.details());
+                // First what matters most: the end of the line is cut where the terminal is narrow.
+                let left = state.pace.time_left(snapshot).map(|left| format!("{}, ", about(left)));
+                let details = snapshot.details(state.pace, self.printer.colour());
+                bar.set_message(left.unwrap_or_default() + &details);
             }
-            Medium::Lines(last) => {
+            Medium::Lines => {
                 // Less time than at the last line: another phase has begun.
-                if snapshot.elapsed < last.get() {
-                    last.set(Duration::ZERO);
+                if snapshot.elapsed < state.last_line {
+                    state.last_line = Duration::ZERO;
                 }
-                if snapshot.elapsed >= last.get() + LINE_INTERVAL {
-                    last.set(snapshot.elapsed);
-                    self.printer.status(snapshot.line());
+                if snapshot.elapsed >= state.last_line + LINE_INTERVAL {
+                    state.last_line = snapshot.elapsed;
+                    let line = snapshot.line(state.pace);
+                    self.printer.status(self.placed(&line));
                 }
             }
+            Medium::Nothing => {}
+        }
+    }
+
+    /// Lets somebody else print, and shows the progress again below.
+    pub fn beside<T>(&self, print: impl FnOnce() -> T) -> T {
+        match &self.medium {
+            Medium::Bar(bar) => bar.suspend(print),
+            Medium::Lines | Medium::Nothing => print(),
         }
     }
 
@@ -89,37 +182,135 @@ impl BenchProgress {
             bar.finish_and_clear();
         }
     }
+
+    fn placed(&self, text: &str) -> String {
+        if self.place.is_empty() {
+            text.to_owned()
+        } else {
+            format!("{}, {text}", self.place)
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        // Whoever panicked while it held numbers left numbers.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Drop for BenchProgress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// Gives the bar its shape.
+fn count(bar: &ProgressBar) {
+    bar.disable_steady_tick();
+    bar.set_draw_target(ProgressDrawTarget::stderr());
+    let template = "{prefix} {bar:28.cyan/dim} {pos}/{len}\n  {wide_msg}";
+    // The template is a constant, and what a constant says is right.
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("━╸─"));
+    }
+}
+
+impl Medium {
+    fn of(printer: Printer) -> Self {
+        if printer.quiet {
+            Self::Nothing
+        } else if std::io::stderr().is_terminal() {
+            Self::Bar(ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()))
+        } else {
+            Self::Lines
+        }
+    }
+}
+
+impl Pace {
+    /// Takes the state of a moment.
+    fn hear(&mut self, snapshot: &Snapshot) {
+        if snapshot.done < self.last.1 || snapshot.elapsed < self.last.0 {
+            // Another phase has begun.
+            *self = Self::default();
+        }
+        if snapshot.done > self.last.1 {
+            self.last = (snapshot.elapsed, snapshot.done);
+            self.first.get_or_insert(self.last);
+        }
+    }
+
+    /// How long the rest takes: as long as the schedule does, or longer where requests end more slowly than that.
+    fn time_left(&self, snapshot: &Snapshot) -> Option<Duration> {
+        let to_release = snapshot.total.saturating_sub(snapshot.released) as f64;
+        let by_schedule = snapshot.asked_rate.map(|rate| to_release / rate);
+        let by_pace = self.first.and_then(|(since, before)| {
+            let (seconds, ended) = (self.last.0.saturating_sub(since).as_secs_f64(), self.last.1 - before);
+            // Of a few nothing can be told.
+            let is_known = ended >= 3 && seconds > 0.0;
+            is_known.then(|| snapshot.total.saturating_sub(snapshot.done) as f64 * seconds / ended as f64)
+        });
+        let seconds = [by_schedule, by_pace].into_iter().flatten().reduce(f64::max)?;
+        Duration::try_from_secs_f64(seconds).ok()
+    }
+
+    /// How long nothing has ended, if that is remarkable.
+    fn silence(&self, snapshot: &Snapshot) -> Option<Duration> {
+        let since = snapshot.elapsed.saturating_sub(self.last.0);
+        (snapshot.in_flight > 0 && since >= SILENCE).then_some(since)
+    }
 }
 
 impl Snapshot {
-    fn line(&self) -> String {
-        let Self {
-            label,
-            total,
-            done,
-            elapsed,
-            ..
-        } = self;
+    /// All that is known, as one line.
+    fn line(&self, pace: Pace) -> String {
+        let Self { label, total, done, .. } = self;
+        let left = pace.time_left(self).map(|left| format!(", {}", about(left)));
         format!(
-            "{label}: {done}/{total} requests after {} s, {}",
-            elapsed.as_secs(),
-            self.details()
+            "{label}: {done}/{total} requests after {} s, {}{}",
+            self.elapsed.as_secs(),
+            self.details(pace, false),
+            left.unwrap_or_default()
         )
     }
 
-    fn details(&self) -> String {
-        let mut text = format!("{} in flight", self.in_flight);
-        // Writing to a String cannot fail.
+    fn details(&self, pace: Pace, is_coloured: bool) -> String {
+        let mut parts = Vec::new();
+        let seconds = self.elapsed.as_secs_f64();
+        if let Some(asked) = self.asked_rate.filter(|_| seconds > 0.0) {
+            // The first request of a schedule goes out after one interval, and not at once.
+            parts.push(format!("{:.2} of {asked} req/s sent", self.released as f64 / seconds));
+        }
+        parts.push(format!("{} in flight", self.in_flight));
         if let Some(mean) = self.mean_ttft_ms {
-            let _ = write!(text, ", mean TTFT {mean:.1} ms");
+            parts.push(format!("mean TTFT {mean:.1} ms"));
         }
         if let Some(mean) = self.mean_tpot_ms {
-            let _ = write!(text, ", mean TPOT {mean:.2} ms");
+            parts.push(format!("mean TPOT {mean:.2} ms"));
         }
         if self.failed > 0 {
-            let _ = write!(text, ", {} failed", self.failed);
+            let failed = format!("{} failed", self.failed);
+            parts.push(if is_coloured { failed.red().to_string() } else { failed });
+        }
+        let mut text = parts.join(", ");
+        if let Some(silence) = pace.silence(self) {
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "; none has ended for {} s: Ctrl+C shows what there is",
+                silence.as_secs()
+            );
         }
         text
+    }
+}
+
+/// A length of time that is only estimated.
+fn about(left: Duration) -> String {
+    match left.as_secs() {
+        0 => "almost done".to_owned(),
+        seconds @ 1..100 => format!("about {seconds} s left"),
+        seconds @ 100..5400 => format!("about {} min left", (seconds + 30) / 60),
+        seconds => format!("about {} h left", (seconds + 1800) / 3600),
     }
 }
 
@@ -127,25 +318,89 @@ impl Snapshot {
 mod tests {
     use super::*;
 
+    const START: Snapshot = Snapshot {
+        label: "benchmark",
+        total: 30,
+        released: 5,
+        done: 0,
+        failed: 0,
+        in_flight: 2,
+        elapsed: Duration::from_secs(5),
+        asked_rate: Some(1.0),
+        mean_ttft_ms: None,
+        mean_tpot_ms: None,
+    };
+
     #[test]
     fn a_line_says_what_is_known_and_no_more() {
-        let mut snapshot = Snapshot {
-            label: "benchmark",
-            total: 30,
-            done: 0,
-            failed: 0,
-            in_flight: 2,
-            elapsed: Duration::from_millis(5100),
-            mean_ttft_ms: None,
-            mean_tpot_ms: None,
-        };
-        assert_eq!(snapshot.line(), "benchmark: 0/30 requests after 5 s, 2 in flight");
+        let mut snapshot = START;
+        assert_eq!(
+            snapshot.line(Pace::default()),
+            "benchmark: 0/30 requests after 5 s, 1.00 of 1 req/s sent, 2 in flight, about 25 s left"
+        );
+        snapshot.asked_rate = None;
+        assert_eq!(
+            snapshot.line(Pace::default()),
+            "benchmark: 0/30 requests after 5 s, 2 in flight"
+        );
         snapshot.mean_ttft_ms = Some(303.18);
         snapshot.mean_tpot_ms = Some(9.004);
         snapshot.failed = 1;
         assert_eq!(
-            snapshot.line(),
+            snapshot.line(Pace::default()),
             "benchmark: 0/30 requests after 5 s, 2 in flight, mean TTFT 303.2 ms, mean TPOT 9.00 ms, 1 failed"
+        );
+    }
+
+    /// What is heard when `done` requests have ended after so many seconds.
+    fn after(pace: &mut Pace, seconds: u64, done: usize, asked_rate: Option<f64>) -> Snapshot {
+        let snapshot = Snapshot {
+            released: (usize::try_from(seconds).unwrap()).min(30),
+            done,
+            elapsed: Duration::from_secs(seconds),
+            asked_rate,
+            ..START
+        };
+        pace.hear(&snapshot);
+        snapshot
+    }
+
+    #[test]
+    fn the_rest_takes_as_long_as_the_slower_of_schedule_and_server() {
+        let mut pace = Pace::default();
+        let left = |pace: &Pace, snapshot: &Snapshot| pace.time_left(snapshot).map(|left| left.as_secs());
+        // One ends every two seconds, though one a second is sent.
+        for (seconds, done) in [(4, 1), (6, 2), (8, 3), (10, 4)] {
+            after(&mut pace, seconds, done, Some(1.0));
+        }
+        let late = after(&mut pace, 10, 4, Some(1.0));
+        assert_eq!(left(&pace, &late), Some(52));
+        let all_at_once = after(&mut pace, 10, 4, None);
+        assert_eq!(left(&pace, &all_at_once), Some(52));
+        // The next phase begins anew, and of one answer nothing can be told.
+        let next = after(&mut pace, 1, 1, None);
+        assert_eq!(left(&pace, &next), None);
+    }
+
+    #[test]
+    fn a_server_that_sends_nothing_is_told_of() {
+        let mut pace = Pace::default();
+        after(&mut pace, 10, 1, None);
+        let early = after(&mut pace, 69, 1, None);
+        let late = after(&mut pace, 75, 1, None);
+        assert!(!early.line(pace).contains("none has ended"));
+        assert!(
+            late.line(pace)
+                .ends_with("; none has ended for 65 s: Ctrl+C shows what there is")
+        );
+    }
+
+    #[test]
+    fn estimates_claim_no_more_than_they_know() {
+        let about = |seconds| about(Duration::from_secs(seconds));
+        assert_eq!(
+            [about(0), about(99), about(150), about(7300)],
+            ["almost done", "about 99 s left", "about 3 min left", "about 2 h left"]
         );
     }
 }

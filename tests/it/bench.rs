@@ -2,6 +2,8 @@
 //! and says.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
 
+mod drop_in;
+
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};
@@ -151,7 +153,7 @@ async fn complete(State(fake): State<Fake>, uri: Uri, headers: HeaderMap, body: 
         }
         Behaviour::Answer => {
             let usage = json!({"choices": [], "usage": {"prompt_tokens": 17, "completion_tokens": asked}});
-            let mut events: Vec<String> = (0..asked / 2).map(|_| token(" x y")).collect();
+            let mut events: Vec<String> = (0..asked.div_ceil(2)).map(|_| token(" x y")).collect();
             events.push(format!("data: {usage}\n\ndata: [DONE]\n\n"));
             Body::from_stream(stream::iter(events.into_iter().map(Ok::<_, std::io::Error>)))
         }
@@ -436,4 +438,55 @@ async fn settings_that_make_no_run_are_refused_before_anything_is_sent() {
         BenchError::BaseUrl(_)
     ));
     assert!(server.seen.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn adapters_take_turns_in_place_of_the_model_and_ids_begin_as_asked() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let mut spec = server.spec();
+    spec.max_concurrency = NonZeroUsize::new(1);
+    spec.options = bench::Options {
+        lora: Some(bench::Lora {
+            modules: vec!["a".to_owned(), "b".to_owned(), "c".to_owned()],
+            assignment: bench::LoraAssignment::RoundRobin,
+        }),
+        logprobs: Some(2),
+        ready_check: Duration::from_mins(1),
+        request_id_prefix: Some("mine-".to_owned()),
+        ..bench::Options::default()
+    };
+    spec.warmups = 1;
+    run(&spec).await;
+    let seen = server.seen.lock().unwrap();
+    let models: Vec<&str> = seen
+        .iter()
+        .map(|(_, _, body)| body["model"].as_str().unwrap())
+        .collect();
+    // The ready check and the warm-up ask for the model.
+    assert_eq!(models, ["tiny", "tiny", "a", "b", "c", "a", "b", "c", "a", "b"]);
+    assert!(seen.iter().all(|(_, headers, body)| {
+        headers["x-request-id"].as_bytes().starts_with(b"mine-") && body["logprobs"] == 2
+    }));
+}
+
+#[tokio::test]
+async fn probes_go_beside_the_workload_and_are_counted_apart() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let mut spec = server.spec();
+    spec.options.probe_rate = 1000.0;
+    let report = run(&spec).await;
+    assert_eq!(report.metrics.completed, 8);
+    let probes = report.beside.probes.as_ref().unwrap();
+    assert!(!probes.latencies.is_empty() && probes.failed == 0, "{probes:?}");
+    let seen = server.seen.lock().unwrap();
+    let asked = seen
+        .iter()
+        .filter(|(_, _, body)| body["prompt"] == "Hi" && body["max_tokens"] == 1)
+        .count();
+    assert_eq!(asked, probes.latencies.len());
+    assert!(
+        report
+            .table()
+            .contains("------------------Probe Requests------------------\nProbe requests completed:")
+    );
 }

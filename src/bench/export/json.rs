@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::html;
 use super::table::percentile_word;
 use crate::bench::attribution::gpus;
+use crate::bench::conversation;
 use crate::bench::goodput;
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::{Probes, Report};
@@ -17,7 +19,7 @@ pub(crate) fn render(report: &Report, detailed: bool) -> Value {
     requests(&mut result, report, detailed);
     beside(&mut result, report);
     latencies(&mut result, report);
-    result.insert("xpyd".to_owned(), own(report));
+    result.insert("xpyd".to_owned(), own(report, detailed));
     Value::Object(result)
 }
 
@@ -230,7 +232,7 @@ fn latencies(result: &mut Map<String, Value>, report: &Report) {
     }
 }
 
-fn own(report: &Report) -> Value {
+fn own(report: &Report, detailed: bool) -> Value {
     let lag = report.release_lag();
     let at = |place: usize| lag.percentiles[place].1;
     let failures: Vec<Value> = report
@@ -252,7 +254,9 @@ fn own(report: &Report) -> Value {
         "failures": failures,
         "dropped": report.dropped,
         "unsent": report.unsent,
+        "request_stages": detailed.then(|| html::stages(report)),
         "where": report.attribution().map(|summary| summary.to_json()),
+        "turns": conversation::turns_to_json(report),
         "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
 }

@@ -93,7 +93,7 @@ fn remarks(statistics: &Statistics, verdict: &Verdict) -> Vec<String> {
     }
     if verdict.connections > 0 {
         remarks.push(format!(
-            "client: {} connections took {:.2} ms on average, which is in TTFT, as with vLLM's client",
+            "client: connections made: {}, in {:.2} ms on average, which is in TTFT, as with vLLM's client",
             verdict.connections, verdict.connecting
         ));
     }

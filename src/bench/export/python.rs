@@ -2,18 +2,23 @@
 
 use std::io::{self, Write};
 
-use serde::Serialize as _;
+use serde::Serialize;
 use serde_json::Value;
 use serde_json::ser::{Formatter, Serializer};
 
 /// The value as Python's `json.dump` writes it by default: in one line, without a line end.
 pub fn render(value: &Value) -> String {
+    String::from_utf8(write(value)).expect("what is not ASCII is escaped")
+}
+
+/// The bytes of anything that JSON can be made of; its keys are strings.
+pub(crate) fn write(value: &impl Serialize) -> Vec<u8> {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, Python);
     value
         .serialize(&mut serializer)
-        .expect("a value is JSON, and memory takes it");
-    String::from_utf8(text).expect("what is not ASCII is escaped")
+        .expect("it is JSON, and memory takes it");
+    text
 }
 
 /// `", "` and `": "` between, numbers as `repr` has them, no character beyond ASCII.
@@ -37,17 +42,17 @@ impl Formatter for Python {
     }
 
     fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
-        for character in fragment.chars() {
-            // Python escapes the delete character too, which `is_ascii` lets through: only 0x20 to 0x7e stay there.
-            if matches!(character, ' '..='~') {
-                write!(writer, "{character}")?;
-            } else {
-                for unit in character.encode_utf16(&mut [0; 2]) {
-                    write!(writer, "\\u{unit:04x}")?;
-                }
+        // Only 0x20 to 0x7e stay as they are: Python escapes the delete character, too.
+        let mut rest = fragment;
+        while let Some(place) = rest.find(|character| !matches!(character, ' '..='~')) {
+            writer.write_all(&rest.as_bytes()[..place])?;
+            let mut behind = rest[place..].chars();
+            for unit in behind.next().unwrap_or_default().encode_utf16(&mut [0; 2]) {
+                write!(writer, "\\u{unit:04x}")?;
             }
+            rest = behind.as_str();
         }
-        Ok(())
+        writer.write_all(rest.as_bytes())
     }
 }
 

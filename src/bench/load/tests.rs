@@ -43,6 +43,30 @@ async fn requests_go_out_on_schedule_however_long_answers_take() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_end_of_a_request_releases_the_one_that_follows_it() {
+    let releases = [0, 0, 0, 0].map(milliseconds);
+    let outcome = drive_chained(
+        &Lanes::here(),
+        &releases,
+        None,
+        [Some((2, milliseconds(50))), None, Some((3, Duration::ZERO)), None].into(),
+        |index| after(milliseconds(100), index != 2),
+        |_, _| {},
+        &CancellationToken::new(),
+    )
+    .await;
+    let started: Vec<Duration> = outcome.records.iter().map(|record| record.started).collect();
+    assert_eq!(started, [0, 0, 150, 250].map(milliseconds));
+    assert!(
+        outcome
+            .records
+            .iter()
+            .all(|record| record.release_lag() == Duration::ZERO)
+    );
+    assert_eq!((outcome.dropped, outcome.unsent), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn records_stand_in_the_order_of_the_schedule() {
     let releases = [0, 1, 2].map(milliseconds);
     let exchange = |index: usize| after(milliseconds(300 - 100 * index as u64), index != 1);

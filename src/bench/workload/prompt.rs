@@ -79,8 +79,15 @@ impl Prompt {
             Self::Ids(ids) => words(ids.iter().copied()),
             Self::Text { text, .. } => text.to_string(),
             Self::Messages { messages, .. } => {
-                let texts: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
-                texts.join("\n")
+                let mut text = String::new();
+                for (index, message) in messages.iter().enumerate() {
+                    // An answer follows its prompt as the server made it, so that the server finds its KV again.
+                    if index > 0 && message.role != "assistant" {
+                        text.push('\n');
+                    }
+                    text.push_str(&message.content);
+                }
+                text
             }
         }
     }

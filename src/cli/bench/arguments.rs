@@ -1,6 +1,7 @@
 //! The flags of `xpyd bench`: named and meant as those of `vllm bench serve`, and with its defaults.
 
 mod data;
+mod ending;
 mod load;
 mod modes;
 mod output;
@@ -14,6 +15,7 @@ use clap::Args;
 use reqwest::header::HeaderMap;
 
 pub(super) use self::data::{Data, DatasetName};
+pub(super) use self::ending::Ending;
 pub(super) use self::load::Load;
 pub(super) use self::modes::{Fleet, Modes};
 pub(super) use self::output::Output;
@@ -42,6 +44,9 @@ pub struct Arguments {
     /// What is told of the run.
     #[command(flatten)]
     pub output: Output,
+    /// When it ends before its time.
+    #[command(flatten)]
+    pub ending: Ending,
     /// The report as a page.
     #[command(flatten)]
     pub page: Page,

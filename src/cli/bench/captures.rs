@@ -51,11 +51,7 @@ fn captures() -> Vec<Capture> {
 
 /// What the flags ask for, with the model that the server named where they name none.
 fn spec(line: &str, saved: &str) -> Spec {
-    // The tokenizer's flags are not there yet.
-    let own = line
-        .replace("--tokenizer tiny-llama", "")
-        .replace("--skip-tokenizer-init", "");
-    let arguments = parse(&own).unwrap();
+    let arguments = parse(line).unwrap();
     let mut spec = arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap();
     let saved: Value = serde_json::from_str(saved).unwrap();
     spec.naming.model_id = saved["model_id"].as_str().map(str::to_owned);

@@ -14,7 +14,12 @@ use crate::ui::{Printer, Table};
 const MOST_BYTES: u64 = 1 << 30;
 
 /// Compares the two files.
-pub(super) fn run(files: &[PathBuf], as_json: bool, printer: Printer) -> Result<ExitStatus, Failure> {
+pub(super) fn run(
+    files: &[PathBuf],
+    as_json: bool,
+    page: Option<&Path>,
+    printer: Printer,
+) -> Result<ExitStatus, Failure> {
     let [before, after] = files else {
         return Err(Failure::message(ExitStatus::Usage, "`--compare` takes two files"));
     };
@@ -24,15 +29,19 @@ pub(super) fn run(files: &[PathBuf], as_json: bool, printer: Printer) -> Result<
     for caveat in &caveats {
         printer.status(format_args!("not like with like: {caveat}"));
     }
+    let document = json!({
+        "xpyd_bench": "compare",
+        "a": described(before, &first),
+        "b": described(after, &second),
+        "confidence": 0.95,
+        "measures": compare::to_json(&rows),
+        "caveats": caveats,
+    });
+    if let Some(page) = page {
+        super::page::write_document(&document, page, printer)?;
+    }
     if as_json {
-        printer.data(json!({
-            "xpyd_bench": "compare",
-            "a": described(before, &first),
-            "b": described(after, &second),
-            "confidence": 0.95,
-            "measures": compare::to_json(&rows),
-            "caveats": caveats,
-        }));
+        printer.data(document);
         return Ok(ExitStatus::Success);
     }
     show(&rows, printer);

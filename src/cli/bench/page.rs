@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use crate::bench::{self, Report};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
@@ -12,6 +14,14 @@ const LARGEST_RESULT: u64 = 2 << 30;
 /// Writes the page of a run.
 pub(super) fn write(report: &Report, path: &Path, printer: Printer) -> Result<(), Failure> {
     save(&report.to_html(), path, printer)
+}
+
+/// Writes the page of a sweep, a search or a comparison, of its JSON.
+pub(super) fn write_document(document: &Value, path: &Path, printer: Printer) -> Result<(), Failure> {
+    match bench::page_of_document(document) {
+        Some(page) => save(&page, path, printer),
+        None => Ok(()),
+    }
 }
 
 /// Writes the page of a saved result.

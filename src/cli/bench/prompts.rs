@@ -210,10 +210,12 @@ fn snapshot(label: &'static str, begun: Instant, done: usize, total: usize) -> S
     Snapshot {
         label,
         total,
+        released: done,
         done,
         failed: 0,
         in_flight: 0,
         elapsed: begun.elapsed(),
+        asked_rate: None,
         mean_ttft_ms: None,
         mean_tpot_ms: None,
     }

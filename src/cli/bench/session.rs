@@ -79,15 +79,13 @@ impl<'a> Session<'a> {
     ) -> Result<Report, Failure> {
         let mut spec = spec.clone();
         self.prompts.prepare(&mut spec, &|_| {}).await?;
-        let shown = BenchProgress::new(self.printer);
+        let shown = BenchProgress::wanted(self.printer, !self.arguments.output.disable_tqdm);
         let show = |progress: Progress| {
-            if !self.arguments.output.disable_tqdm {
-                let mut snapshot = snapshot(&progress);
-                if progress.phase == bench::Phase::Measuring {
-                    snapshot.label = label;
-                }
-                shown.update(&snapshot);
+            let mut snapshot = snapshot(&progress, &spec);
+            if progress.phase == bench::Phase::Measuring {
+                snapshot.label = label;
             }
+            shown.update(&snapshot);
         };
         let listener = Listener {
             progress: &show,
@@ -135,6 +133,9 @@ impl<'a> Session<'a> {
             let path = self.save(Path::new(&name), document)?;
             self.printer.status(format_args!("result saved to {}", path.display()));
         }
+        if let Some(path) = &self.arguments.page.report {
+            super::page::write_document(document, path, self.printer)?;
+        }
         Ok(())
     }
 
@@ -161,13 +162,14 @@ pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> 
                 .hint("`--save-result` saves the whole in a file of its own"),
         );
     }
-    if arguments.page.report.is_some() {
-        return Err(usage(format!("`--report` is the page of one run, not of `{flag}`"))
-            .hint("leave out `--report`; `--json` and `--save-result` have every number"));
-    }
     if first.arrivals.ramp.is_some() && flag != "--against" {
         return Err(usage(format!("`{flag}` and `--ramp-up-strategy` both decide the rate"))
             .hint("leave out the `--ramp-up` flags"));
+    }
+    if flag == "--against" && arguments.data.num_prompts < 2 {
+        return Err(
+            usage("`--against` deals requests out in blocks".to_owned()).hint("name their number: `--num-prompts 100`")
+        );
     }
     if let Some(points) = &arguments.modes.sweep {
         super::sweep::check(arguments, points)?;

@@ -47,6 +47,10 @@ impl Path {
         self.add(format_args!("M{} {}", pixel(x), pixel(y)))
     }
 
+    pub(super) fn line_to(&mut self, x: f64, y: f64) -> &mut Self {
+        self.add(format_args!("L{} {}", pixel(x), pixel(y)))
+    }
+
     pub(super) fn across_to(&mut self, x: f64) -> &mut Self {
         self.add(format_args!("H{}", pixel(x)))
     }

@@ -35,8 +35,10 @@
     const length = Math.min(Math.max(to - from, 10), data.length);
     from = Math.min(Math.max(from, 0), data.length - length);
     shown = [from, from + length];
-    for (const view of views) view.draw();
+    // The other one is not displayed: it is drawn when it is.
+    for (const view of views) if (view.svg.getBoundingClientRect().width > 0) view.draw();
   }
+  window.addEventListener("resize", () => { if (shown[1] - shown[0] < data.length) show(...shown); });
 
   const tools = figure.querySelector(".tools");
   tools.hidden = false;
@@ -184,7 +186,7 @@
       tip.style.right = isRight ? box.width - inside + 16 + "px" : "auto";
       tip.style.top = event.clientY - box.top + 14 + "px";
     }
-    return { draw };
+    return { svg, draw };
   }
 
   function describe(row) {

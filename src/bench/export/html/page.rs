@@ -3,9 +3,11 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
+use super::comparison;
 use super::course;
 use super::number::{digits, hundredths, span, whole};
 use super::run::Run;
+use super::series;
 use super::spread::Spread;
 use super::stages;
 use super::table::{self, Values};
@@ -68,7 +70,7 @@ fn details(run: &Run) -> Markup {
     html! {
         @if run.failed > 0 { section #failures { h2 { "Failures" } (table::failures(run)) } }
         @if run.completed > 0 {
-            section { h2 { "Latencies" } (table::latencies(&values)) }
+            section { h2 { "Latencies" } (table::latencies(&values, &run.xpyd["statistics"]["all"])) (remarks(run)) }
         }
         section { h2 { "Every request" } (timeline.figure(run)) }
         @if let Some(table) = table::stages(run) { section { h2 { "Where the time to first token goes" } @if let Some(figure) = stages::figure(run) { (figure) } (table) } }
@@ -116,17 +118,84 @@ fn lede(run: &Run) -> Markup {
     }
 }
 
+/// What a reader must know before any number.
 fn banner(run: &Run) -> Markup {
-    let count = |key: &str| run.xpyd.get(key).and_then(Value::as_u64).unwrap_or(0);
+    let own = &run.xpyd;
+    let count = |key: &str| own[key].as_u64().unwrap_or(0);
     let (dropped, unsent) = (count("dropped"), count("unsent"));
+    let remote = &own["where"]["remote_kv"];
+    let (answered, used) = (remote["answered"].as_u64(), remote["used"].as_u64());
+    let local = answered
+        .zip(used)
+        .map_or(0, |(answered, used)| answered.saturating_sub(used));
     html! {
+        @if own["valid"] == false {
+            div.banner.invalid role="alert" { strong { "INVALID" }
+                p { "This client could not do what it was asked to, so its numbers tell of itself, too." }
+                (sentences(&own["reasons"]))
+            }
+        }
         @if dropped + unsent > 0 {
             div.banner role="note" { strong { "Stopped early" }
                 p { (whole(dropped)) " requests were dropped in flight and " (whole(unsent)) " were never sent: the numbers are of \
                     those that had ended." }
             }
         }
+        @if local > 0 {
+            div.banner role="note" { strong { "Not all hand-offs" }
+                p { (whole(local)) " of " (whole(answered.unwrap_or(0))) " answers did not use KV of another engine." }
+            }
+        }
     }
+}
+
+/// What is worth knowing, but changes nothing.
+fn remarks(run: &Run) -> Markup {
+    let cold = &run.xpyd["where"]["cold"];
+    let number = |key: &str| cold[key].as_f64();
+    html! {
+        @if let (Some(requests), Some(all), Some(warm)) = (cold["requests"].as_u64(), number("mean_ttft_ms"), number("mean_ttft_without_ms")) {
+            p.note { (whole(requests)) " requests were the first of their pair of engines and paid for the connection between the two: the mean \
+                TTFT is " (digits(all)) " ms with them and " (digits(warm)) " ms without." }
+        }
+        (sentences(&run.xpyd["notes"]))
+    }
+}
+
+/// A list of sentences of the result file.
+fn sentences(list: &Value) -> Markup {
+    const MOST: usize = 20;
+    let sentences: Vec<&str> = list
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .take(MOST)
+        .collect();
+    html! { @if !sentences.is_empty() { ul.remarks { @for sentence in sentences { li { bdi { (sentence) } } } } } }
+}
+
+/// The page of several runs, or of a comparison, by its result file.
+pub(super) fn of_document(document: &Value) -> Option<Markup> {
+    let (title, content) = match document["xpyd_bench"].as_str()? {
+        "sweep" => ("Sweep", series::of_sweep(document)),
+        "find-max" => ("Highest rate within the objectives", series::of_search(document)),
+        "compare" | "against" => ("Comparison", comparison::of(document)),
+        _ => return None,
+    };
+    let model = document["model_id"].as_str().or(document["b"]["model_id"].as_str());
+    let model = short_name(model.unwrap_or_default());
+    Some(frame(
+        &format!("{title}: {model}"),
+        &html! {
+            header {
+                p.kind { "xpyd bench" span { (table::date(document["date"].as_str().unwrap_or_default())) } }
+                h1 { (title) ": " bdi { (model) } }
+            }
+            (content)
+            (terms())
+        },
+    ))
 }
 
 /// A number of the headline.

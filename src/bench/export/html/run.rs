@@ -2,11 +2,11 @@
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::number::finite;
 use crate::bench::attribution::{Phases, Stage};
-use crate::bench::record::Answer;
+use crate::bench::record::{Answer, Record};
 use crate::bench::report::Report;
 
 /// Requests that are read. A file with more is no result of one client.
@@ -180,7 +180,10 @@ impl Run {
                 queued: queued(index),
                 input_tokens: self.input_lens.get(index).copied().flatten(),
                 output_tokens: self.output_lens.get(index).copied().flatten().unwrap_or(0),
-                told: None,
+                told: self
+                    .xpyd
+                    .get("request_stages")
+                    .and_then(|entries| Told::read(entries.get(index)?)),
                 // vLLM's client leaves the latencies of what failed at 0, and some of its errors empty.
                 result: match error {
                     Some(error) => Err(shortened(error)),
@@ -212,6 +215,42 @@ impl Run {
     /// Requests per second asked for; none if all were sent at once or nothing is known.
     pub(super) fn rate(&self) -> Option<f64> {
         self.request_rate.as_f64().filter(|rate| rate.is_finite())
+    }
+}
+
+/// One entry per record: nothing, or who served it and how long the stages took, in milliseconds. Nothing at all where no
+/// server told of any.
+pub(super) fn stages_to_json(records: &[Record]) -> Value {
+    let entry = |record: &Record| {
+        let told = Told::from(Phases::of(record)?);
+        let lengths = Stage::ALL
+            .into_iter()
+            .zip(told.stages)
+            .filter(|(_, length)| *length > 0.0);
+        let stages: Map<String, Value> = lengths
+            .map(|(stage, length)| (stage.key().to_owned(), json!((length * 1e6).round() / 1e3)))
+            .collect();
+        Some(json!({"pair": told.pair, "ms": stages}))
+    };
+    let entries: Vec<Option<Value>> = records.iter().map(entry).collect();
+    if entries.iter().all(Option::is_none) {
+        Value::Null
+    } else {
+        json!(entries)
+    }
+}
+
+impl Told {
+    /// An entry of [`stages_to_json`].
+    fn read(entry: &Value) -> Option<Self> {
+        let stages = entry.get("ms")?;
+        Some(Self {
+            pair: entry.get("pair")?.as_str()?.to_owned(),
+            stages: Stage::ALL.map(|stage| {
+                let milliseconds = stages.get(stage.key()).and_then(Value::as_f64);
+                finite(milliseconds.unwrap_or(0.0) / 1000.0).max(0.0)
+            }),
+        })
     }
 }
 

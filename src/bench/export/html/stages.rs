@@ -65,7 +65,7 @@ fn draw(columns: &[&Request], most: f64, objective: Option<f64>, size: Size) -> 
     }
     let stride = columns.len().div_ceil(size.pick(16, 6)).max(1);
     let picture = html! {
-        (panel_name(11.0, &format!("Time to first token of each request, in the order of sending (in {unit})")))
+        (panel_name(11.0, &format!("TTFT of each request in the order of sending (in {unit})")))
         (left_axis(&height, size, 4, tick))
         @for (stage, path) in Phase::all().into_iter().zip(&paths) { path class={ "phase " (stage.class()) } d=(path.text()) {} }
         @if let Some(limit) = objective {

@@ -1,13 +1,15 @@
 //! The tables of the report: latencies, failures, the slowest requests, settings.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use maud::{Markup, html};
+use serde_json::Value;
 
 use super::number::{hundredths, percent, span, whole};
 use super::phase::Phase;
 use super::run::{Request, Run, Timing};
 use crate::bench::attribution::Stage;
+use crate::bench::failures::by_cause;
 use crate::bench::stats::percentile_of_sorted;
 
 /// Rows of the table of slow requests.
@@ -22,6 +24,8 @@ const MOST_CAUSES: usize = 20;
 struct Latency {
     name: &'static str,
     meaning: &'static str,
+    /// Its name in the result file.
+    key: &'static str,
     count: usize,
     mean: f64,
     /// Median, P90, P99, most.
@@ -60,47 +64,62 @@ impl Values {
     }
 }
 
-/// Mean and percentiles of every latency.
-pub(super) fn latencies(values: &Values) -> Markup {
+/// Mean and percentiles of every latency, with intervals where the result file has them.
+pub(super) fn latencies(values: &Values, intervals: &Value) -> Markup {
     let rows = [
-        Latency::of("TTFT", "time to first token", &values.first_token),
-        Latency::of("TPOT", "time per output token after the first", &values.per_token),
-        Latency::of("ITL", "gap between two chunks of an answer", &values.gaps),
-        Latency::of("E2EL", "from the request to its last token", &values.whole),
+        Latency::of("TTFT", "time to first token", "ttft_ms", &values.first_token),
+        Latency::of(
+            "TPOT",
+            "time per output token after the first",
+            "tpot_ms",
+            &values.per_token,
+        ),
+        Latency::of("ITL", "gap between two chunks of an answer", "itl_ms", &values.gaps),
+        Latency::of("E2EL", "from the request to its last token", "e2el_ms", &values.whole),
     ];
+    let rows: Vec<Latency> = rows.into_iter().flatten().collect();
+    let interval = |row: &Latency, key: &str| {
+        let ends = intervals[row.key][key]["interval"].as_array()?;
+        let (low, high) = (ends.first()?.as_f64()?, ends.get(1)?.as_f64()?);
+        Some(format!("{} – {}", hundredths(low), hundredths(high)))
+    };
+    let has_intervals = rows.iter().any(|row| interval(row, "mean").is_some());
     html! {
         div.scroll { table.numbers {
-            caption { "Latencies in milliseconds, of requests that were answered" }
+            caption { "Latencies in milliseconds, of requests that were answered" @if has_intervals { "; below each, its interval of 95 %" } }
             thead { tr {
                 th scope="col" { "Latency" } th scope="col" { "Values" } th scope="col" { "Mean" } th scope="col" { "Median" }
                 th scope="col" { "P90" } th scope="col" { "P99" } th scope="col" { "Max" }
             } }
             tbody {
-                @for row in rows.iter().flatten() {
+                @for row in &rows {
                     tr {
                         th scope="row" { abbr title=(row.meaning) { (row.name) } span.meaning { (row.meaning) } }
                         td { (whole(row.count)) }
-                        td { (hundredths(row.mean)) }
-                        @for (place, value) in row.percentiles.iter().enumerate() {
+                        td { (hundredths(row.mean)) @if let Some(interval) = interval(row, "mean") { span.interval { (interval) } } }
+                        @for (value, key) in row.percentiles.iter().zip(["median", "p90", "p99", ""]) {
                             // The hundredth part of fewer than a hundred values is the largest of them.
-                            td.weak[place == 2 && row.count < 100] { (hundredths(*value)) }
+                            td.weak[key == "p99" && row.count < 100] {
+                                (hundredths(*value)) @if let Some(interval) = interval(row, key) { span.interval { (interval) } }
+                            }
                         }
                     }
                 }
             }
         } }
-        @if rows.iter().flatten().any(|row| row.count < 100) {
+        @if rows.iter().any(|row| row.count < 100) {
             p.note { "A P99 of fewer than 100 values is hardly more than the largest of them; it stands in grey." }
         }
     }
 }
 
 impl Latency {
-    fn of(name: &'static str, meaning: &'static str, sorted: &[f64]) -> Option<Self> {
+    fn of(name: &'static str, meaning: &'static str, key: &'static str, sorted: &[f64]) -> Option<Self> {
         let count = sorted.len();
         (count > 0).then(|| Self {
             name,
             meaning,
+            key,
             count,
             mean: sorted.iter().sum::<f64>() / count as f64 * 1000.0,
             percentiles: [50.0, 90.0, 99.0, 100.0].map(|percentile| percentile_of_sorted(sorted, percentile) * 1000.0),
@@ -216,14 +235,9 @@ fn milliseconds(sorted: &[f64], percentile: f64) -> String {
 
 /// What failed, by cause, the most frequent first.
 pub(super) fn failures(run: &Run) -> Markup {
-    let mut causes: HashMap<&str, Vec<&Request>> = HashMap::new();
-    for request in &run.requests {
-        if let Err(cause) = &request.result {
-            causes.entry(cause).or_default().push(request);
-        }
-    }
-    let mut causes: Vec<_> = causes.into_iter().collect();
-    causes.sort_unstable_by(|left, right| right.1.len().cmp(&left.1.len()).then_with(|| left.0.cmp(right.0)));
+    let requests = run.requests.iter().enumerate();
+    let causes =
+        by_cause(requests.filter_map(|(place, request)| Some((place, request.result.as_ref().err()?.as_str()))));
     let total = run.requests.len();
     html! {
         div.scroll { table.failures {
@@ -232,12 +246,12 @@ pub(super) fn failures(run: &Run) -> Markup {
                 th scope="col" { "Requests" } th scope="col" { "Share" } th.text scope="col" { "Cause" } th scope="col" { "First sent" } th scope="col" { "Last sent" }
             } }
             tbody {
-                @for (cause, requests) in causes.iter().take(MOST_CAUSES) {
-                    @let times = || requests.iter().map(|request| request.started);
+                @for group in causes.iter().take(MOST_CAUSES) {
+                    @let times = || group.members.iter().map(|place| run.requests[*place].started);
                     tr {
-                        td { (whole(requests.len())) }
-                        td { (percent(requests.len(), total)) }
-                        td.text { bdi { (cause) } }
+                        td { (whole(group.count)) }
+                        td { (percent(group.count, total)) }
+                        td.text { bdi { (group.cause) } }
                         td { (hundredths(times().fold(f64::INFINITY, f64::min))) " s" }
                         td { (hundredths(times().fold(0.0, f64::max))) " s" }
                     }
@@ -329,17 +343,17 @@ fn arrivals(burstiness: f64) -> &'static str {
 }
 
 /// Whether a key that is not known here is metadata of the user, and short enough to be shown.
-fn is_setting(key: &str, value: &serde_json::Value) -> bool {
+fn is_setting(key: &str, value: &Value) -> bool {
     const KNOWN: [&str; 4] = ["endpoint_type", "rtfx", "label", "tokenizer_id"];
     let is_short = match value {
-        serde_json::Value::String(text) => text.len() <= 200,
-        serde_json::Value::Number(_) | serde_json::Value::Bool(_) => true,
+        Value::String(text) => text.len() <= 200,
+        Value::Number(_) | Value::Bool(_) => true,
         _ => false,
     };
     is_short && !KNOWN.contains(&key) && !key.ends_with("_ms")
 }
 
-fn plain(value: &serde_json::Value) -> String {
+fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 

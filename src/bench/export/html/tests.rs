@@ -74,7 +74,7 @@ fn a_page_loads_nothing() {
 fn a_page_of_many_requests_stays_small_and_says_what_it_left_out() {
     let file = result(12_000, 20, |index, one| {
         if index % 3 == 0 {
-            fails(one, &format!("cause {index}: {}", "long ".repeat(200)));
+            fails(one, &format!("cause{index}: {}", "long ".repeat(200)));
         }
     });
     let page = of_file(&file.to_string()).unwrap();
@@ -161,4 +161,46 @@ fn requests_that_share_a_lane_do_not_overlap() {
     }
     // 700 ms each, ten a second: seven at once, and one more because neighbours are kept apart.
     assert!((7..=8).contains(&ends.len()), "{} lanes", ends.len());
+}
+
+#[test]
+fn a_run_that_is_not_valid_says_so_before_any_number() {
+    let mut file = result(4, 3, |_, _| ());
+    file["xpyd"] = json!({"valid": false, "reasons": ["the client was 80 ms late", HOSTILE], "dropped": 2, "unsent": 1,
+        "statistics": {"all": {"ttft_ms": {"mean": {"value": 300.0, "interval": [290.0, 311.5]}}}}});
+    let page = of_file(&file.to_string()).unwrap();
+    let (banner, numbers) = page.split_once("class=\"headline\"").unwrap();
+    assert!(banner.contains("INVALID") && banner.contains("80 ms late") && banner.contains("Stopped early"));
+    assert!(numbers.contains("290.00 – 311.50"), "the interval of the mean");
+    assert!(!page.contains("<img"));
+}
+
+#[test]
+fn results_of_several_runs_have_pages_too() {
+    let run = |asked: f64, ttft: f64| {
+        json!({"asked": asked, "sent": asked, "served": asked * 0.9, "failed": 0, "overloaded": asked > 3.0, "valid": true,
+            "why_invalid": null, "result": {"request_throughput": asked, "median_ttft_ms": ttft, "p99_ttft_ms": 2.0 * ttft,
+            "xpyd": {"objectives": {"ttft": 500}}}})
+    };
+    let sweep = json!({"xpyd_bench": "sweep", "date": "20261122-205142", "model_id": HOSTILE, "axis": "rate", "stopped": HOSTILE,
+        "points": [run(1.0, 300.0), run(2.0, 400.0), run(4.0, 4000.0), {"asked": "inf"}, 7]});
+    let page = of_file(&sweep.to_string()).unwrap();
+    assert!(
+        page.contains("objective 500") && page.contains("more was sent than served") && page.contains("all at once")
+    );
+    let search = json!({"xpyd_bench": "find-max", "model_id": "m", "objectives": {"ttft": 500}, "attainment": 0.99, "rate": 2.5,
+        "fails_at": 2.75, "ending": "found", "probes": [{"rate": 2.0, "verdict": "pass", "good": 1.0, "ttft_ms": 410.0},
+        {"rate": 4.0, "verdict": "fail", "good": 0.4, "ttft_ms": 9000.0, "missed": {"ttft": 12}}]});
+    let page = of_file(&search.to_string()).unwrap();
+    assert!(page.contains("2.50 req/s") && page.contains("12 missed ttft") && page.contains("ttft ≤ 500 ms"));
+    let compare = json!({"xpyd_bench": "compare", "a": {"file": HOSTILE, "model_id": "m"}, "b": {"file": "b.json", "model_id": "m"},
+        "caveats": [HOSTILE], "measures": {"mean_ttft_ms": {"a": 300.0, "b": 330.0, "change": 0.1, "interval": [0.05, 0.15],
+        "verdict": "slower"}, "p99_ttft_ms": {"a": 1.0, "b": null, "change": null, "interval": null, "verdict": null}}});
+    let page_of_compare = of_file(&compare.to_string()).unwrap();
+    assert!(page_of_compare.contains("+5.0 to +15.0 %") && page_of_compare.contains("Not like with like"));
+    for page in [page, page_of_compare, of_file(&sweep.to_string()).unwrap()] {
+        assert_eq!(page.matches("<script").count(), 1);
+        assert!(!page.contains("<img"));
+    }
+    assert!(of_file(r#"{"xpyd_bench": "something"}"#).is_err());
 }

@@ -1,0 +1,131 @@
+//! The page of a comparison of two runs, or of two servers: every change with its interval, as one picture and as a table.
+
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::chart::{Path, Size, bottom_axis, chart};
+use super::number::{Axis, finite, hundredths, pixel};
+
+/// Rows that are shown.
+const MOST_ROWS: usize = 60;
+/// A change beyond this, in per cent, stands at the end of the axis.
+const FARTHEST: f64 = 200.0;
+
+/// One measure of both.
+#[derive(Debug)]
+struct Row {
+    name: String,
+    before: Option<f64>,
+    after: Option<f64>,
+    /// In per cent.
+    change: Option<f64>,
+    interval: Option<(f64, f64)>,
+    verdict: String,
+}
+
+pub(super) fn of(document: &Value) -> Markup {
+    let measures = document["measures"].as_object().into_iter().flatten();
+    let rows: Vec<Row> = measures
+        .take(MOST_ROWS)
+        .map(|(name, entry)| Row::of(name, entry))
+        .collect();
+    let caveats = document["caveats"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str);
+    let caveats: Vec<&str> = caveats.take(20).collect();
+    html! {
+        p.lede { "From A to B: what changed, and whether it is more than chance." }
+        dl.settings.sides { (side("A", &document["a"])) (side("B", &document["b"])) }
+        @if !caveats.is_empty() {
+            div.banner role="note" { strong { "Not like with like" } ul { @for caveat in caveats { li { bdi { (caveat) } } } } }
+        }
+        section { h2 { "Changes from A to B" } figure {
+            (chart("changes", "The change of each measure with its interval of 95 %; the table below has the numbers", |size| picture(&rows, size)))
+            figcaption { "A dot is the change, the line through it the interval that holds the true one in 95 of 100 cases. A line that \
+                crosses 0 may be chance alone." }
+        } }
+        section { h2 { "Measures" } (table(&rows)) }
+    }
+}
+
+fn side(name: &str, side: &Value) -> Markup {
+    let text = |key: &str| side[key].as_str().unwrap_or_default();
+    html! {
+        div { dt { (name) } dd { bdi { (text("file")) (text("base_url")) } br; bdi { (text("model_id")) } } }
+    }
+}
+
+impl Row {
+    fn of(name: &str, entry: &Value) -> Self {
+        let percent = |value: &Value| value.as_f64().map(|share| finite(share) * 100.0);
+        let ends = entry["interval"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Self {
+            name: name.to_owned(),
+            before: entry["a"].as_f64(),
+            after: entry["b"].as_f64(),
+            change: percent(&entry["change"]),
+            interval: match ends {
+                [low, high] => percent(low).zip(percent(high)),
+                _ => None,
+            },
+            verdict: entry["verdict"].as_str().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+fn picture(rows: &[Row], size: Size) -> (f64, Markup) {
+    const PITCH: f64 = 26.0;
+    let drawn: Vec<(&Row, f64)> = rows.iter().filter_map(|row| Some((row, row.change?))).collect();
+    let ends = drawn.iter().flat_map(|(row, change)| {
+        let (low, high) = row.interval.unwrap_or((*change, *change));
+        [low.abs(), high.abs(), change.abs()]
+    });
+    let most = ends.fold(1.0, f64::max).min(FARTHEST) * 1.08;
+    let (top, bottom) = (6.0, 6.0 + PITCH * drawn.len().max(1) as f64);
+    let left = size.pick(250.0, 128.0);
+    let axis = Axis::linear((-most, most), (left, size.plot().1));
+    let (mut intervals, mut dots) = (Path::default(), Path::default());
+    for (place, (row, change)) in drawn.iter().enumerate() {
+        let y = top + (place as f64 + 0.5) * PITCH;
+        if let Some((low, high)) = row.interval {
+            intervals.move_to(axis.at(low), y).across_to(axis.at(high));
+        }
+        dots.dot(axis.at(*change), y);
+    }
+    let picture = html! {
+        (bottom_axis(&axis, size, (top, bottom), "%"))
+        path.mark.middle d={ "M" (pixel(axis.at(0.0))) " " (pixel(top)) "V" (pixel(bottom)) } {}
+        path.interval d=(intervals.text()) {}
+        path.dots.few d=(dots.text()) {}
+        @for (place, (row, _)) in drawn.iter().enumerate() {
+            text x="0" y=(pixel(top + (place as f64 + 0.5) * PITCH + 4.0)) { (row.name) }
+        }
+    };
+    (bottom + 24.0, picture)
+}
+
+fn table(rows: &[Row]) -> Markup {
+    let number = |value: Option<f64>| value.map(hundredths).unwrap_or_default();
+    html! {
+        div.scroll { table.numbers {
+            thead { tr {
+                th scope="col" { "Measure" } th scope="col" { "A" } th scope="col" { "B" } th scope="col" { "Change" }
+                th scope="col" { "95 % interval" } th.text scope="col" { "Verdict" }
+            } }
+            tbody {
+                @for row in rows {
+                    tr {
+                        th scope="row" { bdi { (row.name) } }
+                        td { (number(row.before)) }
+                        td { (number(row.after)) }
+                        td { @if let Some(change) = row.change { (format!("{change:+.1} %")) } }
+                        td { @if let Some((low, high)) = row.interval { (format!("{low:+.1} to {high:+.1} %")) } }
+                        td.text { bdi { (row.verdict) } }
+                    }
+                }
+            }
+        } }
+    }
+}

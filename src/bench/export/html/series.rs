@@ -1,0 +1,300 @@
+//! The page of several runs: of a sweep, whose points are runs, and of a search for the highest rate that keeps to the
+//! objectives. It reads their result files.
+
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::chart::{Path, Size, bottom_axis, chart, left_axis, panel_name};
+use super::number::{Axis, digits, finite, hundredths, pixel, round_up, span, tick, whole};
+
+/// Points that are shown.
+const MOST_POINTS: usize = 200;
+
+/// One run of the series.
+#[derive(Debug)]
+struct Point {
+    /// The rate or the concurrency that was asked for; none if all went at once.
+    asked: Option<f64>,
+    served: Option<f64>,
+    goodput: Option<f64>,
+    output: Option<f64>,
+    /// Median and P99, in milliseconds.
+    first_token: [Option<f64>; 2],
+    per_token: [Option<f64>; 2],
+    /// The share of requests that keep to the objectives, 0 to 1.
+    good: Option<f64>,
+    failed: u64,
+    standing: Standing,
+    note: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Fine,
+    Failed,
+    Invalid,
+}
+
+impl Standing {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Fine => "",
+            Self::Failed => "fails",
+            Self::Invalid => "invalid",
+        }
+    }
+}
+
+/// A line through the points: its name, and its value at each.
+type Line<'a> = (&'static str, &'static str, &'a dyn Fn(&Point) -> Option<f64>);
+
+pub(super) fn of_sweep(document: &Value) -> Markup {
+    let points: Vec<Point> = list(document, "points").map(point_of_sweep).collect();
+    let unit = match document["axis"].as_str() {
+        Some("concurrency") => "at once",
+        _ => "req/s",
+    };
+    let objective = |name: &str| {
+        let first = list(document, "points").next()?;
+        first["result"]["xpyd"]["objectives"][name].as_f64()
+    };
+    html! {
+        p.lede { (whole(points.len())) " runs, each with another load." @if let Some(why) = document["stopped"].as_str() { " Ended: " bdi { (why) } "." } }
+        section { h2 { "Latencies over the load" } figure {
+            (panels(&points, unit, &[
+                ("Time to first token (ms)", &[("median", "middle", &|point| point.first_token[0]), ("P99", "tail", &|point| point.first_token[1])], objective("ttft")),
+                ("Time per output token (ms)", &[("median", "middle", &|point| point.per_token[0]), ("P99", "tail", &|point| point.per_token[1])], objective("tpot")),
+                ("Requests served per second", &[("served", "middle", &|point| point.served), ("good", "tail", &|point| point.goodput)], None),
+            ]))
+        } }
+        section { h2 { "Runs" } (table(&points, unit)) }
+    }
+}
+
+pub(super) fn of_search(document: &Value) -> Markup {
+    let mut points: Vec<Point> = list(document, "probes").map(point_of_search).collect();
+    points.sort_by(|left, right| left.asked.unwrap_or(0.0).total_cmp(&right.asked.unwrap_or(0.0)));
+    let attainment = document["attainment"].as_f64();
+    let objective = document["objectives"]["ttft"].as_f64();
+    html! {
+        p.lede {
+            @if let Some(rate) = document["rate"].as_f64() { "The highest rate that keeps to the objectives is " b { (digits(rate)) " req/s" }
+                @if let Some(fails) = document["fails_at"].as_f64() { "; at " (digits(fails)) " req/s it does not" } "." }
+            @else { "No rate was found that keeps to the objectives" @if let Some(why) = document["ending"].as_str() { " (" bdi { (why) } ")" } "." }
+        }
+        (objectives(document))
+        section { h2 { "What was tried" } figure {
+            (panels(&points, "req/s", &[
+                ("Requests that keep to the objectives (%)", &[("good", "middle", &|point| point.good.map(|good| good * 100.0))], attainment.map(|share| share * 100.0)),
+                ("P99 of the time to first token (ms)", &[("P99", "middle", &|point| point.first_token[1])], objective),
+            ]))
+        } }
+        section { h2 { "Runs" } (table(&points, "req/s")) }
+    }
+}
+
+fn objectives(document: &Value) -> Markup {
+    let limits = document["objectives"].as_object().into_iter().flatten();
+    let limits = limits.filter_map(|(name, limit)| Some(format!("{name} ≤ {}", span(limit.as_f64()? / 1000.0))));
+    let limits = limits.collect::<Vec<_>>().join(", ");
+    html! {
+        @if !limits.is_empty() {
+            p.note { "Objectives: " (limits) @if let Some(share) = document["attainment"].as_f64() { ", of " (tick(share * 100.0)) " % of the requests" } "." }
+        }
+    }
+}
+
+fn list<'a>(document: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
+    document[key].as_array().into_iter().flatten().take(MOST_POINTS)
+}
+
+fn point_of_sweep(entry: &Value) -> Point {
+    let result = &entry["result"];
+    let number = |key: &str| result[key].as_f64().map(finite);
+    let is_valid = entry["valid"] != false && result["xpyd"]["valid"] != false;
+    let is_overloaded = entry["overloaded"] == true;
+    Point {
+        asked: entry["asked"].as_f64(),
+        served: entry["served"].as_f64().or(number("request_throughput")),
+        goodput: number("request_goodput"),
+        output: number("output_throughput"),
+        first_token: [number("median_ttft_ms"), number("p99_ttft_ms")],
+        per_token: [number("median_tpot_ms"), number("p99_tpot_ms")],
+        good: None,
+        failed: entry["failed"].as_u64().unwrap_or(0),
+        standing: match (is_valid, is_overloaded) {
+            (false, _) => Standing::Invalid,
+            (true, true) => Standing::Failed,
+            (true, false) => Standing::Fine,
+        },
+        note: match entry["why_invalid"].as_str() {
+            Some(why) => why.to_owned(),
+            None if is_overloaded => "more was sent than served".to_owned(),
+            None => String::new(),
+        },
+    }
+}
+
+fn point_of_search(entry: &Value) -> Point {
+    let missed = entry["missed"].as_object().into_iter().flatten();
+    let missed = missed.filter(|(_, count)| count.as_u64() > Some(0));
+    let missed: Vec<String> = missed.map(|(name, count)| format!("{count} missed {name}")).collect();
+    Point {
+        asked: entry["rate"].as_f64(),
+        served: None,
+        goodput: None,
+        output: None,
+        first_token: [None, entry["ttft_ms"].as_f64()],
+        per_token: [None, None],
+        good: entry["good"].as_f64().map(finite),
+        failed: entry["failed"].as_u64().unwrap_or(0),
+        standing: match entry["verdict"].as_str() {
+            Some("pass") => Standing::Fine,
+            Some("invalid") => Standing::Invalid,
+            _ => Standing::Failed,
+        },
+        note: match entry["why_invalid"].as_str() {
+            Some(why) => why.to_owned(),
+            None if entry["growing"] == true => "the queue grows".to_owned(),
+            None => missed.join(", "),
+        },
+    }
+}
+
+/// Panels one above the other over the same load.
+fn panels(points: &[Point], unit: &str, panels: &[(&str, &[Line<'_>], Option<f64>)]) -> Markup {
+    let with_values = |panel: &&(&str, &[Line<'_>], Option<f64>)| {
+        points
+            .iter()
+            .any(|point| panel.1.iter().any(|(_, _, value)| value(point).is_some()))
+    };
+    let panels: Vec<_> = panels.iter().filter(with_values).collect();
+    let most = points.iter().filter_map(|point| point.asked).fold(0.0, f64::max);
+    let least = points.iter().filter_map(|point| point.asked).fold(most, f64::min);
+    let label = format!(
+        "{} runs from {} to {} {unit}; the table below has the numbers",
+        points.len(),
+        tick(least),
+        tick(most)
+    );
+    chart("series", &label, |size| {
+        let (left, right) = size.plot();
+        let axis = Axis::linear(
+            ((least - (most - least) * 0.04).max(0.0), most + (most - least) * 0.02),
+            (left, right - 50.0),
+        );
+        let height = size.pick(150.0, 120.0);
+        let bottom = |place: usize| 22.0 + height + place as f64 * (height + 46.0);
+        let picture = html! {
+            @for (place, (name, lines, limit)) in panels.iter().enumerate() {
+                (panel(points, &axis, size, (bottom(place) - height, bottom(place)), name, lines, *limit))
+                @if place + 1 == panels.len() { (bottom_axis(&axis, size, (bottom(place) - height, bottom(place)), unit)) }
+            }
+        };
+        (bottom(panels.len().saturating_sub(1)) + 24.0, picture)
+    })
+}
+
+fn panel(
+    points: &[Point],
+    axis: &Axis,
+    size: Size,
+    (top, bottom): (f64, f64),
+    name: &str,
+    lines: &[Line<'_>],
+    limit: Option<f64>,
+) -> Markup {
+    let values = points
+        .iter()
+        .flat_map(|point| lines.iter().filter_map(|(_, _, value)| value(point)));
+    // One value of a server that has collapsed must not flatten all others: what is far beyond the limit is cut off.
+    let most = values.fold(limit.unwrap_or(0.0), f64::max);
+    let most = limit.map_or(most, |limit| most.min(limit * 6.0)).max(1e-6);
+    let height = Axis::linear((0.0, round_up(most)), (bottom, top));
+    let (_, right) = size.plot();
+    html! {
+        (panel_name(top - 10.0, name))
+        (left_axis(&height, size, 4, tick))
+        @if let Some(limit) = limit {
+            path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(height.at(limit))) "H" (pixel(right)) } {}
+            text.name.limit x=(pixel(size.plot().0 + 4.0)) y=(pixel(height.at(limit) - 4.0)) { "objective " (tick(limit)) }
+        }
+        @for (line, class, value) in lines {
+            @let (path, dots, crosses, end) = trace(points, axis, &height, *value);
+            path class={ "curve " (class) } d=(path.text()) {}
+            path.dots.few d=(dots.text()) {}
+            path.crosses d=(crosses.text()) {}
+            @if let Some((x, y)) = end { text.name x=(pixel(x + 8.0)) y=(pixel(y + 4.0)) { (line) } }
+        }
+    }
+}
+
+/// The line, its dots, the crosses of runs that are no good, and where it ends.
+fn trace(
+    points: &[Point],
+    axis: &Axis,
+    height: &Axis,
+    value: &dyn Fn(&Point) -> Option<f64>,
+) -> (Path, Path, Path, Option<(f64, f64)>) {
+    let (mut path, mut dots, mut crosses) = (Path::default(), Path::default(), Path::default());
+    let mut end = None;
+    for point in points {
+        let (Some(asked), Some(value)) = (point.asked, value(point)) else {
+            continue;
+        };
+        let (x, y) = (axis.at(asked), height.at(value));
+        if end.is_some() {
+            path.line_to(x, y);
+        } else {
+            path.move_to(x, y);
+        }
+        if point.standing == Standing::Fine {
+            dots.dot(x, y);
+        } else {
+            crosses.cross((x, y), 4.0);
+        }
+        end = Some((x, y));
+    }
+    (path, dots, crosses, end)
+}
+
+fn table(points: &[Point], unit: &str) -> Markup {
+    let text = |value: Option<f64>| value.map(hundredths).unwrap_or_default();
+    let has = |value: &dyn Fn(&Point) -> Option<f64>| points.iter().any(|point| value(point).is_some());
+    let columns: Vec<Line<'_>> = [
+        (
+            "Served, req/s",
+            "",
+            &(|point: &Point| point.served) as &dyn Fn(&Point) -> Option<f64>,
+        ),
+        ("Good, req/s", "", &|point| point.goodput),
+        ("Good, %", "", &|point| point.good.map(|good| good * 100.0)),
+        ("Output, tok/s", "", &|point| point.output),
+        ("Median TTFT, ms", "", &|point| point.first_token[0]),
+        ("P99 TTFT, ms", "", &|point| point.first_token[1]),
+        ("Median TPOT, ms", "", &|point| point.per_token[0]),
+        ("P99 TPOT, ms", "", &|point| point.per_token[1]),
+    ]
+    .into_iter()
+    .filter(|(_, _, value)| has(*value))
+    .collect();
+    html! {
+        div.scroll { table.numbers {
+            thead { tr {
+                th scope="col" { "Asked, " (unit) }
+                @for (name, _, _) in &columns { th scope="col" { (name) } }
+                th scope="col" { "Failed" } th.text scope="col" { "Remarks" }
+            } }
+            tbody {
+                @for point in points {
+                    tr {
+                        th scope="row" { (point.asked.map_or("all at once".to_owned(), tick)) }
+                        @for (_, _, value) in &columns { td { (text(value(point))) } }
+                        td { (whole(point.failed)) }
+                        td.text { (point.standing.word()) @if !point.note.is_empty() { @if point.standing != Standing::Fine { ": " } bdi { (point.note) } } }
+                    }
+                }
+            }
+        } }
+    }
+}

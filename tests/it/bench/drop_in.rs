@@ -1,0 +1,184 @@
+//! Lines for `vllm bench serve`, run as they are by the binary: what is printed, saved and returned.
+//!
+//! The flags are those that the real client was run with; what it printed and saved stands beside them, in
+//! src/bench/export/captures.
+
+use std::path::Path;
+use std::process::Output;
+
+use serde_json::Value;
+
+use super::{Behaviour, Server};
+use crate::support::Place;
+
+/// Runs `xpyd bench` with the server's port and so many flags.
+fn bench(server: &Server, place: &Place, words: &[&str], flags: &str) -> Output {
+    let port = server.address.port().to_string();
+    let mut line: Vec<&str> = words.to_vec();
+    line.extend(["--port", &port]);
+    line.extend(flags.split_whitespace());
+    // Whoever serves the requests runs on this runtime, so nothing may block it.
+    tokio::task::block_in_place(|| place.run(&line))
+}
+
+fn capture(name: &str, extension: &str) -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bench/export/captures");
+    std::fs::read_to_string(folder.join(format!("{name}.{extension}"))).unwrap()
+}
+
+/// Text of stdout, and of stderr for those who wonder.
+fn text(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+/// What a line says but for measured values: the label of a row, or the whole line.
+fn told(line: &str) -> &str {
+    let is_row = line.len() >= 51 && line.as_bytes()[40] == b' ' && !line.starts_with(['=', '-']);
+    if is_row { &line[..40] } else { line }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_of_vllm_prints_and_saves_what_it_does_with_vllm() {
+    for name in [
+        "plain",
+        "brief",
+        "preparation",
+        "first_model",
+        "chat",
+        "queue",
+        "exponential_ramp",
+        "probe",
+        "one_token",
+    ] {
+        let server = Server::start(|_| Behaviour::Answer).await;
+        let place = Place::new();
+        let flags = capture(name, "flags");
+        let (line, file_name) = flags.trim().split_once('\n').unwrap();
+        let line = line.replace("--tokenizer tiny-llama", "");
+        let output = bench(
+            &server,
+            &place,
+            &["bench", "serve"],
+            &format!("{line} --result-dir saved"),
+        );
+        let (stdout, stderr) = text(&output);
+        assert!(output.status.success(), "{name}: {stderr}");
+
+        let theirs = capture(name, "txt").replace(
+            "First model name: tiny, first model id: tiny-llama",
+            "First model name: tiny, first model id: /models/tiny",
+        );
+        // It makes its prompts with a tokenizer, and has no plots.
+        let is_ours = |line: &&str| !line.starts_with("WARNING: /tokenize") && !line.starts_with("tip: ");
+        let theirs: Vec<&str> = theirs.lines().filter(is_ours).map(told).collect();
+        let ours: Vec<&str> = stdout.lines().map(told).collect();
+        assert_eq!(ours, theirs, "{name}");
+
+        let saved: Vec<_> = std::fs::read_dir(place.path().join("saved")).unwrap().collect();
+        let [Ok(saved)] = &saved[..] else { panic!("{saved:?}") };
+        let masked = |name: &str| {
+            name.chars()
+                .map(|c| if c.is_ascii_digit() { '0' } else { c })
+                .collect::<String>()
+        };
+        let own_name = saved.file_name().into_string().unwrap();
+        assert_eq!(
+            masked(&own_name),
+            masked(file_name).replace("tiny-llama", "tiny"),
+            "{name}"
+        );
+        let keys = |text: &str| {
+            let value: Value = serde_json::from_str(&text.replace("Infinity", "0")).unwrap();
+            value.as_object().unwrap().keys().cloned().collect::<Vec<_>>()
+        };
+        let mut expected = keys(&capture(name, "json"));
+        expected.push("xpyd".to_owned());
+        assert_eq!(
+            keys(&std::fs::read_to_string(saved.path()).unwrap()),
+            expected,
+            "{name}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
+    let server = Server::start(|index| {
+        if index % 4 == 1 {
+            Behaviour::Fail
+        } else {
+            Behaviour::Answer
+        }
+    })
+    .await;
+    let place = Place::new();
+    let flags = "--num-prompts 8 --max-concurrency 1 --random-input-len 8 --random-output-len 2";
+    for (words, code) in [
+        (&["bench"][..], 1),
+        (&["bench", "serve"], 0),
+        (&["bench", "--allow-failures"], 0),
+    ] {
+        let output = bench(&server, &place, words, flags);
+        let (stdout, stderr) = text(&output);
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {stderr}");
+        let failures: Vec<&str> = stdout
+            .lines()
+            .skip_while(|line| !line.starts_with("Failed requests during"))
+            .take(4)
+            .collect();
+        assert_eq!(
+            failures,
+            [
+                "Failed requests during benchmark run detected (capping to 10):",
+                "Error 0: HTTP 500 Internal Server Error: out of luck",
+                "Error 1: HTTP 500 Internal Server Error: out of luck",
+                "============ Serving Benchmark Result ============",
+            ]
+        );
+    }
+    let output = bench(&server, &place, &["bench", "serve", "--json"], flags);
+    let (stdout, stderr) = text(&output);
+    let result: Value = serde_json::from_str(&stdout).expect("JSON alone");
+    assert_eq!(result["failed"], 2);
+    assert!(stderr.contains("2 of 8 requests failed: HTTP 500"), "{stderr}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_is_one_more_line_of_a_file_that_is_appended_to() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let place = Place::new();
+    let flags =
+        "--num-prompts 1 --random-input-len 8 --random-output-len 2 --append-result --result-filename all.jsonl";
+    for _ in 0..2 {
+        let output = bench(&server, &place, &["bench"], flags);
+        assert!(output.status.success(), "{}", text(&output).1);
+    }
+    let file = std::fs::read_to_string(place.path().join("all.jsonl")).unwrap();
+    let lines: Vec<Value> = file
+        .split('\n')
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 2);
+    assert!(lines.iter().all(|line| line["completed"] == 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_asked_for_is_one_clear_error() {
+    let server = Server::start(|_| Behaviour::Answer).await;
+    let place = Place::new();
+    for (flags, told) in [
+        ("--backend openai-audio", "[possible values: openai, vllm, openai-chat]"),
+        ("--base-url https://h:1", "hint: the benchmark speaks no TLS"),
+        (
+            "--request-rate 1 --ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 2",
+            "`--request-rate` and `--ramp-up-strategy` exclude each other",
+        ),
+    ] {
+        let output = bench(&server, &place, &["bench", "serve"], flags);
+        let (_, stderr) = text(&output);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains(told), "{stderr}");
+    }
+    assert!(server.seen.lock().unwrap().is_empty());
+}

@@ -1,0 +1,428 @@
+//! `xpyd bench` against servers that do wrong, and with orders that cannot be followed: what a user sees, through the binary.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::support::{DEADLINE, Place, Run};
+
+/// What the server does with a request is the first part of the path that it is sent to.
+struct Server {
+    port: u16,
+}
+
+impl Server {
+    /// A server of the model `tiny`. It lives as long as the tests.
+    fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let requests = Arc::new(AtomicUsize::new(0));
+        std::thread::spawn(move || {
+            for connection in listener.incoming().map_while(Result::ok) {
+                let requests = Arc::clone(&requests);
+                // Whoever has hung up does not get its answer.
+                std::thread::spawn(move || serve(connection, &requests).ok());
+            }
+        });
+        Self { port }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
+    /// Twelve requests, all at once, to the path of this behaviour.
+    fn bench(&self, place: &Place, behaviour: &str, more: &[&str]) -> Seen {
+        let (base_url, endpoint) = (self.url(""), format!("/{behaviour}/v1/completions"));
+        let fixed = [
+            "bench",
+            "--num-prompts",
+            "12",
+            "--random-input-len",
+            "8",
+            "--random-output-len",
+            "4",
+        ];
+        let target = ["--base-url", &base_url, "--endpoint", &endpoint];
+        Seen::of(place, &[&fixed[..], &target, more].concat())
+    }
+}
+
+fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
+    let mut reader = BufReader::new(connection.try_clone()?);
+    let (mut path, mut length) = (String::new(), 0);
+    for (number, line) in reader.by_ref().lines().enumerate() {
+        let line = line?.to_lowercase();
+        if number == 0 {
+            line.split(' ').nth(1).unwrap_or_default().clone_into(&mut path);
+        } else if let Some(value) = line.strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap_or(0);
+        } else if line.is_empty() {
+            break;
+        }
+    }
+    reader.read_exact(&mut vec![0; length])?;
+    if path == "/v1/models" {
+        return say(
+            connection,
+            "200 OK",
+            "application/json",
+            r#"{"data": [{"id": "tiny"}]}"#,
+        );
+    }
+    let number = requests.fetch_add(1, Ordering::Relaxed);
+    let error = |message: &str| format!(r#"{{"error": {{"message": "{message}"}}}}"#);
+    let json = "application/json";
+    match path.split('/').nth(1).unwrap_or_default() {
+        "half" if number.is_multiple_of(4) => {
+            let long = format!("request cmpl-{number:08x} was lost: {}", "because ".repeat(300));
+            say(connection, "500 Internal Server Error", json, &error(&long))
+        }
+        "half" if number % 4 == 1 => say(
+            connection,
+            "503 Service Unavailable",
+            json,
+            &error("no engine is ready"),
+        ),
+        "busy" => say(connection, "429 Too Many Requests", json, &error("slow down")),
+        "guarded" => say(connection, "401 Unauthorized", json, &error("who are you?")),
+        "plain" => say(connection, "200 OK", json, r#"{"choices": [{"text": "hello"}]}"#),
+        "cut" => say(
+            connection,
+            "200 OK",
+            "text/event-stream",
+            "data: {\"choices\":[{\"text\":\"a\"}]}\n\n",
+        ),
+        "hang" => {
+            // Held until the client gives up.
+            reader.read_to_end(&mut Vec::new())?;
+            Ok(())
+        }
+        "late" if number > 2 => {
+            reader.read_to_end(&mut Vec::new())?;
+            Ok(())
+        }
+        "half" | "late" | "v1" => {
+            let token = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n".repeat(4);
+            let usage =
+                "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":8,\"completion_tokens\":4}}\n\ndata: [DONE]\n\n";
+            say(connection, "200 OK", "text/event-stream", &(token + usage))
+        }
+        _ => say(connection, "404 Not Found", json, r#"{"detail": "Not Found"}"#),
+    }
+}
+
+fn say(mut connection: TcpStream, status: &str, kind: &str, body: &str) -> std::io::Result<()> {
+    let length = body.len();
+    write!(
+        connection,
+        "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
+    )
+}
+
+/// What a user sees of a command that has ended.
+struct Seen {
+    code: i32,
+    data: String,
+    text: String,
+}
+
+impl Seen {
+    fn of(place: &Place, arguments: &[&str]) -> Self {
+        let output = place.run(arguments);
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            data: String::from_utf8(output.stdout).unwrap(),
+            text: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    #[track_caller]
+    fn says(&self, code: i32, texts: &[&str]) {
+        assert_eq!(self.code, code, "{}", self.text);
+        for text in texts {
+            assert!(self.text.contains(text), "no `{text}` in:\n{}", self.text);
+        }
+    }
+
+    /// The number of a row of the table.
+    #[track_caller]
+    fn row(&self, label: &str) -> &str {
+        let row = self.data.lines().find_map(|line| line.strip_prefix(label));
+        row.unwrap_or_else(|| panic!("no `{label}` in:\n{}", self.data)).trim()
+    }
+}
+
+#[test]
+fn what_cannot_be_begun_is_one_error_with_a_way_out() {
+    let (place, server) = (Place::new(), Server::start());
+    let bench = |arguments: &[&str]| Seen::of(&place, &[&["bench", "--num-prompts", "2"], arguments].concat());
+    let nobody = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        format!("http://{}", listener.local_addr().unwrap())
+    };
+    bench(&["--base-url", &nobody]).says(
+        2,
+        &[
+            "error: no answer from `http://127.0.0.1:",
+            "\n  caused by: Connection refused",
+            "\nhint: `xpyd up`",
+        ],
+    );
+    let seen = bench(&["--base-url", &nobody]);
+    assert_eq!(
+        seen.text.matches("caused by").count(),
+        1,
+        "no layers of libraries: {}",
+        seen.text
+    );
+    let url = server.url("");
+    bench(&["--base-url", &url, "--model", "tinny"]).says(
+        2,
+        &[
+            "error: the server does not serve the model `tinny`",
+            "hint: did you mean `--model tiny`?",
+        ],
+    );
+    bench(&["--base-url", &url, "--model", "gpt-9"]).says(2, &["hint: it serves `tiny`"]);
+    bench(&["--base-url", &server.url("/nothing")]).says(
+        2,
+        &["does not list the models", "hint: `--base-url` ends before the path"],
+    );
+    bench(&["--base-url", url.trim_start_matches("http://")]).says(2, &["hint: `--base-url http://127.0.0.1:"]);
+    bench(&["--goodput", "tfft:500"]).says(2, &["did you mean `ttft`?"]);
+    bench(&["--base-url", &url, "--num-prompts", "0"]).says(2, &["the number of prompts must be at least 1"]);
+}
+
+#[test]
+fn a_url_with_the_version_of_the_api_is_as_good() {
+    let (place, server) = (Place::new(), Server::start());
+    let url = server.url("/v1/");
+    let seen = Seen::of(
+        &place,
+        &[
+            "bench",
+            "--base-url",
+            &url,
+            "--num-prompts",
+            "3",
+            "--random-input-len",
+            "8",
+        ],
+    );
+    seen.says(0, &[]);
+    assert_eq!(seen.row("Successful requests:"), "3");
+}
+
+#[test]
+fn failures_are_counted_by_cause_the_most_frequent_first_and_shortened() {
+    let (place, server) = (Place::new(), Server::start());
+    let seen = server.bench(&place, "half", &[]);
+    seen.says(
+        1,
+        &[
+            "3 of 12 requests failed: HTTP 500 Internal Server Error: request cmpl-",
+            "3 of 12 requests failed: HTTP 503 Service Unavailable: no engine is ready",
+            "hint: the reason is in the server's log",
+        ],
+    );
+    assert!(seen.text.lines().all(|line| line.len() < 500), "{}", seen.text);
+    assert_eq!(
+        (seen.row("Successful requests:"), seen.row("Failed requests:")),
+        ("6", "6")
+    );
+    let seen = server.bench(&place, "half", &["--allow-failures"]);
+    seen.says(0, &["3 of 12 requests failed: "]);
+}
+
+#[test]
+fn each_kind_of_failure_has_its_own_advice() {
+    let (place, server) = (Place::new(), Server::start());
+    let all = |behaviour, cause: &str, hint: &str| {
+        let seen = server.bench(&place, behaviour, &["--request-timeout", "400ms"]);
+        let cause = format!("12 of 12 requests failed: {cause}\n");
+        seen.says(1, &[&cause, hint, "no request was answered"]);
+        assert_eq!(seen.row("Failed requests:"), "12");
+    };
+    all(
+        "busy",
+        "HTTP 429 Too Many Requests: slow down",
+        "hint: the server takes no more at once: `--max-concurrency",
+    );
+    all(
+        "guarded",
+        "HTTP 401 Unauthorized: who are you?",
+        "hint: a key is sent from `OPENAI_API_KEY`",
+    );
+    all(
+        "wrong",
+        "HTTP 404 Not Found",
+        "hint: nothing answers at `/wrong/v1/completions`: `--endpoint`",
+    );
+    all(
+        "plain",
+        "the answer is no stream, but application/json",
+        "hint: requests ask for a stream",
+    );
+    all(
+        "cut",
+        "the stream ended early, without `[DONE]`",
+        "hint: the server ended connections",
+    );
+    all("hang", "no whole answer within 0.4 s", "hint: `--request-timeout`");
+}
+
+#[test]
+fn the_deadline_ends_a_run_whose_server_hangs() {
+    let (place, server) = (Place::new(), Server::start());
+    let seen = server.bench(&place, "late", &["--deadline", "1s"]);
+    seen.says(
+        1,
+        &[
+            "stopped: 3 requests ended, 9 were dropped in flight, 0 were never sent",
+            "`--deadline` was over",
+        ],
+    );
+    assert_eq!(seen.row("Successful requests:"), "3");
+}
+
+/// A run whose server answers three requests and holds the others, once those three have ended.
+fn held<'place>(place: &'place Place, server: &Server) -> Run<'place> {
+    let (base_url, page) = (server.url(""), place.path().join("page.html"));
+    let mut run = Run::start(
+        place,
+        &[
+            "bench",
+            "--num-prompts",
+            "12",
+            "--random-input-len",
+            "8",
+            "--base-url",
+            &base_url,
+            "--endpoint",
+            "/late/v1/completions",
+            "--report",
+            page.to_str().unwrap(),
+        ],
+    );
+    run.wait_for_line("benchmark: 3/12 requests");
+    run
+}
+
+#[test]
+fn ctrl_c_shows_what_has_ended_and_says_so() {
+    let (place, server) = (Place::new(), Server::start());
+    let run = held(&place, &server);
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 130, "{text}");
+    assert!(text.contains("Successful requests:                     3 "), "{text}");
+    assert!(
+        text.contains("stopped: 3 requests ended, 9 were dropped in flight, 0 were never sent"),
+        "{text}"
+    );
+    let page = std::fs::read_to_string(place.path().join("page.html")).unwrap();
+    assert!(
+        page.contains("Stopped early") && page.contains("Every request"),
+        "the page says so, too"
+    );
+}
+
+#[test]
+fn a_second_ctrl_c_leaves_at_once_whatever_goes_on() {
+    let (place, server) = (Place::new(), Server::start());
+    // Prompts of so many tokens take longer to make than anybody waits, on the main thread.
+    let base_url = server.url("");
+    let mut run = Run::start(
+        &place,
+        &[
+            "bench",
+            "--num-prompts",
+            "1000000",
+            "--random-input-len",
+            "100000",
+            "--base-url",
+            &base_url,
+        ],
+    );
+    let (_never, pause) = mpsc::channel::<()>();
+    // Until the signals are caught, one of them would end the process by itself.
+    let caught = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", run.pid())).unwrap();
+        let mask = status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigCgt:"))
+            .unwrap()
+            .trim()
+            .to_owned();
+        u64::from_str_radix(&mask, 16).unwrap() & 0b10 != 0
+    };
+    let began = std::time::SystemTime::now();
+    while !caught() {
+        assert!(began.elapsed().unwrap() < DEADLINE, "the signal is never caught");
+        assert!(pause.recv_timeout(Duration::from_millis(5)).is_err());
+    }
+    run.signal(Signal::SIGINT);
+    run.wait_for_line("press Ctrl+C again to leave at once");
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 130, "{text}");
+    assert!(text.contains("left at once"), "{text}");
+}
+
+#[test]
+fn a_page_of_a_saved_result_is_that_of_the_run() {
+    let (place, server) = (Place::new(), Server::start());
+    let path = |name: &str| place.path().join(name).to_str().unwrap().to_owned();
+    let saving = [
+        "--save-result",
+        "--save-detailed",
+        "--result-filename",
+        "saved.json",
+        "--report",
+    ];
+    let seen = server.bench(&place, "half", &[&saving[..], &[&path("live.html")]].concat());
+    seen.says(1, &["report written to "]);
+    let seen = Seen::of(
+        &place,
+        &["bench", "--from", &path("saved.json"), "--report", &path("saved.html")],
+    );
+    seen.says(0, &["report written to "]);
+    let requests = |name: &str| -> Vec<(Value, Value, bool)> {
+        let page = std::fs::read_to_string(path(name)).unwrap();
+        let (_, data) = page.split_once("type=\"application/json\">").unwrap();
+        let data: Value = serde_json::from_str(data.split_once("</script>").unwrap().0).unwrap();
+        let rows = data["rows"].as_array().unwrap().iter();
+        rows.map(|row| (row["request"].clone(), row["output"].clone(), row["error"].is_string()))
+            .collect()
+    };
+    let live = requests("live.html");
+    assert_eq!(live.len(), 12);
+    assert_eq!(live.iter().filter(|(_, _, failed)| *failed).count(), 6);
+    assert_eq!(live, requests("saved.html"));
+    Seen::of(
+        &place,
+        &["bench", "--from", &path("live.html"), "--report", &path("x.html")],
+    )
+    .says(
+        2,
+        &[
+            "error: cannot make a report of `",
+            "it is no result of",
+            "hint: `xpyd bench --save-result --save-detailed`",
+        ],
+    );
+    Seen::of(
+        &place,
+        &["bench", "--from", &path("nothing.json"), "--report", &path("x.html")],
+    )
+    .says(2, &["nothing.json"]);
+    Seen::of(&place, &["bench", "--from", &path("saved.json")]).says(2, &["--report"]);
+}
