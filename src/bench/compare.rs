@@ -132,7 +132,9 @@ pub fn latency(
     paired: bool,
 ) -> Row {
     let (before, after) = values;
-    let interval = columns.map(|(before, after)| {
+    // Of what took no time, there is no ratio.
+    let comparable = columns.filter(|_| values.0 > 0.0 && values.1 > 0.0);
+    let interval = comparable.map(|(before, after)| {
         if is_enough(before, statistic) && is_enough(after, statistic) {
             ratio_interval(before, after, statistic, paired).ok_or(Verdict::TooFew)
         } else {

@@ -150,10 +150,8 @@ pub fn is_overloaded(records: &[Record]) -> bool {
 
 /// Why a run measured its client and not the server, if it did.
 pub fn why_invalid(report: &Report) -> Option<String> {
-    /// A client that is later than this is busy with itself, in milliseconds at the 99th percentile.
-    const MOST_LAG: f64 = 50.0;
-    let lag = report.release_lag().percentiles.get(1).map_or(0.0, |(_, lag)| *lag);
-    (lag > MOST_LAG).then(|| format!("this client was {lag:.0} ms late (P99)"))
+    let verdict = report.verdict();
+    (!verdict.is_valid()).then(|| verdict.reasons.join("; "))
 }
 
 /// What is told of one point.
@@ -177,6 +175,8 @@ pub struct Row {
     pub goodput: Option<f64>,
     /// Whether the server fell behind.
     pub is_overloaded: bool,
+    /// Whether it was ended before all its requests had.
+    pub is_partial: bool,
     /// Why the numbers are not the server's, if they are not.
     pub invalid: Option<String>,
 }
@@ -192,9 +192,15 @@ impl Row {
             .max()
             .unwrap_or_default();
         let released = report.records.len() + report.dropped;
+        // When those that were dropped went out is not kept, but it was until the end.
+        let sending = if report.dropped > 0 {
+            report.metrics.duration
+        } else {
+            last.as_secs_f64()
+        };
         Self {
             asked,
-            sent: released as f64 / last.as_secs_f64().max(f64::MIN_POSITIVE),
+            sent: released as f64 / sending.max(f64::MIN_POSITIVE),
             served: report.metrics.request_throughput(),
             failed: report.failed(),
             ttft: latency(Metric::Ttft),
@@ -202,6 +208,7 @@ impl Row {
             output_throughput: report.metrics.output_throughput(),
             goodput: report.metrics.request_goodput,
             is_overloaded: axis == Axis::Rate && is_overloaded(&report.records),
+            is_partial: report.is_partial(),
             invalid: why_invalid(report),
         }
     }
@@ -214,6 +221,7 @@ impl Row {
             "served": self.served,
             "failed": self.failed,
             "overloaded": self.is_overloaded,
+            "partial": self.is_partial,
             "valid": self.invalid.is_none(),
             "why_invalid": self.invalid,
         })

@@ -42,7 +42,7 @@ pub struct Preset {
 }
 
 /// The presets that `--preset` knows.
-pub const PRESETS: &[Preset] = &[INSTANT, BRISK, H100_LLAMA_3_1_8B];
+pub const PRESETS: &[Preset] = &[INSTANT, BRISK, H100_LLAMA_3_1_8B, H100_QWEN3_32B, A100_OPT_13B];
 
 /// Everything takes no time: for tests, and as an engine that costs nothing under a proxy's benchmark.
 pub const INSTANT: Preset = Preset {
@@ -99,6 +99,50 @@ pub const H100_LLAMA_3_1_8B: Preset = Preset {
     start: 2.5,
     death: 1.2,
     kv_cache_tokens: 400_000,
+};
+
+/// Qwen3-32B on H100, prefill on one GPU and decode on four, vLLM 0.12; from rows of single engines alone.
+///
+/// The rows are aiconfigurator's `silicon_sample.csv` for aggregated engines, 4096 tokens in and 512 out, closed loop: on
+/// four GPUs 426/12.3, 513/15.4, 634/22.0, 905/34.9 and 1363/61.7 ms of TTFT/TPOT at 8, 16, 32, 64 and 128 requests at
+/// once; on two GPUs 1039/35.8 at 32. Of such an engine, `rate × prefill` of all time is prefill, so a step takes
+/// `TPOT × (1 − rate × prefill)`. With 170 ms of prefill the steps of the five rows lie on one line, 9.1 ms + 92.5 µs for
+/// each sequence of about 4352 tokens (21 ns a token of context). The row of two GPUs then leaves 251 ms of prefill for a
+/// step of 21 ms: 2 ms, half the weights at 0.75 of 3.35 TB/s, and twice the line's slope. The same ratio once more makes
+/// 369 ms on one GPU. KV has 262144 B per token.
+pub(super) const H100_QWEN3_32B: Preset = Preset {
+    name: "h100-qwen3-32b",
+    prefill_constant: 0.002,
+    prefill_per_token: 89.7e-6,
+    step_constant: 0.009_1,
+    step_per_context_token: 21e-9,
+    kv_bytes_per_token: 262_144,
+    kv_bandwidth: 123e9,
+    kv_latency: 0.002,
+    handshake: 0.12,
+    start: 2.5,
+    death: 1.2,
+    ..INSTANT
+};
+
+/// OPT-13B on A100 80 GB, prefill on two GPUs and decode on one: the fits of `DistServe`'s profiler, as they stand in
+/// `simdistserve/estimators/profile_data/profiler-a100-80g.distserve.json` (the decode fit is that of batches below 95),
+/// with the millisecond that its simulator adds to a prefill. Transfers take no time there, and next to none here.
+pub(super) const A100_OPT_13B: Preset = Preset {
+    name: "a100-opt-13b",
+    prefill_constant: 0.015_743,
+    prefill_per_token: 68.577e-6,
+    prefill_per_token_squared: 2.449_6e-9,
+    step_constant: 0.019_935,
+    step_per_sequence: 38.507e-6,
+    step_per_context_token: 0.626_94e-6,
+    // 40 layers, hidden size 5120, keys and values of two bytes.
+    kv_bytes_per_token: 819_200,
+    kv_bandwidth: 300e9,
+    start: 2.5,
+    death: 1.2,
+    kv_cache_tokens: 60_000,
+    ..INSTANT
 };
 
 impl Preset {
@@ -165,6 +209,41 @@ mod tests {
         for (simulated, published) in [mean, warm, cold, steps / 199.0].into_iter().zip(PUBLISHED) {
             let ratio = simulated / published;
             assert!((0.95..1.05).contains(&ratio), "{simulated} against {published}");
+        }
+    }
+
+    /// Rows of single engines, four GPUs: requests at once, then TTFT and TPOT in milliseconds.
+    const QWEN3_ROWS: [(u16, f64, f64); 5] = [
+        (8, 426.0, 12.3),
+        (16, 513.0, 15.4),
+        (32, 634.0, 22.0),
+        (64, 905.0, 34.9),
+        (128, 1363.0, 61.7),
+    ];
+
+    #[test]
+    fn the_qwen3_preset_decodes_as_the_single_engines_it_is_fitted_to() {
+        for (at_once, ttft, tpot) in QWEN3_ROWS {
+            let rate = f64::from(at_once) / (ttft + 511.0 * tpot);
+            let step = tpot * (1.0 - rate * 170.0);
+            let made = H100_QWEN3_32B.step(1, usize::from(at_once) * 4352).as_secs_f64() * 1e3;
+            assert!(
+                (0.9..1.1).contains(&(made / step)),
+                "{made} against {step} at {at_once}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_qwen3_preset_gives_the_disaggregated_row_it_was_not_fitted_to() {
+        // aiconfigurator, vLLM 0.12, 8 prefill engines of one GPU and 2 decode engines of four, 4000 in and 1000 out.
+        const PUBLISHED: [f64; 2] = [368.0, 8.75];
+        let preset = H100_QWEN3_32B;
+        let milliseconds = |duration: Duration| duration.as_secs_f64() * 1e3;
+        let ttft = milliseconds(preset.prefill(4000, 4000) + preset.transfer(4000) + preset.step(1, 4000));
+        let tpot = milliseconds(preset.step(1, 4500));
+        for (made, published) in [ttft, tpot].into_iter().zip(PUBLISHED) {
+            assert!((0.93..1.07).contains(&(made / published)), "{made} against {published}");
         }
     }
 

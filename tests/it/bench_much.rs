@@ -141,34 +141,23 @@ fn a_search_tells_every_probe_and_what_it_knows_when_its_time_is_over() {
     let place = Place::new();
     let mut fleet = place.up(&[]);
     fleet.wait_until_ready();
-    let search = [
-        "--find-max",
-        "--request-rate",
-        "200",
-        "--attainment",
-        "0.5",
-        "--max-time",
-        "10s",
-    ];
-    let output = bench(&place, &[&search[..], &["--goodput", "e2el:0", "--json"]].concat());
+    let search = ["--find-max", "--request-rate", "100", "--max-time", "3s", "--seed", "5"];
+    let output = bench(&place, &[&search[..], &["--goodput", "e2el:60000", "--json"]].concat());
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert_eq!(document["objectives"], json!({"e2el": 0.0}));
-    assert!(document["rate"].is_null(), "{document}");
+    assert_eq!(document["objectives"], json!({"e2el": 60000.0}));
     let probes = document["probes"].as_array().unwrap();
+    // How fast this machine can send, and how many probes it has time for, is not for a test to know.
     assert!(
         probes
             .iter()
-            .all(|probe| probe["verdict"] != "pass" && probe["good"] == 0.0),
+            .all(|probe| probe["good"] == 1.0 && probe["verdict"] != "fail"),
         "{document}"
     );
-    // The next rate is half of one that failed.
-    for pair in probes.windows(2).filter(|pair| pair[0]["verdict"] == "fail") {
-        assert_eq!(
-            pair[1]["rate"].as_f64(),
-            pair[0]["rate"].as_f64().map(|rate| rate / 2.0)
-        );
-    }
+    assert_eq!(document["rate"].is_number(), output.status.success(), "{document}");
+
+    let output = bench(&place, &[&search[..], &["--goodput", "e2el:0"]].concat());
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stdout(&output).contains("even a request that is alone at the server misses e2el:0"));
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod bench_data;
 mod bench_errors;
 mod bench_much;
 mod bench_true;
+mod bench_where;
 mod causes;
 mod chaos;
 mod clients;

@@ -10,8 +10,10 @@ use super::{Phases, Stage};
 use crate::bench::record::{Answer, Record};
 use crate::bench::stats::Distribution;
 
-/// The part of the time to the first token that may stay unexplained before the table is called doubtful.
+/// The part of the time to the first token that may stay unexplained before the table is called doubtful, and the time in
+/// milliseconds that may always do: of an answer within a few milliseconds, the proxy's own work is a large part.
 pub const TOLERANCE: f64 = 0.05;
+const UNREMARKABLE_MS: f64 = 2.0;
 
 /// Where the time of a run went.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,6 +86,8 @@ pub struct Unexplained {
     pub mean: f64,
     /// The worst request's.
     pub worst: f64,
+    /// How long that was, in milliseconds.
+    pub worst_ms: f64,
     /// Which request that was, by its place in the workload.
     pub worst_request: usize,
 }
@@ -91,7 +95,7 @@ pub struct Unexplained {
 impl Unexplained {
     /// Whether the table is to be doubted.
     pub fn is_too_much(&self) -> bool {
-        self.worst > TOLERANCE
+        self.worst > TOLERANCE && self.worst_ms > UNREMARKABLE_MS
     }
 }
 
@@ -172,18 +176,14 @@ impl Summary {
     pub fn to_json(&self) -> Value {
         let rows: Vec<Value> = self.rows.iter().map(Row::to_json).collect();
         let pairs: Vec<Value> = self.pairs.iter().map(Pair::to_json).collect();
-        let Unexplained {
-            mean,
-            worst,
-            worst_request,
-        } = self.unexplained;
+        let unexplained = self.unexplained;
         json!({
             "requests": self.told,
             "stages": rows,
             "pairs": pairs,
             "unexplained": {
-                "mean_share": mean, "worst_share": worst, "worst_request": worst_request,
-                "is_too_much": self.unexplained.is_too_much(),
+                "mean_share": unexplained.mean, "worst_share": unexplained.worst, "worst_ms": unexplained.worst_ms,
+                "worst_request": unexplained.worst_request, "is_too_much": unexplained.is_too_much(),
             },
             "cold": self.cold.map(|cold| json!({
                 "requests": cold.requests, "mean_ttft_ms": cold.all_ms, "mean_ttft_without_ms": cold.warm_ms,
@@ -477,14 +477,13 @@ fn cold(told: &[Told<'_>]) -> Option<Cold> {
 }
 
 fn unexplained(told: &[Told<'_>]) -> Unexplained {
-    let share = |told: &Told<'_>| {
-        let unexplained = told.phases.length(Stage::Unexplained) + told.phases.excess;
-        unexplained.as_secs_f64() / told.answer.first_token.as_secs_f64().max(f64::MIN_POSITIVE)
-    };
+    let length_ms = |told: &Told<'_>| milliseconds(told.phases.length(Stage::Unexplained) + told.phases.excess);
+    let share = |told: &Told<'_>| length_ms(told) / told.ttft_ms().max(f64::MIN_POSITIVE);
     let worst = told.iter().max_by(|left, right| share(left).total_cmp(&share(right)));
     Unexplained {
         mean: mean(told.iter().map(share)),
         worst: worst.map_or(0.0, share),
+        worst_ms: worst.map_or(0.0, length_ms),
         worst_request: worst.map_or(0, |told| told.record.index),
     }
 }

@@ -186,7 +186,7 @@ fn warnings(summary: &Summary) -> Vec<String> {
         let others = remote.outcomes.iter().filter(|(outcome, _)| *outcome != "transferred");
         why.extend(others.map(|(outcome, count)| format!("{count} {outcome}")));
         warnings.push(format!(
-            "only {} of {} requests used remote KV{}: {}; this was no disaggregated serving",
+            "only {} of {} requests used remote KV{}: {}; the others were no disaggregated serving",
             remote.used,
             remote.answered,
             evidence(remote),

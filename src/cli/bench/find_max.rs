@@ -1,13 +1,15 @@
 //! `xpyd bench --find-max`: probes rates until the highest that meets the objectives is known closely enough.
 
 use std::cell::RefCell;
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::Arguments;
 use super::session::Session;
+use crate::bench::record::Answer;
 use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
 use crate::bench::search::{Ending, Search, Step, Verdict};
 use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
@@ -16,8 +18,13 @@ use crate::ui::time_span;
 
 /// The first rate, where the flags name none.
 const FIRST_RATE: f64 = 1.0;
-/// Between a probe that was cut and the next: the server lets go of what it was doing.
-const SETTLE: Duration = Duration::from_secs(1);
+/// Requests that are sent alone before the first probe. The first one may be cold.
+const ALONE: usize = 3;
+/// A server is at rest again when a request alone takes no more than this much longer than at first, or than the moment below.
+const AT_REST: f64 = 1.25;
+const MOMENT: Duration = Duration::from_millis(20);
+/// How long a server may take to come to rest after a probe that was cut.
+const REST: Duration = Duration::from_mins(1);
 /// How long a server takes to fill, before anything is known of it.
 const FILL: Duration = Duration::from_secs(5);
 /// Most requests that are made up for one probe.
@@ -35,10 +42,21 @@ struct Probe {
     quickest: Duration,
     invalid: Option<String>,
     cause: Option<String>,
+    /// Requests were at the server when it ended.
+    was_cut: bool,
+}
+
+/// What a request meets that is alone at the server.
+struct Alone {
+    latency: Duration,
+    /// The objectives that even it misses, if it does.
+    missed: Option<String>,
 }
 
 /// Why the search is over.
 enum Over {
+    /// A request alone misses these objectives.
+    Alone(String),
     Search(Ending),
     Time,
     Interrupted,
@@ -61,7 +79,11 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     let began = Instant::now();
     let deadline = began + modes.max_time;
     let mut probes: Vec<Probe> = Vec::new();
+    let alone = alone(session, &objectives).await?;
     let over = loop {
+        if let Some(missed) = alone.as_ref().and_then(|alone| alone.missed.clone()) {
+            break Over::Alone(missed);
+        }
         let rate = match search.step() {
             Step::End(ending) => break Over::Search(ending),
             Step::Probe(rate) => rate,
@@ -80,6 +102,9 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
             .max(FILL);
         match probe(session, &objectives, rate, fill, deadline).await? {
             Some(probe) => {
+                if probe.was_cut {
+                    rest(session, alone.as_ref(), deadline).await?;
+                }
                 session.line(&line(&probe, &objectives));
                 search.take(rate, probe.verdict);
                 probes.push(probe);
@@ -174,11 +199,57 @@ async fn probe(
     if opinion == Opinion::Open && (!in_time || session.stop.is_cancelled()) {
         return Ok(None);
     }
-    if report.dropped > 0 {
-        // A stop that comes meanwhile is seen by the caller.
-        let _ = session.stop.run_until_cancelled(sleep(SETTLE)).await;
-    }
     Ok(Some(judged(rate, opinion, evidence, &report, began.elapsed())))
+}
+
+/// Sends a few requests, one after the other; `None` if one failed or the user stopped it.
+async fn alone(session: &Session<'_>, objectives: &[Objective]) -> Result<Option<Alone>, Failure> {
+    let report = one_by_one(session, ALONE).await?;
+    let answers: Vec<&Answer> = report
+        .records
+        .iter()
+        .filter_map(|record| record.result.as_ref().ok())
+        .collect();
+    let Some(quickest) = answers
+        .iter()
+        .map(|answer| answer.latency)
+        .min()
+        .filter(|_| answers.len() == ALONE)
+    else {
+        return Ok(None);
+    };
+    let is_missed = |objective: &&Objective| answers.iter().all(|answer| !objective.is_met(answer));
+    let missed: Vec<Objective> = objectives.iter().filter(is_missed).copied().collect();
+    Ok(Some(Alone {
+        latency: quickest,
+        missed: (!missed.is_empty()).then(|| named(&missed)),
+    }))
+}
+
+/// Waits until the server has let go of what the last probe left behind: a request alone takes as long as at first.
+async fn rest(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) -> Result<(), Failure> {
+    let Some(alone) = alone else {
+        return Ok(());
+    };
+    let limit = alone.latency.mul_f64(AT_REST) + MOMENT;
+    let deadline = deadline.min(Instant::now() + REST);
+    while Instant::now() < deadline && !session.stop.is_cancelled() {
+        let report = one_by_one(session, 1).await?;
+        let is_at_rest = |record: &Record| record.result.as_ref().is_ok_and(|answer| answer.latency <= limit);
+        if report.records.iter().all(is_at_rest) {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+async fn one_by_one(session: &Session<'_>, count: usize) -> Result<Report, Failure> {
+    let spec = session.spec(|arguments| {
+        arguments.load.request_rate = f64::INFINITY;
+        arguments.load.max_concurrency = NonZeroUsize::new(1);
+        arguments.data.num_prompts = count;
+    })?;
+    session.run(&spec, "one at a time", &|_| {}, session.stop.clone()).await
 }
 
 fn judged(rate: f64, opinion: Opinion, evidence: Evidence, report: &Report, lasted: Duration) -> Probe {
@@ -200,6 +271,7 @@ fn judged(rate: f64, opinion: Opinion, evidence: Evidence, report: &Report, last
         quickest: answers.map(|answer| answer.latency).min().unwrap_or_default(),
         invalid,
         cause: report.failures().into_iter().next().map(|group| group.cause),
+        was_cut: report.dropped > 0,
     }
 }
 
@@ -288,8 +360,9 @@ fn summary(
         Over::Search(Ending::NothingPasses) => lines.push("even the lowest rate fails".to_owned()),
         Over::Search(Ending::EverythingPasses) => lines.push("even the highest rate passes".to_owned()),
         Over::Search(Ending::ClientLimit) => {
-            lines.push("the client, not the server, is the limit: the rest is not known".to_owned());
+            lines.push("the client could not keep up, so the search ended early".to_owned());
         }
+        Over::Alone(missed) => lines.push(format!("even a request that is alone at the server misses {missed}")),
         Over::Search(Ending::Probes) => lines.push("too many probes: the verdicts contradict each other".to_owned()),
         Over::Time => lines.push("the time is over (--max-time)".to_owned()),
         Over::Interrupted => lines.push("interrupted".to_owned()),
@@ -298,6 +371,7 @@ fn summary(
         (Some(low), Some(high)) => format!("meets {wanted} up to {low:.2} req/s, and no longer at {high:.2}"),
         (Some(low), None) => format!("meets {wanted} at {low:.2} req/s; what it does beyond is not known"),
         (None, Some(high)) => format!("does not meet {wanted} at {high:.3} req/s; what it does below is not known"),
+        (None, None) if matches!(over, Over::Alone(_)) => format!("no rate meets {wanted}"),
         (None, None) => format!("whether it meets {wanted} is not known"),
     });
     if let Some(first) = high.and_then(|high| first_broken(high, probes, objectives)) {
@@ -349,6 +423,7 @@ fn document(
         Over::Search(Ending::EverythingPasses) => "everything passes",
         Over::Search(Ending::ClientLimit) => "client limit",
         Over::Search(Ending::Probes) => "too many probes",
+        Over::Alone(_) => "a request alone misses",
         Over::Time => "time",
         Over::Interrupted => "interrupted",
     };

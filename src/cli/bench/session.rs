@@ -166,6 +166,11 @@ pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> 
         return Err(usage(format!("`{flag}` and `--ramp-up-strategy` both decide the rate"))
             .hint("leave out the `--ramp-up` flags"));
     }
+    if flag == "--against" && arguments.data.num_prompts < 2 {
+        return Err(
+            usage("`--against` deals requests out in blocks".to_owned()).hint("name their number: `--num-prompts 100`")
+        );
+    }
     if let Some(points) = &arguments.modes.sweep {
         super::sweep::check(arguments, points)?;
     }

@@ -134,6 +134,9 @@ fn line(row: &Row) -> String {
     if row.is_overloaded {
         notes.push("overloaded".to_owned());
     }
+    if row.is_partial {
+        notes.push("ended early".to_owned());
+    }
     if row.failed > 0 {
         notes.push(format!("{} failed", row.failed));
     }

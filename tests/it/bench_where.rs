@@ -1,0 +1,151 @@
+//! `xpyd bench` on simulated fleets: where the time to the first token went, and whether KV was handed over at all. How
+//! long anything takes is not asserted, only that the parts add up.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+
+use serde_json::Value;
+
+use crate::support::Place;
+
+/// What a run said: its result, and what stood beside it.
+fn bench(place: &Place, more: &[&str]) -> (Value, String) {
+    let recipe = [
+        "bench",
+        "--json",
+        "--random-input-len",
+        "320",
+        "--random-output-len",
+        "4",
+        "--request-rate",
+        "inf",
+        "--max-concurrency",
+        "1",
+    ];
+    let output = place.run(&[&recipe[..], more].concat());
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{told}");
+    (serde_json::from_slice(&output.stdout).unwrap(), told)
+}
+
+fn stage<'run>(report: &'run Value, name: &str) -> Option<&'run Value> {
+    let stages = report["xpyd"]["where"]["stages"].as_array().unwrap();
+    stages.iter().find(|stage| stage["stage"] == name)
+}
+
+/// The stages that are no part of another, but the whole.
+fn sum_of_stages(report: &Value) -> f64 {
+    let stages = report["xpyd"]["where"]["stages"].as_array().unwrap();
+    let top = stages
+        .iter()
+        .filter(|stage| stage["is_part"] == false && stage["stage"] != "ttft");
+    top.map(|stage| stage["mean_ms"].as_f64().unwrap()).sum()
+}
+
+#[test]
+fn stages_add_up_to_what_the_client_saw_and_engines_split_them() {
+    let place = Place::new();
+    let mut run = place.up(&["--profile", "2p2d", "--connector", "nixl", "--set", "sim.preset=brisk"]);
+    run.wait_until_ready();
+    let (report, told) = bench(&place, &["--num-prompts", "8"]);
+    let seen = report["mean_ttft_ms"].as_f64().unwrap();
+    let sum = sum_of_stages(&report);
+    assert!((sum - seen).abs() < 0.01 * seen, "{sum} against {seen}: {report}");
+    for part in [
+        "prefill_queue",
+        "prefill_compute",
+        "kv_transfer",
+        "decode_queue",
+        "first_step",
+    ] {
+        let stage = stage(&report, part).unwrap_or_else(|| panic!("{part} in {report}"));
+        assert_eq!(
+            (&stage["is_part"], &stage["p50_ms"]),
+            (&Value::Bool(true), &Value::Null)
+        );
+    }
+    let place_of_time = &report["xpyd"]["where"];
+    let pairs = place_of_time["pairs"].as_array().unwrap();
+    let requests: u64 = pairs.iter().map(|pair| pair["requests"].as_u64().unwrap()).sum();
+    assert_eq!(
+        (requests, place_of_time["cold"]["requests"].as_u64().unwrap()),
+        (8, pairs.len() as u64)
+    );
+    let remote = &place_of_time["remote_kv"];
+    assert_eq!(
+        (&remote["used"], &remote["is_counted_by_engines"]),
+        (&8.into(), &true.into()),
+        "{remote}"
+    );
+    assert!(report["xpyd"]["gpus"].is_null() || !report["xpyd"]["gpus"]["each"].as_array().unwrap().is_empty());
+    for line in [
+        "STAGE",
+        "prefill compute",
+        "prefiller1 → ",
+        "without the first request of each pair",
+        "8 of 8 requests used remote KV",
+    ] {
+        assert!(told.contains(line), "{line} in {told}");
+    }
+    assert!(
+        !told.contains("used remote KV, as the decode engines counted:"),
+        "{told}"
+    );
+}
+
+#[test]
+fn engines_that_tell_of_single_requests_give_percentiles_of_their_parts() {
+    let place = Place::new();
+    let settings = ["--profile", "1p1d", "--connector", "nixl", "--set", "sim.preset=brisk"];
+    let mut run = place.up(&[
+        &settings[..],
+        &["--set", r#"vllm.args=["--enable-per-request-metrics"]"#],
+    ]
+    .concat());
+    run.wait_until_ready();
+    let (report, _) = bench(&place, &["--num-prompts", "4"]);
+    for part in ["prefill_queue", "prefill_compute", "first_step"] {
+        assert!(
+            stage(&report, part).unwrap()["p99_ms"].is_number(),
+            "{part} in {report}"
+        );
+    }
+}
+
+#[test]
+fn a_fleet_whose_decode_engine_computes_prompts_again_is_called_out() {
+    let place = Place::new();
+    let faults = r#"sim.faults=["fail-transfer=2"]"#;
+    let mut run = place.up(&["--profile", "1p1d", "--connector", "nixl", "--set", faults]);
+    run.wait_until_ready();
+    let (report, told) = bench(&place, &["--num-prompts", "6"]);
+    let remote = &report["xpyd"]["where"]["remote_kv"];
+    assert_eq!(
+        (&remote["used"], &remote["recomputed"]),
+        (&3.into(), &3.into()),
+        "{remote}"
+    );
+    assert!(told.contains("warning: only 3 of 6 requests used remote KV"), "{told}");
+}
+
+#[test]
+fn requests_that_a_decode_engine_answers_alone_are_called_out_with_the_reason() {
+    let place = Place::new();
+    let mut run = place.up(&[
+        "--profile",
+        "1p1d",
+        "--connector",
+        "nixl",
+        "--set",
+        "proxy.routing.prefill_threshold=100000",
+    ]);
+    run.wait_until_ready();
+    let (report, told) = bench(&place, &["--num-prompts", "3"]);
+    assert_eq!(report["xpyd"]["where"]["remote_kv"]["used"], 0);
+    assert!(
+        told.contains("only 0 of 3 requests used remote KV") && told.contains("3 bypassed (prefill_threshold)"),
+        "{told}"
+    );
+    assert!(
+        stage(&report, "prefill").is_none() && stage(&report, "decode").is_some(),
+        "{report}"
+    );
+}
