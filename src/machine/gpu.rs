@@ -126,7 +126,7 @@ impl Path {
             Self::Switch => "a PCIe switch",
             Self::Numa => "one NUMA node",
             Self::System => "two NUMA nodes",
-            Self::Unknown => "unknown",
+            Self::Unknown => "a way that NVML does not tell",
         }
     }
 }

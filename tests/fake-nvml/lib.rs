@@ -24,7 +24,10 @@ fn script() -> Script {
     let path = std::env::var("XPYD_FAKE_NVML").unwrap_or_default();
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let (mut script, mut section) = (Script::new(), String::new());
-    for line in text.lines().map(|line| line.split('#').next().unwrap_or_default().trim()) {
+    for line in text
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or_default().trim())
+    {
         if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
             section = name.to_owned();
             script.insert((section.clone(), String::new()), String::new());
@@ -84,8 +87,7 @@ impl Device {
     fn uuid(self) -> String {
         let kind = if self.slice.is_some() { "MIG" } else { "GPU" };
         let slice = self.slice.map_or(0, |slice| slice + 1);
-        text(&self.section(), "uuid")
-            .unwrap_or_else(|| format!("{kind}-{:08x}-0000-0000-0000-{slice:012x}", self.card))
+        text(&self.section(), "uuid").unwrap_or_else(|| format!("{kind}-{:08x}-0000-0000-0000-{slice:012x}", self.card))
     }
 
     fn node(self) -> u64 {
@@ -105,10 +107,15 @@ fn cards() -> usize {
 fn devices() -> Vec<Device> {
     let slices = |card| {
         (0..7)
-            .map(move |slice| Device { card, slice: Some(slice) })
+            .map(move |slice| Device {
+                card,
+                slice: Some(slice),
+            })
             .filter(|device| exists(&device.section()))
     };
-    (0..cards()).flat_map(|card| std::iter::once(Device { card, slice: None }).chain(slices(card))).collect()
+    (0..cards())
+        .flat_map(|card| std::iter::once(Device { card, slice: None }).chain(slices(card)))
+        .collect()
 }
 
 /// A worker of an engine, and since when it is gone.
@@ -124,16 +131,28 @@ fn processes(device: Device) -> Vec<(u32, u64)> {
     let named = (0..)
         .map(|process| format!("{}.process.{process}", device.section()))
         .take_while(|section| exists(section))
-        .map(|section| (number(&section, "pid").unwrap_or(1) as u32, number(&section, "mib").unwrap_or(u64::MAX)));
+        .map(|section| {
+            (
+                number(&section, "pid").unwrap_or(1) as u32,
+                number(&section, "mib").unwrap_or(u64::MAX),
+            )
+        });
     let mut found: Vec<(u32, u64)> = named.collect();
-    let Some(size) = number("engines", "mib") else { return found };
+    let Some(size) = number("engines", "mib") else {
+        return found;
+    };
     let offset = number("engines", "pid_offset").unwrap_or(0) as u32;
     let lag = Duration::from_millis(number("engines", "lag_ms").unwrap_or(0));
     let mut workers = WORKERS.lock().unwrap();
     remember(&mut workers);
     workers.retain(|_, worker| worker.gone.is_none_or(|gone| gone.elapsed() < lag));
     let uuid = device.uuid();
-    found.extend(workers.iter().filter(|(_, worker)| worker.uuid == uuid).map(|(pid, _)| (pid + offset, size)));
+    found.extend(
+        workers
+            .iter()
+            .filter(|(_, worker)| worker.uuid == uuid)
+            .map(|(pid, _)| (pid + offset, size)),
+    );
     found
 }
 
@@ -158,16 +177,24 @@ fn remember(workers: &mut BTreeMap<u32, Worker>) {
             continue;
         }
         let environment = read("environ");
-        let variable = |name: &str| environment.split('\0').find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let variable = |name: &str| {
+            environment
+                .split('\0')
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+        };
         if variable("XPYD_FAKE_NVML") != Some(own.as_str()) {
             continue;
         }
         let visible = variable("CUDA_VISIBLE_DEVICES").unwrap_or_default().to_owned();
-        let parent = read("stat").rsplit_once(") ").map(|(_, rest)| rest.split(' ').nth(1).unwrap_or("").to_owned());
+        let parent = read("stat")
+            .rsplit_once(") ")
+            .map(|(_, rest)| rest.split(' ').nth(1).unwrap_or("").to_owned());
         let turn = turns.entry(parent.unwrap_or_default()).or_default();
         let entry = visible.split(',').nth(*turn).unwrap_or_default();
         *turn += 1;
-        let position = all.iter().position(|device| device.uuid() == entry || device.card.to_string() == entry);
+        let position = all
+            .iter()
+            .position(|device| device.uuid() == entry || device.card.to_string() == entry);
         if let Some(position) = position {
             alive.push(pid);
             let uuid = all[(position + shift) % all.len()].uuid();
@@ -218,7 +245,11 @@ pub extern "C" fn nvmlShutdown() -> c_uint {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlSystemGetDriverVersion(buffer: *mut c_char, length: c_uint) -> c_uint {
     answer("nvmlSystemGetDriverVersion", || unsafe {
-        write_text(&text("", "driver").unwrap_or_else(|| "570.86.15".to_owned()), buffer, length)
+        write_text(
+            &text("", "driver").unwrap_or_else(|| "570.86.15".to_owned()),
+            buffer,
+            length,
+        )
     })
 }
 
@@ -241,7 +272,10 @@ pub unsafe extern "C" fn nvmlDeviceGetCount_v2(count: *mut c_uint) -> c_uint {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, device: *mut *mut c_void) -> c_uint {
     answer("nvmlDeviceGetHandleByIndex_v2", || {
-        let found = Device { card: index as usize, slice: None };
+        let found = Device {
+            card: index as usize,
+            slice: None,
+        };
         if let Some(code) = number(&found.section(), "lost") {
             return Err(code as c_uint);
         }
@@ -254,7 +288,10 @@ pub unsafe extern "C" fn nvmlDeviceGetHandleByIndex_v2(index: c_uint, device: *m
 pub unsafe extern "C" fn nvmlDeviceGetHandleByUUID(uuid: *const c_char, device: *mut *mut c_void) -> c_uint {
     answer("nvmlDeviceGetHandleByUUID", || {
         let wanted = unsafe { CStr::from_ptr(uuid) }.to_string_lossy().into_owned();
-        let found = devices().into_iter().find(|device| device.uuid() == wanted).ok_or(NOT_FOUND)?;
+        let found = devices()
+            .into_iter()
+            .find(|device| device.uuid() == wanted)
+            .ok_or(NOT_FOUND)?;
         unsafe { *device = found.handle() };
         Ok(())
     })
@@ -270,7 +307,9 @@ pub unsafe extern "C" fn nvmlDeviceGetName(device: *mut c_void, buffer: *mut c_c
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetUUID(device: *mut c_void, buffer: *mut c_char, length: c_uint) -> c_uint {
-    answer("nvmlDeviceGetUUID", || unsafe { write_text(&Device::of(device).uuid(), buffer, length) })
+    answer("nvmlDeviceGetUUID", || unsafe {
+        write_text(&Device::of(device).uuid(), buffer, length)
+    })
 }
 
 /// `nvmlMemory_v2_t`.
@@ -287,7 +326,10 @@ pub struct Memory {
 pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(device: *mut c_void, memory: *mut Memory) -> c_uint {
     answer("nvmlDeviceGetMemoryInfo_v2", || {
         let device = Device::of(device);
-        let held: u64 = processes(device).iter().map(|(_, mib)| if *mib == u64::MAX { 0 } else { *mib }).sum();
+        let held: u64 = processes(device)
+            .iter()
+            .map(|(_, mib)| if *mib == u64::MAX { 0 } else { *mib })
+            .sum();
         let total = number(&device.section(), "total_mib").unwrap_or(81_559) << 20;
         let reserved = 600 << 20;
         let used = (number(&device.section(), "used_mib").unwrap_or(4) + held) << 20;
@@ -317,11 +359,20 @@ pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
         let found = processes(Device::of(device));
         let room = unsafe { std::mem::replace(&mut *count, found.len() as c_uint) } as usize;
         if found.len() > room || into.is_null() {
-            return if found.is_empty() { Ok(()) } else { Err(INSUFFICIENT_SIZE) };
+            return if found.is_empty() {
+                Ok(())
+            } else {
+                Err(INSUFFICIENT_SIZE)
+            };
         }
         for (position, (pid, mib)) in found.into_iter().enumerate() {
             let memory = if mib == u64::MAX { mib } else { mib << 20 };
-            let process = Process { pid, memory, gpu_instance: c_uint::MAX, compute_instance: c_uint::MAX };
+            let process = Process {
+                pid,
+                memory,
+                gpu_instance: c_uint::MAX,
+                compute_instance: c_uint::MAX,
+            };
             unsafe { into.add(position).write(process) };
         }
         Ok(())
@@ -361,7 +412,10 @@ pub unsafe extern "C" fn nvmlDeviceGetMigDeviceHandleByIndex(
     slice: c_uint,
     into: *mut *mut c_void,
 ) -> c_uint {
-    let found = Device { slice: Some(slice as usize), ..Device::of(device) };
+    let found = Device {
+        slice: Some(slice as usize),
+        ..Device::of(device)
+    };
     if !exists(&found.section()) {
         return NOT_FOUND;
     }
@@ -383,7 +437,9 @@ pub struct Pci {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlDeviceGetPciInfo_v3(device: *mut c_void, place: *mut Pci) -> c_uint {
-    answer("nvmlDeviceGetPciInfo_v3", || unsafe { write_place(Device::of(device), place) })
+    answer("nvmlDeviceGetPciInfo_v3", || unsafe {
+        write_place(Device::of(device), place)
+    })
 }
 
 unsafe fn write_place(device: Device, place: *mut Pci) -> Result<(), c_uint> {
@@ -523,9 +579,14 @@ pub unsafe extern "C" fn nvmlDeviceGetNvLinkRemotePciInfo_v2(
     place: *mut Pci,
 ) -> c_uint {
     let peers = text(&Device::of(device).section(), "nvlink").unwrap_or_default();
-    let peer = peers.split(',').nth(link as usize).and_then(|peer| peer.trim().parse().ok());
+    let peer = peers
+        .split(',')
+        .nth(link as usize)
+        .and_then(|peer| peer.trim().parse().ok());
     match peer {
-        Some(card) => unsafe { write_place(Device { card, slice: None }, place) }.err().unwrap_or(SUCCESS),
+        Some(card) => unsafe { write_place(Device { card, slice: None }, place) }
+            .err()
+            .unwrap_or(SUCCESS),
         None => INVALID_ARGUMENT,
     }
 }

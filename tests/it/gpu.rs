@@ -22,7 +22,9 @@ fn library() -> &'static Path {
         std::fs::create_dir_all(&own).expect("a folder");
         let (library, made) = (folder.join("libfake-nvml.so"), own.join("libfake-nvml.so"));
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-nvml/lib.rs");
-        let compiler = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let compiler = std::env::var_os("RUSTC")
+            .filter(|path| !path.is_empty())
+            .unwrap_or_else(|| "rustc".into());
         let status = Command::new(compiler)
             .args([
                 "--edition",

@@ -39,9 +39,10 @@ impl fmt::Display for GpuProcess {
                 "pid {} ({}, {}, {size})",
                 local.pid, local.user, local.command
             ),
+            // In a container it may be any process of the host; elsewhere only one whose memory is still being freed.
             None => write!(
                 formatter,
-                "pid {} of the host ({size}), which cannot be seen from this container",
+                "pid {} ({size}, not seen here: ended, or the host's)",
                 self.pid
             ),
         }
@@ -122,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_cannot_be_seen_is_said_to_be_the_hosts() {
+    fn a_process_that_cannot_be_seen_is_said_so() {
         // Beyond the largest id that Linux can give.
         let pid = 4_194_305;
         assert_eq!(Lookup::default().process(pid), None);
@@ -133,7 +134,7 @@ mod tests {
         };
         assert_eq!(
             process.to_string(),
-            "pid 4194305 of the host (5120 MiB), which cannot be seen from this container"
+            "pid 4194305 (5120 MiB, not seen here: ended, or the host's)"
         );
     }
 
