@@ -154,7 +154,8 @@ fn remarks(run: &Run) -> Markup {
     let cold = &run.xpyd["where"]["cold"];
     let number = |key: &str| cold[key].as_f64();
     html! {
-        @if let (Some(requests), Some(all), Some(warm)) = (cold["requests"].as_u64(), number("mean_ttft_ms"), number("mean_ttft_without_ms")) {
+        @if let (Some(requests), Some(all), Some(warm)) = (cold["requests"].as_u64(), number("mean_ttft_ms"), number("mean_ttft_without_ms"))
+            && digits(all) != digits(warm) {
             p.note { (whole(requests)) " requests were the first of their pair of engines and paid for the connection between the two: the mean \
                 TTFT is " (digits(all)) " ms with them and " (digits(warm)) " ms without." }
         }

@@ -4,7 +4,7 @@
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::chart::{Path, Size, bottom_axis, chart, left_axis, panel_name};
+use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_name};
 use super::number::{Axis, digits, finite, hundredths, pixel, round_up, span, tick, whole};
 
 /// Points that are shown.
@@ -38,7 +38,7 @@ enum Standing {
 impl Standing {
     fn word(self) -> &'static str {
         match self {
-            Self::Fine => "",
+            Self::Fine => "fine",
             Self::Failed => "fails",
             Self::Invalid => "invalid",
         }
@@ -187,6 +187,7 @@ fn panels(points: &[Point], unit: &str, panels: &[(&str, &[Line<'_>], Option<f64
         let bottom = |place: usize| 22.0 + height + place as f64 * (height + 46.0);
         let picture = html! {
             @for (place, (name, lines, limit)) in panels.iter().enumerate() {
+                (down_lines(&axis, size, (bottom(place) - height, bottom(place))))
                 (panel(points, &axis, size, (bottom(place) - height, bottom(place)), name, lines, *limit))
                 @if place + 1 == panels.len() { (bottom_axis(&axis, size, (bottom(place) - height, bottom(place)), unit)) }
             }
@@ -210,7 +211,8 @@ fn panel(
     // One value of a server that has collapsed must not flatten all others: what is far beyond the limit is cut off.
     let most = values.fold(limit.unwrap_or(0.0), f64::max);
     let most = limit.map_or(most, |limit| most.min(limit * 6.0)).max(1e-6);
-    let height = Axis::linear((0.0, round_up(most)), (bottom, top));
+    // Room for the limit's name below the panel's.
+    let height = Axis::linear((0.0, round_up(most * 1.12)), (bottom, top));
     let (_, right) = size.plot();
     html! {
         (panel_name(top - 10.0, name))
@@ -219,12 +221,15 @@ fn panel(
             path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(height.at(limit))) "H" (pixel(right)) } {}
             text.name.limit x=(pixel(size.plot().0 + 4.0)) y=(pixel(height.at(limit) - 4.0)) { "objective " (tick(limit)) }
         }
-        @for (line, class, value) in lines {
+        @for (place, (line, class, value)) in lines.iter().enumerate() {
             @let (path, dots, crosses, end) = trace(points, axis, &height, *value);
             path class={ "curve " (class) } d=(path.text()) {}
             path.dots.few d=(dots.text()) {}
             path.crosses d=(crosses.text()) {}
-            @if let Some((x, y)) = end { text.name x=(pixel(x + 8.0)) y=(pixel(y + 4.0)) { (line) } }
+            // Lines that end together have their names one above the other, the upper line's above.
+            @if let Some((x, y)) = end {
+                text.name x=(pixel(x + 8.0)) y=(pixel(if place == 0 { y + 11.0 } else { y - 3.0 })) { (line) }
+            }
         }
     }
 }
@@ -283,7 +288,7 @@ fn table(points: &[Point], unit: &str) -> Markup {
             thead { tr {
                 th scope="col" { "Asked, " (unit) }
                 @for (name, _, _) in &columns { th scope="col" { (name) } }
-                th scope="col" { "Failed" } th.text scope="col" { "Remarks" }
+                th scope="col" { "Failed" } th scope="col" { "Verdict" }
             } }
             tbody {
                 @for point in points {
@@ -291,10 +296,15 @@ fn table(points: &[Point], unit: &str) -> Markup {
                         th scope="row" { (point.asked.map_or("all at once".to_owned(), tick)) }
                         @for (_, _, value) in &columns { td { (text(value(point))) } }
                         td { (whole(point.failed)) }
-                        td.text { (point.standing.word()) @if !point.note.is_empty() { @if point.standing != Standing::Fine { ": " } bdi { (point.note) } } }
+                        td { (point.standing.word()) }
                     }
                 }
             }
         } }
+        ul.remarks {
+            @for point in points.iter().filter(|point| !point.note.is_empty()) {
+                li { (point.asked.map_or("all at once".to_owned(), |asked| format!("{} {unit}", tick(asked)))) ": " bdi { (point.note) } }
+            }
+        }
     }
 }

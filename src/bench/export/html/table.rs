@@ -74,7 +74,12 @@ pub(super) fn latencies(values: &Values, intervals: &Value) -> Markup {
             "tpot_ms",
             &values.per_token,
         ),
-        Latency::of("ITL", "gap between two chunks of an answer", "itl_ms", &values.gaps),
+        Latency::of(
+            "ITL",
+            "gap between two chunks of an answer",
+            "itl_chunk_gap_ms",
+            &values.gaps,
+        ),
         Latency::of("E2EL", "from the request to its last token", "e2el_ms", &values.whole),
     ];
     let rows: Vec<Latency> = rows.into_iter().flatten().collect();
