@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A whole command line: the words after `bench` are read as [`words`] does, others stay.
+/// A whole command line: the words after `bench` are read as `words` does, others stay.
 pub fn line(all: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut all: Vec<OsString> = all.into_iter().collect();
     // Global flags take no values, so the first word that is no flag is the verb.
