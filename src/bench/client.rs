@@ -19,6 +19,7 @@ use tokio::net::lookup_host;
 use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
+use super::attribution::pages::Page;
 use super::engine_counters;
 use super::export::python;
 use super::load::Exchange;
@@ -29,7 +30,7 @@ use super::{Backend, BenchError, CONNECT_TIMEOUT, Spec};
 use crate::wire::{Framing, Pool, Receipt, Wire};
 
 /// The most bytes that are read of a body which is not a stream.
-const MAX_BODY_BYTES: usize = 1 << 20;
+pub(super) const MAX_BODY_BYTES: usize = 1 << 20;
 /// The most characters of a server's message in a report.
 const MAX_MESSAGE_CHARS: usize = 300;
 
@@ -110,12 +111,12 @@ pub(super) fn url(base_url: &str, path: &str) -> Result<Url, BenchError> {
     usable.ok_or_else(|| BenchError::BaseUrl(base_url.to_owned()))
 }
 
-/// The beginning of a body.
-pub(super) async fn bounded_body(mut response: reqwest::Response) -> Result<Vec<u8>, reqwest::Error> {
+/// The beginning of a body: more than `limit` bytes only if there are more in it.
+pub(super) async fn bounded_body(mut response: reqwest::Response, limit: usize) -> Result<Vec<u8>, reqwest::Error> {
     let mut body = Vec::new();
     while let Some(bytes) = response.chunk().await? {
         body.extend_from_slice(&bytes);
-        if body.len() > MAX_BODY_BYTES {
+        if body.len() > limit {
             break;
         }
     }
@@ -142,6 +143,11 @@ impl Client {
     /// What the server's `/metrics` says of decoding.
     pub(super) async fn engine_counters(&self, base_url: &str) -> engine_counters::Counters {
         engine_counters::read(&self.http, base_url).await
+    }
+
+    /// What the engines behind the server count, each for itself.
+    pub(super) async fn engine_page(&self, base_url: &str) -> Option<Page> {
+        Page::read(&self.http, base_url).await
     }
 
     /// Makes the request and reads its whole answer.

@@ -75,7 +75,9 @@ pub(super) async fn read(http: &reqwest::Client, base_url: &str) -> Counters {
     if response.status() != reqwest::StatusCode::OK {
         return Counters::default();
     }
-    let body = client::bounded_body(response).await.unwrap_or_default();
+    let body = client::bounded_body(response, client::MAX_BODY_BYTES)
+        .await
+        .unwrap_or_default();
     Counters::of(&String::from_utf8_lossy(&body))
 }
 

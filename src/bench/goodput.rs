@@ -82,14 +82,10 @@ impl FromStr for Objective {
 }
 
 /// Objectives as the result file tells them: milliseconds by latency.
-pub(super) fn to_json(objectives: &[Objective]) -> serde_json::Value {
+pub fn to_json(objectives: &[Objective]) -> serde_json::Value {
     let entries = objectives.iter().map(|objective| {
-        let name = match objective.latency {
-            ObjectiveLatency::Ttft => "ttft",
-            ObjectiveLatency::Tpot => "tpot",
-            ObjectiveLatency::E2el => "e2el",
-        };
-        (name.to_owned(), serde_json::json!(objective.milliseconds))
+        let name = objective.latency.name().to_owned();
+        (name, serde_json::json!(objective.milliseconds))
     });
     serde_json::Value::Object(entries.collect())
 }

@@ -52,7 +52,6 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::alignment::align;
 pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
-use self::attribution::pages::Page;
 pub use self::attribution::{Phases, Stage};
 pub use self::engine_counters::{Diffusion, Speculation};
 pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
@@ -304,8 +303,8 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
 
     say("Starting main benchmark run...");
     opening::announce(spec, say);
-    let before = sender.client.engine_counters(&spec.base_url).await;
-    let page = Page::read(spec).await;
+    let (client, base_url) = (&sender.client, &spec.base_url);
+    let (before, first_page) = tokio::join!(client.engine_counters(base_url), client.engine_page(base_url));
     let started_at = jiff::Zoned::now();
     let over = CancellationToken::new();
     let mut probing = sender.probe(spec.options.probe_rate, &over, &stop);
@@ -330,7 +329,14 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
         probes = Some(told);
     }
     let duration = measured.duration.as_secs_f64();
-    let after = sender.client.engine_counters(&spec.base_url).await;
+    // A server that had no such page is not asked for another one.
+    let last_page = async {
+        match first_page {
+            Some(first) => Some((first, client.engine_page(base_url).await?)),
+            None => None,
+        }
+    };
+    let (after, pages) = tokio::join!(client.engine_counters(base_url), last_page);
     let prompt_lengths = sender.orders.iter().map(|order| order.prompt.token_count()).collect();
     let mut report = Report::new(spec, prompt_lengths, measured);
     report.beside = Beside {
@@ -340,8 +346,8 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
         probes,
         ..Beside::default()
     };
-    if let (Some(before), Some(after)) = (page, Page::read(spec).await) {
-        report.beside.engines = after.since(&before);
+    if let Some((first, last)) = pages {
+        report.beside.engines = last.since(&first);
     }
     Ok(report)
 }
@@ -411,12 +417,8 @@ impl Sender {
     fn probe(&self, rate: f64, over: &CancellationToken, stop: &CancellationToken) -> JoinSet<(Probes, Duration)> {
         let mut probing = JoinSet::new();
         if rate > 0.0 {
-            let prompt = Prompt::Text {
-                text: "Hi".into(),
-                token_count: 1,
-            };
             let own = Self {
-                orders: [Order::new(prompt, 1)].into(),
+                orders: [Order::new(Prompt::text("Hi", 1), 1)].into(),
                 ..self.clone()
             };
             let (over, stop) = (over.clone(), stop.clone());

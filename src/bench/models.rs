@@ -43,7 +43,9 @@ pub async fn discover(base_url: &str, headers: &HeaderMap, wanted: Option<&str>)
     if !response.status().is_success() {
         return Err(not_a_list(format!("HTTP {}", response.status())));
     }
-    let body = client::bounded_body(response).await.map_err(unreachable)?;
+    let body = client::bounded_body(response, client::MAX_BODY_BYTES)
+        .await
+        .map_err(unreachable)?;
     let list: ModelList = serde_json::from_slice(&body).map_err(|error| not_a_list(error.to_string()))?;
     let mut served = list.data.into_iter();
     match wanted {

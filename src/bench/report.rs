@@ -1,5 +1,6 @@
 //! The result of a run: its settings, its records and its numbers, and the forms it can be shown in.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::Spec;
@@ -34,6 +35,8 @@ pub struct Report {
     pub effort: Effort,
     /// What was seen beside the requests.
     pub beside: Beside,
+    /// Made when it is asked for.
+    pub(super) statistics: OnceLock<Statistics>,
 }
 
 /// What was seen beside the requests of the workload.
@@ -127,6 +130,7 @@ impl Report {
             unsent: 0,
             effort: Effort::default(),
             beside: Beside::default(),
+            statistics: OnceLock::new(),
         }
     }
 
@@ -194,9 +198,11 @@ impl Report {
         self.spec.naming.model_id.as_ref().unwrap_or(&self.spec.model)
     }
 
-    /// Intervals of the latencies, stalls, and the same without cold requests. Resampling takes up to a second.
-    pub fn statistics(&self) -> Statistics {
-        Statistics::of(&self.records, &self.spec.percentiles)
+    /// Intervals of the latencies, stalls, and the same without cold requests. Resampling takes up to a second, so it is done
+    /// once, when somebody asks.
+    pub fn statistics(&self) -> &Statistics {
+        self.statistics
+            .get_or_init(|| Statistics::of(&self.records, &self.spec.percentiles))
     }
 
     /// Whether the client was up to what it measured.
@@ -232,11 +238,6 @@ impl Report {
     /// Mean time per output token after the first, in milliseconds.
     pub fn mean_tpot_ms(&self) -> f64 {
         self.mean(Metric::Tpot)
-    }
-
-    /// Mean gap between chunks, in milliseconds.
-    pub fn mean_itl_ms(&self) -> f64 {
-        self.mean(Metric::Itl)
     }
 
     fn mean(&self, metric: Metric) -> f64 {

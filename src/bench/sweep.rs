@@ -9,6 +9,7 @@ use super::growth::Growth;
 use super::record::Record;
 use super::report::Report;
 use super::stats::{Distribution, Metric};
+use super::workload;
 
 /// What changes from point to point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,11 +128,7 @@ pub fn seed(seed: u32, number: u32) -> u32 {
     if number == 0 {
         return seed;
     }
-    // The finishing steps of MurmurHash3, which let every bit change every other.
-    let mut mixed = seed ^ number.wrapping_mul(0x9e37_79b9);
-    mixed = (mixed ^ (mixed >> 16)).wrapping_mul(0x85eb_ca6b);
-    mixed = (mixed ^ (mixed >> 13)).wrapping_mul(0xc2b2_ae35);
-    mixed ^ (mixed >> 16)
+    workload::scramble(seed ^ number.wrapping_mul(0x9e37_79b9))
 }
 
 /// Whether the requests that have ended so far show that the server has more to do than it can. Records may stand in any

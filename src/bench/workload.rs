@@ -22,6 +22,7 @@ pub use self::burstgpt::BurstGpt;
 pub use self::custom::Custom;
 pub use self::dataset::{Dataset, DatasetError, Product, Progress, Source, Stopped};
 pub use self::prefix_repetition::PrefixRepetition;
+pub(in crate::bench) use self::prompt::scramble;
 pub use self::prompt::{Message, Prompt, Running};
 pub use self::random::{Random, RangeRatio};
 pub use self::sessions::{Sessions, Turns};

@@ -241,7 +241,6 @@ async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) 
 
 fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
     let is_measuring = progress.phase == Phase::Measuring;
-    let is_steady = spec.arrivals.request_rate.is_finite() && spec.arrivals.ramp.is_none();
     Snapshot {
         label: match progress.phase {
             Phase::WarmingUp => "warm-up",
@@ -253,7 +252,7 @@ fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
         failed: progress.failed,
         in_flight: progress.in_flight,
         elapsed: progress.elapsed,
-        asked_rate: (is_measuring && is_steady).then_some(spec.arrivals.request_rate),
+        asked_rate: (is_measuring && spec.arrivals.has_fixed_rate()).then_some(spec.arrivals.request_rate),
         mean_ttft_ms: progress.mean_ttft_ms,
         mean_tpot_ms: progress.mean_tpot_ms,
     }
@@ -289,13 +288,8 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
             report.dropped,
             report.unsent
         ));
-        return Ok(ExitStatus::Forced);
     }
-    Ok(if report.failed() > 0 && !output.allow_failures {
-        ExitStatus::Failure
-    } else {
-        ExitStatus::Success
-    })
+    Ok(output.exit_status(report.is_partial(), report.failed() > 0))
 }
 
 /// Failures as vLLM shows them, a line each; then by cause, and what mends them.

@@ -2,6 +2,7 @@
 
 mod scrub;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use flate2::write::GzEncoder;
 use self::scrub::Scrubber;
 use super::doctor;
 use crate::control::rundir::{self, DEFAULT_NAME};
+use crate::machine::huggingface::Settings;
 use crate::machine::{Engine, Machine};
 use crate::plan::redacted_env;
 use crate::preflight::gibibytes;
@@ -293,7 +295,7 @@ fn variables() -> String {
 /// Every secret that can be found on this machine: those of this process's variables, tokens of Hugging Face, and the API keys
 /// of the run's proxy.
 fn secrets(folder: Option<&Path>) -> Vec<String> {
-    let all: std::collections::BTreeMap<String, String> = std::env::vars_os()
+    let all: BTreeMap<String, String> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
     let shown = redacted_env(&all);
@@ -302,10 +304,7 @@ fn secrets(folder: Option<&Path>) -> Vec<String> {
         .filter(|(name, value)| shown.get(*name) != Some(*value))
         .map(|(_, value)| value.clone())
         .collect();
-    let home = |name: &str| all.get(name).map(PathBuf::from);
-    let hugging_face = home("HF_HOME").or_else(|| home("HOME").map(|home| home.join(".cache/huggingface")));
-    let mut files: Vec<PathBuf> = home("HF_TOKEN_PATH").into_iter().collect();
-    files.extend(hugging_face.iter().map(|home| home.join("token")));
+    let mut files = Settings::read(&BTreeMap::new()).token_files().to_vec();
     files.extend(folder.and_then(key_file));
     for file in files {
         let text = std::fs::read_to_string(file).unwrap_or_default();

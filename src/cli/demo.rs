@@ -8,7 +8,7 @@ use clap::Args;
 use futures_util::StreamExt;
 use tokio::process::Command;
 
-use super::detach::status_of;
+use super::detach::status_after;
 use super::{block_on, request, up};
 use crate::app::{self, Ready, Run};
 use crate::engine::vllm;
@@ -128,7 +128,7 @@ async fn benchmark(url: &str, num_prompts: usize, printer: Printer) -> Result<Ex
     }
     let ended = command.status().await;
     let ended = ended.map_err(|error| anyhow::Error::new(error).context("cannot start the benchmark"))?;
-    Ok(ended.code().and_then(status_of).unwrap_or(ExitStatus::Failure))
+    Ok(status_after(ended))
 }
 
 /// Streams one answer to the terminal as it comes.

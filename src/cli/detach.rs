@@ -46,7 +46,12 @@ pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
     }
     // It said why; only its code is still missing.
     let ended = child.wait().map_err(anyhow::Error::from)?;
-    Ok(ended.code().and_then(status_of).unwrap_or(ExitStatus::Failure))
+    Ok(status_after(ended))
+}
+
+/// How another xpyd ended; one that a signal ended has failed.
+pub(super) fn status_after(ended: std::process::ExitStatus) -> ExitStatus {
+    ended.code().and_then(status_of).unwrap_or(ExitStatus::Failure)
 }
 
 /// The exit status of this number.

@@ -1,7 +1,7 @@
 //! The model, fetched once before any engine starts.
 
 use crate::machine::Machine;
-use crate::machine::huggingface::{self, Access, CacheState, DownloadError, Settings};
+use crate::machine::huggingface::{self, Access, DownloadError, Settings};
 use crate::plan::{ModelFetch, Plan};
 use crate::preflight::gibibytes;
 use crate::profile::Profile;
@@ -10,10 +10,7 @@ use crate::ui::{DownloadProgress, Printer};
 
 /// Fetches what the plan says is to be fetched, unless the cache has it.
 pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: Printer) -> Result<(), Failure> {
-    let is_missing = matches!(
-        machine.hugging_face.model.state,
-        CacheState::Absent | CacheState::Partial { .. }
-    );
+    let is_missing = machine.hugging_face.model.state.is_to_fetch();
     let Some(fetch) = plan.fetch.as_ref().filter(|_| is_missing) else {
         return Ok(());
     };

@@ -29,7 +29,6 @@ impl Machine {
                     source: TokenSource::Environment("HF_TOKEN"),
                     well_formed: true,
                 }),
-                model_is_local: true,
                 model: Model {
                     state: CacheState::Complete,
                     folder: Some("/hub/snapshot".into()),

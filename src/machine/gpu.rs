@@ -140,6 +140,17 @@ pub struct Driver {
     pub cuda: Option<String>,
 }
 
+impl Driver {
+    /// What is known of it, as in `driver 570.86.15` and `CUDA 12.8`.
+    pub fn versions(&self) -> Vec<String> {
+        let both = [("driver", &self.version), ("CUDA", &self.cuda)];
+        let known = both
+            .into_iter()
+            .filter_map(|(what, version)| Some(format!("{what} {}", version.as_ref()?)));
+        known.collect()
+    }
+}
+
 impl Gpu {
     /// The way to another one.
     pub fn path(&self, other: u32) -> Path {
@@ -179,14 +190,17 @@ pub(super) fn survey() -> (Gpus, Driver) {
         Err(reason) => return (Gpus::Unavailable(reason), Driver::default()),
     };
     let driver = nvml::driver(&library);
-    let gpus = match nvml::list(&library) {
-        Ok(gpus) => gpus,
-        Err(error) => return (Gpus::Unavailable(format!("NVML failed: {error}")), driver),
-    };
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let gpus = match visible {
-        Some(visible) => visible::within(&gpus, &visible),
-        None => gpus,
-    };
-    (Gpus::Found(gpus), driver)
+    match usable(&library) {
+        Ok(gpus) => (Gpus::Found(gpus), driver),
+        Err(error) => (Gpus::Unavailable(format!("NVML failed: {error}")), driver),
+    }
+}
+
+/// The GPUs within an inherited `CUDA_VISIBLE_DEVICES`.
+pub(super) fn usable(library: &nvml_wrapper::Nvml) -> Result<Vec<Gpu>, nvml_wrapper::error::NvmlError> {
+    let gpus = nvml::list(library)?;
+    Ok(match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(visible) => visible::within(&gpus, &visible),
+        Err(_) => gpus,
+    })
 }

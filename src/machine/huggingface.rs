@@ -28,8 +28,6 @@ pub const MAIN: &str = "main";
 pub struct HuggingFace {
     /// The token, if one was found. Its text is not here.
     pub token: Option<Token>,
-    /// Whether the model is a folder, or in the cache, with all that an engine needs.
-    pub model_is_local: bool,
     /// What of the model is on this machine.
     pub model: Model,
     /// What the hub said of the token and the model.
@@ -97,9 +95,20 @@ pub struct Settings {
     cache: PathBuf,
     offline: Option<&'static str>,
     token: Option<(Token, Secret)>,
+    token_files: [PathBuf; 2],
 }
 
 impl Settings {
+    /// The folder of all repositories that were fetched.
+    pub fn cache(&self) -> &Path {
+        &self.cache
+    }
+
+    /// The file in which a token is looked for, and the usual one, which may be another.
+    pub fn token_files(&self) -> &[PathBuf; 2] {
+        &self.token_files
+    }
+
     /// Reads the variables of this process under those of `profile`.
     pub fn read(profile: &BTreeMap<String, String>) -> Self {
         Self::from(&|name| profile.get(name).cloned().or_else(|| std::env::var(name).ok()))
@@ -119,12 +128,14 @@ impl Settings {
             text(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str()))
         };
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_owned());
-        let token_file = folder("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
+        let usual_token_file = home.join("token");
+        let token_file = folder("HF_TOKEN_PATH").unwrap_or_else(|| usual_token_file.clone());
         Self {
             endpoint: endpoint.trim().trim_end_matches('/').to_owned(),
             cache,
             offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(is_true),
-            token: token(&text, token_file),
+            token: token(&text, &token_file),
+            token_files: [token_file, usual_token_file],
         }
     }
 }
@@ -137,7 +148,7 @@ fn expanded(path: &str, home: Option<&str>) -> PathBuf {
     }
 }
 
-fn token(text: &dyn Fn(&str) -> Option<String>, file: PathBuf) -> Option<(Token, Secret)> {
+fn token(text: &dyn Fn(&str) -> Option<String>, file: &Path) -> Option<(Token, Secret)> {
     let found = |source, text: &str| {
         let text: String = text.trim().to_owned();
         let well_formed = is_well_formed(&text);
@@ -150,8 +161,8 @@ fn token(text: &dyn Fn(&str) -> Option<String>, file: PathBuf) -> Option<(Token,
         .into_iter()
         .find_map(|name| Some(found(TokenSource::Environment(name), &text(name)?)));
     from_environment.or_else(|| {
-        let text = fs_err::read_to_string(&file).ok()?;
-        (!text.trim().is_empty()).then(|| found(TokenSource::File(file), &text))
+        let text = fs_err::read_to_string(file).ok()?;
+        (!text.trim().is_empty()).then(|| found(TokenSource::File(file.to_owned()), &text))
     })
 }
 
@@ -168,12 +179,10 @@ pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> Hugging
     let (model, revision) = (wanted.model, wanted.revision);
     let found = model.map_or(Model::none(), |model| cache::inspect(model, revision, &settings.cache));
     let repository = model.filter(|model| is_repository(model));
-    let is_local = matches!(found.state, CacheState::Folder | CacheState::Complete);
-    let is_to_fetch = matches!(found.state, CacheState::Absent | CacheState::Partial { .. });
     let asks_for_account = wanted.asks_for_account && settings.token.is_some();
     let hub = match (settings.offline, &found.state) {
         (Some(variable), _) => Hub::NotAsked(format!("{variable} is set")),
-        (None, _) if is_to_fetch => hub::ask(&Access::new(settings), repository, revision),
+        (None, state) if state.is_to_fetch() => hub::ask(&Access::new(settings), repository, revision),
         (None, _) if asks_for_account => hub::ask(&Access::new(settings), None, revision),
         (None, CacheState::Complete) => Hub::NotAsked("the model is in the cache".to_owned()),
         (None, CacheState::Folder | CacheState::BadFolder { .. }) => Hub::NotAsked("the model is a folder".to_owned()),
@@ -182,7 +191,6 @@ pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> Hugging
     let is_unknown = matches!(&hub, Hub::Answered(answered) if matches!(answered.model, Some(Answer::NotFound { .. })));
     HuggingFace {
         token: settings.token.as_ref().map(|(token, _)| token.clone()),
-        model_is_local: is_local,
         model: found,
         hub,
         endpoint: settings.endpoint.clone(),

@@ -1,4 +1,4 @@
-//! Facts about this machine, gathered once before the plan is made. Only this module asks NVML, `/proc` and Python.
+//! Facts about this machine. Only this module asks NVML and Python.
 
 #[cfg(test)]
 mod fixture;

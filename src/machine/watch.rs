@@ -10,7 +10,7 @@ use nvml_wrapper::Nvml;
 use tokio::time::Instant;
 
 use super::Gpu;
-use super::gpu::{self, Gpus};
+use super::gpu;
 
 /// How often. NVML itself averages over 1/6 s to 1 s (`nvmlDeviceGetUtilizationRates`).
 const PERIOD: Duration = Duration::from_millis(200);
@@ -75,10 +75,8 @@ pub struct GpuWatch {
 impl GpuWatch {
     /// Begins to look at the GPUs that xpyd may use; `None` where there are none, or no thread can be had.
     pub fn begin() -> Option<Self> {
-        let (Gpus::Found(gpus), _) = gpu::survey() else {
-            return None;
-        };
         let nvml = gpu::open().ok()?;
+        let gpus = gpu::usable(&nvml).ok()?;
         // Slices have neither a utilisation nor a power of their own.
         let mut indices: Vec<u32> = gpus.iter().map(|gpu| gpu.parent.unwrap_or(gpu.index)).collect();
         indices.dedup();

@@ -104,7 +104,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         profile: profile.name.clone(),
         engine: profile.engine,
         model: profile.model.clone(),
-        fetch: fetch::model(profile, machine),
+        fetch: builder.fetch,
         served_model_name: profile.served_model_name.clone(),
         proxy: proxy(profile, &connector)?,
         notes: notes(profile, &connector),
@@ -129,6 +129,8 @@ pub(super) struct Builder<'input> {
     run_dir: &'input Path,
     /// Those of each engine, in order; empty where engines use none.
     gpus: VecDeque<Vec<u32>>,
+    /// The model, if it is fetched before any of them starts.
+    fetch: Option<fetch::ModelFetch>,
     /// What the engines so far read.
     pub(super) files: Vec<RenderedFile>,
 }
@@ -179,6 +181,7 @@ impl<'input> Builder<'input> {
             connector,
             run_dir,
             gpus,
+            fetch: fetch::model(profile, machine),
             files: Vec::new(),
         }
     }
@@ -384,7 +387,7 @@ impl<'input> Builder<'input> {
     fn environment(&self, serve: &Serve<'_>, role: Role) -> BTreeMap<String, String> {
         let mut env: BTreeMap<String, String> = self.profile.engine.environment(serve).into_iter().collect();
         env.extend(serve.launch.env.iter().cloned());
-        if fetch::model(self.profile, self.machine).is_some() {
+        if self.fetch.is_some() {
             // It is in the cache when they start; asking the hub again only takes time, and fails where there is none.
             env.insert(fetch::OFFLINE.to_owned(), "1".to_owned());
         }

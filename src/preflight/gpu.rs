@@ -52,8 +52,27 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// `4 of 8 GPUs (8 × NVIDIA H100), driver 570.86.15, CUDA 12.8`.
-fn summary(needed: usize, found: &[Gpu], machine: &Machine) -> String {
+/// The GPUs that xpyd may use, where no plan says which are needed.
+pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
+    let without = "`xpyd demo` and `--engine sim` need none, and `--profile cpu-1p1d` runs real vLLM without one";
+    match &machine.gpus {
+        Gpus::NotAsked => Vec::new(),
+        Gpus::Unavailable(reason) => vec![finding("gpu", Level::Warn, reason.clone(), Some(without))],
+        Gpus::Found(found) if found.is_empty() => {
+            let message = "there is a driver, and no GPU that xpyd may use".to_owned();
+            vec![finding(
+                "gpu",
+                Level::Warn,
+                message,
+                Some("widen CUDA_VISIBLE_DEVICES, or see `nvidia-smi -L`"),
+            )]
+        }
+        Gpus::Found(found) => vec![finding("gpu", Level::Pass, kinds_of(found), None)],
+    }
+}
+
+/// `8 × NVIDIA H100, 1 × NVIDIA T4`.
+fn kinds_of(found: &[Gpu]) -> String {
     let mut kinds: Vec<(&str, usize)> = Vec::new();
     for gpu in found {
         match kinds.iter_mut().find(|(name, _)| *name == gpu.name) {
@@ -62,12 +81,13 @@ fn summary(needed: usize, found: &[Gpu], machine: &Machine) -> String {
         }
     }
     let kinds: Vec<String> = kinds.iter().map(|(name, count)| format!("{count} × {name}")).collect();
-    let mut parts = vec![format!("{needed} of {} GPUs ({})", found.len(), kinds.join(", "))];
-    let versions = [("driver", &machine.driver.version), ("CUDA", &machine.driver.cuda)];
-    let versions = versions
-        .iter()
-        .filter_map(|(what, version)| Some(format!("{what} {}", version.as_ref()?)));
-    parts.extend(versions);
+    kinds.join(", ")
+}
+
+/// `4 of 8 GPUs (8 × NVIDIA H100), driver 570.86.15, CUDA 12.8`.
+fn summary(needed: usize, found: &[Gpu], machine: &Machine) -> String {
+    let mut parts = vec![format!("{needed} of {} GPUs ({})", found.len(), kinds_of(found))];
+    parts.extend(machine.driver.versions());
     parts.join(", ")
 }
 

@@ -176,8 +176,7 @@ fn judge(role: Role, model: &ModelSize, demand: &Demand) -> Finding {
             gib(demand.budget)
         );
         let hint = format!(
-            "spread each engine over more GPUs with `--set {}.tensor_parallel={}`, or take a smaller or quantised model",
-            role_key(role),
+            "spread each engine over more GPUs with `--set {role}.tensor_parallel={}`, or take a smaller or quantised model",
             demand.ranks * 2
         );
         return finding("fit", Level::Warn, message, Some(&hint));
@@ -221,13 +220,6 @@ fn part_of(bytes: u64, part: f64) -> u64 {
         .rev()
         .find(|thousandths| f64::from(*thousandths) <= part * 1000.0 + 0.5);
     bytes / 1000 * u64::from(thousandths.unwrap_or(0))
-}
-
-fn role_key(role: Role) -> &'static str {
-    match role {
-        Role::Prefill => "prefill",
-        Role::Decode => "decode",
-    }
 }
 
 /// The longest request whose KV fits into `left` bytes, in whole blocks of 1024 tokens where it is that long.

@@ -6,7 +6,6 @@ mod gpu_memory;
 mod memory;
 mod model;
 mod options;
-mod overview;
 mod software;
 mod system;
 
@@ -108,7 +107,7 @@ pub fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
 pub fn overview(machine: &Machine) -> Vec<Finding> {
     let topics = [
         (Topic::Software, software::overview(machine)),
-        (Topic::Gpu, overview::gpus(machine)),
+        (Topic::Gpu, gpu::overview(machine)),
         (Topic::Model, model::overview(machine)),
         (Topic::System, system::overview(machine)),
     ];

@@ -50,8 +50,6 @@ pub struct Snapshot {
 pub struct BenchProgress {
     printer: Printer,
     medium: Medium,
-    /// `point 3 of 8`: which of several runs this is.
-    place: String,
     state: Mutex<State>,
 }
 
@@ -84,7 +82,7 @@ struct Pace {
 impl BenchProgress {
     /// A bar if stderr is a terminal, lines if not, nothing if the printer is quiet.
     pub fn new(printer: Printer) -> Self {
-        Self::of_place(printer, "")
+        Self::wanted(printer, true)
     }
 
     /// As [`Self::new`] where `is_wanted`, else one that shows nothing.
@@ -96,17 +94,6 @@ impl BenchProgress {
             } else {
                 Medium::Nothing
             },
-            place: String::new(),
-            state: Mutex::default(),
-        }
-    }
-
-    /// As [`Self::new`], for one of several runs: `place` says which, as in `point 3 of 8, 4 req/s`.
-    pub fn of_place(printer: Printer, place: impl Into<String>) -> Self {
-        Self {
-            printer,
-            medium: Medium::of(printer),
-            place: place.into(),
             state: Mutex::default(),
         }
     }
@@ -119,7 +106,7 @@ impl BenchProgress {
             if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
                 bar.set_style(style.tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
             }
-            bar.set_message(self.placed(what));
+            bar.set_message(what.to_owned());
             bar.set_draw_target(ProgressDrawTarget::stderr());
             bar.enable_steady_tick(SPIN_INTERVAL);
             self.lock().is_counting = false;
@@ -145,7 +132,7 @@ impl BenchProgress {
                     state.is_counting = true;
                     count(bar);
                 }
-                bar.set_prefix(self.placed(snapshot.label));
+                bar.set_prefix(snapshot.label);
                 bar.set_length(snapshot.total as u64);
                 bar.set_position(snapshot.done as u64);
                 // First what matters most: the end of the line is cut where the terminal is narrow.
@@ -160,8 +147,7 @@ impl BenchProgress {
                 }
                 if snapshot.elapsed >= state.last_line + LINE_INTERVAL {
                     state.last_line = snapshot.elapsed;
-                    let line = snapshot.line(state.pace);
-                    self.printer.status(self.placed(&line));
+                    self.printer.status(snapshot.line(state.pace));
                 }
             }
             Medium::Nothing => {}
@@ -180,14 +166,6 @@ impl BenchProgress {
     pub fn finish(&self) {
         if let Medium::Bar(bar) = &self.medium {
             bar.finish_and_clear();
-        }
-    }
-
-    fn placed(&self, text: &str) -> String {
-        if self.place.is_empty() {
-            text.to_owned()
-        } else {
-            format!("{}, {text}", self.place)
         }
     }
 

@@ -94,7 +94,13 @@ fn said(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-/// Runs what cannot work, without any server, and gives what it says; that is about the data, and never a panic.
+/// Runs what cannot work, and wants this in what it says.
+fn refused_with(place: &Place, line: &str, expected: &str) {
+    let said = refused(place, line);
+    assert!(said.contains(expected), "{line}: {said}");
+}
+
+/// Runs what cannot work before anything is sent, and gives what it says; that is about the data, and never a panic.
 fn refused(place: &Place, line: &str) -> String {
     let server = Server::start();
     let base_url = format!("http://{}", server.address);
@@ -245,10 +251,7 @@ fn a_bad_dataset_is_told_by_file_line_and_field() {
     let place = Place::new();
     let write = |name: &str, text: &str| std::fs::write(place.path().join(name), text).unwrap();
     let own = tokenizer("within");
-    let says = |line: &str, expected: &str| {
-        let said = refused(&place, line);
-        assert!(said.contains(expected), "{line}: {said}");
-    };
+    let says = |line: &str, expected: &str| refused_with(&place, line, expected);
     write(
         "broken.jsonl",
         "{\"prompt\": \"a\", \"output_tokens\": 1}\n{\"prompt\": \"b\"\n",
@@ -302,10 +305,7 @@ fn a_bad_file_of_another_form_is_told_by_entry_column_or_message() {
     let place = Place::new();
     let write = |name: &str, text: &str| std::fs::write(place.path().join(name), text).unwrap();
     let own = tokenizer("within");
-    let says = |line: &str, expected: &str| {
-        let said = refused(&place, line);
-        assert!(said.contains(expected), "{line}: {said}");
-    };
+    let says = |line: &str, expected: &str| refused_with(&place, line, expected);
     write("list.json", "{}");
     let sharegpt = format!("--tokenizer {own} --dataset-name sharegpt --dataset-path");
     says(

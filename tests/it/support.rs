@@ -79,6 +79,8 @@ impl Place {
             "XPYD_LOG",
             "XPYD_API_KEY",
             "VLLM_API_KEY",
+            "OPENAI_API_KEY",
+            "XPYD_NVML",
             "HF_TOKEN",
             "HUGGING_FACE_HUB_TOKEN",
             "HF_TOKEN_PATH",

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::bench::{Spec, client};
+use crate::bench::client;
 
 /// How long a page may take. The proxy gives its engines 3 s.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -126,19 +126,12 @@ pub(in crate::bench) struct Page(BTreeMap<(Role, String), [f64; Counter::COUNT]>
 
 impl Page {
     /// Reads the server's page; `None` if it has none that counts. Whatever is wrong, the benchmark goes on without it.
-    pub(in crate::bench) async fn read(spec: &Spec) -> Option<Self> {
-        let url = client::url(&spec.base_url, "/metrics?engines").ok()?;
-        let http = client::http(&spec.headers).ok()?;
+    pub(in crate::bench) async fn read(http: &reqwest::Client, base_url: &str) -> Option<Self> {
+        let url = client::url(base_url, "/metrics?engines").ok()?;
         let fetch = async {
-            let mut response = http.get(url).send().await.ok()?.error_for_status().ok()?;
-            let mut text = Vec::new();
-            while let Some(bytes) = response.chunk().await.ok()? {
-                text.extend_from_slice(&bytes);
-                if text.len() > MAX_PAGE_BYTES {
-                    return None;
-                }
-            }
-            Some(Self::parse(&String::from_utf8_lossy(&text)))
+            let response = http.get(url).send().await.ok()?.error_for_status().ok()?;
+            let text = client::bounded_body(response, MAX_PAGE_BYTES).await.ok()?;
+            (text.len() <= MAX_PAGE_BYTES).then(|| Self::parse(&String::from_utf8_lossy(&text)))
         };
         let page = tokio::time::timeout(DEADLINE, fetch).await.ok()??;
         (!page.0.is_empty()).then_some(page)

@@ -233,14 +233,14 @@ fn latencies(result: &mut Map<String, Value>, report: &Report) {
 }
 
 fn own(report: &Report, detailed: bool) -> Value {
-    let lag = report.release_lag();
+    let verdict = report.verdict();
+    let lag = &verdict.lag;
     let at = |place: usize| lag.percentiles[place].1;
     let failures: Vec<Value> = report
         .failures()
         .into_iter()
         .map(|group| json!({"cause": group.cause, "count": group.count}))
         .collect();
-    let verdict = report.verdict();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "seed": report.spec.workload.seed(),

@@ -18,7 +18,7 @@ pub(crate) fn render(report: &Report) -> String {
         let title = format!("without {} cold", statistics.cold);
         rows(&mut text, &title, &statistics.without_cold);
     }
-    for line in remarks(&statistics, &verdict) {
+    for line in remarks(statistics, &verdict) {
         let _ = writeln!(text, "{line}");
     }
     text.trim_end().to_owned()

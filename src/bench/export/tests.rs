@@ -55,6 +55,7 @@ fn report(spec: Spec, metrics: Metrics, records: Vec<Record>, prompt_lengths: Ve
         unsent: 0,
         effort: Effort::default(),
         beside: crate::bench::Beside::default(),
+        statistics: std::sync::OnceLock::new(),
     }
 }
 

@@ -4,17 +4,11 @@ use std::path::{Path, PathBuf};
 
 use super::TokenizerError;
 
-/// The folder or file of a tokenizer that is named by a path or by a repository, `owner/name`.
-///
-/// The cache is where `huggingface_hub` has it: `HF_HUB_CACHE`, else `hub` in `HF_HOME`, else in the user's cache folder.
+/// The folder or file of a tokenizer that is named by a path or by a repository, `owner/name`, of the cache `hub`.
 ///
 /// # Errors
 /// When there is no such thing; the reason says where it was looked for.
-pub fn find(name: &str) -> Result<PathBuf, TokenizerError> {
-    find_in(name, &hub())
-}
-
-fn find_in(name: &str, hub: &Path) -> Result<PathBuf, TokenizerError> {
+pub fn find(name: &str, hub: &Path) -> Result<PathBuf, TokenizerError> {
     let missing = |reason: String| TokenizerError::Missing {
         name: name.to_owned(),
         reason,
@@ -57,21 +51,6 @@ fn find_in(name: &str, hub: &Path) -> Result<PathBuf, TokenizerError> {
     })
 }
 
-fn hub() -> PathBuf {
-    let path = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    path("HF_HUB_CACHE").unwrap_or_else(|| {
-        path("HF_HOME")
-            .or_else(|| path("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
-            .or_else(|| path("HOME").map(|home| home.join(".cache/huggingface")))
-            .unwrap_or_else(|| PathBuf::from(".cache/huggingface"))
-            .join("hub")
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,7 +64,7 @@ mod tests {
             std::fs::create_dir_all(&folder).unwrap();
             std::fs::write(folder.join("tokenizer.json"), "{}").unwrap();
         }
-        let found = |name: &str| find_in(name, hub.path());
+        let found = |name: &str| find(name, hub.path());
         assert_eq!(found("org/model").unwrap(), repository.join("snapshots/aaa"));
         std::fs::create_dir_all(repository.join("refs")).unwrap();
         std::fs::write(repository.join("refs/main"), "bbb\n").unwrap();

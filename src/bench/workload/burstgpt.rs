@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::dataset::{read, whole, wrong};
+use super::prompt::wrap;
 use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
 use crate::bench::numpy::LegacyGenerator;
 use crate::bench::tokenizer::Tokenizer;
@@ -36,11 +37,11 @@ impl BurstGpt {
             let highest = u32::try_from(rows.len()).unwrap_or(u32::MAX);
             (0..count).map(|_| generator.below(highest) as usize).collect()
         };
-        let size = u64::from(tokenizer.vocabulary_size());
+        let size = tokenizer.vocabulary_size();
         let mut orders = Vec::with_capacity(count);
         for (index, row) in (0_u64..).zip(drawn) {
             let (asked, answered) = rows[row];
-            let ids = (index..index + u64::from(asked)).map(|id| u32::try_from(id % size).unwrap_or_default());
+            let ids = (index..index + u64::from(asked)).map(|id| wrap(id, size));
             let text = tokenizer.decode(&ids.collect::<Vec<_>>())?;
             orders.push(Order::new(Prompt::text(text, asked as usize), answered));
             progress(orders.len(), count)?;

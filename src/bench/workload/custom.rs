@@ -63,12 +63,6 @@ impl Custom {
             orders.push(Order::new(prompt, output_length));
             progress(orders.len(), count)?;
         }
-        if orders.is_empty() {
-            return Err(DatasetError::Empty {
-                path: self.path.clone(),
-                reason: "it has no line",
-            });
-        }
         Ok(Product {
             orders: dataset.oversampled(orders, count),
             ..Product::default()

@@ -217,10 +217,10 @@ pub(super) struct Entry<'a> {
     pub(super) fields: Map<String, Value>,
 }
 
-/// The JSON objects of a file that has one a line. Empty lines are passed over.
+/// The JSON objects of a file that has one a line, at least one. Empty lines are passed over.
 pub(super) fn json_lines<'a>(path: &'a Path, text: &str) -> Result<Vec<Entry<'a>>, DatasetError> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
+    let entries: Result<Vec<_>, _> = lines
         .map(|(index, line)| {
             let place = format!("line {}", index + 1);
             match serde_json::from_str(line) {
@@ -229,7 +229,15 @@ pub(super) fn json_lines<'a>(path: &'a Path, text: &str) -> Result<Vec<Entry<'a>
                 Err(error) => Err(wrong(path, place, format_args!("not JSON: {}", at_column(&error)))),
             }
         })
-        .collect()
+        .collect();
+    let entries = entries?;
+    if entries.is_empty() {
+        return Err(DatasetError::Empty {
+            path: path.to_owned(),
+            reason: "it has no line",
+        });
+    }
+    Ok(entries)
 }
 
 /// The error without its line, which is always the first here.

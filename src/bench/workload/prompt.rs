@@ -128,9 +128,9 @@ fn words(ids: impl Iterator<Item = u32>) -> String {
     words.join(" ")
 }
 
-/// `MurmurHash3`'s last step: every bit of the id changes about half of the bits.
-fn scramble(id: u32) -> u32 {
-    let mixed = (id ^ id >> 16).wrapping_mul(0x85eb_ca6b);
+/// `MurmurHash3`'s last step: every bit of the number changes about half of the bits.
+pub(in crate::bench) fn scramble(number: u32) -> u32 {
+    let mixed = (number ^ number >> 16).wrapping_mul(0x85eb_ca6b);
     let mixed = (mixed ^ mixed >> 13).wrapping_mul(0xc2b2_ae35);
     mixed ^ mixed >> 16
 }

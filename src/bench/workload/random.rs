@@ -1,4 +1,4 @@
-//! The dataset `random` without a tokenizer: prompts of running token ids, a pure function of the settings and the seed.
+//! The dataset `random`: prompts of running token ids, as they are, or as the text that a tokenizer makes of them.
 
 use super::prompt::wrap;
 use super::settle::{Settled, remark, settle, settle_all};

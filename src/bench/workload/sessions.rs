@@ -61,14 +61,7 @@ impl Sessions {
                 let entries = json_lines(path, &text)?;
                 let parsed: Result<Vec<Session>, DatasetError> =
                     entries.iter().map(|entry| self.session(entry, tokenizer)).collect();
-                let sessions = dataset.shuffled(parsed?);
-                if sessions.is_empty() {
-                    return Err(DatasetError::Empty {
-                        path: path.clone(),
-                        reason: "it has no line",
-                    });
-                }
-                sessions
+                dataset.shuffled(parsed?)
             }
             Turns::Made {
                 sessions,

@@ -62,12 +62,6 @@ impl TimedTrace {
             orders.push(order);
             progress(orders.len(), count)?;
         }
-        if orders.is_empty() {
-            return Err(DatasetError::Empty {
-                path: self.path.clone(),
-                reason: "it has no line",
-            });
-        }
         Ok(Product {
             orders,
             ..Product::default()

@@ -1,6 +1,6 @@
 //! `xpyd bench --against`: two servers, the same requests, in turn.
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::compare::show;
 use super::failure;
@@ -142,19 +142,8 @@ fn conclude(
         ("measures", bench::compare::to_json(&rows)),
         ("blocks", done.iter().map(entry).collect()),
     ];
-    let entries = session.header("against").into_iter().chain(more);
-    let document = Value::Object(
-        entries
-            .map(|(key, value)| (key.to_owned(), value))
-            .collect::<Map<_, _>>(),
-    );
-    session.finish("against", &document)?;
+    session.finish("against", more)?;
     let has_failed = pairs.unpaired() > 0 || pairs.is_empty();
-    Ok(if session.stop.is_cancelled() {
-        ExitStatus::Forced
-    } else if has_failed && !session.arguments.output.allow_failures {
-        ExitStatus::Failure
-    } else {
-        ExitStatus::Success
-    })
+    let is_stopped = session.stop.is_cancelled();
+    Ok(session.arguments.output.exit_status(is_stopped, has_failed))
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
 use super::Arguments;
@@ -12,7 +12,7 @@ use super::session::Session;
 use crate::bench::record::Answer;
 use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
 use crate::bench::search::{Ending, Search, Step, Verdict};
-use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
+use crate::bench::{Metric, Objective, Record, Report, Spec, goodput, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::time_span;
 
@@ -123,7 +123,7 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
         probes.iter().map(|probe| probe.sent).sum::<usize>(),
         time_span(began.elapsed())
     ));
-    session.finish("find-max", &document(session, &objectives, &over, (low, high), &probes))?;
+    session.finish("find-max", document(session, &objectives, &over, (low, high), &probes))?;
     Ok(match (&over, low) {
         (Over::Interrupted, _) => ExitStatus::Forced,
         (_, None) => ExitStatus::Failure,
@@ -395,7 +395,7 @@ fn document(
     over: &Over,
     (low, high): (Option<f64>, Option<f64>),
     probes: &[Probe],
-) -> Value {
+) -> [(&'static str, Value); 8] {
     let entry = |probe: &Probe| {
         let missed = probe.evidence.missed().iter().zip(objectives);
         let missed = missed.map(|(count, objective)| (objective.latency.name().to_owned(), json!(count)));
@@ -428,11 +428,8 @@ fn document(
         Over::Interrupted => "interrupted",
     };
     let modes = &session.arguments.modes;
-    let goodput = objectives
-        .iter()
-        .map(|objective| (objective.latency.name().to_owned(), json!(objective.milliseconds)));
-    let more = [
-        ("objectives", Value::Object(goodput.collect())),
+    [
+        ("objectives", goodput::to_json(objectives)),
         ("attainment", json!(modes.attainment)),
         ("tolerance", json!(modes.tolerance)),
         ("ending", json!(ending)),
@@ -443,11 +440,5 @@ fn document(
             json!(high.and_then(|high| first_broken(high, probes, objectives))),
         ),
         ("probes", probes.iter().map(entry).collect()),
-    ];
-    let entries = session.header("find-max").into_iter().chain(more);
-    Value::Object(
-        entries
-            .map(|(key, value)| (key.to_owned(), value))
-            .collect::<Map<_, _>>(),
-    )
+    ]
 }

@@ -46,7 +46,7 @@ impl Fleet {
             if stop.is_cancelled() {
                 return Ok(None);
             }
-            let status = ended.code().and_then(detach::status_of).unwrap_or(ExitStatus::Failure);
+            let status = detach::status_after(ended);
             let problem = format!("the fleet of profile `{profile}` did not come up");
             return Err(
                 Failure::message(status, problem).hint(format!("`xpyd plan --profile {profile}` shows what was tried"))

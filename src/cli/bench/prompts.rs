@@ -1,6 +1,7 @@
 //! Makes a dataset into requests before a run: finds the tokenizer, lets it work beside a progress bar, and holds what it
 //! made against the server's own.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use super::failure;
 use crate::bench::{
     self, Dataset, DatasetError, Made, Product, Source, Spec, Stopped, Tokenizer, TokenizerError, Workload, tokenizer,
 };
+use crate::machine::huggingface;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 use crate::ui::bench::{BenchProgress, Snapshot};
@@ -111,13 +113,14 @@ fn find(arguments: &Arguments, names: &[String]) -> Result<Result<Arc<Tokenizer>
             .map(|found| Ok(Arc::new(found)))
             .map_err(|error| unusable(name, error))
     };
+    let settings = huggingface::Settings::read(&BTreeMap::new());
     if let Some(named) = &arguments.data.tokenizer {
-        let path = tokenizer::find(named).map_err(|error| unusable(named, error))?;
+        let path = tokenizer::find(named, settings.cache()).map_err(|error| unusable(named, error))?;
         return load(named, &path);
     }
     let mut first = None;
     for name in names {
-        match tokenizer::find(name) {
+        match tokenizer::find(name, settings.cache()) {
             // A model whose tokenizer is broken is no reason to measure something else.
             Ok(path) => return load(name, &path),
             Err(error) => {

@@ -107,7 +107,7 @@ impl<'a> Session<'a> {
     }
 
     /// What every result of several runs begins with.
-    pub(super) fn header(&self, mode: &str) -> Vec<(&'static str, Value)> {
+    fn header(&self, mode: &str) -> Vec<(&'static str, Value)> {
         vec![
             ("xpyd_bench", json!(mode)),
             ("version", json!(env!("CARGO_PKG_VERSION"))),
@@ -119,22 +119,28 @@ impl<'a> Session<'a> {
         ]
     }
 
-    /// Prints the whole result where JSON is wanted, and saves it where that is.
-    pub(super) fn finish(&self, mode: &str, document: &Value) -> Result<(), Failure> {
+    /// Prints the whole result, which ends with `more`, where JSON is wanted, and saves it where that is.
+    pub(super) fn finish(
+        &self,
+        mode: &str,
+        more: impl IntoIterator<Item = (&'static str, Value)>,
+    ) -> Result<(), Failure> {
+        let entries = self.header(mode).into_iter().chain(more);
+        let document = Value::Object(entries.map(|(key, value)| (key.to_owned(), value)).collect());
         let output = &self.arguments.output;
         if output.json {
-            self.printer.data(document);
+            self.printer.data(&document);
         }
-        if output.save_result || output.append_result {
+        if output.save_result {
             let model = self.first.model.rsplit('/').next().unwrap_or_default();
             let date = document["date"].as_str().unwrap_or_default();
             let name = output.result_filename.clone();
             let name = name.unwrap_or_else(|| format!("{mode}-{model}-{date}.json"));
-            let path = self.save(Path::new(&name), document)?;
+            let path = self.save(Path::new(&name), &document)?;
             self.printer.status(format_args!("result saved to {}", path.display()));
         }
         if let Some(path) = &self.arguments.page.report {
-            super::page::write_document(document, path, self.printer)?;
+            super::page::write_document(&document, path, self.printer)?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::num::NonZeroUsize;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::Arguments;
 use super::session::Session;
@@ -55,15 +55,10 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
     if let Some(end) = &end {
         session.printer.status(format_args!("stopped: {end}"));
     }
-    session.finish("sweep", &document(session, points, &told, end.as_ref()))?;
+    session.finish("sweep", document(session, points, &told, end.as_ref()))?;
     let has_failed = told.iter().any(|(row, _)| row.failed > 0);
-    Ok(if session.stop.is_cancelled() {
-        ExitStatus::Forced
-    } else if has_failed && !session.arguments.output.allow_failures {
-        ExitStatus::Failure
-    } else {
-        ExitStatus::Success
-    })
+    let is_stopped = session.stop.is_cancelled();
+    Ok(session.arguments.output.exit_status(is_stopped, has_failed))
 }
 
 /// Whether the flags make a sweep.
@@ -160,7 +155,12 @@ fn line(row: &Row) -> String {
     )
 }
 
-fn document(session: &Session<'_>, points: &Points, told: &[(Row, Report)], end: Option<&String>) -> Value {
+fn document(
+    session: &Session<'_>,
+    points: &Points,
+    told: &[(Row, Report)],
+    end: Option<&String>,
+) -> [(&'static str, Value); 3] {
     let detailed = session.arguments.output.save_detailed;
     let entries: Vec<Value> = told
         .iter()
@@ -171,18 +171,9 @@ fn document(session: &Session<'_>, points: &Points, told: &[(Row, Report)], end:
             entry
         })
         .collect();
-    let mut document = Map::new();
-    let more = [
+    [
         ("axis", json!(points.axis.name())),
         ("stopped", json!(end)),
         ("points", Value::Array(entries)),
-    ];
-    document.extend(
-        session
-            .header("sweep")
-            .into_iter()
-            .chain(more)
-            .map(|(key, value)| (key.to_owned(), value)),
-    );
-    Value::Object(document)
+    ]
 }

@@ -38,11 +38,7 @@ pub(super) fn text(plan: &Plan, machine: &Machine) -> Option<String> {
 }
 
 fn title(machine: &Machine) -> String {
-    let versions = [("driver", &machine.driver.version), ("CUDA", &machine.driver.cuda)];
-    let versions = versions
-        .iter()
-        .filter_map(|(what, version)| Some(format!("{what} {}", version.as_ref()?)));
-    let versions: Vec<String> = versions.collect();
+    let versions = machine.driver.versions();
     if versions.is_empty() {
         "GPUs".to_owned()
     } else {

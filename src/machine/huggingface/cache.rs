@@ -43,6 +43,13 @@ pub enum CacheState {
     Absent,
 }
 
+impl CacheState {
+    /// Whether files of a repository are missing.
+    pub fn is_to_fetch(&self) -> bool {
+        matches!(self, Self::Absent | Self::Partial { .. })
+    }
+}
+
 /// What a download that was cut off has left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leftover {

@@ -66,7 +66,7 @@ fn frame(title: &str, content: &Markup) -> Markup {
 /// The parts that need the times of every request.
 fn details(run: &Run) -> Markup {
     let values = Values::of(run);
-    let timeline = Timeline::of(run);
+    let timeline = Timeline::of(run, &values.gaps);
     html! {
         @if run.failed > 0 { section #failures { h2 { "Failures" } (table::failures(run)) } }
         @if run.completed > 0 {

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::of_file;
 use super::run::Run;
+use super::table::Values;
 use super::timeline::Timeline;
 
 const HOSTILE: &str = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u{2028}&amp;";
@@ -147,7 +148,8 @@ fn numbers_that_are_none_or_beyond_measure_do_not_break_a_page() {
 fn requests_that_share_a_lane_do_not_overlap() {
     let file = result(600, 40, |_, _| ());
     let run = Run::read(&file.to_string()).unwrap();
-    let timeline = Timeline::of(&run);
+    let values = Values::of(&run);
+    let timeline = Timeline::of(&run, &values.gaps);
     let data = timeline.data();
     let mut ends = std::collections::HashMap::new();
     for row in data["rows"].as_array().unwrap() {

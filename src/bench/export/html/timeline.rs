@@ -52,12 +52,8 @@ struct Row<'a> {
 }
 
 impl<'a> Timeline<'a> {
-    pub(super) fn of(run: &'a Run) -> Self {
-        let mut gaps: Vec<f64> = run
-            .answered()
-            .flat_map(|(_, timing)| timing.gaps.iter().copied())
-            .collect();
-        gaps.sort_unstable_by(f64::total_cmp);
+    /// `gaps` are all of the run, in ascending order.
+    pub(super) fn of(run: &'a Run, gaps: &[f64]) -> Self {
         let typical = gaps.get(gaps.len() / 2).copied().unwrap_or(0.0) * STALL_RATIO;
         let longest = gaps.len().checked_sub(MOST_STALLS + 1).map_or(0.0, |place| gaps[place]);
         let stall = typical.max(longest).max(1e-6);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::bench::{Metric, Objective};
+use crate::report::ExitStatus;
 
 /// Flags that say what is told of the run.
 #[derive(Debug, Clone, Args)]
@@ -56,6 +57,17 @@ pub struct Output {
 }
 
 impl Output {
+    /// How a benchmark ends: what was stopped says so, before what had failed requests.
+    pub(in crate::cli::bench) fn exit_status(&self, is_stopped: bool, has_failed: bool) -> ExitStatus {
+        if is_stopped {
+            ExitStatus::Forced
+        } else if has_failed && !self.allow_failures {
+            ExitStatus::Failure
+        } else {
+            ExitStatus::Success
+        }
+    }
+
     /// The objectives: of two for the same latency the later one, as in vLLM.
     pub(super) fn objectives(&self) -> Vec<Objective> {
         let mut kept: Vec<Objective> = Vec::new();

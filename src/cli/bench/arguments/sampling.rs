@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
-    /// Asks for answers of the full length, whatever the model wants to say [default: true for `random` and `timed_trace`].
+    /// Asks for answers of the full length, whatever the model wants to say [default: true for `random`, `timed_trace` and `sessions`].
     #[arg(
         long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
         default_missing_value = "true"
