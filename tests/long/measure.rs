@@ -1,6 +1,6 @@
 //! Not tests: what supervision costs and how long it takes, on simulated engines. They assert nothing about time.
 //!
-//! `cargo test --release --test it -- --ignored --nocapture --test-threads 1 measure::`
+//! `cargo test --release --test long -- --ignored --nocapture --test-threads 1 measure::`
 
 #![expect(clippy::print_stdout, reason = "measurements are printed")]
 #![expect(clippy::unwrap_used, reason = "a measurement that cannot go on has failed")]
