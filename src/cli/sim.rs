@@ -54,8 +54,11 @@ pub struct Arguments {
     #[arg(long, default_value_t = 0)]
     pub shutdown_timeout: u64,
     /// Tell cached tokens in `usage`
-    #[arg(long)]
+    #[arg(long, overrides_with = "no_enable_prompt_tokens_details")]
     pub enable_prompt_tokens_details: bool,
+    /// Do not
+    #[arg(long = "no-enable-prompt-tokens-details")]
+    pub no_enable_prompt_tokens_details: bool,
     /// Tell a request's times in its answer
     #[arg(long)]
     pub enable_per_request_metrics: bool,
@@ -177,7 +180,7 @@ impl Arguments {
             step_deadline,
             api_keys: self.api_key.into_iter().filter(|key| !key.is_empty()).collect(),
             shutdown_timeout: Duration::from_secs(self.shutdown_timeout),
-            prompt_tokens_details: self.enable_prompt_tokens_details,
+            prompt_tokens_details: self.enable_prompt_tokens_details && !self.no_enable_prompt_tokens_details,
             per_request_metrics: self.enable_per_request_metrics,
             enforce_eager: self.enforce_eager,
             preset,

@@ -70,7 +70,10 @@ impl Nixl {
         check(has_blocks, "remote_block_ids")?;
         let mode: Option<String> = read(&params, "transfer_mode");
         match mode.as_deref() {
-            None | Some("pull") => Ok(Handoff::Pull(raw)),
+            None | Some("pull") => {
+                let sent = without_cached_tokens(&params);
+                Ok(Handoff::Pull(sent.unwrap_or(raw)))
+            }
             Some(other) => Err(HandoffError::Mode(other.to_owned())),
         }
     }
@@ -78,6 +81,17 @@ impl Nixl {
 
 /// The values of a hand-off's keys as JSON text. Long lists of block ids are never built.
 type Params<'answer> = BTreeMap<&'answer str, &'answer RawValue>;
+
+/// The prefill engine's count of cached tokens, which vLLM 0.32 adds for the decode engine to repeat in its usage.
+const CACHED_TOKENS: &str = "remote_prefill_cached_tokens";
+
+/// The parameters without [`CACHED_TOKENS`], so that the decode engine's usage tells what it has received itself. `None` where
+/// it is not there.
+fn without_cached_tokens(params: &Params<'_>) -> Option<Box<RawValue>> {
+    let mut params = params.clone();
+    params.remove(CACHED_TOKENS)?;
+    serde_json::value::to_raw_value(&params).ok()
+}
 
 /// The value of a key, if it is there and of this kind.
 fn read<'answer, T: Deserialize<'answer>>(params: &Params<'answer>, key: &str) -> Option<T> {
@@ -109,6 +123,17 @@ mod tests {
             panic!("a hand-off")
         };
         assert!(raw.get().contains(r#""new_key":1.50"#) && raw.get().contains("true,  "));
+    }
+
+    #[test]
+    fn the_prefill_engines_count_of_cached_tokens_is_left_out_of_the_decode_leg() {
+        let with = answer(|params| params["remote_prefill_cached_tokens"] = json!(16));
+        let Ok(Handoff::Pull(raw)) = (Nixl {}).read_handoff(&with) else {
+            panic!("a hand-off")
+        };
+        let without: Value = serde_json::from_slice(&answer(|_| {})).expect("JSON");
+        let sent: Value = serde_json::from_str(raw.get()).expect("JSON");
+        assert_eq!(sent, without["kv_transfer_params"]);
     }
 
     #[test]

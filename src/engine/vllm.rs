@@ -68,6 +68,17 @@ fn values<'args>(args: &'args [String], name: &str) -> Vec<&'args str> {
     found
 }
 
+/// The option that has an engine tell how much of a prompt it did not compute: the only proof, per request, of a hand-off.
+const TOKEN_DETAILS: &str = "enable-prompt-tokens-details";
+
+/// Whether `args` have the switch `name`, or switch it off.
+fn mentions(args: &[String], name: &str) -> bool {
+    args.iter().any(|word| {
+        let option = word.strip_prefix("--").unwrap_or_default().replace('_', "-");
+        option.strip_prefix("no-").unwrap_or(&option) == name
+    })
+}
+
 /// The API keys that an engine takes: `--api-key`, else the variable; empty for one that wants none.
 pub fn api_keys<'engine>(argv: &'engine [String], variable: Option<&'engine str>) -> Vec<&'engine str> {
     let given = values(argv, "api-key");
@@ -104,6 +115,9 @@ pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
         // Told explicitly, because vLLM's own search gives up where xpyd itself was bound to some CPUs.
         arguments.extend(["--numa-bind".to_owned(), "--numa-bind-nodes".to_owned()]);
         arguments.extend(serve.numa_nodes.iter().map(u32::to_string));
+    }
+    if !mentions(serve.args, TOKEN_DETAILS) {
+        arguments.push(format!("--{TOKEN_DETAILS}"));
     }
     arguments.extend(serve.launch.arguments.iter().cloned());
     arguments.extend(serve.args.iter().cloned());

@@ -19,7 +19,8 @@ use tokio::time::Instant;
 
 use super::body::Document;
 use super::error::{ProxyError, Stage};
-use super::flow::{Job, Stages, answer};
+use super::flow::{Job, Stages, Told, answer};
+use super::metrics::Outcome;
 use super::record::Record;
 use super::rules::Kind;
 use super::upstream::{Call, Seat};
@@ -98,7 +99,15 @@ pub enum CanaryError {
         /// The whole chain of errors.
         reason: String,
     },
-    /// The answer was right, but the decode engine computed the prompt itself.
+    /// The decode engine's usage says that it computed the prompt itself.
+    #[error("no KV of this prompt moved from `{prefill}` to `{decode}`: `{decode}` computed it by itself")]
+    Recomputed {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+    },
+    /// The answer was right, but no counter of the decode engine shows that KV came.
     #[error("no KV moved from `{prefill}` to `{decode}`: none of {counters} grew")]
     NothingMoved {
         /// The prefill engine.
@@ -177,6 +186,14 @@ impl Canary<'_> {
         let sent = Instant::now();
         let response = self.through(body.clone()).await?;
         let stages = response.extensions().get::<Stages>().copied().unwrap_or_default();
+        // The counters also grow with what other prefill engines hand over meanwhile.
+        let told = response.extensions().get::<Told>().copied().unwrap_or_default();
+        if told.outcome == Outcome::Recomputed {
+            return Err(CanaryError::Recomputed {
+                prefill: self.prefill.clone(),
+                decode: self.decode.clone(),
+            });
+        }
         let through = self.whole(response).await?;
         let total = sent.elapsed();
         let transferred = self.growth(counters, &before).await?;

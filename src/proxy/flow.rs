@@ -253,7 +253,7 @@ impl Attempt<'_> {
             (Prefilled::Answer(answer), time) => (answer, time),
             (Prefilled::Refused, _) => return Ok(None),
         };
-        let usage = PrefillUsage::of(&answer, connector.notifies());
+        let usage = PrefillUsage::of(&answer);
         drop(answer);
         drop(prefill);
         let sent = Instant::now();
@@ -388,7 +388,7 @@ impl Attempt<'_> {
                 }
                 let (body, proof) = match usage.and_then(|usage| usage.correct(&body)) {
                     Some((corrected, proof)) => (corrected.into(), proof),
-                    None => (body, Proof::default()),
+                    None => (body, Proof::None),
                 };
                 let outcome = self.settled(seat, proof)?;
                 let _tally = self.tally(outcome);
@@ -407,11 +407,7 @@ impl Attempt<'_> {
             return refuse(&mut entry, refusal);
         }
         let handed = entry.is_some();
-        let tally = self.tally(if handed {
-            Outcome::Transferred
-        } else {
-            Outcome::Bypassed
-        });
+        let tally = self.tally(if handed { Outcome::Sent } else { Outcome::Bypassed });
         entry.map(Entry::consumed).unwrap_or_default();
         let guarded = Guarded {
             events: Some(events),
@@ -428,10 +424,13 @@ impl Attempt<'_> {
 
     /// How a hand-off ended that has come to a whole answer. A strict one has failed if its KV did not arrive.
     pub(super) fn settled(&self, decode: &Seat, proof: Proof) -> Result<Outcome, ProxyError> {
-        match (proof.disproves(), self.shared.settings.service.handoff.strict) {
-            (false, _) => Ok(Outcome::Transferred),
-            (true, false) => Ok(Outcome::Recomputed),
-            (true, true) => Err(decode.failed(Stage::Handoff, Cause::Recomputed)),
+        match proof {
+            Proof::Received => Ok(Outcome::Transferred),
+            Proof::None => Ok(Outcome::Sent),
+            Proof::Computed if self.shared.settings.service.handoff.strict => {
+                Err(decode.failed(Stage::Handoff, Cause::Recomputed))
+            }
+            Proof::Computed => Ok(Outcome::Recomputed),
         }
     }
 

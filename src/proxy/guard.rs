@@ -22,7 +22,7 @@ use super::record::Record;
 use super::splice::Rewriter;
 use super::sse::Events;
 use super::upstream::{AnswerBody, Seat};
-use super::usage::PrefillUsage;
+use super::usage::{PrefillUsage, Proof};
 
 /// What belongs to a request as long as it is in the proxy, and measures its stream.
 #[derive(Debug)]
@@ -115,6 +115,17 @@ impl Guarded {
         }
     }
 
+    /// The usage tells what became of the hand-off, unless the generation has failed.
+    fn prove(&mut self, proof: Proof) {
+        if let Some(tally) = self.tally.as_mut().filter(|tally| tally.outcome == Outcome::Sent) {
+            match proof {
+                Proof::Received => tally.outcome = Outcome::Transferred,
+                Proof::Computed => tally.outcome = Outcome::Recomputed,
+                Proof::None => {}
+            }
+        }
+    }
+
     fn is_complete(&self) -> bool {
         self.end == End::AnyEvent || self.events.as_ref().is_none_or(Events::is_done)
     }
@@ -186,9 +197,7 @@ impl GuardedBody {
             && let Some((corrected, proof)) = usage.correct_events(&events)
         {
             events = corrected;
-            if proof.disproves() {
-                guarded.count(Outcome::Recomputed);
-            }
+            guarded.prove(proof);
         }
         let events = match &mut guarded.rewriter {
             Some(rewriter) => rewriter.rewrite(&events),

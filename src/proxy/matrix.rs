@@ -24,8 +24,8 @@ simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vL
 - **refused**: no engine sees it; the answer is an error in OpenAI's shape.
 
 Whichever it is: `kv_transfer_params` and `ec_transfer_params` are taken out, also of `vllm_xargs`; other fields reach the engine
-as the client wrote them. Ids are the proxy's, one for each answer. `usage` is that of one engine: where prompts are handed
-over, `cached_tokens` is what the prefill engine had cached, and not the KV that came from it. What a prefill engine refuses is
+as the client wrote them. Ids are the proxy's, one for each answer. `usage` is that of one engine
+started with `--enable-prompt-tokens-details`, as xpyd starts its own: where prompts are handed over, `cached_tokens` is what the prefill engine had cached, and not the KV that came from it. What a prefill engine refuses is
 asked of the decode engine, whose answer the client gets. A generation that ends with `abort` or `error` is an error, also
 after the first event.
 

@@ -70,10 +70,12 @@ impl EngineLabels {
 /// How a request's hand-off ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The decode engine took the KV and answered, as far as is known.
-    #[default]
+    /// The decode engine answered, and its usage shows that the KV came.
     Transferred,
-    /// The decode engine's usage shows that it computed the prompt itself.
+    /// The decode engine was sent the hand-off and answered. Whether it used the KV is not known.
+    #[default]
+    Sent,
+    /// The decode engine's usage shows that it computed the prompt, or most of it.
     Recomputed,
     /// A decode engine answered alone, because no hand-off can do what the request asks for, or none is worth it.
     Bypassed,
@@ -87,6 +89,7 @@ impl Outcome {
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Transferred => "transferred",
+            Self::Sent => "sent",
             Self::Recomputed => "recomputed",
             Self::Bypassed => "bypassed",
             Self::Failed => "failed",

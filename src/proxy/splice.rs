@@ -147,7 +147,7 @@ async fn first_half(
     let text = choice.text();
     if let Some(text) = text.as_ref().filter(|_| is_last) {
         // The entry's end makes the decode engine take the KV that nobody will decode from.
-        drop(attempt.tally(Outcome::Transferred));
+        drop(attempt.tally(Outcome::Sent));
         let body = if request.stream {
             let usage = request.include_usage.then(|| without_nulls(&first.usage).to_string());
             let ending = (finish.to_string(), stop);
@@ -167,7 +167,7 @@ async fn first_half(
         id: id.to_owned(),
         tokens,
         text,
-        usage: PrefillUsage::of(&answer, true),
+        usage: PrefillUsage::of(&answer),
         answer,
         rewriter,
         handoff_time,
@@ -234,7 +234,7 @@ impl Half {
             }
             Decoded::Whole(head, body) => {
                 entry.consumed();
-                let outcome = attempt.settled(&self.decode, self.usage.proof_of(&body))?;
+                let outcome = attempt.settled(&self.decode, PrefillUsage::proof_of(&body))?;
                 let _tally = attempt.tally(outcome);
                 let nonsense = || {
                     self.decode
@@ -254,7 +254,7 @@ impl Half {
                     rewriter: Some(self.rewriter),
                     entry: Some(entry.take()),
                     usage: Some(self.usage),
-                    tally: Some(attempt.tally(Outcome::Transferred)),
+                    tally: Some(attempt.tally(Outcome::Sent)),
                     ..Guarded::new(self.decode, attempt.job.deadlines.decode, attempt.clock())
                 };
                 let mut response = verbatim(head, Bytes::new());

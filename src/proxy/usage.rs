@@ -1,8 +1,11 @@
 //! What answers say that they used. The prompt was read by the prefill engine, so its count of cached tokens is the one that
 //! a single engine would give; the decode engine's count says instead whether the KV came from elsewhere.
 //!
-//! What real engines did (vLLM 0.32.0, `--enable-prompt-tokens-details`): a decode engine of LMCache counts all tokens but the
-//! last one as cached, one of NIXL repeats the prefill engine's count. Without the flag neither says anything.
+//! vLLM 0.32.0 with `--enable-prompt-tokens-details`, which xpyd gives to its engines: a decode engine counts what it found
+//! in its own cache plus what its connector loaded. With LMCache that is every token but the last one, with NIXL every token:
+//! the connector leaves `remote_prefill_cached_tokens` out of the decode leg, because vLLM would repeat it as its own count.
+//! A load that failed counts 0, unless the engine had the beginning of the prompt in its own cache: then vLLM does not
+//! correct the count. Without the option, and in a stream without `include_usage`, nothing is proven.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -18,23 +21,21 @@ const DETAILS: &[u8] = b"\"prompt_tokens_details\":";
 pub(super) struct PrefillUsage {
     /// The members of its `prompt_tokens_details` that have a value, as JSON text.
     details: Vec<(String, String)>,
-    cached_tokens: Option<u64>,
-    /// Whether the decode engine counts the KV that it received as cached, whatever the prefill engine found.
-    pushed: bool,
 }
+
+/// Most tokens that a decode engine computes where LMCache hands over whole chunks only: its default chunk.
+const CHUNK: u64 = 256;
 
 /// What the decode engine's usage proves about the hand-off.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Proof {
-    /// Tokens of the prompt that the decode engine did not compute; `None` where its usage does not say.
-    pub(super) remote_tokens: Option<u64>,
-}
-
-impl Proof {
-    /// Whether the decode engine has computed the whole prompt by itself.
-    pub(super) fn disproves(self) -> bool {
-        self.remote_tokens == Some(0)
-    }
+pub(super) enum Proof {
+    /// Nothing: it does not say, or its count fits both.
+    #[default]
+    None,
+    /// It did not compute the prompt.
+    Received,
+    /// It computed the prompt, or most of it.
+    Computed,
 }
 
 /// The part of `usage` that counts here.
@@ -51,14 +52,28 @@ struct Details {
 }
 
 impl Usage {
-    fn cached_tokens(&self) -> Option<u64> {
-        self.prompt_tokens_details.as_ref()?.cached_tokens
+    /// What it proves, where it is a decode engine's.
+    fn proof(&self) -> Proof {
+        let cached = self
+            .prompt_tokens_details
+            .as_ref()
+            .and_then(|details| details.cached_tokens);
+        // The only token of a prompt is computed wherever its KV is.
+        let Some(cached) = cached.filter(|_| self.prompt_tokens > 1) else {
+            return Proof::None;
+        };
+        match self.prompt_tokens.saturating_sub(cached) {
+            _ if cached == 0 => Proof::Computed,
+            0 | 1 => Proof::Received,
+            computed if computed <= CHUNK => Proof::None,
+            _ => Proof::Computed,
+        }
     }
 }
 
 impl PrefillUsage {
-    /// What a prefill engine's whole answer says. `pushed`: the connector pushes KV.
-    pub(super) fn of(answer: &[u8], pushed: bool) -> Self {
+    /// What a prefill engine's whole answer says.
+    pub(super) fn of(answer: &[u8]) -> Self {
         let usage = std::str::from_utf8(answer)
             .ok()
             .filter(|_| has_details(answer))
@@ -70,23 +85,19 @@ impl PrefillUsage {
         });
         Self {
             details: details.unwrap_or_default(),
-            cached_tokens: usage
-                .and_then(|usage| serde_json::from_str::<Usage>(usage).ok())
-                .and_then(|usage| usage.cached_tokens()),
-            pushed,
         }
     }
 
     /// What a whole answer of the decode engine proves.
-    pub(super) fn proof_of(&self, answer: &[u8]) -> Proof {
+    pub(super) fn proof_of(answer: &[u8]) -> Proof {
         #[derive(Deserialize)]
         struct Answer {
             usage: Usage,
         }
         if !has_details(answer) {
-            return Proof::default();
+            return Proof::None;
         }
-        serde_json::from_slice::<Answer>(answer).map_or_else(|_| Proof::default(), |answer| self.proof(&answer.usage))
+        serde_json::from_slice::<Answer>(answer).map_or(Proof::None, |answer| answer.usage.proof())
     }
 
     /// A whole answer of the decode engine as the client shall see it, and what it proves. `None` if it tells no details.
@@ -94,9 +105,9 @@ impl PrefillUsage {
         if !has_details(answer) {
             return None;
         }
-        let mut proof = Proof::default();
+        let mut proof = Proof::None;
         let corrected = edit_at(std::str::from_utf8(answer).ok()?, &[Step::Key("usage")], |usage| {
-            proof = self.proof(&serde_json::from_str(usage).ok()?);
+            proof = serde_json::from_str::<Usage>(usage).ok()?.proof();
             edit_at(usage, &[Step::Key("prompt_tokens_details")], |details| {
                 self.details(details)
             })
@@ -109,7 +120,7 @@ impl PrefillUsage {
         if !has_details(events) {
             return None;
         }
-        let mut proof = Proof::default();
+        let mut proof = Proof::None;
         let mut out = Vec::with_capacity(events.len());
         for (_, event) in sse::each(events) {
             let corrected = sse::data(event).next().and_then(|data| {
@@ -129,15 +140,6 @@ impl PrefillUsage {
         let told = self.details.iter().filter(|(key, _)| own.given(key).is_some());
         let edits: Vec<_> = told.map(|(key, value)| (key.as_str(), Some(value.as_str()))).collect();
         Some(own.apply(&edits))
-    }
-
-    fn proof(&self, decoded: &Usage) -> Proof {
-        let cached = decoded.cached_tokens();
-        // The only token of a prompt is computed wherever its KV is, and an equal count may be a repeated one.
-        let says_nothing = decoded.prompt_tokens <= 1 || (!self.pushed && cached == self.cached_tokens);
-        Proof {
-            remote_tokens: cached.filter(|_| !says_nothing),
-        }
     }
 }
 
@@ -161,21 +163,25 @@ mod tests {
 
     #[test]
     fn the_client_sees_the_prefill_engines_cache_and_every_other_byte_unchanged() {
-        let used = PrefillUsage::of(PREFILLED, true);
-        for (decoded, seen, remote_tokens) in [
-            (r#"{"cached_tokens":299}"#, r#"{"cached_tokens":16}"#, Some(299)),
+        let used = PrefillUsage::of(PREFILLED);
+        for (decoded, seen, proof) in [
+            (r#"{"cached_tokens":299}"#, r#"{"cached_tokens":16}"#, Proof::Received),
             (
                 r#"{ "cached_tokens": 0,"new":[1] }"#,
                 r#"{ "cached_tokens": 16,"new":[1] }"#,
-                Some(0),
+                Proof::Computed,
             ),
-            (r#"{"created_cache_tokens":7}"#, r#"{"created_cache_tokens":7}"#, None),
+            (
+                r#"{"created_cache_tokens":7}"#,
+                r#"{"created_cache_tokens":7}"#,
+                Proof::None,
+            ),
         ] {
-            let (answer, proof) = used.correct(usage(decoded).as_bytes()).expect("it tells");
-            assert_eq!((answer, proof), (usage(seen), Proof { remote_tokens }));
+            let corrected = used.correct(usage(decoded).as_bytes()).expect("it tells");
+            assert_eq!(corrected, (usage(seen), proof));
         }
         assert_eq!(used.correct(usage("null").as_bytes()), None);
-        let silent = PrefillUsage::of(br#"{"usage":{"prompt_tokens_details":null}}"#, true);
+        let silent = PrefillUsage::of(br#"{"usage":{"prompt_tokens_details":null}}"#);
         let own = usage(r#"{"cached_tokens":299}"#);
         assert_eq!(silent.correct(own.as_bytes()).expect("it tells").0, own);
     }
@@ -187,26 +193,33 @@ mod tests {
             ": x\r\n\r\n{text}data:  {}\r\n\r\ndata: [DONE]\n\n",
             usage(r#"{"cached_tokens":0}"#)
         );
-        let (seen, proof) = PrefillUsage::of(PREFILLED, true)
+        let (seen, proof) = PrefillUsage::of(PREFILLED)
             .correct_events(events.as_bytes())
             .expect("it tells");
         assert_eq!(seen, events.replace("\"cached_tokens\":0", "\"cached_tokens\":16"));
-        assert!(proof.disproves());
-        assert_eq!(PrefillUsage::of(PREFILLED, true).correct_events(text.as_bytes()), None);
+        assert_eq!(proof, Proof::Computed);
+        assert_eq!(PrefillUsage::of(PREFILLED).correct_events(text.as_bytes()), None);
     }
 
     #[test]
-    fn a_repeated_count_proves_nothing() {
-        let count = |pushed, cached: u64, prompt: u64| {
+    fn a_hand_off_is_proven_only_by_a_count_of_almost_the_whole_prompt() {
+        let proof = |cached: u64, prompt: u64| {
             let answer = format!(
                 r#"{{"usage":{{"prompt_tokens":{prompt},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#
             );
-            let corrected = PrefillUsage::of(PREFILLED, pushed).correct(answer.as_bytes());
-            corrected.expect("it tells").1.remote_tokens
+            PrefillUsage::proof_of(answer.as_bytes())
         };
-        assert_eq!(count(false, 16, 300), None);
-        assert_eq!(count(false, 299, 300), Some(299));
-        assert_eq!(count(true, 16, 300), Some(16));
-        assert_eq!(count(true, 0, 1), None);
+        for (cached, prompt, proven) in [
+            (300, 300, Proof::Received),
+            (299, 300, Proof::Received),
+            // All whole chunks of LMCache, or the beginning that the decode engine had itself.
+            (256, 300, Proof::None),
+            (64, 5000, Proof::Computed),
+            (0, 300, Proof::Computed),
+            (0, 2, Proof::Computed),
+            (0, 1, Proof::None),
+        ] {
+            assert_eq!(proof(cached, prompt), proven, "{cached} of {prompt}");
+        }
     }
 }

@@ -87,7 +87,7 @@ async fn both_legs_carry_the_clients_own_bytes_and_one_fresh_id() {
         assert_eq!(seen.headers["authorization"], "Bearer secret");
         assert!(!seen.headers.contains_key("x-data-parallel-rank"));
     }
-    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="transferred"}"#), "1");
+    assert_eq!(rig.metric(r#"xpyd_handoff_total{outcome="sent"}"#), "1");
     for stage in ["prefill", "handoff", "decode_first_byte"] {
         assert_eq!(
             rig.metric(&format!(r#"xpyd_stage_seconds_count{{stage="{stage}"}}"#)),

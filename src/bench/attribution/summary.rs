@@ -110,7 +110,7 @@ pub struct Remote {
     pub recomputed: usize,
     /// Whether engines' counters bear this out; without them it is what the proxy knew when the answers began.
     pub is_counted: bool,
-    /// What became of hand-offs, by the proxy's words: `transferred`, `bypassed (n)`.
+    /// What became of hand-offs, by the proxy's words: `transferred`, `sent`, `bypassed (n)`.
     pub outcomes: BTreeMap<String, usize>,
     /// Prompt tokens that prefill engines had in a cache, and all they read; `None` without counters.
     pub cached: Option<(f64, f64)>,
@@ -507,7 +507,7 @@ fn remote(told: &[Told<'_>], engines: &[Engine]) -> Option<Remote> {
             .unwrap_or_default();
         *outcomes.entry(format!("{}{reason}", phases.outcome)).or_default() += 1;
         let tokens = answer.prompt_tokens.unwrap_or_default() as f64;
-        if phases.outcome == "transferred" {
+        if matches!(phases.outcome.as_str(), "transferred" | "sent") {
             transferred += 1;
             transferred_tokens += tokens;
         } else {

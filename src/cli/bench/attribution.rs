@@ -183,7 +183,10 @@ fn warnings(summary: &Summary) -> Vec<String> {
                 remote.recomputed
             ));
         }
-        let others = remote.outcomes.iter().filter(|(outcome, _)| *outcome != "transferred");
+        let others = remote
+            .outcomes
+            .iter()
+            .filter(|(outcome, _)| !matches!(outcome.as_str(), "transferred" | "sent"));
         why.extend(others.map(|(outcome, count)| format!("{count} {outcome}")));
         warnings.push(format!(
             "only {} of {} requests used remote KV{}: {}; the others were no disaggregated serving",

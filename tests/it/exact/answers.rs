@@ -145,15 +145,39 @@ async fn a_strict_splice_whose_kv_did_not_arrive_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_count_that_nixl_repeats_disproves_nothing() {
-    let prefilled = format!(
-        r#"{{"choices":[{{"finish_reason":"length"}}],"usage":{{"prompt_tokens_details":{{"cached_tokens":0}}}},"kv_transfer_params":{PARAMS}}}"#
-    );
-    let prefill = Fake::start(move |_| std::future::ready(answer(200, prefilled.clone()))).await;
-    let decode = Fake::start(|_| async { answer(200, decoded(false, 0)) }).await;
+async fn a_nixl_decode_engine_tells_its_own_count_which_is_the_proof() {
+    const COUNT: &str = r#","remote_prefill_cached_tokens":16}"#;
+    for (cached, counted) in [(300, "transferred"), (0, "recomputed")] {
+        let params = PARAMS.replace('}', COUNT);
+        let prefilled = format!(
+            r#"{{"choices":[{{"finish_reason":"length"}}],"usage":{{"prompt_tokens_details":{{"cached_tokens":16}}}},"kv_transfer_params":{params}}}"#
+        );
+        let prefill = Fake::start(move |_| std::future::ready(answer(200, prefilled.clone()))).await;
+        let decode = Fake::start(move |_| async move { answer(200, decoded(false, cached)) }).await;
+        let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+        assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await, (200, decoded(false, 16)));
+        assert_eq!(outcome(&rig, counted), "1");
+        rig.finish().await;
+        let sent = &decode.seen()[0].raw;
+        assert!(!sent.contains("remote_prefill_cached_tokens"), "{sent}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_tells_nothing_proves_nothing() {
+    const STREAM: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: [DONE]\n\n";
+    let prefill = prefiller().await;
+    let decode = Fake::start(|_| async { events(vec![Ok(STREAM)]) }).await;
     let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
-    assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await, (200, decoded(false, 0)));
-    assert_eq!(outcome(&rig, "transferred"), "1");
+    let request = rig.post("/v1/completions", r#"{"prompt":"x","stream":true}"#);
+    let response = request.send().await.unwrap();
+    let label = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
+    assert!(label.starts_with("sent;"), "{label}");
+    assert_eq!(response.text().await.unwrap(), STREAM);
+    assert_eq!(
+        (outcome(&rig, "sent"), outcome(&rig, "transferred")),
+        ("1".into(), String::new())
+    );
     rig.finish().await;
 }
 
@@ -237,6 +261,6 @@ async fn a_stream_that_its_client_leaves_counts_as_what_it_was() {
     drop(stream);
     let proxy = rig.proxy.clone();
     rig.finish().await;
-    let counted = r#"xpyd_handoff_total{outcome="transferred"} 1"#;
+    let counted = r#"xpyd_handoff_total{outcome="sent"} 1"#;
     assert!(proxy.metrics_text().contains(counted), "{}", proxy.metrics_text());
 }

@@ -107,7 +107,7 @@ fn counts(port: u16) -> [u64; 3] {
         outcomes.iter().map(sample).sum()
     };
     [
-        of(&["transferred"]),
+        of(&["transferred", "sent"]),
         of(&["bypassed"]),
         of(&["refused", "failed", "recomputed"]),
     ]

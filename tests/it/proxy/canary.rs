@@ -67,7 +67,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
         let flown = report.total.as_nanos() > 0;
         let counted = rig.metric(r#"xpyd_canary_request_seconds_count{outcome="answered"}"#);
         assert_eq!((flown, counted.as_str()), (true, "1"));
-        assert_eq!(rig.metric(r#"xpyd_canary_handoff_total{outcome="transferred"}"#), "1");
+        assert_eq!(rig.metric(r#"xpyd_canary_handoff_total{outcome="sent"}"#), "1");
     }
     rig.finish().await;
     report

@@ -112,7 +112,7 @@ async fn only_the_engine_that_failed_is_left_alone_by_the_next_attempt() {
     assert_eq!(response.status(), 200);
     let told = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
     assert!(
-        told.starts_with("transferred;") && told.contains(r#"decode="decoder2""#),
+        told.starts_with("sent;") && told.contains(r#"decode="decoder2""#),
         "{told}"
     );
     assert!(told.ends_with(";attempt=2"), "{told}");
