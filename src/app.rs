@@ -4,6 +4,7 @@
 //! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +60,8 @@ pub struct Run {
     pub grow: Grow,
     /// What its proxy needs and no plan holds.
     pub proxy_parts: proxy::Parts,
+    /// The key that was made for its engines, for the operator.
+    pub engine_key: Option<String>,
     /// Where people read.
     pub printer: Printer,
 }
@@ -110,6 +113,7 @@ where
         attach,
         grow,
         proxy_parts,
+        engine_key,
         printer,
     } = run;
     let run_dir = Arc::new(run_dir);
@@ -123,6 +127,7 @@ where
     } = open_sockets(&plan, &run_dir, attach.is_some()).await?;
     let info = RunInfo {
         control_socket: run_dir.socket_path().to_owned(),
+        engine_key_file: engine_key_file(&run_dir, engine_key.as_deref())?,
         ..run_info(&plan, &name, &url, detached)?
     };
     run_dir
@@ -197,6 +202,15 @@ fn record(run_dir: &RunDir, outcome: &Outcome) {
     if let Err(error) = run_dir.record_outcome(outcome.exit_status(), &left) {
         tracing::warn!(error = one_line(&error), "cannot record how the run ended");
     }
+    if outcome.ending != supervisor::Ending::Kept {
+        run_dir.remove_engine_key();
+    }
+}
+
+/// Writes the key of the engines where the operator finds it.
+fn engine_key_file(run_dir: &RunDir, key: Option<&str>) -> Result<Option<PathBuf>, Failure> {
+    let written = key.map(|key| run_dir.write_engine_key(key)).transpose();
+    written.map_err(|error| Failure::new(ExitStatus::Failure, error))
 }
 
 /// Starts the control socket, and what hands its requests on to the supervisor.

@@ -94,5 +94,6 @@ pub async fn end_kept(
     progress.clear();
     end.cancel();
     super::join(parts).await;
+    run_dir.remove_engine_key();
     Ok(outcome)
 }

@@ -58,7 +58,7 @@ impl Remedy {
     pub(super) fn apply(&self) -> anyhow::Result<()> {
         match self {
             // Taking the lock of a run removes what a killed one has left; giving it back leaves nothing.
-            Self::StaleRun(name) => drop(RunDir::acquire(name)?),
+            Self::StaleRun(name) => RunDir::acquire(name)?.remove_engine_key(),
             Self::Download(leftover) => leftover.remove()?,
             Self::Memory(memory) => memory.remove(),
         }

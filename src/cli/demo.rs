@@ -9,9 +9,8 @@ use futures_util::StreamExt;
 use tokio::process::Command;
 
 use super::detach::status_after;
-use super::{block_on, request, up};
+use super::{block_on, engine_key, request, up};
 use crate::app::{self, Ready, Run};
-use crate::engine::vllm;
 use crate::machine;
 use crate::profile::{self, Override};
 use crate::proxy;
@@ -58,17 +57,14 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         Some(offset) => offset,
         None => request::free_offset(|offset| request::build(&profile(offset)?, &machine, &arguments.logs))?,
     };
-    let profile = profile(offset)?;
+    let mut profile = profile(offset)?;
     let draft = request::build(&profile, &machine, &arguments.logs)?;
     // A name of its own, so that a demo beside a running fleet is not in its way.
     let name = format!("demo-{}", std::process::id());
     let run_dir = up::acquire(&name)?;
     let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS)?;
-    let mut plan = request::build(&profile, &machine, folder.path())?;
-    for engine in &mut plan.engines {
-        // Whatever is set for other fleets: nobody needs a key in a demo.
-        engine.env.insert(vllm::API_KEY_VARIABLE.to_owned(), String::new());
-    }
+    let engine_key = engine_key::choose(&mut profile, &draft, None)?;
+    let plan = request::build(&profile, &machine, folder.path())?;
     up::log_to(folder.path())?;
     printer.status("xpyd demo: 2 prefill + 2 decode engines, simulated, so no GPU is needed.\n");
     up::announce(&plan, printer);
@@ -79,7 +75,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         detached: false,
         attach: None,
         grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
-        proxy_parts: proxy::Parts::default(),
+        proxy_parts: proxy::Parts {
+            engine_key: engine_key.sent,
+            ..proxy::Parts::default()
+        },
+        engine_key: engine_key.made,
         printer,
     };
     let num_prompts = arguments.num_prompts;

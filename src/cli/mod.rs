@@ -11,6 +11,7 @@ mod detach;
 mod doctor;
 pub mod down;
 mod drain;
+mod engine_key;
 mod fetch;
 pub mod logs;
 mod plan;

@@ -10,6 +10,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::engine_key;
 use super::request::{self, ServiceArguments};
 use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
@@ -275,7 +276,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     arguments.service.change(&mut service);
     let scheme = service.clients.scheme();
     let parts = Parts {
-        engine_key: request::checked_engine_key(request::inherited_engine_key().as_deref())?,
+        engine_key: engine_key::checked(engine_key::inherited().as_deref())?,
         ..request::proxy_parts(&service)?
     };
     let settings = settings(&arguments, service, parts);

@@ -10,7 +10,7 @@ use crate::machine::{self, Machine};
 use crate::plan::{self, Plan, PlanError};
 use crate::preflight::{Finding, Level};
 use crate::profile::{self, DeviceChoice, Override, Profile, ProfileError};
-use crate::proxy::{self, AccessLog, ClientKeys, EngineKey, Tls, Traces};
+use crate::proxy::{self, AccessLog, ClientKeys, Tls, Traces};
 use crate::report::{ExitStatus, Failure};
 use crate::service::{self, Clients, Guard, Service};
 use crate::ui::Printer;
@@ -289,32 +289,6 @@ fn client_keys(guard: &Guard) -> Result<ClientKeys, Failure> {
     let more = ClientKeys::read(&variable)
         .map_err(|error| usage(anyhow::Error::new(error).context("cannot use `XPYD_API_KEY`")))?;
     Ok(keys.and(more))
-}
-
-/// The key that the engines of a plan want. They inherit xpyd's environment.
-pub(super) fn engine_key(plan: &Plan) -> Result<Option<EngineKey>, Failure> {
-    let inherited = inherited_engine_key();
-    let key = plan.engine_key(inherited.as_deref()).map_err(|error| {
-        Failure::new(ExitStatus::Usage, error)
-            .hint("give both roles the same `--api-key`, for example in `[vllm] args`")
-    })?;
-    checked_engine_key(key)
-}
-
-/// The variable from which vLLM takes its key.
-pub(super) fn inherited_engine_key() -> Option<String> {
-    std::env::var(crate::engine::vllm::API_KEY_VARIABLE).ok()
-}
-
-/// A key of engines as a header carries it.
-pub(super) fn checked_engine_key(key: Option<&str>) -> Result<Option<EngineKey>, Failure> {
-    let key = key.filter(|key| !key.is_empty()).map(EngineKey::new).transpose();
-    key.map_err(|error| {
-        Failure::new(
-            ExitStatus::Usage,
-            anyhow::Error::new(error).context("the key of the engines"),
-        )
-    })
 }
 
 /// Builds the plan of a run in `run_dir`.

@@ -108,16 +108,25 @@ fn picture(status: &Status, width: usize) -> String {
     } else {
         wide(&status.engines).to_string()
     };
-    [
+    let mut lines = vec![
         format!("run `{}` is {}{age} (pid {})", run.name, stage(status), run.pid),
         format!("  profile  {}", run.profile),
         format!("  model    {}", run.model),
         format!("  proxy    {} ({} in flight)", run.proxy_url, status.in_flight),
         format!("  logs     {}", run.logs_dir.display()),
-        String::new(),
-        engines,
-    ]
-    .join("\n")
+    ];
+    lines.extend(direct(status));
+    lines.extend([String::new(), engines]);
+    lines.join("\n")
+}
+
+/// How the operator asks an engine directly, if that takes the key that was made for the run.
+fn direct(status: &Status) -> Option<String> {
+    let file = status.run.engine_key_file.as_ref()?.display();
+    let port = status.engines.last()?.port;
+    Some(format!(
+        "  direct   curl -H \"Authorization: Bearer $(cat {file})\" http://127.0.0.1:{port}/v1/models"
+    ))
 }
 
 fn wide(engines: &[EngineStatus]) -> Table<9> {

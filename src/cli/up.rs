@@ -10,7 +10,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
-use super::{attach, block_on, detach, fetch};
+use super::{attach, block_on, detach, engine_key, fetch};
 use crate::app::{self, Began, Ended, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
@@ -57,7 +57,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if let Some(parent) = arguments.ends_with {
         detach::end_with(parent)?;
     }
-    let (profile, machine) = arguments.fleet.survey()?;
+    let (mut profile, machine) = arguments.fleet.survey()?;
     let draft = request::build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;
     if arguments.dry_run {
         super::plan::show(&draft, &machine, false, printer)?;
@@ -66,12 +66,10 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if arguments.detach && !arguments.detached_child {
         return detach::start(printer);
     }
-    let proxy_parts = proxy::Parts {
-        engine_key: request::engine_key(&draft)?,
-        ..request::proxy_parts(&draft.proxy.service)?
-    };
+    let proxy_parts = request::proxy_parts(&draft.proxy.service)?;
     let run_dir = acquire(&arguments.name)?;
     let attach = attach::find(&arguments.name)?;
+    let engine_key = engine_key::choose(&mut profile, &draft, attach.as_ref())?;
     let plan = if let Some(kept) = &attach {
         let plan = request::build(
             &attach::where_they_run(&profile, kept, &arguments.name)?,
@@ -101,7 +99,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         run_dir,
         detached,
         attach,
-        proxy_parts,
+        proxy_parts: proxy::Parts {
+            engine_key: engine_key.sent,
+            ..proxy_parts
+        },
+        engine_key: engine_key.made,
         grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
     };

@@ -1,7 +1,7 @@
 //! The runtime folder of a run: its lock, its socket, and the files that say who runs and how the last run ended.
 //!
 //! The folder is `$XDG_RUNTIME_DIR/xpyd/<name>/`, or `/tmp/xpyd-<uid>/<name>/` where there is no such variable. It holds
-//! `lock` (locked for the life of the run, holds the pid), `run.json` ([`RunInfo`]), `control.sock`, `attach.sock` (where
+//! `lock` (locked for the life of the run, holds the pid), `run.json` ([`RunInfo`]), `engine-key`, `control.sock`, `attach.sock` (where
 //! the guardian of a run whose xpyd has gone may keep its engines) and `outcome.json` ([`RunOutcome`] of the last run that
 //! ended by itself). A reader never takes the lock, it only asks who has it, so
 //! looking at a run cannot disturb the start of another. What a killed run left is removed by the next one to start.
@@ -34,6 +34,7 @@ const LOCK_FILE: &str = "lock";
 const RUN_FILE: &str = "run.json";
 const OUTCOME_FILE: &str = "outcome.json";
 const SOCKET_FILE: &str = "control.sock";
+const ENGINE_KEY_FILE: &str = "engine-key";
 /// No longer than that of the control socket, whose path is checked.
 const ATTACH_FILE: &str = "attach.sock";
 
@@ -121,6 +122,9 @@ pub struct RunInfo {
     /// Where programs ask about the run, and stop it: HTTP over this Unix socket.
     #[serde(default)]
     pub control_socket: PathBuf,
+    /// The file with the API key that was made for the run's engines; `None` if they have the user's, or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_key_file: Option<PathBuf>,
     /// The folder with the run's logs, absolute.
     pub logs_dir: PathBuf,
     /// Prefill engines first, each role in number order.
@@ -156,6 +160,7 @@ impl RunInfo {
             model: String::new(),
             proxy_url: String::new(),
             control_socket: PathBuf::new(),
+            engine_key_file: None,
             logs_dir: PathBuf::new(),
             engines: Vec::new(),
             started_at: jiff::Timestamp::now().to_string(),
@@ -270,6 +275,20 @@ impl RunDir {
         self.write(OUTCOME_FILE, &outcome)
     }
 
+    /// Writes the API key of the run's engines for its user alone, and returns where. It stays while the engines do.
+    pub fn write_engine_key(&self, key: &str) -> Result<PathBuf, RunDirError> {
+        let path = self.folder.join(ENGINE_KEY_FILE);
+        self.replace(ENGINE_KEY_FILE, format!("{key}\n").as_bytes())?;
+        Ok(path)
+    }
+
+    /// Removes the key of engines that are gone.
+    pub fn remove_engine_key(&self) {
+        if let Err(error) = remove_if_there(&self.folder.join(ENGINE_KEY_FILE)) {
+            tracing::warn!(%error, "cannot remove the key of the engines");
+        }
+    }
+
     /// Where a guardian that keeps engines waits for the next run of this name.
     pub fn attach_path(&self) -> PathBuf {
         self.folder.join(ATTACH_FILE)
@@ -287,17 +306,25 @@ impl RunDir {
         Ok(listener)
     }
 
-    /// Replaces a file as a whole, so that no reader sees half of it.
     fn write(&self, file_name: &str, content: &impl Serialize) -> Result<(), RunDirError> {
-        let path = self.folder.join(file_name);
-        let half_written = self.folder.join(format!("{file_name}.new"));
         let text = serde_json::to_vec_pretty(content).map_err(|source| RunDirError::Unreadable {
-            path: path.clone(),
+            path: self.folder.join(file_name),
             source,
         })?;
-        fs_err::write(&half_written, text)?;
-        fs_err::rename(&half_written, &path)?;
-        Ok(())
+        Ok(self.replace(file_name, &text)?)
+    }
+
+    /// Replaces a file as a whole, so that no reader sees half of it.
+    fn replace(&self, file_name: &str, content: &[u8]) -> io::Result<()> {
+        let half_written = self.folder.join(format!("{file_name}.new"));
+        remove_if_there(&half_written)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&half_written)?;
+        file.write_all(content)?;
+        fs_err::rename(&half_written, self.folder.join(file_name))
     }
 }
 

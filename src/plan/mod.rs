@@ -231,6 +231,18 @@ impl Plan {
         Ok(common.and_then(|(_, keys)| keys.first().copied()))
     }
 
+    /// Roles whose engines take requests from everyone, and were not told to by an empty key.
+    pub fn roles_without_key(&self, inherited: Option<&str>) -> Vec<Role> {
+        let is_open = |engine: &&EngineSpec| {
+            let own = engine.env.get(vllm::API_KEY_VARIABLE).map(String::as_str);
+            own.is_none() && vllm::api_keys(&engine.argv, inherited).is_empty()
+        };
+        let roles = [Role::Prefill, Role::Decode].into_iter();
+        roles
+            .filter(|role| self.engines_of(*role).any(|engine| is_open(&engine)))
+            .collect()
+    }
+
     /// GPUs that the plan needs.
     pub fn gpus_needed(&self) -> usize {
         self.engines.iter().map(|engine| engine.gpus.len()).sum()

@@ -11,6 +11,7 @@ use axum::middleware::Next;
 
 use super::Shared;
 use super::error::ProxyError;
+use super::key::EngineKey;
 use super::record::Record;
 use super::routes::respond;
 use super::upstream::forwardable;
@@ -58,12 +59,15 @@ impl Shared {
     }
 
     /// The headers of a client's request that may cross to an engine. A key that xpyd has checked stays here, and the
-    /// engines' own takes its place, unless it is to be passed through.
+    /// engines' own takes its place, unless it is to be passed through. Where only xpyd knows the engines' key, it always
+    /// does.
     pub(super) fn crossing(&self, headers: &HeaderMap) -> HeaderMap {
         let mut crossing = forwardable(headers);
-        if !self.settings.parts.client_keys.is_empty() && !self.settings.service.guard.pass_key_through {
+        let parts = &self.settings.parts;
+        let is_checked = !parts.client_keys.is_empty() && !self.settings.service.guard.pass_key_through;
+        if is_checked || parts.engine_key.as_ref().is_some_and(EngineKey::is_xpyds_own) {
             crossing.remove(header::AUTHORIZATION);
-            if let Some(key) = &self.settings.parts.engine_key {
+            if let Some(key) = &parts.engine_key {
                 key.add_to(&mut crossing);
             }
         }

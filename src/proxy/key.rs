@@ -83,7 +83,10 @@ fn checked(key: &str) -> Result<&str, KeyError> {
 
 /// The key that engines want, as the value of a header. Marked as sensitive, so that nothing prints it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EngineKey(HeaderValue);
+pub struct EngineKey {
+    value: HeaderValue,
+    is_xpyds_own: bool,
+}
 
 impl EngineKey {
     /// The key of these characters.
@@ -93,12 +96,29 @@ impl EngineKey {
     pub fn new(key: &str) -> Result<Self, KeyError> {
         let mut value = HeaderValue::try_from(format!("Bearer {}", checked(key)?)).map_err(|_| KeyError)?;
         value.set_sensitive(true);
-        Ok(Self(value))
+        Ok(Self {
+            value,
+            is_xpyds_own: false,
+        })
+    }
+
+    /// The same key, which clients cannot have: it replaces whatever they send.
+    #[must_use]
+    pub fn known_to_xpyd_only(self) -> Self {
+        Self {
+            is_xpyds_own: true,
+            ..self
+        }
+    }
+
+    /// Whether it replaces the key of every client.
+    pub(super) fn is_xpyds_own(&self) -> bool {
+        self.is_xpyds_own
     }
 
     /// Puts it into the headers of a call, in place of any other.
     pub(super) fn add_to(&self, headers: &mut HeaderMap) {
-        headers.insert(header::AUTHORIZATION, self.0.clone());
+        headers.insert(header::AUTHORIZATION, self.value.clone());
     }
 }
 

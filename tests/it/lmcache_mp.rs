@@ -6,7 +6,7 @@ use std::process::Output;
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    Place, Run, asking_meanwhile, completion, engine, get, kill_engine, kill_process, metric, wait_for,
+    Place, Run, asking_meanwhile, completion, completion_with, engine, get, kill_engine, kill_process, metric, wait_for,
 };
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
@@ -85,7 +85,7 @@ fn an_engine_comes_back_with_a_new_cache_server_when_it_has_lost_its_own_and_no_
     let place = Place::new();
     let mut run = up(&place, &["--set", "restart.backoff=10ms"]);
     run.wait_until_ready();
-    asking_meanwhile(&place, 7200 + place.offset, MODEL, || {
+    asking_meanwhile(&place, MODEL, || {
         for (number, name) in [(0, "prefiller1"), (3, "decoder2")] {
             let lost = cache_server(&place, number);
             kill_process(lost);
@@ -187,7 +187,7 @@ fn engines_that_join_or_start_again_have_cache_servers_of_their_own() {
     });
     assert_eq!(
         completion(place.proxy_port(), MODEL, "one two three"),
-        completion(7200 + place.offset, MODEL, "one two three")
+        place.alone(MODEL, "one two three")
     );
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
@@ -214,16 +214,18 @@ fn the_proxy_alone_serves_such_engines() {
         "--decoder-port",
         &decode,
     ];
-    let mut proxy = Run::start(&place, &arguments);
+    let key = place.engine_key();
+    let mut command = place.command(&arguments);
+    command.env("VLLM_API_KEY", &key);
+    let mut proxy = Run::of(&place, command);
     proxy.wait_for_line("serving 2 prefill and 2 decode engines");
     let moved = || metric(7200 + place.offset, "vllm:nixl_bytes_transferred_sum", "");
     let before = moved();
     // Two decode engines take turns.
-    let answers = [(); 2].map(|()| completion(own_port, MODEL, "a prompt for a proxy of its own"));
-    assert_eq!(
-        answers,
-        [(); 2].map(|()| completion(place.proxy_port(), MODEL, "a prompt for a proxy of its own"))
-    );
+    let bearer = format!("Bearer {key}");
+    let prompt = "a prompt for a proxy of its own";
+    let answers = [(); 2].map(|()| completion_with(own_port, MODEL, prompt, 12, &[("authorization", &bearer)]));
+    assert_eq!(answers, [(); 2].map(|()| completion(place.proxy_port(), MODEL, prompt)));
     assert!(moved() > before);
 }
 

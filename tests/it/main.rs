@@ -11,6 +11,7 @@ mod causes;
 mod clients;
 mod control;
 mod doctor;
+mod doors;
 mod exact;
 mod gpu;
 mod guard;

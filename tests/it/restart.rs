@@ -48,7 +48,7 @@ fn a_killed_decoder_comes_back_and_gets_kv_again_while_clients_are_served() {
             received_tokens(7200 + place.offset) > before,
             "{connector}: no KV reached the new incarnation"
         );
-        let alone = completion(7200 + place.offset, MODEL, &prompt);
+        let alone = place.alone(MODEL, &prompt);
         assert_eq!(answers, [alone.clone(), alone], "{connector}");
         run.signal(Signal::SIGINT);
         let (code, text) = run.end();

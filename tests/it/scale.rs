@@ -34,7 +34,7 @@ fn engines_join_and_leave_while_no_request_is_lost() {
         let place = Place::new();
         let mut run = place.up(&["--profile", "1p1d", "--set", connector]);
         run.wait_until_ready();
-        asking_meanwhile(&place, 7200 + place.offset, MODEL, || {
+        asking_meanwhile(&place, MODEL, || {
             scale(&place, &["decode=3", "prefill=2"], 0);
             let ready = |id: &str| (id.to_owned(), "ready".to_owned());
             let all = ["prefiller1", "prefiller2", "decoder1", "decoder2", "decoder3"];

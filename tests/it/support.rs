@@ -17,6 +17,9 @@ use nix::unistd::Pid;
 /// Longest wait for anything; far more than a loaded machine needs.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(1);
 
+/// Tokens of a completion whose length does not matter.
+const TOKENS: usize = 12;
+
 /// Every port base of the shipped profiles, but that tests move 8090, which is a multiple of 1100 and ten fleets below 9100.
 const BASES: [u16; 10] = [5600, 5700, 6555, 7100, 7200, 7300, 7400, 7500, 8100, 9100];
 
@@ -127,6 +130,23 @@ impl Place {
 
     pub(crate) fn proxy_port(&self) -> u16 {
         9100 + self.offset
+    }
+
+    /// The key that xpyd made for the engines of the run `default`.
+    pub(crate) fn engine_key(&self) -> String {
+        let file = self.path().join("xpyd/default/engine-key");
+        std::fs::read_to_string(file).expect("a key").trim_end().to_owned()
+    }
+
+    /// The text of a greedy completion by the first decode engine alone.
+    pub(crate) fn alone(&self, model: &str, prompt: &str) -> String {
+        self.alone_of(model, prompt, TOKENS)
+    }
+
+    /// The same of so many tokens.
+    pub(crate) fn alone_of(&self, model: &str, prompt: &str, tokens: usize) -> String {
+        let bearer = format!("Bearer {}", self.engine_key());
+        completion_with(7200 + self.offset, model, prompt, tokens, &[("authorization", &bearer)])
     }
 
     /// Processes whose current folder is this place: xpyd, its guardian, and everything that they started.
@@ -346,8 +366,8 @@ pub(crate) fn metric(port: u16, name: &str, label: &str) -> f64 {
         .sum()
 }
 
-/// Asks for the same greedy completion for as long as `work` goes on. Each answer must be the one that `engine`'s port gives.
-pub(crate) fn asking_meanwhile(place: &Place, engine: u16, model: &str, work: impl FnOnce()) {
+/// Asks for the same greedy completion for as long as `work` goes on. Each answer must be that of a decode engine alone.
+pub(crate) fn asking_meanwhile(place: &Place, model: &str, work: impl FnOnce()) {
     /// Ends the asking also where the work fails.
     struct Done<'flag>(&'flag AtomicBool);
     impl Drop for Done<'_> {
@@ -356,7 +376,7 @@ pub(crate) fn asking_meanwhile(place: &Place, engine: u16, model: &str, work: im
         }
     }
     let (done, port) = (AtomicBool::new(false), place.proxy_port());
-    let alone = completion(engine, model, "once");
+    let alone = place.alone(model, "once");
     std::thread::scope(|scope| {
         let client = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
@@ -418,13 +438,18 @@ fn answer(request: reqwest::RequestBuilder) -> (u16, String) {
 
 /// The text of a greedy completion.
 pub(crate) fn completion(port: u16, model: &str, prompt: &str) -> String {
-    completion_of(port, model, prompt, 12)
+    completion_of(port, model, prompt, TOKENS)
 }
 
 /// The text of a greedy completion of so many tokens.
 pub(crate) fn completion_of(port: u16, model: &str, prompt: &str, tokens: usize) -> String {
+    completion_with(port, model, prompt, tokens, &[])
+}
+
+/// The same, asked for with headers.
+pub(crate) fn completion_with(port: u16, model: &str, prompt: &str, tokens: usize, headers: &[(&str, &str)]) -> String {
     let body = serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": tokens});
-    let (status, text) = post(port, "/v1/completions", &body.to_string());
+    let (status, text) = post_with(port, "/v1/completions", &body.to_string(), headers);
     assert_eq!(status, 200, "{text}");
     let answer: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     answer["choices"][0]["text"].as_str().expect("a text").to_owned()

@@ -17,11 +17,7 @@ fn a_fleet_comes_up_serves_and_leaves_nothing_after_ctrl_c() {
     run.wait_until_ready();
     let port = place.proxy_port();
     let through = completion(port, MODEL, "The quick brown fox jumps over the lazy dog");
-    let alone = completion(
-        7200 + place.offset,
-        MODEL,
-        "The quick brown fox jumps over the lazy dog",
-    );
+    let alone = place.alone(MODEL, "The quick brown fox jumps over the lazy dog");
     assert_eq!(through, alone);
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
@@ -46,11 +42,7 @@ fn every_connector_and_tensor_parallel_profile_comes_up() {
         let mut run = place.up(&[&["--profile", profile], more.as_slice()].concat());
         run.wait_until_ready();
         let text = completion(place.proxy_port(), MODEL, "one two three");
-        assert_eq!(
-            text,
-            completion(7200 + place.offset, MODEL, "one two three"),
-            "{profile}"
-        );
+        assert_eq!(text, place.alone(MODEL, "one two three"), "{profile}");
         run.signal(Signal::SIGTERM);
         let (code, text) = run.end();
         assert_eq!(code, 0, "{profile}: {text}");

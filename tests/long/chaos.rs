@@ -129,7 +129,7 @@ fn questions(place: &Place, seed: u64) -> Vec<Question> {
     let prompts = lengths.iter().map(|words| format!("{seed} {}", "word ".repeat(*words)));
     prompts
         .map(|prompt| Question {
-            answer: completion_of(7200 + place.offset, MODEL, &prompt, TOKENS),
+            answer: place.alone_of(MODEL, &prompt, TOKENS),
             prompt,
         })
         .collect()

@@ -13,7 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{self, DefaultBodyLimit, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -131,8 +131,10 @@ async fn authenticate(State(api): State<Arc<Api>>, request: extract::Request, ne
     let keys = &api.options.api_keys;
     let is_guarded = GUARDED.iter().any(|prefix| request.uri().path().starts_with(prefix));
     let header = request.headers().get(header::AUTHORIZATION);
-    let given = header.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-    if keys.is_empty() || !is_guarded || given.is_some_and(|given| keys.iter().any(|key| key == given)) {
+    let given = header.and_then(|value| value.to_str().ok()?.split_once(' '));
+    let is_known = given
+        .is_some_and(|(scheme, given)| scheme.eq_ignore_ascii_case("bearer") && keys.iter().any(|key| key == given));
+    if keys.is_empty() || !is_guarded || is_known || request.method() == Method::OPTIONS {
         return next.run(request).await;
     }
     (StatusCode::UNAUTHORIZED, Json(json!({"error": "Unauthorized"}))).into_response()

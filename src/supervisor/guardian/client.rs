@@ -19,6 +19,9 @@ use super::shm::SharedFiles;
 use super::sweep::sweep;
 use super::tree::{Process, Table};
 
+/// The variable with API keys of clients, which only the proxy reads.
+const CLIENT_KEYS_VARIABLE: &str = "XPYD_API_KEY";
+
 /// How long a fresh guardian may take to say hello: it is a re-exec and nothing more.
 pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -96,6 +99,8 @@ impl Guardian {
             .map_err(start)?;
         let witness = tokio::process::Command::new(program)
             .arg("guardian")
+            // The keys of clients are no business of engines, which inherit the guardian's environment.
+            .env_remove(CLIENT_KEYS_VARIABLE)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(log)
