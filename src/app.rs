@@ -4,6 +4,7 @@
 //! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
 
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::supervisor::{self, Keep, KeptRun, Outcome};
 use crate::ui::Printer;
 
 mod causes;
+mod door;
 mod gpus;
 mod kept;
 mod reporting;
@@ -110,7 +112,7 @@ where
         name,
         run_dir,
         detached,
-        attach,
+        mut attach,
         grow,
         proxy_parts,
         engine_key,
@@ -124,7 +126,7 @@ where
         url,
         notifications,
         control,
-    } = open_sockets(&plan, &run_dir, attach.is_some()).await?;
+    } = open_sockets(&plan, &run_dir, attach.as_mut()).await?;
     let info = RunInfo {
         control_socket: run_dir.socket_path().to_owned(),
         engine_key_file: engine_key_file(&run_dir, engine_key.as_deref())?,
@@ -138,7 +140,8 @@ where
     let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
     let (stop, mut parts) = (CancellationToken::new(), JoinSet::new());
-    parts.spawn(serve_proxy(proxy.clone(), listener, stop.clone()));
+    let held = listener.as_fd().try_clone_to_owned().map_err(anyhow::Error::from)?;
+    let door = door::Door::open(&mut parts, proxy.clone(), listener, &view, &stop, attach.is_some());
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
     let (progress_is_settled, seen, notes) = report(&mut parts, &plans, printer, &view, &stop);
     let status = status(&info, plans, &view, &seen, &proxy);
@@ -159,6 +162,7 @@ where
         requests: request_receiver,
         view: view_sender,
         verify: verify(proxy.clone(), verified_sender),
+        hand_over: door.hand_over(),
         explain: causes::explain(&plan, began_sender),
         gpus: gpus::checks(&plan.engines, &plan.run_dir, notes),
     };
@@ -180,7 +184,7 @@ where
     };
     let keep = keep(&plan, &run_dir, detached);
     let outcome = tokio::select! {
-        outcome = supervisor::run(supervisor_settings(&plan, name, reservations, keep, attach)?, wiring) => outcome,
+        outcome = supervisor::run(supervisor_settings(&plan, name, reservations, keep, attach, held)?, wiring) => outcome,
         never = work => match never {},
     };
     stop.cancel();
@@ -246,8 +250,8 @@ struct Sockets {
     control: tokio::net::UnixListener,
 }
 
-async fn open_sockets(plan: &Plan, run_dir: &RunDir, are_running: bool) -> Result<Sockets, Failure> {
-    let reservations = if are_running {
+async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun>) -> Result<Sockets, Failure> {
+    let reservations = if attach.is_some() {
         supervisor::reserve_running(&plan.engines)
     } else {
         supervisor::reserve(&plan.engines).map_err(|conflict| {
@@ -255,7 +259,7 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, are_running: bool) -> Resul
                 .hint("stop that process, or move the fleet with `--set port_offset=1000`")
         })?
     };
-    let listener = bind(&plan.proxy).await?;
+    let listener = door::listen(&plan.proxy, attach.and_then(|kept| kept.listener.take())).await?;
     let scheme = plan.proxy.service.clients.scheme();
     let url = format!("{scheme}://{}", listener.local_addr().map_err(anyhow::Error::from)?);
     let notifications = bind_notifications(&plan.proxy).await?;
@@ -306,6 +310,7 @@ fn supervisor_settings(
     reservations: supervisor::Reservations,
     keep: Keep,
     attach: Option<KeptRun>,
+    listener: OwnedFd,
 ) -> Result<supervisor::Settings, Failure> {
     Ok(supervisor::Settings {
         engines: plan.engines.clone(),
@@ -316,6 +321,7 @@ fn supervisor_settings(
         verify_deadline: VERIFY_DEADLINE,
         keep,
         attach,
+        listener: Some(listener),
         run_name: name,
         program: std::env::current_exe().map_err(anyhow::Error::from)?,
     })
@@ -360,21 +366,6 @@ fn write_plan(plan: &Plan) -> std::io::Result<()> {
     )
 }
 
-async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
-    TcpListener::bind((proxy.host.as_str(), proxy.port))
-        .await
-        .map_err(|error| {
-            let context = format!(
-                "the proxy cannot listen on {}:{}{}",
-                proxy.host,
-                proxy.port,
-                had_by(proxy.port)
-            );
-            Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
-                .hint("choose another port with `--port`")
-        })
-}
-
 async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, Failure> {
     let Some((host, port)) = &proxy.notify else {
         return Ok(None);
@@ -406,12 +397,6 @@ fn proxy_settings(plan: &Plan, parts: proxy::Parts) -> proxy::Settings {
         max_in_flight: spec.max_in_flight,
         parts,
         service: spec.service.clone(),
-    }
-}
-
-async fn serve_proxy(proxy: Proxy, listener: TcpListener, stop: CancellationToken) {
-    if let Err(error) = proxy.serve(listener, stop).await {
-        tracing::error!(%error, "the proxy stopped serving");
     }
 }
 

@@ -228,6 +228,8 @@ pub enum FleetStage {
     Verifying,
     /// Clients are served. Single engines may have failed since.
     Ready,
+    /// xpyd ends and its engines stay: accepted connections are served, new ones wait for the next xpyd.
+    Leaving,
     /// No new request is taken; those in flight go on to a deadline.
     Draining,
     /// Engines are being stopped.
@@ -242,10 +244,18 @@ impl fmt::Display for FleetStage {
             Self::Starting => "starting",
             Self::Verifying => "verifying",
             Self::Ready => "ready",
+            Self::Leaving => "leaving",
             Self::Draining => "draining",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
         })
+    }
+}
+
+impl FleetStage {
+    /// Whether requests of clients are served.
+    pub fn serves(self) -> bool {
+        matches!(self, Self::Ready | Self::Leaving)
     }
 }
 

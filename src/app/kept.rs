@@ -48,6 +48,8 @@ pub async fn end_kept(
             run_dir: folder.clone(),
         },
         attach: Some(kept),
+        // Clients that wait for the next xpyd are refused from now on.
+        listener: None,
         run_dir: folder,
         run_name: name,
         program: std::env::current_exe().map_err(anyhow::Error::from)?,
@@ -69,6 +71,7 @@ pub async fn end_kept(
         explain: Box::new(|_| Arc::new(|_| supervisor::Cause::default())),
         gpus: super::gpus::checks(&settings.engines, &settings.run_dir, notes),
         verify: Box::new(|_| Box::pin(std::future::pending())),
+        hand_over: Box::new(|| Box::pin(std::future::ready(()))),
     };
     let mut progress = StopProgress::new(printer, "press Ctrl+C twice to force");
     let show = async {

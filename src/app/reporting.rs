@@ -358,7 +358,7 @@ impl Reporter {
                 self.publish();
                 self.finish_progress(|reporter| reporter.conclude_starts(view));
             }
-            FleetStage::Draining | FleetStage::Stopping => {
+            FleetStage::Leaving | FleetStage::Draining | FleetStage::Stopping => {
                 self.finish_progress(|_| {});
                 let printer = self.printer;
                 self.stopping
@@ -376,7 +376,7 @@ impl Reporter {
     /// What the stop waits for: requests, then engines.
     fn show_stop(&mut self, view: &FleetView) {
         let Some(stopping) = &mut self.stopping else { return };
-        if view.stage == FleetStage::Draining {
+        if matches!(view.stage, FleetStage::Leaving | FleetStage::Draining) {
             let in_flight = view.engines.iter().filter(|engine| engine.role == Role::Decode);
             stopping.draining(in_flight.map(|engine| engine.load.in_flight()).sum(), None);
         } else {

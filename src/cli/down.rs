@@ -151,7 +151,7 @@ async fn wait(
         // A run that is past answering is past telling how far it is; its lock still tells when it is over.
         if let Ok(status) = client.status().await {
             match status.stage {
-                FleetStage::Draining => {
+                FleetStage::Leaving | FleetStage::Draining => {
                     progress.draining(status.in_flight, status.drain_seconds_left.map(Duration::from_secs));
                 }
                 _ => progress.stopping(&status.engines_left()),

@@ -3,23 +3,26 @@
 //! A request stays on the thread that accepted its connection, engines' connections included, so that no step of it
 //! wakes another thread. Knows sockets and limits; knows no route and no engine.
 
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::TcpListener;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::{Sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,6 +36,9 @@ const NO_ROOM: Duration = Duration::from_millis(100);
 
 /// Longest that a TLS handshake may take, which is a few small messages.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a client that has just connected gets to ask something, once no more are accepted.
+const FIRST_REQUEST: Duration = Duration::from_secs(2);
 
 /// Largest head of a request, and most that is read or held for a client at once.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -203,6 +209,7 @@ impl Server {
         let session = Session {
             router: self.router.clone(),
             idle_deadline: self.limits.clients.idle_deadline,
+            accepted: Instant::now(),
             stop: self.stop.clone(),
             permit,
         };
@@ -214,6 +221,7 @@ impl Server {
 struct Session {
     router: Router,
     idle_deadline: Duration,
+    accepted: Instant,
     stop: CancellationToken,
     permit: OwnedSemaphorePermit,
 }
@@ -223,12 +231,15 @@ impl Session {
     async fn shake_hands(self, tls: TlsAcceptor, stream: Patient) {
         let deadline = self.idle_deadline.min(HANDSHAKE_DEADLINE);
         let handshake = timeout(deadline, tls.accept(stream));
-        // Nothing has been asked for yet, so a stop need not wait for it.
-        match self.stop.run_until_cancelled(handshake).await {
-            Some(Ok(Ok(stream))) => self.speak(stream).await,
-            Some(Ok(Err(error))) => tracing::debug!(%error, "a client's TLS handshake failed"),
-            Some(Err(_)) => tracing::debug!("a client's TLS handshake took too long"),
-            None => {}
+        tokio::select! {
+            biased;
+            shaken = handshake => match shaken {
+                Ok(Ok(stream)) => self.speak(stream).await,
+                Ok(Err(error)) => tracing::debug!(%error, "a client's TLS handshake failed"),
+                Err(_) => tracing::debug!("a client's TLS handshake took too long"),
+            },
+            // Nothing has been asked for yet, so a stop does not wait for it.
+            () = may_close(&self.stop, self.accepted, || false) => {}
         }
     }
 
@@ -237,18 +248,24 @@ impl Session {
     where
         Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let (router, has_asked) = (TowerToHyperService::new(self.router), Arc::new(AtomicBool::new(false)));
+        let asked = Arc::clone(&has_asked);
+        let service = service_fn(move |request| {
+            asked.store(true, Ordering::Relaxed);
+            router.call(request)
+        });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.idle_deadline)
             .max_buf_size(BUFFER_BYTES)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router));
-        let (stop, permit) = (self.stop, self.permit);
+            .serve_connection(TokioIo::new(stream), service);
+        let (stop, accepted, permit) = (self.stop, self.accepted, self.permit);
         async move {
             let mut connection = pin!(connection);
             let served = tokio::select! {
                 biased;
                 served = connection.as_mut() => served,
-                () = stop.cancelled() => {
+                () = may_close(&stop, accepted, || has_asked.load(Ordering::Relaxed)) => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }
@@ -262,6 +279,22 @@ impl Session {
             drop(permit);
         }
     }
+}
+
+/// Returns once a connection need not be kept for what its client may still ask: after the stop, and after the client's
+/// first request or the time that it gets for one.
+async fn may_close(stop: &CancellationToken, accepted: Instant, has_asked: impl Fn() -> bool) {
+    stop.cancelled().await;
+    let mut late = pin!(sleep_until(accepted + FIRST_REQUEST));
+    // Looked at whenever the connection's task wakes, so a request is seen without a wake-up of its own.
+    poll_fn(|context| {
+        if has_asked() {
+            Poll::Ready(())
+        } else {
+            late.as_mut().poll(context)
+        }
+    })
+    .await;
 }
 
 /// Events are small and each one matters, so they leave at once. What the kernel holds for a client is kept small, so that

@@ -186,6 +186,11 @@ impl Proxy {
         }
     }
 
+    /// How long a request may wait until it is answered 503.
+    pub fn queue_deadline(&self) -> Duration {
+        self.0.settings.service.admission.queue_deadline
+    }
+
     /// Requests in the proxy now, clean-ups of hand-offs included.
     pub fn in_flight(&self) -> usize {
         self.0.in_flight()

@@ -22,7 +22,7 @@ use super::guard::Clock;
 use super::pass;
 use super::record::Record;
 use super::rules::Kind;
-use crate::fleet::{FleetStage, Role};
+use crate::fleet::Role;
 use crate::service::WithoutPrefill;
 
 /// How long a client may take to send its body.
@@ -197,7 +197,7 @@ impl Shared {
     /// Whether the fleet is at a stage that takes clients. Which engines a request needs is its own matter.
     fn takes_clients(&self) -> Result<(), ProxyError> {
         match self.view.borrow().stage {
-            FleetStage::Ready => Ok(()),
+            stage if stage.serves() => Ok(()),
             stage => Err(ProxyError::NotServing(stage)),
         }
     }

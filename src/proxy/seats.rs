@@ -19,7 +19,7 @@ use super::metrics::Timed;
 use super::pick::{self, Candidate, Wish};
 use super::prefix::{self, hash_of};
 use super::upstream::Seat;
-use crate::fleet::{EngineState, EngineView, FleetStage, FleetView, Role};
+use crate::fleet::{EngineState, EngineView, FleetView, Role};
 use crate::service::{Admission, Policy, WithoutPrefill};
 
 /// How full the engines are and who waits, for all requests of a proxy.
@@ -324,7 +324,7 @@ impl Attempt<'_> {
                 let up = |state| matches!(state, EngineState::Healthy | EngineState::Ready);
                 view.engine(id).into_iter().filter(|engine| up(engine.state)).collect()
             }
-            None if view.stage != FleetStage::Ready => return Err(ProxyError::NotServing(view.stage)),
+            None if !view.stage.serves() => return Err(ProxyError::NotServing(view.stage)),
             None => view.serving(role).collect(),
         };
         if engines.is_empty() {

@@ -18,8 +18,8 @@ use super::guardian::protocol::{Command, Event as Report, LeftoverProcess, Spawn
 use super::hang::Scene;
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
-    Ending, Explain, ExplainIncarnation, GpuChecks, Keep, KeptRun, Leftover, Outcome, Refusal, Request, Settings, Then,
-    Verify, Wiring, cause, gpus, liveness, ports, probe, spawn_record, standstill,
+    Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Leftover, Outcome, Refusal, Request,
+    Settings, Then, Verify, Wiring, cause, gpus, liveness, ports, probe, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
 use crate::plan::{self, EngineSpec, RenderedFile};
@@ -62,6 +62,7 @@ struct Driver {
     requests: mpsc::Receiver<Request>,
     view: watch::Sender<Arc<FleetView>>,
     verify: Verify,
+    hand_over: HandOver,
     explain: Explain,
     gpus: GpuChecks,
     /// Cancelled when nobody wants to wait for the last look.
@@ -100,6 +101,7 @@ impl Driver {
         tracing::info!(pid = guardian.pid(), attached = kept.is_some(), "guardian");
         guardian
             .send(&Command::Keep(settings.keep.clone()))
+            .and_then(|()| guardian.hold(settings.listener.take()))
             .map_err(|error| one_line(&error))?;
         let generation = wiring.view.borrow().generation;
         let limits = Limits {
@@ -119,6 +121,7 @@ impl Driver {
             requests: wiring.requests,
             view: wiring.view,
             verify: wiring.verify,
+            hand_over: wiring.hand_over,
             explain: wiring.explain,
             gpus: wiring.gpus,
             hurry: CancellationToken::new(),
@@ -308,6 +311,13 @@ impl Driver {
                 self.tasks.spawn(async move {
                     idle(&loads).await;
                     Event::Drained(of)
+                });
+            }
+            Action::HandOver => {
+                let handed_over = (self.hand_over)();
+                self.tasks.spawn(async move {
+                    handed_over.await;
+                    Event::Drained(None)
                 });
             }
             Action::Terminate(engine) => {

@@ -18,6 +18,7 @@ mod standstill;
 mod state;
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -55,6 +56,8 @@ pub struct Settings {
     pub keep: Keep,
     /// The run to attach to, instead of starting a guardian and engines.
     pub attach: Option<KeptRun>,
+    /// The socket on which clients connect, for the guardian to hold while there is no xpyd; `None` if there is none.
+    pub listener: Option<OwnedFd>,
     /// The run's name, for people.
     pub run_name: String,
     /// The `xpyd` program, which is run again as the guardian: `std::env::current_exe()`.
@@ -71,6 +74,8 @@ pub struct Wiring {
     pub view: watch::Sender<Arc<FleetView>>,
     /// Proves that a hand-off works between the engines of every pair (prefill, decode).
     pub verify: Verify,
+    /// Ends the service of clients where the next xpyd continues it.
+    pub hand_over: HandOver,
     /// Tells from an engine's log why it failed.
     pub explain: Explain,
     /// Asks the driver of the engines' GPUs.
@@ -86,6 +91,9 @@ impl fmt::Debug for Wiring {
 /// Sends canaries through pairs of prefill and decode engine; the error is a sentence that names the pair.
 pub type Verify =
     Box<dyn Fn(Vec<(EngineId, EngineId)>) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+
+/// Stops accepting clients' connections, and returns once every request on those that were accepted has its answer.
+pub type HandOver = Box<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
 /// What others may ask of a running fleet.
 #[derive(Debug)]

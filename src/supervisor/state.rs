@@ -350,7 +350,10 @@ impl Fleet {
             Stage::Starting | Stage::Verifying => self.end(Ending::Stopped, now),
             Stage::Ready => self.drain(Ending::Stopped, now),
             // Whoever wanted to keep the engines has changed their mind.
-            Stage::Draining { .. } => self.ending = Some((Ending::Stopped, now)),
+            Stage::Draining { .. } => {
+                self.ending = Some((Ending::Stopped, now));
+                self.changed = true;
+            }
             Stage::Stopping { .. } | Stage::Closing { .. } | Stage::Sweeping | Stage::Checking | Stage::Over => {}
         }
     }

@@ -2,7 +2,7 @@
 
 use nix::sys::signal::Signal;
 
-use crate::support::{Place, Run, completion, kill_process, wait_for};
+use crate::support::{Place, Run, asking_meanwhile, completion, kill_process, wait_for};
 
 const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
@@ -147,6 +147,49 @@ fn xpyd_can_leave_its_engines_and_down_ends_them() {
     assert_eq!(place.processes(), []);
     place.assert_no_listener();
     assert_eq!(place.run(&["down"]).status.code(), Some(8), "nothing is left to end");
+}
+
+#[test]
+fn an_upgrade_refuses_no_connection_and_every_answer_is_right() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let mut next = None;
+    asking_meanwhile(&place, 7200 + place.offset, MODEL, || {
+        assert_eq!(place.run(&["down", "--keep-engines"]).status.code(), Some(0));
+        let (code, text) = run.end();
+        assert_eq!(code, 0, "{text}");
+        let run = next.insert(place.up(&[]));
+        run.wait_until_ready();
+    });
+    stop(&place, next.expect("a run"));
+}
+
+#[test]
+fn clients_wait_while_no_xpyd_is_there() {
+    let place = Place::new();
+    let (_dead, _) = orphaned(&place, &[]);
+    let port = place.proxy_port();
+    let (answer, mut run) = std::thread::scope(|scope| {
+        let client = scope.spawn(|| completion(port, MODEL, "once"));
+        let mut run = place.up(&["--set", KEEP]);
+        run.wait_until_ready();
+        (client.join().expect("an answer"), run)
+    });
+    assert_eq!(answer, completion(7200 + place.offset, MODEL, "once"));
+
+    // The next one serves elsewhere: nobody waits at the old port for nothing.
+    run.kill();
+    let elsewhere = format!("{}", port + 1);
+    let mut run = place.up(&["--set", KEEP, "--port", &elsewhere]);
+    run.wait_until_ready();
+    let refused = std::net::TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port));
+    assert!(refused.is_err(), "{refused:?}");
+
+    // Nobody waits for engines that are taken down.
+    run.kill();
+    assert_eq!(place.run(&["down"]).status.code(), Some(0));
+    place.assert_no_listener();
 }
 
 #[test]

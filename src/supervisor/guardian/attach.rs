@@ -2,7 +2,7 @@
 //!
 //! Looking changes nothing: as long as no command was sent, the guardian goes on waiting as if nobody had come.
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,6 +12,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
+use super::channel;
 use super::client::{GuardianError, HELLO_DEADLINE};
 use super::protocol::{self, Event, Kept, KeptState, ProtocolError};
 use super::tree::Process;
@@ -24,6 +25,8 @@ use crate::plan::EngineSpec;
 pub struct KeptRun {
     /// What is there of it.
     pub kept: Kept,
+    /// The socket on which clients connect, if its guardian holds one.
+    pub listener: Option<OwnedFd>,
     pub(super) pid: u32,
     pub(super) witness: u32,
     pub(super) stream: UnixStream,
@@ -50,7 +53,7 @@ impl KeptRun {
 
     /// The run whose guardian waits at `socket`; `None` if nobody does. Blocks until the guardian has answered.
     pub fn find(socket: &Path) -> Result<Option<Self>, GuardianError> {
-        let mut stream = match UnixStream::connect(socket) {
+        let stream = match UnixStream::connect(socket) {
             Ok(stream) => stream,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 return Ok(None);
@@ -60,7 +63,7 @@ impl KeptRun {
         stream
             .set_read_timeout(Some(HELLO_DEADLINE))
             .map_err(GuardianError::Connection)?;
-        let (mut incoming, mut buffer) = (Vec::new(), [0; 1 << 14]);
+        let (mut incoming, mut listener, mut buffer) = (Vec::new(), None, [0; 1 << 14]);
         loop {
             if let Some(event) = protocol::decode(&mut incoming).map_err(GuardianError::Protocol)? {
                 return match event {
@@ -70,6 +73,7 @@ impl KeptRun {
                         witness,
                         kept: Some(kept),
                     } if version == protocol::VERSION => Ok(Some(Self {
+                        listener: listener.filter(|_| kept.has_listener),
                         kept,
                         pid,
                         witness,
@@ -80,7 +84,7 @@ impl KeptRun {
                     _ => Err(GuardianError::Gone),
                 };
             }
-            match stream.read(&mut buffer) {
+            match channel::receive(&stream, &mut buffer, &mut listener) {
                 // It ended just now, with all that it had.
                 Ok(0) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),

@@ -14,6 +14,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::attach::{KeptRun, Witness};
+use super::channel::{self, Outbox};
 use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
@@ -77,7 +78,7 @@ pub struct Guardian {
 struct Link {
     stream: UnixStream,
     incoming: Vec<u8>,
-    outgoing: Vec<u8>,
+    outgoing: Outbox,
 }
 
 impl Guardian {
@@ -150,7 +151,16 @@ impl Guardian {
 
     /// Queues a command; [`Guardian::event`] sends it. Commands are few, so the queue is bounded by them.
     pub fn send(&mut self, command: &Command) -> Result<(), ProtocolError> {
-        protocol::encode(command, &mut self.link.outgoing)
+        protocol::encode(command, &mut self.link.outgoing.bytes)
+    }
+
+    /// Queues the socket on which clients connect, for the guardian to hold; `None` lets it close the one that it holds.
+    pub fn hold(&mut self, listener: Option<OwnedFd>) -> Result<(), ProtocolError> {
+        let is_given = listener.is_some();
+        if let Some(listener) = listener {
+            self.link.outgoing.attach(listener);
+        }
+        self.send(&Command::Listener { is_given })
     }
 
     /// Sends what is queued and returns the next event. Safe to cancel.
@@ -248,7 +258,7 @@ impl Link {
         Ok(Self {
             stream: UnixStream::from_std(stream).map_err(GuardianError::Connection)?,
             incoming,
-            outgoing: Vec::new(),
+            outgoing: Outbox::default(),
         })
     }
 
@@ -265,14 +275,13 @@ impl Link {
             };
             let ready = self.stream.ready(interest).await.map_err(GuardianError::Connection)?;
             // A guardian that is gone cannot be written to, but its last words can still be read.
-            if ready.is_writable()
-                && let Ok(count) = self.stream.try_write(&self.outgoing)
-            {
-                self.outgoing.drain(..count);
+            if ready.is_writable() && !self.outgoing.is_empty() {
+                let _ = self.send();
             }
             if ready.is_readable() {
                 let mut buffer = [0; 1 << 12];
-                match self.stream.try_read(&mut buffer) {
+                let receive = || channel::receive(&self.stream, &mut buffer, &mut None);
+                match self.stream.try_io(Interest::READABLE, receive) {
                     Ok(0) => return Err(GuardianError::Gone),
                     Ok(count) => self.incoming.extend_from_slice(&buffer[..count]),
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
@@ -282,11 +291,16 @@ impl Link {
         }
     }
 
+    fn send(&mut self) -> std::io::Result<()> {
+        let (stream, outgoing) = (&self.stream, &mut self.outgoing);
+        stream.try_io(Interest::WRITABLE, || outgoing.send(stream))
+    }
+
     async fn flush(&mut self) -> std::io::Result<()> {
         while !self.outgoing.is_empty() {
             self.stream.writable().await?;
-            match self.stream.try_write(&self.outgoing) {
-                Ok(count) => drop(self.outgoing.drain(..count)),
+            match self.send() {
+                Ok(()) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }

@@ -19,6 +19,7 @@
 
 pub mod attach;
 mod cgroup;
+mod channel;
 pub mod client;
 mod engine;
 mod keep;

@@ -4,8 +4,8 @@
 //! then it takes every engine down first, unless it was told to keep them for a while: then it waits for the next xpyd. No
 //! signal ends it but SIGKILL; that takes the leaders with it, and its witness takes the rest.
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{getppid, setsid};
 use tokio::time::Instant;
 
+use super::channel::{self, Outbox};
 use super::engine::Engine;
 use super::keep::Meeting;
 use super::protocol::{self, Command, Event, Keep, Kept, KeptEngine, ProtocolError, Spawn};
@@ -106,6 +107,8 @@ struct Guardian {
     gone: Vec<KeptEngine>,
     /// Where the next xpyd is waited for, if engines are to be kept.
     meeting: Option<Meeting>,
+    /// Where clients connect: held so that they wait for the next xpyd instead of being refused.
+    listener: Option<OwnedFd>,
     /// Until when the next xpyd was waited for when somebody came who has not asked for anything yet.
     waited_until: Option<Instant>,
     /// What was in `/dev/shm` before any engine was.
@@ -125,6 +128,7 @@ impl Guardian {
             engines: Vec::new(),
             gone: Vec::new(),
             meeting: None,
+            listener: None,
             waited_until: None,
             foreign: SharedFiles::present(),
             mode: Mode::Serving,
@@ -172,7 +176,7 @@ impl Guardian {
     fn wait(&self) {
         let mut polled = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
         match (self.mode, &self.meeting) {
-            (Mode::Serving, _) => polled.push(PollFd::new(self.control.descriptor(), self.control.interest())),
+            (Mode::Serving, _) => polled.push(PollFd::new(self.control.socket(), self.control.interest())),
             (Mode::Waiting(_), Some(meeting)) => polled.push(PollFd::new(meeting.descriptor(), PollFlags::POLLIN)),
             (Mode::Waiting(_) | Mode::Ending(_), _) => {}
         }
@@ -269,12 +273,17 @@ impl Guardian {
             return self.orphan();
         };
         if let Some(socket) = meeting.accept() {
+            let listener = self.listener.as_ref().and_then(|listener| listener.try_clone().ok());
             let engines = self.engines.iter().map(Engine::kept).chain(self.gone.iter().cloned());
             let kept = Kept {
                 run_dir: meeting.keep.run_dir.clone(),
                 engines: engines.collect(),
+                has_listener: listener.is_some(),
             };
             self.control = Control::new(socket);
+            if let Some(listener) = listener {
+                self.control.outgoing.attach(listener);
+            }
             self.mode = Mode::Serving;
             self.waited_until = Some(until);
             self.greet(Some(kept));
@@ -304,11 +313,17 @@ impl Guardian {
             Command::Terminate { engine } => self.with(&engine, Engine::terminate),
             Command::Kill { engine } => self.with(&engine, |engine, foreign| engine.kill(foreign, now)),
             Command::Keep(keep) => self.prepare_to_keep(keep),
+            Command::Listener { is_given: true } => {
+                if let Some(listener) = self.control.descriptor.take() {
+                    self.listener = Some(listener);
+                }
+            }
+            Command::Listener { is_given: false } => self.listener = None,
             Command::Shutdown => {
                 for engine in &mut self.engines {
                     engine.kill(&self.foreign, now);
                 }
-                self.meeting = None;
+                (self.meeting, self.listener) = (None, None);
                 self.mode = Mode::Ending(now + STRAYS_DEADLINE);
             }
         }
@@ -345,7 +360,7 @@ impl Guardian {
     /// xpyd is gone: nothing of the run may outlive it.
     fn orphan(&mut self) {
         let now = Instant::now();
-        self.meeting = None;
+        (self.meeting, self.listener) = (None, None);
         for engine in &mut self.engines {
             engine.orphan(&self.foreign, now);
         }
@@ -387,7 +402,9 @@ impl Guardian {
 struct Control {
     socket: UnixStream,
     incoming: Vec<u8>,
-    outgoing: Vec<u8>,
+    /// The descriptor that came with what is in `incoming`.
+    descriptor: Option<OwnedFd>,
+    outgoing: Outbox,
 }
 
 impl Control {
@@ -395,11 +412,12 @@ impl Control {
         Self {
             socket,
             incoming: Vec::new(),
-            outgoing: Vec::new(),
+            descriptor: None,
+            outgoing: Outbox::default(),
         }
     }
 
-    fn descriptor(&self) -> BorrowedFd<'_> {
+    fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
@@ -414,13 +432,13 @@ impl Control {
     /// Events are small and few per incarnation, so what waits here is bounded by them.
     fn send(&mut self, event: &Event) {
         // Events hold only short strings that are UTF-8, so all of them can be written.
-        let _ = protocol::encode(event, &mut self.outgoing);
+        let _ = protocol::encode(event, &mut self.outgoing.bytes);
     }
 
     fn flush(&mut self) {
         while !self.outgoing.is_empty() {
-            match self.socket.write(&self.outgoing) {
-                Ok(count) => drop(self.outgoing.drain(..count)),
+            match self.outgoing.send(&self.socket) {
+                Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // The reading side will see the end as well.
@@ -434,7 +452,7 @@ impl Control {
         let mut buffer = [0; 1 << 14];
         // A peer that sends without end is refused by the protocol, one buffer of a message at a time.
         while self.incoming.len() < 2 * protocol::MAX_MESSAGE_BYTES {
-            match self.socket.read(&mut buffer) {
+            match channel::receive(&self.socket, &mut buffer, &mut self.descriptor) {
                 Ok(0) => return false,
                 Ok(count) => self.incoming.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::fleet::{EngineId, Exit, Incarnation, LogLimits};
 
 /// Grows with every change that an older peer would not understand.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The longest message, in bytes, its newline included. A spawn carries a whole command line and its variables.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -42,6 +42,12 @@ pub enum Command {
     },
     /// What becomes of the engines should xpyd disappear. Until this is said they end with it.
     Keep(Keep),
+    /// Hold the socket on which clients connect, so that they wait for the next xpyd instead of being refused. The socket
+    /// comes with this message; without one, the socket that is held is closed.
+    Listener {
+        /// Whether there is one.
+        is_given: bool,
+    },
     /// Kill whatever is left of anything, and exit.
     Shutdown,
 }
@@ -165,6 +171,8 @@ pub struct Kept {
     pub run_dir: PathBuf,
     /// Every engine that was ever started.
     pub engines: Vec<KeptEngine>,
+    /// Whether the socket on which clients connect comes with this message.
+    pub has_listener: bool,
 }
 
 /// Memos may hold secrets, so they are not shown.

@@ -74,14 +74,21 @@ impl Fleet {
         }
     }
 
-    /// The run ends, and its engines stay: once nothing is in flight, or the drain's deadline has come.
+    /// The run ends, and its engines stay: once the clients that were accepted are served, or the drain's deadline has come.
+    /// The engines serve until then.
     pub(super) fn leave_engines(&mut self, now: Instant) {
         match self.stage {
             Stage::Starting | Stage::Verifying => {
                 self.ending = Some((Ending::Kept, now));
                 self.left(now);
             }
-            Stage::Ready => self.drain(Ending::Kept, now),
+            Stage::Ready => {
+                self.ending = Some((Ending::Kept, now));
+                self.to(Stage::Draining {
+                    until: now + self.limits.drain,
+                });
+                self.actions.push(Action::HandOver);
+            }
             Stage::Draining { .. }
             | Stage::Stopping { .. }
             | Stage::Closing { .. }

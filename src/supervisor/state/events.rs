@@ -87,6 +87,8 @@ pub(in crate::supervisor) enum Action {
     Verify(u64, Vec<(EngineId, EngineId)>),
     /// Wait until nothing is in flight: on this engine, or at all.
     AwaitIdle(Option<(EngineId, Incarnation)>),
+    /// Stop accepting clients, who then wait for the next xpyd, and serve those that were accepted.
+    HandOver,
     /// SIGTERM to the leader.
     Terminate(EngineId),
     /// SIGKILL to the tree.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Engine, Fleet, Stage, Tree};
 use crate::fleet::{EngineId, EngineView, FleetStage, FleetView, Load};
+use crate::supervisor::Ending;
 use crate::supervisor::guardian::protocol::LeftoverProcess;
 
 impl Fleet {
@@ -23,6 +24,7 @@ impl Fleet {
                 Stage::Starting => FleetStage::Starting,
                 Stage::Verifying => FleetStage::Verifying,
                 Stage::Ready => FleetStage::Ready,
+                Stage::Draining { .. } if matches!(self.ending, Some((Ending::Kept, _))) => FleetStage::Leaving,
                 Stage::Draining { .. } => FleetStage::Draining,
                 Stage::Stopping { .. } | Stage::Closing { .. } | Stage::Sweeping | Stage::Checking => {
                     FleetStage::Stopping

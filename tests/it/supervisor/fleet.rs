@@ -76,6 +76,7 @@ impl Run {
                 run_dir: folder.path().to_owned(),
             },
             attach: None,
+            listener: None,
             reservations,
             engines: engines.clone(),
             run_dir: folder.path().to_owned(),
@@ -96,6 +97,7 @@ impl Run {
             requests: request_receiver,
             view: view_sender,
             verify: Box::new(move |_| Box::pin(std::future::ready(canary.clone()))),
+            hand_over: Box::new(|| Box::pin(std::future::ready(()))),
             explain: Box::new(|_| Arc::new(|_| Cause::default())),
             gpus: supervisor::GpuChecks::none(),
         };

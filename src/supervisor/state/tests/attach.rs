@@ -108,10 +108,12 @@ fn without_restarts_the_last_engine_of_a_role_ends_it() {
 }
 
 #[test]
-fn leaving_drains_first_and_touches_no_engine() {
+fn leaving_serves_accepted_clients_first_and_touches_no_engine() {
     let mut world = World::ready();
     world.tell(Event::Leave);
-    assert_eq!(world.stage(), FleetStage::Draining);
+    assert_eq!(world.stage(), FleetStage::Leaving);
+    assert!(world.did(&Action::HandOver));
+    assert_eq!(world.state("decoder1"), EngineState::Ready);
     world.tell(Event::Drained(None));
     assert!(world.did(&Action::Leave));
     let outcome = world.outcome.clone().expect("an outcome");

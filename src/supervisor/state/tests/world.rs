@@ -308,6 +308,7 @@ impl World {
                 self.verifying = Some(*round);
             }
             Action::AwaitIdle(of) => self.awaiting_idle.push(of.clone()),
+            Action::HandOver => self.awaiting_idle.push(None),
             Action::Explain(id, incarnation, _) => {
                 assert!(!self.processes[id].tree, "{id} still writes its log");
                 assert!(
