@@ -1,0 +1,145 @@
+//! What a storm leaves: a fleet that answers, nothing in flight, and nothing at all after `xpyd down`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::Findings;
+use crate::client::{Ending, Manner, Question, ask};
+use crate::http;
+use crate::storm::{Arena, shared_memory};
+use crate::tree::is_running;
+
+/// Far longer than a fleet takes to recover.
+const RECOVERY: Duration = Duration::from_mins(3);
+const DEADLINE: Duration = Duration::from_mins(1);
+
+/// Requests after the storm.
+const REQUESTS: usize = 60;
+
+/// What must be 0 when nobody asks.
+const GAUGES: [&str; 3] = ["xpyd_requests_in_flight", "xpyd_requests_queued", "xpyd_handoffs_open"];
+
+pub(crate) async fn check(arena: &Arc<Arena>, questions: &[Question], keep: Option<&Path>) -> Findings {
+    let mut findings = Findings::new();
+    let blocking = Arc::clone(arena);
+    let recovery = tokio::task::spawn_blocking(move || recover(&blocking)).await;
+    findings.extend(recovery.unwrap_or_else(|error| vec![error.to_string()]));
+    findings.extend(ask_all(arena.fleet.proxy_port(), questions).await);
+    findings.extend(idle(arena.fleet.proxy_port()).await);
+    if let Some(folder) = keep {
+        findings.extend(arena.keep(folder).err().map(|error| format!("no logs kept: {error}")));
+    }
+    let blocking = Arc::clone(arena);
+    let end = tokio::task::spawn_blocking(move || take_down(&blocking)).await;
+    findings.extend(end.unwrap_or_else(|error| vec![error.to_string()]));
+    findings
+}
+
+/// The fleet as it was at the beginning.
+fn recover(arena: &Arena) -> Findings {
+    let mut findings = Findings::new();
+    let ran = arena.fleet.run(&["scale", "prefill=2", "decode=2"]);
+    if ran.code != Some(0) {
+        findings.push(format!("xpyd scale after the storm: {}", ran.last_words()));
+    }
+    findings.extend(arena.fleet.wait_until_whole(RECOVERY).err());
+    findings
+}
+
+async fn ask_all(port: u16, questions: &[Question]) -> Findings {
+    let mut findings = Findings::new();
+    let mut right = 0;
+    for question in questions.iter().cycle().take(REQUESTS) {
+        match ask(port, question, Manner::Stream, DEADLINE).await {
+            Ending::Right => right += 1,
+            ending => findings.push(format!("after the storm: {ending:?}")),
+        }
+    }
+    println!("{:<44}{right}/{REQUESTS} right", "after the storm");
+    findings
+}
+
+/// Waits until every gauge is 0.
+pub(crate) async fn idle(port: u16) -> Findings {
+    let begun = Instant::now();
+    loop {
+        let mut values = Vec::new();
+        for name in GAUGES {
+            values.push((name, http::metric(port, name, DEADLINE).await));
+        }
+        let is_idle = values.iter().all(|(_, value)| *value == Some(0.0));
+        if is_idle || begun.elapsed() > DEADLINE {
+            let words: Vec<String> = values
+                .iter()
+                .map(|(name, value)| {
+                    format!(
+                        "{name} {}",
+                        value.map_or("missing".to_owned(), |value| value.to_string())
+                    )
+                })
+                .collect();
+            println!("{:<44}{}", "nobody asks any more", words.join(", "));
+            return if is_idle {
+                Vec::new()
+            } else {
+                vec![format!("not idle: {}", words.join(", "))]
+            };
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// `xpyd down`, and everything that is still there.
+fn take_down(arena: &Arena) -> Findings {
+    let mut findings = Findings::new();
+    let before: Vec<u32> = arena.fleet.processes();
+    let ran = arena.fleet.run(&["down"]);
+    if ran.code != Some(0) {
+        findings.push(format!("xpyd down: {}", ran.last_words()));
+    }
+    let left = [
+        ("processes", words(&arena.fleet.processes())),
+        ("listeners", words(&arena.fleet.listeners())),
+        ("files in /dev/shm", shared_memory()),
+        ("cgroups", cgroups(&before)),
+    ];
+    let row: Vec<String> = left
+        .iter()
+        .map(|(what, left)| format!("{} {what}", left.len()))
+        .collect();
+    println!("{:<44}{}", "after `xpyd down`", row.join(", "));
+    for (what, left) in left.iter().filter(|(_, left)| !left.is_empty()) {
+        findings.push(format!("{what} left after `xpyd down`: {}", left.join(", ")));
+    }
+    findings
+}
+
+fn words<T: ToString>(items: &[T]) -> Vec<String> {
+    items.iter().map(ToString::to_string).collect()
+}
+
+/// Cgroups that a guardian among these processes has made, and those of guardians that are gone.
+fn cgroups(processes: &[u32]) -> Vec<String> {
+    let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let Some(own) = membership.lines().find_map(|line| line.strip_prefix("0::/")) else {
+        return Vec::new();
+    };
+    let entries = fs::read_dir(PathBuf::from("/sys/fs/cgroup").join(own))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names
+        .filter(|name| {
+            let guardian = name
+                .strip_prefix("xpyd-")
+                .and_then(|rest| rest.split(['.', '-']).next());
+            let guardian = guardian.and_then(|pid| pid.parse::<u32>().ok());
+            guardian.is_some_and(|pid| processes.contains(&pid) && !is_running(pid))
+        })
+        .collect()
+}

@@ -1,0 +1,377 @@
+//! Faults under load: a seeded storm against a fleet of simulated engines. Every answer is compared with the right one.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::Findings;
+use crate::aftermath;
+use crate::client::{Ending, Manner, Question, answer_of, ask};
+use crate::commands;
+use crate::endings::{Cause, Endings};
+use crate::faults::{FAULTS, Fault, Needs, Trouble};
+use crate::fleet::{Fleet, MODEL, Reference};
+use crate::options::Options;
+use crate::private;
+
+/// Tokens of every answer. At 5 ms each, an engine can die in between.
+const TOKENS: usize = 60;
+
+/// A request that takes longer hangs.
+const HANG: Duration = Duration::from_mins(1);
+
+/// Sizes of the private file systems, in MiB.
+const SHARED_MEMORY: u32 = 64;
+const LOGS: u32 = 24;
+
+/// Most bytes of the diary.
+const DIARY: usize = 4 << 20;
+
+/// Everything that the faults and the clients of a storm share.
+pub(crate) struct Arena {
+    pub(crate) fleet: Fleet,
+    begun: Instant,
+    is_over: AtomicBool,
+    last_fault: Mutex<&'static str>,
+    /// How often xpyd was killed, and how often it left its engines. Both count at the beginning and at the end of the absence.
+    kills: AtomicU64,
+    leaves: AtomicU64,
+    /// What is dropped at its time, such as a connection that is held.
+    holds: Mutex<Vec<(Instant, Box<dyn Any + Send>)>>,
+    no_long_freeze_before: Mutex<Instant>,
+    endings: Mutex<Endings>,
+    /// What happened when, one event a line.
+    diary: Mutex<String>,
+}
+
+/// Counts the end of an absence of xpyd when it is dropped.
+pub(crate) struct Absence<'arena>(&'arena AtomicU64);
+
+impl Drop for Absence<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Arena {
+    fn new(fleet: Fleet) -> Self {
+        Self {
+            fleet,
+            begun: Instant::now(),
+            is_over: AtomicBool::new(false),
+            last_fault: Mutex::new("no fault yet"),
+            kills: AtomicU64::new(0),
+            leaves: AtomicU64::new(0),
+            holds: Mutex::default(),
+            no_long_freeze_before: Mutex::new(Instant::now()),
+            endings: Mutex::default(),
+            diary: Mutex::default(),
+        }
+    }
+
+    /// Keeps something until its time is over.
+    pub(crate) fn hold(&self, what: impl Any + Send, time: Duration) {
+        lock(&self.holds).push((Instant::now() + time, Box::new(what)));
+    }
+
+    fn release(&self, is_due: impl Fn(Instant) -> bool) {
+        lock(&self.holds).retain(|(end, _)| !is_due(*end));
+    }
+
+    /// Whether a long freeze is allowed now. The next one is allowed after this time.
+    pub(crate) fn may_freeze_long(&self, time: Duration) -> bool {
+        let mut before = lock(&self.no_long_freeze_before);
+        let is_allowed = Instant::now() >= *before;
+        if is_allowed {
+            *before = Instant::now() + time;
+        }
+        is_allowed
+    }
+
+    pub(crate) fn xpyd_is_killed(&self) -> Absence<'_> {
+        self.kills.fetch_add(1, Ordering::SeqCst);
+        Absence(&self.kills)
+    }
+
+    pub(crate) fn xpyd_leaves(&self) -> Absence<'_> {
+        self.leaves.fetch_add(1, Ordering::SeqCst);
+        Absence(&self.leaves)
+    }
+
+    /// Starts the next xpyd. The first failure is an error, even where a later attempt succeeds.
+    pub(crate) fn up(&self) -> Result<(), String> {
+        let Err(reason) = self.fleet.up() else {
+            return Ok(());
+        };
+        for _ in 0..3 {
+            commands::pause(Duration::from_secs(1));
+            if self.fleet.up().is_ok() {
+                return Err(format!("{reason} (a later `xpyd up` succeeded)"));
+            }
+        }
+        self.fleet.run(&["down", "--force"]);
+        match self.fleet.up() {
+            Ok(()) => Err(format!("fleet lost: {reason}")),
+            Err(again) => Err(format!("fleet lost: {reason}; and after `xpyd down`: {again}")),
+        }
+    }
+
+    fn write_down(&self, what: &str) {
+        let seconds = self.begun.elapsed().as_secs_f64();
+        // A diary of thousands of refused connections helps nobody.
+        let mut diary = lock(&self.diary);
+        if diary.len() < DIARY {
+            *diary += &format!("{seconds:8.2} s  {what}\n");
+        }
+    }
+
+    /// Copies the logs of the newest run, and the diary.
+    pub(crate) fn keep(&self, folder: &Path) -> std::io::Result<()> {
+        fs::create_dir_all(folder)?;
+        fs::write(folder.join("storm.log"), &*lock(&self.diary))?;
+        for file in fs::read_dir(self.fleet.logs())?.flatten() {
+            fs::copy(file.path(), folder.join(file.file_name()))?;
+        }
+        Ok(())
+    }
+
+    /// Prints how the requests ended, and returns what must not happen.
+    pub(crate) fn report(&self) -> Findings {
+        let endings = lock(&self.endings);
+        endings.print();
+        endings.findings()
+    }
+
+    fn absences(&self) -> (u64, u64) {
+        (self.kills.load(Ordering::SeqCst), self.leaves.load(Ordering::SeqCst))
+    }
+
+    /// What may have ended a request that began at `before`.
+    fn cause(&self, before: (u64, u64)) -> Cause {
+        let now = self.absences();
+        // An odd number means that xpyd is away.
+        let happened = |before: u64, now: u64| now != before || now % 2 == 1;
+        if happened(before.0, now.0) {
+            Cause::KillOfXpyd
+        } else if happened(before.1, now.1) {
+            Cause::LeavingXpyd
+        } else {
+            Cause::Other(*lock(&self.last_fault))
+        }
+    }
+}
+
+pub(crate) async fn run(options: &Options) -> Findings {
+    if options.private && !private::is_entered() {
+        private::enter();
+        println!("no private mount namespace, which takes root: no full disk, no full /dev/shm");
+    }
+    match start(options).await {
+        Ok((arena, questions, reference)) => {
+            let findings = rage(options, &arena, &questions).await;
+            drop(reference);
+            findings
+        }
+        Err(reason) => vec![reason],
+    }
+}
+
+/// The fleet, and the questions with the answers of an engine that hands nothing over.
+pub(crate) async fn start(options: &Options) -> Result<(Arc<Arena>, Arc<Vec<Question>>, Reference), String> {
+    let fleet = Fleet::new(&options.connector, &options.settings).map_err(|error| error.to_string())?;
+    if private::is_entered() {
+        private::mount("/dev/shm".as_ref(), SHARED_MEMORY)?;
+        private::mount(&fleet.folder().join("logs"), LOGS)?;
+    }
+    let reference = Reference::start(fleet.folder()).await?;
+    let mut questions = Vec::new();
+    for (number, words) in [1, 40, 400, 900, 1500, 4000].into_iter().enumerate() {
+        let mut question = Question {
+            model: MODEL.to_owned(),
+            prompt: format!("{} {number} {}", options.seed, "word ".repeat(words)),
+            tokens: TOKENS,
+            answer: String::new(),
+        };
+        question.answer = answer_of(reference.port, &question, HANG).await?;
+        questions.push(question);
+    }
+    let fleet = tokio::task::spawn_blocking(move || fleet.up().map(|()| fleet))
+        .await
+        .map_err(|error| error.to_string())??;
+    Ok((Arc::new(Arena::new(fleet)), Arc::new(questions), reference))
+}
+
+/// The clients and the faults for the given time, and what is left after them.
+async fn rage(options: &Options, arena: &Arc<Arena>, questions: &Arc<Vec<Question>>) -> Findings {
+    let clients = Clients::start(arena, questions, options);
+    let (striker, strike_options) = (Arc::clone(arena), options.clone());
+    let strikes = tokio::task::spawn_blocking(move || strike(&striker, &strike_options)).await;
+    clients.stop(arena).await;
+    let mut findings = strikes.unwrap_or_else(|error| vec![error.to_string()]);
+    findings.extend(arena.report());
+    let aftermath = aftermath::check(arena, questions, options.keep.as_deref());
+    findings.extend(aftermath.await);
+    findings
+}
+
+/// Clients that ask one question after the other.
+pub(crate) struct Clients(JoinSet<()>);
+
+impl Clients {
+    pub(crate) fn start(arena: &Arc<Arena>, questions: &Arc<Vec<Question>>, options: &Options) -> Self {
+        let mut clients = JoinSet::new();
+        for number in 0..options.clients as u64 {
+            let random = StdRng::seed_from_u64(options.seed.wrapping_mul(1_000_003) + number);
+            clients.spawn(client(Arc::clone(arena), Arc::clone(questions), random));
+        }
+        clients.spawn(release_in_time(Arc::clone(arena)));
+        Self(clients)
+    }
+
+    /// Waits for the answers to the last questions, and lets go of what is held.
+    pub(crate) async fn stop(mut self, arena: &Arena) {
+        arena.is_over.store(true, Ordering::Relaxed);
+        while self.0.join_next().await.is_some() {}
+        arena.release(|_| true);
+    }
+}
+
+/// Lets go of what is held for long enough, also while a fault waits for a command.
+async fn release_in_time(arena: Arc<Arena>) {
+    while !arena.is_over.load(Ordering::Relaxed) {
+        let now = Instant::now();
+        arena.release(|end| now >= end);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Asks until the storm is over.
+async fn client(arena: Arc<Arena>, questions: Arc<Vec<Question>>, mut random: StdRng) {
+    while !arena.is_over.load(Ordering::Relaxed) {
+        let question = questions.choose(&mut random).expect("questions");
+        let manner = match random.random_range(0..100) {
+            0..20 => Manner::Whole,
+            20..30 => Manner::Leave(Duration::from_millis(random.random_range(0..800))),
+            30..35 => Manner::Slow,
+            _ => Manner::Stream,
+        };
+        let before = arena.absences();
+        let ending = ask(arena.fleet.proxy_port(), question, manner, HANG).await;
+        let cause = arena.cause(before);
+        lock(&arena.endings).add(&ending, cause, arena.begun.elapsed().as_secs_f64());
+        if !matches!(
+            ending,
+            Ending::Right | Ending::Left | Ending::Refused | Ending::Status { .. }
+        ) {
+            arena.write_down(&format!("{manner:?} of {} bytes: {ending:?}", question.prompt.len()));
+        }
+        if !matches!(ending, Ending::Right | Ending::Left) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// Strikes with one fault after the other, and prints how often each one was.
+fn strike(arena: &Arena, options: &Options) -> Findings {
+    let mut random = StdRng::seed_from_u64(options.seed);
+    let faults: Vec<&Fault> = FAULTS.iter().filter(|fault| is_possible(fault, options)).collect();
+    let mut counts: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
+    let mut findings = Findings::new();
+    let mut refusals = BTreeMap::new();
+    while arena.begun.elapsed() < options.duration
+        && counts.values().map(|(times, _)| times).sum::<u32>() < options.most
+    {
+        let Ok(fault) = faults.choose_weighted(&mut random, |fault| fault.weight) else {
+            return vec!["no fault is chosen".to_owned()];
+        };
+        *lock(&arena.last_fault) = fault.name;
+        let at = arena.begun.elapsed().as_secs();
+        let count = counts.entry(fault.name).or_default();
+        count.0 += 1;
+        arena.write_down(&format!("fault: {}", fault.name));
+        let result = (fault.act)(arena, &mut random);
+        arena.write_down(&format!("       {}: {result:?}", fault.name));
+        match result {
+            Ok(()) => {}
+            Err(Trouble::Impossible(reason)) => {
+                count.1 += 1;
+                refusals.insert(fault.name, reason);
+            }
+            Err(Trouble::Broken(reason)) => findings.push(format!("at {at} s, {}: {reason}", fault.name)),
+        }
+        // Sometimes the next fault meets a fleet that has not recovered.
+        let is_patient = random.random_range(0..3) > 0;
+        pause(
+            arena,
+            Duration::from_secs_f64(random.random_range(0.5..3.0)),
+            is_patient,
+        );
+        if let Err(reason) = arena.fleet.status() {
+            findings.push(format!("at {at} s, no run after {}: {reason}", fault.name));
+            if let Err(reason) = arena.up() {
+                findings.push(reason);
+            }
+        }
+    }
+    print_faults(&counts, &refusals);
+    findings
+}
+
+fn is_possible(fault: &Fault, options: &Options) -> bool {
+    let is_possible = match fault.needs {
+        Needs::Nothing => true,
+        Needs::Namespace => private::is_entered(),
+        Needs::Connector(name) => name == options.connector,
+    };
+    is_possible && options.wants(fault.name)
+}
+
+/// A patient pause goes on until the fleet is whole, within reason.
+fn pause(arena: &Arena, time: Duration, is_patient: bool) {
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let begun = Instant::now();
+    loop {
+        let is_whole = || arena.fleet.wait_until_whole(Duration::ZERO).is_ok();
+        if begun.elapsed() >= time && (!is_patient || begun.elapsed() >= PATIENCE || is_whole()) {
+            return;
+        }
+        commands::pause(Duration::from_millis(100));
+    }
+}
+
+fn print_faults(counts: &BTreeMap<&str, (u32, u32)>, refusals: &BTreeMap<&str, String>) {
+    let all: u32 = counts.values().map(|(times, _)| times).sum();
+    println!("{:<44}{all}", "faults");
+    for (name, (times, impossible)) in counts {
+        let note = match refusals.get(name) {
+            Some(reason) => format!(", {impossible} times impossible, such as: {reason}"),
+            None => String::new(),
+        };
+        println!("  {times:>8}  {name}{note}");
+    }
+}
+
+/// Files in `/dev/shm`, where only this storm's are there.
+pub(crate) fn shared_memory() -> Vec<String> {
+    if !private::is_entered() {
+        return Vec::new();
+    }
+    let files = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+    files
+        .map(|file| file.file_name().to_string_lossy().into_owned())
+        .collect()
+}
