@@ -36,6 +36,7 @@ mod tls;
 mod trace;
 mod upstream;
 mod usage;
+mod zmtp;
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,7 +1,9 @@
-//! LMCache's notifications: a ZeroMQ PULL socket, and whoever waits for a request's KV to have arrived.
+//! LMCache's notifications: a ZeroMQ PULL socket, and the requests that wait for their KV to arrive.
 //!
 //! Wire format (LMCache 0.5.6 `pd_backend_async.py`): one frame, a msgpack map with `type` = `ProxyNotif` and `req_id`;
 //! every rank that stores KV sends one. Knows nothing of HTTP or of what a request is.
+//!
+//! Anybody who reaches the port may send anything, so everything here is bounded: connections, frames (`zmtp`), log lines.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,12 +11,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Deserialize;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::JoinSet;
-use zeromq::{PullSocket, Socket, SocketRecv};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
+
+use super::zmtp::{self, PeerError};
 
 /// How long to wait after an error of the socket itself, so that a lasting one does not spin.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(20);
+
+/// Most connections at once. Every rank of a prefill engine has one.
+const MAX_PEERS: usize = 256;
+
+/// The time between two log lines about peers that were let go.
+const LOG_PAUSE: Duration = Duration::from_mins(1);
 
 /// Why the socket could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -26,11 +37,8 @@ pub enum NotifyError {
         address: String,
         /// Why.
         #[source]
-        source: zeromq::ZmqError,
+        source: std::io::Error,
     },
-    /// The socket was bound, but to no TCP port.
-    #[error("notifications need a TCP port, `{0}` has none")]
-    NoPort(String),
 }
 
 /// The open socket and the loop that reads it. Dropping it ends the loop.
@@ -38,46 +46,45 @@ pub enum NotifyError {
 pub struct Notifications {
     port: u16,
     waiters: Arc<Waiters>,
-    _reader: JoinSet<()>,
+    _accepting: JoinSet<()>,
 }
 
 #[derive(Debug, Default)]
 struct Waiters {
     waiting: Mutex<HashMap<String, watch::Sender<u16>>>,
+    /// Notifications of all peers.
+    taken: AtomicU64,
     late: AtomicU64,
     malformed: AtomicU64,
 }
 
 #[derive(Deserialize)]
-struct ProxyNotif {
-    r#type: String,
-    req_id: String,
+struct ProxyNotif<'frame> {
+    r#type: &'frame str,
+    req_id: &'frame str,
 }
 
 impl Notifications {
     /// Binds the socket and starts to read it. Port 0 takes any free one.
     pub async fn bind(host: &str, port: u16) -> Result<Self, NotifyError> {
+        Self::bind_for(host, port, MAX_PEERS).await
+    }
+
+    async fn bind_for(host: &str, port: u16, max_peers: usize) -> Result<Self, NotifyError> {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
-        let address = if bare.contains(':') {
-            format!("tcp://[{bare}]:{port}")
-        } else {
-            format!("tcp://{bare}:{port}")
-        };
-        let mut socket = PullSocket::new();
-        let endpoint = socket.bind(&address).await.map_err(|source| NotifyError::Bind {
-            address: address.clone(),
+        let failed = |source| NotifyError::Bind {
+            address: format!("{host}:{port}"),
             source,
-        })?;
-        let zeromq::Endpoint::Tcp(_, port) = endpoint else {
-            return Err(NotifyError::NoPort(address));
         };
+        let listener = TcpListener::bind((bare, port)).await.map_err(failed)?;
+        let port = listener.local_addr().map_err(failed)?.port();
         let waiters = Arc::new(Waiters::default());
-        let mut reader = JoinSet::new();
-        reader.spawn(read(socket, Arc::clone(&waiters)));
+        let mut accepting = JoinSet::new();
+        accepting.spawn(accept(listener, max_peers, Arc::clone(&waiters)));
         Ok(Self {
             port,
             waiters,
-            _reader: reader,
+            _accepting: accepting,
         })
     }
 
@@ -110,17 +117,85 @@ impl Notifications {
     }
 }
 
-/// Reads the socket for ever. Nothing that a peer sends ends it.
-async fn read(mut socket: PullSocket, waiters: Arc<Waiters>) {
+/// A connection, from its handshake on.
+struct Peer {
+    /// The number of its last notification among all; 0 as long as there was none.
+    last: Arc<AtomicU64>,
+    task: AbortHandle,
+}
+
+/// Takes connections until it is dropped. Nothing that a peer sends ends it.
+async fn accept(listener: TcpListener, max_peers: usize, waiters: Arc<Waiters>) {
+    let mut tasks = JoinSet::new();
+    let mut peers: Vec<Peer> = Vec::new();
+    let mut complaints = Complaints::default();
     loop {
-        match socket.recv().await {
-            Ok(message) => waiters.take(message.get(0).map(AsRef::as_ref).unwrap_or_default()),
-            Err(error) => {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    peers.retain(|peer| !peer.task.is_finished());
+                    make_room(&mut peers, max_peers);
+                    let last = Arc::new(AtomicU64::new(0));
+                    let task = tasks.spawn(listen_to(stream, Arc::clone(&waiters), Arc::clone(&last)));
+                    peers.push(Peer { last, task });
+                }
+                Err(error) => {
+                    complaints.add(&error);
+                    tokio::time::sleep(PAUSE_AFTER_ERROR).await;
+                }
+            },
+            Some(ended) = tasks.join_next() => if let Ok(Err(error)) = ended {
                 waiters.malformed.fetch_add(1, Ordering::Relaxed);
-                tracing::debug!(%error, "a peer of the notification socket failed");
-                tokio::time::sleep(PAUSE_AFTER_ERROR).await;
-            }
+                complaints.add(&error);
+            },
         }
+    }
+}
+
+/// Where there are too many, lets the one go that has been without a notification for longest. An engine connects again.
+fn make_room(peers: &mut Vec<Peer>, max_peers: usize) {
+    if peers.len() < max_peers {
+        return;
+    }
+    let longest = peers
+        .iter()
+        .enumerate()
+        .min_by_key(|(_, peer)| peer.last.load(Ordering::Relaxed));
+    if let Some((index, _)) = longest {
+        peers.remove(index).task.abort();
+    }
+}
+
+async fn listen_to(stream: TcpStream, waiters: Arc<Waiters>, last: Arc<AtomicU64>) -> Result<(), PeerError> {
+    let take = |message: &[u8]| {
+        if waiters.take(message) {
+            last.store(waiters.taken.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+        }
+    };
+    zmtp::receive(stream, take).await
+}
+
+/// Log lines about peers that were let go: one at once, then one for all that follow within a while.
+#[derive(Default)]
+struct Complaints {
+    count: u64,
+    next: Option<Instant>,
+}
+
+impl Complaints {
+    fn add(&mut self, error: &dyn std::error::Error) {
+        self.count += 1;
+        let now = Instant::now();
+        if self.next.is_some_and(|next| now < next) {
+            return;
+        }
+        self.next = Some(now + LOG_PAUSE);
+        let (count, error) = (std::mem::take(&mut self.count), crate::report::one_line(error));
+        tracing::warn!(
+            count,
+            error,
+            "connections to the notification port were refused, the last because"
+        );
     }
 }
 
@@ -129,22 +204,26 @@ impl Waiters {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, frame: &[u8]) {
-        let Ok(ProxyNotif { r#type, req_id }) = rmp_serde::from_slice(frame) else {
+    /// Takes a message in; whether it was a notification.
+    fn take(&self, frame: &[u8]) -> bool {
+        let Some(request_id) = request_id(frame) else {
             self.malformed.fetch_add(1, Ordering::Relaxed);
-            return;
+            return false;
         };
-        if r#type != "ProxyNotif" {
-            self.malformed.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        match self.lock().get(&req_id) {
+        match self.lock().get(request_id) {
             Some(received) => received.send_modify(|count| *count = count.saturating_add(1)),
             None => {
                 self.late.fetch_add(1, Ordering::Relaxed);
             }
         }
+        true
     }
+}
+
+/// The request that a notification is about. Nothing is allocated for what a message claims to hold.
+fn request_id(frame: &[u8]) -> Option<&str> {
+    let ProxyNotif { r#type, req_id } = rmp_serde::from_slice(frame).ok()?;
+    (r#type == "ProxyNotif").then_some(req_id)
 }
 
 /// The wait for one request's notifications. Dropping it ends the wait; later ones are counted as late.
@@ -175,8 +254,8 @@ impl Drop for Arrival {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
-    use zeromq::{PushSocket, SocketSend};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use zeromq::{PushSocket, Socket as _, SocketSend as _};
 
     use super::*;
 
@@ -209,7 +288,7 @@ mod tests {
         let address = format!("127.0.0.1:{}", notifications.port());
         let mut arrival = notifications.expect("a", 1);
         // Bytes that are not even ZeroMQ, from a port scanner for instance.
-        let mut scanner = tokio::net::TcpStream::connect(&address).await.expect("connected");
+        let mut scanner = TcpStream::connect(&address).await.expect("connected");
         scanner.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("written");
         drop(scanner);
         let mut peer = PushSocket::new();
@@ -232,5 +311,30 @@ mod tests {
             .await
             .expect("the notification after the garbage");
         assert!(notifications.malformed() >= 4, "{}", notifications.malformed());
+    }
+
+    #[tokio::test]
+    async fn a_crowd_of_silent_connections_gives_way_to_those_that_notify() {
+        let notifications = Notifications::bind_for("127.0.0.1", 0, 4).await.expect("bound");
+        let address = format!("127.0.0.1:{}", notifications.port());
+        let mut engine = PushSocket::new();
+        engine.connect(&format!("tcp://{address}")).await.expect("connected");
+        let mut first = notifications.expect("first", 1);
+        engine.send(notification("first").into()).await.expect("sent");
+        first.complete().await;
+        let mut crowd = Vec::new();
+        for _ in 0..24 {
+            crowd.push(TcpStream::connect(&address).await.expect("connected"));
+        }
+        // The oldest were let go, after our greeting at most.
+        for stream in crowd.iter_mut().take(20) {
+            let mut greeting = Vec::new();
+            // A reset says the same as an end.
+            drop(stream.read_to_end(&mut greeting).await);
+            assert!(greeting.len() <= 64);
+        }
+        let mut arrival = notifications.expect("second", 1);
+        engine.send(notification("second").into()).await.expect("sent");
+        arrival.complete().await;
     }
 }
