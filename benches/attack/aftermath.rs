@@ -13,7 +13,7 @@ use crate::http;
 use crate::storm::{Arena, shared_memory};
 use crate::tree::is_running;
 
-/// Far longer than a fleet takes to recover.
+/// Far longer than a fleet takes to recover, and longer than the hand-off deadline of 90 s, after which lost ones are cleaned up.
 const RECOVERY: Duration = Duration::from_mins(3);
 const DEADLINE: Duration = Duration::from_mins(1);
 
@@ -72,7 +72,7 @@ pub(crate) async fn idle(port: u16) -> Findings {
             values.push((name, http::metric(port, name, DEADLINE).await));
         }
         let is_idle = values.iter().all(|(_, value)| *value == Some(0.0));
-        if is_idle || begun.elapsed() > DEADLINE {
+        if is_idle || begun.elapsed() > RECOVERY {
             let words: Vec<String> = values
                 .iter()
                 .map(|(name, value)| {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::answers::ANSWERS;
 use crate::fuzz;
 use crate::growth;
 use crate::load;
@@ -29,7 +30,7 @@ async fn every_shape_of_a_request_is_answered() {
         ..Options::of(Tool::Growth)
     };
     let all = growth::measure(&options).await;
-    assert_eq!(all.len(), SHAPES.len());
+    assert_eq!(all.len(), SHAPES.len() + ANSWERS.len());
     for growth in all {
         assert!(growth.rows.iter().all(|row| row.result.is_ok()), "{}", growth.name);
     }

@@ -13,6 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
+use crate::answers::{self, Leg};
 use crate::http::{self, find};
 use crate::inputs::FORBIDDEN;
 
@@ -116,8 +117,11 @@ impl Engine {
         let mut buffer = Vec::new();
         while let Some(request) = self.read(&mut stream, &mut buffer).await? {
             self.answer(&mut stream, &request).await?;
+            if header(&request.head, "connection") == Some("close") {
+                break;
+            }
         }
-        Ok(())
+        stream.shutdown().await
     }
 
     async fn read(&self, stream: &mut TcpStream, buffer: &mut Vec<u8>) -> std::io::Result<Option<Request>> {
@@ -149,8 +153,7 @@ impl Engine {
     async fn answer(&self, stream: &mut TcpStream, request: &Request) -> std::io::Result<()> {
         let path = request.head.split(' ').nth(1).unwrap_or_default();
         if path == "/seen" {
-            reply(stream, 200, &json!(self.seen())).await?;
-            return stream.shutdown().await;
+            return reply(stream, 200, &json!(self.seen())).await;
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         if let Some(what) = fault_of(request) {
@@ -166,7 +169,12 @@ impl Engine {
             (Value::Null, prompt) | (prompt, _) => prompt.to_string(),
         };
         let (parameters, own) = (&body["kv_transfer_params"], format!("{:x}", hash(&prompt)));
-        if parameters["do_remote_decode"] == true {
+        let is_prefill = parameters["do_remote_decode"] == true;
+        let leg = if is_prefill { Leg::Prefill } else { Leg::Decode };
+        if let Some(response) = answers::response(&prompt, leg) {
+            return stream.write_all(&response).await;
+        }
+        if is_prefill {
             return reply(stream, 200, &prefilled(&prompt, &own)).await;
         }
         if parameters["do_remote_prefill"] == true && parameters["remote_request_id"] != own.as_str() {

@@ -1,5 +1,6 @@
 //! Time and memory that one request costs xpyd, over its size. What grows faster than the request is a way to stop a server.
 
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -7,9 +8,11 @@ use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
 use crate::Findings;
+use crate::answers::{self, ANSWERS};
+use crate::fuzz::recording_engine;
 use crate::http::{Failure, exchange, get};
 use crate::options::Options;
-use crate::shapes::{SHAPES, Shape};
+use crate::shapes::SHAPES;
 use crate::stand::{Stand, null_engine};
 use crate::usage;
 
@@ -23,7 +26,7 @@ const DEADLINE: Duration = Duration::from_mins(1);
 /// Less processor time than this says nothing about growth.
 const NOISE: Duration = Duration::from_millis(5);
 
-/// Linear work has an exponent of 1. Caches and the allocator add a little, a sort adds more; a square has 2.
+/// Linear work has an exponent of 1, a square has 2. Caches, the allocator and a sort add a little to 1.
 const WORST_EXPONENT: f64 = 1.35;
 
 /// What one request cost.
@@ -65,45 +68,70 @@ pub(crate) async fn run(options: &Options) -> Findings {
     findings
 }
 
-/// Measures every wanted shape, and prints each row as soon as it is known.
+/// A family of requests, by size.
+struct Case {
+    name: &'static str,
+    make: Box<dyn Fn(usize) -> Vec<u8>>,
+}
+
+/// Measures everything that is wanted, and prints each row as soon as it is known.
 pub(crate) async fn measure(options: &Options) -> Vec<Growth> {
     println!("`direct` is the engine alone; CPU is that of xpyd; `health` is the slowest answer of /health meanwhile");
     println!(
-        "{:<28}{:>10}{:>14}{:>12}{:>12}{:>12}{:>12}{:>10}",
+        "{:<30}{:>10}{:>12}{:>12}{:>12}{:>12}{:>12}{:>10}",
         "shape", "bytes", "status", "ms", "direct ms", "CPU ms", "health ms", "RSS MiB"
     );
+    let requests = SHAPES.iter().map(|shape| Case {
+        name: shape.name,
+        make: Box::new(shape.make),
+    });
+    let answers = ANSWERS.iter().map(|answer| Case {
+        name: answer.name,
+        make: Box::new(|size| answers::request(answer.name, size)),
+    });
+    let mut all = measure_cases(options, requests, null_engine).await;
+    let recording = |port| recording_engine(port, 1, Duration::ZERO);
+    all.extend(measure_cases(options, answers, recording).await);
+    all
+}
+
+async fn measure_cases(
+    options: &Options,
+    cases: impl Iterator<Item = Case>,
+    engine: impl Fn(u16) -> Command,
+) -> Vec<Growth> {
     let folder = TempDir::new().expect("a folder");
-    let mut stand = Stand::start(folder.path(), null_engine).await.expect("a proxy");
+    let mut stand = Stand::start(folder.path(), &engine).await.expect("a proxy");
     let mut all = Vec::new();
-    for shape in SHAPES.iter().filter(|shape| options.wants(shape.name)) {
+    for case in cases.filter(|case| options.wants(case.name)) {
         let mut growth = Growth {
-            name: shape.name,
+            name: case.name,
             rows: Vec::new(),
         };
         let sizes = std::iter::successors(Some(SMALLEST), |size| Some(size * STEP));
         for size in sizes.map(|size| size.min(options.max)) {
-            let row = one(&stand, shape, size).await;
-            row.print(shape.name);
+            let row = one(&stand, &case, size).await;
+            row.print(case.name);
             let is_hung = row.result == Err(Failure::Deadline) || row.health >= DEADLINE;
             growth.rows.push(row);
             if is_hung {
                 // The proxy may be busy for hours. Larger requests would tell nothing more.
-                stand = Stand::start(folder.path(), null_engine).await.expect("a proxy");
+                stand = Stand::start(folder.path(), &engine).await.expect("a proxy");
             }
             if is_hung || size >= options.max {
                 break;
             }
         }
         if let Some(exponent) = growth.exponent() {
-            println!("{:<28}{:>10} {exponent:.2}", shape.name, "exponent");
+            println!("{:<30}{:>10} {exponent:.2}", case.name, "exponent");
         }
         all.push(growth);
     }
     all
 }
 
-async fn one(stand: &Stand, shape: &Shape, size: usize) -> Row {
-    let request = (shape.make)(size);
+async fn one(stand: &Stand, case: &Case, size: usize) -> Row {
+    let request = (case.make)(size);
     let begun = Instant::now();
     // Only the time counts: the engine's own limits are not xpyd's.
     let _ = exchange(stand.decode, &request, DEADLINE).await;
@@ -122,7 +150,8 @@ async fn one(stand: &Stand, shape: &Shape, size: usize) -> Row {
     let last = Instant::now();
     let _ = get(stand.port, "/health", DEADLINE).await;
     Row {
-        bytes: request.len(),
+        // What is large is the request or its answer.
+        bytes: request.len().max(if request.len() < SMALLEST { size } else { 0 }),
         result: result.map(|response| response.status),
         time,
         direct,
@@ -144,25 +173,15 @@ async fn ask_health(port: u16, slowest: &AtomicU64) {
 }
 
 impl Growth {
-    /// The power of the size with which processor time grows: the slope of both logarithms, by least squares.
+    /// The power of the size with which processor time grows, where it grows most between two sizes.
     fn exponent(&self) -> Option<f64> {
-        let points: Vec<(f64, f64)> = self
-            .rows
-            .iter()
-            .filter(|row| row.cpu > NOISE)
-            .map(|row| ((row.bytes as f64).ln(), row.cpu.as_secs_f64().ln()))
-            .collect();
-        if points.len() < 2 {
-            return None;
-        }
-        let count = points.len() as f64;
-        let (x, y) = points
-            .iter()
-            .fold((0.0, 0.0), |(x, y), point| (x + point.0, y + point.1));
-        let (x, y) = (x / count, y / count);
-        let above: f64 = points.iter().map(|point| (point.0 - x) * (point.1 - y)).sum();
-        let below: f64 = points.iter().map(|point| (point.0 - x).powi(2)).sum();
-        Some(above / below)
+        let rows: Vec<&Row> = self.rows.iter().filter(|row| row.cpu > NOISE).collect();
+        let exponents = rows.windows(2).filter_map(|pair| {
+            let [small, large] = pair else { return None };
+            let time = large.cpu.as_secs_f64() / small.cpu.as_secs_f64();
+            Some(time.ln() / (large.bytes as f64 / small.bytes as f64).ln())
+        });
+        exponents.max_by(f64::total_cmp)
     }
 }
 
@@ -176,7 +195,7 @@ impl Row {
         };
         let millis = |time: Duration| time.as_secs_f64() * 1e3;
         println!(
-            "{name:<28}{:>10}{status:>14}{:>12.1}{:>12.1}{:>12.1}{:>12.1}{:>10.1}",
+            "{name:<30}{:>10}{status:>12}{:>12.1}{:>12.1}{:>12.1}{:>12.1}{:>10.1}",
             self.bytes,
             millis(self.time),
             millis(self.direct),

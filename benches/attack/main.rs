@@ -10,6 +10,7 @@
 )]
 
 mod aftermath;
+mod answers;
 mod check;
 mod client;
 mod commands;

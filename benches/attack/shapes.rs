@@ -165,7 +165,7 @@ const fn shape(name: &'static str, make: fn(usize) -> Vec<u8>) -> Shape {
 }
 
 /// `start`, as many numbered items as fit, `end`.
-fn filled(size: usize, start: &str, end: &str, item: impl Fn(usize) -> String) -> Vec<u8> {
+pub(crate) fn filled(size: usize, start: &str, end: &str, item: impl Fn(usize) -> String) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size + 64);
     bytes.extend_from_slice(start.as_bytes());
     for number in 0.. {
