@@ -2,6 +2,7 @@
 //!
 //! Its answers depend on the prompt, and its decode legs check that the hand-off parameters are those of that very prompt.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -33,8 +34,8 @@ const FORBIDDEN_HEADERS: [&str; 9] = [
     "trailer",
 ];
 
-/// Examples of violations that are kept.
-const EXAMPLES: usize = 20;
+/// How often a request was what no request may be, and an example of each kind.
+type Violations = BTreeMap<String, (u64, String)>;
 
 #[derive(Debug)]
 struct Engine {
@@ -42,8 +43,7 @@ struct Engine {
     interval: Duration,
     requests: AtomicU64,
     crossed: AtomicU64,
-    violations: AtomicU64,
-    examples: Mutex<Vec<String>>,
+    violations: Mutex<Violations>,
 }
 
 /// What an engine has seen so far.
@@ -52,8 +52,7 @@ pub(crate) struct Seen {
     pub(crate) requests: u64,
     /// Decode legs with the hand-off of another prompt.
     pub(crate) crossed: u64,
-    pub(crate) violations: u64,
-    pub(crate) examples: Vec<String>,
+    pub(crate) violations: Violations,
 }
 
 /// Asks an engine what it has seen.
@@ -89,8 +88,7 @@ pub(crate) async fn serve(port: u16, events: usize, interval: Duration) -> std::
         interval,
         requests: AtomicU64::new(0),
         crossed: AtomicU64::new(0),
-        violations: AtomicU64::new(0),
-        examples: Mutex::default(),
+        violations: Mutex::default(),
     });
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
     let mut connections = JoinSet::new();
@@ -219,21 +217,18 @@ impl Engine {
     }
 
     fn violation(&self, what: &str, bytes: &[u8]) {
-        self.violations.fetch_add(1, Ordering::Relaxed);
-        let mut examples = self.examples.lock().unwrap_or_else(PoisonError::into_inner);
-        if examples.len() < EXAMPLES {
-            let start = &bytes[..bytes.len().min(600)];
-            examples.push(format!("{what}: {:?}", String::from_utf8_lossy(start)));
-        }
+        let mut violations = self.violations.lock().unwrap_or_else(PoisonError::into_inner);
+        let example = || format!("{:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(600)]));
+        let entry = violations.entry(what.to_owned()).or_insert_with(|| (0, example()));
+        entry.0 += 1;
     }
 
     fn seen(&self) -> Seen {
-        let examples = self.examples.lock().unwrap_or_else(PoisonError::into_inner);
+        let violations = self.violations.lock().unwrap_or_else(PoisonError::into_inner);
         Seen {
             requests: self.requests.load(Ordering::Relaxed),
             crossed: self.crossed.load(Ordering::Relaxed),
-            violations: self.violations.load(Ordering::Relaxed),
-            examples: examples.clone(),
+            violations: violations.clone(),
         }
     }
 }
@@ -258,7 +253,7 @@ fn fault_of(request: &Request) -> Option<&'static str> {
     }
     let path = target.split('?').next().unwrap_or_default().to_ascii_lowercase();
     if path.starts_with("/sleep") || ["lora", "..", "%2e"].iter().any(|part| path.contains(part)) {
-        return Some("a route that clients may not use");
+        return Some("a forbidden route");
     }
     let mut seen = Vec::new();
     for line in lines {
@@ -270,7 +265,7 @@ fn fault_of(request: &Request) -> Option<&'static str> {
             return Some("a malformed header");
         }
         if FORBIDDEN_HEADERS.contains(&name.as_str()) {
-            return Some("a header that ends at the proxy");
+            return Some("a header for one hop");
         }
         if matches!(name.as_str(), "content-length" | "host" | "x-request-id") && seen.contains(&name) {
             return Some("a header given twice");
@@ -278,7 +273,7 @@ fn fault_of(request: &Request) -> Option<&'static str> {
         seen.push(name);
     }
     let is_forbidden = request.head.contains(FORBIDDEN) || find(&request.body, FORBIDDEN.as_bytes()).is_some();
-    is_forbidden.then_some("what a client may not say to an engine")
+    is_forbidden.then_some("what only xpyd may say")
 }
 
 /// What a prefill engine answers under NIXL. The request's identifier is the prompt's own.

@@ -84,15 +84,10 @@ pub(crate) async fn run(options: &Options) -> Findings {
     for (role, port) in [("prefill", stand.prefill), ("decode", stand.decode)] {
         match engine::seen(port).await {
             Ok(seen) => {
-                println!(
-                    "{role} engine: {} requests, {} of them not allowed",
-                    seen.requests, seen.violations
-                );
-                findings.extend(
-                    seen.examples
-                        .into_iter()
-                        .map(|example| format!("reached the {role} engine: {example}")),
-                );
+                println!("requests at the {role} engine: {}", seen.requests);
+                findings.extend(seen.violations.into_iter().map(|(what, (count, example))| {
+                    format!("{count} requests at the {role} engine have {what}, such as {example}")
+                }));
             }
             Err(reason) => findings.push(reason),
         }

@@ -28,9 +28,10 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 
 /// Headers that belong to one connection (RFC 9110 §7.6.1), or that this proxy sets itself.
-const NOT_FORWARDED: [HeaderName; 11] = [
+const NOT_FORWARDED: [HeaderName; 12] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
     header::TE,
     header::TRAILER,
     header::TRANSFER_ENCODING,
@@ -419,6 +420,7 @@ mod tests {
             ("connection", "close, x-secret-hop"),
             ("x-secret-hop", "1"),
             ("keep-alive", "5"),
+            ("proxy-connection", "keep-alive"),
             ("transfer-encoding", "chunked"),
             ("content-length", "9"),
             ("host", "me"),
