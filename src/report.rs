@@ -92,6 +92,14 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
+/// Whether an error, or one of its causes, is that this process or the machine has no file descriptor left. Whoever could
+/// not be asked for that reason is not to blame.
+pub fn lacks_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<std::io::Error>()?.raw_os_error())
+        .any(|code| code == nix::libc::EMFILE || code == nix::libc::ENFILE)
+}
+
 /// The whole chain of an error in one line: `a: b: c`.
 pub fn one_line(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -180,10 +180,17 @@ impl Default for Admission {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Clients {
-    /// Connections at once; others wait to be accepted. Half of the descriptors that the process may open is
-    /// the limit.
+    /// Connections at once. At the limit the one that is without a request for longest gives way to a new one; where none is,
+    /// requests on new ones are answered 503, health checks and metrics excepted. About half of the descriptors that
+    /// the process may open is the most.
     pub max_connections: usize,
-    /// How long a connection may take, when it is new and after each answer, until it has sent the next request's head.
+    /// Connections at once of one client address, or of one /64 network of IPv6. Absent: no limit of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_per_address: Option<usize>,
+    /// How long a new connection may take until it has sent the head of its first request.
+    #[serde(serialize_with = "write_span", deserialize_with = "read_span")]
+    pub head_deadline: Duration,
+    /// How long a connection may take after an answer until it has sent the next request's head.
     #[serde(serialize_with = "write_span", deserialize_with = "read_span")]
     pub idle_deadline: Duration,
     /// Threads that serve clients. Absent: one per eight cores, eight at most.
@@ -208,6 +215,8 @@ impl Default for Clients {
     fn default() -> Self {
         Self {
             max_connections: 16_384,
+            max_per_address: None,
+            head_deadline: Duration::from_secs(10),
             // Longer than the clients in use keep idle connections (Go and reqwest: 90 s), so that they leave first and no
             // request meets a closing connection.
             idle_deadline: Duration::from_mins(2),

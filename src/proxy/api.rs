@@ -30,6 +30,8 @@ pub(super) enum Course {
     Health,
     /// The proxy's own metrics.
     Metrics,
+    /// The engines' version.
+    Version,
     /// A decode engine answers alone, and its answer is passed on as it comes.
     Pass,
     /// No engine sees it, and why.
@@ -77,7 +79,7 @@ pub(super) const ROUTES: &[Rule] = &[
     post("/generative_scoring", Course::Pass),
     // What needs no KV from elsewhere.
     get("/v1/models", Course::Pass),
-    get("/version", Course::Pass),
+    get("/version", Course::Version),
     post("/tokenize", Course::Pass),
     post("/detokenize", Course::Pass),
     get("/tokenizer_info", Course::Pass),

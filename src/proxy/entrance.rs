@@ -12,6 +12,7 @@ use axum::middleware::Next;
 use super::Shared;
 use super::error::ProxyError;
 use super::key::EngineKey;
+use super::overload::Limit;
 use super::record::Record;
 use super::routes::respond;
 use super::upstream::forwardable;
@@ -20,6 +21,9 @@ use super::upstream::forwardable;
 /// some forty of a few kilobytes.
 const MAX_HEADERS: usize = 90;
 const MAX_HEADER_BYTES: usize = 32 << 10;
+
+/// What is answered on every connection, also on those beyond the limit.
+const ALWAYS: [&str; 3] = ["/health", "/ping", "/metrics"];
 
 /// Lets a request in, or answers why not.
 pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
@@ -38,6 +42,11 @@ pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Reques
 impl Shared {
     fn check(&self, request: &Request) -> Result<(), ProxyError> {
         let headers = request.headers();
+        let limit = request.extensions().get::<Limit>();
+        if let Some(limit) = limit.filter(|_| !ALWAYS.contains(&request.uri().path())) {
+            self.metrics.overload.reached(*limit);
+            return Err(ProxyError::Connections(*limit));
+        }
         let bytes: usize = headers
             .iter()
             .map(|(name, value)| name.as_str().len() + value.len())

@@ -2,6 +2,7 @@
 //!
 //! Knows HTTP statuses and the shape of errors; knows nothing of bodies, engines' choice or connectors' wire formats.
 
+use std::io;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -10,6 +11,7 @@ use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
+use super::overload::Limit;
 use super::upstream::Unreachable;
 use crate::connector::{HandoffError, PairError};
 use crate::fleet::{EngineId, FleetStage, Role};
@@ -62,6 +64,9 @@ pub(super) enum ProxyError {
     /// The client did not send its whole body.
     #[error("the request body did not arrive: {0}")]
     Unread(String),
+    /// The request came on a connection beyond a limit.
+    #[error("{}", .0.message())]
+    Connections(Limit),
     /// The client bears no key that lets it in.
     #[error("{}", if *bears_none { "an API key is needed: `Authorization: Bearer KEY`" } else { "this API key is not known" })]
     Unauthorized {
@@ -147,6 +152,9 @@ pub(super) enum Cause {
     /// No connection, or one that broke before the answer began.
     #[error("the engine could not be reached")]
     Unreachable(#[source] Unreachable),
+    /// This process has no descriptor for a connection, which is not the engine's fault.
+    #[error("xpyd has no file descriptor left for a connection to it")]
+    Descriptors(#[source] io::Error),
     /// The answer broke off.
     #[error("the answer broke off: {0}")]
     Broken(String),
@@ -201,7 +209,7 @@ impl ProxyError {
             | Cause::Recomputed => true,
             // A lost notification comes with no other sign. A slow engine was given all the time there is.
             Cause::Timeout(_) => *stage == Stage::Handoff,
-            Cause::Pair(_) | Cause::Nonsense(_) => false,
+            Cause::Pair(_) | Cause::Nonsense(_) | Cause::Descriptors(_) => false,
         }
     }
 
@@ -210,7 +218,11 @@ impl ProxyError {
     pub(super) fn blames_engine(&self) -> bool {
         match self {
             Self::Leg { stage, cause, .. } => {
-                *stage != Stage::Handoff && !matches!(cause, Cause::Gone | Cause::Pair(_) | Cause::Handoff(_))
+                *stage != Stage::Handoff
+                    && !matches!(
+                        cause,
+                        Cause::Gone | Cause::Pair(_) | Cause::Handoff(_) | Cause::Descriptors(_)
+                    )
             }
             _ => false,
         }
@@ -225,6 +237,7 @@ impl ProxyError {
             Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
+            Self::Connections(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_connections"),
             Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, CLIENT, "invalid_api_key"),
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),
             Self::WrongMethod { .. } => (StatusCode::METHOD_NOT_ALLOWED, CLIENT, "method_not_allowed"),
@@ -240,6 +253,7 @@ impl ProxyError {
                 Cause::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE => {
                     (StatusCode::SERVICE_UNAVAILABLE, BUSY, "engine_overloaded")
                 }
+                Cause::Descriptors(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "out_of_descriptors"),
                 Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
                 Cause::Handoff(_) | Cause::Recomputed => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
                 Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),

@@ -152,6 +152,7 @@ impl Entry {
                 Cause::Gone => End::PrefillGone,
                 Cause::Timeout(_) => End::Late,
                 Cause::Unreachable(error) if error.is_connect() => End::Unsent,
+                Cause::Descriptors(_) => End::Unsent,
                 _ => End::Failed,
             },
             _ => End::Failed,

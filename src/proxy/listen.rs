@@ -3,31 +3,39 @@
 //! A request stays on the thread that accepted its connection, engines' connections included, so that no step of it
 //! wakes another thread. Knows sockets and limits; knows no route and no engine.
 
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::TcpListener;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
+use bytes::Bytes;
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
-use hyper::service::{Service, service_fn};
+use hyper::service::{Service as _, service_fn};
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::connections::{Activity, Capacity, Class, Connections, InFlight, Place};
+use super::overload::{Limit, Overload};
 use super::tls::Tls;
+use super::upstream::Upstream;
+use crate::report::lacks_descriptors;
 use crate::service::Clients;
 use crate::wire::descriptors;
 
@@ -58,6 +66,9 @@ const DESCRIPTORS: u64 = 65_535;
 /// Descriptors for everything that is no connection.
 const OTHER_DESCRIPTORS: u64 = 64;
 
+/// Most connections beyond the limit, which are for health checks and metrics alone.
+const MOST_RESERVE: u64 = 64;
+
 /// What clients are held to.
 #[derive(Debug, Clone)]
 pub(super) struct Limits {
@@ -66,6 +77,10 @@ pub(super) struct Limits {
     pub(super) tls: Option<Tls>,
     /// How long a client may take no byte of what there is for it.
     pub(super) stall: Duration,
+    /// Whose idle connections give their descriptors to clients that have none.
+    pub(super) upstream: Upstream,
+    /// Where limits that are reached are counted.
+    pub(super) overload: Overload,
 }
 
 impl Limits {
@@ -75,13 +90,19 @@ impl Limits {
         self.clients.threads.map_or(fitting, |threads| threads.max(1))
     }
 
-    /// Connections at once: each may need a second descriptor for its engine.
-    fn connections(&self) -> usize {
-        let fitting = (descriptors(DESCRIPTORS) / 2).saturating_sub(OTHER_DESCRIPTORS).max(1);
-        let fitting = usize::try_from(fitting).unwrap_or(usize::MAX);
-        self.clients
-            .max_connections
-            .clamp(1, fitting.min(Semaphore::MAX_PERMITS))
+    /// Connections at once. Each may need a second descriptor for its engine. Idle connections to engines are not counted: they
+    /// give theirs back where one is lacking.
+    fn capacity(&self) -> Capacity {
+        let descriptors = descriptors(DESCRIPTORS);
+        let reserve = (descriptors / 16).clamp(1, MOST_RESERVE);
+        // As many as the reserve has may be on their way out.
+        let fitting = descriptors.saturating_sub(OTHER_DESCRIPTORS + 2 * reserve) / 2;
+        let count = |descriptors: u64| usize::try_from(descriptors).unwrap_or(usize::MAX);
+        Capacity {
+            regular: self.clients.max_connections.clamp(1, count(fitting).max(1)),
+            reserve: count(reserve),
+            per_address: self.clients.max_per_address,
+        }
     }
 }
 
@@ -99,14 +120,14 @@ pub(super) async fn serve(
     let listener = listener.into_std()?;
     // A burst of clients waits; the short queue of the standard library would lose some for seconds.
     listen(&listener, Backlog::MAXCONN)?;
-    let connections = Arc::new(Semaphore::new(limits.connections()));
+    let connections = Connections::new(limits.capacity(), limits.overload.clone());
     let mut threads = Threads::default();
     let mut ends = Vec::new();
     for number in 1..=limits.threads() {
         let server = Server {
             router: router.clone(),
             limits: limits.clone(),
-            connections: Arc::clone(&connections),
+            connections: connections.clone(),
             stop: stop.clone(),
         };
         let (listener, abandon) = (listener.try_clone()?, threads.abandon.clone());
@@ -146,7 +167,7 @@ impl Drop for Threads {
 struct Server {
     router: Router,
     limits: Limits,
-    connections: Arc<Semaphore>,
+    connections: Connections,
     stop: CancellationToken,
 }
 
@@ -167,8 +188,8 @@ impl Server {
     async fn serve(&self, listener: TcpListener) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let serving = TaskTracker::new();
-        while let Some((stream, permit)) = self.stop.run_until_cancelled(self.accept(&listener)).await {
-            let (stream, session) = self.begin(stream, permit);
+        while let Some((stream, place)) = self.stop.run_until_cancelled(self.accept(&listener)).await {
+            let (stream, session) = self.begin(stream, place);
             match &self.limits.tls {
                 None => serving.spawn(session.speak(stream)),
                 Some(tls) => serving.spawn(session.shake_hands(tls.acceptor(), stream)),
@@ -181,13 +202,23 @@ impl Server {
     }
 
     /// The next client, once there is room for it. Others wait in the kernel's queue meanwhile.
-    async fn accept(&self, listener: &tokio::net::TcpListener) -> (TcpStream, OwnedSemaphorePermit) {
+    async fn accept(&self, listener: &tokio::net::TcpListener) -> (TcpStream, Place) {
         loop {
-            let permit = Arc::clone(&self.connections).acquire_owned();
-            let permit = permit.await.expect("nobody closes the semaphore");
             match listener.accept().await {
-                Ok((stream, _)) => return (stream, permit),
+                Ok((stream, address)) => {
+                    if let Some(place) = self.connections.admit(address.ip(), &self.stop).await {
+                        return (stream, place);
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) if lacks_descriptors(&error) => {
+                    if self.limits.upstream.give_back() {
+                        continue;
+                    }
+                    self.limits.overload.reached(Limit::AcceptDescriptors);
+                    self.connections.make_room();
+                    tokio::time::sleep(NO_ROOM).await;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a client's connection");
                     tokio::time::sleep(NO_ROOM).await;
@@ -197,7 +228,7 @@ impl Server {
     }
 
     /// One client's connection, about to be served.
-    fn begin(&self, stream: TcpStream, permit: OwnedSemaphorePermit) -> (Patient, Session) {
+    fn begin(&self, stream: TcpStream, place: Place) -> (Patient, Session) {
         if let Err(error) = prepare(&stream) {
             tracing::debug!(%error, "cannot set the options of a client's connection");
         }
@@ -205,13 +236,16 @@ impl Server {
             stream,
             stall: self.limits.stall,
             stalled: None,
+            activity: Arc::clone(&place.activity),
         };
+        let clients = &self.limits.clients;
         let session = Session {
             router: self.router.clone(),
-            idle_deadline: self.limits.clients.idle_deadline,
+            head_deadline: clients.head_deadline.min(clients.idle_deadline),
+            idle_deadline: clients.idle_deadline,
             accepted: Instant::now(),
             stop: self.stop.clone(),
-            permit,
+            place,
         };
         (stream, session)
     }
@@ -220,15 +254,17 @@ impl Server {
 /// What serves one client.
 struct Session {
     router: Router,
+    head_deadline: Duration,
     idle_deadline: Duration,
     accepted: Instant,
     stop: CancellationToken,
-    permit: OwnedSemaphorePermit,
+    place: Place,
 }
 
 impl Session {
     /// Serves over TLS, once client and proxy have agreed on it.
-    async fn shake_hands(self, tls: TlsAcceptor, stream: Patient) {
+    async fn shake_hands(mut self, tls: TlsAcceptor, stream: Patient) {
+        self.place.settle();
         let deadline = self.idle_deadline.min(HANDSHAKE_DEADLINE);
         let handshake = timeout(deadline, tls.accept(stream));
         tokio::select! {
@@ -236,39 +272,48 @@ impl Session {
             shaken = handshake => match shaken {
                 Ok(Ok(stream)) => self.speak(stream).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a client's TLS handshake failed"),
-                Err(_) => tracing::debug!("a client's TLS handshake took too long"),
+                Err(_) => self.place.reached(Limit::FirstHead),
             },
-            // Nothing has been asked for yet, so a stop does not wait for it.
-            () = may_close(&self.stop, self.accepted, || false) => {}
+            // Nothing has been asked for yet, so an end does not wait for it.
+            () = may_close(&self.place.end, &self.stop, self.accepted, || false) => {}
         }
     }
 
-    /// Serves until the client leaves, breaks a limit, or has its answer after the stop.
+    /// Serves until the client leaves, breaks a limit, gives way to another one, or has its answer after the stop.
     fn speak<Stream>(self, stream: Stream) -> impl Future<Output = ()> + use<Stream>
     where
         Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (router, has_asked) = (TowerToHyperService::new(self.router), Arc::new(AtomicBool::new(false)));
-        let asked = Arc::clone(&has_asked);
-        let service = service_fn(move |request| {
-            asked.store(true, Ordering::Relaxed);
-            router.call(request)
-        });
+        let (mut place, head_deadline) = (self.place, self.head_deadline);
+        let is_regular = place.class == Class::Regular;
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.idle_deadline)
             .max_buf_size(BUFFER_BYTES)
-            .serve_connection(TokioIo::new(stream), service);
-        let (stop, accepted, permit) = (self.stop, self.accepted, self.permit);
+            .keep_alive(is_regular)
+            .serve_connection(TokioIo::new(stream), service(self.router, &place));
+        let (stop, accepted) = (self.stop, self.accepted);
         async move {
+            let (activity, end) = (Arc::clone(&place.activity), place.end.clone());
+            let overdue = async {
+                tokio::time::sleep(head_deadline).await;
+                // In the reserve, this is the deadline of everything.
+                if is_regular && activity.has_begun() {
+                    std::future::pending::<()>().await;
+                }
+            };
             let mut connection = pin!(connection);
             let served = tokio::select! {
                 biased;
-                served = connection.as_mut() => served,
-                () = may_close(&stop, accepted, || has_asked.load(Ordering::Relaxed)) => {
+                served = settling(connection.as_mut(), &mut place) => served,
+                () = may_close(&end, &stop, accepted, || activity.has_begun()) => {
                     connection.as_mut().graceful_shutdown();
-                    connection.await
+                    if activity.is_quiet() {
+                        return;
+                    }
+                    settling(connection.as_mut(), &mut place).await
                 }
+                () = overdue => return place.reached(Limit::FirstHead),
             };
             if let Err(error) = served {
                 tracing::debug!(
@@ -276,15 +321,17 @@ impl Session {
                     "a client's connection ended early"
                 );
             }
-            drop(permit);
         }
     }
 }
 
-/// Returns once a connection need not be kept for what its client may still ask: after the stop, and after the client's
-/// first request or the time that it gets for one.
-async fn may_close(stop: &CancellationToken, accepted: Instant, has_asked: impl Fn() -> bool) {
-    stop.cancelled().await;
+/// Returns once a connection need not be kept for what its client may still ask: when it gives way to another one, or after
+/// the stop, and after the client's first request or the time that it gets for one.
+async fn may_close(end: &CancellationToken, stop: &CancellationToken, accepted: Instant, has_asked: impl Fn() -> bool) {
+    end.cancelled().await;
+    if !stop.is_cancelled() {
+        return;
+    }
     let mut late = pin!(sleep_until(accepted + FIRST_REQUEST));
     // Looked at whenever the connection's task wakes, so a request is seen without a wake-up of its own.
     poll_fn(|context| {
@@ -297,6 +344,64 @@ async fn may_close(stop: &CancellationToken, accepted: Instant, has_asked: impl 
     .await;
 }
 
+/// What answers the requests of one connection.
+fn service(
+    router: Router,
+    place: &Place,
+) -> impl hyper::service::Service<Request<Incoming>, Response = Response<Answer>, Error = Infallible, Future: Send> + use<>
+{
+    let (activity, class) = (Arc::clone(&place.activity), place.class);
+    service_fn(move |mut request: Request<Incoming>| {
+        let in_flight = activity.begin();
+        if let Class::Reserve(limit) = class {
+            request.extensions_mut().insert(limit);
+        }
+        let answer = TowerToHyperService::new(router.clone()).call(request);
+        async move {
+            let answer = answer.await?;
+            Ok(answer.map(|body| Answer {
+                body,
+                _in_flight: in_flight,
+            }))
+        }
+    })
+}
+
+/// The body of an answer. Its request is in flight until it is dropped.
+struct Answer {
+    body: Body,
+    _in_flight: InFlight,
+}
+
+impl hyper::body::Body for Answer {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Drives a connection, and tells the table of connections what every step of it has changed.
+async fn settling<Connection: Future>(mut connection: Pin<&mut Connection>, place: &mut Place) -> Connection::Output {
+    poll_fn(|context| {
+        let step = connection.as_mut().poll(context);
+        place.settle();
+        step
+    })
+    .await
+}
 /// Events are small and each one matters, so they leave at once. What the kernel holds for a client is kept small, so that
 /// a client that stops reading is noticed.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
@@ -312,10 +417,12 @@ struct Patient {
     stall: Duration,
     /// Runs while the kernel takes no more bytes.
     stalled: Option<Pin<Box<Sleep>>>,
+    activity: Arc<Activity>,
 }
 
 impl Patient {
     fn noting(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.activity.set_blocked(written.is_pending());
         if written.is_ready() {
             self.stalled = None;
             return written;

@@ -16,6 +16,7 @@ use prometheus_client::registry::Registry;
 
 use super::Settings;
 use super::notify::Notifications;
+use super::overload::Overload;
 use crate::fleet::{EngineView, FleetView};
 
 /// From a millisecond, which is a hand-off on one machine, to minutes, which is a long answer. Seconds.
@@ -247,6 +248,7 @@ pub(super) struct Metrics {
     as_vllm: Registry,
     pub(super) clients: Arc<Traffic>,
     pub(super) canaries: Arc<Traffic>,
+    pub(super) overload: Overload,
     requests: Family<RequestLabels, Counter>,
     cleanups: Family<OutcomeLabels, Counter>,
     in_flight: Gauge,
@@ -268,6 +270,7 @@ impl Metrics {
             as_vllm: Registry::default(),
             clients,
             canaries,
+            overload: Overload::default(),
             requests: Family::default(),
             cleanups: Family::default(),
             in_flight: Gauge::default(),
@@ -295,6 +298,16 @@ impl Metrics {
             "requests",
             "Requests answered, by route and status",
             self.requests.clone(),
+        );
+        registry.register(
+            "limit_reached",
+            "Times that a limit of the proxy itself was reached",
+            self.overload.counters(),
+        );
+        registry.register(
+            "client_connections",
+            "Connections of clients that are open",
+            self.overload.connections(),
         );
         registry.register(
             "handoff_cleanups",

@@ -10,6 +10,7 @@ mod api;
 mod body;
 mod breaker;
 mod canary;
+mod connections;
 mod entrance;
 mod error;
 mod flow;
@@ -22,6 +23,7 @@ mod matrix;
 mod merge;
 mod metrics;
 mod notify;
+mod overload;
 mod pass;
 mod pick;
 mod prefix;
@@ -43,6 +45,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -62,6 +65,7 @@ use error::ProxyError;
 use flow::Deadlines;
 use listen::Limits;
 use metrics::Metrics;
+use scrape::{Cached, Version};
 use seats::Seats;
 use upstream::Upstream;
 
@@ -119,8 +123,9 @@ struct Shared {
     notifications: Option<Notifications>,
     upstream: Upstream,
     metrics: Metrics,
-    /// Held while engines are asked for their metrics, so that many who ask do not multiply the questions.
-    scraping: tokio::sync::Mutex<()>,
+    /// The merged metrics and the engines' version: many clients that ask do not multiply the questions to engines.
+    merged: Cached<Bytes>,
+    version: Cached<Option<Version>>,
     admission: Arc<Semaphore>,
     seats: Seats,
     prefill_turn: AtomicUsize,
@@ -144,14 +149,16 @@ impl Proxy {
         notifications: Option<Notifications>,
     ) -> Self {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
+        let metrics = Metrics::new(&settings);
         Self(Arc::new(Shared {
+            upstream: Upstream::new(metrics.overload.clone()),
             seats: Seats::new(&settings.service.admission),
-            metrics: Metrics::new(&settings),
+            metrics,
             settings,
             view,
             notifications,
-            upstream: Upstream::default(),
-            scraping: tokio::sync::Mutex::default(),
+            merged: Cached::default(),
+            version: Cached::default(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),
@@ -172,6 +179,8 @@ impl Proxy {
             clients: self.0.settings.service.clients.clone(),
             tls: self.0.settings.parts.tls.clone(),
             stall: self.0.settings.decode_idle_deadline,
+            upstream: self.0.upstream.clone(),
+            overload: self.0.metrics.overload.clone(),
         };
         let served = async {
             let threads = listen::serve(listener, router, limits, stop).await?;

@@ -54,6 +54,7 @@ async fn follow(shared: &Arc<Shared>, rule: &'static Rule, request: Request) -> 
         Course::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
         Course::Health => return health(shared),
         Course::Metrics => return metrics(shared, asks_for_engines(&request)).await,
+        Course::Version => version(shared).await,
         Course::Pass if !api::is_plain(request.uri().path()) => Err(not_found(request.method(), &request)),
         Course::Pass => Box::pin(pass_on(shared, request)).await,
         Course::Refuse(why) => Err(ProxyError::Refused { path: rule.path, why }),
@@ -124,6 +125,11 @@ fn asks_for_engines(request: &Request) -> bool {
     query.split('&').any(|part| part == "engines")
 }
 
+async fn version(shared: &Shared) -> Result<Response<Body>, ProxyError> {
+    shared.takes_clients()?;
+    shared.engine_version().await
+}
+
 async fn metrics(shared: &Shared, with_engines: bool) -> Response<Body> {
     let (text, content_type) = if with_engines || shared.settings.service.metrics.merge {
         (
@@ -132,7 +138,7 @@ async fn metrics(shared: &Shared, with_engines: bool) -> Response<Body> {
         )
     } else {
         let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-        (shared.metrics_text(true), content_type)
+        (shared.metrics_text(true).into(), content_type)
     };
     let mut response = Response::new(Body::from(text));
     let content_type = HeaderValue::from_static(content_type);

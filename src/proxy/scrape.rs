@@ -1,19 +1,23 @@
-//! Asks engines for their metrics, all at once and each not for long, and merges what comes with the proxy's own.
+//! What engines say of themselves to anyone who asks the fleet: their metrics, merged with the proxy's own, and their version.
 //!
-//! The shell around `merge`. An engine that does not answer is missing from the page, and counted.
+//! The shell around `merge`. These routes are open to everyone, so all who ask at about the same time share one answer.
+//! An engine that does not answer is missing from the page, and counted.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::Method;
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use http_body_util::{BodyExt, Limited};
+use tokio::time::Instant;
 
 use super::Shared;
+use super::error::{ProxyError, Stage};
 use super::merge::{Page, merge};
-use super::upstream::Call;
-use crate::fleet::{EngineState, EngineView};
+use super::upstream::{Call, Seat};
+use crate::fleet::{EngineState, EngineView, Role};
 
 /// How long an engine may take. Prometheus itself gives up after 10 s by default.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -21,10 +25,90 @@ const DEADLINE: Duration = Duration::from_secs(3);
 /// The longest page of an engine. One of vLLM with every metric takes some 200 KiB.
 const MAX_PAGE_BYTES: usize = 8 << 20;
 
+/// How old a shared answer is at most. Prometheus asks once in several seconds.
+const MAX_AGE: Duration = Duration::from_secs(1);
+
+/// An answer that all who ask within [`MAX_AGE`] share. Who asks while it is made waits for it.
+#[derive(Debug)]
+pub(super) struct Cached<T>(tokio::sync::Mutex<Option<(Instant, T)>>);
+
+impl<T> Default for Cached<T> {
+    fn default() -> Self {
+        Self(tokio::sync::Mutex::new(None))
+    }
+}
+
+impl<T: Clone> Cached<T> {
+    async fn get(&self, make: impl Future<Output = T>) -> T {
+        let mut cached = self.0.lock().await;
+        if let Some((made, answer)) = &*cached
+            && made.elapsed() < MAX_AGE
+        {
+            return answer.clone();
+        }
+        let answer = make.await;
+        *cached = Some((Instant::now(), answer.clone()));
+        answer
+    }
+}
+
+/// What a decode engine answered about its version.
+#[derive(Debug, Clone)]
+pub(super) struct Version {
+    status: StatusCode,
+    content_type: Option<HeaderValue>,
+    body: Bytes,
+}
+
+impl Version {
+    fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.body));
+        *response.status_mut() = self.status;
+        let content_type = self.content_type.map(|value| (header::CONTENT_TYPE, value));
+        response.headers_mut().extend(content_type);
+        response
+    }
+}
+
 impl Shared {
     /// The proxy's own metrics and those of all engines that serve, in Prometheus' text format.
-    pub(super) async fn merged_metrics(&self) -> String {
-        let _one_at_a_time = self.scraping.lock().await;
+    pub(super) async fn merged_metrics(&self) -> Bytes {
+        self.merged.get(self.merge_metrics()).await
+    }
+
+    /// The version of the engines, which are all the same.
+    ///
+    /// # Errors
+    /// When no decode engine serves, or the one that was asked does not answer.
+    pub(super) async fn engine_version(&self) -> Result<Response<Body>, ProxyError> {
+        let mut failed = None;
+        let ask = async {
+            let version = self.ask_for_version().await;
+            version.map_err(|error| failed = Some(error)).ok()
+        };
+        match self.version.get(ask).await {
+            Some(version) => Ok(version.into_response()),
+            None => Err(failed.unwrap_or(ProxyError::NoEngine(Role::Decode))),
+        }
+    }
+
+    async fn ask_for_version(&self) -> Result<Version, ProxyError> {
+        let view = Arc::clone(&self.view.borrow());
+        let mut seats = view
+            .serving(Role::Decode)
+            .filter_map(|engine| Seat::take(engine, &self.view));
+        let seat = seats.next().ok_or(ProxyError::NoEngine(Role::Decode))?;
+        let headers = self.own_headers();
+        let step = self.upstream.fetch(&seat.engine, get("/version", &headers));
+        let (head, body) = seat.run(Stage::Pass, DEADLINE, step).await?;
+        Ok(Version {
+            status: head.status,
+            content_type: head.headers.get(header::CONTENT_TYPE).cloned(),
+            body,
+        })
+    }
+
+    async fn merge_metrics(&self) -> Bytes {
         let view = Arc::clone(&self.view.borrow());
         let serves = |engine: &&Arc<EngineView>| {
             matches!(
@@ -34,7 +118,7 @@ impl Shared {
         };
         let pages = join_all(view.engines.iter().filter(serves).map(|engine| self.page(engine))).await;
         let pages: Vec<Page> = pages.into_iter().flatten().collect();
-        merge(&self.metrics_text(false), &pages)
+        merge(&self.metrics_text(false), &pages).into()
     }
 
     async fn page(&self, engine: &EngineView) -> Option<Page> {
@@ -51,16 +135,20 @@ impl Shared {
     }
 
     async fn scrape(&self, engine: &EngineView) -> Option<String> {
-        let call = Call {
-            method: Method::GET,
-            path: "/metrics",
-            headers: &self.own_headers(),
-            request_id: None,
-            body: Bytes::new(),
-        };
-        let answer = self.upstream.send(engine, call).await.ok()?;
+        let headers = self.own_headers();
+        let answer = self.upstream.send(engine, get("/metrics", &headers)).await.ok()?;
         let is_good = answer.status().is_success();
         let page = Limited::new(answer.into_body(), MAX_PAGE_BYTES).collect().await.ok()?;
         is_good.then(|| String::from_utf8_lossy(&page.to_bytes()).into_owned())
+    }
+}
+
+fn get<'call>(path: &'call str, headers: &'call HeaderMap) -> Call<'call> {
+    Call {
+        method: Method::GET,
+        path,
+        headers,
+        request_id: None,
+        body: Bytes::new(),
     }
 }

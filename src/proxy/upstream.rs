@@ -17,8 +17,10 @@ use hyper::header;
 use tokio::sync::watch;
 
 use super::error::{Cause, ProxyError, Stage};
+use super::overload::{Limit, Overload};
 use super::seats::Held;
 use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetView, Incarnation, KeptGuard, LoadGuard};
+use crate::report::lacks_descriptors;
 use crate::wire::{Framing, Head, Pool, Wire};
 
 /// How long a connection may take. Engines are near: one that does not accept within this is not there.
@@ -62,12 +64,9 @@ const MAX_IDLE: usize = 256;
 
 /// The connections to all engines. Clones share them.
 #[derive(Debug, Clone)]
-pub(super) struct Upstream(Arc<Pool<Home>>);
-
-impl Default for Upstream {
-    fn default() -> Self {
-        Self(Arc::new(Pool::new(MAX_IDLE)))
-    }
+pub(super) struct Upstream {
+    pool: Arc<Pool<Home>>,
+    overload: Overload,
 }
 
 /// Where a connection belongs: another incarnation is another process, and another runtime would be woken for its bytes.
@@ -152,6 +151,37 @@ impl<'call> Call<'call> {
 }
 
 impl Upstream {
+    pub(super) fn new(overload: Overload) -> Self {
+        Self {
+            pool: Arc::new(Pool::new(MAX_IDLE)),
+            overload,
+        }
+    }
+
+    /// Closes all idle connections, so that others can have their descriptors. Whether there was one.
+    pub(super) fn give_back(&self) -> bool {
+        self.pool.clear()
+    }
+
+    /// A new connection. Where no descriptor is free for it, idle connections give theirs back.
+    async fn connect(&self, endpoint: &Endpoint) -> Result<Wire, Cause> {
+        loop {
+            let address = (endpoint.host.as_str(), endpoint.port);
+            let wire = tokio::time::timeout(CONNECT_DEADLINE, Wire::connect(address)).await;
+            return match wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                Ok(wire) => Ok(wire),
+                Err(error) if lacks_descriptors(&error) => {
+                    if self.give_back() {
+                        continue;
+                    }
+                    self.overload.reached(Limit::ConnectDescriptors);
+                    Err(Cause::Descriptors(error))
+                }
+                Err(error) => Err(Cause::Unreachable(Unreachable::Connect(error))),
+            };
+        }
+    }
+
     /// Sends a call and waits for the head of the answer.
     pub(super) async fn send(&self, engine: &EngineView, call: Call<'_>) -> Result<Response<AnswerBody>, Cause> {
         let head = call.head(&engine.endpoint.authority());
@@ -162,11 +192,11 @@ impl Upstream {
         };
         let no_answer = |error| Cause::Unreachable(Unreachable::NoAnswer(error));
         let mut wire = loop {
-            let idle = self.0.take(&home);
+            let idle = self.pool.take(&home);
             let is_new = idle.is_none();
             let mut wire = match idle {
                 Some(wire) => wire,
-                None => connect(&engine.endpoint).await?,
+                None => self.connect(&engine.endpoint).await?,
             };
             match wire.send(&head, &call.body).await {
                 Ok(()) => break wire,
@@ -201,14 +231,8 @@ impl Upstream {
 
     /// Closes connections that have been idle for too long, for as long as it runs.
     pub(super) async fn close_idle(&self) {
-        self.0.close_idle().await;
+        self.pool.close_idle().await;
     }
-}
-
-async fn connect(endpoint: &Endpoint) -> Result<Wire, Cause> {
-    let wire = tokio::time::timeout(CONNECT_DEADLINE, Wire::connect((endpoint.host.as_str(), endpoint.port))).await;
-    let wire = wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-    wire.map_err(|error| Cause::Unreachable(Unreachable::Connect(error)))
 }
 
 /// The body of an engine's answer. At its end the connection is kept for another call; dropped before, it is closed.
@@ -232,7 +256,7 @@ impl Body for AnswerBody {
         if !matches!(piece, Some(Ok(_))) {
             let wire = this.wire.take();
             if let (None, Some(wire), Some((upstream, home))) = (&piece, wire, this.home.take()) {
-                upstream.0.keep(home, wire);
+                upstream.pool.keep(home, wire);
             }
         }
         Poll::Ready(piece.map(|piece| piece.map(Frame::data)))

@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep};
 use super::probe::reachable;
 use crate::fleet::{Load, Role};
 use crate::plan::EngineSpec;
+use crate::report::lacks_descriptors;
 
 /// How often an engine is asked; more often where the deadline is short.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -130,7 +131,15 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
     let mut judge = Judge::new(engine.liveness.stall, Instant::now());
     let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
     loop {
-        let answer = ask(client, &url).await;
+        let answer = match ask(client, &url).await {
+            Err(error) if lacks_descriptors(&error) => {
+                // It was not asked, so it is not to blame for the silence.
+                judge.well = Instant::now();
+                sleep(pause).await;
+                continue;
+            }
+            answer => answer.ok(),
+        };
         let given = if engine.role == Role::Prefill {
             load.in_flight()
         } else {
@@ -151,9 +160,9 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
     }
 }
 
-async fn ask(client: &reqwest::Client, url: &str) -> Option<String> {
-    let answer = client.get(url).send().await.ok()?.error_for_status().ok()?;
-    answer.text().await.ok()
+async fn ask(client: &reqwest::Client, url: &str) -> reqwest::Result<String> {
+    let answer = client.get(url).send().await?.error_for_status()?;
+    answer.text().await
 }
 
 impl Sample {

@@ -61,6 +61,12 @@ impl<Home: Hash + Eq> Pool<Home> {
         }
     }
 
+    /// Closes all idle connections. Whether there was one.
+    pub(crate) fn clear(&self) -> bool {
+        let idle = std::mem::take(&mut *self.lock());
+        idle.values().any(|idle| !idle.is_empty())
+    }
+
     /// Closes connections that have been idle for too long, for as long as it runs.
     pub(crate) async fn close_idle(&self) {
         let mut turns = tokio::time::interval(IDLE_CONNECTION / 4);

@@ -222,29 +222,7 @@ fn a_proxy_that_stops_ends_idle_connections_at_once_and_answers_in_full() {
 }
 
 #[test]
-fn clients_beyond_the_limit_wait_until_a_connection_ends() {
-    let place = Place::new();
-    let _engines = Engines::start(&place, &[]);
-    let _proxy = proxy(&place, &["--set", "clients.max_connections=2"]);
-    let (mut first, mut second, mut third) = (client(&place), client(&place), client(&place));
-    complete(&mut first);
-    complete(&mut second);
-    ask(&mut third, false);
-    for _ in 0..10 {
-        complete(&mut first);
-    }
-    third.set_nonblocking(true).expect("an option");
-    let early = third
-        .read(&mut [0; 64])
-        .expect_err("the third was served beside two others");
-    assert_eq!(early.kind(), ErrorKind::WouldBlock);
-    third.set_nonblocking(false).expect("an option");
-    drop(second);
-    read_to(&mut third, r#""completion_tokens":3}}"#);
-}
-
-#[test]
-fn few_descriptors_make_clients_wait_and_break_nothing() {
+fn few_descriptors_break_nothing() {
     let place = Place::new();
     let _engines = Engines::start(&place, &[]);
     let arguments = arguments(&place, &[]);
@@ -255,12 +233,19 @@ fn few_descriptors_make_clients_wait_and_break_nothing() {
     wait_for("the proxy", || {
         connect(place.proxy_port()).map_err(|error| error.to_string())
     });
-    let mut clients: Vec<TcpStream> = (0..200).map(|_| client(&place)).collect();
-    for client in &mut clients {
-        ask(client, false);
+    let mut clients = Vec::new();
+    for _ in 0..200 {
+        let mut client = client(&place);
+        ask(&mut client, false);
+        clients.push(client);
     }
+    let mut served = 0;
     for mut client in clients {
-        let answer = read_to(&mut client, r#""completion_tokens":3}}"#);
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let answer = read_to(&mut client, "}}");
+        let is_served = answer.starts_with("HTTP/1.1 200");
+        assert!(is_served || answer.starts_with("HTTP/1.1 503"), "{answer}");
+        served += usize::from(is_served);
     }
+    assert!(served > 0);
+    complete(&mut client(&place));
 }

@@ -22,6 +22,7 @@ mod log_merge;
 mod logs;
 mod observe;
 mod ports;
+mod pressure;
 mod proxy;
 mod readme;
 mod restart;

@@ -160,20 +160,14 @@ fn who_never_finishes_the_handshake_loses_the_place_and_so_does_who_speaks_plain
     let place = Place::new();
     certify(&place);
     let _engines = Engines::start(&place, &[]);
-    let one_place = [
-        "--set",
-        "clients.max_connections=1",
-        "--set",
-        "clients.idle_deadline=1s",
-    ];
-    let _proxy = proxy(&place, &[&FILES[..], &one_place].concat());
+    let deadline = ["--set", "clients.idle_deadline=1s"];
+    let _proxy = proxy(&place, &[&FILES[..], &deadline].concat());
     let mut silent = client(&place);
     let mut half = client(&place);
     // The head of a record that says that a greeting of 512 bytes follows.
     half.write_all(b"\x16\x03\x01\x02\x00\x01").expect("it is open");
     let mut plain = client(&place);
     ask(&mut plain, false);
-    // It is accepted after all of them, and there is one place.
     complete(&mut tls_client(&place));
     assert!(is_closed(&mut silent) && is_closed(&mut half));
     let mut answer = Vec::new();

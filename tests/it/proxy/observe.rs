@@ -194,6 +194,21 @@ async fn the_engines_metrics_are_merged_by_option_or_question_and_the_fleets_the
 }
 
 #[tokio::test]
+async fn many_who_ask_for_metrics_or_versions_do_not_multiply_what_engines_are_asked() {
+    let (prefill, decode) = (telling("m 1\n").await, telling("m 1\n").await);
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    for path in ["/metrics?engines", "/version"] {
+        let before = decode.seen().len();
+        let answers = futures_util::future::join_all((0..40).map(|_| rig.get(path))).await;
+        assert!(answers.iter().all(|answer| answer.status() == 200), "{path}");
+        let asked = decode.seen().len() - before;
+        // One answer, and perhaps another one where the first is too old by now.
+        assert!((1..20).contains(&asked), "{path}: {asked}");
+    }
+    rig.finish().await;
+}
+
+#[tokio::test]
 async fn engines_whose_metrics_do_not_come_are_counted_and_hold_up_nobody() {
     let hung_up = CancellationToken::new();
     let raise = hung_up.clone();

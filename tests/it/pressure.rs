@@ -1,0 +1,173 @@
+//! The proxy at its own limits: file descriptors, client connections, connections of one address. Engines are not blamed, health
+//! checks are answered, and clients are told when to come back.
+
+use std::io::Write;
+use std::net::TcpStream;
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+use crate::clients::{ENDLESS, Engines, ask, client, complete, is_closed, proxy, read_to};
+use crate::support::{Place, Run, get, wait_for};
+
+/// The descriptors that a process has open.
+fn open_descriptors(pid: i32) -> u64 {
+    let all = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process");
+    all.count() as u64
+}
+
+fn limit_descriptors(run: &Run<'_>, current: u64) {
+    let pid = Pid::from_raw(run.pid()).expect("a pid");
+    let limit = Rlimit {
+        current: Some(current),
+        maximum: Some(1024),
+    };
+    prlimit(Some(pid), Resource::Nofile, limit).expect("a lower limit");
+}
+
+/// The answer to a request that is refused for now.
+fn refused(client: &mut TcpStream, code: &str) {
+    ask(client, false);
+    let answer = read_to(client, "}}");
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    assert!(answer.to_ascii_lowercase().contains("retry-after: 1"), "{answer}");
+    assert!(answer.contains(&format!("\"code\":\"{code}\"")), "{answer}");
+}
+
+fn health(place: &Place) -> String {
+    let mut checker = client(place);
+    let request = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    checker.write_all(request.as_bytes()).expect("it is open");
+    read_to(&mut checker, "\r\n\r\n")
+}
+
+/// Begins a stream that does not end.
+fn stream(place: &Place) -> TcpStream {
+    let mut streaming = client(place);
+    ask(&mut streaming, true);
+    read_to(&mut streaming, "data: ");
+    streaming
+}
+
+fn reached(place: &Place, limit: &str) -> bool {
+    let metrics = get(place.proxy_port(), "/metrics");
+    let line = format!("xpyd_limit_reached_total{{limit=\"{limit}\"}} ");
+    metrics.lines().any(|found| found.starts_with(&line))
+}
+
+#[test]
+fn without_descriptors_idle_connections_to_engines_give_way_and_then_clients_are_told_to_come_back() {
+    let place = Place::new();
+    let _engines = Engines::start(&place, ENDLESS);
+    let proxy = proxy(&place, &["--set", "clients.threads=1"]);
+    let before = open_descriptors(proxy.pid());
+    let mut others = [client(&place), client(&place)];
+    for other in &mut others {
+        let request = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n";
+        other.write_all(request.as_bytes()).expect("it is open");
+        read_to(other, "\r\n\r\n");
+    }
+    let _streaming = stream(&place);
+    // Room for three clients, the stream's decode engine and one more, which an idle connection may have now.
+    limit_descriptors(&proxy, before + 5);
+    let [mut second, mut third] = others;
+    ask(&mut second, true);
+    let answer = read_to(&mut second, "data: ");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    // More often than a healthy engine may fail.
+    for _ in 0..5 {
+        refused(&mut third, "out_of_descriptors");
+    }
+    limit_descriptors(&proxy, 1024);
+    ask(&mut third, true);
+    let answer = read_to(&mut third, "data: ");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(reached(&place, "descriptors_connect"));
+}
+
+#[test]
+fn a_connection_that_sends_no_request_ends_early_and_an_idle_one_does_not() {
+    let place = Place::new();
+    let _engines = Engines::start(&place, &[]);
+    let mut proxy = proxy(&place, &["--set", "clients.head_deadline=500ms"]);
+    let mut idle = client(&place);
+    complete(&mut idle);
+    let mut silent = client(&place);
+    let mut half = client(&place);
+    half.write_all(b"GET /health HTTP/1.1\r\nHos").expect("it is open");
+    assert!(is_closed(&mut silent) && is_closed(&mut half));
+    complete(&mut idle);
+    assert!(reached(&place, "head_deadline"));
+    proxy.kill();
+}
+
+#[test]
+fn at_the_limit_the_longest_idle_connection_gives_way_to_a_new_one() {
+    let place = Place::new();
+    let _engines = Engines::start(&place, &[]);
+    let _proxy = proxy(&place, &["--set", "clients.max_connections=2"]);
+    let (mut first, mut second) = (client(&place), client(&place));
+    complete(&mut first);
+    complete(&mut second);
+    let mut third = client(&place);
+    complete(&mut third);
+    assert!(is_closed(&mut first));
+    complete(&mut second);
+    complete(&mut third);
+}
+
+#[test]
+fn while_all_connections_are_in_use_health_and_metrics_are_answered_and_others_refused() {
+    let place = Place::new();
+    let _engines = Engines::start(&place, ENDLESS);
+    let _proxy = proxy(&place, &["--set", "clients.max_connections=2"]);
+    let both = [stream(&place), stream(&place)];
+    assert!(health(&place).starts_with("HTTP/1.1 200"));
+    let mut third = client(&place);
+    refused(&mut third, "too_many_connections");
+    assert!(is_closed(&mut third));
+    assert!(reached(&place, "max_connections"));
+    drop(both);
+    wait_for("room for a client", || {
+        let mut client = client(&place);
+        ask(&mut client, true);
+        let answer = read_to(&mut client, "\r\n\r\n");
+        if answer.starts_with("HTTP/1.1 200") {
+            Ok(())
+        } else {
+            Err(answer)
+        }
+    });
+}
+
+#[test]
+fn silent_and_slow_connections_do_not_keep_health_checks_out() {
+    let place = Place::new();
+    let _engines = Engines::start(&place, &[]);
+    let _proxy = proxy(&place, &["--set", "clients.max_connections=6"]);
+    let mut held: Vec<TcpStream> = (0..200).map(|_| client(&place)).collect();
+    for (index, slow) in held.iter_mut().enumerate() {
+        let sent: &[u8] = match index % 3 {
+            0 => b"GET /health HTTP/1.1\r\nHos",
+            1 => b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
+            _ => b"",
+        };
+        // Those that gave way may be closed by now.
+        drop(slow.write_all(sent));
+    }
+    assert!(health(&place).starts_with("HTTP/1.1 200"));
+    assert!(get(place.proxy_port(), "/metrics").contains("xpyd_client_connections"));
+}
+
+#[test]
+fn an_address_has_its_own_limit_where_one_is_set() {
+    let place = Place::new();
+    let _engines = Engines::start(&place, &[]);
+    let _proxy = proxy(&place, &["--set", "clients.max_per_address=1"]);
+    let mut first = client(&place);
+    complete(&mut first);
+    let mut second = client(&place);
+    refused(&mut second, "too_many_connections");
+    assert!(health(&place).starts_with("HTTP/1.1 200"));
+    complete(&mut first);
+    assert!(reached(&place, "max_per_address"));
+}
