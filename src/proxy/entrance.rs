@@ -15,6 +15,7 @@ use super::key::EngineKey;
 use super::overload::Limit;
 use super::record::Record;
 use super::routes::respond;
+use super::strict::Refusal;
 use super::upstream::forwardable;
 
 /// Most headers of a request, and most bytes of their names and values together. A client behind several gateways sends
@@ -42,6 +43,9 @@ pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Reques
 impl Shared {
     fn check(&self, request: &Request) -> Result<(), ProxyError> {
         let headers = request.headers();
+        if let Some(refusal) = Refusal::of(headers) {
+            return Err(ProxyError::Http(refusal));
+        }
         let limit = request.extensions().get::<Limit>();
         if let Some(limit) = limit.filter(|_| !ALWAYS.contains(&request.uri().path())) {
             self.metrics.overload.reached(*limit);

@@ -12,6 +12,7 @@ use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
 use super::overload::Limit;
+use super::strict::Refusal;
 use super::upstream::Unreachable;
 use crate::connector::{HandoffError, PairError};
 use crate::fleet::{EngineId, FleetStage, Role};
@@ -64,6 +65,12 @@ pub(super) enum ProxyError {
     /// The client did not send its whole body.
     #[error("the request body did not arrive: {0}")]
     Unread(String),
+    /// The client's body breaks its own framing.
+    #[error("the request body is malformed: {0}")]
+    Malformed(String),
+    /// A head that another HTTP implementation could read differently, or that asks for what xpyd does not do.
+    #[error("{}", .0.message())]
+    Http(Refusal),
     /// The request came on a connection beyond a limit.
     #[error("{}", .0.message())]
     Connections(Limit),
@@ -237,6 +244,8 @@ impl ProxyError {
             Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
+            Self::Malformed(_) => (StatusCode::BAD_REQUEST, CLIENT, "malformed_body"),
+            Self::Http(refusal) => (refusal.status(), CLIENT, refusal.code()),
             Self::Connections(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_connections"),
             Self::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, CLIENT, "invalid_api_key"),
             Self::NotFound { .. } => (StatusCode::NOT_FOUND, CLIENT, "unknown_route"),

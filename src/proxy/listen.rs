@@ -33,6 +33,7 @@ use tokio_util::task::TaskTracker;
 
 use super::connections::{Activity, Capacity, Class, Connections, InFlight, Place};
 use super::overload::{Limit, Overload};
+use super::strict::Strict;
 use super::tls::Tls;
 use super::upstream::Upstream;
 use crate::report::lacks_descriptors;
@@ -291,7 +292,7 @@ impl Session {
             .header_read_timeout(self.idle_deadline)
             .max_buf_size(BUFFER_BYTES)
             .keep_alive(is_regular)
-            .serve_connection(TokioIo::new(stream), service(self.router, &place));
+            .serve_connection(TokioIo::new(Strict::new(stream)), service(self.router, &place));
         let (stop, accepted) = (self.stop, self.accepted);
         async move {
             let (activity, end) = (Arc::clone(&place.activity), place.end.clone());

@@ -34,6 +34,7 @@ mod scrape;
 mod seats;
 mod splice;
 mod sse;
+mod strict;
 mod tls;
 mod trace;
 mod upstream;

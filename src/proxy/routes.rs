@@ -1,5 +1,7 @@
 //! The proxy's routes, served by the rules of `api`.
 
+use std::error::Error;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +25,7 @@ use super::pass;
 use super::record::Record;
 use super::rules::Kind;
 use crate::fleet::Role;
+use crate::report::one_line;
 use crate::service::WithoutPrefill;
 
 /// How long a client may take to send its body.
@@ -172,7 +175,7 @@ pub(super) fn respond(
     outcome: Result<Response<Body>, ProxyError>,
 ) -> Response<Body> {
     let mut response = outcome.unwrap_or_else(|error| {
-        tracing::warn!(endpoint, error = crate::report::one_line(&error), "request failed");
+        tracing::warn!(endpoint, error = one_line(&error), "request failed");
         error.to_response()
     });
     shared.metrics.answered(endpoint, response.status().as_u16());
@@ -188,9 +191,23 @@ async fn read(body: Body, limit: usize) -> Result<Bytes, ProxyError> {
             humantime::format_duration(BODY_DEADLINE)
         ))),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ProxyError::TooLarge { limit }),
-        Ok(Err(error)) => Err(ProxyError::Unread(error.to_string())),
+        Ok(Err(error)) => Err(unread(&*error)),
         Ok(Ok(body)) => Ok(body.to_bytes()),
     }
+}
+
+/// The error of a body that did not arrive. Chunks that break their framing are the client's fault, and the same again
+/// at the next attempt, so they are no time-out.
+fn unread(error: &(dyn Error + 'static)) -> ProxyError {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if let Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) = kind {
+            return ProxyError::Malformed(error.to_string());
+        }
+        cause = error.source();
+    }
+    ProxyError::Unread(one_line(error))
 }
 
 fn session(shared: &Shared, headers: &HeaderMap) -> Option<String> {

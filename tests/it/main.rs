@@ -13,6 +13,7 @@ mod control;
 mod doctor;
 mod doors;
 mod exact;
+mod framing;
 mod gpu;
 mod guard;
 mod hub;
