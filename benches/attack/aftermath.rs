@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
 use crate::Findings;
@@ -17,7 +18,7 @@ use crate::tree::is_running;
 const RECOVERY: Duration = Duration::from_mins(3);
 const DEADLINE: Duration = Duration::from_mins(1);
 
-/// Requests after the storm.
+/// Requests after the storm, all at once.
 const REQUESTS: usize = 60;
 
 /// What must be 0 when nobody asks.
@@ -53,8 +54,10 @@ fn recover(arena: &Arena) -> Findings {
 async fn ask_all(port: u16, questions: &[Question]) -> Findings {
     let mut findings = Findings::new();
     let mut right = 0;
-    for question in questions.iter().cycle().take(REQUESTS) {
-        match ask(port, question, Manner::Stream, DEADLINE).await {
+    let asked = questions.iter().cycle().take(REQUESTS);
+    let endings = asked.map(|question| ask(port, question, Manner::Stream, DEADLINE));
+    for ending in join_all(endings).await {
+        match ending {
             Ending::Right => right += 1,
             ending => findings.push(format!("after the storm: {ending:?}")),
         }

@@ -132,8 +132,17 @@ fn error_response(response: &Response) -> Ending {
     let body: Value = serde_json::from_slice(&response.body).unwrap_or_default();
     Ending::Status {
         status: response.status,
-        code: body["error"]["code"].as_str().unwrap_or("no code").to_owned(),
+        code: code_of(&body),
         retry_after: response.has_header("retry-after"),
+    }
+}
+
+/// The code of an error, which is a word or a number.
+fn code_of(body: &Value) -> String {
+    match &body["error"]["code"] {
+        Value::String(code) => code.clone(),
+        Value::Null => format!("without a code: {}", body["error"]),
+        code => code.to_string(),
     }
 }
 
@@ -153,7 +162,7 @@ fn judge_stream(response: &Response, answer: &str) -> Ending {
         if event["error"].is_null() {
             text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
         } else {
-            error = Some(event["error"]["code"].as_str().unwrap_or("no code").to_owned());
+            error = Some(code_of(&event));
         }
     }
     if !answer.starts_with(&text) {
