@@ -393,6 +393,7 @@ fn proxy_settings(plan: &Plan, parts: proxy::Parts) -> proxy::Settings {
         prefill_deadline: spec.prefill_deadline,
         handoff_deadline: spec.handoff_deadline,
         decode_idle_deadline: spec.decode_idle_deadline,
+        kv_lease: spec.kv_lease,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
         parts,

@@ -354,6 +354,17 @@ pub struct Load {
     closed: Notify,
     /// Wakes those who wait for the last request.
     idle: Notify,
+    kv_expired: AtomicU64,
+    kv_late: AtomicU64,
+}
+
+/// What a prefill engine counts of KV that outlived its lease.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct OutlivedKv {
+    /// Leases that ended before a decode engine had read the KV.
+    pub expired: u64,
+    /// Reads that ended after the lease: the blocks may have belonged to another request.
+    pub late: u64,
 }
 
 const CLOSED: u64 = 1 << 63;
@@ -388,6 +399,22 @@ impl Load {
     /// Whether [`Load::close`] was called.
     pub fn is_closed(&self) -> bool {
         self.state.load(Ordering::Acquire) & CLOSED != 0
+    }
+
+    /// Notes what this engine counts of KV that outlived its lease. Returns what was known before.
+    pub fn note_outlived_kv(&self, now: OutlivedKv) -> OutlivedKv {
+        OutlivedKv {
+            expired: self.kv_expired.swap(now.expired, Ordering::Relaxed),
+            late: self.kv_late.swap(now.late, Ordering::Relaxed),
+        }
+    }
+
+    /// What this engine counts of KV that outlived its lease.
+    pub fn outlived_kv(&self) -> OutlivedKv {
+        OutlivedKv {
+            expired: self.kv_expired.load(Ordering::Relaxed),
+            late: self.kv_late.load(Ordering::Relaxed),
+        }
     }
 
     /// Requests in flight now.

@@ -115,6 +115,10 @@ pub struct Arguments {
     /// How long a decode engine may be silent. Answers that are not streamed are silent until their end.
     #[arg(long, value_parser = humantime::parse_duration, default_value = "10m")]
     pub decode_idle_deadline: Duration,
+    /// NIXL: the `kv_lease_duration` of the engines, vLLM's own being 30s. An answer that begins later than this after its
+    /// prefill began may come from blocks of another request: it is not passed on, and the request is tried again.
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub kv_lease: Option<Duration>,
     #[command(flatten)]
     service: ServiceArguments,
     /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
@@ -359,6 +363,7 @@ fn settings(arguments: &Arguments, service: Service, parts: Parts) -> Settings {
         prefill_deadline: arguments.prefill_deadline,
         handoff_deadline: arguments.handoff_deadline,
         decode_idle_deadline: arguments.decode_idle_deadline,
+        kv_lease: arguments.kv_lease,
         max_body_bytes: 64 << 20,
         max_in_flight: arguments.max_in_flight,
         parts,

@@ -10,7 +10,7 @@ use super::attach;
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
-use crate::fleet::{EngineState, FleetStage};
+use crate::fleet::{EngineState, FleetStage, OutlivedKv};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{self, Printer, Table};
 
@@ -204,7 +204,9 @@ fn detail(engine: &EngineStatus) -> String {
     let next = engine
         .restart_in_seconds
         .map(|seconds| format!("starts again in {}", ui::time_span(Duration::from_secs(seconds))));
-    let parts: Vec<String> = [start, engine.reason.clone(), next, restarts]
+    let OutlivedKv { expired, late } = engine.outlived_kv;
+    let outlived = (expired + late > 0).then(|| format!("KV leases expired: {expired}, late reads: {late}"));
+    let parts: Vec<String> = [start, engine.reason.clone(), next, restarts, outlived]
         .into_iter()
         .flatten()
         .collect();

@@ -67,6 +67,10 @@ impl LmCache {
             .replace("{{notify_port}}", &notify_port.to_string())
             .replace("{{host}}", context.host)
             .replace("{{buffer_bytes}}", &buffer.to_string())
+            .replace(
+                "{{lookup_timeout_ms}}",
+                &context.lookup_deadline.as_millis().to_string(),
+            )
             .replace("{{device}}", context.device.as_str());
         let (content, receiver_template) = match context.receiver {
             // A prefill engine never connects again to a decode engine that it has known and that ended.

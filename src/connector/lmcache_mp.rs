@@ -112,6 +112,8 @@ mod tests {
                 }),
                 notify: None,
                 max_model_len: None,
+                kv_lease: std::time::Duration::from_mins(16),
+                lookup_deadline: std::time::Duration::from_mins(3),
                 strict,
                 run_dir: Path::new("/run"),
             })

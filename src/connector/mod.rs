@@ -9,6 +9,7 @@ pub mod lmcache_mp;
 pub mod nixl;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -73,6 +74,10 @@ pub struct LaunchContext<'plan> {
     pub notify: Option<(&'plan str, u16)>,
     /// Longest prompt plus answer, in tokens, if the profile says so.
     pub max_model_len: Option<u32>,
+    /// NIXL: how long a prefill engine keeps KV for a decode engine.
+    pub kv_lease: Duration,
+    /// LMCache: how long a decode engine waits for its worker to say which KV has come.
+    pub lookup_deadline: Duration,
     /// Whether a decode engine must fail where KV did not arrive.
     pub strict: bool,
     /// The run's folder, for variables that name a rendered file.

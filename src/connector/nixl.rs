@@ -23,6 +23,8 @@ impl Nixl {
             "kv_connector": "NixlConnector",
             "kv_role": match context.role { Role::Prefill => "kv_producer", Role::Decode => "kv_consumer" },
             "kv_buffer_device": context.device.as_str(),
+            // Both roles read it: the decode engine renews the lease, and how often follows from how long it is.
+            "kv_connector_extra_config": {"kv_lease_duration": context.kv_lease.as_secs()},
         });
         if context.role == Role::Decode {
             // A lost transfer is recomputed and the client still gets its answer; `fail` is a 500, and another attempt.

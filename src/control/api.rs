@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::rundir::RunInfo;
-use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, Role, TimeLeft};
+use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, OutlivedKv, Role, TimeLeft};
 
 /// Everything a run tells about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,6 +121,9 @@ pub struct EngineStatus {
     pub reason: Option<String>,
     /// In how many seconds it starts again; `None` unless it waits for that.
     pub restart_in_seconds: Option<u64>,
+    /// What it counts of KV that outlived its lease.
+    #[serde(default)]
+    pub outlived_kv: OutlivedKv,
 }
 
 impl From<&EngineView> for EngineStatus {
@@ -148,6 +151,7 @@ impl From<&EngineView> for EngineStatus {
             restart_in_seconds: view
                 .restart_at
                 .map(|at| at.saturating_duration_since(Instant::now()).as_secs()),
+            outlived_kv: view.load.outlived_kv(),
         }
     }
 }

@@ -89,6 +89,10 @@ pub struct ProgressMetrics {
     pub running: &'static str,
     /// Counters of which at least one grows while anything is computed.
     pub counters: &'static [&'static str],
+    /// KV that was kept for a decode engine until its lease ended.
+    pub expired_leases: &'static str,
+    /// Decode engines that reported a read of KV that was no longer kept for them.
+    pub late_reads: &'static str,
 }
 
 impl EngineKind {

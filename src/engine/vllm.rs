@@ -244,4 +244,6 @@ pub const PROGRESS_METRICS: ProgressMetrics = ProgressMetrics {
     path: "/metrics",
     running: "vllm:num_requests_running",
     counters: &["vllm:generation_tokens_total", "vllm:prompt_tokens_total"],
+    expired_leases: "vllm:nixl_num_kv_expired_reqs_total",
+    late_reads: "vllm:nixl_num_notifications_after_expiry_total",
 };

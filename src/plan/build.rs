@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::connector::{CachePorts, Connector, Device, Launch, LaunchContext};
 use crate::engine::{EngineKind, Serve, vllm};
@@ -299,6 +300,8 @@ impl<'input> Builder<'input> {
             cache,
             notify: Some((LOOPBACK, notify_port)),
             max_model_len,
+            kv_lease: kv_lease(profile),
+            lookup_deadline: profile.deadlines.lookup(),
             strict: profile.proxy.service.handoff.strict,
             run_dir: self.run_dir,
         });
@@ -417,6 +420,13 @@ impl<'input> Builder<'input> {
     }
 }
 
+/// How long a prefill engine keeps KV for a decode engine.
+fn kv_lease(profile: &Profile) -> Duration {
+    let lease = profile.nixl.lease.unwrap_or_else(|| profile.deadlines.kv_lease());
+    // What vLLM makes of it.
+    Duration::from_secs(lease.as_secs())
+}
+
 fn liveness(profile: &Profile) -> Liveness {
     let metrics = profile.engine.progress_metrics();
     Liveness {
@@ -424,6 +434,8 @@ fn liveness(profile: &Profile) -> Liveness {
         running: metrics.running.to_owned(),
         counters: metrics.counters.iter().map(|&name| name.to_owned()).collect(),
         stall: profile.deadlines.stall,
+        expired_leases: metrics.expired_leases.to_owned(),
+        late_reads: metrics.late_reads.to_owned(),
     }
 }
 
@@ -457,6 +469,7 @@ fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanErro
         prefill_deadline: profile.deadlines.prefill,
         handoff_deadline: profile.deadlines.handoff,
         decode_idle_deadline: profile.deadlines.decode_idle,
+        kv_lease: (!connector.notifies()).then(|| kv_lease(profile)),
         max_body_bytes: profile.proxy.max_body_bytes,
         max_in_flight: profile.proxy.max_in_flight,
         service: profile.proxy.service.clone(),

@@ -119,6 +119,12 @@ pub struct Liveness {
     pub counters: Vec<String>,
     /// For how long nothing may grow.
     pub stall: Duration,
+    /// The sample that counts KV leases that ended unused.
+    #[serde(default)]
+    pub expired_leases: String,
+    /// The sample that counts reads of KV after its lease.
+    #[serde(default)]
+    pub late_reads: String,
 }
 
 /// A port of the plan and what listens on it.
@@ -151,6 +157,8 @@ pub struct ProxySpec {
     pub handoff_deadline: Duration,
     /// How long the decode leg may take to its first byte, and then between two reads.
     pub decode_idle_deadline: Duration,
+    /// How long a prefill engine keeps KV for a decode engine; `None` where KV is pushed.
+    pub kv_lease: Option<Duration>,
     /// Largest body of a client's request, in bytes.
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.

@@ -94,6 +94,7 @@ struct SimTable {
 struct NixlTable {
     prefill_side_channel_port: Option<u16>,
     decode_side_channel_port: Option<u16>,
+    lease: Option<Span>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -263,6 +264,7 @@ impl File {
             nixl: NixlProfile {
                 prefill_side_channel_port: self.nixl.prefill_side_channel_port.unwrap_or(5600),
                 decode_side_channel_port: self.nixl.decode_side_channel_port.unwrap_or(5700),
+                lease: self.nixl.lease.map(|span| span.0),
             },
             lmcache: self.lmcache.resolve(),
             lmcache_mp: self.lmcache_mp.resolve(),

@@ -294,5 +294,14 @@ fn check_ranges(profile: &Profile) -> Result<(), ProfileError> {
     if profile.deadlines.start_stall.is_zero() {
         return fail("deadlines.start_stall".to_owned(), "must be longer than 0");
     }
+    let shortest = profile.deadlines.kv_lease();
+    if profile.nixl.lease.is_some_and(|lease| lease < shortest) {
+        let problem = format!(
+            "must be at least {} with these deadlines, or a request may read KV that is no longer its own; leave it out, \
+             or shorten `deadlines.prefill`, `deadlines.decode_idle` or `deadlines.stall`",
+            humantime::format_duration(shortest)
+        );
+        return fail("nixl.lease".to_owned(), &problem);
+    }
     Ok(())
 }

@@ -139,6 +139,8 @@ pub struct NixlProfile {
     pub prefill_side_channel_port: u16,
     /// Side channel port of the first decode engine; one per engine.
     pub decode_side_channel_port: u16,
+    /// How long a prefill engine keeps KV for a decode engine; [`Deadlines::kv_lease`] when absent, and never shorter.
+    pub lease: Option<Duration>,
 }
 
 /// What is special to LMCache.
@@ -212,6 +214,30 @@ pub struct Deadlines {
     /// For engines whose xpyd was killed, until the next one attaches; zero ends them with it. `None` leaves it to how the
     /// run was started.
     pub keep: Option<Duration>,
+}
+
+/// How long a hung engine can stay alive after `stall`: one more look at its metrics, and the report of what it was doing.
+const TO_END_A_HANG: Duration = Duration::from_mins(1);
+
+impl Deadlines {
+    /// The shortest lease on KV under which no decode engine can read blocks that are no longer its own: it outlives
+    /// both legs of a request, whatever stands still meanwhile.
+    ///
+    /// vLLM 0.32 renews a lease by heartbeats of the decode engine, every sixth of it, to two thirds of it. A decode
+    /// engine that stops at the worst moment leaves half of it, and that half outlives the time until xpyd ends the
+    /// engine.
+    pub fn kv_lease(&self) -> Duration {
+        let both_legs = self.prefill + self.decode_idle + TO_END_A_HANG;
+        let lease = both_legs.max((self.stall + TO_END_A_HANG) * 2);
+        // vLLM counts in whole seconds.
+        Duration::from_secs(lease.as_secs() + u64::from(lease.subsec_nanos() > 0))
+    }
+
+    /// How long LMCache's scheduler half waits for its worker half. A worker that stands still for longer is ended as hung, so
+    /// a prompt is not computed again because a busy machine was late.
+    pub fn lookup(&self) -> Duration {
+        self.stall + TO_END_A_HANG
+    }
 }
 
 /// Which engines that ended unasked are started again, and when. It holds once an engine has been ready; a failure

@@ -150,6 +150,7 @@ fn values_out_of_range_name_their_key() {
         ("prefill.tensor_parallel=65", "prefill.tensor_parallel"),
         ("prefill.gpus=[0]", "prefill.gpus"),
         ("proxy.max_in_flight=0", "proxy.max_in_flight"),
+        ("nixl.lease=15m", "nixl.lease"),
     ] {
         let error = load("2p2d", &[Override::parse(set).expect("an override")]).expect_err(set);
         assert!(error.to_string().contains(&format!("`{key}`")), "{error}");
@@ -159,6 +160,27 @@ fn values_out_of_range_name_their_key() {
         load(&name, &[]),
         Err(ProfileError::Missing { key: "model", .. })
     ));
+}
+
+#[test]
+fn the_lease_on_kv_outlives_both_legs_and_two_hangs() {
+    let minutes = |count| Duration::from_mins(count);
+    let deadlines = |set: &[&str]| {
+        let set: Vec<Override> = set
+            .iter()
+            .map(|text| Override::parse(text).expect("an override"))
+            .collect();
+        load("2p2d-nixl", &set).expect("a profile").deadlines
+    };
+    assert_eq!(deadlines(&[]).kv_lease(), minutes(5 + 10 + 1));
+    let hangs_long = ["deadlines.stall=1h", "deadlines.prefill=1s", "deadlines.decode_idle=1s"];
+    assert_eq!(deadlines(&hangs_long).kv_lease(), minutes(2 * 61));
+    let in_parts = ["deadlines.prefill=1500ms"];
+    assert_eq!(
+        deadlines(&in_parts).kv_lease(),
+        minutes(11) + Duration::from_secs(2),
+        "vLLM counts whole seconds"
+    );
 }
 
 #[test]

@@ -191,6 +191,18 @@ pub(super) enum Cause {
     /// KV did not arrive, and hand-offs are strict.
     #[error("the engine computed the prompt by itself")]
     Recomputed,
+    /// The decode engine may have read blocks that the prefill engine had given to another request.
+    #[error(
+        "its answer began {} after the prefill did, and the KV was kept for {} only",
+        humantime::format_duration(Duration::from_secs(age.as_secs())),
+        humantime::format_duration(*lease)
+    )]
+    LeaseOver {
+        /// How long after the prefill leg was sent.
+        age: Duration,
+        /// How long the prefill engine keeps KV.
+        lease: Duration,
+    },
     /// The two engines cannot work together.
     #[error("the engines do not fit together")]
     Pair(#[from] PairError),
@@ -213,7 +225,8 @@ impl ProxyError {
             | Cause::Status { .. }
             | Cause::Finish(_)
             | Cause::Handoff(_)
-            | Cause::Recomputed => true,
+            | Cause::Recomputed
+            | Cause::LeaseOver { .. } => true,
             // A lost notification comes with no other sign. A slow engine was given all the time there is.
             Cause::Timeout(_) => *stage == Stage::Handoff,
             Cause::Pair(_) | Cause::Nonsense(_) | Cause::Descriptors(_) => false,
@@ -264,7 +277,9 @@ impl ProxyError {
                 }
                 Cause::Descriptors(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "out_of_descriptors"),
                 Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
-                Cause::Handoff(_) | Cause::Recomputed => (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff"),
+                Cause::Handoff(_) | Cause::Recomputed | Cause::LeaseOver { .. } => {
+                    (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff")
+                }
                 Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),
                 Cause::Broken(_) | Cause::Truncated | Cause::Status { .. } | Cause::Finish(_) | Cause::Nonsense(_) => {
                     (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed")

@@ -17,7 +17,7 @@ use super::answer::{Verdict, first_events, is_event_stream, judge, judge_event, 
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody, Tally};
-use super::ledger::{Care, Consume, Entry, one_token_edits};
+use super::ledger::{self, Care, Consume, Entry, PrefillCall, one_token_edits};
 use super::metrics::{Outcome, Timed};
 use super::record::Record;
 use super::rules::{self, Course, Kind};
@@ -285,11 +285,11 @@ impl Attempt<'_> {
     /// The prefill leg and the KV's way: afterwards the entry is handed, unless the engine refused.
     pub(super) async fn deliver(
         &self,
-        prefill: &Seat,
+        prefill: &Arc<Seat>,
         decode: &Seat,
         entry: &mut Entry,
         id: &str,
-        path: &str,
+        path: &'static str,
         body: Vec<u8>,
     ) -> Result<(Prefilled, Duration), ProxyError> {
         let connector = &self.shared.settings.connector;
@@ -325,12 +325,32 @@ impl Attempt<'_> {
         }
     }
 
-    async fn prefill(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Prefilled, ProxyError> {
+    async fn prefill(
+        &self,
+        seat: &Arc<Seat>,
+        id: &str,
+        path: &'static str,
+        body: Vec<u8>,
+    ) -> Result<Prefilled, ProxyError> {
         let sent = Instant::now();
         let headers = self.job.record.leg(seat, id, &self.job.headers);
-        let call = Call::post(path, &headers, id, body);
-        let step = self.shared.upstream.fetch(&seat.engine, call);
-        let (head, body) = seat.run(Stage::Prefill, self.job.deadlines.prefill, step).await?;
+        let deadline = self.job.deadlines.prefill;
+        let (head, body) = if self.shared.settings.connector.notifies() {
+            let call = Call::post(path, &headers, id, body);
+            let step = self.shared.upstream.fetch(&seat.engine, call);
+            seat.run(Stage::Prefill, deadline, step).await?
+        } else {
+            let call = PrefillCall {
+                seat: Arc::clone(seat),
+                _permit: Arc::clone(&self.job.permit),
+                path,
+                headers: headers.into_owned(),
+                request_id: id.to_owned(),
+                body: body.into(),
+                deadline,
+            };
+            ledger::fetch(self.shared, call).await?
+        };
         match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
             Verdict::Good => {
                 self.job.record.took(Timed::Prefill, sent.elapsed());
@@ -380,16 +400,16 @@ impl Attempt<'_> {
             Decoded::Refused(response) => return refuse(&mut entry, response),
             Decoded::Whole(head, body) => {
                 self.job.record.decoded(&body);
-                let handed = entry.is_some();
-                entry.map(Entry::consumed).unwrap_or_default();
-                if !handed {
+                self.check_lease(seat, entry.as_deref_mut())?;
+                let Some(entry) = entry else {
                     let _tally = self.tally(Outcome::Bypassed);
                     return Ok(self.begin(verbatim(head, body), sent));
-                }
+                };
                 let (body, proof) = match usage.and_then(|usage| usage.correct(&body)) {
                     Some((corrected, proof)) => (corrected.into(), proof),
                     None => (body, Proof::None),
                 };
+                entry.answered().prove(proof);
                 let outcome = self.settled(seat, proof)?;
                 let _tally = self.tally(outcome);
                 return Ok(self.begin(told(verbatim(head, body), outcome, None), sent));
@@ -406,10 +426,11 @@ impl Attempt<'_> {
         if let Some(refusal) = judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
             return refuse(&mut entry, refusal);
         }
+        self.check_lease(seat, entry.as_deref_mut())?;
         let handed = entry.is_some();
         let tally = self.tally(if handed { Outcome::Sent } else { Outcome::Bypassed });
-        entry.map(Entry::consumed).unwrap_or_default();
         let guarded = Guarded {
+            unproven: entry.map(Entry::answered),
             events: Some(events),
             usage,
             tally: Some(tally),
@@ -420,6 +441,22 @@ impl Attempt<'_> {
         let mut response = Response::from_parts(head, body);
         *response.headers_mut() = headers;
         Ok(self.begin(response, sent))
+    }
+
+    /// Fails a hand-off whose KV may have been given away before the decode engine read it. No byte of the answer has gone
+    /// to the client.
+    fn check_lease(&self, decode: &Seat, entry: Option<&mut Entry>) -> Result<(), ProxyError> {
+        let lease = self.shared.settings.kv_lease;
+        let (Some(entry), Some(lease)) = (entry, lease) else {
+            return Ok(());
+        };
+        let Some(age) = entry.outlived(lease) else {
+            return Ok(());
+        };
+        // The decode engine has told the prefill engine that it is done with these blocks, so none are left to free.
+        entry.consumed();
+        self.shared.metrics.lease_over();
+        Err(decode.failed(Stage::Handoff, Cause::LeaseOver { age, lease }))
     }
 
     /// How a hand-off ended that has come to a whole answer. A strict one has failed if its KV did not arrive.

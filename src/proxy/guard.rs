@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::answer::{Seen, look};
 use super::error::{Cause, Stage};
-use super::ledger::Entry;
+use super::ledger::{Entry, Unproven};
 use super::metrics::{Ending, Outcome};
 use super::record::Record;
 use super::splice::Rewriter;
@@ -79,6 +79,8 @@ pub(super) struct Guarded {
     pub(super) rewriter: Option<Rewriter>,
     /// The hand-off that the first byte proves.
     pub(super) entry: Option<Entry>,
+    /// The hand-off once the first byte has come, until the usage tells whether its KV was used.
+    pub(super) unproven: Option<Unproven>,
     /// What the prefill engine used, where one did; the client is told of that.
     pub(super) usage: Option<PrefillUsage>,
     pub(super) tally: Option<Tally>,
@@ -96,6 +98,7 @@ impl Guarded {
             events: None,
             rewriter: None,
             entry: None,
+            unproven: None,
             usage: None,
             tally: None,
             clock,
@@ -117,6 +120,9 @@ impl Guarded {
 
     /// The usage tells what became of the hand-off, unless the generation has failed.
     fn prove(&mut self, proof: Proof) {
+        if let Some(unproven) = &mut self.unproven {
+            unproven.prove(proof);
+        }
         if let Some(tally) = self.tally.as_mut().filter(|tally| tally.outcome == Outcome::Sent) {
             match proof {
                 Proof::Received => tally.outcome = Outcome::Transferred,
@@ -169,7 +175,7 @@ impl GuardedBody {
 
     fn take(&mut self, bytes: Bytes) -> Result<(), Cause> {
         if let Some(mut entry) = self.guarded.entry.take() {
-            entry.consumed();
+            self.guarded.unproven = Some(entry.answered());
         }
         let bytes = match &mut self.guarded.events {
             Some(events) => events.push(bytes),

@@ -3,20 +3,26 @@
 //! An [`Entry`] goes through reserved → prefilling → handed → sent → consumed. Dropped on the way, because the client
 //! left or a leg failed, it sees to the KV: `table` says what is owed, `cleanup` pays it.
 
+mod abandoned;
 mod cleanup;
 mod table;
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Shared;
 use super::error::{Cause, ProxyError};
 use super::notify::Arrival;
 use super::record::Record;
 use super::upstream::Seat;
+use super::usage::Proof;
 use crate::connector::Handoff;
 use cleanup::Owed;
 use table::{Debt, End, Progress, Way, owed};
 
+pub(super) use abandoned::{PrefillCall, fetch};
 pub(super) use cleanup::{Care, Consume, one_token_edits};
 
 /// One hand-off, from the reservation of its decode engine on.
@@ -25,6 +31,8 @@ pub(super) struct Entry {
     shared: Arc<Shared>,
     record: Arc<Record>,
     stage: Stage,
+    /// When the prefill leg was sent. The KV's lease begins later.
+    begun: Option<Instant>,
     care: Option<Care>,
 }
 
@@ -50,6 +58,7 @@ impl Entry {
             shared: Arc::clone(shared),
             record: Arc::clone(record),
             stage: Stage::Reserved,
+            begun: None,
             care: Some(care),
         }
     }
@@ -60,6 +69,24 @@ impl Entry {
             care.prefill = Some(prefill.keep());
         }
         self.stage = Stage::Prefilling(arrival);
+        self.begun = Some(Instant::now());
+    }
+
+    /// How long the KV can have been under its lease, if that may have ended before the decode engine read it.
+    ///
+    /// The lease begins after the prefill leg was sent, and the decode engine reads before its answer begins. So an answer
+    /// that begins within the lease's length is right whichever process stood still in between, this one included; and a
+    /// lease that lapsed although it had been renewed has lasted longer than that.
+    pub(super) fn outlived(&self, lease: Duration) -> Option<Duration> {
+        let age = self.begun?.elapsed();
+        (matches!(
+            self.stage,
+            Stage::Sent {
+                handoff: Handoff::Pull(_),
+                ..
+            }
+        ) && age > lease)
+            .then_some(age)
     }
 
     /// Waits for the connector's notifications, if it has any. Safe to cancel.
@@ -124,6 +151,23 @@ impl Entry {
         self.close();
     }
 
+    /// The decode engine's answer begins. What its usage says at the end may still show that it did not use the KV.
+    pub(super) fn answered(&mut self) -> Unproven {
+        let owed = self.owed(End::Failed);
+        let care = self.care.take().map(|care| {
+            self.shared.metrics.open_handoffs(-1);
+            care.decode.held().inspect(|held| held.consumed());
+            // A drain of the prefill engine does not wait for the whole answer.
+            Care { prefill: None, ..care }
+        });
+        Unproven {
+            shared: Arc::clone(&self.shared),
+            rest: care
+                .zip(owed)
+                .and_then(|(care, owed)| cleanup::within_a_stream(care, owed)),
+        }
+    }
+
     /// There is no KV, and none will come.
     pub(super) fn close(&mut self) {
         self.stage = Stage::Closed;
@@ -138,6 +182,7 @@ impl Entry {
             shared: Arc::clone(&self.shared),
             record: Arc::clone(&self.record),
             stage: std::mem::replace(&mut self.stage, Stage::Closed),
+            begun: self.begun,
             care: self.care.take(),
         }
     }
@@ -199,6 +244,26 @@ impl Entry {
             (Debt::ConsumeOnceThere, Stage::Prefilling(Some(arrival))) => Some(Owed::ConsumeOnceThere(arrival)),
             (Debt::ConsumeNowAndLater, Stage::Prefilling(Some(arrival))) => Some(Owed::ConsumeNowAndLater(arrival)),
             _ => None,
+        }
+    }
+}
+
+/// A hand-off whose answer has begun, until it is known whether its KV was used. Dropped, it counts as used.
+#[derive(Debug)]
+pub(super) struct Unproven {
+    shared: Arc<Shared>,
+    rest: Option<(Care, Owed)>,
+}
+
+impl Unproven {
+    /// Takes in what the decode engine's usage proves. KV that it did not use is freed: nothing else would free it, because LMCache
+    /// finds it by the hand-off's tag only, and vLLM reports no read that failed to a prefill engine.
+    pub(super) fn prove(&mut self, proof: Proof) {
+        let unused = self.rest.take_if(|_| proof == Proof::Computed);
+        if let (Some((care, owed)), Ok(runtime)) = (unused, tokio::runtime::Handle::try_current()) {
+            self.shared.metrics.open_handoffs(1);
+            let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed);
+            drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
         }
     }
 }

@@ -17,7 +17,7 @@ use prometheus_client::registry::Registry;
 use super::Settings;
 use super::notify::Notifications;
 use super::overload::Overload;
-use crate::fleet::{EngineView, FleetView};
+use crate::fleet::{EngineView, FleetView, OutlivedKv, Role};
 
 /// From a millisecond, which is a hand-off on one machine, to minutes, which is a long answer. Seconds.
 const BUCKETS: [f64; 18] = [
@@ -251,6 +251,9 @@ pub(super) struct Metrics {
     pub(super) overload: Overload,
     requests: Family<RequestLabels, Counter>,
     cleanups: Family<OutcomeLabels, Counter>,
+    leases_over: Counter,
+    expired_leases: Family<EngineLabels, Gauge>,
+    late_reads: Family<EngineLabels, Gauge>,
     in_flight: Gauge,
     queued: Gauge,
     running: Gauge,
@@ -273,6 +276,9 @@ impl Metrics {
             overload: Overload::default(),
             requests: Family::default(),
             cleanups: Family::default(),
+            leases_over: Counter::default(),
+            expired_leases: Family::default(),
+            late_reads: Family::default(),
             in_flight: Gauge::default(),
             queued: Gauge::default(),
             running: Gauge::default(),
@@ -313,6 +319,21 @@ impl Metrics {
             "handoff_cleanups",
             "Hand-offs that ended early, by whether their KV could be freed",
             self.cleanups.clone(),
+        );
+        registry.register(
+            "kv_leases_outlived",
+            "Answers that were not passed on, because they began after the lease on their KV",
+            self.leases_over.clone(),
+        );
+        registry.register(
+            "engine_kv_leases_expired",
+            "Leases on KV that ended before a decode engine had read it, as this start of the engine counts them",
+            self.expired_leases.clone(),
+        );
+        registry.register(
+            "engine_kv_late_reads",
+            "Reads of KV after its lease, as this start of the engine counts them",
+            self.late_reads.clone(),
         );
         registry.register("requests_in_flight", "Requests in the proxy", self.in_flight.clone());
         registry.register(
@@ -388,6 +409,11 @@ impl Metrics {
         self.cleanups.get_or_create(&OutcomeLabels { outcome }).inc();
     }
 
+    /// An answer began after the lease on its KV.
+    pub(super) fn lease_over(&self) {
+        self.leases_over.inc();
+    }
+
     /// An engine's metrics did not come.
     pub(super) fn unread(&self, engine: &EngineView) {
         self.unread.get_or_create(&EngineLabels::of(engine)).inc();
@@ -412,11 +438,18 @@ impl Metrics {
         self.queued.set(to_gauge(queued));
         self.running.set(to_gauge(in_flight.saturating_sub(queued)));
         // Engines come and go with the view.
-        self.engine_in_flight.clear();
+        for family in [&self.engine_in_flight, &self.expired_leases, &self.late_reads] {
+            family.clear();
+        }
         for engine in &view.engines {
-            self.engine_in_flight
-                .get_or_create(&EngineLabels::of(engine))
-                .set(to_gauge(engine.load.in_flight()));
+            let labels = EngineLabels::of(engine);
+            let set = |family: &Family<_, Gauge>, value| family.get_or_create(&labels).set(value);
+            set(&self.engine_in_flight, to_gauge(engine.load.in_flight()));
+            if engine.role == Role::Prefill {
+                let OutlivedKv { expired, late } = engine.load.outlived_kv();
+                set(&self.expired_leases, i64::try_from(expired).unwrap_or(i64::MAX));
+                set(&self.late_reads, i64::try_from(late).unwrap_or(i64::MAX));
+            }
         }
         if let Some(notifications) = notifications {
             self.late_notifications

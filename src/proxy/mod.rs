@@ -88,6 +88,8 @@ pub struct Settings {
     /// How long the decode leg may take to its first byte, and then between two reads. An answer that is not streamed
     /// is one read, so this bounds its whole generation.
     pub decode_idle_deadline: Duration,
+    /// How long a prefill engine keeps KV for a decode engine; `None` if it is not known, or KV is pushed.
+    pub kv_lease: Option<Duration>,
     /// Largest body of a client's request, in bytes.
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.

@@ -233,8 +233,9 @@ impl Half {
                 return Ok(None);
             }
             Decoded::Whole(head, body) => {
-                entry.consumed();
-                let outcome = attempt.settled(&self.decode, PrefillUsage::proof_of(&body))?;
+                let proof = PrefillUsage::proof_of(&body);
+                entry.answered().prove(proof);
+                let outcome = attempt.settled(&self.decode, proof)?;
                 let _tally = attempt.tally(outcome);
                 let nonsense = || {
                     self.decode

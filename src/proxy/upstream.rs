@@ -412,6 +412,11 @@ impl Kept {
     pub(super) async fn gone(&self) {
         self.watch.gone().await;
     }
+
+    /// Lets a drain of the engine go ahead, and keeps watching the engine.
+    pub(super) fn into_watch(self) -> EngineWatch {
+        self.watch
+    }
 }
 
 /// A closed load alone is not the end of an incarnation: a draining engine finishes what it has.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::probe::reachable;
-use crate::fleet::{Load, Role};
+use crate::fleet::{Load, OutlivedKv, Role};
 use crate::plan::EngineSpec;
 use crate::report::lacks_descriptors;
 
@@ -145,6 +145,9 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
         } else {
             0
         };
+        if let Some(text) = &answer {
+            watch_leases(engine, load, text);
+        }
         let now = Instant::now();
         let sample = answer.as_deref().map(|text| Sample::read(text, engine));
         let sample = sample.map(|sample| Sample {
@@ -157,6 +160,29 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
             return Hang { reason, metrics };
         }
         sleep(pause).await;
+    }
+}
+
+/// Reports KV that outlived its lease. It costs a request its hand-off, and with bad luck its right text.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "counters of whole events"
+)]
+fn watch_leases(engine: &EngineSpec, load: &Load, text: &str) {
+    let count = |name: &str| value(text, name) as u64;
+    let now = OutlivedKv {
+        expired: count(&engine.liveness.expired_leases),
+        late: count(&engine.liveness.late_reads),
+    };
+    let before = load.note_outlived_kv(now);
+    if now.expired > before.expired || now.late > before.late {
+        tracing::warn!(
+            engine = %engine.id,
+            leases_expired = now.expired,
+            late_reads = now.late,
+            "KV was kept for a decode engine until its lease ended, or was read afterwards"
+        );
     }
 }
 

@@ -155,7 +155,7 @@ fn an_upgrade_refuses_no_connection_and_every_answer_is_right() {
     let mut run = place.up(&[]);
     run.wait_until_ready();
     let mut next = None;
-    asking_meanwhile(&place, 7200 + place.offset, MODEL, || {
+    asking_meanwhile(&place, MODEL, || {
         assert_eq!(place.run(&["down", "--keep-engines"]).status.code(), Some(0));
         let (code, text) = run.end();
         assert_eq!(code, 0, "{text}");

@@ -9,6 +9,7 @@ mod bench_true;
 mod bench_where;
 mod causes;
 mod clients;
+mod clocks;
 mod control;
 mod doctor;
 mod doors;

@@ -221,6 +221,10 @@ impl Unsupervised {
         Self(command.process_group(0).spawn().expect("it starts"))
     }
 
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.0.id()).expect("a pid"))
+    }
+
     /// What it prints to its standard error, which must be a pipe.
     pub(crate) fn stderr(&mut self) -> std::process::ChildStderr {
         self.0.stderr.take().expect("a pipe that nobody has taken")
@@ -229,9 +233,8 @@ impl Unsupervised {
 
 impl Drop for Unsupervised {
     fn drop(&mut self) {
-        let group = Pid::from_raw(i32::try_from(self.0.id()).expect("a pid"));
         // A group that has ended is what was wanted.
-        let _ = killpg(group, Signal::SIGKILL);
+        let _ = killpg(self.pid(), Signal::SIGKILL);
         drop(self.0.wait());
     }
 }

@@ -14,10 +14,17 @@ MODEL = "tiny"
 START_DEADLINE_SECONDS = 900
 
 
+# The key of the engines, which xpyd makes for each run; the proxy needs none and ignores it.
+engine_key_file = None
+
+
 def request(url, body=None, stream=False):
     """The body of an answer, or the data of its events."""
     data = None if body is None else json.dumps(body).encode()
-    call = urllib.request.Request(url, data, {"content-type": "application/json"})
+    headers = {"content-type": "application/json"}
+    if engine_key_file and engine_key_file.exists():
+        headers["authorization"] = f"Bearer {engine_key_file.read_text().strip()}"
+    call = urllib.request.Request(url, data, headers)
     with urllib.request.urlopen(call, timeout=180) as answer:
         if not stream:
             return answer.read().decode()
@@ -33,6 +40,8 @@ class Fleet:
         self.shared_before = set(os.listdir("/dev/shm"))
         # Everything that the run starts inherits this as its current folder, and can be found by it.
         self.place = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-")).resolve()
+        global engine_key_file
+        engine_key_file = self.place / "xpyd/default/engine-key"
         self.environment = os.environ | {
             "PYTHONPATH": str(HERE / "site"),
             "XDG_RUNTIME_DIR": str(self.place),

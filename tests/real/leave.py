@@ -14,10 +14,8 @@ from fleet import MODEL, Fleet
 
 CLIENTS = 24
 LONGEST_STAY_SECONDS = 3.0
-# A lease of NIXL ends by itself after 30 s. It must do so only for a client that left in the very moment in which its prefill
-# engine answered: nobody has heard of its KV then.
+# A lease of NIXL ends by itself after 16 minutes only, so everything must be freed before.
 SETTLED_WITHIN_SECONDS = 40
-MOST_EXPIRED = 0.1
 STOP_DEADLINE_SECONDS = 120
 # Room for eight of the prompts below: with every third client leaking, later hand-offs would find the buffer full.
 SMALL_BUFFER = "16MiB"
@@ -74,7 +72,7 @@ def check_leaving(fleet, connector):
     if connector == "nixl":
         expired = counter(prefiller, {"vllm:nixl_num_kv_expired_reqs_total"}) - expired_before
         print(f"  leases that ran out: {expired:.0f} of {CLIENTS}", flush=True)
-        assert expired <= CLIENTS * MOST_EXPIRED, "KV was freed by its lease only"
+        assert expired == 0, "KV was freed by its lease only"
     cleanups = counter(fleet.proxy(), {"xpyd_handoff_cleanups_total"})
     print(f"  clean-ups: {cleanups:.0f}", flush=True)
     before = counter(fleet.decoder(), TRANSFERRED[connector])

@@ -213,6 +213,7 @@ mod tests {
 
     fn engine(state: EngineState) -> EngineStatus {
         EngineStatus {
+            outlived_kv: crate::fleet::OutlivedKv::default(),
             id: EngineId::new(Role::Decode, 0),
             role: Role::Decode,
             state,

@@ -16,16 +16,19 @@ use super::super::body::{Document, Edit};
 use super::super::error::Stage as Leg;
 use super::super::notify::Arrival;
 use super::super::rules::Kind;
-use super::super::upstream::{Call, Kept, Seat};
+use super::super::upstream::{Call, EngineWatch, Kept, Seat};
 use super::table::End;
-use crate::fleet::Role;
+use crate::fleet::{EngineState, EngineView, Role};
 
 /// A model that no engine serves: the decode engine answers 404 and, as seen on vLLM 0.32.0, lets the prefill engine
 /// free the blocks of the parameters that came along.
 pub(super) const NO_MODEL: &str = "xpyd-releases-kv-with-this-unknown-model";
 
-/// How long one engine may take to pass a release on. The lease ends after 30 s anyway.
+/// How long one engine may take to pass a release on.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The pause between two rounds of a release that no engine passes on. A change in the fleet ends it.
+const RELEASE_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long a failed clean-up waits for the news that its engine has gone, which settles it as well.
 const NEWS_DEADLINE: Duration = Duration::from_secs(1);
@@ -84,12 +87,46 @@ pub(super) enum Owed {
     ConsumeNowAndLater(Arrival),
 }
 
+/// The largest body of a client that is kept for as long as its answer streams.
+const MAX_KEPT_BODY: usize = 256 << 10;
+
+/// What paying takes, without what would hold much memory until the end of a stream; `None` where that is all of it.
+pub(super) fn within_a_stream(care: Care, owed: Owed) -> Option<(Care, Owed)> {
+    let body = match (&owed, &care.consume) {
+        (Owed::Release(..), _) => 0,
+        (_, Consume::Original(_, body) | Consume::Completion(body)) => body.len(),
+    };
+    let consume = match owed {
+        Owed::Release(..) => Consume::Completion(Bytes::new()),
+        _ => care.consume,
+    };
+    (body <= MAX_KEPT_BODY).then_some((Care { consume, ..care }, owed))
+}
+
+/// How a release went.
+enum Released {
+    /// The prefill engine knows of it, or is gone.
+    Done,
+    /// A decode engine that may be frozen took it: the prefill engine learns of it if that engine recovers.
+    Unsure,
+    /// No decode engine took it. Holds why.
+    Refused(String),
+}
+
+/// What remains to be done without holding the request's places.
+enum Later {
+    /// An overdue notification is still acted upon.
+    Arrival(Arrival),
+    /// Blocks are freed once an engine can pass that on.
+    Release(Box<RawValue>, Released),
+}
+
 /// Pays what is owed.
 pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
-    let overdue = match owed {
+    let later = match owed {
         Owed::Release(params, end) => {
-            release(&shared, &care, &params, end).await;
-            None
+            let released = release(&shared, &care, &params, end).await;
+            (!matches!(released, Released::Done)).then_some(Later::Release(params, released))
         }
         Owed::Consume => {
             consume(&shared, &care, &care.decode).await;
@@ -106,16 +143,18 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
             if came.is_some() {
                 consume(&shared, &care, &care.decode).await;
             }
-            (came == Some(false)).then_some(arrival)
+            (came == Some(false)).then_some(Later::Arrival(arrival))
         }
         Owed::ConsumeNowAndLater(arrival) => {
             consume(&shared, &care, &care.decode).await;
-            Some(arrival)
+            Some(Later::Arrival(arrival))
         }
     };
     shared.metrics.open_handoffs(-1);
-    if let Some(arrival) = overdue {
-        expect_overdue(&shared, care, arrival).await;
+    match later {
+        Some(Later::Arrival(arrival)) => expect_overdue(&shared, care, arrival).await,
+        Some(Later::Release(params, released)) => release_later(&shared, care, &params, released).await,
+        None => {}
     }
 }
 
@@ -166,8 +205,17 @@ async fn prefill_gone(care: &Care) {
     }
 }
 
+/// The request that makes a decode engine tell a prefill engine to free blocks.
+fn release_request(params: &RawValue) -> (&'static str, Bytes) {
+    let body = format!(
+        r#"{{"model":"{NO_MODEL}","prompt":"x","max_tokens":1,"kv_transfer_params":{}}}"#,
+        params.get()
+    );
+    (Kind::Completions.path(), Bytes::from(body))
+}
+
 /// Frees the prefill engine's blocks: any decode engine can pass that on, the request's own one first if it is well.
-async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End) {
+async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End) -> Released {
     let own_is_well = !matches!(end, End::Unsent | End::Late | End::DecodeGone);
     let own = Arc::clone(&care.decode);
     let view = Arc::clone(&shared.view.borrow());
@@ -178,32 +226,144 @@ async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End)
         .map(Arc::new);
     let mut seats: Vec<Arc<Seat>> = others.collect();
     seats.insert(if own_is_well { 0 } else { seats.len() }, own);
-    let body = format!(
-        r#"{{"model":"{NO_MODEL}","prompt":"x","max_tokens":1,"kv_transfer_params":{}}}"#,
-        params.get()
-    );
-    let body = Bytes::from(body);
+    let request = release_request(params);
     let mut refusals = Vec::new();
     for seat in &seats {
-        let path = Kind::Completions.path();
-        let sent = send(shared, care, seat, (path, body.clone()), RELEASE_DEADLINE);
-        match tokio::select! {
+        let sent = send(
+            shared,
+            &care.headers,
+            &care.request_id,
+            seat,
+            request.clone(),
+            RELEASE_DEADLINE,
+        );
+        let sent = tokio::select! {
             biased;
             sent = sent => sent,
-            () = prefill_gone(care) => Ok(()),
-        } {
-            Ok(()) => return shared.metrics.cleaned_up(true),
+            () = prefill_gone(care) => {
+                shared.metrics.cleaned_up(true);
+                return Released::Done;
+            }
+        };
+        match sent {
+            Ok(()) => {
+                shared.metrics.cleaned_up(true);
+                // The HTTP half of a frozen engine still answers.
+                let may_be_frozen = end == End::Late && Arc::ptr_eq(&seat.engine, &care.decode.engine);
+                return if may_be_frozen {
+                    Released::Unsure
+                } else {
+                    Released::Done
+                };
+            }
             Err(refusal) => refusals.push(refusal),
         }
     }
-    let request = &care.request_id;
-    let error = refusals.join("; ");
+    Released::Refused(refusals.join("; "))
+}
+
+/// Keeps trying to free the prefill engine's blocks until their lease ends, through decode engines as they come back. Holds
+/// nothing that anything else waits for.
+async fn release_later(shared: &Arc<Shared>, care: Care, params: &RawValue, released: Released) {
+    let Care {
+        decode,
+        prefill,
+        headers,
+        request_id: request,
+        permit,
+        ..
+    } = care;
+    let own = decode.watch();
+    let prefill = prefill.map(Kept::into_watch);
+    drop((decode, permit));
+    let passed_on = async {
+        if matches!(released, Released::Unsure) {
+            own.gone().await;
+        }
+        pass_release_on(shared, &headers, &request, params).await;
+    };
+    let is_freed = while_leased(shared, prefill.as_ref(), passed_on).await;
+    if let Released::Refused(error) = released {
+        shared.metrics.cleaned_up(is_freed);
+        if !is_freed {
+            warn_of_stranded(&request, &error);
+        }
+    }
+}
+
+/// Frees the blocks that an answer names which came after its client had left.
+pub(super) async fn release_abandoned(
+    shared: Arc<Shared>,
+    kept: Kept,
+    headers: HeaderMap,
+    request_id: String,
+    params: Box<RawValue>,
+) {
+    let prefill = kept.into_watch();
+    let passed_on = pass_release_on(&shared, &headers, &request_id, &params);
+    let is_freed = while_leased(&shared, Some(&prefill), passed_on).await;
+    shared.metrics.cleaned_up(is_freed);
+    if !is_freed {
+        warn_of_stranded(&request_id, "no decode engine passed it on");
+    }
+}
+
+fn warn_of_stranded(request: &str, error: &str) {
     tracing::warn!(
         request,
         error,
         "could not free the KV of a request that ended early: its lease will"
     );
-    shared.metrics.cleaned_up(false);
+}
+
+/// Tries to free blocks for as long as their lease can last; whether they are free then.
+async fn while_leased(shared: &Shared, prefill: Option<&EngineWatch>, passed_on: impl Future<Output = ()>) -> bool {
+    let place = Arc::clone(&shared.overdue).try_acquire_owned();
+    let lease = match (&place, shared.settings.kv_lease) {
+        (Ok(_), Some(lease)) => lease,
+        _ => RELEASE_DEADLINE,
+    };
+    let prefill_gone = async {
+        match prefill {
+            Some(prefill) => prefill.gone().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = passed_on => true,
+        () = prefill_gone => true,
+        () = shared.closing.cancelled() => false,
+        () = tokio::time::sleep(lease) => false,
+    }
+}
+
+/// Returns once a decode engine has passed a release on. One that clients cannot use yet can do that as well, and must:
+/// its canary may wait for the very blocks.
+async fn pass_release_on(shared: &Arc<Shared>, headers: &HeaderMap, request_id: &str, params: &RawValue) {
+    let mut view = shared.view.clone();
+    let request = release_request(params);
+    loop {
+        let now = Arc::clone(&view.borrow_and_update());
+        let usable = |engine: &&Arc<EngineView>| {
+            engine.role == Role::Decode && matches!(engine.state, EngineState::Healthy | EngineState::Ready)
+        };
+        for engine in now.engines.iter().filter(usable) {
+            let Some(seat) = Seat::take(engine, &shared.view) else {
+                continue;
+            };
+            let sent = send(shared, headers, request_id, &seat, request.clone(), RELEASE_DEADLINE);
+            if sent.await.is_ok() {
+                return;
+            }
+        }
+        tokio::select! {
+            changed = view.changed() => if changed.is_err() {
+                std::future::pending::<()>().await;
+            },
+            () = tokio::time::sleep(RELEASE_PAUSE) => {}
+        }
+    }
 }
 
 /// Empties the decode engine's buffer of this hand-off's KV.
@@ -217,7 +377,15 @@ async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
     }
     // It was parsed before; were it not, the engine would say so.
     let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
-    let outcome = send(shared, care, seat, (kind.path(), body), care.deadline).await;
+    let outcome = send(
+        shared,
+        &care.headers,
+        &care.request_id,
+        seat,
+        (kind.path(), body),
+        care.deadline,
+    )
+    .await;
     let refusal = match outcome {
         // Its buffer went with it.
         Err(_) if timeout(NEWS_DEADLINE, seat.gone()).await.is_ok() => None,
@@ -237,14 +405,15 @@ async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
 /// Sends one request of a clean-up; a sentence if it did not do.
 async fn send(
     shared: &Shared,
-    care: &Care,
+    headers: &HeaderMap,
+    request_id: &str,
     seat: &Seat,
     (path, body): (&'static str, Bytes),
     deadline: Duration,
 ) -> Result<(), String> {
     let call = Call {
         body,
-        ..Call::post(path, &care.headers, &care.request_id, Vec::new())
+        ..Call::post(path, headers, request_id, Vec::new())
     };
     let step = shared.upstream.fetch(&seat.engine, call);
     match seat.run(Leg::Handoff, deadline, step).await {

@@ -77,6 +77,7 @@ const KNOWN: &[&str] = &[
     "pd_proxy_host",
     "pd_proxy_port",
     "pd_allocation_timeout_sec",
+    "lookup_timeout_ms",
     "pd_shutdown_timeout_sec",
     "pd_condition_poll_interval_sec",
     "pd_max_prefill_len",

@@ -180,6 +180,7 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         prefill_deadline: PATIENCE,
         handoff_deadline: PATIENCE,
         decode_idle_deadline: PATIENCE,
+        kv_lease: None,
         max_body_bytes: 10_000,
         max_in_flight: 8,
         parts: Parts::default(),

@@ -235,6 +235,44 @@ async fn kv_that_arrives_after_its_client_left_is_consumed() {
     );
 }
 
+/// A decode engine whose look-up came too late has computed the prompt itself. Nobody else finds KV with this hand-off's tag.
+#[tokio::test]
+async fn kv_that_the_decode_engine_did_not_use_is_consumed() {
+    const USAGE: &str =
+        r#""usage":{"prompt_tokens":550,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":0}}"#;
+    for stream in [false, true] {
+        let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+        let prefill = prefiller(socket.port(), 1, PREFILLED).await;
+        let decode = Fake::start(|seen| async move {
+            let choices = r#""choices":[{"text":" world","finish_reason":"length"}]"#;
+            if seen.json()["stream"] == true {
+                let event = format!("data: {{{choices},{USAGE}}}\n\ndata: [DONE]\n\n");
+                super::fake::sse(Body::from(event))
+            } else {
+                answer(200, format!("{{{choices},{USAGE}}}"))
+            }
+        })
+        .await;
+        let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+        let body = json!({"prompt": "x", "max_tokens": 7, "stream": stream}).to_string();
+        assert_eq!(soon("the answer", rig.complete(body)).await.0, 200);
+        let seen = decode.saw(2).await;
+        let tag = tag(&prefill.seen()[0]);
+        assert_eq!(seen[1].json()["kv_transfer_params"], tag, "stream: {stream}");
+        assert_eq!(seen[1].json()["max_tokens"], 1, "stream: {stream}");
+        let proxy = rig.proxy.clone();
+        rig.finish().await;
+        let metrics = proxy.metrics_text();
+        for line in [
+            r#"xpyd_handoff_total{outcome="recomputed"} 1"#,
+            r#"xpyd_handoff_cleanups_total{outcome="freed"} 1"#,
+            "xpyd_handoffs_open 0",
+        ] {
+            assert!(metrics.contains(line), "stream: {stream}: {line}\n{metrics}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn kv_of_a_refused_decode_is_consumed() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();

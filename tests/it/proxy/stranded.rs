@@ -43,6 +43,40 @@ async fn kv_is_freed_by_another_decode_engine_where_its_own_was_never_reached() 
 }
 
 #[tokio::test]
+async fn kv_of_a_prefill_that_ends_just_after_its_client_left_is_freed() {
+    let gate = Arc::new(tokio::sync::Notify::new());
+    let prefill = Fake::start({
+        let gate = Arc::clone(&gate);
+        move |_| {
+            let gate = Arc::clone(&gate);
+            async move {
+                gate.notified().await;
+                nixl_prefilled()
+            }
+        }
+    })
+    .await;
+    let decode = strict_decoder().await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    let request = rig.post("/v1/completions", r#"{"prompt":"x"}"#).send();
+    tokio::select! {
+        _ = request => panic!("nothing is answered yet"),
+        _ = prefill.saw(1) => {}
+    }
+    // The connection of the client closed with its request, and the proxy comes to know that.
+    soon("the end of the hand-off", async {
+        while !rig.proxy.metrics_text().contains("xpyd_handoffs_open 0") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    gate.notify_one();
+    let seen = decode.saw(1).await;
+    assert!(is_release(&seen[0]), "{seen:?}");
+    rig.finish().await;
+}
+
+#[tokio::test]
 async fn kv_of_a_decode_engine_that_dies_is_freed_by_another_one() {
     let (prefill, other) = (prefiller().await, strict_decoder().await);
     let dying = Fake::start(|_| std::future::pending::<axum::http::Response<axum::body::Body>>()).await;

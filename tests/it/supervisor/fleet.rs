@@ -191,6 +191,8 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
             running: "running".to_owned(),
             counters: Vec::new(),
             stall: PATIENCE,
+            expired_leases: String::new(),
+            late_reads: String::new(),
         },
         receiver_template: None,
         log_limits: LogLimits::default(),

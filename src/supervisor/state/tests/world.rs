@@ -67,6 +67,8 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
             running: "running".to_owned(),
             counters: vec!["done".to_owned()],
             stall: Duration::from_mins(2),
+            expired_leases: String::new(),
+            late_reads: String::new(),
         },
         receiver_template: None,
         log_limits: LogLimits::default(),
