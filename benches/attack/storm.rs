@@ -139,12 +139,20 @@ impl Arena {
         }
     }
 
-    /// Copies the logs of the newest run, and the diary.
+    /// Copies the logs of all runs, and the diary.
     pub(crate) fn keep(&self, folder: &Path) -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
         fs::write(folder.join("storm.log"), &*lock(&self.diary))?;
-        for file in fs::read_dir(self.fleet.logs())?.flatten() {
-            fs::copy(file.path(), folder.join(file.file_name()))?;
+        for run in fs::read_dir(self.fleet.folder().join("logs"))?.flatten() {
+            // `latest` is a link to one of them.
+            if !run.file_type()?.is_dir() {
+                continue;
+            }
+            let to = folder.join(run.file_name());
+            fs::create_dir_all(&to)?;
+            for file in fs::read_dir(run.path())?.flatten() {
+                fs::copy(file.path(), to.join(file.file_name()))?;
+            }
         }
         Ok(())
     }
