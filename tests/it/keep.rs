@@ -1,5 +1,8 @@
 //! Engines that outlive their xpyd: kept, attached to by the next one, or ended, through the binary on simulated engines.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
 use nix::sys::signal::Signal;
 
 use crate::support::{Place, Run, asking_meanwhile, completion, kill_process, wait_for};
@@ -224,13 +227,17 @@ fn nothing_is_left_when_the_guardian_is_killed_while_it_waits() {
 }
 
 #[test]
-fn nothing_is_left_when_guardian_or_witness_is_killed_after_another_xpyd_attached() {
-    for victim in ["xpyd guardian", "xpyd-witness"] {
+fn nothing_is_left_when_the_guardian_is_killed_after_another_xpyd_attached() {
+    for has_witness in [true, false] {
         let place = Place::new();
-        let (_dead, _) = orphaned(&place, &[]);
+        let (_dead, before) = orphaned(&place, &[]);
         let mut run = place.up(&[]);
         run.wait_until_ready();
-        kill_process(process(&place, victim));
+        if !has_witness {
+            kill_witness(&place);
+            assert_eq!(engines(&place), before, "the fleet serves without it");
+        }
+        kill_process(process(&place, "xpyd guardian"));
         let (code, text) = run.end();
         assert_eq!(code, 1, "{text}");
         assert!(text.contains("supervision was lost"), "{text}");
@@ -239,12 +246,67 @@ fn nothing_is_left_when_guardian_or_witness_is_killed_after_another_xpyd_attache
     }
 }
 
+/// Kills the witness, and waits until xpyd has seen it.
+fn kill_witness(place: &Place) {
+    kill_process(process(place, "xpyd-witness"));
+    wait_for("xpyd to see the end of the witness", || {
+        let log = place.log("xpyd.log");
+        if log.contains("witness was killed") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    });
+}
+
+#[test]
+fn a_killed_witness_costs_no_engine() {
+    let place = Place::new();
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    let before = engines(&place);
+    kill_witness(&place);
+    let prompt = "a prompt of some length ".repeat(40);
+    completion(place.proxy_port(), MODEL, &prompt);
+    assert_eq!(engines(&place), before);
+    stop(&place, run);
+
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    kill_witness(&place);
+    kill_process(process(&place, "xpyd guardian"));
+    let (code, text) = run.end();
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("supervision was lost"), "{text}");
+    place.wait_until_empty();
+    place.assert_no_listener();
+}
+
 #[test]
 fn engines_whose_witness_is_gone_can_still_be_taken_down() {
     let place = Place::new();
     let (_dead, _) = orphaned(&place, &[]);
     kill_process(process(&place, "xpyd-witness"));
     let down = place.run(&["down"]);
-    assert_eq!(down.status.code(), Some(1), "{down:?}");
+    assert_eq!(down.status.code(), Some(0), "{down:?}");
     place.wait_until_empty();
+}
+
+#[test]
+fn whoever_sends_no_command_loses_the_connection_and_no_engine_ends() {
+    let place = Place::new();
+    let (_dead, before) = orphaned(&place, &[]);
+    let long = vec![b'x'; 3 << 20];
+    for sent in [&b"{}\n"[..], b"\n", b"GET / HTTP/1.1\r\n\r\n", b"\xff\x00\n", &long] {
+        let mut stream = UnixStream::connect(place.path().join("xpyd/default/attach.sock")).expect("a guardian");
+        // It may close before it has read all.
+        let _ = stream.write_all(sent);
+        let mut told = Vec::new();
+        // What it has not read resets the connection.
+        let _ = stream.read_to_end(&mut told);
+    }
+    let mut run = place.up(&["--set", KEEP]);
+    run.wait_until_ready();
+    assert_eq!(engines(&place), before);
+    stop(&place, run);
 }

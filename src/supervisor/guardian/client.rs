@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::attach::{KeptRun, Witness};
 use super::channel::{self, Outbox};
+use super::orphans;
 use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
@@ -47,9 +48,6 @@ pub enum GuardianError {
     /// It ended, or closed the connection.
     #[error("guardian is gone")]
     Gone,
-    /// Its witness ended before it.
-    #[error("the guardian's witness is gone")]
-    WitnessGone,
     /// It said nothing for too long.
     #[error("guardian did not answer within {} s", HELLO_DEADLINE.as_secs())]
     Silent,
@@ -68,6 +66,8 @@ pub enum GuardianError {
 #[derive(Debug)]
 pub struct Guardian {
     witness: Witness,
+    /// The witness has ended before the guardian. This process sweeps in its place.
+    is_unwitnessed: bool,
     pid: u32,
     link: Link,
     foreign: SharedFiles,
@@ -110,6 +110,7 @@ impl Guardian {
         let mut guardian = Self {
             pid: 0,
             witness: Witness::Child(witness),
+            is_unwitnessed: false,
             link: Link::new(own, Vec::new())?,
             foreign,
         };
@@ -127,8 +128,10 @@ impl Guardian {
 
     /// Attaches to the guardian of a run whose xpyd has gone. From its first command on it is this process's.
     pub fn attach(run: KeptRun) -> Result<Self, GuardianError> {
+        let witness = Witness::stranger(run.witness).map_err(GuardianError::Connection)?;
         Ok(Self {
-            witness: Witness::stranger(run.witness).map_err(GuardianError::Connection)?,
+            is_unwitnessed: matches!(witness, Witness::Gone),
+            witness,
             pid: run.pid,
             link: Link::new(run.stream, run.incoming)?,
             foreign: SharedFiles::present(),
@@ -165,12 +168,16 @@ impl Guardian {
 
     /// Sends what is queued and returns the next event. Safe to cancel.
     pub async fn event(&mut self) -> Result<Event, GuardianError> {
-        tokio::select! {
-            // What the guardian said last comes before the end of its witness, which ends after it.
-            biased;
-            event = self.link.event() => event,
-            // Without a witness the run is safe no more: only this process would be left to sweep.
-            _ = self.witness.ended() => Err(GuardianError::WitnessGone),
+        loop {
+            tokio::select! {
+                // What the guardian said last comes before the end of its witness, which ends after it.
+                biased;
+                event = self.link.event() => return event,
+                _ = self.witness.ended(), if !self.is_unwitnessed => {
+                    self.is_unwitnessed = true;
+                    tracing::warn!("the guardian's witness was killed; this process ends the engines should the guardian be killed");
+                }
+            }
         }
     }
 
@@ -202,7 +209,7 @@ impl Guardian {
     }
 
     /// [`Guardian::sweep`] where guardian and witness are no descendants of this process, so that it inherits nothing of
-    /// theirs: whichever of the two is left has to do it.
+    /// theirs: whichever of the two is left has to do it. Without a witness, what the guardian left is found by its mark.
     async fn sweep_attached(&mut self) -> Vec<LeftoverProcess> {
         let engines: Vec<Process> = Table::read()
             .descendants(i32::try_from(self.pid).unwrap_or_default())
@@ -221,16 +228,23 @@ impl Guardian {
             }
         }
         self.ended().await;
+        if self.is_unwitnessed {
+            let guardian = self.pid;
+            let reaping = tokio::task::spawn_blocking(move || {
+                orphans::reap(&orphans::left_by(guardian), SWEEP_DEADLINE);
+            });
+            reaping.await.expect("a reaping does not panic and is not cancelled");
+        }
         let left = engines.iter().filter(|process| is_still_there(&process.leftover()));
         left.map(Process::leftover).collect()
     }
 
     /// SIGKILL to the guardian, as long as its id is known to be its own: until its parent has reaped it.
     fn kill(&self) {
-        let (Ok(pid), Some(witness)) = (i32::try_from(self.pid), self.witness_pid()) else {
-            return;
-        };
-        if let Some(guardian) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == witness) {
+        let Ok(pid) = i32::try_from(self.pid) else { return };
+        // Without its witness it is a child of this process, the next subreaper above.
+        let parent = self.witness_pid().unwrap_or_else(std::process::id);
+        if let Some(guardian) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == parent) {
             // One that ended meanwhile is as good.
             let _ = guardian.signal(Signal::SIGKILL);
         }

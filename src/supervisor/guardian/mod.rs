@@ -11,8 +11,12 @@
 //! |---|---|
 //! | xpyd, or xpyd and witness | the guardian, which reads the end of its socket: engines that served get a bounded grace; or it keeps them for the next xpyd, as long as it was told to |
 //! | guardian, or xpyd and guardian | the kernel kills the leaders (PDEATHSIG), the witness what they started |
-//! | witness, or witness and guardian | xpyd, which is the next subreaper above |
+//! | witness | nobody has to: the engines serve on, and xpyd takes its part, because it is the next subreaper above |
+//! | witness and guardian | xpyd; where it attached, and is no ancestor, it finds them by their mark |
 //! | all three in the same instant | the kernel kills the leaders; what they started is left to itself |
+//!
+//! A killed witness is not replaced: a process inherits what it is an ancestor of, and nobody can become an ancestor of a
+//! guardian that runs. Should xpyd and guardian then be killed at once, `xpyd doctor --reap` finds what is left.
 //!
 //! It knows nothing of roles, probes, proxies or policy: it starts process trees, keeps what they print, ends them, and
 //! says what happened. Everything that decides is on the other side of the socket.

@@ -179,17 +179,35 @@ fn could_have_started_it(command: &str) -> bool {
             .any(|word| word.ends_with("/vllm") || word.ends_with("/xpyd"))
 }
 
-/// Why a process is left of a run of xpyd; `None` if it is not, or its guardian lives.
-fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
+/// What the guardian of this id, which is dead, has left: all processes that bear its mark.
+pub(super) fn left_by(guardian: u32) -> Vec<Orphan> {
+    let table = Table::read();
+    let ours = own_family(&table);
+    let is_meant = |process: &&Process| {
+        let marked = mark(process.pid).is_some_and(|(of, _)| u32::try_from(of) == Ok(guardian));
+        marked && !ours.contains(&process.pid) && is_own(process.pid)
+    };
+    let why = || "its guardian is dead".to_owned();
+    let left = table.all().filter(is_meant);
+    left.map(|process| orphan(&table, process, &process.name, why()))
+        .collect()
+}
+
+/// The guardian that a process was started by, and the engine and incarnation: `1234.decoder1.2`.
+fn mark(pid: i32) -> Option<(i32, String)> {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let wanted = format!("{MARK_VARIABLE}=");
     let mark = environment
         .split(|byte| *byte == 0)
         .find_map(|entry| entry.strip_prefix(wanted.as_bytes()))?;
     let mark = String::from_utf8_lossy(mark).into_owned();
-    // Guardian, engine and incarnation: `1234.decoder1.2`.
     let (guardian, rest) = mark.split_once('.')?;
-    let guardian: i32 = guardian.parse().ok()?;
+    Some((guardian.parse().ok()?, rest.to_owned()))
+}
+
+/// Why a process is left of a run of xpyd; `None` if it is not, or its guardian lives.
+fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
+    let (guardian, rest) = mark(pid)?;
     let lives = table.get(guardian).is_some_and(|process| {
         let command = command_line(process.pid).unwrap_or_default();
         title(&command).starts_with("xpyd")

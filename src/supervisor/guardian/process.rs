@@ -5,6 +5,7 @@
 //! signal ends it but SIGKILL; that takes the leaders with it, and its witness takes the rest.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -38,6 +39,10 @@ const LOOK_LEADERLESS: Duration = Duration::from_millis(200);
 
 /// How long the end may take once nobody can be told any more. A process that waits in the kernel for longer is left.
 const END_DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long one who comes for the engines may take to ask for something. Meanwhile nobody else gets in. `xpyd up` looks at
+/// the machine in between.
+const VISIT: Duration = Duration::from_mins(2);
 
 /// How long strays may outlive SIGKILL in a shutdown before they are reported.
 const STRAYS_DEADLINE: Duration = Duration::from_secs(3);
@@ -98,6 +103,15 @@ enum Mode {
     Ending(Instant),
 }
 
+/// The stay of one who came to the meeting place and may only want to look.
+#[derive(Debug, Clone, Copy)]
+struct Visit {
+    /// Until when the next xpyd was waited for.
+    waited_until: Instant,
+    /// By when it must have asked for something.
+    leave_by: Instant,
+}
+
 #[derive(Debug)]
 struct Guardian {
     control: Control,
@@ -109,8 +123,8 @@ struct Guardian {
     meeting: Option<Meeting>,
     /// Where clients connect: held so that they wait for the next xpyd instead of being refused.
     listener: Option<OwnedFd>,
-    /// Until when the next xpyd was waited for when somebody came who has not asked for anything yet.
-    waited_until: Option<Instant>,
+    /// Somebody has come who has not asked for anything yet.
+    visit: Option<Visit>,
     /// What was in `/dev/shm` before any engine was.
     foreign: SharedFiles,
     mode: Mode,
@@ -129,7 +143,7 @@ impl Guardian {
             gone: Vec::new(),
             meeting: None,
             listener: None,
-            waited_until: None,
+            visit: None,
             foreign: SharedFiles::present(),
             mode: Mode::Serving,
             next_look: Instant::now(),
@@ -186,7 +200,7 @@ impl Guardian {
         let due = self.engines.iter().filter_map(Engine::next_tick);
         let look = (!self.engines.is_empty()).then_some(self.next_look);
         let end = match self.mode {
-            Mode::Serving => None,
+            Mode::Serving => self.visit.map(|visit| visit.leave_by),
             Mode::Waiting(deadline) | Mode::Ending(deadline) => Some(deadline),
         };
         let timeout = due.chain(look).chain(end).min().map(|instant| {
@@ -239,20 +253,27 @@ impl Guardian {
 
     /// Carries out what xpyd asked for.
     fn obey(&mut self) {
-        let open = self.control.receive();
+        let mut open = self.control.receive();
         loop {
             match self.control.command() {
                 Ok(Some(command)) => self.carry_out(command),
                 Ok(None) => break,
-                // A peer that speaks another language cannot be obeyed; the engines must not be left to nobody.
-                Err(_) => return self.orphan(),
+                // Who speaks another language is no xpyd of this version, and loses its connection. The engines stay where
+                // the next xpyd is waited for.
+                Err(_) => {
+                    open = false;
+                    break;
+                }
             }
         }
+        open &= self.visit.is_none_or(|visit| Instant::now() < visit.leave_by);
         if !open && self.mode == Mode::Serving {
+            self.control.close();
             match &self.meeting {
                 Some(meeting) if !meeting.keep.wait.is_zero() => {
                     let until = || Instant::now() + meeting.keep.wait;
-                    self.mode = Mode::Waiting(self.waited_until.take().unwrap_or_else(until));
+                    let waited_until = self.visit.take().map(|visit| visit.waited_until);
+                    self.mode = Mode::Waiting(waited_until.unwrap_or_else(until));
                 }
                 _ => self.orphan(),
             }
@@ -285,7 +306,10 @@ impl Guardian {
                 self.control.outgoing.attach(listener);
             }
             self.mode = Mode::Serving;
-            self.waited_until = Some(until);
+            self.visit = Some(Visit {
+                waited_until: until,
+                leave_by: now + VISIT,
+            });
             self.greet(Some(kept));
         }
     }
@@ -306,7 +330,7 @@ impl Guardian {
 
     fn carry_out(&mut self, command: Command) {
         let now = Instant::now();
-        self.waited_until = None;
+        self.visit = None;
         match command {
             Command::Spawn(spawn) => self.spawn(spawn),
             Command::Settled { engine } => self.with(&engine, |engine, _| engine.settle()),
@@ -415,6 +439,13 @@ impl Control {
             descriptor: None,
             outgoing: Outbox::default(),
         }
+    }
+
+    /// Lets the other end know that nobody listens any more.
+    fn close(&mut self) {
+        self.outgoing.clear();
+        // One that the other end has closed is as good.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 
     fn socket(&self) -> BorrowedFd<'_> {
