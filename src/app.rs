@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
-use crate::fleet::{EngineState, FleetStage, FleetView};
+use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
@@ -31,14 +31,12 @@ mod kept;
 mod reporting;
 mod scale;
 mod starts;
+mod verify;
 
 pub use kept::end_kept;
 pub use scale::Grow;
 
 pub use self::causes::Began;
-
-/// How long all canaries may take together. The first hand-off of a fresh pair of real engines can take half a minute.
-const VERIFY_DEADLINE: Duration = Duration::from_mins(5);
 
 /// How long the engines of a detached run wait for the next xpyd should this one be killed.
 const KEEP_DETACHED: Duration = Duration::from_mins(15);
@@ -153,7 +151,7 @@ where
         run_dir: Arc::clone(&run_dir),
         info,
     };
-    control_parts(&mut parts, &stop, control, status, scaler);
+    control_parts(&mut parts, &stop, control, status, proxy.suspects(), scaler);
 
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
     let (began_sender, began) = watch::channel(Began::new());
@@ -161,7 +159,7 @@ where
         signals: forward_signals(&mut parts, &stop)?,
         requests: request_receiver,
         view: view_sender,
-        verify: verify(proxy.clone(), verified_sender),
+        verify: verify::canaries(proxy.clone(), verified_sender),
         hand_over: door.hand_over(),
         explain: causes::explain(&plan, began_sender),
         gpus: gpus::checks(&plan.engines, &plan.run_dir, notes),
@@ -223,6 +221,7 @@ fn control_parts(
     stop: &CancellationToken,
     listener: tokio::net::UnixListener,
     status: impl Fn() -> api::Status + Send + Sync + 'static,
+    suspects: watch::Receiver<Option<(EngineId, EngineId)>>,
     scaler: scale::Scaler,
 ) {
     let (stops, stop_receiver) = mpsc::channel(8);
@@ -237,7 +236,11 @@ fn control_parts(
     let requests = scaler.requests.clone();
     parts.spawn(serve_control(listener, state, stop.clone()));
     parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
-    parts.spawn(until(stop.clone(), forward_take_outs(take_out_receiver, requests)));
+    parts.spawn(until(
+        stop.clone(),
+        forward_take_outs(take_out_receiver, requests.clone()),
+    ));
+    parts.spawn(until(stop.clone(), forward_suspects(suspects, requests)));
     parts.spawn(until(stop.clone(), scaler.run(scale_receiver)));
 }
 
@@ -318,7 +321,7 @@ fn supervisor_settings(
         run_dir: plan.run_dir.clone(),
         drain_deadline: plan.proxy.drain_deadline,
         restart: plan.restart.clone(),
-        verify_deadline: VERIFY_DEADLINE,
+        verify_deadline: verify::VERIFY_DEADLINE,
         keep,
         attach,
         listener: Some(listener),
@@ -516,6 +519,24 @@ async fn forward_take_outs(mut asked: mpsc::Receiver<server::TakeOut>, requests:
     }
 }
 
+/// Has the supervisor check engines between which clients' hand-offs fail or crawl.
+async fn forward_suspects(
+    mut suspects: watch::Receiver<Option<(EngineId, EngineId)>>,
+    requests: mpsc::Sender<supervisor::Request>,
+) {
+    while suspects.changed().await.is_ok() {
+        let pair = suspects.borrow_and_update().clone();
+        if let Some((prefill, decode)) = pair
+            && requests
+                .send(supervisor::Request::Check { prefill, decode })
+                .await
+                .is_err()
+        {
+            return;
+        }
+    }
+}
+
 /// Listens for signals, and hands them on to the supervisor.
 fn forward_signals(
     parts: &mut JoinSet<()>,
@@ -532,26 +553,6 @@ fn forward_signals(
         }
     }));
     Ok(receiver)
-}
-
-/// One canary through every pair, one after the other: on a fresh pair the first hand-off is slow enough by itself.
-fn verify(proxy: Proxy, took: watch::Sender<Duration>) -> supervisor::Verify {
-    Box::new(move |pairs| {
-        let (proxy, took) = (proxy.clone(), took.clone());
-        Box::pin(async move {
-            let began = tokio::time::Instant::now();
-            for (prefill, decode) in pairs {
-                proxy.canary(&prefill, &decode).await.map_err(|error| {
-                    format!(
-                        "the hand-off from {prefill} to {decode} does not work: {}",
-                        one_line(&error)
-                    )
-                })?;
-            }
-            took.send_replace(began.elapsed());
-            Ok(())
-        })
-    })
 }
 
 /// Waits until clients are served; false if that will never be.

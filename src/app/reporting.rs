@@ -332,6 +332,9 @@ impl Reporter {
                     self.tell_restart(engine, at);
                 }
             }
+            EngineState::Draining if serving && engine.reason.is_some() => {
+                self.printer.error(format!("{id} is drained and restarted: {reason}"));
+            }
             EngineState::Draining if serving => self.printer.status(format!("{id} takes no more requests")),
             EngineState::Stopped if serving => self.printer.status(format!("{id} is stopped")),
             EngineState::Starting => self.printer.status(format!("{id} starts{again}")),

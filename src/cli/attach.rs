@@ -35,29 +35,45 @@ pub(super) fn where_they_run(profile: &Profile, kept: &KeptRun, name: &str) -> R
         (Role::Prefill, &mut profile.prefill),
         (Role::Decode, &mut profile.decode),
     ] {
-        let running: Vec<_> = specs.iter().filter(|spec| spec.role == role).collect();
-        if running.len() == usize::from(of_role.count) {
+        // Those that joined later have higher numbers.
+        let count = usize::from(of_role.count);
+        let running: Vec<_> = specs.iter().filter(|spec| spec.role == role).take(count).collect();
+        if running.len() == count {
             of_role.gpus = running.iter().flat_map(|spec| spec.gpus.iter().copied()).collect();
         }
     }
     Ok(profile)
 }
 
-/// The plan with the engines as they run, if they are the ones that it would start.
+/// The plan with the engines as they run, if they are the ones that it would start. Those that joined since the start are
+/// part of it; one of which nothing is left hinders nobody.
 pub(super) fn resume(mut plan: Plan, kept: &KeptRun, name: &str) -> Result<Plan, Failure> {
     let specs = kept.specs().map_err(|error| unusable(error, name))?;
     let other = |engine: &EngineId, why: &str| {
         let text = format!("engines of run `{name}` are kept, but {engine} {why}");
         Failure::message(ExitStatus::RunState, text).hint(format!("{} ends them first", down_command(name)))
     };
-    for running in &specs {
-        let Some(planned) = plan.engines.iter_mut().find(|planned| planned.id == running.id) else {
-            return Err(other(&running.id, "is not part of this plan"));
-        };
-        *planned = planned
-            .resume(running)
-            .ok_or_else(|| other(&running.id, &format!("runs with {}", difference(planned, running))))?;
+    let scaled = kept.scaled();
+    for (running, (_, _, state)) in specs.iter().zip(kept.engines()) {
+        let is_gone = matches!(state, KeptState::Gone { .. });
+        match plan.engines.iter_mut().find(|planned| planned.id == running.id) {
+            Some(planned) => match planned.resume(running) {
+                Some(resumed) => *planned = resumed,
+                None if is_gone => {}
+                None => {
+                    return Err(other(
+                        &running.id,
+                        &format!("runs with {}", difference(planned, running)),
+                    ));
+                }
+            },
+            None if scaled.joined.contains(&running.id) => plan.engines.push(running.clone()),
+            None if is_gone && scaled.stopped.contains(&running.id) => {}
+            None => return Err(other(&running.id, "is not part of this plan")),
+        }
     }
+    plan.engines
+        .sort_by_key(|engine| (engine.role, engine.id.as_str().len(), engine.id.to_string()));
     Ok(plan)
 }
 

@@ -237,7 +237,9 @@ impl Canary<'_> {
     }
 
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
-        let permit = self.shared.admit().map_err(|error| self.failed(one_line(&error)))?;
+        // A full proxy says nothing about the pair.
+        let permit = Arc::clone(&self.shared.admission).acquire_owned().await;
+        let permit = permit.map_err(|error| self.failed(error.to_string()))?;
         let record = Arc::new(Record::of_canary(self.shared));
         record.generates(None);
         let job = Job {

@@ -19,6 +19,7 @@ use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody, Tally};
 use super::ledger::{self, Care, Consume, Entry, PrefillCall, one_token_edits};
 use super::metrics::{Outcome, Timed};
+use super::pairs::CRAWL;
 use super::record::Record;
 use super::rules::{self, Course, Kind};
 use super::seats::Seated;
@@ -182,12 +183,25 @@ impl Attempt<'_> {
 
     /// Notes which engines the next attempt should leave alone.
     fn blame(&mut self, error: &ProxyError) {
-        let ProxyError::Leg { stage, engine: id, .. } = error else {
+        let ProxyError::Leg {
+            stage,
+            engine: id,
+            cause,
+        } = error
+        else {
             return;
         };
         if error.blames_engine() {
             let engine = self.engines.iter().find(|engine| engine.id == *id);
             engine.inspect(|engine| self.shared.seats.failed(engine));
+        }
+        let may_be_handoff = matches!(stage, Stage::Handoff | Stage::Decode)
+            && !matches!(
+                cause,
+                Cause::Gone | Cause::Unreachable(_) | Cause::Pair(_) | Cause::Descriptors(_)
+            );
+        if may_be_handoff && self.job.pair.is_none() {
+            self.shared.note_handoff(&self.engines, true);
         }
         // KV that does not arrive may be the fault of either.
         let is_avoided = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
@@ -428,7 +442,8 @@ impl Attempt<'_> {
         }
         self.check_lease(seat, entry.as_deref_mut())?;
         let handed = entry.is_some();
-        let tally = self.tally(if handed { Outcome::Sent } else { Outcome::Bypassed });
+        let mut tally = self.tally(if handed { Outcome::Sent } else { Outcome::Bypassed });
+        tally.crawled = sent.elapsed() >= CRAWL;
         let guarded = Guarded {
             unproven: entry.map(Entry::answered),
             events: Some(events),
@@ -473,9 +488,12 @@ impl Attempt<'_> {
 
     /// Counts a hand-off that has come to an answer, or a request that needed none.
     pub(super) fn tally(&self, outcome: Outcome) -> Tally {
+        let is_clients = self.job.pair.is_none();
         Tally {
             record: Arc::clone(&self.job.record),
             outcome,
+            pair: is_clients.then(|| (Arc::clone(self.shared), self.engines.clone())),
+            crawled: false,
         }
     }
 

@@ -14,6 +14,7 @@ use hyper::body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
+use super::Shared;
 use super::answer::{Seen, look};
 use super::error::{Cause, Stage};
 use super::ledger::{Entry, Unproven};
@@ -23,6 +24,7 @@ use super::splice::Rewriter;
 use super::sse::Events;
 use super::upstream::{AnswerBody, Seat};
 use super::usage::{PrefillUsage, Proof};
+use crate::fleet::EngineView;
 
 /// What belongs to a request as long as it is in the proxy, and measures its stream.
 #[derive(Debug)]
@@ -46,11 +48,23 @@ impl Clock {
 pub(super) struct Tally {
     pub(super) record: Arc<Record>,
     pub(super) outcome: Outcome,
+    /// The engines of a client's hand-off, for the judgement of pairs.
+    pub(super) pair: Option<(Arc<Shared>, Vec<Arc<EngineView>>)>,
+    /// Whether the first event came late.
+    pub(super) crawled: bool,
 }
 
 impl Drop for Tally {
     fn drop(&mut self) {
         self.record.handed(self.outcome);
+        let is_bad = match self.outcome {
+            Outcome::Recomputed => true,
+            Outcome::Transferred | Outcome::Sent => self.crawled,
+            Outcome::Bypassed | Outcome::Failed | Outcome::Refused => return,
+        };
+        if let Some((shared, engines)) = &self.pair {
+            shared.note_handoff(engines, is_bad);
+        }
     }
 }
 

@@ -24,6 +24,7 @@ mod merge;
 mod metrics;
 mod notify;
 mod overload;
+mod pairs;
 mod pass;
 mod pick;
 mod prefix;
@@ -42,17 +43,18 @@ mod usage;
 mod zmtp;
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connector::Connector;
-use crate::fleet::{FleetView, Role};
+use crate::fleet::{EngineId, EngineView, FleetView, Role};
 use crate::service::Service;
 
 pub use access::AccessLog;
@@ -66,6 +68,7 @@ use error::ProxyError;
 use flow::Deadlines;
 use listen::Limits;
 use metrics::Metrics;
+use pairs::Pairs;
 use scrape::{Cached, Version};
 use seats::Seats;
 use upstream::Upstream;
@@ -131,6 +134,9 @@ struct Shared {
     version: Cached<Option<Version>>,
     admission: Arc<Semaphore>,
     seats: Seats,
+    pairs: Mutex<Pairs>,
+    /// The pair (prefill, decode) between which hand-offs fail or crawl.
+    suspects: watch::Sender<Option<(EngineId, EngineId)>>,
     prefill_turn: AtomicUsize,
     decode_turn: AtomicUsize,
     /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
@@ -157,6 +163,8 @@ impl Proxy {
             upstream: Upstream::new(metrics.overload.clone()),
             seats: Seats::new(&settings.service.admission),
             metrics,
+            pairs: Mutex::default(),
+            suspects: watch::Sender::default(),
             settings,
             view,
             notifications,
@@ -209,6 +217,11 @@ impl Proxy {
         self.0.in_flight()
     }
 
+    /// The pair (prefill, decode) between which clients' hand-offs fail or crawl, whenever there is one.
+    pub fn suspects(&self) -> watch::Receiver<Option<(EngineId, EngineId)>> {
+        self.0.suspects.subscribe()
+    }
+
     /// The proxy's own metrics in `OpenMetrics`' text format.
     pub fn metrics_text(&self) -> String {
         self.0.metrics_text(true)
@@ -229,6 +242,20 @@ impl Shared {
             prefill: self.settings.prefill_deadline,
             handoff: self.settings.handoff_deadline,
             decode: self.settings.decode_idle_deadline,
+        }
+    }
+
+    /// A client's hand-off between these engines was good or bad.
+    fn note_handoff(&self, engines: &[Arc<EngineView>], is_bad: bool) {
+        let of = |role| engines.iter().find(|engine| engine.role == role);
+        let (Some(prefill), Some(decode)) = (of(Role::Prefill), of(Role::Decode)) else {
+            return;
+        };
+        let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        if pairs.note(prefill, decode, is_bad, Instant::now()) {
+            tracing::warn!(prefill = %prefill.id, decode = %decode.id, "hand-offs fail or crawl");
+            self.suspects
+                .send_replace(Some((prefill.id.clone(), decode.id.clone())));
         }
     }
 

@@ -19,7 +19,7 @@ use super::hang::Scene;
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
     Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Leftover, Outcome, Refusal, Request,
-    Settings, Then, Verify, Wiring, cause, gpus, liveness, ports, probe, spawn_record, standstill,
+    Scaled, Settings, Then, Verify, Wiring, cause, gpus, liveness, ports, probe, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
 use crate::plan::{self, EngineSpec, RenderedFile};
@@ -73,6 +73,8 @@ struct Driver {
     guardian: Guardian,
     guardian_open: bool,
     fleet: Fleet,
+    /// As it stands in the run's folder.
+    scaled: Scaled,
     generation: u64,
     tasks: JoinSet<Event>,
     /// What asks each engine something: whether it is up, then whether it makes progress.
@@ -110,11 +112,13 @@ impl Driver {
             restart: settings.restart.clone(),
         };
         let mut fleet = Fleet::new(&settings.engines, limits, Some(rand::make_rng()));
+        let scaled = Scaled::read(&settings.run_dir);
         if let Some(kept) = kept {
-            fleet.attach(&kept, Instant::now());
+            fleet.attach(&kept, &scaled.stopped, Instant::now());
         }
         Ok(Self {
             fleet,
+            scaled,
             settings,
             directory,
             signals: wiring.signals,
@@ -225,6 +229,7 @@ impl Driver {
                 let _ = reply.send(answer);
                 may.then_some(Event::Join(spec))
             }
+            Request::Check { prefill, decode } => Some(Event::Suspected(prefill, decode)),
             Request::Engine {
                 engine,
                 then,
@@ -260,6 +265,8 @@ impl Driver {
         }
         self.settings.reservations.add(reserved);
         self.settings.engines.push(spec.clone());
+        let joins = |scaled: &mut Scaled| scaled.joined.extend([spec.id.clone()]);
+        self.scaled.change(&self.settings.run_dir, joins);
         Ok(())
     }
 
@@ -514,6 +521,9 @@ impl Driver {
         if let Some(view) = self.fleet.changed_view(self.generation + 1) {
             self.generation += 1;
             self.view.send_replace(Arc::new(view));
+            let stopped = self.fleet.stopped_on_request();
+            self.scaled
+                .change(&self.settings.run_dir, |scaled| scaled.stopped = stopped);
         }
     }
 }

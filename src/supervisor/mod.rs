@@ -13,6 +13,7 @@ mod liveness;
 pub mod ports;
 mod probe;
 mod restart;
+mod scaled;
 mod spawn_record;
 mod standstill;
 mod state;
@@ -32,6 +33,7 @@ pub use self::gpus::{Answer, BeforeStart, GpuChecks, Placed, Released};
 pub use self::guardian::attach::KeptRun;
 pub use self::guardian::protocol::{Keep, KeptState};
 pub use self::ports::{PortConflict, Reservations, reserve, reserve_running};
+pub use self::scaled::Scaled;
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, FleetView, Incarnation, Role};
 use crate::plan::{EngineSpec, RenderedFile, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
@@ -88,9 +90,19 @@ impl fmt::Debug for Wiring {
     }
 }
 
-/// Sends canaries through pairs of prefill and decode engine; the error is a sentence that names the pair.
-pub type Verify =
-    Box<dyn Fn(Vec<(EngineId, EngineId)>) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> + Send>;
+/// Sends canaries through pairs of prefill and decode engine, and returns what came of each, in the same order.
+pub type Verify = Box<dyn Fn(Vec<(EngineId, EngineId)>) -> Pin<Box<dyn Future<Output = Vec<Trial>> + Send>> + Send>;
+
+/// What came of the canary through one pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trial {
+    /// The hand-off works.
+    Worked,
+    /// It does not. Holds a sentence that names the pair.
+    Failed(String),
+    /// There was no time left for it.
+    Untried,
+}
 
 /// Stops accepting clients' connections, and returns once every request on those that were accepted has its answer.
 pub type HandOver = Box<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
@@ -118,6 +130,13 @@ pub enum Request {
         files: Vec<RenderedFile>,
         /// Gets why it cannot be; at once, the rest is seen in the view.
         reply: oneshot::Sender<Result<(), String>>,
+    },
+    /// Check a pair, because clients' hand-offs between its engines fail or crawl.
+    Check {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
     },
     /// Drain and stop one engine while the others serve.
     Engine {

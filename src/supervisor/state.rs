@@ -24,6 +24,7 @@
 //! ```
 //! Deadlines are part of the state: [`Fleet::next_deadline`] says when [`Event::Tick`] is due, so no timer can be stale.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -159,6 +160,9 @@ pub(super) struct Fleet {
     /// Spreads restarts; without it they come exactly when the policy says.
     random: Option<StdRng>,
     verification: Option<Verification>,
+    checks: Checks,
+    /// The engine that was restarted last because of a pair (prefill, decode) that fails alone; until the pair works.
+    blamed: BTreeMap<(usize, usize), usize>,
     /// Rounds of canaries so far.
     rounds: u64,
     stop_asked: bool,
@@ -179,6 +183,8 @@ impl Fleet {
             limits,
             random,
             verification: None,
+            checks: Checks::default(),
+            blamed: BTreeMap::new(),
             rounds: 0,
             stop_asked: false,
             is_attached: false,
@@ -229,7 +235,8 @@ impl Fleet {
             }
             Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
-            Event::Verified(round, result) => self.verified(round, result, now),
+            Event::Verified(round, trials) => self.verified(round, trials, now),
+            Event::Suspected(prefill, decode) => self.suspected(&prefill, &decode, now),
             Event::Hung(id, incarnation, reason) | Event::Usurped(id, incarnation, reason) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.fail(index, Failure::without_exit(reason), now);
@@ -428,8 +435,7 @@ impl Fleet {
             .as_ref()
             .filter(|verification| verification.until <= now)
         {
-            let (round, reason) = (verification.round, "the canaries took too long".to_owned());
-            self.verified(round, Err(reason), now);
+            self.verified(verification.round, Vec::new(), now);
         }
         match self.stage {
             Stage::Draining { until } if until <= now => self.drained(now),
@@ -507,6 +513,7 @@ impl Fleet {
 }
 
 mod attach;
+mod blame;
 mod events;
 mod explanations;
 mod restarts;
@@ -517,7 +524,7 @@ mod view;
 pub(super) use self::events::{Action, Event};
 use self::explanations::Unexplained;
 use self::transitions::Failure;
-use self::verification::Verification;
+use self::verification::{Checks, Verification};
 
 #[cfg(test)]
 pub(super) mod tests;

@@ -310,3 +310,44 @@ fn whoever_sends_no_command_loses_the_connection_and_no_engine_ends() {
     assert_eq!(engines(&place), before);
     stop(&place, run);
 }
+
+#[test]
+fn the_fleet_is_resumed_as_it_had_become() {
+    let place = Place::new();
+    let command = ["--profile", "1p1d", "--set", KEEP];
+    let mut dead = place.up(&command);
+    dead.wait_until_ready();
+    for counts in [&["prefill=3", "decode=2"][..], &["prefill=2"]] {
+        let output = place.run(&[&["scale"], counts].concat());
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    }
+    let states = || {
+        let status = status(&place);
+        let engines = status["engines"].as_array().expect("a list").iter();
+        let state = |engine: &serde_json::Value| format!("{} {}", engine["id"], engine["state"]).replace('"', "");
+        engines.map(state).collect::<Vec<_>>()
+    };
+    let as_scaled = [
+        "prefiller1 ready",
+        "prefiller2 ready",
+        "prefiller3 stopped",
+        "decoder1 ready",
+        "decoder2 ready",
+    ];
+    assert_eq!(states(), as_scaled);
+    dead.kill();
+    let mut run = place.up(&command);
+    run.wait_until_ready();
+    assert_eq!(states(), as_scaled);
+    let left = place.run(&["down", "--keep-engines"]);
+    assert_eq!(left.status.code(), Some(0), "{left:?}");
+    run.end();
+
+    let mut run = place.up(&command);
+    run.wait_until_ready();
+    assert_eq!(states(), as_scaled);
+    let output = place.run(&["scale", "prefill=3"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(states()[2], "prefiller3 ready");
+    stop(&place, run);
+}

@@ -7,6 +7,7 @@ mod bench_errors;
 mod bench_much;
 mod bench_true;
 mod bench_where;
+mod blame;
 mod causes;
 mod clients;
 mod clocks;

@@ -19,6 +19,7 @@ use super::tree::Process;
 use super::witness::WITNESS_NAME;
 use crate::fleet::{EngineId, Incarnation};
 use crate::plan::EngineSpec;
+use crate::supervisor::Scaled;
 
 /// A run that waits for its next xpyd. Dropping it leaves it waiting.
 #[derive(Debug)]
@@ -40,6 +41,11 @@ impl KeptRun {
         engines
             .map(|kept| (kept.engine.clone(), kept.incarnation, kept.state))
             .collect()
+    }
+
+    /// How the fleet differs from the plan of its start.
+    pub fn scaled(&self) -> Scaled {
+        Scaled::read(&self.kept.run_dir)
     }
 
     /// What each of them was started with, in the same order.

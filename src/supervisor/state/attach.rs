@@ -1,9 +1,12 @@
 //! Engines that outlive xpyd: taken over from an earlier one, and left to a later one. PURE.
 
+use std::collections::BTreeSet;
+
 use tokio::time::Instant;
 
 use super::transitions::Failure;
-use super::{Action, Fleet, Stage, Tree};
+use super::verification::Purpose;
+use super::{Action, Fleet, Goal, Stage, Tree};
 use crate::fleet::{EngineId, EngineState, Exit, Incarnation, Role};
 use crate::supervisor::guardian::protocol::KeptState;
 use crate::supervisor::{Ending, Outcome};
@@ -11,7 +14,14 @@ use crate::supervisor::{Ending, Outcome};
 impl Fleet {
     /// Takes over engines that outlived an earlier xpyd, before anything else happens. Those that serve need only canaries;
     /// those that ended meanwhile come back by policy, without ending the run for the others.
-    pub(in crate::supervisor) fn attach(&mut self, kept: &[(EngineId, Incarnation, KeptState)], now: Instant) {
+    ///
+    /// Those that were asked to stop stay so, unless they still run.
+    pub(in crate::supervisor) fn attach(
+        &mut self,
+        kept: &[(EngineId, Incarnation, KeptState)],
+        stopped: &BTreeSet<EngineId>,
+        now: Instant,
+    ) {
         self.is_attached = true;
         for (id, incarnation, state) in kept {
             let Some(index) = self.engines.iter().position(|engine| engine.spec.id == *id) else {
@@ -20,6 +30,11 @@ impl Fleet {
             self.engines[index].incarnation = *incarnation;
             match *state {
                 KeptState::Running { pid, settled } => self.take_over(index, pid, settled, now),
+                KeptState::Leaving { exit } if stopped.contains(id) => self.stops(index, exit, now),
+                KeptState::Gone { .. } if stopped.contains(id) => {
+                    self.engines[index].goal = Goal::Stop;
+                    self.enter(index, EngineState::Stopped, None);
+                }
                 KeptState::Leaving { exit } => self.ended_meanwhile(index, Tree::Leaderless, exit, now),
                 KeptState::Gone { exit } => self.ended_meanwhile(index, Tree::Absent, exit, now),
             }
@@ -38,6 +53,31 @@ impl Fleet {
             self.enter(index, EngineState::Starting, Some(until));
             self.actions.push(Action::Probe(id, incarnation));
         }
+    }
+
+    /// It was asked to stop, and does.
+    fn stops(&mut self, index: usize, exit: Option<Exit>, now: Instant) {
+        let engine = &mut self.engines[index];
+        engine.goal = Goal::Stop;
+        engine.tree = if exit.is_some() {
+            Tree::Leaderless
+        } else {
+            Tree::Running
+        };
+        let until = now + engine.spec.stop_grace;
+        self.enter(index, EngineState::Stopping, Some(until));
+    }
+
+    /// Engines that were asked to stop and to stay so.
+    pub(in crate::supervisor) fn stopped_on_request(&self) -> BTreeSet<EngineId> {
+        let stopped = self.engines.iter().filter(|engine| {
+            let is_out = matches!(
+                engine.state,
+                EngineState::Draining | EngineState::Stopping | EngineState::Stopped
+            );
+            engine.goal == Goal::Stop && is_out
+        });
+        stopped.map(|engine| engine.spec.id.clone()).collect()
     }
 
     fn ended_meanwhile(&mut self, index: usize, tree: Tree, exit: Option<Exit>, now: Instant) {
@@ -61,7 +101,12 @@ impl Fleet {
     /// Begins the canaries of the whole fleet once every engine is up. Of a fleet that was taken over, those that are on
     /// their way back are not waited for as long as others of their role are there.
     pub(super) fn verify_all_once_up(&mut self, now: Instant) {
-        let is_away = |state| matches!(state, EngineState::Backoff | EngineState::Failed);
+        let is_away = |state| {
+            matches!(
+                state,
+                EngineState::Backoff | EngineState::Failed | EngineState::Stopping | EngineState::Stopped
+            )
+        };
         let healthy = |role| self.those(|engine| engine.spec.role == role && engine.state == EngineState::Healthy);
         let (prefill, decode) = (healthy(Role::Prefill), healthy(Role::Decode));
         let all_up = self
@@ -70,7 +115,10 @@ impl Fleet {
             .all(|engine| engine.state == EngineState::Healthy || self.is_attached && is_away(engine.state));
         if self.stage == Stage::Starting && all_up && !prefill.is_empty() && !decode.is_empty() {
             self.to(Stage::Verifying);
-            self.verify(None, &prefill, &decode, now);
+            let pairs = prefill
+                .iter()
+                .flat_map(|prefill| decode.iter().map(|decode| (*prefill, *decode)));
+            self.verify(Purpose::Fleet, pairs.collect(), Vec::new(), now);
         }
     }
 

@@ -1,7 +1,7 @@
 //! The language of the state machine: what may happen to a fleet, and what may have to be done about it.
 
 use super::super::guardian::protocol::LeftoverProcess;
-use super::super::{Cause, Leftover, Outcome};
+use super::super::{Cause, Leftover, Outcome, Trial};
 use crate::fleet::{Endpoint, EngineId, Exit, Incarnation};
 use crate::plan::EngineSpec;
 
@@ -34,8 +34,10 @@ pub(in crate::supervisor) enum Event {
     Probed(EngineId, Incarnation),
     /// Somebody else listens on a port of the engine. Holds who and where.
     Usurped(EngineId, Incarnation, String),
-    /// The canaries of this round went through every pair, or one did not.
-    Verified(u64, Result<(), String>),
+    /// What came of the canaries of this round, in the order of its pairs.
+    Verified(u64, Vec<Trial>),
+    /// Clients' hand-offs from this prefill to this decode engine fail or crawl.
+    Suspected(EngineId, EngineId),
     /// The engine does nothing, though it has something to do. Holds why that is known.
     Hung(EngineId, Incarnation, String),
     /// The start does nothing any more. Holds where it stands still, and for how long.

@@ -9,6 +9,9 @@ use crate::plan::RestartWhen;
 use crate::supervisor::restart::{self, Decision};
 use crate::supervisor::{Ending, Refusal};
 
+/// What is said of an engine that is given up.
+const KEPT_FAILING: &str = "; it kept failing and is not started again";
+
 impl Fleet {
     /// The engine failed at `since` while clients are served, and its cause is known as far as it will be.
     pub(super) fn restart_by_policy(&mut self, index: usize, retry: Retry, since: Instant, now: Instant) {
@@ -27,9 +30,16 @@ impl Fleet {
             Decision::CrashLoop => {
                 engine.state = EngineState::Failed;
                 let reason = engine.reason.get_or_insert_default();
-                reason.push_str("; it kept failing and is not started again");
+                reason.push_str(KEPT_FAILING);
                 self.end_if_role_is_lost(index, true, now);
             }
+        }
+    }
+
+    /// An engine that serves has been restarted in vain for its hand-offs as often as the policy allows.
+    pub(super) fn give_up(&mut self, index: usize, reason: &str, now: Instant) {
+        if self.mark_failed(index, &format!("{reason}{KEPT_FAILING}"), now) {
+            self.end_if_role_is_lost(index, true, now);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The rules of the state machine by name.
 
 mod attach;
+mod blame;
 mod deadlines;
 mod gpus;
 mod histories;

@@ -116,13 +116,14 @@ impl Fleet {
     }
 
     /// False if it was not alive, or was meant to go.
-    fn mark_failed(&mut self, index: usize, reason: &str, now: Instant) -> bool {
+    pub(super) fn mark_failed(&mut self, index: usize, reason: &str, now: Instant) -> bool {
         let engine = &mut self.engines[index];
         if !engine.state.is_alive() || engine.state == EngineState::Stopping {
             return false;
         }
         engine.load.close();
         engine.reason = Some(reason.to_owned());
+        engine.restart_at = None;
         self.enter(index, EngineState::Failed, None);
         self.kill(index, now);
         true
@@ -263,7 +264,13 @@ impl Fleet {
         self.engines[index].tree = tree;
         self.engines[index].until = None;
         if self.engines[index].tree == Tree::Absent && self.engines[index].state == EngineState::Stopping {
-            self.enter(index, EngineState::Stopped, None);
+            let waits = self.engines[index].restart_at.is_some() && self.restarts_engines();
+            let state = if waits {
+                EngineState::Backoff
+            } else {
+                EngineState::Stopped
+            };
+            self.enter(index, state, None);
         }
     }
 }

@@ -16,7 +16,7 @@ use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, LogLim
 use xpyd::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
-use xpyd::supervisor::{self, Cause, Ending, Keep, Outcome, Request, Settings, Wiring};
+use xpyd::supervisor::{self, Cause, Ending, Keep, Outcome, Request, Settings, Trial, Wiring};
 
 use super::{MARK, PATIENCE, marked, read};
 
@@ -96,7 +96,10 @@ impl Run {
             signals: signal_receiver,
             requests: request_receiver,
             view: view_sender,
-            verify: Box::new(move |_| Box::pin(std::future::ready(canary.clone()))),
+            verify: Box::new(move |pairs| {
+                let trial = canary.clone().map_or_else(Trial::Failed, |()| Trial::Worked);
+                Box::pin(std::future::ready(vec![trial; pairs.len()]))
+            }),
             hand_over: Box::new(|| Box::pin(std::future::ready(()))),
             explain: Box::new(|_| Arc::new(|_| Cause::default())),
             gpus: supervisor::GpuChecks::none(),

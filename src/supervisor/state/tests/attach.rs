@@ -89,10 +89,46 @@ fn a_failure_before_it_is_ready_does_not_end_a_fleet_that_was_taken_over() {
 }
 
 #[test]
-fn a_failed_canary_of_engines_that_are_all_up_ends_it() {
+fn what_is_well_is_taken_over_and_the_one_that_is_not_is_restarted() {
+    for wedged in ["prefiller2", "decoder1"] {
+        let names = ["prefiller1", "prefiller2", "decoder1", "decoder2"];
+        let mut world = World::attached(&names.map(|name| (name, RUNS)));
+        world.verified_with_wedged(wedged);
+        assert_eq!(world.stage(), FleetStage::Ready, "{wedged}");
+        for name in names {
+            let expected = if name == wedged {
+                EngineState::Backoff
+            } else {
+                EngineState::Ready
+            };
+            assert_eq!(world.state(name), expected, "{name} where {wedged} is wedged");
+        }
+        assert!(
+            world.reason(wedged).contains("fail: no KV moved"),
+            "{}",
+            world.reason(wedged)
+        );
+    }
+}
+
+#[test]
+fn a_pair_that_fails_alone_is_restarted_one_end_after_the_other() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS)]);
-    world.verified(Err("wrong text".to_owned()));
-    assert_eq!(world.stage(), FleetStage::Stopping);
+    for (restarted, kept) in [
+        ("prefiller1", "decoder1"),
+        ("decoder1", "prefiller1"),
+        ("prefiller1", "decoder1"),
+    ] {
+        world.verified(Err("wrong text".to_owned()));
+        assert_eq!(world.state(restarted), EngineState::Backoff);
+        assert_eq!(world.state(kept), EngineState::Healthy);
+        world.empty(restarted);
+        world.explained(restarted, Cause::default());
+        world.wait();
+        world.healthy(restarted);
+    }
+    world.verified(Ok(()));
+    assert_eq!(world.stage(), FleetStage::Ready);
 }
 
 #[test]
@@ -143,4 +179,28 @@ fn a_stop_that_is_asked_for_while_leaving_takes_the_engines_along() {
     world.tell(Event::Drained(None));
     assert!(!world.did(&Action::Leave));
     assert_eq!(world.stage(), FleetStage::Stopping);
+}
+
+#[test]
+fn what_was_stopped_on_request_stays_stopped_and_holds_up_nobody() {
+    let leaving = KeptState::Leaving { exit: None };
+    let kept = [
+        ("prefiller1", RUNS),
+        ("decoder1", RUNS),
+        ("decoder2", GONE),
+        ("decoder3", leaving),
+    ];
+    let stopped = ["decoder2", "decoder3"];
+    let mut world = World::attached_after(RestartWhen::OnFailure, &kept, &stopped);
+    world.verified(Ok(()));
+    assert_eq!(world.stage(), FleetStage::Ready);
+    world.empty("decoder3");
+    for name in stopped {
+        assert_eq!(world.state(name), EngineState::Stopped, "{name}");
+    }
+    assert_eq!(world.fleet.stopped_on_request().len(), 2);
+    assert_eq!(world.spawned().len(), 0);
+    world.tell(Event::Restart(id("decoder2")));
+    assert_eq!(world.spawned(), ["decoder2"]);
+    assert_eq!(world.fleet.stopped_on_request().len(), 1);
 }

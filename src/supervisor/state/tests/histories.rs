@@ -20,6 +20,7 @@ enum Step {
     Explained(usize, Retry),
     Leave(usize, bool, bool),
     Verified(bool),
+    Suspected(usize),
     Drained,
     Wait,
     Stop,
@@ -39,6 +40,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(index, retry)| Step::Explained(index, retry)),
         2 => (0..4_usize, any::<bool>(), any::<bool>()).prop_map(|(index, again, force)| Step::Leave(index, again, force)),
         2 => proptest::bool::weighted(0.8).prop_map(Step::Verified),
+        1 => (0..4_usize).prop_map(Step::Suspected),
         1 => Just(Step::Drained),
         1 => Just(Step::Wait),
         1 => Just(Step::Stop),
@@ -73,7 +75,14 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
         }
         Step::Verified(ok) if world.verifying.is_some() => {
             let result = if ok { Ok(()) } else { Err("no KV moved".to_owned()) };
+            // It may be what an engine is given up for.
+            world.unasked_exits += usize::from(!ok);
             world.verified(result);
+        }
+        Step::Suspected(index) => {
+            let id = |name: &str| EngineId::named(name);
+            let decode = if index % 2 == 0 { id("decoder1") } else { id("decoder2") };
+            world.tell(Event::Suspected(id("prefiller1"), decode));
         }
         Step::Drained if !world.awaiting_idle.is_empty() => {
             let of = world.awaiting_idle.remove(0);

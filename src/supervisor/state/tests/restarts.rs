@@ -7,7 +7,7 @@ use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 use crate::supervisor::guardian::protocol::LeftoverProcess;
 use crate::supervisor::state::{Action, Event, Goal};
-use crate::supervisor::{Cause, Ending, Refusal};
+use crate::supervisor::{Cause, Ending, Refusal, Trial};
 
 const SECOND: Incarnation = Incarnation(2);
 
@@ -230,7 +230,7 @@ fn an_answer_of_an_older_round_is_dropped() {
     world.crash("decoder1");
     world.wait();
     world.healthy("decoder1");
-    world.tell(Event::Verified(1, Ok(())));
+    world.tell(Event::Verified(1, vec![Trial::Worked]));
     assert_eq!(world.state("decoder1"), EngineState::Healthy);
 }
 

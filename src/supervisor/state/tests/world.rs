@@ -11,7 +11,7 @@ use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Loa
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use crate::supervisor::guardian::protocol::KeptState;
 use crate::supervisor::state::{Action, Event, Fleet, Limits};
-use crate::supervisor::{Cause, Outcome};
+use crate::supervisor::{Cause, Outcome, Trial};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(20);
 pub(super) const VERIFY: Duration = Duration::from_secs(40);
@@ -101,7 +101,7 @@ pub(super) struct World {
     pub(super) now: Instant,
     pub(super) processes: BTreeMap<EngineId, Processes>,
     /// The round of canaries under way.
-    pub(super) verifying: Option<u64>,
+    pub(super) verifying: Option<(u64, Vec<(EngineId, EngineId)>)>,
     /// Who is waited for until nothing is in flight.
     pub(super) awaiting_idle: Vec<Option<(EngineId, Incarnation)>>,
     /// Incarnations whose logs are being asked.
@@ -128,6 +128,12 @@ impl World {
     }
 
     pub(super) fn attached_with(when: RestartWhen, kept: &[(&str, KeptState)]) -> Self {
+        Self::attached_after(when, kept, &[])
+    }
+
+    /// As [`World::attached_with`], where these had been asked to stop.
+    pub(super) fn attached_after(when: RestartWhen, kept: &[(&str, KeptState)], stopped: &[&str]) -> Self {
+        let stopped = stopped.iter().map(|name| EngineId::named(name)).collect();
         let engines: Vec<EngineSpec> = kept.iter().map(|(name, _)| engine(name, &[])).collect();
         let mut world = Self::before_begin(&engines, when);
         let mut states = Vec::new();
@@ -144,7 +150,7 @@ impl World {
             world.processes.insert(id.clone(), processes);
             states.push((id, Incarnation(3), *state));
         }
-        world.fleet.attach(&states, world.now);
+        world.fleet.attach(&states, &stopped, world.now);
         world.tell(Event::Begin);
         world
     }
@@ -217,10 +223,41 @@ impl World {
         self.tell(Event::Probed(id, incarnation));
     }
 
-    /// The round of canaries under way ends.
+    /// The round of canaries under way ends, for every pair alike.
     pub(super) fn verified(&mut self, result: Result<(), String>) {
-        let round = self.verifying.take().expect("a round is under way");
-        self.tell(Event::Verified(round, result));
+        self.verified_each(|_, _| result.clone());
+    }
+
+    /// The round of canaries under way ends, for each pair (prefill, decode) with what `result` gives.
+    pub(super) fn verified_each(&mut self, result: impl Fn(&str, &str) -> Result<(), String>) {
+        let (round, pairs) = self.verifying.take().expect("a round is under way");
+        let trials = pairs
+            .iter()
+            .map(|(prefill, decode)| match result(prefill.as_str(), decode.as_str()) {
+                Ok(()) => Trial::Worked,
+                Err(reason) => Trial::Failed(reason),
+            });
+        self.tell(Event::Verified(round, trials.collect()));
+    }
+
+    /// Rounds of canaries until there is none under way, with hand-offs of `wedged` failing.
+    pub(super) fn verified_with_wedged(&mut self, wedged: &str) {
+        while self.verifying.is_some() {
+            self.verified_each(|prefill, decode| match prefill == wedged || decode == wedged {
+                true => Err(format!("no KV moved from {prefill} to {decode}")),
+                false => Ok(()),
+            });
+        }
+    }
+
+    /// What is in flight on the engine ends, and so does the engine, as asked.
+    pub(super) fn drain_and_end(&mut self, name: &str) {
+        let id = EngineId::named(name);
+        let of = Some((id.clone(), self.incarnation(&id)));
+        self.awaiting_idle.retain(|waited| *waited != of);
+        self.tell(Event::Drained(of));
+        self.exit(name);
+        self.empty(name);
     }
 
     pub(super) fn announce(&mut self, id: &EngineId) {
@@ -307,7 +344,7 @@ impl World {
             Action::Kill(id) => self.processes.get_mut(id).unwrap().killed = true,
             Action::Verify(round, pairs) => {
                 assert!(!pairs.is_empty(), "canaries through nobody");
-                self.verifying = Some(*round);
+                self.verifying = Some((*round, pairs.clone()));
             }
             Action::AwaitIdle(of) => self.awaiting_idle.push(of.clone()),
             Action::HandOver => self.awaiting_idle.push(None),

@@ -1,0 +1,188 @@
+//! Which engines to blame for hand-offs that fail. PURE: the outcomes per pair go in, the guilty come out.
+//!
+//! A hand-off has two ends, so one failure tells nothing about which end is broken. The engine that fails with the majority of
+//! its peers is to blame; without it, the others are judged again. Where no engine stands out, as with one engine of each role,
+//! the caller says which end of the pair to restart first, and restarts the other end if that did not help.
+
+use std::collections::BTreeMap;
+
+/// What came of a canary through one pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Tried {
+    /// The prefill engine, by index.
+    pub(super) prefill: usize,
+    /// The decode engine, by index.
+    pub(super) decode: usize,
+    /// Why it failed, if it did.
+    pub(super) failure: Option<String>,
+}
+
+impl Tried {
+    pub(super) fn has(&self, engine: usize) -> bool {
+        self.prefill == engine || self.decode == engine
+    }
+
+    fn peer_of(&self, engine: usize) -> usize {
+        if self.prefill == engine {
+            self.decode
+        } else {
+            self.prefill
+        }
+    }
+}
+
+/// An engine to restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Guilty {
+    pub(super) engine: usize,
+    /// The pair, where the outcomes do not tell which of its ends is broken.
+    pub(super) either_of: Option<(usize, usize)>,
+}
+
+/// The fewest engines without which no pair fails, the most likely one first. `first` picks an end of a pair (prefill, decode)
+/// where nothing tells them apart.
+pub(super) fn guilty(tried: &[Tried], first: impl Fn(usize, usize) -> usize) -> Vec<Guilty> {
+    let mut open: Vec<&Tried> = tried.iter().collect();
+    let mut found = Vec::new();
+    while let Some(failing) = open.iter().find(|tried| tried.failure.is_some()) {
+        let (prefill, decode) = (failing.prefill, failing.decode);
+        let next = majority(&open).map_or_else(
+            || Guilty {
+                engine: first(prefill, decode),
+                either_of: Some((prefill, decode)),
+            },
+            |engine| Guilty {
+                engine,
+                either_of: None,
+            },
+        );
+        open.retain(|tried| !tried.has(next.engine));
+        found.push(next);
+    }
+    found
+}
+
+/// The one engine that fails with a larger share of its peers than any other, and with most of them; of equal shares the one
+/// with more peers, because it was seen more often.
+fn majority(tried: &[&Tried]) -> Option<usize> {
+    let mut counts: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
+    for one in tried {
+        for engine in [one.prefill, one.decode] {
+            let (failed, all) = counts.entry(engine).or_default();
+            *failed += usize::from(one.failure.is_some());
+            *all += 1;
+        }
+    }
+    // Shares are compared without division: a / b > c / d where a * d > c * b.
+    let compare = |(_, (failed, all)): &(usize, (usize, usize)),
+                   (_, (other_failed, other_all)): &(usize, (usize, usize))| {
+        (failed * other_all)
+            .cmp(&(other_failed * all))
+            .then(failed.cmp(other_failed))
+    };
+    let mut ranked: Vec<_> = counts.into_iter().filter(|(_, (failed, _))| *failed > 0).collect();
+    ranked.sort_by(|one, other| compare(other, one));
+    let (engine, (failed, all)) = *ranked.first()?;
+    let is_alone = ranked.get(1).is_none_or(|second| compare(&ranked[0], second).is_gt());
+    (is_alone && 2 * failed > all).then_some(engine)
+}
+
+/// Why `engine` is blamed: with whom it fails, and how.
+pub(super) fn reason(tried: &[Tried], engine: usize, name: impl Fn(usize) -> String) -> String {
+    let failing = tried
+        .iter()
+        .filter(|tried| tried.failure.is_some() && tried.has(engine));
+    let peers: Vec<String> = failing.clone().map(|tried| name(tried.peer_of(engine))).collect();
+    let cause = failing
+        .filter_map(|tried| tried.failure.as_deref())
+        .next()
+        .unwrap_or_default();
+    format!("its hand-offs with {} fail: {cause}", peers.join(" and "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const P1: usize = 0;
+    const P2: usize = 1;
+    const D1: usize = 2;
+    const D2: usize = 3;
+    const D3: usize = 4;
+
+    fn judge(pairs: &[(usize, usize, bool)]) -> Vec<(usize, bool)> {
+        let tried: Vec<Tried> = pairs
+            .iter()
+            .map(|(prefill, decode, works)| Tried {
+                prefill: *prefill,
+                decode: *decode,
+                failure: (!works).then(|| "no KV moved".to_owned()),
+            })
+            .collect();
+        let found = guilty(&tried, |prefill, _| prefill);
+        found
+            .into_iter()
+            .map(|guilty| (guilty.engine, guilty.either_of.is_some()))
+            .collect()
+    }
+
+    #[test]
+    fn the_engine_that_fails_with_most_of_its_peers_is_to_blame() {
+        let wedged = [(P1, D1, true), (P1, D2, true), (P2, D1, false), (P2, D2, false)];
+        assert_eq!(judge(&wedged), [(P2, false)]);
+        let wedged = [(P1, D1, false), (P1, D2, true), (P2, D1, false), (P2, D2, true)];
+        assert_eq!(judge(&wedged), [(D1, false)]);
+        let most = [
+            (P1, D1, false),
+            (P1, D2, false),
+            (P1, D3, true),
+            (P2, D1, true),
+            (P2, D2, true),
+            (P2, D3, true),
+        ];
+        assert_eq!(judge(&most), [(P1, false)]);
+    }
+
+    #[test]
+    fn a_new_engine_that_fails_with_one_peer_alone_convicts_that_peer() {
+        assert_eq!(judge(&[(P1, D1, true), (P2, D1, false)]), [(P2, false)]);
+        // A third engine bears it out, or speaks for the peer.
+        assert_eq!(
+            judge(&[(P1, D1, true), (P2, D1, false), (P2, D2, false)]),
+            [(P2, false)]
+        );
+        assert_eq!(judge(&[(P1, D1, true), (P2, D1, false), (P2, D2, true)]), [(P2, true)]);
+    }
+
+    #[test]
+    fn one_pair_alone_tells_nothing_about_its_ends() {
+        assert_eq!(judge(&[(P1, D1, false)]), [(P1, true)]);
+        assert_eq!(judge(&[(P1, D1, true)]), []);
+    }
+
+    #[test]
+    fn one_prefill_engine_of_several_decode_engines_is_told_from_one_of_them() {
+        assert_eq!(judge(&[(P1, D1, false), (P1, D2, false)]), [(P1, false)]);
+        assert_eq!(judge(&[(P1, D1, false), (P1, D2, true)]), [(D1, false)]);
+    }
+
+    #[test]
+    fn two_guilty_ones_are_found_one_after_the_other() {
+        let both = [(P1, D1, true), (P1, D2, false), (P2, D1, false), (P2, D2, false)];
+        let found: Vec<usize> = judge(&both).into_iter().map(|(engine, _)| engine).collect();
+        assert_eq!(found.len(), 2);
+        let all = [(P1, D1, false), (P1, D2, false), (P2, D1, false), (P2, D2, false)];
+        assert_eq!(judge(&all), [(P1, true), (P2, false)]);
+    }
+
+    #[test]
+    fn the_reason_names_the_peers_and_the_first_failure() {
+        let failed = |decode| Tried {
+            prefill: P2,
+            decode,
+            failure: Some(format!("nothing came to {decode}")),
+        };
+        let text = reason(&[failed(D1), failed(D2)], P2, |index| format!("engine{index}"));
+        assert_eq!(text, "its hand-offs with engine2 and engine3 fail: nothing came to 2");
+    }
+}
