@@ -163,6 +163,9 @@ pub struct Admission {
     pub decode_tokens: Option<u64>,
     /// LMCache: tokens that a decode engine's receive buffer holds; 0: no limit.
     pub buffer_tokens: u64,
+    /// Bytes of all request bodies that are being read, wait, or are served; one that has no room is answered 503. Bodies
+    /// above 1 MiB and smaller ones get three quarters of it each at most. 0: no limit.
+    pub body_bytes: u64,
 }
 
 impl Default for Admission {
@@ -172,6 +175,7 @@ impl Default for Admission {
             queue_deadline: Duration::from_secs(30),
             decode_tokens: None,
             buffer_tokens: 0,
+            body_bytes: 1 << 30,
         }
     }
 }

@@ -112,15 +112,16 @@ struct EngineError {
 
 /// The beginning of an engine's error message.
 fn message_of(body: &[u8]) -> String {
+    const CHARACTERS: usize = 500;
     #[derive(Deserialize)]
     struct Wrapped {
         error: EngineError,
     }
     let message = serde_json::from_slice::<Wrapped>(body).map_or_else(
-        |_| String::from_utf8_lossy(body).into_owned(),
+        |_| String::from_utf8_lossy(&body[..body.len().min(4 * CHARACTERS)]).into_owned(),
         |wrapped| wrapped.error.message,
     );
-    message.chars().take(500).collect()
+    message.chars().take(CHARACTERS).collect()
 }
 
 /// The finish reason of a generation that failed although its status says 200: vLLM ends so what it aborts while it

@@ -3,10 +3,12 @@
 //! Nothing is re-serialized, so the order of keys, the spelling of numbers, whitespace and unknown fields reach the
 //! engine unchanged. Knows JSON; knows no field of the OpenAI API except those that a client may never set.
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// Fields that steer how KV moves. From a client they could kill an engine, let it connect anywhere, or fetch another
@@ -15,6 +17,13 @@ const FORBIDDEN: [&str; 2] = ["kv_transfer_params", "ec_transfer_params"];
 
 /// vLLM's object of extra arguments, in which the forbidden fields could hide.
 const EXTRA_ARGUMENTS: &str = "vllm_xargs";
+
+/// Largest number of members of an object that is read. vLLM 0.32 knows about a hundred fields of a request.
+const MAX_MEMBERS: usize = 1024;
+
+/// Deepest nesting of objects and lists. Engines refuse more as well: Python's JSON reader ends at 994 levels, pydantic's at
+/// 201 (seen on Python 3.11).
+const MAX_DEPTH: usize = 1000;
 
 /// Why a body cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -25,19 +34,33 @@ pub(super) enum BodyError {
     /// Not JSON, or JSON but not an object.
     #[error("it is not a JSON object")]
     NotObject(#[source] serde_json::Error),
+    /// An object of too many members.
+    #[error("it has more than {} members, which is the limit", MAX_MEMBERS)]
+    TooManyMembers,
+    /// Too many levels of objects and lists.
+    #[error("it is nested deeper than {} levels, which is the limit", MAX_DEPTH)]
+    TooDeep,
+    /// The object in which forbidden fields could hide cannot be read.
+    #[error("`{EXTRA_ARGUMENTS}` is not usable")]
+    ExtraArguments(#[source] Box<BodyError>),
 }
 
 /// A JSON object, and where its members are.
 #[derive(Debug)]
 pub(super) struct Document<'body> {
     text: &'body str,
-    members: Vec<Member>,
+    /// In the order of the text, duplicates included.
+    members: Vec<Member<'body>>,
+    /// The index of each key's member; of duplicates the last one, as for the engines.
+    by_key: HashMap<Cow<'body, str>, usize>,
+    /// The extra arguments without forbidden fields, if the client's have some.
+    clean_extra: Option<String>,
 }
 
 #[derive(Debug)]
-struct Member {
+struct Member<'body> {
     /// Unescaped.
-    key: String,
+    key: Cow<'body, str>,
     /// From the key's opening quote to the value's end.
     whole: Range<usize>,
     value: Range<usize>,
@@ -47,21 +70,37 @@ struct Member {
 pub(super) type Edit<'edit> = (&'edit str, Option<&'edit str>);
 
 impl<'body> Document<'body> {
-    /// Reads the members of the object that `body` must be.
+    /// Reads the members of the object that a client's `body` must be.
     pub(super) fn parse(body: &'body [u8]) -> Result<Self, BodyError> {
-        Self::parse_text(std::str::from_utf8(body).map_err(BodyError::NotUtf8)?)
+        let mut document = Self::parse_text(std::str::from_utf8(body).map_err(BodyError::NotUtf8)?)?;
+        if let Some(extra) = document.get(EXTRA_ARGUMENTS) {
+            let clean = without_forbidden(extra);
+            document.clean_extra = clean.map_err(|error| BodyError::ExtraArguments(Box::new(error)))?;
+        }
+        Ok(document)
     }
 
-    /// The same of text.
+    /// Reads the members of an object. The cost is linear in the text, and the memory bounded.
     pub(super) fn parse_text(text: &'body str) -> Result<Self, BodyError> {
-        let Entries(entries) = serde_json::from_str(text).map_err(BodyError::NotObject)?;
+        if is_too_deep(text.as_bytes()) {
+            return Err(BodyError::TooDeep);
+        }
+        let mut entries = Vec::new();
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let read = Entries(&mut entries).deserialize(&mut reader);
+        if entries.len() > MAX_MEMBERS {
+            return Err(BodyError::TooManyMembers);
+        }
+        read.and_then(|()| reader.end()).map_err(BodyError::NotObject)?;
         let mut members = Vec::with_capacity(entries.len());
+        let mut by_key = HashMap::with_capacity(entries.len());
         let mut cursor = text.find('{').unwrap_or_default() + 1;
-        for (key, raw) in entries {
+        for (index, (Key(key), raw)) in entries.into_iter().enumerate() {
             // Between two members there is nothing but whitespace and a comma, so the next quote opens the key.
             let start = cursor + text[cursor..].find('"').unwrap_or_default();
             let value = raw.get().as_ptr().addr() - text.as_ptr().addr();
             let end = value + raw.get().len();
+            by_key.insert(key.clone(), index);
             members.push(Member {
                 key,
                 whole: start..end,
@@ -69,16 +108,19 @@ impl<'body> Document<'body> {
             });
             cursor = end;
         }
-        Ok(Self { text, members })
+        Ok(Self {
+            text,
+            members,
+            by_key,
+            clean_extra: None,
+        })
     }
 
     /// The value of `key` as JSON text. Of duplicates the last one counts, as it does for the engines.
     pub(super) fn get(&self, key: &str) -> Option<&'body str> {
-        self.members
-            .iter()
-            .rev()
-            .find(|member| member.key == key)
-            .map(|member| &self.text[member.value.clone()])
+        self.by_key
+            .get(key)
+            .map(|index| &self.text[self.members[*index].value.clone()])
     }
 
     /// The value of `key`, unless it is absent or null.
@@ -86,17 +128,22 @@ impl<'body> Document<'body> {
         self.get(key).filter(|value| *value != "null")
     }
 
-    /// All keys, unescaped, in order.
-    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
-        self.members.iter().map(|member| member.key.as_str())
+    /// Each key once, unescaped, with its value as JSON text, in the order of the text.
+    pub(super) fn members(&self) -> impl Iterator<Item = (&str, &'body str)> {
+        let last = self.members.iter().enumerate().filter(|member| self.is_last(*member));
+        last.map(|(_, member)| (&*member.key, &self.text[member.value.clone()]))
+    }
+
+    /// Whether no later member has the same key.
+    fn is_last(&self, (index, member): (usize, &Member<'body>)) -> bool {
+        self.by_key.get(&member.key) == Some(&index)
     }
 
     /// The body with `edits` applied and without the fields that no client may set. An edit may set one of those.
     ///
-    /// A key that is there keeps its place; a new one comes last; of duplicates the first stays; what is removed takes
-    /// the whitespace before it along.
+    /// A key that is there keeps its place; a new one comes last; what is removed takes the whitespace before it along. Of
+    /// duplicates only the last is left, so that an engine reads what the proxy has read.
     pub(super) fn edited(&self, edits: &[Edit<'_>]) -> Vec<u8> {
-        let extra = self.get(EXTRA_ARGUMENTS).and_then(without_forbidden);
         let mut all: Vec<Edit<'_>> = edits.to_vec();
         all.extend(
             FORBIDDEN
@@ -104,7 +151,7 @@ impl<'body> Document<'body> {
                 .filter(|key| !edits.iter().any(|(edited, _)| edited == *key))
                 .map(|key| (*key, None)),
         );
-        all.extend(extra.as_deref().map(|extra| (EXTRA_ARGUMENTS, Some(extra))));
+        all.extend(self.clean_extra.as_deref().map(|extra| (EXTRA_ARGUMENTS, Some(extra))));
         self.apply(&all).into_bytes()
     }
 
@@ -115,33 +162,28 @@ impl<'body> Document<'body> {
             .map(|(key, value)| key.len() + value.map_or(0, str::len) + 4)
             .sum();
         let mut out = String::with_capacity(self.text.len() + growth);
-        let mut set = vec![false; edits.len()];
         let mut cursor = self.text.find('{').unwrap_or_default() + 1;
         let mut empty = true;
         out.push_str(&self.text[..cursor]);
-        for member in &self.members {
+        for (index, member) in self.members.iter().enumerate() {
             let separator = &self.text[cursor..member.whole.start];
             cursor = member.whole.end;
-            let edit = edits.iter().position(|(key, _)| *key == member.key);
-            let replacement = match edit {
-                None => None,
-                Some(index) => match edits[index].1 {
-                    Some(value) if !std::mem::replace(&mut set[index], true) => Some(value),
-                    Some(_) | None => continue,
-                },
-            };
+            let edit = edits.iter().find(|(key, _)| *key == member.key);
+            if matches!(edit, Some((_, None))) || !self.is_last((index, member)) {
+                continue;
+            }
             match separator.split_once(',') {
                 Some((before, after)) if empty => out.extend([before, after]),
                 _ => out.push_str(separator),
             }
             empty = false;
-            match replacement {
-                None => out.push_str(&self.text[member.whole.clone()]),
-                Some(value) => out.extend([&self.text[member.whole.start..member.value.start], value]),
+            match edit {
+                Some((_, Some(value))) => out.extend([&self.text[member.whole.start..member.value.start], value]),
+                _ => out.push_str(&self.text[member.whole.clone()]),
             }
         }
-        for ((key, value), set) in edits.iter().zip(set) {
-            if let (Some(value), false) = (value, set) {
+        for (key, value) in edits {
+            if let (Some(value), false) = (value, self.by_key.contains_key(*key)) {
                 out.extend([if empty { "\"" } else { ",\"" }, key, "\":", value]);
                 empty = false;
             }
@@ -171,8 +213,8 @@ pub(super) fn edit_at(text: &str, path: &[Step], new: impl FnOnce(&str) -> Optio
             Some(document.apply(&[(key, Some(&value))]))
         }
         [Step::First, rest @ ..] => {
-            let elements: Vec<&RawValue> = serde_json::from_str(text).ok()?;
-            let first = elements.first()?.get();
+            let First(first) = serde_json::from_str(text).ok()?;
+            let first = first?.get();
             let start = first.as_ptr().addr() - text.as_ptr().addr();
             let value = edit_at(first, rest, new)?;
             Some([&text[..start], &value, &text[start + first.len()..]].concat())
@@ -180,37 +222,101 @@ pub(super) fn edit_at(text: &str, path: &[Step], new: impl FnOnce(&str) -> Optio
     }
 }
 
-/// The object `text` without the forbidden fields, or `None` if it has none of them or is no object.
-fn without_forbidden(text: &str) -> Option<String> {
-    let document = Document::parse_text(text).ok()?;
-    document
-        .keys()
-        .any(|key| FORBIDDEN.contains(&key))
-        .then(|| document.apply(&FORBIDDEN.map(|key| (key, None))))
+/// The object `text` without the forbidden fields; `None` if it has none of them or is no object.
+fn without_forbidden(text: &str) -> Result<Option<String>, BodyError> {
+    if !text.starts_with('{') {
+        return Ok(None);
+    }
+    let document = Document::parse_text(text)?;
+    let is_clean = FORBIDDEN.iter().all(|key| document.get(key).is_none());
+    Ok((!is_clean).then(|| document.apply(&FORBIDDEN.map(|key| (key, None)))))
 }
 
-/// Members of an object in order, duplicates included.
-struct Entries<'body>(Vec<(String, &'body RawValue)>);
+/// Whether objects and lists are nested deeper than the limit, at least as JSON that is well formed.
+fn is_too_deep(text: &[u8]) -> bool {
+    // Few texts have more brackets than levels are allowed, and counting brackets is fast.
+    if memchr::memchr2_iter(b'[', b'{', text).nth(MAX_DEPTH).is_none() {
+        return false;
+    }
+    let (mut depth, mut at) = (0_usize, 0);
+    while let Some(byte) = text.get(at) {
+        match byte {
+            b'[' | b'{' if depth == MAX_DEPTH => return true,
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b'"' => at = end_of_string(text, at + 1),
+            _ => {}
+        }
+        at += 1;
+    }
+    false
+}
 
-impl<'de> Deserialize<'de> for Entries<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Object;
-        impl<'de> Visitor<'de> for Object {
-            type Value = Entries<'de>;
+/// The index of the quote that ends the string from `at` on; the end of the text if there is none.
+fn end_of_string(text: &[u8], mut at: usize) -> usize {
+    while let Some(found) = text.get(at..).and_then(|rest| memchr::memchr2(b'"', b'\\', rest)) {
+        at += found;
+        if text[at] == b'"' {
+            return at;
+        }
+        at += 2;
+    }
+    text.len()
+}
 
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a JSON object")
-            }
+/// A key, which is only copied where it has escapes.
+#[derive(serde::Deserialize)]
+struct Key<'body>(#[serde(borrow)] Cow<'body, str>);
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Entries(entries))
+/// Reads the members of an object in order, duplicates included, up to one more than the limit.
+struct Entries<'read, 'body>(&'read mut Vec<(Key<'body>, &'body RawValue)>);
+
+impl<'de> DeserializeSeed<'de> for Entries<'_, 'de> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Entries<'_, 'de> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(entry) = map.next_entry()? {
+            self.0.push(entry);
+            if self.0.len() > MAX_MEMBERS {
+                return Err(A::Error::custom("too many members"));
             }
         }
-        deserializer.deserialize_map(Object)
+        Ok(())
+    }
+}
+
+/// The first element of a list, if it has any.
+struct First<'text>(Option<&'text RawValue>);
+
+impl<'de> Deserialize<'de> for First<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = First<'de>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a list")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let first = list.next_element()?;
+                while list.next_element::<&RawValue>()?.is_some() {}
+                Ok(First(first))
+            }
+        }
+        deserializer.deserialize_seq(List)
     }
 }
 
@@ -243,11 +349,59 @@ mod tests {
     }
 
     #[test]
-    fn of_duplicates_the_last_is_read_and_one_is_left_when_set() {
-        let body = r#"{"n":1,"a":0,"n":2}"#;
+    fn of_duplicates_the_last_is_read_and_nothing_else_reaches_an_engine() {
+        let body = r#"{"n":1,"a":0, "\u006e":2}"#;
         assert_eq!(Document::parse(body.as_bytes()).expect("object").get("n"), Some("2"));
-        assert_eq!(edit(body, &[("n", Some("7"))]), r#"{"n":7,"a":0}"#);
+        assert_eq!(edit(body, &[]), r#"{"a":0, "\u006e":2}"#);
+        assert_eq!(edit(body, &[("n", Some("7"))]), r#"{"a":0, "\u006e":7}"#);
         assert_eq!(edit(body, &[("n", None)]), r#"{"a":0}"#);
+        let body = r#"{"vllm_xargs":{"kv_transfer_params":{"remote_host":"evil"}},"vllm_xargs":{"a":1}}"#;
+        assert_eq!(edit(body, &[]), r#"{"vllm_xargs":{"a":1}}"#);
+    }
+
+    #[test]
+    fn members_and_depth_have_limits_that_the_error_names() {
+        let members = |count: usize| {
+            let members: Vec<String> = (0..count).map(|number| format!("\"k{number}\":0")).collect();
+            format!("{{{}}}", members.join(","))
+        };
+        let nested = |depth: usize| format!("{{\"a\":{}0{}}}", "[".repeat(depth - 1), "]".repeat(depth - 1));
+        let message =
+            |body: &str| crate::report::one_line(&Document::parse(body.as_bytes()).expect_err("over a limit"));
+        for body in [
+            members(MAX_MEMBERS),
+            nested(MAX_DEPTH),
+            // What looks like brackets is text.
+            format!("{{\"a\":\"{}\",\"b\":\"\\\\\"}}", "\\\"[{".repeat(2 * MAX_DEPTH)),
+            // Many brackets, few levels.
+            format!("{{\"a\":[{}0]}}", "[{}],".repeat(2 * MAX_DEPTH)),
+        ] {
+            assert_eq!(edit(&body, &[]), body);
+        }
+        assert!(message(&members(MAX_MEMBERS + 1)).contains("more than 1024 members"));
+        assert!(message(&nested(MAX_DEPTH + 1)).contains("deeper than 1000 levels"));
+        // It ends at the limit, whatever comes after it.
+        assert!(message(&format!("{}:", members(2000))).contains("more than 1024 members"));
+        assert!(message(&"[".repeat(1_000_000)).contains("deeper than 1000 levels"));
+        let extra = message(&format!("{{\"vllm_xargs\":{}}}", members(MAX_MEMBERS + 1)));
+        assert!(extra.contains("`vllm_xargs`") && extra.contains("1024"), "{extra}");
+    }
+
+    #[test]
+    fn extra_arguments_that_cannot_be_read_are_refused() {
+        // Python reads such a key, Rust has no text for it.
+        let body = r#"{"vllm_xargs":{"kv_transfer_params":{},"\ud800":1}}"#;
+        assert!(matches!(
+            Document::parse(body.as_bytes()),
+            Err(BodyError::ExtraArguments(_))
+        ));
+        for body in [
+            r#"{"vllm_xargs":null}"#,
+            r#"{"vllm_xargs":[1]}"#,
+            r#"{"vllm_xargs":"{"}"#,
+        ] {
+            assert_eq!(edit(body, &[]), body);
+        }
     }
 
     #[test]
@@ -277,13 +431,7 @@ mod tests {
         let own = edit(body, &[("kv_transfer_params", Some("{\"own\":1}"))]);
         let value: Value = serde_json::from_str(&own).expect("JSON");
         assert_eq!(value["kv_transfer_params"], serde_json::json!({"own": 1}));
-        assert_eq!(own.matches("transfer_params").count(), 1, "{own}");
-    }
-
-    #[test]
-    fn depth_is_the_engines_to_refuse() {
-        let deep = format!("{{\"a\":{}{},\"n\":2}}", "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(edit(&deep, &[("n", Some("1"))]), deep.replace("\"n\":2", "\"n\":1"));
+        assert_eq!(own.matches("rams\":").count(), 1, "{own}");
     }
 
     #[test]
@@ -386,20 +534,17 @@ mod tests {
                 }
             }
             let mut due = Vec::new();
-            let mut set = Vec::new();
-            for ((key, before, ..), text) in members.iter().zip(&texts) {
-                let name = key_of(key);
-                match edits.iter().find(|(edited, _)| *edited == name) {
-                    _ if FORBIDDEN.contains(&name.as_str()) => {}
+            let names: Vec<String> = members.iter().map(|(key, ..)| key_of(key)).collect();
+            for (place, ((key, before, ..), text)) in members.iter().zip(&texts).enumerate() {
+                let name = &names[place];
+                match edits.iter().find(|(edited, _)| edited == name) {
+                    _ if FORBIDDEN.contains(&name.as_str()) || names[place + 1..].contains(name) => {}
                     None => due.push(text.clone()),
-                    Some((_, Some(value))) if !set.contains(&name) => {
-                        due.push(format!("{key}{before}:{before}{value}"));
-                        set.push(name);
-                    }
-                    Some(_) => {}
+                    Some((_, Some(value))) => due.push(format!("{key}{before}:{before}{value}")),
+                    Some((_, None)) => {}
                 }
             }
-            let new = edits.iter().filter(|(key, _)| !set.contains(key));
+            let new = edits.iter().filter(|(key, _)| !names.contains(key));
             due.extend(new.filter_map(|(key, value)| Some(format!("\"{key}\":{}", value.as_deref()?))));
             let edits: Vec<Edit<'_>> = edits.iter().map(|(key, value)| (key.as_str(), value.as_deref())).collect();
             let out = edit(&body, &edits);
@@ -437,7 +582,9 @@ mod tests {
         }
 
         #[test]
-        fn a_body_without_edits_comes_back_byte_for_byte(body in objects()) {
+        fn a_body_without_edits_and_duplicates_comes_back_byte_for_byte(body in objects()) {
+            let document = Document::parse_text(&body).expect("an object");
+            prop_assume!(document.by_key.len() == document.members.len());
             prop_assert_eq!(edit(&body, &[]), body);
         }
     }

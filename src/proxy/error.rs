@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
@@ -59,6 +59,12 @@ pub(super) enum ProxyError {
     /// The client's body is too large.
     #[error("the request body is larger than {limit} bytes")]
     TooLarge {
+        /// The limit, in bytes.
+        limit: usize,
+    },
+    /// There is no room for the client's body.
+    #[error("the bodies of all requests have {limit} bytes at most, and this one has no room")]
+    BodiesFull {
         /// The limit, in bytes.
         limit: usize,
     },
@@ -256,6 +262,7 @@ impl ProxyError {
         match self {
             Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
+            Self::BodiesFull { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_body_bytes"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
             Self::Malformed(_) => (StatusCode::BAD_REQUEST, CLIENT, "malformed_body"),
             Self::Http(refusal) => (refusal.status(), CLIENT, refusal.code()),
@@ -312,6 +319,10 @@ impl ProxyError {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if matches!(self, Self::TooLarge { .. } | Self::BodiesFull { .. } | Self::Unread(_)) {
+            // The rest of the body is never read.
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         let retry_after = match self {
             Self::QueueFull { retry_after, .. } | Self::QueueTimeout { retry_after, .. } => Some(*retry_after),

@@ -23,6 +23,9 @@ simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vL
   several choices or prompts are cheaper on one engine than the care that they would take on two.
 - **refused**: no engine sees it; the answer is an error in OpenAI's shape.
 
+A body is at most `proxy.max_body` long, has at most 1,024 members and 1,000 levels of nesting; more is refused. Of members with
+the same key only the last one reaches the engine.
+
 Whichever it is: `kv_transfer_params` and `ec_transfer_params` are taken out, also of `vllm_xargs`; other fields reach the engine
 as the client wrote them. Ids are the proxy's, one for each answer. `usage` is that of one engine
 started with `--enable-prompt-tokens-details`, as xpyd starts its own: where prompts are handed over, `cached_tokens` is what the prefill engine had cached, and not the KV that came from it. What a prefill engine refuses is

@@ -147,10 +147,13 @@ fn end_of_labels(text: &str) -> Option<usize> {
 
 /// The labels, each `name="value"`.
 fn labels(text: &str) -> impl Iterator<Item = &str> {
-    let ends: Vec<usize> = cuts(text, b',').chain([text.len()]).collect();
-    let starts = [0].into_iter().chain(ends.clone().into_iter().map(|end| end + 1));
-    let parts: Vec<&str> = starts.zip(ends).map(|(start, end)| text[start..end].trim()).collect();
-    parts.into_iter().filter(|label| {
+    let mut start = 0;
+    let parts = cuts(text, b',').chain([text.len()]).map(move |end| {
+        let part = text[start..end].trim();
+        start = end + 1;
+        part
+    });
+    parts.filter(|label| {
         let value = label.split_once("=\"").filter(|(name, _)| is_name(name));
         value.is_some_and(|(_, value)| value.ends_with('"'))
     })

@@ -44,6 +44,11 @@ struct RequestLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CodeLabels {
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OutcomeLabels {
     outcome: &'static str,
 }
@@ -250,6 +255,8 @@ pub(super) struct Metrics {
     pub(super) canaries: Arc<Traffic>,
     pub(super) overload: Overload,
     requests: Family<RequestLabels, Counter>,
+    errors: Family<CodeLabels, Counter>,
+    body_bytes: Gauge,
     cleanups: Family<OutcomeLabels, Counter>,
     leases_over: Counter,
     expired_leases: Family<EngineLabels, Gauge>,
@@ -275,6 +282,8 @@ impl Metrics {
             canaries,
             overload: Overload::default(),
             requests: Family::default(),
+            errors: Family::default(),
+            body_bytes: Gauge::default(),
             cleanups: Family::default(),
             leases_over: Counter::default(),
             expired_leases: Family::default(),
@@ -315,6 +324,12 @@ impl Metrics {
             "Connections of clients that are open",
             self.overload.connections(),
         );
+        registry.register(
+            "errors",
+            "Requests answered with an error of the proxy, by its code",
+            self.errors.clone(),
+        );
+        registry.register("body_bytes", "Bytes of all request bodies", self.body_bytes.clone());
         registry.register(
             "handoff_cleanups",
             "Hand-offs that ended early, by whether their KV could be freed",
@@ -401,6 +416,16 @@ impl Metrics {
 
     pub(super) fn answered(&self, endpoint: &'static str, status: u16) {
         self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
+    }
+
+    /// A request was answered with an error of the proxy.
+    pub(super) fn failed(&self, code: &'static str) {
+        self.errors.get_or_create(&CodeLabels { code }).inc();
+    }
+
+    /// The bodies of all requests have so many bytes.
+    pub(super) fn holds_bodies(&self, bytes: usize) {
+        self.body_bytes.set(to_gauge(bytes));
     }
 
     /// The KV of a hand-off that ended early was freed, or could not be.

@@ -7,6 +7,7 @@ mod access;
 mod admission;
 mod answer;
 mod api;
+mod bodies;
 mod body;
 mod breaker;
 mod canary;
@@ -64,6 +65,7 @@ pub use notify::{Notifications, NotifyError};
 pub use tls::{Tls, TlsError};
 pub use trace::{Traces, TracesError};
 
+use bodies::Bodies;
 use error::ProxyError;
 use flow::Deadlines;
 use listen::Limits;
@@ -133,6 +135,7 @@ struct Shared {
     merged: Cached<Bytes>,
     version: Cached<Option<Version>>,
     admission: Arc<Semaphore>,
+    bodies: Arc<Bodies>,
     seats: Seats,
     pairs: Mutex<Pairs>,
     /// The pair (prefill, decode) between which hand-offs fail or crawl.
@@ -159,8 +162,10 @@ impl Proxy {
     ) -> Self {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         let metrics = Metrics::new(&settings);
+        let bodies = Bodies::new(settings.max_body_bytes, settings.service.admission.body_bytes);
         Self(Arc::new(Shared {
             upstream: Upstream::new(metrics.overload.clone()),
+            bodies: Arc::new(bodies),
             seats: Seats::new(&settings.service.admission),
             metrics,
             pairs: Mutex::default(),
@@ -275,6 +280,7 @@ impl Shared {
 
     fn metrics_text(&self, as_vllm: bool) -> String {
         let view = Arc::clone(&self.view.borrow());
+        self.metrics.holds_bodies(self.bodies.held());
         self.metrics.text(
             &view,
             self.in_flight(),

@@ -1,9 +1,6 @@
 //! The proxy's routes, served by the rules of `api`.
 
-use std::error::Error;
-use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -11,14 +8,12 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, Response, header, request};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, on};
-use bytes::Bytes;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::time::Instant;
 
 use super::Shared;
 use super::api::{self, Course, Methods, Rule};
 use super::entrance::enter;
-use super::error::ProxyError;
+use super::error::{Code, ProxyError};
 use super::flow::{self, Job};
 use super::guard::Clock;
 use super::pass;
@@ -27,9 +22,6 @@ use super::rules::Kind;
 use crate::fleet::Role;
 use crate::report::one_line;
 use crate::service::WithoutPrefill;
-
-/// How long a client may take to send its body.
-const BODY_DEADLINE: Duration = Duration::from_mins(1);
 
 /// The whole API.
 pub(super) fn router(shared: Arc<Shared>) -> Router {
@@ -71,7 +63,7 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
     record.generates(session(shared, &head.headers).as_deref());
-    let body = read(body, shared.settings.max_body_bytes).await?;
+    let body = shared.bodies.read(body).await?;
     record.has_read();
     let permit = shared.admit()?;
     let job = Job {
@@ -93,7 +85,7 @@ async fn pass_on(shared: &Arc<Shared>, request: Request) -> Result<Response<Body
     shared.takes_clients()?;
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
-    let body = read(body, shared.settings.max_body_bytes).await?;
+    let body = shared.bodies.read(body).await?;
     let clock = Clock {
         record,
         last_read: None,
@@ -179,35 +171,11 @@ pub(super) fn respond(
         error.to_response()
     });
     shared.metrics.answered(endpoint, response.status().as_u16());
+    if let Some(Code(code)) = response.extensions().get() {
+        shared.metrics.failed(code);
+    }
     response.extensions_mut().insert(Endpoint(endpoint));
     response
-}
-
-async fn read(body: Body, limit: usize) -> Result<Bytes, ProxyError> {
-    let read = tokio::time::timeout(BODY_DEADLINE, Limited::new(body, limit).collect()).await;
-    match read {
-        Err(_) => Err(ProxyError::Unread(format!(
-            "no end within {}",
-            humantime::format_duration(BODY_DEADLINE)
-        ))),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(ProxyError::TooLarge { limit }),
-        Ok(Err(error)) => Err(unread(&*error)),
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-    }
-}
-
-/// The error of a body that did not arrive. Chunks that break their framing are the client's fault, and the same again
-/// at the next attempt, so they are no time-out.
-fn unread(error: &(dyn Error + 'static)) -> ProxyError {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
-        if let Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) = kind {
-            return ProxyError::Malformed(error.to_string());
-        }
-        cause = error.source();
-    }
-    ProxyError::Unread(one_line(error))
 }
 
 fn session(shared: &Shared, headers: &HeaderMap) -> Option<String> {

@@ -60,13 +60,19 @@ pub(super) struct SpliceRequest {
 /// Decides.
 pub(super) fn course(kind: Kind, document: &Document<'_>, flow: DecodeFlow) -> Course {
     let mut unspliced = None;
-    for key in document.keys() {
-        let value = document.given(key);
-        match fields::find(kind, key) {
-            Some(field) if !field.handoff.serves(value) => return Course::Bypass(field.name),
-            Some(field) if !field.splice.serves(value) => unspliced = unspliced.or(Some(field.name)),
-            None if value.is_some() => unspliced = unspliced.or(Some("a field that no rule names")),
-            Some(_) | None => {}
+    for (key, value) in document.members() {
+        let value = Some(value).filter(|value| *value != "null");
+        let field = fields::find(kind, key);
+        if let Some(field) = field.filter(|field| !field.handoff.serves(value)) {
+            return Course::Bypass(field.name);
+        }
+        // Some of these rules read the whole value, so they are only asked where a splice is possible.
+        if flow == DecodeFlow::TokenSplice && unspliced.is_none() {
+            unspliced = match field {
+                Some(field) if !field.splice.serves(value) => Some(field.name),
+                None if value.is_some() => Some("a field that no rule names"),
+                Some(_) | None => None,
+            };
         }
     }
     if document.given(kind.prompt_field()).is_none() {
@@ -138,11 +144,33 @@ fn is_plain_chat(messages: &str) -> bool {
     #[serde(deny_unknown_fields)]
     struct Message {
         #[serde(rename = "role")]
-        _role: String,
+        _role: AnyText,
         #[serde(rename = "content")]
-        _content: String,
+        _content: AnyText,
     }
+    // Messages of no size: a list of any length takes no memory.
     serde_json::from_str::<Vec<Message>>(messages).is_ok()
+}
+
+/// A text that is read and not kept.
+struct AnyText;
+
+impl<'de> serde::Deserialize<'de> for AnyText {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Text;
+        impl serde::de::Visitor<'_> for Text {
+            type Value = AnyText;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a text")
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<AnyText, E> {
+                Ok(AnyText)
+            }
+        }
+        deserializer.deserialize_str(Text)
+    }
 }
 
 #[cfg(test)]

@@ -267,6 +267,9 @@ impl Attempt<'_> {
         let is_limited = role == Role::Decode && self.job.pair.is_none();
         let now = Instant::now();
         let mut book = shared.seats.lock();
+        if is_limited && !book.queue.may_try(ticket.map(|ticket| ticket.number)) {
+            return Ok(None);
+        }
         let count = engines.len();
         let rank = |place| (place + count - turn % count) % count;
         let mut candidates: Vec<Candidate<'_>> = engines
@@ -281,9 +284,6 @@ impl Attempt<'_> {
                 tried: self.has_tried(engine) || book.is_failing(engine, now),
             })
             .collect();
-        if is_limited && !book.queue.may_try(ticket.map(|ticket| ticket.number)) {
-            return Ok(None);
-        }
         while let Some(place) = pick::best(&candidates, &wish) {
             let Candidate { engine, known, .. } = candidates.swap_remove(place);
             let Some(seat) = Seat::take(engine, &shared.view) else {

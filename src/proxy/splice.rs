@@ -179,7 +179,8 @@ fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) 
     // Any token after the prompt will do to take the prompt's KV.
     let prompt = list(&[tokens, &tokens[..1]].concat());
     let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1}}"#);
-    attempt.reserve(decode, id, Consume::Completion(body.into()))
+    let body = attempt.shared.bodies.hold(body.into_bytes());
+    attempt.reserve(decode, id, Consume::Completion(body))
 }
 
 fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) -> Vec<u8> {
@@ -306,8 +307,7 @@ async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option
 
 /// Token ids as JSON.
 fn list(ids: &[u32]) -> String {
-    let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-    format!("[{}]", ids.join(","))
+    serde_json::to_string(ids).expect("numbers are JSON")
 }
 
 fn whole_response(body: String, stream: bool) -> Response<Body> {

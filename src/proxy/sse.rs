@@ -11,6 +11,8 @@ const MAX_HELD_BYTES: usize = 8 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Events {
     partial: BytesMut,
+    /// Whether a line ends where `partial` ends, so that another end of line would end the event.
+    ends_line: bool,
     done: bool,
 }
 
@@ -18,40 +20,24 @@ impl Events {
     /// The whole events that `chunk` completes, possibly none. Does not copy where chunks end with an event, and looks at
     /// each byte once, however many chunks an event comes in.
     pub(super) fn push(&mut self, mut chunk: Bytes) -> Bytes {
-        let whole = if self.partial.is_empty() {
-            let whole = chunk.split_to(end_of_last_event(&chunk));
-            self.partial.extend_from_slice(&chunk);
-            whole
-        } else {
-            let searched = self.searched();
-            self.partial.extend_from_slice(&chunk);
-            let end = match end_of_last_event(&self.partial[searched..]) {
-                0 => 0,
-                end => searched + end,
-            };
-            self.partial.split_to(end).freeze()
-        };
-        let whole = if whole.is_empty() && self.partial.len() > MAX_HELD_BYTES {
-            std::mem::take(&mut self.partial).freeze()
-        } else {
-            whole
-        };
+        let end = end_of_last_event(&chunk, self.ends_line);
+        let rest = chunk.split_off(end);
+        self.ends_line = ends_line(&rest, chunk.is_empty() && self.ends_line);
+        let mut whole = chunk;
+        if !whole.is_empty() && !self.partial.is_empty() {
+            self.partial.extend_from_slice(&whole);
+            whole = std::mem::take(&mut self.partial).freeze();
+        }
+        self.partial.extend_from_slice(&rest);
+        if whole.is_empty() && self.partial.len() > MAX_HELD_BYTES {
+            self.ends_line = false;
+            whole = std::mem::take(&mut self.partial).freeze();
+        }
         // A comment after the end marker is no more data.
         if let Some(last) = data(&whole).next_back() {
             self.done = last == b"[DONE]";
         }
         whole
-    }
-
-    /// How much of what is held back cannot belong to an event's end: all but a line's end at its own end.
-    fn searched(&self) -> usize {
-        let returns = self.partial.iter().rev().take_while(|byte| **byte == b'\r').count();
-        let line = self.partial.len() - returns;
-        if self.partial[..line].ends_with(b"\n") {
-            line - 1
-        } else {
-            self.partial.len()
-        }
     }
 
     /// Whether the end marker was the last event so far.
@@ -60,8 +46,8 @@ impl Events {
     }
 }
 
-/// Where the last event in `bytes` ends, its blank line included; 0 if there is none.
-fn end_of_last_event(bytes: &[u8]) -> usize {
+/// Where the last event in `bytes` ends, its blank line included; 0 if there is none. `after_line`: a line ends before them.
+fn end_of_last_event(bytes: &[u8], after_line: bool) -> usize {
     if bytes.ends_with(b"\n\n") {
         return bytes.len();
     }
@@ -74,7 +60,15 @@ fn end_of_last_event(bytes: &[u8]) -> usize {
             _ => newline_before = None,
         }
     }
-    0
+    newline_before.filter(|_| after_line).unwrap_or(0)
+}
+
+/// Whether a line ends at the end of `bytes`. `before`: whether one ends before them.
+fn ends_line(bytes: &[u8], before: bool) -> bool {
+    match bytes.iter().rfind(|byte| **byte != b'\r') {
+        Some(last) => *last == b'\n',
+        None => before,
+    }
 }
 
 /// Each of whole events with the place where it begins, its blank line included.
@@ -153,6 +147,20 @@ mod tests {
         let whole = events.push(Bytes::from_static(b"\n\nrest"));
         assert_eq!(whole.len(), MAX_HELD_BYTES / 9 * piece.len() + 2);
         assert_eq!(events.push(Bytes::from_static(b"\r\n\r\n")), "rest\r\n\r\n");
+    }
+
+    /// Nor here, where all that is held back could belong to the end of an event.
+    #[test]
+    fn an_event_may_be_held_back_at_its_very_end() {
+        let mut events = Events::default();
+        assert_eq!(events.push(Bytes::from_static(b"data: x\n")), "");
+        for _ in 0..MAX_HELD_BYTES / 8 {
+            assert_eq!(events.push(Bytes::from_static(b"\r\r\r\r")), "");
+        }
+        let whole = events.push(Bytes::from_static(b"\ny"));
+        assert_eq!(whole.len(), 8 + MAX_HELD_BYTES / 8 * 4 + 1);
+        assert_eq!(events.push(Bytes::from_static(b"\n")), "");
+        assert_eq!(events.push(Bytes::from_static(b"\n")), "y\n\n");
     }
 
     /// Events of any lines, with either line end, that end with a blank one.

@@ -2,6 +2,7 @@
 //!
 //! Knows HTTP; knows nothing of prompts, connectors or retries.
 
+use std::collections::HashSet;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -287,7 +288,7 @@ pub(super) async fn whole(mut body: AnswerBody) -> Result<Bytes, Cause> {
 
 /// The headers that may cross from one connection to another.
 pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {
-    let named: Vec<HeaderName> = headers
+    let named: HashSet<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
@@ -296,7 +297,7 @@ pub(super) fn forwardable(headers: &HeaderMap) -> HeaderMap {
         .collect();
     headers
         .iter()
-        .filter(|(name, _)| !NOT_FORWARDED.contains(name) && !steers(name.as_str()) && !named.contains(name))
+        .filter(|(name, _)| !NOT_FORWARDED.contains(name) && !steers(name.as_str()) && !named.contains(*name))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect()
 }

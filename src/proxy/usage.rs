@@ -80,8 +80,8 @@ impl PrefillUsage {
             .and_then(|text| Document::parse_text(text).ok()?.given("usage"));
         let details = usage.and_then(|usage| {
             let all = Document::parse_text(Document::parse_text(usage).ok()?.given("prompt_tokens_details")?).ok()?;
-            let given = |key: &str| Some((key.to_owned(), all.given(key)?.to_owned()));
-            Some(all.keys().filter_map(given).collect())
+            let given = all.members().filter(|(_, value)| *value != "null");
+            Some(given.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
         });
         Self {
             details: details.unwrap_or_default(),

@@ -108,13 +108,25 @@ impl Wire {
     /// # Errors
     /// When the connection breaks or ends before, or the head is none.
     pub(crate) async fn head(&mut self, method: &Method) -> io::Result<Head> {
+        let mut parsed = 0;
         loop {
-            match parse(&mut self.read, method)? {
-                Some(head) if head.parts.status.is_informational() => {}
-                Some(head) => return Ok(head),
-                None if self.read.len() > MAX_HEAD_BYTES => return Err(nonsense("its head has no end")),
-                None if poll_fn(|context| self.poll_read(context)).await? > 0 => {}
-                None => return Err(io::ErrorKind::UnexpectedEof.into()),
+            // Only an end of line can complete a head, so one that comes byte by byte is not parsed for each of them.
+            if parsed == 0 || memchr::memchr(b'\n', &self.read[parsed..]).is_some() {
+                match parse(&mut self.read, method)? {
+                    Some(head) if head.parts.status.is_informational() => {
+                        parsed = 0;
+                        continue;
+                    }
+                    Some(head) => return Ok(head),
+                    None => {}
+                }
+            }
+            if self.read.len() > MAX_HEAD_BYTES {
+                return Err(nonsense("its head has no end"));
+            }
+            parsed = self.read.len();
+            if poll_fn(|context| self.poll_read(context)).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
     }

@@ -5,6 +5,7 @@
     reason = "helpers of tests stop them as loudly as the tests themselves"
 )]
 
+mod bodies;
 mod canary;
 pub(crate) mod fake;
 mod guard;

@@ -1,0 +1,290 @@
+//! Reads clients' bodies, within a limit for each one and a budget of bytes for all of them together.
+//!
+//! A body takes part of the budget from its first byte until nothing refers to it any more, clean-ups included. Copies that
+//! are made for engines are not counted, unless they outlive the body: a request has one of them at a time.
+
+use std::error::Error;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::Body as _;
+
+use super::error::ProxyError;
+use crate::report::one_line;
+
+/// How long a client may take to send its body.
+const READ_DEADLINE: Duration = Duration::from_mins(1);
+
+/// Larger bodies count as large ones. A prompt of 128 Ki tokens has about 512 KiB.
+const SMALL_BYTES: usize = 1 << 20;
+
+/// The bodies of all requests in a proxy.
+#[derive(Debug)]
+pub(super) struct Bodies {
+    budget: Mutex<Budget>,
+    /// Largest body.
+    limit: usize,
+}
+
+impl Bodies {
+    /// `limit`: most bytes of one body. `budget`: most bytes of all bodies, 0 for no limit.
+    pub(super) fn new(limit: usize, budget: u64) -> Self {
+        let limit_of_all = match usize::try_from(budget) {
+            Ok(0) | Err(_) => usize::MAX,
+            Ok(limit) => limit,
+        };
+        let budget = Budget {
+            limit: limit_of_all,
+            small: 0,
+            large: 0,
+        };
+        Self {
+            limit: limit.min(budget.share()),
+            budget: Mutex::new(budget),
+        }
+    }
+
+    fn budget(&self) -> MutexGuard<'_, Budget> {
+        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of all bodies now.
+    pub(super) fn held(&self) -> usize {
+        self.budget().held()
+    }
+
+    /// Reads a body. One whose announced length is too large, or has no room, is refused unread: hyper asks a client to
+    /// continue only once the body is read.
+    pub(super) async fn read(self: &Arc<Self>, body: Body) -> Result<Bytes, ProxyError> {
+        let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+        self.check(announced)?;
+        if self.budget().clone().resize(0, announced).is_err() {
+            return Err(self.full());
+        }
+        let mut held = HeldBody {
+            bytes: Vec::new(),
+            bodies: Arc::clone(self),
+        };
+        match tokio::time::timeout(READ_DEADLINE, held.fill(body)).await {
+            Ok(read) => read?,
+            Err(_) => {
+                let deadline = humantime::format_duration(READ_DEADLINE);
+                return Err(ProxyError::Unread(format!("no end within {deadline}")));
+            }
+        }
+        Ok(Bytes::from_owner(held))
+    }
+
+    /// Counts what is made of a body and outlives it. It always has room, because its body had.
+    pub(super) fn hold(self: &Arc<Self>, bytes: Vec<u8>) -> Bytes {
+        self.budget().add(bytes.len());
+        Bytes::from_owner(HeldBody {
+            bytes,
+            bodies: Arc::clone(self),
+        })
+    }
+
+    fn check(&self, length: usize) -> Result<(), ProxyError> {
+        if length > self.limit {
+            return Err(ProxyError::TooLarge { limit: self.limit });
+        }
+        Ok(())
+    }
+
+    fn full(&self) -> ProxyError {
+        let limit = self.budget().limit;
+        ProxyError::BodiesFull { limit }
+    }
+}
+
+/// The error of a body that did not arrive. Chunks that break their framing are the client's fault, and the same again
+/// at the next attempt, so they are no time-out.
+fn unread(error: &(dyn Error + 'static)) -> ProxyError {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if let Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) = kind {
+            return ProxyError::Malformed(error.to_string());
+        }
+        cause = error.source();
+    }
+    ProxyError::Unread(one_line(error))
+}
+
+/// A body and its part of the budget.
+#[derive(Debug)]
+struct HeldBody {
+    bytes: Vec<u8>,
+    bodies: Arc<Bodies>,
+}
+
+impl HeldBody {
+    /// Reads all of `body`. Its pieces are copied, because a piece of one byte keeps the buffer that it was read into.
+    async fn fill(&mut self, mut body: Body) -> Result<(), ProxyError> {
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| unread(&error))?;
+            let Ok(piece) = frame.into_data() else {
+                continue;
+            };
+            let (before, now) = (self.bytes.len(), self.bytes.len().saturating_add(piece.len()));
+            self.bodies.check(now)?;
+            if self.bodies.budget().resize(before, now).is_err() {
+                return Err(self.bodies.full());
+            }
+            self.bytes.extend_from_slice(&piece);
+        }
+        Ok(())
+    }
+}
+
+impl AsRef<[u8]> for HeldBody {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for HeldBody {
+    fn drop(&mut self) {
+        let freed = self.bodies.budget().resize(self.bytes.len(), 0);
+        debug_assert!(freed.is_ok(), "a body that ends always fits");
+    }
+}
+
+/// Bytes that are held. Small and large bodies are counted apart and get three quarters of the budget each at most, so that
+/// neither can keep the other out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Budget {
+    limit: usize,
+    small: usize,
+    large: usize,
+}
+
+/// There is no room.
+#[derive(Debug, PartialEq, Eq)]
+struct Full;
+
+impl Budget {
+    /// Most bytes of one kind of body.
+    fn share(&self) -> usize {
+        self.limit - self.limit / 4
+    }
+
+    fn held(&self) -> usize {
+        self.small.saturating_add(self.large)
+    }
+
+    /// A body of `before` bytes has `now` bytes. It may always shrink.
+    fn resize(&mut self, before: usize, now: usize) -> Result<(), Full> {
+        let mut next = self.clone();
+        *next.kind(before) -= before;
+        let kind = next.kind(now);
+        *kind = kind.saturating_add(now);
+        let in_kind = *kind;
+        if now > before && (in_kind > self.share() || next.held() > self.limit) {
+            return Err(Full);
+        }
+        *self = next;
+        Ok(())
+    }
+
+    /// Adds a body, even if there is no room.
+    fn add(&mut self, length: usize) {
+        let kind = self.kind(length);
+        *kind = kind.saturating_add(length);
+    }
+
+    fn kind(&mut self, length: usize) -> &mut usize {
+        if length <= SMALL_BYTES {
+            &mut self.small
+        } else {
+            &mut self.large
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn budget(limit: usize) -> Budget {
+        Budget {
+            limit,
+            small: 0,
+            large: 0,
+        }
+    }
+
+    #[test]
+    fn neither_small_nor_large_bodies_keep_the_others_out() {
+        for (greedy, modest) in [(MIB, 16 * MIB), (16 * MIB, MIB)] {
+            let mut budget = budget(64 * MIB);
+            let count = std::iter::from_fn(|| budget.resize(0, greedy).ok()).count();
+            assert_eq!(count, 48 * MIB / greedy);
+            assert_eq!(budget.resize(0, modest), Ok(()));
+            assert_eq!(budget.resize(0, greedy), Err(Full));
+            assert_eq!(budget.resize(greedy, 0), Ok(()));
+            assert_eq!(budget.resize(0, greedy), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_body_that_grows_large_leaves_the_small_ones() {
+        let mut budget = budget(8 * MIB);
+        for size in 1..=6 {
+            assert_eq!(budget.resize((size - 1) * MIB, size * MIB), Ok(()));
+        }
+        assert_eq!((budget.small, budget.large), (0, 6 * MIB));
+        assert_eq!(budget.resize(6 * MIB, 7 * MIB), Err(Full));
+        assert_eq!(budget.held(), 6 * MIB, "a refusal changes nothing");
+    }
+
+    #[test]
+    fn what_outlives_a_body_counts_until_it_is_dropped() {
+        let bodies = Arc::new(Bodies::new(64, 40));
+        let held = [bodies.hold(vec![0; 30]), bodies.hold(vec![0; 30])];
+        let slice = held[0].slice(1..2);
+        assert_eq!(bodies.held(), 60);
+        drop(held);
+        assert_eq!((bodies.held(), slice.len()), (30, 1));
+        drop(slice);
+        assert_eq!(bodies.held(), 0);
+    }
+
+    #[test]
+    fn a_body_larger_than_its_share_of_the_budget_is_too_large() {
+        assert_eq!(Bodies::new(64, 0).limit, 64);
+        assert_eq!(Bodies::new(64, 1000).limit, 64);
+        assert_eq!(Bodies::new(64, 40).limit, 30);
+    }
+
+    proptest! {
+        #[test]
+        fn the_budget_is_never_exceeded_and_empty_at_the_end(
+            sizes in proptest::collection::vec((0_usize..8, 0_usize..3 * MIB), 0..60),
+        ) {
+            let mut budget = budget(6 * MIB);
+            let mut bodies = [0_usize; 8];
+            for (body, size) in sizes {
+                let before = bodies[body];
+                if budget.resize(before, size).is_ok() {
+                    bodies[body] = size;
+                } else {
+                    prop_assert!(size > before);
+                }
+                prop_assert_eq!(budget.held(), bodies.iter().sum::<usize>());
+            }
+            for size in bodies {
+                prop_assert_eq!(budget.resize(size, 0), Ok(()));
+            }
+            prop_assert_eq!(budget.held(), 0);
+        }
+    }
+}
