@@ -4,7 +4,9 @@
 //! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
 
 use std::fmt;
+use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -117,7 +119,7 @@ where
         printer,
     } = run;
     let run_dir = Arc::new(run_dir);
-    write_files(&plan, attach.is_some())?;
+    write_plan(&plan).map_err(anyhow::Error::from)?;
     let Sockets {
         reservations,
         listener,
@@ -317,6 +319,7 @@ fn supervisor_settings(
 ) -> Result<supervisor::Settings, Failure> {
     Ok(supervisor::Settings {
         engines: plan.engines.clone(),
+        files: plan.files.clone(),
         reservations,
         run_dir: plan.run_dir.clone(),
         drain_deadline: plan.proxy.drain_deadline,
@@ -354,15 +357,9 @@ fn keep(plan: &Plan, run_dir: &RunDir, detached: bool) -> Keep {
     }
 }
 
-/// Writes the plan, and what its engines read when they start.
-fn write_files(plan: &Plan, are_running: bool) -> Result<(), Failure> {
-    for file in plan.files.iter().filter(|_| !are_running) {
-        fs_err::write(plan.run_dir.join(&file.path), &file.content).map_err(anyhow::Error::from)?;
-    }
-    Ok(write_plan(plan).map_err(anyhow::Error::from)?)
-}
-
+/// Writes `plan.json`, into a folder that may have been removed with old logs.
 fn write_plan(plan: &Plan) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(&plan.run_dir)?;
     fs_err::write(
         plan.run_dir.join("plan.json"),
         serde_json::to_string_pretty(&plan.redacted())?,

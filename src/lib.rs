@@ -27,6 +27,8 @@ pub mod profile;
 
 // Vocabulary.
 pub mod fleet;
+pub(crate) mod log_file;
+pub(crate) mod own_log;
 pub mod report;
 pub mod service;
 pub mod signals;

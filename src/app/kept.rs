@@ -51,6 +51,7 @@ pub async fn end_kept(
         // Clients that wait for the next xpyd are refused from now on.
         listener: None,
         run_dir: folder,
+        files: Vec::new(),
         run_name: name,
         program: std::env::current_exe().map_err(anyhow::Error::from)?,
         engines,

@@ -65,7 +65,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS)?;
     let engine_key = engine_key::choose(&mut profile, &draft, None)?;
     let plan = request::build(&profile, &machine, folder.path())?;
-    up::log_to(folder.path())?;
+    let _log = up::log_to(folder.path(), profile.logs)?;
     printer.status("xpyd demo: 2 prefill + 2 decode engines, simulated, so no GPU is needed.\n");
     up::announce(&plan, printer);
     let run = Run {

@@ -16,6 +16,7 @@ use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
+use crate::own_log::OwnLog;
 use crate::proxy::{Notifications, Parts, Proxy, Settings};
 use crate::report::{ExitStatus, Failure};
 use crate::service::Service;
@@ -278,6 +279,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
     })?;
     arguments.service.change(&mut service);
+    let _log = OwnLog::to_standard_error().map_err(anyhow::Error::from)?;
     let scheme = service.clients.scheme();
     let parts = Parts {
         engine_key: engine_key::checked(engine_key::inherited().as_deref())?,

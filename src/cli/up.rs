@@ -4,18 +4,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
-use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
-use tracing_subscriber::layer::{Layer, SubscriberExt};
-use tracing_subscriber::registry::LookupSpan;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use super::request::{self, FleetArguments};
 use super::{attach, block_on, detach, engine_key, fetch};
 use crate::app::{self, Began, Ended, Ready, Run};
 use crate::control::rundir::{RunDir, RunDirError};
 use crate::engine::EngineKind;
-use crate::fleet::{EngineId, Exit};
+use crate::fleet::{EngineId, Exit, LogLimits};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
+use crate::own_log::OwnLog;
 use crate::plan::{self, Plan};
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
@@ -83,7 +80,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         let folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs)?;
         request::build(&profile, &machine, folder.path())?
     };
-    log_to(&plan.run_dir)?;
+    let _log = log_to(&plan.run_dir, profile.logs)?;
     match &attach {
         Some(kept) => printer.status(format!(
             "attaching to the engines that an earlier xpyd left: {}\nlogs in {}",
@@ -136,38 +133,9 @@ pub(super) fn create_folder(logs: &Path, plan: &Plan, keep: usize) -> Result<Run
     logs::create_run_folder(&root, &stem, keep).map_err(|error| Failure::new(ExitStatus::Failure, error))
 }
 
-/// Sends xpyd's own log into the run's folder: `proxy.log` for the proxy, `xpyd.log` for everything else. `XPYD_LOG`
-/// chooses what is written, in the syntax of `tracing_subscriber::EnvFilter`.
-pub(super) fn log_to(folder: &Path) -> Result<(), Failure> {
-    let open = |name: &str| {
-        let path = folder.join(name);
-        fs_err::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map(|file| file.into_parts().0)
-    };
-    let xpyd = open("xpyd.log").map_err(anyhow::Error::from)?;
-    let proxy = open("proxy.log").map_err(anyhow::Error::from)?;
-    tracing_subscriber::registry()
-        .with(log_layer(xpyd, false))
-        .with(log_layer(proxy, true))
-        .try_init()
-        .map_err(anyhow::Error::from)?;
-    Ok(())
-}
-
-/// Writes what the proxy logs, or everything else, into a file.
-fn log_layer<S>(file: std::fs::File, of_proxy: bool) -> impl Layer<S>
-where
-    S: tracing::Subscriber + for<'span> LookupSpan<'span>,
-{
-    let level = EnvFilter::try_from_env("XPYD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let mine = filter_fn(move |event| event.target().starts_with("xpyd::proxy") == of_proxy);
-    tracing_subscriber::fmt::layer()
-        .with_ansi(false)
-        .with_writer(std::sync::Mutex::new(file))
-        .with_filter(mine.and(level))
+/// Sends xpyd's own log into the run's folder, within the profile's limits, until the result is dropped.
+pub(super) fn log_to(folder: &Path, limits: LogLimits) -> Result<OwnLog, Failure> {
+    Ok(OwnLog::to_files(folder, limits).map_err(anyhow::Error::from)?)
 }
 
 pub(super) fn announce(plan: &Plan, printer: Printer) {

@@ -295,6 +295,11 @@ impl ProxyError {
         }
     }
 
+    /// The `code` that clients get, one for each kind of failure.
+    pub(super) fn code(&self) -> &'static str {
+        self.kind().2
+    }
+
     /// The error as JSON text, in OpenAI's shape.
     pub(super) fn to_json(&self) -> String {
         let (_, kind, code) = self.kind();

@@ -167,7 +167,12 @@ pub(super) fn respond(
     outcome: Result<Response<Body>, ProxyError>,
 ) -> Response<Body> {
     let mut response = outcome.unwrap_or_else(|error| {
-        tracing::warn!(endpoint, error = one_line(&error), "request failed");
+        tracing::warn!(
+            kind = error.code(),
+            endpoint,
+            error = one_line(&error),
+            "request failed"
+        );
         error.to_response()
     });
     shared.metrics.answered(endpoint, response.status().as_u16());

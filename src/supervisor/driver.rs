@@ -19,7 +19,7 @@ use super::hang::Scene;
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
     Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Leftover, Outcome, Refusal, Request,
-    Scaled, Settings, Then, Verify, Wiring, cause, gpus, liveness, ports, probe, spawn_record, standstill,
+    Scaled, Settings, Then, Verify, Wiring, cause, gpus, liveness, ports, probe, run_folder, spawn_record, standstill,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
 use crate::plan::{self, EngineSpec, RenderedFile};
@@ -256,13 +256,11 @@ impl Driver {
         }
     }
 
-    /// Takes the new engine's ports and writes what it reads.
+    /// Takes the new engine's ports and remembers what it reads.
     fn prepare_to_join(&mut self, spec: &EngineSpec, files: &[RenderedFile]) -> Result<(), String> {
         self.fleet.may_grow().map_err(|refusal| refusal.to_string())?;
         let reserved = ports::reserve(std::slice::from_ref(spec)).map_err(|conflict| one_line(&conflict))?;
-        for file in files {
-            fs_err::write(self.settings.run_dir.join(&file.path), &file.content).map_err(|error| one_line(&error))?;
-        }
+        self.settings.files.extend(files.iter().cloned());
         self.settings.reservations.add(reserved);
         self.settings.engines.push(spec.clone());
         let joins = |scaled: &mut Scaled| scaled.joined.extend([spec.id.clone()]);
@@ -426,6 +424,10 @@ impl Driver {
 
     fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) -> Vec<Event> {
         let mut events = Vec::new();
+        if let Err(error) = run_folder::restore(&self.settings.run_dir, &self.settings.files) {
+            let reason = format!("cannot get the files that it reads: {error}");
+            return vec![Event::SpawnFailed(id.clone(), incarnation, reason)];
+        }
         if incarnation > Incarnation::FIRST {
             match self.renew(id) {
                 Ok(Some(endpoint)) => events.push(Event::Moved(id.clone(), incarnation, endpoint)),

@@ -13,6 +13,7 @@ mod liveness;
 pub mod ports;
 mod probe;
 mod restart;
+mod run_folder;
 mod scaled;
 mod spawn_record;
 mod standstill;
@@ -46,6 +47,8 @@ pub struct Settings {
     pub engines: Vec<EngineSpec>,
     /// Their ports, held until none of their processes is left.
     pub reservations: Reservations,
+    /// Files that engines read, written into the run's folder before an engine starts.
+    pub files: Vec<RenderedFile>,
     /// The run's folder, which exists: logs and `<id>.spawn.json` are written into it.
     pub run_dir: PathBuf,
     /// How long requests in flight may go on after a stop was asked for.

@@ -196,6 +196,69 @@ fn clients_wait_while_no_xpyd_is_there() {
 }
 
 #[test]
+fn an_aborted_xpyd_costs_no_engine_of_a_detached_run() {
+    let place = Place::new();
+    let arguments = place.up_arguments(&["--detach"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let up = place.run(&arguments);
+    assert_eq!(up.status.code(), Some(0), "{up:?}");
+    let before = engines(&place);
+    // What the process gets from a panic of the release build, and from an allocation that fails.
+    let pid = status(&place)["run"]["pid"].as_i64().expect("a pid");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid")),
+        Signal::SIGABRT,
+    )
+    .expect("xpyd is there");
+    wait_for("the end of xpyd", || match place.run(&["status"]).status.code() {
+        Some(8) => Ok(()),
+        code => Err(format!("{code:?}")),
+    });
+    let mut run = place.up(&[]);
+    run.wait_until_ready();
+    assert_eq!(engines(&place), before);
+    stop(&place, run);
+}
+
+#[test]
+fn engines_start_again_after_the_folder_of_their_logs_was_removed() {
+    let place = Place::new();
+    let settings = [
+        "--set",
+        KEEP,
+        "--set",
+        "connector=lmcache",
+        "--set",
+        "restart.backoff=10ms",
+    ];
+    let mut run = place.up(&settings);
+    run.wait_until_ready();
+    let remove = || {
+        let folder = place
+            .path()
+            .join("logs/latest")
+            .canonicalize()
+            .expect("the run's folder");
+        std::fs::remove_dir_all(folder).expect("removed");
+    };
+    remove();
+    let restart = place.run(&["restart", "decoder1"]);
+    assert_eq!(restart.status.code(), Some(0), "{restart:?}");
+    remove();
+    let before = engines(&place);
+    run.kill();
+    let mut run = place.up(&settings);
+    run.wait_until_ready();
+    assert_eq!(engines(&place), before);
+    kill_process(before[0].1);
+    run.wait_for_line("prefiller1 serves again");
+    remove();
+    let scale = place.run(&["scale", "decode=3"]);
+    assert_eq!(scale.status.code(), Some(0), "{scale:?}");
+    stop(&place, run);
+}
+
+#[test]
 fn another_plan_is_refused_and_leaves_the_engines_alone() {
     let place = Place::new();
     let (_dead, before) = orphaned(&place, &[]);

@@ -24,6 +24,7 @@ mod lmcache_mp;
 mod log_merge;
 mod logs;
 mod observe;
+mod own_log;
 mod ports;
 mod pressure;
 mod proxy;

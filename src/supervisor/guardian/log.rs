@@ -1,25 +1,18 @@
-//! Keeps what an engine prints: a pipe that is always drained, and a file that is only appended to.
+//! Keeps what an engine prints: a pipe that is always drained, and the file that it goes to.
 //!
-//! Parses nothing: others read the file. The engine must never wait for a full disk, so what cannot be written is dropped
-//! and counted, and the count is written once there is room again.
-//!
-//! A file that is full is renamed, `prefiller1.log` to `prefiller1.1.log`, the next one to `prefiller1.2.log`, and so on:
-//! a higher number is newer. Numbers are never used again, so that readers (`logs::rotation`, which has to know this
-//! scheme) find the file after the one they have read, however many rotations they missed. Nothing is written to a file
-//! after it was renamed.
+//! Parses nothing: others read the file. The engine must never wait for a full disk, and `log_file` does not.
 
-use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 
 use crate::fleet::LogLimits;
+use crate::log_file::LogFile;
 
 /// Room in the pipe, so that a burst does not block the engine while the guardian writes. 1 MiB is the kernel's default
 /// limit for users.
@@ -31,16 +24,13 @@ const TURN_BYTES: usize = 1 << 20;
 /// Bytes per read: with this many, a burst costs the guardian about as much as copying it.
 const READ_BYTES: usize = 1 << 16;
 
-/// How far a file may grow beyond its limit while it waits for the end of a line.
-const LONGEST_LINE: u64 = 4 << 20;
-
 /// The reading end of an engine's output, and the file it goes to.
 #[derive(Debug)]
 pub(super) struct Log {
     pipe: File,
     inode: u64,
     buffer: Box<[u8]>,
-    sink: Sink,
+    file: LogFile,
 }
 
 /// Whether more output can come.
@@ -55,7 +45,7 @@ pub(super) enum Drained {
 impl Log {
     /// Opens `path` for appending and makes the pipe; the second value is the end to write to.
     pub(super) fn open(path: &Path, limits: LogLimits) -> io::Result<(Self, OwnedFd)> {
-        let sink = Sink::open(path, limits)?;
+        let file = LogFile::open(path, limits)?;
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
         // Only the reading end must not block: engines do not expect a non-blocking stdout.
         fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -67,7 +57,7 @@ impl Log {
             pipe,
             inode,
             buffer: vec![0; READ_BYTES].into_boxed_slice(),
-            sink,
+            file,
         };
         Ok((log, writer))
     }
@@ -90,7 +80,7 @@ impl Log {
                 Ok(0) => return Drained::Closed,
                 Ok(count) => {
                     taken += count;
-                    self.sink.take(&self.buffer[..count]);
+                    self.file.take(&self.buffer[..count]);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -101,323 +91,23 @@ impl Log {
     }
 }
 
-/// The file that is written now, and those before it.
-#[derive(Debug)]
-struct Sink {
-    path: PathBuf,
-    limits: LogLimits,
-    file: File,
-    size: u64,
-    /// The size at which the next line's end is looked for.
-    rotate_at: u64,
-    dropped: u64,
-    /// Numbers of the older files, the oldest first.
-    older: VecDeque<u64>,
-    /// The number that the present file gets.
-    number: u64,
-}
-
-impl Sink {
-    fn open(path: &Path, limits: LogLimits) -> io::Result<Self> {
-        let mut file = append_to(path)?;
-        let mut size = file.metadata()?.len();
-        // The last word of an incarnation that was killed and the first of the next one are two lines.
-        if size > 0 && !ends_with_newline(path, size)? {
-            file.write_all(b"\n")?;
-            size += 1;
-        }
-        let older = older_files(path)?;
-        let mut sink = Self {
-            path: path.to_owned(),
-            limits,
-            file,
-            size,
-            rotate_at: limits.file_bytes,
-            dropped: 0,
-            number: older.back().map_or(1, |newest| newest + 1),
-            older,
-        };
-        sink.forget_old();
-        Ok(sink)
-    }
-
-    /// Appends `bytes`, to the next file from where this one is full.
-    fn take(&mut self, mut bytes: &[u8]) {
-        if !self.is_in_place() {
-            self.replace();
-        }
-        while !bytes.is_empty() {
-            let room = usize::try_from(self.rotate_at.saturating_sub(self.size)).unwrap_or(usize::MAX);
-            if bytes.len() < room {
-                return self.keep(bytes);
-            }
-            // The line that reaches the limit ends in this file, unless it has no end.
-            let from = room.saturating_sub(1);
-            let end = bytes[from..].iter().position(|byte| *byte == b'\n');
-            let is_endless = self.size + bytes.len() as u64 > self.rotate_at.saturating_add(LONGEST_LINE);
-            let (now, is_full) = match end {
-                Some(end) => (from + end + 1, true),
-                None => (bytes.len(), is_endless),
-            };
-            self.keep(&bytes[..now]);
-            bytes = &bytes[now..];
-            if is_full && self.rotate().is_err() {
-                // No other file can be had: this one goes on, and the next attempt is as far away as the first was.
-                self.rotate_at = self.size.saturating_add(self.limits.file_bytes);
-            }
-        }
-    }
-
-    /// Whether the log's name still means the file that is written to: others may remove it, or rename it.
-    fn is_in_place(&self) -> bool {
-        let named = fs::metadata(&self.path);
-        let own = self.file.metadata();
-        named.is_ok_and(|named| own.is_ok_and(|own| (named.dev(), named.ino()) == (own.dev(), own.ino())))
-    }
-
-    /// Goes on in the file that has the log's name now, if one can be had.
-    fn replace(&mut self) {
-        if let Ok(file) = append_to(&self.path) {
-            self.size = file.metadata().map_or(0, |metadata| metadata.len());
-            self.rotate_at = self.limits.file_bytes;
-            self.file = file;
-        }
-    }
-
-    fn keep(&mut self, bytes: &[u8]) {
-        self.size += keep(&mut self.file, &mut self.dropped, bytes);
-    }
-
-    /// Gives the file its number and begins another one.
-    fn rotate(&mut self) -> io::Result<()> {
-        let full = older_path(&self.path, self.number);
-        fs::rename(&self.path, &full)?;
-        self.file = match append_to(&self.path) {
-            Ok(file) => file,
-            Err(error) => {
-                fs::rename(&full, &self.path)?;
-                return Err(error);
-            }
-        };
-        self.older.push_back(self.number);
-        self.number += 1;
-        self.size = 0;
-        self.rotate_at = self.limits.file_bytes;
-        self.forget_old();
-        Ok(())
-    }
-
-    /// Removes older files, oldest first, that are too many or too old.
-    fn forget_old(&mut self) {
-        while let Some(&oldest) = self.older.front() {
-            let path = older_path(&self.path, oldest);
-            // The newest one stays in any case: the next number is told from it.
-            let is_surplus = self.older.len() + 1 > self.limits.files.max(2) as usize;
-            let is_stale = self.older.len() > 1 && is_older_than(&path, self.limits.age);
-            if !is_surplus && !is_stale {
-                return;
-            }
-            // One that cannot be removed is not worth an engine.
-            let _ = fs::remove_file(path);
-            self.older.pop_front();
-        }
-    }
-}
-
-fn append_to(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).open(path)
-}
-
-fn ends_with_newline(path: &Path, size: u64) -> io::Result<bool> {
-    let mut last = [0];
-    File::open(path)?.read_exact_at(&mut last, size - 1)?;
-    Ok(last == *b"\n")
-}
-
-/// Whether a file was last written longer ago than that; no, if nobody knows.
-fn is_older_than(path: &Path, age: Duration) -> bool {
-    let written = fs::metadata(path).and_then(|metadata| metadata.modified());
-    written.is_ok_and(|written| written.elapsed().is_ok_and(|elapsed| elapsed > age))
-}
-
-/// `decoder1.log` as the full file with this number: `decoder1.3.log`.
-fn older_path(path: &Path, number: u64) -> PathBuf {
-    path.with_extension(format!("{number}.log"))
-}
-
-/// The numbers of the full files of the log at `path`, the oldest first.
-fn older_files(path: &Path) -> io::Result<VecDeque<u64>> {
-    let (Some(folder), Some(stem)) = (path.parent(), path.file_stem().and_then(|stem| stem.to_str())) else {
-        return Ok(VecDeque::new());
-    };
-    let mut numbers: Vec<u64> = fs::read_dir(folder)?
-        .filter_map(Result::ok)
-        .filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            let number = name.strip_prefix(stem)?.strip_prefix('.')?.strip_suffix(".log")?;
-            number.parse().ok()
-        })
-        .collect();
-    numbers.sort_unstable();
-    Ok(numbers.into())
-}
-
-/// Appends `bytes` and returns how many were written, marker included. What does not fit is counted in `dropped`; the
-/// next write that fits is preceded by a line about it.
-fn keep(file: &mut impl Write, dropped: &mut u64, mut bytes: &[u8]) -> u64 {
-    let mut written = 0;
-    if *dropped > 0 {
-        let marker = format!("\n[xpyd: {dropped} bytes of output lost here, the disk did not take them]\n");
-        if file.write_all(marker.as_bytes()).is_err() {
-            *dropped += bytes.len() as u64;
-            return 0;
-        }
-        *dropped = 0;
-        written += marker.len() as u64;
-    }
-    while !bytes.is_empty() {
-        match file.write(bytes) {
-            Ok(count) if count > 0 => {
-                bytes = &bytes[count..];
-                written += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(_) | Err(_) => {
-                *dropped += bytes.len() as u64;
-                break;
-            }
-        }
-    }
-    written
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
-
-    /// A disk with `room` bytes left.
-    #[derive(Default)]
-    struct Disk {
-        content: Vec<u8>,
-        room: usize,
-    }
-
-    impl Write for Disk {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            if self.room == 0 {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            let count = bytes.len().min(self.room);
-            self.room -= count;
-            self.content.extend_from_slice(&bytes[..count]);
-            Ok(count)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn a_full_disk_drops_output_counts_it_and_goes_on() {
-        let mut disk = Disk {
-            room: 5,
-            ..Disk::default()
-        };
-        let mut dropped = 0;
-        keep(&mut disk, &mut dropped, b"12345678");
-        keep(&mut disk, &mut dropped, b"90");
-        assert_eq!(dropped, 5);
-        disk.room = 1000;
-        keep(&mut disk, &mut dropped, b"later");
-        let content = String::from_utf8(disk.content).unwrap();
-        assert_eq!(dropped, 0);
-        assert!(content.starts_with("12345\n[xpyd: 5 bytes"), "{content}");
-        assert!(content.ends_with("]\nlater"), "{content}");
-    }
-
-    const LIMITS: LogLimits = LogLimits {
-        file_bytes: 100,
-        files: 3,
-        age: Duration::from_hours(1),
-    };
-
-    fn read(path: &Path) -> String {
-        fs::read_to_string(path).unwrap()
-    }
 
     #[test]
     fn output_is_appended_on_a_line_of_its_own_and_the_end_is_seen() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("engine.log");
-        fs::write(&path, "killed in the mid").unwrap();
-        let (mut log, writer) = Log::open(&path, LIMITS).unwrap();
+        std::fs::write(&path, "killed in the mid").unwrap();
+        let (mut log, writer) = Log::open(&path, LogLimits::default()).unwrap();
         let mut writer = File::from(writer);
         writer.write_all(b"after\n").unwrap();
         assert_eq!(log.drain(), Drained::Open);
         drop(writer);
         assert_eq!(log.drain(), Drained::Closed);
-        assert_eq!(read(&path), "killed in the mid\nafter\n");
-    }
-
-    #[test]
-    fn full_files_get_numbers_that_grow_across_incarnations_and_the_oldest_go() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("decoder1.log");
-        for number in 1..=5 {
-            // A line each, longer than a file may be.
-            let mut sink = Sink::open(&path, LIMITS).unwrap();
-            sink.take(format!("{number:0120}\n").as_bytes());
-        }
-        assert_eq!(older_files(&path).unwrap(), [4, 5]);
-        assert_eq!(read(&older_path(&path, 5)), format!("{:0120}\n", 5));
-        assert_eq!(read(&path), "");
-    }
-
-    #[test]
-    fn files_of_long_ago_go_and_the_newest_full_one_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("decoder1.log");
-        for number in [1, 2] {
-            let file = File::create(older_path(&path, number)).unwrap();
-            file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
-        }
-        Sink::open(&path, LIMITS).unwrap();
-        assert_eq!(older_files(&path).unwrap(), [2]);
-    }
-
-    #[test]
-    fn a_log_that_cannot_be_renamed_goes_on_where_it_is() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("decoder1.log");
-        let mut sink = Sink::open(&path, LIMITS).unwrap();
-        fs::create_dir(older_path(&path, 1)).unwrap();
-        fs::write(older_path(&path, 1).join("in the way"), "").unwrap();
-        let lines = "a line\n".repeat(200);
-        sink.take(lines.as_bytes());
-        assert_eq!(read(&path), lines);
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn rotation_loses_nothing_and_cuts_no_line(
-            lines in proptest::collection::vec("[a-z]{0,40}", 0..60),
-            piece in 1..300_usize,
-            file_bytes in 1..200_u64,
-        ) {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("decoder1.log");
-            let mut sink = Sink::open(&path, LogLimits { file_bytes, files: 1000, ..LIMITS }).unwrap();
-            let text = lines.join("\n") + "\n";
-            text.as_bytes().chunks(piece).for_each(|piece| sink.take(piece));
-            let older = older_files(&path).unwrap();
-            let files: Vec<String> = older.iter().map(|number| read(&older_path(&path, *number))).collect();
-            for file in &files {
-                let last_line = file.lines().last().unwrap().len() as u64 + 1;
-                proptest::prop_assert!(file.ends_with('\n'));
-                proptest::prop_assert!((file_bytes..file_bytes + last_line).contains(&(file.len() as u64)));
-            }
-            proptest::prop_assert_eq!(files.concat() + &read(&path), text);
-        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "killed in the mid\nafter\n");
     }
 }

@@ -80,6 +80,7 @@ impl Run {
             reservations,
             engines: engines.clone(),
             run_dir: folder.path().to_owned(),
+            files: Vec::new(),
             drain_deadline: PATIENCE,
             verify_deadline: PATIENCE,
             restart: RestartPolicy {

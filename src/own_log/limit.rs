@@ -1,0 +1,116 @@
+//! How many lines of each kind are written. PURE.
+//!
+//! A bucket for each kind: a burst is written whole, a flood is written at a steady rate and counted.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::time::Instant;
+
+/// Lines of one kind that may come at once. A large fleet logs a line an engine when it starts.
+const BURST: u32 = 100;
+
+/// Lines of one kind a second after that.
+const PER_SECOND: u32 = 10;
+
+/// Kinds that are told apart. More than the program has; the rest counts as one.
+const MOST_KINDS: usize = 512;
+
+#[derive(Debug)]
+pub(super) struct Limiter<Kind> {
+    buckets: HashMap<Kind, Bucket>,
+    /// For kinds beyond [`MOST_KINDS`].
+    rest: Option<(Kind, Bucket)>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    room: u32,
+    refilled: Instant,
+    suppressed: u64,
+}
+
+impl<Kind> Default for Limiter<Kind> {
+    fn default() -> Self {
+        Self {
+            buckets: HashMap::new(),
+            rest: None,
+        }
+    }
+}
+
+impl<Kind: Clone + Eq + Hash> Limiter<Kind> {
+    /// Whether a line of this kind is written. One that is not is counted.
+    pub(super) fn admits(&mut self, kind: &Kind, now: Instant) -> bool {
+        let is_known = self.buckets.contains_key(kind);
+        let bucket = if is_known || self.buckets.len() < MOST_KINDS {
+            self.buckets.entry(kind.clone()).or_insert_with(|| Bucket::full(now))
+        } else {
+            &mut self.rest.get_or_insert_with(|| (kind.clone(), Bucket::full(now))).1
+        };
+        bucket.takes(now)
+    }
+
+    /// The kinds of which lines were suppressed since the last call, and how many.
+    pub(super) fn take_suppressed(&mut self) -> Vec<(Kind, u64)> {
+        let rest = self.rest.iter_mut().map(|(kind, bucket)| (&*kind, bucket));
+        self.buckets
+            .iter_mut()
+            .chain(rest)
+            .filter(|(_, bucket)| bucket.suppressed > 0)
+            .map(|(kind, bucket)| (kind.clone(), std::mem::take(&mut bucket.suppressed)))
+            .collect()
+    }
+}
+
+impl Bucket {
+    fn full(now: Instant) -> Self {
+        Self {
+            room: BURST,
+            refilled: now,
+            suppressed: 0,
+        }
+    }
+
+    fn takes(&mut self, now: Instant) -> bool {
+        let gained = now.saturating_duration_since(self.refilled).as_millis() * u128::from(PER_SECOND) / 1000;
+        if gained > 0 {
+            let gained = u32::try_from(gained).unwrap_or(u32::MAX);
+            self.room = self.room.saturating_add(gained).min(BURST);
+            self.refilled = now;
+        }
+        if self.room == 0 {
+            self.suppressed += 1;
+            return false;
+        }
+        self.room -= 1;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_burst_is_written_and_a_flood_is_counted_by_kind() {
+        let (mut limiter, start) = (Limiter::default(), Instant::now());
+        let written = (0..1000).filter(|_| limiter.admits(&"flood", start)).count();
+        assert_eq!(written, 100);
+        assert!(limiter.admits(&"other", start), "one kind does not silence another");
+        assert_eq!(limiter.take_suppressed(), [("flood", 900)]);
+        assert_eq!(limiter.take_suppressed(), []);
+        let later = start + Duration::from_secs(1);
+        let written = (0..1000).filter(|_| limiter.admits(&"flood", later)).count();
+        assert_eq!(written, 10);
+    }
+
+    #[test]
+    fn kinds_without_end_share_one_bucket() {
+        let (mut limiter, now) = (Limiter::default(), Instant::now());
+        let written = (0..10_000).filter(|kind| limiter.admits(kind, now)).count();
+        assert_eq!(written, MOST_KINDS + BURST as usize);
+        assert_eq!(limiter.buckets.len(), MOST_KINDS);
+    }
+}
