@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+/// The most engines that one role can have.
+pub const MAX_ENGINES_PER_ROLE: u16 = 64;
+
 /// What an engine does for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -9,7 +9,7 @@ use crate::control::api::{ScaleAnswer, ScaleRequest};
 use crate::control::rundir::{RunDir, RunInfo};
 use crate::control::server::Scale;
 use crate::fleet::{EngineId, EngineState, FleetView, Incarnation, Role};
-use crate::plan::{Growth, Plan, PlanError};
+use crate::plan::{EngineSpec, Growth, Plan, PlanError, RenderedFile};
 use crate::report::one_line;
 use crate::supervisor::{Request, Then};
 
@@ -105,20 +105,31 @@ impl Scaler {
         let mut joined = Vec::new();
         let mut grown = Plan::clone(&plan);
         grown.files = growth.plan.files;
+        let mut result = Ok(());
         for spec in growth.engines {
-            let (reply, answer) = oneshot::channel();
-            let request = Request::Join {
-                spec: Box::new(spec.clone()),
-                files: growth.files.clone(),
-                reply,
-            };
-            self.send(request, answer).await??;
+            result = self.join_one(&spec, &growth.files).await;
+            if result.is_err() {
+                break;
+            }
             joined.push((spec.id.clone(), Incarnation::FIRST.0));
             grown.engines.push(spec);
+        }
+        // Once for all of them: the whole plan is written each time.
+        if !joined.is_empty() {
             grown.engines.sort_by_key(|engine| engine.role);
             self.publish(&grown);
         }
-        Ok(joined)
+        result.map(|()| joined)
+    }
+
+    async fn join_one(&self, spec: &EngineSpec, files: &[RenderedFile]) -> Result<(), String> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Join {
+            spec: Box::new(spec.clone()),
+            files: files.to_vec(),
+            reply,
+        };
+        self.send(request, answer).await?
     }
 
     async fn send<T>(&self, request: Request, answer: oneshot::Receiver<T>) -> Result<T, String> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::down::is_gone;
 use super::status::{client, logs_command, running};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::{ClientError, ControlClient};
@@ -56,7 +57,7 @@ pub(super) async fn take_out(
     let info = running(&arguments.name)?;
     let ids = engines(&info, &arguments.roles)?;
     let client = client(&info)?;
-    let ports = status(&client, &info).await?.engines;
+    let ports = status(&client, &info, Instant::now() + timeout).await?.engines;
     let shown: Vec<_> = ports
         .iter()
         .filter(|engine| ids.contains(&engine.id))
@@ -99,13 +100,23 @@ fn engines(info: &RunInfo, names: &[String]) -> Result<Vec<EngineId>, Failure> {
     Ok(meant.iter().map(|role| EngineId::named(&role.name)).collect())
 }
 
-pub(super) async fn status(client: &ControlClient, info: &RunInfo) -> Result<Status, Failure> {
-    client.status().await.map_err(|error| {
-        Failure::new(ExitStatus::Failure, error).hint(format!(
-            "see what the run last wrote: {} xpyd",
-            logs_command(&info.name)
-        ))
-    })
+/// The run's status. A run that does not answer is asked again until it has ended or the deadline has passed: on a busy host
+/// one late answer says nothing about the run.
+pub(super) async fn status(client: &ControlClient, info: &RunInfo, deadline: Instant) -> Result<Status, Failure> {
+    loop {
+        let error = match client.status().await {
+            Ok(status) => return Ok(status),
+            Err(error) => error,
+        };
+        let is_silent = matches!(error, ClientError::NoAnswer { .. });
+        if !is_silent || Instant::now() >= deadline || is_gone(info)? {
+            return Err(Failure::new(ExitStatus::Failure, error).hint(format!(
+                "see what the run last wrote: {} xpyd",
+                logs_command(&info.name)
+            )));
+        }
+        tokio::time::sleep(POLL_INTERVAL).await;
+    }
 }
 
 fn refused(error: ClientError, force: bool) -> Failure {
@@ -135,7 +146,7 @@ impl Wait<'_> {
         progress: &mut FleetProgress,
     ) -> Result<(), Failure> {
         loop {
-            let status = status(client, self.info).await?;
+            let status = status(client, self.info, deadline).await?;
             let engine = status.engines.iter().find(|engine| engine.id == *self.id);
             if let Some(engine) = engine {
                 progress.state(&engine.id, engine.state);
@@ -176,5 +187,50 @@ impl Wait<'_> {
             }
             _ => Ok(false),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    /// A run whose control socket drops the first connections without an answer.
+    async fn answers_after(silent: usize, socket: UnixListener, status: Status) {
+        for _ in 0..silent {
+            drop(socket.accept().await.unwrap());
+        }
+        let body = serde_json::to_string(&status).unwrap();
+        let (mut connection, _) = socket.accept().await.unwrap();
+        assert!(connection.read(&mut [0; 4096]).await.unwrap() > 0);
+        let head = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        connection.write_all((head + &body).as_bytes()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_run_that_misses_an_answer_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("control.sock");
+        let info = RunInfo::of_this_process("a-run-of-this-test").unwrap();
+        let expected = Status {
+            run: info.clone(),
+            stage: FleetStage::Ready,
+            ready_since: None,
+            in_flight: 3,
+            drain_seconds_left: None,
+            engines: Vec::new(),
+        };
+        let run = tokio::spawn(answers_after(2, UnixListener::bind(&path).unwrap(), expected.clone()));
+        let client = ControlClient::new(&path).unwrap();
+        let now = Instant::now();
+        assert!(status(&client, &info, now).await.is_err(), "the deadline has passed");
+        let patient = status(&client, &info, now + Duration::from_mins(1)).await;
+        assert_eq!(patient.unwrap(), expected);
+        run.await.unwrap();
     }
 }

@@ -11,7 +11,7 @@ use crate::control::api::{ScaleAnswer, ScaleRequest, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
 use crate::control::server::EngineVerb;
-use crate::fleet::{EngineId, Role};
+use crate::fleet::{EngineId, MAX_ENGINES_PER_ROLE, Role};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{FleetProgress, Printer};
 
@@ -50,6 +50,9 @@ impl FromStr for Count {
         };
         match count.parse() {
             Ok(0) => Err("a role needs at least 1 engine; `xpyd down` ends the run".to_owned()),
+            Ok(count) if count > MAX_ENGINES_PER_ROLE => {
+                Err(format!("a role can have at most {MAX_ENGINES_PER_ROLE} engines"))
+            }
             Ok(count) => Ok(Self(ScaleRequest { role, count })),
             Err(_) => Err(format!("`{count}` is no number of engines")),
         }
@@ -67,7 +70,8 @@ pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitSt
             printer.status(format!("{} engines serve as {} already", request.count, request.role));
             continue;
         }
-        let mut progress = FleetProgress::new(printer, &shown(&client, &info, &answer).await?);
+        let deadline = Instant::now() + arguments.timeout;
+        let mut progress = FleetProgress::new(printer, &shown(&client, &info, &answer, deadline).await?);
         let starts = starting.iter().map(|(id, start)| (id, *start, EngineVerb::Restart));
         let stops = stopping.iter().map(|id| (id, 0, EngineVerb::Drain));
         for (id, incarnation, verb) in starts.chain(stops) {
@@ -90,10 +94,11 @@ async fn shown(
     client: &ControlClient,
     info: &RunInfo,
     answer: &ScaleAnswer,
+    deadline: Instant,
 ) -> Result<Vec<(EngineId, Role, u16)>, Failure> {
-    let deadline = Instant::now() + SEEN_DEADLINE;
+    let seen_by = deadline.min(Instant::now() + SEEN_DEADLINE);
     loop {
-        let Status { engines, .. } = status(client, info).await?;
+        let Status { engines, .. } = status(client, info, deadline).await?;
         let changes =
             |id: &EngineId| answer.stopping.contains(id) || answer.starting.iter().any(|(start, _)| start == id);
         let shown: Vec<_> = engines
@@ -101,7 +106,7 @@ async fn shown(
             .filter(|engine| changes(&engine.id))
             .map(|engine| (engine.id, engine.role, engine.port))
             .collect();
-        if shown.len() == answer.starting.len() + answer.stopping.len() || Instant::now() >= deadline {
+        if shown.len() == answer.starting.len() + answer.stopping.len() || Instant::now() >= seen_by {
             return Ok(shown);
         }
         tokio::time::sleep(POLL_INTERVAL).await;

@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, ScaleAnswer, ScaleRequest, Status};
-use crate::fleet::{EngineId, Incarnation};
+use crate::fleet::{EngineId, Incarnation, MAX_ENGINES_PER_ROLE};
 
 /// How long a client may hold up the end of the server.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -230,6 +230,10 @@ async fn scale(State(state): State<ServerState>, body: Result<Json<ScaleRequest>
             StatusCode::BAD_REQUEST,
             "a role needs at least 1 engine; `xpyd down` ends the run",
         );
+    }
+    if request.count > MAX_ENGINES_PER_ROLE {
+        let error = format!("a role can have at most {MAX_ENGINES_PER_ROLE} engines");
+        return refuse(StatusCode::BAD_REQUEST, &error);
     }
     let (reply, answer) = oneshot::channel();
     if state.scale.try_send(Scale { request, reply }).is_err() {

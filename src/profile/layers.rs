@@ -7,6 +7,7 @@ use toml::{Table, Value};
 
 use super::Profile;
 use super::file::{File, MissingKey};
+use crate::fleet::MAX_ENGINES_PER_ROLE;
 
 /// The shipped profiles, embedded: name and text.
 const SHIPPED: &[(&str, &str)] = &[
@@ -269,9 +270,12 @@ fn check_ranges(profile: &Profile) -> Result<(), ProfileError> {
         })
     };
     for (table, role) in [("prefill", &profile.prefill), ("decode", &profile.decode)] {
-        for (key, value) in [("count", role.count), ("tensor_parallel", role.tensor_parallel)] {
-            if !(1..=64).contains(&value) {
-                return fail(format!("{table}.{key}"), "must be between 1 and 64");
+        for (key, value, most) in [
+            ("count", role.count, MAX_ENGINES_PER_ROLE),
+            ("tensor_parallel", role.tensor_parallel, 64),
+        ] {
+            if !(1..=most).contains(&value) {
+                return fail(format!("{table}.{key}"), &format!("must be between 1 and {most}"));
             }
         }
         let needed = usize::from(role.count) * usize::from(role.tensor_parallel);

@@ -81,6 +81,7 @@ fn what_cannot_be_scaled_is_refused_with_a_reason() {
     run.wait_until_ready();
     for (count, told) in [
         ("decode=0", "needs at least 1 engine"),
+        ("decode=65", "at most 64 engines"),
         ("decoder=2", "`decoder` is no role"),
         ("decode", "expected ROLE=COUNT"),
     ] {
