@@ -246,7 +246,8 @@ fn ask(interpreter: &Path) -> Option<Probe> {
     serde_json::from_slice(&answer?).ok()
 }
 
-const PROBE_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest wait for the probe. It only reads metadata, but from a cold disk of a busy host.
+const PROBE_DEADLINE: Duration = Duration::from_mins(1);
 
 #[cfg(test)]
 mod tests {

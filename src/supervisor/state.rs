@@ -45,8 +45,8 @@ const LEADERLESS_GRACE: Duration = Duration::from_secs(2);
 /// How long decode engines wait for prefill engines to leave first. KV in flight is pulled in far less.
 const DECODE_TURN: Duration = Duration::from_secs(1);
 
-/// How long the guardian may take to say that a killed tree is empty or cannot be emptied; it reports the latter after 5 s.
-const KILL_ANSWER: Duration = Duration::from_secs(15);
+/// How long the guardian can take to say that a killed tree is empty or cannot be emptied; it reports the latter after 30 s.
+const KILL_ANSWER: Duration = Duration::from_mins(1);
 
 /// How long the look for a failure's cause in the engine's log may take; without an answer, nobody knows it.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(10);
@@ -126,7 +126,7 @@ enum Stage {
 pub(super) struct Limits {
     /// How long requests in flight may go on.
     pub(super) drain: Duration,
-    /// How long the canaries of one round may take altogether.
+    /// How long the canaries of one round can take, for each pair of engines in it.
     pub(super) verify: Duration,
     /// Which engines start again.
     pub(super) restart: RestartPolicy,

@@ -24,8 +24,8 @@ use super::tree::{Process, Table};
 /// The variable with API keys of clients, which only the proxy reads.
 const CLIENT_KEYS_VARIABLE: &str = "XPYD_API_KEY";
 
-/// How long a fresh guardian may take to say hello: it is a re-exec and nothing more.
-pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a fresh guardian can take to say hello: it is a re-exec and nothing more, but on a busy host even that takes long.
+pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long a sweep goes on before it reports what is left.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(5);

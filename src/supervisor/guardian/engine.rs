@@ -22,8 +22,9 @@ use super::tree::{MARK_VARIABLE, Process, Table, Tree};
 use crate::fleet::Exit;
 use crate::fleet::{EngineId, Incarnation};
 
-/// How long processes may outlive SIGKILL before they are reported: one that waits in the kernel may take longer.
-const LEFTOVER_AFTER: Duration = Duration::from_secs(5);
+/// How long processes can outlive SIGKILL before they are reported, after which the engine is not started again. A process
+/// needs CPU time to exit, and the driver of a GPU takes many seconds to free its memory.
+const LEFTOVER_AFTER: Duration = Duration::from_secs(30);
 
 /// How often a tree is killed again while it is not empty. Longer once it was reported.
 const KILL_AGAIN: Duration = Duration::from_millis(20);

@@ -96,6 +96,13 @@ impl Fleet {
         }
     }
 
+    /// How long the canaries of a round can take.
+    fn allowed(&self, pairs: &[(usize, usize)]) -> Duration {
+        self.limits
+            .verify
+            .saturating_mul(u32::try_from(pairs.len()).unwrap_or(u32::MAX))
+    }
+
     pub(super) fn verify(&mut self, purpose: Purpose, pairs: Vec<(usize, usize)>, earlier: Vec<Tried>, now: Instant) {
         let id = |index: usize| self.engines[index].spec.id.clone();
         let named = pairs
@@ -114,7 +121,7 @@ impl Fleet {
         self.rounds += 1;
         self.verification = Some(Verification {
             round: self.rounds,
-            until: now + self.limits.verify,
+            until: now + self.allowed(&pairs),
             purpose,
             members: members
                 .into_iter()
@@ -179,6 +186,7 @@ impl Fleet {
             ..
         } = verification;
         let wanted = tried.len() + pairs.len();
+        let after = self.allowed(&pairs);
         tried.extend(pairs.into_iter().zip(trials).filter_map(|((prefill, decode), trial)| {
             let failure = match trial {
                 Trial::Worked => None,
@@ -202,7 +210,7 @@ impl Fleet {
             (Purpose::Fleet, _) if self.is_attached && !all_up => self.to(Stage::Starting),
             (Purpose::Return(_) | Purpose::Check, _) if !all_up => {}
             (Purpose::Fleet, failure) if failure.is_none() || !self.is_attached => {
-                let (engine, after) = (None, self.limits.verify);
+                let engine = None;
                 let reason = failure.unwrap_or_else(too_long);
                 self.end(Ending::NotReady { engine, reason, after }, now);
             }

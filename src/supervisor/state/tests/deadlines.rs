@@ -31,15 +31,15 @@ fn a_start_has_its_ready_deadline() {
 }
 
 #[test]
-fn canaries_have_the_verify_deadline() {
+fn canaries_have_the_verify_deadline_for_each_pair() {
     let mut world = World::two_by_two();
     world.all_healthy();
-    ends_after(&mut world, VERIFY, |world| world.ending);
+    ends_after(&mut world, VERIFY * 4, |world| world.ending);
     let mut world = World::ready();
     world.crash("decoder1");
     world.wait();
     world.healthy("decoder1");
-    ends_after(&mut world, VERIFY, |world| {
+    ends_after(&mut world, VERIFY * 2, |world| {
         world.did(&kill("decoder1")) && world.state("decoder1") == EngineState::Backoff
     });
 }
