@@ -6,7 +6,6 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Parser;
 use tempfile::TempDir;
@@ -24,7 +23,7 @@ use xpyd::fleet::FleetStage;
 use xpyd::report::ExitStatus;
 use xpyd::ui::Printer;
 
-const DEADLINE: Duration = Duration::from_secs(20);
+use crate::support::DEADLINE;
 
 const FORCED: DownRequest = DownRequest {
     force: true,

@@ -4,7 +4,6 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use clap::Parser;
 use fs_err::{File, OpenOptions};
@@ -20,14 +19,14 @@ use xpyd::logs::{Follower, LogsError, PhaseTracker, Position, create_run_folder,
 use xpyd::report::{ExitStatus, Failure};
 use xpyd::ui::Printer;
 
+use crate::support::DEADLINE;
+
 /// `xpyd logs`, without the other commands.
 #[derive(Debug, Parser)]
 struct Command {
     #[command(flatten)]
     arguments: command::Arguments,
 }
-
-const DEADLINE: Duration = Duration::from_secs(20);
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -88,7 +88,7 @@ fn without_descriptors_idle_connections_to_engines_give_way_and_then_clients_are
 fn a_connection_that_sends_no_request_ends_early_and_an_idle_one_does_not() {
     let place = Place::new();
     let _engines = Engines::start(&place, &[]);
-    let mut proxy = proxy(&place, &["--set", "clients.head_deadline=500ms"]);
+    let mut proxy = proxy(&place, &["--set", "clients.head_deadline=3s"]);
     let mut idle = client(&place);
     complete(&mut idle);
     let mut silent = client(&place);

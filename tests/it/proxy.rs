@@ -335,7 +335,7 @@ async fn a_stalled_stream_ends_with_an_error_event() {
     let (decode, hung_up) = stalling_decoder().await;
     let prefill = prefiller().await;
     let settings = Settings {
-        decode_idle_deadline: Duration::from_millis(200),
+        decode_idle_deadline: Duration::from_secs(2),
         ..fake::settings(Connector::Nixl(Nixl {}))
     };
     let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;

@@ -35,7 +35,13 @@ fn its_profile_is_a_good_one() {
 fn it_names_every_shipped_profile() {
     let place = Place::new();
     let list = text(&place.run(&["profiles", "list"]));
-    for name in list.lines().skip(1).filter_map(|line| line.split_whitespace().next()) {
+    let names: Vec<&str> = list
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(names.contains(&"2p2d"), "{list}");
+    for name in names {
         assert!(readme().contains(&format!("`{name}`")), "`{name}` is not in the README");
     }
 }
@@ -67,21 +73,23 @@ fn its_commands_are_commands() {
 
 #[test]
 fn its_exit_codes_are_those_of_the_help() {
-    let help = text(&Place::new().run(&["--help"]))
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ");
-    let table = readme().split("| Exit code |").nth(1).expect("the table");
-    let codes: Vec<&str> = table
+    let help = text(&Place::new().run(&["--help"]));
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    let (_, listed) = help.split_once("Exit codes: ").expect("the list");
+    let listed = listed.trim_end_matches('.').split(", ");
+    let listed: Vec<(&str, &str)> = listed.map(|item| item.split_once(' ').expect("a code")).collect();
+    let (_, table) = readme()
+        .split_once("| Exit code | Meaning |\n|---|---|\n")
+        .expect("the table");
+    let rows = table
         .lines()
-        .filter_map(|line| line.strip_prefix("| ")?.split(" |").next())
-        .filter(|cell| cell.chars().all(|character| character.is_ascii_digit()))
-        .collect();
-    assert_eq!(codes.len(), 11, "{codes:?}");
-    for code in codes {
+        .map_while(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
+    let rows: Vec<(&str, &str)> = rows.collect();
+    assert_eq!(rows.len(), listed.len(), "{rows:?} {listed:?}");
+    for ((code, meaning), (listed_code, listed_meaning)) in rows.into_iter().zip(listed) {
         assert!(
-            help.contains(&format!(" {code} ")),
-            "code {code} is not in `xpyd --help`"
+            code == listed_code && meaning.starts_with(listed_meaning),
+            "{code} {meaning} is {listed_code} {listed_meaning} in the help"
         );
     }
 }

@@ -193,7 +193,7 @@ fn an_engine_whose_worker_hangs_before_it_counts_a_request_is_started_again() {
         "--set",
         "sim.faults=[\"hang=3\"]",
         "--set",
-        "deadlines.stall=3s",
+        "deadlines.stall=10s",
         "--set",
         "restart.backoff=10ms",
     ]);
@@ -220,7 +220,7 @@ fn a_prefill_engine_that_does_nothing_with_what_it_was_given_hangs_whatever_its_
         "--set",
         patient,
         "--set",
-        "deadlines.stall=3s",
+        "deadlines.stall=10s",
         "--set",
         "restart.backoff=10ms",
     ]);
@@ -242,7 +242,7 @@ fn a_hung_engine_is_ended_and_started_again() {
         "--set",
         "sim.faults=[\"stall-decode=20\"]",
         "--set",
-        "deadlines.stall=3s",
+        "deadlines.stall=10s",
         "--set",
         "restart.backoff=10ms",
         "--set",
@@ -281,7 +281,7 @@ fn a_start_that_stands_still_is_given_up_with_what_it_was_doing() {
         "--set",
         "sim.faults=[\"freeze-at=weights\"]",
         "--set",
-        "deadlines.start_stall=2s",
+        "deadlines.start_stall=10s",
     ]);
     let (code, text) = run.end();
     assert_eq!(code, 5, "{text}");

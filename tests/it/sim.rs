@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
-const DEADLINE: Duration = Duration::from_secs(30);
+use crate::support::DEADLINE;
 
 /// A simulated engine in its own process. Dropping it kills what is left of its tree.
 struct Engine {

@@ -6,27 +6,13 @@
 
 mod fleet;
 mod guardian;
-mod kernel;
 
 use std::path::Path;
-use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
-
-/// Longer than anything takes on a loaded machine; only a defect waits it out.
-const PATIENCE: Duration = Duration::from_mins(1);
+use crate::support::{DEADLINE as PATIENCE, until};
 
 /// The variable by which a test finds the processes it has started, wherever they ended up.
 const MARK: &str = "XPYD_TEST_MARK";
-
-/// Waits until `condition` holds.
-async fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "waited too long until {what}");
-        sleep(Duration::from_millis(5)).await;
-    }
-}
 
 /// The processes that carry the mark, by id and name. The dead that wait for their parent have no environment any more.
 fn marked(mark: &str) -> Vec<(u32, String)> {

@@ -160,7 +160,7 @@ fn who_never_finishes_the_handshake_loses_the_place_and_so_does_who_speaks_plain
     let place = Place::new();
     certify(&place);
     let _engines = Engines::start(&place, &[]);
-    let deadline = ["--set", "clients.idle_deadline=1s"];
+    let deadline = ["--set", "clients.idle_deadline=3s"];
     let _proxy = proxy(&place, &[&FILES[..], &deadline].concat());
     let mut silent = client(&place);
     let mut half = client(&place);

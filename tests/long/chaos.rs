@@ -86,10 +86,10 @@ fn storm(seed: u64, connector: &[&str]) {
         "sim.preset=brisk",
         "restart.backoff=50ms",
         "restart.max_restarts=1000",
-        "deadlines.stall=2s",
-        "deadlines.handoff=500ms",
-        "deadlines.prefill=30s",
-        "deadlines.decode_idle=30s",
+        "deadlines.stall=15s",
+        "deadlines.handoff=2s",
+        "deadlines.prefill=1m",
+        "deadlines.decode_idle=1m",
         "proxy.routing.attempts=10",
     ];
     let arguments: Vec<&str> = settings
@@ -168,7 +168,7 @@ fn blows(place: &Place, seed: u64) {
             if is_whole && engines.iter().any(is_next) {
                 Ok(())
             } else {
-                Err(status.to_string())
+                Err(states(&status))
             }
         });
     }
@@ -177,6 +177,22 @@ fn blows(place: &Place, seed: u64) {
 fn status(place: &Place) -> Value {
     let output = place.run(&["status", "--json"]);
     serde_json::from_slice(&output.stdout).unwrap_or_default()
+}
+
+/// The engines of a status, for people.
+fn states(status: &Value) -> String {
+    let engines = status["engines"].as_array().into_iter().flatten();
+    let lines = engines.map(|engine| {
+        let text = |key: &str| engine[key].to_string();
+        format!(
+            "{} {} {} {}",
+            text("id"),
+            text("state"),
+            text("incarnation"),
+            text("reason")
+        )
+    });
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 /// Names, incarnations and leaders.

@@ -14,7 +14,7 @@ use xpyd::supervisor::KeptRun;
 use xpyd::supervisor::guardian::client::Guardian;
 use xpyd::supervisor::guardian::protocol::{Command, Event, Keep, Spawn};
 
-use crate::support::{DEADLINE, Place, wait_for};
+use crate::support::{DEADLINE, Place, skipped, wait_for};
 
 /// About 20 MB of numbered lines in each of two incarnations.
 const LINES: u64 = 2_500_000;
@@ -250,7 +250,10 @@ fn a_full_disk_costs_output_that_is_counted_and_no_engine() {
         unshare.output()
     };
     if !inside("true".as_ref(), &[]).is_ok_and(|output| output.status.success()) {
-        println!("skipped: no file system may be mounted here");
+        skipped(
+            "a_full_disk_costs_output_that_is_counted",
+            "no file system can be mounted here",
+        );
         return;
     }
     let program = std::env::current_exe().unwrap();

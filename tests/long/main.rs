@@ -3,6 +3,7 @@
 //! `cargo test` leaves them out; `cargo test --test long` runs them.
 
 mod chaos;
+mod kernel;
 mod log_flood;
 mod matrix;
 mod measure;

@@ -137,7 +137,7 @@ async fn a_passed_answer_that_stalls_breaks_off() {
     let decode = half_an_answer("application/json").await;
     let prefill = echo().await;
     let settings = Settings {
-        decode_idle_deadline: Duration::from_millis(200),
+        decode_idle_deadline: Duration::from_secs(2),
         ..fake::settings(Connector::Nixl(Nixl {}))
     };
     let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;

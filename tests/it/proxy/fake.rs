@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -23,8 +22,7 @@ use xpyd::fleet::{
 use xpyd::proxy::{Notifications, Parts, Proxy, Settings};
 use xpyd::service::Service;
 
-/// No test waits longer than this for something that must happen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) use crate::support::DEADLINE as PATIENCE;
 
 /// One request as an engine saw it.
 #[derive(Debug, Clone)]

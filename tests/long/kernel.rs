@@ -1,6 +1,8 @@
 //! What takes the kernel's help to provoke: a process that SIGKILL does not end, and process ids that come again.
 //!
-//! Both need rights that not every machine gives; without them the tests say so and prove nothing.
+//! Both need rights that not every machine gives; without them the tests print `SKIPPED` and prove nothing.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,8 +15,7 @@ use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::supervisor::guardian::client::Guardian;
 use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
 
-use super::{PATIENCE, read, until};
-use crate::support::Place;
+use crate::support::{DEADLINE as PATIENCE, Place, skipped, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
 
@@ -63,7 +64,10 @@ impl Drop for Freezer {
 #[tokio::test]
 async fn a_process_that_sigkill_does_not_end_is_named_and_never_called_stopped() {
     let Some(freezer) = Freezer::new("worker") else {
-        println!("skipped: no freezer of cgroup version 1 may be made here");
+        skipped(
+            "a_process_that_sigkill_does_not_end",
+            "cgroup version 1 has no freezer here",
+        );
         return;
     };
     let place = Place::new();
@@ -94,7 +98,10 @@ async fn a_process_that_sigkill_does_not_end_is_named_and_never_called_stopped()
 #[tokio::test]
 async fn shared_memory_is_removed_before_anything_is_killed_that_tells_whose_it_is() {
     let Some(freezer) = Freezer::new("segment") else {
-        println!("skipped: no freezer of cgroup version 1 may be made here");
+        skipped(
+            "shared_memory_is_removed_before_anything_is_killed",
+            "cgroup version 1 has no freezer here",
+        );
         return;
     };
     let folder = tempfile::tempdir().unwrap();
@@ -120,6 +127,10 @@ async fn shared_memory_is_removed_before_anything_is_killed_that_tells_whose_it_
     while !matches!(event(&mut guardian).await, Event::TreeEmpty { .. }) {}
 }
 
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
 const IN_NAMESPACE: &str = "XPYD_TEST_PID_NAMESPACE";
 
 /// So few process ids that each comes again within a moment.
@@ -136,18 +147,16 @@ fn a_kill_never_hits_a_process_that_has_got_the_id_of_one_of_the_tree() {
     // Before Linux 6.14 the limit is the whole machine's, which is not ours to change.
     let outside: u32 = read(Path::new("/proc/sys/kernel/pid_max")).trim().parse().unwrap();
     if !may || outside <= 400 {
-        println!("skipped: no process id namespace with a limit of its own may be made here");
+        skipped(
+            "a_kill_never_hits_a_process_that_has_got_the_id",
+            "process id namespaces have no limit of their own here",
+        );
         return;
     }
     let output = Process::new("unshare")
         .args(namespace)
         .arg(std::env::current_exe().unwrap())
-        .args([
-            "supervisor::kernel::in_a_namespace",
-            "--exact",
-            "--ignored",
-            "--nocapture",
-        ])
+        .args(["kernel::in_a_namespace", "--exact", "--ignored", "--nocapture"])
         .env(IN_NAMESPACE, "1")
         .output()
         .unwrap();
