@@ -52,7 +52,9 @@ fn a_fleet_comes_up_hands_over_by_nixl_and_keeps_what_prompts_have_in_common() {
         let body = serde_json::json!({
             "model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 12, "cache_salt": question,
         });
-        let (status, alone) = crate::support::post(decoder, "/v1/completions", &body.to_string());
+        let bearer = format!("Bearer {}", place.engine_key());
+        let headers = [("authorization", bearer.as_str())];
+        let (status, alone) = crate::support::post_with(decoder, "/v1/completions", &body.to_string(), &headers);
         assert_eq!(status, 200, "{alone}");
         let alone: serde_json::Value = serde_json::from_str(&alone).expect("JSON");
         assert_eq!(alone["choices"][0]["text"], through);
