@@ -80,8 +80,12 @@ impl fmt::Debug for Run {
 /// A fleet that takes requests, as given to the work that [`run`] was asked to do.
 #[derive(Debug, Clone)]
 pub struct Ready {
+    /// The run's name.
+    pub name: String,
     /// Where clients send requests.
     pub url: String,
+    /// Whether clients need an API key.
+    pub wants_key: bool,
     /// The name to ask for.
     pub model: String,
     /// The proxy itself, for its metrics.
@@ -127,15 +131,18 @@ where
         notifications,
         control,
     } = open_sockets(&plan, &run_dir, attach.as_mut()).await?;
+    let keep = keep(&plan, &run_dir, detached);
     let info = RunInfo {
         control_socket: run_dir.socket_path().to_owned(),
         engine_key_file: engine_key_file(&run_dir, engine_key.as_deref())?,
+        keeps_engines: !keep.wait.is_zero(),
         ..run_info(&plan, &name, &url, detached)?
     };
     run_dir
         .publish(&info)
         .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
 
+    let (ready_name, wants_key) = (name.clone(), !proxy_parts.client_keys.is_empty());
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
     let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
     let (requests, request_receiver) = mpsc::channel(8);
@@ -172,7 +179,9 @@ where
             drop(progress_is_settled.await);
             let verified_in = *verified.borrow();
             when_ready(Ready {
+                name: ready_name,
                 url,
+                wants_key,
                 model: plan.served_model_name.clone(),
                 proxy,
                 verified_in,
@@ -182,7 +191,6 @@ where
         }
         std::future::pending::<std::convert::Infallible>().await
     };
-    let keep = keep(&plan, &run_dir, detached);
     let outcome = tokio::select! {
         outcome = supervisor::run(supervisor_settings(&plan, name, reservations, keep, attach, held)?, wiring) => outcome,
         never = work => match never {},

@@ -1,5 +1,6 @@
 //! Engines that outlived their xpyd: found, and compared with what is asked for now.
 
+use super::command;
 use crate::control::rundir;
 use crate::fleet::{EngineId, Role};
 use crate::plan::{EngineSpec, Plan};
@@ -14,14 +15,24 @@ pub(super) fn find(name: &str) -> Result<Option<KeptRun>, Failure> {
     KeptRun::find(&socket).map_err(|error| unusable(error, name))
 }
 
+/// The hint names the process whose end is the end of this run's engines and of nothing else: when a guardian dies, the
+/// kernel ends the leaders of its engines, and its witness ends what they have started.
 fn unusable(error: GuardianError, name: &str) -> Failure {
     let is_other_version = matches!(error, GuardianError::Version { .. } | GuardianError::Protocol(_));
     let error = anyhow::Error::new(error).context(format!("engines of run `{name}` are kept, but out of reach"));
     let failure = Failure::new(ExitStatus::RunState, error);
     if is_other_version {
-        failure.hint("the xpyd that started them can still end them: `xpyd down` with that version")
-    } else {
-        failure.hint("try again in a moment; `pkill -KILL -f 'xpyd guardian'` ends the engines of all runs")
+        let down = command("down", name);
+        return failure.hint(format!(
+            "the version of xpyd that started them can still end them: `{down}`"
+        ));
+    }
+    let failure = failure.hint("try again in a moment");
+    match rundir::attach_path(name).ok().and_then(|socket| KeptRun::guardian_pid(&socket)) {
+        Some(pid) => failure.hint(format!(
+            "to end the engines of this run without it: `kill -KILL {pid}`; `xpyd doctor` shows whether any process is left"
+        )),
+        None => failure.hint("`xpyd doctor --reap` ends engines that no guardian watches"),
     }
 }
 
@@ -51,7 +62,7 @@ pub(super) fn resume(mut plan: Plan, kept: &KeptRun, name: &str) -> Result<Plan,
     let specs = kept.specs().map_err(|error| unusable(error, name))?;
     let other = |engine: &EngineId, why: &str| {
         let text = format!("engines of run `{name}` are kept, but {engine} {why}");
-        Failure::message(ExitStatus::RunState, text).hint(format!("{} ends them first", down_command(name)))
+        Failure::message(ExitStatus::RunState, text).hint(format!("`{}` ends them first", command("down", name)))
     };
     let scaled = kept.scaled();
     for (running, (_, _, state)) in specs.iter().zip(kept.engines()) {
@@ -97,13 +108,4 @@ pub(super) fn who(kept: &KeptRun) -> String {
         KeptState::Leaving { .. } | KeptState::Gone { .. } => format!("{engine} (ended)"),
     });
     engines.collect::<Vec<_>>().join(", ")
-}
-
-/// The command that takes the run `name` down.
-pub(super) fn down_command(name: &str) -> String {
-    if name == rundir::DEFAULT_NAME {
-        "`xpyd down`".to_owned()
-    } else {
-        format!("`xpyd down --name {name}`")
-    }
 }

@@ -63,7 +63,7 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     let interruption = Interruption::watch(arguments.ending.deadline, may_leave, printer)?;
     let status = with_fleet(&arguments, defaults, printer, interruption.stop.clone()).await?;
     if interruption.cause() == Some(Cause::Deadline) && status == ExitStatus::Forced {
-        printer.status("`--deadline` was over before the run was");
+        printer.error("`--deadline` was over before the run was");
         return Ok(ExitStatus::Failure);
     }
     Ok(status)

@@ -70,7 +70,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     up::announce(&plan, printer);
     let run = Run {
         plan: plan.clone(),
-        name,
+        name: name.clone(),
         run_dir,
         detached: false,
         attach: None,
@@ -92,7 +92,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         worked = show(&ready, num_prompts, printer).await;
         printer.status("\ntaking everything down");
     }))?;
-    let ended = up::conclude(&ended, &plan, printer)?;
+    let ended = up::conclude(&ended, &plan, &name, printer)?;
     let worked = worked?;
     if worked == ExitStatus::Success && ended == ExitStatus::Success {
         next_steps(printer);

@@ -5,9 +5,11 @@
 //! is a pipe that carries one word: that the fleet is ready.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use super::command;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
@@ -15,7 +17,7 @@ use crate::ui::Printer;
 pub(super) const READY: &str = "ready\n";
 
 /// Starts the process that stays, and waits until its fleet is ready or it has ended.
-pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
+pub(super) fn start(name: &str, printer: Printer) -> Result<ExitStatus, Failure> {
     let program = std::env::current_exe().map_err(anyhow::Error::from)?;
     let mut child = Command::new(program)
         .args(std::env::args_os().skip(1))
@@ -31,7 +33,8 @@ pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
         .flat_map(|stderr| BufReader::new(stderr).lines())
         .map_while(Result::ok)
     {
-        printer.status(line);
+        // The child has the same options, so what it prints with `--quiet` are errors.
+        printer.error(line);
     }
     let mut word = String::new();
     if let Some(mut stdout) = stdout {
@@ -39,14 +42,24 @@ pub(super) fn start(printer: Printer) -> Result<ExitStatus, Failure> {
     }
     if word == READY {
         printer.status(format!(
-            "\nruns in the background as process {}; `xpyd down` stops it",
-            child.id()
+            "\nruns in the background as process {}; `{}` stops it",
+            child.id(),
+            command("down", name)
         ));
         return Ok(ExitStatus::Success);
     }
-    // It said why; only its code is still missing.
     let ended = child.wait().map_err(anyhow::Error::from)?;
-    Ok(status_after(ended))
+    match ended.signal() {
+        Some(signal) => {
+            let text = format!(
+                "process {} was killed by signal {signal} before its fleet was ready",
+                child.id()
+            );
+            Err(Failure::message(ExitStatus::Failure, text))
+        }
+        // It said why; only its code is still missing.
+        None => Ok(status_after(ended)),
+    }
 }
 
 /// How another xpyd ended; one that a signal ended has failed.

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::status::{client, logs_command, running};
-use super::{attach, up};
+use super::status::{client, running};
+use super::{attach, command, up};
 use crate::app;
 use crate::control::api::DownRequest;
 use crate::control::client::{ClientError, ControlClient};
@@ -69,29 +69,29 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         Err(error @ ClientError::Refused { .. }) => return Err(Failure::new(ExitStatus::Failure, error)),
         Err(error) => return Err(unanswered(error, &info)),
     }
-    let progress = StopProgress::new(
-        printer,
-        if arguments.force {
-            "forced"
-        } else {
-            "xpyd down --force kills now"
-        },
-    );
+    let force = command("down --force", &info.name);
+    let hurry = if arguments.force {
+        "forced".to_owned()
+    } else {
+        format!("{force} kills now")
+    };
+    let progress = StopProgress::new(printer, hurry);
     if !wait(&info, &client, started + arguments.timeout, progress).await? {
         let waited = time_span(started.elapsed());
         let failure = Failure::message(
             ExitStatus::TeardownIncomplete,
             format!("run `{}` (pid {}) is still there after {waited}", info.name, info.pid),
         );
-        return Err(failure.hint("it goes on stopping; kill it now: xpyd down --force"));
+        return Err(failure.hint(format!("it continues to stop; `{force}` kills it now")));
     }
     match rundir::outcome(&info) {
         Ok(Some(outcome)) if outcome.leftovers.is_empty() && !kept_for.is_zero() => {
             printer.status(format!(
-                "xpyd has left run `{}`; its engines wait {} for the next `xpyd up`, and {} ends them",
+                "xpyd has left run `{}`; its engines wait {} for the next `{}`, and `{}` ends them",
                 info.name,
                 humantime::format_duration(kept_for),
-                attach::down_command(&info.name)
+                command("up", &info.name),
+                command("down", &info.name)
             ));
             Ok(ExitStatus::Success)
         }
@@ -111,7 +111,10 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         Ok(None) => {
             let text = format!("run `{}` has ended without saying whether all of it is gone", info.name);
             let failure = Failure::message(ExitStatus::TeardownIncomplete, text);
-            Err(failure.hint(format!("see its last words: {} xpyd", logs_command(&info.name))))
+            Err(failure.hint(format!(
+                "see its last words: `xpyd logs xpyd --run {}`",
+                info.logs_dir.display()
+            )))
         }
         Err(error) => Err(Failure::new(ExitStatus::TeardownIncomplete, error)),
     }
@@ -123,13 +126,13 @@ async fn end_kept(kept: KeptRun, arguments: Arguments, printer: Printer) -> Resu
         let text = format!("run `{}` has no xpyd; its engines are kept already", arguments.name);
         return Err(Failure::message(ExitStatus::RunState, text));
     }
-    let run_dir = up::acquire(&arguments.name)?;
+    let (run_dir, name) = (up::acquire(&arguments.name)?, arguments.name);
     printer.status(format!(
         "ending the engines that an earlier xpyd left: {}",
         attach::who(&kept)
     ));
-    let outcome = app::end_kept(kept, &run_dir, arguments.name, arguments.force, printer).await?;
-    up::say_what_is_left(&outcome, printer);
+    let outcome = app::end_kept(kept, &run_dir, name.clone(), arguments.force, printer).await?;
+    up::say_what_is_left(&outcome, &name, printer);
     match &outcome.ending {
         // With the guardian's witness gone the engines end without their grace, which is an end all the same.
         Ending::Stopped | Ending::Forced | Ending::SupervisionLost { .. } => Ok(outcome.exit_status()),
@@ -175,8 +178,17 @@ pub(super) fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
 }
 
 fn unanswered(error: ClientError, info: &RunInfo) -> Failure {
-    Failure::new(ExitStatus::TeardownIncomplete, error).hint(format!(
-        "xpyd is there but hangs; end it, and its guardian takes the engines down: kill -KILL {}",
-        info.pid
-    ))
+    let failure = Failure::new(ExitStatus::TeardownIncomplete, error);
+    if info.keeps_engines {
+        failure.hint(format!(
+            "xpyd hangs: `kill -KILL {}` ends it, then `{}` ends its engines, which wait for the next xpyd",
+            info.pid,
+            command("down", &info.name)
+        ))
+    } else {
+        failure.hint(format!(
+            "xpyd hangs: `kill -KILL {}` ends it, and its guardian then ends the engines",
+            info.pid
+        ))
+    }
 }

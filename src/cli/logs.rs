@@ -154,7 +154,7 @@ fn source(arguments: &Arguments, printer: Printer) -> Result<Source, Failure> {
             ));
             Ok(Source { folder, run: None })
         }
-        Err(failure) => Err(failure.hint("logs of an earlier run: xpyd logs --run DIR")),
+        Err(failure) => Err(failure.hint("`xpyd logs --run DIR` shows those of an earlier run")),
     }
 }
 

@@ -141,6 +141,15 @@ fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Fail
     runtime.block_on(work)
 }
 
+/// The command `xpyd VERB` about the run `name`, as people type it.
+fn command(verb: &str, name: &str) -> String {
+    if name == rundir::DEFAULT_NAME {
+        format!("xpyd {verb}")
+    } else {
+        format!("xpyd {verb} --name {name}")
+    }
+}
+
 /// The run of the default name, if there is one: what `xpyd bench` measures unless it is told otherwise.
 fn running_fleet() -> Option<bench::Target> {
     let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten()?;

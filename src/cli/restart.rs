@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::command;
 use super::down::is_gone;
-use super::status::{client, logs_command, running};
+use super::status::{client, running};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
@@ -69,7 +70,9 @@ pub(super) async fn take_out(
         let wait = Wait {
             id,
             verb,
-            incarnation: answer.map_err(|error| refused(error, arguments.force))?.incarnation,
+            incarnation: answer
+                .map_err(|error| refused(error, arguments.force, &info.name))?
+                .incarnation,
             info: &info,
         };
         wait.until_done(&client, Instant::now() + timeout, &mut progress)
@@ -111,19 +114,22 @@ pub(super) async fn status(client: &ControlClient, info: &RunInfo, deadline: Ins
         let is_silent = matches!(error, ClientError::NoAnswer { .. });
         if !is_silent || Instant::now() >= deadline || is_gone(info)? {
             return Err(Failure::new(ExitStatus::Failure, error).hint(format!(
-                "see what the run last wrote: {} xpyd",
-                logs_command(&info.name)
+                "see what the run last wrote: `{}`",
+                command("logs xpyd", &info.name)
             )));
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-fn refused(error: ClientError, force: bool) -> Failure {
+fn refused(error: ClientError, force: bool, name: &str) -> Failure {
     let refusal = matches!(&error, ClientError::Refused { status: 409, .. });
     let failure = Failure::new(ExitStatus::Failure, error);
     if refusal && !force {
-        failure.hint("`xpyd status` shows the engines; --force takes out the last one of a role as well")
+        failure.hint(format!(
+            "`{}` shows the engines; `--force` takes out the last one of a role as well",
+            command("status", name)
+        ))
     } else {
         failure
     }
@@ -164,7 +170,10 @@ impl Wait<'_> {
             if Instant::now() >= deadline {
                 let state = engine.map_or(EngineState::Planned, |engine| engine.state);
                 let failure = Failure::message(ExitStatus::NotReady, format!("{} is still {state}", self.id));
-                return Err(failure.hint("it goes on; `xpyd status` shows how far it is"));
+                return Err(failure.hint(format!(
+                    "the run continues; `{}` shows how far it is",
+                    command("status", &self.info.name)
+                )));
             }
             tokio::time::sleep(POLL_INTERVAL).await;
         }
@@ -182,8 +191,8 @@ impl Wait<'_> {
             (_, EngineState::Failed | EngineState::Backoff) => {
                 let reason = engine.reason.as_deref().unwrap_or("it ended");
                 let failure = Failure::message(ExitStatus::EngineFailed, format!("{} failed: {reason}", self.id));
-                let logs = logs_command(&self.info.name);
-                Err(failure.hint(format!("`{logs} {} --tail 50` shows its log", self.id)))
+                let logs = command(&format!("logs {} --tail 50", self.id), &self.info.name);
+                Err(failure.hint(format!("`{logs}` shows its log")))
             }
             _ => Ok(false),
         }

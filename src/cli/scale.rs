@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::command;
 use super::restart::{POLL_INTERVAL, Wait, status};
 use super::status::{client, running};
 use crate::control::api::{ScaleAnswer, ScaleRequest, Status};
@@ -49,7 +50,7 @@ impl FromStr for Count {
             _ => return Err(format!("`{role}` is no role; there are `prefill` and `decode`")),
         };
         match count.parse() {
-            Ok(0) => Err("a role needs at least 1 engine; `xpyd down` ends the run".to_owned()),
+            Ok(0) => Err("a role needs at least 1 engine".to_owned()),
             Ok(count) if count > MAX_ENGINES_PER_ROLE => {
                 Err(format!("a role can have at most {MAX_ENGINES_PER_ROLE} engines"))
             }
@@ -64,7 +65,10 @@ pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitSt
     let info = running(&arguments.name)?;
     let client = client(&info)?;
     for Count(request) in arguments.counts {
-        let answer = client.scale(request).await.map_err(refused)?;
+        let answer = client
+            .scale(request)
+            .await
+            .map_err(|error| refused(error, &info.name))?;
         let ScaleAnswer { starting, stopping } = &answer;
         if starting.is_empty() && stopping.is_empty() {
             printer.status(format!("{} engines serve as {} already", request.count, request.role));
@@ -113,6 +117,6 @@ async fn shown(
     }
 }
 
-fn refused(error: ClientError) -> Failure {
-    Failure::new(ExitStatus::Failure, error).hint("`xpyd status` shows the engines")
+fn refused(error: ClientError, name: &str) -> Failure {
+    Failure::new(ExitStatus::Failure, error).hint(format!("`{}` shows the engines", command("status", name)))
 }

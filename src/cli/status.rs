@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::attach;
+use super::{attach, command};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
@@ -47,7 +47,8 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let info = running(&arguments.name)?;
     let client = client(&info)?;
     let status = client.status().await.map_err(|error| {
-        Failure::new(ExitStatus::Failure, error).hint(format!("see what it last wrote: {}", logs_command(&info.name)))
+        Failure::new(ExitStatus::Failure, error)
+            .hint(format!("see what it last wrote: `{}`", command("logs", &info.name)))
     })?;
     if arguments.json {
         printer.data(serde_json::to_string_pretty(&status).map_err(|error| Failure::new(ExitStatus::Bug, error))?);
@@ -70,10 +71,11 @@ pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
                 ),
             )
             .hint(format!(
-                "`xpyd up` attaches to them, {} ends them",
-                attach::down_command(name)
+                "`{}` attaches to them, `{}` ends them",
+                command("up", name),
+                command("down", name)
             )),
-            None => Failure::message(ExitStatus::RunState, format!("no run `{name}` is up")).hint("start one: xpyd up"),
+            None => none_is_up(name),
         }),
         Err(error @ RunDirError::NotPublished { .. }) => {
             Err(Failure::new(ExitStatus::RunState, error).hint("try again in a moment"))
@@ -83,18 +85,23 @@ pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
     }
 }
 
+/// No run of this name is up. Others that are up are named.
+fn none_is_up(name: &str) -> Failure {
+    let failure = Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"));
+    let others: Vec<String> = rundir::locked()
+        .iter()
+        .map(|name| format!("`{}`", command("status", name)))
+        .collect();
+    if others.is_empty() {
+        failure.hint(format!("start one: `{}`", command("up", name)))
+    } else {
+        failure.hint(format!("other runs are up: {}", others.join(", ")))
+    }
+}
+
 /// A client of this run.
 pub(super) fn client(info: &RunInfo) -> Result<ControlClient, Failure> {
     ControlClient::new(&rundir::socket_path(&info.name)).map_err(|error| Failure::new(ExitStatus::Bug, error))
-}
-
-/// The command that shows the logs of the run `name`.
-pub(super) fn logs_command(name: &str) -> String {
-    if name == DEFAULT_NAME {
-        "xpyd logs".to_owned()
-    } else {
-        format!("xpyd logs --name {name}")
-    }
 }
 
 /// The status for people. Columns that do not fit `width` beside the detail are left out.

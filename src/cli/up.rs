@@ -6,9 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use super::request::{self, FleetArguments};
-use super::{attach, block_on, detach, engine_key, fetch};
+use super::{attach, block_on, command, detach, engine_key, fetch};
 use crate::app::{self, Began, Ended, Ready, Run};
-use crate::control::rundir::{RunDir, RunDirError};
+use crate::control::rundir::{DEFAULT_NAME, RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit, LogLimits};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
@@ -61,7 +61,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         return Ok(ExitStatus::Success);
     }
     if arguments.detach && !arguments.detached_child {
-        return detach::start(printer);
+        return detach::start(&arguments.name, printer);
     }
     let proxy_parts = request::proxy_parts(&draft.proxy.service)?;
     let run_dir = acquire(&arguments.name)?;
@@ -112,14 +112,17 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         }
         std::future::pending::<()>().await;
     }))?;
-    conclude(&ended, &plan, printer)
+    conclude(&ended, &plan, &arguments.name, printer)
 }
 
 /// Takes the lock of the run of this name.
 pub(super) fn acquire(name: &str) -> Result<RunDir, Failure> {
     RunDir::acquire(name).map_err(|error| match &error {
-        RunDirError::AlreadyRunning { .. } => Failure::new(ExitStatus::RunState, error)
-            .hint("`xpyd status` shows it, `xpyd down` stops it, `--name other` starts a second one"),
+        RunDirError::AlreadyRunning { .. } => Failure::new(ExitStatus::RunState, error).hint(format!(
+            "`{}` shows it, `{}` stops it, `--name NAME` starts another one",
+            command("status", name),
+            command("down", name)
+        )),
         _ => Failure::new(ExitStatus::Failure, error),
     })
 }
@@ -167,14 +170,40 @@ fn tell_ready(ready: &Ready, detached: bool, printer: Printer) {
         seconds(ready.verified_in)
     ));
     printer.status(format!("\n  OpenAI API   {}/v1   model {}", ready.url, ready.model));
+    let key = if ready.wants_key {
+        "-H \"Authorization: Bearer $XPYD_API_KEY\" "
+    } else {
+        ""
+    };
     printer.status(format!(
-        "  try          curl {}/v1/completions -H 'content-type: application/json' \\\n                 -d '{{\"model\": \"{}\", \"prompt\": \"Hello\", \"max_tokens\": 16}}'",
+        "  try          curl {}/v1/completions {key}-H 'content-type: application/json' \\\n                 -d '{{\"model\": \"{}\", \"prompt\": \"Hello\", \"max_tokens\": 16}}'",
         ready.url, ready.model
     ));
-    printer.status("  and          xpyd status · xpyd logs decoder1 -f · xpyd bench · xpyd down");
+    printer.status(format!("  and          {}", next_commands(ready).join(" · ")));
     if !detached {
         printer.status("\npress Ctrl+C to stop");
     }
+}
+
+/// What to type next.
+fn next_commands(ready: &Ready) -> Vec<String> {
+    let mut commands = vec![command("status", &ready.name), command("logs decoder1 -f", &ready.name)];
+    // The bench speaks no TLS.
+    if ready.url.starts_with("http://") {
+        let key = if ready.wants_key {
+            "OPENAI_API_KEY=$XPYD_API_KEY "
+        } else {
+            ""
+        };
+        let server = if ready.name == DEFAULT_NAME {
+            String::new()
+        } else {
+            format!(" --base-url {}", ready.url)
+        };
+        commands.push(format!("{key}xpyd bench{server}"));
+    }
+    commands.push(command("down", &ready.name));
+    commands
 }
 
 pub(super) fn seconds(duration: Duration) -> String {
@@ -182,10 +211,10 @@ pub(super) fn seconds(duration: Duration) -> String {
 }
 
 /// Says how the run ended: why, and whether anything is left.
-pub(super) fn conclude(ended: &Ended, plan: &Plan, printer: Printer) -> Result<ExitStatus, Failure> {
+pub(super) fn conclude(ended: &Ended, plan: &Plan, name: &str, printer: Printer) -> Result<ExitStatus, Failure> {
     let Ended { outcome, began } = ended;
     let status = outcome.exit_status();
-    say_what_is_left(outcome, printer);
+    say_what_is_left(outcome, name, printer);
     match &outcome.ending {
         Ending::Stopped | Ending::Kept => Ok(status),
         Ending::Forced => {
@@ -204,9 +233,13 @@ pub(super) fn conclude(ended: &Ended, plan: &Plan, printer: Printer) -> Result<E
 }
 
 /// Says whether anything of the run is still there.
-pub(super) fn say_what_is_left(outcome: &Outcome, printer: Printer) {
+pub(super) fn say_what_is_left(outcome: &Outcome, name: &str, printer: Printer) {
     if outcome.ending == Ending::Kept {
-        printer.status("left; the engines wait for the next `xpyd up`, and `xpyd down` ends them");
+        printer.status(format!(
+            "left; the engines wait for the next `{}`, and `{}` ends them",
+            command("up", name),
+            command("down", name)
+        ));
     } else if outcome.left.is_empty() {
         printer.status(format!(
             "stopped in {}; no process and no listener is left",
@@ -226,7 +259,7 @@ fn explained(outcome: &Outcome, plan: &Plan, began: &Began, engine: &EngineId, e
     let spec = plan.engines.iter().find(|spec| spec.id == *engine);
     let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
     let diagnosis = logs::diagnose(&log, last_start(began, engine), exit);
-    let shown = format!("`xpyd logs {engine} --tail 50` shows its log ({})", log.display());
+    let shown = format!("{} shows its log", logs_of(engine, plan));
     with_diagnosis(outcome, diagnosis.as_ref(), shown)
 }
 
@@ -240,7 +273,7 @@ fn hand_off_failed(outcome: &Outcome, plan: &Plan, began: &Began) -> Failure {
     match diagnosed {
         Some((spec, mut diagnosis)) => {
             diagnosis.error = diagnosis.error.map(|error| format!("{}: {error}", spec.id));
-            let shown = format!("`xpyd logs {} --tail 50` shows its log", spec.id);
+            let shown = format!("{} shows its log", logs_of(&spec.id, plan));
             with_diagnosis(outcome, Some(&diagnosis), shown)
         }
         None => in_folder(
@@ -248,6 +281,11 @@ fn hand_off_failed(outcome: &Outcome, plan: &Plan, began: &Began) -> Failure {
             plan,
         ),
     }
+}
+
+/// The command that shows the log of an engine of this run, also after the run has ended.
+fn logs_of(engine: &EngineId, plan: &Plan) -> String {
+    format!("`xpyd logs {engine} --tail 50 --run {}`", plan.run_dir.display())
 }
 
 /// Where the engine's last incarnation, which is the one that failed, began to write.

@@ -133,6 +133,9 @@ pub struct RunInfo {
     pub started_at: String,
     /// Whether it runs without a terminal.
     pub detached: bool,
+    /// Whether its engines outlive xpyd for a while, should it disappear.
+    #[serde(default)]
+    pub keeps_engines: bool,
 }
 
 /// An engine of a run.
@@ -165,6 +168,7 @@ impl RunInfo {
             engines: Vec::new(),
             started_at: jiff::Timestamp::now().to_string(),
             detached: false,
+            keeps_engines: false,
         })
     }
 
@@ -375,17 +379,28 @@ pub fn stale() -> Vec<String> {
 
 /// [`stale`] below another folder than the user's.
 pub fn stale_in(root: &Path) -> Vec<String> {
+    names(root, |folder| {
+        let has_files = [RUN_FILE, SOCKET_FILE].iter().any(|file| folder.join(file).exists());
+        has_files && is_locked(&folder.join(LOCK_FILE)).is_ok_and(|locked| !locked)
+    })
+}
+
+/// Names of this user's runs that are there: starting, up or ending.
+pub fn locked() -> Vec<String> {
+    names(&runtime_root(), |folder| {
+        is_locked(&folder.join(LOCK_FILE)).unwrap_or_default()
+    })
+}
+
+/// Names of the runs below `root` whose folder is as wanted, in order.
+fn names(root: &Path, is_wanted: impl Fn(&Path) -> bool) -> Vec<String> {
     if check_private(root).is_err() {
         return Vec::new();
     }
     let entries = fs_err::read_dir(root).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     let mut names: Vec<String> = names
-        .filter(|name| {
-            let folder = root.join(name);
-            let has_files = [RUN_FILE, SOCKET_FILE].iter().any(|file| folder.join(file).exists());
-            check_name(name).is_ok() && has_files && is_locked(&folder.join(LOCK_FILE)).is_ok_and(|locked| !locked)
-        })
+        .filter(|name| check_name(name).is_ok() && is_wanted(&root.join(name)))
         .collect();
     names.sort();
     names

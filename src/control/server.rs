@@ -226,10 +226,7 @@ async fn scale(State(state): State<ServerState>, body: Result<Json<ScaleRequest>
         Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
     };
     if request.count == 0 {
-        return refuse(
-            StatusCode::BAD_REQUEST,
-            "a role needs at least 1 engine; `xpyd down` ends the run",
-        );
+        return refuse(StatusCode::BAD_REQUEST, "a role needs at least 1 engine");
     }
     if request.count > MAX_ENGINES_PER_ROLE {
         let error = format!("a role can have at most {MAX_ENGINES_PER_ROLE} engines");

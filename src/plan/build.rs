@@ -74,7 +74,7 @@ impl PlanError {
                 "change a port of the profile, for example `--set decode.port=7600`, or `--set port_offset=…`"
                     .to_owned()
             }
-            Self::NoGpuLeft { .. } => "`xpyd status` shows who has which GPU".to_owned(),
+            Self::NoGpuLeft { .. } => "`nvidia-smi` shows who uses which GPU".to_owned(),
             Self::UnequalRanks { .. } => "set both alike, or use `--connector nixl`".to_owned(),
         }
     }

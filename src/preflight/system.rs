@@ -125,8 +125,8 @@ fn ports(plan: &Plan, listeners: &[Listener]) -> Finding {
     }
     let noun = if taken.len() == 1 { "port is" } else { "ports are" };
     let message = format!("{} {noun} taken: {}", taken.len(), taken.join(", "));
-    let hint = "`xpyd status` tells whether it is a run of yours, which `xpyd down` ends; end the process, or move all ports \
-        of this fleet with `--set port_offset=100`";
+    let hint =
+        "`xpyd status` shows your runs; end the process, or move all ports of this fleet with `--set port_offset=100`";
     finding("ports", Level::Fail, message, Some(hint))
 }
 

@@ -213,14 +213,14 @@ pub struct StopProgress {
     line: ProgressBar,
     redraws: bool,
     /// How the user can hurry, shown while there is something to wait for.
-    hurry: &'static str,
+    hurry: String,
     /// What a line was last printed for.
     printed: String,
 }
 
 impl StopProgress {
     /// Nothing is shown yet. `hurry` says how to force it: `press Ctrl+C again to force`.
-    pub fn new(printer: Printer, hurry: &'static str) -> Self {
+    pub fn new(printer: Printer, hurry: impl Into<String>) -> Self {
         let redraws = printer.is_terminal() && !printer.quiet;
         let target = if redraws {
             ProgressDrawTarget::stderr()
@@ -238,7 +238,7 @@ impl StopProgress {
             printer,
             line,
             redraws,
-            hurry,
+            hurry: hurry.into(),
             printed: String::new(),
         }
     }

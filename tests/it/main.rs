@@ -18,6 +18,7 @@ mod exact;
 mod framing;
 mod gpu;
 mod guard;
+mod hints;
 mod hub;
 mod keep;
 mod lmcache_mp;

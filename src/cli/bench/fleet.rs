@@ -1,6 +1,7 @@
 //! `xpyd bench --profile`: a fleet of the bench's own. A second xpyd runs it, as `xpyd up --detach` does; it is told to end
 //! when the bench has ended, and the kernel tells it if the bench is killed.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
@@ -19,6 +20,8 @@ use crate::ui::Printer;
 pub(super) struct Fleet {
     name: String,
     xpyd: Child,
+    /// The folder with its logs.
+    logs: PathBuf,
     /// Where it serves.
     pub(super) target: Target,
 }
@@ -35,6 +38,7 @@ impl Fleet {
         let program = std::env::current_exe().map_err(anyhow::Error::from)?;
         let mut xpyd = Command::new(program)
             .args(words(arguments, profile, &name)?)
+            .args(printer.quiet.then_some("--quiet"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -57,6 +61,7 @@ impl Fleet {
         Ok(Some(Self {
             name,
             xpyd,
+            logs: run.logs_dir,
             target: Target {
                 base_url: run.proxy_url,
             },
@@ -75,7 +80,7 @@ impl Fleet {
             Err(failure) if failure.status == ExitStatus::RunState => {
                 let problem = "the fleet ended while it was measured";
                 Err(Failure::message(ExitStatus::Failure, problem)
-                    .hint(format!("`xpyd logs --name {}` shows why", self.name)))
+                    .hint(format!("`xpyd logs --run {}` shows why", self.logs.display())))
             }
             Err(failure) => Err(failure),
         }
@@ -137,7 +142,8 @@ async fn is_ready(xpyd: &mut Child, printer: Printer, stop: &CancellationToken) 
     loop {
         tokio::select! {
             line = lines.next_line() => match line {
-                Ok(Some(line)) => printer.status(line),
+                // With `--quiet` it prints errors only.
+                Ok(Some(line)) => printer.error(line),
                 Ok(None) | Err(_) => break,
             },
             () = stop.cancelled(), if !is_told => {

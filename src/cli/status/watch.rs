@@ -6,7 +6,7 @@ use jiff::Zoned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
-use super::{client, logs_command, picture, running};
+use super::{client, command, picture, running};
 use crate::cli::detach::status_of;
 use crate::cli::down::is_gone;
 use crate::control::api::{EngineStatus, Status};
@@ -110,14 +110,15 @@ async fn wait(info: &RunInfo, interval: Duration, resized: &mut Signal) -> Resul
 
 fn silent(info: &RunInfo) -> Failure {
     let text = format!("run `{}` (pid {}) is there and does not answer", info.name, info.pid);
-    Failure::message(ExitStatus::Failure, text).hint(format!("see what it last wrote: {}", logs_command(&info.name)))
+    Failure::message(ExitStatus::Failure, text)
+        .hint(format!("see what it last wrote: `{}`", command("logs", &info.name)))
 }
 
 /// Says how the run ended, and ends as it did.
 fn conclude(info: &RunInfo, printer: Printer) -> Result<ExitStatus, Failure> {
     let name = &info.name;
     let outcome = rundir::outcome(info).map_err(|error| Failure::new(ExitStatus::Failure, error))?;
-    let logs = format!("see its last words: xpyd logs xpyd --run {}", info.logs_dir.display());
+    let logs = format!("see its last words: `xpyd logs xpyd --run {}`", info.logs_dir.display());
     let Some(outcome) = outcome else {
         let text = format!("run `{name}` has ended without saying how");
         return Err(Failure::message(ExitStatus::Failure, text).hint(logs));

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use nix::sys::socket::{getsockopt, sockopt};
 use rustix::process::{PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -55,6 +56,13 @@ impl KeptRun {
             .map(|kept| serde_json::from_value(kept.memo.clone()))
             .collect::<Result<_, _>>()
             .map_err(|error| GuardianError::Protocol(ProtocolError::Malformed(error)))
+    }
+
+    /// The process that listens at `socket`, also if it does not answer.
+    pub fn guardian_pid(socket: &Path) -> Option<i32> {
+        let stream = UnixStream::connect(socket).ok()?;
+        let peer = getsockopt(&stream, sockopt::PeerCredentials).ok()?;
+        (peer.pid() > 0).then(|| peer.pid())
     }
 
     /// The run whose guardian waits at `socket`; `None` if nobody does. Blocks until the guardian has answered.

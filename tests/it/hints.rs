@@ -1,0 +1,268 @@
+//! Hints are safe to follow: each command that one names exists, ends what it says, and leaves other runs alone.
+
+use std::path::Path;
+use std::process::Command;
+
+use clap::Parser as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::{Place, Run, kill_process, wait_for};
+
+/// Every text between backticks in the source that is a command of xpyd.
+fn commands(text: &str) -> Vec<String> {
+    let spans = text.split('`').skip(1).step_by(2);
+    let named = spans.filter(|span| span.starts_with("xpyd ") && !span.contains('\n'));
+    named.map(str::to_owned).collect()
+}
+
+fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("a folder").flatten();
+    let paths = entries.map(|entry| entry.path());
+    let (folders, files): (Vec<_>, Vec<_>) = paths.partition(|path| path.is_dir());
+    let inner = folders.iter().flat_map(|folder| sources(folder));
+    let is_text = |path: &&std::path::PathBuf| path.extension().is_some_and(|kind| kind == "rs" || kind == "toml");
+    files.iter().filter(is_text).cloned().chain(inner).collect()
+}
+
+/// Words as a user types them: placeholders of a format and of a sentence have some value.
+fn words(command: &str) -> Vec<String> {
+    let mut text = String::new();
+    let mut rest = command;
+    while let Some((before, after)) = rest.split_once('{') {
+        text += before;
+        text += "1";
+        rest = after.split_once('}').map_or("", |(_, rest)| rest);
+    }
+    text += rest;
+    text.split_whitespace()
+        .filter(|word| *word != "…")
+        .map(|word| word.replace('…', "1"))
+        .collect()
+}
+
+#[test]
+fn every_command_that_a_text_names_is_understood() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = 0;
+    for path in sources(&root) {
+        let text = std::fs::read_to_string(&path).expect("a file");
+        let texts = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        for command in texts.flat_map(commands) {
+            found += 1;
+            let mut words = words(&command);
+            // `xpyd VERB` of a named run, `xpyd guardian`: a word that stands for a verb is none.
+            if words
+                .get(1)
+                .is_some_and(|word| word.chars().all(char::is_uppercase) || word == "1")
+            {
+                continue;
+            }
+            // A verb alone, whose arguments the sentence does not need.
+            let needs_more = ["restart", "drain", "scale", "sim", "companion"];
+            if words.len() == 2 && needs_more.contains(&words[1].as_str()) {
+                words.push("--help".to_owned());
+            }
+            let parsed = xpyd::cli::Cli::try_parse_from(&words);
+            let is_understood = parsed.as_ref().map_or_else(|error| !error.use_stderr(), |_| true);
+            assert!(
+                is_understood,
+                "{}: `{command}` is no command: {:?}",
+                path.display(),
+                parsed.err()
+            );
+        }
+    }
+    assert!(found > 30, "only {found} commands were found");
+}
+
+/// The commands in the hints of what was printed.
+fn hinted(printed: &str) -> Vec<String> {
+    let hints = printed.lines().filter(|line| line.starts_with("hint:"));
+    let spans = hints.flat_map(|line| line.split('`').skip(1).step_by(2));
+    let named = spans.filter(|span| span.starts_with("xpyd ") || span.starts_with("kill "));
+    named.map(str::to_owned).collect()
+}
+
+/// Types one command as it is printed, and checks that it succeeds.
+fn follow(place: &Place, command: &str) {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    let output = if words[0] == "xpyd" {
+        place.run(&words[1..])
+    } else {
+        Command::new(words[0]).args(&words[1..]).output().expect("a program")
+    };
+    assert_eq!(output.status.code(), Some(0), "{command}: {output:?}");
+}
+
+/// Two named runs in a place, of which the other one must stay as it is.
+fn two_runs(place: &Place, more: &[&str]) -> (Vec<(i32, String)>, i32) {
+    let up = |name: &str, offset: u16| {
+        let offset = format!("port_offset={}", place.offset + offset);
+        let fixed = ["up", "-d", "--name", name, "--profile", "1p1d", "--engine", "sim"];
+        let settings = ["--set", "sim.preset=instant", "--set", &offset];
+        let output = place.run(&[&fixed[..], &settings, more].concat());
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    };
+    up("other", 0);
+    let others = place.processes();
+    up("mine", 2);
+    (others, xpyd_of(place, "mine"))
+}
+
+fn xpyd_of(place: &Place, name: &str) -> i32 {
+    let status = place.run(&["status", "--json", "--name", name]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    i32::try_from(status["run"]["pid"].as_i64().expect("a pid")).expect("a pid")
+}
+
+/// Waits until only these processes are left, then takes the other run down.
+fn assert_only_the_other_run_is_left(place: &Place, others: &[(i32, String)]) {
+    wait_for("the end of this run alone", || {
+        let now = place.processes();
+        if now == others {
+            Ok(())
+        } else {
+            Err(format!("{now:#?}"))
+        }
+    });
+    follow(place, "xpyd down --name other");
+    place.wait_until_empty();
+    place.assert_no_listener();
+}
+
+#[test]
+fn the_hint_for_a_hung_xpyd_ends_its_run_and_no_other() {
+    let place = Place::new();
+    let (others, xpyd) = two_runs(&place, &[]);
+    kill(Pid::from_raw(xpyd), Signal::SIGSTOP).expect("it is there");
+    let output = place.run(&["down", "--name", "mine"]);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    let commands = hinted(&String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        commands,
+        [format!("kill -KILL {xpyd}"), "xpyd down --name mine".to_owned()]
+    );
+    commands.iter().for_each(|command| follow(&place, command));
+    assert_only_the_other_run_is_left(&place, &others);
+}
+
+#[test]
+fn the_hint_for_engines_whose_guardian_does_not_answer_ends_them_and_no_other_run() {
+    let place = Place::new();
+    let (others, xpyd) = two_runs(&place, &[]);
+    let guardians = || {
+        place
+            .processes()
+            .into_iter()
+            .filter(|(_, command)| command.contains("xpyd guardian"))
+    };
+    let own: Vec<i32> = guardians()
+        .map(|(pid, _)| pid)
+        .filter(|pid| others.iter().all(|(other, _)| other != pid))
+        .collect();
+    assert_eq!(own.len(), 2, "the guardian and its witness");
+    kill_process(xpyd);
+    // Both stand still, as on a machine that swaps.
+    let guardian = own.iter().copied().max().expect("two");
+    kill(Pid::from_raw(guardian), Signal::SIGSTOP).expect("it is there");
+    let output = place.run(&["down", "--name", "mine"]);
+    assert_eq!(output.status.code(), Some(8), "{output:?}");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    let commands = hinted(&printed);
+    assert_eq!(commands, [format!("kill -KILL {guardian}")], "{printed}");
+    commands.iter().for_each(|command| follow(&place, command));
+    assert_only_the_other_run_is_left(&place, &others);
+}
+
+#[test]
+fn a_named_run_prints_commands_that_name_it_and_a_key_where_one_is_needed() {
+    let place = Place::new();
+    std::fs::write(place.path().join("keys"), "swordfish\n").expect("a file");
+    let mut run = place.up(&["--profile", "1p1d", "--name", "mine", "--api-key-file", "keys"]);
+    run.wait_for_line("  and  ");
+    let printed = run.seen.join("\n");
+    let url = format!("http://127.0.0.1:{}", place.proxy_port());
+    for text in [
+        "-H \"Authorization: Bearer $XPYD_API_KEY\"",
+        "xpyd status --name mine",
+        "xpyd logs decoder1 -f --name mine",
+        &format!("OPENAI_API_KEY=$XPYD_API_KEY xpyd bench --base-url {url}"),
+        "xpyd down --name mine",
+    ] {
+        assert!(printed.contains(text), "no {text} in\n{printed}");
+    }
+    // Who asks for the default run is told of this one.
+    let output = place.run(&["status"]);
+    let commands = hinted(&String::from_utf8_lossy(&output.stderr));
+    assert_eq!(commands, ["xpyd status --name mine"]);
+    commands.iter().for_each(|command| follow(&place, command));
+    let again = place.run(&["up", "--engine", "sim", "--name", "mine"]);
+    let commands = hinted(&String::from_utf8_lossy(&again.stderr));
+    assert_eq!(
+        commands,
+        ["xpyd status --name mine", "xpyd down --name mine"],
+        "{again:?}"
+    );
+    commands.iter().for_each(|command| follow(&place, command));
+    assert_eq!(run.end().0, 0);
+}
+
+#[test]
+fn what_fails_says_so_with_quiet() {
+    let place = Place::new();
+    let offset = format!("port_offset={}", place.offset);
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 7200 + place.offset)).expect("a free port");
+    let fleet = ["--engine", "sim", "--set", &offset];
+    let of = |verb: &[&'static str]| [verb, &fleet].concat();
+    for arguments in [
+        of(&["-q", "up"]),
+        of(&["-q", "up", "-d"]),
+        [&["-q", "bench", "--profile", "2p2d", "--num-prompts", "1"][..], &fleet].concat(),
+        vec!["-q", "status"],
+        vec!["-q", "down"],
+        vec!["-q", "logs", "--name", "none"],
+        vec!["-q", "restart", "decoder1"],
+        vec!["-q", "drain", "decoder1"],
+        vec!["-q", "scale", "decode=2"],
+        vec!["-q", "bundle", "--output", "nowhere/x.tar.gz"],
+        vec!["-q", "profiles", "check", "nowhere.toml"],
+        vec!["-q", "proxy", "--api-key-file", "nowhere", "--connector", "nixl"],
+        vec![
+            "-q",
+            "bench",
+            "--base-url",
+            "http://127.0.0.1:1",
+            "--num-prompts",
+            "1",
+            "--ready-check-timeout-sec",
+            "0",
+        ],
+    ] {
+        let output = place.run(&arguments);
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert_ne!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(printed.contains("error:"), "{arguments:?} printed `{printed}`");
+    }
+    drop(taken);
+}
+
+#[test]
+fn a_process_that_is_killed_before_its_fleet_is_ready_is_no_silent_failure() {
+    let place = Place::new();
+    let arguments = place.up_arguments(&["-d", "-q", "--set", "sim.faults=[\"start-hang\"]"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let run = Run::start(&place, &arguments);
+    let child = wait_for("the process that stays", || {
+        let found = place
+            .processes()
+            .into_iter()
+            .find(|(_, command)| command.contains("--detached-child"));
+        found.map(|(pid, _)| pid).ok_or_else(|| "none".to_owned())
+    });
+    kill_process(child);
+    let (code, printed) = run.end();
+    assert_eq!(code, 1, "{printed}");
+    assert!(printed.contains("was killed by signal 9"), "{printed}");
+    place.wait_until_empty();
+}
