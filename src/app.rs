@@ -4,9 +4,7 @@
 //! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
 
 use std::fmt;
-use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +18,7 @@ use crate::control::rundir::{RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
+use crate::private;
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure, one_line};
 use crate::signals::StopSignals;
@@ -367,9 +366,9 @@ fn keep(plan: &Plan, run_dir: &RunDir, detached: bool) -> Keep {
 
 /// Writes `plan.json`, into a folder that may have been removed with old logs.
 fn write_plan(plan: &Plan) -> std::io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(&plan.run_dir)?;
-    fs_err::write(
-        plan.run_dir.join("plan.json"),
+    private::create_folders(&plan.run_dir)?;
+    private::write(
+        &plan.run_dir.join("plan.json"),
         serde_json::to_string_pretty(&plan.redacted())?,
     )
 }

@@ -29,6 +29,7 @@ pub mod profile;
 pub mod fleet;
 pub(crate) mod log_file;
 pub(crate) mod own_log;
+pub mod private;
 pub mod report;
 pub mod service;
 pub mod signals;

@@ -8,13 +8,14 @@
 //! have read, however many rotations they missed. Nothing is written to a file after it was renamed.
 
 use std::collections::VecDeque;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::fleet::LogLimits;
+use crate::private;
 
 /// How far a file may grow beyond its limit while it waits for the end of a line.
 const LONGEST_LINE: u64 = 4 << 20;
@@ -145,10 +146,10 @@ impl LogFile {
 
 /// Opens the file, in its folder, which may have been removed with old logs.
 fn append_to(path: &Path) -> io::Result<File> {
-    let open = || OpenOptions::new().append(true).create(true).open(path);
+    let open = || private::append(path).map(|file| file.into_parts().0);
     match (open(), path.parent()) {
         (Err(error), Some(folder)) if error.kind() == io::ErrorKind::NotFound => {
-            DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            private::create_folders(folder)?;
             open()
         }
         (opened, _) => opened,

@@ -151,7 +151,7 @@ impl Watch {
             }
         }
         let text = serde_json::to_vec(&self.known().baselines).unwrap_or_default();
-        if let Err(error) = fs_err::write(&self.file, text) {
+        if let Err(error) = crate::private::write(&self.file, text) {
             tracing::warn!(
                 error = one_line(&error),
                 "an xpyd that takes over will not know what was in use before"

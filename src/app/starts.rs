@@ -90,9 +90,9 @@ fn read(folder: &Path) -> Starts {
 
 /// Replaces the file as a whole, so that no reader sees half of it.
 fn write(folder: &Path, starts: &Starts) -> io::Result<()> {
-    fs_err::create_dir_all(folder)?;
+    crate::private::create_folders(folder)?;
     let half_written = folder.join(format!("{FILE}.{}", std::process::id()));
-    fs_err::write(&half_written, serde_json::to_vec(starts)?)?;
+    crate::private::write(&half_written, serde_json::to_vec(starts)?)?;
     fs_err::rename(&half_written, folder.join(FILE))
 }
 

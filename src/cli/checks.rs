@@ -9,6 +9,7 @@ use crate::machine::Machine;
 use crate::machine::huggingface::{Leftover, LeftoverKind};
 use crate::plan::Plan;
 use crate::preflight::{self, Finding, Level, Topic, gibibytes};
+use crate::private;
 use crate::supervisor::guardian;
 use crate::supervisor::guardian::orphans::{self, LeakedMemory, Orphan};
 
@@ -69,10 +70,33 @@ impl Remedy {
 /// Everything that is to be said of a plan on this machine before it starts.
 pub(super) fn of_plan(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let mut findings = preflight::check(plan, machine);
+    findings.extend(secret_files(plan));
     if plan.engine == EngineKind::Vllm {
         findings.extend(Leftovers::find().findings());
     }
     findings
+}
+
+/// Files with secrets of the proxy that others than the user can read.
+fn secret_files(plan: &Plan) -> Vec<Finding> {
+    let service = &plan.proxy.service;
+    let files = [
+        ("api_key_file", &service.guard.api_key_file),
+        ("tls_key", &service.clients.tls_key),
+    ];
+    let open = files.into_iter().filter_map(|(key, path)| {
+        let path = path.as_ref().filter(|path| private::is_open_to_others(path))?;
+        Some(Finding {
+            topic: Topic::System,
+            ..finding(
+                "secret_files",
+                Level::Warn,
+                format!("`{key}`: others can read or change `{}`", path.display()),
+                Some(&format!("`chmod 600 {}`", path.display())),
+            )
+        })
+    });
+    open.collect()
 }
 
 impl Leftovers {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::status::{client, running};
-use super::{attach, command, up};
+use super::{attach, command, no_run_dir, up};
 use crate::app;
 use crate::control::api::DownRequest;
 use crate::control::client::{ClientError, ControlClient};
@@ -173,7 +173,7 @@ pub(super) fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
         Ok(found) => Ok(found.is_none_or(|found| !found.is_same_run(info)) && !info.is_alive()),
         // It removes its files just before it lets the lock go, so this is its end, or the start of the next one.
         Err(RunDirError::NotPublished { .. }) => Ok(!info.is_alive()),
-        Err(error) => Err(Failure::new(ExitStatus::Failure, error)),
+        Err(error) => Err(no_run_dir(error)),
     }
 }
 

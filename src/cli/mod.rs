@@ -29,7 +29,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::control::rundir;
+use crate::control::rundir::{self, RunDirError};
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::guardian;
 use crate::ui::Printer;
@@ -148,6 +148,14 @@ fn command(verb: &str, name: &str) -> String {
     } else {
         format!("xpyd {verb} --name {name}")
     }
+}
+
+/// The failure of a command that could not use the runtime folder.
+fn no_run_dir(error: RunDirError) -> Failure {
+    let hint = error.hint();
+    let mut failure = Failure::new(ExitStatus::Failure, error);
+    failure.hints.extend(hint);
+    failure
 }
 
 /// The run of the default name, if there is one: what `xpyd bench` measures unless it is told otherwise.

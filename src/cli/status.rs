@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{attach, command};
+use super::{attach, command, no_run_dir};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
@@ -81,7 +81,7 @@ pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
             Err(Failure::new(ExitStatus::RunState, error).hint("try again in a moment"))
         }
         Err(error @ RunDirError::BadName(_)) => Err(Failure::new(ExitStatus::Usage, error)),
-        Err(error) => Err(Failure::new(ExitStatus::Failure, error)),
+        Err(error) => Err(no_run_dir(error)),
     }
 }
 

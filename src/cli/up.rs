@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::request::{self, FleetArguments};
-use super::{attach, block_on, command, detach, engine_key, fetch};
+use super::{attach, block_on, command, detach, engine_key, fetch, no_run_dir};
 use crate::app::{self, Began, Ended, Ready, Run};
 use crate::control::rundir::{DEFAULT_NAME, RunDir, RunDirError};
 use crate::engine::EngineKind;
@@ -14,6 +14,7 @@ use crate::fleet::{EngineId, Exit, LogLimits};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
 use crate::own_log::OwnLog;
 use crate::plan::{self, Plan};
+use crate::private;
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, Outcome};
@@ -123,7 +124,7 @@ pub(super) fn acquire(name: &str) -> Result<RunDir, Failure> {
             command("status", name),
             command("down", name)
         )),
-        _ => Failure::new(ExitStatus::Failure, error),
+        _ => no_run_dir(error),
     })
 }
 

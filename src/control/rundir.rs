@@ -61,7 +61,7 @@ pub enum RunDirError {
         pid: Option<u32>,
     },
     /// The folder could be someone else's trap: a link, another owner, or open to others.
-    #[error("`{}` is not a folder of our own with mode 0700", path.display())]
+    #[error("`{}` is not a folder of this user with mode 0700", path.display())]
     NotPrivate {
         /// The folder.
         path: PathBuf,
@@ -93,6 +93,19 @@ pub enum RunDirError {
     /// The operating system refused; the message names the path.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+impl RunDirError {
+    /// What the user can do about it, if that does not depend on the command.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::NotPrivate { path } => Some(format!(
+                "`ls -ld {}` shows whose it is; set XDG_RUNTIME_DIR to a folder of your own with mode 0700",
+                path.display()
+            )),
+            _ => None,
+        }
+    }
 }
 
 fn pid_in_words(pid: Option<u32>) -> String {

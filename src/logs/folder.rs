@@ -6,12 +6,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use fs_err::os::unix::fs::symlink;
+use fs_err::os::unix::fs::{OpenOptionsExt as _, symlink};
 use fs_err::{File, OpenOptions};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
 use super::LogsError;
+use crate::private;
 
 /// The link to the newest run's folder.
 pub const LATEST: &str = "latest";
@@ -36,11 +37,12 @@ impl RunFolder {
 /// Makes `logs_root/<UTC time>-<run name>/`, points `logs_root/latest` at it, and removes the oldest folders that xpyd
 /// made, until only `keep` are left, this one included. Folders of runs that have not ended are never removed.
 pub fn create_run_folder(logs_root: &Path, run_name: &str, keep: usize) -> Result<RunFolder, LogsError> {
-    fs_err::create_dir_all(logs_root)?;
+    private::create_folders(logs_root)?;
     let path = make_folder(logs_root, run_name)?;
     let marker = OpenOptions::new()
         .write(true)
         .create_new(true)
+        .mode(0o600)
         .open(path.join(MARKER))?;
     marker.file().lock()?;
     point_latest_at(logs_root, &path)?;
@@ -73,7 +75,7 @@ fn make_folder(logs_root: &Path, run_name: &str) -> Result<PathBuf, LogsError> {
             format!("-{attempt:02}")
         };
         let path = logs_root.join(format!("{time}{suffix}-{name}"));
-        match fs_err::create_dir(&path) {
+        match private::create_folder(&path) {
             Ok(()) => return Ok(path),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error.into()),

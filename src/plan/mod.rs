@@ -28,7 +28,7 @@ pub use build::{PlanError, build};
 pub use fetch::{ModelFetch, revision};
 pub use gpus::memory_share;
 pub use grow::{Growth, grow};
-pub use redact::{redacted_argv, redacted_env};
+pub use redact::{redacted_argv, redacted_env, without_secrets};
 pub use respawn::{fresh_ports_needed, respawn};
 pub use start_key::start_key;
 

@@ -1,6 +1,10 @@
 //! What of a plan may be shown and written down: everything but the secrets in arguments and variables. PURE.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use regex::Regex;
 
 use super::Plan;
 
@@ -19,6 +23,8 @@ impl Plan {
             engine.argv = redacted_argv(&engine.argv);
             engine.env = redacted_env(&engine.env);
         }
+        let endpoint = &mut plan.proxy.service.traces.otlp_endpoint;
+        *endpoint = endpoint.take().map(|url| without_secrets(&url).into_owned());
         plan
     }
 }
@@ -64,10 +70,42 @@ pub fn redacted_env(env: &BTreeMap<String, String>) -> BTreeMap<String, String> 
         .collect()
 }
 
-/// Hugging Face's tokens begin like this.
+/// Whether a value is a secret by its form: a token, a URL with a password or a signature, a header with credentials.
 fn looks_secret(value: &str) -> bool {
-    value.starts_with("hf_")
+    value.starts_with("hf_") || SHAPES.iter().any(|shape| shape.is_match(value))
 }
+
+/// A text without what is a secret by its form; `$1` of a shape is what stays in front of one.
+pub fn without_secrets(text: &str) -> Cow<'_, str> {
+    let replacement = format!("${{1}}{REDACTED}");
+    SHAPES.iter().fold(Cow::Borrowed(text), |text, shape| {
+        match shape.replace_all(&text, replacement.as_str()) {
+            Cow::Borrowed(_) => text,
+            Cow::Owned(clean) => Cow::Owned(clean),
+        }
+    })
+}
+
+/// Forms of secrets that need no name beside them.
+static SHAPES: LazyLock<Vec<Regex>> = LazyLock::new(|| {
+    [
+        // Tokens: Hugging Face, OpenAI, GitHub, AWS, JSON web tokens, and the key that xpyd makes for engines.
+        r"(\bhf_)[A-Za-z0-9]{6,}",
+        r"(\bapi_org_)[A-Za-z0-9]{6,}",
+        r"(\bsk-)[A-Za-z0-9_-]{8,}",
+        r"(\bgh[pousr]_)[A-Za-z0-9]{16,}",
+        r"()\bAKIA[A-Z0-9]{16}\b",
+        r"(\beyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*",
+        r"(\bxpyd-run-)[0-9a-f]{8,}",
+        r"(?i)(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{4,}",
+        // URLs: user and password, and what signs them.
+        r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@]*:[^\s/@]+@",
+        r#"(?i)([?&](?:x-amz-[a-z-]+|signature|policy|key-pair-id|sig|[a-z_-]*token|api[-_]?key|key|password|secret)=)[^&\s"']+"#,
+    ]
+    .iter()
+    .map(|shape| Regex::new(shape).expect("the shapes are part of the program and a test uses them"))
+    .collect()
+});
 
 #[cfg(test)]
 mod tests {
@@ -91,7 +129,19 @@ mod tests {
             ["HF_TOKEN", "OPENAI_API_KEY", "my_secret", "MYAPIKEY"].map(|name| (name.to_owned(), "swordfish".into()));
         let mut env = BTreeMap::from(env);
         env.insert("TOKENIZERS_PARALLELISM".into(), "false".into());
+        for (name, value) in [
+            ("DB_URL", "postgres://u:swordfish@db/x"),
+            ("CACHE", "redis://:swordfish@cache:6379/0"),
+            ("HOOK", "https://hooks/x?access_token=swordfish"),
+            ("EXTRA_HEADERS", "authorization=Basic swordfish="),
+            ("WHATEVER", "sk-swordfish1"),
+        ] {
+            env.insert(name.into(), value.into());
+        }
+        env.insert("ENDPOINT".into(), "http://127.0.0.1:4318/v1?limit=1".into());
         let shown = redacted_env(&env);
+        assert!(!shown.values().any(|value| value.contains("swordfish")), "{shown:?}");
+        assert_eq!(shown["ENDPOINT"], env["ENDPOINT"]);
         assert!(!shown.values().any(|value| value == "swordfish"), "{shown:?}");
         assert_eq!(shown["TOKENIZERS_PARALLELISM"], "false");
     }
@@ -101,6 +151,7 @@ mod tests {
         let overrides = [
             "decode.args=[\"--api-key\", \"swordfish\"]",
             "prefill.env={VLLM_API_KEY=\"swordfish\"}",
+            "proxy.traces.otlp_endpoint=\"http://me:swordfish@collector/v1/traces?token=swordfish\"",
         ];
         let overrides: Vec<Override> = overrides
             .iter()
@@ -109,7 +160,7 @@ mod tests {
         let profile = load("1p1d", &overrides).expect("a profile");
         let plan = build(&profile, &Machine::fixture(2, "0.32.0", None), Path::new("/run")).expect("a plan");
         let text = |plan: &Plan| serde_json::to_string(plan).expect("JSON");
-        assert_eq!(text(&plan).matches("swordfish").count(), 2);
+        assert_eq!(text(&plan).matches("swordfish").count(), 4);
         assert!(!text(&plan.redacted()).contains("swordfish"));
     }
 }

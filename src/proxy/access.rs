@@ -2,7 +2,7 @@
 //!
 //! Knows lines and a file: not what a line says. Lines for which there is no place are dropped and counted.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -123,7 +123,7 @@ impl LogFile {
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+    Ok(crate::private::append(path)?.into_parts().0)
 }
 
 #[cfg(test)]

@@ -15,21 +15,36 @@ const OPEN: [&str; 5] = ["/health", "/ping", "/metrics", "/version", "/load"];
 #[error("an API key is made of visible ASCII characters")]
 pub struct KeyError;
 
+/// A line of a text that is no key. The text of the line is not kept, because it may be most of a key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line} is no API key")]
+pub struct LineError {
+    /// Its number, from 1.
+    pub line: usize,
+    /// Why.
+    pub source: KeyError,
+}
+
 /// The keys of which a client must bear one. None lets everyone in.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct ClientKeys(Vec<Box<[u8]>>);
 
 impl ClientKeys {
-    /// The keys of a text, one a line; empty lines and those that begin with `#` are none.
+    /// The keys of a text, one a line; empty lines and those that begin with `#` are none. A byte order mark is skipped:
+    /// editors on Windows write one.
     ///
     /// # Errors
     /// For a key that no header can carry.
-    pub fn read(text: &str) -> Result<Self, KeyError> {
-        let lines = text.lines().map(str::trim);
-        let keys = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-        keys.map(|key| checked(key).map(|key| key.as_bytes().into()))
-            .collect::<Result<_, _>>()
-            .map(Self)
+    pub fn read(text: &str) -> Result<Self, LineError> {
+        let text = text.trim_start_matches('\u{feff}');
+        let lines = text.lines().map(str::trim).zip(1..);
+        let keys = lines.filter(|(line, _)| !line.is_empty() && !line.starts_with('#'));
+        keys.map(|(key, line)| match checked(key) {
+            Ok(key) => Ok(key.as_bytes().into()),
+            Err(source) => Err(LineError { line, source }),
+        })
+        .collect::<Result<_, _>>()
+        .map(Self)
     }
 
     /// These keys and the other ones.
@@ -183,7 +198,9 @@ mod tests {
         engine.add_to(&mut headers);
         assert!(!format!("{keys:?}{engine:?}{headers:?}").contains("swordfish"));
         for wrong in ["sword fish", "schwertfisch\u{e4}"] {
-            assert_eq!(ClientKeys::read(wrong), Err(KeyError));
+            let second = format!("\u{feff}one\n{wrong}");
+            let source = KeyError;
+            assert_eq!(ClientKeys::read(&second), Err(LineError { line: 2, source }));
             assert_eq!(EngineKey::new(wrong), Err(KeyError));
         }
         assert_eq!(EngineKey::new(""), Err(KeyError));

@@ -60,7 +60,7 @@ use crate::service::Service;
 
 pub use access::AccessLog;
 pub use canary::{CanaryError, CanaryReport, Transferred};
-pub use key::{ClientKeys, EngineKey, KeyError};
+pub use key::{ClientKeys, EngineKey, KeyError, LineError};
 pub use notify::{Notifications, NotifyError};
 pub use tls::{Tls, TlsError};
 pub use trace::{Traces, TracesError};

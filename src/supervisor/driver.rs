@@ -471,7 +471,7 @@ impl Driver {
         let fresh = self.settings.reservations.take_free(&spec.endpoint.host, count)?;
         let (renewed, file) = plan::respawn(spec, &fresh);
         if let Some(file) = file {
-            fs_err::write(self.settings.run_dir.join(file.path), file.content)?;
+            crate::private::write(&self.settings.run_dir.join(file.path), file.content)?;
         }
         *spec = renewed;
         Ok(Some(spec.endpoint.clone()))

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::guardian::tree::{Process, Table};
 use crate::fleet::{EngineId, Incarnation};
+use crate::private;
 
 /// How long the look into `/proc` may take.
 const LOOK_DEADLINE: Duration = Duration::from_secs(2);
@@ -62,7 +63,7 @@ impl Scene {
             text.push_str(metrics);
         }
         text.push_str(&python_stacks(Path::new("py-spy"), &pids).await);
-        match tokio::fs::write(self.folder.join(&name), text).await {
+        match private::write(&self.folder.join(&name), text) {
             Ok(()) => format!("{reason}; what it was doing is in `{name}`"),
             Err(error) => {
                 tracing::warn!(engine = %self.engine, %error, "the state of a hung engine is not written");

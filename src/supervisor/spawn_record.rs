@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::fleet::Incarnation;
 use crate::plan::{EngineSpec, redacted_argv, redacted_env};
+use crate::private;
 
 #[derive(Debug, Serialize)]
 struct SpawnRecord<'a> {
@@ -37,7 +38,7 @@ pub(super) fn write(folder: &Path, run: &str, spec: &EngineSpec, incarnation: In
     };
     let mut text = serde_json::to_vec_pretty(&record)?;
     text.push(b'\n');
-    fs_err::write(folder.join(format!("{}.spawn.json", spec.id)), text)
+    private::write(&folder.join(format!("{}.spawn.json", spec.id)), text)
 }
 
 #[cfg(test)]

@@ -159,3 +159,45 @@ fn a_key_of_the_user_is_that_of_all_engines_and_an_empty_one_opens_them() {
         assert_eq!(run.end().0, 0);
     }
 }
+
+#[test]
+fn what_a_run_writes_is_its_users_own_and_holds_no_secret() {
+    let place = Place::new();
+    std::fs::write(place.path().join("keys"), "swordfish\n").expect("a file");
+    std::fs::set_permissions(place.path().join("keys"), std::fs::Permissions::from_mode(0o644)).expect("a file");
+    let mut more = vec![
+        "--profile",
+        "1p1d",
+        "--api-key-file",
+        "keys",
+        "--access-log",
+        "access.log",
+    ];
+    for setting in [
+        "decode.env={DB_URL=\"postgres://me:swordfish@db/x\"}",
+        "proxy.traces.otlp_endpoint=\"http://me:swordfish@127.0.0.1:9/v1/traces?token=swordfish\"",
+        "restart.backoff=10ms",
+    ] {
+        more.extend(["--set", setting]);
+    }
+    let mut run = place.up(&more);
+    run.wait_until_ready();
+    let printed = run.seen.join("\n");
+    assert!(
+        printed.contains("others can read") && printed.contains("chmod 600 keys"),
+        "{printed}"
+    );
+    kill_engine(&place, "decoder1");
+    run.wait_for_line("decoder1 serves again");
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+    let [logs, access] = ["logs", "access.log"].map(|name| place.path().join(name));
+    let written = [below(&logs), vec![access]].concat();
+    assert!(written.iter().any(|path| path.ends_with("plan.json")), "{written:?}");
+    for path in written.iter().filter(|path| !path.is_symlink()) {
+        let wanted = if path.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode(path), wanted, "{}", path.display());
+        let text = String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned();
+        assert!(!text.contains("swordfish"), "{} holds a secret", path.display());
+    }
+}

@@ -250,7 +250,7 @@ fn what_fails_says_so_with_quiet() {
 #[test]
 fn a_process_that_is_killed_before_its_fleet_is_ready_is_no_silent_failure() {
     let place = Place::new();
-    let arguments = place.up_arguments(&["-d", "-q", "--set", "sim.faults=[\"start-hang\"]"]);
+    let arguments = place.up_arguments(&["-d", "-q", "--set", "sim.faults=[\"freeze-at=server\"]"]);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let run = Run::start(&place, &arguments);
     let child = wait_for("the process that stays", || {

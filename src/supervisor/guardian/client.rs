@@ -20,6 +20,7 @@ use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
 use super::tree::{Process, Table};
+use crate::private;
 
 /// The variable with API keys of clients, which only the proxy reads.
 const CLIENT_KEYS_VARIABLE: &str = "XPYD_API_KEY";
@@ -93,11 +94,7 @@ impl Guardian {
             program: program.to_owned(),
             source,
         };
-        let log = std::fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(log)
-            .map_err(start)?;
+        let (log, _) = private::append(log).map_err(start)?.into_parts();
         let witness = tokio::process::Command::new(program)
             .arg("guardian")
             // The keys of clients are no business of engines, which inherit the guardian's environment.
