@@ -47,7 +47,7 @@ fn fate(course: Course) -> (&'static str, &'static str) {
         Course::Generate(_) => ("handed over", "by its fields, below"),
         Course::Health => ("the proxy's", "200 while there is a ready engine of each role"),
         Course::Metrics => ("the proxy's", "its own metrics"),
-        Course::Version => ("alone", "one answer a second, shared by all who ask"),
+        Course::Version => ("alone", "five times a second at most, shared by all who ask"),
         Course::Pass => ("alone", ""),
         Course::Refuse(why) => ("refused", why),
     }

@@ -71,7 +71,7 @@ use flow::Deadlines;
 use listen::Limits;
 use metrics::Metrics;
 use pairs::Pairs;
-use scrape::{Cached, Version};
+use scrape::{Spaced, Version};
 use seats::Seats;
 use upstream::Upstream;
 
@@ -132,8 +132,8 @@ struct Shared {
     upstream: Upstream,
     metrics: Metrics,
     /// The merged metrics and the engines' version: many clients that ask do not multiply the questions to engines.
-    merged: Cached<Bytes>,
-    version: Cached<Option<Version>>,
+    merged: Spaced<Bytes>,
+    version: Spaced<Option<Version>>,
     admission: Arc<Semaphore>,
     bodies: Arc<Bodies>,
     seats: Seats,
@@ -173,8 +173,8 @@ impl Proxy {
             settings,
             view,
             notifications,
-            merged: Cached::default(),
-            version: Cached::default(),
+            merged: Spaced::default(),
+            version: Spaced::default(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),

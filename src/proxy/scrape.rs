@@ -25,29 +25,33 @@ const DEADLINE: Duration = Duration::from_secs(3);
 /// The longest page of an engine. One of vLLM with every metric takes some 200 KiB.
 const MAX_PAGE_BYTES: usize = 8 << 20;
 
-/// How old a shared answer is at most. Prometheus asks once in several seconds.
-const MAX_AGE: Duration = Duration::from_secs(1);
+/// How often engines are asked at most, however many clients ask.
+const SPACING: Duration = Duration::from_millis(200);
 
-/// An answer that all who ask within [`MAX_AGE`] share. Who asks while it is made waits for it.
+/// An answer that is shared by everyone who asked before it was begun. It is never older than the question, because a
+/// benchmark compares what engines count before and after its requests.
 #[derive(Debug)]
-pub(super) struct Cached<T>(tokio::sync::Mutex<Option<(Instant, T)>>);
+pub(super) struct Spaced<T>(tokio::sync::Mutex<Option<(Instant, T)>>);
 
-impl<T> Default for Cached<T> {
+impl<T> Default for Spaced<T> {
     fn default() -> Self {
         Self(tokio::sync::Mutex::new(None))
     }
 }
 
-impl<T: Clone> Cached<T> {
+impl<T: Clone> Spaced<T> {
     async fn get(&self, make: impl Future<Output = T>) -> T {
-        let mut cached = self.0.lock().await;
-        if let Some((made, answer)) = &*cached
-            && made.elapsed() < MAX_AGE
-        {
-            return answer.clone();
+        let asked = Instant::now();
+        let mut last = self.0.lock().await;
+        if let Some((begun, answer)) = &*last {
+            if *begun >= asked {
+                return answer.clone();
+            }
+            tokio::time::sleep_until(*begun + SPACING).await;
         }
+        let begun = Instant::now();
         let answer = make.await;
-        *cached = Some((Instant::now(), answer.clone()));
+        *last = Some((begun, answer.clone()));
         answer
     }
 }
