@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import openai
-from fleet import MODEL
+from fleet import MODEL, engine_key
 from matrix import NAMED, TOOL, addresses, started
 
 PROMPT = "Tell me about maps."
@@ -28,7 +28,7 @@ def failed(call):
 
 def synchronous(base, model):
     """What the synchronous client sees."""
-    client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key=engine_key(), max_retries=0)
     seen = {"models": [found.id for found in client.models.list()]}
     whole = client.completions.create(model=model, prompt=PROMPT, logprobs=2, **GREEDY)
     seen["completion"] = whole.choices[0].text, whole.choices[0].finish_reason, whole.choices[0].logprobs.token_logprobs
@@ -64,7 +64,7 @@ def tool(client, model):
 
 def streamed(base, model):
     """What the synchronous client sees of streams, one of which it leaves."""
-    client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key=engine_key(), max_retries=0)
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     events = list(client.completions.create(model=model, prompt=PROMPT, **usage, **GREEDY))
     assert len({event.id for event in events}) == 1, "several ids in one stream"
@@ -80,7 +80,7 @@ def streamed(base, model):
 
 async def asynchronous(base, model):
     """What the asynchronous client sees of four streams at once, that begin alike."""
-    async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=engine_key(), max_retries=0) as client:
         async def one(number):
             prompt = PROMPT * number
             events = await client.completions.create(model=model, prompt=prompt, stream=True, **GREEDY)
@@ -97,7 +97,8 @@ def curl(base, model):
     """What curl sees: a whole answer, a stream, a large body that waits for `100 Continue`, and a refusal."""
     def run(path, body, *options):
         command = ["curl", "-sS", "--max-time", "300", "-w", "\n%{http_code} %{content_type}", *options, base + path]
-        command += ["-H", "content-type: application/json", "--data-binary", "@-"]
+        command += ["-H", "content-type: application/json", "-H", f"authorization: Bearer {engine_key()}"]
+        command += ["--data-binary", "@-"]
         done = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True, check=True)
         text, _, status = done.stdout.rpartition("\n")
         return text, status

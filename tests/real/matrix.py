@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 
-from fleet import MODEL, Fleet
+from fleet import MODEL, Fleet, engine_key
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # What differs between any two answers.
@@ -49,7 +49,8 @@ def repeated(value):
 
 def ask(base, path, body):
     """Status and body of an answer."""
-    call = urllib.request.Request(base + path, json.dumps(body).encode(), {"content-type": "application/json"})
+    headers = {"content-type": "application/json", "authorization": f"Bearer {engine_key()}"}
+    call = urllib.request.Request(base + path, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(call, timeout=300) as answer:
             return answer.status, answer.read().decode()
