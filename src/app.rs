@@ -132,14 +132,11 @@ where
     } = open_sockets(&plan, &run_dir, attach.as_mut()).await?;
     let keep = keep(&plan, &run_dir, detached);
     let info = RunInfo {
-        control_socket: run_dir.socket_path().to_owned(),
         engine_key_file: engine_key_file(&run_dir, engine_key.as_deref())?,
         keeps_engines: !keep.wait.is_zero(),
         ..run_info(&plan, &name, &url, detached)?
     };
-    run_dir
-        .publish(&info)
-        .map_err(|error| Failure::new(ExitStatus::Failure, error))?;
+    let info = publish(&run_dir, info)?;
 
     let (ready_name, wants_key) = (name.clone(), !proxy_parts.client_keys.is_empty());
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
@@ -172,24 +169,17 @@ where
         explain: causes::explain(&plan, began_sender),
         gpus: gpus::checks(&plan.engines, &plan.run_dir, notes),
     };
-    let work = async {
-        if reached_ready(view.clone()).await {
-            // So that what is printed now stands below the bars.
-            drop(progress_is_settled.await);
-            let verified_in = *verified.borrow();
-            when_ready(Ready {
-                name: ready_name,
-                url,
-                wants_key,
-                model: plan.served_model_name.clone(),
-                proxy,
-                verified_in,
-            })
-            .await;
-            request_stop(&requests).await;
-        }
-        std::future::pending::<std::convert::Infallible>().await
-    };
+    let model = plan.served_model_name.clone();
+    let work = work(view.clone(), progress_is_settled, requests, move || {
+        when_ready(Ready {
+            name: ready_name,
+            url,
+            wants_key,
+            model,
+            proxy,
+            verified_in: *verified.borrow(),
+        })
+    });
     let outcome = tokio::select! {
         outcome = supervisor::run(supervisor_settings(&plan, name, reservations, keep, attach, held)?, wiring) => outcome,
         never = work => match never {},
@@ -199,6 +189,25 @@ where
     record(&run_dir, &outcome);
     let began = began.borrow().clone();
     Ok(Ended { outcome, began })
+}
+
+/// Runs `when_ready` once the fleet is ready, and then asks for the stop. Never returns.
+async fn work<Work>(
+    view: watch::Receiver<Arc<FleetView>>,
+    progress_is_settled: impl Future,
+    requests: mpsc::Sender<supervisor::Request>,
+    when_ready: impl FnOnce() -> Work,
+) -> std::convert::Infallible
+where
+    Work: Future<Output = ()>,
+{
+    if reached_ready(view).await {
+        // So that what is printed now stands below the bars.
+        drop(progress_is_settled.await);
+        when_ready().await;
+        request_stop(&requests).await;
+    }
+    std::future::pending().await
 }
 
 /// Stops the run; a full or closed queue means that it is ending anyway.
@@ -216,6 +225,17 @@ fn record(run_dir: &RunDir, outcome: &Outcome) {
     if outcome.ending != supervisor::Ending::Kept {
         run_dir.remove_engine_key();
     }
+}
+
+/// Tells later commands of the run.
+fn publish(run_dir: &RunDir, info: RunInfo) -> Result<RunInfo, Failure> {
+    let info = RunInfo {
+        control_socket: run_dir.socket_path().to_owned(),
+        ..info
+    };
+    let published = run_dir.publish(&info);
+    published.map_err(|error| Failure::new(ExitStatus::Failure, error))?;
+    Ok(info)
 }
 
 /// Writes the key of the engines where the operator finds it.

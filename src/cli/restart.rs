@@ -234,12 +234,14 @@ mod tests {
             drain_seconds_left: None,
             engines: Vec::new(),
         };
-        let run = tokio::spawn(answers_after(2, UnixListener::bind(&path).unwrap(), expected.clone()));
+        let run = answers_after(2, UnixListener::bind(&path).unwrap(), expected.clone());
         let client = ControlClient::new(&path).unwrap();
-        let now = Instant::now();
-        assert!(status(&client, &info, now).await.is_err(), "the deadline has passed");
-        let patient = status(&client, &info, now + Duration::from_mins(1)).await;
-        assert_eq!(patient.unwrap(), expected);
-        run.await.unwrap();
+        let ask = async {
+            let now = Instant::now();
+            assert!(status(&client, &info, now).await.is_err(), "the deadline has passed");
+            let patient = status(&client, &info, now + Duration::from_mins(1)).await;
+            assert_eq!(patient.unwrap(), expected);
+        };
+        tokio::join!(run, ask);
     }
 }

@@ -14,7 +14,6 @@ use crate::fleet::{EngineId, Exit, LogLimits};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
 use crate::own_log::OwnLog;
 use crate::plan::{self, Plan};
-use crate::private;
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, Outcome};

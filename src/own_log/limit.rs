@@ -4,7 +4,8 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 /// Lines of one kind that may come at once. A large fleet logs a line an engine when it starts.
 const BURST: u32 = 100;

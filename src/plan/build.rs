@@ -281,10 +281,7 @@ impl<'input> Builder<'input> {
             cache,
         } = addresses;
         let profile = self.profile;
-        let device = match profile.device {
-            DeviceChoice::Cuda => Device::Cuda,
-            DeviceChoice::Cpu => Device::Cpu,
-        };
+        let device = device(profile.device);
         let max_model_len = match profile.engine {
             EngineKind::Vllm => profile.vllm.max_model_len,
             EngineKind::Sim => profile.vllm.max_model_len.or(Some(profile.sim.max_model_len)),
@@ -417,6 +414,13 @@ impl<'input> Builder<'input> {
                 (PathBuf::from(&self.profile.vllm.program), true)
             }
         }
+    }
+}
+
+fn device(choice: DeviceChoice) -> Device {
+    match choice {
+        DeviceChoice::Cuda => Device::Cuda,
+        DeviceChoice::Cpu => Device::Cpu,
     }
 }
 

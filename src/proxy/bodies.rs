@@ -69,13 +69,11 @@ impl Bodies {
             bytes: Vec::new(),
             bodies: Arc::clone(self),
         };
-        match tokio::time::timeout(READ_DEADLINE, held.fill(body)).await {
-            Ok(read) => read?,
-            Err(_) => {
-                let deadline = humantime::format_duration(READ_DEADLINE);
-                return Err(ProxyError::Unread(format!("no end within {deadline}")));
-            }
-        }
+        let read = tokio::time::timeout(READ_DEADLINE, held.fill(body)).await;
+        read.map_err(|_| {
+            let deadline = humantime::format_duration(READ_DEADLINE);
+            ProxyError::Unread(format!("no end within {deadline}"))
+        })??;
         Ok(Bytes::from_owner(held))
     }
 

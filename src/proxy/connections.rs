@@ -478,7 +478,9 @@ mod tests {
         let mut table = table(2, 2, Some(4));
         let ids: Vec<u64> = (0..4).map(|_| admit(&mut table, start).expect("room").0).collect();
         table.make_room(Class::Regular, start + GRACE);
-        ids.into_iter().for_each(|id| table.close(id));
+        for id in ids {
+            table.close(id);
+        }
         assert!(table.entries.is_empty() && table.addresses.is_empty());
         for group in &table.groups {
             assert!(group.quiet.is_empty());

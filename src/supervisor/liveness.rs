@@ -72,7 +72,7 @@ impl Judge {
         self.answered = now;
         // Requests that were not seen to run at the last answer may have begun just now.
         let last = self.last.replace(sample);
-        let stood_still = last.is_some_and(|last| last.running > 0.0 && last.done == sample.done);
+        let stood_still = last.is_some_and(|last| last.running > 0.0 && last.done.total_cmp(&sample.done).is_eq());
         if sample.running == 0.0 || !stood_still {
             self.well = now;
         }

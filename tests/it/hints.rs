@@ -35,10 +35,15 @@ fn words(command: &str) -> Vec<String> {
         rest = after.split_once('}').map_or("", |(_, rest)| rest);
     }
     text += rest;
-    text.split_whitespace()
-        .filter(|word| *word != "…")
-        .map(|word| word.replace('…', "1"))
-        .collect()
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        let is_value = words.last().is_some_and(|last| last.starts_with("--"));
+        // Alone it stands for the options of the user.
+        if word != "…" || is_value {
+            words.push(word.replace('…', "1"));
+        }
+    }
+    words
 }
 
 #[test]
@@ -143,7 +148,9 @@ fn the_hint_for_a_hung_xpyd_ends_its_run_and_no_other() {
         commands,
         [format!("kill -KILL {xpyd}"), "xpyd down --name mine".to_owned()]
     );
-    commands.iter().for_each(|command| follow(&place, command));
+    for command in &commands {
+        follow(&place, command);
+    }
     assert_only_the_other_run_is_left(&place, &others);
 }
 
@@ -163,15 +170,22 @@ fn the_hint_for_engines_whose_guardian_does_not_answer_ends_them_and_no_other_ru
         .collect();
     assert_eq!(own.len(), 2, "the guardian and its witness");
     kill_process(xpyd);
-    // Both stand still, as on a machine that swaps.
-    let guardian = own.iter().copied().max().expect("two");
+    let is_child = |pid: &i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+        own.iter().any(|parent| status.contains(&format!("PPid:\t{parent}\n")))
+    };
+    let guardian = own.iter().copied().find(is_child).expect("the child of its witness");
     kill(Pid::from_raw(guardian), Signal::SIGSTOP).expect("it is there");
     let output = place.run(&["down", "--name", "mine"]);
     assert_eq!(output.status.code(), Some(8), "{output:?}");
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
     let commands = hinted(&printed);
-    assert_eq!(commands, [format!("kill -KILL {guardian}")], "{printed}");
-    commands.iter().for_each(|command| follow(&place, command));
+    assert_eq!(
+        commands,
+        [format!("kill -KILL {guardian}"), "xpyd doctor".to_owned()],
+        "{printed}"
+    );
+    follow(&place, &commands[0]);
     assert_only_the_other_run_is_left(&place, &others);
 }
 
@@ -196,7 +210,9 @@ fn a_named_run_prints_commands_that_name_it_and_a_key_where_one_is_needed() {
     let output = place.run(&["status"]);
     let commands = hinted(&String::from_utf8_lossy(&output.stderr));
     assert_eq!(commands, ["xpyd status --name mine"]);
-    commands.iter().for_each(|command| follow(&place, command));
+    for command in &commands {
+        follow(&place, command);
+    }
     let again = place.run(&["up", "--engine", "sim", "--name", "mine"]);
     let commands = hinted(&String::from_utf8_lossy(&again.stderr));
     assert_eq!(
@@ -204,7 +220,9 @@ fn a_named_run_prints_commands_that_name_it_and_a_key_where_one_is_needed() {
         ["xpyd status --name mine", "xpyd down --name mine"],
         "{again:?}"
     );
-    commands.iter().for_each(|command| follow(&place, command));
+    for command in &commands {
+        follow(&place, command);
+    }
     assert_eq!(run.end().0, 0);
 }
 

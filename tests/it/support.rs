@@ -196,10 +196,12 @@ impl Place {
     }
 }
 
-/// Asks again until the answer is `Ok`, without ever sleeping longer than a moment.
+/// Asks again until the answer is `Ok`, with pauses that grow to a moment: a question is often a whole `xpyd status`, and asking
+/// without a pause takes the CPU time from what is waited for.
 pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
     let (_never, pause) = mpsc::channel::<()>();
     let began = std::time::SystemTime::now();
+    let mut wait = Duration::from_millis(5);
     loop {
         match ask() {
             Ok(answer) => return answer,
@@ -208,7 +210,8 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>
                 "waited too long for {what}: {state}"
             ),
         }
-        assert!(pause.recv_timeout(Duration::from_millis(20)).is_err(), "nobody sends");
+        assert!(pause.recv_timeout(wait).is_err(), "nobody sends");
+        wait = (wait * 2).min(Duration::from_millis(100));
     }
 }
 
@@ -222,12 +225,6 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
             .await
             .expect_err("it never ends");
     }
-}
-
-/// Says that a test proves nothing on this machine. Written past the test harness, which shows no output of tests that pass.
-pub(crate) fn skipped(test: &str, reason: &str) {
-    let line = format!("\nSKIPPED {test}: {reason}\n");
-    std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).expect("standard error can be written");
 }
 
 /// An engine or a proxy that a test has started by itself, in a process group of its own. Dropping it ends the group: what an

@@ -15,7 +15,8 @@ use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::supervisor::guardian::client::Guardian;
 use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
 
-use crate::support::{DEADLINE as PATIENCE, Place, skipped, until};
+use crate::skipped;
+use crate::support::{DEADLINE as PATIENCE, Place, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
 

@@ -14,7 +14,8 @@ use xpyd::supervisor::KeptRun;
 use xpyd::supervisor::guardian::client::Guardian;
 use xpyd::supervisor::guardian::protocol::{Command, Event, Keep, Spawn};
 
-use crate::support::{DEADLINE, Place, skipped, wait_for};
+use crate::skipped;
+use crate::support::{DEADLINE, Place, wait_for};
 
 /// About 20 MB of numbered lines in each of two incarnations.
 const LINES: u64 = 2_500_000;

@@ -93,10 +93,8 @@ pub(super) fn reason(tried: &[Tried], engine: usize, name: impl Fn(usize) -> Str
         .iter()
         .filter(|tried| tried.failure.is_some() && tried.has(engine));
     let peers: Vec<String> = failing.clone().map(|tried| name(tried.peer_of(engine))).collect();
-    let cause = failing
-        .filter_map(|tried| tried.failure.as_deref())
-        .next()
-        .unwrap_or_default();
+    let mut failing = failing;
+    let cause = failing.find_map(|tried| tried.failure.as_deref()).unwrap_or_default();
     format!("its hand-offs with {} fail: {cause}", peers.join(" and "))
 }
 

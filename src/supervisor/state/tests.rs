@@ -49,7 +49,7 @@ fn ready_means_that_every_pair_was_verified() {
     });
     assert_eq!(pairs, Some(4));
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 0);
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 2);
 }
 
@@ -127,7 +127,7 @@ fn canaries_that_fail_or_never_answer_end_the_run() {
         let mut world = World::two_by_two();
         world.all_healthy();
         match answer {
-            Some(result) => world.verified(result),
+            Some(result) => world.verified(&result),
             None => world.wait(),
         }
         let outcome = world.play_out();

@@ -20,8 +20,8 @@ async fn talk(rig: &Rig, request: &str) -> String {
 }
 
 fn many_members(count: usize) -> String {
-    let members: String = (0..count).map(|number| format!(",\"k{number}\":0")).collect();
-    format!("{{\"model\":\"m\",\"prompt\":\"x\"{members}}}")
+    let members: Vec<String> = (0..count).map(|number| format!("\"k{number}\":0")).collect();
+    format!("{{\"model\":\"m\",\"prompt\":\"x\",{}}}", members.join(","))
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ fn engines_that_serve_need_only_canaries() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS)]);
     assert_eq!(world.stage(), FleetStage::Verifying);
     assert!(!world.log.iter().any(|action| matches!(action, Action::Spawn(..))));
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.stage(), FleetStage::Ready);
     assert_eq!(world.fleet.view(0).engines[0].incarnation, Incarnation(3));
 }
@@ -45,7 +45,7 @@ fn one_that_ended_meanwhile_holds_up_nobody_and_comes_back() {
         (world.stage(), world.state("decoder2")),
         (FleetStage::Verifying, EngineState::Backoff)
     );
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.stage(), FleetStage::Ready);
     world.wait();
     assert!(world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
@@ -82,9 +82,9 @@ fn a_failure_before_it_is_ready_does_not_end_a_fleet_that_was_taken_over() {
     world.tell(Event::Hung(id("decoder2"), Incarnation(3), "hung".to_owned()));
     assert_eq!(world.state("decoder2"), EngineState::Backoff);
     // Its canary fails with it, which says nothing of the others.
-    world.verified(Err("no answer".to_owned()));
+    world.verified(&Err("no answer".to_owned()));
     assert_eq!(world.stage(), FleetStage::Verifying);
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.stage(), FleetStage::Ready);
 }
 
@@ -119,7 +119,7 @@ fn a_pair_that_fails_alone_is_restarted_one_end_after_the_other() {
         ("decoder1", "prefiller1"),
         ("prefiller1", "decoder1"),
     ] {
-        world.verified(Err("wrong text".to_owned()));
+        world.verified(&Err("wrong text".to_owned()));
         assert_eq!(world.state(restarted), EngineState::Backoff);
         assert_eq!(world.state(kept), EngineState::Healthy);
         world.empty(restarted);
@@ -127,7 +127,7 @@ fn a_pair_that_fails_alone_is_restarted_one_end_after_the_other() {
         world.wait();
         world.healthy(restarted);
     }
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.stage(), FleetStage::Ready);
 }
 
@@ -192,7 +192,7 @@ fn what_was_stopped_on_request_stays_stopped_and_holds_up_nobody() {
     ];
     let stopped = ["decoder2", "decoder3"];
     let mut world = World::attached_after(RestartWhen::OnFailure, &kept, &stopped);
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.stage(), FleetStage::Ready);
     world.empty("decoder3");
     for name in stopped {

@@ -37,7 +37,7 @@ fn an_engine_whose_hand_offs_fail_with_its_peers_is_drained_restarted_and_proven
             world.reason(wedged)
         );
         comes_back(&mut world, wedged);
-        world.verified(Ok(()));
+        world.verified(&Ok(()));
         assert_eq!(world.state(wedged), EngineState::Ready);
         assert_eq!(world.spawned().len(), 5, "{wedged} alone was started again");
         assert_eq!(world.reason(wedged), "");
@@ -53,7 +53,7 @@ fn a_restarted_engine_is_not_blamed_for_a_wedged_peer() {
     world.verified_with_wedged("prefiller2");
     assert_eq!(world.state("decoder1"), EngineState::Ready);
     comes_back(&mut world, "prefiller2");
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.state("prefiller2"), EngineState::Ready);
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 2);
 }
@@ -118,7 +118,7 @@ fn no_innocent_engine_is_given_up_for_a_peer_that_stays_wedged() {
 fn one_prefill_and_one_decode_engine_are_restarted_in_turn() {
     let mut world = World::new(&[engine("prefiller1", &[0]), engine("decoder1", &[1])]);
     world.all_healthy();
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     suspect(&mut world, "prefiller1", "decoder1");
     world.verified_with_wedged("decoder1");
     assert_eq!(world.state("decoder1"), EngineState::Ready);
@@ -126,7 +126,7 @@ fn one_prefill_and_one_decode_engine_are_restarted_in_turn() {
     world.verified_with_wedged("decoder1");
     assert_eq!(world.state("prefiller1"), EngineState::Healthy, "it waits for its peer");
     comes_back(&mut world, "decoder1");
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 1);
     assert_eq!(world.fleet.view(0).serving(Role::Prefill).count(), 1);
 }
@@ -139,7 +139,7 @@ fn checks_that_find_nothing_become_rare() {
         world.now += Duration::from_mins(minutes);
         suspect(&mut world, "prefiller1", "decoder1");
         assert!(world.verifying.is_some(), "after {minutes} minutes");
-        world.verified(Ok(()));
+        world.verified(&Ok(()));
         suspect(&mut world, "prefiller1", "decoder1");
         assert!(world.verifying.is_none(), "not at once");
     }

@@ -24,7 +24,7 @@ fn running() -> World {
         world.tell(prepared(name, FIRST, Ok(())));
     }
     world.all_healthy();
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     world
 }
 
@@ -101,7 +101,7 @@ fn nobody_starts_on_a_gpu_while_another_engine_leaves_it() {
     for name in ["prefiller1", "decoder1", "decoder2"] {
         world.healthy(name);
     }
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     world.crash("decoder1");
     world.exit("decoder2");
     world.wait();

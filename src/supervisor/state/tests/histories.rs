@@ -77,7 +77,7 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
             let result = if ok { Ok(()) } else { Err("no KV moved".to_owned()) };
             // It may be what an engine is given up for.
             world.unasked_exits += usize::from(!ok);
-            world.verified(result);
+            world.verified(&result);
         }
         Step::Suspected(index) => {
             let id = |name: &str| EngineId::named(name);

@@ -37,7 +37,7 @@ fn crash_and_return(world: &mut World, name: &str) {
     world.crash(name);
     world.wait();
     world.healthy(name);
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.state(name), EngineState::Ready);
 }
 
@@ -75,7 +75,7 @@ fn an_engine_that_fails_comes_back_through_canaries_while_the_others_serve() {
         (world.stage(), world.state("decoder2")),
         (FleetStage::Ready, EngineState::Ready)
     );
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.state("decoder1"), EngineState::Ready);
 }
 
@@ -158,7 +158,7 @@ fn a_role_that_is_coming_back_is_not_lost() {
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 0);
     world.wait();
     world.healthy("decoder1");
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.fleet.view(0).serving(Role::Decode).count(), 1);
 }
 
@@ -174,7 +174,7 @@ fn a_whole_fleet_that_died_proves_itself_among_those_that_come_back() {
     assert_eq!(world.verifying, None, "there is nobody to try it with");
     world.healthy("prefiller1");
     assert_eq!(canaries(&world), ["prefiller1-decoder1"]);
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(
         [world.state("prefiller1"), world.state("decoder1")],
         [EngineState::Ready; 2]
@@ -182,9 +182,9 @@ fn a_whole_fleet_that_died_proves_itself_among_those_that_come_back() {
     world.healthy("decoder2");
     world.healthy("prefiller2");
     assert_eq!(canaries(&world), ["prefiller1-decoder2"], "one round at a time");
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(canaries(&world), ["prefiller2-decoder1", "prefiller2-decoder2"]);
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert!(names.iter().all(|name| world.state(name) == EngineState::Ready));
 }
 
@@ -196,7 +196,7 @@ fn canaries_that_fail_or_never_answer_fail_the_engine_that_came_back_and_no_othe
         world.wait();
         world.healthy("prefiller1");
         match answer {
-            Some(reason) => world.verified(Err(reason)),
+            Some(reason) => world.verified(&Err(reason)),
             None => world.wait(),
         }
         assert_eq!(world.state("prefiller1"), EngineState::Backoff);
@@ -213,14 +213,14 @@ fn an_engine_is_not_blamed_for_the_peer_that_died_during_its_canaries() {
     world.wait();
     world.healthy("decoder1");
     world.crash("prefiller2");
-    world.verified(Err("prefiller2 is gone".to_owned()));
+    world.verified(&Err("prefiller2 is gone".to_owned()));
     assert_eq!(world.state("decoder1"), EngineState::Healthy);
     assert_eq!(
         canaries(&world),
         ["prefiller1-decoder1"],
         "it is tried again with who is left"
     );
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     assert_eq!(world.state("decoder1"), EngineState::Ready);
 }
 
@@ -346,7 +346,7 @@ fn restarts_on_one_gpu_come_one_after_the_other() {
     for name in ["prefiller1", "decoder1", "decoder2"] {
         world.healthy(name);
     }
-    world.verified(Ok(()));
+    world.verified(&Ok(()));
     world.crash("decoder1");
     world.crash("decoder2");
     world.wait();
@@ -369,7 +369,7 @@ fn a_restart_on_request_drains_stops_and_starts_without_counting_as_a_failure() 
         world.crash("decoder1");
         assert!(world.did(&Action::Spawn(id("decoder1"), Incarnation(start + 1))));
         world.healthy("decoder1");
-        world.verified(Ok(()));
+        world.verified(&Ok(()));
         assert_eq!(
             (world.state("decoder1"), world.stage()),
             (EngineState::Ready, FleetStage::Ready)

@@ -204,7 +204,7 @@ impl World {
     pub(super) fn ready_with_policy(when: RestartWhen) -> Self {
         let mut world = Self::with_policy(&Self::four(), when);
         world.all_healthy();
-        world.verified(Ok(()));
+        world.verified(&Ok(()));
         assert_eq!(world.stage(), FleetStage::Ready);
         world
     }
@@ -224,7 +224,7 @@ impl World {
     }
 
     /// The round of canaries under way ends, for every pair alike.
-    pub(super) fn verified(&mut self, result: Result<(), String>) {
+    pub(super) fn verified(&mut self, result: &Result<(), String>) {
         self.verified_each(|_, _| result.clone());
     }
 
@@ -243,9 +243,12 @@ impl World {
     /// Rounds of canaries until there is none under way, with hand-offs of `wedged` failing.
     pub(super) fn verified_with_wedged(&mut self, wedged: &str) {
         while self.verifying.is_some() {
-            self.verified_each(|prefill, decode| match prefill == wedged || decode == wedged {
-                true => Err(format!("no KV moved from {prefill} to {decode}")),
-                false => Ok(()),
+            self.verified_each(|prefill, decode| {
+                if prefill == wedged || decode == wedged {
+                    Err(format!("no KV moved from {prefill} to {decode}"))
+                } else {
+                    Ok(())
+                }
             });
         }
     }
