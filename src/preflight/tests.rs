@@ -304,6 +304,7 @@ fn an_option_that_the_installed_vllm_lacks_fails_and_unreadable_sources_say_noth
         "--enforce-eager",
         "--enable-chunked-prefill",
         "--numa-bind",
+        "--enable-prompt-tokens-details",
     ]);
     assert_eq!(failed("2p2d", &with_options(&options, &["NixlConnector"])), [""; 0]);
     assert_eq!(failed("2p2d", &with_options(&options, &["Other"])), ["connector"]);

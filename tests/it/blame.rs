@@ -45,7 +45,7 @@ impl Wedge {
         one.extend_from_slice(request);
         let many = one.repeat(200);
         stream
-            .set_write_timeout(Some(Duration::from_secs(1)))
+            .set_write_timeout(Some(Duration::from_secs(5)))
             .expect("a time-out");
         loop {
             match stream.write(&many) {

@@ -122,6 +122,8 @@ fn printed(last_words: Option<&str>) -> String {
         let end = printed[start..].find(')').expect("a closing parenthesis");
         printed.replace_range(start..=start + end, "");
     }
+    let run = std::fs::canonicalize(place.path().join("logs/latest")).expect("the run's folder");
+    let printed = printed.replace(&run.display().to_string(), "FOLDER");
     assert!(!printed.contains(&logs.display().to_string()), "{printed}");
     printed
 }

@@ -111,6 +111,7 @@ const OPTIONS: &[&str] = &[
     "--dtype",
     "--enforce-eager",
     "--enable-prefix-caching",
+    "--enable-prompt-tokens-details",
 ];
 
 /// `xpyd doctor MORE` on an environment with these packages and connectors says `words` in its finding of `check`, with what to
