@@ -113,6 +113,8 @@ fn expected(phase: Phase, blow: Blow, fault: Fault) -> &'static [i32] {
         Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Starting => &[4],
         // The canary that waits for the engine may fail before the engine has ended.
         Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Verifying => &[4, 5],
+        // The run goes on without its witness, until it is asked to end.
+        Blow::Kill([Victim::Witness]) => &[0],
         Blow::Kill(_) => &[1],
         Blow::Interrupt if phase == Phase::Draining => &[130],
         Blow::TwoInterrupts if phase == Phase::Draining => &[130],
@@ -185,6 +187,11 @@ fn play(place: &Place, fault: Fault, phase: Phase, blow: Blow) {
     let segments = shared_memory(place);
     assert_eq!(segments.is_empty(), fault != Fault::Stray, "{cell}: {segments:?}");
     strike(place, &mut run, blow);
+    if phase != Phase::Draining && blow == Blow::Kill(&[Victim::Witness]) {
+        let is_up = |(_, command): &(i32, String)| command.contains(" up ");
+        assert!(place.processes().iter().any(is_up), "{cell}");
+        run.signal(Signal::SIGINT);
+    }
     if phase == Phase::Draining {
         // Its client leaves; otherwise a run that lost the other engine would rightly wait for this request.
         drop(stream);
