@@ -21,7 +21,7 @@ const DEADLINE: Duration = Duration::from_mins(1);
 /// Requests after the storm, all at once.
 const REQUESTS: usize = 60;
 
-/// What must be 0 when nobody asks.
+/// Gauges that must be 0 without clients.
 const GAUGES: [&str; 3] = ["xpyd_requests_in_flight", "xpyd_requests_queued", "xpyd_handoffs_open"];
 
 pub(crate) async fn check(arena: &Arc<Arena>, questions: &[Question], keep: Option<&Path>) -> Findings {

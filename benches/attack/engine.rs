@@ -18,7 +18,7 @@ use crate::answers::{self, Leg};
 use crate::http::{self, find};
 use crate::inputs::FORBIDDEN;
 
-/// What this program is told to be the engine: the port, the events of a stream and the milliseconds between them follow.
+/// The argument that makes this program the engine. After it: port, events per stream, milliseconds between events.
 pub(crate) const ENGINE: &str = "--engine";
 
 /// Headers that end at the proxy.

@@ -319,7 +319,7 @@ fn many_keys(count: usize) -> Vec<u8> {
     )
 }
 
-/// A prefill engine whose KV nobody gets, while its HTTP side is well.
+/// A prefill engine whose HTTP side works and whose KV cannot be read.
 fn wedge(arena: &Arena, random: &mut StdRng) -> Result<(), Trouble> {
     let port = arena.fleet.port(5600 + random.random_range(0..2));
     let stream = packets::wedge(port).map_err(impossible)?;

@@ -49,7 +49,7 @@ fn shake_hands(port: u16, socket_type: &[u8]) -> io::Result<TcpStream> {
 }
 
 /// Fills a NIXL side channel with questions whose answers are not read, until it stops reading. As long as the stream is
-/// open, the channel serves nobody.
+/// open, the channel serves no client.
 pub(crate) fn wedge(port: u16) -> io::Result<TcpStream> {
     let mut stream = shake_hands(port, b"REQ")?;
     let question = [b"\x01\x00".as_slice(), b"\x00\x11", b"\x93\xc4\x0cget_meta_msg\x00\x01"].concat();

@@ -132,7 +132,7 @@ impl Arena {
 
     fn write_down(&self, what: &str) {
         let seconds = self.begun.elapsed().as_secs_f64();
-        // A diary of thousands of refused connections helps nobody.
+        // Thousands of lines about refused connections would hide the rest.
         let mut diary = lock(&self.diary);
         if diary.len() < DIARY {
             *diary += &format!("{seconds:8.2} s  {what}\n");

@@ -110,7 +110,7 @@ pub struct Span {
 /// The stages of one answered request, and who worked on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Phases {
-    /// What became of its hand-off as far as was known when the answer began: `transferred`, `sent`, `bypassed`. A stream
+    /// The outcome of its hand-off known when the answer began: `transferred`, `sent`, `bypassed`. A stream
     /// says `sent`, because its usage comes last.
     pub outcome: String,
     /// Why a decode engine answered alone.
