@@ -14,14 +14,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::control::rundir::{RunDir, RunEngine, RunInfo};
+use crate::control::rundir::{self, RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
 use crate::plan::{Plan, ProxySpec};
 use crate::private;
 use crate::proxy::{self, Notifications, Proxy};
-use crate::report::{ExitStatus, Failure, one_line};
-use crate::signals::StopSignals;
+use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{self, Keep, KeptRun, Outcome};
 use crate::ui::Printer;
 
@@ -31,7 +30,10 @@ mod gpus;
 mod kept;
 mod reporting;
 mod scale;
+mod signals;
+mod socket;
 mod starts;
+mod throughput;
 mod verify;
 
 pub use kept::end_kept;
@@ -55,6 +57,8 @@ pub struct Run {
     pub run_dir: RunDir,
     /// Whether it runs without a terminal.
     pub detached: bool,
+    /// Whether it ends with the xpyd that started it, which says so with SIGTERM.
+    pub has_parent: bool,
     /// The engines that an earlier xpyd left, if they are to be taken over. The plan describes them.
     pub attach: Option<KeptRun>,
     /// Plans more engines for it.
@@ -65,6 +69,8 @@ pub struct Run {
     pub engine_key: Option<String>,
     /// Where people read.
     pub printer: Printer,
+    /// Whether they are told now and then what the fleet serves.
+    pub tells_traffic: bool,
 }
 
 impl fmt::Debug for Run {
@@ -75,6 +81,9 @@ impl fmt::Debug for Run {
             .finish_non_exhaustive()
     }
 }
+
+/// How long the ready line of an attached fleet waits for engines that are still tried. Clients are served meanwhile.
+const STRAGGLERS: Duration = Duration::from_secs(5);
 
 /// A fleet that takes requests, as given to the work that [`run`] was asked to do.
 #[derive(Debug, Clone)]
@@ -91,6 +100,8 @@ pub struct Ready {
     pub proxy: Proxy,
     /// From the last engine's `/health` to the end of the canaries.
     pub verified_in: Duration,
+    /// Engines that do not serve yet. Only a fleet that was taken over becomes ready with such.
+    pub not_yet: Vec<EngineId>,
 }
 
 /// A run that has ended.
@@ -115,38 +126,38 @@ where
         name,
         run_dir,
         detached,
+        has_parent,
         mut attach,
         grow,
         proxy_parts,
         engine_key,
         printer,
+        tells_traffic,
     } = run;
     let run_dir = Arc::new(run_dir);
     write_plan(&plan).map_err(anyhow::Error::from)?;
-    let Sockets {
-        reservations,
-        listener,
-        url,
-        notifications,
-        control,
-    } = open_sockets(&plan, &run_dir, attach.as_mut()).await?;
+    let sockets = open_sockets(&plan, &run_dir, attach.as_mut()).await?;
     let keep = keep(&plan, &run_dir, detached);
     let info = RunInfo {
         engine_key_file: engine_key_file(&run_dir, engine_key.as_deref())?,
         keeps_engines: !keep.wait.is_zero(),
-        ..run_info(&plan, &name, &url, detached)?
+        ..run_info(&plan, &name, &sockets.url, detached)?
     };
     let info = publish(&run_dir, info)?;
 
     let (ready_name, wants_key) = (name.clone(), !proxy_parts.client_keys.is_empty());
     let (view_sender, view) = watch::channel(Arc::new(supervisor::initial_view(&plan.engines)));
-    let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), notifications);
+    let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), sockets.notifications);
     let (requests, request_receiver) = mpsc::channel(8);
     let (stop, mut parts) = (CancellationToken::new(), JoinSet::new());
-    let held = listener.as_fd().try_clone_to_owned().map_err(anyhow::Error::from)?;
+    let listener = sockets.listener;
     let door = door::Door::open(&mut parts, proxy.clone(), listener, &view, &stop, attach.is_some());
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
     let (progress_is_settled, seen, notes) = report(&mut parts, &plans, printer, &view, &stop);
+    if tells_traffic {
+        let served = throughput::follow(proxy.clone(), view.clone(), notes.clone());
+        parts.spawn(until(stop.clone(), served));
+    }
     let status = status(&info, plans, &view, &seen, &proxy);
     let scaler = scale::Scaler {
         grow,
@@ -156,12 +167,12 @@ where
         run_dir: Arc::clone(&run_dir),
         info,
     };
-    control_parts(&mut parts, &stop, control, status, proxy.suspects(), scaler);
+    control_parts(&mut parts, &stop, sockets.control, status, proxy.suspects(), scaler);
 
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
     let (began_sender, began) = watch::channel(Began::new());
     let wiring = supervisor::Wiring {
-        signals: forward_signals(&mut parts, &stop)?,
+        signals: signals::forward(&mut parts, &stop, has_parent)?,
         requests: request_receiver,
         view: view_sender,
         verify: verify::canaries(proxy.clone(), verified_sender),
@@ -170,23 +181,24 @@ where
         gpus: gpus::checks(&plan.engines, &plan.run_dir, notes),
     };
     let model = plan.served_model_name.clone();
-    let work = work(view.clone(), progress_is_settled, requests, move || {
+    let work = work(view.clone(), progress_is_settled, requests, move |not_yet| {
         when_ready(Ready {
             name: ready_name,
-            url,
+            url: sockets.url,
             wants_key,
             model,
             proxy,
             verified_in: *verified.borrow(),
+            not_yet,
         })
     });
     let outcome = tokio::select! {
-        outcome = supervisor::run(supervisor_settings(&plan, name, reservations, keep, attach, held)?, wiring) => outcome,
+        outcome = supervisor::run(supervisor_settings(&plan, name, sockets.reservations, keep, attach, sockets.held)?, wiring) => outcome,
         never = work => match never {},
     };
     stop.cancel();
     join(parts).await;
-    record(&run_dir, &outcome);
+    record(&plan, &run_dir, &outcome);
     let began = began.borrow().clone();
     Ok(Ended { outcome, began })
 }
@@ -196,15 +208,15 @@ async fn work<Work>(
     view: watch::Receiver<Arc<FleetView>>,
     progress_is_settled: impl Future,
     requests: mpsc::Sender<supervisor::Request>,
-    when_ready: impl FnOnce() -> Work,
+    when_ready: impl FnOnce(Vec<EngineId>) -> Work,
 ) -> std::convert::Infallible
 where
     Work: Future<Output = ()>,
 {
-    if reached_ready(view).await {
+    if let Some(not_yet) = reached_ready(view).await {
         // So that what is printed now stands below the bars.
         drop(progress_is_settled.await);
-        when_ready().await;
+        when_ready(not_yet).await;
         request_stop(&requests).await;
     }
     std::future::pending().await
@@ -217,10 +229,10 @@ async fn request_stop(requests: &mpsc::Sender<supervisor::Request>) {
 }
 
 /// Leaves word for `xpyd down` of how the run ended.
-fn record(run_dir: &RunDir, outcome: &Outcome) {
+fn record(plan: &Plan, run_dir: &RunDir, outcome: &Outcome) {
     let left: Vec<String> = outcome.left.iter().map(ToString::to_string).collect();
-    if let Err(error) = run_dir.record_outcome(outcome.exit_status(), &left) {
-        tracing::warn!(error = one_line(&error), "cannot record how the run ended");
+    if let Err(error) = rundir::record_outcome(&plan.run_dir, outcome.exit_status(), &left) {
+        tracing::warn!(%error, "cannot record how the run ended");
     }
     if outcome.ending != supervisor::Ending::Kept {
         run_dir.remove_engine_key();
@@ -263,7 +275,9 @@ fn control_parts(
         scale: scales,
     };
     let requests = scaler.requests.clone();
-    parts.spawn(serve_control(listener, state, stop.clone()));
+    parts.spawn(socket::serve(listener, state.clone(), stop.clone()));
+    let run_dir = Arc::clone(&scaler.run_dir);
+    parts.spawn(socket::keep_findable(run_dir, state, stop.clone()));
     parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
     parts.spawn(until(
         stop.clone(),
@@ -277,6 +291,8 @@ fn control_parts(
 struct Sockets {
     reservations: supervisor::Reservations,
     listener: TcpListener,
+    /// The same socket, for the guardian.
+    held: OwnedFd,
     url: String,
     notifications: Option<Notifications>,
     control: tokio::net::UnixListener,
@@ -288,10 +304,11 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun
     } else {
         supervisor::reserve(&plan.engines).map_err(|conflict| {
             Failure::new(ExitStatus::Preflight, conflict)
-                .hint("stop that process, or move the fleet with `--set port_offset=1000`")
+                .hint("stop that process, or move the fleet with another `--set port_offset=NUMBER`")
         })?
     };
     let listener = door::listen(&plan.proxy, attach.and_then(|kept| kept.listener.take())).await?;
+    let held = listener.as_fd().try_clone_to_owned().map_err(anyhow::Error::from)?;
     let scheme = plan.proxy.service.clients.scheme();
     let url = format!("{scheme}://{}", listener.local_addr().map_err(anyhow::Error::from)?);
     let notifications = bind_notifications(&plan.proxy).await?;
@@ -304,6 +321,7 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun
     Ok(Sockets {
         reservations,
         listener,
+        held,
         url,
         notifications,
         control,
@@ -346,7 +364,6 @@ fn supervisor_settings(
 ) -> Result<supervisor::Settings, Failure> {
     Ok(supervisor::Settings {
         engines: plan.engines.clone(),
-        files: plan.files.clone(),
         reservations,
         run_dir: plan.run_dir.clone(),
         drain_deadline: plan.proxy.drain_deadline,
@@ -421,16 +438,11 @@ fn proxy_settings(plan: &Plan, parts: proxy::Parts) -> proxy::Settings {
         handoff_deadline: spec.handoff_deadline,
         decode_idle_deadline: spec.decode_idle_deadline,
         kv_lease: spec.kv_lease,
+        asks_engines: false,
         max_body_bytes: spec.max_body_bytes,
         max_in_flight: spec.max_in_flight,
         parts,
         service: spec.service.clone(),
-    }
-}
-
-async fn serve_control(listener: tokio::net::UnixListener, state: server::ServerState, stop: CancellationToken) {
-    if let Err(error) = server::serve(listener, state, stop).await {
-        tracing::error!(%error, "the control socket stopped serving");
     }
 }
 
@@ -561,28 +573,20 @@ async fn forward_suspects(
     }
 }
 
-/// Listens for signals, and hands them on to the supervisor.
-fn forward_signals(
-    parts: &mut JoinSet<()>,
-    stop: &CancellationToken,
-) -> Result<mpsc::Receiver<crate::signals::StopSignal>, Failure> {
-    let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
-    let (sender, receiver) = mpsc::channel(8);
-    parts.spawn(until(stop.clone(), async move {
-        loop {
-            let signal = signals.next().await;
-            if sender.send(signal).await.is_err() {
-                return;
-            }
-        }
-    }));
-    Ok(receiver)
+/// The engines that are to serve and do not.
+fn not_yet(view: &FleetView) -> Vec<EngineId> {
+    let is_out = |state| matches!(state, EngineState::Ready | EngineState::Stopped);
+    let engines = view.engines.iter().filter(|engine| !is_out(engine.state));
+    engines.map(|engine| engine.id.clone()).collect()
 }
 
-/// Waits until clients are served; false if that will never be.
-async fn reached_ready(mut view: watch::Receiver<Arc<FleetView>>) -> bool {
+/// Waits until clients are served, and returns the engines that do not serve even then; `None` if it will never be.
+async fn reached_ready(mut view: watch::Receiver<Arc<FleetView>>) -> Option<Vec<EngineId>> {
     let settled = |view: &Arc<FleetView>| !matches!(view.stage, FleetStage::Starting | FleetStage::Verifying);
-    view.wait_for(settled)
-        .await
-        .is_ok_and(|view| view.stage == FleetStage::Ready)
+    let is_ready = view.wait_for(settled).await.ok()?.stage == FleetStage::Ready;
+    // Kept engines are tried at the same time, and most of them pass within milliseconds.
+    let is_tried = |view: &Arc<FleetView>| view.engines.iter().any(|engine| engine.state == EngineState::Healthy);
+    let all = view.wait_for(|view| view.stage != FleetStage::Ready || !is_tried(view));
+    let _ = tokio::time::timeout(STRAGGLERS, all).await;
+    is_ready.then(|| not_yet(&view.borrow()))
 }

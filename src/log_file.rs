@@ -14,6 +14,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit};
+
 use crate::fleet::LogLimits;
 use crate::private;
 
@@ -39,6 +41,10 @@ pub(crate) struct LogFile {
 impl LogFile {
     /// Opens `path`, with the limits of the log.
     pub(crate) fn open(path: &Path, limits: LogLimits) -> io::Result<Self> {
+        let limits = LogLimits {
+            file_bytes: limits.file_bytes.min(largest_file()),
+            ..limits
+        };
         let mut file = append_to(path)?;
         let mut size = file.metadata()?.len();
         // The last word of an incarnation that was killed and the first of the next one are two lines.
@@ -142,6 +148,13 @@ impl LogFile {
             self.older.pop_front();
         }
     }
+}
+
+/// How large a file may become before it is time for the next one, where the user has a limit (`ulimit -f`): half of that,
+/// because it ends at a line's end.
+fn largest_file() -> u64 {
+    let limit = getrlimit(Resource::RLIMIT_FSIZE).map_or(u64::MAX, |(soft, _)| soft);
+    if limit == u64::MAX { limit } else { (limit / 2).max(1) }
 }
 
 /// Opens the file, in its folder, which may have been removed with old logs.

@@ -26,6 +26,51 @@ pub struct Service {
     pub metrics: Metrics,
     /// Where traces go.
     pub traces: Traces,
+    /// What web pages of other origins may do.
+    #[serde(skip_serializing_if = "is_default")]
+    pub cors: Cors,
+    /// How streams are kept open.
+    #[serde(skip_serializing_if = "is_default")]
+    pub streams: Streams,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// What web pages of other origins may do, by vLLM's options and with their defaults.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cors {
+    /// Origins whose pages may ask; `*` is all of them. None by default.
+    pub allowed_origins: Vec<String>,
+    /// Methods that they may use; `*` is all of them.
+    pub allowed_methods: Vec<String>,
+    /// Headers that they may send; `*` is all of them.
+    pub allowed_headers: Vec<String>,
+    /// Whether they may send cookies and the like.
+    pub allow_credentials: bool,
+}
+
+impl Default for Cors {
+    fn default() -> Self {
+        Self {
+            allowed_origins: Vec::new(),
+            allowed_methods: vec!["*".to_owned()],
+            allowed_headers: vec!["*".to_owned()],
+            allow_credentials: false,
+        }
+    }
+}
+
+/// How streams are kept open.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Streams {
+    /// A streamed generation that has been silent for so long gets a comment, also while it waits and prefills; 0: none. Load
+    /// balancers cut connections that are silent, most of them after a minute.
+    #[serde(serialize_with = "write_span", deserialize_with = "read_span")]
+    pub keep_alive: Duration,
 }
 
 /// What a hand-off must be.
@@ -238,7 +283,7 @@ fn write_span<S: Serializer>(span: &Duration, serializer: S) -> Result<S::Ok, S:
 /// A time as people write it: `30s`.
 fn read_span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text).map_err(|error| serde::de::Error::custom(format!("`{text}`: {error}")))
+    crate::span::parse(&text).map_err(serde::de::Error::custom)
 }
 
 impl Service {

@@ -1,5 +1,11 @@
 //! The signals that ask xpyd to stop, as one stream.
+//!
+//! A signal that was ignored when xpyd started stays ignored: `nohup` asks for that, and so does a shell without job control
+//! for what it runs in the background.
 
+use std::io;
+
+use nix::sys::signal::{SigSet, Signal as Number};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// A request to stop, made with a signal.
@@ -13,30 +19,99 @@ pub enum StopSignal {
     Hangup,
 }
 
-/// Listens for the signals that stop a run. From its creation on they no longer end the process by themselves.
+/// A signal that is listened to, unless whoever started this process has had it ignored.
+#[derive(Debug)]
+pub struct Heeded(Option<Signal>);
+
+impl Heeded {
+    /// Starts to listen. Must be called within a tokio runtime.
+    pub fn listen(kind: SignalKind) -> io::Result<Self> {
+        if is_ignored(&fs_err::read_to_string("/proc/self/status")?, kind.as_raw_value()) {
+            return Ok(Self(None));
+        }
+        Self::listen_always(kind)
+    }
+
+    fn listen_always(kind: SignalKind) -> io::Result<Self> {
+        signal(kind).map(Some).map(Self)
+    }
+
+    /// Its next arrival. Safe to cancel.
+    pub async fn recv(&mut self) {
+        match &mut self.0 {
+            Some(signal) => drop(signal.recv().await),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Whether a process ignores a signal, by the mask in its `/proc/PID/status`.
+fn is_ignored(status: &str, number: i32) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.unwrap_or_default() >> (number - 1) & 1 == 1
+}
+
+/// Listens for the signals that stop a run. From its creation on those that were not ignored no longer end the process by
+/// themselves.
 #[derive(Debug)]
 pub struct StopSignals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
+    interrupt: Heeded,
+    terminate: Heeded,
+    hangup: Heeded,
 }
 
 impl StopSignals {
     /// Starts to listen. Must be called within a tokio runtime.
-    pub fn listen() -> std::io::Result<Self> {
+    pub fn listen() -> io::Result<Self> {
+        // Other services reopen their logs on these. Unheard, they would end this process, and its engines.
+        for kind in [SignalKind::user_defined1(), SignalKind::user_defined2()] {
+            drop(signal(kind)?);
+        }
         Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
+            interrupt: Heeded::listen(SignalKind::interrupt())?,
+            terminate: Heeded::listen(SignalKind::terminate())?,
+            hangup: Heeded::listen(SignalKind::hangup())?,
+        })
+    }
+
+    /// The same for a process that its parent, another xpyd, ends with SIGTERM: that one is heeded in any case.
+    pub fn listen_to_parent() -> io::Result<Self> {
+        Ok(Self {
+            terminate: Heeded::listen_always(SignalKind::terminate())?,
+            ..Self::listen()?
         })
     }
 
     /// The next request to stop. Safe to cancel.
     pub async fn next(&mut self) -> StopSignal {
         tokio::select! {
-            _ = self.interrupt.recv() => StopSignal::Interrupt,
-            _ = self.terminate.recv() => StopSignal::Terminate,
-            _ = self.hangup.recv() => StopSignal::Hangup,
+            () = self.interrupt.recv() => StopSignal::Interrupt,
+            () = self.terminate.recv() => StopSignal::Terminate,
+            () = self.hangup.recv() => StopSignal::Hangup,
         }
+    }
+}
+
+/// Lets all signals through but SIGXFSZ, in this thread and in those that it starts: a write beyond the limit of a file's size
+/// (`ulimit -f`) is an error of that write, and whoever started this process with signals blocked did not mean xpyd.
+pub fn prepare() {
+    let mut blocked = SigSet::empty();
+    blocked.add(Number::SIGXFSZ);
+    // It fails for an unknown signal only.
+    let _ = blocked.thread_set_mask();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ignored_signals_are_read_from_the_mask() {
+        // SIGHUP (1), SIGQUIT (3) and SIGPIPE (13).
+        let status = "Name:\txpyd\nSigBlk:\tffffffffffffffff\nSigIgn:\t0000000000001005\nSigCgt:\t0000000000000002\n";
+        let ignored: Vec<i32> = (1..=64).filter(|number| is_ignored(status, *number)).collect();
+        assert_eq!(ignored, [1, 3, 13]);
+        assert!(!is_ignored("Name:\txpyd\n", 1), "nobody knows, so it is heeded");
     }
 }

@@ -1,6 +1,7 @@
 //! Where clients come in: the socket that they connect to, taken over from an earlier xpyd where it held one, and left to
 //! the next one.
 
+use std::io::ErrorKind;
 use std::net::TcpListener as StdListener;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -45,8 +46,13 @@ async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
                 proxy.port,
                 super::had_by(proxy.port)
             );
-            Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
-                .hint("choose another port with `--port`")
+            let is_of_port = matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::PermissionDenied);
+            let hint = if is_of_port {
+                "choose another port with `--port`"
+            } else {
+                "choose an address of this machine with `--set proxy.host=…`"
+            };
+            Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context)).hint(hint)
         })
 }
 

@@ -14,6 +14,7 @@ use crate::machine::{Baseline, GpuProcess, Meter, Release};
 use crate::plan::EngineSpec;
 use crate::report::one_line;
 use crate::supervisor::{GpuChecks, Leftover, ports};
+use crate::ui::time_span;
 
 /// How often NVML is asked while memory is waited for.
 const POLL: Duration = Duration::from_millis(250);
@@ -29,6 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What was in use before the run, by UUID; kept for an xpyd that takes its engines over.
 const BASELINE_FILE: &str = "gpu-baseline.json";
+
+/// `0, 1` for GPUs 0 and 1.
+fn in_a_row(gpus: &[u32]) -> String {
+    gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
+}
 
 /// What is known of the GPUs of a run.
 struct Watch {
@@ -192,7 +198,7 @@ impl Watch {
         };
         match judge(&expected, &on.keys().copied().collect(), blind) {
             Place::Right => {
-                tracing::info!(engine = %engine.id, gpus = ?engine.gpus, "NVML shows the engine on its GPUs");
+                tracing::info!(engine = %engine.id, gpus = in_a_row(&engine.gpus), "NVML shows the engine on its GPUs");
                 Ok(())
             }
             Place::Wrong(reason) => Err(reason),
@@ -238,7 +244,7 @@ impl Watch {
             if held.is_empty() {
                 steady += 1;
                 if steady >= STEADY_POLLS {
-                    tracing::info!(whose, ?waited, "GPU memory is back");
+                    tracing::info!(whose, "GPU memory is back after {}", time_span(waited));
                     if let Some(reason) = unknown {
                         self.note(format!(
                             "warn  gpu_memory: whether {whose} gave its memory back cannot be told: {reason}"

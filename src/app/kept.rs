@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::forward_signals;
+use super::signals;
 use crate::control::rundir::RunDir;
 use crate::plan::{RestartPolicy, RestartWhen};
 use crate::report::{ExitStatus, Failure};
@@ -51,7 +51,6 @@ pub async fn end_kept(
         // Clients that wait for the next xpyd are refused from now on.
         listener: None,
         run_dir: folder,
-        files: Vec::new(),
         run_name: name,
         program: std::env::current_exe().map_err(anyhow::Error::from)?,
         engines,
@@ -66,7 +65,7 @@ pub async fn end_kept(
     let (notes, mut told) = mpsc::channel(8);
     let (mut parts, end) = (tokio::task::JoinSet::new(), tokio_util::sync::CancellationToken::new());
     let wiring = supervisor::Wiring {
-        signals: forward_signals(&mut parts, &end)?,
+        signals: signals::forward(&mut parts, &end, false)?,
         requests: request_receiver,
         view,
         explain: Box::new(|_| Arc::new(|_| supervisor::Cause::default())),

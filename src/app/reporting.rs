@@ -114,6 +114,11 @@ pub(super) async fn follow_starts(
     }
 }
 
+/// The time of day, which begins each line about a running fleet.
+fn clock() -> String {
+    jiff::Zoned::now().strftime("%H:%M:%S").to_string()
+}
+
 /// What is compared of two views of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct LastSeen {
@@ -233,11 +238,19 @@ impl Reporter {
         }
     }
 
-    /// Says something, above the bars of the start while there are any.
+    /// Says something: above the bars of the start while there are any, else with the time, because it may be read much later.
     fn tell(&self, text: &str) {
         match &self.progress {
             Some(progress) => progress.suspend(|| self.printer.status(text)),
-            None => self.printer.status(text),
+            None => self.printer.status(format!("{}  {text}", clock())),
+        }
+    }
+
+    /// The same of what went wrong.
+    fn warn(&self, text: &str) {
+        match &self.progress {
+            Some(progress) => progress.suspend(|| self.printer.error(text)),
+            None => self.printer.error(format!("{}  {text}", clock())),
         }
     }
 
@@ -311,7 +324,9 @@ impl Reporter {
             said.push(format!("{id} {}", time_span(took)));
             good.extend(self.keys.get(&id).map(|key| (key.clone(), start.start.finish(took))));
         }
-        self.printer.status(format!("started: {}", said.join(", ")));
+        if !said.is_empty() {
+            self.printer.status(format!("started: {}", said.join(", ")));
+        }
         starts::remember(good);
     }
 
@@ -325,7 +340,7 @@ impl Reporter {
             " again"
         };
         match engine.state {
-            EngineState::Failed => self.printer.error(format!("{id} failed: {reason}")),
+            EngineState::Failed => self.warn(&format!("{id} failed: {reason}")),
             EngineState::Backoff => {
                 // Without a time its cause is still looked for, and belongs to what is told.
                 if let Some(at) = engine.restart_at {
@@ -333,12 +348,12 @@ impl Reporter {
                 }
             }
             EngineState::Draining if serving && engine.reason.is_some() => {
-                self.printer.error(format!("{id} is drained and restarted: {reason}"));
+                self.warn(&format!("{id} is drained and restarted: {reason}"));
             }
-            EngineState::Draining if serving => self.printer.status(format!("{id} takes no more requests")),
-            EngineState::Stopped if serving => self.printer.status(format!("{id} is stopped")),
-            EngineState::Starting => self.printer.status(format!("{id} starts{again}")),
-            EngineState::Ready => self.printer.status(format!("{id} serves{again}")),
+            EngineState::Draining if serving => self.tell(&format!("{id} takes no more requests")),
+            EngineState::Stopped if serving => self.tell(&format!("{id} is stopped")),
+            EngineState::Starting => self.tell(&format!("{id} starts{again}")),
+            EngineState::Ready => self.tell(&format!("{id} serves{again}")),
             _ => {}
         }
     }
@@ -346,8 +361,7 @@ impl Reporter {
     fn tell_restart(&self, engine: &EngineView, at: Instant) {
         let (id, reason) = (&engine.id, engine.reason.as_deref().unwrap_or("it ended"));
         let wait = time_span(at.saturating_duration_since(Instant::now()));
-        self.printer
-            .error(format!("{id} failed: {reason}; it starts again in {wait}"));
+        self.warn(&format!("{id} failed: {reason}; it starts again in {wait}"));
     }
 
     fn stage_changed(&mut self, view: &FleetView) {
@@ -359,10 +373,17 @@ impl Reporter {
             FleetStage::Ready => {
                 self.seen.ready_since = Some(jiff::Timestamp::now().to_string());
                 self.publish();
-                self.finish_progress(|reporter| reporter.conclude_starts(view));
+                if let Some(progress) = self.progress.take() {
+                    progress.finish();
+                    self.conclude_starts(view);
+                }
+                self.settle();
             }
             FleetStage::Leaving | FleetStage::Draining | FleetStage::Stopping => {
-                self.finish_progress(|_| {});
+                if let Some(progress) = self.progress.take() {
+                    progress.clear();
+                }
+                self.settle();
                 let printer = self.printer;
                 self.stopping
                     .get_or_insert_with(|| StopProgress::new(printer, "press Ctrl+C again to force"));
@@ -388,12 +409,8 @@ impl Reporter {
         }
     }
 
-    /// Draws the bars for the last time, with `last_word` below them.
-    fn finish_progress(&mut self, last_word: impl FnOnce(&Self)) {
-        if let Some(progress) = self.progress.take() {
-            progress.finish();
-            last_word(self);
-        }
+    /// Says that the bars have been drawn for the last time.
+    fn settle(&mut self) {
         if let Some(settled) = self.settled.take() {
             // Nobody waits any more when the run is ending.
             let _ = settled.send(());

@@ -1,6 +1,7 @@
 //! Another number of engines of a role while the fleet serves: stopped ones come back first, then new ones join; those
 //! with the highest numbers leave first.
 
+use std::fmt;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -9,7 +10,7 @@ use crate::control::api::{ScaleAnswer, ScaleRequest};
 use crate::control::rundir::{RunDir, RunInfo};
 use crate::control::server::Scale;
 use crate::fleet::{EngineId, EngineState, FleetView, Incarnation, Role};
-use crate::plan::{EngineSpec, Growth, Plan, PlanError, RenderedFile};
+use crate::plan::{EngineSpec, Growth, Plan, PlanError};
 use crate::report::one_line;
 use crate::supervisor::{Request, Then};
 
@@ -25,6 +26,24 @@ struct Steps {
     join: usize,
     /// Engines that are drained and stopped, the highest number first.
     stop: Vec<EngineId>,
+}
+
+impl fmt::Display for Steps {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = |engines: &[EngineId]| engines.iter().map(EngineId::as_str).collect::<Vec<_>>().join(", ");
+        let mut parts = Vec::new();
+        if !self.restart.is_empty() {
+            parts.push(format!("{} start again", names(&self.restart)));
+        }
+        if self.join > 0 {
+            parts.push(format!("{} new join", self.join));
+        }
+        if !self.stop.is_empty() {
+            parts.push(format!("{} stop", names(&self.stop)));
+        }
+        formatter.write_str(if parts.is_empty() { "nothing changes" } else { "" })?;
+        formatter.write_str(&parts.join("; "))
+    }
 }
 
 /// PURE: decides who comes and goes.
@@ -68,7 +87,7 @@ impl Scaler {
 
     async fn scale(&self, ScaleRequest { role, count }: ScaleRequest) -> Result<ScaleAnswer, String> {
         let steps = steps(&self.view.borrow().clone(), role, usize::from(count));
-        tracing::info!(%role, count, ?steps, "asked to scale");
+        tracing::info!(%role, count, "asked to scale: {steps}");
         let mut starting = Vec::new();
         for engine in steps.restart {
             let incarnation = self.ask(&engine, Then::Restart).await?;
@@ -104,10 +123,9 @@ impl Scaler {
         let growth = (self.grow)(&plan, role, count).map_err(|error| one_line(&error))?;
         let mut joined = Vec::new();
         let mut grown = Plan::clone(&plan);
-        grown.files = growth.plan.files;
         let mut result = Ok(());
         for spec in growth.engines {
-            result = self.join_one(&spec, &growth.files).await;
+            result = self.join_one(&spec).await;
             if result.is_err() {
                 break;
             }
@@ -122,11 +140,10 @@ impl Scaler {
         result.map(|()| joined)
     }
 
-    async fn join_one(&self, spec: &EngineSpec, files: &[RenderedFile]) -> Result<(), String> {
+    async fn join_one(&self, spec: &EngineSpec) -> Result<(), String> {
         let (reply, answer) = oneshot::channel();
         let request = Request::Join {
             spec: Box::new(spec.clone()),
-            files: files.to_vec(),
             reply,
         };
         self.send(request, answer).await?

@@ -1,14 +1,15 @@
 //! Made prompts against the server's own tokenizer: where it counts more ids than the client's, prompts are cut.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
-use reqwest::Url;
+use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::client;
+use super::http::{MAX_BYTES, Server};
 use super::workload::{Order, Prompt};
 use super::{BenchError, Spec};
 
@@ -27,10 +28,8 @@ pub async fn align(
     orders: &mut [Order],
     progress: &dyn Fn(usize, usize),
 ) -> Result<Option<String>, BenchError> {
-    let server = Server {
-        http: client::http(&spec.headers)?,
-        tokenize: client::url(&spec.base_url, "/tokenize")?,
-        detokenize: client::url(&spec.base_url, "/detokenize")?,
+    let server = Tokens {
+        server: Server::new(&spec.base_url, &spec.headers, spec.options.is_insecure)?,
         model: &spec.model,
     };
     let Some(Order {
@@ -40,8 +39,9 @@ pub async fn align(
     else {
         return Ok(None);
     };
-    let Some(ids) = server.ids(text).await else {
-        return Ok(Some("WARNING: /tokenize unavailable, skipping alignment.".to_owned()));
+    let ids = match server.ids(text).await {
+        Ok(ids) => ids,
+        Err(refusal) => return Ok(Some(refusal.warning(spec))),
     };
     let (counted, expected) = (ids.len() as u64, *token_count);
     if counted == expected {
@@ -59,21 +59,50 @@ pub async fn align(
     )))
 }
 
-struct Server<'a> {
-    http: reqwest::Client,
-    tokenize: Url,
-    detokenize: Url,
+/// Why the server makes no ids of a text.
+enum Refusal {
+    Unreachable(io::Error),
+    Status(StatusCode),
+    Nonsense(String),
+}
+
+impl Refusal {
+    /// vLLM's line about it.
+    fn warning(&self, spec: &Spec) -> String {
+        match self {
+            Self::Unreachable(error) => {
+                format!("WARNING: {} unreachable ({error}), skipping alignment.", spec.base_url)
+            }
+            Self::Status(StatusCode::NOT_FOUND) => format!(
+                "WARNING: /tokenize unavailable (404 Not Found: either this server has no /tokenize route, or it does not \
+                 serve a model named `{}` (its served names are listed by GET /v1/models)), skipping alignment.",
+                spec.model
+            ),
+            Self::Status(status) => {
+                format!(
+                    "WARNING: /tokenize unavailable (HTTP {}), skipping alignment.",
+                    status.as_u16()
+                )
+            }
+            Self::Nonsense(error) => format!("WARNING: /tokenize probe failed ({error}), skipping alignment."),
+        }
+    }
+}
+
+/// The server's tokenizer.
+struct Tokens<'a> {
+    server: Server,
     model: &'a str,
 }
 
-impl Server<'_> {
-    async fn ids(&self, text: &str) -> Option<Vec<u32>> {
+impl Tokens<'_> {
+    async fn ids(&self, text: &str) -> Result<Vec<u32>, Refusal> {
         #[derive(Deserialize)]
-        struct Tokens {
+        struct Ids {
             tokens: Vec<u32>,
         }
         let body = json!({"model": self.model, "prompt": text, "add_special_tokens": false});
-        Some(self.ask::<Tokens>(&self.tokenize, &body).await?.tokens)
+        Ok(self.ask::<Ids>("/tokenize", &body).await?.tokens)
     }
 
     async fn cut(&self, order: &mut Order) -> Option<()> {
@@ -84,19 +113,28 @@ impl Server<'_> {
         let Prompt::Text { text, token_count } = &mut order.prompt else {
             return None;
         };
-        let ids = self.ids(text).await?;
+        let ids = self.ids(text).await.ok()?;
         let kept = ids.get(..usize::try_from(*token_count).ok()?)?;
         if kept.len() < ids.len() {
             let body = json!({"model": self.model, "tokens": kept});
-            *text = Arc::from(self.ask::<Text>(&self.detokenize, &body).await?.prompt);
+            *text = Arc::from(self.ask::<Text>("/detokenize", &body).await.ok()?.prompt);
         }
         Some(())
     }
 
-    /// The answer; none if the server has no such route, fails, or answers something else.
-    async fn ask<T: serde::de::DeserializeOwned>(&self, url: &Url, body: &Value) -> Option<T> {
-        let request = self.http.post(url.clone()).timeout(TIMEOUT).json(body);
-        let response = request.send().await.ok()?.error_for_status().ok()?;
-        response.json().await.ok()
+    async fn ask<T: serde::de::DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, Refusal> {
+        let body = body.to_string();
+        let asked = self
+            .server
+            .ask(&Method::POST, path, Some(body.as_bytes()), MAX_BYTES, TIMEOUT);
+        match asked.await {
+            Ok(reply) if reply.status.is_success() => {
+                serde_json::from_slice(&reply.body).map_err(|error| Refusal::Nonsense(error.to_string()))
+            }
+            Ok(reply) => Err(Refusal::Status(reply.status)),
+            // vLLM's client has no word for a time that is over.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(Refusal::Nonsense(error.to_string())),
+            Err(error) => Err(Refusal::Unreachable(error)),
+        }
     }
 }

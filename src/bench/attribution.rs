@@ -81,16 +81,16 @@ impl Stage {
     /// Its name for people.
     pub fn label(self) -> &'static str {
         match self {
-            Self::Wire => "client to proxy and back",
+            Self::Wire => "network, both ways",
             Self::Retried => "attempts that failed",
             Self::ProxyQueue => "proxy queue",
             Self::PrefillQueue => "prefill queue",
             Self::PrefillCompute => "prefill compute",
-            Self::Prefill => "prefill leg",
+            Self::Prefill => "prefill",
             Self::Handoff => "hand-off",
             Self::DecodeQueue => "decode queue",
             Self::FirstStep => "first step",
-            Self::Decode => "decode leg",
+            Self::Decode => "decode, first token",
             Self::Unexplained => "unexplained",
         }
     }

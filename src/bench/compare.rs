@@ -233,6 +233,7 @@ fn is_same(left: &Value, right: &Value) -> bool {
 pub fn to_json(rows: &[Row]) -> Value {
     let entry = |row: &Row| {
         let value = json!({
+            "label": row.label,
             "a": row.before,
             "b": row.after,
             "change": row.change,

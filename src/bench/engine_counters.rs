@@ -3,10 +3,15 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::client;
+use reqwest::{Method, StatusCode};
+
+use super::http::Server;
 
 /// How long `/metrics` may take. A run does not wait longer for what may not be there.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The longest page that is read: some 200 KiB an engine.
+const MAX_PAGE_BYTES: usize = 16 << 20;
 
 /// The counters at one instant, summed over engines. `None` where the server has none of that kind.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -65,20 +70,14 @@ pub struct Diffusion {
 }
 
 /// Asks the server. Whatever fails is the same as no counters: most servers have none.
-pub(super) async fn read(http: &reqwest::Client, base_url: &str) -> Counters {
-    let Ok(url) = client::url(base_url, "/metrics") else {
-        return Counters::default();
-    };
-    let Ok(response) = http.get(url).timeout(TIMEOUT).send().await else {
-        return Counters::default();
-    };
-    if response.status() != reqwest::StatusCode::OK {
-        return Counters::default();
+pub(super) async fn read(server: &Server) -> Counters {
+    let page = server
+        .ask(&Method::GET, "/metrics", None, MAX_PAGE_BYTES, TIMEOUT)
+        .await;
+    match page {
+        Ok(page) if page.status == StatusCode::OK => Counters::of(&String::from_utf8_lossy(&page.body)),
+        _ => Counters::default(),
     }
-    let body = client::bounded_body(response, client::MAX_BODY_BYTES)
-        .await
-        .unwrap_or_default();
-    Counters::of(&String::from_utf8_lossy(&body))
 }
 
 impl Counters {

@@ -7,7 +7,7 @@
 use serde_json::{Value, json};
 
 use super::record::{Backlog, Effort, Record};
-use super::report::Report;
+use super::report::{Report, Uncounted};
 use super::stats::{Distribution, Metric};
 
 /// The most that requests may leave late, as a share of the median time to first token.
@@ -80,8 +80,12 @@ impl Verdict {
         let is_scheduled = report.spec.arrivals.request_rate.is_finite();
         verdict.judge(median(Metric::Ttft), chunks, is_scheduled);
         verdict.annotate(report.beside.machine, &report.records);
+        verdict.notes.extend(report.beside.uncounted.map(Uncounted::note));
         verdict
     }
+
+    /// What to do about a run that may not be believed.
+    pub const ADVICE: &str = "free a core for the client, run it on another machine, or measure longer answers";
 
     /// Whether the numbers may be believed.
     pub fn is_valid(&self) -> bool {

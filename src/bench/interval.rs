@@ -20,18 +20,13 @@ pub struct Estimate {
 
 /// What a tail is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Tail {
-    /// A percentile with enough values beyond it.
-    Percentile(f64, Estimate),
-    /// There are fewer values than the percentile divides, so what is called so is about the largest of them.
-    Slowest {
-        /// The percentile asked for.
-        percentile: f64,
-        /// The largest value.
-        value: f64,
-        /// Of how many.
-        of: usize,
-    },
+pub struct Tail {
+    /// The percentile asked for: 99.
+    pub percentile: f64,
+    /// Its value, as vLLM interpolates it.
+    pub estimate: Estimate,
+    /// How many requests there are, if they are too few for this percentile: it is then close to the slowest one and has no interval.
+    pub of_few: Option<usize>,
 }
 
 /// One latency.
@@ -168,11 +163,6 @@ fn rows(answers: &[&Answer], percentiles: &[f64], tokens: TokenCount) -> Vec<Row
     if tokens != TokenCount::OnePerChunk {
         rows.insert(3, row("ITL per token", "itl_per_token", |answer| answer.token_gaps().0));
     }
-    let names_role = |answer: &&Answer| answer.first_text.is_some_and(|text| text > answer.first_token);
-    if answers.iter().any(names_role) {
-        let first_text = |answer: &Answer| vec![answer.first_text.unwrap_or(answer.first_token).as_secs_f64()];
-        rows.insert(1, row("TTFT of a text", "ttft_text", first_text));
-    }
     rows.retain(|row| row.count > 0);
     rows
 }
@@ -186,14 +176,16 @@ impl Row {
         let tail = |&percentile: &f64| {
             // P99 needs a hundred values, so that one lies beyond it. Gaps of one answer are alike, so requests count.
             let needed = 100.0 / (100.0 - percentile).max(f64::EPSILON);
-            if (column.valued() as f64) < needed {
-                Tail::Slowest {
-                    percentile,
-                    value: column.value(Statistic::Percentile(100.0)).unwrap_or_default(),
-                    of: column.valued(),
-                }
-            } else {
-                Tail::Percentile(percentile, estimate(Statistic::Percentile(percentile)))
+            let of_few = ((column.valued() as f64) < needed).then(|| column.valued());
+            let at = Statistic::Percentile(percentile);
+            let estimate = Estimate {
+                value: column.value(at).unwrap_or_default(),
+                interval: if of_few.is_none() { column.interval(at) } else { None },
+            };
+            Tail {
+                percentile,
+                estimate,
+                of_few,
             }
         };
         Self {
@@ -237,11 +229,11 @@ fn rows_to_json(rows: &[Row]) -> Value {
         entry.insert("mean".to_owned(), estimate(row.mean));
         entry.insert("median".to_owned(), estimate(row.median));
         for tail in &row.tails {
-            let (percentile, value) = match *tail {
-                Tail::Percentile(percentile, value) => (percentile, estimate(value)),
-                Tail::Slowest { percentile, value, of } => (percentile, json!({"slowest": value, "of_requests": of})),
-            };
-            entry.insert(format!("p{percentile}"), value);
+            let mut value = estimate(tail.estimate);
+            if let Some(of) = tail.of_few {
+                value["of_requests"] = json!(of);
+            }
+            entry.insert(format!("p{}", tail.percentile), value);
         }
         (format!("{}_ms", row.key), Value::Object(entry))
     };

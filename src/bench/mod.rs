@@ -4,7 +4,7 @@
 //! through `client` and gets one [`Record`] per request, [`stats`] makes them into numbers, `export` into text. Nothing
 //! here prints, and nothing knows of fleets: a server is a URL.
 //!
-//! "vLLM" in this module means the client of vLLM 0.32.
+//! "vLLM" in this module means the client of vLLM 0.33.
 
 mod alignment;
 pub mod arrivals;
@@ -18,6 +18,7 @@ mod failures;
 pub mod goodput;
 pub mod growth;
 pub mod honesty;
+mod http;
 pub mod interval;
 mod load;
 pub mod models;
@@ -58,11 +59,12 @@ pub use self::export::html::{ResultFileError, of_document as page_of_document, o
 pub use self::export::python::{render as python_json, repr as python_number};
 pub use self::failures::FailureGroup;
 pub use self::goodput::Objective;
-pub use self::models::{Model, discover};
+pub use self::http::credentials;
+pub use self::models::{Model, discover, discover_trusting, version};
 pub use self::opening::NO_TEMPERATURE;
 pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
-pub use self::report::{Beside, Probes, Report};
+pub use self::report::{Beside, Probes, Report, Uncounted};
 pub use self::stats::Metric;
 pub use self::tokenizer::{Tokenizer, TokenizerError};
 pub use self::workload::{
@@ -177,11 +179,11 @@ pub enum BenchError {
         cause: String,
     },
     /// The base URL is not one that requests can be sent to.
-    #[error("`{0}` is not a URL of the form `http://host:port`")]
+    #[error("`{0}` is not a URL of the form `http://host:port` or `https://host`")]
     BaseUrl(String),
-    /// The HTTP client could not be made.
-    #[error("cannot make an HTTP client")]
-    Client(#[source] reqwest::Error),
+    /// No certificate of a server can be checked.
+    #[error("cannot tell which servers to trust")]
+    Trust(#[source] std::io::Error),
     /// The threads that send could not be started.
     #[error("cannot start the threads that send")]
     Threads(#[source] std::io::Error),
@@ -192,7 +194,7 @@ pub enum BenchError {
         url: String,
         /// Why it failed.
         #[source]
-        source: reqwest::Error,
+        source: std::io::Error,
     },
     /// The server answers, but not with its models.
     #[error("`{url}` does not list the models of an OpenAI-compatible server: {reason}")]
@@ -303,8 +305,8 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
 
     say("Starting main benchmark run...");
     opening::announce(spec, say);
-    let (client, base_url) = (&sender.client, &spec.base_url);
-    let (before, first_page) = tokio::join!(client.engine_counters(base_url), client.engine_page(base_url));
+    let client = &sender.client;
+    let (before, first_page) = tokio::join!(client.engine_counters(), client.engine_page());
     let started_at = jiff::Zoned::now();
     let over = CancellationToken::new();
     let mut probing = sender.probe(spec.options.probe_rate, &over, &stop);
@@ -324,19 +326,18 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     over.cancel();
     let mut probes = None;
     if let Some(probed) = probing.join_next().await {
-        let (told, next) = probed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
-        measured.duration = measured.duration.max(next);
-        probes = Some(told);
+        probes = Some(probed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())));
     }
     let duration = measured.duration.as_secs_f64();
     // A server that had no such page is not asked for another one.
     let last_page = async {
         match first_page {
-            Some(first) => Some((first, client.engine_page(base_url).await?)),
+            Some(first) => Some((first, client.engine_page().await?)),
             None => None,
         }
     };
-    let (after, pages) = tokio::join!(client.engine_counters(base_url), last_page);
+    let (after, pages) = tokio::join!(client.engine_counters(), last_page);
+    let uncounted = Uncounted::settle(&mut measured.records, spec);
     let prompt_lengths = sender.orders.iter().map(|order| order.prompt.token_count()).collect();
     let mut report = Report::new(spec, prompt_lengths, measured);
     report.beside = Beside {
@@ -344,6 +345,7 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
         speculation: after.speculation_since(&before),
         diffusion: after.diffusion_since(&before, duration),
         probes,
+        uncounted,
         ..Beside::default()
     };
     if let Some((first, last)) = pages {
@@ -414,7 +416,7 @@ impl Sender {
     }
 
     /// Begins to probe, if that is wanted.
-    fn probe(&self, rate: f64, over: &CancellationToken, stop: &CancellationToken) -> JoinSet<(Probes, Duration)> {
+    fn probe(&self, rate: f64, over: &CancellationToken, stop: &CancellationToken) -> JoinSet<Probes> {
         let mut probing = JoinSet::new();
         if rate > 0.0 {
             let own = Self {
@@ -459,7 +461,7 @@ impl Spec {
     /// # Errors
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
-        client::url(&self.base_url, &self.endpoint)?;
+        http::url(&self.base_url, &self.endpoint)?;
         self.schedule(self.workload.count()?)?;
         Ok(())
     }

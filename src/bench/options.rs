@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::python::Random;
+use super::tokenizer::Tokenizer;
 
 /// What a run does beside sending its workload. By default nothing.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -18,6 +19,10 @@ pub struct Options {
     pub probe_rate: f64,
     /// What the ids of requests begin with, instead of a random text.
     pub request_id_prefix: Option<String>,
+    /// Counts the tokens of answers of which the server does not.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Whether a server's certificate is not checked.
+    pub is_insecure: bool,
     /// Whether vLLM's layout leaves out what its client cannot count without a tokenizer.
     pub is_without_tokenizer: bool,
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::record::Answer;
@@ -10,38 +10,29 @@ use super::report::Probes;
 
 /// Asks, waits `1 / rate` seconds after each answer, and asks again, until `over` says that the load has ended or `stop` that
 /// the run is to end now. The one that is under way when the load ends is awaited.
-///
-/// With the probes comes when the next one would have been sent, since the start: vLLM's client stops its clock only then,
-/// so the duration in its layout is never less.
-pub(super) async fn run<F>(
-    rate: f64,
-    ask: impl Fn() -> F,
-    over: &CancellationToken,
-    stop: &CancellationToken,
-) -> (Probes, Duration)
+pub(super) async fn run<F>(rate: f64, ask: impl Fn() -> F, over: &CancellationToken, stop: &CancellationToken) -> Probes
 where
     F: Future<Output = Result<Answer, String>>,
 {
     let interval = Duration::try_from_secs_f64(1.0 / rate).unwrap_or(Duration::MAX);
-    let start = Instant::now();
     let mut probes = Probes::default();
-    let mut next = Duration::ZERO;
     while let Some(result) = stop.run_until_cancelled(ask()).await {
         match result {
             Ok(answer) => probes.latencies.push(answer.latency.as_secs_f64()),
             Err(_) => probes.failed += 1,
         }
-        next = start.elapsed().saturating_add(interval);
         if over.run_until_cancelled(sleep(interval)).await.is_none() {
             break;
         }
     }
-    (probes, next)
+    probes
 }
 
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+
+    use tokio::time::Instant;
 
     use super::*;
 
@@ -67,9 +58,9 @@ mod tests {
             }
         };
         let start = Instant::now();
-        let (probes, next) = run(2.0, ask, &over, &stop).await;
+        let probes = run(2.0, ask, &over, &stop).await;
         assert_eq!((probes.latencies.len(), probes.failed), (2, 1));
         // Three times 0.3 s, and 0.5 s twice in between; the last half second is not slept.
-        assert_eq!((start.elapsed().as_millis(), next.as_millis()), (1900, 2400));
+        assert_eq!(start.elapsed().as_millis(), 1900);
     }
 }

@@ -4,16 +4,26 @@ use std::time::Duration;
 
 use memchr::memmem::Finder;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::time::Instant;
 
+use super::Backend;
 use super::client::server_message;
+use super::http::MAX_BYTES;
 use super::record::{Answer, Backlog, EngineTimes};
 use super::sse::{Decoder, EventTooLarge};
 use crate::wire::Receipt;
 
-/// The most bytes of one event. A token with log-probabilities is a few kilobytes.
-const MAX_EVENT_BYTES: usize = 1 << 20;
+/// What servers call the end of an answer that did not go well. vLLM says `abort` and `error`.
+const FAILURES: [&str; 7] = [
+    "abort",
+    "aborted",
+    "error",
+    "failed",
+    "cancelled",
+    "canceled",
+    "timeout",
+];
 
 /// Why a stream holds no whole answer.
 #[derive(Debug, thiserror::Error)]
@@ -22,12 +32,25 @@ pub(super) enum AnswerError {
     Server(String),
     #[error("the stream holds what is no completion chunk")]
     Malformed(#[source] serde_json::Error),
-    #[error("the stream holds what is no completion chunk")]
+    #[error(transparent)]
     TooLarge(#[from] EventTooLarge),
+    #[error("the server ended the answer with `finish_reason` `{0}`")]
+    Failed(String),
     #[error("the stream ended without a token")]
     NoToken,
     #[error("the stream ended early, without `[DONE]`")]
     Unfinished,
+}
+
+/// What becomes of the texts of answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Texts {
+    /// They are kept.
+    Keep,
+    /// They are kept where the server tells no number of tokens, to be counted.
+    Count,
+    /// Nobody wants them.
+    Drop,
 }
 
 /// Tells plain token events from those that must be parsed.
@@ -39,48 +62,76 @@ pub(super) struct Scanner {
     choices: Finder<'static>,
     error: Finder<'static>,
     usage: Finder<'static>,
+    finish: Finder<'static>,
+    role: Finder<'static>,
     token_ids: Finder<'static>,
-    keep_text: bool,
+    text: Finder<'static>,
+    is_chat: bool,
+    texts: Texts,
 }
 
 impl Scanner {
-    /// `keep_text` has every event parsed.
-    pub(super) fn new(keep_text: bool) -> Self {
+    /// For the answers of one route. Texts that are kept have every event parsed.
+    pub(super) fn new(texts: Texts, backend: Backend) -> Self {
         Self {
             choices: Finder::new(r#""choices""#),
             error: Finder::new(r#""error""#),
             usage: Finder::new(r#""usage""#),
+            finish: Finder::new(r#""finish_reason""#),
+            role: Finder::new(r#""role""#),
             token_ids: Finder::new(r#""token_ids""#),
-            keep_text,
+            text: Finder::new(match backend {
+                Backend::Completions => r#""text""#,
+                Backend::Chat => r#""content""#,
+            }),
+            is_chat: backend == Backend::Chat,
+            texts,
         }
     }
 
-    /// Whether the event is a chunk with a choice, and neither tells of usage nor of an error.
+    /// Whether the event is a chunk with output, and tells neither of usage, nor of an end, nor of an error.
     fn is_plain(&self, event: &[u8]) -> bool {
-        let value = |finder: &Finder<'_>| {
-            finder
-                .find(event)
-                .map(|at| value_after(&event[at + finder.needle().len()..]))
-        };
+        let value = |finder: &Finder<'_>| value_of(finder, event);
         let begins_list =
             |value: &[u8]| value.first() == Some(&b'[') && value[1..].trim_ascii_start().starts_with(b"{");
         let is_null = |value: &[u8]| value.starts_with(b"null");
+        let mut ends = self.finish.find_iter(event);
         event.first() == Some(&b'{')
             && event.last() == Some(&b'}')
             && value(&self.choices).is_some_and(begins_list)
             && value(&self.error).is_none_or(is_null)
             && value(&self.usage).is_none_or(is_null)
+            && ends.all(|at| is_null(value_after(&event[at + self.finish.needle().len()..])))
+            // The chunk of a chat that names the role holds no output, nor does one without content.
+            && (!self.is_chat
+                || self.role.find(event).is_none() && value(&self.text).is_some_and(|value| value.starts_with(b"\"")))
     }
 
     /// How many token ids the event holds.
     fn tokens(&self, event: &[u8]) -> Option<u32> {
-        let at = self.token_ids.find(event)?;
-        let list = value_after(&event[at + self.token_ids.needle().len()..]).strip_prefix(b"[")?;
+        let list = value_of(&self.token_ids, event)?.strip_prefix(b"[")?;
         let list = &list[..memchr::memchr(b']', list)?];
         let commas = memchr::memchr_iter(b',', list).count();
         let is_empty = list.trim_ascii().is_empty();
         u32::try_from(if is_empty { 0 } else { commas + 1 }).ok()
     }
+
+    /// Adds the text that the event holds.
+    fn add_text(&self, event: &[u8], text: &mut String) {
+        let Some(value) = value_of(&self.text, event).filter(|value| value.starts_with(b"\"")) else {
+            return;
+        };
+        let mut string = serde_json::Deserializer::from_slice(value);
+        if let Ok(piece) = <std::borrow::Cow<'_, str>>::deserialize(&mut string) {
+            text.push_str(&piece);
+        }
+    }
+}
+
+/// The value of a key, if the event has the key.
+fn value_of<'event>(finder: &Finder<'_>, event: &'event [u8]) -> Option<&'event [u8]> {
+    let at = finder.find(event)?;
+    Some(value_after(&event[at + finder.needle().len()..]))
 }
 
 /// The value of a key, given what follows the key; the same bytes if there is no colon.
@@ -106,11 +157,13 @@ pub(super) struct Reader<'client> {
 struct Events {
     answer: Answer,
     has_token: bool,
+    has_text: bool,
+    /// The server said that the answer is whole: by `[DONE]`, or by the reason why it ended.
     is_done: bool,
     tells_ids: bool,
     /// The server's count that runs along.
     counted: u64,
-    /// Chunks with a choice in the read that is being taken in.
+    /// Chunks with output in the read that is being taken in.
     in_read: u64,
 }
 
@@ -126,13 +179,60 @@ struct Chunk {
 #[derive(Debug, Deserialize)]
 struct Choice {
     text: Option<String>,
-    delta: Option<Delta>,
+    /// As it came, because it counts which keys it has.
+    delta: Option<Map<String, Value>>,
     token_ids: Option<Vec<u64>>,
+    finish_reason: Option<Value>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Delta {
-    content: Option<String>,
+impl Choice {
+    /// Whether it holds output, by vLLM's rule: in a chat the chunk that only names the role holds none.
+    fn has_output(&self) -> bool {
+        let Some(delta) = &self.delta else {
+            return true;
+        };
+        let output = [
+            "content",
+            "reasoning",
+            "reasoning_content",
+            "tool_calls",
+            "function_call",
+        ];
+        let is_there = |key: &str| match delta.get(key) {
+            None | Some(Value::Null) => false,
+            Some(Value::String(text)) => !text.is_empty(),
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(Value::Object(entries)) => !entries.is_empty(),
+            Some(_) => true,
+        };
+        // A special token has no text, and comes without a role.
+        let is_special = delta.get("content").is_some_and(|content| content == "") && !delta.contains_key("role");
+        output.into_iter().any(is_there) || is_special
+    }
+
+    /// The text of either route. A content in parts has it in those of them that have one.
+    fn text(&self) -> String {
+        let content = self.delta.as_ref().and_then(|delta| delta.get("content"));
+        match (&self.text, content) {
+            (Some(text), _) | (None, Some(Value::String(text))) => text.clone(),
+            (None, Some(Value::Array(parts))) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+            _ => String::new(),
+        }
+    }
+
+    /// The reason why it ended, if it says so: `Err` if that is a failure.
+    fn end(&self) -> Result<bool, AnswerError> {
+        let reason = match &self.finish_reason {
+            None | Some(Value::Null) => return Ok(false),
+            Some(Value::String(reason)) => reason.as_str(),
+            // SGLang's own: an object that names its type.
+            Some(other) => other["type"].as_str().unwrap_or_default(),
+        };
+        if FAILURES.iter().any(|failure| reason.eq_ignore_ascii_case(failure)) {
+            return Err(AnswerError::Failed(reason.to_owned()));
+        }
+        Ok(true)
+    }
 }
 
 /// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
@@ -163,7 +263,7 @@ impl<'client> Reader<'client> {
         Self {
             scanner,
             started,
-            decoder: Decoder::new(MAX_EVENT_BYTES),
+            decoder: Decoder::new(MAX_BYTES),
             events: Events::default(),
             read: None,
             last: Duration::ZERO,
@@ -182,9 +282,9 @@ impl<'client> Reader<'client> {
         }
         let (events, scanner) = (&mut self.events, self.scanner);
         let mut outcome = Ok(());
-        self.decoder.feed(bytes, |event| {
+        self.decoder.feed(bytes, |name, event| {
             if outcome.is_ok() {
-                outcome = events.take(scanner, event, received);
+                outcome = events.take(scanner, name, event, received);
             }
         })?;
         if receipt.waited.is_some_and(|waited| waited > Backlog::LATE) {
@@ -197,19 +297,26 @@ impl<'client> Reader<'client> {
     pub(super) fn finish(mut self) -> Result<Answer, AnswerError> {
         let mut outcome = Ok(());
         self.decoder
-            .finish(|event| outcome = self.events.take(self.scanner, event, self.last))?;
+            .finish(|name, event| outcome = self.events.take(self.scanner, name, event, self.last))?;
         outcome?;
-        self.events.finish()
+        self.events.finish(self.scanner)
     }
 }
 
 impl Events {
-    /// Takes one event. A chunk with a choice counts as a token even when its text is empty, as in vLLM: a special token
-    /// has none, and so has the chunk of a chat that names the role.
-    fn take(&mut self, scanner: &Scanner, event: &[u8], received: Duration) -> Result<(), AnswerError> {
+    /// Takes one event. A chunk with output counts as a token even when its text is empty, as in vLLM: a special token has
+    /// none.
+    fn take(&mut self, scanner: &Scanner, name: &[u8], event: &[u8], received: Duration) -> Result<(), AnswerError> {
+        if name == b"error" {
+            let message = server_message(event).unwrap_or_else(|| "no message".to_owned());
+            return Err(AnswerError::Server(message));
+        }
         // Until text has come every event is parsed, to find the first one that has some.
-        if self.answer.first_text.is_some() && !scanner.keep_text && scanner.is_plain(event) {
+        if self.has_text && scanner.texts != Texts::Keep && scanner.is_plain(event) {
             let tokens = self.tells_ids.then(|| scanner.tokens(event)).flatten();
+            if scanner.texts == Texts::Count {
+                scanner.add_text(event, &mut self.answer.text);
+            }
             self.token(received, tokens);
             return Ok(());
         }
@@ -223,19 +330,18 @@ impl Events {
             return Err(AnswerError::Server(message));
         }
         let counted = chunk.usage.as_ref().and_then(|usage| usage.completion_tokens);
-        if let Some(choice) = chunk.choices.into_iter().flatten().next() {
-            let ids = choice.token_ids.map(|ids| ids.len() as u64);
+        let choices = chunk.choices.unwrap_or_default();
+        for choice in &choices {
+            self.is_done |= choice.end()?;
+        }
+        if let Some(choice) = choices.into_iter().next().filter(Choice::has_output) {
+            let ids = choice.token_ids.as_ref().map(|ids| ids.len() as u64);
             self.tells_ids |= ids.is_some();
             let tokens = ids.or(counted.map(|counted| counted.saturating_sub(self.counted)));
             self.token(received, tokens.and_then(|tokens| u32::try_from(tokens).ok()));
-            let text = choice
-                .text
-                .or(choice.delta.and_then(|delta| delta.content))
-                .unwrap_or_default();
-            if !text.is_empty() && self.answer.first_text.is_none() {
-                self.answer.first_text = Some(received);
-            }
-            if scanner.keep_text {
+            let text = choice.text();
+            self.has_text |= !text.is_empty();
+            if scanner.texts != Texts::Drop {
                 self.answer.text.push_str(&text);
             }
         }
@@ -250,7 +356,7 @@ impl Events {
         Ok(())
     }
 
-    /// Counts a chunk with a choice.
+    /// Counts a chunk with output.
     fn token(&mut self, received: Duration, tokens: Option<u32>) {
         let answer = &mut self.answer;
         let chunks = answer.gaps.len() + usize::from(self.has_token);
@@ -269,7 +375,10 @@ impl Events {
         self.in_read += 1;
     }
 
-    fn finish(self) -> Result<Answer, AnswerError> {
+    fn finish(mut self, scanner: &Scanner) -> Result<Answer, AnswerError> {
+        if scanner.texts == Texts::Count && self.answer.completion_tokens.is_some_and(|tokens| tokens > 0) {
+            self.answer.text = String::new();
+        }
         if !self.has_token {
             Err(AnswerError::NoToken)
         } else if !self.is_done {

@@ -22,11 +22,11 @@ pub struct Record {
 /// A whole streamed answer. Times are since the request was sent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Answer {
-    /// Until the first chunk with a choice was received.
+    /// Until the first chunk with output was received: one with a choice that does not just name the role.
     pub first_token: Duration,
-    /// Between each chunk with a choice and the one before.
+    /// Between each chunk with output and the one before.
     pub gaps: Vec<Duration>,
-    /// Until the last chunk with a choice was received. The usage chunk and the end of the stream do not count.
+    /// Until the last chunk with output was received. The usage chunk and the end of the stream do not count.
     pub latency: Duration,
     /// Tokens of the prompt as the server counted them.
     pub prompt_tokens: Option<u64>,
@@ -34,13 +34,11 @@ pub struct Answer {
     pub completion_tokens: Option<u64>,
     /// How long the connection took, which is part of all times; zero on a connection that was used before.
     pub connected: Duration,
-    /// Until the first chunk with text. Later than `first_token` where the first chunk only names a role.
-    pub first_text: Option<Duration>,
     /// Tokens of each chunk with a choice, where the server told: by their ids, or by a count that runs along. Else empty.
     pub chunk_tokens: Vec<u32>,
     /// How late the answer was read, which is in none of its times where the kernel stamps what comes.
     pub backlog: Backlog,
-    /// The text; empty unless it is kept.
+    /// The text; empty unless it is kept, or still to be counted.
     pub text: String,
     /// What the server told of the request in the headers of its answer.
     pub told: Told,
@@ -57,7 +55,7 @@ pub struct Told {
     pub engine: Option<EngineTimes>,
 }
 
-/// An engine's own times of one request: `metrics` of vLLM 0.32's last chunk, or of its whole answer.
+/// An engine's own times of one request: `metrics` of vLLM's last chunk, or of its whole answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EngineTimes {
     /// From its arrival in the scheduler until it was scheduled.
@@ -170,7 +168,7 @@ fn shared(gaps: impl Iterator<Item = f64>, chunk_tokens: &[u32]) -> Vec<f64> {
 }
 
 impl Answer {
-    /// Tokens of the answer: the server's count, else one per chunk.
+    /// Tokens of the answer: the server's count or a tokenizer's, else one per chunk.
     pub fn output_tokens(&self) -> u64 {
         match self.completion_tokens {
             None | Some(0) => 1 + self.gaps.len() as u64,
@@ -189,10 +187,6 @@ impl Answer {
         }
         if tokens == chunks {
             return (gaps.collect(), TokenCount::OnePerChunk);
-        }
-        let names_role = self.first_text.is_some_and(|text| text > self.first_token);
-        if names_role && tokens + 1 == chunks {
-            return (gaps.skip(1).collect(), TokenCount::OnePerChunk);
         }
         let per_chunk = tokens.saturating_sub(1).max(1) as f64 / self.gaps.len().max(1) as f64;
         (gaps.map(|gap| gap / per_chunk).collect(), TokenCount::Spread)

@@ -54,8 +54,62 @@ pub struct Beside {
     pub machine: Option<MachineUse>,
     /// What the engines behind the server counted; empty where nothing tells.
     pub engines: Vec<Engine>,
+    /// Answers of which the server told no number of tokens.
+    pub uncounted: Option<Uncounted>,
+    /// What was measured, as JSON; null where nobody said. Nothing here finds it out: who runs the benchmark may.
+    pub setup: serde_json::Value,
     /// What this machine's GPUs did. Nothing here measures it: who runs the benchmark may.
     pub gpus: Vec<GpuUse>,
+}
+
+/// Answers of which the server told no number of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uncounted {
+    /// How many.
+    pub answers: usize,
+    /// Whether a tokenizer has counted them since. Without one, each chunk counts as a token.
+    pub by_tokenizer: bool,
+}
+
+impl Uncounted {
+    /// Counts what the server did not, from the texts, as vLLM's client does. Texts that were kept for that alone go.
+    pub(super) fn settle(records: &mut [Record], spec: &Spec) -> Option<Self> {
+        let mut answers = 0;
+        for answer in records.iter_mut().filter_map(|record| record.result.as_mut().ok()) {
+            if !matches!(answer.completion_tokens, None | Some(0)) {
+                continue;
+            }
+            answers += 1;
+            let counted = spec
+                .options
+                .tokenizer
+                .as_ref()
+                .and_then(|tokenizer| tokenizer.encode(&answer.text).ok());
+            let counted = counted.map(|ids| ids.len() as u64);
+            answer.completion_tokens = counted.or(answer.completion_tokens);
+            if !spec.keep_texts {
+                answer.text = String::new();
+            }
+        }
+        (answers > 0).then_some(Self {
+            answers,
+            by_tokenizer: spec.options.tokenizer.is_some(),
+        })
+    }
+
+    /// What to know of it.
+    pub(super) fn note(self) -> String {
+        let Self { answers, by_tokenizer } = self;
+        if by_tokenizer {
+            format!(
+                "the server told no usage of {answers} answers: their tokens were counted by the tokenizer, from the text"
+            )
+        } else {
+            format!(
+                "the server told no usage of {answers} answers, and there is no tokenizer: each chunk counts as one token"
+            )
+        }
+    }
 }
 
 /// The requests of one token beside the workload.
@@ -162,7 +216,7 @@ impl Report {
         Some(instant.strftime("%Y-%m-%dT%H:%M:%S.%6f").to_string())
     }
 
-    /// The table of `vllm bench serve` 0.32, byte for byte, without the last line end.
+    /// The table of `vllm bench serve` 0.33, byte for byte, without the last line end.
     pub fn table(&self) -> String {
         export::table::render(self)
     }
@@ -210,9 +264,14 @@ impl Report {
         Verdict::on(self)
     }
 
+    /// The result on half a screen, for people.
+    pub fn summary(&self) -> String {
+        export::own::summary(self)
+    }
+
     /// What stands below vLLM's table: [`Report::statistics`] and what the client itself did, for people.
     pub fn remarks(&self) -> String {
-        export::own::render(self)
+        export::own::details(self)
     }
 
     /// Where the time to the first token went, as far as the server tells.

@@ -2,14 +2,16 @@
 
 use memchr::memchr2;
 
-/// Splits a stream into the data of its events, by the WHATWG rules: lines end in LF, CR or CRLF, an empty line ends
-/// an event, several `data` fields are joined with LF, comments and other fields are skipped.
+/// Splits a stream into the names and data of its events, by the WHATWG rules: lines end in LF, CR or CRLF, an empty line ends
+/// an event, several `data` fields are joined with LF, comments and other fields are skipped. An event without a name has an empty one.
 #[derive(Debug)]
 pub(super) struct Decoder {
     /// The line so far, when it began in an earlier read.
     line: Vec<u8>,
     /// The data of the event so far. `None` until its first `data` field.
     data: Option<Vec<u8>>,
+    /// The name of the event so far.
+    name: Vec<u8>,
     /// The last byte was CR: an LF that follows belongs to the same line end.
     after_carriage_return: bool,
     limit: usize,
@@ -17,7 +19,7 @@ pub(super) struct Decoder {
 
 /// One event is larger than the limit, in bytes.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("an event of more than {0} bytes")]
+#[error("an event of the stream has more than {} MiB, which is the most that this client reads", .0 >> 20)]
 pub(super) struct EventTooLarge(usize);
 
 impl Decoder {
@@ -26,13 +28,18 @@ impl Decoder {
         Self {
             line: Vec::new(),
             data: None,
+            name: Vec::new(),
             after_carriage_return: false,
             limit,
         }
     }
 
-    /// Takes the next bytes and calls `on_event` with the data of every event that they complete.
-    pub(super) fn feed(&mut self, mut bytes: &[u8], mut on_event: impl FnMut(&[u8])) -> Result<(), EventTooLarge> {
+    /// Takes the next bytes and calls `on_event` with name and data of every event that they complete.
+    pub(super) fn feed(
+        &mut self,
+        mut bytes: &[u8],
+        mut on_event: impl FnMut(&[u8], &[u8]),
+    ) -> Result<(), EventTooLarge> {
         while !bytes.is_empty() {
             if std::mem::take(&mut self.after_carriage_return) && bytes[0] == b'\n' {
                 bytes = &bytes[1..];
@@ -44,11 +51,12 @@ impl Decoder {
             // Nearly every event is one line that came whole, with its empty line: nothing of it has to be copied.
             if self.line.is_empty()
                 && self.data.is_none()
+                && self.name.is_empty()
                 && end <= self.limit
                 && bytes[end..].starts_with(b"\n\n")
-                && let Some(value) = data_field(&bytes[..end])
+                && let Some(value) = field(&bytes[..end], b"data")
             {
-                on_event(value);
+                on_event(b"", value);
                 bytes = &bytes[end + 2..];
                 continue;
             }
@@ -69,7 +77,7 @@ impl Decoder {
     }
 
     /// The stream is over. Some servers leave out the last empty line, so what is there counts as an event.
-    pub(super) fn finish(mut self, mut on_event: impl FnMut(&[u8])) -> Result<(), EventTooLarge> {
+    pub(super) fn finish(mut self, mut on_event: impl FnMut(&[u8], &[u8])) -> Result<(), EventTooLarge> {
         let line = std::mem::take(&mut self.line);
         self.end_line(&line, &mut on_event)?;
         self.end_line(b"", &mut on_event)
@@ -83,14 +91,18 @@ impl Decoder {
         Ok(())
     }
 
-    fn end_line(&mut self, line: &[u8], on_event: &mut impl FnMut(&[u8])) -> Result<(), EventTooLarge> {
+    fn end_line(&mut self, line: &[u8], on_event: &mut impl FnMut(&[u8], &[u8])) -> Result<(), EventTooLarge> {
         if line.is_empty() {
+            let name = std::mem::take(&mut self.name);
             if let Some(data) = self.data.take() {
-                on_event(&data);
+                on_event(&name, &data);
             }
             return Ok(());
         }
-        let Some(value) = data_field(line) else {
+        if let Some(name) = field(line, b"event") {
+            self.name = name.to_vec();
+        }
+        let Some(value) = field(line, b"data") else {
             return Ok(());
         };
         let data = match &mut self.data {
@@ -108,9 +120,9 @@ impl Decoder {
     }
 }
 
-/// The value of a `data` field, without the one space that may follow the colon.
-fn data_field(line: &[u8]) -> Option<&[u8]> {
-    let value = line.strip_prefix(b"data")?;
+/// The value of the field of this name, without the one space that may follow the colon.
+fn field<'line>(line: &'line [u8], name: &[u8]) -> Option<&'line [u8]> {
+    let value = line.strip_prefix(name)?;
     if value.is_empty() {
         return Some(value);
     }
@@ -128,7 +140,10 @@ mod tests {
 
     fn decode<'a>(reads: impl IntoIterator<Item = &'a [u8]>) -> Result<Vec<String>, EventTooLarge> {
         let mut events = Vec::new();
-        let mut keep = |data: &[u8]| events.push(String::from_utf8_lossy(data).into_owned());
+        let mut keep = |name: &[u8], data: &[u8]| {
+            let mark = if name.is_empty() { "" } else { "!" };
+            events.push([&String::from_utf8_lossy(name), mark, &String::from_utf8_lossy(data)].concat());
+        };
         let mut decoder = Decoder::new(LIMIT);
         for read in reads {
             decoder.feed(read, &mut keep)?;
@@ -141,7 +156,13 @@ mod tests {
     fn data_fields_are_read_and_all_else_is_skipped() {
         let stream =
             b": ping\n\nevent: x\ndata: {\"a\":1}\nid: 4\n\ndata:two\ndata: lines\n\n\n\ndatabase: no\n\ndata\n\n";
-        assert_eq!(decode([&stream[..]]).unwrap(), ["{\"a\":1}", "two\nlines", ""]);
+        assert_eq!(decode([&stream[..]]).unwrap(), ["x!{\"a\":1}", "two\nlines", ""]);
+    }
+
+    #[test]
+    fn a_name_belongs_to_its_own_event_alone() {
+        let stream = b"event: error\ndata: {}\n\ndata: 1\n\nevent: ping\n\ndata: 2\n\n";
+        assert_eq!(decode([&stream[..]]).unwrap(), ["error!{}", "1", "2"]);
     }
 
     #[test]
@@ -163,6 +184,7 @@ mod tests {
     fn line() -> impl Strategy<Value = String> {
         prop_oneof![
             "data: ?[a-zé{}\"]{0,9}",
+            "event: ?[a-z]{0,4}",
             Just(String::new()),
             Just(": ping".to_owned()),
             "[a-z]{1,6}: [a-z]{0,6}",

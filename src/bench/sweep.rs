@@ -151,6 +151,16 @@ pub fn why_invalid(report: &Report) -> Option<String> {
     (!verdict.is_valid()).then(|| verdict.reasons.join("; "))
 }
 
+/// The rate at which answers came, where there are enough to tell.
+fn served(records: &[Record]) -> Option<f64> {
+    const LEAST: usize = 5;
+    let end = |record: &Record| Some((record.started + record.result.as_ref().ok()?.latency).as_secs_f64());
+    let ends: Vec<f64> = records.iter().filter_map(end).collect();
+    let first = ends.iter().copied().reduce(f64::min)?;
+    let last = ends.iter().copied().reduce(f64::max)?;
+    (ends.len() >= LEAST && last > first).then(|| (ends.len() - 1) as f64 / (last - first))
+}
+
 /// What is told of one point.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
@@ -158,7 +168,7 @@ pub struct Row {
     pub asked: f64,
     /// Requests per second that were sent, until the last one was.
     pub sent: f64,
-    /// Requests per second that were answered, until the last answer.
+    /// Requests per second that were answered, from the first answer to the last: how long the last ones took is no part of it.
     pub served: f64,
     /// Requests that failed.
     pub failed: usize,
@@ -198,7 +208,7 @@ impl Row {
         Self {
             asked,
             sent: released as f64 / sending.max(f64::MIN_POSITIVE),
-            served: report.metrics.request_throughput(),
+            served: served(&report.records).unwrap_or_else(|| report.metrics.request_throughput()),
             failed: report.failed(),
             ttft: latency(Metric::Ttft),
             tpot: latency(Metric::Tpot),

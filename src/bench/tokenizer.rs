@@ -28,6 +28,13 @@ pub struct Tokenizer {
     template: Option<Template>,
 }
 
+/// Tokenizers of one name are one.
+impl PartialEq for Tokenizer {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
 /// Why there is no tokenizer, or it cannot do what is asked.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {

@@ -5,6 +5,7 @@
 mod burstgpt;
 mod custom;
 mod dataset;
+mod lenient;
 mod prefix_repetition;
 mod prompt;
 mod random;

@@ -1,5 +1,7 @@
 //! Engines that outlived their xpyd: found, and compared with what is asked for now.
 
+use std::path::PathBuf;
+
 use super::command;
 use crate::control::rundir;
 use crate::fleet::{EngineId, Role};
@@ -11,8 +13,17 @@ use crate::supervisor::{KeptRun, KeptState};
 
 /// The engines that the last xpyd of the run `name` left, if they are still there.
 pub(super) fn find(name: &str) -> Result<Option<KeptRun>, Failure> {
-    let socket = rundir::attach_path(name).map_err(|error| Failure::new(ExitStatus::Usage, error))?;
-    KeptRun::find(&socket).map_err(|error| unusable(error, name))
+    for socket in sockets(name)? {
+        if let Some(kept) = KeptRun::find(&socket).map_err(|error| unusable(error, name))? {
+            return Ok(Some(kept));
+        }
+    }
+    Ok(None)
+}
+
+/// Where its guardian may wait.
+fn sockets(name: &str) -> Result<Vec<PathBuf>, Failure> {
+    rundir::kept_sockets(name).map_err(|error| Failure::new(ExitStatus::Usage, error))
 }
 
 /// The hint names the process whose end is the end of this run's engines and of nothing else: when a guardian dies, the
@@ -28,7 +39,8 @@ fn unusable(error: GuardianError, name: &str) -> Failure {
         ));
     }
     let failure = failure.hint("try again in a moment");
-    match rundir::attach_path(name).ok().and_then(|socket| KeptRun::guardian_pid(&socket)) {
+    let sockets = sockets(name).unwrap_or_default();
+    match sockets.iter().find_map(|socket| KeptRun::guardian_pid(socket)) {
         Some(pid) => failure.hint(format!(
             "to end the engines of this run without it: `kill -KILL {pid}`; `xpyd doctor` shows whether any process is left"
         )),

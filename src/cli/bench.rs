@@ -13,12 +13,14 @@ mod line;
 mod page;
 mod prompts;
 mod session;
+mod setup;
 mod sweep;
 mod trouble;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
+use owo_colors::OwoColorize as _;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
@@ -58,10 +60,11 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     if let Some(files) = &arguments.modes.compare {
         return compare::run(files, arguments.output.json, arguments.page.report.as_deref(), printer);
     }
+    check_outputs(&arguments)?;
     // A fleet of the bench's own is taken down first, however often somebody asks.
     let may_leave = arguments.fleet.profile.is_none();
     let interruption = Interruption::watch(arguments.ending.deadline, may_leave, printer)?;
-    let status = with_fleet(&arguments, defaults, printer, interruption.stop.clone()).await?;
+    let status = Box::pin(with_fleet(&arguments, defaults, printer, interruption.stop.clone())).await?;
     if interruption.cause() == Some(Cause::Deadline) && status == ExitStatus::Forced {
         printer.error("`--deadline` was over before the run was");
         return Ok(ExitStatus::Failure);
@@ -77,7 +80,7 @@ async fn with_fleet(
     stop: CancellationToken,
 ) -> Result<ExitStatus, Failure> {
     let Some(profile) = &arguments.fleet.profile else {
-        return work(arguments, defaults, printer, stop).await;
+        return Box::pin(work(arguments, defaults, printer, stop)).await;
     };
     if profile.is_empty() {
         let problem = "`--profile` takes the name of a profile: the bench brings up its fleet";
@@ -86,17 +89,18 @@ async fn with_fleet(
             .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
     }
     // Before anything is started for it.
-    session::check(
-        arguments,
-        &arguments.spec("http://127.0.0.1:1".to_owned(), headers(arguments)?)?,
-    )?;
+    let nowhere = Server {
+        base_url: "http://127.0.0.1:1".to_owned(),
+        headers: HeaderMap::new(),
+    };
+    session::check(arguments, &arguments.spec(nowhere)?)?;
     let Some(fleet) = Fleet::start(arguments, profile, printer, &stop).await? else {
         return Ok(ExitStatus::Forced);
     };
     let mut arguments = arguments.clone();
     // It was the fleet's; requests use the name that the fleet gives it.
     arguments.target.model = None;
-    let worked = work(&arguments, Some(fleet.target.clone()), printer, stop).await;
+    let worked = Box::pin(work(&arguments, Some(fleet.target.clone()), printer, stop)).await;
     // What went wrong first is told first.
     let went_down = fleet.stop(printer).await;
     let status = worked?;
@@ -112,7 +116,7 @@ async fn work(
 ) -> Result<ExitStatus, Failure> {
     let modes = &arguments.modes;
     if modes.flag().is_none() {
-        return match measure(arguments, defaults, printer, stop).await? {
+        return match Box::pin(measure(arguments, defaults, printer, stop)).await? {
             None => {
                 printer.status("stopped before the first request");
                 Ok(ExitStatus::Forced)
@@ -124,11 +128,11 @@ async fn work(
         return Ok(ExitStatus::Forced);
     };
     if let Some(points) = &modes.sweep {
-        return sweep::run(&session, points).await;
+        return Box::pin(sweep::run(&session, points)).await;
     }
     match &modes.against {
-        Some(url) => against::run(&session, url).await,
-        None => find_max::run(&session).await,
+        Some(url) => Box::pin(against::run(&session, url)).await,
+        None => Box::pin(find_max::run(&session)).await,
     }
 }
 
@@ -139,25 +143,34 @@ async fn measure(
     printer: Printer,
     stop: CancellationToken,
 ) -> Result<Option<Report>, Failure> {
-    let mut spec = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
+    let mut spec = arguments.spec(Server::of(arguments, base_url(&arguments.target, defaults))?)?;
     let shown = BenchProgress::wanted(printer, !arguments.output.disable_tqdm);
     shown.begin("making prompts");
     spec.check().map_err(failure)?;
+    let has_table = Extent::of(&arguments.output, printer).has_table;
     let say = |line: &str| {
-        if !arguments.output.json {
-            shown.beside(|| printer.data(line));
+        if arguments.output.json {
+            return;
+        }
+        match line.strip_prefix("WARNING: ") {
+            // What cannot be written now cannot be at the end, where that is a failure.
+            _ if has_table => shown.beside(|| drop(printer.data(line))),
+            Some(warning) if line != bench::NO_TEMPERATURE => {
+                shown.beside(|| printer.status(format_args!("warning: {warning}")));
+            }
+            _ => {}
         }
     };
     shown.begin("asking the server for its models");
     let Some(root) = stop
-        .run_until_cancelled(find_model(arguments, &mut spec, &say))
+        .run_until_cancelled(find_model(arguments, &mut spec, &say, printer))
         .await
         .transpose()?
     else {
         return Ok(None);
     };
     // Making prompts shows a progress of its own.
-    shown.pause();
+    shown.clear();
     let prompts = Prompts::open(arguments, &spec, root, printer)?;
     let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &say));
     if prepared.await.transpose()?.is_none() {
@@ -171,35 +184,28 @@ async fn measure(
     if arguments.load.ready_check_timeout_sec > 0 {
         shown.begin("waiting for the first answer");
     }
+    let setup = setup::of(&spec).await;
     let gpus = attribution::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
         gpus.follow(&progress);
         shown.update(&snapshot(&progress, &spec));
     };
     let before = Processors::now();
-    let report = bench::run_aloud(&spec, &show, &say, stop).await;
+    let run = bench::run_aloud(&spec, &show, &say, stop.clone());
+    let report = shown.until_stopped(stop.cancelled(), run).await;
     let after = Processors::now();
-    shown.finish();
     let mut report = report.map_err(failure)?;
     let shares = before.zip(after).and_then(|(before, after)| after.shares_since(before));
     report.beside.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
     report.beside.gpus = gpus.finish();
+    report.beside.setup = setup;
     Ok(Some(report))
 }
 
 /// The server that the flags name, else the running fleet, else vLLM's default.
 fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     if let Some(base_url) = &target.base_url {
-        // Clients of OpenAI's API take the URL with `/v1`, so people have it at hand; the paths here begin with it.
-        let has_version = target
-            .endpoint
-            .as_deref()
-            .is_none_or(|endpoint| endpoint.starts_with("/v1/"));
-        let without = base_url
-            .trim_end_matches('/')
-            .strip_suffix("/v1")
-            .filter(|_| has_version);
-        return without.unwrap_or(base_url).to_owned();
+        return without_version(base_url, target);
     }
     match fleet {
         Some(fleet) if target.host.is_none() && target.port.is_none() => fleet.base_url,
@@ -216,11 +222,30 @@ fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     }
 }
 
+/// Clients of OpenAI's API take the URL with `/v1`, so people have it at hand; the paths here begin with it.
+fn without_version(url: &str, target: &arguments::Target) -> String {
+    let has_version = target
+        .endpoint
+        .as_deref()
+        .is_none_or(|endpoint| endpoint.starts_with("/v1/"));
+    let without = url.trim_end_matches('/').strip_suffix("/v1").filter(|_| has_version);
+    without.unwrap_or(url).to_owned()
+}
+
 /// Asks the server for its first model, or whether it has the one that the user named; gives what that was loaded from.
-async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<Option<String>, Failure> {
+///
+/// A model that the server does not list is asked for all the same, as vLLM's client does: an adapter that is loaded when it is
+/// first asked for, or a gateway's alias, is in no list.
+async fn find_model(
+    arguments: &Arguments,
+    spec: &mut Spec,
+    say: &dyn Fn(&str),
+    printer: Printer,
+) -> Result<Option<String>, Failure> {
+    let insecure = spec.options.is_insecure;
     if spec.model.is_empty() {
         say("Model not specified, fetching first model from server...");
-        let model = bench::discover(&spec.base_url, &spec.headers, None)
+        let model = bench::discover_trusting(&spec.base_url, &spec.headers, insecure, None)
             .await
             .map_err(failure)?;
         let root = model.root.unwrap_or_else(|| model.id.clone());
@@ -229,10 +254,17 @@ async fn find_model(arguments: &Arguments, spec: &mut Spec, say: &dyn Fn(&str)) 
         spec.naming.model_id = Some(root);
         return Ok(None);
     }
-    match bench::discover(&spec.base_url, &spec.headers, Some(&spec.model)).await {
+    match bench::discover_trusting(&spec.base_url, &spec.headers, insecure, Some(&spec.model)).await {
         // vLLM's client does not ask, so a server without a list is measured, too.
         Ok(model) => Ok(model.root),
         Err(BenchError::NoModelList { .. }) => Ok(None),
+        Err(error @ BenchError::UnknownModel { .. }) => {
+            printer.error(format_args!("warning: {error}; it is asked for all the same"));
+            for hint in failure(error).hints {
+                printer.error(format_args!("hint: {hint}"));
+            }
+            Ok(None)
+        }
         // It may come up in the time that the user gives it.
         Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(None),
         Err(error) => Err(failure(error)),
@@ -245,7 +277,8 @@ fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
         label: match progress.phase {
             Phase::WarmingUp => "warm-up",
             Phase::Measuring => "benchmark",
-        },
+        }
+        .to_owned(),
         total: progress.total,
         released: progress.released,
         done: progress.done,
@@ -258,20 +291,43 @@ fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
     }
 }
 
+/// How much is shown.
+#[derive(Debug, Clone, Copy)]
+struct Extent {
+    /// vLLM's lines and table on stdout, which scripts read; else the result on half a screen.
+    has_table: bool,
+    /// Everything beside them on stderr; else what nobody may miss.
+    has_details: bool,
+}
+
+impl Extent {
+    /// As the flags say. People at a terminal get what fits their screen, files and pipes all there is.
+    fn of(output: &arguments::Output, printer: Printer) -> Self {
+        Self {
+            has_table: output.details || output.as_vllm || printer.data_width().is_none(),
+            has_details: output.details || !printer.is_terminal(),
+        }
+    }
+}
+
 fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
     let output = &arguments.output;
-    present_failures(arguments, report, printer);
+    let extent = Extent::of(output, printer);
+    present_failures(arguments, report, extent, printer);
+    present_verdict(&report.verdict(), printer);
     if output.json {
-        printer.data(report.to_text(output.save_detailed));
+        printer.data(report.to_text(output.save_detailed))?;
+    } else if extent.has_table {
+        printer.data(report.table())?;
     } else {
-        printer.data(report.table());
+        printer.prose(report.summary())?;
     }
-    attribution::tell(report, printer);
-    printer.status(report.remarks());
-    // The exit code is that of the requests: scripts that know vLLM's ask whether they went well, and `xpyd.valid` in the
-    // result says whether their times may be believed.
-    for reason in report.verdict().reasons {
-        printer.error(format_args!("INVALID: {reason}"));
+    attribution::tell(report, extent.has_details, printer);
+    if extent.has_details {
+        printer.status(report.remarks());
+    }
+    for note in report.verdict().notes {
+        printer.status(format_args!("note: {note}"));
     }
     if output.save_result || output.append_result {
         let path = save(arguments, report)?;
@@ -279,6 +335,9 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     }
     if let Some(path) = &arguments.page.report {
         page::write(report, path, printer)?;
+    }
+    if !extent.has_details {
+        printer.status("`--details` shows where the time went, and vLLM's table".dimmed());
     }
     // Last, where it is seen.
     if report.is_partial() {
@@ -292,11 +351,27 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     Ok(output.exit_status(report.is_partial(), report.failed() > 0))
 }
 
+/// Whether the numbers that follow may be believed. The exit code is that of the requests: scripts that know vLLM's ask whether
+/// they went well, and `xpyd.valid` in the result says whether their times may be believed.
+fn present_verdict(verdict: &bench::honesty::Verdict, printer: Printer) {
+    for reason in &verdict.reasons {
+        printer.error(format_args!("{}: {reason}", "INVALID".red().bold()));
+    }
+    if verdict.is_valid() {
+        printer.status(format_args!(
+            "{}: the client kept up, so the numbers are the server's",
+            "valid".green()
+        ));
+    } else {
+        printer.error(format_args!("hint: {}", bench::honesty::Verdict::ADVICE));
+    }
+}
+
 /// Failures as vLLM shows them, a line each; then by cause, and what mends them.
-fn present_failures(arguments: &Arguments, report: &Report, printer: Printer) {
-    if !arguments.output.json {
+fn present_failures(arguments: &Arguments, report: &Report, extent: Extent, printer: Printer) {
+    if !arguments.output.json && extent.has_table {
         for line in report.failure_lines() {
-            printer.data(line);
+            drop(printer.data(line));
         }
     }
     if let Some(summary) = report.failure_summary() {
@@ -310,11 +385,37 @@ fn present_failures(arguments: &Arguments, report: &Report, printer: Printer) {
     }
 }
 
+fn result_folder(arguments: &Arguments) -> &Path {
+    arguments.output.result_dir.as_deref().unwrap_or(Path::new("."))
+}
+
+/// Checks before the first request that the result and the page can be saved: creates a file in the folder of each, and removes it.
+fn check_outputs(arguments: &Arguments) -> Result<(), Failure> {
+    let output = &arguments.output;
+    let saves = output.save_result || output.append_result;
+    let name = output.result_filename.as_deref().unwrap_or("result");
+    let result = saves.then(|| result_folder(arguments).join(name));
+    let probe = |file: &Path| {
+        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        fs_err::create_dir_all(folder)?;
+        let probe = folder.join(format!(".xpyd-{}", std::process::id()));
+        fs_err::write(&probe, "")?;
+        fs_err::remove_file(&probe)
+    };
+    for (file, option) in [(result, "--result-dir"), (arguments.page.report.clone(), "--report")] {
+        if let Some(Err(error)) = file.as_deref().map(probe) {
+            return Err(Failure::new(ExitStatus::Usage, error).hint(format!("name another place with `{option}`")));
+        }
+    }
+    Ok(())
+}
+
 /// Writes the result file, as vLLM does: its name, one line without an end, and a line more where it is appended.
 fn save(arguments: &Arguments, report: &Report) -> Result<PathBuf, Failure> {
     let output = &arguments.output;
     let name = output.result_filename.clone().unwrap_or_else(|| report.file_name());
-    let folder = output.result_dir.as_deref().unwrap_or(Path::new("."));
+    let folder = result_folder(arguments);
     let path = folder.join(name);
     let text = report.to_text(output.save_detailed);
     let write = || {
@@ -331,21 +432,38 @@ fn save(arguments: &Arguments, report: &Report) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-/// The headers of every request. As in vLLM, `OPENAI_API_KEY` becomes a bearer token unless a header says otherwise.
-fn headers(arguments: &Arguments) -> Result<HeaderMap, Failure> {
-    let mut headers = HeaderMap::new();
-    if let Some(key) = std::env::var_os("OPENAI_API_KEY").filter(|key| !key.is_empty()) {
-        let value = key
-            .into_string()
-            .ok()
-            .and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
-        let mut value = value
-            .ok_or_else(|| Failure::message(ExitStatus::Usage, "`OPENAI_API_KEY` holds what an HTTP header cannot"))?;
-        value.set_sensitive(true);
-        headers.insert(AUTHORIZATION, value);
+/// A server that requests go to, and the headers of all of them.
+struct Server {
+    base_url: String,
+    headers: HeaderMap,
+}
+
+impl Server {
+    /// The server at a URL. A header on the command line goes before the URL's user, and that before `OPENAI_API_KEY`, which
+    /// becomes a bearer token, as in vLLM.
+    fn of(arguments: &Arguments, base_url: String) -> Result<Self, Failure> {
+        let mut headers = HeaderMap::new();
+        if let Some(key) = std::env::var_os("OPENAI_API_KEY").filter(|key| !key.is_empty()) {
+            let value = key
+                .into_string()
+                .ok()
+                .and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
+            let mut value = value.ok_or_else(|| {
+                Failure::message(ExitStatus::Usage, "`OPENAI_API_KEY` holds what an HTTP header cannot")
+            })?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let (base_url, user) = match bench::credentials(&base_url) {
+            Some((url, user)) => (url, Some(user)),
+            None => (base_url, None),
+        };
+        if let Some(user) = user {
+            headers.insert(AUTHORIZATION, user);
+        }
+        for arguments::Header { name, value } in &arguments.target.header {
+            headers.insert(name.clone(), value.clone());
+        }
+        Ok(Self { base_url, headers })
     }
-    for arguments::Header { name, value } in &arguments.target.header {
-        headers.insert(name.clone(), value.clone());
-    }
-    Ok(headers)
 }

@@ -13,6 +13,7 @@ use flate2::write::GzEncoder;
 
 use self::scrub::Scrubber;
 use super::doctor;
+use super::run_plan::RunPlan;
 use crate::control::rundir::{self, DEFAULT_NAME};
 use crate::machine::huggingface::Settings;
 use crate::machine::{Engine, Machine};
@@ -97,7 +98,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         printer.status(format!("  {name}"));
     }
     let bytes = std::fs::metadata(&output).map_or(0, |file| file.len());
-    printer.data(output.display());
+    printer.data(output.display())?;
     printer.status(format!(
         "{} with {} files. Tokens, keys and passwords were taken out as far as they can be told; look through it before you \
          give it away: logs may hold prompts.",
@@ -319,7 +320,7 @@ fn secrets(folder: Option<&Path>) -> Vec<String> {
 
 /// The file with the API keys of a run's clients, by its plan.
 fn key_file(folder: &Path) -> Option<PathBuf> {
-    let plan: serde_json::Value = serde_json::from_slice(&std::fs::read(folder.join("plan.json")).ok()?).ok()?;
-    let path = plan.pointer("/proxy/service/guard/api_key_file")?.as_str()?;
+    let plan = RunPlan::read(folder)?;
+    let path = plan.value().pointer("/proxy/service/guard/api_key_file")?.as_str()?;
     Some(PathBuf::from(path))
 }

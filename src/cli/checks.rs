@@ -1,8 +1,14 @@
 //! The checks of `up` and `doctor`: what the preflight finds, and what earlier runs have left on this machine.
 
 use std::fmt;
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+use jiff::{SignedDuration, Timestamp};
+use nix::unistd::{AccessFlags, access};
 
 use super::attach;
+use super::neighbours::Neighbours;
 use crate::control::rundir::{self, RunDir};
 use crate::engine::EngineKind;
 use crate::machine::Machine;
@@ -10,8 +16,13 @@ use crate::machine::huggingface::{Leftover, LeftoverKind};
 use crate::plan::Plan;
 use crate::preflight::{self, Finding, Level, Topic, gibibytes};
 use crate::private;
+use crate::proxy;
+use crate::service::Service;
 use crate::supervisor::guardian;
 use crate::supervisor::guardian::orphans::{self, LeakedMemory, Orphan};
+
+/// A warning names a certificate that expires within this time.
+const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
 /// What earlier runs have left.
 #[derive(Debug)]
@@ -33,6 +44,24 @@ pub(super) enum Remedy {
     Download(Leftover),
     /// Shared memory that no process uses.
     Memory(LeakedMemory),
+}
+
+/// What a warning about orphans is followed by.
+pub(super) const HOW_TO_REAP: &str = "`xpyd doctor --reap` shows and ends them";
+
+/// A sentence about engines without a guardian, with the memory of each; `None` if there are none.
+pub(super) fn unwatched(orphans: &[Orphan]) -> Option<String> {
+    let shown = orphans.iter().take(3).map(|orphan| {
+        let memory = gibibytes(orphan.resident_bytes);
+        format!("{} (pid {}, {memory})", orphan.title, orphan.pid)
+    });
+    let shown: Vec<String> = shown.collect();
+    let more = match orphans.len() - shown.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let message = format!("engines that nobody watches hold memory: {}{more}", shown.join(", "));
+    (!shown.is_empty()).then_some(message)
 }
 
 impl fmt::Display for Remedy {
@@ -69,17 +98,93 @@ impl Remedy {
 
 /// Everything that is to be said of a plan on this machine before it starts.
 pub(super) fn of_plan(plan: &Plan, machine: &Machine) -> Vec<Finding> {
-    let mut findings = preflight::check(plan, machine);
-    findings.extend(secret_files(plan));
+    let mut findings = of_machine(plan, machine);
     if plan.engine == EngineKind::Vllm {
         findings.extend(Leftovers::find().findings());
     }
     findings
 }
 
+/// Whether the plan can work on this machine, beside the runs that are up.
+pub(super) fn of_machine(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let mut findings = preflight::check(plan, machine);
+    if let Some(finding) = Neighbours::look().finding(plan) {
+        // It says more than that somebody listens.
+        findings.retain(|other| other.check != finding.check);
+        findings.push(finding);
+    }
+    findings.extend(logs_folder(&plan.run_dir));
+    findings.extend(of_service(&plan.proxy.service));
+    findings
+}
+
+/// What is to be said of the files that a proxy serves with.
+pub(super) fn of_service(service: &Service) -> Vec<Finding> {
+    let mut findings = secret_files(service);
+    let valid = service.clients.tls_cert.as_deref().and_then(|path| {
+        let valid = proxy::validity(path)?;
+        certificate(path, &valid, Timestamp::now())
+    });
+    findings.extend(valid);
+    findings
+}
+
+/// A certificate that clients refuse, or will refuse soon.
+fn certificate(path: &Path, valid: &RangeInclusive<u64>, now: Timestamp) -> Option<Finding> {
+    let [from, until] = [valid.start(), valid.end()].map(|seconds| {
+        let seconds = i64::try_from(*seconds).unwrap_or(i64::MAX);
+        Timestamp::from_second(seconds).unwrap_or(Timestamp::MAX)
+    });
+    let problem = if now > until {
+        format!("expired on {}", until.strftime("%F"))
+    } else if now < from {
+        format!("is not valid before {}", from.strftime("%F"))
+    } else if now.duration_until(until) < EXPIRES_SOON {
+        format!("expires on {}", until.strftime("%F"))
+    } else {
+        return None;
+    };
+    Some(Finding {
+        topic: Topic::System,
+        ..finding(
+            "certificate",
+            Level::Warn,
+            format!("`tls_cert`: the certificate in `{}` {problem}", path.display()),
+            Some("clients refuse one that is not valid: put a newer one into the file, and start again"),
+        )
+    })
+}
+
+/// Whether the folder of the run can be made.
+fn logs_folder(run_dir: &Path) -> Option<Finding> {
+    let folder = std::path::absolute(run_dir).ok()?;
+    let there = folder
+        .ancestors()
+        .skip(1)
+        .find(|folder| folder.symlink_metadata().is_ok())?;
+    let problem = if !there.is_dir() {
+        "it is no folder".to_owned()
+    } else if let Err(errno) = access(there, AccessFlags::W_OK | AccessFlags::X_OK) {
+        errno.desc().to_lowercase()
+    } else {
+        return None;
+    };
+    Some(Finding {
+        topic: Topic::System,
+        ..finding(
+            "logs",
+            Level::Fail,
+            format!(
+                "the logs of a run cannot be written below `{}`: {problem}",
+                there.display()
+            ),
+            Some("name another folder with `--logs DIR`"),
+        )
+    })
+}
+
 /// Files with secrets of the proxy that others than the user can read.
-fn secret_files(plan: &Plan) -> Vec<Finding> {
-    let service = &plan.proxy.service;
+fn secret_files(service: &Service) -> Vec<Finding> {
     let files = [
         ("api_key_file", &service.guard.api_key_file),
         ("tls_key", &service.clients.tls_key),
@@ -129,35 +234,10 @@ impl Leftovers {
     }
 
     fn orphans(&self) -> Finding {
-        if self.orphans.is_empty() {
-            return finding("orphans", Level::Pass, "no engine without a run".to_owned(), None);
+        match unwatched(&self.orphans) {
+            None => finding("orphans", Level::Pass, "no engine without a run".to_owned(), None),
+            Some(message) => finding("orphans", Level::Warn, message, Some(HOW_TO_REAP)),
         }
-        let shown: Vec<String> = self
-            .orphans
-            .iter()
-            .take(3)
-            .map(|orphan| {
-                format!(
-                    "{} (pid {}, {})",
-                    orphan.title,
-                    orphan.pid,
-                    gibibytes(orphan.resident_bytes)
-                )
-            })
-            .collect();
-        let more = self.orphans.len() - shown.len();
-        let more = if more == 0 {
-            String::new()
-        } else {
-            format!(" and {more} more")
-        };
-        let message = format!("engines that nobody watches hold memory: {}{more}", shown.join(", "));
-        finding(
-            "orphans",
-            Level::Warn,
-            message,
-            Some("`xpyd doctor --reap` shows and ends them"),
-        )
     }
 
     fn runs(&self) -> Finding {
@@ -203,5 +283,26 @@ fn finding(check: &'static str, level: Level, message: String, hint: Option<&str
         level,
         message,
         hint: hint.map(str::to_owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_told_of_before_it_expires_and_after_and_before_it_is_valid() {
+        const DAY: i64 = 24 * 60 * 60;
+        let told = |day: i64| {
+            let now = Timestamp::from_second(day * DAY).expect("a time");
+            let valid = 100 * DAY.unsigned_abs()..=200 * DAY.unsigned_abs();
+            certificate(Path::new("cert.pem"), &valid, now).map(|finding| finding.message)
+        };
+        let says = |what: &str| Some(format!("`tls_cert`: the certificate in `cert.pem` {what}"));
+        assert_eq!(told(99), says("is not valid before 1970-04-11"));
+        assert_eq!(told(101), None);
+        assert_eq!(told(185), None);
+        assert_eq!(told(187), says("expires on 1970-07-20"));
+        assert_eq!(told(201), says("expired on 1970-07-20"));
     }
 }

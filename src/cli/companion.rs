@@ -16,10 +16,10 @@ pub(super) struct Arguments {
     #[arg(long)]
     port: u16,
     /// How long it may take until it listens
-    #[arg(long, value_parser = humantime::parse_duration)]
+    #[arg(long, value_parser = crate::span::parse)]
     deadline: Duration,
     /// How long the engine may take to leave when its companion has ended
-    #[arg(long, value_parser = humantime::parse_duration)]
+    #[arg(long, value_parser = crate::span::parse)]
     grace: Duration,
     /// The companion's command line, `--`, the engine's command line
     #[arg(last = true, required = true)]

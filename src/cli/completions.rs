@@ -1,8 +1,8 @@
 //! `xpyd completions SHELL`.
 
-use clap::{CommandFactory, Parser};
+use clap::{Command, CommandFactory, Parser};
 
-use crate::report::ExitStatus;
+use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
 /// Arguments of `xpyd completions`.
@@ -12,9 +12,17 @@ pub(super) struct Arguments {
     shell: clap_complete::Shell,
 }
 
-pub(super) fn run(arguments: &Arguments, printer: Printer) -> ExitStatus {
+/// The command line without what only xpyd itself calls.
+fn shown() -> Command {
+    let whole = super::Cli::command();
+    let verbs = whole.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned();
+    let arguments = whole.get_arguments().cloned();
+    Command::new("xpyd").args(arguments).subcommands(verbs)
+}
+
+pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let mut script = Vec::new();
-    clap_complete::generate(arguments.shell, &mut super::Cli::command(), "xpyd", &mut script);
-    printer.data_part(String::from_utf8_lossy(&script));
-    ExitStatus::Success
+    clap_complete::generate(arguments.shell, &mut shown(), "xpyd", &mut script);
+    printer.data_part(String::from_utf8_lossy(&script))?;
+    Ok(ExitStatus::Success)
 }

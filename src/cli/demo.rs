@@ -1,7 +1,6 @@
 //! `xpyd demo`: a whole life of a fleet on simulated engines, for those who have just met xpyd.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use clap::Args;
@@ -9,6 +8,7 @@ use futures_util::StreamExt;
 use tokio::process::Command;
 
 use super::detach::status_after;
+use super::neighbours::Neighbours;
 use super::{block_on, engine_key, request, up};
 use crate::app::{self, Ready, Run};
 use crate::machine;
@@ -37,14 +37,8 @@ pub(super) struct Arguments {
 const QUESTION: &str = "Why do people split prefill from decode?";
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    let machine = machine::survey(&machine::Wanted {
-        model: None,
-        asks_for_account: false,
-        revision: "",
-        env: &BTreeMap::new(),
-        program: None,
-        gpus: false,
-    });
+    request::working_folder()?;
+    let machine = machine::survey(&machine::Wanted::nothing());
     let profile = |offset: u16| {
         let overrides = [
             Override::flag("--engine", "engine", "sim"),
@@ -53,16 +47,18 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         ];
         profile::load("2p2d", &overrides).map_err(request::profile_failure)
     };
-    let offset = match arguments.port_offset {
-        Some(offset) => offset,
-        None => request::free_offset(|offset| request::build(&profile(offset)?, &machine, &arguments.logs))?,
+    let offset = if let Some(offset) = arguments.port_offset {
+        offset
+    } else {
+        let plan = |offset| request::build(&profile(offset)?, &machine, &arguments.logs);
+        Neighbours::look().free_offset(0, plan)?.unwrap_or_default()
     };
     let mut profile = profile(offset)?;
     let draft = request::build(&profile, &machine, &arguments.logs)?;
     // A name of its own, so that a demo beside a running fleet is not in its way.
     let name = format!("demo-{}", std::process::id());
     let run_dir = up::acquire(&name)?;
-    let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS)?;
+    let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS, printer)?;
     let engine_key = engine_key::choose(&mut profile, &draft, None)?;
     let plan = request::build(&profile, &machine, folder.path())?;
     let _log = up::log_to(folder.path(), profile.logs)?;
@@ -73,6 +69,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         name: name.clone(),
         run_dir,
         detached: false,
+        has_parent: false,
         attach: None,
         grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
         proxy_parts: proxy::Parts {
@@ -81,15 +78,18 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         },
         engine_key: engine_key.made,
         printer,
+        // The benchmark has the terminal meanwhile.
+        tells_traffic: false,
     };
     let num_prompts = arguments.num_prompts;
+    let page = plan.run_dir.join("bench.html");
     let mut worked = Ok(ExitStatus::Success);
     let ended = block_on(app::run(run, async |ready: Ready| {
         printer.status(format!(
             "ready: every pair handed over correctly; the OpenAI API is at {}/v1",
             ready.url
         ));
-        worked = show(&ready, num_prompts, printer).await;
+        worked = show(&ready, num_prompts, &page, printer).await;
         printer.status("\ntaking everything down");
     }))?;
     let ended = up::conclude(&ended, &plan, &name, printer)?;
@@ -101,25 +101,29 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
 }
 
 /// One chat, the benchmark, and where its time went.
-async fn show(ready: &Ready, num_prompts: usize, printer: Printer) -> Result<ExitStatus, Failure> {
+async fn show(ready: &Ready, num_prompts: usize, page: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
     printer.status(format!(
-        "\n1. one chat, streamed (simulated engines talk nonsense, but in time)\n\n> {QUESTION}"
+        "\n1. one chat, streamed (the text is made up, its timing is that of a GPU)\n\n> {QUESTION}"
     ));
     chat(ready, printer).await?;
     printer.status(format!(
-        "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second\n"
+        "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second.\n\
+         TTFT, the time to the first token, is what the prefill engine and the hand-off take; TPOT, the time per later \
+         token, is the decode engine's.\n"
     ));
-    benchmark(&ready.url, num_prompts, printer).await
+    benchmark(&ready.url, num_prompts, page, printer).await
 }
 
 /// Runs the benchmark in a process of its own, as everybody else does: a client that shares a process with the proxy counts
 /// the proxy's work as its own.
-async fn benchmark(url: &str, num_prompts: usize, printer: Printer) -> Result<ExitStatus, Failure> {
+async fn benchmark(url: &str, num_prompts: usize, page: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
     let program = std::env::current_exe().map_err(anyhow::Error::from)?;
     let mut command = Command::new(program);
     command
         .args(["bench", "--recipe", "lmcache-xpyd", "--base-url", url])
         .args(["--num-prompts", &num_prompts.to_string()])
+        .arg("--report")
+        .arg(page)
         .stdin(Stdio::null())
         // A fleet that ends takes its benchmark with it.
         .kill_on_drop(true);
@@ -159,12 +163,11 @@ async fn chat(ready: &Ready, printer: Printer) -> Result<(), Failure> {
                 .strip_prefix(b"data: ")
                 .map(serde_json::from_slice::<serde_json::Value>);
             if let Some(Ok(event)) = event {
-                printer.data_part(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
+                printer.data_part(event["choices"][0]["delta"]["content"].as_str().unwrap_or_default())?;
             }
         }
     }
-    printer.data("");
-    Ok(())
+    printer.data("")
 }
 
 fn next_steps(printer: Printer) {
@@ -191,7 +194,7 @@ fn program() -> String {
     program.map_or_else(
         || "xpyd".to_owned(),
         |program| {
-            let relative = here.and_then(|here| program.strip_prefix(here).ok().map(std::path::Path::to_owned));
+            let relative = here.and_then(|here| program.strip_prefix(here).ok().map(Path::to_owned));
             relative.unwrap_or(program).display().to_string()
         },
     )

@@ -4,62 +4,89 @@
 //! The child's stderr is a pipe to the parent until the fleet is ready, and the run's `xpyd.log` afterwards. Its stdout
 //! is a pipe that carries one word: that the fleet is ready.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::ffi::OsString;
+use std::io::{self, Write as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
+
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::process::{ChildStderr, ChildStdout, Command};
 
 use super::command;
 use crate::report::{ExitStatus, Failure};
+use crate::signals::StopSignals;
 use crate::ui::Printer;
 
 /// What the child writes to its stdout once the fleet is ready.
-pub(super) const READY: &str = "ready\n";
+const READY: &str = "ready\n";
 
-/// Starts the process that stays, and waits until its fleet is ready or it has ended.
-pub(super) fn start(name: &str, printer: Printer) -> Result<ExitStatus, Failure> {
+/// Starts the process that stays, and waits until its fleet is ready or it has ended. Ctrl+C ends the wait only, because that
+/// process has left the terminal.
+pub(super) async fn start(name: &str, printer: Printer) -> Result<ExitStatus, Failure> {
+    let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let program = std::env::current_exe().map_err(anyhow::Error::from)?;
+    let mut words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    // What follows `--` is for the engines.
+    let end = words.iter().position(|word| word == "--").unwrap_or(words.len());
+    words.insert(end, "--detached-child".into());
     let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
-        .arg("--detached-child")
+        .args(words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| anyhow::Error::new(error).context("cannot start the process that stays"))?;
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    for line in stderr
-        .into_iter()
-        .flat_map(|stderr| BufReader::new(stderr).lines())
-        .map_while(Result::ok)
-    {
-        // The child has the same options, so what it prints with `--quiet` are errors.
-        printer.error(line);
-    }
-    let mut word = String::new();
-    if let Some(mut stdout) = stdout {
-        drop(stdout.read_to_string(&mut word));
-    }
-    if word == READY {
+    let pid = child.id().unwrap_or_default();
+    let is_ready = tokio::select! {
+        is_ready = relay(child.stdout.take(), child.stderr.take(), printer) => is_ready.map_err(anyhow::Error::from)?,
+        _ = signals.next() => {
+            printer.status(format!(
+                "\nthe start goes on in the background as process {pid}; `{}` shows it, `{}` ends it",
+                command("status", name),
+                command("down", name)
+            ));
+            return Ok(ExitStatus::Forced);
+        }
+    };
+    if is_ready {
         printer.status(format!(
-            "\nruns in the background as process {}; `{}` stops it",
-            child.id(),
+            "\nruns in the background as process {pid}; `{}` stops it",
             command("down", name)
         ));
         return Ok(ExitStatus::Success);
     }
-    let ended = child.wait().map_err(anyhow::Error::from)?;
+    let ended = child.wait().await.map_err(anyhow::Error::from)?;
+    let failed = |text| Err(Failure::message(ExitStatus::Failure, text));
     match ended.signal() {
-        Some(signal) => {
-            let text = format!(
-                "process {} was killed by signal {signal} before its fleet was ready",
-                child.id()
-            );
-            Err(Failure::message(ExitStatus::Failure, text))
-        }
+        Some(signal) => failed(format!(
+            "process {pid} was killed by signal {signal} before its fleet was ready"
+        )),
+        None if ended.success() => failed(format!("run `{name}` was stopped before it was ready")),
         // It said why; only its code is still missing.
         None => Ok(status_after(ended)),
     }
+}
+
+/// Relays what a process that runs a fleet says, until the fleet is ready or the process lets go of its pipes; true if it is
+/// ready.
+pub(super) async fn relay(
+    stdout: Option<ChildStdout>,
+    stderr: Option<ChildStderr>,
+    printer: Printer,
+) -> io::Result<bool> {
+    let (Some(stdout), Some(stderr)) = (stdout, stderr) else {
+        return Ok(false);
+    };
+    let mut lines = BufReader::new(stderr).lines();
+    // What is no text ends the relay, not the process.
+    while let Ok(Some(line)) = lines.next_line().await {
+        // The process has the same options, so what it prints with `--quiet` are errors.
+        printer.error(line);
+    }
+    let mut word = String::new();
+    stdout.take(64).read_to_string(&mut word).await?;
+    Ok(word == READY)
 }
 
 /// How another xpyd ended; one that a signal ended has failed.
@@ -107,7 +134,7 @@ pub(super) fn end_with(parent: i32) -> Result<(), Failure> {
 
 /// Tells the parent that the fleet is ready, and lets go of its pipes. What is written to stderr from now on is in `log`.
 pub(super) fn release_parent(log: &Path) {
-    let mut stdout = std::io::stdout();
+    let mut stdout = io::stdout();
     // A parent that is gone does not matter any more.
     drop(stdout.write_all(READY.as_bytes()).and_then(|()| stdout.flush()));
     let files = fs_err::OpenOptions::new()

@@ -6,10 +6,11 @@ mod show;
 use clap::Args;
 use tokio::time::Instant;
 
-use super::checks::{Leftovers, Remedy};
+pub(super) use self::show::Report as Findings;
+
+use super::checks::{self, Leftovers, Remedy};
 use super::request::{self, ConnectorFlag, EngineFlag, FleetArguments};
 use crate::engine::EngineKind;
-use crate::machine::huggingface::MAIN;
 use crate::machine::{self, Machine};
 use crate::preflight::{self, Finding, Level, Topic};
 use crate::report::{ExitStatus, Failure};
@@ -22,19 +23,22 @@ const VLLM: &str = "vllm";
 #[derive(Debug, Clone, Args)]
 pub(super) struct Arguments {
     /// The profile to check this machine for (see `xpyd profiles list`); without one, nothing is needed, and it is told what is there
-    #[arg(short, long, value_name = "NAME|FILE")]
+    #[arg(value_name = "PROFILE", group = "chosen")]
+    fleet: Option<String>,
+    /// The same as an option
+    #[arg(short, long, value_name = "NAME|FILE", group = "chosen")]
     profile: Option<String>,
     /// Changes one key of the profile; may be repeated, later ones win
-    #[arg(long, value_name = "KEY=VALUE", requires = "profile")]
+    #[arg(long, value_name = "KEY=VALUE", requires = "chosen")]
     set: Vec<String>,
     /// Model path or Hugging Face repository
-    #[arg(long, requires = "profile")]
+    #[arg(long, requires = "chosen")]
     model: Option<String>,
     /// What serves the model
-    #[arg(long, value_enum, requires = "profile")]
+    #[arg(long, value_enum, requires = "chosen")]
     engine: Option<EngineFlag>,
     /// How KV moves from prefill to decode
-    #[arg(long, value_enum, requires = "profile")]
+    #[arg(long, value_enum, requires = "chosen")]
     connector: Option<ConnectorFlag>,
     /// Print the findings as JSON
     #[arg(long)]
@@ -51,6 +55,16 @@ pub(super) struct Arguments {
     /// Only this one; may be repeated
     #[arg(long, requires = "reap", value_name = "PID")]
     pid: Vec<u32>,
+    /// More arguments for `vllm serve`, of all engines
+    #[arg(last = true, requires = "chosen", value_name = "VLLM ARGUMENTS")]
+    vllm: Vec<String>,
+}
+
+impl Arguments {
+    /// The profile, if there is one.
+    fn chosen(&self) -> Option<&String> {
+        self.fleet.as_ref().or(self.profile.as_ref())
+    }
 }
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
@@ -70,14 +84,14 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     // Stable: within a topic, the order is that of a start.
     findings.sort_by_key(|finding| finding.topic);
     let report = show::Report {
-        profile: arguments.profile.as_deref(),
+        profile: arguments.chosen().map(String::as_str),
         findings: &findings,
         took: began.elapsed(),
     };
     if arguments.json {
-        printer.data(report.json()?);
+        printer.data(report.json()?)?;
     } else {
-        printer.data(report.text(printer.data_width()));
+        printer.data(report.text(printer.data_width()))?;
     }
     let worst = findings.iter().map(|finding| finding.level).max();
     Ok(if worst == Some(Level::Fail) {
@@ -89,7 +103,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
 
 /// What is there, against the profile if there is one.
 fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
-    let Some(profile) = &arguments.profile else {
+    let Some(profile) = arguments.chosen() else {
         let machine = survey(true);
         return Ok((preflight::overview(&machine), machine));
     };
@@ -98,11 +112,12 @@ fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
         model: arguments.model.clone(),
         engine: arguments.engine,
         connector: arguments.connector,
+        vllm: arguments.vllm.clone(),
         ..FleetArguments::of_profile(profile)
     };
     let (profile, machine) = fleet.survey()?;
     let findings = match request::build(&profile, &machine, &fleet.logs.join("RUN")) {
-        Ok(plan) if plan.engine == EngineKind::Vllm => preflight::check(&plan, &machine),
+        Ok(plan) if plan.engine == EngineKind::Vllm => checks::of_machine(&plan, &machine),
         Ok(plan) => preflight::of_simulated(&plan, &machine),
         Err(failure) if failure.status == ExitStatus::Preflight => {
             // The rest is worth to be known, too.
@@ -118,12 +133,10 @@ fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
 /// This machine, where nothing is asked of it; and, if wanted, whose the token is.
 pub(super) fn survey(asks_for_account: bool) -> Machine {
     machine::survey(&machine::Wanted {
-        model: None,
         asks_for_account,
-        revision: MAIN,
-        env: &std::collections::BTreeMap::new(),
         program: Some(VLLM),
         gpus: true,
+        ..machine::Wanted::nothing()
     })
 }
 

@@ -5,11 +5,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::status::{client, running};
-use super::{attach, command, no_run_dir, up};
+use super::{attach, command, up};
 use crate::app;
 use crate::control::api::DownRequest;
 use crate::control::client::{ClientError, ControlClient};
-use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
+use crate::control::rundir::{self, DEFAULT_NAME, RunInfo};
 use crate::fleet::FleetStage;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{Ending, KeptRun};
@@ -31,7 +31,7 @@ pub struct Arguments {
     #[arg(long, conflicts_with = "force")]
     keep_engines: bool,
     /// How long to wait for the end; the run goes on stopping after that
-    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = crate::span::parse)]
     timeout: Duration,
 }
 
@@ -47,13 +47,33 @@ impl Arguments {
     }
 }
 
-/// Stops a run. Succeeds only when the run is gone and said that nothing of it is left.
+/// Stops a run. Succeeds only when the run is gone and said that nothing of it is left. Ctrl+C ends only the waiting.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    if rundir::find(&arguments.name).is_ok_and(|found| found.is_none())
-        && let Some(kept) = attach::find(&arguments.name)?
-    {
-        return end_kept(kept, arguments, printer).await;
+    match kept_engines(&arguments.name)? {
+        // This process ends them, so there is no waiting to leave.
+        Some(kept) => end_kept(kept, arguments, printer).await,
+        None => super::goes_on("stop", &arguments.name, stop(&arguments, printer)).await,
     }
+}
+
+/// The same, whatever signals come.
+pub(super) async fn run_to_its_end(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    match kept_engines(&arguments.name)? {
+        Some(kept) => end_kept(kept, arguments, printer).await,
+        None => stop(&arguments, printer).await,
+    }
+}
+
+/// The engines of a run of this name that has lost its xpyd.
+fn kept_engines(name: &str) -> Result<Option<KeptRun>, Failure> {
+    if rundir::find(name).is_ok_and(|found| found.is_none()) {
+        attach::find(name)
+    } else {
+        Ok(None)
+    }
+}
+
+async fn stop(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let info = running(&arguments.name)?;
     let client = client(&info)?;
     let started = Instant::now();
@@ -65,7 +85,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     match client.down(request).await {
         Ok(answer) => kept_for = Duration::from_secs(answer.keep_seconds),
         // It may have ended by itself a moment ago. If it has not, waiting for it would be waiting for nothing.
-        Err(_) if is_gone(&info)? => {}
+        Err(_) if !info.is_alive() => {}
         Err(error @ ClientError::Refused { .. }) => return Err(Failure::new(ExitStatus::Failure, error)),
         Err(error) => return Err(unanswered(error, &info)),
     }
@@ -76,7 +96,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         format!("{force} kills now")
     };
     let progress = StopProgress::new(printer, hurry);
-    if !wait(&info, &client, started + arguments.timeout, progress).await? {
+    if !wait(&info, &client, started + arguments.timeout, progress).await {
         let waited = time_span(started.elapsed());
         let failure = Failure::message(
             ExitStatus::TeardownIncomplete,
@@ -141,15 +161,10 @@ async fn end_kept(kept: KeptRun, arguments: Arguments, printer: Printer) -> Resu
 }
 
 /// Waits with progress until the run is gone; false if it is still there at the deadline.
-async fn wait(
-    info: &RunInfo,
-    client: &ControlClient,
-    deadline: Instant,
-    mut progress: StopProgress,
-) -> Result<bool, Failure> {
-    while !is_gone(info)? {
+async fn wait(info: &RunInfo, client: &ControlClient, deadline: Instant, mut progress: StopProgress) -> bool {
+    while info.is_alive() {
         if Instant::now() >= deadline {
-            return Ok(false);
+            return false;
         }
         // A run that is past answering is past telling how far it is; its lock still tells when it is over.
         if let Ok(status) = client.status().await {
@@ -163,18 +178,7 @@ async fn wait(
         tokio::time::sleep(POLL_INTERVAL).await;
     }
     progress.clear();
-    Ok(true)
-}
-
-/// Whether this run has ended; another one of its name may be there already.
-pub(super) fn is_gone(info: &RunInfo) -> Result<bool, Failure> {
-    match rundir::find(&info.name) {
-        // The lock goes a moment before the process does.
-        Ok(found) => Ok(found.is_none_or(|found| !found.is_same_run(info)) && !info.is_alive()),
-        // It removes its files just before it lets the lock go, so this is its end, or the start of the next one.
-        Err(RunDirError::NotPublished { .. }) => Ok(!info.is_alive()),
-        Err(error) => Err(no_run_dir(error)),
-    }
+    true
 }
 
 fn unanswered(error: ClientError, info: &RunInfo) -> Failure {

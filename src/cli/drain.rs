@@ -13,7 +13,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     engines: EngineArguments,
     /// How long to wait for each engine; it goes on stopping after that
-    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = crate::span::parse)]
     timeout: Duration,
 }
 

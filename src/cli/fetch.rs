@@ -2,7 +2,7 @@
 
 use crate::machine::Machine;
 use crate::machine::huggingface::{self, Access, DownloadError, Settings};
-use crate::plan::{ModelFetch, Plan};
+use crate::plan::{self, ModelFetch, Plan};
 use crate::preflight::gibibytes;
 use crate::profile::Profile;
 use crate::report::{ExitStatus, Failure};
@@ -14,7 +14,7 @@ pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: 
     let Some(fetch) = plan.fetch.as_ref().filter(|_| is_missing) else {
         return Ok(());
     };
-    let access = Access::new(&Settings::read(&profile.vllm.env));
+    let access = Access::new(&Settings::read(&plan::shared_env(profile)));
     printer.status(format!(
         "fetching {} into {} once for all engines",
         fetch.repository,

@@ -10,23 +10,33 @@ use jiff::{Timestamp, Zoned};
 use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
+use super::run_plan::RunPlan;
 use super::status::running;
 use crate::control::rundir::{self, DEFAULT_NAME, RunInfo};
 use crate::logs::Merge;
-use crate::logs::folder::LATEST;
+use crate::logs::folder::{self, LATEST};
 use crate::logs::follow::POLL_INTERVAL;
 use crate::logs::lines::plain;
 use crate::logs::merge::Record;
 use crate::logs::roles::{self, RoleLog, UnknownRole};
 use crate::logs::stamp::Head;
 use crate::report::{ExitStatus, Failure};
-use crate::ui::{Printer, RolePrefixes};
+use crate::signals::StopSignals;
+use crate::ui::{Printer, Reader, RolePrefixes};
 
 /// The folder with all runs' logs, below the current one.
 const LOGS_ROOT: &str = "logs";
 
+/// How many times logs are read between two questions whether the run is over, which can take a look at all processes.
+const LOOKS_PER_QUESTION: usize = 5;
+
+/// With how many lines to begin; all without a number.
+#[derive(Debug, Clone, Copy)]
+struct Tail(Option<usize>);
+
 /// Arguments of `xpyd logs`.
 #[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
 pub struct Arguments {
     /// Whose logs: `prefiller1`, `decoder2`, `proxy`, `xpyd`, or a group: `prefill`, `decode`, `all`
     #[arg(value_name = "ROLE")]
@@ -34,9 +44,9 @@ pub struct Arguments {
     /// Go on as the logs grow
     #[arg(short, long)]
     follow: bool,
-    /// Begin with the last N lines of each log instead of all of it; counted before `--grep`
-    #[arg(short = 'n', long, value_name = "N")]
-    tail: Option<usize>,
+    /// Begin with the last N lines of each log instead of all of it (`all`); counted before `--grep`
+    #[arg(short = 'n', long, value_name = "N", value_parser = parse_tail)]
+    tail: Option<Tail>,
     /// Leave out what is older: `10m`, `14:05`, `2026-11-23T13:05:00Z`
     #[arg(long, value_name = "TIME", value_parser = parse_since)]
     since: Option<Timestamp>,
@@ -61,7 +71,7 @@ pub struct Arguments {
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let source = source(&arguments, printer)?;
     let all = source.logs().map_err(|error| cannot_read(&error))?;
-    let chosen = roles::select(&all, &arguments.roles).map_err(unknown_role)?;
+    let chosen = roles::select(&all, &arguments.roles).map_err(|error| unknown_role(error, &source.folder))?;
     if chosen.is_empty() {
         return Err(Failure::message(
             ExitStatus::Failure,
@@ -69,10 +79,16 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         ));
     }
     let mut shown = Shown::new(&chosen, &arguments, printer)?;
-    shown
-        .show(arguments.follow, source.run.as_ref())
-        .await
-        .map_err(|error| cannot_read(&error))?;
+    if !arguments.follow {
+        shown.show(false, &source).await?;
+        return Ok(ExitStatus::Success);
+    }
+    let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
+    tokio::select! {
+        biased;
+        _ = signals.next() => {}
+        shown = shown.show(true, &source) => shown?,
+    }
     Ok(ExitStatus::Success)
 }
 
@@ -119,6 +135,15 @@ impl Source {
         roles::sort(&mut logs);
         Ok(logs)
     }
+
+    /// Whether the run writes no more logs. A run that is given as a folder is over once an xpyd has recorded its outcome there and
+    /// no process has a file of the folder open to write. Without an outcome it may run in another container, out of sight.
+    fn is_over(&self) -> bool {
+        match &self.run {
+            Some(run) => !run.is_alive(),
+            None => rundir::has_outcome(&self.folder) && !folder::is_written(&self.folder),
+        }
+    }
 }
 
 fn source(arguments: &Arguments, printer: Printer) -> Result<Source, Failure> {
@@ -149,7 +174,7 @@ fn source(arguments: &Arguments, printer: Printer) -> Result<Source, Failure> {
         Err(failure) if failure.status == ExitStatus::RunState && arguments.name == DEFAULT_NAME && latest.is_dir() => {
             let folder = resolve(latest)?;
             printer.status(format!(
-                "no run is up; these are the logs of the last one here, {}",
+                "no run `{DEFAULT_NAME}` is up; these are the logs of the last run here, {}",
                 folder.display()
             ));
             Ok(Source { folder, run: None })
@@ -159,15 +184,36 @@ fn source(arguments: &Arguments, printer: Printer) -> Result<Source, Failure> {
 }
 
 /// The folder itself, so that the next run does not move the link under us.
-fn resolve(folder: PathBuf) -> Result<PathBuf, Failure> {
-    fs_err::canonicalize(folder).map_err(|error| cannot_read(&error))
+/// A number of lines, or `all` of them, as other tools have it.
+fn parse_tail(text: &str) -> Result<Tail, String> {
+    if text == "all" {
+        return Ok(Tail(None));
+    }
+    let lines = text
+        .parse()
+        .map_err(|_| "it is a number of lines, or `all`".to_owned())?;
+    Ok(Tail(Some(lines)))
 }
 
-/// Whether anyone still reads what is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reader {
-    There,
-    Gone,
+/// The failure of a text that is no regular expression.
+fn no_pattern(error: &regex::Error) -> Failure {
+    // The last line says what is wrong, those before it draw where.
+    let text = error.to_string();
+    let reason = text
+        .lines()
+        .last()
+        .unwrap_or_default()
+        .trim()
+        .trim_start_matches("error: ");
+    Failure::message(
+        ExitStatus::Usage,
+        format!("`--grep` is not a regular expression: {reason}"),
+    )
+    .hint("a backslash makes a character stand for itself: `--grep '\\('`")
+}
+
+fn resolve(folder: PathBuf) -> Result<PathBuf, Failure> {
+    fs_err::canonicalize(folder).map_err(|error| cannot_read(&error))
 }
 
 /// The logs being shown.
@@ -198,7 +244,12 @@ impl Shown {
         let names: Vec<&str> = logs.iter().map(|log| log.name.as_str()).collect();
         let paths = logs.iter().map(|log| log.path.as_path());
         let since = arguments.since.map(Timestamp::as_microsecond);
-        let merge = Merge::open(paths, since, arguments.tail, &TimeZone::system());
+        let merge = Merge::open(
+            paths,
+            since,
+            arguments.tail.and_then(|Tail(lines)| lines),
+            &TimeZone::system(),
+        );
         let grep = arguments.grep.as_ref().map(|pattern| {
             RegexBuilder::new(pattern)
                 .case_insensitive(arguments.ignore_case)
@@ -209,38 +260,41 @@ impl Shown {
             prefixes: RolePrefixes::new(&names, printer.colours_data()),
             names: names.into_iter().map(str::to_owned).collect(),
             merge: merge.map_err(|error| cannot_read(&error))?,
-            grep: grep
-                .transpose()
-                .map_err(|error| Failure::new(ExitStatus::Usage, error))?,
+            grep: grep.transpose().map_err(|error| no_pattern(&error))?,
             json: arguments.json,
         })
     }
 
-    /// Shows what is there already and, if it is to be followed, what comes until the run is gone; for ever if there is
-    /// none to watch.
-    async fn show(&mut self, follow: bool, run: Option<&RunInfo>) -> io::Result<()> {
-        loop {
+    /// Shows what is there already and, if it is to be followed, what comes until the run is gone.
+    async fn show(&mut self, follow: bool, source: &Source) -> Result<(), Failure> {
+        for look in 0_usize.. {
             // Asked before reading, so that what a run wrote last is read after it was seen to be gone.
-            let is_over = !follow || run.is_some_and(has_ended);
+            let is_over = !follow || look.is_multiple_of(LOOKS_PER_QUESTION) && source.is_over();
             loop {
-                let records = self.merge.read_new()?;
+                let records = self.merge.read_new().map_err(|error| cannot_read(&error))?;
                 if records.is_empty() {
                     break;
                 }
-                if self.print(&records) == Reader::Gone {
+                if self.print(&records)? == Reader::Gone {
                     return Ok(());
                 }
+                // So that Ctrl+C is heard between two batches.
+                tokio::task::yield_now().await;
             }
             if is_over {
                 let unfinished = self.merge.finish();
-                self.print(&unfinished);
+                self.print(&unfinished)?;
+                return Ok(());
+            }
+            if self.printer.data_reader() == Reader::Gone {
                 return Ok(());
             }
             tokio::time::sleep(POLL_INTERVAL).await;
         }
+        Ok(())
     }
 
-    fn print(&self, records: &[Record]) -> Reader {
+    fn print(&self, records: &[Record]) -> Result<Reader, Failure> {
         let mut lines = String::new();
         for record in records {
             let text = plain(&record.line);
@@ -248,11 +302,7 @@ impl Shown {
                 self.add(record, &text, &mut lines);
             }
         }
-        if self.printer.data_lines(&lines).is_ok() {
-            Reader::There
-        } else {
-            Reader::Gone
-        }
+        self.printer.data_lines(&lines)
     }
 
     /// Adds a line to `lines`.
@@ -282,12 +332,16 @@ impl Shown {
     }
 }
 
-/// Whether the run has let its lock go; when in doubt, it has not.
-fn has_ended(run: &RunInfo) -> bool {
-    rundir::find(&run.name).is_ok_and(|found| found.is_none_or(|found| !found.is_same_run(run)))
-}
-
-fn unknown_role(error: UnknownRole) -> Failure {
+fn unknown_role(error: UnknownRole, folder: &Path) -> Failure {
+    if is_planned(&error.name, folder) {
+        let text = format!(
+            "{} has written nothing: run `{}` ended before it was started",
+            error.name,
+            folder.display()
+        );
+        return Failure::message(ExitStatus::Failure, text)
+            .hint(format!("`xpyd logs xpyd --run {}` says why it ended", folder.display()));
+    }
     let known = format!("this run has: {}", error.known.join(" "));
     let nearest = error
         .nearest
@@ -298,6 +352,12 @@ fn unknown_role(error: UnknownRole) -> Failure {
         Some(nearest) => failure.hint(nearest).hint(known),
         None => failure.hint(known),
     }
+}
+
+/// Whether the plan of the run in `folder` has an engine, or a role, of this name.
+fn is_planned(name: &str, folder: &Path) -> bool {
+    let plan = RunPlan::read(folder);
+    plan.is_some_and(|plan| plan.engines().iter().any(|engine| engine["id"] == name))
 }
 
 fn cannot_read(error: &io::Error) -> Failure {

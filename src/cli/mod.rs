@@ -13,24 +13,32 @@ pub mod down;
 mod drain;
 mod engine_key;
 mod fetch;
+mod first_process;
 pub mod logs;
+mod neighbours;
 mod plan;
 mod profiles;
 pub mod proxy;
+mod ps;
 mod request;
 mod restart;
+mod run_plan;
 mod scale;
 pub mod sim;
 mod sim_lmcache;
 pub mod status;
 mod up;
+mod upgraded;
+mod usage;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::SignalKind;
 
-use crate::control::rundir::{self, RunDirError};
+use crate::control::rundir::{self, RunDirError, RunInfo, Seen};
 use crate::report::{ExitStatus, Failure};
+use crate::signals::{self, Heeded};
 use crate::supervisor::guardian;
 use crate::ui::Printer;
 
@@ -58,6 +66,8 @@ enum Verb {
     Demo(demo::Arguments),
     /// Show a run's engines, their states and their load
     Status(status::Arguments),
+    /// List all runs, wherever they were started
+    Ps(ps::Arguments),
     /// Print or follow the logs of a run
     Logs(logs::Arguments),
     /// Take engines out, start them again and prove them, while the others serve
@@ -97,12 +107,32 @@ enum Verb {
 
 /// Parses the command line and runs the verb.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse_from(bench::line(std::env::args_os()));
-    let printer = Printer { quiet: cli.quiet };
-    let result = match cli.verb {
+    if let Some(ended) = first_process::run() {
+        return ended;
+    }
+    signals::prepare();
+    let printer = Printer::default();
+    let status = Cli::try_parse_from(sim::line(bench::line(std::env::args_os()))).map_or_else(
+        |error| usage::refuse(error, printer),
+        |cli| {
+            let printer = Printer { quiet: cli.quiet };
+            run(cli.verb, printer)
+        },
+    );
+    let status = status.unwrap_or_else(|failure| {
+        printer.error(&failure);
+        failure.status
+    });
+    ExitCode::from(status.code())
+}
+
+/// Runs one verb.
+fn run(verb: Verb, printer: Printer) -> Result<ExitStatus, Failure> {
+    match verb {
         Verb::Up(arguments) => up::run(&arguments, printer),
         Verb::Demo(arguments) => demo::run(&arguments, printer),
         Verb::Status(arguments) => block_on(status::run(arguments, printer)),
+        Verb::Ps(arguments) => block_on(ps::run(arguments, printer)),
         Verb::Logs(arguments) => block_on(logs::run(arguments, printer)),
         Verb::Restart(arguments) => block_on(restart::run(arguments, printer)),
         Verb::Scale(arguments) => block_on(scale::run(arguments, printer)),
@@ -115,16 +145,27 @@ pub fn main() -> ExitCode {
         Verb::Doctor(arguments) => doctor::run(&arguments, printer),
         Verb::Bundle(arguments) => bundle::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
-        Verb::Completions(arguments) => Ok(completions::run(&arguments, printer)),
+        Verb::Completions(arguments) => completions::run(&arguments, printer),
         Verb::Guardian => Ok(guardian::process::run()),
         Verb::Companion(arguments) => companion::run(&arguments, printer),
         Verb::SimLmcache(arguments) => block_on(sim_lmcache::run(arguments)),
-    };
-    let status = result.unwrap_or_else(|failure| {
-        printer.error(&failure);
-        failure.status
-    });
-    ExitCode::from(status.code())
+    }
+}
+
+/// Waits for what the run of this name does. Ctrl+C ends only the waiting.
+async fn goes_on(
+    what: &str,
+    name: &str,
+    waiting: impl Future<Output = Result<ExitStatus, Failure>>,
+) -> Result<ExitStatus, Failure> {
+    let mut interrupt = Heeded::listen(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
+    tokio::select! {
+        ended = waiting => ended,
+        () = interrupt.recv() => {
+            let text = format!("stopped waiting: the {what} goes on");
+            Err(Failure::message(ExitStatus::Forced, text).hint(format!("`{}` shows how far it is", command("status", name))))
+        }
+    }
 }
 
 /// Runs an async verb on the main thread, with worker threads for what it spawns.
@@ -153,14 +194,22 @@ fn command(verb: &str, name: &str) -> String {
 /// The failure of a command that could not use the runtime folder.
 fn no_run_dir(error: RunDirError) -> Failure {
     let hint = error.hint();
-    let mut failure = Failure::new(ExitStatus::Failure, error);
+    let status = match &error {
+        RunDirError::BadName(_) => ExitStatus::Usage,
+        _ => ExitStatus::Failure,
+    };
+    let mut failure = Failure::new(status, error);
     failure.hints.extend(hint);
     failure
 }
 
-/// The run of the default name, if there is one: what `xpyd bench` measures unless it is told otherwise.
+/// The run of the default name, or the only one that there is: what `xpyd bench` measures unless it is told otherwise.
 fn running_fleet() -> Option<bench::Target> {
-    let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten()?;
+    let only = || match &rundir::visible()[..] {
+        [Seen::Up(run)] => Some(RunInfo::clone(run)),
+        _ => None,
+    };
+    let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten().or_else(only)?;
     Some(bench::Target {
         base_url: run.proxy_url,
     })

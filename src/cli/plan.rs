@@ -1,17 +1,21 @@
 //! `xpyd plan`: everything that a run would do, for people and as JSON.
 
+mod blocks;
 mod topology;
 
 use clap::Parser;
+use tokio::time::Instant;
 
+use self::blocks::Block;
+use super::checks;
+use super::doctor::Findings;
 use super::request::{self, FleetArguments};
 use crate::machine::Machine;
 use crate::plan::{EngineSpec, Plan};
-use crate::preflight;
 use crate::report::{ExitStatus, Failure};
-use crate::ui::{Printer, Table};
+use crate::ui::{Printer, Table, wrap};
 
-/// Arguments of `xpyd plan`.
+/// Arguments of `xpyd plan`. Whatever the checks find, it exits with 0 once there is a plan; `xpyd doctor` exits with 3.
 #[derive(Debug, Parser)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -31,7 +35,8 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
 
 /// Prints the plan with its findings.
 pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer) -> Result<(), Failure> {
-    let findings = preflight::check(plan, machine);
+    let began = Instant::now();
+    let findings = checks::of_machine(plan, machine);
     let plan = &plan.redacted();
     if json {
         let value = serde_json::json!({
@@ -41,60 +46,88 @@ pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer)
             "driver": machine.driver,
         });
         let text = serde_json::to_string_pretty(&value).map_err(anyhow::Error::from)?;
-        printer.data(text);
-        return Ok(());
+        return printer.data(text);
     }
-    printer.data(text(plan));
-    if let Some(topology) = topology::text(plan, machine) {
-        printer.data(format!("\n{topology}"));
-    }
+    let width = printer.data_width();
     if !findings.is_empty() {
-        printer.data("\nchecks");
-        for finding in &findings {
-            printer.data(format!("  {}", request::line(finding).replace('\n', "\n  ")));
-        }
+        // First, because it decides whether the rest will ever be.
+        let found = Findings {
+            profile: Some(&plan.profile),
+            findings: &findings,
+            took: began.elapsed(),
+        };
+        printer.data(format!("{}\n", found.text(width)))?;
+    }
+    printer.data(text(plan, width))?;
+    if let Some(topology) = topology::text(plan, machine) {
+        printer.prose(format!("\n{topology}"))?;
     }
     Ok(())
 }
 
-/// The plan as people read it.
-fn text(plan: &Plan) -> String {
-    let mut lines = vec![
-        format!("profile    {}", plan.profile),
-        format!("model      {}{}", plan.model, served_as(plan)),
-        format!("engine     {}", plan.engine.name()),
-        format!("connector  {} ({})", plan.connector.name(), plan.connector_reason),
-        format!(
-            "proxy      {}://{}:{}{}",
-            plan.proxy.service.clients.scheme(),
-            plan.proxy.host,
-            plan.proxy.port,
-            notified_at(plan)
+/// The plan as people read it, with sentences of at most `width` columns. Command lines stay whole, to be pasted.
+fn text(plan: &Plan, width: Option<usize>) -> String {
+    let head = [
+        ("profile", plan.profile.clone()),
+        ("model", format!("{}{}", plan.model, served_as(plan))),
+        ("engine", plan.engine.name().to_owned()),
+        (
+            "connector",
+            format!("{} ({})", plan.connector.name(), plan.connector_reason),
         ),
-        format!("run folder {}", plan.run_dir.display()),
+        (
+            "proxy",
+            format!(
+                "{}://{}:{}{}",
+                plan.proxy.service.clients.scheme(),
+                plan.proxy.host,
+                plan.proxy.port,
+                notified_at(plan)
+            ),
+        ),
+        ("run folder", plan.run_dir.display().to_string()),
     ];
-    lines.extend(plan.notes.iter().map(|note| format!("note       {note}")));
+    let notes = plan.notes.iter().map(|note| ("note", note.clone()));
+    let head = head.into_iter().chain(notes);
+    let mut lines: Vec<String> = head
+        .map(|(name, value)| format!("{name:<11}{}", wrap::column(&value, 11, width)))
+        .collect();
     let mut table = Table::new(["engine", "role", "gpus", "port", "other ports", "log"]);
     for engine in &plan.engines {
         table.row(row(engine));
     }
     lines.push(format!("\n{table}"));
-    for engine in &plan.engines {
-        lines.push(format!("\n{}", engine.id));
-        lines.extend(
-            engine
-                .env
-                .iter()
-                .map(|(name, value)| format!("  {name}={}", shell_word(value))),
-        );
-        lines.push(format!("  {}", command_line(&engine.argv)));
-    }
-    for file in &plan.files {
-        lines.push(format!("\n{}", plan.run_dir.join(&file.path).display()));
-        let content = file.content.lines().filter(|line| !line.starts_with('#'));
-        lines.extend(content.map(|line| format!("  {line}")));
-    }
+    let engines = plan.engines.iter().map(engine_block);
+    let files = plan.files().map(|file| Block {
+        kind: file
+            .path
+            .display()
+            .to_string()
+            .replace(|letter: char| letter.is_ascii_digit(), ""),
+        title: plan.run_dir.join(&file.path).display().to_string(),
+        lines: file
+            .content
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .map(str::to_owned)
+            .collect(),
+    });
+    lines.extend(blocks::text(&engines.chain(files).collect::<Vec<_>>()));
     lines.join("\n")
+}
+
+/// What an engine is started with: its variables, then its command line.
+fn engine_block(engine: &EngineSpec) -> Block {
+    let variables = engine
+        .env
+        .iter()
+        .map(|(name, value)| format!("{name}={}", shell_word(value)));
+    let command = command_line(&engine.argv);
+    Block {
+        kind: engine.role.to_string(),
+        title: engine.id.to_string(),
+        lines: variables.chain(command.lines().map(str::to_owned)).collect(),
+    }
 }
 
 fn served_as(plan: &Plan) -> String {
@@ -144,7 +177,7 @@ fn command_line(argv: &[String]) -> String {
     let mut text = String::new();
     for (index, word) in argv.iter().enumerate() {
         if index > 0 {
-            text.push_str(if word.starts_with("--") { " \\\n    " } else { " " });
+            text.push_str(if word.starts_with("--") { " \\\n  " } else { " " });
         }
         text.push_str(&shell_word(word));
     }
@@ -152,7 +185,7 @@ fn command_line(argv: &[String]) -> String {
 }
 
 /// A word as a shell reads it back.
-fn shell_word(word: &str) -> String {
+pub(super) fn shell_word(word: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./:=,@%+".contains(character);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()
@@ -177,7 +210,7 @@ mod tests {
             .collect();
         let profile = profile::load(name, &overrides).expect("a profile");
         plan::build(&profile, machine, Path::new("/run"))
-            .map(|plan| anstream::adapter::strip_str(&text(&plan)).to_string())
+            .map(|plan| anstream::adapter::strip_str(&text(&plan, None)).to_string())
     }
 
     #[test]
@@ -271,6 +304,31 @@ mod tests {
             clash.to_string(),
             "port 29550 is needed twice: decoder1 data-parallel rpc and decoder2 data-parallel rpc"
         );
+    }
+
+    #[test]
+    fn every_kind_of_rank_has_a_gpu() {
+        let machine = Machine::fixture(8, "0.32.0", None);
+        for args in [
+            r#""-pp", "2""#,
+            r#""--pipeline_parallel_size=2""#,
+            r#""-tp", "2""#,
+            r#""--prefill-context-parallel-size", "2""#,
+            r#""-dp=2""#,
+        ] {
+            let text =
+                plan_text("1p1d", &machine, &["connector=nixl", &format!("vllm.args=[{args}]")]).expect("a plan");
+            let row = |name: &str| {
+                text.lines()
+                    .find(|line| line.starts_with(name))
+                    .expect("a row")
+                    .to_owned()
+            };
+            assert!(
+                row("prefiller1 ").contains(" 0,1 ") && row("decoder1 ").contains(" 2,3 "),
+                "{args}: {text}"
+            );
+        }
     }
 
     #[test]

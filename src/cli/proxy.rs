@@ -10,13 +10,16 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::checks;
 use super::engine_key;
 use super::request::{self, ServiceArguments};
+use super::usage::Switch;
 use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
 use crate::own_log::OwnLog;
+use crate::profile::parse_bytes;
 use crate::proxy::{Notifications, Parts, Proxy, Settings};
 use crate::report::{ExitStatus, Failure};
 use crate::service::Service;
@@ -99,32 +102,41 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = FirstTokenName::Decoder)]
     pub first_token: FirstTokenName,
     /// Keep the requests of a session on the same engines.
-    #[arg(long, env = "CLIENT_BOUND", action = clap::ArgAction::Set, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_parser = clap::builder::BoolishValueParser::new())]
-    pub client_bound: bool,
+    #[arg(long, env = "CLIENT_BOUND", action = clap::ArgAction::Set, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub client_bound: Switch,
     /// The header that names a request's session.
     #[arg(long, env = "CLIENT_BOUND_KEY", default_value = "session-id")]
     pub client_bound_key: String,
+    /// Largest body of a request, such as `256MiB`.
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "64MiB")]
+    pub max_body: usize,
     /// Most requests in the proxy at once.
     #[arg(long, default_value_t = 4096)]
     pub max_in_flight: usize,
     /// How long a prefill may take.
-    #[arg(long, value_parser = humantime::parse_duration, default_value = "5m")]
+    #[arg(long, value_parser = crate::span::parse, default_value = "5m")]
     pub prefill_deadline: Duration,
     /// How long the KV may take to arrive after a prefill.
-    #[arg(long, value_parser = humantime::parse_duration, default_value = "30s")]
+    #[arg(long, value_parser = crate::span::parse, default_value = "90s")]
     pub handoff_deadline: Duration,
     /// How long a decode engine may be silent. Answers that are not streamed are silent until their end.
-    #[arg(long, value_parser = humantime::parse_duration, default_value = "10m")]
+    #[arg(long, value_parser = crate::span::parse, default_value = "10m")]
     pub decode_idle_deadline: Duration,
     /// NIXL: the `kv_lease_duration` of the engines, vLLM's own being 30s. An answer that begins later than this after its
     /// prefill began may come from blocks of another request: it is not passed on, and the request is tried again.
-    #[arg(long, value_parser = humantime::parse_duration)]
+    #[arg(long, value_parser = crate::span::parse)]
     pub kv_lease: Option<Duration>,
     #[command(flatten)]
     service: ServiceArguments,
     /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
+}
+
+/// A number of bytes as profiles write it.
+fn size(text: &str) -> Result<usize, String> {
+    let bytes = parse_bytes(text).and_then(|bytes| usize::try_from(bytes).ok());
+    bytes.ok_or_else(|| "write for example `256MiB` or `1GiB`".to_owned())
 }
 
 /// Why the flags describe no fleet. Every variant names the flags.
@@ -273,7 +285,9 @@ fn shifted(ports: &[u16], by: usize, flag: &str) -> Result<Vec<u16>, FlagError> 
 
 /// Serves until a signal; a second one ends what is in flight.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    let usage = |error: FlagError| Failure::new(ExitStatus::Usage, error);
+    let usage = |error: FlagError| {
+        Failure::new(ExitStatus::Usage, error).hint("`xpyd proxy --help` says how hosts and ports go together")
+    };
     let (prefill, decode) = endpoints(&arguments).map_err(usage)?;
     let mut service = Service::from_overrides(&arguments.set).map_err(|error| {
         Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
@@ -285,6 +299,9 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         engine_key: engine_key::checked(engine_key::inherited().as_deref())?,
         ..request::proxy_parts(&service)?
     };
+    for finding in checks::of_service(&service) {
+        printer.status(request::line(&finding));
+    }
     let settings = settings(&arguments, service, parts);
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let notifications = match arguments.connector {
@@ -360,13 +377,14 @@ fn settings(arguments: &Arguments, service: Service, parts: Parts) -> Settings {
         },
         // Only canaries use it, and these engines get none.
         served_model_name: String::new(),
-        session_header: arguments.client_bound.then(|| arguments.client_bound_key.clone()),
+        session_header: (arguments.client_bound == Switch(Some(true))).then(|| arguments.client_bound_key.clone()),
         notifications: arguments.notifications,
         prefill_deadline: arguments.prefill_deadline,
         handoff_deadline: arguments.handoff_deadline,
         decode_idle_deadline: arguments.decode_idle_deadline,
         kv_lease: arguments.kv_lease,
-        max_body_bytes: 64 << 20,
+        asks_engines: true,
+        max_body_bytes: arguments.max_body,
         max_in_flight: arguments.max_in_flight,
         parts,
         service,
@@ -402,144 +420,4 @@ fn fleet(prefill: Vec<Endpoint>, decode: Vec<Endpoint>) -> FleetView {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        arguments: Arguments,
-    }
-
-    fn parse(line: &str) -> Result<(Vec<Endpoint>, Vec<Endpoint>), FlagError> {
-        let words = std::iter::once("proxy").chain(line.split_whitespace());
-        endpoints(&Command::try_parse_from(words).expect("well-formed flags").arguments)
-    }
-
-    fn addresses(endpoints: &[Endpoint]) -> Vec<String> {
-        endpoints.iter().map(Endpoint::authority).collect()
-    }
-
-    fn receivers(endpoints: &[Endpoint]) -> Vec<(String, Vec<u16>, Vec<u16>)> {
-        let receivers = endpoints.iter().filter_map(|endpoint| endpoint.receiver.clone());
-        receivers
-            .map(|receiver| (receiver.host, receiver.init_ports, receiver.alloc_ports))
-            .collect()
-    }
-
-    #[test]
-    fn lists_pair_up_as_in_the_reference_proxy() {
-        let table: [(&str, &[&str], &[&str]); 5] = [
-            ("", &["localhost:8100"], &["localhost:8200"]),
-            (
-                "--num-prefillers 2 --num-decoders 2 --prefiller-port 7100 --decoder-port 7200",
-                &["localhost:7100", "localhost:7101"],
-                &["localhost:7200", "localhost:7201"],
-            ),
-            (
-                "--prefiller-host h1,h2 --prefiller-port 8000 --decoder-host h3,h4 --decoder-port 8000,8001",
-                &["h1:8000", "h2:8000"],
-                &["h3:8000", "h4:8001"],
-            ),
-            (
-                "--prefiller-port 1,2,3 --num-prefillers 3 --decoder-host a,b --num-decoders 2",
-                &["localhost:1", "localhost:2", "localhost:3"],
-                &["a:8200", "b:8200"],
-            ),
-            (
-                "--prefiller-host ::1 --decoder-host [::1]",
-                &["[::1]:8100"],
-                &["[::1]:8200"],
-            ),
-        ];
-        for (line, prefill, decode) in table {
-            let (prefillers, decoders) = parse(line).expect(line);
-            assert_eq!(
-                (addresses(&prefillers), addresses(&decoders)),
-                (owned(prefill), owned(decode)),
-                "{line}"
-            );
-        }
-    }
-
-    fn owned(texts: &[&str]) -> Vec<String> {
-        texts.iter().map(ToString::to_string).collect()
-    }
-
-    #[test]
-    fn sessions_are_bound_on_request_only() {
-        let header = |line: &str| {
-            let words = std::iter::once("proxy").chain(line.split_whitespace());
-            let arguments = Command::try_parse_from(words).expect("well-formed flags").arguments;
-            settings(&arguments, Service::default(), Parts::default()).session_header
-        };
-        assert_eq!(header("--client-bound=false"), None);
-        assert_eq!(header("--client-bound"), Some("session-id".into()));
-        assert_eq!(
-            header("--client-bound true --client-bound-key x-user"),
-            Some("x-user".into())
-        );
-    }
-
-    #[test]
-    fn decoders_of_one_host_never_share_receiver_ports() {
-        let (prefill, decode) =
-            parse("--num-decoders 2 --decoder-init-port 7300 --decoder-alloc-port 7400").expect("valid");
-        assert_eq!(
-            receivers(&decode),
-            [
-                ("localhost".into(), vec![7300], vec![7400]),
-                ("localhost".into(), vec![7301], vec![7401])
-            ]
-        );
-        assert_eq!(prefill[0].tensor_parallel, 1);
-        let (prefill, decode) =
-            parse("--num-decoders 2 --decoder-init-port 7300,7301 --decoder-alloc-port 7400,7401").expect("valid");
-        assert_eq!(
-            receivers(&decode),
-            [
-                ("localhost".into(), vec![7300, 7301], vec![7400, 7401]),
-                ("localhost".into(), vec![7302, 7303], vec![7402, 7403])
-            ]
-        );
-        assert_eq!(prefill[0].tensor_parallel, 2);
-        let (_, decode) = parse("--decoder-host a,b").expect("valid");
-        assert_eq!(
-            receivers(&decode),
-            [
-                ("a".into(), vec![8300], vec![8400]),
-                ("b".into(), vec![8300], vec![8400])
-            ]
-        );
-        let (_, decode) = parse("--connector nixl --decoder-init-port 1,2").expect("valid");
-        assert_eq!(receivers(&decode), []);
-    }
-
-    #[test]
-    fn flags_that_contradict_each_other_are_refused_by_name() {
-        let table = [
-            (
-                "--prefiller-host a,b --prefiller-port 1,2,3",
-                "`--prefiller-host` has 2 entries and `--prefiller-port` 3: they must be equal in number, or one of them single",
-            ),
-            (
-                "--decoder-host a,b --num-decoders 3",
-                "`--num-decoders` is 3, but `--decoder-host` and `--decoder-port` name 2",
-            ),
-            ("--num-prefillers 0", "`--num-prefillers` must be at least 1"),
-            (
-                "--decoder-init-port 1,2",
-                "`--decoder-init-port` has 2 entries and `--decoder-alloc-port` 1: both need one per tensor-parallel rank",
-            ),
-            (
-                "--prefiller-port 65535 --num-prefillers 2",
-                "`--prefiller-port` counts up past 65535",
-            ),
-        ];
-        for (line, message) in table {
-            assert_eq!(parse(line).expect_err(line).to_string(), message, "{line}");
-        }
-    }
-}
+mod tests;

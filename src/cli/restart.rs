@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::command;
-use super::down::is_gone;
 use super::status::{client, running};
+use super::upgraded;
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
@@ -25,7 +25,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     engines: EngineArguments,
     /// How long to wait for each engine; it goes on after that
-    #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = crate::span::parse)]
     timeout: Duration,
 }
 
@@ -55,10 +55,33 @@ pub(super) async fn take_out(
     timeout: Duration,
     printer: Printer,
 ) -> Result<ExitStatus, Failure> {
+    let name = &arguments.name;
+    super::goes_on(verb.name(), name, take_out_each(arguments, verb, timeout, printer)).await
+}
+
+async fn take_out_each(
+    arguments: &EngineArguments,
+    verb: EngineVerb,
+    timeout: Duration,
+    printer: Printer,
+) -> Result<ExitStatus, Failure> {
     let info = running(&arguments.name)?;
-    let ids = engines(&info, &arguments.roles)?;
+    let mut ids = engines(&info, &arguments.roles)?;
+    if matches!(verb, EngineVerb::Restart) && !arguments.force {
+        upgraded::check(&info)?;
+    }
     let client = client(&info)?;
     let ports = status(&client, &info, Instant::now() + timeout).await?.engines;
+    if verb == EngineVerb::Drain {
+        let is_stopped = |id: &EngineId| {
+            ports
+                .iter()
+                .any(|engine| engine.id == *id && engine.state == EngineState::Stopped)
+        };
+        for id in ids.extract_if(.., |id| is_stopped(id)) {
+            printer.status(format!("{id} is stopped already"));
+        }
+    }
     let shown: Vec<_> = ports
         .iter()
         .filter(|engine| ids.contains(&engine.id))
@@ -112,7 +135,7 @@ pub(super) async fn status(client: &ControlClient, info: &RunInfo, deadline: Ins
             Err(error) => error,
         };
         let is_silent = matches!(error, ClientError::NoAnswer { .. });
-        if !is_silent || Instant::now() >= deadline || is_gone(info)? {
+        if !is_silent || Instant::now() >= deadline || !info.is_alive() {
             return Err(Failure::new(ExitStatus::Failure, error).hint(format!(
                 "see what the run last wrote: `{}`",
                 command("logs xpyd", &info.name)

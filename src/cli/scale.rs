@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::command;
 use super::restart::{POLL_INTERVAL, Wait, status};
 use super::status::{client, running};
+use super::upgraded;
 use crate::control::api::{ScaleAnswer, ScaleRequest, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
@@ -29,7 +30,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
     name: String,
     /// How long to wait for each engine; it goes on after that
-    #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = crate::span::parse)]
     timeout: Duration,
 }
 
@@ -49,6 +50,11 @@ impl FromStr for Count {
             "decode" => Role::Decode,
             _ => return Err(format!("`{role}` is no role; there are `prefill` and `decode`")),
         };
+        if count.starts_with('+') {
+            return Err(format!(
+                "`{count}` is no number of engines: name how many {role} is to have in all, as in `{role}=4`"
+            ));
+        }
         match count.parse() {
             Ok(0) => Err("a role needs at least 1 engine".to_owned()),
             Ok(count) if count > MAX_ENGINES_PER_ROLE => {
@@ -62,9 +68,17 @@ impl FromStr for Count {
 
 /// Changes the number of engines, and waits until those that come serve and those that go are stopped.
 pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    super::goes_on("change", &arguments.name, scale(&arguments, printer)).await
+}
+
+async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let info = running(&arguments.name)?;
     let client = client(&info)?;
-    for Count(request) in arguments.counts {
+    for Count(request) in arguments.counts.iter().copied() {
+        let known = info.engines.iter().filter(|engine| engine.role == request.role).count();
+        if usize::from(request.count) > known {
+            upgraded::check(&info)?;
+        }
         let answer = client
             .scale(request)
             .await

@@ -1,16 +1,20 @@
 //! `xpyd sim`: runs one simulated engine, with the arguments, variables and files of `vllm serve`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 use tokio::net::TcpListener;
 
+use crate::engine::arguments::{self, Given};
 use crate::report::{ExitStatus, Failure};
 use crate::sim;
 
-/// Arguments of `xpyd sim`: those of `vllm serve` that xpyd passes, then those of the simulation.
+/// Arguments of `xpyd sim`: those of `vllm serve` that mean something here, then those of the simulation. `line` takes the
+/// others out.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub struct Arguments {
     /// The model, a name or a path; nothing is loaded
     pub model: String,
@@ -74,6 +78,9 @@ pub struct Arguments {
     /// Accepted; nothing is bound
     #[arg(long, num_args = 1.., value_name = "NODE")]
     pub numa_bind_nodes: Vec<u32>,
+    /// An option of `vllm serve` that was left out
+    #[arg(long, hide = true, value_name = "OPTION", action = ArgAction::Append)]
+    pub ignored: Vec<String>,
     /// The timing model's numbers
     #[arg(long, default_value = sim::INSTANT.name)]
     pub preset: String,
@@ -90,7 +97,7 @@ pub struct Arguments {
     #[arg(long, hide = true, default_value_t = 16, requires = "null")]
     pub null_events: u32,
     /// Time between two events of a null engine's streams
-    #[arg(long, hide = true, default_value = "0s", requires = "null", value_parser = humantime::parse_duration)]
+    #[arg(long, hide = true, default_value = "0s", requires = "null", value_parser = crate::span::parse)]
     pub null_interval: Duration,
 }
 
@@ -101,6 +108,83 @@ pub enum Child {
     EngineCore,
     /// vLLM's worker.
     Worker,
+}
+
+/// A whole command line: of what follows `sim`, each option of `vllm serve` in the spelling of [`Arguments`]; the names of those
+/// that mean nothing to a simulated engine behind `--ignored`.
+pub(super) fn line(all: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut all: Vec<OsString> = all.into_iter().collect();
+    // Global flags take no values, so the first word that is no flag is the verb.
+    let is_word = |word: &OsString| !word.as_encoded_bytes().starts_with(b"-");
+    let verb = all.iter().skip(1).position(is_word).map(|place| place + 1);
+    let Some(verb) = verb.filter(|&place| all[place] == "sim") else {
+        return all;
+    };
+    let rest: Option<Vec<String>> = all[verb + 1..]
+        .iter()
+        .map(|word| word.to_str().map(str::to_owned))
+        .collect();
+    if let Some(rest) = rest {
+        all.truncate(verb + 1);
+        all.extend(words(&rest).into_iter().map(OsString::from));
+    }
+    all
+}
+
+fn words(given: &[String]) -> Vec<String> {
+    let known = Arguments::augment_args(clap::Command::new("sim"));
+    let is_own = |name: &str| {
+        let mut names = known.get_arguments().filter_map(clap::Arg::get_long);
+        ["help", "quiet"].contains(&name) || names.any(|own| own == name)
+    };
+    let mut words: Vec<String> = Vec::new();
+    let mut next = 0;
+    for option in arguments::read(given) {
+        words.extend_from_slice(&given[next..option.words.start]);
+        next = option.words.end;
+        let written = option.spelled.trim_start_matches('-').replace('_', "-");
+        let full = option.name.trim_start_matches('-').to_owned();
+        if is_own(&written) && option.values.len() != 1 || !is_own(&full) && is_own(&written) {
+            words.push(
+                option.spelled.replace('_', "-")
+                    + given[option.words.start]
+                        .strip_prefix(option.spelled)
+                        .unwrap_or_default(),
+            );
+            words.extend_from_slice(&given[option.words.start + 1..option.words.end]);
+            continue;
+        }
+        let (off, is_off) = (format!("no-{full}"), option.is_off());
+        if option.part.is_none() && is_own(&off) && (is_off || !is_own(&full)) {
+            // Without it, the engine does what is asked.
+            words.retain(|word| *word != format!("--{off}"));
+            words.extend(is_off.then(|| format!("--{off}")));
+        } else if option.part.is_none() && is_own(&full) && !is_off && is_usable(&full, &option) {
+            match option.values[..] {
+                [] => words.push(format!("--{full}")),
+                [value] => words.push(format!("--{full}={}", in_digits(&full, value))),
+                _ => {
+                    words.push(format!("--{full}"));
+                    words.extend(option.values.iter().map(|&value| value.to_owned()));
+                }
+            }
+        } else {
+            words.push(format!("--ignored={}", option.spelled));
+        }
+    }
+    words.extend_from_slice(&given[next..]);
+    words
+}
+
+/// Whether it has a value that is told apart here: `--max-model-len auto` leaves that to the engine.
+fn is_usable(name: &str, option: &Given<'_>) -> bool {
+    !name.starts_with("max-") || option.value().and_then(arguments::number).is_some()
+}
+
+/// A number of tokens in digits only.
+fn in_digits(name: &str, value: &str) -> String {
+    let number = arguments::number(value).filter(|_| name.starts_with("max-"));
+    number.map_or_else(|| value.to_owned(), |number| number.to_string())
 }
 
 /// Runs one process of an engine to its end.
@@ -185,6 +269,7 @@ impl Arguments {
             enforce_eager: self.enforce_eager,
             preset,
             faults,
+            ignored: self.ignored,
             spawn_children: true,
             process: match self.child {
                 None => sim::ProcessKind::ApiServer,
@@ -201,6 +286,55 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+
+    fn read(words: &str) -> Vec<String> {
+        let words = words.split(' ').map(OsString::from);
+        line(words)
+            .into_iter()
+            .map(|word| word.into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn options_of_vllm_that_mean_nothing_here_are_left_out_and_named() {
+        for (given, left) in [
+            (
+                "xpyd sim m --max-num-seqs 128 --port 1",
+                "xpyd sim m --ignored=--max-num-seqs --port=1",
+            ),
+            (
+                "xpyd sim m --enable-chunked-prefill -q awq -O3 --lora-modules a=b c=d",
+                "xpyd sim m --ignored=-q --ignored=-O3 --ignored=--lora-modules",
+            ),
+            (
+                "xpyd sim m --disable-prefix-caching --no-enable-chunked-prefill -tp 2",
+                "xpyd sim m --no-enable-prefix-caching --no-enable-chunked-prefill --tensor-parallel-size=2",
+            ),
+            (
+                "xpyd sim m --max_model_len 8k --api-key a b --an-option-of-tomorrow x y",
+                "xpyd sim m --max-model-len=8000 --api-key a b --ignored=--an-option-of-tomorrow",
+            ),
+            (
+                "xpyd -q sim m --fault orphans --preset instant --child worker",
+                "xpyd -q sim m --fault orphans --preset=instant --child=worker",
+            ),
+            ("xpyd up --max-num-seqs 3", "xpyd up --max-num-seqs 3"),
+        ] {
+            assert_eq!(read(given).join(" "), left, "{given}");
+        }
+    }
+
+    #[test]
+    fn the_last_of_what_comes_twice_counts() {
+        let words =
+            read("sim sim m --max-model-len 1 --max-model-len 2 --no-enable-chunked-prefill --enable-chunked-prefill");
+        let options = Command::try_parse_from(&words[1..])
+            .unwrap()
+            .arguments
+            .into_options()
+            .unwrap();
+        assert_eq!((options.max_model_len, options.chunked_prefill), (2, true));
+    }
 
     #[derive(Parser)]
     struct Command {

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use super::ps::user_name;
 use super::{attach, command, no_run_dir};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
-use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo};
+use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo, Seen};
 use crate::fleet::{EngineState, FleetStage, OutlivedKv};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{self, Printer, Table};
@@ -51,9 +52,10 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
             .hint(format!("see what it last wrote: `{}`", command("logs", &info.name)))
     })?;
     if arguments.json {
-        printer.data(serde_json::to_string_pretty(&status).map_err(|error| Failure::new(ExitStatus::Bug, error))?);
+        let status = serde_json::to_string_pretty(&status.to_json());
+        printer.data(status.map_err(|error| Failure::new(ExitStatus::Bug, error))?)?;
     } else {
-        printer.data(picture(&status, usize::MAX));
+        printer.data(picture(&status, usize::MAX))?;
     }
     Ok(ExitStatus::Success)
 }
@@ -87,21 +89,46 @@ pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
 
 /// No run of this name is up. Others that are up are named.
 fn none_is_up(name: &str) -> Failure {
-    let failure = Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"));
-    let others: Vec<String> = rundir::locked()
+    let mut failure = Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"));
+    let (foreign, own): (Vec<_>, Vec<_>) = rundir::visible()
+        .into_iter()
+        .partition(|seen| matches!(seen, Seen::Foreign { .. }));
+    for seen in foreign {
+        if let Seen::Foreign { name: theirs, user } = seen
+            && theirs == name
+        {
+            let (status, user) = (command("status", name), user_name(user));
+            failure = failure.hint(format!("user `{user}` has one: `sudo -u {user} {status}`"));
+        }
+    }
+    let others: Vec<String> = own
         .iter()
-        .map(|name| format!("`{}`", command("status", name)))
+        .filter(|seen| seen.name() != name)
+        .map(|seen| format!("`--name {}`", seen.name()))
         .collect();
     if others.is_empty() {
         failure.hint(format!("start one: `{}`", command("up", name)))
     } else {
-        failure.hint(format!("other runs are up: {}", others.join(", ")))
+        failure.hint(format!(
+            "`xpyd ps` shows the runs that are up; name one of them: {}",
+            others.join(", ")
+        ))
     }
 }
 
-/// A client of this run.
+/// A client of this run, which is not just suspended: it would not answer.
 pub(super) fn client(info: &RunInfo) -> Result<ControlClient, Failure> {
-    ControlClient::new(&rundir::socket_path(&info.name)).map_err(|error| Failure::new(ExitStatus::Bug, error))
+    if info.is_suspended() {
+        let text = format!(
+            "run `{}` (pid {}) is suspended: somebody pressed Ctrl+Z, or sent SIGSTOP",
+            info.name, info.pid
+        );
+        return Err(Failure::message(ExitStatus::Failure, text).hint(format!(
+            "`fg` in its terminal, or `kill -CONT {}`, lets it go on",
+            info.pid
+        )));
+    }
+    ControlClient::new(&info.control_socket).map_err(|error| Failure::new(ExitStatus::Bug, error))
 }
 
 /// The status for people. Columns that do not fit `width` beside the detail are left out.
@@ -181,17 +208,28 @@ fn narrow(engines: &[EngineStatus]) -> Table<4> {
     table
 }
 
-fn stage(status: &Status) -> String {
+pub(super) fn stage(status: &Status) -> String {
     let ready_for = status.ready_since.as_deref().and_then(since);
     match (status.stage, ready_for, status.drain_seconds_left) {
+        _ if !status.degraded().is_empty() => degraded(status).unwrap_or_default(),
         (FleetStage::Ready, Some(span), _) => format!("ready for {span}"),
         (FleetStage::Draining, _, Some(left)) => format!("draining for at most {left} s more"),
         (stage, ..) => stage.to_string(),
     }
 }
 
+/// `degraded: no prefill engine is ready`, of a fleet that cannot answer.
+fn degraded(status: &Status) -> Option<String> {
+    let roles: Vec<String> = status
+        .degraded()
+        .iter()
+        .map(|role| format!("no {role} engine is ready"))
+        .collect();
+    (!roles.is_empty()).then(|| format!("degraded: {}", roles.join(", ")))
+}
+
 /// How long ago an RFC 3339 time was.
-fn since(time: &str) -> Option<String> {
+pub(super) fn since(time: &str) -> Option<String> {
     let then: Timestamp = time.parse().ok()?;
     // A clock that was set back makes a negative span; that is no time ago.
     let span = Timestamp::now().duration_since(then);

@@ -6,9 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use super::request::{self, FleetArguments};
-use super::{attach, block_on, command, detach, engine_key, fetch, no_run_dir};
+use super::{attach, block_on, checks, command, detach, engine_key, fetch, no_run_dir};
 use crate::app::{self, Began, Ended, Ready, Run};
-use crate::control::rundir::{DEFAULT_NAME, RunDir, RunDirError};
+use crate::control::rundir::{self, DEFAULT_NAME, RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit, LogLimits};
 use crate::logs::{self, Diagnosis, Position, RunFolder};
@@ -16,6 +16,7 @@ use crate::own_log::OwnLog;
 use crate::plan::{self, Plan};
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
+use crate::supervisor::guardian::orphans;
 use crate::supervisor::{Ending, Outcome};
 use crate::ui::Printer;
 
@@ -54,19 +55,25 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     if let Some(parent) = arguments.ends_with {
         detach::end_with(parent)?;
     }
-    let (mut profile, machine) = arguments.fleet.survey()?;
+    let (profile, machine) = arguments.fleet.survey()?;
     let draft = request::build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;
+    if arguments.detach && !arguments.detached_child {
+        outlives_the_terminal(draft.proxy.service.access_log.file.as_deref())?;
+        return block_on(detach::start(&arguments.name, printer));
+    }
+    let (mut profile, draft) = arguments
+        .fleet
+        .beside_others(&arguments.name, profile, draft, &machine, printer)?;
     if arguments.dry_run {
         super::plan::show(&draft, &machine, false, printer)?;
         return Ok(ExitStatus::Success);
-    }
-    if arguments.detach && !arguments.detached_child {
-        return detach::start(&arguments.name, printer);
     }
     let proxy_parts = request::proxy_parts(&draft.proxy.service)?;
     let run_dir = acquire(&arguments.name)?;
     let attach = attach::find(&arguments.name)?;
     let engine_key = engine_key::choose(&mut profile, &draft, attach.as_ref())?;
+    // Held to the end of the run, so that no other run takes the folder for an old one.
+    let folder;
     let plan = if let Some(kept) = &attach {
         let plan = request::build(
             &attach::where_they_run(&profile, kept, &arguments.name)?,
@@ -77,24 +84,31 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     } else {
         request::preflight(&draft, &machine, printer)?;
         fetch::model(&draft, &profile, &machine, printer)?;
-        let folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs)?;
+        folder = create_folder(&arguments.fleet.logs, &draft, arguments.keep_logs, printer)?;
         request::build(&profile, &machine, folder.path())?
     };
     let _log = log_to(&plan.run_dir, profile.logs)?;
-    match &attach {
-        Some(kept) => printer.status(format!(
-            "attaching to the engines that an earlier xpyd left: {}\nlogs in {}",
-            attach::who(kept),
-            plan.run_dir.display()
-        )),
-        None => announce(&plan, printer),
+    if let Some(kept) = &attach {
+        let who = attach::who(kept);
+        printer.status(format!("attaching to the engines that an earlier xpyd left: {who}"));
+        printer.status(format!("logs in {}", plan.run_dir.display()));
+    } else {
+        announce(&plan, printer);
+        if let Some(unwatched) = checks::unwatched(&orphans::find()) {
+            printer.status(format!("note: {unwatched}: {}", checks::HOW_TO_REAP));
+        }
     }
     let detached = arguments.detached_child;
+    if let Some(fate) = rundir::fate_at_logout().filter(|_| detached && arguments.ends_with.is_none()) {
+        printer.status(format!("note: {fate}"));
+    }
+    let key = key_in_words(&plan);
     let run = Run {
         plan: plan.clone(),
         name: arguments.name.clone(),
         run_dir,
         detached,
+        has_parent: arguments.ends_with.is_some(),
         attach,
         proxy_parts: proxy::Parts {
             engine_key: engine_key.sent,
@@ -103,10 +117,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         engine_key: engine_key.made,
         grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
+        tells_traffic: true,
     };
     let log = plan.run_dir.join("xpyd.log");
     let ended = block_on(app::run(run, async move |ready: Ready| {
-        tell_ready(&ready, detached, printer);
+        tell_ready(&ready, &key, detached, printer);
         if detached {
             detach::release_parent(&log);
         }
@@ -115,11 +130,24 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     conclude(&ended, &plan, &arguments.name, printer)
 }
 
+/// Refuses an access log that a detached run loses: the terminal and the pipes of its parent close when the start is over.
+fn outlives_the_terminal(access_log: Option<&Path>) -> Result<(), Failure> {
+    const OF_THE_TERMINAL: [&str; 5] = ["/dev/stdout", "/dev/stderr", "/dev/tty", "/dev/fd", "/proc/self/fd"];
+    let Some(path) = access_log.filter(|path| OF_THE_TERMINAL.iter().any(|place| path.starts_with(place))) else {
+        return Ok(());
+    };
+    let problem = format!(
+        "`--access-log {}` ends with the terminal, and `--detach` does not",
+        path.display()
+    );
+    Err(Failure::message(ExitStatus::Usage, problem).hint("name a file: `--access-log access.jsonl`"))
+}
+
 /// Takes the lock of the run of this name.
 pub(super) fn acquire(name: &str) -> Result<RunDir, Failure> {
     RunDir::acquire(name).map_err(|error| match &error {
         RunDirError::AlreadyRunning { .. } => Failure::new(ExitStatus::RunState, error).hint(format!(
-            "`{}` shows it, `{}` stops it, `--name NAME` starts another one",
+            "`{}` shows it, `{}` stops it, `--name NAME` starts another one on ports of its own",
             command("status", name),
             command("down", name)
         )),
@@ -128,12 +156,17 @@ pub(super) fn acquire(name: &str) -> Result<RunDir, Failure> {
 }
 
 /// Makes the run's folder and returns its absolute path with it.
-pub(super) fn create_folder(logs: &Path, plan: &Plan, keep: usize) -> Result<RunFolder, Failure> {
+pub(super) fn create_folder(logs: &Path, plan: &Plan, keep: usize, printer: Printer) -> Result<RunFolder, Failure> {
     let root = std::path::absolute(logs).map_err(anyhow::Error::from)?;
     let stem = Path::new(&plan.profile)
         .file_stem()
         .map_or_else(|| "run".into(), |stem| stem.to_string_lossy());
-    logs::create_run_folder(&root, &stem, keep).map_err(|error| Failure::new(ExitStatus::Failure, error))
+    let folder = logs::create_run_folder(&root, &stem, keep)
+        .map_err(|error| Failure::new(ExitStatus::Failure, error).hint("name another folder with `--logs DIR`"))?;
+    for note in folder.notes() {
+        printer.status(format!("warn  {note}"));
+    }
+    Ok(folder)
 }
 
 /// Sends xpyd's own log into the run's folder, within the profile's limits, until the result is dropped.
@@ -164,36 +197,52 @@ pub(super) fn announce(plan: &Plan, printer: Printer) {
     printer.status(format!("logs in {}", plan.run_dir.display()));
 }
 
-fn tell_ready(ready: &Ready, detached: bool, printer: Printer) {
-    printer.status(format!(
-        "ready: every pair of engines handed over correctly (checked in {})",
-        seconds(ready.verified_in)
-    ));
-    printer.status(format!("\n  OpenAI API   {}/v1   model {}", ready.url, ready.model));
-    let key = if ready.wants_key {
-        "-H \"Authorization: Bearer $XPYD_API_KEY\" "
+/// Where a shell finds a key that lets a client in.
+fn key_in_words(plan: &Plan) -> String {
+    let file = plan.proxy.service.guard.api_key_file.as_ref();
+    let in_variable = std::env::var_os("XPYD_API_KEY").is_some_and(|keys| !keys.is_empty());
+    match file.and_then(|file| std::path::absolute(file).ok()) {
+        Some(file) if !in_variable => format!("$(grep -m1 '^[^#]' '{}')", file.display()),
+        _ => "$XPYD_API_KEY".to_owned(),
+    }
+}
+
+fn tell_ready(ready: &Ready, key: &str, detached: bool, printer: Printer) {
+    let checked = format!("handed over correctly (checked in {})", seconds(ready.verified_in));
+    printer.status(if ready.not_yet.is_empty() {
+        format!("ready: every pair of engines {checked}")
     } else {
-        ""
+        let names: Vec<&str> = ready.not_yet.iter().map(EngineId::as_str).collect();
+        format!(
+            "ready: every pair of engines that serve {checked}; not serving yet: {}",
+            names.join(", ")
+        )
+    });
+    printer.status(format!("\n  OpenAI API   {}/v1   model {}", ready.url, ready.model));
+    let header = if ready.wants_key {
+        format!("-H \"Authorization: Bearer {key}\" ")
+    } else {
+        String::new()
     };
     printer.status(format!(
-        "  try          curl {}/v1/completions {key}-H 'content-type: application/json' \\\n                 -d '{{\"model\": \"{}\", \"prompt\": \"Hello\", \"max_tokens\": 16}}'",
+        "  try          curl {}/v1/completions {header}-H 'content-type: application/json' \\\n                 -d '{{\"model\": \"{}\", \"prompt\": \"Hello\", \"max_tokens\": 16}}'",
         ready.url, ready.model
     ));
-    printer.status(format!("  and          {}", next_commands(ready).join(" · ")));
+    printer.status(format!("  and          {}", next_commands(ready, key).join(" · ")));
     if !detached {
         printer.status("\npress Ctrl+C to stop");
     }
 }
 
 /// What to type next.
-fn next_commands(ready: &Ready) -> Vec<String> {
+fn next_commands(ready: &Ready, key: &str) -> Vec<String> {
     let mut commands = vec![command("status", &ready.name), command("logs decoder1 -f", &ready.name)];
-    // The bench speaks no TLS.
+    // Over TLS the bench needs flags that depend on who signed the certificate.
     if ready.url.starts_with("http://") {
         let key = if ready.wants_key {
-            "OPENAI_API_KEY=$XPYD_API_KEY "
+            format!("OPENAI_API_KEY=\"{key}\" ")
         } else {
-            ""
+            String::new()
         };
         let server = if ready.name == DEFAULT_NAME {
             String::new()

@@ -37,6 +37,24 @@ pub struct Status {
 }
 
 impl Status {
+    /// Roles of which a ready fleet has no ready engine, so that requests are answered 503.
+    pub fn degraded(&self) -> Vec<Role> {
+        let is_served = |role: Role| {
+            let mut engines = self.engines.iter();
+            engines.any(|engine| engine.role == role && engine.state == EngineState::Ready)
+        };
+        let is_ready = self.stage == FleetStage::Ready;
+        let roles = [Role::Prefill, Role::Decode].into_iter();
+        roles.filter(|role| is_ready && !is_served(*role)).collect()
+    }
+
+    /// The status as programs get it: with what follows from it.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut value = serde_json::to_value(self).expect("a status can be put into JSON");
+        value["degraded"] = serde_json::json!(self.degraded());
+        value
+    }
+
     /// The engines of which a process may still be there.
     pub fn engines_left(&self) -> Vec<EngineId> {
         self.engines

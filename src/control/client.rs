@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, ScaleAnswer, ScaleRequest, Status};
 use super::server::EngineVerb;
 use crate::fleet::EngineId;
+use crate::sockets::shown;
 
 /// Longest wait for one answer. The server answers from memory, but on a busy host a process can wait seconds for its turn.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -19,7 +20,7 @@ pub enum ClientError {
     #[error("cannot set up the control client")]
     Setup(#[source] reqwest::Error),
     /// No answer: nobody listens, the connection broke, or the deadline passed.
-    #[error("no answer from the run at `{}`", socket.display())]
+    #[error("no answer from the run at `{}`", shown(socket))]
     NoAnswer {
         /// The control socket.
         socket: PathBuf,
@@ -27,10 +28,8 @@ pub enum ClientError {
         source: reqwest::Error,
     },
     /// An answer, but not the one that was asked for.
-    #[error("the run at `{}` answered {status}: {message}", socket.display())]
+    #[error("{message}")]
     Refused {
-        /// The control socket.
-        socket: PathBuf,
         /// The HTTP status.
         status: u16,
         /// What it said.
@@ -98,7 +97,6 @@ impl ControlClient {
             |ErrorBody { error }| error,
         );
         Err(ClientError::Refused {
-            socket: self.socket.clone(),
             status: status.as_u16(),
             message,
         })

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Json, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::Listener;
+use bytes::Bytes;
 use nix::unistd::getuid;
+use serde::de::DeserializeOwned;
 use tokio::net::{UnixListener, UnixStream, unix};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -120,6 +121,7 @@ pub async fn serve(listener: UnixListener, state: ServerState, stop: Cancellatio
                 "no such route; there are /v1/status, /v1/down, /v1/engines/{id}/restart, /v1/engines/{id}/drain and /v1/scale",
             )
         })
+        .method_not_allowed_fallback(|| async { refuse(StatusCode::METHOD_NOT_ALLOWED, "this route takes another method") })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(state);
     let server = axum::serve(OwnPeers(listener), router).with_graceful_shutdown(stop.clone().cancelled_owned());
@@ -130,16 +132,31 @@ pub async fn serve(listener: UnixListener, state: ServerState, stop: Cancellatio
     }
 }
 
-async fn status(State(state): State<ServerState>) -> Json<Status> {
-    Json((state.status)())
+async fn status(State(state): State<ServerState>) -> Json<serde_json::Value> {
+    Json((state.status)().to_json())
 }
 
-async fn down(State(state): State<ServerState>, body: Result<Json<DownRequest>, JsonRejection>) -> Response {
-    let request = match body {
-        Ok(Json(request)) => request,
-        // `curl -X POST` without a body is a plain stop.
-        Err(JsonRejection::MissingJsonContentType(_)) => DownRequest::default(),
-        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
+/// What a body says, whatever content type it claims: `curl -d` claims a form. An empty one, as of `curl -X POST`, is the default.
+fn read<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Box<Response>> {
+    if body.trim_ascii().is_empty() {
+        return Ok(T::default());
+    }
+    read_whole(body)
+}
+
+fn read_whole<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
+    serde_json::from_slice(body).map_err(|error| {
+        Box::new(refuse(
+            StatusCode::BAD_REQUEST,
+            &format!("the body is not what this route takes: {error}"),
+        ))
+    })
+}
+
+async fn down(State(state): State<ServerState>, body: Bytes) -> Response {
+    let request: DownRequest = match read(&body) {
+        Ok(request) => request,
+        Err(refusal) => return *refusal,
     };
     if request.keep_engines {
         return leave(&state).await;
@@ -180,21 +197,18 @@ fn stopping(keep: Duration) -> Response {
     (StatusCode::ACCEPTED, Json(answer)).into_response()
 }
 
-type EngineBody = Result<Json<EngineRequest>, JsonRejection>;
-
-async fn restart(State(state): State<ServerState>, Path(id): Path<String>, body: EngineBody) -> Response {
-    take_out(&state, &id, EngineVerb::Restart, body).await
+async fn restart(State(state): State<ServerState>, Path(id): Path<String>, body: Bytes) -> Response {
+    take_out(&state, &id, EngineVerb::Restart, &body).await
 }
 
-async fn drain(State(state): State<ServerState>, Path(id): Path<String>, body: EngineBody) -> Response {
-    take_out(&state, &id, EngineVerb::Drain, body).await
+async fn drain(State(state): State<ServerState>, Path(id): Path<String>, body: Bytes) -> Response {
+    take_out(&state, &id, EngineVerb::Drain, &body).await
 }
 
-async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: EngineBody) -> Response {
-    let EngineRequest { force } = match body {
-        Ok(Json(request)) => request,
-        Err(JsonRejection::MissingJsonContentType(_)) => EngineRequest::default(),
-        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
+async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: &[u8]) -> Response {
+    let EngineRequest { force } = match read(body) {
+        Ok(request) => request,
+        Err(refusal) => return *refusal,
     };
     let engine = EngineId::named(id);
     if (state.status)().engines.iter().all(|known| known.id != engine) {
@@ -220,10 +234,10 @@ async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: EngineB
     }
 }
 
-async fn scale(State(state): State<ServerState>, body: Result<Json<ScaleRequest>, JsonRejection>) -> Response {
-    let request = match body {
-        Ok(Json(request)) => request,
-        Err(error) => return refuse(StatusCode::BAD_REQUEST, &error.body_text()),
+async fn scale(State(state): State<ServerState>, body: Bytes) -> Response {
+    let request: ScaleRequest = match read_whole(&body) {
+        Ok(request) => request,
+        Err(refusal) => return *refusal,
     };
     if request.count == 0 {
         return refuse(StatusCode::BAD_REQUEST, "a role needs at least 1 engine");

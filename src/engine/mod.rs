@@ -1,5 +1,6 @@
 //! Model servers that xpyd can run: what to execute, when it is ready, and what its log says while it starts.
 
+pub mod arguments;
 pub mod vllm;
 
 use std::path::Path;
@@ -113,7 +114,7 @@ impl EngineKind {
             Self::Vllm => argv.push("serve".to_owned()),
             Self::Sim => argv.push("sim".to_owned()),
         }
-        argv.extend(vllm::arguments(serve));
+        argv.extend(vllm::command_line(serve));
         if self == Self::Sim {
             let (preset, faults) = serve.sim;
             argv.extend(["--preset".to_owned(), preset.to_owned()]);

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::{PhaseMarker, ProgressMetrics, Serve};
+use super::{PhaseMarker, ProgressMetrics, Serve, arguments};
 use crate::connector::Device;
 
 /// When vLLM kills its own processes after SIGTERM; until then running requests go on, but the proxy has drained before.
@@ -33,60 +33,21 @@ pub fn default_memory_utilization(is_recent: bool) -> f64 {
     if is_recent { 0.92 } else { 0.9 }
 }
 
-/// The value of an option among `args`, whichever of its names and spellings was used; the last one wins, as with vLLM.
-pub fn option<'args>(args: &'args [String], names: &[&str]) -> Option<&'args str> {
-    let named = |word: &str| names.iter().any(|name| word.replace('_', "-") == **name);
-    let mut found = None;
-    for (index, word) in args.iter().enumerate() {
-        match word.split_once('=') {
-            Some((name, value)) if named(name) => found = Some(value),
-            None if named(word) => found = args.get(index + 1).map(String::as_str),
-            _ => {}
-        }
-    }
-    found
-}
-
-/// Every value of an option that takes several, in all its spellings.
-fn values<'args>(args: &'args [String], name: &str) -> Vec<&'args str> {
-    let mut found = Vec::new();
-    let mut follow = false;
-    for word in args {
-        if let Some(option) = word.strip_prefix("--") {
-            let (option, value) = option
-                .split_once('=')
-                .map_or((option, None), |(name, value)| (name, Some(value)));
-            let is_meant = option.replace('_', "-") == name;
-            found.extend(value.filter(|_| is_meant));
-            follow = is_meant && value.is_none();
-        } else if word.starts_with('-') {
-            follow = false;
-        } else if follow {
-            found.push(word);
-        }
-    }
-    found
-}
-
 /// The option that has an engine tell how much of a prompt it did not compute: the only proof, per request, of a hand-off.
-const TOKEN_DETAILS: &str = "enable-prompt-tokens-details";
+const TOKEN_DETAILS: &str = "--enable-prompt-tokens-details";
 
-/// Whether `args` have the switch `name`, or switch it off.
-fn mentions(args: &[String], name: &str) -> bool {
-    args.iter().any(|word| {
-        let option = word.strip_prefix("--").unwrap_or_default().replace('_', "-");
-        option.strip_prefix("no-").unwrap_or(&option) == name
-    })
+/// The options on an engine's whole command line: what stands before `serve` belongs to other programs.
+pub fn own_arguments(argv: &[String]) -> &[String] {
+    let verb = argv.iter().position(|word| word == "serve" || word == "sim");
+    verb.map_or(argv, |verb| &argv[verb + 1..])
 }
 
 /// The API keys that an engine takes: `--api-key`, else the variable; empty for one that wants none.
 pub fn api_keys<'engine>(argv: &'engine [String], variable: Option<&'engine str>) -> Vec<&'engine str> {
-    let given = values(argv, "api-key");
-    let keys = if given.is_empty() {
-        variable.into_iter().collect()
-    } else {
-        given
-    };
+    let given = arguments::read(own_arguments(argv));
+    // As with argparse, the last one counts.
+    let given = given.into_iter().rfind(|given| given.name == "--api-key");
+    let keys = given.map_or_else(|| variable.into_iter().collect(), |given| given.values);
     keys.into_iter().filter(|key| !key.is_empty()).collect()
 }
 
@@ -94,9 +55,9 @@ pub fn api_keys<'engine>(argv: &'engine [String], variable: Option<&'engine str>
 pub const API_KEY_VARIABLE: &str = "VLLM_API_KEY";
 
 /// The arguments after `vllm serve`, which the simulated engine takes as well.
-pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
-    let mut arguments: Vec<String> = vec![serve.model.to_owned()];
-    let mut flag = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
+pub(super) fn command_line(serve: &Serve<'_>) -> Vec<String> {
+    let mut words: Vec<String> = vec![serve.model.to_owned()];
+    let mut flag = |name: &str, value: String| words.extend([format!("--{name}"), value]);
     flag("host", serve.endpoint.host.clone());
     flag("port", serve.endpoint.port.to_string());
     flag("served-model-name", serve.served_model_name.to_owned());
@@ -113,15 +74,18 @@ pub(super) fn arguments(serve: &Serve<'_>) -> Vec<String> {
     flag("kv-transfer-config", serve.launch.kv_transfer_config.to_string());
     if !serve.numa_nodes.is_empty() {
         // Told explicitly, because vLLM's own search gives up where xpyd itself was bound to some CPUs.
-        arguments.extend(["--numa-bind".to_owned(), "--numa-bind-nodes".to_owned()]);
-        arguments.extend(serve.numa_nodes.iter().map(u32::to_string));
+        words.extend(["--numa-bind".to_owned(), "--numa-bind-nodes".to_owned()]);
+        words.extend(serve.numa_nodes.iter().map(u32::to_string));
     }
-    if !mentions(serve.args, TOKEN_DETAILS) {
-        arguments.push(format!("--{TOKEN_DETAILS}"));
+    if !arguments::read(serve.args)
+        .iter()
+        .any(|given| given.name == TOKEN_DETAILS)
+    {
+        words.push(TOKEN_DETAILS.to_owned());
     }
-    arguments.extend(serve.launch.arguments.iter().cloned());
-    arguments.extend(serve.args.iter().cloned());
-    arguments
+    words.extend(serve.launch.arguments.iter().cloned());
+    words.extend(serve.args.iter().cloned());
+    words
 }
 
 /// The variables, before those of the connector and of the profile.
@@ -135,7 +99,7 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
         // Only xpyd's deadline decides; vLLM's own strands its workers when it fires.
         (
             "VLLM_ENGINE_READY_TIMEOUT_S",
-            (serve.ready_deadline.as_secs() + 600).to_string(),
+            (seconds(serve.ready_deadline) + 600).to_string(),
         ),
         (
             "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS",
@@ -167,7 +131,12 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
 /// so nobody else can tell.
 pub(super) fn step_deadline(serve: &Serve<'_>) -> (String, String) {
     let name = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS".to_owned();
-    (name, serve.stall.as_secs().max(1).to_string())
+    (name, seconds(serve.stall).max(1).to_string())
+}
+
+/// Whole seconds for vLLM, which waits in milliseconds that fit 31 bits.
+fn seconds(span: Duration) -> u64 {
+    span.as_secs().min(1_000_000)
 }
 
 /// The markers of a start, in order. GPU-only phases are missing from a CPU start, and the other way round.

@@ -54,6 +54,8 @@ const CONSEQUENCE: &str = r"(?x)
     | output_handler \s failed
     | ^WorkerProc \s
     | check \s the \s stack \s trace \s above
+    | Worker \s failed \s with \s KV \s connector \s output
+    | One \s or \s more \s workers \s failed
     | ^Application \s startup \s failed";
 
 /// The first real error in the lines of one engine's log, without colours and prefixes.

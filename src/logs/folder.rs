@@ -1,36 +1,45 @@
 //! The folder of one run below `logs/`, the link to the newest one, and the limit on how many are kept.
 //!
-//! A folder that xpyd made holds the file `.xpyd-run`, which the run keeps locked. So old folders can be told from
-//! other people's, and from those of runs that still write.
+//! A folder that xpyd made holds the file `.xpyd-run`, so it can be told from other people's. xpyd keeps this file locked during the
+//! run, and the guardian keeps its own log locked, so an old folder can be told from that of a run that still writes.
 
 use std::io;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use fs_err::os::unix::fs::{OpenOptionsExt as _, symlink};
+use fs_err::os::unix::fs::OpenOptionsExt as _;
 use fs_err::{File, OpenOptions};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use nix::errno::Errno;
 
 use super::LogsError;
+use crate::fleet::GUARDIAN_LOG;
 use crate::private;
 
 /// The link to the newest run's folder.
 pub const LATEST: &str = "latest";
 
-/// Marks a folder that xpyd made, and is locked while its run lives.
+/// Marks a folder that xpyd made. The xpyd that made it keeps it locked until it ends.
 const MARKER: &str = ".xpyd-run";
 
-/// The folder of a run that has not ended. It may be removed, as an old one, once this is dropped.
+/// The folder of a run that has not ended. It may be removed, as an old one, once this is dropped and there is no guardian.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
     _in_use: File,
+    notes: Vec<String>,
 }
 
 impl RunFolder {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What the file system cannot do, and what follows from that.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 }
 
@@ -44,10 +53,65 @@ pub fn create_run_folder(logs_root: &Path, run_name: &str, keep: usize) -> Resul
         .create_new(true)
         .mode(0o600)
         .open(path.join(MARKER))?;
-    marker.file().lock()?;
-    point_latest_at(logs_root, &path)?;
-    remove_old(logs_root, keep)?;
-    Ok(RunFolder { path, _in_use: marker })
+    let mut notes = Vec::new();
+    let root = logs_root.display();
+    match marker.file().lock() {
+        Ok(()) => remove_old(logs_root, keep)?,
+        Err(error) if is_lacking(&error) => notes.push(format!(
+            "`{root}`: its file system has no locks ({error}), so folders of old runs are kept; `--logs DIR` names another folder"
+        )),
+        Err(error) => return Err(named(&path.join(MARKER), &error).into()),
+    }
+    match point_latest_at(logs_root, &path) {
+        Err(LogsError::Io(error)) if is_lacking(&error) => notes.push(format!(
+            "`{root}`: its file system has no symbolic links, so there is no `{LATEST}`; `xpyd logs --run DIR` shows a run's logs"
+        )),
+        Err(LogsError::Io(error)) => return Err(named(&logs_root.join(LATEST), &error).into()),
+        pointed => pointed?,
+    }
+    Ok(RunFolder {
+        path,
+        _in_use: marker,
+        notes,
+    })
+}
+
+/// Whether a process seen from here has a file of this folder open to write: xpyd, or the guardian of kept engines.
+pub fn is_written(folder: &Path) -> bool {
+    let processes = fs_err::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    processes
+        // Those of other users and those that end meanwhile cannot be read.
+        .filter_map(|process| std::fs::read_dir(process.path().join("fd")).ok())
+        .flatten()
+        .filter_map(Result::ok)
+        .any(|open| {
+            // The owner's bits of the link are those of the descriptor (proc(5)).
+            let mode = || {
+                open.path()
+                    .symlink_metadata()
+                    .map_or(0, |link| link.permissions().mode())
+            };
+            std::fs::read_link(open.path()).is_ok_and(|file| file.starts_with(folder)) && mode() & 0o200 != 0
+        })
+}
+
+/// Whether that is what file systems say that have no locks or no links: Lustre, NFS, CIFS, FAT.
+fn is_lacking(error: &io::Error) -> bool {
+    let lacks = [
+        Errno::ENOSYS,
+        Errno::ENOLCK,
+        Errno::EOPNOTSUPP,
+        Errno::EPERM,
+        Errno::EINVAL,
+    ];
+    error.kind() == io::ErrorKind::Unsupported
+        || error
+            .raw_os_error()
+            .is_some_and(|code| lacks.contains(&Errno::from_raw(code)))
+}
+
+fn named(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("`{}`: {error}", path.display()))
 }
 
 fn make_folder(logs_root: &Path, run_name: &str) -> Result<PathBuf, LogsError> {
@@ -94,6 +158,7 @@ fn point_latest_at(logs_root: &Path, folder: &Path) -> Result<(), LogsError> {
     let new = logs_root.join(format!(".{LATEST}.{}", std::process::id()));
     // A leftover of a killed process that had our id.
     drop(fs_err::remove_file(&new));
+    // Not of `fs_err`, which hides the error's number.
     symlink(target, &new)?;
     fs_err::rename(&new, &latest)?;
     Ok(())
@@ -115,7 +180,9 @@ fn remove_old(logs_root: &Path, keep: usize) -> Result<(), LogsError> {
         let Ok(marker) = OpenOptions::new().write(true).open(folder.join(MARKER)) else {
             continue;
         };
-        if marker.file().try_lock().is_err() {
+        let guardian = File::open(folder.join(GUARDIAN_LOG));
+        let has_guardian = guardian.is_ok_and(|log| log.file().try_lock().is_err());
+        if has_guardian || marker.file().try_lock().is_err() {
             continue;
         }
         surplus -= 1;
@@ -127,4 +194,30 @@ fn remove_old(logs_root: &Path, keep: usize) -> Result<(), LogsError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_written_while_a_file_of_it_is_open_to_write() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().canonicalize().expect("a path");
+        let file = private::append(&path.join("xpyd.log")).expect("a file");
+        assert!(is_written(&path));
+        drop(file);
+        let _reader = File::open(path.join("xpyd.log")).expect("a file");
+        assert!(!is_written(&path));
+    }
+
+    #[test]
+    fn what_a_file_system_lacks_is_told_from_what_it_refuses() {
+        for errno in [Errno::ENOSYS, Errno::ENOLCK, Errno::EOPNOTSUPP, Errno::EPERM] {
+            assert!(is_lacking(&errno.into()), "{errno}");
+        }
+        for errno in [Errno::EACCES, Errno::ENOSPC, Errno::EROFS] {
+            assert!(!is_lacking(&errno.into()), "{errno}");
+        }
+    }
 }

@@ -103,7 +103,8 @@ fn unknown(logs: &[RoleLog], name: &str) -> UnknownRole {
     let nearest = known
         .iter()
         .map(|candidate| (strsim::jaro_winkler(candidate, name), candidate))
-        .filter(|(likeness, _)| *likeness > 0.7)
+        // Another number is no typing error, and its group not what was meant.
+        .filter(|(likeness, candidate)| *likeness > 0.7 && role_of(name).is_none_or(|_| role_of(candidate).is_some()))
         .max_by(|left, right| left.0.total_cmp(&right.0))
         .map(|(_, candidate)| candidate.clone());
     UnknownRole {

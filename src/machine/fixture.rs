@@ -64,6 +64,10 @@ impl Machine {
                     soft: 65_535,
                     hard: 1 << 20,
                 },
+                file_size: Limit {
+                    soft: u64::MAX,
+                    hard: u64::MAX,
+                },
                 locked_memory: Limit {
                     soft: u64::MAX,
                     hard: u64::MAX,
@@ -77,6 +81,7 @@ impl Machine {
                 has_rdma: false,
                 unix_seconds: 1_790_000_000,
             },
+            inherited: std::collections::BTreeMap::new(),
             xpyd: "/usr/bin/xpyd".into(),
         }
     }

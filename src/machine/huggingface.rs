@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use super::expand::expanded;
 pub use access::{Access, AccessError};
 pub use cache::{CacheState, Leftover, LeftoverKind, Model};
 pub use download::{DownloadError, Progress, download};
@@ -19,6 +20,9 @@ pub use hub::{Answer, Answered, Hub, Identity};
 
 /// What is asked when nobody says otherwise.
 const ENDPOINT: &str = "https://huggingface.co";
+
+/// With this variable, vLLM gets models from `ModelScope`.
+pub const MODELSCOPE: &str = "VLLM_USE_MODELSCOPE";
 
 /// The revision that engines take when they are given none.
 pub const MAIN: &str = "main";
@@ -94,6 +98,8 @@ pub struct Settings {
     endpoint: String,
     cache: PathBuf,
     offline: Option<&'static str>,
+    /// Whether engines get models from another hub.
+    uses_modelscope: bool,
     token: Option<(Token, Secret)>,
     token_files: [PathBuf; 2],
 }
@@ -116,7 +122,7 @@ impl Settings {
 
     fn from(variable: &dyn Fn(&str) -> Option<String>) -> Self {
         let text = |name: &str| variable(name).filter(|value| !value.trim().is_empty());
-        let folder = |name: &str| text(name).map(|path| expanded(&path, text("HOME").as_deref()));
+        let folder = |name: &str| text(name).map(|path| expanded(&path, variable));
         let home = folder("HF_HOME")
             .or_else(|| folder("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")))
             .or_else(|| folder("HOME").map(|home| home.join(".cache/huggingface")))
@@ -134,17 +140,10 @@ impl Settings {
             endpoint: endpoint.trim().trim_end_matches('/').to_owned(),
             cache,
             offline: ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].into_iter().find(is_true),
+            uses_modelscope: text(MODELSCOPE).is_some_and(|value| value.eq_ignore_ascii_case("true")),
             token: token(&text, &token_file),
             token_files: [token_file, usual_token_file],
         }
-    }
-}
-
-/// `~` is the user's home, as in Python's `expanduser`.
-fn expanded(path: &str, home: Option<&str>) -> PathBuf {
-    match (path.strip_prefix("~/"), home) {
-        (Some(rest), Some(home)) => Path::new(home).join(rest),
-        _ => PathBuf::from(path),
     }
 }
 
@@ -177,8 +176,12 @@ fn is_well_formed(token: &str) -> bool {
 /// here, or for the token's account.
 pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> HuggingFace {
     let (model, revision) = (wanted.model, wanted.revision);
-    let found = model.map_or(Model::none(), |model| cache::inspect(model, revision, &settings.cache));
-    let repository = model.filter(|model| is_repository(model));
+    let found = match model {
+        None => Model::none(),
+        Some(model) if settings.uses_modelscope => cache::beside_hub(model, "comes from ModelScope"),
+        Some(model) => cache::inspect(model, revision, &settings.cache),
+    };
+    let repository = model.filter(|model| is_repository(model) && !settings.uses_modelscope);
     let asks_for_account = wanted.asks_for_account && settings.token.is_some();
     let hub = match (settings.offline, &found.state) {
         (Some(variable), _) => Hub::NotAsked(format!("{variable} is set")),
@@ -186,6 +189,7 @@ pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> Hugging
         (None, _) if asks_for_account => hub::ask(&Access::new(settings), None, revision),
         (None, CacheState::Complete) => Hub::NotAsked("the model is in the cache".to_owned()),
         (None, CacheState::Folder | CacheState::BadFolder { .. }) => Hub::NotAsked("the model is a folder".to_owned()),
+        (None, CacheState::Elsewhere { .. }) => Hub::NotAsked("the engine gets the model by itself".to_owned()),
         (None, _) => Hub::NotAsked("nothing is to be fetched".to_owned()),
     };
     let is_unknown = matches!(&hub, Hub::Answered(answered) if matches!(answered.model, Some(Answer::NotFound { .. })));
@@ -219,6 +223,25 @@ pub fn is_repository(model: &str) -> bool {
     }
 }
 
+/// Why only the engine can tell what this name stands for, as the rest of a sentence; `None` for a path or a repository.
+fn beyond_us(model: &str) -> Option<&'static str> {
+    let is_gguf = model.to_ascii_lowercase().ends_with(".gguf");
+    if let Some((scheme, _)) = model.split_once("://") {
+        let is_name = !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+        let is_page = ["http", "https"].contains(&scheme);
+        return (is_name && (is_gguf || !is_page)).then_some("is an address outside of this machine");
+    }
+    let parts: Vec<&str> = model.split('/').collect();
+    let is_plain = |part: &&str| !part.is_empty() && !part.starts_with(['.', '~']);
+    if is_gguf && parts.len() >= 3 && parts.iter().all(is_plain) {
+        return Some("is a GGUF file of a repository");
+    }
+    let (name, quantization) = model.rsplit_once(':')?;
+    let is_word = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
+    (name.contains('/') && is_repository(name) && is_word(quantization))
+        .then_some("names a quantization of a repository")
+}
+
 /// Bytes that this user may still write where the folder is, or will be.
 fn free_bytes(folder: &Path) -> Option<u64> {
     let folder = std::path::absolute(folder).ok()?;
@@ -247,12 +270,75 @@ mod tests {
             cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/c")]),
             Path::new("/c/huggingface/hub")
         );
+        assert_eq!(
+            cache(&[("HF_HOME", "$S/hf"), ("S", "/scratch")]),
+            Path::new("/scratch/hf/hub")
+        );
+        assert_eq!(cache(&[("HF_HUB_CACHE", "~root/hub")]), Path::new("/root/hub"));
+        assert_eq!(
+            settings(&[("HF_TOKEN_PATH", "${S}/t"), ("S", "/scratch")]).token_files[0],
+            Path::new("/scratch/t")
+        );
         assert_eq!(cache(&[("HOME", "/h"), ("HF_HOME", "~/hf")]), Path::new("/h/hf/hub"));
         assert_eq!(
             cache(&[("HF_HOME", "/hf"), ("HF_HUB_CACHE", "/hub")]),
             Path::new("/hub")
         );
         assert_eq!(cache(&[("HUGGINGFACE_HUB_CACHE", "/old")]), Path::new("/old"));
+    }
+
+    #[test]
+    fn a_model_of_another_hub_is_asked_for_nowhere() {
+        let surveyed = |value: &str| {
+            // Nothing listens there: who asks is told that the hub is out of reach.
+            let variables = [
+                (MODELSCOPE, value),
+                ("HF_ENDPOINT", "http://127.0.0.1:9"),
+                ("HF_HOME", "/none"),
+            ];
+            let env = BTreeMap::new();
+            let wanted = super::super::Wanted {
+                model: Some("org/only-there"),
+                asks_for_account: false,
+                revision: MAIN,
+                env: &env,
+                program: None,
+                gpus: false,
+            };
+            survey(&wanted, &settings(&variables))
+        };
+        for value in ["True", "true"] {
+            let found = surveyed(value);
+            assert!(matches!(found.hub, Hub::NotAsked(_)), "{found:?}");
+            assert!(matches!(found.model.state, CacheState::Elsewhere { .. }), "{found:?}");
+        }
+        assert!(matches!(surveyed("False").hub, Hub::Unreachable(_)));
+    }
+
+    #[test]
+    fn what_only_the_engine_understands_is_told_from_mistakes() {
+        for model in [
+            "s3://bucket/model",
+            "gs://bucket/model",
+            "az://container/model",
+            "org/model-GGUF:Q4_K_M",
+            "org/model-GGUF/x-Q4_K_M.gguf",
+            "https://example.com/x.gguf",
+        ] {
+            assert!(beyond_us(model).is_some(), "{model}");
+        }
+        for model in [
+            "org/model",
+            "gpt2",
+            "./x",
+            "/m/x.gguf",
+            "./m/x.gguf",
+            "a/b/c",
+            "org/model@v2",
+            "https://huggingface.co/org/m",
+        ] {
+            assert_eq!(beyond_us(model), None, "{model}");
+        }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Facts about this machine. Only this module asks NVML and Python.
 
+mod expand;
 #[cfg(test)]
 mod fixture;
 mod gpu;
+mod host;
 pub mod huggingface;
 mod model;
 mod processors;
@@ -18,6 +20,7 @@ pub use gpu::{
     Baseline, Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Release, Usage,
     slice_number,
 };
+pub use host::Host;
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use model::{KvShape, ModelSize};
 pub use processors::Processors;
@@ -44,6 +47,8 @@ pub struct Machine {
     pub available_memory_bytes: u64,
     /// Limits, shared memory, ports, clock.
     pub system: System,
+    /// vLLM's variables in xpyd's own environment, which engines inherit; no key is among them.
+    pub inherited: BTreeMap<String, String>,
     /// Whether processes can be bound to a NUMA node: there is more than one, and `numactl`, which vLLM does it with.
     pub binds_numa: bool,
     /// This very program, for the simulated engine.
@@ -67,6 +72,23 @@ pub struct Wanted<'profile> {
     pub gpus: bool,
 }
 
+/// Of a profile without variables.
+static NO_VARIABLES: BTreeMap<String, String> = BTreeMap::new();
+
+impl Wanted<'_> {
+    /// What every machine has, and no more: no model, no engine, no GPU.
+    pub fn nothing() -> Self {
+        Self {
+            model: None,
+            asks_for_account: false,
+            revision: huggingface::MAIN,
+            env: &NO_VARIABLES,
+            program: None,
+            gpus: false,
+        }
+    }
+}
+
 /// Looks at the machine, in well under a second, or in three where the hub has to be asked and does not answer. Imports
 /// nothing heavy and changes nothing. What takes a while is looked at side by side.
 pub fn survey(wanted: &Wanted<'_>) -> Machine {
@@ -76,7 +98,10 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
     let settings = huggingface::Settings::read(wanted.env);
     let (hugging_face, engine, system, (gpus, driver)) = thread::scope(|scope| {
         let hugging_face = scope.spawn(|| huggingface::survey(wanted, &settings));
-        let engine = scope.spawn(|| wanted.program.map_or(Engine::NotAsked, software::survey));
+        let engine = scope.spawn(|| {
+            let found = |program| software::survey(program, wanted.env);
+            wanted.program.map_or(Engine::NotAsked, found)
+        });
         let system = scope.spawn(system::survey);
         let gpus = if wanted.gpus {
             gpu::survey()
@@ -96,7 +121,23 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
         cores: thread::available_parallelism().map_or(1, std::num::NonZero::get),
         available_memory_bytes: memory.map_or(0, |memory| memory.available_memory()),
         system,
+        inherited: inherited(),
         xpyd: std::env::current_exe().unwrap_or_else(|_| Path::new("xpyd").to_owned()),
+    }
+}
+
+fn inherited() -> BTreeMap<String, String> {
+    let text =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    text.filter(|(name, _)| name.starts_with("VLLM_") && !name.ends_with("KEY"))
+        .collect()
+}
+
+/// The version of the vLLM that this program starts, if its metadata can be read.
+pub fn vllm_version(program: &str) -> Option<String> {
+    match software::survey(program, &BTreeMap::new()) {
+        Engine::Found { vllm, .. } => vllm.map(|version| version.text),
+        Engine::Missing(_) | Engine::NotAsked => None,
     }
 }
 
@@ -110,5 +151,5 @@ fn binds_numa(gpus: &Gpus) -> bool {
     nodes.sort_unstable();
     nodes.dedup();
     let has_several = nodes.len() > 1 || Path::new("/sys/devices/system/node/node1").is_dir();
-    has_several && software::find("numactl").is_some()
+    has_several && software::find("numactl", None).is_some()
 }

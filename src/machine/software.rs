@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::expand::expanded;
+
 /// What is installed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Engine {
@@ -53,6 +55,8 @@ pub struct Environment {
     pub cuda: Option<String>,
     /// Options of `vllm serve` by the sources of the installed version, as far as they can be found there: `--max-model-len`.
     pub options: BTreeSet<String>,
+    /// Whether its switches come in pairs, `--enable-x` and `--disable-x` (from 0.33 on).
+    pub has_pairs: bool,
     /// Names of the connectors that vLLM's factory knows.
     pub connectors: BTreeSet<String>,
     /// Whether the `lmcache` program is beside the engine's.
@@ -110,6 +114,8 @@ struct Probe {
     connectors: BTreeSet<String>,
     #[serde(default)]
     numa_bind: bool,
+    #[serde(default)]
+    pairs: bool,
 }
 
 /// Reads metadata, and those source files that define options and connectors. Imports neither vllm nor torch.
@@ -139,11 +145,13 @@ def text(path):
         return path.read_text(errors="replace")
     except OSError:
         return ""
-options, connectors, cuda, numa_bind = set(), set(), None, False
+options, connectors, cuda, numa_bind, pairs = set(), set(), None, False, False
 vllm, torch = folder("vllm"), folder("torch")
 if vllm:
     serve = vllm / "entrypoints"
-    sources = [vllm / "engine/arg_utils.py", vllm / "utils/argparse_utils.py", *serve.rglob("cli_args.py"),
+    parser = vllm / "utils/argparse_utils.py"
+    pairs = "class EnableDisableAction" in text(parser)
+    sources = [vllm / "engine/arg_utils.py", parser, *serve.rglob("cli_args.py"),
         *serve.rglob("serve.py"), *(serve / "cli").glob("*.py")]
     for source in map(text, sources):
         options.update(re.findall(r"[\"'](--?[A-Za-z][A-Za-z0-9_-]*)[\"']", source))
@@ -156,12 +164,12 @@ if torch:
     cuda = found and found.group(1)
 print(json.dumps({"python": platform.python_version(), "packages": {k: v for k, v in packages.items() if v},
     "cuda": cuda, "options": sorted(options), "connectors": sorted(connectors),
-    "numa_bind": numa_bind}))
+    "numa_bind": numa_bind, "pairs": pairs}))
 "#;
 
-/// Looks for the program and asks its interpreter.
-pub(super) fn survey(program: &str) -> Engine {
-    let Some(path) = find(program) else {
+/// Looks for the program and asks its interpreter. `env` are the variables of the engines.
+pub(super) fn survey(program: &str, env: &BTreeMap<String, String>) -> Engine {
+    let Some(path) = find(program, env.get("PATH").map(String::as_str)) else {
         return Engine::Missing(program.to_owned());
     };
     let python = interpreter(&path);
@@ -184,6 +192,7 @@ pub(super) fn survey(program: &str) -> Engine {
             python,
             packages: probe.packages,
             cuda: probe.cuda,
+            has_pairs: probe.pairs,
             options,
             connectors: probe.connectors,
         }),
@@ -191,35 +200,60 @@ pub(super) fn survey(program: &str) -> Engine {
     }
 }
 
-/// A path as it is, a name on PATH.
-pub(super) fn find(program: &str) -> Option<PathBuf> {
+/// A path as it is, a name where a shell would find it: in the first folder of `path`, or else of PATH, in which it may be
+/// executed.
+pub(super) fn find(program: &str, path: Option<&str>) -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var(name).ok();
     if program.contains('/') {
+        let program = expanded(program, &variable);
         return std::path::absolute(program).ok().filter(|path| path.is_file());
     }
-    let path = std::env::var_os("PATH")?;
+    let path = path.map(Into::into).or_else(|| std::env::var_os("PATH"))?;
     std::env::split_paths(&path)
         .map(|folder| folder.join(program))
-        .find(|candidate| candidate.is_file())
+        .find(|candidate| is_executable(candidate))
 }
 
-/// The interpreter of a script that pip made: the one of its first line, or the `python` beside it.
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
+}
+
+/// The interpreter of a script that pip, uv or pipx made: the one of its header, or the `python` beside it. The script may be a
+/// link from a folder of programs into an environment.
 fn interpreter(program: &Path) -> Option<PathBuf> {
-    let mut head = [0; 512];
-    let read = fs_err::File::open(program).ok()?.read(&mut head).ok()?;
-    let line = String::from_utf8_lossy(head[..read].split(|byte| *byte == b'\n').next()?).into_owned();
-    let mut words = line.strip_prefix("#!").unwrap_or_default().split_ascii_whitespace();
-    let named = match (words.next(), words.next()) {
-        (Some(env), Some(name)) if env.ends_with("/env") => find(name),
-        (Some(path), _) => Some(PathBuf::from(path)),
-        _ => None,
-    };
+    let script = program.canonicalize().ok()?;
+    let mut head = [0; 1024];
+    let read = fs_err::File::open(&script).ok()?.read(&mut head).ok()?;
+    let head = String::from_utf8_lossy(&head[..read]).into_owned();
     let is_python = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         path.is_file() && (name.starts_with("python") || name.starts_with("pypy"))
     };
-    named
+    let beside = [script.as_path(), program].map(|script| script.with_file_name("python"));
+    named(&head)
         .filter(is_python)
-        .or_else(|| Some(program.with_file_name("python")).filter(|path| path.is_file()))
+        .or_else(|| beside.into_iter().find(|path| path.is_file()))
+}
+
+/// The interpreter in the header of a script. A path that is too long for `#!`, or has a space, stands in a second line, which a
+/// shell executes and Python reads as text: `'''exec' "/a b/python" "$0" "$@"`.
+fn named(head: &str) -> Option<PathBuf> {
+    let mut lines = head.lines();
+    let mut words = lines.next()?.strip_prefix("#!")?.split_ascii_whitespace();
+    let second = lines.next().unwrap_or_default();
+    if let Some(command) = second.strip_prefix("'''exec' ") {
+        let quote = command.chars().next().filter(|first| ['"', '\''].contains(first));
+        let path = match quote {
+            Some(quote) => command[1..].split(quote).next(),
+            None => command.split(' ').next(),
+        };
+        return path.map(PathBuf::from);
+    }
+    match (words.next(), words.next()) {
+        (Some(env), Some(name)) if env.ends_with("/env") => find(name, None),
+        (Some(path), _) => Some(PathBuf::from(path)),
+        _ => None,
+    }
 }
 
 /// Runs the probe. An interpreter that does not answer in time is as good as none.
@@ -251,7 +285,31 @@ const PROBE_DEADLINE: Duration = Duration::from_mins(1);
 
 #[cfg(test)]
 mod tests {
-    use super::Version;
+    use std::path::Path;
+
+    use super::{Version, named};
+
+    #[test]
+    fn the_interpreter_is_named_in_the_first_line_or_in_one_that_a_shell_executes() {
+        for (head, wanted) in [
+            ("#!/opt/venv/bin/python3\nimport x", "/opt/venv/bin/python3"),
+            (
+                "#!/bin/sh\n'''exec' \"/t ool/bin/python\" \"$0\" \"$@\"\n' '''\n",
+                "/t ool/bin/python",
+            ),
+            (
+                "#!/bin/sh\n'''exec' '/t ool/bin/python' \"$0\" \"$@\"\n' '''\n",
+                "/t ool/bin/python",
+            ),
+            (
+                "#!/bin/sh\n'''exec' /long/bin/python \"$0\" \"$@\"\n' '''\n",
+                "/long/bin/python",
+            ),
+        ] {
+            assert_eq!(named(head).as_deref(), Some(Path::new(wanted)), "{head}");
+        }
+        assert_eq!(named("\x7fELF"), None);
+    }
 
     #[test]
     fn versions_compare_by_their_numbers() {

@@ -11,6 +11,8 @@ use nix::sys::statvfs::statvfs;
 pub struct System {
     /// Descriptors that a process may have open.
     pub open_files: Limit,
+    /// Bytes that a file may have which a process writes.
+    pub file_size: Limit,
     /// Bytes that a process may lock in memory.
     pub locked_memory: Limit,
     /// `/dev/shm`; `None` where there is none.
@@ -65,6 +67,7 @@ pub struct Pcie {
 pub(super) fn survey() -> System {
     System {
         open_files: limit(Resource::RLIMIT_NOFILE),
+        file_size: limit(Resource::RLIMIT_FSIZE),
         locked_memory: limit(Resource::RLIMIT_MEMLOCK),
         shared_memory: shared_memory(Path::new("/dev/shm")),
         listeners: listeners(),

@@ -5,13 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::connector::{CachePorts, Connector, Device, Launch, LaunchContext};
-use crate::engine::{EngineKind, Serve, vllm};
+use crate::engine::{EngineKind, Serve};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
 
-use super::gpus::{self, data_parallel};
-use super::{EngineSpec, Liveness, Plan, PortUse, ProxySpec, RenderedFile, choose, fetch};
+use super::{EngineFile, EngineSpec, Liveness, Plan, PortUse, ProxySpec, adopt, choose, fetch, gpus, owned};
 
 /// Engines, their side channels and notifications stay on this machine.
 const LOOPBACK: &str = "127.0.0.1";
@@ -100,19 +99,25 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
             engines.push(builder.engine(role, index, engines.len())?);
         }
     }
-    let files = builder.files;
     let mut plan = Plan {
         profile: profile.name.clone(),
         engine: profile.engine,
+        vllm: match &machine.engine {
+            machine::Engine::Found { vllm: Some(vllm), .. } if profile.engine == EngineKind::Vllm => {
+                Some(vllm.text.clone())
+            }
+            _ => None,
+        },
         model: profile.model.clone(),
         fetch: builder.fetch,
         served_model_name: profile.served_model_name.clone(),
         proxy: proxy(profile, &connector)?,
         notes: notes(profile, &connector),
+        objections: owned::objections(profile, &connector),
+        names_gpus: !profile.prefill.gpus.is_empty() && !profile.decode.gpus.is_empty(),
         connector,
         connector_reason,
         engines,
-        files,
         restart: profile.restart.clone(),
         keep: profile.deadlines.keep,
         run_dir: run_dir.to_owned(),
@@ -132,8 +137,6 @@ pub(super) struct Builder<'input> {
     gpus: VecDeque<Vec<u32>>,
     /// The model, if it is fetched before any of them starts.
     fetch: Option<fetch::ModelFetch>,
-    /// What the engines so far read.
-    pub(super) files: Vec<RenderedFile>,
 }
 
 /// Everything an engine listens on.
@@ -183,7 +186,6 @@ impl<'input> Builder<'input> {
             run_dir,
             gpus,
             fetch: fetch::model(profile, machine),
-            files: Vec::new(),
         }
     }
 
@@ -245,7 +247,7 @@ impl<'input> Builder<'input> {
             Role::Decode => self.profile.nixl.decode_side_channel_port,
         };
         // vLLM 0.32 listens on the port it is given plus the data-parallel rank, once for all tensor-parallel ranks.
-        let ranks = usize::from(data_parallel(self.profile, self.role(role)));
+        let ranks = usize::from(self.profile.ranks(self.role(role)).data);
         let mut first = None;
         for rank in 0..ranks {
             let purpose = match ranks {
@@ -302,7 +304,7 @@ impl<'input> Builder<'input> {
             strict: profile.proxy.service.handoff.strict,
             run_dir: self.run_dir,
         });
-        let receiver_template = self.keep_file(&mut launch);
+        let file = file(&mut launch);
         let gpus = self.gpus.pop_front().unwrap_or_default();
         let mut gpu_uuids = gpus::uuids(self.machine, &gpus);
         let visible_gpus = gpus::visible(self.machine, &gpus, &gpu_uuids);
@@ -316,7 +318,7 @@ impl<'input> Builder<'input> {
             endpoint: &endpoint,
             number,
             port_offset: profile.port_offset,
-            data_parallel: data_parallel(profile, self.role(role)),
+            data_parallel: profile.ranks(self.role(role)).data,
             device,
             visible_gpus: &visible_gpus,
             numa_nodes: &gpus::numa_nodes(self.machine, &gpus, &args),
@@ -351,20 +353,9 @@ impl<'input> Builder<'input> {
             start_stall: profile.deadlines.start_stall,
             stop_grace: profile.deadlines.stop,
             liveness: liveness(profile),
-            receiver_template,
+            file,
             log_limits: profile.logs,
         }
-    }
-
-    /// Keeps the file that an engine reads; the template of one that names its receiver's ports.
-    fn keep_file(&mut self, launch: &mut Launch) -> Option<RenderedFile> {
-        let (path, content) = launch.file.take()?;
-        let template = launch.receiver_template.take().map(|content| RenderedFile {
-            path: path.clone(),
-            content,
-        });
-        self.files.push(RenderedFile { path, content });
-        template
     }
 
     /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.
@@ -374,8 +365,7 @@ impl<'input> Builder<'input> {
             ("--data-parallel-rpc-port", "data-parallel rpc"),
         ];
         options.into_iter().filter_map(move |(name, purpose)| {
-            let value =
-                vllm::option(&self.role(role).args, &[name]).or_else(|| vllm::option(&self.profile.vllm.args, &[name]));
+            let value = self.profile.argument(self.role(role), name);
             Some(PortUse {
                 port: value?.parse().ok()?,
                 purpose: purpose.to_owned(),
@@ -431,6 +421,16 @@ fn kv_lease(profile: &Profile) -> Duration {
     Duration::from_secs(lease.as_secs())
 }
 
+/// The file that an engine reads, with the template of one that names its receiver's ports.
+fn file(launch: &mut Launch) -> Option<EngineFile> {
+    let (path, content) = launch.file.take()?;
+    Some(EngineFile {
+        path,
+        content,
+        template: launch.receiver_template.take(),
+    })
+}
+
 fn liveness(profile: &Profile) -> Liveness {
     let metrics = profile.engine.progress_metrics();
     Liveness {
@@ -462,7 +462,11 @@ fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanErro
     };
     Ok(ProxySpec {
         host: profile.proxy.host.clone(),
-        port: port("http", profile.proxy.port)?,
+        port: if profile.proxy.port_is_exact {
+            profile.proxy.port
+        } else {
+            port("http", profile.proxy.port)?
+        },
         notify,
         session_header: profile
             .proxy
@@ -476,7 +480,7 @@ fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanErro
         kv_lease: (!connector.notifies()).then(|| kv_lease(profile)),
         max_body_bytes: profile.proxy.max_body_bytes,
         max_in_flight: profile.proxy.max_in_flight,
-        service: profile.proxy.service.clone(),
+        service: adopt::service(profile),
     })
 }
 

@@ -1,9 +1,11 @@
 //! Whether xpyd fetches the model once, before any engine starts, so that engines need not ask the hub. PURE.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
-use crate::engine::{EngineKind, vllm};
-use crate::machine::huggingface::{MAIN, is_repository};
+use crate::engine::{EngineKind, arguments};
+use crate::machine::huggingface::{MAIN, MODELSCOPE, is_repository};
 use crate::machine::{Machine, huggingface::CacheState};
 use crate::profile::Profile;
 
@@ -19,59 +21,112 @@ pub struct ModelFetch {
     pub revision: String,
 }
 
-/// Options with which an engine reads more than the model's own repository, or not from the cache.
-const ELSEWHERE: [&str; 12] = [
+/// Options with which an engine reads more than the model's own repository, not from the cache, or by code that nobody knows.
+const ELSEWHERE: [&str; 24] = [
     "--tokenizer",
     "--tokenizer-revision",
     "--hf-config-path",
     "--code-revision",
     "--speculative-config",
+    "--spec-model",
     "--lora-modules",
+    "--default-mm-loras",
     "--download-dir",
     "--load-format",
     "--hf-token",
     "--model-loader-extra-config",
     "--trust-remote-code",
     "--config",
+    "--generation-config",
+    "--io-processor-plugin",
+    "--reasoning-parser-plugin",
+    "--tool-parser-plugin",
+    "--worker-cls",
+    "--worker-extension-cls",
+    "--scheduler-cls",
+    "--middleware",
+    "--logits-processors",
+    "--model-class-overrides",
 ];
 
-/// What to fetch. Nothing where the model is a folder, or the profile has engines read from elsewhere: they do that
-/// themselves.
+/// Variables with which an engine reads more later: adapters, plugins.
+const LATER: [&str; 4] = [
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_LORA_RESOLVER_CACHE_DIR",
+    "VLLM_LORA_RESOLVER_HF_REPO_LIST",
+    "VLLM_PLUGINS",
+];
+
+/// What to fetch. Nothing where the model is no repository, or an engine may read from elsewhere: engines do that themselves.
 pub(super) fn model(profile: &Profile, machine: &Machine) -> Option<ModelFetch> {
-    let is_folder = matches!(
+    let is_here = matches!(
         machine.hugging_face.model.state,
-        CacheState::Folder | CacheState::BadFolder { .. }
+        CacheState::Folder | CacheState::BadFolder { .. } | CacheState::Elsewhere { .. }
     );
-    if profile.engine != EngineKind::Vllm || is_folder || !is_repository(&profile.model) {
+    if profile.engine != EngineKind::Vllm || is_here || !is_repository(&profile.model) {
         return None;
     }
     let roles = [&profile.prefill, &profile.decode];
-    let args = || profile.vllm.args.iter().chain(roles.iter().flat_map(|role| &role.args));
-    let reads_elsewhere = args().any(|word| {
-        let name = word
-            .split_once('=')
-            .map_or(word.as_str(), |(name, _)| name)
-            .replace('_', "-");
-        ELSEWHERE.contains(&name.as_str())
-    });
+    let mut args = roles.iter().map(|role| &role.args).chain([&profile.vllm.args]);
     // Roles may have places of their own; the variables of all engines are those that xpyd looks at, too.
+    let shared = shared_env(profile);
     let has_places = roles
         .iter()
-        .any(|role| role.env.keys().any(|name| name.starts_with("HF_")));
-    let variables = profile.vllm.env.iter().chain(roles.iter().flat_map(|role| &role.env));
-    let other_hub = variables.into_iter().any(|(name, _)| name == "VLLM_USE_MODELSCOPE");
-    if reads_elsewhere || has_places || other_hub {
+        .flat_map(|role| &role.env)
+        .any(|(name, _)| name.starts_with("HF_") && !shared.contains_key(name));
+    let mut variables = roles.iter().flat_map(|role| &role.env);
+    let is_elsewhere = args.any(|args| reads_elsewhere(args))
+        || has_places
+        || variables.any(|(name, value)| is_later(name, value))
+        || shared
+            .iter()
+            .chain(&machine.inherited)
+            .any(|(name, value)| is_later(name, value));
+    let revision = |role| profile.argument(role, REVISION).unwrap_or(MAIN);
+    if is_elsewhere || revision(&profile.prefill) != revision(&profile.decode) {
         return None;
     }
     Some(ModelFetch {
         repository: profile.model.clone(),
-        revision: revision(profile).to_owned(),
+        revision: revision(&profile.prefill).to_owned(),
     })
 }
 
-/// The revision that the profile's arguments name.
+const REVISION: &str = "--revision";
+
+/// Whether these arguments name something else to read, by an option that is known to, or by a value that can be a repository.
+fn reads_elsewhere(args: &[String]) -> bool {
+    arguments::read(args).iter().any(|given| {
+        given.fits.iter().any(|name| ELSEWHERE.contains(name))
+            || given.values.iter().any(|value| names_repository(value))
+    })
+}
+
+/// `org/name` itself, or in JSON or a list.
+fn names_repository(value: &str) -> bool {
+    let between = |character: char| "\"'{}[]:=, ".contains(character);
+    value
+        .split(between)
+        .any(|word| word.contains('/') && is_repository(word))
+}
+
+fn is_later(name: &str, value: &str) -> bool {
+    let is_off = ["", "0", "false"].contains(&value.trim().to_ascii_lowercase().as_str());
+    (LATER.contains(&name) || name == MODELSCOPE) && !is_off
+}
+
+/// The variables that all engines have alike: those of `[vllm]`, and what both roles say alike.
+pub fn shared_env(profile: &Profile) -> BTreeMap<String, String> {
+    let mut shared = profile.vllm.env.clone();
+    let (prefill, decode) = (&profile.prefill.env, &profile.decode.env);
+    let same = prefill.iter().filter(|(name, value)| decode.get(*name) == Some(value));
+    shared.extend(same.map(|(name, value)| (name.clone(), value.clone())));
+    shared
+}
+
+/// The revision that the profile's arguments name, of prefill engines where roles have different ones.
 pub fn revision(profile: &Profile) -> &str {
-    vllm::option(&profile.vllm.args, &["--revision"]).unwrap_or(MAIN)
+    profile.argument(&profile.prefill, REVISION).unwrap_or(MAIN)
 }
 
 #[cfg(test)]
@@ -104,11 +159,40 @@ mod tests {
         for set in [
             "model=/models/x",
             "vllm.args=[\"--tokenizer\", \"org/other\"]",
+            "vllm.args=[\"--tokenizer=gpt2\"]",
+            "vllm.args=[\"-sc\", \"{\\\"model\\\":\\\"org/draft\\\"}\"]",
+            "vllm.args=[\"--speculative-config.model\", \"org/draft\"]",
+            "vllm.args=[\"--speculative_config.method=eagle\"]",
+            "vllm.args=[\"--spec-model\", \"draft\"]",
+            "decode.args=[\"--spec-mod=draft\"]",
+            "vllm.args=[\"--enable-lora\", \"--lora-mod\", \"a=org/lora\"]",
+            "vllm.args=[\"--an-option-of-tomorrow\", \"org/more\"]",
+            "decode.args=[\"--revision\", \"v2\"]",
+            "decode.args=[\"--rev\", \"v2\"]",
+            "vllm.args=[\"--code_revision=v2\"]",
+            "vllm.env.VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+            "prefill.env.VLLM_LORA_RESOLVER_HF_REPO_LIST=org/lora",
+            "vllm.env.VLLM_USE_MODELSCOPE=True",
+            "decode.env.VLLM_USE_MODELSCOPE=true",
             "decode.args=[\"--download_dir=/x\"]",
             "prefill.env={HF_HOME=\"/x\"}",
             "engine=sim",
         ] {
             assert_eq!(fetched(&[set]), (None, None), "{set}");
+        }
+    }
+
+    #[test]
+    fn a_revision_of_both_roles_is_the_one_that_is_fetched() {
+        for set in [
+            &["vllm.args=[\"--revision=v2\"]"][..],
+            &["prefill.args=[\"--revision\", \"v2\"]", "decode.args=[\"--revis=v2\"]"],
+            &["vllm.args=[\"--revision=v1\", \"--revision=v2\", \"--max-num-seqs\", \"3\"]"],
+        ] {
+            let set: Vec<&str> = ["model=org/name"].iter().chain(set).copied().collect();
+            let (fetch, offline) = fetched(&set);
+            assert_eq!(fetch.map(|fetch| fetch.revision).as_deref(), Some("v2"), "{set:?}");
+            assert_eq!(offline.as_deref(), Some("1"));
         }
     }
 

@@ -4,37 +4,14 @@ use std::collections::VecDeque;
 
 use super::place::{Group, place};
 use super::{EngineSpec, Plan};
-use crate::engine::{EngineKind, vllm};
+use crate::engine::{EngineKind, arguments, vllm};
 use crate::fleet::Role;
 use crate::machine::{Engine, Machine};
 use crate::profile::{DeviceChoice, Profile, RoleProfile};
 
-/// The data-parallel ranks of each engine of a role: what the arguments to vLLM say.
-pub(super) fn data_parallel(profile: &Profile, role: &RoleProfile) -> u16 {
-    let value = argument(profile, role, &["--data-parallel-size", "-dp"]);
-    value.and_then(|value| value.parse().ok()).unwrap_or(1).max(1)
-}
-
-/// GPUs of each engine of a role.
-fn ranks(profile: &Profile, role: &RoleProfile) -> usize {
-    usize::from(role.tensor_parallel) * usize::from(data_parallel(profile, role))
-}
-
-/// The value of an option among the profile's own arguments; those of the role come after those of all engines.
-fn argument<'profile>(
-    profile: &'profile Profile,
-    role: &'profile RoleProfile,
-    names: &[&str],
-) -> Option<&'profile str> {
-    vllm::option(&role.args, names).or_else(|| vllm::option(&profile.vllm.args, names))
-}
-
 /// The part of a GPU's memory that each engine of a role takes.
 fn share(profile: &Profile, role: &RoleProfile, machine: &Machine) -> f64 {
-    let given = argument(profile, role, &[vllm::MEMORY_OPTION]).and_then(|value| value.parse().ok());
-    given
-        .or_else(|| given_share(profile, role))
-        .unwrap_or_else(|| default_share(machine))
+    given_share(profile, role).unwrap_or_else(|| default_share(machine))
 }
 
 /// The part of a GPU's memory that the profile's own keys give each engine of a role.
@@ -44,7 +21,8 @@ pub(super) fn given_share(profile: &Profile, role: &RoleProfile) -> Option<f64> 
 
 /// The part of each of its GPUs' memory that an engine takes, 0 to 1.
 pub fn memory_share(engine: &EngineSpec, machine: &Machine) -> f64 {
-    let given = vllm::option(&engine.argv, &[vllm::MEMORY_OPTION]).and_then(|value| value.parse().ok());
+    let given = arguments::value(vllm::own_arguments(&engine.argv), vllm::MEMORY_OPTION);
+    let given = given.and_then(|value| value.parse().ok());
     given.unwrap_or_else(|| default_share(machine))
 }
 
@@ -69,7 +47,7 @@ fn group(profile: &Profile, machine: &Machine, role: Role, fixed: Vec<u32>) -> G
     };
     Group {
         role,
-        ranks: ranks(profile, of_role),
+        ranks: profile.ranks(of_role).total(),
         fixed,
         share: share(profile, of_role, machine),
     }
@@ -82,7 +60,7 @@ pub(super) fn for_all(profile: &Profile, machine: &Machine) -> VecDeque<Vec<u32>
     }
     let mut groups = Vec::new();
     for (role, of_role) in [(Role::Prefill, &profile.prefill), (Role::Decode, &profile.decode)] {
-        let mut named = of_role.gpus.chunks(ranks(profile, of_role));
+        let mut named = of_role.gpus.chunks(profile.ranks(of_role).total());
         for _ in 0..of_role.count {
             let fixed = named.next().unwrap_or_default().to_vec();
             groups.push(group(profile, machine, role, fixed));
@@ -147,7 +125,9 @@ pub(super) fn numa_nodes(machine: &Machine, gpus: &[u32], args: &[String]) -> Ve
             ..
         }
     );
-    let is_told = args.iter().any(|word| word.replace('_', "-").contains("numa-bind"));
+    let is_told = arguments::read(args)
+        .iter()
+        .any(|given| given.name.starts_with("--numa-bind"));
     if !has_flag || !machine.binds_numa || is_told {
         return Vec::new();
     }

@@ -3,7 +3,7 @@
 
 use super::build::{Builder, check_ports};
 use super::gpus;
-use super::{EngineSpec, Plan, PlanError, RenderedFile};
+use super::{EngineSpec, Plan, PlanError};
 use crate::fleet::Role;
 use crate::machine::{Gpu, Machine};
 use crate::profile::Profile;
@@ -15,8 +15,6 @@ pub struct Growth {
     pub plan: Plan,
     /// The new engines.
     pub engines: Vec<EngineSpec>,
-    /// Files to write into the run's folder before they start.
-    pub files: Vec<RenderedFile>,
 }
 
 /// The plan with `count` engines more of `role`, built from the profile and the machine that `plan` was built from.
@@ -42,17 +40,11 @@ pub fn grow(profile: &Profile, machine: &Machine, plan: &Plan, role: Role, count
         free = free.saturating_sub(engine.gpus.len());
         engines.push(engine);
     }
-    let files = builder.files;
     let mut grown = plan.clone();
     grown.engines.extend(engines.iter().cloned());
     grown.engines.sort_by_key(|engine| engine.role);
-    grown.files.extend(files.iter().cloned());
     check_ports(&grown)?;
-    Ok(Growth {
-        plan: grown,
-        engines,
-        files,
-    })
+    Ok(Growth { plan: grown, engines })
 }
 
 #[cfg(test)]
@@ -86,7 +78,7 @@ mod tests {
             let unique = |values: Vec<String>| values.iter().collect::<BTreeSet<_>>().len() == values.len();
             assert!(unique(plan.ports().iter().map(|(port, _)| port.to_string()).collect()));
             assert!(unique(
-                plan.files.iter().map(|file| file.path.display().to_string()).collect()
+                plan.files().map(|file| file.path.display().to_string()).collect()
             ));
             let gpus = plan.engines.iter().flat_map(|engine| &engine.gpus);
             assert!(unique(gpus.map(u32::to_string).collect()));

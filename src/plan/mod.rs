@@ -1,13 +1,15 @@
 //! The plan: everything about a run, decided before anything runs.
 //!
-//! A [`Plan`] is a value. Whoever holds one knows every port, GPU, argument, variable and file of the run; nothing
-//! downstream decides any of them again.
+//! A [`Plan`] is a value with every port, GPU, argument, variable and file of the run. Two functions of this module change it
+//! later: [`grow()`] adds engines for `xpyd scale`, and [`respawn()`] moves an LMCache receiver that starts again to new ports.
 
+mod adopt;
 mod build;
 mod choose;
 mod fetch;
 mod gpus;
 mod grow;
+mod owned;
 mod place;
 mod redact;
 mod respawn;
@@ -25,9 +27,10 @@ use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 use crate::service::Service;
 
 pub use build::{PlanError, build};
-pub use fetch::{ModelFetch, revision};
+pub use fetch::{ModelFetch, revision, shared_env};
 pub use gpus::memory_share;
 pub use grow::{Growth, grow};
+pub use owned::Objection;
 pub use redact::{redacted_argv, redacted_env, without_secrets};
 pub use respawn::{fresh_ports_needed, respawn};
 pub use start_key::start_key;
@@ -41,6 +44,9 @@ pub struct Plan {
     pub profile: String,
     /// The program that serves the model.
     pub engine: EngineKind,
+    /// The version of vLLM, where it is known and serves the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vllm: Option<String>,
     /// The model, as given to the engines.
     pub model: String,
     /// What xpyd fetches before any engine starts, unless it is cached; `None` leaves that to the engines.
@@ -56,8 +62,6 @@ pub struct Plan {
     pub engines: Vec<EngineSpec>,
     /// The proxy.
     pub proxy: ProxySpec,
-    /// Files to write into the run's folder before any engine starts.
-    pub files: Vec<RenderedFile>,
     /// Which engines that ended are started again.
     pub restart: RestartPolicy,
     /// How long engines wait for the next xpyd should this one disappear; `None` leaves it to how the run was started.
@@ -66,6 +70,12 @@ pub struct Plan {
     pub run_dir: PathBuf,
     /// Things the user should know that do not stop the run.
     pub notes: Vec<String>,
+    /// Whether the profile names the GPUs of all engines.
+    #[serde(skip)]
+    pub names_gpus: bool,
+    /// What the profile gives engines although xpyd decides it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub objections: Vec<Objection>,
 }
 
 /// One engine, ready to be spawned. Whoever attaches to it reads this again.
@@ -103,9 +113,9 @@ pub struct EngineSpec {
     pub log_limits: LogLimits,
     /// How to tell that it hangs.
     pub liveness: Liveness,
-    /// The file that names its receiver's ports, as a template for [`respawn()`]; `None` if there is none.
-    #[serde(skip)]
-    pub receiver_template: Option<RenderedFile>,
+    /// The file that it reads when it starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<EngineFile>,
 }
 
 /// How to tell that an engine hangs: it has running requests, and none of its counters grows.
@@ -167,13 +177,23 @@ pub struct ProxySpec {
     pub service: Service,
 }
 
-/// A file to write into the run's folder.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct RenderedFile {
+impl Plan {
+    /// The files to write into the run's folder, in the order of the engines.
+    pub fn files(&self) -> impl Iterator<Item = &EngineFile> {
+        self.engines.iter().filter_map(|engine| engine.file.as_ref())
+    }
+}
+
+/// A file to write into the run's folder before its engine starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineFile {
     /// Relative to the run's folder.
     pub path: PathBuf,
     /// The whole content.
     pub content: String,
+    /// The content without the ports of the engine's receiver, for [`respawn()`]; `None` if it names none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
 }
 
 /// Two engines whose API keys differ: no request could go through both.

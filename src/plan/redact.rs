@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 use super::Plan;
+use crate::engine::{arguments, vllm};
 
 /// What stands in a secret's place.
 const REDACTED: &str = "<redacted>";
@@ -29,27 +30,35 @@ impl Plan {
     }
 }
 
-/// The arguments without the values of `--api-key`, which takes several, and without Hugging Face's tokens.
+/// Options whose values are secrets.
+const SECRET_OPTIONS: [&str; 2] = ["--api-key", "--hf-token"];
+
+/// The arguments without the values of options that are secrets, in every spelling, and without what is one by its form.
 pub fn redacted_argv(argv: &[String]) -> Vec<String> {
-    let mut secrets_follow = false;
-    argv.iter()
-        .map(|argument| {
-            let name = argument.split_once('=').map_or(argument.as_str(), |(name, _)| name);
-            let is_key = name.replace('_', "-") == "--api-key";
-            if argument.starts_with('-') {
-                secrets_follow = is_key && name == argument;
-            } else if secrets_follow {
-                return REDACTED.to_owned();
-            }
-            if is_key && name != argument {
-                format!("{name}={REDACTED}")
-            } else if looks_secret(argument) {
-                REDACTED.to_owned()
-            } else {
-                argument.clone()
-            }
-        })
-        .collect()
+    let hidden = |word: &String| {
+        if looks_secret(word) {
+            REDACTED.to_owned()
+        } else {
+            word.clone()
+        }
+    };
+    let mut shown: Vec<String> = argv.iter().map(hidden).collect();
+    let own = vllm::own_arguments(argv);
+    let before = argv.len() - own.len();
+    for given in arguments::read(own) {
+        if !given.fits.iter().any(|name| SECRET_OPTIONS.contains(name)) {
+            continue;
+        }
+        for index in given.words {
+            let word = &mut shown[before + index];
+            *word = match word.split_once('=') {
+                Some((name, _)) if name == given.spelled => format!("{name}={REDACTED}"),
+                _ if word == given.spelled => continue,
+                _ => REDACTED.to_owned(),
+            };
+        }
+    }
+    shown
 }
 
 /// The variables without the values of those that are secrets by their name or their value.
@@ -118,12 +127,11 @@ mod tests {
 
     #[test]
     fn every_spelling_of_a_key_is_left_out_and_nothing_else() {
-        let argv =
-            "vllm --api-key swordfish swordfish --port 1 --api_key=swordfish --api-key=swordfish hf_swordfish --x y";
+        let argv = "vllm --api-key swordfish swordfish --port 1 --api_key=swordfish --api-k=swordfish --hf-tok swordfish hf_swordfish --x y";
         let argv: Vec<String> = argv.split(' ').map(str::to_owned).collect();
         assert_eq!(
             redacted_argv(&argv).join(" "),
-            "vllm --api-key <redacted> <redacted> --port 1 --api_key=<redacted> --api-key=<redacted> <redacted> --x y"
+            "vllm --api-key <redacted> <redacted> --port 1 --api_key=<redacted> --api-k=<redacted> --hf-tok <redacted> <redacted> --x y"
         );
         let env =
             ["HF_TOKEN", "OPENAI_API_KEY", "my_secret", "MYAPIKEY"].map(|name| (name.to_owned(), "swordfish".into()));

@@ -3,7 +3,7 @@
 //! Only an LMCache receiver differs: prefill engines know it by host and init port, and one that has lost it never
 //! connects to that address again. NIXL engines make a new id by themselves.
 
-use super::{EngineSpec, RenderedFile};
+use super::EngineSpec;
 use crate::connector::with_receiver_ports;
 use crate::fleet::{Endpoint, Receiver};
 
@@ -15,15 +15,14 @@ pub fn fresh_ports_needed(spec: &EngineSpec) -> usize {
         .map_or(0, |receiver| receiver.init_ports.len() + receiver.alloc_ports.len())
 }
 
-/// The engine with `fresh` ports for its receiver, as many as [`fresh_ports_needed`] says, and the file to write before
-/// it starts.
+/// The engine with `fresh` ports for its receiver, as many as [`fresh_ports_needed`] says. Its file names them, too.
 ///
 /// # Panics
 /// With fewer ports than that.
-pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> (EngineSpec, Option<RenderedFile>) {
+pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> EngineSpec {
     let mut spec = spec.clone();
     let Some(receiver) = &spec.endpoint.receiver else {
-        return (spec, None);
+        return spec;
     };
     let old: Vec<u16> = receiver
         .init_ports
@@ -42,12 +41,13 @@ pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> (EngineSpec, Option<Rendered
             used.port = fresh[index];
         }
     }
-    let file = spec.receiver_template.as_ref().map(|template| RenderedFile {
-        path: template.path.clone(),
-        content: with_receiver_ports(&template.content, &receiver),
-    });
+    if let Some(file) = &mut spec.file
+        && let Some(template) = &file.template
+    {
+        file.content = with_receiver_ports(template, &receiver);
+    }
     spec.endpoint.receiver = Some(receiver);
-    (spec, file)
+    spec
 }
 
 impl EngineSpec {
@@ -61,6 +61,7 @@ impl EngineSpec {
         is_same.then(|| Self {
             endpoint: running.endpoint.clone(),
             ports: running.ports.clone(),
+            file: running.file.clone(),
             ..self.clone()
         })
     }
@@ -92,7 +93,7 @@ mod tests {
         let plan = plan("lmcache");
         let first = &plan.engines[1];
         assert_eq!((first.role, fresh_ports_needed(first)), (Role::Decode, 4));
-        let (second, file) = respawn(first, &[41, 42, 43, 44]);
+        let second = respawn(first, &[41, 42, 43, 44]);
         let receiver = second.endpoint.receiver.as_ref().expect("a receiver");
         assert_eq!(
             (&receiver.init_ports[..], &receiver.alloc_ports[..]),
@@ -100,17 +101,20 @@ mod tests {
         );
         let ports: Vec<u16> = second.ports.iter().map(|used| used.port).collect();
         assert_eq!(ports, [first.endpoint.port, 41, 42, 43, 44]);
-        let planned = &plan.files[1];
-        let file = file.expect("a file");
+        let planned = first.file.as_ref().expect("a file");
+        let file = second.file.as_ref().expect("a file");
         assert_eq!(file.path, planned.path);
         let replaced = planned
             .content
             .replace("[7300, 7301]", "[41, 42]")
             .replace("[7400, 7401]", "[43, 44]");
         assert_eq!(file.content, replaced);
-        let (third, file) = respawn(&second, &[51, 52, 53, 54]);
-        assert_eq!(third.endpoint.receiver.expect("a receiver").init_ports, [51, 52]);
-        assert!(file.expect("a file").content.contains("[53, 54]"));
+        let third = respawn(&second, &[51, 52, 53, 54]);
+        assert_eq!(
+            third.endpoint.receiver.as_ref().expect("a receiver").init_ports,
+            [51, 52]
+        );
+        assert!(third.file.expect("a file").content.contains("[53, 54]"));
     }
 
     #[test]
@@ -119,12 +123,11 @@ mod tests {
         let without = nixl.engines.iter().chain(&lmcache_mp.engines);
         for engine in without.chain(&lmcache.engines[..1]) {
             assert_eq!(fresh_ports_needed(engine), 0);
-            let (again, file) = respawn(engine, &[]);
+            let again = respawn(engine, &[]);
             assert_eq!(
                 (again.ports, again.endpoint),
                 (engine.ports.clone(), engine.endpoint.clone())
             );
-            assert!(file.is_none());
         }
     }
 }

@@ -23,13 +23,23 @@ struct Rule {
     package: String,
     from: Option<String>,
     below: Option<String>,
-    /// The plan's connector; empty: only without a plan.
-    connector: Option<String>,
-    /// Another package that must be installed as well.
-    needs: Option<String>,
+    /// The plan's connectors; empty: only without a plan.
+    connectors: Option<Vec<String>>,
+    /// Other packages that must be installed as well, in these versions.
+    #[serde(default)]
+    with: Vec<With>,
     level: RuleLevel,
     message: String,
     hint: String,
+}
+
+/// Versions of another package, beside which a rule holds.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct With {
+    package: String,
+    from: Option<String>,
+    below: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -54,8 +64,15 @@ static TABLE: LazyLock<Table> = LazyLock::new(|| {
 pub(super) fn check(plan: Option<&Plan>, engine: &Engine) -> Vec<Finding> {
     let fits = |rule: &&Rule| {
         let connector = plan.map_or("", |plan| plan.connector.name());
-        let needed = rule.needs.as_ref().is_none_or(|name| version(engine, name).is_some());
-        needed && rule.connector.as_ref().is_none_or(|wanted| wanted == connector)
+        let is_there = |with: &With| {
+            let version = version(engine, &with.package);
+            version.is_some_and(|version| is_between(&version, with.from.as_ref(), with.below.as_ref()))
+        };
+        let is_meant = rule.connectors.as_ref().is_none_or(|wanted| match &wanted[..] {
+            [] => connector.is_empty(),
+            wanted => wanted.iter().any(|wanted| wanted == connector),
+        });
+        is_meant && rule.with.iter().all(is_there)
     };
     let rules = TABLE.rule.iter().filter(fits);
     rules
@@ -65,7 +82,12 @@ pub(super) fn check(plan: Option<&Plan>, engine: &Engine) -> Vec<Finding> {
                 RuleLevel::Warn => Level::Warn,
                 RuleLevel::Fail => Level::Fail,
             };
-            let message = rule.message.replace("{version}", &version.text);
+            let other = rule.with.first().and_then(|with| self::version(engine, &with.package));
+            let other = other.map(|version| version.text).unwrap_or_default();
+            let message = rule
+                .message
+                .replace("{version}", &version.text)
+                .replace("{other}", &other);
             Some(finding(&rule.name, level, message, Some(&rule.hint)))
         })
         .collect()
@@ -79,10 +101,14 @@ pub(super) fn instead(option: &str) -> Option<&'static str> {
 
 impl Rule {
     fn is_about(&self, version: &Version) -> bool {
-        let bound = |text: &Option<String>| text.as_deref().and_then(Version::parse);
-        bound(&self.from).is_none_or(|from| version.numbers >= from.numbers)
-            && bound(&self.below).is_none_or(|below| version.numbers < below.numbers)
+        is_between(version, self.from.as_ref(), self.below.as_ref())
     }
+}
+
+fn is_between(version: &Version, from: Option<&String>, below: Option<&String>) -> bool {
+    let bound = |text: Option<&String>| text.and_then(|text| Version::parse(text));
+    bound(from).is_none_or(|from| version.numbers >= from.numbers)
+        && bound(below).is_none_or(|below| version.numbers < below.numbers)
 }
 
 fn version(engine: &Engine, package: &str) -> Option<Version> {
@@ -111,7 +137,8 @@ mod tests {
     #[test]
     fn every_entry_can_be_read_and_is_about_some_versions() {
         for rule in &TABLE.rule {
-            for bound in [&rule.from, &rule.below].into_iter().flatten() {
+            let with = rule.with.iter().flat_map(|with| [&with.from, &with.below]);
+            for bound in [&rule.from, &rule.below].into_iter().chain(with).flatten() {
                 assert!(Version::parse(bound).is_some(), "{}: {bound}", rule.name);
             }
             assert!(
@@ -135,8 +162,8 @@ mod tests {
             package: String::new(),
             from: from.map(str::to_owned),
             below: below.map(str::to_owned),
-            connector: None,
-            needs: None,
+            connectors: None,
+            with: Vec::new(),
             level: RuleLevel::Warn,
             message: String::new(),
             hint: String::new(),

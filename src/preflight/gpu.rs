@@ -12,6 +12,11 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let no_gpu = "try the simulated engines with `--engine sim`, or real vLLM without a GPU with `--profile cpu-1p1d`";
     let found = match &machine.gpus {
         Gpus::Found(found) => found,
+        Gpus::Unavailable(reason) if plan.names_gpus => {
+            let message = format!("the {needed} GPUs that the profile names cannot be looked at: {reason}");
+            let hint = "nothing tells whether they are there, what is free on them, and what engines give back";
+            return vec![finding("gpu", Level::Warn, message, Some(hint))];
+        }
         Gpus::Unavailable(reason) => {
             return vec![finding(
                 "gpu",

@@ -1,7 +1,7 @@
 //! Whether the memory that engines will take is free, who has it if not, and whether model and KV fit into it.
 
 use super::{Finding, Level, finding};
-use crate::engine::vllm;
+use crate::engine::{arguments, vllm};
 use crate::fleet::Role;
 use crate::machine::{Gpu, GpuMemory, GpuProcess, KvShape, Machine, ModelSize};
 use crate::plan::{EngineSpec, Plan, memory_share};
@@ -128,10 +128,12 @@ pub(super) fn fit(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             let engine = plan.engines_of(role).next()?;
             let gpus = engine.gpus.iter().map(|index| machine.gpus.get(*index)?.memory);
             let smallest = gpus.min_by_key(|memory| memory.map_or(0, |memory| memory.total))??;
-            let option = |name: &str| vllm::option(&engine.argv, &[name]);
+            let args = vllm::own_arguments(&engine.argv);
+            let option = |name: &str| arguments::value(args, name);
+            let copies = option("--data-parallel-size").and_then(|ranks| ranks.parse::<u64>().ok());
             let demand = Demand {
                 budget: part_of(smallest.total, memory_share(engine, machine)),
-                ranks: u64::from(engine.endpoint.tensor_parallel),
+                ranks: engine.gpus.len() as u64 / copies.unwrap_or(1).max(1),
                 tokens: option("--max-model-len")
                     .and_then(|tokens| tokens.parse().ok())
                     .or(model.max_positions)?,

@@ -79,11 +79,13 @@ impl fmt::Display for Topic {
 
 /// Checks everything; the order is the order of a start.
 pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
+    let decided = (Topic::Software, options::decided(plan));
     if plan.engine != EngineKind::Vllm {
-        return Vec::new();
+        return sorted([decided, (Topic::System, system::limits(machine))]);
     }
     let topics = [
         (Topic::Software, software::check(plan, machine)),
+        decided,
         (Topic::Gpu, gpu::check(plan, machine)),
         (Topic::Gpu, gpu_memory::free(plan, machine)),
         (Topic::Gpu, gpu_memory::fit(plan, machine).into_iter().collect()),
@@ -98,9 +100,17 @@ pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     sorted(topics)
 }
 
+/// What is wrong with a plan whatever the machine.
+pub fn of_profile(plan: &Plan) -> Vec<Finding> {
+    sorted([(Topic::Software, options::decided(plan))])
+}
+
 /// What a simulated fleet needs of a machine.
 pub fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
-    sorted([(Topic::System, system::of_simulated(plan, machine))])
+    sorted([
+        (Topic::Software, options::decided(plan)),
+        (Topic::System, system::of_simulated(plan, machine)),
+    ])
 }
 
 /// What can be said of a machine without a plan: nothing is needed, so nothing fails.

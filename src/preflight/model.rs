@@ -1,7 +1,7 @@
 //! Whether the model is here, or may be fetched and fits.
 
 use super::{Finding, Level, finding};
-use crate::machine::huggingface::{Answer, CacheState, Hub, Identity, LeftoverKind};
+use crate::machine::huggingface::{Answer, CacheState, Hub, Identity, LeftoverKind, is_repository};
 use crate::machine::{HuggingFace, Machine};
 use crate::plan::Plan;
 
@@ -23,14 +23,14 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             pass("model", format!("`{model}` is on this machine")),
             pass("hf_access", "not asked: the model is in the cache".to_owned()),
         ],
+        CacheState::Elsewhere { what } => {
+            let hint = "the engines fetch it themselves, each on its own; their logs show how far they are";
+            let message = format!("`{model}` {what}: only the engine can tell whether it is there and fits");
+            vec![finding("model", Level::Warn, message, Some(hint))]
+        }
         CacheState::BadFolder { problem } => {
-            let hint = "check the path given as `model`, or name a repository of Hugging Face: `--model org/name`";
-            vec![finding(
-                "model",
-                Level::Fail,
-                format!("`{model}` {problem}"),
-                Some(hint),
-            )]
+            let message = format!("`{model}` {problem}");
+            vec![finding("model", Level::Fail, message, Some(&what_was_meant(model)))]
         }
         CacheState::Partial { missing } => to_fetch(plan, facts, Some(missing)),
         CacheState::Absent | CacheState::None => to_fetch(plan, facts, None),
@@ -38,6 +38,24 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings.extend(leftovers(facts));
     findings.extend(clock(&facts.hub));
     findings
+}
+
+/// What to write instead of a name that is neither a folder nor a repository.
+fn what_was_meant(model: &str) -> String {
+    match model.split_once('@') {
+        Some((name, revision)) if is_repository(name) => {
+            return format!("a revision is an argument: `--model {name}`, and `--revision {revision}` in `vllm.args`");
+        }
+        _ => {}
+    }
+    let page = model.split_once("://").and_then(|(_, rest)| rest.split_once('/'));
+    if let Some((_, name)) = page.filter(|(_, name)| is_repository(name)) {
+        return format!("name the repository alone: `--model {name}`");
+    }
+    if model.starts_with('~') {
+        return "a shell replaces `~` only at the beginning of a word: write the whole path".to_owned();
+    }
+    "check the path given as `model`, or name a repository of Hugging Face: `--model org/name`".to_owned()
 }
 
 /// The token, where no model is asked for.

@@ -6,8 +6,8 @@ use crate::machine::{Engine, Environment, Machine, Version};
 use crate::plan::Plan;
 
 const INSTALL_NIXL: &str = "`pip install nixl` in the environment of vLLM";
-const INSTALL_LMCACHE: &str = "`pip install lmcache nixl` in the environment of vLLM";
-const INSTALL_VLLM: &str = "`pip install vllm` and activate its environment, or name it with \
+const INSTALL_LMCACHE: &str = "`pip install -U nixl \"lmcache>=0.5.6\"` in the environment of vLLM";
+const INSTALL_VLLM: &str = "`pip install vllm nixl` and activate its environment, or name it with \
     `--set vllm.program=/path/to/vllm`; without vLLM, try `--engine sim`";
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {

@@ -21,28 +21,38 @@ const WRITTEN: i64 = 1_767_225_600;
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let system = &machine.system;
     let ranks: u64 = plan.engines.iter().map(|engine| engine.gpus.len() as u64).sum();
-    let several = plan.engines.iter().any(|engine| engine.endpoint.tensor_parallel > 1);
+    let several = plan.engines.iter().any(|engine| engine.gpus.len() > 1);
     let mut findings = vec![
         open_files(system.open_files),
         shared_memory(system, if several { ranks.max(2) } else { 0 }),
         ports(plan, &system.listeners),
         locked_memory(plan, system),
     ];
+    findings.extend(file_size(system.file_size));
     findings.extend((ranks > 1).then(|| pcie(system)).flatten());
     findings.push(year(system));
     findings
 }
 
 pub(super) fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
-    vec![
+    let mut findings = vec![
         open_files(machine.system.open_files),
         ports(plan, &machine.system.listeners),
-    ]
+    ];
+    findings.extend(file_size(machine.system.file_size));
+    findings
+}
+
+/// Limits that even simulated engines feel.
+pub(super) fn limits(machine: &Machine) -> Vec<Finding> {
+    file_size(machine.system.file_size).into_iter().collect()
 }
 
 pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
     let system = &machine.system;
-    vec![open_files(system.open_files), shared_memory(system, 0), year(system)]
+    let mut findings = vec![open_files(system.open_files), shared_memory(system, 0), year(system)];
+    findings.extend(file_size(system.file_size));
+    findings
 }
 
 fn pass(check: &'static str, message: String) -> Finding {
@@ -73,6 +83,27 @@ fn open_files(limit: Limit) -> Finding {
             finding("nofile", Level::Warn, message, Some(hint))
         }
         OPEN_FILES.. => pass("nofile", numbers),
+    }
+}
+
+/// A limit of files' sizes holds for logs, for a model that is fetched, and for what engines compile and cache.
+fn file_size(limit: Limit) -> Option<Finding> {
+    (limit.soft != u64::MAX).then(|| {
+        let message = format!(
+            "a file may have {} at most: logs are cut into smaller files, and larger writes of engines fail",
+            size(limit.soft)
+        );
+        let hint = "`ulimit -f unlimited` before the start, or `LimitFSIZE=infinity` in a systemd unit";
+        finding("fsize", Level::Warn, message, Some(hint))
+    })
+}
+
+/// A size that may be far below a gibibyte.
+fn size(bytes: u64) -> String {
+    if bytes < 1 << 30 {
+        format!("{} KiB", bytes >> 10)
+    } else {
+        gibibytes(bytes)
     }
 }
 

@@ -330,6 +330,16 @@ fn roles_must_agree_on_what_a_hand_off_compares() {
     assert_eq!(of(&found, "roles").level, Level::Fail);
     let found = findings_with(&["prefill.args=[\"--dtype\", \"float16\"]"]);
     assert_eq!(of(&found, "roles").level, Level::Warn);
+    let found = findings_with(&[
+        "prefill.args=[\"--disable-hybrid-kv-cache-manager\"]",
+        "decode.args=[\"--no-disable-hybrid-kv-cache-manager\"]",
+    ]);
+    assert_eq!(of(&found, "roles").level, Level::Fail);
+    let found = findings_with(&[
+        "prefill.env.VLLM_KV_CACHE_LAYOUT=HND",
+        "decode.env.VLLM_KV_CACHE_LAYOUT=NHD",
+    ]);
+    assert_eq!(of(&found, "roles").level, Level::Fail);
     let found = findings_with(&["decode.env={PYTHONHASHSEED=\"1\"}"]);
     assert_eq!(
         of(&found, "hash_seed").message,
@@ -341,6 +351,93 @@ fn roles_must_agree_on_what_a_hand_off_compares() {
 fn a_connector_that_was_forced_is_told_to_be_unsafe() {
     let found = findings_with(&["connector=lmcache", "force_connector=true"]);
     assert_eq!(of(&found, "lmcache_layout").level, Level::Warn);
+}
+
+#[test]
+fn versions_of_two_packages_that_do_not_go_together_are_told() {
+    let checks = |vllm: &str, nixl: &str, lmcache: Option<&str>, torch: &str, profile: &str| -> Vec<(&str, Level)> {
+        let mut machine = Machine::fixture(4, vllm, lmcache);
+        if let Engine::Found {
+            nixl: found,
+            environment,
+            ..
+        } = &mut machine.engine
+        {
+            *found = crate::machine::Version::parse(nixl);
+            environment.packages.insert("torch".to_owned(), torch.to_owned());
+        }
+        let bad = findings(profile, &machine);
+        let bad = bad.iter().filter(|finding| finding.level != Level::Pass);
+        bad.map(|finding| (finding.check, finding.level)).collect()
+    };
+    let none: [(&str, Level); 0] = [];
+    assert_eq!(checks("0.32.0", "1.4.1", None, "2.13.0", "2p2d-nixl"), none);
+    assert_eq!(checks("0.33.0", "1.5.0", None, "2.14.0", "2p2d-nixl"), none);
+    let old_nixl = [("nixl_version", Level::Fail)];
+    assert_eq!(checks("0.33.0", "1.4.1", None, "2.14.0", "2p2d-nixl"), old_nixl);
+    assert_eq!(checks("0.33.1+cu130", "1.4.9", None, "2.14.0", "1p1d"), old_nixl);
+    assert_eq!(
+        checks("0.32.0", "1.5.1", Some("0.5.6"), "2.13.0", "2p2d-lmcache-mp"),
+        none
+    );
+    assert_eq!(
+        checks("0.33.0", "1.5.1", Some("0.3.7"), "2.13.0", "2p2d-lmcache-mp"),
+        [("lmcache_version", Level::Fail)]
+    );
+    assert_eq!(
+        checks("0.33.0", "1.5.1", Some("0.5.6"), "2.14.0", "2p2d-lmcache-mp"),
+        [("lmcache_torch", Level::Warn)]
+    );
+    // Without the connector, LMCache's version does not matter.
+    assert_eq!(checks("0.33.0", "1.5.1", Some("0.3.7"), "2.14.0", "2p2d-nixl"), none);
+}
+
+#[test]
+fn what_only_the_engine_can_judge_is_a_warning() {
+    let mut machine = Machine::fixture(4, "0.32.0", None);
+    machine.hugging_face.model.state = CacheState::Elsewhere { what: "is a GGUF file" };
+    let found = findings("2p2d-nixl", &machine);
+    assert_eq!(of(&found, "model").level, Level::Warn);
+    assert!(failed("2p2d-nixl", &machine).is_empty());
+}
+
+#[test]
+fn gpus_that_are_named_are_used_without_a_driver_that_tells_of_them() {
+    let mut machine = Machine::fixture(0, "0.32.0", None);
+    machine.gpus = Gpus::Unavailable("no NVIDIA driver".to_owned());
+    let level = |set: &[&str]| {
+        let set: Vec<Override> = set
+            .iter()
+            .map(|set| Override::parse(set).expect("an override"))
+            .collect();
+        let profile = profile::load("1p1d", &set).expect("a profile");
+        let plan = crate::plan::build(&profile, &machine, Path::new("/run")).expect("a plan");
+        let numbers = plan
+            .engines
+            .iter()
+            .map(|engine| engine.env["CUDA_VISIBLE_DEVICES"].clone());
+        (of(&check(&plan, &machine), "gpu").level, numbers.collect::<Vec<_>>())
+    };
+    assert_eq!(
+        level(&["prefill.gpus=[0]", "decode.gpus=[3]"]),
+        (Level::Warn, vec!["0".to_owned(), "3".to_owned()])
+    );
+    assert_eq!(level(&["prefill.gpus=[0]"]).0, Level::Fail);
+}
+
+#[test]
+fn pipeline_stages_where_no_hand_off_goes_are_told() {
+    let stages = |set: &str| {
+        let found = findings_with(&[set]);
+        let ranks = found.iter().find(|finding| finding.check == "ranks");
+        ranks.map(|finding| finding.level)
+    };
+    assert_eq!(stages("decode.args=[\"-pp\", \"2\"]"), Some(Level::Warn));
+    assert_eq!(
+        stages("decode.args=[\"--prefill-context-parallel-size=2\"]"),
+        Some(Level::Warn)
+    );
+    assert_eq!(stages("prefill.args=[\"-pp\", \"2\"]"), None);
 }
 
 #[test]

@@ -12,7 +12,8 @@ use super::{
 use crate::connector::FirstToken;
 use crate::engine::EngineKind;
 use crate::fleet::LogLimits;
-use crate::service::{AccessLog, Admission, Clients, Guard, Handoff, Metrics, Routing, Service, Traces};
+use crate::service::{AccessLog, Admission, Clients, Cors, Guard, Handoff, Metrics, Routing, Service, Streams, Traces};
+use crate::span;
 
 /// A whole profile file. Every key may be left out of a layer; [`File::resolve`] says what the result must have.
 #[derive(Debug, Default, Deserialize)]
@@ -65,7 +66,7 @@ struct RoleTable {
     #[serde(default)]
     args: Vec<String>,
     #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: BTreeMap<String, Variable>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -77,7 +78,7 @@ struct VllmTable {
     #[serde(default)]
     args: Vec<String>,
     #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: BTreeMap<String, Variable>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -134,6 +135,8 @@ struct ProxyTable {
     access_log: AccessLog,
     metrics: Metrics,
     traces: Traces,
+    cors: Cors,
+    streams: Streams,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -168,6 +171,31 @@ struct LogsTable {
     age: Option<Span>,
 }
 
+/// The value of a variable: text, or a number or `true` without quotes.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a string, a number, `true` or `false`")]
+enum Variable {
+    Text(String),
+    Whole(i64),
+    Part(f64),
+    Switch(bool),
+}
+
+impl Variable {
+    fn all(env: BTreeMap<String, Self>) -> BTreeMap<String, String> {
+        env.into_iter().map(|(name, value)| (name, value.text())).collect()
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::Text(text) => text,
+            Self::Whole(number) => number.to_string(),
+            Self::Part(number) => number.to_string(),
+            Self::Switch(is_on) => is_on.to_string(),
+        }
+    }
+}
+
 /// A duration as people write it: `"30s"`, `"1m 30s"`.
 #[derive(Debug, Clone, Copy)]
 struct Span(Duration);
@@ -175,11 +203,7 @@ struct Span(Duration);
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        humantime::parse_duration(&text).map(Self).map_err(|error| {
-            serde::de::Error::custom(format!(
-                "invalid duration `{text}`: {error}; write for example \"90s\" or \"5m\""
-            ))
-        })
+        span::parse(&text).map(Self).map_err(serde::de::Error::custom)
     }
 }
 
@@ -214,7 +238,8 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
-fn parse_bytes(text: &str) -> Option<u64> {
+/// Reads a number of bytes; `None` for what is none.
+pub fn parse_bytes(text: &str) -> Option<u64> {
     let digits = text
         .find(|character: char| !character.is_ascii_digit())
         .unwrap_or(text.len());
@@ -254,7 +279,7 @@ impl File {
                 max_model_len: self.vllm.max_model_len,
                 gpu_memory_utilization: self.vllm.gpu_memory_utilization.map(|part| part.0),
                 args: self.vllm.args,
-                env: self.vllm.env,
+                env: Variable::all(self.vllm.env),
             },
             sim: SimProfile {
                 preset: self.sim.preset.unwrap_or_else(|| "h100-llama-3.1-8b".to_owned()),
@@ -285,7 +310,7 @@ impl RoleTable {
             gpus: self.gpus,
             gpu_memory_utilization: self.gpu_memory_utilization.map(|part| part.0),
             args: self.args,
-            env: self.env,
+            env: Variable::all(self.env),
         }
     }
 }
@@ -320,12 +345,13 @@ impl ProxyTable {
         ProxyProfile {
             host: self.host.unwrap_or_else(|| "127.0.0.1".to_owned()),
             port: self.port.unwrap_or(9100),
+            port_is_exact: false,
             bind_sessions: self.bind_sessions.unwrap_or(false),
             session_header: self.session_header.unwrap_or_else(|| "session-id".to_owned()),
             max_body_bytes: self
                 .max_body
                 .map_or(64 << 20, |bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
-            max_in_flight: self.max_in_flight.unwrap_or(1024),
+            max_in_flight: self.max_in_flight.unwrap_or(4096),
             service: Service {
                 routing: self.routing,
                 admission: self.admission,
@@ -335,6 +361,8 @@ impl ProxyTable {
                 access_log: self.access_log,
                 metrics: self.metrics,
                 traces: self.traces,
+                cors: self.cors,
+                streams: self.streams,
             },
         }
     }

@@ -5,9 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::Profile;
 use super::file::{File, MissingKey};
-use crate::fleet::MAX_ENGINES_PER_ROLE;
+use super::{Profile, adopt, keys, ranges};
 
 /// The shipped profiles, embedded: name and text.
 const SHIPPED: &[(&str, &str)] = &[
@@ -28,16 +27,23 @@ const MAX_DEPTH: usize = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {
     /// The name is no shipped profile and no file.
-    #[error("no profile `{name}`: it is neither a shipped profile nor a file")]
+    #[error("no profile `{name}`{}: it is neither a shipped profile nor a file", extended(from.as_ref()))]
     Unknown {
         /// As the user wrote it.
         name: String,
+        /// The profile that extends it.
+        from: Option<String>,
         /// The shipped profile that it is most like.
         nearest: Option<String>,
     },
     /// The file cannot be read.
-    #[error("cannot read a profile")]
-    Read(#[source] std::io::Error),
+    #[error("cannot read a profile{}", extended(from.as_ref()))]
+    Read {
+        /// The profile that extends it.
+        from: Option<String>,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The text is no TOML, or no profile. The message shows line, column and the line itself.
     #[error("{origin}: {message}")]
     Invalid {
@@ -71,6 +77,10 @@ pub enum ProfileError {
     },
 }
 
+fn extended(from: Option<&String>) -> String {
+    from.map(|from| format!(", which {from} extends")).unwrap_or_default()
+}
+
 impl ProfileError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
@@ -81,9 +91,16 @@ impl ProfileError {
             | Self::Invalid {
                 nearest: Some(nearest), ..
             } => Some(format!("did you mean `{nearest}`?")),
-            Self::Unknown { .. } => Some("`xpyd profiles list` shows the shipped ones; a path must exist".to_owned()),
+            Self::Unknown { .. } => Some(
+                "`xpyd profiles list` shows the shipped ones, and `3p1d` is one of any numbers; the path of a file has a `/` or ends in \
+                 `.toml`"
+                    .to_owned(),
+            ),
             Self::Missing { key, .. } => Some(format!("add `{key} = …`, or start the file with `extends = \"2p2d\"`")),
-            Self::Invalid { .. } | Self::Read(_) | Self::TooDeep(_) | Self::OutOfRange { .. } => None,
+            Self::Invalid { message, .. } => keys::correction(message).map(str::to_owned),
+            Self::Read { .. } => Some("`xpyd profiles list` shows the shipped profiles; another one is the path of a file".to_owned()),
+            Self::TooDeep(_) => Some("`extends` names a shipped profile or another file, up to eight deep".to_owned()),
+            Self::OutOfRange { .. } => None,
         }
     }
 }
@@ -94,10 +111,13 @@ pub struct Override {
     /// Where it came from, for errors: `--set decode.count=3`.
     origin: String,
     table: Table,
+    /// The same with a text in a number's or a switch's place, for keys that are text.
+    text: Option<Table>,
 }
 
 impl Override {
-    /// Parses `KEY.PATH=VALUE`. The value is TOML; what is no TOML is a string, so that `model=tiny` needs no quotes.
+    /// Parses `KEY.PATH=VALUE`. The value is TOML; what is no TOML is a string, so that `model=tiny` needs no quotes, and so is
+    /// `2024` where the key is text.
     ///
     /// # Errors
     /// Without `=`, or with a key that is no dotted key.
@@ -109,12 +129,31 @@ impl Override {
             nearest: None,
         };
         let (key, value) = text.split_once('=').ok_or_else(|| invalid("expected KEY=VALUE"))?;
-        let quoted = Value::String(value.to_owned());
-        let table = format!("{key} = {value}")
-            .parse::<Table>()
-            .or_else(|_| format!("{key} = {quoted}").parse::<Table>())
-            .map_err(|_| invalid("the key is not a dotted key such as `decode.count`"))?;
-        Ok(Self { origin, table })
+        let table = |value: &str| format!("{key} = {value}").parse::<Table>().ok();
+        let text = table(&Value::String(value.to_owned()).to_string());
+        let is_plain = format!("x = {value}").parse::<Table>().is_ok_and(|parsed| {
+            let value = parsed.get("x");
+            value.is_some_and(|value| !(value.is_str() || value.is_array() || value.is_table()))
+        });
+        let (table, text) = match table(value) {
+            Some(table) => (Some(table), text.filter(|_| is_plain)),
+            None => (text, None),
+        };
+        let table = table.ok_or_else(|| invalid("the key is not a dotted key such as `decode.count`"))?;
+        Ok(Self { origin, table, text })
+    }
+
+    /// What it says, checked by itself.
+    fn checked(&self) -> Result<Table, ProfileError> {
+        let check = |table: &Table| check(&self.origin, &Value::Table(table.clone()).to_string(), Some(table));
+        let as_text = self.text.as_ref().map(|table| check(table).map(|()| table));
+        match (as_text, check(&self.table)) {
+            (Some(Ok(text)), _) => Ok(text.clone()),
+            (_, Ok(())) => Ok(self.table.clone()),
+            // A text of the wrong form says which form is right.
+            (Some(Err(error)), Err(_)) if !error.to_string().contains("invalid type") => Err(error),
+            (_, Err(error)) => Err(error),
+        }
     }
 
     /// A flag's value for one key.
@@ -134,6 +173,7 @@ impl Override {
         Self {
             origin: format!("`{flag}`"),
             table,
+            text: None,
         }
     }
 }
@@ -153,22 +193,74 @@ pub fn shipped_names() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// When a layer cannot be read or is wrong, or the whole lacks a required key.
 pub fn load(name: &str, overrides: &[Override]) -> Result<Profile, ProfileError> {
-    let mut merged = load_layers(name, None, 0)?;
-    for layer in overrides {
-        check(
-            &layer.origin,
-            &Value::Table(layer.table.clone()).to_string(),
-            Some(&layer.table),
-        )?;
-        merge(&mut merged, layer.table.clone());
-    }
+    load_with(name, overrides, &[])
+}
+
+/// [`load`], with more arguments for all engines.
+///
+/// # Errors
+/// The same.
+pub fn load_with(name: &str, overrides: &[Override], args: &[String]) -> Result<Profile, ProfileError> {
+    let merged = resolved(name, overrides, args)?;
     let file = File::deserialize(merged).map_err(|error| invalid(name, &error))?;
     let profile = file.resolve(name).map_err(|MissingKey(key)| ProfileError::Missing {
         name: name.to_owned(),
         key,
     })?;
-    check_ranges(&profile)?;
+    ranges::check(&profile)?;
     Ok(profile)
+}
+
+/// All layers as one: what a profile says, without the defaults of what it leaves out.
+///
+/// # Errors
+/// When a layer cannot be read or is wrong.
+pub fn resolved(name: &str, overrides: &[Override], args: &[String]) -> Result<Table, ProfileError> {
+    let mut merged = load_layers(name, None, 0)?;
+    for layer in overrides {
+        merge(&mut merged, layer.checked()?);
+    }
+    merged.remove("extends");
+    adopt::adopt(&mut merged, args);
+    Ok(merged)
+}
+
+/// The text of a profile, as it was written.
+///
+/// # Errors
+/// When it is not there.
+pub fn text(name: &str) -> Result<String, ProfileError> {
+    read(name, None).map(|(_, text, _)| text)
+}
+
+/// The profile of so many engines as a name says it: `3p1d`, and what may follow: `-tp2`, `-nixl`, `-lmcache`, `-lmcache-mp`.
+fn of_any_size(name: &str) -> Option<String> {
+    let (size, more) = name
+        .split_once('-')
+        .map_or((name, None), |(size, more)| (size, Some(more)));
+    let (prefill, decode) = size.strip_suffix('d')?.split_once('p')?;
+    let (prefill, decode): (u16, u16) = (prefill.parse().ok()?, decode.parse().ok()?);
+    let mut lines = vec![
+        "extends = \"2p2d\"".to_owned(),
+        format!("description = \"{prefill} prefill + {decode} decode engines\""),
+        format!("prefill.count = {prefill}"),
+        format!("decode.count = {decode}"),
+    ];
+    let mut more = more;
+    if let Some(rest) = more.and_then(|more| more.strip_prefix("tp")) {
+        let (ranks, rest) = rest
+            .split_once('-')
+            .map_or((rest, None), |(ranks, rest)| (ranks, Some(rest)));
+        let ranks: u16 = ranks.parse().ok()?;
+        lines.extend(["prefill", "decode"].map(|role| format!("{role}.tensor_parallel = {ranks}")));
+        more = rest;
+    }
+    match more {
+        None => {}
+        Some(connector @ ("nixl" | "lmcache" | "lmcache-mp")) => lines.push(format!("connector = \"{connector}\"")),
+        Some(_) => return None,
+    }
+    Some(lines.join("\n"))
 }
 
 /// The merged table of a profile and of all that it extends.
@@ -176,33 +268,43 @@ fn load_layers(name: &str, from: Option<&Path>, depth: usize) -> Result<Table, P
     if depth >= MAX_DEPTH {
         return Err(ProfileError::TooDeep(name.to_owned()));
     }
-    let (origin, text, folder) = read(name, from)?;
+    let (origin, text, path) = read(name, from)?;
     check(&origin, &text, None)?;
     let table: Table = text.parse().map_err(|error| invalid(&origin, &error))?;
     let Some(Value::String(base)) = table.get("extends") else {
         return Ok(table);
     };
-    let mut merged = load_layers(base, folder.as_deref(), depth + 1)?;
+    let mut merged = load_layers(base, path.as_deref(), depth + 1)?;
     merge(&mut merged, table);
     Ok(merged)
 }
 
-/// Finds a profile: a shipped name, or a file, relative to the one that extends it. Returns its origin and folder too.
+/// Finds a profile: a shipped name, one of any numbers, or a file, relative to the one that extends it. Returns its origin and
+/// path too.
 fn read(name: &str, from: Option<&Path>) -> Result<(String, String, Option<std::path::PathBuf>), ProfileError> {
     if let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
         return Ok((format!("shipped profile `{name}`"), (*text).to_owned(), None));
     }
-    let path = from.map_or_else(|| Path::new(name).to_owned(), |folder| folder.join(name));
+    let folder = from.and_then(Path::parent);
+    let path = folder.map_or_else(|| Path::new(name).to_owned(), |folder| folder.join(name));
+    if let Some(text) = of_any_size(name).filter(|_| !path.is_file()) {
+        return Ok((format!("profile `{name}`"), text, None));
+    }
+    let extended_by = || from.map(|from| format!("`{}`", from.display()));
     let looks_like_path = name.contains('/') || path.extension().is_some_and(|extension| extension == "toml");
     if !path.is_file() && !looks_like_path {
-        let nearest = nearest(name, shipped_names());
+        let nearest = keys::nearest(name, shipped_names());
         return Err(ProfileError::Unknown {
             name: name.to_owned(),
+            from: extended_by(),
             nearest,
         });
     }
-    let text = fs_err::read_to_string(&path).map_err(ProfileError::Read)?;
-    Ok((path.display().to_string(), text, path.parent().map(Path::to_owned)))
+    let text = fs_err::read_to_string(&path).map_err(|source| ProfileError::Read {
+        from: extended_by(),
+        source,
+    })?;
+    Ok((path.display().to_string(), text, Some(path)))
 }
 
 /// Deserializes one layer by itself, so that the error shows the place where the user wrote the mistake. A layer that is
@@ -216,8 +318,8 @@ fn check(origin: &str, text: &str, table: Option<&Table>) -> Result<(), ProfileE
         None => invalid(origin, &error),
         Some(_) => ProfileError::Invalid {
             origin: origin.to_owned(),
-            message: error.message().to_owned(),
-            nearest: nearest_key(error.message()),
+            message: keys::in_words(error.message()),
+            nearest: keys::nearest_key(error.message()),
         },
     })
 }
@@ -225,28 +327,9 @@ fn check(origin: &str, text: &str, table: Option<&Table>) -> Result<(), ProfileE
 fn invalid(origin: &str, error: &toml::de::Error) -> ProfileError {
     ProfileError::Invalid {
         origin: origin.to_owned(),
-        message: error.to_string().trim_end().to_owned(),
-        nearest: nearest_key(error.message()),
+        message: keys::in_words(error.to_string().trim_end()),
+        nearest: keys::nearest_key(error.message()),
     }
-}
-
-/// serde says ``unknown field `cuont`, expected one of `count`, `port` ``: the names between backticks are all we need.
-fn nearest_key(message: &str) -> Option<String> {
-    if !message.contains("unknown field") && !message.contains("unknown variant") {
-        return None;
-    }
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    let unknown = quoted.next()?;
-    nearest(unknown, quoted)
-}
-
-/// The candidate most like `name`, if one is like it at all.
-fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
-    candidates
-        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
-        .filter(|(likeness, _)| *likeness > 0.75)
-        .max_by(|left, right| left.0.total_cmp(&right.0))
-        .map(|(_, candidate)| candidate.to_owned())
 }
 
 /// Puts `top` over `base`: tables are merged key by key, everything else is replaced.
@@ -259,53 +342,4 @@ fn merge(base: &mut Table, top: Table) {
             }
         }
     }
-}
-
-fn check_ranges(profile: &Profile) -> Result<(), ProfileError> {
-    let fail = |key: String, problem: &str| {
-        Err(ProfileError::OutOfRange {
-            name: profile.name.clone(),
-            key,
-            problem: problem.to_owned(),
-        })
-    };
-    for (table, role) in [("prefill", &profile.prefill), ("decode", &profile.decode)] {
-        for (key, value, most) in [
-            ("count", role.count, MAX_ENGINES_PER_ROLE),
-            ("tensor_parallel", role.tensor_parallel, 64),
-        ] {
-            if !(1..=most).contains(&value) {
-                return fail(format!("{table}.{key}"), &format!("must be between 1 and {most}"));
-            }
-        }
-        let needed = usize::from(role.count) * usize::from(role.tensor_parallel);
-        if !role.gpus.is_empty() && role.gpus.len() != needed {
-            return fail(
-                format!("{table}.gpus"),
-                &format!(
-                    "lists {} GPUs, but count × tensor_parallel needs {needed}",
-                    role.gpus.len()
-                ),
-            );
-        }
-    }
-    if profile.model.trim().is_empty() {
-        return fail("model".to_owned(), "is empty");
-    }
-    if profile.proxy.max_in_flight == 0 {
-        return fail("proxy.max_in_flight".to_owned(), "must be at least 1");
-    }
-    if profile.deadlines.start_stall.is_zero() {
-        return fail("deadlines.start_stall".to_owned(), "must be longer than 0");
-    }
-    let shortest = profile.deadlines.kv_lease();
-    if profile.nixl.lease.is_some_and(|lease| lease < shortest) {
-        let problem = format!(
-            "must be at least {} with these deadlines, or a request may read KV that is no longer its own; leave it out, \
-             or shorten `deadlines.prefill`, `deadlines.decode_idle` or `deadlines.stall`",
-            humantime::format_duration(shortest)
-        );
-        return fail("nixl.lease".to_owned(), &problem);
-    }
-    Ok(())
 }

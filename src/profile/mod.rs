@@ -4,18 +4,22 @@
 //! its own, so that an error points at the line where it was written; then the layers are merged, later ones winning, and
 //! [`Profile`] gets the defaults of `file`.
 
+mod adopt;
 mod file;
+mod keys;
 mod layers;
+mod ranges;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::connector::FirstToken;
-use crate::engine::EngineKind;
+use crate::engine::{EngineKind, arguments};
 use crate::fleet::LogLimits;
 use crate::service::Service;
 
-pub use layers::{Override, ProfileError, load, shipped, shipped_names};
+pub use file::parse_bytes;
+pub use layers::{Override, ProfileError, load, load_with, resolved, shipped, shipped_names, text};
 
 /// What the user wants, complete and checked. Nothing in it depends on the machine.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,6 +110,48 @@ pub struct RoleProfile {
     pub env: BTreeMap<String, String>,
 }
 
+/// Over how many ranks an engine is spread, each of which has a GPU of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranks {
+    /// Tensor-parallel ones.
+    pub tensor: u16,
+    /// Pipeline stages.
+    pub pipeline: u16,
+    /// Context-parallel ones of a prefill.
+    pub context: u16,
+    /// Data-parallel ones: each is a whole engine of its own.
+    pub data: u16,
+}
+
+impl Ranks {
+    /// All of them, as vLLM counts (`config/parallel.py`).
+    pub fn total(self) -> usize {
+        let all = [self.tensor, self.pipeline, self.context, self.data];
+        all.iter().map(|&ranks| usize::from(ranks)).product()
+    }
+}
+
+impl Profile {
+    /// The ranks of each engine of a role. What the profile has no key for is read from the arguments.
+    pub fn ranks(&self, role: &RoleProfile) -> Ranks {
+        let number = |name: &str| {
+            let number = self.argument(role, name).and_then(|value| value.parse().ok());
+            number.unwrap_or(1).max(1)
+        };
+        Ranks {
+            tensor: role.tensor_parallel,
+            pipeline: number("--pipeline-parallel-size"),
+            context: number("--prefill-context-parallel-size"),
+            data: number("--data-parallel-size"),
+        }
+    }
+
+    /// The value of an option among the arguments; those of the role come after those of all engines.
+    pub fn argument<'profile>(&'profile self, role: &'profile RoleProfile, name: &str) -> Option<&'profile str> {
+        arguments::value(&role.args, name).or_else(|| arguments::value(&self.vllm.args, name))
+    }
+}
+
 /// What is special to vLLM, for engines of both roles.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VllmProfile {
@@ -180,6 +226,8 @@ pub struct ProxyProfile {
     pub host: String,
     /// Port to listen on.
     pub port: u16,
+    /// Whether the port is meant as it is: `port_offset` does not move it.
+    pub port_is_exact: bool,
     /// Whether requests that share the session header's value share their engines.
     pub bind_sessions: bool,
     /// The session header.

@@ -4,12 +4,14 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
+use fs_err::os::unix::fs::OpenOptionsExt as _;
+use nix::fcntl::OFlag;
 use prometheus_client::metrics::counter::Counter;
 
 /// Lines that may wait for the disk. At half a kilobyte each, they take a few megabytes at most.
@@ -122,7 +124,18 @@ impl LogFile {
     }
 }
 
+/// Opens the file to append to it. A pipe without a reader is an error, because opening it would block until a reader comes.
 fn append_to(path: &Path) -> io::Result<File> {
+    let is_pipe = fs_err::metadata(path).is_ok_and(|file| file.file_type().is_fifo());
+    if is_pipe {
+        // Fails at once if there is no reader.
+        drop(
+            fs_err::OpenOptions::new()
+                .write(true)
+                .custom_flags(OFlag::O_NONBLOCK.bits())
+                .open(path)?,
+        );
+    }
     Ok(crate::private::append(path)?.into_parts().0)
 }
 

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::body::Document;
 use super::breaker::Breaker;
+use super::media::{Condensed, MEDIA_TOKENS};
 use super::prefix::Memory;
 use super::rules::{Kind, is_token_list};
 use crate::fleet::{EngineId, EngineView, Incarnation};
@@ -16,8 +17,14 @@ use crate::fleet::{EngineId, EngineView, Incarnation};
 /// Tokens that an answer of unknown or great length is taken for. Reserving all that it may become would leave engines empty.
 const ANSWER_TOKENS: u64 = 1024;
 
+/// Prompts of so many tokens need no look at how many the model reads.
+const FITS_ANY_MODEL: u64 = 8192;
+
 /// LMCache's chunk: a hand-off takes whole ones of the decode engine's buffer.
 const BUFFER_CHUNK: u64 = 256;
+
+/// Waiters that let others go first at once.
+const MOST_ASIDE: usize = 8;
 
 /// Seconds that a client may be told to wait.
 const RETRY_AFTER: std::ops::RangeInclusive<u64> = 1..=30;
@@ -34,15 +41,15 @@ pub(super) struct Ask {
 }
 
 impl Ask {
-    pub(super) fn of(kind: Kind, document: &Document<'_>) -> Self {
-        let prompt = document.given(kind.prompt_field()).unwrap_or_default();
-        let exact = is_token_list(prompt);
+    /// What a request with this prompt asks for.
+    pub(super) fn of(kind: Kind, document: &Document<'_>, prompt: &Condensed<'_>) -> Self {
+        let exact = is_token_list(&prompt.text);
         let tokens = if exact {
-            1 + memchr::memchr_iter(b',', prompt.as_bytes()).count()
+            1 + memchr::memchr_iter(b',', prompt.text.as_bytes()).count() as u64
         } else {
-            (prompt.len() + document.given("tools").map_or(0, str::len))
-                .div_ceil(4)
-                .max(1)
+            let bytes = prompt.text.len() + document.given("tools").map_or(0, str::len);
+            let media = prompt.media.saturating_mul(MEDIA_TOKENS);
+            (bytes.div_ceil(4).max(1) as u64).saturating_add(media)
         };
         let limit = match kind {
             // vLLM 0.32 takes null for absent, which means 16.
@@ -55,9 +62,22 @@ impl Ask {
         let answers = document.given("n").and_then(|n| n.parse().ok()).unwrap_or(1_u64).max(1);
         let each = limit.parse().unwrap_or(ANSWER_TOKENS).min(ANSWER_TOKENS);
         Self {
-            prompt: tokens as u64,
+            prompt: tokens,
             exact,
             answer: each.saturating_mul(answers),
+        }
+    }
+
+    /// Whether its prompt may be taken for more than a model reads.
+    pub(super) fn may_be_too_long(&self) -> bool {
+        self.prompt > FITS_ANY_MODEL
+    }
+
+    /// The same where the model reads so many tokens. An engine refuses a longer prompt, so that it takes no room.
+    pub(super) fn within(self, length: u64) -> Self {
+        Self {
+            prompt: self.prompt.min(length),
+            ..self
         }
     }
 }
@@ -198,11 +218,16 @@ impl<T> Book<T> {
 }
 
 /// Those who wait: clients take turns, and the requests of one client go in the order of their arrival. Only the head may try,
-/// so nothing small overtakes something large for ever.
+/// so nothing small overtakes something large for ever. Who only by an estimate has no room steps aside: for a while others go
+/// first, because the estimate may be wrong.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
     /// Clients that wait, whose turn it is first; each has at least one waiter.
     clients: VecDeque<(u64, VecDeque<(u64, T)>)>,
+    /// Who has stepped aside, the first one first.
+    aside: VecDeque<Aside<T>>,
+    /// How long others go first.
+    pub(super) patience: Duration,
     next: u64,
     waiting: usize,
     served_at: Option<Instant>,
@@ -210,10 +235,20 @@ pub(super) struct Queue<T> {
     interval: Duration,
 }
 
+/// A waiter that has stepped aside.
+#[derive(Debug)]
+struct Aside<T> {
+    number: u64,
+    since: Instant,
+    waker: T,
+}
+
 impl<T> Default for Queue<T> {
     fn default() -> Self {
         Self {
             clients: VecDeque::new(),
+            aside: VecDeque::new(),
+            patience: Duration::from_secs(15),
             next: 0,
             waiting: 0,
             served_at: None,
@@ -239,26 +274,64 @@ impl<T> Queue<T> {
         number
     }
 
-    /// Who may try.
+    /// Whose turn it is.
     pub(super) fn head(&self) -> Option<&(u64, T)> {
         self.clients.front().and_then(|(_, line)| line.front())
     }
 
-    /// Whether this waiter, or one who has not joined yet, may try.
-    pub(super) fn may_try(&self, number: Option<u64>) -> bool {
-        self.head().map(|(head, _)| *head) == number
+    /// Everybody who may be able to get a seat.
+    pub(super) fn wakers(&self) -> impl Iterator<Item = &T> {
+        let aside = self.aside.iter().map(|waiter| &waiter.waker);
+        aside.chain(self.head().map(|(_, waker)| waker))
     }
 
-    /// The head got a seat: the next client's turn.
-    pub(super) fn serve(&mut self, now: Instant) {
-        let Some((client, mut line)) = self.clients.pop_front() else {
-            return;
-        };
-        line.pop_front();
-        self.waiting -= 1;
+    /// Whether this waiter, or one who has not joined yet, may try.
+    pub(super) fn may_try(&self, number: Option<u64>, now: Instant) -> bool {
+        let overdue = self.aside.front().filter(|first| now >= first.since + self.patience);
+        match overdue {
+            Some(first) => number == Some(first.number),
+            None => number == self.head().map(|(head, _)| *head) || self.is_aside(number),
+        }
+    }
+
+    fn is_aside(&self, number: Option<u64>) -> bool {
+        self.aside.iter().any(|waiter| Some(waiter.number) == number)
+    }
+
+    /// The head lets others go first, and may try beside them from now on. Not more than a few do that, because each of them is
+    /// woken whenever there is room.
+    pub(super) fn step_aside(&mut self, number: u64, now: Instant) -> bool {
+        let is_head = self.head().is_some_and(|(head, _)| *head == number);
+        if !is_head || self.aside.len() >= MOST_ASIDE {
+            return false;
+        }
+        let waiters = self.pop().map(|(number, waker)| Aside {
+            number,
+            since: now,
+            waker,
+        });
+        self.aside.extend(waiters);
+        true
+    }
+
+    /// Takes the head out: the next client's turn.
+    fn pop(&mut self) -> Option<(u64, T)> {
+        let (client, mut line) = self.clients.pop_front()?;
+        let head = line.pop_front();
         if !line.is_empty() {
             self.clients.push_back((client, line));
         }
+        head
+    }
+
+    /// A waiter got a seat.
+    pub(super) fn serve(&mut self, number: u64, now: Instant) {
+        let before = self.aside.len();
+        self.aside.retain(|waiter| waiter.number != number);
+        if self.aside.len() == before {
+            self.pop();
+        }
+        self.waiting -= 1;
         if let Some(before) = self.served_at.replace(now) {
             self.interval = (self.interval * 7 + now.saturating_duration_since(before)) / 8;
         }
@@ -267,8 +340,11 @@ impl<T> Queue<T> {
 
     /// A waiter goes without a seat. Harmless for one that was served.
     pub(super) fn leave(&mut self, client: u64, number: u64) {
+        let aside = self.aside.len();
+        self.aside.retain(|waiter| waiter.number != number);
+        self.waiting -= aside - self.aside.len();
         let Some(place) = self.clients.iter().position(|(key, _)| *key == client) else {
-            return;
+            return self.rest();
         };
         let line = &mut self.clients[place].1;
         let before = line.len();

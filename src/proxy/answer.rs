@@ -4,9 +4,11 @@
 
 use axum::body::Body;
 use axum::http::response::Parts;
-use axum::http::{Response, StatusCode, header};
-use bytes::Bytes;
+use axum::http::{HeaderMap, Response, StatusCode, header};
+use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822;
 use serde::Deserialize;
 
 use super::error::Cause;
@@ -21,16 +23,60 @@ pub(super) enum Verdict {
 
 /// Judges a whole answer: good, refused for the client's own fault, or failed.
 pub(super) fn judge(head: &Parts, body: &[u8]) -> Result<Verdict, Cause> {
-    if head.status.is_server_error() {
-        return Err(Cause::Status {
-            status: head.status,
-            message: message_of(body),
-        });
+    if is_busy(head.status) || head.status.is_server_error() {
+        return Err(failed_with(head.status, message_of(body), retry_after(&head.headers)));
     }
     if !head.status.is_success() {
         return Ok(Verdict::Refused);
     }
+    check_encoding(head)?;
     failed_finish(body).map_or(Ok(Verdict::Good), |reason| Err(Cause::Finish(reason)))
+}
+
+/// Whether a status says that an engine is well and has no room.
+fn is_busy(status: StatusCode) -> bool {
+    matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+}
+
+fn failed_with(status: StatusCode, message: String, retry_after: Option<u64>) -> Cause {
+    if is_busy(status) {
+        Cause::Busy {
+            status,
+            message,
+            retry_after,
+        }
+    } else {
+        Cause::Status { status, message }
+    }
+}
+
+/// The seconds of `Retry-After`, which may be a date as well; a day at most.
+fn retry_after(headers: &HeaderMap) -> Option<u64> {
+    const MOST: u64 = 24 * 3600;
+    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
+    let seconds = value.parse().ok().or_else(|| {
+        let date = rfc2822::parse(value).ok()?.timestamp();
+        // None are left of one that is over.
+        Some(u64::try_from(date.as_second() - Timestamp::now().as_second()).unwrap_or(0))
+    })?;
+    Some(seconds.clamp(1, MOST))
+}
+
+/// Fails for an answer whose body is encoded.
+pub(super) fn check_encoding(head: &Parts) -> Result<(), Cause> {
+    match encoding(&head.headers) {
+        Some(encoding) => Err(Cause::Encoded(encoding)),
+        None => Ok(()),
+    }
+}
+
+/// How a body is encoded; `None` if it is not.
+pub(super) fn encoding(headers: &HeaderMap) -> Option<String> {
+    let values = headers.get_all(header::CONTENT_ENCODING).iter();
+    let codings: Vec<_> = values.map(|value| String::from_utf8_lossy(value.as_bytes())).collect();
+    let codings = codings.join(", ");
+    let is_none = |coding: &str| coding.is_empty() || coding.eq_ignore_ascii_case("identity");
+    (!codings.split(',').map(str::trim).all(is_none)).then_some(codings)
 }
 
 /// Judges the first event of a stream: `None` if it is good, an answer if the client is at fault.
@@ -39,7 +85,7 @@ pub(super) fn judge_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause
     struct Event {
         error: Option<EngineError>,
     }
-    let Some(data) = sse::data(events).next() else {
+    let Some(data) = sse::given(events).next() else {
         return Ok(None);
     };
     if let Some(reason) = failed_finish(data) {
@@ -54,11 +100,8 @@ pub(super) fn judge_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause
         .and_then(|code| u16::try_from(code).ok())
         .and_then(|code| StatusCode::from_u16(code).ok())
         .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    if !status.is_client_error() {
-        return Err(Cause::Status {
-            status,
-            message: error.message,
-        });
+    if is_busy(status) || !status.is_client_error() {
+        return Err(failed_with(status, error.message, None));
     }
     let mut response = Response::new(Body::from(Bytes::copy_from_slice(data)));
     *response.status_mut() = status;
@@ -152,22 +195,76 @@ pub(super) fn verbatim(head: Parts, body: Bytes) -> Response<Body> {
 }
 
 pub(super) fn is_event_stream(head: &Parts) -> bool {
-    head.headers
+    is_stream(&head.headers)
+}
+
+/// Whether these are the headers of an event stream.
+pub(super) fn is_stream(headers: &HeaderMap) -> bool {
+    headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
 }
 
-/// Reads a stream until it has given a whole event.
+/// Most bytes of comments that are kept for a client until its answer begins.
+const MAX_COMMENT_BYTES: usize = 64 << 10;
+
+/// Reads a stream until it has given a whole event with data. Comments before that are no answer: an engine sends them while a
+/// request waits in it.
 pub(super) async fn first_events(body: &mut AnswerBody, events: &mut Events) -> Result<Bytes, Cause> {
+    let mut comments = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Cause::Broken(crate::report::one_line(&error)))?;
-        if let Ok(bytes) = frame.into_data() {
-            let whole = events.push(bytes);
-            if !whole.is_empty() {
-                return Ok(whole);
+        let Ok(bytes) = frame.into_data() else { continue };
+        let whole = events.push(bytes);
+        if sse::given(&whole).next().is_none() {
+            if comments.len() + whole.len() <= MAX_COMMENT_BYTES {
+                comments.extend_from_slice(&whole);
             }
+        } else if comments.is_empty() {
+            return Ok(whole);
+        } else {
+            comments.extend_from_slice(&whole);
+            return Ok(comments.freeze());
         }
     }
     Err(Cause::Truncated)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn headers(name: header::HeaderName, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(name, value.parse().expect("a value"))])
+    }
+
+    #[test]
+    fn a_wait_is_told_in_seconds_or_as_a_date() {
+        let of = |value: &str| retry_after(&headers(header::RETRY_AFTER, value));
+        assert_eq!((of("7"), of(" 120 "), of("0")), (Some(7), Some(120), Some(1)));
+        assert_eq!(
+            (of("99999999999"), of("soon"), of("-1"), of("")),
+            (Some(86_400), None, None, None)
+        );
+        let soon = Timestamp::now() + Duration::from_mins(1);
+        let soon = rfc2822::DateTimePrinter::new()
+            .timestamp_to_rfc9110_string(&soon)
+            .expect("a date");
+        assert!((50..=60).contains(&of(&soon).expect("a wait")), "{soon}");
+        assert_eq!(of("Sun, 06 Nov 1994 08:49:37 GMT"), Some(1), "it is over");
+        assert_eq!(retry_after(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn an_encoding_is_named_unless_it_is_none() {
+        let of = |value: &str| encoding(&headers(header::CONTENT_ENCODING, value));
+        assert_eq!((of("identity"), of(""), of("Identity, identity")), (None, None, None));
+        assert_eq!(
+            (of("gzip"), of("identity, br")),
+            (Some("gzip".into()), Some("identity, br".into()))
+        );
+    }
 }

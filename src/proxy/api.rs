@@ -1,4 +1,4 @@
-//! The routes of vLLM's server (0.32), and what becomes of each: handed over, passed to a decode engine, or refused.
+//! The routes of vLLM's server (0.32 and 0.33), and what becomes of each: handed over, passed to a decode engine, or refused.
 //!
 //! Pure. One rule for every route, so that nothing reaches an engine that was not thought about.
 
@@ -74,12 +74,17 @@ pub(super) const ROUTES: &[Rule] = &[
     post("/v1/messages/count_tokens", Course::Pass),
     post("/v1/chat/completions/batch", Course::Pass),
     post("/v1/systemone", Course::Pass),
+    post("/v1/decisions", Course::Pass),
     post("/cohere/v2/chat", Course::Pass),
+    post("/cohere/v2/chat/render", Course::Pass),
     post("/invocations", Course::Pass),
     post("/generative_scoring", Course::Pass),
     // What needs no KV from elsewhere.
     get("/v1/models", Course::Pass),
     get("/version", Course::Version),
+    get("/docs", Course::Pass),
+    get("/redoc", Course::Pass),
+    get("/openapi.json", Course::Pass),
     post("/tokenize", Course::Pass),
     post("/detokenize", Course::Pass),
     get("/tokenizer_info", Course::Pass),
@@ -133,8 +138,23 @@ pub(super) const ROUTES: &[Rule] = &[
     post("/v1/audio/translations", Course::Refuse(HIDES)),
     get("/v1/realtime", Course::Refuse(NO_HTTP)),
     // What a later vLLM may serve. It keeps what steers engines outside of `/v1`, but for LoRA adapters.
-    both("/v1/{*rest}", Course::Pass),
+    both(REST, Course::Pass),
 ];
+
+/// The route of everything else below `/v1`.
+pub(super) const REST: &str = "/v1/{*rest}";
+
+/// The rule of a path that is one of these routes, and not only one of what a later vLLM may serve.
+pub(super) fn find(path: &str) -> Option<&'static Rule> {
+    let fits = |rule: &Rule| {
+        let parts = rule.path.split('/').zip(path.split('/'));
+        let are_alike = parts
+            .into_iter()
+            .all(|(rule, part)| rule == part || rule.starts_with('{'));
+        rule.path != REST && rule.path.split('/').count() == path.split('/').count() && are_alike
+    };
+    ROUTES.iter().find(|rule| is_plain(path) && fits(rule))
+}
 
 /// Whether an engine reads a path as it is written. Escapes would let a refused route through, and a trailing slash is
 /// answered with a redirection to the engine's own address.
@@ -158,6 +178,30 @@ mod tests {
     fn every_route_stands_once() {
         let paths: BTreeSet<_> = ROUTES.iter().map(|rule| rule.path).collect();
         assert_eq!(paths.len(), ROUTES.len());
+    }
+
+    #[test]
+    fn a_route_is_known_by_its_parts() {
+        for path in [
+            "/v1/models",
+            "/health",
+            "/v1/responses/resp_1",
+            "/v1/responses/a/cancel",
+            "/sleep",
+        ] {
+            assert!(find(path).is_some(), "{path}");
+        }
+        for path in [
+            "/v1/files",
+            "/v1/models/m",
+            "/v1/models/",
+            "/v1",
+            "/",
+            "",
+            "/v1/responses//cancel",
+        ] {
+            assert!(find(path).is_none(), "{path}");
+        }
     }
 
     #[test]

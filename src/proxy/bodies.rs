@@ -9,15 +9,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::http::{HeaderMap, HeaderValue, header};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::Body as _;
 
+use super::answer::encoding;
 use super::error::ProxyError;
 use crate::report::one_line;
 
 /// How long a client may take to send its body.
 const READ_DEADLINE: Duration = Duration::from_mins(1);
+
+/// Most that is read of a body that nobody wants, for how long, and how long it may pause.
+const MAX_DRAINED_BYTES: usize = 1 << 30;
+const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
+const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Larger bodies count as large ones. A prompt of 128 Ki tokens has about 512 KiB.
 const SMALL_BYTES: usize = 1 << 20;
@@ -57,13 +64,26 @@ impl Bodies {
         self.budget().held()
     }
 
-    /// Reads a body. One whose announced length is too large, or has no room, is refused unread: hyper asks a client to
-    /// continue only once the body is read.
-    pub(super) async fn read(self: &Arc<Self>, body: Body) -> Result<Bytes, ProxyError> {
+    /// Reads a body, which is JSON if there is one.
+    pub(super) async fn read(self: &Arc<Self>, headers: &HeaderMap, mut body: Body) -> Result<Bytes, ProxyError> {
+        let read = self.take(headers, &mut body).await;
+        let is_unread = |error: &ProxyError| !matches!(error, ProxyError::Unread(_) | ProxyError::Malformed(_));
+        if read.as_ref().is_err_and(is_unread) && !headers.contains_key(header::EXPECT) {
+            drain(&mut body).await;
+        }
+        read
+    }
+
+    /// One whose announced length is too large, or has no room, is refused unread: hyper asks a client to continue only once the
+    /// body is read.
+    async fn take(self: &Arc<Self>, headers: &HeaderMap, body: &mut Body) -> Result<Bytes, ProxyError> {
         let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
         self.check(announced)?;
         if self.budget().clone().resize(0, announced).is_err() {
             return Err(self.full());
+        }
+        if !body.is_end_stream() {
+            check_kind(headers)?;
         }
         let mut held = HeldBody {
             bytes: Vec::new(),
@@ -74,7 +94,23 @@ impl Bodies {
             let deadline = humantime::format_duration(READ_DEADLINE);
             ProxyError::Unread(format!("no end within {deadline}"))
         })??;
-        Ok(Bytes::from_owner(held))
+        Ok(self.as_utf8(Bytes::from_owner(held)))
+    }
+
+    /// JSON is UTF-8. Python reads more, and so do engines: a byte order mark, and UTF-16, which PowerShell writes.
+    fn as_utf8(self: &Arc<Self>, body: Bytes) -> Bytes {
+        let decode: fn([u8; 2]) -> u16 = match &body[..] {
+            [0xef, 0xbb, 0xbf, ..] => return body.slice(3..),
+            [0xff, 0xfe, ..] | [1..=255, 0, ..] => u16::from_le_bytes,
+            [0xfe, 0xff, ..] | [0, 1..=255, ..] => u16::from_be_bytes,
+            _ => return body,
+        };
+        let (units, rest) = body.as_chunks::<2>();
+        let units: Vec<u16> = units.iter().map(|unit| decode(*unit)).collect();
+        match String::from_utf16(&units) {
+            Ok(text) if rest.is_empty() => self.hold(text.trim_start_matches('\u{feff}').into()),
+            _ => body,
+        }
     }
 
     /// Counts what is made of a body and outlives it. It always has room, because its body had.
@@ -97,6 +133,36 @@ impl Bodies {
         let limit = self.budget().limit;
         ProxyError::BodiesFull { limit }
     }
+}
+
+/// Whether a body is one that is read: JSON in no encoding. Web pages may send other kinds of text to any address without
+/// asking first, so engines refuse those as well.
+fn check_kind(headers: &HeaderMap) -> Result<(), ProxyError> {
+    if let Some(encoding) = encoding(headers) {
+        return Err(ProxyError::Encoded(encoding));
+    }
+    let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let kind = kind.and_then(|kind| kind.split(|byte| *byte == b';').next());
+    if kind.is_some_and(|kind| kind.trim_ascii().eq_ignore_ascii_case(b"application/json")) {
+        Ok(())
+    } else {
+        Err(ProxyError::NotJson)
+    }
+}
+
+/// Reads a body that nobody wants, as long as it comes: a client that is still sending sees a broken connection, and not its
+/// answer.
+pub(super) async fn drain(body: &mut Body) {
+    let all = async {
+        let mut bytes = 0;
+        while bytes < MAX_DRAINED_BYTES
+            && let Ok(Some(Ok(frame))) = tokio::time::timeout(DRAIN_PAUSE, body.frame()).await
+        {
+            bytes += frame.data_ref().map_or(0, Bytes::len);
+        }
+    };
+    // What comes after that is cut off.
+    drop(tokio::time::timeout(DRAIN_DEADLINE, all).await);
 }
 
 /// The error of a body that did not arrive. Chunks that break their framing are the client's fault, and the same again
@@ -122,7 +188,7 @@ struct HeldBody {
 
 impl HeldBody {
     /// Reads all of `body`. Its pieces are copied, because a piece of one byte keeps the buffer that it was read into.
-    async fn fill(&mut self, mut body: Body) -> Result<(), ProxyError> {
+    async fn fill(&mut self, body: &mut Body) -> Result<(), ProxyError> {
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| unread(&error))?;
             let Ok(piece) = frame.into_data() else {

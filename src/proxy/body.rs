@@ -253,7 +253,7 @@ fn is_too_deep(text: &[u8]) -> bool {
 }
 
 /// The index of the quote that ends the string from `at` on; the end of the text if there is none.
-fn end_of_string(text: &[u8], mut at: usize) -> usize {
+pub(super) fn end_of_string(text: &[u8], mut at: usize) -> usize {
     while let Some(found) = text.get(at..).and_then(|rest| memchr::memchr2(b'"', b'\\', rest)) {
         at += found;
         if text[at] == b'"' {

@@ -4,9 +4,9 @@
 //! own counters must show that KV moved. It uses the very flow that clients' requests use.
 
 mod likeness;
+mod prompt;
 
 use std::fmt;
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,13 +28,12 @@ use super::{Proxy, Shared};
 use crate::connector::{DecodeFlow, TransferCounter, TransferUnit};
 use crate::fleet::EngineId;
 use crate::report::one_line;
+use crate::samples::{as_text_format, sum};
 use likeness::{ALTERNATIVES, Answer, Likeness};
-
-/// Words of the prompt: well over two KV blocks of 128 tokens, yet short enough for any model's context.
-const WORDS: usize = 260;
+use prompt::{SHORT_WORDS, Short, long_words, of_words};
 
 /// Tokens to generate.
-const TOKENS: usize = 8;
+const TOKENS: u64 = 8;
 
 /// How many prompts are tried where the answers differ, and only the order of additions may be the reason. One answer
 /// that is the same proves the pair; with none, most of them must have begun the same.
@@ -45,6 +44,17 @@ const COUNTER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Time between two looks at the counters.
 const COUNTER_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Which prompts a canary asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CanaryPrompts {
+    /// A short prompt.
+    Short,
+    /// A short prompt, then a long one that takes several KV blocks and engine steps. It finds faults that short prompts do not
+    /// show. It is left out if KV is pushed, because the proxy does not know the size of LMCache's buffer, and if the model or the
+    /// time allows no long prompt.
+    ShortAndLong,
+}
 
 /// How much KV the decode engine says it has received.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,6 +86,19 @@ pub struct CanaryReport {
     pub first_handoff: Duration,
     /// The whole request through the pair.
     pub total: Duration,
+}
+
+impl fmt::Display for CanaryReport {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (prefill, decode) = &self.pair;
+        write!(
+            formatter,
+            "{prefill} handed {} to {decode} in {:.0} ms, {:.0} ms in all",
+            self.transferred,
+            self.first_handoff.as_secs_f64() * 1e3,
+            self.total.as_secs_f64() * 1e3,
+        )
+    }
 }
 
 /// Why a pair must not serve clients.
@@ -118,8 +141,13 @@ pub enum CanaryError {
         counters: String,
     },
     /// The KV that arrived is not that of the prompt.
-    #[error("`{prefill}` and `{decode}` answer {through:?}, `{decode}` alone {alone:?}: the KV that arrives is wrong")]
+    #[error(
+        "{}`{prefill}` and `{decode}` answer {through:?}, `{decode}` alone {alone:?}: the KV that arrives is wrong",
+        tokens.map(|tokens| format!("to a prompt of {tokens} tokens ")).unwrap_or_default()
+    )]
     Differs {
+        /// Tokens of the prompt, if the decode engine says.
+        tokens: Option<u64>,
         /// The prefill engine.
         prefill: EngineId,
         /// The decode engine.
@@ -132,18 +160,33 @@ pub enum CanaryError {
 }
 
 impl Proxy {
-    /// One real generation through this very pair, before clients may use it. The engines must be healthy or ready.
+    /// Real generations through this very pair, before clients may use it. The engines must be healthy or ready. The report is
+    /// that of the short prompt.
     ///
     /// # Errors
-    /// When it fails twice, no KV moved, or the answers are not the decode engine's own.
-    pub async fn canary(&self, prefill: &EngineId, decode: &EngineId) -> Result<CanaryReport, CanaryError> {
+    /// When one fails twice, no KV moved, or the answers are not the decode engine's own.
+    pub async fn canary(
+        &self,
+        prefill: &EngineId,
+        decode: &EngineId,
+        prompts: CanaryPrompts,
+    ) -> Result<CanaryReport, CanaryError> {
         let canary = Canary {
             shared: &self.0,
             prefill,
             decode,
         };
-        Box::pin(canary.fly()).await
+        Box::pin(canary.fly(prompts)).await
     }
+}
+
+/// One prompt, answered through the pair and by the decode engine alone.
+struct Flight {
+    report: CanaryReport,
+    through: Answer,
+    alone: Answer,
+    /// Tokens of the prompt, if the decode engine says.
+    tokens: Option<u64>,
 }
 
 struct Canary<'run> {
@@ -153,34 +196,81 @@ struct Canary<'run> {
 }
 
 impl Canary<'_> {
-    /// Flies until an answer is the same as the decode engine's own, or is certainly another.
-    async fn fly(&self) -> Result<CanaryReport, CanaryError> {
+    async fn fly(&self, prompts: CanaryPrompts) -> Result<CanaryReport, CanaryError> {
+        let short = self.proven(SHORT_WORDS).await?;
+        let pulls = !self.shared.settings.connector.notifies();
+        if prompts == CanaryPrompts::ShortAndLong
+            && pulls
+            && let Some(words) = self.long_words(&short).await?
+        {
+            self.proven(words).await?;
+        }
+        Ok(short.report)
+    }
+
+    /// Words of the long prompt; `None` if there can be none.
+    async fn long_words(&self, short: &Flight) -> Result<Option<usize>, CanaryError> {
+        let (Some(tokens), Some(model_length)) = (short.tokens, self.model_length().await) else {
+            return Ok(None);
+        };
+        // Once more, because a first request pays for what an engine compiles and allocates late.
+        let sent = Instant::now();
+        self.alone(&self.body(SHORT_WORDS)).await?;
+        let short = Short {
+            tokens,
+            took: sent.elapsed(),
+            model_length,
+        };
+        Ok(long_words(short, TOKENS))
+    }
+
+    /// How many tokens both engines read and make of one request, if both say.
+    async fn model_length(&self) -> Option<u64> {
+        let mut least = u64::MAX;
+        let headers = self.shared.own_headers();
+        for engine in [self.prefill, self.decode] {
+            let view = Arc::clone(&self.shared.view.borrow());
+            let length = self.shared.length_of(view.engine(engine)?, &headers).await?;
+            least = least.min(length);
+        }
+        Some(least)
+    }
+
+    /// Repeats a prompt of this many words until the answer equals the decode engine's own, or certainly differs.
+    async fn proven(&self, words: usize) -> Result<Flight, CanaryError> {
         let (mut flown, mut drifted) = (0, 0);
         loop {
-            let (report, through, alone) = self.flight().await?;
-            let likeness = through.likeness(&alone);
-            tracing::info!(?report, ?likeness, through = through.text, alone = alone.text, "canary");
+            let flight = self.flight(words).await?;
+            let likeness = flight.through.likeness(&flight.alone);
+            tracing::info!(
+                prompt_tokens = flight.tokens,
+                through = flight.through.text,
+                alone = flight.alone.text,
+                "canary: {}; {likeness}",
+                flight.report
+            );
             flown += 1;
             drifted += usize::from(likeness == Likeness::Drifted);
             let is_over = flown == FLIGHTS || likeness == Likeness::Different;
             let began_alike = flown == FLIGHTS && drifted > FLIGHTS / 2;
             if likeness == Likeness::Same || (began_alike && likeness != Likeness::Different) {
-                return Ok(report);
+                return Ok(flight);
             }
             if is_over {
                 return Err(CanaryError::Differs {
+                    tokens: flight.tokens,
                     prefill: self.prefill.clone(),
                     decode: self.decode.clone(),
-                    through: through.text,
-                    alone: alone.text,
+                    through: flight.through.text,
+                    alone: flight.alone.text,
                 });
             }
         }
     }
 
     /// One generation through the pair, and the same by the decode engine alone.
-    async fn flight(&self) -> Result<(CanaryReport, Answer, Answer), CanaryError> {
-        let body = self.body();
+    async fn flight(&self, words: usize) -> Result<Flight, CanaryError> {
+        let body = self.body(words);
         let counters = self.shared.settings.connector.transfer_counters();
         let before = self.counters(counters).await?;
         let sent = Instant::now();
@@ -194,32 +284,28 @@ impl Canary<'_> {
                 decode: self.decode.clone(),
             });
         }
-        let through = self.whole(response).await?;
+        let (through, _) = self.whole(response).await?;
         let total = sent.elapsed();
         let transferred = self.growth(counters, &before).await?;
-        let alone = self.alone(&body).await?;
+        let (alone, tokens) = self.alone(&body).await?;
         let report = CanaryReport {
             pair: (self.prefill.clone(), self.decode.clone()),
             transferred,
             first_handoff: stages.handoff + stages.first_byte,
             total,
         };
-        Ok((report, through, alone))
+        Ok(Flight {
+            report,
+            through,
+            alone,
+            tokens,
+        })
     }
 
-    /// A prompt that no engine has seen, so that no cache can answer for the hand-off.
-    fn body(&self) -> Bytes {
-        const LIST: [&str; 8] = [
-            "tide", "amber", "north", "river", "copper", "lantern", "willow", "stone",
-        ];
-        let mut prompt = format!("Canary {}:", uuid::Uuid::new_v4());
-        for index in 0..WORDS {
-            write!(prompt, " {}", LIST[(index * index + index / 3) % LIST.len()])
-                .expect("writing to a string cannot fail");
-        }
+    fn body(&self, words: usize) -> Bytes {
         let model = &self.shared.settings.served_model_name;
         let mut body = serde_json::json!({
-            "model": model, "prompt": prompt, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
+            "model": model, "prompt": of_words(words), "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
         });
         // A splice would send a request with probabilities to the decode engine alone.
         if self.shared.settings.connector.decode_flow() == DecodeFlow::Original {
@@ -267,7 +353,7 @@ impl Canary<'_> {
     }
 
     /// The same prompt on the decode engine alone. The salt keeps it from caches, which may hold the KV that was handed over.
-    async fn alone(&self, body: &Bytes) -> Result<Answer, CanaryError> {
+    async fn alone(&self, body: &Bytes) -> Result<(Answer, Option<u64>), CanaryError> {
         let seat = self.seat()?;
         let salt = format!("\"{}\"", uuid::Uuid::new_v4());
         let edits = [("cache_salt", Some(salt.as_str()))];
@@ -284,21 +370,28 @@ impl Canary<'_> {
         self.read(head.status, &body)
     }
 
-    async fn whole(&self, response: Response<Body>) -> Result<Answer, CanaryError> {
+    async fn whole(&self, response: Response<Body>) -> Result<(Answer, Option<u64>), CanaryError> {
         let status = response.status();
         let body = response.into_body().collect().await;
         let body = body.map_err(|error| self.failed(one_line(&error)))?.to_bytes();
         self.read(status, &body)
     }
 
-    fn read(&self, status: StatusCode, body: &[u8]) -> Result<Answer, CanaryError> {
+    /// The answer, and how many tokens the prompt has if the engine says.
+    fn read(&self, status: StatusCode, body: &[u8]) -> Result<(Answer, Option<u64>), CanaryError> {
         #[derive(Deserialize)]
         struct Completion {
             choices: Vec<Answer>,
+            usage: Option<Usage>,
+        }
+        #[derive(Deserialize)]
+        struct Usage {
+            prompt_tokens: u64,
         }
         let completion = serde_json::from_slice::<Completion>(body).ok();
-        match completion.and_then(|completion| completion.choices.into_iter().next()) {
-            Some(answer) if status.is_success() => Ok(answer),
+        let parts = completion.map(|completion| (completion.choices.into_iter().next(), completion.usage));
+        match parts {
+            Some((Some(answer), usage)) if status.is_success() => Ok((answer, usage.map(|usage| usage.prompt_tokens))),
             _ => {
                 let beginning: String = String::from_utf8_lossy(body).chars().take(500).collect();
                 Err(self.failed(format!("{status}: {beginning}")))
@@ -324,6 +417,16 @@ impl Canary<'_> {
             reason: one_line(&error),
         })?;
         let text = String::from_utf8_lossy(&body);
+        let text = as_text_format(&text);
+        if !text
+            .lines()
+            .any(|line| line.starts_with(|first: char| first.is_ascii_alphabetic()))
+        {
+            return Err(CanaryError::Metrics {
+                engine: self.decode.clone(),
+                reason: "there are none: an option or a variable of the engine turns them off".to_owned(),
+            });
+        }
         if let Some(tokens) = capacity(&text) {
             self.shared.seats.said(&seat.engine, tokens);
         }
@@ -374,23 +477,10 @@ fn capacity(text: &str) -> Option<u64> {
     tokens.filter(|tokens| *tokens > 0)
 }
 
-/// The sum over the samples of a counter in Prometheus text. A counter that is not there is 0: vLLM exports some only
-/// after their first count.
+/// A counter in Prometheus text. One that is not there is 0: vLLM exports some only after their first count.
 fn value(text: &str, counter: &TransferCounter) -> f64 {
-    text.lines()
-        .filter_map(|line| {
-            let rest = line.strip_prefix(counter.name)?;
-            let rest = rest.strip_prefix("_total").unwrap_or(rest);
-            let (labels, number) = match rest.strip_prefix('{') {
-                Some(rest) => rest.rsplit_once('}')?,
-                None => ("", rest.strip_prefix(' ')?),
-            };
-            let counts = counter
-                .label
-                .is_none_or(|label| labels.split(',').any(|pair| pair == label));
-            counts.then(|| number.trim().parse::<f64>().ok())?
-        })
-        .fold(0.0, |sum, value| sum + value)
+    let names = [counter.name.to_owned(), format!("{}_total", counter.name)];
+    names.iter().map(|name| sum(text, name, counter.label)).sum()
 }
 
 #[cfg(test)]

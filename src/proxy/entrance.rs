@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, Response, header};
 use axum::middleware::Next;
 
 use super::Shared;
+use super::cors;
 use super::error::ProxyError;
 use super::key::EngineKey;
 use super::overload::Limit;
@@ -29,14 +30,20 @@ const ALWAYS: [&str; 3] = ["/health", "/ping", "/metrics"];
 /// Lets a request in, or answers why not.
 pub(super) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
     let method = request.method().clone();
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let pages = &shared.settings.service.cors;
     let record = Arc::new(Record::of_client(&shared, method, request.headers_mut()));
-    let response = match shared.check(&request) {
+    let mut response = match shared.check(&request) {
+        Ok(()) if cors::is_preflight(request.method(), request.headers()) => {
+            return cors::preflight(pages, request.headers());
+        }
         Ok(()) => {
             request.extensions_mut().insert(Arc::clone(&record));
             next.run(request).await
         }
         Err(error) => respond(&shared, "other", Err(error)),
     };
+    cors::mark(pages, origin.as_ref(), response.headers_mut());
     record.answer(response)
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use hyper::header::{ACCEPT_ENCODING, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
 use super::body::BodyError;
@@ -68,6 +68,12 @@ pub(super) enum ProxyError {
         /// The limit, in bytes.
         limit: usize,
     },
+    /// The client's body is of another kind. In vLLM's words.
+    #[error("Unsupported Media Type: Only 'application/json' is allowed")]
+    NotJson,
+    /// The client's body is encoded.
+    #[error("the request body has the encoding `{0}`, and xpyd takes none: send it without `Content-Encoding`")]
+    Encoded(String),
     /// The client did not send its whole body.
     #[error("the request body did not arrive: {0}")]
     Unread(String),
@@ -188,6 +194,21 @@ pub(super) enum Cause {
         /// The beginning of its message.
         message: String,
     },
+    /// An answer of 429 or 503: the engine is well, and has no room now.
+    #[error("the engine answered {status}: {message}")]
+    Busy {
+        /// The engine's status.
+        status: StatusCode,
+        /// The beginning of its message.
+        message: String,
+        /// Seconds after which it wants to be asked again.
+        retry_after: Option<u64>,
+    },
+    /// An answer in an encoding, although it was to be in none.
+    #[error(
+        "the engine's answer has the encoding `{0}`, which was not asked for: something between xpyd and the engine compresses"
+    )]
+    Encoded(String),
     /// An answer of 200 that says that the generation failed.
     #[error("the engine ended the generation with finish reason `{0}`")]
     Finish(String),
@@ -229,13 +250,25 @@ impl ProxyError {
             | Cause::Truncated
             | Cause::Gone
             | Cause::Status { .. }
+            | Cause::Busy { .. }
             | Cause::Finish(_)
             | Cause::Handoff(_)
             | Cause::Recomputed
             | Cause::LeaseOver { .. } => true,
             // A lost notification comes with no other sign. A slow engine was given all the time there is.
             Cause::Timeout(_) => *stage == Stage::Handoff,
-            Cause::Pair(_) | Cause::Nonsense(_) | Cause::Descriptors(_) => false,
+            Cause::Pair(_) | Cause::Nonsense(_) | Cause::Encoded(_) | Cause::Descriptors(_) => false,
+        }
+    }
+
+    /// The seconds after which a busy engine wants to be asked again; `None` for what is no busy engine.
+    pub(super) fn busy(&mut self) -> Option<&mut Option<u64>> {
+        match self {
+            Self::Leg {
+                cause: Cause::Busy { retry_after, .. },
+                ..
+            } => Some(retry_after),
+            _ => None,
         }
     }
 
@@ -247,7 +280,12 @@ impl ProxyError {
                 *stage != Stage::Handoff
                     && !matches!(
                         cause,
-                        Cause::Gone | Cause::Pair(_) | Cause::Handoff(_) | Cause::Descriptors(_)
+                        Cause::Gone
+                            | Cause::Pair(_)
+                            | Cause::Handoff(_)
+                            | Cause::Descriptors(_)
+                            | Cause::Busy { .. }
+                            | Cause::Encoded(_)
                     )
             }
             _ => false,
@@ -263,6 +301,8 @@ impl ProxyError {
             Self::Body(_) => (StatusCode::BAD_REQUEST, CLIENT, "invalid_body"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, CLIENT, "body_too_large"),
             Self::BodiesFull { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "too_many_body_bytes"),
+            Self::NotJson => (StatusCode::BAD_REQUEST, CLIENT, "unsupported_media_type"),
+            Self::Encoded(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, CLIENT, "unsupported_encoding"),
             Self::Unread(_) => (StatusCode::REQUEST_TIMEOUT, CLIENT, "body_incomplete"),
             Self::Malformed(_) => (StatusCode::BAD_REQUEST, CLIENT, "malformed_body"),
             Self::Http(refusal) => (refusal.status(), CLIENT, refusal.code()),
@@ -279,18 +319,19 @@ impl ProxyError {
             Self::QueueTimeout { .. } => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "queue_timeout"),
             Self::Leg { cause, .. } => match cause {
                 Cause::Timeout(_) => (StatusCode::GATEWAY_TIMEOUT, ENGINE, "engine_timeout"),
-                Cause::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE => {
-                    (StatusCode::SERVICE_UNAVAILABLE, BUSY, "engine_overloaded")
-                }
+                Cause::Busy { status, .. } => (*status, BUSY, "engine_overloaded"),
                 Cause::Descriptors(_) => (StatusCode::SERVICE_UNAVAILABLE, BUSY, "out_of_descriptors"),
                 Cause::Unreachable(_) | Cause::Gone => (StatusCode::BAD_GATEWAY, ENGINE, "engine_unreachable"),
                 Cause::Handoff(_) | Cause::Recomputed | Cause::LeaseOver { .. } => {
                     (StatusCode::BAD_GATEWAY, ENGINE, "no_handoff")
                 }
                 Cause::Pair(_) => (StatusCode::INTERNAL_SERVER_ERROR, ENGINE, "engines_do_not_fit"),
-                Cause::Broken(_) | Cause::Truncated | Cause::Status { .. } | Cause::Finish(_) | Cause::Nonsense(_) => {
-                    (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed")
-                }
+                Cause::Broken(_)
+                | Cause::Truncated
+                | Cause::Status { .. }
+                | Cause::Encoded(_)
+                | Cause::Finish(_)
+                | Cause::Nonsense(_) => (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed"),
             },
         }
     }
@@ -325,12 +366,19 @@ impl ProxyError {
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        if matches!(self, Self::Encoded(_)) {
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
         if matches!(self, Self::TooLarge { .. } | Self::BodiesFull { .. } | Self::Unread(_)) {
             // The rest of the body is never read.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         let retry_after = match self {
             Self::QueueFull { retry_after, .. } | Self::QueueTimeout { retry_after, .. } => Some(*retry_after),
+            Self::Leg {
+                cause: Cause::Busy { retry_after, .. },
+                ..
+            } => Some(retry_after.unwrap_or(1)),
             // A restart of an engine takes longer, a full proxy less; one second keeps clients polite and quick.
             _ if status == StatusCode::SERVICE_UNAVAILABLE => Some(1),
             _ => None,

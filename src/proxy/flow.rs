@@ -13,11 +13,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::Shared;
-use super::answer::{Verdict, first_events, is_event_stream, judge, judge_event, verbatim};
+use super::admission::Ask;
+use super::answer::{Verdict, check_encoding, first_events, is_event_stream, judge, judge_event, verbatim};
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, Guarded, GuardedBody, Tally};
 use super::ledger::{self, Care, Consume, Entry, PrefillCall, one_token_edits};
+use super::media::{self, Condensed};
 use super::metrics::{Outcome, Timed};
 use super::pairs::CRAWL;
 use super::record::Record;
@@ -81,6 +83,10 @@ pub(super) struct Attempt<'job> {
     pub(super) shared: &'job Arc<Shared>,
     pub(super) job: &'job Job,
     pub(super) document: &'job Document<'job>,
+    /// Its prompt, as far as its size goes.
+    pub(super) prompt: &'job Condensed<'job>,
+    /// What it asks for.
+    pub(super) ask: Ask,
     /// The number of this one, from 1.
     number: u32,
     /// Engines that the next attempt should leave alone.
@@ -111,10 +117,18 @@ pub(super) enum Decoded {
 pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Body>, ProxyError> {
     let document = Document::parse(&job.body)?;
     let course = rules::course(job.kind, &document, shared.settings.connector.decode_flow());
+    let prompt = media::condensed(document.given(job.kind.prompt_field()).unwrap_or_default());
+    let mut ask = Ask::of(job.kind, &document, &prompt);
+    if ask.may_be_too_long() {
+        let length = shared.model_length(&job.headers).await;
+        ask = length.map_or(ask, |length| ask.within(length));
+    }
     let mut attempt = Attempt {
         shared,
         job: &job,
         document: &document,
+        prompt: &prompt,
+        ask,
         number: 0,
         tried: Vec::new(),
         engines: Vec::new(),
@@ -124,9 +138,11 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         // The first hand-off of a fresh pair may fail, a second failure is what a canary is to find.
         most = most.min(2);
     }
+    // What busy engines ask for: one may be free sooner, but nobody knows which.
+    let mut longest = None;
     loop {
         attempt.number += 1;
-        let error = match Box::pin(attempt.run(&course)).await {
+        let mut error = match Box::pin(attempt.run(&course)).await {
             Ok(response) => {
                 shared.seats.succeeded(&attempt.engines);
                 return Ok(attempt.labelled(response));
@@ -134,7 +150,11 @@ pub(super) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
             Err(error) => error,
         };
         attempt.blame(&error);
-        if attempt.number >= most || !error.can_be_retried() {
+        if let Some(retry_after) = error.busy() {
+            longest = longest.max(*retry_after);
+            *retry_after = longest;
+        }
+        if attempt.number >= most || !attempt.may_retry(&error) {
             return Err(error);
         }
         tracing::warn!(
@@ -163,7 +183,7 @@ impl Attempt<'_> {
     }
 
     /// The answer with a header that says what became of its hand-off, in the syntax of RFC 8941:
-    /// `transferred;prefill="prefiller1";decode="decoder2";attempt=1`.
+    /// `transferred;decode="decoder2";prefill="prefiller1";attempt=1`.
     fn labelled(&self, mut response: Response<Body>) -> Response<Body> {
         let Told { outcome, reason } = response.extensions().get().copied().unwrap_or_default();
         let mut label = outcome.as_str().to_owned();
@@ -198,7 +218,12 @@ impl Attempt<'_> {
         let may_be_handoff = matches!(stage, Stage::Handoff | Stage::Decode)
             && !matches!(
                 cause,
-                Cause::Gone | Cause::Unreachable(_) | Cause::Pair(_) | Cause::Descriptors(_)
+                Cause::Gone
+                    | Cause::Unreachable(_)
+                    | Cause::Pair(_)
+                    | Cause::Descriptors(_)
+                    | Cause::Busy { .. }
+                    | Cause::Encoded(_)
             );
         if may_be_handoff && self.job.pair.is_none() {
             self.shared.note_handoff(&self.engines, true);
@@ -206,6 +231,23 @@ impl Attempt<'_> {
         // KV that does not arrive may be the fault of either.
         let is_avoided = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
         self.tried.extend(self.engines.drain(..).filter(is_avoided));
+    }
+
+    /// Whether another attempt makes sense. A busy engine is not asked again at once, so there must be another one.
+    fn may_retry(&self, error: &ProxyError) -> bool {
+        let ProxyError::Leg {
+            engine,
+            cause: Cause::Busy { .. },
+            ..
+        } = error
+        else {
+            return error.can_be_retried();
+        };
+        let view = Arc::clone(&self.shared.view.borrow());
+        self.job.pair.is_some()
+            || view
+                .engine(engine)
+                .is_none_or(|busy| self.has_untried(busy.role, &view))
     }
 
     /// A decode engine alone, and why.
@@ -383,6 +425,7 @@ impl Attempt<'_> {
         let step = self.shared.upstream.send(&seat.engine, call);
         let (head, body) = seat.run(Stage::Decode, deadline, step).await?.into_parts();
         if head.status.is_success() && is_event_stream(&head) {
+            check_encoding(&head).map_err(|cause| seat.failed(Stage::Decode, cause))?;
             return Ok(Decoded::Stream(head, body));
         }
         let body = seat.run(Stage::Decode, deadline, whole(body)).await?;

@@ -21,7 +21,7 @@ use super::ledger::{Entry, Unproven};
 use super::metrics::{Ending, Outcome};
 use super::record::Record;
 use super::splice::Rewriter;
-use super::sse::Events;
+use super::sse::{self, Events};
 use super::upstream::{AnswerBody, Seat};
 use super::usage::{PrefillUsage, Proof};
 use crate::fleet::EngineView;
@@ -119,10 +119,13 @@ impl Guarded {
         }
     }
 
-    /// The engine was read. Only reads of events tell of the time between tokens.
-    fn read(&mut self, now: Instant) {
+    /// The answer went on. Only events tell of the time between tokens.
+    fn went_on(&mut self, now: Instant) {
         if self.events.is_some() {
             self.clock.read(now);
+        }
+        if let Some(mut entry) = self.entry.take() {
+            self.unproven = Some(entry.answered());
         }
     }
 
@@ -146,6 +149,13 @@ impl Guarded {
         }
     }
 
+    /// The client is given a piece, perhaps the last one. Whoever has the end marker leaves without waiting for the connection's end.
+    fn given(&mut self, is_last: bool) {
+        if is_last && self.events.as_ref().is_some_and(Events::is_done) {
+            self.clock.record.stream_ended(Ending::Answered);
+        }
+    }
+
     fn is_complete(&self) -> bool {
         self.end == End::AnyEvent || self.events.as_ref().is_none_or(Events::is_done)
     }
@@ -165,8 +175,10 @@ impl GuardedBody {
     /// A body that sends `first`, then what comes from `inner`.
     pub(super) fn new(first: Bytes, inner: AnswerBody, mut guarded: Guarded) -> Self {
         guarded.clock.record.streams();
-        guarded.read(Instant::now());
-        Self {
+        if guarded.events.is_some() {
+            guarded.clock.read(Instant::now());
+        }
+        let mut body = Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
             idle: Box::pin(tokio::time::sleep(guarded.idle)),
@@ -175,7 +187,9 @@ impl GuardedBody {
                 async move { seat.gone().await }
             }),
             guarded,
-        }
+        };
+        body.end_if_over();
+        body
     }
 
     /// A body that sends the whole events that were read ahead from `inner`, and goes on from there.
@@ -184,18 +198,36 @@ impl GuardedBody {
         if let Err(cause) = body.pass_on(read) {
             body.fail(cause).expect("only what is no stream of events fails so");
         }
+        body.end_if_over();
         body
     }
 
     fn take(&mut self, bytes: Bytes) -> Result<(), Cause> {
-        if let Some(mut entry) = self.guarded.entry.take() {
-            self.guarded.unproven = Some(entry.answered());
-        }
-        let bytes = match &mut self.guarded.events {
-            Some(events) => events.push(bytes),
-            None => bytes,
+        let (bytes, went_on) = match &mut self.guarded.events {
+            Some(events) => {
+                let whole = events.push(bytes);
+                let went_on = events.is_within_data() || sse::given(&whole).next().is_some();
+                (whole, went_on)
+            }
+            None => (bytes, true),
         };
-        self.pass_on(bytes)
+        if went_on {
+            let now = Instant::now();
+            self.idle.as_mut().reset(now + self.guarded.idle);
+            self.guarded.went_on(now);
+        }
+        self.pass_on(bytes)?;
+        self.end_if_over();
+        Ok(())
+    }
+
+    /// Ends the stream, if nothing more comes and it is complete.
+    fn end_if_over(&mut self) {
+        let is_over = self.inner.as_ref().is_some_and(AnswerBody::is_end_stream);
+        if is_over && self.guarded.is_complete() {
+            self.inner = None;
+            self.guarded.clock.record.stream_ended(Ending::Answered);
+        }
     }
 
     /// Queues whole events for the client, up to one that says that the generation failed.
@@ -261,25 +293,25 @@ impl Body for GuardedBody {
     type Data = Bytes;
     type Error = std::io::Error;
 
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_none() && self.ready.is_empty()
+    }
+
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
         loop {
             if let Some(bytes) = this.ready.pop_front() {
+                this.guarded.given(this.ready.is_empty());
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
             let Some(inner) = &mut this.inner else {
                 return Poll::Ready(None);
             };
             let failure = match Pin::new(inner).poll_frame(context) {
-                Poll::Ready(Some(Ok(frame))) => {
-                    let now = Instant::now();
-                    this.idle.as_mut().reset(now + this.guarded.idle);
-                    this.guarded.read(now);
-                    match frame.into_data().map(|bytes| this.take(bytes)) {
-                        Ok(Err(cause)) => cause,
-                        _ => continue,
-                    }
-                }
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data().map(|bytes| this.take(bytes)) {
+                    Ok(Err(cause)) => cause,
+                    _ => continue,
+                },
                 Poll::Ready(None) if this.guarded.is_complete() => {
                     this.inner = None;
                     this.guarded.clock.record.stream_ended(Ending::Answered);

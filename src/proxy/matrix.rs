@@ -7,11 +7,27 @@ use super::api::{Course, Methods, ROUTES};
 use super::rules::Kind;
 use super::rules::fields::{FIELDS, Field, When};
 
+const CANNOT_TELL: &str = "
+## What \"cannot tell\" means
+
+- Everything but the generated text is one engine's, byte for byte: statuses, fields, usage, events and their order. Ids and times are
+  always new ones.
+- Generated text is one engine's wherever that engine repeats itself. It does not where two tokens are as good as equally likely: vLLM adds
+  in another order when another number of requests shares a step, or the prompt is computed in other pieces, and a bf16 logit of 16
+  to 32 has steps of 0.125. At such a place greedy decoding can pick either token. With
+  SmolLM2-135M about one answer of ten came to such a place, the log-probabilities of the two 0 to 0.125 apart.
+- So `tests/real` compares token by token: where two texts part, each side must call the other's token as likely as its own, to 0.5.
+  The canary judges in the same way before a fleet is ready. KV that is wrong, lost or another prompt's changes which tokens are
+  likely at all, and fails both.
+- Engines of a fleet with different `tensor_parallel` add in different orders, so their texts part more often.
+";
+
 const HEAD: &str = "\
 # What becomes of a request
 
-A client must not be able to tell a fleet from one big vLLM, except by its speed. So every route of vLLM 0.32's server and
-every field of its generations has a rule, and what a hand-off between two engines cannot serve exactly, one engine serves.
+A client must not be able to tell a fleet from one big vLLM, except by its speed ([how exact that is](#what-cannot-tell-means)). So every
+route of the servers of vLLM 0.32 and
+0.33 and every field of their generations has a rule, and what a hand-off between two engines cannot serve exactly, one engine serves.
 This page is made of the rules in `src/proxy/api.rs` and `src/proxy/rules/fields.rs`; a test compares them, and
 `XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it anew. `tests/it/exact` compares the fleet's bytes with one
 simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vLLM's.
@@ -23,8 +39,9 @@ simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vL
   several choices or prompts are cheaper on one engine than the care that they would take on two.
 - **refused**: no engine sees it; the answer is an error in OpenAI's shape.
 
-A body is at most `proxy.max_body` long, has at most 1,024 members and 1,000 levels of nesting; more is refused. Of members with
-the same key only the last one reaches the engine.
+A body is JSON (`Content-Type: application/json`) in UTF-8 or UTF-16, without `Content-Encoding`. It is at most `proxy.max_body`
+long, has at most 1,024 members and 1,000 levels of nesting; more is refused. Of members with the same key only the last one reaches
+the engine.
 
 Whichever it is: `kv_transfer_params` and `ec_transfer_params` are taken out, also of `vllm_xargs`; other fields reach the engine
 as the client wrote them. Ids are the proxy's, one for each answer. `usage` is that of one engine
@@ -79,7 +96,7 @@ fn kinds(field: &Field) -> &'static str {
 
 fn render() -> String {
     let mut text = HEAD.to_owned();
-    text += "## Routes\n\nWhat is not here is answered 404.\n\n| Route | Methods | What becomes of it | |\n|---|---|---|---|\n";
+    text += "## Routes\n\nWhat is not here is answered 404, and a path with a slash too many 307.\n\n| Route | Methods | What becomes of it | |\n|---|---|---|---|\n";
     for rule in ROUTES {
         let (what, why) = fate(rule.course);
         writeln!(text, "| `{}` | {} | {what} | {why} |", rule.path, methods(rule.methods)).expect("a string takes all");
@@ -99,7 +116,7 @@ fn render() -> String {
         )
         .expect("a string takes all");
     }
-    text
+    text + CANNOT_TELL
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! Pages of metrics made one: the proxy's own, and those of its engines with a label that says whose each sample is.
 //!
-//! Pure, and knows Prometheus' text format only (version 0.0.4, which engines write). Nothing that an engine writes can
-//! break the page: what is no sample is left out.
+//! Pure, and knows Prometheus' text format (version 0.0.4) and `OpenMetrics`: engines write either, and the merged page is in the
+//! first. Nothing that an engine writes can break the page: what is no sample is left out.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+
+use crate::samples::{Sample, as_text_format, is_name, labels};
 
 /// The metrics of one engine.
 #[derive(Debug, Clone)]
@@ -24,12 +27,13 @@ struct Family<'page> {
 /// The proxy's own page, in `OpenMetrics`, and those of its engines as one in the text format 0.0.4. Samples of engines are
 /// labelled `engine` and `role`; where they had such labels, those are called `exported_…`, as Prometheus does it.
 pub(super) fn merge(own: &str, pages: &[Page]) -> String {
-    let mut merged = as_text_format(own);
+    let mut merged = as_text_format(own).into_owned();
+    let texts: Vec<Cow<'_, str>> = pages.iter().map(|page| as_text_format(&page.text)).collect();
     let mut order: Vec<&str> = Vec::new();
     let mut families: BTreeMap<&str, Family<'_>> = BTreeMap::new();
-    for page in pages {
+    for (page, text) in pages.iter().zip(&texts) {
         let mut current = "";
-        for line in page.text.lines() {
+        for line in text.lines() {
             let said = line.strip_prefix("# ").and_then(|said| {
                 let (what, rest) = said.split_once(' ')?;
                 let (name, text) = rest.split_once(' ').unwrap_or((rest, ""));
@@ -38,7 +42,7 @@ pub(super) fn merge(own: &str, pages: &[Page]) -> String {
             let sample = || Sample::read(line);
             let name = match (said, sample()) {
                 (Some((_, name, _)), _) if is_name(name) => name,
-                (None, Some(sample)) if sample.belongs_to(current) => current,
+                (None, Some(sample)) if belongs_to(&sample, current) => current,
                 (None, Some(sample)) => sample.name,
                 _ => continue,
             };
@@ -52,7 +56,7 @@ pub(super) fn merge(own: &str, pages: &[Page]) -> String {
                 Some((_, _, text)) => family.kind = family.kind.or(Some(text)),
                 None => sample()
                     .into_iter()
-                    .for_each(|sample| sample.write(page, &mut family.samples)),
+                    .for_each(|sample| write(&sample, page, &mut family.samples)),
             }
         }
     }
@@ -71,109 +75,19 @@ pub(super) fn merge(own: &str, pages: &[Page]) -> String {
     merged
 }
 
-/// `OpenMetrics` as the text format 0.0.4: there, the name of a counter is that of its samples, and nothing marks the end.
-fn as_text_format(own: &str) -> String {
-    let counters: Vec<&str> = own
-        .lines()
-        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
-        .collect();
-    let mut text = String::with_capacity(own.len());
-    for line in own.lines() {
-        if line == "# EOF" || line.starts_with("# UNIT ") {
-            continue;
-        }
-        let said = line.strip_prefix("# ").and_then(|said| {
-            let (what, rest) = said.split_once(' ')?;
-            let (name, rest) = rest.split_once(' ')?;
-            counters.contains(&name).then_some((what, name, rest))
-        });
-        match said {
-            Some((what, name, rest)) => text.extend(["# ", what, " ", name, "_total ", rest, "\n"]),
-            None => text.extend([line, "\n"]),
-        }
+/// Whether it is one of the samples of a metric of this name.
+fn belongs_to(sample: &Sample<'_>, family: &str) -> bool {
+    let suffix = (!family.is_empty()).then(|| sample.name.strip_prefix(family)).flatten();
+    matches!(suffix, Some("" | "_bucket" | "_sum" | "_count" | "_total"))
+}
+
+fn write(sample: &Sample<'_>, page: &Page, text: &mut String) {
+    text.extend([sample.name, "{engine=\"", &page.engine, "\",role=\"", &page.role, "\""]);
+    for label in labels(sample.labels) {
+        let is_ours = ["engine=", "role="].iter().any(|ours| label.starts_with(ours));
+        text.extend([",", if is_ours { "exported_" } else { "" }, label]);
     }
-    text
-}
-
-/// A sample's line.
-#[derive(Debug, Clone, Copy)]
-struct Sample<'line> {
-    name: &'line str,
-    /// What stands between the braces.
-    labels: &'line str,
-    /// The value, and the time if there is one.
-    value: &'line str,
-}
-
-impl<'line> Sample<'line> {
-    fn read(line: &'line str) -> Option<Self> {
-        let end = line.find(['{', ' '])?;
-        let (name, rest) = line.split_at(end);
-        let (labels, value) = match rest.strip_prefix('{') {
-            Some(rest) => rest.split_at(end_of_labels(rest)?),
-            None => ("", rest),
-        };
-        let value = value.trim_start_matches('}').trim();
-        let is_number = |text: &str| text.parse::<f64>().is_ok();
-        let is_sample = is_name(name) && !value.is_empty() && value.split_whitespace().take(3).all(is_number);
-        is_sample.then_some(Self { name, labels, value })
-    }
-
-    /// Whether it is one of the samples of a metric of this name.
-    fn belongs_to(&self, family: &str) -> bool {
-        let suffix = (!family.is_empty()).then(|| self.name.strip_prefix(family)).flatten();
-        matches!(suffix, Some("" | "_bucket" | "_sum" | "_count" | "_total"))
-    }
-
-    fn write(&self, page: &Page, text: &mut String) {
-        text.extend([self.name, "{engine=\"", &page.engine, "\",role=\"", &page.role, "\""]);
-        for label in labels(self.labels) {
-            let is_ours = ["engine=", "role="].iter().any(|ours| label.starts_with(ours));
-            text.extend([",", if is_ours { "exported_" } else { "" }, label]);
-        }
-        text.extend(["} ", self.value, "\n"]);
-    }
-}
-
-fn is_name(name: &str) -> bool {
-    let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"_:".contains(&byte);
-    !name.is_empty() && !name.starts_with(|first: char| first.is_ascii_digit()) && name.bytes().all(is_part)
-}
-
-/// Where the brace stands that closes labels: not within a value. `None` if none does.
-fn end_of_labels(text: &str) -> Option<usize> {
-    cuts(text, b'}').next()
-}
-
-/// The labels, each `name="value"`.
-fn labels(text: &str) -> impl Iterator<Item = &str> {
-    let mut start = 0;
-    let parts = cuts(text, b',').chain([text.len()]).map(move |end| {
-        let part = text[start..end].trim();
-        start = end + 1;
-        part
-    });
-    parts.filter(|label| {
-        let value = label.split_once("=\"").filter(|(name, _)| is_name(name));
-        value.is_some_and(|(_, value)| value.ends_with('"'))
-    })
-}
-
-/// The places of `mark` outside of values.
-fn cuts(text: &str, mark: u8) -> impl Iterator<Item = usize> {
-    let (mut is_within, mut is_escaped) = (false, false);
-    text.bytes().enumerate().filter_map(move |(place, byte)| {
-        if is_escaped {
-            is_escaped = false;
-        } else if is_within && byte == b'\\' {
-            is_escaped = true;
-        } else if byte == b'"' {
-            is_within = !is_within;
-        } else if byte == mark && !is_within {
-            return Some(place);
-        }
-        None
-    })
+    text.extend(["} ", sample.value, "\n"]);
 }
 
 #[cfg(test)]
@@ -267,6 +181,38 @@ vllm:e2e_count{engine="decoder1",role="decode"} 2.0
             merge("", &[page("d", "decode", "m{a=1,b=\"2\"} 3")]),
             "m{engine=\"d\",role=\"decode\",b=\"2\"} 3\n"
         );
+    }
+
+    #[test]
+    fn both_dialects_make_one_family() {
+        let open = "# HELP vllm:prompt_tokens Tokens.\n# TYPE vllm:prompt_tokens counter\n# UNIT vllm:prompt_tokens tokens\n\
+             vllm:prompt_tokens_total{model_name=\"a # {\"} 7.0 # {trace_id=\"x y\"} 1.0 1700000000.5\n\
+             vllm:prompt_tokens_created 1.5e9\n\
+             # TYPE vllm:ttft histogram\nvllm:ttft_bucket{le=\"1.0\"} 2 1700000000.25 # {} 0.3\nvllm:ttft_bucket{le=\"+Inf\"} 2 # {trace_id=\"y\"} 4.2\n\
+             vllm:ttft_count 2\nvllm:ttft_sum 1.0\n# TYPE vllm:build info\nvllm:build_info{v=\"1\"} 1\n# TYPE x unknown\nx 1\n# EOF\n";
+        let classic = "# HELP vllm:prompt_tokens_total Tokens.\n# TYPE vllm:prompt_tokens_total counter\nvllm:prompt_tokens_total 8.0\n";
+        let merged = merge(
+            "# TYPE xpyd_requests counter\nxpyd_requests_total 1\n# EOF\n",
+            &[page("p", "prefill", open), page("d", "decode", classic)],
+        );
+        let expected = r#"# TYPE xpyd_requests_total counter
+xpyd_requests_total 1
+# HELP vllm:prompt_tokens_total Tokens.
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{engine="p",role="prefill",model_name="a # {"} 7.0
+vllm:prompt_tokens_total{engine="d",role="decode"} 8.0
+vllm:prompt_tokens_created{engine="p",role="prefill"} 1.5e9
+# TYPE vllm:ttft histogram
+vllm:ttft_bucket{engine="p",role="prefill",le="1.0"} 2 1700000000250
+vllm:ttft_bucket{engine="p",role="prefill",le="+Inf"} 2
+vllm:ttft_count{engine="p",role="prefill"} 2
+vllm:ttft_sum{engine="p",role="prefill"} 1.0
+# TYPE vllm:build_info gauge
+vllm:build_info{engine="p",role="prefill",v="1"} 1
+# TYPE x untyped
+x{engine="p",role="prefill"} 1
+"#;
+        assert_eq!(merged, expected);
     }
 
     proptest! {

@@ -5,6 +5,7 @@
 
 mod access;
 mod admission;
+mod alive;
 mod answer;
 mod api;
 mod bodies;
@@ -12,6 +13,7 @@ mod body;
 mod breaker;
 mod canary;
 mod connections;
+mod cors;
 mod entrance;
 mod error;
 mod flow;
@@ -21,6 +23,7 @@ mod ledger;
 mod listen;
 #[cfg(test)]
 mod matrix;
+mod media;
 mod merge;
 mod metrics;
 mod notify;
@@ -41,11 +44,10 @@ mod tls;
 mod trace;
 mod upstream;
 mod usage;
-mod zmtp;
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -59,10 +61,10 @@ use crate::fleet::{EngineId, EngineView, FleetView, Role};
 use crate::service::Service;
 
 pub use access::AccessLog;
-pub use canary::{CanaryError, CanaryReport, Transferred};
+pub use canary::{CanaryError, CanaryPrompts, CanaryReport, Transferred};
 pub use key::{ClientKeys, EngineKey, KeyError, LineError};
 pub use notify::{Notifications, NotifyError};
-pub use tls::{Tls, TlsError};
+pub use tls::{Tls, TlsError, validity};
 pub use trace::{Traces, TracesError};
 
 use bodies::Bodies;
@@ -95,6 +97,8 @@ pub struct Settings {
     pub decode_idle_deadline: Duration,
     /// How long a prefill engine keeps KV for a decode engine; `None` if it is not known, or KV is pushed.
     pub kv_lease: Option<Duration>,
+    /// Whether the proxy asks engines whether they are well when it is asked, because nobody watches them.
+    pub asks_engines: bool,
     /// Largest body of a client's request, in bytes.
     pub max_body_bytes: usize,
     /// Most requests in the proxy at once; one more is answered 503.
@@ -134,6 +138,11 @@ struct Shared {
     /// The merged metrics and the engines' version: many clients that ask do not multiply the questions to engines.
     merged: Spaced<Bytes>,
     version: Spaced<Option<Version>>,
+    /// The engines that are well, where nobody watches them.
+    well: Spaced<Arc<[EngineId]>>,
+    /// How long the engines' model is, once one of them has said it.
+    asked_length: Spaced<Option<u64>>,
+    model_length: OnceLock<u64>,
     admission: Arc<Semaphore>,
     bodies: Arc<Bodies>,
     seats: Seats,
@@ -175,6 +184,9 @@ impl Proxy {
             notifications,
             merged: Spaced::default(),
             version: Spaced::default(),
+            well: Spaced::default(),
+            asked_length: Spaced::default(),
+            model_length: OnceLock::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),

@@ -3,7 +3,7 @@
 //! Wire format (LMCache 0.5.6 `pd_backend_async.py`): one frame, a msgpack map with `type` = `ProxyNotif` and `req_id`;
 //! every rank that stores KV sends one. Knows nothing of HTTP or of what a request is.
 //!
-//! Anybody who reaches the port may send anything, so everything here is bounded: connections, frames (`zmtp`), log lines.
+//! Anybody who reaches the port may send anything, so everything here is bounded: connections, frames (`crate::zmtp`), log lines.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,13 +16,26 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::zmtp::{self, PeerError};
+use crate::zmtp::{Connection, Kind, Limits, PeerError};
 
 /// How long to wait after an error of the socket itself, so that a lasting one does not spin.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(20);
 
 /// Most connections at once. Every rank of a prefill engine has one.
 const MAX_PEERS: usize = 256;
+
+/// How long a peer may take for its part of the handshake. libzmq allows 30 s.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long the rest of a frame may take, and a reply.
+const FRAME_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A notification has about 60 bytes.
+const LIMITS: Limits = Limits {
+    frame_bytes: 4096,
+    handshake: HANDSHAKE_DEADLINE,
+    frame: FRAME_DEADLINE,
+};
 
 /// The time between two log lines about peers that were let go.
 const LOG_PAUSE: Duration = Duration::from_mins(1);
@@ -167,12 +180,13 @@ fn make_room(peers: &mut Vec<Peer>, max_peers: usize) {
 }
 
 async fn listen_to(stream: TcpStream, waiters: Arc<Waiters>, last: Arc<AtomicU64>) -> Result<(), PeerError> {
-    let take = |message: &[u8]| {
-        if waiters.take(message) {
+    let mut peer = Connection::open(stream, Kind::Pull, b"", LIMITS).await?;
+    while let Some(message) = peer.receive().await? {
+        if waiters.take(&message[0]) {
             last.store(waiters.taken.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
-    };
-    zmtp::receive(stream, take).await
+    }
+    Ok(())
 }
 
 /// Log lines about peers that were let go: one at once, then one for all that follow within a while.

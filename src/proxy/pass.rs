@@ -10,7 +10,7 @@ use axum::http::{Response, header};
 use bytes::Bytes;
 
 use super::Shared;
-use super::answer::is_event_stream;
+use super::answer::{encoding, is_event_stream};
 use super::body::Document;
 use super::error::{Cause, ProxyError, Stage};
 use super::guard::{Clock, End, Guarded, GuardedBody};
@@ -46,7 +46,7 @@ pub(super) async fn answer(
                 let guarded = Guarded {
                     stage: Stage::Pass,
                     end: End::AnyEvent,
-                    events: is_event_stream(&head).then(Events::default),
+                    events: (is_event_stream(&head) && encoding(&head.headers).is_none()).then(Events::default),
                     ..Guarded::new(Arc::new(seat), idle, clock)
                 };
                 // Events may be held back, so only what is no stream keeps its length.

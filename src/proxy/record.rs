@@ -249,6 +249,11 @@ impl Record {
         self.noted().stream_end = Some(end);
     }
 
+    /// The stream has come to its end; as a whole answer, unless somebody knows better.
+    pub(super) fn stream_over(&self) {
+        self.noted().stream_end.get_or_insert(Ending::Answered);
+    }
+
     /// Notes an answer, and adds to it what the client may know of its request.
     pub(super) fn answer(&self, mut response: Response<Body>) -> Response<Body> {
         let mut noted = self.noted();

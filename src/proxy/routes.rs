@@ -5,22 +5,25 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, Response, header, request};
+use axum::http::{HeaderMap, HeaderValue, Response, StatusCode, header, request};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, on};
 use tokio::time::Instant;
 
 use super::Shared;
+use super::alive;
 use super::api::{self, Course, Methods, Rule};
+use super::bodies;
 use super::entrance::enter;
 use super::error::{Code, ProxyError};
-use super::flow::{self, Job};
+use super::flow::Job;
 use super::guard::Clock;
 use super::pass;
 use super::record::Record;
 use super::rules::Kind;
-use crate::fleet::Role;
+use crate::fleet::{EngineView, Role};
 use crate::report::one_line;
+use crate::samples::as_text_format;
 use crate::service::WithoutPrefill;
 
 /// The whole API.
@@ -47,11 +50,14 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
 async fn follow(shared: &Arc<Shared>, rule: &'static Rule, request: Request) -> Response<Body> {
     let outcome = match rule.course {
         Course::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
-        Course::Health => return health(shared),
-        Course::Metrics => return metrics(shared, asks_for_engines(&request)).await,
+        Course::Health => return health(shared).await,
+        Course::Metrics => {
+            let (with_engines, open) = (asks_for_engines(&request), wants_open_metrics(request.headers()));
+            return metrics(shared, with_engines, open).await;
+        }
         Course::Version => version(shared).await,
-        Course::Pass if !api::is_plain(request.uri().path()) => Err(not_found(request.method(), &request)),
-        Course::Pass => Box::pin(pass_on(shared, request)).await,
+        Course::Pass if !api::is_plain(request.uri().path()) => return elsewhere(shared, request).await,
+        Course::Pass => Box::pin(pass_on(shared, rule, request)).await,
         Course::Refuse(why) => Err(ProxyError::Refused { path: rule.path, why }),
     };
     respond(shared, rule.path, outcome)
@@ -63,7 +69,7 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
     record.generates(session(shared, &head.headers).as_deref());
-    let body = shared.bodies.read(body).await?;
+    let body = shared.bodies.read(&head.headers, body).await?;
     record.has_read();
     let permit = shared.admit()?;
     let job = Job {
@@ -77,15 +83,23 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
         permit: Arc::new(permit),
         record,
     };
-    flow::answer(shared, job).await
+    alive::answer(shared, job).await
 }
 
 /// A request that a decode engine answers alone.
-async fn pass_on(shared: &Arc<Shared>, request: Request) -> Result<Response<Body>, ProxyError> {
+async fn pass_on(shared: &Arc<Shared>, rule: &Rule, request: Request) -> Result<Response<Body>, ProxyError> {
     shared.takes_clients()?;
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
-    let body = shared.bodies.read(body).await?;
+    let body = shared
+        .bodies
+        .read(&head.headers, body)
+        .await
+        .map_err(|error| match error {
+            // No route that the proxy does not know takes a form or a file, which it could not look through.
+            ProxyError::NotJson if rule.path == api::REST => not_found(&head),
+            error => error,
+        })?;
     let clock = Clock {
         record,
         last_read: None,
@@ -107,8 +121,8 @@ fn record(head: &mut request::Parts) -> Arc<Record> {
 pub(super) struct Endpoint(pub(super) &'static str);
 
 /// Whether clients are served: 200 while there is a ready engine of each role.
-fn health(shared: &Shared) -> Response<Body> {
-    match shared.is_healthy() {
+async fn health(shared: &Shared) -> Response<Body> {
+    match shared.is_healthy().await {
         Ok(()) => Response::new(Body::empty()),
         Err(error) => error.to_response(),
     }
@@ -125,15 +139,21 @@ async fn version(shared: &Shared) -> Result<Response<Body>, ProxyError> {
     shared.engine_version().await
 }
 
-async fn metrics(shared: &Shared, with_engines: bool) -> Response<Body> {
+/// In Prometheus' text format, unless the client asks for `OpenMetrics`. The engines' metrics are always in the former.
+async fn metrics(shared: &Shared, with_engines: bool, open: bool) -> Response<Body> {
+    let classic = "text/plain; version=0.0.4; charset=utf-8";
     let (text, content_type) = if with_engines || shared.settings.service.metrics.merge {
-        (
-            shared.merged_metrics().await,
-            "text/plain; version=0.0.4; charset=utf-8",
-        )
+        (shared.merged_metrics().await, classic)
     } else {
-        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-        (shared.metrics_text(true).into(), content_type)
+        let text = shared.metrics_text(true);
+        if open {
+            (
+                text.into(),
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            )
+        } else {
+            (as_text_format(&text).into_owned().into(), classic)
+        }
     };
     let mut response = Response::new(Body::from(text));
     let content_type = HeaderValue::from_static(content_type);
@@ -141,22 +161,65 @@ async fn metrics(shared: &Shared, with_engines: bool) -> Response<Body> {
     response
 }
 
-async fn unknown(State(shared): State<Arc<Shared>>, method: Method, request: Request) -> Response<Body> {
-    respond(&shared, "other", Err(not_found(&method, &request)))
+/// Whether `OpenMetrics` is wanted by name, and at least as much as the text format.
+fn wants_open_metrics(headers: &HeaderMap) -> bool {
+    let weight = |name: &str| {
+        let values = headers
+            .get_all(header::ACCEPT)
+            .iter()
+            .filter_map(|value| value.to_str().ok());
+        let weights = values.flat_map(|value| value.split(',')).filter_map(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            let is_named = parts.next().is_some_and(|kind| kind.eq_ignore_ascii_case(name));
+            let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
+            is_named.then(|| weight.map_or(1.0, |weight| weight.parse::<f32>().unwrap_or(0.0)))
+        });
+        weights.fold(0.0, f32::max)
+    };
+    let open = weight("application/openmetrics-text");
+    open > 0.0 && open >= weight("text/plain")
 }
 
-fn not_found(method: &Method, request: &Request) -> ProxyError {
+async fn unknown(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
+    elsewhere(&shared, request).await
+}
+
+/// A path that is no route. One with a slash too many is sent to the route, as vLLM's server does it.
+async fn elsewhere(shared: &Shared, request: Request) -> Response<Body> {
+    let (head, mut body) = request.into_parts();
+    bodies::drain(&mut body).await;
+    let is_served = |path: &&str| api::find(path).is_some_and(|rule| !matches!(rule.course, Course::Refuse(_)));
+    let route = head.uri.path().strip_suffix('/').filter(is_served);
+    let Some(route) = route else {
+        return respond(shared, "other", Err(not_found(&head)));
+    };
+    let query = head.uri.query().map_or_else(String::new, |query| format!("?{query}"));
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    let location = HeaderValue::from_str(&format!("{route}{query}")).ok();
+    let location = location.map(|location| (header::LOCATION, location));
+    response.headers_mut().extend(location);
+    respond(shared, "other", Ok(response))
+}
+
+fn not_found(head: &request::Parts) -> ProxyError {
     ProxyError::NotFound {
-        method: method.to_string(),
-        path: request.uri().path().to_owned(),
+        method: head.method.to_string(),
+        path: head.uri.path().to_owned(),
     }
 }
 
 /// axum adds `Allow`.
-async fn wrong_method(State(shared): State<Arc<Shared>>, method: Method, request: Request) -> Response<Body> {
-    let error = ProxyError::WrongMethod {
-        method: method.to_string(),
-        path: request.uri().path().to_owned(),
+async fn wrong_method(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
+    let (head, mut body) = request.into_parts();
+    bodies::drain(&mut body).await;
+    let error = if api::find(head.uri.path()).is_some() {
+        ProxyError::WrongMethod {
+            method: head.method.to_string(),
+            path: head.uri.path().to_owned(),
+        }
+    } else {
+        not_found(&head)
     };
     respond(&shared, "other", Err(error))
 }
@@ -199,14 +262,54 @@ impl Shared {
     }
 
     /// Whether a request that needs both roles would be served.
-    fn is_healthy(&self) -> Result<(), ProxyError> {
+    async fn is_healthy(&self) -> Result<(), ProxyError> {
         self.takes_clients()?;
-        let view = self.view.borrow();
+        let view = Arc::clone(&self.view.borrow());
         let needs_prefill = self.settings.service.routing.without_prefill == WithoutPrefill::Fail;
+        let well = if self.settings.asks_engines {
+            Some(self.well_engines().await)
+        } else {
+            None
+        };
+        let is_well = |engine: &Arc<EngineView>| well.as_ref().is_none_or(|well| well.contains(&engine.id));
         let missing = [Role::Prefill, Role::Decode]
             .into_iter()
             .filter(|role| needs_prefill || *role == Role::Decode)
-            .find(|role| view.serving(*role).next().is_none());
+            .find(|role| !view.serving(*role).any(is_well));
         missing.map_or(Ok(()), |role| Err(ProxyError::NoEngine(role)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_metrics_must_be_asked_for_by_name() {
+        let wants = |accept: &str| {
+            wants_open_metrics(&HeaderMap::from_iter([(
+                header::ACCEPT,
+                accept.parse().expect("a value"),
+            )]))
+        };
+        assert!(!wants_open_metrics(&HeaderMap::new()));
+        for accept in [
+            "",
+            "*/*",
+            "text/plain",
+            "application/json",
+            "application/openmetrics-text;q=0",
+            "text/plain;version=0.0.4, application/openmetrics-text;q=0.5",
+        ] {
+            assert!(!wants(accept), "{accept}");
+        }
+        for accept in [
+            "application/openmetrics-text",
+            "Application/OpenMetrics-Text; version=1.0.0; q=0.1",
+            "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+            "text/html, application/openmetrics-text",
+        ] {
+            assert!(wants(accept), "{accept}");
+        }
     }
 }

@@ -11,13 +11,14 @@ use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use http_body_util::{BodyExt, Limited};
+use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::Shared;
 use super::error::{ProxyError, Stage};
 use super::merge::{Page, merge};
 use super::upstream::{Call, Seat};
-use crate::fleet::{EngineState, EngineView, Role};
+use crate::fleet::{EngineId, EngineState, EngineView, Role};
 
 /// How long an engine may take. Prometheus itself gives up after 10 s by default.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -52,6 +53,19 @@ impl<T: Clone> Spaced<T> {
         let begun = Instant::now();
         let answer = make.await;
         *last = Some((begun, answer.clone()));
+        answer
+    }
+
+    /// The same, but the answer may be as old as the spacing: who asks in a row does not wait each time.
+    async fn recent(&self, make: impl Future<Output = T>) -> T {
+        let mut last = self.0.lock().await;
+        if let Some((ended, answer)) = &*last
+            && ended.elapsed() < SPACING
+        {
+            return answer.clone();
+        }
+        let answer = make.await;
+        *last = Some((Instant::now(), answer.clone()));
         answer
     }
 }
@@ -94,6 +108,56 @@ impl Shared {
             Some(version) => Ok(version.into_response()),
             None => Err(failed.unwrap_or(ProxyError::NoEngine(Role::Decode))),
         }
+    }
+
+    /// How many tokens the engines' model reads and makes of one request, as a decode engine says with these headers.
+    pub(super) async fn model_length(&self, headers: &HeaderMap) -> Option<u64> {
+        if let Some(length) = self.model_length.get() {
+            return Some(*length);
+        }
+        let length = self.asked_length.get(self.ask_for_length(headers)).await?;
+        Some(*self.model_length.get_or_init(|| length))
+    }
+
+    /// The engines that say of themselves that they are well, where nobody else watches them.
+    pub(super) async fn well_engines(&self) -> Arc<[EngineId]> {
+        self.well.recent(self.ask_whether_well()).await
+    }
+
+    async fn ask_whether_well(&self) -> Arc<[EngineId]> {
+        let view = Arc::clone(&self.view.borrow());
+        let asked = view.engines.iter().map(|engine| self.is_well(engine));
+        let well = join_all(asked).await;
+        let engines = view.engines.iter().zip(well).filter(|(_, is_well)| *is_well);
+        engines.map(|(engine, _)| engine.id.clone()).collect()
+    }
+
+    async fn is_well(&self, engine: &EngineView) -> bool {
+        let headers = self.own_headers();
+        let step = self.upstream.fetch(engine, get("/health", &headers));
+        let answer = tokio::time::timeout(DEADLINE, step).await;
+        matches!(answer, Ok(Ok((head, _))) if head.status.is_success())
+    }
+
+    async fn ask_for_length(&self, headers: &HeaderMap) -> Option<u64> {
+        let view = Arc::clone(&self.view.borrow());
+        self.length_of(view.serving(Role::Decode).next()?, headers).await
+    }
+
+    /// How many tokens this engine's model reads and makes of one request, if it says so with these headers.
+    pub(super) async fn length_of(&self, engine: &EngineView, headers: &HeaderMap) -> Option<u64> {
+        #[derive(Deserialize)]
+        struct Models {
+            data: Vec<Model>,
+        }
+        #[derive(Deserialize)]
+        struct Model {
+            max_model_len: Option<u64>,
+        }
+        let step = self.upstream.fetch(engine, get("/v1/models", headers));
+        let (_, body) = tokio::time::timeout(DEADLINE, step).await.ok()?.ok()?;
+        let models: Models = serde_json::from_slice(&body).ok()?;
+        models.data.iter().filter_map(|model| model.max_model_len).max()
     }
 
     async fn ask_for_version(&self) -> Result<Version, ProxyError> {

@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Shared;
-use super::admission::{Ask, Book, Weight};
+use super::admission::{Book, Weight};
 use super::breaker::Breaker;
 use super::error::{ProxyError, Stage};
 use super::flow::{Attempt, Job};
@@ -28,7 +28,9 @@ pub(super) struct Seats(Mutex<Book<Arc<Notify>>>);
 
 impl Seats {
     pub(super) fn new(admission: &Admission) -> Self {
-        Self(Mutex::new(Book::new(admission.decode_tokens, admission.buffer_tokens)))
+        let mut book = Book::new(admission.decode_tokens, admission.buffer_tokens);
+        book.queue.patience = admission.queue_deadline / 2;
+        Self(Mutex::new(book))
     }
 
     fn lock(&self) -> MutexGuard<'_, Book<Arc<Notify>>> {
@@ -64,11 +66,9 @@ impl Seats {
     }
 }
 
-/// Lets the head of the queue try again. Waking all would cost a scan of the fleet each.
+/// Lets those whose turn it is try again. Waking all would cost a scan of the fleet each.
 fn wake(book: &Book<Arc<Notify>>) {
-    if let Some((_, waker)) = book.queue.head() {
-        waker.notify_one();
-    }
+    book.queue.wakers().for_each(|waker| waker.notify_one());
 }
 
 /// What a request weighs on the engine of its seat. Dropping it frees that.
@@ -87,6 +87,11 @@ impl Held {
         book.change(&self.engine, *weight, now);
         *weight = now;
         wake(&book);
+    }
+
+    /// The request has ended before its KV was there: only the buffer may still be written to.
+    pub(super) fn abandoned(&self) {
+        self.change(|weight| Weight { kv: 0, ..weight });
     }
 
     /// The engine has taken the KV out of LMCache's buffer.
@@ -127,7 +132,6 @@ pub(super) enum Seated {
 
 /// A request, as far as the choice of engines goes.
 struct Choice {
-    ask: Ask,
     session: Option<u64>,
     chunks: Vec<u64>,
     beginning: u64,
@@ -145,19 +149,19 @@ impl Attempt<'_> {
         let choice = self.choice();
         let connector = &self.shared.settings.connector;
         let buffer = if connector.notifies() {
-            Weight::buffer_for(choice.ask.prompt)
+            Weight::buffer_for(self.ask.prompt)
         } else {
             0
         };
         let Taken { seat: decode, known } = self.decode_seat(&choice, buffer).await?;
         let threshold = self.shared.settings.service.routing.prefill_threshold;
-        if self.job.pair.is_none() && choice.ask.prompt.saturating_sub(known) < threshold {
+        if self.job.pair.is_none() && self.ask.prompt.saturating_sub(known) < threshold {
             decode.held().inspect(|held| held.consumed());
             return Ok(Seated::Alone(decode, "prefill_threshold"));
         }
         let turn = self.shared.next_turn(Role::Prefill);
         let weight = Weight {
-            kv: choice.ask.prompt,
+            kv: self.ask.prompt,
             buffer: 0,
         };
         let prefill = match self.take(Role::Prefill, &choice, weight, turn, None) {
@@ -188,12 +192,10 @@ impl Attempt<'_> {
     fn choice(&self) -> Choice {
         let routing = &self.shared.settings.service.routing;
         let uses = |policy| routing.prefill_policy == policy || routing.decode_policy == policy;
-        let document = self.document;
-        let prompt = document.given(self.job.kind.prompt_field()).unwrap_or_default();
+        let (document, prompt) = (self.document, &*self.prompt.text);
         // What the chat template puts before the messages.
         let seed = || hash_of((document.get("model"), document.get("tools")));
         Choice {
-            ask: Ask::of(self.job.kind, document),
             session: self.job.session.as_deref().map(hash_of),
             chunks: if uses(Policy::Prefix) {
                 prefix::chunks(seed(), prompt)
@@ -211,7 +213,7 @@ impl Attempt<'_> {
     /// Waits for a decode engine that has room, in a fair queue, up to the deadline of the queue.
     async fn decode_seat(&mut self, choice: &Choice, buffer: u64) -> Result<Taken, ProxyError> {
         let shared: &Arc<Shared> = self.shared;
-        let kv = choice.ask.prompt.saturating_add(choice.ask.answer);
+        let kv = self.ask.prompt.saturating_add(self.ask.answer);
         let weight = Weight { kv, buffer };
         let turn = shared.next_turn(Role::Decode);
         if let Some(taken) = self.take(Role::Decode, choice, weight, turn, None)? {
@@ -259,7 +261,7 @@ impl Attempt<'_> {
             },
             session: choice.session,
             beginning: choice.beginning,
-            tokens: choice.ask.prompt,
+            tokens: self.ask.prompt,
         };
         let view = Arc::clone(&shared.view.borrow());
         let engines = self.engines(role, &view)?;
@@ -267,7 +269,8 @@ impl Attempt<'_> {
         let is_limited = role == Role::Decode && self.job.pair.is_none();
         let now = Instant::now();
         let mut book = shared.seats.lock();
-        if is_limited && !book.queue.may_try(ticket.map(|ticket| ticket.number)) {
+        let number = ticket.map(|ticket| ticket.number);
+        if is_limited && !book.queue.may_try(number, now) {
             return Ok(None);
         }
         let count = engines.len();
@@ -291,8 +294,8 @@ impl Attempt<'_> {
             };
             book.enter(engine, weight, &choice.chunks);
             book.breaker(engine).into_iter().for_each(|breaker| breaker.enter(now));
-            if ticket.is_some() {
-                book.queue.serve(now);
+            if let Some(number) = number {
+                book.queue.serve(number, now);
             }
             wake(&book);
             self.engines.push(Arc::clone(engine));
@@ -305,15 +308,22 @@ impl Attempt<'_> {
             return Ok(Some(Taken { seat, known }));
         }
         if candidates.is_empty() {
-            Err(ProxyError::NoEngine(role))
-        } else {
-            Ok(None)
+            return Err(ProxyError::NoEngine(role));
         }
+        if number.is_some_and(|number| !self.ask.exact && book.queue.step_aside(number, now)) {
+            wake(&book);
+        }
+        Ok(None)
     }
 
     fn has_tried(&self, engine: &EngineView) -> bool {
         let is_same = |tried: &Arc<EngineView>| tried.id == engine.id && tried.incarnation == engine.incarnation;
         self.tried.iter().any(is_same)
+    }
+
+    /// Whether this request has not failed yet on an engine that serves.
+    pub(super) fn has_untried(&self, role: Role, view: &FleetView) -> bool {
+        view.serving(role).any(|engine| !self.has_tried(engine))
     }
 
     /// The engines that may be asked; at least one.
@@ -345,7 +355,7 @@ impl Attempt<'_> {
             prompt_tokens: u64,
         }
         prefill.held().inspect(|held| held.change(|_| Weight::default()));
-        let ask = Ask::of(self.job.kind, self.document);
+        let ask = self.ask;
         if ask.exact {
             return;
         }

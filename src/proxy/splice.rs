@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::answer::verbatim;
+use super::answer::{Verdict, judge, verbatim};
 use super::body::{Document, Edit};
 use super::error::{Cause, ProxyError, Stage};
 use super::flow::{Attempt, Decoded, Prefilled, Stages, new_id, told};
@@ -295,13 +295,12 @@ async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option
     let call = Call::post("/tokenize", &attempt.job.headers, id, body.into());
     let step = attempt.shared.upstream.fetch(&seat.engine, call);
     let (head, body) = seat.run(Stage::Tokenize, attempt.job.deadlines.prefill, step).await?;
-    if head.status.is_client_error() {
-        return Ok(None);
-    }
-    let told: Option<Tokenized> = serde_json::from_slice(&body).ok();
-    match told {
-        Some(told) if head.status.is_success() => Ok(Some(told).filter(|told| !told.tokens.is_empty())),
-        _ => Err(seat.failed(Stage::Tokenize, Cause::Nonsense("it has no tokens"))),
+    match judge(&head, &body).map_err(|cause| seat.failed(Stage::Tokenize, cause))? {
+        Verdict::Refused => Ok(None),
+        Verdict::Good => match serde_json::from_slice::<Tokenized>(&body) {
+            Ok(told) => Ok(Some(told).filter(|told| !told.tokens.is_empty())),
+            Err(_) => Err(seat.failed(Stage::Tokenize, Cause::Nonsense("it has no tokens"))),
+        },
     }
 }
 

@@ -7,6 +7,9 @@ use bytes::{Bytes, BytesMut};
 /// How much of an unfinished event is held back. A larger one is passed on in parts.
 const MAX_HELD_BYTES: usize = 8 << 20;
 
+/// Bytes of an event before its data: its name and id.
+const MAX_FIELDS_BYTES: usize = 1 << 10;
+
 /// Cuts network chunks into whole events, so that a stream that breaks off never ends within one.
 #[derive(Debug, Default)]
 pub(super) struct Events {
@@ -34,10 +37,16 @@ impl Events {
             whole = std::mem::take(&mut self.partial).freeze();
         }
         // A comment after the end marker is no more data.
-        if let Some(last) = data(&whole).next_back() {
+        if let Some(last) = given(&whole).next_back() {
             self.done = last == b"[DONE]";
         }
         whole
+    }
+
+    /// Whether an event that has not ended yet has data: its beginning tells.
+    pub(super) fn is_within_data(&self) -> bool {
+        let beginning = &self.partial[..self.partial.len().min(MAX_FIELDS_BYTES)];
+        given(beginning).next().is_some()
     }
 
     /// Whether the end marker was the last event so far.
@@ -103,6 +112,11 @@ pub(super) fn data(events: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
         .map(<[u8]>::trim_ascii)
 }
 
+/// The `data` that says something. Comments and events without data, which keep a connection alive, are no part of an answer.
+pub(super) fn given(events: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
+    data(events).filter(|data| !data.is_empty())
+}
+
 /// One event with `data`.
 pub(super) fn event(data: &str) -> String {
     format!("data: {data}\n\n")
@@ -147,6 +161,26 @@ mod tests {
         let whole = events.push(Bytes::from_static(b"\n\nrest"));
         assert_eq!(whole.len(), MAX_HELD_BYTES / 9 * piece.len() + 2);
         assert_eq!(events.push(Bytes::from_static(b"\r\n\r\n")), "rest\r\n\r\n");
+    }
+
+    #[test]
+    fn what_keeps_a_connection_alive_says_nothing() {
+        let silence = b": keep-alive\n\n:\n\ndata:\n\ndata: \t\r\n\r\nretry: 1000\n\nid: 7\nevent: ping\n\n\n\n";
+        assert_eq!(given(silence).count(), 0);
+        let mut events = Events::default();
+        events.push(Bytes::from_static(b"data: [DONE]\n\n"));
+        events.push(Bytes::from_static(silence));
+        assert!(events.is_done());
+        for (beginning, is_data) in [
+            ("data: {", true),
+            ("event: x\nid: 1\ndata: {", true),
+            (": data: x", false),
+            ("data: ", false),
+        ] {
+            let mut events = Events::default();
+            events.push(Bytes::from_static(beginning.as_bytes()));
+            assert_eq!(events.is_within_data(), is_data, "{beginning}");
+        }
     }
 
     /// Nor here, where all that is held back could belong to the end of an event.
@@ -200,7 +234,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(&out, &whole);
-            let told = data(stream.as_bytes()).next_back();
+            let told = given(stream.as_bytes()).next_back();
             prop_assert_eq!(events.is_done(), told == Some(&b"[DONE]"[..]));
         }
 

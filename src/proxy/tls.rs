@@ -3,13 +3,16 @@
 //! Knows files and TLS; knows no connection, and nothing of what is said over one. The key is never printed.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use tokio_rustls::rustls::{self, ServerConfig, crypto::ring};
+use webpki::{EndEntityCert, KeyUsage};
 
 /// Why a certificate and a key cannot be used. Every variant names the field and the file.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +81,25 @@ impl Tls {
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(Arc::clone(&self.0))
     }
+}
+
+/// From when to when the first certificate in a file is valid, in seconds since 1970. `None` where that cannot be read.
+pub fn validity(cert: &Path) -> Option<RangeInclusive<u64>> {
+    let certificates = certificates(cert).ok()?;
+    let certificate = EndEntityCert::try_from(certificates.first()?).ok()?;
+    // The dates are told only by the error of a verification outside of them, which comes before any other.
+    let verify = |seconds| {
+        let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let verified = certificate.verify_for_usage(&[], &[], &[], time, KeyUsage::server_auth(), None, None);
+        verified.err()
+    };
+    let Some(webpki::Error::CertNotValidYet { not_before, .. }) = verify(0) else {
+        return None;
+    };
+    let Some(webpki::Error::CertExpired { not_after, .. }) = verify(u64::MAX) else {
+        return None;
+    };
+    Some(not_before.as_secs()..=not_after.as_secs())
 }
 
 impl fmt::Debug for Tls {

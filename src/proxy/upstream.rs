@@ -30,8 +30,9 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// Largest answer that is read as a whole. Logprobs of a long answer take tens of megabytes.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 
-/// Headers that belong to one connection (RFC 9110 §7.6.1), or that this proxy sets itself.
-const NOT_FORWARDED: [HeaderName; 12] = [
+/// Headers that belong to one connection (RFC 9110 §7.6.1), that this proxy sets itself, or that ask for an answer in parts or in
+/// an encoding, which it could not read.
+const NOT_FORWARDED: [HeaderName; 20] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -44,6 +45,14 @@ const NOT_FORWARDED: [HeaderName; 12] = [
     header::HOST,
     header::CONTENT_LENGTH,
     header::EXPECT,
+    header::ACCEPT_ENCODING,
+    HeaderName::from_static("http2-settings"),
+    header::RANGE,
+    header::IF_RANGE,
+    header::IF_MATCH,
+    header::IF_NONE_MATCH,
+    header::IF_MODIFIED_SINCE,
+    header::IF_UNMODIFIED_SINCE,
 ];
 
 /// The header of a request's id. A client's own is told back to it and logged; engines get another.
@@ -131,7 +140,8 @@ impl<'call> Call<'call> {
             self.path.as_bytes(),
             b" HTTP/1.1\r\nhost: ",
         ]);
-        put(&[authority.as_bytes(), b"\r\n"]);
+        // Without this header any encoding is welcome (RFC 9110 §12.5.3).
+        put(&[authority.as_bytes(), b"\r\naccept-encoding: identity\r\n"]);
         let replaced = |name| self.request_id.is_some() && (name == header::CONTENT_TYPE || name == REQUEST_ID);
         for (name, value) in self.headers.iter().filter(|(name, _)| !replaced(*name)) {
             put(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
@@ -222,11 +232,12 @@ impl Upstream {
 
     fn answer(&self, head: Head, wire: Wire, home: Option<Home>) -> Response<AnswerBody> {
         let home = home.filter(|_| head.keeps_alive);
-        let body = AnswerBody {
+        let mut body = AnswerBody {
             wire: Some(wire),
             framing: head.framing,
             home: home.map(|home| (self.clone(), home)),
         };
+        body.end_if_over();
         Response::from_parts(head.parts, body)
     }
 
@@ -236,7 +247,8 @@ impl Upstream {
     }
 }
 
-/// The body of an engine's answer. At its end the connection is kept for another call; dropped before, it is closed.
+/// The body of an engine's answer. At its end the connection is kept for another call; dropped before, it is closed. Nobody need
+/// read beyond the last piece for that: a server does not, where it has told how long the answer is.
 #[derive(Debug)]
 pub(super) struct AnswerBody {
     wire: Option<Wire>,
@@ -244,9 +256,25 @@ pub(super) struct AnswerBody {
     home: Option<(Upstream, Home)>,
 }
 
+impl AnswerBody {
+    /// Gives the connection back, if all of the answer has been read.
+    fn end_if_over(&mut self) {
+        if self.wire.as_mut().is_some_and(|wire| wire.has_ended(&mut self.framing))
+            && let Some(wire) = self.wire.take()
+            && let Some((upstream, home)) = self.home.take()
+        {
+            upstream.pool.keep(home, wire);
+        }
+    }
+}
+
 impl Body for AnswerBody {
     type Data = Bytes;
     type Error = io::Error;
+
+    fn is_end_stream(&self) -> bool {
+        self.wire.is_none()
+    }
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         let this = &mut *self;
@@ -254,11 +282,9 @@ impl Body for AnswerBody {
             return Poll::Ready(None);
         };
         let piece = ready!(wire.poll_body(&mut this.framing, context));
+        this.end_if_over();
         if !matches!(piece, Some(Ok(_))) {
-            let wire = this.wire.take();
-            if let (None, Some(wire), Some((upstream, home))) = (&piece, wire, this.home.take()) {
-                upstream.pool.keep(home, wire);
-            }
+            this.wire = None;
         }
         Poll::Ready(piece.map(|piece| piece.map(Frame::data)))
     }
@@ -461,6 +487,18 @@ mod tests {
             ("x-session-id", "s"),
             ("x-kv-engine", "e"),
             ("endpoint-load-metrics-format", "JSON"),
+            ("accept-encoding", "gzip"),
+            ("te", "trailers"),
+            ("trailer", "x"),
+            ("upgrade", "h2c"),
+            ("http2-settings", "x"),
+            ("expect", "100-continue"),
+            ("range", "bytes=0-1"),
+            ("if-range", "x"),
+            ("if-match", "x"),
+            ("if-none-match", "x"),
+            ("if-modified-since", "x"),
+            ("if-unmodified-since", "x"),
             ("session-id", "s"),
             ("authorization", "Bearer x"),
             ("traceparent", "00-1"),

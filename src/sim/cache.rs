@@ -2,17 +2,20 @@
 //!
 //! Arguments, ports and log lines are those of `lmcache server` 0.5.6; what goes over its socket is the simulation's own.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use axum::Json;
 use axum::routing::get;
 use lru::LruCache;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::time::{Duration, timeout};
-use zeromq::{ReqSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqMessage};
 
 use super::SimError;
 use super::log::{Log, LogTarget};
 use super::tokens::mix;
+use super::zmq::{Client, Question, Server};
+use crate::zmtp::Kind;
 
 /// What one token's KV takes: that of Llama 3.1 8B.
 const TOKEN_BYTES: f64 = 131_072.0;
@@ -73,9 +76,9 @@ impl CacheServer {
                 address: address(&self.http),
                 source,
             })?;
-        let mut socket = RouterSocket::new();
-        let bound = socket.bind(&format!("tcp://{}", address(&self.requests))).await;
-        bound.map_err(|source| SimError::Cache(address(&self.requests), source))?;
+        let (host, port) = &self.requests;
+        let socket = Server::bind(Kind::Router, host, *port).await;
+        let socket = socket.map_err(|source| SimError::Cache(address(&self.requests), source))?;
         let time = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S,%3f");
         log.raw(&format!(
             "[{time}] LMCache INFO: LMCache zmq cache server is running on {}\n",
@@ -105,25 +108,18 @@ struct Kept {
 }
 
 impl Kept {
-    async fn answer(mut self, mut socket: RouterSocket) {
-        loop {
-            let Ok(message) = socket.recv().await else {
-                tokio::task::yield_now().await;
-                continue;
-            };
-            let frames = message.into_vec();
-            let [identity, _delimiter, payload] = frames.as_slice() else {
-                continue;
-            };
-            let Ok(request) = rmp_serde::from_slice(payload) else {
-                continue;
-            };
-            let records = rmp_serde::to_vec(&self.carry_out(request)).expect("numbers have no type that msgpack lacks");
-            if let Ok(reply) = ZmqMessage::try_from(vec![identity.clone(), bytes::Bytes::new(), records.into()]) {
-                // An engine that is gone needs no answer.
-                drop(socket.send(reply).await);
+    async fn answer(self, socket: Server) {
+        let kept = Arc::new(Mutex::new(self));
+        let answer = move |question: Question| {
+            let kept = Arc::clone(&kept);
+            async move {
+                let request = rmp_serde::from_slice(&question.payload).ok()?;
+                let records = kept.lock().unwrap_or_else(PoisonError::into_inner).carry_out(request);
+                let records = rmp_serde::to_vec(&records).expect("numbers have no type that msgpack lacks");
+                Some(vec![records.into()])
             }
-        }
+        };
+        socket.in_turn().serve(answer).await;
     }
 
     fn carry_out(&mut self, request: CacheRequest) -> Vec<u64> {
@@ -186,12 +182,10 @@ impl CacheClient {
 
     async fn ask(&self, request: &CacheRequest) -> Option<Vec<u64>> {
         let exchange = async {
-            let mut socket = ReqSocket::new();
-            socket.connect(&self.address).await.ok()?;
+            let address = self.address.strip_prefix("tcp://").unwrap_or(&self.address);
+            let mut socket = Client::connect(Kind::Req, address, "", EXCHANGE_DEADLINE).await.ok()?;
             let payload = rmp_serde::to_vec(request).expect("numbers have no type that msgpack lacks");
-            socket.send(payload.into()).await.ok()?;
-            let answer = socket.recv().await.ok()?.into_vec().into_iter().next()?;
-            rmp_serde::from_slice(&answer).ok()
+            rmp_serde::from_slice(&socket.ask(&payload).await.ok()?).ok()
         };
         timeout(EXCHANGE_DEADLINE, exchange).await.ok().flatten()
     }

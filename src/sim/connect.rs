@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
-use zeromq::{RouterSocket, Socket as _};
 
 use super::SimError;
 use super::blocks::BlockPool;
@@ -17,6 +16,8 @@ use super::metrics::Metrics;
 use super::nixl::{Leases, SideChannel};
 use super::options::{KvRole, KvTransferConfig, Options};
 use super::scheduler::Connector;
+use super::zmq::Server;
+use crate::zmtp::Kind;
 
 /// A connector and how it can be reached.
 #[derive(Debug)]
@@ -62,13 +63,12 @@ impl Connected {
                 let (socket, port) = side_channel(options, rank).await?;
                 first.get_or_insert(port);
                 let channel = SideChannel {
-                    socket,
                     engine_id: engine_id.clone(),
                     model: options.model.clone(),
                     pool: pool.clone(),
                     leases: leases.clone(),
                 };
-                background.spawn(channel.serve());
+                background.spawn(channel.serve(socket));
             }
             background.spawn(leases.clone().expire());
             let connector = Connector::Nixl {
@@ -94,20 +94,19 @@ impl Connected {
 }
 
 /// The side channel of a data-parallel rank: vLLM adds its number to the port.
-async fn side_channel(options: &Options, rank: u16) -> Result<(RouterSocket, u16), SimError> {
+async fn side_channel(options: &Options, rank: u16) -> Result<(Server, u16), SimError> {
     let (host, port) = &options.side_channel;
     // Port 0 lets the system choose.
     let port = if *port == 0 { 0 } else { port.saturating_add(rank) };
-    let address = format!("{host}:{port}");
-    let mut socket = RouterSocket::new();
-    match socket.bind(&format!("tcp://{address}")).await {
-        Ok(zeromq::Endpoint::Tcp(_, port)) => Ok((socket, port)),
-        Ok(_) => Err(SimError::SideChannel {
-            address,
-            source: zeromq::ZmqError::Other("bound to no port"),
-        }),
-        Err(source) => Err(SimError::SideChannel { address, source }),
-    }
+    let bound = async {
+        let socket = Server::bind(Kind::Router, host, port).await?;
+        let port = socket.port()?;
+        Ok((socket, port))
+    };
+    bound.await.map_err(|source| SimError::SideChannel {
+        address: format!("{host}:{port}"),
+        source,
+    })
 }
 
 async fn lmcache(

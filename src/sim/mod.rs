@@ -23,6 +23,7 @@ mod startup;
 mod timing;
 mod tokens;
 mod wire;
+mod zmq;
 
 #[cfg(test)]
 mod tests;
@@ -33,7 +34,7 @@ use std::time::Duration;
 
 use axum::serve::ListenerExt as _;
 use tokio::net::{TcpSocket, lookup_host};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -50,6 +51,7 @@ pub use options::{
 pub use timing::{H100_LLAMA_3_1_8B, INSTANT, PRESETS, Preset};
 
 use crate::report::ExitStatus;
+use crate::signals::Heeded;
 use api::Api;
 use connect::Connected;
 use log::{Log, Process};
@@ -59,7 +61,7 @@ use scheduler::{Core, Death, Parts, Stage};
 use startup::Startup;
 
 /// The version of vLLM that is simulated.
-pub(crate) const VLLM_VERSION: &str = "0.32.0";
+pub(crate) const VLLM_VERSION: &str = "0.33.0";
 
 /// Requests that may wait between the API and the core.
 const COMMANDS: usize = 4096;
@@ -87,11 +89,11 @@ pub enum SimError {
         address: String,
         /// Why not.
         #[source]
-        source: zeromq::ZmqError,
+        source: std::io::Error,
     },
     /// The cache server's socket cannot be bound.
     #[error("cannot bind the cache server on `{0}`")]
-    Cache(String, #[source] zeromq::ZmqError),
+    Cache(String, #[source] std::io::Error),
     /// The cache server has no room for a single chunk.
     #[error("size_gb must provide room for one chunk, and is {0}")]
     CacheSize(f64),
@@ -211,14 +213,14 @@ async fn serve(options: Options, log: &Log, ready: Option<oneshot::Sender<Addres
 
 /// SIGTERM and SIGINT.
 struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Heeded,
+    interrupt: Heeded,
     ignored: bool,
 }
 
 impl Signals {
     fn listen(ignored: bool) -> Result<Self, SimError> {
-        let listen = |kind| signal(kind).map_err(|error| SimError::System("listen to signals", error));
+        let listen = |kind| Heeded::listen(kind).map_err(|error| SimError::System("listen to signals", error));
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
@@ -230,8 +232,8 @@ impl Signals {
     async fn next(&mut self) {
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => {}
-                _ = self.interrupt.recv() => {}
+                () = self.terminate.recv() => {}
+                () = self.interrupt.recv() => {}
             }
             if !self.ignored {
                 return;

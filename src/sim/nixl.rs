@@ -8,7 +8,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
-use zeromq::{ReqSocket, RouterSocket, Socket as _, SocketOptions, SocketRecv as _, SocketSend as _, ZmqMessage};
 
 use super::blocks::{BLOCK_TOKENS, BlockPool, Blocks, records};
 use super::kv_params::PullParams;
@@ -16,6 +15,8 @@ use super::log::{Log, Process};
 use super::metrics::Metrics;
 use super::timing::Preset;
 use super::wire::{AgentMetadata, HandshakePayload, SideChannelRequest};
+use super::zmq::{Client, Question, Server};
+use crate::zmtp::{Kind, PeerError};
 
 /// A decode engine that has never met its peer waits this long for the side channel.
 const FIRST_CONTACT_DEADLINE: Duration = Duration::from_secs(5);
@@ -98,9 +99,8 @@ impl Leases {
     }
 }
 
-/// The prefill side's socket and what it serves.
+/// What the prefill side serves.
 pub(crate) struct SideChannel {
-    pub(crate) socket: RouterSocket,
     pub(crate) engine_id: String,
     pub(crate) model: String,
     pub(crate) pool: BlockPool,
@@ -109,45 +109,37 @@ pub(crate) struct SideChannel {
 
 impl SideChannel {
     /// Answers for ever.
-    pub(crate) async fn serve(mut self) {
-        let started = Instant::now();
-        loop {
-            let Ok(message) = self.socket.recv().await else {
-                tokio::task::yield_now().await;
-                continue;
-            };
-            let frames = message.into_vec();
-            let [identity, _delimiter, payload] = frames.as_slice() else {
-                continue;
-            };
-            let answer = match SideChannelRequest::from_bytes(payload) {
-                Some(SideChannelRequest::GetMeta(_, _)) => {
-                    let time = rmp_serde::to_vec(&started.elapsed().as_secs_f64())
-                        .expect("a number has no type that msgpack lacks");
-                    vec![self.metadata(), time.into()]
-                }
-                Some(SideChannelRequest::Read {
-                    engine_id,
-                    request_id: _,
-                    blocks,
-                }) => vec![self.read(&engine_id, &blocks)],
-                Some(SideChannelRequest::Done(notification)) => {
-                    let request_id = notification
-                        .rsplit_once(':')
-                        .map_or(notification.as_str(), |(id, _)| id);
-                    self.leases.release(request_id);
-                    vec![Bytes::new()]
-                }
-                // vLLM logs it and answers nothing.
-                None => continue,
-            };
-            let mut reply = vec![identity.clone(), Bytes::new()];
-            reply.extend(answer);
-            if let Ok(reply) = ZmqMessage::try_from(reply) {
-                // An engine that is gone needs no answer.
-                drop(self.socket.send(reply).await);
+    pub(crate) async fn serve(self, socket: Server) {
+        let (started, channel) = (Instant::now(), Arc::new(self));
+        let answer = move |question: Question| {
+            let channel = Arc::clone(&channel);
+            async move { channel.answer(&question.payload, started) }
+        };
+        // vLLM has one thread for it.
+        socket.in_turn().serve(answer).await;
+    }
+
+    /// vLLM logs what it does not understand, and answers nothing.
+    fn answer(&self, payload: &[u8], started: Instant) -> Option<Vec<Bytes>> {
+        Some(match SideChannelRequest::from_bytes(payload)? {
+            SideChannelRequest::GetMeta(_, _) => {
+                let time = rmp_serde::to_vec(&started.elapsed().as_secs_f64())
+                    .expect("a number has no type that msgpack lacks");
+                vec![self.metadata(), time.into()]
             }
-        }
+            SideChannelRequest::Read {
+                engine_id,
+                request_id: _,
+                blocks,
+            } => vec![self.read(&engine_id, &blocks)],
+            SideChannelRequest::Done(notification) => {
+                let request_id = notification
+                    .rsplit_once(':')
+                    .map_or(notification.as_str(), |(id, _)| id);
+                self.leases.release(request_id);
+                vec![Bytes::new()]
+            }
+        })
     }
 
     /// The bytes of the blocks, whichever request they belong to by now; empty when the read fails. Real engines do not
@@ -202,27 +194,24 @@ pub(crate) enum PullError {
 
 /// One connection of a decode engine to a prefill engine's side channel.
 pub(crate) struct Peer {
-    socket: ReqSocket,
+    socket: Client,
 }
 
 impl Peer {
     /// Connects; on first contact also exchanges metadata.
     pub(crate) async fn reach(params: &PullParams, model: &str, met: bool, preset: &Preset) -> Result<Self, PullError> {
-        let mut options = SocketOptions::default();
-        options.connect_timeout(if met { CONNECT_DEADLINE } else { FIRST_CONTACT_DEADLINE });
+        let deadline = if met { CONNECT_DEADLINE } else { FIRST_CONTACT_DEADLINE };
+        let address = format!("{}:{}", params.host, params.port);
+        let socket = Client::connect(Kind::Req, &address, "", deadline).await;
         let mut peer = Self {
-            socket: ReqSocket::with_options(options),
-        };
-        peer.socket
-            .connect(&format!("tcp://{}:{}", params.host, params.port))
-            .await
-            .map_err(|_| {
+            socket: socket.map_err(|_| {
                 if met {
                     PullError::Disconnected
                 } else {
                     PullError::Handshake
                 }
-            })?;
+            })?,
+        };
         if !met {
             let answer = peer.ask(&SideChannelRequest::GetMeta(0, 0)).await?;
             let payload: HandshakePayload = rmp_serde::from_slice(&answer).map_err(|_| PullError::Handshake)?;
@@ -265,15 +254,10 @@ impl Peer {
         self.ask(&SideChannelRequest::Done(notification)).await.map(drop)
     }
 
-    async fn ask(&mut self, request: &SideChannelRequest) -> Result<Bytes, PullError> {
-        let exchange = async {
-            self.socket.send(request.to_bytes().into()).await.ok()?;
-            self.socket.recv().await.ok()?.into_vec().into_iter().next()
-        };
-        tokio::time::timeout(FIRST_CONTACT_DEADLINE, exchange)
-            .await
-            .ok()
-            .flatten()
-            .ok_or(PullError::Disconnected)
+    async fn ask(&mut self, request: &SideChannelRequest) -> Result<Vec<u8>, PullError> {
+        let answer = tokio::time::timeout(FIRST_CONTACT_DEADLINE, self.socket.ask(&request.to_bytes())).await;
+        answer
+            .unwrap_or(Err(PeerError::Slow(FIRST_CONTACT_DEADLINE)))
+            .map_err(|_| PullError::Disconnected)
     }
 }

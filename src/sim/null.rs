@@ -25,13 +25,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 /// Largest body of a request, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
-/// What a null prefill engine hands over: NIXL's parameters (vLLM 0.32.0 `nixl/pull_scheduler.py`).
+/// What a null prefill engine hands over: NIXL's parameters (vLLM 0.33.0 `nixl/pull_scheduler.py`).
 const PREFILLED: &str = concat!(
     r#"{"id":"cmpl-null","object":"text_completion","created":1,"model":"null","choices":[{"index":0,"text":" a","logprobs":null,"#,
     r#""finish_reason":"length","stop_reason":null,"prompt_logprobs":null}],"usage":{"prompt_tokens":512,"total_tokens":513,"#,
     r#""completion_tokens":1},"kv_transfer_params":{"do_remote_prefill":true,"do_remote_decode":false,"remote_block_ids":"#,
     r#"[[1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31,32]],"remote_engine_id":"null","#,
-    r#""remote_request_id":"cmpl-null-0","remote_host":"127.0.0.1","remote_port":5600,"tp_size":1,"transfer_mode":"pull"}}"#,
+    r#""remote_request_id":"cmpl-null-0","remote_host":"127.0.0.1","remote_port":5600,"tp_size":1,"transfer_mode":"pull","remote_registration_generation":0}}"#,
 );
 
 /// A null decode engine's whole answer.

@@ -58,6 +58,8 @@ pub struct Options {
     pub preset: Preset,
     /// What goes wrong.
     pub faults: Vec<Fault>,
+    /// Options of `vllm serve` that were given, and that change nothing here.
+    pub ignored: Vec<String>,
     /// Whether `EngineCore` and worker processes are spawned, by executing this program again.
     pub spawn_children: bool,
     /// Which process of the engine this is.
@@ -238,6 +240,7 @@ impl Options {
             enforce_eager: true,
             preset: super::timing::INSTANT,
             faults: Vec::new(),
+            ignored: Vec::new(),
             spawn_children: false,
             process: ProcessKind::ApiServer,
             log: LogTarget::Nowhere,

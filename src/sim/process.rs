@@ -15,7 +15,10 @@ use tokio::time::timeout;
 use super::log::{Log, Process};
 use super::options::Options;
 
-/// How long children may take to appear, and to leave when asked.
+/// How long children may take to appear: on a busy machine a process starts in seconds.
+const START_DEADLINE: Duration = Duration::from_mins(1);
+
+/// How long they may take to leave when asked.
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the fault `stray` leaves behind. It ends by itself, should nobody end it.
@@ -45,7 +48,7 @@ impl Children {
         if options.leaves_stray() {
             let mut setsid = Command::new("setsid");
             let forked = setsid.args(["--fork", "sh", "-c", STRAY]).stdin(Stdio::null()).status();
-            timeout(DEADLINE, forked).await??;
+            timeout(START_DEADLINE, forked).await??;
         }
         let mut child = command(options, "VLLM::EngineCore", "engine-core")?
             .stdin(Stdio::null())
@@ -58,7 +61,7 @@ impl Children {
         let mut line = String::new();
         if let Some(stdout) = stdout {
             let mut reader = BufReader::new(stdout);
-            timeout(DEADLINE, reader.read_line(&mut line)).await??;
+            timeout(START_DEADLINE, reader.read_line(&mut line)).await??;
         }
         log.set_children(engine_core, line.trim().parse().unwrap_or(engine_core));
         Ok(())
@@ -126,9 +129,13 @@ pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
         };
         let mut worker = command(options, &title, "worker")?
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()?;
         pipes.push(worker.stdin.take());
+        // From then on SIGTERM does to it what it is meant to.
+        if let Some(stdout) = &mut worker.stdout {
+            drop(timeout(START_DEADLINE, stdout.read_u8()).await?);
+        }
         workers.push(worker);
     }
     let first = workers.first().and_then(Child::id).unwrap_or_default();
@@ -157,6 +164,8 @@ pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
 /// The whole life of a worker: it leaves when `EngineCore` does, or when asked to.
 pub(crate) async fn worker(options: &Options) -> std::io::Result<()> {
     let mut asked_to_stop = signal(SignalKind::terminate())?;
+    tokio::io::stdout().write_all(b"\n").await?;
+    tokio::io::stdout().flush().await?;
     if options.leaves_orphans() {
         return std::future::pending().await;
     }

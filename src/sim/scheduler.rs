@@ -547,6 +547,7 @@ impl Core {
                     "remote_blocks_expiry_time": null,
                     "transfer_mode": "pull",
                     "remote_prefill_cached_tokens": finish.cached_tokens,
+                    "remote_registration_generation": 0,
                 });
                 leases.hold(&sequence.request.id, blocks);
                 params

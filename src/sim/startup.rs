@@ -76,6 +76,13 @@ impl<'options> Startup<'options> {
             options.model, options.host, options.port, options.max_model_len
         );
         self.log.info(api, "api_utils.py:286", &arguments);
+        if !options.ignored.is_empty() {
+            let text = format!(
+                "simulated: these options change nothing here: {}",
+                options.ignored.join(", ")
+            );
+            self.log.line(api, "WARNING", "api_utils.py:286", &text);
+        }
         self.enter(Phase::Config, 0.1).await?;
         self.log
             .info(api, "model.py:733", "Resolved architecture: LlamaForCausalLM");

@@ -205,7 +205,10 @@ async fn a_bare_order_to_fetch_kills_the_engine_which_exits_with_0() {
     let (status, error) = decoder.post("/v1/completions", &body).await;
     assert_eq!(status, 500);
     let message = error["error"]["message"].as_str().unwrap();
-    assert!(message.starts_with("EngineCore encountered an issue"), "{message}");
+    assert!(
+        message.starts_with("The server had an error while processing your request"),
+        "{message}"
+    );
     assert_eq!(decoder.ended().await, ExitStatus::Success);
 }
 

@@ -10,24 +10,22 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::guardian::client::{Guardian, GuardianError, is_still_there};
-use super::guardian::protocol::{Command, Event as Report, LeftoverProcess, Spawn};
+use super::guardian::client::{Guardian, GuardianError};
+use super::guardian::protocol::{Command, Event as Report, Spawn};
 use super::hang::Scene;
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
-    Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Leftover, Outcome, Refusal, Request,
-    Scaled, Settings, Then, Verify, Wiring, cause, gpus, liveness, ports, probe, run_folder, spawn_record, standstill,
+    CanaryRound, Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Outcome, Refusal, Request,
+    Scaled, Settings, Then, Verify, Wiring, cause, gpus, leftovers, liveness, ports, probe, run_folder, spawn_record,
+    standstill,
 };
-use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load};
-use crate::plan::{self, EngineSpec, RenderedFile};
+use crate::fleet::{Endpoint, EngineId, FleetView, GUARDIAN_LOG, Incarnation, Load};
+use crate::plan::{self, EngineSpec};
 use crate::report::one_line;
 use crate::signals::StopSignal;
-
-/// How long ports may stay taken after the last process: the kernel closes sockets while it ends a process.
-const PORTS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long engines wait for the next xpyd where the run itself would not have kept them.
 const KEEP_ON_REQUEST: Duration = Duration::from_mins(15);
@@ -77,6 +75,8 @@ struct Driver {
     scaled: Scaled,
     generation: u64,
     tasks: JoinSet<Event>,
+    /// The pairs that worked in the last round of canaries.
+    worked: (u64, mpsc::Receiver<(EngineId, EngineId)>),
     /// What asks each engine something: whether it is up, then whether it makes progress.
     probes: BTreeMap<EngineId, tokio::task::AbortHandle>,
     prober: reqwest::Client,
@@ -97,7 +97,7 @@ impl Driver {
         let kept = attach.as_ref().map(KeptRun::engines);
         let guardian = match attach {
             Some(run) => Guardian::attach(run),
-            None => Guardian::start(&settings.program, &settings.run_dir.join("guardian.log")).await,
+            None => Guardian::start(&settings.program, &settings.run_dir.join(GUARDIAN_LOG)).await,
         };
         let mut guardian = guardian.map_err(|error| one_line(&error))?;
         tracing::info!(pid = guardian.pid(), attached = kept.is_some(), "guardian");
@@ -135,6 +135,7 @@ impl Driver {
             guardian_open: true,
             generation,
             tasks: JoinSet::new(),
+            worked: (0, mpsc::channel(1).1),
             probes: BTreeMap::new(),
             prober,
             replies: Vec::new(),
@@ -192,6 +193,7 @@ impl Driver {
                 Ok(report) => from_report(report),
                 Err(error) => Some(self.guardian_gone(&error).await),
             },
+            Some((prefill, decode)) = self.worked.1.recv() => Some(Event::Worked(self.worked.0, prefill, decode)),
             Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => match finished {
                 Ok(event) => Some(event),
                 Err(error) => {
@@ -221,10 +223,10 @@ impl Driver {
                 let _ = reply.send(answer);
                 may.then_some(Event::Leave)
             }
-            Request::Join { spec, files, reply } => {
-                let answer = self.prepare_to_join(&spec, &files);
+            Request::Join { spec, reply } => {
+                let answer = self.prepare_to_join(&spec);
                 let may = answer.is_ok();
-                tracing::info!(engine = %spec.id, ?answer, "asked to let an engine join");
+                tracing::info!(engine = %spec.id, refused = answer.as_ref().err(), "asked to let an engine join");
                 // Whoever asked may have gone.
                 let _ = reply.send(answer);
                 may.then_some(Event::Join(spec))
@@ -241,7 +243,8 @@ impl Driver {
                     Then::Stay => Goal::Stop,
                 };
                 let answer = self.fleet.may_leave(&engine, goal, force);
-                tracing::info!(%engine, ?then, force, ?answer, "asked to take an engine out");
+                let refused = answer.as_ref().err().map(ToString::to_string);
+                tracing::info!(%engine, force, refused, "asked to {then} an engine");
                 if answer.is_err() {
                     // Whoever asked may have gone.
                     let _ = reply.send(answer);
@@ -256,11 +259,10 @@ impl Driver {
         }
     }
 
-    /// Takes the new engine's ports and remembers what it reads.
-    fn prepare_to_join(&mut self, spec: &EngineSpec, files: &[RenderedFile]) -> Result<(), String> {
+    /// Takes the new engine's ports.
+    fn prepare_to_join(&mut self, spec: &EngineSpec) -> Result<(), String> {
         self.fleet.may_grow().map_err(|refusal| refusal.to_string())?;
         let reserved = ports::reserve(std::slice::from_ref(spec)).map_err(|conflict| one_line(&conflict))?;
-        self.settings.files.extend(files.iter().cloned());
         self.settings.reservations.add(reserved);
         self.settings.engines.push(spec.clone());
         let joins = |scaled: &mut Scaled| scaled.joined.extend([spec.id.clone()]);
@@ -306,8 +308,14 @@ impl Driver {
                     .spawn(async move { Event::Explained(id, incarnation, cause::ask(explainer, exit).await) });
             }
             Action::Settled(engine) => self.command(&Command::Settled { engine }),
-            Action::Verify(round, pairs) => {
-                let verification = (self.verify)(pairs);
+            Action::Verify { round, pairs, at_once } => {
+                let (sender, receiver) = mpsc::channel(pairs.len().max(1));
+                self.worked = (round, receiver);
+                let verification = (self.verify)(CanaryRound {
+                    pairs,
+                    at_once,
+                    worked: sender,
+                });
                 self.tasks
                     .spawn(async move { Event::Verified(round, verification.await) });
             }
@@ -344,7 +352,7 @@ impl Driver {
                 let memory = (!on_gpus.is_empty()).then(|| (self.gpus.released)(on_gpus, self.hurry.clone()));
                 self.is_checking = true;
                 self.tasks.spawn(async move {
-                    let mut left = what_is_left(&processes, &engines).await;
+                    let mut left = leftovers::find(&processes, &engines).await;
                     if let Some(memory) = memory {
                         left.extend(memory.await);
                     }
@@ -424,7 +432,7 @@ impl Driver {
 
     fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) -> Vec<Event> {
         let mut events = Vec::new();
-        if let Err(error) = run_folder::restore(&self.settings.run_dir, &self.settings.files) {
+        if let Err(error) = run_folder::restore(&self.settings.run_dir, &self.settings.engines) {
             let reason = format!("cannot get the files that it reads: {error}");
             return vec![Event::SpawnFailed(id.clone(), incarnation, reason)];
         }
@@ -469,9 +477,9 @@ impl Driver {
             return Ok(None);
         }
         let fresh = self.settings.reservations.take_free(&spec.endpoint.host, count)?;
-        let (renewed, file) = plan::respawn(spec, &fresh);
-        if let Some(file) = file {
-            crate::private::write(&self.settings.run_dir.join(file.path), file.content)?;
+        let renewed = plan::respawn(spec, &fresh);
+        if let Some(file) = &renewed.file {
+            run_folder::write(&self.settings.run_dir, file)?;
         }
         *spec = renewed;
         Ok(Some(spec.endpoint.clone()))
@@ -564,35 +572,5 @@ async fn idle(loads: &[Arc<Load>]) {
         for load in loads {
             load.idle().await;
         }
-    }
-}
-
-/// The processes that are still there, and the ports that somebody still listens on after a bounded wait.
-async fn what_is_left(processes: &[(Option<EngineId>, LeftoverProcess)], engines: &[EngineSpec]) -> Vec<Leftover> {
-    let deadline = Instant::now() + PORTS_DEADLINE;
-    loop {
-        let still_there = processes
-            .iter()
-            .filter(|(_, process)| is_still_there(process))
-            .map(|(engine, process)| Leftover::Process {
-                engine: engine.clone(),
-                pid: process.pid,
-                name: process.name.clone(),
-                state: process.state,
-            });
-        let held = engines.iter().flat_map(|engine| {
-            let held = |used: &&plan::PortUse| !ports::is_free(&engine.endpoint.host, used.port);
-            engine.ports.iter().filter(held).map(|used| Leftover::Port {
-                engine: engine.id.clone(),
-                port: used.port,
-                purpose: used.purpose.clone(),
-                holder: ports::holder(used.port),
-            })
-        });
-        let left: Vec<Leftover> = still_there.chain(held).collect();
-        if left.is_empty() || Instant::now() >= deadline {
-            return left;
-        }
-        sleep(Duration::from_millis(20)).await;
     }
 }

@@ -12,6 +12,7 @@ use super::probe::reachable;
 use crate::fleet::{Load, OutlivedKv, Role};
 use crate::plan::EngineSpec;
 use crate::report::lacks_descriptors;
+use crate::samples::{as_text_format, sum};
 
 /// How often an engine is asked; more often where the deadline is short.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -25,6 +26,9 @@ const SILENCE: Duration = Duration::from_secs(30);
 
 /// Longest wait for one answer; two fit into [`SILENCE`], so one late answer is never a hang.
 const QUESTION_DEADLINE: Duration = Duration::from_secs(15);
+
+/// The most bytes of metrics that are read at once. vLLM's page has some hundred KiB.
+const LARGEST_PAGE: usize = 16 << 20;
 
 /// What an engine's metrics say about its progress.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -155,7 +159,7 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
     let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
     loop {
         let answer = match ask(client, &url).await {
-            Err(error) if lacks_descriptors(&error) => {
+            Err(error) if lacks_descriptors(error.as_ref()) => {
                 // It was not asked, so it is not to blame for the silence.
                 judge.excuse(Instant::now());
                 sleep(pause).await;
@@ -193,7 +197,7 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
     reason = "counters of whole events"
 )]
 fn watch_leases(engine: &EngineSpec, load: &Load, text: &str) {
-    let count = |name: &str| value(text, name) as u64;
+    let count = |name: &str| sum(text, name, None) as u64;
     let now = OutlivedKv {
         expired: count(&engine.liveness.expired_leases),
         late: count(&engine.liveness.late_reads),
@@ -209,32 +213,27 @@ fn watch_leases(engine: &EngineSpec, load: &Load, text: &str) {
     }
 }
 
-async fn ask(client: &reqwest::Client, url: &str) -> reqwest::Result<String> {
+async fn ask(client: &reqwest::Client, url: &str) -> anyhow::Result<String> {
     let question = client.get(url).timeout(QUESTION_DEADLINE);
-    let answer = question.send().await?.error_for_status()?;
-    answer.text().await
+    let mut answer = question.send().await?.error_for_status()?;
+    let mut page = Vec::new();
+    while let Some(part) = answer.chunk().await? {
+        page.extend_from_slice(&part);
+        anyhow::ensure!(
+            page.len() <= LARGEST_PAGE,
+            "the page has more than {LARGEST_PAGE} bytes"
+        );
+    }
+    Ok(as_text_format(&String::from_utf8_lossy(&page)).into_owned())
 }
 
 impl Sample {
     fn read(text: &str, engine: &EngineSpec) -> Self {
         Self {
-            running: value(text, &engine.liveness.running),
-            done: engine.liveness.counters.iter().map(|name| value(text, name)).sum(),
+            running: sum(text, &engine.liveness.running, None),
+            done: engine.liveness.counters.iter().map(|name| sum(text, name, None)).sum(),
         }
     }
-}
-
-/// The sum over the samples of this name in Prometheus text; 0 if there is none.
-fn value(text: &str, name: &str) -> f64 {
-    let samples = text.lines().filter_map(|line| {
-        let rest = line.strip_prefix(name)?;
-        let number = match rest.strip_prefix('{') {
-            Some(rest) => rest.rsplit_once('}')?.1,
-            None => rest.strip_prefix(' ')?,
-        };
-        number.trim().parse::<f64>().ok()
-    });
-    samples.fold(0.0, |sum, value| sum + value)
 }
 
 #[cfg(test)]
@@ -261,6 +260,29 @@ mod tests {
         assert_eq!(stalled(10), None);
         let reason = stalled(11).expect("hung");
         assert_eq!(reason, "hung: 1 requests run, and no token was made for 10s");
+    }
+
+    #[tokio::test]
+    async fn a_page_without_an_end_is_no_answer_and_is_not_kept() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}/metrics", listener.local_addr().expect("an address"));
+        let engine = async {
+            let (mut connection, _) = listener.accept().await.expect("a connection");
+            connection.read_u8().await.expect("a request");
+            let head = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000000\r\n\r\n";
+            let mut sent = connection.write(head).await.expect("the head");
+            while let Ok(more) = connection.write(&[b'#'; 1 << 12]).await {
+                sent += more;
+            }
+            sent
+        };
+        let client = super::super::probe::client().expect("a client");
+        let (sent, answer) = tokio::join!(engine, ask(&client, &url));
+        let error = answer.expect_err("a page without an end");
+        assert_eq!(error.to_string(), "the page has more than 16777216 bytes");
+        // What the kernel holds comes on top.
+        assert!(sent < 2 * LARGEST_PAGE, "{sent} bytes were sent");
     }
 
     #[test]
@@ -311,14 +333,5 @@ mod tests {
         assert_eq!(told.matches("2 running, 7 done").count(), REMEMBERED - 1);
         assert!(told.contains("1 s ago: no answer"), "{told}");
         assert!(told.ends_with("buckets\nx_total 4\n"), "{told}");
-    }
-
-    #[test]
-    fn samples_are_summed_over_their_labels_and_not_over_longer_names() {
-        let text = "# TYPE x:tokens_total counter\nx:tokens_total{engine=\"0\"} 3.0\nx:tokens_total{engine=\"1\"} 4\n\
-            x:tokens_total_more 9\nx:running 2\n";
-        assert_eq!(value(text, "x:tokens_total").to_string(), "7");
-        assert_eq!(value(text, "x:running").to_string(), "2");
-        assert_eq!(value(text, "x:absent").to_string(), "0");
     }
 }

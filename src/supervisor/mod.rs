@@ -9,6 +9,7 @@ mod driver;
 mod gpus;
 pub mod guardian;
 mod hang;
+mod leftovers;
 mod liveness;
 pub mod ports;
 mod probe;
@@ -36,7 +37,7 @@ pub use self::guardian::protocol::{Keep, KeptState};
 pub use self::ports::{PortConflict, Reservations, reserve, reserve_running};
 pub use self::scaled::Scaled;
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, FleetView, Incarnation, Role};
-use crate::plan::{EngineSpec, RenderedFile, RestartPolicy, RestartWhen};
+use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
 use crate::signals::StopSignal;
 
@@ -47,8 +48,6 @@ pub struct Settings {
     pub engines: Vec<EngineSpec>,
     /// Their ports, held until none of their processes is left.
     pub reservations: Reservations,
-    /// Files that engines read, written into the run's folder before an engine starts.
-    pub files: Vec<RenderedFile>,
     /// The run's folder, which exists: logs and `<id>.spawn.json` are written into it.
     pub run_dir: PathBuf,
     /// How long requests in flight may go on after a stop was asked for.
@@ -93,8 +92,19 @@ impl fmt::Debug for Wiring {
     }
 }
 
-/// Sends canaries through pairs of prefill and decode engine, and returns what came of each, in the same order.
-pub type Verify = Box<dyn Fn(Vec<(EngineId, EngineId)>) -> Pin<Box<dyn Future<Output = Vec<Trial>> + Send>> + Send>;
+/// Sends the canaries of a round, and returns what came of each pair, in the order of its pairs.
+pub type Verify = Box<dyn Fn(CanaryRound) -> Pin<Box<dyn Future<Output = Vec<Trial>> + Send>> + Send>;
+
+/// Canaries that are sent together.
+#[derive(Debug)]
+pub struct CanaryRound {
+    /// The pairs of prefill and decode engine that each get one.
+    pub pairs: Vec<(EngineId, EngineId)>,
+    /// Whether all pairs are tried at the same time, so that an engine that does not answer delays no other one.
+    pub at_once: bool,
+    /// Gets each pair that worked as soon as it did. It has room for all of them.
+    pub worked: mpsc::Sender<(EngineId, EngineId)>,
+}
 
 /// What came of the canary through one pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,8 +139,6 @@ pub enum Request {
     Join {
         /// The engine, with a name, ports and GPUs of its own.
         spec: Box<EngineSpec>,
-        /// Files that it reads, to be written into the run's folder.
-        files: Vec<RenderedFile>,
         /// Gets why it cannot be; at once, the rest is seen in the view.
         reply: oneshot::Sender<Result<(), String>>,
     },
@@ -161,6 +169,15 @@ pub enum Then {
     Restart,
     /// It stays stopped.
     Stay,
+}
+
+impl fmt::Display for Then {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Restart => "restart",
+            Self::Stay => "stop",
+        })
+    }
 }
 
 /// Why an engine is not taken out.

@@ -3,17 +3,28 @@
 use std::io;
 use std::path::Path;
 
-use crate::plan::RenderedFile;
+use crate::plan::{EngineFile, EngineSpec};
 use crate::private;
 
 /// Writes the files that are not there: the run has not begun, or its folder was removed with old logs.
-pub(super) fn restore(folder: &Path, files: &[RenderedFile]) -> io::Result<()> {
+pub(super) fn restore(folder: &Path, engines: &[EngineSpec]) -> io::Result<()> {
     private::create_folders(folder)?;
-    for file in files {
-        let path = folder.join(&file.path);
-        if !path.try_exists()? {
-            private::write(&path, &file.content)?;
+    for file in engines.iter().filter_map(|engine| engine.file.as_ref()) {
+        if !folder.join(&file.path).try_exists()? {
+            write(folder, file)?;
         }
     }
     Ok(())
+}
+
+/// Writes the whole file or none of it: a full disk must not leave half a file for the next start.
+pub(super) fn write(folder: &Path, file: &EngineFile) -> io::Result<()> {
+    let path = folder.join(&file.path);
+    let part = path.with_added_extension("part");
+    let written = private::write(&part, &file.content).and_then(|()| fs_err::rename(&part, &path));
+    if written.is_err() {
+        // The error that counts is the first one.
+        let _ = fs_err::remove_file(&part);
+    }
+    written
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::fleet::EngineId;
+use crate::private;
 
 const FILE: &str = "scaled.json";
 
@@ -49,7 +50,7 @@ impl Scaled {
     /// Writes it whole or not at all.
     fn write(&self, run_dir: &Path) -> io::Result<()> {
         let new = run_dir.join(format!("{FILE}.new"));
-        fs_err::write(&new, serde_json::to_vec(self)?)?;
+        private::write(&new, serde_json::to_vec(self)?)?;
         fs_err::rename(&new, run_dir.join(FILE))
     }
 }
@@ -59,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_read_as_it_was_written_and_empty_without_a_file() {
+    fn it_is_private_read_as_it_was_written_and_empty_without_a_file() {
         let folder = tempfile::tempdir().expect("a folder");
         assert_eq!(Scaled::read(folder.path()), Scaled::default());
         let scaled = Scaled {
@@ -67,6 +68,7 @@ mod tests {
             stopped: BTreeSet::from([EngineId::named("decoder2")]),
         };
         scaled.write(folder.path()).expect("a file");
+        assert!(!private::is_open_to_others(&folder.path().join(FILE)));
         assert_eq!(Scaled::read(folder.path()), scaled);
         fs_err::write(folder.path().join(FILE), "{").expect("a file");
         assert_eq!(Scaled::read(folder.path()), Scaled::default());

@@ -39,9 +39,6 @@ use crate::plan::{EngineSpec, RestartPolicy};
 /// What an engine that has not served yet gets to leave: there is nothing to hand over, but workers to take along.
 const START_GRACE: Duration = Duration::from_secs(2);
 
-/// What the rest of a tree gets once its leader is gone: vLLM's resource tracker leaves by itself within a second.
-const LEADERLESS_GRACE: Duration = Duration::from_secs(2);
-
 /// How long decode engines wait for prefill engines to leave first. KV in flight is pulled in far less.
 const DECODE_TURN: Duration = Duration::from_secs(1);
 
@@ -201,12 +198,7 @@ impl Fleet {
             Event::Begin => self.start_next(now),
             Event::Prepared(id, incarnation, result) => self.prepared(&id, incarnation, result, now),
             Event::Spawned(id, incarnation, pid) => self.spawned(&id, incarnation, pid),
-            Event::SpawnFailed(id, incarnation, reason) => {
-                if let Some(index) = self.current(&id, incarnation) {
-                    self.tree_is(index, Tree::Absent);
-                    self.fail(index, Failure::without_exit(reason), now);
-                }
-            }
+            Event::SpawnFailed(id, incarnation, reason) => self.gone(&id, incarnation, reason, now),
             Event::Moved(id, incarnation, endpoint) => {
                 if let Some(index) = self.current(&id, incarnation) {
                     self.engines[index].spec.endpoint = endpoint;
@@ -223,10 +215,7 @@ impl Fleet {
                 }
             }
             Event::TreeEmpty(id, incarnation) => {
-                if let Some(index) = self.current(&id, incarnation) {
-                    self.tree_is(index, Tree::Absent);
-                    self.fail(index, Failure::without_exit("its processes are gone".to_owned()), now);
-                }
+                self.gone(&id, incarnation, "its processes are gone".to_owned(), now);
             }
             Event::Explained(id, incarnation, cause) => {
                 if let Some(index) = self.current(&id, incarnation) {
@@ -235,6 +224,7 @@ impl Fleet {
             }
             Event::Leftover(id, processes) => self.left_over(id.as_ref(), processes, now),
             Event::Probed(id, incarnation) => self.probed(&id, incarnation, now),
+            Event::Worked(round, prefill, decode) => self.worked(round, &prefill, &decode, now),
             Event::Verified(round, trials) => self.verified(round, trials, now),
             Event::Suspected(prefill, decode) => self.suspected(&prefill, &decode, now),
             Event::Hung(id, incarnation, reason) | Event::Usurped(id, incarnation, reason) => {
@@ -308,19 +298,20 @@ impl Fleet {
         }
     }
 
+    /// No process of the engine is there.
+    fn gone(&mut self, id: &EngineId, incarnation: Incarnation, reason: String, now: Instant) {
+        if let Some(index) = self.current(id, incarnation) {
+            self.tree_is(index, Tree::Absent);
+            self.fail(index, Failure::without_exit(reason), now);
+        }
+    }
+
     fn exited(&mut self, index: usize, exit: Exit, now: Instant) {
         let engine = &mut self.engines[index];
         if engine.tree == Tree::Running {
             engine.tree = Tree::Leaderless;
         }
         match engine.state {
-            EngineState::Stopping => {
-                // A killed tree keeps the deadline of its kill.
-                if engine.tree == Tree::Leaderless {
-                    let grace = now + LEADERLESS_GRACE;
-                    engine.until = Some(engine.until.map_or(grace, |until| until.min(grace)));
-                }
-            }
             EngineState::Starting | EngineState::Healthy | EngineState::Ready | EngineState::Draining => {
                 let when = match engine.state {
                     EngineState::Starting => "while starting",
@@ -333,7 +324,12 @@ impl Fleet {
                 };
                 self.fail(index, failure, now);
             }
-            EngineState::Planned | EngineState::Stopped | EngineState::Backoff | EngineState::Failed => {}
+            // The guardian asks the rest of the tree to leave, which has what is left of the leader's time.
+            EngineState::Stopping
+            | EngineState::Planned
+            | EngineState::Stopped
+            | EngineState::Backoff
+            | EngineState::Failed => {}
         }
     }
 

@@ -2,7 +2,6 @@
 //! numbers it shows.
 
 use std::fmt::Write as _;
-use std::io::IsTerminal as _;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -21,10 +20,10 @@ const SILENCE: Duration = Duration::from_mins(1);
 const SPIN_INTERVAL: Duration = Duration::from_millis(120);
 
 /// What is shown.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Snapshot {
     /// What the requests are for: `warm-up`, `benchmark`.
-    pub label: &'static str,
+    pub label: String,
     /// Requests to make.
     pub total: usize,
     /// Those that the schedule has let go so far.
@@ -55,19 +54,26 @@ pub struct BenchProgress {
 
 #[derive(Debug)]
 enum Medium {
-    Bar(ProgressBar),
+    Bar,
     Lines,
     Nothing,
 }
 
 /// What the numbers of a moment alone do not tell.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 struct State {
     /// When the last line was written, since the start.
     last_line: Duration,
     pace: Pace,
-    /// Whether the bar has its shape already.
-    is_counting: bool,
+    /// What is on the terminal. Each has a bar of its own: one that changed its place would leave its last picture behind.
+    shown: Option<Shown>,
+}
+
+#[derive(Debug)]
+struct Shown {
+    bar: ProgressBar,
+    /// Whether it counts requests; else it turns.
+    counts: bool,
 }
 
 /// How fast requests end.
@@ -101,24 +107,8 @@ impl BenchProgress {
     /// Shows that something without a number goes on, such as `making prompts`, until the next call. Only on a terminal:
     /// elsewhere what has begun is a line of somebody else.
     pub fn begin(&self, what: &str) {
-        if let Medium::Bar(bar) = &self.medium {
-            // The template is a constant, and what a constant says is right.
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg}") {
-                bar.set_style(style.tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
-            }
-            bar.set_message(what.to_owned());
-            bar.set_draw_target(ProgressDrawTarget::stderr());
-            bar.enable_steady_tick(SPIN_INTERVAL);
-            self.lock().is_counting = false;
-        }
-    }
-
-    /// Shows nothing until the next call, so that another progress can be shown.
-    pub fn pause(&self) {
-        if let Medium::Bar(bar) = &self.medium {
-            bar.disable_steady_tick();
-            bar.set_draw_target(ProgressDrawTarget::hidden());
-            self.lock().is_counting = false;
+        if let Medium::Bar = &self.medium {
+            self.lock().show(false).set_message(what.to_owned());
         }
     }
 
@@ -127,17 +117,14 @@ impl BenchProgress {
         let mut state = self.lock();
         state.pace.hear(snapshot);
         match &self.medium {
-            Medium::Bar(bar) => {
-                if !state.is_counting {
-                    state.is_counting = true;
-                    count(bar);
-                }
-                bar.set_prefix(snapshot.label);
-                bar.set_length(snapshot.total as u64);
-                bar.set_position(snapshot.done as u64);
+            Medium::Bar => {
                 // First what matters most: the end of the line is cut where the terminal is narrow.
                 let left = state.pace.time_left(snapshot).map(|left| format!("{}, ", about(left)));
                 let details = snapshot.details(state.pace, self.printer.colour());
+                let bar = state.show(true);
+                bar.set_prefix(snapshot.label.clone());
+                bar.set_length(snapshot.total as u64);
+                bar.set_position(snapshot.done as u64);
                 bar.set_message(left.unwrap_or_default() + &details);
             }
             Medium::Lines => {
@@ -156,16 +143,30 @@ impl BenchProgress {
 
     /// Lets somebody else print, and shows the progress again below.
     pub fn beside<T>(&self, print: impl FnOnce() -> T) -> T {
-        match &self.medium {
-            Medium::Bar(bar) => bar.suspend(print),
-            Medium::Lines | Medium::Nothing => print(),
+        let bar = self.lock().shown.as_ref().map(|shown| shown.bar.clone());
+        match bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
         }
     }
 
-    /// Takes the bar away.
-    pub fn finish(&self) {
-        if let Medium::Bar(bar) = &self.medium {
-            bar.finish_and_clear();
+    /// Takes away whatever is shown, until the next call.
+    pub fn clear(&self) {
+        self.lock().clear();
+    }
+
+    /// Waits for a run, and takes the bar away when it ends or is stopped: what others say of the stop stands below nothing.
+    pub async fn until_stopped<T>(&self, stop: impl Future<Output = ()>, run: impl Future<Output = T>) -> T {
+        tokio::pin!(run);
+        let ended = tokio::select! {
+            biased;
+            () = stop => None,
+            ended = &mut run => Some(ended),
+        };
+        self.clear();
+        match ended {
+            Some(ended) => ended,
+            None => run.await,
         }
     }
 
@@ -177,18 +178,42 @@ impl BenchProgress {
 
 impl Drop for BenchProgress {
     fn drop(&mut self) {
-        self.finish();
+        self.clear();
     }
 }
 
-/// Gives the bar its shape.
-fn count(bar: &ProgressBar) {
-    bar.disable_steady_tick();
-    bar.set_draw_target(ProgressDrawTarget::stderr());
-    let template = "{prefix} {bar:28.cyan/dim} {pos}/{len}\n  {wide_msg}";
-    // The template is a constant, and what a constant says is right.
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style.progress_chars("━╸─"));
+impl State {
+    /// The bar on the terminal, in the shape that is wanted.
+    fn show(&mut self, counts: bool) -> &ProgressBar {
+        if self.shown.as_ref().is_none_or(|shown| shown.counts != counts) {
+            self.clear();
+        }
+        &self.shown.get_or_insert_with(|| Shown::new(counts)).bar
+    }
+
+    fn clear(&mut self) {
+        if let Some(shown) = self.shown.take() {
+            shown.bar.finish_and_clear();
+        }
+    }
+}
+
+impl Shown {
+    fn new(counts: bool) -> Self {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let template = if counts {
+            "{prefix} {bar:28.cyan/dim} {pos}/{len}\n  {wide_msg}"
+        } else {
+            "{spinner} {wide_msg}"
+        };
+        // The templates are constants, and what a constant says is right.
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("━╸─").tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
+        }
+        if !counts {
+            bar.enable_steady_tick(SPIN_INTERVAL);
+        }
+        Self { bar, counts }
     }
 }
 
@@ -196,8 +221,8 @@ impl Medium {
     fn of(printer: Printer) -> Self {
         if printer.quiet {
             Self::Nothing
-        } else if std::io::stderr().is_terminal() {
-            Self::Bar(ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()))
+        } else if printer.redraws() {
+            Self::Bar
         } else {
             Self::Lines
         }
@@ -256,18 +281,20 @@ impl Snapshot {
         let seconds = self.elapsed.as_secs_f64();
         if let Some(asked) = self.asked_rate.filter(|_| seconds > 0.0) {
             // The first request of a schedule goes out after one interval, and not at once.
-            parts.push(format!("{:.2} of {asked} req/s sent", self.released as f64 / seconds));
+            parts.push(format!("{:.2} of {asked} req/s", self.released as f64 / seconds));
         }
         parts.push(format!("{} in flight", self.in_flight));
+        if self.failed > 0 {
+            let failed = format!("{} failed", self.failed);
+            parts.push(if is_coloured { failed.red().to_string() } else { failed });
+        }
         if let Some(mean) = self.mean_ttft_ms {
             parts.push(format!("mean TTFT {mean:.1} ms"));
         }
         if let Some(mean) = self.mean_tpot_ms {
-            parts.push(format!("mean TPOT {mean:.2} ms"));
-        }
-        if self.failed > 0 {
-            let failed = format!("{} failed", self.failed);
-            parts.push(if is_coloured { failed.red().to_string() } else { failed });
+            // Behind the time to first token, which is a mean, too; a line of 80 columns has no room for the word again.
+            let mean_of = if self.mean_ttft_ms.is_some() { "" } else { "mean " };
+            parts.push(format!("{mean_of}TPOT {mean:.2} ms"));
         }
         let mut text = parts.join(", ");
         if let Some(silence) = pace.silence(self) {
@@ -296,25 +323,39 @@ fn about(left: Duration) -> String {
 mod tests {
     use super::*;
 
-    const START: Snapshot = Snapshot {
-        label: "benchmark",
-        total: 30,
-        released: 5,
-        done: 0,
-        failed: 0,
-        in_flight: 2,
-        elapsed: Duration::from_secs(5),
-        asked_rate: Some(1.0),
-        mean_ttft_ms: None,
-        mean_tpot_ms: None,
-    };
+    fn start() -> Snapshot {
+        Snapshot {
+            label: "benchmark".to_owned(),
+            total: 30,
+            released: 5,
+            done: 0,
+            failed: 0,
+            in_flight: 2,
+            elapsed: Duration::from_secs(5),
+            asked_rate: Some(1.0),
+            mean_ttft_ms: None,
+            mean_tpot_ms: None,
+        }
+    }
+
+    #[test]
+    fn a_bar_of_another_shape_takes_the_place_of_the_one_before() {
+        let mut state = State::default();
+        let spinner = state.show(false).clone();
+        state.show(false);
+        assert!(!spinner.is_finished());
+        let bar = state.show(true).clone();
+        assert!(spinner.is_finished() && !bar.is_finished());
+        state.clear();
+        assert!(bar.is_finished() && state.shown.is_none());
+    }
 
     #[test]
     fn a_line_says_what_is_known_and_no_more() {
-        let mut snapshot = START;
+        let mut snapshot = start();
         assert_eq!(
             snapshot.line(Pace::default()),
-            "benchmark: 0/30 requests after 5 s, 1.00 of 1 req/s sent, 2 in flight, about 25 s left"
+            "benchmark: 0/30 requests after 5 s, 1.00 of 1 req/s, 2 in flight, about 25 s left"
         );
         snapshot.asked_rate = None;
         assert_eq!(
@@ -326,7 +367,7 @@ mod tests {
         snapshot.failed = 1;
         assert_eq!(
             snapshot.line(Pace::default()),
-            "benchmark: 0/30 requests after 5 s, 2 in flight, mean TTFT 303.2 ms, mean TPOT 9.00 ms, 1 failed"
+            "benchmark: 0/30 requests after 5 s, 2 in flight, 1 failed, mean TTFT 303.2 ms, TPOT 9.00 ms"
         );
     }
 
@@ -337,7 +378,7 @@ mod tests {
             done,
             elapsed: Duration::from_secs(seconds),
             asked_rate,
-            ..START
+            ..start()
         };
         pace.hear(&snapshot);
         snapshot

@@ -33,7 +33,7 @@ struct Told {
 impl DownloadProgress {
     /// Nothing has come yet.
     pub fn new(printer: Printer) -> Self {
-        let redraws = printer.is_terminal() && !printer.quiet;
+        let redraws = printer.redraws();
         let target = if redraws {
             ProgressDrawTarget::stderr()
         } else {

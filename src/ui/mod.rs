@@ -6,9 +6,10 @@ pub mod prefix;
 pub mod progress;
 pub mod screen;
 pub mod table;
+pub mod wrap;
 
 use std::fmt::Display;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use owo_colors::OwoColorize;
 
 use crate::fleet::{EngineState, TimeLeft};
+use crate::report::{ExitStatus, Failure};
 
 pub use download::DownloadProgress;
 pub use prefix::RolePrefixes;
@@ -32,21 +34,33 @@ pub struct Printer {
 }
 
 impl Printer {
-    /// Data, for people or programs: one line on stdout. A closed pipe is not an error.
-    pub fn data(self, line: impl Display) {
-        drop(writeln!(anstream::stdout(), "{line}"));
+    /// Data, for people or programs: one line on stdout. A closed pipe is not an error; a full disk is one.
+    pub fn data(self, line: impl Display) -> Result<(), Failure> {
+        self.data_part(format_args!("{line}\n"))
     }
 
-    /// Many lines of data at once, each with its end. The error says that nobody reads any more, which ends an endless
-    /// command.
-    pub fn data_lines(self, text: &str) -> io::Result<()> {
+    /// Many lines of data at once, each with its end.
+    pub fn data_lines(self, text: &str) -> Result<Reader, Failure> {
         // Logs have gigabytes: a text without colours is written as it is, a whole batch at once.
         if AutoStream::choice(&io::stdout()) == ColorChoice::Never && text.contains('\x1b') {
-            return anstream::stdout().lock().write_all(text.as_bytes());
+            return received(anstream::stdout().lock().write_all(text.as_bytes()));
         }
         let mut stdout = io::stdout().lock();
-        stdout.write_all(text.as_bytes())?;
-        stdout.flush()
+        received(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))
+    }
+
+    /// Whether the reader of stdout has gone: one that reads a first line and ends is not noticed before the next one is
+    /// written.
+    pub fn data_reader(self) -> Reader {
+        let stdout = io::stdout();
+        let mut end = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+        let has_ended = poll(&mut end, PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
+        if has_ended { Reader::Gone } else { Reader::There }
+    }
+
+    /// Data in sentences: as [`Self::data`], broken between words where a terminal shows it.
+    pub fn prose(self, text: impl Display) -> Result<(), Failure> {
+        self.data(wrap::lines(&text.to_string(), self.data_width()))
     }
 
     /// Columns of the terminal that stdout is; `None` if it is none.
@@ -62,32 +76,71 @@ impl Printer {
     }
 
     /// Data without a line end, flushed at once: tokens as they arrive.
-    pub fn data_part(self, part: impl Display) {
+    pub fn data_part(self, part: impl Display) -> Result<(), Failure> {
         let mut stdout = anstream::stdout();
-        drop(write!(stdout, "{part}").and_then(|()| stdout.flush()));
+        received(write!(stdout, "{part}").and_then(|()| stdout.flush())).map(drop)
     }
 
     /// What xpyd is doing: one line on stderr.
     pub fn status(self, line: impl Display) {
         if !self.quiet {
-            write_stderr(&format!("{line}\n"));
+            write_stderr(&self.told(&line.to_string()));
         }
     }
 
     /// What went wrong: always on stderr.
     pub fn error(self, text: impl Display) {
-        write_stderr(&format!("{text}\n"));
+        write_stderr(&self.told(&text.to_string()));
     }
 
-    /// Whether stderr is a terminal, so that what is on it may be redrawn.
+    /// A text for stderr, broken between words where a terminal shows it.
+    fn told(self, text: &str) -> String {
+        let width = self
+            .is_terminal()
+            .then(|| usize::from(console::Term::stderr().size().1));
+        format!("{}\n", wrap::lines(text, width))
+    }
+
+    /// Whether stderr is a terminal.
     pub fn is_terminal(self) -> bool {
         io::stderr().is_terminal()
+    }
+
+    /// Whether what is on stderr may be redrawn: it is a terminal that can do that.
+    pub fn redraws(self) -> bool {
+        !self.quiet && io::stderr().is_terminal() && can_redraw()
     }
 
     /// Whether stderr shows colours.
     pub fn colour(self) -> bool {
         AutoStream::choice(&io::stderr()) != ColorChoice::Never
     }
+}
+
+/// Whether anyone still reads what is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reader {
+    /// Somebody may.
+    There,
+    /// Nobody does, which ends an endless command, and is no failure.
+    Gone,
+}
+
+/// What became of data: its reader may have seen enough, and whatever else hinders a write is a failure.
+fn received(written: io::Result<()>) -> Result<Reader, Failure> {
+    match written {
+        Ok(()) => Ok(Reader::There),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
+        Err(error) => {
+            let error = anyhow::Error::new(error).context("cannot write to the standard output");
+            Err(Failure::new(ExitStatus::Failure, error))
+        }
+    }
+}
+
+/// Whether the terminal moves its cursor: a `dumb` one, as editors and some CI have it, only prints.
+fn can_redraw() -> bool {
+    std::env::var_os("TERM").is_some_and(|name| !name.is_empty() && name != "dumb")
 }
 
 /// How long a reader of stderr may take to make room, in milliseconds.

@@ -51,7 +51,7 @@ struct EngineLine {
 impl FleetProgress {
     /// Shows the engines, none of them started. The numbers are their HTTP ports.
     pub fn new(printer: Printer, engines: &[(EngineId, Role, u16)]) -> Self {
-        let redraws = printer.is_terminal() && !printer.quiet;
+        let redraws = printer.redraws();
         let target = if redraws {
             ProgressDrawTarget::stderr()
         } else {
@@ -139,6 +139,17 @@ impl FleetProgress {
             line.bar.abandon();
         }
     }
+
+    /// Takes away what would stand still half way: the bars of a start that does not go on. Those that failed stay.
+    pub fn clear(self) {
+        for line in &self.lines {
+            if line.state == EngineState::Failed {
+                line.bar.abandon();
+            } else {
+                line.bar.finish_and_clear();
+            }
+        }
+    }
 }
 
 impl EngineLine {
@@ -221,7 +232,7 @@ pub struct StopProgress {
 impl StopProgress {
     /// Nothing is shown yet. `hurry` says how to force it: `press Ctrl+C again to force`.
     pub fn new(printer: Printer, hurry: impl Into<String>) -> Self {
-        let redraws = printer.is_terminal() && !printer.quiet;
+        let redraws = printer.redraws();
         let target = if redraws {
             ProgressDrawTarget::stderr()
         } else {

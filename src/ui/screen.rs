@@ -25,8 +25,7 @@ pub struct Screen {
 impl Screen {
     /// Takes the terminal that stdout is; `None` if it is none, or one that cannot be drawn on.
     pub fn open() -> Option<Self> {
-        let can_draw = std::env::var_os("TERM").is_some_and(|name| name != "dumb");
-        (io::stdout().is_terminal() && can_draw).then(|| {
+        (io::stdout().is_terminal() && super::can_redraw()).then(|| {
             write(ENTER);
             Self {
                 terminal: Term::stdout(),

@@ -6,7 +6,7 @@ use std::io;
 
 use axum::http::header::{self, HeaderName};
 use axum::http::{HeaderMap, Method, StatusCode};
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use memchr::memchr;
 
 /// Longest line between chunks: a size with its extensions, or a trailer.
@@ -136,6 +136,25 @@ impl Framing {
         }
     }
 
+    /// Takes what ends the body out of what was read, if that is all there is before its end. Whether the body has ended. What
+    /// breaks the framing is left to the next step.
+    pub(crate) fn end(&mut self, read: &mut BytesMut) -> bool {
+        match self {
+            Self::Length(0) => *self = Self::Ended,
+            // The last chunk has a line of its own and an empty one. Trailers are left to the next step.
+            Self::Chunked(Part::DataEnd) if read.starts_with(b"\r\n0\r\n\r\n") => {
+                read.advance(7);
+                *self = Self::Ended;
+            }
+            Self::Chunked(Part::Size) if read.starts_with(b"0\r\n\r\n") => {
+                read.advance(5);
+                *self = Self::Ended;
+            }
+            _ => {}
+        }
+        matches!(self, Self::Ended)
+    }
+
     /// The connection has ended: whether the body has, too.
     pub(crate) fn ends_with_connection(self) -> bool {
         matches!(self, Self::ToClose | Self::Ended | Self::Length(0))
@@ -234,6 +253,33 @@ mod tests {
         let length = headers(&[(LENGTH, "12")]);
         let head = Framing::of(&Method::HEAD, StatusCode::OK, &length);
         assert_eq!(head.expect("no body"), (Framing::Ended, true));
+    }
+
+    #[test]
+    fn the_end_is_seen_where_it_has_been_read() {
+        let end = |mut framing: Framing, text: &str| {
+            let mut read = BytesMut::from(text);
+            (framing.end(&mut read), String::from_utf8(read.to_vec()).expect("text"))
+        };
+        let part = Framing::Chunked;
+        for (framing, text, is_over, left) in [
+            (Framing::Length(0), "x", true, "x"),
+            (Framing::Ended, "x", true, "x"),
+            (Framing::Length(1), "", false, ""),
+            (Framing::ToClose, "", false, ""),
+            (part(Part::DataEnd), "\r\n0\r\n\r\nx", true, "x"),
+            (part(Part::Size), "0\r\n\r\n", true, ""),
+            (part(Part::DataEnd), "\r\n0\r\n\r", false, "\r\n0\r\n\r"),
+            (part(Part::DataEnd), "\r\n1\r\nx", false, "\r\n1\r\nx"),
+            (
+                part(Part::Size),
+                "0\r\nx-sum: 1\r\n\r\n",
+                false,
+                "0\r\nx-sum: 1\r\n\r\n",
+            ),
+        ] {
+            assert_eq!(end(framing, text), (is_over, left.to_owned()), "{framing:?} {text:?}");
+        }
     }
 
     #[test]

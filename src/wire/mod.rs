@@ -6,6 +6,7 @@
 mod framing;
 mod pool;
 mod receipt;
+mod tls;
 
 use std::future::poll_fn;
 use std::io;
@@ -17,8 +18,9 @@ use axum::http::response::Parts;
 use axum::http::{HeaderMap, Method, Response, StatusCode};
 use bytes::{Buf, Bytes, BytesMut};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::io::AsyncWriteExt;
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpStream, ToSocketAddrs};
+use tokio_rustls::client::TlsStream;
 use tokio_util::io::poll_read_buf;
 
 pub(crate) use self::framing::Framing;
@@ -26,6 +28,8 @@ use self::framing::{Step, nonsense, says};
 pub(crate) use self::pool::Pool;
 pub(crate) use self::receipt::Receipt;
 use self::receipt::Receiver;
+use self::tls::Below;
+pub(crate) use self::tls::Tls;
 
 /// Largest head of an answer.
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -42,13 +46,18 @@ const MOST_ROOM: usize = 64 << 10;
 /// An open connection.
 #[derive(Debug)]
 pub(crate) struct Wire {
-    stream: TcpStream,
+    stream: Stream,
     /// Read and not yet given out.
     read: BytesMut,
     /// Room that is made for the next read.
     room: usize,
-    /// Tells when what is read had come, where somebody wants to know.
-    receiver: Option<Receiver>,
+}
+
+/// What carries the bytes. A receiver tells when what is read had come, where somebody wants to know.
+#[derive(Debug)]
+enum Stream {
+    Plain(TcpStream, Option<Receiver>),
+    Tls(Box<TlsStream<Below>>),
 }
 
 /// The head of an answer.
@@ -63,28 +72,47 @@ impl Wire {
     pub(crate) async fn connect(address: impl ToSocketAddrs) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        Ok(Self {
+        Ok(Self::over(Stream::Plain(stream, None)))
+    }
+
+    /// The same, which knows when its bytes came; with a server of this name where `tls` is wanted.
+    ///
+    /// # Errors
+    /// When there is no connection, or no certificate that is trusted.
+    pub(crate) async fn connect_timed(address: impl ToSocketAddrs, tls: Option<&Tls>, host: &str) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let receiver = Some(Receiver::new(&stream));
+        Ok(Self::over(match tls {
+            None => Stream::Plain(stream, receiver),
+            Some(tls) => Stream::Tls(Box::new(tls.over(Below::new(stream, receiver), host).await?)),
+        }))
+    }
+
+    fn over(stream: Stream) -> Self {
+        Self {
             stream,
             read: BytesMut::new(),
             room: LEAST_ROOM,
-            receiver: None,
-        })
-    }
-
-    /// The same connection, which knows from now on when its bytes came.
-    pub(crate) fn timed(mut self) -> Self {
-        self.receiver = Some(Receiver::new(&self.stream));
-        self
+        }
     }
 
     /// When the bytes of the last read came. `None` unless the connection is timed and has read.
     pub(crate) fn receipt(&self) -> Option<Receipt> {
-        self.receiver.as_ref().and_then(Receiver::last)
+        let receiver = match &self.stream {
+            Stream::Plain(_, receiver) => receiver,
+            Stream::Tls(stream) => &stream.get_ref().0.receiver,
+        };
+        receiver.as_ref().and_then(Receiver::last)
     }
 
     /// Whether the engine has neither closed the idle connection nor said anything unasked.
     pub(crate) fn is_quiet(&self) -> bool {
-        let heard = self.stream.try_read(&mut [0]);
+        let stream = match &self.stream {
+            Stream::Plain(stream, _) => stream,
+            Stream::Tls(stream) => &stream.get_ref().0.stream,
+        };
+        let heard = stream.try_read(&mut [0]);
         self.read.is_empty() && heard.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
@@ -96,11 +124,18 @@ impl Wire {
         let mut request = head.chain(body);
         let whole = request.remaining();
         while request.has_remaining() {
-            if let Err(error) = self.stream.write_buf(&mut request).await {
+            let written = match &mut self.stream {
+                Stream::Plain(stream, _) => stream.write_buf(&mut request).await,
+                Stream::Tls(stream) => stream.write_buf(&mut request).await,
+            };
+            if let Err(error) = written {
                 return Err((whole - request.remaining(), error));
             }
         }
-        Ok(())
+        match &mut self.stream {
+            Stream::Plain(..) => Ok(()),
+            Stream::Tls(stream) => stream.flush().await.map_err(|error| (whole, error)),
+        }
     }
 
     /// Reads the head of the answer to a request with this method.
@@ -148,21 +183,33 @@ impl Wire {
                 Ok(0) if framing.ends_with_connection() => return Poll::Ready(None),
                 Ok(0) => return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into()))),
                 Ok(_) => {}
+                // Many servers end a TLS connection without saying so; a body that has a length is missed all the same.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && framing.ends_with_connection() => {
+                    return Poll::Ready(None);
+                }
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }
     }
 
+    /// Whether the answer's body has come to its end, as far as can be told from what was read.
+    pub(crate) fn has_ended(&mut self, framing: &mut Framing) -> bool {
+        framing.end(&mut self.read)
+    }
+
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if let Some(receiver) = &mut self.receiver {
-            return receiver.poll_read(&self.stream, &mut self.read, context);
+        if let Stream::Plain(stream, Some(receiver)) = &mut self.stream {
+            return receiver.poll_read(stream, &mut self.read, context);
         }
         // What is left of earlier room is used up first: a buffer whose events are still on their way cannot be reused.
         if self.read.capacity() - self.read.len() < self.room / 4 {
             self.read.reserve(self.room);
         }
         let offered = self.read.capacity() - self.read.len();
-        let count = ready!(poll_read_buf(Pin::new(&mut self.stream), context, &mut self.read))?;
+        let count = ready!(match &mut self.stream {
+            Stream::Plain(stream, _) => poll_read_buf(Pin::new(stream), context, &mut self.read),
+            Stream::Tls(stream) => poll_read_buf(Pin::new(stream), context, &mut self.read),
+        })?;
         self.room = if count == offered {
             (self.room * 2).min(MOST_ROOM)
         } else {

@@ -32,7 +32,8 @@ fn start_changed_engines(place: &Place, profile: &str, change: impl Fn(&str) -> 
     let plan = &printed["plan"];
     let folder = place.path().join(plan["run_dir"].as_str().expect("a folder"));
     std::fs::create_dir_all(&folder).expect("a folder");
-    for file in plan["files"].as_array().expect("files") {
+    let engines = plan["engines"].as_array().expect("engines").iter();
+    for file in engines.filter_map(|engine| engine.get("file")) {
         let name = file["path"].as_str().expect("a name");
         std::fs::write(folder.join(name), file["content"].as_str().expect("a text")).expect("a file");
     }

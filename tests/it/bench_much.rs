@@ -233,7 +233,7 @@ fn own_fleet(place: &Place) -> Vec<String> {
 }
 
 #[test]
-fn a_fleet_of_the_benchs_own_is_brought_up_measured_and_taken_down() {
+fn bench_starts_measures_and_stops_a_fleet_of_its_own() {
     let place = Place::new();
     let fleet = own_fleet(&place);
     let fleet: Vec<&str> = fleet.iter().map(String::as_str).collect();
@@ -268,7 +268,7 @@ fn neither_an_interrupt_nor_a_kill_of_the_bench_leaves_its_fleet_behind() {
         ]);
         arguments.extend(fleet.iter().map(String::as_str));
         let mut bench = Run::start(&place, &arguments);
-        bench.wait_for_line("point:");
+        bench.wait_for_line("point 1 of 2:");
         bench.signal(end);
         let (code, told) = bench.end();
         if end == Signal::SIGINT {

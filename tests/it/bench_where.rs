@@ -113,14 +113,14 @@ fn engines_that_tell_of_single_requests_give_percentiles_of_their_parts() {
 #[test]
 fn a_fleet_whose_decode_engine_computes_prompts_again_is_called_out() {
     let place = Place::new();
-    let faults = r#"sim.faults=["fail-transfer=2"]"#;
+    let faults = r#"sim.faults=["fail-transfer=3"]"#;
     let mut run = place.up(&["--profile", "1p1d", "--connector", "nixl", "--set", faults]);
     run.wait_until_ready();
     let (report, told) = bench(&place, &["--num-prompts", "6"]);
     let remote = &report["xpyd"]["where"]["remote_kv"];
-    // Every second transfer fails, and those that free what was not used count as well.
+    // Every third transfer fails; two are the canary's, and those that free what was not used count as well.
     let (used, recomputed) = (remote["used"].as_u64().unwrap(), remote["recomputed"].as_u64().unwrap());
-    assert!(recomputed >= 3 && used + recomputed == 6, "{remote}");
+    assert!(recomputed >= 2 && used + recomputed == 6, "{remote}");
     let warning = format!("warning: only {used} of 6 requests used remote KV");
     assert!(told.contains(&warning), "{told}");
 }

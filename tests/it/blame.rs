@@ -4,7 +4,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::support::{Place, Run, post, wait_for};
@@ -152,8 +153,45 @@ fn an_attach_takes_over_what_is_well_and_restarts_what_is_not() {
     let wedge = Wedge::of(&place, "prefiller2");
     dead.kill();
     let mut run = place.up(&UP);
-    run.wait_until_ready();
+    run.wait_for_line("ready: every pair of engines that serve");
     wait_until(&place, [1, 2, 1, 1]);
     drop(wedge);
+    stop(&place, run);
+}
+
+#[test]
+fn an_attach_serves_while_an_engine_that_hangs_is_still_waited_for() {
+    let place = Place::new();
+    let mut dead = place.up(&UP);
+    dead.wait_until_ready();
+    let port = format!(" {} ", 7100 + place.offset);
+    let hung: Vec<i32> = place
+        .processes()
+        .into_iter()
+        .filter(|(_, line)| line.contains(&port))
+        .map(|(pid, _)| pid)
+        .collect();
+    let send = |signal| {
+        for pid in &hung {
+            kill(Pid::from_raw(*pid), signal).expect("it is there");
+        }
+    };
+    assert!(!hung.is_empty(), "{:?}", place.processes());
+    send(Signal::SIGSTOP);
+    dead.kill();
+    let mut run = place.up(&UP);
+    let line = run.wait_for_line("ready: every pair of engines that serve");
+    assert!(line.contains("not serving yet: prefiller1"), "{line}");
+    ask(&place, 1);
+    wait_for("the others", || {
+        let states: Vec<String> = engines(&place).into_iter().map(|(_, state, _)| state).collect();
+        if states == ["healthy", "ready", "ready", "ready"] {
+            Ok(())
+        } else {
+            Err(format!("{states:?}"))
+        }
+    });
+    send(Signal::SIGCONT);
+    wait_until(&place, [1, 1, 1, 1]);
     stop(&place, run);
 }

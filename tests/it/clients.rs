@@ -88,7 +88,7 @@ pub(crate) fn narrow_client(place: &Place) -> TcpStream {
 pub(crate) fn ask(client: &mut impl Write, stream: bool) {
     let body = format!(r#"{{"model":"null","prompt":"x","stream":{stream}}}"#);
     let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     client.write_all((head + &body).as_bytes()).expect("a request is taken");

@@ -104,9 +104,9 @@ fn code() -> BTreeMap<&'static str, Duration> {
         ),
         (
             "notification handshake",
-            constant("src/proxy/zmtp.rs", "HANDSHAKE_DEADLINE"),
+            constant("src/proxy/notify.rs", "HANDSHAKE_DEADLINE"),
         ),
-        ("notification frame", constant("src/proxy/zmtp.rs", "FRAME_DEADLINE")),
+        ("notification frame", constant("src/proxy/notify.rs", "FRAME_DEADLINE")),
         ("idle connection", constant("src/wire/pool.rs", "IDLE_CONNECTION")),
         ("canary", constant("src/app/verify.rs", "VERIFY_DEADLINE")),
         ("start stall", deadlines.start_stall),

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use xpyd::cli::{down, logs, status};
 use xpyd::control::api::{DownRequest, Status};
 use xpyd::control::client::{ClientError, ControlClient};
-use xpyd::control::rundir::{RunDir, RunDirError, RunInfo, find_in, outcome_in};
+use xpyd::control::rundir::{RunDir, RunDirError, RunInfo, find_in, outcome, record_outcome};
 use xpyd::control::server::{ServerState, StopRequest, serve};
 use xpyd::fleet::FleetStage;
 use xpyd::report::ExitStatus;
@@ -77,7 +77,10 @@ fn a_second_run_of_the_same_name_is_refused_and_told_by_whom() {
 fn what_a_killed_run_left_is_believed_by_nobody() {
     let root = root();
     // A free lock, whatever the files say.
-    drop(RunDir::acquire_in(root.path(), "a").unwrap());
+    let folder = root.path().join("a");
+    fs_err::create_dir(&folder).unwrap();
+    fs_err::set_permissions(&folder, PermissionsExt::from_mode(0o700)).unwrap();
+    fs_err::write(folder.join("lock"), "1\n").unwrap();
     let write =
         |info: &RunInfo| fs_err::write(root.path().join("a/run.json"), serde_json::to_vec(info).unwrap()).unwrap();
     write(&info("a"));
@@ -132,17 +135,19 @@ fn a_folder_that_others_can_write_or_that_is_a_link_is_refused() {
 
 #[test]
 fn the_outcome_is_told_of_the_run_that_left_it_and_of_no_other() {
-    let root = root();
-    let run = RunDir::acquire_in(root.path(), "a").unwrap();
-    assert_eq!(outcome_in(root.path(), &info("a")).unwrap(), None);
+    let logs = root();
+    let info = RunInfo {
+        logs_dir: logs.path().join("run"),
+        ..info("a")
+    };
+    assert_eq!(outcome(&info).unwrap(), None);
     let leftovers = ["pid 7 is in state D".to_owned()];
-    run.record_outcome(ExitStatus::TeardownIncomplete, &leftovers).unwrap();
-    drop(run);
-    let outcome = outcome_in(root.path(), &info("a")).unwrap().unwrap();
-    assert_eq!((outcome.exit_code, outcome.leftovers), (7, leftovers.to_vec()));
-    let mut other = info("a");
+    record_outcome(&info.logs_dir, ExitStatus::TeardownIncomplete, &leftovers).unwrap();
+    let told = outcome(&info).unwrap().unwrap();
+    assert_eq!((told.exit_code, told.leftovers), (7, leftovers.to_vec()));
+    let mut other = info;
     other.start_time_ticks += 1;
-    assert_eq!(outcome_in(root.path(), &other).unwrap(), None);
+    assert_eq!(outcome(&other).unwrap(), None);
 }
 
 /// A run's server whose status says `ready`, with its tasks and its requests to stop.

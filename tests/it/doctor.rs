@@ -210,7 +210,7 @@ fn people_read_topics_with_what_to_do_and_the_sum_at_the_end() {
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.starts_with("software\n  warn  vllm"), "{text}");
     assert!(
-        text.contains("fix: `pip install vllm`") && !text.contains('\x1b'),
+        text.contains("hint: `pip install vllm nixl`") && !text.contains('\x1b'),
         "{text}"
     );
     assert!(
@@ -328,6 +328,13 @@ fn engines_of_a_dead_run_are_shown_and_ended_once_somebody_says_so() {
     let only = pid.to_string();
     let (_, found) = findings(&mut place.command(&["doctor", "--json"]));
     assert!(found.contains_key("orphans"));
+
+    let mut run = place.up(&["--profile", "1p1d"]);
+    let note = run.wait_for_line("note: engines that nobody watches");
+    assert!(note.contains("`xpyd doctor --reap`"), "{note}");
+    run.wait_until_ready();
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
 
     let output = place.run(&["doctor", "--reap", "--pid", &only]);
     assert_eq!(output.status.code(), Some(2), "nobody can be asked: {output:?}");

@@ -47,7 +47,7 @@ fn statuses(place: &Place, sent: &[u8]) -> String {
 }
 
 fn post(headers: &str, body: &str) -> String {
-    format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\n{headers}\r\n{body}{SECOND}")
+    format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}\r\n{body}{SECOND}")
 }
 
 fn chunked(body: &str) -> String {

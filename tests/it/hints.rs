@@ -137,20 +137,17 @@ fn assert_only_the_other_run_is_left(place: &Place, others: &[(i32, String)]) {
 }
 
 #[test]
-fn the_hint_for_a_hung_xpyd_ends_its_run_and_no_other() {
+fn the_hint_for_a_suspended_xpyd_lets_it_go_on_and_end_its_run_and_no_other() {
     let place = Place::new();
     let (others, xpyd) = two_runs(&place, &[]);
     kill(Pid::from_raw(xpyd), Signal::SIGSTOP).expect("it is there");
     let output = place.run(&["down", "--name", "mine"]);
-    assert_eq!(output.status.code(), Some(7), "{output:?}");
-    let commands = hinted(&String::from_utf8_lossy(&output.stderr));
-    assert_eq!(
-        commands,
-        [format!("kill -KILL {xpyd}"), "xpyd down --name mine".to_owned()]
-    );
-    for command in &commands {
-        follow(&place, command);
-    }
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    let command = format!("kill -CONT {xpyd}");
+    assert!(printed.contains(&format!("`{command}`")), "{printed}");
+    follow(&place, &command);
+    follow(&place, "xpyd down --name mine");
     assert_only_the_other_run_is_left(&place, &others);
 }
 
@@ -197,11 +194,12 @@ fn a_named_run_prints_commands_that_name_it_and_a_key_where_one_is_needed() {
     run.wait_for_line("  and  ");
     let printed = run.seen.join("\n");
     let url = format!("http://127.0.0.1:{}", place.proxy_port());
+    let key = format!("$(grep -m1 '^[^#]' '{}')", place.path().join("keys").display());
     for text in [
-        "-H \"Authorization: Bearer $XPYD_API_KEY\"",
+        &format!("-H \"Authorization: Bearer {key}\""),
         "xpyd status --name mine",
         "xpyd logs decoder1 -f --name mine",
-        &format!("OPENAI_API_KEY=$XPYD_API_KEY xpyd bench --base-url {url}"),
+        &format!("OPENAI_API_KEY=\"{key}\" xpyd bench --base-url {url}"),
         "xpyd down --name mine",
     ] {
         assert!(printed.contains(text), "no {text} in\n{printed}");
@@ -209,7 +207,11 @@ fn a_named_run_prints_commands_that_name_it_and_a_key_where_one_is_needed() {
     // Who asks for the default run is told of this one.
     let output = place.run(&["status"]);
     let commands = hinted(&String::from_utf8_lossy(&output.stderr));
-    assert_eq!(commands, ["xpyd status --name mine"]);
+    assert_eq!(commands, ["xpyd ps"]);
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("`--name mine`"),
+        "{output:?}"
+    );
     for command in &commands {
         follow(&place, command);
     }
@@ -283,4 +285,51 @@ fn a_process_that_is_killed_before_its_fleet_is_ready_is_no_silent_failure() {
     assert_eq!(code, 1, "{printed}");
     assert!(printed.contains("was killed by signal 9"), "{printed}");
     place.wait_until_empty();
+}
+
+#[test]
+fn what_is_wrong_with_a_value_is_told_in_plain_words() {
+    let place = Place::new();
+    std::fs::create_dir_all(place.path().join("run")).expect("a folder");
+    std::fs::write(place.path().join("run/decoder1.log"), "one\ntwo\n").expect("a log");
+    for (line, told) in [
+        ("bench --request-rate fast", "it is not a number"),
+        (
+            "bench --request-rate -1",
+            "the request rate must be more than 0, not -1",
+        ),
+        ("bench --num-prompts -5", "it is not a whole number from 0 up"),
+        ("bench --max-concurrency 0", "it must be at least 1"),
+        ("bench --seed 99999999999", "is not in 0..=4294967295"),
+        ("bench --port 99999", "is not in 0..=65535"),
+        (
+            "logs --run run --grep (",
+            "`--grep` is not a regular expression: unclosed group",
+        ),
+        ("logs --run run --tail many", "it is a number of lines, or `all`"),
+        (
+            "bench --from nofile.json --report page.html",
+            "cannot make a report of `nofile.json`",
+        ),
+    ] {
+        let output = place.run(&line.split(' ').collect::<Vec<_>>());
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{line}: {text}");
+        assert!(text.contains(told), "{line}: {text}");
+        for theirs in ["literal", "digit found", "target type", "metadata", "tip:"] {
+            assert!(!text.contains(theirs), "{line}: {text}");
+        }
+    }
+    let all = place.run(&["logs", "--run", "run", "--tail", "all"]);
+    assert!(
+        String::from_utf8_lossy(&all.stdout).contains("two"),
+        "{}",
+        String::from_utf8_lossy(&all.stderr)
+    );
+    let near = place.run(&["bench", "--request-rat", "1"]);
+    let text = String::from_utf8_lossy(&near.stderr).into_owned();
+    assert!(
+        text.contains("hint: ") && text.contains("--request-rate") && !text.contains("tip:"),
+        "{text}"
+    );
 }

@@ -128,6 +128,30 @@ fn engines_that_nobody_comes_for_end_after_their_time() {
 }
 
 #[test]
+fn a_new_run_does_not_remove_the_logs_of_one_whose_engines_live() {
+    let place = Place::new();
+    let newer = |name: &str| {
+        let run = ["--name", name, "--keep-logs", "1", "--set", "port_offset=9000"];
+        let output = place.run(&[&["up", "--engine", "sim", "--profile", "1p1d", "--detach"], &run[..]].concat());
+        assert!(output.status.success(), "{output:?}");
+        let output = place.run(&["down", "--name", name]);
+        assert!(output.status.success(), "{output:?}");
+    };
+    let mut run = place.up(&["--profile", "1p1d", "--set", "deadlines.keep=10m"]);
+    run.wait_until_ready();
+    let first = place.path().join("logs/latest").canonicalize().expect("its folder");
+    newer("second");
+    assert!(first.join("decoder1.log").exists(), "it serves");
+    run.kill();
+    newer("third");
+    assert!(first.join("decoder1.log").exists(), "its engines wait");
+    let output = place.run(&["down"]);
+    assert!(output.status.success(), "{output:?}");
+    newer("fourth");
+    assert!(!first.exists(), "it is over");
+}
+
+#[test]
 fn xpyd_can_leave_its_engines_and_down_ends_them() {
     let place = Place::new();
     let mut run = place.up(&[]);
@@ -412,5 +436,31 @@ fn the_fleet_is_resumed_as_it_had_become() {
     let output = place.run(&["scale", "prefill=3"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert_eq!(states()[2], "prefiller3 ready");
+    stop(&place, run);
+}
+
+#[test]
+fn an_engine_that_joined_starts_again_under_the_xpyd_that_attached() {
+    let place = Place::new();
+    let connector = ["--connector", "lmcache", "--set", "force_connector=true"];
+    let command = [&["--profile", "1p1d", "--set", KEEP], &connector[..]].concat();
+    let mut dead = place.up(&command);
+    dead.wait_until_ready();
+    let output = place.run(&["scale", "prefill=2", "decode=2"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    dead.kill();
+    for entry in std::fs::read_dir(place.path().join("logs/latest")).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            std::fs::remove_file(path).expect("removable");
+        }
+    }
+    let mut run = place.up(&command);
+    run.wait_until_ready();
+    // A decode engine listens elsewhere after each start, which its file must say; a canary proves it.
+    for engine in ["decoder2", "prefiller2"] {
+        let output = place.run(&["restart", engine]);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+    }
     stop(&place, run);
 }

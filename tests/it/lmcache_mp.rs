@@ -105,8 +105,10 @@ fn an_engine_comes_back_with_a_new_cache_server_when_it_has_lost_its_own_and_no_
     let (code, text) = run.end();
     assert_eq!(code, 0, "{text}");
     for name in ["prefiller1", "decoder2"] {
+        // An engine that is ending refuses hand-offs, which may be seen before its end.
+        let is_noticed = ["failed", "is drained and restarted"].map(|how| text.contains(&format!("{name} {how}")));
         assert!(
-            text.contains(&format!("{name} failed")) && text.contains(&format!("{name} serves again")),
+            is_noticed.contains(&true) && text.contains(&format!("{name} serves again")),
             "{text}"
         );
     }

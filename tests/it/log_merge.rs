@@ -293,3 +293,22 @@ fn the_logs_of_a_whole_run_are_in_order_after_it_was_killed() {
         assert!(roles.contains(role), "{role}");
     }
 }
+
+#[test]
+fn stamps_are_read_in_a_zone_that_has_a_name() {
+    let zone = "America/Los_Angeles";
+    // Where the machine knows no zones by name, Python stamps in UTC as well.
+    let offset = if Path::new("/usr/share/zoneinfo").join(zone).exists() {
+        8
+    } else {
+        0
+    };
+    let place = place_with_run();
+    let mut command = place.command(&["logs", "--run", "run", "prefiller1", "--json", "--tail", "all"]);
+    let output = command.env("TZ", zone).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let expected: Timestamp = "2026-11-22T21:50:42Z".parse().unwrap();
+    let expected = expected + jiff::SignedDuration::from_hours(offset);
+    assert_eq!(first["time"], expected.to_string(), "{text}");
+}

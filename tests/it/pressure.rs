@@ -59,24 +59,29 @@ fn without_descriptors_idle_connections_to_engines_give_way_and_then_clients_are
     let place = Place::new();
     let _engines = Engines::start(&place, ENDLESS);
     let proxy = proxy(&place, &["--set", "clients.threads=1"]);
-    let before = open_descriptors(proxy.pid());
-    let mut others = [client(&place), client(&place)];
-    for other in &mut others {
+    let mut waiting: Vec<TcpStream> = (0..8).map(|_| client(&place)).collect();
+    for client in &mut waiting {
         let request = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n";
-        other.write_all(request.as_bytes()).expect("it is open");
-        read_to(other, "\r\n\r\n");
+        client.write_all(request.as_bytes()).expect("it is open");
+        read_to(client, "\r\n\r\n");
     }
-    let [mut second, mut third] = others;
+    // Its connection to the prefill engine is idle while the answer runs.
     let _streaming = stream(&place);
-    ask(&mut second, true);
-    read_to(&mut second, "data: ");
-    // Down to the limit at which nothing is left to give way. How many connections are open for a moment is chance.
-    let is_full = |limit: &u64| {
-        limit_descriptors(&proxy, *limit);
-        ask(&mut third, false);
-        read_to(&mut third, "}}").starts_with("HTTP/1.1 503")
+    let full = open_descriptors(proxy.pid());
+    limit_descriptors(&proxy, full);
+    // Every stream keeps a connection to the decode engine. How many descriptors a probe had open for a moment is chance, so one
+    // of the first clients finds nothing left that gives way.
+    let is_refused = |client: &mut TcpStream| {
+        ask(client, true);
+        let answer = read_to(client, "\r\n\r\n");
+        answer.starts_with("HTTP/1.1 503")
     };
-    let full = (0..=before + 8).rev().find(is_full).expect("a limit");
+    let first = waiting.iter_mut().position(is_refused).expect("a limit");
+    assert!(
+        first > 0,
+        "the idle connection to the prefill engine gave way to nobody"
+    );
+    let mut third = waiting.pop().expect("more clients than descriptors");
     limit_descriptors(&proxy, full.saturating_sub(4));
     // More often than a healthy engine may fail.
     for _ in 0..5 {
@@ -153,7 +158,7 @@ fn silent_and_slow_connections_do_not_keep_health_checks_out() {
     for (index, slow) in held.iter_mut().enumerate() {
         let sent: &[u8] = match index % 3 {
             0 => b"GET /health HTTP/1.1\r\nHos",
-            1 => b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
+            1 => b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
             _ => b"",
         };
         // Those that gave way may be closed by now.

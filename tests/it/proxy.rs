@@ -6,7 +6,9 @@
 )]
 
 mod bodies;
+mod busy;
 mod canary;
+mod comments;
 pub(crate) mod fake;
 mod guard;
 pub(crate) mod lmcache;
@@ -14,6 +16,7 @@ mod observe;
 mod policies;
 mod queue;
 mod stranded;
+mod strangers;
 mod wire;
 
 use std::sync::Arc;
@@ -420,15 +423,7 @@ async fn legs_on_an_engine_that_ends_fail_at_once() {
 #[tokio::test]
 async fn a_draining_engine_finishes_what_it_has() {
     let go = CancellationToken::new();
-    let gate = go.clone();
-    let decode = Fake::start(move |_| {
-        let gate = gate.clone();
-        async move {
-            gate.cancelled().await;
-            answer(200, COMPLETION)
-        }
-    })
-    .await;
+    let decode = Fake::held(&go, || answer(200, COMPLETION)).await;
     let prefill = prefiller().await;
     let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
     let request = rig.complete(r#"{"prompt":"x"}"#);
@@ -501,15 +496,7 @@ async fn requests_that_cannot_be_served_get_errors_in_openais_shape() {
 #[tokio::test]
 async fn a_full_proxy_says_so() {
     let go = CancellationToken::new();
-    let gate = go.clone();
-    let prefill = Fake::start(move |_| {
-        let gate = gate.clone();
-        async move {
-            gate.cancelled().await;
-            nixl_prefilled()
-        }
-    })
-    .await;
+    let prefill = Fake::held(&go, nixl_prefilled).await;
     let decode = decoder().await;
     let settings = Settings {
         max_in_flight: 1,

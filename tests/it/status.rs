@@ -194,8 +194,8 @@ fn the_control_socket_speaks_plain_http() {
     let routes = answer["error"].as_str().expect("a sentence").split([' ', ',']);
     for route in routes.filter(|word| word.starts_with("/v1/")) {
         assert!(
-            include_str!("../../README.md").contains(route),
-            "{route} is not in the README"
+            include_str!("../../docs/operations.md").contains(route),
+            "{route} is not in docs/operations.md"
         );
     }
     assert_eq!(ask("POST", "/v1/engines/decoder7/restart").0, "404");

@@ -7,12 +7,14 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+use tokio::signal::unix::SignalKind;
 
 /// Longest wait for anything. Only a defect waits it out: a machine with a load of 10 per core needs a minute for some steps.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(4);
@@ -47,6 +49,37 @@ fn free_port_offset() -> (u16, UnixListener) {
     panic!("no free ports");
 }
 
+/// The signals that end a program on request.
+const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+
+/// Which of the signals that end a program a process ignores.
+pub(crate) fn ignored(pid: i32) -> Vec<Signal> {
+    ignored_of(pid, &ENDING)
+}
+
+fn ignored_of(pid: i32, signals: &[Signal]) -> Vec<Signal> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = u64::from_str_radix(mask.expect("a mask").trim(), 16).expect("a number");
+    let is_set = |signal: &Signal| mask >> (*signal as i32 - 1) & 1 == 1;
+    signals.iter().copied().filter(is_set).collect()
+}
+
+/// A signal that is ignored here, as in `nohup cargo test &`, in what scripts do in the background, and by Python (SIGXFSZ), would
+/// be ignored by every program that the tests start. What is heard here instead is theirs to hear again.
+pub(crate) fn hear_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let _inside = runtime.as_ref().expect("a runtime").enter();
+        let all = [&ENDING[..], &[Signal::SIGXFSZ]].concat();
+        for signal in ignored_of(i32::try_from(std::process::id()).expect("a pid"), &all) {
+            let _heard =
+                tokio::signal::unix::signal(SignalKind::from_raw(signal as i32)).expect("a signal that can be heard");
+        }
+    });
+}
+
 /// A folder with everything of one test's runs in it.
 pub(crate) struct Place {
     folder: tempfile::TempDir,
@@ -56,6 +89,7 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new() -> Self {
+        hear_signals();
         let (offset, taken) = free_port_offset();
         Self {
             folder: tempfile::tempdir().expect("a folder"),
@@ -310,9 +344,16 @@ impl<'place> Run<'place> {
         }
     }
 
-    /// Waits until clients are served.
+    /// Waits until clients are served, by every engine: some of an attached fleet may join later on a busy machine.
     pub(crate) fn wait_until_ready(&mut self) {
-        self.wait_for_line("ready: every pair");
+        let line = self.wait_for_line("ready: every pair");
+        let later = line.split_once("not serving yet: ").map_or("", |(_, names)| names);
+        for name in later.split(", ").filter(|name| !name.is_empty()) {
+            let serves = format!("{name} serves");
+            while !self.seen.iter().any(|line| line.contains(&serves)) {
+                self.wait_for_line("");
+            }
+        }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

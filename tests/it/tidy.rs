@@ -10,13 +10,17 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("log_file", &["fleet", "private"]),
     ("own_log", &["fleet", "log_file"]),
     ("report", &[]),
-    ("service", &[]),
     ("signals", &[]),
+    ("sockets", &[]),
+    ("span", &[]),
+    ("service", &["span"]),
+    ("samples", &[]),
     ("wire", &[]),
+    ("zmtp", &[]),
     ("connector", &["fleet"]),
     ("engine", &["connector", "fleet"]),
     ("machine", &["report"]),
-    ("profile", &["connector", "engine", "fleet", "service"]),
+    ("profile", &["connector", "engine", "fleet", "service", "span"]),
     (
         "plan",
         &["connector", "engine", "fleet", "machine", "profile", "service"],
@@ -27,13 +31,27 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "supervisor",
-        &["fleet", "log_file", "plan", "private", "report", "signals"],
+        &[
+            "fleet", "log_file", "plan", "private", "report", "samples", "signals", "sockets",
+        ],
     ),
-    ("proxy", &["connector", "fleet", "private", "report", "service", "wire"]),
-    ("control", &["fleet", "report"]),
+    (
+        "proxy",
+        &[
+            "connector",
+            "fleet",
+            "private",
+            "report",
+            "samples",
+            "service",
+            "wire",
+            "zmtp",
+        ],
+    ),
+    ("control", &["fleet", "private", "report", "sockets"]),
     ("logs", &["engine", "fleet", "private", "report"]),
     ("bench", &["report", "wire"]),
-    ("sim", &["report"]),
+    ("sim", &["report", "signals", "zmtp"]),
     ("ui", &["bench", "fleet", "report"]),
     (
         "app",
@@ -47,6 +65,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "private",
             "proxy",
             "report",
+            "samples",
             "signals",
             "supervisor",
             "ui",
@@ -73,6 +92,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "service",
             "signals",
             "sim",
+            "span",
             "supervisor",
             "ui",
         ],
@@ -257,14 +277,40 @@ fn nothing_of_a_developers_machine_is_in_the_project() {
         "ARCHITECTURE.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
+        "STYLE.md",
+        "SECURITY.md",
         "Cargo.toml",
     ];
-    let named = files.iter().map(|name| root().join(name));
+    let pages = std::fs::read_dir(root().join("docs")).expect("docs").flatten();
+    let named = files
+        .iter()
+        .map(|name| root().join(name))
+        .chain(pages.map(|page| page.path()));
     let code = sources(&root().join("src"))
         .into_iter()
         .chain(sources(&root().join("tests")));
     for path in named.chain(code) {
         let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert!(!text.contains(own), "{} names a path of one machine", path.display());
+    }
+}
+
+#[test]
+fn what_people_read_in_logs_is_no_dump_of_rusts_own_types() {
+    for (name, _, text) in modules() {
+        let dumps = text.split("tracing::").skip(1).filter(|call| {
+            let is_read = ["info!(", "warn!(", "error!("]
+                .iter()
+                .any(|level| call.starts_with(level));
+            let arguments = call.split(");").next().unwrap_or_default();
+            // `?value` or `name = ?value` among the fields, which come before the message.
+            let fields = arguments.split('"').next().unwrap_or_default();
+            is_read && fields.contains('?')
+        });
+        assert_eq!(
+            dumps.count(),
+            0,
+            "{name} writes a value with `?` into a log that people read: `%` writes its words"
+        );
     }
 }

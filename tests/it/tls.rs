@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
-use rcgen::{CertifiedKey, KeyPair, generate_simple_self_signed};
+use rcgen::{CertificateParams, CertifiedKey, KeyPair, date_time_ymd, generate_simple_self_signed};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, ClientConnection, ProtocolVersion, RootCertStore, StreamOwned};
@@ -56,7 +56,7 @@ fn exchange(place: &Place, head: &str, body: &str) -> String {
     let length = body.len();
     write!(
         client,
-        "{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        "{head} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     )
     .expect("a request is taken");
     let mut answer = String::new();
@@ -117,7 +117,7 @@ fn a_fleet_answers_over_tls_whole_and_streamed_and_writes_no_key_down() {
     let error = String::from_utf8_lossy(&bench.stderr).into_owned();
     assert_eq!(bench.status.code(), Some(2), "{error}");
     assert!(
-        error.contains(&url) && error.contains("hint: the benchmark speaks no TLS"),
+        error.contains(&url) && error.contains("`--insecure` trusts anybody"),
         "{error}"
     );
 
@@ -245,4 +245,27 @@ fn files_that_cannot_be_used_are_refused_before_anything_starts() {
         }
     }
     assert!(!place.path().join("logs").exists(), "a run has begun");
+}
+
+#[test]
+fn an_expired_certificate_is_told_of() {
+    let place = Place::new();
+    let key = KeyPair::generate().expect("a key");
+    let mut params = CertificateParams::new(["localhost".to_owned()]).expect("a name");
+    params.not_before = date_time_ymd(2019, 1, 1);
+    params.not_after = date_time_ymd(2020, 2, 3);
+    let cert = params.self_signed(&key).expect("a certificate");
+    std::fs::write(place.path().join("cert.pem"), cert.pem()).expect("a file");
+    std::fs::write(place.path().join("key.pem"), key.serialize_pem()).expect("a file");
+    let told = "`tls_cert`: the certificate in `cert.pem` expired on 2020-02-03";
+    let plan = place.run(&[&["plan", "--engine", "sim", "--profile", "1p1d"], FILES.as_slice()].concat());
+    let printed = String::from_utf8_lossy(&plan.stdout)
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    assert!(printed.contains(told), "{printed}");
+    let _engines = Engines::start(&place, &[]);
+    let proxy = proxy(&place, &FILES);
+    let printed = proxy.seen.join("\n");
+    assert!(printed.contains(told), "{printed}");
 }

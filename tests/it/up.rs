@@ -212,6 +212,21 @@ fn kv_that_arrives_wrong_keeps_the_fleet_from_getting_ready() {
 }
 
 #[test]
+fn kv_that_arrives_wrong_with_long_prompts_alone_keeps_the_fleet_from_getting_ready() {
+    let place = Place::new();
+    // The first hand-off is that of the short prompt.
+    let faults = ["--set", "sim.faults=[\"garble-kv=2\"]", "--set", "connector=nixl"];
+    let (code, text) = place.up(&[&["--profile", "1p1d"], faults.as_slice()].concat()).end();
+    assert_eq!(code, 5, "{text}");
+    let told = "to a prompt of 8";
+    assert!(
+        text.contains(told) && text.contains("the KV that arrives is wrong"),
+        "{text}"
+    );
+    assert_eq!(place.processes(), []);
+}
+
+#[test]
 fn answers_that_differ_by_the_order_of_additions_alone_do_not_keep_a_fleet_from_getting_ready() {
     // Each second sequence: what the decode engine says alone always parts from what it says through the pair.
     for every in ["drift=2", "drift=3"] {

@@ -152,7 +152,7 @@ fn blows(place: &Place, seed: u64) {
             }
             _ => {
                 let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, place.proxy_port())).expect("a connection");
-                let head = "POST /v1/completions HTTP/1.1\r\ncontent-length: 100\r\n\r\n{\"prompt\"";
+                let head = "POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"prompt\"";
                 client.write_all(head.as_bytes()).expect("written");
                 half_open.push(client);
                 continue;
@@ -257,7 +257,11 @@ fn load(place: &Place, questions: &[Question], seed: u64) {
         let body = json!({"model": MODEL, "prompt": question.prompt, "temperature": 0, "max_tokens": TOKENS,
             "stream": !matches!(manner, Manner::Whole)});
         // A connection of its own, so that leaving closes it.
-        let request = reqwest::Client::new().post(&url).body(body.to_string()).send();
+        let request = reqwest::Client::new()
+            .post(&url)
+            .header("content-type", "application/json")
+            .body(body.to_string())
+            .send();
         runtime.block_on(async {
             let told = match manner {
                 Manner::Leave(after) => {

@@ -3,14 +3,11 @@
 import concurrent.futures
 import json
 import re
-import signal
 import sys
-import time
 import uuid
 
 from fleet import MODEL, Fleet, request
 
-STOP_DEADLINE_SECONDS = 120
 SUBJECTS = ["rivers", "winter", "a very old clock", "bread", "the moon", "engines", "salt", "maps", "rain", "a long road"]
 # From a few tokens to several KV blocks and LMCache chunks.
 PROMPTS = [f"Tell me about {subject}. " * (1 + 7 * index) for index, subject in enumerate(SUBJECTS)]
@@ -61,12 +58,7 @@ def main():
     with Fleet(xpyd, folder, connector) as fleet:
         fleet.wait_for_line("ready: every pair")
         check_answers(fleet.proxy(), fleet.decoder(), connector)
-        fleet.process.send_signal(signal.SIGINT)
-        stopped = time.monotonic()
-        status = fleet.process.wait(STOP_DEADLINE_SECONDS)
-        print(f"  Ctrl+C to exit: {time.monotonic() - stopped:.1f} s, code {status}")
-        assert status == 0, f"exit code {status}"
-        fleet.assert_nothing_is_left()
+        fleet.stop()
     print(f"== {connector}: passed", flush=True)
 
 
@@ -85,6 +77,10 @@ def check_answers(proxy, decoder, connector):
         for prompt, got in zip(PROMPTS, through):
             # With a salt no cache answers with the KV that was just handed over.
             alone = answer(decoder, prompt, chat, stream, cache_salt=uuid.uuid4().hex)
+            if connector == "lmcache-mp":
+                # The prefill engine's cache server knows a prompt that was asked before; with a salt nothing does.
+                for _, _, usage in (got, alone):
+                    usage["prompt_tokens_details"].pop("cached_tokens")
             if got != alone:
                 differing.append((kind, prompt[:40], got, alone))
         print(f"  {kind}: {len(PROMPTS)} answers compared; {moved:.0f} {unit}", flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import tempfile
 import threading
@@ -12,6 +13,7 @@ import urllib.request
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL = "tiny"
 START_DEADLINE_SECONDS = 900
+STOP_DEADLINE_SECONDS = 120
 
 
 # The key of the engines, which xpyd makes for each run; the proxy needs none and ignores it.
@@ -28,7 +30,7 @@ def request(url, body=None, stream=False):
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json", "authorization": f"Bearer {engine_key()}"}
     call = urllib.request.Request(url, data, headers)
-    with urllib.request.urlopen(call, timeout=180) as answer:
+    with urllib.request.urlopen(call, timeout=900) as answer:
         if not stream:
             return answer.read().decode()
         assert answer.headers["content-type"].startswith("text/event-stream"), answer.headers["content-type"]
@@ -38,7 +40,7 @@ def request(url, body=None, stream=False):
 class Fleet:
     """`xpyd up --profile cpu-1p1d` on real vLLM, with more settings if given."""
 
-    def __init__(self, xpyd, folder, connector, settings=()):
+    def __init__(self, xpyd, folder, connector, settings=(), model="tiny-llama"):
         self.xpyd, folder = pathlib.Path(xpyd).resolve(), pathlib.Path(folder).resolve()
         self.shared_before = set(os.listdir("/dev/shm"))
         # Everything that the run starts inherits this as its current folder, and can be found by it.
@@ -53,12 +55,19 @@ class Fleet:
             "LMCACHE_TRACK_USAGE": "false",
         }
         self.command = [str(self.xpyd), "up", "--profile", "cpu-1p1d", "--connector", connector]
-        self.command += ["--model", str(folder / "tiny-llama"), "--logs", str(self.place / "logs")]
+        self.command += ["--model", str(folder / model), "--logs", str(self.place / "logs")]
         own = (f"served_model_name={MODEL}", f"vllm.program={folder}/venv/bin/vllm", "force_connector=true")
         for override in (*own, *settings):
             self.command += ["--set", override]
+        self.command += ["--set", f"port_offset={self.free_offset()}"]
         print(f"== {connector}: {' '.join(self.command)}", flush=True)
         self.up()
+
+    def free_offset(self):
+        """How far the profile's ports must be moved so that nobody listens on any of them."""
+        plan = json.loads(self.run("plan", *self.command[2:], "--json"))["plan"]
+        ports, taken = ports_of(plan), listeners()
+        return next(offset for offset in range(0, 20_000, 100) if not taken & {port + offset for port in ports})
 
     def up(self):
         """Starts xpyd, the first one of the run or another one after it."""
@@ -111,8 +120,7 @@ class Fleet:
         return f"http://127.0.0.1:{engine['endpoint']['port']}"
 
     def ports(self):
-        plan = self.plan()
-        return {use["port"] for engine in plan["engines"] for use in engine["ports"]} | {plan["proxy"]["port"]}
+        return ports_of(self.plan())
 
     def processes(self):
         """What is there of the run: pid and command line."""
@@ -126,12 +134,22 @@ class Fleet:
                 continue
         return found
 
+    def stop(self):
+        """Ctrl+C; nothing may be left of the run."""
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        status = self.process.wait(STOP_DEADLINE_SECONDS)
+        print(f"  Ctrl+C to exit: {time.monotonic() - began:.1f} s, code {status}")
+        assert status == 0, f"exit code {status}"
+        self.assert_nothing_is_left()
+
     def assert_nothing_is_left(self):
         left = self.processes()
         assert not left, f"processes are left: {left}"
         listening = self.ports() & listeners()
         assert not listening, f"listeners are left: {listening}"
-        shared = set(os.listdir("/dev/shm")) - self.shared_before
+        # What a living process uses belongs to somebody else: all of this run are gone.
+        shared = set(os.listdir("/dev/shm")) - self.shared_before - shared_in_use()
         assert not shared, f"files in /dev/shm are left: {shared}"
 
     def __enter__(self):
@@ -142,6 +160,23 @@ class Fleet:
             self.process.kill()
         self.process.wait()
         self.relaying.join()
+
+
+def ports_of(plan):
+    return {use["port"] for engine in plan["engines"] for use in engine["ports"]} | {plan["proxy"]["port"]}
+
+
+def shared_in_use():
+    """Names in /dev/shm that processes have mapped or open."""
+    names = set()
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            mapped = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+            opened = [os.readlink(file) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        names |= {path.strip().removeprefix("/dev/shm/") for path in mapped + opened if path.startswith("/dev/shm/")}
+    return names
 
 
 def listeners():

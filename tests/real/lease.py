@@ -105,9 +105,7 @@ def main():
             assert texts == [right, right], "an answer was made of blocks of another request"
             assert after == before, "a lease ended"
         assert ask(fleet.proxy(), True) == right, "the fleet's answer differs afterwards"
-        fleet.process.send_signal(signal.SIGINT)
-        fleet.process.wait(120)
-        fleet.assert_nothing_is_left()
+        fleet.stop()
     print(f"== {connector}: passed", flush=True)
 
 

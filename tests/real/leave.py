@@ -3,7 +3,6 @@
 import http.client
 import json
 import random
-import signal
 import sys
 import threading
 import time
@@ -16,7 +15,6 @@ CLIENTS = 24
 LONGEST_STAY_SECONDS = 3.0
 # A lease of NIXL ends by itself after 16 minutes only, so everything must be freed before.
 SETTLED_WITHIN_SECONDS = 40
-STOP_DEADLINE_SECONDS = 120
 # Room for eight of the prompts below: with every third client leaking, later hand-offs would find the buffer full.
 SMALL_BUFFER = "16MiB"
 
@@ -95,9 +93,7 @@ def main():
     with Fleet(xpyd, folder, connector, settings_for(connector)) as fleet:
         fleet.wait_for_line("ready: every pair")
         check_leaving(fleet, connector)
-        fleet.process.send_signal(signal.SIGINT)
-        assert fleet.process.wait(STOP_DEADLINE_SECONDS) == 0
-        fleet.assert_nothing_is_left()
+        fleet.stop()
     print(f"== {connector}: passed", flush=True)
 
 

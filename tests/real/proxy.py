@@ -1,14 +1,13 @@
 """Everything about the proxy on one fleet of real engines: proxy.py XPYD FOLDER CONNECTOR."""
 
 import json
-import signal
 import sys
 
 import clients
 import matrix
 from check import check_answers
 from fleet import MODEL, Fleet
-from leave import STOP_DEADLINE_SECONDS, check_leaving, settings_for
+from leave import check_leaving, settings_for
 
 
 def main():
@@ -25,10 +24,7 @@ def main():
         clients.compare(fleet.proxy(), fleet.decoder(), MODEL)
         print("-- every cell of docs/matrix.md", flush=True)
         matrix.check(fleet.proxy(), fleet.decoder(), MODEL, False)
-        fleet.process.send_signal(signal.SIGINT)
-        status = fleet.process.wait(STOP_DEADLINE_SECONDS)
-        assert status == 0, f"exit code {status}"
-        fleet.assert_nothing_is_left()
+        fleet.stop()
     print(f"== {connector}: passed", flush=True)
 
 

@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::bench::client;
+use reqwest::Method;
+
+use crate::bench::http::Server;
 
 /// How long a page may take. The proxy gives its engines 3 s.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -126,14 +128,14 @@ pub(in crate::bench) struct Page(BTreeMap<(Role, String), [f64; Counter::COUNT]>
 
 impl Page {
     /// Reads the server's page; `None` if it has none that counts. Whatever is wrong, the benchmark goes on without it.
-    pub(in crate::bench) async fn read(http: &reqwest::Client, base_url: &str) -> Option<Self> {
-        let url = client::url(base_url, "/metrics?engines").ok()?;
-        let fetch = async {
-            let response = http.get(url).send().await.ok()?.error_for_status().ok()?;
-            let text = client::bounded_body(response, MAX_PAGE_BYTES).await.ok()?;
-            (text.len() <= MAX_PAGE_BYTES).then(|| Self::parse(&String::from_utf8_lossy(&text)))
-        };
-        let page = tokio::time::timeout(DEADLINE, fetch).await.ok()??;
+    pub(in crate::bench) async fn read(server: &Server) -> Option<Self> {
+        let page = server
+            .ask(&Method::GET, "/metrics?engines", None, MAX_PAGE_BYTES, DEADLINE)
+            .await;
+        let page = page
+            .ok()
+            .filter(|page| page.status.is_success() && page.body.len() <= MAX_PAGE_BYTES)?;
+        let page = Self::parse(&String::from_utf8_lossy(&page.body));
         (!page.0.is_empty()).then_some(page)
     }
 

@@ -1,4 +1,4 @@
-//! The result file of `vllm bench serve` 0.32: its keys, in its order; what is ours stands under the key `xpyd`.
+//! The result file of `vllm bench serve` 0.33: its keys, in its order; what is ours stands under the key `xpyd`.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::table::percentile_word;
 use crate::bench::attribution::gpus;
 use crate::bench::conversation;
 use crate::bench::goodput;
-use crate::bench::record::{Answer, Record};
+use crate::bench::record::{Answer, EngineTimes, Record};
 use crate::bench::report::{Probes, Report};
 
 pub(crate) fn render(report: &Report, detailed: bool) -> Value {
@@ -144,6 +144,7 @@ fn requests(result: &mut Map<String, Value>, report: &Report, detailed: bool) {
                 ),
             ],
         );
+        server_times(result, report);
     }
     extend(
         result,
@@ -155,6 +156,24 @@ fn requests(result: &mut Map<String, Value>, report: &Report, detailed: bool) {
             ),
             // Only of audio, in vLLM.
             ("rtfx", json!(0.0)),
+        ],
+    );
+}
+
+/// Adds the queue time and the time to first token that the server reports for each request. Adds nothing if it reports none.
+fn server_times(result: &mut Map<String, Value>, report: &Report) {
+    if report.records.iter().all(|record| engine_times(record).is_none()) {
+        return;
+    }
+    let told = |value: fn(EngineTimes) -> Duration| -> Value {
+        let seconds = |record| engine_times(record).map(|times| value(times).as_secs_f64());
+        report.records.iter().map(|record| json!(seconds(record))).collect()
+    };
+    extend(
+        result,
+        [
+            ("server_queue_times", told(|times| times.queue)),
+            ("server_ttfts", told(|times| times.first_token)),
         ],
     );
 }
@@ -243,6 +262,7 @@ fn own(report: &Report, detailed: bool) -> Value {
         .collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "setup": report.beside.setup,
         "seed": report.spec.workload.seed(),
         "objectives": goodput::to_json(&report.spec.objectives),
         "release_lag_ms": {"mean": lag.mean, "p50": at(0), "p99": at(1), "max": at(2)},
@@ -259,6 +279,11 @@ fn own(report: &Report, detailed: bool) -> Value {
         "turns": conversation::turns_to_json(report),
         "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
     })
+}
+
+/// What the engine itself told of a request.
+fn engine_times(record: &Record) -> Option<EngineTimes> {
+    answer(record)?.told.engine
 }
 
 fn answer(record: &Record) -> Option<&Answer> {

@@ -1,4 +1,5 @@
-//! What xpyd has to say below vLLM's table: what its numbers are worth, and what the client itself did.
+//! What xpyd has to say beside vLLM's table: a screen of it, or what its numbers are worth in detail, and what the client
+//! itself did. Everything fits 80 columns.
 
 use std::fmt::Write as _;
 
@@ -7,15 +8,62 @@ use crate::bench::interval::{Estimate, Row, Statistics, Tail};
 use crate::bench::record::TokenCount;
 use crate::bench::report::Report;
 
-/// Wide enough for `12345.67 [12345.67, 12345.67]`.
-const COLUMN: usize = 29;
+/// The whole result in a few lines: how many requests were answered, how fast, and each latency with its interval.
+pub(crate) fn summary(report: &Report) -> String {
+    let metrics = &report.metrics;
+    let mut text = format!(
+        "{} of {} requests answered in {:.1} s: {:.2} req/s",
+        metrics.completed,
+        report.records.len(),
+        metrics.duration,
+        metrics.request_throughput()
+    );
+    let _ = write!(text, ", {:.1} tokens/s", metrics.output_throughput());
+    if let Some(goodput) = metrics.request_goodput {
+        let _ = write!(text, ", {goodput:.2} req/s good");
+    }
+    text.push('\n');
+    let rows = &report.statistics().rows;
+    if rows.is_empty() {
+        return text;
+    }
+    let _ = write!(text, "\n{:<14}{:>12}  {:<22}", "", "median", "95 % interval");
+    for tail in &rows[0].tails {
+        let _ = write!(text, "{:>12}", format!("P{}", tail.percentile));
+    }
+    text.push('\n');
+    for row in rows {
+        let interval = row.median.interval;
+        let interval = interval.map(|(low, high)| format!("{low:.1} to {high:.1}"));
+        let median = format!("{:.1} ms", row.median.value);
+        let _ = write!(
+            text,
+            "{:<14}{median:>12}  {:<22}",
+            row.label,
+            interval.unwrap_or_default()
+        );
+        for tail in &row.tails {
+            let _ = write!(text, "{:>12}", format!("{:.1} ms", tail.estimate.value));
+        }
+        text.push('\n');
+    }
+    let of_few = |tail: &Tail| Some((tail.percentile, tail.of_few?));
+    if let Some((percentile, of)) = rows.iter().flat_map(|row| &row.tails).find_map(of_few) {
+        let _ = writeln!(
+            text,
+            "P{percentile} of {of} requests: hardly more than the slowest one."
+        );
+    }
+    text
+}
 
-pub(crate) fn render(report: &Report) -> String {
+/// Everything that is known beside the table.
+pub(crate) fn details(report: &Report) -> String {
     let (statistics, verdict) = (report.statistics(), report.verdict());
     let mut text = String::new();
-    rows(&mut text, "with 95 % intervals", &statistics.rows);
+    rows(&mut text, "in ms, with 95 % intervals", &statistics.rows);
     if statistics.cold > 0 {
-        let title = format!("without {} cold", statistics.cold);
+        let title = format!("the same without the first request of each pair ({})", statistics.cold);
         rows(&mut text, &title, &statistics.without_cold);
     }
     for line in remarks(statistics, &verdict) {
@@ -24,37 +72,35 @@ pub(crate) fn render(report: &Report) -> String {
     text.trim_end().to_owned()
 }
 
+/// A line for each statistic of each latency.
 fn rows(text: &mut String, title: &str, rows: &[Row]) {
-    let Some(first) = rows.first() else { return };
-    let _ = write!(text, "{title:<20} {:>COLUMN$} {:>COLUMN$}", "mean ms", "median ms");
-    for tail in &first.tails {
-        let (Tail::Percentile(percentile, _) | Tail::Slowest { percentile, .. }) = tail;
-        let _ = write!(text, " {:>COLUMN$}", format!("P{percentile} ms"));
+    if rows.is_empty() {
+        return;
     }
-    text.push('\n');
+    let _ = writeln!(text, "{title}");
     for row in rows {
-        let _ = write!(
-            text,
-            "{:<20} {:>COLUMN$} {:>COLUMN$}",
-            row.label,
-            estimate(row.mean),
-            estimate(row.median)
-        );
-        for tail in &row.tails {
-            let cell = match *tail {
-                Tail::Percentile(_, value) => estimate(value),
-                Tail::Slowest { value, of, .. } => format!("{value:.2}, the slowest of {of}"),
-            };
-            let _ = write!(text, " {cell:>COLUMN$}");
+        let mut lines = vec![
+            ("mean".to_owned(), estimate(row.mean)),
+            ("median".to_owned(), estimate(row.median)),
+        ];
+        lines.extend(row.tails.iter().map(|tail| {
+            let mut value = estimate(tail.estimate);
+            if let Some(of) = tail.of_few {
+                let _ = write!(value, "  of {of} requests: hardly more than the slowest");
+            }
+            (format!("P{}", tail.percentile), value)
+        }));
+        let labels = std::iter::once(row.label).chain(std::iter::repeat(""));
+        for (label, (name, value)) in labels.zip(lines) {
+            let _ = writeln!(text, "  {label:<16}{name:<8}{value}");
         }
-        text.push('\n');
     }
 }
 
 fn estimate(estimate: Estimate) -> String {
     match estimate.interval {
-        Some((low, high)) => format!("{:.2} [{low:.2}, {high:.2}]", estimate.value),
-        None => format!("{:.2}", estimate.value),
+        Some((low, high)) => format!("{:>10.2}  [{low:.2}, {high:.2}]", estimate.value),
+        None => format!("{:>10.2}", estimate.value),
     }
 }
 
@@ -86,17 +132,16 @@ fn remarks(statistics: &Statistics, verdict: &Verdict) -> Vec<String> {
     ));
     if verdict.backlog.reads > 0 {
         remarks.push(format!(
-            "client: what came waited {:.2} ms to be read on average, {:.2} ms at most, which is in no time above",
+            "client: answers waited {:.2} ms to be read on average, {:.2} ms at most; no latency includes this wait",
             verdict.mean_wait(),
             verdict.backlog.most.as_secs_f64() * 1e3
         ));
     }
     if verdict.connections > 0 {
         remarks.push(format!(
-            "client: connections made: {}, in {:.2} ms on average, which is in TTFT, as with vLLM's client",
+            "client: {} connections made, in {:.2} ms on average; TTFT includes this time, as with vLLM's client",
             verdict.connections, verdict.connecting
         ));
     }
-    remarks.extend(verdict.notes.iter().map(|note| format!("note: {note}")));
     remarks
 }

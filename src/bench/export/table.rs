@@ -1,4 +1,4 @@
-//! The table of `vllm bench serve` 0.32. Its users parse it, so every byte is kept, spaces at line ends included.
+//! The table of `vllm bench serve` 0.33. Its users parse it, so every byte is kept, spaces at line ends included.
 
 use super::python::repr;
 use crate::bench::engine_counters::{Diffusion, Speculation};

@@ -22,7 +22,6 @@ fn answered(index: usize, chunks: &[u64], tokens: u64, pair: Option<[&str; 2]>) 
         started,
         result: Ok(Answer {
             first_token: milliseconds(chunks[0]),
-            first_text: Some(milliseconds(chunks[0])),
             gaps: chunks.windows(2).map(|pair| milliseconds(pair[1] - pair[0])).collect(),
             latency: milliseconds(chunks[chunks.len() - 1]),
             completion_tokens: Some(tokens),
@@ -45,33 +44,31 @@ fn mean(rows: &[Row], key: &str) -> String {
 }
 
 #[test]
-fn a_percentile_of_too_few_requests_is_called_the_slowest() {
+fn a_percentile_of_too_few_requests_is_vllms_without_an_interval() {
     let of = |count: usize| {
         let records: Vec<Record> = (0..count)
             .map(|index| answered(index, &[index as u64 + 1, index as u64 + 2], 2, None))
             .collect();
         Statistics::of(&records, &[99.0]).rows
     };
-    assert_eq!(
-        row(&of(99), "ttft").tails,
-        [Tail::Slowest {
-            percentile: 99.0,
-            value: 99.0,
-            of: 99
-        }]
-    );
+    let few = of(99);
+    let [tail] = row(&few, "ttft").tails[..] else {
+        panic!("{few:?}")
+    };
+    assert_eq!((tail.of_few, tail.estimate.interval), (Some(99), None));
+    assert!((tail.estimate.value - 98.02).abs() < 1e-9, "{tail:?}");
     let enough = of(100);
-    let Tail::Percentile(_, estimate) = row(&enough, "ttft").tails[0] else {
+    let Tail {
+        estimate, of_few: None, ..
+    } = row(&enough, "ttft").tails[0]
+    else {
         panic!("{enough:?}")
     };
     assert!((estimate.value - 99.01).abs() < 1e-9);
     // A hundred gaps of few requests are no hundred values.
     let long: Vec<u64> = (1..200).collect();
     let few = Statistics::of(&[answered(0, &long, 199, None), answered(1, &long, 199, None)], &[99.0]);
-    assert!(matches!(
-        row(&few.rows, "itl_chunk_gap").tails[0],
-        Tail::Slowest { of: 2, .. }
-    ));
+    assert_eq!(row(&few.rows, "itl_chunk_gap").tails[0].of_few, Some(2));
 }
 
 #[test]
@@ -104,16 +101,6 @@ fn tokens_stand_apart_from_chunks_where_a_chunk_holds_several() {
     let one_each = Statistics::of(&[answered(0, &[100, 140, 150], 3, None)], &[99.0]);
     assert_eq!(one_each.tokens, TokenCount::OnePerChunk);
     assert!(one_each.rows.iter().all(|row| row.key != "itl_per_token"));
-}
-
-#[test]
-fn a_chunk_that_only_names_the_role_is_no_token_and_the_first_text_is_told() {
-    let mut chat = answered(0, &[100, 130, 140], 2, None);
-    chat.result.as_mut().unwrap().first_text = Some(milliseconds(130));
-    let statistics = Statistics::of(&[chat.clone()], &[99.0]);
-    assert_eq!(statistics.tokens, TokenCount::OnePerChunk);
-    assert_eq!(mean(&statistics.rows, "ttft_text"), "130.000");
-    assert_eq!(chat.result.unwrap().token_gaps().0, [0.01]);
 }
 
 #[test]

@@ -10,23 +10,32 @@ fn milliseconds(value: u64) -> Duration {
     Duration::from_millis(value)
 }
 
-fn read_with(keep_text: bool, events: &[(&str, u64)]) -> Result<Answer, String> {
-    let scanner = Scanner::new(keep_text);
+fn read_with(texts: Texts, events: &[(&str, u64)]) -> Result<Answer, String> {
+    let is_chat = events.iter().any(|(event, _)| event.contains("\"delta\""));
+    let backend = if is_chat { Backend::Chat } else { Backend::Completions };
+    let scanner = Scanner::new(texts, backend);
     let mut read = Events::default();
     let outcome = events
         .iter()
-        .try_for_each(|(event, at)| read.take(&scanner, event.as_bytes(), milliseconds(*at)));
+        .try_for_each(|(event, at)| read.take(&scanner, b"", event.as_bytes(), milliseconds(*at)));
     outcome
-        .and_then(|()| read.finish())
+        .and_then(|()| read.finish(&scanner))
         .map_err(|error| crate::report::one_line(&error))
 }
 
-/// The answer, which must not depend on whether texts are kept, but for the text.
+/// The answer, which must not depend on what becomes of texts, but for the text.
 fn read(events: &[(&str, u64)]) -> Result<Answer, String> {
-    let kept = read_with(true, events);
+    let kept = read_with(Texts::Keep, events);
     let text = kept.as_ref().map(|answer| answer.text.clone()).unwrap_or_default();
-    let scanned = read_with(false, events).map(|answer| Answer { text, ..answer });
+    let scanned = read_with(Texts::Drop, events).map(|answer| Answer { text, ..answer });
     assert_eq!(scanned, kept);
+    let counted = read_with(Texts::Count, events);
+    let tells = kept.as_ref().is_ok_and(|answer| answer.completion_tokens.is_some());
+    let expected = kept.clone().map(|answer| Answer {
+        text: if tells { String::new() } else { answer.text },
+        ..answer
+    });
+    assert_eq!(counted, expected);
     kept
 }
 
@@ -44,7 +53,6 @@ fn latencies_end_at_the_last_chunk_with_a_choice() {
     ]);
     let expected = Answer {
         first_token: milliseconds(100),
-        first_text: Some(milliseconds(100)),
         gaps: vec![milliseconds(10), milliseconds(15)],
         latency: milliseconds(125),
         prompt_tokens: Some(7),
@@ -57,18 +65,66 @@ fn latencies_end_at_the_last_chunk_with_a_choice() {
 }
 
 #[test]
-fn the_role_chunk_of_a_chat_is_its_first_token_as_in_vllm_and_the_first_text_is_told_apart() {
-    let answer = read(&[
-        (r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#, 9),
-        (r#"{"choices":[{"delta":{"content":"hi"}}]}"#, 20),
-        ("[DONE]", 20),
-    ]);
-    let answer = answer.unwrap();
-    assert_eq!(
-        (answer.first_token.as_millis(), answer.gaps.len(), answer.text.as_str()),
-        (9, 1, "hi")
-    );
-    assert_eq!(answer.first_text, Some(milliseconds(20)));
+fn a_chunk_of_a_chat_counts_if_it_holds_output_and_the_one_that_names_the_role_holds_none() {
+    let chunk = |delta: &str| format!(r#"{{"choices":[{{"delta":{delta}}}]}}"#);
+    let deltas = [
+        r#"{"role":"assistant","content":""}"#,
+        r#"{"reasoning":"hm"}"#,
+        r#"{"content":""}"#,
+        r#"{"content":"hi"}"#,
+        r#"{"role":"assistant","content":""}"#,
+        r#"{"content":[{"type":"text","text":" you"}]}"#,
+        r#"{"tool_calls":[{}]}"#,
+        "{}",
+    ]
+    .map(chunk);
+    let mut events: Vec<(&str, u64)> = deltas.iter().map(String::as_str).zip(1..).collect();
+    events.push(("[DONE]", 20));
+    let answer = read(&events[1..]).unwrap();
+    assert_eq!((answer.first_token.as_millis(), answer.gaps.len()), (2, 4));
+    let answer = read_with(Texts::Keep, &events).unwrap();
+    assert_eq!((answer.first_token.as_millis(), answer.latency.as_millis()), (2, 7));
+    assert_eq!((answer.gaps.len(), answer.text.as_str()), (4, "hi you"));
+    let only_a_role = read(&[events[0], ("[DONE]", 20)]);
+    assert_eq!(only_a_role.unwrap_err(), "the stream ended without a token");
+}
+
+#[test]
+fn an_answer_that_ends_badly_fails_whatever_the_server_calls_it() {
+    let token = (r#"{"choices":[{"text":"a","finish_reason":null}]}"#, 1);
+    for reason in [
+        r#""error""#,
+        r#""abort""#,
+        r#""Cancelled""#,
+        r#"{"type":"abort","message":"x"}"#,
+    ] {
+        let end = format!(r#"{{"choices":[{{"text":"","finish_reason":{reason}}}]}}"#);
+        let second =
+            format!(r#"{{"choices":[{{"text":"b","finish_reason":null}},{{"text":"","finish_reason":{reason}}}]}}"#);
+        for last in [&end, &second] {
+            let error = read(&[token, (last, 2), ("[DONE]", 3)]).unwrap_err();
+            assert!(
+                error.starts_with("the server ended the answer with `finish_reason` `"),
+                "{error}"
+            );
+        }
+    }
+    let mut named = Events::default();
+    let scanner = Scanner::new(Texts::Drop, Backend::Completions);
+    let error = named
+        .take(&scanner, b"error", b"out of luck", milliseconds(1))
+        .unwrap_err();
+    assert_eq!(error.to_string(), "the server failed during the stream: out of luck");
+}
+
+#[test]
+fn an_answer_is_whole_once_it_has_ended_for_a_reason_or_is_done() {
+    let token = (r#"{"choices":[{"text":"a"}]}"#, 1);
+    for reason in ["stop", "length", "eos_token", "content_filter", "tool_calls"] {
+        let end = format!(r#"{{"choices":[{{"text":"b","finish_reason":"{reason}"}}]}}"#);
+        assert_eq!(read(&[token, (&end, 2)]).unwrap().gaps.len(), 1);
+    }
+    read(&[token, ("[DONE]", 2)]).unwrap();
 }
 
 #[test]
@@ -130,7 +186,7 @@ fn a_stream_that_does_not_hold_a_whole_answer_fails_with_the_reason() {
 
 #[test]
 fn late_reads_are_counted_apart_from_times() {
-    let scanner = Scanner::new(false);
+    let scanner = Scanner::new(Texts::Drop, Backend::Completions);
     let started = Instant::now();
     let mut reader = Reader::new(&scanner, started);
     for (at, waited) in [(10, 4), (20, 1)] {

@@ -80,6 +80,27 @@ const SUSPICIOUS: usize = 3;
 /// By how much the search steps beyond an end that was wrong.
 const CORRECTION: f64 = 1.25;
 
+/// Requests of a burst that tell too little when there are fewer.
+const LEAST_OF_A_BURST: usize = 8;
+/// A search begins at this share of what a burst showed: below the limit, but not far below, because a rate that passes takes
+/// the more time the lower it is.
+const SHARE_OF_A_BURST: f64 = 0.5;
+
+/// Where a search begins, by when the answers to requests that were all sent at once had come, in seconds. A burst ends with
+/// few requests at the server, so its last part is left out.
+pub fn first_rate(mut ends: Vec<f64>) -> Option<f64> {
+    ends.sort_unstable_by(f64::total_cmp);
+    let counted = ends.len() * 4 / 5;
+    let end = *ends.get(counted.checked_sub(1)?)?;
+    let rate = counted as f64 / end * SHARE_OF_A_BURST;
+    if ends.len() < LEAST_OF_A_BURST || !rate.is_finite() || rate <= 0.0 {
+        return None;
+    }
+    // Two digits are more than such a guess is worth.
+    let digit = 10_f64.powf(rate.log10().floor() - 1.0);
+    Some((rate / digit).round().max(1.0) * digit)
+}
+
 impl Search {
     /// A search that begins at `first` requests per second. Both arguments are more than 0.
     pub fn new(first: f64, tolerance: f64) -> Self {

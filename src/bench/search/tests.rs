@@ -170,3 +170,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_burst_tells_where_to_begin_and_too_few_answers_tell_nothing() {
+    // Ten a second, and the last ones come late because few are left.
+    let steady: Vec<f64> = (1..=50).map(|place| f64::from(place) / 10.0).collect();
+    let with_tail: Vec<f64> = steady
+        .iter()
+        .copied()
+        .chain((0..14).map(|place| 5.0 + f64::from(place)))
+        .collect();
+    assert_eq!(first_rate(steady), Some(5.0));
+    assert!(first_rate(with_tail).is_some_and(|rate| (4.5..=5.5).contains(&rate)));
+    assert_eq!(first_rate(vec![1.0; 7]), None);
+    assert_eq!(first_rate(vec![0.0; 20]), None);
+    let slow: Vec<f64> = (1..=64).map(|place| f64::from(place) * 9.7).collect();
+    assert!(first_rate(slow).is_some_and(|rate| (rate - 0.052).abs() < 1e-9));
+}

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::burstgpt::BurstGpt;
 use super::custom::Custom;
+use super::lenient;
 use super::prefix_repetition::PrefixRepetition;
 use super::random::Random;
 use super::sessions::Sessions;
@@ -201,13 +202,15 @@ impl Dataset {
 
 /// A dataset's text.
 pub(super) fn read(path: &Path) -> Result<String, DatasetError> {
-    std::fs::read_to_string(path).map_err(|error| DatasetError::Read {
+    let text = std::fs::read_to_string(path).map_err(|error| DatasetError::Read {
         path: path.to_owned(),
         reason: match error.kind() {
             std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
             _ => error.to_string(),
         },
-    })
+    })?;
+    // Windows' tools put a mark of the encoding before everything else.
+    Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
 /// One JSON object of a file, with its place for messages.
@@ -223,7 +226,7 @@ pub(super) fn json_lines<'a>(path: &'a Path, text: &str) -> Result<Vec<Entry<'a>
     let entries: Result<Vec<_>, _> = lines
         .map(|(index, line)| {
             let place = format!("line {}", index + 1);
-            match serde_json::from_str(line) {
+            match lenient::from_str(line) {
                 Ok(Value::Object(fields)) => Ok(Entry { path, place, fields }),
                 Ok(_) => Err(wrong(path, place, "not a JSON object")),
                 Err(error) => Err(wrong(path, place, format_args!("not JSON: {}", at_column(&error)))),
@@ -267,10 +270,10 @@ impl Entry<'_> {
                 .unwrap_or_default();
             self.wrong(format_args!("no field `{name}` among {}{flag}", names.join(", ")))
         };
-        self.fields
-            .get(name)
-            .filter(|value| !value.is_null())
-            .ok_or_else(missing)
+        match self.fields.get(name) {
+            Some(Value::Null) => Err(self.wrong(format_args!("the field `{name}` is null"))),
+            found => found.ok_or_else(missing),
+        }
     }
 
     /// A length in tokens, as Python's `int` reads it.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use super::dataset::{read, wrong};
+use super::lenient;
 use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
 use crate::bench::tokenizer::Tokenizer;
 
@@ -30,7 +31,7 @@ impl ShareGpt {
         tokenizer: &Tokenizer,
         progress: Progress<'_>,
     ) -> Result<Product, DatasetError> {
-        let entries: Value = serde_json::from_str(&read(&self.path)?).map_err(|error| DatasetError::Read {
+        let entries = lenient::from_str(&read(&self.path)?).map_err(|error| DatasetError::Read {
             path: self.path.clone(),
             reason: format!("not JSON: {error}"),
         })?;

@@ -3,15 +3,15 @@
 use serde_json::json;
 
 use super::compare::show;
-use super::failure;
 use super::session::Session;
+use super::{Server, failure, without_version};
 use crate::bench::paired::{self, Pairs, Side};
 use crate::bench::{self, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 
 /// The other server, and what its requests name.
 struct Other {
-    base_url: String,
+    server: Server,
     model: String,
 }
 
@@ -28,12 +28,12 @@ pub(super) async fn run(session: &Session<'_>, url: &str) -> Result<ExitStatus, 
         session.first.model,
         session.first.base_url,
         other.model,
-        other.base_url
+        other.server.base_url
     ));
     let mut pairs = Pairs::default();
     let mut done = Vec::new();
     for (block, &count) in blocks.iter().enumerate() {
-        let Some([first, second]) = both(session, &other, block, count).await? else {
+        let Some([first, second]) = Box::pin(both(session, &other, block, count)).await? else {
             break;
         };
         pairs.add(&first.records, &second.records);
@@ -44,14 +44,16 @@ pub(super) async fn run(session: &Session<'_>, url: &str) -> Result<ExitStatus, 
 
 /// Asks the other server for its model; `None` if the stop came first.
 async fn find(session: &Session<'_>, url: &str) -> Result<Option<Other>, Failure> {
-    let found = session
-        .stop
-        .run_until_cancelled(bench::discover(url, &session.first.headers, None));
+    let url = without_version(url, &session.arguments.target);
+    let server = Server::of(session.arguments, url)?;
+    let insecure = session.first.options.is_insecure;
+    let found = bench::discover_trusting(&server.base_url, &server.headers, insecure, None);
+    let found = session.stop.run_until_cancelled(found);
     let Some(model) = found.await.transpose().map_err(failure)? else {
         return Ok(None);
     };
     Ok(Some(Other {
-        base_url: url.to_owned(),
+        server,
         model: model.id,
     }))
 }
@@ -66,7 +68,8 @@ async fn both(
     let number = u32::try_from(block).unwrap_or(u32::MAX);
     let of_a = session.numbered_spec(number, |arguments| arguments.data.num_prompts = count)?;
     let mut of_b = Spec {
-        base_url: other.base_url.clone(),
+        base_url: other.server.base_url.clone(),
+        headers: other.server.headers.clone(),
         model: other.model.clone(),
         ..of_a.clone()
     };
@@ -111,7 +114,7 @@ fn conclude(
 ) -> Result<ExitStatus, Failure> {
     let rows = pairs.rows(&session.first.percentiles);
     if !session.arguments.output.json {
-        show(&rows, session.printer);
+        show(&rows, session.printer)?;
     }
     if done.len() < blocks {
         session
@@ -135,7 +138,7 @@ fn conclude(
             "a",
             json!({"base_url": session.first.base_url, "model_id": session.first.model}),
         ),
-        ("b", json!({"base_url": other.base_url, "model_id": other.model})),
+        ("b", json!({"base_url": other.server.base_url, "model_id": other.model})),
         ("pairs", json!(pairs.len())),
         ("unpaired", json!(pairs.unpaired())),
         ("confidence", json!(0.95)),

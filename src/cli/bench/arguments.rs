@@ -12,7 +12,6 @@ mod target;
 use std::time::Duration;
 
 use clap::Args;
-use reqwest::header::HeaderMap;
 
 pub(super) use self::data::{Data, DatasetName};
 pub(super) use self::ending::Ending;
@@ -22,12 +21,13 @@ pub(super) use self::output::Output;
 pub(super) use self::page::Page;
 pub(super) use self::sampling::Sampling;
 pub(super) use self::target::{BackendName, Header, Target};
+use super::Server;
 use crate::bench::{Backend, Lora, LoraAssignment, Naming, Options, Spec};
 use crate::report::{ExitStatus, Failure};
 
 /// Benchmarks a server: the running fleet, or any other that speaks OpenAI's API.
 #[derive(Debug, Clone, Args)]
-#[command(args_override_self = true)]
+#[command(args_override_self = true, allow_negative_numbers = true)]
 pub struct Arguments {
     /// Which server is asked, and how.
     #[command(flatten)]
@@ -60,7 +60,7 @@ pub struct Arguments {
 
 impl Arguments {
     /// The run that they ask for. Its model is empty if they leave that to the server.
-    pub(super) fn spec(&self, base_url: String, headers: HeaderMap) -> Result<Spec, Failure> {
+    pub(super) fn spec(&self, server: Server) -> Result<Spec, Failure> {
         let backend = match self.target.backend {
             BackendName::Openai | BackendName::Vllm => Backend::Completions,
             BackendName::OpenaiChat => Backend::Chat,
@@ -79,11 +79,11 @@ impl Arguments {
         }
         let model = self.target.served_model_name.as_ref().or(self.target.model.as_ref());
         Ok(Spec {
-            base_url,
+            base_url: server.base_url,
             backend,
             endpoint: endpoint.to_owned(),
             model: model.cloned().unwrap_or_default(),
-            headers,
+            headers: server.headers,
             workload: self.data.workload(self.target.backend)?,
             arrivals,
             max_concurrency: self.load.max_concurrency,
@@ -120,6 +120,7 @@ impl Arguments {
             ready_check: Duration::from_secs(self.load.ready_check_timeout_sec.into()),
             probe_rate: self.load.probe_request_rate,
             request_id_prefix: self.target.request_id_prefix.clone(),
+            is_insecure: self.target.insecure,
             ..Options::default()
         }
     }

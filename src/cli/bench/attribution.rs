@@ -58,29 +58,52 @@ fn over_the_run(totals: GpuTotals) -> GpuUse {
     }
 }
 
-/// Says what is known; nothing where the server told nothing.
-pub(super) fn tell(report: &Report, printer: Printer) {
+/// Says what is known; nothing where the server told nothing. Without details it is a line, and what nobody may miss.
+pub(super) fn tell(report: &Report, has_details: bool, printer: Printer) {
     if let Some(summary) = report.attribution() {
-        printer.status(format_args!(
-            "\nwhere the time to the first token went{}\n\n{}",
-            if summary.told > 0 {
-                ", seen by client, proxy and engines"
-            } else {
-                ", on average, as the server counts it"
-            },
-            stages(&summary.rows)
-        ));
-        if summary.pairs.len() > 1 {
-            printer.status(format_args!("\n{}", pairs(&summary)));
-        }
-        for remark in remarks(&summary) {
-            printer.status(remark);
+        if has_details {
+            tell_stages(&summary, printer);
+        } else if let Some(shares) = shares(&summary.rows) {
+            printer.status(format_args!("time to first token: {shares}"));
         }
         for warning in warnings(&summary) {
             printer.error(format_args!("warning: {warning}"));
         }
     }
-    tell_gpus(report, printer);
+    if has_details {
+        tell_gpus(report, printer);
+    }
+}
+
+fn tell_stages(summary: &Summary, printer: Printer) {
+    printer.status(format_args!(
+        "\nwhere the time to the first token went{}\n\n{}",
+        if summary.told > 0 {
+            ", seen by client, proxy and engines"
+        } else {
+            ", on average, as the server counts it"
+        },
+        stages(&summary.rows)
+    ));
+    if summary.pairs.len() > 1 {
+        printer.status(format_args!("\n{}", pairs(summary)));
+    }
+    for remark in remarks(summary) {
+        printer.status(remark);
+    }
+}
+
+/// `61 % prefill, 22 % proxy queue`: the largest stages.
+fn shares(rows: &[Row]) -> Option<String> {
+    const LEAST: f64 = 0.02;
+    let is_stage = |row: &&Row| !row.is_part && row.share >= LEAST && row.share < 1.0;
+    let mut stages: Vec<&Row> = rows.iter().filter(is_stage).collect();
+    stages.sort_by(|one, other| other.share.total_cmp(&one.share));
+    let stages = stages
+        .iter()
+        .map(|row| format!("{:.0} % {}", row.share * 100.0, row.label));
+    let text = stages.collect::<Vec<_>>().join(", ");
+    (!text.is_empty()).then_some(text)
 }
 
 fn number(milliseconds: f64) -> String {
@@ -109,7 +132,7 @@ fn pairs(summary: &Summary) -> Table<6> {
         "     ttft",
         "  prefill",
         "   decode",
-        "its first",
+        "1st request",
     ]);
     for pair in &summary.pairs {
         let sum = |wanted: &[Stage]| {
@@ -131,12 +154,14 @@ fn pairs(summary: &Summary) -> Table<6> {
 fn remarks(summary: &Summary) -> Vec<String> {
     let mut remarks = Vec::new();
     if let Some(cold) = &summary.cold {
+        let more = cold.cold_ms - cold.warm_ms;
         remarks.push(format!(
-            "mean TTFT {:.2} ms; {:.2} ms without the first request of each pair of engines: {} of them, {:+.2} ms each",
+            "mean TTFT {:.2} ms; {:.2} ms without the first request of each pair of engines ({} requests, each {:.2} ms {})",
             cold.all_ms,
             cold.warm_ms,
             cold.requests,
-            cold.cold_ms - cold.warm_ms,
+            more.abs(),
+            if more < 0.0 { "faster" } else { "slower" },
         ));
     }
     if let Some(remote) = summary.remote.as_ref().filter(|remote| remote.used == remote.answered) {

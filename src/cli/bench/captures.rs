@@ -6,10 +6,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use reqwest::header::HeaderMap;
 use serde_json::Value;
 
-use super::arguments::tests::parse;
+use super::arguments::tests::{parse, server};
 use crate::bench::record::{Answer, Record};
 use crate::bench::{Beside, Diffusion, Probes, Report, Spec, Speculation};
 
@@ -52,7 +51,7 @@ fn captures() -> Vec<Capture> {
 /// What the flags ask for, with the model that the server named where they name none.
 fn spec(line: &str, saved: &str) -> Spec {
     let arguments = parse(line).unwrap();
-    let mut spec = arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap();
+    let mut spec = arguments.spec(server()).unwrap();
     let saved: Value = serde_json::from_str(saved).unwrap();
     spec.naming.model_id = saved["model_id"].as_str().map(str::to_owned);
     spec.options.is_without_tokenizer = line.contains("--skip-tokenizer-init");

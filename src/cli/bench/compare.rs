@@ -41,10 +41,10 @@ pub(super) fn run(
         super::page::write_document(&document, page, printer)?;
     }
     if as_json {
-        printer.data(document);
+        printer.data(document)?;
         return Ok(ExitStatus::Success);
     }
-    show(&rows, printer);
+    show(&rows, printer)?;
     if rows.iter().all(|row| row.interval.is_none()) {
         printer.status("whether that is more than chance, only files of `--save-detailed` can tell");
     }
@@ -52,7 +52,7 @@ pub(super) fn run(
 }
 
 /// Prints rows for people: the change, its interval, and what it means.
-pub(super) fn show(rows: &[Row], printer: Printer) {
+pub(super) fn show(rows: &[Row], printer: Printer) -> Result<(), Failure> {
     let percent = |share: f64| format!("{:+.1}%", share * 100.0);
     let mut table = Table::new(["measure", "a", "b", "change", "95% interval", "detectable", "verdict"]);
     for row in rows {
@@ -71,7 +71,7 @@ pub(super) fn show(rows: &[Row], printer: Printer) {
             row.verdict.words().to_owned(),
         ]);
     }
-    printer.data(table);
+    printer.data(table)
 }
 
 fn read(path: &Path) -> Result<Saved, Failure> {

@@ -9,15 +9,19 @@ use tokio::time::{Instant, timeout_at};
 
 use super::Arguments;
 use super::session::Session;
+use crate::bench::honesty::Verdict as Honesty;
 use crate::bench::record::Answer;
 use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
-use crate::bench::search::{Ending, Search, Step, Verdict};
+use crate::bench::search::{Ending, Search, Step, Verdict, first_rate};
 use crate::bench::{Metric, Objective, Record, Report, Spec, goodput, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::time_span;
 
-/// The first rate, where the flags name none.
+/// The first rate, where the flags name none and a burst does not tell.
 const FIRST_RATE: f64 = 1.0;
+/// Requests of that burst, and how long it may take.
+const BURST: usize = 64;
+const LONGEST_BURST: Duration = Duration::from_secs(30);
 /// Requests that are sent alone before the first probe. The first one may be cold.
 const ALONE: usize = 3;
 /// A server is at rest again when a request alone takes no more than this much longer than at first, or than the moment below.
@@ -67,8 +71,6 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     let modes = &session.arguments.modes;
     let objectives = session.first.objectives.clone();
     let wanted = format!("{} for {}% of requests", named(&objectives), percent(modes.attainment));
-    let rate = session.arguments.load.request_rate;
-    let mut search = Search::new(if rate.is_finite() { rate } else { FIRST_RATE }, modes.tolerance);
     session.printer.status(format_args!(
         "searching the highest rate that meets {wanted}, to `{}` at {}; every probe has prompts of its own, made from seed {} and its number",
         session.first.model,
@@ -79,9 +81,16 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     let began = Instant::now();
     let deadline = began + modes.max_time;
     let mut probes: Vec<Probe> = Vec::new();
-    let alone = alone(session, &objectives).await?;
+    let alone = Box::pin(alone(session, &objectives)).await?;
+    let missed = alone.as_ref().and_then(|alone| alone.missed.clone());
+    let first = match (&missed, session.arguments.load.request_rate) {
+        (Some(_), _) => FIRST_RATE,
+        (None, rate) if rate.is_finite() => rate,
+        (None, _) => Box::pin(burst(session, alone.as_ref(), deadline)).await?,
+    };
+    let mut search = Search::new(first, modes.tolerance);
     let over = loop {
-        if let Some(missed) = alone.as_ref().and_then(|alone| alone.missed.clone()) {
+        if let Some(missed) = missed {
             break Over::Alone(missed);
         }
         let rate = match search.step() {
@@ -100,12 +109,15 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
             .max()
             .unwrap_or(FILL)
             .max(FILL);
-        match probe(session, &objectives, rate, fill, deadline).await? {
+        match Box::pin(probe(session, &objectives, rate, fill, deadline)).await? {
             Some(probe) => {
                 if probe.was_cut {
-                    rest(session, alone.as_ref(), deadline).await?;
+                    Box::pin(rest(session, alone.as_ref(), deadline)).await?;
                 }
-                session.line(&line(&probe, &objectives));
+                session.line(&line(&probe));
+                for note in notes(&probe, &objectives) {
+                    session.printer.status(format_args!("{:13}{note}", ""));
+                }
                 search.take(rate, probe.verdict);
                 probes.push(probe);
             }
@@ -115,9 +127,9 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     };
     let (low, high) = search.bracket();
     for text in summary(&over, low, high, &wanted, &probes, &objectives) {
-        session.line(&text);
+        session.sentence(&text);
     }
-    session.line(&format!(
+    session.sentence(&format!(
         "{} probes, {} requests, {}",
         probes.len(),
         probes.iter().map(|probe| probe.sent).sum::<usize>(),
@@ -204,7 +216,7 @@ async fn probe(
 
 /// Sends a few requests, one after the other; `None` if one failed or the user stopped it.
 async fn alone(session: &Session<'_>, objectives: &[Objective]) -> Result<Option<Alone>, Failure> {
-    let report = one_by_one(session, ALONE).await?;
+    let report = Box::pin(one_by_one(session, ALONE)).await?;
     let answers: Vec<&Answer> = report
         .records
         .iter()
@@ -226,6 +238,35 @@ async fn alone(session: &Session<'_>, objectives: &[Objective]) -> Result<Option
     }))
 }
 
+/// Sends many requests at once, to see about how much the server can do: probes of rates far below that take minutes each.
+async fn burst(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) -> Result<f64, Failure> {
+    let spec = session.spec(|arguments| {
+        arguments.load.request_rate = f64::INFINITY;
+        arguments.data.num_prompts = BURST;
+    })?;
+    let over = session.stop.child_token();
+    let report = {
+        let run = session.run(&spec, "burst", &|_| {}, over.clone());
+        tokio::pin!(run);
+        if let Ok(report) = timeout_at(deadline.min(Instant::now() + LONGEST_BURST), &mut run).await {
+            report?
+        } else {
+            over.cancel();
+            run.await?
+        }
+    };
+    let end = |record: &Record| Some((record.started + record.result.as_ref().ok()?.latency).as_secs_f64());
+    let ends: Vec<f64> = report.records.iter().filter_map(end).collect();
+    let answered = ends.len();
+    let first = first_rate(ends).unwrap_or(FIRST_RATE);
+    session.printer.status(format_args!(
+        "{answered} of {BURST} requests sent at once were answered within {}: the search begins at {first} req/s",
+        time_span(report.effort.wall_time)
+    ));
+    Box::pin(rest(session, alone, deadline)).await?;
+    Ok(first)
+}
+
 /// Waits until the server has let go of what the last probe left behind: a request alone takes as long as at first.
 async fn rest(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) -> Result<(), Failure> {
     let Some(alone) = alone else {
@@ -234,7 +275,7 @@ async fn rest(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) -
     let limit = alone.latency.mul_f64(AT_REST) + MOMENT;
     let deadline = deadline.min(Instant::now() + REST);
     while Instant::now() < deadline && !session.stop.is_cancelled() {
-        let report = one_by_one(session, 1).await?;
+        let report = Box::pin(one_by_one(session, 1)).await?;
         let is_at_rest = |record: &Record| record.result.as_ref().is_ok_and(|answer| answer.latency <= limit);
         if report.records.iter().all(is_at_rest) {
             return Ok(());
@@ -289,33 +330,37 @@ fn ballot(record: &Record, objectives: &[Objective]) -> Ballot {
     }
 }
 
-const HEADER: &str = "      REQ/S  VERDICT      GOOD   VOTES    SENT    TOOK  NOTE";
+const HEADER: &str = "      REQ/S  VERDICT      GOOD   VOTES    SENT    TOOK";
 
-fn line(probe: &Probe, objectives: &[Objective]) -> String {
+fn line(probe: &Probe) -> String {
     let verdict = match probe.verdict {
         Verdict::Pass => "pass",
         Verdict::Fail => "fail",
         Verdict::Invalid => "not valid",
     };
-    let mut notes = broken(&probe.evidence, objectives);
-    if probe.evidence.is_growing() {
-        notes.push("the queue grows".to_owned());
-    }
-    notes.extend(probe.invalid.clone());
-    notes.extend(probe.cause.clone());
     format!(
-        "{:>11.3}  {verdict:<9} {:>6.1}% {:>7} {:>7} {:>7}  {}",
+        "{:>11.3}  {verdict:<9} {:>6.1}% {:>7} {:>7} {:>7}",
         probe.rate,
         probe.evidence.share() * 100.0,
         probe.evidence.votes(),
         probe.sent,
         time_span(probe.lasted),
-        if notes.is_empty() {
-            "-".to_owned()
-        } else {
-            notes.join(", ")
-        }
     )
+}
+
+/// What is to be known of a probe, below its line.
+fn notes(probe: &Probe, objectives: &[Objective]) -> Vec<String> {
+    let mut notes = broken(&probe.evidence, objectives);
+    if probe.evidence.is_growing() {
+        notes.push("the queue grows".to_owned());
+    }
+    let mut notes: Vec<String> = (!notes.is_empty()).then(|| notes.join(", ")).into_iter().collect();
+    notes.extend(probe.cause.clone());
+    if let Some(why) = &probe.invalid {
+        notes.push(format!("not valid: {why}"));
+        notes.push(format!("hint: {}", Honesty::ADVICE));
+    }
+    notes
 }
 
 /// Which objectives were missed how often, the one most often missed first, and how many requests failed.
@@ -361,15 +406,25 @@ fn summary(
         Over::Search(Ending::EverythingPasses) => lines.push("even the highest rate passes".to_owned()),
         Over::Search(Ending::ClientLimit) => {
             lines.push("the client could not keep up, so the search ended early".to_owned());
+            lines.push(format!("hint: {}", Honesty::ADVICE));
         }
         Over::Alone(missed) => lines.push(format!("even a request that is alone at the server misses {missed}")),
         Over::Search(Ending::Probes) => lines.push("too many probes: the verdicts contradict each other".to_owned()),
-        Over::Time => lines.push("the time is over (--max-time)".to_owned()),
+        Over::Time => {
+            lines.push(
+                "the time was over (`--max-time`) before the search was: `--max-time 30m` gives it more".to_owned(),
+            );
+        }
         Over::Interrupted => lines.push("interrupted".to_owned()),
     }
     lines.push(match (low, high) {
-        (Some(low), Some(high)) => format!("meets {wanted} up to {low:.2} req/s, and no longer at {high:.2}"),
-        (Some(low), None) => format!("meets {wanted} at {low:.2} req/s; what it does beyond is not known"),
+        (Some(low), Some(high)) if matches!(over, Over::Search(Ending::Found)) => {
+            format!("meets {wanted} up to {low:.2} req/s, and no longer at {high:.2}")
+        }
+        (Some(low), Some(high)) => {
+            format!("meets {wanted} at {low:.2} req/s at least, and not at {high:.2}; rates between were not tried")
+        }
+        (Some(low), None) => format!("meets {wanted} at {low:.2} req/s at least; higher rates were not tried"),
         (None, Some(high)) => format!("does not meet {wanted} at {high:.3} req/s; what it does below is not known"),
         (None, None) if matches!(over, Over::Alone(_)) => format!("no rate meets {wanted}"),
         (None, None) => format!("whether it meets {wanted} is not known"),

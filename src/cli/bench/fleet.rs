@@ -6,7 +6,6 @@ use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
@@ -37,8 +36,8 @@ impl Fleet {
         let name = format!("bench-{}", std::process::id());
         let program = std::env::current_exe().map_err(anyhow::Error::from)?;
         let mut xpyd = Command::new(program)
-            .args(words(arguments, profile, &name)?)
             .args(printer.quiet.then_some("--quiet"))
+            .args(words(arguments, profile, &name)?)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -70,7 +69,7 @@ impl Fleet {
 
     /// Takes it down, and fails if anything of it is left.
     pub(super) async fn stop(mut self, printer: Printer) -> Result<(), Failure> {
-        let went_down = down::run(down::Arguments::of(&self.name), printer).await;
+        let went_down = down::run_to_its_end(down::Arguments::of(&self.name), printer).await;
         match went_down {
             Ok(_) => {
                 self.xpyd.wait().await.map_err(anyhow::Error::from)?;
@@ -95,6 +94,8 @@ fn words(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<String>
     let mut wanted = request::FleetArguments::of_profile(profile);
     wanted.set.clone_from(&settings);
     wanted.engine = fleet.engine;
+    wanted.connector = fleet.connector;
+    wanted.vllm.clone_from(&fleet.vllm);
     wanted.model.clone_from(&arguments.target.model);
     wanted.logs.clone_from(&fleet.logs);
     if !settings
@@ -126,41 +127,36 @@ fn words(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<String>
     if let Some(engine) = fleet.engine.and_then(request::value_name) {
         words.extend(["--engine".to_owned(), engine]);
     }
+    if let Some(connector) = fleet.connector.and_then(request::value_name) {
+        words.extend(["--connector".to_owned(), connector]);
+    }
     if let Some(model) = &arguments.target.model {
         words.extend(["--model".to_owned(), model.clone()]);
+    }
+    if !fleet.vllm.is_empty() {
+        words.push("--".to_owned());
+        words.extend(fleet.vllm.iter().cloned());
     }
     Ok(words)
 }
 
-/// Relays what the process says until its fleet is ready or it lets go of its pipes; true if it is ready.
+/// Waits until the fleet is ready or its process has let go of its pipes; true if it is ready. The stop ends it.
 async fn is_ready(xpyd: &mut Child, printer: Printer, stop: &CancellationToken) -> Result<bool, Failure> {
-    let (Some(stdout), Some(stderr)) = (xpyd.stdout.take(), xpyd.stderr.take()) else {
-        return Ok(false);
-    };
-    let mut lines = BufReader::new(stderr).lines();
-    let mut is_told = false;
-    loop {
-        tokio::select! {
-            line = lines.next_line() => match line {
-                // With `--quiet` it prints errors only.
-                Ok(Some(line)) => printer.error(line),
-                Ok(None) | Err(_) => break,
-            },
-            () = stop.cancelled(), if !is_told => {
-                is_told = true;
-                terminate(xpyd);
-            }
+    let mut relay = std::pin::pin!(detach::relay(xpyd.stdout.take(), xpyd.stderr.take(), printer));
+    let is_ready = tokio::select! {
+        is_ready = &mut relay => is_ready,
+        () = stop.cancelled() => {
+            terminate(xpyd);
+            relay.await
         }
-    }
-    let mut word = String::new();
-    let mut stdout = stdout.take(64);
-    stdout.read_to_string(&mut word).await.map_err(anyhow::Error::from)?;
-    if word == detach::READY && stop.is_cancelled() {
+    };
+    let is_ready = is_ready.map_err(anyhow::Error::from)?;
+    if is_ready && stop.is_cancelled() {
         // Both at once. It ends as it does before it is ready.
         terminate(xpyd);
         return Ok(false);
     }
-    Ok(word == detach::READY)
+    Ok(is_ready)
 }
 
 fn terminate(xpyd: &Child) {

@@ -25,7 +25,7 @@ pub(super) fn words(given: impl IntoIterator<Item = OsString>) -> Vec<OsString> 
     let mut given: Vec<OsString> = given.into_iter().map(dashed).collect();
     let mut words = Vec::new();
     if given.first().is_some_and(|word| word == "serve") {
-        given[0] = "--allow-failures".into();
+        given[0] = "--as-vllm".into();
     }
     if names_recipe(&given) {
         words.extend(recipe(&given));
@@ -81,7 +81,7 @@ mod tests {
     fn a_line_of_vllm_is_read_as_its_parser_does() {
         assert_eq!(
             lined("xpyd -q bench serve --num_prompts 3 --extra_body={\"a_b\":1} --label a_b"),
-            "xpyd -q bench --allow-failures --num-prompts 3 --extra-body={\"a_b\":1} --label a_b"
+            "xpyd -q bench --as-vllm --num-prompts 3 --extra-body={\"a_b\":1} --label a_b"
         );
         for untouched in [
             "xpyd up --no_such bench",

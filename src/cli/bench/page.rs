@@ -1,5 +1,6 @@
 //! `xpyd bench --report`: the report as a page, of a run or of a saved result.
 
+use std::io::Read as _;
 use std::path::Path;
 
 use serde_json::Value;
@@ -10,6 +11,9 @@ use crate::ui::Printer;
 
 /// Result files that are read: one of a million requests has some hundred megabytes.
 const LARGEST_RESULT: u64 = 2 << 30;
+
+/// How a file comes about that a page can be made of.
+const SAVING: &str = "`xpyd bench --save-result --save-detailed` and `vllm bench serve` with the same flags save one";
 
 /// Writes the page of a run.
 pub(super) fn write(report: &Report, path: &Path, printer: Printer) -> Result<(), Failure> {
@@ -26,23 +30,27 @@ pub(super) fn write_document(document: &Value, path: &Path, printer: Printer) ->
 
 /// Writes the page of a saved result.
 pub(super) fn convert(result: &Path, path: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
-    let usage = |error: std::io::Error| Failure::new(ExitStatus::Usage, error);
-    let length = fs_err::metadata(result).map_err(usage)?.len();
-    if length > LARGEST_RESULT {
-        let message = format!(
-            "`{}` has {length} bytes, and {LARGEST_RESULT} are the limit",
-            result.display()
-        );
-        return Err(Failure::message(ExitStatus::Usage, message));
-    }
-    let text = fs_err::read_to_string(result).map_err(usage)?;
+    let text = read(result).map_err(|error| {
+        let context = format!("cannot make a report of `{}`", result.display());
+        Failure::new(ExitStatus::Usage, anyhow::Error::from(error).context(context)).hint(SAVING)
+    })?;
     let page = bench::page_of_file(&text).map_err(|error| {
         let context = format!("cannot make a report of `{}`", result.display());
-        Failure::new(ExitStatus::Usage, anyhow::Error::from(error).context(context))
-            .hint("`xpyd bench --save-result --save-detailed` and `vllm bench serve` with the same flags save one")
+        Failure::new(ExitStatus::Usage, anyhow::Error::from(error).context(context)).hint(SAVING)
     })?;
     save(&page, path, printer)?;
     Ok(ExitStatus::Success)
+}
+
+/// The text of a result file, unless it is larger than any result.
+fn read(result: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    let mut file = std::fs::File::open(result)?.take(LARGEST_RESULT + 1);
+    if file.read_to_string(&mut text)? as u64 > LARGEST_RESULT {
+        let message = format!("it has more than {} GiB, which is the limit", LARGEST_RESULT >> 30);
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, message));
+    }
+    Ok(text)
 }
 
 fn save(page: &str, path: &Path, printer: Printer) -> Result<(), Failure> {

@@ -64,6 +64,7 @@ impl Prompts {
 
     /// Puts requests in the place of the spec's dataset. `say` gets vLLM's lines about them.
     pub(super) async fn prepare(&self, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+        spec.options.tokenizer = self.tokenizer.as_ref().ok().cloned();
         let Some(dataset) = spec.workload.dataset() else {
             return Ok(());
         };
@@ -92,7 +93,7 @@ impl Prompts {
             let line = bench::align(spec, &mut product.orders, &progress)
                 .await
                 .map_err(failure);
-            shown.finish();
+            shown.clear();
             if let Some(line) = line? {
                 say(&line);
             }
@@ -191,7 +192,7 @@ async fn make(
             }
         }
     };
-    shown.finish();
+    shown.clear();
     drop(wanted);
     // Nothing aborts the work, so what failed to join has panicked.
     let made = made.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
@@ -211,7 +212,7 @@ async fn make(
 
 fn snapshot(label: &'static str, begun: Instant, done: usize, total: usize) -> Snapshot {
     Snapshot {
-        label,
+        label: label.to_owned(),
         total,
         released: done,
         done,

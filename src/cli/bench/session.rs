@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::prompts::Prompts;
-use super::{Arguments, Target, base_url, failure, find_model, headers, snapshot};
+use super::setup;
+use super::{Arguments, Server, Target, base_url, failure, find_model, snapshot};
 use crate::bench::{self, Listener, Progress, Record, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
@@ -22,6 +23,8 @@ pub(super) struct Session<'a> {
     /// The run that the flags ask for, with the model that the server has.
     pub(super) first: Spec,
     prompts: Prompts,
+    /// What is measured.
+    setup: Value,
     /// Runs so far.
     runs: Cell<u32>,
 }
@@ -34,19 +37,21 @@ impl<'a> Session<'a> {
         printer: Printer,
         stop: CancellationToken,
     ) -> Result<Option<Self>, Failure> {
-        let mut first = arguments.spec(base_url(&arguments.target, defaults), headers(arguments)?)?;
+        let mut first = arguments.spec(Server::of(arguments, base_url(&arguments.target, defaults))?)?;
         check(arguments, &first)?;
-        let found = stop.run_until_cancelled(find_model(arguments, &mut first, &|_| {}));
+        let found = stop.run_until_cancelled(find_model(arguments, &mut first, &|_| {}, printer));
         let Some(root) = found.await.transpose()? else {
             return Ok(None);
         };
         let prompts = Prompts::open(arguments, &first, root, printer)?;
+        let setup = setup::of(&first).await;
         Ok(Some(Self {
             arguments,
             printer,
             stop,
             first,
             prompts,
+            setup,
             runs: Cell::new(0),
         }))
     }
@@ -62,7 +67,10 @@ impl<'a> Session<'a> {
         let mut arguments = self.arguments.clone();
         arguments.data.seed = sweep::seed(self.first.workload.seed(), number);
         change(&mut arguments);
-        let mut spec = arguments.spec(self.first.base_url.clone(), self.first.headers.clone())?;
+        let mut spec = arguments.spec(Server {
+            base_url: self.first.base_url.clone(),
+            headers: self.first.headers.clone(),
+        })?;
         spec.model.clone_from(&self.first.model);
         spec.naming.clone_from(&self.first.naming);
         spec.check().map_err(failure)?;
@@ -73,7 +81,7 @@ impl<'a> Session<'a> {
     pub(super) async fn run(
         &self,
         spec: &Spec,
-        label: &'static str,
+        label: &str,
         ended: &dyn Fn(&[Record]),
         stop: CancellationToken,
     ) -> Result<Report, Failure> {
@@ -83,7 +91,7 @@ impl<'a> Session<'a> {
         let show = |progress: Progress| {
             let mut snapshot = snapshot(&progress, &spec);
             if progress.phase == bench::Phase::Measuring {
-                snapshot.label = label;
+                label.clone_into(&mut snapshot.label);
             }
             shown.update(&snapshot);
         };
@@ -92,9 +100,8 @@ impl<'a> Session<'a> {
             say: &|_| {},
             ended,
         };
-        let report = bench::run_watched(&spec, listener, stop).await;
-        shown.finish();
-        report.map_err(failure)
+        let run = bench::run_watched(&spec, listener, stop.clone());
+        shown.until_stopped(stop.cancelled(), run).await.map_err(failure)
     }
 
     /// A line of the result, as it comes: data, or, where the result is JSON, something to look at meanwhile.
@@ -102,7 +109,16 @@ impl<'a> Session<'a> {
         if self.arguments.output.json {
             self.printer.status(line);
         } else {
-            self.printer.data(line);
+            drop(self.printer.data(line));
+        }
+    }
+
+    /// The same of a sentence, which may be broken between words.
+    pub(super) fn sentence(&self, text: &str) {
+        if self.arguments.output.json {
+            self.printer.status(text);
+        } else {
+            drop(self.printer.prose(text));
         }
     }
 
@@ -116,6 +132,7 @@ impl<'a> Session<'a> {
             ("model_id", json!(self.first.model)),
             ("burstiness", json!(self.first.arrivals.burstiness)),
             ("seed", json!(self.first.workload.seed())),
+            ("setup", self.setup.clone()),
         ]
     }
 
@@ -129,7 +146,7 @@ impl<'a> Session<'a> {
         let document = Value::Object(entries.map(|(key, value)| (key.to_owned(), value)).collect());
         let output = &self.arguments.output;
         if output.json {
-            self.printer.data(&document);
+            self.printer.data(&document)?;
         }
         if output.save_result {
             let model = self.first.model.rsplit('/').next().unwrap_or_default();

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Arguments;
 use super::session::Session;
+use crate::bench::honesty::Verdict;
 use crate::bench::stats::Distribution;
 use crate::bench::sweep::{Axis, Points, Row, is_overloaded};
 use crate::bench::{Record, Report};
@@ -24,19 +25,25 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
         session.first.base_url,
         session.first.workload.seed()
     ));
-    session.line(&header(points.axis));
+    let has_objectives = !session.first.objectives.is_empty();
+    session.line(&header(points.axis, has_objectives));
     let mut told = Vec::new();
     let mut end = None;
-    for &asked in &points.values {
+    for (number, &asked) in points.values.iter().enumerate() {
         let spec = session.spec(|arguments| set(arguments, points.axis, asked))?;
-        let (report, was_cut) = point(session, &spec, points.axis).await?;
+        let label = format!("point {} of {}", number + 1, points.values.len());
+        let (report, was_cut) = point(session, &spec, points.axis, &label).await?;
         let mut row = Row::of(asked, points.axis, &report);
         row.is_overloaded |= was_cut;
-        session.line(&line(&row));
+        session.line(&line(&row, has_objectives));
+        let name = format!("{} {asked}", points.axis.name());
         if let Some(cause) = report.failures().first() {
-            session
-                .printer
-                .error(format_args!("{} requests failed: {}", cause.count, cause.cause));
+            let text = format!("{name}: {} requests failed: {}", cause.count, cause.cause);
+            session.printer.error(text);
+        }
+        if let Some(why) = &row.invalid {
+            let text = format!("{name}: not valid: {why}\nhint: {}", Verdict::ADVICE);
+            session.printer.error(text);
         }
         let is_overloaded = row.is_overloaded;
         told.push((row, report));
@@ -86,7 +93,12 @@ fn set(arguments: &mut Arguments, axis: Axis, asked: f64) {
 }
 
 /// One point, and whether it was cut because the server fell behind.
-async fn point(session: &Session<'_>, spec: &crate::bench::Spec, axis: Axis) -> Result<(Report, bool), Failure> {
+async fn point(
+    session: &Session<'_>,
+    spec: &crate::bench::Spec,
+    axis: Axis,
+    label: &str,
+) -> Result<(Report, bool), Failure> {
     let cut = session.stop.child_token();
     let next_look = Cell::new(FEWEST);
     let look = |records: &[Record]| {
@@ -98,25 +110,32 @@ async fn point(session: &Session<'_>, spec: &crate::bench::Spec, axis: Axis) -> 
             }
         }
     };
-    let report = session.run(spec, "point", &look, cut.clone()).await?;
+    let report = session.run(spec, label, &look, cut.clone()).await?;
     let was_cut = cut.is_cancelled() && !session.stop.is_cancelled();
     Ok((report, was_cut))
 }
 
-fn header(axis: Axis) -> String {
-    let [mean, median, high] = ["TTFT MEAN", "P50", "P99"];
+/// The head of the table, which fits 80 columns. `--json` tells more.
+fn header(axis: Axis, has_objectives: bool) -> String {
+    let asked = match axis {
+        Axis::Rate => "RATE",
+        Axis::Concurrency => "AT ONCE",
+    };
     format!(
-        "{:>12} {:>9} {:>9} {mean:>10} {median:>9} {high:>9} {:>10} {high:>8} {:>10} {:>8}  NOTE",
-        axis.name().to_uppercase(),
-        "SENT/S",
+        "{asked:>7} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {}",
         "SERVED/S",
-        "TPOT MEAN",
+        "TTFT P50",
+        "P99",
+        "TPOT P50",
+        "P99",
         "TOK/S",
-        "GOOD/S"
+        if has_objectives { " GOOD/S" } else { "" }
     )
+    .trim_end()
+    .to_owned()
 }
 
-fn line(row: &Row) -> String {
+fn line(row: &Row, has_objectives: bool) -> String {
     let high = |distribution: &Distribution| {
         let found = distribution
             .percentiles
@@ -124,34 +143,30 @@ fn line(row: &Row) -> String {
             .find(|(percentile, _)| *percentile >= 99.0);
         found.map_or_else(|| "-".to_owned(), |(_, value)| format!("{value:.1}"))
     };
-    let good = row.goodput.map_or_else(|| "-".to_owned(), |rate| format!("{rate:.2}"));
-    let mut notes = Vec::new();
-    if row.is_overloaded {
-        notes.push("overloaded".to_owned());
-    }
-    if row.is_partial {
-        notes.push("ended early".to_owned());
-    }
-    if row.failed > 0 {
-        notes.push(format!("{} failed", row.failed));
-    }
-    notes.extend(row.invalid.iter().map(|why| format!("not valid: {why}")));
+    let good = row.goodput.filter(|_| has_objectives);
+    let good = good.map(|rate| format!("{rate:>7.2} ")).unwrap_or_default();
+    let failed = (row.failed > 0).then(|| format!("{} failed", row.failed));
+    let standings = [
+        row.is_overloaded.then(|| "overloaded".to_owned()),
+        failed,
+        row.invalid.as_ref().map(|_| "not valid".to_owned()),
+        row.is_partial.then(|| "ended early".to_owned()),
+    ];
     format!(
-        "{:>12} {:>9.2} {:>9.2} {:>10.1} {:>9.1} {:>9} {:>10.2} {:>8} {:>10.1} {good:>8}  {}",
+        "{:>7} {:>8.2} {:>8.1} {:>8} {:>8.2} {:>7} {:>8.1} {good}{}",
         row.asked,
-        row.sent,
         row.served,
-        row.ttft.mean,
         row.ttft.median,
         high(&row.ttft),
-        row.tpot.mean,
+        row.tpot.median,
         high(&row.tpot),
         row.output_throughput,
-        if notes.is_empty() {
-            "-".to_owned()
-        } else {
-            notes.join(", ")
-        }
+        // The worst one: all are told below.
+        standings
+            .into_iter()
+            .flatten()
+            .next()
+            .unwrap_or_else(|| "ok".to_owned())
     )
 }
 
@@ -176,4 +191,40 @@ fn document(
         ("stopped", json!(end)),
         ("points", Value::Array(entries)),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_fits_80_columns_whatever_became_of_a_point() {
+        let distribution = Distribution {
+            mean: 0.0,
+            median: 123_456.7,
+            deviation: 0.0,
+            percentiles: vec![(99.0, 98_765.4)],
+        };
+        let row = Row {
+            asked: 1024.25,
+            sent: 1024.0,
+            served: 12_345.67,
+            failed: 0,
+            tpot: Distribution {
+                median: 9999.99,
+                ..distribution.clone()
+            },
+            ttft: distribution,
+            output_throughput: 123_456.7,
+            goodput: Some(1234.5),
+            is_overloaded: true,
+            is_partial: true,
+            invalid: Some("a long reason".to_owned()),
+        };
+        let line = line(&row, true);
+        assert!(line.len() <= 80 && line.ends_with("overloaded"), "{line}");
+        let header = header(Axis::Rate, true);
+        assert!(header.ends_with("GOOD/S") && header.len() < line.len(), "{header}");
+        assert!(!super::header(Axis::Rate, false).contains("GOOD"));
+    }
 }

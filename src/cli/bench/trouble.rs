@@ -1,5 +1,7 @@
 //! What went wrong with a benchmark, and what mends it: for a run that could not begin, and for requests that failed.
 
+use tokio_rustls::rustls;
+
 use crate::bench::{BenchError, FailureGroup, Spec};
 use crate::report::{ExitStatus, Failure};
 
@@ -27,8 +29,18 @@ pub(super) fn failure(error: BenchError) -> Failure {
 
 fn hints(error: &BenchError) -> Vec<String> {
     match error {
-        BenchError::Unreachable { source, .. } if source.is_timeout() => {
+        BenchError::Unreachable { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
             vec!["something listens there, but says nothing: is it a model server, and is it well?".to_owned()]
+        }
+        BenchError::Unreachable { source, .. } if distrusts(source) => {
+            vec!["`SSL_CERT_FILE=ca.pem` names who vouches for it, `--insecure` trusts anybody".to_owned()]
+        }
+        BenchError::Unreachable { url, source } if source.kind() == std::io::ErrorKind::InvalidData => {
+            let scheme = if url.starts_with("https") { "http" } else { "https" };
+            vec![format!(
+                "what answers is no {} server: `--base-url {scheme}://…`?",
+                url.split(':').next().unwrap_or_default()
+            )]
         }
         BenchError::Unreachable { .. } => vec![
             "`xpyd up` or `xpyd demo` starts a fleet; `xpyd status` says whether one runs".to_owned(),
@@ -45,11 +57,6 @@ fn hints(error: &BenchError) -> Vec<String> {
         BenchError::NotReady { .. } => {
             vec!["the server's log says how far it is; `--ready-check-timeout-sec` gives it more time".to_owned()]
         }
-        BenchError::BaseUrl(url) if url.starts_with("https://") => vec![
-            "the benchmark speaks no TLS: start the fleet without `tls_cert` to measure it, or name a server's plain \
-             HTTP address with `--base-url`"
-                .to_owned(),
-        ],
         BenchError::BaseUrl(url) if !url.contains("://") => vec![format!("`--base-url http://{url}`")],
         BenchError::Workload(_)
         | BenchError::RequestRate(_)
@@ -57,9 +64,17 @@ fn hints(error: &BenchError) -> Vec<String> {
         | BenchError::TooSlow { .. }
         | BenchError::Ramp(_)
         | BenchError::BaseUrl(_)
-        | BenchError::Client(_)
         | BenchError::Threads(_) => Vec::new(),
+        BenchError::Trust(_) => {
+            vec!["`SSL_CERT_FILE=ca.pem` names whom to trust, `--insecure` trusts anybody".to_owned()]
+        }
     }
+}
+
+/// Whether a connection failed because of the server's certificate.
+fn distrusts(error: &std::io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(inner, Some(rustls::Error::InvalidCertificate(_)))
 }
 
 /// What the server has instead, the nearest name first.
@@ -134,6 +149,10 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
         _ if cause.starts_with("no connection") => {
             "the server was there before the run: it went away, or takes no more connections".to_owned()
         }
+        _ if cause.starts_with("the answer is encoded") => "leave `accept-encoding` out of `--header`".to_owned(),
+        _ if cause.starts_with("the server ended the answer") => {
+            "the reason is in the server's log; for a fleet, `xpyd logs`".to_owned()
+        }
         _ if cause.starts_with("the answer is no stream") => {
             "requests ask for a stream: a proxy between may gather it, or `--backend` does not fit the endpoint"
                 .to_owned()
@@ -148,7 +167,7 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
             "no answer to the request",
         ]) =>
         {
-            "the server ended connections before their answers were whole; its log may say why".to_owned()
+            "the server ended connections or answers before they were whole; its log may say why".to_owned()
         }
         _ => return None,
     };

@@ -28,7 +28,7 @@ pub(super) fn run(yes: bool, only: &[u32], printer: Printer) -> Result<ExitStatu
             orphan.why.clone(),
         ]);
     }
-    printer.data(table);
+    printer.data(table)?;
     let processes: usize = found.iter().map(|orphan| orphan.processes).sum();
     if !yes && !confirmed(processes, printer)? {
         printer.status("nothing was ended");

@@ -8,14 +8,14 @@ use owo_colors::OwoColorize;
 
 use crate::preflight::{Finding, Level};
 use crate::report::Failure;
-use crate::ui::table;
+use crate::ui::{table, wrap};
 
 /// All findings, and how long they took.
 #[derive(Debug)]
-pub(super) struct Report<'findings> {
-    pub(super) profile: Option<&'findings str>,
-    pub(super) findings: &'findings [Finding],
-    pub(super) took: Duration,
+pub(in crate::cli) struct Report<'findings> {
+    pub(in crate::cli) profile: Option<&'findings str>,
+    pub(in crate::cli) findings: &'findings [Finding],
+    pub(in crate::cli) took: Duration,
 }
 
 impl Report<'_> {
@@ -39,7 +39,7 @@ impl Report<'_> {
     }
 
     /// For people, in lines of at most `width` columns where one is given.
-    pub(super) fn text(&self, width: Option<usize>) -> String {
+    pub(in crate::cli) fn text(&self, width: Option<usize>) -> String {
         let names = self
             .findings
             .iter()
@@ -57,12 +57,12 @@ impl Report<'_> {
             // Two spaces, the level, two spaces, the name, two spaces.
             let indent = names + 10;
             let name = format!("{:names$}", finding.check);
-            let message = wrapped(&finding.message, indent, width);
+            let message = wrap::column(&finding.message, indent, width);
             let _ = writeln!(text, "  {}  {name}  {message}", level(finding.level));
             let hint = finding.hint.as_ref().filter(|_| finding.level != Level::Pass);
             if let Some(hint) = hint {
-                let hint = wrapped(hint, indent + 5, width);
-                let _ = writeln!(text, "{:indent$}{} {hint}", "", "fix:".cyan());
+                let hint = wrap::column(hint, indent + 6, width);
+                let _ = writeln!(text, "{:indent$}{} {hint}", "", "hint:".cyan());
             }
         }
         text + "\n" + &self.sum()
@@ -103,25 +103,6 @@ fn level(level: Level) -> String {
         Level::Warn => "warn".yellow().bold().to_string(),
         Level::Fail => "fail".red().bold().to_string(),
     }
-}
-
-/// The text in lines that fit, the further ones below the first. A word that is too long stands alone.
-fn wrapped(text: &str, indent: usize, width: Option<usize>) -> String {
-    const LEAST: usize = 24;
-    let Some(room) = width.map(|width| width.saturating_sub(indent).max(LEAST)) else {
-        return text.to_owned();
-    };
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split(' ') {
-        match lines.last_mut() {
-            Some(line) if table::width(line) + 1 + table::width(word) <= room => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.to_owned()),
-        }
-    }
-    lines.join(&format!("\n{:indent$}", ""))
 }
 
 #[cfg(test)]

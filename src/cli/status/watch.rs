@@ -8,14 +8,13 @@ use tokio::time::{Instant, sleep};
 
 use super::{client, command, picture, running};
 use crate::cli::detach::status_of;
-use crate::cli::down::is_gone;
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, RunDirError, RunInfo};
 use crate::fleet::{EngineState, FleetStage};
 use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
-use crate::ui::{Printer, Screen};
+use crate::ui::{Printer, Reader, Screen};
 
 /// How often to look whether the run is still there, or has appeared.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
@@ -52,16 +51,17 @@ async fn watch(name: &str, interval: Duration, json: bool, printer: Printer) -> 
         match ask(&client, &info).await {
             Some(status) => {
                 answered = Instant::now();
-                if shown.show(&status).is_err() {
-                    // Nobody reads any more.
+                if shown.show(&status)? == Reader::Gone {
                     return Ok(ExitStatus::Success);
                 }
             }
             None if answered.elapsed() > PATIENCE => return Err(silent(&info)),
             None => {}
         }
-        if wait(&info, interval, &mut resized).await? == Waited::RunEnded {
-            break;
+        match wait(&info, interval, &mut resized, printer).await {
+            Waited::TimeToAsk => {}
+            Waited::RunEnded => break,
+            Waited::ReaderGone => return Ok(ExitStatus::Success),
         }
     }
     drop(shown);
@@ -90,25 +90,33 @@ async fn ask(client: &ControlClient, info: &RunInfo) -> Option<Status> {
 enum Waited {
     TimeToAsk,
     RunEnded,
+    ReaderGone,
 }
 
 /// Waits until it is time to ask again, which it also is when the terminal has another size, or the run has ended.
-async fn wait(info: &RunInfo, interval: Duration, resized: &mut Signal) -> Result<Waited, Failure> {
+async fn wait(info: &RunInfo, interval: Duration, resized: &mut Signal, printer: Printer) -> Waited {
     let next = Instant::now() + interval;
-    while !is_gone(info)? {
+    while info.is_alive() {
         let left = next.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Ok(Waited::TimeToAsk);
+            return Waited::TimeToAsk;
+        }
+        if printer.data_reader() == Reader::Gone {
+            return Waited::ReaderGone;
         }
         tokio::select! {
             () = sleep(left.min(POLL_INTERVAL)) => {}
-            _ = resized.recv() => return Ok(Waited::TimeToAsk),
+            _ = resized.recv() => return Waited::TimeToAsk,
         }
     }
-    Ok(Waited::RunEnded)
+    Waited::RunEnded
 }
 
 fn silent(info: &RunInfo) -> Failure {
+    // It may be suspended, which is another thing.
+    if let Err(suspended) = client(info) {
+        return suspended;
+    }
     let text = format!("run `{}` (pid {}) is there and does not answer", info.name, info.pid);
     Failure::message(ExitStatus::Failure, text)
         .hint(format!("see what it last wrote: `{}`", command("logs", &info.name)))
@@ -155,11 +163,11 @@ impl Shown {
         }
     }
 
-    /// Shows what the status has of news. The error says that nobody reads any more.
-    fn show(&mut self, status: &Status) -> std::io::Result<()> {
+    /// Shows what the status has of news.
+    fn show(&mut self, status: &Status) -> Result<Reader, Failure> {
         if let Some(screen) = &self.screen {
             screen.draw(&picture(status, screen.width()));
-            return Ok(());
+            return Ok(Reader::There);
         }
         let before = self.last.replace(status.timeless());
         let mut lines = String::new();
@@ -169,10 +177,10 @@ impl Shown {
                 lines.extend([now.as_str(), "  ", &change, "\n"]);
             }
         } else if before != self.last {
-            lines = serde_json::to_string(status).expect("a status can be put into JSON") + "\n";
+            lines = status.to_json().to_string() + "\n";
         }
         if lines.is_empty() {
-            return Ok(());
+            return Ok(Reader::There);
         }
         self.printer.data_lines(&lines)
     }
@@ -185,6 +193,12 @@ fn changes(before: Option<&Status>, now: &Status) -> Vec<String> {
         changes.push(match now.stage {
             FleetStage::Ready => format!("run `{}` is ready: {}", now.run.name, now.run.proxy_url),
             stage => format!("run `{}` is {stage}", now.run.name),
+        });
+    }
+    if before.map(Status::degraded).unwrap_or_default() != now.degraded() {
+        changes.push(match super::degraded(now) {
+            Some(words) => format!("run `{}` is {words}", now.run.name),
+            None => format!("run `{}` is no longer degraded", now.run.name),
         });
     }
     for engine in &now.engines {
@@ -270,6 +284,23 @@ mod tests {
             changes(Some(&later), &failed),
             ["run `a` is stopping", "decoder1 is failed: it was killed"]
         );
+    }
+
+    #[test]
+    fn a_ready_fleet_without_a_ready_engine_of_a_role_is_degraded() {
+        let mut prefill = engine(EngineState::Backoff);
+        (prefill.id, prefill.role) = (EngineId::new(Role::Prefill, 0), Role::Prefill);
+        let mut now = status(FleetStage::Ready, engine(EngineState::Ready));
+        now.engines.push(prefill);
+        assert_eq!(now.to_json()["degraded"], serde_json::json!(["prefill"]));
+        let words = "run `a` is degraded: no prefill engine is ready".to_owned();
+        assert!(changes(None, &now).contains(&words));
+        assert!(picture(&now, 80).starts_with(&words));
+        let mut later = now.clone();
+        later.engines[1].state = EngineState::Ready;
+        assert!(changes(Some(&now), &later).contains(&"run `a` is no longer degraded".to_owned()));
+        let starting = status(FleetStage::Starting, engine(EngineState::Starting));
+        assert_eq!(starting.degraded(), []);
     }
 
     #[test]

@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime};
 use nix::fcntl::{Flock, FlockArg};
 use serde::Deserialize;
 
-use super::is_repository;
 use super::pointer::Repository;
+use super::{beyond_us, is_repository};
 
 /// A model, as far as it is here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +31,11 @@ pub enum CacheState {
     BadFolder {
         /// What is wrong with it, as the rest of a sentence that begins with the path.
         problem: String,
+    },
+    /// Something that the engine finds by itself, if it is there: an object store, another hub, a GGUF file.
+    Elsewhere {
+        /// What it is, as the rest of a sentence that begins with the name.
+        what: &'static str,
     },
     /// A snapshot of the cache with all that an engine needs.
     Complete,
@@ -98,6 +103,15 @@ pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
         let folder = Some(path.to_owned());
         return Model { state, folder };
     }
+    let is_gguf = path
+        .extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    if path.is_file() && is_gguf {
+        return beside_hub(model, "is a GGUF file");
+    }
+    if let Some(what) = beyond_us(model) {
+        return beside_hub(model, what);
+    }
     if !is_repository(model) {
         let problem = if path.is_file() {
             "is a file, not a folder"
@@ -128,6 +142,18 @@ pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
     Model {
         state,
         folder: Some(folder),
+    }
+}
+
+/// A model that the engine finds by itself, unless it is a folder of this machine.
+pub(super) fn beside_hub(model: &str, what: &'static str) -> Model {
+    let path = Path::new(model);
+    if path.is_dir() {
+        return inspect(model, "", path);
+    }
+    Model {
+        state: CacheState::Elsewhere { what },
+        folder: None,
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
+use super::super::media::condensed;
 use super::*;
 use crate::fleet::{Endpoint, EngineState, Load, Role};
 
@@ -31,7 +32,9 @@ fn kv(kv: u64) -> Weight {
 }
 
 fn ask(kind: Kind, body: &str) -> (u64, bool, u64) {
-    let ask = Ask::of(kind, &Document::parse(body.as_bytes()).expect("an object"));
+    let document = Document::parse(body.as_bytes()).expect("an object");
+    let prompt = condensed(document.given(kind.prompt_field()).unwrap_or_default());
+    let ask = Ask::of(kind, &document, &prompt);
     (ask.prompt, ask.exact, ask.answer)
 }
 
@@ -98,9 +101,9 @@ fn clients_take_turns_and_one_client_is_served_in_order() {
         queue.join(client, name);
     }
     let mut order = Vec::new();
-    while let Some((_, name)) = queue.head() {
-        order.push(*name);
-        queue.serve(Instant::now());
+    while let Some((number, name)) = queue.head().copied() {
+        order.push(name);
+        queue.serve(number, Instant::now());
     }
     assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
     assert_eq!(queue.len(), 0);
@@ -115,7 +118,7 @@ fn clients_are_told_to_come_back_when_the_queue_will_have_moved() {
         queue.join(turn, ());
     }
     for turn in 0..38 {
-        queue.serve(start + Duration::from_secs(2) * turn);
+        queue.serve(turn.into(), start + Duration::from_secs(2) * turn);
     }
     assert_eq!(queue.len(), 2);
     assert_eq!(queue.retry_after(), 6, "two before it, two seconds each");
@@ -123,6 +126,52 @@ fn clients_are_told_to_come_back_when_the_queue_will_have_moved() {
         queue.join(turn, ());
     }
     assert_eq!(queue.retry_after(), 30);
+}
+
+/// A medium of any size weighs the same, and no prompt more than the model reads.
+#[test]
+fn what_is_no_text_weighs_a_bounded_number_of_tokens() {
+    let image = |bytes: usize| {
+        let url = format!("data:image/png;base64,{}", "A".repeat(bytes));
+        ask(
+            Kind::Chat,
+            &format!(r#"{{"messages":[{{"content":[{{"image_url":{{"url":"{url}"}}}}]}}]}}"#),
+        )
+        .0
+    };
+    assert_eq!(image(1000), image(8 << 20));
+    assert!((1000..2000).contains(&image(8 << 20)));
+    let prompt = format!(r#"{{"prompt":"{}"}}"#, "a".repeat(400_000));
+    let document = Document::parse(prompt.as_bytes()).expect("an object");
+    let text = condensed(document.given("prompt").unwrap_or_default());
+    let ask = Ask::of(Kind::Completions, &document, &text);
+    assert!(ask.may_be_too_long());
+    assert_eq!((ask.prompt, ask.within(4096).prompt), (100_001, 4096));
+}
+
+#[test]
+fn who_steps_aside_holds_nobody_up_for_a_while_and_is_served_then() {
+    let (start, mut queue) = (Instant::now(), Queue::default());
+    let after = |seconds| start + Duration::from_secs(seconds);
+    queue.patience = Duration::from_secs(10);
+    let numbers = [1, 2, 3].map(|client| queue.join(client, client));
+    assert!(queue.may_try(Some(numbers[0]), start) && !queue.may_try(Some(numbers[1]), start));
+    assert!(queue.step_aside(numbers[0], start) && !queue.step_aside(numbers[0], start));
+    let may_try = |queue: &Queue<u64>, now| numbers.map(|number| queue.may_try(Some(number), now));
+    assert_eq!(may_try(&queue, after(9)), [true, true, false]);
+    assert_eq!(queue.wakers().collect::<Vec<_>>(), [&1, &2]);
+    queue.serve(numbers[1], after(9));
+    assert_eq!(may_try(&queue, after(10)), [true, false, false], "now it is its turn");
+    assert!(!queue.may_try(None, after(10)));
+    queue.serve(numbers[0], after(10));
+    assert_eq!(may_try(&queue, after(10)), [false, false, true]);
+    queue.leave(3, numbers[2]);
+    assert_eq!((queue.len(), queue.may_try(None, after(11))), (0, true));
+    // Who leaves from there is forgotten, too.
+    let number = queue.join(4, 4);
+    assert!(queue.step_aside(number, start) && queue.may_try(None, start));
+    queue.leave(4, number);
+    assert_eq!((queue.len(), queue.wakers().count()), (0, 0));
 }
 
 /// What may happen: a request comes (client, weight), the longest running one on an engine ends, a waiter leaves.
@@ -179,14 +228,14 @@ impl World {
             }
             let place = self.waiting.iter().position(|(_, waiter)| *waiter == number);
             self.served.push(self.waiting.remove(place.expect("it waits")));
-            self.book.queue.serve(Instant::now());
+            self.book.queue.serve(number, Instant::now());
         }
     }
 
     fn handle(&mut self, event: &Event) {
         match event {
             Event::Comes(client, weight) => {
-                if !self.book.queue.may_try(None) || !self.seat(*weight) {
+                if !self.book.queue.may_try(None, Instant::now()) || !self.seat(*weight) {
                     let number = self.book.queue.join(*client, *weight);
                     self.waiting.push((*client, number));
                 }

@@ -4,6 +4,7 @@
 //! were as good as equally likely, and everything after it. Wrong KV changes which tokens are likely at all.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use serde::Deserialize;
 
@@ -39,6 +40,17 @@ pub(super) enum Likeness {
     Unclear,
     /// No order of additions makes one of the other.
     Different,
+}
+
+impl fmt::Display for Likeness {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Same => "the answer is the decode engine's own",
+            Self::Drifted => "the answer parts from the decode engine's own where both find the same tokens likely",
+            Self::Unclear => "the answer is not the decode engine's own, and nothing says why",
+            Self::Different => "the answer is another than the decode engine's own",
+        })
+    }
 }
 
 impl Answer {

@@ -18,8 +18,9 @@ use super::super::upstream::{Call, Kept, Seat};
 use super::cleanup;
 use crate::connector::Handoff;
 
-/// How long a prefill goes on without its client. Long enough for most prompts, so that a lease rarely has to end by itself.
-const MOMENT: Duration = Duration::from_secs(5);
+/// How long a prefill continues without its client, and how long its decode engine is held for pushed KV. Long enough for most
+/// prompts, so that a lease rarely has to end by itself.
+pub(super) const MOMENT: Duration = Duration::from_secs(5);
 
 /// The call of a prefill leg.
 #[derive(Debug)]

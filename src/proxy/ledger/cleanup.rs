@@ -17,6 +17,7 @@ use super::super::error::Stage as Leg;
 use super::super::notify::Arrival;
 use super::super::rules::Kind;
 use super::super::upstream::{Call, EngineWatch, Kept, Seat};
+use super::abandoned::MOMENT;
 use super::table::End;
 use crate::fleet::{EngineState, EngineView, Role};
 
@@ -115,7 +116,7 @@ enum Released {
 
 /// What remains to be done without holding the request's places.
 enum Later {
-    /// An overdue notification is still acted upon.
+    /// A notification that has not come yet is still acted upon.
     Arrival(Arrival),
     /// Blocks are freed once an engine can pass that on.
     Release(Box<RawValue>, Released),
@@ -133,12 +134,14 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
             None
         }
         Owed::ConsumeOnceThere(mut arrival) => {
+            // If its client leaves, a prefill engine aborts the request and never notifies. So the decode engine is held for a moment only.
+            care.decode.held().inspect(|held| held.abandoned());
             let came = tokio::select! {
                 biased;
                 () = arrival.complete() => Some(true),
                 () = care.decode.gone() => None,
                 () = prefill_gone(&care) => Some(true),
-                () = tokio::time::sleep(care.deadline) => Some(false),
+                () = tokio::time::sleep(care.deadline.min(MOMENT)) => Some(false),
             };
             if came.is_some() {
                 consume(&shared, &care, &care.decode).await;
@@ -158,7 +161,8 @@ pub(super) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
     }
 }
 
-/// Waits on for a notification without holding anything, so that nothing has to wait for this.
+/// Continues to wait for a notification, or for the end of the engine that would send it. Holds no engine and no place, so nothing
+/// waits for this.
 async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) {
     let Ok(_place) = Arc::clone(&shared.overdue).try_acquire_owned() else {
         return;
@@ -174,9 +178,11 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         permit,
     } = care;
     let engine = decode.watch();
-    drop((decode, prefill, permit));
+    let prefill = prefill.map(Kept::into_watch);
+    drop((decode, permit));
     let came = tokio::select! {
         () = arrival.complete() => true,
+        () = gone(prefill.as_ref()) => true,
         () = engine.gone() => false,
         () = shared.closing.cancelled() => false,
         () = tokio::time::sleep(OVERDUE) => false,
@@ -196,6 +202,14 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         permit: Arc::new(permit),
     };
     consume(shared, &care, &care.decode).await;
+}
+
+/// Returns once the prefill engine has gone, if it had KV of this hand-off.
+async fn gone(prefill: Option<&EngineWatch>) {
+    match prefill {
+        Some(prefill) => prefill.gone().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn prefill_gone(care: &Care) {
@@ -323,16 +337,10 @@ async fn while_leased(shared: &Shared, prefill: Option<&EngineWatch>, passed_on:
         (Ok(_), Some(lease)) => lease,
         _ => RELEASE_DEADLINE,
     };
-    let prefill_gone = async {
-        match prefill {
-            Some(prefill) => prefill.gone().await,
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         biased;
         () = passed_on => true,
-        () = prefill_gone => true,
+        () = gone(prefill) => true,
         () = shared.closing.cancelled() => false,
         () = tokio::time::sleep(lease) => false,
     }

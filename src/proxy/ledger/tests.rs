@@ -65,6 +65,7 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
         handoff_deadline: minute,
         decode_idle_deadline: minute,
         kv_lease: None,
+        asks_engines: false,
         max_body_bytes: 1,
         max_in_flight: 1,
         service: Service::default(),

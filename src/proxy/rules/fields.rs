@@ -1,4 +1,4 @@
-//! Every field of vLLM 0.32's generations, and with which values a hand-off and a splice give one engine's answer.
+//! Every field of the generations of vLLM 0.32 and 0.33, and with which values a hand-off and a splice give one engine's answer.
 //!
 //! What was seen on real engines: with several sequences or prompts one hand-off serves the first only and the others get
 //! wrong text; probabilities of the prompt make the decode engine compute it. In a splice the decode engine takes the first
@@ -70,7 +70,7 @@ const EMPTY: When = When::Only(&["[]"]);
 const EACH_STEP: &str = "is about each step alone";
 const LOOKS_BACK: &str = "looks back at the answer's tokens";
 const SHAPES_PROMPT: &str = "changes the prompt's tokens, which a splice asks of `/tokenize` without it";
-const SHAPES_ANSWER: &str = "changes what the answer tells of its first token";
+const SHAPES_ANSWER: &str = "changes the fields that describe the first token";
 
 const fn field(name: &'static str, kinds: &'static [Kind], handoff: When, splice: When, why: &'static str) -> Field {
     Field {
@@ -89,7 +89,6 @@ pub(in crate::proxy) const FIELDS: &[Field] = &[
     field("messages", CHAT, When::List, When::PlainChat, "images and tool calls are no token ids"),
     field("model", BOTH, When::Always, When::Always, "both legs name it"),
     field("n", BOTH, When::Only(&["1"]), When::Only(&["1"]), "KV can be fetched once"),
-    field("best_of", BOTH, When::Only(&["1"]), When::Only(&["1"]), "KV can be fetched once"),
     field("use_beam_search", BOTH, FALSE, FALSE, "beams start from the prompt again and again"),
     field("length_penalty", BOTH, When::Always, ONE, "is about beams"),
     field("echo", BOTH, FALSE, FALSE, "the prompt is part of the answer"),
@@ -123,6 +122,10 @@ pub(in crate::proxy) const FIELDS: &[Field] = &[
     field("logprob_token_ids", BOTH, When::Always, When::Never, SHAPES_ANSWER),
     field("return_tokens_as_token_ids", BOTH, When::Always, FALSE, SHAPES_ANSWER),
     field("return_token_ids", BOTH, When::Always, FALSE, SHAPES_ANSWER),
+    field("return_token_offsets", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("return_weight_versions", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("return_mm_kwargs", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("routed_experts_prompt_start", BOTH, When::Always, When::Never, SHAPES_ANSWER),
     field("return_prompt_text", CHAT, When::Always, FALSE, SHAPES_ANSWER),
     field("response_format", BOTH, When::Always, When::Never, "the grammar begins with the answer"),
     field("structured_outputs", BOTH, When::Always, When::Never, "the grammar begins with the answer"),
@@ -136,6 +139,9 @@ pub(in crate::proxy) const FIELDS: &[Field] = &[
     field("chat_template_kwargs", CHAT, When::Always, When::Never, SHAPES_PROMPT),
     field("add_generation_prompt", CHAT, When::Always, TRUE, SHAPES_PROMPT),
     field("continue_final_message", CHAT, When::Always, FALSE, SHAPES_PROMPT),
+    field("media_io_kwargs", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("mm_processor_kwargs", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("mm_payload", BOTH, When::Always, When::Never, SHAPES_PROMPT),
     field("documents", CHAT, When::Always, When::Never, SHAPES_PROMPT),
     field("add_special_tokens", BOTH, When::Always, When::Never, SHAPES_PROMPT),
     field("suffix", COMPLETIONS, When::Always, When::Never, "vLLM refuses it"),

@@ -11,7 +11,7 @@ fn requests_that_a_handoff_would_answer_wrongly_go_to_a_decode_engine_alone() {
     let handoff = [
         r#"{"prompt":"x"}"#,
         r#"{"prompt":[1, 2]}"#,
-        r#"{"prompt":"x","n":1,"echo":false,"best_of":null,"prompt_logprobs":null,"max_tokens":1}"#,
+        r#"{"prompt":"x","n":1,"echo":false,"prompt_logprobs":null,"max_tokens":1}"#,
         r#"{"prompt":"x","logprobs":3,"stop":["a"],"min_tokens":2,"seed":1}"#,
     ];
     for body in handoff {
@@ -25,7 +25,6 @@ fn requests_that_a_handoff_would_answer_wrongly_go_to_a_decode_engine_alone() {
         (r#"{"prompt":"x","n":2}"#, "n"),
         (r#"{"prompt":"x","n":"2"}"#, "n"),
         (r#"{"prompt":"x","n":1,"n":3}"#, "n"),
-        (r#"{"prompt":"x","best_of":2}"#, "best_of"),
         (r#"{"prompt":"x","use_beam_search":true}"#, "use_beam_search"),
         (r#"{"prompt":"x","echo":true}"#, "echo"),
         (r#"{"prompt":"x","echo":true,"logprobs":1}"#, "echo"),

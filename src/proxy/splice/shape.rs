@@ -1,6 +1,6 @@
 //! The shape of a spliced answer: how the prefill engine's answer and the decode engine's become one.
 //!
-//! Pure. A whole answer is the prefill engine's, gone on; events are written in the words of vLLM 0.32.
+//! Pure. A whole answer is the prefill engine's, gone on; events are written in the words of vLLM 0.33.
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -10,6 +10,9 @@ use serde_json::value::RawValue;
 use super::super::body::{Document, Step, edit_at};
 use super::super::rules::Kind;
 use super::super::sse;
+
+/// What an event with a choice says of the hand-off.
+const NO_PARAMS: &str = r#","kv_transfer_params":null"#;
 
 /// The prefill engine's answer: the first token and what came with it.
 #[derive(Debug, Deserialize)]
@@ -120,7 +123,7 @@ impl Rewriter {
         }
     }
 
-    /// One event, in the words of vLLM 0.32: `rest` follows the choices.
+    /// One event, in the words of vLLM 0.33: `rest` follows the choices.
     fn event(&self, choices: &str, rest: &str) -> String {
         let Self {
             kind,
@@ -165,7 +168,7 @@ impl Rewriter {
 
     /// What a stream begins with: the first token, after the role if it is a chat.
     pub(super) fn first_events(&self, text: &str) -> String {
-        self.role() + &self.event(&self.choice(text, None), "")
+        self.role() + &self.event(&self.choice(text, None), NO_PARAMS)
     }
 
     /// A whole stream of one token.
@@ -179,10 +182,10 @@ impl Rewriter {
         let choice = self.choice(text, Some((finish, stop)));
         let fingerprint = told_fingerprint(fingerprint);
         let end = match usage {
-            None => self.event(&choice, &fingerprint),
+            None => self.event(&choice, &(NO_PARAMS.to_owned() + &fingerprint)),
             Some(usage) => {
                 let usage = format!(r#","usage":{usage}{fingerprint}"#);
-                self.event(&choice, "") + &self.event("", &usage)
+                self.event(&choice, NO_PARAMS) + &self.event("", &usage)
             }
         };
         self.role() + &end + &sse::event("[DONE]")
@@ -261,9 +264,12 @@ impl Rewriter {
         }
         let usage = rest.usage.and_then(|usage| Self::usage(usage.get()));
         let usage = usage.map_or_else(String::new, |usage| format!(r#","usage":{usage}"#));
-        let choice = rest.choices.first();
-        let choice = choice.map_or_else(String::new, |choice| self.choice(&choice.text, choice.ending()));
-        Some(self.event(&choice, &(usage + &told_fingerprint(rest.system_fingerprint))))
+        let (choice, params) = match rest.choices.first() {
+            Some(choice) => (self.choice(&choice.text, choice.ending()), NO_PARAMS),
+            None => (String::new(), ""),
+        };
+        let rest = [params, &usage, &told_fingerprint(rest.system_fingerprint)].concat();
+        Some(self.event(&choice, &rest))
     }
 }
 

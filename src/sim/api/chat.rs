@@ -288,6 +288,7 @@ impl Render for Chunks {
         }
         choice["token_ids"] = json!(self.shape.return_token_ids.then_some(output.tokens));
         let mut event = self.event(&json!([choice]));
+        event["kv_transfer_params"] = Value::Null;
         self.count(&mut event, self.told[index]);
         events.push(event.to_string());
         events

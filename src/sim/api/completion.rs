@@ -292,6 +292,7 @@ impl Render for Chunks {
             "prompt_token_ids": (ids && !told).then_some(prompt),
             "token_ids": ids.then_some(&output.tokens),
         }]));
+        event["kv_transfer_params"] = Value::Null;
         if self.shape.tell_usage == TellUsage::Always {
             event["usage"] = streamed_usage(prompt.len(), made, None);
         }

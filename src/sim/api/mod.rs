@@ -89,7 +89,7 @@ impl ApiError {
 
     /// The core is gone.
     fn dead() -> Self {
-        Self::internal("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+        Self::internal("The server had an error while processing your request.")
     }
 
     fn body(&self) -> Value {
@@ -108,7 +108,10 @@ pub(crate) fn router(api: Arc<Api>) -> Router {
     Router::new()
         .route("/health", get(health))
         .route("/ping", get(health).post(health))
-        .route("/version", get(async || Json(json!({"version": super::VLLM_VERSION}))))
+        .route(
+            "/version",
+            get(async || Json(json!({"version": super::VLLM_VERSION, "simulated": true}))),
+        )
         .route("/load", get(async || Json(json!({"server_load": 0}))))
         .route("/metrics", get(metrics))
         .route("/v1/models", get(models))

@@ -2,18 +2,20 @@
 //! the decode of the same prompt frees.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
-use zeromq::{RepSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqError, ZmqMessage};
 
 use super::{Config, key};
 use crate::sim::blocks::records;
 use crate::sim::metrics::Metrics;
 use crate::sim::tokens::mix;
 use crate::sim::wire::LmcacheMessage;
+use crate::sim::zmq::{Question, Server};
+use crate::zmtp::Kind;
 
 /// All ranks of a receiver.
 #[derive(Debug, Clone)]
@@ -30,6 +32,8 @@ struct Rank {
     metrics: Arc<Metrics>,
     buffer: Mutex<Buffer>,
     freed: Notify,
+    /// Allocations are made in the order in which they were asked for.
+    turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -63,7 +67,7 @@ impl Receiver {
         skip_last_tokens: usize,
         world: (usize, u64, Arc<Metrics>),
         tasks: &mut JoinSet<()>,
-    ) -> Result<(Self, ReceiverPorts), ZmqError> {
+    ) -> io::Result<(Self, ReceiverPorts)> {
         let (world_size, bytes_per_token, metrics) = world;
         let chunk_bytes = config.chunk_size as u64 * bytes_per_token / world_size as u64;
         let pages = i64::try_from(config.buffer_size / chunk_bytes).unwrap_or(i64::MAX);
@@ -80,23 +84,31 @@ impl Receiver {
                         senders: HashSet::new(),
                     }),
                     freed: Notify::new(),
+                    turn: tokio::sync::Mutex::new(()),
                 })
                 .collect(),
         };
         let mut bound = ReceiverPorts::default();
         // A rank without a port of its own cannot start; LMCache indexes the lists by rank.
         for rank in 0..world_size {
-            let missing = ZmqError::Other("list index out of range");
             let (Some(init), Some(alloc)) = (config.init_ports.get(rank), config.alloc_ports.get(rank)) else {
-                return Err(missing);
+                return Err(io::Error::other("list index out of range"));
             };
-            let mut init_socket = RepSocket::new();
-            bound.init.push(bind(&mut init_socket, &config.peer_host, *init).await?);
-            let mut alloc_socket = RouterSocket::new();
+            let init_socket = Server::bind(Kind::Rep, &config.peer_host, *init).await?;
+            bound.init.push(init_socket.port()?);
             // LMCache binds this one to all interfaces.
-            bound.alloc.push(bind(&mut alloc_socket, "0.0.0.0", *alloc).await?);
-            tasks.spawn(serve_handshakes(receiver.clone(), rank, init_socket));
-            tasks.spawn(serve_allocations(receiver.clone(), rank, alloc_socket));
+            let alloc_socket = Server::bind(Kind::Router, "0.0.0.0", *alloc).await?;
+            bound.alloc.push(alloc_socket.port()?);
+            let ranks = Arc::clone(&receiver.ranks);
+            tasks.spawn(init_socket.serve(move |question| {
+                let answer = ranks[rank].shake_hands(rank, &question.payload);
+                std::future::ready(answer)
+            }));
+            let ranks = Arc::clone(&receiver.ranks);
+            tasks.spawn(alloc_socket.serve(move |question| {
+                let ranks = Arc::clone(&ranks);
+                async move { ranks[rank].answer(question).await }
+            }));
         }
         Ok((receiver, bound))
     }
@@ -146,13 +158,6 @@ impl Receiver {
             });
         }
         whole
-    }
-}
-
-async fn bind(socket: &mut impl zeromq::Socket, host: &str, port: u16) -> Result<u16, ZmqError> {
-    match socket.bind(&format!("tcp://{host}:{port}")).await? {
-        zeromq::Endpoint::Tcp(_, port) => Ok(port),
-        _ => Err(ZmqError::Other("bound to no port")),
     }
 }
 
@@ -218,125 +223,76 @@ impl Rank {
         }
         accepted
     }
-}
 
-/// Answers the two messages of a handshake. Anything else gets no answer, which wedges a REP socket in LMCache, too.
-async fn serve_handshakes(receiver: Receiver, rank: usize, mut socket: RepSocket) {
-    loop {
-        let Ok(message) = socket.recv().await else {
-            // One peer went away; the others stay.
-            tokio::task::yield_now().await;
-            continue;
-        };
-        let Some(request) = message.get(0).and_then(|frame| LmcacheMessage::from_bytes(frame)) else {
-            continue;
-        };
-        let answer = match request {
+    /// A page for every key, once those who asked before have theirs.
+    async fn wait_for_pages(&self, keys: &[String]) -> Vec<i64> {
+        let _turn = self.turn.lock().await;
+        loop {
+            let freed = self.freed.notified();
+            if let Some(pages) = self.allocate(keys) {
+                return pages;
+            }
+            freed.await;
+        }
+    }
+
+    /// Answers the two messages of a handshake, and nothing else.
+    fn shake_hands(&self, rank: usize, payload: &[u8]) -> Option<Vec<Bytes>> {
+        let answer = match LmcacheMessage::from_bytes(payload)? {
             LmcacheMessage::NixlInitRequest { local_meta_bytes } => LmcacheMessage::NixlInitResponse {
                 remote_agent_name: local_meta_bytes,
                 remote_meta_bytes: format!("xpyd-receiver-{rank}").into_bytes(),
             },
             LmcacheMessage::NixlMemRegRequest { local_id, .. } => {
-                receiver.ranks[rank].lock().senders.insert(local_id);
+                self.lock().senders.insert(local_id);
                 LmcacheMessage::NixlMemRegResponse {
                     remote_xfer_dlist_bytes: Vec::new(),
                 }
             }
-            _ => continue,
+            _ => return None,
         };
-        drop(socket.send(answer.to_bytes().into()).await);
+        Some(vec![answer.to_bytes().into()])
+    }
+
+    /// Answers allocations, each once its pages are free, and takes writes.
+    async fn answer(&self, question: Question) -> Option<Vec<Bytes>> {
+        // The identity is "{sender}-to-{receiver}".
+        let known = std::str::from_utf8(&question.identity)
+            .ok()
+            .and_then(|identity| identity.split_once("-to-"))
+            .is_some_and(|(sender, _)| self.lock().senders.contains(sender));
+        let answer = match LmcacheMessage::from_bytes(&question.payload)? {
+            LmcacheMessage::AllocRequest {
+                keys,
+                req_id,
+                total_chunks,
+                ..
+            } => {
+                let is_refused = !known || (!req_id.is_empty() && total_chunks == 0);
+                allocated(if is_refused {
+                    vec![-1; keys.len().max(1)]
+                } else {
+                    self.wait_for_pages(&keys).await
+                })
+            }
+            LmcacheMessage::CancelNotif { keys, .. } => {
+                for key in &keys {
+                    self.cancel(key);
+                }
+                allocated(Vec::new())
+            }
+            LmcacheMessage::XpydWrite { keys, pages, chunks } => LmcacheMessage::XpydWritten {
+                accepted: known && self.write(&keys, &pages, chunks),
+            },
+            _ => return None,
+        };
+        Some(vec![answer.to_bytes().into()])
     }
 }
 
-/// An allocation that waits for free pages.
-struct Waiting {
-    identity: Bytes,
-    keys: Vec<String>,
-}
-
-/// Answers allocations in their order, each once its pages are free, and takes writes.
-async fn serve_allocations(receiver: Receiver, rank: usize, mut socket: RouterSocket) {
-    let rank = &receiver.ranks[rank];
-    let mut waiting: VecDeque<Waiting> = VecDeque::new();
-    loop {
-        while let Some(head) = waiting.front() {
-            let Some(remote_indexes) = rank.allocate(&head.keys) else {
-                break;
-            };
-            let answer = LmcacheMessage::AllocResponse {
-                remote_indexes,
-                already_sent_indexes: Vec::new(),
-            };
-            let identity = head.identity.clone();
-            waiting.pop_front();
-            reply(&mut socket, identity, &answer).await;
-        }
-        tokio::select! {
-            () = rank.freed.notified() => {}
-            message = socket.recv() => {
-                let Ok(message) = message else {
-                    tokio::task::yield_now().await;
-                    continue;
-                };
-                take_message(rank, &mut socket, &mut waiting, message).await;
-            }
-        }
-    }
-}
-
-async fn take_message(rank: &Rank, socket: &mut RouterSocket, waiting: &mut VecDeque<Waiting>, message: ZmqMessage) {
-    let frames = message.into_vec();
-    let [identity, _delimiter, payload] = frames.as_slice() else {
-        return;
-    };
-    // The identity is "{sender}-to-{receiver}".
-    let known = std::str::from_utf8(identity)
-        .ok()
-        .and_then(|identity| identity.split_once("-to-"))
-        .is_some_and(|(sender, _)| rank.lock().senders.contains(sender));
-    match LmcacheMessage::from_bytes(payload) {
-        Some(LmcacheMessage::AllocRequest {
-            keys,
-            req_id,
-            total_chunks,
-            ..
-        }) => {
-            let refused = !known || (!req_id.is_empty() && total_chunks == 0);
-            if refused {
-                let answer = LmcacheMessage::AllocResponse {
-                    remote_indexes: vec![-1; keys.len().max(1)],
-                    already_sent_indexes: Vec::new(),
-                };
-                reply(socket, identity.clone(), &answer).await;
-            } else {
-                waiting.push_back(Waiting {
-                    identity: identity.clone(),
-                    keys,
-                });
-            }
-        }
-        Some(LmcacheMessage::CancelNotif { keys, .. }) => {
-            for key in &keys {
-                rank.cancel(key);
-            }
-            let answer = LmcacheMessage::AllocResponse {
-                remote_indexes: Vec::new(),
-                already_sent_indexes: Vec::new(),
-            };
-            reply(socket, identity.clone(), &answer).await;
-        }
-        Some(LmcacheMessage::XpydWrite { keys, pages, chunks }) => {
-            let accepted = known && rank.write(&keys, &pages, chunks);
-            reply(socket, identity.clone(), &LmcacheMessage::XpydWritten { accepted }).await;
-        }
-        _ => {}
-    }
-}
-
-async fn reply(socket: &mut RouterSocket, identity: Bytes, answer: &LmcacheMessage) {
-    let frames = vec![identity, Bytes::new(), answer.to_bytes().into()];
-    if let Ok(message) = ZmqMessage::try_from(frames) {
-        // A sender that is gone needs no answer.
-        drop(socket.send(message).await);
+fn allocated(remote_indexes: Vec<i64>) -> LmcacheMessage {
+    LmcacheMessage::AllocResponse {
+        remote_indexes,
+        already_sent_indexes: Vec::new(),
     }
 }

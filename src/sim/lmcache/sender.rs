@@ -5,14 +5,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
-use zeromq::{
-    DealerSocket, PushSocket, ReqSocket, Socket as _, SocketEvent, SocketOptions, SocketRecv as _, SocketSend as _,
-    ZmqError, ZmqMessage,
-};
 
 use super::{Config, key};
 use crate::sim::fault::{EveryNth, Fault};
@@ -21,6 +16,8 @@ use crate::sim::log::{Log, Process};
 use crate::sim::options::{Options, STEP_DEADLINE};
 use crate::sim::timing::Preset;
 use crate::sim::wire::LmcacheMessage;
+use crate::sim::zmq::Client;
+use crate::zmtp::{Kind, PeerError};
 
 /// Transfers that may wait per decode engine.
 const QUEUE: usize = 1024;
@@ -115,7 +112,10 @@ pub(crate) enum HandshakeError {
     TooFewPorts,
     /// Nobody answers.
     #[error("no handshake with `{0}`")]
-    Unreachable(String, #[source] ZmqError),
+    Unreachable(String, #[source] PeerError),
+    /// It answers something else.
+    #[error("`{0}` does not answer the handshake")]
+    NoAnswer(String),
 }
 
 impl Sender {
@@ -129,7 +129,7 @@ impl Sender {
         tasks: &mut JoinSet<()>,
     ) -> Self {
         let (notifications, queue) = mpsc::channel(QUEUE);
-        let address = format!("tcp://{}:{}", config.proxy.0, config.proxy.1);
+        let address = format!("{}:{}", config.proxy.0, config.proxy.1);
         let (preset, log) = timing;
         tasks.spawn(notify(address, queue, log.clone()));
         Self {
@@ -160,17 +160,14 @@ impl Sender {
         for rank in 0..self.world_size {
             let port = spec.receiver_init_port.get(rank).ok_or(HandshakeError::TooFewPorts)?;
             spec.receiver_alloc_port.get(rank).ok_or(HandshakeError::TooFewPorts)?;
-            let address = format!("tcp://{}:{port}", spec.receiver_host);
-            handshake(&address, &self.local_id)
-                .await
-                .map_err(|error| HandshakeError::Unreachable(address, error))?;
+            handshake(format!("{}:{port}", spec.receiver_host), &self.local_id).await?;
         }
         tokio::time::sleep(self.preset.handshake()).await;
         let (queue, transfers) = mpsc::channel(QUEUE);
         let peer = Peer {
             addresses: spec.receiver_alloc_port[..self.world_size]
                 .iter()
-                .map(|port| format!("tcp://{}:{port}", spec.receiver_host))
+                .map(|port| format!("{}:{port}", spec.receiver_host))
                 .collect(),
             identity: format!("{}-to-{receiver_id}", self.local_id),
             model: self.model.clone(),
@@ -224,32 +221,34 @@ impl Sender {
     }
 }
 
-async fn handshake(address: &str, local_id: &str) -> Result<(), ZmqError> {
-    let mut options = SocketOptions::default();
-    options.connect_timeout(STEP_DEADLINE);
-    let mut socket = ReqSocket::with_options(options);
-    socket.connect(address).await?;
-    let first = LmcacheMessage::NixlInitRequest {
-        local_meta_bytes: local_id.as_bytes().to_vec(),
+async fn handshake(address: String, local_id: &str) -> Result<(), HandshakeError> {
+    let exchange = async {
+        let mut socket = Client::connect(Kind::Req, &address, "", STEP_DEADLINE).await?;
+        let first = LmcacheMessage::NixlInitRequest {
+            local_meta_bytes: local_id.as_bytes().to_vec(),
+        };
+        let answer = socket.ask(&first.to_bytes()).await?;
+        let Some(LmcacheMessage::NixlInitResponse { remote_agent_name, .. }) = LmcacheMessage::from_bytes(&answer)
+        else {
+            return Ok(false);
+        };
+        let second = LmcacheMessage::NixlMemRegRequest {
+            remote_agent_name,
+            local_id: local_id.to_owned(),
+            local_xfer_dlist_bytes: Vec::new(),
+        };
+        let answer = socket.ask(&second.to_bytes()).await?;
+        let is_met = matches!(
+            LmcacheMessage::from_bytes(&answer),
+            Some(LmcacheMessage::NixlMemRegResponse { .. })
+        );
+        Ok(is_met)
     };
-    let Some(LmcacheMessage::NixlInitResponse { remote_agent_name, .. }) = ask(&mut socket, &first).await? else {
-        return Err(ZmqError::Other("no NixlInitResponse"));
-    };
-    let second = LmcacheMessage::NixlMemRegRequest {
-        remote_agent_name,
-        local_id: local_id.to_owned(),
-        local_xfer_dlist_bytes: Vec::new(),
-    };
-    match ask(&mut socket, &second).await? {
-        Some(LmcacheMessage::NixlMemRegResponse { .. }) => Ok(()),
-        _ => Err(ZmqError::Other("no NixlMemRegResponse")),
+    match exchange.await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(HandshakeError::NoAnswer(address)),
+        Err(error) => Err(HandshakeError::Unreachable(address, error)),
     }
-}
-
-async fn ask(socket: &mut ReqSocket, request: &LmcacheMessage) -> Result<Option<LmcacheMessage>, ZmqError> {
-    socket.send(request.to_bytes().into()).await?;
-    let answer = socket.recv().await?;
-    Ok(answer.get(0).and_then(|frame| LmcacheMessage::from_bytes(frame)))
 }
 
 /// The transfers to one receiver, first come, first served.
@@ -264,12 +263,6 @@ struct Peer {
     notifications: mpsc::Sender<Notice>,
 }
 
-/// The allocation socket of one rank.
-struct Connection {
-    socket: DealerSocket,
-    events: futures_util::stream::BoxStream<'static, SocketEvent>,
-}
-
 /// Why a transfer came to nothing.
 #[derive(Debug, thiserror::Error)]
 enum TransferError {
@@ -281,7 +274,7 @@ enum TransferError {
 
 impl Peer {
     async fn run(self, mut transfers: mpsc::Receiver<Transfer>) {
-        let mut connections: Option<Vec<Connection>> = None;
+        let mut connections: Option<Vec<Client>> = None;
         while let Some(transfer) = transfers.recv().await {
             let result = self.transfer(&mut connections, &transfer).await;
             if let Err(error) = result {
@@ -297,11 +290,7 @@ impl Peer {
         }
     }
 
-    async fn transfer(
-        &self,
-        connections: &mut Option<Vec<Connection>>,
-        transfer: &Transfer,
-    ) -> Result<(), TransferError> {
+    async fn transfer(&self, connections: &mut Option<Vec<Client>>, transfer: &Transfer) -> Result<(), TransferError> {
         if connections.is_none() {
             let mut fresh = Vec::with_capacity(self.addresses.len());
             for address in &self.addresses {
@@ -319,7 +308,7 @@ impl Peer {
             for (connection, (keys, _)) in connections.iter_mut().zip(reserved) {
                 let req_id = transfer.req_id.clone();
                 let cancel = LmcacheMessage::CancelNotif { req_id, keys };
-                connection.exchange(&cancel, ANSWER_DEADLINE).await?;
+                exchange(connection, &cancel, ANSWER_DEADLINE).await?;
             }
             return Err(TransferError::Disconnected);
         }
@@ -330,7 +319,7 @@ impl Peer {
                 .map(|chunk| serde_bytes::ByteBuf::from(chunk.to_vec()))
                 .collect();
             let write = LmcacheMessage::XpydWrite { keys, pages, chunks };
-            match connection.exchange(&write, ANSWER_DEADLINE).await? {
+            match exchange(connection, &write, ANSWER_DEADLINE).await? {
                 LmcacheMessage::XpydWritten { accepted: true } => {}
                 _ => return Err(TransferError::Disconnected),
             }
@@ -345,21 +334,15 @@ impl Peer {
         Ok(())
     }
 
-    async fn connect(&self, address: &str) -> Result<Connection, TransferError> {
-        let mut options = SocketOptions::default();
-        options.connect_timeout(RECONNECT_DEADLINE);
-        if let Ok(identity) = self.identity.parse() {
-            options.peer_identity(identity);
-        }
-        let mut socket = DealerSocket::with_options(options);
-        let events = socket.monitor().boxed();
-        socket.connect(address).await.map_err(|_| TransferError::Disconnected)?;
-        Ok(Connection { socket, events })
+    /// The allocation socket of one rank.
+    async fn connect(&self, address: &str) -> Result<Client, TransferError> {
+        let connected = Client::connect(Kind::Dealer, address, &self.identity, RECONNECT_DEADLINE).await;
+        connected.map_err(|_| TransferError::Disconnected)
     }
 
     async fn allocate(
         &self,
-        connection: &mut Connection,
+        connection: &mut Client,
         rank: usize,
         transfer: &Transfer,
     ) -> Result<(Vec<String>, Vec<i64>), TransferError> {
@@ -380,7 +363,7 @@ impl Peer {
             is_last_batch: true,
             total_chunks: keys.len() as u64,
         };
-        match connection.exchange(&request, self.allocation_timeout).await? {
+        match exchange(connection, &request, self.allocation_timeout).await? {
             LmcacheMessage::AllocResponse { remote_indexes, .. }
                 if remote_indexes.len() == keys.len() && !remote_indexes.contains(&-1) =>
             {
@@ -391,38 +374,21 @@ impl Peer {
     }
 }
 
-impl Connection {
-    async fn exchange(&mut self, message: &LmcacheMessage, limit: Duration) -> Result<LmcacheMessage, TransferError> {
-        let frames = vec![Bytes::new(), Bytes::from(message.to_bytes())];
-        let message = ZmqMessage::try_from(frames).map_err(|_| TransferError::Disconnected)?;
-        self.socket
-            .send(message)
-            .await
-            .map_err(|_| TransferError::Disconnected)?;
-        let answer = async {
-            loop {
-                tokio::select! {
-                    answer = self.socket.recv() => {
-                        let frames = answer.map_err(|_| TransferError::Disconnected)?.into_vec();
-                        return frames
-                            .last()
-                            .and_then(|payload| LmcacheMessage::from_bytes(payload))
-                            .ok_or(TransferError::Disconnected);
-                    }
-                    event = self.events.next() => {
-                        if matches!(event, Some(SocketEvent::Disconnected(_)) | None) {
-                            return Err(TransferError::Disconnected);
-                        }
-                    }
-                }
-            }
-        };
-        timeout(limit, answer).await.map_err(|_| TransferError::Allocation)?
-    }
+async fn exchange(
+    connection: &mut Client,
+    message: &LmcacheMessage,
+    limit: Duration,
+) -> Result<LmcacheMessage, TransferError> {
+    let answer = timeout(limit, connection.ask(&message.to_bytes())).await;
+    let answer = answer.map_err(|_| TransferError::Allocation)?;
+    answer
+        .ok()
+        .and_then(|answer| LmcacheMessage::from_bytes(&answer))
+        .ok_or(TransferError::Disconnected)
 }
 
 /// Sends the proxy one message per transfer and rank, each over a connection of its own. libzmq, which LMCache has, sees at
-/// once that a proxy has gone and connects to the next one; a socket of this library would first lose a message.
+/// once that a proxy has gone and connects to the next one.
 async fn notify(address: String, mut queue: mpsc::Receiver<Notice>, log: Log) {
     let mut sending = JoinSet::new();
     while let Some(notice) = queue.recv().await {
@@ -440,12 +406,9 @@ impl Notice {
     async fn send(self, address: &str, log: &Log) {
         sleep_until(self.due).await;
         let message = LmcacheMessage::ProxyNotif { req_id: self.req_id }.to_bytes();
-        let mut options = SocketOptions::default();
-        options.connect_timeout(RECONNECT_DEADLINE);
-        let mut socket = PushSocket::with_options(options);
         let sent = async {
-            socket.connect(address).await?;
-            socket.send(message.into()).await
+            let socket = Client::connect(Kind::Push, address, "", RECONNECT_DEADLINE).await?;
+            socket.tell(&message).await
         };
         if sent.await.is_err() {
             log.line(

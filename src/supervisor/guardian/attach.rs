@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::unistd::geteuid;
 use rustix::process::{PidfdFlags, pidfd_open};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -20,6 +20,7 @@ use super::tree::Process;
 use super::witness::WITNESS_NAME;
 use crate::fleet::{EngineId, Incarnation};
 use crate::plan::EngineSpec;
+use crate::sockets::connect_to_user;
 use crate::supervisor::Scaled;
 
 /// A run that waits for its next xpyd. Dropping it leaves it waiting.
@@ -59,16 +60,16 @@ impl KeptRun {
     }
 
     /// The process that listens at `socket`, also if it does not answer.
-    pub fn guardian_pid(socket: &Path) -> Option<i32> {
-        let stream = UnixStream::connect(socket).ok()?;
-        let peer = getsockopt(&stream, sockopt::PeerCredentials).ok()?;
-        (peer.pid() > 0).then(|| peer.pid())
+    pub fn guardian_pid(socket: &Path) -> Option<u32> {
+        let answered = connect_to_user(socket, geteuid().as_raw()).ok().flatten();
+        answered.map(|(_, pid)| pid)
     }
 
     /// The run whose guardian waits at `socket`; `None` if nobody does. Blocks until the guardian has answered.
     pub fn find(socket: &Path) -> Result<Option<Self>, GuardianError> {
-        let stream = match UnixStream::connect(socket) {
-            Ok(stream) => stream,
+        let stream = match connect_to_user(socket, geteuid().as_raw()) {
+            Ok(Some((stream, _))) => stream,
+            Ok(None) => return Ok(None),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 return Ok(None);
             }

@@ -22,8 +22,18 @@ use super::sweep::sweep;
 use super::tree::{Process, Table};
 use crate::private;
 
-/// The variable with API keys of clients, which only the proxy reads.
-const CLIENT_KEYS_VARIABLE: &str = "XPYD_API_KEY";
+/// Variables that engines do not inherit, because they inherit the guardian's. The keys of clients are no business of theirs. What
+/// else is named here says on which ports and ranks vLLM runs, which is the plan's to decide; Kubernetes sets `VLLM_PORT` to a URL
+/// where a service is called `vllm`, and vLLM ends of it.
+const NOT_FOR_ENGINES: [&str; 7] = [
+    "XPYD_API_KEY",
+    "VLLM_PORT",
+    "VLLM_DP_SIZE",
+    "VLLM_DP_RANK",
+    "VLLM_DP_RANK_LOCAL",
+    "VLLM_DP_MASTER_IP",
+    "VLLM_DP_MASTER_PORT",
+];
 
 /// How long a fresh guardian can take to say hello: it is a re-exec and nothing more, but on a busy host even that takes long.
 pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(30);
@@ -95,10 +105,14 @@ impl Guardian {
             source,
         };
         let (log, _) = private::append(log).map_err(start)?.into_parts();
-        let witness = tokio::process::Command::new(program)
+        // For as long as it is the guardian's: no other run takes the folder for an old one. Some file systems have no locks.
+        let _ = log.lock_shared();
+        let mut command = tokio::process::Command::new(program);
+        for name in NOT_FOR_ENGINES {
+            command.env_remove(name);
+        }
+        let witness = command
             .arg("guardian")
-            // The keys of clients are no business of engines, which inherit the guardian's environment.
-            .env_remove(CLIENT_KEYS_VARIABLE)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(log)

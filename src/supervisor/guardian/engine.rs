@@ -33,9 +33,6 @@ const KILL_AGAIN_REPORTED: Duration = Duration::from_millis(500);
 /// The longest grace that an engine gets when xpyd has disappeared: nobody is left to ask for more.
 const ORPHAN_GRACE: Duration = Duration::from_secs(10);
 
-/// What the rest of its tree gets once the leader has left in that grace.
-const LEADERLESS_GRACE: Duration = Duration::from_secs(2);
-
 /// A running incarnation.
 #[derive(Debug)]
 pub(super) struct Engine {
@@ -49,6 +46,8 @@ pub(super) struct Engine {
     shared_files: SharedFiles,
     settled: bool,
     terminated: bool,
+    /// What outlived the leader was asked to leave, too.
+    rest_is_told: bool,
     stop_grace: Duration,
     ending: Ending,
     memo: serde_json::Value,
@@ -115,6 +114,7 @@ impl Engine {
             shared_files: SharedFiles::default(),
             settled: false,
             terminated: false,
+            rest_is_told: false,
             stop_grace: spawn.stop_grace,
             ending: Ending::None,
             memo: spawn.memo,
@@ -270,9 +270,6 @@ impl Engine {
         }
         self.exit = Some(exit);
         self.drain_log();
-        if let Ending::KillAt(at) = self.ending {
-            self.ending = Ending::KillAt(at.min(Instant::now() + LEADERLESS_GRACE));
-        }
         Some(Event::Exited {
             engine: self.id.clone(),
             incarnation: self.incarnation,
@@ -287,6 +284,7 @@ impl Engine {
         self.shared_files
             .add_used_by(members.iter().map(|process| process.pid), foreign);
         if self.exit.is_none() || !members.is_empty() {
+            self.tell_rest(&members);
             return None;
         }
         self.drain_log();
@@ -296,6 +294,17 @@ impl Engine {
             engine: self.id.clone(),
             incarnation: self.incarnation,
         })
+    }
+
+    /// A leader that is only a wrapper ends by its SIGTERM and passes none on, so what it had started gets one of its own.
+    fn tell_rest(&mut self, members: &[Process]) {
+        if self.exit.is_some() && self.terminated && !self.rest_is_told {
+            self.rest_is_told = true;
+            for member in members {
+                // One that is gone by now needs no telling.
+                let _ = member.signal(Signal::SIGTERM);
+            }
+        }
     }
 
     /// Whether it is known that only a look can tell that the tree is gone: its leader is.

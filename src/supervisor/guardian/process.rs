@@ -78,6 +78,8 @@ fn start_session() -> io::Result<()> {
         Signal::SIGTERM,
         Signal::SIGHUP,
         Signal::SIGQUIT,
+        // A log beyond the limit of a file's size is a write that fails.
+        Signal::SIGXFSZ,
     ] {
         blocked.add(signal);
     }
@@ -191,7 +193,9 @@ impl Guardian {
         let mut polled = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
         match (self.mode, &self.meeting) {
             (Mode::Serving, _) => polled.push(PollFd::new(self.control.socket(), self.control.interest())),
-            (Mode::Waiting(_), Some(meeting)) => polled.push(PollFd::new(meeting.descriptor(), PollFlags::POLLIN)),
+            (Mode::Waiting(_), Some(meeting)) => {
+                polled.extend(meeting.descriptors().map(|place| PollFd::new(place, PollFlags::POLLIN)));
+            }
             (Mode::Waiting(_) | Mode::Ending(_), _) => {}
         }
         let logs = self.engines.iter().filter_map(Engine::log_descriptor);
@@ -236,6 +240,9 @@ impl Guardian {
     fn look(&mut self, now: Instant) {
         if now < self.next_look || self.engines.is_empty() {
             return;
+        }
+        if let Some(meeting) = &mut self.meeting {
+            meeting.restore();
         }
         let table = Table::read();
         let (control, gone, foreign) = (&mut self.control, &mut self.gone, &self.foreign);

@@ -34,6 +34,8 @@ pub(in crate::supervisor) enum Event {
     Probed(EngineId, Incarnation),
     /// Somebody else listens on a port of the engine. Holds who and where.
     Usurped(EngineId, Incarnation, String),
+    /// The canary through this prefill and this decode engine worked; the round (first) goes on.
+    Worked(u64, EngineId, EngineId),
     /// What came of the canaries of this round, in the order of its pairs.
     Verified(u64, Vec<Trial>),
     /// Clients' hand-offs from this prefill to this decode engine fail or crawl.
@@ -86,7 +88,12 @@ pub(in crate::supervisor) enum Action {
     /// See that the engine makes progress, until it is asked to stop or killed.
     Watch(EngineId, Incarnation),
     /// Send canaries through these pairs of prefill and decode engine, as this round.
-    Verify(u64, Vec<(EngineId, EngineId)>),
+    Verify {
+        round: u64,
+        pairs: Vec<(EngineId, EngineId)>,
+        /// Whether all at the same time.
+        at_once: bool,
+    },
     /// Wait until nothing is in flight: on this engine, or at all.
     AwaitIdle(Option<(EngineId, Incarnation)>),
     /// Stop accepting clients, who then wait for the next xpyd, and serve those that were accepted.

@@ -44,7 +44,7 @@ fn ready_means_that_every_pair_was_verified() {
     world.all_healthy();
     assert_eq!(world.stage(), FleetStage::Verifying);
     let pairs = world.log.iter().find_map(|action| match action {
-        Action::Verify(_, pairs) => Some(pairs.len()),
+        Action::Verify { pairs, .. } => Some(pairs.len()),
         _ => None,
     });
     assert_eq!(pairs, Some(4));
@@ -215,16 +215,17 @@ fn an_engine_that_ignores_sigterm_is_killed_after_its_grace() {
 }
 
 #[test]
-fn what_outlives_its_leader_is_killed_after_a_short_moment() {
+fn what_outlives_its_leader_has_the_rest_of_its_time() {
     let mut world = World::ready();
     world.tell(Event::Stop);
     world.tell(Event::Drained(None));
     let start = world.now;
+    world.now += Duration::from_secs(7);
     world.exit("prefiller1");
     while !world.did(&kill("prefiller1")) {
         world.wait();
     }
-    assert_eq!(world.now - start, LEADERLESS_GRACE);
+    assert_eq!(world.now - start, engine("prefiller1", &[]).stop_grace);
 }
 
 #[test]

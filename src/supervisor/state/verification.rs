@@ -1,9 +1,11 @@
 //! From healthy to ready: canaries through the whole fleet at first, later through each engine that has come back. PURE.
 //!
 //! There is one round of canaries at a time, so every pair of engines that serve has been proven, in whatever order they
-//! came back. Engines that serve are checked again where clients' hand-offs between them fail or crawl. What fails is blamed
+//! came back. In a fleet that was taken over an engine serves as soon as it is proven with all that serve, so one that hangs
+//! keeps clients from no other one. Engines that serve are checked again where clients' hand-offs between them fail or crawl. What fails is blamed
 //! on the engine that [`blame`] finds, which is restarted by policy; the others serve.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use rand::RngExt;
@@ -31,6 +33,8 @@ pub(super) struct Verification {
     members: Vec<(usize, Incarnation)>,
     /// The pairs of this round (prefill, decode).
     pairs: Vec<(usize, usize)>,
+    /// Those that are known to work while the others are still tried.
+    worked: BTreeSet<(usize, usize)>,
     /// What an earlier round for the same purpose showed.
     earlier: Vec<Tried>,
 }
@@ -128,9 +132,15 @@ impl Fleet {
                 .map(|index| (index, self.engines[index].incarnation))
                 .collect(),
             pairs,
+            worked: BTreeSet::new(),
             earlier,
         });
-        self.actions.push(Action::Verify(self.rounds, named));
+        self.actions.push(Action::Verify {
+            round: self.rounds,
+            pairs: named,
+            // Engines that were kept have handed over before: their first hand-off needs no quiet host.
+            at_once: purpose == Purpose::Fleet && self.is_attached,
+        });
     }
 
     /// Clients' hand-offs between these two fail or crawl: all pairs of both are checked, unless that was done just now or the
@@ -162,6 +172,42 @@ impl Fleet {
             .chain(others)
             .collect();
         self.verify(Purpose::Check, pairs, Vec::new(), now);
+    }
+
+    /// A pair of this round works. In an attached fleet, each engine that now works with every engine that serves begins to serve.
+    pub(super) fn worked(&mut self, round: u64, prefill: &EngineId, decode: &EngineId, now: Instant) {
+        let is_pair = |&(one, other): &(usize, usize)| {
+            self.engines[one].spec.id == *prefill && self.engines[other].spec.id == *decode
+        };
+        let is_attached = self.is_attached;
+        let verification = self.verification.as_mut();
+        let of_round =
+            |found: &&mut Verification| is_attached && found.round == round && found.purpose == Purpose::Fleet;
+        let Some(verification) = verification.filter(of_round) else {
+            return;
+        };
+        let Some(pair) = verification.pairs.iter().copied().find(is_pair) else {
+            return;
+        };
+        verification.worked.insert(pair);
+        let (members, worked) = (verification.members.clone(), verification.worked.clone());
+        let waits = |fleet: &Self, index: usize| {
+            let engine = &fleet.engines[index];
+            engine.state == EngineState::Healthy && members.contains(&(index, engine.incarnation))
+        };
+        if self.stage == Stage::Verifying && waits(self, pair.0) && waits(self, pair.1) {
+            self.proven(&[pair.0, pair.1], now);
+        }
+        while self.stage == Stage::Ready {
+            let joins = |&index: &usize| {
+                let role = self.engines[index].spec.role;
+                let peers = self.those(|peer| peer.spec.role != role && peer.state == EngineState::Ready);
+                !peers.is_empty() && peers.into_iter().all(|peer| worked.contains(&self.pair(index, peer)))
+            };
+            let mut waiting = (0..self.engines.len()).filter(|index| waits(self, *index));
+            let Some(next) = waiting.find(joins) else { return };
+            self.proven(&[next], now);
+        }
     }
 
     pub(super) fn verified(&mut self, round: u64, trials: Vec<Trial>, now: Instant) {
@@ -207,8 +253,12 @@ impl Fleet {
             (Purpose::Check, None) => self.checked_in_vain(now),
             (_, None) if tried.len() == wanted => self.proven(&up, now),
             // Whoever left in between may be the cause; then there is a next round.
-            (Purpose::Fleet, _) if self.is_attached && !all_up => self.to(Stage::Starting),
-            (Purpose::Return(_) | Purpose::Check, _) if !all_up => {}
+            (Purpose::Fleet, _) if self.stage == Stage::Verifying && self.is_attached && !all_up => {
+                self.to(Stage::Starting);
+            }
+            (_, _) if !all_up && self.stage == Stage::Ready => {}
+            // Others serve already, and who does not yet has a round of its own next.
+            (Purpose::Fleet, None) if self.stage == Stage::Ready => {}
             (Purpose::Fleet, failure) if failure.is_none() || !self.is_attached => {
                 let engine = None;
                 let reason = failure.unwrap_or_else(too_long);

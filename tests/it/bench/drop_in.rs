@@ -168,8 +168,11 @@ async fn what_cannot_be_asked_for_is_one_clear_error() {
     let server = Server::start(|_| Behaviour::Answer).await;
     let place = Place::new();
     for (flags, told) in [
-        ("--backend openai-audio", "[possible values: openai, vllm, openai-chat]"),
-        ("--base-url https://h:1", "hint: the benchmark speaks no TLS"),
+        (
+            "--backend openai-audio",
+            "generations only: `openai`, `vllm`, `openai-chat`",
+        ),
+        ("--base-url ftp://h:1", "is not a URL of the form `http://host:port`"),
         (
             "--request-rate 1 --ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 2",
             "`--request-rate` and `--ramp-up-strategy` exclude each other",

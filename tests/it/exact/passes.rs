@@ -44,15 +44,43 @@ async fn what_no_client_may_set_is_taken_out_of_passed_requests_too() {
     rig.finish().await;
 }
 
+/// Python reads JSON in UTF-16 and after a byte order mark, and so does the proxy: no parameter hides there.
+#[tokio::test]
+async fn a_body_is_read_as_an_engine_reads_it() {
+    let decode = echo().await;
+    let (_prefill, rig) = rig(&decode).await;
+    let body = r#"{"kv_transfer_params":{"do_remote_prefill":true},"text":"ä🌊"}"#;
+    let units = || body.encode_utf16();
+    let marked = || std::iter::once(0xfeff_u16).chain(units());
+    for (name, bytes) in [
+        ("UTF-8 with a mark", [b"\xef\xbb\xbf", body.as_bytes()].concat()),
+        ("UTF-16, little end first", units().flat_map(u16::to_le_bytes).collect()),
+        ("UTF-16, big end first", units().flat_map(u16::to_be_bytes).collect()),
+        ("the same with a mark", marked().flat_map(u16::to_le_bytes).collect()),
+        ("and the other way round", marked().flat_map(u16::to_be_bytes).collect()),
+    ] {
+        let answer = rig
+            .post("/v1/embeddings", bytes)
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        assert_eq!(answer, "/v1/embeddings {\"text\":\"ä🌊\"}", "{name}");
+    }
+    rig.finish().await;
+}
+
 #[tokio::test]
 async fn a_body_that_the_proxy_cannot_read_is_not_passed() {
     let decode = echo().await;
     let (_prefill, rig) = rig(&decode).await;
-    // Python reads all of these.
+    // Python reads the first one.
     for body in [
         br#"{"kv_transfer_params":{"do_remote_prefill":true},"x":NaN}"#.to_vec(),
-        b"\xef\xbb\xbf{\"kv_transfer_params\":{}}".to_vec(),
-        "{}".encode_utf16().flat_map(u16::to_le_bytes).collect(),
+        b"\xff\xfe{".to_vec(),
+        b"{\0\0\0".to_vec(),
         b"--b\r\ncontent-disposition: form-data; name=\"vllm_xargs\"\r\n\r\n{}\r\n--b--".to_vec(),
     ] {
         let response = rig.post("/v1/embeddings", body).send().await.unwrap();

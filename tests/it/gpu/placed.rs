@@ -19,6 +19,16 @@ fn log(machine: &Machine) -> String {
     machine.place.log("xpyd.log")
 }
 
+/// Where the log says that `whose` memory is back.
+fn assert_memory_is_back(log: &str, whose: &str) -> usize {
+    let whose = format!(" whose=\"{whose}\"");
+    let line = log
+        .lines()
+        .find(|line| line.contains("GPU memory is back after") && line.ends_with(&whose));
+    let line = line.unwrap_or_else(|| panic!("no memory is back{whose}:\n{log}"));
+    log.find(line).expect("a line of it")
+}
+
 #[test]
 fn engines_are_seen_on_their_gpus_and_the_stop_waits_for_their_memory() {
     let machine = Machine::new(&with_engines(2, "lag_ms = 700"));
@@ -31,7 +41,7 @@ fn engines_are_seen_on_their_gpus_and_the_stop_waits_for_their_memory() {
     assert_eq!(code, 0, "{text}");
     assert!(!text.contains("warn  gpu"), "{text}");
     let waited = log(&machine);
-    assert!(waited.contains("GPU memory is back whose=\"the fleet\""), "{waited}");
+    assert_memory_is_back(&waited, "the fleet");
 }
 
 #[test]
@@ -63,7 +73,7 @@ fn a_restart_waits_for_the_memory_of_the_start_before() {
         if is_back { Ok(()) } else { Err(engine.to_string()) }
     });
     let log = log(&machine);
-    let back = log.find("GPU memory is back whose=\"decoder1\"").expect("the wait");
+    let back = assert_memory_is_back(&log, "decoder1");
     let spawned = log.rfind("engine spawned").expect("the start");
     assert!(back < spawned, "{log}");
     run.signal(Signal::SIGINT);
@@ -130,11 +140,7 @@ fn engines_that_outlive_xpyd_stay_where_they_are_and_are_measured_by_what_was_be
     second.signal(Signal::SIGINT);
     let (code, text) = second.end();
     assert_eq!(code, 0, "{text}");
-    assert!(
-        log(&machine).contains("GPU memory is back whose=\"the fleet\""),
-        "{}",
-        log(&machine)
-    );
+    assert_memory_is_back(&log(&machine), "the fleet");
 }
 
 #[test]

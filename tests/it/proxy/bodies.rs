@@ -85,7 +85,8 @@ async fn a_length_over_the_limit_is_refused_before_the_client_is_asked_to_contin
             }
         }
         let size = 10_001;
-        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n");
+        let head = "content-type: application/json\r\ntransfer-encoding: chunked";
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n");
         let answer = talk(&rig, &format!("{head}{size:x}\r\n{}\r\n", " ".repeat(size))).await;
         assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
         assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
@@ -113,15 +114,7 @@ fn sized(bytes: usize) -> String {
 #[tokio::test]
 async fn bodies_share_a_budget_while_they_are_read_and_while_they_are_needed() {
     let go = CancellationToken::new();
-    let gate = go.clone();
-    let prefill = Fake::start(move |_| {
-        let gate = gate.clone();
-        async move {
-            gate.cancelled().await;
-            nixl_prefilled()
-        }
-    })
-    .await;
+    let prefill = Fake::held(&go, nixl_prefilled).await;
     let decode = Fake::start(|_| async { answer(200, COMPLETION) }).await;
     let mut settings = fake::settings(Connector::Nixl(Nixl {}));
     settings.service.admission.body_bytes = 20_000;
@@ -133,7 +126,8 @@ async fn bodies_share_a_budget_while_they_are_read_and_while_they_are_needed() {
     prefill.saw(1).await;
     let mut half = TcpStream::connect(rig.url.trim_start_matches("http://")).await.unwrap();
     let body = sized(6_000);
-    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 6000\r\n\r\n";
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 6000\r\n\r\n";
     half.write_all(format!("{head}{}", &body[..5_000]).as_bytes())
         .await
         .unwrap();
@@ -146,13 +140,15 @@ async fn bodies_share_a_budget_while_they_are_read_and_while_they_are_needed() {
         assert_eq!(code(&response.text().await.unwrap()), "too_many_body_bytes");
     }
     // Refused at its head, or once it has no room.
-    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 3000\r\n\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n\
+                content-length: 3000\r\n\r\n";
     let refused = talk(&rig, head).await;
     assert!(
         refused.starts_with("HTTP/1.1 503 ") && refused.contains("\r\nconnection: close\r\n"),
         "{refused}"
     );
-    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                transfer-encoding: chunked\r\n\r\n";
     let refused = talk(&rig, &format!("{head}bb8\r\n{}\r\n", sized(3_000))).await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     assert_eq!(rig.metric(r#"xpyd_errors_total{code="too_many_body_bytes"}"#), "4");

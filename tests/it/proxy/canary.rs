@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use xpyd::connector::TransferUnit;
 use xpyd::fleet::{EngineId, EngineState, FleetStage, Role};
-use xpyd::proxy::{CanaryError, CanaryReport};
+use xpyd::proxy::{CanaryError, CanaryPrompts, CanaryReport};
 
 use super::fake::{Fake, Rig, answer, nixl_prefilled};
 
@@ -48,7 +48,11 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
     }
     let report = rig
         .proxy
-        .canary(&EngineId::new(Role::Prefill, 0), &EngineId::new(Role::Decode, 0))
+        .canary(
+            &EngineId::new(Role::Prefill, 0),
+            &EngineId::new(Role::Decode, 0),
+            CanaryPrompts::ShortAndLong,
+        )
         .await;
     if waits_in_vain {
         // The proxy's own threads end in real time.
@@ -107,7 +111,11 @@ async fn a_pair_that_is_not_up_is_named() {
     rig.lose(Role::Decode, 0);
     let error = rig
         .proxy
-        .canary(&EngineId::new(Role::Prefill, 0), &EngineId::new(Role::Decode, 0))
+        .canary(
+            &EngineId::new(Role::Prefill, 0),
+            &EngineId::new(Role::Decode, 0),
+            CanaryPrompts::ShortAndLong,
+        )
         .await;
     assert!(error.expect_err("no engine").to_string().contains("decoder1"));
     rig.finish().await;

@@ -52,6 +52,22 @@ pub(crate) struct Fake {
 }
 
 impl Fake {
+    /// An engine that gives this answer to everything, once `go` is cancelled.
+    pub(crate) async fn held(
+        go: &CancellationToken,
+        answer: impl Fn() -> Response<Body> + Send + Sync + 'static,
+    ) -> Self {
+        let (go, answer) = (go.clone(), Arc::new(answer));
+        Self::start(move |_| {
+            let (go, answer) = (go.clone(), Arc::clone(&answer));
+            async move {
+                go.cancelled().await;
+                answer()
+            }
+        })
+        .await
+    }
+
     /// An engine that answers with what `script` makes of each request.
     pub(crate) async fn start<F>(script: impl Fn(Seen) -> F + Send + Sync + 'static) -> Self
     where
@@ -179,6 +195,7 @@ pub(crate) fn settings(connector: Connector) -> Settings {
         handoff_deadline: PATIENCE,
         decode_idle_deadline: PATIENCE,
         kv_lease: None,
+        asks_engines: false,
         max_body_bytes: 10_000,
         max_in_flight: 8,
         parts: Parts::default(),

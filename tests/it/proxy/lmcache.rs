@@ -235,6 +235,33 @@ async fn kv_that_arrives_after_its_client_left_is_consumed() {
     );
 }
 
+/// vLLM aborts a prefill whose client has left, and then nothing is ever pushed or notified.
+#[tokio::test]
+async fn a_client_that_leaves_during_the_prefill_leg_holds_its_decode_engine_for_a_moment_only() {
+    let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
+    let port = socket.port();
+    let prefill = Fake::start(|_| std::future::pending::<Response<Body>>()).await;
+    let decode = decoder().await;
+    let settings = Settings {
+        handoff_deadline: Duration::from_mins(2),
+        ..settings(lmcache(FirstToken::Decoder))
+    };
+    let rig = rig(settings, &prefill, &decode, 1, socket).await;
+    tokio::select! {
+        _ = rig.complete(r#"{"prompt":"x"}"#) => panic!("no prefill, no answer"),
+        _ = prefill.saw(1) => {}
+    }
+    // Its hand-off may take two minutes, and a drain would wait for that.
+    let load = &rig.fleet.borrow().engines[1].load.clone();
+    tokio::time::timeout(Duration::from_secs(20), load.idle())
+        .await
+        .expect("an idle decode engine");
+    // What comes later all the same is consumed.
+    notify(port, &request_id(&prefill.seen()[0])).await;
+    decode.saw(1).await;
+    rig.finish().await;
+}
+
 /// A decode engine whose look-up came too late has computed the prompt itself. Nobody else finds KV with this hand-off's tag.
 #[tokio::test]
 async fn kv_that_the_decode_engine_did_not_use_is_consumed() {

@@ -2,10 +2,11 @@
 
 use axum::body::Body;
 use futures_util::StreamExt;
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use xpyd::connector::{Connector, Nixl};
-use xpyd::proxy::Traces;
+use xpyd::proxy::{AccessLog, Traces};
 
 use super::fake::{self, COMPLETION, Fake, Raise, Rig, Script, answer, dead_port, error, events, in_turn, soon};
 use super::{decoder, prefiller};
@@ -133,15 +134,7 @@ async fn the_time_between_tokens_is_measured_once_for_every_read_after_the_first
 #[tokio::test]
 async fn the_fleet_tells_what_runs_under_vllms_names() {
     let go = CancellationToken::new();
-    let gate = go.clone();
-    let prefill = Fake::start(move |_| {
-        let gate = gate.clone();
-        async move {
-            gate.cancelled().await;
-            fake::nixl_prefilled()
-        }
-    })
-    .await;
+    let prefill = Fake::held(&go, fake::nixl_prefilled).await;
     let decode = decoder().await;
     let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
     let request = rig.complete(r#"{"prompt":"x"}"#);
@@ -155,6 +148,100 @@ async fn the_fleet_tells_what_runs_under_vllms_names() {
     assert_eq!(status, 200);
     assert_eq!(rig.metric("vllm:num_requests_running{model_name=\"m\"}"), "0");
     rig.finish().await;
+}
+
+/// Prometheus asks for `OpenMetrics`; whoever does not gets what every parser reads.
+#[tokio::test]
+async fn metrics_are_in_the_format_that_is_asked_for() {
+    let rig = Rig::nixl(&[1], &[1]).await;
+    let ask = async |accept: &str| {
+        let request = reqwest::Client::new().get(format!("{}/metrics", rig.url));
+        let response = request.header("accept", accept).send().await.unwrap();
+        let kind = response.headers()["content-type"].to_str().unwrap().to_owned();
+        (kind, response.text().await.unwrap())
+    };
+    for accept in ["*/*", "text/plain", "text/html", "application/openmetrics-text;q=0"] {
+        let (kind, text) = ask(accept).await;
+        assert_eq!(kind, "text/plain; version=0.0.4; charset=utf-8", "{accept}");
+        assert!(
+            text.contains("# TYPE xpyd_retries_total counter\nxpyd_retries_total 0\n"),
+            "{text}"
+        );
+        assert!(!text.contains("# EOF"), "{text}");
+    }
+    let (kind, text) = ask("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3").await;
+    assert_eq!(kind, "application/openmetrics-text; version=1.0.0; charset=utf-8");
+    assert!(
+        text.contains("# TYPE xpyd_retries counter\n") && text.ends_with("# EOF\n"),
+        "{text}"
+    );
+    rig.finish().await;
+}
+
+/// Nobody watches the engines of `xpyd proxy`, so they are asked.
+#[tokio::test]
+async fn health_is_that_of_engines_that_nobody_watches() {
+    let well = || Fake::start(|_| async { answer(200, "") });
+    let ill = Fake::start(|_| async { answer(503, "") }).await;
+    let (prefill, decode) = (well().await, well().await);
+    for (engines, is_well) in [
+        ((vec![prefill.port], vec![decode.port]), true),
+        (
+            (vec![prefill.port, ill.port], vec![dead_port().await, decode.port]),
+            true,
+        ),
+        ((vec![prefill.port], vec![dead_port().await]), false),
+        ((vec![dead_port().await], vec![decode.port]), false),
+        ((vec![prefill.port], vec![ill.port]), false),
+    ] {
+        let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+        settings.asks_engines = true;
+        let rig = Rig::start(settings, &engines.0, &engines.1, 1, None).await;
+        for path in ["/health", "/ping"] {
+            let status = rig.get(path).await.status();
+            assert_eq!(status, if is_well { 200 } else { 503 }, "{path} of {engines:?}");
+        }
+        rig.finish().await;
+    }
+}
+
+/// `left` is the word for clients that went away, and for nothing else.
+#[tokio::test]
+async fn the_access_log_tells_of_a_client_that_left_only_where_one_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("access.log");
+    let decode = Fake::start(|seen| async move {
+        match &*seen.path {
+            "/v1/completions" => events(vec![Ok("data: {}\n\n"), Ok("data: [DONE]\n\n")]),
+            "/v1/responses" => events(vec![Ok("event: a\ndata: {}\n\n")]),
+            _ => answer(200, "{}"),
+        }
+    })
+    .await;
+    let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+    settings.parts.access_log = Some(AccessLog::open(&file, 1 << 20).unwrap());
+    let rig = Rig::start(settings, &[1], &[decode.port], 1, None).await;
+    let client = reqwest::Client::new();
+    let url = |path: &str| format!("{}{path}", rig.url);
+    for path in ["/v1/models", "/version", "/v1/responses/resp_1"] {
+        client.get(url(path)).send().await.unwrap().bytes().await.unwrap();
+    }
+    client.head(url("/v1/models")).send().await.unwrap();
+    for (path, body) in [
+        ("/tokenize", "{}"),
+        ("/v1/embeddings", "{}"),
+        ("/v1/responses", "{}"),
+        ("/v1/completions", r#"{"prompt":"x","n":2,"stream":true}"#),
+    ] {
+        let request = client.post(url(path)).header("content-type", "application/json");
+        request.body(body).send().await.unwrap().bytes().await.unwrap();
+    }
+    rig.finish().await;
+    let told = std::fs::read_to_string(&file).unwrap();
+    let outcomes = told
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["outcome"].to_string());
+    assert_eq!(outcomes.collect::<Vec<_>>(), ["\"answered\""; 8], "{told}");
 }
 
 /// An engine that answers every path with this text.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use xpyd::connector::{Connector, FirstToken, Nixl};
 use xpyd::fleet::{EngineId, EngineState, FleetStage, Role};
-use xpyd::proxy::{Notifications, Settings};
+use xpyd::proxy::{CanaryPrompts, Notifications, Settings};
 use xpyd::service::Admission;
 
 use super::fake::{self, COMPLETION, Fake, Going, Rig, answer, soon};
@@ -326,7 +326,10 @@ async fn a_canary_learns_how_many_tokens_an_engine_has_room_for() {
     .await;
     let rig = Rig::start(limited(Admission::default()), &[prefill.port], &[decode.port], 1, None).await;
     let pair = (EngineId::new(Role::Prefill, 0), EngineId::new(Role::Decode, 0));
-    rig.proxy.canary(&pair.0, &pair.1).await.expect("a good pair");
+    rig.proxy
+        .canary(&pair.0, &pair.1, CanaryPrompts::Short)
+        .await
+        .expect("a good pair");
     let before = decode.seen().len();
     let first = send(&rig, "a", 100, 0);
     decode.saw(before + 1).await;
@@ -335,6 +338,103 @@ async fn a_canary_learns_how_many_tokens_an_engine_has_room_for() {
     gate.add_permits(2);
     good(first).await;
     good(second).await;
+    rig.finish().await;
+}
+
+/// A chat with an image of a megabyte, by its `data:` URL.
+fn image() -> String {
+    let url = format!("data:image/png;base64,{}", "QUJD".repeat(1 << 18));
+    let parts = json!([{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": url}}]);
+    json!({"max_tokens": 4, "messages": [{"role": "user", "content": parts}]}).to_string()
+}
+
+#[tokio::test]
+async fn an_image_weighs_as_little_as_it_does_in_an_engine() {
+    let (prefill, (decode, gate)) = (prefiller().await, gated().await);
+    let mut settings = limited(Admission {
+        decode_tokens: Some(4000),
+        ..Admission::default()
+    });
+    settings.max_body_bytes = 4 << 20;
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let text = send(&rig, "a", 100, 0);
+    decode.saw(1).await;
+    let request = rig.post("/v1/chat/completions", image());
+    let seen = Going::start(async move { request.send().await.unwrap().status().as_u16() });
+    decode.saw(2).await;
+    let last = send(&rig, "a", 100, 1);
+    decode.saw(3).await;
+    gate.add_permits(3);
+    good(text).await;
+    good(last).await;
+    assert_eq!(seen.end().await, 200);
+    rig.finish().await;
+}
+
+/// It may be smaller than its bytes say, so others go first for a while; what was counted waits in its turn.
+#[tokio::test]
+async fn who_only_by_an_estimate_has_no_room_holds_nobody_up() {
+    let (prefill, (decode, gate)) = (prefiller().await, gated().await);
+    let rig = Rig::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let mut all = vec![send(&rig, "a", 40, 0)];
+    decode.saw(1).await;
+    let request = rig.post(
+        "/v1/completions",
+        json!({"prompt": "x".repeat(2000), "max_tokens": 1}).to_string(),
+    );
+    let large = Going::start(async move { request.send().await.unwrap().status().as_u16() });
+    queued(&rig, 1).await;
+    for name in 1..=3 {
+        all.push(send(&rig, "b", 5, name));
+        decode.saw(name + 1).await;
+    }
+    queued(&rig, 1).await;
+    gate.add_permits(4);
+    for sent in all {
+        good(sent).await;
+    }
+    decode.saw(5).await;
+    gate.add_permits(1);
+    assert_eq!(large.end().await, 200);
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn no_prompt_weighs_more_than_the_model_reads() {
+    let gate = Arc::new(Semaphore::new(0));
+    let inside = Arc::clone(&gate);
+    let prefill = prefiller().await;
+    let decode = Fake::start(move |seen| {
+        let gate = Arc::clone(&inside);
+        async move {
+            if seen.path == "/v1/models" {
+                return answer(200, r#"{"data":[{"id":"m","max_model_len":50},{"id":"lora"}]}"#);
+            }
+            gate.acquire().await.unwrap().forget();
+            answer(200, COMPLETION)
+        }
+    })
+    .await;
+    let mut settings = limited(narrow());
+    settings.max_body_bytes = 1 << 20;
+    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let first = send(&rig, "a", 40, 0);
+    decode.saw(1).await;
+    let large = |letter: &str| {
+        let body = json!({"prompt": letter.repeat(100_000), "max_tokens": 1}).to_string();
+        let request = rig.post("/v1/completions", body);
+        Going::start(async move { request.send().await.unwrap().status().as_u16() })
+    };
+    let second = large("x");
+    // It asks how long the model is, and fits in beside the first one.
+    assert_eq!(decode.saw(3).await[1].path, "/v1/models");
+    gate.add_permits(2);
+    good(first).await;
+    assert_eq!(second.end().await, 200);
+    let third = large("y");
+    assert_ne!(decode.saw(4).await[3].path, "/v1/models", "it is known now");
+    gate.add_permits(1);
+    assert_eq!(third.end().await, 200);
     rig.finish().await;
 }
 

@@ -15,7 +15,7 @@ use super::{code, decoder, prefiller};
 /// The model that a decode engine is asked for when it shall free KV.
 const RELEASE: &str = "xpyd-releases-kv-with-this-unknown-model";
 
-fn is_release(seen: &super::fake::Seen) -> bool {
+pub(super) fn is_release(seen: &super::fake::Seen) -> bool {
     seen.json()["model"] == RELEASE && seen.json()["kv_transfer_params"]["remote_engine_id"] == "e"
 }
 
@@ -97,19 +97,14 @@ async fn kv_of_a_decode_engine_that_dies_is_freed_by_another_one() {
 async fn a_prefill_engine_that_drains_waits_until_its_kv_is_fetched() {
     let prefill = prefiller().await;
     let gate = CancellationToken::new();
-    let opened = gate.clone();
-    let decode = Fake::start(move |_| {
-        let gate = opened.clone();
-        async move {
-            gate.cancelled().await;
-            answer(200, COMPLETION)
-        }
-    })
-    .await;
+    let decode = Fake::held(&gate, || answer(200, COMPLETION)).await;
     let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
     let url = format!("{}/v1/completions", rig.url);
     let request = Going::start(async move {
-        let request = reqwest::Client::new().post(url).body(r#"{"prompt":"x"}"#);
+        let request = reqwest::Client::new()
+            .post(url)
+            .header("content-type", "application/json");
+        let request = request.body(r#"{"prompt":"x"}"#);
         request.send().await.unwrap().status().as_u16()
     });
     decode.saw(1).await;

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-use super::fake::{COMPLETION, Fake, PARAMS, Rig, nixl_prefilled};
+use super::fake::{COMPLETION, Fake, PARAMS, Rig, answer, nixl_prefilled};
 
 /// An engine that sends these bytes for every request, and then closes the connection if it is told to.
 struct Raw {
@@ -105,6 +105,31 @@ async fn one_connection_to_an_engine_serves_one_request_after_the_other() {
     rig.finish().await;
 }
 
+/// Whatever tells its length, a server does not read beyond it.
+#[tokio::test]
+async fn passed_answers_leave_their_connection_to_the_next_request() {
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n";
+    for answer in [
+        whole("{}"),
+        whole(""),
+        format!("{head}transfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n"),
+        format!("{head}transfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\nx-sum: 1\r\n\r\n"),
+        "HTTP/1.1 204 No Content\r\n\r\n".to_owned(),
+    ] {
+        for piece in [1, 4096] {
+            let decode = Raw::start(answer.clone(), false, piece).await;
+            let rig = Rig::nixl(&[1], &[decode.port]).await;
+            for _ in 0..4 {
+                let response = rig.post("/v1/embeddings", "{}").send().await.unwrap();
+                assert!(response.status().is_success(), "{answer}");
+                response.bytes().await.unwrap();
+            }
+            assert_eq!(decode.connections(), 1, "{answer}");
+            rig.finish().await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_answer_may_be_framed_in_any_way_and_come_in_any_pieces() {
     let chunks = format!(
@@ -163,6 +188,71 @@ async fn an_answer_that_breaks_off_or_makes_no_sense_is_an_error_of_the_engine()
             (502, &json!("engine_error")),
             "{answer}: {text}"
         );
+        rig.finish().await;
+    }
+}
+
+/// Headers that ask for an answer in an encoding, in parts, or only if it has changed, or that are between two machines.
+const NEGOTIATED: [(&str, &str); 12] = [
+    ("accept-encoding", "gzip, br"),
+    ("te", "trailers"),
+    ("trailer", "x-sum"),
+    ("connection", "x-hop, keep-alive"),
+    ("x-hop", "1"),
+    ("keep-alive", "timeout=5"),
+    ("range", "bytes=0-1"),
+    ("if-range", "\"a\""),
+    ("if-match", "\"a\""),
+    ("if-none-match", "*"),
+    ("if-modified-since", "Sun, 06 Nov 1994 08:49:37 GMT"),
+    ("if-unmodified-since", "Sun, 06 Nov 1994 08:49:37 GMT"),
+];
+
+#[tokio::test]
+async fn no_header_asks_an_engine_for_what_the_proxy_cannot_read() {
+    let prefill = Fake::start(|_| async { nixl_prefilled() }).await;
+    let decode = Fake::start(|_| async { answer(200, COMPLETION) }).await;
+    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+    for path in ["/v1/completions", "/v1/responses"] {
+        let mut request = rig.post(path, r#"{"prompt":"x"}"#).header("x-mine", "1");
+        for (name, value) in NEGOTIATED {
+            request = request.header(name, value);
+        }
+        assert_eq!(request.send().await.unwrap().status(), 200);
+    }
+    rig.get("/version").await;
+    rig.get("/metrics?engines").await;
+    for seen in prefill.seen().iter().chain(&decode.seen()) {
+        assert_eq!(seen.headers["accept-encoding"], "identity", "{}", seen.path);
+        let crossed = |name: &&str| *name != "accept-encoding" && seen.headers.contains_key(*name);
+        let crossed: Vec<_> = NEGOTIATED.map(|(name, _)| name).into_iter().filter(crossed).collect();
+        assert!(crossed.is_empty(), "{} {crossed:?}", seen.path);
+    }
+    assert!(prefill.seen()[0].headers.contains_key("x-mine"));
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_encoded_all_the_same_is_named_as_such() {
+    let encoded = |kind: &str| {
+        format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\n\x1f\x08ab"
+        )
+    };
+    let good = Fake::start(|_| async { nixl_prefilled() }).await;
+    for kind in ["application/json", "text/event-stream"] {
+        let raw = Raw::start(encoded(kind), false, 4096).await;
+        for (prefill, decode) in [(raw.port, good.port), (good.port, raw.port)] {
+            let rig = Rig::nixl(&[prefill], &[decode]).await;
+            let (status, text) = rig.complete(r#"{"prompt":"x","stream":true}"#).await;
+            assert!(status == 502 && text.contains("encoding `gzip`"), "{status} {text}");
+            rig.finish().await;
+        }
+        // What the proxy does not read is passed on as it is.
+        let rig = Rig::nixl(&[1], &[raw.port]).await;
+        let response = rig.post("/v1/embeddings", "{}").send().await.unwrap();
+        assert_eq!(response.headers()["content-encoding"], "gzip");
+        assert_eq!(response.bytes().await.unwrap(), "\x1f\x08ab");
         rig.finish().await;
     }
 }

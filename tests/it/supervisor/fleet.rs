@@ -80,7 +80,6 @@ impl Run {
             reservations,
             engines: engines.clone(),
             run_dir: folder.path().to_owned(),
-            files: Vec::new(),
             drain_deadline: PATIENCE,
             verify_deadline: PATIENCE,
             restart: RestartPolicy {
@@ -97,9 +96,9 @@ impl Run {
             signals: signal_receiver,
             requests: request_receiver,
             view: view_sender,
-            verify: Box::new(move |pairs| {
+            verify: Box::new(move |round| {
                 let trial = canary.clone().map_or_else(Trial::Failed, |()| Trial::Worked);
-                Box::pin(std::future::ready(vec![trial; pairs.len()]))
+                Box::pin(std::future::ready(vec![trial; round.pairs.len()]))
             }),
             hand_over: Box::new(|| Box::pin(std::future::ready(()))),
             explain: Box::new(|_| Arc::new(|_| Cause::default())),
@@ -198,7 +197,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
             expired_leases: String::new(),
             late_reads: String::new(),
         },
-        receiver_template: None,
+        file: None,
         log_limits: LogLimits::default(),
     }
 }

@@ -45,6 +45,7 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
+        crate::support::hear_signals();
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("guardian.log");
         Self {
@@ -161,6 +162,25 @@ async fn sigterm_reaches_the_leader_only_and_only_once() {
     bench.kill();
     assert_eq!(bench.event().await, tree_empty());
     assert_eq!(read(&log), "up\nleader got it\n");
+}
+
+#[tokio::test]
+async fn what_a_wrapper_has_started_is_asked_to_leave_once_the_wrapper_has_gone() {
+    let mut bench = Bench::new().await;
+    // A shell without `exec`: it ends by its SIGTERM, and passes none on.
+    let script = r#"
+        sh -c 'trap "echo clean end; exit 0" TERM; echo up; while :; do sleep 0.01; done' &
+        wait
+    "#;
+    bench.spawn(script).await;
+    let log = bench.log();
+    until("the server is up", || read(&log).contains("up")).await;
+    bench.guardian.send(&Command::Terminate { engine: engine() }).unwrap();
+    assert_eq!(bench.event().await, exited(Exit::Signal(15)));
+    assert_eq!(bench.event().await, tree_empty());
+    // The shell may also tell that its `sleep` was terminated.
+    let said = read(&log);
+    assert!(said.starts_with("up\n") && said.ends_with("clean end\n"), "{said}");
 }
 
 #[tokio::test]

@@ -153,14 +153,29 @@ pub(super) const MARK_HEIGHT: f64 = 17.0;
 
 /// Marks, each with its name on a line of its own so that none covers another.
 pub(super) fn marks(marks: &[Mark], axis: &Axis, top: f64, bottom: f64) -> Markup {
+    let y = |place: usize| top + place as f64 * MARK_HEIGHT;
     html! {
         @for (place, mark) in marks.iter().enumerate() {
-            @let x = axis.at(mark.value);
-            @let y = top + place as f64 * MARK_HEIGHT;
-            @let is_right = axis.share(mark.value) > 0.55;
-            path class={ "mark " (mark.class) } d={ "M" (pixel(x)) " " (pixel(y + 2.0)) "V" (pixel(bottom)) } {}
-            text class={ "name " (mark.class) } x=(pixel(if is_right { x - 6.0 } else { x + 6.0 })) y=(pixel(y + 12.0))
-                text-anchor=(if is_right { "end" } else { "start" }) { (mark.text) }
+            path class={ "mark " (mark.class) } d={ "M" (pixel(axis.at(mark.value))) " " (pixel(y(place) + 2.0)) "V" (pixel(bottom)) } {}
         }
+        // After all lines, so that none strikes a name through.
+        @for (place, mark) in marks.iter().enumerate() {
+            @let (x, anchor) = beside(axis.at(mark.value), &mark.text, axis.pixels());
+            text class={ "name " (mark.class) } x=(pixel(x)) y=(pixel(y(place) + 12.0)) text-anchor=(anchor) { (mark.text) }
+        }
+    }
+}
+
+/// Where a name stands beside a line: right of it, else left, else as far right as there is room.
+fn beside(line: f64, text: &str, (left, right): (f64, f64)) -> (f64, &'static str) {
+    const GAP: f64 = 6.0;
+    // Of the letters of the style sheet's 12 pixels.
+    let width = text.chars().count() as f64 * 6.6;
+    if line + GAP + width <= right {
+        (line + GAP, "start")
+    } else if line - GAP - width >= left {
+        (line - GAP, "end")
+    } else {
+        (right, "end")
     }
 }

@@ -15,6 +15,7 @@ const FARTHEST: f64 = 200.0;
 #[derive(Debug)]
 struct Row {
     name: String,
+    key: String,
     before: Option<f64>,
     after: Option<f64>,
     /// In per cent.
@@ -36,7 +37,7 @@ pub(super) fn of(document: &Value) -> Markup {
         .filter_map(Value::as_str);
     let caveats: Vec<&str> = caveats.take(20).collect();
     html! {
-        p.lede { "From A to B: what changed, and whether it is more than chance." }
+        p.lede { (headline(&rows)) }
         dl.settings.sides { (side("A", &document["a"])) (side("B", &document["b"])) }
         @if !caveats.is_empty() {
             div.banner role="note" { strong { "Not like with like" } ul { @for caveat in caveats { li { bdi { (caveat) } } } } }
@@ -44,7 +45,7 @@ pub(super) fn of(document: &Value) -> Markup {
         section { h2 { "Changes from A to B" } figure {
             (chart("changes", "The change of each measure with its interval of 95 %; the table below has the numbers", |size| picture(&rows, size)))
             figcaption { "A dot is the change, the line through it the interval that holds the true one in 95 of 100 cases. A line that \
-                crosses 0 may be chance alone." }
+                crosses 0 may be chance alone. A cross has no interval: how sure it is, is not known." }
         } }
         section { h2 { "Measures" } (table(&rows)) }
     }
@@ -62,7 +63,8 @@ impl Row {
         let percent = |value: &Value| value.as_f64().map(|share| finite(share) * 100.0);
         let ends = entry["interval"].as_array().map(Vec::as_slice).unwrap_or_default();
         Self {
-            name: name.to_owned(),
+            name: entry["label"].as_str().unwrap_or(name).to_owned(),
+            key: name.to_owned(),
             before: entry["a"].as_f64(),
             after: entry["b"].as_f64(),
             change: percent(&entry["change"]),
@@ -71,6 +73,45 @@ impl Row {
                 _ => None,
             },
             verdict: entry["verdict"].as_str().unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// What matters most, in a sentence.
+fn headline(rows: &[Row]) -> String {
+    let change = |key: &str, what: &str| {
+        let row = rows.iter().find(|row| row.key == key)?;
+        let change = row.change?;
+        let standing = row.standing();
+        Some(match standing {
+            "" if row.interval.is_some() => format!("no difference seen {what}"),
+            _ => format!(
+                "{:.1} % {} {what}",
+                change.abs(),
+                if change > 0.0 { "slower" } else { "faster" }
+            ),
+        })
+    };
+    let told: Vec<String> = [
+        change("mean_ttft_ms", "to the first token"),
+        change("mean_tpot_ms", "per later token"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    if told.is_empty() {
+        return "From A to B: what changed, and whether it is more than chance.".to_owned();
+    }
+    format!("B against A: {}.", told.join(", "))
+}
+
+impl Row {
+    /// The class of its colour: whether B is better, worse, or neither for sure.
+    fn standing(&self) -> &'static str {
+        match self.verdict.as_str() {
+            "faster" | "higher" | "better" => "better",
+            "slower" | "lower" | "worse" => "worse",
+            _ => "",
         }
     }
 }
@@ -86,19 +127,23 @@ fn picture(rows: &[Row], size: Size) -> (f64, Markup) {
     let (top, bottom) = (6.0, 6.0 + PITCH * drawn.len().max(1) as f64);
     let left = size.pick(250.0, 128.0);
     let axis = Axis::linear((-most, most), (left, size.plot().1));
-    let (mut intervals, mut dots) = (Path::default(), Path::default());
+    let (mut intervals, mut dots, mut unsure) = (Path::default(), Path::default(), Path::default());
     for (place, (row, change)) in drawn.iter().enumerate() {
         let y = top + (place as f64 + 0.5) * PITCH;
         if let Some((low, high)) = row.interval {
             intervals.move_to(axis.at(low), y).across_to(axis.at(high));
+            dots.dot(axis.at(*change), y);
+        } else {
+            // How sure it is, nobody knows.
+            unsure.cross((axis.at(*change), y), 3.0);
         }
-        dots.dot(axis.at(*change), y);
     }
     let picture = html! {
         (bottom_axis(&axis, size, (top, bottom), "%"))
         path.mark.middle d={ "M" (pixel(axis.at(0.0))) " " (pixel(top)) "V" (pixel(bottom)) } {}
         path.interval d=(intervals.text()) {}
         path.dots.few d=(dots.text()) {}
+        path.unsure d=(unsure.text()) {}
         @for (place, (row, _)) in drawn.iter().enumerate() {
             text x="0" y=(pixel(top + (place as f64 + 0.5) * PITCH + 4.0)) { (row.name) }
         }
@@ -122,7 +167,7 @@ fn table(rows: &[Row]) -> Markup {
                         td { (number(row.after)) }
                         td { @if let Some(change) = row.change { (format!("{change:+.1} %")) } }
                         td { @if let Some((low, high)) = row.interval { (format!("{low:+.1} to {high:+.1} %")) } }
-                        td.text { bdi { (row.verdict) } }
+                        td class={ "text " (row.standing()) } { bdi { (row.verdict) } }
                     }
                 }
             }

@@ -12,6 +12,7 @@ mod page;
 mod phase;
 mod run;
 mod series;
+mod setup;
 mod spread;
 mod stages;
 mod table;

@@ -126,6 +126,11 @@ impl Axis {
         self.start + share.clamp(0.0, 1.0) * (self.end - self.start)
     }
 
+    /// Its first and its last pixel.
+    pub(super) fn pixels(&self) -> (f64, f64) {
+        (self.start, self.end)
+    }
+
     /// The value at a share of the way, 0 to 1.
     pub(super) fn value(&self, share: f64) -> f64 {
         if self.is_logarithmic {

@@ -8,24 +8,29 @@ use super::course;
 use super::number::{digits, hundredths, span, whole};
 use super::run::Run;
 use super::series;
+use super::setup;
 use super::spread::Spread;
 use super::stages;
 use super::table::{self, Values};
 use super::timeline::Timeline;
+use crate::bench::honesty::Verdict;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
 pub(super) fn of_run(run: &Run) -> Markup {
-    let title = format!("{} at {}", short_name(&run.model_id), rate(run));
+    let setup = &run.xpyd["setup"];
+    let kind = if setup::is_simulated(setup) { ", simulated" } else { "" };
+    let title = format!("{} at {}{kind}", short_name(&run.model_id), rate(run));
     frame(
         &title,
         &html! {
             header {
                 p.kind { "xpyd bench" span { (table::date(&run.date)) } }
-                h1 { bdi { (short_name(&run.model_id)) } " at " (rate(run)) }
+                h1 { bdi { (short_name(&run.model_id)) } " at " (rate(run)) (kind) }
                 p.lede { (lede(run)) }
             }
+            (setup::banner(setup))
             (banner(run))
             (headline(run))
             @if run.requests.is_empty() {
@@ -36,6 +41,7 @@ pub(super) fn of_run(run: &Run) -> Markup {
                 (details(run))
             }
             section { h2 { "Settings" } (table::settings(run)) }
+            (setup::section(setup))
             (terms())
         },
     )
@@ -131,7 +137,7 @@ fn banner(run: &Run) -> Markup {
     html! {
         @if own["valid"] == false {
             div.banner.invalid role="alert" { strong { "INVALID" }
-                p { "This client could not do what it was asked to, so its numbers tell of itself, too." }
+                p { "The load generator was too slow. Do not trust these numbers. Fix: " (Verdict::ADVICE) "." }
                 (sentences(&own["reasons"]))
             }
         }
@@ -186,14 +192,18 @@ pub(super) fn of_document(document: &Value) -> Option<Markup> {
     };
     let model = document["model_id"].as_str().or(document["b"]["model_id"].as_str());
     let model = short_name(model.unwrap_or_default());
+    let setup = &document["setup"];
+    let kind = if setup::is_simulated(setup) { ", simulated" } else { "" };
     Some(frame(
-        &format!("{title}: {model}"),
+        &format!("{title}: {model}{kind}"),
         &html! {
             header {
                 p.kind { "xpyd bench" span { (table::date(document["date"].as_str().unwrap_or_default())) } }
-                h1 { (title) ": " bdi { (model) } }
+                h1 { (title) ": " bdi { (model) } (kind) }
             }
+            (setup::banner(setup))
             (content)
+            (setup::section(setup))
             (terms())
         },
     ))
@@ -249,7 +259,11 @@ fn headline(run: &Run) -> Markup {
         name: "Throughput",
         value: hundredths(run.request_throughput),
         unit: "req/s",
-        below: run.rate().map(|rate| format!("{rate} asked for")).unwrap_or_default(),
+        // The last answers come after the last request, so it is less than was asked for, whoever serves.
+        below: run
+            .rate()
+            .map(|rate| format!("sent at {rate}, until the last answer"))
+            .unwrap_or_default(),
     };
     let tiles = [
         Some(answered),

@@ -37,7 +37,7 @@ impl Phase {
             Self::ClientQueue => "client queue",
             Self::Stage(stage) => stage.label(),
             Self::Wait => "until the first token",
-            Self::Decoding => "decoding",
+            Self::Decoding => "later tokens",
         }
     }
 

@@ -62,6 +62,8 @@ pub(super) struct Run {
     errors: Vec<String>,
     /// Nobody looks at the texts here, and they are most of a file.
     generated_texts: IgnoredAny,
+    server_queue_times: IgnoredAny,
+    server_ttfts: IgnoredAny,
     /// What only xpyd tells.
     pub(super) xpyd: Value,
     /// Latencies by name, metadata, and what later versions add.

@@ -38,9 +38,9 @@ enum Standing {
 impl Standing {
     fn word(self) -> &'static str {
         match self {
-            Self::Fine => "fine",
-            Self::Failed => "fails",
-            Self::Invalid => "invalid",
+            Self::Fine => "pass",
+            Self::Failed => "fail",
+            Self::Invalid => "not valid",
         }
     }
 }
@@ -59,12 +59,12 @@ pub(super) fn of_sweep(document: &Value) -> Markup {
         first["result"]["xpyd"]["objectives"][name].as_f64()
     };
     html! {
-        p.lede { (whole(points.len())) " runs, each with another load." @if let Some(why) = document["stopped"].as_str() { " Ended: " bdi { (why) } "." } }
+        p.lede { (knee(&points, unit)) @if let Some(why) = document["stopped"].as_str() { " Ended: " bdi { (why) } "." } }
         section { h2 { "Latencies over the load" } figure {
             (panels(&points, unit, &[
-                ("Time to first token (ms)", &[("median", "middle", &|point| point.first_token[0]), ("P99", "tail", &|point| point.first_token[1])], objective("ttft")),
-                ("Time per output token (ms)", &[("median", "middle", &|point| point.per_token[0]), ("P99", "tail", &|point| point.per_token[1])], objective("tpot")),
-                ("Requests served per second", &[("served", "middle", &|point| point.served), ("good", "tail", &|point| point.goodput)], None),
+                ("Time to first token (ms)", &[("median", "middle", &|point| point.first_token[0]), ("P99", "tail", &|point| point.first_token[1])], objective("ttft"), None),
+                ("Time per output token (ms)", &[("median", "middle", &|point| point.per_token[0]), ("P99", "tail", &|point| point.per_token[1])], objective("tpot"), None),
+                ("Requests served per second", &[("served", "middle", &|point| point.served), ("good", "tail", &|point| point.goodput)], None, None),
             ]))
         } }
         section { h2 { "Runs" } (table(&points, unit)) }
@@ -76,20 +76,65 @@ pub(super) fn of_search(document: &Value) -> Markup {
     points.sort_by(|left, right| left.asked.unwrap_or(0.0).total_cmp(&right.asked.unwrap_or(0.0)));
     let attainment = document["attainment"].as_f64();
     let objective = document["objectives"]["ttft"].as_f64();
+    let ending = document["ending"].as_str().unwrap_or_default();
+    let is_found = ending == "found";
     html! {
         p.lede {
-            @if let Some(rate) = document["rate"].as_f64() { "The highest rate that keeps to the objectives is " b { (digits(rate)) " req/s" }
+            @if let Some(rate) = document["rate"].as_f64() {
+                @if is_found { "The highest rate that keeps to the objectives is " b { (digits(rate)) " req/s" } }
+                @else { "At least " b { (digits(rate)) " req/s" } " keep to the objectives" }
                 @if let Some(fails) = document["fails_at"].as_f64() { "; at " (digits(fails)) " req/s it does not" } "." }
-            @else { "No rate was found that keeps to the objectives" @if let Some(why) = document["ending"].as_str() { " (" bdi { (why) } ")" } "." }
+            @else if document["fails_at"].is_number() || ending == "a request alone misses" { "No rate that was tried keeps to the objectives." }
+            @else { "Whether any rate keeps to the objectives is not known." }
+            @if !is_found && !ending.is_empty() { " The search ended early: " bdi { (early(ending)) } "." }
         }
         (objectives(document))
         section { h2 { "What was tried" } figure {
             (panels(&points, "req/s", &[
-                ("Requests that keep to the objectives (%)", &[("good", "middle", &|point| point.good.map(|good| good * 100.0))], attainment.map(|share| share * 100.0)),
-                ("P99 of the time to first token (ms)", &[("P99", "middle", &|point| point.first_token[1])], objective),
+                ("Requests that keep to the objectives (%)", &[("good", "middle", &|point| point.good.map(|good| good * 100.0))], attainment.map(|share| share * 100.0), Some(100.0)),
+                ("P99 of the time to first token (ms)", &[("P99", "middle", &|point| point.first_token[1])], objective, None),
             ]))
         } }
         section { h2 { "Runs" } (table(&points, "req/s")) }
+    }
+}
+
+/// Why a search ended before it knew, in words.
+fn early(ending: &str) -> &str {
+    match ending {
+        "time" => "its time was over",
+        "client limit" => "the load generator was too slow",
+        "nothing passes" => "even the lowest rate fails",
+        "everything passes" => "even the highest rate passes",
+        "a request alone misses" => "even a request that is alone at the server misses them",
+        other => other,
+    }
+}
+
+/// Up to where the server keeps up, in a sentence.
+fn knee(points: &[Point], unit: &str) -> String {
+    let asked = |standing| {
+        let points = points.iter().filter(move |point| point.standing == standing);
+        points.filter_map(|point| point.asked)
+    };
+    let (kept, lost) = (
+        asked(Standing::Fine).reduce(f64::max),
+        asked(Standing::Failed).reduce(f64::min),
+    );
+    match (kept, lost) {
+        (Some(kept), Some(lost)) if kept < lost => {
+            format!(
+                "The server keeps up with {} {unit}, and falls behind at {}.",
+                tick(kept),
+                tick(lost)
+            )
+        }
+        (Some(kept), None) => format!(
+            "The server keeps up with every load that was tried, up to {} {unit}.",
+            tick(kept)
+        ),
+        (None, Some(lost)) => format!("The server falls behind at {} {unit} already.", tick(lost)),
+        _ => format!("{} runs, each with another load.", whole(points.len())),
     }
 }
 
@@ -129,7 +174,7 @@ fn point_of_sweep(entry: &Value) -> Point {
         },
         note: match entry["why_invalid"].as_str() {
             Some(why) => why.to_owned(),
-            None if is_overloaded => "more was sent than served".to_owned(),
+            None if is_overloaded => "more was sent than served, and the queue grew".to_owned(),
             None => String::new(),
         },
     }
@@ -161,9 +206,29 @@ fn point_of_search(entry: &Value) -> Point {
     }
 }
 
+/// A panel: its name, its lines, the objective, and the greatest value that there can be.
+type Panel<'a> = (&'a str, &'a [Line<'a>], Option<f64>, Option<f64>);
+
+/// The axis of the loads. Loads that double from point to point are drawn by their logarithm.
+fn load_axis(points: &[Point], pixels: (f64, f64)) -> Axis {
+    let asked = || points.iter().filter_map(|point| point.asked);
+    let most = asked().fold(0.0, f64::max);
+    let least = asked().fold(most, f64::min);
+    if least > 0.0 && most >= least * 8.0 {
+        return Axis::logarithmic((least * 0.95, most * 1.05), pixels);
+    }
+    // One load alone stands in the middle.
+    let margin = if most > least {
+        (most - least) * 0.04
+    } else {
+        most.max(1.0) / 2.0
+    };
+    Axis::linear(((least - margin).max(0.0), most + margin), pixels)
+}
+
 /// Panels one above the other over the same load.
-fn panels(points: &[Point], unit: &str, panels: &[(&str, &[Line<'_>], Option<f64>)]) -> Markup {
-    let with_values = |panel: &&(&str, &[Line<'_>], Option<f64>)| {
+fn panels(points: &[Point], unit: &str, panels: &[Panel<'_>]) -> Markup {
+    let with_values = |panel: &&Panel<'_>| {
         points
             .iter()
             .any(|point| panel.1.iter().any(|(_, _, value)| value(point).is_some()))
@@ -179,16 +244,13 @@ fn panels(points: &[Point], unit: &str, panels: &[(&str, &[Line<'_>], Option<f64
     );
     chart("series", &label, |size| {
         let (left, right) = size.plot();
-        let axis = Axis::linear(
-            ((least - (most - least) * 0.04).max(0.0), most + (most - least) * 0.02),
-            (left, right - 50.0),
-        );
+        let axis = load_axis(points, (left, right - 50.0));
         let height = size.pick(150.0, 120.0);
         let bottom = |place: usize| 22.0 + height + place as f64 * (height + 46.0);
         let picture = html! {
-            @for (place, (name, lines, limit)) in panels.iter().enumerate() {
+            @for (place, shown) in panels.iter().enumerate() {
                 (down_lines(&axis, size, (bottom(place) - height, bottom(place))))
-                (panel(points, &axis, size, (bottom(place) - height, bottom(place)), name, lines, *limit))
+                (panel(points, &axis, size, (bottom(place) - height, bottom(place)), shown))
                 @if place + 1 == panels.len() { (bottom_axis(&axis, size, (bottom(place) - height, bottom(place)), unit)) }
             }
         };
@@ -201,10 +263,9 @@ fn panel(
     axis: &Axis,
     size: Size,
     (top, bottom): (f64, f64),
-    name: &str,
-    lines: &[Line<'_>],
-    limit: Option<f64>,
+    (name, lines, limit, greatest): &Panel<'_>,
 ) -> Markup {
+    let limit = *limit;
     let values = points
         .iter()
         .flat_map(|point| lines.iter().filter_map(|(_, _, value)| value(point)));
@@ -212,14 +273,14 @@ fn panel(
     let most = values.fold(limit.unwrap_or(0.0), f64::max);
     let most = limit.map_or(most, |limit| most.min(limit * 6.0)).max(1e-6);
     // Room for the limit's name below the panel's.
-    let height = Axis::linear((0.0, round_up(most * 1.12)), (bottom, top));
+    let height = Axis::linear((0.0, greatest.unwrap_or_else(|| round_up(most * 1.12))), (bottom, top));
     let (_, right) = size.plot();
     html! {
         (panel_name(top - 10.0, name))
         (left_axis(&height, size, 4, tick))
         @if let Some(limit) = limit {
             path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(height.at(limit))) "H" (pixel(right)) } {}
-            text.name.limit x=(pixel(size.plot().0 + 4.0)) y=(pixel(height.at(limit) - 4.0)) { "objective " (tick(limit)) }
+            text.name.limit x=(pixel(size.plot().0 + 4.0)) y=(pixel(beside_line(height.at(limit), top))) { "objective " (tick(limit)) }
         }
         @for (place, (line, class, value)) in lines.iter().enumerate() {
             @let (path, dots, crosses, end) = trace(points, axis, &height, *value);
@@ -232,6 +293,11 @@ fn panel(
             }
         }
     }
+}
+
+/// Where the name of a horizontal line stands: above it, or below it where there is no room.
+fn beside_line(line: f64, top: f64) -> f64 {
+    if line - 16.0 < top { line + 14.0 } else { line - 4.0 }
 }
 
 /// The line, its dots, the crosses of runs that are no good, and where it ends.

@@ -282,21 +282,21 @@ pub(super) fn slowest(run: &Run) -> Markup {
         div.scroll { table.numbers {
             caption { "The slowest first tokens, in milliseconds" }
             thead { tr {
-                th scope="col" { "Request" } th scope="col" { "Sent at" } th scope="col" { "Tokens in" } th scope="col" { "out" }
+                th scope="col" { "Request" } th scope="col" { "TTFT" } th scope="col" { "TPOT" } th scope="col" { "E2EL" }
+                th scope="col" { "Sent at" } th scope="col" { "Tokens in" } th scope="col" { "out" }
                 @for phase in &phases { th scope="col" { (phase.name()) } }
-                th scope="col" { "TTFT" } th scope="col" { "TPOT" } th scope="col" { "E2EL" }
             } }
             tbody {
                 @for (request, timing) in &requests {
                     tr {
                         th scope="row" { (request.index) }
+                        td { (hundredths(timing.first_token * 1000.0)) }
+                        td { (request.time_per_output_token().map(|time| hundredths(time * 1000.0)).unwrap_or_default()) }
+                        td { (hundredths(timing.latency * 1000.0)) }
                         td { (hundredths(request.started)) " s" }
                         td { (request.input_tokens.map(whole).unwrap_or_default()) }
                         td { (whole(request.output_tokens)) }
                         @for phase in &phases { td { (hundredths(phase.of(request) * 1000.0)) } }
-                        td { (hundredths(timing.first_token * 1000.0)) }
-                        td { (request.time_per_output_token().map(|time| hundredths(time * 1000.0)).unwrap_or_default()) }
-                        td { (hundredths(timing.latency * 1000.0)) }
                     }
                 }
             }

@@ -206,3 +206,86 @@ fn results_of_several_runs_have_pages_too() {
     }
     assert!(of_file(r#"{"xpyd_bench": "something"}"#).is_err());
 }
+
+#[test]
+fn a_page_says_what_was_measured_and_that_engines_were_simulated() {
+    let mut file = result(4, 3, |_, _| ());
+    let setup = json!({"command": "xpyd bench --header 'Authorization=<redacted>'", "host": {"name": "box", "cores": 16,
+        "memory_bytes": 64_u64 << 30}, "xpyd": "0.1.0", "server": {"url": "localhost:9100", "version": "0.33.0", "simulated": true},
+        "fleet": {"profile": "2p2d-nixl", "connector": "nixl", "prefill_engines": 2, "decode_engines": 2, "gpus": null,
+        "versions": null}});
+    file["xpyd"] = json!({"valid": true, "setup": setup});
+    let page = of_file(&file.to_string()).unwrap();
+    let (head, rest) = page.split_once("class=\"headline\"").unwrap();
+    assert!(
+        head.contains("Simulated engines") && head.contains("simulated</h1>"),
+        "{head}"
+    );
+    for text in [
+        "2p2d-nixl",
+        "2 prefill, 2 decode",
+        "box, 16 cores, 64 GiB",
+        "xpyd bench --header",
+    ] {
+        assert!(rest.contains(text), "{text}");
+    }
+    file["xpyd"]["setup"]["server"]["simulated"] = json!(false);
+    let page = of_file(&file.to_string()).unwrap();
+    assert!(page.contains("vLLM 0.33.0") && !page.contains("Simulated"));
+    let sweep = json!({"xpyd_bench": "sweep", "axis": "rate", "points": [], "setup": setup});
+    assert!(of_file(&sweep.to_string()).unwrap().contains("Simulated engines"));
+}
+
+#[test]
+fn a_search_that_ended_early_says_at_least_and_one_rate_alone_has_an_axis() {
+    let search = |ending: &str, rate: Value, fails_at: Value| {
+        let probe = json!({"rate": 1.0, "verdict": "pass", "good": 1.0, "ttft_ms": 410.0});
+        let document = json!({"xpyd_bench": "find-max", "objectives": {"ttft": 500}, "attainment": 0.99, "rate": rate,
+            "fails_at": fails_at, "ending": ending, "probes": [probe]});
+        of_file(&document.to_string()).unwrap()
+    };
+    let page = search("time", json!(1.0), json!(null));
+    assert!(
+        page.contains("At least <b>1.00 req/s</b>") && page.contains("its time was over"),
+        "{page}"
+    );
+    assert!(!page.contains("The highest rate that keeps"));
+    // The numbers below the one point, each once.
+    let ticks: Vec<&str> = page
+        .split("text-anchor=\"middle\">")
+        .skip(1)
+        .filter_map(|rest| rest.split('<').next())
+        .collect();
+    let mut distinct = ticks.clone();
+    distinct.sort_unstable();
+    distinct.dedup();
+    assert!(distinct.len() > 1, "{ticks:?}");
+    let page = search("client limit", json!(null), json!(null));
+    assert!(page.contains("Whether any rate keeps to the objectives is not known") && page.contains("load generator"));
+    let page = search("found", json!(1.0), json!(1.1));
+    assert!(page.contains("The highest rate that keeps to the objectives is"));
+}
+
+#[test]
+fn a_sweep_says_where_the_server_falls_behind_and_a_comparison_what_got_better() {
+    let point = |asked: f64, overloaded: bool| json!({"asked": asked, "served": asked, "overloaded": overloaded, "valid": true, "result": {}});
+    let sweep = json!({"xpyd_bench": "sweep", "axis": "rate", "points": [point(4.0, false), point(8.0, false), point(16.0, true)]});
+    let page = of_file(&sweep.to_string()).unwrap();
+    assert!(
+        page.contains("The server keeps up with 8 req/s, and falls behind at 16."),
+        "{page}"
+    );
+    let measure = |label: &str, change: f64, verdict: &str| {
+        json!({"label": label, "a": 1.0, "b": 1.0 + change, "change": change,
+        "interval": [change, change], "verdict": verdict})
+    };
+    let compare = json!({"xpyd_bench": "compare", "a": {}, "b": {}, "measures": {
+        "mean_ttft_ms": measure("Mean TTFT (ms)", 0.16, "slower"), "mean_tpot_ms": measure("Mean TPOT (ms)", -0.03, "faster")}});
+    let page = of_file(&compare.to_string()).unwrap();
+    assert!(
+        page.contains("B against A: 16.0 % slower to the first token, 3.0 % faster per later token."),
+        "{page}"
+    );
+    assert!(page.contains("Mean TTFT (ms)") && !page.contains("mean_ttft_ms"));
+    assert!(page.contains("class=\"text worse\"") && page.contains("class=\"text better\""));
+}

@@ -134,7 +134,7 @@ pub struct Data {
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub turn_input_len: u32,
     /// `sessions`: between an answer and the next turn, as in `2s`.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "0s")]
+    #[arg(long, value_name = "TIME", value_parser = crate::span::parse, default_value = "0s")]
     pub think_time: Duration,
     /// `sessions`: the header that names the session.
     #[arg(long, value_name = "NAME", value_parser = header_name, default_value = "session-id")]

@@ -10,6 +10,6 @@ use clap::Args;
 pub struct Ending {
     /// How long the whole run may take, as in `10m`; then it stops as with Ctrl+C: what has ended gets its table, and the
     /// exit code is 1 [default: no limit]
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = crate::span::parse)]
     pub deadline: Option<Duration>,
 }

@@ -42,7 +42,7 @@ pub struct Load {
     #[arg(long, value_name = "RATE", default_value_t = 0.0, value_parser = rate_or_zero)]
     pub probe_request_rate: f64,
     /// How long one request may take, as in `90s` or `6h`.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "6h")]
+    #[arg(long, value_name = "TIME", value_parser = crate::span::parse, default_value = "6h")]
     pub request_timeout: Duration,
 }
 

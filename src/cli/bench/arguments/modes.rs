@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::bench::sweep::Points;
-use crate::cli::request::EngineFlag;
+use crate::cli::request::{ConnectorFlag, EngineFlag};
 
 /// Flags that make more of the bench than one run.
 #[derive(Debug, Clone, Args)]
@@ -19,7 +19,7 @@ pub struct Modes {
     pub sweep: Option<Points>,
     /// Searches the highest rate at which enough requests meet the objectives of --goodput.
     ///
-    /// It begins at --request-rate, else at 1. Every probe has prompts of its own, and ends as soon as it is decided.
+    /// It begins at --request-rate, else at half of what the server does with a burst. Every probe has prompts of its own, and ends as soon as it is decided.
     #[arg(long, conflicts_with_all = ["against", "compare"])]
     pub find_max: bool,
     /// The share of requests that must meet all objectives: 0.99 is as much as to say "at the 99th percentile".
@@ -30,12 +30,12 @@ pub struct Modes {
     pub tolerance: f64,
     /// How long a probe runs at least before its rate can pass: a queue that grows takes time to be seen.
     #[arg(
-        long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "10s", requires = "find_max"
+        long, value_name = "TIME", value_parser = crate::span::parse, default_value = "10s", requires = "find_max"
     )]
     pub min_probe: Duration,
     /// How long the search may take.
     #[arg(
-        long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "30m", requires = "find_max"
+        long, value_name = "TIME", value_parser = crate::span::parse, default_value = "30m", requires = "find_max"
     )]
     pub max_time: Duration,
     /// Compares the server with this one: both get the same requests, in turn, so that what changes with time cancels.
@@ -67,9 +67,15 @@ pub struct Fleet {
     /// Timing of simulated engines.
     #[arg(long, value_name = "NAME", requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub preset: Option<String>,
+    /// How KV moves from prefill to decode.
+    #[arg(long, value_enum, requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
+    pub(in crate::cli) connector: Option<ConnectorFlag>,
     /// Folder that holds one folder per run of the fleet.
     #[arg(long, default_value = "logs", value_name = "DIR", requires = "profile")]
     pub logs: PathBuf,
+    /// More arguments for `vllm serve`, of all engines of the fleet.
+    #[arg(last = true, requires = "profile", value_name = "VLLM ARGUMENTS")]
+    pub vllm: Vec<String>,
 }
 
 impl Modes {

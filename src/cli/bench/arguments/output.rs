@@ -54,6 +54,13 @@ pub struct Output {
     /// Exits with 0 even when requests failed, as vLLM does; `xpyd bench serve` implies it.
     #[arg(long)]
     pub allow_failures: bool,
+    /// Prints vLLM's lines and table on a terminal, too, and exits as vLLM does: what `xpyd bench serve` stands for.
+    #[arg(long)]
+    pub as_vllm: bool,
+    /// Shows on a terminal what is written into files and pipes: vLLM's lines and table, the stages of the time to first
+    /// token, intervals, and what the client itself did.
+    #[arg(long)]
+    pub details: bool,
 }
 
 impl Output {
@@ -61,7 +68,7 @@ impl Output {
     pub(in crate::cli::bench) fn exit_status(&self, is_stopped: bool, has_failed: bool) -> ExitStatus {
         if is_stopped {
             ExitStatus::Forced
-        } else if has_failed && !self.allow_failures {
+        } else if has_failed && !self.allow_failures && !self.as_vllm {
             ExitStatus::Failure
         } else {
             ExitStatus::Success

@@ -3,13 +3,13 @@
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use reqwest::header::{HeaderName, HeaderValue};
+use reqwest::header::{CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING};
 
 /// Flags that say which server is asked, and how.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Target")]
 pub struct Target {
-    /// The server, as `http://host:port` [default: the running fleet, else --host and --port].
+    /// The server, as `http://host:port` or `https://host` [default: the running fleet, else --host and --port].
     #[arg(long, value_name = "URL")]
     pub base_url: Option<String>,
     /// The server's host [default: 127.0.0.1].
@@ -18,8 +18,8 @@ pub struct Target {
     /// The server's port [default: 8000].
     #[arg(long)]
     pub port: Option<u16>,
-    /// The kind of requests.
-    #[arg(long, value_enum, default_value_t = BackendName::Openai)]
+    /// The kind of requests: `openai` and `vllm` are completions, `openai-chat` chats [default: openai].
+    #[arg(long, value_name = "NAME", default_value = "openai", hide_default_value = true)]
     pub backend: BackendName,
     /// The path of the requests [default: by backend].
     #[arg(long, value_name = "PATH")]
@@ -36,19 +36,21 @@ pub struct Target {
     /// Which request asks for which adapter.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = LoraAssignment::Random)]
     pub lora_assignment: LoraAssignment,
-    /// Headers of every request. `OPENAI_API_KEY` is sent as a bearer token.
+    /// Headers of every request, `Host` too. `OPENAI_API_KEY` is sent as a bearer token, the user of a URL as basic
+    /// authorization.
     #[arg(long, value_name = "NAME=VALUE", num_args = 0..)]
     pub header: Vec<Header>,
     /// What the requests' ids begin with [default: `bench-`, eight random digits, `-`].
     #[arg(long, value_name = "TEXT", value_parser = id_prefix)]
     pub request_id_prefix: Option<String>,
-    /// Accepted: there is no certificate to check, because the benchmark speaks no TLS.
+    /// Trusts any certificate of an `https` server, such as one that it made itself. `SSL_CERT_FILE` names whom to trust
+    /// instead.
     #[arg(long)]
     pub insecure: bool,
 }
 
 /// The names of backends, as vLLM has them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendName {
     /// `/v1/completions`
     Openai,
@@ -56,6 +58,36 @@ pub enum BackendName {
     Vllm,
     /// `/v1/chat/completions`
     OpenaiChat,
+}
+
+impl FromStr for BackendName {
+    type Err = String;
+
+    /// Reads vLLM's names. Those of what this benchmark does not measure are told from typing errors.
+    fn from_str(name: &str) -> Result<Self, String> {
+        const OTHERS: [&str; 10] = [
+            "openai-responses",
+            "openai-audio",
+            "openai-embeddings",
+            "openai-embeddings-chat",
+            "openai-embeddings-clip",
+            "openai-embeddings-vlm2vec",
+            "infinity-embeddings",
+            "infinity-embeddings-clip",
+            "vllm-pooling",
+            "vllm-rerank",
+        ];
+        let own = [Self::Openai, Self::Vllm, Self::OpenaiChat];
+        let found = own.into_iter().find(|backend| backend.name() == name);
+        found.ok_or_else(|| {
+            let names = own.map(|backend| format!("`{}`", backend.name())).join(", ");
+            if OTHERS.contains(&name) {
+                format!("`vllm bench serve` has it, but xpyd measures generations only: {names}")
+            } else {
+                format!("the backends are {names}")
+            }
+        })
+    }
 }
 
 impl BackendName {
@@ -106,6 +138,12 @@ impl FromStr for Header {
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, value) = text.split_once('=').ok_or("a header is written `NAME=VALUE`")?;
         let name = HeaderName::try_from(name.trim()).map_err(|_| "the name is not one of an HTTP header")?;
+        if [CONTENT_LENGTH, TRANSFER_ENCODING].contains(&name) {
+            return Err(format!("`{name}` says how a body is sent, which is this client's own"));
+        }
+        if name == "x-request-id" {
+            return Err("every request has an id of its own, which `--request-id-prefix` begins".to_owned());
+        }
         let mut value = HeaderValue::try_from(value.trim()).map_err(|_| "the value holds what a header cannot")?;
         value.set_sensitive(true);
         Ok(Self { name, value })

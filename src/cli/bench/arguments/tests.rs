@@ -1,6 +1,7 @@
 //! Flags to settings.
 
 use clap::{FromArgMatches as _, error::ErrorKind};
+use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
 
 use super::*;
@@ -14,7 +15,15 @@ pub(in crate::cli::bench) fn parse(line: &str) -> Result<Arguments, clap::Error>
 
 fn spec(line: &str) -> Spec {
     let arguments = parse(line).unwrap();
-    arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap()
+    arguments.spec(server()).unwrap()
+}
+
+/// A server somewhere.
+pub(in crate::cli::bench) fn server() -> Server {
+    Server {
+        base_url: "http://h:1".to_owned(),
+        headers: HeaderMap::new(),
+    }
 }
 
 fn random(spec: &Spec) -> &Random {
@@ -64,8 +73,8 @@ fn a_recipe_stands_for_flags_and_given_ones_win() {
     let words = crate::cli::bench::line(line.split(' ').map(std::ffi::OsString::from));
     let words: Vec<&str> = words[2..].iter().map(|word| word.to_str().unwrap()).collect();
     let arguments = parse(&words.join(" ")).unwrap();
-    assert!(arguments.output.allow_failures);
-    let spec = arguments.spec("http://h:1".to_owned(), HeaderMap::new()).unwrap();
+    assert!(arguments.output.as_vllm);
+    let spec = arguments.spec(server()).unwrap();
     let random = random(&spec);
     assert_eq!(
         (random.input_length, random.output_length, random.prompt_count),
@@ -81,7 +90,7 @@ fn a_ramp_takes_the_place_of_a_rate() {
     let ramp = spec(line).arrivals.ramp.unwrap();
     assert_eq!((ramp.strategy, ramp.start, ramp.end), (RampStrategy::Exponential, 2, 9));
     let both = parse(&format!("{line} --request-rate 3")).unwrap();
-    assert!(both.spec("http://h:1".to_owned(), HeaderMap::new()).is_err());
+    assert!(both.spec(server()).is_err());
 }
 
 #[test]
@@ -116,6 +125,8 @@ fn what_is_sent_beside_the_workload_is_off_unless_asked() {
         ready_check: Duration::from_secs(9),
         probe_rate: 0.5,
         request_id_prefix: Some("x-".to_owned()),
+        tokenizer: None,
+        is_insecure: false,
         is_without_tokenizer: false,
     };
     assert_eq!(spec.options, expected);
@@ -168,6 +179,8 @@ fn what_makes_no_sense_is_refused() {
     for (line, kind) in [
         ("--goodput ttfft:1", ErrorKind::ValueValidation),
         ("--header secret", ErrorKind::ValueValidation),
+        ("--header Content-Length=3", ErrorKind::ValueValidation),
+        ("--header x-request-id=3", ErrorKind::ValueValidation),
         ("--metric-percentiles 101", ErrorKind::ValueValidation),
         ("--percentile-metrics ttft,tptf", ErrorKind::ValueValidation),
         ("--max-concurrency 0", ErrorKind::ValueValidation),
@@ -175,7 +188,7 @@ fn what_makes_no_sense_is_refused() {
         ("--extra-body [1]", ErrorKind::ValueValidation),
         ("--seed 4294967296", ErrorKind::ValueValidation),
         ("--dataset-name sonnet", ErrorKind::InvalidValue),
-        ("--backend openai-audio", ErrorKind::InvalidValue),
+        ("--backend openai-audio", ErrorKind::ValueValidation),
         ("--metadata tp", ErrorKind::ValueValidation),
         ("--probe-request-rate inf", ErrorKind::ValueValidation),
         ("--ramp-up-strategy linear", ErrorKind::MissingRequiredArgument),

@@ -1,7 +1,8 @@
 //! One file of a download: under the lock that `huggingface_hub` takes, gone on with where it broke off, checked by its hash.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -80,7 +81,7 @@ impl Job<'_> {
     fn lock(&self, file: &RemoteFile) -> Result<Option<Flock<File>>, DownloadError> {
         let path = self.place.locks().join(format!("{}.lock", file.hash));
         let give_up = Instant::now() + LOCK_DEADLINE;
-        let mut handle = File::options().create(true).append(true).open(&path)?;
+        let mut handle = open_lock(&path)?;
         let mut is_told = false;
         loop {
             match Flock::lock(handle, FlockArg::LockExclusiveNonblock) {
@@ -155,7 +156,7 @@ impl Job<'_> {
 
     /// Fetches what is missing of the file, once. Whether what is there then has the right hash.
     fn attempt(&self, file: &RemoteFile, part: &Path, counted: &mut u64) -> Result<bool, Broken> {
-        let mut target = File::options().create(true).read(true).append(true).open(part)?;
+        let mut target = open_part(part)?;
         let mut have = target.metadata()?.len();
         if have > file.bytes {
             target.set_len(0)?;
@@ -226,6 +227,40 @@ impl Job<'_> {
         self.counter.add(signed(now) - signed(*counted));
         *counted = now;
     }
+}
+
+/// A lock that may be another user's: `flock` needs no more than a file that can be read. A new one may be written by all who may
+/// write into its folder, or `huggingface_hub` of another user could not take it.
+fn open_lock(path: &Path) -> io::Result<File> {
+    let mut options = fs_err::OpenOptions::new();
+    match options.append(true).create_new(true).open(path) {
+        Ok(new) => {
+            let folder = path.parent().unwrap_or(path);
+            let mode = fs_err::metadata(folder)?.permissions().mode() & 0o666 | 0o600;
+            // What matters less than the download must not end it.
+            drop(new.file().set_permissions(Permissions::from_mode(mode)));
+            Ok(new.into_file())
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let writable = fs_err::OpenOptions::new().append(true).open(path);
+            let file = writable.or_else(|_| fs_err::File::open(path))?;
+            Ok(file.into_file())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The beginning of a file that is to be gone on with. Another user's that cannot be is begun anew.
+fn open_part(path: &Path) -> io::Result<File> {
+    let mut options = fs_err::OpenOptions::new();
+    options.create(true).read(true).append(true);
+    let opened = options.open(path).or_else(|error| {
+        if error.kind() == io::ErrorKind::PermissionDenied && fs_err::remove_file(path).is_ok() {
+            return options.open(path);
+        }
+        Err(error)
+    });
+    Ok(opened?.into_file())
 }
 
 fn passing(error: AccessError) -> Broken {
@@ -348,6 +383,23 @@ fn signed(bytes: u64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_as_writable_as_its_folder_and_one_that_is_only_readable_is_taken() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mode = |path: &Path| fs_err::metadata(path).expect("a file").permissions().mode() & 0o777;
+        fs_err::set_permissions(folder.path(), Permissions::from_mode(0o777)).expect("a mode");
+        let path = folder.path().join("a.lock");
+        let held = Flock::lock(open_lock(&path).expect("a lock"), FlockArg::LockExclusiveNonblock);
+        assert!(held.is_ok());
+        assert_eq!(mode(&path), 0o666);
+        fs_err::set_permissions(&path, Permissions::from_mode(0o444)).expect("a mode");
+        drop(held);
+        let again = Flock::lock(open_lock(&path).expect("a lock"), FlockArg::LockExclusiveNonblock);
+        assert!(again.is_ok());
+        let error = open_lock(&folder.path().join("none/a.lock")).expect_err("no such folder");
+        assert!(error.to_string().contains("none/a.lock"), "{error}");
+    }
 
     #[test]
     fn hashes_are_those_of_git_and_of_large_files() {

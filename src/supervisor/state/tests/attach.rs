@@ -1,5 +1,9 @@
 //! The rules of fleets that are taken over from an earlier xpyd or left to a later one, by name.
 
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
 use super::world::{BACKOFF, DRAIN, World};
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, Incarnation};
 use crate::plan::RestartWhen;
@@ -108,6 +112,80 @@ fn what_is_well_is_taken_over_and_the_one_that_is_not_is_restarted() {
             "{}",
             world.reason(wedged)
         );
+    }
+}
+
+#[test]
+fn an_engine_that_answers_nothing_keeps_clients_from_no_other_one() {
+    let names = ["prefiller1", "prefiller2", "decoder1", "decoder2"];
+    let mut world = World::attached(&names.map(|name| (name, RUNS)));
+    assert!(
+        matches!(world.log.last(), Some(Action::Verify { at_once: true, .. })),
+        "{:?}",
+        world.log
+    );
+    world.worked("prefiller2", "decoder2");
+    assert_eq!(world.stage(), FleetStage::Ready);
+    world.worked("prefiller2", "decoder1");
+    let serving = |world: &World| names.map(|name| world.state(name) == EngineState::Ready);
+    assert_eq!(serving(&world), [false, true, true, true]);
+    // Later the canaries of the first one fail. The other engines serve on.
+    world.verified_with_wedged("prefiller1");
+    assert_eq!(serving(&world), [false, true, true, true]);
+    assert_eq!(world.state("prefiller1"), EngineState::Backoff);
+}
+
+#[test]
+fn what_ends_while_others_serve_already_leaves_them_serving() {
+    let names = ["prefiller1", "prefiller2", "decoder1"];
+    for late in [Ok(()), Err("no answer".to_owned())] {
+        let mut world = World::attached(&names.map(|name| (name, RUNS)));
+        world.worked("prefiller1", "decoder1");
+        world.tell(Event::Hung(id("prefiller2"), Incarnation(3), "hung".to_owned()));
+        world.verified(&late);
+        assert_eq!(world.stage(), FleetStage::Ready);
+        assert_eq!(world.state("decoder1"), EngineState::Ready);
+    }
+}
+
+#[test]
+fn who_was_not_tried_in_time_has_a_round_of_its_own_next() {
+    let names = ["prefiller1", "prefiller2", "decoder1"];
+    let mut world = World::attached(&names.map(|name| (name, RUNS)));
+    world.worked("prefiller1", "decoder1");
+    world.wait();
+    assert_eq!(world.stage(), FleetStage::Ready);
+    let (_, pairs) = world.verifying.clone().expect("a round");
+    assert_eq!(pairs, [(id("prefiller2"), id("decoder1"))]);
+}
+
+proptest! {
+    /// In whatever order pairs turn out to work, engines serve together only if their pair does, and all do in the end.
+    #[test]
+    fn engines_that_serve_are_proven_with_each_other(
+        order in Just([0_usize, 1, 2, 3, 4, 5]).prop_shuffle(),
+        count in 0..=6_usize,
+    ) {
+        let (prefill, decode) = (["prefiller1", "prefiller2"], ["decoder1", "decoder2", "decoder3"]);
+        let mut world = World::attached(&prefill.iter().chain(&decode).map(|name| (*name, RUNS)).collect::<Vec<_>>());
+        let mut worked = BTreeSet::new();
+        for pair in order.into_iter().take(count) {
+            let pair = (prefill[pair / 3], decode[pair % 3]);
+            world.worked(pair.0, pair.1);
+            worked.insert(pair);
+            let serving = |names: &[&'static str]| -> Vec<&'static str> {
+                names.iter().copied().filter(|name| world.state(name) == EngineState::Ready).collect()
+            };
+            for one in serving(&prefill) {
+                for other in serving(&decode) {
+                    prop_assert!(worked.contains(&(one, other)), "{one} and {other} serve untried");
+                }
+            }
+            prop_assert_eq!(world.stage(), FleetStage::Ready);
+        }
+        if count == 6 {
+            prop_assert!(prefill.iter().chain(&decode).all(|name| world.state(name) == EngineState::Ready));
+        }
     }
 }
 

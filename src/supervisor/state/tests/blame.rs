@@ -12,7 +12,7 @@ fn suspect(world: &mut World, prefill: &str, decode: &str) {
 }
 
 fn rounds(world: &World) -> usize {
-    let is_round = |action: &&Action| matches!(action, Action::Verify(..));
+    let is_round = |action: &&Action| matches!(action, Action::Verify { .. });
     world.log.iter().filter(is_round).count()
 }
 

@@ -59,11 +59,13 @@ fn decode_engines_wait_their_turn() {
 }
 
 #[test]
-fn the_rest_of_a_tree_has_a_grace_without_its_leader() {
+fn the_rest_of_a_tree_has_the_grace_of_its_leader() {
     let mut world = all_asked_to_leave();
     world.exit("prefiller2");
     world.exit("prefiller1");
-    ends_after(&mut world, LEADERLESS_GRACE, |world| world.did(&kill("prefiller1")));
+    let grace = engine("prefiller1", &[]).stop_grace;
+    // Decode engines no longer wait for their turn.
+    ends_after(&mut world, grace, |world| world.did(&kill("prefiller1")));
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn cause(retry: Retry) -> Cause {
 /// The pairs of the newest round of canaries.
 fn canaries(world: &World) -> Vec<String> {
     let rounds = world.log.iter().rev().find_map(|action| match action {
-        Action::Verify(_, pairs) => Some(pairs.iter().map(|(prefill, decode)| format!("{prefill}-{decode}"))),
+        Action::Verify { pairs, .. } => Some(pairs.iter().map(|(prefill, decode)| format!("{prefill}-{decode}"))),
         _ => None,
     });
     rounds.expect("a round").collect()

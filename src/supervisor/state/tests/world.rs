@@ -70,7 +70,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
             expired_leases: String::new(),
             late_reads: String::new(),
         },
-        receiver_template: None,
+        file: None,
         log_limits: LogLimits::default(),
     }
 }
@@ -240,6 +240,14 @@ impl World {
         self.tell(Event::Verified(round, trials.collect()));
     }
 
+    /// One pair of the round under way has worked, the others are still tried.
+    pub(super) fn worked(&mut self, prefill: &str, decode: &str) {
+        let (round, _) = self.verifying.as_ref().expect("a round is under way");
+        let (round, pair) = (*round, [prefill, decode].map(EngineId::named));
+        let [prefill, decode] = pair;
+        self.tell(Event::Worked(round, prefill, decode));
+    }
+
     /// Rounds of canaries until there is none under way, with hand-offs of `wedged` failing.
     pub(super) fn verified_with_wedged(&mut self, wedged: &str) {
         while self.verifying.is_some() {
@@ -345,7 +353,7 @@ impl World {
                 processes.terminated = true;
             }
             Action::Kill(id) => self.processes.get_mut(id).unwrap().killed = true,
-            Action::Verify(round, pairs) => {
+            Action::Verify { round, pairs, .. } => {
                 assert!(!pairs.is_empty(), "canaries through nobody");
                 self.verifying = Some((*round, pairs.clone()));
             }

@@ -1,0 +1,32 @@
+//! The signals that stop a run, on their way to the supervisor.
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::report::Failure;
+use crate::signals::{StopSignal, StopSignals};
+
+/// Listens for signals, and hands them on to the supervisor.
+pub(super) fn forward(
+    parts: &mut JoinSet<()>,
+    stop: &CancellationToken,
+    has_parent: bool,
+) -> Result<mpsc::Receiver<StopSignal>, Failure> {
+    let signals = if has_parent {
+        StopSignals::listen_to_parent()
+    } else {
+        StopSignals::listen()
+    };
+    let mut signals = signals.map_err(anyhow::Error::from)?;
+    let (sender, receiver) = mpsc::channel(8);
+    parts.spawn(super::until(stop.clone(), async move {
+        loop {
+            let signal = signals.next().await;
+            if sender.send(signal).await.is_err() {
+                return;
+            }
+        }
+    }));
+    Ok(receiver)
+}

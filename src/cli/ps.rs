@@ -1,0 +1,166 @@
+//! `xpyd ps`: all runs of this user, wherever they were started.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::command;
+use super::status::{since, stage};
+use crate::control::api::Status;
+use crate::control::client::ControlClient;
+use crate::control::rundir::{self, RunInfo, Seen};
+use crate::fleet::EngineState;
+use crate::report::{ExitStatus, Failure};
+use crate::ui::{Printer, Table};
+
+/// How long a run may take to tell its state: a list must not wait for one that hangs.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Arguments of `xpyd ps`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Print everything as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Lists the runs. That there is none is no failure.
+pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+    let mut rows = Vec::new();
+    for seen in rundir::all() {
+        rows.push(match seen {
+            Seen::Up(info) => {
+                let status = if info.is_suspended() { None } else { ask(&info).await };
+                Row::of(&info, status.as_ref())
+            }
+            Seen::Silent { name, pid } => Row::bare(name, "silent", pid),
+            Seen::Kept { name } => Row::bare(name, "kept", None),
+            Seen::Foreign { name, user } => Row {
+                user: Some(user),
+                ..Row::bare(name, "foreign", None)
+            },
+        });
+    }
+    if arguments.json {
+        printer.data(rows.iter().map(Row::json).collect::<Value>())?;
+    } else if rows.is_empty() {
+        printer.status(format!(
+            "no run is up; `{}` starts one",
+            command("up", rundir::DEFAULT_NAME)
+        ));
+    } else {
+        printer.data(table(&rows))?;
+    }
+    Ok(ExitStatus::Success)
+}
+
+async fn ask(info: &RunInfo) -> Option<Status> {
+    let client = ControlClient::new(&info.control_socket).ok()?;
+    tokio::time::timeout(PATIENCE, client.status()).await.ok()?.ok()
+}
+
+/// What is told of a run.
+struct Row {
+    name: String,
+    /// In one word, for programs.
+    state: String,
+    /// For people.
+    shown: String,
+    pid: Option<u32>,
+    user: Option<u32>,
+    info: Option<RunInfo>,
+    /// Engines that serve, and all.
+    engines: Option<(usize, usize)>,
+}
+
+impl Row {
+    fn of(info: &RunInfo, status: Option<&Status>) -> Self {
+        let (state, shown) = match status {
+            Some(status) => (status.stage.to_string(), stage(status)),
+            None if info.is_suspended() => ("suspended".to_owned(), "suspended".to_owned()),
+            None => ("silent".to_owned(), "does not answer".to_owned()),
+        };
+        let serving = |status: &Status| {
+            let ready = status
+                .engines
+                .iter()
+                .filter(|engine| engine.state == EngineState::Ready);
+            (ready.count(), status.engines.len())
+        };
+        Self {
+            name: info.name.clone(),
+            state,
+            shown,
+            pid: Some(info.pid),
+            user: None,
+            info: Some(info.clone()),
+            engines: status.map(serving),
+        }
+    }
+
+    /// A run that says nothing of itself.
+    fn bare(name: String, state: &'static str, pid: Option<u32>) -> Self {
+        let shown = match state {
+            "kept" => "engines kept, no xpyd",
+            "foreign" => "another user's",
+            _ => "does not answer",
+        };
+        Self {
+            name,
+            state: state.to_owned(),
+            shown: shown.to_owned(),
+            pid,
+            user: None,
+            info: None,
+            engines: None,
+        }
+    }
+
+    fn json(&self) -> Value {
+        let info = self.info.as_ref();
+        json!({
+            "name": self.name,
+            "state": self.state,
+            "pid": self.pid,
+            "uid": self.user,
+            "proxy_url": info.map(|info| &info.proxy_url),
+            "profile": info.map(|info| &info.profile),
+            "model": info.map(|info| &info.model),
+            "engines": self.engines.map(|(_, all)| all),
+            "engines_ready": self.engines.map(|(ready, _)| ready),
+            "started_at": info.map(|info| &info.started_at),
+            "detached": info.map(|info| info.detached),
+            "logs_dir": info.map(|info| &info.logs_dir),
+        })
+    }
+}
+
+fn table(rows: &[Row]) -> Table<7> {
+    let mut table = Table::new(["name", "state", "engines", "pid", "up for", "proxy", "profile"]);
+    for row in rows {
+        let info = row.info.as_ref();
+        let owner = row
+            .user
+            .map(user_name)
+            .map(|user| format!(" ({user})"))
+            .unwrap_or_default();
+        table.row([
+            row.name.clone(),
+            format!("{}{owner}", row.shown),
+            row.engines
+                .map(|(ready, all)| format!("{ready}/{all}"))
+                .unwrap_or_default(),
+            row.pid.map(|pid| pid.to_string()).unwrap_or_default(),
+            info.and_then(|info| since(&info.started_at)).unwrap_or_default(),
+            info.map(|info| info.proxy_url.clone()).unwrap_or_default(),
+            info.map(|info| info.profile.clone()).unwrap_or_default(),
+        ]);
+    }
+    table
+}
+
+/// The name of a user, or the number where it has none.
+pub(super) fn user_name(user: u32) -> String {
+    let known = nix::unistd::User::from_uid(user.into()).ok().flatten();
+    known.map_or_else(|| user.to_string(), |known| known.name)
+}

@@ -1,0 +1,91 @@
+//! Options of `vllm serve` that somebody gives to xpyd: how they reach the engines.
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use crate::engine::arguments;
+
+/// Keys of the profile that people look for among the flags, with an example of a value. `--logs DIR` is a flag.
+const KEYS: [(&str, &str); 3] = [
+    ("--port-offset", "port_offset=1000"),
+    ("--max-in-flight", "proxy.max_in_flight=1024"),
+    ("--restart-policy", "restart.policy=never"),
+];
+
+/// Gives an option of vLLM's a tip of its own, because clap knows only xpyd's.
+pub(super) fn point_to_their_place(error: &mut clap::Error) {
+    let unknown = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word)) if error.kind() == ErrorKind::UnknownArgument => Some(word.clone()),
+        _ => None,
+    };
+    let verb = std::env::args().skip(1).find(|word| !word.starts_with('-'));
+    let tip = unknown.and_then(|word| tip(&word, verb.as_deref().unwrap_or_default()));
+    if let Some(tip) = tip {
+        for kind in [
+            ContextKind::SuggestedArg,
+            ContextKind::SuggestedSubcommand,
+            ContextKind::SuggestedValue,
+        ] {
+            error.remove(kind);
+        }
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+}
+
+/// What to type instead of an option of vLLM's, or of what people look for by its name. Other verbs start no engines.
+fn tip(word: &str, verb: &str) -> Option<String> {
+    if !["", "up", "plan", "doctor", "bench"].contains(&verb) {
+        return None;
+    }
+    if word == "-t" {
+        return Some("the GPUs of each engine are given by `--tp 2`".to_owned());
+    }
+    let name = word.split('=').next().unwrap_or_default().replace('_', "-");
+    if name == "--gpus" {
+        return Some("name GPUs for each role: `--set prefill.gpus=[0] --set decode.gpus=[1]`".to_owned());
+    }
+    if let Some((_, key)) = KEYS.iter().find(|(flag, _)| *flag == name) {
+        return Some(format!("it is a key of the profile: `--set {key}`"));
+    }
+    let args = [name];
+    let given = arguments::read(&args);
+    let is_vllms = given
+        .first()
+        .is_some_and(|given| given.name == args[0] && !given.fits.is_empty());
+    is_vllms.then(|| {
+        format!(
+            "`{}` is an option of vLLM: give it to all engines behind `--`, as in `xpyd up 2p2d -- {} …`; or in `vllm.args`, \
+             `prefill.args` or `decode.args` of a profile",
+            args[0], args[0]
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tip;
+
+    #[test]
+    fn an_option_of_vllm_is_shown_its_place_and_another_one_is_not() {
+        for option in ["--max-model-len", "--max_num_seqs", "--enforce-eager", "--dtype=half"] {
+            assert!(
+                tip(option, "up").is_some_and(|tip| tip.contains("behind `--`")),
+                "{option}"
+            );
+        }
+        assert_eq!(tip("--enigne", "up"), None);
+        assert!(tip("--gpus", "up").is_some_and(|tip| tip.contains("prefill.gpus")));
+        assert!(tip("--port-offset", "up").is_some_and(|tip| tip.contains("`--set port_offset=1000`")));
+        for (_, set) in super::KEYS {
+            let set = crate::profile::Override::parse(set).expect("an override");
+            assert!(
+                crate::profile::load("1p1d", std::slice::from_ref(&set)).is_ok(),
+                "{set:?}"
+            );
+        }
+        assert!(tip("-t", "plan").is_some_and(|tip| tip.contains("--tp 2")));
+        // `--all` begins options of vLLM, and `-a` all of them.
+        for (option, verb) in [("-a", "ps"), ("-p", "logs"), ("--all", "down")] {
+            assert_eq!(tip(option, verb), None, "{option} {verb}");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The ZeroMQ sockets of a simulated engine: servers that answer every connection, and clients that ask one.
+//!
+//! What REQ and DEALER sockets ask, REP and ROUTER sockets answer: an empty frame, and then what is said.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::zmtp::{Connection, Kind, Limits, PeerError};
+
+/// Room for the KV of any prompt, and time for a peer that stands still for a while.
+const LIMITS: Limits = Limits {
+    frame_bytes: 256 << 20,
+    handshake: Duration::from_mins(5),
+    frame: Duration::from_mins(5),
+};
+
+/// The first pause before a refused connection is tried again, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// A socket that others connect to.
+#[derive(Debug)]
+pub(crate) struct Server {
+    listener: TcpListener,
+    kind: Kind,
+    /// Held from a question until its answer has left.
+    turn: Option<Arc<Mutex<()>>>,
+}
+
+/// What a peer asks.
+#[derive(Debug)]
+pub(crate) struct Question {
+    /// What the peer calls itself; empty where it does not.
+    pub(crate) identity: Vec<u8>,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Server {
+    /// Port 0 lets the system choose.
+    pub(crate) async fn bind(kind: Kind, host: &str, port: u16) -> io::Result<Self> {
+        let listener = TcpListener::bind((host, port)).await?;
+        Ok(Self {
+            listener,
+            kind,
+            turn: None,
+        })
+    }
+
+    /// Answers as one thread does: a peer that takes no answer holds up all others.
+    pub(crate) fn in_turn(self) -> Self {
+        Self {
+            turn: Some(Arc::default()),
+            ..self
+        }
+    }
+
+    pub(crate) fn port(&self) -> io::Result<u16> {
+        Ok(self.listener.local_addr()?.port())
+    }
+
+    /// Answers for ever: the questions of one connection one after the other, those of several side by side. `None` is no answer.
+    pub(crate) async fn serve<A, F>(self, answer: A)
+    where
+        A: Fn(Question) -> F + Clone + Send + 'static,
+        F: Future<Output = Option<Vec<Bytes>>> + Send,
+    {
+        let mut peers = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let (answer, turn) = (answer.clone(), self.turn.clone());
+                        peers.spawn(async move {
+                            // A peer that goes away, or speaks something else, is done with.
+                            drop(converse(stream, self.kind, turn, answer).await);
+                        });
+                    }
+                    Err(_) => sleep(PAUSES.0).await,
+                },
+                Some(_) = peers.join_next() => {}
+            }
+        }
+    }
+}
+
+async fn converse<A, F>(stream: TcpStream, kind: Kind, turn: Option<Arc<Mutex<()>>>, answer: A) -> Result<(), PeerError>
+where
+    A: Fn(Question) -> F,
+    F: Future<Output = Option<Vec<Bytes>>>,
+{
+    stream.set_nodelay(true)?;
+    let mut peer = Connection::open(stream, kind, b"", LIMITS).await?;
+    while let Some(frames) = peer.receive().await? {
+        let Ok([delimiter, payload]) = <[Vec<u8>; 2]>::try_from(frames) else {
+            continue;
+        };
+        if !delimiter.is_empty() {
+            continue;
+        }
+        let identity = peer.identity().to_vec();
+        let _turn = match &turn {
+            Some(turn) => Some(turn.lock().await),
+            None => None,
+        };
+        if let Some(answer) = answer(Question { identity, payload }).await {
+            let frames: Vec<&[u8]> = std::iter::once(&[][..])
+                .chain(answer.iter().map(Bytes::as_ref))
+                .collect();
+            peer.send(&frames).await?;
+        }
+    }
+    Ok(())
+}
+
+/// A socket that is connected to one other.
+#[derive(Debug)]
+pub(crate) struct Client(Connection<TcpStream>);
+
+impl Client {
+    /// Connects to `host:port`, and tries again while it is refused, until the deadline.
+    pub(crate) async fn connect(
+        kind: Kind,
+        address: &str,
+        identity: &str,
+        deadline: Duration,
+    ) -> Result<Self, PeerError> {
+        let connecting = async {
+            let stream = stream_to(address).await?;
+            stream.set_nodelay(true)?;
+            Connection::open(stream, kind, identity.as_bytes(), LIMITS).await
+        };
+        let connected = timeout(deadline, connecting).await;
+        connected.unwrap_or(Err(PeerError::Slow(deadline))).map(Self)
+    }
+
+    /// Waits for the answer; its first frame.
+    pub(crate) async fn ask(&mut self, payload: &[u8]) -> Result<Vec<u8>, PeerError> {
+        self.0.send(&[b"", payload]).await?;
+        let frames = self.0.receive().await?.unwrap_or_default();
+        let answer = frames.into_iter().nth(1);
+        answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof).into())
+    }
+
+    /// Says something that gets no answer, and nothing after it.
+    pub(crate) async fn tell(mut self, payload: &[u8]) -> Result<(), PeerError> {
+        self.0.send(&[payload]).await?;
+        self.0.finish().await
+    }
+}
+
+async fn stream_to(address: &str) -> io::Result<TcpStream> {
+    let mut pause = PAUSES.0;
+    loop {
+        match TcpStream::connect(address).await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => sleep(pause).await,
+            result => return result,
+        }
+        pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    /// A server that says what it was asked, but for those that ask it to wait.
+    async fn echo(peers: &mut JoinSet<()>) -> String {
+        let server = Server::bind(Kind::Router, "127.0.0.1", 0).await.expect("a port");
+        let address = format!("127.0.0.1:{}", server.port().expect("bound"));
+        peers.spawn(server.serve(|question: Question| async move {
+            if question.payload == b"wait" {
+                std::future::pending::<()>().await;
+            }
+            Some(vec![question.identity.into(), question.payload.into()])
+        }));
+        address
+    }
+
+    #[tokio::test]
+    async fn neither_silent_nor_half_nor_waiting_peers_hold_up_any_other() {
+        let mut peers = JoinSet::new();
+        let address = echo(&mut peers).await;
+        let mut silent = Vec::new();
+        for _ in 0..20 {
+            silent.push(TcpStream::connect(&address).await.expect("a listener"));
+        }
+        let mut waiting = Client::connect(Kind::Req, &address, "w", DEADLINE)
+            .await
+            .expect("a router");
+        let mut waiting = tokio_test::task::spawn(waiting.ask(b"wait"));
+        assert!(waiting.poll().is_pending());
+        let mut asking = Client::connect(Kind::Dealer, &address, "name", DEADLINE)
+            .await
+            .expect("a router");
+        for _ in 0..3 {
+            assert_eq!(asking.ask(b"x").await.expect("an answer"), b"name");
+        }
+        drop(silent);
+        assert_eq!(asking.ask(&[1].repeat(100_000)).await.expect("an answer"), b"name");
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_goes_away_is_an_error_at_once_and_one_that_comes_late_is_met() {
+        let mut peers = JoinSet::new();
+        let address = echo(&mut peers).await;
+        let mut asking = Client::connect(Kind::Req, &address, "", DEADLINE)
+            .await
+            .expect("a router");
+        peers.shutdown().await;
+        assert!(asking.ask(b"wait").await.is_err());
+        let port = address
+            .rsplit_once(':')
+            .and_then(|(_, port)| port.parse().ok())
+            .expect("a port");
+        let mut meeting = tokio_test::task::spawn(Client::connect(Kind::Req, &address, "", DEADLINE));
+        assert!(meeting.poll().is_pending());
+        let again = Server::bind(Kind::Rep, "127.0.0.1", port).await.expect("free again");
+        peers.spawn(again.serve(|question: Question| async move { Some(vec![question.payload.into()]) }));
+        let mut met = meeting.await.expect("a rep socket");
+        assert_eq!(met.ask(b"x").await.expect("an answer"), b"x");
+    }
+}

@@ -1,0 +1,49 @@
+//! Lengths of time as people write them. Bounded: what is added to a clock must not overflow it.
+
+use std::time::Duration;
+
+/// The longest, and what the word for "no limit" means: ten years.
+pub const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
+
+/// The word for "no limit".
+const NO_LIMIT: &str = "never";
+
+/// `90s`, `1m 30s`, `2h`, or `never` for no limit.
+///
+/// # Errors
+/// A sentence that says how to write it.
+pub fn parse(text: &str) -> Result<Duration, String> {
+    if text.trim() == NO_LIMIT {
+        return Ok(LONGEST);
+    }
+    let span = humantime::parse_duration(text)
+        .map_err(|error| format!("invalid duration `{text}`: {error}; write for example \"90s\" or \"5m\""))?;
+    if span > LONGEST {
+        return Err(format!(
+            "duration `{text}` is longer than ten years; \"{NO_LIMIT}\" is no limit"
+        ));
+    }
+    Ok(span)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_bounded_and_there_is_a_word_for_no_limit() {
+        assert_eq!(parse("1m 30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse("never"), Ok(LONGEST));
+        assert_eq!(parse("87600h"), Ok(LONGEST));
+        for (wrong, why) in [
+            ("87601h", "never"),
+            ("18446744073709551615s", "never"),
+            ("18446744073709551616s", "invalid duration"),
+            ("-1s", "invalid duration"),
+            ("5", "5m"),
+            ("", "90s"),
+        ] {
+            assert!(parse(wrong).unwrap_err().contains(why), "{wrong}");
+        }
+    }
+}

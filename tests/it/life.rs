@@ -1,0 +1,578 @@
+//! The life of a run as shells, log-ins, cleaners and containers shape it: through the binary on simulated engines.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use nix::pty::openpty;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::process::{Resource, Rlimit, prlimit};
+use serde_json::Value;
+
+use crate::support::{Place, Run, completion, ignored, wait_for};
+
+const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+
+/// The smallest fleet.
+const SMALL: [&str; 2] = ["--profile", "1p1d"];
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn status(place: &Place, more: &[&str]) -> Value {
+    let output = place.run(&[&["status", "--json"], more].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// `xpyd up --detach` of the smallest fleet, to its end.
+fn up_detached(place: &Place, more: &[&str]) -> Output {
+    let arguments = place.up_arguments(&[&SMALL[..], &["--detach"], more].concat());
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let output = place.run(&arguments);
+    assert!(output.status.success(), "{}", stderr(&output));
+    output
+}
+
+fn down(place: &Place, more: &[&str]) {
+    let output = place.run(&[&["down"], more].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    place.wait_until_empty();
+}
+
+fn send(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("it is there");
+}
+
+fn pid(status: &Value) -> i32 {
+    status["run"]["pid"]
+        .as_i64()
+        .and_then(|pid| i32::try_from(pid).ok())
+        .expect("a pid")
+}
+
+/// The same command, started by a shell after `first`.
+fn after(first: &str, command: &Command) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{first}; exec \"$0\" \"$@\"")]);
+    shell.arg(command.get_program()).args(command.get_args());
+    if let Some(folder) = command.get_current_dir() {
+        shell.current_dir(folder);
+    }
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell.stdin(Stdio::null());
+    shell
+}
+
+#[test]
+fn a_signal_that_was_ignored_at_the_start_stays_ignored_in_every_command() {
+    let place = Place::new();
+    let start = |arguments: &[&str], trap: &str| Run::of(&place, after(trap, &place.command(arguments)));
+    let up = place.up_arguments(&SMALL);
+    let up: Vec<&str> = up.iter().map(String::as_str).collect();
+    // As `nohup` does, and as shells do for what runs in the background of a script.
+    let mut fleet = start(&up, "trap '' HUP INT QUIT TERM");
+    fleet.wait_until_ready();
+    let url = format!("http://127.0.0.1:{}", place.proxy_port());
+    let bench =
+        format!("bench --base-url {url} --num-prompts 1000 --request-rate 1 --random-input-len 10 --ignore-eos");
+    let sim = format!("sim {MODEL} --preset instant --port {}", 7209 + place.offset);
+    let all = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+    assert_eq!(ignored(fleet.pid()), all);
+    for (line, printed) in [
+        ("logs -f", ""),
+        ("status --watch", "is ready"),
+        (&bench, ""),
+        (&sim, "startup complete"),
+        (
+            "proxy --port 0 --connector nixl --prefiller-port 1 --decoder-port 1",
+            "serving 1 prefill",
+        ),
+    ] {
+        let mut run = start(&line.split(' ').collect::<Vec<_>>(), "trap '' HUP INT QUIT");
+        run.wait_for_line(printed);
+        assert_eq!(ignored(run.pid()), all[..3], "{line}");
+        run.signal(Signal::SIGHUP);
+        run.signal(Signal::SIGINT);
+        run.signal(Signal::SIGTERM);
+        run.end();
+    }
+    for signal in all {
+        fleet.signal(signal);
+    }
+    assert!(!completion(place.proxy_port(), MODEL, "once").is_empty());
+    assert_eq!(status(&place, &[])["stage"], "ready");
+    down(&place, &[]);
+    assert_eq!(fleet.end().0, 0);
+}
+
+#[test]
+fn a_detached_run_is_found_without_its_folder_which_comes_back() {
+    let place = Place::new();
+    up_detached(&place, &[]);
+    let folder = place.path().join("xpyd/default");
+    let before = status(&place, &[]);
+    // As a log-out and the next log-in do.
+    std::fs::remove_dir_all(place.path().join("xpyd")).expect("a folder");
+    assert_eq!(pid(&status(&place, &[])), pid(&before));
+    let arguments = place.up_arguments(&SMALL);
+    let second = place.run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(second.status.code(), Some(8), "{}", stderr(&second));
+    assert!(
+        stderr(&second).contains(&format!("already there (pid {})", pid(&before))),
+        "{}",
+        stderr(&second)
+    );
+    wait_for("the folder", || {
+        let files = ["lock", "run.json", "control.sock", "engine-key"];
+        let missing = files.into_iter().filter(|file| !folder.join(file).exists());
+        let missing: Vec<&str> = missing.collect();
+        if missing.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{missing:?}"))
+        }
+    });
+    // As a cleaner of `/tmp` does, which takes files and leaves sockets.
+    for file in ["lock", "run.json"] {
+        std::fs::remove_file(folder.join(file)).expect("a file");
+    }
+    let second = place.run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(second.status.code(), Some(8), "{}", stderr(&second));
+    assert_eq!(pid(&status(&place, &[])), pid(&before));
+    std::fs::remove_dir_all(place.path().join("xpyd")).expect("a folder");
+    down(&place, &[]);
+    assert!(!folder.exists(), "nothing of it is left");
+}
+
+#[test]
+fn engines_that_are_kept_are_found_without_their_folder() {
+    let place = Place::new();
+    let mut run = place.up(&[&SMALL[..], &["--set", "deadlines.keep=10m"]].concat());
+    run.wait_until_ready();
+    run.kill();
+    wait_for("a run without its xpyd", || {
+        let told = stderr(&place.run(&["status"]));
+        if told.contains("has lost its xpyd") {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
+    std::fs::remove_dir_all(place.path().join("xpyd")).expect("a folder");
+    let told = stderr(&place.run(&["status"]));
+    assert!(told.contains("has lost its xpyd"), "{told}");
+    down(&place, &[]);
+}
+
+#[test]
+fn a_run_is_found_from_an_environment_without_a_login() {
+    let place = Place::new();
+    // Outside of the test's folder a name has to be nobody else's.
+    let name = format!("life-{}", std::process::id());
+    up_detached(&place, &["--name", &name]);
+    let mut elsewhere = place.command(&["status", "--json", "--name", &name]);
+    let output = elsewhere.env_remove("XDG_RUNTIME_DIR").output().expect("xpyd runs");
+    assert!(output.status.success(), "{}", stderr(&output));
+    // Whoever has a folder of his own sees what is in it, and no more.
+    let other = Place::new();
+    let isolated = other.run(&["status", "--name", &name]);
+    assert_eq!(isolated.status.code(), Some(8), "{}", stderr(&isolated));
+    // All runs are listed everywhere.
+    for command in [place.command(&["ps", "--json"]), other.command(&["ps", "--json"])] {
+        let mut command = command;
+        let output = command.output().expect("xpyd runs");
+        let runs: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let runs = runs.as_array().expect("a list");
+        let run = runs.iter().find(|run| run["name"] == name.as_str()).expect("the run");
+        assert_eq!(
+            (&run["state"], &run["engines_ready"], &run["detached"]),
+            (&"ready".into(), &2.into(), &true.into())
+        );
+    }
+    let mut down = place.command(&["down", "--name", &name]);
+    let output = down.env_remove("XDG_RUNTIME_DIR").output().expect("xpyd runs");
+    assert!(output.status.success(), "{}", stderr(&output));
+    place.wait_until_empty();
+}
+
+#[test]
+fn a_suspended_run_is_called_that_with_what_lets_it_go_on() {
+    let place = Place::new();
+    let mut run = place.up(&SMALL);
+    run.wait_until_ready();
+    run.signal(Signal::SIGSTOP);
+    wait_for("the stop", || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", run.pid())).expect("a process");
+        if stat.contains(") T ") { Ok(()) } else { Err(stat) }
+    });
+    for command in ["status", "down", "drain decoder1", "status --watch"] {
+        let output = place.run(&command.split(' ').collect::<Vec<_>>());
+        let told = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{command}: {told}");
+        assert!(
+            told.contains("is suspended") && told.contains(&format!("`kill -CONT {}`", run.pid())),
+            "{told}"
+        );
+        assert!(!told.contains("KILL"), "{told}");
+    }
+    run.signal(Signal::SIGCONT);
+    down(&place, &[]);
+    assert_eq!(run.end().0, 0);
+}
+
+#[test]
+fn ctrl_c_while_a_detached_start_is_waited_for_says_that_it_goes_on() {
+    let place = Place::new();
+    let slow = ["--detach", "--set", "sim.faults=[\"slow-start=10s\"]"];
+    let mut waiting = place.up(&[&SMALL[..], &slow].concat());
+    waiting.wait_for_line("launching");
+    waiting.signal(Signal::SIGINT);
+    let (code, text) = waiting.end();
+    assert_eq!(code, 130, "{text}");
+    assert!(text.contains("goes on in the background"), "{text}");
+    assert!(text.contains("`xpyd status`") && text.contains("`xpyd down`"), "{text}");
+    assert!(["starting", "verifying", "ready"].contains(&status(&place, &[])["stage"].as_str().expect("a stage")));
+    down(&place, &[]);
+}
+
+#[test]
+fn a_detached_start_that_is_stopped_is_no_success() {
+    let place = Place::new();
+    let slow = ["--detach", "--set", "sim.faults=[\"slow-start=1h\"]"];
+    let mut waiting = place.up(&[&SMALL[..], &slow].concat());
+    waiting.wait_for_line("launching");
+    down(&place, &[]);
+    let (code, text) = waiting.end();
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("run `default` was stopped before it was ready"), "{text}");
+}
+
+#[test]
+fn following_commands_end_well_when_they_are_told_to_or_nobody_reads_any_more() {
+    let place = Place::new();
+    let mut run = place.up(&SMALL);
+    run.wait_until_ready();
+    for arguments in [&["logs", "-f"][..], &["status", "--watch"]] {
+        let mut following = Run::start(&place, arguments);
+        following.wait_for_line("");
+        following.signal(Signal::SIGINT);
+        let (code, text) = following.end();
+        assert_eq!(code, 0, "{arguments:?}: {text}");
+        // A reader of one line, as `head -1`; nothing more is written meanwhile.
+        let mut reader = place.command(arguments);
+        let mut child = reader
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("xpyd runs");
+        let mut first = [0];
+        let mut pipe = child.stdout.take().expect("a pipe");
+        pipe.read_exact(&mut first).expect("a line");
+        drop(pipe);
+        assert_eq!(child.wait().expect("it ends").code(), Some(0), "{arguments:?}");
+    }
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}
+
+#[test]
+fn data_that_cannot_be_written_is_a_failure() {
+    let place = Place::new();
+    let mut run = place.up(&SMALL);
+    run.wait_until_ready();
+    for command in [
+        "--help",
+        "--version",
+        "up --help",
+        "profiles list",
+        "profiles list --json",
+        "profiles show 2p2d",
+        "profiles validate 2p2d",
+        "plan --engine sim",
+        "plan --engine sim --json",
+        "up --engine sim --dry-run",
+        "status",
+        "status --json",
+        "status --watch",
+        "ps",
+        "ps --json",
+        "logs",
+        "logs --json",
+        "logs -f",
+        "completions bash",
+    ] {
+        let mut command_line = place.command(&command.split(' ').collect::<Vec<_>>());
+        let full = File::options().write(true).open("/dev/full").expect("a device");
+        let output = command_line.stdout(full).output().expect("xpyd runs");
+        let told = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{command}: {told}");
+        assert!(
+            told.contains("cannot write to the standard output"),
+            "{command}: {told}"
+        );
+    }
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}
+
+#[test]
+fn a_dumb_terminal_gets_the_lines_that_a_pipe_gets() {
+    let place = Place::new();
+    let arguments = place.up_arguments(&SMALL);
+    let mut command = place.command(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let terminal = openpty(None, None).expect("a terminal");
+    let writer = |terminal: &OwnedFd| terminal.try_clone().expect("a descriptor");
+    let mut child = command
+        .env("TERM", "dumb")
+        .stdout(writer(&terminal.slave))
+        .stderr(terminal.slave)
+        .spawn()
+        .expect("xpyd runs");
+    // The writing end is in this process no more, so that the terminal ends with its last writer.
+    drop(command);
+    let (mut screen, mut text) = (File::from(terminal.master), String::new());
+    let (mut buffer, mut told) = ([0; 4096], false);
+    while let Ok(count @ 1..) = screen.read(&mut buffer) {
+        text.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        // A second signal would kill what the first one stops.
+        if text.contains("press Ctrl+C to stop") && !told {
+            send(i32::try_from(child.id()).expect("a pid"), Signal::SIGTERM);
+            told = true;
+        }
+    }
+    assert_eq!(child.wait().expect("it ends").code(), Some(0), "{text}");
+    // The states before it may be over before anyone looks.
+    for engine in ["prefiller1", "decoder1"] {
+        let is_ready = |line: &str| line.split_whitespace().take(2).eq([engine, "ready"]);
+        assert!(text.lines().any(is_ready), "no `ready` of {engine}: {text}");
+    }
+    assert!(!text.contains('\u{1b}'), "{text}");
+}
+
+#[test]
+fn a_limit_of_file_size_costs_lines_of_a_log_and_nothing_else() {
+    let place = Place::new();
+    let mut run = place.up(&SMALL);
+    run.wait_until_ready();
+    let processes = place.processes();
+    let limit = |bytes: Option<u64>| {
+        for (pid, command) in &processes {
+            if command.trim().ends_with("guardian") || *pid == run.pid() {
+                let pid = rustix::process::Pid::from_raw(*pid).expect("a pid");
+                let (current, maximum) = (bytes, None);
+                prlimit(Some(pid), Resource::Fsize, Rlimit { current, maximum }).expect("a limit");
+            }
+        }
+    };
+    limit(Some(1));
+    for _ in 0..3 {
+        assert!(!completion(place.proxy_port(), MODEL, "once").is_empty());
+    }
+    // What the engines have written by now was read by the guardian, or will be after the limit has gone.
+    assert_eq!(status(&place, &[])["stage"], "ready");
+    let lost = |log: &str| log.contains("bytes of output lost here");
+    wait_for("a loss that is told", || {
+        limit(Some(1));
+        completion(place.proxy_port(), MODEL, "once");
+        limit(None);
+        completion(place.proxy_port(), MODEL, "once");
+        let logs = [place.log("decoder1.log"), place.log("prefiller1.log")];
+        if logs.iter().any(|log| lost(log)) {
+            Ok(())
+        } else {
+            Err(logs.concat())
+        }
+    });
+    run.signal(Signal::SIGINT);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+}
+
+#[test]
+fn a_limit_of_file_size_is_told_before_the_start() {
+    let place = Place::new();
+    let plan = place.command(&["plan", "--engine", "sim"]);
+    let output = after("ulimit -f 100000", &plan).output().expect("xpyd runs");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        told.contains("warn  fsize") && told.contains("ulimit -f unlimited"),
+        "{told}"
+    );
+}
+
+#[test]
+fn the_first_process_of_a_container_reaps_strangers_and_passes_signals_on() {
+    let place = Place::new();
+    let inside = |arguments: &[&str]| {
+        let xpyd = place.command(arguments);
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        command
+            .arg(xpyd.get_program())
+            .args(xpyd.get_args())
+            .current_dir(place.path())
+            .stdin(Stdio::null());
+        command.envs(xpyd.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command
+    };
+    if !inside(&["--version"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+    {
+        // Only root may make such a container, and not everywhere.
+        return;
+    }
+    let arguments = place.up_arguments(&SMALL);
+    let mut run = Run::of(
+        &place,
+        inside(&arguments.iter().map(String::as_str).collect::<Vec<_>>()),
+    );
+    run.wait_until_ready();
+    let children = |pid: i32| -> Vec<i32> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    };
+    let first = children(run.pid())[0];
+    // As `docker exec` leaves what it has started.
+    let stray = Command::new("nsenter")
+        .args([
+            "--target",
+            &first.to_string(),
+            "--pid",
+            "--mount",
+            "sh",
+            "-c",
+            "sh -c 'exec sleep 0.1' & echo stray",
+        ])
+        .output()
+        .expect("nsenter runs");
+    assert_eq!(stray.stdout, b"stray\n", "{}", stderr(&stray));
+    wait_for("the end of what was left", || {
+        let left = children(first);
+        if left.len() == 1 {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
+    });
+    send(first, Signal::SIGTERM);
+    let (code, text) = run.end();
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("no process and no listener is left"), "{text}");
+}
+
+#[test]
+fn a_second_run_gets_ports_of_its_own_and_errors_name_the_run_that_has_them() {
+    let place = Place::new();
+    let profile = format!("extends = \"1p1d\"\nengine = \"sim\"\nport_offset = {}\n", place.offset);
+    std::fs::write(place.path().join("small.toml"), profile).expect("a file");
+    let mut run = place.up(&SMALL);
+    run.wait_until_ready();
+    // The test has one range of ports, so the second run is only planned.
+    let second = ["up", "--dry-run", "--name", "two", "--profile", "small.toml"];
+    // Another test's fleet may take the ports between the choice and the checks.
+    wait_for("ports that nobody takes meanwhile", || {
+        let output = place.run(&second);
+        let (planned, told) = (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output));
+        assert!(output.status.success(), "{told}");
+        assert!(told.contains("note: run `default` has ports of this profile"), "{told}");
+        assert!(!planned.contains(&format!(":{}", place.proxy_port())), "{planned}");
+        if planned.contains("fail") { Err(planned) } else { Ok(()) }
+    });
+    // Ports that were asked for are not changed.
+    let offset = format!("port_offset={}", place.offset);
+    let output = place.run(&["up", "--name", "two", "--profile", "small.toml", "--set", &offset]);
+    let told = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{told}");
+    assert!(
+        told.contains(&format!("taken by run `default` (pid {})", run.pid())),
+        "{told}"
+    );
+    assert!(told.contains("`xpyd down`"), "{told}");
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+}
+
+#[test]
+fn nothing_of_a_run_stays_in_the_runtime_folder() {
+    let place = Place::new();
+    let mut run = place.up(&[&SMALL[..], &["--name", "short"]].concat());
+    run.wait_until_ready();
+    assert!(place.path().join("xpyd/short/lock").exists());
+    run.signal(Signal::SIGINT);
+    assert_eq!(run.end().0, 0);
+    assert!(!place.path().join("xpyd/short").exists());
+}
+
+#[test]
+fn folders_that_cannot_be_used_are_named_with_a_way_out() {
+    let place = Place::new();
+    std::fs::write(place.path().join("file"), "").expect("a file");
+    for verb in [&["plan"][..], &["up", "--dry-run"]] {
+        let output = place.run(&[verb, &["--engine", "sim", "--logs", "file/logs"]].concat());
+        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(told.contains("fail  logs") && told.contains("--logs DIR"), "{told}");
+    }
+    let output = place.run(&["up", "--engine", "sim", "--logs", "file/logs"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+
+    let gone = place.path().join("gone");
+    std::fs::create_dir(&gone).expect("a folder");
+    let up = place.command(&["up", "--engine", "sim"]);
+    let mut command = after("cd gone && rmdir ../gone", &up);
+    let output = command.output().expect("xpyd runs");
+    let told = stderr(&output);
+    assert!(
+        told.contains("the working folder") && told.contains("hint: `cd` to a folder that exists"),
+        "{told}"
+    );
+}
+
+#[test]
+fn usage_errors_have_the_code_of_usage_errors() {
+    let place = Place::new();
+    for line in [
+        "up --engine sim --name a/b",
+        "status --name a/b",
+        "down --name .",
+        "logs --name a/b",
+        "stop",
+        "pu",
+    ] {
+        let output = place.run(&line.split(' ').collect::<Vec<_>>());
+        assert_eq!(output.status.code(), Some(2), "{line}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn an_engine_that_never_started_is_told_from_one_that_is_unknown() {
+    let place = Place::new();
+    let folder = place.path().join("logs/20260101-000000-1p1d");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    std::fs::write(folder.join("plan.json"), r#"{"engines": [{"id": "decoder1"}]}"#).expect("a file");
+    std::fs::write(folder.join("xpyd.log"), "a line\n").expect("a file");
+    let of_run = |role: &str| {
+        let folder: PathBuf = folder.clone();
+        place.run(&["logs", role, "--run", folder.to_str().expect("a path")])
+    };
+    let never = of_run("decoder1");
+    assert_eq!(never.status.code(), Some(1), "{}", stderr(&never));
+    assert!(
+        stderr(&never).contains("ended before it was started"),
+        "{}",
+        stderr(&never)
+    );
+    let unknown = of_run("decoder9");
+    assert_eq!(unknown.status.code(), Some(2), "{}", stderr(&unknown));
+    assert!(!stderr(&unknown).contains("did you mean"), "{}", stderr(&unknown));
+}
