@@ -40,7 +40,7 @@ use crate::control::rundir::{self, RunDirError, RunInfo, Seen};
 use crate::report::{ExitStatus, Failure};
 use crate::signals::{self, Heeded};
 use crate::supervisor::guardian;
-use crate::ui::Printer;
+use crate::ui::{self, Printer};
 
 /// Prefill/decode-disaggregated LLM serving on one machine.
 #[derive(Debug, Parser)]
@@ -111,6 +111,7 @@ pub fn main() -> ExitCode {
         return ended;
     }
     signals::prepare();
+    ui::choose_colours();
     let printer = Printer::default();
     let status = Cli::try_parse_from(sim::line(bench::line(std::env::args_os()))).map_or_else(
         |error| usage::refuse(error, printer),

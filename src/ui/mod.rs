@@ -138,6 +138,15 @@ fn received(written: io::Result<()>) -> Result<Reader, Failure> {
     }
 }
 
+/// Decides once, for the whole program, that a terminal which would print escapes gets no colours. By itself, anstream takes every terminal
+/// for a coloured one where `CI` is set. `CLICOLOR_FORCE` still forces them.
+pub fn choose_colours() {
+    let forced = std::env::var_os("CLICOLOR_FORCE").is_some_and(|value| value != "0");
+    if !can_redraw() && !forced {
+        ColorChoice::Never.write_global();
+    }
+}
+
 /// Whether the terminal moves its cursor: a `dumb` one, as editors and some CI have it, only prints.
 fn can_redraw() -> bool {
     std::env::var_os("TERM").is_some_and(|name| !name.is_empty() && name != "dumb")
