@@ -291,7 +291,7 @@ fn control_parts(
 struct Sockets {
     reservations: supervisor::Reservations,
     listener: TcpListener,
-    /// The same socket, for the guardian.
+    /// The same socket, for the shim.
     held: OwnedFd,
     url: String,
     notifications: Option<Notifications>,

@@ -16,8 +16,8 @@ use tokio::time::Instant;
 /// The most engines that one role can have.
 pub const MAX_ENGINES_PER_ROLE: u16 = 64;
 
-/// The guardian's log in the run's folder. The guardian keeps it locked as long as there are engines: they can outlive xpyd.
-pub const GUARDIAN_LOG: &str = "guardian.log";
+/// The shim's log in the run's folder. The shim keeps it locked as long as there are engines: they can outlive xpyd.
+pub const SHIM_LOG: &str = "shim.log";
 
 /// What an engine does for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -68,8 +68,8 @@ const TABLE: &str = "/proc/net/unix";
 pub enum Who {
     /// xpyd, with the control socket.
     Xpyd,
-    /// A guardian that keeps engines.
-    Guardian,
+    /// A shim that keeps engines.
+    Shim,
 }
 
 /// One name.
@@ -131,7 +131,7 @@ impl KernelName {
         let mut parts = text.strip_prefix("xpyd/")?.splitn(4, '/');
         let who = match parts.next()? {
             "run" => Who::Xpyd,
-            "kept" => Who::Guardian,
+            "kept" => Who::Shim,
             _ => return None,
         };
         Some(Self {
@@ -145,7 +145,7 @@ impl KernelName {
     fn text(&self) -> String {
         let who = match self.who {
             Who::Xpyd => "run",
-            Who::Guardian => "kept",
+            Who::Shim => "kept",
         };
         format!("xpyd/{who}/{}/{:016x}/{}", self.user, self.root, self.name)
     }

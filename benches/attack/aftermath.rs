@@ -125,7 +125,7 @@ fn words<T: ToString>(items: &[T]) -> Vec<String> {
     items.iter().map(ToString::to_string).collect()
 }
 
-/// Cgroups that a guardian among these processes has made, and those of guardians that are gone.
+/// Cgroups that a shim among these processes has made, and those of shims that are gone.
 fn cgroups(processes: &[u32]) -> Vec<String> {
     let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let Some(own) = membership.lines().find_map(|line| line.strip_prefix("0::/")) else {
@@ -138,11 +138,11 @@ fn cgroups(processes: &[u32]) -> Vec<String> {
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names
         .filter(|name| {
-            let guardian = name
+            let shim = name
                 .strip_prefix("xpyd-")
                 .and_then(|rest| rest.split(['.', '-']).next());
-            let guardian = guardian.and_then(|pid| pid.parse::<u32>().ok());
-            guardian.is_some_and(|pid| processes.contains(&pid) && !is_running(pid))
+            let shim = shim.and_then(|pid| pid.parse::<u32>().ok());
+            shim.is_some_and(|pid| processes.contains(&pid) && !is_running(pid))
         })
         .collect()
 }

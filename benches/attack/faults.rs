@@ -54,7 +54,7 @@ pub(crate) struct Fault {
 pub(crate) const FAULTS: &[Fault] = &[
     fault("SIGKILL of a leader", Needs::Nothing, 2, |arena, random| signal(&leader(arena, random)?, Signal::SIGKILL)),
     fault("SIGKILL of a child", Needs::Nothing, 1, |arena, random| signal(&child(arena, random)?, Signal::SIGKILL)),
-    fault("SIGKILL of the witness", Needs::Nothing, 1, |arena, _| signal(&witness(arena)?, Signal::SIGKILL)),
+    fault("SIGKILL of the monitor", Needs::Nothing, 1, |arena, _| signal(&monitor(arena)?, Signal::SIGKILL)),
     fault("leader frozen", Needs::Nothing, 1, |arena, random| freeze(arena, &leader(arena, random)?, moment(random))),
     fault("child frozen", Needs::Nothing, 1, |arena, random| freeze(arena, &child(arena, random)?, moment(random))),
     fault("leader frozen for longer than a lease", Needs::Nothing, 1, |arena, random| freeze_long(arena, random, leader)),
@@ -141,11 +141,11 @@ fn children(parent: i32) -> Vec<i32> {
     children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// The parent of the guardian, which runs the same command; gone once it was killed.
-fn witness(arena: &Arena) -> Result<Target, Trouble> {
+/// The parent of the shim, which runs the same command; gone once it was killed.
+fn monitor(arena: &Arena) -> Result<Target, Trouble> {
     let guards = |pid: i32| {
         let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        words.split(|byte| *byte == 0).any(|word| word == b"guardian")
+        words.split(|byte| *byte == 0).any(|word| word == b"shim")
     };
     let mut processes = arena
         .fleet
@@ -154,8 +154,8 @@ fn witness(arena: &Arena) -> Result<Target, Trouble> {
         .filter_map(|pid| i32::try_from(pid).ok());
     let pid = processes.find(|pid| guards(*pid) && children(*pid).into_iter().any(guards));
     Ok(Target {
-        engine: "the witness".to_owned(),
-        pid: pid.ok_or_else(|| impossible("no witness"))?,
+        engine: "the monitor".to_owned(),
+        pid: pid.ok_or_else(|| impossible("no monitor"))?,
     })
 }
 

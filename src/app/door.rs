@@ -18,7 +18,7 @@ use crate::proxy::Proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor;
 
-/// The socket for clients: the one that the guardian held, if it listens where the plan says, or a new one.
+/// The socket for clients: the one that the shim held, if it listens where the plan says, or a new one.
 pub(super) async fn listen(proxy: &ProxySpec, held: Option<OwnedFd>) -> Result<TcpListener, Failure> {
     match held.map(StdListener::from) {
         Some(held) if listens_there(&held, proxy).await => {

@@ -24,7 +24,7 @@ const NO_RESTART: RestartPolicy = RestartPolicy {
 /// Takes the engines of `kept` down, with their grace unless `force`.
 ///
 /// # Errors
-/// When the guardian's memory of them cannot be read, or signals cannot be listened to.
+/// When the shim's memory of them cannot be read, or signals cannot be listened to.
 pub async fn end_kept(
     kept: KeptRun,
     run_dir: &RunDir,

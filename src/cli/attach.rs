@@ -8,7 +8,7 @@ use crate::fleet::{EngineId, Role};
 use crate::plan::{EngineSpec, Plan};
 use crate::profile::Profile;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::guardian::client::GuardianError;
+use crate::supervisor::shim::client::ShimError;
 use crate::supervisor::{KeptRun, KeptState};
 
 /// The engines that the last xpyd of the run `name` left, if they are still there.
@@ -21,15 +21,15 @@ pub(super) fn find(name: &str) -> Result<Option<KeptRun>, Failure> {
     Ok(None)
 }
 
-/// Where its guardian may wait.
+/// Where its shim may wait.
 fn sockets(name: &str) -> Result<Vec<PathBuf>, Failure> {
     rundir::kept_sockets(name).map_err(|error| Failure::new(ExitStatus::Usage, error))
 }
 
-/// The hint names the process whose end is the end of this run's engines and of nothing else: when a guardian dies, the
-/// kernel ends the leaders of its engines, and its witness ends what they have started.
-fn unusable(error: GuardianError, name: &str) -> Failure {
-    let is_other_version = matches!(error, GuardianError::Version { .. } | GuardianError::Protocol(_));
+/// The hint names the process whose end is the end of this run's engines and of nothing else: when a shim dies, the
+/// kernel ends the leaders of its engines, and its monitor ends what they have started.
+fn unusable(error: ShimError, name: &str) -> Failure {
+    let is_other_version = matches!(error, ShimError::Version { .. } | ShimError::Protocol(_));
     let error = anyhow::Error::new(error).context(format!("engines of run `{name}` are kept, but out of reach"));
     let failure = Failure::new(ExitStatus::RunState, error);
     if is_other_version {
@@ -40,11 +40,11 @@ fn unusable(error: GuardianError, name: &str) -> Failure {
     }
     let failure = failure.hint("try again in a moment");
     let sockets = sockets(name).unwrap_or_default();
-    match sockets.iter().find_map(|socket| KeptRun::guardian_pid(socket)) {
+    match sockets.iter().find_map(|socket| KeptRun::shim_pid(socket)) {
         Some(pid) => failure.hint(format!(
             "to end the engines of this run without it: `kill -KILL {pid}`; `xpyd doctor` shows whether any process is left"
         )),
-        None => failure.hint("`xpyd doctor --reap` ends engines that no guardian watches"),
+        None => failure.hint("`xpyd doctor --reap` ends engines that no shim watches"),
     }
 }
 

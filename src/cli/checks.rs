@@ -18,8 +18,8 @@ use crate::preflight::{self, Finding, Level, Topic, gibibytes};
 use crate::private;
 use crate::proxy;
 use crate::service::Service;
-use crate::supervisor::guardian;
-use crate::supervisor::guardian::orphans::{self, LeakedMemory, Orphan};
+use crate::supervisor::shim;
+use crate::supervisor::shim::orphans::{self, LeakedMemory, Orphan};
 
 /// A warning names a certificate that expires within this time.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
@@ -49,7 +49,7 @@ pub(super) enum Remedy {
 /// What a warning about orphans is followed by.
 pub(super) const HOW_TO_REAP: &str = "`xpyd doctor --reap` shows and ends them";
 
-/// A sentence about engines without a guardian, with the memory of each; `None` if there are none.
+/// A sentence about engines without a shim, with the memory of each; `None` if there are none.
 pub(super) fn unwatched(orphans: &[Orphan]) -> Option<String> {
     let shown = orphans.iter().take(3).map(|orphan| {
         let memory = gibibytes(orphan.resident_bytes);
@@ -265,7 +265,7 @@ impl Leftovers {
 }
 
 fn cgroups() -> Finding {
-    let message = if guardian::cgroup_folder().is_some() {
+    let message = if shim::cgroup_folder().is_some() {
         "every engine gets a cgroup of its own"
     } else {
         "this user may make none; engines are found by their process trees, which is as good unless something escapes on purpose"

@@ -154,7 +154,7 @@ async fn end_kept(kept: KeptRun, arguments: Arguments, printer: Printer) -> Resu
     let outcome = app::end_kept(kept, &run_dir, name.clone(), arguments.force, printer).await?;
     up::say_what_is_left(&outcome, &name, printer);
     match &outcome.ending {
-        // With the guardian's witness gone the engines end without their grace, which is an end all the same.
+        // With the shim's monitor gone the engines end without their grace, which is an end all the same.
         Ending::Stopped | Ending::Forced | Ending::SupervisionLost { .. } => Ok(outcome.exit_status()),
         ending => Err(Failure::message(outcome.exit_status(), ending.to_string())),
     }
@@ -191,7 +191,7 @@ fn unanswered(error: ClientError, info: &RunInfo) -> Failure {
         ))
     } else {
         failure.hint(format!(
-            "xpyd hangs: `kill -KILL {}` ends it, and its guardian then ends the engines",
+            "xpyd hangs: `kill -KILL {}` ends it, and its shim then ends the engines",
             info.pid
         ))
     }

@@ -4,7 +4,6 @@ mod attach;
 pub mod bench;
 mod bundle;
 mod checks;
-mod companion;
 mod completions;
 mod demo;
 mod detach;
@@ -24,6 +23,7 @@ mod request;
 mod restart;
 mod run_plan;
 mod scale;
+mod sidecar;
 pub mod sim;
 mod sim_lmcache;
 pub mod status;
@@ -39,7 +39,7 @@ use tokio::signal::unix::SignalKind;
 use crate::control::rundir::{self, RunDirError, RunInfo, Seen};
 use crate::report::{ExitStatus, Failure};
 use crate::signals::{self, Heeded};
-use crate::supervisor::guardian;
+use crate::supervisor::shim;
 use crate::ui::{self, Printer};
 
 /// Prefill/decode-disaggregated LLM serving on one machine.
@@ -96,10 +96,10 @@ enum Verb {
     Completions(completions::Arguments),
     /// Own the engines of a run; started by `xpyd up`, its control socket is its stdin
     #[command(hide = true)]
-    Guardian,
+    Shim,
     /// Start a server that an engine needs, and become the engine
     #[command(hide = true)]
-    Companion(companion::Arguments),
+    Sidecar(sidecar::Arguments),
     /// Run one simulated cache server, shaped like `lmcache server`
     #[command(hide = true)]
     SimLmcache(sim_lmcache::Arguments),
@@ -147,8 +147,8 @@ fn run(verb: Verb, printer: Printer) -> Result<ExitStatus, Failure> {
         Verb::Bundle(arguments) => bundle::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
         Verb::Completions(arguments) => completions::run(&arguments, printer),
-        Verb::Guardian => Ok(guardian::process::run()),
-        Verb::Companion(arguments) => companion::run(&arguments, printer),
+        Verb::Shim => Ok(shim::process::run()),
+        Verb::Sidecar(arguments) => sidecar::run(&arguments, printer),
         Verb::SimLmcache(arguments) => block_on(sim_lmcache::run(arguments)),
     }
 }

@@ -16,7 +16,7 @@ use crate::own_log::OwnLog;
 use crate::plan::{self, Plan};
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::guardian::orphans;
+use crate::supervisor::shim::orphans;
 use crate::supervisor::{Ending, Outcome};
 use crate::ui::Printer;
 

@@ -39,11 +39,9 @@ mod tests {
             fs_err::write(folder.path().join("plan.json"), text).expect("a file");
             began(folder.path())
         };
-        let companion = r#"["xpyd", "companion", "--", "lmcache", "server", "--", "/opt/vllm", "serve", "m"]"#;
+        let sidecar = r#"["xpyd", "sidecar", "--", "lmcache", "server", "--", "/opt/vllm", "serve", "m"]"#;
         assert_eq!(
-            read(&format!(
-                r#"{{"vllm": "0.33.0", "engines": [{{"argv": {companion}}}]}}"#
-            )),
+            read(&format!(r#"{{"vllm": "0.33.0", "engines": [{{"argv": {sidecar}}}]}}"#)),
             Some(("0.33.0".to_owned(), "/opt/vllm".to_owned()))
         );
         assert_eq!(read(r#"{"engines": [{"argv": ["xpyd", "sim", "m"]}]}"#), None);

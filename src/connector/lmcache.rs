@@ -94,7 +94,7 @@ impl LmCache {
             ],
             file: Some((file.into(), content)),
             receiver_template,
-            companion: None,
+            sidecar: None,
         }
     }
 

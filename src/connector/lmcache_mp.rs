@@ -7,7 +7,7 @@
 use serde::Serialize;
 use serde_json::json;
 
-use super::{Companion, Device, Launch, LaunchContext, Nixl};
+use super::{Device, Launch, LaunchContext, Nixl, Sidecar};
 
 /// LMCache MP.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -55,11 +55,11 @@ impl LmCacheMp {
             config["kv_load_failure_policy"] = policy.clone();
         }
         launch.kv_transfer_config = config;
-        launch.companion = Some(self.cache_server(context, cache));
+        launch.sidecar = Some(self.cache_server(context, cache));
         launch
     }
 
-    fn cache_server(&self, context: &LaunchContext<'_>, cache: CachePorts) -> Companion {
+    fn cache_server(&self, context: &LaunchContext<'_>, cache: CachePorts) -> Sidecar {
         let name = format!("{}{}", context.role.engine_stem(), context.index + 1);
         let gibibytes = self.l1_bytes as f64 / f64::from(1 << 30);
         let mut arguments = vec!["server".to_owned()];
@@ -77,7 +77,7 @@ impl LmCacheMp {
             // By default the server moves KV itself, by CUDA's means; an engine on a CPU moves its own.
             flag("supported-transfer-mode", "auto".to_owned());
         }
-        Companion {
+        Sidecar {
             program: "lmcache",
             arguments,
             port: cache.requests,
@@ -135,9 +135,9 @@ mod tests {
             let names = [&config, &parts[0], &parts[1]].map(|part| part["kv_connector"].clone());
             assert_eq!(names, ["MultiConnector", "NixlConnector", "LMCacheMPConnector"]);
         }
-        let companion = launch(Role::Decode, false).companion.expect("a cache server");
-        assert_eq!((companion.program, companion.port), ("lmcache", 6558));
-        let words = companion.arguments.join(" ");
+        let sidecar = launch(Role::Decode, false).sidecar.expect("a cache server");
+        assert_eq!((sidecar.program, sidecar.port), ("lmcache", 6558));
+        let words = sidecar.arguments.join(" ");
         assert_eq!(
             words,
             "server --host 127.0.0.1 --port 6558 --http-host 127.0.0.1 --http-port 8093 --l1-size-gb 1.5 \

@@ -99,12 +99,12 @@ pub struct Launch {
     /// [`with_receiver_ports`] closes it.
     pub receiver_template: Option<String>,
     /// A server that the engine cannot do without.
-    pub companion: Option<Companion>,
+    pub sidecar: Option<Sidecar>,
 }
 
 /// A server of one engine's own, which is there before it starts, and without which it ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Companion {
+pub struct Sidecar {
     /// The name of its program, which is beside the engine's.
     pub program: &'static str,
     /// Its arguments.

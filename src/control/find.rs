@@ -212,7 +212,7 @@ pub enum Seen {
         /// Its process.
         pid: Option<u32>,
     },
-    /// Its xpyd has gone, and a guardian keeps its engines.
+    /// Its xpyd has gone, and a shim keeps its engines.
     Kept {
         /// Its name.
         name: String,
@@ -288,9 +288,8 @@ fn seen(roots: &[PathBuf], is_wanted: impl Fn(&KernelName) -> bool) -> Vec<Seen>
             Answer::Nobody => {}
         }
     }
-    let is_kept = |kept: &&KernelName| {
-        kept.who == Who::Guardian && may_ask(kept) && !known.contains(&kept.of_same_run(Who::Xpyd))
-    };
+    let is_kept =
+        |kept: &&KernelName| kept.who == Who::Shim && may_ask(kept) && !known.contains(&kept.of_same_run(Who::Xpyd));
     let kept: Vec<Seen> = known
         .iter()
         .filter(is_kept)
@@ -331,11 +330,11 @@ fn names(root: &Path, is_wanted: impl Fn(&Path) -> bool) -> Vec<String> {
     names
 }
 
-/// Where a guardian may keep the engines of the run `name`, most likely places first.
+/// Where a shim may keep the engines of the run `name`, most likely places first.
 pub fn kept_sockets(name: &str) -> Result<Vec<PathBuf>, RunDirError> {
     check_name(name)?;
     let places = |root: PathBuf| {
-        let by_name = KernelName::of(Who::Guardian, &root, name).socket();
+        let by_name = KernelName::of(Who::Shim, &root, name).socket();
         [root.join(name).join(ATTACH_FILE), by_name]
     };
     let mut sockets: Vec<PathBuf> = places(runtime_root()).into();
@@ -343,7 +342,7 @@ pub fn kept_sockets(name: &str) -> Result<Vec<PathBuf>, RunDirError> {
         sockets.extend(other_roots().into_iter().flat_map(places));
         let own = getuid().as_raw();
         let known = KernelName::all().into_iter();
-        let of_name = known.filter(|known| known.who == Who::Guardian && known.user == own && known.name == name);
+        let of_name = known.filter(|known| known.who == Who::Shim && known.user == own && known.name == name);
         sockets.extend(of_name.map(|known| known.socket()));
     }
     Ok(sockets)

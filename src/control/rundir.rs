@@ -2,7 +2,7 @@
 //!
 //! The folder is `$XDG_RUNTIME_DIR/xpyd/<name>/`, or `/tmp/xpyd-<uid>/<name>/` where there is no such variable. It holds
 //! `lock` (locked for the life of the run, holds the pid), `run.json` ([`RunInfo`]), `engine-key`, `control.sock` and
-//! `attach.sock` (where the guardian of a run whose xpyd has gone may keep its engines). A log-out removes the folder, and
+//! `attach.sock` (where the shim of a run whose xpyd has gone may keep its engines). A log-out removes the folder, and
 //! cleaners of `/tmp` remove files, so it is written again while the run lives, and the kernel knows the run by a name of its
 //! own ([`KernelName`]). A reader never takes the lock, it only asks who has it, so looking at a run cannot disturb the start of
 //! another. What a killed run left is removed by the next one to start.
@@ -263,7 +263,7 @@ impl RunDir {
         }
     }
 
-    /// Where a guardian that keeps engines waits for the next run of this name.
+    /// Where a shim that keeps engines waits for the next run of this name.
     pub fn attach_path(&self) -> PathBuf {
         self.folder.join(ATTACH_FILE)
     }

@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::connector::{Companion, Device, Launch};
+use crate::connector::{Device, Launch, Sidecar};
 use crate::fleet::Endpoint;
 
-/// How long a companion may take until it listens. `lmcache server` imports torch, which took it 6 s on a quiet machine and
+/// How long a sidecar may take until it listens. `lmcache server` imports torch, which took it 6 s on a quiet machine and
 /// 20 s on a busy one.
-const COMPANION_DEADLINE: Duration = Duration::from_mins(3);
+const SIDECAR_DEADLINE: Duration = Duration::from_mins(3);
 
 /// The program that serves the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,7 +28,7 @@ pub enum EngineKind {
 /// What is decided about an engine before its command line is written.
 #[derive(Debug)]
 pub struct Serve<'plan> {
-    /// xpyd itself, which starts companions.
+    /// xpyd itself, which starts sidecars.
     pub xpyd: &'plan Path,
     /// The program: `vllm`, or `xpyd` for the simulated engine.
     pub program: &'plan Path,
@@ -107,8 +107,8 @@ impl EngineKind {
 
     /// Program and arguments.
     pub fn command(self, serve: &Serve<'_>) -> Vec<String> {
-        let companion = serve.launch.companion.as_ref();
-        let mut argv = companion.map_or_else(Vec::new, |companion| self.accompanied(companion, serve));
+        let sidecar = serve.launch.sidecar.as_ref();
+        let mut argv = sidecar.map_or_else(Vec::new, |sidecar| self.accompanied(sidecar, serve));
         argv.push(serve.program.display().to_string());
         match self {
             Self::Vllm => argv.push("serve".to_owned()),
@@ -123,21 +123,21 @@ impl EngineKind {
         argv
     }
 
-    /// What stands before the engine's own command line where a companion must be there first: see `xpyd companion`.
-    fn accompanied(self, companion: &Companion, serve: &Serve<'_>) -> Vec<String> {
-        let mut argv = vec![serve.xpyd.display().to_string(), "companion".to_owned()];
+    /// What stands before the engine's own command line where a sidecar must be there first: see `xpyd sidecar`.
+    fn accompanied(self, sidecar: &Sidecar, serve: &Serve<'_>) -> Vec<String> {
+        let mut argv = vec![serve.xpyd.display().to_string(), "sidecar".to_owned()];
         let mut flag = |name: &str, value: String| argv.extend([format!("--{name}"), value]);
         flag("host", serve.endpoint.host.clone());
-        flag("port", companion.port.to_string());
-        let deadline = COMPANION_DEADLINE.min(serve.ready_deadline);
+        flag("port", sidecar.port.to_string());
+        let deadline = SIDECAR_DEADLINE.min(serve.ready_deadline);
         flag("deadline", humantime::format_duration(deadline).to_string());
         flag("grace", humantime::format_duration(serve.stop).to_string());
         argv.push("--".to_owned());
         match self {
-            Self::Vllm => argv.push(serve.program.with_file_name(companion.program).display().to_string()),
-            Self::Sim => argv.extend([serve.xpyd.display().to_string(), format!("sim-{}", companion.program)]),
+            Self::Vllm => argv.push(serve.program.with_file_name(sidecar.program).display().to_string()),
+            Self::Sim => argv.extend([serve.xpyd.display().to_string(), format!("sim-{}", sidecar.program)]),
         }
-        argv.extend(companion.arguments.iter().cloned());
+        argv.extend(sidecar.arguments.iter().cloned());
         argv.push("--".to_owned());
         argv
     }

@@ -41,7 +41,7 @@ const EXCEPTION: &str = r"^(?:[A-Za-z_]\w*\.)*(?P<class>[A-Z]\w*|\w+Error)(?:: .
 /// Errors that are one line each.
 const ERROR_LINE: &str = r"(?x)
     ^ (?: ERROR|CRITICAL ) : \s+ (?P<uvicorn> .+ ) $
-    | ^ error: \s (?P<companion> .+ ) $
+    | ^ error: \s (?P<sidecar> .+ ) $
     | ^ \[ [^\]]+ \] \s LMCache \s (?: ERROR|CRITICAL ) : \s (?P<lmcache> .+? ) (?: \s \( \S+ : \d+ : \S+ \) )? $
     | ^ (?P<crash> Fatal\ Python\ error: .* | .* Segmentation\ fault .* | terminate\ called\ .* | .* :\ command\ not\ found
         | .* CUDA\ out\ of\ memory .* ) $";

@@ -1,7 +1,7 @@
 //! The folder of one run below `logs/`, the link to the newest one, and the limit on how many are kept.
 //!
 //! A folder that xpyd made holds the file `.xpyd-run`, so it can be told from other people's. xpyd keeps this file locked during the
-//! run, and the guardian keeps its own log locked, so an old folder can be told from that of a run that still writes.
+//! run, and the shim keeps its own log locked, so an old folder can be told from that of a run that still writes.
 
 use std::io;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -14,7 +14,7 @@ use jiff::tz::TimeZone;
 use nix::errno::Errno;
 
 use super::LogsError;
-use crate::fleet::GUARDIAN_LOG;
+use crate::fleet::SHIM_LOG;
 use crate::private;
 
 /// The link to the newest run's folder.
@@ -23,7 +23,7 @@ pub const LATEST: &str = "latest";
 /// Marks a folder that xpyd made. The xpyd that made it keeps it locked until it ends.
 const MARKER: &str = ".xpyd-run";
 
-/// The folder of a run that has not ended. It may be removed, as an old one, once this is dropped and there is no guardian.
+/// The folder of a run that has not ended. It may be removed, as an old one, once this is dropped and there is no shim.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
@@ -76,7 +76,7 @@ pub fn create_run_folder(logs_root: &Path, run_name: &str, keep: usize) -> Resul
     })
 }
 
-/// Whether a process seen from here has a file of this folder open to write: xpyd, or the guardian of kept engines.
+/// Whether a process seen from here has a file of this folder open to write: xpyd, or the shim of kept engines.
 pub fn is_written(folder: &Path) -> bool {
     let processes = fs_err::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     processes
@@ -180,9 +180,9 @@ fn remove_old(logs_root: &Path, keep: usize) -> Result<(), LogsError> {
         let Ok(marker) = OpenOptions::new().write(true).open(folder.join(MARKER)) else {
             continue;
         };
-        let guardian = File::open(folder.join(GUARDIAN_LOG));
-        let has_guardian = guardian.is_ok_and(|log| log.file().try_lock().is_err());
-        if has_guardian || marker.file().try_lock().is_err() {
+        let shim = File::open(folder.join(SHIM_LOG));
+        let has_shim = shim.is_ok_and(|log| log.file().try_lock().is_err());
+        if has_shim || marker.file().try_lock().is_err() {
             continue;
         }
         surplus -= 1;

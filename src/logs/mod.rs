@@ -1,6 +1,6 @@
 //! The logs of a run: the folder they are in, following them as they grow, and what they say about a start.
 //!
-//! Logs are files that the guardian appends to and, when they are full, puts aside. Everything here only reads them, so it works the same whether or not
+//! Logs are files that the shim appends to and, when they are full, puts aside. Everything here only reads them, so it works the same whether or not
 //! xpyd runs, and a slow reader never holds an engine up. Nothing here prints.
 
 pub mod causes;

@@ -1,7 +1,7 @@
 //! The files that one log consists of: full ones with numbers, `decoder1.1.log`, `decoder1.2.log`, and the one that is
 //! written, `decoder1.log`.
 //!
-//! The guardian makes them (`supervisor::guardian::log` has the scheme): a higher number is newer, no number is used
+//! The shim makes them (`supervisor::shim::log` has the scheme): a higher number is newer, no number is used
 //! twice, and nothing is written to a file after it got one. So a reader that remembers the number of its file finds the
 //! next one, also when several rotations went by meanwhile.
 

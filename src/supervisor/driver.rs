@@ -13,16 +13,16 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::guardian::client::{Guardian, GuardianError};
-use super::guardian::protocol::{Command, Event as Report, Spawn};
 use super::hang::Scene;
+use super::shim::client::{Shim, ShimError};
+use super::shim::protocol::{Command, Event as Report, Spawn};
 use super::state::{Action, Event, Fleet, Goal, Limits};
 use super::{
     CanaryRound, Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Outcome, Refusal, Request,
     Scaled, Settings, Then, Verify, Wiring, cause, gpus, leftovers, liveness, ports, probe, run_folder, spawn_record,
     standstill,
 };
-use crate::fleet::{Endpoint, EngineId, FleetView, GUARDIAN_LOG, Incarnation, Load};
+use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load, SHIM_LOG};
 use crate::plan::{self, EngineSpec};
 use crate::report::one_line;
 use crate::signals::StopSignal;
@@ -32,7 +32,7 @@ const KEEP_ON_REQUEST: Duration = Duration::from_mins(15);
 
 /// Brings the fleet up, supervises it, and returns once all of it is gone or what is left is known.
 ///
-/// Runs on the calling task. If it is dropped instead, the guardian takes the engines down by itself.
+/// Runs on the calling task. If it is dropped instead, the shim takes the engines down by itself.
 pub async fn run(settings: Settings, wiring: Wiring) -> Outcome {
     let mut driver = match Driver::start(settings, wiring).await {
         Ok(driver) => driver,
@@ -68,8 +68,8 @@ struct Driver {
     is_checking: bool,
     /// What tells why the present incarnation of each engine failed.
     explainers: BTreeMap<EngineId, ExplainIncarnation>,
-    guardian: Guardian,
-    guardian_open: bool,
+    shim: Shim,
+    shim_open: bool,
     fleet: Fleet,
     /// As it stands in the run's folder.
     scaled: Scaled,
@@ -95,15 +95,14 @@ impl Driver {
         let prober = probe::client().map_err(|error| one_line(&error))?;
         let attach = settings.attach.take();
         let kept = attach.as_ref().map(KeptRun::engines);
-        let guardian = match attach {
-            Some(run) => Guardian::attach(run),
-            None => Guardian::start(&settings.program, &settings.run_dir.join(GUARDIAN_LOG)).await,
+        let shim = match attach {
+            Some(run) => Shim::attach(run),
+            None => Shim::start(&settings.program, &settings.run_dir.join(SHIM_LOG)).await,
         };
-        let mut guardian = guardian.map_err(|error| one_line(&error))?;
-        tracing::info!(pid = guardian.pid(), attached = kept.is_some(), "guardian");
-        guardian
-            .send(&Command::Keep(settings.keep.clone()))
-            .and_then(|()| guardian.hold(settings.listener.take()))
+        let mut shim = shim.map_err(|error| one_line(&error))?;
+        tracing::info!(pid = shim.pid(), attached = kept.is_some(), "shim");
+        shim.send(&Command::Keep(settings.keep.clone()))
+            .and_then(|()| shim.hold(settings.listener.take()))
             .map_err(|error| one_line(&error))?;
         let generation = wiring.view.borrow().generation;
         let limits = Limits {
@@ -131,8 +130,8 @@ impl Driver {
             hurry: CancellationToken::new(),
             is_checking: false,
             explainers: BTreeMap::new(),
-            guardian,
-            guardian_open: true,
+            shim,
+            shim_open: true,
             generation,
             tasks: JoinSet::new(),
             worked: (0, mpsc::channel(1).1),
@@ -161,8 +160,8 @@ impl Driver {
                     match action {
                         Action::Finish(outcome) => return outcome,
                         Action::Sweep => {
-                            self.guardian_open = false;
-                            events.push_back(Event::Swept(self.guardian.sweep().await));
+                            self.shim_open = false;
+                            events.push_back(Event::Swept(self.shim.sweep().await));
                         }
                         Action::Leave => self.leave_engines().await,
                         Action::Spawn(id, incarnation) => events.extend(self.spawn(&id, incarnation)),
@@ -184,14 +183,14 @@ impl Driver {
                 StopSignal::Terminate | StopSignal::Hangup => Event::Stop,
             }),
             Some(request) = self.requests.recv() => self.asked(request),
-            report = self.guardian.event(), if self.guardian_open => match report {
+            report = self.shim.event(), if self.shim_open => match report {
                 Ok(Report::CannotKeep { reason }) => {
                     tracing::warn!(reason, "engines would end with xpyd");
                     self.cannot_keep = Some(reason);
                     None
                 }
                 Ok(report) => from_report(report),
-                Err(error) => Some(self.guardian_gone(&error).await),
+                Err(error) => Some(self.shim_gone(&error).await),
             },
             Some((prefill, decode)) = self.worked.1.recv() => Some(Event::Worked(self.worked.0, prefill, decode)),
             Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => match finished {
@@ -281,18 +280,15 @@ impl Driver {
 
     async fn leave_engines(&mut self) {
         self.command(&Command::Keep(self.keep_on_request()));
-        if let Err(error) = self.guardian.flush().await {
-            tracing::error!(
-                error = one_line(&error),
-                "the guardian was not told to keep the engines"
-            );
+        if let Err(error) = self.shim.flush().await {
+            tracing::error!(error = one_line(&error), "the shim was not told to keep the engines");
         }
     }
 
-    async fn guardian_gone(&mut self, error: &GuardianError) -> Event {
-        self.guardian_open = false;
-        self.guardian.ended().await;
-        Event::GuardianGone(one_line(error))
+    async fn shim_gone(&mut self, error: &ShimError) -> Event {
+        self.shim_open = false;
+        self.shim.ended().await;
+        Event::ShimGone(one_line(error))
     }
 
     fn perform(&mut self, action: Action) {
@@ -460,7 +456,7 @@ impl Driver {
             memo: serde_json::to_value(spec).unwrap_or_default(),
         };
         self.explainers.insert(id.clone(), explainer);
-        if let Err(error) = self.guardian.send(&Command::Spawn(spawn)) {
+        if let Err(error) = self.shim.send(&Command::Spawn(spawn)) {
             events.push(Event::SpawnFailed(id.clone(), incarnation, one_line(&error)));
         }
         events
@@ -507,7 +503,7 @@ impl Driver {
 
     fn command(&mut self, command: &Command) {
         // These hold an engine's name and nothing else, so they can always be written.
-        if let Err(error) = self.guardian.send(command) {
+        if let Err(error) = self.shim.send(command) {
             tracing::error!(error = one_line(&error), "command not sent");
         }
     }

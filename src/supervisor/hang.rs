@@ -13,7 +13,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::guardian::tree::{Process, Table};
+use super::shim::tree::{Process, Table};
 use crate::fleet::{EngineId, Incarnation};
 use crate::private;
 

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::guardian::client::is_still_there;
-use super::guardian::protocol::LeftoverProcess;
+use super::shim::client::is_still_there;
+use super::shim::protocol::LeftoverProcess;
 use super::{Leftover, ports};
 use crate::fleet::EngineId;
 use crate::plan::{EngineSpec, PortUse};

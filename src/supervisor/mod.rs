@@ -1,13 +1,11 @@
 //! The supervisor: brings a planned fleet up, keeps watch over it, and takes it down so that nothing is left.
 //!
-//! [`run`] is the whole of it. `state` decides (pure), `driver` carries out, the [`guardian`] owns the processes. It is
+//! [`run`] is the whole of it. `state` decides (pure), `driver` carries out, the [`shim`] owns the processes. It is
 //! the only writer of the fleet's view, and knows no route of the proxy and no flag of an engine.
 
 mod cause;
-pub mod companion;
 mod driver;
 mod gpus;
-pub mod guardian;
 mod hang;
 mod leftovers;
 mod liveness;
@@ -16,6 +14,8 @@ mod probe;
 mod restart;
 mod run_folder;
 mod scaled;
+pub mod shim;
+pub mod sidecar;
 mod spawn_record;
 mod standstill;
 mod state;
@@ -32,10 +32,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use self::cause::{Cause, Explain, ExplainIncarnation};
 pub use self::driver::run;
 pub use self::gpus::{Answer, BeforeStart, GpuChecks, Placed, Released};
-pub use self::guardian::attach::KeptRun;
-pub use self::guardian::protocol::{Keep, KeptState};
 pub use self::ports::{PortConflict, Reservations, reserve, reserve_running};
 pub use self::scaled::Scaled;
+pub use self::shim::attach::KeptRun;
+pub use self::shim::protocol::{Keep, KeptState};
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, FleetView, Incarnation, Role};
 use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
 use crate::report::ExitStatus;
@@ -58,13 +58,13 @@ pub struct Settings {
     pub restart: RestartPolicy,
     /// What becomes of the engines should this process disappear.
     pub keep: Keep,
-    /// The run to attach to, instead of starting a guardian and engines.
+    /// The run to attach to, instead of starting a shim and engines.
     pub attach: Option<KeptRun>,
-    /// The socket on which clients connect, for the guardian to hold while there is no xpyd; `None` if there is none.
+    /// The socket on which clients connect, for the shim to hold while there is no xpyd; `None` if there is none.
     pub listener: Option<OwnedFd>,
     /// The run's name, for people.
     pub run_name: String,
-    /// The `xpyd` program, which is run again as the guardian: `std::env::current_exe()`.
+    /// The `xpyd` program, which is run again as the shim: `std::env::current_exe()`.
     pub program: PathBuf,
 }
 
@@ -268,7 +268,7 @@ pub enum Ending {
         /// Why that one failed the last time, in one line.
         reason: String,
     },
-    /// The guardian could not be started, was killed, or does not answer.
+    /// The shim could not be started, was killed, or does not answer.
     SupervisionLost {
         /// What happened, in one line.
         reason: String,

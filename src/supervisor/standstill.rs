@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::guardian::tree::Table;
+use super::shim::tree::Table;
 
 /// How often it is looked at; more often where the deadline is short.
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -20,7 +20,7 @@
 //! The fleet:
 //! ```text
 //!  Starting ──all healthy──> Verifying ──ok──> Ready ──stop──> Draining ──> Stopping ──trees gone──> Closing ──> Checking ──> Over
-//!      └── stop, a failure, a deadline ──┴───── a role lost ──────────────────^        guardian lost ──> Sweeping ──^
+//!      └── stop, a failure, a deadline ──┴───── a role lost ──────────────────^        shim lost ──> Sweeping ──^
 //! ```
 //! Deadlines are part of the state: [`Fleet::next_deadline`] says when [`Event::Tick`] is due, so no timer can be stale.
 
@@ -31,7 +31,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use tokio::time::Instant;
 
-use super::guardian::protocol::LeftoverProcess;
+use super::shim::protocol::LeftoverProcess;
 use super::{Cause, Ending, Leftover, Outcome, restart};
 use crate::fleet::{EngineId, EngineState, Exit, Incarnation, Load};
 use crate::plan::{EngineSpec, RestartPolicy};
@@ -42,13 +42,13 @@ const START_GRACE: Duration = Duration::from_secs(2);
 /// How long decode engines wait for prefill engines to leave first. KV in flight is pulled in far less.
 const DECODE_TURN: Duration = Duration::from_secs(1);
 
-/// How long the guardian can take to say that a killed tree is empty or cannot be emptied; it reports the latter after 30 s.
+/// How long the shim can take to say that a killed tree is empty or cannot be emptied; it reports the latter after 30 s.
 const KILL_ANSWER: Duration = Duration::from_mins(1);
 
 /// How long the look for a failure's cause in the engine's log may take; without an answer, nobody knows it.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long the guardian may take to end: it gives itself 3 s for trees and 3 s for strays.
+/// How long the shim may take to end: it gives itself 3 s for trees and 3 s for strays.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// One engine.
@@ -262,7 +262,7 @@ impl Fleet {
                 }
             }
             Event::Tick => self.tick(now),
-            Event::GuardianGone(reason) => self.guardian_gone(&reason, now),
+            Event::ShimGone(reason) => self.shim_gone(&reason, now),
             Event::Swept(processes) => self.swept(processes),
             Event::Checked(left) => self.checked(left, now),
         }
@@ -324,7 +324,7 @@ impl Fleet {
                 };
                 self.fail(index, failure, now);
             }
-            // The guardian asks the rest of the tree to leave, which has what is left of the leader's time.
+            // The shim asks the rest of the tree to leave, which has what is left of the leader's time.
             EngineState::Stopping
             | EngineState::Planned
             | EngineState::Stopped
@@ -409,7 +409,7 @@ impl Fleet {
             let engine = &mut self.engines[index];
             engine.until = None;
             if engine.tree == Tree::Killed {
-                self.guardian_gone("the guardian does not answer", now);
+                self.shim_gone("the shim does not answer", now);
             } else if engine.state == EngineState::Starting {
                 let reason = format!(
                     "not healthy {} after its start; see its log `{}`",
@@ -448,7 +448,7 @@ impl Fleet {
         }
     }
 
-    fn guardian_gone(&mut self, reason: &str, now: Instant) {
+    fn shim_gone(&mut self, reason: &str, now: Instant) {
         match self.stage {
             Stage::Closing { .. } => {
                 self.to(Stage::Checking);

@@ -267,9 +267,9 @@ fn what_a_killed_run_has_left_is_found_listed_and_removed_and_nothing_else() {
     );
 }
 
-/// A process with the mark of an engine whose guardian is dead.
+/// A process with the mark of an engine whose shim is dead.
 fn left_engine(place: &Place) -> (Unsupervised, u32) {
-    // A process that has ended: its id is nobody's, or by now somebody's that is no guardian.
+    // A process that has ended: its id is nobody's, or by now somebody's that is no shim.
     let mut ended = Command::new("true").spawn().expect("it starts");
     ended.wait().expect("it ends");
     let mut command = Command::new("sleep");

@@ -231,9 +231,6 @@ fn completions_are_made_for_the_shells_that_the_readme_names() {
         let script = text(&output);
         assert!(output.status.success() && script.contains("profiles"), "{shell}");
         // What only xpyd itself calls.
-        assert!(
-            !script.contains("guardian") && !script.contains("sim-lmcache"),
-            "{shell}"
-        );
+        assert!(!script.contains("shim") && !script.contains("sim-lmcache"), "{shell}");
     }
 }

@@ -125,7 +125,7 @@ fn engines_know_no_key_of_a_client() {
         .map(|(pid, _)| std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default())
         .map(|environment| String::from_utf8_lossy(&environment).into_owned())
         .collect();
-    assert!(environments.len() >= 4, "guardian, its witness and two engines");
+    assert!(environments.len() >= 4, "shim, its monitor and two engines");
     assert!(
         environments
             .iter()

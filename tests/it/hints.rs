@@ -56,7 +56,7 @@ fn every_command_that_a_text_names_is_understood() {
         for command in texts.flat_map(commands) {
             found += 1;
             let mut words = words(&command);
-            // `xpyd VERB` of a named run, `xpyd guardian`: a word that stands for a verb is none.
+            // `xpyd VERB` of a named run, `xpyd shim`: a word that stands for a verb is none.
             if words
                 .get(1)
                 .is_some_and(|word| word.chars().all(char::is_uppercase) || word == "1")
@@ -64,7 +64,7 @@ fn every_command_that_a_text_names_is_understood() {
                 continue;
             }
             // A verb alone, whose arguments the sentence does not need.
-            let needs_more = ["restart", "drain", "scale", "sim", "companion"];
+            let needs_more = ["restart", "drain", "scale", "sim", "sidecar"];
             if words.len() == 2 && needs_more.contains(&words[1].as_str()) {
                 words.push("--help".to_owned());
             }
@@ -152,34 +152,34 @@ fn the_hint_for_a_suspended_xpyd_lets_it_go_on_and_end_its_run_and_no_other() {
 }
 
 #[test]
-fn the_hint_for_engines_whose_guardian_does_not_answer_ends_them_and_no_other_run() {
+fn the_hint_for_engines_whose_shim_does_not_answer_ends_them_and_no_other_run() {
     let place = Place::new();
     let (others, xpyd) = two_runs(&place, &[]);
-    let guardians = || {
+    let shims = || {
         place
             .processes()
             .into_iter()
-            .filter(|(_, command)| command.contains("xpyd guardian"))
+            .filter(|(_, command)| command.contains("xpyd shim"))
     };
-    let own: Vec<i32> = guardians()
+    let own: Vec<i32> = shims()
         .map(|(pid, _)| pid)
         .filter(|pid| others.iter().all(|(other, _)| other != pid))
         .collect();
-    assert_eq!(own.len(), 2, "the guardian and its witness");
+    assert_eq!(own.len(), 2, "the shim and its monitor");
     kill_process(xpyd);
     let is_child = |pid: &i32| {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
         own.iter().any(|parent| status.contains(&format!("PPid:\t{parent}\n")))
     };
-    let guardian = own.iter().copied().find(is_child).expect("the child of its witness");
-    kill(Pid::from_raw(guardian), Signal::SIGSTOP).expect("it is there");
+    let shim = own.iter().copied().find(is_child).expect("the child of its monitor");
+    kill(Pid::from_raw(shim), Signal::SIGSTOP).expect("it is there");
     let output = place.run(&["down", "--name", "mine"]);
     assert_eq!(output.status.code(), Some(8), "{output:?}");
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
     let commands = hinted(&printed);
     assert_eq!(
         commands,
-        [format!("kill -KILL {guardian}"), "xpyd doctor".to_owned()],
+        [format!("kill -KILL {shim}"), "xpyd doctor".to_owned()],
         "{printed}"
     );
     follow(&place, &commands[0]);

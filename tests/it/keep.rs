@@ -34,7 +34,7 @@ fn engines(place: &Place) -> Vec<(String, i64, i64)> {
 fn process(place: &Place, command: &str) -> i64 {
     let is_meant = |pid: i32, line: &str| {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        name.trim() == command || name.trim() != "xpyd-witness" && line.ends_with(command)
+        name.trim() == command || name.trim() != "xpyd-monitor" && line.ends_with(command)
     };
     let processes = place.processes();
     let found = processes.iter().find(|(pid, line)| is_meant(*pid, line.trim()));
@@ -305,26 +305,26 @@ fn another_plan_is_refused_and_leaves_the_engines_alone() {
 }
 
 #[test]
-fn nothing_is_left_when_the_guardian_is_killed_while_it_waits() {
+fn nothing_is_left_when_the_shim_is_killed_while_it_waits() {
     let place = Place::new();
     let (_dead, _) = orphaned(&place, &[]);
-    kill_process(process(&place, "xpyd guardian"));
+    kill_process(process(&place, "xpyd shim"));
     place.wait_until_empty();
     assert_eq!(place.run(&["down"]).status.code(), Some(8), "nothing is left to end");
 }
 
 #[test]
-fn nothing_is_left_when_the_guardian_is_killed_after_another_xpyd_attached() {
-    for has_witness in [true, false] {
+fn nothing_is_left_when_the_shim_is_killed_after_another_xpyd_attached() {
+    for has_monitor in [true, false] {
         let place = Place::new();
         let (_dead, before) = orphaned(&place, &[]);
         let mut run = place.up(&[]);
         run.wait_until_ready();
-        if !has_witness {
-            kill_witness(&place);
+        if !has_monitor {
+            kill_monitor(&place);
             assert_eq!(engines(&place), before, "the fleet serves without it");
         }
-        kill_process(process(&place, "xpyd guardian"));
+        kill_process(process(&place, "xpyd shim"));
         let (code, text) = run.end();
         assert_eq!(code, 1, "{text}");
         assert!(text.contains("supervision was lost"), "{text}");
@@ -333,12 +333,12 @@ fn nothing_is_left_when_the_guardian_is_killed_after_another_xpyd_attached() {
     }
 }
 
-/// Kills the witness, and waits until xpyd has seen it.
-fn kill_witness(place: &Place) {
-    kill_process(process(place, "xpyd-witness"));
-    wait_for("xpyd to see the end of the witness", || {
+/// Kills the monitor, and waits until xpyd has seen it.
+fn kill_monitor(place: &Place) {
+    kill_process(process(place, "xpyd-monitor"));
+    wait_for("xpyd to see the end of the monitor", || {
         let log = place.log("xpyd.log");
-        if log.contains("witness was killed") {
+        if log.contains("monitor was killed") {
             Ok(())
         } else {
             Err(log)
@@ -347,12 +347,12 @@ fn kill_witness(place: &Place) {
 }
 
 #[test]
-fn a_killed_witness_costs_no_engine() {
+fn a_killed_monitor_costs_no_engine() {
     let place = Place::new();
     let mut run = place.up(&[]);
     run.wait_until_ready();
     let before = engines(&place);
-    kill_witness(&place);
+    kill_monitor(&place);
     let prompt = "a prompt of some length ".repeat(40);
     completion(place.proxy_port(), MODEL, &prompt);
     assert_eq!(engines(&place), before);
@@ -360,8 +360,8 @@ fn a_killed_witness_costs_no_engine() {
 
     let mut run = place.up(&[]);
     run.wait_until_ready();
-    kill_witness(&place);
-    kill_process(process(&place, "xpyd guardian"));
+    kill_monitor(&place);
+    kill_process(process(&place, "xpyd shim"));
     let (code, text) = run.end();
     assert_eq!(code, 1, "{text}");
     assert!(text.contains("supervision was lost"), "{text}");
@@ -370,10 +370,10 @@ fn a_killed_witness_costs_no_engine() {
 }
 
 #[test]
-fn engines_whose_witness_is_gone_can_still_be_taken_down() {
+fn engines_whose_monitor_is_gone_can_still_be_taken_down() {
     let place = Place::new();
     let (_dead, _) = orphaned(&place, &[]);
-    kill_process(process(&place, "xpyd-witness"));
+    kill_process(process(&place, "xpyd-monitor"));
     let down = place.run(&["down"]);
     assert_eq!(down.status.code(), Some(0), "{down:?}");
     place.wait_until_empty();
@@ -385,7 +385,7 @@ fn whoever_sends_no_command_loses_the_connection_and_no_engine_ends() {
     let (_dead, before) = orphaned(&place, &[]);
     let long = vec![b'x'; 3 << 20];
     for sent in [&b"{}\n"[..], b"\n", b"GET / HTTP/1.1\r\n\r\n", b"\xff\x00\n", &long] {
-        let mut stream = UnixStream::connect(place.path().join("xpyd/default/attach.sock")).expect("a guardian");
+        let mut stream = UnixStream::connect(place.path().join("xpyd/default/attach.sock")).expect("a shim");
         // It may close before it has read all.
         let _ = stream.write_all(sent);
         let mut told = Vec::new();

@@ -369,7 +369,7 @@ fn a_limit_of_file_size_costs_lines_of_a_log_and_nothing_else() {
     let processes = place.processes();
     let limit = |bytes: Option<u64>| {
         for (pid, command) in &processes {
-            if command.trim().ends_with("guardian") || *pid == run.pid() {
+            if command.trim().ends_with("shim") || *pid == run.pid() {
                 let pid = rustix::process::Pid::from_raw(*pid).expect("a pid");
                 let (current, maximum) = (bytes, None);
                 prlimit(Some(pid), Resource::Fsize, Rlimit { current, maximum }).expect("a limit");
@@ -380,7 +380,7 @@ fn a_limit_of_file_size_costs_lines_of_a_log_and_nothing_else() {
     for _ in 0..3 {
         assert!(!completion(place.proxy_port(), MODEL, "once").is_empty());
     }
-    // What the engines have written by now was read by the guardian, or will be after the limit has gone.
+    // What the engines have written by now was read by the shim, or will be after the limit has gone.
     assert_eq!(status(&place, &[])["stage"], "ready");
     let lost = |log: &str| log.contains("bytes of output lost here");
     wait_for("a loss that is told", || {

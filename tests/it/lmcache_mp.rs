@@ -117,14 +117,14 @@ fn an_engine_comes_back_with_a_new_cache_server_when_it_has_lost_its_own_and_no_
 }
 
 #[test]
-fn a_cache_server_ends_with_its_engine_and_with_xpyd_and_with_the_guardian() {
+fn a_cache_server_ends_with_its_engine_and_with_xpyd_and_with_the_shim() {
     let place = Place::new();
     let mut run = up(&place, &["--set", "restart.policy=never"]);
     run.wait_until_ready();
     assert_eq!(of_verb(&place, "sim-lmcache").len(), 4);
     kill_engine(&place, "decoder1");
     wait_for("the end of its cache server", || {
-        let left = [of_verb(&place, "sim-lmcache"), of_verb(&place, "companion")];
+        let left = [of_verb(&place, "sim-lmcache"), of_verb(&place, "sidecar")];
         if left.iter().all(|pids| pids.len() == 3) {
             Ok(())
         } else {
@@ -139,10 +139,10 @@ fn a_cache_server_ends_with_its_engine_and_with_xpyd_and_with_the_guardian() {
     let mut run = up(&place, &[]);
     run.wait_until_ready();
     run.signal(Signal::SIGKILL);
-    // The guardian and its witness.
-    of_verb(&place, "guardian").into_iter().for_each(kill_process);
+    // The shim and its monitor.
+    of_verb(&place, "shim").into_iter().for_each(kill_process);
     wait_for("the end of what only its parent's death ends", || {
-        let left = [of_verb(&place, "sim-lmcache"), of_verb(&place, "companion")];
+        let left = [of_verb(&place, "sim-lmcache"), of_verb(&place, "sidecar")];
         if left.iter().all(Vec::is_empty) {
             Ok(())
         } else {
@@ -233,11 +233,11 @@ fn the_proxy_alone_serves_such_engines() {
     assert!(moved() > before);
 }
 
-/// `xpyd companion` with these commands, and what is left of it.
-fn companion(place: &Place, deadline: &str, commands: &[&str]) -> Output {
+/// `xpyd sidecar` with these commands, and what is left of it.
+fn sidecar(place: &Place, deadline: &str, commands: &[&str]) -> Output {
     let port = (6555 + place.offset).to_string();
     let flags = [
-        "companion",
+        "sidecar",
         "--host",
         "127.0.0.1",
         "--port",
@@ -256,23 +256,23 @@ fn text(output: &Output) -> String {
 }
 
 #[test]
-fn a_companion_that_does_not_come_up_is_named_and_the_engine_never_starts() {
+fn a_sidecar_that_does_not_come_up_is_named_and_the_engine_never_starts() {
     let place = Place::new();
     let engine = ["--", "touch", "started"];
     for (deadline, command, expected) in [
         (
             "100ms",
             &["sleep", "1000"][..],
-            "its companion `sleep 1000` did not listen on port",
+            "its sidecar `sleep 1000` did not listen on port",
         ),
         (
             "1m",
             &["sh", "-c", "exit 3"],
-            "its companion `sh -c` ended (exit code 3) before it listened on port",
+            "its sidecar `sh -c` ended (exit code 3) before it listened on port",
         ),
         ("1m", &["no-such-program"], "cannot start `no-such-program`"),
     ] {
-        let output = companion(&place, deadline, &[command, &engine].concat());
+        let output = sidecar(&place, deadline, &[command, &engine].concat());
         assert_eq!(output.status.code(), Some(1));
         assert!(text(&output).contains(expected), "{}", text(&output));
         place.wait_until_empty();
@@ -291,7 +291,7 @@ fn the_leader_becomes_the_engine() {
         &["--host", "127.0.0.1", "--l1-size-gb", "1", "--eviction-policy", "LRU"],
     ]
     .concat();
-    let output = companion(
+    let output = sidecar(
         &place,
         "1m",
         &[&server, &["--", "sh", "-c", "echo $$ $PPID; exit 7"][..]].concat(),

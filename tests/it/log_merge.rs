@@ -277,7 +277,7 @@ fn the_logs_of_a_whole_run_are_in_order_after_it_was_killed() {
     run.signal(Signal::SIGKILL);
     drop(run);
     place.wait_until_empty();
-    // The limits of the profile have reached the guardian.
+    // The limits of the profile have reached the shim.
     assert!(!place.log("decoder1.1.log").is_empty());
     let output = place.run(&["logs", "--json"]);
     assert!(output.status.success(), "{output:?}");

@@ -183,7 +183,7 @@ impl Place {
         completion_with(7200 + self.offset, model, prompt, tokens, &[("authorization", &bearer)])
     }
 
-    /// Processes whose current folder is this place: xpyd, its guardian, and everything that they started.
+    /// Processes whose current folder is this place: xpyd, its shim, and everything that they started.
     pub(crate) fn processes(&self) -> Vec<(i32, String)> {
         let here = self.path().canonicalize().expect("the folder");
         let mut found = Vec::new();

@@ -1,4 +1,4 @@
-//! `xpyd up` and its companions on simulated engines: a whole life, and what is left of it.
+//! `xpyd up` and its sidecars on simulated engines: a whole life, and what is left of it.
 
 use std::io::Write as _;
 

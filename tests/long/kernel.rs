@@ -12,8 +12,8 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::{Instant, timeout};
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
-use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use crate::skipped;
 use crate::support::{DEADLINE as PATIENCE, Place, until};
@@ -106,26 +106,26 @@ async fn shared_memory_is_removed_before_anything_is_killed_that_tells_whose_it_
         return;
     };
     let folder = tempfile::tempdir().unwrap();
-    let mut guardian = Guardian::start(Path::new(PROGRAM), &folder.path().join("guardian.log"))
+    let mut shim = Shim::start(Path::new(PROGRAM), &folder.path().join("shim.log"))
         .await
         .unwrap();
     let segment = Path::new("/dev/shm").join(format!("xpyd-test-frozen-{}", std::process::id()));
     let script = format!("exec 3<>{}; echo up; exec sleep 1000", segment.display());
-    guardian.send(&spawn(folder.path(), "decoder1", &script)).unwrap();
-    let Event::Spawned { pid, .. } = event(&mut guardian).await else {
+    shim.send(&spawn(folder.path(), "decoder1", &script)).unwrap();
+    let Event::Spawned { pid, .. } = event(&mut shim).await else {
         panic!("no start")
     };
     let log = folder.path().join("decoder1.log");
     until("the segment is there", || segment.exists() && !read(&log).is_empty()).await;
     freezer.freeze(pid.try_into().unwrap()).await;
     let engine = EngineId::named("decoder1");
-    guardian.send(&Command::Kill { engine }).unwrap();
+    shim.send(&Command::Kill { engine }).unwrap();
     tokio::select! {
-        event = guardian.event() => panic!("what cannot end has ended: {event:?}"),
+        event = shim.event() => panic!("what cannot end has ended: {event:?}"),
         () = until("the segment is gone", || !segment.exists()) => {}
     }
     drop(freezer);
-    while !matches!(event(&mut guardian).await, Event::TreeEmpty { .. }) {}
+    while !matches!(event(&mut shim).await, Event::TreeEmpty { .. }) {}
 }
 
 fn read(path: &Path) -> String {
@@ -174,16 +174,16 @@ async fn in_a_namespace() {
     }
     std::fs::write("/proc/sys/kernel/pid_max", MOST_PIDS).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let mut guardian = Guardian::start(Path::new(PROGRAM), &folder.path().join("guardian.log"))
+    let mut shim = Shim::start(Path::new(PROGRAM), &folder.path().join("shim.log"))
         .await
         .unwrap();
     // Its child in a session of its own is known as a member before it ends.
-    // Ids below 300 never come again. The orphan is the guardian's to reap, which makes it look at the tree.
+    // Ids below 300 never come again. The orphan is the shim's to reap, which makes it look at the tree.
     let victim = "while [ $(sh -c 'echo $$') -lt 310 ]; do :; done; \
                   setsid sleep 1000 & echo $! > child; (true &); read line < gate; kill -9 $!; wait $!; echo gone > gone; exec sleep 1000";
     nix::unistd::mkfifo(&folder.path().join("gate"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    guardian.send(&spawn(folder.path(), "decoder1", victim)).unwrap();
-    assert!(matches!(event(&mut guardian).await, Event::Spawned { .. }));
+    shim.send(&spawn(folder.path(), "decoder1", victim)).unwrap();
+    assert!(matches!(event(&mut shim).await, Event::Spawned { .. }));
     until("its child is there", || {
         read(&folder.path().join("child")).ends_with('\n')
     })
@@ -195,21 +195,18 @@ async fn in_a_namespace() {
          if [ $! = {child} ]; then echo $! > taken; exec sleep 1000; fi; kill -9 $!; wait $!; done"
     );
     nix::unistd::mkfifo(&folder.path().join("start"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    guardian.send(&spawn(folder.path(), "decoder2", &other)).unwrap();
-    assert!(matches!(event(&mut guardian).await, Event::Spawned { .. }));
+    shim.send(&spawn(folder.path(), "decoder2", &other)).unwrap();
+    assert!(matches!(event(&mut shim).await, Event::Spawned { .. }));
     std::fs::write(folder.path().join("gate"), "go\n").unwrap();
     until("the child is gone", || folder.path().join("gone").exists()).await;
     std::fs::write(folder.path().join("start"), "go\n").unwrap();
     until("its id has come again", || folder.path().join("taken").exists()).await;
 
-    guardian
-        .send(&Command::Kill {
-            engine: EngineId::named("decoder1"),
-        })
-        .unwrap();
-    while !matches!(event(&mut guardian).await, Event::TreeEmpty { engine, .. } if engine == EngineId::named("decoder1"))
-    {
-    }
+    shim.send(&Command::Kill {
+        engine: EngineId::named("decoder1"),
+    })
+    .unwrap();
+    while !matches!(event(&mut shim).await, Event::TreeEmpty { engine, .. } if engine == EngineId::named("decoder1")) {}
     // It may still be on its way from the shell to `sleep`. What was hit never gets there.
     until("the other engine's process sleeps", || {
         read(Path::new(&format!("/proc/{child}/stat"))).contains("(sleep) S")
@@ -232,6 +229,6 @@ fn spawn(folder: &Path, engine: &str, script: &str) -> Command {
     })
 }
 
-async fn event(guardian: &mut Guardian) -> Event {
-    timeout(PATIENCE, guardian.event()).await.unwrap().unwrap()
+async fn event(shim: &mut Shim) -> Event {
+    timeout(PATIENCE, shim.event()).await.unwrap().unwrap()
 }

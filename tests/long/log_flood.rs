@@ -11,8 +11,8 @@ use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::logs::Follower;
 use xpyd::logs::follow::POLL_INTERVAL;
 use xpyd::supervisor::KeptRun;
-use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Keep, Spawn};
+use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::protocol::{Command, Event, Keep, Spawn};
 
 use crate::skipped;
 use crate::support::{DEADLINE, Place, wait_for};
@@ -32,7 +32,7 @@ fn engine() -> EngineId {
 }
 
 struct Flood {
-    guardian: Guardian,
+    shim: Shim,
     folder: tempfile::TempDir,
     incarnation: Incarnation,
 }
@@ -40,10 +40,10 @@ struct Flood {
 impl Flood {
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("guardian.log");
+        let log = folder.path().join("shim.log");
         let program = Path::new(env!("CARGO_BIN_EXE_xpyd"));
         Self {
-            guardian: Guardian::start(program, &log).await.unwrap(),
+            shim: Shim::start(program, &log).await.unwrap(),
             folder,
             incarnation: Incarnation::FIRST,
         }
@@ -56,7 +56,7 @@ impl Flood {
     async fn start(&mut self, script: &str, log_limits: LogLimits) {
         let spawn = self.spawn(engine(), script, log_limits);
         self.incarnation = Incarnation(self.incarnation.0 + 1);
-        self.guardian.send(&spawn).unwrap();
+        self.shim.send(&spawn).unwrap();
         let event = self.event().await;
         assert!(matches!(event, Event::Spawned { .. }), "{event:?}");
     }
@@ -76,7 +76,7 @@ impl Flood {
     }
 
     async fn event(&mut self) -> Event {
-        timeout(DEADLINE, self.guardian.event()).await.unwrap().unwrap()
+        timeout(DEADLINE, self.shim.event()).await.unwrap().unwrap()
     }
 
     /// Waits until nothing of the engine is left, so that all it printed is in the log.
@@ -144,7 +144,7 @@ async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
         wait: DEADLINE,
         run_dir: flood.folder.path().to_owned(),
     };
-    flood.guardian.send(&Command::Keep(keep)).unwrap();
+    flood.shim.send(&Command::Keep(keep)).unwrap();
     // It prints on until it has been attached to.
     let attached = flood.folder.path().join("attached");
     let script = format!(
@@ -152,16 +152,16 @@ async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
         attached.display()
     );
     flood.start(&script, LIMITS).await;
-    let Flood { guardian, folder, .. } = flood;
+    let Flood { shim, folder, .. } = flood;
     // As the kernel does when xpyd is killed.
-    drop(guardian);
+    drop(shim);
     let found = tokio::task::spawn_blocking(move || KeptRun::find(&socket))
         .await
         .unwrap();
-    let kept = found.unwrap().expect("the guardian waits");
+    let kept = found.unwrap().expect("the shim waits");
     assert_eq!(kept.kept.run_dir, folder.path());
     let mut flood = Flood {
-        guardian: Guardian::attach(kept).unwrap(),
+        shim: Shim::attach(kept).unwrap(),
         folder,
         incarnation: Incarnation::FIRST,
     };
@@ -288,7 +288,7 @@ async fn on_a_full_disk() {
     };
     spawn.log = disk.join("decoder1.log");
     spawn.log_limits.file_bytes = 1 << 30;
-    flood.guardian.send(&Command::Spawn(spawn)).unwrap();
+    flood.shim.send(&Command::Spawn(spawn)).unwrap();
     assert!(matches!(flood.event().await, Event::Spawned { .. }));
     wait_for("the gate", || if gate.exists() { Ok(()) } else { Err(String::new()) });
     // Opens once the engine reads, and it has printed everything by then.
@@ -318,10 +318,10 @@ async fn the_death_of_xpyd_costs_no_line_of_an_engine_that_says_goodbye() {
     );
     flood.start(&script, LIMITS).await;
     let settled = Command::Settled { engine: engine() };
-    flood.guardian.send(&settled).unwrap();
-    // Its answer comes after the guardian has obeyed the command before it.
+    flood.shim.send(&settled).unwrap();
+    // Its answer comes after the shim has obeyed the command before it.
     let other = flood.spawn(EngineId::named("decoder2"), "exit", LIMITS);
-    flood.guardian.send(&other).unwrap();
+    flood.shim.send(&other).unwrap();
     flood.event().await;
     let log = flood.log();
     wait_for("the first lines", || {
@@ -329,11 +329,9 @@ async fn the_death_of_xpyd_costs_no_line_of_an_engine_that_says_goodbye() {
         text.ends_with("\n1000\n").then_some(()).ok_or(text)
     });
     let Flood {
-        guardian,
-        folder: _kept,
-        ..
+        shim, folder: _kept, ..
     } = flood;
-    drop(guardian);
+    drop(shim);
     std::fs::write(&gate, "go on\n").unwrap();
     count_on(Follower::from_start(&log), 300_000, 1);
 }

@@ -84,8 +84,8 @@ enum Blow {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Victim {
     Xpyd,
-    Guardian,
-    Witness,
+    Shim,
+    Monitor,
     Leader,
     EngineCore,
 }
@@ -95,11 +95,11 @@ const BLOWS: [Blow; 11] = [
     Blow::TwoInterrupts,
     Blow::Terminate,
     Blow::Kill(&[Victim::Xpyd]),
-    Blow::Kill(&[Victim::Guardian]),
-    Blow::Kill(&[Victim::Witness]),
-    Blow::Kill(&[Victim::Xpyd, Victim::Guardian]),
-    Blow::Kill(&[Victim::Xpyd, Victim::Witness]),
-    Blow::Kill(&[Victim::Guardian, Victim::Witness]),
+    Blow::Kill(&[Victim::Shim]),
+    Blow::Kill(&[Victim::Monitor]),
+    Blow::Kill(&[Victim::Xpyd, Victim::Shim]),
+    Blow::Kill(&[Victim::Xpyd, Victim::Monitor]),
+    Blow::Kill(&[Victim::Shim, Victim::Monitor]),
     Blow::Kill(&[Victim::Leader]),
     Blow::Kill(&[Victim::EngineCore]),
 ];
@@ -113,8 +113,8 @@ fn expected(phase: Phase, blow: Blow, fault: Fault) -> &'static [i32] {
         Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Starting => &[4],
         // The canary that waits for the engine may fail before the engine has ended.
         Blow::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Verifying => &[4, 5],
-        // The run goes on without its witness, until it is asked to end.
-        Blow::Kill([Victim::Witness]) => &[0],
+        // The run goes on without its monitor, until it is asked to end.
+        Blow::Kill([Victim::Monitor]) => &[0],
         Blow::Kill(_) => &[1],
         Blow::Interrupt if phase == Phase::Draining => &[130],
         Blow::TwoInterrupts if phase == Phase::Draining => &[130],
@@ -187,7 +187,7 @@ fn play(place: &Place, fault: Fault, phase: Phase, blow: Blow) {
     let segments = shared_memory(place);
     assert_eq!(segments.is_empty(), fault != Fault::Stray, "{cell}: {segments:?}");
     strike(place, &mut run, blow);
-    if phase != Phase::Draining && blow == Blow::Kill(&[Victim::Witness]) {
+    if phase != Phase::Draining && blow == Blow::Kill(&[Victim::Monitor]) {
         let is_up = |(_, command): &(i32, String)| command.contains(" up ");
         assert!(place.processes().iter().any(is_up), "{cell}");
         run.signal(Signal::SIGINT);
@@ -332,13 +332,13 @@ fn strike(place: &Place, run: &mut Run<'_>, blow: Blow) {
 impl Victim {
     /// Its process id among these of a place.
     pub(crate) fn find(self, processes: &[(i32, String)]) -> i32 {
-        let is_witness = |pid: &i32| {
-            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "xpyd-witness")
+        let is_monitor = |pid: &i32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "xpyd-monitor")
         };
         let found = processes.iter().find(|(pid, command)| match self {
             Self::Xpyd => command.contains(" up "),
-            Self::Guardian => command.contains(" guardian") && !is_witness(pid),
-            Self::Witness => is_witness(pid),
+            Self::Shim => command.contains(" shim") && !is_monitor(pid),
+            Self::Monitor => is_monitor(pid),
             Self::Leader => command.contains(" sim ") && command.contains("--port"),
             Self::EngineCore => command.contains("VLLM::EngineCore"),
         });

@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::Signal;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
-use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use crate::matrix::Victim;
 use crate::support::{DEADLINE, Place, get};
@@ -32,7 +32,7 @@ fn print_percentiles(what: &str, mut took: Vec<u128>) {
     );
 }
 
-/// From SIGKILL of xpyd until no process of four idle engines is left; and what xpyd, guardian and witness take idle.
+/// From SIGKILL of xpyd until no process of four idle engines is left; and what xpyd, shim and monitor take idle.
 #[test]
 #[ignore = "a measurement"]
 fn teardown_after_sigkill() {
@@ -42,7 +42,7 @@ fn teardown_after_sigkill() {
         let mut run = place.up(&["--profile", "2p2d"]);
         run.wait_until_ready();
         let processes = place.processes();
-        for victim in [Victim::Xpyd, Victim::Guardian, Victim::Witness] {
+        for victim in [Victim::Xpyd, Victim::Shim, Victim::Monitor] {
             if turn == 0 {
                 let memory =
                     std::fs::read_to_string(format!("/proc/{}/smaps_rollup", victim.find(&processes))).unwrap();
@@ -129,18 +129,15 @@ fn get_or_nothing(place: &Place) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Bytes per second from an engine that prints as fast as it can, through the guardian, to files that rotate.
+/// Bytes per second from an engine that prints as fast as it can, through the shim, to files that rotate.
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn log_throughput() {
     const BYTES: u64 = 2_000_000_000;
     let folder = tempfile::tempdir().unwrap();
-    let mut guardian = Guardian::start(
-        Path::new(env!("CARGO_BIN_EXE_xpyd")),
-        &folder.path().join("guardian.log"),
-    )
-    .await
-    .unwrap();
+    let mut shim = Shim::start(Path::new(env!("CARGO_BIN_EXE_xpyd")), &folder.path().join("shim.log"))
+        .await
+        .unwrap();
     let line = "x".repeat(199);
     let spawn = Command::Spawn(Spawn {
         engine: EngineId::named("decoder1"),
@@ -160,8 +157,8 @@ async fn log_throughput() {
         memo: serde_json::Value::Null,
     });
     let began = SystemTime::now();
-    guardian.send(&spawn).unwrap();
-    while !matches!(guardian.event().await.unwrap(), Event::TreeEmpty { .. }) {}
+    shim.send(&spawn).unwrap();
+    while !matches!(shim.event().await.unwrap(), Event::TreeEmpty { .. }) {}
     let took = milliseconds(began);
     println!(
         "log throughput: {} MB/s ({BYTES} bytes in {took} ms)",

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::preflight::gibibytes;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::guardian::orphans;
+use crate::supervisor::shim::orphans;
 use crate::ui::{Printer, Table};
 
 /// How long killed processes may take until they are gone. One in the middle of a transfer to a GPU takes seconds.

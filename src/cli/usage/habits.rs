@@ -207,13 +207,7 @@ mod tests {
             &["up", "--ends-wit"],
         ] {
             let told = told(line);
-            for internal in [
-                "`guardian`",
-                "companion",
-                "sim-lmcache",
-                "--detached-child",
-                "--ends-with",
-            ] {
+            for internal in ["`shim`", "sidecar", "sim-lmcache", "--detached-child", "--ends-with"] {
                 let suggested = told.replace(line.last().expect("a word"), "");
                 assert!(!suggested.contains(internal), "{line:?}: {told}");
             }

@@ -8,7 +8,7 @@ use super::transitions::Failure;
 use super::verification::Purpose;
 use super::{Action, Fleet, Goal, Stage, Tree};
 use crate::fleet::{EngineId, EngineState, Exit, Incarnation, Role};
-use crate::supervisor::guardian::protocol::KeptState;
+use crate::supervisor::shim::protocol::KeptState;
 use crate::supervisor::{Ending, Outcome};
 
 impl Fleet {

@@ -1,6 +1,6 @@
 //! The language of the state machine: what may happen to a fleet, and what may have to be done about it.
 
-use super::super::guardian::protocol::LeftoverProcess;
+use super::super::shim::protocol::LeftoverProcess;
 use super::super::{Cause, Leftover, Outcome, Trial};
 use crate::fleet::{Endpoint, EngineId, Exit, Incarnation};
 use crate::plan::EngineSpec;
@@ -62,9 +62,9 @@ pub(in crate::supervisor) enum Event {
     Drained(Option<(EngineId, Incarnation)>),
     /// `Fleet::next_deadline` has come.
     Tick,
-    /// The connection to the guardian is closed, asked for or not.
-    GuardianGone(String),
-    /// The sweep after a lost guardian is over; these processes are left.
+    /// The connection to the shim is closed, asked for or not.
+    ShimGone(String),
+    /// The sweep after a lost shim is over; these processes are left.
     Swept(Vec<LeftoverProcess>),
     /// The last look is over; these are left.
     Checked(Vec<Leftover>),
@@ -83,7 +83,7 @@ pub(in crate::supervisor) enum Action {
     Probe(EngineId, Incarnation),
     /// Look for the cause of its failure in its log; holds how its leader ended.
     Explain(EngineId, Incarnation, Option<Exit>),
-    /// Tell the guardian that the engine's start is over.
+    /// Tell the shim that the engine's start is over.
     Settled(EngineId),
     /// See that the engine makes progress, until it is asked to stop or killed.
     Watch(EngineId, Incarnation),
@@ -102,13 +102,13 @@ pub(in crate::supervisor) enum Action {
     Terminate(EngineId),
     /// SIGKILL to the tree.
     Kill(EngineId),
-    /// Let the guardian end.
+    /// Let the shim end.
     Shutdown,
-    /// Kill what the lost guardian had started.
+    /// Kill what the lost shim had started.
     Sweep,
     /// See which processes and ports are still there.
     Check,
-    /// Tell the guardian to keep the engines for the next xpyd.
+    /// Tell the shim to keep the engines for the next xpyd.
     Leave,
     /// The run is over.
     Finish(Outcome),

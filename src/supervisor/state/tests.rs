@@ -283,9 +283,9 @@ fn events_of_an_older_incarnation_are_dropped() {
 }
 
 #[test]
-fn a_lost_guardian_ends_the_run_after_a_sweep() {
+fn a_lost_shim_ends_the_run_after_a_sweep() {
     let mut world = World::ready();
-    world.tell(Event::GuardianGone("guardian is gone".to_owned()));
+    world.tell(Event::ShimGone("shim is gone".to_owned()));
     assert!(world.did(&Action::Sweep));
     assert!(world.load("decoder1").is_closed());
     let outcome = world.play_out();
@@ -294,7 +294,7 @@ fn a_lost_guardian_ends_the_run_after_a_sweep() {
 }
 
 #[test]
-fn a_guardian_that_never_answers_a_kill_is_given_up() {
+fn a_shim_that_never_answers_a_kill_is_given_up() {
     let mut world = World::ready();
     world.tell(Event::Force);
     world.wait();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Engine, Fleet, Stage, Tree};
 use crate::fleet::{EngineId, EngineView, FleetStage, FleetView, Load};
 use crate::supervisor::Ending;
-use crate::supervisor::guardian::protocol::LeftoverProcess;
+use crate::supervisor::shim::protocol::LeftoverProcess;
 
 impl Fleet {
     /// The view, if readers would see a difference since the last call.

@@ -289,12 +289,12 @@ async fn a_stop_while_engines_start_does_not_wait_for_them() {
 }
 
 #[tokio::test]
-async fn a_killed_guardian_ends_the_run_and_leaves_nothing() {
+async fn a_killed_shim_ends_the_run_and_leaves_nothing() {
     let run = Run::ready(&["prefiller1", "decoder1"], "").await;
     let leader = run.view.borrow().engines[0].pid.unwrap();
     let stat = std::fs::read_to_string(format!("/proc/{leader}/stat")).unwrap();
-    let guardian = stat.split_whitespace().nth(3).unwrap().parse().unwrap();
-    kill(Pid::from_raw(guardian), Signal::SIGKILL).unwrap();
+    let shim = stat.split_whitespace().nth(3).unwrap().parse().unwrap();
+    kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
     let outcome = run.outcome().await;
     assert!(matches!(outcome.ending, Ending::SupervisionLost { .. }), "{outcome:?}");
     assert_eq!(outcome.exit_status(), ExitStatus::Failure);

@@ -8,7 +8,7 @@ use super::world::{BACKOFF, DRAIN, World};
 use crate::fleet::{EngineId, EngineState, Exit, FleetStage, Incarnation};
 use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
-use crate::supervisor::guardian::protocol::KeptState;
+use crate::supervisor::shim::protocol::KeptState;
 use crate::supervisor::state::{Action, Event};
 use crate::supervisor::{Cause, Ending, Leftover};
 
@@ -215,7 +215,7 @@ fn without_restarts_the_last_engine_of_a_role_ends_it() {
     world.explained("decoder1", Cause::default());
     assert_eq!(world.stage(), FleetStage::Stopping);
     world.empty("prefiller1");
-    world.tell(Event::GuardianGone("guardian is gone".to_owned()));
+    world.tell(Event::ShimGone("shim is gone".to_owned()));
     world.tell(Event::Checked(Vec::<Leftover>::new()));
     let outcome = world.outcome.expect("an outcome");
     assert!(matches!(outcome.ending, Ending::LostRole { .. }), "{outcome:?}");

@@ -69,7 +69,7 @@ fn the_rest_of_a_tree_has_the_grace_of_its_leader() {
 }
 
 #[test]
-fn the_guardian_has_a_while_to_answer_a_kill() {
+fn the_shim_has_a_while_to_answer_a_kill() {
     let mut world = World::ready();
     world.tell(Event::Force);
     ends_after(&mut world, KILL_ANSWER, |world| world.did(&Action::Sweep));
@@ -79,7 +79,7 @@ fn the_guardian_has_a_while_to_answer_a_kill() {
 }
 
 #[test]
-fn the_guardian_has_a_while_to_end() {
+fn the_shim_has_a_while_to_end() {
     let mut world = World::ready();
     world.tell(Event::Force);
     for name in ["prefiller1", "prefiller2", "decoder1", "decoder2"] {

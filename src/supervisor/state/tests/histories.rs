@@ -127,7 +127,7 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
 
 proptest! {
     /// The model asserts with every action that no engine has two incarnations, none is spawned after a stop began, no
-    /// leader gets a second SIGTERM, and the guardian is only let go when no process is left.
+    /// leader gets a second SIGTERM, and the shim is only let go when no process is left.
     #[test]
     fn every_history_keeps_the_rules_and_ends_once_it_is_stopped(
         steps in prop::collection::vec(step(), 0..120),

@@ -5,7 +5,7 @@ use super::{kill, terminate};
 use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation, Retry, Role};
 use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
-use crate::supervisor::guardian::protocol::LeftoverProcess;
+use crate::supervisor::shim::protocol::LeftoverProcess;
 use crate::supervisor::state::{Action, Event, Goal};
 use crate::supervisor::{Cause, Ending, Refusal, Trial};
 

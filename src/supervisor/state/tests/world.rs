@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
-use crate::supervisor::guardian::protocol::KeptState;
+use crate::supervisor::shim::protocol::KeptState;
 use crate::supervisor::state::{Action, Event, Fleet, Limits};
 use crate::supervisor::{Cause, Outcome, Trial};
 
@@ -75,7 +75,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
     }
 }
 
-/// What the guardian and the machine would do: which engines have a leader, which have any process.
+/// What the shim and the machine would do: which engines have a leader, which have any process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Processes {
     pub(super) leader: bool,
@@ -419,7 +419,7 @@ impl World {
                 self.empty(id.as_str());
             }
             if std::mem::take(&mut self.shutdown) {
-                self.tell(Event::GuardianGone("guardian is gone".to_owned()));
+                self.tell(Event::ShimGone("shim is gone".to_owned()));
             } else if std::mem::take(&mut self.sweeping) {
                 self.tell(Event::Swept(Vec::new()));
             } else if std::mem::take(&mut self.checking) {

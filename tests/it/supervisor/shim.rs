@@ -1,4 +1,4 @@
-//! The guardian, through its client and real processes.
+//! The shim, through its client and real processes.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,8 +13,8 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 use xpyd::fleet::Exit;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
-use xpyd::supervisor::guardian::client::Guardian;
-use xpyd::supervisor::guardian::protocol::{Command, Event, Spawn};
+use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use super::{MARK, PATIENCE, marked, read, until};
 
@@ -36,9 +36,9 @@ fn stubborn(then: &str) -> String {
     format!("{STUBBORN}{then}")
 }
 
-/// A guardian with its folder, and a mark that is on everything it starts.
+/// A shim with its folder, and a mark that is on everything it starts.
 struct Bench {
-    guardian: Guardian,
+    shim: Shim,
     folder: TempDir,
     mark: String,
 }
@@ -47,9 +47,9 @@ impl Bench {
     async fn new() -> Self {
         crate::support::hear_signals();
         let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("guardian.log");
+        let log = folder.path().join("shim.log");
         Self {
-            guardian: Guardian::start(Path::new(PROGRAM), &log).await.unwrap(),
+            shim: Shim::start(Path::new(PROGRAM), &log).await.unwrap(),
             mark: folder.path().to_string_lossy().into_owned(),
             folder,
         }
@@ -60,7 +60,7 @@ impl Bench {
     }
 
     async fn event(&mut self) -> Event {
-        timeout(PATIENCE, self.guardian.event())
+        timeout(PATIENCE, self.shim.event())
             .await
             .expect("an event in time")
             .unwrap()
@@ -68,7 +68,7 @@ impl Bench {
 
     /// Starts the script as engine `decoder1`; returns its leader.
     async fn spawn(&mut self, script: &str) -> u32 {
-        self.guardian.send(&spawn(script, &self.mark, &self.log())).unwrap();
+        self.shim.send(&spawn(script, &self.mark, &self.log())).unwrap();
         match self.event().await {
             Event::Spawned { pid, .. } => pid,
             other => panic!("{other:?}"),
@@ -83,7 +83,7 @@ impl Bench {
     }
 
     fn kill(&mut self) {
-        self.guardian.send(&Command::Kill { engine: engine() }).unwrap();
+        self.shim.send(&Command::Kill { engine: engine() }).unwrap();
     }
 }
 
@@ -155,7 +155,7 @@ async fn sigterm_reaches_the_leader_only_and_only_once() {
     let log = bench.log();
     until("the leader is up", || read(&log).contains("up")).await;
     for _ in 0..2 {
-        bench.guardian.send(&Command::Terminate { engine: engine() }).unwrap();
+        bench.shim.send(&Command::Terminate { engine: engine() }).unwrap();
     }
     assert_eq!(bench.event().await, exited(Exit::Code(7)));
     // What the worker's own `sleep` does is its business: the tree ends by itself or is still there to be killed.
@@ -175,7 +175,7 @@ async fn what_a_wrapper_has_started_is_asked_to_leave_once_the_wrapper_has_gone(
     bench.spawn(script).await;
     let log = bench.log();
     until("the server is up", || read(&log).contains("up")).await;
-    bench.guardian.send(&Command::Terminate { engine: engine() }).unwrap();
+    bench.shim.send(&Command::Terminate { engine: engine() }).unwrap();
     assert_eq!(bench.event().await, exited(Exit::Signal(15)));
     assert_eq!(bench.event().await, tree_empty());
     // The shell may also tell that its `sleep` was terminated.
@@ -222,7 +222,7 @@ async fn a_program_that_is_not_there_is_a_failed_spawn() {
         unreachable!()
     };
     wrong.argv = vec!["/no/such/program".to_owned()];
-    bench.guardian.send(&Command::Spawn(wrong)).unwrap();
+    bench.shim.send(&Command::Spawn(wrong)).unwrap();
     match bench.event().await {
         Event::SpawnFailed { reason, .. } => assert!(reason.contains("/no/such/program"), "{reason}"),
         other => panic!("{other:?}"),
@@ -234,7 +234,7 @@ async fn a_second_start_of_an_engine_that_is_still_there_is_refused() {
     let mut bench = Bench::new().await;
     bench.spawn("exec sleep 1000").await;
     bench
-        .guardian
+        .shim
         .send(&spawn("exec sleep 1000", &bench.mark, &bench.log()))
         .unwrap();
     assert!(matches!(bench.event().await, Event::SpawnFailed { .. }));
@@ -262,35 +262,35 @@ async fn shared_memory_of_a_killed_tree_is_removed() {
 }
 
 #[tokio::test]
-async fn signals_of_the_terminal_do_not_end_the_guardian() {
+async fn signals_of_the_terminal_do_not_end_the_shim() {
     let mut bench = Bench::new().await;
-    let guardian = Pid::from_raw(bench.guardian.pid().try_into().unwrap());
+    let shim = Pid::from_raw(bench.shim.pid().try_into().unwrap());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
-        kill(guardian, signal).unwrap();
+        kill(shim, signal).unwrap();
     }
     bench.spawn("exit 3").await;
     assert_eq!(bench.event().await, exited(Exit::Code(3)));
 }
 
 #[tokio::test]
-async fn a_shutdown_kills_what_is_left_and_ends_the_guardian() {
+async fn a_shutdown_kills_what_is_left_and_ends_the_shim() {
     let mut bench = Bench::new().await;
     bench.spawn_stubborn("wait").await;
-    bench.guardian.send(&Command::Shutdown).unwrap();
-    while timeout(PATIENCE, bench.guardian.event()).await.unwrap().is_ok() {}
-    bench.guardian.ended().await;
+    bench.shim.send(&Command::Shutdown).unwrap();
+    while timeout(PATIENCE, bench.shim.event()).await.unwrap().is_ok() {}
+    bench.shim.ended().await;
     assert_eq!(marked(&bench.mark), []);
 }
 
 #[tokio::test]
-async fn nothing_is_left_when_the_guardian_is_killed() {
+async fn nothing_is_left_when_the_shim_is_killed() {
     for then in ["wait", "exit 0"] {
         let mut bench = Bench::new().await;
         bench.spawn_stubborn(then).await;
-        let guardian = Pid::from_raw(bench.guardian.pid().try_into().unwrap());
-        kill(guardian, Signal::SIGKILL).unwrap();
-        while timeout(PATIENCE, bench.guardian.event()).await.unwrap().is_ok() {}
-        assert_eq!(bench.guardian.sweep().await, []);
+        let shim = Pid::from_raw(bench.shim.pid().try_into().unwrap());
+        kill(shim, Signal::SIGKILL).unwrap();
+        while timeout(PATIENCE, bench.shim.event()).await.unwrap().is_ok() {}
+        assert_eq!(bench.shim.sweep().await, []);
         assert_eq!(marked(&bench.mark), [], "leader: {then}");
     }
 }
@@ -300,7 +300,7 @@ async fn nothing_is_left_when_xpyd_is_killed_and_engines_that_served_are_asked_f
     for settled in [false, true] {
         let folder = tempfile::tempdir().unwrap();
         let mut xpyd = Process::new(std::env::current_exe().unwrap())
-            .args(["supervisor::guardian::play_xpyd", "--exact", "--ignored", "--nocapture"])
+            .args(["supervisor::shim::play_xpyd", "--exact", "--ignored", "--nocapture"])
             .env(PLAY, folder.path())
             .envs(settled.then_some((PLAY_SETTLED, "1")))
             .stdout(Stdio::piped())
@@ -331,15 +331,13 @@ async fn play_xpyd() {
     let Ok(mark) = std::env::var(PLAY) else { return };
     let folder = PathBuf::from(&mark);
     let log = folder.join("engine.log");
-    let mut guardian = Guardian::start(Path::new(PROGRAM), &folder.join("guardian.log"))
-        .await
-        .unwrap();
+    let mut shim = Shim::start(Path::new(PROGRAM), &folder.join("shim.log")).await.unwrap();
     let leader = "trap 'echo asked to leave; exit 0' TERM; while :; do sleep 0.01; done";
-    guardian.send(&spawn(&stubborn(leader), &mark, &log)).unwrap();
+    shim.send(&spawn(&stubborn(leader), &mark, &log)).unwrap();
     if std::env::var_os(PLAY_SETTLED).is_some() {
-        guardian.send(&Command::Settled { engine: engine() }).unwrap();
+        shim.send(&Command::Settled { engine: engine() }).unwrap();
     }
-    assert!(matches!(guardian.event().await.unwrap(), Event::Spawned { .. }));
+    assert!(matches!(shim.event().await.unwrap(), Event::Spawned { .. }));
     until("the tree is up", || read(&log).lines().count() == 4).await;
     println!("\nthe tree is up");
     std::future::pending::<()>().await;

@@ -14,14 +14,14 @@ use nix::unistd::pipe2;
 use crate::fleet::LogLimits;
 use crate::log_file::LogFile;
 
-/// Room in the pipe, so that a burst does not block the engine while the guardian writes. 1 MiB is the kernel's default
+/// Room in the pipe, so that a burst does not block the engine while the shim writes. 1 MiB is the kernel's default
 /// limit for users.
 const PIPE_BYTES: i32 = 1 << 20;
 
 /// Most bytes taken from one pipe before the others get their turn.
 const TURN_BYTES: usize = 1 << 20;
 
-/// Bytes per read: with this many, a burst costs the guardian about as much as copying it.
+/// Bytes per read: with this many, a burst costs the shim about as much as copying it.
 const READ_BYTES: usize = 1 << 16;
 
 /// The reading end of an engine's output, and the file it goes to.

@@ -1,15 +1,15 @@
-//! `xpyd companion`: what an engine's leader runs first where the engine needs a server of its own.
+//! `xpyd sidecar`: what an engine's leader runs first where the engine needs a server of its own.
 
 use std::time::Duration;
 
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::companion::Companion;
+use crate::supervisor::sidecar::Sidecar;
 use crate::ui::Printer;
 
-/// Arguments of `xpyd companion`.
+/// Arguments of `xpyd sidecar`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Where the companion will listen
+    /// Where the sidecar will listen
     #[arg(long)]
     host: String,
     /// Its port
@@ -18,10 +18,10 @@ pub(super) struct Arguments {
     /// How long it may take until it listens
     #[arg(long, value_parser = crate::span::parse)]
     deadline: Duration,
-    /// How long the engine may take to leave when its companion has ended
+    /// How long the engine may take to leave when its sidecar has ended
     #[arg(long, value_parser = crate::span::parse)]
     grace: Duration,
-    /// The companion's command line, `--`, the engine's command line
+    /// The sidecar's command line, `--`, the engine's command line
     #[arg(last = true, required = true)]
     commands: Vec<String>,
 }
@@ -29,13 +29,13 @@ pub(super) struct Arguments {
 /// Returns only if there is no engine.
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let mut commands = arguments.commands.splitn(2, |word| word == "--");
-    let companion = Companion {
+    let sidecar = Sidecar {
         address: (&arguments.host, arguments.port),
         deadline: arguments.deadline,
         grace: arguments.grace,
         command: commands.next().unwrap_or_default(),
         engine: commands.next().unwrap_or_default(),
     };
-    let error = companion.lead(|error| printer.error(format_args!("error: {error}")));
+    let error = sidecar.lead(|error| printer.error(format_args!("error: {error}")));
     Err(Failure::new(ExitStatus::Failure, error))
 }

@@ -1,6 +1,6 @@
-//! Finding a guardian that keeps the engines of a run whose xpyd has gone, and its witness, which is nobody's child here.
+//! Finding a shim that keeps the engines of a run whose xpyd has gone, and its monitor, which is nobody's child here.
 //!
-//! Looking changes nothing: as long as no command was sent, the guardian goes on waiting as if nobody had come.
+//! Looking changes nothing: as long as no command was sent, the shim goes on waiting as if nobody had come.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,10 +14,10 @@ use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
 use super::channel;
-use super::client::{GuardianError, HELLO_DEADLINE};
+use super::client::{HELLO_DEADLINE, ShimError};
+use super::monitor::MONITOR_NAME;
 use super::protocol::{self, Event, Kept, KeptState, ProtocolError};
 use super::tree::Process;
-use super::witness::WITNESS_NAME;
 use crate::fleet::{EngineId, Incarnation};
 use crate::plan::EngineSpec;
 use crate::sockets::connect_to_user;
@@ -28,10 +28,10 @@ use crate::supervisor::Scaled;
 pub struct KeptRun {
     /// What is there of it.
     pub kept: Kept,
-    /// The socket on which clients connect, if its guardian holds one.
+    /// The socket on which clients connect, if its shim holds one.
     pub listener: Option<OwnedFd>,
     pub(super) pid: u32,
-    pub(super) witness: u32,
+    pub(super) monitor: u32,
     pub(super) stream: UnixStream,
     pub(super) incoming: Vec<u8>,
 }
@@ -51,52 +51,52 @@ impl KeptRun {
     }
 
     /// What each of them was started with, in the same order.
-    pub fn specs(&self) -> Result<Vec<EngineSpec>, GuardianError> {
+    pub fn specs(&self) -> Result<Vec<EngineSpec>, ShimError> {
         let memos = self.kept.engines.iter();
         memos
             .map(|kept| serde_json::from_value(kept.memo.clone()))
             .collect::<Result<_, _>>()
-            .map_err(|error| GuardianError::Protocol(ProtocolError::Malformed(error)))
+            .map_err(|error| ShimError::Protocol(ProtocolError::Malformed(error)))
     }
 
     /// The process that listens at `socket`, also if it does not answer.
-    pub fn guardian_pid(socket: &Path) -> Option<u32> {
+    pub fn shim_pid(socket: &Path) -> Option<u32> {
         let answered = connect_to_user(socket, geteuid().as_raw()).ok().flatten();
         answered.map(|(_, pid)| pid)
     }
 
-    /// The run whose guardian waits at `socket`; `None` if nobody does. Blocks until the guardian has answered.
-    pub fn find(socket: &Path) -> Result<Option<Self>, GuardianError> {
+    /// The run whose shim waits at `socket`; `None` if nobody does. Blocks until the shim has answered.
+    pub fn find(socket: &Path) -> Result<Option<Self>, ShimError> {
         let stream = match connect_to_user(socket, geteuid().as_raw()) {
             Ok(Some((stream, _))) => stream,
             Ok(None) => return Ok(None),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 return Ok(None);
             }
-            Err(error) => return Err(GuardianError::Connection(error)),
+            Err(error) => return Err(ShimError::Connection(error)),
         };
         stream
             .set_read_timeout(Some(HELLO_DEADLINE))
-            .map_err(GuardianError::Connection)?;
+            .map_err(ShimError::Connection)?;
         let (mut incoming, mut listener, mut buffer) = (Vec::new(), None, [0; 1 << 14]);
         loop {
-            if let Some(event) = protocol::decode(&mut incoming).map_err(GuardianError::Protocol)? {
+            if let Some(event) = protocol::decode(&mut incoming).map_err(ShimError::Protocol)? {
                 return match event {
                     Event::Hello {
                         version,
                         pid,
-                        witness,
+                        monitor,
                         kept: Some(kept),
                     } if version == protocol::VERSION => Ok(Some(Self {
                         listener: listener.filter(|_| kept.has_listener),
                         kept,
                         pid,
-                        witness,
+                        monitor,
                         stream,
                         incoming,
                     })),
-                    Event::Hello { version, .. } => Err(GuardianError::Version { theirs: version }),
-                    _ => Err(GuardianError::Gone),
+                    Event::Hello { version, .. } => Err(ShimError::Version { theirs: version }),
+                    _ => Err(ShimError::Gone),
                 };
             }
             match channel::receive(&stream, &mut buffer, &mut listener) {
@@ -106,34 +106,34 @@ impl KeptRun {
                 Ok(count) => incoming.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    return Err(GuardianError::Silent);
+                    return Err(ShimError::Silent);
                 }
-                Err(error) => return Err(GuardianError::Connection(error)),
+                Err(error) => return Err(ShimError::Connection(error)),
             }
         }
     }
 }
 
-/// The guardian's parent.
+/// The shim's parent.
 #[derive(Debug)]
-pub(super) enum Witness {
-    /// Of a guardian that this process has started.
+pub(super) enum Monitor {
+    /// Of a shim that this process has started.
     Child(Child),
-    /// Of a guardian that this process has attached to: only its end can be seen.
+    /// Of a shim that this process has attached to: only its end can be seen.
     Stranger(AsyncFd<OwnedFd>),
     /// It had ended before this process attached.
     Gone,
 }
 
-impl Witness {
-    /// The witness with this process id, as long as its guardian says that it is its parent.
+impl Monitor {
+    /// The monitor with this process id, as long as its shim says that it is its parent.
     #[expect(
         unsafe_code,
         reason = "tokio has no safe way to wait for a descriptor that it does not know"
     )]
     pub(super) fn stranger(pid: u32) -> io::Result<Self> {
-        // A guardian that lost its witness is the child of whoever adopts processes, which is no witness.
-        let pid = Process::read(i32::try_from(pid).unwrap_or_default()).filter(|parent| parent.name == WITNESS_NAME);
+        // A shim that lost its monitor is the child of whoever adopts processes, which is no monitor.
+        let pid = Process::read(i32::try_from(pid).unwrap_or_default()).filter(|parent| parent.name == MONITOR_NAME);
         let Some(pid) = pid.and_then(|parent| rustix::process::Pid::from_raw(parent.pid)) else {
             return Ok(Self::Gone);
         };

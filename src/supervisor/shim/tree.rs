@@ -2,7 +2,7 @@
 //!
 //! Knows nothing of commands or sockets.
 //!
-//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the guardian)
+//! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the shim)
 //! **and** one of these holds:
 //! - it is in the leader's session, which EngineCore and workers are;
 //! - it descends from another member (found by walking parents *before* anything is killed);
@@ -20,7 +20,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
-use super::super::companion::WATCHER_NAME;
+use super::super::sidecar::WATCHER_NAME;
 use super::cgroup::Cgroup;
 use super::protocol::LeftoverProcess;
 use crate::fleet::{EngineId, Incarnation};
@@ -153,7 +153,7 @@ impl Table {
         self.0.get(&pid)
     }
 
-    /// The leader, its session, and all that descends from it: what can be told of a tree from outside of the guardian.
+    /// The leader, its session, and all that descends from it: what can be told of a tree from outside of the shim.
     pub(in crate::supervisor) fn led_by(&self, leader: i32) -> Vec<Process> {
         let descendants: HashSet<i32> = self.descendants(leader).iter().map(|process| process.pid).collect();
         let belongs = |process: &&Process| {
@@ -162,7 +162,7 @@ impl Table {
         self.0.values().filter(belongs).cloned().collect()
     }
 
-    /// As [`Table::led_by`], without the engine's companion, its watcher, and what they started: they work while the engine
+    /// As [`Table::led_by`], without the engine's sidecar, its watcher, and what they started: they work while the engine
     /// hangs.
     pub(in crate::supervisor) fn engine_led_by(&self, leader: i32) -> Vec<Process> {
         let mut processes = self.led_by(leader);
@@ -223,19 +223,19 @@ impl Tree {
         }
     }
 
-    /// The name of the cgroup of one incarnation. Begins with [`Tree::cgroups_of`] its guardian.
-    pub(super) fn cgroup_name(guardian: u32, engine: &EngineId, incarnation: Incarnation) -> String {
-        format!("{}{engine}.{incarnation}", Self::cgroups_of(guardian))
+    /// The name of the cgroup of one incarnation. Begins with [`Tree::cgroups_of`] its shim.
+    pub(super) fn cgroup_name(shim: u32, engine: &EngineId, incarnation: Incarnation) -> String {
+        format!("{}{engine}.{incarnation}", Self::cgroups_of(shim))
     }
 
-    /// How the names of all cgroups of a guardian begin.
-    pub(super) fn cgroups_of(guardian: u32) -> String {
-        format!("xpyd-{guardian}.")
+    /// How the names of all cgroups of a shim begin.
+    pub(super) fn cgroups_of(shim: u32) -> String {
+        format!("xpyd-{shim}.")
     }
 
-    /// The mark of one incarnation under the guardian with this process id.
-    pub(super) fn mark(guardian: u32, engine: &EngineId, incarnation: Incarnation) -> String {
-        format!("{guardian}.{engine}.{incarnation}")
+    /// The mark of one incarnation under the shim with this process id.
+    pub(super) fn mark(shim: u32, engine: &EngineId, incarnation: Incarnation) -> String {
+        format!("{shim}.{engine}.{incarnation}")
     }
 
     /// The members now, zombies included: one that was not reaped yet may still have threads.
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_companion_is_no_part_of_the_engine_that_it_serves() {
+    fn a_sidecar_is_no_part_of_the_engine_that_it_serves() {
         let processes = [(5, 1, 5), (6, 5, 5), (7, 5, 5), (8, 5, 5), (9, 6, 5), (10, 8, 5)];
         let mut table = Table(
             processes

@@ -1,4 +1,4 @@
-//! One incarnation of an engine as the guardian sees it: started, watched, ended.
+//! One incarnation of an engine as the shim sees it: started, watched, ended.
 //!
 //! Knows no socket: what happened is returned, and `process` passes it on.
 
@@ -53,7 +53,7 @@ pub(super) struct Engine {
     memo: serde_json::Value,
 }
 
-/// How far the guardian has gone in ending the tree.
+/// How far the shim has gone in ending the tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ending {
     /// Nothing is to be forced.
@@ -319,13 +319,13 @@ impl Engine {
     }
 }
 
-/// What the leader does between fork and exec: its cgroup, an own session, death with the guardian, and signals as a fresh program
-/// expects them (the guardian blocks some, and ignored ones would stay ignored).
+/// What the leader does between fork and exec: its cgroup, an own session, death with the shim, and signals as a fresh program
+/// expects them (the shim blocks some, and ignored ones would stay ignored).
 #[expect(unsafe_code, reason = "`pre_exec` is the only way to run code between fork and exec")]
 fn prepare_leader(command: &mut Command, entrance: Option<File>) {
-    let guardian = getpid();
+    let shim = getpid();
     // SAFETY: the closure makes system calls only (write, setsid, prctl, getppid, sigprocmask, sigaction), allocates nothing,
-    // takes no lock, and the guardian has a single thread, so nothing can be left half-done by the fork.
+    // takes no lock, and the shim has a single thread, so nothing can be left half-done by the fork.
     unsafe {
         command.pre_exec(move || {
             if let Some(entrance) = &entrance {
@@ -334,8 +334,8 @@ fn prepare_leader(command: &mut Command, entrance: Option<File>) {
             }
             setsid()?;
             prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // Had the guardian died before the line above, nobody would kill this process.
-            if getppid() != guardian {
+            // Had the shim died before the line above, nobody would kill this process.
+            if getppid() != shim {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             for reset in [

@@ -1,7 +1,7 @@
-//! The place where a guardian whose xpyd has gone waits for the next one: a Unix socket in the run's runtime folder, and one
+//! The place where a shim whose xpyd has gone waits for the next one: a Unix socket in the run's runtime folder, and one
 //! without a path, because that folder may be removed.
 //!
-//! It is open from the moment that engines are to be kept, so that whoever finds xpyd's lock free finds the guardian too.
+//! It is open from the moment that engines are to be kept, so that whoever finds xpyd's lock free finds the shim too.
 
 use std::fs::Permissions;
 use std::io;
@@ -26,11 +26,11 @@ pub(super) struct Meeting {
 }
 
 impl Meeting {
-    /// Opens it, in place of what a killed guardian may have left there.
+    /// Opens it, in place of what a killed shim may have left there.
     pub(super) fn open(keep: Keep) -> io::Result<Self> {
         Ok(Self {
             listener: listen(&keep.socket)?,
-            by_name: KernelName::of_file(Who::Guardian, &keep.socket).and_then(|name| listen_as(&name).ok()),
+            by_name: KernelName::of_file(Who::Shim, &keep.socket).and_then(|name| listen_as(&name).ok()),
             keep,
         })
     }

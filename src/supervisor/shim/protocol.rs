@@ -1,7 +1,7 @@
-//! What xpyd and its guardian say to each other: one JSON object a line, over a Unix socket pair.
+//! What xpyd and its shim say to each other: one JSON object a line, over a Unix socket pair.
 //!
-//! Knows no process and no socket. Both ends are the same binary, but an upgraded xpyd may meet an older guardian, so
-//! the guardian's first message carries the version.
+//! Knows no process and no socket. Both ends are the same binary, but an upgraded xpyd may meet an older shim, so
+//! the shim's first message carries the version.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -72,7 +72,7 @@ pub struct Spawn {
     pub incarnation: Incarnation,
     /// Program and arguments.
     pub argv: Vec<String>,
-    /// Variables set on top of the guardian's own environment, which is xpyd's.
+    /// Variables set on top of the shim's own environment, which is xpyd's.
     pub env: BTreeMap<String, String>,
     /// Working directory.
     pub directory: PathBuf,
@@ -83,7 +83,7 @@ pub struct Spawn {
     pub log_limits: LogLimits,
     /// How long it may take to leave after SIGTERM, should xpyd disappear.
     pub stop_grace: Duration,
-    /// What xpyd wants to find again when it attaches; the guardian does not look into it.
+    /// What xpyd wants to find again when it attaches; the shim does not look into it.
     #[serde(default)]
     pub memo: serde_json::Value,
 }
@@ -100,18 +100,18 @@ impl fmt::Debug for Spawn {
     }
 }
 
-/// What the guardian reports.
+/// What the shim reports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
     /// The first message.
     Hello {
-        /// The guardian's [`VERSION`].
+        /// The shim's [`VERSION`].
         version: u32,
-        /// Its process id; the process that xpyd started is its witness.
+        /// Its process id; the process that xpyd started is its monitor.
         pid: u32,
-        /// The witness's process id.
-        witness: u32,
+        /// The monitor's process id.
+        monitor: u32,
         /// What it has kept, for an xpyd that attaches; `None` for the one that started it.
         #[serde(default)]
         kept: Option<Kept>,
@@ -182,7 +182,7 @@ impl fmt::Debug for KeptEngine {
     }
 }
 
-/// The newest incarnation of an engine, as the guardian knows it.
+/// The newest incarnation of an engine, as the shim knows it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptEngine {
     /// Which engine.
@@ -279,7 +279,7 @@ mod tests {
             Event::Hello {
                 version: VERSION,
                 pid: 6,
-                witness: 5,
+                monitor: 5,
                 kept: None,
             },
             Event::Exited {

@@ -1,4 +1,4 @@
-//! xpyd's end of the guardian: starts it, talks to it without ever blocking, and sweeps after it if it is killed.
+//! xpyd's end of the shim: starts it, talks to it without ever blocking, and sweeps after it if it is killed.
 //!
 //! Decides nothing: commands come from the driver, and events go to it.
 
@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::attach::{KeptRun, Witness};
+use super::attach::{KeptRun, Monitor};
 use super::channel::{self, Outbox};
 use super::orphans;
 use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
@@ -22,7 +22,7 @@ use super::sweep::sweep;
 use super::tree::{Process, Table};
 use crate::private;
 
-/// Variables that engines do not inherit, because they inherit the guardian's. The keys of clients are no business of theirs. What
+/// Variables that engines do not inherit, because they inherit the shim's. The keys of clients are no business of theirs. What
 /// else is named here says on which ports and ranks vLLM runs, which is the plan's to decide; Kubernetes sets `VLLM_PORT` to a URL
 /// where a service is called `vllm`, and vLLM ends of it.
 const NOT_FOR_ENGINES: [&str; 7] = [
@@ -35,20 +35,20 @@ const NOT_FOR_ENGINES: [&str; 7] = [
     "VLLM_DP_MASTER_PORT",
 ];
 
-/// How long a fresh guardian can take to say hello: it is a re-exec and nothing more, but on a busy host even that takes long.
+/// How long a fresh shim can take to say hello: it is a re-exec and nothing more, but on a busy host even that takes long.
 pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long a sweep goes on before it reports what is left.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Why there is no guardian.
+/// Why there is no shim.
 #[derive(Debug, thiserror::Error)]
-pub enum GuardianError {
+pub enum ShimError {
     /// The connection to it could not be made, or broke.
-    #[error("connection to the guardian failed")]
+    #[error("connection to the shim failed")]
     Connection(#[source] std::io::Error),
     /// Its program could not be started.
-    #[error("cannot start the guardian from `{}`", program.display())]
+    #[error("cannot start the shim from `{}`", program.display())]
     Start {
         /// The program.
         program: PathBuf,
@@ -57,34 +57,34 @@ pub enum GuardianError {
         source: std::io::Error,
     },
     /// It ended, or closed the connection.
-    #[error("guardian is gone")]
+    #[error("shim is gone")]
     Gone,
     /// It said nothing for too long.
-    #[error("guardian did not answer within {} s", HELLO_DEADLINE.as_secs())]
+    #[error("shim did not answer within {} s", HELLO_DEADLINE.as_secs())]
     Silent,
     /// It said something that this version does not understand.
-    #[error("guardian speaks another protocol")]
+    #[error("shim speaks another protocol")]
     Protocol(#[source] ProtocolError),
     /// It is of another version.
-    #[error("guardian speaks protocol {theirs}, xpyd speaks {}", protocol::VERSION)]
+    #[error("shim speaks protocol {theirs}, xpyd speaks {}", protocol::VERSION)]
     Version {
-        /// The guardian's version.
+        /// The shim's version.
         theirs: u32,
     },
 }
 
-/// A running guardian. Dropping it closes the connection, upon which the guardian takes every engine down by itself.
+/// A running shim. Dropping it closes the connection, upon which the shim takes every engine down by itself.
 #[derive(Debug)]
-pub struct Guardian {
-    witness: Witness,
-    /// The witness has ended before the guardian. This process sweeps in its place.
-    is_unwitnessed: bool,
+pub struct Shim {
+    monitor: Monitor,
+    /// The monitor has ended before the shim. This process sweeps in its place.
+    is_unmonitored: bool,
     pid: u32,
     link: Link,
     foreign: SharedFiles,
 }
 
-/// The connection to a guardian, with what is on its way in either direction.
+/// The connection to a shim, with what is on its way in either direction.
 #[derive(Debug)]
 struct Link {
     stream: UnixStream,
@@ -92,57 +92,57 @@ struct Link {
     outgoing: Outbox,
 }
 
-impl Guardian {
-    /// Starts `program guardian` and waits for its hello. What it has to say goes to `log`.
+impl Shim {
+    /// Starts `program shim` and waits for its hello. What it has to say goes to `log`.
     ///
-    /// Makes this process a child subreaper, so that it inherits the engines' processes if the guardian is killed.
-    pub async fn start(program: &Path, log: &Path) -> Result<Self, GuardianError> {
-        prctl::set_child_subreaper(true).map_err(|errno| GuardianError::Connection(errno.into()))?;
+    /// Makes this process a child subreaper, so that it inherits the engines' processes if the shim is killed.
+    pub async fn start(program: &Path, log: &Path) -> Result<Self, ShimError> {
+        prctl::set_child_subreaper(true).map_err(|errno| ShimError::Connection(errno.into()))?;
         let foreign = SharedFiles::present();
-        let (own, theirs) = std::os::unix::net::UnixStream::pair().map_err(GuardianError::Connection)?;
-        let start = |source| GuardianError::Start {
+        let (own, theirs) = std::os::unix::net::UnixStream::pair().map_err(ShimError::Connection)?;
+        let start = |source| ShimError::Start {
             program: program.to_owned(),
             source,
         };
         let (log, _) = private::append(log).map_err(start)?.into_parts();
-        // For as long as it is the guardian's: no other run takes the folder for an old one. Some file systems have no locks.
+        // For as long as it is the shim's: no other run takes the folder for an old one. Some file systems have no locks.
         let _ = log.lock_shared();
         let mut command = tokio::process::Command::new(program);
         for name in NOT_FOR_ENGINES {
             command.env_remove(name);
         }
-        let witness = command
-            .arg("guardian")
+        let monitor = command
+            .arg("shim")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .map_err(start)?;
-        let mut guardian = Self {
+        let mut shim = Self {
             pid: 0,
-            witness: Witness::Child(witness),
-            is_unwitnessed: false,
+            monitor: Monitor::Child(monitor),
+            is_unmonitored: false,
             link: Link::new(own, Vec::new())?,
             foreign,
         };
-        match timeout(HELLO_DEADLINE, guardian.event()).await {
+        match timeout(HELLO_DEADLINE, shim.event()).await {
             Ok(Ok(Event::Hello { version, pid, .. })) if version == protocol::VERSION => {
-                guardian.pid = pid;
-                Ok(guardian)
+                shim.pid = pid;
+                Ok(shim)
             }
-            Ok(Ok(Event::Hello { version, .. })) => Err(GuardianError::Version { theirs: version }),
-            Ok(Ok(_)) => Err(GuardianError::Gone),
+            Ok(Ok(Event::Hello { version, .. })) => Err(ShimError::Version { theirs: version }),
+            Ok(Ok(_)) => Err(ShimError::Gone),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(GuardianError::Silent),
+            Err(_) => Err(ShimError::Silent),
         }
     }
 
-    /// Attaches to the guardian of a run whose xpyd has gone. From its first command on it is this process's.
-    pub fn attach(run: KeptRun) -> Result<Self, GuardianError> {
-        let witness = Witness::stranger(run.witness).map_err(GuardianError::Connection)?;
+    /// Attaches to the shim of a run whose xpyd has gone. From its first command on it is this process's.
+    pub fn attach(run: KeptRun) -> Result<Self, ShimError> {
+        let monitor = Monitor::stranger(run.monitor).map_err(ShimError::Connection)?;
         Ok(Self {
-            is_unwitnessed: matches!(witness, Witness::Gone),
-            witness,
+            is_unmonitored: matches!(monitor, Monitor::Gone),
+            monitor,
             pid: run.pid,
             link: Link::new(run.stream, run.incoming)?,
             foreign: SharedFiles::present(),
@@ -154,21 +154,21 @@ impl Guardian {
         self.pid
     }
 
-    /// The process id of its witness, which is its parent; `None` once that has ended, and where it is no child of this
+    /// The process id of its monitor, which is its parent; `None` once that has ended, and where it is no child of this
     /// process.
-    pub fn witness_pid(&self) -> Option<u32> {
-        match &self.witness {
-            Witness::Child(child) => child.id(),
-            Witness::Stranger(_) | Witness::Gone => None,
+    pub fn monitor_pid(&self) -> Option<u32> {
+        match &self.monitor {
+            Monitor::Child(child) => child.id(),
+            Monitor::Stranger(_) | Monitor::Gone => None,
         }
     }
 
-    /// Queues a command; [`Guardian::event`] sends it. Commands are few, so the queue is bounded by them.
+    /// Queues a command; [`Shim::event`] sends it. Commands are few, so the queue is bounded by them.
     pub fn send(&mut self, command: &Command) -> Result<(), ProtocolError> {
         protocol::encode(command, &mut self.link.outgoing.bytes)
     }
 
-    /// Queues the socket on which clients connect, for the guardian to hold; `None` lets it close the one that it holds.
+    /// Queues the socket on which clients connect, for the shim to hold; `None` lets it close the one that it holds.
     pub fn hold(&mut self, listener: Option<OwnedFd>) -> Result<(), ProtocolError> {
         let is_given = listener.is_some();
         if let Some(listener) = listener {
@@ -178,71 +178,70 @@ impl Guardian {
     }
 
     /// Sends what is queued and returns the next event. Safe to cancel.
-    pub async fn event(&mut self) -> Result<Event, GuardianError> {
+    pub async fn event(&mut self) -> Result<Event, ShimError> {
         loop {
             tokio::select! {
-                // What the guardian said last comes before the end of its witness, which ends after it.
+                // What the shim said last comes before the end of its monitor, which ends after it.
                 biased;
                 event = self.link.event() => return event,
-                _ = self.witness.ended(), if !self.is_unwitnessed => {
-                    self.is_unwitnessed = true;
-                    tracing::warn!("the guardian's witness was killed; this process ends the engines should the guardian be killed");
+                _ = self.monitor.ended(), if !self.is_unmonitored => {
+                    self.is_unmonitored = true;
+                    tracing::warn!("the shim's monitor was killed; this process ends the engines should the shim be killed");
                 }
             }
         }
     }
 
     /// Sends what is queued.
-    pub async fn flush(&mut self) -> Result<(), GuardianError> {
+    pub async fn flush(&mut self) -> Result<(), ShimError> {
         let sent = timeout(SWEEP_DEADLINE, self.link.flush()).await;
-        sent.map_err(|_| GuardianError::Silent)?
-            .map_err(GuardianError::Connection)
+        sent.map_err(|_| ShimError::Silent)?.map_err(ShimError::Connection)
     }
 
-    /// Ends a guardian that hangs, and whatever guardian and engines have left, shared memory too. Returns the processes
+    /// Ends a shim that hangs, and whatever shim and engines have left, shared memory too. Returns the processes
     /// that did not go within a few seconds.
     pub async fn sweep(&mut self) -> Vec<LeftoverProcess> {
-        let Witness::Child(_) = &self.witness else {
+        let Monitor::Child(_) = &self.monitor else {
             return self.sweep_attached().await;
         };
         self.kill();
-        // The witness does it, because it goes on with it should this process be killed in the middle.
-        if matches!(timeout(SWEEP_DEADLINE, self.witness.ended()).await, Ok(true)) {
+        // The monitor does it, because it goes on with it should this process be killed in the middle.
+        if matches!(timeout(SWEEP_DEADLINE, self.monitor.ended()).await, Ok(true)) {
             return Vec::new();
         }
         // It was killed, or there is something that it could not end. This process inherits what it had; it has no other children.
-        self.kill_witness();
-        let (guardian, foreign) = (self.pid, self.foreign.clone());
-        let sweeping = tokio::task::spawn_blocking(move || sweep(guardian, &foreign, SWEEP_DEADLINE));
+        self.kill_monitor();
+        let (shim, foreign) = (self.pid, self.foreign.clone());
+        let sweeping = tokio::task::spawn_blocking(move || sweep(shim, &foreign, SWEEP_DEADLINE));
         let left = sweeping.await.expect("a sweep does not panic and is not cancelled");
-        self.kill_witness();
+        self.kill_monitor();
         left.iter().map(Process::leftover).collect()
     }
 
-    /// [`Guardian::sweep`] where guardian and witness are no descendants of this process, so that it inherits nothing of
-    /// theirs: whichever of the two is left has to do it. Without a witness, what the guardian left is found by its mark.
+    /// [`Shim::sweep`] where shim and monitor are no descendants of this process, so that it inherits nothing of
+    /// theirs: whichever of the two is left has to do it. Without a monitor, what the shim left is found by its mark.
     async fn sweep_attached(&mut self) -> Vec<LeftoverProcess> {
         let engines: Vec<Process> = Table::read()
             .descendants(i32::try_from(self.pid).unwrap_or_default())
             .into_iter()
             .cloned()
             .collect();
-        // What was on its way to the guardian no longer matters, and half a message would spoil the next one.
+        // What was on its way to the shim no longer matters, and half a message would spoil the next one.
         self.link.outgoing.clear();
         if self.send(&Command::Shutdown).is_ok() {
             let end = async { while self.link.event().await.is_ok() {} };
-            // A guardian that hangs is killed, and then its witness sweeps.
+            // A shim that hangs is killed, and then its monitor sweeps.
             if timeout(SWEEP_DEADLINE, end).await.is_err()
-                && let Some(guardian) = i32::try_from(self.pid).ok().and_then(Process::read)
+                && let Some(shim) = i32::try_from(self.pid).ok().and_then(Process::read)
             {
-                let _ = guardian.signal(Signal::SIGKILL);
+                let _ = shim.signal(Signal::SIGKILL);
             }
         }
         self.ended().await;
-        if self.is_unwitnessed {
-            let guardian = self.pid;
+        if self.is_unmonitored {
+            let shim = self.pid;
             let reaping = tokio::task::spawn_blocking(move || {
-                orphans::reap(&orphans::left_by(guardian), SWEEP_DEADLINE);
+                orphans::reap(&orphans::left_by(shim), SWEEP_DEADLINE);
             });
             reaping.await.expect("a reaping does not panic and is not cancelled");
         }
@@ -250,47 +249,47 @@ impl Guardian {
         left.map(Process::leftover).collect()
     }
 
-    /// SIGKILL to the guardian, as long as its id is known to be its own: until its parent has reaped it.
+    /// SIGKILL to the shim, as long as its id is known to be its own: until its parent has reaped it.
     fn kill(&self) {
         let Ok(pid) = i32::try_from(self.pid) else { return };
-        // Without its witness it is a child of this process, the next subreaper above.
-        let parent = self.witness_pid().unwrap_or_else(std::process::id);
-        if let Some(guardian) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == parent) {
+        // Without its monitor it is a child of this process, the next subreaper above.
+        let parent = self.monitor_pid().unwrap_or_else(std::process::id);
+        if let Some(shim) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == parent) {
             // One that ended meanwhile is as good.
-            let _ = guardian.signal(Signal::SIGKILL);
+            let _ = shim.signal(Signal::SIGKILL);
         }
     }
 
-    /// Ends a witness that this process has started, or reaps it.
-    fn kill_witness(&mut self) {
-        if let Witness::Child(child) = &mut self.witness {
+    /// Ends a monitor that this process has started, or reaps it.
+    fn kill_monitor(&mut self) {
+        if let Monitor::Child(child) = &mut self.monitor {
             let _ = child.start_kill();
             let _ = child.try_wait();
         }
     }
 
-    /// Waits until the witness has ended, which it does as soon as the guardian and all that it left have.
+    /// Waits until the monitor has ended, which it does as soon as the shim and all that it left have.
     pub async fn ended(&mut self) {
-        if timeout(SWEEP_DEADLINE, self.witness.ended()).await.is_err() {
-            self.kill_witness();
+        if timeout(SWEEP_DEADLINE, self.monitor.ended()).await.is_err() {
+            self.kill_monitor();
         }
     }
 }
 
 impl Link {
-    fn new(stream: std::os::unix::net::UnixStream, incoming: Vec<u8>) -> Result<Self, GuardianError> {
-        stream.set_nonblocking(true).map_err(GuardianError::Connection)?;
+    fn new(stream: std::os::unix::net::UnixStream, incoming: Vec<u8>) -> Result<Self, ShimError> {
+        stream.set_nonblocking(true).map_err(ShimError::Connection)?;
         Ok(Self {
-            stream: UnixStream::from_std(stream).map_err(GuardianError::Connection)?,
+            stream: UnixStream::from_std(stream).map_err(ShimError::Connection)?,
             incoming,
             outgoing: Outbox::default(),
         })
     }
 
     /// Sends what is queued and returns the next event. Safe to cancel.
-    async fn event(&mut self) -> Result<Event, GuardianError> {
+    async fn event(&mut self) -> Result<Event, ShimError> {
         loop {
-            if let Some(event) = protocol::decode(&mut self.incoming).map_err(GuardianError::Protocol)? {
+            if let Some(event) = protocol::decode(&mut self.incoming).map_err(ShimError::Protocol)? {
                 return Ok(event);
             }
             let interest = if self.outgoing.is_empty() {
@@ -298,8 +297,8 @@ impl Link {
             } else {
                 Interest::READABLE | Interest::WRITABLE
             };
-            let ready = self.stream.ready(interest).await.map_err(GuardianError::Connection)?;
-            // A guardian that is gone cannot be written to, but its last words can still be read.
+            let ready = self.stream.ready(interest).await.map_err(ShimError::Connection)?;
+            // A shim that is gone cannot be written to, but its last words can still be read.
             if ready.is_writable() && !self.outgoing.is_empty() {
                 let _ = self.send();
             }
@@ -307,10 +306,10 @@ impl Link {
                 let mut buffer = [0; 1 << 12];
                 let receive = || channel::receive(&self.stream, &mut buffer, &mut None);
                 match self.stream.try_io(Interest::READABLE, receive) {
-                    Ok(0) => return Err(GuardianError::Gone),
+                    Ok(0) => return Err(ShimError::Gone),
                     Ok(count) => self.incoming.extend_from_slice(&buffer[..count]),
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                    Err(error) => return Err(GuardianError::Connection(error)),
+                    Err(error) => return Err(ShimError::Connection(error)),
                 }
             }
         }

@@ -3,7 +3,7 @@
 //!
 //! A live engine's `EngineCore` is a child of its API server, or of a Python program of the user's that uses vLLM; a worker is
 //! one of its `EngineCore`. Once its parent is dead, a process is a child of whoever adopts orphans: `init`, or a
-//! container's first process. The guardian, which adopts its own, is busy with them.
+//! container's first process. The shim, which adopts its own, is busy with them.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
@@ -179,21 +179,21 @@ fn could_have_started_it(command: &str) -> bool {
             .any(|word| word.ends_with("/vllm") || word.ends_with("/xpyd"))
 }
 
-/// What the guardian of this id, which is dead, has left: all processes that bear its mark.
-pub(super) fn left_by(guardian: u32) -> Vec<Orphan> {
+/// What the shim of this id, which is dead, has left: all processes that bear its mark.
+pub(super) fn left_by(shim: u32) -> Vec<Orphan> {
     let table = Table::read();
     let ours = own_family(&table);
     let is_meant = |process: &&Process| {
-        let marked = mark(process.pid).is_some_and(|(of, _)| u32::try_from(of) == Ok(guardian));
+        let marked = mark(process.pid).is_some_and(|(of, _)| u32::try_from(of) == Ok(shim));
         marked && !ours.contains(&process.pid) && is_own(process.pid)
     };
-    let why = || "its guardian is dead".to_owned();
+    let why = || "its shim is dead".to_owned();
     let left = table.all().filter(is_meant);
     left.map(|process| orphan(&table, process, &process.name, why()))
         .collect()
 }
 
-/// The guardian that a process was started by, and the engine and incarnation: `1234.decoder1.2`.
+/// The shim that a process was started by, and the engine and incarnation: `1234.decoder1.2`.
 fn mark(pid: i32) -> Option<(i32, String)> {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let wanted = format!("{MARK_VARIABLE}=");
@@ -201,25 +201,24 @@ fn mark(pid: i32) -> Option<(i32, String)> {
         .split(|byte| *byte == 0)
         .find_map(|entry| entry.strip_prefix(wanted.as_bytes()))?;
     let mark = String::from_utf8_lossy(mark).into_owned();
-    let (guardian, rest) = mark.split_once('.')?;
-    Some((guardian.parse().ok()?, rest.to_owned()))
+    let (shim, rest) = mark.split_once('.')?;
+    Some((shim.parse().ok()?, rest.to_owned()))
 }
 
-/// Why a process is left of a run of xpyd; `None` if it is not, or its guardian lives.
+/// Why a process is left of a run of xpyd; `None` if it is not, or its shim lives.
 fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
-    let (guardian, rest) = mark(pid)?;
-    let lives = table.get(guardian).is_some_and(|process| {
+    let (shim, rest) = mark(pid)?;
+    let lives = table.get(shim).is_some_and(|process| {
         let command = command_line(process.pid).unwrap_or_default();
         title(&command).starts_with("xpyd")
     });
-    // A witness or an xpyd above it is about to end it.
+    // A monitor or an xpyd above it is about to end it.
     let is_tended = ancestors(table, pid).any(|above| {
         let command = command_line(above.pid).unwrap_or_default();
         title(&command).starts_with("xpyd")
     });
     let engine = rest.split('.').next().unwrap_or_default();
-    (!lives && !is_tended)
-        .then(|| format!("it is left of {engine} of a run whose xpyd and guardian (pid {guardian}) are dead"))
+    (!lives && !is_tended).then(|| format!("it is left of {engine} of a run whose xpyd and shim (pid {shim}) are dead"))
 }
 
 /// Ends them with all that they have started, and removes the shared memory that only they used. Blocks, for `deadline` at
@@ -331,7 +330,7 @@ mod tests {
             "python3\0my_script.py",
             "VLLM::EngineCore",
             "VLLM::APIServer_0",
-            "/usr/bin/xpyd\0guardian",
+            "/usr/bin/xpyd\0shim",
             "bash\0-c\0/opt/venv/bin/vllm",
         ] {
             assert!(could_have_started_it(maker), "{maker}");

@@ -1,7 +1,7 @@
 //! A server that one engine cannot do without, as LMCache's cache server: it starts first, and the engine ends with it.
 //!
-//! The engine's leader runs this before it becomes the engine, so to the guardian companion and engine are one tree
-//! with one leader, one log and one end. Knows neither what the companion serves nor what the engine is.
+//! The engine's leader runs this before it becomes the engine, so to the shim sidecar and engine are one tree
+//! with one leader, one log and one end. Knows neither what the sidecar serves nor what the engine is.
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs as _};
@@ -17,24 +17,24 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 use rustix::process::{PidfdFlags, pidfd_open};
 use tokio::time::Instant;
 
-/// How often the companion's port is tried, and how long one try may take.
+/// How often the sidecar's port is tried, and how long one try may take.
 const TRY_EVERY: Duration = Duration::from_millis(50);
 const TRY: Duration = Duration::from_secs(1);
 
-/// The name of the process that watches a companion, as `ps` shows it.
-pub(super) const WATCHER_NAME: &str = "xpyd-companion";
-const NAME: &std::ffi::CStr = c"xpyd-companion";
+/// The name of the process that watches a sidecar, as `ps` shows it.
+pub(super) const WATCHER_NAME: &str = "xpyd-sidecar";
+const NAME: &std::ffi::CStr = c"xpyd-sidecar";
 
-/// An engine and its companion.
+/// An engine and its sidecar.
 #[derive(Debug)]
-pub struct Companion<'words> {
-    /// Where the companion listens once the engine may start.
+pub struct Sidecar<'words> {
+    /// Where the sidecar listens once the engine may start.
     pub address: (&'words str, u16),
     /// How long it may take until then.
     pub deadline: Duration,
-    /// How long the engine may take to leave once the companion has ended.
+    /// How long the engine may take to leave once the sidecar has ended.
     pub grace: Duration,
-    /// The companion's program and arguments.
+    /// The sidecar's program and arguments.
     pub command: &'words [String],
     /// The engine's.
     pub engine: &'words [String],
@@ -42,17 +42,17 @@ pub struct Companion<'words> {
 
 /// Why there is no engine.
 #[derive(Debug, thiserror::Error)]
-pub enum CompanionError {
+pub enum SidecarError {
     /// Either command line is empty.
-    #[error("the command line of the engine or of its companion is empty")]
+    #[error("the command line of the engine or of its sidecar is empty")]
     Empty,
     /// A program cannot be started.
     #[error("cannot start `{0}`")]
     Start(String, #[source] io::Error),
     /// It ended before it listened.
-    #[error("its companion `{command}` ended ({ended}) before it listened on port {port}")]
+    #[error("its sidecar `{command}` ended ({ended}) before it listened on port {port}")]
     Ended {
-        /// The companion.
+        /// The sidecar.
         command: String,
         /// How it ended.
         ended: String,
@@ -60,9 +60,9 @@ pub enum CompanionError {
         port: u16,
     },
     /// It does not listen in time.
-    #[error("its companion `{command}` did not listen on port {port} within {}", humantime::format_duration(*.deadline))]
+    #[error("its sidecar `{command}` did not listen on port {port} within {}", humantime::format_duration(*.deadline))]
     Deaf {
-        /// The companion.
+        /// The sidecar.
         command: String,
         /// Where it should have listened.
         port: u16,
@@ -70,62 +70,62 @@ pub enum CompanionError {
         deadline: Duration,
     },
     /// It ended, and the engine ends with it.
-    #[error("its companion `{0}` ended, so the engine ends too")]
+    #[error("its sidecar `{0}` ended, so the engine ends too")]
     Lost(String),
     /// The system refused something.
     #[error("cannot {0}")]
     System(&'static str, #[source] io::Error),
 }
 
-impl Companion<'_> {
-    /// Starts the companion, and becomes the engine once it listens. Returns only when there is no engine, and in
-    /// the process that watches the companion. The caller must have no other thread.
-    pub fn lead(&self, report: impl FnOnce(&CompanionError)) -> CompanionError {
+impl Sidecar<'_> {
+    /// Starts the sidecar, and becomes the engine once it listens. Returns only when there is no engine, and in
+    /// the process that watches the sidecar. The caller must have no other thread.
+    pub fn lead(&self, report: impl FnOnce(&SidecarError)) -> SidecarError {
         let Some((engine, arguments)) = self.engine.split_first() else {
-            return CompanionError::Empty;
+            return SidecarError::Empty;
         };
-        let ready = self.start().and_then(|(mut companion, end)| {
-            self.wait_until_listening(&mut companion, &end)?;
+        let ready = self.start().and_then(|(mut sidecar, end)| {
+            self.wait_until_listening(&mut sidecar, &end)?;
             self.watch(&end, report)
         });
         if let Err(error) = ready {
             return error;
         }
-        CompanionError::Start(engine.clone(), Command::new(engine).args(arguments).exec())
+        SidecarError::Start(engine.clone(), Command::new(engine).args(arguments).exec())
     }
 
-    /// What people call the companion: its program and its verb.
+    /// What people call the sidecar: its program and its verb.
     fn name(&self) -> String {
         self.command.iter().take(2).cloned().collect::<Vec<_>>().join(" ")
     }
 
-    /// The companion, and a descriptor that becomes readable when it ends.
-    fn start(&self) -> Result<(Child, OwnedFd), CompanionError> {
-        let (program, arguments) = self.command.split_first().ok_or(CompanionError::Empty)?;
+    /// The sidecar, and a descriptor that becomes readable when it ends.
+    fn start(&self) -> Result<(Child, OwnedFd), SidecarError> {
+        let (program, arguments) = self.command.split_first().ok_or(SidecarError::Empty)?;
         let mut command = Command::new(program);
         command.args(arguments);
         end_with_parent(&mut command);
-        let companion = command
+        let sidecar = command
             .spawn()
-            .map_err(|error| CompanionError::Start(program.clone(), error))?;
+            .map_err(|error| SidecarError::Start(program.clone(), error))?;
         // Nobody reaps it meanwhile, so its id cannot be another's.
-        let end = i32::try_from(companion.id())
+        let end = i32::try_from(sidecar.id())
             .ok()
             .and_then(rustix::process::Pid::from_raw)
             .ok_or(io::Error::from(io::ErrorKind::NotFound))
             .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        let end = end.map_err(|error| CompanionError::System("watch the companion", error))?;
-        Ok((companion, end))
+        let end = end.map_err(|error| SidecarError::System("watch the sidecar", error))?;
+        Ok((sidecar, end))
     }
 
-    fn wait_until_listening(&self, companion: &mut Child, end: &OwnedFd) -> Result<(), CompanionError> {
+    fn wait_until_listening(&self, sidecar: &mut Child, end: &OwnedFd) -> Result<(), SidecarError> {
         let (host, port) = self.address;
         let began = Instant::now();
         while began.elapsed() < self.deadline {
             if has_ended(end, TRY_EVERY) {
-                let ended = companion.wait();
-                let ended = ended.map_err(|error| CompanionError::System("wait for the companion", error))?;
-                return Err(CompanionError::Ended {
+                let ended = sidecar.wait();
+                let ended = ended.map_err(|error| SidecarError::System("wait for the sidecar", error))?;
+                return Err(SidecarError::Ended {
                     command: self.name(),
                     ended: ending(ended),
                     port,
@@ -135,33 +135,33 @@ impl Companion<'_> {
                 return Ok(());
             }
         }
-        Err(CompanionError::Deaf {
+        Err(SidecarError::Deaf {
             command: self.name(),
             port,
             deadline: self.deadline,
         })
     }
 
-    /// Leaves a process behind that ends the engine when the companion ends, and returns in the leader.
+    /// Leaves a process behind that ends the engine when the sidecar ends, and returns in the leader.
     #[expect(
         unsafe_code,
         reason = "a fork shares all memory, where a second program would take megabytes"
     )]
-    fn watch(&self, end: &OwnedFd, report: impl FnOnce(&CompanionError)) -> Result<(), CompanionError> {
+    fn watch(&self, end: &OwnedFd, report: impl FnOnce(&SidecarError)) -> Result<(), SidecarError> {
         let leader = getpid();
         // SAFETY: this process has a single thread, so the child finds no lock held and no data half-changed.
         let forked = unsafe { fork() };
-        match forked.map_err(|error| CompanionError::System("fork the companion's watcher", error.into()))? {
+        match forked.map_err(|error| SidecarError::System("fork the sidecar's watcher", error.into()))? {
             ForkResult::Parent { .. } => Ok(()),
             ForkResult::Child => {
                 self.end_engine_after(end, leader, report);
-                Err(CompanionError::Lost(self.name()))
+                Err(SidecarError::Lost(self.name()))
             }
         }
     }
 
     /// The whole life of the watcher. It ends with its leader at the latest.
-    fn end_engine_after(&self, end: &OwnedFd, leader: Pid, report: impl FnOnce(&CompanionError)) {
+    fn end_engine_after(&self, end: &OwnedFd, leader: Pid, report: impl FnOnce(&SidecarError)) {
         // Neither can fail for a signal and a name that are valid.
         let _ = prctl::set_pdeathsig(Signal::SIGKILL);
         let _ = prctl::set_name(NAME);
@@ -170,8 +170,8 @@ impl Companion<'_> {
             return;
         }
         while !has_ended(end, Duration::MAX) {}
-        report(&CompanionError::Lost(self.name()));
-        // The first signal lets answers in flight end. One that hangs because the companion is gone gets the second.
+        report(&SidecarError::Lost(self.name()));
+        // The first signal lets answers in flight end. One that hangs because the sidecar is gone gets the second.
         let _ = kill(leader, Signal::SIGTERM);
         pause(self.grace);
         let _ = kill(leader, Signal::SIGKILL);

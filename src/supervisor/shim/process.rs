@@ -1,8 +1,8 @@
-//! The body of `xpyd guardian`: one thread that waits for commands, children and output, and never blocks on any of them.
+//! The body of `xpyd shim`: one thread that waits for commands, children and output, and never blocks on any of them.
 //!
 //! Its control socket is its stdin, both ways. It ends when told to, or when the socket closes because xpyd is gone:
 //! then it takes every engine down first, unless it was told to keep them for a while: then it waits for the next xpyd. No
-//! signal ends it but SIGKILL; that takes the leaders with it, and its witness takes the rest.
+//! signal ends it but SIGKILL; that takes the leaders with it, and its monitor takes the rest.
 
 use std::io;
 use std::net::Shutdown;
@@ -22,11 +22,11 @@ use tokio::time::Instant;
 use super::channel::{self, Outbox};
 use super::engine::Engine;
 use super::keep::Meeting;
+use super::monitor::{self, Part};
 use super::protocol::{self, Command, Event, Keep, Kept, KeptEngine, ProtocolError, Spawn};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
 use super::tree::{Process, Table};
-use super::witness::{self, Part};
 use crate::fleet::EngineId;
 use crate::fleet::Exit;
 use crate::report::ExitStatus;
@@ -34,7 +34,7 @@ use crate::report::ExitStatus;
 /// How often trees are looked at while nothing happens, to know members before their parents are gone.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// How often a tree without a leader is looked at: its last members may not be the guardian's to reap.
+/// How often a tree without a leader is looked at: its last members may not be the shim's to reap.
 const LOOK_LEADERLESS: Duration = Duration::from_millis(200);
 
 /// How long the end may take once nobody can be told any more. A process that waits in the kernel for longer is left.
@@ -47,7 +47,7 @@ const VISIT: Duration = Duration::from_mins(2);
 /// How long strays may outlive SIGKILL in a shutdown before they are reported.
 const STRAYS_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Runs the guardian to its end, in a child process of this one, which becomes its witness.
+/// Runs the shim to its end, in a child process of this one, which becomes its monitor.
 ///
 /// Must be called before any other thread is started. Returns [`ExitStatus::Usage`] if stdin is no Unix socket, which is
 /// what a person who types the hidden command has.
@@ -55,18 +55,18 @@ pub fn run() -> ExitStatus {
     let Ok(control) = control_socket() else {
         return ExitStatus::Usage;
     };
-    let ended = start_session().and_then(|()| witness::split(control));
+    let ended = start_session().and_then(|()| monitor::split(control));
     match ended {
-        Ok(Part::Witness(status)) => status,
-        Ok(Part::Guardian(control)) => match Guardian::start(control) {
-            Ok(mut guardian) => guardian.serve(),
+        Ok(Part::Monitor(status)) => status,
+        Ok(Part::Shim(control)) => match Shim::start(control) {
+            Ok(mut shim) => shim.serve(),
             Err(_) => ExitStatus::Bug,
         },
         Err(_) => ExitStatus::Bug,
     }
 }
 
-/// What witness and guardian have in common: a session of their own, because the terminal's Ctrl+C and hang-up are
+/// What monitor and shim have in common: a session of their own, because the terminal's Ctrl+C and hang-up are
 /// xpyd's to handle; and no signal that ends them but SIGKILL.
 fn start_session() -> io::Result<()> {
     setsid()?;
@@ -94,14 +94,14 @@ fn control_socket() -> io::Result<UnixStream> {
     Ok(socket)
 }
 
-/// What the guardian is about.
+/// What the shim is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     /// xpyd is there.
     Serving,
     /// xpyd is gone, and the next one is waited for until this time.
     Waiting(Instant),
-    /// xpyd is gone or wants an end; by this time the guardian ends, whatever is left.
+    /// xpyd is gone or wants an end; by this time the shim ends, whatever is left.
     Ending(Instant),
 }
 
@@ -115,7 +115,7 @@ struct Visit {
 }
 
 #[derive(Debug)]
-struct Guardian {
+struct Shim {
     control: Control,
     children: SignalFd,
     engines: Vec<Engine>,
@@ -133,7 +133,7 @@ struct Guardian {
     next_look: Instant,
 }
 
-impl Guardian {
+impl Shim {
     fn start(socket: UnixStream) -> io::Result<Self> {
         prctl::set_child_subreaper(true)?;
         let mut children = SigSet::empty();
@@ -183,7 +183,7 @@ impl Guardian {
         self.control.send(&Event::Hello {
             version: protocol::VERSION,
             pid: std::process::id(),
-            witness: getppid().as_raw().unsigned_abs(),
+            monitor: getppid().as_raw().unsigned_abs(),
             kept,
         });
     }
@@ -398,7 +398,7 @@ impl Guardian {
         self.mode = Mode::Ending(now + END_DEADLINE);
     }
 
-    /// Kills what no engine could be named for, reports what does not go, and says how the guardian ends.
+    /// Kills what no engine could be named for, reports what does not go, and says how the shim ends.
     fn end(&mut self) -> ExitStatus {
         let table = Table::read();
         let mut clean = true;
@@ -428,7 +428,7 @@ impl Guardian {
     }
 }
 
-/// The guardian's end of the socket. Nothing here blocks: what cannot be sent yet is kept.
+/// The shim's end of the socket. Nothing here blocks: what cannot be sent yet is kept.
 #[derive(Debug)]
 struct Control {
     socket: UnixStream,

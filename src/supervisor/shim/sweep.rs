@@ -1,4 +1,4 @@
-//! The end of everything that descends from this process: for whoever inherits what a guardian left behind.
+//! The end of everything that descends from this process: for whoever inherits what a shim left behind.
 //!
 //! Knows no engines: a process that was reparented to a child subreaper of the run belongs to the run.
 
@@ -17,17 +17,17 @@ use super::tree::{Process, Tree, freeze, kill_all};
 const LOOK_AGAIN: u8 = 5;
 
 /// Removes what descendants of this process, and no others, use in `/dev/shm` (unless it is in `foreign`), and kills them,
-/// until nothing is left or `deadline` has passed; then removes the cgroups of `guardian`. Returns the processes that are left.
+/// until nothing is left or `deadline` has passed; then removes the cgroups of `shim`. Returns the processes that are left.
 ///
 /// Files go first, so that whoever is killed in the middle leaves processes by which the next one finds the rest. Blocks.
 /// Only finds what this process has inherited if it is a child subreaper.
-pub(super) fn sweep(guardian: u32, foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
+pub(super) fn sweep(shim: u32, foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
     let own = getpid().as_raw();
     let give_up = Instant::now() + deadline;
     loop {
         let found = freeze(|table| table.descendants(own).into_iter().cloned().collect());
         if found.is_empty() {
-            for cgroup in Cgroup::named(&Tree::cgroups_of(guardian)) {
+            for cgroup in Cgroup::named(&Tree::cgroups_of(shim)) {
                 cgroup.kill();
                 cgroup.remove();
             }
