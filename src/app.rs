@@ -303,8 +303,9 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun
         supervisor::reserve_running(&plan.engines)
     } else {
         supervisor::reserve(&plan.engines).map_err(|conflict| {
-            Failure::new(ExitStatus::Preflight, conflict)
-                .hint("stop that process, or move the fleet with another `--set port_offset=NUMBER`")
+            Failure::new(ExitStatus::Preflight, conflict).hint(
+                "stop that process, or move the fleet with another `port_offset`, for example `--set port_offset=1000`",
+            )
         })?
     };
     let listener = door::listen(&plan.proxy, attach.and_then(|kept| kept.listener.take())).await?;

@@ -138,6 +138,8 @@ pub struct Driver {
     pub version: Option<String>,
     /// The newest CUDA that it can run, `12.8`.
     pub cuda: Option<String>,
+    /// `CUDA_VISIBLE_DEVICES` of xpyd itself, which hides GPUs that the driver has.
+    pub visible: Option<String>,
 }
 
 impl Driver {
@@ -189,7 +191,10 @@ pub(super) fn survey() -> (Gpus, Driver) {
         Ok(library) => library,
         Err(reason) => return (Gpus::Unavailable(reason), Driver::default()),
     };
-    let driver = nvml::driver(&library);
+    let driver = Driver {
+        visible: visible_devices(),
+        ..nvml::driver(&library)
+    };
     match usable(&library) {
         Ok(gpus) => (Gpus::Found(gpus), driver),
         Err(error) => (Gpus::Unavailable(format!("NVML failed: {error}")), driver),
@@ -199,8 +204,12 @@ pub(super) fn survey() -> (Gpus, Driver) {
 /// The GPUs within an inherited `CUDA_VISIBLE_DEVICES`.
 pub(super) fn usable(library: &nvml_wrapper::Nvml) -> Result<Vec<Gpu>, nvml_wrapper::error::NvmlError> {
     let gpus = nvml::list(library)?;
-    Ok(match std::env::var("CUDA_VISIBLE_DEVICES") {
-        Ok(visible) => visible::within(&gpus, &visible),
-        Err(_) => gpus,
+    Ok(match visible_devices() {
+        Some(visible) => visible::within(&gpus, &visible),
+        None => gpus,
     })
+}
+
+fn visible_devices() -> Option<String> {
+    std::env::var("CUDA_VISIBLE_DEVICES").ok()
 }

@@ -36,9 +36,10 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         .collect();
     if !missing.is_empty() {
         let message = format!(
-            "the plan needs {needed} GPUs, and xpyd may use {} here (none with index {})",
+            "the plan needs {needed} GPUs, and xpyd may use {} here (none with index {}){}",
             found.len(),
-            missing.join(", ")
+            missing.join(", "),
+            inherited_list(machine)
         );
         let hint = "choose a smaller profile (`xpyd profiles list`), `--set prefill.count=1`, or widen CUDA_VISIBLE_DEVICES; \
             two engines share a GPU with `--set vllm.gpu_memory_utilization=0.45`; without GPUs, try `--engine sim`";
@@ -64,7 +65,10 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
         Gpus::NotAsked => Vec::new(),
         Gpus::Unavailable(reason) => vec![finding("gpu", Level::Warn, reason.clone(), Some(without))],
         Gpus::Found(found) if found.is_empty() => {
-            let message = "there is a driver, and no GPU that xpyd may use".to_owned();
+            let message = format!(
+                "there is a driver, and no GPU that xpyd may use{}",
+                inherited_list(machine)
+            );
             vec![finding(
                 "gpu",
                 Level::Warn,
@@ -74,6 +78,12 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
         }
         Gpus::Found(found) => vec![finding("gpu", Level::Pass, kinds_of(found), None)],
     }
+}
+
+/// `; CUDA_VISIBLE_DEVICES is "2,3"`, where that hides GPUs.
+fn inherited_list(machine: &Machine) -> String {
+    let list = machine.driver.visible.as_ref();
+    list.map_or_else(String::new, |list| format!("; CUDA_VISIBLE_DEVICES is {list:?}"))
 }
 
 /// `8 × NVIDIA H100, 1 × NVIDIA T4`.

@@ -156,8 +156,7 @@ fn ports(plan: &Plan, listeners: &[Listener]) -> Finding {
     }
     let noun = if taken.len() == 1 { "port is" } else { "ports are" };
     let message = format!("{} {noun} taken: {}", taken.len(), taken.join(", "));
-    let hint =
-        "`xpyd status` shows your runs; end the process, or move all ports of this fleet with `--set port_offset=100`";
+    let hint = "`xpyd status` shows your runs; end the process, or move this fleet to other ports with another `port_offset`, for example `--set port_offset=1000`";
     finding("ports", Level::Fail, message, Some(hint))
 }
 

@@ -85,6 +85,9 @@ impl ProfileError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Self::Invalid { origin, .. } if is_other_format(origin) => {
+                Some("a profile is TOML: `xpyd profiles show 2p2d > my.toml` writes one to begin with".to_owned())
+            }
             Self::Unknown {
                 nearest: Some(nearest), ..
             }
@@ -263,6 +266,24 @@ fn of_any_size(name: &str) -> Option<String> {
     Some(lines.join("\n"))
 }
 
+/// `2p1d-tp2`, for a name that means it: `2P1D-TP2`, `1d2p-tp2`.
+fn as_size(name: &str) -> Option<String> {
+    let name = name.to_lowercase();
+    if of_any_size(&name).is_some() {
+        return Some(name);
+    }
+    let (size, more) = name.split_at(name.find('-').unwrap_or(name.len()));
+    let (decode, prefill) = size.strip_suffix('p')?.split_once('d')?;
+    let swapped = format!("{prefill}p{decode}d{more}");
+    of_any_size(&swapped).map(|_| swapped)
+}
+
+/// Whether a profile's origin is a file of another format.
+fn is_other_format(origin: &str) -> bool {
+    let extension = Path::new(origin).extension().map(std::ffi::OsStr::to_ascii_lowercase);
+    extension.is_some_and(|extension| ["yaml", "yml", "json"].iter().any(|other| extension == *other))
+}
+
 /// The merged table of a profile and of all that it extends.
 fn load_layers(name: &str, from: Option<&Path>, depth: usize) -> Result<Table, ProfileError> {
     if depth >= MAX_DEPTH {
@@ -293,7 +314,7 @@ fn read(name: &str, from: Option<&Path>) -> Result<(String, String, Option<std::
     let extended_by = || from.map(|from| format!("`{}`", from.display()));
     let looks_like_path = name.contains('/') || path.extension().is_some_and(|extension| extension == "toml");
     if !path.is_file() && !looks_like_path {
-        let nearest = keys::nearest(name, shipped_names());
+        let nearest = as_size(name).or_else(|| keys::nearest(name, shipped_names()));
         return Err(ProfileError::Unknown {
             name: name.to_owned(),
             from: extended_by(),

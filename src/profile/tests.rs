@@ -130,9 +130,25 @@ fn wrong_values_are_errors_with_their_place() {
 }
 
 #[test]
+fn a_profile_of_another_format_is_told_so() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("compose.YAML");
+    std::fs::write(&path, "services:\n  prefill:\n    count: 2\n").expect("a file");
+    let error = load(&path.display().to_string(), &[]).expect_err("no TOML");
+    assert!(
+        error.hint().is_some_and(|hint| hint.starts_with("a profile is TOML")),
+        "{error:?}"
+    );
+}
+
+#[test]
 fn a_profile_that_is_nowhere_names_the_nearest() {
     let error = load("2p2dd", &[]).expect_err("no such profile");
     assert_eq!(error.hint().as_deref(), Some("did you mean `2p2d`?"));
+    for (name, meant) in [("1d3p", "3p1d"), ("4P4D-TP2", "4p4d-tp2"), ("1d2p-nixl", "2p1d-nixl")] {
+        let error = load(name, &[]).expect_err("no such profile");
+        assert_eq!(error.hint(), Some(format!("did you mean `{meant}`?")));
+    }
     let error = load("nothing/like/it.toml", &[]).expect_err("no such file");
     assert!(matches!(error, ProfileError::Read { .. }), "{error:?}");
 }

@@ -129,9 +129,10 @@ fn engines_that_nobody_comes_for_end_after_their_time() {
 
 #[test]
 fn a_new_run_does_not_remove_the_logs_of_one_whose_engines_live() {
-    let place = Place::new();
+    let (place, ports) = (Place::new(), Place::new());
+    let offset = format!("port_offset={}", ports.offset);
     let newer = |name: &str| {
-        let run = ["--name", name, "--keep-logs", "1", "--set", "port_offset=9000"];
+        let run = ["--name", name, "--keep-logs", "1", "--set", &offset];
         let output = place.run(&[&["up", "--engine", "sim", "--profile", "1p1d", "--detach"], &run[..]].concat());
         assert!(output.status.success(), "{output:?}");
         let output = place.run(&["down", "--name", name]);

@@ -50,6 +50,7 @@ pub(super) fn driver(nvml: &Nvml) -> Driver {
     Driver {
         version: known("driver version", nvml.sys_driver_version()),
         cuda: cuda.map(|number| format!("{}.{}", number / 1000, number % 1000 / 10)),
+        visible: None,
     }
 }
 

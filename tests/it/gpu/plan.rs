@@ -76,7 +76,9 @@ fn an_inherited_list_is_never_left() {
     let output = command.env("CUDA_VISIBLE_DEVICES", "7").output().expect("xpyd runs");
     let text = super::text(&output);
     assert!(
-        text.contains("the plan needs 2 GPUs, and xpyd may use 1 here (none with index 8)"),
+        text.contains(
+            "the plan needs 2 GPUs, and xpyd may use 1 here (none with index 8); CUDA_VISIBLE_DEVICES is \"7\""
+        ),
         "{text}"
     );
 }
