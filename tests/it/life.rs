@@ -412,9 +412,8 @@ fn a_limit_of_file_size_is_told_before_the_start() {
     );
 }
 
-#[test]
-fn the_first_process_of_a_container_reaps_strangers_and_passes_signals_on() {
-    let place = Place::new();
+/// A command as the first process of a container; `None` where nobody may make one, which only root may, and not everywhere.
+fn contained(place: &Place, arguments: &[&str]) -> Option<Command> {
     let inside = |arguments: &[&str]| {
         let xpyd = place.command(arguments);
         let mut command = Command::new("unshare");
@@ -427,24 +426,51 @@ fn the_first_process_of_a_container_reaps_strangers_and_passes_signals_on() {
         command.envs(xpyd.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command
     };
-    if !inside(&["--version"])
-        .output()
+    let works = inside(&["--version"]).output();
+    works
         .is_ok_and(|output| output.status.success())
-    {
-        // Only root may make such a container, and not everywhere.
-        return;
-    }
+        .then(|| inside(arguments))
+}
+
+fn contained_up(place: &Place) -> Option<Run<'_>> {
     let arguments = place.up_arguments(&SMALL);
-    let mut run = Run::of(
-        &place,
-        inside(&arguments.iter().map(String::as_str).collect::<Vec<_>>()),
-    );
+    let command = contained(place, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+    Some(Run::of(place, command))
+}
+
+/// The process that a container begins with, seen from outside.
+fn first_process(run: &Run<'_>) -> i32 {
+    children(run.pid())[0]
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+#[test]
+fn containers_that_share_a_folder_of_cgroups_leave_each_other_alone() {
+    let (one, two) = (Place::new(), Place::new());
+    let Some(mut first) = contained_up(&one) else { return };
+    first.wait_until_ready();
+    // Process ids are the same in both.
+    let mut second = contained_up(&two).expect("another container");
+    second.wait_until_ready();
+    send(first_process(&second), Signal::SIGTERM);
+    assert_eq!(second.end().0, 0);
+    assert!(!completion(one.proxy_port(), MODEL, "still here").is_empty());
+    send(first_process(&first), Signal::SIGTERM);
+    let (code, text) = first.end();
+    assert_eq!(code, 0, "{text}");
+    assert!(!text.contains("failed"), "{text}");
+}
+
+#[test]
+fn the_first_process_of_a_container_reaps_strangers_and_passes_signals_on() {
+    let place = Place::new();
+    let Some(mut run) = contained_up(&place) else { return };
     run.wait_until_ready();
-    let children = |pid: i32| -> Vec<i32> {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
-    };
-    let first = children(run.pid())[0];
+    let first = first_process(&run);
     // As `docker exec` leaves what it has started.
     let stray = Command::new("nsenter")
         .args([

@@ -15,7 +15,7 @@ use nix::unistd::geteuid;
 use tokio::time::Instant;
 
 use super::shm::SharedFiles;
-use super::tree::{MARK_VARIABLE, Process, Table, freeze, kill_all};
+use super::tree::{MARK_VARIABLE, Process, Table, freeze, kill_all, namespace_of};
 
 /// What vLLM calls its processes (`utils/system_utils.py`, `set_process_title`, of vLLM 0.32). No API server: one without a
 /// parent of its own is what `nohup vllm serve` leaves, and works.
@@ -193,8 +193,12 @@ pub(super) fn left_by(shim: u32) -> Vec<Orphan> {
         .collect()
 }
 
-/// The shim that a process was started by, and the engine and incarnation: `1234.decoder1.2`.
+/// The shim that a process was started by, and the engine and incarnation: `1234.decoder1.2`. `None` in another container, where
+/// the number means another process.
 fn mark(pid: i32) -> Option<(i32, String)> {
+    if namespace_of(&pid.to_string())? != namespace_of("self")? {
+        return None;
+    }
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let wanted = format!("{MARK_VARIABLE}=");
     let mark = environment

@@ -14,6 +14,8 @@
 //! rest is looked for. The rules above work everywhere.
 
 use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -58,7 +60,7 @@ impl Process {
 
     /// The process or thread that this folder of `/proc` is about.
     pub(in crate::supervisor) fn read_in(folder: &Path) -> Option<Self> {
-        let stat = std::fs::read(folder.join("stat")).ok()?;
+        let stat = fs::read(folder.join("stat")).ok()?;
         Self::parse(&String::from_utf8_lossy(&stat))
     }
 
@@ -105,17 +107,17 @@ impl Process {
 
     fn holds_pipe(&self, inode: u64) -> bool {
         let wanted = format!("pipe:[{inode}]");
-        let Ok(descriptors) = std::fs::read_dir(format!("/proc/{}/fd", self.pid)) else {
+        let Ok(descriptors) = fs::read_dir(format!("/proc/{}/fd", self.pid)) else {
             return false;
         };
         descriptors
             .flatten()
-            .any(|entry| std::fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str()))
+            .any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == wanted.as_str()))
     }
 
     fn carries(&self, mark: &str) -> bool {
         let wanted = format!("{MARK_VARIABLE}={mark}");
-        std::fs::read(format!("/proc/{}/environ", self.pid)).is_ok_and(|environment| {
+        fs::read(format!("/proc/{}/environ", self.pid)).is_ok_and(|environment| {
             environment
                 .split(|byte| *byte == 0)
                 .any(|entry| entry == wanted.as_bytes())
@@ -130,7 +132,7 @@ pub(in crate::supervisor) struct Table(BTreeMap<i32, Process>);
 impl Table {
     /// Reads all of `/proc`.
     pub(in crate::supervisor) fn read() -> Self {
-        let Ok(entries) = std::fs::read_dir("/proc") else {
+        let Ok(entries) = fs::read_dir("/proc") else {
             return Self(BTreeMap::new());
         };
         Self(
@@ -228,9 +230,11 @@ impl Tree {
         format!("{}{engine}.{incarnation}", Self::cgroups_of(shim))
     }
 
-    /// How the names of all cgroups of a shim begin.
+    /// How the names of all cgroups of a shim begin. Containers can share a folder of cgroups, and their process ids repeat, so the
+    /// process id namespace is part of the name.
     pub(super) fn cgroups_of(shim: u32) -> String {
-        format!("xpyd-{shim}.")
+        let namespace = namespace_of("self").unwrap_or_default();
+        format!("xpyd-{shim}-{namespace}.")
     }
 
     /// The mark of one incarnation under the shim with this process id.
@@ -282,6 +286,12 @@ impl Tree {
         }
         kill_all(frozen);
     }
+}
+
+/// The process id namespace of a process, as the kernel numbers it: ids of different namespaces cannot be compared.
+pub(super) fn namespace_of(process: &str) -> Option<u64> {
+    let namespace = fs::metadata(format!("/proc/{process}/ns/pid")).ok()?;
+    Some(namespace.ino())
 }
 
 /// Stops every process that `select` finds, so that none can fork, until a look finds no new one. Returns them.
