@@ -1,7 +1,7 @@
 //! KV that a prefill engine keeps: who frees it when the request ends early, who waits for it, and who is to blame.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -155,11 +155,17 @@ async fn an_engine_that_fails_again_and_again_is_the_last_choice() {
     let failing = Fake::start(|_| async { error(500, "broken") }).await;
     let well = decoder().await;
     let rig = Rig::nixl(&[prefill.port], &[failing.port, well.port]).await;
+    let began = Instant::now();
     for _ in 0..20 {
         assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await.0, 200);
     }
     let asked = failing.seen().iter().filter(|seen| !is_release(seen)).count();
-    assert_eq!(asked, 3, "after that, nobody asks it for a while");
+    // After the third failure it rests for a second, then is asked once, and rests for longer.
+    let most = 3 + usize::try_from(began.elapsed().as_secs()).expect("a number");
+    assert!(
+        (3..=most).contains(&asked),
+        "{asked} requests, where {most} are the most"
+    );
     // With no other left, it is asked again.
     rig.lose(Role::Decode, 1);
     let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
