@@ -22,6 +22,7 @@ MODEL_LENGTH, ANSWER = 2048, 16
 LENGTHS = [1, 16, 17, 128, 129, 256, 257, 513, 1025, MODEL_LENGTH - ANSWER]
 CHATS = ["What is the capital of France?", "Write a short poem about rain.", "Count from one to ten.",
          "Explain why the sky is blue. " * 20]
+NAMED_CHATS = {words[:30]: words for words in CHATS}
 
 
 def text():
@@ -34,15 +35,16 @@ def ask(base, path, fields):
     return json.loads(request(base + path, body))
 
 
-def completion(base, ids):
+def completion(base, ids, more={}):
     """One greedy answer: the ids of its prompt, those of its tokens, and what else was likely at each."""
-    choice = ask(base, "/v1/completions", {"prompt": ids, "logprobs": ALTERNATIVES})["choices"][0]
+    choice = ask(base, "/v1/completions", {"prompt": ids, "logprobs": ALTERNATIVES} | more)["choices"][0]
     return ids, choice["token_ids"], choice["logprobs"]["top_logprobs"]
 
 
-def chat(base, words):
+def chat(base, words, more={}):
     messages = [{"role": "user", "content": words}]
-    whole = ask(base, "/v1/chat/completions", {"messages": messages, "logprobs": True, "top_logprobs": ALTERNATIVES})
+    fields = {"messages": messages, "logprobs": True, "top_logprobs": ALTERNATIVES}
+    whole = ask(base, "/v1/chat/completions", fields | more)
     choice = whole["choices"][0]
     likely = [{one["token"]: one["logprob"] for one in place["top_logprobs"]} for place in choice["logprobs"]["content"]]
     return whole["prompt_token_ids"], choice["token_ids"], likely
@@ -79,26 +81,47 @@ def judge(decoder, prompt, tokens, likely):
     return None, ties
 
 
+def own_answer_explains(decoder, name, prompt, tokens, likely, place):
+    """Whether the decode engine's own answer, made token by token as the fleet's, has the fleet's tokens and probabilities as far as
+    `place`. Then its KV was right, and reading the answer in one step rounds otherwise: by more than the rule allows for tokens that
+    are not likely anyway (seen with AMX on vLLM 0.32)."""
+    salt = {"cache_salt": uuid.uuid4().hex}
+    if name in NAMED_CHATS:
+        _, own, own_likely = chat(decoder, NAMED_CHATS[name], salt)
+    else:
+        _, own, own_likely = completion(decoder, prompt, salt)
+    sides = list(zip(tokens, own, likely, own_likely))[:place + 1]
+    return len(sides) > place and all(
+        mine == other and explains(mine_likely, other_likely) and explains(other_likely, mine_likely)
+        for mine, other, mine_likely, other_likely in sides)
+
+
 def check_weights(proxy, decoder, connector):
     before = counter(decoder, TRANSFERRED[connector])
     tokens = json.loads(request(f"{decoder}/tokenize", {"model": MODEL, "prompt": text()}))["tokens"]
     assert len(tokens) >= MODEL_LENGTH, f"the text has {len(tokens)} tokens only"
-    answers, wrong, ties, total = [], [], 0, 0
+    answers, wrong, ties, total, read_otherwise = [], [], 0, 0, 0
     for length in LENGTHS:
         # Each begins elsewhere, so that no prefix is cached.
         first = (length * 37) % (len(tokens) - length + 1)
         answers.append((f"{length} tokens", completion(proxy, tokens[first:first + length])))
-    answers += [(words[:30], chat(proxy, words)) for words in CHATS]
+    answers += [(name, chat(proxy, words)) for name, words in NAMED_CHATS.items()]
     moved = counter(decoder, TRANSFERRED[connector]) - before
     assert moved > 0, "the decode engine saw no KV arrive"
     for name, (prompt, made, likely) in answers:
         place, parted = judge(decoder, prompt, made, likely)
-        print(f"  {name}: {len(made)} tokens, {parted} at a tie{'' if place is None else f', WRONG from token {place}'}", flush=True)
+        verdict = ""
+        if place is not None and own_answer_explains(decoder, name, prompt, made, likely, place):
+            verdict, place, read_otherwise = f", read otherwise from token {place}", None, read_otherwise + 1
+        elif place is not None:
+            verdict = f", WRONG from token {place}"
+        print(f"  {name}: {len(made)} tokens, {parted} at a tie{verdict}", flush=True)
         ties, total = ties + parted, total + len(made)
         if place is not None:
             wrong.append(name)
     print(f"  {total} tokens of {len(answers)} answers compared, {ties} parted at a tie, {len(wrong)} answers wrong", flush=True)
     assert not wrong, f"wrong KV: {wrong}"
+    assert read_otherwise <= len(answers) // 4, "this comparison cannot tell wrong KV from right"
     # The control: KV of one prompt, taken for that of another.
     found = 0
     pairs = list(zip(answers, answers[1:] + answers[:1]))[::3]

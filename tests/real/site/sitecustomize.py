@@ -93,6 +93,17 @@ def teach_lmcache(module):
     module.CreateGPUConnector = create
 
 
+def keep_to_one_layout(module):
+    """On a CPU with AMX the attention packs K and V in another layout, which the connector above does not know."""
+    known = module._get_attn_isa
+
+    def isa(*given, **named):
+        found = known(*given, **named)
+        return "vec" if found == "amx" else found
+
+    module._get_attn_isa = isa
+
+
 class AfterImport(importlib.abc.MetaPathFinder):
     """Calls a function with a module right after its import."""
 
@@ -116,3 +127,4 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 stay_polite_on_few_cores()
 sys.meta_path.insert(0, AfterImport("lmcache.v1.gpu_connector", teach_lmcache))
+sys.meta_path.insert(0, AfterImport("vllm.v1.attention.backends.cpu_attn", keep_to_one_layout))
