@@ -31,6 +31,62 @@ pub enum ExitStatus {
 }
 
 impl ExitStatus {
+    /// All of them, by number.
+    pub const ALL: [Self; 11] = [
+        Self::Success,
+        Self::Failure,
+        Self::Usage,
+        Self::Preflight,
+        Self::EngineFailed,
+        Self::NotReady,
+        Self::CrashLoop,
+        Self::TeardownIncomplete,
+        Self::RunState,
+        Self::Bug,
+        Self::Forced,
+    ];
+
+    /// A few words for `--help`: `preflight`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Success => "ok",
+            Self::Failure => "the work failed",
+            Self::Usage => "usage",
+            Self::Preflight => "preflight",
+            Self::EngineFailed => "an engine failed to start",
+            Self::NotReady => "not ready in time",
+            Self::CrashLoop => "crash loop",
+            Self::TeardownIncomplete => "teardown incomplete",
+            Self::RunState => "already running or not running",
+            Self::Bug => "bug",
+            Self::Forced => "forced stop",
+        }
+    }
+
+    /// When a command ends with it.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Self::Success => {
+                "ok; also a run that was stopped on request, and `logs -f` and `status --watch` after Ctrl+C"
+            }
+            Self::Failure => {
+                "the work failed: benchmark requests failed, a role has no engine left, output cannot be written, or a run was stopped \
+                 while `up --detach` waited for it"
+            }
+            Self::Usage => "usage: command line, profile or another file is wrong",
+            Self::Preflight => "preflight: this machine cannot run the plan",
+            Self::EngineFailed => "an engine failed to start",
+            Self::NotReady => "not ready in time, or a hand-off does not work",
+            Self::CrashLoop => "crash loop: an engine failed again and again",
+            Self::TeardownIncomplete => "teardown incomplete: the message lists what is left",
+            Self::RunState => "already running or not running",
+            Self::Bug => "bug: a defect of xpyd",
+            Self::Forced => {
+                "forced stop; Ctrl+C in `xpyd bench`; Ctrl+C while `up --detach` waits (the start continues)"
+            }
+        }
+    }
+
     /// The number the process exits with.
     pub fn code(self) -> u8 {
         self as u8

@@ -19,6 +19,8 @@ mod plan;
 mod profiles;
 pub mod proxy;
 mod ps;
+#[cfg(test)]
+mod reference;
 mod request;
 mod restart;
 mod run_plan;
@@ -45,17 +47,19 @@ use crate::ui::{self, Printer};
 /// Prefill/decode-disaggregated LLM serving on one machine.
 #[derive(Debug, Parser)]
 #[command(name = "xpyd", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(
-    after_help = "Start with `xpyd demo`. Exit codes: 0 ok, 1 the work failed, 2 usage, 3 preflight, 4 an engine \
-    failed to start, 5 not ready in time, 6 crash loop, 7 teardown incomplete, 8 already running or not running, 70 bug, \
-    130 forced stop."
-)]
+#[command(after_help = after_help())]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
     /// Print errors and data only
     #[arg(short, long, global = true)]
     quiet: bool,
+}
+
+/// `Exit codes: 0 ok, 1 the work failed, …`.
+fn after_help() -> String {
+    let codes = ExitStatus::ALL.map(|status| format!("{} {}", status.code(), status.name()));
+    format!("Start with `xpyd demo`. Exit codes: {}.", codes.join(", "))
 }
 
 #[derive(Debug, Subcommand)]

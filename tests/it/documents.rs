@@ -201,29 +201,6 @@ fn links_lead_to_files() {
 }
 
 #[test]
-fn exit_codes_are_those_of_the_help() {
-    let help = text(&Place::new().run(&["--help"]));
-    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    let (_, listed) = help.split_once("Exit codes: ").expect("the list");
-    let listed = listed.trim_end_matches('.').split(", ");
-    let listed: Vec<(&str, &str)> = listed.map(|item| item.split_once(' ').expect("a code")).collect();
-    let (_, table) = OPERATIONS
-        .split_once("| Exit code | Meaning |\n|---|---|\n")
-        .expect("the table");
-    let rows = table
-        .lines()
-        .map_while(|line| line.strip_prefix("| ")?.strip_suffix(" |")?.split_once(" | "));
-    let rows: Vec<(&str, &str)> = rows.collect();
-    assert_eq!(rows.len(), listed.len(), "{rows:?} {listed:?}");
-    for ((code, meaning), (listed_code, listed_meaning)) in rows.into_iter().zip(listed) {
-        assert!(
-            code == listed_code && meaning.starts_with(listed_meaning),
-            "{code} {meaning} is {listed_code} {listed_meaning} in the help"
-        );
-    }
-}
-
-#[test]
 fn completions_are_made_for_the_shells_that_the_readme_names() {
     let place = Place::new();
     for shell in ["bash", "zsh", "fish"] {
