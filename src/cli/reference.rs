@@ -100,7 +100,7 @@ fn row(argument: &Arg) -> String {
     }
     format!(
         "| `{}` | {default} | {} |",
-        name.trim(),
+        name.trim().replace('|', "\\|"),
         meaning.replace('|', "\\|").replace('\n', " ")
     )
 }
