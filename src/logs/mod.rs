@@ -10,6 +10,8 @@ pub mod follow;
 pub mod lines;
 pub mod merge;
 pub mod phases;
+#[cfg(test)]
+mod reference;
 pub mod roles;
 mod rotation;
 pub mod stamp;
