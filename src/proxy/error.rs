@@ -10,17 +10,16 @@ use bytes::Bytes;
 use hyper::header::{ACCEPT_ENCODING, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use hyper::{Response, StatusCode};
 
-use super::body::BodyError;
-use super::overload::Limit;
-use super::strict::Refusal;
-use super::upstream::Unreachable;
 use crate::connector::{HandoffError, PairError};
 use crate::fleet::{EngineId, FleetStage, Role};
+use crate::proxy::body::document::BodyError;
+use crate::proxy::overload::Limit;
+use crate::proxy::server::strict_heads::Refusal;
 use crate::report::one_line;
 
 /// The part of a request's way in which it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stage {
+pub(crate) enum Stage {
     /// Turning the prompt into token ids.
     Tokenize,
     /// The prefill leg.
@@ -35,7 +34,7 @@ pub(super) enum Stage {
 
 impl Stage {
     /// Its name in messages, codes and metrics.
-    pub(super) fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Tokenize => "tokenize",
             Self::Prefill => "prefill",
@@ -48,11 +47,11 @@ impl Stage {
 
 /// The `code` of an error, as an extension of its answer.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Code(pub(super) &'static str);
+pub(crate) struct Code(pub(crate) &'static str);
 
 /// Why a request got no answer from the engines.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ProxyError {
+pub(crate) enum ProxyError {
     /// The client's body is no JSON object.
     #[error("the request body is not usable")]
     Body(#[from] BodyError),
@@ -167,7 +166,7 @@ pub(super) enum ProxyError {
 
 /// What happened to one upstream call.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Cause {
+pub(crate) enum Cause {
     /// No connection, or one that broke before the answer began.
     #[error("the engine could not be reached")]
     Unreachable(#[source] Unreachable),
@@ -238,9 +237,27 @@ pub(super) enum Cause {
     Nonsense(&'static str),
 }
 
+/// Why an engine could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unreachable {
+    /// Nothing was sent.
+    #[error("no connection")]
+    Connect(#[source] io::Error),
+    /// The request was sent, at least in part.
+    #[error("no answer")]
+    NoAnswer(#[source] io::Error),
+}
+
+impl Unreachable {
+    /// Whether the engine never saw the request.
+    pub(crate) fn is_connect(&self) -> bool {
+        matches!(self, Self::Connect(_))
+    }
+}
+
 impl ProxyError {
     /// Whether another pair of engines may well answer. Only asked before a byte went to the client.
-    pub(super) fn can_be_retried(&self) -> bool {
+    pub(crate) fn can_be_retried(&self) -> bool {
         let Self::Leg { stage, cause, .. } = self else {
             return false;
         };
@@ -262,7 +279,7 @@ impl ProxyError {
     }
 
     /// The seconds after which a busy engine wants to be asked again; `None` for what is no busy engine.
-    pub(super) fn busy(&mut self) -> Option<&mut Option<u64>> {
+    pub(crate) fn busy(&mut self) -> Option<&mut Option<u64>> {
         match self {
             Self::Leg {
                 cause: Cause::Busy { retry_after, .. },
@@ -274,7 +291,7 @@ impl ProxyError {
 
     /// Whether it is the engine's own failure, which a next request is likely to meet as well. What the supervisor knows
     /// already, and what another engine may be to blame for, is none.
-    pub(super) fn blames_engine(&self) -> bool {
+    pub(crate) fn blames_engine(&self) -> bool {
         match self {
             Self::Leg { stage, cause, .. } => {
                 *stage != Stage::Handoff
@@ -337,12 +354,12 @@ impl ProxyError {
     }
 
     /// The `code` that clients get, one for each kind of failure.
-    pub(super) fn code(&self) -> &'static str {
+    pub(crate) fn code(&self) -> &'static str {
         self.kind().2
     }
 
     /// The error as JSON text, in OpenAI's shape.
-    pub(super) fn to_json(&self) -> String {
+    pub(crate) fn to_json(&self) -> String {
         let (_, kind, code) = self.kind();
         serde_json::json!({
             "error": {"message": one_line(self), "type": kind, "param": null, "code": code},
@@ -351,12 +368,12 @@ impl ProxyError {
     }
 
     /// What ends a stream whose status has long been sent: an error event, then the end marker.
-    pub(super) fn to_events(&self) -> Bytes {
+    pub(crate) fn to_events(&self) -> Bytes {
         Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", self.to_json()))
     }
 
     /// The error as an answer.
-    pub(super) fn to_response(&self) -> Response<Body> {
+    pub(crate) fn to_response(&self) -> Response<Body> {
         let (status, _, code) = self.kind();
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = status;

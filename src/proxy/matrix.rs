@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use super::api::{Course, Methods, ROUTES};
-use super::rules::Kind;
-use super::rules::fields::{FIELDS, Field, When};
+use crate::proxy::body::field_table::{FIELDS, Field, When};
+use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::server::route_table::{Course, Methods, ROUTES};
 
 const CANNOT_TELL: &str = "
 ## What \"cannot tell\" means
@@ -28,7 +28,7 @@ const HEAD: &str = "\
 A client must not be able to tell a fleet from one big vLLM, except by its speed ([how exact that is](#what-cannot-tell-means)). So every
 route of the servers of vLLM 0.32 and
 0.33 and every field of their generations has a rule, and what a hand-off between two engines cannot serve exactly, one engine serves.
-This page is made of the rules in `src/proxy/api.rs` and `src/proxy/rules/fields.rs`; a test compares them, and
+This page is made of the rules in `src/proxy/server/route_table.rs` and `src/proxy/body/field_table.rs`; a test compares them, and
 `XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it anew. `tests/it/exact` compares the fleet's bytes with one
 simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vLLM's.
 

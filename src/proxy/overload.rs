@@ -16,7 +16,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A limit of the proxy itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Limit {
+pub(crate) enum Limit {
     /// No file descriptor was free to connect to an engine.
     ConnectDescriptors,
     /// No file descriptor was free to accept a client.
@@ -47,7 +47,7 @@ impl Limit {
     }
 
     /// What the log, and an error of a client, says.
-    pub(super) fn message(self) -> &'static str {
+    pub(crate) fn message(self) -> &'static str {
         match self {
             Self::ConnectDescriptors => {
                 "no file descriptor is free to connect to an engine: raise `ulimit -n` or lower `clients.max_connections`"
@@ -70,7 +70,7 @@ struct Labels {
 
 /// Counts and logs the limits that were reached. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Overload(Arc<Inner>);
+pub(crate) struct Overload(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -101,25 +101,25 @@ impl Line {
 
 impl Overload {
     /// The counters, for the registry.
-    pub(super) fn counters(&self) -> impl prometheus_client::registry::Metric + use<> {
+    pub(crate) fn counters(&self) -> impl prometheus_client::registry::Metric + use<> {
         self.0.reached.clone()
     }
 
     /// The number of client connections that are open, for the registry.
-    pub(super) fn connections(&self) -> impl prometheus_client::registry::Metric + use<> {
+    pub(crate) fn connections(&self) -> impl prometheus_client::registry::Metric + use<> {
         self.0.connections.clone()
     }
 
-    pub(super) fn opened(&self) {
+    pub(crate) fn opened(&self) {
         self.0.connections.inc();
     }
 
-    pub(super) fn closed(&self) {
+    pub(crate) fn closed(&self) {
         self.0.connections.dec();
     }
 
     /// A limit was reached once.
-    pub(super) fn reached(&self, limit: Limit) {
+    pub(crate) fn reached(&self, limit: Limit) {
         self.0.reached.get_or_create(&Labels { limit: limit.label() }).inc();
         let mut lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let times = lines[limit as usize].add(Instant::now());

@@ -87,9 +87,12 @@ fn code() -> BTreeMap<&'static str, Duration> {
         ("heartbeat of a KV lease", lease / 6),
         (
             "release by one engine",
-            constant("src/proxy/ledger/cleanup.rs", "RELEASE_DEADLINE"),
+            constant("src/proxy/transfer/cleanup.rs", "RELEASE_DEADLINE"),
         ),
-        ("abandoned prefill", constant("src/proxy/ledger/abandoned.rs", "MOMENT")),
+        (
+            "abandoned prefill",
+            constant("src/proxy/transfer/abandoned.rs", "MOMENT"),
+        ),
         (
             "LMCache allocation",
             Duration::from_secs(planned("1p1d", "pd_allocation_timeout_sec: ")),
@@ -100,13 +103,16 @@ fn code() -> BTreeMap<&'static str, Duration> {
         ),
         (
             "overdue notification",
-            constant("src/proxy/ledger/cleanup.rs", "OVERDUE"),
+            constant("src/proxy/transfer/cleanup.rs", "OVERDUE"),
         ),
         (
             "notification handshake",
-            constant("src/proxy/notify.rs", "HANDSHAKE_DEADLINE"),
+            constant("src/proxy/transfer/notify.rs", "HANDSHAKE_DEADLINE"),
         ),
-        ("notification frame", constant("src/proxy/notify.rs", "FRAME_DEADLINE")),
+        (
+            "notification frame",
+            constant("src/proxy/transfer/notify.rs", "FRAME_DEADLINE"),
+        ),
         ("idle connection", constant("src/wire/pool.rs", "IDLE_CONNECTION")),
         ("canary", constant("src/app/verify.rs", "VERIFY_DEADLINE")),
         ("start stall", deadlines.start_stall),

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 /// Words of the short prompt: well over two KV blocks of 128 tokens, yet short enough for any model's context.
-pub(super) const SHORT_WORDS: usize = 260;
+pub(crate) const SHORT_WORDS: usize = 260;
 
 /// Tokens of the long prompt at most: more than one step of vLLM 0.33 takes, which is 8192 tokens on an H100 or H200 and 2048 on
 /// smaller devices (`EngineArgs.get_batch_defaults`).
@@ -20,17 +20,17 @@ const LIST: [&str; 8] = [
 
 /// What the short prompt showed.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Short {
+pub(crate) struct Short {
     /// Its length in tokens, as the decode engine counts them.
-    pub(super) tokens: u64,
+    pub(crate) tokens: u64,
     /// How long the decode engine took for it alone.
-    pub(super) took: Duration,
+    pub(crate) took: Duration,
     /// How many tokens both engines read and make of one request.
-    pub(super) model_length: u64,
+    pub(crate) model_length: u64,
 }
 
 /// A prompt that no engine has seen, so that no cache can answer for the hand-off.
-pub(super) fn of_words(words: usize) -> String {
+pub(crate) fn of_words(words: usize) -> String {
     let mut prompt = format!("Canary {}:", uuid::Uuid::new_v4());
     for index in 0..words {
         write!(prompt, " {}", LIST[(index * index + index / 3) % LIST.len()]).expect("writing to a string cannot fail");
@@ -39,7 +39,7 @@ pub(super) fn of_words(words: usize) -> String {
 }
 
 /// Words of the long prompt. `None` where none is possible that is at least twice as long as the short one.
-pub(super) fn long_words(short: Short, answer_tokens: u64) -> Option<usize> {
+pub(crate) fn long_words(short: Short, answer_tokens: u64) -> Option<usize> {
     // A tenth is left: the beginning of each prompt is a number that takes a few tokens more or less.
     let room = short.model_length.checked_sub(answer_tokens)? / 10 * 9;
     let in_time = LONG_BUDGET.as_millis() / short.took.as_millis().max(1) * u128::from(short.tokens);

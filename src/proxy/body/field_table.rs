@@ -1,0 +1,161 @@
+//! Every field of the generations of vLLM 0.32 and 0.33, and with which values a hand-off and a splice give one engine's answer.
+//!
+//! What was seen on real engines: with several sequences or prompts one hand-off serves the first only and the others get
+//! wrong text; probabilities of the prompt make the decode engine compute it. In a splice the decode engine takes the first
+//! token for a part of the prompt, so whatever looks back at the answer's tokens would look past that one.
+
+use super::serving_mode::{Kind, include_usage, is_plain_chat, is_token_list};
+
+/// A field.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Field {
+    pub(crate) name: &'static str,
+    pub(crate) kinds: &'static [Kind],
+    /// When prefill and decode may share the request.
+    pub(crate) handoff: When,
+    /// When the prefill engine may make the first token as well.
+    pub(crate) splice: When,
+    pub(crate) why: &'static str,
+}
+
+/// The values, as the client wrote them, that need no decode engine alone. Absent and `null` never do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum When {
+    Always,
+    Never,
+    Only(&'static [&'static str]),
+    /// A whole number from 1.
+    Count,
+    /// One text, or one list of token ids.
+    OnePrompt,
+    List,
+    /// Every message is a role and a text.
+    PlainChat,
+    /// `include_usage` and nothing else.
+    IncludeUsage,
+}
+
+impl When {
+    pub(crate) fn serves(self, value: Option<&str>) -> bool {
+        let Some(value) = value else { return true };
+        match self {
+            Self::Always => true,
+            Self::Never => false,
+            Self::Only(values) => values.contains(&value),
+            Self::Count => value.parse().is_ok_and(|count: u64| count >= 1),
+            Self::OnePrompt => value.starts_with('"') || is_token_list(value),
+            Self::List => value.starts_with('['),
+            Self::PlainChat => is_plain_chat(value),
+            Self::IncludeUsage => include_usage(value).is_some(),
+        }
+    }
+}
+
+/// The rule of a field, if there is one.
+pub(crate) fn find(kind: Kind, name: &str) -> Option<&'static Field> {
+    FIELDS
+        .iter()
+        .find(|field| field.name == name && field.kinds.contains(&kind))
+}
+
+const BOTH: &[Kind] = &[Kind::Completions, Kind::Chat];
+const COMPLETIONS: &[Kind] = &[Kind::Completions];
+const CHAT: &[Kind] = &[Kind::Chat];
+const FALSE: When = When::Only(&["false"]);
+const TRUE: When = When::Only(&["true"]);
+const ZERO: When = When::Only(&["0", "0.0"]);
+const ONE: When = When::Only(&["1", "1.0"]);
+const EMPTY: When = When::Only(&["[]"]);
+
+const EACH_STEP: &str = "is about each step alone";
+const LOOKS_BACK: &str = "looks back at the answer's tokens";
+const SHAPES_PROMPT: &str = "changes the prompt's tokens, which a splice asks of `/tokenize` without it";
+const SHAPES_ANSWER: &str = "changes the fields that describe the first token";
+
+const fn field(name: &'static str, kinds: &'static [Kind], handoff: When, splice: When, why: &'static str) -> Field {
+    Field {
+        name,
+        kinds,
+        handoff,
+        splice,
+        why,
+    }
+}
+
+/// All of them. A field that is not here is one of a later vLLM: it is handed over, and never spliced.
+#[rustfmt::skip]
+pub(crate) const FIELDS: &[Field] = &[
+    field("prompt", COMPLETIONS, When::OnePrompt, When::OnePrompt, "a hand-off is for one prompt"),
+    field("messages", CHAT, When::List, When::PlainChat, "images and tool calls are no token ids"),
+    field("model", BOTH, When::Always, When::Always, "both legs name it"),
+    field("n", BOTH, When::Only(&["1"]), When::Only(&["1"]), "KV can be fetched once"),
+    field("use_beam_search", BOTH, FALSE, FALSE, "beams start from the prompt again and again"),
+    field("length_penalty", BOTH, When::Always, ONE, "is about beams"),
+    field("echo", BOTH, FALSE, FALSE, "the prompt is part of the answer"),
+    field("prompt_logprobs", BOTH, When::Never, When::Never, "the decode engine would have to compute the prompt"),
+    field("prompt_embeds", COMPLETIONS, When::Never, When::Never, "KV is matched by token ids"),
+    field("truncate_prompt_tokens", BOTH, When::Never, When::Never, "vLLM cuts by the tokens to generate, which differ between the legs"),
+    field("truncation_side", BOTH, When::Always, When::Never, SHAPES_PROMPT),
+    field("max_tokens", BOTH, When::Count, When::Count, "a wrong one is the engine's to refuse, before any prefill"),
+    field("max_completion_tokens", CHAT, When::Count, When::Count, "a wrong one is the engine's to refuse, before any prefill"),
+    field("min_tokens", BOTH, When::Always, When::Only(&["0"]), LOOKS_BACK),
+    field("stop", BOTH, When::Always, EMPTY, LOOKS_BACK),
+    field("stop_token_ids", BOTH, When::Always, EMPTY, LOOKS_BACK),
+    field("include_stop_str_in_output", BOTH, When::Always, FALSE, LOOKS_BACK),
+    field("ignore_eos", BOTH, When::Always, When::Only(&["true", "false"]), EACH_STEP),
+    field("temperature", BOTH, When::Always, When::Always, EACH_STEP),
+    field("top_p", BOTH, When::Always, When::Always, EACH_STEP),
+    field("top_k", BOTH, When::Always, When::Always, EACH_STEP),
+    field("min_p", BOTH, When::Always, When::Always, EACH_STEP),
+    field("seed", BOTH, When::Always, When::Never, "the decode engine would draw as for a first token"),
+    field("presence_penalty", BOTH, When::Always, ZERO, LOOKS_BACK),
+    field("frequency_penalty", BOTH, When::Always, ZERO, LOOKS_BACK),
+    field("repetition_penalty", BOTH, When::Always, ONE, LOOKS_BACK),
+    field("repetition_detection", BOTH, When::Always, When::Never, LOOKS_BACK),
+    field("bad_words", BOTH, When::Always, EMPTY, LOOKS_BACK),
+    field("logit_bias", BOTH, When::Always, When::Never, "a key of a special token makes the first token one"),
+    field("allowed_token_ids", BOTH, When::Always, When::Never, "the same"),
+    field("watermarking", BOTH, When::Always, FALSE, LOOKS_BACK),
+    field("logprobs", COMPLETIONS, When::Always, When::Never, SHAPES_ANSWER),
+    field("logprobs", CHAT, When::Always, FALSE, SHAPES_ANSWER),
+    field("top_logprobs", CHAT, When::Always, When::Only(&["0"]), SHAPES_ANSWER),
+    field("logprob_token_ids", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("return_tokens_as_token_ids", BOTH, When::Always, FALSE, SHAPES_ANSWER),
+    field("return_token_ids", BOTH, When::Always, FALSE, SHAPES_ANSWER),
+    field("return_token_offsets", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("return_weight_versions", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("return_mm_kwargs", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("routed_experts_prompt_start", BOTH, When::Always, When::Never, SHAPES_ANSWER),
+    field("return_prompt_text", CHAT, When::Always, FALSE, SHAPES_ANSWER),
+    field("response_format", BOTH, When::Always, When::Never, "the grammar begins with the answer"),
+    field("structured_outputs", BOTH, When::Always, When::Never, "the grammar begins with the answer"),
+    field("tools", CHAT, When::Always, When::Never, "the parser begins with the answer"),
+    field("tool_choice", CHAT, When::Always, When::Only(&["\"none\""]), "the parser begins with the answer"),
+    field("parallel_tool_calls", CHAT, When::Always, TRUE, "is about tools"),
+    field("reasoning_effort", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("include_reasoning", CHAT, When::Always, TRUE, SHAPES_ANSWER),
+    field("thinking_token_budget", BOTH, When::Always, When::Never, LOOKS_BACK),
+    field("chat_template", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("chat_template_kwargs", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("add_generation_prompt", CHAT, When::Always, TRUE, SHAPES_PROMPT),
+    field("continue_final_message", CHAT, When::Always, FALSE, SHAPES_PROMPT),
+    field("media_io_kwargs", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("mm_processor_kwargs", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("mm_payload", BOTH, When::Always, When::Never, SHAPES_PROMPT),
+    field("documents", CHAT, When::Always, When::Never, SHAPES_PROMPT),
+    field("add_special_tokens", BOTH, When::Always, When::Never, SHAPES_PROMPT),
+    field("suffix", COMPLETIONS, When::Always, When::Never, "vLLM refuses it"),
+    field("skip_special_tokens", BOTH, When::Always, TRUE, "the first token may be one"),
+    field("spaces_between_special_tokens", BOTH, When::Always, TRUE, "the first token may be one"),
+    field("stream", BOTH, When::Always, When::Only(&["true", "false"]), "an event per token"),
+    field("stream_options", BOTH, When::Always, When::IncludeUsage, "counts of each event would differ by the first token"),
+    field("stream_interval", BOTH, When::Always, When::Only(&["1"]), "the first token is an event of its own"),
+    field("cache_salt", BOTH, When::Always, When::Never, "LMCache's keys depend on it"),
+    field("priority", BOTH, When::Always, When::Only(&["0"]), "is about each leg alone"),
+    field("user", BOTH, When::Always, When::Always, "no engine looks at it"),
+    field("request_id", BOTH, When::Always, When::Always, "the proxy's own id goes before it, and is the answer's"),
+    field("session_id", BOTH, When::Always, When::Always, "is about each leg alone"),
+    field("vllm_xargs", BOTH, When::Always, When::Never, "its meaning is not known; transfer parameters are taken out"),
+    field("kv_transfer_params", BOTH, When::Always, When::Always, "taken out: it could kill an engine or fetch another client's text"),
+    field("ec_transfer_params", BOTH, When::Always, When::Always, "taken out"),
+];

@@ -1,0 +1,9 @@
+//! What bodies and event streams hold: reading, editing, and the rule of each field.
+
+pub(crate) mod document;
+pub(crate) mod field_table;
+pub(crate) mod media;
+pub(crate) mod read;
+pub(crate) mod serving_mode;
+pub(crate) mod sse;
+pub(crate) mod usage;

@@ -1,0 +1,529 @@
+//! The canary: one real generation through a pair of engines before clients may use it.
+//!
+//! It must come back, equal what the decode engine says alone as far as numbers can (`likeness`), and the decode engine's
+//! own counters must show that KV moved. It uses the very flow that clients' requests use.
+
+mod output_match;
+mod prompt;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{Method, Response, StatusCode};
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use crate::connector::{DecodeFlow, TransferCounter, TransferUnit};
+use crate::fleet::EngineId;
+use crate::proxy::body::document::Document;
+use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::error::{ProxyError, Stage};
+use crate::proxy::request::attempt::{Job, Stages, Told, new_id};
+use crate::proxy::request::flow::answer;
+use crate::proxy::schedule::lease::Seat;
+use crate::proxy::telemetry::metrics::Outcome;
+use crate::proxy::telemetry::record::Record;
+use crate::proxy::upstream::Call;
+use crate::proxy::{Proxy, Shared};
+use crate::report::one_line;
+use crate::samples::{as_text_format, sum};
+use output_match::{ALTERNATIVES, Answer, Likeness};
+use prompt::{SHORT_WORDS, Short, long_words, of_words};
+
+/// Tokens to generate.
+const TOKENS: u64 = 8;
+
+/// How many prompts are tried where the answers differ, and only the order of additions may be the reason. One answer
+/// that is the same proves the pair; with none, most of them must have begun the same.
+const FLIGHTS: usize = 5;
+
+/// How long the decode engine's counters can lag behind its answer, and longest wait for them: on a busy host metrics come late.
+const COUNTER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Time between two looks at the counters.
+const COUNTER_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Which prompts a canary asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CanaryPrompts {
+    /// A short prompt.
+    Short,
+    /// A short prompt, then a long one that takes several KV blocks and engine steps. It finds faults that short prompts do not
+    /// show. It is left out if KV is pushed, because the proxy does not know the size of LMCache's buffer, and if the model or the
+    /// time allows no long prompt.
+    ShortAndLong,
+}
+
+/// How much KV the decode engine says it has received.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Transferred {
+    /// The growth of its counter.
+    pub amount: f64,
+    /// What that counts.
+    pub unit: TransferUnit,
+}
+
+impl fmt::Display for Transferred {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = match self.unit {
+            TransferUnit::Bytes => "bytes",
+            TransferUnit::Tokens => "tokens",
+        };
+        write!(formatter, "{:.0} {unit}", self.amount)
+    }
+}
+
+/// What a successful canary saw.
+#[derive(Debug, Clone)]
+pub struct CanaryReport {
+    /// The prefill and the decode engine.
+    pub pair: (EngineId, EngineId),
+    /// What the decode engine received.
+    pub transferred: Transferred,
+    /// From the prefill's answer to the decode engine's: notification, transfer and first token.
+    pub first_handoff: Duration,
+    /// The whole request through the pair.
+    pub total: Duration,
+}
+
+impl fmt::Display for CanaryReport {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (prefill, decode) = &self.pair;
+        write!(
+            formatter,
+            "{prefill} handed {} to {decode} in {:.0} ms, {:.0} ms in all",
+            self.transferred,
+            self.first_handoff.as_secs_f64() * 1e3,
+            self.total.as_secs_f64() * 1e3,
+        )
+    }
+}
+
+/// Why a pair must not serve clients.
+#[derive(Debug, thiserror::Error)]
+pub enum CanaryError {
+    /// The generation failed.
+    #[error("the generation through `{prefill}` and `{decode}` failed: {reason}")]
+    Failed {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+        /// The whole chain of errors, or the engine's own answer.
+        reason: String,
+    },
+    /// The decode engine's metrics cannot be read.
+    #[error("the metrics of `{engine}` cannot be read: {reason}")]
+    Metrics {
+        /// The decode engine.
+        engine: EngineId,
+        /// The whole chain of errors.
+        reason: String,
+    },
+    /// The decode engine's usage says that it computed the prompt itself.
+    #[error("no KV of this prompt moved from `{prefill}` to `{decode}`: `{decode}` computed it by itself")]
+    Recomputed {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+    },
+    /// The answer was right, but no counter of the decode engine shows that KV came.
+    #[error("no KV moved from `{prefill}` to `{decode}`: none of {counters} grew")]
+    NothingMoved {
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+        /// The counters that were watched.
+        counters: String,
+    },
+    /// The KV that arrived is not that of the prompt.
+    #[error(
+        "{}`{prefill}` and `{decode}` answer {through:?}, `{decode}` alone {alone:?}: the KV that arrives is wrong",
+        tokens.map(|tokens| format!("to a prompt of {tokens} tokens ")).unwrap_or_default()
+    )]
+    Differs {
+        /// Tokens of the prompt, if the decode engine says.
+        tokens: Option<u64>,
+        /// The prefill engine.
+        prefill: EngineId,
+        /// The decode engine.
+        decode: EngineId,
+        /// The text through the pair.
+        through: String,
+        /// The decode engine's own.
+        alone: String,
+    },
+}
+
+impl Proxy {
+    /// Real generations through this very pair, before clients may use it. The engines must be healthy or ready. The report is
+    /// that of the short prompt.
+    ///
+    /// # Errors
+    /// When one fails twice, no KV moved, or the answers are not the decode engine's own.
+    pub async fn canary(
+        &self,
+        prefill: &EngineId,
+        decode: &EngineId,
+        prompts: CanaryPrompts,
+    ) -> Result<CanaryReport, CanaryError> {
+        let canary = Canary {
+            shared: &self.0,
+            prefill,
+            decode,
+        };
+        Box::pin(canary.fly(prompts)).await
+    }
+}
+
+/// One prompt, answered through the pair and by the decode engine alone.
+struct Flight {
+    report: CanaryReport,
+    through: Answer,
+    alone: Answer,
+    /// Tokens of the prompt, if the decode engine says.
+    tokens: Option<u64>,
+}
+
+struct Canary<'run> {
+    shared: &'run Arc<Shared>,
+    prefill: &'run EngineId,
+    decode: &'run EngineId,
+}
+
+impl Canary<'_> {
+    async fn fly(&self, prompts: CanaryPrompts) -> Result<CanaryReport, CanaryError> {
+        let short = self.proven(SHORT_WORDS).await?;
+        let pulls = !self.shared.settings.connector.notifies();
+        if prompts == CanaryPrompts::ShortAndLong
+            && pulls
+            && let Some(words) = self.long_words(&short).await?
+        {
+            self.proven(words).await?;
+        }
+        Ok(short.report)
+    }
+
+    /// Words of the long prompt; `None` if there can be none.
+    async fn long_words(&self, short: &Flight) -> Result<Option<usize>, CanaryError> {
+        let (Some(tokens), Some(model_length)) = (short.tokens, self.model_length().await) else {
+            return Ok(None);
+        };
+        // Once more, because a first request pays for what an engine compiles and allocates late.
+        let sent = Instant::now();
+        self.alone(&self.body(SHORT_WORDS)).await?;
+        let short = Short {
+            tokens,
+            took: sent.elapsed(),
+            model_length,
+        };
+        Ok(long_words(short, TOKENS))
+    }
+
+    /// How many tokens both engines read and make of one request, if both say.
+    async fn model_length(&self) -> Option<u64> {
+        let mut least = u64::MAX;
+        let headers = self.shared.own_headers();
+        for engine in [self.prefill, self.decode] {
+            let view = Arc::clone(&self.shared.view.borrow());
+            let length = self.shared.length_of(view.engine(engine)?, &headers).await?;
+            least = least.min(length);
+        }
+        Some(least)
+    }
+
+    /// Repeats a prompt of this many words until the answer equals the decode engine's own, or certainly differs.
+    async fn proven(&self, words: usize) -> Result<Flight, CanaryError> {
+        let (mut flown, mut drifted) = (0, 0);
+        loop {
+            let flight = self.flight(words).await?;
+            let likeness = flight.through.likeness(&flight.alone);
+            tracing::info!(
+                prompt_tokens = flight.tokens,
+                through = flight.through.text,
+                alone = flight.alone.text,
+                "canary: {}; {likeness}",
+                flight.report
+            );
+            flown += 1;
+            drifted += usize::from(likeness == Likeness::Drifted);
+            let is_over = flown == FLIGHTS || likeness == Likeness::Different;
+            let began_alike = flown == FLIGHTS && drifted > FLIGHTS / 2;
+            if likeness == Likeness::Same || (began_alike && likeness != Likeness::Different) {
+                return Ok(flight);
+            }
+            if is_over {
+                return Err(CanaryError::Differs {
+                    tokens: flight.tokens,
+                    prefill: self.prefill.clone(),
+                    decode: self.decode.clone(),
+                    through: flight.through.text,
+                    alone: flight.alone.text,
+                });
+            }
+        }
+    }
+
+    /// One generation through the pair, and the same by the decode engine alone.
+    async fn flight(&self, words: usize) -> Result<Flight, CanaryError> {
+        let body = self.body(words);
+        let counters = self.shared.settings.connector.transfer_counters();
+        let before = self.counters(counters).await?;
+        let sent = Instant::now();
+        let response = self.through(body.clone()).await?;
+        let stages = response.extensions().get::<Stages>().copied().unwrap_or_default();
+        // The counters also grow with what other prefill engines hand over meanwhile.
+        let told = response.extensions().get::<Told>().copied().unwrap_or_default();
+        if told.outcome == Outcome::Recomputed {
+            return Err(CanaryError::Recomputed {
+                prefill: self.prefill.clone(),
+                decode: self.decode.clone(),
+            });
+        }
+        let (through, _) = self.whole(response).await?;
+        let total = sent.elapsed();
+        let transferred = self.growth(counters, &before).await?;
+        let (alone, tokens) = self.alone(&body).await?;
+        let report = CanaryReport {
+            pair: (self.prefill.clone(), self.decode.clone()),
+            transferred,
+            first_handoff: stages.handoff + stages.first_byte,
+            total,
+        };
+        Ok(Flight {
+            report,
+            through,
+            alone,
+            tokens,
+        })
+    }
+
+    fn body(&self, words: usize) -> Bytes {
+        let model = &self.shared.settings.served_model_name;
+        let mut body = serde_json::json!({
+            "model": model, "prompt": of_words(words), "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
+        });
+        // A splice would send a request with probabilities to the decode engine alone.
+        if self.shared.settings.connector.decode_flow() == DecodeFlow::Original {
+            body["logprobs"] = ALTERNATIVES.into();
+        }
+        body.to_string().into()
+    }
+
+    fn failed(&self, reason: String) -> CanaryError {
+        CanaryError::Failed {
+            prefill: self.prefill.clone(),
+            decode: self.decode.clone(),
+            reason,
+        }
+    }
+
+    async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
+        // A full proxy says nothing about the pair.
+        let permit = Arc::clone(&self.shared.admission).acquire_owned().await;
+        let permit = permit.map_err(|error| self.failed(error.to_string()))?;
+        let record = Arc::new(Record::of_canary(self.shared));
+        record.generates(None);
+        let job = Job {
+            kind: Kind::Completions,
+            body,
+            headers: self.shared.own_headers(),
+            session: None,
+            pair: Some((self.prefill.clone(), self.decode.clone())),
+            deadlines: self.shared.deadlines(),
+            arrived: Instant::now(),
+            permit: Arc::new(permit),
+            record: Arc::clone(&record),
+        };
+        answer(self.shared, job)
+            .await
+            .map(|response| record.answer(response))
+            .map_err(|error| self.failed(one_line(&error)))
+    }
+
+    fn seat(&self) -> Result<Seat, CanaryError> {
+        let view = Arc::clone(&self.shared.view.borrow());
+        view.engine(self.decode)
+            .and_then(|engine| Seat::take(engine, &self.shared.view))
+            .ok_or_else(|| self.failed(format!("`{}` is not up", self.decode)))
+    }
+
+    /// The same prompt on the decode engine alone. The salt keeps it from caches, which may hold the KV that was handed over.
+    async fn alone(&self, body: &Bytes) -> Result<(Answer, Option<u64>), CanaryError> {
+        let seat = self.seat()?;
+        let salt = format!("\"{}\"", uuid::Uuid::new_v4());
+        let edits = [("cache_salt", Some(salt.as_str()))];
+        let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
+        let headers = self.shared.own_headers();
+        let id = new_id();
+        let call = Call {
+            body,
+            ..Call::post(Kind::Completions.path(), &headers, &id, Vec::new())
+        };
+        let step = self.shared.upstream.fetch(&seat.engine, call);
+        let answer: Result<_, ProxyError> = seat.run(Stage::Pass, self.shared.deadlines().decode, step).await;
+        let (head, body) = answer.map_err(|error| self.failed(one_line(&error)))?;
+        self.read(head.status, &body)
+    }
+
+    async fn whole(&self, response: Response<Body>) -> Result<(Answer, Option<u64>), CanaryError> {
+        let status = response.status();
+        let body = response.into_body().collect().await;
+        let body = body.map_err(|error| self.failed(one_line(&error)))?.to_bytes();
+        self.read(status, &body)
+    }
+
+    /// The answer, and how many tokens the prompt has if the engine says.
+    fn read(&self, status: StatusCode, body: &[u8]) -> Result<(Answer, Option<u64>), CanaryError> {
+        #[derive(Deserialize)]
+        struct Completion {
+            choices: Vec<Answer>,
+            usage: Option<Usage>,
+        }
+        #[derive(Deserialize)]
+        struct Usage {
+            prompt_tokens: u64,
+        }
+        let completion = serde_json::from_slice::<Completion>(body).ok();
+        let parts = completion.map(|completion| (completion.choices.into_iter().next(), completion.usage));
+        match parts {
+            Some((Some(answer), usage)) if status.is_success() => Ok((answer, usage.map(|usage| usage.prompt_tokens))),
+            _ => {
+                let beginning: String = String::from_utf8_lossy(body).chars().take(500).collect();
+                Err(self.failed(format!("{status}: {beginning}")))
+            }
+        }
+    }
+
+    /// The decode engine's counters, one value each.
+    async fn counters(&self, counters: &[TransferCounter]) -> Result<Vec<f64>, CanaryError> {
+        let seat = self.seat()?;
+        let headers = self.shared.own_headers();
+        let call = Call {
+            method: Method::GET,
+            path: "/metrics",
+            headers: &headers,
+            request_id: None,
+            body: Bytes::new(),
+        };
+        let step = self.shared.upstream.fetch(&seat.engine, call);
+        let answer = seat.run(Stage::Pass, COUNTER_DEADLINE, step).await;
+        let (_, body) = answer.map_err(|error| CanaryError::Metrics {
+            engine: self.decode.clone(),
+            reason: one_line(&error),
+        })?;
+        let text = String::from_utf8_lossy(&body);
+        let text = as_text_format(&text);
+        if !text
+            .lines()
+            .any(|line| line.starts_with(|first: char| first.is_ascii_alphabetic()))
+        {
+            return Err(CanaryError::Metrics {
+                engine: self.decode.clone(),
+                reason: "there are none: an option or a variable of the engine turns them off".to_owned(),
+            });
+        }
+        if let Some(tokens) = capacity(&text) {
+            self.shared.seats.said(&seat.engine, tokens);
+        }
+        Ok(counters.iter().map(|counter| value(&text, counter)).collect())
+    }
+
+    /// Waits until one of the counters has grown.
+    async fn growth(&self, counters: &[TransferCounter], before: &[f64]) -> Result<Transferred, CanaryError> {
+        let deadline = Instant::now() + COUNTER_DEADLINE;
+        loop {
+            let after = self.counters(counters).await?;
+            let grown = counters
+                .iter()
+                .zip(before.iter().zip(&after))
+                .map(|(counter, (before, after))| (counter.unit, after - before))
+                .find(|(_, growth)| *growth > 0.0);
+            if let Some((unit, amount)) = grown {
+                return Ok(Transferred { amount, unit });
+            }
+            if Instant::now() >= deadline {
+                let names: Vec<_> = counters.iter().map(|counter| format!("`{}`", counter.name)).collect();
+                return Err(CanaryError::NothingMoved {
+                    prefill: self.prefill.clone(),
+                    decode: self.decode.clone(),
+                    counters: names.join(", "),
+                });
+            }
+            tokio::time::sleep(COUNTER_INTERVAL).await;
+        }
+    }
+}
+
+/// Tokens that an engine's KV cache holds, by `vllm:cache_config_info` of vLLM 0.32, over all its engine cores. `None` where
+/// it says nothing.
+fn capacity(text: &str) -> Option<u64> {
+    let core = |line: &str| {
+        let labels = line.strip_prefix("vllm:cache_config_info{")?;
+        let number = |name: &str| -> Option<u64> {
+            let mut pairs = labels
+                .split(',')
+                .filter_map(|pair| pair.trim_end_matches('}').split_once('='));
+            let value = pairs.find_map(|(key, value)| (key == name).then_some(value))?;
+            value.strip_prefix('"')?.split('"').next()?.parse().ok()
+        };
+        number("block_size")?.checked_mul(number("num_gpu_blocks")?)
+    };
+    let tokens = text.lines().filter_map(core).reduce(u64::saturating_add);
+    tokens.filter(|tokens| *tokens > 0)
+}
+
+/// A counter in Prometheus text. One that is not there is 0: vLLM exports some only after their first count.
+fn value(text: &str, counter: &TransferCounter) -> f64 {
+    let names = [counter.name.to_owned(), format!("{}_total", counter.name)];
+    names.iter().map(|name| sum(text, name, counter.label)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_of_the_kv_cache_is_read_where_it_is_known() {
+        let line = |blocks: &str, engine: u8| {
+            format!(
+                "vllm:cache_config_info{{block_size=\"16\",engine=\"{engine}\",num_cpu_blocks=\"None\",num_gpu_blocks=\"{blocks}\"}} 1.0\n"
+            )
+        };
+        let head = "# TYPE vllm:cache_config_info gauge\n";
+        assert_eq!(capacity(&format!("{head}{}", line("100", 0))), Some(1600));
+        assert_eq!(capacity(&format!("{}{}", line("100", 0), line("50", 1))), Some(2400));
+        assert_eq!(capacity(&line("None", 0)), None);
+        assert_eq!(capacity(head), None);
+    }
+
+    #[test]
+    fn counters_are_read_with_and_without_their_suffix() {
+        let text = "# HELP vllm:external_prefix_cache_hits_total x\n\
+            vllm:external_prefix_cache_hits_total{engine=\"0\",model_name=\"m\"} 7.0\n\
+            vllm:external_prefix_cache_hits_total{engine=\"1\",model_name=\"m\"} 2.0\n\
+            vllm:external_prefix_cache_hits_created{engine=\"0\"} 1.7e9\n\
+            vllm:prompt_tokens_by_source_total{source=\"local_compute\",engine=\"0\"} 9.0\n\
+            vllm:prompt_tokens_by_source_total{engine=\"0\",source=\"external_kv_transfer\"} 4.0\n\
+            vllm:nixl_bytes_transferred_sum 1.5e3\n";
+        let counter = |name, label| TransferCounter {
+            name,
+            label,
+            unit: TransferUnit::Tokens,
+        };
+        let read = |name, label| value(text, &counter(name, label)).to_string();
+        assert_eq!(read("vllm:external_prefix_cache_hits", None), "9");
+        assert_eq!(
+            read("vllm:prompt_tokens_by_source", Some("source=\"external_kv_transfer\"")),
+            "4"
+        );
+        assert_eq!(read("vllm:nixl_bytes_transferred_sum", None), "1500");
+        assert_eq!(read("vllm:absent", None), "0");
+    }
+}

@@ -1,0 +1,46 @@
+//! How many tokens the engines' model reads and makes of one request, as engines report it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::HeaderMap;
+use serde::Deserialize;
+
+use crate::fleet::{EngineView, Role};
+use crate::proxy::Shared;
+use crate::proxy::upstream::Call;
+
+/// How long an engine may take.
+const DEADLINE: Duration = Duration::from_secs(3);
+
+impl Shared {
+    /// How many tokens the engines' model reads and makes of one request, as a decode engine says with these headers.
+    pub(crate) async fn model_length(&self, headers: &HeaderMap) -> Option<u64> {
+        if let Some(length) = self.model_length.get() {
+            return Some(*length);
+        }
+        let length = self.asked_length.get(self.ask_for_length(headers)).await?;
+        Some(*self.model_length.get_or_init(|| length))
+    }
+
+    async fn ask_for_length(&self, headers: &HeaderMap) -> Option<u64> {
+        let view = Arc::clone(&self.view.borrow());
+        self.length_of(view.serving(Role::Decode).next()?, headers).await
+    }
+
+    /// How many tokens this engine's model reads and makes of one request, if it says so with these headers.
+    pub(crate) async fn length_of(&self, engine: &EngineView, headers: &HeaderMap) -> Option<u64> {
+        #[derive(Deserialize)]
+        struct Models {
+            data: Vec<Model>,
+        }
+        #[derive(Deserialize)]
+        struct Model {
+            max_model_len: Option<u64>,
+        }
+        let step = self.upstream.fetch(engine, Call::get("/v1/models", headers));
+        let (_, body) = tokio::time::timeout(DEADLINE, step).await.ok()?.ok()?;
+        let models: Models = serde_json::from_slice(&body).ok()?;
+        models.data.iter().filter_map(|model| model.max_model_len).max()
+    }
+}

@@ -1,0 +1,117 @@
+//! Whether engines are healthy and which version they run, as anyone can ask the fleet.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use bytes::Bytes;
+use futures_util::future::join_all;
+
+use crate::fleet::{EngineId, EngineView, Role};
+use crate::proxy::Shared;
+use crate::proxy::error::{ProxyError, Stage};
+use crate::proxy::schedule::lease::Seat;
+use crate::proxy::upstream::Call;
+use crate::service::WithoutPrefill;
+
+/// How long an engine may take.
+const DEADLINE: Duration = Duration::from_secs(3);
+
+/// What a decode engine answered about its version.
+#[derive(Debug, Clone)]
+pub(crate) struct Version {
+    status: StatusCode,
+    content_type: Option<HeaderValue>,
+    body: Bytes,
+}
+
+impl Version {
+    fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.body));
+        *response.status_mut() = self.status;
+        let content_type = self.content_type.map(|value| (header::CONTENT_TYPE, value));
+        response.headers_mut().extend(content_type);
+        response
+    }
+}
+
+impl Shared {
+    /// The version of the engines, which are all the same.
+    ///
+    /// # Errors
+    /// When no decode engine serves, or the one that was asked does not answer.
+    pub(crate) async fn engine_version(&self) -> Result<Response<Body>, ProxyError> {
+        let mut failed = None;
+        let ask = async {
+            let version = self.ask_for_version().await;
+            version.map_err(|error| failed = Some(error)).ok()
+        };
+        match self.version.get(ask).await {
+            Some(version) => Ok(version.into_response()),
+            None => Err(failed.unwrap_or(ProxyError::NoEngine(Role::Decode))),
+        }
+    }
+
+    async fn ask_for_version(&self) -> Result<Version, ProxyError> {
+        let view = Arc::clone(&self.view.borrow());
+        let mut seats = view
+            .serving(Role::Decode)
+            .filter_map(|engine| Seat::take(engine, &self.view));
+        let seat = seats.next().ok_or(ProxyError::NoEngine(Role::Decode))?;
+        let headers = self.own_headers();
+        let step = self.upstream.fetch(&seat.engine, Call::get("/version", &headers));
+        let (head, body) = seat.run(Stage::Pass, DEADLINE, step).await?;
+        Ok(Version {
+            status: head.status,
+            content_type: head.headers.get(header::CONTENT_TYPE).cloned(),
+            body,
+        })
+    }
+
+    /// The engines that say of themselves that they are well, where nobody else watches them.
+    pub(crate) async fn well_engines(&self) -> Arc<[EngineId]> {
+        self.well.recent(self.ask_whether_well()).await
+    }
+
+    async fn ask_whether_well(&self) -> Arc<[EngineId]> {
+        let view = Arc::clone(&self.view.borrow());
+        let asked = view.engines.iter().map(|engine| self.is_well(engine));
+        let well = join_all(asked).await;
+        let engines = view.engines.iter().zip(well).filter(|(_, is_well)| *is_well);
+        engines.map(|(engine, _)| engine.id.clone()).collect()
+    }
+
+    async fn is_well(&self, engine: &EngineView) -> bool {
+        let headers = self.own_headers();
+        let step = self.upstream.fetch(engine, Call::get("/health", &headers));
+        let answer = tokio::time::timeout(DEADLINE, step).await;
+        matches!(answer, Ok(Ok((head, _))) if head.status.is_success())
+    }
+
+    /// Whether the fleet is at a stage that takes clients. Which engines a request needs is its own matter.
+    pub(super) fn takes_clients(&self) -> Result<(), ProxyError> {
+        match self.view.borrow().stage {
+            stage if stage.serves() => Ok(()),
+            stage => Err(ProxyError::NotServing(stage)),
+        }
+    }
+
+    /// Whether a request that needs both roles would be served.
+    pub(super) async fn is_healthy(&self) -> Result<(), ProxyError> {
+        self.takes_clients()?;
+        let view = Arc::clone(&self.view.borrow());
+        let needs_prefill = self.settings.service.routing.without_prefill == WithoutPrefill::Fail;
+        let well = if self.settings.asks_engines {
+            Some(self.well_engines().await)
+        } else {
+            None
+        };
+        let is_well = |engine: &Arc<EngineView>| well.as_ref().is_none_or(|well| well.contains(&engine.id));
+        let missing = [Role::Prefill, Role::Decode]
+            .into_iter()
+            .filter(|role| needs_prefill || *role == Role::Decode)
+            .find(|role| !view.serving(*role).any(is_well));
+        missing.map_or(Ok(()), |role| Err(ProxyError::NoEngine(role)))
+    }
+}

@@ -1,0 +1,78 @@
+//! The entrance: what every request goes through before its route, whatever it asks for.
+//!
+//! Knows headers only: who is let in, and how much of them is taken. What a route does is the route's.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{Response, header};
+use axum::middleware::Next;
+
+use super::cors;
+use super::respond::respond;
+use super::strict_heads::Refusal;
+use crate::proxy::Shared;
+use crate::proxy::error::ProxyError;
+use crate::proxy::overload::Limit;
+use crate::proxy::telemetry::record::Record;
+
+/// Most headers of a request, and most bytes of their names and values together. A client behind several gateways sends
+/// some forty of a few kilobytes.
+const MAX_HEADERS: usize = 90;
+const MAX_HEADER_BYTES: usize = 32 << 10;
+
+/// What is answered on every connection, also on those beyond the limit.
+const ALWAYS: [&str; 3] = ["/health", "/ping", "/metrics"];
+
+/// Lets a request in, or answers why not.
+pub(crate) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
+    let method = request.method().clone();
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let pages = &shared.settings.service.cors;
+    let record = Arc::new(Record::of_client(&shared, method, request.headers_mut()));
+    let mut response = match shared.check(&request) {
+        Ok(()) if cors::is_preflight(request.method(), request.headers()) => {
+            return cors::preflight(pages, request.headers());
+        }
+        Ok(()) => {
+            request.extensions_mut().insert(Arc::clone(&record));
+            next.run(request).await
+        }
+        Err(error) => respond(&shared, "other", Err(error)),
+    };
+    cors::mark(pages, origin.as_ref(), response.headers_mut());
+    record.answer(response)
+}
+
+impl Shared {
+    fn check(&self, request: &Request) -> Result<(), ProxyError> {
+        let headers = request.headers();
+        if let Some(refusal) = Refusal::of(headers) {
+            return Err(ProxyError::Http(refusal));
+        }
+        let limit = request.extensions().get::<Limit>();
+        if let Some(limit) = limit.filter(|_| !ALWAYS.contains(&request.uri().path())) {
+            self.metrics.overload.reached(*limit);
+            return Err(ProxyError::Connections(*limit));
+        }
+        let bytes: usize = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len())
+            .sum();
+        if headers.len() > MAX_HEADERS || bytes > MAX_HEADER_BYTES {
+            return Err(ProxyError::HeadersTooLarge {
+                most: MAX_HEADERS,
+                bytes: MAX_HEADER_BYTES,
+            });
+        }
+        let keys = &self.settings.parts.client_keys;
+        if keys.let_in(request.method(), request.uri().path(), request.headers()) {
+            Ok(())
+        } else {
+            Err(ProxyError::Unauthorized {
+                bears_none: !request.headers().contains_key(header::AUTHORIZATION),
+            })
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Turns the outcome of a route into an answer, and counts it.
+
+use axum::body::Body;
+use axum::http::Response;
+
+use crate::proxy::Shared;
+use crate::proxy::error::{Code, ProxyError};
+use crate::proxy::telemetry::record::Endpoint;
+use crate::report::one_line;
+
+pub(crate) fn respond(
+    shared: &Shared,
+    endpoint: &'static str,
+    outcome: Result<Response<Body>, ProxyError>,
+) -> Response<Body> {
+    let mut response = outcome.unwrap_or_else(|error| {
+        tracing::warn!(
+            kind = error.code(),
+            endpoint,
+            error = one_line(&error),
+            "request failed"
+        );
+        error.to_response()
+    });
+    shared.metrics.answered(endpoint, response.status().as_u16());
+    if let Some(Code(code)) = response.extensions().get() {
+        shared.metrics.failed(code);
+    }
+    response.extensions_mut().insert(Endpoint(endpoint));
+    response
+}

@@ -1,0 +1,215 @@
+//! The proxy itself, and the state that all of its requests share.
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::body::read::Bodies;
+use super::error::ProxyError;
+use super::request::attempt::Deadlines;
+use super::schedule::pairs::Pairs;
+use super::schedule::selection::Seats;
+use super::server::engine_status::Version;
+use super::server::handlers;
+use super::server::listen::{self, Limits};
+use super::settings::Settings;
+use super::telemetry::metrics::Metrics;
+use super::transfer::notify::Notifications;
+use super::upstream::{SharedAnswer, Upstream};
+use crate::fleet::{EngineId, EngineView, FleetView, Role};
+
+/// A proxy. Clones are the same proxy.
+#[derive(Debug, Clone)]
+pub struct Proxy(pub(crate) Arc<Shared>);
+
+/// What all requests of a proxy share.
+pub(crate) struct Shared {
+    pub(crate) settings: Settings,
+    pub(crate) view: watch::Receiver<Arc<FleetView>>,
+    pub(crate) notifications: Option<Notifications>,
+    pub(crate) upstream: Upstream,
+    pub(crate) metrics: Metrics,
+    /// The merged metrics and the engines' version: many clients that ask do not multiply the questions to engines.
+    pub(crate) merged: SharedAnswer<Bytes>,
+    pub(crate) version: SharedAnswer<Option<Version>>,
+    /// The engines that are well, where nobody watches them.
+    pub(crate) well: SharedAnswer<Arc<[EngineId]>>,
+    /// How long the engines' model is, once one of them has said it.
+    pub(crate) asked_length: SharedAnswer<Option<u64>>,
+    pub(crate) model_length: OnceLock<u64>,
+    pub(crate) admission: Arc<Semaphore>,
+    pub(crate) bodies: Arc<Bodies>,
+    pub(crate) seats: Seats,
+    pub(crate) pairs: Mutex<Pairs>,
+    /// The pair (prefill, decode) between which hand-offs fail or crawl.
+    pub(crate) suspects: watch::Sender<Option<(EngineId, EngineId)>>,
+    pub(crate) prefill_turn: AtomicUsize,
+    pub(crate) decode_turn: AtomicUsize,
+    /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
+    pub(crate) cleanups: TaskTracker,
+    /// Places for clean-ups that wait for an overdue notification.
+    pub(crate) overdue: Arc<Semaphore>,
+    /// The proxy ends.
+    pub(crate) closing: CancellationToken,
+}
+
+/// Overdue notifications that are waited for at once. Each costs about a kilobyte and its request's body.
+const OVERDUE_AT_ONCE: usize = 1024;
+
+impl Proxy {
+    /// A proxy over the engines of `view`. LMCache needs `notifications`.
+    pub fn new(
+        settings: Settings,
+        view: watch::Receiver<Arc<FleetView>>,
+        notifications: Option<Notifications>,
+    ) -> Self {
+        let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
+        let metrics = Metrics::new(&settings);
+        let bodies = Bodies::new(settings.max_body_bytes, settings.service.admission.body_bytes);
+        Self(Arc::new(Shared {
+            upstream: Upstream::new(metrics.overload.clone()),
+            bodies: Arc::new(bodies),
+            seats: Seats::new(&settings.service.admission),
+            metrics,
+            pairs: Mutex::default(),
+            suspects: watch::Sender::default(),
+            settings,
+            view,
+            notifications,
+            merged: SharedAnswer::default(),
+            version: SharedAnswer::default(),
+            well: SharedAnswer::default(),
+            asked_length: SharedAnswer::default(),
+            model_length: OnceLock::new(),
+            admission,
+            prefill_turn: AtomicUsize::new(0),
+            decode_turn: AtomicUsize::new(0),
+            cleanups: TaskTracker::new(),
+            overdue: Arc::new(Semaphore::new(OVERDUE_AT_ONCE)),
+            closing: CancellationToken::new(),
+        }))
+    }
+
+    /// Serves until `stop` is cancelled, then lets what is in flight end, clean-ups included. How long that may take is
+    /// the caller's to bound.
+    ///
+    /// # Errors
+    /// When the listener cannot be used, or no thread can be started.
+    pub async fn serve(self, listener: tokio::net::TcpListener, stop: CancellationToken) -> std::io::Result<()> {
+        let router = handlers::router(Arc::clone(&self.0));
+        let limits = Limits {
+            clients: self.0.settings.service.clients.clone(),
+            tls: self.0.settings.parts.tls.clone(),
+            stall: self.0.settings.decode_idle_deadline,
+            upstream: self.0.upstream.clone(),
+            overload: self.0.metrics.overload.clone(),
+        };
+        let served = async {
+            let threads = listen::serve(listener, router, limits, stop).await?;
+            self.0.closing.cancel();
+            self.0.cleanups.close();
+            self.0.cleanups.wait().await;
+            drop(threads);
+            Ok(())
+        };
+        tokio::select! {
+            served = served => served,
+            () = self.0.upstream.close_idle() => Ok(()),
+        }
+    }
+
+    /// How long a request may wait until it is answered 503.
+    pub fn queue_deadline(&self) -> Duration {
+        self.0.settings.service.admission.queue_deadline
+    }
+
+    /// Requests in the proxy now, clean-ups of hand-offs included.
+    pub fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    /// The pair (prefill, decode) between which clients' hand-offs fail or crawl, whenever there is one.
+    pub fn suspects(&self) -> watch::Receiver<Option<(EngineId, EngineId)>> {
+        self.0.suspects.subscribe()
+    }
+
+    /// The proxy's own metrics in `OpenMetrics`' text format.
+    pub fn metrics_text(&self) -> String {
+        self.0.metrics_text(true)
+    }
+}
+
+impl Shared {
+    pub(crate) fn admit(&self) -> Result<OwnedSemaphorePermit, ProxyError> {
+        Arc::clone(&self.admission)
+            .try_acquire_owned()
+            .map_err(|_| ProxyError::Busy {
+                limit: self.settings.max_in_flight,
+            })
+    }
+
+    pub(crate) fn deadlines(&self) -> Deadlines {
+        Deadlines {
+            prefill: self.settings.prefill_deadline,
+            handoff: self.settings.handoff_deadline,
+            decode: self.settings.decode_idle_deadline,
+        }
+    }
+
+    /// A client's hand-off between these engines was good or bad.
+    pub(crate) fn note_handoff(&self, engines: &[Arc<EngineView>], is_bad: bool) {
+        let of = |role| engines.iter().find(|engine| engine.role == role);
+        let (Some(prefill), Some(decode)) = (of(Role::Prefill), of(Role::Decode)) else {
+            return;
+        };
+        let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        if pairs.note(prefill, decode, is_bad, Instant::now()) {
+            tracing::warn!(prefill = %prefill.id, decode = %decode.id, "hand-offs fail or crawl");
+            self.suspects
+                .send_replace(Some((prefill.id.clone(), decode.id.clone())));
+        }
+    }
+
+    /// One counter per role, so that with equal numbers of engines the pairs stay together, as in the reference proxy.
+    pub(crate) fn next_turn(&self, role: Role) -> usize {
+        let turn = match role {
+            Role::Prefill => &self.prefill_turn,
+            Role::Decode => &self.decode_turn,
+        };
+        turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        let limit = self.settings.max_in_flight.min(Semaphore::MAX_PERMITS);
+        limit.saturating_sub(self.admission.available_permits())
+    }
+
+    pub(crate) fn metrics_text(&self, as_vllm: bool) -> String {
+        let view = Arc::clone(&self.view.borrow());
+        self.metrics.holds_bodies(self.bodies.held());
+        self.metrics.text(
+            &view,
+            self.in_flight(),
+            self.seats.waiting(),
+            self.notifications.as_ref().map(Notifications::errors),
+            as_vllm,
+        )
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Proxy")
+            .field("settings", &self.settings)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}

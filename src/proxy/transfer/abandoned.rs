@@ -1,0 +1,108 @@
+//! A prefill leg that outlives its client for a moment, where the prefill engine keeps KV for a decode engine.
+//!
+//! An engine that has just finished when its client leaves keeps the blocks until their lease ends, and only its answer
+//! names them. So the answer is read although nobody waits for it, and the blocks are freed. A prefill that takes longer
+//! than a moment is broken off: the engine aborts it, and keeps nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::HeaderMap;
+use axum::http::response::Parts;
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::cleanup;
+use crate::connector::Handoff;
+use crate::proxy::Shared;
+use crate::proxy::error::{Cause, ProxyError, Stage};
+use crate::proxy::schedule::lease::{Kept, Seat};
+use crate::proxy::upstream::Call;
+
+/// How long a prefill continues without its client, and how long its decode engine is held for pushed KV. Long enough for most
+/// prompts, so that a lease rarely has to end by itself.
+pub(crate) const MOMENT: Duration = Duration::from_secs(5);
+
+/// The call of a prefill leg.
+#[derive(Debug)]
+pub(crate) struct PrefillCall {
+    pub(crate) seat: Arc<Seat>,
+    /// Keeps the leg a request in flight.
+    pub(crate) _permit: Arc<OwnedSemaphorePermit>,
+    pub(crate) path: &'static str,
+    pub(crate) headers: HeaderMap,
+    pub(crate) request_id: String,
+    pub(crate) body: Bytes,
+    pub(crate) deadline: Duration,
+}
+
+type Fetched = Result<(Parts, Bytes), ProxyError>;
+
+/// Makes the call in a task of its own, and returns the whole answer.
+pub(crate) async fn fetch(shared: &Arc<Shared>, call: PrefillCall) -> Fetched {
+    let (mut sender, receiver) = oneshot::channel();
+    let seat = Arc::clone(&call.seat);
+    let own = Arc::clone(shared);
+    shared.cleanups.spawn(async move {
+        let request = Call {
+            body: call.body.clone(),
+            ..Call::post(call.path, &call.headers, &call.request_id, Vec::new())
+        };
+        let step = own.upstream.fetch(&call.seat.engine, request);
+        let abandoned = async {
+            sender.closed().await;
+            tokio::select! {
+                () = own.closing.cancelled() => {}
+                () = tokio::time::sleep(MOMENT) => {}
+            }
+        };
+        let fetched = tokio::select! {
+            fetched = call.seat.run(Stage::Prefill, call.deadline, step) => fetched,
+            () = abandoned => return,
+        };
+        // If nobody takes it, its end frees the KV.
+        drop(sender.send(Unclaimed {
+            fetched: Some(fetched),
+            kept: Some(call.seat.keep()),
+            headers: call.headers,
+            request_id: call.request_id,
+            shared: own,
+        }));
+    });
+    match receiver.await {
+        Ok(mut unclaimed) => unclaimed.claim(),
+        Err(_) => Err(seat.failed(Stage::Prefill, Cause::Gone)),
+    }
+}
+
+/// An answer that its request has not taken yet.
+struct Unclaimed {
+    fetched: Option<Fetched>,
+    kept: Option<Kept>,
+    headers: HeaderMap,
+    request_id: String,
+    shared: Arc<Shared>,
+}
+
+impl Unclaimed {
+    fn claim(&mut self) -> Fetched {
+        self.fetched.take().expect("an answer is claimed once")
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        let (Some(Ok((head, body))), Some(kept)) = (self.fetched.take(), self.kept.take()) else {
+            return;
+        };
+        let handoff = self.shared.settings.connector.read_handoff(&body);
+        let (true, Ok(Handoff::Pull(params)), Ok(runtime)) =
+            (head.status.is_success(), handoff, tokio::runtime::Handle::try_current())
+        else {
+            return;
+        };
+        let (headers, request_id) = (std::mem::take(&mut self.headers), std::mem::take(&mut self.request_id));
+        let release = cleanup::release_abandoned(Arc::clone(&self.shared), kept, headers, request_id, params);
+        drop(self.shared.cleanups.spawn_on(release, &runtime));
+    }
+}

@@ -1,0 +1,180 @@
+//! What dropping an entry does, for every stage.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderMap, StatusCode};
+use bytes::Bytes;
+use serde_json::value::RawValue;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::cleanup::NO_MODEL;
+use super::*;
+use crate::connector::{Connector, Nixl};
+use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Role};
+use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::{Parts, Proxy, Settings};
+use crate::service::Service;
+
+fn engine(role: Role, port: u16) -> Arc<EngineView> {
+    Arc::new(EngineView {
+        id: EngineId::new(role, 0),
+        role,
+        incarnation: Incarnation::FIRST,
+        state: EngineState::Ready,
+        endpoint: Endpoint {
+            host: "127.0.0.1".into(),
+            port,
+            tensor_parallel: 1,
+            receiver: None,
+        },
+        pid: None,
+        reason: None,
+        restart_at: None,
+        load: Arc::new(Load::default()),
+    })
+}
+
+/// Brings an entry to where `go` leaves it, drops it, and returns what the decode engine was sent, and the metrics.
+async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String) {
+    let (sender, mut received) = mpsc::channel(8);
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let router = Router::new().fallback(move |body: String| async move {
+        sender.send(body).await.expect("the test listens");
+        StatusCode::NOT_FOUND
+    });
+    let mut server = JoinSet::new();
+    server.spawn(async move { axum::serve(listener, router).await });
+    let (prefill, engine) = (engine(Role::Prefill, 1), engine(Role::Decode, port));
+    let (_fleet, view) = watch::channel(Arc::new(FleetView {
+        generation: 1,
+        stage: FleetStage::Ready,
+        engines: vec![Arc::clone(&prefill), Arc::clone(&engine)],
+    }));
+    let minute = Duration::from_mins(1);
+    let settings = Settings {
+        parts: Parts::default(),
+        connector: Connector::Nixl(Nixl {}),
+        served_model_name: "m".into(),
+        session_header: None,
+        notifications: None,
+        prefill_deadline: minute,
+        handoff_deadline: minute,
+        decode_idle_deadline: minute,
+        kv_lease: None,
+        asks_engines: false,
+        max_body_bytes: 1,
+        max_in_flight: 1,
+        service: Service::default(),
+    };
+    let proxy = Proxy::new(settings, view.clone(), None);
+    let care = Care {
+        decode: Arc::new(Seat::take(&engine, &view).expect("an open engine")),
+        headers: HeaderMap::new(),
+        request_id: "r".into(),
+        consume: Consume::Original(
+            Kind::Completions,
+            Bytes::from_static(br#"{"prompt":"x","max_tokens":9}"#),
+        ),
+        deadline: minute,
+        prefill: None,
+        decode_params: None,
+        permit: Arc::new(proxy.0.admit().expect("a free place")),
+    };
+    let mut entry = Entry::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), care);
+    let seat = Seat::take(&prefill, &view).expect("an open engine");
+    go(&mut entry, &seat);
+    drop(seat);
+    drop(entry);
+    proxy.0.cleanups.close();
+    proxy.0.cleanups.wait().await;
+    assert_eq!(
+        (proxy.in_flight(), engine.load.is_idle(), prefill.load.is_idle()),
+        (0, true, true),
+        "the clean-up let everything go"
+    );
+    (received.try_recv().ok(), proxy.metrics_text())
+}
+
+fn pull() -> Handoff {
+    let params = r#"{"remote_port": 1.0}"#.to_owned();
+    Handoff::Pull(RawValue::from_string(params).expect("JSON"))
+}
+
+#[tokio::test]
+async fn an_engine_is_not_idle_while_its_kv_waits() {
+    let held = |handoff: fn() -> Handoff| {
+        dropped(move |entry, seat| {
+            entry.prefilling(seat, None);
+            assert_eq!(seat.engine.load.kept(), 1);
+            entry.handed(handoff());
+            let waits = usize::from(matches!(handoff(), Handoff::Pull(_)));
+            assert_eq!(seat.engine.load.kept(), waits, "KV that was pushed waits elsewhere");
+        })
+    };
+    held(pull).await;
+    held(|| Handoff::Pushed).await;
+}
+
+/// How far a hand-off came, how to bring it there, and what the decode engine must be sent.
+type Table<'test> = Vec<(
+    &'test str,
+    fn(&mut Entry, &Seat),
+    &'test dyn Fn(&Option<String>) -> bool,
+)>;
+
+#[tokio::test]
+async fn what_is_owed_depends_on_how_far_the_handoff_came() {
+    let release = |sent: &Option<String>| {
+        let sent = sent.as_deref().unwrap_or_default();
+        sent.contains(NO_MODEL) && sent.contains(r#""kv_transfer_params":{"remote_port": 1.0}"#)
+    };
+    let consume = |sent: &Option<String>| sent.as_deref() == Some(r#"{"prompt":"x","max_tokens":1,"stream":false}"#);
+    let nothing = Option::<String>::is_none;
+    let table: Table<'_> = vec![
+        ("reserved", |_, _| {}, &nothing),
+        ("prefilling", |entry, seat| entry.prefilling(seat, None), &nothing),
+        ("pulled KV handed", |entry, _| entry.handed(pull()), &release),
+        (
+            // The decode engine tells the prefill engine by itself when its client leaves.
+            "pulled KV sent",
+            |entry, _| {
+                entry.handed(pull());
+                assert!(entry.send().is_some());
+                assert!(entry.send().is_none(), "parameters are given out once");
+            },
+            &nothing,
+        ),
+        (
+            "pulled KV refused",
+            |entry, _| {
+                entry.handed(pull());
+                entry.send();
+                entry.refused();
+            },
+            &release,
+        ),
+        ("pushed KV handed", |entry, _| entry.handed(Handoff::Pushed), &consume),
+        (
+            "pushed KV sent",
+            |entry, _| {
+                entry.handed(Handoff::Pushed);
+                entry.send();
+            },
+            &consume,
+        ),
+    ];
+    for (case, go, expected) in table {
+        let (sent, metrics) = dropped(go).await;
+        assert!(expected(&sent), "{case}: {sent:?}");
+        assert!(metrics.contains("xpyd_handoffs_open 0"), "{case}");
+        assert_eq!(
+            metrics.contains(r#"xpyd_handoff_cleanups_total{outcome="freed"} 1"#),
+            sent.is_some(),
+            "{case}"
+        );
+    }
+}
