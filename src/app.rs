@@ -556,7 +556,7 @@ async fn forward_take_outs(mut asked: mpsc::Receiver<server::TakeOut>, requests:
     }
 }
 
-/// Has the supervisor check engines between which clients' hand-offs fail or crawl.
+/// Has the supervisor check engines between which clients' hand-offs fail or are slow.
 async fn forward_suspects(
     mut suspects: watch::Receiver<Option<(EngineId, EngineId)>>,
     requests: mpsc::Sender<supervisor::Request>,

@@ -1,8 +1,8 @@
-//! ZMTP 3 with the NULL mechanism: how ZeroMQ sockets talk over TCP, one connection at a time.
+//! ZMTP 3 with the NULL mechanism: the protocol of ZeroMQ sockets over TCP, one connection at a time.
 //!
-//! Own code, because the `zeromq` crate (0.7.0) allocates whatever length a peer claims, and because its locks are held
-//! across waits and taken by blocking: two simulated engines of a storm stood still for ever with every thread in such a lock.
-//! A connection costs one buffer, and neither a slow nor a wrong peer holds up any other. The protocol is that of
+//! xpyd has its own implementation, because the `zeromq` crate (0.7.0) allocates whatever length a peer claims and
+//! takes blocking locks across waits: two simulated engines under load hung forever with every thread in such a lock.
+//! A connection costs one buffer, and a slow or wrong peer holds up no other. The protocol is that of
 //! <https://rfc.zeromq.org/spec/23/>, with the heartbeats of libzmq.
 
 use std::io;
@@ -11,27 +11,27 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader};
 use tokio::time::timeout;
 
-/// The most frames of one message.
+/// Maximum number of frames in a message.
 const MAX_FRAMES: usize = 16;
 
-/// What a socket is for, which decides what it may talk to.
+/// The type of a socket, which decides which types it can talk to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum SocketType {
     /// Sends messages and gets no answers.
     Push,
-    /// Takes them.
+    /// Receives messages.
     Pull,
-    /// Asks, and waits for the answer.
+    /// Sends a request and waits for the answer.
     Req,
-    /// Answers.
+    /// Answers requests.
     Rep,
-    /// Asks several things at once.
+    /// Sends several requests at once.
     Dealer,
-    /// Answers whom it chooses.
+    /// Answers peers by their identity.
     Router,
 }
 
-impl Kind {
+impl SocketType {
     /// Its name in a handshake.
     const fn name(self) -> &'static str {
         match self {
@@ -56,14 +56,14 @@ impl Kind {
     }
 }
 
-/// What a peer may cost.
+/// The limits of a peer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
-    /// The longest frame that is read, in bytes.
+    /// Maximum length of a frame, in bytes.
     pub(crate) frame_bytes: usize,
-    /// How long it may take for its part of the handshake. libzmq allows 30 s.
+    /// Deadline of the peer's part of the handshake. libzmq allows 30 s.
     pub(crate) handshake: Duration,
-    /// How long the rest of a frame may take, and a reply to a heartbeat. Between frames a peer may be silent for ever.
+    /// Deadline of the rest of a frame, and of a reply to a heartbeat. Between frames a peer can be silent forever.
     pub(crate) frame: Duration,
 }
 
@@ -85,34 +85,34 @@ const COMMAND: u8 = 4;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PeerError {
     /// Another protocol, an older version, or a mechanism with passwords.
-    #[error("it does not speak ZMTP 3 with the NULL mechanism")]
+    #[error("the peer does not speak ZMTP 3 with the NULL mechanism")]
     Greeting,
-    /// A socket that these have nothing to say to.
-    #[error("its socket does not fit a {} socket", .0.name())]
-    Kind(Kind),
-    /// Bits that mean nothing.
-    #[error("it sent a frame with flags {0:#04x}")]
+    /// The peer's socket type does not fit.
+    #[error("the peer's socket type does not fit a {} socket", .0.name())]
+    SocketType(SocketType),
+    /// Flag bits that ZMTP does not define.
+    #[error("the peer sent a frame with unknown flags {0:#04x}")]
     Flags(u8),
-    /// A length, judged before anything is allocated for it.
-    #[error("it announced a frame of {0} bytes, and {1} is the limit")]
+    /// The announced length, checked before anything is allocated for it.
+    #[error("the peer announced a frame of {0} bytes; the limit is {1}")]
     TooLong(u64, usize),
-    /// A message without an end.
-    #[error("it sent a message of more than {MAX_FRAMES} frames")]
+    /// More frames than `MAX_FRAMES`.
+    #[error("the peer sent a message of more than {MAX_FRAMES} frames")]
     TooManyFrames,
-    /// Half a handshake, or half a frame.
-    #[error("it did not finish what it had begun to send within {}", humantime::format_duration(*.0))]
+    /// An unfinished handshake or frame.
+    #[error("the peer did not complete its message within {}", humantime::format_duration(*.0))]
     Slow(Duration),
-    /// The connection itself.
+    /// The error of the connection.
     #[error("the connection broke")]
     Broken(#[from] io::Error),
 }
 
-/// One connection to a peer whose socket fits.
+/// One connection to a peer whose socket type fits.
 #[derive(Debug)]
 pub(crate) struct Connection<S> {
     stream: BufReader<S>,
     limits: Limits,
-    /// What the peer calls itself; empty where it does not.
+    /// The identity of the peer; empty if it has none.
     identity: Vec<u8>,
 }
 
@@ -121,11 +121,11 @@ async fn within<T>(deadline: Duration, step: impl Future<Output = Result<T, Peer
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
-    /// Shakes hands as a socket of this kind.
+    /// Performs the handshake as a socket of this type.
     ///
     /// # Errors
-    /// When the peer speaks something else, is a socket of another kind, or is slow.
-    pub(crate) async fn open(stream: S, kind: Kind, identity: &[u8], limits: Limits) -> Result<Self, PeerError> {
+    /// When the peer speaks another protocol, has another socket type, or is slow.
+    pub(crate) async fn open(stream: S, kind: SocketType, identity: &[u8], limits: Limits) -> Result<Self, PeerError> {
         let mut connection = Self {
             stream: BufReader::with_capacity(1024, stream),
             limits,
@@ -135,14 +135,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(connection)
     }
 
-    /// What the peer calls itself; empty where it does not.
+    /// The identity of the peer; empty if it has none.
     pub(crate) fn identity(&self) -> &[u8] {
         &self.identity
     }
 
-    async fn shake_hands(&mut self, kind: Kind, identity: &[u8]) -> Result<(), PeerError> {
+    async fn shake_hands(&mut self, kind: SocketType, identity: &[u8]) -> Result<(), PeerError> {
         self.stream.write_all(&GREETING).await?;
-        // Peers send the signature alone at first, and whoever speaks something else may send less than a greeting.
+        // Peers send the signature alone at first, and a peer of another protocol can send less than a greeting.
         let mut signature = [0; 10];
         self.stream.read_exact(&mut signature).await?;
         let mut rest = [0; 54];
@@ -157,21 +157,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let (flags, body) = self.frame().await?.ok_or(PeerError::Greeting)?;
         let name = property(&body, b"Socket-Type").filter(|_| flags == COMMAND);
         if !kind.peers().iter().any(|peer| name == Some(peer.name().as_bytes())) {
-            return Err(PeerError::Kind(kind));
+            return Err(PeerError::SocketType(kind));
         }
         self.identity = property(&body, b"Identity").unwrap_or_default().to_vec();
         Ok(())
     }
 
-    /// The frames of the next message; `None` once the peer has closed the connection. Not cancel safe.
+    /// The frames of the next message. `None` once the peer has closed the connection. Not cancel-safe.
     ///
     /// # Errors
-    /// When the connection breaks, or the peer breaks a rule.
+    /// When the connection breaks, or the peer breaks the protocol.
     pub(crate) async fn receive(&mut self) -> Result<Option<Vec<Vec<u8>>>, PeerError> {
         let mut message = Vec::new();
         while let Some((flags, body)) = self.frame().await? {
             if flags & COMMAND != 0 {
-                self.obey(&body).await?;
+                self.handle_command(&body).await?;
                 continue;
             }
             message.push(body);
@@ -198,7 +198,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(self.stream.write_all(&bytes).await?)
     }
 
-    /// Says that nothing more comes, once all of it has left.
+    /// Closes the sending side once everything has left.
     ///
     /// # Errors
     /// When the connection breaks.
@@ -206,7 +206,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(self.stream.shutdown().await?)
     }
 
-    /// Reads one frame: its flags and its body; `None` once the peer has closed the connection.
+    /// Reads one frame: its flags and its body. `None` once the peer has closed the connection.
     async fn frame(&mut self) -> Result<Option<(u8, Vec<u8>)>, PeerError> {
         let flags = match self.stream.read_u8().await {
             Ok(flags) => flags,
@@ -214,7 +214,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Err(error) => return Err(error.into()),
         };
         let body = within(self.limits.frame, self.rest_of_frame(flags)).await?;
-        // The length of a long frame is a matter of its framing only.
+        // The length flag matters to the framing only.
         Ok(Some((flags & !LONG, body)))
     }
 
@@ -236,8 +236,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Ok(body)
     }
 
-    /// Answers a command. Only a heartbeat wants an answer; what it carries behind its time to live comes back.
-    async fn obey(&mut self, command: &[u8]) -> Result<(), PeerError> {
+    /// Handles a command. Only a heartbeat needs an answer, which repeats the context after its time to live.
+    async fn handle_command(&mut self, command: &[u8]) -> Result<(), PeerError> {
         let Some([_, _, context @ ..]) = command.strip_prefix(b"\x04PING") else {
             return Ok(());
         };
@@ -264,10 +264,10 @@ fn put(bytes: &mut Vec<u8>, flags: u8, body: &[u8]) {
 }
 
 /// The command that ends our side of the handshake.
-fn ready(kind: Kind, identity: &[u8]) -> Vec<u8> {
+fn ready(kind: SocketType, identity: &[u8]) -> Vec<u8> {
     let mut body = b"\x05READY".to_vec();
     for (name, value) in [("Socket-Type", kind.name().as_bytes()), ("Identity", identity)] {
-        // Only sockets that somebody answers are called by a name.
+        // Only sockets that get answers have an identity.
         if !value.is_empty() {
             body.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
             body.extend(name.as_bytes());
@@ -323,14 +323,14 @@ mod tests {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let mut connection = Connection::open(stream, Kind::Pull, b"", LIMITS).await?;
+        let mut connection = Connection::open(stream, SocketType::Pull, b"", LIMITS).await?;
         while let Some(message) = connection.receive().await? {
             take(&message[0]);
         }
         Ok(())
     }
 
-    /// What is taken of these bytes, how that ended, and what the peer got back after the handshake.
+    /// The messages of these bytes, how the connection ended, and what the peer got back after the handshake.
     async fn received(bytes: &[u8]) -> (Vec<Vec<u8>>, Result<(), PeerError>, Vec<u8>) {
         let (mut peer, own) = tokio::io::duplex(1 << 20);
         peer.write_all(bytes).await.expect("room");
@@ -353,11 +353,14 @@ mod tests {
         let (taken, outcome, replies) = received(&bytes).await;
         assert!(outcome.is_ok(), "{outcome:?}");
         assert_eq!(taken, [&b"one"[..], b"two", b"three"]);
-        assert_eq!(replies, [&ready(Kind::Pull, b"")[..], b"\x04\x09\x04PONGctxt"].concat());
+        assert_eq!(
+            replies,
+            [&ready(SocketType::Pull, b"")[..], b"\x04\x09\x04PONGctxt"].concat()
+        );
     }
 
     #[tokio::test]
-    async fn a_length_is_judged_before_anything_is_allocated_for_it() {
+    async fn a_length_is_checked_before_allocation() {
         for length in [LIMITS.frame_bytes as u64 + 1, 1 << 40, u64::MAX] {
             for flags in [LONG, LONG | MORE, LONG | COMMAND] {
                 let mut bytes = hello("PUSH");
@@ -371,14 +374,14 @@ mod tests {
                 assert!(taken.is_empty());
             }
         }
-        // Before the handshake is over, too.
+        // Before the handshake ends, too.
         let bytes = [&GREETING[..], b"\x06", &(1_u64 << 40).to_be_bytes()].concat();
         let (_, outcome, _) = received(&bytes).await;
         assert!(matches!(outcome, Err(PeerError::TooLong(..))), "{outcome:?}");
     }
 
     #[tokio::test]
-    async fn whoever_is_no_push_socket_is_let_go() {
+    async fn only_push_sockets_are_accepted() {
         let with = |change: fn(&mut Vec<u8>)| {
             let mut bytes = hello("PUSH");
             change(&mut bytes);
@@ -403,7 +406,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_does_not_finish_is_let_go_and_who_is_silent_is_not() {
+    async fn unfinished_frames_time_out_and_silence_does_not() {
         for begun in [&b"\xff"[..], &GREETING, b""] {
             let (mut peer, own) = tokio::io::duplex(1 << 16);
             peer.write_all(begun).await.expect("room");
@@ -423,15 +426,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_ends_of_a_connection_understand_each_other_whatever_the_length() {
+    async fn both_ends_exchange_messages_of_any_length() {
         let limits = Limits {
             frame_bytes: 1 << 20,
             ..LIMITS
         };
         let (one, other) = tokio::io::duplex(1 << 12);
         let (asking, answering) = tokio::join!(
-            Connection::open(one, Kind::Dealer, b"me", limits),
-            Connection::open(other, Kind::Router, b"", limits)
+            Connection::open(one, SocketType::Dealer, b"me", limits),
+            Connection::open(other, SocketType::Router, b"", limits)
         );
         let (mut asking, mut answering) = (asking.expect("a router"), answering.expect("a dealer"));
         assert_eq!((asking.identity(), answering.identity()), (&b""[..], &b"me"[..]));

@@ -23,7 +23,7 @@ use super::reader::{AnswerError, Reader, Scanner, Texts};
 use super::record::{Answer, Told};
 use super::workload::Order;
 use super::{Backend, BenchError, Spec};
-use crate::wire::Receipt;
+use crate::wire::RxTimestamp;
 
 /// The most bytes that are read of an error.
 const MAX_ERROR_BYTES: usize = 1 << 20;
@@ -155,8 +155,8 @@ impl Client {
         let mut reader = Reader::new(&self.scanner, started);
         while let Some(piece) = poll_fn(|context| wire.poll_body(&mut framing, context)).await {
             let piece = piece.map_err(|error| ExchangeError::Stream(said(error)))?;
-            let receipt = wire.receipt().unwrap_or_else(Receipt::now);
-            reader.feed(&piece, receipt)?;
+            let timestamp = wire.rx_timestamp().unwrap_or_else(RxTimestamp::now);
+            reader.feed(&piece, timestamp)?;
         }
         let mut answer = reader.finish().map_err(|error| match error {
             AnswerError::NoToken if !is_stream(&head.parts.headers) => {

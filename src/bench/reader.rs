@@ -12,7 +12,7 @@ use super::client::server_message;
 use super::http::MAX_BYTES;
 use super::record::{Answer, Backlog, EngineTimes};
 use super::sse::{Decoder, EventTooLarge};
-use crate::wire::Receipt;
+use crate::wire::RxTimestamp;
 
 /// What servers call the end of an answer that did not go well. vLLM says `abort` and `error`.
 const FAILURES: [&str; 7] = [
@@ -148,7 +148,7 @@ pub(super) struct Reader<'client> {
     decoder: Decoder,
     events: Events,
     /// The read that is being taken in, and when it came, since the start.
-    read: Option<Receipt>,
+    read: Option<RxTimestamp>,
     last: Duration,
 }
 
@@ -271,13 +271,13 @@ impl<'client> Reader<'client> {
     }
 
     /// Takes bytes that came in one read.
-    pub(super) fn feed(&mut self, bytes: &[u8], receipt: Receipt) -> Result<(), AnswerError> {
-        let received = receipt.at.saturating_duration_since(self.started);
+    pub(super) fn feed(&mut self, bytes: &[u8], timestamp: RxTimestamp) -> Result<(), AnswerError> {
+        let received = timestamp.at.saturating_duration_since(self.started);
         // The pieces of one read have one receipt.
-        if self.read != Some(receipt) {
-            self.events.answer.backlog.add(receipt.waited);
+        if self.read != Some(timestamp) {
+            self.events.answer.backlog.add(timestamp.waited);
             self.events.in_read = 0;
-            self.read = Some(receipt);
+            self.read = Some(timestamp);
             self.last = received;
         }
         let (events, scanner) = (&mut self.events, self.scanner);
@@ -287,7 +287,7 @@ impl<'client> Reader<'client> {
                 outcome = events.take(scanner, name, event, received);
             }
         })?;
-        if receipt.waited.is_some_and(|waited| waited > Backlog::LATE) {
+        if timestamp.waited.is_some_and(|waited| waited > Backlog::LATE) {
             self.events.answer.backlog.merged += self.events.in_read.saturating_sub(1);
             self.events.in_read = self.events.in_read.min(1);
         }

@@ -1,6 +1,6 @@
-//! Everything that can go wrong with a client's request, and the only place that turns it into an OpenAI-shaped error.
+//! All failures of a client's request, and the only place that turns one into an OpenAI-shaped error.
 //!
-//! Knows HTTP statuses and the shape of errors; knows nothing of bodies, engines' choice or connectors' wire formats.
+//! This module knows HTTP statuses and the shape of errors, but not bodies, scheduling or connectors' wire formats.
 
 use std::io;
 use std::time::Duration;
@@ -14,17 +14,17 @@ use crate::connector::{HandoffError, PairError};
 use crate::fleet::{EngineId, FleetStage, Role};
 use crate::proxy::body::document::BodyError;
 use crate::proxy::overload::Limit;
-use crate::proxy::server::strict_heads::Refusal;
+use crate::proxy::server::strict_heads::HeadRefusal;
 use crate::report::one_line;
 
-/// The part of a request's way in which it failed.
+/// The stage of a request that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// Turning the prompt into token ids.
+pub(crate) enum RequestStage {
+    /// Tokenizing the prompt.
     Tokenize,
     /// The prefill leg.
     Prefill,
-    /// The KV's way from the prefill to the decode engine.
+    /// The KV transfer from the prefill to the decode engine.
     Handoff,
     /// The decode leg.
     Decode,
@@ -32,7 +32,7 @@ pub(crate) enum Stage {
     Pass,
 }
 
-impl Stage {
+impl RequestStage {
     /// Its name in messages, codes and metrics.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -45,15 +45,15 @@ impl Stage {
     }
 }
 
-/// The `code` of an error, as an extension of its answer.
+/// The `code` of an error, as an extension of its response.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Code(pub(crate) &'static str);
+pub(crate) struct ErrorCode(pub(crate) &'static str);
 
-/// Why a request got no answer from the engines.
+/// Why the engines did not answer a request.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProxyError {
-    /// The client's body is no JSON object.
-    #[error("the request body is not usable")]
+    /// The client's body is not a JSON object.
+    #[error("cannot read the request body")]
     Body(#[from] BodyError),
     /// The client's body is too large.
     #[error("the request body is larger than {limit} bytes")]
@@ -61,116 +61,117 @@ pub(crate) enum ProxyError {
         /// The limit, in bytes.
         limit: usize,
     },
-    /// There is no room for the client's body.
-    #[error("the bodies of all requests have {limit} bytes at most, and this one has no room")]
+    /// The byte budget of all bodies has no room for the client's body.
+    #[error("the request bodies in the proxy have reached the limit of {limit} bytes")]
     BodiesFull {
         /// The limit, in bytes.
         limit: usize,
     },
-    /// The client's body is of another kind. In vLLM's words.
+    /// The client's body has another content type. The text is vLLM's.
     #[error("Unsupported Media Type: Only 'application/json' is allowed")]
     NotJson,
-    /// The client's body is encoded.
-    #[error("the request body has the encoding `{0}`, and xpyd takes none: send it without `Content-Encoding`")]
+    /// The client's body has a content encoding.
+    #[error("xpyd does not support the content encoding `{0}` of the request body: send it without `Content-Encoding`")]
     Encoded(String),
     /// The client did not send its whole body.
     #[error("the request body did not arrive: {0}")]
     Unread(String),
-    /// The client's body breaks its own framing.
+    /// The client's body breaks its chunked framing.
     #[error("the request body is malformed: {0}")]
     Malformed(String),
-    /// A head that another HTTP implementation could read differently, or that asks for what xpyd does not do.
+    /// A request header section that another HTTP implementation could read differently, or that asks for something
+    /// xpyd does not support.
     #[error("{}", .0.message())]
-    Http(Refusal),
+    Http(HeadRefusal),
     /// The request came on a connection beyond a limit.
     #[error("{}", .0.message())]
     Connections(Limit),
-    /// The client bears no key that lets it in.
-    #[error("{}", if *bears_none { "an API key is needed: `Authorization: Bearer KEY`" } else { "this API key is not known" })]
+    /// The client sent no valid API key.
+    #[error("{}", if *bears_none { "an API key is required: `Authorization: Bearer KEY`" } else { "invalid API key" })]
     Unauthorized {
-        /// Whether it bears none at all.
+        /// Whether the request has no `Authorization` header.
         bears_none: bool,
     },
-    /// No such route.
-    #[error("xpyd serves no `{method} {path}`")]
+    /// No route has this path.
+    #[error("xpyd does not serve `{method} {path}`")]
     NotFound {
         /// The request's method.
         method: String,
         /// The request's path.
         path: String,
     },
-    /// A route that exists, but not for this method.
-    #[error("`{path}` takes no `{method}`")]
+    /// The route does not accept this method.
+    #[error("`{path}` does not accept `{method}`")]
     WrongMethod {
         /// The request's method.
         method: String,
         /// The request's path.
         path: String,
     },
-    /// More, or longer, headers than anybody needs.
-    #[error("the request's headers are too many or too large: {most} of together {bytes} bytes are taken")]
+    /// The request has too many or too large headers.
+    #[error("too many or too large request headers: the limit is {most} headers of {bytes} bytes together")]
     HeadersTooLarge {
-        /// Most headers.
+        /// Maximum number of headers.
         most: usize,
-        /// Most bytes of names and values.
+        /// Maximum bytes of their names and values together.
         bytes: usize,
     },
-    /// A route that clients do not get.
-    #[error("xpyd does not pass `{path}` on: {why}")]
+    /// A route that xpyd does not forward.
+    #[error("xpyd does not forward `{path}`: {why}")]
     Refused {
-        /// The route, as its rule has it.
+        /// The path of the route, as in the route table.
         path: &'static str,
-        /// Why.
+        /// The reason, as a clause.
         why: &'static str,
     },
-    /// The fleet takes no clients now.
-    #[error("the fleet is {0} and takes no requests")]
+    /// The fleet does not serve clients now.
+    #[error("the fleet is {0} and does not accept requests")]
     NotServing(FleetStage),
     /// No engine of a role is ready.
     #[error("no {0} engine is ready")]
     NoEngine(Role),
-    /// The proxy is full.
+    /// The maximum number of requests is in flight.
     #[error("{limit} requests are in flight, which is the limit")]
     Busy {
-        /// The limit.
+        /// The maximum length of the queue.
         limit: usize,
     },
-    /// As many requests wait as may.
-    #[error("{limit} requests wait for a decode engine with room, which is the limit")]
+    /// The queue has its maximum length.
+    #[error("the queue is full: {limit} requests wait for a decode engine with room")]
     QueueFull {
         /// The limit.
         limit: usize,
-        /// Seconds until a new attempt makes sense.
+        /// Seconds after which a retry makes sense.
         retry_after: u64,
     },
-    /// The request waited in vain.
+    /// The request waited until the queue's deadline.
     #[error("no decode engine had room within {}", humantime::format_duration(*limit))]
     QueueTimeout {
-        /// How long it waited.
+        /// The queue's deadline.
         limit: Duration,
-        /// Seconds until a new attempt makes sense.
+        /// Seconds after which a retry makes sense.
         retry_after: u64,
     },
-    /// One upstream call failed.
+    /// One call to an engine failed.
     #[error("stage `{}` failed on engine `{engine}`", stage.as_str())]
     Leg {
-        /// Where on the request's way.
-        stage: Stage,
-        /// The engine that was asked.
+        /// The stage of the request.
+        stage: RequestStage,
+        /// The engine that was called.
         engine: EngineId,
-        /// What happened.
+        /// Why the call failed.
         #[source]
         cause: Cause,
     },
 }
 
-/// What happened to one upstream call.
+/// Why one call to an engine failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Cause {
-    /// No connection, or one that broke before the answer began.
+    /// No connection, or the connection broke before the answer began.
     #[error("the engine could not be reached")]
     Unreachable(#[source] Unreachable),
-    /// This process has no descriptor for a connection, which is not the engine's fault.
+    /// This process has no file descriptor left for a connection. The engine is not at fault.
     #[error("xpyd has no file descriptor left for a connection to it")]
     Descriptors(#[source] io::Error),
     /// The answer broke off.
@@ -179,13 +180,13 @@ pub(crate) enum Cause {
     /// The stream ended without its end marker.
     #[error("the stream ended before it was complete")]
     Truncated,
-    /// Too slow.
+    /// The stage exceeded its deadline.
     #[error("nothing came within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
     /// The engine ended or is being stopped.
-    #[error("the engine went away")]
+    #[error("the engine has stopped")]
     Gone,
-    /// An answer of 500 or above.
+    /// The engine answered with status 500 or above, except 503.
     #[error("the engine answered {status}: {message}")]
     Status {
         /// The engine's status.
@@ -193,57 +194,57 @@ pub(crate) enum Cause {
         /// The beginning of its message.
         message: String,
     },
-    /// An answer of 429 or 503: the engine is well, and has no room now.
+    /// The engine answered 429 or 503: it is healthy but has no capacity now.
     #[error("the engine answered {status}: {message}")]
     Busy {
         /// The engine's status.
         status: StatusCode,
         /// The beginning of its message.
         message: String,
-        /// Seconds after which it wants to be asked again.
+        /// Seconds after which the engine wants the next attempt, from its `Retry-After`.
         retry_after: Option<u64>,
     },
-    /// An answer in an encoding, although it was to be in none.
+    /// The answer has a content encoding although xpyd accepts none.
     #[error(
-        "the engine's answer has the encoding `{0}`, which was not asked for: something between xpyd and the engine compresses"
+        "the engine's answer has the content encoding `{0}`, which xpyd does not accept: something between xpyd and the engine compresses"
     )]
     Encoded(String),
-    /// An answer of 200 that says that the generation failed.
+    /// The engine answered 200, but its finish reason says that the generation failed.
     #[error("the engine ended the generation with finish reason `{0}`")]
     Finish(String),
-    /// The prefill answer holds no usable hand-off.
-    #[error("there is no hand-off")]
+    /// The prefill engine's answer contains no usable hand-off.
+    #[error("the prefill answer has no usable hand-off")]
     Handoff(#[from] HandoffError),
     /// KV did not arrive, and hand-offs are strict.
     #[error("the engine computed the prompt by itself")]
     Recomputed,
-    /// The decode engine may have read blocks that the prefill engine had given to another request.
+    /// The decode engine could have read blocks that the prefill engine had given to another request.
     #[error(
-        "its answer began {} after the prefill did, and the KV was kept for {} only",
+        "the answer began {} after the prefill, but the lease on its KV is {}",
         humantime::format_duration(Duration::from_secs(age.as_secs())),
         humantime::format_duration(*lease)
     )]
     LeaseOver {
-        /// How long after the prefill leg was sent.
+        /// Time since the prefill leg was sent.
         age: Duration,
         /// How long the prefill engine keeps KV.
         lease: Duration,
     },
     /// The two engines cannot work together.
-    #[error("the engines do not fit together")]
+    #[error("the engines are incompatible")]
     Pair(#[from] PairError),
-    /// An answer that is not what the route promises.
-    #[error("the engine's answer makes no sense: {0}")]
-    Nonsense(&'static str),
+    /// The engine's answer breaks the contract of its route.
+    #[error("invalid answer from the engine: {0}")]
+    InvalidAnswer(&'static str),
 }
 
-/// Why an engine could not be asked.
+/// Why a call did not reach an engine.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unreachable {
-    /// Nothing was sent.
+    /// The engine got nothing.
     #[error("no connection")]
     Connect(#[source] io::Error),
-    /// The request was sent, at least in part.
+    /// The engine got the request, at least in part.
     #[error("no answer")]
     NoAnswer(#[source] io::Error),
 }
@@ -256,7 +257,7 @@ impl Unreachable {
 }
 
 impl ProxyError {
-    /// Whether another pair of engines may well answer. Only asked before a byte went to the client.
+    /// Whether another pair of engines could answer. Asked only before a byte went to the client.
     pub(crate) fn can_be_retried(&self) -> bool {
         let Self::Leg { stage, cause, .. } = self else {
             return false;
@@ -272,13 +273,13 @@ impl ProxyError {
             | Cause::Handoff(_)
             | Cause::Recomputed
             | Cause::LeaseOver { .. } => true,
-            // A lost notification comes with no other sign. A slow engine was given all the time there is.
-            Cause::Timeout(_) => *stage == Stage::Handoff,
-            Cause::Pair(_) | Cause::Nonsense(_) | Cause::Encoded(_) | Cause::Descriptors(_) => false,
+            // A lost notification leaves no other sign. A slow engine has used the whole deadline.
+            Cause::Timeout(_) => *stage == RequestStage::Handoff,
+            Cause::Pair(_) | Cause::InvalidAnswer(_) | Cause::Encoded(_) | Cause::Descriptors(_) => false,
         }
     }
 
-    /// The seconds after which a busy engine wants to be asked again; `None` for what is no busy engine.
+    /// The busy engine's wish for the next attempt, in seconds. `None` if the error is not a busy engine.
     pub(crate) fn busy(&mut self) -> Option<&mut Option<u64>> {
         match self {
             Self::Leg {
@@ -289,12 +290,12 @@ impl ProxyError {
         }
     }
 
-    /// Whether it is the engine's own failure, which a next request is likely to meet as well. What the supervisor knows
-    /// already, and what another engine may be to blame for, is none.
+    /// Whether the engine is at fault, so that its next request probably fails as well. Failures that the supervisor
+    /// already knows, or that another engine could have caused, do not count.
     pub(crate) fn blames_engine(&self) -> bool {
         match self {
             Self::Leg { stage, cause, .. } => {
-                *stage != Stage::Handoff
+                *stage != RequestStage::Handoff
                     && !matches!(
                         cause,
                         Cause::Gone
@@ -309,7 +310,7 @@ impl ProxyError {
         }
     }
 
-    /// HTTP status, `type` and `code`. The two names are stable: clients may match on them.
+    /// HTTP status, `type` and `code`. Both names are stable, because clients can match on them.
     fn kind(&self) -> (StatusCode, &'static str, &'static str) {
         const CLIENT: &str = "invalid_request_error";
         const BUSY: &str = "overloaded_error";
@@ -348,7 +349,7 @@ impl ProxyError {
                 | Cause::Status { .. }
                 | Cause::Encoded(_)
                 | Cause::Finish(_)
-                | Cause::Nonsense(_) => (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed"),
+                | Cause::InvalidAnswer(_) => (StatusCode::BAD_GATEWAY, ENGINE, "engine_failed"),
             },
         }
     }
@@ -367,17 +368,17 @@ impl ProxyError {
         .to_string()
     }
 
-    /// What ends a stream whose status has long been sent: an error event, then the end marker.
+    /// Ends a stream whose status has been sent: an error event, then the end marker.
     pub(crate) fn to_events(&self) -> Bytes {
         Bytes::from(format!("data: {}\n\ndata: [DONE]\n\n", self.to_json()))
     }
 
-    /// The error as an answer.
+    /// The error as a response.
     pub(crate) fn to_response(&self) -> Response<Body> {
         let (status, _, code) = self.kind();
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = status;
-        response.extensions_mut().insert(Code(code));
+        response.extensions_mut().insert(ErrorCode(code));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if status == StatusCode::UNAUTHORIZED {
@@ -387,7 +388,7 @@ impl ProxyError {
             headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
         if matches!(self, Self::TooLarge { .. } | Self::BodiesFull { .. } | Self::Unread(_)) {
-            // The rest of the body is never read.
+            // The proxy never reads the rest of the body.
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         let retry_after = match self {
@@ -396,7 +397,8 @@ impl ProxyError {
                 cause: Cause::Busy { retry_after, .. },
                 ..
             } => Some(retry_after.unwrap_or(1)),
-            // A restart of an engine takes longer, a full proxy less; one second keeps clients polite and quick.
+            // An engine's restart takes longer and a full proxy recovers sooner; one second keeps clients polite and
+            // quick.
             _ if status == StatusCode::SERVICE_UNAVAILABLE => Some(1),
             _ => None,
         };

@@ -1,11 +1,11 @@
-//! docs/matrix.md, made of the rules: what it says is what happens.
+//! Generates docs/matrix.md from the route table and the field table.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use crate::proxy::body::field_table::{FIELDS, Field, When};
-use crate::proxy::body::serving_mode::Kind;
-use crate::proxy::server::route_table::{Course, Methods, ROUTES};
+use crate::proxy::body::serving_mode::GenerationKind;
+use crate::proxy::server::route_table::{ROUTES, RouteAction, RouteMethods};
 
 const CANNOT_TELL: &str = "
 ## What \"cannot tell\" means
@@ -51,22 +51,22 @@ after the first event.
 
 ";
 
-fn methods(methods: Methods) -> &'static str {
+fn methods(methods: RouteMethods) -> &'static str {
     match methods {
-        Methods::Get => "GET",
-        Methods::Post => "POST",
-        Methods::Both => "GET, POST",
+        RouteMethods::Get => "GET",
+        RouteMethods::Post => "POST",
+        RouteMethods::Both => "GET, POST",
     }
 }
 
-fn fate(course: Course) -> (&'static str, &'static str) {
-    match course {
-        Course::Generate(_) => ("handed over", "by its fields, below"),
-        Course::Health => ("the proxy's", "200 while there is a ready engine of each role"),
-        Course::Metrics => ("the proxy's", "its own metrics"),
-        Course::Version => ("alone", "five times a second at most, shared by all who ask"),
-        Course::Pass => ("alone", ""),
-        Course::Refuse(why) => ("refused", why),
+fn fate(action: RouteAction) -> (&'static str, &'static str) {
+    match action {
+        RouteAction::Generate(_) => ("handed over", "by its fields, below"),
+        RouteAction::Health => ("the proxy's", "200 while there is a ready engine of each role"),
+        RouteAction::Metrics => ("the proxy's", "its own metrics"),
+        RouteAction::Version => ("alone", "five times a second at most, shared by all who ask"),
+        RouteAction::Pass => ("alone", ""),
+        RouteAction::Refuse(why) => ("refused", why),
     }
 }
 
@@ -88,8 +88,8 @@ fn cell(served: &str, when: When) -> String {
 
 fn kinds(field: &Field) -> &'static str {
     match field.kinds {
-        [Kind::Completions] => "completions",
-        [Kind::Chat] => "chat",
+        [GenerationKind::Completions] => "completions",
+        [GenerationKind::Chat] => "chat",
         _ => "both",
     }
 }
@@ -97,9 +97,15 @@ fn kinds(field: &Field) -> &'static str {
 fn render() -> String {
     let mut text = HEAD.to_owned();
     text += "## Routes\n\nWhat is not here is answered 404, and a path with a slash too many 307.\n\n| Route | Methods | What becomes of it | |\n|---|---|---|---|\n";
-    for rule in ROUTES {
-        let (what, why) = fate(rule.course);
-        writeln!(text, "| `{}` | {} | {what} | {why} |", rule.path, methods(rule.methods)).expect("a string takes all");
+    for route in ROUTES {
+        let (what, why) = fate(route.action);
+        writeln!(
+            text,
+            "| `{}` | {} | {what} | {why} |",
+            route.path,
+            methods(route.methods)
+        )
+        .expect("a string takes all");
     }
     text += "\nResponses that vLLM stores (`VLLM_ENABLE_RESPONSES_API_STORE=1`) are known to the engine that made them: with several \
              decode\nengines, bind sessions (`proxy.bind_sessions`).\n\n";
@@ -120,7 +126,7 @@ fn render() -> String {
 }
 
 #[test]
-fn the_document_says_what_the_rules_do() {
+fn the_document_matches_the_rules() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/matrix.md");
     if std::env::var_os("XPYD_UPDATE_DOCS").is_some() {
         fs_err::write(&path, render()).expect("the document can be written");
@@ -133,13 +139,13 @@ fn the_document_says_what_the_rules_do() {
 }
 
 #[test]
-fn every_field_stands_once_for_each_route() {
+fn every_field_is_listed_once_for_each_route() {
     for (place, field) in FIELDS.iter().enumerate() {
         let again = FIELDS[place + 1..]
             .iter()
             .any(|other| other.name == field.name && other.kinds.iter().any(|kind| field.kinds.contains(kind)));
         assert!(!again, "{}", field.name);
-        // Whatever a splice serves, a hand-off serves as well.
+        // A hand-off serves everything that the first-token path serves.
         assert!(
             field.handoff != When::Never || field.splice == When::Never,
             "{}",

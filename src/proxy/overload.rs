@@ -1,6 +1,6 @@
-//! Limits of the proxy itself that were reached. Each is counted and logged, and no engine is blamed for it.
+//! The proxy's own limits: counts and logs each time that one is reached. No engine is blamed for it.
 //!
-//! Knows no connection and no request.
+//! This module knows neither connections nor requests.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
-/// Shortest time between two log lines about the same limit: clients decide how often it is reached.
+/// Minimum time between two log lines about the same limit, because clients decide how often it is reached.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// A limit of the proxy itself.
@@ -21,7 +21,7 @@ pub(crate) enum Limit {
     ConnectDescriptors,
     /// No file descriptor was free to accept a client.
     AcceptDescriptors,
-    /// A client sent no whole head in time on its new connection.
+    /// A new connection sent no complete request header within the deadline.
     FirstHead,
     /// A quiet connection was closed to make room for a new one.
     GaveWay,
@@ -46,7 +46,7 @@ impl Limit {
         }
     }
 
-    /// What the log, and an error of a client, says.
+    /// The text for the log and for a client's error.
     pub(crate) fn message(self) -> &'static str {
         match self {
             Self::ConnectDescriptors => {
@@ -68,7 +68,7 @@ struct Labels {
     limit: &'static str,
 }
 
-/// Counts and logs the limits that were reached. Clones are the same.
+/// Counts and logs the limits that were reached. Clones share the counts.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Overload(Arc<Inner>);
 
@@ -76,19 +76,19 @@ pub(crate) struct Overload(Arc<Inner>);
 struct Inner {
     reached: Family<Labels, Counter>,
     connections: Gauge,
-    lines: Mutex<[Line; Limit::COUNT]>,
+    lines: Mutex<[LimitLog; Limit::COUNT]>,
 }
 
-/// The log's lines about one limit.
+/// The log state of one limit.
 #[derive(Debug, Default)]
-struct Line {
+struct LimitLog {
     last: Option<Instant>,
-    /// How often the limit was reached since then.
+    /// How often the limit was reached since the last line.
     times: u64,
 }
 
-impl Line {
-    /// Counts one more; the number to log if it is time for a line.
+impl LimitLog {
+    /// Counts one more. Returns the number to log if a line is due.
     fn add(&mut self, now: Instant) -> Option<u64> {
         self.times += 1;
         if self.last.is_some_and(|last| now - last < LOG_INTERVAL) {
@@ -105,7 +105,7 @@ impl Overload {
         self.0.reached.clone()
     }
 
-    /// The number of client connections that are open, for the registry.
+    /// The number of open client connections, for the registry.
     pub(crate) fn connections(&self) -> impl prometheus_client::registry::Metric + use<> {
         self.0.connections.clone()
     }
@@ -118,7 +118,7 @@ impl Overload {
         self.0.connections.dec();
     }
 
-    /// A limit was reached once.
+    /// Records that a limit was reached.
     pub(crate) fn reached(&self, limit: Limit) {
         self.0.reached.get_or_create(&Labels { limit: limit.label() }).inc();
         let mut lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
@@ -135,9 +135,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_is_logged_at_once_and_then_once_per_interval_with_its_count() {
+    fn a_limit_is_logged_once_per_interval() {
         let start = Instant::now();
-        let mut line = Line::default();
+        let mut line = LimitLog::default();
         assert_eq!(line.add(start), Some(1));
         for _ in 0..1000 {
             assert_eq!(line.add(start + LOG_INTERVAL / 2), None);

@@ -1,4 +1,4 @@
-//! How a proxy behaves, and what it gets open or secret from its caller.
+//! How a proxy behaves, and the secrets and open handles that its caller gives it.
 
 use std::time::Duration;
 
@@ -14,44 +14,44 @@ use crate::service::Service;
 pub struct Settings {
     /// How KV moves between the engines.
     pub connector: Connector,
-    /// The model that canaries ask for.
+    /// The model that canaries request.
     pub served_model_name: String,
-    /// Header whose value binds a session to its engines; `None` binds nothing.
+    /// Header whose value binds a session to its engines. `None` binds nothing.
     pub session_header: Option<String>,
-    /// Notifications to wait for per prefill; `None` means one per tensor-parallel rank.
+    /// Notifications to wait for after each prefill. `None` means one per tensor-parallel rank.
     pub notifications: Option<u16>,
-    /// How long one prefill leg may take, from its first byte out to its whole answer.
+    /// Deadline of one prefill leg, from its first byte out to its whole answer.
     pub prefill_deadline: Duration,
-    /// How long the KV may take to arrive after the prefill's answer.
+    /// Deadline of the KV transfer, from the prefill engine's answer.
     pub handoff_deadline: Duration,
-    /// How long the decode leg may take to its first byte, and then between two reads. An answer that is not streamed
-    /// is one read, so this bounds its whole generation.
+    /// Deadline of the decode leg to its first byte, and then between two reads. An answer that is not streamed is
+    /// one read, so this bounds its whole generation.
     pub decode_idle_deadline: Duration,
-    /// How long a prefill engine keeps KV for a decode engine; `None` if it is not known, or KV is pushed.
+    /// How long a prefill engine keeps KV for a decode engine. `None` if that is unknown, or KV is pushed.
     pub kv_lease: Option<Duration>,
-    /// Whether the proxy asks engines whether they are well when it is asked, because nobody watches them.
+    /// Whether `/health` asks the engines, because no supervisor watches them.
     pub asks_engines: bool,
-    /// Largest body of a client's request, in bytes.
+    /// Maximum size of a request body, in bytes.
     pub max_body_bytes: usize,
-    /// Most requests in the proxy at once; one more is answered 503.
+    /// Maximum requests in the proxy. It answers further ones 503.
     pub max_in_flight: usize,
-    /// What is written down nowhere.
+    /// Secrets and open handles.
     pub parts: Parts,
-    /// How clients are served.
+    /// The options of the proxy.
     pub service: Service,
 }
 
-/// What a proxy needs and no plan, which is written down, holds: secrets, and what is open.
+/// Secrets and open handles. They are not part of the plan, because xpyd writes the plan to a file.
 #[derive(Debug, Clone, Default)]
 pub struct Parts {
-    /// The keys of which clients must bear one.
+    /// The keys that clients can use.
     pub client_keys: ClientKeys,
-    /// What clients are shown; absent: plain HTTP is spoken.
+    /// The proxy's certificate. `None` means plain HTTP.
     pub tls: Option<Tls>,
-    /// The key that the engines want.
+    /// The key that the engines require.
     pub engine_key: Option<EngineKey>,
-    /// Where requests are written down.
+    /// The access log, if it is on.
     pub access_log: Option<AccessLog>,
-    /// Where traces go.
+    /// The exporter of traces, if it is on.
     pub traces: Option<Traces>,
 }

@@ -11,11 +11,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::body::read::Bodies;
+use super::body::read::BodyReader;
 use super::error::ProxyError;
 use super::request::attempt::Deadlines;
 use super::schedule::pairs::Pairs;
-use super::schedule::selection::Seats;
+use super::schedule::selection::Scheduler;
 use super::server::engine_status::Version;
 use super::server::handlers;
 use super::server::listen::{self, Limits};
@@ -29,38 +29,39 @@ use crate::fleet::{EngineId, EngineView, FleetView, Role};
 #[derive(Debug, Clone)]
 pub struct Proxy(pub(crate) Arc<Shared>);
 
-/// What all requests of a proxy share.
+/// The state that all requests of a proxy share.
 pub(crate) struct Shared {
     pub(crate) settings: Settings,
     pub(crate) view: watch::Receiver<Arc<FleetView>>,
     pub(crate) notifications: Option<Notifications>,
     pub(crate) upstream: Upstream,
     pub(crate) metrics: Metrics,
-    /// The merged metrics and the engines' version: many clients that ask do not multiply the questions to engines.
+    /// The merged metrics and the engines' version. Clients share the answers, so that many clients do not multiply
+    /// the calls to engines.
     pub(crate) merged: SharedAnswer<Bytes>,
     pub(crate) version: SharedAnswer<Option<Version>>,
-    /// The engines that are well, where nobody watches them.
+    /// The healthy engines, for a proxy without a supervisor.
     pub(crate) well: SharedAnswer<Arc<[EngineId]>>,
-    /// How long the engines' model is, once one of them has said it.
+    /// The context length of the engines' model, once an engine has reported it.
     pub(crate) asked_length: SharedAnswer<Option<u64>>,
     pub(crate) model_length: OnceLock<u64>,
     pub(crate) admission: Arc<Semaphore>,
-    pub(crate) bodies: Arc<Bodies>,
-    pub(crate) seats: Seats,
+    pub(crate) bodies: Arc<BodyReader>,
+    pub(crate) scheduler: Scheduler,
     pub(crate) pairs: Mutex<Pairs>,
-    /// The pair (prefill, decode) between which hand-offs fail or crawl.
+    /// The pair (prefill, decode) whose hand-offs fail or are slow.
     pub(crate) suspects: watch::Sender<Option<(EngineId, EngineId)>>,
     pub(crate) prefill_turn: AtomicUsize,
     pub(crate) decode_turn: AtomicUsize,
-    /// The clean-ups of hand-offs that ended early; [`Proxy::serve`] waits for them.
+    /// The clean-ups of hand-offs that ended early. [`Proxy::serve`] waits for them.
     pub(crate) cleanups: TaskTracker,
-    /// Places for clean-ups that wait for an overdue notification.
+    /// Limits the clean-ups that wait for an overdue notification.
     pub(crate) overdue: Arc<Semaphore>,
-    /// The proxy ends.
+    /// Cancelled when the proxy ends.
     pub(crate) closing: CancellationToken,
 }
 
-/// Overdue notifications that are waited for at once. Each costs about a kilobyte and its request's body.
+/// Maximum clean-ups that wait for an overdue notification. Each costs about a kilobyte and its request's body.
 const OVERDUE_AT_ONCE: usize = 1024;
 
 impl Proxy {
@@ -72,11 +73,11 @@ impl Proxy {
     ) -> Self {
         let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
         let metrics = Metrics::new(&settings);
-        let bodies = Bodies::new(settings.max_body_bytes, settings.service.admission.body_bytes);
+        let bodies = BodyReader::new(settings.max_body_bytes, settings.service.admission.body_bytes);
         Self(Arc::new(Shared {
             upstream: Upstream::new(metrics.overload.clone()),
             bodies: Arc::new(bodies),
-            seats: Seats::new(&settings.service.admission),
+            scheduler: Scheduler::new(&settings.service.admission),
             metrics,
             pairs: Mutex::default(),
             suspects: watch::Sender::default(),
@@ -97,11 +98,11 @@ impl Proxy {
         }))
     }
 
-    /// Serves until `stop` is cancelled, then lets what is in flight end, clean-ups included. How long that may take is
-    /// the caller's to bound.
+    /// Serves until `stop` is cancelled, then waits for requests in flight and clean-ups. The caller must bound that
+    /// wait.
     ///
     /// # Errors
-    /// When the listener cannot be used, or no thread can be started.
+    /// When the listener cannot be used, or a thread cannot start.
     pub async fn serve(self, listener: tokio::net::TcpListener, stop: CancellationToken) -> std::io::Result<()> {
         let router = handlers::router(Arc::clone(&self.0));
         let limits = Limits {
@@ -125,17 +126,17 @@ impl Proxy {
         }
     }
 
-    /// How long a request may wait until it is answered 503.
+    /// How long a request can wait in the queue until it is answered 503.
     pub fn queue_deadline(&self) -> Duration {
         self.0.settings.service.admission.queue_deadline
     }
 
-    /// Requests in the proxy now, clean-ups of hand-offs included.
+    /// Requests in the proxy now, including clean-ups of hand-offs.
     pub fn in_flight(&self) -> usize {
         self.0.in_flight()
     }
 
-    /// The pair (prefill, decode) between which clients' hand-offs fail or crawl, whenever there is one.
+    /// The pair (prefill, decode) whose hand-offs for clients fail or are slow, whenever there is one.
     pub fn suspects(&self) -> watch::Receiver<Option<(EngineId, EngineId)>> {
         self.0.suspects.subscribe()
     }
@@ -163,7 +164,7 @@ impl Shared {
         }
     }
 
-    /// A client's hand-off between these engines was good or bad.
+    /// Records whether a client's hand-off between these engines was good or bad.
     pub(crate) fn note_handoff(&self, engines: &[Arc<EngineView>], is_bad: bool) {
         let of = |role| engines.iter().find(|engine| engine.role == role);
         let (Some(prefill), Some(decode)) = (of(Role::Prefill), of(Role::Decode)) else {
@@ -171,13 +172,14 @@ impl Shared {
         };
         let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
         if pairs.note(prefill, decode, is_bad, Instant::now()) {
-            tracing::warn!(prefill = %prefill.id, decode = %decode.id, "hand-offs fail or crawl");
+            tracing::warn!(prefill = %prefill.id, decode = %decode.id, "hand-offs fail or are slow");
             self.suspects
                 .send_replace(Some((prefill.id.clone(), decode.id.clone())));
         }
     }
 
-    /// One counter per role, so that with equal numbers of engines the pairs stay together, as in the reference proxy.
+    /// One round-robin counter per role, so that pairs stay together if both roles have as many engines, as in the
+    /// reference proxy.
     pub(crate) fn next_turn(&self, role: Role) -> usize {
         let turn = match role {
             Role::Prefill => &self.prefill_turn,
@@ -193,11 +195,11 @@ impl Shared {
 
     pub(crate) fn metrics_text(&self, as_vllm: bool) -> String {
         let view = Arc::clone(&self.view.borrow());
-        self.metrics.holds_bodies(self.bodies.held());
+        self.metrics.set_body_bytes(self.bodies.held());
         self.metrics.text(
             &view,
             self.in_flight(),
-            self.seats.waiting(),
+            self.scheduler.waiting(),
             self.notifications.as_ref().map(Notifications::errors),
             as_vllm,
         )

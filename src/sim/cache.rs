@@ -15,7 +15,7 @@ use super::SimError;
 use super::log::{Log, LogTarget};
 use super::tokens::mix;
 use super::zmq::{Client, Question, Server};
-use crate::zmtp::Kind;
+use crate::zmtp::SocketType;
 
 /// What one token's KV takes: that of Llama 3.1 8B.
 const TOKEN_BYTES: f64 = 131_072.0;
@@ -77,7 +77,7 @@ impl CacheServer {
                 source,
             })?;
         let (host, port) = &self.requests;
-        let socket = Server::bind(Kind::Router, host, *port).await;
+        let socket = Server::bind(SocketType::Router, host, *port).await;
         let socket = socket.map_err(|source| SimError::Cache(address(&self.requests), source))?;
         let time = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S,%3f");
         log.raw(&format!(
@@ -183,7 +183,9 @@ impl CacheClient {
     async fn ask(&self, request: &CacheRequest) -> Option<Vec<u64>> {
         let exchange = async {
             let address = self.address.strip_prefix("tcp://").unwrap_or(&self.address);
-            let mut socket = Client::connect(Kind::Req, address, "", EXCHANGE_DEADLINE).await.ok()?;
+            let mut socket = Client::connect(SocketType::Req, address, "", EXCHANGE_DEADLINE)
+                .await
+                .ok()?;
             let payload = rmp_serde::to_vec(request).expect("numbers have no type that msgpack lacks");
             rmp_serde::from_slice(&socket.ask(&payload).await.ok()?).ok()
         };

@@ -17,7 +17,7 @@ use super::nixl::{Leases, SideChannel};
 use super::options::{KvRole, KvTransferConfig, Options};
 use super::scheduler::Connector;
 use super::zmq::Server;
-use crate::zmtp::Kind;
+use crate::zmtp::SocketType;
 
 /// A connector and how it can be reached.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ async fn side_channel(options: &Options, rank: u16) -> Result<(Server, u16), Sim
     // Port 0 lets the system choose.
     let port = if *port == 0 { 0 } else { port.saturating_add(rank) };
     let bound = async {
-        let socket = Server::bind(Kind::Router, host, port).await?;
+        let socket = Server::bind(SocketType::Router, host, port).await?;
         let port = socket.port()?;
         Ok((socket, port))
     };

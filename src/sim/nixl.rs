@@ -16,7 +16,7 @@ use super::metrics::Metrics;
 use super::timing::Preset;
 use super::wire::{AgentMetadata, HandshakePayload, SideChannelRequest};
 use super::zmq::{Client, Question, Server};
-use crate::zmtp::{Kind, PeerError};
+use crate::zmtp::{PeerError, SocketType};
 
 /// A decode engine that has never met its peer waits this long for the side channel.
 const FIRST_CONTACT_DEADLINE: Duration = Duration::from_secs(5);
@@ -202,7 +202,7 @@ impl Peer {
     pub(crate) async fn reach(params: &PullParams, model: &str, met: bool, preset: &Preset) -> Result<Self, PullError> {
         let deadline = if met { CONNECT_DEADLINE } else { FIRST_CONTACT_DEADLINE };
         let address = format!("{}:{}", params.host, params.port);
-        let socket = Client::connect(Kind::Req, &address, "", deadline).await;
+        let socket = Client::connect(SocketType::Req, &address, "", deadline).await;
         let mut peer = Self {
             socket: socket.map_err(|_| {
                 if met {

@@ -12,7 +12,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::zmtp::{Connection, Kind, Limits, PeerError};
+use crate::zmtp::{Connection, Limits, PeerError, SocketType};
 
 /// Room for the KV of any prompt, and time for a peer that stands still for a while.
 const LIMITS: Limits = Limits {
@@ -28,7 +28,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_
 #[derive(Debug)]
 pub(crate) struct Server {
     listener: TcpListener,
-    kind: Kind,
+    kind: SocketType,
     /// Held from a question until its answer has left.
     turn: Option<Arc<Mutex<()>>>,
 }
@@ -43,7 +43,7 @@ pub(crate) struct Question {
 
 impl Server {
     /// Port 0 lets the system choose.
-    pub(crate) async fn bind(kind: Kind, host: &str, port: u16) -> io::Result<Self> {
+    pub(crate) async fn bind(kind: SocketType, host: &str, port: u16) -> io::Result<Self> {
         let listener = TcpListener::bind((host, port)).await?;
         Ok(Self {
             listener,
@@ -89,7 +89,12 @@ impl Server {
     }
 }
 
-async fn converse<A, F>(stream: TcpStream, kind: Kind, turn: Option<Arc<Mutex<()>>>, answer: A) -> Result<(), PeerError>
+async fn converse<A, F>(
+    stream: TcpStream,
+    kind: SocketType,
+    turn: Option<Arc<Mutex<()>>>,
+    answer: A,
+) -> Result<(), PeerError>
 where
     A: Fn(Question) -> F,
     F: Future<Output = Option<Vec<Bytes>>>,
@@ -125,7 +130,7 @@ pub(crate) struct Client(Connection<TcpStream>);
 impl Client {
     /// Connects to `host:port`, and tries again while it is refused, until the deadline.
     pub(crate) async fn connect(
-        kind: Kind,
+        kind: SocketType,
         address: &str,
         identity: &str,
         deadline: Duration,
@@ -173,7 +178,7 @@ mod tests {
 
     /// A server that says what it was asked, but for those that ask it to wait.
     async fn echo(peers: &mut JoinSet<()>) -> String {
-        let server = Server::bind(Kind::Router, "127.0.0.1", 0).await.expect("a port");
+        let server = Server::bind(SocketType::Router, "127.0.0.1", 0).await.expect("a port");
         let address = format!("127.0.0.1:{}", server.port().expect("bound"));
         peers.spawn(server.serve(|question: Question| async move {
             if question.payload == b"wait" {
@@ -192,12 +197,12 @@ mod tests {
         for _ in 0..20 {
             silent.push(TcpStream::connect(&address).await.expect("a listener"));
         }
-        let mut waiting = Client::connect(Kind::Req, &address, "w", DEADLINE)
+        let mut waiting = Client::connect(SocketType::Req, &address, "w", DEADLINE)
             .await
             .expect("a router");
         let mut waiting = tokio_test::task::spawn(waiting.ask(b"wait"));
         assert!(waiting.poll().is_pending());
-        let mut asking = Client::connect(Kind::Dealer, &address, "name", DEADLINE)
+        let mut asking = Client::connect(SocketType::Dealer, &address, "name", DEADLINE)
             .await
             .expect("a router");
         for _ in 0..3 {
@@ -211,7 +216,7 @@ mod tests {
     async fn a_peer_that_goes_away_is_an_error_at_once_and_one_that_comes_late_is_met() {
         let mut peers = JoinSet::new();
         let address = echo(&mut peers).await;
-        let mut asking = Client::connect(Kind::Req, &address, "", DEADLINE)
+        let mut asking = Client::connect(SocketType::Req, &address, "", DEADLINE)
             .await
             .expect("a router");
         peers.shutdown().await;
@@ -220,9 +225,11 @@ mod tests {
             .rsplit_once(':')
             .and_then(|(_, port)| port.parse().ok())
             .expect("a port");
-        let mut meeting = tokio_test::task::spawn(Client::connect(Kind::Req, &address, "", DEADLINE));
+        let mut meeting = tokio_test::task::spawn(Client::connect(SocketType::Req, &address, "", DEADLINE));
         assert!(meeting.poll().is_pending());
-        let again = Server::bind(Kind::Rep, "127.0.0.1", port).await.expect("free again");
+        let again = Server::bind(SocketType::Rep, "127.0.0.1", port)
+            .await
+            .expect("free again");
         peers.spawn(again.serve(|question: Question| async move { Some(vec![question.payload.into()]) }));
         let mut met = meeting.await.expect("a rep socket");
         assert_eq!(met.ask(b"x").await.expect("an answer"), b"x");

@@ -1,6 +1,6 @@
-//! How the body of an HTTP/1.1 answer is framed (RFC 9112 §6): where its bytes are, and where it ends.
+//! The body framing of an HTTP/1.1 answer (RFC 9112 §6): where its bytes are, and where it ends.
 //!
-//! PURE: works on what was read and reads nothing.
+//! Pure: works on bytes that were read and reads none.
 
 use std::io;
 
@@ -9,53 +9,53 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use bytes::{Buf as _, Bytes, BytesMut};
 use memchr::memchr;
 
-/// Longest line between chunks: a size with its extensions, or a trailer.
+/// Maximum length of a line between chunks: a size with its extensions, or a trailer.
 const MAX_LINE_BYTES: usize = 4 << 10;
 
-/// What is still to come of a body.
+/// The part of a body that is still to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Framing {
-    /// So many bytes.
+    /// This many bytes.
     Length(u64),
     /// Chunks, each with its size.
-    Chunked(Part),
+    Chunked(ChunkPart),
     /// Everything until the connection ends.
     ToClose,
-    /// Nothing.
+    /// Nothing: the body has ended.
     Ended,
 }
 
-/// The part of a chunked body that comes next.
+/// The next part of a chunked body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Part {
+pub(crate) enum ChunkPart {
     /// The line with a chunk's size.
     Size,
-    /// So many bytes of a chunk.
+    /// This many bytes of a chunk.
     Data(u64),
-    /// The end of line after a chunk.
+    /// The line end after a chunk.
     DataEnd,
     /// Trailers, up to an empty line. They are dropped.
     Trailers,
 }
 
-/// What the bytes that were read hold.
+/// The next step of reading a body.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Step {
+pub(crate) enum BodyStep {
     /// A piece of the body.
     Data(Bytes),
-    /// Nothing yet: more has to be read.
+    /// More must be read.
     More,
     /// The end of the body.
     End,
 }
 
 /// The error of an answer that breaks the protocol.
-pub(crate) fn nonsense(what: &'static str) -> io::Error {
+pub(crate) fn protocol_error(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Whether a header that is a list holds this word.
-pub(crate) fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
+/// Whether a list header contains this word.
+pub(crate) fn header_contains(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
     let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     values
         .flat_map(|value| value.split(','))
@@ -63,10 +63,10 @@ pub(crate) fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
 }
 
 impl Framing {
-    /// The framing that an answer's head tells, and whether the connection may be used again after it.
+    /// The framing by an answer's header, and whether the connection can be used again after it.
     ///
     /// # Errors
-    /// When the head says how long the body is in a way that nobody can follow.
+    /// When the header gives no clear length of the body.
     pub(crate) fn of(method: &Method, status: StatusCode, headers: &HeaderMap) -> io::Result<(Self, bool)> {
         if *method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
             return Ok((Self::Ended, true));
@@ -79,74 +79,80 @@ impl Framing {
                 .next()
                 .is_some_and(|coding| coding.as_bytes().eq_ignore_ascii_case(b"chunked"));
             if !is_chunked || codings.next().is_some() {
-                return Err(nonsense("its transfer coding is not `chunked`"));
+                return Err(protocol_error(
+                    "unsupported transfer coding: only `chunked` is supported",
+                ));
             }
-            return Ok((Self::Chunked(Part::Size), length.is_none()));
+            return Ok((Self::Chunked(ChunkPart::Size), length.is_none()));
         }
         let Some(length) = length else {
             return Ok((Self::ToClose, false));
         };
         if lengths.any(|other| other != length) {
-            return Err(nonsense("it has two lengths"));
+            return Err(protocol_error("conflicting `Content-Length` headers"));
         }
-        let length = number(length.as_bytes(), 10).ok_or_else(|| nonsense("its length is no number"))?;
+        let length = number(length.as_bytes(), 10).ok_or_else(|| protocol_error("invalid `Content-Length`"))?;
         Ok((Self::Length(length), true))
     }
 
-    /// Takes the next step out of what was read.
+    /// Takes the next step out of the bytes that were read.
     ///
     /// # Errors
     /// When the body breaks its framing.
-    pub(crate) fn take(&mut self, read: &mut BytesMut) -> io::Result<Step> {
+    pub(crate) fn take(&mut self, read: &mut BytesMut) -> io::Result<BodyStep> {
         loop {
             match self {
-                Self::Ended => return Ok(Step::End),
+                Self::Ended => return Ok(BodyStep::End),
                 Self::Length(0) => *self = Self::Ended,
-                Self::ToClose | Self::Length(_) | Self::Chunked(Part::Data(_)) if read.is_empty() => {
-                    return Ok(Step::More);
+                Self::ToClose | Self::Length(_) | Self::Chunked(ChunkPart::Data(_)) if read.is_empty() => {
+                    return Ok(BodyStep::More);
                 }
-                Self::ToClose => return Ok(Step::Data(read.split().freeze())),
-                Self::Length(left) => return Ok(Step::Data(up_to(left, read))),
-                Self::Chunked(Part::Data(left)) => {
+                Self::ToClose => return Ok(BodyStep::Data(read.split().freeze())),
+                Self::Length(left) => return Ok(BodyStep::Data(up_to(left, read))),
+                Self::Chunked(ChunkPart::Data(left)) => {
                     let data = up_to(left, read);
                     if *left == 0 {
-                        *self = Self::Chunked(Part::DataEnd);
+                        *self = Self::Chunked(ChunkPart::DataEnd);
                     }
-                    return Ok(Step::Data(data));
+                    return Ok(BodyStep::Data(data));
                 }
                 Self::Chunked(part) => {
                     let Some(line) = line(read)? else {
-                        return Ok(Step::More);
+                        return Ok(BodyStep::More);
                     };
                     *part = match part {
-                        Part::Size => match chunk_size(&line).ok_or_else(|| nonsense("the size of a chunk is none"))? {
-                            0 => Part::Trailers,
-                            size => Part::Data(size),
-                        },
-                        Part::DataEnd if line.is_empty() => Part::Size,
-                        Part::Trailers if line.is_empty() => {
+                        ChunkPart::Size => {
+                            match chunk_size(&line).ok_or_else(|| protocol_error("invalid chunk size"))? {
+                                0 => ChunkPart::Trailers,
+                                size => ChunkPart::Data(size),
+                            }
+                        }
+                        ChunkPart::DataEnd if line.is_empty() => ChunkPart::Size,
+                        ChunkPart::Trailers if line.is_empty() => {
                             *self = Self::Ended;
                             continue;
                         }
-                        Part::Trailers => Part::Trailers,
-                        Part::DataEnd | Part::Data(_) => return Err(nonsense("a chunk is longer than its size")),
+                        ChunkPart::Trailers => ChunkPart::Trailers,
+                        ChunkPart::DataEnd | ChunkPart::Data(_) => {
+                            return Err(protocol_error("chunk data exceeds the chunk size"));
+                        }
                     };
                 }
             }
         }
     }
 
-    /// Takes what ends the body out of what was read, if that is all there is before its end. Whether the body has ended. What
-    /// breaks the framing is left to the next step.
+    /// Takes the end of the body out of the bytes that were read, if nothing comes before it. Returns whether the
+    /// body has ended. Broken framing is left to the next step.
     pub(crate) fn end(&mut self, read: &mut BytesMut) -> bool {
         match self {
             Self::Length(0) => *self = Self::Ended,
             // The last chunk has a line of its own and an empty one. Trailers are left to the next step.
-            Self::Chunked(Part::DataEnd) if read.starts_with(b"\r\n0\r\n\r\n") => {
+            Self::Chunked(ChunkPart::DataEnd) if read.starts_with(b"\r\n0\r\n\r\n") => {
                 read.advance(7);
                 *self = Self::Ended;
             }
-            Self::Chunked(Part::Size) if read.starts_with(b"0\r\n\r\n") => {
+            Self::Chunked(ChunkPart::Size) if read.starts_with(b"0\r\n\r\n") => {
                 read.advance(5);
                 *self = Self::Ended;
             }
@@ -155,20 +161,20 @@ impl Framing {
         matches!(self, Self::Ended)
     }
 
-    /// The connection has ended: whether the body has, too.
+    /// Whether the body ends with the connection.
     pub(crate) fn ends_with_connection(self) -> bool {
         matches!(self, Self::ToClose | Self::Ended | Self::Length(0))
     }
 }
 
-/// The bytes that were read, up to so many, which are counted off.
+/// Takes up to `left` bytes out of those that were read, and subtracts them.
 fn up_to(left: &mut u64, read: &mut BytesMut) -> Bytes {
     let count = usize::try_from(*left).unwrap_or(usize::MAX).min(read.len());
     *left -= count as u64;
     read.split_to(count).freeze()
 }
 
-/// The next line, without its end.
+/// The next line, without its line end.
 fn line(read: &mut BytesMut) -> io::Result<Option<BytesMut>> {
     match memchr(b'\n', read) {
         Some(end) => {
@@ -179,7 +185,7 @@ fn line(read: &mut BytesMut) -> io::Result<Option<BytesMut>> {
             }
             Ok(Some(line))
         }
-        None if read.len() > MAX_LINE_BYTES => Err(nonsense("a line between chunks has no end")),
+        None if read.len() > MAX_LINE_BYTES => Err(protocol_error("chunk header exceeds 4 KiB")),
         None => Ok(None),
     }
 }
@@ -189,7 +195,7 @@ fn chunk_size(line: &[u8]) -> Option<u64> {
     number(size.trim_ascii(), 16)
 }
 
-/// A number of nothing but digits: what Rust parses beyond that, such as a sign, is an error here.
+/// Parses a number of digits only. Rust would also accept a sign.
 fn number(digits: &[u8], radix: u32) -> Option<u64> {
     let is_plain = digits.iter().all(|digit| char::from(*digit).is_digit(radix));
     let digits = std::str::from_utf8(digits).ok().filter(|_| is_plain)?;
@@ -221,9 +227,9 @@ mod tests {
             read.extend_from_slice(piece);
             loop {
                 match framing.take(&mut read).map_err(|error| error.to_string())? {
-                    Step::Data(data) => out.extend_from_slice(&data),
-                    Step::More => break,
-                    Step::End => return Ok((out, true)),
+                    BodyStep::Data(data) => out.extend_from_slice(&data),
+                    BodyStep::More => break,
+                    BodyStep::End => return Ok((out, true)),
                 }
             }
         }
@@ -236,10 +242,13 @@ mod tests {
         assert_eq!(of(&[]), Ok((Framing::ToClose, false)));
         assert_eq!(of(&[(LENGTH, "12")]), Ok((Framing::Length(12), true)));
         assert_eq!(of(&[(LENGTH, "12"), (LENGTH, "12")]), Ok((Framing::Length(12), true)));
-        assert_eq!(of(&[(CODING, "Chunked")]), Ok((Framing::Chunked(Part::Size), true)));
-        // Whoever sends both may have been tricked into it: nothing that follows is trusted.
+        assert_eq!(
+            of(&[(CODING, "Chunked")]),
+            Ok((Framing::Chunked(ChunkPart::Size), true))
+        );
+        // A server that sends both could have been tricked into it: nothing that follows is trusted.
         let both = of(&[(CODING, "chunked"), (LENGTH, "3")]);
-        assert_eq!(both, Ok((Framing::Chunked(Part::Size), false)));
+        assert_eq!(both, Ok((Framing::Chunked(ChunkPart::Size), false)));
         for wrong in [
             &[(LENGTH, "+1")][..],
             &[(LENGTH, "")],
@@ -267,12 +276,12 @@ mod tests {
             (Framing::Ended, "x", true, "x"),
             (Framing::Length(1), "", false, ""),
             (Framing::ToClose, "", false, ""),
-            (part(Part::DataEnd), "\r\n0\r\n\r\nx", true, "x"),
-            (part(Part::Size), "0\r\n\r\n", true, ""),
-            (part(Part::DataEnd), "\r\n0\r\n\r", false, "\r\n0\r\n\r"),
-            (part(Part::DataEnd), "\r\n1\r\nx", false, "\r\n1\r\nx"),
+            (part(ChunkPart::DataEnd), "\r\n0\r\n\r\nx", true, "x"),
+            (part(ChunkPart::Size), "0\r\n\r\n", true, ""),
+            (part(ChunkPart::DataEnd), "\r\n0\r\n\r", false, "\r\n0\r\n\r"),
+            (part(ChunkPart::DataEnd), "\r\n1\r\nx", false, "\r\n1\r\nx"),
             (
-                part(Part::Size),
+                part(ChunkPart::Size),
                 "0\r\nx-sum: 1\r\n\r\n",
                 false,
                 "0\r\nx-sum: 1\r\n\r\n",
@@ -286,14 +295,14 @@ mod tests {
     fn chunks_may_have_extensions_and_trailers() {
         let text = b"4;name=\"x\"\r\nWiki\r\n6 \r\npedia \r\n0A\nin chunks.\r\n0\r\nx-checksum: 1\r\n\r\n";
         assert_eq!(
-            body(Framing::Chunked(Part::Size), &[text]),
+            body(Framing::Chunked(ChunkPart::Size), &[text]),
             Ok((b"Wikipedia in chunks.".to_vec(), true))
         );
     }
 
     #[test]
-    fn what_breaks_its_framing_is_an_error_and_what_breaks_off_has_not_ended() {
-        let chunked = Framing::Chunked(Part::Size);
+    fn broken_framing_fails_and_a_cut_body_has_not_ended() {
+        let chunked = Framing::Chunked(ChunkPart::Size);
         for wrong in [
             &b"x\r\n"[..],
             b"\r\n",
@@ -327,7 +336,7 @@ mod tests {
                     sent.extend(b"\r\n");
                 }
                 sent.extend(b"0\r\n\r\n");
-                (Framing::Chunked(Part::Size), sent)
+                (Framing::Chunked(ChunkPart::Size), sent)
             } else {
                 (Framing::Length(expected.len() as u64), expected.clone())
             };

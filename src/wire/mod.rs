@@ -1,11 +1,11 @@
-//! One HTTP/1.1 connection to a server: sends a request, reads the answer's head, then its body as it comes.
+//! An HTTP/1.1 client connection: sends a request, reads the answer's header, then its body as it comes.
 //!
-//! It is driven by the request that uses it and by nothing else, so that no byte has to wake another task. The proxy and the
-//! benchmark are clients over it. Knows HTTP; knows no engine and no route.
+//! Only the request that uses it polls it, so that no byte wakes another task. The proxy and the benchmark use it.
+//! This module knows HTTP, but no engine and no route.
 
 mod framing;
 mod pool;
-mod receipt;
+mod rx_timestamp;
 mod tls;
 
 use std::future::poll_fn;
@@ -24,47 +24,47 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::io::poll_read_buf;
 
 pub(crate) use self::framing::Framing;
-use self::framing::{Step, nonsense, says};
+use self::framing::{BodyStep, header_contains, protocol_error};
 pub(crate) use self::pool::Pool;
-pub(crate) use self::receipt::Receipt;
-use self::receipt::Receiver;
-use self::tls::Below;
+pub(crate) use self::rx_timestamp::RxTimestamp;
+use self::rx_timestamp::TimestampingReader;
+use self::tls::TimedTcpStream;
 pub(crate) use self::tls::Tls;
 
-/// Largest head of an answer.
+/// Maximum size of an answer's header.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
-/// Most headers of an answer.
+/// Maximum number of headers of an answer.
 const MAX_HEADERS: usize = 100;
 
-/// Room for a read at first, and for as long as little comes: streams are many and their events small.
+/// Read buffer while little comes: streams are many and their events small.
 const LEAST_ROOM: usize = 4 << 10;
 
-/// Room for a read while as much comes.
+/// Maximum read buffer while much comes.
 const MOST_ROOM: usize = 64 << 10;
 
 /// An open connection.
 #[derive(Debug)]
 pub(crate) struct Wire {
     stream: Stream,
-    /// Read and not yet given out.
+    /// Bytes that were read and not taken yet.
     read: BytesMut,
-    /// Room that is made for the next read.
+    /// The size of the next read buffer.
     room: usize,
 }
 
-/// What carries the bytes. A receiver tells when what is read had come, where somebody wants to know.
+/// The byte stream. The reader, if there is one, records when the bytes arrived.
 #[derive(Debug)]
 enum Stream {
-    Plain(TcpStream, Option<Receiver>),
-    Tls(Box<TlsStream<Below>>),
+    Plain(TcpStream, Option<TimestampingReader>),
+    Tls(Box<TlsStream<TimedTcpStream>>),
 }
 
-/// The head of an answer.
+/// The header of an answer.
 pub(crate) struct Head {
     pub(crate) parts: Parts,
     pub(crate) framing: Framing,
-    /// Whether the connection takes another request afterwards.
+    /// Whether the connection can take another request afterwards.
     pub(crate) keeps_alive: bool,
 }
 
@@ -75,17 +75,17 @@ impl Wire {
         Ok(Self::over(Stream::Plain(stream, None)))
     }
 
-    /// The same, which knows when its bytes came; with a server of this name where `tls` is wanted.
+    /// Connects and records when bytes arrive; with `tls`, to a server of this name.
     ///
     /// # Errors
-    /// When there is no connection, or no certificate that is trusted.
+    /// When the connection fails, or the certificate is not trusted.
     pub(crate) async fn connect_timed(address: impl ToSocketAddrs, tls: Option<&Tls>, host: &str) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        let receiver = Some(Receiver::new(&stream));
+        let reader = Some(TimestampingReader::new(&stream));
         Ok(Self::over(match tls {
-            None => Stream::Plain(stream, receiver),
-            Some(tls) => Stream::Tls(Box::new(tls.over(Below::new(stream, receiver), host).await?)),
+            None => Stream::Plain(stream, reader),
+            Some(tls) => Stream::Tls(Box::new(tls.over(TimedTcpStream::new(stream, reader), host).await?)),
         }))
     }
 
@@ -97,17 +97,17 @@ impl Wire {
         }
     }
 
-    /// When the bytes of the last read came. `None` unless the connection is timed and has read.
-    pub(crate) fn receipt(&self) -> Option<Receipt> {
-        let receiver = match &self.stream {
-            Stream::Plain(_, receiver) => receiver,
-            Stream::Tls(stream) => &stream.get_ref().0.receiver,
+    /// When the bytes of the last read arrived. `None` unless the connection is timed and has read.
+    pub(crate) fn rx_timestamp(&self) -> Option<RxTimestamp> {
+        let reader = match &self.stream {
+            Stream::Plain(_, reader) => reader,
+            Stream::Tls(stream) => &stream.get_ref().0.reader,
         };
-        receiver.as_ref().and_then(Receiver::last)
+        reader.as_ref().and_then(TimestampingReader::last)
     }
 
-    /// Whether the engine has neither closed the idle connection nor said anything unasked.
-    pub(crate) fn is_quiet(&self) -> bool {
+    /// Whether the server has neither closed the idle connection nor sent anything.
+    pub(crate) fn is_idle(&self) -> bool {
         let stream = match &self.stream {
             Stream::Plain(stream, _) => stream,
             Stream::Tls(stream) => &stream.get_ref().0.stream,
@@ -119,7 +119,7 @@ impl Wire {
     /// Sends a request.
     ///
     /// # Errors
-    /// With how many bytes had been taken before.
+    /// The number of bytes sent before, and the error.
     pub(crate) async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<(), (usize, io::Error)> {
         let mut request = head.chain(body);
         let whole = request.remaining();
@@ -138,14 +138,14 @@ impl Wire {
         }
     }
 
-    /// Reads the head of the answer to a request with this method.
+    /// Reads the header of the answer to a request with this method.
     ///
     /// # Errors
-    /// When the connection breaks or ends before, or the head is none.
+    /// When the connection breaks or ends before it, or the header is invalid.
     pub(crate) async fn head(&mut self, method: &Method) -> io::Result<Head> {
         let mut parsed = 0;
         loop {
-            // Only an end of line can complete a head, so one that comes byte by byte is not parsed for each of them.
+            // Only a line end can complete a header, so one that comes byte by byte is not parsed for each byte.
             if parsed == 0 || memchr::memchr(b'\n', &self.read[parsed..]).is_some() {
                 match parse(&mut self.read, method)? {
                     Some(head) if head.parts.status.is_informational() => {
@@ -157,7 +157,7 @@ impl Wire {
                 }
             }
             if self.read.len() > MAX_HEAD_BYTES {
-                return Err(nonsense("its head has no end"));
+                return Err(protocol_error("response header exceeds 64 KiB"));
             }
             parsed = self.read.len();
             if poll_fn(|context| self.poll_read(context)).await? == 0 {
@@ -166,7 +166,7 @@ impl Wire {
         }
     }
 
-    /// The next piece of the answer's body; `None` at its end.
+    /// The next piece of the answer's body. `None` at its end.
     pub(crate) fn poll_body(
         &mut self,
         framing: &mut Framing,
@@ -174,16 +174,17 @@ impl Wire {
     ) -> Poll<Option<io::Result<Bytes>>> {
         loop {
             match framing.take(&mut self.read) {
-                Ok(Step::Data(bytes)) => return Poll::Ready(Some(Ok(bytes))),
-                Ok(Step::End) => return Poll::Ready(None),
-                Ok(Step::More) => {}
+                Ok(BodyStep::Data(bytes)) => return Poll::Ready(Some(Ok(bytes))),
+                Ok(BodyStep::End) => return Poll::Ready(None),
+                Ok(BodyStep::More) => {}
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
             match ready!(self.poll_read(context)) {
                 Ok(0) if framing.ends_with_connection() => return Poll::Ready(None),
                 Ok(0) => return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into()))),
                 Ok(_) => {}
-                // Many servers end a TLS connection without saying so; a body that has a length is missed all the same.
+                // Many servers end a TLS connection without a close notification. A truncated body with a length is
+                // still noticed.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && framing.ends_with_connection() => {
                     return Poll::Ready(None);
                 }
@@ -192,16 +193,16 @@ impl Wire {
         }
     }
 
-    /// Whether the answer's body has come to its end, as far as can be told from what was read.
+    /// Whether the answer's body has ended, judged by the bytes read so far.
     pub(crate) fn has_ended(&mut self, framing: &mut Framing) -> bool {
         framing.end(&mut self.read)
     }
 
     fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if let Stream::Plain(stream, Some(receiver)) = &mut self.stream {
-            return receiver.poll_read(stream, &mut self.read, context);
+        if let Stream::Plain(stream, Some(reader)) = &mut self.stream {
+            return reader.poll_read(stream, &mut self.read, context);
         }
-        // What is left of earlier room is used up first: a buffer whose events are still on their way cannot be reused.
+        // The rest of the buffer is used up first: a buffer whose events are still in use cannot be reused.
         if self.read.capacity() - self.read.len() < self.room / 4 {
             self.read.reserve(self.room);
         }
@@ -219,7 +220,7 @@ impl Wire {
     }
 }
 
-/// How many descriptors this process may open, after it has asked for as many as `wanted`.
+/// The number of descriptors that this process can open, after it has tried to raise its limit to `wanted`.
 pub(crate) fn descriptors(wanted: u64) -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return wanted;
@@ -232,7 +233,7 @@ pub(crate) fn descriptors(wanted: u64) -> u64 {
     }
 }
 
-/// Takes an answer's head out of what was read, once it is whole.
+/// Takes an answer's header out of the bytes that were read, once it is complete.
 fn parse(read: &mut BytesMut, method: &Method) -> io::Result<Option<Head>> {
     let mut room = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Response::new(&mut room);
@@ -242,32 +243,32 @@ fn parse(read: &mut BytesMut, method: &Method) -> io::Result<Option<Head>> {
         Err(error) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
     };
     let status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok());
-    let status = status.ok_or_else(|| nonsense("its status is none"))?;
+    let status = status.ok_or_else(|| protocol_error("invalid status code"))?;
     if status == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(nonsense("it changes the protocol"));
+        return Err(protocol_error("unexpected switch of protocols (status 101)"));
     }
     let is_old = parsed.version == Some(0);
     let start = read.as_ptr().addr();
     let mut named = Vec::with_capacity(parsed.headers.len());
     for header in parsed.headers.iter() {
-        let name = HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| nonsense("a header has no name"))?;
+        let name = HeaderName::from_bytes(header.name.as_bytes()).map_err(|_| protocol_error("invalid header name"))?;
         let value = header.value.as_ptr().addr().saturating_sub(start);
         named.push((name, value, header.value.len()));
     }
     let bytes = read.split_to(length).freeze();
     let mut headers = HeaderMap::with_capacity(named.len());
     for (name, from, length) in named {
-        // The value of an empty header may lie anywhere.
+        // The value of an empty header can point anywhere.
         let value = if length == 0 {
             Bytes::new()
         } else {
             bytes.slice(from..from + length)
         };
-        let value = HeaderValue::from_maybe_shared(value).map_err(|_| nonsense("a header has no value"))?;
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| protocol_error("invalid header value"))?;
         headers.append(name, value);
     }
     let (framing, is_clear) = Framing::of(method, status, &headers)?;
-    let keeps_alive = is_clear && !is_old && !says(&headers, &header::CONNECTION, "close");
+    let keeps_alive = is_clear && !is_old && !header_contains(&headers, &header::CONNECTION, "close");
     let mut response = Response::new(());
     *response.status_mut() = status;
     *response.headers_mut() = headers;
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_read_when_it_is_whole_and_no_further() {
+    fn a_whole_head_is_read_and_nothing_after_it() {
         let text = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Empty:\r\nX-Two: a\r\nx-two: b\r\n\r\n{}";
         let (head, rest) = parsed(text).expect("a head").expect("a whole one");
         assert_eq!((head.framing, head.keeps_alive), (Framing::Length(2), true));
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_ends_or_cannot_be_trusted_is_not_used_again() {
+    fn an_untrusted_connection_is_not_reused() {
         for (text, keeps_alive) in [
             (
                 "HTTP/1.1 200 OK\r\nconnection: Keep-Alive\r\ncontent-length: 0\r\n\r\n",
@@ -328,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_answer_is_an_error() {
+    fn non_http_answers_are_errors() {
         for text in [
             "SSH-2.0-OpenSSH\r\n",
             "HTTP/1.1 101 Switching Protocols\r\n\r\n",

@@ -1,4 +1,4 @@
-//! Connections that wait for another request, by where they lead.
+//! A pool of idle connections.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -9,14 +9,14 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Wire;
 
-/// How long an idle connection is kept. vLLM's server closes after 5 s; leaving first avoids sending into the close.
+/// How long an idle connection is kept. vLLM's server closes after 5 s; closing first avoids sending into the close.
 const IDLE_CONNECTION: Duration = Duration::from_secs(4);
 
-/// Idle connections. `Home` is where they belong: another server, or another runtime, which would be woken for its bytes.
+/// Idle connections by `Key`: the server, and the runtime that its bytes would wake.
 #[derive(Debug)]
-pub(crate) struct Pool<Home> {
-    idle: Mutex<HashMap<Home, Vec<Idle>>>,
-    /// Most of one home.
+pub(crate) struct Pool<Key> {
+    idle: Mutex<HashMap<Key, Vec<Idle>>>,
+    /// Maximum connections per key.
     most: usize,
 }
 
@@ -26,8 +26,8 @@ struct Idle {
     since: Instant,
 }
 
-impl<Home: Hash + Eq> Pool<Home> {
-    /// Keeps at most this many connections of one home.
+impl<Key: Hash + Eq> Pool<Key> {
+    /// Keeps at most this many connections per key.
     pub(crate) fn new(most: usize) -> Self {
         Self {
             idle: Mutex::default(),
@@ -35,16 +35,16 @@ impl<Home: Hash + Eq> Pool<Home> {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Home, Vec<Idle>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Vec<Idle>>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection that was used last, which is the least likely to be closed.
-    pub(crate) fn take(&self, home: &Home) -> Option<Wire> {
+    /// Takes the connection that was used last, which is the least likely to be closed.
+    pub(crate) fn take(&self, key: &Key) -> Option<Wire> {
         let mut all = self.lock();
-        let idle = all.get_mut(home)?;
+        let idle = all.get_mut(key)?;
         while let Some(Idle { wire, since }) = idle.pop() {
-            if since.elapsed() < IDLE_CONNECTION && wire.is_quiet() {
+            if since.elapsed() < IDLE_CONNECTION && wire.is_idle() {
                 return Some(wire);
             }
         }
@@ -52,16 +52,16 @@ impl<Home: Hash + Eq> Pool<Home> {
     }
 
     /// Keeps a connection whose answer has been read to its end.
-    pub(crate) fn keep(&self, home: Home, wire: Wire) {
+    pub(crate) fn keep(&self, key: Key, wire: Wire) {
         let mut all = self.lock();
-        let idle = all.entry(home).or_default();
-        if idle.len() < self.most && wire.is_quiet() {
+        let idle = all.entry(key).or_default();
+        if idle.len() < self.most && wire.is_idle() {
             let since = Instant::now();
             idle.push(Idle { wire, since });
         }
     }
 
-    /// Closes all idle connections. Whether there was one.
+    /// Closes all idle connections. Returns whether there was one.
     pub(crate) fn clear(&self) -> bool {
         let idle = std::mem::take(&mut *self.lock());
         idle.values().any(|idle| !idle.is_empty())

@@ -1,4 +1,4 @@
-//! TLS towards a server: whom it trusts, and a connection below it that still knows when its bytes came.
+//! TLS towards a server: which certificates it trusts, and a TCP stream below it that records when its bytes arrived.
 
 use std::fmt;
 use std::io;
@@ -17,24 +17,25 @@ use tokio_rustls::rustls::crypto::{CryptoProvider, ring, verify_tls12_signature,
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio_rustls::rustls::{self, ClientConfig, DigitallySignedStruct, SignatureScheme};
 
-use super::receipt::Receiver;
+use super::rx_timestamp::TimestampingReader;
 
-/// Whom a client trusts.
+/// The trusted certificates of a client.
 #[derive(Clone)]
 pub(crate) struct Tls(TlsConnector);
 
 impl Tls {
-    /// Trusts whom the system does (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others), or anybody where `is_insecure`.
+    /// Trusts the system's certificates (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others), or any certificate if
+    /// `is_insecure`.
     ///
     /// # Errors
-    /// When the system names nobody to trust.
+    /// When the system has no trusted certificates.
     pub(crate) fn new(is_insecure: bool) -> Result<Self, rustls::Error> {
         let provider = Arc::new(ring::default_provider());
         let builder =
             ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
         let mut config = if is_insecure {
-            let anybody = Arc::new(Anybody(provider));
-            let builder = builder.dangerous().with_custom_certificate_verifier(anybody);
+            let verifier = Arc::new(AcceptAnyCertificate(provider));
+            let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
             builder.with_no_client_auth()
         } else {
             builder.with_platform_verifier()?.with_no_client_auth()
@@ -43,8 +44,8 @@ impl Tls {
         Ok(Self(TlsConnector::from(Arc::new(config))))
     }
 
-    /// Shakes hands with the server of this name over a connection.
-    pub(super) async fn over(&self, below: Below, host: &str) -> io::Result<TlsStream<Below>> {
+    /// Performs the handshake with the server of this name over a connection.
+    pub(super) async fn over(&self, below: TimedTcpStream, host: &str) -> io::Result<TlsStream<TimedTcpStream>> {
         let name = ServerName::try_from(host.to_owned());
         let name = name.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         self.0.connect(name, below).await
@@ -59,31 +60,31 @@ impl fmt::Debug for Tls {
 
 /// The TCP connection below a TLS one.
 #[derive(Debug)]
-pub(super) struct Below {
+pub(super) struct TimedTcpStream {
     pub(super) stream: TcpStream,
-    pub(super) receiver: Option<Receiver>,
-    /// Read by the receiver, and not yet taken by TLS.
+    pub(super) reader: Option<TimestampingReader>,
+    /// Bytes that the reader has read and TLS has not taken yet.
     held: BytesMut,
 }
 
-impl Below {
-    pub(super) fn new(stream: TcpStream, receiver: Option<Receiver>) -> Self {
+impl TimedTcpStream {
+    pub(super) fn new(stream: TcpStream, reader: Option<TimestampingReader>) -> Self {
         Self {
             stream,
-            receiver,
+            reader,
             held: BytesMut::new(),
         }
     }
 }
 
-impl AsyncRead for Below {
+impl AsyncRead for TimedTcpStream {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, room: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { stream, receiver, held } = self.get_mut();
-        let Some(receiver) = receiver else {
+        let Self { stream, reader, held } = self.get_mut();
+        let Some(reader) = reader else {
             return Pin::new(stream).poll_read(context, room);
         };
         if held.is_empty() {
-            ready!(receiver.poll_read(stream, held, context))?;
+            ready!(reader.poll_read(stream, held, context))?;
         }
         let count = held.len().min(room.remaining());
         room.put_slice(&held[..count]);
@@ -92,7 +93,7 @@ impl AsyncRead for Below {
     }
 }
 
-impl AsyncWrite for Below {
+impl AsyncWrite for TimedTcpStream {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
@@ -106,11 +107,11 @@ impl AsyncWrite for Below {
     }
 }
 
-/// Takes any certificate; its holder must still have its key.
+/// Accepts any certificate whose holder has its key.
 #[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

@@ -140,9 +140,9 @@ fn keys_that_cannot_be_used_are_refused_before_anything_starts() {
         file("\n# none\n");
         refused(&arguments, "`keys` holds no API key");
         file("sword fish swordfish");
-        refused(&arguments, "line 1 is no API key");
+        refused(&arguments, "line 1 is not a valid API key");
         file("\u{feff}# with a byte order mark\nsword-fish\nsword\u{a0}fish");
-        refused(&arguments, "line 3 is no API key");
+        refused(&arguments, "line 3 is not a valid API key");
     }
     let differ = [
         "up",

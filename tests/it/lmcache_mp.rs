@@ -78,7 +78,7 @@ fn wrong_kv_is_seen_although_the_decode_engine_keeps_what_it_was_handed() {
     let run = up(&place, &["--set", "sim.faults=[\"garble-kv\"]"]);
     let (code, text) = run.end();
     assert_eq!(code, 5, "{text}");
-    assert!(text.contains("the KV that arrives is wrong"), "{text}");
+    assert!(text.contains("the transferred KV is wrong"), "{text}");
     assert_eq!(place.processes(), []);
 }
 

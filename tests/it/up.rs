@@ -206,7 +206,7 @@ fn kv_that_arrives_wrong_keeps_the_fleet_from_getting_ready() {
         let faults = ["--set", "sim.faults=[\"garble-kv\"]", "--set", connector];
         let (code, text) = place.up(&[&["--profile", "1p1d"], faults.as_slice()].concat()).end();
         assert_eq!(code, 5, "{text}");
-        assert!(text.contains("the KV that arrives is wrong"), "{text}");
+        assert!(text.contains("the transferred KV is wrong"), "{text}");
         assert_eq!(place.processes(), []);
     }
 }
@@ -220,7 +220,7 @@ fn kv_that_arrives_wrong_with_long_prompts_alone_keeps_the_fleet_from_getting_re
     assert_eq!(code, 5, "{text}");
     let told = "to a prompt of 8";
     assert!(
-        text.contains(told) && text.contains("the KV that arrives is wrong"),
+        text.contains(told) && text.contains("the transferred KV is wrong"),
         "{text}"
     );
     assert_eq!(place.processes(), []);

@@ -190,19 +190,19 @@ fn late_reads_are_counted_apart_from_times() {
     let started = Instant::now();
     let mut reader = Reader::new(&scanner, started);
     for (at, waited) in [(10, 4), (20, 1)] {
-        let receipt = Receipt {
+        let timestamp = RxTimestamp {
             at: started + milliseconds(at),
             waited: Some(milliseconds(waited)),
         };
         reader
-            .feed(b"data: {\"choices\":[{\"text\":\"a\"}]}\n\n", receipt)
+            .feed(b"data: {\"choices\":[{\"text\":\"a\"}]}\n\n", timestamp)
             .unwrap();
     }
-    let receipt = Receipt {
+    let timestamp = RxTimestamp {
         at: started + milliseconds(30),
         waited: None,
     };
-    reader.feed(b"data: [DONE]\n\n", receipt).unwrap();
+    reader.feed(b"data: [DONE]\n\n", timestamp).unwrap();
     let answer = reader.finish().unwrap();
     assert_eq!(
         (answer.first_token, answer.latency),

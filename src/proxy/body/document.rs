@@ -1,7 +1,7 @@
-//! Surgery on a client's JSON body: named top-level keys change, every other byte stays as the client wrote it.
+//! Edits named top-level keys of a client's JSON body and leaves every other byte as the client wrote it.
 //!
-//! Nothing is re-serialized, so the order of keys, the spelling of numbers, whitespace and unknown fields reach the
-//! engine unchanged. Knows JSON; knows no field of the OpenAI API except those that a client may never set.
+//! Nothing is serialized again, so the engine gets the order of keys, the spelling of numbers, whitespace and unknown
+//! fields unchanged. This module knows JSON. Of the OpenAI API it knows only the fields that a client must never set.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -11,66 +11,66 @@ use std::ops::Range;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// Fields that steer how KV moves. From a client they could kill an engine, let it connect anywhere, or fetch another
-/// client's KV, so they never reach one.
+/// Fields that steer how KV moves. From a client they could crash an engine, make it connect anywhere, or fetch
+/// another client's KV. They never reach an engine.
 const FORBIDDEN: [&str; 2] = ["kv_transfer_params", "ec_transfer_params"];
 
-/// vLLM's object of extra arguments, in which the forbidden fields could hide.
+/// vLLM's object of extra arguments, which could hide the forbidden fields.
 const EXTRA_ARGUMENTS: &str = "vllm_xargs";
 
-/// Largest number of members of an object that is read. vLLM 0.32 knows about a hundred fields of a request.
+/// Maximum number of members of an object. vLLM 0.32 knows about a hundred fields of a request.
 const MAX_MEMBERS: usize = 1024;
 
-/// Deepest nesting of objects and lists. Engines refuse more as well: Python's JSON reader ends at 994 levels, pydantic's at
-/// 201 (seen on Python 3.11).
+/// Maximum nesting of objects and lists. Engines refuse more too: Python's JSON reader ends at 994 levels, pydantic's
+/// at 201 (seen on Python 3.11).
 const MAX_DEPTH: usize = 1000;
 
-/// Why a body cannot be used.
+/// Why the proxy cannot use a body.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BodyError {
-    /// Not text.
+    /// The body is not UTF-8 text.
     #[error("it is not UTF-8")]
     NotUtf8(#[source] std::str::Utf8Error),
-    /// Not JSON, or JSON but not an object.
+    /// The body is not JSON, or not a JSON object.
     #[error("it is not a JSON object")]
     NotObject(#[source] serde_json::Error),
-    /// An object of too many members.
+    /// The object has more than `MAX_MEMBERS` members.
     #[error("it has more than {} members, which is the limit", MAX_MEMBERS)]
     TooManyMembers,
-    /// Too many levels of objects and lists.
+    /// Objects and lists are nested deeper than `MAX_DEPTH`.
     #[error("it is nested deeper than {} levels, which is the limit", MAX_DEPTH)]
     TooDeep,
-    /// The object in which forbidden fields could hide cannot be read.
-    #[error("`{EXTRA_ARGUMENTS}` is not usable")]
+    /// The object that could hide forbidden fields cannot be parsed.
+    #[error("`{EXTRA_ARGUMENTS}` cannot be read")]
     ExtraArguments(#[source] Box<BodyError>),
 }
 
-/// A JSON object, and where its members are.
+/// A JSON object and the positions of its members.
 #[derive(Debug)]
 pub(crate) struct Document<'body> {
     text: &'body str,
-    /// In the order of the text, duplicates included.
+    /// In the order of the text, with duplicates.
     members: Vec<Member<'body>>,
-    /// The index of each key's member; of duplicates the last one, as for the engines.
+    /// The index of each key's member. Of duplicates the last one counts, as in the engines.
     by_key: HashMap<Cow<'body, str>, usize>,
-    /// The extra arguments without forbidden fields, if the client's have some.
+    /// The extra arguments without the forbidden fields, if the client sent any of those.
     clean_extra: Option<String>,
 }
 
 #[derive(Debug)]
 struct Member<'body> {
-    /// Unescaped.
+    /// The key without escapes.
     key: Cow<'body, str>,
-    /// From the key's opening quote to the value's end.
+    /// From the key's opening quote to the end of the value.
     whole: Range<usize>,
     value: Range<usize>,
 }
 
-/// A change of one key: its new value as JSON text, or `None` to remove it.
+/// An edit of one key: its new value as JSON text, or `None` to remove it.
 pub(crate) type Edit<'edit> = (&'edit str, Option<&'edit str>);
 
 impl<'body> Document<'body> {
-    /// Reads the members of the object that a client's `body` must be.
+    /// Parses the object that a client's `body` must be.
     pub(crate) fn parse(body: &'body [u8]) -> Result<Self, BodyError> {
         let mut document = Self::parse_text(std::str::from_utf8(body).map_err(BodyError::NotUtf8)?)?;
         if let Some(extra) = document.get(EXTRA_ARGUMENTS) {
@@ -80,7 +80,7 @@ impl<'body> Document<'body> {
         Ok(document)
     }
 
-    /// Reads the members of an object. The cost is linear in the text, and the memory bounded.
+    /// Parses the members of an object in linear time and bounded memory.
     pub(crate) fn parse_text(text: &'body str) -> Result<Self, BodyError> {
         if is_too_deep(text.as_bytes()) {
             return Err(BodyError::TooDeep);
@@ -96,7 +96,7 @@ impl<'body> Document<'body> {
         let mut by_key = HashMap::with_capacity(entries.len());
         let mut cursor = text.find('{').unwrap_or_default() + 1;
         for (index, (Key(key), raw)) in entries.into_iter().enumerate() {
-            // Between two members there is nothing but whitespace and a comma, so the next quote opens the key.
+            // Only whitespace and a comma stand between two members, so the next quote opens the key.
             let start = cursor + text[cursor..].find('"').unwrap_or_default();
             let value = raw.get().as_ptr().addr() - text.as_ptr().addr();
             let end = value + raw.get().len();
@@ -116,7 +116,7 @@ impl<'body> Document<'body> {
         })
     }
 
-    /// The value of `key` as JSON text. Of duplicates the last one counts, as it does for the engines.
+    /// The value of `key` as JSON text. Of duplicates the last one counts, as in the engines.
     pub(crate) fn get(&self, key: &str) -> Option<&'body str> {
         self.by_key
             .get(key)
@@ -139,10 +139,10 @@ impl<'body> Document<'body> {
         self.by_key.get(&member.key) == Some(&index)
     }
 
-    /// The body with `edits` applied and without the fields that no client may set. An edit may set one of those.
+    /// The body with `edits` applied and without the fields that a client must not set. An edit can set one of those.
     ///
-    /// A key that is there keeps its place; a new one comes last; what is removed takes the whitespace before it along. Of
-    /// duplicates only the last is left, so that an engine reads what the proxy has read.
+    /// An edited key keeps its place and a new key comes last. A removed member takes the whitespace before it along.
+    /// Of duplicates only the last is left, so the engine reads what the proxy has read.
     pub(crate) fn edited(&self, edits: &[Edit<'_>]) -> Vec<u8> {
         let mut all: Vec<Edit<'_>> = edits.to_vec();
         all.extend(
@@ -155,7 +155,7 @@ impl<'body> Document<'body> {
         self.apply(&all).into_bytes()
     }
 
-    /// The text with `edits` applied and nothing else, for what no client wrote.
+    /// The text with only `edits` applied, for text that xpyd or an engine wrote.
     pub(crate) fn apply(&self, edits: &[Edit<'_>]) -> String {
         let growth: usize = edits
             .iter()
@@ -193,27 +193,27 @@ impl<'body> Document<'body> {
     }
 }
 
-/// One step on the way to a value within a JSON text.
+/// One step of the path to a value within a JSON text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// The value of an object's key; of duplicates the last one.
+pub(crate) enum PathStep {
+    /// The value of an object's key. Of duplicates the last one counts.
     Key(&'static str),
     /// The first element of a list.
     First,
 }
 
-/// The JSON text with another value at the end of `path`: what `new` makes of the one that is there. `None` if there is none,
-/// or `new` wants no other.
-pub(crate) fn edit_at(text: &str, path: &[Step], new: impl FnOnce(&str) -> Option<String>) -> Option<String> {
+/// The JSON text with the value at `path` replaced by `new(value)`. `None` if there is no such value, or `new`
+/// returns `None`.
+pub(crate) fn edit_at(text: &str, path: &[PathStep], new: impl FnOnce(&str) -> Option<String>) -> Option<String> {
     match path {
         [] => new(text),
-        [Step::Key(key), rest @ ..] => {
+        [PathStep::Key(key), rest @ ..] => {
             let document = Document::parse_text(text).ok()?;
             let value = edit_at(document.get(key)?, rest, new)?;
             Some(document.apply(&[(key, Some(&value))]))
         }
-        [Step::First, rest @ ..] => {
-            let First(first) = serde_json::from_str(text).ok()?;
+        [PathStep::First, rest @ ..] => {
+            let FirstElement(first) = serde_json::from_str(text).ok()?;
             let first = first?.get();
             let start = first.as_ptr().addr() - text.as_ptr().addr();
             let value = edit_at(first, rest, new)?;
@@ -222,7 +222,7 @@ pub(crate) fn edit_at(text: &str, path: &[Step], new: impl FnOnce(&str) -> Optio
     }
 }
 
-/// The object `text` without the forbidden fields; `None` if it has none of them or is no object.
+/// The object `text` without the forbidden fields. `None` if it contains none of them or is not an object.
 fn without_forbidden(text: &str) -> Result<Option<String>, BodyError> {
     if !text.starts_with('{') {
         return Ok(None);
@@ -232,9 +232,9 @@ fn without_forbidden(text: &str) -> Result<Option<String>, BodyError> {
     Ok((!is_clean).then(|| document.apply(&FORBIDDEN.map(|key| (key, None)))))
 }
 
-/// Whether objects and lists are nested deeper than the limit, at least as JSON that is well formed.
+/// Whether well-formed JSON nests objects and lists deeper than the limit.
 fn is_too_deep(text: &[u8]) -> bool {
-    // Few texts have more brackets than levels are allowed, and counting brackets is fast.
+    // Few texts have more brackets than allowed levels, and counting brackets is fast.
     if memchr::memchr2_iter(b'[', b'{', text).nth(MAX_DEPTH).is_none() {
         return false;
     }
@@ -252,7 +252,7 @@ fn is_too_deep(text: &[u8]) -> bool {
     false
 }
 
-/// The index of the quote that ends the string from `at` on; the end of the text if there is none.
+/// The index of the quote that ends the string from `at` on, or the length of the text if no quote follows.
 pub(crate) fn end_of_string(text: &[u8], mut at: usize) -> usize {
     while let Some(found) = text.get(at..).and_then(|rest| memchr::memchr2(b'"', b'\\', rest)) {
         at += found;
@@ -264,11 +264,11 @@ pub(crate) fn end_of_string(text: &[u8], mut at: usize) -> usize {
     text.len()
 }
 
-/// A key, which is only copied where it has escapes.
+/// A key, copied only if it contains escapes.
 #[derive(serde::Deserialize)]
 struct Key<'body>(#[serde(borrow)] Cow<'body, str>);
 
-/// Reads the members of an object in order, duplicates included, up to one more than the limit.
+/// Reads the members of an object in order, with duplicates, up to one more than the limit.
 struct Entries<'read, 'body>(&'read mut Vec<(Key<'body>, &'body RawValue)>);
 
 impl<'de> DeserializeSeed<'de> for Entries<'_, 'de> {
@@ -297,14 +297,14 @@ impl<'de> Visitor<'de> for Entries<'_, 'de> {
     }
 }
 
-/// The first element of a list, if it has any.
-struct First<'text>(Option<&'text RawValue>);
+/// The first element of a list, if the list is not empty.
+struct FirstElement<'text>(Option<&'text RawValue>);
 
-impl<'de> Deserialize<'de> for First<'de> {
+impl<'de> Deserialize<'de> for FirstElement<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct List;
         impl<'de> Visitor<'de> for List {
-            type Value = First<'de>;
+            type Value = FirstElement<'de>;
 
             fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
                 formatter.write_str("a list")
@@ -313,7 +313,7 @@ impl<'de> Deserialize<'de> for First<'de> {
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
                 let first = list.next_element()?;
                 while list.next_element::<&RawValue>()?.is_some() {}
-                Ok(First(first))
+                Ok(FirstElement(first))
             }
         }
         deserializer.deserialize_seq(List)
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn of_duplicates_the_last_is_read_and_nothing_else_reaches_an_engine() {
+    fn only_the_last_duplicate_reaches_an_engine() {
         let body = r#"{"n":1,"a":0, "\u006e":2}"#;
         assert_eq!(Document::parse(body.as_bytes()).expect("object").get("n"), Some("2"));
         assert_eq!(edit(body, &[]), r#"{"a":0, "\u006e":2}"#);
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn members_and_depth_have_limits_that_the_error_names() {
+    fn errors_name_the_limits_of_members_and_depth() {
         let members = |count: usize| {
             let members: Vec<String> = (0..count).map(|number| format!("\"k{number}\":0")).collect();
             format!("{{{}}}", members.join(","))
@@ -371,16 +371,16 @@ mod tests {
         for body in [
             members(MAX_MEMBERS),
             nested(MAX_DEPTH),
-            // What looks like brackets is text.
+            // Brackets within a string are text.
             format!("{{\"a\":\"{}\",\"b\":\"\\\\\"}}", "\\\"[{".repeat(2 * MAX_DEPTH)),
-            // Many brackets, few levels.
+            // Many brackets, but few levels.
             format!("{{\"a\":[{}0]}}", "[{}],".repeat(2 * MAX_DEPTH)),
         ] {
             assert_eq!(edit(&body, &[]), body);
         }
         assert!(message(&members(MAX_MEMBERS + 1)).contains("more than 1024 members"));
         assert!(message(&nested(MAX_DEPTH + 1)).contains("deeper than 1000 levels"));
-        // It ends at the limit, whatever comes after it.
+        // Parsing stops at the limit, before the syntax error.
         assert!(message(&format!("{}:", members(2000))).contains("more than 1024 members"));
         assert!(message(&"[".repeat(1_000_000)).contains("deeper than 1000 levels"));
         let extra = message(&format!("{{\"vllm_xargs\":{}}}", members(MAX_MEMBERS + 1)));
@@ -388,8 +388,8 @@ mod tests {
     }
 
     #[test]
-    fn extra_arguments_that_cannot_be_read_are_refused() {
-        // Python reads such a key, Rust has no text for it.
+    fn unreadable_extra_arguments_are_refused() {
+        // Python reads such a key; Rust cannot represent it as text.
         let body = r#"{"vllm_xargs":{"kv_transfer_params":{},"\ud800":1}}"#;
         assert!(matches!(
             Document::parse(body.as_bytes()),
@@ -406,16 +406,16 @@ mod tests {
 
     #[test]
     fn a_value_deep_within_changes_alone() {
-        let path = [Step::Key("choices"), Step::First, Step::Key("text")];
+        let path = [PathStep::Key("choices"), PathStep::First, PathStep::Key("text")];
         let text =
             "{ \"choices\" :[ {\"index\":0, \"text\": \"a\\u00e9\" ,\"x\":1.50}, {\"text\":\"z\"}],\n\"usage\":null}";
         let changed = edit_at(text, &path, |old| Some(format!("[{old}]"))).expect("it is there");
         assert_eq!(changed, text.replacen("\"a\\u00e9\"", "[\"a\\u00e9\"]", 1));
         assert_eq!(edit_at(text, &path, |_| None), None);
         for path in [
-            &[Step::Key("usage"), Step::Key("a")][..],
-            &[Step::First],
-            &[Step::Key("none")],
+            &[PathStep::Key("usage"), PathStep::Key("a")][..],
+            &[PathStep::First],
+            &[PathStep::Key("none")],
         ] {
             assert_eq!(edit_at(text, path, |_| Some("1".into())), None, "{path:?}");
         }
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_refused_with_the_place() {
+    fn non_objects_are_refused_with_their_position() {
         let message = |body: &[u8]| crate::report::one_line(&Document::parse(body).expect_err("no object"));
         assert!(
             message(b"{\"a\": }").contains("line 1 column 7"),
@@ -455,7 +455,7 @@ mod tests {
         }
     }
 
-    /// JSON objects as clients might write them: any spacing, escapes and duplicate keys.
+    /// JSON objects as clients could write them, with any spacing, escapes and duplicate keys.
     fn objects() -> impl Strategy<Value = String> {
         let space = prop_oneof![Just(""), Just(" "), Just("\n\t")];
         let key = prop_oneof![
@@ -479,7 +479,7 @@ mod tests {
         })
     }
 
-    /// Any JSON value as text, with the spellings that a writer of its own would not keep.
+    /// Any JSON value as text, in spellings that a JSON writer would normalize.
     fn values() -> impl Strategy<Value = String> {
         let leaf = prop_oneof![
             Just("null".to_owned()),
@@ -500,7 +500,7 @@ mod tests {
         })
     }
 
-    /// Keys as text: few, so that they meet, and forbidden ones in several spellings.
+    /// A few keys, so that they repeat, and forbidden ones in several spellings.
     fn keys() -> impl Strategy<Value = String> {
         prop_oneof![
             Just("\"a\"".to_owned()),
@@ -518,7 +518,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_edited_every_other_member_keeps_its_bytes(
+        fn edits_leave_other_members_unchanged(
             members in proptest::collection::vec((keys(), "[ \n\t\r]{0,2}", values(), "[ \n\t\r]{0,2}"), 0..8),
             edited in proptest::collection::vec((0_usize..8, proptest::option::of(values())), 0..4),
         ) {
@@ -582,7 +582,7 @@ mod tests {
         }
 
         #[test]
-        fn a_body_without_edits_and_duplicates_comes_back_byte_for_byte(body in objects()) {
+        fn an_unedited_body_is_unchanged(body in objects()) {
             let document = Document::parse_text(&body).expect("an object");
             prop_assume!(document.by_key.len() == document.members.len());
             prop_assert_eq!(edit(&body, &[]), body);

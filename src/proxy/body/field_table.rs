@@ -1,37 +1,39 @@
-//! Every field of the generations of vLLM 0.32 and 0.33, and with which values a hand-off and a splice give one engine's answer.
+//! Every field of the generation requests of vLLM 0.32 and 0.33, and for which values two engines answer exactly as
+//! one would.
 //!
-//! What was seen on real engines: with several sequences or prompts one hand-off serves the first only and the others get
-//! wrong text; probabilities of the prompt make the decode engine compute it. In a splice the decode engine takes the first
-//! token for a part of the prompt, so whatever looks back at the answer's tokens would look past that one.
+//! Seen on real engines: with several sequences or prompts, one hand-off serves only the first and the others get
+//! wrong text. Prompt log-probabilities make the decode engine compute the prompt. When the prefill engine makes the
+//! first token, the decode engine takes that token as part of the prompt, so a parameter that looks back at the
+//! generated tokens misses it.
 
-use super::serving_mode::{Kind, include_usage, is_plain_chat, is_token_list};
+use super::serving_mode::{GenerationKind, include_usage, is_plain_chat, is_token_list};
 
-/// A field.
+/// The rule of one field.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Field {
     pub(crate) name: &'static str,
-    pub(crate) kinds: &'static [Kind],
-    /// When prefill and decode may share the request.
+    pub(crate) kinds: &'static [GenerationKind],
+    /// When prefill and decode engine can share the request.
     pub(crate) handoff: When,
-    /// When the prefill engine may make the first token as well.
+    /// When the prefill engine can also make the first token.
     pub(crate) splice: When,
     pub(crate) why: &'static str,
 }
 
-/// The values, as the client wrote them, that need no decode engine alone. Absent and `null` never do.
+/// The values, as the client wrote them, that do not require a single engine. Absent and `null` never do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
     Always,
     Never,
     Only(&'static [&'static str]),
-    /// A whole number from 1.
+    /// An integer from 1.
     Count,
     /// One text, or one list of token ids.
     OnePrompt,
     List,
-    /// Every message is a role and a text.
+    /// Messages that consist of a role and a text only.
     PlainChat,
-    /// `include_usage` and nothing else.
+    /// An object with `include_usage` only.
     IncludeUsage,
 }
 
@@ -51,16 +53,16 @@ impl When {
     }
 }
 
-/// The rule of a field, if there is one.
-pub(crate) fn find(kind: Kind, name: &str) -> Option<&'static Field> {
+/// The rule of a field, if the table has one.
+pub(crate) fn find(kind: GenerationKind, name: &str) -> Option<&'static Field> {
     FIELDS
         .iter()
         .find(|field| field.name == name && field.kinds.contains(&kind))
 }
 
-const BOTH: &[Kind] = &[Kind::Completions, Kind::Chat];
-const COMPLETIONS: &[Kind] = &[Kind::Completions];
-const CHAT: &[Kind] = &[Kind::Chat];
+const BOTH: &[GenerationKind] = &[GenerationKind::Completions, GenerationKind::Chat];
+const COMPLETIONS: &[GenerationKind] = &[GenerationKind::Completions];
+const CHAT: &[GenerationKind] = &[GenerationKind::Chat];
 const FALSE: When = When::Only(&["false"]);
 const TRUE: When = When::Only(&["true"]);
 const ZERO: When = When::Only(&["0", "0.0"]);
@@ -72,7 +74,13 @@ const LOOKS_BACK: &str = "looks back at the answer's tokens";
 const SHAPES_PROMPT: &str = "changes the prompt's tokens, which a splice asks of `/tokenize` without it";
 const SHAPES_ANSWER: &str = "changes the fields that describe the first token";
 
-const fn field(name: &'static str, kinds: &'static [Kind], handoff: When, splice: When, why: &'static str) -> Field {
+const fn field(
+    name: &'static str,
+    kinds: &'static [GenerationKind],
+    handoff: When,
+    splice: When,
+    why: &'static str,
+) -> Field {
     Field {
         name,
         kinds,
@@ -82,7 +90,8 @@ const fn field(name: &'static str, kinds: &'static [Kind], handoff: When, splice
     }
 }
 
-/// All of them. A field that is not here is one of a later vLLM: it is handed over, and never spliced.
+/// All rules. A field without a rule belongs to a later vLLM: the request is handed over, and the decode engine makes
+/// the first token.
 #[rustfmt::skip]
 pub(crate) const FIELDS: &[Field] = &[
     field("prompt", COMPLETIONS, When::OnePrompt, When::OnePrompt, "a hand-off is for one prompt"),

@@ -1,7 +1,8 @@
-//! What of a prompt is no text: images, sound, videos and files, which JSON carries as long strings and engines as few tokens.
+//! Finds the media in a prompt: images, audio, videos and files, which are long strings in JSON and few tokens in an
+//! engine.
 //!
-//! Pure. A guess for the choice of engines and the weighing of requests: no answer depends on it. Knows the spellings of
-//! `OpenAI`, of Anthropic and of vLLM, and `data:` URLs wherever they stand.
+//! Pure. The result is an estimate for scheduling; no answer depends on it. It knows the formats of `OpenAI`,
+//! Anthropic and vLLM, and `data:` URLs anywhere.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -9,10 +10,10 @@ use std::fmt::Write as _;
 use super::document::end_of_string;
 use crate::proxy::hash::hash_of;
 
-/// Tokens that one image, sound, video or file is taken for. Models make some 250 to 2,000 of an image.
+/// Estimated tokens of one image, audio clip, video or file. Models make about 250 to 2,000 tokens of an image.
 pub(crate) const MEDIA_TOKENS: u64 = 1536;
 
-/// Keys whose value is one of these.
+/// Keys whose value is a medium.
 const MEDIA_KEYS: [&str; 11] = [
     "image_url",
     "input_image",
@@ -27,7 +28,7 @@ const MEDIA_KEYS: [&str; 11] = [
     "source",
 ];
 
-/// Keys whose value an engine reads as text, however it looks. A prompt has no key.
+/// Keys whose value an engine always reads as text. A plain prompt has no key, hence the empty one.
 const TEXT_KEYS: [&str; 9] = [
     "",
     "text",
@@ -40,19 +41,19 @@ const TEXT_KEYS: [&str; 9] = [
     "thinking",
 ];
 
-/// Shorter strings are left as they are: they weigh little as text.
+/// Shorter strings stay as they are, because they count little as text.
 const LONG: usize = 256;
 
-/// A prompt, as far as its size goes.
+/// A prompt reduced to what determines its size.
 #[derive(Debug)]
 pub(crate) struct Condensed<'prompt> {
-    /// The prompt's JSON text with a hash in place of what is no text.
+    /// The prompt's JSON text, with a hash in place of each medium.
     pub(crate) text: Cow<'prompt, str>,
-    /// How many images, sounds, videos and files it has.
+    /// The number of images, audio clips, videos and files.
     pub(crate) media: u64,
 }
 
-/// Condenses a prompt.
+/// Replaces the media of a prompt by hashes.
 pub(crate) fn condensed(prompt: &str) -> Condensed<'_> {
     let bytes = prompt.as_bytes();
     let (mut text, mut copied) = (String::new(), 0);
@@ -91,13 +92,13 @@ pub(crate) fn condensed(prompt: &str) -> Condensed<'_> {
     }
 }
 
-/// Where the first thing begins that is no text, and its length.
+/// The start and length of the first medium in a string.
 fn blob(string: &str, is_text: bool) -> Option<(usize, usize)> {
     if string.len() < LONG {
         return None;
     }
     let is_data = |at: &str| at.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:"));
-    // A URL, or nothing but base64, whose lines may be broken: neither has a space.
+    // A URL, or base64 with or without line breaks: neither contains a space.
     if (!is_text || is_data(string)) && string.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Some((0, string.len()));
     }
@@ -116,7 +117,7 @@ mod tests {
 
     use super::*;
 
-    /// Bytes of the text that is left, and media.
+    /// Bytes of the remaining text, and the number of media.
     fn weighed(prompt: &Value) -> (usize, u64) {
         let prompt = prompt.to_string();
         let Condensed { text, media } = condensed(&prompt);
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_medium_is_one_in_every_spelling_and_its_bytes_are_no_text() {
+    fn every_spelling_of_a_medium_counts_as_one() {
         let payload = "QUJD/+==".repeat(100_000);
         let url = format!("data:image/png;base64,{payload}");
         let broken: String = payload.as_bytes().chunks(76).fold(String::new(), |text, line| {

@@ -1,4 +1,4 @@
-//! What bodies and event streams hold: reading, editing, and the rule of each field.
+//! Bodies and event streams: reading and editing them, and the rule of each request field.
 
 pub(crate) mod document;
 pub(crate) mod field_table;

@@ -1,7 +1,7 @@
-//! Reads clients' bodies, within a limit for each one and a budget of bytes for all of them together.
+//! Reads clients' bodies, with a size limit for each and a byte budget for all.
 //!
-//! A body takes part of the budget from its first byte until nothing refers to it any more, clean-ups included. Copies that
-//! are made for engines are not counted, unless they outlive the body: a request has one of them at a time.
+//! A body occupies the budget from its first byte until nothing refers to it, clean-ups included. Copies for engines
+//! do not count unless they outlive the body: a request has one at a time.
 
 use std::error::Error;
 use std::io;
@@ -17,27 +17,27 @@ use hyper::body::Body as _;
 use crate::proxy::error::ProxyError;
 use crate::report::one_line;
 
-/// How long a client may take to send its body.
+/// How long a client has to send its body.
 const READ_DEADLINE: Duration = Duration::from_mins(1);
 
-/// Most that is read of a body that nobody wants, for how long, and how long it may pause.
+/// How much of an unwanted body the proxy reads, for how long, and how long the client can pause.
 const MAX_DRAINED_BYTES: usize = 1 << 30;
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 const DRAIN_PAUSE: Duration = Duration::from_secs(1);
 
-/// Larger bodies count as large ones. A prompt of 128 Ki tokens has about 512 KiB.
+/// Larger bodies count as large. A prompt of 128 Ki tokens has about 512 KiB.
 const SMALL_BYTES: usize = 1 << 20;
 
 /// The bodies of all requests in a proxy.
 #[derive(Debug)]
-pub(crate) struct Bodies {
+pub(crate) struct BodyReader {
     budget: Mutex<Budget>,
-    /// Largest body.
+    /// Maximum size of one body in bytes.
     limit: usize,
 }
 
-impl Bodies {
-    /// `limit`: most bytes of one body. `budget`: most bytes of all bodies, 0 for no limit.
+impl BodyReader {
+    /// `limit`: maximum bytes of one body. `budget`: maximum bytes of all bodies, 0 for no limit.
     pub(crate) fn new(limit: usize, budget: u64) -> Self {
         let limit_of_all = match usize::try_from(budget) {
             Ok(0) | Err(_) => usize::MAX,
@@ -58,12 +58,12 @@ impl Bodies {
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of all bodies now.
+    /// Bytes of all bodies in memory now.
     pub(crate) fn held(&self) -> usize {
         self.budget().held()
     }
 
-    /// Reads a body, which is JSON if there is one.
+    /// Reads a body, which must be JSON unless it is empty.
     pub(crate) async fn read(self: &Arc<Self>, headers: &HeaderMap, mut body: Body) -> Result<Bytes, ProxyError> {
         let read = self.take(headers, &mut body).await;
         let is_unread = |error: &ProxyError| !matches!(error, ProxyError::Unread(_) | ProxyError::Malformed(_));
@@ -73,8 +73,8 @@ impl Bodies {
         read
     }
 
-    /// One whose announced length is too large, or has no room, is refused unread: hyper asks a client to continue only once the
-    /// body is read.
+    /// A body whose announced length is too large, or does not fit into the budget, is refused unread: hyper sends
+    /// `100 Continue` only once the body is read.
     async fn take(self: &Arc<Self>, headers: &HeaderMap, body: &mut Body) -> Result<Bytes, ProxyError> {
         let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
         self.check(announced)?;
@@ -91,12 +91,12 @@ impl Bodies {
         let read = tokio::time::timeout(READ_DEADLINE, held.fill(body)).await;
         read.map_err(|_| {
             let deadline = humantime::format_duration(READ_DEADLINE);
-            ProxyError::Unread(format!("no end within {deadline}"))
+            ProxyError::Unread(format!("incomplete after {deadline}"))
         })??;
         Ok(self.as_utf8(Bytes::from_owner(held)))
     }
 
-    /// JSON is UTF-8. Python reads more, and so do engines: a byte order mark, and UTF-16, which PowerShell writes.
+    /// JSON is UTF-8. Python, and so the engines, also read a byte order mark and UTF-16, which PowerShell writes.
     fn as_utf8(self: &Arc<Self>, body: Bytes) -> Bytes {
         let decode: fn([u8; 2]) -> u16 = match &body[..] {
             [0xef, 0xbb, 0xbf, ..] => return body.slice(3..),
@@ -112,7 +112,7 @@ impl Bodies {
         }
     }
 
-    /// Counts what is made of a body and outlives it. It always has room, because its body had.
+    /// Counts bytes that are made from a body and outlive it. They always fit, because their body did.
     pub(crate) fn hold(self: &Arc<Self>, bytes: Vec<u8>) -> Bytes {
         self.budget().add(bytes.len());
         Bytes::from_owner(HeldBody {
@@ -134,8 +134,8 @@ impl Bodies {
     }
 }
 
-/// Whether a body is one that is read: JSON in no encoding. Web pages may send other kinds of text to any address without
-/// asking first, so engines refuse those as well.
+/// Checks that a body is JSON without a content encoding. Web pages can send other content types to any address
+/// without a preflight, so engines refuse those too.
 fn check_kind(headers: &HeaderMap) -> Result<(), ProxyError> {
     if let Some(encoding) = encoding(headers) {
         return Err(ProxyError::Encoded(encoding));
@@ -149,7 +149,7 @@ fn check_kind(headers: &HeaderMap) -> Result<(), ProxyError> {
     }
 }
 
-/// How a body is encoded; `None` if it is not.
+/// The content encoding of a body. `None` if it has none.
 pub(crate) fn encoding(headers: &HeaderMap) -> Option<String> {
     let values = headers.get_all(header::CONTENT_ENCODING).iter();
     let codings: Vec<_> = values.map(|value| String::from_utf8_lossy(value.as_bytes())).collect();
@@ -158,8 +158,8 @@ pub(crate) fn encoding(headers: &HeaderMap) -> Option<String> {
     (!codings.split(',').map(str::trim).all(is_none)).then_some(codings)
 }
 
-/// Reads a body that nobody wants, as long as it comes: a client that is still sending sees a broken connection, and not its
-/// answer.
+/// Reads the rest of an unwanted body. Otherwise a client that still sends would see a broken connection instead of
+/// its answer.
 pub(crate) async fn drain(body: &mut Body) {
     let all = async {
         let mut bytes = 0;
@@ -169,12 +169,12 @@ pub(crate) async fn drain(body: &mut Body) {
             bytes += frame.data_ref().map_or(0, Bytes::len);
         }
     };
-    // What comes after that is cut off.
+    // The connection closes on whatever comes after that.
     drop(tokio::time::timeout(DRAIN_DEADLINE, all).await);
 }
 
-/// The error of a body that did not arrive. Chunks that break their framing are the client's fault, and the same again
-/// at the next attempt, so they are no time-out.
+/// The error of a body that did not arrive. Broken chunk framing is the client's fault and would repeat, so it is not
+/// a time-out.
 fn unread(error: &(dyn Error + 'static)) -> ProxyError {
     let mut cause = Some(error);
     while let Some(error) = cause {
@@ -187,15 +187,15 @@ fn unread(error: &(dyn Error + 'static)) -> ProxyError {
     ProxyError::Unread(one_line(error))
 }
 
-/// A body and its part of the budget.
+/// A body and its share of the budget.
 #[derive(Debug)]
 struct HeldBody {
     bytes: Vec<u8>,
-    bodies: Arc<Bodies>,
+    bodies: Arc<BodyReader>,
 }
 
 impl HeldBody {
-    /// Reads all of `body`. Its pieces are copied, because a piece of one byte keeps the buffer that it was read into.
+    /// Reads all of `body`. It copies the pieces, because a piece of one byte keeps the whole read buffer alive.
     async fn fill(&mut self, body: &mut Body) -> Result<(), ProxyError> {
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| unread(&error))?;
@@ -226,8 +226,8 @@ impl Drop for HeldBody {
     }
 }
 
-/// Bytes that are held. Small and large bodies are counted apart and get three quarters of the budget each at most, so that
-/// neither can keep the other out.
+/// Bytes in memory. Small and large bodies are counted separately, and each kind gets at most three quarters of the
+/// budget, so neither starves the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Budget {
     limit: usize,
@@ -235,12 +235,12 @@ struct Budget {
     large: usize,
 }
 
-/// There is no room.
+/// The budget has no room.
 #[derive(Debug, PartialEq, Eq)]
-struct Full;
+struct BudgetFull;
 
 impl Budget {
-    /// Most bytes of one kind of body.
+    /// Maximum bytes of one kind of body.
     fn share(&self) -> usize {
         self.limit - self.limit / 4
     }
@@ -249,21 +249,21 @@ impl Budget {
         self.small.saturating_add(self.large)
     }
 
-    /// A body of `before` bytes has `now` bytes. It may always shrink.
-    fn resize(&mut self, before: usize, now: usize) -> Result<(), Full> {
+    /// Changes the size of a body from `before` to `now` bytes. Shrinking always succeeds.
+    fn resize(&mut self, before: usize, now: usize) -> Result<(), BudgetFull> {
         let mut next = self.clone();
         *next.kind(before) -= before;
         let kind = next.kind(now);
         *kind = kind.saturating_add(now);
         let in_kind = *kind;
         if now > before && (in_kind > self.share() || next.held() > self.limit) {
-            return Err(Full);
+            return Err(BudgetFull);
         }
         *self = next;
         Ok(())
     }
 
-    /// Adds a body, even if there is no room.
+    /// Adds a body, even beyond the limit.
     fn add(&mut self, length: usize) {
         let kind = self.kind(length);
         *kind = kind.saturating_add(length);
@@ -295,13 +295,13 @@ mod tests {
     }
 
     #[test]
-    fn neither_small_nor_large_bodies_keep_the_others_out() {
+    fn small_and_large_bodies_do_not_starve_each_other() {
         for (greedy, modest) in [(MIB, 16 * MIB), (16 * MIB, MIB)] {
             let mut budget = budget(64 * MIB);
             let count = std::iter::from_fn(|| budget.resize(0, greedy).ok()).count();
             assert_eq!(count, 48 * MIB / greedy);
             assert_eq!(budget.resize(0, modest), Ok(()));
-            assert_eq!(budget.resize(0, greedy), Err(Full));
+            assert_eq!(budget.resize(0, greedy), Err(BudgetFull));
             assert_eq!(budget.resize(greedy, 0), Ok(()));
             assert_eq!(budget.resize(0, greedy), Ok(()));
         }
@@ -314,13 +314,13 @@ mod tests {
             assert_eq!(budget.resize((size - 1) * MIB, size * MIB), Ok(()));
         }
         assert_eq!((budget.small, budget.large), (0, 6 * MIB));
-        assert_eq!(budget.resize(6 * MIB, 7 * MIB), Err(Full));
+        assert_eq!(budget.resize(6 * MIB, 7 * MIB), Err(BudgetFull));
         assert_eq!(budget.held(), 6 * MIB, "a refusal changes nothing");
     }
 
     #[test]
-    fn what_outlives_a_body_counts_until_it_is_dropped() {
-        let bodies = Arc::new(Bodies::new(64, 40));
+    fn copies_that_outlive_a_body_count() {
+        let bodies = Arc::new(BodyReader::new(64, 40));
         let held = [bodies.hold(vec![0; 30]), bodies.hold(vec![0; 30])];
         let slice = held[0].slice(1..2);
         assert_eq!(bodies.held(), 60);
@@ -331,10 +331,10 @@ mod tests {
     }
 
     #[test]
-    fn a_body_larger_than_its_share_of_the_budget_is_too_large() {
-        assert_eq!(Bodies::new(64, 0).limit, 64);
-        assert_eq!(Bodies::new(64, 1000).limit, 64);
-        assert_eq!(Bodies::new(64, 40).limit, 30);
+    fn a_body_over_its_budget_share_is_too_large() {
+        assert_eq!(BodyReader::new(64, 0).limit, 64);
+        assert_eq!(BodyReader::new(64, 1000).limit, 64);
+        assert_eq!(BodyReader::new(64, 40).limit, 30);
     }
 
     proptest! {
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn an_encoding_is_named_unless_it_is_none() {
+    fn only_real_encodings_are_named() {
         let of = |value: &str| {
             encoding(&HeaderMap::from_iter([(
                 header::CONTENT_ENCODING,

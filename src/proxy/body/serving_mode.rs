@@ -1,7 +1,8 @@
-//! What happens to a request: handed from prefill to decode, spliced, or answered by a decode engine alone.
+//! Decides how a generation is served: prefill and decode on two engines, with or without the prefill engine's first
+//! token, or on one decode engine.
 //!
-//! Pure. A request goes to a decode engine alone when its answer could not be exactly that of one engine otherwise. Which
-//! fields do that stands in `fields`, and in docs/matrix.md, which is made of it.
+//! Pure. A decode engine answers alone when two engines could not give exactly the answer of one. The rule of each
+//! field stands in `field_table`, from which docs/matrix.md is generated.
 
 use super::document::Document;
 use super::field_table;
@@ -9,15 +10,15 @@ use crate::connector::DecodeFlow;
 
 /// The two routes that generate text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum GenerationKind {
     /// `/v1/completions`.
     Completions,
     /// `/v1/chat/completions`.
     Chat,
 }
 
-impl Kind {
-    /// The route.
+impl GenerationKind {
+    /// The path of the route.
     pub(crate) fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",
@@ -25,7 +26,7 @@ impl Kind {
         }
     }
 
-    /// Where the prompt is.
+    /// The field that holds the prompt.
     pub(crate) fn prompt_field(self) -> &'static str {
         match self {
             Self::Completions => "prompt",
@@ -34,40 +35,40 @@ impl Kind {
     }
 }
 
-/// What happens to a request.
+/// How the engines serve a generation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Course {
+pub(crate) enum ServingMode {
     /// Prefill leg, hand-off, then the client's own body to the decode engine.
     Handoff,
     /// Prefill leg, hand-off, then prompt tokens plus first token to the decode engine.
-    Splice(SpliceRequest),
-    /// A decode engine alone, and why.
-    Bypass(&'static str),
+    FirstToken(FirstTokenRequest),
+    /// A decode engine answers alone. Holds the field or reason.
+    DecodeOnly(&'static str),
 }
 
-/// What a splice must know of the request.
+/// What the first-token path must know of the request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct SpliceRequest {
-    /// Tokens to generate; `None` is as many as fit, which only chat can ask for.
+pub(crate) struct FirstTokenRequest {
+    /// Tokens to generate. `None`, which only a chat can request, fills the context.
     pub(crate) limit: Option<u64>,
-    /// Whether the client wants events.
+    /// Whether the client wants a stream.
     pub(crate) stream: bool,
-    /// Whether its last event shall be the usage.
+    /// Whether the last event of the stream must hold the usage.
     pub(crate) include_usage: bool,
 }
 
-/// Decides.
-pub(crate) fn course(kind: Kind, document: &Document<'_>, flow: DecodeFlow) -> Course {
-    let mut unspliced = None;
+/// Decides how to serve a request with these fields.
+pub(crate) fn serving_mode(kind: GenerationKind, document: &Document<'_>, flow: DecodeFlow) -> ServingMode {
+    let mut no_first_token = None;
     for (key, value) in document.members() {
         let value = Some(value).filter(|value| *value != "null");
         let field = field_table::find(kind, key);
         if let Some(field) = field.filter(|field| !field.handoff.serves(value)) {
-            return Course::Bypass(field.name);
+            return ServingMode::DecodeOnly(field.name);
         }
-        // Some of these rules read the whole value, so they are only asked where a splice is possible.
-        if flow == DecodeFlow::TokenSplice && unspliced.is_none() {
-            unspliced = match field {
+        // Some rules read the whole value, so they run only if the prefill engine can make the first token.
+        if flow == DecodeFlow::TokenSplice && no_first_token.is_none() {
+            no_first_token = match field {
                 Some(field) if !field.splice.serves(value) => Some(field.name),
                 None if value.is_some() => Some("a field that no rule names"),
                 Some(_) | None => None,
@@ -75,36 +76,36 @@ pub(crate) fn course(kind: Kind, document: &Document<'_>, flow: DecodeFlow) -> C
         }
     }
     if document.given(kind.prompt_field()).is_none() {
-        return Course::Bypass(kind.prompt_field());
+        return ServingMode::DecodeOnly(kind.prompt_field());
     }
-    match (flow, unspliced) {
-        (DecodeFlow::Original, _) => Course::Handoff,
-        (DecodeFlow::TokenSplice, Some(reason)) => Course::Bypass(reason),
-        (DecodeFlow::TokenSplice, None) => splice_request(kind, document),
+    match (flow, no_first_token) {
+        (DecodeFlow::Original, _) => ServingMode::Handoff,
+        (DecodeFlow::TokenSplice, Some(reason)) => ServingMode::DecodeOnly(reason),
+        (DecodeFlow::TokenSplice, None) => first_token_request(kind, document),
     }
 }
 
-/// Why a field can send a request to a decode engine alone.
-pub(crate) fn why(kind: Kind, field: &str) -> &'static str {
+/// Why a field can require a single decode engine.
+pub(crate) fn reason_for(kind: GenerationKind, field: &str) -> &'static str {
     field_table::find(kind, field).map_or("", |field| field.why)
 }
 
-/// What a splice must know of a request whose fields it serves.
-fn splice_request(kind: Kind, document: &Document<'_>) -> Course {
+/// The parameters of a request whose fields the first-token path can serve.
+fn first_token_request(kind: GenerationKind, document: &Document<'_>) -> ServingMode {
     let stream = document.given("stream") == Some("true");
     let options = document.given("stream_options");
     if options.is_some() && !stream {
-        return Course::Bypass("stream_options");
+        return ServingMode::DecodeOnly("stream_options");
     }
     let limit = match kind {
-        // vLLM 0.32 takes null for absent, which means 16.
-        Kind::Completions => document.given("max_tokens").unwrap_or("16"),
-        Kind::Chat => document
+        // vLLM 0.32 treats null as absent, which means 16.
+        GenerationKind::Completions => document.given("max_tokens").unwrap_or("16"),
+        GenerationKind::Chat => document
             .given("max_completion_tokens")
             .or(document.given("max_tokens"))
             .unwrap_or("null"),
     };
-    Course::Splice(SpliceRequest {
+    ServingMode::FirstToken(FirstTokenRequest {
         limit: limit.parse().ok(),
         stream,
         include_usage: options.and_then(include_usage).unwrap_or(false),
@@ -124,7 +125,7 @@ pub(crate) fn is_token_list(value: &str) -> bool {
         })
 }
 
-/// `include_usage` of stream options that hold nothing else.
+/// The value of `include_usage` in stream options that hold nothing else.
 pub(crate) fn include_usage(options: &str) -> Option<bool> {
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -137,7 +138,7 @@ pub(crate) fn include_usage(options: &str) -> Option<bool> {
         .map(|options| options.include_usage)
 }
 
-/// Whether every message is a role and text: images and tool calls would not survive as token ids.
+/// Whether each message is only a role and a text. Images and tool calls cannot be expressed as token ids.
 pub(crate) fn is_plain_chat(messages: &str) -> bool {
     #[derive(serde::Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -147,11 +148,11 @@ pub(crate) fn is_plain_chat(messages: &str) -> bool {
         #[serde(rename = "content")]
         _content: AnyText,
     }
-    // Messages of no size: a list of any length takes no memory.
+    // The message type has no size, so a list of any length takes no memory.
     serde_json::from_str::<Vec<Message>>(messages).is_ok()
 }
 
-/// A text that is read and not kept.
+/// A text that is checked and dropped.
 struct AnyText;
 
 impl<'de> serde::Deserialize<'de> for AnyText {

@@ -1,27 +1,27 @@
-//! Server-sent events as vLLM sends them: cutting a byte stream into whole events, and reading their data.
+//! Server-sent events as vLLM sends them: cuts a byte stream into whole events and reads their data.
 //!
-//! Knows the framing only. What the data says is the caller's.
+//! This module knows the framing, not the meaning of the data.
 
 use bytes::{Bytes, BytesMut};
 
-/// How much of an unfinished event is held back. A larger one is passed on in parts.
+/// Maximum size of an unfinished event that is held back. A larger event is forwarded in parts.
 const MAX_HELD_BYTES: usize = 8 << 20;
 
 /// Bytes of an event before its data: its name and id.
 const MAX_FIELDS_BYTES: usize = 1 << 10;
 
-/// Cuts network chunks into whole events, so that a stream that breaks off never ends within one.
+/// Cuts network chunks into whole events, so that a broken stream never ends within an event.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
     partial: BytesMut,
-    /// Whether a line ends where `partial` ends, so that another end of line would end the event.
+    /// Whether `partial` ends with a line end, so that another line end would end the event.
     ends_line: bool,
     done: bool,
 }
 
 impl Events {
-    /// The whole events that `chunk` completes, possibly none. Does not copy where chunks end with an event, and looks at
-    /// each byte once, however many chunks an event comes in.
+    /// The whole events that `chunk` completes, if any. It copies nothing if chunks end with an event, and reads each
+    /// byte once.
     pub(crate) fn push(&mut self, mut chunk: Bytes) -> Bytes {
         let end = end_of_last_event(&chunk, self.ends_line);
         let rest = chunk.split_off(end);
@@ -36,26 +36,27 @@ impl Events {
             self.ends_line = false;
             whole = std::mem::take(&mut self.partial).freeze();
         }
-        // A comment after the end marker is no more data.
+        // A comment after the end marker is not data.
         if let Some(last) = given(&whole).next_back() {
             self.done = last == b"[DONE]";
         }
         whole
     }
 
-    /// Whether an event that has not ended yet has data: its beginning tells.
+    /// Whether the unfinished event has data, judged by its beginning.
     pub(crate) fn is_within_data(&self) -> bool {
         let beginning = &self.partial[..self.partial.len().min(MAX_FIELDS_BYTES)];
         given(beginning).next().is_some()
     }
 
-    /// Whether the end marker was the last event so far.
+    /// Whether the last event so far was the end marker.
     pub(crate) fn is_done(&self) -> bool {
         self.done
     }
 }
 
-/// Where the last event in `bytes` ends, its blank line included; 0 if there is none. `after_line`: a line ends before them.
+/// The end of the last event in `bytes`, including its blank line; 0 if no event ends. `after_line`: a line ends
+/// before `bytes`.
 fn end_of_last_event(bytes: &[u8], after_line: bool) -> usize {
     if bytes.ends_with(b"\n\n") {
         return bytes.len();
@@ -72,7 +73,7 @@ fn end_of_last_event(bytes: &[u8], after_line: bool) -> usize {
     newline_before.filter(|_| after_line).unwrap_or(0)
 }
 
-/// Whether a line ends at the end of `bytes`. `before`: whether one ends before them.
+/// Whether `bytes` end with a line end. `before`: whether a line ends before them.
 fn ends_line(bytes: &[u8], before: bool) -> bool {
     match bytes.iter().rfind(|byte| **byte != b'\r') {
         Some(last) => *last == b'\n',
@@ -80,7 +81,7 @@ fn ends_line(bytes: &[u8], before: bool) -> bool {
     }
 }
 
-/// Each of whole events with the place where it begins, its blank line included.
+/// Each event of whole events with its start position, including its blank line.
 pub(crate) fn each(events: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     let mut start = 0;
     std::iter::from_fn(move || {
@@ -92,7 +93,7 @@ pub(crate) fn each(events: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     })
 }
 
-/// Where the first event in `bytes` ends, its blank line included; all of them if none does.
+/// The end of the first event in `bytes`, including its blank line; the length of `bytes` if no event ends.
 fn end_of_first_event(bytes: &[u8]) -> usize {
     for end in memchr::memchr_iter(b'\n', bytes) {
         let rest = &bytes[end + 1..];
@@ -112,12 +113,12 @@ pub(crate) fn data(events: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
         .map(<[u8]>::trim_ascii)
 }
 
-/// The `data` that says something. Comments and events without data, which keep a connection alive, are no part of an answer.
+/// The `data` that is not empty. Comments and events without data only keep a connection open.
 pub(crate) fn given(events: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     data(events).filter(|data| !data.is_empty())
 }
 
-/// One event with `data`.
+/// One event with this `data`.
 pub(crate) fn event(data: &str) -> String {
     format!("data: {data}\n\n")
 }
@@ -150,7 +151,7 @@ mod tests {
         assert_eq!(found, [&b"{\"a\":1}"[..], b"[DONE]"]);
     }
 
-    /// This does not end within anybody's patience where each chunk costs what is held back already.
+    /// Too slow to finish if each chunk cost as much as the bytes that are already held back.
     #[test]
     fn a_huge_event_may_come_in_tiny_chunks() {
         let mut events = Events::default();
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_keeps_a_connection_alive_says_nothing() {
+    fn keep_alive_events_have_no_data() {
         let silence = b": keep-alive\n\n:\n\ndata:\n\ndata: \t\r\n\r\nretry: 1000\n\nid: 7\nevent: ping\n\n\n\n";
         assert_eq!(given(silence).count(), 0);
         let mut events = Events::default();
@@ -183,7 +184,7 @@ mod tests {
         }
     }
 
-    /// Nor here, where all that is held back could belong to the end of an event.
+    /// The same for bytes that could all belong to the end of an event.
     #[test]
     fn an_event_may_be_held_back_at_its_very_end() {
         let mut events = Events::default();
@@ -197,7 +198,7 @@ mod tests {
         assert_eq!(events.push(Bytes::from_static(b"\n")), "y\n\n");
     }
 
-    /// Events of any lines, with either line end, that end with a blank one.
+    /// Events of any lines, with either line end.
     fn events() -> impl Strategy<Value = String> {
         let line = prop_oneof![
             Just("data: [DONE]".to_owned()),

@@ -1,44 +1,46 @@
-//! What answers say that they used. The prompt was read by the prefill engine, so its count of cached tokens is the one that
-//! a single engine would give; the decode engine's count says instead whether the KV came from elsewhere.
+//! Reads and corrects the `usage` of answers. The prefill engine read the prompt, so its count of cached tokens is
+//! the one that a single engine would report. The decode engine's count shows whether the KV came from the prefill
+//! engine.
 //!
-//! vLLM 0.32.0 with `--enable-prompt-tokens-details`, which xpyd gives to its engines: a decode engine counts what it found
-//! in its own cache plus what its connector loaded. With LMCache that is every token but the last one, with NIXL every token:
-//! the connector leaves `remote_prefill_cached_tokens` out of the decode leg, because vLLM would repeat it as its own count.
-//! A load that failed counts 0, unless the engine had the beginning of the prompt in its own cache: then vLLM does not
-//! correct the count. Without the option, and in a stream without `include_usage`, nothing is proven.
+//! vLLM 0.32.0 with `--enable-prompt-tokens-details`, which xpyd gives to its engines: a decode engine counts the
+//! tokens in its own cache plus those that its connector loaded. With LMCache that is every token but the last, with
+//! NIXL every token: the connector leaves `remote_prefill_cached_tokens` out of the decode leg, because vLLM would
+//! report it as its own count. A failed load counts 0, unless the engine had the beginning of the prompt in its own
+//! cache: then vLLM does not correct the count. Without the option, and in a stream without `include_usage`, the
+//! usage proves nothing.
 
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::document::{Document, Step, edit_at};
+use super::document::{Document, PathStep, edit_at};
 use super::sse;
 
-/// Where the details of the prompt stand in an answer, or in the event of a stream that tells the usage.
+/// The key of the prompt's details in an answer, or in the stream event that holds the usage.
 const DETAILS: &[u8] = b"\"prompt_tokens_details\":";
 
-/// What the prefill engine used for a request.
+/// The usage of the prefill engine for one request.
 #[derive(Debug)]
 pub(crate) struct PrefillUsage {
     /// The members of its `prompt_tokens_details` that have a value, as JSON text.
     details: Vec<(String, String)>,
 }
 
-/// Most tokens that a decode engine computes where LMCache hands over whole chunks only: its default chunk.
+/// Maximum tokens that a decode engine computes because LMCache hands over whole chunks only: its default chunk size.
 const CHUNK: u64 = 256;
 
 /// What the decode engine's usage proves about the hand-off.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Proof {
-    /// Nothing: it does not say, or its count fits both.
+    /// Nothing: it reports no count, or the count fits both cases.
     #[default]
     None,
     /// It did not compute the prompt.
     Received,
-    /// It computed the prompt, or most of it.
+    /// It computed most or all of the prompt.
     Computed,
 }
 
-/// The part of `usage` that counts here.
+/// The part of `usage` that this module reads.
 #[derive(Debug, Default, Deserialize)]
 struct Usage {
     #[serde(default)]
@@ -52,13 +54,13 @@ struct Details {
 }
 
 impl Usage {
-    /// What it proves, where it is a decode engine's.
+    /// What the usage of a decode engine proves.
     fn proof(&self) -> Proof {
         let cached = self
             .prompt_tokens_details
             .as_ref()
             .and_then(|details| details.cached_tokens);
-        // The only token of a prompt is computed wherever its KV is.
+        // The engine always computes the only token of a prompt, wherever the KV is.
         let Some(cached) = cached.filter(|_| self.prompt_tokens > 1) else {
             return Proof::None;
         };
@@ -72,7 +74,7 @@ impl Usage {
 }
 
 impl PrefillUsage {
-    /// What a prefill engine's whole answer says.
+    /// Reads the usage of a prefill engine's whole answer.
     pub(crate) fn of(answer: &[u8]) -> Self {
         let usage = std::str::from_utf8(answer)
             .ok()
@@ -100,22 +102,23 @@ impl PrefillUsage {
         serde_json::from_slice::<Answer>(answer).map_or(Proof::None, |answer| answer.usage.proof())
     }
 
-    /// A whole answer of the decode engine as the client shall see it, and what it proves. `None` if it tells no details.
+    /// A whole answer of the decode engine with the usage for the client, and what it proves. `None` if it has no
+    /// details.
     pub(crate) fn correct(&self, answer: &[u8]) -> Option<(String, Proof)> {
         if !has_details(answer) {
             return None;
         }
         let mut proof = Proof::None;
-        let corrected = edit_at(std::str::from_utf8(answer).ok()?, &[Step::Key("usage")], |usage| {
+        let corrected = edit_at(std::str::from_utf8(answer).ok()?, &[PathStep::Key("usage")], |usage| {
             proof = serde_json::from_str::<Usage>(usage).ok()?.proof();
-            edit_at(usage, &[Step::Key("prompt_tokens_details")], |details| {
+            edit_at(usage, &[PathStep::Key("prompt_tokens_details")], |details| {
                 self.details(details)
             })
         });
         corrected.map(|answer| (answer, proof))
     }
 
-    /// The same of whole events of its stream.
+    /// Does the same for whole events of its stream.
     pub(crate) fn correct_events(&self, events: &[u8]) -> Option<(Bytes, Proof)> {
         if !has_details(events) {
             return None;
@@ -134,7 +137,8 @@ impl PrefillUsage {
         Some((out.into(), proof))
     }
 
-    /// The decode engine's details with the prefill engine's values. What only one of them tells stays as it is.
+    /// The decode engine's details with the prefill engine's values. Members that only one of them has stay as they
+    /// are.
     fn details(&self, details: &str) -> Option<String> {
         let own = Document::parse_text(details).ok()?;
         let told = self.details.iter().filter(|(key, _)| own.given(key).is_some());
@@ -143,8 +147,8 @@ impl PrefillUsage {
     }
 }
 
-/// Whether an answer tells details of the prompt. Text cannot look so, because it has its quotes escaped; most answers and
-/// events are done with here.
+/// Whether an answer contains details of the prompt. Generated text cannot match, because its quotes are escaped.
+/// Most answers and events need no further work.
 fn has_details(json: &[u8]) -> bool {
     memchr::memmem::find_iter(json, DETAILS).any(|at| json[at + DETAILS.len()..].trim_ascii_start().starts_with(b"{"))
 }
@@ -162,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn the_client_sees_the_prefill_engines_cache_and_every_other_byte_unchanged() {
+    fn only_the_cached_tokens_of_an_answer_change() {
         let used = PrefillUsage::of(PREFILLED);
         for (decoded, seen, proof) in [
             (r#"{"cached_tokens":299}"#, r#"{"cached_tokens":16}"#, Proof::Received),
@@ -202,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hand_off_is_proven_only_by_a_count_of_almost_the_whole_prompt() {
+    fn only_a_nearly_full_cached_count_proves_a_handoff() {
         let proof = |cached: u64, prompt: u64| {
             let answer = format!(
                 r#"{{"usage":{{"prompt_tokens":{prompt},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}}}"#

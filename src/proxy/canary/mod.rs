@@ -1,7 +1,7 @@
-//! The canary: one real generation through a pair of engines before clients may use it.
+//! The canary: a real generation through a pair of engines before clients use the pair.
 //!
-//! It must come back, equal what the decode engine says alone as far as numbers can (`likeness`), and the decode engine's
-//! own counters must show that KV moved. It uses the very flow that clients' requests use.
+//! It must succeed, its output must equal the decode engine's own within rounding (`output_match`), and the decode
+//! engine's counters must show that KV moved. It runs through the same `request::flow` as clients' requests.
 
 mod output_match;
 mod prompt;
@@ -20,50 +20,50 @@ use tokio::time::Instant;
 use crate::connector::{DecodeFlow, TransferCounter, TransferUnit};
 use crate::fleet::EngineId;
 use crate::proxy::body::document::Document;
-use crate::proxy::body::serving_mode::Kind;
-use crate::proxy::error::{ProxyError, Stage};
-use crate::proxy::request::attempt::{Job, Stages, Told, new_id};
+use crate::proxy::body::serving_mode::GenerationKind;
+use crate::proxy::error::{ProxyError, RequestStage};
+use crate::proxy::request::attempt::{HandoffReport, HandoffTimings, Job, new_id};
 use crate::proxy::request::flow::answer;
-use crate::proxy::schedule::lease::Seat;
-use crate::proxy::telemetry::metrics::Outcome;
+use crate::proxy::schedule::lease::EngineLease;
+use crate::proxy::telemetry::metrics::HandoffOutcome;
 use crate::proxy::telemetry::record::Record;
 use crate::proxy::upstream::Call;
 use crate::proxy::{Proxy, Shared};
 use crate::report::one_line;
 use crate::samples::{as_text_format, sum};
-use output_match::{ALTERNATIVES, Answer, Likeness};
-use prompt::{SHORT_WORDS, Short, long_words, of_words};
+use output_match::{ALTERNATIVES, CanaryAnswer, OutputMatch};
+use prompt::{SHORT_WORDS, ShortPromptRun, long_words, of_words};
 
 /// Tokens to generate.
 const TOKENS: u64 = 8;
 
-/// How many prompts are tried where the answers differ, and only the order of additions may be the reason. One answer
-/// that is the same proves the pair; with none, most of them must have begun the same.
-const FLIGHTS: usize = 5;
+/// Number of prompts to try if the outputs differ and rounding can be the reason. One equal output proves the pair.
+/// Without one, most outputs must begin the same.
+const MAX_ATTEMPTS: usize = 5;
 
-/// How long the decode engine's counters can lag behind its answer, and longest wait for them: on a busy host metrics come late.
+/// How long the decode engine's counters can lag behind its answer. On a busy host, metrics come late.
 const COUNTER_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Time between two looks at the counters.
+/// Time between two reads of the counters.
 const COUNTER_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Which prompts a canary asks.
+/// Which prompts a canary sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CanaryPrompts {
-    /// A short prompt.
+    /// A short prompt only.
     Short,
-    /// A short prompt, then a long one that takes several KV blocks and engine steps. It finds faults that short prompts do not
-    /// show. It is left out if KV is pushed, because the proxy does not know the size of LMCache's buffer, and if the model or the
-    /// time allows no long prompt.
+    /// A short prompt, then a long one that takes several KV blocks and engine steps and finds faults that short
+    /// prompts do not show. xpyd skips the long prompt if KV is pushed, because the proxy does not know the size of
+    /// LMCache's buffer, or if the model or the time does not allow it.
     ShortAndLong,
 }
 
-/// How much KV the decode engine says it has received.
+/// How much KV the decode engine reports to have received.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Transferred {
     /// The growth of its counter.
     pub amount: f64,
-    /// What that counts.
+    /// The unit of the counter.
     pub unit: TransferUnit,
 }
 
@@ -77,14 +77,14 @@ impl fmt::Display for Transferred {
     }
 }
 
-/// What a successful canary saw.
+/// The result of a successful canary.
 #[derive(Debug, Clone)]
 pub struct CanaryReport {
     /// The prefill and the decode engine.
     pub pair: (EngineId, EngineId),
-    /// What the decode engine received.
+    /// The KV that the decode engine received.
     pub transferred: Transferred,
-    /// From the prefill's answer to the decode engine's: notification, transfer and first token.
+    /// From the prefill engine's answer to the decode engine's: notification, transfer and first token.
     pub first_handoff: Duration,
     /// The whole request through the pair.
     pub total: Duration,
@@ -103,7 +103,7 @@ impl fmt::Display for CanaryReport {
     }
 }
 
-/// Why a pair must not serve clients.
+/// Why a pair cannot serve clients.
 #[derive(Debug, thiserror::Error)]
 pub enum CanaryError {
     /// The generation failed.
@@ -124,7 +124,7 @@ pub enum CanaryError {
         /// The whole chain of errors.
         reason: String,
     },
-    /// The decode engine's usage says that it computed the prompt itself.
+    /// The decode engine's usage shows that it computed the prompt itself.
     #[error("no KV of this prompt moved from `{prefill}` to `{decode}`: `{decode}` computed it by itself")]
     Recomputed {
         /// The prefill engine.
@@ -132,7 +132,7 @@ pub enum CanaryError {
         /// The decode engine.
         decode: EngineId,
     },
-    /// The answer was right, but no counter of the decode engine shows that KV came.
+    /// The output was right, but no counter of the decode engine shows that KV arrived.
     #[error("no KV moved from `{prefill}` to `{decode}`: none of {counters} grew")]
     NothingMoved {
         /// The prefill engine.
@@ -142,13 +142,13 @@ pub enum CanaryError {
         /// The counters that were watched.
         counters: String,
     },
-    /// The KV that arrived is not that of the prompt.
+    /// The KV that arrived does not belong to the prompt.
     #[error(
-        "{}`{prefill}` and `{decode}` answer {through:?}, `{decode}` alone {alone:?}: the KV that arrives is wrong",
+        "{}`{prefill}` and `{decode}` answer {through:?}, `{decode}` alone {alone:?}: the transferred KV is wrong",
         tokens.map(|tokens| format!("to a prompt of {tokens} tokens ")).unwrap_or_default()
     )]
     Differs {
-        /// Tokens of the prompt, if the decode engine says.
+        /// Tokens of the prompt, if the decode engine reports them.
         tokens: Option<u64>,
         /// The prefill engine.
         prefill: EngineId,
@@ -162,11 +162,11 @@ pub enum CanaryError {
 }
 
 impl Proxy {
-    /// Real generations through this very pair, before clients may use it. The engines must be healthy or ready. The report is
-    /// that of the short prompt.
+    /// Runs real generations through this pair, before clients use it. The engines must be healthy or ready. The
+    /// report is that of the short prompt.
     ///
     /// # Errors
-    /// When one fails twice, no KV moved, or the answers are not the decode engine's own.
+    /// When a generation fails twice, no KV moves, or the output differs from the decode engine's own.
     pub async fn canary(
         &self,
         prefill: &EngineId,
@@ -178,16 +178,16 @@ impl Proxy {
             prefill,
             decode,
         };
-        Box::pin(canary.fly(prompts)).await
+        Box::pin(canary.run(prompts)).await
     }
 }
 
 /// One prompt, answered through the pair and by the decode engine alone.
-struct Flight {
+struct CanaryAttempt {
     report: CanaryReport,
-    through: Answer,
-    alone: Answer,
-    /// Tokens of the prompt, if the decode engine says.
+    through: CanaryAnswer,
+    alone: CanaryAnswer,
+    /// Tokens of the prompt, if the decode engine reports them.
     tokens: Option<u64>,
 }
 
@@ -198,27 +198,27 @@ struct Canary<'run> {
 }
 
 impl Canary<'_> {
-    async fn fly(&self, prompts: CanaryPrompts) -> Result<CanaryReport, CanaryError> {
-        let short = self.proven(SHORT_WORDS).await?;
+    async fn run(&self, prompts: CanaryPrompts) -> Result<CanaryReport, CanaryError> {
+        let short = self.prove(SHORT_WORDS).await?;
         let pulls = !self.shared.settings.connector.notifies();
         if prompts == CanaryPrompts::ShortAndLong
             && pulls
             && let Some(words) = self.long_words(&short).await?
         {
-            self.proven(words).await?;
+            self.prove(words).await?;
         }
         Ok(short.report)
     }
 
-    /// Words of the long prompt; `None` if there can be none.
-    async fn long_words(&self, short: &Flight) -> Result<Option<usize>, CanaryError> {
+    /// Words of the long prompt. `None` if no long prompt is possible.
+    async fn long_words(&self, short: &CanaryAttempt) -> Result<Option<usize>, CanaryError> {
         let (Some(tokens), Some(model_length)) = (short.tokens, self.model_length().await) else {
             return Ok(None);
         };
-        // Once more, because a first request pays for what an engine compiles and allocates late.
+        // A second time, because the first request pays for what an engine compiles and allocates late.
         let sent = Instant::now();
         self.alone(&self.body(SHORT_WORDS)).await?;
-        let short = Short {
+        let short = ShortPromptRun {
             tokens,
             took: sent.elapsed(),
             model_length,
@@ -226,7 +226,7 @@ impl Canary<'_> {
         Ok(long_words(short, TOKENS))
     }
 
-    /// How many tokens both engines read and make of one request, if both say.
+    /// The context length that both engines report, in tokens. `None` unless both do.
     async fn model_length(&self) -> Option<u64> {
         let mut least = u64::MAX;
         let headers = self.shared.own_headers();
@@ -238,49 +238,57 @@ impl Canary<'_> {
         Some(least)
     }
 
-    /// Repeats a prompt of this many words until the answer equals the decode engine's own, or certainly differs.
-    async fn proven(&self, words: usize) -> Result<Flight, CanaryError> {
-        let (mut flown, mut drifted) = (0, 0);
+    /// Repeats a prompt of this many words until the output equals the decode engine's own, or certainly differs.
+    async fn prove(&self, words: usize) -> Result<CanaryAttempt, CanaryError> {
+        let (mut attempts, mut close) = (0, 0);
         loop {
-            let flight = self.flight(words).await?;
-            let likeness = flight.through.likeness(&flight.alone);
+            let attempt = self.attempt(words).await?;
+            let output_match = attempt.through.compare(&attempt.alone);
             tracing::info!(
-                prompt_tokens = flight.tokens,
-                through = flight.through.text,
-                alone = flight.alone.text,
-                "canary: {}; {likeness}",
-                flight.report
+                prompt_tokens = attempt.tokens,
+                through = attempt.through.text,
+                alone = attempt.alone.text,
+                "canary: {}; {output_match}",
+                attempt.report
             );
-            flown += 1;
-            drifted += usize::from(likeness == Likeness::Drifted);
-            let is_over = flown == FLIGHTS || likeness == Likeness::Different;
-            let began_alike = flown == FLIGHTS && drifted > FLIGHTS / 2;
-            if likeness == Likeness::Same || (began_alike && likeness != Likeness::Different) {
-                return Ok(flight);
+            attempts += 1;
+            close += usize::from(output_match == OutputMatch::NumericallyClose);
+            let is_over = attempts == MAX_ATTEMPTS || output_match == OutputMatch::Different;
+            let began_alike = attempts == MAX_ATTEMPTS && close > MAX_ATTEMPTS / 2;
+            if output_match == OutputMatch::Same || (began_alike && output_match != OutputMatch::Different) {
+                return Ok(attempt);
             }
             if is_over {
                 return Err(CanaryError::Differs {
-                    tokens: flight.tokens,
+                    tokens: attempt.tokens,
                     prefill: self.prefill.clone(),
                     decode: self.decode.clone(),
-                    through: flight.through.text,
-                    alone: flight.alone.text,
+                    through: attempt.through.text,
+                    alone: attempt.alone.text,
                 });
             }
         }
     }
 
     /// One generation through the pair, and the same by the decode engine alone.
-    async fn flight(&self, words: usize) -> Result<Flight, CanaryError> {
+    async fn attempt(&self, words: usize) -> Result<CanaryAttempt, CanaryError> {
         let body = self.body(words);
         let counters = self.shared.settings.connector.transfer_counters();
         let before = self.counters(counters).await?;
         let sent = Instant::now();
         let response = self.through(body.clone()).await?;
-        let stages = response.extensions().get::<Stages>().copied().unwrap_or_default();
-        // The counters also grow with what other prefill engines hand over meanwhile.
-        let told = response.extensions().get::<Told>().copied().unwrap_or_default();
-        if told.outcome == Outcome::Recomputed {
+        let timings = response
+            .extensions()
+            .get::<HandoffTimings>()
+            .copied()
+            .unwrap_or_default();
+        // The counters also grow with the hand-offs of other prefill engines.
+        let report_of_handoff = response
+            .extensions()
+            .get::<HandoffReport>()
+            .copied()
+            .unwrap_or_default();
+        if report_of_handoff.outcome == HandoffOutcome::Recomputed {
             return Err(CanaryError::Recomputed {
                 prefill: self.prefill.clone(),
                 decode: self.decode.clone(),
@@ -293,10 +301,10 @@ impl Canary<'_> {
         let report = CanaryReport {
             pair: (self.prefill.clone(), self.decode.clone()),
             transferred,
-            first_handoff: stages.handoff + stages.first_byte,
+            first_handoff: timings.handoff + timings.first_byte,
             total,
         };
-        Ok(Flight {
+        Ok(CanaryAttempt {
             report,
             through,
             alone,
@@ -309,7 +317,7 @@ impl Canary<'_> {
         let mut body = serde_json::json!({
             "model": model, "prompt": of_words(words), "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
         });
-        // A splice would send a request with probabilities to the decode engine alone.
+        // With the prefill engine's first token, a request for log-probabilities would go to the decode engine alone.
         if self.shared.settings.connector.decode_flow() == DecodeFlow::Original {
             body["logprobs"] = ALTERNATIVES.into();
         }
@@ -325,13 +333,13 @@ impl Canary<'_> {
     }
 
     async fn through(&self, body: Bytes) -> Result<Response<Body>, CanaryError> {
-        // A full proxy says nothing about the pair.
+        // A full proxy proves nothing about the pair, so the canary waits for a place.
         let permit = Arc::clone(&self.shared.admission).acquire_owned().await;
         let permit = permit.map_err(|error| self.failed(error.to_string()))?;
         let record = Arc::new(Record::of_canary(self.shared));
-        record.generates(None);
+        record.begin_generation(None);
         let job = Job {
-            kind: Kind::Completions,
+            kind: GenerationKind::Completions,
             body,
             headers: self.shared.own_headers(),
             session: None,
@@ -347,16 +355,17 @@ impl Canary<'_> {
             .map_err(|error| self.failed(one_line(&error)))
     }
 
-    fn seat(&self) -> Result<Seat, CanaryError> {
+    fn lease(&self) -> Result<EngineLease, CanaryError> {
         let view = Arc::clone(&self.shared.view.borrow());
         view.engine(self.decode)
-            .and_then(|engine| Seat::take(engine, &self.shared.view))
-            .ok_or_else(|| self.failed(format!("`{}` is not up", self.decode)))
+            .and_then(|engine| EngineLease::acquire(engine, &self.shared.view))
+            .ok_or_else(|| self.failed(format!("`{}` does not run", self.decode)))
     }
 
-    /// The same prompt on the decode engine alone. The salt keeps it from caches, which may hold the KV that was handed over.
-    async fn alone(&self, body: &Bytes) -> Result<(Answer, Option<u64>), CanaryError> {
-        let seat = self.seat()?;
+    /// The same prompt on the decode engine alone. The salt bypasses caches, which can hold the KV that was handed
+    /// over.
+    async fn alone(&self, body: &Bytes) -> Result<(CanaryAnswer, Option<u64>), CanaryError> {
+        let lease = self.lease()?;
         let salt = format!("\"{}\"", uuid::Uuid::new_v4());
         let edits = [("cache_salt", Some(salt.as_str()))];
         let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
@@ -364,26 +373,28 @@ impl Canary<'_> {
         let id = new_id();
         let call = Call {
             body,
-            ..Call::post(Kind::Completions.path(), &headers, &id, Vec::new())
+            ..Call::post(GenerationKind::Completions.path(), &headers, &id, Vec::new())
         };
-        let step = self.shared.upstream.fetch(&seat.engine, call);
-        let answer: Result<_, ProxyError> = seat.run(Stage::Pass, self.shared.deadlines().decode, step).await;
+        let step = self.shared.upstream.fetch(&lease.engine, call);
+        let answer: Result<_, ProxyError> = lease
+            .run(RequestStage::Pass, self.shared.deadlines().decode, step)
+            .await;
         let (head, body) = answer.map_err(|error| self.failed(one_line(&error)))?;
         self.read(head.status, &body)
     }
 
-    async fn whole(&self, response: Response<Body>) -> Result<(Answer, Option<u64>), CanaryError> {
+    async fn whole(&self, response: Response<Body>) -> Result<(CanaryAnswer, Option<u64>), CanaryError> {
         let status = response.status();
         let body = response.into_body().collect().await;
         let body = body.map_err(|error| self.failed(one_line(&error)))?.to_bytes();
         self.read(status, &body)
     }
 
-    /// The answer, and how many tokens the prompt has if the engine says.
-    fn read(&self, status: StatusCode, body: &[u8]) -> Result<(Answer, Option<u64>), CanaryError> {
+    /// The output, and the tokens of the prompt if the engine reports them.
+    fn read(&self, status: StatusCode, body: &[u8]) -> Result<(CanaryAnswer, Option<u64>), CanaryError> {
         #[derive(Deserialize)]
         struct Completion {
-            choices: Vec<Answer>,
+            choices: Vec<CanaryAnswer>,
             usage: Option<Usage>,
         }
         #[derive(Deserialize)]
@@ -403,7 +414,7 @@ impl Canary<'_> {
 
     /// The decode engine's counters, one value each.
     async fn counters(&self, counters: &[TransferCounter]) -> Result<Vec<f64>, CanaryError> {
-        let seat = self.seat()?;
+        let lease = self.lease()?;
         let headers = self.shared.own_headers();
         let call = Call {
             method: Method::GET,
@@ -412,8 +423,8 @@ impl Canary<'_> {
             request_id: None,
             body: Bytes::new(),
         };
-        let step = self.shared.upstream.fetch(&seat.engine, call);
-        let answer = seat.run(Stage::Pass, COUNTER_DEADLINE, step).await;
+        let step = self.shared.upstream.fetch(&lease.engine, call);
+        let answer = lease.run(RequestStage::Pass, COUNTER_DEADLINE, step).await;
         let (_, body) = answer.map_err(|error| CanaryError::Metrics {
             engine: self.decode.clone(),
             reason: one_line(&error),
@@ -426,11 +437,11 @@ impl Canary<'_> {
         {
             return Err(CanaryError::Metrics {
                 engine: self.decode.clone(),
-                reason: "there are none: an option or a variable of the engine turns them off".to_owned(),
+                reason: "the engine exports none: one of its options or variables turns them off".to_owned(),
             });
         }
         if let Some(tokens) = capacity(&text) {
-            self.shared.seats.said(&seat.engine, tokens);
+            self.shared.scheduler.set_capacity(&lease.engine, tokens);
         }
         Ok(counters.iter().map(|counter| value(&text, counter)).collect())
     }
@@ -461,8 +472,8 @@ impl Canary<'_> {
     }
 }
 
-/// Tokens that an engine's KV cache holds, by `vllm:cache_config_info` of vLLM 0.32, over all its engine cores. `None` where
-/// it says nothing.
+/// The capacity of an engine's KV cache in tokens, summed over its engine cores, from `vllm:cache_config_info` of
+/// vLLM 0.32. `None` if the engine does not report it.
 fn capacity(text: &str) -> Option<u64> {
     let core = |line: &str| {
         let labels = line.strip_prefix("vllm:cache_config_info{")?;
@@ -479,7 +490,7 @@ fn capacity(text: &str) -> Option<u64> {
     tokens.filter(|tokens| *tokens > 0)
 }
 
-/// A counter in Prometheus text. One that is not there is 0: vLLM exports some only after their first count.
+/// The value of a counter in Prometheus text. An absent counter is 0: vLLM exports some only after their first count.
 fn value(text: &str, counter: &TransferCounter) -> f64 {
     let names = [counter.name.to_owned(), format!("{}_total", counter.name)];
     names.iter().map(|name| sum(text, name, counter.label)).sum()
@@ -490,7 +501,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_size_of_the_kv_cache_is_read_where_it_is_known() {
+    fn the_kv_cache_size_is_read() {
         let line = |blocks: &str, engine: u8| {
             format!(
                 "vllm:cache_config_info{{block_size=\"16\",engine=\"{engine}\",num_cpu_blocks=\"None\",num_gpu_blocks=\"{blocks}\"}} 1.0\n"

@@ -1,84 +1,92 @@
-//! Whether two greedy answers to one prompt were made from the same KV, as far as numbers can tell. PURE.
+//! Compares two greedy outputs to one prompt: whether they come from the same KV, as far as rounding allows. Pure.
 //!
-//! A real engine adds in another order when another number of requests shares its step, so a token may change where two
-//! were as good as equally likely, and everything after it. Wrong KV changes which tokens are likely at all.
+//! A real engine adds in another order when another number of requests shares its step. So a token can change where
+//! two were almost equally likely, and with it everything after it. Wrong KV changes which tokens are likely at all.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use serde::Deserialize;
 
-/// How many of the likeliest tokens to ask for at each place.
+/// How many of the likeliest tokens to request at each position.
 pub(crate) const ALTERNATIVES: u8 = 5;
 
-/// How far the order of additions may move the logarithm of a probability: a bf16 logit of 20 has steps of 0.125.
+/// How much rounding can change a log-probability: a bf16 logit of 20 has steps of 0.125.
 const TOLERANCE: f64 = 0.5;
 
-/// An answer, and what else the engine thought of saying.
+/// A generated text with the log-probabilities of its tokens.
 #[derive(Debug, Clone, Default, Deserialize)]
-pub(crate) struct Answer {
+pub(crate) struct CanaryAnswer {
     pub(crate) text: String,
     #[serde(default)]
     logprobs: Option<Logprobs>,
 }
 
-/// `logprobs` of a completion: one entry per token in each list, the token that was made among the likeliest ones.
+/// `logprobs` of a completion: one entry per token in each list, with the generated token among the likeliest ones.
 #[derive(Debug, Clone, Default, Deserialize)]
 struct Logprobs {
     tokens: Vec<String>,
     top_logprobs: Vec<Option<HashMap<String, f64>>>,
 }
 
-/// What two answers have in common.
+/// The result of comparing two outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Likeness {
-    /// The same text, from the same probabilities but for the order of additions.
+pub(crate) enum OutputMatch {
+    /// The same text, from the same probabilities within rounding.
     Same,
-    /// As `Same` for one token at least, and then other tokens from the same probabilities.
-    Drifted,
-    /// Other tokens from the start, and nothing that says why.
+    /// The same first token or tokens, then another token from the same probabilities.
+    NumericallyClose,
+    /// Another first token, and no probabilities that explain it.
     Unclear,
-    /// No order of additions makes one of the other.
+    /// Rounding cannot explain the difference.
     Different,
 }
 
-impl fmt::Display for Likeness {
+impl fmt::Display for OutputMatch {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
-            Self::Same => "the answer is the decode engine's own",
-            Self::Drifted => "the answer parts from the decode engine's own where both find the same tokens likely",
-            Self::Unclear => "the answer is not the decode engine's own, and nothing says why",
-            Self::Different => "the answer is another than the decode engine's own",
+            Self::Same => "the output equals the decode engine's own",
+            Self::NumericallyClose => "the output differs from the decode engine's own within rounding",
+            Self::Unclear => "the output differs from the decode engine's own for an unknown reason",
+            Self::Different => "the output differs from the decode engine's own",
         })
     }
 }
 
-impl Answer {
-    /// Compares as far as the first token that differs: what follows it had another context.
-    pub(crate) fn likeness(&self, other: &Self) -> Likeness {
+impl CanaryAnswer {
+    /// Compares up to the first token that differs: what follows it had another context.
+    pub(crate) fn compare(&self, other: &Self) -> OutputMatch {
         let same_text = self.text == other.text;
         let (Some(ours), Some(theirs)) = (&self.logprobs, &other.logprobs) else {
-            return if same_text { Likeness::Same } else { Likeness::Unclear };
+            return if same_text {
+                OutputMatch::Same
+            } else {
+                OutputMatch::Unclear
+            };
         };
         for (place, (our, their)) in ours.tokens.iter().zip(&theirs.tokens).enumerate() {
             if !ours.explains(theirs, place) || !theirs.explains(ours, place) {
-                return Likeness::Different;
+                return OutputMatch::Different;
             }
             if our != their {
                 return if place > 0 {
-                    Likeness::Drifted
+                    OutputMatch::NumericallyClose
                 } else {
-                    Likeness::Unclear
+                    OutputMatch::Unclear
                 };
             }
         }
-        if same_text { Likeness::Same } else { Likeness::Different }
+        if same_text {
+            OutputMatch::Same
+        } else {
+            OutputMatch::Different
+        }
     }
 }
 
 impl Logprobs {
-    /// Whether what these call likely at a place is about as likely in the others. A token that those do not name is at
-    /// most as likely as the least likely one that they do.
+    /// Whether every token that this side finds likely at a position is about as likely on the other side. A token
+    /// that the other side does not name is at most as likely as its least likely named one.
     fn explains(&self, others: &Self, place: usize) -> bool {
         let [ours, theirs] = [self, others].map(|side| side.top_logprobs.get(place).and_then(Option::as_ref));
         let (Some(ours), Some(theirs)) = (ours, theirs) else {
@@ -98,8 +106,8 @@ mod tests {
 
     use super::*;
 
-    /// An answer of these tokens, with the alternatives at each place, the made one first.
-    fn answer(places: &[&[(&str, f64)]]) -> Answer {
+    /// An output of these tokens, with the alternatives at each position, the generated one first.
+    fn answer(places: &[&[(&str, f64)]]) -> CanaryAnswer {
         let tokens: Vec<&str> = places.iter().map(|place| place[0].0).collect();
         let top: Vec<Value> = places
             .iter()
@@ -115,60 +123,60 @@ mod tests {
     }
 
     #[test]
-    fn equal_answers_are_the_same_whatever_the_last_digits_say() {
+    fn equal_outputs_match_within_rounding() {
         let ours = answer(&[&[(" a", -0.1), (" z", -4.0)], &[(" b", -0.2), (" z", -3.0)]]);
         let theirs = answer(&[&[(" a", -0.13), (" y", -4.2)], &[(" b", -0.15), (" z", -3.1)]]);
-        assert_eq!(ours.likeness(&theirs), Likeness::Same);
+        assert_eq!(ours.compare(&theirs), OutputMatch::Same);
     }
 
     #[test]
-    fn the_same_token_from_other_probabilities_is_different() {
+    fn equal_tokens_from_other_probabilities_are_different() {
         let ours = answer(&[&[(" a", -0.1), (" b", -4.0)]]);
         for theirs in [
             answer(&[&[(" a", -3.0), (" b", -4.0)]]),
             answer(&[&[(" a", -0.2), (" b", -1.8)]]),
             answer(&[&[(" a", -0.2), (" c", -1.8)]]),
         ] {
-            assert_eq!(ours.likeness(&theirs), Likeness::Different);
-            assert_eq!(theirs.likeness(&ours), Likeness::Different);
+            assert_eq!(ours.compare(&theirs), OutputMatch::Different);
+            assert_eq!(theirs.compare(&ours), OutputMatch::Different);
         }
     }
 
     #[test]
-    fn answers_that_part_where_two_tokens_are_equally_likely_have_drifted_whatever_follows() {
+    fn outputs_that_differ_between_equally_likely_tokens_are_close() {
         let ours = answer(&[&[(" a", -0.1)], &[(" b", -0.7), (" c", -0.72)], &[(" x", -0.1)]]);
         let theirs = answer(&[&[(" a", -0.1)], &[(" c", -0.69), (" b", -0.71)], &[(" y", -2.1)]]);
-        assert_eq!(ours.likeness(&theirs), Likeness::Drifted);
-        assert_eq!(theirs.likeness(&ours), Likeness::Drifted);
+        assert_eq!(ours.compare(&theirs), OutputMatch::NumericallyClose);
+        assert_eq!(theirs.compare(&ours), OutputMatch::NumericallyClose);
     }
 
     #[test]
-    fn a_first_token_that_differs_proves_nothing_where_both_are_likely_and_everything_where_not() {
+    fn a_different_first_token_is_unclear_only_if_both_are_likely() {
         let ours = answer(&[&[(" a", -0.7), (" b", -0.72)]]);
         assert_eq!(
-            ours.likeness(&answer(&[&[(" b", -0.69), (" a", -0.73)]])),
-            Likeness::Unclear
+            ours.compare(&answer(&[&[(" b", -0.69), (" a", -0.73)]])),
+            OutputMatch::Unclear
         );
         assert_eq!(
-            ours.likeness(&answer(&[&[(" b", -0.1), (" a", -4.0)]])),
-            Likeness::Different
+            ours.compare(&answer(&[&[(" b", -0.1), (" a", -4.0)]])),
+            OutputMatch::Different
         );
     }
 
     #[test]
     fn without_probabilities_only_the_text_counts() {
-        let [one, same, other] = ["a b", "a b", "a c"].map(|text| Answer {
+        let [one, same, other] = ["a b", "a b", "a c"].map(|text| CanaryAnswer {
             text: text.to_owned(),
             logprobs: None,
         });
-        assert_eq!(one.likeness(&same), Likeness::Same);
-        assert_eq!(one.likeness(&other), Likeness::Unclear);
+        assert_eq!(one.compare(&same), OutputMatch::Same);
+        assert_eq!(one.compare(&other), OutputMatch::Unclear);
     }
 
     #[test]
-    fn an_answer_that_goes_on_is_different() {
+    fn a_longer_output_is_different() {
         let short = answer(&[&[(" a", -0.1)]]);
         let long = answer(&[&[(" a", -0.1)], &[(" b", -0.1)]]);
-        assert_eq!(short.likeness(&long), Likeness::Different);
+        assert_eq!(short.compare(&long), OutputMatch::Different);
     }
 }

@@ -1,6 +1,6 @@
-//! What an engine's answer means: good, refused for the client's own fault, or failed; and how it is passed on.
+//! Classifies an engine's answer: good, refused because of the client's request, or failed.
 //!
-//! A status of 200 says little: vLLM ends a generation that it aborts, or whose KV was lost, with a finish reason.
+//! Status 200 alone proves little: if vLLM aborts a generation or loses its KV, only the finish reason says so.
 
 use axum::body::Body;
 use axum::http::response::Parts;
@@ -16,25 +16,25 @@ use crate::proxy::body::sse::{self, Events};
 use crate::proxy::error::Cause;
 use crate::proxy::upstream::{AnswerBody, forwardable};
 
-/// What an engine's whole answer is.
-pub(crate) enum Verdict {
+/// The class of an engine's whole answer that has not failed.
+pub(crate) enum AnswerClass {
     Good,
     Refused,
 }
 
-/// Judges a whole answer: good, refused for the client's own fault, or failed.
-pub(crate) fn judge(head: &Parts, body: &[u8]) -> Result<Verdict, Cause> {
+/// Classifies a whole answer, or returns why it failed.
+pub(crate) fn classify(head: &Parts, body: &[u8]) -> Result<AnswerClass, Cause> {
     if is_busy(head.status) || head.status.is_server_error() {
         return Err(failed_with(head.status, message_of(body), retry_after(&head.headers)));
     }
     if !head.status.is_success() {
-        return Ok(Verdict::Refused);
+        return Ok(AnswerClass::Refused);
     }
     check_encoding(head)?;
-    failed_finish(body).map_or(Ok(Verdict::Good), |reason| Err(Cause::Finish(reason)))
+    failed_finish(body).map_or(Ok(AnswerClass::Good), |reason| Err(Cause::Finish(reason)))
 }
 
-/// Whether a status says that an engine is well and has no room.
+/// Whether a status means that a healthy engine has no capacity.
 fn is_busy(status: StatusCode) -> bool {
     matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
 }
@@ -51,19 +51,19 @@ fn failed_with(status: StatusCode, message: String, retry_after: Option<u64>) ->
     }
 }
 
-/// The seconds of `Retry-After`, which may be a date as well; a day at most.
+/// The seconds of a `Retry-After` header, which can also be a date. At most a day.
 fn retry_after(headers: &HeaderMap) -> Option<u64> {
     const MOST: u64 = 24 * 3600;
     let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
     let seconds = value.parse().ok().or_else(|| {
         let date = rfc2822::parse(value).ok()?.timestamp();
-        // None are left of one that is over.
+        // A date in the past leaves 0 seconds.
         Some(u64::try_from(date.as_second() - Timestamp::now().as_second()).unwrap_or(0))
     })?;
     Some(seconds.clamp(1, MOST))
 }
 
-/// Fails for an answer whose body is encoded.
+/// Fails if the answer's body has a content encoding.
 pub(crate) fn check_encoding(head: &Parts) -> Result<(), Cause> {
     match encoding(&head.headers) {
         Some(encoding) => Err(Cause::Encoded(encoding)),
@@ -71,8 +71,8 @@ pub(crate) fn check_encoding(head: &Parts) -> Result<(), Cause> {
     }
 }
 
-/// Judges the first event of a stream: `None` if it is good, an answer if the client is at fault.
-pub(crate) fn judge_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause> {
+/// Classifies the first event of a stream: `None` if it is good, a response if the client's request is at fault.
+pub(crate) fn classify_first_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause> {
     #[derive(Deserialize)]
     struct Event {
         error: Option<EngineError>,
@@ -102,18 +102,18 @@ pub(crate) fn judge_event(events: &[u8]) -> Result<Option<Response<Body>>, Cause
     Ok(Some(response))
 }
 
-/// What whole events of a stream say of its generation.
-pub(crate) enum Seen {
+/// What whole events of a stream say about its generation.
+pub(crate) enum EventScan {
     Good,
-    /// The engine ends the stream with an error event.
-    Told,
-    /// The event that begins here ends a generation that failed as if it had succeeded.
+    /// The engine reports an error with an error event.
+    ErrorEvent,
+    /// The event at this position ends a failed generation as if it had succeeded.
     Failed(usize, Cause),
 }
 
-/// Looks whether a generation fails within `events`. Text cannot hold these words in quotes without escapes, so that most
-/// events need not be parsed.
-pub(crate) fn look(events: &[u8]) -> Seen {
+/// Checks whether a generation fails within `events`. Generated text cannot contain these quoted words without
+/// escapes, so most events need no parsing.
+pub(crate) fn scan_events(events: &[u8]) -> EventScan {
     #[derive(Deserialize)]
     struct Event {
         #[serde(default)]
@@ -121,16 +121,16 @@ pub(crate) fn look(events: &[u8]) -> Seen {
     }
     let has = |word: &[u8]| memchr::memmem::find(events, word).is_some();
     if !has(b"\"abort\"") && !has(b"\"error\"") {
-        return Seen::Good;
+        return EventScan::Good;
     }
-    let mut seen = Seen::Good;
+    let mut seen = EventScan::Good;
     for (at, event) in sse::each(events) {
         for data in sse::data(event) {
             if let Some(reason) = failed_finish(data) {
-                return Seen::Failed(at, Cause::Finish(reason));
+                return EventScan::Failed(at, Cause::Finish(reason));
             }
             if matches!(serde_json::from_slice(data), Ok(Event { error: Some(_) })) {
-                seen = Seen::Told;
+                seen = EventScan::ErrorEvent;
             }
         }
     }
@@ -159,8 +159,8 @@ fn message_of(body: &[u8]) -> String {
     message.chars().take(CHARACTERS).collect()
 }
 
-/// The finish reason of a generation that failed although its status says 200: vLLM ends so what it aborts while it
-/// shuts down, and what lost its KV.
+/// The finish reason of a generation that failed with status 200: vLLM ends generations so that it aborts during
+/// shutdown, or whose KV was lost.
 fn failed_finish(body: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Answer {
@@ -178,7 +178,7 @@ fn failed_finish(body: &[u8]) -> Option<String> {
         .find(|reason| matches!(reason.as_str(), "abort" | "error"))
 }
 
-/// An engine's whole answer, for the client.
+/// An engine's whole answer as the client's response.
 pub(crate) fn verbatim(head: Parts, body: Bytes) -> Response<Body> {
     let headers = forwardable(&head.headers);
     let mut response = Response::from_parts(head, Body::from(body));
@@ -198,11 +198,11 @@ pub(crate) fn is_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|value| value.trim_start().starts_with("text/event-stream"))
 }
 
-/// Most bytes of comments that are kept for a client until its answer begins.
+/// Maximum bytes of comments that are kept for a client until its answer begins.
 const MAX_COMMENT_BYTES: usize = 64 << 10;
 
-/// Reads a stream until it has given a whole event with data. Comments before that are no answer: an engine sends them while a
-/// request waits in it.
+/// Reads a stream up to its first whole event with data. An engine sends comments before that while a request waits
+/// in it.
 pub(crate) async fn first_events(body: &mut AnswerBody, events: &mut Events) -> Result<Bytes, Cause> {
     let mut comments = BytesMut::new();
     while let Some(frame) = body.frame().await {
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_is_told_in_seconds_or_as_a_date() {
+    fn retry_after_is_seconds_or_a_date() {
         let of = |value: &str| retry_after(&headers(header::RETRY_AFTER, value));
         assert_eq!((of("7"), of(" 120 "), of("0")), (Some(7), Some(120), Some(1)));
         assert_eq!(

@@ -1,4 +1,4 @@
-//! One attempt at a generation: its engines, and the legs that every way of serving is made of.
+//! One attempt at a generation: its engines, and the legs that all serving modes consist of.
 //!
 //! `flow` and `first_token` decide which legs run in which order.
 
@@ -12,24 +12,26 @@ use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::answer::{Verdict, check_encoding, first_events, is_event_stream, judge, judge_event, verbatim};
-use super::stream_body::{Clock, Guarded, GuardedBody, Tally};
+use super::answer::{
+    AnswerClass, check_encoding, classify, classify_first_event, first_events, is_event_stream, verbatim,
+};
+use super::stream_body::{OutcomeOnDrop, StreamBody, StreamContext, TokenTimer};
 use crate::fleet::EngineId;
 use crate::proxy::Shared;
 use crate::proxy::body::document::Document;
-use crate::proxy::body::serving_mode::{self, Kind};
+use crate::proxy::body::serving_mode::{self, GenerationKind};
 use crate::proxy::body::sse::Events;
 use crate::proxy::body::usage::{PrefillUsage, Proof};
-use crate::proxy::error::{Cause, ProxyError, Stage};
-use crate::proxy::schedule::lease::Seat;
+use crate::proxy::error::{Cause, ProxyError, RequestStage};
+use crate::proxy::schedule::lease::EngineLease;
 use crate::proxy::schedule::pairs::CRAWL;
 use crate::proxy::schedule::selection::EngineSelector;
-use crate::proxy::telemetry::metrics::{Outcome, Timed};
+use crate::proxy::telemetry::metrics::{HandoffOutcome, TimedStage};
 use crate::proxy::telemetry::record::Record;
-use crate::proxy::transfer::{self, Care, Consume, Entry, PrefillCall};
-use crate::proxy::upstream::{AnswerBody, Call, forwardable, whole};
+use crate::proxy::transfer::{self, CleanupContext, ConsumeRequest, PrefillCall, Transfer};
+use crate::proxy::upstream::{AnswerBody, Call, forwardable, read_whole};
 
-/// How long each stage may take.
+/// The deadline of each stage.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadlines {
     pub(crate) prefill: Duration,
@@ -38,16 +40,16 @@ pub(crate) struct Deadlines {
     pub(crate) decode: Duration,
 }
 
-/// A client's request, read and admitted.
+/// A client's generation request, read and admitted.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) kind: Kind,
+    pub(crate) kind: GenerationKind,
     pub(crate) body: Bytes,
-    /// The client's headers that may cross.
+    /// The headers that engines get.
     pub(crate) headers: HeaderMap,
-    /// The session that the request belongs to.
+    /// The session of the request, if it has one.
     pub(crate) session: Option<String>,
-    /// The engines to use, whatever the fleet's stage: prefill, decode. For canaries.
+    /// The prefill and decode engine that must serve it, whatever the fleet's stage. For canaries.
     pub(crate) pair: Option<(EngineId, EngineId)>,
     pub(crate) deadlines: Deadlines,
     pub(crate) arrived: Instant,
@@ -55,83 +57,95 @@ pub(crate) struct Job {
     pub(crate) record: Arc<Record>,
 }
 
-/// How long the stages of an answered request took; an extension of its response.
+/// How long the stages of an answered request took. An extension of its response.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Stages {
-    /// From the prefill's answer until the KV was there.
+pub(crate) struct HandoffTimings {
+    /// From the prefill engine's answer until the KV arrived.
     pub(crate) handoff: Duration,
     /// From sending the decode leg to its first event or whole answer.
     pub(crate) first_byte: Duration,
 }
 
-/// What became of an answered request's hand-off; an extension of its response.
+/// How the hand-off of an answered request ended. An extension of its response.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Told {
-    pub(crate) outcome: Outcome,
+pub(crate) struct HandoffReport {
+    pub(crate) outcome: HandoffOutcome,
     /// Why a decode engine answered alone.
     pub(crate) reason: Option<&'static str>,
 }
 
-pub(crate) fn told(mut response: Response<Body>, outcome: Outcome, reason: Option<&'static str>) -> Response<Body> {
-    response.extensions_mut().insert(Told { outcome, reason });
+pub(crate) fn with_report(
+    mut response: Response<Body>,
+    outcome: HandoffOutcome,
+    reason: Option<&'static str>,
+) -> Response<Body> {
+    response.extensions_mut().insert(HandoffReport { outcome, reason });
     response
 }
 
-/// The attempts at a request, one after the other.
+/// An attempt at a request. A retry reuses it with new engines.
 pub(crate) struct Attempt<'job> {
     pub(crate) shared: &'job Arc<Shared>,
     pub(crate) job: &'job Job,
     pub(crate) document: &'job Document<'job>,
     pub(crate) selector: EngineSelector<'job>,
-    /// The number of this one, from 1.
+    /// The number of this attempt, from 1.
     pub(crate) number: u32,
 }
 
-/// What a prefill engine said.
-pub(crate) enum Prefilled {
-    /// An answer of 200.
-    Answer(Bytes),
-    /// An answer of 4xx.
+/// The answer of a prefill engine.
+pub(crate) enum PrefillAnswer {
+    /// The body of an answer with status 200.
+    Good(Bytes),
+    /// An answer with status 4xx.
     Refused,
 }
 
-/// What a decode engine said.
-pub(crate) enum Decoded {
-    /// A whole answer of 200.
+/// The answer of a decode engine.
+pub(crate) enum DecodeAnswer {
+    /// A whole answer with status 200.
     Whole(Parts, Bytes),
-    /// The beginning of a stream.
+    /// The head of a stream and its body.
     Stream(Parts, AnswerBody),
-    /// An answer of 4xx, for the client.
+    /// An answer with status 4xx, for the client.
     Refused(Response<Body>),
 }
 
 impl Attempt<'_> {
-    /// A decode engine alone, and why.
-    pub(crate) async fn bypass(&mut self, seat: Arc<Seat>, reason: &'static str) -> Result<Response<Body>, ProxyError> {
-        let why = serving_mode::why(self.job.kind, reason);
+    /// Lets the decode engine answer alone, for this reason.
+    pub(crate) async fn bypass(
+        &mut self,
+        lease: Arc<EngineLease>,
+        reason: &'static str,
+    ) -> Result<Response<Body>, ProxyError> {
+        let why = serving_mode::reason_for(self.job.kind, reason);
         tracing::debug!(reason, why, "answered by a decode engine alone");
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
-        let decoded = self.decode(&seat, &id, self.job.kind.path(), body).await?;
-        let response = self.pass_on(&seat, None, decoded, sent).await?;
-        if response.extensions().get::<Told>().is_some() {
+        let decoded = self.decode(&lease, &id, self.job.kind.path(), body).await?;
+        let response = self.pass_on(&lease, None, decoded, sent).await?;
+        if response.extensions().get::<HandoffReport>().is_some() {
             return Ok(response);
         }
-        Ok(told(response, Outcome::Bypassed, Some(reason)))
+        Ok(with_report(response, HandoffOutcome::Bypassed, Some(reason)))
     }
 
-    /// The prefill engine has refused a request, in words that may be about its own leg of it: the decode engine has the
-    /// last word, on what the client asked for.
-    pub(crate) async fn refused(&mut self, mut entry: Entry, decode: Arc<Seat>) -> Result<Response<Body>, ProxyError> {
-        entry.close();
-        decode.held().inspect(|held| held.consumed());
+    /// Lets the decode engine answer what the prefill engine refused. The refusal can be about the proxy's edits of
+    /// the prefill leg, so the client gets the decode engine's answer to its own request.
+    pub(crate) async fn refused(
+        &mut self,
+        mut transfer: Transfer,
+        decode: Arc<EngineLease>,
+    ) -> Result<Response<Body>, ProxyError> {
+        transfer.close();
+        decode.reservation().inspect(|reservation| reservation.release_buffer());
         self.bypass(decode, "prefill_refused").await
     }
 
-    /// Opens the ledger's entry for a hand-off.
-    pub(crate) fn reserve(&self, decode: &Arc<Seat>, id: &str, consume: Consume) -> Entry {
-        let care = Care {
+    /// Opens the transfer of a hand-off.
+    pub(crate) fn reserve(&self, decode: &Arc<EngineLease>, id: &str, consume: ConsumeRequest) -> Transfer {
+        let context = CleanupContext {
             decode: Arc::clone(decode),
             headers: self.job.headers.clone(),
             request_id: id.to_owned(),
@@ -141,69 +155,71 @@ impl Attempt<'_> {
             prefill: None,
             decode_params: self.shared.settings.connector.decode_params(id),
         };
-        Entry::reserve(self.shared, &self.job.record, care)
+        Transfer::reserve(self.shared, &self.job.record, context)
     }
 
-    /// The prefill leg and the KV's way: afterwards the entry is handed, unless the engine refused.
+    /// Runs the prefill leg and waits for the KV. Afterwards the transfer is delivered, unless the engine refused.
     pub(crate) async fn deliver(
         &self,
-        prefill: &Arc<Seat>,
-        decode: &Seat,
-        entry: &mut Entry,
+        prefill: &Arc<EngineLease>,
+        decode: &EngineLease,
+        transfer: &mut Transfer,
         id: &str,
         path: &'static str,
         body: Vec<u8>,
-    ) -> Result<(Prefilled, Duration), ProxyError> {
+    ) -> Result<(PrefillAnswer, Duration), ProxyError> {
         let connector = &self.shared.settings.connector;
         let notifications = self.shared.notifications.as_ref().filter(|_| connector.notifies());
         let ranks = prefill.engine.endpoint.tensor_parallel;
         let count = self.shared.settings.notifications.unwrap_or(ranks);
-        entry.prefilling(
+        transfer.begin_prefill(
             prefill,
             notifications.map(|notifications| notifications.expect(id, count)),
         );
         let legs = async {
             let prefilled = self.prefill(prefill, id, path, body).await?;
-            let Prefilled::Answer(answer) = &prefilled else {
+            let PrefillAnswer::Good(answer) = &prefilled else {
                 return Ok((prefilled, Duration::ZERO));
             };
-            self.selector.prefilled(prefill, decode, answer);
+            self.selector.prefill_answered(prefill, decode, answer);
             let handoff = self.shared.settings.connector.read_handoff(answer);
-            let handoff = handoff.map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
+            let handoff = handoff.map_err(|error| prefill.failed(RequestStage::Handoff, error.into()))?;
             let answered = Instant::now();
             let arrived = async {
-                entry.arrived().await;
+                transfer.arrived().await;
                 Ok(())
             };
-            prefill.run(Stage::Handoff, self.job.deadlines.handoff, arrived).await?;
-            entry.handed(handoff);
-            self.job.record.took(Timed::Handoff, answered.elapsed());
+            prefill
+                .run(RequestStage::Handoff, self.job.deadlines.handoff, arrived)
+                .await?;
+            transfer.delivered(handoff);
+            self.job.record.observe_stage(TimedStage::Handoff, answered.elapsed());
             Ok((prefilled, answered.elapsed()))
         };
         tokio::select! {
             biased;
             outcome = legs => outcome,
-            () = decode.gone() => Err(decode.failed(Stage::Handoff, Cause::Gone)),
+            () = decode.gone() => Err(decode.failed(RequestStage::Handoff, Cause::Gone)),
         }
     }
 
     async fn prefill(
         &self,
-        seat: &Arc<Seat>,
+        lease: &Arc<EngineLease>,
         id: &str,
         path: &'static str,
         body: Vec<u8>,
-    ) -> Result<Prefilled, ProxyError> {
+    ) -> Result<PrefillAnswer, ProxyError> {
         let sent = Instant::now();
-        let headers = self.job.record.leg(&seat.engine, id, &self.job.headers);
+        let headers = self.job.record.leg(&lease.engine, id, &self.job.headers);
         let deadline = self.job.deadlines.prefill;
         let (head, body) = if self.shared.settings.connector.notifies() {
             let call = Call::post(path, &headers, id, body);
-            let step = self.shared.upstream.fetch(&seat.engine, call);
-            seat.run(Stage::Prefill, deadline, step).await?
+            let step = self.shared.upstream.fetch(&lease.engine, call);
+            lease.run(RequestStage::Prefill, deadline, step).await?
         } else {
             let call = PrefillCall {
-                seat: Arc::clone(seat),
+                lease: Arc::clone(lease),
                 _permit: Arc::clone(&self.job.permit),
                 path,
                 headers: headers.into_owned(),
@@ -213,132 +229,144 @@ impl Attempt<'_> {
             };
             transfer::fetch(self.shared, call).await?
         };
-        match judge(&head, &body).map_err(|cause| seat.failed(Stage::Prefill, cause))? {
-            Verdict::Good => {
-                self.job.record.took(Timed::Prefill, sent.elapsed());
-                self.job.record.prefilled(&body);
-                Ok(Prefilled::Answer(body))
+        match classify(&head, &body).map_err(|cause| lease.failed(RequestStage::Prefill, cause))? {
+            AnswerClass::Good => {
+                self.job.record.observe_stage(TimedStage::Prefill, sent.elapsed());
+                self.job.record.prefill_answered(&body);
+                Ok(PrefillAnswer::Good(body))
             }
-            Verdict::Refused => Ok(Prefilled::Refused),
+            AnswerClass::Refused => Ok(PrefillAnswer::Refused),
         }
     }
 
-    /// Sends the decode leg. A stream is returned as soon as its head is there.
-    pub(crate) async fn decode(&self, seat: &Seat, id: &str, path: &str, body: Vec<u8>) -> Result<Decoded, ProxyError> {
+    /// Sends the decode leg. Returns a stream as soon as its header is there.
+    pub(crate) async fn decode(
+        &self,
+        lease: &EngineLease,
+        id: &str,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<DecodeAnswer, ProxyError> {
         let deadline = self.job.deadlines.decode;
-        let headers = self.job.record.leg(&seat.engine, id, &self.job.headers);
+        let headers = self.job.record.leg(&lease.engine, id, &self.job.headers);
         let call = Call::post(path, &headers, id, body);
-        let step = self.shared.upstream.send(&seat.engine, call);
-        let (head, body) = seat.run(Stage::Decode, deadline, step).await?.into_parts();
+        let step = self.shared.upstream.send(&lease.engine, call);
+        let (head, body) = lease.run(RequestStage::Decode, deadline, step).await?.into_parts();
         if head.status.is_success() && is_event_stream(&head) {
-            check_encoding(&head).map_err(|cause| seat.failed(Stage::Decode, cause))?;
-            return Ok(Decoded::Stream(head, body));
+            check_encoding(&head).map_err(|cause| lease.failed(RequestStage::Decode, cause))?;
+            return Ok(DecodeAnswer::Stream(head, body));
         }
-        let body = seat.run(Stage::Decode, deadline, whole(body)).await?;
-        match judge(&head, &body).map_err(|cause| seat.failed(Stage::Decode, cause))? {
-            Verdict::Good => Ok(Decoded::Whole(head, body)),
-            Verdict::Refused => Ok(Decoded::Refused(verbatim(head, body))),
+        let body = lease.run(RequestStage::Decode, deadline, read_whole(body)).await?;
+        match classify(&head, &body).map_err(|cause| lease.failed(RequestStage::Decode, cause))? {
+            AnswerClass::Good => Ok(DecodeAnswer::Whole(head, body)),
+            AnswerClass::Refused => Ok(DecodeAnswer::Refused(verbatim(head, body))),
         }
     }
 
-    /// Passes a decode engine's answer on, with the usage of the prefill engine where one was asked. A stream is held back
-    /// until its first event, because an error there can still become a status, or another attempt.
+    /// Forwards a decode engine's answer, with the prefill engine's usage if there was one. A stream is held back
+    /// until its first event, because an error there can still become a status or another attempt.
     pub(crate) async fn pass_on(
         &self,
-        seat: &Arc<Seat>,
-        handed: Option<(&mut Entry, PrefillUsage)>,
-        decoded: Decoded,
+        lease: &Arc<EngineLease>,
+        handed: Option<(&mut Transfer, PrefillUsage)>,
+        decoded: DecodeAnswer,
         sent: Instant,
     ) -> Result<Response<Body>, ProxyError> {
-        let clock = self.clock();
-        let (mut entry, usage) = handed.map_or((None, None), |(entry, usage)| (Some(entry), Some(usage)));
-        let refuse = |entry: &mut Option<&mut Entry>, refusal| {
-            if let Some(entry) = entry {
-                entry.refused();
+        let timer = self.token_timer();
+        let (mut transfer, usage) = handed.map_or((None, None), |(transfer, usage)| (Some(transfer), Some(usage)));
+        let refuse = |transfer: &mut Option<&mut Transfer>, refusal| {
+            if let Some(transfer) = transfer {
+                transfer.refused();
             }
-            self.job.record.handed(Outcome::Refused);
-            Ok(told(refusal, Outcome::Refused, None))
+            self.job.record.observe_outcome(HandoffOutcome::Refused);
+            Ok(with_report(refusal, HandoffOutcome::Refused, None))
         };
         let (head, mut body) = match decoded {
-            Decoded::Refused(response) => return refuse(&mut entry, response),
-            Decoded::Whole(head, body) => {
-                self.job.record.decoded(&body);
-                self.check_lease(seat, entry.as_deref_mut())?;
-                let Some(entry) = entry else {
-                    let _tally = self.tally(Outcome::Bypassed);
-                    return Ok(self.begin(verbatim(head, body), sent));
+            DecodeAnswer::Refused(response) => return refuse(&mut transfer, response),
+            DecodeAnswer::Whole(head, body) => {
+                self.job.record.decode_answered(&body);
+                self.check_lease(lease, transfer.as_deref_mut())?;
+                let Some(transfer) = transfer else {
+                    let _on_drop = self.outcome_on_drop(HandoffOutcome::Bypassed);
+                    return Ok(self.begin_answer(verbatim(head, body), sent));
                 };
                 let (body, proof) = match usage.and_then(|usage| usage.correct(&body)) {
                     Some((corrected, proof)) => (corrected.into(), proof),
                     None => (body, Proof::None),
                 };
-                entry.answered().prove(proof);
-                let outcome = self.settled(seat, proof)?;
-                let _tally = self.tally(outcome);
-                return Ok(self.begin(told(verbatim(head, body), outcome, None), sent));
+                transfer.answered().prove(proof);
+                let outcome = self.handoff_outcome(lease, proof)?;
+                let _on_drop = self.outcome_on_drop(outcome);
+                return Ok(self.begin_answer(with_report(verbatim(head, body), outcome, None), sent));
             }
-            Decoded::Stream(head, body) => (head, body),
+            DecodeAnswer::Stream(head, body) => (head, body),
         };
         let mut events = Events::default();
-        let first = seat.run(
-            Stage::Decode,
+        let first = lease.run(
+            RequestStage::Decode,
             self.job.deadlines.decode,
             first_events(&mut body, &mut events),
         );
         let first = first.await?;
-        if let Some(refusal) = judge_event(&first).map_err(|cause| seat.failed(Stage::Decode, cause))? {
-            return refuse(&mut entry, refusal);
+        if let Some(refusal) =
+            classify_first_event(&first).map_err(|cause| lease.failed(RequestStage::Decode, cause))?
+        {
+            return refuse(&mut transfer, refusal);
         }
-        self.check_lease(seat, entry.as_deref_mut())?;
-        let handed = entry.is_some();
-        let mut tally = self.tally(if handed { Outcome::Sent } else { Outcome::Bypassed });
-        tally.crawled = sent.elapsed() >= CRAWL;
-        let guarded = Guarded {
-            unproven: entry.map(Entry::answered),
+        self.check_lease(lease, transfer.as_deref_mut())?;
+        let handed = transfer.is_some();
+        let mut on_drop = self.outcome_on_drop(if handed {
+            HandoffOutcome::Sent
+        } else {
+            HandoffOutcome::Bypassed
+        });
+        on_drop.crawled = sent.elapsed() >= CRAWL;
+        let stream = StreamContext {
+            unproven: transfer.map(Transfer::answered),
             events: Some(events),
             usage,
-            tally: Some(tally),
-            ..Guarded::new(Arc::clone(seat), self.job.deadlines.decode, clock)
+            on_drop: Some(on_drop),
+            ..StreamContext::new(Arc::clone(lease), self.job.deadlines.decode, timer)
         };
         let headers = forwardable(&head.headers);
-        let body = Body::new(GuardedBody::after(first, body, guarded));
+        let body = Body::new(StreamBody::after(first, body, stream));
         let mut response = Response::from_parts(head, body);
         *response.headers_mut() = headers;
-        Ok(self.begin(response, sent))
+        Ok(self.begin_answer(response, sent))
     }
 
-    /// Fails a hand-off whose KV may have been given away before the decode engine read it. No byte of the answer has gone
-    /// to the client.
-    fn check_lease(&self, decode: &Seat, entry: Option<&mut Entry>) -> Result<(), ProxyError> {
+    /// Fails a hand-off if the prefill engine could have given its KV away before the decode engine read it. No byte
+    /// of the answer has gone to the client.
+    fn check_lease(&self, decode: &EngineLease, transfer: Option<&mut Transfer>) -> Result<(), ProxyError> {
         let lease = self.shared.settings.kv_lease;
-        let (Some(entry), Some(lease)) = (entry, lease) else {
+        let (Some(transfer), Some(lease)) = (transfer, lease) else {
             return Ok(());
         };
-        let Some(age) = entry.outlived(lease) else {
+        let Some(age) = transfer.outlived(lease) else {
             return Ok(());
         };
-        // The decode engine has told the prefill engine that it is done with these blocks, so none are left to free.
-        entry.consumed();
-        self.shared.metrics.lease_over();
-        Err(decode.failed(Stage::Handoff, Cause::LeaseOver { age, lease }))
+        // The decode engine has confirmed the read to the prefill engine, so no blocks are left to free.
+        transfer.consumed();
+        self.shared.metrics.count_outlived_lease();
+        Err(decode.failed(RequestStage::Handoff, Cause::LeaseOver { age, lease }))
     }
 
-    /// How a hand-off ended that has come to a whole answer. A strict one has failed if its KV did not arrive.
-    pub(crate) fn settled(&self, decode: &Seat, proof: Proof) -> Result<Outcome, ProxyError> {
+    /// The outcome of a hand-off with a whole answer. A strict one fails if its KV did not arrive.
+    pub(crate) fn handoff_outcome(&self, decode: &EngineLease, proof: Proof) -> Result<HandoffOutcome, ProxyError> {
         match proof {
-            Proof::Received => Ok(Outcome::Transferred),
-            Proof::None => Ok(Outcome::Sent),
+            Proof::Received => Ok(HandoffOutcome::Transferred),
+            Proof::None => Ok(HandoffOutcome::Sent),
             Proof::Computed if self.shared.settings.service.handoff.strict => {
-                Err(decode.failed(Stage::Handoff, Cause::Recomputed))
+                Err(decode.failed(RequestStage::Handoff, Cause::Recomputed))
             }
-            Proof::Computed => Ok(Outcome::Recomputed),
+            Proof::Computed => Ok(HandoffOutcome::Recomputed),
         }
     }
 
-    /// Counts a hand-off that has come to an answer, or a request that needed none.
-    pub(crate) fn tally(&self, outcome: Outcome) -> Tally {
+    /// Counts the outcome of an answered request when it is dropped.
+    pub(crate) fn outcome_on_drop(&self, outcome: HandoffOutcome) -> OutcomeOnDrop {
         let is_clients = self.job.pair.is_none();
-        Tally {
+        OutcomeOnDrop {
             record: Arc::clone(&self.job.record),
             outcome,
             pair: is_clients.then(|| (Arc::clone(self.shared), self.selector.engines.clone())),
@@ -346,29 +374,29 @@ impl Attempt<'_> {
         }
     }
 
-    /// Measures the whole request until it is dropped.
-    pub(crate) fn clock(&self) -> Clock {
-        Clock {
+    /// Holds the request's admission permit and measures its stream until it is dropped.
+    pub(crate) fn token_timer(&self) -> TokenTimer {
+        TokenTimer {
             record: Arc::clone(&self.job.record),
             last_read: None,
             _permit: Arc::clone(&self.job.permit),
         }
     }
 
-    /// Notes that the answer begins now.
-    pub(crate) fn begin(&self, mut response: Response<Body>, decode_sent: Instant) -> Response<Body> {
+    /// Records that the answer begins now.
+    pub(crate) fn begin_answer(&self, mut response: Response<Body>, decode_sent: Instant) -> Response<Body> {
         let first_byte = decode_sent.elapsed();
-        self.job.record.took(Timed::DecodeFirstByte, first_byte);
-        self.job.record.first_token_after(self.job.arrived.elapsed());
-        response.extensions_mut().insert(Stages {
+        self.job.record.observe_stage(TimedStage::DecodeFirstByte, first_byte);
+        self.job.record.observe_first_token(self.job.arrived.elapsed());
+        response.extensions_mut().insert(HandoffTimings {
             first_byte,
-            ..Stages::default()
+            ..HandoffTimings::default()
         });
         response
     }
 }
 
-/// An id that no other request has, over all proxies and restarts: KV is matched by it.
+/// A request id that is unique over all proxies and restarts, because KV is matched by it.
 pub(crate) fn new_id() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }

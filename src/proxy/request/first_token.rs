@@ -1,10 +1,11 @@
-//! LMCache's reference flow, done right: the prefill engine makes the first token, the decode engine goes on from the
-//! prompt plus that token, and the two halves become one coherent answer, byte for byte that of one engine.
+//! Serves a generation whose first token comes from the prefill engine, as LMCache's reference proxy does. The decode
+//! engine continues from the prompt plus that token, and the two parts become one answer, byte for byte that of one
+//! engine.
 //!
-//! The prefill leg is the client's own request, so that its answer has the shape of a whole one. The decode leg is a
-//! completion, because only that takes token ids in every version of vLLM.
+//! The prefill leg is the client's own request, so its answer has the shape of a whole one. The decode leg is a
+//! completion, because only that accepts token ids in every version of vLLM.
 //!
-//! Only requests that [`crate::proxy::body::serving_mode`] lets through come here, so there is one choice, no logprobs and no stop string.
+//! [`crate::proxy::body::serving_mode`] admits only requests with one choice, no logprobs and no stop string.
 
 mod shape;
 
@@ -18,27 +19,27 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::answer::{Verdict, judge, verbatim};
-use super::attempt::{Attempt, Decoded, Prefilled, Stages, new_id, told};
-use super::stream_body::{Guarded, GuardedBody};
+use super::answer::{AnswerClass, classify, verbatim};
+use super::attempt::{Attempt, DecodeAnswer, HandoffTimings, PrefillAnswer, new_id, with_report};
+use super::stream_body::{StreamBody, StreamContext};
 use crate::proxy::body::document::{Document, Edit};
-use crate::proxy::body::serving_mode::{Kind, SpliceRequest, is_token_list};
+use crate::proxy::body::serving_mode::{FirstTokenRequest, GenerationKind, is_token_list};
 use crate::proxy::body::sse::Events;
 use crate::proxy::body::usage::PrefillUsage;
-use crate::proxy::error::{Cause, ProxyError, Stage};
-use crate::proxy::schedule::lease::Seat;
-use crate::proxy::schedule::selection::Seated;
-use crate::proxy::telemetry::metrics::Outcome;
-use crate::proxy::transfer::{Consume, Entry, one_token_edits};
+use crate::proxy::error::{Cause, ProxyError, RequestStage};
+use crate::proxy::schedule::lease::EngineLease;
+use crate::proxy::schedule::selection::Selection;
+use crate::proxy::telemetry::metrics::HandoffOutcome;
+use crate::proxy::transfer::{ConsumeRequest, Transfer, one_token_edits};
 use crate::proxy::upstream::Call;
-use shape::{Answer, without_nulls, without_params};
+use shape::{FirstAnswer, without_nulls, without_params};
 
-pub(crate) use shape::Rewriter;
+pub(crate) use shape::EventRewriter;
 
-/// The decode leg's route.
+/// The route of the decode leg.
 const PATH: &str = "/v1/completions";
 
-/// Fields of a chat that a splice serves and that are none of a completion.
+/// Fields of a chat request that a completion does not have.
 const CHAT_ONLY: [&str; 10] = [
     "messages",
     "max_completion_tokens",
@@ -52,103 +53,105 @@ const CHAT_ONLY: [&str; 10] = [
     "return_prompt_text",
 ];
 
-/// What the prefill leg gave.
-enum First {
-    /// The beginning of an answer.
-    Half(Box<Half>),
+/// The result of the prefill leg.
+enum FirstLeg {
+    /// The first part of an answer.
+    Half(Box<FirstHalf>),
     /// The whole answer.
     Whole(Response<Body>),
-    /// A token that no text can be told of yet.
+    /// A token whose text is not known yet.
     Unknown,
-    /// A refusal, in words that may be about the leg.
+    /// The prefill engine refused its leg.
     Refused,
 }
 
-/// A splice whose first half is done.
-struct Half {
-    decode: Arc<Seat>,
+/// An answer whose first token is known.
+struct FirstHalf {
+    decode: Arc<EngineLease>,
     id: String,
-    /// The prompt's tokens, then the first one of the answer.
+    /// The prompt's tokens, then the first token of the answer.
     tokens: Vec<u32>,
     /// The first token's text.
     text: String,
     /// The prefill engine's whole answer.
     answer: Bytes,
-    rewriter: Rewriter,
+    rewriter: EventRewriter,
     usage: PrefillUsage,
     handoff_time: Duration,
 }
 
-/// Answers a request by splicing.
-pub(crate) async fn run(attempt: &mut Attempt<'_>, request: &SpliceRequest) -> Result<Response<Body>, ProxyError> {
-    let (prefill, decode) = match attempt.selector.seats().await? {
-        Seated::Pair(prefill, decode) => (prefill, decode),
-        Seated::Alone(decode, reason) => return attempt.bypass(decode, reason).await,
+/// Answers a request with the prefill engine's first token.
+pub(crate) async fn run(attempt: &mut Attempt<'_>, request: &FirstTokenRequest) -> Result<Response<Body>, ProxyError> {
+    let (prefill, decode) = match attempt.selector.select().await? {
+        Selection::Pair(prefill, decode) => (prefill, decode),
+        Selection::DecodeOnly(decode, reason) => return attempt.bypass(decode, reason).await,
     };
     let id = new_id();
     let Some(Tokenized { tokens, max_model_len }) = tokenize(attempt, &decode, &id).await? else {
-        decode.held().inspect(|held| held.consumed());
+        decode.reservation().inspect(|reservation| reservation.release_buffer());
         return attempt.bypass(decode, "tokenize_refused").await;
     };
-    // A chat without a limit fills the context; a completion without one would not.
+    // A chat without a limit fills the context; a completion without a limit does not.
     let limit = request
         .limit
         .or(max_model_len.and_then(|most| most.checked_sub(tokens.len() as u64)));
     let Some(limit) = limit.filter(|limit| *limit > 0) else {
-        decode.held().inspect(|held| held.consumed());
+        decode.reservation().inspect(|reservation| reservation.release_buffer());
         return attempt.bypass(decode, "max_tokens").await;
     };
-    let mut entry = reserve(attempt, &decode, &id, &tokens);
-    let seats = (&decode, id.as_str());
-    let first = Box::pin(first_half(attempt, request, prefill, seats, &mut entry, tokens)).await;
+    let mut transfer = reserve(attempt, &decode, &id, &tokens);
+    let leases = (&decode, id.as_str());
+    let first = Box::pin(first_half(attempt, request, prefill, leases, &mut transfer, tokens)).await;
     let outcome = match first {
-        Ok(First::Half(half)) => Box::pin(half.finish(attempt, limit, &mut entry)).await,
-        Ok(First::Whole(response)) => Ok(Some(response)),
-        Ok(First::Unknown) => return attempt.bypass(decode, "first_token").await,
-        Ok(First::Refused) => return attempt.refused(entry, decode).await,
+        Ok(FirstLeg::Half(half)) => Box::pin(half.finish(attempt, limit, &mut transfer)).await,
+        Ok(FirstLeg::Whole(response)) => Ok(Some(response)),
+        Ok(FirstLeg::Unknown) => return attempt.bypass(decode, "first_token").await,
+        Ok(FirstLeg::Refused) => return attempt.refused(transfer, decode).await,
         Err(error) => Err(error),
     };
     match outcome {
         Ok(Some(response)) => Ok(response),
         Ok(None) => {
-            // Makes the decode engine take the KV.
-            drop(entry);
+            // Dropping the transfer makes the decode engine take the KV.
+            drop(transfer);
             attempt.bypass(decode, "decode_refused").await
         }
         Err(error) => {
-            entry.failed(&error);
+            transfer.failed(&error);
             Err(error)
         }
     }
 }
 
-/// The prefill leg, and what its answer leaves to do.
+/// Runs the prefill leg and decides what is left to do.
 async fn first_half(
     attempt: &Attempt<'_>,
-    request: &SpliceRequest,
-    prefill: Arc<Seat>,
-    (decode, id): (&Arc<Seat>, &str),
-    entry: &mut Entry,
+    request: &FirstTokenRequest,
+    prefill: Arc<EngineLease>,
+    (decode, id): (&Arc<EngineLease>, &str),
+    transfer: &mut Transfer,
     mut tokens: Vec<u32>,
-) -> Result<First, ProxyError> {
+) -> Result<FirstLeg, ProxyError> {
     let kind = attempt.job.kind;
     let body = prefill_body(attempt, decode, id, &tokens);
-    let delivered = attempt.deliver(&prefill, decode, entry, id, kind.path(), body).await?;
-    let (Prefilled::Answer(answer), handoff_time) = delivered else {
-        return Ok(First::Refused);
+    let delivered = attempt
+        .deliver(&prefill, decode, transfer, id, kind.path(), body)
+        .await?;
+    let (PrefillAnswer::Good(answer), handoff_time) = delivered else {
+        return Ok(FirstLeg::Refused);
     };
-    let nonsense = |what| prefill.failed(Stage::Prefill, Cause::Nonsense(what));
-    let mut first: Answer<'_> = serde_json::from_slice(&answer).map_err(|_| nonsense("it is no completion"))?;
-    let choice = first.choices.pop().ok_or_else(|| nonsense("it has no choice"))?;
-    tokens.push(entry.first_token().ok_or_else(|| nonsense("it has no first token"))?);
-    let rewriter = Rewriter::new(kind, &first);
+    let invalid = |what| prefill.failed(RequestStage::Prefill, Cause::InvalidAnswer(what));
+    let mut first: FirstAnswer<'_> = serde_json::from_slice(&answer).map_err(|_| invalid("not a completion"))?;
+    let choice = first.choices.pop().ok_or_else(|| invalid("no choice"))?;
+    tokens.push(transfer.first_token().ok_or_else(|| invalid("no first token"))?);
+    let rewriter = EventRewriter::new(kind, &first);
     let finish = json!(choice.finish_reason);
     let stop = choice.stop_reason.to_string();
     let is_last = finish == "stop" || request.limit == Some(1);
     let text = choice.text();
     if let Some(text) = text.as_ref().filter(|_| is_last) {
-        // The entry's end makes the decode engine take the KV that nobody will decode from.
-        drop(attempt.tally(Outcome::Sent));
+        // Dropping the transfer makes the decode engine take the KV, because no decode leg follows.
+        drop(attempt.outcome_on_drop(HandoffOutcome::Sent));
         let body = if request.stream {
             let usage = request.include_usage.then(|| without_nulls(&first.usage).to_string());
             let ending = (finish.to_string(), stop);
@@ -156,14 +159,14 @@ async fn first_half(
         } else {
             std::str::from_utf8(&answer).ok().map(without_params)
         };
-        let response = whole_response(body.ok_or_else(|| nonsense("it is no completion"))?, request.stream);
-        return Ok(First::Whole(attempt.begin(response, Instant::now())));
+        let response = whole_response(body.ok_or_else(|| invalid("not a completion"))?, request.stream);
+        return Ok(FirstLeg::Whole(attempt.begin_answer(response, Instant::now())));
     }
-    // A special token, or one byte of a character: its text depends on the tokens after it.
+    // The text of a special token, or of one byte of a character, depends on the tokens after it.
     let Some(text) = text.filter(|text| !text.is_empty() && !text.contains('\u{fffd}')) else {
-        return Ok(First::Unknown);
+        return Ok(FirstLeg::Unknown);
     };
-    Ok(First::Half(Box::new(Half {
+    Ok(FirstLeg::Half(Box::new(FirstHalf {
         decode: Arc::clone(decode),
         id: id.to_owned(),
         tokens,
@@ -175,16 +178,16 @@ async fn first_half(
     })))
 }
 
-fn reserve(attempt: &Attempt<'_>, decode: &Arc<Seat>, id: &str, tokens: &[u32]) -> Entry {
+fn reserve(attempt: &Attempt<'_>, decode: &Arc<EngineLease>, id: &str, tokens: &[u32]) -> Transfer {
     let model = attempt.document.get("model").unwrap_or("null");
-    // Any token after the prompt will do to take the prompt's KV.
+    // Any token after the prompt makes the engine take the prompt's KV.
     let prompt = list(&[tokens, &tokens[..1]].concat());
     let body = format!(r#"{{"model":{model},"prompt":{prompt},"max_tokens":1}}"#);
     let body = attempt.shared.bodies.hold(body.into_bytes());
-    attempt.reserve(decode, id, Consume::Completion(body))
+    attempt.reserve(decode, id, ConsumeRequest::Completion(body))
 }
 
-fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) -> Vec<u8> {
+fn prefill_body(attempt: &Attempt<'_>, decode: &EngineLease, id: &str, tokens: &[u32]) -> Vec<u8> {
     let kind = attempt.job.kind;
     let ids = list(tokens);
     let mut params = attempt
@@ -194,9 +197,9 @@ fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) 
         .prefill_params(id, &decode.engine.endpoint);
     let mut edits = one_token_edits(kind);
     match kind {
-        Kind::Completions => edits.push(("prompt", Some(&ids))),
-        Kind::Chat => {
-            // So that it need not count them again; versions that do not know the key make the same of the messages.
+        GenerationKind::Completions => edits.push(("prompt", Some(&ids))),
+        GenerationKind::Chat => {
+            // Saves the engine from tokenizing again. Versions that do not know the key tokenize the messages.
             let own = Document::parse_text(&params).expect("a connector makes an object");
             params = own.apply(&[("prompt_token_ids", Some(&ids))]);
         }
@@ -205,7 +208,7 @@ fn prefill_body(attempt: &Attempt<'_>, decode: &Seat, id: &str, tokens: &[u32]) 
     attempt.document.edited(&edits)
 }
 
-/// The client's body with the prompt's tokens, the first token, and one token less to generate.
+/// The client's body with the prompt's tokens, the first token, and one token fewer to generate.
 fn decode_body(attempt: &Attempt<'_>, params: Option<&str>, tokens: &[u32], limit: u64) -> Vec<u8> {
     let (prompt, limit) = (list(tokens), (limit - 1).to_string());
     let mut edits: Vec<Edit<'_>> = vec![
@@ -213,75 +216,76 @@ fn decode_body(attempt: &Attempt<'_>, params: Option<&str>, tokens: &[u32], limi
         ("max_tokens", Some(&limit)),
         ("kv_transfer_params", params),
     ];
-    if attempt.job.kind == Kind::Chat {
+    if attempt.job.kind == GenerationKind::Chat {
         edits.extend(CHAT_ONLY.map(|key| (key, None)));
     }
     attempt.document.edited(&edits)
 }
 
-impl Half {
-    /// The decode leg. No answer if the engine refuses it, in words about what the client has not written.
+impl FirstHalf {
+    /// Runs the decode leg. `None` if the engine refuses it, because the refusal is about text that the client did
+    /// not write.
     async fn finish(
         self,
         attempt: &Attempt<'_>,
         limit: u64,
-        entry: &mut Entry,
+        transfer: &mut Transfer,
     ) -> Result<Option<Response<Body>>, ProxyError> {
         let sent = Instant::now();
-        let body = decode_body(attempt, entry.send(), &self.tokens, limit);
+        let body = decode_body(attempt, transfer.begin_decode(), &self.tokens, limit);
         let response = match attempt.decode(&self.decode, &self.id, PATH, body).await? {
-            Decoded::Refused(_) => {
-                entry.refused();
+            DecodeAnswer::Refused(_) => {
+                transfer.refused();
                 return Ok(None);
             }
-            Decoded::Whole(head, body) => {
+            DecodeAnswer::Whole(head, body) => {
                 let proof = PrefillUsage::proof_of(&body);
-                entry.answered().prove(proof);
-                let outcome = attempt.settled(&self.decode, proof)?;
-                let _tally = attempt.tally(outcome);
-                let nonsense = || {
+                transfer.answered().prove(proof);
+                let outcome = attempt.handoff_outcome(&self.decode, proof)?;
+                let _on_drop = attempt.outcome_on_drop(outcome);
+                let invalid = || {
                     self.decode
-                        .failed(Stage::Decode, Cause::Nonsense("it is no completion"))
+                        .failed(RequestStage::Decode, Cause::InvalidAnswer("not a completion"))
                 };
                 let whole = self
                     .rewriter
                     .whole(&self.answer, &self.text, &body)
-                    .ok_or_else(nonsense)?;
-                attempt.job.record.decoded(whole.as_bytes());
-                told(verbatim(head, whole.into()), outcome, None)
+                    .ok_or_else(invalid)?;
+                attempt.job.record.decode_answered(whole.as_bytes());
+                with_report(verbatim(head, whole.into()), outcome, None)
             }
-            Decoded::Stream(head, body) => {
+            DecodeAnswer::Stream(head, body) => {
                 let begin = self.rewriter.first_events(&self.text);
-                let guarded = Guarded {
+                let stream = StreamContext {
                     events: Some(Events::default()),
                     rewriter: Some(self.rewriter),
-                    entry: Some(entry.take()),
+                    transfer: Some(transfer.take()),
                     usage: Some(self.usage),
-                    tally: Some(attempt.tally(Outcome::Sent)),
-                    ..Guarded::new(self.decode, attempt.job.deadlines.decode, attempt.clock())
+                    on_drop: Some(attempt.outcome_on_drop(HandoffOutcome::Sent)),
+                    ..StreamContext::new(self.decode, attempt.job.deadlines.decode, attempt.token_timer())
                 };
                 let mut response = verbatim(head, Bytes::new());
-                *response.body_mut() = Body::new(GuardedBody::new(begin.into(), body, guarded));
+                *response.body_mut() = Body::new(StreamBody::new(begin.into(), body, stream));
                 response
             }
         };
-        let mut response = attempt.begin(response, sent);
-        if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
+        let mut response = attempt.begin_answer(response, sent);
+        if let Some(stages) = response.extensions_mut().get_mut::<HandoffTimings>() {
             stages.handoff = self.handoff_time;
         }
         Ok(Some(response))
     }
 }
 
-/// A prompt's token ids, and how many tokens it may have with its answer.
+/// A prompt's token ids, and the context length.
 #[derive(Deserialize)]
 struct Tokenized {
     tokens: Vec<u32>,
     max_model_len: Option<u64>,
 }
 
-/// The prompt's token ids. `None` if the engine refuses it, in words that are about another route than the client's.
-async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option<Tokenized>, ProxyError> {
+/// Tokenizes the prompt. `None` if the engine refuses, because the refusal is about another route than the client's.
+async fn tokenize(attempt: &Attempt<'_>, lease: &EngineLease, id: &str) -> Result<Option<Tokenized>, ProxyError> {
     let field = attempt.job.kind.prompt_field();
     let prompt = attempt.document.get(field).unwrap_or("null");
     if is_token_list(prompt) {
@@ -294,13 +298,15 @@ async fn tokenize(attempt: &Attempt<'_>, seat: &Seat, id: &str) -> Result<Option
     let model = attempt.document.get("model").unwrap_or("null");
     let body = format!(r#"{{"model":{model},"{field}":{prompt}}}"#);
     let call = Call::post("/tokenize", &attempt.job.headers, id, body.into());
-    let step = attempt.shared.upstream.fetch(&seat.engine, call);
-    let (head, body) = seat.run(Stage::Tokenize, attempt.job.deadlines.prefill, step).await?;
-    match judge(&head, &body).map_err(|cause| seat.failed(Stage::Tokenize, cause))? {
-        Verdict::Refused => Ok(None),
-        Verdict::Good => match serde_json::from_slice::<Tokenized>(&body) {
+    let step = attempt.shared.upstream.fetch(&lease.engine, call);
+    let (head, body) = lease
+        .run(RequestStage::Tokenize, attempt.job.deadlines.prefill, step)
+        .await?;
+    match classify(&head, &body).map_err(|cause| lease.failed(RequestStage::Tokenize, cause))? {
+        AnswerClass::Refused => Ok(None),
+        AnswerClass::Good => match serde_json::from_slice::<Tokenized>(&body) {
             Ok(told) => Ok(Some(told).filter(|told| !told.tokens.is_empty())),
-            Err(_) => Err(seat.failed(Stage::Tokenize, Cause::Nonsense("it has no tokens"))),
+            Err(_) => Err(lease.failed(RequestStage::Tokenize, Cause::InvalidAnswer("no tokens"))),
         },
     }
 }

@@ -1,6 +1,7 @@
-//! One request, top to bottom: parse, decide, reserve decode, pick prefill, prefill leg, hand-off, decode leg, stream on.
+//! One generation from top to bottom: parse, choose the serving mode, select engines, run the legs, stream the
+//! answer.
 //!
-//! A retry starts at the top with a new pair of engines and a new id, and only while no byte has gone to the client.
+//! A retry starts with new engines and a new id, and only while no byte has gone to the client.
 
 use std::sync::Arc;
 
@@ -8,30 +9,30 @@ use axum::body::Body;
 use axum::http::{HeaderValue, Response, header};
 use tokio::time::Instant;
 
-use super::attempt::{Attempt, Job, Prefilled, Stages, Told, new_id};
+use super::attempt::{Attempt, HandoffReport, HandoffTimings, Job, PrefillAnswer, new_id};
 use crate::fleet::EngineView;
 use crate::proxy::Shared;
 use crate::proxy::body::document::Document;
 use crate::proxy::body::media;
-use crate::proxy::body::serving_mode::{self, Course};
+use crate::proxy::body::serving_mode::{self, ServingMode};
 use crate::proxy::body::usage::PrefillUsage;
-use crate::proxy::error::{Cause, ProxyError, Stage};
-use crate::proxy::schedule::admission::Ask;
-use crate::proxy::schedule::lease::Seat;
+use crate::proxy::error::{Cause, ProxyError, RequestStage};
+use crate::proxy::schedule::admission::TokenDemand;
+use crate::proxy::schedule::lease::EngineLease;
 use crate::proxy::schedule::selection::EngineSelector;
-use crate::proxy::schedule::selection::Seated;
-use crate::proxy::telemetry::metrics::Outcome;
-use crate::proxy::transfer::{Consume, Entry, one_token_edits};
+use crate::proxy::schedule::selection::Selection;
+use crate::proxy::telemetry::metrics::HandoffOutcome;
+use crate::proxy::transfer::{ConsumeRequest, Transfer, one_token_edits};
 
-/// Answers a request.
+/// Answers a generation.
 pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Body>, ProxyError> {
     let document = Document::parse(&job.body)?;
-    let course = serving_mode::course(job.kind, &document, shared.settings.connector.decode_flow());
+    let mode = serving_mode::serving_mode(job.kind, &document, shared.settings.connector.decode_flow());
     let prompt = media::condensed(document.given(job.kind.prompt_field()).unwrap_or_default());
-    let mut ask = Ask::of(job.kind, &document, &prompt);
-    if ask.may_be_too_long() {
+    let mut demand = TokenDemand::of(job.kind, &document, &prompt);
+    if demand.can_be_too_long() {
         let length = shared.model_length(&job.headers).await;
-        ask = length.map_or(ask, |length| ask.within(length));
+        demand = length.map_or(demand, |length| demand.within(length));
     }
     let mut attempt = Attempt {
         shared,
@@ -45,7 +46,7 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
             authorization: job.headers.get(header::AUTHORIZATION),
             document: &document,
             prompt: &prompt.text,
-            ask,
+            demand,
             tried: Vec::new(),
             engines: Vec::new(),
         },
@@ -53,17 +54,17 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
     };
     let mut most = shared.settings.service.routing.attempts;
     if job.pair.is_some() {
-        // The first hand-off of a fresh pair may fail, a second failure is what a canary is to find.
+        // The first hand-off of a new pair can fail. A second failure is what the canary must find.
         most = most.min(2);
     }
-    // What busy engines ask for: one may be free sooner, but nobody knows which.
+    // The longest wait that busy engines requested: one could be free sooner, but the proxy cannot know which.
     let mut longest = None;
     loop {
         attempt.number += 1;
-        let mut error = match Box::pin(attempt.run(&course)).await {
+        let mut error = match Box::pin(attempt.run(&mode)).await {
             Ok(response) => {
-                shared.seats.succeeded(&attempt.selector.engines);
-                return Ok(attempt.labelled(response));
+                shared.scheduler.succeeded(&attempt.selector.engines);
+                return Ok(attempt.with_handoff_header(response));
             }
             Err(error) => error,
         };
@@ -84,26 +85,26 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
 }
 
 impl Attempt<'_> {
-    async fn run(&mut self, course: &Course) -> Result<Response<Body>, ProxyError> {
+    async fn run(&mut self, mode: &ServingMode) -> Result<Response<Body>, ProxyError> {
         self.selector.engines.clear();
-        let outcome = match course {
-            Course::Bypass(reason) => {
-                let seat = self.selector.seat_alone().await?;
-                self.bypass(seat, reason).await
+        let outcome = match mode {
+            ServingMode::DecodeOnly(reason) => {
+                let lease = self.selector.select_decode_only().await?;
+                self.bypass(lease, reason).await
             }
-            Course::Handoff => self.hand_over().await,
-            Course::Splice(request) => super::first_token::run(self, request).await,
+            ServingMode::Handoff => self.hand_over().await,
+            ServingMode::FirstToken(request) => super::first_token::run(self, request).await,
         };
         if matches!(outcome, Err(ProxyError::Leg { .. })) {
-            self.job.record.handed(Outcome::Failed);
+            self.job.record.observe_outcome(HandoffOutcome::Failed);
         }
         outcome
     }
 
-    /// The answer with a header that says what became of its hand-off, in the syntax of RFC 8941:
+    /// Adds the header that reports how the hand-off ended, in the syntax of RFC 8941:
     /// `transferred;decode="decoder2";prefill="prefiller1";attempt=1`.
-    fn labelled(&self, mut response: Response<Body>) -> Response<Body> {
-        let Told { outcome, reason } = response.extensions().get().copied().unwrap_or_default();
+    fn with_handoff_header(&self, mut response: Response<Body>) -> Response<Body> {
+        let HandoffReport { outcome, reason } = response.extensions().get().copied().unwrap_or_default();
         let mut label = outcome.as_str().to_owned();
         let mut add = |name: &str, value: &str| label.extend([";", name, "=\"", value, "\""]);
         if let Some(reason) = reason {
@@ -119,7 +120,7 @@ impl Attempt<'_> {
         response
     }
 
-    /// Notes which engines the next attempt should leave alone.
+    /// Records which engines the next attempt must avoid.
     fn blame(&mut self, error: &ProxyError) {
         let ProxyError::Leg {
             stage,
@@ -131,9 +132,9 @@ impl Attempt<'_> {
         };
         if error.blames_engine() {
             let engine = self.selector.engines.iter().find(|engine| engine.id == *id);
-            engine.inspect(|engine| self.shared.seats.failed(engine));
+            engine.inspect(|engine| self.shared.scheduler.failed(engine));
         }
-        let may_be_handoff = matches!(stage, Stage::Handoff | Stage::Decode)
+        let may_be_handoff = matches!(stage, RequestStage::Handoff | RequestStage::Decode)
             && !matches!(
                 cause,
                 Cause::Gone
@@ -146,14 +147,14 @@ impl Attempt<'_> {
         if may_be_handoff && self.job.pair.is_none() {
             self.shared.note_handoff(&self.selector.engines, true);
         }
-        // KV that does not arrive may be the fault of either.
-        let is_avoided = |engine: &Arc<EngineView>| engine.id == *id || *stage == Stage::Handoff;
+        // Either engine can be at fault if KV does not arrive.
+        let is_avoided = |engine: &Arc<EngineView>| engine.id == *id || *stage == RequestStage::Handoff;
         self.selector
             .tried
             .extend(self.selector.engines.drain(..).filter(is_avoided));
     }
 
-    /// Whether another attempt makes sense. A busy engine is not asked again at once, so there must be another one.
+    /// Whether another attempt makes sense. A busy engine is not asked again at once, so another engine must exist.
     fn may_retry(&self, error: &ProxyError) -> bool {
         let ProxyError::Leg {
             engine,
@@ -170,30 +171,34 @@ impl Attempt<'_> {
                 .is_none_or(|busy| self.selector.has_untried(busy.role, &view))
     }
 
-    /// Prefill on one engine, decode on another.
+    /// Prefills on one engine and decodes on another.
     async fn hand_over(&mut self) -> Result<Response<Body>, ProxyError> {
-        let (prefill, decode) = match self.selector.seats().await? {
-            Seated::Pair(prefill, decode) => (prefill, decode),
-            Seated::Alone(decode, reason) => return self.bypass(decode, reason).await,
+        let (prefill, decode) = match self.selector.select().await? {
+            Selection::Pair(prefill, decode) => (prefill, decode),
+            Selection::DecodeOnly(decode, reason) => return self.bypass(decode, reason).await,
         };
         let id = new_id();
-        let mut entry = self.reserve(&decode, &id, Consume::Original(self.job.kind, self.job.body.clone()));
-        match Box::pin(self.legs(prefill, &decode, &mut entry, &id)).await {
+        let mut transfer = self.reserve(
+            &decode,
+            &id,
+            ConsumeRequest::Original(self.job.kind, self.job.body.clone()),
+        );
+        match Box::pin(self.legs(prefill, &decode, &mut transfer, &id)).await {
             Ok(Some(response)) => Ok(response),
-            Ok(None) => self.refused(entry, decode).await,
+            Ok(None) => self.refused(transfer, decode).await,
             Err(error) => {
-                entry.failed(&error);
+                transfer.failed(&error);
                 Err(error)
             }
         }
     }
 
-    /// Both legs of a hand-off; no answer if the prefill engine refuses its own.
+    /// Both legs of a hand-off. `None` if the prefill engine refuses its leg.
     async fn legs(
         &self,
-        prefill: Arc<Seat>,
-        decode: &Arc<Seat>,
-        entry: &mut Entry,
+        prefill: Arc<EngineLease>,
+        decode: &Arc<EngineLease>,
+        transfer: &mut Transfer,
         id: &str,
     ) -> Result<Option<Response<Body>>, ProxyError> {
         let path = self.job.kind.path();
@@ -202,19 +207,21 @@ impl Attempt<'_> {
         let mut edits = one_token_edits(self.job.kind);
         edits.push(("kv_transfer_params", Some(&params)));
         let body = self.document.edited(&edits);
-        let (answer, handoff_time) = match self.deliver(&prefill, decode, entry, id, path, body).await? {
-            (Prefilled::Answer(answer), time) => (answer, time),
-            (Prefilled::Refused, _) => return Ok(None),
+        let (answer, handoff_time) = match self.deliver(&prefill, decode, transfer, id, path, body).await? {
+            (PrefillAnswer::Good(answer), time) => (answer, time),
+            (PrefillAnswer::Refused, _) => return Ok(None),
         };
         let usage = PrefillUsage::of(&answer);
         drop(answer);
         drop(prefill);
         let sent = Instant::now();
-        let edit = entry.send().map(|params| ("kv_transfer_params", Some(params)));
+        let edit = transfer
+            .begin_decode()
+            .map(|params| ("kv_transfer_params", Some(params)));
         let body = self.document.edited(edit.as_slice());
         let decoded = self.decode(decode, id, path, body).await?;
-        let mut response = self.pass_on(decode, Some((entry, usage)), decoded, sent).await?;
-        if let Some(stages) = response.extensions_mut().get_mut::<Stages>() {
+        let mut response = self.pass_on(decode, Some((transfer, usage)), decoded, sent).await?;
+        if let Some(stages) = response.extensions_mut().get_mut::<HandoffTimings>() {
             stages.handoff = handoff_time;
         }
         Ok(Some(response))

@@ -1,8 +1,9 @@
-//! Keeps the connection of a streamed generation open while it waits, prefills, or makes no token: comments go out, as vLLM's own
-//! `--sse-keep-alive-interval` has them.
+//! Keeps the connection of a streamed generation open while it waits, prefills or generates no token: sends comments,
+//! as vLLM's own `--sse-keep-alive-interval` does.
 //!
-//! An engine's comments cannot do that for a fleet, because it knows of a request only once the prefill is done. An answer that
-//! comes before the first comment is due is passed on as it is; after that the status is 200, so errors are sent as events.
+//! An engine cannot do that for a fleet, because it knows of a request only after the prefill. If the answer comes
+//! before the first comment is due, its status and headers are forwarded as they are. After that the status is 200,
+//! so errors become events.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,13 +26,13 @@ use crate::proxy::Shared;
 use crate::proxy::body::document::Document;
 use crate::proxy::body::sse;
 use crate::proxy::error::ProxyError;
-use crate::proxy::telemetry::metrics::Ending;
+use crate::proxy::telemetry::metrics::ClientOutcome;
 use crate::proxy::telemetry::record::Record;
 use crate::report::one_line;
 
 const COMMENT: &[u8] = b": keep-alive\n\n";
 
-/// Answers a generation, with comments if it is a stream and they are wanted.
+/// Answers a generation, with comments if it is a stream and keep-alive is on.
 pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Body>, ProxyError> {
     let every = shared.settings.service.streams.keep_alive;
     let is_streamed = || Document::parse(&job.body).is_ok_and(|document| document.given("stream") == Some("true"));
@@ -48,15 +49,15 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         answer = &mut pending => {
             let answer = answer?;
             Ok(if is_stream(answer.headers()) {
-                answer.map(|body| Body::new(Alive::new(Rest::Begun(body), every, record)))
+                answer.map(|body| Body::new(KeepAliveBody::new(AnswerState::Started(body), every, record)))
             } else {
                 answer
             })
         }
         () = sleep(every) => {
-            record.streams();
-            let events = told_as_events(Arc::clone(shared), pending, Arc::clone(&record)).boxed();
-            let mut response = Response::new(Body::new(Alive::new(Rest::Pending(events), every, record)));
+            record.begin_stream();
+            let events = into_events(Arc::clone(shared), pending, Arc::clone(&record)).boxed();
+            let mut response = Response::new(Body::new(KeepAliveBody::new(AnswerState::Pending(events), every, record)));
             let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
             response.headers_mut().insert(header::CONTENT_TYPE, kind);
             Ok(response)
@@ -64,8 +65,8 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
     }
 }
 
-/// The answer as events, whatever it is.
-async fn told_as_events(
+/// Turns any answer into events.
+async fn into_events(
     shared: Arc<Shared>,
     pending: impl Future<Output = Result<Response<Body>, ProxyError>>,
     record: Arc<Record>,
@@ -74,16 +75,16 @@ async fn told_as_events(
         Ok(answer) if is_stream(answer.headers()) => answer.into_body(),
         Ok(answer) => {
             record.stream_ended(if answer.status() == StatusCode::OK {
-                Ending::Answered
+                ClientOutcome::Answered
             } else {
-                Ending::Refused
+                ClientOutcome::Refused
             });
             let body = answer
                 .into_body()
                 .collect()
                 .await
                 .map(http_body_util::Collected::to_bytes);
-            // Its lines are no matter to JSON, and would be to an event.
+            // Line ends mean nothing in JSON, but would end the event.
             let text = String::from_utf8_lossy(&body.unwrap_or_default()).replace(['\r', '\n'], " ");
             Body::from(sse::event(&text) + &sse::event("[DONE]"))
         }
@@ -93,33 +94,33 @@ async fn told_as_events(
                 error = one_line(&error),
                 "request failed after its answer had begun"
             );
-            shared.metrics.failed(error.code());
-            record.stream_ended(Ending::Broken);
+            shared.metrics.count_error(error.code());
+            record.stream_ended(ClientOutcome::Broken);
             Body::from(error.to_events())
         }
     }
 }
 
-/// What is still to come.
-enum Rest {
+/// The part of the answer that is still to come.
+enum AnswerState {
     Pending(Pin<Box<dyn Future<Output = Body> + Send>>),
-    Begun(Body),
+    Started(Body),
 }
 
 /// A streamed answer with comments in its pauses.
-struct Alive {
-    rest: Rest,
+struct KeepAliveBody {
+    rest: AnswerState,
     every: Duration,
     pause: Pin<Box<Sleep>>,
-    /// Whether the last event has ended: a comment within one would be part of it.
+    /// Whether the last event has ended. A comment within an event would become part of it.
     is_between: bool,
     record: Arc<Record>,
 }
 
-impl Alive {
-    fn new(rest: Rest, every: Duration, record: Arc<Record>) -> Self {
-        // The head goes out with a comment, if it goes out before the answer.
-        let first = if matches!(rest, Rest::Pending(_)) {
+impl KeepAliveBody {
+    fn new(rest: AnswerState, every: Duration, record: Arc<Record>) -> Self {
+        // The header goes out with a comment if it precedes the answer.
+        let first = if matches!(rest, AnswerState::Pending(_)) {
             Duration::ZERO
         } else {
             every
@@ -134,23 +135,23 @@ impl Alive {
     }
 }
 
-impl hyper::body::Body for Alive {
+impl hyper::body::Body for KeepAliveBody {
     type Data = Bytes;
     type Error = axum::Error;
 
     fn is_end_stream(&self) -> bool {
-        matches!(&self.rest, Rest::Begun(body) if body.is_end_stream())
+        matches!(&self.rest, AnswerState::Started(body) if body.is_end_stream())
     }
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
         let next = loop {
             match &mut this.rest {
-                Rest::Pending(body) => match body.as_mut().poll(context) {
-                    Poll::Ready(body) => this.rest = Rest::Begun(body),
+                AnswerState::Pending(body) => match body.as_mut().poll(context) {
+                    Poll::Ready(body) => this.rest = AnswerState::Started(body),
                     Poll::Pending => break Poll::Pending,
                 },
-                Rest::Begun(body) => break Pin::new(body).poll_frame(context),
+                AnswerState::Started(body) => break Pin::new(body).poll_frame(context),
             }
         };
         match next {
@@ -161,7 +162,7 @@ impl hyper::body::Body for Alive {
                     this.is_between = frame.data_ref().is_none_or(ends);
                 }
                 if next.is_none() || this.is_end_stream() {
-                    this.record.stream_over();
+                    this.record.stream_closed();
                 }
                 Poll::Ready(next)
             }

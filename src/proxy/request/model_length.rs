@@ -1,4 +1,4 @@
-//! How many tokens the engines' model reads and makes of one request, as engines report it.
+//! The engines' context length, as they report it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,11 +10,12 @@ use crate::fleet::{EngineView, Role};
 use crate::proxy::Shared;
 use crate::proxy::upstream::Call;
 
-/// How long an engine may take.
+/// How long an engine has to answer.
 const DEADLINE: Duration = Duration::from_secs(3);
 
 impl Shared {
-    /// How many tokens the engines' model reads and makes of one request, as a decode engine says with these headers.
+    /// The context length of the engines' model in tokens, as a decode engine reports it to a request with these
+    /// headers.
     pub(crate) async fn model_length(&self, headers: &HeaderMap) -> Option<u64> {
         if let Some(length) = self.model_length.get() {
             return Some(*length);
@@ -28,7 +29,7 @@ impl Shared {
         self.length_of(view.serving(Role::Decode).next()?, headers).await
     }
 
-    /// How many tokens this engine's model reads and makes of one request, if it says so with these headers.
+    /// The context length of this engine's model in tokens, if it reports one to a request with these headers.
     pub(crate) async fn length_of(&self, engine: &EngineView, headers: &HeaderMap) -> Option<u64> {
         #[derive(Deserialize)]
         struct Models {

@@ -1,6 +1,8 @@
-//! Requests that a decode engine answers alone: edited as generations are, and streamed back as the answer comes.
+//! Requests that a decode engine answers alone, on any route: the body is edited as a generation's is, and the answer
+//! is streamed back.
 //!
-//! Knows no field of any of them. An engine that cannot be reached is left for the next one, since nothing was sent.
+//! This module knows no field of these requests. If an engine cannot be reached, the next one gets the request,
+//! because nothing was sent.
 
 use std::sync::Arc;
 
@@ -10,30 +12,30 @@ use axum::http::{Response, header};
 use bytes::Bytes;
 
 use super::answer::is_event_stream;
-use super::stream_body::{Clock, End, Guarded, GuardedBody};
+use super::stream_body::{StreamBody, StreamContext, StreamEnd, TokenTimer};
 use crate::fleet::Role;
 use crate::proxy::Shared;
 use crate::proxy::body::document::Document;
 use crate::proxy::body::read::encoding;
 use crate::proxy::body::sse::Events;
-use crate::proxy::error::{Cause, ProxyError, Stage};
-use crate::proxy::schedule::lease::Seat;
+use crate::proxy::error::{Cause, ProxyError, RequestStage};
+use crate::proxy::schedule::lease::EngineLease;
 use crate::proxy::schedule::pick;
 use crate::proxy::upstream::{Call, forwardable};
 
-/// Passes a request on to a decode engine, and its answer back.
+/// Forwards a request to a decode engine, and its answer to the client.
 pub(crate) async fn answer(
     shared: &Arc<Shared>,
     head: &Parts,
     body: &Bytes,
     session: Option<&str>,
-    clock: Clock,
+    timer: TokenTimer,
 ) -> Result<Response<Body>, ProxyError> {
     let body = edited(body)?;
-    let headers = shared.crossing(&head.headers);
+    let headers = shared.engine_headers(&head.headers);
     let idle = shared.deadlines().decode;
     let mut outcome = Err(ProxyError::NoEngine(Role::Decode));
-    for seat in seats(shared, session) {
+    for lease in leases(shared, session) {
         let call = Call {
             method: head.method.clone(),
             path: head.uri.path_and_query().map_or("/", |path| path.as_str()),
@@ -41,22 +43,22 @@ pub(crate) async fn answer(
             request_id: None,
             body: body.clone(),
         };
-        let step = shared.upstream.send(&seat.engine, call);
-        match seat.run(Stage::Pass, idle, step).await {
+        let step = shared.upstream.send(&lease.engine, call);
+        match lease.run(RequestStage::Pass, idle, step).await {
             Ok(answer) => {
                 let (mut head, body) = answer.into_parts();
-                let guarded = Guarded {
-                    stage: Stage::Pass,
-                    end: End::AnyEvent,
+                let stream = StreamContext {
+                    stage: RequestStage::Pass,
+                    end: StreamEnd::AnyEvent,
                     events: (is_event_stream(&head) && encoding(&head.headers).is_none()).then(Events::default),
-                    ..Guarded::new(Arc::new(seat), idle, clock)
+                    ..StreamContext::new(Arc::new(lease), idle, timer)
                 };
-                // Events may be held back, so only what is no stream keeps its length.
+                // Events can be held back, so only an answer that is not a stream keeps its length.
                 let length = head.headers.get(header::CONTENT_LENGTH).cloned();
                 head.headers = forwardable(&head.headers);
                 head.headers
                     .extend(length.map(|length| (header::CONTENT_LENGTH, length)));
-                let body = Body::new(GuardedBody::new(Bytes::new(), body, guarded));
+                let body = Body::new(StreamBody::new(Bytes::new(), body, stream));
                 return Ok(Response::from_parts(head, body));
             }
             Err(error) if is_unsent(&error) => outcome = Err(error),
@@ -71,8 +73,8 @@ fn is_unsent(error: &ProxyError) -> bool {
     matches!(error, ProxyError::Leg { cause: Cause::Unreachable(error), .. } if error.is_connect())
 }
 
-/// The body without what no client may set. One that is no JSON object to the proxy may be one to an engine, whose reader
-/// takes more, and so is not passed.
+/// The body without the fields that a client must not set. A body that the proxy cannot parse is refused, because an
+/// engine's parser accepts more.
 fn edited(body: &Bytes) -> Result<Bytes, ProxyError> {
     if body.is_empty() {
         return Ok(Bytes::new());
@@ -80,9 +82,9 @@ fn edited(body: &Bytes) -> Result<Bytes, ProxyError> {
     Ok(Document::parse(body)?.edited(&[]).into())
 }
 
-/// A place on every decode engine that lets requests in, the one with the fewest first; where there is a session, its own.
-/// They take no turn of the generations, whose pairs would shift.
-fn seats(shared: &Arc<Shared>, session: Option<&str>) -> impl Iterator<Item = Seat> {
+/// A lease on each decode engine that accepts requests, the least loaded first, or the session's own first. Such a
+/// request takes no turn in the round robin of generations, whose pairs would shift.
+fn leases(shared: &Arc<Shared>, session: Option<&str>) -> impl Iterator<Item = EngineLease> {
     let view = Arc::clone(&shared.view.borrow());
     let mut engines: Vec<_> = view.serving(Role::Decode).collect();
     engines.sort_by_key(|engine| engine.load.in_flight());
@@ -91,5 +93,7 @@ fn seats(shared: &Arc<Shared>, session: Option<&str>) -> impl Iterator<Item = Se
         .map(Arc::clone)
         .collect();
     let view = shared.view.clone();
-    engines.into_iter().filter_map(move |engine| Seat::take(&engine, &view))
+    engines
+        .into_iter()
+        .filter_map(move |engine| EngineLease::acquire(&engine, &view))
 }

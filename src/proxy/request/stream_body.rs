@@ -1,7 +1,8 @@
-//! The body of a streamed answer: passes events on as they come and holds everything that the request occupies.
+//! The body of a streamed answer: forwards events as they come and holds everything that the request occupies.
 //!
-//! When it ends or is dropped, the engines' seats, the admission permit and the timers end with it. It never ends
-//! silently: a stream that breaks, stalls, loses its engine or says that its generation failed ends with an error event.
+//! When it ends or is dropped, the engine leases, the admission permit and the timers end with it. It never ends
+//! silently: if the stream breaks, stalls, loses its engine or reports a failed generation, it ends with an error
+//! event.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -14,54 +15,54 @@ use hyper::body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 
-use super::answer::{Seen, look};
-use super::first_token::Rewriter;
+use super::answer::{EventScan, scan_events};
+use super::first_token::EventRewriter;
 use crate::fleet::EngineView;
 use crate::proxy::Shared;
 use crate::proxy::body::sse::{self, Events};
 use crate::proxy::body::usage::{PrefillUsage, Proof};
-use crate::proxy::error::{Cause, Stage};
-use crate::proxy::schedule::lease::Seat;
-use crate::proxy::telemetry::metrics::{Ending, Outcome};
+use crate::proxy::error::{Cause, RequestStage};
+use crate::proxy::schedule::lease::EngineLease;
+use crate::proxy::telemetry::metrics::{ClientOutcome, HandoffOutcome};
 use crate::proxy::telemetry::record::Record;
-use crate::proxy::transfer::{Entry, Unproven};
+use crate::proxy::transfer::{Transfer, UnprovenTransfer};
 use crate::proxy::upstream::AnswerBody;
 
-/// What belongs to a request as long as it is in the proxy, and measures its stream.
+/// Holds the request's admission permit and measures the time between reads.
 #[derive(Debug)]
-pub(crate) struct Clock {
+pub(crate) struct TokenTimer {
     pub(crate) record: Arc<Record>,
     /// When the stream was last read.
     pub(crate) last_read: Option<Instant>,
     pub(crate) _permit: Arc<OwnedSemaphorePermit>,
 }
 
-impl Clock {
+impl TokenTimer {
     fn read(&mut self, now: Instant) {
         if let Some(before) = self.last_read.replace(now) {
-            self.record.gap(now - before);
+            self.record.observe_token_gap(now - before);
         }
     }
 }
 
-/// Counts how a hand-off ended, once: when it is dropped, which is when the answer is over.
+/// Records how a hand-off ended, once: when it is dropped, which is when the answer ends.
 #[derive(Debug)]
-pub(crate) struct Tally {
+pub(crate) struct OutcomeOnDrop {
     pub(crate) record: Arc<Record>,
-    pub(crate) outcome: Outcome,
-    /// The engines of a client's hand-off, for the judgement of pairs.
+    pub(crate) outcome: HandoffOutcome,
+    /// The engines of a client's hand-off, for the check of pairs.
     pub(crate) pair: Option<(Arc<Shared>, Vec<Arc<EngineView>>)>,
     /// Whether the first event came late.
     pub(crate) crawled: bool,
 }
 
-impl Drop for Tally {
+impl Drop for OutcomeOnDrop {
     fn drop(&mut self) {
-        self.record.handed(self.outcome);
+        self.record.observe_outcome(self.outcome);
         let is_bad = match self.outcome {
-            Outcome::Recomputed => true,
-            Outcome::Transferred | Outcome::Sent => self.crawled,
-            Outcome::Bypassed | Outcome::Failed | Outcome::Refused => return,
+            HandoffOutcome::Recomputed => true,
+            HandoffOutcome::Transferred | HandoffOutcome::Sent => self.crawled,
+            HandoffOutcome::Bypassed | HandoffOutcome::Failed | HandoffOutcome::Refused => return,
         };
         if let Some((shared, engines)) = &self.pair {
             shared.note_handoff(engines, is_bad);
@@ -69,197 +70,202 @@ impl Drop for Tally {
     }
 }
 
-/// How a stream that is complete ends.
+/// How a complete stream ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum StreamEnd {
     /// With OpenAI's end marker.
     Marker,
-    /// With any event: only the connection tells whether it is complete.
+    /// With any event: only the connection's end shows that it is complete.
     AnyEvent,
 }
 
-/// What a stream needs besides the engine's bytes.
+/// Everything that a stream needs besides the engine's bytes.
 #[derive(Debug)]
-pub(crate) struct Guarded {
-    /// The decode engine's seat.
-    pub(crate) seat: Arc<Seat>,
-    /// What fails when it breaks off.
-    pub(crate) stage: Stage,
-    /// Longest time between two reads.
+pub(crate) struct StreamContext {
+    /// The lease on the decode engine.
+    pub(crate) lease: Arc<EngineLease>,
+    /// The stage that fails if the stream breaks off.
+    pub(crate) stage: RequestStage,
+    /// Maximum time between two reads.
     pub(crate) idle: Duration,
-    pub(crate) end: End,
-    /// Cuts the bytes into events; `None` where the answer is no event stream.
+    pub(crate) end: StreamEnd,
+    /// Cuts the bytes into events. `None` if the answer is not an event stream.
     pub(crate) events: Option<Events>,
-    /// Rewrites events.
-    pub(crate) rewriter: Option<Rewriter>,
-    /// The hand-off that the first byte proves.
-    pub(crate) entry: Option<Entry>,
-    /// The hand-off once the first byte has come, until the usage tells whether its KV was used.
-    pub(crate) unproven: Option<Unproven>,
-    /// What the prefill engine used, where one did; the client is told of that.
+    /// Rewrites events for the client, if the first token came from the prefill engine.
+    pub(crate) rewriter: Option<EventRewriter>,
+    /// The transfer that the first byte proves.
+    pub(crate) transfer: Option<Transfer>,
+    /// The transfer after the first byte, until the usage shows whether its KV was used.
+    pub(crate) unproven: Option<UnprovenTransfer>,
+    /// The prefill engine's usage, which the client gets.
     pub(crate) usage: Option<PrefillUsage>,
-    pub(crate) tally: Option<Tally>,
-    pub(crate) clock: Clock,
+    pub(crate) on_drop: Option<OutcomeOnDrop>,
+    pub(crate) timer: TokenTimer,
 }
 
-impl Guarded {
-    /// What every stream needs.
-    pub(crate) fn new(seat: Arc<Seat>, idle: Duration, clock: Clock) -> Self {
+impl StreamContext {
+    /// The members that every stream needs.
+    pub(crate) fn new(lease: Arc<EngineLease>, idle: Duration, timer: TokenTimer) -> Self {
         Self {
-            seat,
-            stage: Stage::Decode,
+            lease,
+            stage: RequestStage::Decode,
             idle,
-            end: End::Marker,
+            end: StreamEnd::Marker,
             events: None,
             rewriter: None,
-            entry: None,
+            transfer: None,
             unproven: None,
             usage: None,
-            tally: None,
-            clock,
+            on_drop: None,
+            timer,
         }
     }
 
-    /// The answer went on. Only events tell of the time between tokens.
-    fn went_on(&mut self, now: Instant) {
+    /// Records that data arrived. Only events show the time between tokens.
+    fn record_progress(&mut self, now: Instant) {
         if self.events.is_some() {
-            self.clock.read(now);
+            self.timer.read(now);
         }
-        if let Some(mut entry) = self.entry.take() {
-            self.unproven = Some(entry.answered());
-        }
-    }
-
-    fn count(&mut self, outcome: Outcome) {
-        if let Some(tally) = &mut self.tally {
-            tally.outcome = outcome;
+        if let Some(mut transfer) = self.transfer.take() {
+            self.unproven = Some(transfer.answered());
         }
     }
 
-    /// The usage tells what became of the hand-off, unless the generation has failed.
+    fn set_outcome(&mut self, outcome: HandoffOutcome) {
+        if let Some(on_drop) = &mut self.on_drop {
+            on_drop.outcome = outcome;
+        }
+    }
+
+    /// Applies what the usage proves about the hand-off, unless the generation has failed.
     fn prove(&mut self, proof: Proof) {
         if let Some(unproven) = &mut self.unproven {
             unproven.prove(proof);
         }
-        if let Some(tally) = self.tally.as_mut().filter(|tally| tally.outcome == Outcome::Sent) {
+        if let Some(on_drop) = self
+            .on_drop
+            .as_mut()
+            .filter(|on_drop| on_drop.outcome == HandoffOutcome::Sent)
+        {
             match proof {
-                Proof::Received => tally.outcome = Outcome::Transferred,
-                Proof::Computed => tally.outcome = Outcome::Recomputed,
+                Proof::Received => on_drop.outcome = HandoffOutcome::Transferred,
+                Proof::Computed => on_drop.outcome = HandoffOutcome::Recomputed,
                 Proof::None => {}
             }
         }
     }
 
-    /// The client is given a piece, perhaps the last one. Whoever has the end marker leaves without waiting for the connection's end.
-    fn given(&mut self, is_last: bool) {
+    /// Called when the client gets a piece. A client that has the end marker can leave without waiting for the
+    /// connection's end.
+    fn sent(&mut self, is_last: bool) {
         if is_last && self.events.as_ref().is_some_and(Events::is_done) {
-            self.clock.record.stream_ended(Ending::Answered);
+            self.timer.record.stream_ended(ClientOutcome::Answered);
         }
     }
 
     fn is_complete(&self) -> bool {
-        self.end == End::AnyEvent || self.events.as_ref().is_none_or(Events::is_done)
+        self.end == StreamEnd::AnyEvent || self.events.as_ref().is_none_or(Events::is_done)
     }
 }
 
 /// The body of a streamed answer.
-pub(crate) struct GuardedBody {
+pub(crate) struct StreamBody {
     /// `None` once the stream has ended.
     inner: Option<AnswerBody>,
     ready: VecDeque<Bytes>,
     idle: Pin<Box<Sleep>>,
     gone: Pin<Box<dyn Future<Output = ()> + Send>>,
-    guarded: Guarded,
+    stream: StreamContext,
 }
 
-impl GuardedBody {
-    /// A body that sends `first`, then what comes from `inner`.
-    pub(crate) fn new(first: Bytes, inner: AnswerBody, mut guarded: Guarded) -> Self {
-        guarded.clock.record.streams();
-        if guarded.events.is_some() {
-            guarded.clock.read(Instant::now());
+impl StreamBody {
+    /// A body that sends `first`, then the bytes of `inner`.
+    pub(crate) fn new(first: Bytes, inner: AnswerBody, mut stream: StreamContext) -> Self {
+        stream.timer.record.begin_stream();
+        if stream.events.is_some() {
+            stream.timer.read(Instant::now());
         }
         let mut body = Self {
             inner: Some(inner),
             ready: VecDeque::from_iter((!first.is_empty()).then_some(first)),
-            idle: Box::pin(tokio::time::sleep(guarded.idle)),
+            idle: Box::pin(tokio::time::sleep(stream.idle)),
             gone: Box::pin({
-                let seat = Arc::clone(&guarded.seat);
-                async move { seat.gone().await }
+                let lease = Arc::clone(&stream.lease);
+                async move { lease.gone().await }
             }),
-            guarded,
+            stream,
         };
-        body.end_if_over();
+        body.finish_if_complete();
         body
     }
 
-    /// A body that sends the whole events that were read ahead from `inner`, and goes on from there.
-    pub(crate) fn after(read: Bytes, inner: AnswerBody, guarded: Guarded) -> Self {
-        let mut body = Self::new(Bytes::new(), inner, guarded);
+    /// A body that sends the whole events already read from `inner`, then the rest of it.
+    pub(crate) fn after(read: Bytes, inner: AnswerBody, stream: StreamContext) -> Self {
+        let mut body = Self::new(Bytes::new(), inner, stream);
         if let Err(cause) = body.pass_on(read) {
             body.fail(cause).expect("only what is no stream of events fails so");
         }
-        body.end_if_over();
+        body.finish_if_complete();
         body
     }
 
-    fn take(&mut self, bytes: Bytes) -> Result<(), Cause> {
-        let (bytes, went_on) = match &mut self.guarded.events {
+    fn receive(&mut self, bytes: Bytes) -> Result<(), Cause> {
+        let (bytes, has_data) = match &mut self.stream.events {
             Some(events) => {
                 let whole = events.push(bytes);
-                let went_on = events.is_within_data() || sse::given(&whole).next().is_some();
-                (whole, went_on)
+                let has_data = events.is_within_data() || sse::given(&whole).next().is_some();
+                (whole, has_data)
             }
             None => (bytes, true),
         };
-        if went_on {
+        if has_data {
             let now = Instant::now();
-            self.idle.as_mut().reset(now + self.guarded.idle);
-            self.guarded.went_on(now);
+            self.idle.as_mut().reset(now + self.stream.idle);
+            self.stream.record_progress(now);
         }
         self.pass_on(bytes)?;
-        self.end_if_over();
+        self.finish_if_complete();
         Ok(())
     }
 
-    /// Ends the stream, if nothing more comes and it is complete.
-    fn end_if_over(&mut self) {
+    /// Ends the stream if it is complete and nothing more comes.
+    fn finish_if_complete(&mut self) {
         let is_over = self.inner.as_ref().is_some_and(AnswerBody::is_end_stream);
-        if is_over && self.guarded.is_complete() {
+        if is_over && self.stream.is_complete() {
             self.inner = None;
-            self.guarded.clock.record.stream_ended(Ending::Answered);
+            self.stream.timer.record.stream_ended(ClientOutcome::Answered);
         }
     }
 
-    /// Queues whole events for the client, up to one that says that the generation failed.
+    /// Queues whole events for the client, up to one that reports a failed generation.
     fn pass_on(&mut self, mut events: Bytes) -> Result<(), Cause> {
-        let guarded = &mut self.guarded;
+        let stream = &mut self.stream;
         let mut failure = None;
-        if guarded.end == End::Marker && guarded.events.is_some() {
-            match look(&events) {
-                Seen::Good => {}
-                // The engine tells its client itself.
-                Seen::Told => guarded.count(Outcome::Failed),
-                Seen::Failed(at, cause) => {
+        if stream.end == StreamEnd::Marker && stream.events.is_some() {
+            match scan_events(&events) {
+                EventScan::Good => {}
+                // The engine sends the error to the client itself.
+                EventScan::ErrorEvent => stream.set_outcome(HandoffOutcome::Failed),
+                EventScan::Failed(at, cause) => {
                     events.truncate(at);
                     failure = Some(cause);
                 }
             }
         }
-        if let Some(usage) = &guarded.usage
+        if let Some(usage) = &stream.usage
             && let Some((corrected, proof)) = usage.correct_events(&events)
         {
             events = corrected;
-            guarded.prove(proof);
+            stream.prove(proof);
         }
-        let events = match &mut guarded.rewriter {
+        let events = match &mut stream.rewriter {
             Some(rewriter) => rewriter.rewrite(&events),
             None => events,
         };
-        guarded.clock.record.decoded(&events);
-        if failure.is_none() && guarded.events.as_ref().is_some_and(Events::is_done) {
-            // Before the client sees the end, so that who looks at the metrics then finds it counted.
-            guarded.tally = None;
+        stream.timer.record.decode_answered(&events);
+        if failure.is_none() && stream.events.as_ref().is_some_and(Events::is_done) {
+            // Before the client sees the end, so that a client that reads the metrics next finds it counted.
+            stream.on_drop = None;
         }
         if !events.is_empty() {
             self.ready.push_back(events);
@@ -267,22 +273,22 @@ impl GuardedBody {
         failure.map_or(Ok(()), Err)
     }
 
-    /// Ends the stream before its time. The engine notices because its connection closes.
+    /// Ends the stream early. The engine notices because its connection closes.
     fn fail(&mut self, cause: Cause) -> Result<(), std::io::Error> {
         self.inner = None;
-        self.guarded.clock.record.stream_ended(Ending::Broken);
-        let error = self.guarded.seat.failed(self.guarded.stage, cause);
-        self.guarded.count(Outcome::Failed);
-        self.guarded.tally = None;
-        if let Some(mut entry) = self.guarded.entry.take() {
-            entry.failed(&error);
+        self.stream.timer.record.stream_ended(ClientOutcome::Broken);
+        let error = self.stream.lease.failed(self.stream.stage, cause);
+        self.stream.set_outcome(HandoffOutcome::Failed);
+        self.stream.on_drop = None;
+        if let Some(mut transfer) = self.stream.transfer.take() {
+            transfer.failed(&error);
         }
         tracing::warn!(error = crate::report::one_line(&error), "a stream broke off");
-        if self.guarded.events.is_none() {
+        if self.stream.events.is_none() {
             return Err(std::io::Error::other(error.to_string()));
         }
-        if self.guarded.end == End::AnyEvent {
-            // Clients of routes whose events have names look for this one.
+        if self.stream.end == StreamEnd::AnyEvent {
+            // Clients of routes with named events look for this name.
             self.ready.push_back(Bytes::from_static(b"event: error\n"));
         }
         self.ready.push_back(error.to_events());
@@ -290,7 +296,7 @@ impl GuardedBody {
     }
 }
 
-impl Body for GuardedBody {
+impl Body for StreamBody {
     type Data = Bytes;
     type Error = std::io::Error;
 
@@ -302,26 +308,26 @@ impl Body for GuardedBody {
         let this = self.get_mut();
         loop {
             if let Some(bytes) = this.ready.pop_front() {
-                this.guarded.given(this.ready.is_empty());
+                this.stream.sent(this.ready.is_empty());
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
             let Some(inner) = &mut this.inner else {
                 return Poll::Ready(None);
             };
             let failure = match Pin::new(inner).poll_frame(context) {
-                Poll::Ready(Some(Ok(frame))) => match frame.into_data().map(|bytes| this.take(bytes)) {
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data().map(|bytes| this.receive(bytes)) {
                     Ok(Err(cause)) => cause,
                     _ => continue,
                 },
-                Poll::Ready(None) if this.guarded.is_complete() => {
+                Poll::Ready(None) if this.stream.is_complete() => {
                     this.inner = None;
-                    this.guarded.clock.record.stream_ended(Ending::Answered);
+                    this.stream.timer.record.stream_ended(ClientOutcome::Answered);
                     continue;
                 }
                 Poll::Ready(None) => Cause::Truncated,
                 Poll::Ready(Some(Err(error))) => Cause::Broken(crate::report::one_line(&error)),
                 Poll::Pending if this.gone.as_mut().poll(context).is_ready() => Cause::Gone,
-                Poll::Pending if this.idle.as_mut().poll(context).is_ready() => Cause::Timeout(this.guarded.idle),
+                Poll::Pending if this.idle.as_mut().poll(context).is_ready() => Cause::Timeout(this.stream.idle),
                 Poll::Pending => return Poll::Pending,
             };
             if let Err(error) = this.fail(failure) {

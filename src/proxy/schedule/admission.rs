@@ -1,6 +1,7 @@
-//! Who may go to the engines now, and who waits: what requests weigh, how full engines are, and a fair queue.
+//! Tracks how full the engines are, and who waits for them in a fair queue.
 //!
-//! Pure: no clock, no lock, no task. `seats` wraps it. Weights are tokens, because requests differ by four orders of magnitude.
+//! Pure: no clock, no lock, no task. `selection` wraps it. Weights are tokens, because requests differ by four orders
+//! of magnitude.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -8,41 +9,41 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::breaker::Breaker;
-use super::prefix::Memory;
+use super::prefix::PrefixMemory;
 use crate::fleet::{EngineId, EngineView, Incarnation};
 use crate::proxy::body::document::Document;
 use crate::proxy::body::media::{Condensed, MEDIA_TOKENS};
-use crate::proxy::body::serving_mode::{Kind, is_token_list};
+use crate::proxy::body::serving_mode::{GenerationKind, is_token_list};
 
-/// Tokens that an answer of unknown or great length is taken for. Reserving all that it may become would leave engines empty.
+/// Assumed tokens of an answer of unknown or large length. Reserving its maximum would leave engines empty.
 const ANSWER_TOKENS: u64 = 1024;
 
-/// Prompts of so many tokens need no look at how many the model reads.
+/// Prompts up to this many tokens need no check against the context length.
 const FITS_ANY_MODEL: u64 = 8192;
 
-/// LMCache's chunk: a hand-off takes whole ones of the decode engine's buffer.
+/// LMCache's chunk size in tokens: a hand-off occupies whole chunks of the decode engine's buffer.
 const BUFFER_CHUNK: u64 = 256;
 
-/// Waiters that let others go first at once.
-const MOST_ASIDE: usize = 8;
+/// Maximum number of deferred waiters.
+const MAX_DEFERRED: usize = 8;
 
-/// Seconds that a client may be told to wait.
+/// Range of the seconds in `Retry-After`.
 const RETRY_AFTER: std::ops::RangeInclusive<u64> = 1..=30;
 
-/// What a request asks for.
+/// The tokens that a request needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ask {
+pub(crate) struct TokenDemand {
     /// Tokens of the prompt.
     pub(crate) prompt: u64,
-    /// Whether that was counted, not estimated from its bytes.
+    /// Whether the prompt was counted, not estimated from its bytes.
     pub(crate) exact: bool,
     /// Tokens to reserve for the answer.
     pub(crate) answer: u64,
 }
 
-impl Ask {
-    /// What a request with this prompt asks for.
-    pub(crate) fn of(kind: Kind, document: &Document<'_>, prompt: &Condensed<'_>) -> Self {
+impl TokenDemand {
+    /// The demand of a request with this prompt.
+    pub(crate) fn of(kind: GenerationKind, document: &Document<'_>, prompt: &Condensed<'_>) -> Self {
         let exact = is_token_list(&prompt.text);
         let tokens = if exact {
             1 + memchr::memchr_iter(b',', prompt.text.as_bytes()).count() as u64
@@ -52,9 +53,9 @@ impl Ask {
             (bytes.div_ceil(4).max(1) as u64).saturating_add(media)
         };
         let limit = match kind {
-            // vLLM 0.32 takes null for absent, which means 16.
-            Kind::Completions => document.given("max_tokens").unwrap_or("16"),
-            Kind::Chat => document
+            // vLLM 0.32 treats null as absent, which means 16.
+            GenerationKind::Completions => document.given("max_tokens").unwrap_or("16"),
+            GenerationKind::Chat => document
                 .given("max_completion_tokens")
                 .or(document.given("max_tokens"))
                 .unwrap_or("null"),
@@ -68,12 +69,12 @@ impl Ask {
         }
     }
 
-    /// Whether its prompt may be taken for more than a model reads.
-    pub(crate) fn may_be_too_long(&self) -> bool {
+    /// Whether the prompt could exceed the context length.
+    pub(crate) fn can_be_too_long(&self) -> bool {
         self.prompt > FITS_ANY_MODEL
     }
 
-    /// The same where the model reads so many tokens. An engine refuses a longer prompt, so that it takes no room.
+    /// The demand under this context length. An engine refuses a longer prompt, so the rest takes no room.
     pub(crate) fn within(self, length: u64) -> Self {
         Self {
             prompt: self.prompt.min(length),
@@ -85,47 +86,47 @@ impl Ask {
 /// What a request occupies on an engine, in tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Weight {
-    /// Of its KV cache.
+    /// Tokens of the KV cache.
     pub(crate) kv: u64,
-    /// Of LMCache's receive buffer, whole chunks.
+    /// Tokens of LMCache's receive buffer, whole chunks.
     pub(crate) buffer: u64,
 }
 
 impl Weight {
-    /// The buffer that a prompt of so many tokens takes.
+    /// The buffer that a prompt of this many tokens occupies.
     pub(crate) fn buffer_for(prompt: u64) -> u64 {
         prompt.div_ceil(BUFFER_CHUNK).saturating_mul(BUFFER_CHUNK)
     }
 }
 
-/// One incarnation of an engine.
+/// The load of one incarnation of an engine.
 #[derive(Debug)]
-struct Room {
+struct EngineLoad {
     incarnation: Incarnation,
     used: Weight,
-    /// The KV tokens that the engine says it has room for.
-    said: Option<u64>,
-    memory: Memory,
+    /// The capacity of its KV cache in tokens, as the engine reports it.
+    capacity: Option<u64>,
+    memory: PrefixMemory,
     breaker: Breaker,
 }
 
-/// How full the engines are, and who waits. `T` is how a waiter is woken.
+/// The load of all engines, and the queue. `T` wakes a waiter.
 #[derive(Debug)]
-pub(crate) struct Book<T> {
-    rooms: BTreeMap<EngineId, Room>,
-    /// Of a decode engine; KV only if the user gave it.
+pub(crate) struct LoadTracker<T> {
+    loads: BTreeMap<EngineId, EngineLoad>,
+    /// The limit per decode engine. Its `kv` counts only if the user set it.
     limit: Weight,
     limit_is_given: bool,
     pub(crate) queue: Queue<T>,
 }
 
-impl<T> Book<T> {
-    /// `kv`: tokens per decode engine, 0 for no limit, `None` for what the engine says. `buffer`: the same of LMCache's buffer,
-    /// 0 for no limit.
+impl<T> LoadTracker<T> {
+    /// `kv`: tokens per decode engine, 0 for no limit, `None` for the capacity that the engine reports. `buffer`:
+    /// tokens of LMCache's buffer, 0 for no limit.
     pub(crate) fn new(kv: Option<u64>, buffer: u64) -> Self {
         let or_none = |tokens| if tokens == 0 { u64::MAX } else { tokens };
         Self {
-            rooms: BTreeMap::new(),
+            loads: BTreeMap::new(),
             limit: Weight {
                 kv: or_none(kv.unwrap_or_default()),
                 buffer: or_none(buffer),
@@ -135,109 +136,109 @@ impl<T> Book<T> {
         }
     }
 
-    /// The room of this incarnation; a newer one begins empty. `None` for one that has gone.
-    fn room(&mut self, engine: &EngineView) -> Option<&mut Room> {
-        let new = || Room {
+    /// The load of this incarnation. A newer incarnation starts empty. `None` if the incarnation is outdated.
+    fn load_mut(&mut self, engine: &EngineView) -> Option<&mut EngineLoad> {
+        let new = || EngineLoad {
             incarnation: engine.incarnation,
             used: Weight::default(),
-            said: None,
-            memory: Memory::default(),
+            capacity: None,
+            memory: PrefixMemory::default(),
             breaker: Breaker::default(),
         };
-        let room = self.rooms.entry(engine.id.clone()).or_insert_with(new);
-        if room.incarnation < engine.incarnation {
-            *room = new();
+        let load = self.loads.entry(engine.id.clone()).or_insert_with(new);
+        if load.incarnation < engine.incarnation {
+            *load = new();
         }
-        (room.incarnation == engine.incarnation).then_some(room)
+        (load.incarnation == engine.incarnation).then_some(load)
     }
 
-    fn known_room(&self, engine: &EngineView) -> Option<&Room> {
-        self.rooms
+    fn known_load(&self, engine: &EngineView) -> Option<&EngineLoad> {
+        self.loads
             .get(&engine.id)
-            .filter(|room| room.incarnation == engine.incarnation)
+            .filter(|load| load.incarnation == engine.incarnation)
     }
 
-    /// What is known of its failures; `None` if it has gone.
+    /// The breaker of this incarnation. `None` if it is outdated.
     pub(crate) fn breaker(&mut self, engine: &EngineView) -> Option<&mut Breaker> {
-        self.room(engine).map(|room| &mut room.breaker)
+        self.load_mut(engine).map(|load| &mut load.breaker)
     }
 
-    /// Whether it has failed so often that others are to be preferred.
+    /// Whether it has failed so often that other engines are preferred.
     pub(crate) fn is_failing(&self, engine: &EngineView, now: Instant) -> bool {
-        self.known_room(engine).is_some_and(|room| room.breaker.is_open(now))
+        self.known_load(engine).is_some_and(|load| load.breaker.is_open(now))
     }
 
     /// Tokens of the requests on it.
     pub(crate) fn tokens(&self, engine: &EngineView) -> u64 {
-        self.known_room(engine).map_or(0, |room| room.used.kv)
+        self.known_load(engine).map_or(0, |load| load.used.kv)
     }
 
-    /// Tokens at the prompt's beginning that it has read before.
+    /// Tokens at the beginning of the prompt that it has read before.
     pub(crate) fn known_tokens(&self, engine: &EngineView, chunks: &[u64]) -> u64 {
-        self.known_room(engine)
-            .map_or(0, |room| room.memory.known_tokens(chunks))
+        self.known_load(engine)
+            .map_or(0, |load| load.memory.known_tokens(chunks))
     }
 
-    /// Whether a decode engine has room for `weight`. What is larger than the whole engine fits into an empty one, because it
-    /// would wait for ever otherwise.
+    /// Whether a decode engine has room for `weight`. A request larger than the whole engine fits into an empty one;
+    /// it would wait forever otherwise.
     pub(crate) fn fits(&self, engine: &EngineView, weight: Weight) -> bool {
-        let Some(room) = self.known_room(engine) else {
+        let Some(load) = self.known_load(engine) else {
             return true;
         };
-        let said = room.said.filter(|_| !self.limit_is_given);
+        let capacity = load.capacity.filter(|_| !self.limit_is_given);
         let fits = |used: u64, more: u64, limit| used == 0 || used.saturating_add(more) <= limit;
-        fits(room.used.kv, weight.kv, said.unwrap_or(self.limit.kv))
-            && fits(room.used.buffer, weight.buffer, self.limit.buffer)
+        fits(load.used.kv, weight.kv, capacity.unwrap_or(self.limit.kv))
+            && fits(load.used.buffer, weight.buffer, self.limit.buffer)
     }
 
-    /// A request goes to an engine.
+    /// Adds a request to an engine.
     pub(crate) fn enter(&mut self, engine: &EngineView, weight: Weight, chunks: &[u64]) {
         self.change(engine, Weight::default(), weight);
-        if let Some(room) = self.room(engine) {
-            room.memory.read(chunks);
+        if let Some(load) = self.load_mut(engine) {
+            load.memory.read(chunks);
         }
     }
 
-    /// A request weighs another amount now; nothing once it has left.
+    /// Changes the weight of a request, to zero when it leaves.
     pub(crate) fn change(&mut self, engine: &EngineView, before: Weight, now: Weight) {
-        if let Some(room) = self.room(engine) {
+        if let Some(load) = self.load_mut(engine) {
             let changed = |used: u64, before, now| used.saturating_sub(before).saturating_add(now);
-            room.used = Weight {
-                kv: changed(room.used.kv, before.kv, now.kv),
-                buffer: changed(room.used.buffer, before.buffer, now.buffer),
+            load.used = Weight {
+                kv: changed(load.used.kv, before.kv, now.kv),
+                buffer: changed(load.used.buffer, before.buffer, now.buffer),
             };
         }
     }
 
-    /// The engine says how many KV tokens it has room for.
-    pub(crate) fn said(&mut self, engine: &EngineView, tokens: u64) {
-        if let Some(room) = self.room(engine) {
-            room.said = Some(tokens);
+    /// Sets the capacity of the engine's KV cache in tokens.
+    pub(crate) fn set_capacity(&mut self, engine: &EngineView, tokens: u64) {
+        if let Some(load) = self.load_mut(engine) {
+            load.capacity = Some(tokens);
         }
     }
 }
 
-/// Those who wait: clients take turns, and the requests of one client go in the order of their arrival. Only the head may try,
-/// so nothing small overtakes something large for ever. Who only by an estimate has no room steps aside: for a while others go
-/// first, because the estimate may be wrong.
+/// The queue. Clients take turns, and the requests of one client keep their order. Only the head can try, so small
+/// requests do not overtake a large one forever. If the head has no room only by an estimate, it is deferred: for a
+/// while others go first, because the estimate can be wrong.
 #[derive(Debug)]
 pub(crate) struct Queue<T> {
-    /// Clients that wait, whose turn it is first; each has at least one waiter.
+    /// Clients that wait, the next one first. Each has at least one waiter.
     clients: VecDeque<(u64, VecDeque<(u64, T)>)>,
-    /// Who has stepped aside, the first one first.
-    aside: VecDeque<Aside<T>>,
-    /// How long others go first.
+    /// Deferred waiters, the first one first.
+    deferred: VecDeque<Deferred<T>>,
+    /// How long others go before a deferred waiter.
     pub(crate) patience: Duration,
     next: u64,
     waiting: usize,
     served_at: Option<Instant>,
-    /// Between two that were served.
+    /// Moving average of the time between two served waiters.
     interval: Duration,
 }
 
-/// A waiter that has stepped aside.
+/// A deferred waiter.
 #[derive(Debug)]
-struct Aside<T> {
+struct Deferred<T> {
     number: u64,
     since: Instant,
     waker: T,
@@ -247,7 +248,7 @@ impl<T> Default for Queue<T> {
     fn default() -> Self {
         Self {
             clients: VecDeque::new(),
-            aside: VecDeque::new(),
+            deferred: VecDeque::new(),
             patience: Duration::from_secs(15),
             next: 0,
             waiting: 0,
@@ -262,7 +263,7 @@ impl<T> Queue<T> {
         self.waiting
     }
 
-    /// Joins; the number is the waiter's own.
+    /// Joins the queue. The returned number identifies the waiter.
     pub(crate) fn join(&mut self, client: u64, waker: T) -> u64 {
         let number = self.next;
         self.next += 1;
@@ -274,47 +275,47 @@ impl<T> Queue<T> {
         number
     }
 
-    /// Whose turn it is.
+    /// The waiter whose turn it is.
     pub(crate) fn head(&self) -> Option<&(u64, T)> {
         self.clients.front().and_then(|(_, line)| line.front())
     }
 
-    /// Everybody who may be able to get a seat.
+    /// All waiters that could get a place now.
     pub(crate) fn wakers(&self) -> impl Iterator<Item = &T> {
-        let aside = self.aside.iter().map(|waiter| &waiter.waker);
-        aside.chain(self.head().map(|(_, waker)| waker))
+        let deferred = self.deferred.iter().map(|waiter| &waiter.waker);
+        deferred.chain(self.head().map(|(_, waker)| waker))
     }
 
-    /// Whether this waiter, or one who has not joined yet, may try.
-    pub(crate) fn may_try(&self, number: Option<u64>, now: Instant) -> bool {
-        let overdue = self.aside.front().filter(|first| now >= first.since + self.patience);
+    /// Whether this waiter, or a request that has not joined, can try now.
+    pub(crate) fn can_try(&self, number: Option<u64>, now: Instant) -> bool {
+        let overdue = self.deferred.front().filter(|first| now >= first.since + self.patience);
         match overdue {
             Some(first) => number == Some(first.number),
-            None => number == self.head().map(|(head, _)| *head) || self.is_aside(number),
+            None => number == self.head().map(|(head, _)| *head) || self.is_deferred(number),
         }
     }
 
-    fn is_aside(&self, number: Option<u64>) -> bool {
-        self.aside.iter().any(|waiter| Some(waiter.number) == number)
+    fn is_deferred(&self, number: Option<u64>) -> bool {
+        self.deferred.iter().any(|waiter| Some(waiter.number) == number)
     }
 
-    /// The head lets others go first, and may try beside them from now on. Not more than a few do that, because each of them is
-    /// woken whenever there is room.
-    pub(crate) fn step_aside(&mut self, number: u64, now: Instant) -> bool {
+    /// Defers the head: others go first, and it can try beside them. Only a few waiters are deferred at a time,
+    /// because each is woken whenever room appears.
+    pub(crate) fn defer(&mut self, number: u64, now: Instant) -> bool {
         let is_head = self.head().is_some_and(|(head, _)| *head == number);
-        if !is_head || self.aside.len() >= MOST_ASIDE {
+        if !is_head || self.deferred.len() >= MAX_DEFERRED {
             return false;
         }
-        let waiters = self.pop().map(|(number, waker)| Aside {
+        let waiters = self.pop().map(|(number, waker)| Deferred {
             number,
             since: now,
             waker,
         });
-        self.aside.extend(waiters);
+        self.deferred.extend(waiters);
         true
     }
 
-    /// Takes the head out: the next client's turn.
+    /// Removes the head and passes the turn to the next client.
     fn pop(&mut self) -> Option<(u64, T)> {
         let (client, mut line) = self.clients.pop_front()?;
         let head = line.pop_front();
@@ -324,11 +325,11 @@ impl<T> Queue<T> {
         head
     }
 
-    /// A waiter got a seat.
+    /// Removes a waiter that got a place.
     pub(crate) fn serve(&mut self, number: u64, now: Instant) {
-        let before = self.aside.len();
-        self.aside.retain(|waiter| waiter.number != number);
-        if self.aside.len() == before {
+        let before = self.deferred.len();
+        self.deferred.retain(|waiter| waiter.number != number);
+        if self.deferred.len() == before {
             self.pop();
         }
         self.waiting -= 1;
@@ -338,11 +339,11 @@ impl<T> Queue<T> {
         self.rest();
     }
 
-    /// A waiter goes without a seat. Harmless for one that was served.
+    /// Removes a waiter without a place. Does nothing if it was served.
     pub(crate) fn leave(&mut self, client: u64, number: u64) {
-        let aside = self.aside.len();
-        self.aside.retain(|waiter| waiter.number != number);
-        self.waiting -= aside - self.aside.len();
+        let deferred = self.deferred.len();
+        self.deferred.retain(|waiter| waiter.number != number);
+        self.waiting -= deferred - self.deferred.len();
         let Some(place) = self.clients.iter().position(|(key, _)| *key == client) else {
             return self.rest();
         };
@@ -356,14 +357,14 @@ impl<T> Queue<T> {
         self.rest();
     }
 
-    /// The time in which nobody waits says nothing of how fast waiters are served.
+    /// Time in which no request waits does not show how fast waiters are served.
     fn rest(&mut self) {
         if self.waiting == 0 {
             self.served_at = None;
         }
     }
 
-    /// Seconds after which a client may well get a seat, by how fast others got theirs of late.
+    /// Seconds until a client could get a place, estimated from how fast recent waiters got theirs.
     pub(crate) fn retry_after(&self) -> u64 {
         let all = self.interval.as_secs_f64() * (self.waiting as f64 + 1.0);
         let seconds = Duration::try_from_secs_f64(all.ceil()).map_or(u64::MAX, |time| time.as_secs());

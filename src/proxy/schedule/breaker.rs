@@ -1,21 +1,21 @@
-//! When an engine that fails one request after the other is left alone for a while.
+//! Decides when the scheduler avoids an engine that fails one request after the other.
 //!
-//! Pure. It only makes an engine the last choice: where no other is left, requests still go to it.
+//! Pure. An open breaker only makes an engine the last choice: if no other engine is left, it still gets requests.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Failures in a row that open it. One or two happen to a healthy engine.
+/// Failures in a row that open the breaker. One or two happen to a healthy engine.
 const TOLERATED: u32 = 3;
 
-/// How long it stays open at first; doubled by every failure after that.
+/// How long the breaker stays open at first. Each further failure doubles it.
 const FIRST: Duration = Duration::from_secs(1);
 
-/// How long it stays open at most.
+/// How long the breaker stays open at most.
 const LONGEST: Duration = Duration::from_secs(30);
 
-/// What is known of one incarnation.
+/// The failures of one incarnation.
 #[derive(Debug, Default)]
 pub(crate) struct Breaker {
     failures: u32,
@@ -23,19 +23,19 @@ pub(crate) struct Breaker {
 }
 
 impl Breaker {
-    /// Whether other engines are to be preferred now.
+    /// Whether other engines are preferred now.
     pub(crate) fn is_open(&self, now: Instant) -> bool {
         self.open_until.is_some_and(|until| now < until)
     }
 
-    /// A request goes to the engine. If that is to show whether it is well again, no other one follows until that is known.
+    /// A request goes to the engine. If it is a probe after failures, other requests wait for its result.
     pub(crate) fn enter(&mut self, now: Instant) {
         if self.open_until.is_some() {
             self.open_until = Some(now + self.span());
         }
     }
 
-    /// A request failed, and the engine is to blame. Whether that opened it.
+    /// A request failed by the engine's fault. Returns whether that opened the breaker.
     pub(crate) fn fail(&mut self, now: Instant) -> bool {
         self.failures = self.failures.saturating_add(1);
         let was_open = self.open_until.is_some();
@@ -45,7 +45,7 @@ impl Breaker {
         !was_open && self.open_until.is_some()
     }
 
-    /// A request was answered.
+    /// A request was answered, so the count of failures starts again.
     pub(crate) fn succeed(&mut self) {
         *self = Self::default();
     }
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn it_opens_at_the_third_failure_in_a_row_for_longer_each_time() {
+    fn the_breaker_opens_at_the_third_failure() {
         let start = Instant::now();
         let mut breaker = Breaker::default();
         assert!(!breaker.fail(start) && !breaker.fail(start));
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn one_request_shows_whether_the_engine_is_well_again() {
+    fn one_request_probes_a_failing_engine() {
         let start = Instant::now();
         let mut breaker = Breaker::default();
         for _ in 0..TOLERATED {

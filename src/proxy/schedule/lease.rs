@@ -1,53 +1,53 @@
-//! A request's place on an engine: held while a leg runs, and watched for the engine's end.
+//! Leases on engines: a request's place on an engine while a leg runs, and the watch for the engine's end.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::selection::Held;
+use super::selection::Reservation;
 use crate::fleet::{EngineState, EngineView, FleetView, KeptGuard, LoadGuard};
-use crate::proxy::error::{Cause, ProxyError, Stage};
+use crate::proxy::error::{Cause, ProxyError, RequestStage};
 
-/// One request's place on one incarnation of an engine. The engine counts as loaded while it lives.
+/// One request's place on one incarnation of an engine. The engine counts as loaded until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct EngineLease {
     pub(crate) engine: Arc<EngineView>,
     view: watch::Receiver<Arc<FleetView>>,
-    held: Option<Held>,
+    reservation: Option<Reservation>,
     _guard: LoadGuard,
 }
 
-impl Seat {
-    /// Takes a place, unless the engine lets nobody in any more.
-    pub(crate) fn take(engine: &Arc<EngineView>, view: &watch::Receiver<Arc<FleetView>>) -> Option<Self> {
+impl EngineLease {
+    /// Acquires a place, unless the engine accepts no more requests.
+    pub(crate) fn acquire(engine: &Arc<EngineView>, view: &watch::Receiver<Arc<FleetView>>) -> Option<Self> {
         engine.load.try_enter().map(|guard| Self {
             engine: Arc::clone(engine),
             view: view.clone(),
-            held: None,
+            reservation: None,
             _guard: guard,
         })
     }
 
-    /// The seat of a request that weighs something.
-    pub(crate) fn holding(self, held: Held) -> Self {
+    /// Adds the reservation of tokens that belongs to the request.
+    pub(crate) fn with_reservation(self, reservation: Reservation) -> Self {
         Self {
-            held: Some(held),
+            reservation: Some(reservation),
             ..self
         }
     }
 
-    /// What its request weighs.
-    pub(crate) fn held(&self) -> Option<&Held> {
-        self.held.as_ref()
+    /// The tokens that the request has reserved on the engine.
+    pub(crate) fn reservation(&self) -> Option<&Reservation> {
+        self.reservation.as_ref()
     }
 
-    /// Returns once this incarnation has gone.
+    /// Returns once this incarnation has ended.
     pub(crate) async fn gone(&self) {
         gone(&self.engine, &self.view).await;
     }
 
-    /// The same incarnation, without a place on it.
+    /// A watch of the same incarnation, without a place on it.
     pub(crate) fn watch(&self) -> EngineWatch {
         EngineWatch {
             engine: Arc::clone(&self.engine),
@@ -55,18 +55,18 @@ impl Seat {
         }
     }
 
-    /// Says that KV of the seat's request waits on this engine, for longer than the seat may be taken.
-    pub(crate) fn keep(&self) -> Kept {
-        Kept {
+    /// Marks KV of the request as waiting on this engine, possibly for longer than the lease.
+    pub(crate) fn hold_kv(&self) -> PendingKv {
+        PendingKv {
             watch: self.watch(),
             _guard: self.engine.load.keep(),
         }
     }
 
-    /// Runs one step of a leg until its deadline, or until the engine has gone.
+    /// Runs one step of a leg until its deadline, or until the engine has ended.
     pub(crate) async fn run<T>(
         &self,
-        stage: Stage,
+        stage: RequestStage,
         deadline: Duration,
         step: impl Future<Output = Result<T, Cause>>,
     ) -> Result<T, ProxyError> {
@@ -80,7 +80,7 @@ impl Seat {
     }
 
     /// The error of a leg on this engine.
-    pub(crate) fn failed(&self, stage: Stage, cause: Cause) -> ProxyError {
+    pub(crate) fn failed(&self, stage: RequestStage, cause: Cause) -> ProxyError {
         ProxyError::Leg {
             stage,
             engine: self.engine.id.clone(),
@@ -89,7 +89,7 @@ impl Seat {
     }
 }
 
-/// One incarnation of an engine, which somebody must know the end of.
+/// One incarnation of an engine, watched for its end.
 #[derive(Debug)]
 pub(crate) struct EngineWatch {
     engine: Arc<EngineView>,
@@ -97,37 +97,37 @@ pub(crate) struct EngineWatch {
 }
 
 impl EngineWatch {
-    /// Returns once it has gone.
+    /// Returns once the incarnation has ended.
     pub(crate) async fn gone(&self) {
         gone(&self.engine, &self.view).await;
     }
 
-    /// A place on it, unless it lets nobody in any more.
-    pub(crate) fn seat(&self) -> Option<Seat> {
-        Seat::take(&self.engine, &self.view)
+    /// A place on it, unless it accepts no more requests.
+    pub(crate) fn lease(&self) -> Option<EngineLease> {
+        EngineLease::acquire(&self.engine, &self.view)
     }
 }
 
-/// KV that waits on an engine. Until it is dropped, a drain of the engine waits as well.
+/// KV that waits on an engine. A drain of the engine waits until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct PendingKv {
     watch: EngineWatch,
     _guard: KeptGuard,
 }
 
-impl Kept {
-    /// Returns once the engine, and so the KV, has gone.
+impl PendingKv {
+    /// Returns once the engine, and so the KV, is gone.
     pub(crate) async fn gone(&self) {
         self.watch.gone().await;
     }
 
-    /// Lets a drain of the engine go ahead, and keeps watching the engine.
+    /// Lets a drain of the engine continue, and keeps watching the engine.
     pub(crate) fn into_watch(self) -> EngineWatch {
         self.watch
     }
 }
 
-/// A closed load alone is not the end of an incarnation: a draining engine finishes what it has.
+/// A closed load alone does not end an incarnation: a draining engine finishes its requests.
 async fn gone(engine: &EngineView, view: &watch::Receiver<Arc<FleetView>>) {
     engine.load.closed().await;
     let mut view = view.clone();

@@ -1,6 +1,7 @@
-//! Which pairs of engines hand over badly, as clients' requests show it. Pure.
+//! Finds pairs of engines whose hand-offs fail or are slow, from clients' requests. Pure.
 //!
-//! It only raises a suspicion: a busy engine is slow as well. The supervisor checks the pair by canaries and decides.
+//! It only raises a suspicion, because a busy engine is slow as well. The supervisor checks the pair with canaries
+//! and decides.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,16 +10,17 @@ use tokio::time::Instant;
 
 use crate::fleet::{EngineId, EngineView, Incarnation};
 
-/// From the decode leg to the first event of a stream. What moves KV takes far less; vLLM gives up a handshake after 5 s.
+/// A slow first event, measured from the decode leg. A KV transfer takes far less; vLLM gives up a handshake after 5
+/// s.
 pub(crate) const CRAWL: Duration = Duration::from_secs(2);
 
-/// Bad hand-offs among the newest eight of a pair that make it suspect.
+/// Bad hand-offs among the newest eight that make a pair suspect.
 const TOLERATED: u32 = 3;
 
-/// Time between two suspicions.
+/// Minimum time between two suspicions.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// What the newest hand-offs of each pair were like.
+/// The newest hand-offs of each pair.
 #[derive(Debug, Default)]
 pub(crate) struct Pairs {
     recent: BTreeMap<(EngineId, EngineId), Recent>,
@@ -28,12 +30,12 @@ pub(crate) struct Pairs {
 #[derive(Debug)]
 struct Recent {
     incarnations: (Incarnation, Incarnation),
-    /// One bit each, the newest lowest; 1 was bad.
+    /// One bit for each hand-off, the newest lowest; 1 is bad.
     outcomes: u8,
 }
 
 impl Pairs {
-    /// A hand-off between these engines was good or bad. Returns whether the pair is suspect now.
+    /// Records a good or bad hand-off. Returns whether the pair is suspect now.
     pub(crate) fn note(&mut self, prefill: &EngineView, decode: &EngineView, is_bad: bool, now: Instant) -> bool {
         let incarnations = (prefill.incarnation, decode.incarnation);
         let fresh = Recent {
@@ -100,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn suspicions_are_rare_and_forgotten_with_the_incarnation() {
+    fn suspicions_are_rare_and_end_with_the_incarnation() {
         let (prefill, decode) = (engine(Role::Prefill, 1), engine(Role::Decode, 1));
         let (mut pairs, now) = (Pairs::default(), Instant::now());
         let count = |pairs: &mut Pairs, decode: &EngineView, now| {

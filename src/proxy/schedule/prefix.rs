@@ -1,7 +1,8 @@
-//! Which prompts begin alike: chained hashes of a prompt's chunks, and the bounded memory of what an engine has read.
+//! Finds common beginnings of prompts: chained hashes of a prompt's chunks, and a bounded memory of what an engine
+//! has read.
 //!
-//! Pure. A chunk's hash covers everything before it, so that a map of hashes answers like a radix tree. Knows prompts as JSON
-//! text only; a wrong guess costs time, never an answer.
+//! Pure. A chunk's hash covers everything before it, so a map of hashes works like a radix tree. Prompts are JSON
+//! text; a wrong guess costs time, but never changes an answer.
 
 use std::num::NonZeroUsize;
 
@@ -10,18 +11,18 @@ use lru::LruCache;
 use crate::proxy::body::serving_mode::is_token_list;
 use crate::proxy::hash::hash_of;
 
-/// Tokens that a chunk stands for. Text has about four bytes a token.
+/// Tokens of a chunk. Text has about four bytes a token.
 pub(crate) const CHUNK_TOKENS: usize = 64;
 const CHUNK_BYTES: usize = 4 * CHUNK_TOKENS;
 
-/// Chunks of a prompt that are looked at: 128 Ki tokens.
+/// Maximum chunks of a prompt: 128 Ki tokens.
 const MAX_CHUNKS: usize = 2048;
 
-/// Chunks remembered per engine: about as many tokens (4 Mi) as the KV cache of a large GPU holds.
+/// Maximum chunks remembered for each engine: 4 Mi tokens, about the KV cache of a large GPU.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1 << 16).expect("not zero");
 
-/// The chained hashes of the whole chunks of `prompt`, a JSON string or list. `seed` is the hash of what an engine reads
-/// before it.
+/// The chained hashes of the whole chunks of `prompt`, a JSON string or list. `seed` is the hash of the text before
+/// it.
 pub(crate) fn chunks(seed: u64, prompt: &str) -> Vec<u64> {
     let inside = prompt.get(1..prompt.len().saturating_sub(1)).unwrap_or_default();
     let link = |chain: &mut u64, chunk: &[u8]| {
@@ -42,19 +43,19 @@ pub(crate) fn chunks(seed: u64, prompt: &str) -> Vec<u64> {
     pieces.scan(seed, link).collect()
 }
 
-/// A hash of the beginning of `prompt`, however short it is.
+/// A hash of the beginning of `prompt`, of any length.
 pub(crate) fn beginning(seed: u64, prompt: &str) -> u64 {
     hash_of((seed, &prompt.as_bytes()[..prompt.len().min(CHUNK_BYTES)]))
 }
 
-/// What one incarnation of an engine has read, as far as its proxy remembers: the chunks used last.
+/// The most recently used chunks that one incarnation of an engine has read.
 #[derive(Debug, Default)]
-pub(crate) struct Memory {
-    /// Made by the first prompt, because other policies need none.
+pub(crate) struct PrefixMemory {
+    /// Created by the first prompt, because other policies need none.
     chunks: Option<LruCache<u64, ()>>,
 }
 
-impl Memory {
+impl PrefixMemory {
     /// Tokens at the beginning of a prompt that the engine has read before.
     pub(crate) fn known_tokens(&self, chunks: &[u64]) -> u64 {
         let known = self.chunks.as_ref().map_or(0, |memory| {
@@ -63,7 +64,7 @@ impl Memory {
         (known * CHUNK_TOKENS) as u64
     }
 
-    /// The engine reads this prompt. The end of a prompt is forgotten before its beginning.
+    /// Records that the engine reads this prompt. The end of a prompt is forgotten before its beginning.
     pub(crate) fn read(&mut self, chunks: &[u64]) {
         if chunks.is_empty() {
             return;
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn prompts_share_the_chunks_of_their_common_beginning_only() {
+    fn prompts_share_only_their_common_chunks() {
         let shared = "x".repeat(2 * CHUNK_BYTES);
         let (one, other) = (
             json(&format!("{shared}{}", "a".repeat(600))),
@@ -114,8 +115,8 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_prompt_is_forgotten_first_and_memory_is_bounded() {
-        let mut memory = Memory::default();
+    fn memory_is_bounded_and_forgets_prompt_ends_first() {
+        let mut memory = PrefixMemory::default();
         let first: Vec<u64> = (0..1000).collect();
         memory.read(&first);
         assert_eq!(memory.known_tokens(&first), 64_000);

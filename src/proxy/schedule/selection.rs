@@ -1,7 +1,8 @@
-//! Seats on engines for one attempt of a request: waits for a decode engine that has room, then takes one of each role.
+//! Selects the engines of an attempt: waits for a decode engine with room, then acquires a lease on one engine of
+//! each role.
 //!
-//! The shell around `admission`, `prefix` and `pick`, which decide. The lease on KV begins with the prefill's answer, so
-//! the wait is over before any seat is taken.
+//! The shell around `admission`, `prefix` and `pick`, which decide. The lease on KV begins with the prefill engine's
+//! answer, so the wait ends before any lease on an engine.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,138 +11,141 @@ use serde::Deserialize;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::admission::{Ask, Book, Weight};
+use super::admission::{LoadTracker, TokenDemand, Weight};
 use super::breaker::Breaker;
-use super::lease::Seat;
-use super::pick::{self, Candidate, Wish};
+use super::lease::EngineLease;
+use super::pick::{self, Candidate, SelectionRequest};
 use super::prefix;
 use crate::fleet::{EngineId, EngineState, EngineView, FleetView, Role};
 use crate::proxy::Shared;
 use crate::proxy::body::document::Document;
-use crate::proxy::error::{ProxyError, Stage};
+use crate::proxy::error::{ProxyError, RequestStage};
 use crate::proxy::hash::hash_of;
-use crate::proxy::telemetry::metrics::Timed;
+use crate::proxy::telemetry::metrics::TimedStage;
 use crate::proxy::telemetry::record::Record;
 use crate::service::{Admission, Policy, WithoutPrefill};
 
-/// How full the engines are and who waits, for all requests of a proxy.
+/// The load of the engines and the queue, for all requests of a proxy.
 #[derive(Debug)]
-pub(crate) struct Seats(Mutex<Book<Arc<Notify>>>);
+pub(crate) struct Scheduler(Mutex<LoadTracker<Arc<Notify>>>);
 
-impl Seats {
+impl Scheduler {
     pub(crate) fn new(admission: &Admission) -> Self {
-        let mut book = Book::new(admission.decode_tokens, admission.buffer_tokens);
-        book.queue.patience = admission.queue_deadline / 2;
-        Self(Mutex::new(book))
+        let mut tracker = LoadTracker::new(admission.decode_tokens, admission.buffer_tokens);
+        tracker.queue.patience = admission.queue_deadline / 2;
+        Self(Mutex::new(tracker))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Book<Arc<Notify>>> {
+    fn lock(&self) -> MutexGuard<'_, LoadTracker<Arc<Notify>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The engine says how many KV tokens it has room for.
-    pub(crate) fn said(&self, engine: &EngineView, tokens: u64) {
-        let mut book = self.lock();
-        book.said(engine, tokens);
-        wake(&book);
+    /// Sets the capacity of the engine's KV cache in tokens.
+    pub(crate) fn set_capacity(&self, engine: &EngineView, tokens: u64) {
+        let mut tracker = self.lock();
+        tracker.set_capacity(engine, tokens);
+        wake(&tracker);
     }
 
-    /// A request failed on the engine, by the engine's fault.
+    /// Records a failure that is the engine's fault.
     pub(crate) fn failed(&self, engine: &EngineView) {
-        let mut book = self.lock();
-        if book.breaker(engine).is_some_and(|breaker| breaker.fail(Instant::now())) {
-            tracing::warn!(engine = %engine.id, "it fails one request after the other; others are preferred for a while");
+        let mut tracker = self.lock();
+        if tracker
+            .breaker(engine)
+            .is_some_and(|breaker| breaker.fail(Instant::now()))
+        {
+            tracing::warn!(engine = %engine.id, "the engine fails one request after the other: other engines are preferred for a while");
         }
     }
 
-    /// A request was answered by these engines.
+    /// Records that these engines answered a request.
     pub(crate) fn succeeded(&self, engines: &[Arc<EngineView>]) {
-        let mut book = self.lock();
+        let mut tracker = self.lock();
         for engine in engines {
-            book.breaker(engine).into_iter().for_each(Breaker::succeed);
+            tracker.breaker(engine).into_iter().for_each(Breaker::succeed);
         }
     }
 
-    /// Requests that wait.
+    /// The number of waiting requests.
     pub(crate) fn waiting(&self) -> usize {
         self.lock().queue.len()
     }
 }
 
-/// Lets those whose turn it is try again. Waking all would cost a scan of the fleet each.
-fn wake(book: &Book<Arc<Notify>>) {
-    book.queue.wakers().for_each(|waker| waker.notify_one());
+/// Wakes the waiters whose turn it is. Waking all would cost a scan of the fleet each.
+fn wake(tracker: &LoadTracker<Arc<Notify>>) {
+    tracker.queue.wakers().for_each(|waker| waker.notify_one());
 }
 
-/// What a request weighs on the engine of its seat. Dropping it frees that.
+/// The tokens that a request occupies on an engine. Dropping it frees them.
 #[derive(Debug)]
-pub(crate) struct Held {
+pub(crate) struct Reservation {
     shared: Arc<Shared>,
     engine: Arc<EngineView>,
     weight: Mutex<Weight>,
 }
 
-impl Held {
+impl Reservation {
     fn change(&self, change: impl FnOnce(Weight) -> Weight) {
-        let mut book = self.shared.seats.lock();
+        let mut tracker = self.shared.scheduler.lock();
         let mut weight = self.weight.lock().unwrap_or_else(PoisonError::into_inner);
         let now = change(*weight);
-        book.change(&self.engine, *weight, now);
+        tracker.change(&self.engine, *weight, now);
         *weight = now;
-        wake(&book);
+        wake(&tracker);
     }
 
-    /// The request has ended before its KV was there: only the buffer may still be written to.
-    pub(crate) fn abandoned(&self) {
+    /// Frees the KV share of a request that ended before its KV arrived. Only the buffer can still be written to.
+    pub(crate) fn release_kv(&self) {
         self.change(|weight| Weight { kv: 0, ..weight });
     }
 
-    /// The engine has taken the KV out of LMCache's buffer.
-    pub(crate) fn consumed(&self) {
+    /// Frees the buffer share, once the engine has taken the KV out of LMCache's buffer.
+    pub(crate) fn release_buffer(&self) {
         self.change(|weight| Weight { buffer: 0, ..weight });
     }
 }
 
-impl Drop for Held {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.change(|_| Weight::default());
     }
 }
 
-/// A place in the queue. Dropping it leaves.
-struct Ticket<'request> {
+/// A place in the queue. Dropping it leaves the queue.
+struct QueueTicket<'request> {
     shared: &'request Shared,
     client: u64,
     number: u64,
     turn: Arc<Notify>,
 }
 
-impl Drop for Ticket<'_> {
+impl Drop for QueueTicket<'_> {
     fn drop(&mut self) {
-        let mut book = self.shared.seats.lock();
-        book.queue.leave(self.client, self.number);
-        wake(&book);
+        let mut tracker = self.shared.scheduler.lock();
+        tracker.queue.leave(self.client, self.number);
+        wake(&tracker);
     }
 }
 
-/// The seats of an attempt.
-pub(crate) enum Seated {
-    /// A prefill engine hands over to a decode engine.
-    Pair(Arc<Seat>, Arc<Seat>),
-    /// The decode engine answers alone, and why.
-    Alone(Arc<Seat>, &'static str),
+/// The engines of an attempt.
+pub(crate) enum Selection {
+    /// A prefill engine that hands over to a decode engine.
+    Pair(Arc<EngineLease>, Arc<EngineLease>),
+    /// A decode engine that answers alone, and why.
+    DecodeOnly(Arc<EngineLease>, &'static str),
 }
 
-/// A request, as far as the choice of engines goes.
-struct Choice {
+/// What selection needs to know of a prompt and its session.
+struct PromptKey {
     session: Option<u64>,
     chunks: Vec<u64>,
     beginning: u64,
 }
 
-/// A seat, and how many of the prompt's tokens its engine had read before.
-struct Taken {
-    seat: Arc<Seat>,
+/// A lease, and how many of the prompt's tokens its engine has read before.
+struct Placement {
+    lease: Arc<EngineLease>,
     known: u64,
 }
 
@@ -149,74 +153,74 @@ struct Taken {
 pub(crate) struct EngineSelector<'job> {
     pub(crate) shared: &'job Arc<Shared>,
     pub(crate) record: &'job Record,
-    /// The engines to use, whatever the fleet's stage: prefill, decode. For canaries.
+    /// The prefill and decode engine that must serve it, whatever the fleet's stage. For canaries.
     pub(crate) pair: Option<&'job (EngineId, EngineId)>,
     pub(crate) session: Option<&'job str>,
-    /// The client's key, by which clients take turns in the queue.
+    /// The client's key. Clients take turns in the queue by it.
     pub(crate) authorization: Option<&'job HeaderValue>,
     pub(crate) document: &'job Document<'job>,
     /// The prompt as JSON text, with hashes in place of media.
     pub(crate) prompt: &'job str,
-    pub(crate) ask: Ask,
-    /// Engines that the next attempt should leave alone.
+    pub(crate) demand: TokenDemand,
+    /// Engines that the next attempt must avoid.
     pub(crate) tried: Vec<Arc<EngineView>>,
     /// The engines of this attempt.
     pub(crate) engines: Vec<Arc<EngineView>>,
 }
 
 impl<'job> EngineSelector<'job> {
-    /// A place on a decode engine, then one on a prefill engine, unless the prompt is too short to need that.
-    pub(crate) async fn seats(&mut self) -> Result<Seated, ProxyError> {
-        let choice = self.choice();
+    /// Leases a decode engine, then a prefill engine, unless the prompt is too short to need one.
+    pub(crate) async fn select(&mut self) -> Result<Selection, ProxyError> {
+        let key = self.key();
         let connector = &self.shared.settings.connector;
         let buffer = if connector.notifies() {
-            Weight::buffer_for(self.ask.prompt)
+            Weight::buffer_for(self.demand.prompt)
         } else {
             0
         };
-        let Taken { seat: decode, known } = self.decode_seat(&choice, buffer).await?;
+        let Placement { lease: decode, known } = self.wait_for_decode(&key, buffer).await?;
         let threshold = self.shared.settings.service.routing.prefill_threshold;
-        if self.pair.is_none() && self.ask.prompt.saturating_sub(known) < threshold {
-            decode.held().inspect(|held| held.consumed());
-            return Ok(Seated::Alone(decode, "prefill_threshold"));
+        if self.pair.is_none() && self.demand.prompt.saturating_sub(known) < threshold {
+            decode.reservation().inspect(|reservation| reservation.release_buffer());
+            return Ok(Selection::DecodeOnly(decode, "prefill_threshold"));
         }
         let turn = self.shared.next_turn(Role::Prefill);
         let weight = Weight {
-            kv: self.ask.prompt,
+            kv: self.demand.prompt,
             buffer: 0,
         };
-        let prefill = match self.take(Role::Prefill, &choice, weight, turn, None) {
-            Ok(prefill) => prefill.ok_or(ProxyError::NoEngine(Role::Prefill))?.seat,
+        let prefill = match self.try_place(Role::Prefill, &key, weight, turn, None) {
+            Ok(prefill) => prefill.ok_or(ProxyError::NoEngine(Role::Prefill))?.lease,
             Err(ProxyError::NoEngine(Role::Prefill)) if self.aggregates() => {
-                decode.held().inspect(|held| held.consumed());
-                return Ok(Seated::Alone(decode, "without_prefill"));
+                decode.reservation().inspect(|reservation| reservation.release_buffer());
+                return Ok(Selection::DecodeOnly(decode, "without_prefill"));
             }
             Err(error) => return Err(error),
         };
         connector
             .check_pair(&prefill.engine.endpoint, &decode.engine.endpoint)
-            .map_err(|error| prefill.failed(Stage::Handoff, error.into()))?;
-        Ok(Seated::Pair(prefill, decode))
+            .map_err(|error| prefill.failed(RequestStage::Handoff, error.into()))?;
+        Ok(Selection::Pair(prefill, decode))
     }
 
-    /// Whether decode engines may prefill as well where no prefill engine serves.
+    /// Whether decode engines prefill as well if no prefill engine serves.
     fn aggregates(&self) -> bool {
         self.pair.is_none() && self.shared.settings.service.routing.without_prefill == WithoutPrefill::Aggregate
     }
 
-    /// A place on a decode engine that answers alone.
-    pub(crate) async fn seat_alone(&mut self) -> Result<Arc<Seat>, ProxyError> {
-        let choice = self.choice();
-        Ok(self.decode_seat(&choice, 0).await?.seat)
+    /// Leases a decode engine that answers alone.
+    pub(crate) async fn select_decode_only(&mut self) -> Result<Arc<EngineLease>, ProxyError> {
+        let key = self.key();
+        Ok(self.wait_for_decode(&key, 0).await?.lease)
     }
 
-    fn choice(&self) -> Choice {
+    fn key(&self) -> PromptKey {
         let routing = &self.shared.settings.service.routing;
         let uses = |policy| routing.prefill_policy == policy || routing.decode_policy == policy;
         let (document, prompt) = (self.document, self.prompt);
-        // What the chat template puts before the messages.
+        // The chat template puts model and tools before the messages.
         let seed = || hash_of((document.get("model"), document.get("tools")));
-        Choice {
+        PromptKey {
             session: self.session.map(hash_of),
             chunks: if uses(Policy::Prefix) {
                 prefix::chunks(seed(), prompt)
@@ -231,14 +235,14 @@ impl<'job> EngineSelector<'job> {
         }
     }
 
-    /// Waits for a decode engine that has room, in a fair queue, up to the deadline of the queue.
-    async fn decode_seat(&mut self, choice: &Choice, buffer: u64) -> Result<Taken, ProxyError> {
+    /// Waits in a fair queue for a decode engine with room, up to the queue's deadline.
+    async fn wait_for_decode(&mut self, key: &PromptKey, buffer: u64) -> Result<Placement, ProxyError> {
         let shared: &Arc<Shared> = self.shared;
-        let kv = self.ask.prompt.saturating_add(self.ask.answer);
+        let kv = self.demand.prompt.saturating_add(self.demand.answer);
         let weight = Weight { kv, buffer };
         let turn = shared.next_turn(Role::Decode);
-        if let Some(taken) = self.take(Role::Decode, choice, weight, turn, None)? {
-            return Ok(taken);
+        if let Some(placement) = self.try_place(Role::Decode, key, weight, turn, None)? {
+            return Ok(placement);
         }
         let ticket = self.join()?;
         let began = Instant::now();
@@ -247,51 +251,51 @@ impl<'job> EngineSelector<'job> {
         let mut view = shared.view.clone();
         view.mark_unchanged();
         loop {
-            if let Some(taken) = self.take(Role::Decode, choice, weight, turn, Some(&ticket))? {
-                self.record.took(Timed::Queue, began.elapsed());
-                return Ok(taken);
+            if let Some(placement) = self.try_place(Role::Decode, key, weight, turn, Some(&ticket))? {
+                self.record.observe_stage(TimedStage::Queue, began.elapsed());
+                return Ok(placement);
             }
             tokio::select! {
                 () = ticket.turn.notified() => {}
                 Ok(()) = view.changed() => {}
                 () = &mut deadline => {
-                    self.record.took(Timed::Queue, began.elapsed());
-                    let retry_after = shared.seats.lock().queue.retry_after();
+                    self.record.observe_stage(TimedStage::Queue, began.elapsed());
+                    let retry_after = shared.scheduler.lock().queue.retry_after();
                     return Err(ProxyError::QueueTimeout { limit, retry_after });
                 }
             }
         }
     }
 
-    /// A place on the best engine that has room; `None` if it is not this request's turn, or no engine has any.
-    fn take(
+    /// Leases the best engine with room. `None` if it is not this request's turn, or no engine has room.
+    fn try_place(
         &mut self,
         role: Role,
-        choice: &Choice,
+        key: &PromptKey,
         weight: Weight,
         turn: usize,
-        ticket: Option<&Ticket<'_>>,
-    ) -> Result<Option<Taken>, ProxyError> {
+        ticket: Option<&QueueTicket<'_>>,
+    ) -> Result<Option<Placement>, ProxyError> {
         let shared = self.shared;
         let routing = &shared.settings.service.routing;
-        let wish = Wish {
+        let request = SelectionRequest {
             policy: if role == Role::Prefill {
                 routing.prefill_policy
             } else {
                 routing.decode_policy
             },
-            session: choice.session,
-            beginning: choice.beginning,
-            tokens: self.ask.prompt,
+            session: key.session,
+            beginning: key.beginning,
+            tokens: self.demand.prompt,
         };
         let view = Arc::clone(&shared.view.borrow());
         let engines = self.engines(role, &view)?;
-        // Prefill engines queue by themselves, and canaries go where they are told to.
+        // Prefill engines queue by themselves, and canaries have given engines.
         let is_limited = role == Role::Decode && self.pair.is_none();
         let now = Instant::now();
-        let mut book = shared.seats.lock();
+        let mut tracker = shared.scheduler.lock();
         let number = ticket.map(|ticket| ticket.number);
-        if is_limited && !book.queue.may_try(number, now) {
+        if is_limited && !tracker.queue.can_try(number, now) {
             return Ok(None);
         }
         let count = engines.len();
@@ -302,37 +306,40 @@ impl<'job> EngineSelector<'job> {
             .map(|(place, engine)| Candidate {
                 engine,
                 rank: rank(place),
-                tokens: book.tokens(engine),
-                known: book.known_tokens(engine, &choice.chunks),
-                has_room: !is_limited || book.fits(engine, weight),
-                tried: self.has_tried(engine) || book.is_failing(engine, now),
+                tokens: tracker.tokens(engine),
+                known: tracker.known_tokens(engine, &key.chunks),
+                has_room: !is_limited || tracker.fits(engine, weight),
+                tried: self.has_tried(engine) || tracker.is_failing(engine, now),
             })
             .collect();
-        while let Some(place) = pick::best(&candidates, &wish) {
+        while let Some(place) = pick::best(&candidates, &request) {
             let Candidate { engine, known, .. } = candidates.swap_remove(place);
-            let Some(seat) = Seat::take(engine, &shared.view) else {
+            let Some(lease) = EngineLease::acquire(engine, &shared.view) else {
                 continue;
             };
-            book.enter(engine, weight, &choice.chunks);
-            book.breaker(engine).into_iter().for_each(|breaker| breaker.enter(now));
+            tracker.enter(engine, weight, &key.chunks);
+            tracker
+                .breaker(engine)
+                .into_iter()
+                .for_each(|breaker| breaker.enter(now));
             if let Some(number) = number {
-                book.queue.serve(number, now);
+                tracker.queue.serve(number, now);
             }
-            wake(&book);
+            wake(&tracker);
             self.engines.push(Arc::clone(engine));
-            let held = Held {
+            let reservation = Reservation {
                 shared: Arc::clone(shared),
                 engine: Arc::clone(engine),
                 weight: Mutex::new(weight),
             };
-            let seat = Arc::new(seat.holding(held));
-            return Ok(Some(Taken { seat, known }));
+            let lease = Arc::new(lease.with_reservation(reservation));
+            return Ok(Some(Placement { lease, known }));
         }
         if candidates.is_empty() {
             return Err(ProxyError::NoEngine(role));
         }
-        if number.is_some_and(|number| !self.ask.exact && book.queue.step_aside(number, now)) {
-            wake(&book);
+        if number.is_some_and(|number| !self.demand.exact && tracker.queue.defer(number, now)) {
+            wake(&tracker);
         }
         Ok(None)
     }
@@ -342,12 +349,12 @@ impl<'job> EngineSelector<'job> {
         self.tried.iter().any(is_same)
     }
 
-    /// Whether this request has not failed yet on an engine that serves.
+    /// Whether an engine serves on which this request has not failed.
     pub(crate) fn has_untried(&self, role: Role, view: &FleetView) -> bool {
         view.serving(role).any(|engine| !self.has_tried(engine))
     }
 
-    /// The engines that may be asked; at least one.
+    /// The engines that can get the request, at least one.
     fn engines<'view>(&self, role: Role, view: &'view FleetView) -> Result<Vec<&'view Arc<EngineView>>, ProxyError> {
         let engines: Vec<_> = match self.pair {
             Some((prefill, decode)) => {
@@ -365,8 +372,9 @@ impl<'job> EngineSelector<'job> {
         }
     }
 
-    /// The prefill engine has answered: it computes nothing more for this request, and it has counted the prompt.
-    pub(crate) fn prefilled(&self, prefill: &Seat, decode: &Seat, answer: &[u8]) {
+    /// Records the prefill engine's answer: it computes nothing more for this request, and its answer counts the
+    /// prompt.
+    pub(crate) fn prefill_answered(&self, prefill: &EngineLease, decode: &EngineLease, answer: &[u8]) {
         #[derive(Deserialize)]
         struct Answer {
             usage: Usage,
@@ -375,15 +383,17 @@ impl<'job> EngineSelector<'job> {
         struct Usage {
             prompt_tokens: u64,
         }
-        prefill.held().inspect(|held| held.change(|_| Weight::default()));
-        let ask = self.ask;
-        if ask.exact {
+        prefill
+            .reservation()
+            .inspect(|reservation| reservation.change(|_| Weight::default()));
+        let demand = self.demand;
+        if demand.exact {
             return;
         }
-        if let (Some(held), Ok(answer)) = (decode.held(), serde_json::from_slice::<Answer>(answer)) {
+        if let (Some(reservation), Ok(answer)) = (decode.reservation(), serde_json::from_slice::<Answer>(answer)) {
             let prompt = answer.usage.prompt_tokens;
-            held.change(|weight| Weight {
-                kv: weight.kv.saturating_sub(ask.prompt).saturating_add(prompt),
+            reservation.change(|weight| Weight {
+                kv: weight.kv.saturating_sub(demand.prompt).saturating_add(prompt),
                 buffer: if weight.buffer == 0 {
                     0
                 } else {
@@ -394,7 +404,7 @@ impl<'job> EngineSelector<'job> {
     }
 
     /// Joins the queue, unless it is full.
-    fn join(&self) -> Result<Ticket<'job>, ProxyError> {
+    fn join(&self) -> Result<QueueTicket<'job>, ProxyError> {
         let shared: &'job Shared = self.shared;
         let client = match (self.authorization, self.session) {
             (Some(key), _) => hash_of(key.as_bytes()),
@@ -402,14 +412,14 @@ impl<'job> EngineSelector<'job> {
             (None, None) => 0,
         };
         let limit = shared.settings.service.admission.max_queued;
-        let mut book = shared.seats.lock();
-        if book.queue.len() >= limit {
-            let retry_after = book.queue.retry_after();
+        let mut tracker = shared.scheduler.lock();
+        if tracker.queue.len() >= limit {
+            let retry_after = tracker.queue.retry_after();
             return Err(ProxyError::QueueFull { limit, retry_after });
         }
         let turn = Arc::new(Notify::new());
-        let number = book.queue.join(client, Arc::clone(&turn));
-        Ok(Ticket {
+        let number = tracker.queue.join(client, Arc::clone(&turn));
+        Ok(QueueTicket {
             shared,
             client,
             number,

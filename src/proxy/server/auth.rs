@@ -1,40 +1,40 @@
-//! API keys: those that let clients in, and the one that lets xpyd in at its engines.
+//! API keys: those of clients, and the key that xpyd sends to its engines.
 //!
-//! Knows the `Authorization` header; neither reads files nor knows what a request asks for. No key is ever printed.
+//! This module knows the `Authorization` header. It reads no files and prints no key.
 
 use std::fmt;
 
 use axum::http::{HeaderMap, HeaderValue, Method, header};
 use subtle::{Choice, ConstantTimeEq};
 
-/// Paths that are open to everyone, as they are on vLLM with `--api-key`: they ask nothing of an engine's GPU.
+/// Paths that are open to everyone, as on vLLM with `--api-key`: they use no GPU of an engine.
 const OPEN: [&str; 5] = ["/health", "/ping", "/metrics", "/version", "/load"];
 
-/// A key that no header can carry.
+/// A key that a header cannot carry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("an API key is made of visible ASCII characters")]
+#[error("an API key must consist of visible ASCII characters")]
 pub struct KeyError;
 
-/// A line of a text that is no key. The text of the line is not kept, because it may be most of a key.
+/// A line that is not a valid API key. The error omits the text of the line, because it could be most of a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("line {line} is no API key")]
+#[error("line {line} is not a valid API key")]
 pub struct LineError {
-    /// Its number, from 1.
+    /// The number of the line, from 1.
     pub line: usize,
-    /// Why.
+    /// Why the key is not valid.
     pub source: KeyError,
 }
 
-/// The keys of which a client must bear one. None lets everyone in.
+/// The keys that clients can use. Without a key, every client is allowed.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct ClientKeys(Vec<Box<[u8]>>);
 
 impl ClientKeys {
-    /// The keys of a text, one a line; empty lines and those that begin with `#` are none. A byte order mark is skipped:
-    /// editors on Windows write one.
+    /// Reads one key per line. Empty lines and lines that begin with `#` are skipped, as is a byte order mark, which
+    /// editors on Windows write.
     ///
     /// # Errors
-    /// For a key that no header can carry.
+    /// For a key that a header cannot carry.
     pub fn read(text: &str) -> Result<Self, LineError> {
         let text = text.trim_start_matches('\u{feff}');
         let lines = text.lines().map(str::trim).zip(1..);
@@ -47,20 +47,20 @@ impl ClientKeys {
         .map(Self)
     }
 
-    /// These keys and the other ones.
+    /// Adds the other keys.
     #[must_use]
     pub fn and(mut self, other: Self) -> Self {
         self.0.extend(other.0);
         self
     }
 
-    /// Whether there is none.
+    /// Whether there is no key.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether a request may come in. All keys are compared to their end, so that the time tells nothing of them.
-    pub(crate) fn let_in(&self, method: &Method, path: &str, headers: &HeaderMap) -> bool {
+    /// Whether the request is allowed. It compares all keys to their end, so the time reveals nothing about them.
+    pub(crate) fn allows(&self, method: &Method, path: &str, headers: &HeaderMap) -> bool {
         if self.is_empty() || *method == Method::OPTIONS || OPEN.contains(&path) {
             return true;
         }
@@ -73,14 +73,14 @@ impl ClientKeys {
     }
 }
 
-/// How many, and never which.
+/// Prints the number of keys only.
 impl fmt::Debug for ClientKeys {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "ClientKeys({})", self.0.len())
     }
 }
 
-/// The key that a request bears.
+/// The key in a request's headers.
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     let value = headers.get(header::AUTHORIZATION)?.as_bytes();
     let (scheme, key) = value.split_at_checked(b"bearer ".len())?;
@@ -96,7 +96,7 @@ fn checked(key: &str) -> Result<&str, KeyError> {
     }
 }
 
-/// The key that engines want, as the value of a header. Marked as sensitive, so that nothing prints it.
+/// The key of the engines, as a header value marked as sensitive, so that nothing prints it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineKey {
     value: HeaderValue,
@@ -104,10 +104,10 @@ pub struct EngineKey {
 }
 
 impl EngineKey {
-    /// The key of these characters.
+    /// Makes the header value of a key.
     ///
     /// # Errors
-    /// When no header can carry it.
+    /// When a header cannot carry the key.
     pub fn new(key: &str) -> Result<Self, KeyError> {
         let mut value = HeaderValue::try_from(format!("Bearer {}", checked(key)?)).map_err(|_| KeyError)?;
         value.set_sensitive(true);
@@ -117,7 +117,7 @@ impl EngineKey {
         })
     }
 
-    /// The same key, which clients cannot have: it replaces whatever they send.
+    /// Marks the key as known to xpyd only: it replaces the key of every client.
     #[must_use]
     pub fn known_to_xpyd_only(self) -> Self {
         Self {
@@ -131,7 +131,7 @@ impl EngineKey {
         self.is_xpyds_own
     }
 
-    /// Puts it into the headers of a call, in place of any other.
+    /// Sets the key in the headers of a call.
     pub(crate) fn add_to(&self, headers: &mut HeaderMap) {
         headers.insert(header::AUTHORIZATION, self.value.clone());
     }
@@ -146,7 +146,7 @@ mod tests {
     }
 
     fn lets_in(keys: &ClientKeys, path: &str, headers: &HeaderMap) -> bool {
-        keys.let_in(&Method::POST, path, headers)
+        keys.allows(&Method::POST, path, headers)
     }
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_vllm_leaves_open_is_open_and_only_under_that_very_path() {
+    fn only_vllms_open_paths_need_no_key() {
         let keys = ClientKeys::read("one").expect("a key");
         for path in OPEN {
             assert!(lets_in(&keys, path, &HeaderMap::new()), "{path}");
@@ -187,11 +187,11 @@ mod tests {
         ] {
             assert!(!lets_in(&keys, path, &HeaderMap::new()), "{path}");
         }
-        assert!(keys.let_in(&Method::OPTIONS, "/v1/models", &HeaderMap::new()));
+        assert!(keys.allows(&Method::OPTIONS, "/v1/models", &HeaderMap::new()));
     }
 
     #[test]
-    fn keys_are_never_printed_and_must_fit_into_a_header() {
+    fn keys_are_never_printed() {
         let keys = ClientKeys::read("swordfish").expect("a key");
         let engine = EngineKey::new("swordfish").expect("a key");
         let mut headers = HeaderMap::new();

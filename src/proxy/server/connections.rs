@@ -1,8 +1,9 @@
-//! The connections of clients: how many may be open, and which of them give way to a new one.
+//! Client connections: how many can be open, and which are closed for new ones.
 //!
-//! A connection is quiet while no request is in flight on it: it has not sent a head yet, or it is idle between two requests.
-//! At the limit the one that has been quiet for longest is closed. A few connections beyond the limit form a reserve, which is
-//! only for health checks and metrics. `Table` is PURE; the rest is the lock around it and what a connection's task holds.
+//! A connection is quiet while no request is in flight on it: it has sent no request header yet, or is idle between
+//! two requests. At the limit, the connection that has been quiet for longest is closed. A few connections beyond the
+//! limit form a reserve for health checks and metrics only. `ConnectionTable` is pure; the rest is the lock around it
+//! and what a connection's task holds.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -16,25 +17,25 @@ use tokio_util::sync::CancellationToken;
 
 use crate::proxy::overload::{Limit, Overload};
 
-/// How long a new connection is quiet before it may be closed for another: its first head may still be on its way.
+/// How long a new connection is protected from being closed: its first request header can still be on its way.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The same in the reserve, whose connections send a short head at once.
+/// The same in the reserve, whose connections send a short header at once.
 const RESERVE_GRACE: Duration = Duration::from_millis(100);
 
-/// How long to wait until the next look at a full table.
+/// Maximum time between two checks of a full table.
 const FULL_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a connection is open for.
+/// Which requests a connection can send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Class {
-    /// Every request.
+pub(crate) enum ConnectionClass {
+    /// All requests.
     Regular,
-    /// Health checks and metrics alone. This limit is the reason.
+    /// Only health checks and metrics, because this limit is reached.
     Reserve(Limit),
 }
 
-impl Class {
+impl ConnectionClass {
     fn index(self) -> usize {
         usize::from(self != Self::Regular)
     }
@@ -47,31 +48,31 @@ impl Class {
     }
 }
 
-/// How many connections may be open.
+/// How many connections can be open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Capacity {
-    /// For every request.
+    /// For all requests.
     pub(crate) regular: usize,
-    /// For health checks and metrics, beyond these.
+    /// Beyond these, for health checks and metrics only.
     pub(crate) reserve: usize,
     /// From one client address.
     pub(crate) per_address: Option<usize>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct OpenConnection {
     address: IpAddr,
-    class: Class,
-    /// From when on it may be closed for another, while it is quiet.
+    class: ConnectionClass,
+    /// From when on the quiet connection can be closed for another one.
     quiet_from: Option<Instant>,
-    /// It was told to end, and has not yet.
+    /// Told to end, but still open.
     leaving: bool,
     end: CancellationToken,
 }
 
 /// The open connections of one class.
 #[derive(Debug, Default)]
-struct Group {
+struct ConnectionGroup {
     open: usize,
     leaving: usize,
     quiet: BTreeSet<(Instant, u64)>,
@@ -79,29 +80,29 @@ struct Group {
 
 /// All open connections.
 #[derive(Debug)]
-struct Table {
+struct ConnectionTable {
     capacity: Capacity,
     last: u64,
-    entries: HashMap<u64, Entry>,
-    groups: [Group; 2],
+    entries: HashMap<u64, OpenConnection>,
+    groups: [ConnectionGroup; 2],
     addresses: HashMap<IpAddr, usize>,
 }
 
-/// What becomes of a new connection.
+/// The decision about a new connection.
 #[derive(Debug, PartialEq, Eq)]
-enum Admission {
+enum ConnectionAdmission {
     Open {
         id: u64,
-        class: Class,
+        class: ConnectionClass,
         gave_way: bool,
     },
-    /// There is no room for it now.
+    /// No room now.
     Full,
-    /// Its address has too many of them.
+    /// Its address has too many connections.
     Refused,
 }
 
-impl Table {
+impl ConnectionTable {
     fn new(capacity: Capacity) -> Self {
         Self {
             capacity,
@@ -112,14 +113,14 @@ impl Table {
         }
     }
 
-    fn admit(&mut self, address: IpAddr, end: &CancellationToken, now: Instant) -> Admission {
+    fn admit(&mut self, address: IpAddr, end: &CancellationToken, now: Instant) -> ConnectionAdmission {
         let address = network(address);
         let has = self.addresses.get(&address).copied().unwrap_or(0);
         let has_too_many = self.capacity.per_address.is_some_and(|most| has >= most);
         let classes = if has_too_many {
-            &[Class::Reserve(Limit::PerAddress)][..]
+            &[ConnectionClass::Reserve(Limit::PerAddress)][..]
         } else {
-            &[Class::Regular, Class::Reserve(Limit::Connections)]
+            &[ConnectionClass::Regular, ConnectionClass::Reserve(Limit::Connections)]
         };
         for class in classes {
             let gave_way = if self.has_room(*class) {
@@ -131,26 +132,26 @@ impl Table {
             };
             let id = self.open(address, *class, end.clone());
             let class = *class;
-            return Admission::Open { id, class, gave_way };
+            return ConnectionAdmission::Open { id, class, gave_way };
         }
         if has_too_many {
-            Admission::Refused
+            ConnectionAdmission::Refused
         } else {
-            Admission::Full
+            ConnectionAdmission::Full
         }
     }
 
-    fn has_room(&self, class: Class) -> bool {
+    fn has_room(&self, class: ConnectionClass) -> bool {
         let group = &self.groups[class.index()];
         let most = match class {
-            Class::Regular => self.capacity.regular,
-            Class::Reserve(_) => self.capacity.reserve,
+            ConnectionClass::Regular => self.capacity.regular,
+            ConnectionClass::Reserve(_) => self.capacity.reserve,
         };
         group.open - group.leaving < most
     }
 
-    /// Tells the connection that has been quiet for longest to end. Few may be on their way out, so that descriptors suffice.
-    fn make_room(&mut self, class: Class, now: Instant) -> bool {
+    /// Ends the connection that has been quiet for longest. Few can be ending at a time, so that descriptors suffice.
+    fn make_room(&mut self, class: ConnectionClass, now: Instant) -> bool {
         let group = &mut self.groups[class.index()];
         if group.leaving >= self.capacity.reserve {
             return false;
@@ -167,14 +168,14 @@ impl Table {
         true
     }
 
-    fn open(&mut self, address: IpAddr, class: Class, end: CancellationToken) -> u64 {
+    fn open(&mut self, address: IpAddr, class: ConnectionClass, end: CancellationToken) -> u64 {
         self.last += 1;
         let id = self.last;
         if self.capacity.per_address.is_some() {
             *self.addresses.entry(address).or_default() += 1;
         }
         self.groups[class.index()].open += 1;
-        let entry = Entry {
+        let entry = OpenConnection {
             address,
             class,
             quiet_from: None,
@@ -185,7 +186,7 @@ impl Table {
         id
     }
 
-    /// The connection is quiet, and may be closed for another from then on; or it is no longer.
+    /// Sets from when on a quiet connection can be closed, or that it is not quiet.
     fn set_quiet(&mut self, id: u64, quiet_from: Option<Instant>) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
@@ -218,7 +219,7 @@ impl Table {
     }
 }
 
-/// What counts as one client address: of IPv6, the network that a client chooses its addresses from.
+/// The unit that counts as one client address: of IPv6 the /64 network, within which clients choose addresses.
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
@@ -226,65 +227,65 @@ fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// The connections of all threads. Clones are the same.
+/// The connections of all threads. Clones share the table.
 #[derive(Debug, Clone)]
-pub(crate) struct Connections(Arc<Shared>);
+pub(crate) struct Connections(Arc<Inner>);
 
 #[derive(Debug)]
-struct Shared {
-    table: Mutex<Table>,
+struct Inner {
+    table: Mutex<ConnectionTable>,
     freed: Notify,
     overload: Overload,
 }
 
 impl Connections {
     pub(crate) fn new(capacity: Capacity, overload: Overload) -> Self {
-        Self(Arc::new(Shared {
-            table: Mutex::new(Table::new(capacity)),
+        Self(Arc::new(Inner {
+            table: Mutex::new(ConnectionTable::new(capacity)),
             freed: Notify::new(),
             overload,
         }))
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, ConnectionTable> {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a new connection, once there is room for it; `None` if its address has too many. It ends with `stop` at
-    /// the latest.
-    pub(crate) async fn admit(&self, address: IpAddr, stop: &CancellationToken) -> Option<Place> {
+    /// A slot for a new connection, once there is room. `None` if its address has too many connections. The
+    /// connection ends with `stop` at the latest.
+    pub(crate) async fn admit(&self, address: IpAddr, stop: &CancellationToken) -> Option<ConnectionSlot> {
         let end = stop.child_token();
         loop {
             let admission = self.table().admit(address, &end, Instant::now());
             match admission {
-                Admission::Open { id, class, gave_way } => {
+                ConnectionAdmission::Open { id, class, gave_way } => {
                     if gave_way {
                         self.0.overload.reached(Limit::GaveWay);
                     }
                     self.0.overload.opened();
-                    return Some(Place {
+                    return Some(ConnectionSlot {
                         connections: self.clone(),
                         id,
                         class,
                         end,
                         activity: Arc::default(),
-                        // What its client has sent before is read first.
-                        settled: (false, 0),
+                        // The bytes that the client has already sent are read first.
+                        reported: (false, 0),
                     });
                 }
-                Admission::Refused => {
+                ConnectionAdmission::Refused => {
                     self.0.overload.reached(Limit::PerAddress);
                     return None;
                 }
-                // Whether it was freed or not, the next look tells.
-                Admission::Full => drop(tokio::time::timeout(FULL_PAUSE, self.0.freed.notified()).await),
+                // The next check shows whether a slot is free.
+                ConnectionAdmission::Full => drop(tokio::time::timeout(FULL_PAUSE, self.0.freed.notified()).await),
             }
         }
     }
 
-    /// Closes the connection that has been quiet for longest, if there is one, to have its descriptor.
+    /// Closes the connection that has been quiet for longest, if there is one, to free its descriptor.
     pub(crate) fn make_room(&self) -> bool {
-        let made = self.table().make_room(Class::Regular, Instant::now());
+        let made = self.table().make_room(ConnectionClass::Regular, Instant::now());
         if made {
             self.0.overload.reached(Limit::GaveWay);
         }
@@ -292,19 +293,19 @@ impl Connections {
     }
 }
 
-/// What happens on a connection, as its stream and its requests note it.
+/// The activity of a connection, as its stream and its requests report it.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     /// Requests so far.
     requests: AtomicU64,
     /// Requests that have their whole answer.
     answered: AtomicU64,
-    /// The client takes no more bytes of what there is for it.
+    /// The client takes no more bytes now.
     blocked: AtomicBool,
 }
 
 impl Activity {
-    /// A request begins. It ends when the value is dropped.
+    /// Begins a request, which ends when the returned value is dropped.
     pub(crate) fn begin(self: &Arc<Self>) -> InFlight {
         self.requests.fetch_add(1, Ordering::Relaxed);
         InFlight(Arc::clone(self))
@@ -326,7 +327,7 @@ impl Activity {
     }
 }
 
-/// A request that is in flight.
+/// A request in flight.
 #[derive(Debug)]
 pub(crate) struct InFlight(Arc<Activity>);
 
@@ -336,25 +337,25 @@ impl Drop for InFlight {
     }
 }
 
-/// The place of one connection, held by its task.
+/// The slot of one connection, held by its task.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct ConnectionSlot {
     connections: Connections,
     id: u64,
-    pub(crate) class: Class,
-    /// The connection is to end as soon as no request is in flight.
+    pub(crate) class: ConnectionClass,
+    /// Cancelled when the connection must end as soon as no request is in flight.
     pub(crate) end: CancellationToken,
     pub(crate) activity: Arc<Activity>,
-    /// What the table knows: whether it is quiet, and after how many requests.
-    settled: (bool, u64),
+    /// The last report to the table: whether the connection is quiet, and the number of its requests.
+    reported: (bool, u64),
 }
 
-impl Place {
-    /// Tells the table what has changed since the last call.
-    pub(crate) fn settle(&mut self) {
+impl ConnectionSlot {
+    /// Reports changes since the last call to the table.
+    pub(crate) fn report_activity(&mut self) {
         let now = (self.activity.is_quiet(), self.activity.requests.load(Ordering::Relaxed));
-        if self.settled != now {
-            self.settled = now;
+        if self.reported != now {
+            self.reported = now;
             let (is_quiet, requests) = now;
             let grace = if requests == 0 {
                 self.class.grace()
@@ -366,13 +367,13 @@ impl Place {
         }
     }
 
-    /// A limit ended the connection.
+    /// Records that a limit ended the connection.
     pub(crate) fn reached(&self, limit: Limit) {
         self.connections.0.overload.reached(limit);
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.connections.table().close(self.id);
         self.connections.0.overload.closed();
@@ -386,28 +387,28 @@ mod tests {
 
     const HOME: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
-    fn table(regular: usize, reserve: usize, per_address: Option<usize>) -> Table {
-        Table::new(Capacity {
+    fn table(regular: usize, reserve: usize, per_address: Option<usize>) -> ConnectionTable {
+        ConnectionTable::new(Capacity {
             regular,
             reserve,
             per_address,
         })
     }
 
-    /// Admits a connection that sends nothing: its number, its class and its token.
-    fn admit(table: &mut Table, now: Instant) -> Option<(u64, Class, CancellationToken)> {
+    /// Admits a connection that sends nothing. Returns its number, its class and its token.
+    fn admit(table: &mut ConnectionTable, now: Instant) -> Option<(u64, ConnectionClass, CancellationToken)> {
         let end = CancellationToken::new();
         match table.admit(HOME, &end, now) {
-            Admission::Open { id, class, .. } => {
+            ConnectionAdmission::Open { id, class, .. } => {
                 table.set_quiet(id, Some(now + class.grace()));
                 Some((id, class, end))
             }
-            Admission::Full | Admission::Refused => None,
+            ConnectionAdmission::Full | ConnectionAdmission::Refused => None,
         }
     }
 
     #[test]
-    fn at_the_limit_the_longest_quiet_connection_gives_way_and_never_one_with_a_request() {
+    fn the_longest_quiet_connection_gives_way() {
         let start = Instant::now();
         let mut table = table(2, 1, None);
         let (first, _, first_end) = admit(&mut table, start).expect("room");
@@ -415,69 +416,78 @@ mod tests {
         table.set_quiet(first, None);
         let later = start + GRACE * 2;
         let (third, class, _) = admit(&mut table, later).expect("the second gives way");
-        assert_eq!(class, Class::Regular);
+        assert_eq!(class, ConnectionClass::Regular);
         assert!(second_end.is_cancelled() && !first_end.is_cancelled());
-        // The second has not ended yet, and no more may be on their way out than the reserve has places.
+        // The second has not ended yet, and at most as many can be ending as the reserve has slots.
         table.set_quiet(third, Some(later));
         let (_, class, _) = admit(&mut table, later).expect("the reserve has room");
-        assert_eq!(class, Class::Reserve(Limit::Connections));
+        assert_eq!(class, ConnectionClass::Reserve(Limit::Connections));
     }
 
     #[test]
-    fn a_new_connection_does_not_give_way_and_the_reserve_turns_over_faster() {
+    fn new_connections_are_protected_longer_than_reserve_ones() {
         let start = Instant::now();
         let mut table = table(1, 1, None);
         let (_, _, first) = admit(&mut table, start).expect("room");
         let (_, class, second) = admit(&mut table, start).expect("the reserve");
-        assert_eq!(class, Class::Reserve(Limit::Connections));
+        assert_eq!(class, ConnectionClass::Reserve(Limit::Connections));
         assert!(admit(&mut table, start).is_none());
         let soon = start + RESERVE_GRACE;
         let (_, class, _) = admit(&mut table, soon).expect("the reserve turns over");
-        assert_eq!(class, Class::Reserve(Limit::Connections));
+        assert_eq!(class, ConnectionClass::Reserve(Limit::Connections));
         assert!(second.is_cancelled() && !first.is_cancelled());
-        assert_eq!(admit(&mut table, start + GRACE).expect("the first").1, Class::Regular);
+        assert_eq!(
+            admit(&mut table, start + GRACE).expect("the first").1,
+            ConnectionClass::Regular
+        );
         assert!(first.is_cancelled());
     }
 
     #[test]
-    fn a_connection_that_nobody_has_read_from_does_not_give_way() {
+    fn an_unread_connection_does_not_give_way() {
         let start = Instant::now();
         let mut table = table(1, 1, None);
         for _ in 0..2 {
             let admission = table.admit(HOME, &CancellationToken::new(), start);
-            assert!(matches!(admission, Admission::Open { gave_way: false, .. }));
+            assert!(matches!(admission, ConnectionAdmission::Open { gave_way: false, .. }));
         }
         assert!(admit(&mut table, start + GRACE).is_none());
     }
 
     #[test]
-    fn an_address_with_too_many_connections_only_gets_the_reserve() {
+    fn an_address_over_its_limit_gets_only_the_reserve() {
         let start = Instant::now();
         let mut table = table(9, 1, Some(2));
         let (first, ..) = admit(&mut table, start).expect("room");
         admit(&mut table, start).expect("room");
         let (_, class, _) = admit(&mut table, start).expect("the reserve");
-        assert_eq!(class, Class::Reserve(Limit::PerAddress));
-        assert_eq!(table.admit(HOME, &CancellationToken::new(), start), Admission::Refused);
+        assert_eq!(class, ConnectionClass::Reserve(Limit::PerAddress));
+        assert_eq!(
+            table.admit(HOME, &CancellationToken::new(), start),
+            ConnectionAdmission::Refused
+        );
         let other = "192.0.2.1".parse().expect("an address");
         assert!(matches!(
             table.admit(other, &CancellationToken::new(), start),
-            Admission::Open {
-                class: Class::Regular,
+            ConnectionAdmission::Open {
+                class: ConnectionClass::Regular,
                 ..
             }
         ));
         table.close(first);
         table.close(first + 2);
-        assert_eq!(admit(&mut table, start).expect("room again").1, Class::Regular);
+        assert_eq!(
+            admit(&mut table, start).expect("room again").1,
+            ConnectionClass::Regular
+        );
     }
 
     #[test]
-    fn what_is_closed_is_forgotten() {
+    fn closed_connections_are_forgotten() {
         let start = Instant::now();
         let mut table = table(2, 2, Some(4));
         let ids: Vec<u64> = (0..4).map(|_| admit(&mut table, start).expect("room").0).collect();
-        table.make_room(Class::Regular, start + GRACE);
+        table.make_room(ConnectionClass::Regular, start + GRACE);
         for id in ids {
             table.close(id);
         }

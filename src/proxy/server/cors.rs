@@ -1,7 +1,7 @@
-//! What web pages of other origins may do, decided as vLLM's server decides it (`CORSMiddleware` of Starlette).
+//! Which web pages of other origins can use the API, decided as vLLM's server does (`CORSMiddleware` of Starlette).
 //!
-//! Pure. A browser asks before it sends a request to another origin (a preflight), and lets a page see an answer only if that
-//! allows it.
+//! Pure. A browser sends a preflight before a request to another origin, and shows a page the answer only if its
+//! headers allow it.
 
 use axum::body::Body;
 use axum::http::header::{self, HeaderName};
@@ -12,16 +12,16 @@ use crate::service::Cors;
 /// All methods, in Starlette's order.
 const METHODS: &str = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT";
 
-/// Headers that every page may send.
+/// Headers that every page can send.
 const SAFE_HEADERS: [&str; 4] = ["Accept", "Accept-Language", "Content-Language", "Content-Type"];
 
-/// Seconds for which a browser remembers the answer to a preflight.
+/// Seconds for which a browser caches the answer to a preflight.
 const MAX_AGE: &str = "600";
 
 const VARY: &str = "Origin, Access-Control-Request-Method, Access-Control-Request-Headers, \
                     Access-Control-Request-Private-Network";
 
-/// Whether a request is a browser's question before another one.
+/// Whether a request is a browser's preflight.
 pub(crate) fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
     *method == Method::OPTIONS
         && headers.contains_key(header::ORIGIN)
@@ -105,7 +105,7 @@ pub(crate) fn preflight(cors: &Cors, asked: &HeaderMap) -> Response<Body> {
     response
 }
 
-/// Says in an answer whether pages of this origin may see it. Where xpyd is not told whose may, engines have the word.
+/// Sets the CORS headers of an answer. Without configured origins, the engines' headers stay.
 pub(crate) fn mark(cors: &Cors, origin: Option<&HeaderValue>, headers: &mut HeaderMap) {
     if cors.allowed_origins.is_empty() {
         return;
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_says_whose_pages_may_see_it() {
+    fn answers_name_the_allowed_origin() {
         let told = |cors: &Cors, origin: Option<&str>| {
             let mut answer = headers(&[("access-control-allow-origin", "of an engine"), ("vary", "x")]);
             mark(

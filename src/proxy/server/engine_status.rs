@@ -1,4 +1,4 @@
-//! Whether engines are healthy and which version they run, as anyone can ask the fleet.
+//! Whether engines are healthy and which version they run. Both routes are open to everyone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +10,15 @@ use futures_util::future::join_all;
 
 use crate::fleet::{EngineId, EngineView, Role};
 use crate::proxy::Shared;
-use crate::proxy::error::{ProxyError, Stage};
-use crate::proxy::schedule::lease::Seat;
+use crate::proxy::error::{ProxyError, RequestStage};
+use crate::proxy::schedule::lease::EngineLease;
 use crate::proxy::upstream::Call;
 use crate::service::WithoutPrefill;
 
-/// How long an engine may take.
+/// How long an engine has to answer.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// What a decode engine answered about its version.
+/// A decode engine's answer to `/version`.
 #[derive(Debug, Clone)]
 pub(crate) struct Version {
     status: StatusCode,
@@ -37,7 +37,7 @@ impl Version {
 }
 
 impl Shared {
-    /// The version of the engines, which are all the same.
+    /// The version of the engines, which all run the same.
     ///
     /// # Errors
     /// When no decode engine serves, or the one that was asked does not answer.
@@ -55,13 +55,13 @@ impl Shared {
 
     async fn ask_for_version(&self) -> Result<Version, ProxyError> {
         let view = Arc::clone(&self.view.borrow());
-        let mut seats = view
+        let mut leases = view
             .serving(Role::Decode)
-            .filter_map(|engine| Seat::take(engine, &self.view));
-        let seat = seats.next().ok_or(ProxyError::NoEngine(Role::Decode))?;
+            .filter_map(|engine| EngineLease::acquire(engine, &self.view));
+        let lease = leases.next().ok_or(ProxyError::NoEngine(Role::Decode))?;
         let headers = self.own_headers();
-        let step = self.upstream.fetch(&seat.engine, Call::get("/version", &headers));
-        let (head, body) = seat.run(Stage::Pass, DEADLINE, step).await?;
+        let step = self.upstream.fetch(&lease.engine, Call::get("/version", &headers));
+        let (head, body) = lease.run(RequestStage::Pass, DEADLINE, step).await?;
         Ok(Version {
             status: head.status,
             content_type: head.headers.get(header::CONTENT_TYPE).cloned(),
@@ -69,7 +69,7 @@ impl Shared {
         })
     }
 
-    /// The engines that say of themselves that they are well, where nobody else watches them.
+    /// The engines that report to be healthy, for a proxy without a supervisor.
     pub(crate) async fn well_engines(&self) -> Arc<[EngineId]> {
         self.well.recent(self.ask_whether_well()).await
     }
@@ -89,7 +89,7 @@ impl Shared {
         matches!(answer, Ok(Ok((head, _))) if head.status.is_success())
     }
 
-    /// Whether the fleet is at a stage that takes clients. Which engines a request needs is its own matter.
+    /// Whether the fleet's stage serves clients. It does not check the engines of a request.
     pub(super) fn takes_clients(&self) -> Result<(), ProxyError> {
         match self.view.borrow().stage {
             stage if stage.serves() => Ok(()),

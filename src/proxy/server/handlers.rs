@@ -1,4 +1,4 @@
-//! The proxy's routes, served by the rules of `api`.
+//! Serves the routes of `route_table`.
 
 use std::sync::Arc;
 
@@ -10,71 +10,73 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodFilter, on};
 use tokio::time::Instant;
 
-use super::middleware::enter;
+use super::middleware::check_request;
 use super::respond::respond;
-use super::route_table::{self, Course, Methods, Rule};
+use super::route_table::{self, Route, RouteAction, RouteMethods};
 use crate::proxy::Shared;
 use crate::proxy::body::read;
-use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::body::serving_mode::GenerationKind;
 use crate::proxy::error::ProxyError;
 use crate::proxy::request::attempt::Job;
 use crate::proxy::request::keep_alive;
 use crate::proxy::request::passthrough;
-use crate::proxy::request::stream_body::Clock;
+use crate::proxy::request::stream_body::TokenTimer;
 use crate::proxy::telemetry::record::Record;
 use crate::samples::as_text_format;
 
-/// The whole API.
+/// The router of the whole API.
 pub(crate) fn router(shared: Arc<Shared>) -> Router {
     let mut router = Router::new();
-    for rule in route_table::ROUTES {
-        let methods = match rule.methods {
-            Methods::Get => MethodFilter::GET,
-            Methods::Post => MethodFilter::POST,
-            Methods::Both => MethodFilter::GET.or(MethodFilter::POST),
+    for route in route_table::ROUTES {
+        let methods = match route.methods {
+            RouteMethods::Get => MethodFilter::GET,
+            RouteMethods::Post => MethodFilter::POST,
+            RouteMethods::Both => MethodFilter::GET.or(MethodFilter::POST),
         };
         let handler =
-            move |State(shared): State<Arc<Shared>>, request| async move { follow(&shared, rule, request).await };
-        router = router.route(rule.path, on(methods, handler));
+            move |State(shared): State<Arc<Shared>>, request| async move { dispatch(&shared, route, request).await };
+        router = router.route(route.path, on(methods, handler));
     }
     router
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
-        .layer(from_fn_with_state(Arc::clone(&shared), enter))
+        .layer(from_fn_with_state(Arc::clone(&shared), check_request))
         .with_state(shared)
 }
 
-/// Does with a request what its route's rule says.
-async fn follow(shared: &Arc<Shared>, rule: &'static Rule, request: Request) -> Response<Body> {
-    let outcome = match rule.course {
-        Course::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
-        Course::Health => return health(shared).await,
-        Course::Metrics => {
+/// Runs the action of a route.
+async fn dispatch(shared: &Arc<Shared>, route: &'static Route, request: Request) -> Response<Body> {
+    let outcome = match route.action {
+        RouteAction::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
+        RouteAction::Health => return health(shared).await,
+        RouteAction::Metrics => {
             let (with_engines, open) = (asks_for_engines(&request), wants_open_metrics(request.headers()));
             return metrics(shared, with_engines, open).await;
         }
-        Course::Version => version(shared).await,
-        Course::Pass if !route_table::is_plain(request.uri().path()) => return elsewhere(shared, request).await,
-        Course::Pass => Box::pin(pass_on(shared, rule, request)).await,
-        Course::Refuse(why) => Err(ProxyError::Refused { path: rule.path, why }),
+        RouteAction::Version => version(shared).await,
+        RouteAction::Pass if !route_table::is_plain(request.uri().path()) => {
+            return unknown_path(shared, request).await;
+        }
+        RouteAction::Pass => Box::pin(pass_on(shared, route, request)).await,
+        RouteAction::Refuse(why) => Err(ProxyError::Refused { path: route.path, why }),
     };
-    respond(shared, rule.path, outcome)
+    respond(shared, route.path, outcome)
 }
 
-async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<Response<Body>, ProxyError> {
+async fn generate(shared: &Arc<Shared>, kind: GenerationKind, request: Request) -> Result<Response<Body>, ProxyError> {
     let arrived = Instant::now();
     shared.takes_clients()?;
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
-    record.generates(session(shared, &head.headers).as_deref());
+    record.begin_generation(session(shared, &head.headers).as_deref());
     let body = shared.bodies.read(&head.headers, body).await?;
-    record.has_read();
+    record.body_received();
     let permit = shared.admit()?;
     let job = Job {
         kind,
         body,
         session: session(shared, &head.headers),
-        headers: shared.crossing(&head.headers),
+        headers: shared.engine_headers(&head.headers),
         pair: None,
         deadlines: shared.deadlines(),
         arrived,
@@ -84,8 +86,8 @@ async fn generate(shared: &Arc<Shared>, kind: Kind, request: Request) -> Result<
     keep_alive::answer(shared, job).await
 }
 
-/// A request that a decode engine answers alone.
-async fn pass_on(shared: &Arc<Shared>, rule: &Rule, request: Request) -> Result<Response<Body>, ProxyError> {
+/// Forwards a request to a decode engine that answers alone.
+async fn pass_on(shared: &Arc<Shared>, route: &Route, request: Request) -> Result<Response<Body>, ProxyError> {
     shared.takes_clients()?;
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
@@ -94,27 +96,27 @@ async fn pass_on(shared: &Arc<Shared>, rule: &Rule, request: Request) -> Result<
         .read(&head.headers, body)
         .await
         .map_err(|error| match error {
-            // No route that the proxy does not know takes a form or a file, which it could not look through.
-            ProxyError::NotJson if rule.path == route_table::REST => not_found(&head),
+            // A route that the proxy does not know must not take a form or a file, which the proxy could not check.
+            ProxyError::NotJson if route.path == route_table::REST => not_found(&head),
             error => error,
         })?;
-    let clock = Clock {
+    let timer = TokenTimer {
         record,
         last_read: None,
         _permit: Arc::new(shared.admit()?),
     };
     let session = session(shared, &head.headers);
-    passthrough::answer(shared, &head, &body, session.as_deref(), clock).await
+    passthrough::answer(shared, &head, &body, session.as_deref(), timer).await
 }
 
-/// The record of a request that came in.
+/// The record that the middleware puts into every request.
 fn record(head: &mut request::Parts) -> Arc<Record> {
     head.extensions
         .remove()
         .expect("the entrance puts one into every request")
 }
 
-/// Whether clients are served: 200 while there is a ready engine of each role.
+/// Answers 200 while there is a ready engine of each role.
 async fn health(shared: &Shared) -> Response<Body> {
     match shared.is_healthy().await {
         Ok(()) => Response::new(Body::empty()),
@@ -122,7 +124,7 @@ async fn health(shared: &Shared) -> Response<Body> {
     }
 }
 
-/// `?engines` asks for the engines' metrics, too.
+/// Whether `?engines` asks for the engines' metrics as well.
 fn asks_for_engines(request: &Request) -> bool {
     let query = request.uri().query().unwrap_or_default();
     query.split('&').any(|part| part == "engines")
@@ -133,7 +135,8 @@ async fn version(shared: &Shared) -> Result<Response<Body>, ProxyError> {
     shared.engine_version().await
 }
 
-/// In Prometheus' text format, unless the client asks for `OpenMetrics`. The engines' metrics are always in the former.
+/// Answers in Prometheus' text format, unless the client prefers `OpenMetrics`. The engines' metrics are always in
+/// the former.
 async fn metrics(shared: &Shared, with_engines: bool, open: bool) -> Response<Body> {
     let classic = "text/plain; version=0.0.4; charset=utf-8";
     let (text, content_type) = if with_engines || shared.settings.service.metrics.merge {
@@ -155,7 +158,7 @@ async fn metrics(shared: &Shared, with_engines: bool, open: bool) -> Response<Bo
     response
 }
 
-/// Whether `OpenMetrics` is wanted by name, and at least as much as the text format.
+/// Whether the client names `OpenMetrics` and prefers it at least as much as the text format.
 fn wants_open_metrics(headers: &HeaderMap) -> bool {
     let weight = |name: &str| {
         let values = headers
@@ -175,14 +178,15 @@ fn wants_open_metrics(headers: &HeaderMap) -> bool {
 }
 
 async fn unknown(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
-    elsewhere(&shared, request).await
+    unknown_path(&shared, request).await
 }
 
-/// A path that is no route. One with a slash too many is sent to the route, as vLLM's server does it.
-async fn elsewhere(shared: &Shared, request: Request) -> Response<Body> {
+/// A path without a route. A path with an extra trailing slash is redirected, as vLLM's server does.
+async fn unknown_path(shared: &Shared, request: Request) -> Response<Body> {
     let (head, mut body) = request.into_parts();
     read::drain(&mut body).await;
-    let is_served = |path: &&str| route_table::find(path).is_some_and(|rule| !matches!(rule.course, Course::Refuse(_)));
+    let is_served =
+        |path: &&str| route_table::find(path).is_some_and(|route| !matches!(route.action, RouteAction::Refuse(_)));
     let route = head.uri.path().strip_suffix('/').filter(is_served);
     let Some(route) = route else {
         return respond(shared, "other", Err(not_found(&head)));
@@ -203,7 +207,7 @@ fn not_found(head: &request::Parts) -> ProxyError {
     }
 }
 
-/// axum adds `Allow`.
+/// axum adds the `Allow` header.
 async fn wrong_method(State(shared): State<Arc<Shared>>, request: Request) -> Response<Body> {
     let (head, mut body) = request.into_parts();
     read::drain(&mut body).await;

@@ -1,7 +1,8 @@
-//! Serves clients: threads that accept connections and speak HTTP/1.1 on them, over TLS or not, until they are told to stop.
+//! Serves clients: threads that accept connections and serve HTTP/1.1 on them, with or without TLS, until they are
+//! stopped.
 //!
-//! A request stays on the thread that accepted its connection, engines' connections included, so that no step of it
-//! wakes another thread. Knows sockets and limits; knows no route and no engine.
+//! A request stays on the thread that accepted its connection, and so do its engine connections, so that no step of
+//! it wakes another thread. This module knows sockets and limits, but no route and no engine.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -31,8 +32,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::connections::{Activity, Capacity, Class, Connections, InFlight, Place};
-use super::strict_heads::Strict;
+use super::connections::{Activity, Capacity, ConnectionClass, ConnectionSlot, Connections, InFlight};
+use super::strict_heads::StrictStream;
 use super::tls::Tls;
 use crate::proxy::overload::{Limit, Overload};
 use crate::proxy::upstream::Upstream;
@@ -40,47 +41,47 @@ use crate::report::lacks_descriptors;
 use crate::service::Clients;
 use crate::wire::descriptors;
 
-/// How long to wait for room when the system has none for another connection.
+/// How long to wait if the system has no room for another connection.
 const NO_ROOM: Duration = Duration::from_millis(100);
 
-/// Longest that a TLS handshake may take, which is a few small messages.
+/// Maximum time of a TLS handshake, which is a few small messages.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long a client that has just connected gets to ask something, once no more are accepted.
+/// How long a new client has for its first request after the proxy stops accepting.
 const FIRST_REQUEST: Duration = Duration::from_secs(2);
 
-/// Largest head of a request, and most that is read or held for a client at once.
+/// Maximum size of a request header, and of what is read or held for a client at once.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// What the kernel may hold for a client. Linux doubles it, for its own bookkeeping.
+/// Send buffer of the kernel for a client. Linux doubles it for its own bookkeeping.
 const KERNEL_BYTES: usize = 64 << 10;
 
-/// Cores that one thread keeps up with: the engines' share of the machine is far larger than the proxy's.
+/// Cores for each proxy thread: the engines' share of the machine is far larger than the proxy's.
 const CORES_PER_THREAD: usize = 8;
 
-/// Most threads that are started where no number is given.
+/// Maximum number of threads if none is configured.
 const MOST_THREADS: usize = 8;
 
-/// Descriptors that are asked for where the usual limit of 1,024 is in the way. vLLM asks for as many for itself.
+/// Descriptors to request if the usual limit of 1,024 is too low. vLLM requests as many for itself.
 const DESCRIPTORS: u64 = 65_535;
 
-/// Descriptors for everything that is no connection.
+/// Descriptors for everything but connections.
 const OTHER_DESCRIPTORS: u64 = 64;
 
-/// Most connections beyond the limit, which are for health checks and metrics alone.
+/// Maximum connections beyond the limit, for health checks and metrics only.
 const MOST_RESERVE: u64 = 64;
 
-/// What clients are held to.
+/// The limits of client connections.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     pub(crate) clients: Clients,
-    /// What they are shown, if TLS is spoken.
+    /// The certificate, if the proxy serves TLS.
     pub(crate) tls: Option<Tls>,
-    /// How long a client may take no byte of what there is for it.
+    /// How long a client can read none of the bytes that wait for it.
     pub(crate) stall: Duration,
-    /// Whose idle connections give their descriptors to clients that have none.
+    /// Its idle connections give their descriptors to new clients.
     pub(crate) upstream: Upstream,
-    /// Where limits that are reached are counted.
+    /// Counts the limits that are reached.
     pub(crate) overload: Overload,
 }
 
@@ -91,12 +92,12 @@ impl Limits {
         self.clients.threads.map_or(fitting, |threads| threads.max(1))
     }
 
-    /// Connections at once. Each may need a second descriptor for its engine. Idle connections to engines are not counted: they
-    /// give theirs back where one is lacking.
+    /// Maximum number of connections. Each can need a second descriptor for its engine. Idle engine connections do
+    /// not count: they give their descriptors back if one is lacking.
     fn capacity(&self) -> Capacity {
         let descriptors = descriptors(DESCRIPTORS);
         let reserve = (descriptors / 16).clamp(1, MOST_RESERVE);
-        // As many as the reserve has may be on their way out.
+        // As many connections as the reserve has slots can be ending.
         let fitting = descriptors.saturating_sub(OTHER_DESCRIPTORS + 2 * reserve) / 2;
         let count = |descriptors: u64| usize::try_from(descriptors).unwrap_or(usize::MAX);
         Capacity {
@@ -107,11 +108,11 @@ impl Limits {
     }
 }
 
-/// Serves on all threads until `stop` is cancelled and the last answer is sent. The threads go on with what requests have
-/// left behind on them, until they are dropped.
+/// Serves on all threads until `stop` is cancelled and the last answer is sent. The threads continue with clean-ups
+/// that requests have left on them, until they are dropped.
 ///
 /// # Errors
-/// When the listener cannot be shared among threads, or a thread cannot be started or breaks off.
+/// When the threads cannot share the listener, or a thread cannot start or breaks off.
 pub(crate) async fn serve(
     listener: tokio::net::TcpListener,
     router: Router,
@@ -119,7 +120,7 @@ pub(crate) async fn serve(
     stop: CancellationToken,
 ) -> io::Result<Threads> {
     let listener = listener.into_std()?;
-    // A burst of clients waits; the short queue of the standard library would lose some for seconds.
+    // A burst of clients waits; the standard library's short queue would drop some for seconds.
     listen(&listener, Backlog::MAXCONN)?;
     let connections = Connections::new(limits.capacity(), limits.overload.clone());
     let mut threads = Threads::default();
@@ -138,7 +139,7 @@ pub(crate) async fn serve(
         threads.started.push(thread);
         ends.push(end);
     }
-    // Only the threads hold it now, so that clients are refused once they have stopped accepting.
+    // Only the threads hold it now, so that clients are refused once they stop accepting.
     drop(listener);
     for end in ends {
         end.await
@@ -147,7 +148,7 @@ pub(crate) async fn serve(
     Ok(threads)
 }
 
-/// The threads of a server. Dropping it ends them, with everything that runs on them.
+/// The threads of a server. Dropping it ends them and everything that runs on them.
 #[derive(Default)]
 pub(crate) struct Threads {
     started: Vec<JoinHandle<()>>,
@@ -158,13 +159,13 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.abandon.cancel();
         for thread in self.started.drain(..) {
-            // It panicked, which it has said itself.
+            // A thread that panicked has reported it itself.
             drop(thread.join());
         }
     }
 }
 
-/// What one thread serves.
+/// Everything that one thread serves.
 struct Server {
     router: Router,
     limits: Limits,
@@ -179,7 +180,7 @@ impl Server {
             Err(error) => return drop(ended.send(Err(error))),
         };
         let serve = async {
-            // Nobody waits any more for threads that are being dropped.
+            // Nothing waits for threads that are being dropped.
             drop(ended.send(self.serve(listener).await));
             std::future::pending::<()>().await;
         };
@@ -189,11 +190,11 @@ impl Server {
     async fn serve(&self, listener: TcpListener) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let serving = TaskTracker::new();
-        while let Some((stream, place)) = self.stop.run_until_cancelled(self.accept(&listener)).await {
-            let (stream, session) = self.begin(stream, place);
+        while let Some((stream, slot)) = self.stop.run_until_cancelled(self.accept(&listener)).await {
+            let (stream, session) = self.begin(stream, slot);
             match &self.limits.tls {
-                None => serving.spawn(session.speak(stream)),
-                Some(tls) => serving.spawn(session.shake_hands(tls.acceptor(), stream)),
+                None => serving.spawn(session.serve_http1(stream)),
+                Some(tls) => serving.spawn(session.accept_tls(tls.acceptor(), stream)),
             };
         }
         drop(listener);
@@ -202,18 +203,18 @@ impl Server {
         Ok(())
     }
 
-    /// The next client, once there is room for it. Others wait in the kernel's queue meanwhile.
-    async fn accept(&self, listener: &tokio::net::TcpListener) -> (TcpStream, Place) {
+    /// Accepts the next client once there is room. Others wait in the kernel's queue.
+    async fn accept(&self, listener: &tokio::net::TcpListener) -> (TcpStream, ConnectionSlot) {
         loop {
             match listener.accept().await {
                 Ok((stream, address)) => {
-                    if let Some(place) = self.connections.admit(address.ip(), &self.stop).await {
-                        return (stream, place);
+                    if let Some(slot) = self.connections.admit(address.ip(), &self.stop).await {
+                        return (stream, slot);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) if lacks_descriptors(&error) => {
-                    if self.limits.upstream.give_back() {
+                    if self.limits.upstream.close_all_idle() {
                         continue;
                     }
                     self.limits.overload.reached(Limit::AcceptDescriptors);
@@ -228,77 +229,77 @@ impl Server {
         }
     }
 
-    /// One client's connection, about to be served.
-    fn begin(&self, stream: TcpStream, place: Place) -> (Patient, Session) {
+    /// Prepares one client's connection for serving.
+    fn begin(&self, stream: TcpStream, slot: ConnectionSlot) -> (WriteTimeoutStream, ClientSession) {
         if let Err(error) = prepare(&stream) {
             tracing::debug!(%error, "cannot set the options of a client's connection");
         }
-        let stream = Patient {
+        let stream = WriteTimeoutStream {
             stream,
             stall: self.limits.stall,
             stalled: None,
-            activity: Arc::clone(&place.activity),
+            activity: Arc::clone(&slot.activity),
         };
         let clients = &self.limits.clients;
-        let session = Session {
+        let session = ClientSession {
             router: self.router.clone(),
             head_deadline: clients.head_deadline.min(clients.idle_deadline),
             idle_deadline: clients.idle_deadline,
             accepted: Instant::now(),
             stop: self.stop.clone(),
-            place,
+            slot,
         };
         (stream, session)
     }
 }
 
-/// What serves one client.
-struct Session {
+/// Serves one client.
+struct ClientSession {
     router: Router,
     head_deadline: Duration,
     idle_deadline: Duration,
     accepted: Instant,
     stop: CancellationToken,
-    place: Place,
+    slot: ConnectionSlot,
 }
 
-impl Session {
-    /// Serves over TLS, once client and proxy have agreed on it.
-    async fn shake_hands(mut self, tls: TlsAcceptor, stream: Patient) {
-        self.place.settle();
+impl ClientSession {
+    /// Serves over TLS after the handshake.
+    async fn accept_tls(mut self, tls: TlsAcceptor, stream: WriteTimeoutStream) {
+        self.slot.report_activity();
         let deadline = self.idle_deadline.min(HANDSHAKE_DEADLINE);
         let handshake = timeout(deadline, tls.accept(stream));
         tokio::select! {
             biased;
             shaken = handshake => match shaken {
-                Ok(Ok(stream)) => self.speak(stream).await,
+                Ok(Ok(stream)) => self.serve_http1(stream).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a client's TLS handshake failed"),
-                Err(_) => self.place.reached(Limit::FirstHead),
+                Err(_) => self.slot.reached(Limit::FirstHead),
             },
-            // Nothing has been asked for yet, so an end does not wait for it.
-            () = may_close(&self.place.end, &self.stop, self.accepted, || false) => {}
+            // No request has come yet, so the end does not wait for one.
+            () = closable(&self.slot.end, &self.stop, self.accepted, || false) => {}
         }
     }
 
     /// Serves until the client leaves, breaks a limit, gives way to another one, or has its answer after the stop.
-    fn speak<Stream>(self, stream: Stream) -> impl Future<Output = ()> + use<Stream>
+    fn serve_http1<Stream>(self, stream: Stream) -> impl Future<Output = ()> + use<Stream>
     where
         Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (mut place, head_deadline) = (self.place, self.head_deadline);
-        let is_regular = place.class == Class::Regular;
+        let (mut slot, head_deadline) = (self.slot, self.head_deadline);
+        let is_regular = slot.class == ConnectionClass::Regular;
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(self.idle_deadline)
             .max_buf_size(BUFFER_BYTES)
             .keep_alive(is_regular)
-            .serve_connection(TokioIo::new(Strict::new(stream)), service(self.router, &place));
+            .serve_connection(TokioIo::new(StrictStream::new(stream)), service(self.router, &slot));
         let (stop, accepted) = (self.stop, self.accepted);
         async move {
-            let (activity, end) = (Arc::clone(&place.activity), place.end.clone());
+            let (activity, end) = (Arc::clone(&slot.activity), slot.end.clone());
             let overdue = async {
                 tokio::time::sleep(head_deadline).await;
-                // In the reserve, this is the deadline of everything.
+                // In the reserve, this deadline covers the whole connection.
                 if is_regular && activity.has_begun() {
                     std::future::pending::<()>().await;
                 }
@@ -306,15 +307,15 @@ impl Session {
             let mut connection = pin!(connection);
             let served = tokio::select! {
                 biased;
-                served = settling(connection.as_mut(), &mut place) => served,
-                () = may_close(&end, &stop, accepted, || activity.has_begun()) => {
+                served = drive(connection.as_mut(), &mut slot) => served,
+                () = closable(&end, &stop, accepted, || activity.has_begun()) => {
                     connection.as_mut().graceful_shutdown();
                     if activity.is_quiet() {
                         return;
                     }
-                    settling(connection.as_mut(), &mut place).await
+                    drive(connection.as_mut(), &mut slot).await
                 }
-                () = overdue => return place.reached(Limit::FirstHead),
+                () = overdue => return slot.reached(Limit::FirstHead),
             };
             if let Err(error) = served {
                 tracing::debug!(
@@ -326,15 +327,15 @@ impl Session {
     }
 }
 
-/// Returns once a connection need not be kept for what its client may still ask: when it gives way to another one, or after
-/// the stop, and after the client's first request or the time that it gets for one.
-async fn may_close(end: &CancellationToken, stop: &CancellationToken, accepted: Instant, has_asked: impl Fn() -> bool) {
+/// Returns once the connection can close: when it gives way to another one, or after the stop, once the client's
+/// first request has come or its time for one is over.
+async fn closable(end: &CancellationToken, stop: &CancellationToken, accepted: Instant, has_asked: impl Fn() -> bool) {
     end.cancelled().await;
     if !stop.is_cancelled() {
         return;
     }
     let mut late = pin!(sleep_until(accepted + FIRST_REQUEST));
-    // Looked at whenever the connection's task wakes, so a request is seen without a wake-up of its own.
+    // Checked whenever the connection's task wakes, so a request needs no wake-up of its own.
     poll_fn(|context| {
         if has_asked() {
             Poll::Ready(())
@@ -345,22 +346,22 @@ async fn may_close(end: &CancellationToken, stop: &CancellationToken, accepted: 
     .await;
 }
 
-/// What answers the requests of one connection.
+/// The service that answers the requests of one connection.
 fn service(
     router: Router,
-    place: &Place,
-) -> impl hyper::service::Service<Request<Incoming>, Response = Response<Answer>, Error = Infallible, Future: Send> + use<>
-{
-    let (activity, class) = (Arc::clone(&place.activity), place.class);
+    slot: &ConnectionSlot,
+) -> impl hyper::service::Service<Request<Incoming>, Response = Response<InFlightBody>, Error = Infallible, Future: Send>
++ use<> {
+    let (activity, class) = (Arc::clone(&slot.activity), slot.class);
     service_fn(move |mut request: Request<Incoming>| {
         let in_flight = activity.begin();
-        if let Class::Reserve(limit) = class {
+        if let ConnectionClass::Reserve(limit) = class {
             request.extensions_mut().insert(limit);
         }
         let answer = TowerToHyperService::new(router.clone()).call(request);
         async move {
             let answer = answer.await?;
-            Ok(answer.map(|body| Answer {
+            Ok(answer.map(|body| InFlightBody {
                 body,
                 _in_flight: in_flight,
             }))
@@ -369,12 +370,12 @@ fn service(
 }
 
 /// The body of an answer. Its request is in flight until it is dropped.
-struct Answer {
+struct InFlightBody {
     body: Body,
     _in_flight: InFlight,
 }
 
-impl hyper::body::Body for Answer {
+impl hyper::body::Body for InFlightBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -394,26 +395,29 @@ impl hyper::body::Body for Answer {
     }
 }
 
-/// Drives a connection, and tells the table of connections what every step of it has changed.
-async fn settling<Connection: Future>(mut connection: Pin<&mut Connection>, place: &mut Place) -> Connection::Output {
+/// Drives a connection, and reports to the connection table what each step has changed.
+async fn drive<Connection: Future>(
+    mut connection: Pin<&mut Connection>,
+    slot: &mut ConnectionSlot,
+) -> Connection::Output {
     poll_fn(|context| {
         let step = connection.as_mut().poll(context);
-        place.settle();
+        slot.report_activity();
         step
     })
     .await
 }
-/// Events are small and each one matters, so they leave at once. What the kernel holds for a client is kept small, so that
-/// a client that stops reading is noticed.
+/// Events are small and urgent, so they leave at once. A small kernel buffer lets the proxy notice a client that
+/// stops reading.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     Ok(setsockopt(stream, sockopt::SndBuf, &KERNEL_BYTES)?)
 }
 
-/// A client's connection, which breaks once the client has taken nothing for too long of what there is for it: it has
-/// stopped reading, or is gone without a word. The kernel's own deadline (`TCP_USER_TIMEOUT`) does not do: it also cuts off
-/// clients that take a little at a time.
-struct Patient {
+/// A client's connection that breaks if the client takes none of the waiting bytes for too long: it has stopped
+/// reading or vanished. The kernel's own deadline (`TCP_USER_TIMEOUT`) does not work: it also cuts off clients that
+/// read slowly.
+struct WriteTimeoutStream {
     stream: TcpStream,
     stall: Duration,
     /// Runs while the kernel takes no more bytes.
@@ -421,8 +425,8 @@ struct Patient {
     activity: Arc<Activity>,
 }
 
-impl Patient {
-    fn noting(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+impl WriteTimeoutStream {
+    fn watch_stall(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         self.activity.set_blocked(written.is_pending());
         if written.is_ready() {
             self.stalled = None;
@@ -437,7 +441,7 @@ impl Patient {
     }
 }
 
-impl AsyncRead for Patient {
+impl AsyncRead for WriteTimeoutStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -447,10 +451,10 @@ impl AsyncRead for Patient {
     }
 }
 
-impl AsyncWrite for Patient {
+impl AsyncWrite for WriteTimeoutStream {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.noting(context, written)
+        self.watch_stall(context, written)
     }
 
     fn poll_write_vectored(
@@ -459,7 +463,7 @@ impl AsyncWrite for Patient {
         parts: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(context, parts);
-        self.noting(context, written)
+        self.watch_stall(context, written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -1,6 +1,6 @@
-//! The entrance: what every request goes through before its route, whatever it asks for.
+//! The middleware that every request passes before its route: header limits, API keys and CORS.
 //!
-//! Knows headers only: who is let in, and how much of them is taken. What a route does is the route's.
+//! This module knows headers only.
 
 use std::sync::Arc;
 
@@ -11,22 +11,26 @@ use axum::middleware::Next;
 
 use super::cors;
 use super::respond::respond;
-use super::strict_heads::Refusal;
+use super::strict_heads::HeadRefusal;
 use crate::proxy::Shared;
 use crate::proxy::error::ProxyError;
 use crate::proxy::overload::Limit;
 use crate::proxy::telemetry::record::Record;
 
-/// Most headers of a request, and most bytes of their names and values together. A client behind several gateways sends
-/// some forty of a few kilobytes.
+/// Maximum headers of a request, and maximum bytes of their names and values together. A client behind several
+/// gateways sends about forty headers of a few kilobytes.
 const MAX_HEADERS: usize = 90;
 const MAX_HEADER_BYTES: usize = 32 << 10;
 
-/// What is answered on every connection, also on those beyond the limit.
+/// Paths that are served on every connection, even beyond the limit.
 const ALWAYS: [&str; 3] = ["/health", "/ping", "/metrics"];
 
-/// Lets a request in, or answers why not.
-pub(crate) async fn enter(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response<Body> {
+/// Runs the request's route, or answers why it is refused.
+pub(crate) async fn check_request(
+    State(shared): State<Arc<Shared>>,
+    mut request: Request,
+    next: Next,
+) -> Response<Body> {
     let method = request.method().clone();
     let origin = request.headers().get(header::ORIGIN).cloned();
     let pages = &shared.settings.service.cors;
@@ -48,7 +52,7 @@ pub(crate) async fn enter(State(shared): State<Arc<Shared>>, mut request: Reques
 impl Shared {
     fn check(&self, request: &Request) -> Result<(), ProxyError> {
         let headers = request.headers();
-        if let Some(refusal) = Refusal::of(headers) {
+        if let Some(refusal) = HeadRefusal::of(headers) {
             return Err(ProxyError::Http(refusal));
         }
         let limit = request.extensions().get::<Limit>();
@@ -67,7 +71,7 @@ impl Shared {
             });
         }
         let keys = &self.settings.parts.client_keys;
-        if keys.let_in(request.method(), request.uri().path(), request.headers()) {
+        if keys.allows(request.method(), request.uri().path(), request.headers()) {
             Ok(())
         } else {
             Err(ProxyError::Unauthorized {

@@ -1,4 +1,4 @@
-//! What clients connect to: connections, TLS, middleware, and routes with their handlers.
+//! Everything that clients connect to: connections, TLS, middleware, and routes with their handlers.
 
 pub(crate) mod auth;
 pub(crate) mod connections;

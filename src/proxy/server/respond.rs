@@ -4,8 +4,8 @@ use axum::body::Body;
 use axum::http::Response;
 
 use crate::proxy::Shared;
-use crate::proxy::error::{Code, ProxyError};
-use crate::proxy::telemetry::record::Endpoint;
+use crate::proxy::error::{ErrorCode, ProxyError};
+use crate::proxy::telemetry::record::RouteLabel;
 use crate::report::one_line;
 
 pub(crate) fn respond(
@@ -22,10 +22,10 @@ pub(crate) fn respond(
         );
         error.to_response()
     });
-    shared.metrics.answered(endpoint, response.status().as_u16());
-    if let Some(Code(code)) = response.extensions().get() {
-        shared.metrics.failed(code);
+    shared.metrics.count_answer(endpoint, response.status().as_u16());
+    if let Some(ErrorCode(code)) = response.extensions().get() {
+        shared.metrics.count_error(code);
     }
-    response.extensions_mut().insert(Endpoint(endpoint));
+    response.extensions_mut().insert(RouteLabel(endpoint));
     response
 }

@@ -1,163 +1,164 @@
-//! The routes of vLLM's server (0.32 and 0.33), and what becomes of each: handed over, passed to a decode engine, or refused.
+//! The routes of vLLM's server (0.32 and 0.33), and the action of each: hand over, pass to a decode engine, or
+//! refuse.
 //!
-//! Pure. One rule for every route, so that nothing reaches an engine that was not thought about.
+//! Pure. Every route has a rule, so that nothing reaches an engine by accident.
 
-use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::body::serving_mode::GenerationKind;
 
-/// A route.
+/// A route and its action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Rule {
-    /// As axum spells paths: `{name}` is one part, `{*rest}` all that follow. Also the metrics' label.
+pub(crate) struct Route {
+    /// The path in axum's syntax: `{name}` is one segment, `{*rest}` all that follow. Also the metrics' label.
     pub(crate) path: &'static str,
-    pub(crate) methods: Methods,
-    pub(crate) course: Course,
+    pub(crate) methods: RouteMethods,
+    pub(crate) action: RouteAction,
 }
 
-/// The methods that a route takes.
+/// The methods of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Methods {
+pub(crate) enum RouteMethods {
     Get,
     Post,
     Both,
 }
 
-/// What becomes of a route's requests.
+/// The action for a route's requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Course {
-    /// A generation: prefill and decode, by the rules of its fields.
-    Generate(Kind),
-    /// The proxy answers.
+pub(crate) enum RouteAction {
+    /// Prefill and decode a generation, by the rules of its fields.
+    Generate(GenerationKind),
+    /// Answer whether the fleet is healthy.
     Health,
-    /// The proxy's own metrics.
+    /// Answer with the proxy's own metrics.
     Metrics,
-    /// The engines' version.
+    /// Answer with the engines' version.
     Version,
-    /// A decode engine answers alone, and its answer is passed on as it comes.
+    /// Let a decode engine answer alone, and stream its answer back.
     Pass,
-    /// No engine sees it, and why.
+    /// Refuse, for this reason. No engine sees the request.
     Refuse(&'static str),
 }
 
-const STEERS: &str = "it steers a single engine behind the proxy's back; use xpyd's control socket";
-const TELLS: &str = "it tells of a single engine and not of the fleet; see `xpyd status`";
+const STEERS: &str = "it would change a single engine behind the proxy; use xpyd's control socket";
+const TELLS: &str = "it describes a single engine, not the fleet; see `xpyd status`";
 const HIDES: &str = "its body can hide KV transfer parameters from the proxy";
-const NO_HTTP: &str = "the proxy speaks HTTP only";
+const NO_HTTP: &str = "the proxy supports HTTP only";
 
-const fn rule(methods: Methods, path: &'static str, course: Course) -> Rule {
-    Rule { path, methods, course }
+const fn route(methods: RouteMethods, path: &'static str, action: RouteAction) -> Route {
+    Route { path, methods, action }
 }
 
-const fn get(path: &'static str, course: Course) -> Rule {
-    rule(Methods::Get, path, course)
+const fn get(path: &'static str, action: RouteAction) -> Route {
+    route(RouteMethods::Get, path, action)
 }
 
-const fn post(path: &'static str, course: Course) -> Rule {
-    rule(Methods::Post, path, course)
+const fn post(path: &'static str, action: RouteAction) -> Route {
+    route(RouteMethods::Post, path, action)
 }
 
-const fn both(path: &'static str, course: Course) -> Rule {
-    rule(Methods::Both, path, course)
+const fn both(path: &'static str, action: RouteAction) -> Route {
+    route(RouteMethods::Both, path, action)
 }
 
-/// Every route, grouped by what becomes of it. What is not here is unknown, and answered 404.
-pub(crate) const ROUTES: &[Rule] = &[
-    post("/v1/completions", Course::Generate(Kind::Completions)),
-    post("/v1/chat/completions", Course::Generate(Kind::Chat)),
-    get("/health", Course::Health),
-    both("/ping", Course::Health),
-    get("/metrics", Course::Metrics),
-    // Generations in other words. Which of their fields a hand-off can serve was not seen on real engines.
-    post("/v1/responses", Course::Pass),
-    get("/v1/responses/{id}", Course::Pass),
-    post("/v1/responses/{id}/cancel", Course::Pass),
-    post("/v1/messages", Course::Pass),
-    post("/v1/messages/count_tokens", Course::Pass),
-    post("/v1/chat/completions/batch", Course::Pass),
-    post("/v1/systemone", Course::Pass),
-    post("/v1/decisions", Course::Pass),
-    post("/cohere/v2/chat", Course::Pass),
-    post("/cohere/v2/chat/render", Course::Pass),
-    post("/invocations", Course::Pass),
-    post("/generative_scoring", Course::Pass),
-    // What needs no KV from elsewhere.
-    get("/v1/models", Course::Pass),
-    get("/version", Course::Version),
-    get("/docs", Course::Pass),
-    get("/redoc", Course::Pass),
-    get("/openapi.json", Course::Pass),
-    post("/tokenize", Course::Pass),
-    post("/detokenize", Course::Pass),
-    get("/tokenizer_info", Course::Pass),
-    post("/v1/embeddings", Course::Pass),
-    post("/v2/embed", Course::Pass),
-    post("/pooling", Course::Pass),
-    post("/classify", Course::Pass),
-    post("/score", Course::Pass),
-    post("/v1/score", Course::Pass),
-    post("/rerank", Course::Pass),
-    post("/v1/rerank", Course::Pass),
-    post("/v2/rerank", Course::Pass),
-    // What could stop, change or confuse engines.
-    post("/sleep", Course::Refuse(STEERS)),
-    post("/wake_up", Course::Refuse(STEERS)),
-    post("/release_kv_cache_memory", Course::Refuse(STEERS)),
-    post("/pause", Course::Refuse(STEERS)),
-    post("/resume", Course::Refuse(STEERS)),
-    post("/abort_requests", Course::Refuse(STEERS)),
-    post("/inference/v1/abort_requests", Course::Refuse(STEERS)),
-    post("/reset_prefix_cache", Course::Refuse(STEERS)),
-    post("/reset_mm_cache", Course::Refuse(STEERS)),
-    post("/reset_encoder_cache", Course::Refuse(STEERS)),
-    post("/collective_rpc", Course::Refuse(STEERS)),
-    post("/scale_elastic_ep", Course::Refuse(STEERS)),
-    post("/fault_tolerance/apply", Course::Refuse(STEERS)),
-    post("/v1/load_lora_adapter", Course::Refuse(STEERS)),
-    post("/v1/unload_lora_adapter", Course::Refuse(STEERS)),
-    post("/start_profile", Course::Refuse(STEERS)),
-    post("/stop_profile", Course::Refuse(STEERS)),
-    post("/init_weight_transfer_engine", Course::Refuse(STEERS)),
-    post("/shutdown_weight_transfer_engine", Course::Refuse(STEERS)),
-    post("/start_weight_update", Course::Refuse(STEERS)),
-    post("/start_draft_weight_update", Course::Refuse(STEERS)),
-    post("/update_weights", Course::Refuse(STEERS)),
-    post("/finish_weight_update", Course::Refuse(STEERS)),
-    post("/update_weight_version", Course::Refuse(STEERS)),
-    post("/weight_checker", Course::Refuse(STEERS)),
-    get("/load", Course::Refuse(TELLS)),
-    get("/server_info", Course::Refuse(TELLS)),
-    get("/is_sleeping", Course::Refuse(TELLS)),
-    get("/is_paused", Course::Refuse(TELLS)),
-    post("/is_scaling_elastic_ep", Course::Refuse(TELLS)),
-    get("/weight_info", Course::Refuse(TELLS)),
-    get("/get_world_size", Course::Refuse(TELLS)),
-    get("/kv_event_sources", Course::Refuse(TELLS)),
-    get("/fault_tolerance/status", Course::Refuse(TELLS)),
-    // In `sampling_params.extra_args`, and in a field of a form.
-    post("/inference/v1/generate", Course::Refuse(HIDES)),
-    post("/v1/audio/transcriptions", Course::Refuse(HIDES)),
-    post("/v1/audio/translations", Course::Refuse(HIDES)),
-    get("/v1/realtime", Course::Refuse(NO_HTTP)),
-    // What a later vLLM may serve. It keeps what steers engines outside of `/v1`, but for LoRA adapters.
-    both(REST, Course::Pass),
+/// Every route, grouped by action. Any other path is answered 404.
+pub(crate) const ROUTES: &[Route] = &[
+    post("/v1/completions", RouteAction::Generate(GenerationKind::Completions)),
+    post("/v1/chat/completions", RouteAction::Generate(GenerationKind::Chat)),
+    get("/health", RouteAction::Health),
+    both("/ping", RouteAction::Health),
+    get("/metrics", RouteAction::Metrics),
+    // Generations in other formats. Which of their fields a hand-off can serve was not tested on real engines.
+    post("/v1/responses", RouteAction::Pass),
+    get("/v1/responses/{id}", RouteAction::Pass),
+    post("/v1/responses/{id}/cancel", RouteAction::Pass),
+    post("/v1/messages", RouteAction::Pass),
+    post("/v1/messages/count_tokens", RouteAction::Pass),
+    post("/v1/chat/completions/batch", RouteAction::Pass),
+    post("/v1/systemone", RouteAction::Pass),
+    post("/v1/decisions", RouteAction::Pass),
+    post("/cohere/v2/chat", RouteAction::Pass),
+    post("/cohere/v2/chat/render", RouteAction::Pass),
+    post("/invocations", RouteAction::Pass),
+    post("/generative_scoring", RouteAction::Pass),
+    // Routes that need no KV from another engine.
+    get("/v1/models", RouteAction::Pass),
+    get("/version", RouteAction::Version),
+    get("/docs", RouteAction::Pass),
+    get("/redoc", RouteAction::Pass),
+    get("/openapi.json", RouteAction::Pass),
+    post("/tokenize", RouteAction::Pass),
+    post("/detokenize", RouteAction::Pass),
+    get("/tokenizer_info", RouteAction::Pass),
+    post("/v1/embeddings", RouteAction::Pass),
+    post("/v2/embed", RouteAction::Pass),
+    post("/pooling", RouteAction::Pass),
+    post("/classify", RouteAction::Pass),
+    post("/score", RouteAction::Pass),
+    post("/v1/score", RouteAction::Pass),
+    post("/rerank", RouteAction::Pass),
+    post("/v1/rerank", RouteAction::Pass),
+    post("/v2/rerank", RouteAction::Pass),
+    // Routes that could stop, change or confuse engines.
+    post("/sleep", RouteAction::Refuse(STEERS)),
+    post("/wake_up", RouteAction::Refuse(STEERS)),
+    post("/release_kv_cache_memory", RouteAction::Refuse(STEERS)),
+    post("/pause", RouteAction::Refuse(STEERS)),
+    post("/resume", RouteAction::Refuse(STEERS)),
+    post("/abort_requests", RouteAction::Refuse(STEERS)),
+    post("/inference/v1/abort_requests", RouteAction::Refuse(STEERS)),
+    post("/reset_prefix_cache", RouteAction::Refuse(STEERS)),
+    post("/reset_mm_cache", RouteAction::Refuse(STEERS)),
+    post("/reset_encoder_cache", RouteAction::Refuse(STEERS)),
+    post("/collective_rpc", RouteAction::Refuse(STEERS)),
+    post("/scale_elastic_ep", RouteAction::Refuse(STEERS)),
+    post("/fault_tolerance/apply", RouteAction::Refuse(STEERS)),
+    post("/v1/load_lora_adapter", RouteAction::Refuse(STEERS)),
+    post("/v1/unload_lora_adapter", RouteAction::Refuse(STEERS)),
+    post("/start_profile", RouteAction::Refuse(STEERS)),
+    post("/stop_profile", RouteAction::Refuse(STEERS)),
+    post("/init_weight_transfer_engine", RouteAction::Refuse(STEERS)),
+    post("/shutdown_weight_transfer_engine", RouteAction::Refuse(STEERS)),
+    post("/start_weight_update", RouteAction::Refuse(STEERS)),
+    post("/start_draft_weight_update", RouteAction::Refuse(STEERS)),
+    post("/update_weights", RouteAction::Refuse(STEERS)),
+    post("/finish_weight_update", RouteAction::Refuse(STEERS)),
+    post("/update_weight_version", RouteAction::Refuse(STEERS)),
+    post("/weight_checker", RouteAction::Refuse(STEERS)),
+    get("/load", RouteAction::Refuse(TELLS)),
+    get("/server_info", RouteAction::Refuse(TELLS)),
+    get("/is_sleeping", RouteAction::Refuse(TELLS)),
+    get("/is_paused", RouteAction::Refuse(TELLS)),
+    post("/is_scaling_elastic_ep", RouteAction::Refuse(TELLS)),
+    get("/weight_info", RouteAction::Refuse(TELLS)),
+    get("/get_world_size", RouteAction::Refuse(TELLS)),
+    get("/kv_event_sources", RouteAction::Refuse(TELLS)),
+    get("/fault_tolerance/status", RouteAction::Refuse(TELLS)),
+    // KV transfer parameters can hide in `sampling_params.extra_args`, and in a form field.
+    post("/inference/v1/generate", RouteAction::Refuse(HIDES)),
+    post("/v1/audio/transcriptions", RouteAction::Refuse(HIDES)),
+    post("/v1/audio/translations", RouteAction::Refuse(HIDES)),
+    get("/v1/realtime", RouteAction::Refuse(NO_HTTP)),
+    // Routes of a later vLLM. vLLM keeps routes that steer engines outside of `/v1`, except those of LoRA adapters.
+    both(REST, RouteAction::Pass),
 ];
 
-/// The route of everything else below `/v1`.
+/// Any other path below `/v1`.
 pub(crate) const REST: &str = "/v1/{*rest}";
 
-/// The rule of a path that is one of these routes, and not only one of what a later vLLM may serve.
-pub(crate) fn find(path: &str) -> Option<&'static Rule> {
-    let fits = |rule: &Rule| {
-        let parts = rule.path.split('/').zip(path.split('/'));
+/// The route of a path, unless only `REST` matches.
+pub(crate) fn find(path: &str) -> Option<&'static Route> {
+    let fits = |route: &Route| {
+        let parts = route.path.split('/').zip(path.split('/'));
         let are_alike = parts
             .into_iter()
-            .all(|(rule, part)| rule == part || rule.starts_with('{'));
-        rule.path != REST && rule.path.split('/').count() == path.split('/').count() && are_alike
+            .all(|(route, part)| route == part || route.starts_with('{'));
+        route.path != REST && route.path.split('/').count() == path.split('/').count() && are_alike
     };
-    ROUTES.iter().find(|rule| is_plain(path) && fits(rule))
+    ROUTES.iter().find(|route| is_plain(path) && fits(route))
 }
 
-/// Whether an engine reads a path as it is written. Escapes would let a refused route through, and a trailing slash is
-/// answered with a redirection to the engine's own address.
+/// Whether an engine reads a path as it is written. Escapes could smuggle a refused route through, and an engine
+/// redirects a trailing slash to its own address.
 pub(crate) fn is_plain(path: &str) -> bool {
     let is_plain = |part: &str| {
         !matches!(part, "" | "." | "..")
@@ -175,8 +176,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_route_stands_once() {
-        let paths: BTreeSet<_> = ROUTES.iter().map(|rule| rule.path).collect();
+    fn every_route_is_listed_once() {
+        let paths: BTreeSet<_> = ROUTES.iter().map(|route| route.path).collect();
         assert_eq!(paths.len(), ROUTES.len());
     }
 

@@ -1,8 +1,10 @@
-//! Refuses requests whose head two HTTP implementations can read in two ways (RFC 9112 §3.2, §6.3), as nginx and envoy do.
+//! Refuses requests whose header two HTTP implementations can read differently (RFC 9112 §3.2, §6.3), as nginx and
+//! envoy do.
 //!
-//! hyper ignores a `Content-Length` beside a `Transfer-Encoding` and hides it from the service, so heads are checked before
-//! hyper reads them. `check` and `Chunks` are PURE; `Strict` follows where each request begins, and replaces the head of one
-//! that is refused by a head of its own, which the proxy answers with the reason. It copies no body.
+//! hyper ignores a `Content-Length` beside a `Transfer-Encoding` and hides it from the service, so this module checks
+//! request headers before hyper reads them. `check` and `ChunkScanner` are pure. `StrictStream` follows where each
+//! request begins. It replaces a refused header by its own one, which the proxy answers with the reason. It copies no
+//! body.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -13,42 +15,42 @@ use bytes::{Buf, Bytes};
 use memchr::memchr_iter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Longest head that is waited for.
+/// Maximum size of a request header.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
-/// Most headers, as hyper has it.
+/// Maximum number of headers, the same as hyper's.
 const MAX_HEADERS: usize = 100;
 
-/// A head of up to so many bytes is parsed with every read, so that what is no HTTP is refused at once; a longer one only
-/// where it may have ended.
+/// A header of up to this many bytes is parsed on every read, so that a client without HTTP is refused at once. A
+/// longer one is parsed only where it could have ended.
 const EAGER_BYTES: usize = 1 << 10;
 
-/// Largest number of bytes in a body or a chunk; the same as nginx's.
+/// Maximum number of bytes in a body or a chunk, the same as nginx's.
 const MAX_LENGTH: u64 = i64::MAX.unsigned_abs();
 
-/// The header of a head that stands for a refused one. A client that sends it is refused as well.
+/// The header that marks a replaced request. A client that sends it is refused as well.
 const REFUSED: &str = "x-xpyd-refused";
 
-/// Why a head is refused.
+/// Why a request header is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// Two lengths, or a length beside chunks.
+pub(crate) enum HeadRefusal {
+    /// Two lengths, or a length together with chunks.
     Framing,
     /// A transfer coding other than `chunked`.
     Coding,
-    /// No host, two, or one that is none.
+    /// No host, two hosts, or an invalid host.
     Host,
     /// An expectation other than `100-continue`.
     Expectation,
     /// Not HTTP/1.0 or HTTP/1.1.
     Version,
-    /// A request line that does not end.
+    /// The request line exceeds the size limit.
     Line,
-    /// A head that does not end.
+    /// The request header exceeds the size limit.
     Head,
 }
 
-impl Refusal {
+impl HeadRefusal {
     const ALL: [Self; 7] = [
         Self::Framing,
         Self::Coding,
@@ -59,7 +61,7 @@ impl Refusal {
         Self::Head,
     ];
 
-    /// The refusal that a request stands for.
+    /// The refusal that a replaced request carries.
     pub(crate) fn of(headers: &HeaderMap) -> Option<Self> {
         let code = headers.get(REFUSED)?.as_bytes();
         Self::ALL.into_iter().find(|refusal| refusal.code().as_bytes() == code)
@@ -76,7 +78,7 @@ impl Refusal {
         }
     }
 
-    /// Stable: clients may match on it.
+    /// The error code. It is stable, because clients can match on it.
     pub(crate) fn code(self) -> &'static str {
         match self {
             Self::Framing => "ambiguous_length",
@@ -94,16 +96,16 @@ impl Refusal {
             Self::Framing => {
                 "the length of the request's body is ambiguous: send one `Content-Length`, or one `Transfer-Encoding: chunked`"
             }
-            Self::Coding => "the only transfer coding that xpyd reads is `chunked`",
-            Self::Host => "a request needs one `Host` header with a host",
-            Self::Expectation => "the only expectation that xpyd meets is `100-continue`",
+            Self::Coding => "the only supported transfer coding is `chunked`",
+            Self::Host => "a request must have one `Host` header that names a host",
+            Self::Expectation => "the only supported expectation is `100-continue`",
             Self::Version => "xpyd speaks HTTP/1.1 and HTTP/1.0",
-            Self::Line => "the request line is longer than 64 KiB",
-            Self::Head => "the request's head is longer than 64 KiB",
+            Self::Line => "the request line exceeds 64 KiB",
+            Self::Head => "the request header exceeds 64 KiB",
         }
     }
 
-    /// A head that hyper reads in place of the refused one.
+    /// The header that replaces the refused one.
     fn head(self) -> Bytes {
         format!(
             "GET / HTTP/1.1\r\nconnection: close\r\n{REFUSED}: {}\r\n\r\n",
@@ -113,74 +115,74 @@ impl Refusal {
     }
 }
 
-/// What bytes that begin with a head are.
+/// What the bytes at the beginning of a request are.
 #[derive(Debug, PartialEq, Eq)]
-enum Checked {
-    /// A head of so many bytes, and how its body is framed.
+enum HeadCheck {
+    /// A whole header: its length, and how the body is framed.
     Head(usize, Framing),
-    /// The beginning of a head.
+    /// The beginning of a header.
     Partial,
-    Refused(Refusal),
-    /// Something that hyper refuses.
+    Refused(HeadRefusal),
+    /// Bytes that hyper refuses itself.
     Malformed,
 }
 
-/// What follows a head.
+/// The framing of the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Framing {
     Length(u64),
     Chunked,
 }
 
-fn check(bytes: &[u8]) -> Checked {
+fn check(bytes: &[u8]) -> HeadCheck {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     match request.parse(bytes) {
-        Ok(httparse::Status::Complete(length)) => judge(&request, length),
-        Ok(httparse::Status::Partial) => Checked::Partial,
-        Err(httparse::Error::Version) => Checked::Refused(Refusal::Version),
-        Err(_) => Checked::Malformed,
+        Ok(httparse::Status::Complete(length)) => check_request(&request, length),
+        Ok(httparse::Status::Partial) => HeadCheck::Partial,
+        Err(httparse::Error::Version) => HeadCheck::Refused(HeadRefusal::Version),
+        Err(_) => HeadCheck::Malformed,
     }
 }
 
-fn judge(request: &httparse::Request<'_, '_>, length: usize) -> Checked {
+fn check_request(request: &httparse::Request<'_, '_>, length: usize) -> HeadCheck {
     let (mut host, mut coding, mut body) = (None, None, None);
     for header in request.headers.iter() {
         let is = |name: &str| header.name.eq_ignore_ascii_case(name);
         let (slot, refusal) = if is("host") {
-            (&mut host, Refusal::Host)
+            (&mut host, HeadRefusal::Host)
         } else if is("transfer-encoding") {
-            (&mut coding, Refusal::Framing)
+            (&mut coding, HeadRefusal::Framing)
         } else if is("content-length") {
-            (&mut body, Refusal::Framing)
+            (&mut body, HeadRefusal::Framing)
         } else {
             if is("expect") && !header.value.eq_ignore_ascii_case(b"100-continue") {
-                return Checked::Refused(Refusal::Expectation);
+                return HeadCheck::Refused(HeadRefusal::Expectation);
             }
             continue;
         };
         if slot.replace(header.value).is_some() {
-            return Checked::Refused(refusal);
+            return HeadCheck::Refused(refusal);
         }
     }
     let is_old = request.version == Some(0);
     if !host.map_or(is_old, is_host) {
-        return Checked::Refused(Refusal::Host);
+        return HeadCheck::Refused(HeadRefusal::Host);
     }
     match (coding, body) {
-        (Some(_), Some(_)) => Checked::Refused(Refusal::Framing),
-        // HTTP/1.0 knows no transfer codings.
-        (Some(_), None) if is_old => Checked::Malformed,
-        (Some(coding), None) if coding.eq_ignore_ascii_case(b"chunked") => Checked::Head(length, Framing::Chunked),
-        (Some(_), None) => Checked::Refused(Refusal::Coding),
-        (None, Some(digits)) => number(digits).map_or(Checked::Refused(Refusal::Framing), |bytes| {
-            Checked::Head(length, Framing::Length(bytes))
+        (Some(_), Some(_)) => HeadCheck::Refused(HeadRefusal::Framing),
+        // HTTP/1.0 has no transfer codings.
+        (Some(_), None) if is_old => HeadCheck::Malformed,
+        (Some(coding), None) if coding.eq_ignore_ascii_case(b"chunked") => HeadCheck::Head(length, Framing::Chunked),
+        (Some(_), None) => HeadCheck::Refused(HeadRefusal::Coding),
+        (None, Some(digits)) => number(digits).map_or(HeadCheck::Refused(HeadRefusal::Framing), |bytes| {
+            HeadCheck::Head(length, Framing::Length(bytes))
         }),
-        (None, None) => Checked::Head(length, Framing::Length(0)),
+        (None, None) => HeadCheck::Head(length, Framing::Length(0)),
     }
 }
 
-/// Whether a value names a host, and no user with it.
+/// Whether a value names a host without a user.
 fn is_host(value: &[u8]) -> bool {
     let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(byte);
     !value.is_empty() && value.iter().all(is_allowed)
@@ -192,70 +194,70 @@ fn number(digits: &[u8]) -> Option<u64> {
     (number <= MAX_LENGTH).then_some(number)
 }
 
-/// The part of a chunked body that comes next.
+/// The next part of a chunked body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    /// A chunk's size, and whether a digit of it has come.
+enum ChunkPart {
+    /// A chunk's size, and whether it has a digit yet.
     Size(u64, bool),
     Extension(u64),
     SizeEnd(u64),
     Data(u64),
     DataReturn,
     DataEnd,
-    /// The beginning of a trailer, or of the end.
+    /// The beginning of a trailer, or of the final line.
     TrailerStart,
     Trailer,
     TrailerEnd,
     End,
 }
 
-/// Where a chunked body is, and where it ends. Lines end in CR LF and in nothing else.
+/// Scans a chunked body for its end. Lines must end in CR LF.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Chunks(Part);
+struct ChunkScanner(ChunkPart);
 
-/// What was found in bytes of a chunked body.
+/// The result of scanning bytes of a chunked body.
 #[derive(Debug, PartialEq, Eq)]
-enum Scanned {
-    /// The body goes on after them.
+enum ChunkScan {
+    /// The body continues after the bytes.
     More,
-    /// The body ends after so many bytes.
+    /// The body ends after this many bytes.
     Ended(usize),
-    /// So many bytes are well-formed, and the next one is not.
+    /// This many bytes are well-formed, and the next byte is not.
     Malformed(usize),
 }
 
-impl Chunks {
+impl ChunkScanner {
     const fn new() -> Self {
-        Self(Part::Size(0, false))
+        Self(ChunkPart::Size(0, false))
     }
 
-    fn scan(&mut self, bytes: &[u8]) -> Scanned {
+    fn scan(&mut self, bytes: &[u8]) -> ChunkScan {
         let mut at = 0;
         while let Some(byte) = bytes.get(at).copied() {
-            if let Part::Data(left) = &mut self.0 {
+            if let ChunkPart::Data(left) = &mut self.0 {
                 let taken = (bytes.len() - at).min(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= taken as u64;
                 at += taken;
                 if *left == 0 {
-                    self.0 = Part::DataReturn;
+                    self.0 = ChunkPart::DataReturn;
                 }
                 continue;
             }
-            if (self.0, byte) == (Part::End, b'\n') {
-                return Scanned::Ended(at + 1);
+            if (self.0, byte) == (ChunkPart::End, b'\n') {
+                return ChunkScan::Ended(at + 1);
             }
             let Some(next) = self.0.after(byte) else {
-                return Scanned::Malformed(at);
+                return ChunkScan::Malformed(at);
             };
             self.0 = next;
             at += 1;
         }
-        Scanned::More
+        ChunkScan::More
     }
 }
 
-impl Part {
-    /// The part that follows a byte of a line, unless the byte does not belong there.
+impl ChunkPart {
+    /// The part that follows a byte of a line. `None` if the byte is not allowed there.
     fn after(self, byte: u8) -> Option<Self> {
         Some(match (self, byte) {
             (Self::Size(size, true), b'\r') => Self::SizeEnd(size),
@@ -279,107 +281,114 @@ impl Part {
     }
 }
 
-/// What a connection's next bytes are.
+/// What the next bytes of a connection are.
 #[derive(Debug)]
-enum State {
-    /// A head, of which so many bytes were searched for its end.
+enum StreamState {
+    /// A request header. The number of bytes already searched for its end.
     Head(usize),
     Body(u64),
-    Chunked(Chunks),
-    /// Something that hyper ends the connection for.
+    Chunked(ChunkScanner),
+    /// Bytes for which hyper ends the connection.
     Malformed,
-    /// Nothing that is read: a head was refused.
+    /// Bytes that are not read, because the header before them was refused.
     Refused,
-    /// A chunked body has broken its framing.
+    /// A chunked body that has broken its framing.
     Broken,
 }
 
 /// A client's connection whose requests hyper can trust.
 #[derive(Debug)]
-pub(crate) struct Strict<Stream> {
+pub(crate) struct StrictStream<Stream> {
     stream: Stream,
-    state: State,
-    /// The beginning of a head that is not whole yet.
+    state: StreamState,
+    /// The beginning of an incomplete request header.
     held: Vec<u8>,
-    /// What hyper gets before anything else is read.
+    /// Bytes that hyper gets before anything else is read.
     next: Bytes,
 }
 
-impl<Stream> Strict<Stream> {
+impl<Stream> StrictStream<Stream> {
     pub(crate) fn new(stream: Stream) -> Self {
         Self {
             stream,
-            state: State::Head(0),
+            state: StreamState::Head(0),
             held: Vec::new(),
             next: Bytes::new(),
         }
     }
 
-    /// How many of these bytes hyper may have now, and the refusal of the head after them. Others are to be held.
-    fn scan(&mut self, bytes: &[u8]) -> (usize, Option<Refusal>) {
+    /// How many of these bytes hyper can have now, and the refusal of the header after them. The rest must be held
+    /// back.
+    fn scan(&mut self, bytes: &[u8]) -> (usize, Option<HeadRefusal>) {
         let mut at = 0;
         while at < bytes.len() {
             let rest = &bytes[at..];
             match &mut self.state {
-                State::Body(left) => {
+                StreamState::Body(left) => {
                     let taken = rest.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
                     *left -= taken as u64;
                     at += taken;
                     if *left == 0 {
-                        self.state = State::Head(0);
+                        self.state = StreamState::Head(0);
                     }
                 }
-                State::Chunked(chunks) => match chunks.scan(rest) {
-                    Scanned::More => at = bytes.len(),
-                    Scanned::Ended(length) => {
+                StreamState::Chunked(chunks) => match chunks.scan(rest) {
+                    ChunkScan::More => at = bytes.len(),
+                    ChunkScan::Ended(length) => {
                         at += length;
-                        self.state = State::Head(0);
+                        self.state = StreamState::Head(0);
                     }
-                    Scanned::Malformed(length) => {
-                        self.state = State::Broken;
+                    ChunkScan::Malformed(length) => {
+                        self.state = StreamState::Broken;
                         return (at + length, None);
                     }
                 },
-                // Empty lines before a head have no meaning.
-                State::Head(0) if matches!(rest[0], b'\r' | b'\n') => at += 1,
-                State::Head(searched) => {
+                // Empty lines before a request have no meaning.
+                StreamState::Head(0) if matches!(rest[0], b'\r' | b'\n') => at += 1,
+                StreamState::Head(searched) => {
                     let may_have_ended = rest.len() <= EAGER_BYTES || may_end(rest, *searched);
                     *searched = rest.len();
-                    let checked = if may_have_ended { check(rest) } else { Checked::Partial };
+                    let checked = if may_have_ended {
+                        check(rest)
+                    } else {
+                        HeadCheck::Partial
+                    };
                     match checked {
-                        Checked::Head(length, _) if length > MAX_HEAD_BYTES => return self.refuse(at, too_long(rest)),
-                        Checked::Head(length, framing) => {
+                        HeadCheck::Head(length, _) if length > MAX_HEAD_BYTES => {
+                            return self.refuse(at, too_long(rest));
+                        }
+                        HeadCheck::Head(length, framing) => {
                             at += length;
                             self.state = match framing {
-                                Framing::Length(0) => State::Head(0),
-                                Framing::Length(bytes) => State::Body(bytes),
-                                Framing::Chunked => State::Chunked(Chunks::new()),
+                                Framing::Length(0) => StreamState::Head(0),
+                                Framing::Length(bytes) => StreamState::Body(bytes),
+                                Framing::Chunked => StreamState::Chunked(ChunkScanner::new()),
                             };
                         }
-                        Checked::Partial if rest.len() < MAX_HEAD_BYTES => return (at, None),
-                        Checked::Partial => return self.refuse(at, too_long(rest)),
-                        Checked::Refused(refusal) => return self.refuse(at, refusal),
-                        Checked::Malformed => self.state = State::Malformed,
+                        HeadCheck::Partial if rest.len() < MAX_HEAD_BYTES => return (at, None),
+                        HeadCheck::Partial => return self.refuse(at, too_long(rest)),
+                        HeadCheck::Refused(refusal) => return self.refuse(at, refusal),
+                        HeadCheck::Malformed => self.state = StreamState::Malformed,
                     }
                 }
-                State::Malformed => at = bytes.len(),
-                State::Refused | State::Broken => return (at, None),
+                StreamState::Malformed => at = bytes.len(),
+                StreamState::Refused | StreamState::Broken => return (at, None),
             }
         }
         (at, None)
     }
 
-    fn refuse(&mut self, at: usize, refusal: Refusal) -> (usize, Option<Refusal>) {
-        self.state = State::Refused;
+    fn refuse(&mut self, at: usize, refusal: HeadRefusal) -> (usize, Option<HeadRefusal>) {
+        self.state = StreamState::Refused;
         (at, Some(refusal))
     }
 
-    /// Takes in what was read: how much of it hyper may have at once.
-    fn take_in(&mut self, read: &[u8]) -> usize {
+    /// Processes bytes that were read. Returns how many of them hyper can have at once.
+    fn accept(&mut self, read: &[u8]) -> usize {
         if self.held.is_empty() {
             let (passed, refusal) = self.scan(read);
-            self.next = refusal.map(Refusal::head).unwrap_or_default();
-            if matches!(self.state, State::Head(_)) {
+            self.next = refusal.map(HeadRefusal::head).unwrap_or_default();
+            if matches!(self.state, StreamState::Head(_)) {
                 self.held.extend_from_slice(&read[passed..]);
             }
             return passed;
@@ -387,7 +396,7 @@ impl<Stream> Strict<Stream> {
         let mut held = std::mem::take(&mut self.held);
         held.extend_from_slice(read);
         let (passed, refusal) = self.scan(&held);
-        if matches!(self.state, State::Head(_)) {
+        if matches!(self.state, StreamState::Head(_)) {
             self.held = held.split_off(passed);
         }
         held.truncate(passed);
@@ -397,15 +406,15 @@ impl<Stream> Strict<Stream> {
     }
 }
 
-fn too_long(head: &[u8]) -> Refusal {
+fn too_long(head: &[u8]) -> HeadRefusal {
     if head.contains(&b'\n') {
-        Refusal::Head
+        HeadRefusal::Head
     } else {
-        Refusal::Line
+        HeadRefusal::Line
     }
 }
 
-/// Whether a head may end after the bytes that were searched before: it ends in an empty line.
+/// Whether a header can end after the bytes that were searched before: it ends with an empty line.
 fn may_end(head: &[u8], searched: usize) -> bool {
     let from = searched.saturating_sub(3);
     memchr_iter(b'\n', &head[from..]).any(|at| {
@@ -414,7 +423,7 @@ fn may_end(head: &[u8], searched: usize) -> bool {
     })
 }
 
-impl<Stream: AsyncRead + Unpin> AsyncRead for Strict<Stream> {
+impl<Stream: AsyncRead + Unpin> AsyncRead for StrictStream<Stream> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -429,10 +438,11 @@ impl<Stream: AsyncRead + Unpin> AsyncRead for Strict<Stream> {
                 return Poll::Ready(Ok(()));
             }
             match this.state {
-                // hyper closes the connection after its answer. An end of the stream would keep it from sending that.
-                State::Refused => return Poll::Pending,
-                State::Broken => {
-                    let error = io::Error::new(io::ErrorKind::InvalidData, "a chunk breaks the chunked coding");
+                // hyper closes the connection after its answer. At the end of the stream it would not send the
+                // answer.
+                StreamState::Refused => return Poll::Pending,
+                StreamState::Broken => {
+                    let error = io::Error::new(io::ErrorKind::InvalidData, "invalid chunked coding");
                     return Poll::Ready(Err(error));
                 }
                 _ => {}
@@ -444,10 +454,10 @@ impl<Stream: AsyncRead + Unpin> AsyncRead for Strict<Stream> {
                     return Poll::Ready(Ok(()));
                 }
                 this.next = std::mem::take(&mut this.held).into();
-                this.state = State::Malformed;
+                this.state = StreamState::Malformed;
                 continue;
             }
-            let passed = this.take_in(&buffer.filled()[before..]);
+            let passed = this.accept(&buffer.filled()[before..]);
             buffer.set_filled(before + passed);
             if passed > 0 {
                 return Poll::Ready(Ok(()));
@@ -456,7 +466,7 @@ impl<Stream: AsyncRead + Unpin> AsyncRead for Strict<Stream> {
     }
 }
 
-impl<Stream: AsyncWrite + Unpin> AsyncWrite for Strict<Stream> {
+impl<Stream: AsyncWrite + Unpin> AsyncWrite for StrictStream<Stream> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }

@@ -1,6 +1,6 @@
-//! TLS towards clients: the certificate and the key that a proxy shows, read and checked before it serves.
+//! TLS towards clients: the certificate and the key of a proxy, read and checked before it serves.
 //!
-//! Knows files and TLS; knows no connection, and nothing of what is said over one. The key is never printed.
+//! This module knows files and TLS, but no connection. The key is never printed.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -14,20 +14,20 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use tokio_rustls::rustls::{self, ServerConfig, crypto::ring};
 use webpki::{EndEntityCert, KeyUsage};
 
-/// Why a certificate and a key cannot be used. Every variant names the field and the file.
+/// Why a certificate or a key cannot be used. Every variant names the field and the file.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file that cannot be read, or in which there is not what there should be.
+    /// A file that cannot be read, or that lacks the certificate or key.
     #[error("`{field}`: cannot use `{}`", path.display())]
     File {
         /// `tls_cert` or `tls_key`.
         field: &'static str,
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What the reading said.
+        /// The error of the PEM reader.
         source: pem::Error,
     },
-    /// The key of another certificate.
+    /// The key belongs to another certificate.
     #[error("`tls_key`: `{}` is not the key of the certificate in `{}`", key.display(), cert.display())]
     OtherKey {
         /// The file of the certificate.
@@ -35,27 +35,27 @@ pub enum TlsError {
         /// The file of the key.
         key: PathBuf,
     },
-    /// Something in PEM that is no certificate or key that TLS can work with.
+    /// A certificate or key in PEM that TLS cannot use.
     #[error("`tls_cert` and `tls_key`: cannot use `{}` with `{}`", cert.display(), key.display())]
     Unusable {
         /// The file of the certificate.
         cert: PathBuf,
         /// The file of the key.
         key: PathBuf,
-        /// What TLS said.
+        /// The error of the TLS library.
         source: rustls::Error,
     },
 }
 
-/// What clients are shown. Clones are the same.
+/// The certificate and key of the proxy. Clones are the same.
 #[derive(Clone)]
 pub struct Tls(Arc<ServerConfig>);
 
 impl Tls {
-    /// Reads a certificate, with those that vouch for it after it, and its key, both in PEM.
+    /// Reads a certificate with its chain, and its key, both in PEM.
     ///
     /// # Errors
-    /// When a file cannot be read or does not hold what it should, or the key is another certificate's.
+    /// When a file cannot be read or lacks its content, or the key belongs to another certificate.
     pub fn open(cert: &Path, key: &Path) -> Result<Self, TlsError> {
         let file = |field, path: &Path| {
             let path = path.to_owned();
@@ -77,17 +77,17 @@ impl Tls {
         Ok(Self(Arc::new(config)))
     }
 
-    /// What shakes hands with a client.
+    /// Performs the handshake with a client.
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(Arc::clone(&self.0))
     }
 }
 
-/// From when to when the first certificate in a file is valid, in seconds since 1970. `None` where that cannot be read.
+/// The validity of the first certificate in a file, in seconds since 1970. `None` if it cannot be read.
 pub fn validity(cert: &Path) -> Option<RangeInclusive<u64>> {
     let certificates = certificates(cert).ok()?;
     let certificate = EndEntityCert::try_from(certificates.first()?).ok()?;
-    // The dates are told only by the error of a verification outside of them, which comes before any other.
+    // Only the error of a verification outside the dates reveals them, and it comes before any other error.
     let verify = |seconds| {
         let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
         let verified = certificate.verify_for_usage(&[], &[], &[], time, KeyUsage::server_auth(), None, None);

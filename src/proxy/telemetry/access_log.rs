@@ -1,6 +1,7 @@
-//! The access log: a JSON line for every request, written by a thread of its own so that no request waits for a disk.
+//! The access log: a JSON line for every request. A thread of its own writes it, so that no request waits for a disk.
 //!
-//! Knows lines and a file: not what a line says. Lines for which there is no place are dropped and counted.
+//! This module knows lines and a file, not the content of a line. Lines that do not fit into the queue are dropped
+//! and counted.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -14,29 +15,30 @@ use fs_err::os::unix::fs::OpenOptionsExt as _;
 use nix::fcntl::OFlag;
 use prometheus_client::metrics::counter::Counter;
 
-/// Lines that may wait for the disk. At half a kilobyte each, they take a few megabytes at most.
+/// Maximum lines in the queue. At half a kilobyte each, they take a few megabytes.
 const MAX_WAITING: usize = 8192;
 
-/// Bytes that are written at once.
+/// Maximum bytes of one write.
 const BATCH_BYTES: usize = 64 << 10;
 
-/// An open access log. Clones are the same log; the last one to be dropped waits until everything is written.
+/// An open access log. Clones are the same log. Dropping the last one waits until everything is written.
 #[derive(Debug, Clone)]
-pub struct AccessLog(Arc<Open>);
+pub struct AccessLog(Arc<OpenLog>);
 
 #[derive(Debug)]
-struct Open {
-    /// `None` only while it is dropped.
+struct OpenLog {
+    /// `None` only while the log is dropped.
     lines: Option<SyncSender<String>>,
     writer: Option<JoinHandle<()>>,
     dropped: Counter,
 }
 
 impl AccessLog {
-    /// Opens the log, and goes on where it ended. A file of more than `max_bytes` is renamed to `FILE.1`, and begun anew.
+    /// Opens the log and appends to it. A file of more than `max_bytes` is renamed to `FILE.1`, and a new one is
+    /// started.
     ///
     /// # Errors
-    /// When the file cannot be opened, or a thread not be started.
+    /// When the file cannot be opened, or the thread cannot start.
     pub fn open(path: &Path, max_bytes: u64) -> io::Result<Self> {
         let dropped = Counter::default();
         let log = LogFile {
@@ -49,28 +51,28 @@ impl AccessLog {
         let writer = std::thread::Builder::new()
             .name("access-log".to_owned())
             .spawn(move || write_all(log, &waiting, &uncounted))?;
-        Ok(Self(Arc::new(Open {
+        Ok(Self(Arc::new(OpenLog {
             lines: Some(lines),
             writer: Some(writer),
             dropped,
         })))
     }
 
-    /// Gives a line to the writer, without its end.
-    pub(crate) fn tell(&self, line: String) {
+    /// Queues a line, without its line end, for the writer.
+    pub(crate) fn write_line(&self, line: String) {
         let sent = self.0.lines.as_ref().map(|lines| lines.try_send(line));
         if !matches!(sent, Some(Ok(()))) {
             self.0.dropped.inc();
         }
     }
 
-    /// How many lines are missing.
+    /// The counter of dropped lines.
     pub(crate) fn dropped(&self) -> Counter {
         self.0.dropped.clone()
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenLog {
     fn drop(&mut self) {
         self.lines = None;
         if let Some(Err(_)) = self.writer.take().map(JoinHandle::join) {
@@ -79,7 +81,7 @@ impl Drop for Open {
     }
 }
 
-/// Writes lines until nobody is left to give any.
+/// Writes lines until all senders are dropped.
 fn write_all(mut log: LogFile, lines: &Receiver<String>, dropped: &Counter) {
     while let Ok(line) = lines.recv() {
         let mut batch = line + "\n";
@@ -93,12 +95,12 @@ fn write_all(mut log: LogFile, lines: &Receiver<String>, dropped: &Counter) {
         }
         if let Err(error) = log.write(batch.as_bytes()) {
             dropped.inc_by(count);
-            tracing::warn!(%error, "the access log cannot be written");
+            tracing::warn!(%error, "cannot write the access log");
         }
     }
 }
 
-/// The file, under its name.
+/// The log file and its path.
 #[derive(Debug)]
 struct LogFile {
     file: File,
@@ -112,7 +114,7 @@ impl LogFile {
         let named = std::fs::metadata(&self.path).ok();
         let is_moved = named.is_none_or(|named| (named.dev(), named.ino()) != (open.dev(), open.ino()));
         if is_moved {
-            // Somebody rotates it: the lines from now on belong into the new file.
+            // Another program has rotated the file: further lines belong into the new one.
             self.file = append_to(&self.path)?;
         } else if open.is_file() && open.len() > 0 && open.len() + batch.len() as u64 > self.max_bytes {
             let mut old = self.path.clone().into_os_string();
@@ -124,11 +126,12 @@ impl LogFile {
     }
 }
 
-/// Opens the file to append to it. A pipe without a reader is an error, because opening it would block until a reader comes.
+/// Opens the file for appending. A pipe without a reader is an error, because opening it would block until a reader
+/// comes.
 fn append_to(path: &Path) -> io::Result<File> {
     let is_pipe = fs_err::metadata(path).is_ok_and(|file| file.file_type().is_fifo());
     if is_pipe {
-        // Fails at once if there is no reader.
+        // Fails at once if no reader exists.
         drop(
             fs_err::OpenOptions::new()
                 .write(true)
@@ -144,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_log_follows_its_name_and_its_size_without_losing_a_line() {
+    fn a_rotated_log_loses_no_line() {
         let folder = tempfile::tempdir().expect("a folder");
         let [path, moved, old] = ["log", "moved", "log.1"].map(|name| folder.path().join(name));
         let mut log = LogFile {
@@ -168,12 +171,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_told_is_written_when_the_log_is_dropped_and_what_cannot_be_is_counted() {
+    fn a_dropped_log_has_written_or_counted_every_line() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("log");
         let log = AccessLog::open(&path, 1 << 20).expect("a log");
         for line in 0..1000 {
-            log.tell(line.to_string());
+            log.write_line(line.to_string());
         }
         let dropped = log.dropped();
         drop(log);
@@ -183,7 +186,7 @@ mod tests {
 
         // A disk that is always full.
         let log = AccessLog::open(Path::new("/dev/full"), 1 << 20).expect("a device");
-        log.tell("lost".into());
+        log.write_line("lost".into());
         let dropped = log.dropped();
         drop(log);
         assert_eq!(dropped.get(), 1);

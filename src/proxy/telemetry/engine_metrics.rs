@@ -1,7 +1,7 @@
-//! What engines say of themselves to anyone who asks the fleet: their metrics, merged with the proxy's own, and their version.
+//! The engines' metrics, merged with the proxy's own.
 //!
-//! The shell around `merge`. These routes are open to everyone, so all who ask at about the same time share one answer.
-//! An engine that does not answer is missing from the page, and counted.
+//! The shell around `merge`. The route is open to everyone, so all requests at about the same time share one answer.
+//! If an engine does not answer, its metrics are missing, and the proxy counts that.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,19 +10,19 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use http_body_util::{BodyExt, Limited};
 
-use super::merge::{Page, merge};
+use super::merge::{EnginePage, merge};
 use crate::fleet::{EngineState, EngineView};
 use crate::proxy::Shared;
 use crate::proxy::upstream::Call;
 
-/// How long an engine may take. Prometheus itself gives up after 10 s by default.
+/// How long an engine has to answer. Prometheus itself gives up after 10 s by default.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// The longest page of an engine. One of vLLM with every metric takes some 200 KiB.
+/// Maximum size of an engine's metrics. vLLM with every metric writes about 200 KiB.
 const MAX_PAGE_BYTES: usize = 8 << 20;
 
 impl Shared {
-    /// The proxy's own metrics and those of all engines that serve, in Prometheus' text format.
+    /// The proxy's own metrics and those of all serving engines, in Prometheus' text format.
     pub(crate) async fn merged_metrics(&self) -> Bytes {
         self.merged.get(self.merge_metrics()).await
     }
@@ -36,17 +36,17 @@ impl Shared {
             )
         };
         let pages = join_all(view.engines.iter().filter(serves).map(|engine| self.page(engine))).await;
-        let pages: Vec<Page> = pages.into_iter().flatten().collect();
+        let pages: Vec<EnginePage> = pages.into_iter().flatten().collect();
         merge(&self.metrics_text(false), &pages).into()
     }
 
-    async fn page(&self, engine: &EngineView) -> Option<Page> {
+    async fn page(&self, engine: &EngineView) -> Option<EnginePage> {
         let Ok(Some(text)) = tokio::time::timeout(DEADLINE, self.scrape(engine)).await else {
-            tracing::debug!(engine = %engine.id, "its metrics did not come");
-            self.metrics.unread(engine);
+            tracing::debug!(engine = %engine.id, "the engine's metrics did not arrive");
+            self.metrics.count_unread_page(engine);
             return None;
         };
-        Some(Page {
+        Some(EnginePage {
             engine: engine.id.to_string(),
             role: engine.role.to_string(),
             text,

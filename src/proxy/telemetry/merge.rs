@@ -1,7 +1,7 @@
-//! Pages of metrics made one: the proxy's own, and those of its engines with a label that says whose each sample is.
+//! Merges the proxy's own metrics with those of its engines, whose samples get a label with their engine.
 //!
-//! Pure, and knows Prometheus' text format (version 0.0.4) and `OpenMetrics`: engines write either, and the merged page is in the
-//! first. Nothing that an engine writes can break the page: what is no sample is left out.
+//! Pure. Knows Prometheus' text format (version 0.0.4) and `OpenMetrics`: engines write either, and the merged page
+//! is in the former. An engine cannot break the page: anything but a sample is left out.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -10,27 +10,27 @@ use crate::samples::{Sample, as_text_format, is_name, labels};
 
 /// The metrics of one engine.
 #[derive(Debug, Clone)]
-pub(crate) struct Page {
+pub(crate) struct EnginePage {
     pub(crate) engine: String,
     pub(crate) role: String,
     pub(crate) text: String,
 }
 
-/// A metric: what is said of it, and its samples.
+/// A metric: its help, its type and its samples.
 #[derive(Debug, Default)]
-struct Family<'page> {
+struct MetricFamily<'page> {
     help: Option<&'page str>,
     kind: Option<&'page str>,
     samples: String,
 }
 
-/// The proxy's own page, in `OpenMetrics`, and those of its engines as one in the text format 0.0.4. Samples of engines are
-/// labelled `engine` and `role`; where they had such labels, those are called `exported_…`, as Prometheus does it.
-pub(crate) fn merge(own: &str, pages: &[Page]) -> String {
+/// The proxy's own page, in `OpenMetrics`, and those of its engines as one page in the text format 0.0.4. Samples of
+/// engines get the labels `engine` and `role`; their own labels of these names become `exported_…`, as in Prometheus.
+pub(crate) fn merge(own: &str, pages: &[EnginePage]) -> String {
     let mut merged = as_text_format(own).into_owned();
     let texts: Vec<Cow<'_, str>> = pages.iter().map(|page| as_text_format(&page.text)).collect();
     let mut order: Vec<&str> = Vec::new();
-    let mut families: BTreeMap<&str, Family<'_>> = BTreeMap::new();
+    let mut families: BTreeMap<&str, MetricFamily<'_>> = BTreeMap::new();
     for (page, text) in pages.iter().zip(&texts) {
         let mut current = "";
         for line in text.lines() {
@@ -49,7 +49,7 @@ pub(crate) fn merge(own: &str, pages: &[Page]) -> String {
             current = name;
             let family = families.entry(name).or_insert_with(|| {
                 order.push(name);
-                Family::default()
+                MetricFamily::default()
             });
             match said {
                 Some(("HELP", _, text)) => family.help = family.help.or(Some(text)),
@@ -61,7 +61,7 @@ pub(crate) fn merge(own: &str, pages: &[Page]) -> String {
         }
     }
     for name in order {
-        let Family { help, kind, samples } = &families[name];
+        let MetricFamily { help, kind, samples } = &families[name];
         if samples.is_empty() {
             continue;
         }
@@ -75,13 +75,13 @@ pub(crate) fn merge(own: &str, pages: &[Page]) -> String {
     merged
 }
 
-/// Whether it is one of the samples of a metric of this name.
+/// Whether the sample belongs to the metric of this name.
 fn belongs_to(sample: &Sample<'_>, family: &str) -> bool {
     let suffix = (!family.is_empty()).then(|| sample.name.strip_prefix(family)).flatten();
     matches!(suffix, Some("" | "_bucket" | "_sum" | "_count" | "_total"))
 }
 
-fn write(sample: &Sample<'_>, page: &Page, text: &mut String) {
+fn write(sample: &Sample<'_>, page: &EnginePage, text: &mut String) {
     text.extend([sample.name, "{engine=\"", &page.engine, "\",role=\"", &page.role, "\""]);
     for label in labels(sample.labels) {
         let is_ours = ["engine=", "role="].iter().any(|ours| label.starts_with(ours));
@@ -96,8 +96,8 @@ mod tests {
 
     use super::*;
 
-    fn page(engine: &str, role: &str, text: &str) -> Page {
-        Page {
+    fn page(engine: &str, role: &str, text: &str) -> EnginePage {
+        EnginePage {
             engine: engine.into(),
             role: role.into(),
             text: text.into(),
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_of_all_engines_stand_under_one_heading_with_their_engine() {
+    fn samples_of_all_engines_share_one_heading() {
         let text = |value: u8| {
             format!(
                 "# HELP vllm:prompt_tokens_total Number of prefill tokens processed.\n\
@@ -158,7 +158,7 @@ vllm:e2e_count{engine="decoder1",role="decode"} 2.0
     }
 
     #[test]
-    fn what_is_no_sample_is_left_out() {
+    fn non_samples_are_left_out() {
         for junk in [
             "",
             "<html>",
@@ -176,7 +176,7 @@ vllm:e2e_count{engine="decoder1",role="decode"} 2.0
             let merged = merge("", &[page("d", "decode", junk)]);
             assert_eq!(merged, "", "{junk}");
         }
-        // A label that is none is left out, and its sample stays.
+        // An invalid label is left out; its sample stays.
         assert_eq!(
             merge("", &[page("d", "decode", "m{a=1,b=\"2\"} 3")]),
             "m{engine=\"d\",role=\"decode\",b=\"2\"} 3\n"
@@ -217,7 +217,7 @@ x{engine="p",role="prefill"} 1
 
     proptest! {
         #[test]
-        fn a_page_of_samples_is_merged_whatever_an_engine_writes(text in "([a-z_{}\"\\\\=,# \n0-9.]|# TYPE |m 1\n){0,60}") {
+        fn any_engine_text_merges_into_valid_samples(text in "([a-z_{}\"\\\\=,# \n0-9.]|# TYPE |m 1\n){0,60}") {
             let merged = merge("xpyd_open 0\n", &[page("d", "decode", &text)]);
             for line in merged.lines().skip(1).filter(|line| !line.starts_with("# ")) {
                 let sample = Sample::read(line).expect("a sample");

@@ -74,23 +74,23 @@ impl EngineLabels {
 
 /// How a request's hand-off ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// The decode engine answered, and its usage shows that the KV came.
+pub(crate) enum HandoffOutcome {
+    /// The decode engine answered, and its usage shows that the KV arrived.
     Transferred,
-    /// The decode engine was sent the hand-off and answered. Whether it used the KV is not known.
+    /// The decode engine got the hand-off and answered. Whether it used the KV is not known.
     #[default]
     Sent,
-    /// The decode engine's usage shows that it computed the prompt, or most of it.
+    /// The decode engine's usage shows that it computed most or all of the prompt.
     Recomputed,
-    /// A decode engine answered alone, because no hand-off can do what the request asks for, or none is worth it.
+    /// A decode engine answered alone, because a hand-off cannot serve the request or is not worth it.
     Bypassed,
-    /// A leg failed. A retry counts on its own.
+    /// A leg failed. A retry has its own outcome.
     Failed,
-    /// The decode engine refused the request.
+    /// An engine refused the request.
     Refused,
 }
 
-impl Outcome {
+impl HandoffOutcome {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Transferred => "transferred",
@@ -103,21 +103,21 @@ impl Outcome {
     }
 }
 
-/// A timed part of a request.
+/// A timed stage of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Timed {
-    /// The wait for a decode engine that has room, where there was one.
+pub(crate) enum TimedStage {
+    /// The wait for a decode engine with room, if the request had to wait.
     Queue,
     /// The prefill leg.
     Prefill,
-    /// From the prefill's answer until the KV has arrived, where the connector says when.
+    /// From the prefill engine's answer until the KV has arrived, if the connector reports that.
     Handoff,
     /// From sending the decode leg to its first event or whole answer.
     DecodeFirstByte,
 }
 
-impl Timed {
-    /// How many there are.
+impl TimedStage {
+    /// The number of variants.
     pub(crate) const COUNT: usize = 4;
 
     pub(crate) fn as_str(self) -> &'static str {
@@ -130,9 +130,9 @@ impl Timed {
     }
 }
 
-/// How a request ended, as its client saw it.
+/// How a request ended for its client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ending {
+pub(crate) enum ClientOutcome {
     /// With a whole answer.
     Answered,
     /// With an answer of 4xx.
@@ -141,11 +141,11 @@ pub(crate) enum Ending {
     Failed,
     /// With an error event, after part of the answer.
     Broken,
-    /// The client did not wait for the end.
+    /// The client left before the end.
     Left,
 }
 
-impl Ending {
+impl ClientOutcome {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Answered => "answered",
@@ -157,9 +157,9 @@ impl Ending {
     }
 }
 
-/// The metrics of the requests of one kind of asker: clients, or xpyd's own canaries.
+/// The metrics of one source of requests: clients, or xpyd's own canaries.
 #[derive(Debug)]
-pub(crate) struct Traffic {
+pub(crate) struct TrafficMetrics {
     handoffs: Family<OutcomeLabels, Counter>,
     stages: Family<StageLabels, Histogram>,
     first_token: Histogram,
@@ -169,7 +169,7 @@ pub(crate) struct Traffic {
     retries: Counter,
 }
 
-impl Traffic {
+impl TrafficMetrics {
     fn new(registry: &mut Registry) -> Self {
         let traffic = Self {
             handoffs: Family::default(),
@@ -209,37 +209,37 @@ impl Traffic {
         traffic
     }
 
-    pub(crate) fn handed(&self, outcome: Outcome) {
+    pub(crate) fn count_outcome(&self, outcome: HandoffOutcome) {
         let outcome = outcome.as_str();
         self.handoffs.get_or_create(&OutcomeLabels { outcome }).inc();
     }
 
-    pub(crate) fn took(&self, stage: Timed, time: Duration) {
+    pub(crate) fn observe_stage(&self, stage: TimedStage, time: Duration) {
         let stage = stage.as_str();
         self.stages
             .get_or_create(&StageLabels { stage })
             .observe(time.as_secs_f64());
     }
 
-    pub(crate) fn first_token_after(&self, time: Duration) {
+    pub(crate) fn observe_first_token(&self, time: Duration) {
         self.first_token.observe(time.as_secs_f64());
     }
 
-    pub(crate) fn gap(&self, time: Duration) {
+    pub(crate) fn observe_token_gap(&self, time: Duration) {
         self.between_reads.observe(time.as_secs_f64());
     }
 
-    pub(crate) fn ended(&self, ending: Ending, time: Duration) {
+    pub(crate) fn observe_end(&self, ending: ClientOutcome, time: Duration) {
         let outcome = ending.as_str();
         self.ended
             .get_or_create(&OutcomeLabels { outcome })
             .observe(time.as_secs_f64());
-        if ending == Ending::Answered {
+        if ending == ClientOutcome::Answered {
             self.answered.observe(time.as_secs_f64());
         }
     }
 
-    pub(crate) fn retried(&self) {
+    pub(crate) fn count_retry(&self) {
         self.retries.inc();
     }
 }
@@ -257,10 +257,10 @@ pub(crate) struct NotificationErrors {
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
-    /// What one vLLM would say in the fleet's place, under its names.
+    /// What a single vLLM would report in the fleet's place, under its names.
     as_vllm: Registry,
-    pub(crate) clients: Arc<Traffic>,
-    pub(crate) canaries: Arc<Traffic>,
+    pub(crate) clients: Arc<TrafficMetrics>,
+    pub(crate) canaries: Arc<TrafficMetrics>,
     pub(crate) overload: Overload,
     requests: Family<RequestLabels, Counter>,
     errors: Family<CodeLabels, Counter>,
@@ -282,8 +282,8 @@ pub(crate) struct Metrics {
 impl Metrics {
     pub(crate) fn new(settings: &Settings) -> Self {
         let mut registry = Registry::with_prefix("xpyd");
-        let clients = Arc::new(Traffic::new(&mut registry));
-        let canaries = Arc::new(Traffic::new(registry.sub_registry_with_prefix("canary")));
+        let clients = Arc::new(TrafficMetrics::new(&mut registry));
+        let canaries = Arc::new(TrafficMetrics::new(registry.sub_registry_with_prefix("canary")));
         let mut metrics = Self {
             as_vllm: Registry::default(),
             clients,
@@ -422,43 +422,43 @@ impl Metrics {
         );
     }
 
-    pub(crate) fn answered(&self, endpoint: &'static str, status: u16) {
+    pub(crate) fn count_answer(&self, endpoint: &'static str, status: u16) {
         self.requests.get_or_create(&RequestLabels { endpoint, status }).inc();
     }
 
-    /// A request was answered with an error of the proxy.
-    pub(crate) fn failed(&self, code: &'static str) {
+    /// Counts a request that the proxy answered with an error.
+    pub(crate) fn count_error(&self, code: &'static str) {
         self.errors.get_or_create(&CodeLabels { code }).inc();
     }
 
-    /// The bodies of all requests have so many bytes.
-    pub(crate) fn holds_bodies(&self, bytes: usize) {
+    /// Sets the bytes of all request bodies.
+    pub(crate) fn set_body_bytes(&self, bytes: usize) {
         self.body_bytes.set(to_gauge(bytes));
     }
 
-    /// The KV of a hand-off that ended early was freed, or could not be.
-    pub(crate) fn cleaned_up(&self, freed: bool) {
+    /// Counts a hand-off that ended early, and whether its KV was freed.
+    pub(crate) fn count_cleanup(&self, freed: bool) {
         let outcome = if freed { "freed" } else { "stranded" };
         self.cleanups.get_or_create(&OutcomeLabels { outcome }).inc();
     }
 
-    /// An answer began after the lease on its KV.
-    pub(crate) fn lease_over(&self) {
+    /// Counts an answer that began after the lease on its KV.
+    pub(crate) fn count_outlived_lease(&self) {
         self.leases_over.inc();
     }
 
-    /// An engine's metrics did not come.
-    pub(crate) fn unread(&self, engine: &EngineView) {
+    /// Counts an engine whose metrics did not arrive.
+    pub(crate) fn count_unread_page(&self, engine: &EngineView) {
         self.unread.get_or_create(&EngineLabels::of(engine)).inc();
     }
 
-    /// One hand-off more is open (`1`) or one less (`-1`).
-    pub(crate) fn open_handoffs(&self, change: i64) {
+    /// Changes the number of open hand-offs, by `1` or `-1`.
+    pub(crate) fn add_open_handoffs(&self, change: i64) {
         self.handoffs_open.inc_by(change);
     }
 
-    /// The metrics in `OpenMetrics`' text format, with what is only known at this moment. Where engines tell of themselves
-    /// under vLLM's names, the fleet must not do so, too.
+    /// The metrics in `OpenMetrics`' text format, with the values of this moment. If the engines' pages are merged
+    /// in, the fleet must not use vLLM's names as well.
     pub(crate) fn text(
         &self,
         view: &FleetView,
@@ -470,7 +470,7 @@ impl Metrics {
         self.in_flight.set(to_gauge(in_flight));
         self.queued.set(to_gauge(queued));
         self.running.set(to_gauge(in_flight.saturating_sub(queued)));
-        // Engines come and go with the view.
+        // The view decides which engines exist.
         for family in [&self.engine_in_flight, &self.expired_leases, &self.late_reads] {
             family.clear();
         }

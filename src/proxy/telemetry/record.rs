@@ -1,7 +1,7 @@
-//! The record of one request: what is learned of it on its way, for its answer's headers, the metrics, and the access log.
+//! The record of one request: everything that its answer's headers, the metrics, the access log and its trace report.
 //!
-//! Whoever works on a request notes what happens; the record is complete, and told, once the last of them has dropped it.
-//! It never holds a body, a prompt or a key.
+//! Every part of the proxy that works on a request holds the record. When the last of them drops it, the record is
+//! complete and is reported. It never holds a body, a prompt or a key.
 
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,74 +17,74 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::access_log::AccessLog;
-use super::metrics::{Ending, Outcome, Timed, Traffic};
+use super::metrics::{ClientOutcome, HandoffOutcome, TimedStage, TrafficMetrics};
 use super::traces::{self, Trace};
 use crate::fleet::{EngineId, EngineView, Role};
 use crate::proxy::Shared;
-use crate::proxy::error::Code;
+use crate::proxy::error::ErrorCode;
 use crate::proxy::hash::hash_of;
 use crate::proxy::upstream::REQUEST_ID;
 
-/// Longer ids of clients are ignored.
+/// Longer request ids of clients are ignored.
 const MAX_ID_BYTES: usize = 128;
 
-/// The stages that an answer tells of in `Server-Timing`, with their names there.
-const TOLD_STAGES: [(Timed, &str); 4] = [
-    (Timed::Queue, "queue"),
-    (Timed::Prefill, "prefill"),
-    (Timed::Handoff, "handoff"),
-    (Timed::DecodeFirstByte, "first-token"),
+/// The stages in `Server-Timing`, with their names there.
+const SERVER_TIMING_STAGES: [(TimedStage, &str); 4] = [
+    (TimedStage::Queue, "queue"),
+    (TimedStage::Prefill, "prefill"),
+    (TimedStage::Handoff, "handoff"),
+    (TimedStage::DecodeFirstByte, "first-token"),
 ];
 
-/// The route that an answer is counted under, as its extension.
+/// The route under which an answer is counted, as its extension.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Endpoint(pub(crate) &'static str);
+pub(crate) struct RouteLabel(pub(crate) &'static str);
 
 /// The record of one request.
 #[derive(Debug)]
 pub(crate) struct Record {
-    traffic: Arc<Traffic>,
+    traffic: Arc<TrafficMetrics>,
     log: Option<AccessLog>,
     trace: Option<Trace>,
     method: Method,
     arrived: Instant,
-    /// When it arrived, for people.
+    /// The wall-clock time of its arrival.
     at: SystemTime,
-    /// The client's own id of the request.
+    /// The client's own request id.
     client_id: Option<HeaderValue>,
-    noted: Mutex<Noted>,
+    state: Mutex<RequestState>,
 }
 
-/// What is learned on the way.
+/// What the proxy learns of a request on its way.
 #[derive(Debug, Default)]
-struct Noted {
+struct RequestState {
     endpoint: Option<&'static str>,
     /// Whether the request is a generation.
     generates: bool,
     status: Option<StatusCode>,
     code: Option<&'static str>,
-    /// Whether the answer is a stream, which ends later than it is answered.
-    streams: bool,
+    /// Whether the answer is a stream, which ends later than its response begins.
+    is_stream: bool,
     /// How the stream ended.
-    stream_end: Option<Ending>,
-    /// Of the last attempt.
-    stages: [Option<Duration>; Timed::COUNT],
-    /// How much of the prefill leg the request waited in the engine, and how much it was computed.
+    stream_end: Option<ClientOutcome>,
+    /// The stages of the last attempt.
+    stages: [Option<Duration>; TimedStage::COUNT],
+    /// How long the prefill leg waited in the engine, and how long the engine computed.
     prefill_parts: Option<EngineTimes>,
-    /// How long the client's body was on its way, since the request arrived.
+    /// From the request's arrival until its body was read.
     read_for: Option<Duration>,
-    /// When the last attempt began, since the request arrived; none for the first.
+    /// From the request's arrival until the last attempt began. `None` for the first attempt.
     retried_after: Option<Duration>,
-    /// The id that the engines of the last attempt know.
+    /// The request id that the engines of the last attempt got.
     engine_id: Option<String>,
-    handoff: Option<Outcome>,
+    handoff: Option<HandoffOutcome>,
     attempts: u32,
     prefill: Option<EngineId>,
     decode: Option<EngineId>,
     tokens: Usage,
     /// A hash of the session's name.
     session: Option<u64>,
-    /// The span of the leg that runs.
+    /// The span of the leg that runs now.
     leg: Option<Span>,
 }
 
@@ -103,7 +103,7 @@ struct Usage {
 }
 
 impl Record {
-    /// The record of a request of a client. From now on its headers name its span.
+    /// The record of a client's request. From now on its headers name its span.
     pub(crate) fn of_client(shared: &Shared, method: Method, headers: &mut HeaderMap) -> Self {
         let mut record = Self::new(&shared.metrics.clients, method, headers);
         record.log.clone_from(&shared.settings.parts.access_log);
@@ -112,12 +112,12 @@ impl Record {
         record
     }
 
-    /// The record of a request of xpyd's own.
+    /// The record of one of xpyd's own requests.
     pub(crate) fn of_canary(shared: &Shared) -> Self {
         Self::new(&shared.metrics.canaries, Method::POST, &HeaderMap::new())
     }
 
-    fn new(traffic: &Arc<Traffic>, method: Method, headers: &HeaderMap) -> Self {
+    fn new(traffic: &Arc<TrafficMetrics>, method: Method, headers: &HeaderMap) -> Self {
         let is_short = |id: &&HeaderValue| id.len() <= MAX_ID_BYTES && id.to_str().is_ok();
         Self {
             traffic: Arc::clone(traffic),
@@ -127,31 +127,31 @@ impl Record {
             arrived: Instant::now(),
             at: SystemTime::now(),
             client_id: headers.get(REQUEST_ID).filter(is_short).cloned(),
-            noted: Mutex::default(),
+            state: Mutex::default(),
         }
     }
 
-    fn noted(&self) -> MutexGuard<'_, Noted> {
-        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, RequestState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The request is a generation, and belongs to this session.
-    pub(crate) fn generates(&self, session: Option<&str>) {
-        let mut noted = self.noted();
-        noted.generates = true;
-        noted.attempts = 1;
-        noted.session = session.map(hash_of);
+    /// Marks the request as a generation of this session.
+    pub(crate) fn begin_generation(&self, session: Option<&str>) {
+        let mut state = self.state();
+        state.generates = true;
+        state.attempts = 1;
+        state.session = session.map(hash_of);
     }
 
-    /// The client's body is there.
-    pub(crate) fn has_read(&self) {
-        self.noted().read_for = Some(self.arrived.elapsed());
+    /// Marks the client's body as read.
+    pub(crate) fn body_received(&self) {
+        self.state().read_for = Some(self.arrived.elapsed());
     }
 
-    /// A leg is sent to an engine under this id: the headers for it.
+    /// Records that a leg is sent to an engine under this id. Returns the leg's headers.
     pub(crate) fn leg<'job>(&self, engine: &EngineView, id: &str, headers: &'job HeaderMap) -> Cow<'job, HeaderMap> {
         let mut headers = Cow::Borrowed(headers);
-        let mut noted = self.noted();
+        let mut state = self.state();
         if let Some(trace) = &self.trace {
             let name = match engine.role {
                 Role::Prefill => "prefill",
@@ -163,144 +163,145 @@ impl Record {
                 KeyValue::new("server.address", engine.endpoint.host.clone()),
                 KeyValue::new("server.port", i64::from(engine.endpoint.port)),
             ];
-            noted.leg = Some(trace.leg(name, attributes, headers.to_mut()));
+            state.leg = Some(trace.leg(name, attributes, headers.to_mut()));
         }
         let id_of_engine = Some(engine.id.clone());
         match engine.role {
-            Role::Prefill => noted.prefill = id_of_engine,
-            Role::Decode => noted.decode = id_of_engine,
+            Role::Prefill => state.prefill = id_of_engine,
+            Role::Decode => state.decode = id_of_engine,
         }
-        if noted.engine_id.as_deref() != Some(id) {
-            noted.engine_id = Some(id.to_owned());
+        if state.engine_id.as_deref() != Some(id) {
+            state.engine_id = Some(id.to_owned());
         }
         headers
     }
 
-    /// A stage took so long.
-    pub(crate) fn took(&self, stage: Timed, time: Duration) {
-        let mut noted = self.noted();
-        noted.stages[stage as usize] = Some(time);
+    /// Records the time of a stage.
+    pub(crate) fn observe_stage(&self, stage: TimedStage, time: Duration) {
+        let mut state = self.state();
+        state.stages[stage as usize] = Some(time);
         if let Some(trace) = &self.trace {
             match stage {
-                Timed::Prefill => noted.leg = None,
-                Timed::Queue | Timed::Handoff => trace.part(stage.as_str(), time),
-                Timed::DecodeFirstByte => {}
+                TimedStage::Prefill => state.leg = None,
+                TimedStage::Queue | TimedStage::Handoff => trace.part(stage.as_str(), time),
+                TimedStage::DecodeFirstByte => {}
             }
         }
-        drop(noted);
-        self.traffic.took(stage, time);
+        drop(state);
+        self.traffic.observe_stage(stage, time);
     }
 
-    /// The answer begins.
-    pub(crate) fn first_token_after(&self, time: Duration) {
-        self.traffic.first_token_after(time);
+    /// Records the time to the first event or whole answer.
+    pub(crate) fn observe_first_token(&self, time: Duration) {
+        self.traffic.observe_first_token(time);
     }
 
-    /// A hand-off of the request ended so.
-    pub(crate) fn handed(&self, outcome: Outcome) {
-        self.noted().handoff = Some(outcome);
-        self.traffic.handed(outcome);
+    /// Records how a hand-off of the request ended.
+    pub(crate) fn observe_outcome(&self, outcome: HandoffOutcome) {
+        self.state().handoff = Some(outcome);
+        self.traffic.count_outcome(outcome);
     }
 
-    /// The request is tried once more.
+    /// Records that another attempt begins.
     pub(crate) fn retried(&self) {
-        let mut noted = self.noted();
-        noted.stages = [None; Timed::COUNT];
-        noted.prefill_parts = None;
-        noted.retried_after = Some(self.arrived.elapsed());
-        noted.attempts += 1;
-        (noted.prefill, noted.decode) = (None, None);
-        noted.leg.take().as_mut().map(traces::fail);
-        drop(noted);
-        self.traffic.retried();
+        let mut state = self.state();
+        state.stages = [None; TimedStage::COUNT];
+        state.prefill_parts = None;
+        state.retried_after = Some(self.arrived.elapsed());
+        state.attempts += 1;
+        (state.prefill, state.decode) = (None, None);
+        state.leg.take().as_mut().map(traces::fail);
+        drop(state);
+        self.traffic.count_retry();
     }
 
-    /// The prefill engine has answered, and counted the prompt. With `--enable-per-request-metrics` it tells its times, too.
-    pub(crate) fn prefilled(&self, answer: &[u8]) {
+    /// Reads the prompt's tokens from the prefill engine's answer, and its times if vLLM runs with
+    /// `--enable-per-request-metrics`.
+    pub(crate) fn prefill_answered(&self, answer: &[u8]) {
         if let Some(times) = last_object(answer, b"\"metrics\":") {
-            self.noted().prefill_parts = Some(times);
+            self.state().prefill_parts = Some(times);
         }
         if let Some(usage) = self.usage_in(answer) {
-            self.noted().tokens.prompt_tokens = usage.prompt_tokens;
+            self.state().tokens.prompt_tokens = usage.prompt_tokens;
         }
     }
 
-    /// The decode engine has sent a whole answer, or events.
-    pub(crate) fn decoded(&self, bytes: &[u8]) {
+    /// Reads the usage from a whole answer or events of the decode engine.
+    pub(crate) fn decode_answered(&self, bytes: &[u8]) {
         if let Some(usage) = self.usage_in(bytes) {
-            self.noted().tokens = usage;
+            self.state().tokens = usage;
         }
     }
 
-    /// The last usage that an engine tells, where anybody wants to know it.
+    /// The last usage that an engine reports, if the access log or a trace needs it.
     fn usage_in(&self, bytes: &[u8]) -> Option<Usage> {
         (self.log.is_some() || self.trace.is_some()).then(|| last_usage(bytes))?
     }
 
-    /// The answer is a stream.
-    pub(crate) fn streams(&self) {
-        self.noted().streams = true;
+    /// Marks the answer as a stream.
+    pub(crate) fn begin_stream(&self) {
+        self.state().is_stream = true;
     }
 
-    /// Two reads of the stream came one after the other so long.
-    pub(crate) fn gap(&self, time: Duration) {
-        self.traffic.gap(time);
+    /// Records the time between two reads of the stream.
+    pub(crate) fn observe_token_gap(&self, time: Duration) {
+        self.traffic.observe_token_gap(time);
     }
 
-    /// The stream ended so.
-    pub(crate) fn stream_ended(&self, end: Ending) {
-        self.noted().stream_end = Some(end);
+    /// Records how the stream ended.
+    pub(crate) fn stream_ended(&self, end: ClientOutcome) {
+        self.state().stream_end = Some(end);
     }
 
-    /// The stream has come to its end; as a whole answer, unless somebody knows better.
-    pub(crate) fn stream_over(&self) {
-        self.noted().stream_end.get_or_insert(Ending::Answered);
+    /// Records that the stream was sent to its end, as answered unless another outcome is known.
+    pub(crate) fn stream_closed(&self) {
+        self.state().stream_end.get_or_insert(ClientOutcome::Answered);
     }
 
-    /// Notes an answer, and adds to it what the client may know of its request.
+    /// Records the response and adds its request id and timing headers.
     pub(crate) fn answer(&self, mut response: Response<Body>) -> Response<Body> {
-        let mut noted = self.noted();
-        noted.status = Some(response.status());
-        noted.code = response.extensions().get().map(|Code(code)| *code);
-        noted.endpoint = response.extensions().get().map(|Endpoint(endpoint)| *endpoint);
-        let engine_id = || noted.engine_id.as_deref().and_then(|id| HeaderValue::from_str(id).ok());
+        let mut state = self.state();
+        state.status = Some(response.status());
+        state.code = response.extensions().get().map(|ErrorCode(code)| *code);
+        state.endpoint = response.extensions().get().map(|RouteLabel(endpoint)| *endpoint);
+        let engine_id = || state.engine_id.as_deref().and_then(|id| HeaderValue::from_str(id).ok());
         if let Some(id) = self.client_id.clone().or_else(engine_id) {
             response.headers_mut().insert(REQUEST_ID, id);
         }
-        if let Some(timing) = noted.server_timing(self.arrived.elapsed()) {
+        if let Some(timing) = state.server_timing(self.arrived.elapsed()) {
             response.headers_mut().insert("server-timing", timing);
         }
         response
     }
 }
 
-/// Tells what the request was.
+/// Reports the finished request to the metrics, the trace and the access log.
 impl Drop for Record {
     fn drop(&mut self) {
-        let mut noted = std::mem::take(&mut *self.noted());
+        let mut state = std::mem::take(&mut *self.state());
         let total = self.arrived.elapsed();
-        if noted.generates {
-            self.traffic.ended(noted.ending(), total);
+        if state.generates {
+            self.traffic.observe_end(state.client_outcome(), total);
         }
         if let Some(trace) = &self.trace {
-            let has_failed = matches!(noted.ending(), Ending::Failed | Ending::Broken);
-            noted.leg.take().as_mut().filter(|_| has_failed).map(traces::fail);
-            let name = format!("{} {}", self.method, noted.route());
-            trace.end(name, has_failed, self.attributes(&noted));
+            let has_failed = matches!(state.client_outcome(), ClientOutcome::Failed | ClientOutcome::Broken);
+            state.leg.take().as_mut().filter(|_| has_failed).map(traces::fail);
+            let name = format!("{} {}", self.method, state.route());
+            trace.end(name, has_failed, self.attributes(&state));
         }
-        // Who only asks whether xpyd is well is no client.
-        if let (Some(log), true) = (&self.log, noted.endpoint.is_some() || noted.generates) {
-            match serde_json::to_string(&self.line(&noted, total)) {
-                Ok(line) => log.tell(line),
-                Err(error) => tracing::error!(%error, "a line of the access log cannot be made"),
+        // The access log omits health checks, which have no route label.
+        if let (Some(log), true) = (&self.log, state.endpoint.is_some() || state.generates) {
+            match serde_json::to_string(&self.line(&state, total)) {
+                Ok(line) => log.write_line(line),
+                Err(error) => tracing::error!(%error, "cannot format a line of the access log"),
             }
         }
     }
 }
 
-/// A line of the access log. What is not known is left out.
+/// A line of the access log. Unknown values are left out.
 #[derive(Debug, Serialize)]
-struct Line<'record> {
+struct AccessLine<'record> {
     /// When the request arrived, in UTC.
     time: String,
     method: &'record str,
@@ -331,10 +332,10 @@ struct Line<'record> {
     prompt_tokens: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     completion_tokens: Option<u64>,
-    /// The client's own id of the request.
+    /// The client's own request id.
     #[serde(skip_serializing_if = "Option::is_none")]
     request_id: Option<&'record str>,
-    /// The id that engines know.
+    /// The request id that the engines got.
     #[serde(skip_serializing_if = "Option::is_none")]
     engine_request_id: Option<&'record str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -342,37 +343,37 @@ struct Line<'record> {
 }
 
 impl Record {
-    fn line<'record>(&'record self, noted: &'record Noted, total: Duration) -> Line<'record> {
-        let stage = |stage: Timed| noted.stages[stage as usize].map(milliseconds);
+    fn line<'record>(&'record self, state: &'record RequestState, total: Duration) -> AccessLine<'record> {
+        let stage = |stage: TimedStage| state.stages[stage as usize].map(milliseconds);
         let time = jiff::Timestamp::try_from(self.at).unwrap_or_default();
-        Line {
+        AccessLine {
             time: format!("{time:.3}"),
             method: self.method.as_str(),
-            route: noted.route(),
-            status: noted.status.map(|status| status.as_u16()),
-            outcome: noted.ending().as_str(),
-            code: noted.code,
-            prefill: noted.prefill.as_ref().map(EngineId::as_str),
-            decode: noted.decode.as_ref().map(EngineId::as_str),
-            handoff: noted.handoff.map(Outcome::as_str),
-            attempts: noted.generates.then_some(noted.attempts),
-            queue_ms: stage(Timed::Queue),
-            prefill_ms: stage(Timed::Prefill),
-            handoff_ms: stage(Timed::Handoff),
-            first_token_ms: stage(Timed::DecodeFirstByte),
+            route: state.route(),
+            status: state.status.map(|status| status.as_u16()),
+            outcome: state.client_outcome().as_str(),
+            code: state.code,
+            prefill: state.prefill.as_ref().map(EngineId::as_str),
+            decode: state.decode.as_ref().map(EngineId::as_str),
+            handoff: state.handoff.map(HandoffOutcome::as_str),
+            attempts: state.generates.then_some(state.attempts),
+            queue_ms: stage(TimedStage::Queue),
+            prefill_ms: stage(TimedStage::Prefill),
+            handoff_ms: stage(TimedStage::Handoff),
+            first_token_ms: stage(TimedStage::DecodeFirstByte),
             total_ms: milliseconds(total),
-            prompt_tokens: noted.tokens.prompt_tokens,
-            completion_tokens: noted.tokens.completion_tokens,
+            prompt_tokens: state.tokens.prompt_tokens,
+            completion_tokens: state.tokens.completion_tokens,
             request_id: self.client_id.as_ref().and_then(|id| id.to_str().ok()),
-            engine_request_id: noted.engine_id.as_deref(),
-            session: noted.session.map(|hash| format!("{hash:016x}")),
+            engine_request_id: state.engine_id.as_deref(),
+            session: state.session.map(|hash| format!("{hash:016x}")),
         }
     }
 }
 
 impl Record {
-    /// What the request's span tells, by the names of OpenTelemetry's conventions where they have any.
-    fn attributes(&self, noted: &Noted) -> Vec<KeyValue> {
+    /// The attributes of the request's span, with the names of OpenTelemetry's conventions if they exist.
+    fn attributes(&self, state: &RequestState) -> Vec<KeyValue> {
         let text = |name: &'static str, value: Option<&str>| Some(KeyValue::new(name, value?.to_owned()));
         let number = |name: &'static str, value: Option<u64>| {
             Some(KeyValue::new(name, i64::try_from(value?).unwrap_or(i64::MAX)))
@@ -380,24 +381,24 @@ impl Record {
         let client_id = self.client_id.as_ref().and_then(|id| id.to_str().ok());
         let attributes = [
             text("http.request.method", Some(self.method.as_str())),
-            text("http.route", noted.endpoint),
+            text("http.route", state.endpoint),
             number(
                 "http.response.status_code",
-                noted.status.map(|status| status.as_u16().into()),
+                state.status.map(|status| status.as_u16().into()),
             ),
-            text("error.type", noted.code),
-            text("xpyd.outcome", Some(noted.ending().as_str())),
-            text("xpyd.handoff", noted.handoff.map(Outcome::as_str)),
-            number("xpyd.attempts", noted.generates.then_some(noted.attempts.into())),
+            text("error.type", state.code),
+            text("xpyd.outcome", Some(state.client_outcome().as_str())),
+            text("xpyd.handoff", state.handoff.map(HandoffOutcome::as_str)),
+            number("xpyd.attempts", state.generates.then_some(state.attempts.into())),
             text("xpyd.request_id", client_id),
-            number("gen_ai.usage.input_tokens", noted.tokens.prompt_tokens),
-            number("gen_ai.usage.output_tokens", noted.tokens.completion_tokens),
+            number("gen_ai.usage.input_tokens", state.tokens.prompt_tokens),
+            number("gen_ai.usage.output_tokens", state.tokens.completion_tokens),
         ];
         attributes.into_iter().flatten().collect()
     }
 }
 
-/// Milliseconds, to the microsecond.
+/// Milliseconds, rounded to the microsecond.
 fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1000.0
 }
@@ -407,7 +408,8 @@ fn last_usage(bytes: &[u8]) -> Option<Usage> {
     last_object(bytes, b"\"usage\":")
 }
 
-/// The last value of this key in an answer or in events. A key cannot be written like this within a JSON string.
+/// The last value of this key in an answer or in events. Within a JSON string, the quotes of the key would be
+/// escaped.
 fn last_object<T: DeserializeOwned>(bytes: &[u8], key: &[u8]) -> Option<T> {
     let place = memmem::rfind(bytes, key)?;
     let value = &bytes[place + key.len()..];
@@ -415,27 +417,27 @@ fn last_object<T: DeserializeOwned>(bytes: &[u8], key: &[u8]) -> Option<T> {
     values.next()?.ok()?
 }
 
-impl Noted {
-    /// A client that left before its answer began knows of no route.
+impl RequestState {
+    /// The route is unknown if the client left before its answer began.
     fn route(&self) -> &'static str {
         self.endpoint.unwrap_or("unknown")
     }
 
-    fn ending(&self) -> Ending {
+    fn client_outcome(&self) -> ClientOutcome {
         match self.status {
-            None => Ending::Left,
-            Some(_) if self.streams => self.stream_end.unwrap_or(Ending::Left),
-            Some(status) if status.is_success() => Ending::Answered,
-            Some(status) if status.is_server_error() => Ending::Failed,
-            Some(_) => Ending::Refused,
+            None => ClientOutcome::Left,
+            Some(_) if self.is_stream => self.stream_end.unwrap_or(ClientOutcome::Left),
+            Some(status) if status.is_success() => ClientOutcome::Answered,
+            Some(status) if status.is_server_error() => ClientOutcome::Failed,
+            Some(_) => ClientOutcome::Refused,
         }
     }
 }
 
-impl Noted {
-    /// The stages in the syntax of W3C's Server Timing, in milliseconds, and the `total` since the request's arrival; `None`
-    /// before any. Who did not wait is told so. Stages are those of the last attempt; what those before it took is
-    /// `retried`. A part of a stage has its name as a prefix.
+impl RequestState {
+    /// The stages in the syntax of W3C's Server Timing, in milliseconds, and the `total` since the request's arrival.
+    /// `None` before any stage. A request that did not wait has a queue time of 0. Stages belong to the last attempt;
+    /// earlier attempts are `retried`. A part of a stage has the stage's name as a prefix.
     fn server_timing(&self, total: Duration) -> Option<HeaderValue> {
         self.stages.iter().flatten().next()?;
         let mut known: Vec<(&str, f64)> = Vec::new();
@@ -445,11 +447,11 @@ impl Noted {
             self.retried_after
                 .map(|time| ("retried", milliseconds(time.saturating_sub(read)))),
         );
-        for (stage, name) in TOLD_STAGES {
-            let unless_told = (stage == Timed::Queue).then_some(Duration::ZERO);
+        for (stage, name) in SERVER_TIMING_STAGES {
+            let unless_told = (stage == TimedStage::Queue).then_some(Duration::ZERO);
             let time = self.stages[stage as usize].or(unless_told);
             known.extend(time.map(|time| (name, milliseconds(time))));
-            if let Some(parts) = self.prefill_parts.filter(|_| stage == Timed::Prefill) {
+            if let Some(parts) = self.prefill_parts.filter(|_| stage == TimedStage::Prefill) {
                 known.extend(parts.queue_time_ms.map(|time| ("prefill-queue", time)));
                 known.extend(parts.time_to_first_token_ms.map(|time| ("prefill-compute", time)));
             }
@@ -469,29 +471,29 @@ mod tests {
 
     #[test]
     fn server_timing_names_the_stages_in_their_order() {
-        let mut noted = Noted::default();
+        let mut state = RequestState::default();
         let total = Duration::from_millis(20);
-        assert_eq!(noted.server_timing(total), None);
-        noted.stages[Timed::DecodeFirstByte as usize] = Some(Duration::from_micros(1500));
-        noted.stages[Timed::Prefill as usize] = Some(Duration::from_millis(12));
+        assert_eq!(state.server_timing(total), None);
+        state.stages[TimedStage::DecodeFirstByte as usize] = Some(Duration::from_micros(1500));
+        state.stages[TimedStage::Prefill as usize] = Some(Duration::from_millis(12));
         assert_eq!(
-            noted.server_timing(total).expect("a header"),
+            state.server_timing(total).expect("a header"),
             "queue;dur=0.000, prefill;dur=12.000, first-token;dur=1.500, total;dur=20.000"
         );
-        noted.retried_after = Some(Duration::from_millis(3));
-        noted.prefill_parts = last_object(
+        state.retried_after = Some(Duration::from_millis(3));
+        state.prefill_parts = last_object(
             br#"{"usage":{},"metrics":{"time_to_first_token_ms":7.5,"queue_time_ms":4.25,"mean_itl_ms":null}}"#,
             b"\"metrics\":",
         );
         assert_eq!(
-            noted.server_timing(total).expect("a header"),
+            state.server_timing(total).expect("a header"),
             "retried;dur=3.000, queue;dur=0.000, prefill;dur=12.000, prefill-queue;dur=4.250, prefill-compute;dur=7.500, \
              first-token;dur=1.500, total;dur=20.000"
         );
     }
 
     #[test]
-    fn the_last_usage_is_found_whatever_the_text_says() {
+    fn the_last_usage_is_found() {
         let usage = |prompt, completion| {
             Some(Usage {
                 prompt_tokens: Some(prompt),
@@ -520,22 +522,28 @@ data: [DONE]
     }
 
     #[test]
-    fn an_ending_follows_from_the_status_and_from_how_the_stream_ended() {
-        let ending = |status: Option<u16>, stream: Option<Option<Ending>>| {
-            let noted = Noted {
+    fn the_outcome_follows_from_status_and_stream_end() {
+        let client_outcome = |status: Option<u16>, stream: Option<Option<ClientOutcome>>| {
+            let state = RequestState {
                 status: status.map(|status| StatusCode::from_u16(status).expect("a status")),
-                streams: stream.is_some(),
+                is_stream: stream.is_some(),
                 stream_end: stream.flatten(),
-                ..Noted::default()
+                ..RequestState::default()
             };
-            noted.ending()
+            state.client_outcome()
         };
-        assert_eq!(ending(None, None), Ending::Left);
-        assert_eq!(ending(Some(200), None), Ending::Answered);
-        assert_eq!(ending(Some(404), None), Ending::Refused);
-        assert_eq!(ending(Some(502), None), Ending::Failed);
-        assert_eq!(ending(Some(200), Some(None)), Ending::Left);
-        assert_eq!(ending(Some(200), Some(Some(Ending::Broken))), Ending::Broken);
-        assert_eq!(ending(Some(200), Some(Some(Ending::Answered))), Ending::Answered);
+        assert_eq!(client_outcome(None, None), ClientOutcome::Left);
+        assert_eq!(client_outcome(Some(200), None), ClientOutcome::Answered);
+        assert_eq!(client_outcome(Some(404), None), ClientOutcome::Refused);
+        assert_eq!(client_outcome(Some(502), None), ClientOutcome::Failed);
+        assert_eq!(client_outcome(Some(200), Some(None)), ClientOutcome::Left);
+        assert_eq!(
+            client_outcome(Some(200), Some(Some(ClientOutcome::Broken))),
+            ClientOutcome::Broken
+        );
+        assert_eq!(
+            client_outcome(Some(200), Some(Some(ClientOutcome::Answered))),
+            ClientOutcome::Answered
+        );
     }
 }

@@ -1,8 +1,8 @@
-//! Traces: a span for every request of a client and one for every leg, in the context of W3C's `traceparent`, exported over
-//! OTLP with HTTP.
+//! Traces: a span for every client request and one for every leg, in the context of W3C's `traceparent`, exported
+//! over OTLP with HTTP.
 //!
-//! Knows spans and headers; what happened in a request is the record's. Spans wait in a queue of the exporter's own thread, and
-//! those for which there is no place are dropped, so that no request waits for a collector.
+//! This module knows spans and headers; `record` knows what happened in a request. Spans wait in a queue of the
+//! exporter's own thread. If the queue is full they are dropped, so that no request waits for a collector.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,30 +15,30 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, Span};
 
-/// Spans that may wait for the collector.
+/// Maximum spans that wait for the collector.
 const MAX_WAITING: usize = 16_384;
 
-/// How long an export may take.
+/// Deadline of one export.
 const EXPORT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Why there can be no traces.
+/// Why traces cannot be exported.
 #[derive(Debug, thiserror::Error)]
 pub enum TracesError {
-    /// The exporter speaks neither gRPC nor TLS.
-    #[error("`{0}` is no URL that begins with `http://`")]
+    /// The URL is not plain HTTP: the exporter supports neither gRPC nor TLS.
+    #[error("`{0}` is not a URL that begins with `http://`")]
     NoHttp(String),
-    /// The exporter refuses.
-    #[error("no traces can be sent to `{endpoint}`")]
+    /// The exporter cannot be built.
+    #[error("cannot send traces to `{endpoint}`")]
     Exporter {
         /// The collector's URL.
         endpoint: String,
-        /// Why.
+        /// The error of the exporter.
         #[source]
         source: opentelemetry_otlp::ExporterBuildError,
     },
 }
 
-/// The way to a collector. Clones are the same way; the last one to be dropped sends what waits.
+/// The connection to a collector. Clones are the same. Dropping the last one sends the waiting spans.
 #[derive(Debug, Clone)]
 pub struct Traces {
     tracer: SdkTracer,
@@ -46,11 +46,11 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// Traces for the collector at this URL, such as `http://localhost:4318/v1/traces`. Of the requests that come without a
-    /// context, so many in a hundred are sampled; one that comes with a context has been decided about.
+    /// Opens an exporter to the collector at this URL, such as `http://localhost:4318/v1/traces`. It samples
+    /// `percent` of the requests without a trace context. A request with a context keeps its sampling decision.
     ///
     /// # Errors
-    /// When the URL is none that begins with `http://`.
+    /// When the URL does not begin with `http://`.
     pub fn open(endpoint: &str, percent: u8) -> Result<Self, TracesError> {
         if !endpoint.starts_with("http://") {
             return Err(TracesError::NoHttp(endpoint.to_owned()));
@@ -83,7 +83,8 @@ impl Traces {
         })
     }
 
-    /// Begins the span of a request, within the trace that its headers name, if any. From then on they name this span.
+    /// Begins the span of a request, within the trace that its headers name, if any. Afterwards the headers name this
+    /// span.
     pub(crate) fn begin(&self, headers: &mut HeaderMap, at: SystemTime) -> Trace {
         let parent = TraceContextPropagator::new().extract_with_context(&Context::new(), &Source(headers));
         let builder = SpanBuilder::from_name("request")
@@ -99,7 +100,7 @@ impl Traces {
     }
 }
 
-/// The span of a request, and the maker of those of its legs.
+/// The span of a request, which creates those of its legs.
 #[derive(Debug)]
 pub(crate) struct Trace {
     tracer: SdkTracer,
@@ -107,7 +108,7 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    /// Begins the span of a leg, which ends when it is dropped. The headers are to name it.
+    /// Begins the span of a leg, which ends when it is dropped, and writes it into the headers.
     pub(crate) fn leg(&self, name: &'static str, attributes: Vec<KeyValue>, headers: &mut HeaderMap) -> Span {
         let builder = SpanBuilder::from_name(name)
             .with_kind(SpanKind::Client)
@@ -118,14 +119,14 @@ impl Trace {
         span
     }
 
-    /// Tells of a part of the request that is over now.
+    /// Adds the span of a stage that ends now.
     pub(crate) fn part(&self, name: &'static str, took: Duration) {
         let end = SystemTime::now();
         let builder = SpanBuilder::from_name(name).with_start_time(end.checked_sub(took).unwrap_or(end));
         drop(self.tracer.build_with_context(builder, &self.context));
     }
 
-    /// Ends the request's span under its name.
+    /// Ends the request's span under this name.
     pub(crate) fn end(&self, name: String, has_failed: bool, attributes: Vec<KeyValue>) {
         let span = self.context.span();
         span.update_name(name);
@@ -137,7 +138,7 @@ impl Trace {
     }
 }
 
-/// A leg failed.
+/// Marks the span of a leg as failed.
 pub(crate) fn fail(leg: &mut Span) {
     opentelemetry::trace::Span::set_status(leg, Status::error(""));
 }
@@ -147,7 +148,7 @@ fn write(context: &Context, headers: &mut HeaderMap) {
     TraceContextPropagator::new().inject_context(context, &mut Target(headers));
 }
 
-/// The headers that a context is read from.
+/// Reads a trace context from headers.
 struct Source<'headers>(&'headers HeaderMap);
 
 impl Extractor for Source<'_> {
@@ -160,12 +161,12 @@ impl Extractor for Source<'_> {
     }
 }
 
-/// The headers that a context is written into.
+/// Writes a trace context into headers.
 struct Target<'headers>(&'headers mut HeaderMap);
 
 impl Injector for Target<'_> {
     fn set(&mut self, key: &str, value: String) {
-        // W3C: an empty `tracestate` is better left out.
+        // W3C recommends leaving out an empty `tracestate`.
         if let (Ok(name), Ok(value), false) = (
             HeaderName::try_from(key),
             HeaderValue::try_from(&value),

@@ -1,8 +1,9 @@
-//! A prefill leg that outlives its client for a moment, where the prefill engine keeps KV for a decode engine.
+//! A prefill leg that continues for a moment after its client left, if the prefill engine keeps KV for a decode
+//! engine.
 //!
-//! An engine that has just finished when its client leaves keeps the blocks until their lease ends, and only its answer
-//! names them. So the answer is read although nobody waits for it, and the blocks are freed. A prefill that takes longer
-//! than a moment is broken off: the engine aborts it, and keeps nothing.
+//! If an engine has just finished when its client leaves, it keeps the blocks until their lease ends, and only its
+//! answer names them. So the proxy reads the answer and frees the blocks. It aborts a prefill that takes longer than
+//! a moment: the engine then keeps nothing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,19 +16,19 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::cleanup;
 use crate::connector::Handoff;
 use crate::proxy::Shared;
-use crate::proxy::error::{Cause, ProxyError, Stage};
-use crate::proxy::schedule::lease::{Kept, Seat};
+use crate::proxy::error::{Cause, ProxyError, RequestStage};
+use crate::proxy::schedule::lease::{EngineLease, PendingKv};
 use crate::proxy::upstream::Call;
 
-/// How long a prefill continues without its client, and how long its decode engine is held for pushed KV. Long enough for most
-/// prompts, so that a lease rarely has to end by itself.
+/// How long a prefill continues without its client, and how long its decode engine is held for pushed KV. Long enough
+/// for most prompts, so that a lease rarely has to expire.
 pub(crate) const MOMENT: Duration = Duration::from_secs(5);
 
 /// The call of a prefill leg.
 #[derive(Debug)]
 pub(crate) struct PrefillCall {
-    pub(crate) seat: Arc<Seat>,
-    /// Keeps the leg a request in flight.
+    pub(crate) lease: Arc<EngineLease>,
+    /// Counts the leg as a request in flight.
     pub(crate) _permit: Arc<OwnedSemaphorePermit>,
     pub(crate) path: &'static str,
     pub(crate) headers: HeaderMap,
@@ -41,14 +42,14 @@ type Fetched = Result<(Parts, Bytes), ProxyError>;
 /// Makes the call in a task of its own, and returns the whole answer.
 pub(crate) async fn fetch(shared: &Arc<Shared>, call: PrefillCall) -> Fetched {
     let (mut sender, receiver) = oneshot::channel();
-    let seat = Arc::clone(&call.seat);
+    let lease = Arc::clone(&call.lease);
     let own = Arc::clone(shared);
     shared.cleanups.spawn(async move {
         let request = Call {
             body: call.body.clone(),
             ..Call::post(call.path, &call.headers, &call.request_id, Vec::new())
         };
-        let step = own.upstream.fetch(&call.seat.engine, request);
+        let step = own.upstream.fetch(&call.lease.engine, request);
         let abandoned = async {
             sender.closed().await;
             tokio::select! {
@@ -57,40 +58,40 @@ pub(crate) async fn fetch(shared: &Arc<Shared>, call: PrefillCall) -> Fetched {
             }
         };
         let fetched = tokio::select! {
-            fetched = call.seat.run(Stage::Prefill, call.deadline, step) => fetched,
+            fetched = call.lease.run(RequestStage::Prefill, call.deadline, step) => fetched,
             () = abandoned => return,
         };
-        // If nobody takes it, its end frees the KV.
-        drop(sender.send(Unclaimed {
+        // If the request is gone, dropping the answer frees the KV.
+        drop(sender.send(UnclaimedAnswer {
             fetched: Some(fetched),
-            kept: Some(call.seat.keep()),
+            kept: Some(call.lease.hold_kv()),
             headers: call.headers,
             request_id: call.request_id,
             shared: own,
         }));
     });
     match receiver.await {
-        Ok(mut unclaimed) => unclaimed.claim(),
-        Err(_) => Err(seat.failed(Stage::Prefill, Cause::Gone)),
+        Ok(mut answer) => answer.claim(),
+        Err(_) => Err(lease.failed(RequestStage::Prefill, Cause::Gone)),
     }
 }
 
 /// An answer that its request has not taken yet.
-struct Unclaimed {
+struct UnclaimedAnswer {
     fetched: Option<Fetched>,
-    kept: Option<Kept>,
+    kept: Option<PendingKv>,
     headers: HeaderMap,
     request_id: String,
     shared: Arc<Shared>,
 }
 
-impl Unclaimed {
+impl UnclaimedAnswer {
     fn claim(&mut self) -> Fetched {
         self.fetched.take().expect("an answer is claimed once")
     }
 }
 
-impl Drop for Unclaimed {
+impl Drop for UnclaimedAnswer {
     fn drop(&mut self) {
         let (Some(Ok((head, body))), Some(kept)) = (self.fetched.take(), self.kept.take()) else {
             return;

@@ -1,6 +1,7 @@
-//! Pays what a hand-off that ended early owes: frees the prefill engine's blocks, or empties the decode engine's buffer.
+//! Cleans up a hand-off that ended early: frees the prefill engine's blocks, or empties the decode engine's buffer.
 //!
-//! Every wait is bounded. Knows what to send to an engine; what is owed is `table`'s to say.
+//! Every wait is bounded. This module knows which requests do that; `cleanup_table` decides which action a hand-off
+//! needs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,35 +13,35 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::abandoned::MOMENT;
-use super::cleanup_table::End;
+use super::cleanup_table::TransferEnd;
 use super::notify::Arrival;
 use crate::fleet::{EngineState, EngineView, Role};
 use crate::proxy::Shared;
 use crate::proxy::body::document::{Document, Edit};
-use crate::proxy::body::serving_mode::Kind;
-use crate::proxy::error::Stage as Leg;
-use crate::proxy::schedule::lease::{EngineWatch, Kept, Seat};
+use crate::proxy::body::serving_mode::GenerationKind;
+use crate::proxy::error::RequestStage;
+use crate::proxy::schedule::lease::{EngineLease, EngineWatch, PendingKv};
 use crate::proxy::upstream::Call;
 
-/// A model that no engine serves: the decode engine answers 404 and, as seen on vLLM 0.32.0, lets the prefill engine
-/// free the blocks of the parameters that came along.
+/// A model that no engine serves: the decode engine answers 404 and, as seen on vLLM 0.32.0, makes the prefill engine
+/// free the blocks that the request's parameters name.
 pub(crate) const NO_MODEL: &str = "xpyd-releases-kv-with-this-unknown-model";
 
-/// How long one engine may take to pass a release on.
+/// Deadline of one decode engine to accept a release.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The pause between two rounds of a release that no engine passes on. A change in the fleet ends it.
+/// Pause between two rounds of a release that no engine accepts. A change of the fleet ends it.
 const RELEASE_PAUSE: Duration = Duration::from_secs(5);
 
-/// How long a failed clean-up waits for the news that its engine has gone, which settles it as well.
+/// How long a failed clean-up waits for the news that its engine has ended, which settles it as well.
 const NEWS_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long an overdue notification is still acted upon. It waits in a full buffer's queue as long as that stays full, and
-/// vLLM gives up a worker that waits longer.
+/// How long the proxy acts on an overdue notification. The prefill engine sends none while the decode engine's buffer
+/// is full, and vLLM gives up a worker that waits longer.
 const OVERDUE: Duration = Duration::from_mins(5);
 
-/// Changes that turn a client's body into one that generates a single token in one piece.
-pub(crate) fn one_token_edits(kind: Kind) -> Vec<Edit<'static>> {
+/// Edits that make a client's body generate a single token without streaming.
+pub(crate) fn one_token_edits(kind: GenerationKind) -> Vec<Edit<'static>> {
     let mut edits = vec![
         ("stream", Some("false")),
         ("stream_options", None),
@@ -48,127 +49,133 @@ pub(crate) fn one_token_edits(kind: Kind) -> Vec<Edit<'static>> {
         // vLLM refuses a minimum above the maximum.
         ("min_tokens", None),
     ];
-    if kind == Kind::Chat {
+    if kind == GenerationKind::Chat {
         edits.push(("max_completion_tokens", Some("1")));
     }
     edits
 }
 
-/// What is needed to see to the KV of a request that ends early.
+/// Everything that the clean-up of a request's KV needs.
 #[derive(Debug)]
-pub(crate) struct Care {
-    pub(crate) decode: Arc<Seat>,
-    /// The prefill engine, as long as it has KV of this hand-off.
-    pub(crate) prefill: Option<Kept>,
-    /// What a decode leg must carry to find pushed KV.
+pub(crate) struct CleanupContext {
+    pub(crate) decode: Arc<EngineLease>,
+    /// The prefill engine, while it holds KV of this hand-off.
+    pub(crate) prefill: Option<PendingKv>,
+    /// Parameters that a decode leg must carry to find pushed KV.
     pub(crate) decode_params: Option<String>,
     pub(crate) headers: HeaderMap,
     pub(crate) request_id: String,
-    pub(crate) consume: Consume,
-    /// How long the clean-up may wait for notifications, and then for the decode engine.
+    pub(crate) consume: ConsumeRequest,
+    /// How long the clean-up can wait for notifications, and then for the decode engine.
     pub(crate) deadline: Duration,
-    /// Held until the KV is seen to, so that clean-ups count as requests in flight.
+    /// Held until the KV is cleaned up, so that clean-ups count as requests in flight.
     pub(crate) permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// The request that makes a decode engine take KV that was pushed to it.
 #[derive(Debug)]
-pub(crate) enum Consume {
-    /// The client's body, for one token.
-    Original(Kind, Bytes),
-    /// A completion of these bytes.
+pub(crate) enum ConsumeRequest {
+    /// The client's body, limited to one token.
+    Original(GenerationKind, Bytes),
+    /// A completion with this body.
     Completion(Bytes),
 }
 
-/// A debt, with what paying it takes.
+/// A clean-up action with everything it needs.
 #[derive(Debug)]
-pub(crate) enum Owed {
-    Release(Box<RawValue>, End),
+pub(crate) enum Cleanup {
+    Release(Box<RawValue>, TransferEnd),
     Consume,
-    ConsumeOnceThere(Arrival),
-    ConsumeNowAndLater(Arrival),
+    ConsumeOnArrival(Arrival),
+    ConsumeNowAndOnArrival(Arrival),
 }
 
-/// The largest body of a client that is kept for as long as its answer streams.
+/// Maximum size of a client's body that is kept while its answer streams.
 const MAX_KEPT_BODY: usize = 256 << 10;
 
-/// What paying takes, without what would hold much memory until the end of a stream; `None` where that is all of it.
-pub(crate) fn within_a_stream(care: Care, owed: Owed) -> Option<(Care, Owed)> {
-    let body = match (&owed, &care.consume) {
-        (Owed::Release(..), _) => 0,
-        (_, Consume::Original(_, body) | Consume::Completion(body)) => body.len(),
+/// The clean-up without anything that would hold much memory until the end of a stream. `None` if nothing is left to
+/// do it with.
+pub(crate) fn for_stream(context: CleanupContext, cleanup: Cleanup) -> Option<(CleanupContext, Cleanup)> {
+    let body = match (&cleanup, &context.consume) {
+        (Cleanup::Release(..), _) => 0,
+        (_, ConsumeRequest::Original(_, body) | ConsumeRequest::Completion(body)) => body.len(),
     };
-    let consume = match owed {
-        Owed::Release(..) => Consume::Completion(Bytes::new()),
-        _ => care.consume,
+    let consume = match cleanup {
+        Cleanup::Release(..) => ConsumeRequest::Completion(Bytes::new()),
+        _ => context.consume,
     };
-    (body <= MAX_KEPT_BODY).then_some((Care { consume, ..care }, owed))
+    (body <= MAX_KEPT_BODY).then_some((CleanupContext { consume, ..context }, cleanup))
 }
 
-/// How a release went.
-enum Released {
+/// The result of a release.
+enum ReleaseOutcome {
     /// The prefill engine knows of it, or is gone.
     Done,
-    /// A decode engine that may be frozen took it: the prefill engine learns of it if that engine recovers.
+    /// A decode engine that could be frozen accepted it: the prefill engine learns of it only if that engine
+    /// recovers.
     Unsure,
-    /// No decode engine took it. Holds why.
+    /// No decode engine accepted it. Holds the reasons.
     Refused(String),
 }
 
-/// What remains to be done without holding the request's places.
-enum Later {
-    /// A notification that has not come yet is still acted upon.
+/// The rest of a clean-up, which no longer holds the request's places on engines.
+enum FollowUp {
+    /// Wait for an overdue notification.
     Arrival(Arrival),
-    /// Blocks are freed once an engine can pass that on.
-    Release(Box<RawValue>, Released),
+    /// Free blocks once a decode engine accepts the release.
+    Release(Box<RawValue>, ReleaseOutcome),
 }
 
-/// Pays what is owed.
-pub(crate) async fn pay(shared: Arc<Shared>, care: Care, owed: Owed) {
-    let later = match owed {
-        Owed::Release(params, end) => {
-            let released = release(&shared, &care, &params, end).await;
-            (!matches!(released, Released::Done)).then_some(Later::Release(params, released))
+/// Runs a clean-up.
+pub(crate) async fn run(shared: Arc<Shared>, context: CleanupContext, cleanup: Cleanup) {
+    let follow_up = match cleanup {
+        Cleanup::Release(params, end) => {
+            let released = release(&shared, &context, &params, end).await;
+            (!matches!(released, ReleaseOutcome::Done)).then_some(FollowUp::Release(params, released))
         }
-        Owed::Consume => {
-            consume(&shared, &care, &care.decode).await;
+        Cleanup::Consume => {
+            consume(&shared, &context, &context.decode).await;
             None
         }
-        Owed::ConsumeOnceThere(mut arrival) => {
-            // If its client leaves, a prefill engine aborts the request and never notifies. So the decode engine is held for a moment only.
-            care.decode.held().inspect(|held| held.abandoned());
+        Cleanup::ConsumeOnArrival(mut arrival) => {
+            // If its client leaves, a prefill engine aborts the request and never notifies. So the decode engine is
+            // held for a moment only.
+            context
+                .decode
+                .reservation()
+                .inspect(|reservation| reservation.release_kv());
             let came = tokio::select! {
                 biased;
                 () = arrival.complete() => Some(true),
-                () = care.decode.gone() => None,
-                () = prefill_gone(&care) => Some(true),
-                () = tokio::time::sleep(care.deadline.min(MOMENT)) => Some(false),
+                () = context.decode.gone() => None,
+                () = prefill_gone(&context) => Some(true),
+                () = tokio::time::sleep(context.deadline.min(MOMENT)) => Some(false),
             };
             if came.is_some() {
-                consume(&shared, &care, &care.decode).await;
+                consume(&shared, &context, &context.decode).await;
             }
-            (came == Some(false)).then_some(Later::Arrival(arrival))
+            (came == Some(false)).then_some(FollowUp::Arrival(arrival))
         }
-        Owed::ConsumeNowAndLater(arrival) => {
-            consume(&shared, &care, &care.decode).await;
-            Some(Later::Arrival(arrival))
+        Cleanup::ConsumeNowAndOnArrival(arrival) => {
+            consume(&shared, &context, &context.decode).await;
+            Some(FollowUp::Arrival(arrival))
         }
     };
-    shared.metrics.open_handoffs(-1);
-    match later {
-        Some(Later::Arrival(arrival)) => expect_overdue(&shared, care, arrival).await,
-        Some(Later::Release(params, released)) => release_later(&shared, care, &params, released).await,
+    shared.metrics.add_open_handoffs(-1);
+    match follow_up {
+        Some(FollowUp::Arrival(arrival)) => expect_overdue(&shared, context, arrival).await,
+        Some(FollowUp::Release(params, released)) => release_later(&shared, context, &params, released).await,
         None => {}
     }
 }
 
-/// Continues to wait for a notification, or for the end of the engine that would send it. Holds no engine and no place, so nothing
-/// waits for this.
-async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) {
+/// Waits for an overdue notification, or for the end of the engine that would send it. It holds no engine and no
+/// permit, so nothing waits for it.
+async fn expect_overdue(shared: &Arc<Shared>, context: CleanupContext, mut arrival: Arrival) {
     let Ok(_place) = Arc::clone(&shared.overdue).try_acquire_owned() else {
         return;
     };
-    let Care {
+    let CleanupContext {
         decode,
         prefill,
         decode_params,
@@ -177,9 +184,9 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         consume: request,
         deadline,
         permit,
-    } = care;
+    } = context;
     let engine = decode.watch();
-    let prefill = prefill.map(Kept::into_watch);
+    let prefill = prefill.map(PendingKv::into_watch);
     drop((decode, permit));
     let came = tokio::select! {
         () = arrival.complete() => true,
@@ -188,12 +195,12 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         () = shared.closing.cancelled() => false,
         () = tokio::time::sleep(OVERDUE) => false,
     };
-    let (Some(seat), Ok(permit)) = (came.then(|| engine.seat()).flatten(), shared.admit()) else {
+    let (Some(lease), Ok(permit)) = (came.then(|| engine.lease()).flatten(), shared.admit()) else {
         return;
     };
     tracing::debug!(request = request_id, "an overdue notification came");
-    let care = Care {
-        decode: Arc::new(seat),
+    let context = CleanupContext {
+        decode: Arc::new(lease),
         prefill: None,
         decode_params,
         headers,
@@ -202,10 +209,10 @@ async fn expect_overdue(shared: &Arc<Shared>, care: Care, mut arrival: Arrival) 
         deadline,
         permit: Arc::new(permit),
     };
-    consume(shared, &care, &care.decode).await;
+    consume(shared, &context, &context.decode).await;
 }
 
-/// Returns once the prefill engine has gone, if it had KV of this hand-off.
+/// Returns once the prefill engine has ended, if it held KV of this hand-off.
 async fn gone(prefill: Option<&EngineWatch>) {
     match prefill {
         Some(prefill) => prefill.gone().await,
@@ -213,8 +220,8 @@ async fn gone(prefill: Option<&EngineWatch>) {
     }
 }
 
-async fn prefill_gone(care: &Care) {
-    match &care.prefill {
+async fn prefill_gone(context: &CleanupContext) {
+    match &context.prefill {
         Some(kept) => kept.gone().await,
         None => std::future::pending().await,
     }
@@ -226,80 +233,85 @@ fn release_request(params: &RawValue) -> (&'static str, Bytes) {
         r#"{{"model":"{NO_MODEL}","prompt":"x","max_tokens":1,"kv_transfer_params":{}}}"#,
         params.get()
     );
-    (Kind::Completions.path(), Bytes::from(body))
+    (GenerationKind::Completions.path(), Bytes::from(body))
 }
 
-/// Frees the prefill engine's blocks: any decode engine can pass that on, the request's own one first if it is well.
-async fn release(shared: &Arc<Shared>, care: &Care, params: &RawValue, end: End) -> Released {
-    let own_is_well = !matches!(end, End::Unsent | End::Late | End::DecodeGone);
-    let own = Arc::clone(&care.decode);
+/// Frees the prefill engine's blocks through any decode engine, the request's own one first if it is healthy.
+async fn release(
+    shared: &Arc<Shared>,
+    context: &CleanupContext,
+    params: &RawValue,
+    end: TransferEnd,
+) -> ReleaseOutcome {
+    let own_is_well = !matches!(end, TransferEnd::Unsent | TransferEnd::Late | TransferEnd::DecodeGone);
+    let own = Arc::clone(&context.decode);
     let view = Arc::clone(&shared.view.borrow());
     let others = view
         .serving(Role::Decode)
         .filter(|engine| engine.id != own.engine.id)
-        .filter_map(|engine| Seat::take(engine, &shared.view))
+        .filter_map(|engine| EngineLease::acquire(engine, &shared.view))
         .map(Arc::new);
-    let mut seats: Vec<Arc<Seat>> = others.collect();
-    seats.insert(if own_is_well { 0 } else { seats.len() }, own);
+    let mut leases: Vec<Arc<EngineLease>> = others.collect();
+    leases.insert(if own_is_well { 0 } else { leases.len() }, own);
     let request = release_request(params);
     let mut refusals = Vec::new();
-    for seat in &seats {
+    for lease in &leases {
         let sent = send(
             shared,
-            &care.headers,
-            &care.request_id,
-            seat,
+            &context.headers,
+            &context.request_id,
+            lease,
             request.clone(),
             RELEASE_DEADLINE,
         );
         let sent = tokio::select! {
             biased;
             sent = sent => sent,
-            () = prefill_gone(care) => {
-                shared.metrics.cleaned_up(true);
-                return Released::Done;
+            () = prefill_gone(context) => {
+                shared.metrics.count_cleanup(true);
+                return ReleaseOutcome::Done;
             }
         };
         match sent {
             Ok(()) => {
-                shared.metrics.cleaned_up(true);
-                // The HTTP half of a frozen engine still answers.
-                let may_be_frozen = end == End::Late && Arc::ptr_eq(&seat.engine, &care.decode.engine);
+                shared.metrics.count_cleanup(true);
+                // The HTTP process of a frozen engine still answers.
+                let may_be_frozen = end == TransferEnd::Late && Arc::ptr_eq(&lease.engine, &context.decode.engine);
                 return if may_be_frozen {
-                    Released::Unsure
+                    ReleaseOutcome::Unsure
                 } else {
-                    Released::Done
+                    ReleaseOutcome::Done
                 };
             }
             Err(refusal) => refusals.push(refusal),
         }
     }
-    Released::Refused(refusals.join("; "))
+    ReleaseOutcome::Refused(refusals.join("; "))
 }
 
-/// Keeps trying to free the prefill engine's blocks until their lease ends, through decode engines as they come back. Holds
-/// nothing that anything else waits for.
-async fn release_later(shared: &Arc<Shared>, care: Care, params: &RawValue, released: Released) {
-    let Care {
+/// Keeps trying to free the prefill engine's blocks until their lease ends, through decode engines as they come back.
+/// Nothing waits for this.
+async fn release_later(shared: &Arc<Shared>, context: CleanupContext, params: &RawValue, released: ReleaseOutcome) {
+    let CleanupContext {
         decode,
         prefill,
         headers,
         request_id: request,
         permit,
         ..
-    } = care;
+    } = context;
     let own = decode.watch();
-    let prefill = prefill.map(Kept::into_watch);
+    let prefill = prefill.map(PendingKv::into_watch);
     drop((decode, permit));
     let passed_on = async {
-        if matches!(released, Released::Unsure) {
+        if matches!(released, ReleaseOutcome::Unsure) {
             own.gone().await;
         }
         pass_release_on(shared, &headers, &request, params).await;
     };
     let is_freed = while_leased(shared, prefill.as_ref(), passed_on).await;
-    if let Released::Refused(error) = released {
-        shared.metrics.cleaned_up(is_freed);
+    if let ReleaseOutcome::Refused(error) = released {
+        shared.metrics.count_cleanup(is_freed);
         if !is_freed {
             warn_of_stranded(&request, &error);
         }
@@ -309,7 +321,7 @@ async fn release_later(shared: &Arc<Shared>, care: Care, params: &RawValue, rele
 /// Frees the blocks that an answer names which came after its client had left.
 pub(crate) async fn release_abandoned(
     shared: Arc<Shared>,
-    kept: Kept,
+    kept: PendingKv,
     headers: HeaderMap,
     request_id: String,
     params: Box<RawValue>,
@@ -317,9 +329,9 @@ pub(crate) async fn release_abandoned(
     let prefill = kept.into_watch();
     let passed_on = pass_release_on(&shared, &headers, &request_id, &params);
     let is_freed = while_leased(&shared, Some(&prefill), passed_on).await;
-    shared.metrics.cleaned_up(is_freed);
+    shared.metrics.count_cleanup(is_freed);
     if !is_freed {
-        warn_of_stranded(&request_id, "no decode engine passed it on");
+        warn_of_stranded(&request_id, "no decode engine accepted the release");
     }
 }
 
@@ -327,11 +339,11 @@ fn warn_of_stranded(request: &str, error: &str) {
     tracing::warn!(
         request,
         error,
-        "could not free the KV of a request that ended early: its lease will"
+        "cannot free the KV of a request that ended early: it stays until its lease ends"
     );
 }
 
-/// Tries to free blocks for as long as their lease can last; whether they are free then.
+/// Tries to free blocks for as long as their lease can last. Returns whether they are free.
 async fn while_leased(shared: &Shared, prefill: Option<&EngineWatch>, passed_on: impl Future<Output = ()>) -> bool {
     let place = Arc::clone(&shared.overdue).try_acquire_owned();
     let lease = match (&place, shared.settings.kv_lease) {
@@ -347,8 +359,8 @@ async fn while_leased(shared: &Shared, prefill: Option<&EngineWatch>, passed_on:
     }
 }
 
-/// Returns once a decode engine has passed a release on. One that clients cannot use yet can do that as well, and must:
-/// its canary may wait for the very blocks.
+/// Returns once a decode engine has accepted a release. An engine that does not serve clients yet can accept it too,
+/// and must: its canary can wait for these very blocks.
 async fn pass_release_on(shared: &Arc<Shared>, headers: &HeaderMap, request_id: &str, params: &RawValue) {
     let mut view = shared.view.clone();
     let request = release_request(params);
@@ -358,10 +370,10 @@ async fn pass_release_on(shared: &Arc<Shared>, headers: &HeaderMap, request_id: 
             engine.role == Role::Decode && matches!(engine.state, EngineState::Healthy | EngineState::Ready)
         };
         for engine in now.engines.iter().filter(usable) {
-            let Some(seat) = Seat::take(engine, &shared.view) else {
+            let Some(lease) = EngineLease::acquire(engine, &shared.view) else {
                 continue;
             };
-            let sent = send(shared, headers, request_id, &seat, request.clone(), RELEASE_DEADLINE);
+            let sent = send(shared, headers, request_id, &lease, request.clone(), RELEASE_DEADLINE);
             if sent.await.is_ok() {
                 return;
             }
@@ -376,47 +388,47 @@ async fn pass_release_on(shared: &Arc<Shared>, headers: &HeaderMap, request_id: 
 }
 
 /// Empties the decode engine's buffer of this hand-off's KV.
-async fn consume(shared: &Arc<Shared>, care: &Care, seat: &Seat) {
-    let (kind, body, mut edits) = match &care.consume {
-        Consume::Original(kind, body) => (*kind, body, one_token_edits(*kind)),
-        Consume::Completion(body) => (Kind::Completions, body, Vec::new()),
+async fn consume(shared: &Arc<Shared>, context: &CleanupContext, lease: &EngineLease) {
+    let (kind, body, mut edits) = match &context.consume {
+        ConsumeRequest::Original(kind, body) => (*kind, body, one_token_edits(*kind)),
+        ConsumeRequest::Completion(body) => (GenerationKind::Completions, body, Vec::new()),
     };
-    if let Some(params) = &care.decode_params {
+    if let Some(params) = &context.decode_params {
         edits.push(("kv_transfer_params", Some(params)));
     }
-    // It was parsed before; were it not, the engine would say so.
+    // The body was parsed before. If it were invalid, the engine would refuse it.
     let body = Document::parse(body).map_or_else(|_| body.clone(), |document| document.edited(&edits).into());
     let outcome = send(
         shared,
-        &care.headers,
-        &care.request_id,
-        seat,
+        &context.headers,
+        &context.request_id,
+        lease,
         (kind.path(), body),
-        care.deadline,
+        context.deadline,
     )
     .await;
     let refusal = match outcome {
-        // Its buffer went with it.
-        Err(_) if timeout(NEWS_DEADLINE, seat.gone()).await.is_ok() => None,
+        // The buffer is gone with its engine.
+        Err(_) if timeout(NEWS_DEADLINE, lease.gone()).await.is_ok() => None,
         outcome => outcome.err(),
     };
     if let Some(error) = &refusal {
-        let request = &care.request_id;
+        let request = &context.request_id;
         tracing::warn!(
             request,
             error,
-            "could not empty the decode engine's buffer of a request that ended early"
+            "cannot empty the decode engine's buffer after a request that ended early"
         );
     }
-    shared.metrics.cleaned_up(refusal.is_none());
+    shared.metrics.count_cleanup(refusal.is_none());
 }
 
-/// Sends one request of a clean-up; a sentence if it did not do.
+/// Sends one clean-up request. The error is a sentence.
 async fn send(
     shared: &Shared,
     headers: &HeaderMap,
     request_id: &str,
-    seat: &Seat,
+    lease: &EngineLease,
     (path, body): (&'static str, Bytes),
     deadline: Duration,
 ) -> Result<(), String> {
@@ -424,10 +436,10 @@ async fn send(
         body,
         ..Call::post(path, headers, request_id, Vec::new())
     };
-    let step = shared.upstream.fetch(&seat.engine, call);
-    match seat.run(Leg::Handoff, deadline, step).await {
+    let step = shared.upstream.fetch(&lease.engine, call);
+    match lease.run(RequestStage::Handoff, deadline, step).await {
         Ok((head, _)) if head.status.is_success() || head.status == StatusCode::NOT_FOUND => Ok(()),
-        Ok((head, _)) => Err(format!("`{}` answered {}", seat.engine.id, head.status)),
+        Ok((head, _)) => Err(format!("`{}` answered {}", lease.engine.id, head.status)),
         Err(error) => Err(crate::report::one_line(&error)),
     }
 }

@@ -1,10 +1,10 @@
-//! What a hand-off that ended early owes, by how its KV moves, how far it came and how it ended.
+//! The clean-up that a hand-off needs when it ends early, by how its KV moves, how far it came and how it ended.
 //!
-//! Pure. What real engines did is vLLM 0.32.0 with NIXL 1.5.1 and LMCache 0.5.6.
+//! Pure. It follows what real engines did: vLLM 0.32.0 with NIXL 1.5.1 and LMCache 0.5.6.
 
 /// How KV moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum TransferMode {
     /// The decode engine fetches it from the prefill engine, which keeps it under a lease.
     Pulled,
     /// The prefill engine writes it into the decode engine's buffer, which only a decode of the same prompt empties.
@@ -13,13 +13,13 @@ pub(crate) enum Way {
 
 /// How far a hand-off came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// The decode engine is reserved, nothing was sent.
+pub(crate) enum TransferProgress {
+    /// The decode engine is reserved; nothing was sent.
     Reserved,
     /// The prefill leg was sent.
     Prefilling,
     /// The KV waits for the decode leg.
-    Handed,
+    Delivered,
     /// The decode leg was sent.
     Sent,
     /// The decode engine refused the request.
@@ -28,7 +28,7 @@ pub(crate) enum Progress {
 
 /// How a hand-off ended early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum TransferEnd {
     /// The client left.
     Left,
     /// The leg never reached its engine.
@@ -37,43 +37,47 @@ pub(crate) enum End {
     Failed,
     /// A deadline passed.
     Late,
-    /// The prefill engine has gone.
+    /// The prefill engine has ended.
     PrefillGone,
-    /// The decode engine has gone.
+    /// The decode engine has ended.
     DecodeGone,
 }
 
-/// What is owed.
+/// The clean-up that a hand-off needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Debt {
-    /// Nothing.
+pub(crate) enum CleanupAction {
+    /// Nothing to do.
     Nothing,
-    /// The prefill engine's blocks are to be freed.
+    /// Free the prefill engine's blocks.
     Release,
-    /// The decode engine's buffer is to be emptied.
+    /// Empty the decode engine's buffer.
     Consume,
-    /// The same once the KV has come: its notification is there, or nobody is left to send it, or it is overdue.
-    ConsumeOnceThere,
-    /// The same at once, because the notification may have been lost, and again if it comes after all.
-    ConsumeNowAndLater,
+    /// Empty the buffer once the KV has arrived: its notification came, its sender is gone, or it is overdue.
+    ConsumeOnArrival,
+    /// Empty the buffer at once, because the notification could be lost, and again if it comes after all.
+    ConsumeNowAndOnArrival,
 }
 
-/// The table.
-pub(crate) fn owed(way: Way, progress: Progress, end: End) -> Debt {
-    use Progress::{Handed, Prefilling, Refused, Reserved, Sent};
-    match (way, progress, end) {
-        // No KV is anywhere. A prefill engine whose client leaves aborts, and keeps nothing.
-        (_, Reserved, _) | (Way::Pulled, Prefilling, _) | (_, Prefilling, End::Unsent) => Debt::Nothing,
-        // The KV went with the engine that held it.
-        (Way::Pulled, _, End::PrefillGone) | (Way::Pushed, _, End::DecodeGone) => Debt::Nothing,
-        // A decode engine whose client leaves tells the prefill engine by itself.
-        (Way::Pulled, Sent, End::Left) => Debt::Nothing,
-        // One that has not seen the parameters, or may be frozen, does not.
-        (Way::Pulled, Handed | Sent | Refused, _) => Debt::Release,
-        (Way::Pushed, Prefilling, End::Late) => Debt::ConsumeNowAndLater,
-        // Pages count as there from the moment they are allocated, so those of a dead engine must go as well.
-        (Way::Pushed, Prefilling, _) => Debt::ConsumeOnceThere,
-        (Way::Pushed, Handed | Sent | Refused, _) => Debt::Consume,
+/// The table of clean-ups.
+pub(crate) fn cleanup_for(mode: TransferMode, progress: TransferProgress, end: TransferEnd) -> CleanupAction {
+    use TransferProgress::{Delivered, Prefilling, Refused, Reserved, Sent};
+    match (mode, progress, end) {
+        // No engine holds KV. A prefill engine whose client leaves aborts, and keeps nothing.
+        (_, Reserved, _) | (TransferMode::Pulled, Prefilling, _) | (_, Prefilling, TransferEnd::Unsent) => {
+            CleanupAction::Nothing
+        }
+        // The KV is gone with the engine that held it.
+        (TransferMode::Pulled, _, TransferEnd::PrefillGone) | (TransferMode::Pushed, _, TransferEnd::DecodeGone) => {
+            CleanupAction::Nothing
+        }
+        // A decode engine whose client leaves notifies the prefill engine itself.
+        (TransferMode::Pulled, Sent, TransferEnd::Left) => CleanupAction::Nothing,
+        // A decode engine that has not seen the parameters, or that could be frozen, does not.
+        (TransferMode::Pulled, Delivered | Sent | Refused, _) => CleanupAction::Release,
+        (TransferMode::Pushed, Prefilling, TransferEnd::Late) => CleanupAction::ConsumeNowAndOnArrival,
+        // LMCache counts pages as present from their allocation, so those of a dead engine must go as well.
+        (TransferMode::Pushed, Prefilling, _) => CleanupAction::ConsumeOnArrival,
+        (TransferMode::Pushed, Delivered | Sent | Refused, _) => CleanupAction::Consume,
     }
 }
 
@@ -81,41 +85,42 @@ pub(crate) fn owed(way: Way, progress: Progress, end: End) -> Debt {
 mod tests {
     use super::*;
 
-    /// The whole table, a letter a cell: `-` nothing, `R` release, `C` consume, `A` consume once there, `B` now and later.
+    /// The whole table, a letter a cell: `-` nothing, `R` release, `C` consume, `A` consume on arrival, `B` consume
+    /// now and on arrival.
     #[test]
     fn every_cell_of_the_table() {
         let ends = [
-            End::Left,
-            End::Unsent,
-            End::Failed,
-            End::Late,
-            End::PrefillGone,
-            End::DecodeGone,
+            TransferEnd::Left,
+            TransferEnd::Unsent,
+            TransferEnd::Failed,
+            TransferEnd::Late,
+            TransferEnd::PrefillGone,
+            TransferEnd::DecodeGone,
         ];
         let rows = [
-            (Way::Pulled, Progress::Reserved, "------"),
-            (Way::Pulled, Progress::Prefilling, "------"),
-            (Way::Pulled, Progress::Handed, "RRRR-R"),
-            (Way::Pulled, Progress::Sent, "-RRR-R"),
-            (Way::Pulled, Progress::Refused, "RRRR-R"),
-            (Way::Pushed, Progress::Reserved, "------"),
-            (Way::Pushed, Progress::Prefilling, "A-ABA-"),
-            (Way::Pushed, Progress::Handed, "CCCCC-"),
-            (Way::Pushed, Progress::Sent, "CCCCC-"),
-            (Way::Pushed, Progress::Refused, "CCCCC-"),
+            (TransferMode::Pulled, TransferProgress::Reserved, "------"),
+            (TransferMode::Pulled, TransferProgress::Prefilling, "------"),
+            (TransferMode::Pulled, TransferProgress::Delivered, "RRRR-R"),
+            (TransferMode::Pulled, TransferProgress::Sent, "-RRR-R"),
+            (TransferMode::Pulled, TransferProgress::Refused, "RRRR-R"),
+            (TransferMode::Pushed, TransferProgress::Reserved, "------"),
+            (TransferMode::Pushed, TransferProgress::Prefilling, "A-ABA-"),
+            (TransferMode::Pushed, TransferProgress::Delivered, "CCCCC-"),
+            (TransferMode::Pushed, TransferProgress::Sent, "CCCCC-"),
+            (TransferMode::Pushed, TransferProgress::Refused, "CCCCC-"),
         ];
-        for (way, progress, expected) in rows {
+        for (mode, progress, expected) in rows {
             let cells: String = ends
                 .iter()
-                .map(|end| match owed(way, progress, *end) {
-                    Debt::Nothing => '-',
-                    Debt::Release => 'R',
-                    Debt::Consume => 'C',
-                    Debt::ConsumeOnceThere => 'A',
-                    Debt::ConsumeNowAndLater => 'B',
+                .map(|end| match cleanup_for(mode, progress, *end) {
+                    CleanupAction::Nothing => '-',
+                    CleanupAction::Release => 'R',
+                    CleanupAction::Consume => 'C',
+                    CleanupAction::ConsumeOnArrival => 'A',
+                    CleanupAction::ConsumeNowAndOnArrival => 'B',
                 })
                 .collect();
-            assert_eq!(cells, expected, "{way:?} {progress:?}");
+            assert_eq!(cells, expected, "{mode:?} {progress:?}");
         }
     }
 }

@@ -1,7 +1,8 @@
-//! The ledger of hand-offs: who owns a request's KV, and what must happen to it when the request ends early.
+//! The KV transfer of a hand-off: which engine holds a request's KV, and what cleans it up when the request ends
+//! early.
 //!
-//! An [`Entry`] goes through reserved → prefilling → handed → sent → consumed. Dropped on the way, because the client
-//! left or a leg failed, it sees to the KV: `table` says what is owed, `cleanup` pays it.
+//! A [`Transfer`] goes through reserved → prefilling → delivered → sent → consumed. If it is dropped on the way,
+//! because the client left or a leg failed, it cleans up the KV: `cleanup_table` decides how, and `cleanup` does it.
 
 mod abandoned;
 mod cleanup;
@@ -18,71 +19,71 @@ use crate::connector::Handoff;
 use crate::proxy::Shared;
 use crate::proxy::body::usage::Proof;
 use crate::proxy::error::{Cause, ProxyError};
-use crate::proxy::schedule::lease::Seat;
+use crate::proxy::schedule::lease::EngineLease;
 use crate::proxy::telemetry::record::Record;
-use cleanup::Owed;
-use cleanup_table::{Debt, End, Progress, Way, owed};
+use cleanup::Cleanup;
+use cleanup_table::{CleanupAction, TransferEnd, TransferMode, TransferProgress, cleanup_for};
 
 pub(crate) use abandoned::{PrefillCall, fetch};
-pub(crate) use cleanup::{Care, Consume, one_token_edits};
+pub(crate) use cleanup::{CleanupContext, ConsumeRequest, one_token_edits};
 
 /// One hand-off, from the reservation of its decode engine on.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct Transfer {
     shared: Arc<Shared>,
     record: Arc<Record>,
-    stage: Stage,
+    state: TransferState,
     /// When the prefill leg was sent. The KV's lease begins later.
-    begun: Option<Instant>,
-    care: Option<Care>,
+    prefill_sent: Option<Instant>,
+    context: Option<CleanupContext>,
 }
 
 #[derive(Debug)]
-enum Stage {
+enum TransferState {
     /// The decode engine is reserved; nothing was sent.
     Reserved,
-    /// The prefill leg was sent. With an [`Arrival`], KV may be pushed without further notice.
+    /// The prefill leg was sent. With an [`Arrival`], KV can be pushed at any time.
     Prefilling(Option<Arrival>),
     /// The KV waits for the decode leg.
-    Handed(Handoff),
+    Delivered(Handoff),
     /// The decode leg was sent.
     Sent { handoff: Handoff, refused: bool },
-    /// Nothing is left to do.
+    /// Nothing is left to clean up.
     Closed,
 }
 
-impl Entry {
-    /// Opens an entry for a request whose decode engine is reserved.
-    pub(crate) fn reserve(shared: &Arc<Shared>, record: &Arc<Record>, care: Care) -> Self {
-        shared.metrics.open_handoffs(1);
+impl Transfer {
+    /// Opens the transfer of a request whose decode engine is reserved.
+    pub(crate) fn reserve(shared: &Arc<Shared>, record: &Arc<Record>, context: CleanupContext) -> Self {
+        shared.metrics.add_open_handoffs(1);
         Self {
             shared: Arc::clone(shared),
             record: Arc::clone(record),
-            stage: Stage::Reserved,
-            begun: None,
-            care: Some(care),
+            state: TransferState::Reserved,
+            prefill_sent: None,
+            context: Some(context),
         }
     }
 
-    /// The prefill leg is about to be sent. From now on the engine may have KV of this hand-off.
-    pub(crate) fn prefilling(&mut self, prefill: &Seat, arrival: Option<Arrival>) {
-        if let Some(care) = &mut self.care {
-            care.prefill = Some(prefill.keep());
+    /// Called before the prefill leg is sent. From now on the engine can hold KV of this hand-off.
+    pub(crate) fn begin_prefill(&mut self, prefill: &EngineLease, arrival: Option<Arrival>) {
+        if let Some(context) = &mut self.context {
+            context.prefill = Some(prefill.hold_kv());
         }
-        self.stage = Stage::Prefilling(arrival);
-        self.begun = Some(Instant::now());
+        self.state = TransferState::Prefilling(arrival);
+        self.prefill_sent = Some(Instant::now());
     }
 
-    /// How long the KV can have been under its lease, if that may have ended before the decode engine read it.
+    /// How long the KV can have been under its lease, if the lease could have ended before the decode engine read it.
     ///
-    /// The lease begins after the prefill leg was sent, and the decode engine reads before its answer begins. So an answer
-    /// that begins within the lease's length is right whichever process stood still in between, this one included; and a
-    /// lease that lapsed although it had been renewed has lasted longer than that.
+    /// The lease begins after the prefill leg was sent, and the decode engine reads before its answer begins. So an
+    /// answer that begins within the lease's length is right, whichever process stood still in between, the proxy
+    /// included. A lease that lapsed although it was renewed has lasted longer than that.
     pub(crate) fn outlived(&self, lease: Duration) -> Option<Duration> {
-        let age = self.begun?.elapsed();
+        let age = self.prefill_sent?.elapsed();
         (matches!(
-            self.stage,
-            Stage::Sent {
+            self.state,
+            TransferState::Sent {
                 handoff: Handoff::Pull(_),
                 ..
             }
@@ -90,196 +91,218 @@ impl Entry {
             .then_some(age)
     }
 
-    /// Waits for the connector's notifications, if it has any. Safe to cancel.
+    /// Waits for the connector's notifications, if it sends any. Cancel-safe.
     pub(crate) async fn arrived(&mut self) {
-        if let Stage::Prefilling(Some(arrival)) = &mut self.stage {
+        if let TransferState::Prefilling(Some(arrival)) = &mut self.state {
             arrival.complete().await;
         }
     }
 
-    /// The KV is there for the decode leg.
-    pub(crate) fn handed(&mut self, handoff: Handoff) {
+    /// Called when the KV is there for the decode leg.
+    pub(crate) fn delivered(&mut self, handoff: Handoff) {
         let is_pushed = !matches!(handoff, Handoff::Pull(_));
-        self.stage = Stage::Handed(handoff);
-        if let Some(care) = self.care.as_mut().filter(|_| is_pushed) {
-            care.prefill = None;
+        self.state = TransferState::Delivered(handoff);
+        if let Some(context) = self.context.as_mut().filter(|_| is_pushed) {
+            context.prefill = None;
         }
     }
 
-    /// The answer's first token, where the prefill engine made it.
+    /// The answer's first token, if the prefill engine made it.
     pub(crate) fn first_token(&self) -> Option<u32> {
-        match self.stage {
-            Stage::Handed(Handoff::PushedWithFirstToken(token)) => Some(token),
+        match self.state {
+            TransferState::Delivered(Handoff::PushedWithFirstToken(token)) => Some(token),
             _ => None,
         }
     }
 
-    /// The decode leg is about to be sent, with these parameters if the connector has any, as JSON text. They are given out once.
-    pub(crate) fn send(&mut self) -> Option<&str> {
-        match std::mem::replace(&mut self.stage, Stage::Closed) {
-            Stage::Handed(handoff) => {
-                self.stage = Stage::Sent {
+    /// Called before the decode leg is sent. Returns its parameters as JSON text, if the connector has any. They are
+    /// given out once.
+    pub(crate) fn begin_decode(&mut self) -> Option<&str> {
+        match std::mem::replace(&mut self.state, TransferState::Closed) {
+            TransferState::Delivered(handoff) => {
+                self.state = TransferState::Sent {
                     handoff,
                     refused: false,
                 }
             }
             other => {
-                self.stage = other;
+                self.state = other;
                 return None;
             }
         }
-        match &self.stage {
-            Stage::Sent {
+        match &self.state {
+            TransferState::Sent {
                 handoff: Handoff::Pull(params),
                 ..
             } => Some(params.get()),
-            _ => self.care.as_ref()?.decode_params.as_deref(),
+            _ => self.context.as_ref()?.decode_params.as_deref(),
         }
     }
 
-    /// The decode engine answered without having looked at the KV, as far as is known.
+    /// Called when the decode engine has answered without having read the KV, as far as is known.
     pub(crate) fn refused(&mut self) {
-        if let Stage::Sent { refused, .. } = &mut self.stage {
+        if let TransferState::Sent { refused, .. } = &mut self.state {
             *refused = true;
         }
     }
 
-    /// The decode engine has the KV.
+    /// Called when the decode engine has the KV.
     pub(crate) fn consumed(&mut self) {
-        if let Some(held) = self.care.as_ref().and_then(|care| care.decode.held()) {
-            held.consumed();
+        if let Some(reservation) = self.context.as_ref().and_then(|context| context.decode.reservation()) {
+            reservation.release_buffer();
         }
         self.close();
     }
 
-    /// The decode engine's answer begins. What its usage says at the end may still show that it did not use the KV.
-    pub(crate) fn answered(&mut self) -> Unproven {
-        let owed = self.owed(End::Failed);
-        let care = self.care.take().map(|care| {
-            self.shared.metrics.open_handoffs(-1);
-            care.decode.held().inspect(|held| held.consumed());
+    /// Called when the decode engine's answer begins. Its usage, at the end, can still show that it did not use the
+    /// KV.
+    pub(crate) fn answered(&mut self) -> UnprovenTransfer {
+        let cleanup = self.take_cleanup(TransferEnd::Failed);
+        let context = self.context.take().map(|context| {
+            self.shared.metrics.add_open_handoffs(-1);
+            context
+                .decode
+                .reservation()
+                .inspect(|reservation| reservation.release_buffer());
             // A drain of the prefill engine does not wait for the whole answer.
-            Care { prefill: None, ..care }
+            CleanupContext {
+                prefill: None,
+                ..context
+            }
         });
-        Unproven {
+        UnprovenTransfer {
             shared: Arc::clone(&self.shared),
-            rest: care
-                .zip(owed)
-                .and_then(|(care, owed)| cleanup::within_a_stream(care, owed)),
+            unused_kv: context
+                .zip(cleanup)
+                .and_then(|(context, cleanup)| cleanup::for_stream(context, cleanup)),
         }
     }
 
-    /// There is no KV, and none will come.
+    /// Closes the transfer of a request without KV.
     pub(crate) fn close(&mut self) {
-        self.stage = Stage::Closed;
-        if self.care.take().is_some() {
-            self.shared.metrics.open_handoffs(-1);
+        self.state = TransferState::Closed;
+        if self.context.take().is_some() {
+            self.shared.metrics.add_open_handoffs(-1);
         }
     }
 
-    /// Moves the hand-off out, for a stream that goes on with it.
+    /// Moves the transfer out, for a stream that continues with it.
     pub(crate) fn take(&mut self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
             record: Arc::clone(&self.record),
-            stage: std::mem::replace(&mut self.stage, Stage::Closed),
-            begun: self.begun,
-            care: self.care.take(),
+            state: std::mem::replace(&mut self.state, TransferState::Closed),
+            prefill_sent: self.prefill_sent,
+            context: self.context.take(),
         }
     }
 
-    /// The request has failed.
+    /// Cleans up after this failure of the request.
     pub(crate) fn failed(&mut self, error: &ProxyError) {
         let end = match error {
             ProxyError::Leg { engine, cause, .. } => match cause {
-                Cause::Gone if self.care.as_ref().is_some_and(|care| care.decode.engine.id == *engine) => {
-                    End::DecodeGone
+                Cause::Gone
+                    if self
+                        .context
+                        .as_ref()
+                        .is_some_and(|context| context.decode.engine.id == *engine) =>
+                {
+                    TransferEnd::DecodeGone
                 }
-                Cause::Gone => End::PrefillGone,
-                Cause::Timeout(_) => End::Late,
-                Cause::Unreachable(error) if error.is_connect() => End::Unsent,
-                Cause::Descriptors(_) => End::Unsent,
-                _ => End::Failed,
+                Cause::Gone => TransferEnd::PrefillGone,
+                Cause::Timeout(_) => TransferEnd::Late,
+                Cause::Unreachable(error) if error.is_connect() => TransferEnd::Unsent,
+                Cause::Descriptors(_) => TransferEnd::Unsent,
+                _ => TransferEnd::Failed,
             },
-            _ => End::Failed,
+            _ => TransferEnd::Failed,
         };
         self.end(end);
     }
 
-    fn end(&mut self, end: End) {
-        let Some(care) = self.care.take() else {
+    fn end(&mut self, end: TransferEnd) {
+        let Some(context) = self.context.take() else {
             return;
         };
-        match (self.owed(end), tokio::runtime::Handle::try_current()) {
-            (Some(owed), Ok(runtime)) => {
-                let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed);
-                drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
+        match (self.take_cleanup(end), tokio::runtime::Handle::try_current()) {
+            (Some(cleanup), Ok(runtime)) => {
+                let task = cleanup::run(Arc::clone(&self.shared), context, cleanup);
+                drop(self.shared.cleanups.spawn_on(task, &runtime));
             }
-            _ => self.shared.metrics.open_handoffs(-1),
+            _ => self.shared.metrics.add_open_handoffs(-1),
         }
     }
 
-    fn owed(&mut self, end: End) -> Option<Owed> {
-        let stage = std::mem::replace(&mut self.stage, Stage::Closed);
-        let (way, progress) = match &stage {
-            Stage::Closed => return None,
-            Stage::Reserved => (Way::Pulled, Progress::Reserved),
-            Stage::Prefilling(None) => (Way::Pulled, Progress::Prefilling),
-            Stage::Prefilling(Some(_)) => (Way::Pushed, Progress::Prefilling),
-            Stage::Handed(handoff) => (way(handoff), Progress::Handed),
-            Stage::Sent { handoff, refused } => {
-                let progress = if *refused { Progress::Refused } else { Progress::Sent };
-                (way(handoff), progress)
+    fn take_cleanup(&mut self, end: TransferEnd) -> Option<Cleanup> {
+        let state = std::mem::replace(&mut self.state, TransferState::Closed);
+        let (mode, progress) = match &state {
+            TransferState::Closed => return None,
+            TransferState::Reserved => (TransferMode::Pulled, TransferProgress::Reserved),
+            TransferState::Prefilling(None) => (TransferMode::Pulled, TransferProgress::Prefilling),
+            TransferState::Prefilling(Some(_)) => (TransferMode::Pushed, TransferProgress::Prefilling),
+            TransferState::Delivered(handoff) => (mode_of(handoff), TransferProgress::Delivered),
+            TransferState::Sent { handoff, refused } => {
+                let progress = if *refused {
+                    TransferProgress::Refused
+                } else {
+                    TransferProgress::Sent
+                };
+                (mode_of(handoff), progress)
             }
         };
-        match (owed(way, progress, end), stage) {
+        match (cleanup_for(mode, progress, end), state) {
             (
-                Debt::Release,
-                Stage::Handed(Handoff::Pull(params))
-                | Stage::Sent {
+                CleanupAction::Release,
+                TransferState::Delivered(Handoff::Pull(params))
+                | TransferState::Sent {
                     handoff: Handoff::Pull(params),
                     ..
                 },
-            ) => Some(Owed::Release(params, end)),
-            (Debt::Consume, _) => Some(Owed::Consume),
-            (Debt::ConsumeOnceThere, Stage::Prefilling(Some(arrival))) => Some(Owed::ConsumeOnceThere(arrival)),
-            (Debt::ConsumeNowAndLater, Stage::Prefilling(Some(arrival))) => Some(Owed::ConsumeNowAndLater(arrival)),
+            ) => Some(Cleanup::Release(params, end)),
+            (CleanupAction::Consume, _) => Some(Cleanup::Consume),
+            (CleanupAction::ConsumeOnArrival, TransferState::Prefilling(Some(arrival))) => {
+                Some(Cleanup::ConsumeOnArrival(arrival))
+            }
+            (CleanupAction::ConsumeNowAndOnArrival, TransferState::Prefilling(Some(arrival))) => {
+                Some(Cleanup::ConsumeNowAndOnArrival(arrival))
+            }
             _ => None,
         }
     }
 }
 
-/// A hand-off whose answer has begun, until it is known whether its KV was used. Dropped, it counts as used.
+/// A hand-off whose answer has begun, until it is known whether its KV was used. If it is dropped, the KV counts as
+/// used.
 #[derive(Debug)]
-pub(crate) struct Unproven {
+pub(crate) struct UnprovenTransfer {
     shared: Arc<Shared>,
-    rest: Option<(Care, Owed)>,
+    unused_kv: Option<(CleanupContext, Cleanup)>,
 }
 
-impl Unproven {
-    /// Takes in what the decode engine's usage proves. KV that it did not use is freed: nothing else would free it, because LMCache
-    /// finds it by the hand-off's tag only, and vLLM reports no read that failed to a prefill engine.
+impl UnprovenTransfer {
+    /// Applies what the decode engine's usage proves. KV that it did not use is freed here: LMCache finds it only by
+    /// the hand-off's tag, and vLLM reports no failed read to a prefill engine.
     pub(crate) fn prove(&mut self, proof: Proof) {
-        let unused = self.rest.take_if(|_| proof == Proof::Computed);
-        if let (Some((care, owed)), Ok(runtime)) = (unused, tokio::runtime::Handle::try_current()) {
-            self.shared.metrics.open_handoffs(1);
-            let cleanup = cleanup::pay(Arc::clone(&self.shared), care, owed);
-            drop(self.shared.cleanups.spawn_on(cleanup, &runtime));
+        let unused = self.unused_kv.take_if(|_| proof == Proof::Computed);
+        if let (Some((context, cleanup)), Ok(runtime)) = (unused, tokio::runtime::Handle::try_current()) {
+            self.shared.metrics.add_open_handoffs(1);
+            let task = cleanup::run(Arc::clone(&self.shared), context, cleanup);
+            drop(self.shared.cleanups.spawn_on(task, &runtime));
         }
     }
 }
 
-fn way(handoff: &Handoff) -> Way {
+fn mode_of(handoff: &Handoff) -> TransferMode {
     match handoff {
-        Handoff::Pull(_) => Way::Pulled,
-        Handoff::Pushed | Handoff::PushedWithFirstToken(_) => Way::Pushed,
+        Handoff::Pull(_) => TransferMode::Pulled,
+        Handoff::Pushed | Handoff::PushedWithFirstToken(_) => TransferMode::Pushed,
     }
 }
 
-impl Drop for Entry {
-    /// Nobody said why it ended: the client left, and took the request along.
+impl Drop for Transfer {
+    /// No other reason was given, so the client left and the request was dropped with it.
     fn drop(&mut self) {
-        self.end(End::Left);
+        self.end(TransferEnd::Left);
     }
 }
 

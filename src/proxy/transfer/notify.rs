@@ -1,9 +1,10 @@
 //! LMCache's notifications: a ZeroMQ PULL socket, and the requests that wait for their KV to arrive.
 //!
-//! Wire format (LMCache 0.5.6 `pd_backend_async.py`): one frame, a msgpack map with `type` = `ProxyNotif` and `req_id`;
-//! every rank that stores KV sends one. Knows nothing of HTTP or of what a request is.
+//! Wire format (LMCache 0.5.6 `pd_backend_async.py`): one frame, a msgpack map with `type` = `ProxyNotif` and
+//! `req_id`. Every rank that stores KV sends one. This module knows no HTTP.
 //!
-//! Anybody who reaches the port may send anything, so everything here is bounded: connections, frames (`crate::zmtp`), log lines.
+//! Anyone who reaches the port can send anything, so everything here is bounded: connections, frames (`crate::zmtp`),
+//! log lines.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,18 +18,18 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use crate::proxy::telemetry::metrics::NotificationErrors;
-use crate::zmtp::{Connection, Kind, Limits, PeerError};
+use crate::zmtp::{Connection, Limits, PeerError, SocketType};
 
-/// How long to wait after an error of the socket itself, so that a lasting one does not spin.
+/// Pause after an error of the listening socket, so that a lasting error does not spin.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(20);
 
-/// Most connections at once. Every rank of a prefill engine has one.
+/// Maximum number of connections. Every rank of a prefill engine has one.
 const MAX_PEERS: usize = 256;
 
-/// How long a peer may take for its part of the handshake. libzmq allows 30 s.
+/// Deadline of the peer's part of the handshake. libzmq allows 30 s.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long the rest of a frame may take, and a reply.
+/// Deadline of the rest of a frame, and of a reply.
 const FRAME_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A notification has about 60 bytes.
@@ -38,24 +39,24 @@ const LIMITS: Limits = Limits {
     frame: FRAME_DEADLINE,
 };
 
-/// The time between two log lines about peers that were let go.
+/// Minimum time between two log lines about refused peers.
 const LOG_PAUSE: Duration = Duration::from_mins(1);
 
-/// Why the socket could not be opened.
+/// Why the socket cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum NotifyError {
     /// The address cannot be bound.
-    #[error("cannot take LMCache notifications on `{address}`")]
+    #[error("cannot listen for LMCache notifications on `{address}`")]
     Bind {
         /// Host and port.
         address: String,
-        /// Why.
+        /// The error of the bind.
         #[source]
         source: std::io::Error,
     },
 }
 
-/// The open socket and the loop that reads it. Dropping it ends the loop.
+/// The open socket and the task that reads it. Dropping it ends the task.
 #[derive(Debug)]
 pub struct Notifications {
     port: u16,
@@ -66,7 +67,7 @@ pub struct Notifications {
 #[derive(Debug, Default)]
 struct Waiters {
     waiting: Mutex<HashMap<String, watch::Sender<u16>>>,
-    /// Notifications of all peers.
+    /// The number of notifications from all peers.
     taken: AtomicU64,
     late: AtomicU64,
     malformed: AtomicU64,
@@ -79,7 +80,7 @@ struct ProxyNotif<'frame> {
 }
 
 impl Notifications {
-    /// Binds the socket and starts to read it. Port 0 takes any free one.
+    /// Binds the socket and starts to read it. Port 0 takes any free port.
     pub async fn bind(host: &str, port: u16) -> Result<Self, NotifyError> {
         Self::bind_for(host, port, MAX_PEERS).await
     }
@@ -107,8 +108,8 @@ impl Notifications {
         self.port
     }
 
-    /// Starts to count the notifications of one request. Must be called before its prefill leg is sent, because they
-    /// can come before that leg's answer.
+    /// Starts to count the notifications of one request. Must be called before its prefill leg is sent, because
+    /// notifications can precede that leg's answer.
     pub(crate) fn expect(&self, request_id: &str, count: u16) -> Arrival {
         let (sender, received) = watch::channel(0);
         self.waiters.lock().insert(request_id.to_owned(), sender);
@@ -131,16 +132,16 @@ impl Notifications {
 
 /// A connection, from its handshake on.
 struct Peer {
-    /// The number of its last notification among all; 0 as long as there was none.
+    /// The sequence number of its last notification among all peers; 0 before the first.
     last: Arc<AtomicU64>,
     task: AbortHandle,
 }
 
-/// Takes connections until it is dropped. Nothing that a peer sends ends it.
+/// Accepts connections until it is dropped. A peer cannot end it.
 async fn accept(listener: TcpListener, max_peers: usize, waiters: Arc<Waiters>) {
     let mut tasks = JoinSet::new();
     let mut peers: Vec<Peer> = Vec::new();
-    let mut complaints = Complaints::default();
+    let mut refusals = RefusalLog::default();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -152,19 +153,19 @@ async fn accept(listener: TcpListener, max_peers: usize, waiters: Arc<Waiters>) 
                     peers.push(Peer { last, task });
                 }
                 Err(error) => {
-                    complaints.add(&error);
+                    refusals.add(&error);
                     tokio::time::sleep(PAUSE_AFTER_ERROR).await;
                 }
             },
             Some(ended) = tasks.join_next() => if let Ok(Err(error)) = ended {
                 waiters.malformed.fetch_add(1, Ordering::Relaxed);
-                complaints.add(&error);
+                refusals.add(&error);
             },
         }
     }
 }
 
-/// Where there are too many, lets the one go that has been without a notification for longest. An engine connects again.
+/// At the limit, closes the connection that has been without a notification for longest. An engine connects again.
 fn make_room(peers: &mut Vec<Peer>, max_peers: usize) {
     if peers.len() < max_peers {
         return;
@@ -179,23 +180,23 @@ fn make_room(peers: &mut Vec<Peer>, max_peers: usize) {
 }
 
 async fn listen_to(stream: TcpStream, waiters: Arc<Waiters>, last: Arc<AtomicU64>) -> Result<(), PeerError> {
-    let mut peer = Connection::open(stream, Kind::Pull, b"", LIMITS).await?;
+    let mut peer = Connection::open(stream, SocketType::Pull, b"", LIMITS).await?;
     while let Some(message) = peer.receive().await? {
-        if waiters.take(&message[0]) {
+        if waiters.handle(&message[0]) {
             last.store(waiters.taken.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
     }
     Ok(())
 }
 
-/// Log lines about peers that were let go: one at once, then one for all that follow within a while.
+/// Log lines about refused peers: one at once, then one for all that follow within `LOG_PAUSE`.
 #[derive(Default)]
-struct Complaints {
+struct RefusalLog {
     count: u64,
     next: Option<Instant>,
 }
 
-impl Complaints {
+impl RefusalLog {
     fn add(&mut self, error: &dyn std::error::Error) {
         self.count += 1;
         let now = Instant::now();
@@ -207,7 +208,7 @@ impl Complaints {
         tracing::warn!(
             count,
             error,
-            "connections to the notification port were refused, the last because"
+            "connections to the notification port were closed; the last error"
         );
     }
 }
@@ -217,8 +218,8 @@ impl Waiters {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a message in; whether it was a notification.
-    fn take(&self, frame: &[u8]) -> bool {
+    /// Handles a message. Returns whether it was a notification.
+    fn handle(&self, frame: &[u8]) -> bool {
         let Some(request_id) = request_id(frame) else {
             self.malformed.fetch_add(1, Ordering::Relaxed);
             return false;
@@ -233,13 +234,13 @@ impl Waiters {
     }
 }
 
-/// The request that a notification is about. Nothing is allocated for what a message claims to hold.
+/// The request id of a notification. Parsing allocates nothing for the lengths that a message claims.
 fn request_id(frame: &[u8]) -> Option<&str> {
     let ProxyNotif { r#type, req_id } = rmp_serde::from_slice(frame).ok()?;
     (r#type == "ProxyNotif").then_some(req_id)
 }
 
-/// The wait for one request's notifications. Dropping it ends the wait; later ones are counted as late.
+/// Waits for one request's notifications. Dropping it ends the wait; later notifications count as late.
 #[derive(Debug)]
 pub(crate) struct Arrival {
     request_id: String,
@@ -249,7 +250,7 @@ pub(crate) struct Arrival {
 }
 
 impl Arrival {
-    /// Returns once all have come. Safe to cancel and to call again.
+    /// Returns once all have come. Cancel-safe, and can be called again.
     pub(crate) async fn complete(&mut self) {
         let count = self.count;
         // The sender lives in the map until this value is dropped, so the channel cannot close.
@@ -284,13 +285,13 @@ mod tests {
     async fn a_wait_ends_when_every_rank_has_notified() {
         let notifications = Notifications::bind("127.0.0.1", 0).await.expect("bound");
         let mut arrival = notifications.expect("7f3a", 2);
-        notifications.waiters.take(&notification("7f3a"));
+        notifications.waiters.handle(&notification("7f3a"));
         assert!(futures_util::FutureExt::now_or_never(arrival.complete()).is_none());
-        notifications.waiters.take(&notification("other"));
-        notifications.waiters.take(&notification("7f3a"));
+        notifications.waiters.handle(&notification("other"));
+        notifications.waiters.handle(&notification("7f3a"));
         arrival.complete().await;
         drop(arrival);
-        notifications.waiters.take(&notification("7f3a"));
+        notifications.waiters.handle(&notification("7f3a"));
         let NotificationErrors { late, malformed } = notifications.errors();
         assert_eq!((late, malformed), (2, 0));
         assert!(notifications.waiters.lock().is_empty());
@@ -301,7 +302,7 @@ mod tests {
         let notifications = Notifications::bind("127.0.0.1", 0).await.expect("bound");
         let address = format!("127.0.0.1:{}", notifications.port());
         let mut arrival = notifications.expect("a", 1);
-        // Bytes that are not even ZeroMQ, from a port scanner for instance.
+        // Bytes that are not even ZeroMQ, for instance from a port scanner.
         let mut scanner = TcpStream::connect(&address).await.expect("connected");
         scanner.write_all(b"GET / HTTP/1.1\r\n\r\n").await.expect("written");
         drop(scanner);
@@ -315,7 +316,7 @@ mod tests {
         ] {
             peer.send(bytes.to_vec().into()).await.expect("sent");
         }
-        // A peer that dies in the middle must not take the others along.
+        // A peer that breaks off must not affect the others.
         let mut dying = PushSocket::new();
         dying.connect(&format!("tcp://{address}")).await.expect("connected");
         dying.send(b"\x01".to_vec().into()).await.expect("sent");
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_crowd_of_silent_connections_gives_way_to_those_that_notify() {
+    async fn silent_connections_give_way_to_notifying_ones() {
         let notifications = Notifications::bind_for("127.0.0.1", 0, 4).await.expect("bound");
         let address = format!("127.0.0.1:{}", notifications.port());
         let mut engine = PushSocket::new();
@@ -341,10 +342,10 @@ mod tests {
         for _ in 0..24 {
             crowd.push(TcpStream::connect(&address).await.expect("connected"));
         }
-        // The oldest were let go, after our greeting at most.
+        // The oldest connections were closed, at most after our greeting.
         for stream in crowd.iter_mut().take(20) {
             let mut greeting = Vec::new();
-            // A reset says the same as an end.
+            // A reset means the same as an end.
             drop(stream.read_to_end(&mut greeting).await);
             assert!(greeting.len() <= 64);
         }

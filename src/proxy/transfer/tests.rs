@@ -1,4 +1,4 @@
-//! What dropping an entry does, for every stage.
+//! Tests what dropping a transfer does in each state.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::cleanup::NO_MODEL;
 use super::*;
 use crate::connector::{Connector, Nixl};
 use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Role};
-use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::body::serving_mode::GenerationKind;
 use crate::proxy::{Parts, Proxy, Settings};
 use crate::service::Service;
 
@@ -37,8 +37,9 @@ fn engine(role: Role, port: u16) -> Arc<EngineView> {
     })
 }
 
-/// Brings an entry to where `go` leaves it, drops it, and returns what the decode engine was sent, and the metrics.
-async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String) {
+/// Brings a transfer to a state with `go` and drops it. Returns the request that the decode engine got, and the
+/// metrics.
+async fn dropped(go: impl FnOnce(&mut Transfer, &EngineLease)) -> (Option<String>, String) {
     let (sender, mut received) = mpsc::channel(8);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("an address").port();
@@ -71,12 +72,12 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
         service: Service::default(),
     };
     let proxy = Proxy::new(settings, view.clone(), None);
-    let care = Care {
-        decode: Arc::new(Seat::take(&engine, &view).expect("an open engine")),
+    let context = CleanupContext {
+        decode: Arc::new(EngineLease::acquire(&engine, &view).expect("an open engine")),
         headers: HeaderMap::new(),
         request_id: "r".into(),
-        consume: Consume::Original(
-            Kind::Completions,
+        consume: ConsumeRequest::Original(
+            GenerationKind::Completions,
             Bytes::from_static(br#"{"prompt":"x","max_tokens":9}"#),
         ),
         deadline: minute,
@@ -84,11 +85,11 @@ async fn dropped(go: impl FnOnce(&mut Entry, &Seat)) -> (Option<String>, String)
         decode_params: None,
         permit: Arc::new(proxy.0.admit().expect("a free place")),
     };
-    let mut entry = Entry::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), care);
-    let seat = Seat::take(&prefill, &view).expect("an open engine");
-    go(&mut entry, &seat);
-    drop(seat);
-    drop(entry);
+    let mut transfer = Transfer::reserve(&proxy.0, &Arc::new(Record::of_canary(&proxy.0)), context);
+    let lease = EngineLease::acquire(&prefill, &view).expect("an open engine");
+    go(&mut transfer, &lease);
+    drop(lease);
+    drop(transfer);
     proxy.0.cleanups.close();
     proxy.0.cleanups.wait().await;
     assert_eq!(
@@ -107,62 +108,70 @@ fn pull() -> Handoff {
 #[tokio::test]
 async fn an_engine_is_not_idle_while_its_kv_waits() {
     let held = |handoff: fn() -> Handoff| {
-        dropped(move |entry, seat| {
-            entry.prefilling(seat, None);
-            assert_eq!(seat.engine.load.kept(), 1);
-            entry.handed(handoff());
+        dropped(move |transfer, lease| {
+            transfer.begin_prefill(lease, None);
+            assert_eq!(lease.engine.load.kept(), 1);
+            transfer.delivered(handoff());
             let waits = usize::from(matches!(handoff(), Handoff::Pull(_)));
-            assert_eq!(seat.engine.load.kept(), waits, "KV that was pushed waits elsewhere");
+            assert_eq!(lease.engine.load.kept(), waits, "KV that was pushed waits elsewhere");
         })
     };
     held(pull).await;
     held(|| Handoff::Pushed).await;
 }
 
-/// How far a hand-off came, how to bring it there, and what the decode engine must be sent.
-type Table<'test> = Vec<(
+/// A state, how to reach it, and a check of the request that the decode engine must get.
+type Cases<'test> = Vec<(
     &'test str,
-    fn(&mut Entry, &Seat),
+    fn(&mut Transfer, &EngineLease),
     &'test dyn Fn(&Option<String>) -> bool,
 )>;
 
 #[tokio::test]
-async fn what_is_owed_depends_on_how_far_the_handoff_came() {
+async fn cleanup_depends_on_the_transfers_progress() {
     let release = |sent: &Option<String>| {
         let sent = sent.as_deref().unwrap_or_default();
         sent.contains(NO_MODEL) && sent.contains(r#""kv_transfer_params":{"remote_port": 1.0}"#)
     };
     let consume = |sent: &Option<String>| sent.as_deref() == Some(r#"{"prompt":"x","max_tokens":1,"stream":false}"#);
     let nothing = Option::<String>::is_none;
-    let table: Table<'_> = vec![
+    let table: Cases<'_> = vec![
         ("reserved", |_, _| {}, &nothing),
-        ("prefilling", |entry, seat| entry.prefilling(seat, None), &nothing),
-        ("pulled KV handed", |entry, _| entry.handed(pull()), &release),
         (
-            // The decode engine tells the prefill engine by itself when its client leaves.
+            "prefilling",
+            |transfer, lease| transfer.begin_prefill(lease, None),
+            &nothing,
+        ),
+        ("pulled KV handed", |transfer, _| transfer.delivered(pull()), &release),
+        (
+            // The decode engine notifies the prefill engine itself when its client leaves.
             "pulled KV sent",
-            |entry, _| {
-                entry.handed(pull());
-                assert!(entry.send().is_some());
-                assert!(entry.send().is_none(), "parameters are given out once");
+            |transfer, _| {
+                transfer.delivered(pull());
+                assert!(transfer.begin_decode().is_some());
+                assert!(transfer.begin_decode().is_none(), "parameters are given out once");
             },
             &nothing,
         ),
         (
             "pulled KV refused",
-            |entry, _| {
-                entry.handed(pull());
-                entry.send();
-                entry.refused();
+            |transfer, _| {
+                transfer.delivered(pull());
+                transfer.begin_decode();
+                transfer.refused();
             },
             &release,
         ),
-        ("pushed KV handed", |entry, _| entry.handed(Handoff::Pushed), &consume),
+        (
+            "pushed KV handed",
+            |transfer, _| transfer.delivered(Handoff::Pushed),
+            &consume,
+        ),
         (
             "pushed KV sent",
-            |entry, _| {
-                entry.handed(Handoff::Pushed);
-                entry.send();
+            |transfer, _| {
+                transfer.delivered(Handoff::Pushed);
+                transfer.begin_decode();
             },
             &consume,
         ),

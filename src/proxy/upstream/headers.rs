@@ -1,4 +1,4 @@
-//! Every header that an engine gets, and which of a client's headers can cross to it.
+//! Every header that an engine gets, and which of a client's headers are forwarded.
 //!
 //! A traced leg also gets `traceparent` from `telemetry::traces`.
 
@@ -10,8 +10,8 @@ use hyper::header;
 use super::Call;
 use crate::proxy::Shared;
 
-/// Headers that belong to one connection (RFC 9110 §7.6.1), that this proxy sets itself, or that ask for an answer in parts or in
-/// an encoding, which it could not read.
+/// Headers that belong to one connection (RFC 9110 §7.6.1), that the proxy sets itself, or that request a partial or
+/// encoded answer, which it could not read.
 const NOT_FORWARDED: [HeaderName; 20] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
@@ -35,21 +35,21 @@ const NOT_FORWARDED: [HeaderName; 20] = [
     header::IF_UNMODIFIED_SINCE,
 ];
 
-/// The header of a request's id. A client's own is told back to it and logged; engines get another.
+/// The request id header. A client's own id is returned to it and logged; engines get another one.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Client headers by which vLLM 0.32 is steered. The request id pairs KV with requests, a session decides how long KV is
-/// kept, and the format of load metrics makes an engine tell of itself.
+/// Client headers that steer vLLM 0.32. The request id pairs KV with requests, a session decides how long KV is kept,
+/// and the format of load metrics makes an engine report its own load.
 const STEERING: [&str; 3] = ["x-request-id", "x-session-id", "endpoint-load-metrics-format"];
 
-/// How those begin that steer it more directly, today by priority and rank, and may come to steer it in other ways.
+/// Prefixes of headers that steer it more directly, today by priority and rank, and perhaps in other ways later.
 const STEERING_PREFIXES: [&str; 3] = ["x-vllm-", "x-data-parallel-", "x-kv-"];
 
 fn steers(name: &str) -> bool {
     STEERING.contains(&name) || STEERING_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// The headers that may cross from one connection to another.
+/// The headers that can cross from one connection to another.
 pub(crate) fn forwardable(headers: &HeaderMap) -> HeaderMap {
     let named: HashSet<HeaderName> = headers
         .get_all(header::CONNECTION)
@@ -66,7 +66,7 @@ pub(crate) fn forwardable(headers: &HeaderMap) -> HeaderMap {
 }
 
 impl Call<'_> {
-    /// The head of the request.
+    /// The header section of the call.
     pub(super) fn head(&self, authority: &str) -> Vec<u8> {
         let mut head = Vec::with_capacity(512);
         let mut put = |parts: &[&[u8]]| parts.iter().for_each(|part| head.extend_from_slice(part));
@@ -76,7 +76,7 @@ impl Call<'_> {
             self.path.as_bytes(),
             b" HTTP/1.1\r\nhost: ",
         ]);
-        // Without this header any encoding is welcome (RFC 9110 §12.5.3).
+        // Without this header any encoding is acceptable (RFC 9110 §12.5.3).
         put(&[authority.as_bytes(), b"\r\naccept-encoding: identity\r\n"]);
         let replaced = |name| self.request_id.is_some() && (name == header::CONTENT_TYPE || name == REQUEST_ID);
         for (name, value) in self.headers.iter().filter(|(name, _)| !replaced(*name)) {
@@ -98,20 +98,20 @@ impl Call<'_> {
 }
 
 impl Shared {
-    /// The headers of a client's request that may cross to an engine. A key that xpyd has checked stays here, and the
-    /// engines' own takes its place, unless it is to be passed through. Where only xpyd knows the engines' key, it always
-    /// does.
-    pub(crate) fn crossing(&self, headers: &HeaderMap) -> HeaderMap {
-        let mut crossing = forwardable(headers);
+    /// The headers that an engine gets of a client's request. If xpyd has checked the client's key, the engines' key
+    /// replaces it, unless it is passed through. If only xpyd knows the engines' key, it always replaces the
+    /// client's.
+    pub(crate) fn engine_headers(&self, headers: &HeaderMap) -> HeaderMap {
+        let mut forwarded = forwardable(headers);
         let parts = &self.settings.parts;
         let is_checked = !parts.client_keys.is_empty() && !self.settings.service.guard.pass_key_through;
         if is_checked || matches!(&parts.engine_key, Some(key) if key.is_xpyds_own()) {
-            crossing.remove(header::AUTHORIZATION);
+            forwarded.remove(header::AUTHORIZATION);
             if let Some(key) = &parts.engine_key {
-                key.add_to(&mut crossing);
+                key.add_to(&mut forwarded);
             }
         }
-        crossing
+        forwarded
     }
 
     /// The headers of xpyd's own calls to engines.
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neither_connection_headers_nor_steering_ones_cross() {
+    fn connection_and_steering_headers_are_not_forwarded() {
         let pairs = [
             ("connection", "close, x-secret-hop"),
             ("x-secret-hop", "1"),

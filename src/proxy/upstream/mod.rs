@@ -1,6 +1,6 @@
-//! Calls to engines: connections that are kept, the headers that may cross, and an engine's seat that a leg holds while it runs.
+//! Calls to engines: pooled connections, requests and answers. `headers` holds the headers of every call.
 //!
-//! Knows HTTP; knows nothing of prompts, connectors or retries.
+//! This module knows HTTP, but no prompts, connectors or retries.
 
 mod headers;
 mod shared_answer;
@@ -26,37 +26,37 @@ use crate::wire::{Framing, Head, Pool, Wire};
 pub(crate) use headers::{REQUEST_ID, forwardable};
 pub(crate) use shared_answer::SharedAnswer;
 
-/// How long a connection may take. Engines are near: one that does not accept within this is not there.
+/// Deadline of a connection attempt. Engines are near: one that does not accept within this is not there.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Largest answer that is read as a whole. Logprobs of a long answer take tens of megabytes.
+/// Maximum size of an answer that is read as a whole. Log-probabilities of a long answer take tens of megabytes.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
 
-/// Most idle connections that are kept to one engine.
+/// Maximum idle connections to one engine.
 const MAX_IDLE: usize = 256;
 
 /// The connections to all engines. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Upstream {
-    pool: Arc<Pool<Home>>,
+    pool: Arc<Pool<PoolKey>>,
     overload: Overload,
 }
 
-/// Where a connection belongs: another incarnation is another process, and another runtime would be woken for its bytes.
+/// The key of a pooled connection: another incarnation is another process, and bytes would wake another runtime.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Home {
+struct PoolKey {
     engine: EngineId,
     incarnation: Incarnation,
     runtime: tokio::runtime::Id,
 }
 
-/// What is sent to an engine.
+/// A request to an engine.
 #[derive(Debug, Clone)]
 pub(crate) struct Call<'call> {
     pub(crate) method: Method,
     /// Path and query.
     pub(crate) path: &'call str,
-    /// The client's headers that may cross.
+    /// The headers to send, already filtered.
     pub(crate) headers: &'call HeaderMap,
     /// This request's own id.
     pub(crate) request_id: Option<&'call str>,
@@ -64,7 +64,7 @@ pub(crate) struct Call<'call> {
 }
 
 impl<'call> Call<'call> {
-    /// A GET.
+    /// A GET without a body or an id.
     pub(crate) fn get(path: &'call str, headers: &'call HeaderMap) -> Self {
         Self {
             method: Method::GET,
@@ -95,12 +95,12 @@ impl Upstream {
         }
     }
 
-    /// Closes all idle connections, so that others can have their descriptors. Whether there was one.
-    pub(crate) fn give_back(&self) -> bool {
+    /// Closes all idle connections, so that others can use their descriptors. Returns whether there was one.
+    pub(crate) fn close_all_idle(&self) -> bool {
         self.pool.clear()
     }
 
-    /// A new connection. Where no descriptor is free for it, idle connections give theirs back.
+    /// Opens a connection. If no descriptor is free for it, idle connections give theirs back.
     async fn connect(&self, endpoint: &Endpoint) -> Result<Wire, Cause> {
         loop {
             let address = (endpoint.host.as_str(), endpoint.port);
@@ -108,7 +108,7 @@ impl Upstream {
             return match wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(wire) => Ok(wire),
                 Err(error) if lacks_descriptors(&error) => {
-                    if self.give_back() {
+                    if self.close_all_idle() {
                         continue;
                     }
                     self.overload.reached(Limit::ConnectDescriptors);
@@ -119,17 +119,17 @@ impl Upstream {
         }
     }
 
-    /// Sends a call and waits for the head of the answer.
+    /// Sends a call and waits for the header of the answer.
     pub(crate) async fn send(&self, engine: &EngineView, call: Call<'_>) -> Result<Response<AnswerBody>, Cause> {
         let head = call.head(&engine.endpoint.authority());
-        let home = Home {
+        let key = PoolKey {
             engine: engine.id.clone(),
             incarnation: engine.incarnation,
             runtime: tokio::runtime::Handle::current().id(),
         };
         let no_answer = |error| Cause::Unreachable(Unreachable::NoAnswer(error));
         let mut wire = loop {
-            let idle = self.pool.take(&home);
+            let idle = self.pool.take(&key);
             let is_new = idle.is_none();
             let mut wire = match idle {
                 Some(wire) => wire,
@@ -137,9 +137,9 @@ impl Upstream {
             };
             match wire.send(&head, &call.body).await {
                 Ok(()) => break wire,
-                // It closed the very moment that it was taken.
+                // The engine closed the idle connection just as it was taken.
                 Err((0, _)) if !is_new => {}
-                // An engine that refuses a request may say so without reading it to the end.
+                // An engine that refuses a request can answer before it has read all of it.
                 Err((_, error)) => match wire.head(&call.method).await {
                     Ok(head) => return Ok(self.answer(head, wire, None)),
                     Err(_) => return Err(no_answer(error)),
@@ -147,23 +147,23 @@ impl Upstream {
             }
         };
         let head = wire.head(&call.method).await.map_err(no_answer)?;
-        Ok(self.answer(head, wire, Some(home)))
+        Ok(self.answer(head, wire, Some(key)))
     }
 
     /// Sends a call and reads the whole answer.
     pub(crate) async fn fetch(&self, engine: &EngineView, call: Call<'_>) -> Result<(Parts, Bytes), Cause> {
         let (head, body) = self.send(engine, call).await?.into_parts();
-        Ok((head, whole(body).await?))
+        Ok((head, read_whole(body).await?))
     }
 
-    fn answer(&self, head: Head, wire: Wire, home: Option<Home>) -> Response<AnswerBody> {
-        let home = home.filter(|_| head.keeps_alive);
+    fn answer(&self, head: Head, wire: Wire, key: Option<PoolKey>) -> Response<AnswerBody> {
+        let key = key.filter(|_| head.keeps_alive);
         let mut body = AnswerBody {
             wire: Some(wire),
             framing: head.framing,
-            home: home.map(|home| (self.clone(), home)),
+            key: key.map(|key| (self.clone(), key)),
         };
-        body.end_if_over();
+        body.release_if_complete();
         Response::from_parts(head.parts, body)
     }
 
@@ -173,23 +173,23 @@ impl Upstream {
     }
 }
 
-/// The body of an engine's answer. At its end the connection is kept for another call; dropped before, it is closed. Nobody need
-/// read beyond the last piece for that: a server does not, where it has told how long the answer is.
+/// The body of an engine's answer. At its end the connection goes back to the pool; dropped before, it is closed. The
+/// end is known from the answer's length, without reading further.
 #[derive(Debug)]
 pub(crate) struct AnswerBody {
     wire: Option<Wire>,
     framing: Framing,
-    home: Option<(Upstream, Home)>,
+    key: Option<(Upstream, PoolKey)>,
 }
 
 impl AnswerBody {
-    /// Gives the connection back, if all of the answer has been read.
-    fn end_if_over(&mut self) {
+    /// Returns the connection to the pool, if all of the answer has been read.
+    fn release_if_complete(&mut self) {
         if self.wire.as_mut().is_some_and(|wire| wire.has_ended(&mut self.framing))
             && let Some(wire) = self.wire.take()
-            && let Some((upstream, home)) = self.home.take()
+            && let Some((upstream, key)) = self.key.take()
         {
-            upstream.pool.keep(home, wire);
+            upstream.pool.keep(key, wire);
         }
     }
 }
@@ -208,7 +208,7 @@ impl Body for AnswerBody {
             return Poll::Ready(None);
         };
         let piece = ready!(wire.poll_body(&mut this.framing, context));
-        this.end_if_over();
+        this.release_if_complete();
         if !matches!(piece, Some(Ok(_))) {
             this.wire = None;
         }
@@ -216,8 +216,8 @@ impl Body for AnswerBody {
     }
 }
 
-/// The whole body of an answer.
-pub(crate) async fn whole(mut body: AnswerBody) -> Result<Bytes, Cause> {
+/// Reads the whole body of an answer.
+pub(crate) async fn read_whole(mut body: AnswerBody) -> Result<Bytes, Cause> {
     let broken = |error: io::Error| Cause::Broken(error.to_string());
     let mut first = Bytes::new();
     let mut all = BytesMut::new();
@@ -232,7 +232,7 @@ pub(crate) async fn whole(mut body: AnswerBody) -> Result<Bytes, Cause> {
         all.extend_from_slice(&std::mem::take(&mut first));
         all.extend_from_slice(&piece);
         if all.len() > MAX_ANSWER_BYTES {
-            return Err(Cause::Nonsense("it is too large"));
+            return Err(Cause::InvalidAnswer("larger than 256 MiB"));
         }
     }
     Ok(if all.is_empty() { first } else { all.freeze() })

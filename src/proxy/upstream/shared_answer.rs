@@ -1,14 +1,14 @@
-//! One answer of the engines for all clients that ask for it at about the same time.
+//! Shares one answer of the engines among all clients that ask for it at about the same time.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How often engines are asked at most, however many clients ask.
+/// Minimum time between two calls to engines, however many clients ask.
 const SPACING: Duration = Duration::from_millis(200);
 
-/// An answer that is shared by everyone who asked before it was begun. It is never older than the question, because a
-/// benchmark compares what engines count before and after its requests.
+/// An answer that everyone shares who asked before its call began. It is never older than the request, because a
+/// benchmark compares the engines' counts before and after its requests.
 #[derive(Debug)]
 pub(crate) struct SharedAnswer<T>(tokio::sync::Mutex<Option<(Instant, T)>>);
 
@@ -34,7 +34,8 @@ impl<T: Clone> SharedAnswer<T> {
         answer
     }
 
-    /// The same, but the answer may be as old as the spacing: who asks in a row does not wait each time.
+    /// The same, but the answer can be as old as `SPACING`, so that a client that asks repeatedly does not wait each
+    /// time.
     pub(crate) async fn recent(&self, make: impl Future<Output = T>) -> T {
         let mut last = self.0.lock().await;
         if let Some((ended, answer)) = &*last

@@ -15,7 +15,7 @@ use crate::sim::metrics::Metrics;
 use crate::sim::tokens::mix;
 use crate::sim::wire::LmcacheMessage;
 use crate::sim::zmq::{Question, Server};
-use crate::zmtp::Kind;
+use crate::zmtp::SocketType;
 
 /// All ranks of a receiver.
 #[derive(Debug, Clone)]
@@ -94,10 +94,10 @@ impl Receiver {
             let (Some(init), Some(alloc)) = (config.init_ports.get(rank), config.alloc_ports.get(rank)) else {
                 return Err(io::Error::other("list index out of range"));
             };
-            let init_socket = Server::bind(Kind::Rep, &config.peer_host, *init).await?;
+            let init_socket = Server::bind(SocketType::Rep, &config.peer_host, *init).await?;
             bound.init.push(init_socket.port()?);
             // LMCache binds this one to all interfaces.
-            let alloc_socket = Server::bind(Kind::Router, "0.0.0.0", *alloc).await?;
+            let alloc_socket = Server::bind(SocketType::Router, "0.0.0.0", *alloc).await?;
             bound.alloc.push(alloc_socket.port()?);
             let ranks = Arc::clone(&receiver.ranks);
             tasks.spawn(init_socket.serve(move |question| {

@@ -17,7 +17,7 @@ use crate::sim::options::{Options, STEP_DEADLINE};
 use crate::sim::timing::Preset;
 use crate::sim::wire::LmcacheMessage;
 use crate::sim::zmq::Client;
-use crate::zmtp::{Kind, PeerError};
+use crate::zmtp::{PeerError, SocketType};
 
 /// Transfers that may wait per decode engine.
 const QUEUE: usize = 1024;
@@ -223,7 +223,7 @@ impl Sender {
 
 async fn handshake(address: String, local_id: &str) -> Result<(), HandshakeError> {
     let exchange = async {
-        let mut socket = Client::connect(Kind::Req, &address, "", STEP_DEADLINE).await?;
+        let mut socket = Client::connect(SocketType::Req, &address, "", STEP_DEADLINE).await?;
         let first = LmcacheMessage::NixlInitRequest {
             local_meta_bytes: local_id.as_bytes().to_vec(),
         };
@@ -336,7 +336,7 @@ impl Peer {
 
     /// The allocation socket of one rank.
     async fn connect(&self, address: &str) -> Result<Client, TransferError> {
-        let connected = Client::connect(Kind::Dealer, address, &self.identity, RECONNECT_DEADLINE).await;
+        let connected = Client::connect(SocketType::Dealer, address, &self.identity, RECONNECT_DEADLINE).await;
         connected.map_err(|_| TransferError::Disconnected)
     }
 
@@ -407,7 +407,7 @@ impl Notice {
         sleep_until(self.due).await;
         let message = LmcacheMessage::ProxyNotif { req_id: self.req_id }.to_bytes();
         let sent = async {
-            let socket = Client::connect(Kind::Push, address, "", RECONNECT_DEADLINE).await?;
+            let socket = Client::connect(SocketType::Push, address, "", RECONNECT_DEADLINE).await?;
             socket.tell(&message).await
         };
         if sent.await.is_err() {

@@ -1,13 +1,13 @@
-//! Which requests are handed over, spliced, or answered by a decode engine alone.
+//! Tests of the decision between hand-off, first token from the prefill engine, and a decode engine alone.
 
 use super::*;
 
-fn decide(kind: Kind, body: &str, flow: DecodeFlow) -> Course {
-    course(kind, &Document::parse(body.as_bytes()).expect("an object"), flow)
+fn decide(kind: GenerationKind, body: &str, flow: DecodeFlow) -> ServingMode {
+    serving_mode(kind, &Document::parse(body.as_bytes()).expect("an object"), flow)
 }
 
 #[test]
-fn requests_that_a_handoff_would_answer_wrongly_go_to_a_decode_engine_alone() {
+fn requests_without_an_exact_handoff_are_decode_only() {
     let handoff = [
         r#"{"prompt":"x"}"#,
         r#"{"prompt":[1, 2]}"#,
@@ -16,8 +16,8 @@ fn requests_that_a_handoff_would_answer_wrongly_go_to_a_decode_engine_alone() {
     ];
     for body in handoff {
         assert_eq!(
-            decide(Kind::Completions, body, DecodeFlow::Original),
-            Course::Handoff,
+            decide(GenerationKind::Completions, body, DecodeFlow::Original),
+            ServingMode::Handoff,
             "{body}"
         );
     }
@@ -38,47 +38,58 @@ fn requests_that_a_handoff_would_answer_wrongly_go_to_a_decode_engine_alone() {
     ];
     for (body, reason) in bypass {
         for flow in [DecodeFlow::Original, DecodeFlow::TokenSplice] {
-            assert_eq!(decide(Kind::Completions, body, flow), Course::Bypass(reason), "{body}");
+            assert_eq!(
+                decide(GenerationKind::Completions, body, flow),
+                ServingMode::DecodeOnly(reason),
+                "{body}"
+            );
         }
     }
     let chat = r#"{"messages":[{"role":"user","content":"x"}],"tools":[{}],"max_completion_tokens":5}"#;
-    assert_eq!(decide(Kind::Chat, chat, DecodeFlow::Original), Course::Handoff);
     assert_eq!(
-        decide(Kind::Chat, r#"{"messages":"x"}"#, DecodeFlow::Original),
-        Course::Bypass("messages")
+        decide(GenerationKind::Chat, chat, DecodeFlow::Original),
+        ServingMode::Handoff
+    );
+    assert_eq!(
+        decide(GenerationKind::Chat, r#"{"messages":"x"}"#, DecodeFlow::Original),
+        ServingMode::DecodeOnly("messages")
     );
 }
 
 #[test]
-fn a_splice_takes_only_what_it_can_do_exactly() {
+fn only_exact_requests_get_their_first_token_from_prefill() {
     let request = |limit, stream, include_usage| {
-        Course::Splice(SpliceRequest {
+        ServingMode::FirstToken(FirstTokenRequest {
             limit,
             stream,
             include_usage,
         })
     };
     let splices = [
-        (Kind::Completions, r#"{"prompt":"x"}"#, request(Some(16), false, false)),
         (
-            Kind::Completions,
+            GenerationKind::Completions,
+            r#"{"prompt":"x"}"#,
+            request(Some(16), false, false),
+        ),
+        (
+            GenerationKind::Completions,
             r#"{"prompt":"x","max_tokens":null}"#,
             request(Some(16), false, false),
         ),
-        // What `vllm bench serve` sends.
+        // The request of `vllm bench serve`.
         (
-            Kind::Completions,
+            GenerationKind::Completions,
             r#"{"model":"m","prompt":"x","temperature":0.0,"repetition_penalty":1.0,"max_tokens":200,"logprobs":null,
                 "stream":true,"stream_options":{"include_usage":true},"ignore_eos":true}"#,
             request(Some(200), true, true),
         ),
         (
-            Kind::Chat,
+            GenerationKind::Chat,
             r#"{"messages":[{"role":"user","content":"x"}],"max_tokens":9,"max_completion_tokens":5,"tools":null}"#,
             request(Some(5), false, false),
         ),
         (
-            Kind::Chat,
+            GenerationKind::Chat,
             r#"{"messages":[{"role":"user","content":"x"}]}"#,
             request(None, false, false),
         ),
@@ -105,15 +116,15 @@ fn a_splice_takes_only_what_it_can_do_exactly() {
         r#""stream_options":{"include_usage":true}"#,
     ] {
         let body = format!(r#"{{"prompt":"x",{extra}}}"#);
-        let decided = decide(Kind::Completions, &body, DecodeFlow::TokenSplice);
-        assert!(matches!(decided, Course::Bypass(_)), "{body}");
+        let decided = decide(GenerationKind::Completions, &body, DecodeFlow::TokenSplice);
+        assert!(matches!(decided, ServingMode::DecodeOnly(_)), "{body}");
     }
     for messages in [
         r#"[{"role":"user","content":[{"type":"image_url"}]}]"#,
         r#"[{"role":"assistant","content":"x","tool_calls":[]}]"#,
     ] {
         let body = format!(r#"{{"messages":{messages}}}"#);
-        let decided = decide(Kind::Chat, &body, DecodeFlow::TokenSplice);
-        assert_eq!(decided, Course::Bypass("messages"), "{body}");
+        let decided = decide(GenerationKind::Chat, &body, DecodeFlow::TokenSplice);
+        assert_eq!(decided, ServingMode::DecodeOnly("messages"), "{body}");
     }
 }

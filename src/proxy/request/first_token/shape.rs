@@ -1,22 +1,22 @@
-//! The shape of a spliced answer: how the prefill engine's answer and the decode engine's become one.
+//! Joins the answers of prefill and decode engine into one.
 //!
-//! Pure. A whole answer is the prefill engine's, gone on; events are written in the words of vLLM 0.33.
+//! Pure. A whole answer continues the prefill engine's; events have the format of vLLM 0.33.
 
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use crate::proxy::body::document::{Document, Step, edit_at};
-use crate::proxy::body::serving_mode::Kind;
+use crate::proxy::body::document::{Document, PathStep, edit_at};
+use crate::proxy::body::serving_mode::GenerationKind;
 use crate::proxy::body::sse;
 
-/// What an event with a choice says of the hand-off.
+/// The member of an event with a choice that stands for the hand-off.
 const NO_PARAMS: &str = r#","kv_transfer_params":null"#;
 
-/// The prefill engine's answer: the first token and what came with it.
+/// The prefill engine's answer with the first token.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Answer<'answer> {
+pub(crate) struct FirstAnswer<'answer> {
     #[serde(borrow)]
     id: &'answer RawValue,
     #[serde(borrow)]
@@ -47,7 +47,7 @@ struct FirstMessage {
 }
 
 impl FirstChoice {
-    /// The first token's text, unless a parser of the engine has taken it for something else.
+    /// The first token's text, unless a parser of the engine turned it into something else.
     pub(crate) fn text(self) -> Option<String> {
         match self.message {
             None => self.text,
@@ -86,26 +86,26 @@ struct Counts {
 }
 
 impl RestChoice<'_> {
-    /// How it ends, if it does.
+    /// Finish and stop reason, if the choice has ended.
     fn ending(&self) -> Option<(&str, &str)> {
         let finish = self.finish_reason?.get();
         Some((finish, self.stop_reason.map_or("null", RawValue::get)))
     }
 }
 
-/// What turns the decode engine's events into the client's.
+/// Turns the decode engine's events into the client's.
 #[derive(Debug)]
-pub(crate) struct Rewriter {
-    kind: Kind,
-    /// JSON texts that all parts of an answer share.
+pub(crate) struct EventRewriter {
+    kind: GenerationKind,
+    /// JSON texts that all events of an answer share.
     id: String,
     created: String,
     model: String,
 }
 
-/// The prefill engine's answer without its side of the hand-off.
+/// The prefill engine's answer without its transfer parameters.
 pub(crate) fn without_params(answer: &str) -> String {
-    let params = [Step::Key("kv_transfer_params")];
+    let params = [PathStep::Key("kv_transfer_params")];
     edit_at(answer, &params, |_| Some("null".to_owned())).unwrap_or_else(|| answer.to_owned())
 }
 
@@ -113,8 +113,8 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-impl Rewriter {
-    pub(crate) fn new(kind: Kind, first: &Answer<'_>) -> Self {
+impl EventRewriter {
+    pub(crate) fn new(kind: GenerationKind, first: &FirstAnswer<'_>) -> Self {
         Self {
             kind,
             id: first.id.get().to_owned(),
@@ -123,7 +123,7 @@ impl Rewriter {
         }
     }
 
-    /// One event, in the words of vLLM 0.33: `rest` follows the choices.
+    /// One event in the format of vLLM 0.33. `rest` follows the choices.
     fn event(&self, choices: &str, rest: &str) -> String {
         let Self {
             kind,
@@ -132,32 +132,32 @@ impl Rewriter {
             model,
         } = self;
         let object = match kind {
-            Kind::Completions => "text_completion",
-            Kind::Chat => "chat.completion.chunk",
+            GenerationKind::Completions => "text_completion",
+            GenerationKind::Chat => "chat.completion.chunk",
         };
         sse::event(&format!(
             r#"{{"id":{id},"object":"{object}","created":{created},"model":{model},"choices":[{choices}]{rest}}}"#
         ))
     }
 
-    /// The event that opens a chat; completions have none.
+    /// The first event of a chat. A completion has none.
     fn role(&self) -> String {
         let choice = r#"{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}"#;
         match self.kind {
-            Kind::Completions => String::new(),
-            Kind::Chat => self.event(choice, r#","prompt_token_ids":null,"prompt_text":null"#),
+            GenerationKind::Completions => String::new(),
+            GenerationKind::Chat => self.event(choice, r#","prompt_token_ids":null,"prompt_text":null"#),
         }
     }
 
-    /// A choice with a piece of text, and how it ends, if it does.
+    /// A choice with a piece of text, and its finish and stop reason if it ends.
     fn choice(&self, text: &str, ending: Option<(&str, &str)>) -> String {
         let text = quoted(text);
         let (finish, stop) = ending.unwrap_or(("null", "null"));
         match self.kind {
-            Kind::Completions => format!(
+            GenerationKind::Completions => format!(
                 r#"{{"index":0,"text":{text},"logprobs":null,"finish_reason":{finish},"stop_reason":{stop},"prompt_token_ids":null,"token_ids":null}}"#
             ),
-            Kind::Chat => {
+            GenerationKind::Chat => {
                 let stop = ending.map_or_else(String::new, |(_, stop)| format!(r#""stop_reason":{stop},"#));
                 format!(
                     r#"{{"index":0,"delta":{{"content":{text}}},"logprobs":null,"finish_reason":{finish},{stop}"token_ids":null}}"#
@@ -166,7 +166,7 @@ impl Rewriter {
         }
     }
 
-    /// What a stream begins with: the first token, after the role if it is a chat.
+    /// The beginning of a stream: the first token, after the role if it is a chat.
     pub(crate) fn first_events(&self, text: &str) -> String {
         self.role() + &self.event(&self.choice(text, None), NO_PARAMS)
     }
@@ -180,7 +180,7 @@ impl Rewriter {
         fingerprint: Option<&RawValue>,
     ) -> String {
         let choice = self.choice(text, Some((finish, stop)));
-        let fingerprint = told_fingerprint(fingerprint);
+        let fingerprint = fingerprint_member(fingerprint);
         let end = match usage {
             None => self.event(&choice, &(NO_PARAMS.to_owned() + &fingerprint)),
             Some(usage) => {
@@ -191,7 +191,7 @@ impl Rewriter {
         self.role() + &end + &sse::event("[DONE]")
     }
 
-    /// The decode engine's usage for the client: it has counted the first token as part of the prompt.
+    /// The decode engine's usage for the client: the engine counted the first token as part of the prompt.
     fn usage(usage: &str) -> Option<String> {
         let counts: Counts = serde_json::from_str(usage).ok()?;
         let (prompt, completion) = (counts.prompt_tokens.checked_sub(1)?, counts.completion_tokens + 1);
@@ -203,24 +203,24 @@ impl Rewriter {
         Some(Document::parse_text(usage).ok()?.apply(&edits))
     }
 
-    /// The prefill engine's answer, whose text was `text`, gone on as the decode engine says.
+    /// The prefill engine's answer with `text`, continued by the decode engine's.
     pub(crate) fn whole(&self, answer: &[u8], text: &str, decoded: &[u8]) -> Option<String> {
         let rest: Rest<'_> = serde_json::from_slice(decoded).ok()?;
         let choice = rest.choices.first()?;
         let counts: Counts = serde_json::from_str(rest.usage?.get()).ok()?;
-        let path: &[Step] = match self.kind {
-            Kind::Completions => &[Step::Key("text")],
-            Kind::Chat => &[Step::Key("message"), Step::Key("content")],
+        let path: &[PathStep] = match self.kind {
+            GenerationKind::Completions => &[PathStep::Key("text")],
+            GenerationKind::Chat => &[PathStep::Key("message"), PathStep::Key("content")],
         };
         let (finish, stop) = choice.ending().unwrap_or(("null", "null"));
         let answer = std::str::from_utf8(answer).ok()?;
-        let joined = edit_at(answer, &[Step::Key("choices"), Step::First], |first| {
+        let joined = edit_at(answer, &[PathStep::Key("choices"), PathStep::First], |first| {
             let text = quoted(&(text.to_owned() + &choice.text));
             let joined = edit_at(first, path, |_| Some(text))?;
             let edits = [("finish_reason", Some(finish)), ("stop_reason", Some(stop))];
             Some(Document::parse_text(&joined).ok()?.apply(&edits))
         })?;
-        let counted = edit_at(&joined, &[Step::Key("usage")], |usage| {
+        let counted = edit_at(&joined, &[PathStep::Key("usage")], |usage| {
             let first: Counts = serde_json::from_str(usage).ok()?;
             let made = counts.completion_tokens + 1;
             let (made, total) = (made.to_string(), (first.prompt_tokens + made).to_string());
@@ -233,13 +233,13 @@ impl Rewriter {
         Some(without_params(&counted))
     }
 
-    /// With the id and the time of the first half.
+    /// The document with the id and the time of the prefill engine's answer.
     fn signed(&self, document: &Document<'_>) -> String {
         document.apply(&[("id", Some(&self.id)), ("created", Some(&self.created))])
     }
 
-    /// Whole events of the decode engine as the client shall see them. What is no completion chunk, such as an error or
-    /// the end marker, passes unchanged.
+    /// Whole events of the decode engine, rewritten for the client. Anything but a completion chunk, such as an error
+    /// or the end marker, stays unchanged.
     pub(crate) fn rewrite(&mut self, events: &Bytes) -> Bytes {
         let mut out = String::with_capacity(events.len());
         for (_, event) in sse::each(events) {
@@ -254,12 +254,12 @@ impl Rewriter {
         out.into()
     }
 
-    /// One chunk of the decode engine.
+    /// Rewrites one chunk of the decode engine.
     fn chunk(&self, data: &str) -> Option<String> {
         let rest: Rest<'_> = serde_json::from_str(data).ok()?;
-        if self.kind == Kind::Completions {
+        if self.kind == GenerationKind::Completions {
             let signed = self.signed(&Document::parse_text(data).ok()?);
-            let counted = edit_at(&signed, &[Step::Key("usage")], Self::usage);
+            let counted = edit_at(&signed, &[PathStep::Key("usage")], Self::usage);
             return Some(sse::event(&counted.unwrap_or(signed)));
         }
         let usage = rest.usage.and_then(|usage| Self::usage(usage.get()));
@@ -268,19 +268,19 @@ impl Rewriter {
             Some(choice) => (self.choice(&choice.text, choice.ending()), NO_PARAMS),
             None => (String::new(), ""),
         };
-        let rest = [params, &usage, &told_fingerprint(rest.system_fingerprint)].concat();
+        let rest = [params, &usage, &fingerprint_member(rest.system_fingerprint)].concat();
         Some(self.event(&choice, &rest))
     }
 }
 
-/// What engines may say of themselves with their last event.
-fn told_fingerprint(fingerprint: Option<&RawValue>) -> String {
+/// The `system_fingerprint` member that engines can send with their last event.
+fn fingerprint_member(fingerprint: Option<&RawValue>) -> String {
     fingerprint.map_or_else(String::new, |fingerprint| {
         format!(r#","system_fingerprint":{}"#, fingerprint.get())
     })
 }
 
-/// As vLLM writes the usage of a stream: what has no value is left out.
+/// A usage as vLLM writes it in a stream: members without a value are left out.
 pub(crate) fn without_nulls(value: &Value) -> Value {
     match value {
         Value::Object(members) => {

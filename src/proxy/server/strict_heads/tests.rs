@@ -1,4 +1,4 @@
-//! Heads and chunks that are refused, and that everything else reaches hyper byte for byte, however it is cut.
+//! Tests of refused headers and chunks, and that hyper gets everything else byte for byte, however it is cut.
 
 use std::collections::VecDeque;
 
@@ -7,10 +7,10 @@ use tokio::io::AsyncReadExt;
 
 use super::*;
 
-fn refusal(head: &str) -> Option<Refusal> {
+fn refusal(head: &str) -> Option<HeadRefusal> {
     match check(head.as_bytes()) {
-        Checked::Refused(refusal) => Some(refusal),
-        Checked::Head(..) => None,
+        HeadCheck::Refused(refusal) => Some(refusal),
+        HeadCheck::Head(..) => None,
         other => panic!("{head:?}: {other:?}"),
     }
 }
@@ -20,7 +20,7 @@ fn post(headers: &str) -> String {
 }
 
 #[test]
-fn lengths_that_can_be_read_in_two_ways_are_refused() {
+fn ambiguous_lengths_are_refused() {
     for headers in [
         "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n",
         "Transfer-Encoding: chunked\r\ncontent-length: 3\r\n",
@@ -31,7 +31,7 @@ fn lengths_that_can_be_read_in_two_ways_are_refused() {
         "Content-Length:\r\n",
         "Content-Length: 9223372036854775808\r\n",
     ] {
-        assert_eq!(refusal(&post(headers)), Some(Refusal::Framing), "{headers}");
+        assert_eq!(refusal(&post(headers)), Some(HeadRefusal::Framing), "{headers}");
     }
     for coding in [
         "gzip, chunked",
@@ -42,7 +42,7 @@ fn lengths_that_can_be_read_in_two_ways_are_refused() {
         "xchunked",
     ] {
         let headers = format!("Transfer-Encoding: {coding}\r\n");
-        assert_eq!(refusal(&post(&headers)), Some(Refusal::Coding), "{coding}");
+        assert_eq!(refusal(&post(&headers)), Some(HeadRefusal::Coding), "{coding}");
     }
     for headers in ["", "Content-Length: 007\r\n", "tRaNsFer-encoding:\tChunked \r\n"] {
         assert_eq!(refusal(&post(headers)), None, "{headers}");
@@ -53,51 +53,51 @@ fn lengths_that_can_be_read_in_two_ways_are_refused() {
 fn hosts_expectations_and_versions_are_checked() {
     let get = |rest: &str| refusal(&format!("GET / HTTP/1.{rest}\r\n\r\n"));
     for (rest, expected) in [
-        ("1", Some(Refusal::Host)),
+        ("1", Some(HeadRefusal::Host)),
         ("0", None),
-        ("1\r\nHost: a\r\nHost: a", Some(Refusal::Host)),
-        ("0\r\nHost: a\r\nHost: a", Some(Refusal::Host)),
-        ("1\r\nHost:", Some(Refusal::Host)),
-        ("1\r\nHost: a b", Some(Refusal::Host)),
-        ("1\r\nHost: u@a", Some(Refusal::Host)),
-        ("1\r\nHost: a/b", Some(Refusal::Host)),
+        ("1\r\nHost: a\r\nHost: a", Some(HeadRefusal::Host)),
+        ("0\r\nHost: a\r\nHost: a", Some(HeadRefusal::Host)),
+        ("1\r\nHost:", Some(HeadRefusal::Host)),
+        ("1\r\nHost: a b", Some(HeadRefusal::Host)),
+        ("1\r\nHost: u@a", Some(HeadRefusal::Host)),
+        ("1\r\nHost: a/b", Some(HeadRefusal::Host)),
         ("1\r\nHost: [::1]:8000", None),
         ("1\r\nHost: my_host.example:80", None),
-        ("1\r\nHost: a\r\nExpect: foo", Some(Refusal::Expectation)),
+        ("1\r\nHost: a\r\nExpect: foo", Some(HeadRefusal::Expectation)),
         ("1\r\nHost: a\r\nExpect: 100-Continue", None),
-        ("2\r\nHost: a", Some(Refusal::Version)),
+        ("2\r\nHost: a", Some(HeadRefusal::Version)),
     ] {
         assert_eq!(get(rest), expected, "{rest}");
     }
     assert_eq!(
         check(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-        Checked::Refused(Refusal::Version)
+        HeadCheck::Refused(HeadRefusal::Version)
     );
-    assert_eq!(check(b"GET /health\r\n"), Checked::Malformed);
+    assert_eq!(check(b"GET /health\r\n"), HeadCheck::Malformed);
 }
 
 #[test]
-fn chunks_end_where_they_say_and_break_at_the_first_wrong_byte() {
+fn chunks_end_at_their_size_or_break_at_the_wrong_byte() {
     for (body, expected) in [
-        ("3\r\nabc\r\n0\r\n\r\nGET", Scanned::Ended(13)),
-        ("3;a=b\r\nabc\r\n0;x\r\n\r\n", Scanned::Ended(19)),
-        ("3 \r\nabc\r\n0\r\nT: t\r\n\r\n", Scanned::Ended(20)),
-        ("3\r\nabc\r\n0\r\n", Scanned::More),
-        ("3\nabc", Scanned::Malformed(1)),
-        ("3;\nabc", Scanned::Malformed(2)),
-        ("0x3\r\n", Scanned::Malformed(1)),
-        ("-3\r\n", Scanned::Malformed(0)),
-        ("\r\n", Scanned::Malformed(0)),
-        ("2\r\nabc\r\n", Scanned::Malformed(5)),
-        ("ffffffffffffffff\r\n", Scanned::Malformed(15)),
-        ("0\r\n\n", Scanned::Malformed(3)),
-        ("0\r\nT: t\n\r\n", Scanned::Malformed(7)),
+        ("3\r\nabc\r\n0\r\n\r\nGET", ChunkScan::Ended(13)),
+        ("3;a=b\r\nabc\r\n0;x\r\n\r\n", ChunkScan::Ended(19)),
+        ("3 \r\nabc\r\n0\r\nT: t\r\n\r\n", ChunkScan::Ended(20)),
+        ("3\r\nabc\r\n0\r\n", ChunkScan::More),
+        ("3\nabc", ChunkScan::Malformed(1)),
+        ("3;\nabc", ChunkScan::Malformed(2)),
+        ("0x3\r\n", ChunkScan::Malformed(1)),
+        ("-3\r\n", ChunkScan::Malformed(0)),
+        ("\r\n", ChunkScan::Malformed(0)),
+        ("2\r\nabc\r\n", ChunkScan::Malformed(5)),
+        ("ffffffffffffffff\r\n", ChunkScan::Malformed(15)),
+        ("0\r\n\n", ChunkScan::Malformed(3)),
+        ("0\r\nT: t\n\r\n", ChunkScan::Malformed(7)),
     ] {
-        assert_eq!(Chunks::new().scan(body.as_bytes()), expected, "{body}");
+        assert_eq!(ChunkScanner::new().scan(body.as_bytes()), expected, "{body}");
     }
 }
 
-/// A stream whose reads give these pieces, and then its end.
+/// A stream whose reads return these pieces, then its end.
 struct Pieces(VecDeque<Vec<u8>>);
 
 impl AsyncRead for Pieces {
@@ -113,17 +113,17 @@ impl AsyncRead for Pieces {
     }
 }
 
-/// What hyper reads of bytes that come in these pieces.
+/// The bytes that hyper reads if they come in these pieces.
 fn read(pieces: &[&[u8]]) -> (Vec<u8>, Option<io::ErrorKind>) {
     let pieces = pieces
         .iter()
         .filter(|piece| !piece.is_empty())
         .map(|piece| piece.to_vec());
-    let mut strict = Strict::new(Pieces(pieces.collect()));
+    let mut strict = StrictStream::new(Pieces(pieces.collect()));
     let mut all = Vec::new();
     let read = async {
-        // A refused head is the last thing to be read, and leaves the connection open.
-        while !matches!(strict.state, State::Refused) || !strict.next.is_empty() {
+        // The refused header is the last thing hyper reads, and the connection stays open.
+        while !matches!(strict.state, StreamState::Refused) || !strict.next.is_empty() {
             let mut room = [0; 4096];
             match strict.read(&mut room).await {
                 Ok(0) => return None,
@@ -142,7 +142,7 @@ const GOOD: &str = "POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhell
 
 proptest! {
     #[test]
-    fn good_requests_pass_byte_for_byte_and_a_bad_head_after_them_is_replaced(
+    fn good_requests_pass_unchanged_and_a_bad_head_is_replaced(
         mut cuts in proptest::collection::vec(0..400_usize, 0..6),
         is_bad in any::<bool>(),
     ) {
@@ -159,7 +159,7 @@ proptest! {
         let (got, failed) = read(&pieces);
         let mut expected = GOOD.as_bytes().to_vec();
         if is_bad {
-            expected.extend_from_slice(&Refusal::Framing.head());
+            expected.extend_from_slice(&HeadRefusal::Framing.head());
         }
         prop_assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(&expected));
         prop_assert_eq!(failed, None);
@@ -167,7 +167,7 @@ proptest! {
 }
 
 #[test]
-fn a_broken_chunk_ends_the_body_with_an_error_and_nothing_after_it_is_read() {
+fn a_broken_chunk_fails_the_body() {
     let head = post("Transfer-Encoding: chunked\r\n");
     let body = b"3\r\nabc\n0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n";
     let (got, failed) = read(&[head.as_bytes(), body]);
@@ -176,17 +176,17 @@ fn a_broken_chunk_ends_the_body_with_an_error_and_nothing_after_it_is_read() {
 }
 
 #[test]
-fn what_is_no_http_is_left_to_hyper() {
+fn non_http_is_left_to_hyper() {
     for sent in [&b"\x16\x03\x01\x02\x00\x01"[..], b"GET / HTTP/1.1\r\nHo"] {
         assert_eq!(read(&[sent]), (sent.to_vec(), None));
     }
 }
 
 #[test]
-fn a_head_without_end_is_refused() {
+fn a_head_over_the_limit_is_refused() {
     let line = "GET /".to_owned() + &"b".repeat(MAX_HEAD_BYTES);
     let head = "GET / HTTP/1.1\r\nHost: x\r\na: ".to_owned() + &"b".repeat(MAX_HEAD_BYTES);
-    for (sent, refusal) in [(line, Refusal::Line), (head, Refusal::Head)] {
+    for (sent, refusal) in [(line, HeadRefusal::Line), (head, HeadRefusal::Head)] {
         let (got, failed) = read(&sent.as_bytes().chunks(8192).collect::<Vec<_>>());
         assert_eq!(
             (String::from_utf8_lossy(&got), failed),

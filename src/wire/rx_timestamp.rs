@@ -1,8 +1,8 @@
-//! When bytes came, as the kernel saw it: a reader that is busy or asleep reads late, and must not tell that as the
-//! server's time.
+//! Receive timestamps of the kernel: a busy or sleeping reader reads late, and that must not count as the server's
+//! time.
 //!
-//! Linux stamps a TCP segment as it arrives, and hands the stamp over with the bytes (`SO_TIMESTAMPNS`). Where several
-//! segments have been waiting, it is the stamp of the last one. Where there is none, the moment of the read counts.
+//! Linux stamps a TCP segment as it arrives, and returns the stamp with the bytes (`SO_TIMESTAMPNS`). If several
+//! segments were waiting, it is the stamp of the last one. Without a stamp, the time of the read counts.
 
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::os::fd::AsRawFd;
@@ -17,20 +17,20 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// Room for one read. Streams are many and their events small.
+/// The buffer of one read. Streams are many and their events small.
 const ROOM: usize = 4 << 10;
 
-/// When bytes came.
+/// When bytes arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Receipt {
+pub(crate) struct RxTimestamp {
     /// When the last of them reached this machine.
     pub(crate) at: Instant,
-    /// How long they waited to be read. `None` where the kernel does not say when they came: then `at` is the read.
+    /// How long they waited to be read. `None` if the kernel gives no stamp: then `at` is the time of the read.
     pub(crate) waited: Option<Duration>,
 }
 
-impl Receipt {
-    /// Of bytes that nobody stamped.
+impl RxTimestamp {
+    /// The timestamp of bytes without a stamp.
     pub(crate) fn now() -> Self {
         Self {
             at: Instant::now(),
@@ -39,19 +39,19 @@ impl Receipt {
     }
 }
 
-/// Reads a stream and notes when its bytes came.
+/// Reads a stream and records when its bytes arrived.
 #[derive(Debug)]
-pub(super) struct Receiver {
+pub(super) struct TimestampingReader {
     room: Box<[u8; ROOM]>,
     control: Vec<u8>,
-    /// When the stream was last known to hold nothing. What is read next came later.
+    /// When the stream was last known to be empty. Bytes that are read later arrived later.
     emptied: Instant,
-    last: Option<Receipt>,
+    last: Option<RxTimestamp>,
 }
 
-impl Receiver {
+impl TimestampingReader {
     pub(super) fn new(stream: &TcpStream) -> Self {
-        // A kernel that cannot stamp is no reason not to read.
+        // A kernel that cannot stamp is no reason to fail.
         let _ = setsockopt(stream, sockopt::ReceiveTimestampns, &true);
         Self {
             room: Box::new([0; ROOM]),
@@ -61,7 +61,7 @@ impl Receiver {
         }
     }
 
-    pub(super) fn last(&self) -> Option<Receipt> {
+    pub(super) fn last(&self) -> Option<RxTimestamp> {
         self.last
     }
 
@@ -77,8 +77,8 @@ impl Receiver {
             let tried = stream.try_io(Interest::READABLE, || {
                 let (count, stamp) = receive(stream, &mut self.room[..], &mut self.control)?;
                 read = Some((count, stamp));
-                // A read that was not filled has emptied the stream. Told so, tokio waits for the kernel to wake it instead
-                // of asking once more: half of all system calls.
+                // A read that did not fill the buffer has emptied the stream. With `WouldBlock`, tokio waits for the
+                // kernel to wake it instead of trying again: half of all system calls.
                 if 0 < count && count < ROOM {
                     return Err(ErrorKind::WouldBlock.into());
                 }
@@ -98,11 +98,11 @@ impl Receiver {
 
     fn note(&mut self, stamp: Option<Duration>, emptied: bool) {
         let now = Instant::now();
-        // The stamp is by the wall clock. Only how long ago it was counts, so that a clock that is set wrong does no harm;
-        // one that is set anew in between is caught by what is known anyway.
+        // The stamp is wall-clock time. Only its age counts, so a wrong clock does no harm; a clock that jumps in
+        // between is bounded by `emptied`.
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let waited = stamp.map(|stamp| clock.saturating_sub(stamp).min(now - self.emptied));
-        self.last = Some(Receipt {
+        self.last = Some(RxTimestamp {
             at: now - waited.unwrap_or_default(),
             waited,
         });
@@ -112,7 +112,7 @@ impl Receiver {
     }
 }
 
-/// One read, with the stamp of the last segment in it, since the epoch.
+/// One read, with the stamp of its last segment since the epoch.
 fn receive(stream: &TcpStream, room: &mut [u8], control: &mut [u8]) -> io::Result<(usize, Option<Duration>)> {
     let mut slices = [IoSliceMut::new(room)];
     let message = recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(control), MsgFlags::empty())?;
