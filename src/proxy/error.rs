@@ -172,7 +172,7 @@ pub(crate) enum Cause {
     #[error("the engine could not be reached")]
     Unreachable(#[source] Unreachable),
     /// This process has no file descriptor left for a connection. The engine is not at fault.
-    #[error("xpyd has no file descriptor left for a connection to it")]
+    #[error("xpyd has no file descriptor left for a connection to the engine")]
     Descriptors(#[source] io::Error),
     /// The answer broke off.
     #[error("the answer broke off: {0}")]
@@ -181,7 +181,7 @@ pub(crate) enum Cause {
     #[error("the stream ended before it was complete")]
     Truncated,
     /// The stage exceeded its deadline.
-    #[error("nothing came within {}", humantime::format_duration(*.0))]
+    #[error("no data within {}", humantime::format_duration(*.0))]
     Timeout(Duration),
     /// The engine ended or is being stopped.
     #[error("the engine has stopped")]

@@ -11,42 +11,42 @@ const CANNOT_TELL: &str = "
 ## What \"cannot tell\" means
 
 - Everything but the generated text is one engine's, byte for byte: statuses, fields, usage, events and their order. Ids and times are
-  always new ones.
-- Generated text is one engine's wherever that engine repeats itself. It does not where two tokens are as good as equally likely: vLLM adds
+  always new.
+- Generated text is one engine's wherever that engine repeats itself. It does not where two tokens are almost equally likely: vLLM adds
   in another order when another number of requests shares a step, or the prompt is computed in other pieces, and a bf16 logit of 16
   to 32 has steps of 0.125. At such a place greedy decoding can pick either token. With
   SmolLM2-135M about one answer of ten came to such a place, the log-probabilities of the two 0 to 0.125 apart.
-- So `tests/real` compares token by token: where two texts part, each side must call the other's token as likely as its own, to 0.5.
+- So `tests/real` compares token by token: where two texts differ, each side must find the other's token as likely as its own, to 0.5.
   The canary judges in the same way before a fleet is ready. KV that is wrong, lost or another prompt's changes which tokens are
   likely at all, and fails both.
-- Engines of a fleet with different `tensor_parallel` add in different orders, so their texts part more often.
+- Engines of a fleet with different `tensor_parallel` add in different orders, so their texts differ more often.
 ";
 
 const HEAD: &str = "\
-# What becomes of a request
+# How requests are served
 
-A client must not be able to tell a fleet from one big vLLM, except by its speed ([how exact that is](#what-cannot-tell-means)). So every
+A client cannot tell a fleet from one big vLLM, except by its speed ([how exact that is](#what-cannot-tell-means)). So every
 route of the servers of vLLM 0.32 and
-0.33 and every field of their generations has a rule, and what a hand-off between two engines cannot serve exactly, one engine serves.
-This page is made of the rules in `src/proxy/server/route_table.rs` and `src/proxy/body/field_table.rs`; a test compares them, and
-`XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it anew. `tests/it/exact` compares the fleet's bytes with one
+0.33 and every field of their generations has a rule. If two engines cannot serve a request exactly, one engine serves it.
+This page is generated from the rules in `src/proxy/server/route_table.rs` and `src/proxy/body/field_table.rs`; a test compares them, and
+`XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it again. `tests/it/exact` compares the fleet's bytes with one
 simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vLLM's.
 
 - **handed over**: prefill on one engine, decode on another, from the client's own bytes.
-- **spliced**: the prefill engine makes the first token as well (`first_token = \"prefiller\"` with LMCache only). What a splice
-  cannot do goes to a decode engine alone.
-- **alone**: one decode engine answers, from the client's own bytes. Nothing is split over several engines, and nothing merged:
-  several choices or prompts are cheaper on one engine than the care that they would take on two.
+- **first token**: the prefill engine also makes the first token (`first_token = \"prefiller\"` with LMCache only). Other requests
+  go to a decode engine alone.
+- **alone**: one decode engine answers, from the client's own bytes. xpyd does not split several choices or
+  prompts over engines: that would cost more than it saves.
 - **refused**: no engine sees it; the answer is an error in OpenAI's shape.
 
 A body is JSON (`Content-Type: application/json`) in UTF-8 or UTF-16, without `Content-Encoding`. It is at most `proxy.max_body`
-long, has at most 1,024 members and 1,000 levels of nesting; more is refused. Of members with the same key only the last one reaches
+long, has at most 1,024 members and 1,000 levels of nesting; xpyd refuses more. Of members with the same key only the last one reaches
 the engine.
 
-Whichever it is: `kv_transfer_params` and `ec_transfer_params` are taken out, also of `vllm_xargs`; other fields reach the engine
-as the client wrote them. Ids are the proxy's, one for each answer. `usage` is that of one engine
-started with `--enable-prompt-tokens-details`, as xpyd starts its own: where prompts are handed over, `cached_tokens` is what the prefill engine had cached, and not the KV that came from it. What a prefill engine refuses is
-asked of the decode engine, whose answer the client gets. A generation that ends with `abort` or `error` is an error, also
+In each case xpyd removes `kv_transfer_params` and `ec_transfer_params`, also from `vllm_xargs`. Other fields reach the engine
+as the client wrote them. The proxy sets the id of each answer. `usage` is that of one engine
+started with `--enable-prompt-tokens-details`, as xpyd starts its own: after a hand-off, `cached_tokens` counts what the prefill engine had cached, not the KV that came from it. If the prefill engine refuses a request, the
+client gets the decode engine's answer to it. A generation that ends with `abort` or `error` is an error, also
 after the first event.
 
 ";
@@ -64,7 +64,7 @@ fn fate(action: RouteAction) -> (&'static str, &'static str) {
         RouteAction::Generate(_) => ("handed over", "by its fields, below"),
         RouteAction::Health => ("the proxy's", "200 while there is a ready engine of each role"),
         RouteAction::Metrics => ("the proxy's", "its own metrics"),
-        RouteAction::Version => ("alone", "five times a second at most, shared by all who ask"),
+        RouteAction::Version => ("alone", "at most five times a second, shared by all clients that ask"),
         RouteAction::Pass => ("alone", ""),
         RouteAction::Refuse(why) => ("refused", why),
     }
@@ -96,7 +96,7 @@ fn kinds(field: &Field) -> &'static str {
 
 fn render() -> String {
     let mut text = HEAD.to_owned();
-    text += "## Routes\n\nWhat is not here is answered 404, and a path with a slash too many 307.\n\n| Route | Methods | What becomes of it | |\n|---|---|---|---|\n";
+    text += "## Routes\n\nAny other path is answered 404, and a path with an extra trailing slash 307.\n\n| Route | Methods | Served | |\n|---|---|---|---|\n";
     for route in ROUTES {
         let (what, why) = fate(route.action);
         writeln!(
@@ -110,12 +110,15 @@ fn render() -> String {
     text += "\nResponses that vLLM stores (`VLLM_ENABLE_RESPONSES_API_STORE=1`) are known to the engine that made them: with several \
              decode\nengines, bind sessions (`proxy.bind_sessions`).\n\n";
     text += "## Fields of `/v1/completions` and `/v1/chat/completions`\n\nAbsent fields and `null` change nothing. A field that is not \
-             here is handed over, and never spliced.\n\n| Field | Of | Hand-off | Splice | |\n|---|---|---|---|---|\n";
+             here is handed over, but the decode engine makes its first token.\n\n| Field | Of | Hand-off | First token | |\n|---|---|---|---|---|\n";
     for field in FIELDS {
-        let (handoff, splice) = (cell("handed over", field.handoff), cell("spliced", field.splice));
+        let (handoff, first_token) = (
+            cell("handed over", field.handoff),
+            cell("first token", field.first_token),
+        );
         writeln!(
             text,
-            "| `{}` | {} | {handoff} | {splice} | {} |",
+            "| `{}` | {} | {handoff} | {first_token} | {} |",
             field.name,
             kinds(field),
             field.why
@@ -147,7 +150,7 @@ fn every_field_is_listed_once_for_each_route() {
         assert!(!again, "{}", field.name);
         // A hand-off serves everything that the first-token path serves.
         assert!(
-            field.handoff != When::Never || field.splice == When::Never,
+            field.handoff != When::Never || field.first_token == When::Never,
             "{}",
             field.name
         );

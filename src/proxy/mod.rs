@@ -13,8 +13,8 @@
 //! | `upstream` | calls to engines and their headers |
 //! | `body` | what JSON bodies and event streams hold, and the rule of each field |
 //!
-//! All folders use `error`, `overload`, `hash`, and the state in `shared`. The proxy learns of engines only from the fleet's view.
-//! It does not know who starts them, from which profile, or with which arguments.
+//! All folders use `error`, `overload`, `hash`, and the state in `shared`. The proxy learns of engines only from the fleet's
+//! view. It does not know who starts them, from which profile, or with which arguments.
 
 mod body;
 mod canary;

@@ -41,9 +41,9 @@ pub(crate) struct Shared {
     pub(crate) merged: SharedAnswer<Bytes>,
     pub(crate) version: SharedAnswer<Option<Version>>,
     /// The healthy engines, for a proxy without a supervisor.
-    pub(crate) well: SharedAnswer<Arc<[EngineId]>>,
+    pub(crate) healthy: SharedAnswer<Arc<[EngineId]>>,
     /// The context length of the engines' model, once an engine has reported it.
-    pub(crate) asked_length: SharedAnswer<Option<u64>>,
+    pub(crate) shared_length: SharedAnswer<Option<u64>>,
     pub(crate) model_length: OnceLock<u64>,
     pub(crate) admission: Arc<Semaphore>,
     pub(crate) bodies: Arc<BodyReader>,
@@ -86,8 +86,8 @@ impl Proxy {
             notifications,
             merged: SharedAnswer::default(),
             version: SharedAnswer::default(),
-            well: SharedAnswer::default(),
-            asked_length: SharedAnswer::default(),
+            healthy: SharedAnswer::default(),
+            shared_length: SharedAnswer::default(),
             model_length: OnceLock::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),

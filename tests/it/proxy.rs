@@ -414,7 +414,7 @@ async fn legs_on_an_engine_that_ends_fail_at_once() {
     rig.lose(Role::Decode, 0);
     let text = soon("the end of the stream", response.text()).await.unwrap();
     assert!(
-        text.contains("went away") && text.ends_with("data: [DONE]\n\n"),
+        text.contains("has stopped") && text.ends_with("data: [DONE]\n\n"),
         "{text}"
     );
     rig.finish().await;

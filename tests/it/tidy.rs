@@ -99,6 +99,18 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// The folders of the proxy, from the top. A folder imports only those below it, so a completion walks in one direction.
+const PROXY_FOLDERS: [&str; 8] = [
+    "server",
+    "canary",
+    "request",
+    "transfer",
+    "schedule",
+    "telemetry",
+    "upstream",
+    "body",
+];
+
 /// Lines that a file may have.
 const MAX_LINES: usize = 600;
 
@@ -194,6 +206,25 @@ fn imports_go_down_only() {
         }
     }
     assert!(wrong.is_empty(), "forbidden imports:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn folders_of_the_proxy_import_only_those_below_them() {
+    let level = |folder: &str| PROXY_FOLDERS.iter().position(|name| *name == folder);
+    let mut wrong = Vec::new();
+    for (name, _, text) in modules() {
+        let folder = name.strip_prefix("proxy/").and_then(|path| path.split('/').next());
+        let Some(own) = folder.and_then(level) else {
+            continue;
+        };
+        for path in text.split("crate::proxy::").skip(1) {
+            let import = path.split(|c: char| !c.is_ascii_lowercase()).next().unwrap_or_default();
+            if level(import).is_some_and(|other| other < own) {
+                wrong.push(format!("{name} imports `{import}`"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "imports of a folder above:\n{}", wrong.join("\n"));
 }
 
 #[test]

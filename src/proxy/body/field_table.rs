@@ -16,7 +16,7 @@ pub(crate) struct Field {
     /// When prefill and decode engine can share the request.
     pub(crate) handoff: When,
     /// When the prefill engine can also make the first token.
-    pub(crate) splice: When,
+    pub(crate) first_token: When,
     pub(crate) why: &'static str,
 }
 
@@ -69,23 +69,23 @@ const ZERO: When = When::Only(&["0", "0.0"]);
 const ONE: When = When::Only(&["1", "1.0"]);
 const EMPTY: When = When::Only(&["[]"]);
 
-const EACH_STEP: &str = "is about each step alone";
+const EACH_STEP: &str = "applies to each step separately";
 const LOOKS_BACK: &str = "looks back at the answer's tokens";
-const SHAPES_PROMPT: &str = "changes the prompt's tokens, which a splice asks of `/tokenize` without it";
+const SHAPES_PROMPT: &str = "changes the prompt's tokens, and `/tokenize` does not get it";
 const SHAPES_ANSWER: &str = "changes the fields that describe the first token";
 
 const fn field(
     name: &'static str,
     kinds: &'static [GenerationKind],
     handoff: When,
-    splice: When,
+    first_token: When,
     why: &'static str,
 ) -> Field {
     Field {
         name,
         kinds,
         handoff,
-        splice,
+        first_token,
         why,
     }
 }
@@ -95,18 +95,18 @@ const fn field(
 #[rustfmt::skip]
 pub(crate) const FIELDS: &[Field] = &[
     field("prompt", COMPLETIONS, When::OnePrompt, When::OnePrompt, "a hand-off is for one prompt"),
-    field("messages", CHAT, When::List, When::PlainChat, "images and tool calls are no token ids"),
+    field("messages", CHAT, When::List, When::PlainChat, "images and tool calls have no token ids"),
     field("model", BOTH, When::Always, When::Always, "both legs name it"),
-    field("n", BOTH, When::Only(&["1"]), When::Only(&["1"]), "KV can be fetched once"),
+    field("n", BOTH, When::Only(&["1"]), When::Only(&["1"]), "KV can be fetched only once"),
     field("use_beam_search", BOTH, FALSE, FALSE, "beams start from the prompt again and again"),
-    field("length_penalty", BOTH, When::Always, ONE, "is about beams"),
+    field("length_penalty", BOTH, When::Always, ONE, "applies to beams"),
     field("echo", BOTH, FALSE, FALSE, "the prompt is part of the answer"),
     field("prompt_logprobs", BOTH, When::Never, When::Never, "the decode engine would have to compute the prompt"),
     field("prompt_embeds", COMPLETIONS, When::Never, When::Never, "KV is matched by token ids"),
     field("truncate_prompt_tokens", BOTH, When::Never, When::Never, "vLLM cuts by the tokens to generate, which differ between the legs"),
     field("truncation_side", BOTH, When::Always, When::Never, SHAPES_PROMPT),
-    field("max_tokens", BOTH, When::Count, When::Count, "a wrong one is the engine's to refuse, before any prefill"),
-    field("max_completion_tokens", CHAT, When::Count, When::Count, "a wrong one is the engine's to refuse, before any prefill"),
+    field("max_tokens", BOTH, When::Count, When::Count, "the engine refuses an invalid one, before any prefill"),
+    field("max_completion_tokens", CHAT, When::Count, When::Count, "the engine refuses an invalid one, before any prefill"),
     field("min_tokens", BOTH, When::Always, When::Only(&["0"]), LOOKS_BACK),
     field("stop", BOTH, When::Always, EMPTY, LOOKS_BACK),
     field("stop_token_ids", BOTH, When::Always, EMPTY, LOOKS_BACK),
@@ -116,13 +116,13 @@ pub(crate) const FIELDS: &[Field] = &[
     field("top_p", BOTH, When::Always, When::Always, EACH_STEP),
     field("top_k", BOTH, When::Always, When::Always, EACH_STEP),
     field("min_p", BOTH, When::Always, When::Always, EACH_STEP),
-    field("seed", BOTH, When::Always, When::Never, "the decode engine would draw as for a first token"),
+    field("seed", BOTH, When::Always, When::Never, "the decode engine would sample as for a first token"),
     field("presence_penalty", BOTH, When::Always, ZERO, LOOKS_BACK),
     field("frequency_penalty", BOTH, When::Always, ZERO, LOOKS_BACK),
     field("repetition_penalty", BOTH, When::Always, ONE, LOOKS_BACK),
     field("repetition_detection", BOTH, When::Always, When::Never, LOOKS_BACK),
     field("bad_words", BOTH, When::Always, EMPTY, LOOKS_BACK),
-    field("logit_bias", BOTH, When::Always, When::Never, "a key of a special token makes the first token one"),
+    field("logit_bias", BOTH, When::Always, When::Never, "it can make the first token a special token"),
     field("allowed_token_ids", BOTH, When::Always, When::Never, "the same"),
     field("watermarking", BOTH, When::Always, FALSE, LOOKS_BACK),
     field("logprobs", COMPLETIONS, When::Always, When::Never, SHAPES_ANSWER),
@@ -140,7 +140,7 @@ pub(crate) const FIELDS: &[Field] = &[
     field("structured_outputs", BOTH, When::Always, When::Never, "the grammar begins with the answer"),
     field("tools", CHAT, When::Always, When::Never, "the parser begins with the answer"),
     field("tool_choice", CHAT, When::Always, When::Only(&["\"none\""]), "the parser begins with the answer"),
-    field("parallel_tool_calls", CHAT, When::Always, TRUE, "is about tools"),
+    field("parallel_tool_calls", CHAT, When::Always, TRUE, "applies to tools"),
     field("reasoning_effort", CHAT, When::Always, When::Never, SHAPES_PROMPT),
     field("include_reasoning", CHAT, When::Always, TRUE, SHAPES_ANSWER),
     field("thinking_token_budget", BOTH, When::Always, When::Never, LOOKS_BACK),
@@ -154,17 +154,17 @@ pub(crate) const FIELDS: &[Field] = &[
     field("documents", CHAT, When::Always, When::Never, SHAPES_PROMPT),
     field("add_special_tokens", BOTH, When::Always, When::Never, SHAPES_PROMPT),
     field("suffix", COMPLETIONS, When::Always, When::Never, "vLLM refuses it"),
-    field("skip_special_tokens", BOTH, When::Always, TRUE, "the first token may be one"),
-    field("spaces_between_special_tokens", BOTH, When::Always, TRUE, "the first token may be one"),
+    field("skip_special_tokens", BOTH, When::Always, TRUE, "the first token can be special"),
+    field("spaces_between_special_tokens", BOTH, When::Always, TRUE, "the first token can be special"),
     field("stream", BOTH, When::Always, When::Only(&["true", "false"]), "an event per token"),
     field("stream_options", BOTH, When::Always, When::IncludeUsage, "counts of each event would differ by the first token"),
     field("stream_interval", BOTH, When::Always, When::Only(&["1"]), "the first token is an event of its own"),
     field("cache_salt", BOTH, When::Always, When::Never, "LMCache's keys depend on it"),
-    field("priority", BOTH, When::Always, When::Only(&["0"]), "is about each leg alone"),
-    field("user", BOTH, When::Always, When::Always, "no engine looks at it"),
-    field("request_id", BOTH, When::Always, When::Always, "the proxy's own id goes before it, and is the answer's"),
-    field("session_id", BOTH, When::Always, When::Always, "is about each leg alone"),
-    field("vllm_xargs", BOTH, When::Always, When::Never, "its meaning is not known; transfer parameters are taken out"),
-    field("kv_transfer_params", BOTH, When::Always, When::Always, "taken out: it could kill an engine or fetch another client's text"),
-    field("ec_transfer_params", BOTH, When::Always, When::Always, "taken out"),
+    field("priority", BOTH, When::Always, When::Only(&["0"]), "applies to each leg separately"),
+    field("user", BOTH, When::Always, When::Always, "engines ignore it"),
+    field("request_id", BOTH, When::Always, When::Always, "the proxy's own id replaces it, also in the answer"),
+    field("session_id", BOTH, When::Always, When::Always, "applies to each leg separately"),
+    field("vllm_xargs", BOTH, When::Always, When::Never, "its meaning is unknown; transfer parameters are removed"),
+    field("kv_transfer_params", BOTH, When::Always, When::Always, "removed: it could crash an engine or fetch another client's text"),
+    field("ec_transfer_params", BOTH, When::Always, When::Always, "removed"),
 ];

@@ -69,7 +69,7 @@ pub(crate) fn serving_mode(kind: GenerationKind, document: &Document<'_>, flow: 
         // Some rules read the whole value, so they run only if the prefill engine can make the first token.
         if flow == DecodeFlow::TokenSplice && no_first_token.is_none() {
             no_first_token = match field {
-                Some(field) if !field.splice.serves(value) => Some(field.name),
+                Some(field) if !field.first_token.serves(value) => Some(field.name),
                 None if value.is_some() => Some("a field that no rule names"),
                 Some(_) | None => None,
             };

@@ -141,8 +141,8 @@ impl PrefillUsage {
     /// are.
     fn details(&self, details: &str) -> Option<String> {
         let own = Document::parse_text(details).ok()?;
-        let told = self.details.iter().filter(|(key, _)| own.given(key).is_some());
-        let edits: Vec<_> = told.map(|(key, value)| (key.as_str(), Some(value.as_str()))).collect();
+        let known = self.details.iter().filter(|(key, _)| own.given(key).is_some());
+        let edits: Vec<_> = known.map(|(key, value)| (key.as_str(), Some(value.as_str()))).collect();
         Some(own.apply(&edits))
     }
 }

@@ -253,12 +253,12 @@ impl Canary<'_> {
             );
             attempts += 1;
             close += usize::from(output_match == OutputMatch::NumericallyClose);
-            let is_over = attempts == MAX_ATTEMPTS || output_match == OutputMatch::Different;
+            let is_last = attempts == MAX_ATTEMPTS || output_match == OutputMatch::Different;
             let began_alike = attempts == MAX_ATTEMPTS && close > MAX_ATTEMPTS / 2;
             if output_match == OutputMatch::Same || (began_alike && output_match != OutputMatch::Different) {
                 return Ok(attempt);
             }
-            if is_over {
+            if is_last {
                 return Err(CanaryError::Differs {
                     tokens: attempt.tokens,
                     prefill: self.prefill.clone(),
@@ -283,12 +283,12 @@ impl Canary<'_> {
             .copied()
             .unwrap_or_default();
         // The counters also grow with the hand-offs of other prefill engines.
-        let report_of_handoff = response
+        let handoff_report = response
             .extensions()
             .get::<HandoffReport>()
             .copied()
             .unwrap_or_default();
-        if report_of_handoff.outcome == HandoffOutcome::Recomputed {
+        if handoff_report.outcome == HandoffOutcome::Recomputed {
             return Err(CanaryError::Recomputed {
                 prefill: self.prefill.clone(),
                 decode: self.decode.clone(),

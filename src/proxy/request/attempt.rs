@@ -119,7 +119,7 @@ impl Attempt<'_> {
         reason: &'static str,
     ) -> Result<Response<Body>, ProxyError> {
         let why = serving_mode::reason_for(self.job.kind, reason);
-        tracing::debug!(reason, why, "answered by a decode engine alone");
+        tracing::debug!(reason, why, "a decode engine answers alone");
         let id = new_id();
         let sent = Instant::now();
         let body = self.document.edited(&[]);
@@ -268,12 +268,13 @@ impl Attempt<'_> {
     pub(crate) async fn pass_on(
         &self,
         lease: &Arc<EngineLease>,
-        handed: Option<(&mut Transfer, PrefillUsage)>,
+        transfer_and_usage: Option<(&mut Transfer, PrefillUsage)>,
         decoded: DecodeAnswer,
         sent: Instant,
     ) -> Result<Response<Body>, ProxyError> {
         let timer = self.token_timer();
-        let (mut transfer, usage) = handed.map_or((None, None), |(transfer, usage)| (Some(transfer), Some(usage)));
+        let (mut transfer, usage) =
+            transfer_and_usage.map_or((None, None), |(transfer, usage)| (Some(transfer), Some(usage)));
         let refuse = |transfer: &mut Option<&mut Transfer>, refusal| {
             if let Some(transfer) = transfer {
                 transfer.refused();
@@ -314,8 +315,8 @@ impl Attempt<'_> {
             return refuse(&mut transfer, refusal);
         }
         self.check_lease(lease, transfer.as_deref_mut())?;
-        let handed = transfer.is_some();
-        let mut on_drop = self.outcome_on_drop(if handed {
+        let is_handoff = transfer.is_some();
+        let mut on_drop = self.outcome_on_drop(if is_handoff {
             HandoffOutcome::Sent
         } else {
             HandoffOutcome::Bypassed

@@ -305,7 +305,7 @@ async fn tokenize(attempt: &Attempt<'_>, lease: &EngineLease, id: &str) -> Resul
     match classify(&head, &body).map_err(|cause| lease.failed(RequestStage::Tokenize, cause))? {
         AnswerClass::Refused => Ok(None),
         AnswerClass::Good => match serde_json::from_slice::<Tokenized>(&body) {
-            Ok(told) => Ok(Some(told).filter(|told| !told.tokens.is_empty())),
+            Ok(tokenized) => Ok(Some(tokenized).filter(|tokenized| !tokenized.tokens.is_empty())),
             Err(_) => Err(lease.failed(RequestStage::Tokenize, Cause::InvalidAnswer("no tokens"))),
         },
     }

@@ -76,10 +76,7 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         if attempt.number >= most || !attempt.may_retry(&error) {
             return Err(error);
         }
-        tracing::warn!(
-            error = crate::report::one_line(&error),
-            "trying another pair of engines"
-        );
+        tracing::warn!(error = crate::report::one_line(&error), "retrying with other engines");
         job.record.retried();
     }
 }

@@ -50,12 +50,12 @@ pub(crate) fn preflight(cors: &Cors, asked: &HeaderMap) -> Response<Body> {
     match asked.get(header::ORIGIN) {
         Some(origin) if allows(cors, origin) => {
             let is_any = has_all(&cors.allowed_origins) && !cors.allow_credentials;
-            let told = if is_any {
+            let allowed_value = if is_any {
                 "*"
             } else {
                 text(header::ORIGIN).unwrap_or_default()
             };
-            put(header::ACCESS_CONTROL_ALLOW_ORIGIN, told);
+            put(header::ACCESS_CONTROL_ALLOW_ORIGIN, allowed_value);
         }
         _ => refused.push("origin"),
     }
@@ -119,16 +119,16 @@ pub(crate) fn mark(cors: &Cors, origin: Option<&HeaderValue>, headers: &mut Head
     }
     let is_any = has_all(&cors.allowed_origins) && !cors.allow_credentials;
     if let Some(origin) = origin.filter(|origin| allows(cors, origin)) {
-        let told = if is_any {
+        let allowed_value = if is_any {
             HeaderValue::from_static("*")
         } else {
             origin.clone()
         };
-        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, told);
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, allowed_value);
     }
     if cors.allow_credentials && origin.is_some() {
-        let told = HeaderValue::from_static("true");
-        headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, told);
+        let allowed_value = HeaderValue::from_static("true");
+        headers.insert(header::ACCESS_CONTROL_ALLOW_CREDENTIALS, allowed_value);
     }
     headers.append(header::VARY, HeaderValue::from_static("Origin"));
 }
@@ -160,11 +160,11 @@ mod tests {
         ]);
         assert!(is_preflight(&Method::OPTIONS, &asked) && !is_preflight(&Method::GET, &asked));
         let response = preflight(cors, &asked);
-        let told = ["origin", "methods", "headers"].map(|what| {
+        let allowed_value = ["origin", "methods", "headers"].map(|what| {
             let value = response.headers().get(format!("access-control-allow-{what}"));
             value.map_or("", |value| value.to_str().expect("text")).to_owned()
         });
-        (response.status().as_u16(), told)
+        (response.status().as_u16(), allowed_value)
     }
 
     #[test]
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(ask(&strict, "http://a", "POST", wanted), (200, all("http://a")));
         strict.allowed_methods = vec!["GET".into()];
         strict.allowed_headers = vec!["X-A".into()];
-        let told = [
+        let allowed_value = [
             "http://a",
             "GET",
             "Accept, Accept-Language, Content-Language, Content-Type, X-A",
@@ -191,15 +191,15 @@ mod tests {
         .map(str::to_owned);
         assert_eq!(
             ask(&strict, "http://a", "GET", "x-a, content-type"),
-            (200, told.clone())
+            (200, allowed_value.clone())
         );
-        assert_eq!(ask(&strict, "http://a", "POST", "x-a"), (400, told.clone()));
-        assert_eq!(ask(&strict, "http://a", "GET", wanted), (400, told));
+        assert_eq!(ask(&strict, "http://a", "POST", "x-a"), (400, allowed_value.clone()));
+        assert_eq!(ask(&strict, "http://a", "GET", wanted), (400, allowed_value));
     }
 
     #[test]
     fn answers_name_the_allowed_origin() {
-        let told = |cors: &Cors, origin: Option<&str>| {
+        let allowed_value = |cors: &Cors, origin: Option<&str>| {
             let mut answer = headers(&[("access-control-allow-origin", "of an engine"), ("vary", "x")]);
             mark(
                 cors,
@@ -210,16 +210,22 @@ mod tests {
             let allowed = allowed.map(|value| value.to_str().expect("text").to_owned());
             (allowed, answer.get_all(header::VARY).iter().count())
         };
-        assert_eq!(told(&cors(&[]), Some("http://a")), (Some("of an engine".into()), 1));
-        assert_eq!(told(&cors(&["*"]), Some("http://a")), (Some("*".into()), 2));
         assert_eq!(
-            told(&cors(&["http://a"]), Some("http://a")),
+            allowed_value(&cors(&[]), Some("http://a")),
+            (Some("of an engine".into()), 1)
+        );
+        assert_eq!(allowed_value(&cors(&["*"]), Some("http://a")), (Some("*".into()), 2));
+        assert_eq!(
+            allowed_value(&cors(&["http://a"]), Some("http://a")),
             (Some("http://a".into()), 2)
         );
-        assert_eq!(told(&cors(&["http://a"]), Some("http://b")), (None, 2));
-        assert_eq!(told(&cors(&["*"]), None), (None, 2));
+        assert_eq!(allowed_value(&cors(&["http://a"]), Some("http://b")), (None, 2));
+        assert_eq!(allowed_value(&cors(&["*"]), None), (None, 2));
         let mut with_cookies = cors(&["*"]);
         with_cookies.allow_credentials = true;
-        assert_eq!(told(&with_cookies, Some("http://a")), (Some("http://a".into()), 2));
+        assert_eq!(
+            allowed_value(&with_cookies, Some("http://a")),
+            (Some("http://a".into()), 2)
+        );
     }
 }

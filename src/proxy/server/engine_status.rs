@@ -70,19 +70,23 @@ impl Shared {
     }
 
     /// The engines that report to be healthy, for a proxy without a supervisor.
-    pub(crate) async fn well_engines(&self) -> Arc<[EngineId]> {
-        self.well.recent(self.ask_whether_well()).await
+    pub(crate) async fn healthy_engines(&self) -> Arc<[EngineId]> {
+        self.healthy.recent(self.ask_for_health()).await
     }
 
-    async fn ask_whether_well(&self) -> Arc<[EngineId]> {
+    async fn ask_for_health(&self) -> Arc<[EngineId]> {
         let view = Arc::clone(&self.view.borrow());
-        let asked = view.engines.iter().map(|engine| self.is_well(engine));
-        let well = join_all(asked).await;
-        let engines = view.engines.iter().zip(well).filter(|(_, is_well)| *is_well);
+        let asked = view.engines.iter().map(|engine| self.reports_healthy(engine));
+        let healthy = join_all(asked).await;
+        let engines = view
+            .engines
+            .iter()
+            .zip(healthy)
+            .filter(|(_, is_healthy_engine)| *is_healthy_engine);
         engines.map(|(engine, _)| engine.id.clone()).collect()
     }
 
-    async fn is_well(&self, engine: &EngineView) -> bool {
+    async fn reports_healthy(&self, engine: &EngineView) -> bool {
         let headers = self.own_headers();
         let step = self.upstream.fetch(engine, Call::get("/health", &headers));
         let answer = tokio::time::timeout(DEADLINE, step).await;
@@ -90,7 +94,7 @@ impl Shared {
     }
 
     /// Whether the fleet's stage serves clients. It does not check the engines of a request.
-    pub(super) fn takes_clients(&self) -> Result<(), ProxyError> {
+    pub(super) fn check_serving(&self) -> Result<(), ProxyError> {
         match self.view.borrow().stage {
             stage if stage.serves() => Ok(()),
             stage => Err(ProxyError::NotServing(stage)),
@@ -99,19 +103,20 @@ impl Shared {
 
     /// Whether a request that needs both roles would be served.
     pub(super) async fn is_healthy(&self) -> Result<(), ProxyError> {
-        self.takes_clients()?;
+        self.check_serving()?;
         let view = Arc::clone(&self.view.borrow());
         let needs_prefill = self.settings.service.routing.without_prefill == WithoutPrefill::Fail;
-        let well = if self.settings.asks_engines {
-            Some(self.well_engines().await)
+        let healthy = if self.settings.asks_engines {
+            Some(self.healthy_engines().await)
         } else {
             None
         };
-        let is_well = |engine: &Arc<EngineView>| well.as_ref().is_none_or(|well| well.contains(&engine.id));
+        let is_healthy_engine =
+            |engine: &Arc<EngineView>| healthy.as_ref().is_none_or(|healthy| healthy.contains(&engine.id));
         let missing = [Role::Prefill, Role::Decode]
             .into_iter()
             .filter(|role| needs_prefill || *role == Role::Decode)
-            .find(|role| !view.serving(*role).any(is_well));
+            .find(|role| !view.serving(*role).any(is_healthy_engine));
         missing.map_or(Ok(()), |role| Err(ProxyError::NoEngine(role)))
     }
 }

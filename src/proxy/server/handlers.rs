@@ -65,7 +65,7 @@ async fn dispatch(shared: &Arc<Shared>, route: &'static Route, request: Request)
 
 async fn generate(shared: &Arc<Shared>, kind: GenerationKind, request: Request) -> Result<Response<Body>, ProxyError> {
     let arrived = Instant::now();
-    shared.takes_clients()?;
+    shared.check_serving()?;
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
     record.begin_generation(session(shared, &head.headers).as_deref());
@@ -88,7 +88,7 @@ async fn generate(shared: &Arc<Shared>, kind: GenerationKind, request: Request) 
 
 /// Forwards a request to a decode engine that answers alone.
 async fn pass_on(shared: &Arc<Shared>, route: &Route, request: Request) -> Result<Response<Body>, ProxyError> {
-    shared.takes_clients()?;
+    shared.check_serving()?;
     let (mut head, body) = request.into_parts();
     let record = record(&mut head);
     let body = shared
@@ -113,7 +113,7 @@ async fn pass_on(shared: &Arc<Shared>, route: &Route, request: Request) -> Resul
 fn record(head: &mut request::Parts) -> Arc<Record> {
     head.extensions
         .remove()
-        .expect("the entrance puts one into every request")
+        .expect("the middleware puts one into every request")
 }
 
 /// Answers 200 while there is a ready engine of each role.
@@ -131,7 +131,7 @@ fn asks_for_engines(request: &Request) -> bool {
 }
 
 async fn version(shared: &Shared) -> Result<Response<Body>, ProxyError> {
-    shared.takes_clients()?;
+    shared.check_serving()?;
     shared.engine_version().await
 }
 

@@ -143,7 +143,7 @@ pub(crate) async fn serve(
     drop(listener);
     for end in ends {
         end.await
-            .map_err(|_| io::Error::other("a thread of the proxy broke off"))??;
+            .map_err(|_| io::Error::other("a proxy thread stopped unexpectedly"))??;
     }
     Ok(threads)
 }
@@ -320,7 +320,7 @@ impl ClientSession {
             if let Err(error) = served {
                 tracing::debug!(
                     error = crate::report::one_line(&error),
-                    "a client's connection ended early"
+                    "a client's connection broke off"
                 );
             }
         }

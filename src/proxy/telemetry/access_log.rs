@@ -76,7 +76,7 @@ impl Drop for OpenLog {
     fn drop(&mut self) {
         self.lines = None;
         if let Some(Err(_)) = self.writer.take().map(JoinHandle::join) {
-            tracing::error!("the writer of the access log ended early");
+            tracing::error!("the access log writer stopped unexpectedly");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The proxy's own metrics, in a registry that belongs to one proxy.
 //!
-//! Labels have few values by construction: routes, statuses, stages, outcomes and engine names, never what a client sent.
+//! Labels have few values by construction: routes, statuses, stages, outcomes and engine names, never text of a client.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -203,7 +203,7 @@ impl TrafficMetrics {
         );
         registry.register(
             "retries",
-            "Requests that were given a second pair of engines",
+            "Requests that were retried with other engines",
             traffic.retries.clone(),
         );
         traffic
@@ -309,7 +309,7 @@ impl Metrics {
         metrics.register_own();
         metrics.register_as_vllm(&settings.served_model_name);
         if let Some(log) = &settings.parts.access_log {
-            let help = "Lines of the access log for which there was no place";
+            let help = "Access log lines that were dropped because the queue was full";
             metrics.registry.register("access_log_dropped", help, log.dropped());
         }
         metrics
@@ -345,7 +345,7 @@ impl Metrics {
         );
         registry.register(
             "kv_leases_outlived",
-            "Answers that were not passed on, because they began after the lease on their KV",
+            "Answers that were not forwarded, because they began after the lease on their KV",
             self.leases_over.clone(),
         );
         registry.register(
@@ -371,22 +371,22 @@ impl Metrics {
         );
         registry.register(
             "engine_metrics_unread",
-            "Times that an engine's metrics were to be merged and did not come",
+            "Times that an engine's metrics did not arrive for the merged page",
             self.unread.clone(),
         );
         registry.register(
             "handoffs_open",
-            "Hand-offs begun and neither consumed nor released",
+            "Hand-offs whose KV is neither consumed nor released yet",
             self.handoffs_open.clone(),
         );
         registry.register(
             "late_notifications",
-            "LMCache notifications that nobody waited for",
+            "LMCache notifications that came after their request had ended",
             self.late_notifications.clone(),
         );
         registry.register(
             "malformed_notifications",
-            "Messages on the notification socket that were no notification",
+            "Messages on the notification socket that were not a notification",
             self.malformed_notifications.clone(),
         );
     }

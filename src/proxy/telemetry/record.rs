@@ -72,7 +72,7 @@ struct RequestState {
     /// How long the prefill leg waited in the engine, and how long the engine computed.
     prefill_parts: Option<EngineTimes>,
     /// From the request's arrival until its body was read.
-    read_for: Option<Duration>,
+    body_read_after: Option<Duration>,
     /// From the request's arrival until the last attempt began. `None` for the first attempt.
     retried_after: Option<Duration>,
     /// The request id that the engines of the last attempt got.
@@ -145,7 +145,7 @@ impl Record {
 
     /// Marks the client's body as read.
     pub(crate) fn body_received(&self) {
-        self.state().read_for = Some(self.arrived.elapsed());
+        self.state().body_read_after = Some(self.arrived.elapsed());
     }
 
     /// Records that a leg is sent to an engine under this id. Returns the leg's headers.
@@ -165,10 +165,10 @@ impl Record {
             ];
             state.leg = Some(trace.leg(name, attributes, headers.to_mut()));
         }
-        let id_of_engine = Some(engine.id.clone());
+        let engine_id = Some(engine.id.clone());
         match engine.role {
-            Role::Prefill => state.prefill = id_of_engine,
-            Role::Decode => state.decode = id_of_engine,
+            Role::Prefill => state.prefill = engine_id,
+            Role::Decode => state.decode = engine_id,
         }
         if state.engine_id.as_deref() != Some(id) {
             state.engine_id = Some(id.to_owned());
@@ -441,15 +441,15 @@ impl RequestState {
     fn server_timing(&self, total: Duration) -> Option<HeaderValue> {
         self.stages.iter().flatten().next()?;
         let mut known: Vec<(&str, f64)> = Vec::new();
-        let read = self.read_for.unwrap_or_default();
-        known.extend(self.read_for.map(|time| ("read", milliseconds(time))));
+        let read = self.body_read_after.unwrap_or_default();
+        known.extend(self.body_read_after.map(|time| ("read", milliseconds(time))));
         known.extend(
             self.retried_after
                 .map(|time| ("retried", milliseconds(time.saturating_sub(read)))),
         );
         for (stage, name) in SERVER_TIMING_STAGES {
-            let unless_told = (stage == TimedStage::Queue).then_some(Duration::ZERO);
-            let time = self.stages[stage as usize].or(unless_told);
+            let default = (stage == TimedStage::Queue).then_some(Duration::ZERO);
+            let time = self.stages[stage as usize].or(default);
             known.extend(time.map(|time| (name, milliseconds(time))));
             if let Some(parts) = self.prefill_parts.filter(|_| stage == TimedStage::Prefill) {
                 known.extend(parts.queue_time_ms.map(|time| ("prefill-queue", time)));

@@ -198,7 +198,7 @@ async fn expect_overdue(shared: &Arc<Shared>, context: CleanupContext, mut arriv
     let (Some(lease), Ok(permit)) = (came.then(|| engine.lease()).flatten(), shared.admit()) else {
         return;
     };
-    tracing::debug!(request = request_id, "an overdue notification came");
+    tracing::debug!(request = request_id, "an overdue notification arrived");
     let context = CleanupContext {
         decode: Arc::new(lease),
         prefill: None,

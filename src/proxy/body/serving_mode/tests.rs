@@ -65,7 +65,7 @@ fn only_exact_requests_get_their_first_token_from_prefill() {
             include_usage,
         })
     };
-    let splices = [
+    let served = [
         (
             GenerationKind::Completions,
             r#"{"prompt":"x"}"#,
@@ -94,7 +94,7 @@ fn only_exact_requests_get_their_first_token_from_prefill() {
             request(None, false, false),
         ),
     ];
-    for (kind, body, expected) in splices {
+    for (kind, body, expected) in served {
         assert_eq!(decide(kind, body, DecodeFlow::TokenSplice), expected, "{body}");
     }
     for extra in [
