@@ -1,7 +1,7 @@
-//! The composition root of a run: builds every part, wires them, joins them.
+//! The composition root of a run: builds its parts, connects them, and joins them.
 //!
-//! Nothing here decides anything about engines or requests. The supervisor runs on the calling task, which is the main
-//! thread's; proxy, control socket and reporting run on worker threads, so that a busy data plane cannot delay a stop.
+//! It decides nothing about engines or requests. The supervisor runs on the calling task, on the main thread. Proxy, control
+//! socket and reporting run on worker threads, so a busy proxy cannot delay a stop.
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,6 +14,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::canaries::Canaries;
+use self::client_socket::ClientService;
+use self::diagnosis::LogDiagnosis;
+use self::gpu_watch::GpuChecks;
+use self::hooks::RunHooks;
 use crate::control::rundir::{self, RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
@@ -21,56 +26,57 @@ use crate::plan::{Plan, ProxySpec};
 use crate::private;
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::{self, Keep, KeptRun, Outcome};
+use crate::supervisor::{self, AttachableRun, Keep, Outcome};
 use crate::ui::Printer;
 
-mod causes;
-mod door;
-mod gpus;
-mod kept;
+mod canaries;
+mod client_socket;
+mod control_socket;
+mod diagnosis;
+mod end_kept;
+mod forward;
+mod gpu_watch;
+mod hooks;
 mod reporting;
 mod scale;
 mod signals;
-mod socket;
-mod starts;
+mod start_history;
 mod throughput;
-mod verify;
 
-pub use kept::end_kept;
-pub use scale::Grow;
+pub use self::diagnosis::LogStarts;
+pub use self::end_kept::end_kept;
+pub use self::scale::Grow;
 
-pub use self::causes::Began;
-
-/// How long the engines of a detached run wait for the next xpyd should this one be killed.
+/// How long the engines of a detached run wait for the next xpyd if this one is killed.
 const KEEP_DETACHED: Duration = Duration::from_mins(15);
 
-/// How long the parts may take to end once no engine is left.
+/// Time for the parts to end once no engine is left.
 const JOIN_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A run, decided and locked, about to begin.
+/// A planned and locked run that is about to begin.
 pub struct Run {
-    /// Everything decided about it. Its folder exists.
+    /// The plan. The run's folder exists.
     pub plan: Plan,
-    /// Its name and its lock.
+    /// The run's name.
     pub name: String,
-    /// The lock, and the place of the control socket.
+    /// The runtime folder, with the lock and the control socket.
     pub run_dir: RunDir,
     /// Whether it runs without a terminal.
     pub detached: bool,
-    /// Whether it ends with the xpyd that started it, which says so with SIGTERM.
+    /// Whether another xpyd started it and ends it with SIGTERM.
     pub has_parent: bool,
-    /// The engines that an earlier xpyd left, if they are to be taken over. The plan describes them.
-    pub attach: Option<KeptRun>,
-    /// Plans more engines for it.
+    /// The run to attach to, whose engines an earlier xpyd left. The plan describes them.
+    pub attach: Option<AttachableRun>,
+    /// Plans more engines for a scale request.
     pub grow: Grow,
-    /// What its proxy needs and no plan holds.
+    /// Inputs of the proxy that no plan contains, such as keys.
     pub proxy_parts: proxy::Parts,
-    /// The key that was made for its engines, for the operator.
+    /// The API key that xpyd made for the engines; the operator finds it in a file.
     pub engine_key: Option<String>,
-    /// Where people read.
+    /// Prints progress and status.
     pub printer: Printer,
-    /// Whether they are told now and then what the fleet serves.
-    pub tells_traffic: bool,
+    /// Whether a line every ten seconds reports the throughput.
+    pub prints_throughput: bool,
 }
 
 impl fmt::Debug for Run {
@@ -82,41 +88,41 @@ impl fmt::Debug for Run {
     }
 }
 
-/// How long the ready line of an attached fleet waits for engines that are still tried. Clients are served meanwhile.
-const STRAGGLERS: Duration = Duration::from_secs(5);
+/// How long the ready line of an attached fleet waits for engines whose canaries still run. Clients are served meanwhile.
+const READY_LINE_DELAY: Duration = Duration::from_secs(5);
 
-/// A fleet that takes requests, as given to the work that [`run`] was asked to do.
+/// A fleet that serves, as passed to the work of [`run`].
 #[derive(Debug, Clone)]
 pub struct Ready {
     /// The run's name.
     pub name: String,
-    /// Where clients send requests.
+    /// The base URL for clients.
     pub url: String,
     /// Whether clients need an API key.
     pub wants_key: bool,
-    /// The name to ask for.
+    /// The served model name.
     pub model: String,
-    /// The proxy itself, for its metrics.
+    /// The proxy, for its metrics.
     pub proxy: Proxy,
-    /// From the last engine's `/health` to the end of the canaries.
+    /// Time from the last engine's `/health` to the end of the canaries.
     pub verified_in: Duration,
-    /// Engines that do not serve yet. Only a fleet that was taken over becomes ready with such.
-    pub not_yet: Vec<EngineId>,
+    /// Engines that do not serve yet. Only an attached fleet can be ready with such.
+    pub not_serving: Vec<EngineId>,
 }
 
 /// A run that has ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// How.
+    /// Why and how it ended.
     pub outcome: Outcome,
-    /// Where to read in the logs why.
-    pub began: Began,
+    /// Where in its log each engine's last incarnation begins.
+    pub log_starts: LogStarts,
 }
 
 /// Runs the fleet until it ends. Once it is ready, `when_ready` runs beside it; when that returns, the fleet is stopped.
 ///
 /// # Errors
-/// When the run cannot begin: a port is taken, a file cannot be written. How a run that began ended is its [`Outcome`].
+/// When the run cannot begin: a port is taken, or a file cannot be written. The end of a run that began is its [`Outcome`].
 pub async fn run<Work>(run: Run, when_ready: impl FnOnce(Ready) -> Work) -> Result<Ended, Failure>
 where
     Work: Future<Output = ()>,
@@ -132,7 +138,7 @@ where
         proxy_parts,
         engine_key,
         printer,
-        tells_traffic,
+        prints_throughput,
     } = run;
     let run_dir = Arc::new(run_dir);
     write_plan(&plan).map_err(anyhow::Error::from)?;
@@ -151,10 +157,10 @@ where
     let (requests, request_receiver) = mpsc::channel(8);
     let (stop, mut parts) = (CancellationToken::new(), JoinSet::new());
     let listener = sockets.listener;
-    let door = door::Door::open(&mut parts, proxy.clone(), listener, &view, &stop, attach.is_some());
+    let clients = ClientService::start(&mut parts, proxy.clone(), listener, &view, &stop, attach.is_some());
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
-    let (progress_is_settled, seen, notes) = report(&mut parts, &plans, printer, &view, &stop);
-    if tells_traffic {
+    let (progress_done, seen, notes) = start_reporting(&mut parts, &plans, printer, &view, &stop);
+    if prints_throughput {
         let served = throughput::follow(proxy.clone(), view.clone(), notes.clone());
         parts.spawn(until(stop.clone(), served));
     }
@@ -170,18 +176,23 @@ where
     control_parts(&mut parts, &stop, sockets.control, status, proxy.suspects(), scaler);
 
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
-    let (began_sender, began) = watch::channel(Began::new());
+    let (log_starts_sender, log_starts) = watch::channel(LogStarts::new());
     let wiring = supervisor::Wiring {
         signals: signals::forward(&mut parts, &stop, has_parent)?,
         requests: request_receiver,
         view: view_sender,
-        verify: verify::canaries(proxy.clone(), verified_sender),
-        hand_over: door.hand_over(),
-        explain: causes::explain(&plan, began_sender),
-        gpus: gpus::checks(&plan.engines, &plan.run_dir, notes),
+        hooks: RunHooks {
+            canaries: Canaries {
+                proxy: proxy.clone(),
+                duration: verified_sender,
+            },
+            clients,
+            diagnosis: LogDiagnosis::new(&plan, log_starts_sender),
+            gpus: GpuChecks::new(&plan.engines, &plan.run_dir, notes),
+        },
     };
     let model = plan.served_model_name.clone();
-    let work = work(view.clone(), progress_is_settled, requests, move |not_yet| {
+    let work = work(view.clone(), progress_done, requests, move |not_serving| {
         when_ready(Ready {
             name: ready_name,
             url: sockets.url,
@@ -189,7 +200,7 @@ where
             model,
             proxy,
             verified_in: *verified.borrow(),
-            not_yet,
+            not_serving,
         })
     });
     let outcome = tokio::select! {
@@ -198,48 +209,48 @@ where
     };
     stop.cancel();
     join(parts).await;
-    record(&plan, &run_dir, &outcome);
-    let began = began.borrow().clone();
-    Ok(Ended { outcome, began })
+    record_outcome(&plan, &run_dir, &outcome);
+    let log_starts = log_starts.borrow().clone();
+    Ok(Ended { outcome, log_starts })
 }
 
-/// Runs `when_ready` once the fleet is ready, and then asks for the stop. Never returns.
+/// Runs `when_ready` once the fleet is ready, and then requests the stop. Never returns.
 async fn work<Work>(
     view: watch::Receiver<Arc<FleetView>>,
-    progress_is_settled: impl Future,
+    progress_done: impl Future,
     requests: mpsc::Sender<supervisor::Request>,
     when_ready: impl FnOnce(Vec<EngineId>) -> Work,
 ) -> std::convert::Infallible
 where
     Work: Future<Output = ()>,
 {
-    if let Some(not_yet) = reached_ready(view).await {
-        // So that what is printed now stands below the bars.
-        drop(progress_is_settled.await);
-        when_ready(not_yet).await;
+    if let Some(not_serving) = wait_until_ready(view).await {
+        // Further output must come below the progress bars.
+        drop(progress_done.await);
+        when_ready(not_serving).await;
         request_stop(&requests).await;
     }
     std::future::pending().await
 }
 
-/// Stops the run; a full or closed queue means that it is ending anyway.
+/// Requests the stop. A closed queue means that the run is ending already.
 async fn request_stop(requests: &mpsc::Sender<supervisor::Request>) {
     let (reply, _outcome) = oneshot::channel();
     drop(requests.send(supervisor::Request::Stop { force: false, reply }).await);
 }
 
-/// Leaves word for `xpyd down` of how the run ended.
-fn record(plan: &Plan, run_dir: &RunDir, outcome: &Outcome) {
+/// Writes `outcome.json` for `xpyd down`.
+fn record_outcome(plan: &Plan, run_dir: &RunDir, outcome: &Outcome) {
     let left: Vec<String> = outcome.left.iter().map(ToString::to_string).collect();
     if let Err(error) = rundir::record_outcome(&plan.run_dir, outcome.exit_status(), &left) {
         tracing::warn!(%error, "cannot record how the run ended");
     }
-    if outcome.ending != supervisor::Ending::Kept {
+    if outcome.reason != supervisor::EndReason::EnginesKept {
         run_dir.remove_engine_key();
     }
 }
 
-/// Tells later commands of the run.
+/// Writes `run.json`, by which other commands find the run.
 fn publish(run_dir: &RunDir, info: RunInfo) -> Result<RunInfo, Failure> {
     let info = RunInfo {
         control_socket: run_dir.socket_path().to_owned(),
@@ -250,13 +261,13 @@ fn publish(run_dir: &RunDir, info: RunInfo) -> Result<RunInfo, Failure> {
     Ok(info)
 }
 
-/// Writes the key of the engines where the operator finds it.
+/// Writes the key of the engines into the runtime folder.
 fn engine_key_file(run_dir: &RunDir, key: Option<&str>) -> Result<Option<PathBuf>, Failure> {
     let written = key.map(|key| run_dir.write_engine_key(key)).transpose();
     written.map_err(|error| Failure::new(ExitStatus::Failure, error))
 }
 
-/// Starts the control socket, and what hands its requests on to the supervisor.
+/// Starts the control socket, and the tasks that forward its requests to the supervisor.
 fn control_parts(
     parts: &mut JoinSet<()>,
     stop: &CancellationToken,
@@ -266,39 +277,39 @@ fn control_parts(
     scaler: scale::Scaler,
 ) {
     let (stops, stop_receiver) = mpsc::channel(8);
-    let (take_outs, take_out_receiver) = mpsc::channel(8);
+    let (engine_commands, engine_command_receiver) = mpsc::channel(8);
     let (scales, scale_receiver) = mpsc::channel(8);
     let state = server::ServerState {
         status: Arc::new(status),
         stop: stops,
-        take_out: take_outs,
+        engine: engine_commands,
         scale: scales,
     };
     let requests = scaler.requests.clone();
-    parts.spawn(socket::serve(listener, state.clone(), stop.clone()));
+    parts.spawn(control_socket::serve(listener, state.clone(), stop.clone()));
     let run_dir = Arc::clone(&scaler.run_dir);
-    parts.spawn(socket::keep_findable(run_dir, state, stop.clone()));
-    parts.spawn(until(stop.clone(), forward_stops(stop_receiver, requests.clone())));
+    parts.spawn(control_socket::keep_findable(run_dir, state, stop.clone()));
+    parts.spawn(until(stop.clone(), forward::stops(stop_receiver, requests.clone())));
     parts.spawn(until(
         stop.clone(),
-        forward_take_outs(take_out_receiver, requests.clone()),
+        forward::engine_commands(engine_command_receiver, requests.clone()),
     ));
-    parts.spawn(until(stop.clone(), forward_suspects(suspects, requests)));
+    parts.spawn(until(stop.clone(), forward::suspects(suspects, requests)));
     parts.spawn(until(stop.clone(), scaler.run(scale_receiver)));
 }
 
-/// Everything that a run listens on itself, and what it holds for its engines.
+/// The sockets of the run itself, and the ports reserved for its engines.
 struct Sockets {
     reservations: supervisor::Reservations,
     listener: TcpListener,
-    /// The same socket, for the shim.
+    /// A duplicate of `listener`, for the shim.
     held: OwnedFd,
     url: String,
     notifications: Option<Notifications>,
     control: tokio::net::UnixListener,
 }
 
-async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun>) -> Result<Sockets, Failure> {
+async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut AttachableRun>) -> Result<Sockets, Failure> {
     let reservations = if attach.is_some() {
         supervisor::reserve_running(&plan.engines)
     } else {
@@ -308,7 +319,7 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun
             )
         })?
     };
-    let listener = door::listen(&plan.proxy, attach.and_then(|kept| kept.listener.take())).await?;
+    let listener = client_socket::listen(&plan.proxy, attach.and_then(|kept| kept.listener.take())).await?;
     let held = listener.as_fd().try_clone_to_owned().map_err(anyhow::Error::from)?;
     let scheme = plan.proxy.service.clients.scheme();
     let url = format!("{scheme}://{}", listener.local_addr().map_err(anyhow::Error::from)?);
@@ -329,9 +340,9 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut KeptRun
     })
 }
 
-/// Starts what tells people of the run: one reader of phases per engine, and the reporter. The receivers say when the
-/// start has been shown for the last time, and how far each engine is; the sender takes what else people should know.
-fn report(
+/// Starts one reader of phases per engine, and the reporter. Returns: a receiver that fires once the progress of the start was
+/// drawn for the last time, the progress of each engine, and a sender for further messages to the user.
+fn start_reporting(
     parts: &mut JoinSet<()>,
     plans: &watch::Receiver<Arc<Plan>>,
     printer: Printer,
@@ -339,7 +350,7 @@ fn report(
     stop: &CancellationToken,
 ) -> (
     oneshot::Receiver<()>,
-    watch::Receiver<Arc<reporting::Seen>>,
+    watch::Receiver<Arc<reporting::StartProgress>>,
     mpsc::Sender<String>,
 ) {
     let (sender, receiver) = mpsc::channel(64);
@@ -348,11 +359,11 @@ fn report(
         reporting::follow_all(plans.clone(), sender, view.clone()),
     ));
     let (published, seen) = watch::channel(Arc::default());
-    let (settled, progress_is_settled) = oneshot::channel();
+    let (settled, progress_done) = oneshot::channel();
     let reporter = reporting::Reporter::new(printer, &plans.borrow(), settled, published);
     let (notes, told) = mpsc::channel(8);
     parts.spawn(reporter.run(view.clone(), receiver, told, stop.clone()));
-    (progress_is_settled, seen, notes)
+    (progress_done, seen, notes)
 }
 
 fn supervisor_settings(
@@ -360,7 +371,7 @@ fn supervisor_settings(
     name: String,
     reservations: supervisor::Reservations,
     keep: Keep,
-    attach: Option<KeptRun>,
+    attach: Option<AttachableRun>,
     listener: OwnedFd,
 ) -> Result<supervisor::Settings, Failure> {
     Ok(supervisor::Settings {
@@ -369,7 +380,7 @@ fn supervisor_settings(
         run_dir: plan.run_dir.clone(),
         drain_deadline: plan.proxy.drain_deadline,
         restart: plan.restart.clone(),
-        verify_deadline: verify::VERIFY_DEADLINE,
+        verify_deadline: canaries::VERIFY_DEADLINE,
         keep,
         attach,
         listener: Some(listener),
@@ -378,7 +389,7 @@ fn supervisor_settings(
     })
 }
 
-/// Waits for all parts, but not for ever.
+/// Waits for all parts, up to [`JOIN_DEADLINE`].
 async fn join(mut parts: JoinSet<()>) {
     let all = async { while parts.join_next().await.is_some() {} };
     if tokio::time::timeout(JOIN_DEADLINE, all).await.is_err() {
@@ -392,7 +403,7 @@ async fn until(stop: CancellationToken, work: impl Future<Output = ()>) {
     stop.run_until_cancelled(work).await;
 }
 
-/// What becomes of the engines should this process disappear.
+/// How long the engines outlive this process if it disappears.
 fn keep(plan: &Plan, run_dir: &RunDir, detached: bool) -> Keep {
     let default = if detached { KEEP_DETACHED } else { Duration::ZERO };
     Keep {
@@ -402,7 +413,7 @@ fn keep(plan: &Plan, run_dir: &RunDir, detached: bool) -> Keep {
     }
 }
 
-/// Writes `plan.json`, into a folder that may have been removed with old logs.
+/// Writes `plan.json`. Creates the folder again if it was removed with old logs.
 fn write_plan(plan: &Plan) -> std::io::Result<()> {
     private::create_folders(&plan.run_dir)?;
     private::write(
@@ -416,16 +427,19 @@ async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, 
         return Ok(None);
     };
     let bound = Notifications::bind(host, *port).await.map_err(|error| {
-        let context = format!("the proxy cannot take notifications on {host}:{port}{}", had_by(*port));
+        let context = format!(
+            "the proxy cannot take notifications on {host}:{port}{}",
+            port_holder(*port)
+        );
         Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context))
             .hint("choose another port with `--set lmcache.notify_port=…`")
     })?;
     Ok(Some(bound))
 }
 
-/// Who has a port, as the end of a sentence.
-fn had_by(port: u16) -> String {
-    supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", which {holder} has"))
+/// The holder of a port, as the end of an error message.
+fn port_holder(port: u16) -> String {
+    supervisor::ports::holder(port).map_or_else(String::new, |holder| format!(", in use by {holder}"))
 }
 
 fn proxy_settings(plan: &Plan, parts: proxy::Parts) -> proxy::Settings {
@@ -460,7 +474,7 @@ fn run_info(plan: &Plan, name: &str, url: &str, detached: bool) -> Result<RunInf
     })
 }
 
-/// The engines as later commands need to know them.
+/// The engines, as listed in `run.json`.
 fn run_engines(plan: &Plan) -> Vec<RunEngine> {
     let engines = plan.engines.iter();
     engines
@@ -472,12 +486,12 @@ fn run_engines(plan: &Plan) -> Vec<RunEngine> {
         .collect()
 }
 
-/// What the control socket answers from.
+/// A function that builds the status for the control socket.
 fn status(
     info: &RunInfo,
     plans: watch::Receiver<Arc<Plan>>,
     view: &watch::Receiver<Arc<FleetView>>,
-    seen: &watch::Receiver<Arc<reporting::Seen>>,
+    seen: &watch::Receiver<Arc<reporting::StartProgress>>,
     proxy: &Proxy,
 ) -> impl Fn() -> api::Status + Send + Sync + use<> {
     let (info, view, seen, proxy) = (info.clone(), view.clone(), seen.clone(), proxy.clone());
@@ -515,79 +529,20 @@ fn status(
     }
 }
 
-/// Hands requests to stop from the control socket on to the supervisor.
-async fn forward_stops(mut stops: mpsc::Receiver<server::StopRequest>, requests: mpsc::Sender<supervisor::Request>) {
-    while let Some(asked) = stops.recv().await {
-        let request = match asked {
-            server::StopRequest::Stop { force } => supervisor::Request::Stop {
-                force,
-                reply: oneshot::channel().0,
-            },
-            server::StopRequest::Leave { reply } => supervisor::Request::Leave { reply },
-        };
-        if requests.send(request).await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Hands requests that concern one engine from the control socket on to the supervisor.
-async fn forward_take_outs(mut asked: mpsc::Receiver<server::TakeOut>, requests: mpsc::Sender<supervisor::Request>) {
-    while let Some(take_out) = asked.recv().await {
-        let (reply, answer) = oneshot::channel();
-        let engine = take_out.engine.clone();
-        let request = supervisor::Request::Engine {
-            engine: take_out.engine,
-            then: match take_out.verb {
-                server::EngineVerb::Restart => supervisor::Then::Restart,
-                server::EngineVerb::Drain => supervisor::Then::Stay,
-            },
-            force: take_out.force,
-            reply,
-        };
-        if requests.send(request).await.is_err() {
-            return;
-        }
-        if let Ok(answer) = answer.await {
-            let answer = answer.map_err(|refusal| format!("{engine} cannot be taken out: {refusal}"));
-            // Whoever asked may have gone.
-            let _ = take_out.reply.send(answer);
-        }
-    }
-}
-
-/// Has the supervisor check engines between which clients' hand-offs fail or are slow.
-async fn forward_suspects(
-    mut suspects: watch::Receiver<Option<(EngineId, EngineId)>>,
-    requests: mpsc::Sender<supervisor::Request>,
-) {
-    while suspects.changed().await.is_ok() {
-        let pair = suspects.borrow_and_update().clone();
-        if let Some((prefill, decode)) = pair
-            && requests
-                .send(supervisor::Request::Check { prefill, decode })
-                .await
-                .is_err()
-        {
-            return;
-        }
-    }
-}
-
-/// The engines that are to serve and do not.
-fn not_yet(view: &FleetView) -> Vec<EngineId> {
+/// The engines that should serve and do not.
+fn not_serving(view: &FleetView) -> Vec<EngineId> {
     let is_out = |state| matches!(state, EngineState::Ready | EngineState::Stopped);
     let engines = view.engines.iter().filter(|engine| !is_out(engine.state));
     engines.map(|engine| engine.id.clone()).collect()
 }
 
-/// Waits until clients are served, and returns the engines that do not serve even then; `None` if it will never be.
-async fn reached_ready(mut view: watch::Receiver<Arc<FleetView>>) -> Option<Vec<EngineId>> {
+/// Waits until clients are served. Returns the engines that do not serve yet; `None` if the run ends before.
+async fn wait_until_ready(mut view: watch::Receiver<Arc<FleetView>>) -> Option<Vec<EngineId>> {
     let settled = |view: &Arc<FleetView>| !matches!(view.stage, FleetStage::Starting | FleetStage::Verifying);
     let is_ready = view.wait_for(settled).await.ok()?.stage == FleetStage::Ready;
-    // Kept engines are tried at the same time, and most of them pass within milliseconds.
+    // The canaries of an attached fleet run at the same time, and most pass within milliseconds.
     let is_tried = |view: &Arc<FleetView>| view.engines.iter().any(|engine| engine.state == EngineState::Healthy);
     let all = view.wait_for(|view| view.stage != FleetStage::Ready || !is_tried(view));
-    let _ = tokio::time::timeout(STRAGGLERS, all).await;
-    is_ready.then(|| not_yet(&view.borrow()))
+    let _ = tokio::time::timeout(READY_LINE_DELAY, all).await;
+    is_ready.then(|| not_serving(&view.borrow()))
 }

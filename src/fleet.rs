@@ -1,7 +1,7 @@
-//! The fleet's vocabulary: engines, roles, states, and the immutable view of them that every reader gets.
+//! The fleet's vocabulary: engines, roles, states, and the immutable view that readers get.
 //!
-//! The supervisor's driver is the only writer of a [`FleetView`]; it replaces the whole view through a `watch` channel.
-//! The one thing that others write is [`Load`], a counter that lives as long as one incarnation of an engine.
+//! The supervisor's driver is the only writer of a [`FleetView`]; it replaces the whole view through a `watch` channel. Other
+//! parts write only [`Load`], a counter that lives as long as one incarnation of an engine.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use tokio::time::Instant;
 /// The most engines that one role can have.
 pub const MAX_ENGINES_PER_ROLE: u16 = 64;
 
-/// The shim's log in the run's folder. The shim keeps it locked as long as there are engines: they can outlive xpyd.
+/// The shim's log in the run's folder. The shim locks it as long as engines run, because they can outlive xpyd.
 pub const SHIM_LOG: &str = "shim.log";
 
-/// What an engine does for a request.
+/// The role of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Reads the prompt and produces its KV cache.
+    /// Computes the KV cache of the prompt.
     Prefill,
-    /// Receives the KV cache and produces the tokens.
+    /// Receives the KV cache and generates the tokens.
     Decode,
 }
 
@@ -59,12 +59,12 @@ impl EngineId {
         Self(format!("{}{}", role.engine_stem(), index + 1).into())
     }
 
-    /// An id as it was written, for engines that xpyd did not name.
+    /// An id with this name, for engines that xpyd did not name.
     pub fn named(name: &str) -> Self {
         Self(name.into())
     }
 
-    /// The name itself.
+    /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -89,6 +89,31 @@ impl Incarnation {
 impl fmt::Display for Incarnation {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(formatter)
+    }
+}
+
+/// What a user can request of one engine while the others serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineVerb {
+    /// Drain the engine, stop it, and start it again.
+    Restart,
+    /// Drain the engine and stop it.
+    Drain,
+}
+
+impl EngineVerb {
+    /// Its name in commands and in paths of the control API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Restart => "restart",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+impl fmt::Display for EngineVerb {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(self.name())
     }
 }
 
@@ -118,9 +143,9 @@ impl Default for LogLimits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exit {
-    /// By itself, with this code. vLLM exits with 0 after a crash as well, so 0 says nothing.
+    /// It exited with this code. vLLM exits with 0 after a crash as well, so 0 does not mean success.
     Code(i32),
-    /// By this signal.
+    /// This signal killed it.
     Signal(i32),
 }
 
@@ -137,26 +162,26 @@ impl fmt::Display for Exit {
 }
 
 impl Exit {
-    /// Whether somebody asked the process to stop, by SIGHUP, SIGINT or SIGTERM. What it logs then explains nothing.
+    /// Whether SIGHUP, SIGINT or SIGTERM ended it. Then its log does not explain the exit.
     pub fn was_asked_for(self) -> bool {
         matches!(self, Self::Signal(1 | 2 | 15))
     }
 }
 
-/// Whether starting an engine again can help, as far as the cause of its failure tells.
+/// Whether a restart can help, by the cause of the failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Retry {
-    /// It fails in the same way until somebody changes something.
+    /// The failure comes again until the user changes something.
     Never,
-    /// A race that is rarely lost twice.
+    /// A race that is rarely lost twice: one restart.
     Once,
-    /// It passes by itself, or nobody knows.
+    /// The failure is temporary, or its cause is unknown.
     #[default]
     Yes,
 }
 
-/// Where one engine is in its life. `docs` of `supervisor::state` draw the machine.
+/// The state of one engine. The head of `supervisor::state` draws the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineState {
@@ -164,30 +189,29 @@ pub enum EngineState {
     Planned,
     /// Its process runs; `/health` has not answered 200 yet.
     Starting,
-    /// `/health` answered 200; no hand-off through it has been proven yet.
+    /// `/health` answered 200; no canary has verified its hand-offs yet.
     Healthy,
-    /// A canary went through it; clients may use it.
+    /// Canaries verified its hand-offs; it serves clients.
     Ready,
-    /// Takes no new request; those in flight go on.
+    /// Gets no new request; those in flight continue.
     Draining,
-    /// Was asked to stop; its tree is not empty yet.
+    /// Got SIGTERM; its process tree is not empty yet.
     Stopping,
-    /// Stopped on request, its tree is empty.
+    /// Stopped on request; its process tree is empty.
     Stopped,
-    /// Ended, or was ended, for a reason nobody asked for, and starts again later, unless its cause turns out to be one
-    /// that would come again.
+    /// Failed, and starts again later, unless the diagnosis shows a cause that would come again.
     Backoff,
-    /// Ended, or was ended, for a reason nobody asked for, and stays so.
+    /// Failed, and does not start again.
     Failed,
 }
 
 impl EngineState {
-    /// Whether a client's request may be sent to an engine in this state.
+    /// Whether an engine in this state gets clients' requests.
     pub fn serves(self) -> bool {
         matches!(self, Self::Ready)
     }
 
-    /// Whether a process of the engine may still exist.
+    /// Whether an engine in this state can have a process.
     pub fn is_alive(self) -> bool {
         match self {
             Self::Starting | Self::Healthy | Self::Ready | Self::Draining | Self::Stopping => true,
@@ -212,35 +236,35 @@ impl fmt::Display for EngineState {
     }
 }
 
-/// How long an engine's start still takes, judged by its last good one.
+/// The time left of an engine's start, from its last successful start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TimeLeft {
-    /// There is nothing to judge it by.
+    /// No estimate is possible.
     #[default]
     Unknown,
-    /// About this long, and more than nothing.
+    /// About this long; more than zero.
     About(Duration),
-    /// It takes longer than the last one did.
+    /// The start takes longer than the last one.
     Longer,
 }
 
-/// Where the whole fleet is.
+/// The stage of the fleet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FleetStage {
     /// Engines are starting.
     Starting,
-    /// Every engine is healthy; canaries go through each pair.
+    /// Every engine is healthy; canaries verify each pair.
     Verifying,
-    /// Clients are served. Single engines may have failed since.
+    /// Clients are served. Single engines can have failed since.
     Ready,
-    /// xpyd ends and its engines stay: accepted connections are served, new ones wait for the next xpyd.
+    /// xpyd ends and keeps its engines: accepted connections are served, new ones wait for the next xpyd.
     Leaving,
-    /// No new request is taken; those in flight go on to a deadline.
+    /// New requests are rejected; those in flight continue up to a deadline.
     Draining,
     /// Engines are being stopped.
     Stopping,
-    /// No engine's process is left, or what is left was reported.
+    /// No engine's process is left, or the leftovers were reported.
     Stopped,
 }
 
@@ -259,13 +283,13 @@ impl fmt::Display for FleetStage {
 }
 
 impl FleetStage {
-    /// Whether requests of clients are served.
+    /// Whether clients are served in this stage.
     pub fn serves(self) -> bool {
         matches!(self, Self::Ready | Self::Leaving)
     }
 }
 
-/// How to reach an engine: its HTTP address, and where its connector receives KV.
+/// The addresses of an engine: HTTP, and that at which its connector receives KV.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Endpoint {
@@ -273,9 +297,9 @@ pub struct Endpoint {
     pub host: String,
     /// Port of the OpenAI API.
     pub port: u16,
-    /// Ranks that work on one request, so also the LMCache notifications of one prefill. At least 1.
+    /// The tensor-parallel size, at least 1. It is also the number of LMCache notifications of one prefill.
     pub tensor_parallel: u16,
-    /// Where prefill engines deliver KV, if the connector needs to know.
+    /// Where prefill engines send KV, if the connector needs it.
     pub receiver: Option<Receiver>,
 }
 
@@ -290,7 +314,7 @@ impl Endpoint {
     }
 }
 
-/// A decode engine's LMCache side channel: one port of each kind per tensor-parallel rank.
+/// The LMCache side channel of a decode engine: one port of each kind per tensor-parallel rank.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Receiver {
@@ -302,24 +326,24 @@ pub struct Receiver {
     pub alloc_ports: Vec<u16>,
 }
 
-/// What readers see of one engine.
+/// One engine in a view.
 #[derive(Debug, Clone)]
 pub struct EngineView {
     /// Its name.
     pub id: EngineId,
-    /// What it does.
+    /// Its role.
     pub role: Role,
-    /// Which start of it this is.
+    /// The number of this start.
     pub incarnation: Incarnation,
-    /// Where it is in its life.
+    /// Its state.
     pub state: EngineState,
-    /// How to reach it.
+    /// Its addresses.
     pub endpoint: Endpoint,
     /// Its leader's process id, once started.
     pub pid: Option<u32>,
     /// Why it failed, in one line; until it serves again.
     pub reason: Option<String>,
-    /// When it starts again, in [`EngineState::Backoff`]; `None` while its cause is still looked for.
+    /// When it starts again, in [`EngineState::Backoff`]; `None` while the diagnosis runs.
     pub restart_at: Option<Instant>,
     /// Requests in flight on this incarnation.
     pub load: Arc<Load>,
@@ -330,14 +354,14 @@ pub struct EngineView {
 pub struct FleetView {
     /// Grows by one with every published view.
     pub generation: u64,
-    /// Where the fleet is.
+    /// The stage of the fleet.
     pub stage: FleetStage,
     /// All engines, prefill first, each role in number order. Shared, because every request in flight holds its own.
     pub engines: Vec<Arc<EngineView>>,
 }
 
 impl FleetView {
-    /// The engines of `role` that take clients' requests, in number order.
+    /// The engines of `role` that serve clients, in number order.
     pub fn serving(&self, role: Role) -> impl Iterator<Item = &Arc<EngineView>> {
         self.engines
             .iter()
@@ -350,36 +374,36 @@ impl FleetView {
     }
 }
 
-/// What one incarnation of an engine is busy with: requests in flight, and KV that it keeps for others. Once closed, nobody
-/// can enter any more, so a proxy that still holds an old view cannot slip a request in after a drain began.
+/// The load of one incarnation: requests in flight, and KV that it keeps for other engines. Once it is closed it accepts no more
+/// requests, so a proxy with an old view cannot send one after a drain began.
 #[derive(Debug, Default)]
 pub struct Load {
-    /// Requests in flight in the low half, hand-offs kept above it, [`CLOSED`] on top.
+    /// Requests in flight in the low 32 bits, kept hand-offs above, [`CLOSED`] as the highest bit.
     state: AtomicU64,
-    /// Wakes those who wait for the close. Every request in flight does, so nothing else may wake them.
+    /// Wakes the waiters for the close. Every request in flight is one, so nothing else must wake them.
     closed: Notify,
-    /// Wakes those who wait for the last request.
+    /// Wakes the waiters for the last request.
     idle: Notify,
     kv_expired: AtomicU64,
     kv_late: AtomicU64,
 }
 
-/// What a prefill engine counts of KV that outlived its lease.
+/// A prefill engine's counters of KV that outlived its lease.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct OutlivedKv {
-    /// Leases that ended before a decode engine had read the KV.
+    /// Leases that expired before a decode engine read the KV.
     pub expired: u64,
-    /// Reads that ended after the lease: the blocks may have belonged to another request.
+    /// Reads that finished after the lease: the blocks can have belonged to another request already.
     pub late: u64,
 }
 
 const CLOSED: u64 = 1 << 63;
 
-/// One hand-off kept. Room for four thousand million requests below it.
+/// One kept hand-off. The bits below have room for 2^32 requests.
 const KEPT: u64 = 1 << 32;
 
 impl Load {
-    /// Counts one more request, unless the load is closed. The guard uncounts it.
+    /// Counts one more request until the guard is dropped; `None` if the load is closed.
     pub fn try_enter(self: &Arc<Self>) -> Option<LoadGuard> {
         self.state
             .try_update(Ordering::AcqRel, Ordering::Acquire, |state| {
@@ -389,14 +413,14 @@ impl Load {
             .map(|_| LoadGuard(Arc::clone(self)))
     }
 
-    /// Counts KV that waits on this engine for another one to fetch it, until the guard is dropped. The engine computes
-    /// nothing for it, so it is no request in flight; but an engine that is stopped now takes it along.
+    /// Counts KV that another engine has yet to fetch, until the guard is dropped. The engine computes nothing for it, so it is no
+    /// request in flight; but the KV is lost if the engine stops.
     pub fn keep(self: &Arc<Self>) -> KeptGuard {
         self.state.fetch_add(KEPT, Ordering::AcqRel);
         KeptGuard(Arc::clone(self))
     }
 
-    /// Lets nobody in any more. Those inside stay.
+    /// Rejects new requests. Requests in flight continue.
     pub fn close(&self) {
         self.state.fetch_or(CLOSED, Ordering::AcqRel);
         self.closed.notify_waiters();
@@ -407,7 +431,7 @@ impl Load {
         self.state.load(Ordering::Acquire) & CLOSED != 0
     }
 
-    /// Notes what this engine counts of KV that outlived its lease. Returns what was known before.
+    /// Stores the engine's counters of KV that outlived its lease. Returns the previous ones.
     pub fn note_outlived_kv(&self, now: OutlivedKv) -> OutlivedKv {
         OutlivedKv {
             expired: self.kv_expired.swap(now.expired, Ordering::Relaxed),
@@ -415,7 +439,7 @@ impl Load {
         }
     }
 
-    /// What this engine counts of KV that outlived its lease.
+    /// The engine's counters of KV that outlived its lease.
     pub fn outlived_kv(&self) -> OutlivedKv {
         OutlivedKv {
             expired: self.kv_expired.load(Ordering::Relaxed),
@@ -423,12 +447,12 @@ impl Load {
         }
     }
 
-    /// Requests in flight now.
+    /// The number of requests in flight.
     pub fn in_flight(&self) -> usize {
         usize::try_from(self.state.load(Ordering::Acquire) % KEPT).unwrap_or(usize::MAX)
     }
 
-    /// Hand-offs whose KV waits here.
+    /// The number of hand-offs whose KV waits here.
     pub fn kept(&self) -> usize {
         usize::try_from((self.state.load(Ordering::Acquire) & !CLOSED) / KEPT).unwrap_or(usize::MAX)
     }
@@ -438,7 +462,7 @@ impl Load {
         self.state.load(Ordering::Acquire) & !CLOSED == 0
     }
 
-    /// Returns once [`Load::close`] was called: the engine is going away, so give up what is in flight on it.
+    /// Completes once [`Load::close`] was called: the engine stops, so requests in flight on it should fail over.
     pub async fn closed(&self) {
         loop {
             let changed = self.closed.notified();
@@ -451,7 +475,7 @@ impl Load {
         }
     }
 
-    /// Returns once [`Load::is_idle`].
+    /// Completes once [`Load::is_idle`].
     pub async fn idle(&self) {
         loop {
             let changed = self.idle.notified();
@@ -472,7 +496,7 @@ impl Load {
     }
 }
 
-/// One request in flight; dropping it ends the count.
+/// Counts one request in flight until it is dropped.
 #[derive(Debug)]
 pub struct LoadGuard(Arc<Load>);
 
@@ -482,7 +506,7 @@ impl Drop for LoadGuard {
     }
 }
 
-/// KV that waits on an engine; dropping it says that it was fetched or freed.
+/// Counts KV that waits on an engine, until it is dropped because the KV was fetched or freed.
 #[derive(Debug)]
 pub struct KeptGuard(Arc<Load>);
 
@@ -497,7 +521,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_closed_load_lets_nobody_in_and_keeps_those_inside() {
+    fn a_closed_load_rejects_only_new_requests() {
         let load = Arc::new(Load::default());
         let inside = load.try_enter().expect("open");
         load.close();
@@ -527,7 +551,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn kv_that_waits_keeps_an_engine_from_being_idle_but_is_no_request() {
+    async fn kept_kv_is_not_idle_and_no_request() {
         let load = Arc::new(Load::default());
         let request = load.try_enter().expect("open");
         let kept = load.keep();

@@ -1,11 +1,11 @@
-//! A log file that is only appended to, up to a size: then it gets a number, and another one is begun.
+//! A log file that is rotated by size: a full file gets a number, and a new one begins.
 //!
-//! Whoever writes must never wait for a full disk, so what cannot be written is dropped and counted, and the count is
-//! written once there is room again.
+//! The writer must never wait for a full disk, so output that cannot be written is dropped and counted. The count is written once
+//! there is room again.
 //!
-//! `prefiller1.log` becomes `prefiller1.1.log`, the next one `prefiller1.2.log`, and so on: a higher number is newer. Numbers
-//! are never used again, so that readers (`logs::rotation`, which has to know this scheme) find the file after the one they
-//! have read, however many rotations they missed. Nothing is written to a file after it was renamed.
+//! `prefiller1.log` becomes `prefiller1.1.log`, the next one `prefiller1.2.log`, and so on: a higher number is newer. No number is
+//! used twice, so readers (`logs::rotation`, which knows this scheme) find the next file after any number of rotations. A renamed
+//! file is never written to.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -19,22 +19,22 @@ use nix::sys::resource::{Resource, getrlimit};
 use crate::fleet::LogLimits;
 use crate::private;
 
-/// How far a file may grow beyond its limit while it waits for the end of a line.
+/// How far a file can exceed its limit, in bytes, up to the end of a line.
 const LONGEST_LINE: u64 = 4 << 20;
 
-/// The file that is written now, and those before it.
+/// The current file of a log, and the numbers of the full ones.
 #[derive(Debug)]
 pub(crate) struct LogFile {
     path: PathBuf,
     limits: LogLimits,
     file: File,
     size: u64,
-    /// The size at which the next line's end is looked for.
+    /// The size in bytes at which the file is rotated at the next end of a line.
     rotate_at: u64,
     dropped: u64,
     /// Numbers of the older files, the oldest first.
     older: VecDeque<u64>,
-    /// The number that the present file gets.
+    /// The number that the current file gets.
     number: u64,
 }
 
@@ -47,7 +47,7 @@ impl LogFile {
         };
         let mut file = append_to(path)?;
         let mut size = file.metadata()?.len();
-        // The last word of an incarnation that was killed and the first of the next one are two lines.
+        // The last output of a killed incarnation can lack a newline.
         if size > 0 && !ends_with_newline(path, size)? {
             file.write_all(b"\n")?;
             size += 1;
@@ -67,7 +67,7 @@ impl LogFile {
         Ok(sink)
     }
 
-    /// Appends `bytes`, to the next file from where this one is full.
+    /// Appends `bytes`, and rotates the file when it is full.
     pub(crate) fn take(&mut self, mut bytes: &[u8]) {
         if !self.is_in_place() {
             self.replace();
@@ -77,7 +77,7 @@ impl LogFile {
             if bytes.len() < room {
                 return self.keep(bytes);
             }
-            // The line that reaches the limit ends in this file, unless it has no end.
+            // The line that reaches the limit ends in this file, unless it is too long.
             let from = room.saturating_sub(1);
             let end = bytes[from..].iter().position(|byte| *byte == b'\n');
             let is_endless = self.size + bytes.len() as u64 > self.rotate_at.saturating_add(LONGEST_LINE);
@@ -88,20 +88,20 @@ impl LogFile {
             self.keep(&bytes[..now]);
             bytes = &bytes[now..];
             if is_full && self.rotate().is_err() {
-                // No other file can be had: this one goes on, and the next attempt is as far away as the first was.
+                // The rotation failed: this file continues, and the next attempt is one file size away.
                 self.rotate_at = self.size.saturating_add(self.limits.file_bytes);
             }
         }
     }
 
-    /// Whether the log's name still means the file that is written to: others may remove it, or rename it.
+    /// Whether the log's path still is the open file: another process can remove or rename it.
     fn is_in_place(&self) -> bool {
         let named = fs::metadata(&self.path);
         let own = self.file.metadata();
         named.is_ok_and(|named| own.is_ok_and(|own| (named.dev(), named.ino()) == (own.dev(), own.ino())))
     }
 
-    /// Goes on in the file that has the log's name now, if one can be had.
+    /// Opens the log's path again, if possible.
     fn replace(&mut self) {
         if let Ok(file) = append_to(&self.path) {
             self.size = file.metadata().map_or(0, |metadata| metadata.len());
@@ -114,7 +114,7 @@ impl LogFile {
         self.size += keep(&mut self.file, &mut self.dropped, bytes);
     }
 
-    /// Gives the file its number and begins another one.
+    /// Renames the full file and opens a new one.
     fn rotate(&mut self) -> io::Result<()> {
         let full = older_path(&self.path, self.number);
         fs::rename(&self.path, &full)?;
@@ -133,31 +133,30 @@ impl LogFile {
         Ok(())
     }
 
-    /// Removes older files, oldest first, that are too many or too old.
+    /// Removes full files that are too many or too old, the oldest first.
     fn forget_old(&mut self) {
         while let Some(&oldest) = self.older.front() {
             let path = older_path(&self.path, oldest);
-            // The newest one stays in any case: the next number is told from it.
+            // The newest full file stays in any case: the next number follows from it.
             let is_surplus = self.older.len() + 1 > self.limits.files.max(2) as usize;
             let is_stale = self.older.len() > 1 && is_older_than(&path, self.limits.age);
             if !is_surplus && !is_stale {
                 return;
             }
-            // One that cannot be removed is not worth an engine.
+            // A file that cannot be removed is no reason to stop an engine.
             let _ = fs::remove_file(path);
             self.older.pop_front();
         }
     }
 }
 
-/// How large a file may become before it is time for the next one, where the user has a limit (`ulimit -f`): half of that,
-/// because it ends at a line's end.
+/// The size limit in bytes that follows from the user's limit (`ulimit -f`): half of it, because a file ends at the end of a line.
 fn largest_file() -> u64 {
     let limit = getrlimit(Resource::RLIMIT_FSIZE).map_or(u64::MAX, |(soft, _)| soft);
     if limit == u64::MAX { limit } else { (limit / 2).max(1) }
 }
 
-/// Opens the file, in its folder, which may have been removed with old logs.
+/// Opens the file. Creates its folder again if that was removed with old logs.
 fn append_to(path: &Path) -> io::Result<File> {
     let open = || private::append(path).map(|file| file.into_parts().0);
     match (open(), path.parent()) {
@@ -175,13 +174,13 @@ fn ends_with_newline(path: &Path, size: u64) -> io::Result<bool> {
     Ok(last == *b"\n")
 }
 
-/// Whether a file was last written longer ago than that; no, if nobody knows.
+/// Whether a file was last written longer ago than that; false if that is unknown.
 fn is_older_than(path: &Path, age: Duration) -> bool {
     let written = fs::metadata(path).and_then(|metadata| metadata.modified());
     written.is_ok_and(|written| written.elapsed().is_ok_and(|elapsed| elapsed > age))
 }
 
-/// `decoder1.log` as the full file with this number: `decoder1.3.log`.
+/// The path of the full file with this number: `decoder1.3.log` for `decoder1.log`.
 fn older_path(path: &Path, number: u64) -> PathBuf {
     path.with_extension(format!("{number}.log"))
 }
@@ -203,8 +202,8 @@ fn older_files(path: &Path) -> io::Result<VecDeque<u64>> {
     Ok(numbers.into())
 }
 
-/// Appends `bytes` and returns how many were written, marker included. What does not fit is counted in `dropped`; the
-/// next write that fits is preceded by a line about it.
+/// Appends `bytes`. Returns how many were written, marker included. Adds the others to `dropped`; the next successful write begins
+/// with a line about them.
 fn keep(file: &mut impl Write, dropped: &mut u64, mut bytes: &[u8]) -> u64 {
     let mut written = 0;
     if *dropped > 0 {
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_drops_output_counts_it_and_goes_on() {
+    fn a_full_disk_drops_and_counts_output() {
         let mut disk = Disk {
             room: 5,
             ..Disk::default()
@@ -288,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_whose_folder_was_removed_goes_on_in_a_new_one() {
+    fn a_removed_log_folder_is_created_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run/decoder1.log");
         let mut log = LogFile::open(&path, LIMITS).unwrap();
@@ -298,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn full_files_get_numbers_that_grow_across_incarnations_and_the_oldest_go() {
+    fn full_files_get_growing_numbers_and_the_oldest_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("decoder1.log");
         for number in 1..=5 {
@@ -312,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_long_ago_go_and_the_newest_full_one_stays() {
+    fn old_full_files_are_removed_except_the_newest() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("decoder1.log");
         for number in [1, 2] {
@@ -324,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_cannot_be_renamed_goes_on_where_it_is() {
+    fn a_log_that_cannot_be_renamed_continues() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("decoder1.log");
         let mut sink = LogFile::open(&path, LIMITS).unwrap();

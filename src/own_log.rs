@@ -1,7 +1,7 @@
-//! xpyd's own log: what the program reports through `tracing`, limited by kind, and written by a thread of its own.
+//! xpyd's own log: events of `tracing`, rate-limited by kind, and written by a separate thread.
 //!
-//! Whoever reports never waits for a disk or a terminal: lines for which there is no place are dropped and counted.
-//! `XPYD_LOG` chooses what is written, in the syntax of `tracing_subscriber::EnvFilter`.
+//! Logging never waits for a disk or a terminal: lines that the queue does not take are dropped and counted. `XPYD_LOG` filters
+//! events, in the syntax of `tracing_subscriber::EnvFilter`.
 
 mod limit;
 mod line;
@@ -26,19 +26,19 @@ use self::line::Values;
 use crate::fleet::LogLimits;
 use crate::log_file::LogFile;
 
-/// Lines that may wait for the disk. Each is a few kilobytes at most.
+/// The capacity of the queue, in lines. Each is a few kilobytes at most.
 const MOST_WAITING: usize = 1024;
 
-/// How often suppressed and lost lines are reported.
+/// Time between two reports of suppressed and lost lines.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
-/// How long the end of the program may wait for its last lines.
+/// How long the end of the program waits for the last lines.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
-/// What the log of the proxy is told from the rest by.
+/// The prefix of targets that go to the proxy's log.
 const PROXY: &str = "xpyd::proxy";
 
-/// The running log. Dropping it waits, for a bounded time, until what was reported is written.
+/// The running log. Dropping it waits, for a bounded time, until all queued lines are written.
 pub(crate) struct OwnLog(Arc<Shared>);
 
 impl fmt::Debug for OwnLog {
@@ -47,20 +47,20 @@ impl fmt::Debug for OwnLog {
     }
 }
 
-/// Where lines go.
+/// The destination of the lines.
 enum Sink {
-    /// Of the proxy, and of everything else.
+    /// One file for the proxy, and one for everything else.
     Files { proxy: Box<LogFile>, xpyd: Box<LogFile> },
-    /// All of them.
+    /// Standard error, for all lines.
     StandardError,
 }
 
-/// What lines are limited by.
+/// The key of the rate limit.
 #[derive(Clone)]
 struct Kind {
-    /// The place in the program.
+    /// The call site.
     place: &'static Metadata<'static>,
-    /// What the place itself tells apart.
+    /// A further distinction by the call site.
     of: String,
 }
 
@@ -79,13 +79,13 @@ impl Hash for Kind {
     }
 }
 
-struct Waiting {
+struct QueuedLine {
     is_of_proxy: bool,
     line: String,
 }
 
 struct Shared {
-    queue: SyncSender<Waiting>,
+    queue: SyncSender<QueuedLine>,
     limiter: Mutex<Limiter<Kind>>,
     /// Lines that the queue did not take.
     lost: AtomicU64,
@@ -110,7 +110,7 @@ impl OwnLog {
     /// Writes to standard error.
     ///
     /// # Errors
-    /// When the program has a log already.
+    /// When the program already has a log.
     pub(crate) fn to_standard_error() -> io::Result<Self> {
         Self::start(Sink::StandardError)
     }
@@ -131,7 +131,7 @@ impl OwnLog {
             .try_init()
             .map_err(io::Error::other)?;
         let writer = Arc::clone(&shared);
-        // It ends with the program: the subscriber, which is global, keeps the queue open.
+        // The thread ends with the program, because the global subscriber keeps the queue open.
         std::thread::Builder::new()
             .name("own-log".to_owned())
             .spawn(move || writer.write_all(&lines, sink))?;
@@ -146,7 +146,7 @@ impl Drop for OwnLog {
             .0
             .written
             .wait_timeout_while(unwritten, FLUSH_DEADLINE, |unwritten| *unwritten > 0);
-        // A disk that takes nothing must not keep the program.
+        // A disk that does not respond must not delay the end of the program.
         drop(wait);
     }
 }
@@ -170,15 +170,15 @@ impl<S: Subscriber> Layer<S> for Reporter {
 impl Shared {
     fn queue(&self, metadata: &Metadata<'_>, line: String) {
         let is_of_proxy = metadata.target().starts_with(PROXY);
-        // Counted first, because the writer may be quicker.
+        // Counted first, because the writer can be quicker.
         *lock(&self.unwritten) += 1;
-        if self.queue.try_send(Waiting { is_of_proxy, line }).is_err() {
+        if self.queue.try_send(QueuedLine { is_of_proxy, line }).is_err() {
             *lock(&self.unwritten) -= 1;
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn write_all(&self, lines: &Receiver<Waiting>, mut sink: Sink) {
+    fn write_all(&self, lines: &Receiver<QueuedLine>, mut sink: Sink) {
         let mut report_at = Instant::now() + REPORT_EVERY;
         loop {
             match lines.recv_timeout(report_at.saturating_duration_since(Instant::now())) {
@@ -197,7 +197,7 @@ impl Shared {
         }
     }
 
-    /// Writes what is missing, and how much of it.
+    /// Writes which lines are missing, and how many.
     fn report(&self, sink: &mut Sink) {
         let suppressed = lock(&self.limiter).take_suppressed();
         for (Kind { place, of }, count) in suppressed {
@@ -207,14 +207,14 @@ impl Shared {
                 place,
                 &format!("{count} more lines of this kind were left out{of} place=\"{name}\""),
             );
-            sink.write(&Waiting { is_of_proxy, line });
+            sink.write(&QueuedLine { is_of_proxy, line });
         }
         let lost = self.lost.swap(0, Ordering::Relaxed);
         if lost > 0 {
             let now = jiff::Timestamp::now();
             let line =
                 format!("{now:.6}  WARN xpyd::own_log: {lost} lines are lost: they were not written fast enough\n");
-            sink.write(&Waiting {
+            sink.write(&QueuedLine {
                 is_of_proxy: false,
                 line,
             });
@@ -223,18 +223,18 @@ impl Shared {
 }
 
 impl Sink {
-    fn write(&mut self, waiting: &Waiting) {
+    fn write(&mut self, waiting: &QueuedLine) {
         let line = waiting.line.as_bytes();
         match self {
             Self::Files { proxy, .. } if waiting.is_of_proxy => proxy.take(line),
             Self::Files { xpyd, .. } => xpyd.take(line),
-            // There is no other place to say that it is closed.
+            // If standard error is closed, the error cannot be reported.
             Self::StandardError => drop(io::stderr().write_all(line)),
         }
     }
 }
 
-/// A panic while it was held has left nothing half done.
+/// Locks even after a panic, which leaves no inconsistent state here.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! How a command ends: the public table of exit codes, and errors with their causes and hints.
+//! Exit codes of commands, and errors with their causes and hints.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum ExitStatus {
-    /// All went well.
+    /// Success.
     Success = 0,
     /// The work itself failed: a benchmark with failed requests, a fleet that lost a role.
     Failure = 1,
@@ -20,9 +20,9 @@ pub enum ExitStatus {
     NotReady = 5,
     /// An engine kept crashing.
     CrashLoop = 6,
-    /// Something of the run is still there after the teardown.
+    /// Processes, ports or GPU memory of the run are left after the teardown.
     TeardownIncomplete = 7,
-    /// A run of this name is already there, or none is.
+    /// A run of this name already exists, or none does.
     RunState = 8,
     /// A defect of xpyd.
     Bug = 70,
@@ -98,9 +98,9 @@ impl ExitStatus {
 pub struct Failure {
     /// The exit code.
     pub status: ExitStatus,
-    /// What went wrong, outermost first.
+    /// The error with its causes, outermost first.
     pub error: anyhow::Error,
-    /// Commands or changes that mend it, one a line.
+    /// Commands or changes that fix it, one a line.
     pub hints: Vec<String>,
 }
 
@@ -114,7 +114,7 @@ impl Failure {
         }
     }
 
-    /// A failure that is just a sentence.
+    /// A failure with a message and no cause.
     pub fn message(status: ExitStatus, message: impl fmt::Display + fmt::Debug + Send + Sync + 'static) -> Self {
         Self::new(status, anyhow::Error::msg(message))
     }
@@ -128,7 +128,7 @@ impl Failure {
 }
 
 impl fmt::Display for Failure {
-    /// `error: …`, a `caused by: …` line per cause that says something new, then `hint: …` lines.
+    /// `error: …`, a `caused by: …` line per cause that adds something, then `hint: …` lines.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "error: {}", self.error)?;
         for cause in self.error.chain().skip(1) {
@@ -141,15 +141,15 @@ impl fmt::Display for Failure {
     }
 }
 
-/// An unexpected error is the work that failed, unless someone classified it.
+/// An error without an exit code counts as [`ExitStatus::Failure`].
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::new(ExitStatus::Failure, error)
     }
 }
 
-/// Whether an error, or one of its causes, is that this process or the machine has no file descriptor left. Whoever could
-/// not be asked for that reason is not to blame.
+/// Whether an error, or one of its causes, means that this process or the machine has no file descriptor left. Such a failed
+/// connection is not the peer's fault.
 pub fn lacks_descriptors(error: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(Some(error), |error| error.source())
         .filter_map(|error| error.downcast_ref::<std::io::Error>()?.raw_os_error())

@@ -1,4 +1,4 @@
-//! Samples on a page of metrics, in Prometheus' text format (version 0.0.4) or in `OpenMetrics`. PURE.
+//! Samples of a metrics page, in Prometheus' text format (version 0.0.4) or in `OpenMetrics`. PURE.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -13,13 +13,14 @@ pub(crate) fn sum(page: &str, name: &str, label: Option<&str>) -> f64 {
     let counted = samples.filter(|sample| {
         sample.name == name && label.is_none_or(|label| labels(sample.labels).any(|other| other == label))
     });
-    // A time may follow the value.
+    // A timestamp can follow the value.
     let values = counted.filter_map(|sample| sample.value.split(' ').next()?.parse::<f64>().ok());
     values.fold(0.0, |sum, value| sum + value)
 }
 
-/// Converts a page to the text format 0.0.4; a page that is in it stays as it is. `OpenMetrics` differs in this: a counter's samples
-/// have another name than the counter, there are more types, a sample can have an exemplar, times are in seconds, and `# EOF` is last.
+/// Converts a page to the text format 0.0.4; a page in that format stays unchanged. `OpenMetrics` differs: a counter's samples
+/// have another name than the counter, there are more types, a sample can have an exemplar, times are in seconds, and `# EOF`
+/// ends the page.
 pub(crate) fn as_text_format(page: &str) -> Cow<'_, str> {
     if !page.trim_end().ends_with("# EOF") {
         return Cow::Borrowed(page);
@@ -52,7 +53,7 @@ pub(crate) fn as_text_format(page: &str) -> Cow<'_, str> {
     Cow::Owned(text)
 }
 
-/// A sample of `OpenMetrics` without its exemplar, with its time in milliseconds.
+/// An `OpenMetrics` sample without its exemplar, with its timestamp in milliseconds.
 fn as_sample(line: &str, text: &mut String) {
     let Some(Sample { value, .. }) = Sample::read(line) else {
         return;
@@ -72,7 +73,7 @@ fn as_sample(line: &str, text: &mut String) {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample<'line> {
     pub(crate) name: &'line str,
-    /// What stands between the braces.
+    /// The text between the braces.
     pub(crate) labels: &'line str,
     /// The value, and the time if there is one.
     pub(crate) value: &'line str,
@@ -99,7 +100,7 @@ pub(crate) fn is_name(name: &str) -> bool {
     !name.is_empty() && !name.starts_with(|first: char| first.is_ascii_digit()) && name.bytes().all(is_part)
 }
 
-/// Where the brace stands that closes labels: not within a value. `None` if none does.
+/// The position of the brace that closes the labels, outside of values.
 fn end_of_labels(text: &str) -> Option<usize> {
     cuts(text, b'}').next()
 }
@@ -118,7 +119,7 @@ pub(crate) fn labels(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The places of `mark` outside of values.
+/// The positions of `mark` outside of values.
 fn cuts(text: &str, mark: u8) -> impl Iterator<Item = usize> {
     let (mut is_within, mut is_escaped) = (false, false);
     text.bytes().enumerate().filter_map(move |(place, byte)| {
@@ -140,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn samples_are_summed_over_their_labels_and_not_over_longer_names() {
+    fn samples_are_summed_over_labels_of_one_name() {
         let text = "# TYPE x:tokens_total counter\nx:tokens_total{engine=\"0\"} 3.0\nx:tokens_total{engine=\"1\"} 4\n\
             x:tokens_total_more 9\nx:running 2\n";
         assert_eq!(sum(text, "x:tokens_total", None).to_string(), "7");

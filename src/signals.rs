@@ -1,7 +1,7 @@
 //! The signals that ask xpyd to stop, as one stream.
 //!
-//! A signal that was ignored when xpyd started stays ignored: `nohup` asks for that, and so does a shell without job control
-//! for what it runs in the background.
+//! A signal that was ignored when xpyd started stays ignored: `nohup` relies on that, and so does a shell without job control for
+//! background processes.
 
 use std::io;
 
@@ -13,17 +13,17 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub enum StopSignal {
     /// Ctrl+C (SIGINT).
     Interrupt,
-    /// SIGTERM, as `kill`, systemd and containers send it.
+    /// SIGTERM, from `kill`, systemd or a container runtime.
     Terminate,
     /// The terminal went away (SIGHUP).
     Hangup,
 }
 
-/// A signal that is listened to, unless whoever started this process has had it ignored.
+/// A listener for one signal. It never fires if the signal was ignored when this process started.
 #[derive(Debug)]
-pub struct Heeded(Option<Signal>);
+pub struct SignalListener(Option<Signal>);
 
-impl Heeded {
+impl SignalListener {
     /// Starts to listen. Must be called within a tokio runtime.
     pub fn listen(kind: SignalKind) -> io::Result<Self> {
         if is_ignored(&fs_err::read_to_string("/proc/self/status")?, kind.as_raw_value()) {
@@ -36,7 +36,7 @@ impl Heeded {
         signal(kind).map(Some).map(Self)
     }
 
-    /// Its next arrival. Safe to cancel.
+    /// Completes at the next signal. Safe to cancel.
     pub async fn recv(&mut self) {
         match &mut self.0 {
             Some(signal) => drop(signal.recv().await),
@@ -52,33 +52,32 @@ fn is_ignored(status: &str, number: i32) -> bool {
     mask.unwrap_or_default() >> (number - 1) & 1 == 1
 }
 
-/// Listens for the signals that stop a run. From its creation on those that were not ignored no longer end the process by
-/// themselves.
+/// Listens for the signals that stop a run. Once created, these signals no longer end the process by themselves.
 #[derive(Debug)]
 pub struct StopSignals {
-    interrupt: Heeded,
-    terminate: Heeded,
-    hangup: Heeded,
+    interrupt: SignalListener,
+    terminate: SignalListener,
+    hangup: SignalListener,
 }
 
 impl StopSignals {
     /// Starts to listen. Must be called within a tokio runtime.
     pub fn listen() -> io::Result<Self> {
-        // Other services reopen their logs on these. Unheard, they would end this process, and its engines.
+        // Other services reopen their logs on these. Without a handler they would end this process, and its engines.
         for kind in [SignalKind::user_defined1(), SignalKind::user_defined2()] {
             drop(signal(kind)?);
         }
         Ok(Self {
-            interrupt: Heeded::listen(SignalKind::interrupt())?,
-            terminate: Heeded::listen(SignalKind::terminate())?,
-            hangup: Heeded::listen(SignalKind::hangup())?,
+            interrupt: SignalListener::listen(SignalKind::interrupt())?,
+            terminate: SignalListener::listen(SignalKind::terminate())?,
+            hangup: SignalListener::listen(SignalKind::hangup())?,
         })
     }
 
-    /// The same for a process that its parent, another xpyd, ends with SIGTERM: that one is heeded in any case.
+    /// The same for a process whose parent, another xpyd, ends it with SIGTERM: SIGTERM is handled in any case.
     pub fn listen_to_parent() -> io::Result<Self> {
         Ok(Self {
-            terminate: Heeded::listen_always(SignalKind::terminate())?,
+            terminate: SignalListener::listen_always(SignalKind::terminate())?,
             ..Self::listen()?
         })
     }
@@ -93,12 +92,12 @@ impl StopSignals {
     }
 }
 
-/// Lets all signals through but SIGXFSZ, in this thread and in those that it starts: a write beyond the limit of a file's size
-/// (`ulimit -f`) is an error of that write, and whoever started this process with signals blocked did not mean xpyd.
+/// Unblocks all signals but SIGXFSZ, in this thread and in those that it starts. A write beyond the file size limit (`ulimit -f`)
+/// must be an error of that write, and signals that a parent left blocked must reach xpyd.
 pub fn prepare() {
     let mut blocked = SigSet::empty();
     blocked.add(Number::SIGXFSZ);
-    // It fails for an unknown signal only.
+    // It fails only for an unknown signal.
     let _ = blocked.thread_set_mask();
 }
 

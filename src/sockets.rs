@@ -1,8 +1,8 @@
-//! Unix sockets with a path, and those without one: the names under which the kernel knows runs.
+//! Unix sockets of runs, with a path and abstract ones.
 //!
-//! A log-out, a cleaner of `/tmp` or another environment can hide a folder. A name in the abstract namespace is there exactly as
-//! long as the process that holds it, in all environments of the machine. Anybody may take any name, so whoever connects looks at
-//! who answers. In a path, such a name begins with a NUL.
+//! A log-out, a cleaner of `/tmp` or another environment can hide a folder. A name in the abstract namespace exists exactly as
+//! long as the process that holds it, in all environments of the machine. Any process can take any name, so a client checks the
+//! process that listens. As a path, an abstract name begins with a NUL.
 
 use std::ffi::OsString;
 use std::io;
@@ -19,11 +19,11 @@ use nix::sys::socket::{
 };
 use nix::unistd::getuid;
 
-/// How often, and with which pause, to try to get into a full queue. A process that is suspended leaves it full.
+/// The number of connection attempts to a full queue, and the pause between two. A suspended process leaves its queue full.
 const ATTEMPTS: usize = 100;
 const PAUSE_MS: u8 = 20;
 
-/// Connects.
+/// Connects to a socket at a path or an abstract name.
 pub fn connect(socket: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let stream = nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -46,8 +46,8 @@ pub fn connect(socket: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Connects to a process of that user which this process can see, and returns its id. Anybody may take any name, and in another
-/// container a process has no id here.
+/// Connects to a visible process of that user, and returns its id. Any process can take any name, and a process in another
+/// container has no id here.
 pub fn connect_to_user(socket: &Path, user: u32) -> io::Result<Option<(UnixStream, u32)>> {
     let stream = connect(socket)?;
     let peer = getsockopt(&stream, PeerCredentials)?;
@@ -55,38 +55,38 @@ pub fn connect_to_user(socket: &Path, user: u32) -> io::Result<Option<(UnixStrea
     Ok(pid.filter(|_| peer.uid() == user).map(|pid| (stream, pid)))
 }
 
-/// A socket for people: the kernel's tools show the NUL of one without a path as `@`.
+/// A socket as people read it: the kernel's tools show the NUL of an abstract name as `@`.
 pub fn shown(socket: &Path) -> String {
     socket.display().to_string().replace('\0', "@")
 }
 
-/// Where the kernel lists its Unix sockets.
+/// The file that lists the Unix sockets.
 const TABLE: &str = "/proc/net/unix";
 
-/// Who answers to a name.
+/// The kind of process that listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Who {
     /// xpyd, with the control socket.
     Xpyd,
-    /// A shim that keeps engines.
+    /// A shim that keeps engines, with `attach.sock`.
     Shim,
 }
 
-/// One name.
+/// The abstract name of one socket of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KernelName {
-    /// Who answers to it.
+    /// The kind of process that listens.
     pub who: Who,
-    /// The user whose run it is.
+    /// The user id of the run's owner.
     pub user: u32,
-    /// A mark of the folder with all runtime folders: names are unique in one folder only.
+    /// A hash of the folder with all runtime folders: run names are unique only within it.
     root: u64,
     /// The run's name.
     pub name: String,
 }
 
 impl KernelName {
-    /// That of this user's run `name` in the folder `root`.
+    /// The name for this user's run `name` in the folder `root`.
     pub fn of(who: Who, root: &Path, name: &str) -> Self {
         Self {
             who,
@@ -96,19 +96,19 @@ impl KernelName {
         }
     }
 
-    /// That of the run whose runtime folder holds `file`.
+    /// The name for the run whose runtime folder contains `file`.
     pub fn of_file(who: Who, file: &Path) -> Option<Self> {
         let folder = file.parent()?;
         Some(Self::of(who, folder.parent()?, folder.file_name()?.to_str()?))
     }
 
-    /// That of another process of the same run.
+    /// The name for another process of the same run.
     #[must_use]
     pub fn of_same_run(&self, who: Who) -> Self {
         Self { who, ..self.clone() }
     }
 
-    /// Those that somebody holds now.
+    /// All names that a process holds now.
     pub fn all() -> Vec<Self> {
         let table = fs_err::read_to_string(TABLE).unwrap_or_default();
         // The kernel shows the NUL at the beginning as `@`.
@@ -122,7 +122,7 @@ impl KernelName {
         names
     }
 
-    /// Whether it is that of a run below the folder `root`.
+    /// Whether it belongs to a run below the folder `root`.
     pub fn is_in(&self, root: &Path) -> bool {
         self.root == mark(root)
     }
@@ -150,12 +150,12 @@ impl KernelName {
         format!("xpyd/{who}/{}/{:016x}/{}", self.user, self.root, self.name)
     }
 
-    /// The path by which programs of this project connect to it: it begins with a NUL.
+    /// The path form, which begins with a NUL.
     pub fn socket(&self) -> PathBuf {
         OsString::from_vec(format!("\0{}", self.text()).into_bytes()).into()
     }
 
-    /// Takes the name without listening yet: whoever connects is refused.
+    /// Binds the name without listening: connections are refused.
     pub fn take(&self) -> io::Result<OwnedFd> {
         let address = UnixAddr::new_abstract(self.text().as_bytes())?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -165,14 +165,14 @@ impl KernelName {
     }
 }
 
-/// Listens under a name that was taken.
+/// Listens on a bound name.
 pub fn listen_to(taken: &OwnedFd) -> io::Result<UnixListener> {
     let taken = taken.try_clone()?;
     listen(&taken, Backlog::new(128)?)?;
     Ok(UnixListener::from(taken))
 }
 
-/// FNV-1a: the same in every version of xpyd, as the standard library's hashes need not be.
+/// FNV-1a: the same in every version of xpyd, unlike the hashes of the standard library.
 fn mark(root: &Path) -> u64 {
     let bytes = root.as_os_str().as_bytes().iter();
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_as_they_are_written_and_differ_by_folder() {
+    fn kernel_names_round_trip_and_differ_by_folder() {
         let here = KernelName::of(Who::Xpyd, Path::new("/tmp/xpyd-7"), "a.b-c_1");
         assert_eq!(KernelName::parse(&here.text()), Some(here.clone()));
         assert_ne!(
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_listed_while_it_is_held_and_refuses_until_somebody_listens() {
+    fn a_held_name_is_listed_and_refuses_until_it_listens() {
         let folder = tempfile::tempdir().unwrap();
         let name = KernelName::of(Who::Xpyd, folder.path(), "a");
         let taken = name.take().unwrap();

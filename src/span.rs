@@ -1,8 +1,8 @@
-//! Lengths of time as people write them. Bounded: what is added to a clock must not overflow it.
+//! Durations as users write them. Bounded, so that adding one to a clock does not overflow.
 
 use std::time::Duration;
 
-/// The longest, and what the word for "no limit" means: ten years.
+/// The longest duration, which the word for "no limit" means: ten years.
 pub const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// The word for "no limit".
@@ -11,7 +11,7 @@ const NO_LIMIT: &str = "never";
 /// `90s`, `1m 30s`, `2h`, or `never` for no limit.
 ///
 /// # Errors
-/// A sentence that says how to write it.
+/// A message with the accepted syntax.
 pub fn parse(text: &str) -> Result<Duration, String> {
     if text.trim() == NO_LIMIT {
         return Ok(LONGEST);
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spans_are_bounded_and_there_is_a_word_for_no_limit() {
+    fn durations_are_bounded_and_never_means_no_limit() {
         assert_eq!(parse("1m 30s"), Ok(Duration::from_secs(90)));
         assert_eq!(parse("never"), Ok(LONGEST));
         assert_eq!(parse("87600h"), Ok(LONGEST));

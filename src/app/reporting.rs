@@ -1,4 +1,4 @@
-//! Tells the user what the fleet does: progress while it starts, and every change after that.
+//! Prints what the fleet does: progress while it starts, and every change after that.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -9,17 +9,17 @@ use tokio::task::JoinSet;
 use tokio::time::{Duration, Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::starts;
+use super::start_history;
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Role};
-use crate::logs::{self, Estimate, PastStart, Phase, Start};
+use crate::logs::{self, Estimate, PastStart, Phase, StartEstimator};
 use crate::plan::{self, Plan};
 use crate::ui::{FleetProgress, Printer, StopProgress, time_span};
 
-/// What only the reporter knows, for the status.
+/// The progress of the starts, for the status. Only the reporter knows it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Seen {
-    /// The present start of each engine.
+pub(super) struct StartProgress {
+    /// The current start of each engine.
     pub(super) starts: HashMap<EngineId, EngineStart>,
     /// When the fleet became ready, RFC 3339.
     pub(super) ready_since: Option<String>,
@@ -29,9 +29,9 @@ pub(super) struct Seen {
 #[derive(Debug, Clone)]
 pub(super) struct EngineStart {
     pub(super) began: Instant,
-    /// How far it is.
-    start: Start,
-    /// How long it took, once the engine is healthy.
+    /// Its progress.
+    start: StartEstimator,
+    /// Its duration, once the engine is healthy.
     took: Option<Duration>,
 }
 
@@ -39,26 +39,26 @@ impl EngineStart {
     fn begin(last: Option<Arc<PastStart>>) -> Self {
         Self {
             began: Instant::now(),
-            start: Start::begin(last),
+            start: StartEstimator::begin(last),
             took: None,
         }
     }
 
-    /// The phase that it is in, from its spawn on.
+    /// The current phase, from the spawn on.
     pub(super) fn phase(&self) -> &'static str {
         self.start.phase().map_or("launching", |phase| phase.name)
     }
 
-    /// How far it is now.
+    /// The current progress.
     pub(super) fn estimate(&self) -> Estimate {
         self.start.estimate(self.began.elapsed())
     }
 }
 
-/// How often what moves with the clock is drawn anew: the time that a start still takes, and requests that are waited for.
+/// Time between two redraws of what changes with the clock: the time left of a start, and requests in flight of a drain.
 const REFRESH: Duration = Duration::from_millis(500);
 
-/// Reads the phases of every engine of the plan, and of those that join it.
+/// Reads the phases of every engine of the plan, and of engines that are added.
 pub(super) async fn follow_all(
     mut plans: watch::Receiver<Arc<Plan>>,
     sender: mpsc::Sender<(EngineId, Phase)>,
@@ -80,14 +80,14 @@ pub(super) async fn follow_all(
             }
         }
         if plans.changed().await.is_err() {
-            // No engine joins any more; the readers end with the fleet's view.
+            // No more engines are added; the readers end with the fleet's view.
             while readers.join_next().await.is_some() {}
             return;
         }
     }
 }
 
-/// Reads the phases of every start of an engine from its log, in which each start goes on where the last one ended.
+/// Reads the phases of every start of an engine from its log. Each start appends to the log of the last one.
 pub(super) async fn follow_starts(
     log: PathBuf,
     kind: EngineKind,
@@ -114,17 +114,17 @@ pub(super) async fn follow_starts(
     }
 }
 
-/// The time of day, which begins each line about a running fleet.
+/// The time of day, with which each line about a running fleet begins.
 fn clock() -> String {
     jiff::Zoned::now().strftime("%H:%M:%S").to_string()
 }
 
-/// What is compared of two views of an engine.
+/// The part of an engine's view that is compared with the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct LastSeen {
     incarnation: Incarnation,
     state: EngineState,
-    /// Whether it is known when it starts again.
+    /// Whether the time of its restart is known.
     will_start: bool,
 }
 
@@ -137,7 +137,7 @@ impl LastSeen {
         }
     }
 
-    /// Whether the engine, as it is now, failed without a view in between that told so: views are overwritten by later ones.
+    /// Whether the engine failed without a view that showed it: a later view replaces an earlier one.
     fn missed_failure(self, now: &EngineView) -> bool {
         let was_told = self.will_start || matches!(self.state, EngineState::Failed | EngineState::Stopped);
         now.incarnation != self.incarnation && now.reason.is_some() && !was_told
@@ -148,18 +148,18 @@ impl LastSeen {
 #[derive(Debug)]
 pub(super) struct Reporter {
     printer: Printer,
-    /// The bars of the start, while there is one.
+    /// The progress bars of the start, while it lasts.
     progress: Option<FleetProgress>,
-    /// Told when the bars have been drawn for the last time.
+    /// Fires once the bars were drawn for the last time.
     settled: Option<oneshot::Sender<()>>,
-    /// The line of the stop, while there is one.
+    /// The progress line of the stop, while it lasts.
     stopping: Option<StopProgress>,
     stage: FleetStage,
-    /// What was seen of each engine last.
+    /// The last view of each engine.
     states: HashMap<EngineId, LastSeen>,
-    seen: Seen,
-    published: watch::Sender<Arc<Seen>>,
-    /// What each engine's start is remembered by.
+    seen: StartProgress,
+    published: watch::Sender<Arc<StartProgress>>,
+    /// The key of each engine's start in the history.
     keys: HashMap<EngineId, String>,
     /// The last good starts.
     past: HashMap<String, Arc<PastStart>>,
@@ -170,7 +170,7 @@ impl Reporter {
         printer: Printer,
         plan: &Plan,
         settled: oneshot::Sender<()>,
-        published: watch::Sender<Arc<Seen>>,
+        published: watch::Sender<Arc<StartProgress>>,
     ) -> Self {
         let engines: Vec<_> = plan
             .engines
@@ -184,18 +184,18 @@ impl Reporter {
             stopping: None,
             stage: FleetStage::Starting,
             states: HashMap::new(),
-            seen: Seen::default(),
+            seen: StartProgress::default(),
             published,
             keys: plan
                 .engines
                 .iter()
                 .map(|engine| (engine.id.clone(), plan::start_key(plan, engine)))
                 .collect(),
-            past: starts::recall(),
+            past: start_history::recall(),
         }
     }
 
-    /// Reports until `stop` is cancelled, then once more what the last view says.
+    /// Reports until `stop` is cancelled, and then the last view.
     pub(super) async fn run(
         mut self,
         mut view: watch::Receiver<Arc<FleetView>>,
@@ -238,7 +238,7 @@ impl Reporter {
         }
     }
 
-    /// Says something: above the bars of the start while there are any, else with the time, because it may be read much later.
+    /// Prints a line: above the progress bars of a start, else with the time, because it can be read much later.
     fn tell(&self, text: &str) {
         match &self.progress {
             Some(progress) => progress.suspend(|| self.printer.status(text)),
@@ -246,7 +246,7 @@ impl Reporter {
         }
     }
 
-    /// The same of what went wrong.
+    /// The same for a warning.
     fn warn(&self, text: &str) {
         match &self.progress {
             Some(progress) => progress.suspend(|| self.printer.error(text)),
@@ -285,7 +285,7 @@ impl Reporter {
         }
     }
 
-    /// Keeps the start of an engine whose state has changed.
+    /// Updates the start of an engine whose state has changed.
     fn follow_start(&mut self, engine: &EngineView) {
         match engine.state {
             EngineState::Starting => {
@@ -294,7 +294,7 @@ impl Reporter {
                 self.seen.starts.insert(engine.id.clone(), start);
                 self.publish();
             }
-            // A view may have been missed.
+            // A view can have been missed.
             EngineState::Healthy | EngineState::Ready => {
                 if let Some(start) = self.seen.starts.get_mut(&engine.id) {
                     start.took.get_or_insert(start.began.elapsed());
@@ -304,7 +304,7 @@ impl Reporter {
         }
     }
 
-    /// Draws how far each start is.
+    /// Draws the progress of each start.
     fn show_starts(&mut self) {
         let Some(progress) = &mut self.progress else { return };
         for (engine, start) in &self.seen.starts {
@@ -313,7 +313,7 @@ impl Reporter {
         }
     }
 
-    /// Says what each engine's start took, in one line, and remembers it for the next run.
+    /// Prints the duration of each engine's start, and saves it for the next run.
     fn conclude_starts(&self, view: &FleetView) {
         let took = view.engines.iter().filter_map(|engine| {
             let start = self.seen.starts.get(&engine.id)?;
@@ -327,10 +327,10 @@ impl Reporter {
         if !said.is_empty() {
             self.printer.status(format!("started: {}", said.join(", ")));
         }
-        starts::remember(good);
+        start_history::remember(good);
     }
 
-    /// What becomes of single engines while the others serve, and every failure.
+    /// Prints the changes of single engines while the others serve, and every failure.
     fn tell_change(&self, engine: &EngineView, stage: FleetStage) {
         let (id, reason) = (&engine.id, engine.reason.as_deref().unwrap_or("it ended"));
         let serving = stage == FleetStage::Ready;
@@ -342,7 +342,7 @@ impl Reporter {
         match engine.state {
             EngineState::Failed => self.warn(&format!("{id} failed: {reason}")),
             EngineState::Backoff => {
-                // Without a time its cause is still looked for, and belongs to what is told.
+                // Without a restart time the diagnosis still runs, and its cause belongs into the line.
                 if let Some(at) = engine.restart_at {
                     self.tell_restart(engine, at);
                 }
@@ -397,7 +397,7 @@ impl Reporter {
         self.published.send_replace(Arc::new(self.seen.clone()));
     }
 
-    /// What the stop waits for: requests, then engines.
+    /// Draws what the stop waits for: requests, then engines.
     fn show_stop(&mut self, view: &FleetView) {
         let Some(stopping) = &mut self.stopping else { return };
         if matches!(view.stage, FleetStage::Leaving | FleetStage::Draining) {
@@ -409,10 +409,10 @@ impl Reporter {
         }
     }
 
-    /// Says that the bars have been drawn for the last time.
+    /// Signals that the bars were drawn for the last time.
     fn settle(&mut self) {
         if let Some(settled) = self.settled.take() {
-            // Nobody waits any more when the run is ending.
+            // No receiver waits when the run is ending.
             let _ = settled.send(());
         }
     }

@@ -1,63 +1,63 @@
-//! Another number of engines of a role while the fleet serves: stopped ones come back first, then new ones join; those
-//! with the highest numbers leave first.
+//! `scale`: changes the number of engines of a role while the fleet serves. Stopped engines restart before new ones are added;
+//! the highest numbers are drained first.
 
 use std::fmt;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::control::api::{ScaleAnswer, ScaleRequest};
+use crate::control::api::{ScaleRequest, ScaleResponse};
 use crate::control::rundir::{RunDir, RunInfo};
-use crate::control::server::Scale;
-use crate::fleet::{EngineId, EngineState, FleetView, Incarnation, Role};
+use crate::control::server::ScaleCommand;
+use crate::fleet::{EngineId, EngineState, EngineVerb, FleetView, Incarnation, Role};
 use crate::plan::{EngineSpec, Growth, Plan, PlanError};
 use crate::report::one_line;
-use crate::supervisor::{Request, Then};
+use crate::supervisor::Request;
 
-/// Plans so many engines more of a role.
+/// Plans this many more engines of a role.
 pub type Grow = Box<dyn Fn(&Plan, Role, usize) -> Result<Growth, PlanError> + Send + Sync>;
 
-/// What it takes to come from the engines that are there to the number that is wanted.
+/// The steps from the current engines to the requested number.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Steps {
-    /// Stopped engines that start again, the lowest number first.
+struct ScaleSteps {
+    /// Stopped engines to restart, the lowest number first.
     restart: Vec<EngineId>,
-    /// New engines.
-    join: usize,
-    /// Engines that are drained and stopped, the highest number first.
-    stop: Vec<EngineId>,
+    /// The number of new engines.
+    add: usize,
+    /// Engines to drain, the highest number first.
+    drain: Vec<EngineId>,
 }
 
-impl fmt::Display for Steps {
+impl fmt::Display for ScaleSteps {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = |engines: &[EngineId]| engines.iter().map(EngineId::as_str).collect::<Vec<_>>().join(", ");
         let mut parts = Vec::new();
         if !self.restart.is_empty() {
-            parts.push(format!("{} start again", names(&self.restart)));
+            parts.push(format!("{} restart", names(&self.restart)));
         }
-        if self.join > 0 {
-            parts.push(format!("{} new join", self.join));
+        if self.add > 0 {
+            parts.push(format!("{} are added", self.add));
         }
-        if !self.stop.is_empty() {
-            parts.push(format!("{} stop", names(&self.stop)));
+        if !self.drain.is_empty() {
+            parts.push(format!("{} are drained", names(&self.drain)));
         }
         formatter.write_str(if parts.is_empty() { "nothing changes" } else { "" })?;
         formatter.write_str(&parts.join("; "))
     }
 }
 
-/// PURE: decides who comes and goes.
-fn steps(view: &FleetView, role: Role, count: usize) -> Steps {
+/// Decides which engines start and stop. PURE.
+fn steps(view: &FleetView, role: Role, count: usize) -> ScaleSteps {
     let of_role = view.engines.iter().filter(|engine| engine.role == role);
     let (out, active): (Vec<_>, Vec<_>) =
         of_role.partition(|engine| matches!(engine.state, EngineState::Stopped | EngineState::Failed));
     let missing = count.saturating_sub(active.len());
     let restart: Vec<EngineId> = out.iter().take(missing).map(|engine| engine.id.clone()).collect();
     let surplus = active.len().saturating_sub(count);
-    Steps {
-        join: missing - restart.len(),
+    ScaleSteps {
+        add: missing - restart.len(),
         restart,
-        stop: active
+        drain: active
             .iter()
             .rev()
             .take(surplus)
@@ -66,7 +66,7 @@ fn steps(view: &FleetView, role: Role, count: usize) -> Steps {
     }
 }
 
-/// Carries out what is asked for, one request after the other. The only one that changes a running plan.
+/// Carries out scale requests, one after the other. Nothing else changes the plan of a running fleet.
 pub(super) struct Scaler {
     pub(super) grow: Grow,
     pub(super) plan: watch::Sender<Arc<Plan>>,
@@ -77,72 +77,72 @@ pub(super) struct Scaler {
 }
 
 impl Scaler {
-    pub(super) async fn run(self, mut asked: mpsc::Receiver<Scale>) {
-        while let Some(Scale { request, reply }) = asked.recv().await {
+    pub(super) async fn run(self, mut asked: mpsc::Receiver<ScaleCommand>) {
+        while let Some(ScaleCommand { request, reply }) = asked.recv().await {
             let answer = self.scale(request).await;
-            // Whoever asked may have gone.
+            // The receiver can be gone.
             let _ = reply.send(answer);
         }
     }
 
-    async fn scale(&self, ScaleRequest { role, count }: ScaleRequest) -> Result<ScaleAnswer, String> {
+    async fn scale(&self, ScaleRequest { role, count }: ScaleRequest) -> Result<ScaleResponse, String> {
         let steps = steps(&self.view.borrow().clone(), role, usize::from(count));
-        tracing::info!(%role, count, "asked to scale: {steps}");
+        tracing::info!(%role, count, "request to scale: {steps}");
         let mut starting = Vec::new();
         for engine in steps.restart {
-            let incarnation = self.ask(&engine, Then::Restart).await?;
+            let incarnation = self.ask(&engine, EngineVerb::Restart).await?;
             starting.push((engine, incarnation.0));
         }
-        if steps.join > 0 {
-            starting.extend(self.join(role, steps.join).await?);
+        if steps.add > 0 {
+            starting.extend(self.add(role, steps.add).await?);
         }
-        for engine in &steps.stop {
-            self.ask(engine, Then::Stay).await?;
+        for engine in &steps.drain {
+            self.ask(engine, EngineVerb::Drain).await?;
         }
-        Ok(ScaleAnswer {
+        Ok(ScaleResponse {
             starting,
-            stopping: steps.stop,
+            stopping: steps.drain,
         })
     }
 
-    async fn ask(&self, engine: &EngineId, then: Then) -> Result<Incarnation, String> {
+    async fn ask(&self, engine: &EngineId, verb: EngineVerb) -> Result<Incarnation, String> {
         let (reply, answer) = oneshot::channel();
         let request = Request::Engine {
             engine: engine.clone(),
-            then,
+            verb,
             force: false,
             reply,
         };
         self.send(request, answer)
             .await?
-            .map_err(|refusal| format!("{engine} cannot change: {refusal}"))
+            .map_err(|refusal| format!("cannot {verb} {engine}: {refusal}"))
     }
 
-    async fn join(&self, role: Role, count: usize) -> Result<Vec<(EngineId, u32)>, String> {
+    async fn add(&self, role: Role, count: usize) -> Result<Vec<(EngineId, u32)>, String> {
         let plan = Arc::clone(&self.plan.borrow());
         let growth = (self.grow)(&plan, role, count).map_err(|error| one_line(&error))?;
-        let mut joined = Vec::new();
+        let mut added = Vec::new();
         let mut grown = Plan::clone(&plan);
         let mut result = Ok(());
         for spec in growth.engines {
-            result = self.join_one(&spec).await;
+            result = self.add_one(&spec).await;
             if result.is_err() {
                 break;
             }
-            joined.push((spec.id.clone(), Incarnation::FIRST.0));
+            added.push((spec.id.clone(), Incarnation::FIRST.0));
             grown.engines.push(spec);
         }
-        // Once for all of them: the whole plan is written each time.
-        if !joined.is_empty() {
+        // Once for all of them, because each time the whole plan is written.
+        if !added.is_empty() {
             grown.engines.sort_by_key(|engine| engine.role);
             self.publish(&grown);
         }
-        result.map(|()| joined)
+        result.map(|()| added)
     }
 
-    async fn join_one(&self, spec: &EngineSpec) -> Result<(), String> {
+    async fn add_one(&self, spec: &EngineSpec) -> Result<(), String> {
         let (reply, answer) = oneshot::channel();
-        let request = Request::Join {
+        let request = Request::Add {
             spec: Box::new(spec.clone()),
             reply,
         };
@@ -155,17 +155,23 @@ impl Scaler {
         answer.await.map_err(|_| is_ending())
     }
 
-    /// Lets the status, later commands and the run's folder know the new engine.
+    /// Publishes the new plan to the status, `run.json` and `plan.json`.
     fn publish(&self, plan: &Plan) {
         let info = RunInfo {
             engines: super::run_engines(plan),
             ..self.info.clone()
         };
         if let Err(error) = self.run_dir.publish(&info) {
-            tracing::warn!(error = one_line(&error), "later commands do not know of the new engine");
+            tracing::warn!(
+                error = one_line(&error),
+                "cannot update `run.json`: later commands do not know the new engine"
+            );
         }
         if let Err(error) = super::write_plan(plan) {
-            tracing::warn!(error = one_line(&error), "plan.json does not know of the new engine");
+            tracing::warn!(
+                error = one_line(&error),
+                "cannot update `plan.json`: it lacks the new engine"
+            );
         }
         self.plan.send_replace(Arc::new(plan.clone()));
     }
@@ -203,31 +209,31 @@ mod tests {
     }
 
     #[test]
-    fn stopped_engines_come_back_before_new_ones_join() {
+    fn stopped_engines_restart_before_new_ones_are_added() {
         let view = view(&[EngineState::Ready, EngineState::Stopped, EngineState::Ready]);
         let steps = steps(&view, Role::Decode, 5);
-        assert_eq!((steps.restart, steps.join), (vec![EngineId::new(Role::Decode, 1)], 2));
-        assert_eq!(steps.stop, []);
+        assert_eq!((steps.restart, steps.add), (vec![EngineId::new(Role::Decode, 1)], 2));
+        assert_eq!(steps.drain, []);
     }
 
     #[test]
-    fn the_highest_numbers_leave_first() {
+    fn the_highest_numbers_are_drained_first() {
         let view = view(&[EngineState::Ready, EngineState::Backoff, EngineState::Ready]);
         let ids = [2, 1].map(|index| EngineId::new(Role::Decode, index));
-        assert_eq!(steps(&view, Role::Decode, 1).stop, ids);
+        assert_eq!(steps(&view, Role::Decode, 1).drain, ids);
     }
 
     proptest! {
         #[test]
-        fn the_steps_lead_to_the_number_that_was_asked_for(serving in prop::collection::vec(any::<bool>(), 0..8), count in 1_usize..10) {
+        fn the_steps_lead_to_the_requested_number(serving in prop::collection::vec(any::<bool>(), 0..8), count in 1_usize..10) {
             let states: Vec<EngineState> = serving
                 .iter()
                 .map(|serves| if *serves { EngineState::Ready } else { EngineState::Stopped })
                 .collect();
             let active = serving.iter().filter(|serves| **serves).count();
-            let Steps { restart, join, stop } = steps(&view(&states), Role::Decode, count);
-            prop_assert_eq!(active + restart.len() + join - stop.len(), count);
-            prop_assert!(stop.is_empty() || restart.is_empty() && join == 0);
+            let ScaleSteps { restart, add, drain } = steps(&view(&states), Role::Decode, count);
+            prop_assert_eq!(active + restart.len() + add - drain.len(), count);
+            prop_assert!(drain.is_empty() || restart.is_empty() && add == 0);
         }
     }
 }

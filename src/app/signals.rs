@@ -1,4 +1,4 @@
-//! The signals that stop a run, on their way to the supervisor.
+//! Forwards signals that stop a run to the supervisor.
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use crate::report::Failure;
 use crate::signals::{StopSignal, StopSignals};
 
-/// Listens for signals, and hands them on to the supervisor.
+/// Listens for signals. Returns the channel for the supervisor.
 pub(super) fn forward(
     parts: &mut JoinSet<()>,
     stop: &CancellationToken,

@@ -1,4 +1,4 @@
-//! What a fleet serves, in a line every ten seconds while it serves something, from the proxy's own metrics.
+//! The throughput line: every ten seconds while the fleet has requests, from the proxy's metrics.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,23 +10,23 @@ use crate::fleet::{FleetStage, FleetView};
 use crate::proxy::Proxy;
 use crate::samples::{as_text_format, sum};
 
-/// Between two lines, as between two of vLLM's.
+/// Time between two lines, as in vLLM.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// What had been served at one moment.
+/// Counters of the proxy at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Served {
     answers: f64,
-    /// Answers, or first events of them, and the time until these.
+    /// Responses with a first event, and the sum of the times to it.
     first_tokens: f64,
     first_token_seconds: f64,
-    /// Reads of streams that brought tokens.
+    /// Reads of streams that contained tokens.
     reads: f64,
     in_flight: f64,
     queued: f64,
 }
 
-/// Tells of what the fleet serves, as long as it is polled.
+/// Sends a line every [`EVERY`], as long as it is polled.
 pub(super) async fn follow(proxy: Proxy, view: watch::Receiver<Arc<FleetView>>, notes: mpsc::Sender<String>) {
     let mut turns = interval(EVERY);
     turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -38,7 +38,7 @@ pub(super) async fn follow(proxy: Proxy, view: watch::Receiver<Arc<FleetView>>, 
         }
         let (now, span) = (Served::read(&proxy.metrics_text()), asked.elapsed());
         if let Some(line) = now.since(&before, span) {
-            // Whoever tells it has ended, and so does this soon.
+            // The reporter has ended, and this task will end soon.
             drop(notes.send(line).await);
         }
         (before, asked) = (now, Instant::now());
@@ -46,7 +46,7 @@ pub(super) async fn follow(proxy: Proxy, view: watch::Receiver<Arc<FleetView>>, 
 }
 
 impl Served {
-    /// From the proxy's page.
+    /// Reads the proxy's metrics page.
     fn read(page: &str) -> Self {
         let page = as_text_format(page);
         let of = |name, label| sum(&page, name, label);
@@ -60,7 +60,7 @@ impl Served {
         }
     }
 
-    /// What was served since then; nothing where nothing was.
+    /// The line for the time since `before`; `None` if nothing was served.
     fn since(&self, before: &Self, span: Duration) -> Option<String> {
         let seconds = span.as_secs_f64();
         let (answers, first_tokens) = (self.answers - before.answers, self.first_tokens - before.first_tokens);
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_says_what_was_served_since_the_last_one_and_nothing_where_nothing_was() {
+    fn a_throughput_line_covers_the_last_interval() {
         let page = "# HELP x y\nxpyd_request_seconds_count{outcome=\"answered\"} 30\n\
             xpyd_request_seconds_count{outcome=\"failed\"} 2\nxpyd_time_to_first_token_seconds_sum 12.0\n\
             xpyd_time_to_first_token_seconds_count 40\nxpyd_inter_token_seconds_count 1000\nxpyd_requests_in_flight 3\nxpyd_requests_queued 2\n";

@@ -9,12 +9,12 @@ use crate::plan::{EngineSpec, Plan};
 use crate::profile::Profile;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::shim::client::ShimError;
-use crate::supervisor::{KeptRun, KeptState};
+use crate::supervisor::{AttachableRun, KeptState};
 
 /// The engines that the last xpyd of the run `name` left, if they are still there.
-pub(super) fn find(name: &str) -> Result<Option<KeptRun>, Failure> {
+pub(super) fn find(name: &str) -> Result<Option<AttachableRun>, Failure> {
     for socket in sockets(name)? {
-        if let Some(kept) = KeptRun::find(&socket).map_err(|error| unusable(error, name))? {
+        if let Some(kept) = AttachableRun::find(&socket).map_err(|error| unusable(error, name))? {
             return Ok(Some(kept));
         }
     }
@@ -40,7 +40,7 @@ fn unusable(error: ShimError, name: &str) -> Failure {
     }
     let failure = failure.hint("try again in a moment");
     let sockets = sockets(name).unwrap_or_default();
-    match sockets.iter().find_map(|socket| KeptRun::shim_pid(socket)) {
+    match sockets.iter().find_map(|socket| AttachableRun::shim_pid(socket)) {
         Some(pid) => failure.hint(format!(
             "to end the engines of this run without it: `kill -KILL {pid}`; `xpyd doctor` shows whether any process is left"
         )),
@@ -50,7 +50,7 @@ fn unusable(error: ShimError, name: &str) -> Failure {
 
 /// The profile with the GPUs on which the engines are: these hold the memory of their own GPUs, so the plan would place them
 /// elsewhere.
-pub(super) fn where_they_run(profile: &Profile, kept: &KeptRun, name: &str) -> Result<Profile, Failure> {
+pub(super) fn where_they_run(profile: &Profile, kept: &AttachableRun, name: &str) -> Result<Profile, Failure> {
     let mut specs = kept.specs().map_err(|error| unusable(error, name))?;
     specs.sort_by_key(|spec| (spec.id.as_str().len(), spec.id.to_string()));
     let mut profile = profile.clone();
@@ -70,13 +70,13 @@ pub(super) fn where_they_run(profile: &Profile, kept: &KeptRun, name: &str) -> R
 
 /// The plan with the engines as they run, if they are the ones that it would start. Those that joined since the start are
 /// part of it; one of which nothing is left hinders nobody.
-pub(super) fn resume(mut plan: Plan, kept: &KeptRun, name: &str) -> Result<Plan, Failure> {
+pub(super) fn resume(mut plan: Plan, kept: &AttachableRun, name: &str) -> Result<Plan, Failure> {
     let specs = kept.specs().map_err(|error| unusable(error, name))?;
     let other = |engine: &EngineId, why: &str| {
         let text = format!("engines of run `{name}` are kept, but {engine} {why}");
         Failure::message(ExitStatus::RunState, text).hint(format!("`{}` ends them first", command("down", name)))
     };
-    let scaled = kept.scaled();
+    let changes = kept.fleet_changes();
     for (running, (_, _, state)) in specs.iter().zip(kept.engines()) {
         let is_gone = matches!(state, KeptState::Gone { .. });
         match plan.engines.iter_mut().find(|planned| planned.id == running.id) {
@@ -90,8 +90,8 @@ pub(super) fn resume(mut plan: Plan, kept: &KeptRun, name: &str) -> Result<Plan,
                     ));
                 }
             },
-            None if scaled.joined.contains(&running.id) => plan.engines.push(running.clone()),
-            None if is_gone && scaled.stopped.contains(&running.id) => {}
+            None if changes.added.contains(&running.id) => plan.engines.push(running.clone()),
+            None if is_gone && changes.stopped.contains(&running.id) => {}
             None => return Err(other(&running.id, "is not part of this plan")),
         }
     }
@@ -114,7 +114,7 @@ fn difference(planned: &EngineSpec, running: &EngineSpec) -> String {
 }
 
 /// Who is there of a kept run, in a few words.
-pub(super) fn who(kept: &KeptRun) -> String {
+pub(super) fn who(kept: &AttachableRun) -> String {
     let engines = kept.engines().into_iter().map(|(engine, _, state)| match state {
         KeptState::Running { pid, .. } => format!("{engine} (pid {pid})"),
         KeptState::Leaving { .. } | KeptState::Gone { .. } => format!("{engine} (ended)"),

@@ -79,7 +79,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         engine_key: engine_key.made,
         printer,
         // The benchmark has the terminal meanwhile.
-        tells_traffic: false,
+        prints_throughput: false,
     };
     let num_prompts = arguments.num_prompts;
     let page = plan.run_dir.join("bench.html");

@@ -12,7 +12,7 @@ use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{self, DEFAULT_NAME, RunInfo};
 use crate::fleet::FleetStage;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::{Ending, KeptRun};
+use crate::supervisor::{AttachableRun, EndReason};
 use crate::ui::{Printer, StopProgress, time_span};
 
 /// How often to look whether the run is gone.
@@ -65,7 +65,7 @@ pub(super) async fn run_to_its_end(arguments: Arguments, printer: Printer) -> Re
 }
 
 /// The engines of a run of this name that has lost its xpyd.
-fn kept_engines(name: &str) -> Result<Option<KeptRun>, Failure> {
+fn kept_engines(name: &str) -> Result<Option<AttachableRun>, Failure> {
     if rundir::find(name).is_ok_and(|found| found.is_none()) {
         attach::find(name)
     } else {
@@ -141,7 +141,7 @@ async fn stop(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fai
 }
 
 /// Ends the engines of a run whose xpyd has gone.
-async fn end_kept(kept: KeptRun, arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
+async fn end_kept(kept: AttachableRun, arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if arguments.keep_engines {
         let text = format!("run `{}` has no xpyd; its engines are kept already", arguments.name);
         return Err(Failure::message(ExitStatus::RunState, text));
@@ -153,9 +153,9 @@ async fn end_kept(kept: KeptRun, arguments: Arguments, printer: Printer) -> Resu
     ));
     let outcome = app::end_kept(kept, &run_dir, name.clone(), arguments.force, printer).await?;
     up::say_what_is_left(&outcome, &name, printer);
-    match &outcome.ending {
+    match &outcome.reason {
         // With the shim's monitor gone the engines end without their grace, which is an end all the same.
-        Ending::Stopped | Ending::Forced | Ending::SupervisionLost { .. } => Ok(outcome.exit_status()),
+        EndReason::Stopped | EndReason::Forced | EndReason::SupervisionLost { .. } => Ok(outcome.exit_status()),
         ending => Err(Failure::message(outcome.exit_status(), ending.to_string())),
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::restart::{EngineArguments, take_out};
-use crate::control::server::EngineVerb;
+use super::restart::{EngineArguments, send_verb};
+use crate::fleet::EngineVerb;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
@@ -19,5 +19,5 @@ pub(super) struct Arguments {
 
 /// Drains engines; `xpyd restart` brings them back.
 pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    take_out(&arguments.engines, EngineVerb::Drain, arguments.timeout, printer).await
+    send_verb(&arguments.engines, EngineVerb::Drain, arguments.timeout, printer).await
 }

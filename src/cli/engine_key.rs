@@ -8,7 +8,7 @@ use crate::plan::Plan;
 use crate::profile::Profile;
 use crate::proxy::{self, EngineKey};
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::KeptRun;
+use crate::supervisor::AttachableRun;
 
 /// How a key that was made for a run begins, so that a later xpyd tells it from a user's.
 const PREFIX: &str = "xpyd-run-";
@@ -24,7 +24,7 @@ pub(super) struct Chosen {
 
 /// Chooses the key of the engines of `draft`, and gives it to those that have none. `kept` are engines that run already:
 /// they keep the key they have.
-pub(super) fn choose(profile: &mut Profile, draft: &Plan, kept: Option<&KeptRun>) -> Result<Chosen, Failure> {
+pub(super) fn choose(profile: &mut Profile, draft: &Plan, kept: Option<&AttachableRun>) -> Result<Chosen, Failure> {
     let inherited = inherited();
     let users = draft.engine_key(inherited.as_deref()).map_err(|error| {
         Failure::new(ExitStatus::Usage, error)
@@ -61,7 +61,7 @@ pub(super) fn is_made(draft: &Plan) -> bool {
 }
 
 /// The key that an earlier xpyd made for these engines.
-fn key_of(kept: &KeptRun) -> Option<String> {
+fn key_of(kept: &AttachableRun) -> Option<String> {
     let specs = kept.specs().ok()?;
     let mut keys = specs
         .into_iter()

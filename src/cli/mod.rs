@@ -38,9 +38,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::SignalKind;
 
-use crate::control::rundir::{self, RunDirError, RunInfo, Seen};
+use crate::control::rundir::{self, FoundRun, RunDirError, RunInfo};
 use crate::report::{ExitStatus, Failure};
-use crate::signals::{self, Heeded};
+use crate::signals::{self, SignalListener};
 use crate::supervisor::shim;
 use crate::ui::{self, Printer};
 
@@ -163,7 +163,7 @@ async fn goes_on(
     name: &str,
     waiting: impl Future<Output = Result<ExitStatus, Failure>>,
 ) -> Result<ExitStatus, Failure> {
-    let mut interrupt = Heeded::listen(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
+    let mut interrupt = SignalListener::listen(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
     tokio::select! {
         ended = waiting => ended,
         () = interrupt.recv() => {
@@ -211,7 +211,7 @@ fn no_run_dir(error: RunDirError) -> Failure {
 /// The run of the default name, or the only one that there is: what `xpyd bench` measures unless it is told otherwise.
 fn running_fleet() -> Option<bench::Target> {
     let only = || match &rundir::visible()[..] {
-        [Seen::Up(run)] => Some(RunInfo::clone(run)),
+        [FoundRun::Up(run)] => Some(RunInfo::clone(run)),
         _ => None,
     };
     let run = rundir::find(rundir::DEFAULT_NAME).ok().flatten().or_else(only)?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::control::rundir::{self, RunInfo, Seen};
+use crate::control::rundir::{self, FoundRun, RunInfo};
 use crate::plan::Plan;
 use crate::preflight::{Finding, Level, Topic};
 
@@ -26,7 +26,7 @@ impl Neighbours {
     pub(super) fn look() -> Self {
         let mut ports = BTreeMap::new();
         for seen in rundir::all() {
-            if let Seen::Up(info) = seen {
+            if let FoundRun::Up(info) = seen {
                 let of_run = ports_of(&info);
                 ports.extend(of_run.into_iter().map(|port| (port, (*info).clone())));
             }

@@ -8,7 +8,7 @@ use super::command;
 use super::status::{since, stage};
 use crate::control::api::Status;
 use crate::control::client::ControlClient;
-use crate::control::rundir::{self, RunInfo, Seen};
+use crate::control::rundir::{self, FoundRun, RunInfo};
 use crate::fleet::EngineState;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table};
@@ -29,13 +29,13 @@ pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitSt
     let mut rows = Vec::new();
     for seen in rundir::all() {
         rows.push(match seen {
-            Seen::Up(info) => {
+            FoundRun::Up(info) => {
                 let status = if info.is_suspended() { None } else { ask(&info).await };
                 Row::of(&info, status.as_ref())
             }
-            Seen::Silent { name, pid } => Row::bare(name, "silent", pid),
-            Seen::Kept { name } => Row::bare(name, "kept", None),
-            Seen::Foreign { name, user } => Row {
+            FoundRun::Silent { name, pid } => Row::bare(name, "silent", pid),
+            FoundRun::Kept { name } => Row::bare(name, "kept", None),
+            FoundRun::Foreign { name, user } => Row {
                 user: Some(user),
                 ..Row::bare(name, "foreign", None)
             },

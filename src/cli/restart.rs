@@ -10,8 +10,7 @@ use super::upgraded;
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
-use crate::control::server::EngineVerb;
-use crate::fleet::{EngineId, EngineState, FleetStage};
+use crate::fleet::{EngineId, EngineState, EngineVerb, FleetStage};
 use crate::logs::roles::{self, RoleLog};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{FleetProgress, Printer};
@@ -45,21 +44,21 @@ pub(super) struct EngineArguments {
 
 /// Restarts engines, each only when the one before serves again.
 pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    take_out(&arguments.engines, EngineVerb::Restart, arguments.timeout, printer).await
+    send_verb(&arguments.engines, EngineVerb::Restart, arguments.timeout, printer).await
 }
 
 /// Takes engines out one after the other, and waits for each with progress.
-pub(super) async fn take_out(
+pub(super) async fn send_verb(
     arguments: &EngineArguments,
     verb: EngineVerb,
     timeout: Duration,
     printer: Printer,
 ) -> Result<ExitStatus, Failure> {
     let name = &arguments.name;
-    super::goes_on(verb.name(), name, take_out_each(arguments, verb, timeout, printer)).await
+    super::goes_on(verb.name(), name, send_to_each(arguments, verb, timeout, printer)).await
 }
 
-async fn take_out_each(
+async fn send_to_each(
     arguments: &EngineArguments,
     verb: EngineVerb,
     timeout: Duration,

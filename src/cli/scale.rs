@@ -9,11 +9,10 @@ use super::command;
 use super::restart::{POLL_INTERVAL, Wait, status};
 use super::status::{client, running};
 use super::upgraded;
-use crate::control::api::{ScaleAnswer, ScaleRequest, Status};
+use crate::control::api::{ScaleRequest, ScaleResponse, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
-use crate::control::server::EngineVerb;
-use crate::fleet::{EngineId, MAX_ENGINES_PER_ROLE, Role};
+use crate::fleet::{EngineId, EngineVerb, MAX_ENGINES_PER_ROLE, Role};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{FleetProgress, Printer};
 
@@ -83,7 +82,7 @@ async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fa
             .scale(request)
             .await
             .map_err(|error| refused(error, &info.name))?;
-        let ScaleAnswer { starting, stopping } = &answer;
+        let ScaleResponse { starting, stopping } = &answer;
         if starting.is_empty() && stopping.is_empty() {
             printer.status(format!("{} engines serve as {} already", request.count, request.role));
             continue;
@@ -111,7 +110,7 @@ async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fa
 async fn shown(
     client: &ControlClient,
     info: &RunInfo,
-    answer: &ScaleAnswer,
+    answer: &ScaleResponse,
     deadline: Instant,
 ) -> Result<Vec<(EngineId, Role, u16)>, Failure> {
     let seen_by = deadline.min(Instant::now() + SEEN_DEADLINE);

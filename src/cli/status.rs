@@ -10,7 +10,7 @@ use super::ps::user_name;
 use super::{attach, command, no_run_dir};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
-use crate::control::rundir::{self, DEFAULT_NAME, RunDirError, RunInfo, Seen};
+use crate::control::rundir::{self, DEFAULT_NAME, FoundRun, RunDirError, RunInfo};
 use crate::fleet::{EngineState, FleetStage, OutlivedKv};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{self, Printer, Table};
@@ -92,9 +92,9 @@ fn none_is_up(name: &str) -> Failure {
     let mut failure = Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"));
     let (foreign, own): (Vec<_>, Vec<_>) = rundir::visible()
         .into_iter()
-        .partition(|seen| matches!(seen, Seen::Foreign { .. }));
+        .partition(|seen| matches!(seen, FoundRun::Foreign { .. }));
     for seen in foreign {
-        if let Seen::Foreign { name: theirs, user } = seen
+        if let FoundRun::Foreign { name: theirs, user } = seen
             && theirs == name
         {
             let (status, user) = (command("status", name), user_name(user));

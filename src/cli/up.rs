@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::request::{self, FleetArguments};
 use super::{attach, block_on, checks, command, detach, engine_key, fetch, no_run_dir};
-use crate::app::{self, Began, Ended, Ready, Run};
+use crate::app::{self, Ended, LogStarts, Ready, Run};
 use crate::control::rundir::{self, DEFAULT_NAME, RunDir, RunDirError};
 use crate::engine::EngineKind;
 use crate::fleet::{EngineId, Exit, LogLimits};
@@ -17,7 +17,7 @@ use crate::plan::{self, Plan};
 use crate::proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::shim::orphans;
-use crate::supervisor::{Ending, Outcome};
+use crate::supervisor::{EndReason, Outcome};
 use crate::ui::Printer;
 
 /// Folders of old runs to keep by default.
@@ -117,7 +117,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         engine_key: engine_key.made,
         grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
-        tells_traffic: true,
+        prints_throughput: true,
     };
     let log = plan.run_dir.join("xpyd.log");
     let ended = block_on(app::run(run, async move |ready: Ready| {
@@ -209,10 +209,10 @@ fn key_in_words(plan: &Plan) -> String {
 
 fn tell_ready(ready: &Ready, key: &str, detached: bool, printer: Printer) {
     let checked = format!("handed over correctly (checked in {})", seconds(ready.verified_in));
-    printer.status(if ready.not_yet.is_empty() {
+    printer.status(if ready.not_serving.is_empty() {
         format!("ready: every pair of engines {checked}")
     } else {
-        let names: Vec<&str> = ready.not_yet.iter().map(EngineId::as_str).collect();
+        let names: Vec<&str> = ready.not_serving.iter().map(EngineId::as_str).collect();
         format!(
             "ready: every pair of engines that serve {checked}; not serving yet: {}",
             names.join(", ")
@@ -261,29 +261,29 @@ pub(super) fn seconds(duration: Duration) -> String {
 
 /// Says how the run ended: why, and whether anything is left.
 pub(super) fn conclude(ended: &Ended, plan: &Plan, name: &str, printer: Printer) -> Result<ExitStatus, Failure> {
-    let Ended { outcome, began } = ended;
+    let Ended { outcome, log_starts } = ended;
     let status = outcome.exit_status();
     say_what_is_left(outcome, name, printer);
-    match &outcome.ending {
-        Ending::Stopped | Ending::Kept => Ok(status),
-        Ending::Forced => {
+    match &outcome.reason {
+        EndReason::Stopped | EndReason::EnginesKept => Ok(status),
+        EndReason::Forced => {
             printer.status("the stop was forced");
             Ok(status)
         }
-        Ending::EngineFailed { engine, exit, .. } => Err(explained(outcome, plan, began, engine, *exit)),
-        Ending::LostRole { engine, .. }
-        | Ending::CrashLoop { engine, .. }
-        | Ending::NotReady {
+        EndReason::EngineFailed { engine, exit, .. } => Err(explained(outcome, plan, log_starts, engine, *exit)),
+        EndReason::LostRole { engine, .. }
+        | EndReason::CrashLoop { engine, .. }
+        | EndReason::NotReady {
             engine: Some(engine), ..
-        } => Err(explained(outcome, plan, began, engine, None)),
-        Ending::NotReady { engine: None, .. } => Err(hand_off_failed(outcome, plan, began)),
-        Ending::SupervisionLost { .. } => Err(in_folder(Failure::message(status, outcome.ending.to_string()), plan)),
+        } => Err(explained(outcome, plan, log_starts, engine, None)),
+        EndReason::NotReady { engine: None, .. } => Err(hand_off_failed(outcome, plan, log_starts)),
+        EndReason::SupervisionLost { .. } => Err(in_folder(Failure::message(status, outcome.reason.to_string()), plan)),
     }
 }
 
 /// Says whether anything of the run is still there.
 pub(super) fn say_what_is_left(outcome: &Outcome, name: &str, printer: Printer) {
-    if outcome.ending == Ending::Kept {
+    if outcome.reason == EndReason::EnginesKept {
         printer.status(format!(
             "left; the engines wait for the next `{}`, and `{}` ends them",
             command("up", name),
@@ -304,19 +304,19 @@ pub(super) fn say_what_is_left(outcome: &Outcome, name: &str, printer: Printer) 
 
 /// The failure of a run that an engine's failure ended: the first real error of its log, what that means, and what to do
 /// about it.
-fn explained(outcome: &Outcome, plan: &Plan, began: &Began, engine: &EngineId, exit: Option<Exit>) -> Failure {
+fn explained(outcome: &Outcome, plan: &Plan, log_starts: &LogStarts, engine: &EngineId, exit: Option<Exit>) -> Failure {
     let spec = plan.engines.iter().find(|spec| spec.id == *engine);
     let log = spec.map(|spec| plan.run_dir.join(&spec.log_file)).unwrap_or_default();
-    let diagnosis = logs::diagnose(&log, last_start(began, engine), exit);
+    let diagnosis = logs::diagnose(&log, last_start(log_starts, engine), exit);
     let shown = format!("{} shows its log", logs_of(engine, plan));
     with_diagnosis(outcome, diagnosis.as_ref(), shown)
 }
 
 /// The failure of a run whose engines all came up, but do not hand over. One of them may have said why.
-fn hand_off_failed(outcome: &Outcome, plan: &Plan, began: &Began) -> Failure {
+fn hand_off_failed(outcome: &Outcome, plan: &Plan, log_starts: &LogStarts) -> Failure {
     let diagnosed = plan.engines.iter().find_map(|spec| {
         let log = plan.run_dir.join(&spec.log_file);
-        let diagnosis = logs::diagnose(&log, last_start(began, &spec.id), None)?;
+        let diagnosis = logs::diagnose(&log, last_start(log_starts, &spec.id), None)?;
         diagnosis.hint.is_some().then_some((spec, diagnosis))
     });
     match diagnosed {
@@ -326,7 +326,7 @@ fn hand_off_failed(outcome: &Outcome, plan: &Plan, began: &Began) -> Failure {
             with_diagnosis(outcome, Some(&diagnosis), shown)
         }
         None => in_folder(
-            Failure::message(outcome.exit_status(), outcome.ending.to_string()),
+            Failure::message(outcome.exit_status(), outcome.reason.to_string()),
             plan,
         ),
     }
@@ -338,8 +338,8 @@ fn logs_of(engine: &EngineId, plan: &Plan) -> String {
 }
 
 /// Where the engine's last incarnation, which is the one that failed, began to write.
-fn last_start(began: &Began, engine: &EngineId) -> Position {
-    began.get(engine).copied().unwrap_or(Position::START)
+fn last_start(log_starts: &LogStarts, engine: &EngineId) -> Position {
+    log_starts.get(engine).copied().unwrap_or(Position::START)
 }
 
 fn in_folder(failure: Failure, plan: &Plan) -> Failure {
@@ -350,7 +350,7 @@ fn in_folder(failure: Failure, plan: &Plan) -> Failure {
 fn with_diagnosis(outcome: &Outcome, diagnosis: Option<&Diagnosis>, log_shown_by: String) -> Failure {
     let hint = diagnosis.and_then(|diagnosis| diagnosis.hint);
     let known = hint.map(|hint| format!("{}: {}", hint.title, hint.explanation));
-    let ending = outcome.ending.to_string();
+    let ending = outcome.reason.to_string();
     let error = diagnosis.and_then(|diagnosis| diagnosis.error.clone());
     // The reason of an engine that failed while clients were served names it already.
     let error = error.filter(|error| !ending.contains(error));

@@ -1,15 +1,15 @@
-//! The wire types of the control socket, apart from the types that the program works with, so that either may change
-//! without the other.
+//! The wire types of the control socket. They are separate from the program's own types, so that each can change without the
+//! other.
 //!
 //! | Request | Body | Answer |
 //! |---|---|---|
 //! | `GET /v1/status` | | 200 [`Status`] |
-//! | `POST /v1/down` | [`DownRequest`] | 202 [`DownAnswer`], at once; the run is gone when its lock is free |
-//! | `POST /v1/engines/{id}/restart` | [`EngineRequest`] | 202 [`EngineAnswer`], at once; the status shows the rest |
+//! | `POST /v1/down` | [`DownRequest`] | 202 [`DownResponse`], at once; the run is gone when its lock is free |
+//! | `POST /v1/engines/{id}/restart` | [`EngineRequest`] | 202 [`EngineResponse`], at once; the status shows the rest |
 //! | `POST /v1/engines/{id}/drain` | [`EngineRequest`] | the same |
-//! | `POST /v1/scale` | [`ScaleRequest`] | 202 [`ScaleAnswer`], at once; the status shows the rest |
+//! | `POST /v1/scale` | [`ScaleRequest`] | 202 [`ScaleResponse`], at once; the status shows the rest |
 //!
-//! Every other answer carries an [`ErrorBody`]. Readers ignore fields that they do not know, so fields may be added.
+//! Every other response carries an [`ErrorBody`]. Readers ignore unknown fields, so fields can be added.
 
 use std::time::Duration;
 
@@ -19,25 +19,25 @@ use tokio::time::Instant;
 use super::rundir::RunInfo;
 use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, OutlivedKv, Role, TimeLeft};
 
-/// Everything a run tells about itself.
+/// The status of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
-    /// Who runs, and where its files are.
+    /// The run's process and files.
     pub run: RunInfo,
-    /// Where the whole fleet is.
+    /// The stage of the fleet.
     pub stage: FleetStage,
     /// When the fleet became ready, RFC 3339; `None` before that.
     pub ready_since: Option<String>,
-    /// Requests in the proxy now.
+    /// Requests in flight in the proxy.
     pub in_flight: usize,
-    /// How long the drain may still take, in seconds; `None` when there is none.
+    /// Time left for the drain, in seconds; `None` without a drain.
     pub drain_seconds_left: Option<u64>,
     /// Prefill engines first, each role in number order.
     pub engines: Vec<EngineStatus>,
 }
 
 impl Status {
-    /// Roles of which a ready fleet has no ready engine, so that requests are answered 503.
+    /// Roles without a ready engine in a ready fleet: requests get 503.
     pub fn degraded(&self) -> Vec<Role> {
         let is_served = |role: Role| {
             let mut engines = self.engines.iter();
@@ -48,14 +48,14 @@ impl Status {
         roles.filter(|role| is_ready && !is_served(*role)).collect()
     }
 
-    /// The status as programs get it: with what follows from it.
+    /// The status as JSON, with the derived fields `degraded` and so on.
     pub fn to_json(&self) -> serde_json::Value {
         let mut value = serde_json::to_value(self).expect("a status can be put into JSON");
         value["degraded"] = serde_json::json!(self.degraded());
         value
     }
 
-    /// The engines of which a process may still be there.
+    /// The engines that can still have a process.
     pub fn engines_left(&self) -> Vec<EngineId> {
         self.engines
             .iter()
@@ -64,7 +64,7 @@ impl Status {
             .collect()
     }
 
-    /// The same without what only moves with the clock, to tell what has changed.
+    /// The status without fields that change with the clock only, to compare two of them.
     #[must_use]
     pub fn timeless(&self) -> Self {
         let mut status = self.clone();
@@ -79,7 +79,7 @@ impl Status {
 }
 
 impl EngineStatus {
-    /// The same of an engine whose start is so far.
+    /// The status of an engine whose start has this progress.
     #[must_use]
     pub fn starting(self, percent: u8, left: TimeLeft) -> Self {
         let eta_seconds = match left {
@@ -94,7 +94,7 @@ impl EngineStatus {
         }
     }
 
-    /// How long its start still takes.
+    /// The time left of its start.
     pub fn time_left(&self) -> TimeLeft {
         match self.eta_seconds {
             Some(seconds) => TimeLeft::About(Duration::from_secs(seconds)),
@@ -104,23 +104,23 @@ impl EngineStatus {
     }
 }
 
-/// What a status tells about one engine.
+/// The status of one engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineStatus {
     /// Its name.
     pub id: EngineId,
-    /// What it does.
+    /// Its role.
     pub role: Role,
-    /// Where it is in its life.
+    /// Its state.
     pub state: EngineState,
-    /// The phase of its start, from its log: `loading weights`.
+    /// The phase of its start, from its log, such as `loading weights`.
     pub phase: Option<String>,
-    /// How far its start is, 0 to 100; 100 only once it is ready.
+    /// Progress of its start, 0 to 100; 100 only once it is ready.
     pub percent: Option<u8>,
-    /// About how many seconds its start still takes, judged by the last good one; `None` where that says nothing.
+    /// Estimated time left of its start in seconds, from the last successful start; `None` without an estimate.
     #[serde(default)]
     pub eta_seconds: Option<u64>,
-    /// Whether its start takes longer than the last good one did.
+    /// Whether its start takes longer than the last successful one.
     #[serde(default)]
     pub slower_than_last: bool,
     /// Its leader's process id.
@@ -129,23 +129,23 @@ pub struct EngineStatus {
     pub port: u16,
     /// Indices of its GPUs.
     pub gpus: Vec<u32>,
-    /// Which start of it this is, from 1.
+    /// The number of this start, from 1.
     pub incarnation: u32,
     /// Requests in flight on it.
     pub in_flight: usize,
-    /// How long this incarnation has been running, in seconds.
+    /// Uptime of this incarnation, in seconds.
     pub uptime_seconds: Option<u64>,
     /// Why it failed, in one line.
     pub reason: Option<String>,
-    /// In how many seconds it starts again; `None` unless it waits for that.
+    /// Time until it starts again, in seconds; `None` unless it waits for a restart.
     pub restart_in_seconds: Option<u64>,
-    /// What it counts of KV that outlived its lease.
+    /// Its counters of KV that outlived its lease.
     #[serde(default)]
     pub outlived_kv: OutlivedKv,
 }
 
 impl From<&EngineView> for EngineStatus {
-    /// What the fleet's view knows. Phase, GPUs, uptime, and how far a start is, are known elsewhere and start empty.
+    /// Fills the fields that the fleet's view has. Phase, GPUs, uptime and progress stay empty.
     fn from(view: &EngineView) -> Self {
         Self {
             id: view.id.clone(),
@@ -174,66 +174,66 @@ impl From<&EngineView> for EngineStatus {
     }
 }
 
-/// Asks a run to stop.
+/// A request to stop the run.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DownRequest {
     /// Kill now instead of draining.
     #[serde(default)]
     pub force: bool,
-    /// Let xpyd end and the engines wait for the next one. Answered by 409 where that cannot be.
+    /// End xpyd and keep the engines for the next one. 409 if that is not possible.
     #[serde(default)]
     pub keep_engines: bool,
 }
 
-/// The run stops. It does not wait for the end: whoever asked watches the run's lock.
+/// The run is stopping. The response does not wait for the end; the client watches the run's lock.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct DownAnswer {
+pub struct DownResponse {
     /// Always true.
     pub stopping: bool,
-    /// How long the engines will wait for the next xpyd, in seconds; 0 if they end with this one.
+    /// How long the engines wait for the next xpyd, in seconds; 0 if they end with this one.
     #[serde(default)]
     pub keep_seconds: u64,
 }
 
-/// Asks for one engine to be drained and stopped, and perhaps started again.
+/// A request to restart or drain one engine.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineRequest {
-    /// Even if its role then has no engine that serves.
+    /// Also if no other engine of its role serves.
     #[serde(default)]
     pub force: bool,
 }
 
 /// The engine is being drained.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct EngineAnswer {
+pub struct EngineResponse {
     /// After a restart, the engine is of this incarnation or a later one.
     pub incarnation: u32,
 }
 
-/// Asks for another number of engines of a role.
+/// A request for another number of engines of a role.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScaleRequest {
     /// The role.
     pub role: Role,
-    /// Engines of it that are to serve, at least 1.
+    /// The number of engines of the role, at least 1.
     pub count: u16,
 }
 
-/// The engines that come or go.
+/// The engines that start and stop.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ScaleAnswer {
-    /// Those that start, in number order, each with the incarnation that will serve.
+pub struct ScaleResponse {
+    /// The engines that start, in number order, each with its next incarnation.
     pub starting: Vec<(EngineId, u32)>,
-    /// Those that are drained and stopped, the highest number first.
+    /// The engines that are drained and stopped, the highest number first.
     pub stopping: Vec<EngineId>,
 }
 
-/// Why a request was not answered.
+/// Why a request failed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ErrorBody {
-    /// In one line.
+    /// One line.
     pub error: String,
 }

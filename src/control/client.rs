@@ -1,43 +1,44 @@
-//! The control socket's client: asks a running xpyd, with a deadline.
+//! The control socket's client. Every request has a deadline.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, ScaleAnswer, ScaleRequest, Status};
-use super::server::EngineVerb;
-use crate::fleet::EngineId;
+use super::api::{
+    DownRequest, DownResponse, EngineRequest, EngineResponse, ErrorBody, ScaleRequest, ScaleResponse, Status,
+};
+use crate::fleet::{EngineId, EngineVerb};
 use crate::sockets::shown;
 
-/// Longest wait for one answer. The server answers from memory, but on a busy host a process can wait seconds for its turn.
+/// Timeout of one request. The server answers from memory, but on a busy host a process can wait seconds for CPU time.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Why a run did not answer.
+/// Why a request to a run failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The client could not be made.
+    /// The HTTP client could not be built.
     #[error("cannot set up the control client")]
     Setup(#[source] reqwest::Error),
-    /// No answer: nobody listens, the connection broke, or the deadline passed.
+    /// No response: no process listens, the connection broke, or the deadline passed.
     #[error("no answer from the run at `{}`", shown(socket))]
     NoAnswer {
         /// The control socket.
         socket: PathBuf,
-        /// What happened.
+        /// The error of the HTTP client.
         source: reqwest::Error,
     },
-    /// An answer, but not the one that was asked for.
+    /// A response with an error status.
     #[error("{message}")]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// What it said.
+        /// The error message in the response.
         message: String,
     },
 }
 
-/// Asks one run.
+/// A client of one run.
 #[derive(Debug, Clone)]
 pub struct ControlClient {
     socket: PathBuf,
@@ -45,12 +46,12 @@ pub struct ControlClient {
 }
 
 impl ControlClient {
-    /// A client of the run whose control socket is at `socket`. Connects only when it asks.
+    /// A client of the run whose control socket is at `socket`. It connects with the first request.
     pub fn new(socket: &Path) -> Result<Self, ClientError> {
         let http = reqwest::Client::builder()
             .unix_socket(socket)
             .timeout(DEADLINE)
-            // The run may end at any time; a kept connection would only fail one question later.
+            // The run can end at any time; a kept connection would only fail at the next request.
             .pool_max_idle_per_host(0)
             .build()
             .map_err(ClientError::Setup)?;
@@ -65,19 +66,24 @@ impl ControlClient {
         self.ask(self.http.get("http://xpyd/v1/status")).await
     }
 
-    /// Asks the run to stop. It does, later: [`super::rundir::find`] tells when it is gone.
-    pub async fn down(&self, request: DownRequest) -> Result<DownAnswer, ClientError> {
+    /// Requests the stop of the run. It ends later: [`super::rundir::find`] no longer finds it then.
+    pub async fn down(&self, request: DownRequest) -> Result<DownResponse, ClientError> {
         self.ask(self.http.post("http://xpyd/v1/down").json(&request)).await
     }
 
-    /// Asks the run to drain and stop one engine, and to start it again if the verb says so. The status shows how it goes.
-    pub async fn engine(&self, engine: &EngineId, verb: EngineVerb, force: bool) -> Result<EngineAnswer, ClientError> {
+    /// Requests the restart or drain of one engine. The status shows the progress.
+    pub async fn engine(
+        &self,
+        engine: &EngineId,
+        verb: EngineVerb,
+        force: bool,
+    ) -> Result<EngineResponse, ClientError> {
         let url = format!("http://xpyd/v1/engines/{engine}/{}", verb.name());
         self.ask(self.http.post(url).json(&EngineRequest { force })).await
     }
 
-    /// Asks the run for another number of engines of a role. The status shows how it goes.
-    pub async fn scale(&self, request: ScaleRequest) -> Result<ScaleAnswer, ClientError> {
+    /// Requests another number of engines of a role. The status shows the progress.
+    pub async fn scale(&self, request: ScaleRequest) -> Result<ScaleResponse, ClientError> {
         self.ask(self.http.post("http://xpyd/v1/scale").json(&request)).await
     }
 

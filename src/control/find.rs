@@ -1,8 +1,8 @@
-//! Finding runs: by their files, and by the names under which the kernel knows them.
+//! Finds runs: by their files, and by the names of their abstract sockets.
 //!
-//! A run is there exactly as long as its process: a file alone proves nothing, and neither does the lack of one. The folder of
-//! this environment comes first. A shell without the variables of a login (cron, `su -`, `docker exec`) and one with them look
-//! at the other places, too; whoever has set `XDG_RUNTIME_DIR` to a folder of his own sees that folder only.
+//! A run exists exactly as long as its process; a file alone, or a missing one, proves nothing. The runtime folder of this
+//! environment comes first. With the usual `XDG_RUNTIME_DIR` of a log-in, and without one (cron, `su -`, `docker exec`), the other
+//! usual folders are searched as well. With any other `XDG_RUNTIME_DIR`, only that folder is searched.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -20,10 +20,10 @@ use super::rundir::{
 };
 use crate::sockets::{KernelName, Who, connect_to_user};
 
-/// How long a run may take to say who it is.
+/// Timeout of the status request by which a run is identified.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// More than any status.
+/// The largest status response, in bytes; more than any real one.
 const LONGEST_ANSWER: u64 = 8 << 20;
 
 /// The folder with all runtime folders of this user, in this environment.
@@ -31,7 +31,7 @@ pub(super) fn runtime_root() -> PathBuf {
     own_variable().map_or_else(root_without_login, |folder| folder.join("xpyd"))
 }
 
-/// `XDG_RUNTIME_DIR`. Under `sudo` and `su` it often names another user's folder, or one that is not there.
+/// `XDG_RUNTIME_DIR`. Under `sudo` and `su` it often names another user's folder, or one that does not exist.
 fn own_variable() -> Option<PathBuf> {
     let folder = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)?;
     let is_own = fs_err::metadata(&folder).is_ok_and(|found| found.uid() == getuid().as_raw());
@@ -42,24 +42,24 @@ fn root_without_login() -> PathBuf {
     PathBuf::from(format!("/tmp/xpyd-{}", getuid()))
 }
 
-/// The folder that a log-in makes for this user, and a log-out removes.
+/// The folder that a log-in creates for this user, and a log-out removes.
 fn login_folder() -> PathBuf {
     PathBuf::from(format!("/run/user/{}", getuid()))
 }
 
-/// Whether runs below other folders are of interest in this environment.
+/// Whether this environment searches other folders as well.
 fn looks_at_large() -> bool {
     own_variable().is_none_or(|folder| folder == login_folder())
 }
 
-/// The usual folders that are not this environment's.
+/// The usual runtime folders other than this environment's.
 fn other_roots() -> Vec<PathBuf> {
     let own = runtime_root();
     let usual = [login_folder().join("xpyd"), root_without_login()];
     usual.into_iter().filter(|root| *root != own).collect()
 }
 
-/// The run of this name, or `None` if none is there.
+/// The run of this name, if it exists.
 pub fn find(name: &str) -> Result<Option<RunInfo>, RunDirError> {
     match find_in(&runtime_root(), name)? {
         None if looks_at_large() => elsewhere(name),
@@ -80,7 +80,7 @@ fn elsewhere(name: &str) -> Result<Option<RunInfo>, RunDirError> {
     for known in known.filter(|known| known.who == Who::Xpyd && known.name == name && may_ask(known)) {
         add(ask(&known.socket(), known.user).run());
     }
-    // A run of one's own is meant before those of others.
+    // The user's own run takes precedence.
     let is_own = |info: &RunInfo| info.is_of_user(getuid().as_raw());
     if found.iter().any(is_own) {
         found.retain(is_own);
@@ -105,7 +105,7 @@ pub fn find_in(root: &Path, name: &str) -> Result<Option<RunInfo>, RunDirError> 
     let lock_path = folder.join(LOCK_FILE);
     let was_locked = is_locked(&lock_path)?;
     if was_locked {
-        // The folder is there, so it must be ours before anything in it is believed.
+        // The folder exists, so it must belong to this user before its content is trusted.
         check_private(root)?;
         check_private(&folder)?;
         let info: Option<RunInfo> = read_json(&folder.join(RUN_FILE))?;
@@ -113,7 +113,7 @@ pub fn find_in(root: &Path, name: &str) -> Result<Option<RunInfo>, RunDirError> 
             return Ok(Some(reachable(info, root)));
         }
     }
-    // Its files may have been removed, but not what it listens on.
+    // The files can have been removed, but not the abstract socket.
     let by_name = KernelName::of(Who::Xpyd, root, name);
     let not_published = |pid| RunDirError::NotPublished {
         name: name.to_owned(),
@@ -122,20 +122,20 @@ pub fn find_in(root: &Path, name: &str) -> Result<Option<RunInfo>, RunDirError> 
     let mut silent = None;
     for socket in [folder.join(SOCKET_FILE), by_name.socket()] {
         match ask(&socket, by_name.user) {
-            Answer::Run(info) => return Ok(Some(*info)),
-            Answer::Silent(pid) => silent = Some(pid),
-            Answer::Nobody => {}
+            SocketReply::Run(info) => return Ok(Some(*info)),
+            SocketReply::Silent(pid) => silent = Some(pid),
+            SocketReply::NoListener => {}
         }
     }
     match silent {
         Some(pid) => Err(not_published(Some(pid))),
-        // The run may have ended between the two looks.
+        // The run can have ended in between.
         None if was_locked && is_locked(&lock_path)? => Err(not_published(read_pid(&lock_path))),
         None => Ok(None),
     }
 }
 
-/// Where the run can be asked: its socket may have lost its path.
+/// The run with a reachable control socket: its path can have been removed.
 fn reachable(info: RunInfo, root: &Path) -> RunInfo {
     if info.control_socket.exists() {
         return info;
@@ -144,41 +144,41 @@ fn reachable(info: RunInfo, root: &Path) -> RunInfo {
     RunInfo { control_socket, ..info }
 }
 
-/// What a socket says.
+/// The result of a status request to a socket.
 #[derive(Debug)]
-enum Answer {
-    /// Nobody of that user listens.
-    Nobody,
-    /// This process listens, and says nothing, or something else.
+enum SocketReply {
+    /// No process of that user listens.
+    NoListener,
+    /// The process with this id listens, but sends no valid status.
     Silent(u32),
     /// A run.
     Run(Box<RunInfo>),
 }
 
-impl Answer {
+impl SocketReply {
     fn run(self) -> Option<RunInfo> {
         match self {
             Self::Run(info) => Some(*info),
-            Self::Nobody | Self::Silent(_) => None,
+            Self::NoListener | Self::Silent(_) => None,
         }
     }
 }
 
-/// Asks who listens at `socket`. Only a process of that `user`, which this process can see, is believed.
-fn ask(socket: &Path, user: u32) -> Answer {
+/// Requests the status at `socket`. Trusts only a visible process of `user`.
+fn ask(socket: &Path, user: u32) -> SocketReply {
     let Ok(Some((stream, pid))) = connect_to_user(socket, user) else {
-        return Answer::Nobody;
+        return SocketReply::NoListener;
     };
     match run_of(stream) {
-        Ok(info) => Answer::Run(Box::new(RunInfo {
+        Ok(info) => SocketReply::Run(Box::new(RunInfo {
             control_socket: socket.to_owned(),
             ..info
         })),
-        Err(_) => Answer::Silent(pid),
+        Err(_) => SocketReply::Silent(pid),
     }
 }
 
-/// The process of this user that listens at `socket`.
+/// The run of the process of this user that listens at `socket`.
 pub(super) fn listener_at(socket: &Path) -> Option<u32> {
     let answered = connect_to_user(socket, getuid().as_raw()).ok().flatten();
     answered.map(|(_, pid)| pid)
@@ -186,7 +186,7 @@ pub(super) fn listener_at(socket: &Path) -> Option<u32> {
 
 fn run_of(mut stream: UnixStream) -> io::Result<RunInfo> {
     #[derive(Deserialize)]
-    struct Told {
+    struct StatusBody {
         run: RunInfo,
     }
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -196,37 +196,37 @@ fn run_of(mut stream: UnixStream) -> io::Result<RunInfo> {
     stream.take(LONGEST_ANSWER).read_to_end(&mut answer)?;
     let body = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
     let body = body.map_or(&[][..], |end| &answer[end + 4..]);
-    let Told { run } = serde_json::from_slice(body)?;
+    let StatusBody { run } = serde_json::from_slice(body)?;
     Ok(run)
 }
 
-/// A run that is there.
+/// A run that exists.
 #[derive(Debug)]
-pub enum Seen {
-    /// It can be asked.
+pub enum FoundRun {
+    /// xpyd answers.
     Up(Box<RunInfo>),
-    /// It is there, and says nothing.
+    /// xpyd runs but does not answer.
     Silent {
         /// Its name.
         name: String,
-        /// Its process.
+        /// Its process id, if known.
         pid: Option<u32>,
     },
-    /// Its xpyd has gone, and a shim keeps its engines.
+    /// Its xpyd is gone, and a shim keeps its engines.
     Kept {
         /// Its name.
         name: String,
     },
-    /// It is another user's, which only that user and root may ask.
+    /// Another user's run, which only that user and root can query.
     Foreign {
         /// Its name.
         name: String,
-        /// Whose it is.
+        /// The user id.
         user: u32,
     },
 }
 
-impl Seen {
+impl FoundRun {
     /// The run's name.
     pub fn name(&self) -> &str {
         match self {
@@ -237,7 +237,7 @@ impl Seen {
 }
 
 /// The runs that [`find`] finds in this environment.
-pub fn visible() -> Vec<Seen> {
+pub fn visible() -> Vec<FoundRun> {
     if looks_at_large() {
         return all();
     }
@@ -245,19 +245,19 @@ pub fn visible() -> Vec<Seen> {
     seen(std::slice::from_ref(&root), |known| known.is_in(&root))
 }
 
-/// All runs of this user, wherever they were started; those of other users as far as this one may know.
-pub fn all() -> Vec<Seen> {
+/// All runs of this user in every environment, and the visible runs of other users.
+pub fn all() -> Vec<FoundRun> {
     seen(&[vec![runtime_root()], other_roots()].concat(), |_| true)
 }
 
-fn seen(roots: &[PathBuf], is_wanted: impl Fn(&KernelName) -> bool) -> Vec<Seen> {
+fn seen(roots: &[PathBuf], is_wanted: impl Fn(&KernelName) -> bool) -> Vec<FoundRun> {
     let mut known = KernelName::all();
     known.retain(is_wanted);
-    let mut seen: Vec<Seen> = Vec::new();
-    let mut add = |found: Seen| {
-        let is_known = |known: &Seen| match (known, &found) {
-            (Seen::Up(known), Seen::Up(found)) => known.is_same_run(found),
-            (Seen::Up(known), Seen::Silent { pid, .. }) => Some(known.pid) == *pid,
+    let mut seen: Vec<FoundRun> = Vec::new();
+    let mut add = |found: FoundRun| {
+        let is_known = |known: &FoundRun| match (known, &found) {
+            (FoundRun::Up(known), FoundRun::Up(found)) => known.is_same_run(found),
+            (FoundRun::Up(known), FoundRun::Silent { pid, .. }) => Some(known.pid) == *pid,
             _ => false,
         };
         if !seen.iter().any(is_known) {
@@ -267,8 +267,8 @@ fn seen(roots: &[PathBuf], is_wanted: impl Fn(&KernelName) -> bool) -> Vec<Seen>
     for root in roots {
         for name in names(root, |_| true) {
             match find_in(root, &name) {
-                Ok(Some(info)) => add(Seen::Up(Box::new(info))),
-                Err(RunDirError::NotPublished { name, pid }) => add(Seen::Silent { name, pid }),
+                Ok(Some(info)) => add(FoundRun::Up(Box::new(info))),
+                Err(RunDirError::NotPublished { name, pid }) => add(FoundRun::Silent { name, pid }),
                 Ok(None) | Err(_) => {}
             }
         }
@@ -276,24 +276,24 @@ fn seen(roots: &[PathBuf], is_wanted: impl Fn(&KernelName) -> bool) -> Vec<Seen>
     for known in known.iter().filter(|known| known.who == Who::Xpyd) {
         if !may_ask(known) {
             let (name, user) = (known.name.clone(), known.user);
-            add(Seen::Foreign { name, user });
+            add(FoundRun::Foreign { name, user });
             continue;
         }
         match ask(&known.socket(), known.user) {
-            Answer::Run(info) => add(Seen::Up(info)),
-            Answer::Silent(pid) => add(Seen::Silent {
+            SocketReply::Run(info) => add(FoundRun::Up(info)),
+            SocketReply::Silent(pid) => add(FoundRun::Silent {
                 name: known.name.clone(),
                 pid: Some(pid),
             }),
-            Answer::Nobody => {}
+            SocketReply::NoListener => {}
         }
     }
     let is_kept =
         |kept: &&KernelName| kept.who == Who::Shim && may_ask(kept) && !known.contains(&kept.of_same_run(Who::Xpyd));
-    let kept: Vec<Seen> = known
+    let kept: Vec<FoundRun> = known
         .iter()
         .filter(is_kept)
-        .map(|kept| Seen::Kept {
+        .map(|kept| FoundRun::Kept {
             name: kept.name.clone(),
         })
         .collect();
@@ -302,8 +302,8 @@ fn seen(roots: &[PathBuf], is_wanted: impl Fn(&KernelName) -> bool) -> Vec<Seen>
     seen
 }
 
-/// Names of runs that were killed: their files are there, and nobody holds their lock. The next run of that name removes what
-/// they left.
+/// Names of runs that were killed: their files exist, and no process holds their lock. The next run of that name removes the
+/// files.
 pub fn stale() -> Vec<String> {
     stale_in(&runtime_root())
 }
@@ -316,7 +316,7 @@ pub fn stale_in(root: &Path) -> Vec<String> {
     names
 }
 
-/// Names of the runs below `root` whose folder is as wanted, in order.
+/// Names of the runs below `root` whose folder satisfies the condition, sorted.
 fn names(root: &Path, is_wanted: impl Fn(&Path) -> bool) -> Vec<String> {
     if check_private(root).is_err() {
         return Vec::new();
@@ -330,7 +330,7 @@ fn names(root: &Path, is_wanted: impl Fn(&Path) -> bool) -> Vec<String> {
     names
 }
 
-/// Where a shim may keep the engines of the run `name`, most likely places first.
+/// The sockets at which a shim can keep the engines of the run `name`, the most likely first.
 pub fn kept_sockets(name: &str) -> Result<Vec<PathBuf>, RunDirError> {
     check_name(name)?;
     let places = |root: PathBuf| {
@@ -348,14 +348,14 @@ pub fn kept_sockets(name: &str) -> Result<Vec<PathBuf>, RunDirError> {
     Ok(sockets)
 }
 
-/// What becomes of a detached run when its user logs out, where that is not just nothing.
+/// A warning if a detached run ends when its user logs out.
 pub fn fate_at_logout() -> Option<String> {
     let user = nix::unistd::User::from_uid(getuid()).ok().flatten()?;
     let is_of_login = runtime_root().starts_with(login_folder());
     is_of_login.then(|| fate(Path::new("/"), &user.name)).flatten()
 }
 
-/// What systemd, whose files are below `system`, does to processes of a user without a log-in.
+/// The effect of systemd's settings (files below `system`) on processes of a user who logs out.
 fn fate(system: &Path, user: &str) -> Option<String> {
     let lingers = system.join("var/lib/systemd/linger").join(user).exists();
     let is_managed = system.join("run/systemd/system").is_dir();
@@ -371,7 +371,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_without_linger_is_warned_and_no_other() {
+    fn only_a_user_without_linger_is_warned() {
         let system = tempfile::tempdir().unwrap();
         assert_eq!(fate(system.path(), "ann"), None, "no systemd");
         fs_err::create_dir_all(system.path().join("run/systemd/system")).unwrap();

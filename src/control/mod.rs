@@ -1,7 +1,7 @@
-//! Talking to a run: its runtime folder, and HTTP over the Unix socket in it.
+//! The control of a run: its runtime folder, and HTTP over the Unix socket in it.
 //!
-//! Knows the fleet's vocabulary only; what a status holds and what a stop does is given to it. A run is there exactly as
-//! long as its lock is held, or its name by the kernel, so nothing here trusts a process id or a file alone.
+//! It knows only the fleet's vocabulary; the app gives it the status and carries out its requests. A run exists exactly as long as
+//! its lock or its abstract socket is held, so nothing here trusts a process id or a file alone.
 
 pub mod api;
 pub mod client;

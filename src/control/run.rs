@@ -1,4 +1,4 @@
-//! Who runs, and how a run ended: what files and sockets tell of it, and whether its process is still there.
+//! `run.json` and `outcome.json`: the process and files of a run, and how it ended.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,18 +10,18 @@ use crate::fleet::{EngineId, Role};
 use crate::private;
 use crate::report::ExitStatus;
 
-/// How the run ended, in the folder with its logs.
+/// The file in the run's log folder that says how the run ended.
 const OUTCOME_FILE: &str = "outcome.json";
 
-/// Who runs: the content of `run.json`.
+/// The content of `run.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunInfo {
     /// The run's name.
     pub name: String,
     /// Process id of xpyd.
     pub pid: u32,
-    /// When that process started, in clock ticks after boot. With the boot it tells a process from a later one that
-    /// got the same id.
+    /// When that process started, in clock ticks after boot. With the boot id it distinguishes the process from a later one with the
+    /// same id.
     pub start_time_ticks: u64,
     /// The boot of the machine, from `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
@@ -31,12 +31,12 @@ pub struct RunInfo {
     pub profile: String,
     /// The name clients use for the model.
     pub model: String,
-    /// Where clients send requests: `http://127.0.0.1:9100`.
+    /// The base URL for clients, such as `http://127.0.0.1:9100`.
     pub proxy_url: String,
-    /// Where programs ask about the run, and stop it: HTTP over this Unix socket. Begins with a NUL where it has no path.
+    /// The Unix socket of the control API. Begins with a NUL if it is abstract.
     #[serde(default)]
     pub control_socket: PathBuf,
-    /// The file with the API key that was made for the run's engines; `None` if they have the user's, or none.
+    /// The file with the API key that xpyd made for the run's engines; `None` if they have the user's key, or none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine_key_file: Option<PathBuf>,
     /// The folder with the run's logs, absolute.
@@ -47,7 +47,7 @@ pub struct RunInfo {
     pub started_at: String,
     /// Whether it runs without a terminal.
     pub detached: bool,
-    /// Whether its engines outlive xpyd for a while, should it disappear.
+    /// Whether its engines outlive xpyd for a while if it disappears.
     #[serde(default)]
     pub keeps_engines: bool,
 }
@@ -57,14 +57,14 @@ pub struct RunInfo {
 pub struct RunEngine {
     /// Its name.
     pub id: EngineId,
-    /// What it does.
+    /// Its role.
     pub role: Role,
     /// Its log file, relative to the run's logs folder.
     pub log_file: PathBuf,
 }
 
 impl RunInfo {
-    /// What this process can say of itself. Profile, model, proxy, socket, logs and engines start empty.
+    /// Describes this process. Profile, model, proxy, socket, logs and engines stay empty.
     pub fn of_this_process(name: &str) -> io::Result<Self> {
         let pid = std::process::id();
         Ok(Self {
@@ -86,24 +86,24 @@ impl RunInfo {
         })
     }
 
-    /// Whether the process that wrote this is still there: same id, same start, same boot.
+    /// Whether the process that wrote this still runs: same id, same start, same boot.
     pub fn is_alive(&self) -> bool {
-        // A zombie has ended, holds nothing, and only waits for its parent to notice.
+        // A zombie has ended and holds nothing.
         self.state().is_some_and(|state| !matches!(state, 'Z' | 'X'))
     }
 
-    /// Whether that process stands still until somebody lets it go on: Ctrl+Z, or SIGSTOP.
+    /// Whether that process is stopped by Ctrl+Z or SIGSTOP.
     pub fn is_suspended(&self) -> bool {
         self.state() == Some('T')
     }
 
-    /// Whether that process is this user's.
+    /// Whether that process belongs to this user.
     pub fn is_of_user(&self, user: u32) -> bool {
         let process = fs_err::metadata(format!("/proc/{}", self.pid));
         process.is_ok_and(|process| std::os::unix::fs::MetadataExt::uid(&process) == user)
     }
 
-    /// The state letter of that process, if it is still there.
+    /// The state letter of that process, if it still exists.
     fn state(&self) -> Option<char> {
         let (state, ticks) = state_and_start(self.pid).ok()?;
         (ticks == self.start_time_ticks && boot_id() == self.boot_id).then_some(state)
@@ -115,21 +115,20 @@ impl RunInfo {
     }
 }
 
-/// How a run ended, for whoever asked it to: the content of `outcome.json`.
+/// How a run ended, for the command that stopped it: the content of `outcome.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunOutcome {
     /// Process id of the xpyd that ended.
     pub pid: u32,
-    /// When that process had started, in clock ticks after boot.
+    /// When that process started, in clock ticks after boot.
     pub start_time_ticks: u64,
-    /// The code it exits with.
+    /// Its exit code.
     pub exit_code: u8,
-    /// What of the run is still there, one line each; empty after a complete teardown.
+    /// The leftovers of the run, one line each; empty after a complete teardown.
     pub leftovers: Vec<String>,
 }
 
-/// Leaves word in the run's folder of logs of how the run ended, for `xpyd down`. To be called last: what it says is taken as
-/// the truth.
+/// Writes `outcome.json` into the run's log folder, for `xpyd down`. Must be the last step of a run, because readers trust it.
 pub fn record_outcome(logs_dir: &Path, status: ExitStatus, leftovers: &[String]) -> io::Result<()> {
     let pid = std::process::id();
     let outcome = RunOutcome {
@@ -142,15 +141,15 @@ pub fn record_outcome(logs_dir: &Path, status: ExitStatus, leftovers: &[String])
     private::write(&logs_dir.join(OUTCOME_FILE), serde_json::to_vec_pretty(&outcome)?)
 }
 
-/// Whether an xpyd that wrote to this folder has said how it ended. Another one may have attached since.
+/// Whether an xpyd that wrote to this folder has recorded its end. Another one can have attached since.
 pub fn has_outcome(logs_dir: &Path) -> bool {
     logs_dir.join(OUTCOME_FILE).exists()
 }
 
-/// How the run that `info` tells of has ended; `None` while it runs, and if it could not say any more.
+/// How the run of `info` ended; `None` while it runs, or if it was killed.
 pub fn outcome(info: &RunInfo) -> Result<Option<RunOutcome>, RunDirError> {
     let outcome: Option<RunOutcome> = match read_json(&info.logs_dir.join(OUTCOME_FILE)) {
-        // Half a file is all that a full disk took.
+        // On a full disk the file can be incomplete.
         Err(RunDirError::Unreadable { .. }) => None,
         read => read?,
     };
@@ -165,7 +164,7 @@ fn start_time_ticks(pid: u32) -> io::Result<u64> {
 /// State letter and start time of a process: fields 3 and 22 of `/proc/<pid>/stat` (proc(5)).
 fn state_and_start(pid: u32) -> io::Result<(char, u64)> {
     let stat = fs_err::read_to_string(format!("/proc/{pid}/stat"))?;
-    // Field 2 is the program's name in parentheses, which may itself hold spaces and parentheses.
+    // Field 2 is the program's name in parentheses, which can itself contain spaces and parentheses.
     let fields = stat
         .rsplit_once(')')
         .map(|(_, rest)| rest.trim_start())
@@ -182,7 +181,7 @@ fn state_and_start(pid: u32) -> io::Result<(char, u64)> {
     })
 }
 
-/// What tells a boot of this machine from others: its id, or, where a sandbox hides that, its time.
+/// The id of this boot of the machine, or its time if a sandbox hides the id.
 fn boot_id() -> String {
     let id = fs_err::read_to_string("/proc/sys/kernel/random/boot_id");
     let id = id.map(|id| id.trim().to_owned()).ok().filter(|id| !id.is_empty());

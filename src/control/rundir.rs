@@ -1,11 +1,10 @@
-//! The runtime folder of a run: its lock, its socket, and the files that say who runs.
+//! The runtime folder of a run: its lock, its sockets, and `run.json`.
 //!
-//! The folder is `$XDG_RUNTIME_DIR/xpyd/<name>/`, or `/tmp/xpyd-<uid>/<name>/` where there is no such variable. It holds
-//! `lock` (locked for the life of the run, holds the pid), `run.json` ([`RunInfo`]), `engine-key`, `control.sock` and
-//! `attach.sock` (where the shim of a run whose xpyd has gone may keep its engines). A log-out removes the folder, and
-//! cleaners of `/tmp` remove files, so it is written again while the run lives, and the kernel knows the run by a name of its
-//! own ([`KernelName`]). A reader never takes the lock, it only asks who has it, so looking at a run cannot disturb the start of
-//! another. What a killed run left is removed by the next one to start.
+//! The folder is `$XDG_RUNTIME_DIR/xpyd/<name>/`, or `/tmp/xpyd-<uid>/<name>/` without that variable. It holds `lock` (locked as
+//! long as the run exists, contains the pid), `run.json` ([`RunInfo`]), `engine-key`, `control.sock` and `attach.sock` (where the
+//! shim of a run whose xpyd is gone waits). A log-out removes the folder, and cleaners of `/tmp` remove files, so the run restores
+//! them, and also has abstract sockets ([`KernelName`]). A reader never takes the lock, it only queries its holder, so reading
+//! cannot disturb the start of another run. The next run removes the files of a killed one.
 
 use std::fmt;
 use std::fs::{DirBuilder, Permissions};
@@ -27,10 +26,10 @@ use tokio::net::UnixListener;
 use super::find::{listener_at, runtime_root};
 use crate::sockets::{self, KernelName, Who};
 
-pub use super::find::{Seen, all, fate_at_logout, find, find_in, kept_sockets, stale, stale_in, visible};
+pub use super::find::{FoundRun, all, fate_at_logout, find, find_in, kept_sockets, stale, stale_in, visible};
 pub use super::run::{RunEngine, RunInfo, RunOutcome, has_outcome, outcome, record_outcome};
 
-/// The name of a run that was not given one.
+/// The default name of a run.
 pub const DEFAULT_NAME: &str = "default";
 
 /// Longest path of a Unix socket in bytes: `sun_path` has 108, one of them for the final NUL (unix(7)).
@@ -40,46 +39,46 @@ pub(super) const LOCK_FILE: &str = "lock";
 pub(super) const RUN_FILE: &str = "run.json";
 pub(super) const SOCKET_FILE: &str = "control.sock";
 const ENGINE_KEY_FILE: &str = "engine-key";
-/// No longer than that of the control socket, whose path is checked.
+/// Not longer than the name of the control socket, whose path is checked.
 pub(super) const ATTACH_FILE: &str = "attach.sock";
 
-/// Why a runtime folder could not be used.
+/// Why a runtime folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RunDirError {
-    /// The name cannot be a folder's name.
-    #[error("`{0}` is no name for a run: use 1 to 32 letters, digits, `.`, `_` or `-`, the first one no `.`")]
+    /// The name is no valid folder name.
+    #[error("invalid run name `{0}`: use 1 to 32 letters, digits, `.`, `_` or `-`, and no `.` at the beginning")]
     BadName(String),
     /// A run of this name holds the lock.
-    #[error("run `{name}` is already there{}", pid_in_words(*pid))]
+    #[error("run `{name}` already exists{}", pid_in_words(*pid))]
     AlreadyRunning {
         /// The run's name.
         name: String,
-        /// Its process, where it has been written down yet.
+        /// Its process id, if the lock file has it already.
         pid: Option<u32>,
     },
-    /// A run of this name holds the lock, and does not answer yet or any more.
-    #[error("run `{name}`{} is just starting or ending", pid_in_words(*pid))]
+    /// A run of this name holds the lock, and does not answer.
+    #[error("run `{name}`{} is starting or ending", pid_in_words(*pid))]
     NotPublished {
         /// The run's name.
         name: String,
-        /// Its process, where it has been written down yet.
+        /// Its process id, if the lock file has it already.
         pid: Option<u32>,
     },
-    /// Runs of this name are there in several environments, or of several users.
+    /// Runs of this name exist in several environments, or of several users.
     #[error("several runs are named `{name}`: pids {}", pids.iter().map(u32::to_string).collect::<Vec<_>>().join(", "))]
     Several {
         /// The name.
         name: String,
-        /// Their processes.
+        /// Their process ids.
         pids: Vec<u32>,
     },
-    /// The folder could be someone else's trap: a link, another owner, or open to others.
+    /// The folder is not safe: a link, owned by another user, or open to others.
     #[error("`{}` is not a folder of this user with mode 0700", path.display())]
     NotPrivate {
         /// The folder.
         path: PathBuf,
     },
-    /// The kernel takes no longer path.
+    /// The path exceeds the kernel's limit.
     #[error("the control socket's path `{}` has {length} bytes; Unix sockets take at most {MAX_SOCKET_PATH}", path.display())]
     SocketPathTooLong {
         /// The socket's path.
@@ -87,20 +86,20 @@ pub enum RunDirError {
         /// Its length in bytes.
         length: usize,
     },
-    /// The lock could be neither taken nor asked for.
+    /// The lock could neither be taken nor queried.
     #[error("cannot lock `{}`", path.display())]
     Lock {
         /// The lock file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: Errno,
     },
-    /// A file of the folder holds something else than xpyd writes.
+    /// A file of the folder is not what xpyd writes.
     #[error("cannot read `{}`", path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What was wrong with it.
+        /// The parse error.
         source: serde_json::Error,
     },
     /// The operating system refused; the message names the path.
@@ -109,20 +108,20 @@ pub enum RunDirError {
 }
 
 impl RunDirError {
-    /// What the user can do about it, if that does not depend on the command.
+    /// The fix, if it does not depend on the command.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::NotPrivate { path } => Some(format!(
-                "`ls -ld {}` shows whose it is; set XDG_RUNTIME_DIR to a folder of your own with mode 0700",
+                "`ls -ld {}` shows its owner; set XDG_RUNTIME_DIR to a folder of your own with mode 0700",
                 path.display()
             )),
             Self::Several { .. } => Some(
-                "`xpyd ps` shows them; give the command the XDG_RUNTIME_DIR of the run that is meant, or run it as its user"
+                "`xpyd ps` shows them; set XDG_RUNTIME_DIR to that of the run you mean, or run the command as its user"
                     .to_owned(),
             ),
-            Self::SocketPathTooLong { .. } => {
-                Some("set XDG_RUNTIME_DIR to a folder with a shorter path, or give the run a shorter `--name`".to_owned())
-            }
+            Self::SocketPathTooLong { .. } => Some(
+                "set XDG_RUNTIME_DIR to a folder with a shorter path, or give the run a shorter `--name`".to_owned(),
+            ),
             Self::Lock { .. } => {
                 Some("set XDG_RUNTIME_DIR to a folder of your own, with mode 0700, on a local disk".to_owned())
             }
@@ -135,27 +134,27 @@ fn pid_in_words(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
-/// The runtime folder of the run that this process is. Holds its lock; dropping it ends the run for everyone else.
+/// The runtime folder of this process's run. Holds its lock; dropping it ends the run for other commands.
 pub struct RunDir {
     root: PathBuf,
     folder: PathBuf,
     socket_path: PathBuf,
-    /// The name under which the kernel knows the run; `None` where somebody else has taken it.
+    /// The name of its abstract socket; `None` if another process has taken it.
     by_name: Option<OwnedFd>,
-    held: Mutex<Held>,
+    held: Mutex<FolderContents>,
 }
 
-/// What the folder holds, to be written again should somebody remove it.
-struct Held {
+/// The content of the folder, for restoring it.
+struct FolderContents {
     lock: Lock,
     info: Option<Vec<u8>>,
     engine_key: Option<String>,
 }
 
-/// The lock of a run. It belongs to these open files and goes with them, however the process ends.
+/// The lock of a run. It belongs to these open files, and is released with them, however the process ends.
 struct Lock {
     file: File,
-    /// Locked as well, because systemd-tmpfiles passes over what is in a locked folder.
+    /// The folder is locked as well, because systemd-tmpfiles skips the content of a locked folder.
     _folder: Option<File>,
 }
 
@@ -169,9 +168,9 @@ impl fmt::Debug for RunDir {
 }
 
 impl RunDir {
-    /// Takes the lock of the run `name`, and removes what a killed run of that name left.
+    /// Takes the lock of the run `name`, and removes the files of a killed run of that name.
     pub fn acquire(name: &str) -> Result<Self, RunDirError> {
-        // One that was started in another environment would be found by no command once this one is up.
+        // Once this run is up, no command would find a run of the same name in another environment.
         let pid = match find(name) {
             Ok(Some(there)) => Some(Some(there.pid)),
             Err(RunDirError::NotPublished { pid, .. }) => Some(pid),
@@ -202,7 +201,7 @@ impl RunDir {
         let (lock, has_locks) = lock_in(&folder, name)?;
         let kernel_name = KernelName::of(Who::Xpyd, root, name);
         let by_name = kernel_name.take();
-        // The lock's file may have been removed, but not what a run listens on.
+        // The lock file can have been removed, but not the abstract socket.
         for socket in [&socket_path, &kernel_name.socket()] {
             if let Some(pid) = listener_at(socket) {
                 return Err(RunDirError::AlreadyRunning {
@@ -223,7 +222,7 @@ impl RunDir {
             root: root.to_owned(),
             socket_path,
             by_name: by_name.ok(),
-            held: Mutex::new(Held {
+            held: Mutex::new(FolderContents {
                 lock,
                 info: None,
                 engine_key: None,
@@ -232,11 +231,11 @@ impl RunDir {
         })
     }
 
-    fn held(&self) -> MutexGuard<'_, Held> {
+    fn held(&self) -> MutexGuard<'_, FolderContents> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells other commands that the run is there. From now on [`find`] finds it.
+    /// Writes `run.json`. From now on [`find`] finds the run.
     pub fn publish(&self, info: &RunInfo) -> Result<(), RunDirError> {
         let text = serde_json::to_vec_pretty(info).map_err(|source| RunDirError::Unreadable {
             path: self.folder.join(RUN_FILE),
@@ -247,7 +246,7 @@ impl RunDir {
         Ok(())
     }
 
-    /// Writes the API key of the run's engines for its user alone, and returns where. It stays while the engines do.
+    /// Writes the API key of the run's engines, readable by its user only, and returns the path. It stays as long as the engines.
     pub fn write_engine_key(&self, key: &str) -> Result<PathBuf, RunDirError> {
         let path = self.folder.join(ENGINE_KEY_FILE);
         self.replace(ENGINE_KEY_FILE, format!("{key}\n").as_bytes())?;
@@ -255,7 +254,7 @@ impl RunDir {
         Ok(path)
     }
 
-    /// Removes the key of engines that are gone.
+    /// Removes the key, once the engines are gone.
     pub fn remove_engine_key(&self) {
         self.held().engine_key = None;
         if let Err(error) = remove_if_there(&self.folder.join(ENGINE_KEY_FILE)) {
@@ -263,12 +262,12 @@ impl RunDir {
         }
     }
 
-    /// Where a shim that keeps engines waits for the next run of this name.
+    /// The path of `attach.sock`, where a shim waits for the next run of this name.
     pub fn attach_path(&self) -> PathBuf {
         self.folder.join(ATTACH_FILE)
     }
 
-    /// Where the control socket is, or will be.
+    /// The path of the control socket.
     pub fn socket_path(&self) -> &Path {
         &self.socket_path
     }
@@ -280,13 +279,13 @@ impl RunDir {
         Ok(listener)
     }
 
-    /// Opens the control socket under the name by which the kernel knows the run. Must be called within a tokio runtime.
+    /// Opens the abstract control socket. Must be called within a tokio runtime.
     pub fn listen_by_name(&self) -> io::Result<Option<UnixListener>> {
         let listener = self.by_name.as_ref().map(sockets::listen_to).transpose()?;
         listener.map(UnixListener::from_std).transpose()
     }
 
-    /// Writes again what somebody has removed. Returns the control socket, if that had to be opened anew.
+    /// Restores removed files. Returns the control socket if it had to be opened again.
     pub fn restore(&self) -> Result<Option<UnixListener>, RunDirError> {
         let mut held = self.held();
         let is_there = |file: &str| fs_err::symlink_metadata(self.folder.join(file)).is_ok();
@@ -314,12 +313,12 @@ impl RunDir {
         })
     }
 
-    /// Whether the lock's name still means the file that is locked.
+    /// Whether the lock's path still is the locked file.
     fn is_in_place(&self, lock: &Lock) -> bool {
         is_same_file(&lock.file, &self.folder.join(LOCK_FILE))
     }
 
-    /// Replaces a file as a whole, so that no reader sees half of it.
+    /// Replaces a file atomically.
     fn replace(&self, file_name: &str, content: &[u8]) -> io::Result<()> {
         let half_written = self.folder.join(format!("{file_name}.new"));
         remove_if_there(&half_written)?;
@@ -335,28 +334,28 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        // Where the lock is another's by now, so is the rest.
+        // If the lock file belongs to another run, the other files do as well.
         if !self.is_in_place(&self.held().lock) {
             return;
         }
-        // Before the lock goes: once it is free, these files may be the next run's.
+        // Before the lock is released: afterwards these files can be the next run's.
         for path in [&self.folder.join(RUN_FILE), &self.socket_path] {
             if let Err(error) = remove_if_there(path) {
                 tracing::warn!(%error, "cannot tidy the runtime folder");
             }
         }
-        // Nothing stays of a run of which nothing is kept.
+        // Nothing stays of a run that keeps no engines.
         let keeps = [ATTACH_FILE, ENGINE_KEY_FILE]
             .iter()
             .any(|file| self.folder.join(file).exists());
         if !keeps && remove_if_there(&self.folder.join(LOCK_FILE)).is_ok() {
-            // One with files of somebody else stays.
+            // A folder with other files stays.
             let _ = fs_err::remove_dir(&self.folder);
         }
     }
 }
 
-/// Opens and locks the lock's file. False if the file system has no locks.
+/// Opens and locks the lock file. The flag is false if the file system has no locks.
 fn lock_in(folder: &Path, name: &str) -> Result<(Lock, bool), RunDirError> {
     let path = folder.join(LOCK_FILE);
     loop {
@@ -378,7 +377,7 @@ fn lock_in(folder: &Path, name: &str) -> Result<(Lock, bool), RunDirError> {
             Err(errno) if lacks_locks(errno) => false,
             Err(source) => return Err(RunDirError::Lock { path, source }),
         };
-        // A run that has just ended removes its lock before it lets go of it.
+        // A run that ends removes its lock file before it releases the lock.
         if !is_same_file(&lock, &path) {
             continue;
         }
@@ -386,19 +385,19 @@ fn lock_in(folder: &Path, name: &str) -> Result<(Lock, bool), RunDirError> {
         writeln!(lock, "{}", std::process::id())?;
         let lock = Lock {
             file: lock,
-            _folder: hold(folder),
+            _folder: lock_folder(folder),
         };
         return Ok((lock, has_locks));
     }
 }
 
-/// Whether that is what a file system says that has no locks.
+/// Whether the error means that the file system has no locks.
 fn lacks_locks(errno: Errno) -> bool {
     matches!(errno, Errno::ENOLCK | Errno::ENOSYS | Errno::EOPNOTSUPP)
 }
 
-/// Keeps cleaners that ask out of a folder, as far as the file system can.
-fn hold(folder: &Path) -> Option<File> {
+/// Locks a folder against cleaners that respect locks, if the file system supports it.
+fn lock_folder(folder: &Path) -> Option<File> {
     let folder = File::open(folder).ok()?;
     folder.file().try_lock_shared().ok()?;
     Some(folder)
@@ -424,7 +423,7 @@ pub(super) fn check_name(name: &str) -> Result<(), RunDirError> {
 
 fn make_private(path: &Path) -> Result<(), RunDirError> {
     match DirBuilder::new().mode(0o700).create(path) {
-        // A umask may have taken what its user needs.
+        // The umask can have removed permissions that its user needs.
         Ok(()) => fs_err::set_permissions(path, Permissions::from_mode(0o700))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
@@ -443,8 +442,8 @@ pub(super) fn check_private(path: &Path) -> Result<(), RunDirError> {
     }
 }
 
-/// A lock on an open file description: it is not shared with a child, survives no exec, and can be asked for without
-/// being taken (fcntl(2), "Open file description locks").
+/// A lock on an open file description: it is not shared with a child, does not survive exec, and can be queried without being
+/// taken (fcntl(2), "Open file description locks").
 fn whole_file_write_lock() -> libc::flock {
     let as_short = |value: i32| i16::try_from(value).expect("the kernel's constants fit their own field");
     libc::flock {
@@ -465,7 +464,7 @@ pub(super) fn is_locked(lock_path: &Path) -> Result<bool, RunDirError> {
     let mut lock = whole_file_write_lock();
     match fcntl(file.file(), FcntlArg::F_OFD_GETLK(&mut lock)) {
         Ok(_) => Ok(i32::from(lock.l_type) != libc::F_UNLCK),
-        // Then only what a run listens on tells that it is there.
+        // Then only the abstract socket shows that the run exists.
         Err(errno) if lacks_locks(errno) => Ok(false),
         Err(source) => Err(RunDirError::Lock {
             path: lock_path.to_owned(),

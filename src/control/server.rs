@@ -1,6 +1,6 @@
 //! The control socket's server.
 //!
-//! Knows nothing of what it controls: it answers with the status it is given and passes requests to stop on.
+//! It knows nothing of what it controls: it answers with the status it is given, and forwards requests.
 
 use std::fmt;
 use std::io;
@@ -20,85 +20,68 @@ use tokio::net::{UnixListener, UnixStream, unix};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::api::{DownAnswer, DownRequest, EngineAnswer, EngineRequest, ErrorBody, ScaleAnswer, ScaleRequest, Status};
-use crate::fleet::{EngineId, Incarnation, MAX_ENGINES_PER_ROLE};
+use super::api::{
+    DownRequest, DownResponse, EngineRequest, EngineResponse, ErrorBody, ScaleRequest, ScaleResponse, Status,
+};
+use crate::fleet::{EngineId, EngineVerb, Incarnation, MAX_ENGINES_PER_ROLE};
 
-/// How long a client may hold up the end of the server.
+/// How long a client can delay the end of the server.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long to wait after a failed accept, which mostly means that the process is out of file descriptors.
+/// Pause after a failed accept, which mostly means that the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The largest body of a request, in bytes.
 const MAX_BODY: usize = 64 * 1024;
 
-/// Someone asked the run to stop.
+/// A request to stop the run.
 #[derive(Debug)]
 pub enum StopRequest {
-    /// With its engines.
+    /// Stop the run and its engines.
     Stop {
         /// Kill now instead of draining.
         force: bool,
     },
-    /// Without them.
+    /// End xpyd and keep the engines.
     Leave {
-        /// Gets for how long they will wait for the next xpyd, or why they cannot.
+        /// Gets how long the engines wait for the next xpyd, or why they cannot be kept.
         reply: oneshot::Sender<Result<Duration, String>>,
     },
 }
 
-/// What may be asked of one engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EngineVerb {
-    /// Drain it, stop it, start it again.
-    Restart,
-    /// Drain it and stop it.
-    Drain,
-}
-
-impl EngineVerb {
-    /// Its name in paths.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Restart => "restart",
-            Self::Drain => "drain",
-        }
-    }
-}
-
-/// Someone asked for one engine to be taken out.
+/// A request to restart or drain one engine.
 #[derive(Debug)]
-pub struct TakeOut {
-    /// Which; there is one of this name.
+pub struct EngineCommand {
+    /// An engine of the run.
     pub engine: EngineId,
-    /// What is asked for.
+    /// What is requested.
     pub verb: EngineVerb,
-    /// Even if its role then has no engine that serves.
+    /// Also if no other engine of its role serves.
     pub force: bool,
-    /// Gets the incarnation that a restart leads to, or why it cannot be.
+    /// Gets the incarnation that follows a restart, or why the request is refused.
     pub reply: oneshot::Sender<Result<Incarnation, String>>,
 }
 
-/// Someone asked for another number of engines of a role.
+/// A request for another number of engines of a role.
 #[derive(Debug)]
-pub struct Scale {
-    /// What was asked for.
+pub struct ScaleCommand {
+    /// The role and the number.
     pub request: ScaleRequest,
-    /// Gets who comes and goes, or why not.
-    pub reply: oneshot::Sender<Result<ScaleAnswer, String>>,
+    /// Gets the engines that start and stop, or why the request is refused.
+    pub reply: oneshot::Sender<Result<ScaleResponse, String>>,
 }
 
-/// What the server speaks for.
+/// The connections from the server to the run.
 #[derive(Clone)]
 pub struct ServerState {
-    /// Tells the run's status now. Called for each request; must not block.
+    /// Builds the run's current status. Called for each request; must not block.
     pub status: Arc<dyn Fn() -> Status + Send + Sync>,
-    /// Takes requests to stop. A full channel already holds one, so what does not fit is dropped, unless it forces.
+    /// Takes requests to stop. A full channel already holds one, so another is dropped, unless it forces.
     pub stop: mpsc::Sender<StopRequest>,
-    /// Takes requests that concern one engine. What does not fit is refused.
-    pub take_out: mpsc::Sender<TakeOut>,
-    /// Takes requests for another number of engines. What does not fit is refused.
-    pub scale: mpsc::Sender<Scale>,
+    /// Takes requests for one engine. A full channel refuses more.
+    pub engine: mpsc::Sender<EngineCommand>,
+    /// Takes requests to scale. A full channel refuses more.
+    pub scale: mpsc::Sender<ScaleCommand>,
 }
 
 impl fmt::Debug for ServerState {
@@ -121,13 +104,13 @@ pub async fn serve(listener: UnixListener, state: ServerState, stop: Cancellatio
                 "no such route; there are /v1/status, /v1/down, /v1/engines/{id}/restart, /v1/engines/{id}/drain and /v1/scale",
             )
         })
-        .method_not_allowed_fallback(|| async { refuse(StatusCode::METHOD_NOT_ALLOWED, "this route takes another method") })
+        .method_not_allowed_fallback(|| async { refuse(StatusCode::METHOD_NOT_ALLOWED, "method not allowed on this route") })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(state);
     let server = axum::serve(OwnPeers(listener), router).with_graceful_shutdown(stop.clone().cancelled_owned());
     tokio::select! {
         result = server.into_future() => result,
-        // A client that keeps half a request open must not keep the run.
+        // A client with half a request must not delay the end of the run.
         () = async { stop.cancelled().await; tokio::time::sleep(FAREWELL).await } => Ok(()),
     }
 }
@@ -136,7 +119,7 @@ async fn status(State(state): State<ServerState>) -> Json<serde_json::Value> {
     Json((state.status)().to_json())
 }
 
-/// What a body says, whatever content type it claims: `curl -d` claims a form. An empty one, as of `curl -X POST`, is the default.
+/// Parses a JSON body and ignores its content type: `curl -d` claims a form. An empty one, as of `curl -X POST`, is the default.
 fn read<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Box<Response>> {
     if body.trim_ascii().is_empty() {
         return Ok(T::default());
@@ -148,7 +131,7 @@ fn read_whole<T: DeserializeOwned>(body: &[u8]) -> Result<T, Box<Response>> {
     serde_json::from_slice(body).map_err(|error| {
         Box::new(refuse(
             StatusCode::BAD_REQUEST,
-            &format!("the body is not what this route takes: {error}"),
+            &format!("invalid request body: {error}"),
         ))
     })
 }
@@ -163,14 +146,11 @@ async fn down(State(state): State<ServerState>, body: Bytes) -> Response {
     }
     let force = request.force;
     match state.stop.try_send(StopRequest::Stop { force }) {
-        // No receiver is left when the run is already past its last stage, and then it ends without being asked.
+        // No receiver is left when the run is past its last stage: it ends anyway.
         Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
         Err(mpsc::error::TrySendError::Full(_)) if !force => {}
         Err(mpsc::error::TrySendError::Full(_)) => {
-            return refuse(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "too many requests to stop at once; try again",
-            );
+            return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests to stop; try again");
         }
     }
     tracing::info!(force, "asked to stop over the control socket");
@@ -190,7 +170,7 @@ async fn leave(state: &ServerState) -> Response {
 }
 
 fn stopping(keep: Duration) -> Response {
-    let answer = DownAnswer {
+    let answer = DownResponse {
         stopping: true,
         keep_seconds: keep.as_secs(),
     };
@@ -198,14 +178,14 @@ fn stopping(keep: Duration) -> Response {
 }
 
 async fn restart(State(state): State<ServerState>, Path(id): Path<String>, body: Bytes) -> Response {
-    take_out(&state, &id, EngineVerb::Restart, &body).await
+    engine_command(&state, &id, EngineVerb::Restart, &body).await
 }
 
 async fn drain(State(state): State<ServerState>, Path(id): Path<String>, body: Bytes) -> Response {
-    take_out(&state, &id, EngineVerb::Drain, &body).await
+    engine_command(&state, &id, EngineVerb::Drain, &body).await
 }
 
-async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: &[u8]) -> Response {
+async fn engine_command(state: &ServerState, id: &str, verb: EngineVerb, body: &[u8]) -> Response {
     let EngineRequest { force } = match read(body) {
         Ok(request) => request,
         Err(refusal) => return *refusal,
@@ -215,19 +195,19 @@ async fn take_out(state: &ServerState, id: &str, verb: EngineVerb, body: &[u8]) 
         return refuse(StatusCode::NOT_FOUND, &format!("no engine `{engine}` in this run"));
     }
     let (reply, answer) = oneshot::channel();
-    let request = TakeOut {
+    let request = EngineCommand {
         engine,
         verb,
         force,
         reply,
     };
-    if state.take_out.try_send(request).is_err() {
+    if state.engine.try_send(request).is_err() {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once; try again");
     }
     match answer.await {
         Ok(Ok(incarnation)) => {
             let incarnation = incarnation.0;
-            (StatusCode::ACCEPTED, Json(EngineAnswer { incarnation })).into_response()
+            (StatusCode::ACCEPTED, Json(EngineResponse { incarnation })).into_response()
         }
         Ok(Err(reason)) => refuse(StatusCode::CONFLICT, &reason),
         Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the run is ending"),
@@ -247,7 +227,7 @@ async fn scale(State(state): State<ServerState>, body: Bytes) -> Response {
         return refuse(StatusCode::BAD_REQUEST, &error);
     }
     let (reply, answer) = oneshot::channel();
-    if state.scale.try_send(Scale { request, reply }).is_err() {
+    if state.scale.try_send(ScaleCommand { request, reply }).is_err() {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many requests at once; try again");
     }
     match answer.await {
@@ -267,8 +247,7 @@ fn refuse(status: StatusCode, error: &str) -> Response {
         .into_response()
 }
 
-/// Accepts connections of this user's and root's processes only. The folder's mode says the same; this holds even where
-/// someone has changed it.
+/// Accepts connections of this user's and root's processes only. The folder's mode enforces the same, but can be changed.
 struct OwnPeers(UnixListener);
 
 impl Listener for OwnPeers {

@@ -1,7 +1,7 @@
-//! How far a start is and how long it still takes, judged by the last good start of the same engine. PURE.
+//! Estimates the progress and the time left of a start from the last successful start of the same engine. PURE.
 //!
-//! The last start is remembered as marks: when it entered each phase, and the ends of the bars within some. A start that
-//! reaches a phase stands where the last one stood when it did, and moves on with the clock as far as the next mark.
+//! The last start is stored as marks: when it entered each phase, and the ends of progress bars within phases. A start that reaches
+//! a phase gets the progress that the last start had there, and moves with the clock up to the next mark.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,35 +11,35 @@ use serde::{Deserialize, Serialize};
 use super::phases::Phase;
 use crate::fleet::TimeLeft;
 
-/// Shown at most before an engine is ready.
+/// The highest progress, in percent, before an engine is ready.
 const NOT_READY_PERCENT: u8 = 99;
 
-/// More marks than any start leaves: one per phase, and the ends of its bar.
+/// The most marks of a start: one per phase, and the ends of its progress bar.
 const MAX_MARKS: usize = 64;
 
-/// A point of a start.
+/// A point in a start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
-    /// The phase that it was in: `loading weights`.
+    /// The phase, such as `loading weights`.
     pub phase: String,
-    /// How much of the phase was done, 0 to 100, where the engine counts it itself.
+    /// Progress within the phase, 0 to 100, if the engine reports it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub done: Option<u8>,
-    /// When, in milliseconds after the engine's spawn.
+    /// Time since the engine's spawn, in milliseconds.
     pub at_ms: u64,
 }
 
-/// How long a good start took, and what of it.
+/// A successful start: its duration and its marks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PastStart {
-    /// In the order of time.
+    /// The marks by time.
     pub marks: Vec<Mark>,
-    /// From the engine's spawn until it was healthy, in milliseconds.
+    /// Time from the engine's spawn until it was healthy, in milliseconds.
     pub took_ms: u64,
 }
 
 impl PastStart {
-    /// Whether it can have happened; what a file says may be anything.
+    /// Whether the values are consistent; a file can contain anything.
     pub fn is_sound(&self) -> bool {
         self.took_ms > 0
             && self.marks.len() <= MAX_MARKS
@@ -47,19 +47,19 @@ impl PastStart {
             && self.marks.last().is_none_or(|last| last.at_ms <= self.took_ms)
     }
 
-    /// How long it took.
+    /// Its duration.
     pub fn took(&self) -> Duration {
         Duration::from_millis(self.took_ms)
     }
 
-    /// When the mark with this index was reached; the end of the start after the last one.
+    /// When it reached the mark with this index; its end for the index after the last.
     fn at(&self, index: usize) -> Duration {
         let at_ms = self.marks.get(index).map_or(self.took_ms, |mark| mark.at_ms);
         Duration::from_millis(at_ms)
     }
 
-    /// When this start was where `phase` is, and when it reached the next mark. `None` if it had no such phase.
-    fn locate(&self, phase: &Phase) -> Option<Stretch> {
+    /// When this start reached `phase`, and when it reached the next mark. `None` if it had no such phase.
+    fn locate(&self, phase: &Phase) -> Option<MarkSpan> {
         let entered = self.marks.iter().position(|mark| mark.phase == phase.name)?;
         let in_phase = |index: &usize| self.marks.get(*index).is_some_and(|mark| mark.phase == phase.name);
         let reached = |index: &usize| self.marks[*index].done.is_none_or(|done| Some(done) <= phase.done);
@@ -80,48 +80,47 @@ impl PastStart {
             _ => 0.0,
         };
         let from = from + to.saturating_sub(from).mul_f64(share.min(1.0));
-        Some(Stretch { from, to })
+        Some(MarkSpan { from, to })
     }
 }
 
-/// A piece of the last start.
+/// A section of the last start.
 #[derive(Debug, Clone, Copy, Default)]
-struct Stretch {
+struct MarkSpan {
     from: Duration,
     to: Duration,
 }
 
-/// What can be said of a start while it goes on.
+/// The estimate for a running start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
-    /// How far it is, 0 to 99: the share of the last start's time, or a guess by the phase if there is none. Never goes
-    /// back.
+    /// Progress, 0 to 99: the share of the last start's time, or a guess by the phase without one. Never decreases.
     pub percent: u8,
-    /// How long it still takes.
+    /// The time left.
     pub left: TimeLeft,
 }
 
-/// A start that goes on. Times are since the engine's spawn.
+/// A running start. Times are since the engine's spawn.
 #[derive(Debug, Clone, Default)]
-pub struct Start {
+pub struct StartEstimator {
     last: Option<Arc<PastStart>>,
     marks: Vec<Mark>,
     phase: Option<Phase>,
-    /// What the last start did between where this one was last seen and the next mark.
-    stretch: Stretch,
-    /// When this one was seen there.
+    /// The section of the last start between this start's latest mark and the next one.
+    stretch: MarkSpan,
+    /// When this start reached its latest mark.
     seen_at: Duration,
-    /// As much of the last start as had already been shown as done then.
+    /// The part of the last start that was already shown as done then.
     shown: Duration,
 }
 
-impl Start {
-    /// A start that has just begun, and the last good one of the same engine, which must be sound.
+impl StartEstimator {
+    /// A start that has just begun, with the last successful one of the same engine, which must be consistent.
     pub fn begin(last: Option<Arc<PastStart>>) -> Self {
         let to = last.as_ref().map(|last| last.at(0)).unwrap_or_default();
         Self {
             last,
-            stretch: Stretch {
+            stretch: MarkSpan {
                 from: Duration::ZERO,
                 to,
             },
@@ -129,12 +128,12 @@ impl Start {
         }
     }
 
-    /// The phase it is in.
+    /// The current phase.
     pub fn phase(&self) -> Option<Phase> {
         self.phase
     }
 
-    /// It has reached `phase`, or more of it.
+    /// Records that it has reached `phase`, or made progress in it.
     pub fn reach(&mut self, phase: Phase, elapsed: Duration) {
         self.phase = Some(phase);
         self.mark(phase, elapsed);
@@ -146,7 +145,7 @@ impl Start {
         self.seen_at = elapsed;
     }
 
-    /// How far it is.
+    /// The estimate after `elapsed`.
     pub fn estimate(&self, elapsed: Duration) -> Estimate {
         let Some(last) = &self.last else {
             let guess = self.phase.map_or(0, |phase| phase.percent);
@@ -168,24 +167,24 @@ impl Start {
         }
     }
 
-    /// What is worth remembering of it, now that the engine is healthy.
+    /// The start to store, once the engine is healthy.
     pub fn finish(&self, elapsed: Duration) -> PastStart {
         let took_ms = milliseconds(elapsed);
         let mut marks = self.marks.clone();
-        // A log is read a moment after it is written, and the engine may have answered by then.
+        // A log is read a moment after it is written, and the engine can have answered before.
         for mark in &mut marks {
             mark.at_ms = mark.at_ms.min(took_ms);
         }
         PastStart { marks, took_ms }
     }
 
-    /// Where in the last start it is.
+    /// Its position in the last start.
     fn position(&self, elapsed: Duration) -> Duration {
         let went_on = self.stretch.from + elapsed.saturating_sub(self.seen_at);
         went_on.min(self.stretch.to)
     }
 
-    /// Of a bar, its first mark and its latest are enough.
+    /// Keeps only the first and the latest mark of a progress bar.
     fn mark(&mut self, phase: Phase, elapsed: Duration) {
         let mark = Mark {
             phase: phase.name.to_owned(),
@@ -226,7 +225,7 @@ mod tests {
 
     /// 10 s to the weights, 20 s of weights by a bar, 10 s more.
     fn last() -> Arc<PastStart> {
-        let mut start = Start::begin(None);
+        let mut start = StartEstimator::begin(None);
         start.reach(phase("importing", 15, None), seconds(2));
         start.reach(phase("loading weights", 55, None), seconds(10));
         for done in [0, 25, 50, 75, 100] {
@@ -241,7 +240,7 @@ mod tests {
 
     #[test]
     fn without_a_last_start_the_phase_is_the_guess() {
-        let mut start = Start::begin(None);
+        let mut start = StartEstimator::begin(None);
         start.reach(phase("up", 100, None), seconds(3));
         let expected = Estimate {
             percent: 99,
@@ -264,9 +263,9 @@ mod tests {
     }
 
     #[test]
-    fn a_start_stands_where_the_last_one_stood_in_the_same_phase() {
-        let mut start = Start::begin(Some(last()));
-        let seen = |start: &Start, at| {
+    fn progress_follows_the_last_start_by_phase() {
+        let mut start = StartEstimator::begin(Some(last()));
+        let seen = |start: &StartEstimator, at| {
             let estimate = start.estimate(seconds(at));
             (estimate.percent, estimate.left)
         };
@@ -283,7 +282,7 @@ mod tests {
 
     #[test]
     fn the_last_phase_that_takes_longer_says_so() {
-        let mut start = Start::begin(Some(last()));
+        let mut start = StartEstimator::begin(Some(last()));
         start.reach(phase("starting server", 92, None), seconds(1));
         assert_eq!(start.estimate(seconds(5)).left, TimeLeft::About(seconds(1)));
         let late = start.estimate(seconds(6));
@@ -313,9 +312,9 @@ mod tests {
     fn play(
         last: Option<Arc<PastStart>>,
         steps: &[(u64, usize, Option<u8>)],
-        mut each: impl FnMut(&Start, Duration),
+        mut each: impl FnMut(&StartEstimator, Duration),
     ) -> PastStart {
-        let mut start = Start::begin(last);
+        let mut start = StartEstimator::begin(last);
         let mut now = Duration::ZERO;
         for (span, name, done) in steps {
             for _ in 0..3 {
@@ -330,7 +329,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_never_goes_back_never_ends_and_never_counts_below_zero(before in starts(), now in starts()) {
+        fn progress_is_monotonic_and_bounded(before in starts(), now in starts()) {
             let last = play(None, &before, |_, _| {});
             prop_assert!(last.is_sound());
             let took = last.took();

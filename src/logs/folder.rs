@@ -1,7 +1,7 @@
-//! The folder of one run below `logs/`, the link to the newest one, and the limit on how many are kept.
+//! The folder of a run below `logs/`, the link to the newest one, and the removal of old ones.
 //!
-//! A folder that xpyd made holds the file `.xpyd-run`, so it can be told from other people's. xpyd keeps this file locked during the
-//! run, and the shim keeps its own log locked, so an old folder can be told from that of a run that still writes.
+//! A folder that xpyd created contains the file `.xpyd-run`. xpyd locks this file during the run, and the shim locks its own log,
+//! so the folder of a running run is never removed.
 
 use std::io;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -20,10 +20,10 @@ use crate::private;
 /// The link to the newest run's folder.
 pub const LATEST: &str = "latest";
 
-/// Marks a folder that xpyd made. The xpyd that made it keeps it locked until it ends.
+/// The file that marks a folder as created by xpyd. That xpyd locks it until it ends.
 const MARKER: &str = ".xpyd-run";
 
-/// The folder of a run that has not ended. It may be removed, as an old one, once this is dropped and there is no shim.
+/// The folder of a running run. Once this is dropped and no shim runs, it can be removed as an old one.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
@@ -37,14 +37,14 @@ impl RunFolder {
         &self.path
     }
 
-    /// What the file system cannot do, and what follows from that.
+    /// Missing features of the file system, with their consequences.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 }
 
-/// Makes `logs_root/<UTC time>-<run name>/`, points `logs_root/latest` at it, and removes the oldest folders that xpyd
-/// made, until only `keep` are left, this one included. Folders of runs that have not ended are never removed.
+/// Creates `logs_root/<UTC time>-<run name>/`, points `logs_root/latest` at it, and removes the oldest folders that xpyd created,
+/// until only `keep` are left, this one included. Folders of running runs are never removed.
 pub fn create_run_folder(logs_root: &Path, run_name: &str, keep: usize) -> Result<RunFolder, LogsError> {
     private::create_folders(logs_root)?;
     let path = make_folder(logs_root, run_name)?;
@@ -76,11 +76,11 @@ pub fn create_run_folder(logs_root: &Path, run_name: &str, keep: usize) -> Resul
     })
 }
 
-/// Whether a process seen from here has a file of this folder open to write: xpyd, or the shim of kept engines.
+/// Whether a visible process has a file of this folder open for writing: xpyd, or the shim of kept engines.
 pub fn is_written(folder: &Path) -> bool {
     let processes = fs_err::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
     processes
-        // Those of other users and those that end meanwhile cannot be read.
+        // Processes of other users and processes that end meanwhile cannot be read.
         .filter_map(|process| std::fs::read_dir(process.path().join("fd")).ok())
         .flatten()
         .filter_map(Result::ok)
@@ -95,7 +95,7 @@ pub fn is_written(folder: &Path) -> bool {
         })
 }
 
-/// Whether that is what file systems say that have no locks or no links: Lustre, NFS, CIFS, FAT.
+/// Whether the error means that the file system has no locks or no links, as Lustre, NFS, CIFS or FAT.
 fn is_lacking(error: &io::Error) -> bool {
     let lacks = [
         Errno::ENOSYS,
@@ -115,7 +115,7 @@ fn named(path: &Path, error: &io::Error) -> io::Error {
 }
 
 fn make_folder(logs_root: &Path, run_name: &str) -> Result<PathBuf, LogsError> {
-    // UTC, so that the order of the names is the order of the runs, also when the clocks change.
+    // UTC, so that the order of the names is the order of the runs across changes of daylight saving time.
     let time = Timestamp::now()
         .to_zoned(TimeZone::UTC)
         .strftime("%Y%m%d-%H%M%S")
@@ -132,7 +132,7 @@ fn make_folder(logs_root: &Path, run_name: &str) -> Result<PathBuf, LogsError> {
         .take(64)
         .collect();
     for attempt in 0..100 {
-        // A dot comes after the dash, so the order of names holds within a second too.
+        // A dot sorts after the dash, so the order of names holds within a second too.
         let suffix = if attempt == 0 {
             String::new()
         } else {
@@ -148,7 +148,7 @@ fn make_folder(logs_root: &Path, run_name: &str) -> Result<PathBuf, LogsError> {
     Err(LogsError::Crowded(logs_root.to_owned()))
 }
 
-/// Replaces the link in one step, so that there is always one.
+/// Replaces the link atomically.
 fn point_latest_at(logs_root: &Path, folder: &Path) -> Result<(), LogsError> {
     let latest = logs_root.join(LATEST);
     if fs_err::symlink_metadata(&latest).is_ok_and(|found| !found.is_symlink()) {
@@ -156,7 +156,7 @@ fn point_latest_at(logs_root: &Path, folder: &Path) -> Result<(), LogsError> {
     }
     let target = folder.file_name().expect("the folder was just made below the root");
     let new = logs_root.join(format!(".{LATEST}.{}", std::process::id()));
-    // A leftover of a killed process that had our id.
+    // A leftover of a killed process with the same id.
     drop(fs_err::remove_file(&new));
     // Not of `fs_err`, which hides the error's number.
     symlink(target, &new)?;
@@ -176,7 +176,7 @@ fn remove_old(logs_root: &Path, keep: usize) -> Result<(), LogsError> {
         if surplus == 0 {
             break;
         }
-        // Held open until the folder is gone. Two runs that tidy at once may both come here; one of them finds less.
+        // Held open until the folder is gone. If two runs remove folders at once, one of them finds fewer.
         let Ok(marker) = OpenOptions::new().write(true).open(folder.join(MARKER)) else {
             continue;
         };
@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_written_while_a_file_of_it_is_open_to_write() {
+    fn a_folder_with_an_open_file_is_in_use() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().canonicalize().expect("a path");
         let file = private::append(&path.join("xpyd.log")).expect("a file");
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_system_lacks_is_told_from_what_it_refuses() {
+    fn missing_features_differ_from_refused_calls() {
         for errno in [Errno::ENOSYS, Errno::ENOLCK, Errno::EOPNOTSUPP, Errno::EPERM] {
             assert!(is_lacking(&errno.into()), "{errno}");
         }

@@ -1,7 +1,7 @@
-//! Reading a log as it grows, over all the files it consists of.
+//! Follows a growing log through all of its files.
 //!
-//! A follower asks the file for more ten times a second. It reads a file to its end before it goes on with the next one,
-//! however many rotations there were meanwhile, and starts over when the file was cut.
+//! A follower polls the file ten times a second. It reads each file to its end before the next one, after any number of rotations,
+//! and starts over if the file was truncated.
 
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
@@ -9,57 +9,57 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::lines::LineSplitter;
-use super::rotation::{self, Part};
-use super::start::Start;
+use super::rotation::{self, LogFilePart};
+use super::start::ReadStart;
 
-/// How long a follower waits before it looks at a file again that had nothing new.
+/// Time between two polls of a file without new data.
 pub const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Most bytes that one look takes, so that a flood in one log does not starve the others.
+/// The most bytes per poll, so that a flood in one log does not starve the others.
 const BYTES_PER_LOOK: u64 = 1024 * 1024;
 
-/// Stands where full files were removed before they were read: the follower was slower than the engine for long.
-const GAP: &[u8] = b"[xpyd: output is missing here, it was removed before it was read]";
+/// The line in place of full files that were removed before they were read, because the follower was slower than the engine.
+const GAP: &[u8] = b"[xpyd: output is missing here: it was removed before it was read]";
 
-/// Reads one log, now and as it grows. The file need not be there yet.
+/// Reads one log, now and as it grows. The file can be created later.
 #[derive(Debug)]
 pub struct Follower {
     path: PathBuf,
-    first: First,
+    first: Begin,
     file: Option<OpenLog>,
     splitter: LineSplitter,
-    /// Lines still to be passed over.
+    /// The number of lines still to skip.
     skip: usize,
     buffer: Vec<u8>,
 }
 
-/// Which file to open first.
+/// The file to open first.
 #[derive(Debug, Clone, Copy)]
-enum First {
+enum Begin {
     Oldest,
-    /// The one that is written, from this byte on.
-    Present(u64),
+    /// The current file, from this byte on.
+    Current(u64),
 }
 
 #[derive(Debug)]
 struct OpenLog {
-    part: Part,
+    part: LogFilePart,
     position: u64,
 }
 
 impl Follower {
-    /// Reads the whole log, full files too.
+    /// Reads the whole log, full files included.
     pub fn from_start(path: &Path) -> Self {
-        Self::new(path, First::Oldest)
+        Self::new(path, Begin::Oldest)
     }
 
-    /// Reads the file that is written now from the byte `offset` on; from its start if it is shorter than that.
+    /// Reads the current file from the byte `offset` on; from its start if it is shorter than that.
     pub fn from_offset(path: &Path, offset: u64) -> Self {
-        Self::new(path, First::Present(offset))
+        Self::new(path, Begin::Current(offset))
     }
 
-    /// Reads the log from a line on that was looked for; all of it without one.
-    pub fn from_line(path: &Path, start: Option<Start>) -> io::Result<Self> {
+    /// Reads the log from this line on; all of it without one.
+    pub fn from_line(path: &Path, start: Option<ReadStart>) -> io::Result<Self> {
         let mut follower = Self::from_start(path);
         if let Some(start) = start {
             follower.skip = start.skip;
@@ -68,7 +68,7 @@ impl Follower {
         Ok(follower)
     }
 
-    fn new(path: &Path, first: First) -> Self {
+    fn new(path: &Path, first: Begin) -> Self {
         Self {
             path: path.to_owned(),
             first,
@@ -79,19 +79,19 @@ impl Follower {
         }
     }
 
-    /// The lines that are new since the last call, in pieces of a megabyte: none only if there are none now.
+    /// The new lines since the last call, up to about a megabyte. Empty only if there are none now.
     pub fn read_new(&mut self) -> io::Result<Vec<Vec<u8>>> {
         let mut lines = Vec::new();
         while lines.is_empty() && self.look(&mut lines)? {}
         Ok(lines)
     }
 
-    /// The unfinished line at the end, when no more will come.
+    /// The unfinished line at the end, if the log is complete.
     pub fn finish(&mut self) -> Option<Vec<u8>> {
         self.splitter.finish()
     }
 
-    /// Waits for new lines; at least one. Safe to cancel.
+    /// Waits for at least one new line. Safe to cancel.
     pub async fn next(&mut self) -> io::Result<Vec<Vec<u8>>> {
         loop {
             let lines = self.read_new()?;
@@ -102,7 +102,7 @@ impl Follower {
         }
     }
 
-    /// Reads once; false when there is nothing to read now.
+    /// Reads once. Returns false if there is nothing to read now.
     fn look(&mut self, lines: &mut Vec<Vec<u8>>) -> io::Result<bool> {
         if self.file.is_none() {
             self.open_first()?;
@@ -110,7 +110,7 @@ impl Follower {
         let Some(log) = self.file.as_mut() else {
             return Ok(false);
         };
-        // Asked before reading: whatever was written before the rotation is then read below, or on the next look.
+        // Checked before reading, so everything that was written before the rotation is read below, or at the next poll.
         let is_newest = match fs_err::metadata(&self.path) {
             Ok(now) => now.ino() == log.part.inode,
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
@@ -150,8 +150,8 @@ impl Follower {
 
     fn open_first(&mut self) -> io::Result<()> {
         let (number, offset) = match self.first {
-            First::Oldest => (0, 0),
-            First::Present(offset) => (u64::MAX, offset),
+            Begin::Oldest => (0, 0),
+            Begin::Current(offset) => (u64::MAX, offset),
         };
         match rotation::after(&self.path, number, None)? {
             Some(part) => self.open(part, offset),
@@ -159,7 +159,7 @@ impl Follower {
         }
     }
 
-    fn open(&mut self, mut part: Part, offset: u64) -> io::Result<()> {
+    fn open(&mut self, mut part: LogFilePart, offset: u64) -> io::Result<()> {
         let length = part.file.metadata()?.len();
         let position = if offset > length { 0 } else { offset };
         part.file.seek(SeekFrom::Start(position))?;

@@ -1,21 +1,21 @@
-//! Cutting a stream of bytes into lines, and making a line fit to be shown.
+//! Splits a stream of bytes into lines, and converts a line to plain text.
 //!
-//! A progress bar redraws itself with `\r`, so that ends a line too; what it overwrites is a line of its own. Lines are
-//! bytes until they are shown, because engines print whatever they want.
+//! A progress bar redraws itself with `\r`, so that ends a line too; each redraw is a line. Lines are bytes until they are shown,
+//! because engines can print anything.
 
 use std::borrow::Cow;
 use std::mem;
 
 use memchr::memchr2;
 
-/// The longest line in bytes. A longer one arrives in pieces, so that no line can fill the memory.
+/// The longest line in bytes. A longer one is split, so that no line can fill the memory.
 pub const MAX_LINE: usize = 64 * 1024;
 
-/// Cuts bytes into lines at `\n`, `\r\n` and `\r`. What a `\r` leaves empty is no line.
+/// Splits bytes into lines at `\n`, `\r\n` and `\r`. An empty line before a `\r` does not count.
 #[derive(Debug, Default)]
 pub struct LineSplitter {
     partial: Vec<u8>,
-    /// The last byte was a `\r`, and whether it ended nothing. A `\n` now belongs to it.
+    /// `Some` if the last byte was a `\r`, with whether its line was empty. A following `\n` belongs to it.
     returned: Option<Empty>,
 }
 
@@ -23,7 +23,7 @@ pub struct LineSplitter {
 struct Empty(bool);
 
 impl LineSplitter {
-    /// Takes the next bytes and gives each line that they complete to `take`.
+    /// Takes the next bytes, and calls `take` with each complete line.
     pub fn feed(&mut self, bytes: &[u8], mut take: impl FnMut(Vec<u8>)) {
         let mut rest = bytes;
         while let Some(end) = memchr2(b'\n', b'\r', rest) {
@@ -43,12 +43,12 @@ impl LineSplitter {
         self.extend(rest, &mut take);
     }
 
-    /// What came after the last line's end, as a line of its own.
+    /// The bytes after the end of the last line, as a line.
     pub fn finish(&mut self) -> Option<Vec<u8>> {
         Some(mem::take(&mut self.partial)).filter(|line| !line.is_empty())
     }
 
-    /// Forgets the unfinished line: the bytes that come next do not continue it.
+    /// Drops the unfinished line: the next bytes do not continue it.
     pub fn reset(&mut self) {
         *self = Self::default();
     }
@@ -66,7 +66,7 @@ impl LineSplitter {
     }
 }
 
-/// Where to cut a line that is too long: not within a character, if it is text at all.
+/// Where to split a line that is too long: not within a character, if it is text.
 fn piece_end(line: &[u8]) -> usize {
     let is_continuation = |index: &usize| line[*index] & 0b1100_0000 == 0b1000_0000;
     (MAX_LINE - 3..=MAX_LINE)
@@ -75,10 +75,9 @@ fn piece_end(line: &[u8]) -> usize {
         .unwrap_or(MAX_LINE)
 }
 
-/// A line as plain text: colours and everything else that would move a terminal's cursor are gone, and what is no
-/// UTF-8 is replaced.
+/// A line as plain text: without colours and other terminal control sequences, and with invalid UTF-8 replaced.
 pub fn plain(line: &[u8]) -> Cow<'_, str> {
-    // Nearly every line is like this, and a log may have millions.
+    // The fast path: nearly every line is like this, and a log can have millions.
     if line.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t')) {
         return String::from_utf8_lossy(line);
     }
@@ -107,13 +106,13 @@ mod tests {
     }
 
     #[test]
-    fn a_progress_bar_is_a_line_per_redraw_and_blank_lines_stay() {
+    fn each_redraw_of_a_progress_bar_is_a_line() {
         let bar = b"\r  0%\r 50%\r100%\n\nnext\r\nlast";
         assert_eq!(split(&[bar]), ["  0%", " 50%", "100%", "", "next", "last"]);
     }
 
     #[test]
-    fn a_long_line_arrives_in_pieces_that_cut_no_character() {
+    fn long_lines_are_split_between_characters() {
         let line = "ä".repeat(MAX_LINE);
         let pieces = split(&[b"x", line.as_bytes(), b"\n"]);
         assert_eq!(pieces.len(), 3);

@@ -1,7 +1,7 @@
-//! Several logs as one, in the order of time.
+//! Merges several logs by time.
 //!
-//! Lines of one log never change places. Between logs the earlier line comes first, and of two that are equally old the
-//! one of the log that was named first. What grows meanwhile is merged among what is new in one look.
+//! Lines of one log keep their order. Between logs the earlier line comes first, and of two with the same time the one of the log
+//! that was named first. New lines are merged among the new lines of the same poll.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,12 +12,12 @@ use jiff::tz::TimeZone;
 
 use super::follow::Follower;
 use super::stamp::{Clock, Head, Micros};
-use super::start::{Start, written};
+use super::start::{ReadStart, written};
 
-/// How much one call of [`Merge::read_new`] returns, in bytes; the last line may exceed it.
+/// The most bytes that one call of [`Merge::read_new`] returns; the last line can exceed it.
 const BATCH_BYTES: usize = 1024 * 1024;
 
-/// How many lines of a log are read at least to find its first stamp.
+/// The least number of lines of a log that are read to find its first timestamp.
 const LINES_TO_STAMP: usize = 10_000;
 
 /// A line of one of several logs.
@@ -25,9 +25,9 @@ const LINES_TO_STAMP: usize = 10_000;
 pub struct Record {
     /// Index of the log.
     pub log: usize,
-    /// When it was written: its own stamp, or that of the line before it. `None` if none of them has one.
+    /// Its timestamp, or that of the last line before it that has one. `None` without any.
     pub time: Option<Micros>,
-    /// As the engine wrote it, without its end.
+    /// The bytes of the line, without its end.
     pub line: Vec<u8>,
 }
 
@@ -46,8 +46,8 @@ struct Source {
 }
 
 impl Merge {
-    /// Merges these logs. Each begins with its first line that is not older than `since`, or with its last `tail` lines,
-    /// whichever is later. Stamps without a zone are of `zone`.
+    /// Merges these logs. Each begins with its first line that is not older than `since`, or with its last `tail` lines, whichever is
+    /// later. `zone` is the time zone of timestamps without one.
     pub fn open<'log>(
         logs: impl IntoIterator<Item = &'log Path>,
         since: Option<Micros>,
@@ -57,9 +57,9 @@ impl Merge {
         let open = |(index, path): (usize, &Path)| {
             let follower = match (since, tail) {
                 (None, None) => Follower::from_start(path),
-                _ => Follower::from_line(path, Start::find(path, since, tail, zone)?)?,
+                _ => Follower::from_line(path, ReadStart::find(path, since, tail, zone)?)?,
             };
-            // Of a file that is not there yet, every line is of now.
+            // A file that does not exist yet will contain only new lines.
             let written =
                 fs_err::File::open(path).map_or_else(|_| Timestamp::now().as_microsecond(), |file| written(&file));
             Ok(Source {
@@ -73,11 +73,11 @@ impl Merge {
         Ok(Self { sources: sources? })
     }
 
-    /// The lines that are new since the last call, in pieces of about a megabyte: none only if there are none now.
+    /// The new lines since the last call, up to about a megabyte. Empty only if there are none now.
     pub fn read_new(&mut self) -> io::Result<Vec<Record>> {
         let mut batch = Vec::new();
         let mut bytes = 0;
-        // A log that has nothing more is not asked again in this call, so that one that grows does not keep it going.
+        // A log without more lines is not polled again in this call, so that a growing one does not make it endless.
         let mut is_read = vec![false; self.sources.len()];
         while bytes < BATCH_BYTES {
             for (source, is_read) in self.sources.iter_mut().zip(&mut is_read) {
@@ -101,7 +101,7 @@ impl Merge {
         Ok(batch)
     }
 
-    /// The unfinished lines at the ends, when no more will come.
+    /// The unfinished lines at the ends, if the logs are complete.
     pub fn finish(&mut self) -> Vec<Record> {
         let mut records: Vec<Record> = self
             .sources
@@ -115,7 +115,7 @@ impl Merge {
         records
     }
 
-    /// The log whose next line is the earliest, and the next line of the others.
+    /// The log whose next line is the earliest, and the key of the earliest line of the others.
     fn earliest(&self) -> Option<(usize, Option<Key>)> {
         let mut earliest: Option<(usize, Key)> = None;
         let mut next: Option<Key> = None;
@@ -135,7 +135,7 @@ impl Merge {
     }
 }
 
-/// What the order of records goes by.
+/// The sort key of records.
 type Key = (Option<Micros>, usize);
 
 impl Record {
@@ -145,9 +145,9 @@ impl Record {
 }
 
 impl Source {
-    /// Reads more lines; false if there are none now.
+    /// Reads more lines. Returns false if there are none now.
     fn refill(&mut self) -> io::Result<bool> {
-        // The first stamp may be a file or two away, but a log without any is not read to its end for that.
+        // The first timestamp can be a file or two away, but a log without any must not be read to its end.
         while self.waiting.len() < LINES_TO_STAMP && self.waiting.back().is_none_or(|last| last.time.is_none()) {
             let lines = self.follower.read_new()?;
             if lines.is_empty() {
@@ -158,7 +158,7 @@ impl Source {
                 self.waiting.push_back(record);
             }
         }
-        // What an engine prints before its first stamp, it prints just before.
+        // Lines before the first timestamp get that timestamp.
         let undated = self.waiting.iter().take_while(|record| record.time.is_none()).count();
         let first = self.waiting.get(undated).and_then(|record| record.time);
         for record in self.waiting.iter_mut().take(undated) {

@@ -1,9 +1,9 @@
-//! The logs of a run: the folder they are in, following them as they grow, and what they say about a start.
+//! The logs of a run: their folder, following them as they grow, the phases of a start, and the diagnosis of a failure.
 //!
-//! Logs are files that the shim appends to and, when they are full, puts aside. Everything here only reads them, so it works the same whether or not
-//! xpyd runs, and a slow reader never holds an engine up. Nothing here prints.
+//! The shim appends to logs and rotates them. This module only reads them, so it works with and without a running xpyd, and a slow
+//! reader never delays an engine. It prints nothing.
 
-pub mod causes;
+pub mod diagnosis;
 pub mod estimate;
 pub mod folder;
 pub mod follow;
@@ -17,24 +17,24 @@ mod rotation;
 pub mod stamp;
 pub mod start;
 
-pub use causes::{Diagnosis, Hint, diagnose, first_error, first_error_in, hints, phase_reached};
-pub use estimate::{Estimate, PastStart, Start};
+pub use diagnosis::{Diagnosis, Hint, diagnose, first_error, first_error_in, hints, phase_reached};
+pub use estimate::{Estimate, PastStart, StartEstimator};
 pub use folder::{RunFolder, create_run_folder};
 pub use follow::Follower;
 pub use merge::Merge;
 pub use phases::{Phase, PhaseTracker, watch_phases};
 pub use rotation::Position;
 
-/// Why logs could not be used.
+/// Why logs cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LogsError {
     /// The operating system refused; the message names the path.
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    /// Somebody put something else at the name of the link to the newest run.
-    #[error("`{}` is not a link, so it cannot be pointed at the newest run", .0.display())]
+    /// The path of the link to the newest run is another file.
+    #[error("`{}` is not a symbolic link, so it cannot point at the newest run", .0.display())]
     LatestIsNotALink(std::path::PathBuf),
-    /// No free name for a run's folder.
-    #[error("`{}` already has a hundred folders of this second", .0.display())]
+    /// No free name for a run's folder is left.
+    #[error("`{}` already has a hundred run folders of this second", .0.display())]
     Crowded(std::path::PathBuf),
 }

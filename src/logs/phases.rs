@@ -1,4 +1,4 @@
-//! How far an engine's start is, told from its log.
+//! Reads the phases of an engine's start from its log.
 
 use std::path::PathBuf;
 
@@ -10,37 +10,37 @@ use super::lines::plain;
 use crate::engine::{EngineKind, PhaseMarker};
 use crate::fleet::EngineId;
 
-/// A step of an engine's start.
+/// A phase of an engine's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Phase {
-    /// For people: `loading weights`.
+    /// Its name for the user, such as `loading weights`.
     pub name: &'static str,
-    /// How far the whole start is, 0 to 100: a guess for an engine on a warm machine.
+    /// Progress of the whole start, 0 to 100: a guess for an engine on a warm machine.
     pub percent: u8,
-    /// How much of this step is done, 0 to 100, where the engine counts it itself.
+    /// Progress within this phase, 0 to 100, if the engine reports it.
     pub done: Option<u8>,
 }
 
 impl Phase {
-    /// The start's last phase: the log shows no more of it.
+    /// Whether it is the last phase that the log shows.
     pub const LAST_PERCENT: u8 = 100;
 }
 
-/// Follows one start through the lines of its log. It never goes back: several processes write one log, and each goes
-/// through some of the phases by itself.
+/// Tracks one start by the lines of its log. The phase never goes back: several processes write one log, and each goes through
+/// some of the phases by itself.
 #[derive(Debug)]
 pub struct PhaseTracker {
     markers: &'static [PhaseMarker],
-    /// Finds the marker; all patterns at once, since most lines match none.
+    /// The patterns of all markers in one set, because most lines match none.
     any: RegexSet,
-    /// Reads the percentage.
+    /// The pattern of a percentage.
     each: Vec<Regex>,
-    /// The marker last reached and how much of its step was done.
+    /// The latest marker, and the progress within its phase.
     reached: Option<(usize, Option<u8>)>,
 }
 
 impl PhaseTracker {
-    /// A tracker that has seen nothing yet.
+    /// A tracker at the beginning of a start.
     pub fn new(kind: EngineKind) -> Self {
         let markers = kind.phase_markers();
         let valid = "the markers are constants and a test compiles them all";
@@ -55,7 +55,7 @@ impl PhaseTracker {
         }
     }
 
-    /// Takes the next line of the log; the phase if this line changed it.
+    /// Takes the next line of the log. Returns the phase if this line changed it.
     pub fn feed(&mut self, line: &str) -> Option<Phase> {
         let line = plain(line.trim_end().as_bytes());
         let news = self
@@ -82,7 +82,7 @@ impl PhaseTracker {
         Some(percent.min(100))
     }
 
-    /// The phase that the marker with this index begins. What is done of it is done of the span up to the next marker.
+    /// The phase that the marker with this index begins. Its progress is a share of the span up to the next marker.
     fn phase_of(&self, index: usize, done: Option<u8>) -> Phase {
         let marker = &self.markers[index];
         let next = self.markers[index + 1..]
@@ -100,7 +100,7 @@ impl PhaseTracker {
 }
 
 /// Sends every phase of the start that the log at `log_path` shows from the byte `from` on, which is where the engine's
-/// present incarnation began to write. Ends after the last phase, when nobody listens any more, or when the log cannot
+/// present incarnation began to write. Ends after the last phase, when the receiver is gone, or when the log cannot
 /// be read; drop it to end it earlier.
 pub async fn watch_phases(
     log_path: PathBuf,

@@ -1,4 +1,4 @@
-//! Which logs a run's folder holds, and which of them a user means.
+//! The logs in a run's folder, and their selection by name.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,28 +6,28 @@ use std::path::{Path, PathBuf};
 use super::rotation::split_number;
 use crate::fleet::Role;
 
-/// A log and whose it is.
+/// A log and the role it belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RoleLog {
     /// `prefiller1`, `decoder2`, `proxy`, `xpyd`.
     pub name: String,
-    /// The file that is written; older ones of the log have numbers.
+    /// The current file; full ones have numbers.
     pub path: PathBuf,
 }
 
-/// A name that no log of the run has.
+/// No log of the run has the requested name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("no role `{name}` in this run")]
 pub struct UnknownRole {
-    /// What was asked for.
+    /// The requested name.
     pub name: String,
-    /// What there is: single roles, then groups.
+    /// The existing names: single roles, then groups.
     pub known: Vec<String>,
-    /// The nearest of them, if one is near.
+    /// The existing name that was probably meant.
     pub nearest: Option<String>,
 }
 
-/// Names for several logs at once.
+/// Names of groups of logs.
 const GROUPS: [&str; 3] = ["prefill", "decode", "all"];
 
 /// The logs in `folder`: prefill engines by number, decode engines by number, then the rest by name.
@@ -49,7 +49,7 @@ pub fn logs_in(folder: &Path) -> io::Result<Vec<RoleLog>> {
     Ok(logs)
 }
 
-/// Puts logs into the order in which they are shown.
+/// Sorts logs for display.
 pub fn sort(logs: &mut [RoleLog]) {
     logs.sort_by_cached_key(|log| {
         let group = match role_of(&log.name) {
@@ -66,7 +66,7 @@ pub fn sort(logs: &mut [RoleLog]) {
     });
 }
 
-/// The logs that `names` ask for, each once, in the order of `logs`. No name asks for all.
+/// The logs selected by `names`, each once, in the order of `logs`. No names select all.
 pub fn select(logs: &[RoleLog], names: &[String]) -> Result<Vec<RoleLog>, UnknownRole> {
     for name in names {
         if !GROUPS.contains(&name.as_str()) && !logs.iter().any(|log| log.name == *name) {
@@ -103,7 +103,7 @@ fn unknown(logs: &[RoleLog], name: &str) -> UnknownRole {
     let nearest = known
         .iter()
         .map(|candidate| (strsim::jaro_winkler(candidate, name), candidate))
-        // Another number is no typing error, and its group not what was meant.
+        // Another number is no typing error, so its group is no suggestion.
         .filter(|(likeness, candidate)| *likeness > 0.7 && role_of(name).is_none_or(|_| role_of(candidate).is_some()))
         .max_by(|left, right| left.0.total_cmp(&right.0))
         .map(|(_, candidate)| candidate.clone());
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn engines_come_in_the_order_of_their_numbers_and_the_rest_after_them() {
+    fn engine_logs_sort_by_number_before_others() {
         let all = ["prefiller2", "prefiller10", "decoder1", "proxy", "xpyd"];
         assert_eq!(names(&[]).unwrap(), all);
         assert_eq!(names(&["all"]).unwrap(), all);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_role_is_an_error_that_names_the_nearest_one() {
+    fn an_unknown_role_error_names_the_nearest() {
         let error = names(&["decoder1", "prefiler2"]).unwrap_err();
         assert_eq!(error.name, "prefiler2");
         assert_eq!(error.nearest.as_deref(), Some("prefiller2"));

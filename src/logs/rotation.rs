@@ -1,9 +1,7 @@
-//! The files that one log consists of: full ones with numbers, `decoder1.1.log`, `decoder1.2.log`, and the one that is
-//! written, `decoder1.log`.
+//! The files of one log: full ones with numbers, `decoder1.1.log`, `decoder1.2.log`, and the current one, `decoder1.log`.
 //!
-//! The shim makes them (`supervisor::shim::log` has the scheme): a higher number is newer, no number is used
-//! twice, and nothing is written to a file after it got one. So a reader that remembers the number of its file finds the
-//! next one, also when several rotations went by meanwhile.
+//! `log_file` has the scheme: a higher number is newer, no number is used twice, and nothing is written to a file after it got
+//! one. So a reader that knows the number of its file finds the next one after any number of rotations.
 
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
@@ -13,27 +11,27 @@ use fs_err::File;
 
 /// An open file of a log.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct LogFilePart {
     pub(super) file: File,
-    /// The number that it has, or will get.
+    /// Its number, or the number that the current file will get.
     pub(super) number: u64,
     pub(super) inode: u64,
 }
 
-/// A place in a log that stays the same through rotations: what comes after it was written later.
+/// A position in a log that stays valid through rotations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
-    /// The number that the file has, or will get.
+    /// The number of the file, or the one that the current file will get.
     number: u64,
-    /// In bytes.
+    /// The offset in the file, in bytes.
     offset: u64,
 }
 
 impl Position {
-    /// Where every log begins.
+    /// The beginning of every log.
     pub const START: Self = Self { number: 0, offset: 0 };
 
-    /// Where the log ends now.
+    /// The current end of the log.
     pub fn end_of(log: &Path) -> io::Result<Self> {
         Ok(match all(log)?.last() {
             Some(last) => Self {
@@ -45,7 +43,7 @@ impl Position {
     }
 }
 
-/// The bytes of a log since `from`; of more than `most`, the last ones. Files that were removed meanwhile are left out.
+/// The last `most` bytes of a log after `from`, without files that were removed meanwhile.
 pub(super) fn end_since(log: &Path, from: Position, most: u64) -> io::Result<Vec<u8>> {
     let parts = all(log)?;
     if parts.is_empty() {
@@ -69,21 +67,21 @@ pub(super) fn end_since(log: &Path, from: Position, most: u64) -> io::Result<Vec
     Ok(ends.concat())
 }
 
-/// Cuts the number off the name of a full file: `decoder1.3` is the third of `decoder1`.
+/// Splits the name of a full file from its number: `decoder1.3` is file 3 of `decoder1`.
 pub(super) fn split_number(stem: &str) -> Option<(&str, u64)> {
     let (name, number) = stem.rsplit_once('.')?;
     Some((name, number.parse().ok()?))
 }
 
-/// Opens the file after the one with this number and inode; `None` if there is none now. Files that were removed unread
-/// are passed over, which shows in the number.
-pub(super) fn after(log: &Path, number: u64, inode: Option<u64>) -> io::Result<Option<Part>> {
+/// Opens the file after the one with this number and inode; `None` if there is none now. Skips files that were removed, which
+/// shows in the number.
+pub(super) fn after(log: &Path, number: u64, inode: Option<u64>) -> io::Result<Option<LogFilePart>> {
     loop {
         let numbers = full_files(log)?;
         if let Some(next) = numbers.iter().copied().filter(|next| *next > number).min() {
             match open(&log.with_extension(format!("{next}.log")), next)? {
                 Some(part) => return Ok(Some(part)),
-                // Removed in this moment.
+                // Removed meanwhile.
                 None => continue,
             }
         }
@@ -91,7 +89,7 @@ pub(super) fn after(log: &Path, number: u64, inode: Option<u64>) -> io::Result<O
         let Some(part) = open(log, newest + 1)? else {
             return Ok(None);
         };
-        // Had it been renamed meanwhile, another one would be next, and its number another one too.
+        // If it was renamed meanwhile, another file is next, with another number.
         if full_files(log)?.into_iter().max().unwrap_or(0) == newest {
             return Ok((Some(part.inode) != inode).then_some(part));
         }
@@ -99,8 +97,8 @@ pub(super) fn after(log: &Path, number: u64, inode: Option<u64>) -> io::Result<O
 }
 
 /// Opens all files of a log, the oldest first.
-pub(super) fn all(log: &Path) -> io::Result<Vec<Part>> {
-    let mut parts: Vec<Part> = Vec::new();
+pub(super) fn all(log: &Path) -> io::Result<Vec<LogFilePart>> {
+    let mut parts: Vec<LogFilePart> = Vec::new();
     loop {
         let last = parts.last();
         match after(log, last.map_or(0, |part| part.number), last.map(|part| part.inode))? {
@@ -110,11 +108,11 @@ pub(super) fn all(log: &Path) -> io::Result<Vec<Part>> {
     }
 }
 
-fn open(path: &Path, number: u64) -> io::Result<Option<Part>> {
+fn open(path: &Path, number: u64) -> io::Result<Option<LogFilePart>> {
     match File::open(path) {
         Ok(file) => {
             let inode = file.metadata()?.ino();
-            Ok(Some(Part { file, number, inode }))
+            Ok(Some(LogFilePart { file, number, inode }))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),

@@ -1,9 +1,9 @@
-//! What a line says of itself: when, how serious, and which process of the engine wrote it.
+//! Parses the prefix of a log line: timestamp, level, and process.
 //!
-//! Engines stamp in their own ways: vLLM `INFO 11-23 01:20:25`, without a year and in local time; LMCache and Python's
-//! logging `2026-11-22 22:20:27,158`, local too; xpyd `2026-11-22T22:20:27.158Z`. uvicorn, tracebacks and progress bars
-//! have no stamp, so a line without one is as old as the line before it. Written by hand rather than with regular
-//! expressions, because a log may have millions of lines.
+//! The formats: vLLM `INFO 11-23 01:20:25`, without a year and in local time; LMCache and Python's logging
+//! `2026-11-22 22:20:27,158`, local as well; xpyd `2026-11-22T22:20:27.158Z`. uvicorn, tracebacks and progress bars have no
+//! timestamp, so a line without one has the time of the line before it. Written by hand instead of with regular expressions, because
+//! a log can have millions of lines.
 
 use jiff::civil::{Date, date};
 use jiff::tz::TimeZone;
@@ -11,7 +11,7 @@ use jiff::tz::TimeZone;
 /// Microseconds since 1970.
 pub type Micros = i64;
 
-/// Names of levels, as the loggers of Python and Rust write them.
+/// Names of levels in the loggers of Python and Rust.
 const LEVELS: [&[u8]; 8] = [
     b"TRACE",
     b"DEBUG",
@@ -23,12 +23,12 @@ const LEVELS: [&[u8]; 8] = [
     b"FATAL",
 ];
 
-/// The head of a line, as slices of it.
+/// The prefix of a line, as slices of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Head<'line> {
-    /// `EngineCore pid=9311`.
+    /// The process, such as `EngineCore pid=9311`.
     pub process: Option<&'line [u8]>,
-    /// `INFO`.
+    /// The level, such as `INFO`.
     pub level: Option<&'line [u8]>,
     stamp: Option<Stamp>,
 }
@@ -36,19 +36,19 @@ pub struct Head<'line> {
 /// An hour as written: the year if it is known, month, day, hour, and whether it is UTC.
 type Hour = (Option<i16>, [i8; 3], bool);
 
-/// A point in time as written.
+/// A timestamp as written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     year: Option<i16>,
     /// Month, day, hour.
     hour: [i8; 3],
-    /// Since that hour began.
+    /// Microseconds since that hour began.
     micros: i64,
     is_utc: bool,
 }
 
 impl<'line> Head<'line> {
-    /// Reads the head of `line`, colours or not.
+    /// Parses the prefix of `line`, with or without colours.
     pub fn of(line: &'line [u8]) -> Self {
         let mut rest = Cursor(line);
         let process = rest.process();
@@ -101,7 +101,7 @@ impl<'line> Cursor<'line> {
         }
     }
 
-    /// Skips colours, blanks and what stands between the parts of a head.
+    /// Skips colours, blanks and the separators between the parts of a prefix.
     fn skip_decoration(&mut self) {
         loop {
             match self.0 {
@@ -117,7 +117,7 @@ impl<'line> Cursor<'line> {
         }
     }
 
-    /// `(APIServer pid=9311)`.
+    /// Parses the process: `(APIServer pid=9311)`.
     fn process(&mut self) -> Option<&'line [u8]> {
         let mut ahead = *self;
         ahead.skip_decoration();
@@ -144,13 +144,13 @@ impl<'line> Cursor<'line> {
         Some(word)
     }
 
-    /// `11-22 21:50:42`.
+    /// Parses `11-22 21:50:42`.
     fn stamp_without_year(&mut self) -> Option<Stamp> {
         self.skip_decoration();
         self.rest_of_stamp(None)
     }
 
-    /// `2026-11-22 22:20:27,158` or `2026-11-22T22:20:27.158234Z`.
+    /// Parses `2026-11-22 22:20:27,158` or `2026-11-22T22:20:27.158234Z`.
     fn stamp_with_year(&mut self) -> Option<Stamp> {
         let high = self.two_digits()?;
         let low = self.two_digits()?;
@@ -194,20 +194,20 @@ impl<'line> Cursor<'line> {
     }
 }
 
-/// Reads one log's stamps in the order of its lines. Time never goes back: lines of one log stay in their order, though
-/// its processes stamp with different precision, and clocks are set.
+/// Converts the timestamps of one log in the order of its lines. Time never goes back, although processes write timestamps of
+/// different precision and clocks can be set.
 #[derive(Debug, Clone)]
 pub struct Clock {
     zone: TimeZone,
-    /// Near the next stamp, to guess its year.
+    /// A time near the next timestamp, to infer its year.
     reference: Micros,
-    /// The last hour that was looked up, and when it began.
+    /// The last converted hour, and its beginning.
     hour: Option<(Hour, Option<Micros>)>,
     latest: Option<Micros>,
 }
 
 impl Clock {
-    /// A clock for a log that was last written at about `reference`. Stamps are of the zone `zone`.
+    /// A clock for a log that was last written at about `reference`. `zone` is the time zone of its timestamps.
     pub fn new(reference: Micros, zone: TimeZone) -> Self {
         Self {
             zone,
@@ -217,7 +217,7 @@ impl Clock {
         }
     }
 
-    /// When the line with this head was written: `None` as long as no line had a stamp.
+    /// The time of the line with this prefix; `None` before the first timestamp.
     pub fn read(&mut self, head: &Head<'_>) -> Option<Micros> {
         if let Some(stamp) = self.stamp(head) {
             self.latest = self.latest.max(Some(stamp));
@@ -225,7 +225,7 @@ impl Clock {
         self.latest
     }
 
-    /// The line's own stamp.
+    /// The line's own timestamp.
     pub fn stamp(&mut self, head: &Head<'_>) -> Option<Micros> {
         let stamp = head.stamp?;
         let key = (stamp.year, stamp.hour, stamp.is_utc);
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_goes_over_new_year_goes_on_in_the_next_one() {
+    fn stamps_without_year_cross_new_year() {
         let reference: jiff::Timestamp = "2026-12-31T20:00:00Z".parse().unwrap();
         let mut clock = Clock::new(reference.as_microsecond(), TimeZone::UTC);
         let mut time = |line: &str| {

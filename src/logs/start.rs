@@ -1,5 +1,5 @@
-//! Where to begin to read a log: at its last lines, or at a time. Logs may have gigabytes, so neither reads all of it: the
-//! last lines are looked for from the end, a time by bisection.
+//! Finds where to begin to read a log: at its last lines, or at a time. A log can have gigabytes, so the last lines are searched from
+//! the end, and a time by bisection.
 
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
@@ -9,35 +9,34 @@ use fs_err::File;
 use jiff::tz::TimeZone;
 
 use super::lines::LineSplitter;
-use super::rotation::{self, Part};
+use super::rotation::{self, LogFilePart};
 use super::stamp::{Clock, Head, Micros};
 
-/// How far from the end the search for the last lines begins, in bytes. Doubled until there are enough. Also where
-/// bisection ends.
+/// The size in bytes of the first search window from the end. Doubled until it has enough lines. Bisection ends at this size.
 const WINDOW: u64 = 64 * 1024;
 
-/// How far a stamp is looked for, in bytes: a traceback or a table between two stamps is shorter.
+/// The distance in bytes within which a timestamp is searched: a traceback or a table between two timestamps is shorter.
 const STAMP_WITHIN: u64 = 1024 * 1024;
 
-/// Stamps of one log's processes may be out of order by the precision of the coarsest, and a little more.
+/// By how much timestamps of one log's processes can be out of order: the precision of the coarsest, and a little more.
 const DISORDER: Micros = 2_000_000;
 
-/// As much of a line as holds its stamp, colours included.
+/// The length of a line's prefix with its timestamp, colours included.
 const HEAD_BYTES: usize = 256;
 
 /// A line in a log.
 #[derive(Debug)]
-pub struct Start {
-    pub(super) part: Part,
-    /// In bytes; a line begins there.
+pub struct ReadStart {
+    pub(super) part: LogFilePart,
+    /// The offset in bytes of the beginning of a line.
     pub(super) offset: u64,
-    /// Lines to pass over from there.
+    /// Lines to skip from there.
     pub(super) skip: usize,
 }
 
-impl Start {
-    /// Finds the first line that is not older than `since`, or the last `tail` lines, or the later of the two. `None` if
-    /// there is no file. Unfinished lines do not count.
+impl ReadStart {
+    /// Finds the first line that is not older than `since`, or the last `tail` lines, or the later of both. `None` without a file.
+    /// Unfinished lines do not count.
     pub fn find(log: &Path, since: Option<Micros>, tail: Option<usize>, zone: &TimeZone) -> io::Result<Option<Self>> {
         let mut parts = rotation::all(log)?;
         let mut floor = 0;
@@ -57,7 +56,7 @@ impl Start {
     }
 }
 
-/// When a file was last written. The time of a log whose stamps have no year is told from it.
+/// When a file was last written, to infer the year of timestamps.
 pub(super) fn written(file: &File) -> Micros {
     let since = |time: std::time::SystemTime| time.duration_since(UNIX_EPOCH).ok();
     let age = file
@@ -68,8 +67,8 @@ pub(super) fn written(file: &File) -> Micros {
     age.and_then(|age| Micros::try_from(age.as_micros()).ok()).unwrap_or(0)
 }
 
-/// Index and offset of the first line since then; the end of the last file if there is none.
-fn first_since(parts: &mut [Part], since: Micros, zone: &TimeZone) -> io::Result<(usize, u64)> {
+/// File index and offset of the first line since then; the end of the last file if there is none.
+fn first_since(parts: &mut [LogFilePart], since: Micros, zone: &TimeZone) -> io::Result<(usize, u64)> {
     for (index, part) in parts.iter_mut().enumerate() {
         let written = written(&part.file);
         if written < since {
@@ -90,7 +89,7 @@ fn first_since(parts: &mut [Part], since: Micros, zone: &TimeZone) -> io::Result
 fn first_since_in(file: &mut File, since: Micros, clock: &mut Clock) -> io::Result<Option<u64>> {
     let length = file.metadata()?.len();
     let (mut low, mut high) = (0, length);
-    // What begins before `low` is too old. Without a stamp near, an earlier start is right, only slower.
+    // Lines before `low` are too old. Without a near timestamp an earlier start is correct, only slower.
     while high - low > WINDOW {
         let middle = low + (high - low) / 2;
         let mut found = None;
@@ -112,11 +111,11 @@ fn first_since_in(file: &mut File, since: Micros, clock: &mut Clock) -> io::Resu
         found = time.filter(|time| *time >= since).map(|_| offset);
         found.is_none()
     })?;
-    // Of a file without any stamp is known that it was written since then.
+    // A file without any timestamp was written since then.
     Ok(found.or((!has_stamps).then_some(0)))
 }
 
-/// Shows the beginning of each line in these bytes, and where it is, until `visit` says that it was enough.
+/// Calls `visit` with the beginning and the offset of each line in these bytes, until it returns false.
 fn scan(
     file: &mut File,
     bytes: std::ops::Range<u64>,
@@ -148,8 +147,8 @@ fn scan(
     }
 }
 
-/// Where the last `count` lines begin that are not before the byte `floor` of the first file.
-fn last_lines(mut parts: Vec<Part>, floor: u64, count: usize) -> io::Result<Option<Start>> {
+/// The beginning of the last `count` lines that are not before the byte `floor` of the first file.
+fn last_lines(mut parts: Vec<LogFilePart>, floor: u64, count: usize) -> io::Result<Option<ReadStart>> {
     let mut missing = count;
     while let Some(mut part) = parts.pop() {
         let floor = if parts.is_empty() { floor } else { 0 };
@@ -160,7 +159,7 @@ fn last_lines(mut parts: Vec<Part>, floor: u64, count: usize) -> io::Result<Opti
             if let Some((offset, lines)) = count_lines(&mut part.file, from..end, from > floor)? {
                 if lines >= missing || (from == floor && parts.is_empty()) {
                     let skip = lines.saturating_sub(missing);
-                    return Ok(Some(Start { part, offset, skip }));
+                    return Ok(Some(ReadStart { part, offset, skip }));
                 }
                 if from == floor {
                     missing -= lines;
@@ -173,7 +172,7 @@ fn last_lines(mut parts: Vec<Part>, floor: u64, count: usize) -> io::Result<Opti
     Ok(None)
 }
 
-/// Where the first line that begins in these bytes does so, and how many lines end there. `None` if none begins.
+/// The offset of the first line that begins in these bytes, and how many lines end in them. `None` if none begins.
 fn count_lines(
     file: &mut File,
     bytes: std::ops::Range<u64>,

@@ -1,25 +1,25 @@
-//! How many lines of each kind are written. PURE.
+//! The rate limit of log lines by kind. PURE.
 //!
-//! A bucket for each kind: a burst is written whole, a flood is written at a steady rate and counted.
+//! Each kind has a token bucket: a burst is written whole, a flood at a steady rate, and the rest is counted.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
 use tokio::time::Instant;
 
-/// Lines of one kind that may come at once. A large fleet logs a line an engine when it starts.
+/// The burst size, in lines of one kind. A large fleet logs one line per engine when it starts.
 const BURST: u32 = 100;
 
-/// Lines of one kind a second after that.
+/// The rate after the burst, in lines of one kind per second.
 const PER_SECOND: u32 = 10;
 
-/// Kinds that are told apart. More than the program has; the rest counts as one.
+/// The most kinds with a bucket of their own, more than the program has; the rest shares one.
 const MOST_KINDS: usize = 512;
 
 #[derive(Debug)]
 pub(super) struct Limiter<Kind> {
     buckets: HashMap<Kind, Bucket>,
-    /// For kinds beyond [`MOST_KINDS`].
+    /// The bucket of kinds beyond [`MOST_KINDS`].
     rest: Option<(Kind, Bucket)>,
 }
 
@@ -40,7 +40,7 @@ impl<Kind> Default for Limiter<Kind> {
 }
 
 impl<Kind: Clone + Eq + Hash> Limiter<Kind> {
-    /// Whether a line of this kind is written. One that is not is counted.
+    /// Whether a line of this kind can be written. Otherwise it is counted.
     pub(super) fn admits(&mut self, kind: &Kind, now: Instant) -> bool {
         let is_known = self.buckets.contains_key(kind);
         let bucket = if is_known || self.buckets.len() < MOST_KINDS {
@@ -51,7 +51,7 @@ impl<Kind: Clone + Eq + Hash> Limiter<Kind> {
         bucket.takes(now)
     }
 
-    /// The kinds of which lines were suppressed since the last call, and how many.
+    /// The suppressed lines by kind since the last call.
     pub(super) fn take_suppressed(&mut self) -> Vec<(Kind, u64)> {
         let rest = self.rest.iter_mut().map(|(kind, bucket)| (&*kind, bucket));
         self.buckets
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_is_written_and_a_flood_is_counted_by_kind() {
+    fn bursts_pass_and_floods_are_counted_by_kind() {
         let (mut limiter, start) = (Limiter::default(), Instant::now());
         let written = (0..1000).filter(|_| limiter.admits(&"flood", start)).count();
         assert_eq!(written, 100);

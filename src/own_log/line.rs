@@ -1,18 +1,18 @@
-//! An event of `tracing` as one line of text. PURE but for the clock.
+//! Formats an event of `tracing` as one line of text. PURE but for the clock.
 //!
-//! Values are excerpts: what a client or an engine sent can be long, and can hold what moves a terminal's cursor or looks
-//! like the next line.
+//! Values are cut and escaped: text from a client or an engine can be long, and can contain terminal control characters or
+//! newlines.
 
 use std::fmt::{self, Debug, Write as _};
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Metadata};
 
-/// Most bytes of one value, and of all values of a line.
+/// The most bytes of one value, and of all values of a line.
 const VALUE_BYTES: usize = 1 << 10;
 const LINE_BYTES: usize = 4 << 10;
 
-/// The field that tells kinds of lines apart that come from the same place in the program.
+/// The field that distinguishes kinds of lines from the same call site.
 const KIND: &str = "kind";
 
 /// An event's values.
@@ -31,14 +31,14 @@ impl Values {
         values
     }
 
-    /// The line, with its end.
+    /// The line, with its newline.
     pub(super) fn line(&self, metadata: &Metadata<'_>) -> String {
         let (message, fields) = (&self.message, &self.fields);
         line(metadata, &format!("{message}{fields}"))
     }
 }
 
-/// A line that says `text`.
+/// A line with this text and no values.
 pub(super) fn line(metadata: &Metadata<'_>, text: &str) -> String {
     let (level, target) = (metadata.level(), metadata.target());
     format!("{:.6} {level:>5} {target}: {text}\n", jiff::Timestamp::now())
@@ -71,7 +71,7 @@ fn excerpt(value: &dyn Debug) -> String {
     excerpt.0
 }
 
-/// Takes text until it is full, so that a long value costs no more than its excerpt.
+/// Accepts text until it is full, so a long value costs no more than its excerpt.
 struct Excerpt(String);
 
 impl fmt::Write for Excerpt {

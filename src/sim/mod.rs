@@ -51,7 +51,7 @@ pub use options::{
 pub use timing::{H100_LLAMA_3_1_8B, INSTANT, PRESETS, Preset};
 
 use crate::report::ExitStatus;
-use crate::signals::Heeded;
+use crate::signals::SignalListener;
 use api::Api;
 use connect::Connected;
 use log::{Log, Process};
@@ -213,14 +213,14 @@ async fn serve(options: Options, log: &Log, ready: Option<oneshot::Sender<Addres
 
 /// SIGTERM and SIGINT.
 struct Signals {
-    terminate: Heeded,
-    interrupt: Heeded,
+    terminate: SignalListener,
+    interrupt: SignalListener,
     ignored: bool,
 }
 
 impl Signals {
     fn listen(ignored: bool) -> Result<Self, SimError> {
-        let listen = |kind| Heeded::listen(kind).map_err(|error| SimError::System("listen to signals", error));
+        let listen = |kind| SignalListener::listen(kind).map_err(|error| SimError::System("listen to signals", error));
         Ok(Self {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,

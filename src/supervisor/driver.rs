@@ -1,7 +1,7 @@
-//! The supervisor's loop: everything that can happen to the fleet becomes an event, every action is carried out here.
+//! The supervisor's loop: turns everything that happens into events, and carries out the actions.
 //!
-//! Decides nothing; `state` does. What takes time runs as an owned task that ends in an event, so the loop itself waits
-//! for one thing at a time and stays able to answer a Ctrl+C.
+//! It decides nothing; `state` does. Work that takes time runs as an owned task that ends in an event, so the loop can always
+//! react to Ctrl+C.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -13,88 +13,85 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::hang::Scene;
+use super::hang_report::HangReport;
+use super::hooks::{self, CanaryRound, Diagnose, Hooks};
 use super::shim::client::{Shim, ShimError};
-use super::shim::protocol::{Command, Event as Report, Spawn};
-use super::state::{Action, Event, Fleet, Goal, Limits};
+use super::shim::protocol::{Command, Event as ShimEvent, Spawn};
+use super::state::{Action, Event, FleetMachine, Limits};
 use super::{
-    CanaryRound, Ending, Explain, ExplainIncarnation, GpuChecks, HandOver, Keep, KeptRun, Outcome, Refusal, Request,
-    Scaled, Settings, Then, Verify, Wiring, cause, gpus, leftovers, liveness, ports, probe, run_folder, spawn_record,
-    standstill,
+    AttachableRun, EndReason, FleetChanges, Keep, Outcome, Refusal, Request, Settings, Wiring, leftovers, liveness,
+    ports, probe, run_folder, spawn_record, startup_watchdog,
 };
 use crate::fleet::{Endpoint, EngineId, FleetView, Incarnation, Load, SHIM_LOG};
 use crate::plan::{self, EngineSpec};
 use crate::report::one_line;
 use crate::signals::StopSignal;
 
-/// How long engines wait for the next xpyd where the run itself would not have kept them.
+/// How long engines wait for the next xpyd after `down --keep-engines`, unless the profile has a time.
 const KEEP_ON_REQUEST: Duration = Duration::from_mins(15);
 
-/// Brings the fleet up, supervises it, and returns once all of it is gone or what is left is known.
+/// Starts the fleet, supervises it, and returns once all engines are gone or the leftovers are known.
 ///
-/// Runs on the calling task. If it is dropped instead, the shim takes the engines down by itself.
-pub async fn run(settings: Settings, wiring: Wiring) -> Outcome {
+/// Runs on the calling task. If the future is dropped, the shim ends the engines by itself.
+pub async fn run<H: Hooks>(settings: Settings, wiring: Wiring<H>) -> Outcome {
     let mut driver = match Driver::start(settings, wiring).await {
         Ok(driver) => driver,
         Err(reason) => {
             return Outcome {
-                ending: Ending::SupervisionLost { reason },
+                reason: EndReason::SupervisionLost { reason },
                 left: Vec::new(),
                 teardown: Duration::ZERO,
             };
         }
     };
     let outcome = driver.drive().await;
-    for reply in driver.replies.drain(..) {
-        // Whoever asked may have gone.
+    for reply in driver.stop_replies.drain(..) {
+        // The receiver can be gone.
         let _ = reply.send(outcome.clone());
     }
     driver.tasks.shutdown().await;
     outcome
 }
 
-struct Driver {
+struct Driver<H> {
     settings: Settings,
     directory: PathBuf,
     signals: mpsc::Receiver<StopSignal>,
     requests: mpsc::Receiver<Request>,
     view: watch::Sender<Arc<FleetView>>,
-    verify: Verify,
-    hand_over: HandOver,
-    explain: Explain,
-    gpus: GpuChecks,
-    /// Cancelled when nobody wants to wait for the last look.
-    hurry: CancellationToken,
+    hooks: H,
+    /// Ends the wait for GPU memory in the last check: the user asked twice to stop.
+    force_exit: CancellationToken,
     is_checking: bool,
-    /// What tells why the present incarnation of each engine failed.
-    explainers: BTreeMap<EngineId, ExplainIncarnation>,
+    /// Finds the cause if the current incarnation of an engine fails.
+    diagnoses: BTreeMap<EngineId, Diagnose>,
     shim: Shim,
     shim_open: bool,
-    fleet: Fleet,
-    /// As it stands in the run's folder.
-    scaled: Scaled,
+    fleet: FleetMachine,
+    /// As saved in the run's folder.
+    changes: FleetChanges,
     generation: u64,
     tasks: JoinSet<Event>,
-    /// The pairs that worked in the last round of canaries.
-    worked: (u64, mpsc::Receiver<(EngineId, EngineId)>),
-    /// What asks each engine something: whether it is up, then whether it makes progress.
+    /// Pairs that worked in the latest round of canaries, with the number of the round.
+    worked_pairs: (u64, mpsc::Receiver<(EngineId, EngineId)>),
+    /// The task that polls each engine: first whether it is up, then whether it makes progress.
     probes: BTreeMap<EngineId, tokio::task::AbortHandle>,
     prober: reqwest::Client,
-    replies: Vec<oneshot::Sender<Outcome>>,
-    /// Given once the view shows what was asked for.
-    answers: Vec<(oneshot::Sender<Answer>, Answer)>,
+    stop_replies: Vec<oneshot::Sender<Outcome>>,
+    /// Sent once the view shows the effect of the request.
+    engine_replies: Vec<(oneshot::Sender<EngineReply>, EngineReply)>,
     /// Why the engines cannot outlive xpyd, if they cannot.
     cannot_keep: Option<String>,
 }
 
-type Answer = Result<Incarnation, Refusal>;
+type EngineReply = Result<Incarnation, Refusal>;
 
-impl Driver {
-    async fn start(mut settings: Settings, wiring: Wiring) -> Result<Self, String> {
+impl<H: Hooks> Driver<H> {
+    async fn start(mut settings: Settings, wiring: Wiring<H>) -> Result<Self, String> {
         let directory = std::env::current_dir().map_err(|error| format!("no working directory: {error}"))?;
         let prober = probe::client().map_err(|error| one_line(&error))?;
         let attach = settings.attach.take();
-        let kept = attach.as_ref().map(KeptRun::engines);
+        let kept = attach.as_ref().map(AttachableRun::engines);
         let shim = match attach {
             Some(run) => Shim::attach(run),
             None => Shim::start(&settings.program, &settings.run_dir.join(SHIM_LOG)).await,
@@ -110,35 +107,32 @@ impl Driver {
             verify: settings.verify_deadline,
             restart: settings.restart.clone(),
         };
-        let mut fleet = Fleet::new(&settings.engines, limits, Some(rand::make_rng()));
-        let scaled = Scaled::read(&settings.run_dir);
+        let mut fleet = FleetMachine::new(&settings.engines, limits, Some(rand::make_rng()));
+        let changes = FleetChanges::read(&settings.run_dir);
         if let Some(kept) = kept {
-            fleet.attach(&kept, &scaled.stopped, Instant::now());
+            fleet.attach(&kept, &changes.stopped, Instant::now());
         }
         Ok(Self {
             fleet,
-            scaled,
+            changes,
             settings,
             directory,
             signals: wiring.signals,
             requests: wiring.requests,
             view: wiring.view,
-            verify: wiring.verify,
-            hand_over: wiring.hand_over,
-            explain: wiring.explain,
-            gpus: wiring.gpus,
-            hurry: CancellationToken::new(),
+            hooks: wiring.hooks,
+            force_exit: CancellationToken::new(),
             is_checking: false,
-            explainers: BTreeMap::new(),
+            diagnoses: BTreeMap::new(),
             shim,
             shim_open: true,
             generation,
             tasks: JoinSet::new(),
-            worked: (0, mpsc::channel(1).1),
+            worked_pairs: (0, mpsc::channel(1).1),
             probes: BTreeMap::new(),
             prober,
-            replies: Vec::new(),
-            answers: Vec::new(),
+            stop_replies: Vec::new(),
+            engine_replies: Vec::new(),
             cannot_keep: None,
         })
     }
@@ -149,11 +143,11 @@ impl Driver {
             while let Some(event) = events.pop_front() {
                 tracing::debug!(?event, "fleet event");
                 if self.is_checking && matches!(event, Event::Interrupt | Event::Force) {
-                    self.hurry.cancel();
+                    self.force_exit.cancel();
                 }
                 let actions = self.fleet.handle(event, Instant::now());
                 self.publish();
-                for (reply, answer) in self.answers.drain(..) {
+                for (reply, answer) in self.engine_replies.drain(..) {
                     let _ = reply.send(answer);
                 }
                 for action in actions {
@@ -161,7 +155,7 @@ impl Driver {
                         Action::Finish(outcome) => return outcome,
                         Action::Sweep => {
                             self.shim_open = false;
-                            events.push_back(Event::Swept(self.shim.sweep().await));
+                            events.push_back(Event::SweepDone(self.shim.sweep().await));
                         }
                         Action::Leave => self.leave_engines().await,
                         Action::Spawn(id, incarnation) => events.extend(self.spawn(&id, incarnation)),
@@ -173,7 +167,7 @@ impl Driver {
         }
     }
 
-    /// Waits for the next thing to happen; `None` if it concerns nobody.
+    /// Waits for the next event; `None` if what happened does not concern the fleet.
     async fn next_event(&mut self) -> Option<Event> {
         let deadline = self.fleet.next_deadline();
         tokio::select! {
@@ -182,21 +176,23 @@ impl Driver {
                 StopSignal::Interrupt => Event::Interrupt,
                 StopSignal::Terminate | StopSignal::Hangup => Event::Stop,
             }),
-            Some(request) = self.requests.recv() => self.asked(request),
-            report = self.shim.event(), if self.shim_open => match report {
-                Ok(Report::CannotKeep { reason }) => {
+            Some(request) = self.requests.recv() => self.accept_request(request),
+            event = self.shim.event(), if self.shim_open => match event {
+                Ok(ShimEvent::CannotKeep { reason }) => {
                     tracing::warn!(reason, "engines would end with xpyd");
                     self.cannot_keep = Some(reason);
                     None
                 }
-                Ok(report) => from_report(report),
+                Ok(event) => from_shim(event),
                 Err(error) => Some(self.shim_gone(&error).await),
             },
-            Some((prefill, decode)) = self.worked.1.recv() => Some(Event::Worked(self.worked.0, prefill, decode)),
+            Some((prefill, decode)) = self.worked_pairs.1.recv() => {
+                Some(Event::PairWorked(self.worked_pairs.0, prefill, decode))
+            }
             Some(finished) = self.tasks.join_next(), if !self.tasks.is_empty() => match finished {
                 Ok(event) => Some(event),
                 Err(error) => {
-                    // A probe that was no longer wanted; a panic is reported by its own hook.
+                    // An aborted probe; the panic hook reports a panic.
                     tracing::debug!(%error, "task ended early");
                     None
                 }
@@ -205,11 +201,11 @@ impl Driver {
         }
     }
 
-    /// What somebody asked for, if it may be.
-    fn asked(&mut self, request: Request) -> Option<Event> {
+    /// Answers a request, and returns its event if it is accepted.
+    fn accept_request(&mut self, request: Request) -> Option<Event> {
         match request {
             Request::Stop { force, reply } => {
-                self.replies.push(reply);
+                self.stop_replies.push(reply);
                 Some(if force { Event::Force } else { Event::Stop })
             }
             Request::Leave { reply } => {
@@ -217,59 +213,52 @@ impl Driver {
                     .cannot_keep
                     .clone()
                     .map_or_else(|| Ok(self.keep_on_request().wait), Err);
-                let may = answer.is_ok();
-                // Whoever asked may have gone.
+                let is_accepted = answer.is_ok();
+                // The receiver can be gone.
                 let _ = reply.send(answer);
-                may.then_some(Event::Leave)
+                is_accepted.then_some(Event::Leave)
             }
-            Request::Join { spec, reply } => {
-                let answer = self.prepare_to_join(&spec);
-                let may = answer.is_ok();
-                tracing::info!(engine = %spec.id, refused = answer.as_ref().err(), "asked to let an engine join");
-                // Whoever asked may have gone.
+            Request::Add { spec, reply } => {
+                let answer = self.prepare_to_add(&spec);
+                let is_accepted = answer.is_ok();
+                tracing::info!(engine = %spec.id, refused = answer.as_ref().err(), "request to add an engine");
+                // The receiver can be gone.
                 let _ = reply.send(answer);
-                may.then_some(Event::Join(spec))
+                is_accepted.then_some(Event::Add(spec))
             }
             Request::Check { prefill, decode } => Some(Event::Suspected(prefill, decode)),
             Request::Engine {
                 engine,
-                then,
+                verb,
                 force,
                 reply,
             } => {
-                let goal = match then {
-                    Then::Restart => Goal::StartAgain,
-                    Then::Stay => Goal::Stop,
-                };
-                let answer = self.fleet.may_leave(&engine, goal, force);
+                let answer = self.fleet.check_request(&engine, verb, force);
                 let refused = answer.as_ref().err().map(ToString::to_string);
-                tracing::info!(%engine, force, refused, "asked to {then} an engine");
+                tracing::info!(%engine, force, refused, "request to {verb} an engine");
                 if answer.is_err() {
-                    // Whoever asked may have gone.
+                    // The receiver can be gone.
                     let _ = reply.send(answer);
                     return None;
                 }
-                self.answers.push((reply, answer));
-                Some(match then {
-                    Then::Restart => Event::Restart(engine),
-                    Then::Stay => Event::TakeOut(engine),
-                })
+                self.engine_replies.push((reply, answer));
+                Some(Event::Requested(engine, verb))
             }
         }
     }
 
-    /// Takes the new engine's ports.
-    fn prepare_to_join(&mut self, spec: &EngineSpec) -> Result<(), String> {
-        self.fleet.may_grow().map_err(|refusal| refusal.to_string())?;
+    /// Reserves the new engine's ports.
+    fn prepare_to_add(&mut self, spec: &EngineSpec) -> Result<(), String> {
+        self.fleet.check_add().map_err(|refusal| refusal.to_string())?;
         let reserved = ports::reserve(std::slice::from_ref(spec)).map_err(|conflict| one_line(&conflict))?;
         self.settings.reservations.add(reserved);
         self.settings.engines.push(spec.clone());
-        let joins = |scaled: &mut Scaled| scaled.joined.extend([spec.id.clone()]);
-        self.scaled.change(&self.settings.run_dir, joins);
+        let add = |changes: &mut FleetChanges| changes.added.extend([spec.id.clone()]);
+        self.changes.change(&self.settings.run_dir, add);
         Ok(())
     }
 
-    /// How engines are kept that are left on request.
+    /// How the shim keeps the engines after a request to leave them.
     fn keep_on_request(&self) -> Keep {
         let mut keep = self.settings.keep.clone();
         if keep.wait.is_zero() {
@@ -281,7 +270,7 @@ impl Driver {
     async fn leave_engines(&mut self) {
         self.command(&Command::Keep(self.keep_on_request()));
         if let Err(error) = self.shim.flush().await {
-            tracing::error!(error = one_line(&error), "the shim was not told to keep the engines");
+            tracing::error!(error = one_line(&error), "cannot ask the shim to keep the engines");
         }
     }
 
@@ -298,22 +287,21 @@ impl Driver {
             Action::Record(id, incarnation, pid) => self.record(&id, incarnation, pid),
             Action::Probe(id, incarnation) => self.probe(id, incarnation),
             Action::Watch(id, incarnation) => self.watch(id, incarnation),
-            Action::Explain(id, incarnation, exit) => {
-                let explainer = self.explainers.get(&id).cloned();
+            Action::Diagnose(id, incarnation, exit) => {
+                let diagnose = self.diagnoses.get(&id).cloned();
                 self.tasks
-                    .spawn(async move { Event::Explained(id, incarnation, cause::ask(explainer, exit).await) });
+                    .spawn(async move { Event::Diagnosed(id, incarnation, hooks::diagnose(diagnose, exit).await) });
             }
-            Action::Settled(engine) => self.command(&Command::Settled { engine }),
+            Action::StartupFinished(engine) => self.command(&Command::StartupFinished { engine }),
             Action::Verify { round, pairs, at_once } => {
                 let (sender, receiver) = mpsc::channel(pairs.len().max(1));
-                self.worked = (round, receiver);
-                let verification = (self.verify)(CanaryRound {
+                self.worked_pairs = (round, receiver);
+                let results = self.hooks.run_canaries(CanaryRound {
                     pairs,
                     at_once,
                     worked: sender,
                 });
-                self.tasks
-                    .spawn(async move { Event::Verified(round, verification.await) });
+                self.tasks.spawn(async move { Event::Verified(round, results.await) });
             }
             Action::AwaitIdle(of) => {
                 let loads = self.fleet.loads(of.as_ref().map(|(id, _)| id));
@@ -323,7 +311,7 @@ impl Driver {
                 });
             }
             Action::HandOver => {
-                let handed_over = (self.hand_over)();
+                let handed_over = self.hooks.hand_over_clients();
                 self.tasks.spawn(async move {
                     handed_over.await;
                     Event::Drained(None)
@@ -342,10 +330,11 @@ impl Driver {
                 let (processes, engines) = (self.fleet.leftovers(), self.settings.engines.clone());
                 let on_gpus: Vec<EngineSpec> = engines
                     .iter()
-                    .filter(|engine| gpus::has_gpus(engine))
+                    .filter(|engine| hooks::has_gpus(engine))
                     .cloned()
                     .collect();
-                let memory = (!on_gpus.is_empty()).then(|| (self.gpus.released)(on_gpus, self.hurry.clone()));
+                let memory =
+                    (!on_gpus.is_empty()).then(|| self.hooks.await_gpu_release(on_gpus, self.force_exit.clone()));
                 self.is_checking = true;
                 self.tasks.spawn(async move {
                     let mut left = leftovers::find(&processes, &engines).await;
@@ -355,42 +344,42 @@ impl Driver {
                     Event::Checked(left)
                 });
             }
-            // These are the loop's own: they end it, have to be waited for, or lead to events at once.
+            // The loop itself handles these: they end it, must be awaited, or lead to events at once.
             Action::Spawn(..) | Action::Sweep | Action::Leave | Action::Finish(_) => {}
         }
     }
 
-    /// Asks a starting engine until it is up, and looks whether its start goes on.
+    /// Polls a starting engine until it is up, or until its start makes no progress.
     fn probe(&mut self, id: EngineId, incarnation: Incarnation) {
         let Some(spec) = self.spec(&id).cloned() else { return };
-        let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
+        let (prober, report) = (self.prober.clone(), self.hang_report(&id, incarnation));
         let log = self.settings.run_dir.join(&spec.log_file);
-        let explainer = self.explainers.get(&id).cloned();
+        let diagnose = self.diagnoses.get(&id).cloned();
         let leader = self.leader(&id);
         let placed = leader
-            .filter(|_| gpus::has_gpus(&spec))
-            .map(|leader| (self.gpus.placed)(spec.clone(), leader));
+            .filter(|_| hooks::has_gpus(&spec))
+            .map(|leader| self.hooks.check_gpu_placement(spec.clone(), leader));
         let handle = self.tasks.spawn({
             let id = id.clone();
             async move {
                 let (log_file, stall) = (spec.log_file.clone(), spec.start_stall);
                 tokio::select! {
-                    // What answers need not be the engine.
+                    // Another process can have taken the port and answer.
                     () = probe::until_up(prober, spec.clone()) => {
-                        let usurped = leader.and_then(|leader| ports::usurped(&spec, leader));
-                        match (usurped, placed) {
-                            (Some(reason), _) => Event::Usurped(id, incarnation, reason),
+                        let port_taken = leader.and_then(|leader| ports::taken_by_other(&spec, leader));
+                        match (port_taken, placed) {
+                            (Some(reason), _) => Event::PortTaken(id, incarnation, reason),
                             (None, Some(placed)) => match placed.await {
                                 Ok(()) => Event::Probed(id, incarnation),
-                                Err(reason) => Event::Usurped(id, incarnation, reason),
+                                Err(reason) => Event::PortTaken(id, incarnation, reason),
                             },
                             (None, None) => Event::Probed(id, incarnation),
                         }
                     }
-                    still = standstill::until_still(log, scene.leader, stall) => {
-                        let phase = cause::ask(explainer, None).await.phase;
-                        let reason = standstill::reason(still, phase, &log_file);
-                        Event::StoodStill(id, incarnation, scene.record(reason, "").await)
+                    stalled_for = startup_watchdog::until_stalled(log, report.leader, stall) => {
+                        let phase = hooks::diagnose(diagnose, None).await.phase;
+                        let reason = startup_watchdog::reason(stalled_for, phase, &log_file);
+                        Event::StartupStalled(id, incarnation, report.write(reason, "").await)
                     }
                 }
             }
@@ -398,30 +387,30 @@ impl Driver {
         self.probes.insert(id, handle);
     }
 
-    /// Watches that an engine that is up gets things done.
+    /// Checks that an engine that is up makes progress.
     fn watch(&mut self, id: EngineId, incarnation: Incarnation) {
         let loads = self.fleet.loads(Some(&id));
         let (Some(spec), [load]) = (self.spec(&id).cloned(), &loads[..]) else {
             return;
         };
         let load = Arc::clone(load);
-        let (prober, scene) = (self.prober.clone(), self.scene(&id, incarnation));
+        let (prober, report) = (self.prober.clone(), self.hang_report(&id, incarnation));
         let handle = self.tasks.spawn({
             let id = id.clone();
             async move {
                 let hang = liveness::until_hung(&prober, &spec, &load).await;
-                Event::Hung(id, incarnation, scene.record(hang.reason, &hang.metrics).await)
+                Event::Hung(id, incarnation, report.write(hang.reason, &hang.metrics).await)
             }
         });
         self.probes.insert(id, handle);
     }
 
-    /// Waits until the GPUs of an engine are free for it.
+    /// Waits until the memory of the engine's GPUs is free.
     fn prepare(&mut self, id: EngineId, incarnation: Incarnation) {
-        // Should it never start, the log of an earlier incarnation tells nothing about that.
-        self.explainers.remove(&id);
+        // If it never starts, the log of an earlier incarnation does not show why.
+        self.diagnoses.remove(&id);
         let Some(spec) = self.spec(&id).cloned() else { return };
-        let free = (self.gpus.before_start)(spec);
+        let free = self.hooks.await_gpu_memory(spec);
         self.tasks
             .spawn(async move { Event::Prepared(id, incarnation, free.await) });
     }
@@ -434,7 +423,7 @@ impl Driver {
         }
         if incarnation > Incarnation::FIRST {
             match self.renew(id) {
-                Ok(Some(endpoint)) => events.push(Event::Moved(id.clone(), incarnation, endpoint)),
+                Ok(Some(endpoint)) => events.push(Event::EndpointChanged(id.clone(), incarnation, endpoint)),
                 Ok(None) => {}
                 Err(error) => {
                     let reason = format!("cannot be prepared for another start: {error}");
@@ -443,7 +432,7 @@ impl Driver {
             }
         }
         let Some(spec) = self.spec(id) else { return events };
-        let explainer = (self.explain)(spec);
+        let diagnose = self.hooks.diagnosis_of_start(spec);
         let spawn = Spawn {
             engine: id.clone(),
             incarnation,
@@ -455,14 +444,14 @@ impl Driver {
             stop_grace: spec.stop_grace,
             memo: serde_json::to_value(spec).unwrap_or_default(),
         };
-        self.explainers.insert(id.clone(), explainer);
+        self.diagnoses.insert(id.clone(), diagnose);
         if let Err(error) = self.shim.send(&Command::Spawn(spawn)) {
             events.push(Event::SpawnFailed(id.clone(), incarnation, one_line(&error)));
         }
         events
     }
 
-    /// Gives an engine that starts again what no earlier start of it had. Returns its new endpoint, if that differs.
+    /// Gives an engine that starts again fresh ports where it needs them. Returns its new endpoint, if that changed.
     fn renew(&mut self, id: &EngineId) -> std::io::Result<Option<Endpoint>> {
         let Some(index) = self.settings.engines.iter().position(|engine| engine.id == *id) else {
             return Ok(None);
@@ -491,9 +480,9 @@ impl Driver {
         }
     }
 
-    /// What to look at if this start of the engine hangs.
-    fn scene(&self, id: &EngineId, incarnation: Incarnation) -> Scene {
-        Scene {
+    /// Describes this incarnation of the engine, for the case that it hangs.
+    fn hang_report(&self, id: &EngineId, incarnation: Incarnation) -> HangReport {
+        HangReport {
             folder: self.settings.run_dir.clone(),
             engine: id.clone(),
             incarnation,
@@ -502,7 +491,7 @@ impl Driver {
     }
 
     fn command(&mut self, command: &Command) {
-        // These hold an engine's name and nothing else, so they can always be written.
+        // These hold nothing but an engine's name, so they can always be encoded.
         if let Err(error) = self.shim.send(command) {
             tracing::error!(error = one_line(&error), "command not sent");
         }
@@ -528,27 +517,27 @@ impl Driver {
             self.generation += 1;
             self.view.send_replace(Arc::new(view));
             let stopped = self.fleet.stopped_on_request();
-            self.scaled
-                .change(&self.settings.run_dir, |scaled| scaled.stopped = stopped);
+            self.changes
+                .change(&self.settings.run_dir, |changes| changes.stopped = stopped);
         }
     }
 }
 
-fn from_report(report: Report) -> Option<Event> {
-    Some(match report {
-        Report::Hello { .. } | Report::CannotKeep { .. } => return None,
-        Report::Spawned {
+fn from_shim(event: ShimEvent) -> Option<Event> {
+    Some(match event {
+        ShimEvent::Hello { .. } | ShimEvent::CannotKeep { .. } => return None,
+        ShimEvent::Spawned {
             engine,
             incarnation,
             pid,
             ..
         } => Event::Spawned(engine, incarnation, pid),
-        Report::SpawnFailed {
+        ShimEvent::SpawnFailed {
             engine,
             incarnation,
             reason,
         } => Event::SpawnFailed(engine, incarnation, reason),
-        Report::Exited {
+        ShimEvent::Exited {
             engine,
             incarnation,
             exit,
@@ -557,12 +546,12 @@ fn from_report(report: Report) -> Option<Event> {
             incarnation,
             exit,
         },
-        Report::TreeEmpty { engine, incarnation } => Event::TreeEmpty(engine, incarnation),
-        Report::Leftover { engine, processes } => Event::Leftover(engine, processes),
+        ShimEvent::TreeEmpty { engine, incarnation } => Event::TreeEmpty(engine, incarnation),
+        ShimEvent::Leftover { engine, processes } => Event::Leftover(engine, processes),
     })
 }
 
-/// Returns once nothing is in flight on any of them at the same time.
+/// Returns once none of the loads has a request in flight, all at the same time.
 async fn idle(loads: &[Arc<Load>]) {
     while loads.iter().any(|load| !load.is_idle()) {
         for load in loads {

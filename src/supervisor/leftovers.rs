@@ -1,4 +1,4 @@
-//! The last look of a run: which processes and listeners are still there.
+//! The last check of a run: which processes and listeners still exist.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::{Leftover, ports};
 use crate::fleet::EngineId;
 use crate::plan::{EngineSpec, PortUse};
 
-/// How long ports may stay taken after the last process: the kernel closes sockets while it ends a process.
+/// How long ports can stay taken after the last process: the kernel closes sockets while it ends a process.
 const PORTS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Returns the processes that still exist and the ports that are still taken. Waits up to [`PORTS_DEADLINE`] until there are none.

@@ -1,6 +1,6 @@
-//! Tells a hung engine by what it gets done, not by how fast it answers: requests run, and no counter grows.
+//! Detects hung engines by their progress, not by how fast they answer: requests run, and no counter grows.
 //!
-//! The judge is pure. The names of samples come with the engine's spec.
+//! `HangDetector` is pure. The names of the metrics come with the engine's spec.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -14,43 +14,43 @@ use crate::plan::EngineSpec;
 use crate::report::lacks_descriptors;
 use crate::samples::{as_text_format, sum};
 
-/// How often an engine is asked; more often where the deadline is short.
+/// Time between two polls; shorter where the deadline is short.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// How many questions fit into the deadline at least.
+/// The least number of polls within the deadline.
 const QUESTIONS: u32 = 5;
 
-/// An engine that gives no answer is not called hung before this, however short its deadline: on a busy host an answer can be
+/// An engine that does not answer counts as hung only after this, however short its deadline: on a busy host an answer can be
 /// late by many seconds.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Longest wait for one answer; two fit into [`SILENCE`], so one late answer is never a hang.
+/// Timeout of one poll; two fit into [`SILENCE`], so one late answer is never a hang.
 const QUESTION_DEADLINE: Duration = Duration::from_secs(15);
 
-/// The most bytes of metrics that are read at once. vLLM's page has some hundred KiB.
+/// The largest metrics page, in bytes. vLLM's page has some hundred KiB.
 const LARGEST_PAGE: usize = 16 << 20;
 
-/// What an engine's metrics say about its progress.
+/// An engine's progress, read from its metrics.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Sample {
-    /// Requests being computed.
+    /// Running requests.
     running: f64,
-    /// All that it has done, summed up.
+    /// The sum of its counters of finished work.
     done: f64,
 }
 
 /// Watches one incarnation.
 #[derive(Debug)]
-struct Judge {
+struct HangDetector {
     stall: Duration,
     last: Option<Sample>,
-    /// When it last answered.
+    /// When it answered last.
     answered: Instant,
-    /// When it was last seen to have nothing to do or to have done something.
+    /// When it last had nothing to do, or had made progress.
     well: Instant,
 }
 
-impl Judge {
+impl HangDetector {
     fn new(stall: Duration, now: Instant) -> Self {
         Self {
             stall,
@@ -60,13 +60,13 @@ impl Judge {
         }
     }
 
-    /// Leaves the time until now out of account, because the engine was not asked.
-    fn excuse(&mut self, now: Instant) {
+    /// Does not count the time until now, because the engine was not polled.
+    fn skip_time(&mut self, now: Instant) {
         self.answered = now;
         self.well = now;
     }
 
-    /// Takes in an answer, or that there was none; a sentence if the engine hangs.
+    /// Takes a sample, or `None` if the engine did not answer. Returns the evidence if the engine hangs.
     fn observe(&mut self, sample: Option<Sample>, now: Instant) -> Option<String> {
         let Some(sample) = sample else {
             let silent = now - self.answered;
@@ -74,7 +74,7 @@ impl Judge {
                 .then(|| format!("hung: its metrics have not answered for {}", seconds(silent)));
         };
         self.answered = now;
-        // Requests that were not seen to run at the last answer may have begun just now.
+        // Requests that did not run at the last answer can have begun just now.
         let last = self.last.replace(sample);
         let stood_still = last.is_some_and(|last| last.running > 0.0 && last.done.total_cmp(&sample.done).is_eq());
         if sample.running == 0.0 || !stood_still {
@@ -91,7 +91,7 @@ impl Judge {
     }
 }
 
-/// A duration for people.
+/// A duration as people read it.
 fn seconds(time: Duration) -> humantime::FormattedDuration {
     humantime::format_duration(Duration::from_secs(time.as_secs().max(1)))
 }
@@ -99,26 +99,26 @@ fn seconds(time: Duration) -> humantime::FormattedDuration {
 /// An engine that hangs.
 #[derive(Debug)]
 pub(super) struct Hang {
-    /// Why that is known.
+    /// The evidence, one line.
     pub(super) reason: String,
-    /// What its metrics said lately, for people.
+    /// Its latest metrics, for the hang report.
     pub(super) metrics: String,
 }
 
-/// Answers that are remembered.
+/// How many answers are kept for the report.
 const REMEMBERED: usize = 20;
 
-/// Bytes of the last answer that are remembered.
+/// How many bytes of the last answer are kept for the report.
 const MOST_METRICS: usize = 64 * 1024;
 
-/// What its metrics said lately.
+/// Its latest metrics.
 #[derive(Debug, Default)]
-struct Memory {
+struct RecentAnswers {
     samples: VecDeque<(Instant, Option<Sample>)>,
     last_answer: String,
 }
 
-impl Memory {
+impl RecentAnswers {
     fn keep(&mut self, answer: Option<String>, sample: Option<Sample>, now: Instant) {
         self.last_answer = answer.unwrap_or(std::mem::take(&mut self.last_answer));
         self.samples.push_back((now, sample));
@@ -148,20 +148,20 @@ impl Memory {
     }
 }
 
-/// Returns once the engine hangs. `load` is what it was given and has not answered.
+/// Completes once the engine hangs. `load` counts the requests in flight on it.
 ///
-/// vLLM counts what runs step by step, so the first request after a worker's last step is in none of its metrics. What a
-/// prefill engine was given is at work; a place on a decode engine may still wait for a prefill.
+/// vLLM updates its metrics after a step, so the first request after a worker's last step is in none of them. Requests in flight
+/// on a prefill engine are work; those on a decode engine can still wait for their prefill.
 pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, load: &Load) -> Hang {
     let url = format!("http://{}{}", reachable(engine), engine.liveness.path);
-    let mut memory = Memory::default();
-    let mut judge = Judge::new(engine.liveness.stall, Instant::now());
+    let mut memory = RecentAnswers::default();
+    let mut judge = HangDetector::new(engine.liveness.stall, Instant::now());
     let pause = INTERVAL.min(engine.liveness.stall / QUESTIONS);
     loop {
         let answer = match ask(client, &url).await {
             Err(error) if lacks_descriptors(error.as_ref()) => {
-                // It was not asked, so it is not to blame for the silence.
-                judge.excuse(Instant::now());
+                // It was not polled, so the silence is not its fault.
+                judge.skip_time(Instant::now());
                 sleep(pause).await;
                 continue;
             }
@@ -190,7 +190,7 @@ pub(super) async fn until_hung(client: &reqwest::Client, engine: &EngineSpec, lo
     }
 }
 
-/// Reports KV that outlived its lease. It costs a request its hand-off, and with bad luck its right text.
+/// Reports KV that outlived its lease: such a request loses its hand-off, and in the worst case gets wrong text.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -245,7 +245,7 @@ mod tests {
     /// What the judge says about one sample a second.
     fn judge(samples: impl IntoIterator<Item = Option<(f64, f64)>>) -> Option<String> {
         let start = Instant::now();
-        let mut judge = Judge::new(STALL, start);
+        let mut judge = HangDetector::new(STALL, start);
         let samples = samples
             .into_iter()
             .map(|sample| sample.map(|(running, done)| Sample { running, done }));
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn running_requests_without_a_token_are_a_hang_after_the_deadline_and_not_before() {
+    fn requests_without_a_token_hang_exactly_at_the_deadline() {
         let stalled = |count| judge([Some((1.0, 7.0))].into_iter().cycle().take(count));
         assert_eq!(stalled(10), None);
         let reason = stalled(11).expect("hung");
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_page_without_an_end_is_no_answer_and_is_not_kept() {
+    async fn an_endless_metrics_page_is_no_answer() {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}/metrics", listener.local_addr().expect("an address"));
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_engine_and_a_slow_one_are_well() {
+    fn idle_and_slow_engines_do_not_hang() {
         assert_eq!(judge([Some((0.0, 7.0))].into_iter().cycle().take(100)), None);
         // One token in nine seconds.
         let slow = (0..100_u32).map(|second| Some((3.0, f64::from(second / 9))));
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_is_hung_when_it_gives_no_answer_for_longer_than_a_busy_host_delays_one() {
+    fn a_silent_engine_hangs_after_the_silence_limit() {
         let busy = (0..100_u32).map(|second| (second % 29 == 0).then(|| (1.0, f64::from(second))));
         assert_eq!(judge(busy), None);
         assert_eq!(judge([None; 30]), None);
@@ -310,15 +310,15 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_began_during_a_silence_is_not_stalled() {
+    fn a_request_that_began_during_a_silence_does_not_hang() {
         let idle = [Some((0.0, 7.0))];
         let new = [Some((1.0, 7.0)); 9];
         assert_eq!(judge(idle.into_iter().chain([None; 20]).chain(new)), None);
     }
 
     #[test]
-    fn the_last_answers_are_remembered_and_no_more_of_them_than_a_few() {
-        let (start, mut memory) = (Instant::now(), Memory::default());
+    fn only_the_last_answers_are_kept() {
+        let (start, mut memory) = (Instant::now(), RecentAnswers::default());
         let at = |second| start + Duration::from_secs(second);
         let answer = "# HELP x\nx_bucket{le=\"1\"} 3\nx_total 4\n".to_owned();
         let sample = Sample {

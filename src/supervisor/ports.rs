@@ -1,9 +1,10 @@
-//! Holds every port of the plan from before the first spawn until the last process is gone, and names who is in the way.
+//! Reserves every port of the plan from before the first spawn until the last process is gone, and names the process that has a
+//! port already.
 //!
 //! A port is held by a socket that is bound with `SO_REUSEADDR` and never listens. While it is held, the engine itself
 //! (uvicorn, ZeroMQ and torch all set `SO_REUSEADDR`) can bind and listen, a probe for a free port without that option
 //! skips it, the kernel does not give it out as an ephemeral port, and connects are refused. Another run of xpyd could
-//! bind it the same way, so a name in the abstract socket namespace, which is as wide as the ports are, locks each port.
+//! bind it the same way, so a name in the abstract socket namespace, which has the same scope as the ports, locks each port.
 //! The kernel releases both when xpyd dies.
 
 use std::collections::BTreeMap;
@@ -18,7 +19,7 @@ use tokio::net::TcpSocket;
 use crate::fleet::EngineId;
 use crate::plan::EngineSpec;
 
-/// The ports of a plan, held until this is dropped.
+/// The reserved ports of a plan. Dropping this releases them.
 #[derive(Debug, Default)]
 pub struct Reservations {
     held: Vec<(Option<TcpSocket>, UnixDatagram)>,
@@ -30,13 +31,13 @@ pub struct Reservations {
 pub struct PortConflict {
     /// The port.
     pub port: u16,
-    /// What the plan wants it for.
+    /// What the plan uses it for.
     pub purpose: String,
     /// The engine that wants it.
     pub engine: EngineId,
-    /// Who has it, if that can be seen.
+    /// The process that has it, if it is known.
     pub holder: Option<Holder>,
-    /// What the kernel said.
+    /// The error of `bind`.
     #[source]
     pub source: io::Error,
 }
@@ -45,7 +46,7 @@ fn taken_by(holder: Option<&Holder>) -> String {
     holder.map_or_else(String::new, |holder| format!(" by {holder}"))
 }
 
-/// Who has a port.
+/// The holder of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
     /// A process that listens on it, or has a connection from it.
@@ -55,9 +56,9 @@ pub enum Holder {
         /// Name, 15 characters at most.
         name: String,
     },
-    /// A process that this user may not look into.
+    /// A process of this user, whose details this user is not allowed to read.
     User(String),
-    /// Somebody who has bound it and does not listen; the kernel shows such sockets to nobody.
+    /// A process that has bound it and does not listen; the kernel lists no such sockets.
     Unseen,
     /// Another run of xpyd has reserved it.
     OtherRun,
@@ -77,7 +78,7 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Takes every port of the engines, or none.
+/// Reserves every port of the engines, or none.
 pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
     let mut reservations = Reservations::default();
     let mut taken: BTreeMap<u16, &EngineId> = BTreeMap::new();
@@ -108,7 +109,7 @@ pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
     Ok(reservations)
 }
 
-/// Takes the ports of engines that run already: of those that they listen on, only the lock between runs.
+/// Reserves the ports of engines that run already: where an engine listens, only the lock between runs.
 pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
     let mut reservations = Reservations::default();
     for engine in engines {
@@ -123,12 +124,12 @@ pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
 }
 
 impl Reservations {
-    /// Holds those of others as well.
+    /// Adds the reservations of `others`.
     pub(super) fn add(&mut self, others: Self) {
         self.held.extend(others.held);
     }
 
-    /// Takes `count` more ports that nobody has, and that these reservations never held before.
+    /// Reserves `count` more free ports that these reservations never held before.
     pub(super) fn take_free(&mut self, host: &str, count: usize) -> io::Result<Vec<u16>> {
         let mut ports = Vec::new();
         for _ in 0..count {
@@ -150,7 +151,7 @@ fn lock(port: u16) -> io::Result<UnixDatagram> {
     UnixDatagram::bind_addr(&name)
 }
 
-/// Binds without listening. Fails if anybody listens on the port, on whatever address.
+/// Binds without listening. Fails if any process listens on the port, on whatever address.
 fn bind(host: &str, port: u16) -> io::Result<TcpSocket> {
     let (socket, address) = socket(host, port)?;
     socket.set_reuseaddr(true)?;
@@ -167,12 +168,12 @@ fn socket(host: &str, port: u16) -> io::Result<(TcpSocket, SocketAddr)> {
     })
 }
 
-/// Whether nobody listens on the port. A reservation is not in the way.
+/// Whether no process listens on the port. A reservation does not count.
 pub(super) fn is_free(host: &str, port: u16) -> bool {
     bind(host, port).is_ok()
 }
 
-/// Who has `port`: the process, or its user where this one may not look into it.
+/// The holder of `port`: the process, or its user where this user is not allowed to inspect it.
 pub fn holder(port: u16) -> Option<Holder> {
     let socket = sockets_on(port).into_iter().max_by_key(|socket| socket.listens)?;
     let Some(&pid) = holders(&socket).first() else {
@@ -188,12 +189,12 @@ pub fn holder(port: u16) -> Option<Holder> {
     })
 }
 
-/// The first port of the engine that others listen on instead of its own processes, which all stand below `leader` or in
-/// its session. A port that nobody listens on is none: not every engine opens all of them.
+/// The first port of the engine on which another process listens, as a line for the user. The engine's own processes descend
+/// from `leader` or are in its session. A port on which no process listens does not count: not every engine opens all of them.
 ///
 /// A reservation cannot keep out a program that sets `SO_REUSEADDR` as well and listens first; the engine then fails to
-/// listen, while that program may answer in its place.
-pub(super) fn usurped(engine: &EngineSpec, leader: u32) -> Option<String> {
+/// listen, while that program can answer in its place.
+pub(super) fn taken_by_other(engine: &EngineSpec, leader: u32) -> Option<String> {
     engine.ports.iter().find_map(|used| {
         let mut listening = sockets_on(used.port)
             .into_iter()
@@ -226,7 +227,7 @@ pub fn belongs(pid: u32, leader: u32) -> bool {
     false
 }
 
-/// Two fields of `/proc/PID/stat`. The name before them may hold any character.
+/// Two fields of `/proc/PID/stat`. The name before them can contain any character.
 fn parent_and_session(pid: u32) -> Option<(u32, u32)> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat);
@@ -234,7 +235,7 @@ fn parent_and_session(pid: u32) -> Option<(u32, u32)> {
     Some((fields.next()?.parse().ok()?, fields.nth(1)?.parse().ok()?))
 }
 
-/// The processes that have the socket open, of those that this one may look into.
+/// The processes that have the socket open, of those that this user is allowed to inspect.
 fn holders(socket: &SocketUse) -> Vec<u32> {
     let wanted = format!("socket:[{}]", socket.inode);
     let holds = |pid: &u32| {
@@ -273,7 +274,7 @@ struct SocketUse {
     inode: u64,
 }
 
-/// The socket in one line of `/proc/net/tcp` or `tcp6`, if it has `port` and a process has it: inode 0 is nobody's.
+/// The socket in one line of `/proc/net/tcp` or `tcp6`, if it has `port` and a process has it; inode 0 means that none has.
 fn socket_on(line: &str, port: u16) -> Option<SocketUse> {
     const LISTEN: &str = "0A";
     let fields: Vec<&str> = line.split_whitespace().collect();
@@ -308,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_held_port_can_be_listened_on_by_the_engine_but_not_found_free_by_others() {
+    fn only_the_engine_can_listen_on_a_reserved_port() {
         let port = unused_port();
         let _held = reserve(&wants(port)).unwrap();
         let unshared = TcpSocket::new_v4().unwrap();
@@ -327,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_is_bound_without_listening_is_a_conflict_too() {
+    fn a_bound_port_without_listener_is_a_conflict() {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
         let port = socket.local_addr().unwrap().port();
@@ -336,24 +337,24 @@ mod tests {
     }
 
     #[test]
-    fn a_port_is_usurped_by_whoever_listens_outside_of_the_engines_tree() {
+    fn a_listener_outside_the_engines_tree_has_taken_the_port() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let own = std::process::id();
         let engine = &wants(listener.local_addr().unwrap().port())[0];
-        assert_eq!(usurped(engine, own), None);
+        assert_eq!(taken_by_other(engine, own), None);
         let (parent, _) = parent_and_session(own).unwrap();
-        assert_eq!(usurped(engine, parent), None, "a descendant listens");
+        assert_eq!(taken_by_other(engine, parent), None, "a descendant listens");
         let mut stranger = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-        let reason = usurped(engine, stranger.id()).unwrap();
+        let reason = taken_by_other(engine, stranger.id()).unwrap();
         assert!(reason.contains(&format!("process {own}")), "{reason}");
         stranger.kill().unwrap();
         stranger.wait().unwrap();
         drop(listener);
-        assert_eq!(usurped(engine, stranger.id()), None, "nobody listens");
+        assert_eq!(taken_by_other(engine, stranger.id()), None, "nobody listens");
     }
 
     #[test]
-    fn a_server_for_both_families_is_a_conflict_that_is_named() {
+    fn a_dual_stack_server_is_a_named_conflict() {
         let Ok(listener) = TcpListener::bind(("::", 0)) else {
             // No IPv6 here.
             return;
@@ -363,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_the_kernels_tables_are_read_for_both_families() {
+    fn kernel_socket_tables_are_parsed_for_both_families() {
         let listens = "0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000  0 4711 1 0 100";
         let expected = SocketUse {
             listens: true,
@@ -381,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn another_run_cannot_reserve_the_same_port_until_it_is_released() {
+    fn two_runs_cannot_reserve_the_same_port() {
         let port = unused_port();
         let held = reserve(&wants(port)).unwrap();
         assert_eq!(reserve(&wants(port)).unwrap_err().holder, Some(Holder::OtherRun));
@@ -390,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn free_ports_are_all_different_and_can_be_listened_on_by_the_engine_only() {
+    fn free_ports_are_distinct_and_reserved() {
         let mut held = Reservations::default();
         let mut ports = held.take_free("127.0.0.1", 50).unwrap();
         ports.extend(held.take_free("127.0.0.1", 50).unwrap());
@@ -406,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn two_engines_with_the_same_port_are_told_apart_from_a_stranger() {
+    fn a_port_of_two_engines_names_the_other_engine() {
         let port = unused_port();
         let mut engines = wants(port);
         engines.extend(wants(port));

@@ -1,19 +1,19 @@
-//! Asks an engine whether it is up.
+//! Polls an engine's readiness URL.
 //!
-//! Knows an address and a path, nothing of what an engine is. No deadline here: the state machine has it.
+//! It knows an address and a path, and nothing else of the engine. The state machine has the deadline.
 
 use std::time::Duration;
 
 use crate::plan::EngineSpec;
 
-/// Pauses between two questions: short at first, because a simulated engine is up at once.
+/// Pauses between two polls: short at first, because a simulated engine is up at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// One question. A vLLM that starts on a busy machine may take seconds to accept.
+/// Timeout of one poll. A vLLM that starts on a busy machine can take seconds to accept a connection.
 const QUESTION_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A client for probes: no proxy from the environment, no connection kept.
+/// An HTTP client without a proxy from the environment and without kept connections.
 pub(super) fn client() -> reqwest::Result<reqwest::Client> {
     reqwest::Client::builder()
         .no_proxy()
@@ -22,7 +22,7 @@ pub(super) fn client() -> reqwest::Result<reqwest::Client> {
         .build()
 }
 
-/// Returns once the engine has answered 200. A refused connection means that it is still starting: it listens last.
+/// Completes once the engine has answered 200. A refused connection means that it is still starting: it listens last.
 pub(super) async fn until_up(client: reqwest::Client, engine: EngineSpec) {
     let url = format!("http://{}{}", reachable(&engine), engine.ready_path);
     let mut pause = FIRST_PAUSE;
@@ -36,7 +36,7 @@ pub(super) async fn until_up(client: reqwest::Client, engine: EngineSpec) {
     }
 }
 
-/// Where to ask: an engine that listens on every address is asked on the loopback one.
+/// The address to connect to: loopback for an engine that listens on every address.
 pub(super) fn reachable(engine: &EngineSpec) -> String {
     let mut endpoint = engine.endpoint.clone();
     match endpoint.host.as_str() {

@@ -1,7 +1,7 @@
-//! A server that one engine cannot do without, as LMCache's cache server: it starts first, and the engine ends with it.
+//! A server that one engine needs, such as LMCache's cache server: it starts first, and the engine ends with it.
 //!
-//! The engine's leader runs this before it becomes the engine, so to the shim sidecar and engine are one tree
-//! with one leader, one log and one end. Knows neither what the sidecar serves nor what the engine is.
+//! The engine's leader runs this before it becomes the engine, so for the shim both are one tree with one leader, one log and one
+//! end. It knows neither what the sidecar serves nor what the engine is.
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs as _};
@@ -17,7 +17,7 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 use rustix::process::{PidfdFlags, pidfd_open};
 use tokio::time::Instant;
 
-/// How often the sidecar's port is tried, and how long one try may take.
+/// Time between two connection attempts to the sidecar's port, and the timeout of one.
 const TRY_EVERY: Duration = Duration::from_millis(50);
 const TRY: Duration = Duration::from_secs(1);
 
@@ -28,19 +28,19 @@ const NAME: &std::ffi::CStr = c"xpyd-sidecar";
 /// An engine and its sidecar.
 #[derive(Debug)]
 pub struct Sidecar<'words> {
-    /// Where the sidecar listens once the engine may start.
+    /// The port on which the sidecar listens; then the engine can start.
     pub address: (&'words str, u16),
-    /// How long it may take until then.
+    /// How long the sidecar can take until then.
     pub deadline: Duration,
-    /// How long the engine may take to leave once the sidecar has ended.
+    /// How long the engine can take to exit after the sidecar has ended.
     pub grace: Duration,
     /// The sidecar's program and arguments.
     pub command: &'words [String],
-    /// The engine's.
+    /// The engine's program and arguments.
     pub engine: &'words [String],
 }
 
-/// Why there is no engine.
+/// Why the engine did not start, or ends.
 #[derive(Debug, thiserror::Error)]
 pub enum SidecarError {
     /// Either command line is empty.
@@ -49,37 +49,37 @@ pub enum SidecarError {
     /// A program cannot be started.
     #[error("cannot start `{0}`")]
     Start(String, #[source] io::Error),
-    /// It ended before it listened.
+    /// The sidecar ended before it listened.
     #[error("its sidecar `{command}` ended ({ended}) before it listened on port {port}")]
     Ended {
-        /// The sidecar.
+        /// The sidecar's program and verb.
         command: String,
-        /// How it ended.
+        /// Its exit code or signal.
         ended: String,
-        /// Where it should have listened.
+        /// The port it had to listen on.
         port: u16,
     },
-    /// It does not listen in time.
+    /// The sidecar did not listen in time.
     #[error("its sidecar `{command}` did not listen on port {port} within {}", humantime::format_duration(*.deadline))]
     Deaf {
-        /// The sidecar.
+        /// The sidecar's program and verb.
         command: String,
-        /// Where it should have listened.
+        /// The port it had to listen on.
         port: u16,
-        /// For how long it was waited for.
+        /// The time it had.
         deadline: Duration,
     },
-    /// It ended, and the engine ends with it.
+    /// The sidecar ended, and the engine ends with it.
     #[error("its sidecar `{0}` ended, so the engine ends too")]
     Lost(String),
-    /// The system refused something.
+    /// A system call failed.
     #[error("cannot {0}")]
     System(&'static str, #[source] io::Error),
 }
 
 impl Sidecar<'_> {
-    /// Starts the sidecar, and becomes the engine once it listens. Returns only when there is no engine, and in
-    /// the process that watches the sidecar. The caller must have no other thread.
+    /// Starts the sidecar, and becomes the engine once the sidecar listens. Returns only if the engine did not start, and in the
+    /// process that watches the sidecar. The caller must have no other thread.
     pub fn lead(&self, report: impl FnOnce(&SidecarError)) -> SidecarError {
         let Some((engine, arguments)) = self.engine.split_first() else {
             return SidecarError::Empty;
@@ -94,7 +94,7 @@ impl Sidecar<'_> {
         SidecarError::Start(engine.clone(), Command::new(engine).args(arguments).exec())
     }
 
-    /// What people call the sidecar: its program and its verb.
+    /// The sidecar's name in messages: its program and its verb.
     fn name(&self) -> String {
         self.command.iter().take(2).cloned().collect::<Vec<_>>().join(" ")
     }
@@ -108,7 +108,7 @@ impl Sidecar<'_> {
         let sidecar = command
             .spawn()
             .map_err(|error| SidecarError::Start(program.clone(), error))?;
-        // Nobody reaps it meanwhile, so its id cannot be another's.
+        // Only this process reaps it, so its id cannot belong to another process.
         let end = i32::try_from(sidecar.id())
             .ok()
             .and_then(rustix::process::Pid::from_raw)
@@ -142,7 +142,7 @@ impl Sidecar<'_> {
         })
     }
 
-    /// Leaves a process behind that ends the engine when the sidecar ends, and returns in the leader.
+    /// Forks a process that ends the engine when the sidecar ends, and returns in the leader.
     #[expect(
         unsafe_code,
         reason = "a fork shares all memory, where a second program would take megabytes"
@@ -160,32 +160,32 @@ impl Sidecar<'_> {
         }
     }
 
-    /// The whole life of the watcher. It ends with its leader at the latest.
+    /// Runs the watcher. It ends with its leader at the latest.
     fn end_engine_after(&self, end: &OwnedFd, leader: Pid, report: impl FnOnce(&SidecarError)) {
         // Neither can fail for a signal and a name that are valid.
         let _ = prctl::set_pdeathsig(Signal::SIGKILL);
         let _ = prctl::set_name(NAME);
-        // Had the leader ended before the first line, nobody would end this process.
+        // If the leader ended before the first line, no signal ends this process.
         if getppid() != leader {
             return;
         }
         while !has_ended(end, Duration::MAX) {}
         report(&SidecarError::Lost(self.name()));
-        // The first signal lets answers in flight end. One that hangs because the sidecar is gone gets the second.
+        // SIGTERM lets requests in flight finish. An engine that hangs because the sidecar is gone gets SIGKILL.
         let _ = kill(leader, Signal::SIGTERM);
         pause(self.grace);
         let _ = kill(leader, Signal::SIGKILL);
     }
 }
 
-/// Waits for the end that the descriptor stands for, for so long at most; whether it has come.
+/// Waits up to this time until the process of the descriptor ends. Returns whether it has.
 fn has_ended(end: &OwnedFd, wait: Duration) -> bool {
     let mut watched = [PollFd::new(end.as_fd(), PollFlags::POLLIN)];
     poll(&mut watched, poll_timeout(wait)).is_ok_and(|ended| ended > 0)
 }
 
 fn pause(time: Duration) {
-    // Nobody sends this process a signal that would end it early.
+    // No signal is sent to this process that would end the wait early.
     let _ = poll(&mut [], poll_timeout(time));
 }
 
@@ -193,7 +193,7 @@ fn poll_timeout(time: Duration) -> PollTimeout {
     PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX)
 }
 
-/// Whether somebody takes connections there.
+/// Whether a process accepts connections on the port.
 fn listens(host: &str, port: u16) -> bool {
     let addresses = (host, port).to_socket_addrs().into_iter().flatten();
     addresses
@@ -209,7 +209,7 @@ fn ending(status: ExitStatus) -> String {
     }
 }
 
-/// The program will be killed as soon as this thread ends, which is when the engine does.
+/// The kernel kills the program when this thread ends, which is when the engine ends.
 #[expect(unsafe_code, reason = "`pre_exec` is the only way to run code between fork and exec")]
 fn end_with_parent(command: &mut Command) {
     let parent = getpid();
@@ -217,7 +217,7 @@ fn end_with_parent(command: &mut Command) {
     unsafe {
         command.pre_exec(move || {
             prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // Had the parent ended before the line above, nobody would kill this process.
+            // If the parent ended before the line above, the kernel does not kill this process.
             if getppid() == parent {
                 Ok(())
             } else {

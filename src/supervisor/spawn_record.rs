@@ -1,4 +1,4 @@
-//! `<engine>.spawn.json`: how an engine was started, for the person who wonders later. Secrets are left out.
+//! `<engine>.spawn.json`: how an engine was started, for later debugging. Without secrets.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +23,7 @@ struct SpawnRecord<'a> {
     log: &'a Path,
 }
 
-/// Writes the record of one start into `folder`.
+/// Writes the record of one start into the folder `folder`.
 pub(super) fn write(folder: &Path, run: &str, spec: &EngineSpec, incarnation: Incarnation, pid: u32) -> io::Result<()> {
     let record = SpawnRecord {
         engine: spec.id.as_str(),

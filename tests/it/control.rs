@@ -173,7 +173,7 @@ fn start_server(root: &Path) -> Server {
     let state = ServerState {
         status: Arc::new(move || status.clone()),
         stop: sender,
-        take_out: mpsc::channel(1).0,
+        engine: mpsc::channel(1).0,
         scale: mpsc::channel(1).0,
     };
     let stop = CancellationToken::new();

@@ -18,7 +18,7 @@ fn who_has_a_port_that_the_proxy_needs_is_named() {
         let _holder = listen(base + place.offset);
         let (code, text) = place.up(&["--profile", "1p1d"]).end();
         assert_eq!(code, 3, "{text}");
-        let named = format!(":{}, which process {}", base + place.offset, std::process::id());
+        let named = format!(":{}, in use by process {}", base + place.offset, std::process::id());
         assert!(text.contains(&named), "{text}");
         assert_eq!(place.processes(), []);
     }

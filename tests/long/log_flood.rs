@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::logs::Follower;
 use xpyd::logs::follow::POLL_INTERVAL;
-use xpyd::supervisor::KeptRun;
+use xpyd::supervisor::AttachableRun;
 use xpyd::supervisor::shim::client::Shim;
 use xpyd::supervisor::shim::protocol::{Command, Event, Keep, Spawn};
 
@@ -155,7 +155,7 @@ async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
     let Flood { shim, folder, .. } = flood;
     // As the kernel does when xpyd is killed.
     drop(shim);
-    let found = tokio::task::spawn_blocking(move || KeptRun::find(&socket))
+    let found = tokio::task::spawn_blocking(move || AttachableRun::find(&socket))
         .await
         .unwrap();
     let kept = found.unwrap().expect("the shim waits");
@@ -317,8 +317,8 @@ async fn the_death_of_xpyd_costs_no_line_of_an_engine_that_says_goodbye() {
         gate = gate.display()
     );
     flood.start(&script, LIMITS).await;
-    let settled = Command::Settled { engine: engine() };
-    flood.shim.send(&settled).unwrap();
+    let startup_finished = Command::StartupFinished { engine: engine() };
+    flood.shim.send(&startup_finished).unwrap();
     // Its answer comes after the shim has obeyed the command before it.
     let other = flood.spawn(EngineId::named("decoder2"), "exit", LIMITS);
     flood.shim.send(&other).unwrap();

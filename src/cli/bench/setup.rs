@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::bench::{self, Spec};
 use crate::cli::plan::shell_word;
 use crate::cli::run_plan::RunPlan;
-use crate::control::rundir::{self, RunInfo, Seen};
+use crate::control::rundir::{self, FoundRun, RunInfo};
 use crate::machine::{self, Engine, Host, Machine, Wanted};
 use crate::plan;
 
@@ -38,7 +38,7 @@ pub(super) async fn of(spec: &Spec) -> Value {
 fn run_at(base_url: &str) -> Option<RunInfo> {
     let place = place(base_url)?;
     let mut runs = rundir::visible().into_iter().filter_map(|seen| match seen {
-        Seen::Up(run) => Some(*run),
+        FoundRun::Up(run) => Some(*run),
         _ => None,
     });
     runs.find(|run| self::place(&run.proxy_url).as_ref() == Some(&place))

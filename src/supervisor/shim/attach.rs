@@ -1,6 +1,6 @@
-//! Finding a shim that keeps the engines of a run whose xpyd has gone, and its monitor, which is nobody's child here.
+//! Finds the shim of a run whose xpyd is gone, and its monitor. Neither is a child of this process.
 //!
-//! Looking changes nothing: as long as no command was sent, the shim goes on waiting as if nobody had come.
+//! Finding changes nothing: until it gets a command, the shim keeps waiting for the next xpyd.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,14 +21,14 @@ use super::tree::Process;
 use crate::fleet::{EngineId, Incarnation};
 use crate::plan::EngineSpec;
 use crate::sockets::connect_to_user;
-use crate::supervisor::Scaled;
+use crate::supervisor::FleetChanges;
 
-/// A run that waits for its next xpyd. Dropping it leaves it waiting.
+/// A run whose engines wait for the next xpyd. Dropping this value changes nothing for them.
 #[derive(Debug)]
-pub struct KeptRun {
-    /// What is there of it.
+pub struct AttachableRun {
+    /// What the shim reports of its engines.
     pub kept: Kept,
-    /// The socket on which clients connect, if its shim holds one.
+    /// The socket on which clients connect, if the shim holds one.
     pub listener: Option<OwnedFd>,
     pub(super) pid: u32,
     pub(super) monitor: u32,
@@ -36,7 +36,7 @@ pub struct KeptRun {
     pub(super) incoming: Vec<u8>,
 }
 
-impl KeptRun {
+impl AttachableRun {
     /// Every engine that was ever started, with its newest incarnation.
     pub fn engines(&self) -> Vec<(EngineId, Incarnation, KeptState)> {
         let engines = self.kept.engines.iter();
@@ -46,11 +46,11 @@ impl KeptRun {
     }
 
     /// How the fleet differs from the plan of its start.
-    pub fn scaled(&self) -> Scaled {
-        Scaled::read(&self.kept.run_dir)
+    pub fn fleet_changes(&self) -> FleetChanges {
+        FleetChanges::read(&self.kept.run_dir)
     }
 
-    /// What each of them was started with, in the same order.
+    /// The spec with which each engine was started, in the same order.
     pub fn specs(&self) -> Result<Vec<EngineSpec>, ShimError> {
         let memos = self.kept.engines.iter();
         memos
@@ -59,13 +59,13 @@ impl KeptRun {
             .map_err(|error| ShimError::Protocol(ProtocolError::Malformed(error)))
     }
 
-    /// The process that listens at `socket`, also if it does not answer.
+    /// The process id of the listener at `socket`, also if it does not answer.
     pub fn shim_pid(socket: &Path) -> Option<u32> {
         let answered = connect_to_user(socket, geteuid().as_raw()).ok().flatten();
         answered.map(|(_, pid)| pid)
     }
 
-    /// The run whose shim waits at `socket`; `None` if nobody does. Blocks until the shim has answered.
+    /// The run whose shim waits at `socket`; `None` if no shim does. Blocks until the shim has answered.
     pub fn find(socket: &Path) -> Result<Option<Self>, ShimError> {
         let stream = match connect_to_user(socket, geteuid().as_raw()) {
             Ok(Some((stream, _))) => stream,
@@ -100,7 +100,7 @@ impl KeptRun {
                 };
             }
             match channel::receive(&stream, &mut buffer, &mut listener) {
-                // It ended just now, with all that it had.
+                // The shim ended just now, and its engines with it.
                 Ok(0) => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                 Ok(count) => incoming.extend_from_slice(&buffer[..count]),
@@ -117,22 +117,22 @@ impl KeptRun {
 /// The shim's parent.
 #[derive(Debug)]
 pub(super) enum Monitor {
-    /// Of a shim that this process has started.
+    /// The monitor of a shim that this process has started.
     Child(Child),
-    /// Of a shim that this process has attached to: only its end can be seen.
+    /// The monitor of a shim that this process has attached to: only its end can be observed.
     Stranger(AsyncFd<OwnedFd>),
-    /// It had ended before this process attached.
+    /// The monitor had ended before this process attached.
     Gone,
 }
 
 impl Monitor {
-    /// The monitor with this process id, as long as its shim says that it is its parent.
+    /// The monitor with this process id, which the shim reports as its parent.
     #[expect(
         unsafe_code,
         reason = "tokio has no safe way to wait for a descriptor that it does not know"
     )]
     pub(super) fn stranger(pid: u32) -> io::Result<Self> {
-        // A shim that lost its monitor is the child of whoever adopts processes, which is no monitor.
+        // A shim that lost its monitor was reparented to a process that is no monitor.
         let pid = Process::read(i32::try_from(pid).unwrap_or_default()).filter(|parent| parent.name == MONITOR_NAME);
         let Some(pid) = pid.and_then(|parent| rustix::process::Pid::from_raw(parent.pid)) else {
             return Ok(Self::Gone);
@@ -147,12 +147,12 @@ impl Monitor {
         Ok(Self::Stranger(descriptor))
     }
 
-    /// Returns once it has ended; true if it said that nothing is left, which only its parent gets to know.
+    /// Completes once it has ended. True if it reported that nothing is left, which only its parent can read.
     pub(super) async fn ended(&mut self) -> bool {
         match self {
             Self::Child(child) => child.wait().await.is_ok_and(|status| status.success()),
             Self::Stranger(descriptor) => {
-                // A descriptor that cannot be waited for any more is as good as one of a process that has ended.
+                // A descriptor that cannot be waited for counts as one of an ended process.
                 let _ = descriptor.readable().await;
                 false
             }

@@ -1,8 +1,8 @@
-//! A cgroup for each engine, where this process may make one: then no process can leave its tree, and one write kills it.
+//! A cgroup for each engine, where this process is allowed to create one: no process can leave it, and one write kills it.
 //!
-//! Files only; knows no engines. Controllers are never enabled, so the rule that inner cgroups hold no processes does not
-//! apply. Where cgroups are read-only, or of version 1, or the kernel is older than 5.14, there is none, and trees are
-//! found as `tree` describes.
+//! It handles files only and knows no engines. Controllers are never enabled, so the rule that inner cgroups have no processes
+//! does not apply. If cgroups are read-only or of version 1, or the kernel is older than 5.14, there are none, and `tree` finds
+//! the processes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -15,7 +15,7 @@ use nix::poll::{PollTimeout, poll};
 pub(super) struct Cgroup(PathBuf);
 
 impl Cgroup {
-    /// Makes a child of the own cgroup; `None` where that cannot be done.
+    /// Creates a child of this process's cgroup; `None` if that fails.
     pub(super) fn create(name: &str) -> Option<Self> {
         Self::create_in(&own()?, name)
     }
@@ -32,7 +32,7 @@ impl Cgroup {
         None
     }
 
-    /// The cgroups of this name's beginning that some process has made beside this one's own.
+    /// The cgroups beside this process's own whose names begin with this.
     pub(super) fn named(beginning: &str) -> Vec<Self> {
         own().map_or_else(Vec::new, |parent| Self::named_in(&parent, beginning))
     }
@@ -45,24 +45,24 @@ impl Cgroup {
             .collect()
     }
 
-    /// Where a process writes `0` to enter.
+    /// The file to which a process writes `0` to enter.
     pub(super) fn entrance(&self) -> io::Result<File> {
         OpenOptions::new().write(true).open(self.0.join("cgroup.procs"))
     }
 
-    /// The processes in it, without those in cgroups that they have made.
+    /// The processes in it, without those in child cgroups.
     pub(super) fn members(&self) -> Vec<i32> {
         let list = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
         list.lines().filter_map(|pid| pid.parse().ok()).collect()
     }
 
-    /// SIGKILL to all of it at once; none of them can fork in between.
+    /// SIGKILL to all its processes at once; none can fork in between.
     pub(super) fn kill(&self) {
-        // It can only fail if the cgroup is gone, and then so are its processes.
+        // This fails only if the cgroup is gone, and its processes with it.
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
     }
 
-    /// Removes it. The kernel lets go of a process some moments after its parent has reaped it.
+    /// Removes it. The kernel removes a process from it some moments after its parent has reaped it.
     pub(super) fn remove(&self) {
         const ATTEMPTS: usize = 50;
         for _ in 0..ATTEMPTS {
@@ -76,7 +76,7 @@ impl Cgroup {
     }
 }
 
-/// The own cgroup's folder, if children of it may be made there and killed by one write.
+/// The folder of this process's cgroup, if it can create children there that one write kills.
 pub(super) fn delegated() -> Option<PathBuf> {
     let folder = own()?;
     let may_write = nix::unistd::access(&folder, nix::unistd::AccessFlags::W_OK).is_ok();
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_own_cgroup_is_found_in_pure_hybrid_and_nested_hierarchies() {
+    fn own_cgroup_is_found_in_pure_hybrid_and_nested_hierarchies() {
         let hybrid = "31 1 0:20 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
                       41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
         let folder = own_in("4:memory:/x\n0::/\n", hybrid).unwrap();
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_the_kernels_files_is_no_cgroup_and_is_not_left_behind() {
+    fn a_folder_that_is_no_cgroup_is_removed() {
         let parent = tempfile::tempdir().unwrap();
         assert!(Cgroup::create_in(parent.path(), "xpyd-1").is_none());
         assert!(Cgroup::create_in(&parent.path().join("missing"), "xpyd-1").is_none());
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn cgroups_are_found_by_the_beginning_of_their_name_and_killed_by_one_write() {
+    fn cgroups_are_found_by_prefix_and_killed_by_one_write() {
         let parent = tempfile::tempdir().unwrap();
         for name in ["xpyd-1.decoder1.1", "xpyd-12.decoder1.1"] {
             fs::create_dir(parent.path().join(name)).unwrap();

@@ -1,4 +1,4 @@
-//! Bytes and file descriptors over a Unix socket. Knows no message and never blocks by itself.
+//! Sends and receives bytes and file descriptors over a Unix socket. It knows no message and never blocks.
 //!
 //! A descriptor travels with the first byte of the message that announces it, so it has arrived when that message has.
 
@@ -12,12 +12,12 @@ use rustix::net::{
     recvmsg, sendmsg,
 };
 
-/// What waits to be sent.
+/// The send queue.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
-    /// Encoded messages.
+    /// Encoded messages that are not sent yet.
     pub(super) bytes: Vec<u8>,
-    /// A descriptor, and the offset of the byte that it travels with.
+    /// A descriptor, and the offset of the byte with which it is sent.
     descriptor: Option<(usize, OwnedFd)>,
 }
 
@@ -36,7 +36,7 @@ impl Outbox {
         self.descriptor = Some((self.bytes.len(), descriptor));
     }
 
-    /// Sends once, as much as the socket takes.
+    /// Sends as much as the socket takes at once.
     pub(super) fn send(&mut self, socket: impl AsFd) -> io::Result<()> {
         let sent = match &self.descriptor {
             Some((0, descriptor)) => {
@@ -59,7 +59,7 @@ impl Outbox {
         };
         self.bytes.drain(..sent);
         self.descriptor = match self.descriptor.take() {
-            // It has left with the first of these bytes.
+            // The descriptor was sent with the first of these bytes.
             Some((0, _)) | None => None,
             Some((offset, descriptor)) => Some((offset - sent, descriptor)),
         };
@@ -67,7 +67,7 @@ impl Outbox {
     }
 }
 
-/// Receives once. A descriptor that came along replaces the one in `descriptor`, and no program started later inherits it.
+/// Receives once. A descriptor that comes along replaces the one in `descriptor`; it is close-on-exec.
 pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8], descriptor: &mut Option<OwnedFd>) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_arrives_with_its_message_and_is_not_inherited() {
+    fn a_descriptor_arrives_with_its_message_close_on_exec() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();

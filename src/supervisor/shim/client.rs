@@ -1,6 +1,6 @@
-//! xpyd's end of the shim: starts it, talks to it without ever blocking, and sweeps after it if it is killed.
+//! xpyd's side of the shim: starts it, exchanges messages without blocking, and sweeps after it if it is killed.
 //!
-//! Decides nothing: commands come from the driver, and events go to it.
+//! It decides nothing: commands come from the driver, and events go to it.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -13,18 +13,18 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::attach::{KeptRun, Monitor};
+use super::attach::{AttachableRun, Monitor};
 use super::channel::{self, Outbox};
 use super::orphans;
 use super::protocol::{self, Command, Event, LeftoverProcess, ProtocolError};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
-use super::tree::{Process, Table};
+use super::tree::{Process, ProcessTable};
 use crate::private;
 
-/// Variables that engines do not inherit, because they inherit the shim's. The keys of clients are no business of theirs. What
-/// else is named here says on which ports and ranks vLLM runs, which is the plan's to decide; Kubernetes sets `VLLM_PORT` to a URL
-/// where a service is called `vllm`, and vLLM ends of it.
+/// Variables that the shim, and so the engines, do not inherit. Engines have no use for the keys of clients. The others choose
+/// ports and ranks of vLLM, which the plan decides; Kubernetes sets `VLLM_PORT` to a URL for a service named `vllm`, which makes
+/// vLLM exit.
 const NOT_FOR_ENGINES: [&str; 7] = [
     "XPYD_API_KEY",
     "VLLM_PORT",
@@ -35,37 +35,37 @@ const NOT_FOR_ENGINES: [&str; 7] = [
     "VLLM_DP_MASTER_PORT",
 ];
 
-/// How long a fresh shim can take to say hello: it is a re-exec and nothing more, but on a busy host even that takes long.
+/// Time for a fresh shim to send its hello: it only re-executes the program, but on a busy host even that takes long.
 pub(super) const HELLO_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long a sweep goes on before it reports what is left.
+/// How long a sweep lasts before it reports what is left.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Why there is no shim.
+/// Why the shim cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ShimError {
-    /// The connection to it could not be made, or broke.
+    /// The connection failed.
     #[error("connection to the shim failed")]
     Connection(#[source] std::io::Error),
-    /// Its program could not be started.
+    /// The program could not be started.
     #[error("cannot start the shim from `{}`", program.display())]
     Start {
         /// The program.
         program: PathBuf,
-        /// Why.
+        /// The error of the start.
         #[source]
         source: std::io::Error,
     },
-    /// It ended, or closed the connection.
+    /// The shim ended, or closed the connection.
     #[error("shim is gone")]
     Gone,
-    /// It said nothing for too long.
+    /// The shim sent no hello in time.
     #[error("shim did not answer within {} s", HELLO_DEADLINE.as_secs())]
     Silent,
-    /// It said something that this version does not understand.
+    /// The shim sent a message that this version does not understand.
     #[error("shim speaks another protocol")]
     Protocol(#[source] ProtocolError),
-    /// It is of another version.
+    /// The shim is of another version.
     #[error("shim speaks protocol {theirs}, xpyd speaks {}", protocol::VERSION)]
     Version {
         /// The shim's version.
@@ -73,27 +73,27 @@ pub enum ShimError {
     },
 }
 
-/// A running shim. Dropping it closes the connection, upon which the shim takes every engine down by itself.
+/// A running shim. Dropping this closes the connection, and then the shim ends every engine by itself.
 #[derive(Debug)]
 pub struct Shim {
     monitor: Monitor,
-    /// The monitor has ended before the shim. This process sweeps in its place.
+    /// Whether the monitor has ended before the shim. Then this process sweeps in its place.
     is_unmonitored: bool,
     pid: u32,
-    link: Link,
+    link: ShimConnection,
     foreign: SharedFiles,
 }
 
-/// The connection to a shim, with what is on its way in either direction.
+/// The connection to a shim, with its queues in both directions.
 #[derive(Debug)]
-struct Link {
+struct ShimConnection {
     stream: UnixStream,
     incoming: Vec<u8>,
     outgoing: Outbox,
 }
 
 impl Shim {
-    /// Starts `program shim` and waits for its hello. What it has to say goes to `log`.
+    /// Starts `program shim` and waits for its hello. Its own log goes to `log`.
     ///
     /// Makes this process a child subreaper, so that it inherits the engines' processes if the shim is killed.
     pub async fn start(program: &Path, log: &Path) -> Result<Self, ShimError> {
@@ -105,7 +105,7 @@ impl Shim {
             source,
         };
         let (log, _) = private::append(log).map_err(start)?.into_parts();
-        // For as long as it is the shim's: no other run takes the folder for an old one. Some file systems have no locks.
+        // The shim holds the lock, so no other run removes the folder as an old one. Some file systems have no locks.
         let _ = log.lock_shared();
         let mut command = tokio::process::Command::new(program);
         for name in NOT_FOR_ENGINES {
@@ -122,7 +122,7 @@ impl Shim {
             pid: 0,
             monitor: Monitor::Child(monitor),
             is_unmonitored: false,
-            link: Link::new(own, Vec::new())?,
+            link: ShimConnection::new(own, Vec::new())?,
             foreign,
         };
         match timeout(HELLO_DEADLINE, shim.event()).await {
@@ -137,25 +137,24 @@ impl Shim {
         }
     }
 
-    /// Attaches to the shim of a run whose xpyd has gone. From its first command on it is this process's.
-    pub fn attach(run: KeptRun) -> Result<Self, ShimError> {
+    /// Attaches to the shim of a run whose xpyd is gone. From the first command on the shim belongs to this process.
+    pub fn attach(run: AttachableRun) -> Result<Self, ShimError> {
         let monitor = Monitor::stranger(run.monitor).map_err(ShimError::Connection)?;
         Ok(Self {
             is_unmonitored: matches!(monitor, Monitor::Gone),
             monitor,
             pid: run.pid,
-            link: Link::new(run.stream, run.incoming)?,
+            link: ShimConnection::new(run.stream, run.incoming)?,
             foreign: SharedFiles::present(),
         })
     }
 
-    /// Its process id.
+    /// The shim's process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// The process id of its monitor, which is its parent; `None` once that has ended, and where it is no child of this
-    /// process.
+    /// The process id of the monitor; `None` once it has ended, and if it is no child of this process.
     pub fn monitor_pid(&self) -> Option<u32> {
         match &self.monitor {
             Monitor::Child(child) => child.id(),
@@ -163,7 +162,7 @@ impl Shim {
         }
     }
 
-    /// Queues a command; [`Shim::event`] sends it. Commands are few, so the queue is bounded by them.
+    /// Queues a command; [`Shim::event`] sends it. Commands are few, so the queue stays small.
     pub fn send(&mut self, command: &Command) -> Result<(), ProtocolError> {
         protocol::encode(command, &mut self.link.outgoing.bytes)
     }
@@ -181,7 +180,7 @@ impl Shim {
     pub async fn event(&mut self) -> Result<Event, ShimError> {
         loop {
             tokio::select! {
-                // What the shim said last comes before the end of its monitor, which ends after it.
+                // The shim's last events come before the end of the monitor, which ends after it.
                 biased;
                 event = self.link.event() => return event,
                 _ = self.monitor.ended(), if !self.is_unmonitored => {
@@ -198,18 +197,18 @@ impl Shim {
         sent.map_err(|_| ShimError::Silent)?.map_err(ShimError::Connection)
     }
 
-    /// Ends a shim that hangs, and whatever shim and engines have left, shared memory too. Returns the processes
-    /// that did not go within a few seconds.
+    /// Ends a shim that hangs, and everything that shim and engines have left, shared memory included. Returns the processes that did
+    /// not end within a few seconds.
     pub async fn sweep(&mut self) -> Vec<LeftoverProcess> {
         let Monitor::Child(_) = &self.monitor else {
             return self.sweep_attached().await;
         };
         self.kill();
-        // The monitor does it, because it goes on with it should this process be killed in the middle.
+        // The monitor does it, because it continues if this process is killed meanwhile.
         if matches!(timeout(SWEEP_DEADLINE, self.monitor.ended()).await, Ok(true)) {
             return Vec::new();
         }
-        // It was killed, or there is something that it could not end. This process inherits what it had; it has no other children.
+        // It was killed, or could not end a process. This process inherits what it had; it has no other children.
         self.kill_monitor();
         let (shim, foreign) = (self.pid, self.foreign.clone());
         let sweeping = tokio::task::spawn_blocking(move || sweep(shim, &foreign, SWEEP_DEADLINE));
@@ -218,15 +217,15 @@ impl Shim {
         left.iter().map(Process::leftover).collect()
     }
 
-    /// [`Shim::sweep`] where shim and monitor are no descendants of this process, so that it inherits nothing of
-    /// theirs: whichever of the two is left has to do it. Without a monitor, what the shim left is found by its mark.
+    /// [`Shim::sweep`] after an attach: shim and monitor are no descendants of this process, so it inherits nothing of theirs.
+    /// The one that still runs sweeps. Without a monitor, processes are found by the shim's mark.
     async fn sweep_attached(&mut self) -> Vec<LeftoverProcess> {
-        let engines: Vec<Process> = Table::read()
+        let engines: Vec<Process> = ProcessTable::read()
             .descendants(i32::try_from(self.pid).unwrap_or_default())
             .into_iter()
             .cloned()
             .collect();
-        // What was on its way to the shim no longer matters, and half a message would spoil the next one.
+        // Queued commands no longer matter, and half a message would corrupt the next one.
         self.link.outgoing.clear();
         if self.send(&Command::Shutdown).is_ok() {
             let end = async { while self.link.event().await.is_ok() {} };
@@ -249,13 +248,13 @@ impl Shim {
         left.map(Process::leftover).collect()
     }
 
-    /// SIGKILL to the shim, as long as its id is known to be its own: until its parent has reaped it.
+    /// SIGKILL to the shim, while its id cannot belong to another process: until its parent has reaped it.
     fn kill(&self) {
         let Ok(pid) = i32::try_from(self.pid) else { return };
-        // Without its monitor it is a child of this process, the next subreaper above.
+        // Without its monitor the shim is a child of this process, the next subreaper above.
         let parent = self.monitor_pid().unwrap_or_else(std::process::id);
         if let Some(shim) = Process::read(pid).filter(|process| process.parent.unsigned_abs() == parent) {
-            // One that ended meanwhile is as good.
+            // It can have ended meanwhile.
             let _ = shim.signal(Signal::SIGKILL);
         }
     }
@@ -268,7 +267,7 @@ impl Shim {
         }
     }
 
-    /// Waits until the monitor has ended, which it does as soon as the shim and all that it left have.
+    /// Waits until the monitor has ended. It ends as soon as the shim and everything that the shim left have ended.
     pub async fn ended(&mut self) {
         if timeout(SWEEP_DEADLINE, self.monitor.ended()).await.is_err() {
             self.kill_monitor();
@@ -276,7 +275,7 @@ impl Shim {
     }
 }
 
-impl Link {
+impl ShimConnection {
     fn new(stream: std::os::unix::net::UnixStream, incoming: Vec<u8>) -> Result<Self, ShimError> {
         stream.set_nonblocking(true).map_err(ShimError::Connection)?;
         Ok(Self {
@@ -298,7 +297,7 @@ impl Link {
                 Interest::READABLE | Interest::WRITABLE
             };
             let ready = self.stream.ready(interest).await.map_err(ShimError::Connection)?;
-            // A shim that is gone cannot be written to, but its last words can still be read.
+            // After the shim's end writing fails, but its last events can still be read.
             if ready.is_writable() && !self.outgoing.is_empty() {
                 let _ = self.send();
             }
@@ -333,7 +332,7 @@ impl Link {
     }
 }
 
-/// Whether a process that was reported as left over is still there.
+/// Whether a process that was reported as left over still exists.
 pub fn is_still_there(process: &LeftoverProcess) -> bool {
     i32::try_from(process.pid)
         .ok()

@@ -1,6 +1,6 @@
-//! One incarnation of an engine as the shim sees it: started, watched, ended.
+//! One incarnation of an engine in the shim: starts it, reads its output, ends its tree.
 //!
-//! Knows no socket: what happened is returned, and `process` passes it on.
+//! It knows no socket: it returns events, and `process` sends them.
 
 use std::fs::File;
 use std::io;
@@ -18,7 +18,7 @@ use super::cgroup::Cgroup;
 use super::log::{Drained, Log};
 use super::protocol::{Event, KeptEngine, KeptState, LeftoverProcess, Spawn};
 use super::shm::SharedFiles;
-use super::tree::{MARK_VARIABLE, Process, Table, Tree};
+use super::tree::{MARK_VARIABLE, Process, ProcessTable, Tree};
 use crate::fleet::Exit;
 use crate::fleet::{EngineId, Incarnation};
 
@@ -26,11 +26,11 @@ use crate::fleet::{EngineId, Incarnation};
 /// needs CPU time to exit, and the driver of a GPU takes many seconds to free its memory.
 const LEFTOVER_AFTER: Duration = Duration::from_secs(30);
 
-/// How often a tree is killed again while it is not empty. Longer once it was reported.
+/// Time between two kills of a tree that is not empty. Longer once it was reported.
 const KILL_AGAIN: Duration = Duration::from_millis(20);
 const KILL_AGAIN_REPORTED: Duration = Duration::from_millis(500);
 
-/// The longest grace that an engine gets when xpyd has disappeared: nobody is left to ask for more.
+/// The longest grace of an engine after xpyd has disappeared.
 const ORPHAN_GRACE: Duration = Duration::from_secs(10);
 
 /// A running incarnation.
@@ -39,28 +39,28 @@ pub(super) struct Engine {
     pub(super) id: EngineId,
     incarnation: Incarnation,
     leader: Process,
-    /// How the leader ended; `None` while it lives.
+    /// How the leader ended; `None` while it runs.
     exit: Option<Exit>,
     tree: Tree,
     log: Option<Log>,
     shared_files: SharedFiles,
-    settled: bool,
+    startup_finished: bool,
     terminated: bool,
-    /// What outlived the leader was asked to leave, too.
+    /// Whether the processes that outlived the leader got SIGTERM as well.
     rest_is_told: bool,
     stop_grace: Duration,
-    ending: Ending,
+    termination: Termination,
     memo: serde_json::Value,
 }
 
-/// How far the shim has gone in ending the tree.
+/// How far the end of the tree has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// Nothing is to be forced.
+enum Termination {
+    /// No SIGKILL is due.
     None,
-    /// It is killed at this time unless it is gone by then.
+    /// The tree gets SIGKILL at this time, unless it is gone by then.
     KillAt(Instant),
-    /// SIGKILL was first sent at `since`; `again` is when to look next.
+    /// SIGKILL was first sent at `since`; `again` is when to check next.
     Killing {
         since: Instant,
         again: Instant,
@@ -69,7 +69,7 @@ enum Ending {
 }
 
 impl Engine {
-    /// Starts the engine. The error is a sentence for people.
+    /// Starts the engine. The error is a sentence for the user.
     pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
         let (log, writer) = Log::open(&spawn.log, spawn.log_limits)
             .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
@@ -99,7 +99,7 @@ impl Engine {
                 }
             })
             .map_err(|error| format!("cannot start `{program}`: {error}"))?;
-        // It cannot be reaped before this returns, because only the loop in `process` reaps.
+        // The process cannot be reaped before this returns, because only the loop in `process` reaps.
         let leader = i32::try_from(child.id())
             .ok()
             .and_then(Process::read)
@@ -112,16 +112,16 @@ impl Engine {
             exit: None,
             log: Some(log),
             shared_files: SharedFiles::default(),
-            settled: false,
+            startup_finished: false,
             terminated: false,
             rest_is_told: false,
             stop_grace: spawn.stop_grace,
-            ending: Ending::None,
+            termination: Termination::None,
             memo: spawn.memo,
         })
     }
 
-    /// What tells xpyd that it runs.
+    /// The event that reports its start.
     pub(super) fn spawned(&self) -> Event {
         Event::Spawned {
             engine: self.id.clone(),
@@ -130,62 +130,62 @@ impl Engine {
         }
     }
 
-    /// Its start is over.
-    pub(super) fn settle(&mut self) {
-        self.settled = true;
+    /// Records that its start is over.
+    pub(super) fn finish_startup(&mut self) {
+        self.startup_finished = true;
     }
 
-    /// The pipe to poll, while somebody may write to it.
+    /// The log pipe to poll, while a process can write to it.
     pub(super) fn log_descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.log.as_ref().map(Log::descriptor)
     }
 
-    /// Moves its output to its file.
+    /// Moves its output to its log file.
     pub(super) fn drain_log(&mut self) {
         if self.log.as_mut().is_some_and(|log| log.drain() == Drained::Closed) {
             self.log = None;
         }
     }
 
-    /// SIGTERM to the leader, the first time.
+    /// SIGTERM to the leader, once.
     pub(super) fn terminate(&mut self, foreign: &SharedFiles) {
         if self.exit.is_none() && !self.terminated {
             self.terminated = true;
-            self.look(&Table::read(), foreign);
-            // A leader that is gone by now is reaped in this turn of the loop.
+            self.update_tree(&ProcessTable::read(), foreign);
+            // A leader that has ended is reaped in this turn of the loop.
             let _ = self.leader.signal(Signal::SIGTERM);
         }
     }
 
     /// xpyd is gone: an engine that served gets a bounded grace, one that was still starting gets none.
-    pub(super) fn orphan(&mut self, foreign: &SharedFiles, now: Instant) {
-        if matches!(self.ending, Ending::None) {
-            if self.settled {
+    pub(super) fn end_orphaned(&mut self, foreign: &SharedFiles, now: Instant) {
+        if matches!(self.termination, Termination::None) {
+            if self.startup_finished {
                 self.terminate(foreign);
-                self.ending = Ending::KillAt(now + self.stop_grace.min(ORPHAN_GRACE));
+                self.termination = Termination::KillAt(now + self.stop_grace.min(ORPHAN_GRACE));
             } else {
                 self.kill(foreign, now);
             }
         }
     }
 
-    /// xpyd is gone and the next one is waited for: only what was on its way out, or has lost its leader, is ended.
+    /// xpyd is gone and the shim waits for the next one: only an engine that was stopping, or has lost its leader, is ended.
     pub(super) fn keep(&mut self, foreign: &SharedFiles, now: Instant) {
         if self.exit.is_some() {
             self.kill(foreign, now);
         } else if self.terminated {
-            self.orphan(foreign, now);
+            self.end_orphaned(foreign, now);
         }
     }
 
-    /// What is there of it, for an xpyd that attaches.
+    /// Its state, for an xpyd that attaches.
     pub(super) fn kept(&self) -> KeptEngine {
-        let state = if self.exit.is_some() || self.terminated || !matches!(self.ending, Ending::None) {
+        let state = if self.exit.is_some() || self.terminated || !matches!(self.termination, Termination::None) {
             KeptState::Leaving { exit: self.exit }
         } else {
             KeptState::Running {
                 pid: self.leader.pid.unsigned_abs(),
-                settled: self.settled,
+                startup_finished: self.startup_finished,
             }
         };
         KeptEngine {
@@ -196,7 +196,7 @@ impl Engine {
         }
     }
 
-    /// What is known of it once its tree is empty.
+    /// Its state once its tree is empty.
     pub(super) fn gone(&self) -> KeptEngine {
         KeptEngine {
             state: KeptState::Gone { exit: self.exit },
@@ -204,11 +204,11 @@ impl Engine {
         }
     }
 
-    /// SIGKILL to the whole tree, now and again until it is empty.
+    /// SIGKILL to the whole tree, repeated until it is empty.
     pub(super) fn kill(&mut self, foreign: &SharedFiles, now: Instant) {
-        if !matches!(self.ending, Ending::Killing { .. }) {
-            self.strike(foreign);
-            self.ending = Ending::Killing {
+        if !matches!(self.termination, Termination::Killing { .. }) {
+            self.kill_members(foreign);
+            self.termination = Termination::Killing {
                 since: now,
                 again: now + KILL_AGAIN,
                 reported: false,
@@ -216,11 +216,11 @@ impl Engine {
         }
     }
 
-    /// SIGKILL to all that is there of the tree now. Returns it.
+    /// SIGKILL to all current processes of the tree. Returns them.
     ///
-    /// Its files in `/dev/shm` go first: should this process be killed in the middle, whoever sweeps after it knows of them
-    /// only by processes that still live.
-    fn strike(&mut self, foreign: &SharedFiles) -> Vec<Process> {
+    /// Removes its files in `/dev/shm` first: if this process is killed meanwhile, the next sweep finds them only through processes
+    /// that still run.
+    fn kill_members(&mut self, foreign: &SharedFiles) -> Vec<Process> {
         let frozen = self.tree.freeze(getpid().as_raw());
         let pids: Vec<i32> = frozen.iter().map(|process| process.pid).collect();
         self.shared_files.add_used_by(pids.iter().copied(), foreign);
@@ -229,32 +229,32 @@ impl Engine {
         frozen
     }
 
-    /// When [`Engine::tick`] has something to do.
+    /// When [`Engine::tick`] is due.
     pub(super) fn next_tick(&self) -> Option<Instant> {
-        match self.ending {
-            Ending::None => None,
-            Ending::KillAt(at) => Some(at),
-            Ending::Killing { again, .. } => Some(again),
+        match self.termination {
+            Termination::None => None,
+            Termination::KillAt(at) => Some(at),
+            Termination::Killing { again, .. } => Some(again),
         }
     }
 
-    /// Does what is due. Returns processes that outlived SIGKILL, once.
+    /// Sends due signals. Returns processes that outlived SIGKILL, once.
     pub(super) fn tick(&mut self, foreign: &SharedFiles, now: Instant) -> Option<Event> {
-        match self.ending {
-            Ending::None => None,
-            Ending::KillAt(at) => {
+        match self.termination {
+            Termination::None => None,
+            Termination::KillAt(at) => {
                 if now >= at {
                     self.kill(foreign, now);
                 }
                 None
             }
-            Ending::Killing { again, .. } if now < again => None,
-            Ending::Killing { since, reported, .. } => {
-                let left = self.strike(foreign);
+            Termination::Killing { again, .. } if now < again => None,
+            Termination::Killing { since, reported, .. } => {
+                let left = self.kill_members(foreign);
                 let report = !reported && now >= since + LEFTOVER_AFTER && !left.is_empty();
                 let reported = reported || report;
                 let again = now + if reported { KILL_AGAIN_REPORTED } else { KILL_AGAIN };
-                self.ending = Ending::Killing { since, again, reported };
+                self.termination = Termination::Killing { since, again, reported };
                 report.then(|| Event::Leftover {
                     engine: Some(self.id.clone()),
                     processes: left.iter().map(Process::leftover).collect(),
@@ -263,7 +263,7 @@ impl Engine {
         }
     }
 
-    /// Takes note of a reaped process; `Some` if it was the leader. Its last output is in the file by then.
+    /// Handles a reaped process. Returns the event if it was the leader; then its last output is in the log file.
     pub(super) fn reaped(&mut self, pid: i32, exit: Exit) -> Option<Event> {
         if self.exit.is_some() || pid != self.leader.pid {
             return None;
@@ -277,14 +277,14 @@ impl Engine {
         })
     }
 
-    /// Learns who is in the tree and what they hold in `/dev/shm`. If leader and tree are gone, cleans up after them, and
-    /// the event says so.
-    pub(super) fn look(&mut self, table: &Table, foreign: &SharedFiles) -> Option<Event> {
+    /// Reads which processes are in the tree and what they hold in `/dev/shm`. If all are gone, cleans up after them and returns the
+    /// event.
+    pub(super) fn update_tree(&mut self, table: &ProcessTable, foreign: &SharedFiles) -> Option<Event> {
         let members = self.tree.members(table, getpid().as_raw());
         self.shared_files
             .add_used_by(members.iter().map(|process| process.pid), foreign);
         if self.exit.is_none() || !members.is_empty() {
-            self.tell_rest(&members);
+            self.terminate_rest(&members);
             return None;
         }
         self.drain_log();
@@ -296,31 +296,31 @@ impl Engine {
         })
     }
 
-    /// A leader that is only a wrapper ends by its SIGTERM and passes none on, so what it had started gets one of its own.
-    fn tell_rest(&mut self, members: &[Process]) {
+    /// A leader that is only a wrapper ends by SIGTERM without passing it on, so the rest of the tree gets a SIGTERM as well.
+    fn terminate_rest(&mut self, members: &[Process]) {
         if self.exit.is_some() && self.terminated && !self.rest_is_told {
             self.rest_is_told = true;
             for member in members {
-                // One that is gone by now needs no telling.
+                // The process can be gone already.
                 let _ = member.signal(Signal::SIGTERM);
             }
         }
     }
 
-    /// Whether it is known that only a look can tell that the tree is gone: its leader is.
+    /// Whether the leader is gone, so that only a check of `/proc` can show the end of the tree.
     pub(super) fn is_leaderless(&self) -> bool {
         self.exit.is_some()
     }
 
-    /// Its processes, for a last report.
-    pub(super) fn leftover(&mut self, table: &Table) -> Vec<LeftoverProcess> {
+    /// Its processes, for the last report.
+    pub(super) fn leftover(&mut self, table: &ProcessTable) -> Vec<LeftoverProcess> {
         let members = self.tree.members(table, getpid().as_raw());
         members.iter().map(Process::leftover).collect()
     }
 }
 
-/// What the leader does between fork and exec: its cgroup, an own session, death with the shim, and signals as a fresh program
-/// expects them (the shim blocks some, and ignored ones would stay ignored).
+/// Prepares the leader between fork and exec: its cgroup, its session, death with the shim, and default signal handling (the shim
+/// blocks some signals, and ignored ones would stay ignored).
 #[expect(unsafe_code, reason = "`pre_exec` is the only way to run code between fork and exec")]
 fn prepare_leader(command: &mut Command, entrance: Option<File>) {
     let shim = getpid();
@@ -329,12 +329,12 @@ fn prepare_leader(command: &mut Command, entrance: Option<File>) {
     unsafe {
         command.pre_exec(move || {
             if let Some(entrance) = &entrance {
-                // Outside of its cgroup it is found by its session, as where there are none.
+                // Without its cgroup the tree is found by its session.
                 let _ = write(entrance, b"0");
             }
             setsid()?;
             prctl::set_pdeathsig(Signal::SIGKILL)?;
-            // Had the shim died before the line above, nobody would kill this process.
+            // If the shim died before the line above, the kernel does not kill this process.
             if getppid() != shim {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }

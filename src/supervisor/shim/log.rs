@@ -1,6 +1,6 @@
-//! Keeps what an engine prints: a pipe that is always drained, and the file that it goes to.
+//! An engine's output: a pipe that is always drained, and the log file.
 //!
-//! Parses nothing: others read the file. The engine must never wait for a full disk, and `log_file` does not.
+//! It parses nothing. The engine must never wait for a full disk, and `log_file` does not.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,17 +14,17 @@ use nix::unistd::pipe2;
 use crate::fleet::LogLimits;
 use crate::log_file::LogFile;
 
-/// Room in the pipe, so that a burst does not block the engine while the shim writes. 1 MiB is the kernel's default
+/// Capacity of the pipe in bytes, so that a burst does not block the engine while the shim writes. 1 MiB is the kernel's default
 /// limit for users.
 const PIPE_BYTES: i32 = 1 << 20;
 
-/// Most bytes taken from one pipe before the others get their turn.
+/// The most bytes read from one pipe before the others get their turn.
 const TURN_BYTES: usize = 1 << 20;
 
-/// Bytes per read: with this many, a burst costs the shim about as much as copying it.
+/// Bytes per read: at this size, reading a burst costs about as much as copying it.
 const READ_BYTES: usize = 1 << 16;
 
-/// The reading end of an engine's output, and the file it goes to.
+/// The read end of an engine's output pipe, and its log file.
 #[derive(Debug)]
 pub(super) struct Log {
     pipe: File,
@@ -36,20 +36,20 @@ pub(super) struct Log {
 /// Whether more output can come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Drained {
-    /// Some process still holds the writing end.
+    /// A process still holds the write end.
     Open,
-    /// Nobody does.
+    /// No process holds the write end.
     Closed,
 }
 
 impl Log {
-    /// Opens `path` for appending and makes the pipe; the second value is the end to write to.
+    /// Opens `path` for appending and creates the pipe. The second value is the write end.
     pub(super) fn open(path: &Path, limits: LogLimits) -> io::Result<(Self, OwnedFd)> {
         let file = LogFile::open(path, limits)?;
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
-        // Only the reading end must not block: engines do not expect a non-blocking stdout.
+        // Only the read end is non-blocking: engines do not expect a non-blocking stdout.
         fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        // Best effort: the limit for users may be lower, and 64 KiB works as well.
+        // Best effort: the limit for users can be lower, and 64 KiB works as well.
         let _ = fcntl(&reader, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
         let pipe = File::from(reader);
         let inode = pipe.metadata()?.ino();
@@ -67,12 +67,12 @@ impl Log {
         self.inode
     }
 
-    /// What to poll.
+    /// The descriptor to poll.
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
         self.pipe.as_fd()
     }
 
-    /// Moves what is in the pipe to the file, at most [`TURN_BYTES`].
+    /// Moves the pipe's content to the file, at most [`TURN_BYTES`].
     pub(super) fn drain(&mut self) -> Drained {
         let mut taken = 0;
         while taken < TURN_BYTES {
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_is_appended_on_a_line_of_its_own_and_the_end_is_seen() {
+    fn output_is_appended_and_its_end_is_detected() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("engine.log");
         std::fs::write(&path, "killed in the mid").unwrap();

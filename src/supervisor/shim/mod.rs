@@ -1,5 +1,5 @@
-//! The shim: a second process of xpyd that is the only parent of the engines, and outlives xpyd by just long enough
-//! to take them down. Between the two stands a monitor that does nothing but outlive both.
+//! The shim: a second process of xpyd and the only parent of the engines. It outlives xpyd, to end the engines or to keep them
+//! for the next xpyd. Between the two a monitor waits, which outlives both.
 //!
 //! ```text
 //! xpyd ── monitor ── shim ──┬── prefiller1 (own session) ── EngineCore, workers ...
@@ -11,22 +11,22 @@
 //! |---|---|
 //! | xpyd, or xpyd and monitor | the shim, which reads the end of its socket: engines that served get a bounded grace; or it keeps them for the next xpyd, as long as it was told to |
 //! | shim, or xpyd and shim | the kernel kills the leaders (PDEATHSIG), the monitor what they started |
-//! | monitor | nobody has to: the engines serve on, and xpyd takes its part, because it is the next subreaper above |
-//! | monitor and shim | xpyd; where it attached, and is no ancestor, it finds them by their mark |
-//! | all three in the same instant | the kernel kills the leaders; what they started is left to itself |
+//! | monitor | nothing ends: the engines keep serving, and xpyd replaces it, because it is the next subreaper above |
+//! | monitor and shim | xpyd; after an attach it is no ancestor, and finds them by their mark |
+//! | all three at the same instant | the kernel kills the leaders; processes that they started keep running |
 //!
-//! A killed monitor is not replaced: a process inherits what it is an ancestor of, and nobody can become an ancestor of a
-//! shim that runs. Should xpyd and shim then be killed at once, `xpyd doctor --reap` finds what is left.
+//! A killed monitor is not started again: only an ancestor inherits orphans, and no process can become an ancestor of a running
+//! shim. If xpyd and shim are then killed at once, `xpyd doctor --reap` finds what is left.
 //!
-//! It knows nothing of roles, probes, proxies or policy: it starts process trees, keeps what they print, ends them, and
-//! says what happened. Everything that decides is on the other side of the socket.
+//! The shim knows no roles, probes, proxies or policy: it starts process trees, writes their logs, ends them, and reports. All
+//! decisions are made on the other side of the socket.
 
 pub mod attach;
+mod attach_socket;
 mod cgroup;
 mod channel;
 pub mod client;
 mod engine;
-mod keep;
 mod log;
 mod monitor;
 pub mod orphans;
@@ -36,7 +36,7 @@ mod shm;
 mod sweep;
 pub(super) mod tree;
 
-/// The folder in which engines could get cgroups of their own; `None` where this user may make none.
+/// The folder in which engines get cgroups; `None` if this user is not allowed to create any.
 pub fn cgroup_folder() -> Option<std::path::PathBuf> {
     cgroup::delegated()
 }

@@ -1,9 +1,9 @@
-//! What is left of engines that nobody watches any more: processes whose API server or xpyd has died, and shared memory that
-//! no process uses. Found, shown to people, and only then ended.
+//! Finds orphaned engine processes, whose API server or xpyd has died, and leaked shared memory, which no process uses. They are
+//! ended only after the user has seen the list.
 //!
 //! A live engine's `EngineCore` is a child of its API server, or of a Python program of the user's that uses vLLM; a worker is
-//! one of its `EngineCore`. Once its parent is dead, a process is a child of whoever adopts orphans: `init`, or a
-//! container's first process. The shim, which adopts its own, is busy with them.
+//! one of its `EngineCore`. Once its parent is dead, a process is a child of the process that adopts orphans: `init`, or a
+//! container's first process. Orphans that a shim adopts are not listed, because the shim ends them itself.
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
@@ -15,13 +15,13 @@ use nix::unistd::geteuid;
 use tokio::time::Instant;
 
 use super::shm::SharedFiles;
-use super::tree::{MARK_VARIABLE, Process, Table, freeze, kill_all, namespace_of};
+use super::tree::{MARK_VARIABLE, Process, ProcessTable, freeze, kill_all, namespace_of};
 
-/// What vLLM calls its processes (`utils/system_utils.py`, `set_process_title`, of vLLM 0.32). No API server: one without a
-/// parent of its own is what `nohup vllm serve` leaves, and works.
+/// Process titles of vLLM (`utils/system_utils.py`, `set_process_title`, of vLLM 0.32). Without the API server: one that lost its
+/// parent is what `nohup vllm serve` leaves, and works.
 const TITLES: [&str; 3] = ["VLLM::EngineCore", "VLLM::Worker", "VLLM::DPCoordinator"];
 
-/// What names of shared memory begin with that engines and their libraries make: Python, torch, NCCL, UCX, vLLM, LMCache,
+/// Prefixes of the names of shared memory that engines and their libraries create: Python, torch, NCCL, UCX, vLLM, LMCache,
 /// OpenMP.
 const SHARED_NAMES: [&str; 8] = [
     "psm_",
@@ -34,27 +34,27 @@ const SHARED_NAMES: [&str; 8] = [
     "__KMP_REGISTERED_LIB_",
 ];
 
-/// A file that is younger may be about to be opened by another process.
+/// Another process can be about to open a file that is younger than this.
 const OLD: Duration = Duration::from_mins(10);
 
-/// Milliseconds between two looks.
+/// Milliseconds between two checks.
 const LOOK_AGAIN: u8 = 20;
 
 /// The process id namespace of the machine itself (`PROC_PID_INIT_INO` of Linux).
 const FIRST_NAMESPACE: &str = "pid:[4026531836]";
 
-/// A process that nobody watches, with all that it has started.
+/// An orphaned engine process, with all its descendants.
 #[derive(Debug, Clone)]
 pub struct Orphan {
-    /// What it calls itself: `VLLM::EngineCore`.
+    /// Its title, such as `VLLM::EngineCore`.
     pub title: String,
     /// Process id.
     pub pid: u32,
-    /// Why nobody watches it, as the rest of a sentence.
+    /// Why it is an orphan, as a clause: "its parent is gone".
     pub why: String,
-    /// How many processes it is with its descendants.
+    /// The number of processes, descendants included.
     pub processes: usize,
-    /// Their memory that is not swapped out, in bytes.
+    /// Their resident memory, in bytes.
     pub resident_bytes: u64,
     members: Vec<Process>,
 }
@@ -62,16 +62,16 @@ pub struct Orphan {
 /// A file of shared memory that no process uses.
 #[derive(Debug, Clone)]
 pub struct LeakedMemory {
-    /// The file.
+    /// The path.
     pub path: PathBuf,
     /// Its size in bytes.
     pub bytes: u64,
     inode: u64,
 }
 
-/// Looks through this user's processes.
+/// Finds the orphans among this user's processes.
 pub fn find() -> Vec<Orphan> {
-    let table = Table::read();
+    let table = ProcessTable::read();
     let ours = own_family(&table);
     let candidates: Vec<(Process, String)> = table
         .all()
@@ -90,7 +90,7 @@ pub fn find() -> Vec<Orphan> {
             found.push(orphan(&table, process, title, why));
         }
     }
-    // What another orphan has started goes with that one.
+    // A descendant of another orphan is part of that one.
     let inner: HashSet<i32> = found
         .iter()
         .flat_map(|orphan| orphan.members.iter().skip(1))
@@ -100,7 +100,7 @@ pub fn find() -> Vec<Orphan> {
     found
 }
 
-fn orphan(table: &Table, process: &Process, title: &str, why: String) -> Orphan {
+fn orphan(table: &ProcessTable, process: &Process, title: &str, why: String) -> Orphan {
     let mut members = vec![process.clone()];
     members.extend(table.descendants(process.pid).into_iter().cloned());
     Orphan {
@@ -113,14 +113,14 @@ fn orphan(table: &Table, process: &Process, title: &str, why: String) -> Orphan 
     }
 }
 
-/// This process and those that it descends from.
-fn own_family(table: &Table) -> HashSet<i32> {
+/// This process and its ancestors.
+fn own_family(table: &ProcessTable) -> HashSet<i32> {
     let own = nix::unistd::getpid().as_raw();
     ancestors(table, own).map(|process| process.pid).chain([own]).collect()
 }
 
-/// The processes that `pid` descends from, its parent first. Bounded: a table is no snapshot, and ids come again.
-fn ancestors(table: &Table, pid: i32) -> impl Iterator<Item = &Process> {
+/// The ancestors of `pid`, its parent first. Bounded: the table is no snapshot, and ids are reused.
+fn ancestors(table: &ProcessTable, pid: i32) -> impl Iterator<Item = &Process> {
     const DEEPEST: usize = 64;
     let parent = move |pid: i32| table.get(pid).and_then(|process| table.get(process.parent));
     std::iter::successors(parent(pid), move |process| parent(process.pid)).take(DEEPEST)
@@ -131,13 +131,13 @@ fn is_own(pid: i32) -> bool {
     own.is_root() || std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|folder| folder.uid() == own.as_raw())
 }
 
-/// The command line, words parted by NUL; `None` for threads of the kernel and for what is gone.
+/// The command line, with NUL between words; `None` for kernel threads and for processes that are gone.
 fn command_line(pid: i32) -> Option<String> {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     (!words.is_empty()).then(|| String::from_utf8_lossy(&words).into_owned())
 }
 
-/// What a process calls itself: the first word of its command line, with its folder cut off.
+/// The title of a process: the first word of its command line, without its folder.
 fn title(command: &str) -> &str {
     let first = command.split('\0').next().unwrap_or_default().trim();
     if first.starts_with("VLLM::") {
@@ -150,8 +150,8 @@ fn is_engine_part(title: &str) -> bool {
     TITLES.iter().any(|part| title.starts_with(part))
 }
 
-/// Why a process of an engine has no parent of its own; `None` if it has one.
-fn adopted(table: &Table, process: &Process) -> Option<String> {
+/// Why an engine's process counts as an orphan; `None` if its parent is alive.
+fn adopted(table: &ProcessTable, process: &Process) -> Option<String> {
     let Some(parent) = table.get(process.parent) else {
         return Some("its parent is gone".to_owned());
     };
@@ -165,13 +165,13 @@ fn adopted(table: &Table, process: &Process) -> Option<String> {
     ))
 }
 
-/// Whether a process with this command line may have started an engine's part: Python, vLLM, xpyd, or another part.
+/// Whether a process with this command line can have started an engine's process: Python, vLLM, xpyd, or another engine process.
 fn could_have_started_it(command: &str) -> bool {
     let title = title(command);
     let is_maker = ["python", "pypy", "vllm", "VLLM::", "xpyd", "ray", "pt_main_thread"]
         .iter()
         .any(|name| title.starts_with(name));
-    // `init` of a container may be a shell that runs one of them and waits.
+    // `init` of a container can be a shell that runs one of them and waits.
     is_maker
         || command
             .split('\0')
@@ -179,9 +179,9 @@ fn could_have_started_it(command: &str) -> bool {
             .any(|word| word.ends_with("/vllm") || word.ends_with("/xpyd"))
 }
 
-/// What the shim of this id, which is dead, has left: all processes that bear its mark.
+/// The processes that a dead shim with this id has left: all that carry its mark.
 pub(super) fn left_by(shim: u32) -> Vec<Orphan> {
-    let table = Table::read();
+    let table = ProcessTable::read();
     let ours = own_family(&table);
     let is_meant = |process: &&Process| {
         let marked = mark(process.pid).is_some_and(|(of, _)| u32::try_from(of) == Ok(shim));
@@ -193,8 +193,8 @@ pub(super) fn left_by(shim: u32) -> Vec<Orphan> {
         .collect()
 }
 
-/// The shim that a process was started by, and the engine and incarnation: `1234.decoder1.2`. `None` in another container, where
-/// the number means another process.
+/// The shim that started a process, with engine and incarnation: `1234.decoder1.2`. `None` in another container, where the number is
+/// the id of another process.
 fn mark(pid: i32) -> Option<(i32, String)> {
     if namespace_of(&pid.to_string())? != namespace_of("self")? {
         return None;
@@ -209,27 +209,27 @@ fn mark(pid: i32) -> Option<(i32, String)> {
     Some((shim.parse().ok()?, rest.to_owned()))
 }
 
-/// Why a process is left of a run of xpyd; `None` if it is not, or its shim lives.
-fn marked_by_the_dead(table: &Table, pid: i32) -> Option<String> {
+/// Why a process counts as left by a run of xpyd; `None` if it does not, or its shim is alive.
+fn marked_by_the_dead(table: &ProcessTable, pid: i32) -> Option<String> {
     let (shim, rest) = mark(pid)?;
     let lives = table.get(shim).is_some_and(|process| {
         let command = command_line(process.pid).unwrap_or_default();
         title(&command).starts_with("xpyd")
     });
-    // A monitor or an xpyd above it is about to end it.
+    // A monitor or an xpyd above it will end it.
     let is_tended = ancestors(table, pid).any(|above| {
         let command = command_line(above.pid).unwrap_or_default();
         title(&command).starts_with("xpyd")
     });
     let engine = rest.split('.').next().unwrap_or_default();
-    (!lives && !is_tended).then(|| format!("it is left of {engine} of a run whose xpyd and shim (pid {shim}) are dead"))
+    (!lives && !is_tended).then(|| format!("it belongs to {engine} of a run whose xpyd and shim (pid {shim}) are dead"))
 }
 
-/// Ends them with all that they have started, and removes the shared memory that only they used. Blocks, for `deadline` at
-/// most. Returns the processes that are still there: id and name.
+/// Ends the orphans with all their descendants, and removes the shared memory that only they used. Blocks for at most
+/// `deadline`. Returns the processes that are still there: id and name.
 pub fn reap(orphans: &[Orphan], deadline: Duration) -> Vec<(u32, String)> {
     let give_up = Instant::now() + deadline;
-    // With its start a pid names one process for good.
+    // A pid and a start time identify one process.
     let mut known: HashSet<(i32, u64)> = orphans
         .iter()
         .flat_map(|orphan| &orphan.members)
@@ -248,13 +248,13 @@ pub fn reap(orphans: &[Orphan], deadline: Duration) -> Vec<(u32, String)> {
         shared_files.add_used_by(pids.iter().copied(), &SharedFiles::default());
         shared_files.remove_unused(&pids);
         kill_all(&members);
-        // Not a sleep by name only: there is nothing else to wait for.
+        // There is nothing else to wait for.
         let _ = poll(&mut [], PollTimeout::from(LOOK_AGAIN));
     }
 }
 
-/// Those of `known` that live, and what they have started meanwhile. Zombies are their parent's matter.
-fn living(table: &Table, known: &mut HashSet<(i32, u64)>) -> Vec<Process> {
+/// The processes of `known` that still run, and their new descendants, without zombies.
+fn living(table: &ProcessTable, known: &mut HashSet<(i32, u64)>) -> Vec<Process> {
     let roots: Vec<Process> = table
         .all()
         .filter(|process| known.contains(&(process.pid, process.started)))
@@ -273,8 +273,8 @@ fn living(table: &Table, known: &mut HashSet<(i32, u64)>) -> Vec<Process> {
     members
 }
 
-/// Shared memory of this user that looks like an engine's and that no process uses. Empty in a container: processes of others
-/// that use the same folder may be out of sight there.
+/// Shared memory of this user that an engine can have created and no process uses. Empty in a container: other processes that use
+/// the same folder can be invisible there.
 pub fn leaked_memory() -> Vec<LeakedMemory> {
     let namespace = std::fs::read_link("/proc/self/ns/pid");
     if !namespace.is_ok_and(|name| name == Path::new(FIRST_NAMESPACE)) {
@@ -307,7 +307,7 @@ fn is_old(path: &Path) -> bool {
 }
 
 impl LeakedMemory {
-    /// Removes the file, unless it is another one by now or somebody has opened it.
+    /// Removes the file, unless it was replaced or a process has opened it.
     pub fn remove(&self) {
         SharedFiles::of([(self.path.clone(), self.inode)]).remove_unused(&[]);
     }
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engines_part_has_a_maker_or_is_an_orphan() {
+    fn an_engine_process_without_its_starter_is_an_orphan() {
         for maker in [
             "/opt/venv/bin/python\0/opt/venv/bin/vllm\0serve\0x",
             "python3\0my_script.py",
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_engines_name_so_is_theirs() {
+    fn only_known_prefixes_are_engine_memory() {
         for name in [
             "psm_1a2b3c4d",
             "torch_4711_12",

@@ -1,8 +1,8 @@
-//! The body of `xpyd shim`: one thread that waits for commands, children and output, and never blocks on any of them.
+//! The main loop of `xpyd shim`: one thread that waits for commands, children and output, and never blocks on one of them.
 //!
-//! Its control socket is its stdin, both ways. It ends when told to, or when the socket closes because xpyd is gone:
-//! then it takes every engine down first, unless it was told to keep them for a while: then it waits for the next xpyd. No
-//! signal ends it but SIGKILL; that takes the leaders with it, and its monitor takes the rest.
+//! Its socket to xpyd is its stdin. It ends on command, or when the socket closes because xpyd is gone. Before it ends it ends
+//! every engine; if xpyd asked to keep them, it waits for the next xpyd instead. Only SIGKILL ends it: then the kernel kills the
+//! leaders, and the monitor the rest.
 
 use std::io;
 use std::net::Shutdown;
@@ -19,46 +19,46 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{getppid, setsid};
 use tokio::time::Instant;
 
+use super::attach_socket::AttachListener;
 use super::channel::{self, Outbox};
 use super::engine::Engine;
-use super::keep::Meeting;
-use super::monitor::{self, Part};
+use super::monitor::{self, ForkSide};
 use super::protocol::{self, Command, Event, Keep, Kept, KeptEngine, ProtocolError, Spawn};
 use super::shm::SharedFiles;
 use super::sweep::sweep;
-use super::tree::{Process, Table};
+use super::tree::{Process, ProcessTable};
 use crate::fleet::EngineId;
 use crate::fleet::Exit;
 use crate::report::ExitStatus;
 
-/// How often trees are looked at while nothing happens, to know members before their parents are gone.
+/// Time between two checks of trees while nothing happens, to learn members before their parents are gone.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// How often a tree without a leader is looked at: its last members may not be the shim's to reap.
+/// Time between two checks of a tree without a leader: its last members can have another parent that reaps them.
 const LOOK_LEADERLESS: Duration = Duration::from_millis(200);
 
-/// How long the end may take once nobody can be told any more. A process that waits in the kernel for longer is left.
+/// Time for the end after xpyd is gone. A process that waits in the kernel for longer is left.
 const END_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long one who comes for the engines may take to ask for something. Meanwhile nobody else gets in. `xpyd up` looks at
-/// the machine in between.
+/// Time for a process that attaches to send its first command, during which no other is accepted. `xpyd up` surveys the machine in
+/// between.
 const VISIT: Duration = Duration::from_mins(2);
 
-/// How long strays may outlive SIGKILL in a shutdown before they are reported.
-const STRAYS_DEADLINE: Duration = Duration::from_secs(3);
+/// How long unowned processes can outlive SIGKILL in a shutdown before they are reported.
+const UNOWNED_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Runs the shim to its end, in a child process of this one, which becomes its monitor.
+/// Runs the shim in a child process; this process becomes its monitor.
 ///
-/// Must be called before any other thread is started. Returns [`ExitStatus::Usage`] if stdin is no Unix socket, which is
-/// what a person who types the hidden command has.
+/// Must be called before any other thread is started. Returns [`ExitStatus::Usage`] if stdin is no Unix socket, as when a person
+/// types the hidden command.
 pub fn run() -> ExitStatus {
     let Ok(control) = control_socket() else {
         return ExitStatus::Usage;
     };
-    let ended = start_session().and_then(|()| monitor::split(control));
+    let ended = start_session().and_then(|()| monitor::fork_shim(control));
     match ended {
-        Ok(Part::Monitor(status)) => status,
-        Ok(Part::Shim(control)) => match Shim::start(control) {
+        Ok(ForkSide::Monitor(status)) => status,
+        Ok(ForkSide::Shim(control)) => match Shim::start(control) {
             Ok(mut shim) => shim.serve(),
             Err(_) => ExitStatus::Bug,
         },
@@ -66,8 +66,8 @@ pub fn run() -> ExitStatus {
     }
 }
 
-/// What monitor and shim have in common: a session of their own, because the terminal's Ctrl+C and hang-up are
-/// xpyd's to handle; and no signal that ends them but SIGKILL.
+/// Detaches monitor and shim from the terminal with a session of their own, because xpyd handles Ctrl+C and hang-up, and blocks
+/// every signal that would end them.
 fn start_session() -> io::Result<()> {
     setsid()?;
     // Blocked rather than ignored, because ignoring is inherited by engines even through exec.
@@ -78,7 +78,7 @@ fn start_session() -> io::Result<()> {
         Signal::SIGTERM,
         Signal::SIGHUP,
         Signal::SIGQUIT,
-        // A log beyond the limit of a file's size is a write that fails.
+        // A log that exceeds the file size limit is a write error, not a signal.
         Signal::SIGXFSZ,
     ] {
         blocked.add(signal);
@@ -86,7 +86,7 @@ fn start_session() -> io::Result<()> {
     Ok(blocked.thread_block()?)
 }
 
-/// The socket that is this process's stdin.
+/// This process's stdin, as a socket.
 fn control_socket() -> io::Result<UnixStream> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     socket.peer_addr()?;
@@ -94,43 +94,43 @@ fn control_socket() -> io::Result<UnixStream> {
     Ok(socket)
 }
 
-/// What the shim is about.
+/// The mode of the shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    /// xpyd is there.
+    /// xpyd is connected.
     Serving,
-    /// xpyd is gone, and the next one is waited for until this time.
+    /// xpyd is gone; the shim waits for the next one until this time.
     Waiting(Instant),
-    /// xpyd is gone or wants an end; by this time the shim ends, whatever is left.
+    /// xpyd is gone or asked for the end; the shim ends at this time at the latest, whatever is left.
     Ending(Instant),
 }
 
-/// The stay of one who came to the meeting place and may only want to look.
+/// A connection at `attach.sock` that has sent no command yet; it can be one that only reads the state.
 #[derive(Debug, Clone, Copy)]
-struct Visit {
-    /// Until when the next xpyd was waited for.
+struct PendingAttach {
+    /// Until when the shim waited for the next xpyd before it came.
     waited_until: Instant,
-    /// By when it must have asked for something.
+    /// When its first command is due.
     leave_by: Instant,
 }
 
 #[derive(Debug)]
 struct Shim {
-    control: Control,
+    xpyd: XpydLink,
     children: SignalFd,
     engines: Vec<Engine>,
-    /// The last incarnation of each engine of which nothing is there.
+    /// The last incarnation of each engine that has no process.
     gone: Vec<KeptEngine>,
-    /// Where the next xpyd is waited for, if engines are to be kept.
-    meeting: Option<Meeting>,
-    /// Where clients connect: held so that they wait for the next xpyd instead of being refused.
+    /// The socket for the next xpyd, if engines are to be kept.
+    meeting: Option<AttachListener>,
+    /// The socket on which clients connect, held so that they wait for the next xpyd instead of being refused.
     listener: Option<OwnedFd>,
-    /// Somebody has come who has not asked for anything yet.
-    visit: Option<Visit>,
-    /// What was in `/dev/shm` before any engine was.
+    /// The process that has attached and sent no command yet.
+    pending_attach: Option<PendingAttach>,
+    /// The files in `/dev/shm` before the first engine.
     foreign: SharedFiles,
     mode: Mode,
-    next_look: Instant,
+    next_check: Instant,
 }
 
 impl Shim {
@@ -139,38 +139,38 @@ impl Shim {
         let mut children = SigSet::empty();
         children.add(Signal::SIGCHLD);
         Ok(Self {
-            control: Control::new(socket),
+            xpyd: XpydLink::new(socket),
             children: SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
             engines: Vec::new(),
             gone: Vec::new(),
             meeting: None,
             listener: None,
-            visit: None,
+            pending_attach: None,
             foreign: SharedFiles::present(),
             mode: Mode::Serving,
-            next_look: Instant::now(),
+            next_check: Instant::now(),
         })
     }
 
     fn serve(&mut self) -> ExitStatus {
-        self.greet(None);
+        self.send_hello(None);
         loop {
-            self.control.flush();
+            self.xpyd.flush();
             self.wait();
             self.engines.iter_mut().for_each(Engine::drain_log);
             self.reap();
             match self.mode {
-                Mode::Serving => self.obey(),
+                Mode::Serving => self.accept_commands(),
                 Mode::Waiting(until) => self.keep(until),
                 Mode::Ending(_) => {}
             }
             let now = Instant::now();
             for engine in &mut self.engines {
                 if let Some(event) = engine.tick(&self.foreign, now) {
-                    self.control.send(&event);
+                    self.xpyd.send(&event);
                 }
             }
-            self.look(now);
+            self.check_trees(now);
             if let Mode::Ending(deadline) = self.mode
                 && (self.engines.is_empty() || now >= deadline)
             {
@@ -179,8 +179,8 @@ impl Shim {
         }
     }
 
-    fn greet(&mut self, kept: Option<Kept>) {
-        self.control.send(&Event::Hello {
+    fn send_hello(&mut self, kept: Option<Kept>) {
+        self.xpyd.send(&Event::Hello {
             version: protocol::VERSION,
             pid: std::process::id(),
             monitor: getppid().as_raw().unsigned_abs(),
@@ -188,11 +188,11 @@ impl Shim {
         });
     }
 
-    /// Waits for anything to happen or become due.
+    /// Waits for an event or a deadline.
     fn wait(&self) {
         let mut polled = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
         match (self.mode, &self.meeting) {
-            (Mode::Serving, _) => polled.push(PollFd::new(self.control.socket(), self.control.interest())),
+            (Mode::Serving, _) => polled.push(PollFd::new(self.xpyd.socket(), self.xpyd.interest())),
             (Mode::Waiting(_), Some(meeting)) => {
                 polled.extend(meeting.descriptors().map(|place| PollFd::new(place, PollFlags::POLLIN)));
             }
@@ -202,21 +202,21 @@ impl Shim {
         polled.extend(logs.map(|pipe| PollFd::new(pipe, PollFlags::POLLIN)));
 
         let due = self.engines.iter().filter_map(Engine::next_tick);
-        let look = (!self.engines.is_empty()).then_some(self.next_look);
+        let look = (!self.engines.is_empty()).then_some(self.next_check);
         let end = match self.mode {
-            Mode::Serving => self.visit.map(|visit| visit.leave_by),
+            Mode::Serving => self.pending_attach.map(|visit| visit.leave_by),
             Mode::Waiting(deadline) | Mode::Ending(deadline) => Some(deadline),
         };
         let timeout = due.chain(look).chain(end).min().map(|instant| {
-            // One more millisecond, because a timeout that is rounded down would spin until the instant has come.
+            // One more millisecond, because a timeout that is rounded down would spin until the deadline.
             let wait = instant.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
         });
-        // Interrupted or not, the loop looks at everything.
+        // Interrupted or not, the loop checks everything.
         let _ = poll(&mut polled, timeout);
     }
 
-    /// Reaps every ended child, adopted ones too.
+    /// Reaps every ended child, adopted ones included.
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.children.read_signal() {}
         loop {
@@ -226,28 +226,28 @@ impl Shim {
                 Err(Errno::EINTR) => continue,
                 Ok(_) | Err(_) => return,
             };
-            // Anything that was reaped may have been the last of its tree.
-            self.next_look = Instant::now();
+            // Each reaped process can have been the last of its tree.
+            self.next_check = Instant::now();
             for engine in &mut self.engines {
                 if let Some(event) = engine.reaped(pid.as_raw(), exit) {
-                    self.control.send(&event);
+                    self.xpyd.send(&event);
                 }
             }
         }
     }
 
-    /// Looks at all trees, if it is time, and lets go of those that are empty.
-    fn look(&mut self, now: Instant) {
-        if now < self.next_look || self.engines.is_empty() {
+    /// Checks all trees if that is due, and removes those that are empty.
+    fn check_trees(&mut self, now: Instant) {
+        if now < self.next_check || self.engines.is_empty() {
             return;
         }
         if let Some(meeting) = &mut self.meeting {
             meeting.restore();
         }
-        let table = Table::read();
-        let (control, gone, foreign) = (&mut self.control, &mut self.gone, &self.foreign);
+        let table = ProcessTable::read();
+        let (control, gone, foreign) = (&mut self.xpyd, &mut self.gone, &self.foreign);
         self.engines.retain_mut(|engine| {
-            let event = engine.look(&table, foreign);
+            let event = engine.update_tree(&table, foreign);
             if let Some(event) = &event {
                 control.send(event);
                 gone.push(engine.gone());
@@ -255,39 +255,39 @@ impl Shim {
             event.is_none()
         });
         let leaderless = self.engines.iter().any(Engine::is_leaderless);
-        self.next_look = now + if leaderless { LOOK_LEADERLESS } else { LOOK_EVERY };
+        self.next_check = now + if leaderless { LOOK_LEADERLESS } else { LOOK_EVERY };
     }
 
-    /// Carries out what xpyd asked for.
-    fn obey(&mut self) {
-        let mut open = self.control.receive();
+    /// Carries out xpyd's commands.
+    fn accept_commands(&mut self) {
+        let mut open = self.xpyd.receive();
         loop {
-            match self.control.command() {
+            match self.xpyd.command() {
                 Ok(Some(command)) => self.carry_out(command),
                 Ok(None) => break,
-                // Who speaks another language is no xpyd of this version, and loses its connection. The engines stay where
-                // the next xpyd is waited for.
+                // The peer is no xpyd of this version: its connection is closed. The engines stay if the shim waits for
+                // the next xpyd.
                 Err(_) => {
                     open = false;
                     break;
                 }
             }
         }
-        open &= self.visit.is_none_or(|visit| Instant::now() < visit.leave_by);
+        open &= self.pending_attach.is_none_or(|visit| Instant::now() < visit.leave_by);
         if !open && self.mode == Mode::Serving {
-            self.control.close();
+            self.xpyd.close();
             match &self.meeting {
                 Some(meeting) if !meeting.keep.wait.is_zero() => {
                     let until = || Instant::now() + meeting.keep.wait;
-                    let waited_until = self.visit.take().map(|visit| visit.waited_until);
+                    let waited_until = self.pending_attach.take().map(|visit| visit.waited_until);
                     self.mode = Mode::Waiting(waited_until.unwrap_or_else(until));
                 }
-                _ => self.orphan(),
+                _ => self.end_orphaned(),
             }
         }
     }
 
-    /// Keeps the engines for the next xpyd, and hands them over when it comes. One that only looks does not lengthen the wait.
+    /// Keeps the engines for the next xpyd, and hands them over when it attaches. A peer that only reads does not prolong the wait.
     fn keep(&mut self, until: Instant) {
         let now = Instant::now();
         for engine in &mut self.engines {
@@ -298,7 +298,7 @@ impl Shim {
             .as_ref()
             .filter(|_| now < until && !self.engines.is_empty())
         else {
-            return self.orphan();
+            return self.end_orphaned();
         };
         if let Some(socket) = meeting.accept() {
             let listener = self.listener.as_ref().and_then(|listener| listener.try_clone().ok());
@@ -308,27 +308,27 @@ impl Shim {
                 engines: engines.collect(),
                 has_listener: listener.is_some(),
             };
-            self.control = Control::new(socket);
+            self.xpyd = XpydLink::new(socket);
             if let Some(listener) = listener {
-                self.control.outgoing.attach(listener);
+                self.xpyd.outgoing.attach(listener);
             }
             self.mode = Mode::Serving;
-            self.visit = Some(Visit {
+            self.pending_attach = Some(PendingAttach {
                 waited_until: until,
                 leave_by: now + VISIT,
             });
-            self.greet(Some(kept));
+            self.send_hello(Some(kept));
         }
     }
 
-    /// Opens the place to wait for the next xpyd. It is open even where engines end with xpyd: it may change its mind.
+    /// Opens the socket for the next xpyd. It is open even if engines end with xpyd, because a later command can change that.
     fn prepare_to_keep(&mut self, keep: Keep) {
         match &mut self.meeting {
-            // One that stays where it is is not opened anew: somebody may stand before it.
+            // The same path is not opened again: a process can have connected already.
             Some(meeting) if meeting.keep.socket == keep.socket => meeting.keep = keep,
-            _ => match Meeting::open(keep) {
+            _ => match AttachListener::open(keep) {
                 Ok(meeting) => self.meeting = Some(meeting),
-                Err(error) => self.control.send(&Event::CannotKeep {
+                Err(error) => self.xpyd.send(&Event::CannotKeep {
                     reason: error.to_string(),
                 }),
             },
@@ -337,15 +337,15 @@ impl Shim {
 
     fn carry_out(&mut self, command: Command) {
         let now = Instant::now();
-        self.visit = None;
+        self.pending_attach = None;
         match command {
             Command::Spawn(spawn) => self.spawn(spawn),
-            Command::Settled { engine } => self.with(&engine, |engine, _| engine.settle()),
+            Command::StartupFinished { engine } => self.with(&engine, |engine, _| engine.finish_startup()),
             Command::Terminate { engine } => self.with(&engine, Engine::terminate),
             Command::Kill { engine } => self.with(&engine, |engine, foreign| engine.kill(foreign, now)),
             Command::Keep(keep) => self.prepare_to_keep(keep),
             Command::Listener { is_given: true } => {
-                if let Some(listener) = self.control.descriptor.take() {
+                if let Some(listener) = self.xpyd.descriptor.take() {
                     self.listener = Some(listener);
                 }
             }
@@ -355,7 +355,7 @@ impl Shim {
                     engine.kill(&self.foreign, now);
                 }
                 (self.meeting, self.listener) = (None, None);
-                self.mode = Mode::Ending(now + STRAYS_DEADLINE);
+                self.mode = Mode::Ending(now + UNOWNED_DEADLINE);
             }
         }
     }
@@ -363,17 +363,17 @@ impl Shim {
     fn spawn(&mut self, spawn: Spawn) {
         let (engine, incarnation) = (spawn.engine.clone(), spawn.incarnation);
         let started = if self.engines.iter().any(|running| running.id == engine) {
-            Err("an earlier start of it is not gone yet".to_owned())
+            Err("its previous process is still running".to_owned())
         } else {
             Engine::spawn(spawn)
         };
         match started {
             Ok(started) => {
-                self.control.send(&started.spawned());
+                self.xpyd.send(&started.spawned());
                 self.gone.retain(|gone| gone.engine != started.id);
                 self.engines.push(started);
             }
-            Err(reason) => self.control.send(&Event::SpawnFailed {
+            Err(reason) => self.xpyd.send(&Event::SpawnFailed {
                 engine,
                 incarnation,
                 reason,
@@ -381,45 +381,45 @@ impl Shim {
         }
     }
 
-    /// Applies `change` to the engine, if it is still there.
+    /// Applies `change` to the engine, if it has a process.
     fn with(&mut self, engine: &EngineId, change: impl FnOnce(&mut Engine, &SharedFiles)) {
         if let Some(engine) = self.engines.iter_mut().find(|running| running.id == *engine) {
             change(engine, &self.foreign);
         }
     }
 
-    /// xpyd is gone: nothing of the run may outlive it.
-    fn orphan(&mut self) {
+    /// xpyd is gone, and the engines are not kept: ends all of them.
+    fn end_orphaned(&mut self) {
         let now = Instant::now();
         (self.meeting, self.listener) = (None, None);
         for engine in &mut self.engines {
-            engine.orphan(&self.foreign, now);
+            engine.end_orphaned(&self.foreign, now);
         }
         self.mode = Mode::Ending(now + END_DEADLINE);
     }
 
-    /// Kills what no engine could be named for, reports what does not go, and says how the shim ends.
+    /// Kills the unowned processes, reports those that do not end, and returns the shim's exit status.
     fn end(&mut self) -> ExitStatus {
-        let table = Table::read();
+        let table = ProcessTable::read();
         let mut clean = true;
         for engine in &mut self.engines {
             let processes = engine.leftover(&table);
             if !processes.is_empty() {
                 clean = false;
                 let engine = Some(engine.id.clone());
-                self.control.send(&Event::Leftover { engine, processes });
+                self.xpyd.send(&Event::Leftover { engine, processes });
             }
         }
-        let strays = sweep(std::process::id(), &self.foreign, STRAYS_DEADLINE);
-        if !strays.is_empty() && self.engines.is_empty() {
+        let unowned = sweep(std::process::id(), &self.foreign, UNOWNED_DEADLINE);
+        if !unowned.is_empty() && self.engines.is_empty() {
             clean = false;
-            let processes = strays.iter().map(Process::leftover).collect();
-            self.control.send(&Event::Leftover {
+            let processes = unowned.iter().map(Process::leftover).collect();
+            self.xpyd.send(&Event::Leftover {
                 engine: None,
                 processes,
             });
         }
-        self.control.flush();
+        self.xpyd.flush();
         if clean {
             ExitStatus::Success
         } else {
@@ -428,17 +428,17 @@ impl Shim {
     }
 }
 
-/// The shim's end of the socket. Nothing here blocks: what cannot be sent yet is kept.
+/// The shim's side of the socket. It never blocks: unsent messages are queued.
 #[derive(Debug)]
-struct Control {
+struct XpydLink {
     socket: UnixStream,
     incoming: Vec<u8>,
-    /// The descriptor that came with what is in `incoming`.
+    /// The descriptor that came with the bytes in `incoming`.
     descriptor: Option<OwnedFd>,
     outgoing: Outbox,
 }
 
-impl Control {
+impl XpydLink {
     fn new(socket: UnixStream) -> Self {
         Self {
             socket,
@@ -448,10 +448,10 @@ impl Control {
         }
     }
 
-    /// Lets the other end know that nobody listens any more.
+    /// Closes the connection.
     fn close(&mut self) {
         self.outgoing.clear();
-        // One that the other end has closed is as good.
+        // The peer can have closed it already.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
@@ -467,9 +467,9 @@ impl Control {
         }
     }
 
-    /// Events are small and few per incarnation, so what waits here is bounded by them.
+    /// Events are small and few per incarnation, so the queue stays small.
     fn send(&mut self, event: &Event) {
-        // Events hold only short strings that are UTF-8, so all of them can be written.
+        // Events hold only short UTF-8 strings, so all of them can be encoded.
         let _ = protocol::encode(event, &mut self.outgoing.bytes);
     }
 
@@ -479,16 +479,16 @@ impl Control {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // The reading side will see the end as well.
+                // The read side will see the end as well.
                 Err(_) => self.outgoing.clear(),
             }
         }
     }
 
-    /// Reads what is there. False once the other end is closed.
+    /// Reads the available bytes. Returns false once the peer has closed the connection.
     fn receive(&mut self) -> bool {
         let mut buffer = [0; 1 << 14];
-        // A peer that sends without end is refused by the protocol, one buffer of a message at a time.
+        // The protocol limits the length of a message, so a peer that sends without end is refused.
         while self.incoming.len() < 2 * protocol::MAX_MESSAGE_BYTES {
             match channel::receive(&self.socket, &mut buffer, &mut self.descriptor) {
                 Ok(0) => return false,

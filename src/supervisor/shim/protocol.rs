@@ -1,7 +1,7 @@
-//! What xpyd and its shim say to each other: one JSON object a line, over a Unix socket pair.
+//! The protocol between xpyd and its shim: one JSON object a line, over a Unix socket pair.
 //!
-//! Knows no process and no socket. Both ends are the same binary, but an upgraded xpyd may meet an older shim, so
-//! the shim's first message carries the version.
+//! It knows no process and no socket. Both ends are the same binary, but an upgraded xpyd can meet an older shim, so the shim's
+//! first message carries the version.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,62 +13,63 @@ use serde::{Deserialize, Serialize};
 
 use crate::fleet::{EngineId, Exit, Incarnation, LogLimits};
 
-/// Grows with every change that an older peer would not understand.
+/// The protocol version. It grows with every change that an older peer would not understand.
 pub const VERSION: u32 = 4;
 
 /// The longest message, in bytes, its newline included. A spawn carries a whole command line and its variables.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
-/// What xpyd asks for.
+/// A message from xpyd to the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Command {
     /// Start an engine. Answered by [`Event::Spawned`] or [`Event::SpawnFailed`].
     Spawn(Spawn),
-    /// The engine's start is over: should xpyd disappear, it gets its grace instead of being killed at once.
-    Settled {
-        /// Which engine.
+    /// The engine's start is over: if xpyd disappears, the engine gets its grace period instead of SIGKILL at once.
+    #[serde(rename = "settled")]
+    StartupFinished {
+        /// The engine.
         engine: EngineId,
     },
     /// SIGTERM to the leader, at most once per incarnation: a second one can kill vLLM in the middle of its cleanup.
     Terminate {
-        /// Which engine.
+        /// The engine.
         engine: EngineId,
     },
     /// SIGKILL to the whole tree, until it is empty.
     Kill {
-        /// Which engine.
+        /// The engine.
         engine: EngineId,
     },
-    /// What becomes of the engines should xpyd disappear. Until this is said they end with it.
+    /// Whether and how long to keep the engines if xpyd disappears. Without this command they end with it.
     Keep(Keep),
-    /// Hold the socket on which clients connect, so that they wait for the next xpyd instead of being refused. The socket
-    /// comes with this message; without one, the socket that is held is closed.
+    /// Hold the socket on which clients connect, so that they wait for the next xpyd instead of being refused. The socket comes with
+    /// this message; without one, the shim closes the socket it holds.
     Listener {
-        /// Whether there is one.
+        /// Whether a socket comes with the message.
         is_given: bool,
     },
-    /// Kill whatever is left of anything, and exit.
+    /// Kill all processes that are left, and exit.
     Shutdown,
 }
 
-/// Engines that outlive xpyd for a while, so that the next one can attach to them.
+/// How long engines outlive xpyd, so that the next one can attach to them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
-    /// Where to wait for the next xpyd: the path of a Unix socket, in a folder that is its user's alone.
+    /// The path of the Unix socket for the next xpyd, in a folder that only its user can enter.
     pub socket: PathBuf,
-    /// How long; zero ends them with xpyd.
+    /// How long the engines wait; zero ends them with xpyd.
     pub wait: Duration,
-    /// The run's folder, for whoever attaches.
+    /// The run's folder, for an xpyd that attaches.
     pub run_dir: PathBuf,
 }
 
 /// How to start an engine.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spawn {
-    /// Which engine.
+    /// The engine.
     pub engine: EngineId,
-    /// Which start of it; every event about it repeats this.
+    /// The incarnation to start; every event about it repeats this.
     pub incarnation: Incarnation,
     /// Program and arguments.
     pub argv: Vec<String>,
@@ -81,14 +82,14 @@ pub struct Spawn {
     /// How much of its output is kept.
     #[serde(default)]
     pub log_limits: LogLimits,
-    /// How long it may take to leave after SIGTERM, should xpyd disappear.
+    /// How long the engine can take to exit after SIGTERM, if xpyd disappears.
     pub stop_grace: Duration,
-    /// What xpyd wants to find again when it attaches; the shim does not look into it.
+    /// Data for an xpyd that attaches; the shim does not read it.
     #[serde(default)]
     pub memo: serde_json::Value,
 }
 
-/// Arguments and variables may hold secrets, so they are not shown.
+/// Omits arguments and variables, which can contain secrets.
 impl fmt::Debug for Spawn {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
@@ -100,7 +101,7 @@ impl fmt::Debug for Spawn {
     }
 }
 
-/// What the shim reports.
+/// A message from the shim to xpyd.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
@@ -112,59 +113,59 @@ pub enum Event {
         pid: u32,
         /// The monitor's process id.
         monitor: u32,
-        /// What it has kept, for an xpyd that attaches; `None` for the one that started it.
+        /// The engines it has kept, for an xpyd that attaches; `None` for the xpyd that started it.
         #[serde(default)]
         kept: Option<Kept>,
     },
-    /// Engines would end with xpyd, although it asked for them to be kept.
+    /// The shim cannot keep the engines: they would end with xpyd.
     CannotKeep {
-        /// Why, in one line.
+        /// One line.
         reason: String,
     },
     /// The engine's leader runs.
     Spawned {
-        /// Which engine.
+        /// The engine.
         engine: EngineId,
-        /// Which start of it.
+        /// The incarnation.
         incarnation: Incarnation,
         /// Process id of the leader, which is also its session's id.
         pid: u32,
     },
-    /// The engine's program could not be started; nothing of it is there.
+    /// The engine's program could not be started; it has no process.
     SpawnFailed {
-        /// Which engine.
+        /// The engine.
         engine: EngineId,
-        /// Which start of it.
+        /// The incarnation.
         incarnation: Incarnation,
-        /// Why, in one line.
+        /// One line.
         reason: String,
     },
-    /// The engine's leader ended. Others of its tree may live on.
+    /// The engine's leader ended. Other processes of its tree can still run.
     Exited {
-        /// Which engine.
+        /// The engine.
         engine: EngineId,
-        /// Which start of it.
+        /// The incarnation.
         incarnation: Incarnation,
-        /// How.
+        /// The exit code or signal.
         exit: Exit,
     },
     /// No process of the engine is left. The last event of an incarnation.
     TreeEmpty {
-        /// Which engine.
+        /// The engine.
         engine: EngineId,
-        /// Which start of it.
+        /// The incarnation.
         incarnation: Incarnation,
     },
-    /// These processes were sent SIGKILL a while ago and are still there.
+    /// These processes got SIGKILL a while ago and still exist.
     Leftover {
-        /// Which engine; `None` for strays that no engine can be named for.
+        /// The engine; `None` for processes that belong to no known engine.
         engine: Option<EngineId>,
         /// The processes.
         processes: Vec<LeftoverProcess>,
     },
 }
 
-/// What is there of a run whose xpyd has gone.
+/// The engines of a run whose xpyd is gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
     /// The run's folder.
@@ -175,7 +176,7 @@ pub struct Kept {
     pub has_listener: bool,
 }
 
-/// Memos may hold secrets, so they are not shown.
+/// Omits the memo, which can contain secrets.
 impl fmt::Debug for KeptEngine {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         (&self.engine, self.incarnation, self.state).fmt(formatter)
@@ -185,35 +186,36 @@ impl fmt::Debug for KeptEngine {
 /// The newest incarnation of an engine, as the shim knows it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeptEngine {
-    /// Which engine.
+    /// The engine.
     pub engine: EngineId,
-    /// Which start of it.
+    /// The incarnation.
     pub incarnation: Incarnation,
-    /// What is there of it.
+    /// Its state.
     pub state: KeptState,
-    /// What xpyd gave when it started it.
+    /// The memo of its spawn command.
     pub memo: serde_json::Value,
 }
 
-/// What is there of an engine.
+/// The state of a kept engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KeptState {
-    /// Its leader runs, and nobody has asked it to end.
+    /// Its leader runs, and no stop was requested.
     Running {
         /// Process id of the leader.
         pid: u32,
         /// Whether its start was over.
-        settled: bool,
+        #[serde(rename = "settled")]
+        startup_finished: bool,
     },
-    /// It is being ended. [`Event::TreeEmpty`] will follow, or [`Event::Leftover`].
+    /// It is stopping. [`Event::TreeEmpty`] will follow, or [`Event::Leftover`].
     Leaving {
         /// How its leader ended, if it has.
         exit: Option<Exit>,
     },
-    /// Nothing of it is there.
+    /// It has no process.
     Gone {
-        /// How its leader ended.
+        /// How its leader ended, if known.
         exit: Option<Exit>,
     },
 }
@@ -232,10 +234,10 @@ pub struct LeftoverProcess {
 /// Why a message could not be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
-    /// The message is not what this version understands.
+    /// This version does not understand the message.
     #[error("message is not understood")]
     Malformed(#[source] serde_json::Error),
-    /// The message could not be put into JSON: a path that is not UTF-8.
+    /// The message cannot be encoded as JSON: a path that is not UTF-8.
     #[error("message cannot be encoded")]
     Unencodable(#[source] serde_json::Error),
     /// The message is too long.
@@ -313,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_without_an_end_is_refused_instead_of_buffered_for_ever() {
+    fn an_endless_message_is_rejected() {
         let mut incoming = vec![b'x'; MAX_MESSAGE_BYTES];
         assert!(matches!(decode::<Event>(&mut incoming), Err(ProtocolError::TooLong)));
     }

@@ -1,7 +1,7 @@
 //! Files in `/dev/shm` that an engine leaves behind when it is killed: found while its processes live, removed after.
 //!
-//! A leaked segment makes the next start of vLLM fail for ever (vLLM issues 51579 and 54002). Knows only process ids.
-//! A file counts by its inode: glibc makes a semaphore under another name first, and that one is what `/proc` shows.
+//! A leaked segment makes every later start of vLLM fail (vLLM issues 51579 and 54002). It knows only process ids.
+//! A file is identified by its inode: glibc creates a semaphore under another name first, and `/proc` shows that one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 
 const FOLDER: &str = "/dev/shm";
 
-/// Files by path, with the inode that tells a file from a later one of the same name.
+/// Files by path, with the inode that distinguishes a file from a later one of the same name.
 #[derive(Debug, Clone, Default)]
 pub(super) struct SharedFiles(BTreeMap<PathBuf, u64>);
 
 impl SharedFiles {
-    /// All files that are there now.
+    /// All files that exist now.
     pub(super) fn present() -> Self {
         let Ok(entries) = std::fs::read_dir(FOLDER) else {
             return Self::default();
@@ -30,19 +30,19 @@ impl SharedFiles {
         )
     }
 
-    /// These.
+    /// The files at these paths.
     pub(super) fn of(files: impl IntoIterator<Item = (PathBuf, u64)>) -> Self {
         Self(files.into_iter().collect())
     }
 
-    /// Keeps those whose path `keeps`.
+    /// Removes all others than those whose path `keeps`.
     pub(super) fn retain(&mut self, keeps: impl Fn(&Path) -> bool) {
         self.0.retain(|path, _| keeps(path));
     }
 
-    /// Adds the files that a process of `pids` has open or mapped, of those that are not in `foreign`.
+    /// Adds the files that a process of `pids` has open or mapped, without those in `foreign`.
     ///
-    /// Reading the maps of a large process costs milliseconds, so nothing is read when there is nothing new to explain.
+    /// Reading the maps of a large process costs milliseconds, so nothing is read when no new file exists.
     pub(super) fn add_used_by(&mut self, pids: impl Iterator<Item = i32>, foreign: &Self) {
         let mut unexplained = Self::present();
         unexplained
@@ -58,15 +58,15 @@ impl SharedFiles {
         }
     }
 
-    /// Removes every file that is still the same one, belongs to this user, and that no process but the `dying` uses.
+    /// Removes every file that was not replaced, belongs to this user, and that no process but the `dying` uses.
     pub(super) fn remove_unused(&self, dying: &[i32]) {
         for (path, _) in self.unused_but_by(dying) {
-            // Gone in the meantime is as good.
+            // It can be gone already.
             let _ = std::fs::remove_file(path);
         }
     }
 
-    /// Every file that is still the same one, belongs to this user, and that no process uses.
+    /// Every file that was not replaced, belongs to this user, and that no process uses.
     pub(super) fn unused(&self) -> Vec<(PathBuf, u64)> {
         self.unused_but_by(&[])
     }
@@ -99,8 +99,8 @@ impl SharedFiles {
     }
 }
 
-/// Inodes of files in the folder that process `pid` has mapped or open. Empty for a process that is gone or not ours to
-/// read.
+/// Inodes of files in the folder that process `pid` has mapped or open. Empty for a process that is gone or that this user is not
+/// allowed to read.
 fn used_by(pid: i32) -> BTreeSet<u64> {
     let maps = std::fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     let mapped = String::from_utf8_lossy(&maps)
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_removed_once_nobody_uses_it_and_not_before() {
+    fn only_unused_shared_files_are_removed() {
         let file = tempfile::Builder::new()
             .prefix("xpyd-test-")
             .tempfile_in(FOLDER)
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_known_by_another_name_than_the_one_it_was_opened_by() {
+    fn a_renamed_shared_file_is_recognized() {
         let file = tempfile::Builder::new()
             .prefix("xpyd-test-")
             .tempfile_in(FOLDER)

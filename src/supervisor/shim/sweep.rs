@@ -1,6 +1,6 @@
-//! The end of everything that descends from this process: for whoever inherits what a shim left behind.
+//! Ends all descendants of this process: for the process that inherits what a shim left.
 //!
-//! Knows no engines: a process that was reparented to a child subreaper of the run belongs to the run.
+//! It knows no engines: a process that was reparented to a child subreaper of the run belongs to the run.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use super::cgroup::Cgroup;
 use super::shm::SharedFiles;
 use super::tree::{Process, Tree, freeze, kill_all};
 
-/// Milliseconds between two looks.
+/// Milliseconds between two checks.
 const LOOK_AGAIN: u8 = 5;
 
-/// Removes what descendants of this process, and no others, use in `/dev/shm` (unless it is in `foreign`), and kills them,
-/// until nothing is left or `deadline` has passed; then removes the cgroups of `shim`. Returns the processes that are left.
+/// Removes the files in `/dev/shm` that only descendants of this process use (without those in `foreign`), and kills the
+/// descendants, until none is left or `deadline` has passed. Then removes the cgroups of `shim`. Returns the processes that are left.
 ///
-/// Files go first, so that whoever is killed in the middle leaves processes by which the next one finds the rest. Blocks.
-/// Only finds what this process has inherited if it is a child subreaper.
+/// Files go first: if this process is killed meanwhile, the next sweep finds them through the processes that still run. Blocks.
+/// Finds inherited processes only if this process is a child subreaper.
 pub(super) fn sweep(shim: u32, foreign: &SharedFiles, deadline: Duration) -> Vec<Process> {
     let own = getpid().as_raw();
     let give_up = Instant::now() + deadline;
@@ -40,10 +40,10 @@ pub(super) fn sweep(shim: u32, foreign: &SharedFiles, deadline: Duration) -> Vec
         shared_files.add_used_by(pids.iter().copied(), foreign);
         shared_files.remove_unused(&pids);
         kill_all(&found);
-        // Not a sleep by name only: there is nothing else to wait for.
+        // There is nothing else to wait for.
         let _ = poll(&mut [], PollTimeout::from(LOOK_AGAIN));
         for pid in pids {
-            // Those with another parent are reaped by it, or by a later turn.
+            // Processes with another parent are reaped by it, or in a later turn.
             let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
         }
     }

@@ -1,17 +1,17 @@
-//! Which processes belong to an engine, from `/proc`; and signals that hit the process they were meant for.
+//! Finds the processes of an engine in `/proc`, and signals them without hitting a reused process id.
 //!
-//! Knows nothing of commands or sockets.
+//! It knows nothing of commands or sockets.
 //!
 //! A process belongs to a tree if it descends from the *reaper* (a child subreaper: the shim)
 //! **and** one of these holds:
-//! - it is in the leader's session, which EngineCore and workers are;
+//! - it is in the leader's session, as EngineCore and workers are;
 //! - it descends from another member (found by walking parents *before* anything is killed);
-//! - it was a member at an earlier look;
+//! - it was a member at an earlier check;
 //! - the reaper adopted it, and it holds the tree's log pipe or carries the tree's mark in its environment, which is how
 //!   a daemon that forked twice is found.
 //!
-//! Where the tree has a cgroup, its members belong to it without further questions, and it is killed as one before the
-//! rest is looked for. The rules above work everywhere.
+//! If the tree has a cgroup, every process in it belongs to the tree, and the cgroup is killed as a whole before the others. The
+//! rules above work everywhere.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -27,26 +27,26 @@ use super::cgroup::Cgroup;
 use super::protocol::LeftoverProcess;
 use crate::fleet::{EngineId, Incarnation};
 
-/// The variable that marks every process of a tree. vLLM's `setproctitle` wipes it from EngineCore and workers, so it is
-/// a last resort, for daemons that kept nothing else of their tree.
+/// The variable that marks every process of a tree. vLLM's `setproctitle` wipes it from EngineCore and workers, so it is the last
+/// resort, for daemons that kept nothing else of their tree.
 pub(super) const MARK_VARIABLE: &str = "XPYD_TREE";
 
-/// One line of the process table.
+/// One process of the process table.
 #[derive(Debug, Clone)]
 pub(in crate::supervisor) struct Process {
     /// Process id.
     pub(in crate::supervisor) pid: i32,
-    /// Its parent's.
+    /// Its parent's process id.
     pub(in crate::supervisor) parent: i32,
-    /// Its session.
+    /// Its session id.
     pub(in crate::supervisor) session: i32,
-    /// When it started, in clock ticks since boot. With the pid it names a process for good.
+    /// When it started, in clock ticks since boot. With the pid it identifies a process.
     pub(in crate::supervisor) started: u64,
     /// State letter.
     pub(in crate::supervisor) state: char,
     /// CPU time that it has used, in clock ticks.
     pub(in crate::supervisor) cpu_ticks: u64,
-    /// Its memory that is not swapped out, in pages.
+    /// Its resident memory, in pages.
     resident_pages: u64,
     /// Name, 15 characters at most.
     pub(in crate::supervisor) name: String,
@@ -58,20 +58,20 @@ impl Process {
         Self::read_in(Path::new(&format!("/proc/{pid}")))
     }
 
-    /// The process or thread that this folder of `/proc` is about.
+    /// The process or thread of this folder of `/proc`.
     pub(in crate::supervisor) fn read_in(folder: &Path) -> Option<Self> {
         let stat = fs::read(folder.join("stat")).ok()?;
         Self::parse(&String::from_utf8_lossy(&stat))
     }
 
-    /// Its memory that is not swapped out, in bytes.
+    /// Its resident memory, in bytes.
     pub(in crate::supervisor) fn resident_bytes(&self) -> u64 {
         let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
         let page = page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(4096);
         self.resident_pages * page
     }
 
-    /// Parses `/proc/PID/stat`: the name is in parentheses and may hold any character, parentheses too.
+    /// Parses `/proc/PID/stat`: the name is in parentheses and can contain any character, parentheses too.
     fn parse(stat: &str) -> Option<Self> {
         let (pid, rest) = stat.split_once(" (")?;
         let (name, rest) = rest.rsplit_once(") ")?;
@@ -88,7 +88,7 @@ impl Process {
         })
     }
 
-    /// Sends `signal`, unless the process is gone and its id belongs to another by now.
+    /// Sends `signal`, unless the process is gone and its id was reused.
     pub(super) fn signal(&self, signal: Signal) -> Result<(), Errno> {
         match Self::read(self.pid) {
             Some(now) if now.started == self.started => kill(Pid::from_raw(self.pid), signal),
@@ -96,7 +96,7 @@ impl Process {
         }
     }
 
-    /// What people are told about it if it does not go.
+    /// Its description for the report of processes that outlived SIGKILL.
     pub(super) fn leftover(&self) -> LeftoverProcess {
         LeftoverProcess {
             pid: self.pid.unsigned_abs(),
@@ -127,9 +127,9 @@ impl Process {
 
 /// The process table at one moment, by process id.
 #[derive(Debug)]
-pub(in crate::supervisor) struct Table(BTreeMap<i32, Process>);
+pub(in crate::supervisor) struct ProcessTable(BTreeMap<i32, Process>);
 
-impl Table {
+impl ProcessTable {
     /// Reads all of `/proc`.
     pub(in crate::supervisor) fn read() -> Self {
         let Ok(entries) = fs::read_dir("/proc") else {
@@ -145,7 +145,7 @@ impl Table {
         )
     }
 
-    /// All of it.
+    /// All processes.
     pub(super) fn all(&self) -> impl Iterator<Item = &Process> {
         self.0.values()
     }
@@ -155,7 +155,7 @@ impl Table {
         self.0.get(&pid)
     }
 
-    /// The leader, its session, and all that descends from it: what can be told of a tree from outside of the shim.
+    /// The leader, its session and its descendants: the part of a tree that is visible outside of the shim.
     pub(in crate::supervisor) fn led_by(&self, leader: i32) -> Vec<Process> {
         let descendants: HashSet<i32> = self.descendants(leader).iter().map(|process| process.pid).collect();
         let belongs = |process: &&Process| {
@@ -164,15 +164,14 @@ impl Table {
         self.0.values().filter(belongs).cloned().collect()
     }
 
-    /// As [`Table::led_by`], without the engine's sidecar, its watcher, and what they started: they work while the engine
-    /// hangs.
+    /// As [`ProcessTable::led_by`], without the engine's sidecar, its watcher and their descendants, which work while the engine hangs.
     pub(in crate::supervisor) fn engine_led_by(&self, leader: i32) -> Vec<Process> {
         let mut processes = self.led_by(leader);
         let children = || self.0.values().filter(|process| process.parent == leader);
         let Some(watcher) = children().find(|child| child.name == WATCHER_NAME) else {
             return processes;
         };
-        // The leader became the engine after it had started these two.
+        // The leader started these two before it became the engine.
         let others = children().filter(|child| child.started <= watcher.started);
         let others: HashSet<i32> = others
             .flat_map(|child| self.descendants(child.pid).into_iter().chain([child]))
@@ -182,7 +181,7 @@ impl Table {
         processes
     }
 
-    /// All that descend from `root`, without it.
+    /// The descendants of `root`, without it.
     pub(super) fn descendants(&self, root: i32) -> Vec<&Process> {
         let mut found = Vec::new();
         let mut generation = HashSet::from([root]);
@@ -199,16 +198,16 @@ impl Table {
     }
 }
 
-/// How to recognise the processes of one incarnation of an engine.
+/// The marks by which the processes of one incarnation are found.
 #[derive(Debug)]
 pub(super) struct Tree {
     /// Process id of the leader, and of its session.
     leader: i32,
     /// Inode of its log pipe.
     pipe: u64,
-    /// Value of [`MARK_VARIABLE`] in its environment.
+    /// The value of [`MARK_VARIABLE`] in its environment.
     mark: String,
-    /// Its cgroup, where it could have one.
+    /// Its cgroup, if it could get one.
     cgroup: Option<Cgroup>,
     /// Members seen so far and not known to be gone: process id and start time.
     seen: HashSet<(i32, u64)>,
@@ -230,7 +229,7 @@ impl Tree {
         format!("{}{engine}.{incarnation}", Self::cgroups_of(shim))
     }
 
-    /// How the names of all cgroups of a shim begin. Containers can share a folder of cgroups, and their process ids repeat, so the
+    /// The common prefix of the names of a shim's cgroups. Containers can share a folder of cgroups, and their process ids repeat, so the
     /// process id namespace is part of the name.
     pub(super) fn cgroups_of(shim: u32) -> String {
         let namespace = namespace_of("self").unwrap_or_default();
@@ -242,8 +241,8 @@ impl Tree {
         format!("{shim}.{engine}.{incarnation}")
     }
 
-    /// The members now, zombies included: one that was not reaped yet may still have threads.
-    pub(super) fn members(&mut self, table: &Table, reaper: i32) -> Vec<Process> {
+    /// The current members, zombies included: a process that was not reaped yet can still have threads.
+    pub(super) fn members(&mut self, table: &ProcessTable, reaper: i32) -> Vec<Process> {
         let candidates = table.descendants(reaper);
         let inside = self.cgroup.as_ref().map_or_else(Vec::new, Cgroup::members);
         let mut members: HashSet<i32> = HashSet::new();
@@ -267,19 +266,19 @@ impl Tree {
         members
     }
 
-    /// Removes what stands for the tree, once it is empty.
+    /// Removes the cgroup, once the tree is empty.
     pub(super) fn remove(&self) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.remove();
         }
     }
 
-    /// Stops all members, so that none of them can start another. Returns them.
+    /// Stops all members with SIGSTOP, so that none can fork. Returns them.
     pub(super) fn freeze(&mut self, reaper: i32) -> Vec<Process> {
         freeze(|table| self.members(table, reaper))
     }
 
-    /// Kills the frozen members, and whatever else is in the cgroup.
+    /// Kills the frozen members, and everything else in the cgroup.
     pub(super) fn kill(&self, frozen: &[Process]) {
         if let Some(cgroup) = &self.cgroup {
             cgroup.kill();
@@ -294,20 +293,20 @@ pub(super) fn namespace_of(process: &str) -> Option<u64> {
     Some(namespace.ino())
 }
 
-/// Stops every process that `select` finds, so that none can fork, until a look finds no new one. Returns them.
+/// Stops every process that `select` finds, so that none can fork, until it finds no new one. Returns them.
 ///
-/// Bounded: what slips through is found by the next call.
-pub(super) fn freeze(mut select: impl FnMut(&Table) -> Vec<Process>) -> Vec<Process> {
+/// Bounded: the next call finds processes that this one missed.
+pub(super) fn freeze(mut select: impl FnMut(&ProcessTable) -> Vec<Process>) -> Vec<Process> {
     const MOST_LOOKS: usize = 20;
     let mut frozen = HashSet::new();
     let mut found = Vec::new();
     for _ in 0..MOST_LOOKS {
-        found = select(&Table::read());
+        found = select(&ProcessTable::read());
         let mut found_new = false;
         for process in &found {
             if frozen.insert((process.pid, process.started)) {
                 found_new = true;
-                // One that is gone already is fine; one that may not be signalled shows up as a leftover.
+                // The process can be gone already; one that this user is not allowed to signal is reported as a leftover.
                 let _ = process.signal(Signal::SIGSTOP);
             }
         }
@@ -344,7 +343,7 @@ mod tests {
     }
 
     fn members(tree: &mut Tree, processes: &[(i32, i32, i32)]) -> Vec<i32> {
-        let table = Table(
+        let table = ProcessTable(
             processes
                 .iter()
                 .map(|&(pid, parent, session)| process(pid, parent, session))
@@ -368,12 +367,12 @@ mod tests {
     #[test]
     fn this_process_finds_itself_in_the_table() {
         let own = i32::try_from(std::process::id()).unwrap();
-        let table = Table::read();
+        let table = ProcessTable::read();
         assert_eq!(table.0[&own].started, Process::read(own).unwrap().started);
     }
 
     #[test]
-    fn members_are_the_session_and_all_that_descends_from_it() {
+    fn members_are_the_session_and_its_descendants() {
         let mut tree = Tree::new(LEADER, 0, String::new(), None);
         let (child, escaped, grandchild, other) = (LEADER + 1, LEADER + 2, LEADER + 3, LEADER + 4);
         let found = members(
@@ -390,35 +389,36 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_leads_its_session_and_what_descends_from_it() {
+    fn led_by_finds_the_session_and_its_descendants() {
         let table = [(1, 0, 1), (5, 1, 5), (6, 5, 5), (7, 6, 7), (8, 1, 5), (9, 1, 9)];
-        let table = Table(table.map(|(pid, parent, session)| process(pid, parent, session)).into());
+        let table = ProcessTable(table.map(|(pid, parent, session)| process(pid, parent, session)).into());
         let led: Vec<i32> = table.led_by(5).iter().map(|process| process.pid).collect();
         assert_eq!(led, [5, 6, 7, 8]);
     }
 
     #[test]
-    fn a_sidecar_is_no_part_of_the_engine_that_it_serves() {
+    fn a_sidecar_does_not_count_as_the_engine() {
         let processes = [(5, 1, 5), (6, 5, 5), (7, 5, 5), (8, 5, 5), (9, 6, 5), (10, 8, 5)];
-        let mut table = Table(
+        let mut table = ProcessTable(
             processes
                 .map(|(pid, parent, session)| process(pid, parent, session))
                 .into(),
         );
-        let engine = |table: &Table| -> Vec<i32> { table.engine_led_by(5).iter().map(|process| process.pid).collect() };
+        let engine =
+            |table: &ProcessTable| -> Vec<i32> { table.engine_led_by(5).iter().map(|process| process.pid).collect() };
         assert_eq!(engine(&table), [5, 6, 7, 8, 9, 10], "there is none");
         table.0.get_mut(&7).unwrap().name = WATCHER_NAME.into();
         assert_eq!(engine(&table), [5, 8, 10]);
     }
 
     #[test]
-    fn an_orphan_of_the_session_is_a_member_without_its_leader() {
+    fn an_orphan_of_the_session_stays_a_member() {
         let mut tree = Tree::new(LEADER, 0, String::new(), None);
         assert_eq!(members(&mut tree, &[(LEADER + 1, 900, LEADER)]), [LEADER + 1]);
     }
 
     #[test]
-    fn a_member_seen_before_stays_one_after_its_parents_are_gone() {
+    fn a_known_member_stays_one_without_its_parents() {
         let mut tree = Tree::new(LEADER, 0, String::new(), None);
         let escaped = LEADER + 1;
         members(&mut tree, &[(LEADER, 900, LEADER), (escaped, LEADER, escaped)]);
@@ -426,13 +426,13 @@ mod tests {
     }
 
     #[test]
-    fn a_session_of_the_same_number_outside_the_reaper_is_somebody_elses() {
+    fn a_session_outside_the_reaper_is_no_member() {
         let mut tree = Tree::new(LEADER, 0, String::new(), None);
         assert!(members(&mut tree, &[(LEADER, 1, LEADER)]).is_empty());
     }
 
     #[test]
-    fn a_signal_never_hits_a_process_that_took_over_the_id() {
+    fn a_signal_never_hits_a_reused_process_id() {
         let own = i32::try_from(std::process::id()).unwrap();
         let mut stale = Process::read(own).unwrap();
         stale.started -= 1;

@@ -1,23 +1,24 @@
-//! The language of the state machine: what may happen to a fleet, and what may have to be done about it.
+//! Events that can happen to a fleet, and actions that follow from them.
 
-use super::super::shim::protocol::LeftoverProcess;
-use super::super::{Cause, Leftover, Outcome, Trial};
-use crate::fleet::{Endpoint, EngineId, Exit, Incarnation};
+use crate::fleet::{Endpoint, EngineId, EngineVerb, Exit, Incarnation};
 use crate::plan::EngineSpec;
+use crate::supervisor::hooks::{CanaryResult, FailureCause};
+use crate::supervisor::shim::protocol::LeftoverProcess;
+use crate::supervisor::{Leftover, Outcome};
 
 /// What happened.
 #[derive(Debug, Clone)]
 pub(in crate::supervisor) enum Event {
     /// The run begins.
     Begin,
-    /// What the engine's GPUs had to give back is back, or who holds it.
+    /// The memory of the engine's GPUs is free, or the error names its holder.
     Prepared(EngineId, Incarnation, Result<(), String>),
-    /// The leader runs.
+    /// The leader runs, with this process id.
     Spawned(EngineId, Incarnation, u32),
-    /// The program could not be started.
+    /// The program could not be started, for this reason.
     SpawnFailed(EngineId, Incarnation, String),
-    /// This start of the engine receives KV elsewhere than the one before.
-    Moved(EngineId, Incarnation, Endpoint),
+    /// This start of the engine receives KV at another address than the one before.
+    EndpointChanged(EngineId, Incarnation, Endpoint),
     /// The leader ended.
     Exited {
         engine: EngineId,
@@ -26,66 +27,64 @@ pub(in crate::supervisor) enum Event {
     },
     /// No process of the engine is left.
     TreeEmpty(EngineId, Incarnation),
-    /// What the log of an engine that failed says.
-    Explained(EngineId, Incarnation, Cause),
-    /// Processes outlived SIGKILL; without an engine, strays.
+    /// The log of a failed engine was searched for the cause.
+    Diagnosed(EngineId, Incarnation, FailureCause),
+    /// Processes outlived SIGKILL; without an engine, unowned ones.
     Leftover(Option<EngineId>, Vec<LeftoverProcess>),
     /// `/health` answered 200.
     Probed(EngineId, Incarnation),
-    /// Somebody else listens on a port of the engine. Holds who and where.
-    Usurped(EngineId, Incarnation, String),
-    /// The canary through this prefill and this decode engine worked; the round (first) goes on.
-    Worked(u64, EngineId, EngineId),
-    /// What came of the canaries of this round, in the order of its pairs.
-    Verified(u64, Vec<Trial>),
-    /// Clients' hand-offs from this prefill to this decode engine fail or crawl.
+    /// Another process listens on a port of the engine, or the engine runs on other GPUs than planned. Holds the reason.
+    PortTaken(EngineId, Incarnation, String),
+    /// The canary from this prefill to this decode engine worked; the round (first field) continues.
+    PairWorked(u64, EngineId, EngineId),
+    /// The results of the canaries of this round, in the order of its pairs.
+    Verified(u64, Vec<CanaryResult>),
+    /// Clients' hand-offs from this prefill to this decode engine fail or are slow.
     Suspected(EngineId, EngineId),
-    /// The engine does nothing, though it has something to do. Holds why that is known.
+    /// The engine has work and makes no progress. Holds the evidence.
     Hung(EngineId, Incarnation, String),
-    /// The start does nothing any more. Holds where it stands still, and for how long.
-    StoodStill(EngineId, Incarnation, String),
-    /// An engine more, whose ports are reserved, joins a fleet that `Fleet::may_grow`.
-    Join(Box<EngineSpec>),
-    /// A restart of this engine was asked for, and `Fleet::may_leave`.
-    Restart(EngineId),
-    /// An end of this engine was asked for, and `Fleet::may_leave`.
-    TakeOut(EngineId),
-    /// A stop was asked for, by a signal or over the control socket. Asking again changes nothing.
+    /// The start makes no progress any more. Holds the phase and the time.
+    StartupStalled(EngineId, Incarnation, String),
+    /// An engine whose ports are reserved is added; `FleetMachine::check_add` allows it.
+    Add(Box<EngineSpec>),
+    /// A restart or drain of this engine was requested; `FleetMachine::check_request` allows it.
+    Requested(EngineId, EngineVerb),
+    /// A stop was requested, by a signal or over the control socket. A second one changes nothing.
     Stop,
-    /// Ctrl+C: a stop, and the next one forces it.
+    /// Ctrl+C: a stop; the next one forces it.
     Interrupt,
-    /// A stop without any grace.
+    /// A stop without grace.
     Force,
-    /// An end of xpyd was asked for that leaves the engines to the next one.
+    /// An end of xpyd that leaves the engines to the next one.
     Leave,
-    /// Nothing is in flight any more: on this engine, or at all.
+    /// No request is in flight: on this engine, or on any.
     Drained(Option<(EngineId, Incarnation)>),
-    /// `Fleet::next_deadline` has come.
+    /// `FleetMachine::next_deadline` has come.
     Tick,
-    /// The connection to the shim is closed, asked for or not.
+    /// The connection to the shim is closed, whether requested or not.
     ShimGone(String),
     /// The sweep after a lost shim is over; these processes are left.
-    Swept(Vec<LeftoverProcess>),
-    /// The last look is over; these are left.
+    SweepDone(Vec<LeftoverProcess>),
+    /// The last check is over; these are left.
     Checked(Vec<Leftover>),
 }
 
-/// What to do.
+/// What the driver has to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::supervisor) enum Action {
-    /// Wait until the memory of the engine's GPUs is free for it.
+    /// Wait until the memory of the engine's GPUs is free.
     Prepare(EngineId, Incarnation),
     /// Start the engine's process.
     Spawn(EngineId, Incarnation),
-    /// Write down how the engine was started, with its process id.
+    /// Write the spawn record, with the leader's process id.
     Record(EngineId, Incarnation, u32),
-    /// Ask `/health` until it answers 200.
+    /// Poll `/health` until it answers 200.
     Probe(EngineId, Incarnation),
-    /// Look for the cause of its failure in its log; holds how its leader ended.
-    Explain(EngineId, Incarnation, Option<Exit>),
-    /// Tell the shim that the engine's start is over.
-    Settled(EngineId),
-    /// See that the engine makes progress, until it is asked to stop or killed.
+    /// Search the engine's log for the cause of its failure; holds how its leader ended.
+    Diagnose(EngineId, Incarnation, Option<Exit>),
+    /// Report to the shim that the engine's start is over.
+    StartupFinished(EngineId),
+    /// Check that the engine makes progress, until it is asked to stop or killed.
     Watch(EngineId, Incarnation),
     /// Send canaries through these pairs of prefill and decode engine, as this round.
     Verify {
@@ -94,9 +93,9 @@ pub(in crate::supervisor) enum Action {
         /// Whether all at the same time.
         at_once: bool,
     },
-    /// Wait until nothing is in flight: on this engine, or at all.
+    /// Wait until no request is in flight: on this engine, or on any.
     AwaitIdle(Option<(EngineId, Incarnation)>),
-    /// Stop accepting clients, who then wait for the next xpyd, and serve those that were accepted.
+    /// Stop accepting clients, which then wait for the next xpyd, and serve those that were accepted.
     HandOver,
     /// SIGTERM to the leader.
     Terminate(EngineId),
@@ -104,12 +103,46 @@ pub(in crate::supervisor) enum Action {
     Kill(EngineId),
     /// Let the shim end.
     Shutdown,
-    /// Kill what the lost shim had started.
+    /// Kill what a lost shim had started.
     Sweep,
-    /// See which processes and ports are still there.
+    /// Find processes, ports and GPU memory that are still in use.
     Check,
-    /// Tell the shim to keep the engines for the next xpyd.
+    /// Let the shim keep the engines for the next xpyd.
     Leave,
     /// The run is over.
     Finish(Outcome),
+}
+
+/// What the machines have to report from one event: the actions in their order, and whether readers see a new view.
+#[derive(Debug, Default)]
+pub(super) struct Output {
+    actions: Vec<Action>,
+    is_view_changed: bool,
+}
+
+impl Output {
+    /// Of a new fleet, which no reader has seen.
+    pub(super) fn with_first_view() -> Self {
+        Self {
+            actions: Vec::new(),
+            is_view_changed: true,
+        }
+    }
+
+    pub(super) fn push(&mut self, action: Action) {
+        self.actions.push(action);
+    }
+
+    pub(super) fn view_changed(&mut self) {
+        self.is_view_changed = true;
+    }
+
+    pub(super) fn take_actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Whether the view changed since the last call.
+    pub(super) fn take_view_changed(&mut self) -> bool {
+        std::mem::take(&mut self.is_view_changed)
+    }
 }

@@ -1,4 +1,4 @@
-//! The rules of the state machine by name.
+//! Tests of the state machines, a rule each.
 
 mod attach;
 mod blame;
@@ -10,10 +10,16 @@ mod world;
 
 pub(in crate::supervisor) use self::world::engine;
 use self::world::{DRAIN, FIRST, Processes, VERIFY, World, exited};
-use super::*;
-use crate::fleet::{FleetStage, Role};
-use crate::plan::RestartWhen;
+use std::time::Duration;
+
+use super::engine::{DIAGNOSIS_DEADLINE, KILL_REPLY_DEADLINE, START_GRACE};
+use super::fleet::{CLOSE_DEADLINE, DECODE_STOP_DELAY};
+use super::{Action, Event};
+use crate::fleet::{EngineId, EngineState, EngineVerb, FleetStage, Incarnation, Role};
+use crate::plan::{EngineSpec, RestartWhen};
 use crate::report::ExitStatus;
+use crate::supervisor::shim::protocol::LeftoverProcess;
+use crate::supervisor::{EndReason, Leftover, Outcome};
 
 fn terminate(name: &str) -> Action {
     Action::Terminate(EngineId::named(name))
@@ -24,7 +30,7 @@ fn kill(name: &str) -> Action {
 }
 
 #[test]
-fn engines_that_share_a_gpu_start_one_after_the_other_and_others_in_parallel() {
+fn engines_on_one_gpu_start_in_sequence() {
     let mut world = World::new(&[
         engine("prefiller1", &[0, 1]),
         engine("prefiller2", &[1]),
@@ -65,7 +71,7 @@ fn an_exit_with_code_0_while_starting_fails_the_run_and_names_the_log() {
     let outcome = world.play_out();
     assert_eq!(outcome.exit_status(), ExitStatus::EngineFailed);
     assert_eq!(
-        outcome.ending.to_string(),
+        outcome.reason.to_string(),
         "decoder2 exited with code 0 while starting; see its log `decoder2.log`"
     );
 }
@@ -88,41 +94,41 @@ fn an_engine_that_is_not_healthy_in_time_ends_the_run() {
     world.wait();
     let outcome = world.play_out();
     assert_eq!(outcome.exit_status(), ExitStatus::NotReady);
-    assert!(matches!(outcome.ending, Ending::NotReady { engine: Some(_), .. }));
+    assert!(matches!(outcome.reason, EndReason::NotReady { engine: Some(_), .. }));
 }
 
 #[test]
-fn a_start_that_stands_still_ends_the_run_as_one_that_is_not_ready() {
+fn a_stalled_start_ends_the_run_as_not_ready() {
     let mut world = World::two_by_two();
     let decoder = EngineId::named("decoder1");
     world.announce(&decoder);
-    world.tell(Event::StoodStill(
+    world.tell(Event::StartupStalled(
         decoder.clone(),
         Incarnation(2),
-        "stands still".to_owned(),
+        "stalled".to_owned(),
     ));
     assert_eq!(
         world.state("decoder1"),
         EngineState::Starting,
         "of no incarnation that is there"
     );
-    world.tell(Event::StoodStill(decoder, FIRST, "stands still".to_owned()));
+    world.tell(Event::StartupStalled(decoder, FIRST, "stalled".to_owned()));
     assert!(world.did(&kill("decoder1")));
     let outcome = world.play_out();
     assert_eq!(outcome.exit_status(), ExitStatus::NotReady);
-    assert_eq!(outcome.ending.to_string(), "decoder1 stands still");
+    assert_eq!(outcome.reason.to_string(), "decoder1 stalled");
 }
 
 #[test]
-fn an_engine_that_is_up_does_not_stand_still() {
+fn an_engine_that_is_up_cannot_stall_its_start() {
     let mut world = World::ready();
-    let reason = "stands still".to_owned();
-    world.tell(Event::StoodStill(EngineId::named("decoder1"), FIRST, reason));
+    let reason = "stalled".to_owned();
+    world.tell(Event::StartupStalled(EngineId::named("decoder1"), FIRST, reason));
     assert_eq!(world.state("decoder1"), EngineState::Ready);
 }
 
 #[test]
-fn canaries_that_fail_or_never_answer_end_the_run() {
+fn failed_canaries_end_the_run() {
     for answer in [Some(Err("decoder1 got other tokens".to_owned())), None] {
         let mut world = World::two_by_two();
         world.all_healthy();
@@ -131,13 +137,13 @@ fn canaries_that_fail_or_never_answer_end_the_run() {
             None => world.wait(),
         }
         let outcome = world.play_out();
-        assert!(matches!(outcome.ending, Ending::NotReady { engine: None, .. }));
+        assert!(matches!(outcome.reason, EndReason::NotReady { engine: None, .. }));
         assert_eq!(outcome.exit_status(), ExitStatus::NotReady);
     }
 }
 
 #[test]
-fn a_failed_engine_leaves_the_view_at_once_and_the_others_go_on() {
+fn a_failed_engine_leaves_the_view_at_once() {
     let mut world = World::ready();
     world.exit("decoder1");
     assert_eq!(world.state("decoder1"), EngineState::Backoff);
@@ -155,8 +161,8 @@ fn losing_the_last_engine_of_a_role_ends_the_run() {
     world.exit("prefiller2");
     let outcome = world.play_out();
     assert!(matches!(
-        outcome.ending,
-        Ending::LostRole {
+        outcome.reason,
+        EndReason::LostRole {
             role: Role::Prefill,
             ..
         }
@@ -192,7 +198,7 @@ fn decode_engines_do_not_wait_long_for_slow_prefill_engines() {
 }
 
 #[test]
-fn a_drain_ends_at_its_deadline_and_closes_what_is_in_flight() {
+fn a_drain_ends_at_its_deadline() {
     let mut world = World::ready();
     let start = world.now;
     world.tell(Event::Stop);
@@ -215,7 +221,7 @@ fn an_engine_that_ignores_sigterm_is_killed_after_its_grace() {
 }
 
 #[test]
-fn what_outlives_its_leader_has_the_rest_of_its_time() {
+fn the_rest_of_a_tree_gets_the_leaders_remaining_grace() {
     let mut world = World::ready();
     world.tell(Event::Stop);
     world.tell(Event::Drained(None));
@@ -290,7 +296,7 @@ fn a_lost_shim_ends_the_run_after_a_sweep() {
     assert!(world.load("decoder1").is_closed());
     let outcome = world.play_out();
     assert_eq!(outcome.exit_status(), ExitStatus::Failure);
-    assert!(matches!(outcome.ending, Ending::SupervisionLost { .. }));
+    assert!(matches!(outcome.reason, EndReason::SupervisionLost { .. }));
 }
 
 #[test]
@@ -302,7 +308,7 @@ fn a_shim_that_never_answers_a_kill_is_given_up() {
 }
 
 #[test]
-fn a_process_that_survives_sigkill_is_reported_and_the_run_still_ends() {
+fn a_process_that_survives_sigkill_is_reported() {
     let mut world = World::ready();
     let stuck = LeftoverProcess {
         pid: 7,
@@ -322,16 +328,16 @@ fn a_process_that_survives_sigkill_is_reported_and_the_run_still_ends() {
 }
 
 #[test]
-fn anything_left_behind_is_the_exit_code_whatever_the_ending() {
+fn leftovers_decide_the_exit_code() {
     let left = Leftover::Port {
         engine: EngineId::named("decoder1"),
         port: 7200,
         purpose: "http".to_owned(),
         holder: None,
     };
-    for ending in [Ending::Stopped, Ending::Forced] {
+    for reason in [EndReason::Stopped, EndReason::Forced] {
         let outcome = Outcome {
-            ending,
+            reason,
             left: vec![left.clone()],
             teardown: Duration::ZERO,
         };

@@ -97,7 +97,7 @@ fn host_pids_leave_the_place_unknown_and_memory_proves_the_end() {
     let (code, text) = run.end();
     assert_eq!(code, 0, "{text}");
     assert!(
-        text.contains("on which GPUs engines run cannot be told: NVML tells process ids of the host"),
+        text.contains("cannot tell on which GPUs engines run: NVML reports process ids of the host"),
         "{text}"
     );
     assert!(log(&machine).contains("GPU memory is back"), "{}", log(&machine));

@@ -16,7 +16,10 @@ use xpyd::fleet::{Endpoint, EngineId, EngineState, FleetStage, FleetView, LogLim
 use xpyd::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use xpyd::report::ExitStatus;
 use xpyd::signals::StopSignal;
-use xpyd::supervisor::{self, Cause, Ending, Keep, Outcome, Request, Settings, Trial, Wiring};
+use xpyd::supervisor::{
+    self, CanaryResult, CanaryRound, Diagnose, EndReason, FailureCause, HookFuture, Hooks, Keep, Outcome, Request,
+    Settings, Wiring,
+};
 
 use super::{MARK, PATIENCE, marked, read};
 
@@ -39,6 +42,27 @@ fn fake_engine() {
         let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         // A client that has gone does not end the engine.
         drop(connection.write_all(answer));
+    }
+}
+
+/// Canaries all have the same result; no log is read and no GPU is checked.
+struct TestHooks {
+    canary: Result<(), String>,
+}
+
+impl Hooks for TestHooks {
+    fn run_canaries(&self, round: CanaryRound) -> HookFuture<Vec<CanaryResult>> {
+        let result = self.canary.clone();
+        let result = result.map_or_else(CanaryResult::Failed, |()| CanaryResult::Worked);
+        Box::pin(std::future::ready(vec![result; round.pairs.len()]))
+    }
+
+    fn hand_over_clients(&self) -> HookFuture<()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    fn diagnosis_of_start(&self, _: &EngineSpec) -> Diagnose {
+        Arc::new(|_| FailureCause::default())
     }
 }
 
@@ -96,13 +120,7 @@ impl Run {
             signals: signal_receiver,
             requests: request_receiver,
             view: view_sender,
-            verify: Box::new(move |round| {
-                let trial = canary.clone().map_or_else(Trial::Failed, |()| Trial::Worked);
-                Box::pin(std::future::ready(vec![trial; round.pairs.len()]))
-            }),
-            hand_over: Box::new(|| Box::pin(std::future::ready(()))),
-            explain: Box::new(|_| Arc::new(|_| Cause::default())),
-            gpus: supervisor::GpuChecks::none(),
+            hooks: TestHooks { canary },
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(supervisor::run(settings, wiring));
@@ -226,7 +244,7 @@ async fn an_engine_that_ends_while_starting_ends_the_run_whatever_its_code() {
     let run = Run::start(&["prefiller1", "decoder1"], "sleep 1000 & exit 0", Ok(()));
     let outcome = run.outcome().await;
     assert!(
-        outcome.ending.to_string().contains("exited with code 0 while starting"),
+        outcome.reason.to_string().contains("exited with code 0 while starting"),
         "{outcome:?}"
     );
     assert_eq!(outcome.exit_status(), ExitStatus::EngineFailed);
@@ -236,7 +254,7 @@ async fn an_engine_that_ends_while_starting_ends_the_run_whatever_its_code() {
 async fn a_canary_that_fails_ends_the_run() {
     let run = Run::start(&["prefiller1", "decoder1"], "", Err("no KV moved".to_owned()));
     let outcome = run.outcome().await;
-    assert_eq!(outcome.ending.to_string(), "no KV moved");
+    assert_eq!(outcome.reason.to_string(), "no KV moved");
     assert_eq!(outcome.exit_status(), ExitStatus::NotReady);
 }
 
@@ -252,7 +270,7 @@ async fn the_fleet_goes_on_without_a_failed_engine_until_a_role_is_lost() {
     run.die("decoder2");
     let outcome = run.outcome().await;
     assert!(
-        matches!(outcome.ending, Ending::LostRole { role: Role::Decode, .. }),
+        matches!(outcome.reason, EndReason::LostRole { role: Role::Decode, .. }),
         "{outcome:?}"
     );
     assert_eq!(outcome.exit_status(), ExitStatus::Failure);
@@ -296,6 +314,9 @@ async fn a_killed_shim_ends_the_run_and_leaves_nothing() {
     let shim = stat.split_whitespace().nth(3).unwrap().parse().unwrap();
     kill(Pid::from_raw(shim), Signal::SIGKILL).unwrap();
     let outcome = run.outcome().await;
-    assert!(matches!(outcome.ending, Ending::SupervisionLost { .. }), "{outcome:?}");
+    assert!(
+        matches!(outcome.reason, EndReason::SupervisionLost { .. }),
+        "{outcome:?}"
+    );
     assert_eq!(outcome.exit_status(), ExitStatus::Failure);
 }

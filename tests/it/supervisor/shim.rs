@@ -335,7 +335,7 @@ async fn play_xpyd() {
     let leader = "trap 'echo asked to leave; exit 0' TERM; while :; do sleep 0.01; done";
     shim.send(&spawn(&stubborn(leader), &mark, &log)).unwrap();
     if std::env::var_os(PLAY_SETTLED).is_some() {
-        shim.send(&Command::Settled { engine: engine() }).unwrap();
+        shim.send(&Command::StartupFinished { engine: engine() }).unwrap();
     }
     assert!(matches!(shim.event().await.unwrap(), Event::Spawned { .. }));
     until("the tree is up", || read(&log).lines().count() == 4).await;

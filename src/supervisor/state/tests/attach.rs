@@ -1,23 +1,29 @@
-//! The rules of fleets that are taken over from an earlier xpyd or left to a later one, by name.
+//! Attach to kept engines, and leaving engines to a later xpyd.
 
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
 use super::world::{BACKOFF, DRAIN, World};
-use crate::fleet::{EngineId, EngineState, Exit, FleetStage, Incarnation};
+use crate::fleet::{EngineId, EngineState, EngineVerb, Exit, FleetStage, Incarnation};
 use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 use crate::supervisor::shim::protocol::KeptState;
 use crate::supervisor::state::{Action, Event};
-use crate::supervisor::{Cause, Ending, Leftover};
+use crate::supervisor::{EndReason, FailureCause, Leftover};
 
 fn id(name: &str) -> EngineId {
     EngineId::named(name)
 }
 
-const RUNS: KeptState = KeptState::Running { pid: 7, settled: true };
-const STARTS: KeptState = KeptState::Running { pid: 7, settled: false };
+const RUNS: KeptState = KeptState::Running {
+    pid: 7,
+    startup_finished: true,
+};
+const STARTS: KeptState = KeptState::Running {
+    pid: 7,
+    startup_finished: false,
+};
 const GONE: KeptState = KeptState::Gone {
     exit: Some(Exit::Code(1)),
 };
@@ -33,7 +39,7 @@ fn engines_that_serve_need_only_canaries() {
 }
 
 #[test]
-fn one_that_was_still_starting_is_waited_for() {
+fn an_attached_starting_engine_is_awaited() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", STARTS)]);
     assert_eq!(world.stage(), FleetStage::Starting);
     assert!(world.did(&Action::Probe(id("decoder1"), Incarnation(3))));
@@ -42,9 +48,9 @@ fn one_that_was_still_starting_is_waited_for() {
 }
 
 #[test]
-fn one_that_ended_meanwhile_holds_up_nobody_and_comes_back() {
+fn an_engine_that_ended_meanwhile_delays_no_other() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS), ("decoder2", GONE)]);
-    world.explained("decoder2", Cause::default());
+    world.explained("decoder2", FailureCause::default());
     assert_eq!(
         (world.stage(), world.state("decoder2")),
         (FleetStage::Verifying, EngineState::Backoff)
@@ -56,16 +62,16 @@ fn one_that_ended_meanwhile_holds_up_nobody_and_comes_back() {
 }
 
 #[test]
-fn a_role_without_any_engine_is_waited_for() {
+fn a_role_without_engines_is_awaited() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", GONE)]);
-    world.explained("decoder1", Cause::default());
+    world.explained("decoder1", FailureCause::default());
     assert_eq!(world.stage(), FleetStage::Starting);
     world.wait();
     assert!(world.did(&Action::Spawn(id("decoder1"), Incarnation(4))));
 }
 
 #[test]
-fn one_that_was_on_its_way_out_is_killed_before_it_starts_again() {
+fn a_stopping_engine_is_killed_before_its_restart() {
     let mut world = World::attached(&[
         ("prefiller1", RUNS),
         ("decoder1", RUNS),
@@ -76,16 +82,16 @@ fn one_that_was_on_its_way_out_is_killed_before_it_starts_again() {
     world.tell(Event::Tick);
     assert!(!world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
     world.empty("decoder2");
-    world.explained("decoder2", Cause::default());
+    world.explained("decoder2", FailureCause::default());
     assert!(world.did(&Action::Spawn(id("decoder2"), Incarnation(4))));
 }
 
 #[test]
-fn a_failure_before_it_is_ready_does_not_end_a_fleet_that_was_taken_over() {
+fn an_early_failure_does_not_end_an_attached_fleet() {
     let mut world = World::attached(&[("prefiller1", RUNS), ("decoder1", RUNS), ("decoder2", RUNS)]);
     world.tell(Event::Hung(id("decoder2"), Incarnation(3), "hung".to_owned()));
     assert_eq!(world.state("decoder2"), EngineState::Backoff);
-    // Its canary fails with it, which says nothing of the others.
+    // Its canary fails as well, which is no evidence against the others.
     world.verified(&Err("no answer".to_owned()));
     assert_eq!(world.stage(), FleetStage::Verifying);
     world.verified(&Ok(()));
@@ -93,7 +99,7 @@ fn a_failure_before_it_is_ready_does_not_end_a_fleet_that_was_taken_over() {
 }
 
 #[test]
-fn what_is_well_is_taken_over_and_the_one_that_is_not_is_restarted() {
+fn attach_keeps_working_engines_and_restarts_broken_ones() {
     for wedged in ["prefiller2", "decoder1"] {
         let names = ["prefiller1", "prefiller2", "decoder1", "decoder2"];
         let mut world = World::attached(&names.map(|name| (name, RUNS)));
@@ -116,7 +122,7 @@ fn what_is_well_is_taken_over_and_the_one_that_is_not_is_restarted() {
 }
 
 #[test]
-fn an_engine_that_answers_nothing_keeps_clients_from_no_other_one() {
+fn a_silent_engine_delays_no_other_at_attach() {
     let names = ["prefiller1", "prefiller2", "decoder1", "decoder2"];
     let mut world = World::attached(&names.map(|name| (name, RUNS)));
     assert!(
@@ -136,7 +142,7 @@ fn an_engine_that_answers_nothing_keeps_clients_from_no_other_one() {
 }
 
 #[test]
-fn what_ends_while_others_serve_already_leaves_them_serving() {
+fn an_engine_that_ends_leaves_others_serving() {
     let names = ["prefiller1", "prefiller2", "decoder1"];
     for late in [Ok(()), Err("no answer".to_owned())] {
         let mut world = World::attached(&names.map(|name| (name, RUNS)));
@@ -149,7 +155,7 @@ fn what_ends_while_others_serve_already_leaves_them_serving() {
 }
 
 #[test]
-fn who_was_not_tried_in_time_has_a_round_of_its_own_next() {
+fn an_untried_engine_gets_the_next_round() {
     let names = ["prefiller1", "prefiller2", "decoder1"];
     let mut world = World::attached(&names.map(|name| (name, RUNS)));
     world.worked("prefiller1", "decoder1");
@@ -160,9 +166,9 @@ fn who_was_not_tried_in_time_has_a_round_of_its_own_next() {
 }
 
 proptest! {
-    /// In whatever order pairs turn out to work, engines serve together only if their pair does, and all do in the end.
+    /// In whatever order pairs work, two engines serve together only if their pair works, and in the end all serve.
     #[test]
-    fn engines_that_serve_are_proven_with_each_other(
+    fn serving_engines_are_verified_with_each_other(
         order in Just([0_usize, 1, 2, 3, 4, 5]).prop_shuffle(),
         count in 0..=6_usize,
     ) {
@@ -201,7 +207,7 @@ fn a_pair_that_fails_alone_is_restarted_one_end_after_the_other() {
         assert_eq!(world.state(restarted), EngineState::Backoff);
         assert_eq!(world.state(kept), EngineState::Healthy);
         world.empty(restarted);
-        world.explained(restarted, Cause::default());
+        world.explained(restarted, FailureCause::default());
         world.wait();
         world.healthy(restarted);
     }
@@ -212,17 +218,17 @@ fn a_pair_that_fails_alone_is_restarted_one_end_after_the_other() {
 #[test]
 fn without_restarts_the_last_engine_of_a_role_ends_it() {
     let mut world = World::attached_with(RestartWhen::Never, &[("prefiller1", RUNS), ("decoder1", GONE)]);
-    world.explained("decoder1", Cause::default());
+    world.explained("decoder1", FailureCause::default());
     assert_eq!(world.stage(), FleetStage::Stopping);
     world.empty("prefiller1");
     world.tell(Event::ShimGone("shim is gone".to_owned()));
     world.tell(Event::Checked(Vec::<Leftover>::new()));
     let outcome = world.outcome.expect("an outcome");
-    assert!(matches!(outcome.ending, Ending::LostRole { .. }), "{outcome:?}");
+    assert!(matches!(outcome.reason, EndReason::LostRole { .. }), "{outcome:?}");
 }
 
 #[test]
-fn leaving_serves_accepted_clients_first_and_touches_no_engine() {
+fn leaving_serves_accepted_clients_and_keeps_engines() {
     let mut world = World::ready();
     world.tell(Event::Leave);
     assert_eq!(world.stage(), FleetStage::Leaving);
@@ -232,15 +238,15 @@ fn leaving_serves_accepted_clients_first_and_touches_no_engine() {
     assert!(world.did(&Action::Leave));
     let outcome = world.outcome.clone().expect("an outcome");
     assert_eq!(
-        (outcome.ending.clone(), outcome.exit_status()),
-        (Ending::Kept, ExitStatus::Success)
+        (outcome.reason.clone(), outcome.exit_status()),
+        (EndReason::EnginesKept, ExitStatus::Success)
     );
     let touched = |action: &Action| matches!(action, Action::Terminate(_) | Action::Kill(_) | Action::Shutdown);
     assert!(!world.log.iter().any(touched), "{:?}", world.log);
 }
 
 #[test]
-fn leaving_waits_no_longer_than_the_drain_may_take() {
+fn leaving_ends_at_the_drain_deadline() {
     let mut world = World::ready();
     world.tell(Event::Leave);
     let began = world.now;
@@ -250,7 +256,7 @@ fn leaving_waits_no_longer_than_the_drain_may_take() {
 }
 
 #[test]
-fn a_stop_that_is_asked_for_while_leaving_takes_the_engines_along() {
+fn a_stop_while_leaving_stops_the_engines() {
     let mut world = World::ready();
     world.tell(Event::Leave);
     world.tell(Event::Stop);
@@ -260,7 +266,7 @@ fn a_stop_that_is_asked_for_while_leaving_takes_the_engines_along() {
 }
 
 #[test]
-fn what_was_stopped_on_request_stays_stopped_and_holds_up_nobody() {
+fn a_drained_engine_stays_stopped_after_attach() {
     let leaving = KeptState::Leaving { exit: None };
     let kept = [
         ("prefiller1", RUNS),
@@ -278,7 +284,7 @@ fn what_was_stopped_on_request_stays_stopped_and_holds_up_nobody() {
     }
     assert_eq!(world.fleet.stopped_on_request().len(), 2);
     assert_eq!(world.spawned().len(), 0);
-    world.tell(Event::Restart(id("decoder2")));
+    world.tell(Event::Requested(id("decoder2"), EngineVerb::Restart));
     assert_eq!(world.spawned(), ["decoder2"]);
     assert_eq!(world.fleet.stopped_on_request().len(), 1);
 }

@@ -1,4 +1,4 @@
-//! The engine whose hand-offs fail is the one that is restarted, and no innocent one ends as failed for it.
+//! Failing hand-offs restart the engine at fault, and never fail another one.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ fn rounds(world: &World) -> usize {
     world.log.iter().filter(is_round).count()
 }
 
-/// The engine was drained, ended and started again by policy.
+/// Whether the engine was drained, stopped and restarted by policy.
 fn comes_back(world: &mut World, name: &str) {
     assert_eq!(world.state(name), EngineState::Draining);
     world.drain_and_end(name);
@@ -26,7 +26,7 @@ fn comes_back(world: &mut World, name: &str) {
 }
 
 #[test]
-fn an_engine_whose_hand_offs_fail_with_its_peers_is_drained_restarted_and_proven() {
+fn an_engine_at_fault_is_drained_restarted_and_verified() {
     for wedged in ["prefiller2", "decoder2"] {
         let mut world = World::ready();
         suspect(&mut world, "prefiller2", "decoder2");
@@ -78,7 +78,7 @@ fn a_peer_that_works_with_a_third_engine_is_not_blamed_first() {
     assert_eq!(world.state("decoder1"), EngineState::Backoff);
     assert_eq!(world.state("prefiller2"), EngineState::Ready);
     world.empty("decoder1");
-    world.explained("decoder1", crate::supervisor::Cause::default());
+    world.explained("decoder1", crate::supervisor::FailureCause::default());
     world.wait();
     world.healthy("decoder1");
     world.verified_each(only_pair);
@@ -99,14 +99,14 @@ fn no_innocent_engine_is_given_up_for_a_peer_that_stays_wedged() {
             world.drain_and_end("prefiller2");
         } else {
             world.empty("prefiller2");
-            world.explained("prefiller2", crate::supervisor::Cause::default());
+            world.explained("prefiller2", crate::supervisor::FailureCause::default());
         }
         world.wait();
         world.healthy("prefiller2");
     }
     world.verified_with_wedged("prefiller2");
     world.empty("prefiller2");
-    world.explained("prefiller2", crate::supervisor::Cause::default());
+    world.explained("prefiller2", crate::supervisor::FailureCause::default());
     assert_eq!(world.state("prefiller2"), EngineState::Failed);
     for innocent in ["prefiller1", "decoder1", "decoder2"] {
         assert_eq!(world.state(innocent), EngineState::Ready, "{innocent}");
@@ -148,7 +148,7 @@ fn checks_that_find_nothing_become_rare() {
 }
 
 #[test]
-fn nobody_is_checked_while_another_engine_is_on_its_way_back() {
+fn no_check_runs_while_an_engine_restarts() {
     let mut world = World::ready();
     world.crash("decoder2");
     suspect(&mut world, "prefiller1", "decoder1");
@@ -156,7 +156,7 @@ fn nobody_is_checked_while_another_engine_is_on_its_way_back() {
 }
 
 #[test]
-fn without_restarts_the_blame_is_shown_and_the_engine_serves_on() {
+fn without_restarts_the_engine_at_fault_keeps_serving() {
     let mut world = World::ready_with_policy(RestartWhen::Never);
     suspect(&mut world, "prefiller2", "decoder2");
     world.verified_with_wedged("prefiller2");

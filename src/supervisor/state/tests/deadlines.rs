@@ -1,12 +1,12 @@
-//! Every wait of the fleet ends exactly when its deadline says, and not a moment before. Those of the drains and graces
-//! stand by the rules that they belong to.
+//! Every wait ends exactly at its deadline. Tests of drain deadlines and grace periods are beside their rules.
 
 use super::*;
 
-/// What happens until then is nothing that the test looks for.
+/// The smallest difference that the tests distinguish.
 const MOMENT: Duration = Duration::from_millis(1);
 
-/// The next deadline is `after` from now: a tick just before it does nothing that `is_over` sees, and one at it does.
+/// Asserts that the next deadline is `after` from now, that a tick just before it changes nothing that `is_over` checks, and that
+/// one at the deadline does.
 fn ends_after(world: &mut World, after: Duration, is_over: impl Fn(&World) -> bool) {
     assert_eq!(world.fleet.next_deadline(), Some(world.now + after));
     world.now += after.saturating_sub(MOMENT);
@@ -52,8 +52,8 @@ fn the_fleet_drains_to_its_deadline() {
 }
 
 #[test]
-fn decode_engines_wait_their_turn() {
-    ends_after(&mut all_asked_to_leave(), DECODE_TURN, |world| {
+fn decode_engines_stop_after_the_delay() {
+    ends_after(&mut all_asked_to_leave(), DECODE_STOP_DELAY, |world| {
         world.did(&terminate("decoder1"))
     });
 }
@@ -64,18 +64,18 @@ fn the_rest_of_a_tree_has_the_grace_of_its_leader() {
     world.exit("prefiller2");
     world.exit("prefiller1");
     let grace = engine("prefiller1", &[]).stop_grace;
-    // Decode engines no longer wait for their turn.
+    // The stop delay of decode engines is over.
     ends_after(&mut world, grace, |world| world.did(&kill("prefiller1")));
 }
 
 #[test]
-fn the_shim_has_a_while_to_answer_a_kill() {
+fn the_reply_to_a_kill_has_a_deadline() {
     let mut world = World::ready();
     world.tell(Event::Force);
-    ends_after(&mut world, KILL_ANSWER, |world| world.did(&Action::Sweep));
+    ends_after(&mut world, KILL_REPLY_DEADLINE, |world| world.did(&Action::Sweep));
     let mut world = World::ready();
     world.exit("decoder1");
-    ends_after(&mut world, KILL_ANSWER, |world| world.did(&Action::Sweep));
+    ends_after(&mut world, KILL_REPLY_DEADLINE, |world| world.did(&Action::Sweep));
 }
 
 #[test]
@@ -91,11 +91,11 @@ fn the_shim_has_a_while_to_end() {
 }
 
 #[test]
-fn the_look_for_a_cause_has_its_time_and_then_it_counts_as_unknown() {
+fn a_late_diagnosis_counts_as_unknown_cause() {
     let mut world = World::ready();
     world.exit("decoder1");
     world.empty("decoder1");
     let restarts = |world: &World| world.did(&Action::Spawn(EngineId::named("decoder1"), Incarnation(2)));
-    // The backoff is over by then.
-    ends_after(&mut world, CAUSE_DEADLINE, restarts);
+    // The backoff is over before.
+    ends_after(&mut world, DIAGNOSIS_DEADLINE, restarts);
 }

@@ -1,4 +1,4 @@
-//! Engines whose GPUs the driver is asked about: they wait for memory before they start, and others for them.
+//! Engines on GPUs with known UUIDs: they start only when GPU memory is free, and others wait for theirs.
 
 use super::world::{FIRST, World, engine};
 use super::*;
@@ -29,7 +29,7 @@ fn running() -> World {
 }
 
 #[test]
-fn an_engine_starts_when_its_gpus_are_free_for_it() {
+fn an_engine_starts_when_its_gpu_memory_is_free() {
     let mut world = waiting();
     assert_eq!(world.spawned(), [""; 0]);
     assert!(world.did(&Action::Prepare(EngineId::named("decoder1"), FIRST)));
@@ -40,7 +40,7 @@ fn an_engine_starts_when_its_gpus_are_free_for_it() {
 }
 
 #[test]
-fn memory_that_is_not_given_back_fails_the_start_and_is_the_reason() {
+fn held_gpu_memory_fails_the_start() {
     let mut world = waiting();
     world.tell(prepared(
         "decoder1",
@@ -48,11 +48,11 @@ fn memory_that_is_not_given_back_fails_the_start_and_is_the_reason() {
         Err("cannot start again: somebody".to_owned()),
     ));
     let outcome = world.play_out();
-    assert_eq!(outcome.ending.to_string(), "decoder1 cannot start again: somebody");
+    assert_eq!(outcome.reason.to_string(), "decoder1 cannot start again: somebody");
 }
 
 #[test]
-fn a_stop_while_memory_is_waited_for_ends_at_once() {
+fn a_stop_ends_the_wait_for_gpu_memory() {
     for event in [Event::Stop, Event::Force] {
         let mut world = waiting();
         world.tell(prepared("prefiller1", FIRST, Ok(())));
@@ -69,14 +69,14 @@ fn a_stop_while_memory_is_waited_for_ends_at_once() {
 }
 
 #[test]
-fn a_restart_waits_for_the_memory_of_the_start_before_and_can_be_asked_for_anew() {
+fn a_restart_waits_for_gpu_memory_and_can_be_repeated() {
     let mut world = running();
     world.crash("decoder1");
     world.wait();
     let second = Incarnation(2);
     assert!(world.did(&Action::Prepare(EngineId::named("decoder1"), second)));
     assert_eq!(world.spawned().len(), 2);
-    world.tell(Event::Restart(EngineId::named("decoder1")));
+    world.tell(Event::Requested(EngineId::named("decoder1"), EngineVerb::Restart));
     assert_eq!(world.incarnation(&EngineId::named("decoder1")), Incarnation(3));
     world.tell(prepared("decoder1", second, Ok(())));
     assert_eq!(world.spawned().len(), 2, "nobody waits for that one any more");
@@ -89,7 +89,7 @@ fn a_restart_waits_for_the_memory_of_the_start_before_and_can_be_asked_for_anew(
 }
 
 #[test]
-fn nobody_starts_on_a_gpu_while_another_engine_leaves_it() {
+fn no_engine_starts_on_a_gpu_that_another_leaves() {
     let mut world = World::with_policy(
         &[
             engine("prefiller1", &[0]),

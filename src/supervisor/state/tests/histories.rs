@@ -1,12 +1,12 @@
-//! Random histories: whatever happens in whatever order, the rules hold and the run ends.
+//! Property test over random histories: in any order of events the invariants hold and the run ends.
 
 use proptest::prelude::*;
 
 use super::world::{MAX_RESTARTS, World, engine, exited};
-use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation, Retry};
+use crate::fleet::{EngineId, EngineState, EngineVerb, FleetStage, Incarnation, Retry};
 use crate::plan::EngineSpec;
-use crate::supervisor::state::{Event, Goal};
-use crate::supervisor::{Cause, Ending};
+use crate::supervisor::state::Event;
+use crate::supervisor::{EndReason, FailureCause};
 
 /// One step of a random history. The number picks an engine.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +49,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Does the step, if the processes are such that it can happen.
+/// Carries out the step, if the state of the processes allows it.
 fn take(world: &mut World, ids: &[EngineId], step: Step) {
     let processes = |world: &World, index: usize| world.processes[&ids[index]];
     match step {
@@ -75,7 +75,7 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
         }
         Step::Verified(ok) if world.verifying.is_some() => {
             let result = if ok { Ok(()) } else { Err("no KV moved".to_owned()) };
-            // It may be what an engine is given up for.
+            // This failure can be the one for which an engine is given up.
             world.unasked_exits += usize::from(!ok);
             world.verified(&result);
         }
@@ -97,18 +97,18 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
             ));
         }
         Step::Explained(index, retry) => {
-            let cause = Cause {
+            let cause = FailureCause {
                 retry,
-                ..Cause::default()
+                ..FailureCause::default()
             };
             world.explained(ids[index].as_str(), cause);
         }
         Step::Leave(index, again, force) => {
-            let goal = if again { Goal::StartAgain } else { Goal::Stop };
-            if world.fleet.may_leave(&ids[index], goal, force).is_ok() {
+            let verb = if again { EngineVerb::Restart } else { EngineVerb::Drain };
+            if world.fleet.check_request(&ids[index], verb, force).is_ok() {
                 *world.requests.entry(ids[index].clone()).or_default() += 1;
                 let id = ids[index].clone();
-                world.tell(if again { Event::Restart(id) } else { Event::TakeOut(id) });
+                world.tell(Event::Requested(id, verb));
             }
         }
         Step::Wait => world.wait(),
@@ -126,10 +126,10 @@ fn take(world: &mut World, ids: &[EngineId], step: Step) {
 }
 
 proptest! {
-    /// The model asserts with every action that no engine has two incarnations, none is spawned after a stop began, no
-    /// leader gets a second SIGTERM, and the shim is only let go when no process is left.
+    /// The model asserts on every action: no engine has two incarnations at once, none is spawned after a stop began, no leader gets
+    /// a second SIGTERM, and the shim ends only when no process is left.
     #[test]
-    fn every_history_keeps_the_rules_and_ends_once_it_is_stopped(
+    fn every_history_keeps_the_invariants_and_ends(
         steps in prop::collection::vec(step(), 0..120),
         shared_gpu in any::<bool>(),
     ) {
@@ -146,18 +146,18 @@ proptest! {
             take(&mut world, &ids, step);
             let view = world.fleet.view(0);
             for engine in &view.engines {
-                // Whoever serves is there, and whoever failed or stopped can be entered by nobody.
+                // A serving engine has a leader, and a failed or stopped one accepts no request.
                 let processes = world.processes[&engine.id];
                 prop_assert!(!engine.state.serves() || processes.leader);
                 prop_assert!(engine.state != EngineState::Failed || engine.load.is_closed());
-                // Only a request revives what the policy gave up.
+                // Only a request restarts an engine that the policy gave up.
                 let was_failed = before.engine(&engine.id).is_some_and(|was| was.state == EngineState::Failed);
                 let may_revive = matches!(step, Step::Leave(index, true, _) if ids[index] == engine.id);
                 prop_assert!(!was_failed || engine.state == EngineState::Failed || may_revive);
-                // A request begins a new count.
+                // A request resets the count.
                 let requests = world.requests.get(&engine.id).copied().unwrap_or(0);
                 prop_assert!(processes.spawns <= 1 + requests + MAX_RESTARTS * (requests + 1), "{:?}", world.log);
-                // The next one has its number before it starts, and may never start.
+                // The next incarnation gets its number before it starts, and can fail to start.
                 prop_assert!([0, 1].contains(&(engine.incarnation.0 - processes.spawns)));
             }
         }
@@ -172,8 +172,8 @@ proptest! {
             prop_assert!(engine.load.is_closed());
         }
         if matches!(
-            outcome.ending,
-            Ending::EngineFailed { .. } | Ending::LostRole { .. } | Ending::CrashLoop { .. }
+            outcome.reason,
+            EndReason::EngineFailed { .. } | EndReason::LostRole { .. } | EndReason::CrashLoop { .. }
         ) {
             prop_assert!(world.unasked_exits > 0);
         }

@@ -1,13 +1,13 @@
-//! The rules of engines that leave and come back while the fleet serves, by name.
+//! Restarts and drains of single engines while the fleet serves.
 
 use super::world::{BACKOFF, DRAIN, FIRST, MAX_RESTARTS, Processes, World, engine};
 use super::{kill, terminate};
-use crate::fleet::{EngineId, EngineState, FleetStage, Incarnation, Retry, Role};
+use crate::fleet::{EngineId, EngineState, EngineVerb, FleetStage, Incarnation, Retry, Role};
 use crate::plan::RestartWhen;
 use crate::report::ExitStatus;
 use crate::supervisor::shim::protocol::LeftoverProcess;
-use crate::supervisor::state::{Action, Event, Goal};
-use crate::supervisor::{Cause, Ending, Refusal, Trial};
+use crate::supervisor::state::{Action, Event};
+use crate::supervisor::{CanaryResult, EndReason, FailureCause, Refusal};
 
 const SECOND: Incarnation = Incarnation(2);
 
@@ -15,8 +15,8 @@ fn id(name: &str) -> EngineId {
     EngineId::named(name)
 }
 
-fn cause(retry: Retry) -> Cause {
-    Cause {
+fn cause(retry: Retry) -> FailureCause {
+    FailureCause {
         retry,
         found: Some("out of memory: no byte left".to_owned()),
         phase: None,
@@ -32,7 +32,7 @@ fn canaries(world: &World) -> Vec<String> {
     rounds.expect("a round").collect()
 }
 
-/// Crashes, comes back, and is proven.
+/// Crashes the engine, restarts it, and lets its canaries pass.
 fn crash_and_return(world: &mut World, name: &str) {
     world.crash(name);
     world.wait();
@@ -42,7 +42,7 @@ fn crash_and_return(world: &mut World, name: &str) {
 }
 
 #[test]
-fn an_engine_that_fails_comes_back_through_canaries_while_the_others_serve() {
+fn a_failed_engine_restarts_while_others_serve() {
     let mut world = World::ready();
     let old = world.load("decoder1");
     world.exit("decoder1");
@@ -54,7 +54,7 @@ fn an_engine_that_fails_comes_back_through_canaries_while_the_others_serve() {
     );
     world.empty("decoder1");
     world.now += BACKOFF / 2;
-    world.explained("decoder1", Cause::default());
+    world.explained("decoder1", FailureCause::default());
     assert_eq!(
         restart_at(&world),
         Some(start + BACKOFF),
@@ -80,7 +80,7 @@ fn an_engine_that_fails_comes_back_through_canaries_while_the_others_serve() {
 }
 
 #[test]
-fn nothing_starts_beside_what_an_earlier_incarnation_left() {
+fn no_restart_before_the_old_tree_is_empty() {
     let mut world = World::ready();
     world.exit("decoder1");
     world.now += BACKOFF * 2;
@@ -88,12 +88,12 @@ fn nothing_starts_beside_what_an_earlier_incarnation_left() {
     assert!(!world.did(&Action::Spawn(id("decoder1"), SECOND)));
     world.empty("decoder1");
     assert!(!world.did(&Action::Spawn(id("decoder1"), SECOND)));
-    world.explained("decoder1", Cause::default());
+    world.explained("decoder1", FailureCause::default());
     assert!(world.did(&Action::Spawn(id("decoder1"), SECOND)));
 }
 
 #[test]
-fn an_engine_whose_processes_cannot_be_ended_is_not_started_again() {
+fn an_engine_with_unkillable_processes_is_not_restarted() {
     let mut world = World::ready();
     world.exit("decoder1");
     let stuck = LeftoverProcess {
@@ -116,17 +116,17 @@ fn an_engine_whose_processes_cannot_be_ended_is_not_started_again() {
         "{reason}"
     );
     assert_eq!(
-        world.fleet.may_leave(&id("decoder1"), Goal::StartAgain, true),
+        world.fleet.check_request(&id("decoder1"), EngineVerb::Restart, true),
         Err(Refusal::State(EngineState::Failed))
     );
-    // Once it is gone after all, a request brings it back.
+    // Once its processes are gone after all, a request restarts it.
     world.empty("decoder1");
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     assert!(world.did(&Action::Spawn(id("decoder1"), SECOND)));
 }
 
 #[test]
-fn a_crash_loop_leaves_one_engine_failed_and_ends_the_run_with_the_last_of_its_role() {
+fn a_crash_loop_ends_the_run_with_the_last_engine_of_a_role() {
     let mut world = World::ready();
     for name in ["decoder1", "decoder2"] {
         assert_eq!(world.stage(), FleetStage::Ready);
@@ -138,14 +138,14 @@ fn a_crash_loop_leaves_one_engine_failed_and_ends_the_run_with_the_last_of_its_r
     }
     let outcome = world.play_out();
     assert!(
-        matches!(outcome.ending, Ending::CrashLoop { role: Role::Decode, .. }),
+        matches!(outcome.reason, EndReason::CrashLoop { role: Role::Decode, .. }),
         "{outcome:?}"
     );
     assert_eq!(outcome.exit_status(), ExitStatus::CrashLoop);
     assert!(
-        outcome.ending.to_string().contains("kept failing"),
+        outcome.reason.to_string().contains("kept failing"),
         "{}",
-        outcome.ending
+        outcome.reason
     );
 }
 
@@ -163,7 +163,7 @@ fn a_role_that_is_coming_back_is_not_lost() {
 }
 
 #[test]
-fn a_whole_fleet_that_died_proves_itself_among_those_that_come_back() {
+fn a_fleet_that_died_verifies_its_restarted_engines() {
     let mut world = World::ready();
     let names = ["prefiller1", "prefiller2", "decoder1", "decoder2"];
     for name in names {
@@ -189,7 +189,7 @@ fn a_whole_fleet_that_died_proves_itself_among_those_that_come_back() {
 }
 
 #[test]
-fn canaries_that_fail_or_never_answer_fail_the_engine_that_came_back_and_no_other() {
+fn failed_canaries_fail_only_the_restarted_engine() {
     for answer in [Some("no KV moved".to_owned()), None] {
         let mut world = World::ready();
         world.crash("prefiller1");
@@ -225,12 +225,12 @@ fn an_engine_is_not_blamed_for_the_peer_that_died_during_its_canaries() {
 }
 
 #[test]
-fn an_answer_of_an_older_round_is_dropped() {
+fn a_result_of_an_older_round_is_ignored() {
     let mut world = World::ready();
     world.crash("decoder1");
     world.wait();
     world.healthy("decoder1");
-    world.tell(Event::Verified(1, vec![Trial::Worked]));
+    world.tell(Event::Verified(1, vec![CanaryResult::Worked]));
     assert_eq!(world.state("decoder1"), EngineState::Healthy);
 }
 
@@ -250,12 +250,12 @@ fn a_cause_that_would_come_again_is_not_retried() {
     );
     world.crash_of("decoder2", cause(Retry::Never));
     let outcome = world.play_out();
-    assert!(matches!(outcome.ending, Ending::LostRole { .. }), "{outcome:?}");
-    assert!(outcome.ending.to_string().contains("no byte left"));
+    assert!(matches!(outcome.reason, EndReason::LostRole { .. }), "{outcome:?}");
+    assert!(outcome.reason.to_string().contains("no byte left"));
 }
 
 #[test]
-fn a_lost_race_is_retried_once_and_an_unknown_cause_as_often_as_the_policy_says() {
+fn a_race_is_retried_once_and_an_unknown_cause_by_policy() {
     let mut world = World::ready();
     world.crash_of("decoder1", cause(Retry::Once));
     assert_eq!(world.state("decoder1"), EngineState::Backoff);
@@ -277,16 +277,16 @@ fn a_lost_race_is_retried_once_and_an_unknown_cause_as_often_as_the_policy_says(
 }
 
 #[test]
-fn an_answer_about_the_cause_that_comes_too_late_changes_nothing() {
+fn a_diagnosis_after_its_deadline_is_ignored() {
     let mut world = World::ready();
     world.exit("decoder1");
     world.empty("decoder1");
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     world.healthy("decoder1");
-    world.tell(Event::Explained(id("decoder1"), FIRST, cause(Retry::Never)));
-    world.tell(Event::Explained(id("decoder1"), SECOND, cause(Retry::Never)));
+    world.tell(Event::Diagnosed(id("decoder1"), FIRST, cause(Retry::Never)));
+    world.tell(Event::Diagnosed(id("decoder1"), SECOND, cause(Retry::Never)));
     assert_eq!(world.state("decoder1"), EngineState::Healthy);
-    // A stop of the run does not wait for it either.
+    // A stop of the run does not wait for the diagnosis either.
     world.exit("decoder2");
     world.empty("decoder2");
     world.tell(Event::Force);
@@ -295,7 +295,7 @@ fn an_answer_about_the_cause_that_comes_too_late_changes_nothing() {
 }
 
 #[test]
-fn a_restarted_engine_that_is_not_healthy_in_time_is_tried_again_without_ending_the_run() {
+fn a_restart_that_is_not_healthy_in_time_is_repeated() {
     let mut world = World::ready();
     world.crash("decoder1");
     world.wait();
@@ -309,15 +309,15 @@ fn a_restarted_engine_that_is_not_healthy_in_time_is_tried_again_without_ending_
 }
 
 #[test]
-fn a_restart_that_stands_still_is_killed_and_tried_again() {
+fn a_stalled_restart_is_killed_and_repeated() {
     let mut world = World::ready();
     world.crash("decoder1");
     world.wait();
     world.announce(&id("decoder1"));
-    world.tell(Event::StoodStill(id("decoder1"), SECOND, "stands still".to_owned()));
+    world.tell(Event::StartupStalled(id("decoder1"), SECOND, "stalled".to_owned()));
     assert!(world.did(&kill("decoder1")));
     world.empty("decoder1");
-    world.explained("decoder1", Cause::default());
+    world.explained("decoder1", FailureCause::default());
     world.wait();
     assert!(world.did(&Action::Spawn(id("decoder1"), Incarnation(3))));
 }
@@ -337,7 +337,7 @@ fn a_hung_engine_is_killed_and_started_again() {
 }
 
 #[test]
-fn restarts_on_one_gpu_come_one_after_the_other() {
+fn restarts_on_one_gpu_run_in_sequence() {
     let mut world = World::new(&[
         engine("prefiller1", &[0]),
         engine("decoder1", &[1]),
@@ -357,10 +357,10 @@ fn restarts_on_one_gpu_come_one_after_the_other() {
 }
 
 #[test]
-fn a_restart_on_request_drains_stops_and_starts_without_counting_as_a_failure() {
+fn a_requested_restart_is_no_failure() {
     let mut world = World::ready();
     for start in 1..=MAX_RESTARTS + 2 {
-        world.tell(Event::Restart(id("decoder1")));
+        world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
         assert_eq!(world.state("decoder1"), EngineState::Draining);
         assert!(!world.load("decoder1").is_closed(), "requests in flight go on");
         world.tell(Event::Drained(Some((id("decoder1"), Incarnation(start)))));
@@ -378,15 +378,15 @@ fn a_restart_on_request_drains_stops_and_starts_without_counting_as_a_failure() 
 }
 
 #[test]
-fn a_request_ends_the_wait_of_a_backoff_and_revives_what_was_given_up() {
+fn a_request_ends_a_backoff_and_restarts_a_failed_engine() {
     let mut world = World::ready();
     world.crash("decoder1");
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     assert!(world.did(&Action::Spawn(id("decoder1"), SECOND)));
     let mut world = World::ready_with_policy(RestartWhen::Never);
     world.crash("decoder1");
     assert_eq!(world.state("decoder1"), EngineState::Failed);
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     assert!(world.did(&Action::Spawn(id("decoder1"), SECOND)));
 }
 
@@ -394,16 +394,16 @@ fn a_request_ends_the_wait_of_a_backoff_and_revives_what_was_given_up() {
 fn an_engine_drains_alone_to_its_deadline() {
     let mut world = World::ready();
     let start = world.now;
-    world.tell(Event::TakeOut(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Drain));
     world.wait();
     assert_eq!(world.now - start, DRAIN);
     assert!(world.load("decoder1").is_closed() && world.did(&terminate("decoder1")));
 }
 
 #[test]
-fn a_drained_engine_stays_stopped_until_it_is_asked_for() {
+fn a_drained_engine_stays_stopped_until_a_restart() {
     let mut world = World::ready();
-    world.tell(Event::TakeOut(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Drain));
     world.tell(Event::Drained(Some((id("decoder1"), FIRST))));
     world.crash("decoder1");
     assert_eq!(
@@ -411,16 +411,16 @@ fn a_drained_engine_stays_stopped_until_it_is_asked_for() {
         (EngineState::Stopped, FleetStage::Ready)
     );
     assert_eq!(world.fleet.next_deadline(), None);
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     assert!(world.did(&Action::Spawn(id("decoder1"), SECOND)));
 }
 
 #[test]
-fn the_last_engine_that_serves_its_role_leaves_by_force_only() {
+fn the_last_engine_of_a_role_drains_only_by_force() {
     let mut world = World::ready();
-    let ask = |world: &World, name, force| world.fleet.may_leave(&id(name), Goal::StartAgain, force);
+    let ask = |world: &World, name, force| world.fleet.check_request(&id(name), EngineVerb::Restart, force);
     assert_eq!(ask(&world, "decoder1", false), Ok(SECOND));
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     assert_eq!(
         ask(&world, "decoder1", true),
         Err(Refusal::State(EngineState::Draining))
@@ -436,12 +436,12 @@ fn the_last_engine_that_serves_its_role_leaves_by_force_only() {
 }
 
 #[test]
-fn a_stop_of_the_run_takes_along_whoever_leaves_or_comes_back() {
+fn a_stop_of_the_run_includes_draining_and_restarting_engines() {
     let mut world = World::ready();
     world.crash("prefiller1");
-    world.tell(Event::Restart(id("decoder1")));
+    world.tell(Event::Requested(id("decoder1"), EngineVerb::Restart));
     world.tell(Event::Drained(Some((id("decoder1"), FIRST))));
-    world.tell(Event::Restart(id("decoder2")));
+    world.tell(Event::Requested(id("decoder2"), EngineVerb::Restart));
     world.tell(Event::Stop);
     world.tell(Event::Drained(None));
     let outcome = world.play_out();

@@ -1,4 +1,4 @@
-//! A fleet, a clock, and a model of its processes.
+//! The test harness: a fleet, a clock, and a model of its processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use crate::fleet::Exit;
 use crate::fleet::{Endpoint, EngineId, EngineState, FleetStage, Incarnation, Load, LogLimits, Role};
 use crate::plan::{EngineSpec, Liveness, PortUse, RestartPolicy, RestartWhen};
 use crate::supervisor::shim::protocol::KeptState;
-use crate::supervisor::state::{Action, Event, Fleet, Limits};
-use crate::supervisor::{Cause, Outcome, Trial};
+use crate::supervisor::state::{Action, Event, FleetMachine, Limits};
+use crate::supervisor::{CanaryResult, FailureCause, Outcome};
 
 pub(super) const DRAIN: Duration = Duration::from_secs(20);
 pub(super) const VERIFY: Duration = Duration::from_secs(40);
 pub(super) const FIRST: Incarnation = Incarnation::FIRST;
 
-/// Restarts in a row that the worlds' policy allows.
+/// Restarts in a row that the policy allows.
 pub(super) const MAX_RESTARTS: u32 = 3;
 
 /// The wait before the first restart.
@@ -34,7 +34,7 @@ pub(super) fn policy(policy: RestartWhen) -> RestartPolicy {
     }
 }
 
-/// An engine to be: its role follows from its name.
+/// The spec of an engine; its role follows from its name.
 pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
     EngineSpec {
         id: EngineId::named(name),
@@ -75,7 +75,7 @@ pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
     }
 }
 
-/// What the shim and the machine would do: which engines have a leader, which have any process.
+/// The model of one engine's processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Processes {
     pub(super) leader: bool,
@@ -95,23 +95,23 @@ pub(super) fn exited(engine: EngineId, incarnation: Incarnation) -> Event {
     }
 }
 
-/// A fleet, a clock, and a model of its processes that checks every action against the rules that always hold.
+/// A fleet, a clock, and a model of its processes that checks the invariants on every action.
 pub(super) struct World {
-    pub(super) fleet: Fleet,
+    pub(super) fleet: FleetMachine,
     pub(super) now: Instant,
     pub(super) processes: BTreeMap<EngineId, Processes>,
-    /// The round of canaries under way.
+    /// The running round of canaries.
     pub(super) verifying: Option<(u64, Vec<(EngineId, EngineId)>)>,
-    /// Who is waited for until nothing is in flight.
+    /// Pending waits for idle engines.
     pub(super) awaiting_idle: Vec<Option<(EngineId, Incarnation)>>,
-    /// Incarnations whose logs are being asked.
+    /// Incarnations whose diagnosis runs.
     pub(super) unexplained: BTreeSet<(EngineId, Incarnation)>,
     pub(super) shutdown: bool,
     pub(super) sweeping: bool,
     pub(super) checking: bool,
     pub(super) ending: bool,
     pub(super) unasked_exits: usize,
-    /// Restarts and drains that were asked for and allowed.
+    /// Restarts and drains that were requested and allowed.
     pub(super) requests: BTreeMap<EngineId, u32>,
     pub(super) outcome: Option<Outcome>,
     pub(super) log: Vec<Action>,
@@ -122,7 +122,7 @@ impl World {
         Self::with_policy(engines, RestartWhen::OnFailure)
     }
 
-    /// A fleet of the third incarnations of engines that outlived their xpyd.
+    /// An attached fleet, whose engines are in their third incarnation.
     pub(super) fn attached(kept: &[(&str, KeptState)]) -> Self {
         Self::attached_with(RestartWhen::OnFailure, kept)
     }
@@ -131,7 +131,7 @@ impl World {
         Self::attached_after(when, kept, &[])
     }
 
-    /// As [`World::attached_with`], where these had been asked to stop.
+    /// As [`World::attached_with`], with engines that were drained on request.
     pub(super) fn attached_after(when: RestartWhen, kept: &[(&str, KeptState)], stopped: &[&str]) -> Self {
         let stopped = stopped.iter().map(|name| EngineId::named(name)).collect();
         let engines: Vec<EngineSpec> = kept.iter().map(|(name, _)| engine(name, &[])).collect();
@@ -168,7 +168,7 @@ impl World {
             restart: policy(when),
         };
         Self {
-            fleet: Fleet::new(engines, limits, None),
+            fleet: FleetMachine::new(engines, limits, None),
             now: Instant::now(),
             processes: engines
                 .iter()
@@ -223,32 +223,32 @@ impl World {
         self.tell(Event::Probed(id, incarnation));
     }
 
-    /// The round of canaries under way ends, for every pair alike.
+    /// Ends the running round of canaries with the same result for every pair.
     pub(super) fn verified(&mut self, result: &Result<(), String>) {
         self.verified_each(|_, _| result.clone());
     }
 
-    /// The round of canaries under way ends, for each pair (prefill, decode) with what `result` gives.
+    /// Ends the running round of canaries with `result` for each pair (prefill, decode).
     pub(super) fn verified_each(&mut self, result: impl Fn(&str, &str) -> Result<(), String>) {
         let (round, pairs) = self.verifying.take().expect("a round is under way");
         let trials = pairs
             .iter()
             .map(|(prefill, decode)| match result(prefill.as_str(), decode.as_str()) {
-                Ok(()) => Trial::Worked,
-                Err(reason) => Trial::Failed(reason),
+                Ok(()) => CanaryResult::Worked,
+                Err(reason) => CanaryResult::Failed(reason),
             });
         self.tell(Event::Verified(round, trials.collect()));
     }
 
-    /// One pair of the round under way has worked, the others are still tried.
+    /// One pair of the running round has worked; the others are not done.
     pub(super) fn worked(&mut self, prefill: &str, decode: &str) {
         let (round, _) = self.verifying.as_ref().expect("a round is under way");
         let (round, pair) = (*round, [prefill, decode].map(EngineId::named));
         let [prefill, decode] = pair;
-        self.tell(Event::Worked(round, prefill, decode));
+        self.tell(Event::PairWorked(round, prefill, decode));
     }
 
-    /// Rounds of canaries until there is none under way, with hand-offs of `wedged` failing.
+    /// Ends rounds of canaries until none is running. Hand-offs of `wedged` fail.
     pub(super) fn verified_with_wedged(&mut self, wedged: &str) {
         while self.verifying.is_some() {
             self.verified_each(|prefill, decode| {
@@ -261,7 +261,7 @@ impl World {
         }
     }
 
-    /// What is in flight on the engine ends, and so does the engine, as asked.
+    /// The engine becomes idle and ends as requested.
     pub(super) fn drain_and_end(&mut self, name: &str) {
         let id = EngineId::named(name);
         let of = Some((id.clone(), self.incarnation(&id)));
@@ -280,23 +280,23 @@ impl World {
         self.fleet.view(0).engine(id).unwrap().incarnation
     }
 
-    /// The engine's leader and the rest of it end, unasked, and its log says nothing.
+    /// The engine's leader and tree end without a request, and its log shows no cause.
     pub(super) fn crash(&mut self, name: &str) {
-        self.crash_of(name, Cause::default());
+        self.crash_of(name, FailureCause::default());
     }
 
-    pub(super) fn crash_of(&mut self, name: &str, cause: Cause) {
+    pub(super) fn crash_of(&mut self, name: &str, cause: FailureCause) {
         self.exit(name);
         self.empty(name);
         self.explained(name, cause);
     }
 
-    /// The engine's log is asked for the cause of its failure, and this is the answer.
-    pub(super) fn explained(&mut self, name: &str, cause: Cause) {
+    /// The diagnosis of the engine's failure ends with this cause.
+    pub(super) fn explained(&mut self, name: &str, cause: FailureCause) {
         let id = EngineId::named(name);
         let incarnation = self.incarnation(&id);
         if self.unexplained.remove(&(id.clone(), incarnation)) {
-            self.tell(Event::Explained(id, incarnation, cause));
+            self.tell(Event::Diagnosed(id, incarnation, cause));
         }
     }
 
@@ -359,7 +359,7 @@ impl World {
             }
             Action::AwaitIdle(of) => self.awaiting_idle.push(of.clone()),
             Action::HandOver => self.awaiting_idle.push(None),
-            Action::Explain(id, incarnation, _) => {
+            Action::Diagnose(id, incarnation, _) => {
                 assert!(!self.processes[id].tree, "{id} still writes its log");
                 assert!(
                     self.unexplained.insert((id.clone(), *incarnation)),
@@ -388,7 +388,8 @@ impl World {
             Action::Prepare(id, incarnation) => {
                 assert!(!self.processes[id].tree, "{id} {incarnation} waits for its own memory");
             }
-            Action::Leave | Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::Settled(_) => {}
+            Action::Leave | Action::Record(..) | Action::Probe(..) | Action::Watch(..) | Action::StartupFinished(_) => {
+            }
         }
     }
 
@@ -400,7 +401,7 @@ impl World {
         }
     }
 
-    /// Lets every process that was asked to go do so, and everything that was asked for happen.
+    /// Ends every process that got a signal, and completes every requested action.
     pub(super) fn play_out(&mut self) -> Outcome {
         for _ in 0..100 {
             if let Some(outcome) = &self.outcome {
@@ -421,7 +422,7 @@ impl World {
             if std::mem::take(&mut self.shutdown) {
                 self.tell(Event::ShimGone("shim is gone".to_owned()));
             } else if std::mem::take(&mut self.sweeping) {
-                self.tell(Event::Swept(Vec::new()));
+                self.tell(Event::SweepDone(Vec::new()));
             } else if std::mem::take(&mut self.checking) {
                 self.tell(Event::Checked(Vec::new()));
             } else if going.is_empty() {

@@ -1,4 +1,4 @@
-//! The canaries of a run: bounded each and all together, so that what they showed is always reported.
+//! The canaries of a run. Each has a deadline and each round has one, so a result is always reported.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -10,47 +10,56 @@ use tokio::time::Instant;
 use crate::fleet::EngineId;
 use crate::proxy::{CanaryPrompts, Proxy};
 use crate::report::one_line;
-use crate::supervisor::{self, CanaryRound, Trial};
+use crate::supervisor::{CanaryResult, CanaryRound, HookFuture};
 
 /// How long the canaries of a round can take, for each pair in it. The first hand-off of a fresh pair of real engines takes half
 /// a minute on an idle host.
 pub(super) const VERIFY_DEADLINE: Duration = Duration::from_mins(5);
 
-/// How long one canary may take. The first one of vLLM on overloaded cores took more than two minutes.
+/// How long one canary can take. The first one of vLLM on overloaded cores took more than two minutes.
 const CANARY_DEADLINE: Duration = Duration::from_mins(4);
 
-/// What is left of [`VERIFY_DEADLINE`] to report what the canaries showed.
+/// The part of [`VERIFY_DEADLINE`] that is left for reporting the results.
 const VERIFY_MARGIN: Duration = Duration::from_secs(10);
 
-/// One canary through every pair: one after the other unless the round says otherwise, because on a fresh pair the first hand-off
-/// is slow enough by itself. `took` gets the time of a round up to the last pair that worked.
-pub(super) fn canaries(proxy: Proxy, took: watch::Sender<Duration>) -> supervisor::Verify {
-    Box::new(move |round| Box::pin(send(proxy.clone(), took.clone(), round)))
+/// Sends canaries through the proxy.
+pub(super) struct Canaries {
+    pub(super) proxy: Proxy,
+    /// Gets the time of a round up to the last pair that worked.
+    pub(super) duration: watch::Sender<Duration>,
 }
 
-async fn send(proxy: Proxy, took: watch::Sender<Duration>, round: CanaryRound) -> Vec<Trial> {
+impl Canaries {
+    /// Sends one canary through every pair: one after the other unless the round says otherwise, because the first hand-off of a
+    /// fresh pair is slow even on an idle host.
+    pub(super) fn run(&self, round: CanaryRound) -> HookFuture<Vec<CanaryResult>> {
+        Box::pin(send(self.proxy.clone(), self.duration.clone(), round))
+    }
+}
+
+async fn send(proxy: Proxy, duration: watch::Sender<Duration>, round: CanaryRound) -> Vec<CanaryResult> {
     let CanaryRound { pairs, at_once, worked } = round;
     let began = Instant::now();
     let count = pairs.len().max(1);
     let end = began + VERIFY_DEADLINE * u32::try_from(count).unwrap_or(1) - VERIFY_MARGIN;
     let mut seen = HashSet::new();
     let canaries = pairs.into_iter().map(|pair| {
-        // What is wrong with long prompts alone is wrong with an engine, not with a pair: each engine asks one in a round.
+        // A fault with long prompts alone belongs to an engine, not to a pair, so each engine takes part in one long canary a round.
         let are_new = [&pair.0, &pair.1].map(|engine| seen.insert(engine.clone()));
         let prompts = if are_new.contains(&true) {
             CanaryPrompts::ShortAndLong
         } else {
             CanaryPrompts::Short
         };
-        let (proxy, took, worked) = (&proxy, &took, &worked);
+        let (proxy, duration, worked) = (&proxy, &duration, &worked);
         async move {
-            let trial = canary(proxy, &pair, prompts, end).await;
-            if trial == Trial::Worked {
-                took.send_replace(began.elapsed());
+            let result = canary(proxy, &pair, prompts, end).await;
+            if result == CanaryResult::Worked {
+                duration.send_replace(began.elapsed());
                 // The receiver is gone if a newer round has begun.
                 let _ = worked.try_send(pair);
             }
-            trial
+            result
         }
     });
     let canaries = stream::iter(canaries).buffered(if at_once { count } else { 1 });
@@ -62,14 +71,15 @@ async fn canary(
     (prefill, decode): &(EngineId, EngineId),
     prompts: CanaryPrompts,
     end: Instant,
-) -> Trial {
+) -> CanaryResult {
     let deadline = end.min(Instant::now() + CANARY_DEADLINE);
     let canary = tokio::time::timeout_at(deadline, proxy.canary(prefill, decode, prompts)).await;
-    let failed = |why: String| Trial::Failed(format!("the hand-off from {prefill} to {decode} does not work: {why}"));
+    let failed =
+        |why: String| CanaryResult::Failed(format!("the hand-off from {prefill} to {decode} does not work: {why}"));
     match canary {
-        Ok(Ok(_)) => Trial::Worked,
+        Ok(Ok(_)) => CanaryResult::Worked,
         Ok(Err(error)) => failed(one_line(&error)),
-        Err(_) if deadline == end => Trial::Untried,
+        Err(_) if deadline == end => CanaryResult::Untried,
         Err(_) => failed(format!(
             "it took longer than {}",
             humantime::format_duration(CANARY_DEADLINE)

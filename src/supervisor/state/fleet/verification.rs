@@ -1,87 +1,73 @@
-//! From healthy to ready: canaries through the whole fleet at first, later through each engine that has come back. PURE.
+//! Canaries: Healthy to Ready. First through the whole fleet, later through each engine that has come back. PURE.
 //!
-//! There is one round of canaries at a time, so every pair of engines that serve has been proven, in whatever order they
-//! came back. In a fleet that was taken over an engine serves as soon as it is proven with all that serve, so one that hangs
-//! keeps clients from no other one. Engines that serve are checked again where clients' hand-offs between them fail or crawl. What fails is blamed
-//! on the engine that [`blame`] finds, which is restarted by policy; the others serve.
+//! Only one round of canaries runs at a time, so every pair of serving engines is verified, in whatever order they came back. In an
+//! attached fleet an engine serves as soon as it works with all that serve, so one that hangs delays no other. Serving engines are
+//! checked again if clients' hand-offs between them fail or are slow. [`blame`] finds the engine at fault, which is restarted by
+//! policy while the others serve.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use rand::RngExt;
 use tokio::time::Instant;
 
-use super::blame::{self, Tried};
-use super::{Action, Failure, Fleet, Goal, Stage};
-use crate::fleet::{EngineId, EngineState, Incarnation, Retry, Role};
-use crate::supervisor::restart::Decision;
-use crate::supervisor::{Ending, Trial};
+use super::blame::{self, PairOutcome};
+use super::{Action, EngineFailure, FleetMachine, RunStage};
+use crate::fleet::{EngineId, EngineState, Incarnation, Role};
+use crate::supervisor::EndReason;
+use crate::supervisor::hooks::CanaryResult;
 
-/// How long engines that serve are left alone after a check. Doubled by every check that finds nothing.
+/// Time between two checks of serving engines. Every check that finds nothing doubles it.
 const CHECK_INTERVAL: Duration = Duration::from_mins(1);
 
-/// How often that doubles.
+/// How often it doubles at most.
 const CHECK_DOUBLINGS: u32 = 5;
 
-/// A round of canaries under way.
+/// A running round of canaries.
 #[derive(Debug)]
 pub(super) struct Verification {
     pub(super) round: u64,
     pub(super) until: Instant,
     purpose: Purpose,
-    /// All engines that take part.
+    /// All engines in it.
     members: Vec<(usize, Incarnation)>,
     /// The pairs of this round (prefill, decode).
     pairs: Vec<(usize, usize)>,
-    /// Those that are known to work while the others are still tried.
+    /// Pairs that already worked in this round.
     worked: BTreeSet<(usize, usize)>,
-    /// What an earlier round for the same purpose showed.
-    earlier: Vec<Tried>,
+    /// The results of an earlier round for the same purpose.
+    earlier: Vec<PairOutcome>,
 }
 
-/// What a round is to prove.
+/// The purpose of a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// The whole fleet, before it serves.
+    /// Verify the whole fleet before it serves.
     Fleet,
-    /// The engine that has come back, by index.
+    /// Verify the engine that has come back, by index.
     Return(usize),
-    /// Engines that serve, because hand-offs between two of them fail or crawl.
+    /// Check serving engines, because hand-offs between two of them fail or are slow.
     Check,
 }
 
-/// When engines that serve may be checked again.
+/// When serving engines can be checked again.
 #[derive(Debug, Default)]
-pub(super) struct Checks {
+pub(super) struct CheckSchedule {
     after: Option<Instant>,
     found_nothing: u32,
 }
 
-impl Fleet {
-    pub(super) fn probed(&mut self, id: &EngineId, incarnation: Incarnation, now: Instant) {
-        let Some(index) = self.current(id, incarnation) else {
-            return;
-        };
-        if self.engines[index].state != EngineState::Starting {
-            return;
-        }
-        self.enter(index, EngineState::Healthy, None);
-        self.actions.push(Action::Settled(id.clone()));
-        self.actions.push(Action::Watch(id.clone(), incarnation));
-        self.start_next(now);
-    }
-
-    /// Begins a round for an engine that has come back, unless one is under way or there is nobody to try it with.
+impl FleetMachine {
+    /// Begins a round for an engine that has come back, unless one is running or no peer is up.
     pub(super) fn verify_next(&mut self, now: Instant) {
         if self.verification.is_some() {
             return;
         }
-        for subject in self.those(|engine| engine.state == EngineState::Healthy) {
+        for subject in self.indices_where(|engine| engine.state == EngineState::Healthy) {
             let role = self.engines[subject].spec.role;
-            let others = |state| self.those(|engine| engine.spec.role != role && engine.state == state);
+            let others = |state| self.indices_where(|engine| engine.spec.role != role && engine.state == state);
             let mut peers = others(EngineState::Ready);
             if peers.is_empty() {
-                // The whole other role is coming back as well.
+                // No engine of the other role serves; some have come back as well.
                 peers = others(EngineState::Healthy);
             }
             if !peers.is_empty() {
@@ -92,7 +78,7 @@ impl Fleet {
         }
     }
 
-    /// The two as (prefill, decode).
+    /// The two engines as (prefill, decode).
     fn pair(&self, one: usize, other: usize) -> (usize, usize) {
         match self.engines[one].spec.role {
             Role::Prefill => (one, other),
@@ -100,14 +86,20 @@ impl Fleet {
         }
     }
 
-    /// How long the canaries of a round can take.
-    fn allowed(&self, pairs: &[(usize, usize)]) -> Duration {
+    /// The time limit of a round.
+    fn time_limit(&self, pairs: &[(usize, usize)]) -> Duration {
         self.limits
             .verify
             .saturating_mul(u32::try_from(pairs.len()).unwrap_or(u32::MAX))
     }
 
-    pub(super) fn verify(&mut self, purpose: Purpose, pairs: Vec<(usize, usize)>, earlier: Vec<Tried>, now: Instant) {
+    pub(super) fn verify(
+        &mut self,
+        purpose: Purpose,
+        pairs: Vec<(usize, usize)>,
+        earlier: Vec<PairOutcome>,
+        now: Instant,
+    ) {
         let id = |index: usize| self.engines[index].spec.id.clone();
         let named = pairs
             .iter()
@@ -125,7 +117,7 @@ impl Fleet {
         self.rounds += 1;
         self.verification = Some(Verification {
             round: self.rounds,
-            until: now + self.allowed(&pairs),
+            until: now + self.time_limit(&pairs),
             purpose,
             members: members
                 .into_iter()
@@ -135,18 +127,18 @@ impl Fleet {
             worked: BTreeSet::new(),
             earlier,
         });
-        self.actions.push(Action::Verify {
+        self.output.push(Action::Verify {
             round: self.rounds,
             pairs: named,
-            // Engines that were kept have handed over before: their first hand-off needs no quiet host.
+            // Kept engines have handed over before, so their first hand-off needs no idle host.
             at_once: purpose == Purpose::Fleet && self.is_attached,
         });
     }
 
-    /// Clients' hand-offs between these two fail or crawl: all pairs of both are checked, unless that was done just now or the
-    /// fleet changes anyway.
+    /// Clients' hand-offs between these two fail or are slow: checks all pairs of both, unless a check ended recently or engines are
+    /// starting or stopping.
     pub(super) fn suspected(&mut self, prefill: &EngineId, decode: &EngineId, now: Instant) {
-        let ready = |role| self.those(|engine| engine.spec.role == role && engine.state == EngineState::Ready);
+        let ready = |role| self.indices_where(|engine| engine.spec.role == role && engine.state == EngineState::Ready);
         let (all_prefill, all_decode) = (ready(Role::Prefill), ready(Role::Decode));
         let find = |all: &[usize], id: &EngineId| all.iter().copied().find(|index| self.engines[*index].spec.id == *id);
         let is_settled = self.engines.iter().all(|engine| {
@@ -159,7 +151,7 @@ impl Fleet {
         let (Some(prefill), Some(decode)) = (find(&all_prefill, prefill), find(&all_decode, decode)) else {
             return;
         };
-        if self.stage != Stage::Ready || self.verification.is_some() || !is_settled || !is_due {
+        if self.stage != RunStage::Ready || self.verification.is_some() || !is_settled || !is_due {
             return;
         }
         let others = all_prefill
@@ -174,8 +166,8 @@ impl Fleet {
         self.verify(Purpose::Check, pairs, Vec::new(), now);
     }
 
-    /// A pair of this round works. In an attached fleet, each engine that now works with every engine that serves begins to serve.
-    pub(super) fn worked(&mut self, round: u64, prefill: &EngineId, decode: &EngineId, now: Instant) {
+    /// A pair of this round works. In an attached fleet, an engine serves once it works with every serving engine.
+    pub(super) fn pair_worked(&mut self, round: u64, prefill: &EngineId, decode: &EngineId, now: Instant) {
         let is_pair = |&(one, other): &(usize, usize)| {
             self.engines[one].spec.id == *prefill && self.engines[other].spec.id == *decode
         };
@@ -195,13 +187,13 @@ impl Fleet {
             let engine = &fleet.engines[index];
             engine.state == EngineState::Healthy && members.contains(&(index, engine.incarnation))
         };
-        if self.stage == Stage::Verifying && waits(self, pair.0) && waits(self, pair.1) {
+        if self.stage == RunStage::Verifying && waits(self, pair.0) && waits(self, pair.1) {
             self.proven(&[pair.0, pair.1], now);
         }
-        while self.stage == Stage::Ready {
+        while self.stage == RunStage::Ready {
             let joins = |&index: &usize| {
                 let role = self.engines[index].spec.role;
-                let peers = self.those(|peer| peer.spec.role != role && peer.state == EngineState::Ready);
+                let peers = self.indices_where(|peer| peer.spec.role != role && peer.state == EngineState::Ready);
                 !peers.is_empty() && peers.into_iter().all(|peer| worked.contains(&self.pair(index, peer)))
             };
             let mut waiting = (0..self.engines.len()).filter(|index| waits(self, *index));
@@ -210,7 +202,7 @@ impl Fleet {
         }
     }
 
-    pub(super) fn verified(&mut self, round: u64, trials: Vec<Trial>, now: Instant) {
+    pub(super) fn verified(&mut self, round: u64, results: Vec<CanaryResult>, now: Instant) {
         let Some(verification) = self.verification.take_if(|verification| verification.round == round) else {
             return;
         };
@@ -232,14 +224,14 @@ impl Fleet {
             ..
         } = verification;
         let wanted = tried.len() + pairs.len();
-        let after = self.allowed(&pairs);
-        tried.extend(pairs.into_iter().zip(trials).filter_map(|((prefill, decode), trial)| {
+        let after = self.time_limit(&pairs);
+        tried.extend(pairs.into_iter().zip(results).filter_map(|((prefill, decode), trial)| {
             let failure = match trial {
-                Trial::Worked => None,
-                Trial::Failed(reason) => Some(reason),
-                Trial::Untried => return None,
+                CanaryResult::Worked => None,
+                CanaryResult::Failed(reason) => Some(reason),
+                CanaryResult::Untried => return None,
             };
-            Some(Tried {
+            Some(PairOutcome {
                 prefill,
                 decode,
                 failure,
@@ -250,27 +242,27 @@ impl Fleet {
         }
         let failure = tried.iter().find_map(|tried| tried.failure.clone());
         match (purpose, failure) {
-            (Purpose::Check, None) => self.checked_in_vain(now),
+            (Purpose::Check, None) => self.check_found_nothing(now),
             (_, None) if tried.len() == wanted => self.proven(&up, now),
-            // Whoever left in between may be the cause; then there is a next round.
-            (Purpose::Fleet, _) if self.stage == Stage::Verifying && self.is_attached && !all_up => {
-                self.to(Stage::Starting);
+            // An engine that left in between can be the cause; a next round follows.
+            (Purpose::Fleet, _) if self.stage == RunStage::Verifying && self.is_attached && !all_up => {
+                self.set_stage(RunStage::Starting);
             }
-            (_, _) if !all_up && self.stage == Stage::Ready => {}
-            // Others serve already, and who does not yet has a round of its own next.
-            (Purpose::Fleet, None) if self.stage == Stage::Ready => {}
+            (_, _) if !all_up && self.stage == RunStage::Ready => {}
+            // Others serve already, and an engine that does not gets a round of its own.
+            (Purpose::Fleet, None) if self.stage == RunStage::Ready => {}
             (Purpose::Fleet, failure) if failure.is_none() || !self.is_attached => {
                 let engine = None;
-                let reason = failure.unwrap_or_else(too_long);
-                self.end(Ending::NotReady { engine, reason, after }, now);
+                let reason = failure.unwrap_or_else(timed_out);
+                self.end(EndReason::NotReady { engine, reason, after }, now);
             }
-            (Purpose::Return(subject), None) => self.fail(subject, Failure::without_exit(too_long()), now),
+            (Purpose::Return(subject), None) => self.fail(subject, EngineFailure::without_exit(timed_out()), now),
             (purpose, _) => self.judge(purpose, &tried, &up, now),
         }
     }
 
-    /// Some pairs fail: blames engines for it, and lets the others serve.
-    fn judge(&mut self, purpose: Purpose, tried: &[Tried], members: &[usize], now: Instant) {
+    /// Some pairs fail: restarts the engines at fault, and lets the others serve.
+    fn judge(&mut self, purpose: Purpose, tried: &[PairOutcome], members: &[usize], now: Instant) {
         let subject = match purpose {
             Purpose::Return(subject) => Some(subject),
             Purpose::Fleet | Purpose::Check => None,
@@ -291,7 +283,7 @@ impl Fleet {
             let reason = blame::reason(tried, found.engine, |index| self.engines[index].spec.id.to_string());
             self.convict(found.engine, reason, now);
         }
-        self.checks = Checks {
+        self.checks = CheckSchedule {
             after: Some(now + CHECK_INTERVAL),
             found_nothing: 0,
         };
@@ -302,15 +294,15 @@ impl Fleet {
         let innocent: Vec<usize> = members.iter().copied().filter(|index| works(*index)).collect();
         if !innocent.is_empty() {
             self.proven(&innocent, now);
-        } else if self.stage == Stage::Verifying {
-            self.to(Stage::Starting);
+        } else if self.stage == RunStage::Verifying {
+            self.set_stage(RunStage::Starting);
         }
     }
 
-    /// Pairs that tell whether peers with which the engine fails work with others.
-    fn untried_with_peers_of(&self, subject: usize, tried: &[Tried]) -> Vec<(usize, usize)> {
+    /// Pairs that show whether the peers of the engine's failing pairs work with other engines.
+    fn untried_with_peers_of(&self, subject: usize, tried: &[PairOutcome]) -> Vec<(usize, usize)> {
         let role = self.engines[subject].spec.role;
-        let others = self.those(|engine| engine.spec.role == role && engine.state == EngineState::Ready);
+        let others = self.indices_where(|engine| engine.spec.role == role && engine.state == EngineState::Ready);
         let failing = tried
             .iter()
             .filter(|tried| tried.failure.is_some() && tried.has(subject));
@@ -329,8 +321,8 @@ impl Fleet {
         pairs.filter(|pair| !is_tried(pair)).collect()
     }
 
-    /// The end of a failing pair to restart where nothing tells its ends apart: the other one than last time. At first the one
-    /// that has just started, which serves nobody yet; else the prefill engine, on whose side channel hand-offs wait.
+    /// The end of a failing pair to restart when the results do not show which is at fault: the other one than last time. At first
+    /// the one that has just started, because it serves no client yet; else the prefill engine, on whose side channel hand-offs wait.
     fn first_to_blame(&self, prefill: usize, decode: usize, subject: Option<usize>) -> usize {
         match self.blamed.get(&(prefill, decode)) {
             Some(last) if *last == prefill => decode,
@@ -340,52 +332,25 @@ impl Fleet {
         }
     }
 
-    /// The engine's hand-offs fail: it is restarted by policy, once what it computes for clients is done.
-    fn convict(&mut self, index: usize, reason: String, now: Instant) {
-        if self.engines[index].state != EngineState::Ready {
-            self.fail(index, Failure::without_exit(reason), now);
-            return;
-        }
-        let dice = self.random.as_mut().map_or(0.0, RngExt::random);
-        let engine = &mut self.engines[index];
-        self.changed = true;
-        match engine.restarts.failed(&self.limits.restart, Retry::Yes, dice, now) {
-            Decision::Restart(wait) => {
-                (engine.goal, engine.restart_at) = (Goal::StartAgain, Some(now + wait));
-                engine.reason = Some(reason);
-                let of = Some((engine.spec.id.clone(), engine.incarnation));
-                self.enter(index, EngineState::Draining, Some(now + self.limits.drain));
-                self.actions.push(Action::AwaitIdle(of));
-            }
-            // Nothing is to be restarted, and slow answers are better than none.
-            Decision::Leave => engine.reason = Some(reason),
-            Decision::CrashLoop => self.give_up(index, &reason, now),
-        }
-    }
-
-    fn checked_in_vain(&mut self, now: Instant) {
+    fn check_found_nothing(&mut self, now: Instant) {
         let doublings = self.checks.found_nothing.min(CHECK_DOUBLINGS);
-        self.checks = Checks {
+        self.checks = CheckSchedule {
             after: Some(now + CHECK_INTERVAL * 2_u32.pow(doublings)),
             found_nothing: doublings + 1,
         };
     }
 
-    /// Hand-offs between these work: those that do not serve yet do so now.
+    /// Hand-offs between these engines work: they serve from now on.
     fn proven(&mut self, engines: &[usize], now: Instant) {
-        if self.stage == Stage::Verifying {
-            self.to(Stage::Ready);
+        if self.stage == RunStage::Verifying {
+            self.set_stage(RunStage::Ready);
         }
         for index in engines.iter().copied() {
-            if self.engines[index].state == EngineState::Healthy {
-                self.engines[index].restarts.ready(now);
-                self.engines[index].reason = None;
-                self.enter(index, EngineState::Ready, None);
-            }
+            self.engines[index].ready(now, &mut self.output);
         }
     }
 }
 
-fn too_long() -> String {
+fn timed_out() -> String {
     "the canaries took too long".to_owned()
 }

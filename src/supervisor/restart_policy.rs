@@ -1,4 +1,4 @@
-//! When an engine that failed starts again, or that it does not. PURE: the policy, the time and the dice are given.
+//! The restart policy: whether and when an engine that failed starts again. PURE: time and randomness are arguments.
 
 use std::time::Duration;
 
@@ -7,38 +7,38 @@ use tokio::time::Instant;
 use crate::fleet::Retry;
 use crate::plan::{RestartPolicy, RestartWhen};
 
-/// How much of a wait may be added to it, so that engines that failed together do not start together for ever.
+/// The largest jitter, as a share of the wait: engines that failed together must not start together for ever.
 const SPREAD: f64 = 0.25;
 
-/// What one engine has gone through, over all its incarnations.
+/// The failures of one engine, over all its incarnations.
 #[derive(Debug, Clone, Default)]
 pub(super) struct History {
     /// Restarts since it was last stable.
     in_a_row: u32,
-    /// It was restarted, since it was last stable, after a cause that is rarely met twice.
+    /// Since it was last stable, it was restarted after a failure with [`Retry::Once`].
     raced: bool,
-    /// Since when its present incarnation has been ready.
+    /// Since when its current incarnation has been ready.
     ready_since: Option<Instant>,
 }
 
-/// What follows from a failure.
+/// The decision after a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Decision {
     /// It starts again after this wait.
     Restart(Duration),
-    /// It stays failed: the policy says so, or its cause would only come again.
+    /// It stays failed: the policy says so, or its cause would come again.
     Leave,
-    /// It stays failed: it has been restarted as often as it, or the cause, may without being stable in between.
+    /// It stays failed: it reached the limit of restarts without being stable in between.
     CrashLoop,
 }
 
 impl History {
-    /// Its present incarnation takes clients' requests from `now` on.
+    /// Its current incarnation serves from `now` on.
     pub(super) fn ready(&mut self, now: Instant) {
         self.ready_since = Some(now);
     }
 
-    /// It failed at `now`. `retry` is what its cause says about another start, `dice` lies in 0..1.
+    /// It failed at `now`. `retry` says whether another start can help. `dice` lies in 0..1 and chooses the jitter.
     pub(super) fn failed(&mut self, policy: &RestartPolicy, retry: Retry, dice: f64, now: Instant) -> Decision {
         let stable = |since| now.saturating_duration_since(since) >= policy.stable_after;
         let was_stable = self.ready_since.take().is_some_and(stable);
@@ -47,7 +47,7 @@ impl History {
         }
         match (policy.policy, retry) {
             (RestartWhen::Never, _) => return Decision::Leave,
-            // One that was stable has shown that it can do without this failure.
+            // An engine that was stable has disproved that this cause always comes again.
             (RestartWhen::OnFailure, Retry::Never) if !was_stable => return Decision::Leave,
             (RestartWhen::OnFailure, Retry::Once) if self.raced => return Decision::CrashLoop,
             (RestartWhen::OnFailure | RestartWhen::Always, _) => {}
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_double_up_to_the_longest_and_end_with_the_crash_loop() {
+    fn backoff_doubles_up_to_its_limit_then_is_a_crash_loop() {
         let (mut history, now) = (History::default(), Instant::now());
         let mut fail = || history.failed(&policy(RestartWhen::OnFailure), Retry::Yes, 0.0, now);
         let decisions = [(); 6].map(|()| fail());
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stable_time_begins_a_new_count_and_a_shorter_one_does_not() {
+    fn only_a_stable_time_resets_the_count() {
         let (mut history, policy) = (History::default(), policy(RestartWhen::OnFailure));
         let start = Instant::now();
         assert_eq!(history.failed(&policy, Retry::Yes, 0.0, start), seconds(1));
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_and_the_cause_decide_whether_it_starts_at_all() {
+    fn policy_and_cause_decide_on_a_restart() {
         let now = Instant::now();
         let decide = |when, retry| History::default().failed(&policy(when), retry, 0.0, now);
         assert_eq!(decide(RestartWhen::Never, Retry::Yes), Decision::Leave);
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_race_is_run_once_more_whatever_else_happens_in_between() {
+    fn retry_once_allows_one_restart() {
         let (mut history, now) = (History::default(), Instant::now());
         let mut fail = |retry| history.failed(&policy(RestartWhen::OnFailure), retry, 0.0, now);
         let decisions = [Retry::Yes, Retry::Once, Retry::Yes, Retry::Once].map(&mut fail);
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stable_time_disproves_a_cause_and_forgets_a_race() {
+    fn a_stable_time_overrides_the_cause() {
         let policy = policy(RestartWhen::OnFailure);
         for retry in [Retry::Never, Retry::Once] {
             let (mut history, start) = (History::default(), Instant::now());
@@ -146,7 +146,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn jitter_only_ever_adds_up_to_a_quarter(failures in 0_u32..40, dice in 0.0..1.0) {
+        fn jitter_adds_at_most_a_quarter(failures in 0_u32..40, dice in 0.0..1.0) {
             let unbounded = RestartPolicy { max_restarts: u32::MAX, ..policy(RestartWhen::Always) };
             let mut history = History { in_a_row: failures, ..History::default() };
             let plain = history.clone().failed(&unbounded, Retry::Yes, 0.0, Instant::now());

@@ -1,4 +1,4 @@
-//! Watches the GPUs of a run: what was in use before it, where its engines are, and what they give back.
+//! Checks the GPUs of a run with NVML: memory in use before it, on which GPUs its engines run, and whether they free their memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -13,111 +13,132 @@ use crate::fleet::EngineId;
 use crate::machine::{Baseline, GpuProcess, Meter, Release};
 use crate::plan::EngineSpec;
 use crate::report::one_line;
-use crate::supervisor::{GpuChecks, Leftover, ports};
+use crate::supervisor::{HookFuture, Leftover, ports};
 use crate::ui::time_span;
 
-/// How often NVML is asked while memory is waited for.
+/// Time between two NVML queries while waiting for memory.
 const POLL: Duration = Duration::from_millis(250);
 
-/// Polls in a row that must find the memory back.
+/// Polls in a row that must find the memory free.
 const STEADY_POLLS: u32 = 2;
 
-/// How long drivers have been seen to take apart what a process left; beyond, somebody holds it.
-const CAP: Duration = Duration::from_mins(1);
+/// Longest time a driver was seen to take to free a dead process's memory; after that a process holds it.
+const RELEASE_DEADLINE: Duration = Duration::from_mins(1);
 
-/// After which wait it is told.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// After this wait the user is informed.
+const NOTE_AFTER: Duration = Duration::from_secs(2);
 
-/// What was in use before the run, by UUID; kept for an xpyd that takes its engines over.
+/// Memory in use before the run, by GPU UUID; kept for an xpyd that attaches.
 const BASELINE_FILE: &str = "gpu-baseline.json";
 
 /// `0, 1` for GPUs 0 and 1.
-fn in_a_row(gpus: &[u32]) -> String {
+fn comma_separated(gpus: &[u32]) -> String {
     gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// What is known of the GPUs of a run.
-struct Watch {
+/// The GPUs of a run, and what is known of them.
+struct GpuWatch {
     meter: Meter,
     file: PathBuf,
-    known: Mutex<Known>,
+    known: Mutex<GpuState>,
     notes: mpsc::Sender<String>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct GpuState {
     baselines: BTreeMap<String, Baseline>,
-    /// Processes that NVML showed on the GPUs, by engine, as NVML calls them.
+    /// Processes that NVML showed on the GPUs, by engine. The ids are NVML's.
     seen: BTreeMap<EngineId, BTreeSet<u32>>,
-    /// Whether it was said that places cannot be told.
+    /// Whether the user was informed that placement cannot be checked.
     is_told: bool,
-    /// Engines that may run, and the GPUs that they are on.
+    /// Engines that were started, and their GPUs.
     running: BTreeMap<EngineId, Vec<String>>,
 }
 
-/// Answers the supervisor's questions. Loads NVML only if an engine has GPUs. What people should know goes to `notes`.
-pub(super) fn checks(engines: &[EngineSpec], run_dir: &Path, notes: mpsc::Sender<String>) -> GpuChecks {
-    if engines.iter().all(|engine| engine.gpu_uuids.is_empty()) {
-        return GpuChecks::none();
-    }
-    let meter = match Meter::open() {
-        Ok(meter) => meter,
-        Err(reason) => {
-            tracing::warn!(reason, "GPUs are not watched");
-            return GpuChecks::none();
+/// The GPU checks of a run; none if no engine has GPUs or NVML cannot be loaded.
+pub(super) struct GpuChecks(Option<Arc<GpuWatch>>);
+
+impl GpuChecks {
+    /// Loads NVML only if an engine has GPUs. Messages for the user go to `notes`.
+    pub(super) fn new(engines: &[EngineSpec], run_dir: &Path, notes: mpsc::Sender<String>) -> Self {
+        if engines.iter().all(|engine| engine.gpu_uuids.is_empty()) {
+            return Self(None);
         }
-    };
-    let file = run_dir.join(BASELINE_FILE);
-    let kept: Option<BTreeMap<String, Baseline>> = fs_err::read(&file)
-        .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok());
-    // Where an earlier xpyd left it, that one has started these engines.
-    let running = engines.iter().filter(|_| kept.is_some());
-    let running = running
-        .map(|engine| (engine.id.clone(), engine.gpu_uuids.clone()))
-        .collect();
-    let watch = Arc::new(Watch {
-        meter,
-        file,
-        known: Mutex::new(Known {
-            baselines: kept.unwrap_or_default(),
-            running,
-            ..Known::default()
-        }),
-        notes,
-    });
-    let (starts, places) = (Arc::clone(&watch), Arc::clone(&watch));
-    GpuChecks {
-        before_start: Box::new(move |engine| {
-            let watch = Arc::clone(&starts);
-            Box::pin(async move { watch.before_start(engine).await })
-        }),
-        placed: Box::new(move |engine, leader| {
-            let watch = Arc::clone(&places);
-            Box::pin(async move {
-                let found = tokio::task::spawn_blocking(move || watch.placed(&engine, leader)).await;
-                found.unwrap_or(Ok(()))
-            })
-        }),
-        released: Box::new(move |engines, hurry| {
-            let watch = Arc::clone(&watch);
-            Box::pin(async move { watch.released(engines, hurry).await })
-        }),
+        match Meter::open() {
+            Ok(meter) => Self(Some(Arc::new(GpuWatch::new(meter, engines, run_dir, notes)))),
+            Err(reason) => {
+                tracing::warn!(reason, "GPUs are not checked");
+                Self(None)
+            }
+        }
+    }
+
+    /// Waits until the memory of earlier processes on the engine's GPUs is free.
+    pub(super) fn await_memory(&self, engine: EngineSpec) -> HookFuture<Result<(), String>> {
+        match self.0.clone() {
+            Some(watch) => Box::pin(watch.before_start(engine)),
+            None => Box::pin(std::future::ready(Ok(()))),
+        }
+    }
+
+    /// Checks that NVML shows the engine on its planned GPUs.
+    pub(super) fn check_placement(&self, engine: EngineSpec, leader: u32) -> HookFuture<Result<(), String>> {
+        let Some(watch) = self.0.clone() else {
+            return Box::pin(std::future::ready(Ok(())));
+        };
+        Box::pin(async move {
+            let found = tokio::task::spawn_blocking(move || watch.placed(&engine, leader)).await;
+            found.unwrap_or(Ok(()))
+        })
+    }
+
+    /// Waits until the memory of all engines is free; returns what is still held.
+    pub(super) fn await_release(
+        &self,
+        engines: Vec<EngineSpec>,
+        force_exit: CancellationToken,
+    ) -> HookFuture<Vec<Leftover>> {
+        match self.0.clone() {
+            Some(watch) => Box::pin(watch.released(engines, force_exit)),
+            None => Box::pin(std::future::ready(Vec::new())),
+        }
     }
 }
 
-impl Watch {
-    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+impl GpuWatch {
+    fn new(meter: Meter, engines: &[EngineSpec], run_dir: &Path, notes: mpsc::Sender<String>) -> Self {
+        let file = run_dir.join(BASELINE_FILE);
+        let kept: Option<BTreeMap<String, Baseline>> = fs_err::read(&file)
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok());
+        // If an earlier xpyd wrote the file, it has started these engines.
+        let running = engines.iter().filter(|_| kept.is_some());
+        let running = running
+            .map(|engine| (engine.id.clone(), engine.gpu_uuids.clone()))
+            .collect();
+        Self {
+            meter,
+            file,
+            known: Mutex::new(GpuState {
+                baselines: kept.unwrap_or_default(),
+                running,
+                ..GpuState::default()
+            }),
+            notes,
+        }
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, GpuState> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn note(&self, text: String) {
         tracing::warn!(text, "gpus");
-        // A reporter that is not there any more, or has much to tell, does not hold up engines.
+        // A reporter that is gone or busy must not delay engines.
         drop(self.notes.try_send(text));
     }
 
-    /// Notes what is in use on GPUs that no engine was on yet, and waits for the others.
+    /// Records the baseline of GPUs without an engine so far, and waits for the memory of the others.
     async fn before_start(self: Arc<Self>, engine: EngineSpec) -> Result<(), String> {
         let (is_first, earlier, fresh) = {
             let mut known = self.known();
@@ -131,7 +152,7 @@ impl Watch {
         };
         if !fresh.is_empty() {
             let watch = Arc::clone(&self);
-            // An answer that never comes back leaves these without a baseline, and nothing is claimed of them.
+            // If NVML does not answer, these GPUs have no baseline and are not judged.
             drop(tokio::task::spawn_blocking(move || watch.take_baselines(&fresh)).await);
         }
         if is_first {
@@ -144,8 +165,8 @@ impl Watch {
         }
         let held: Vec<String> = held.iter().map(ToString::to_string).collect();
         Err(format!(
-            "cannot start again: after {} s, {} is not given back",
-            CAP.as_secs(),
+            "cannot start again: GPU memory is still in use after {} s: {}",
+            RELEASE_DEADLINE.as_secs(),
             held.join(", ")
         ))
     }
@@ -160,12 +181,12 @@ impl Watch {
         if let Err(error) = crate::private::write(&self.file, text) {
             tracing::warn!(
                 error = one_line(&error),
-                "an xpyd that takes over will not know what was in use before"
+                "cannot write `gpu-baseline.json`: an xpyd that attaches will not know the memory in use before the run"
             );
         }
     }
 
-    /// Whether NVML shows the engine where it was planned.
+    /// Whether NVML shows the engine on its planned GPUs.
     fn placed(&self, engine: &EngineSpec, leader: u32) -> Result<(), String> {
         let everywhere = self.meter.everywhere();
         let is_own = |process: &&GpuProcess| {
@@ -188,7 +209,7 @@ impl Watch {
         let blind = if listed.peek().is_none() {
             Some("NVML lists no process at all, as in most containers")
         } else if listed.any(|process| process.local.is_none()) {
-            Some("NVML tells process ids of the host, and this is a container")
+            Some("NVML reports process ids of the host, and this is a container")
         } else {
             None
         };
@@ -196,17 +217,17 @@ impl Watch {
             id: engine.id.clone(),
             uuids: engine.gpu_uuids.clone(),
         };
-        match judge(&expected, &on.keys().copied().collect(), blind) {
-            Place::Right => {
-                tracing::info!(engine = %engine.id, gpus = in_a_row(&engine.gpus), "NVML shows the engine on its GPUs");
+        match judge_placement(&expected, &on.keys().copied().collect(), blind) {
+            Placement::AsPlanned => {
+                tracing::info!(engine = %engine.id, gpus = comma_separated(&engine.gpus), "NVML shows the engine on its GPUs");
                 Ok(())
             }
-            Place::Wrong(reason) => Err(reason),
-            Place::Doubtful(reason) => {
+            Placement::WrongGpus(reason) => Err(reason),
+            Placement::Incomplete(reason) => {
                 self.note(format!("warn  gpu: {reason}"));
                 Ok(())
             }
-            Place::Untold(reason) => {
+            Placement::Unknown(reason) => {
                 if !std::mem::replace(&mut self.known().is_told, true) {
                     self.note(format!("warn  gpu: {reason}"));
                 }
@@ -215,29 +236,29 @@ impl Watch {
         }
     }
 
-    async fn released(self: Arc<Self>, engines: Vec<EngineSpec>, hurry: CancellationToken) -> Vec<Leftover> {
+    async fn released(self: Arc<Self>, engines: Vec<EngineSpec>, force_exit: CancellationToken) -> Vec<Leftover> {
         let ours = {
             let mut known = self.known();
             known.running.clear();
             known.seen.values().flatten().copied().collect()
         };
-        self.wait(engines, ours, "the fleet", &hurry).await
+        self.wait(engines, ours, "the fleet", &force_exit).await
     }
 
-    /// Waits until the memory of these engines is back; what is held if it is not.
+    /// Waits until the memory of these engines is free. Returns what is still held.
     async fn wait(
         self: Arc<Self>,
         engines: Vec<EngineSpec>,
         ours: BTreeSet<u32>,
         whose: &str,
-        hurry: &CancellationToken,
+        force_exit: &CancellationToken,
     ) -> Vec<Leftover> {
         let (began, engines, ours) = (Instant::now(), Arc::new(engines), Arc::new(ours));
         let (mut steady, mut is_told) = (0, false);
         loop {
             let (watch, asked, known) = (Arc::clone(&self), Arc::clone(&engines), Arc::clone(&ours));
-            let standing = tokio::task::spawn_blocking(move || watch.standing(&asked, &known)).await;
-            let Ok((held, unknown)) = standing else {
+            let found = tokio::task::spawn_blocking(move || watch.held_memory(&asked, &known)).await;
+            let Ok((held, unknown)) = found else {
                 return Vec::new();
             };
             let waited = began.elapsed();
@@ -247,17 +268,17 @@ impl Watch {
                     tracing::info!(whose, "GPU memory is back after {}", time_span(waited));
                     if let Some(reason) = unknown {
                         self.note(format!(
-                            "warn  gpu_memory: whether {whose} gave its memory back cannot be told: {reason}"
+                            "warn  gpu_memory: cannot tell whether {whose} freed its memory: {reason}"
                         ));
                     }
                     return Vec::new();
                 }
             } else {
                 steady = 0;
-                if waited >= CAP || hurry.is_cancelled() {
+                if waited >= RELEASE_DEADLINE || force_exit.is_cancelled() {
                     return held;
                 }
-                if waited >= PATIENCE && !is_told {
+                if waited >= NOTE_AFTER && !is_told {
                     is_told = true;
                     let held: Vec<String> = held.iter().map(ToString::to_string).collect();
                     self.note(format!("waiting for the GPU memory of {whose}: {}", held.join(", ")));
@@ -265,13 +286,13 @@ impl Watch {
             }
             tokio::select! {
                 () = tokio::time::sleep(POLL) => {}
-                () = hurry.cancelled(), if !hurry.is_cancelled() => {}
+                () = force_exit.cancelled(), if !force_exit.is_cancelled() => {}
             }
         }
     }
 
-    /// What of the engines' memory is held, and why nothing can be said about it where nothing can.
-    fn standing(&self, engines: &[EngineSpec], ours: &BTreeSet<u32>) -> (Vec<Leftover>, Option<&'static str>) {
+    /// The engines' memory that is still held, and why that is unknown for some GPUs.
+    fn held_memory(&self, engines: &[EngineSpec], ours: &BTreeSet<u32>) -> (Vec<Leftover>, Option<&'static str>) {
         let (mut held, mut unknown) = (Vec::new(), None);
         let mut asked = BTreeSet::new();
         for engine in engines {
@@ -296,7 +317,7 @@ impl Watch {
                         by: by.iter().map(ToString::to_string).collect(),
                     }),
                     Some(Release::Unknown(reason)) => unknown = Some(reason),
-                    None => unknown = Some("NVML did not tell its memory before the start, or does not now"),
+                    None => unknown = Some("NVML did not report its memory before the start, or does not now"),
                 }
             }
         }
@@ -304,45 +325,45 @@ impl Watch {
     }
 }
 
-/// Where an engine is.
+/// On which GPUs an engine runs.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
-    /// On all of its GPUs, and nowhere else.
-    Right,
-    /// On others. Holds the end of a sentence.
-    Wrong(String),
-    /// Not on all of them. Holds a sentence.
-    Doubtful(String),
-    /// It cannot be told, of this engine or of any. Holds a sentence.
-    Untold(String),
+enum Placement {
+    /// On all of its planned GPUs, and on no other.
+    AsPlanned,
+    /// On other GPUs. Holds a clause for the error.
+    WrongGpus(String),
+    /// Not on all of them. Holds a warning.
+    Incomplete(String),
+    /// NVML cannot show it. Holds a warning.
+    Unknown(String),
 }
 
-/// An engine and where it should be.
+/// An engine and its planned GPUs.
 struct Expected {
     id: EngineId,
     uuids: Vec<String>,
 }
 
-/// Judges by the GPUs on which NVML shows the engine. PURE.
-fn judge(engine: &Expected, on: &BTreeSet<&str>, blind: Option<&str>) -> Place {
+/// Judges the placement by the GPUs on which NVML shows the engine. PURE.
+fn judge_placement(engine: &Expected, on: &BTreeSet<&str>, blind: Option<&str>) -> Placement {
     let planned: BTreeSet<&str> = engine.uuids.iter().map(String::as_str).collect();
     let strange: Vec<&str> = on.difference(&planned).copied().collect();
     let missing: Vec<&str> = planned.difference(on).copied().collect();
     let id = &engine.id;
     if !strange.is_empty() {
-        return Place::Wrong(format!(
+        return Placement::WrongGpus(format!(
             "runs on {} and was planned on {}: something changed CUDA_VISIBLE_DEVICES or the order of GPUs",
             strange.join(", "),
             engine.uuids.join(", ")
         ));
     }
     if missing.is_empty() {
-        return Place::Right;
+        return Placement::AsPlanned;
     }
     if let Some(reason) = blind.filter(|_| on.is_empty()) {
-        return Place::Untold(format!("on which GPUs engines run cannot be told: {reason}"));
+        return Placement::Unknown(format!("cannot tell on which GPUs engines run: {reason}"));
     }
-    Place::Doubtful(format!(
+    Placement::Incomplete(format!(
         "NVML shows no process of {id} on {}, where it was planned",
         missing.join(", ")
     ))
@@ -353,19 +374,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_engine_is_right_on_its_own_gpus_only() {
+    fn placement_is_correct_only_on_the_planned_gpus() {
         let (third, fourth) = ("GPU-00000002", "GPU-00000003");
         let engine = &Expected {
             id: EngineId::named("decoder1"),
             uuids: vec![third.to_owned(), fourth.to_owned()],
         };
-        let judged = |on: &[&str], blind| judge(engine, &on.iter().copied().collect(), blind);
-        assert_eq!(judged(&[third, fourth], None), Place::Right);
+        let judged = |on: &[&str], blind| judge_placement(engine, &on.iter().copied().collect(), blind);
+        assert_eq!(judged(&[third, fourth], None), Placement::AsPlanned);
         assert!(
-            matches!(judged(&[third, "GPU-other"], Some("host")), Place::Wrong(reason) if reason.contains("GPU-other"))
+            matches!(judged(&[third, "GPU-other"], Some("host")), Placement::WrongGpus(reason) if reason.contains("GPU-other"))
         );
-        assert!(matches!(judged(&[third], None), Place::Doubtful(reason) if reason.contains(fourth)));
-        assert!(matches!(judged(&[], Some("a container")), Place::Untold(reason) if reason.contains("container")));
-        assert!(matches!(judged(&[], None), Place::Doubtful(reason) if reason.contains("no process")));
+        assert!(matches!(judged(&[third], None), Placement::Incomplete(reason) if reason.contains(fourth)));
+        assert!(matches!(judged(&[], Some("a container")), Placement::Unknown(reason) if reason.contains("container")));
+        assert!(matches!(judged(&[], None), Placement::Incomplete(reason) if reason.contains("no process")));
     }
 }

@@ -1,8 +1,7 @@
-//! Why an engine failed, told from its log: the first real error, not the last line.
+//! Diagnoses a failed engine from its log: the first real error, not the last line.
 //!
-//! vLLM is several processes that write one log, and when one fails the others fail of it, each with a traceback of its
-//! own. The last ones only say to look above. So the first exception counts, and within a chain of exceptions the
-//! first one too.
+//! Several processes of vLLM write one log. When one fails the others fail as a consequence, each with a traceback of its own, and
+//! the last ones only refer to earlier lines. So the first exception counts, and the first one within a chain of exceptions.
 
 use std::collections::HashMap;
 use std::io;
@@ -20,25 +19,25 @@ use crate::fleet::Exit;
 
 mod hints;
 
-/// Longest answer, in characters.
+/// The longest error text, in characters.
 const MAX_LENGTH: usize = 400;
 
-/// How much of a log's end is searched, in bytes. An engine that fails late fails at the end.
+/// How many bytes at the end of a log are searched. An engine that fails late logs the cause at the end.
 const SEARCHED: u64 = 4 * 1024 * 1024;
 
-/// Most lines that follow a headline such as `1 validation error for …` and belong to it.
+/// The most lines that belong to a headline such as `1 validation error for …`.
 const CONTINUATION_LINES: usize = 2;
 
-/// One line: who wrote it, as what, and the message. Both parts before the message may be missing.
+/// One line: process, level and message. Process and level can be missing.
 const RECORD: &str = r"(?x)
     ^(?: \( (?P<process> [^()]+ \s pid=\d+ ) \) \s )?
     (?: (?P<level> DEBUG|INFO|WARNING|ERROR|CRITICAL ) \s+ \d\d-\d\d \s \d\d:\d\d:\d\d \s \[ [^\]]+ \] \s? )?
     (?P<message> .* )$";
 
-/// A Python exception as a traceback ends with it: `package.ClassName: message`.
+/// The last line of a Python traceback: `package.ClassName: message`.
 const EXCEPTION: &str = r"^(?:[A-Za-z_]\w*\.)*(?P<class>[A-Z]\w*|\w+Error)(?:: .*|:?)$";
 
-/// Errors that are one line each.
+/// Errors of one line.
 const ERROR_LINE: &str = r"(?x)
     ^ (?: ERROR|CRITICAL ) : \s+ (?P<uvicorn> .+ ) $
     | ^ error: \s (?P<sidecar> .+ ) $
@@ -46,7 +45,7 @@ const ERROR_LINE: &str = r"(?x)
     | ^ (?P<crash> Fatal\ Python\ error: .* | .* Segmentation\ fault .* | terminate\ called\ .* | .* :\ command\ not\ found
         | .* CUDA\ out\ of\ memory .* ) $";
 
-/// Lines that only report that something else failed.
+/// Lines that only report the failure of something else.
 const CONSEQUENCE: &str = r"(?x)
     [Ss]ee \s (?:the \s)? (?: root \s cause | stack \s trace )
     | EngineDeadError
@@ -67,24 +66,24 @@ pub fn first_error<'log>(lines: impl IntoIterator<Item = &'log str>) -> Option<S
     search.finish()
 }
 
-/// [`first_error`] of a log from `from` on, which is where the failed incarnation began to write.
+/// [`first_error`] of a log from `from` on, where the failed incarnation began to write.
 pub fn first_error_in(log: &Path, from: Position) -> io::Result<Option<String>> {
     let mut search = Search::new();
     each_line(log, from, |line| search.feed(line))?;
     Ok(search.finish())
 }
 
-/// Why an engine failed.
+/// The diagnosis of a failed engine.
 #[derive(Debug, Clone)]
 pub struct Diagnosis {
-    /// The first real error, as [`first_error`] gives it, or else the line of the log that shows the failure. `None` if
-    /// the log says nothing, as after SIGKILL.
+    /// The first real error by [`first_error`], or else the line of the log that shows the failure. `None` if the log has none, as
+    /// after SIGKILL.
     pub error: Option<String>,
-    /// What is known about this failure.
+    /// The known failure that matches.
     pub hint: Option<&'static Hint>,
 }
 
-/// How far the start came that began to write at `from`; `None` if its log shows nothing of it.
+/// The last phase of the start that began to write at `from`; `None` if its log shows none.
 pub fn phase_reached(log: &Path, from: Position, kind: EngineKind) -> io::Result<Option<Phase>> {
     let mut phases = PhaseTracker::new(kind);
     each_line(log, from, |line| {
@@ -93,11 +92,10 @@ pub fn phase_reached(log: &Path, from: Position, kind: EngineKind) -> io::Result
     Ok(phases.reached())
 }
 
-/// Why the engine failed that wrote the log at `log`, from `from` on, which is where its failed incarnation began to
-/// write. `exit` is how its leader ended; `None` if it still ran, so that it hung. `None` if there is nothing
-/// to say. A log that cannot be read says nothing.
+/// Diagnoses an engine from its log at `log`, from `from` on, where its failed incarnation began to write. `exit` is how its leader
+/// ended; `None` if it still ran, so it hung. Returns `None` if the log shows nothing or cannot be read.
 ///
-/// An engine that was asked to stop gets no hint: vLLM fails in many ways when SIGTERM meets its start.
+/// An engine that was asked to stop gets no hint: vLLM fails in many ways when it gets SIGTERM during its start.
 pub fn diagnose(log: &Path, from: Position, exit: Option<Exit>) -> Option<Diagnosis> {
     let mut search = Search::new();
     let mut evidence = Evidence::default();
@@ -118,7 +116,7 @@ pub fn diagnose(log: &Path, from: Position, exit: Option<Exit>) -> Option<Diagno
             hint: None,
         });
     }
-    let found = hints::find(&hints::Failure {
+    let found = hints::find(&hints::FailureFacts {
         error: error.as_deref(),
         evidence: &evidence,
         phase: phases.reached().map(|phase| phase.name),
@@ -129,7 +127,7 @@ pub fn diagnose(log: &Path, from: Position, exit: Option<Exit>) -> Option<Diagno
     (error.is_some() || hint.is_some()).then_some(Diagnosis { error, hint })
 }
 
-/// Gives every line of the log's end to `take`, from `from` on.
+/// Calls `take` with every line of the log's end, from `from` on.
 fn each_line(log: &Path, from: Position, mut take: impl FnMut(&str)) -> io::Result<()> {
     let bytes = rotation::end_since(log, from, SEARCHED)?;
     let mut splitter = LineSplitter::default();
@@ -147,16 +145,16 @@ fn shortened(text: String) -> String {
     }
 }
 
-/// What each process of the log is in the middle of.
+/// The context of the next line of one process.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Within {
+enum TracebackContext {
     #[default]
     Nothing,
-    /// The next line that looks like an exception ends it.
+    /// TracebackContext a traceback; the next line that looks like an exception ends it.
     Traceback,
-    /// Python tells of an exception that it ignored; its traceback means nothing.
+    /// TracebackContext the traceback of an exception that Python ignored.
     Ignored,
-    /// So many more lines belong to the headline found.
+    /// TracebackContext the lines below a headline; so many more belong to it.
     Headline(usize),
 }
 
@@ -168,12 +166,12 @@ struct Search {
     error_line: Regex,
     headline: Regex,
     consequence: Regex,
-    within: HashMap<String, Within>,
-    /// An exception or a refused argument: as good as it gets.
+    within: HashMap<String, TracebackContext>,
+    /// An exception or a refused argument: the best evidence.
     cause: Option<String>,
     /// An error without an exception.
     error: Option<String>,
-    /// Something that failed because something else did.
+    /// A consequence of another failure.
     consequence_seen: Option<String>,
 }
 
@@ -194,7 +192,7 @@ impl Search {
         }
     }
 
-    /// A line without colours, without what says who wrote it and when.
+    /// A line without colours and without its prefix.
     fn message<'line>(&self, line: &'line str) -> &'line str {
         let message = self.record.captures(line).and_then(|record| record.name("message"));
         message.map_or(line, |message| message.as_str())
@@ -214,50 +212,52 @@ impl Search {
         self.within.insert(process, next);
     }
 
-    /// Reads one message of a process; what the process is within after it.
-    fn read(&mut self, within: Within, message: &str, is_error: bool, has_level: bool) -> Within {
+    /// Reads one message of a process. Returns the context of its next line.
+    fn read(&mut self, within: TracebackContext, message: &str, is_error: bool, has_level: bool) -> TracebackContext {
         match within {
-            Within::Headline(lines) if lines > 0 && !message.trim_start().starts_with("For further information") => {
+            TracebackContext::Headline(lines)
+                if lines > 0 && !message.trim_start().starts_with("For further information") =>
+            {
                 if let Some(cause) = &mut self.cause {
                     let detail = message.split(" [type=").next().unwrap_or_default().trim();
                     cause.push_str(": ");
                     cause.push_str(detail);
                 }
-                return Within::Headline(lines - 1);
+                return TracebackContext::Headline(lines - 1);
             }
-            Within::Headline(_) => return Within::Nothing,
-            Within::Ignored | Within::Traceback => {
+            TracebackContext::Headline(_) => return TracebackContext::Nothing,
+            TracebackContext::Ignored | TracebackContext::Traceback => {
                 let is_frame = message.is_empty() || message.starts_with(char::is_whitespace);
                 if is_frame || message.starts_with("Traceback (") {
                     return within;
                 }
                 if let Some(exception) = self.exception.captures(message) {
                     let class = exception["class"].to_owned();
-                    // Levels look like exceptions, and another process may write one in between.
+                    // Log levels look like exceptions, and another process can write one in between.
                     if class.chars().any(|letter| letter.is_ascii_lowercase()) {
                         let is_stop = matches!(
                             class.as_str(),
                             "KeyboardInterrupt" | "SystemExit" | "CancelledError" | "GeneratorExit"
                         );
-                        if within == Within::Ignored || is_stop {
-                            return Within::Nothing;
+                        if within == TracebackContext::Ignored || is_stop {
+                            return TracebackContext::Nothing;
                         }
                         return self.found_cause(message);
                     }
                 }
                 return within;
             }
-            Within::Nothing => {}
+            TracebackContext::Nothing => {}
         }
         if message.starts_with("Exception ignored in") {
-            return Within::Ignored;
+            return TracebackContext::Ignored;
         }
         if !is_error {
-            return Within::Nothing;
+            return TracebackContext::Nothing;
         }
-        // LMCache logs a whole traceback as one message that begins with a text of its own.
+        // LMCache logs a whole traceback as one message with text before it.
         if message.contains("Traceback (most recent call last)") {
-            return Within::Traceback;
+            return TracebackContext::Traceback;
         }
         if let Some(argument) = self.argument.captures(message).filter(|_| !has_level) {
             let text = argument["message"].to_owned();
@@ -274,16 +274,16 @@ impl Search {
                 .map(|text| text.as_str().to_owned());
             self.found_error(&text.unwrap_or_default());
         }
-        Within::Nothing
+        TracebackContext::Nothing
     }
 
-    fn found_cause(&mut self, text: &str) -> Within {
+    fn found_cause(&mut self, text: &str) -> TracebackContext {
         if self.consequence.is_match(text) {
             self.consequence_seen.get_or_insert_with(|| text.to_owned());
-            return Within::Nothing;
+            return TracebackContext::Nothing;
         }
         if self.cause.is_some() {
-            return Within::Nothing;
+            return TracebackContext::Nothing;
         }
         self.cause = Some(text.to_owned());
         let lines = if self.headline.is_match(text) {
@@ -291,7 +291,7 @@ impl Search {
         } else {
             0
         };
-        Within::Headline(lines)
+        TracebackContext::Headline(lines)
     }
 
     fn found_error(&mut self, text: &str) {
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_consequence_counts_only_where_nothing_else_is_known() {
+    fn a_consequence_counts_only_without_a_cause() {
         let consequence = "RuntimeError: Engine core initialization failed. See root cause above.";
         let log = format!("Traceback (most recent call last):\n  File \"a\"\n{consequence}\n");
         assert_eq!(first(&log).unwrap(), consequence);
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn being_stopped_and_exceptions_that_python_ignores_are_no_causes() {
+    fn stops_and_ignored_exceptions_are_no_causes() {
         let log = "Exception ignored in: <function X.__del__ at 0x7f>\nTraceback (most recent call last):\n\
             \x20 File \"a\"\nAttributeError: gone\n\
             Traceback (most recent call last):\n  File \"b\"\nKeyboardInterrupt\n\
@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_of_uvicorn_and_lmcache_are_found_without_a_traceback() {
+    fn uvicorn_and_lmcache_errors_are_found_without_traceback() {
         assert_eq!(
             first("ERROR:    [Errno 98] error while attempting to bind on address ('0.0.0.0', 1)\n").unwrap(),
             "[Errno 98] error while attempting to bind on address ('0.0.0.0', 1)"

@@ -1,23 +1,23 @@
-//! Which engines to blame for hand-offs that fail. PURE: the outcomes per pair go in, the guilty come out.
+//! Finds the engines at fault when hand-offs fail, from the canary results per pair. PURE.
 //!
-//! A hand-off has two ends, so one failure tells nothing about which end is broken. The engine that fails with the majority of
-//! its peers is to blame; without it, the others are judged again. Where no engine stands out, as with one engine of each role,
-//! the caller says which end of the pair to restart first, and restarts the other end if that did not help.
+//! A hand-off has two ends, so one failure does not show which end is broken. The engine that fails with the majority of its peers
+//! is at fault; the others are judged again without it. If no engine stands out, as with one engine of each role, the caller
+//! chooses the end of the pair to restart first, and restarts the other end if that did not help.
 
 use std::collections::BTreeMap;
 
-/// What came of a canary through one pair.
+/// The result of a canary through one pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Tried {
+pub(super) struct PairOutcome {
     /// The prefill engine, by index.
     pub(super) prefill: usize,
     /// The decode engine, by index.
     pub(super) decode: usize,
-    /// Why it failed, if it did.
+    /// The error, if it failed.
     pub(super) failure: Option<String>,
 }
 
-impl Tried {
+impl PairOutcome {
     pub(super) fn has(&self, engine: usize) -> bool {
         self.prefill == engine || self.decode == engine
     }
@@ -35,14 +35,14 @@ impl Tried {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Guilty {
     pub(super) engine: usize,
-    /// The pair, where the outcomes do not tell which of its ends is broken.
+    /// The pair, if the results do not show which of its ends is broken.
     pub(super) either_of: Option<(usize, usize)>,
 }
 
-/// The fewest engines without which no pair fails, the most likely one first. `first` picks an end of a pair (prefill, decode)
-/// where nothing tells them apart.
-pub(super) fn guilty(tried: &[Tried], first: impl Fn(usize, usize) -> usize) -> Vec<Guilty> {
-    let mut open: Vec<&Tried> = tried.iter().collect();
+/// The fewest engines without which no pair fails, the most likely first. `first` chooses an end of a pair (prefill, decode) if the
+/// results do not show which is broken.
+pub(super) fn guilty(tried: &[PairOutcome], first: impl Fn(usize, usize) -> usize) -> Vec<Guilty> {
+    let mut open: Vec<&PairOutcome> = tried.iter().collect();
     let mut found = Vec::new();
     while let Some(failing) = open.iter().find(|tried| tried.failure.is_some()) {
         let (prefill, decode) = (failing.prefill, failing.decode);
@@ -62,9 +62,9 @@ pub(super) fn guilty(tried: &[Tried], first: impl Fn(usize, usize) -> usize) -> 
     found
 }
 
-/// The one engine that fails with a larger share of its peers than any other, and with most of them; of equal shares the one
-/// with more peers, because it was seen more often.
-fn majority(tried: &[&Tried]) -> Option<usize> {
+/// The engine that fails with a larger share of its peers than any other, and with most of them. Of equal shares the one with more
+/// peers wins, because it has more results.
+fn majority(tried: &[&PairOutcome]) -> Option<usize> {
     let mut counts: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
     for one in tried {
         for engine in [one.prefill, one.decode] {
@@ -87,8 +87,8 @@ fn majority(tried: &[&Tried]) -> Option<usize> {
     (is_alone && 2 * failed > all).then_some(engine)
 }
 
-/// Why `engine` is blamed: with whom it fails, and how.
-pub(super) fn reason(tried: &[Tried], engine: usize, name: impl Fn(usize) -> String) -> String {
+/// The reason for restarting `engine`: the peers with which it fails, and the first error.
+pub(super) fn reason(tried: &[PairOutcome], engine: usize, name: impl Fn(usize) -> String) -> String {
     let failing = tried
         .iter()
         .filter(|tried| tried.failure.is_some() && tried.has(engine));
@@ -109,9 +109,9 @@ mod tests {
     const D3: usize = 4;
 
     fn judge(pairs: &[(usize, usize, bool)]) -> Vec<(usize, bool)> {
-        let tried: Vec<Tried> = pairs
+        let tried: Vec<PairOutcome> = pairs
             .iter()
-            .map(|(prefill, decode, works)| Tried {
+            .map(|(prefill, decode, works)| PairOutcome {
                 prefill: *prefill,
                 decode: *decode,
                 failure: (!works).then(|| "no KV moved".to_owned()),
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn a_new_engine_that_fails_with_one_peer_alone_convicts_that_peer() {
         assert_eq!(judge(&[(P1, D1, true), (P2, D1, false)]), [(P2, false)]);
-        // A third engine bears it out, or speaks for the peer.
+        // The result of a third engine confirms that, or clears the peer.
         assert_eq!(
             judge(&[(P1, D1, true), (P2, D1, false), (P2, D2, false)]),
             [(P2, false)]
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn the_reason_names_the_peers_and_the_first_failure() {
-        let failed = |decode| Tried {
+        let failed = |decode| PairOutcome {
             prefill: P2,
             decode,
             failure: Some(format!("nothing came to {decode}")),

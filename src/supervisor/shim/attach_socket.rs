@@ -1,7 +1,7 @@
-//! The place where a shim whose xpyd has gone waits for the next one: a Unix socket in the run's runtime folder, and one
-//! without a path, because that folder may be removed.
+//! `attach.sock`: where a shim whose xpyd is gone waits for the next one. A Unix socket in the run's runtime folder, and an
+//! abstract one, because that folder can be removed.
 //!
-//! It is open from the moment that engines are to be kept, so that whoever finds xpyd's lock free finds the shim too.
+//! It is open as long as the engines are to be kept, so that a process that finds xpyd's lock free finds the shim as well.
 
 use std::fs::Permissions;
 use std::io;
@@ -16,17 +16,17 @@ use nix::unistd::geteuid;
 use super::protocol::Keep;
 use crate::sockets::{KernelName, Who, listen_to};
 
-/// An open place to wait. Dropping it closes and removes it.
+/// Listens for the next xpyd. Dropping it closes and removes the socket.
 #[derive(Debug)]
-pub(super) struct Meeting {
+pub(super) struct AttachListener {
     pub(super) keep: Keep,
     listener: UnixListener,
-    /// `None` where somebody else has the name.
+    /// The abstract socket; `None` if another process has the name.
     by_name: Option<UnixListener>,
 }
 
-impl Meeting {
-    /// Opens it, in place of what a killed shim may have left there.
+impl AttachListener {
+    /// Opens the socket. Replaces one that a killed shim left.
     pub(super) fn open(keep: Keep) -> io::Result<Self> {
         Ok(Self {
             listener: listen(&keep.socket)?,
@@ -35,7 +35,7 @@ impl Meeting {
         })
     }
 
-    /// Opens its path again, should somebody have removed that. As long as there is no folder, the name has to do.
+    /// Opens the path again if it was removed. Without the folder only the abstract socket remains.
     pub(super) fn restore(&mut self) {
         if fs_err::symlink_metadata(&self.keep.socket).is_err()
             && let Ok(listener) = listen(&self.keep.socket)
@@ -44,7 +44,7 @@ impl Meeting {
         }
     }
 
-    /// What becomes readable when somebody comes.
+    /// The descriptors that become readable when a process connects.
     pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.listeners().map(AsFd::as_fd)
     }
@@ -53,7 +53,7 @@ impl Meeting {
         std::iter::once(&self.listener).chain(&self.by_name)
     }
 
-    /// The next xpyd, if it has come. Only a process of the same user is one: it will be given the engines.
+    /// The connection of the next xpyd, if it has come. Only a process of the same user is accepted, because it gets the engines.
     pub(super) fn accept(&self) -> Option<UnixStream> {
         let (stream, _) = self.listeners().find_map(|listener| listener.accept().ok())?;
         let peer = getsockopt(&stream, PeerCredentials).ok()?;
@@ -81,9 +81,9 @@ fn without_blocking(listener: UnixListener) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-impl Drop for Meeting {
+impl Drop for AttachListener {
     fn drop(&mut self) {
-        // One that is gone already is as good.
+        // It can be gone already.
         let _ = fs_err::remove_file(&self.keep.socket);
     }
 }

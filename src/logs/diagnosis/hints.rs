@@ -1,6 +1,6 @@
-//! What people can do about an engine's failure: entries of `hints.toml`, found by what the log says.
+//! Known failures and their fixes: the entries of `hints.toml`, matched against the log.
 //!
-//! Knows no engine and no process: a failure is an error, a few lines of a log, the phase reached and how it ended.
+//! It knows no engine and no process: a failure consists of an error, lines of a log, the last phase and the exit.
 
 use std::sync::LazyLock;
 
@@ -9,85 +9,86 @@ use serde::Deserialize;
 
 use crate::fleet::{Exit, Retry};
 
-/// One known failure. The file says how an entry is found, and that the first that fits wins.
+/// One known failure. The head of the file explains how entries match; the first match wins.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hint {
-    /// Short and unique, for tests and logs: `gpu-memory-taken`.
+    /// A short unique name for tests and logs, such as `gpu-memory-taken`.
     pub name: String,
-    /// Regular expression that finds the failure by its error, or in any line if `anywhere`.
+    /// A regular expression for the error, or for any line if `anywhere`.
     pub pattern: Option<String>,
-    /// The pattern is looked for in every line of the log, not only in the error.
+    /// Whether the pattern applies to every line of the log, not only to the error.
     #[serde(default)]
     pub anywhere: bool,
-    /// Name of the phase that the start had reached. Without a pattern, it is the whole condition: an engine that
-    /// hangs there.
+    /// The last phase of the start. Without a pattern it is the whole condition: an engine that hangs in this phase.
     pub phase: Option<String>,
-    /// Number of the signal that ended the engine, which left no error behind.
+    /// The number of the signal that ended the engine, if it left no error.
     pub signal: Option<i32>,
-    /// What it is, in a few words.
+    /// The failure in a few words.
     pub title: String,
-    /// Why it happens, in a sentence.
+    /// The cause in a sentence.
     pub explanation: String,
-    /// A command or a change that mends it.
+    /// The command or change that fixes it.
     pub fix: String,
-    /// The thread or page that knows more.
+    /// An issue or page with more information.
     pub link: String,
-    /// Whether starting the engine again can help.
+    /// Whether a restart can help.
     pub retry: Retry,
 }
 
-/// Everything that is known of a failure.
+/// The evidence of a failure.
 #[derive(Debug)]
-pub(super) struct Failure<'log> {
+pub(super) struct FailureFacts<'log> {
     pub(super) error: Option<&'log str>,
     /// The first line that each entry's pattern found in the log, by the entry's index.
     pub(super) evidence: &'log Evidence,
     pub(super) phase: Option<&'static str>,
-    /// `None` if it still ran.
+    /// How the leader ended; `None` if it still ran.
     pub(super) exit: Option<Exit>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+struct HintsFile {
     hint: Vec<Hint>,
 }
 
 #[derive(Debug)]
-struct Table {
+struct HintTable {
     hints: Vec<Hint>,
     /// By entry.
     patterns: Vec<Option<Regex>>,
-    /// The patterns of entries that look at every line, and the entries' indices.
+    /// The patterns of entries that match any line, and the indices of these entries.
     anywhere: (RegexSet, Vec<usize>),
 }
 
-static TABLE: LazyLock<Table> = LazyLock::new(|| {
+static TABLE: LazyLock<HintTable> = LazyLock::new(|| {
     let valid = "the file is part of the program and a test reads it";
-    let hints = toml::from_str::<File>(include_str!("../hints.toml")).expect(valid).hint;
+    let hints = toml::from_str::<HintsFile>(include_str!("../hints.toml"))
+        .expect(valid)
+        .hint;
     let compiled = |pattern: &String| Regex::new(pattern).expect(valid);
     let patterns = hints.iter().map(|hint| hint.pattern.as_ref().map(compiled)).collect();
     let everywhere: Vec<usize> = (0..hints.len()).filter(|index| hints[*index].anywhere).collect();
     let set = RegexSet::new(everywhere.iter().filter_map(|index| hints[*index].pattern.as_ref())).expect(valid);
-    Table {
+    HintTable {
         hints,
         patterns,
         anywhere: (set, everywhere),
     }
 });
 
-/// All known failures, in the order in which they are tried.
+/// All known failures, in the order of the file.
 pub fn hints() -> &'static [Hint] {
     &TABLE.hints
 }
 
-/// The lines of a log that entries with `anywhere` look for.
+/// The lines of a log that match entries with `anywhere`.
 #[derive(Debug, Default)]
 pub(super) struct Evidence(Vec<(usize, String)>);
 
 impl Evidence {
-    /// Looks at one more message of the log, which has no colours and no prefix.
+    /// Takes one more message of the log, without colours and prefix.
     pub(super) fn feed(&mut self, message: &str) {
         let (set, indices) = &TABLE.anywhere;
         for found in set.matches(message) {
@@ -104,8 +105,8 @@ impl Evidence {
     }
 }
 
-/// The first entry that fits, and the line of the log that shows it, if it is not the error.
-pub(super) fn find<'log>(failure: &Failure<'log>) -> Option<(&'static Hint, Option<&'log str>)> {
+/// The first entry that matches, and the line of the log that matches, if it is not the error.
+pub(super) fn find<'log>(failure: &FailureFacts<'log>) -> Option<(&'static Hint, Option<&'log str>)> {
     TABLE.hints.iter().enumerate().find_map(|(index, hint)| {
         let fits = |wanted: Option<&str>| wanted.is_none_or(|phase| failure.phase == Some(phase));
         if !fits(hint.phase.as_deref()) {
@@ -134,7 +135,7 @@ mod tests {
     use crate::engine::EngineKind;
 
     #[test]
-    fn every_entry_can_be_found_and_tells_all_it_has_to() {
+    fn every_hint_is_complete_and_reachable() {
         let mut names = HashSet::new();
         let phases: HashSet<&str> = EngineKind::Vllm
             .phase_markers()
@@ -171,7 +172,7 @@ mod tests {
     fn no_pattern_fits_an_error_that_says_nothing() {
         let evidence = Evidence::default();
         for error in ["", "RuntimeError", "fault injected at this phase"] {
-            let failure = Failure {
+            let failure = FailureFacts {
                 error: Some(error),
                 evidence: &evidence,
                 phase: None,

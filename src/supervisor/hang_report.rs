@@ -1,7 +1,7 @@
-//! `<engine>.hang.<incarnation>.txt`: what an engine was doing when it was found to stand still, written before it is
+//! `<engine>.hang.<incarnation>.txt`: the processes, threads, metrics and Python stacks of a hung engine, written before it is
 //! killed.
 //!
-//! Bounded in time and size, because the engine is to be ended. No environment and no command line: secrets stand there.
+//! Bounded in time and size, because the engine has to end. Without environment and command line, which can contain secrets.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -13,42 +13,42 @@ use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::shim::tree::{Process, Table};
+use super::shim::tree::{Process, ProcessTable};
 use crate::fleet::{EngineId, Incarnation};
 use crate::private;
 
-/// How long the look into `/proc` may take.
+/// Time limit for reading `/proc`.
 const LOOK_DEADLINE: Duration = Duration::from_secs(2);
 
-/// How long `py-spy` may take, for all processes at once.
+/// Time limit for `py-spy`, for all processes together.
 const STACKS_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Processes that are looked at, and threads of each.
+/// The most processes in the report, and the most threads of each.
 const MOST_PROCESSES: usize = 64;
 const MOST_THREADS: usize = 64;
 
-/// Processes whose Python stacks are asked for.
+/// The most processes whose Python stacks are read.
 const MOST_STACKS: usize = 16;
 
-/// Bytes of one stack, of the kernel or of Python.
+/// The most bytes of one stack, of the kernel or of Python.
 const MOST_STACK_BYTES: u64 = 64 * 1024;
 
-/// An engine that stands still.
+/// The hung engine to report on.
 #[derive(Debug)]
-pub(super) struct Scene {
+pub(super) struct HangReport {
     /// The run's folder.
     pub(super) folder: PathBuf,
-    /// Which engine.
+    /// The engine.
     pub(super) engine: EngineId,
-    /// Which start of it.
+    /// The incarnation that hangs.
     pub(super) incarnation: Incarnation,
     /// Its leader's process id, if known.
     pub(super) leader: Option<u32>,
 }
 
-impl Scene {
-    /// Writes the file. Returns the reason, which names the file if there is one.
-    pub(super) async fn record(self, reason: String, metrics: &str) -> String {
+impl HangReport {
+    /// Writes the file. Returns `reason`, with the name of the file if it could be written.
+    pub(super) async fn write(self, reason: String, metrics: &str) -> String {
         let name = format!("{}.hang.{}.txt", self.engine, self.incarnation);
         let mut text = format!(
             "{}, start {}, {}\n{reason}\n",
@@ -72,15 +72,19 @@ impl Scene {
         }
     }
 
-    /// The processes of its tree, by id and as text.
+    /// The ids of its processes, and their description as text.
     async fn processes(&self) -> (Vec<i32>, String) {
         let Some(leader) = self.leader.and_then(|pid| i32::try_from(pid).ok()) else {
             return Default::default();
         };
-        // The kernel may hold up whoever looks at a process that waits in it.
+        // Reading `/proc` can block on a process that waits in the kernel.
         let look = tokio::task::spawn_blocking(move || {
-            let processes: Vec<Process> = Table::read().led_by(leader).into_iter().take(MOST_PROCESSES).collect();
-            let text = processes.iter().map(described).collect::<String>();
+            let processes: Vec<Process> = ProcessTable::read()
+                .led_by(leader)
+                .into_iter()
+                .take(MOST_PROCESSES)
+                .collect();
+            let text = processes.iter().map(describe).collect::<String>();
             let pids = processes.iter().map(|process| process.pid).collect();
             (pids, format!("\nits processes (CPU time in clock ticks)\n{text}"))
         });
@@ -94,8 +98,8 @@ impl Scene {
     }
 }
 
-/// One process with its threads.
-fn described(process: &Process) -> String {
+/// The description of one process and its threads.
+fn describe(process: &Process) -> String {
     let folder = PathBuf::from(format!("/proc/{}", process.pid));
     let mut text = format!(
         "{} {}: state {}, {} MiB resident, CPU time {}, waits in {}\n",
@@ -130,7 +134,7 @@ fn described(process: &Process) -> String {
     text
 }
 
-/// The kernel's function in which a process or thread waits; `-` if it does not, or nobody may know.
+/// The kernel function in which a process or thread waits; `-` if it does not wait, or this user is not allowed to read it.
 fn waits_in(folder: &Path) -> String {
     let name = read_start(&folder.join("wchan"));
     match name.trim() {
@@ -176,7 +180,7 @@ async fn python_stack(program: &Path, pid: i32) -> Option<String> {
     let output = child.stdout.take()?;
     output.take(MOST_STACK_BYTES).read_to_end(&mut bytes).await.ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    // Its first line is the command line, where keys may stand.
+    // Its first line is the command line, which can contain keys.
     let mut kept = String::new();
     for line in text.lines().filter(|line| !line.starts_with("Process ")) {
         let _ = writeln!(kept, "{line}");
@@ -217,7 +221,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_spy_that_hangs_itself_is_given_up_at_its_deadline() {
+    async fn a_hung_py_spy_is_ended_at_its_deadline() {
         let folder = tempfile::tempdir().unwrap();
         let spy = script(folder.path(), "exec sleep 600");
         let began = tokio::time::Instant::now();
@@ -226,15 +230,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_scene_shows_the_tree_and_its_threads() {
+    async fn the_report_lists_processes_and_threads() {
         let folder = tempfile::tempdir().unwrap();
-        let scene = Scene {
+        let report = HangReport {
             folder: folder.path().to_owned(),
             engine: EngineId::named("decoder1"),
             incarnation: Incarnation(3),
             leader: Some(std::process::id()),
         };
-        let reason = scene.record("hung".to_owned(), "running 1\n").await;
+        let reason = report.write("hung".to_owned(), "running 1\n").await;
         assert_eq!(reason, "hung; what it was doing is in `decoder1.hang.3.txt`");
         let text = std::fs::read_to_string(folder.path().join("decoder1.hang.3.txt")).unwrap();
         let own = format!("\n{} ", std::process::id());
@@ -244,13 +248,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_scene_that_cannot_be_written_leaves_the_reason_as_it_is() {
-        let scene = Scene {
+    async fn an_unwritable_report_keeps_the_reason() {
+        let report = HangReport {
             folder: "/no/such/folder".into(),
             engine: EngineId::named("decoder1"),
             incarnation: Incarnation::FIRST,
             leader: None,
         };
-        assert_eq!(scene.record("hung".to_owned(), "").await, "hung");
+        assert_eq!(report.write("hung".to_owned(), "").await, "hung");
     }
 }

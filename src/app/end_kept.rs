@@ -1,18 +1,23 @@
-//! The end of engines that an earlier xpyd left: supervised like the end of any run, without a proxy.
+//! Ends the engines that an earlier xpyd left running: supervised like the end of any run, without a proxy.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use tokio_util::sync::CancellationToken;
+
+use super::gpu_watch::GpuChecks;
 use super::signals;
 use crate::control::rundir::RunDir;
-use crate::plan::{RestartPolicy, RestartWhen};
+use crate::plan::{EngineSpec, RestartPolicy, RestartWhen};
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor::{self, Keep, KeptRun, Outcome};
+use crate::supervisor::{
+    self, AttachableRun, CanaryResult, CanaryRound, Diagnose, FailureCause, HookFuture, Hooks, Keep, Leftover, Outcome,
+};
 use crate::ui::{Printer, StopProgress};
 
-/// An engine that has ended must not start again only because the others are still to be stopped.
+/// An engine that has ended must not start again while the others are being stopped.
 const NO_RESTART: RestartPolicy = RestartPolicy {
     policy: RestartWhen::Always,
     max_restarts: u32::MAX,
@@ -21,12 +26,43 @@ const NO_RESTART: RestartPolicy = RestartPolicy {
     stable_after: Duration::ZERO,
 };
 
-/// Takes the engines of `kept` down, with their grace unless `force`.
+/// The hooks of a run that only ends: no canary, no client, no diagnosis.
+struct StopHooks {
+    gpus: GpuChecks,
+}
+
+impl Hooks for StopHooks {
+    fn run_canaries(&self, _: CanaryRound) -> HookFuture<Vec<CanaryResult>> {
+        Box::pin(std::future::pending())
+    }
+
+    fn hand_over_clients(&self) -> HookFuture<()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    fn diagnosis_of_start(&self, _: &EngineSpec) -> Diagnose {
+        Arc::new(|_| FailureCause::default())
+    }
+
+    fn await_gpu_memory(&self, engine: EngineSpec) -> HookFuture<Result<(), String>> {
+        self.gpus.await_memory(engine)
+    }
+
+    fn check_gpu_placement(&self, engine: EngineSpec, leader: u32) -> HookFuture<Result<(), String>> {
+        self.gpus.check_placement(engine, leader)
+    }
+
+    fn await_gpu_release(&self, engines: Vec<EngineSpec>, force_exit: CancellationToken) -> HookFuture<Vec<Leftover>> {
+        self.gpus.await_release(engines, force_exit)
+    }
+}
+
+/// Stops the engines of `kept`: with their grace period, or at once with `force`.
 ///
 /// # Errors
-/// When the shim's memory of them cannot be read, or signals cannot be listened to.
+/// When the specs that the shim keeps cannot be read, or signal handlers cannot be installed.
 pub async fn end_kept(
-    kept: KeptRun,
+    kept: AttachableRun,
     run_dir: &RunDir,
     name: String,
     force: bool,
@@ -43,12 +79,12 @@ pub async fn end_kept(
         restart: NO_RESTART,
         keep: Keep {
             socket: run_dir.attach_path(),
-            // Should this process be killed in the middle, they go on ending.
+            // If this process is killed meanwhile, the shim ends them.
             wait: Duration::ZERO,
             run_dir: folder.clone(),
         },
         attach: Some(kept),
-        // Clients that wait for the next xpyd are refused from now on.
+        // From now on clients that wait for the next xpyd are refused.
         listener: None,
         run_dir: folder,
         run_name: name,
@@ -63,15 +99,14 @@ pub async fn end_kept(
         .try_send(stop)
         .map_err(|_| Failure::message(ExitStatus::Bug, "a new queue is full"))?;
     let (notes, mut told) = mpsc::channel(8);
-    let (mut parts, end) = (tokio::task::JoinSet::new(), tokio_util::sync::CancellationToken::new());
+    let (mut parts, end) = (tokio::task::JoinSet::new(), CancellationToken::new());
     let wiring = supervisor::Wiring {
         signals: signals::forward(&mut parts, &end, false)?,
         requests: request_receiver,
         view,
-        explain: Box::new(|_| Arc::new(|_| supervisor::Cause::default())),
-        gpus: super::gpus::checks(&settings.engines, &settings.run_dir, notes),
-        verify: Box::new(|_| Box::pin(std::future::pending())),
-        hand_over: Box::new(|| Box::pin(std::future::ready(()))),
+        hooks: StopHooks {
+            gpus: GpuChecks::new(&settings.engines, &settings.run_dir, notes),
+        },
     };
     let mut progress = StopProgress::new(printer, "press Ctrl+C twice to force");
     let show = async {

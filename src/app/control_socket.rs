@@ -11,7 +11,7 @@ use crate::control::rundir::RunDir;
 use crate::control::server::{self, ServerState};
 use crate::report::one_line;
 
-/// How often to look whether the runtime folder is as it was.
+/// Time between two checks of the runtime folder.
 const LOOK: Duration = Duration::from_secs(5);
 
 pub(super) async fn serve(listener: UnixListener, state: ServerState, stop: CancellationToken) {
@@ -20,7 +20,7 @@ pub(super) async fn serve(listener: UnixListener, state: ServerState, stop: Canc
     }
 }
 
-/// Serves the socket under its name, and keeps the runtime folder as it was, with the socket in it.
+/// Serves the socket under its kernel name, and restores the runtime folder with the socket in it if it was removed.
 pub(super) async fn keep_findable(run_dir: Arc<RunDir>, state: ServerState, stop: CancellationToken) {
     let mut serving = JoinSet::new();
     let mut serve_also = |listener: Option<UnixListener>| {
@@ -35,7 +35,7 @@ pub(super) async fn keep_findable(run_dir: Arc<RunDir>, state: ServerState, stop
     while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
         match run_dir.restore() {
             Ok(listener) => serve_also(listener),
-            // Without the user's log-in there is no place for it.
+            // Without the user's log-in the parent folder does not exist.
             Err(error) => tracing::debug!(error = one_line(&error), "the runtime folder is gone"),
         }
     }

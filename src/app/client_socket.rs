@@ -1,5 +1,4 @@
-//! Where clients come in: the socket that they connect to, taken over from an earlier xpyd where it held one, and left to
-//! the next one.
+//! The socket on which clients connect: new, or taken over from an earlier xpyd through the shim, and left to the next one.
 
 use std::io::ErrorKind;
 use std::net::TcpListener as StdListener;
@@ -16,9 +15,9 @@ use crate::fleet::{FleetStage, FleetView};
 use crate::plan::ProxySpec;
 use crate::proxy::Proxy;
 use crate::report::{ExitStatus, Failure};
-use crate::supervisor;
+use crate::supervisor::HookFuture;
 
-/// The socket for clients: the one that the shim held, if it listens where the plan says, or a new one.
+/// The socket for clients: the one that the shim held, if it has the planned address, or a new one.
 pub(super) async fn listen(proxy: &ProxySpec, held: Option<OwnedFd>) -> Result<TcpListener, Failure> {
     match held.map(StdListener::from) {
         Some(held) if listens_there(&held, proxy).await => {
@@ -44,7 +43,7 @@ async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
                 "the proxy cannot listen on {}:{}{}",
                 proxy.host,
                 proxy.port,
-                super::had_by(proxy.port)
+                super::port_holder(proxy.port)
             );
             let is_of_port = matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::PermissionDenied);
             let hint = if is_of_port {
@@ -56,17 +55,17 @@ async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
         })
 }
 
-/// The service of clients, as long as it lasts.
-pub(super) struct Door {
-    /// Cancelled when no more connections are to be accepted.
+/// Accepts clients and serves them with the proxy.
+pub(super) struct ClientService {
+    /// Cancelled to accept no more connections.
     closing: CancellationToken,
-    /// Cancelled when every connection that was accepted is served.
+    /// Cancelled once every accepted connection is served.
     served: CancellationToken,
 }
 
-impl Door {
-    /// Begins to serve clients, to the end of `stop`.
-    pub(super) fn open(
+impl ClientService {
+    /// Serves clients until `stop` is cancelled.
+    pub(super) fn start(
         parts: &mut JoinSet<()>,
         proxy: Proxy,
         listener: TcpListener,
@@ -78,7 +77,7 @@ impl Door {
         let (until, end, mut view) = (closing.clone(), served.clone().drop_guard(), view.clone());
         parts.spawn(async move {
             if is_attached {
-                // Clients that connected to the last xpyd, or to none, wait for an answer rather than get 503 at once.
+                // Clients that connected before this xpyd came wait for it, rather than get 503 at once.
                 let open = view.wait_for(|view| !matches!(view.stage, FleetStage::Starting | FleetStage::Verifying));
                 let _ = until.run_until_cancelled(timeout(proxy.queue_deadline(), open)).await;
             }
@@ -90,11 +89,9 @@ impl Door {
         Self { closing, served }
     }
 
-    /// Closes the door, and waits until those inside are served. Others wait in the queue of the socket.
-    pub(super) fn hand_over(self) -> supervisor::HandOver {
-        Box::new(move || {
-            self.closing.cancel();
-            Box::pin(self.served.clone().cancelled_owned())
-        })
+    /// Accepts no more connections, and completes once the accepted ones are served. Others wait in the kernel's queue.
+    pub(super) fn hand_over(&self) -> HookFuture<()> {
+        self.closing.cancel();
+        Box::pin(self.served.clone().cancelled_owned())
     }
 }

@@ -1,8 +1,8 @@
-//! What past starts of engines took, kept from one run to the next.
+//! Durations of past starts of engines, kept from one run to the next.
 //!
-//! In `$XDG_STATE_HOME/xpyd/starts.json`, or `~/.local/state/xpyd/starts.json` without that variable. It only makes
-//! estimates better, so a file that is missing, broken or cannot be written is no error. Two runs that become ready at
-//! once may each write their own; the last one stays.
+//! The file is `$XDG_STATE_HOME/xpyd/starts.json`, or `~/.local/state/xpyd/starts.json` without that variable. It only improves
+//! estimates, so a file that is missing, broken or not writable is no error. If two runs become ready at once, the last writer
+//! wins.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,31 +13,31 @@ use serde::{Deserialize, Serialize};
 
 use crate::logs::PastStart;
 
-/// Starts kept: those of 64 fleets of two engines. The oldest go.
+/// The most starts kept: those of 64 fleets of two engines. The oldest are removed.
 const MAX_STARTS: usize = 128;
 
-/// A larger file was not written by us.
+/// The largest file that is read, in bytes. xpyd writes no larger one.
 const MAX_BYTES: u64 = 4 << 20;
 
 const FILE: &str = "starts.json";
 
 /// The last good starts, the newest last.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Starts(Vec<Remembered>);
+struct StoredStarts(Vec<StoredStart>);
 
 /// The last good start of an engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Remembered {
+struct StoredStart {
     /// [`crate::plan::start_key`].
     key: String,
     #[serde(flatten)]
     start: PastStart,
 }
 
-impl Starts {
-    /// Adds starts, which take the place of earlier ones of the same key.
+impl StoredStarts {
+    /// Adds starts, and replaces earlier ones of the same key.
     fn add(&mut self, new: Vec<(String, PastStart)>) {
-        let new = new.into_iter().map(|(key, start)| Remembered { key, start });
+        let new = new.into_iter().map(|(key, start)| StoredStart { key, start });
         for remembered in new.filter(|new| new.start.is_sound()) {
             self.0.retain(|known| known.key != remembered.key);
             self.0.push(remembered);
@@ -54,13 +54,13 @@ pub(super) fn recall() -> HashMap<String, Arc<PastStart>> {
     by_key.collect()
 }
 
-/// Remembers good starts by their keys.
+/// Saves good starts by their keys.
 pub(super) fn remember(new: Vec<(String, PastStart)>) {
     let Some(folder) = folder() else { return };
     let mut starts = read(&folder);
     starts.add(new);
     if let Err(error) = write(&folder, &starts) {
-        tracing::debug!(%error, "what the starts took cannot be kept");
+        tracing::debug!(%error, "cannot save the durations of starts");
     }
 }
 
@@ -74,22 +74,22 @@ fn folder() -> Option<PathBuf> {
     Some(state.join("xpyd"))
 }
 
-fn read(folder: &Path) -> Starts {
+fn read(folder: &Path) -> StoredStarts {
     let path = folder.join(FILE);
     let text = match fs_err::metadata(&path) {
         Ok(file) if file.is_file() && file.len() <= MAX_BYTES => fs_err::read(&path).unwrap_or_default(),
-        _ => return Starts::default(),
+        _ => return StoredStarts::default(),
     };
-    let mut starts: Starts = serde_json::from_slice(&text).unwrap_or_else(|error| {
-        tracing::debug!(%error, "what earlier starts took cannot be read");
-        Starts::default()
+    let mut starts: StoredStarts = serde_json::from_slice(&text).unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot read the durations of earlier starts");
+        StoredStarts::default()
     });
     starts.0.retain(|known| known.start.is_sound());
     starts
 }
 
-/// Replaces the file as a whole, so that no reader sees half of it.
-fn write(folder: &Path, starts: &Starts) -> io::Result<()> {
+/// Replaces the file atomically.
+fn write(folder: &Path, starts: &StoredStarts) -> io::Result<()> {
     crate::private::create_folders(folder)?;
     let half_written = folder.join(format!("{FILE}.{}", std::process::id()));
     crate::private::write(&half_written, serde_json::to_vec(starts)?)?;
@@ -112,8 +112,8 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_of_a_key_is_kept_and_the_oldest_go_first() {
-        let mut starts = Starts::default();
+    fn history_keeps_the_newest_starts() {
+        let mut starts = StoredStarts::default();
         starts.add(vec![named("a", 1), named("b", 1)]);
         starts.add(vec![named("a", 2), named("impossible", 0)]);
         let kept: Vec<_> = starts
@@ -128,11 +128,11 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_and_a_broken_file_is_an_empty_one() {
+    fn history_round_trips_and_ignores_a_broken_file() {
         let folder = tempfile::tempdir().expect("a folder");
         let inner = folder.path().join("xpyd");
-        assert_eq!(read(&inner), Starts::default());
-        let mut starts = Starts::default();
+        assert_eq!(read(&inner), StoredStarts::default());
+        let mut starts = StoredStarts::default();
         starts.add(vec![named("a", 7)]);
         write(&inner, &starts).expect("written");
         assert_eq!(read(&inner), starts);
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!(names, [FILE], "nothing half written is left");
         for broken in ["", "{", "[{\"key\":1}]", "[{\"key\":\"a\",\"marks\":[],\"took_ms\":0}]"] {
             fs_err::write(inner.join(FILE), broken).expect("written");
-            assert_eq!(read(&inner), Starts::default(), "{broken}");
+            assert_eq!(read(&inner), StoredStarts::default(), "{broken}");
         }
     }
 }

@@ -1,6 +1,7 @@
-//! How the fleet differs from the plan of its start: which engines joined since, and which were asked to stay stopped.
+//! `scaled.json`: how the fleet differs from the plan of its start. It names the engines that were added since, and those that
+//! were drained on request.
 //!
-//! It stands in the run's folder, where the next xpyd finds it: an attach resumes the fleet as it had become.
+//! It lies in the run's folder, so that the next xpyd attaches to the fleet with these changes.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -13,41 +14,42 @@ use crate::private;
 
 const FILE: &str = "scaled.json";
 
-/// What became of the plan.
+/// The changes to a plan since the start of its run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Scaled {
-    /// Engines that joined after the start.
-    pub joined: BTreeSet<EngineId>,
-    /// Engines that were asked to stop and to stay so.
+pub struct FleetChanges {
+    /// Engines that were added after the start.
+    #[serde(rename = "joined")]
+    pub added: BTreeSet<EngineId>,
+    /// Engines that were drained on request.
     pub stopped: BTreeSet<EngineId>,
 }
 
-impl Scaled {
-    /// Reads it from the run's folder. Without a file the fleet is as it was planned.
+impl FleetChanges {
+    /// Reads the file in the run's folder. Without a file, or if it cannot be read, there are no changes.
     pub fn read(run_dir: &Path) -> Self {
         let text = fs_err::read(run_dir.join(FILE));
         let read = text.and_then(|text| serde_json::from_slice(&text).map_err(io::Error::from));
         read.unwrap_or_else(|error| {
             if error.kind() != io::ErrorKind::NotFound {
-                tracing::warn!(%error, "what became of the plan cannot be read");
+                tracing::warn!(%error, "cannot read `scaled.json`");
             }
             Self::default()
         })
     }
 
-    /// Changes it, and writes it down if it differs now.
+    /// Changes it, and writes the file if it differs.
     pub(super) fn change(&mut self, run_dir: &Path, change: impl FnOnce(&mut Self)) {
         let before = self.clone();
         change(self);
         if *self != before
             && let Err(error) = self.write(run_dir)
         {
-            tracing::warn!(%error, "an xpyd that attaches will not know which engines joined or were stopped");
+            tracing::warn!(%error, "cannot write `scaled.json`: an xpyd that attaches will not know which engines were added or drained");
         }
     }
 
-    /// Writes it whole or not at all.
+    /// Replaces the file atomically.
     fn write(&self, run_dir: &Path) -> io::Result<()> {
         let new = run_dir.join(format!("{FILE}.new"));
         private::write(&new, serde_json::to_vec(self)?)?;
@@ -60,17 +62,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_private_read_as_it_was_written_and_empty_without_a_file() {
+    fn the_file_is_private_and_optional() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert_eq!(Scaled::read(folder.path()), Scaled::default());
-        let scaled = Scaled {
-            joined: BTreeSet::from([EngineId::named("prefiller3")]),
+        assert_eq!(FleetChanges::read(folder.path()), FleetChanges::default());
+        let changes = FleetChanges {
+            added: BTreeSet::from([EngineId::named("prefiller3")]),
             stopped: BTreeSet::from([EngineId::named("decoder2")]),
         };
-        scaled.write(folder.path()).expect("a file");
+        changes.write(folder.path()).expect("a file");
         assert!(!private::is_open_to_others(&folder.path().join(FILE)));
-        assert_eq!(Scaled::read(folder.path()), scaled);
+        assert_eq!(FleetChanges::read(folder.path()), changes);
         fs_err::write(folder.path().join(FILE), "{").expect("a file");
-        assert_eq!(Scaled::read(folder.path()), Scaled::default());
+        assert_eq!(FleetChanges::read(folder.path()), FleetChanges::default());
     }
 }

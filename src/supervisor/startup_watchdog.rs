@@ -1,7 +1,7 @@
-//! Tells a start that stands still from one that takes long: for a while its log does not grow, and its processes neither
-//! compute nor read.
+//! Detects a start that makes no progress, as opposed to a slow one: its log does not grow, and its processes neither compute nor
+//! read.
 //!
-//! The judge is pure. One tick of CPU time is progress, so that nobody who only waits for another's download is judged.
+//! `StallDetector` is pure. One tick of CPU time is progress, so an engine that waits for another's download is not affected.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -9,72 +9,72 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::shim::tree::Table;
+use super::shim::tree::ProcessTable;
 
-/// How often it is looked at; more often where the deadline is short.
+/// Time between two samples; shorter where the deadline is short.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// How many looks fit into the deadline at least.
-const LOOKS: u32 = 5;
+/// The least number of samples within the deadline.
+const MIN_SAMPLES: u32 = 5;
 
-/// What a start has done so far. Any difference is progress.
+/// The work of a start so far. Any difference between two samples is progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Sample {
-    /// Inode and size of its log.
+    /// Inode of its log, and size in bytes.
     log: Option<(u64, u64)>,
     processes: usize,
     /// CPU time of its processes, in clock ticks.
     cpu_ticks: u64,
-    /// Read by its processes, from files and devices.
+    /// Bytes that its processes have read from files and devices.
     bytes: u64,
 }
 
 /// Watches one start.
 #[derive(Debug)]
-struct Judge {
+struct StallDetector {
     stall: Duration,
     last: Option<Sample>,
-    /// When it was last seen to have done something.
-    moved: Instant,
+    /// When it last made progress.
+    last_progress: Instant,
 }
 
-impl Judge {
+impl StallDetector {
     fn new(stall: Duration, now: Instant) -> Self {
         Self {
             stall,
             last: None,
-            moved: now,
+            last_progress: now,
         }
     }
 
-    /// Takes in a look; for how long it has stood still, if that is too long.
+    /// Takes a sample. Returns how long the start has made no progress, if that is too long.
     fn observe(&mut self, sample: Sample, now: Instant) -> Option<Duration> {
         if self.last.replace(sample) != Some(sample) {
-            self.moved = now;
+            self.last_progress = now;
         }
-        let still = now - self.moved;
-        (still >= self.stall).then_some(still)
+        let stalled_for = now - self.last_progress;
+        (stalled_for >= self.stall).then_some(stalled_for)
     }
 }
 
-/// Returns once the start has stood still for `stall`, and says for how long.
-pub(super) async fn until_still(log: PathBuf, leader: Option<u32>, stall: Duration) -> Duration {
+/// Completes once the start has made no progress for `stall`. Returns for how long.
+pub(super) async fn until_stalled(log: PathBuf, leader: Option<u32>, stall: Duration) -> Duration {
     let Some(leader) = leader.and_then(|pid| i32::try_from(pid).ok()) else {
         return std::future::pending().await;
     };
-    let mut judge = Judge::new(stall, Instant::now());
+    let mut judge = StallDetector::new(stall, Instant::now());
     loop {
         let log = log.clone();
-        let look = tokio::task::spawn_blocking(move || look(&log, leader)).await;
-        if let Some(still) = look.ok().and_then(|sample| judge.observe(sample, Instant::now())) {
-            return still;
+        let sample = tokio::task::spawn_blocking(move || take_sample(&log, leader)).await;
+        if let Some(stalled_for) = sample.ok().and_then(|sample| judge.observe(sample, Instant::now())) {
+            return stalled_for;
         }
-        sleep(INTERVAL.min(stall / LOOKS)).await;
+        sleep(INTERVAL.min(stall / MIN_SAMPLES)).await;
     }
 }
 
-fn look(log: &Path, leader: i32) -> Sample {
-    let processes = Table::read().engine_led_by(leader);
+fn take_sample(log: &Path, leader: i32) -> Sample {
+    let processes = ProcessTable::read().engine_led_by(leader);
     Sample {
         log: std::fs::metadata(log).ok().map(|log| (log.ino(), log.len())),
         processes: processes.len(),
@@ -83,8 +83,8 @@ fn look(log: &Path, leader: i32) -> Sample {
     }
 }
 
-/// What a process has read: `rchar` counts calls, `read_bytes` also pages that it touched in a mapped file, as weights are
-/// (`proc_pid_io(5)`). 0 if nobody may know.
+/// Bytes that a process has read: `rchar` counts calls, `read_bytes` also pages of mapped files, such as weights
+/// (`proc_pid_io(5)`). 0 if this user is not allowed to read it.
 fn bytes_read(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
     let value = |line: &str| {
@@ -96,13 +96,12 @@ fn bytes_read(pid: i32) -> u64 {
     text.lines().filter_map(value).sum()
 }
 
-/// Why the start is given up, in one line.
-pub(super) fn reason(still: Duration, phase: Option<&str>, log: &Path) -> String {
-    let time = humantime::format_duration(Duration::from_secs(still.as_secs().max(1)));
-    let phase = phase.unwrap_or("its very beginning");
+/// The reason for ending the start, in one line.
+pub(super) fn reason(stalled_for: Duration, phase: Option<&str>, log: &Path) -> String {
+    let time = humantime::format_duration(Duration::from_secs(stalled_for.as_secs().max(1)));
+    let phase = phase.unwrap_or("none reached");
     format!(
-        "stands still while starting, at: {phase}; for {time} it logged nothing, computed nothing and read nothing; see its \
-         log `{}`",
+        "stalled while starting, in phase: {phase}; no output, CPU time or reads for {time}; see its log `{}`",
         log.display()
     )
 }
@@ -122,21 +121,21 @@ mod tests {
     /// What the judge says about one look a second, and after how many seconds.
     fn judge(samples: impl IntoIterator<Item = Sample>) -> Option<(u64, Duration)> {
         let start = Instant::now();
-        let mut judge = Judge::new(STALL, start);
+        let mut judge = StallDetector::new(STALL, start);
         samples.into_iter().zip(0..).find_map(|(sample, second)| {
-            let still = judge.observe(sample, start + Duration::from_secs(second))?;
-            Some((second, still))
+            let stalled_for = judge.observe(sample, start + Duration::from_secs(second))?;
+            Some((second, stalled_for))
         })
     }
 
     #[test]
-    fn a_start_that_does_nothing_is_given_up_at_the_deadline_and_not_before() {
+    fn a_start_without_progress_stalls_exactly_at_the_deadline() {
         assert_eq!(judge([NOTHING; 10]), None);
         assert_eq!(judge([NOTHING; 11]), Some((10, STALL)));
     }
 
     #[test]
-    fn any_sign_of_life_begins_the_time_anew() {
+    fn any_progress_resets_the_deadline() {
         let signs: [fn(&mut Sample); 5] = [
             |sample| sample.log = Some((1, 101)),
             // As after a rotation.
@@ -156,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_start_is_well_for_ever() {
+    fn a_slow_start_never_stalls() {
         // One tick in nine seconds.
         let slow = (0..200).map(|second| Sample {
             cpu_ticks: second / 9,
@@ -166,23 +165,23 @@ mod tests {
     }
 
     #[test]
-    fn a_look_at_this_very_process_sees_it_compute_and_read() {
+    fn a_sample_of_this_process_shows_cpu_time_and_reads() {
         let folder = tempfile::tempdir().unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let log = folder.path().join("log");
         std::fs::write(&log, "x").unwrap();
-        let sample = look(&log, own);
+        let sample = take_sample(&log, own);
         assert!(sample.processes >= 1 && sample.bytes > 0, "{sample:?}");
         assert_eq!(sample.log.unwrap().1, 1);
     }
 
     #[test]
-    fn the_reason_says_where_and_for_how_long() {
+    fn the_reason_names_phase_and_duration() {
         let reason = reason(STALL, Some("loading weights"), Path::new("decoder1.log"));
         assert_eq!(
             reason,
-            "stands still while starting, at: loading weights; for 10s it logged nothing, computed nothing and read \
-             nothing; see its log `decoder1.log`"
+            "stalled while starting, in phase: loading weights; no output, CPU time or reads for 10s; see its log \
+             `decoder1.log`"
         );
     }
 }
