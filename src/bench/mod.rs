@@ -6,40 +6,22 @@
 //!
 //! "vLLM" in this module means the client of vLLM 0.33.
 
-mod alignment;
-pub mod arrivals;
-pub mod attribution;
 mod client;
-pub mod compare;
-mod conversation;
-mod engine_counters;
 mod export;
-mod failures;
-pub mod goodput;
-pub mod growth;
-pub mod honesty;
-mod http;
-pub mod interval;
+pub mod latency_breakdown;
 mod load;
-pub mod models;
-mod numpy;
-mod opening;
 mod options;
-pub mod paired;
-mod probe;
-mod python;
-mod reader;
 pub mod record;
 pub mod report;
-mod resample;
+mod rng;
 pub mod saved;
 pub mod search;
-mod sse;
 pub mod stats;
 pub mod sweep;
 pub mod tokenizer;
 #[cfg(test)]
 mod vectors;
+mod warmup;
 pub mod workload;
 
 use std::num::NonZeroUsize;
@@ -51,22 +33,22 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-pub use self::alignment::align;
-pub use self::arrivals::{Arrivals, Ramp, RampStrategy};
-pub use self::attribution::{Phases, Stage};
-pub use self::engine_counters::{Diffusion, Speculation};
+pub use self::client::alignment::align;
+pub use self::client::engine_counters::{Diffusion, Speculation};
+pub use self::client::http::credentials;
+pub use self::client::models::{Model, discover, discover_trusting, version};
 pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
 pub use self::export::python::{render as python_json, repr as python_number};
-pub use self::failures::FailureGroup;
-pub use self::goodput::Objective;
-pub use self::http::credentials;
-pub use self::models::{Model, discover, discover_trusting, version};
-pub use self::opening::NO_TEMPERATURE;
+pub use self::latency_breakdown::{Phases, Stage};
+pub use self::load::arrivals::{Arrivals, Ramp, RampStrategy};
 pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
 pub use self::report::{Beside, Probes, Report, Uncounted};
 pub use self::stats::Metric;
+pub use self::stats::failures::FailureGroup;
+pub use self::stats::goodput::Objective;
 pub use self::tokenizer::{Tokenizer, TokenizerError};
+pub use self::warmup::NO_TEMPERATURE;
 pub use self::workload::{
     BurstGpt, Custom, Dataset, DatasetError, Made, Message, Order, PrefixRepetition, Product, Prompt, Random,
     RangeRatio, Sessions, ShareGpt, Source, Stopped, TimedTrace, Turn, Turns, Workload, WorkloadError,
@@ -304,14 +286,14 @@ pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: Cancellation
     sender.prepare(spec, &lanes, progress, say, &stop).await?;
 
     say("Starting main benchmark run...");
-    opening::announce(spec, say);
+    warmup::announce(spec, say);
     let client = &sender.client;
     let (before, first_page) = tokio::join!(client.engine_counters(), client.engine_page());
     let started_at = jiff::Zoned::now();
     let over = CancellationToken::new();
     let mut probing = sender.probe(spec.options.probe_rate, &over, &stop);
-    let conversations = Arc::new(conversation::Conversations::new(&sender.orders));
-    let successors = conversation::successors(&sender.orders);
+    let conversations = Arc::new(load::conversation::Conversations::new(&sender.orders));
+    let successors = load::conversation::successors(&sender.orders);
     let own = sender.clone().with_adapters(spec);
     let measure = move |index: usize| {
         let (own, conversations) = (own.clone(), conversations.clone());
@@ -365,7 +347,7 @@ struct Sender {
 
 impl Sender {
     /// Sends one request of the workload, with what its session has said before.
-    async fn measure(self, index: usize, conversations: &conversation::Conversations) -> load::Exchange {
+    async fn measure(self, index: usize, conversations: &load::conversation::Conversations) -> load::Exchange {
         let request_id = format!("{}{index}", self.prefix);
         let order = &self.orders[index];
         match conversations.next(order) {
@@ -398,7 +380,7 @@ impl Sender {
         stop: &CancellationToken,
     ) -> Result<(), BenchError> {
         let ask = || async { self.clone().send(0, "ready".to_owned()).await.result.map(drop) };
-        opening::ready_check(spec.options.ready_check, ask, say, stop).await?;
+        warmup::ready_check(spec.options.ready_check, ask, say, stop).await?;
         if spec.warmups == 0 {
             return Ok(());
         }
@@ -426,7 +408,7 @@ impl Sender {
             let (over, stop) = (over.clone(), stop.clone());
             probing.spawn(async move {
                 let ask = || async { own.clone().send(0, "probe".to_owned()).await.result };
-                probe::run(rate, ask, &over, &stop).await
+                load::probe::run(rate, ask, &over, &stop).await
             });
         }
         probing
@@ -461,7 +443,7 @@ impl Spec {
     /// # Errors
     /// Those of [`run`].
     pub fn check(&self) -> Result<(), BenchError> {
-        http::url(&self.base_url, &self.endpoint)?;
+        client::http::url(&self.base_url, &self.endpoint)?;
         self.schedule(self.workload.count()?)?;
         Ok(())
     }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::python::Random;
-use super::tokenizer::Tokenizer;
+use crate::bench::rng::python::Random;
+use crate::bench::tokenizer::Tokenizer;
 
 /// What a run does beside sending its workload. By default nothing.
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -3,16 +3,16 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use super::Spec;
-use super::attribution::{Engine, GpuUse, Summary};
-use super::engine_counters::{Diffusion, Speculation};
-use super::export;
-use super::failures::{FailureGroup, by_cause};
-use super::honesty::{MachineUse, Verdict};
-use super::interval::Statistics;
-use super::load::Outcome;
-use super::record::{Effort, Record};
-use super::stats::{Distribution, Metric, Metrics, Selection};
+use crate::bench::Spec;
+use crate::bench::client::engine_counters::{Diffusion, Speculation};
+use crate::bench::export;
+use crate::bench::latency_breakdown::{Engine, GpuUse, Summary};
+use crate::bench::load::Outcome;
+use crate::bench::record::{Effort, Record};
+use crate::bench::stats::client_saturation::{MachineUse, Verdict};
+use crate::bench::stats::failures::{FailureGroup, by_cause};
+use crate::bench::stats::latency_stats::Statistics;
+use crate::bench::stats::{Distribution, Metric, Metrics, Selection};
 
 /// The result of a run.
 #[derive(Debug, Clone)]
@@ -218,7 +218,7 @@ impl Report {
 
     /// The table of `vllm bench serve` 0.33, byte for byte, without the last line end.
     pub fn table(&self) -> String {
-        export::table::render(self)
+        export::vllm_table::render(self)
     }
 
     /// The file of `vllm bench serve --save-result`, with what is xpyd's own under the key `xpyd`. `detailed` adds the
@@ -239,7 +239,7 @@ impl Report {
 
     /// The name of its file, unless the user has another.
     pub fn file_name(&self) -> String {
-        export::file::name(self)
+        export::file_name::name(self)
     }
 
     /// The backend as the user named it.
@@ -266,12 +266,12 @@ impl Report {
 
     /// The result on half a screen, for people.
     pub fn summary(&self) -> String {
-        export::own::summary(self)
+        export::xpyd_table::summary(self)
     }
 
     /// What stands below vLLM's table: [`Report::statistics`] and what the client itself did, for people.
     pub fn remarks(&self) -> String {
-        export::own::details(self)
+        export::xpyd_table::details(self)
     }
 
     /// Where the time to the first token went, as far as the server tells.

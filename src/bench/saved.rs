@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::resample::{Column, Statistic};
-use super::stats::Metric;
+use crate::bench::stats::Metric;
+use crate::bench::stats::bootstrap::{Column, Statistic};
 
 /// What a saved result says.
 #[derive(Debug, Clone)]

@@ -5,11 +5,11 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 
-use super::growth::Growth;
-use super::record::Record;
-use super::report::Report;
-use super::stats::{Distribution, Metric};
-use super::workload;
+use crate::bench::record::Record;
+use crate::bench::report::Report;
+use crate::bench::stats::overload::Growth;
+use crate::bench::stats::{Distribution, Metric};
+use crate::bench::workload;
 
 /// What changes from point to point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,9 +15,9 @@ pub(super) fn numbers<T: FromStr<Err: Debug>>(cell: &str) -> Vec<T> {
 }
 
 /// A tokenizer of `vectors/tokenizers`.
-pub(super) fn tokenizer(name: &str) -> std::sync::Arc<super::tokenizer::Tokenizer> {
+pub(super) fn tokenizer(name: &str) -> std::sync::Arc<crate::bench::tokenizer::Tokenizer> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bench/vectors/tokenizers");
-    super::tokenizer::Tokenizer::load(name, &folder.join(name))
+    crate::bench::tokenizer::Tokenizer::load(name, &folder.join(name))
         .unwrap()
         .into()
 }

@@ -2,20 +2,20 @@
 
 mod against;
 mod arguments;
-mod attribution;
+mod argv_compat;
+mod cancel;
 #[cfg(test)]
 mod captures;
 mod compare;
 mod find_max;
 mod fleet;
-mod interruption;
-mod line;
+mod hints;
+mod latency_breakdown;
 mod page;
 mod prompts;
 mod session;
 mod setup;
 mod sweep;
-mod trouble;
 
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -25,13 +25,13 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
+pub use self::argv_compat::compatible_argv;
+use self::cancel::{Cause, Interruption};
 use self::fleet::Fleet;
-use self::interruption::{Cause, Interruption};
-pub use self::line::line;
+use self::hints::{advice, failure};
 use self::prompts::Prompts;
 use self::session::Session;
-use self::trouble::{advice, failure};
-use crate::bench::honesty::MachineUse;
+use crate::bench::stats::client_saturation::MachineUse;
 use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
 use crate::machine::Processors;
 use crate::report::{ExitStatus, Failure};
@@ -185,7 +185,7 @@ async fn measure(
         shown.begin("waiting for the first answer");
     }
     let setup = setup::of(&spec).await;
-    let gpus = attribution::Gpus::watch(&spec.base_url);
+    let gpus = latency_breakdown::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
         gpus.follow(&progress);
         shown.update(&snapshot(&progress, &spec));
@@ -322,7 +322,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     } else {
         printer.prose(report.summary())?;
     }
-    attribution::tell(report, extent.has_details, printer);
+    latency_breakdown::tell(report, extent.has_details, printer);
     if extent.has_details {
         printer.status(report.remarks());
     }
@@ -353,7 +353,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
 
 /// Whether the numbers that follow may be believed. The exit code is that of the requests: scripts that know vLLM's ask whether
 /// they went well, and `xpyd.valid` in the result says whether their times may be believed.
-fn present_verdict(verdict: &bench::honesty::Verdict, printer: Printer) {
+fn present_verdict(verdict: &bench::stats::client_saturation::Verdict, printer: Printer) {
     for reason in &verdict.reasons {
         printer.error(format_args!("{}: {reason}", "INVALID".red().bold()));
     }
@@ -363,7 +363,10 @@ fn present_verdict(verdict: &bench::honesty::Verdict, printer: Printer) {
             "valid".green()
         ));
     } else {
-        printer.error(format_args!("hint: {}", bench::honesty::Verdict::ADVICE));
+        printer.error(format_args!(
+            "hint: {}",
+            bench::stats::client_saturation::Verdict::ADVICE
+        ));
     }
 }
 

@@ -117,7 +117,7 @@ pub fn main() -> ExitCode {
     signals::prepare();
     ui::choose_colours();
     let printer = Printer::default();
-    let status = Cli::try_parse_from(sim::line(bench::line(std::env::args_os()))).map_or_else(
+    let status = Cli::try_parse_from(sim::line(bench::compatible_argv(std::env::args_os()))).map_or_else(
         |error| usage::refuse(error, printer),
         |cli| {
             let printer = Printer { quiet: cli.quiet };

@@ -5,12 +5,12 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 use super::html;
-use super::table::percentile_word;
-use crate::bench::attribution::gpus;
-use crate::bench::conversation;
-use crate::bench::goodput;
+use super::vllm_table::percentile_word;
+use crate::bench::latency_breakdown::gpus;
+use crate::bench::load::conversation;
 use crate::bench::record::{Answer, EngineTimes, Record};
 use crate::bench::report::{Probes, Report};
+use crate::bench::stats::goodput;
 
 pub(crate) fn render(report: &Report, detailed: bool) -> Value {
     let mut result = Map::new();

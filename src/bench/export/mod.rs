@@ -1,10 +1,10 @@
 //! The forms of a report, one file each.
 
-pub(super) mod file;
+pub(super) mod file_name;
 pub(super) mod html;
 pub(super) mod json;
-pub(super) mod own;
 pub(super) mod python;
-pub(super) mod table;
 #[cfg(test)]
 mod tests;
+pub(super) mod vllm_table;
+pub(super) mod xpyd_table;

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::growth::Growth;
+use super::super::stats::overload::Growth;
 
 /// A request that has ended. Times are in seconds since the start of the probe.
 #[derive(Debug, Clone, PartialEq)]

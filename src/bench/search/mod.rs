@@ -5,7 +5,7 @@
 
 pub mod evidence;
 #[cfg(test)]
-pub(super) mod server;
+pub(super) mod queue_model;
 
 /// How a probe ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
 use super::evidence::{Ballot, Evidence, Opinion};
-use super::server::Queue;
+use super::queue_model::Queue;
 use super::*;
 
 /// Searches with a function that judges each rate; gives the ending and the rates tried.

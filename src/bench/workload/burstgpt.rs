@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::dataset::{read, whole, wrong};
 use super::prompt::wrap;
 use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
-use crate::bench::numpy::LegacyGenerator;
+use crate::bench::rng::numpy::LegacyGenerator;
 use crate::bench::tokenizer::Tokenizer;
 
 /// A CSV file as `BurstGPT` has it.

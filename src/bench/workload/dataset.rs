@@ -14,8 +14,8 @@ use super::sessions::Sessions;
 use super::sharegpt::ShareGpt;
 use super::timed_trace::TimedTrace;
 use super::{Order, WorkloadError};
-use crate::bench::numpy::LegacyGenerator;
-use crate::bench::python;
+use crate::bench::rng::numpy::LegacyGenerator;
+use crate::bench::rng::python;
 use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
 /// What prompts are made of, and how many.

@@ -1,8 +1,8 @@
 //! The dataset `prefix_repetition`: few prefixes, each shared by many prompts.
 
-use super::settle::{remark, settle};
+use super::exact_length::{remark, settle};
 use super::{Dataset, DatasetError, Order, Product, Progress, Prompt, WorkloadError};
-use crate::bench::numpy::LegacyGenerator;
+use crate::bench::rng::numpy::LegacyGenerator;
 use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
 /// Lengths in tokens, and how many prefixes.

@@ -1,9 +1,9 @@
 //! The dataset `random`: prompts of running token ids, as they are, or as the text that a tokenizer makes of them.
 
+use super::exact_length::{Settled, remark, settle, settle_all};
 use super::prompt::wrap;
-use super::settle::{Settled, remark, settle, settle_all};
 use super::{DatasetError, Order, Product, Progress, Prompt, Running, WorkloadError};
-use crate::bench::numpy::Generator;
+use crate::bench::rng::numpy::Generator;
 use crate::bench::tokenizer::Tokenizer;
 
 /// Prompts of running token ids that start at a random one.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::dataset::{Entry, json_lines, read};
 use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
-use crate::bench::python;
+use crate::bench::rng::python;
 use crate::bench::tokenizer::Tokenizer;
 
 /// A JSONL file of times, lengths and hashes of blocks.
@@ -91,7 +91,7 @@ impl TimedTrace {
             }
             let size = self.chunk_length.min(missing);
             let block = blocks.entry(format!("{hash}:{size}")).or_insert_with_key(|key| {
-                let [_, seed] = crate::bench::numpy::halves(python::hash(key, self.hash_seed));
+                let [_, seed] = crate::bench::rng::numpy::halves(python::hash(key, self.hash_seed));
                 python::Random::new(seed.into()).choices(ids, size as usize)
             });
             prompt.extend_from_slice(block);

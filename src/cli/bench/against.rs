@@ -5,7 +5,8 @@ use serde_json::json;
 use super::compare::show;
 use super::session::Session;
 use super::{Server, failure, without_version};
-use crate::bench::paired::{self, Pairs, Side};
+use crate::bench::stats::ab_order::{self, Pairs, Side};
+use crate::bench::stats::compare;
 use crate::bench::{self, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 
@@ -20,7 +21,7 @@ pub(super) async fn run(session: &Session<'_>, url: &str) -> Result<ExitStatus, 
     let Some(other) = find(session, url).await? else {
         return Ok(ExitStatus::Forced);
     };
-    let blocks = paired::blocks(session.arguments.data.num_prompts);
+    let blocks = ab_order::blocks(session.arguments.data.num_prompts);
     session.printer.status(format_args!(
         "{} requests to each of two servers, in {} blocks, whose order is A B B A:\n  A  `{}` at {}\n  B  `{}` at {}",
         session.arguments.data.num_prompts,
@@ -75,7 +76,7 @@ async fn both(
     };
     of_b.naming.model_id = None;
     let mut reports = [None, None];
-    for side in paired::order(block) {
+    for side in ab_order::order(block) {
         let (spec, label, place) = match side {
             Side::A => (&of_a, "A", 0),
             Side::B => (&of_b, "B", 1),
@@ -142,7 +143,7 @@ fn conclude(
         ("pairs", json!(pairs.len())),
         ("unpaired", json!(pairs.unpaired())),
         ("confidence", json!(0.95)),
-        ("measures", bench::compare::to_json(&rows)),
+        ("measures", compare::to_json(&rows)),
         ("blocks", done.iter().map(entry).collect()),
     ];
     session.finish("against", more)?;

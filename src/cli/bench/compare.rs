@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::bench::compare::{self, Row};
 use crate::bench::saved::Saved;
+use crate::bench::stats::compare::{self, Row};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table};
 

@@ -9,11 +9,12 @@ use tokio::time::{Instant, timeout_at};
 
 use super::Arguments;
 use super::session::Session;
-use crate::bench::honesty::Verdict as Honesty;
 use crate::bench::record::Answer;
 use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
 use crate::bench::search::{Ending, Search, Step, Verdict, first_rate};
-use crate::bench::{Metric, Objective, Record, Report, Spec, goodput, sweep};
+use crate::bench::stats::client_saturation::Verdict as Honesty;
+use crate::bench::stats::goodput;
+use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::time_span;
 

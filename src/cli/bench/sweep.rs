@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::Arguments;
 use super::session::Session;
-use crate::bench::honesty::Verdict;
 use crate::bench::stats::Distribution;
+use crate::bench::stats::client_saturation::Verdict;
 use crate::bench::sweep::{Axis, Points, Row, is_overloaded};
 use crate::bench::{Record, Report};
 use crate::report::{ExitStatus, Failure};

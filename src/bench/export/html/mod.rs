@@ -6,14 +6,14 @@
 
 mod chart;
 mod comparison;
-mod course;
+mod distribution;
 mod number;
+mod over_time;
 mod page;
 mod phase;
 mod run;
 mod series;
 mod setup;
-mod spread;
 mod stages;
 mod table;
 mod timeline;

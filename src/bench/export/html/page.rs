@@ -4,16 +4,16 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
 use super::comparison;
-use super::course;
+use super::distribution::Spread;
 use super::number::{digits, hundredths, span, whole};
+use super::over_time;
 use super::run::Run;
 use super::series;
 use super::setup;
-use super::spread::Spread;
 use super::stages;
 use super::table::{self, Values};
 use super::timeline::Timeline;
-use crate::bench::honesty::Verdict;
+use crate::bench::stats::client_saturation::Verdict;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -91,7 +91,7 @@ fn details(run: &Run) -> Markup {
                     (spread("TPOT", "requests", &values.per_token, run.objective("tpot")))
                 }
             }
-            section { h2 { "Over the run" } figure { (course::draw(run)) } }
+            section { h2 { "Over the run" } figure { (over_time::draw(run)) } }
             section { h2 { "Slowest requests" } (table::slowest(run)) }
         }
     }

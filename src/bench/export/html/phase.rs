@@ -1,7 +1,7 @@
 //! The parts of a request's time as the report shows them: its names, and how long each one took.
 
 use super::run::{Request, Run};
-use crate::bench::attribution::Stage;
+use crate::bench::latency_breakdown::Stage;
 use crate::bench::stats::percentile_of_sorted;
 
 /// A part of a request's time.

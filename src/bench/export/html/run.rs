@@ -5,7 +5,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use super::number::finite;
-use crate::bench::attribution::{Phases, Stage};
+use crate::bench::latency_breakdown::{Phases, Stage};
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::Report;
 

@@ -8,8 +8,8 @@ use serde_json::Value;
 use super::number::{hundredths, percent, span, whole};
 use super::phase::Phase;
 use super::run::{Request, Run, Timing};
-use crate::bench::attribution::Stage;
-use crate::bench::failures::by_cause;
+use crate::bench::latency_breakdown::Stage;
+use crate::bench::stats::failures::by_cause;
 use crate::bench::stats::percentile_of_sorted;
 
 /// Rows of the table of slow requests.

@@ -70,7 +70,7 @@ fn the_recipes_own_command_line_is_understood() {
 #[test]
 fn a_recipe_stands_for_flags_and_given_ones_win() {
     let line = "xpyd bench serve --recipe lmcache-xpyd --num_prompts 3 --random-input-len 64";
-    let words = crate::cli::bench::line(line.split(' ').map(std::ffi::OsString::from));
+    let words = crate::cli::bench::compatible_argv(line.split(' ').map(std::ffi::OsString::from));
     let words: Vec<&str> = words[2..].iter().map(|word| word.to_str().unwrap()).collect();
     let arguments = parse(&words.join(" ")).unwrap();
     assert!(arguments.output.as_vllm);

@@ -1,0 +1,189 @@
+//! Two servers on the same requests: which run comes when, and what the pairs say. Pure.
+
+use crate::bench::record::{Answer, Record};
+use crate::bench::stats::Metric;
+use crate::bench::stats::bootstrap::{Column, Statistic};
+use crate::bench::stats::compare::{self, Row};
+
+/// One of the two servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The server that is measured.
+    A,
+    /// The one it is compared with.
+    B,
+}
+
+/// Blocks of requests. An even number, so that each server comes first as often as the other.
+const BLOCKS: usize = 4;
+
+/// How many requests each block has, in the order of the blocks. No block is empty.
+pub fn blocks(requests: usize) -> Vec<usize> {
+    let count = if requests < BLOCKS { requests.min(2) } else { BLOCKS };
+    (0..count)
+        .map(|block| requests * (block + 1) / count - requests * block / count)
+        .collect()
+}
+
+/// Who comes first in a block, and who second. In `A B B A` whatever drifts evenly with time weighs on both alike.
+pub fn order(block: usize) -> [Side; 2] {
+    if block.is_multiple_of(2) {
+        [Side::A, Side::B]
+    } else {
+        [Side::B, Side::A]
+    }
+}
+
+/// The pairs of requests so far that both servers answered.
+#[derive(Debug, Clone, Default)]
+pub struct Pairs {
+    answers: Vec<(Answer, Answer)>,
+    /// Requests that one of the two did not answer.
+    unpaired: usize,
+}
+
+impl Pairs {
+    /// Adds the requests of a block, which both servers got. Each list is in the order of the schedule.
+    pub fn add(&mut self, first: &[Record], second: &[Record]) {
+        let mut others = second.iter().peekable();
+        for record in first {
+            while others.next_if(|other| other.index < record.index).is_some() {
+                self.unpaired += 1;
+            }
+            let other = others.next_if(|other| other.index == record.index);
+            match (&record.result, other.map(|other| &other.result)) {
+                (Ok(one), Some(Ok(other))) => self.answers.push((one.clone(), other.clone())),
+                _ => self.unpaired += 1,
+            }
+        }
+        self.unpaired += others.count();
+    }
+
+    /// Pairs that both servers answered.
+    pub fn len(&self) -> usize {
+        self.answers.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.answers.is_empty()
+    }
+
+    /// Requests that one of the two did not answer. They count for neither.
+    pub fn unpaired(&self) -> usize {
+        self.unpaired
+    }
+
+    /// How B differs from A.
+    pub fn rows(&self, percentiles: &[f64]) -> Vec<Row> {
+        let mut statistics = vec![Statistic::Mean, Statistic::Percentile(50.0)];
+        let others = percentiles
+            .iter()
+            .filter(|percentile| (**percentile - 50.0).abs() > f64::EPSILON);
+        statistics.extend(others.map(|&percentile| Statistic::Percentile(percentile)));
+        let mut rows = Vec::new();
+        for metric in [Metric::Ttft, Metric::Tpot, Metric::Itl, Metric::E2el] {
+            let columns = (
+                Column::new(self.answers.iter().map(|(answer, _)| values(answer, metric))),
+                Column::new(self.answers.iter().map(|(_, answer)| values(answer, metric))),
+            );
+            for &statistic in &statistics {
+                let value = |column: &Column| Some(column.value(statistic)? * 1000.0);
+                let Some(means) = value(&columns.0).zip(value(&columns.1)) else {
+                    continue;
+                };
+                rows.push(compare::latency(
+                    metric,
+                    statistic,
+                    means,
+                    Some((&columns.0, &columns.1)),
+                    true,
+                ));
+            }
+        }
+        rows
+    }
+}
+
+/// The values of one answer, in seconds.
+fn values(answer: &Answer, metric: Metric) -> Vec<f64> {
+    match metric {
+        Metric::Ttft => vec![answer.first_token.as_secs_f64()],
+        Metric::Tpot => answer.time_per_output_token().into_iter().collect(),
+        Metric::Itl => answer.gaps.iter().map(std::time::Duration::as_secs_f64).collect(),
+        _ => vec![answer.latency.as_secs_f64()],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::bench::stats::compare::Verdict;
+
+    fn record(index: usize, milliseconds: Option<u64>) -> Record {
+        let answer = milliseconds.map(|milliseconds| Answer {
+            first_token: Duration::from_millis(milliseconds),
+            latency: Duration::from_millis(milliseconds),
+            ..Answer::default()
+        });
+        Record {
+            index,
+            result: answer.ok_or_else(|| "no".to_owned()),
+            scheduled: Duration::ZERO,
+            released: Duration::ZERO,
+            admitted: Duration::ZERO,
+            started: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn only_requests_that_both_answered_are_pairs() {
+        let mut pairs = Pairs::default();
+        let first = [
+            record(0, Some(1)),
+            record(1, None),
+            record(2, Some(1)),
+            record(4, Some(1)),
+        ];
+        let second = [
+            record(0, Some(1)),
+            record(1, Some(1)),
+            record(3, Some(1)),
+            record(4, Some(1)),
+            record(5, None),
+        ];
+        pairs.add(&first, &second);
+        assert_eq!((pairs.len(), pairs.unpaired()), (2, 4));
+    }
+
+    #[test]
+    fn a_small_difference_is_seen_although_requests_differ_much() {
+        let milliseconds = |index: usize| 100 + (index * 37 % 50) as u64 * 20;
+        let first: Vec<Record> = (0..100).map(|index| record(index, Some(milliseconds(index)))).collect();
+        let second: Vec<Record> = (0..100)
+            .map(|index| record(index, Some(milliseconds(index) + 10)))
+            .collect();
+        let mut pairs = Pairs::default();
+        pairs.add(&first, &second);
+        let rows = pairs.rows(&[99.0]);
+        let mean = rows.iter().find(|row| row.key == "mean_ttft_ms").unwrap();
+        assert_eq!(mean.verdict, Verdict::Slower);
+        assert!(mean.detectable.unwrap() < 0.02, "{mean:?}");
+        assert!(rows.iter().all(|row| !row.key.contains("itl")));
+    }
+
+    proptest! {
+        #[test]
+        fn blocks_hold_all_requests_and_neither_server_is_always_first(requests in 1_usize..1000) {
+            let blocks = blocks(requests);
+            prop_assert_eq!(blocks.iter().sum::<usize>(), requests);
+            prop_assert!(blocks.iter().all(|count| *count > 0));
+            let first = (0..blocks.len()).filter(|&block| order(block)[0] == Side::A).count();
+            prop_assert!(requests < 2 || first * 2 == blocks.len());
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! What `xpyd bench` says after its table: where the time went, whether KV was handed over, what GPUs did.
+
+use std::cell::Cell;
+
+use crate::bench::latency_breakdown::gpus::{self, Spread};
+use crate::bench::latency_breakdown::{GpuUse, Remote, Row, Stage, Summary, TOLERANCE};
+use crate::bench::{Phase, Progress, Report};
+use crate::machine::{GpuTotals, GpuWatch};
+use crate::ui::{Printer, Table};
+
+/// The part of the prompts that may come from a cache before it is said aloud. Prompts share their first tokens: a
+/// template's.
+const UNREMARKABLE_CACHE: f64 = 0.02;
+
+/// This machine's GPUs over the measured part of a run; nothing where there is none, or the server is elsewhere.
+pub(super) struct Gpus {
+    watch: Option<GpuWatch>,
+    is_measuring: Cell<bool>,
+}
+
+impl Gpus {
+    pub(super) fn watch(base_url: &str) -> Self {
+        let is_here = ["http://127.", "http://localhost", "http://[::1]"]
+            .iter()
+            .any(|here| base_url.starts_with(here));
+        Self {
+            watch: if is_here { GpuWatch::begin() } else { None },
+            is_measuring: Cell::new(false),
+        }
+    }
+
+    /// The run has come so far.
+    pub(super) fn follow(&self, progress: &Progress) {
+        if progress.phase == Phase::Measuring && !self.is_measuring.replace(true) {
+            self.watch.iter().for_each(GpuWatch::anew);
+        }
+    }
+
+    pub(super) fn finish(self) -> Vec<GpuUse> {
+        let totals = self.watch.map(GpuWatch::finish).unwrap_or_default();
+        totals.into_iter().map(over_the_run).collect()
+    }
+}
+
+fn over_the_run(totals: GpuTotals) -> GpuUse {
+    let spread = |(sum, max): (f64, f64)| Spread {
+        mean: sum / totals.samples.max(1) as f64,
+        max,
+    };
+    GpuUse {
+        index: totals.index,
+        samples: totals.samples,
+        utilisation: spread(totals.utilisation),
+        power: spread(totals.power),
+        memory: spread(totals.memory),
+        energy_joules: totals.energy,
+        name: totals.name,
+    }
+}
+
+/// Says what is known; nothing where the server told nothing. Without details it is a line, and what nobody may miss.
+pub(super) fn tell(report: &Report, has_details: bool, printer: Printer) {
+    if let Some(summary) = report.attribution() {
+        if has_details {
+            tell_stages(&summary, printer);
+        } else if let Some(shares) = shares(&summary.rows) {
+            printer.status(format_args!("time to first token: {shares}"));
+        }
+        for warning in warnings(&summary) {
+            printer.error(format_args!("warning: {warning}"));
+        }
+    }
+    if has_details {
+        tell_gpus(report, printer);
+    }
+}
+
+fn tell_stages(summary: &Summary, printer: Printer) {
+    printer.status(format_args!(
+        "\nwhere the time to the first token went{}\n\n{}",
+        if summary.told > 0 {
+            ", seen by client, proxy and engines"
+        } else {
+            ", on average, as the server counts it"
+        },
+        stages(&summary.rows)
+    ));
+    if summary.pairs.len() > 1 {
+        printer.status(format_args!("\n{}", pairs(summary)));
+    }
+    for remark in remarks(summary) {
+        printer.status(remark);
+    }
+}
+
+/// `61 % prefill, 22 % proxy queue`: the largest stages.
+fn shares(rows: &[Row]) -> Option<String> {
+    const LEAST: f64 = 0.02;
+    let is_stage = |row: &&Row| !row.is_part && row.share >= LEAST && row.share < 1.0;
+    let mut stages: Vec<&Row> = rows.iter().filter(is_stage).collect();
+    stages.sort_by(|one, other| other.share.total_cmp(&one.share));
+    let stages = stages
+        .iter()
+        .map(|row| format!("{:.0} % {}", row.share * 100.0, row.label));
+    let text = stages.collect::<Vec<_>>().join(", ");
+    (!text.is_empty()).then_some(text)
+}
+
+fn number(milliseconds: f64) -> String {
+    format!("{milliseconds:9.2}")
+}
+
+fn stages(rows: &[Row]) -> Table<5> {
+    let mut table = Table::new(["stage", "  mean ms", "      p50", "      p99", " share"]);
+    for row in rows {
+        let percentile = |value: Option<f64>| value.map_or_else(|| format!("{:>9}", "-"), number);
+        table.row([
+            format!("{}{}", if row.is_part { "  " } else { "" }, row.label),
+            number(row.mean_ms),
+            percentile(row.percentiles_ms.map(|(median, _)| median)),
+            percentile(row.percentiles_ms.map(|(_, most)| most)),
+            format!("{:5.1}%", row.share * 100.0),
+        ]);
+    }
+    table
+}
+
+fn pairs(summary: &Summary) -> Table<6> {
+    let mut table = Table::new([
+        "pair, means in ms",
+        "requests",
+        "     ttft",
+        "  prefill",
+        "   decode",
+        "1st request",
+    ]);
+    for pair in &summary.pairs {
+        let sum = |wanted: &[Stage]| {
+            let of = pair.stages_ms.iter().filter(|(stage, _)| wanted.contains(stage));
+            number(of.map(|(_, mean)| mean).sum())
+        };
+        table.row([
+            pair.name.clone(),
+            format!("{:8}", pair.requests),
+            number(pair.ttft_ms),
+            sum(&[Stage::PrefillQueue, Stage::PrefillCompute, Stage::Prefill]),
+            sum(&[Stage::Handoff, Stage::DecodeQueue, Stage::FirstStep, Stage::Decode]),
+            number(pair.first_ttft_ms),
+        ]);
+    }
+    table
+}
+
+fn remarks(summary: &Summary) -> Vec<String> {
+    let mut remarks = Vec::new();
+    if let Some(cold) = &summary.cold {
+        let more = cold.cold_ms - cold.warm_ms;
+        remarks.push(format!(
+            "mean TTFT {:.2} ms; {:.2} ms without the first request of each pair of engines ({} requests, each {:.2} ms {})",
+            cold.all_ms,
+            cold.warm_ms,
+            cold.requests,
+            more.abs(),
+            if more < 0.0 { "faster" } else { "slower" },
+        ));
+    }
+    if let Some(remote) = summary.remote.as_ref().filter(|remote| remote.used == remote.answered) {
+        remarks.push(format!(
+            "{} of {} requests used remote KV{}",
+            remote.used,
+            remote.answered,
+            evidence(remote)
+        ));
+    }
+    remarks
+}
+
+fn evidence(remote: &Remote) -> &'static str {
+    if remote.is_counted {
+        ", as the decode engines counted"
+    } else {
+        ", as far as the proxy knows: the engines' counters were not to be had"
+    }
+}
+
+/// What makes the numbers something else than they seem.
+fn warnings(summary: &Summary) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let unexplained = summary.unexplained;
+    if unexplained.is_too_much() {
+        warnings.push(format!(
+            "stages do not add up: {:.1} % of the time to the first token is unexplained on average, {:.1} % at request {}; \
+             up to {:.0} % is usual",
+            unexplained.mean * 100.0,
+            unexplained.worst * 100.0,
+            unexplained.worst_request,
+            TOLERANCE * 100.0,
+        ));
+    }
+    let Some(remote) = &summary.remote else {
+        return warnings;
+    };
+    if remote.used < remote.answered {
+        let mut why: Vec<String> = Vec::new();
+        if remote.recomputed > 0 {
+            why.push(format!(
+                "{} were computed again by the decode engine",
+                remote.recomputed
+            ));
+        }
+        let others = remote
+            .outcomes
+            .iter()
+            .filter(|(outcome, _)| !matches!(outcome.as_str(), "transferred" | "sent"));
+        why.extend(others.map(|(outcome, count)| format!("{count} {outcome}")));
+        warnings.push(format!(
+            "only {} of {} requests used remote KV{}: {}; the others were no disaggregated serving",
+            remote.used,
+            remote.answered,
+            evidence(remote),
+            why.join(", "),
+        ));
+    }
+    if remote.cached_share() > UNREMARKABLE_CACHE {
+        warnings.push(format!(
+            "{:.0} % of the prompts' tokens came from a cache of the prefill engines, so this measured the cache; another \
+             `--seed` makes other prompts",
+            remote.cached_share() * 100.0,
+        ));
+    }
+    warnings
+}
+
+fn tell_gpus(report: &Report, printer: Printer) {
+    for gpu in &report.beside.gpus {
+        printer.status(format_args!(
+            "GPU {} ({}): utilisation {:.0} % (at most {:.0}), {:.0} W (at most {:.0}), {:.1} GiB (at most {:.1})",
+            gpu.index,
+            gpu.name,
+            gpu.utilisation.mean,
+            gpu.utilisation.max,
+            gpu.power.mean,
+            gpu.power.max,
+            gpu.memory.mean / GIB,
+            gpu.memory.max / GIB,
+        ));
+    }
+    if let Some(joules) = gpus::joules_per_token(&report.beside.gpus, report.metrics.total_output_tokens) {
+        printer.status(format_args!(
+            "{joules:.2} J of GPU energy for each token of the answers"
+        ));
+    }
+}
+
+const GIB: f64 = (1_u64 << 30) as f64;
