@@ -1,8 +1,9 @@
-//! The load generator: `vllm bench serve`'s workload, arrivals, measures and table, against any OpenAI-compatible server.
+//! The load generator: the workload, arrivals, metrics and table of `vllm bench serve`, against any OpenAI-compatible
+//! server.
 //!
-//! A run is a line of pure steps around one loop: [`workload`] says what is asked, [`arrivals`] when, `load` sends it
-//! through `client` and gets one [`Record`] per request, [`stats`] makes them into numbers, `export` into text. Nothing
-//! here prints, and nothing knows of fleets: a server is a URL.
+//! A run is a pipeline: [`workload`] makes the requests, `load::arrivals` their release times, `load` sends them
+//! through `client` and returns one [`Record`] per request, [`stats`] computes the numbers, and `export` writes text,
+//! JSON and HTML. Nothing here prints, and nothing knows of fleets: a server is a URL.
 //!
 //! "vLLM" in this module means the client of vLLM 0.33.
 
@@ -36,32 +37,31 @@ use tokio_util::sync::CancellationToken;
 pub use self::client::alignment::align;
 pub use self::client::engine_counters::{Diffusion, Speculation};
 pub use self::client::http::credentials;
-pub use self::client::models::{Model, discover, discover_trusting, version};
+pub use self::client::models::{Model, discover, discover_with, version};
 pub use self::export::html::{ResultFileError, of_document as page_of_document, of_file as page_of_file};
 pub use self::export::python::{render as python_json, repr as python_number};
-pub use self::latency_breakdown::{Phases, Stage};
+pub use self::latency_breakdown::{RequestStages, Stage};
 pub use self::load::arrivals::{Arrivals, Ramp, RampStrategy};
 pub use self::options::{Lora, LoraAssignment, Naming, Options};
 pub use self::record::Record;
-pub use self::report::{Beside, Probes, Report, Uncounted};
+pub use self::report::{Extras, MissingUsage, Probes, Report};
 pub use self::stats::Metric;
 pub use self::stats::failures::FailureGroup;
 pub use self::stats::goodput::Objective;
 pub use self::tokenizer::{Tokenizer, TokenizerError};
 pub use self::warmup::NO_TEMPERATURE;
 pub use self::workload::{
-    BurstGpt, Custom, Dataset, DatasetError, Made, Message, Order, PrefixRepetition, Product, Prompt, Random,
-    RangeRatio, Sessions, ShareGpt, Source, Stopped, TimedTrace, Turn, Turns, Workload, WorkloadError,
+    BurstGpt, Custom, Dataset, DatasetError, MadeRequests, Message, PrefixRepetition, Prepared, Prompt, Random,
+    RangeRatio, Sessions, ShareGpt, Source, Stopped, TimedTrace, Turn, Turns, WorkItem, Workload, WorkloadError,
 };
 
-/// How long a TCP connection may take to come about. A burst can fill a listener's backlog; SYNs are then sent again
-/// after 1, 3 and 7 seconds.
+/// Timeout of a TCP connection. A burst can fill a listener's backlog; SYNs are then repeated after 1, 3 and 7 seconds.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The latest release that a schedule may hold. Beyond it a rate is a typing error.
+/// The latest release time in a schedule. A rate beyond it is a typing error.
 const LONGEST_SCHEDULE: Duration = Duration::from_hours(30 * 24);
 
-/// The route that requests go to, and with it their shape.
+/// The route of the requests, which decides their shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// `/v1/completions`, prompts as token ids.
@@ -71,7 +71,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Its name on vLLM's command line and in its files.
+    /// The name on vLLM's command line and in its files.
     pub fn name(self) -> &'static str {
         match self {
             Self::Completions => "openai",
@@ -79,7 +79,7 @@ impl Backend {
         }
     }
 
-    /// The path it has unless the user says otherwise.
+    /// The default path.
     pub fn endpoint(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",
@@ -88,51 +88,51 @@ impl Backend {
     }
 }
 
-/// Everything that decides a run.
+/// The settings of a run.
 #[derive(Debug, Clone)]
 pub struct Spec {
     /// `http://host:port`, without a path.
     pub base_url: String,
-    /// The shape of the requests.
+    /// The route and shape of the requests.
     pub backend: Backend,
-    /// The path of the requests; [`Backend::endpoint`] unless the server has another.
+    /// The path of the requests; by default [`Backend::endpoint`].
     pub endpoint: String,
     /// The model's name in the requests.
     pub model: String,
-    /// Sent with every request. Mark secret values as sensitive.
+    /// Headers of every request. Mark secret values as sensitive.
     pub headers: HeaderMap,
-    /// What is asked.
+    /// The requests.
     pub workload: Workload,
-    /// When it is asked.
+    /// Their release times.
     pub arrivals: Arrivals,
-    /// Most requests at the server at once. Others wait in the client; the wait is recorded apart.
+    /// Most requests at the server at once. Other requests wait in the client; this wait is recorded separately.
     pub max_concurrency: Option<NonZeroUsize>,
-    /// Asks for answers of the full length.
+    /// Requests answers of the full length.
     pub ignore_eos: bool,
-    /// More fields of the request's body, such as sampling parameters; they replace those of the same name.
+    /// Additional fields of the request body, such as sampling parameters. They replace fields of the same name.
     pub extra_body: serde_json::Map<String, serde_json::Value>,
-    /// Copies of the first prompt sent before the clock starts.
+    /// Number of copies of the first prompt to send before the clock starts.
     pub warmups: usize,
-    /// How long one request may take from its first byte out to its last byte in. vLLM's client gives 6 hours.
+    /// Timeout of one request, from its first byte sent to its last byte received. vLLM's client has 6 hours.
     pub request_timeout: Duration,
-    /// The latencies that the report shows.
+    /// Latencies to report.
     pub metrics: Vec<Metric>,
-    /// The percentiles that the report shows, 0 to 100, in this order.
+    /// Percentiles to report, 0 to 100, in this order.
     pub percentiles: Vec<f64>,
-    /// What a good request keeps to. Empty: no goodput is reported.
+    /// Objectives of a good request. Without any, no goodput is reported.
     pub objectives: Vec<Objective>,
-    /// Keeps the generated texts for the detailed report.
+    /// Keeps generated texts for the detailed report.
     pub keep_texts: bool,
-    /// What else the run does; nothing unless asked.
+    /// Optional features.
     pub options: Options,
-    /// What the result calls the run.
+    /// Names in the result file.
     pub naming: Naming,
 }
 
-/// Why there is no run.
+/// Why a run cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// The settings make no requests.
+    /// The workload settings are invalid.
     #[error("the workload cannot be made")]
     Workload(#[from] WorkloadError),
     /// Zero, negative or not a number.
@@ -141,220 +141,233 @@ pub enum BenchError {
     /// Zero, negative or not a number.
     #[error("the burstiness must be more than 0, not {0}")]
     Burstiness(f64),
-    /// A ramp that begins below 1 request per second or falls.
-    #[error("a ramp rises from at least 1 request per second, not from {} to {}", .0.start, .0.end)]
+    /// A ramp that starts below 1 request per second or falls.
+    #[error("a ramp must rise from at least 1 request per second, not from {} to {}", .0.start, .0.end)]
     Ramp(Ramp),
-    /// The last request would go out in the far future.
+    /// The last request would be sent in more than 30 days.
     #[error("at {rate} requests per second, {count} requests take more than 30 days")]
     TooSlow {
-        /// Requests per second, at first if they rise.
+        /// Requests per second; the start rate of a ramp.
         rate: f64,
-        /// How many.
+        /// Number of requests.
         count: usize,
     },
-    /// The ready check was in vain.
+    /// The ready check failed.
     #[error("the server did not answer the first prompt within {} s: {cause}", patience.as_secs())]
     NotReady {
-        /// How long it had.
+        /// Time limit of the check.
         patience: Duration,
-        /// What came of the last try.
+        /// Error of the last attempt.
         cause: String,
     },
-    /// The base URL is not one that requests can be sent to.
+    /// The base URL is invalid.
     #[error("`{0}` is not a URL of the form `http://host:port` or `https://host`")]
     BaseUrl(String),
-    /// No certificate of a server can be checked.
-    #[error("cannot tell which servers to trust")]
+    /// The trusted certificates cannot be loaded.
+    #[error("cannot load the trusted certificates")]
     Trust(#[source] std::io::Error),
-    /// The threads that send could not be started.
-    #[error("cannot start the threads that send")]
+    /// The worker threads cannot be started.
+    #[error("cannot start the worker threads")]
     Threads(#[source] std::io::Error),
-    /// No answer from the server.
+    /// The server does not answer.
     #[error("no answer from `{url}`")]
     Unreachable {
-        /// What was asked.
+        /// The requested URL.
         url: String,
-        /// Why it failed.
+        /// The connection error.
         #[source]
         source: std::io::Error,
     },
-    /// The server answers, but not with its models.
+    /// The server answers without a valid model list.
     #[error("`{url}` does not list the models of an OpenAI-compatible server: {reason}")]
     NoModelList {
-        /// What was asked.
+        /// The requested URL.
         url: String,
-        /// What came instead.
+        /// What is wrong with the answer.
         reason: String,
     },
     /// The server does not serve the model.
     #[error("the server does not serve the model `{model}`")]
     UnknownModel {
-        /// The model asked for.
+        /// The requested model.
         model: String,
-        /// Those it serves.
+        /// Models that the server serves.
         served: Vec<String>,
     },
 }
 
-/// What a run is doing.
+/// The phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// Copies of the first request, which are not measured.
+pub enum RunPhase {
+    /// Making the prompts. No request is sent yet; the counts are of prompts.
+    Preparing,
+    /// Sending copies of the first request, which are not measured.
     WarmingUp,
-    /// The requests of the workload.
+    /// Sending the requests of the workload.
     Measuring,
 }
 
-/// How far a run is.
+/// The progress of one phase of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
-    /// What it is doing. The other fields are about this phase alone.
-    pub phase: Phase,
+    /// The phase that the other fields describe.
+    pub phase: RunPhase,
     /// Requests of the phase.
     pub total: usize,
-    /// Those that the schedule has let go so far.
+    /// Requests that the schedule has released.
     pub released: usize,
-    /// Those that have ended, well or not.
+    /// Requests that have ended, successful or not.
     pub done: usize,
-    /// Those that have failed.
+    /// Requests that have failed.
     pub failed: usize,
-    /// Those that are at the server.
+    /// Requests at the server.
     pub in_flight: usize,
-    /// Since the start of the phase.
+    /// Time since the start of the phase.
     pub elapsed: Duration,
+    /// Requests per second that the schedule asks for. `None` if it has no fixed rate.
+    pub asked_rate: Option<f64>,
     /// Mean time to first token so far, in milliseconds.
     pub mean_ttft_ms: Option<f64>,
     /// Mean time per output token after the first so far, in milliseconds.
     pub mean_tpot_ms: Option<f64>,
 }
 
-/// Runs the workload and reports on it. `progress` is called often, from this future; it must not block.
+/// Runs the workload and returns the report. `progress` is called often, from this future; it must not block.
 ///
-/// When `stop` is cancelled, requests in flight are dropped and the report is about those that have ended.
+/// When `stop` is cancelled, requests in flight are dropped, and the report covers the requests that have ended.
 ///
 /// # Errors
-/// When the settings make no run. Requests that fail are no error: the report counts them.
+/// When the settings are invalid or the server is not ready. Failed requests are not an error: the report counts them.
 pub async fn run(spec: &Spec, progress: &dyn Fn(Progress), stop: CancellationToken) -> Result<Report, BenchError> {
-    run_aloud(spec, progress, &|_| {}, stop).await
+    run_with_lines(spec, progress, &|_| {}, stop).await
 }
 
-/// As [`run`]; `say` gets the lines that vLLM's client prints before its table.
+/// As [`run`]; `print_line` gets the lines that vLLM's client prints before its table.
 ///
 /// # Errors
 /// Those of [`run`].
-pub async fn run_aloud(
+pub async fn run_with_lines(
     spec: &Spec,
     progress: &dyn Fn(Progress),
-    say: &dyn Fn(&str),
+    print_line: &dyn Fn(&str),
     stop: CancellationToken,
 ) -> Result<Report, BenchError> {
-    let listener = Listener {
+    let observer = RunObserver {
         progress,
-        say,
+        print_line,
         ended: &|_| {},
     };
-    run_watched(spec, listener, stop).await
+    run_observed(spec, observer, stop).await
 }
 
-/// Who is told while a run goes on. All are called often, from the future of the run, and must not block.
+/// Callbacks during a run. All are called often, from the future of the run, and must not block.
 #[expect(missing_debug_implementations, reason = "functions")]
 #[derive(Clone, Copy)]
-pub struct Listener<'a> {
-    /// Gets how far the run is.
+pub struct RunObserver<'a> {
+    /// Receives the progress.
     pub progress: &'a dyn Fn(Progress),
-    /// Gets the lines that vLLM's client prints before its table.
-    pub say: &'a dyn Fn(&str),
-    /// Gets the requests that have ended so far, in the order of their ends.
+    /// Receives the lines that vLLM's client prints before its table.
+    pub print_line: &'a dyn Fn(&str),
+    /// Receives the requests that have ended so far, in the order of their ends.
     pub ended: &'a dyn Fn(&[Record]),
 }
 
-/// As [`run`], for whoever wants to know each request as it ends.
+/// As [`run`], with all callbacks.
 ///
 /// # Errors
 /// Those of [`run`].
-pub async fn run_watched(spec: &Spec, listener: Listener<'_>, stop: CancellationToken) -> Result<Report, BenchError> {
-    let Listener { progress, say, ended } = listener;
-    let orders = spec.workload.orders()?;
-    let releases = spec.releases(&orders)?;
-    let lanes = load::Lanes::start().map_err(BenchError::Threads)?;
+pub async fn run_observed(
+    spec: &Spec,
+    observer: RunObserver<'_>,
+    stop: CancellationToken,
+) -> Result<Report, BenchError> {
+    let RunObserver {
+        progress,
+        print_line,
+        ended,
+    } = observer;
+    let items = spec.workload.items()?;
+    let releases = spec.releases(&items)?;
+    let workers = load::Workers::start().map_err(BenchError::Threads)?;
     let prefix = spec.options.request_id_prefix.clone().unwrap_or_else(random_prefix);
-    let sender = Sender {
+    let sender = RequestSender {
         client: Arc::new(client::Client::new(spec)?),
-        orders,
+        items,
         prefix: prefix.into(),
     };
-    sender.prepare(spec, &lanes, progress, say, &stop).await?;
+    sender.prepare(spec, &workers, progress, print_line, &stop).await?;
 
-    say("Starting main benchmark run...");
-    warmup::announce(spec, say);
+    print_line("Starting main benchmark run...");
+    warmup::announce(spec, print_line);
     let client = &sender.client;
-    let (before, first_page) = tokio::join!(client.engine_counters(), client.engine_page());
+    let (before, metrics_before) = tokio::join!(client.engine_counters(), client.engine_metrics());
     let started_at = jiff::Zoned::now();
     let over = CancellationToken::new();
     let mut probing = sender.probe(spec.options.probe_rate, &over, &stop);
-    let conversations = Arc::new(load::conversation::Conversations::new(&sender.orders));
-    let successors = load::conversation::successors(&sender.orders);
+    let conversations = Arc::new(load::conversation::Conversations::new(&sender.items));
+    let successors = load::conversation::successors(&sender.items);
     let own = sender.clone().with_adapters(spec);
     let measure = move |index: usize| {
         let (own, conversations) = (own.clone(), conversations.clone());
         async move { own.measure(index, &conversations).await }
     };
-    let observe = |tally: &load::Tally, records: &[Record]| {
-        progress(tally.progress(Phase::Measuring));
+    let asked_rate = spec.arrivals.has_fixed_rate().then_some(spec.arrivals.request_rate);
+    let observe = |totals: &load::RunningTotals, records: &[Record]| {
+        progress(totals.progress(RunPhase::Measuring, asked_rate));
         ended(records);
     };
     let limit = spec.max_concurrency;
-    let mut measured = load::drive_chained(&lanes, &releases, limit, successors, measure, observe, &stop).await;
+    let mut measured = load::run_chained(&workers, &releases, limit, successors, measure, observe, &stop).await;
     over.cancel();
     let mut probes = None;
     if let Some(probed) = probing.join_next().await {
         probes = Some(probed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())));
     }
     let duration = measured.duration.as_secs_f64();
-    // A server that had no such page is not asked for another one.
-    let last_page = async {
-        match first_page {
-            Some(first) => Some((first, client.engine_page().await?)),
+    // A server without such a page is not asked again.
+    let metrics_after = async {
+        match metrics_before {
+            Some(first) => Some((first, client.engine_metrics().await?)),
             None => None,
         }
     };
-    let (after, pages) = tokio::join!(client.engine_counters(), last_page);
-    let uncounted = Uncounted::settle(&mut measured.records, spec);
-    let prompt_lengths = sender.orders.iter().map(|order| order.prompt.token_count()).collect();
+    let (after, metrics_pages) = tokio::join!(client.engine_counters(), metrics_after);
+    let missing_usage = MissingUsage::fill_in(&mut measured.records, spec);
+    let prompt_lengths = sender.items.iter().map(|item| item.prompt.token_count()).collect();
     let mut report = Report::new(spec, prompt_lengths, measured);
-    report.beside = Beside {
+    report.extras = Extras {
         started_at: Some(started_at),
         speculation: after.speculation_since(&before),
         diffusion: after.diffusion_since(&before, duration),
         probes,
-        uncounted,
-        ..Beside::default()
+        missing_usage,
+        ..Extras::default()
     };
-    if let Some((first, last)) = pages {
-        report.beside.engines = last.since(&first);
+    if let Some((first, last)) = metrics_pages {
+        report.extras.engines = last.since(&first);
     }
     Ok(report)
 }
 
-/// What every request of a run needs.
+/// The state that every request of a run needs.
 #[derive(Debug, Clone)]
-struct Sender {
+struct RequestSender {
     client: Arc<client::Client>,
-    orders: Arc<[Order]>,
-    /// What request ids begin with.
+    items: Arc<[WorkItem]>,
+    /// The prefix of request ids.
     prefix: Arc<str>,
 }
 
-impl Sender {
-    /// Sends one request of the workload, with what its session has said before.
+impl RequestSender {
+    /// Sends one request of the workload, with the earlier messages of its session.
     async fn measure(self, index: usize, conversations: &load::conversation::Conversations) -> load::Exchange {
         let request_id = format!("{}{index}", self.prefix);
-        let order = &self.orders[index];
-        match conversations.next(order) {
-            None => self.client.exchange(order, &request_id).await,
-            Some(Ok(order)) => {
-                let exchange = self.client.exchange(&order, &request_id).await;
-                conversations.answered(&order, &exchange.result);
+        let item = &self.items[index];
+        match conversations.next(item) {
+            None => self.client.exchange(item, &request_id).await,
+            Some(Ok(item)) => {
+                let exchange = self.client.exchange(&item, &request_id).await;
+                conversations.answered(&item, &exchange.result);
                 exchange
             }
             Some(Err(reason)) => load::Exchange {
@@ -364,45 +377,45 @@ impl Sender {
         }
     }
 
-    /// Sends one request as it stands.
+    /// Sends one request without session messages.
     async fn send(self, index: usize, name: String) -> load::Exchange {
         let request_id = format!("{}{name}", self.prefix);
-        self.client.exchange(&self.orders[index], &request_id).await
+        self.client.exchange(&self.items[index], &request_id).await
     }
 
-    /// The ready check and the warm-ups.
+    /// Runs the ready check and the warm-up requests.
     async fn prepare(
         &self,
         spec: &Spec,
-        lanes: &load::Lanes,
+        workers: &load::Workers,
         progress: &dyn Fn(Progress),
-        say: &dyn Fn(&str),
+        print_line: &dyn Fn(&str),
         stop: &CancellationToken,
     ) -> Result<(), BenchError> {
         let ask = || async { self.clone().send(0, "ready".to_owned()).await.result.map(drop) };
-        warmup::ready_check(spec.options.ready_check, ask, say, stop).await?;
+        warmup::ready_check(spec.options.ready_check, ask, print_line, stop).await?;
         if spec.warmups == 0 {
             return Ok(());
         }
-        say(&format!("Warming up with {} requests...", spec.warmups));
+        print_line(&format!("Warming up with {} requests...", spec.warmups));
         let own = self.clone();
         let warm_up = move |index: usize| own.clone().send(0, format!("warmup-{index}"));
         let at_once = vec![Duration::ZERO; spec.warmups];
-        let observe = |tally: &load::Tally, _: &[Record]| progress(tally.progress(Phase::WarmingUp));
-        let warmed = load::drive(lanes, &at_once, spec.max_concurrency, warm_up, observe, stop).await;
+        let observe = |totals: &load::RunningTotals, _: &[Record]| progress(totals.progress(RunPhase::WarmingUp, None));
+        let warmed = load::run_schedule(workers, &at_once, spec.max_concurrency, warm_up, observe, stop).await;
         for cause in warmed.records.iter().filter_map(|record| record.result.as_ref().err()) {
             tracing::warn!(cause, "a warm-up request failed");
         }
-        say("Warmup run completed.");
+        print_line("Warmup run completed.");
         Ok(())
     }
 
-    /// Begins to probe, if that is wanted.
+    /// Starts the probe requests if `rate` is above 0.
     fn probe(&self, rate: f64, over: &CancellationToken, stop: &CancellationToken) -> JoinSet<Probes> {
         let mut probing = JoinSet::new();
         if rate > 0.0 {
             let own = Self {
-                orders: [Order::new(Prompt::text("Hi", 1), 1)].into(),
+                items: [WorkItem::new(Prompt::text("Hi", 1), 1)].into(),
                 ..self.clone()
             };
             let (over, stop) = (over.clone(), stop.clone());
@@ -414,31 +427,31 @@ impl Sender {
         probing
     }
 
-    /// With the adapter that each request asks for.
+    /// Assigns the LoRA adapters to the requests.
     fn with_adapters(self, spec: &Spec) -> Self {
         let Some(lora) = &spec.options.lora else {
             return self;
         };
-        let models = lora.assigned(self.orders.len(), spec.workload.seed());
-        let orders = self.orders.iter().cloned().zip(models).map(|(order, model)| Order {
+        let models = lora.assigned(self.items.len(), spec.workload.seed());
+        let items = self.items.iter().cloned().zip(models).map(|(item, model)| WorkItem {
             model: Some(model),
-            ..order
+            ..item
         });
         Self {
-            orders: orders.collect(),
+            items: items.collect(),
             ..self
         }
     }
 }
 
-/// vLLM's form of request ids, so that logs of servers read the same.
+/// A random request id prefix in vLLM's form, so that server logs look the same.
 fn random_prefix() -> String {
     let run_id = uuid::Uuid::new_v4().simple().to_string();
     format!("bench-{}-", &run_id[..8])
 }
 
 impl Spec {
-    /// Whether these settings make a run, before any server is asked.
+    /// Checks the settings before any server is contacted.
     ///
     /// # Errors
     /// Those of [`run`].
@@ -448,15 +461,15 @@ impl Spec {
         Ok(())
     }
 
-    /// When each request is released, since the start: as the dataset says, else as the arrivals do.
-    fn releases(&self, orders: &[Order]) -> Result<Vec<Duration>, BenchError> {
-        if let Some(own) = orders.iter().map(|order| order.release).collect() {
+    /// The release time of each request since the start: from the dataset, else from the arrivals.
+    fn releases(&self, items: &[WorkItem]) -> Result<Vec<Duration>, BenchError> {
+        if let Some(own) = items.iter().map(|item| item.release).collect() {
             return Ok(own);
         }
-        self.schedule(orders.len())
+        self.schedule(items.len())
     }
 
-    /// When the arrivals release each of `count` requests.
+    /// The release times of `count` requests by the arrival process.
     fn schedule(&self, count: usize) -> Result<Vec<Duration>, BenchError> {
         let Arrivals {
             request_rate,

@@ -1,4 +1,4 @@
-//! Settings of a run that most runs leave alone. Plain values.
+//! Optional settings of a run. Plain values.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,39 +6,39 @@ use std::time::Duration;
 use crate::bench::rng::python::Random;
 use crate::bench::tokenizer::Tokenizer;
 
-/// What a run does beside sending its workload. By default nothing.
+/// Optional features of a run. All are off by default.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Options {
-    /// Modules that requests ask for in place of the model.
+    /// LoRA adapters that requests use instead of the model.
     pub lora: Option<Lora>,
     /// The field `logprobs` of completions.
     pub logprobs: Option<u32>,
-    /// How long the server may take until it answers the first prompt, before anything else is sent; 0 does not ask.
+    /// Time limit for the first answer, before anything else is sent; 0 skips the check.
     pub ready_check: Duration,
-    /// Requests of one token per second beside the workload, one at a time; 0 is none.
+    /// One-token probe requests per second during the run, one at a time; 0 sends none.
     pub probe_rate: f64,
-    /// What the ids of requests begin with, instead of a random text.
+    /// Prefix of request ids; by default a random one.
     pub request_id_prefix: Option<String>,
-    /// Counts the tokens of answers of which the server does not.
+    /// Counts the tokens of answers for which the server reports no count.
     pub tokenizer: Option<Arc<Tokenizer>>,
-    /// Whether a server's certificate is not checked.
+    /// Accepts any server certificate.
     pub is_insecure: bool,
-    /// Whether vLLM's layout leaves out what its client cannot count without a tokenizer.
+    /// Leaves out of vLLM's table what its client cannot count without a tokenizer.
     pub is_without_tokenizer: bool,
 }
 
-/// Modules that requests ask for in place of the model.
+/// LoRA adapters that requests use instead of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lora {
-    /// Their names.
+    /// Adapter names.
     pub modules: Vec<String>,
-    /// Which request asks for which.
+    /// How adapters are assigned to requests.
     pub assignment: LoraAssignment,
 }
 
 impl Lora {
-    /// The module of each of `count` requests: Python's `random.choice` after `random.seed(seed)`, which is what vLLM's client
-    /// draws where its dataset draws nothing of that generator, as the random one. There is at least one module.
+    /// The adapter of each of `count` requests: Python's `random.choice` after `random.seed(seed)`. vLLM's client draws
+    /// the same where its dataset does not use that generator, as with `random`. `modules` must not be empty.
     pub(super) fn assigned(&self, count: usize, seed: u32) -> Vec<Arc<str>> {
         let modules: Vec<Arc<str>> = self.modules.iter().map(|name| name.as_str().into()).collect();
         let mut generator = Random::new(seed.into());
@@ -50,27 +50,27 @@ impl Lora {
     }
 }
 
-/// Which request asks for which module.
+/// How adapters are assigned to requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LoraAssignment {
-    /// Any one, by the seed.
+    /// At random, by the seed.
     Random,
-    /// One after the other.
+    /// In turn.
     RoundRobin,
 }
 
-/// What the result calls the run. None of it is sent.
+/// Names in the result file. None of them is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Naming {
-    /// The backend as the user named it, if that is not its first name.
+    /// The backend as the user named it, if it is not the first name.
     pub backend: Option<&'static str>,
-    /// The model as the user or the server named it, if that is not its name in requests.
+    /// The model as the user or the server named it, if it differs from the name in requests.
     pub model_id: Option<String>,
-    /// Where the tokenizer came from, if there was one.
+    /// The tokenizer, if there was one.
     pub tokenizer_id: Option<String>,
-    /// The user's name of the run.
+    /// The user's label of the run.
     pub label: Option<String>,
-    /// More keys of the result.
+    /// Additional keys of the result.
     pub metadata: Vec<(String, String)>,
 }
 

@@ -1,129 +1,129 @@
-//! What is known of one request after it has ended. Plain values: `load` and `client` write them, `stats` reads them.
+//! The record of one finished request. Plain values: `load` and `client` write them, `stats` reads them.
 
 use std::time::Duration;
 
-/// One request that has ended. Instants are since the start of the run.
+/// A finished request. Times are since the start of the run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// Its place in the workload, from 0.
+    /// Index in the workload, from 0.
     pub index: usize,
-    /// When the schedule wanted it out.
+    /// Scheduled release time.
     pub scheduled: Duration,
-    /// When the client came to it: later than scheduled by the client's own lag.
+    /// Actual release time. The difference to `scheduled` is the client's lag.
     pub released: Duration,
-    /// When it could be sent: later than released if it waited for others (`max_concurrency`).
+    /// Time at which it could be sent: later than `released` if it waited for other requests (`max_concurrency`).
     pub admitted: Duration,
-    /// When it was sent: right before its connection was made or, on one that was idle, right before it was written.
+    /// Time of sending: right before its connection was opened or, on an idle connection, right before it was written.
     pub started: Duration,
-    /// What came back, or why nothing usable did, in one line.
+    /// The answer, or the error in one line.
     pub result: Result<Answer, String>,
 }
 
-/// A whole streamed answer. Times are since the request was sent.
+/// A complete streamed answer. Times are since the request was sent.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Answer {
-    /// Until the first chunk with output was received: one with a choice that does not just name the role.
+    /// Time to the first chunk with output: one with a choice that does not only name the role.
     pub first_token: Duration,
-    /// Between each chunk with output and the one before.
+    /// Gap before each further chunk with output.
     pub gaps: Vec<Duration>,
-    /// Until the last chunk with output was received. The usage chunk and the end of the stream do not count.
+    /// Time to the last chunk with output. The usage chunk and the end of the stream do not count.
     pub latency: Duration,
-    /// Tokens of the prompt as the server counted them.
+    /// Prompt tokens as counted by the server.
     pub prompt_tokens: Option<u64>,
-    /// Tokens of the answer as the server counted them.
+    /// Answer tokens as counted by the server.
     pub completion_tokens: Option<u64>,
-    /// How long the connection took, which is part of all times; zero on a connection that was used before.
+    /// Time to connect, which is part of all times; zero on a reused connection.
     pub connected: Duration,
-    /// Tokens of each chunk with a choice, where the server told: by their ids, or by a count that runs along. Else empty.
+    /// Tokens of each chunk with a choice, if the server reported them by ids or by a running count. Else empty.
     pub chunk_tokens: Vec<u32>,
-    /// How late the answer was read, which is in none of its times where the kernel stamps what comes.
-    pub backlog: Backlog,
-    /// The text; empty unless it is kept, or still to be counted.
+    /// Delay between the arrival of data and its read. It is not part of the times where the kernel timestamps data.
+    pub read_delay: ReadDelay,
+    /// The text; empty unless it is kept or its tokens must still be counted.
     pub text: String,
-    /// What the server told of the request in the headers of its answer.
-    pub told: Told,
+    /// Timings that the server reported in headers and chunks.
+    pub timings: ServerTimings,
 }
 
-/// What xpyd's proxy, and some other servers, tell of a request in the headers of its answer. Empty where they do not.
+/// Timings that xpyd's proxy and some other servers report with an answer. Empty if they report none.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Told {
-    /// `x-xpyd-handoff`: what became of the hand-off.
+pub struct ServerTimings {
+    /// `x-xpyd-handoff`: the outcome of the hand-off.
     pub handoff: Option<String>,
-    /// `Server-Timing`: how long the stages took until the answer began.
+    /// `Server-Timing`: the length of each stage before the answer.
     pub timing: Option<String>,
-    /// What the engine that answered says of the request, with `--enable-per-request-metrics`.
+    /// Times that the engine reports with `--enable-per-request-metrics`.
     pub engine: Option<EngineTimes>,
 }
 
-/// An engine's own times of one request: `metrics` of vLLM's last chunk, or of its whole answer.
+/// The engine's times of one request: `metrics` in vLLM's last chunk or in its whole answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EngineTimes {
-    /// From its arrival in the scheduler until it was scheduled.
+    /// From arrival in the scheduler to being scheduled.
     pub queue: Duration,
-    /// From there to its first token.
+    /// From being scheduled to the first token.
     pub first_token: Duration,
 }
 
-/// How long what came had to wait to be read.
+/// Delay between the arrival of data and its read by the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Backlog {
-    /// Reads that the kernel told of.
+pub struct ReadDelay {
+    /// Reads with a kernel timestamp.
     pub reads: u64,
-    /// Reads that it told nothing of; their times hold whatever wait there was.
+    /// Reads without one; their times include the delay.
     pub unknown: u64,
-    /// Chunks that came out of one read with an earlier one after a wait of more than [`Backlog::LATE`]. They may have come
-    /// apart, and then the gap between them is lost.
+    /// Chunks that were read together with an earlier one after a delay of more than [`ReadDelay::LATE`]. If they
+    /// arrived separately, the gap between them is lost.
     pub merged: u64,
-    /// The waits together.
+    /// Sum of all delays.
     pub total: Duration,
-    /// The longest wait.
+    /// Longest delay.
     pub most: Duration,
 }
 
-/// How it is known which chunk held how many tokens. The order is that of trust, the most first.
+/// How the tokens of each chunk were counted, in decreasing order of trust.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TokenCount {
-    /// There are as many chunks as tokens.
+    /// As many chunks as tokens.
     OnePerChunk,
-    /// The server told of every chunk.
-    Told,
-    /// Only the whole number is known, and spread evenly over the chunks.
+    /// Reported by the server for every chunk.
+    Reported,
+    /// Only the total is known; it is spread evenly over the chunks.
     Spread,
 }
 
-/// What a run cost the client itself.
+/// CPU use of the client during a run.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Effort {
-    /// Threads that sent requests and read answers.
+pub struct ClientUsage {
+    /// Number of worker threads.
     pub threads: usize,
-    /// The share of a core, 0 to 1, that the busiest of these threads used in the half second where it used most. 0 when
-    /// the run was shorter.
+    /// Highest share of a core, 0 to 1, that a worker thread used in any half second. 0 for a shorter run.
     pub busiest: f64,
-    /// What all threads of the process used.
+    /// CPU time of all threads of the process.
     pub processor_time: Duration,
-    /// How long the run took.
+    /// Length of the run.
     pub wall_time: Duration,
-    /// Cores that the process may use.
+    /// Cores available to the process.
     pub cores: usize,
 }
 
 impl Record {
-    /// How late the client was: in coming to the request, and in sending it once it could. Waits for others are none of it.
+    /// The client's lag: the delay of the release, and of sending after admission. Waiting for other requests does not
+    /// count.
     pub fn release_lag(&self) -> Duration {
         self.released.saturating_sub(self.scheduled) + self.started.saturating_sub(self.admitted)
     }
 
-    /// How long the request waited in the client for others to end.
+    /// Time that the request waited in the client for others to end.
     pub fn queue_time(&self) -> Duration {
         self.started.saturating_sub(self.released)
     }
 }
 
-impl Backlog {
-    /// A wait that is long enough for a server to have sent more.
+impl ReadDelay {
+    /// A delay long enough for a server to have sent another chunk.
     pub const LATE: Duration = Duration::from_millis(1);
 
-    /// Counts one more read.
+    /// Counts one read.
     pub(super) fn add(&mut self, waited: Option<Duration>) {
         match waited {
             None => self.unknown += 1,
@@ -135,7 +135,7 @@ impl Backlog {
         }
     }
 
-    /// Of this answer and another one.
+    /// The sum of two.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self {
@@ -148,8 +148,8 @@ impl Backlog {
     }
 }
 
-/// Each token's part of the gap before its chunk. A chunk without tokens adds its gap to the next one.
-fn shared(gaps: impl Iterator<Item = f64>, chunk_tokens: &[u32]) -> Vec<f64> {
+/// Splits the gap before each chunk among its tokens. A chunk without tokens adds its gap to the next one.
+fn split_gaps(gaps: impl Iterator<Item = f64>, chunk_tokens: &[u32]) -> Vec<f64> {
     let mut shared = Vec::new();
     let mut waited = 0.0;
     let mut has_token = chunk_tokens[0] > 0;
@@ -168,7 +168,7 @@ fn shared(gaps: impl Iterator<Item = f64>, chunk_tokens: &[u32]) -> Vec<f64> {
 }
 
 impl Answer {
-    /// Tokens of the answer: the server's count or a tokenizer's, else one per chunk.
+    /// Answer tokens: the count of the server or a tokenizer, else one per chunk.
     pub fn output_tokens(&self) -> u64 {
         match self.completion_tokens {
             None | Some(0) => 1 + self.gaps.len() as u64,
@@ -176,14 +176,14 @@ impl Answer {
         }
     }
 
-    /// Seconds per token after the first, of each token: the gap before its chunk, shared among the tokens of the chunk. And
-    /// how well it is known which chunk held how many.
+    /// The gap of each token after the first, in seconds: the gap before its chunk, split among the tokens of the
+    /// chunk. Also returns how the tokens were counted.
     pub fn token_gaps(&self) -> (Vec<f64>, TokenCount) {
         let chunks = self.gaps.len() + 1;
         let gaps = self.gaps.iter().map(Duration::as_secs_f64);
         let tokens = usize::try_from(self.output_tokens()).unwrap_or(usize::MAX);
         if self.chunk_tokens.len() == chunks {
-            return (shared(gaps, &self.chunk_tokens), TokenCount::Told);
+            return (split_gaps(gaps, &self.chunk_tokens), TokenCount::Reported);
         }
         if tokens == chunks {
             return (gaps.collect(), TokenCount::OnePerChunk);

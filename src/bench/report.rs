@@ -1,4 +1,4 @@
-//! The result of a run: its settings, its records and its numbers, and the forms it can be shown in.
+//! The result of a run: settings, records, numbers, and the forms in which it is shown.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -6,74 +6,74 @@ use std::time::Duration;
 use crate::bench::Spec;
 use crate::bench::client::engine_counters::{Diffusion, Speculation};
 use crate::bench::export;
-use crate::bench::latency_breakdown::{Engine, GpuUse, Summary};
-use crate::bench::load::Outcome;
-use crate::bench::record::{Effort, Record};
-use crate::bench::stats::client_saturation::{MachineUse, Verdict};
+use crate::bench::latency_breakdown::{BreakdownSummary, EngineCounters, GpuUse};
+use crate::bench::load::LoadResult;
+use crate::bench::record::{ClientUsage, Record};
+use crate::bench::stats::client_saturation::{ClientValidity, MachineUse};
 use crate::bench::stats::failures::{FailureGroup, by_cause};
-use crate::bench::stats::latency_stats::Statistics;
+use crate::bench::stats::latency_stats::LatencyStats;
 use crate::bench::stats::{Distribution, Metric, Metrics, Selection};
 
 /// The result of a run.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// When it ended, in local time, as vLLM writes it: `20261122-205142`.
+    /// End of the run in local time, as vLLM writes it: `20261122-205142`.
     pub date: String,
-    /// What it was.
+    /// The settings.
     pub spec: Spec,
-    /// Its numbers.
+    /// The numbers.
     pub metrics: Metrics,
-    /// Requests that have ended, in the order of the schedule.
+    /// Finished requests in the order of the schedule.
     pub records: Vec<Record>,
-    /// Length of each prompt as it was sent, in tokens, by its place in the workload.
+    /// Length of each prompt as sent, in tokens, by index in the workload.
     pub prompt_lengths: Vec<u64>,
-    /// Requests that were released and then dropped by the stop.
+    /// Requests that were in flight when the run was stopped.
     pub dropped: usize,
-    /// Requests that the stop came before.
+    /// Requests that were never sent.
     pub unsent: usize,
-    /// What the run cost the client.
-    pub effort: Effort,
-    /// What was seen beside the requests.
-    pub beside: Beside,
-    /// Made when it is asked for.
-    pub(super) statistics: OnceLock<Statistics>,
+    /// CPU use of the client.
+    pub client_usage: ClientUsage,
+    /// Data beyond the requests.
+    pub extras: Extras,
+    /// Computed on first use.
+    pub(super) latency_stats: OnceLock<LatencyStats>,
 }
 
-/// What was seen beside the requests of the workload.
+/// Data about a run beyond its requests.
 #[derive(Debug, Clone, Default)]
-pub struct Beside {
-    /// When the schedule began.
+pub struct Extras {
+    /// Start of the schedule.
     pub started_at: Option<jiff::Zoned>,
-    /// Speculative decoding, where the server tells of it.
+    /// Speculative decoding, if the server reports it.
     pub speculation: Option<Speculation>,
-    /// Diffusion decoding, where the server tells of it.
+    /// Diffusion decoding, if the server reports it.
     pub diffusion: Option<Diffusion>,
-    /// The probes, if there were any.
+    /// The probe requests, if there were any.
     pub probes: Option<Probes>,
-    /// How the machine's cores spent the run, where the caller looked.
+    /// CPU use of the machine, if the caller measured it.
     pub machine: Option<MachineUse>,
-    /// What the engines behind the server counted; empty where nothing tells.
-    pub engines: Vec<Engine>,
-    /// Answers of which the server told no number of tokens.
-    pub uncounted: Option<Uncounted>,
-    /// What was measured, as JSON; null where nobody said. Nothing here finds it out: who runs the benchmark may.
+    /// Counters of the engines behind the server; empty if it reports none.
+    pub engines: Vec<EngineCounters>,
+    /// Answers for which the server reported no token count.
+    pub missing_usage: Option<MissingUsage>,
+    /// Description of server and fleet as JSON, from the caller; null if unknown.
     pub setup: serde_json::Value,
-    /// What this machine's GPUs did. Nothing here measures it: who runs the benchmark may.
+    /// GPU use of this machine, from the caller.
     pub gpus: Vec<GpuUse>,
 }
 
-/// Answers of which the server told no number of tokens.
+/// Answers for which the server reported no token count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Uncounted {
-    /// How many.
+pub struct MissingUsage {
+    /// Number of answers.
     pub answers: usize,
-    /// Whether a tokenizer has counted them since. Without one, each chunk counts as a token.
+    /// Whether a tokenizer counted them. Without one, each chunk counts as a token.
     pub by_tokenizer: bool,
 }
 
-impl Uncounted {
-    /// Counts what the server did not, from the texts, as vLLM's client does. Texts that were kept for that alone go.
-    pub(super) fn settle(records: &mut [Record], spec: &Spec) -> Option<Self> {
+impl MissingUsage {
+    /// Counts missing tokens from the texts, as vLLM's client does. Texts that were kept only for this are dropped.
+    pub(super) fn fill_in(records: &mut [Record], spec: &Spec) -> Option<Self> {
         let mut answers = 0;
         for answer in records.iter_mut().filter_map(|record| record.result.as_mut().ok()) {
             if !matches!(answer.completion_tokens, None | Some(0)) {
@@ -97,36 +97,36 @@ impl Uncounted {
         })
     }
 
-    /// What to know of it.
+    /// The note for the report.
     pub(super) fn note(self) -> String {
         let Self { answers, by_tokenizer } = self;
         if by_tokenizer {
             format!(
-                "the server told no usage of {answers} answers: their tokens were counted by the tokenizer, from the text"
+                "the server reported no usage for {answers} answers: the tokenizer counted their tokens from the text"
             )
         } else {
             format!(
-                "the server told no usage of {answers} answers, and there is no tokenizer: each chunk counts as one token"
+                "the server reported no usage for {answers} answers, and there is no tokenizer: each chunk counts as one token"
             )
         }
     }
 }
 
-/// The requests of one token beside the workload.
+/// The probe requests.
 #[derive(Debug, Clone, Default)]
 pub struct Probes {
-    /// How many failed.
+    /// Number of failed requests.
     pub failed: usize,
-    /// The latencies of those that did not, in seconds.
+    /// Latencies of the successful ones, in seconds.
     pub latencies: Vec<f64>,
 }
 
-/// The numbers of probes, of which at least one succeeded.
+/// The numbers of the probe requests, if at least one succeeded.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ProbeNumbers {
-    /// How many succeeded.
+    /// Number of successful requests.
     pub completed: usize,
-    /// How many failed.
+    /// Number of failed requests.
     pub failed: usize,
     /// Median latency, in milliseconds.
     pub median_ms: f64,
@@ -137,7 +137,7 @@ pub struct ProbeNumbers {
 }
 
 impl Probes {
-    /// Their numbers, unless none succeeded.
+    /// The numbers; `None` if no probe succeeded.
     pub fn numbers(&self) -> Option<ProbeNumbers> {
         let latencies = Distribution::of_seconds(self.latencies.clone(), &[99.0, 100.0]);
         let [(_, p99_ms), (_, most_ms)] = latencies.percentiles[..] else {
@@ -154,19 +154,19 @@ impl Probes {
 }
 
 impl Report {
-    /// As many failures as vLLM shows.
+    /// Failures to show, as in vLLM.
     const SHOWN_FAILURES: usize = 10;
 
-    pub(super) fn new(spec: &Spec, prompt_lengths: Vec<u64>, outcome: Outcome) -> Self {
+    pub(super) fn new(spec: &Spec, prompt_lengths: Vec<u64>, outcome: LoadResult) -> Self {
         Self {
             dropped: outcome.dropped,
             unsent: outcome.unsent,
-            effort: outcome.effort,
+            client_usage: outcome.client_usage,
             ..Self::of_records(spec, prompt_lengths, outcome.records, outcome.duration)
         }
     }
 
-    /// The report on records that are there already, of a run that took so long and ends now.
+    /// A report on given records, of a run of this length that ends now.
     pub fn of_records(spec: &Spec, prompt_lengths: Vec<u64>, records: Vec<Record>, duration: Duration) -> Self {
         let selection = Selection {
             percentiles: &spec.percentiles,
@@ -182,14 +182,14 @@ impl Report {
             prompt_lengths,
             dropped: 0,
             unsent: 0,
-            effort: Effort::default(),
-            beside: Beside::default(),
-            statistics: OnceLock::new(),
+            client_usage: ClientUsage::default(),
+            extras: Extras::default(),
+            latency_stats: OnceLock::new(),
         }
     }
 
-    /// The latencies that the user wants to see, in the order of the table. vLLM's client shows those of tokens only where
-    /// it has a tokenizer.
+    /// The latencies to show, in the order of the table. Like vLLM's client, it shows token latencies only with a
+    /// tokenizer.
     pub fn shown_latencies(&self) -> impl Iterator<Item = (Metric, &Distribution)> {
         let is_of_tokens = |metric: Metric| matches!(metric, Metric::Ttft | Metric::Tpot | Metric::Itl);
         let has_tokenizer = !self.spec.options.is_without_tokenizer;
@@ -203,15 +203,15 @@ impl Report {
             .filter(move |(metric, _)| has_tokenizer || !is_of_tokens(*metric))
     }
 
-    /// When a request was released, since the start; known of those that have ended.
+    /// Release time of a request that has ended, since the start.
     pub(super) fn released(&self, index: usize) -> Option<Duration> {
         let found = self.records.binary_search_by_key(&index, |record| record.index).ok()?;
         Some(self.records[found].released)
     }
 
-    /// An instant of the run in local time, as Python's `isoformat` writes it; null where nobody knows when it began.
+    /// A time of the run in local time, as Python's `isoformat` writes it. `None` if the start is unknown.
     pub(super) fn local_time(&self, since_start: Duration) -> Option<String> {
-        let start = self.beside.started_at.as_ref()?;
+        let start = self.extras.started_at.as_ref()?;
         let instant = start.checked_add(since_start).ok()?;
         Some(instant.strftime("%Y-%m-%dT%H:%M:%S.%6f").to_string())
     }
@@ -221,23 +221,23 @@ impl Report {
         export::vllm_table::render(self)
     }
 
-    /// The file of `vllm bench serve --save-result`, with what is xpyd's own under the key `xpyd`. `detailed` adds the
-    /// values of single requests.
+    /// The result file of `vllm bench serve --save-result`, with xpyd's additions under the key `xpyd`. `detailed` adds
+    /// the values of single requests.
     pub fn to_json(&self, detailed: bool) -> serde_json::Value {
         export::json::render(self, detailed)
     }
 
-    /// The report as one page of HTML that needs nothing else.
+    /// The report as one self-contained HTML page.
     pub fn to_html(&self) -> String {
         export::html::of_report(self)
     }
 
-    /// The same as text: one line, as Python writes it, without the line end.
+    /// The JSON as text: one line, as Python writes it, without the line end.
     pub fn to_text(&self, detailed: bool) -> String {
         export::python::render(&self.to_json(detailed))
     }
 
-    /// The name of its file, unless the user has another.
+    /// The default file name.
     pub fn file_name(&self) -> String {
         export::file_name::name(self)
     }
@@ -252,39 +252,38 @@ impl Report {
         self.spec.naming.model_id.as_ref().unwrap_or(&self.spec.model)
     }
 
-    /// Intervals of the latencies, stalls, and the same without cold requests. Resampling takes up to a second, so it is done
-    /// once, when somebody asks.
-    pub fn statistics(&self) -> &Statistics {
-        self.statistics
-            .get_or_init(|| Statistics::of(&self.records, &self.spec.percentiles))
+    /// Latency statistics with confidence intervals. The bootstrap takes up to a second, so it runs once, on first use.
+    pub fn latency_stats(&self) -> &LatencyStats {
+        self.latency_stats
+            .get_or_init(|| LatencyStats::of(&self.records, &self.spec.percentiles))
     }
 
-    /// Whether the client was up to what it measured.
-    pub fn verdict(&self) -> Verdict {
-        Verdict::on(self)
+    /// Whether the client limited the measurement.
+    pub fn validity(&self) -> ClientValidity {
+        ClientValidity::of(self)
     }
 
-    /// The result on half a screen, for people.
+    /// A short summary for people.
     pub fn summary(&self) -> String {
         export::xpyd_table::summary(self)
     }
 
-    /// What stands below vLLM's table: [`Report::statistics`] and what the client itself did, for people.
+    /// The details below vLLM's table, for people: [`Report::latency_stats`] and the client's own load.
     pub fn remarks(&self) -> String {
         export::xpyd_table::details(self)
     }
 
-    /// Where the time to the first token went, as far as the server tells.
-    pub fn attribution(&self) -> Option<Summary> {
-        Summary::of(&self.records, &self.beside.engines)
+    /// The stages of the time to first token, as far as the server reports them.
+    pub fn latency_breakdown(&self) -> Option<BreakdownSummary> {
+        BreakdownSummary::of(&self.records, &self.extras.engines)
     }
 
-    /// How many requests failed.
+    /// Number of failed requests.
     pub fn failed(&self) -> usize {
         self.metrics.failed
     }
 
-    /// Whether it was stopped before every request had ended.
+    /// Whether the run was stopped before all requests had ended.
     pub fn is_partial(&self) -> bool {
         self.dropped + self.unsent > 0
     }
@@ -305,19 +304,19 @@ impl Report {
             .map_or(0.0, |distribution| distribution.mean)
     }
 
-    /// How much later than scheduled the client released the requests: its own error, which no server is to blame for.
+    /// How late the client sent requests: its own error, not the server's.
     pub fn release_lag(&self) -> Distribution {
         let lags = self.records.iter().map(|record| record.release_lag().as_secs_f64());
         Distribution::of_seconds(lags.collect(), &[50.0, 99.0, 100.0])
     }
 
-    /// The failures by cause, the most frequent first.
+    /// Failures by cause, the most frequent first.
     pub fn failures(&self) -> Vec<FailureGroup> {
         let records = self.records.iter().enumerate();
         by_cause(records.filter_map(|(place, record)| Some((place, record.result.as_ref().err()?.as_str()))))
     }
 
-    /// What vLLM prints before the table when requests failed: the first of them, in the order of the schedule.
+    /// The lines that vLLM prints before the table if requests failed: the first failures in the order of the schedule.
     pub fn failure_lines(&self) -> Vec<String> {
         let causes = self.records.iter().filter_map(|record| record.result.as_ref().err());
         let mut lines: Vec<String> = causes
@@ -335,7 +334,7 @@ impl Report {
         lines
     }
 
-    /// The failures by cause, the most frequent first, a line each.
+    /// Failures by cause, the most frequent first, one line each.
     pub fn failure_summary(&self) -> Option<String> {
         let groups = self.failures();
         let lines = groups

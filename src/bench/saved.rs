@@ -1,75 +1,75 @@
-//! A saved result, of `vllm bench serve` or of `xpyd bench`, read back. Pure: what it reads is a text.
+//! Reads saved results of `vllm bench serve` or `xpyd bench`. Pure: the input is a text.
 
 use serde_json::{Map, Value};
 
 use crate::bench::stats::Metric;
 use crate::bench::stats::bootstrap::{Column, Statistic};
 
-/// What a saved result says.
+/// A saved result.
 #[derive(Debug, Clone)]
-pub struct Saved {
-    /// The last result of the text, whole.
+pub struct SavedResult {
+    /// The last result of the text.
     pub document: Map<String, Value>,
-    /// How many results the text holds: `--append-result` puts one on each line.
+    /// Number of results in the text: `--append-result` writes one per line.
     pub results: usize,
-    /// The values of single requests; of a plain file, only the end-to-end latencies.
+    /// Values of single requests; a plain file only has the end-to-end latencies.
     columns: Vec<(Metric, Column)>,
 }
 
-/// Why a text is no saved result.
+/// Why a text is not a saved result.
 #[derive(Debug, thiserror::Error)]
-pub enum SavedError {
+pub enum SavedResultError {
     /// Not JSON.
-    #[error("it is not JSON")]
+    #[error("the file is not JSON")]
     Json(#[source] serde_json::Error),
-    /// Nothing in it.
-    #[error("it is empty")]
+    /// The file is empty.
+    #[error("the file is empty")]
     Empty,
-    /// JSON of another kind.
-    #[error("it is no saved result: `{0}` is missing")]
+    /// JSON without the keys of a result.
+    #[error("the file is not a saved result: `{0}` is missing")]
     Missing(&'static str),
-    /// Many runs in one.
-    #[error("it is the result of `--{0}`, which is not of one run")]
+    /// A result of several runs.
+    #[error("the file is the result of `--{0}`, which has more than one run")]
     ManyRuns(String),
-    /// A list that does not fit the others.
-    #[error("`{field}` has {length} entries, and {expected} requests ended")]
+    /// A list of a different length.
+    #[error("`{field}` has {length} entries for {expected} requests")]
     Length {
-        /// The list.
+        /// Key of the list.
         field: &'static str,
-        /// Its length.
+        /// Length of the list.
         length: usize,
-        /// What the others have.
+        /// Length of the other lists.
         expected: usize,
     },
-    /// A list whose entries are something else.
-    #[error("`{0}` does not hold what it should")]
+    /// A list with entries of a wrong type.
+    #[error("`{0}` has values of a wrong type")]
     Type(&'static str),
 }
 
-/// The latencies that a file has values of.
+/// Latencies that a file has values of.
 const KEPT: [Metric; 4] = [Metric::Ttft, Metric::Tpot, Metric::Itl, Metric::E2el];
 
-impl Saved {
+impl SavedResult {
     /// Reads the last result of a text.
     ///
     /// # Errors
-    /// When it is no result of a single run, or its lists contradict each other.
-    pub fn read(text: &str) -> Result<Self, SavedError> {
+    /// When it is not the result of a single run, or its lists contradict each other.
+    pub fn read(text: &str) -> Result<Self, SavedResultError> {
         let mut last = None;
         let mut results = 0;
         for document in serde_json::Deserializer::from_str(text).into_iter::<Value>() {
-            last = Some(document.map_err(SavedError::Json)?);
+            last = Some(document.map_err(SavedResultError::Json)?);
             results += 1;
         }
-        let Value::Object(document) = last.ok_or(SavedError::Empty)? else {
-            return Err(SavedError::Missing("duration"));
+        let Value::Object(document) = last.ok_or(SavedResultError::Empty)? else {
+            return Err(SavedResultError::Missing("duration"));
         };
         if let Some(mode) = document.get("xpyd_bench").and_then(Value::as_str) {
-            return Err(SavedError::ManyRuns(mode.to_owned()));
+            return Err(SavedResultError::ManyRuns(mode.to_owned()));
         }
         for field in ["duration", "completed", "request_throughput"] {
             if !document.get(field).is_some_and(Value::is_number) {
-                return Err(SavedError::Missing(field));
+                return Err(SavedResultError::Missing(field));
             }
         }
         let columns = columns(&document)?;
@@ -80,24 +80,24 @@ impl Saved {
         })
     }
 
-    /// A number at the top of the result.
+    /// A top-level number of the result.
     pub fn number(&self, key: &str) -> Option<f64> {
         self.document.get(key).and_then(Value::as_f64)
     }
 
-    /// The values of single requests.
+    /// Values of single requests.
     pub fn column(&self, metric: Metric) -> Option<&Column> {
         let found = self.columns.iter().find(|(present, _)| *present == metric);
         found.map(|(_, column)| column).filter(|column| !column.is_empty())
     }
 
-    /// A statistic in milliseconds: as the file says, else from the single values.
+    /// A statistic in milliseconds: from the file, else from the values of single requests.
     pub fn value(&self, metric: Metric, statistic: Statistic) -> Option<f64> {
         let written = self.number(&format!("{}_{}_ms", name(statistic), metric.key()));
         written.or_else(|| Some(self.column(metric)?.value(statistic)? * 1000.0))
     }
 
-    /// The percentiles of a latency that the file has, the median not among them.
+    /// The percentiles of a latency in the file, without the median.
     pub fn percentiles(&self, metric: Metric) -> Vec<f64> {
         let end = format!("_{}_ms", metric.key());
         let keys = self.document.keys();
@@ -106,7 +106,7 @@ impl Saved {
     }
 }
 
-/// A statistic's name in keys.
+/// The name of a statistic in keys.
 fn name(statistic: Statistic) -> String {
     match statistic {
         Statistic::Mean => "mean".to_owned(),
@@ -115,8 +115,8 @@ fn name(statistic: Statistic) -> String {
     }
 }
 
-/// The values of single requests, in seconds, as far as the file has them.
-fn columns(document: &Map<String, Value>) -> Result<Vec<(Metric, Column)>, SavedError> {
+/// The values of single requests in seconds, as far as the file has them.
+fn columns(document: &Map<String, Value>) -> Result<Vec<(Metric, Column)>, SavedResultError> {
     let Some(latencies) = list(document, "latencies", Value::as_f64)? else {
         return Ok(Vec::new());
     };
@@ -136,14 +136,14 @@ fn columns(document: &Map<String, Value>) -> Result<Vec<(Metric, Column)>, Saved
         ("itls", gaps.as_ref().map(Vec::len)),
     ] {
         if let Some(length) = length.filter(|length| *length != count) {
-            return Err(SavedError::Length {
+            return Err(SavedResultError::Length {
                 field,
                 length,
                 expected: count,
             });
         }
     }
-    // A failed request has no latency in a plain file, and its cause in a detailed one.
+    // A failed request has no latency in a plain file, and an error in a detailed one.
     let answered = |place: usize| match &errors {
         Some(errors) => errors[place].is_empty(),
         None => latencies[place] > 0.0,
@@ -171,19 +171,19 @@ fn columns(document: &Map<String, Value>) -> Result<Vec<(Metric, Column)>, Saved
     Ok(KEPT.into_iter().map(column).collect())
 }
 
-/// A list of the file; `None` where it is left out.
+/// A list of the file; `None` if it is missing.
 fn list<T>(
     document: &Map<String, Value>,
     field: &'static str,
     entry: impl Fn(&Value) -> Option<T>,
-) -> Result<Option<Vec<T>>, SavedError> {
+) -> Result<Option<Vec<T>>, SavedResultError> {
     match document.get(field) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Array(entries)) => {
             let read: Option<Vec<T>> = entries.iter().map(entry).collect();
-            read.map(Some).ok_or(SavedError::Type(field))
+            read.map(Some).ok_or(SavedResultError::Type(field))
         }
-        Some(_) => Err(SavedError::Type(field)),
+        Some(_) => Err(SavedResultError::Type(field)),
     }
 }
 
@@ -203,8 +203,8 @@ mod tests {
     }
 
     #[test]
-    fn failed_requests_and_answers_of_one_token_have_no_values_where_vllm_has_none() {
-        let saved = Saved::read(&detailed().to_string()).unwrap();
+    fn failed_requests_and_one_token_answers_have_no_values() {
+        let saved = SavedResult::read(&detailed().to_string()).unwrap();
         let lengths = KEPT.map(|metric| saved.column(metric).unwrap().len());
         assert_eq!(lengths, [2, 1, 2, 2]);
         let tpot = saved.value(Metric::Tpot, Statistic::Mean).unwrap();
@@ -214,45 +214,42 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_file_has_the_end_to_end_latencies_alone() {
+    fn a_plain_file_only_has_end_to_end_latencies() {
         let mut plain = detailed();
         for key in ["ttfts", "output_lens", "itls", "errors"] {
             plain.as_object_mut().unwrap().remove(key);
         }
-        let saved = Saved::read(&plain.to_string()).unwrap();
+        let saved = SavedResult::read(&plain.to_string()).unwrap();
         assert_eq!(saved.column(Metric::E2el).unwrap().len(), 2);
         assert!(saved.column(Metric::Ttft).is_none());
     }
 
     #[test]
-    fn of_many_results_the_last_one_counts() {
+    fn the_last_of_several_results_is_used() {
         let mut second = detailed();
         second["mean_ttft_ms"] = json!(7.0);
-        let saved = Saved::read(&format!("{}\n{second}\n", detailed())).unwrap();
+        let saved = SavedResult::read(&format!("{}\n{second}\n", detailed())).unwrap();
         assert_eq!((saved.results, saved.number("mean_ttft_ms")), (2, Some(7.0)));
     }
 
     #[test]
-    fn what_is_no_result_is_refused_with_the_reason() {
-        let refused = |text: &str| Saved::read(text).unwrap_err().to_string();
-        assert_eq!(refused("x"), "it is not JSON");
-        assert_eq!(refused(" "), "it is empty");
-        assert_eq!(refused("[]"), "it is no saved result: `duration` is missing");
+    fn invalid_results_are_rejected_with_the_reason() {
+        let refused = |text: &str| SavedResult::read(text).unwrap_err().to_string();
+        assert_eq!(refused("x"), "the file is not JSON");
+        assert_eq!(refused(" "), "the file is empty");
+        assert_eq!(refused("[]"), "the file is not a saved result: `duration` is missing");
         assert_eq!(
             refused("{\"duration\": 1}"),
-            "it is no saved result: `completed` is missing"
+            "the file is not a saved result: `completed` is missing"
         );
         assert_eq!(
             refused("{\"xpyd_bench\": \"sweep\"}"),
-            "it is the result of `--sweep`, which is not of one run"
+            "the file is the result of `--sweep`, which has more than one run"
         );
         let mut short = detailed();
         short["ttfts"] = json!([1.0]);
-        assert_eq!(
-            refused(&short.to_string()),
-            "`ttfts` has 1 entries, and 3 requests ended"
-        );
+        assert_eq!(refused(&short.to_string()), "`ttfts` has 1 entries for 3 requests");
         short["ttfts"] = json!("x");
-        assert_eq!(refused(&short.to_string()), "`ttfts` does not hold what it should");
+        assert_eq!(refused(&short.to_string()), "`ttfts` has values of a wrong type");
     }
 }

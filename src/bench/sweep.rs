@@ -1,4 +1,4 @@
-//! The points of a sweep, and what is told of each. Pure.
+//! The points of a sweep and the result of each. Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,41 +7,41 @@ use serde_json::{Value, json};
 
 use crate::bench::record::Record;
 use crate::bench::report::Report;
-use crate::bench::stats::overload::Growth;
+use crate::bench::stats::overload::QueueGrowth;
 use crate::bench::stats::{Distribution, Metric};
 use crate::bench::workload;
 
-/// What changes from point to point.
+/// The setting that changes between points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Axis {
-    /// Requests per second, of an open loop.
+    /// Requests per second in an open loop.
     Rate,
-    /// Requests at the server at once: each one that ends makes room for the next.
+    /// Concurrent requests: each finished request is followed by the next.
     Concurrency,
 }
 
-/// The points of a sweep, ascending.
+/// The points of a sweep in ascending order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Points {
-    /// What changes.
+    /// The setting that changes.
     pub axis: Axis,
-    /// Its values. Those of a concurrency are whole numbers.
+    /// Its values. Concurrency values are whole numbers.
     pub values: Vec<f64>,
 }
 
-/// Why a text names no points.
+/// Invalid points.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PointsError {
     /// Not of the form `rate=…` or `concurrency=…`.
     #[error("a sweep is written `rate=1,2,4` or `concurrency=1,8,64`, or with a range, as in `rate=1..16x2`")]
     Form,
-    /// A part that is neither a number nor a range.
+    /// A list entry that is neither a number nor a range.
     #[error("`{0}` is neither a number from 0 up nor a range such as `1..16x2` (times 2) or `2..10+2` (plus 2)")]
     Part(String),
-    /// A concurrency of half a request, of none, or of more than a server has connections.
-    #[error("`{0}` is no number of requests at once")]
+    /// A concurrency that is not a whole number from 1 to 65536.
+    #[error("`{0}` is not a number of concurrent requests")]
     Whole(String),
-    /// More than anybody waits for.
+    /// Too many points.
     #[error("a sweep has at most {} points", Points::MOST)]
     TooMany,
 }
@@ -64,7 +64,7 @@ impl Points {
 impl FromStr for Points {
     type Err = PointsError;
 
-    /// Reads `rate=1,2,4..32x2` or `concurrency=1,8..64+8`.
+    /// Parses `rate=1,2,4..32x2` or `concurrency=1,8..64+8`.
     fn from_str(text: &str) -> Result<Self, PointsError> {
         let (name, list) = text.split_once('=').ok_or(PointsError::Form)?;
         let axis = match name.trim() {
@@ -84,7 +84,7 @@ impl FromStr for Points {
                 return Err(PointsError::TooMany);
             }
         }
-        // Upwards, because a sweep ends where the server is overloaded.
+        // Ascending, because a sweep ends where the server is overloaded.
         values.sort_unstable_by(f64::total_cmp);
         values.dedup();
         Ok(Self { axis, values })
@@ -98,7 +98,7 @@ impl fmt::Display for Points {
     }
 }
 
-/// The values of one part of the list: a number, or a range with its step.
+/// The values of one list entry: a number, or a range with its step.
 fn values_of(part: &str) -> Option<Vec<f64>> {
     let positive = |text: &str| text.trim().parse().ok().filter(|value: &f64| *value > 0.0);
     let Some((first, rest)) = part.split_once("..") else {
@@ -114,7 +114,7 @@ fn values_of(part: &str) -> Option<Vec<f64>> {
     };
     let (mut value, last) = (positive(first)?, positive(last).filter(|last| last.is_finite())?);
     let mut values = Vec::new();
-    // A little more than the last one, because steps such as 0.1 are not exact.
+    // With a tolerance, because steps such as 0.1 are not exact.
     while value <= last * (1.0 + 1e-9) && values.len() <= Points::MOST {
         values.push(value);
         value = step(value);
@@ -122,8 +122,8 @@ fn values_of(part: &str) -> Option<Vec<f64>> {
     (!values.is_empty()).then_some(values)
 }
 
-/// A seed for the nth run of several, so that none meets the prompts of another, whose KV a server may still hold. The
-/// first one keeps the seed.
+/// The seed of the nth run, so that no run repeats the prompts of another, whose KV the server can still cache. The
+/// first run keeps the seed.
 pub fn seed(seed: u32, number: u32) -> u32 {
     if number == 0 {
         return seed;
@@ -131,8 +131,8 @@ pub fn seed(seed: u32, number: u32) -> u32 {
     workload::scramble(seed ^ number.wrapping_mul(0x9e37_79b9))
 }
 
-/// Whether the requests that have ended so far show that the server has more to do than it can. Records may stand in any
-/// order; those that a later one has overtaken are not missed, because they are slower still.
+/// Whether the finished requests show an overload. Records can be in any order; requests still in flight are not
+/// needed, because they are even slower.
 pub fn is_overloaded(records: &[Record]) -> bool {
     let mut requests: Vec<(f64, f64)> = records
         .iter()
@@ -142,16 +142,16 @@ pub fn is_overloaded(records: &[Record]) -> bool {
         })
         .collect();
     requests.sort_unstable_by(|left, right| left.0.total_cmp(&right.0));
-    Growth::of(&requests).is_some_and(Growth::is_overload)
+    QueueGrowth::of(&requests).is_some_and(QueueGrowth::is_overload)
 }
 
-/// Why a run measured its client and not the server, if it did.
+/// Why the client limited the run, if it did.
 pub fn why_invalid(report: &Report) -> Option<String> {
-    let verdict = report.verdict();
+    let verdict = report.validity();
     (!verdict.is_valid()).then(|| verdict.reasons.join("; "))
 }
 
-/// The rate at which answers came, where there are enough to tell.
+/// The rate of answers, if there are enough of them.
 fn served(records: &[Record]) -> Option<f64> {
     const LEAST: usize = 5;
     let end = |record: &Record| Some((record.started + record.result.as_ref().ok()?.latency).as_secs_f64());
@@ -161,16 +161,16 @@ fn served(records: &[Record]) -> Option<f64> {
     (ends.len() >= LEAST && last > first).then(|| (ends.len() - 1) as f64 / (last - first))
 }
 
-/// What is told of one point.
+/// The result of one point.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Row {
-    /// Rate or concurrency.
+pub struct SweepPoint {
+    /// Requested rate or concurrency.
     pub asked: f64,
-    /// Requests per second that were sent, until the last one was.
+    /// Requests per second sent, until the last one.
     pub sent: f64,
-    /// Requests per second that were answered, from the first answer to the last: how long the last ones took is no part of it.
+    /// Requests per second answered, from the first to the last answer. The length of the last answers does not matter.
     pub served: f64,
-    /// Requests that failed.
+    /// Failed requests.
     pub failed: usize,
     /// Time to first token, in milliseconds.
     pub ttft: Distribution,
@@ -178,18 +178,18 @@ pub struct Row {
     pub tpot: Distribution,
     /// Answer tokens per second.
     pub output_throughput: f64,
-    /// Good requests per second, if there are objectives.
+    /// Good requests per second. `None` without objectives.
     pub goodput: Option<f64>,
-    /// Whether the server fell behind.
+    /// Whether the server was overloaded.
     pub is_overloaded: bool,
-    /// Whether it was ended before all its requests had.
+    /// Whether the run ended before all its requests.
     pub is_partial: bool,
-    /// Why the numbers are not the server's, if they are not.
+    /// Why the run is invalid, if it is.
     pub invalid: Option<String>,
 }
 
-impl Row {
-    /// Of the report of a point.
+impl SweepPoint {
+    /// The result of a point from its report.
     pub fn of(asked: f64, axis: Axis, report: &Report) -> Self {
         let latency = |metric| report.metrics.latency(metric).cloned().unwrap_or_default();
         let last = report
@@ -199,7 +199,7 @@ impl Row {
             .max()
             .unwrap_or_default();
         let released = report.records.len() + report.dropped;
-        // When those that were dropped went out is not kept, but it was until the end.
+        // The send times of dropped requests are unknown, but they were sent until the end.
         let sending = if report.dropped > 0 {
             report.metrics.duration
         } else {
@@ -220,7 +220,7 @@ impl Row {
         }
     }
 
-    /// The row as JSON.
+    /// The point as JSON.
     pub fn to_json(&self) -> Value {
         json!({
             "asked": if self.asked.is_finite() { json!(self.asked) } else { json!("inf") },
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_points_is_refused_with_the_reason() {
+    fn invalid_points_are_rejected() {
         let refused = |text: &str| text.parse::<Points>().unwrap_err();
         for text in ["1,2", "qps=1", ""] {
             assert_eq!(refused(text), PointsError::Form, "{text}");
@@ -277,7 +277,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_written_is_read_or_refused(text in "(rate|concurrency)=[0-9.x+,]{0,20}") {
+        fn any_text_is_parsed_or_rejected(text in "(rate|concurrency)=[0-9.x+,]{0,20}") {
             if let Ok(points) = text.parse::<Points>() {
                 prop_assert!(points.values.is_sorted() && !points.values.is_empty());
                 prop_assert!(points.values.iter().all(|value| *value > 0.0));

@@ -1,4 +1,4 @@
-//! Reads the tables in `vectors/`, which numpy wrote; tests only.
+//! Reads the test vectors in `vectors/`, which numpy and transformers wrote.
 
 use std::fmt::Debug;
 use std::str::FromStr;

@@ -1,5 +1,5 @@
-//! What vLLM's client does and says before the clock starts: the ready check, the warm-ups, and the lines that tell of the
-//! load to come. The lines are a wire format, kept byte for byte.
+//! The ready check before a run, and the lines about the load that vLLM's client prints. The lines are kept byte for
+//! byte, because programs parse them.
 
 use std::time::Duration;
 
@@ -9,30 +9,30 @@ use tokio_util::sync::CancellationToken;
 use crate::bench::export::python::repr;
 use crate::bench::{BenchError, Spec};
 
-/// Said where the user leaves the temperature to the server.
+/// Printed if the user sets no temperature.
 pub const NO_TEMPERATURE: &str = "WARNING: vllm bench serve no longer sets temperature==0 (greedy) in requests by default. \
     The default will be determined on the server side and can be model/API specific. For the old behavior, include \
     --temperature=0.";
 
-/// Between two tries of the ready check.
+/// Pause between two attempts of the ready check.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Sends the first request until it is answered, or `patience` is over.
+/// Sends the first request until it is answered or `patience` has passed.
 pub(super) async fn ready_check<F>(
     patience: Duration,
     ask: impl Fn() -> F,
-    say: &dyn Fn(&str),
+    print_line: &dyn Fn(&str),
     stop: &CancellationToken,
 ) -> Result<(), BenchError>
 where
     F: Future<Output = Result<(), String>>,
 {
-    say("Starting initial single prompt test run...");
+    print_line("Starting initial single prompt test run...");
     if patience.is_zero() {
-        say("Skipping endpoint ready check.");
+        print_line("Skipping endpoint ready check.");
         return Ok(());
     }
-    say(&format!(
+    print_line(&format!(
         "Waiting for endpoint to become up in {} seconds",
         patience.as_secs()
     ));
@@ -42,7 +42,7 @@ where
             return Ok(());
         };
         let Err(cause) = answer else {
-            say("Initial test run completed.");
+            print_line("Initial test run completed.");
             return Ok(());
         };
         tracing::warn!(cause, "the server is not ready");
@@ -60,22 +60,22 @@ where
     }
 }
 
-/// The lines about the load.
-pub(super) fn announce(spec: &Spec, say: &dyn Fn(&str)) {
+/// Prints the lines about the load.
+pub(super) fn announce(spec: &Spec, print_line: &dyn Fn(&str)) {
     if spec.workload.is_self_timed() {
-        say("Self timing is set, using the timestamps from the trace file.");
+        print_line("Self timing is set, using the timestamps from the trace file.");
         return;
     }
     let arrivals = &spec.arrivals;
     match arrivals.ramp {
         Some(ramp) => {
-            say(&format!("Traffic ramp-up strategy: {}.", ramp.strategy.name()));
+            print_line(&format!("Traffic ramp-up strategy: {}.", ramp.strategy.name()));
             let (start, end) = (ramp.start, ramp.end);
-            say(&format!(
+            print_line(&format!(
                 "Will increase RPS from {start} to {end} RPS over the duration of the benchmark."
             ));
         }
-        None => say(&format!("Traffic request rate: {}", repr(arrivals.request_rate))),
+        None => print_line(&format!("Traffic request rate: {}", repr(arrivals.request_rate))),
     }
     #[expect(clippy::float_cmp, reason = "exactly 1 is a Poisson process")]
     let process = if arrivals.burstiness == 1.0 {
@@ -83,13 +83,13 @@ pub(super) fn announce(spec: &Spec, say: &dyn Fn(&str)) {
     } else {
         "Gamma distribution"
     };
-    say(&format!("Burstiness factor: {} ({process})", repr(arrivals.burstiness)));
+    print_line(&format!("Burstiness factor: {} ({process})", repr(arrivals.burstiness)));
     let limit = spec
         .max_concurrency
         .map_or_else(|| "None".to_owned(), |limit| limit.to_string());
-    say(&format!("Maximum request concurrency: {limit}"));
+    print_line(&format!("Maximum request concurrency: {limit}"));
     if spec.options.probe_rate > 0.0 {
-        say(&format!("Probe request rate: {} req/s", repr(spec.options.probe_rate)));
+        print_line(&format!("Probe request rate: {} req/s", repr(spec.options.probe_rate)));
     }
 }
 
@@ -102,14 +102,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_is_asked_every_five_seconds_until_it_answers() {
         let (said, tries) = (RefCell::new(Vec::new()), Cell::new(0));
-        let say = |line: &str| said.borrow_mut().push(line.to_owned());
+        let print_line = |line: &str| said.borrow_mut().push(line.to_owned());
         let ask = || async {
             tries.set(tries.get() + 1);
             if tries.get() < 4 { Err("no".to_owned()) } else { Ok(()) }
         };
         let start = Instant::now();
         let stop = CancellationToken::new();
-        ready_check(Duration::from_secs(16), ask, &say, &stop).await.unwrap();
+        ready_check(Duration::from_secs(16), ask, &print_line, &stop)
+            .await
+            .unwrap();
         assert_eq!((start.elapsed().as_secs(), tries.get()), (15, 4));
         assert_eq!(
             *said.borrow(),
@@ -120,7 +122,7 @@ mod tests {
             ]
         );
         tries.set(0);
-        let error = ready_check(Duration::from_secs(12), ask, &say, &stop)
+        let error = ready_check(Duration::from_secs(12), ask, &print_line, &stop)
             .await
             .unwrap_err();
         assert_eq!(

@@ -26,17 +26,17 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::arguments::Arguments;
 pub use self::argv_compat::compatible_argv;
-use self::cancel::{Cause, Interruption};
+use self::cancel::{CancelCause, CancelWatch};
 use self::fleet::Fleet;
-use self::hints::{advice, failure};
+use self::hints::{failure, failure_hints};
 use self::prompts::Prompts;
 use self::session::Session;
 use crate::bench::stats::client_saturation::MachineUse;
-use crate::bench::{self, BenchError, Phase, Progress, Report, Spec};
+use crate::bench::{self, BenchError, Progress, Report, RunPhase, Spec};
 use crate::machine::Processors;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
-use crate::ui::bench::{BenchProgress, Snapshot};
+use crate::ui::bench::BenchProgress;
 
 /// A server that is known without being named: the running fleet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,9 +63,9 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
     check_outputs(&arguments)?;
     // A fleet of the bench's own is taken down first, however often somebody asks.
     let may_leave = arguments.fleet.profile.is_none();
-    let interruption = Interruption::watch(arguments.ending.deadline, may_leave, printer)?;
-    let status = Box::pin(with_fleet(&arguments, defaults, printer, interruption.stop.clone())).await?;
-    if interruption.cause() == Some(Cause::Deadline) && status == ExitStatus::Forced {
+    let cancel = CancelWatch::watch(arguments.ending.deadline, may_leave, printer)?;
+    let status = Box::pin(with_fleet(&arguments, defaults, printer, cancel.stop.clone())).await?;
+    if cancel.cause() == Some(CancelCause::Deadline) && status == ExitStatus::Forced {
         printer.error("`--deadline` was over before the run was");
         return Ok(ExitStatus::Failure);
     }
@@ -121,7 +121,7 @@ async fn work(
                 printer.status("stopped before the first request");
                 Ok(ExitStatus::Forced)
             }
-            Some(report) => present(arguments, &report, printer),
+            Some(report) => print_report(arguments, &report, printer),
         };
     }
     let Some(session) = Session::open(arguments, defaults, printer, stop).await? else {
@@ -147,23 +147,23 @@ async fn measure(
     let shown = BenchProgress::wanted(printer, !arguments.output.disable_tqdm);
     shown.begin("making prompts");
     spec.check().map_err(failure)?;
-    let has_table = Extent::of(&arguments.output, printer).has_table;
-    let say = |line: &str| {
+    let has_table = OutputDetail::of(&arguments.output, printer).has_table;
+    let print_line = |line: &str| {
         if arguments.output.json {
             return;
         }
         match line.strip_prefix("WARNING: ") {
             // What cannot be written now cannot be at the end, where that is a failure.
-            _ if has_table => shown.beside(|| drop(printer.data(line))),
+            _ if has_table => shown.suspend(|| drop(printer.data(line))),
             Some(warning) if line != bench::NO_TEMPERATURE => {
-                shown.beside(|| printer.status(format_args!("warning: {warning}")));
+                shown.suspend(|| printer.status(format_args!("warning: {warning}")));
             }
             _ => {}
         }
     };
     shown.begin("asking the server for its models");
     let Some(root) = stop
-        .run_until_cancelled(find_model(arguments, &mut spec, &say, printer))
+        .run_until_cancelled(find_model(arguments, &mut spec, &print_line, printer))
         .await
         .transpose()?
     else {
@@ -172,14 +172,14 @@ async fn measure(
     // Making prompts shows a progress of its own.
     shown.clear();
     let prompts = Prompts::open(arguments, &spec, root, printer)?;
-    let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &say));
+    let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &print_line));
     if prepared.await.transpose()?.is_none() {
         return Ok(None);
     }
     if arguments.sampling.temperature.is_none() {
-        say(bench::NO_TEMPERATURE);
+        print_line(bench::NO_TEMPERATURE);
     }
-    shown.beside(|| printer.status(arguments.headline(&spec)));
+    shown.suspend(|| printer.status(arguments.headline(&spec)));
 
     if arguments.load.ready_check_timeout_sec > 0 {
         shown.begin("waiting for the first answer");
@@ -188,17 +188,17 @@ async fn measure(
     let gpus = latency_breakdown::Gpus::watch(&spec.base_url);
     let show = |progress: Progress| {
         gpus.follow(&progress);
-        shown.update(&snapshot(&progress, &spec));
+        shown.update(phase_label(progress.phase), &progress);
     };
     let before = Processors::now();
-    let run = bench::run_aloud(&spec, &show, &say, stop.clone());
+    let run = bench::run_with_lines(&spec, &show, &print_line, stop.clone());
     let report = shown.until_stopped(stop.cancelled(), run).await;
     let after = Processors::now();
     let mut report = report.map_err(failure)?;
     let shares = before.zip(after).and_then(|(before, after)| after.shares_since(before));
-    report.beside.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
-    report.beside.gpus = gpus.finish();
-    report.beside.setup = setup;
+    report.extras.machine = shares.map(|(busy, stolen)| MachineUse { busy, stolen });
+    report.extras.gpus = gpus.finish();
+    report.extras.setup = setup;
     Ok(Some(report))
 }
 
@@ -239,22 +239,22 @@ fn without_version(url: &str, target: &arguments::Target) -> String {
 async fn find_model(
     arguments: &Arguments,
     spec: &mut Spec,
-    say: &dyn Fn(&str),
+    print_line: &dyn Fn(&str),
     printer: Printer,
 ) -> Result<Option<String>, Failure> {
     let insecure = spec.options.is_insecure;
     if spec.model.is_empty() {
-        say("Model not specified, fetching first model from server...");
-        let model = bench::discover_trusting(&spec.base_url, &spec.headers, insecure, None)
+        print_line("Model not specified, fetching first model from server...");
+        let model = bench::discover_with(&spec.base_url, &spec.headers, insecure, None)
             .await
             .map_err(failure)?;
         let root = model.root.unwrap_or_else(|| model.id.clone());
-        say(&format!("First model name: {}, first model id: {root}", model.id));
+        print_line(&format!("First model name: {}, first model id: {root}", model.id));
         spec.model = model.id;
         spec.naming.model_id = Some(root);
         return Ok(None);
     }
-    match bench::discover_trusting(&spec.base_url, &spec.headers, insecure, Some(&spec.model)).await {
+    match bench::discover_with(&spec.base_url, &spec.headers, insecure, Some(&spec.model)).await {
         // vLLM's client does not ask, so a server without a list is measured, too.
         Ok(model) => Ok(model.root),
         Err(BenchError::NoModelList { .. }) => Ok(None),
@@ -271,36 +271,25 @@ async fn find_model(
     }
 }
 
-fn snapshot(progress: &Progress, spec: &Spec) -> Snapshot {
-    let is_measuring = progress.phase == Phase::Measuring;
-    Snapshot {
-        label: match progress.phase {
-            Phase::WarmingUp => "warm-up",
-            Phase::Measuring => "benchmark",
-        }
-        .to_owned(),
-        total: progress.total,
-        released: progress.released,
-        done: progress.done,
-        failed: progress.failed,
-        in_flight: progress.in_flight,
-        elapsed: progress.elapsed,
-        asked_rate: (is_measuring && spec.arrivals.has_fixed_rate()).then_some(spec.arrivals.request_rate),
-        mean_ttft_ms: progress.mean_ttft_ms,
-        mean_tpot_ms: progress.mean_tpot_ms,
+/// The label of a phase in progress lines.
+fn phase_label(phase: RunPhase) -> &'static str {
+    match phase {
+        RunPhase::Preparing => "prompts",
+        RunPhase::WarmingUp => "warm-up",
+        RunPhase::Measuring => "benchmark",
     }
 }
 
 /// How much is shown.
 #[derive(Debug, Clone, Copy)]
-struct Extent {
+struct OutputDetail {
     /// vLLM's lines and table on stdout, which scripts read; else the result on half a screen.
     has_table: bool,
     /// Everything beside them on stderr; else what nobody may miss.
     has_details: bool,
 }
 
-impl Extent {
+impl OutputDetail {
     /// As the flags say. People at a terminal get what fits their screen, files and pipes all there is.
     fn of(output: &arguments::Output, printer: Printer) -> Self {
         Self {
@@ -310,23 +299,23 @@ impl Extent {
     }
 }
 
-fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
+fn print_report(arguments: &Arguments, report: &Report, printer: Printer) -> Result<ExitStatus, Failure> {
     let output = &arguments.output;
-    let extent = Extent::of(output, printer);
-    present_failures(arguments, report, extent, printer);
-    present_verdict(&report.verdict(), printer);
+    let detail = OutputDetail::of(output, printer);
+    print_failures(arguments, report, detail, printer);
+    print_validity(&report.validity(), printer);
     if output.json {
         printer.data(report.to_text(output.save_detailed))?;
-    } else if extent.has_table {
+    } else if detail.has_table {
         printer.data(report.table())?;
     } else {
         printer.prose(report.summary())?;
     }
-    latency_breakdown::tell(report, extent.has_details, printer);
-    if extent.has_details {
+    latency_breakdown::print(report, detail.has_details, printer);
+    if detail.has_details {
         printer.status(report.remarks());
     }
-    for note in report.verdict().notes {
+    for note in report.validity().notes {
         printer.status(format_args!("note: {note}"));
     }
     if output.save_result || output.append_result {
@@ -336,7 +325,7 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
     if let Some(path) = &arguments.page.report {
         page::write(report, path, printer)?;
     }
-    if !extent.has_details {
+    if !detail.has_details {
         printer.status("`--details` shows where the time went, and vLLM's table".dimmed());
     }
     // Last, where it is seen.
@@ -353,11 +342,11 @@ fn present(arguments: &Arguments, report: &Report, printer: Printer) -> Result<E
 
 /// Whether the numbers that follow may be believed. The exit code is that of the requests: scripts that know vLLM's ask whether
 /// they went well, and `xpyd.valid` in the result says whether their times may be believed.
-fn present_verdict(verdict: &bench::stats::client_saturation::Verdict, printer: Printer) {
-    for reason in &verdict.reasons {
+fn print_validity(validity: &bench::stats::client_saturation::ClientValidity, printer: Printer) {
+    for reason in &validity.reasons {
         printer.error(format_args!("{}: {reason}", "INVALID".red().bold()));
     }
-    if verdict.is_valid() {
+    if validity.is_valid() {
         printer.status(format_args!(
             "{}: the client kept up, so the numbers are the server's",
             "valid".green()
@@ -365,14 +354,14 @@ fn present_verdict(verdict: &bench::stats::client_saturation::Verdict, printer: 
     } else {
         printer.error(format_args!(
             "hint: {}",
-            bench::stats::client_saturation::Verdict::ADVICE
+            bench::stats::client_saturation::ClientValidity::ADVICE
         ));
     }
 }
 
 /// Failures as vLLM shows them, a line each; then by cause, and what mends them.
-fn present_failures(arguments: &Arguments, report: &Report, extent: Extent, printer: Printer) {
-    if !arguments.output.json && extent.has_table {
+fn print_failures(arguments: &Arguments, report: &Report, detail: OutputDetail, printer: Printer) {
+    if !arguments.output.json && detail.has_table {
         for line in report.failure_lines() {
             drop(printer.data(line));
         }
@@ -380,7 +369,7 @@ fn present_failures(arguments: &Arguments, report: &Report, extent: Extent, prin
     if let Some(summary) = report.failure_summary() {
         printer.error(summary);
     }
-    for hint in advice(&report.failures(), &report.spec) {
+    for hint in failure_hints(&report.failures(), &report.spec) {
         printer.error(format_args!("hint: {hint}"));
     }
     if report.failed() > 0 && report.metrics.completed == 0 {

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::blocks::BLOCK_TOKENS;
+use crate::sim::kv::blocks::BLOCK_TOKENS;
 
 /// A number that only the engine writes and `/metrics` reads.
 #[derive(Debug, Default)]

@@ -5,25 +5,15 @@
 //! ZeroMQ, and the tokens depend on it. Times come from a model. It knows nothing of fleets, plans or proxies.
 
 mod api;
-mod blocks;
-mod cache;
-mod connect;
+mod engine_core;
 mod fault;
-mod kv_params;
-mod lmcache;
+mod kv;
 mod log;
 mod metrics;
-mod nixl;
 mod null;
 mod options;
 mod process;
-mod scheduler;
-mod sequence;
 mod startup;
-mod timing;
-mod tokens;
-mod wire;
-mod zmq;
 
 #[cfg(test)]
 mod tests;
@@ -40,24 +30,24 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-pub use cache::CacheServer;
+pub use self::engine_core::timing::{H100_LLAMA_3_1_8B, INSTANT, PRESETS, Preset};
+pub use self::kv::lmcache::ConfigError;
+pub use self::kv::lmcache_mp::CacheServer;
 pub use fault::{Fault, FaultError, Phase};
-pub use lmcache::ConfigError;
 pub use log::LogTarget;
 pub use null::{COMPLETION as NULL_COMPLETION, NullEngine};
 pub use options::{
     ExtraConfig, KvRole, KvTransferConfig, LoadFailurePolicy, Options, OptionsError, ProcessKind, STEP_DEADLINE,
 };
-pub use timing::{H100_LLAMA_3_1_8B, INSTANT, PRESETS, Preset};
 
+use self::engine_core::scheduler::{Core, Death, Parts, Stage};
+use self::kv::connector::Connected;
 use crate::report::ExitStatus;
 use crate::signals::SignalListener;
 use api::Api;
-use connect::Connected;
 use log::{Log, Process};
 use metrics::Metrics;
 use process::Children;
-use scheduler::{Core, Death, Parts, Stage};
 use startup::Startup;
 
 /// The version of vLLM that is simulated.
@@ -309,7 +299,7 @@ async fn start(
         .map_err(|error| SimError::System("spawn the engine core", error))?;
     startup.load().await?;
     let metrics = Arc::new(Metrics::default());
-    let pool = blocks::BlockPool::new(options.preset.kv_cache_tokens);
+    let pool = kv::blocks::BlockPool::new(options.preset.kv_cache_tokens);
     let mut background = JoinSet::new();
     let connected = Connected::make(options, log, &metrics, &pool, &mut background).await?;
     if let Some(config) = &options.kv_transfer {

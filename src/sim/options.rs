@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::fault::{Fault, Phase};
-use super::log::LogTarget;
-use super::timing::Preset;
+use crate::sim::engine_core::timing::Preset;
+use crate::sim::fault::{Fault, Phase};
+use crate::sim::log::LogTarget;
 
 /// vLLM's default for `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`.
 pub const STEP_DEADLINE: Duration = Duration::from_mins(5);
@@ -159,14 +159,17 @@ pub enum OptionsError {
     Preset(String),
     /// A `--fault` is unknown or malformed.
     #[error(transparent)]
-    Fault(#[from] super::fault::FaultError),
+    Fault(#[from] crate::sim::fault::FaultError),
     /// A variable is not a port.
     #[error("`{0}` is not a port number: `{1}`")]
     Port(&'static str, String),
 }
 
 fn preset_names() -> String {
-    let names: Vec<&str> = super::timing::PRESETS.iter().map(|preset| preset.name).collect();
+    let names: Vec<&str> = crate::sim::engine_core::timing::PRESETS
+        .iter()
+        .map(|preset| preset.name)
+        .collect();
     names.join(", ")
 }
 
@@ -238,7 +241,7 @@ impl Options {
             prompt_tokens_details: false,
             per_request_metrics: false,
             enforce_eager: true,
-            preset: super::timing::INSTANT,
+            preset: crate::sim::engine_core::timing::INSTANT,
             faults: Vec::new(),
             ignored: Vec::new(),
             spawn_children: false,

@@ -12,8 +12,8 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-use super::log::{Log, Process};
-use super::options::Options;
+use crate::sim::log::{Log, Process};
+use crate::sim::options::Options;
 
 /// How long children may take to appear: on a busy machine a process starts in seconds.
 const START_DEADLINE: Duration = Duration::from_mins(1);

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use super::fault::Phase;
-use super::log::{Log, Process};
-use super::options::Options;
-use super::{SimError, VLLM_VERSION};
+use crate::sim::fault::Phase;
+use crate::sim::log::{Log, Process};
+use crate::sim::options::Options;
+use crate::sim::{SimError, VLLM_VERSION};
 
 /// Shards of the checkpoint whose loading the log shows.
 const SHARDS: u32 = 4;
@@ -91,7 +91,7 @@ impl<'options> Startup<'options> {
         if options
             .kv_transfer
             .as_ref()
-            .is_some_and(|config| config.children().iter().any(super::KvTransferConfig::is_nixl))
+            .is_some_and(|config| config.children().iter().any(crate::sim::KvTransferConfig::is_nixl))
         {
             self.log.info(api, "nixl_utils.py:72", "NIXL is available");
         }

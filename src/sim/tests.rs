@@ -9,8 +9,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use zeromq::{PullSocket, Socket as _, SocketRecv as _};
 
-use super::wire::LmcacheMessage;
 use super::*;
+use crate::sim::kv::messages::LmcacheMessage;
 
 /// Long enough for any of these engines, which take no time.
 const DEADLINE: Duration = Duration::from_secs(20);

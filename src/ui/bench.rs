@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use owo_colors::OwoColorize as _;
 
 use super::Printer;
+use crate::bench::Progress;
 
 /// Between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -18,31 +19,6 @@ const SILENCE: Duration = Duration::from_mins(1);
 
 /// Between two turns of the sign that work goes on, where how much is left is not known.
 const SPIN_INTERVAL: Duration = Duration::from_millis(120);
-
-/// What is shown.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// What the requests are for: `warm-up`, `benchmark`.
-    pub label: String,
-    /// Requests to make.
-    pub total: usize,
-    /// Those that the schedule has let go so far.
-    pub released: usize,
-    /// Those that have ended.
-    pub done: usize,
-    /// Those that have failed.
-    pub failed: usize,
-    /// Those that are at the server.
-    pub in_flight: usize,
-    /// Since the start.
-    pub elapsed: Duration,
-    /// Requests per second that the schedule asks for; `None` if all go at once.
-    pub asked_rate: Option<f64>,
-    /// Mean time to first token so far, in milliseconds.
-    pub mean_ttft_ms: Option<f64>,
-    /// Mean time per output token so far, in milliseconds.
-    pub mean_tpot_ms: Option<f64>,
-}
 
 /// Shows how far a benchmark is, on stderr. It may be shared with whoever else prints meanwhile.
 #[derive(Debug)]
@@ -113,28 +89,28 @@ impl BenchProgress {
     }
 
     /// Shows the state, or decides that it is too early to.
-    pub fn update(&self, snapshot: &Snapshot) {
+    pub fn update(&self, label: &str, progress: &Progress) {
         let mut state = self.lock();
-        state.pace.hear(snapshot);
+        state.pace.observe(progress);
         match &self.medium {
             Medium::Bar => {
                 // First what matters most: the end of the line is cut where the terminal is narrow.
-                let left = state.pace.time_left(snapshot).map(|left| format!("{}, ", about(left)));
-                let details = snapshot.details(state.pace, self.printer.colour());
+                let left = state.pace.time_left(progress).map(|left| format!("{}, ", about(left)));
+                let details = details(progress, state.pace, self.printer.colour());
                 let bar = state.show(true);
-                bar.set_prefix(snapshot.label.clone());
-                bar.set_length(snapshot.total as u64);
-                bar.set_position(snapshot.done as u64);
+                bar.set_prefix(label.to_owned());
+                bar.set_length(progress.total as u64);
+                bar.set_position(progress.done as u64);
                 bar.set_message(left.unwrap_or_default() + &details);
             }
             Medium::Lines => {
                 // Less time than at the last line: another phase has begun.
-                if snapshot.elapsed < state.last_line {
+                if progress.elapsed < state.last_line {
                     state.last_line = Duration::ZERO;
                 }
-                if snapshot.elapsed >= state.last_line + LINE_INTERVAL {
-                    state.last_line = snapshot.elapsed;
-                    self.printer.status(snapshot.line(state.pace));
+                if progress.elapsed >= state.last_line + LINE_INTERVAL {
+                    state.last_line = progress.elapsed;
+                    self.printer.status(line(label, progress, state.pace));
                 }
             }
             Medium::Nothing => {}
@@ -142,7 +118,7 @@ impl BenchProgress {
     }
 
     /// Lets somebody else print, and shows the progress again below.
-    pub fn beside<T>(&self, print: impl FnOnce() -> T) -> T {
+    pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         let bar = self.lock().shown.as_ref().map(|shown| shown.bar.clone());
         match bar {
             Some(bar) => bar.suspend(print),
@@ -231,82 +207,80 @@ impl Medium {
 
 impl Pace {
     /// Takes the state of a moment.
-    fn hear(&mut self, snapshot: &Snapshot) {
-        if snapshot.done < self.last.1 || snapshot.elapsed < self.last.0 {
+    fn observe(&mut self, progress: &Progress) {
+        if progress.done < self.last.1 || progress.elapsed < self.last.0 {
             // Another phase has begun.
             *self = Self::default();
         }
-        if snapshot.done > self.last.1 {
-            self.last = (snapshot.elapsed, snapshot.done);
+        if progress.done > self.last.1 {
+            self.last = (progress.elapsed, progress.done);
             self.first.get_or_insert(self.last);
         }
     }
 
     /// How long the rest takes: as long as the schedule does, or longer where requests end more slowly than that.
-    fn time_left(&self, snapshot: &Snapshot) -> Option<Duration> {
-        let to_release = snapshot.total.saturating_sub(snapshot.released) as f64;
-        let by_schedule = snapshot.asked_rate.map(|rate| to_release / rate);
+    fn time_left(&self, progress: &Progress) -> Option<Duration> {
+        let to_release = progress.total.saturating_sub(progress.released) as f64;
+        let by_schedule = progress.asked_rate.map(|rate| to_release / rate);
         let by_pace = self.first.and_then(|(since, before)| {
             let (seconds, ended) = (self.last.0.saturating_sub(since).as_secs_f64(), self.last.1 - before);
             // Of a few nothing can be told.
             let is_known = ended >= 3 && seconds > 0.0;
-            is_known.then(|| snapshot.total.saturating_sub(snapshot.done) as f64 * seconds / ended as f64)
+            is_known.then(|| progress.total.saturating_sub(progress.done) as f64 * seconds / ended as f64)
         });
         let seconds = [by_schedule, by_pace].into_iter().flatten().reduce(f64::max)?;
         Duration::try_from_secs_f64(seconds).ok()
     }
 
     /// How long nothing has ended, if that is remarkable.
-    fn silence(&self, snapshot: &Snapshot) -> Option<Duration> {
-        let since = snapshot.elapsed.saturating_sub(self.last.0);
-        (snapshot.in_flight > 0 && since >= SILENCE).then_some(since)
+    fn silence(&self, progress: &Progress) -> Option<Duration> {
+        let since = progress.elapsed.saturating_sub(self.last.0);
+        (progress.in_flight > 0 && since >= SILENCE).then_some(since)
     }
 }
 
-impl Snapshot {
-    /// All that is known, as one line.
-    fn line(&self, pace: Pace) -> String {
-        let Self { label, total, done, .. } = self;
-        let left = pace.time_left(self).map(|left| format!(", {}", about(left)));
-        format!(
-            "{label}: {done}/{total} requests after {} s, {}{}",
-            self.elapsed.as_secs(),
-            self.details(pace, false),
-            left.unwrap_or_default()
-        )
-    }
+/// The line that is printed where nothing can be redrawn.
+fn line(label: &str, progress: &Progress, pace: Pace) -> String {
+    let Progress { total, done, .. } = progress;
+    let left = pace.time_left(progress).map(|left| format!(", {}", about(left)));
+    format!(
+        "{label}: {done}/{total} requests after {} s, {}{}",
+        progress.elapsed.as_secs(),
+        details(progress, pace, false),
+        left.unwrap_or_default()
+    )
+}
 
-    fn details(&self, pace: Pace, is_coloured: bool) -> String {
-        let mut parts = Vec::new();
-        let seconds = self.elapsed.as_secs_f64();
-        if let Some(asked) = self.asked_rate.filter(|_| seconds > 0.0) {
-            // The first request of a schedule goes out after one interval, and not at once.
-            parts.push(format!("{:.2} of {asked} req/s", self.released as f64 / seconds));
-        }
-        parts.push(format!("{} in flight", self.in_flight));
-        if self.failed > 0 {
-            let failed = format!("{} failed", self.failed);
-            parts.push(if is_coloured { failed.red().to_string() } else { failed });
-        }
-        if let Some(mean) = self.mean_ttft_ms {
-            parts.push(format!("mean TTFT {mean:.1} ms"));
-        }
-        if let Some(mean) = self.mean_tpot_ms {
-            // Behind the time to first token, which is a mean, too; a line of 80 columns has no room for the word again.
-            let mean_of = if self.mean_ttft_ms.is_some() { "" } else { "mean " };
-            parts.push(format!("{mean_of}TPOT {mean:.2} ms"));
-        }
-        let mut text = parts.join(", ");
-        if let Some(silence) = pace.silence(self) {
-            // Writing to a String cannot fail.
-            let _ = write!(
-                text,
-                "; none has ended for {} s: Ctrl+C shows what there is",
-                silence.as_secs()
-            );
-        }
-        text
+fn details(progress: &Progress, pace: Pace, is_coloured: bool) -> String {
+    let mut parts = Vec::new();
+    let seconds = progress.elapsed.as_secs_f64();
+    if let Some(asked) = progress.asked_rate.filter(|_| seconds > 0.0) {
+        // The first request of a schedule goes out after one interval, and not at once.
+        parts.push(format!("{:.2} of {asked} req/s", progress.released as f64 / seconds));
     }
+    parts.push(format!("{} in flight", progress.in_flight));
+    if progress.failed > 0 {
+        let failed = format!("{} failed", progress.failed);
+        parts.push(if is_coloured { failed.red().to_string() } else { failed });
+    }
+    if let Some(mean) = progress.mean_ttft_ms {
+        parts.push(format!("mean TTFT {mean:.1} ms"));
+    }
+    if let Some(mean) = progress.mean_tpot_ms {
+        // Behind the time to first token, which is a mean, too; a line of 80 columns has no room for the word again.
+        let mean_of = if progress.mean_ttft_ms.is_some() { "" } else { "mean " };
+        parts.push(format!("{mean_of}TPOT {mean:.2} ms"));
+    }
+    let mut text = parts.join(", ");
+    if let Some(silence) = pace.silence(progress) {
+        // Writing to a String cannot fail.
+        let _ = write!(
+            text,
+            "; none has ended for {} s: Ctrl+C shows what there is",
+            silence.as_secs()
+        );
+    }
+    text
 }
 
 /// A length of time that is only estimated.
@@ -322,10 +296,11 @@ fn about(left: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::RunPhase;
 
-    fn start() -> Snapshot {
-        Snapshot {
-            label: "benchmark".to_owned(),
+    fn start() -> Progress {
+        Progress {
+            phase: RunPhase::Measuring,
             total: 30,
             released: 5,
             done: 0,
@@ -352,42 +327,42 @@ mod tests {
 
     #[test]
     fn a_line_says_what_is_known_and_no_more() {
-        let mut snapshot = start();
+        let mut progress = start();
         assert_eq!(
-            snapshot.line(Pace::default()),
+            line("benchmark", &progress, Pace::default()),
             "benchmark: 0/30 requests after 5 s, 1.00 of 1 req/s, 2 in flight, about 25 s left"
         );
-        snapshot.asked_rate = None;
+        progress.asked_rate = None;
         assert_eq!(
-            snapshot.line(Pace::default()),
+            line("benchmark", &progress, Pace::default()),
             "benchmark: 0/30 requests after 5 s, 2 in flight"
         );
-        snapshot.mean_ttft_ms = Some(303.18);
-        snapshot.mean_tpot_ms = Some(9.004);
-        snapshot.failed = 1;
+        progress.mean_ttft_ms = Some(303.18);
+        progress.mean_tpot_ms = Some(9.004);
+        progress.failed = 1;
         assert_eq!(
-            snapshot.line(Pace::default()),
+            line("benchmark", &progress, Pace::default()),
             "benchmark: 0/30 requests after 5 s, 2 in flight, 1 failed, mean TTFT 303.2 ms, TPOT 9.00 ms"
         );
     }
 
     /// What is heard when `done` requests have ended after so many seconds.
-    fn after(pace: &mut Pace, seconds: u64, done: usize, asked_rate: Option<f64>) -> Snapshot {
-        let snapshot = Snapshot {
+    fn after(pace: &mut Pace, seconds: u64, done: usize, asked_rate: Option<f64>) -> Progress {
+        let progress = Progress {
             released: (usize::try_from(seconds).unwrap()).min(30),
             done,
             elapsed: Duration::from_secs(seconds),
             asked_rate,
             ..start()
         };
-        pace.hear(&snapshot);
-        snapshot
+        pace.observe(&progress);
+        progress
     }
 
     #[test]
     fn the_rest_takes_as_long_as_the_slower_of_schedule_and_server() {
         let mut pace = Pace::default();
-        let left = |pace: &Pace, snapshot: &Snapshot| pace.time_left(snapshot).map(|left| left.as_secs());
+        let left = |pace: &Pace, progress: &Progress| pace.time_left(progress).map(|left| left.as_secs());
         // One ends every two seconds, though one a second is sent.
         for (seconds, done) in [(4, 1), (6, 2), (8, 3), (10, 4)] {
             after(&mut pace, seconds, done, Some(1.0));
@@ -407,11 +382,8 @@ mod tests {
         after(&mut pace, 10, 1, None);
         let early = after(&mut pace, 69, 1, None);
         let late = after(&mut pace, 75, 1, None);
-        assert!(!early.line(pace).contains("none has ended"));
-        assert!(
-            late.line(pace)
-                .ends_with("; none has ended for 65 s: Ctrl+C shows what there is")
-        );
+        assert!(!line("benchmark", &early, pace).contains("none has ended"));
+        assert!(line("benchmark", &late, pace).ends_with("; none has ended for 65 s: Ctrl+C shows what there is"));
     }
 
     #[test]

@@ -310,7 +310,7 @@ async fn a_request_that_hangs_fails_at_its_deadline() {
     let mut spec = server.spec();
     spec.request_timeout = Duration::from_millis(200);
     let report = run(&spec).await;
-    assert_eq!(report.failures()[0].cause, "no whole answer within 0.2 s");
+    assert_eq!(report.failures()[0].cause, "the answer was not complete within 0.2 s");
 }
 
 #[tokio::test]
@@ -476,7 +476,7 @@ async fn probes_go_beside_the_workload_and_are_counted_apart() {
     spec.options.probe_rate = 1000.0;
     let report = run(&spec).await;
     assert_eq!(report.metrics.completed, 8);
-    let probes = report.beside.probes.as_ref().unwrap();
+    let probes = report.extras.probes.as_ref().unwrap();
     assert!(!probes.latencies.is_empty() && probes.failed == 0, "{probes:?}");
     let seen = server.seen.lock().unwrap();
     let asked = seen

@@ -274,15 +274,15 @@ fn a_bad_dataset_is_told_by_file_line_and_field() {
     write("empty.jsonl", "\n");
     says(
         &format!("{custom} empty.jsonl"),
-        "empty.jsonl gives no request: it has no line",
+        "empty.jsonl has no usable request: the file has no entries",
     );
     says(
         &format!("{custom} gone.jsonl"),
-        "cannot read the dataset gone.jsonl: there is no such file",
+        "cannot read the dataset gone.jsonl: no such file",
     );
     says(
         "--dataset-name custom",
-        "the dataset `custom` is a file: `--dataset-path` names it",
+        "the dataset `custom` needs a file: set `--dataset-path`",
     );
     says(
         "--dataset-name random --dataset-path a.jsonl",
@@ -315,7 +315,7 @@ fn a_bad_file_of_another_form_is_told_by_entry_column_or_message() {
     write("short.json", r#"[{"conversations": [{"value": "a"}]}]"#);
     says(
         &format!("{sharegpt} short.json"),
-        "short.json gives no request: no conversation has two turns",
+        "short.json has no usable request: no conversation has two turns",
     );
     write("value.json", r#"[{"conversations": [{"value": "a"}, {"text": "b"}]}]"#);
     says(
@@ -352,7 +352,7 @@ fn a_bad_file_of_another_form_is_told_by_entry_column_or_message() {
     write("s.jsonl", r#"{"messages": [{"role": "tool", "content": "x"}]}"#);
     says(
         "--dataset-name sessions --dataset-path s.jsonl",
-        "s.jsonl, line 1: message 1 is of `tool`",
+        "s.jsonl, line 1: message 1 has the unknown role `tool`",
     );
 }
 
@@ -361,7 +361,7 @@ fn a_tokenizer_that_is_not_there_is_told_with_what_fetches_it() {
     let place = Place::new();
     let said = refused(&place, "--tokenizer some/model");
     assert!(
-        said.contains("no tokenizer `some/model`: there is no such file or folder, nor"),
+        said.contains("no tokenizer `some/model`: no such file or folder, and no"),
         "{said}"
     );
     assert!(said.contains("hint: `hf download some/model"), "{said}");

@@ -283,7 +283,7 @@ fn each_kind_of_failure_has_its_own_advice() {
     );
     all(
         "plain",
-        "the answer is no stream, but application/json",
+        "the answer is not an event stream, but application/json",
         "hint: requests ask for a stream",
     );
     all(
@@ -291,7 +291,7 @@ fn each_kind_of_failure_has_its_own_advice() {
         "the stream ended early, without `[DONE]`",
         "hint: the server ended connections",
     );
-    let cause = "no whole answer within 0.4 s";
+    let cause = "the answer was not complete within 0.4 s";
     all_within("400ms", "hang", cause, "hint: `--request-timeout`");
 }
 
@@ -408,7 +408,7 @@ fn a_page_of_a_saved_result_is_that_of_the_run() {
         2,
         &[
             "error: cannot make a report of `",
-            "it is no result of",
+            "is not a result of",
             "hint: `xpyd bench --save-result --save-detailed`",
         ],
     );

@@ -53,7 +53,7 @@ fn what_cannot_be_compared_is_refused_with_the_file_and_a_hint() {
     let place = Place::new();
     write_result(&place, "a.json", 0.2, 1.0);
     std::fs::write(place.path().join("text.json"), "no JSON").unwrap();
-    for (file, reason) in [("text.json", "it is not JSON"), ("none.json", "No such file")] {
+    for (file, reason) in [("text.json", "the file is not JSON"), ("none.json", "No such file")] {
         let output = place.run(&["bench", "--compare", "a.json", file]);
         let told = stderr(&output);
         assert_eq!(output.status.code(), Some(2), "{told}");

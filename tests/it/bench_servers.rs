@@ -205,7 +205,7 @@ fn large_events_are_read_and_the_limit_is_told_as_the_clients() {
     let output = bench(&place, &server.url(), &["--num-prompts", "1"]);
     let told = stderr(&output);
     assert!(
-        told.contains("an event of the stream has more than 64 MiB, which is the most that this client reads"),
+        told.contains("an event of the stream exceeds the limit of 64 MiB"),
         "{told}"
     );
     assert!(!told.contains("is the endpoint one of completions"), "{told}");
@@ -265,7 +265,7 @@ fn tokens_that_the_server_does_not_count_are_counted_from_the_text() {
     let server = Server::start([&chunk("a b c d e f"), &chunk(" g h"), DONE].concat());
     let output = bench(&place, &server.url(), &[]);
     assert_eq!(result(&output)["total_output_tokens"], 8, "a token a chunk");
-    let note = "note: the server told no usage of 4 answers, and there is no tokenizer";
+    let note = "note: the server reported no usage for 4 answers, and there is no tokenizer";
     assert!(stderr(&output).contains(note), "{}", stderr(&output));
     // One of this repository's own: a word is a token there.
     let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/vectors/tokenizers/metaspace");
@@ -287,7 +287,7 @@ fn tokens_that_the_server_does_not_count_are_counted_from_the_text() {
         assert!(
             result["xpyd"]["notes"]
                 .to_string()
-                .contains("the server told no usage of 4 answers"),
+                .contains("the server reported no usage for 4 answers"),
             "{result}"
         );
         assert!(

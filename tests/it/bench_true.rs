@@ -130,8 +130,8 @@ async fn a_connection_whose_answer_has_ended_takes_the_next_request() {
     );
     // One for each thread that sends; a machine of two cores has one.
     let connections = server.connections();
-    assert!(connections <= report.effort.threads, "{connections} connections");
-    assert_eq!(report.verdict().connections, connections);
+    assert!(connections <= report.client_usage.threads, "{connections} connections");
+    assert_eq!(report.validity().connections, connections);
 }
 
 #[tokio::test]
@@ -188,7 +188,7 @@ async fn the_result_says_what_its_numbers_are_worth() {
     assert!(reads >= 8, "{own}");
     let remarks = report.remarks();
     assert!(
-        remarks.contains("of 8 requests: hardly more than the slowest") && remarks.contains("ITL per token"),
+        remarks.contains("of 8 requests: close to the slowest") && remarks.contains("ITL per token"),
         "{remarks}"
     );
 }

@@ -1,4 +1,5 @@
-//! Made prompts against the server's own tokenizer: where it counts more ids than the client's, prompts are cut.
+//! Aligns synthetic prompts with the server's tokenizer: cuts prompts for which it counts more tokens than the
+//! client's.
 
 use std::io;
 use std::sync::Arc;
@@ -10,45 +11,46 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::bench::client::http::{MAX_BYTES, Server};
-use crate::bench::workload::{Order, Prompt};
+use crate::bench::workload::{Prompt, WorkItem};
 use crate::bench::{BenchError, Spec};
 
-/// Requests at the server at once, as in vLLM's client.
+/// Requests at the server at once; the same as in vLLM's client.
 const AT_ONCE: usize = 64;
-/// How long one text may take.
+/// Timeout of one `/tokenize` or `/detokenize` request.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Cuts texts of which the server's tokenizer makes more ids than the client's, by vLLM's rule: the first one tells whether
-/// the two differ, and nothing is ever added. A text for which the server fails stays as it is. Gives vLLM's lines about it.
+/// Cuts prompts that have more tokens on the server than in the client, by vLLM's rule: the first prompt decides
+/// whether the two tokenizers differ, and nothing is ever added. A prompt for which the server fails stays as it is.
+/// Returns vLLM's line about the result.
 ///
 /// # Errors
-/// When no client can be made, or the base URL is none.
+/// When the base URL is invalid or TLS cannot be set up.
 pub async fn align(
     spec: &Spec,
-    orders: &mut [Order],
+    items: &mut [WorkItem],
     progress: &dyn Fn(usize, usize),
 ) -> Result<Option<String>, BenchError> {
-    let server = Tokens {
+    let server = ServerTokenizer {
         server: Server::new(&spec.base_url, &spec.headers, spec.options.is_insecure)?,
         model: &spec.model,
     };
-    let Some(Order {
+    let Some(WorkItem {
         prompt: Prompt::Text { text, token_count },
         ..
-    }) = orders.first()
+    }) = items.first()
     else {
         return Ok(None);
     };
     let ids = match server.ids(text).await {
         Ok(ids) => ids,
-        Err(refusal) => return Ok(Some(refusal.warning(spec))),
+        Err(error) => return Ok(Some(error.warning(spec))),
     };
     let (counted, expected) = (ids.len() as u64, *token_count);
     if counted == expected {
         return Ok(None);
     }
-    let total = orders.len();
-    let mut cut = stream::iter(orders.iter_mut().map(|order| server.cut(order))).buffer_unordered(AT_ONCE);
+    let total = items.len();
+    let mut cut = stream::iter(items.iter_mut().map(|item| server.cut(item))).buffer_unordered(AT_ONCE);
     let mut done = 0;
     while cut.next().await.is_some() {
         done += 1;
@@ -59,15 +61,15 @@ pub async fn align(
     )))
 }
 
-/// Why the server makes no ids of a text.
-enum Refusal {
+/// Why the server did not tokenize a text.
+enum TokenizeError {
     Unreachable(io::Error),
     Status(StatusCode),
-    Nonsense(String),
+    InvalidReply(String),
 }
 
-impl Refusal {
-    /// vLLM's line about it.
+impl TokenizeError {
+    /// The line that vLLM's client prints.
     fn warning(&self, spec: &Spec) -> String {
         match self {
             Self::Unreachable(error) => {
@@ -84,19 +86,19 @@ impl Refusal {
                     status.as_u16()
                 )
             }
-            Self::Nonsense(error) => format!("WARNING: /tokenize probe failed ({error}), skipping alignment."),
+            Self::InvalidReply(error) => format!("WARNING: /tokenize probe failed ({error}), skipping alignment."),
         }
     }
 }
 
 /// The server's tokenizer.
-struct Tokens<'a> {
+struct ServerTokenizer<'a> {
     server: Server,
     model: &'a str,
 }
 
-impl Tokens<'_> {
-    async fn ids(&self, text: &str) -> Result<Vec<u32>, Refusal> {
+impl ServerTokenizer<'_> {
+    async fn ids(&self, text: &str) -> Result<Vec<u32>, TokenizeError> {
         #[derive(Deserialize)]
         struct Ids {
             tokens: Vec<u32>,
@@ -105,12 +107,12 @@ impl Tokens<'_> {
         Ok(self.ask::<Ids>("/tokenize", &body).await?.tokens)
     }
 
-    async fn cut(&self, order: &mut Order) -> Option<()> {
+    async fn cut(&self, item: &mut WorkItem) -> Option<()> {
         #[derive(Deserialize)]
         struct Text {
             prompt: String,
         }
-        let Prompt::Text { text, token_count } = &mut order.prompt else {
+        let Prompt::Text { text, token_count } = &mut item.prompt else {
             return None;
         };
         let ids = self.ids(text).await.ok()?;
@@ -122,19 +124,21 @@ impl Tokens<'_> {
         Some(())
     }
 
-    async fn ask<T: serde::de::DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, Refusal> {
+    async fn ask<T: serde::de::DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, TokenizeError> {
         let body = body.to_string();
         let asked = self
             .server
             .ask(&Method::POST, path, Some(body.as_bytes()), MAX_BYTES, TIMEOUT);
         match asked.await {
             Ok(reply) if reply.status.is_success() => {
-                serde_json::from_slice(&reply.body).map_err(|error| Refusal::Nonsense(error.to_string()))
+                serde_json::from_slice(&reply.body).map_err(|error| TokenizeError::InvalidReply(error.to_string()))
             }
-            Ok(reply) => Err(Refusal::Status(reply.status)),
-            // vLLM's client has no word for a time that is over.
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(Refusal::Nonsense(error.to_string())),
-            Err(error) => Err(Refusal::Unreachable(error)),
+            Ok(reply) => Err(TokenizeError::Status(reply.status)),
+            // vLLM's client has no separate message for a timeout.
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                Err(TokenizeError::InvalidReply(error.to_string()))
+            }
+            Err(error) => Err(TokenizeError::Unreachable(error)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a server's `/metrics` says of speculative and of diffusion decoding over a run, by the rules of vLLM's client.
+//! Counters of speculative and diffusion decoding from the server's `/metrics`, by the rules of vLLM's client.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,13 +7,13 @@ use reqwest::{Method, StatusCode};
 
 use crate::bench::client::http::Server;
 
-/// How long `/metrics` may take. A run does not wait longer for what may not be there.
+/// Timeout of `/metrics`. The run does not wait longer, because the page is optional.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The longest page that is read: some 200 KiB an engine.
+/// Largest metrics page in bytes. One engine has about 200 KiB.
 const MAX_PAGE_BYTES: usize = 16 << 20;
 
-/// The counters at one instant, summed over engines. `None` where the server has none of that kind.
+/// The counters at one time, summed over engines. `None` where the server has none of that kind.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(in crate::bench) struct Counters {
     speculation: Option<SpeculationCounters>,
@@ -38,38 +38,38 @@ struct DiffusionCounters {
 /// Speculative decoding over a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Speculation {
-    /// Times that tokens were drafted.
+    /// Number of drafts.
     pub drafts: i64,
-    /// Tokens that were drafted.
+    /// Drafted tokens.
     pub draft_tokens: i64,
-    /// Those that the model took.
+    /// Drafted tokens that the model accepted.
     pub accepted_tokens: i64,
-    /// Their share, in percent.
+    /// Accepted share of the drafted tokens, in percent.
     pub acceptance_rate: f64,
-    /// Tokens that one step made on average, the model's own one included.
+    /// Mean tokens per step, including the model's own token.
     pub acceptance_length: f64,
-    /// The share of drafts whose token at each position was taken.
+    /// Share of drafts whose token at each position was accepted.
     pub acceptance_by_position: Vec<f64>,
 }
 
 /// Diffusion decoding over a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Diffusion {
-    /// Tokens that were committed, per second.
+    /// Committed tokens per second.
     pub committed_throughput: f64,
-    /// Denoising steps that a canvas took on average.
+    /// Mean denoising steps per canvas.
     pub steps_per_canvas: f64,
-    /// Tokens that were committed per denoising step.
+    /// Committed tokens per denoising step.
     pub committed_per_step: f64,
-    /// Tokens that were committed.
+    /// Committed tokens.
     pub committed_tokens: i64,
-    /// Steps that denoised.
+    /// Denoising steps, without the steps that commit.
     pub denoising_steps: f64,
-    /// Positions that were evaluated.
+    /// Evaluated canvas positions.
     pub canvas_positions: i64,
 }
 
-/// Asks the server. Whatever fails is the same as no counters: most servers have none.
+/// Reads the server's counters. Any failure gives empty counters, because most servers have none.
 pub(in crate::bench) async fn read(server: &Server) -> Counters {
     let page = server
         .ask(&Method::GET, "/metrics", None, MAX_PAGE_BYTES, TIMEOUT)
@@ -81,7 +81,7 @@ pub(in crate::bench) async fn read(server: &Server) -> Counters {
 }
 
 impl Counters {
-    /// Reads Prometheus' text.
+    /// Parses a page in Prometheus text format.
     fn of(text: &str) -> Self {
         let mut counters = Self::default();
         for line in text.lines().map(str::trim) {
@@ -95,7 +95,7 @@ impl Counters {
         counters
     }
 
-    /// What has been added since `earlier`, if anything was drafted.
+    /// The difference to `earlier`. `None` if no token was drafted.
     pub(in crate::bench) fn speculation_since(&self, earlier: &Self) -> Option<Speculation> {
         let (before, after) = (earlier.speculation.as_ref()?, self.speculation.as_ref()?);
         let drafts = after.drafts - before.drafts;
@@ -121,7 +121,7 @@ impl Counters {
         })
     }
 
-    /// What has been added since `earlier` in a run of so many seconds, if anything was committed.
+    /// The difference to `earlier` in a run of `duration` seconds. `None` if no token was committed.
     pub(in crate::bench) fn diffusion_since(&self, earlier: &Self, duration: f64) -> Option<Diffusion> {
         let (before, after) = (earlier.diffusion?, self.diffusion?);
         let steps = after.denoising_steps - before.denoising_steps;
@@ -129,7 +129,7 @@ impl Counters {
         let committed_tokens = after.committed_tokens - before.committed_tokens;
         let canvas_length = canvas_positions as f64 / steps as f64;
         let canvases = committed_tokens as f64 / canvas_length;
-        // The step that commits a canvas denoises nothing.
+        // The committing step does not denoise.
         let denoising_steps = steps as f64 - canvases;
         (steps > 0 && committed_tokens > 0).then(|| Diffusion {
             committed_throughput: committed_tokens as f64 / duration,
@@ -142,7 +142,7 @@ impl Counters {
     }
 }
 
-/// Name and value of a counter's line. Other lines are comments, gauges and the instants of creation.
+/// Name and value of a counter sample. Comments, gauges and creation times give `None`.
 fn sample(line: &str) -> Option<(&str, i64)> {
     let end = line.find(|character: char| character == '{' || character.is_whitespace())?;
     let name = line[..end].strip_suffix("_total")?;
@@ -196,7 +196,7 @@ mod tests {
         vllm:spec_decode_num_accepted_tokens_per_pos_total{engine=\"0\",position=\"1\"} 1.0\n";
 
     #[test]
-    fn what_was_drafted_in_between_is_counted() {
+    fn drafts_are_counted_between_two_pages() {
         let before = Counters::of(BEFORE);
         let after = BEFORE
             .replace("} 10.0", "} 18.0")
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn diffusion_is_counted_without_the_steps_that_commit() {
+    fn diffusion_excludes_committing_steps() {
         let text = |steps, positions, tokens| {
             Counters::of(&format!(
                 "vllm:diffusion_num_denoising_steps_total {steps}\nvllm:diffusion_num_canvas_positions_total {positions}\n\

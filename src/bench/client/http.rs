@@ -1,7 +1,7 @@
-//! A server as the benchmark reaches it: its addresses, its connections, and the head that every request to it bears.
+//! HTTP access to one server: its addresses, its connections, and the headers of every request.
 //!
-//! Whatever is asked of a server goes through here, measured or not, so that all of it bears the same headers. No proxy of the
-//! environment stands between: nothing may shape what is measured.
+//! All requests to a server go through here, measured or not, so that all have the same headers. Proxies from the
+//! environment are not used, because they would change the measurement.
 
 use std::future::poll_fn;
 use std::io;
@@ -18,13 +18,13 @@ use tokio::time::{Instant, timeout};
 use crate::bench::{BenchError, CONNECT_TIMEOUT};
 use crate::wire::{Framing, Pool, Tls, Wire};
 
-/// The most bytes that are read of an answer, and of one event of a stream: far more than any server means to send.
+/// Most bytes of an answer, and of one event of a stream: far more than any server sends on purpose.
 pub(in crate::bench) const MAX_BYTES: usize = 64 << 20;
 
-/// Most idle connections of one thread. As many as a burst has left: each may be wanted again by the next one.
+/// Most idle connections of one thread: as many as a burst leaves, because the next burst can use each of them.
 const MAX_IDLE: usize = 1 << 16;
 
-/// A server.
+/// A server, with its idle connections.
 #[derive(Debug)]
 pub(in crate::bench) struct Server {
     base: String,
@@ -32,43 +32,43 @@ pub(in crate::bench) struct Server {
     port: u16,
     tls: Option<Tls>,
     headers: HeaderMap,
-    /// Where it is, once a request has asked. vLLM's client keeps the answer as well.
+    /// Its addresses, resolved once, as in vLLM's client.
     addresses: OnceCell<Addresses>,
-    /// Idle connections, by the runtime that they belong to.
+    /// Idle connections by runtime: a connection belongs to the runtime that opened it.
     pool: Pool<tokio::runtime::Id>,
 }
 
-/// The addresses of one name: a service of several machines may have one for each.
+/// The addresses of one name. A service on several machines can have one for each.
 #[derive(Debug)]
 struct Addresses {
     all: Vec<(SocketAddr, AtomicBool)>,
-    /// The one whose turn it is.
+    /// The next address to use.
     turn: AtomicUsize,
 }
 
-/// Which address of a name a new connection takes.
+/// The address that a new connection uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::bench) enum Address {
-    /// Each in turn, as vLLM's client does, so that all machines behind a name get their share.
+    /// Each in turn, as in vLLM's client, so that all machines behind a name get their share.
     Next,
-    /// The first, so that what is asked before and after a run is asked of the same machine.
+    /// The first, so that queries before and after a run reach the same machine.
     First,
 }
 
-/// A connection on which a request has been written, or not.
-pub(in crate::bench) struct Sent {
+/// A connection after an attempt to write a request on it.
+pub(in crate::bench) struct SentRequest {
     pub(in crate::bench) wire: Wire,
-    /// How long the connection took; nothing for one that was idle.
+    /// How long connecting took; zero for an idle connection.
     pub(in crate::bench) connected: Duration,
-    /// How many bytes had been written when it failed.
+    /// On failure, the number of bytes that had been written.
     pub(in crate::bench) outcome: Result<(), (usize, io::Error)>,
 }
 
-/// A whole answer.
+/// A complete answer.
 #[derive(Debug)]
 pub(in crate::bench) struct Reply {
     pub(in crate::bench) status: StatusCode,
-    /// More than the limit only if there is more.
+    /// The body. Longer than the limit only if the server sent more.
     pub(in crate::bench) body: Vec<u8>,
 }
 
@@ -80,12 +80,12 @@ pub(in crate::bench) fn url(base_url: &str, path: &str) -> Result<Url, BenchErro
     usable.ok_or_else(|| BenchError::BaseUrl(base_url.to_owned()))
 }
 
-/// Takes the user and the password out of a URL and makes them the header that stands for them, so that they are in every
-/// request and in no result. Nothing for a URL without.
+/// Splits user and password off a URL and returns them as a header, so that they are in every request and in no result.
+/// `None` for a URL without.
 pub fn credentials(base_url: &str) -> Option<(String, HeaderValue)> {
     let mut url = Url::parse(base_url).ok()?;
     let is_named = !url.username().is_empty() || url.password().is_some();
-    // Whoever asks everything else knows how a URL's user is written.
+    // reqwest knows how to encode the user of a URL.
     let http = reqwest::Client::builder()
         .no_proxy()
         .build()
@@ -99,10 +99,10 @@ pub fn credentials(base_url: &str) -> Option<(String, HeaderValue)> {
 }
 
 impl Server {
-    /// A server at a URL without a path of its own, asked with these headers.
+    /// The server at a URL without a path, with these headers for every request.
     ///
     /// # Errors
-    /// When that is no URL, or nobody can be trusted.
+    /// When the URL is invalid or TLS cannot be set up.
     pub(in crate::bench) fn new(base_url: &str, headers: &HeaderMap, is_insecure: bool) -> Result<Self, BenchError> {
         let url = url(base_url, "/")?;
         let tls = match url.scheme() {
@@ -125,10 +125,10 @@ impl Server {
         format!("{}{path}", self.base)
     }
 
-    /// The head of a request, without what differs from one to the next, and without its end.
+    /// The request head without its end and without the headers that differ between requests.
     ///
     /// # Errors
-    /// When the path makes no URL.
+    /// When the path makes the URL invalid.
     pub(in crate::bench) fn head(&self, method: &Method, path: &str) -> Result<Vec<u8>, BenchError> {
         let url = url(&self.base, path)?;
         let query = url.query().map(|query| format!("?{query}")).unwrap_or_default();
@@ -155,12 +155,12 @@ impl Server {
     /// Writes a request on an idle connection, or on a new one.
     ///
     /// # Errors
-    /// When there is no connection.
-    pub(in crate::bench) async fn send(&self, head: &[u8], body: &[u8], address: Address) -> io::Result<Sent> {
-        let home = tokio::runtime::Handle::current().id();
+    /// When no connection can be opened.
+    pub(in crate::bench) async fn send(&self, head: &[u8], body: &[u8], address: Address) -> io::Result<SentRequest> {
+        let runtime = tokio::runtime::Handle::current().id();
         let started = Instant::now();
         loop {
-            let idle = self.pool.take(&home);
+            let idle = self.pool.take(&runtime);
             let is_new = idle.is_none();
             let mut wire = match idle {
                 Some(wire) => wire,
@@ -168,10 +168,10 @@ impl Server {
             };
             let connected = if is_new { started.elapsed() } else { Duration::ZERO };
             match wire.send(head, body).await {
-                // It closed the very moment that it was taken.
+                // The idle connection was closed in this moment: try the next one.
                 Err((0, _)) if !is_new => {}
                 outcome => {
-                    return Ok(Sent {
+                    return Ok(SentRequest {
                         wire,
                         connected,
                         outcome,
@@ -181,17 +181,17 @@ impl Server {
         }
     }
 
-    /// Keeps a connection for another request, if its answer has been read to the end.
+    /// Keeps a connection for another request if its answer has been read completely.
     pub(in crate::bench) fn keep(&self, wire: Wire, framing: Framing, keeps_alive: bool) {
         if keeps_alive && framing == Framing::Ended {
             self.pool.keep(tokio::runtime::Handle::current().id(), wire);
         }
     }
 
-    /// Asks something that is not measured, and reads the answer up to `limit`.
+    /// Sends an unmeasured request and reads the answer up to `limit`.
     ///
     /// # Errors
-    /// When there is no answer in time.
+    /// When no answer arrives in time.
     pub(in crate::bench) async fn ask(
         &self,
         method: &Method,
@@ -213,11 +213,11 @@ impl Server {
     }
 
     async fn answer(&self, method: &Method, head: &[u8], body: &[u8], limit: usize) -> io::Result<Reply> {
-        let Sent { mut wire, outcome, .. } = self.send(head, body, Address::First).await?;
-        outcome.map_err(|(_, error)| said(error))?;
-        let head = wire.head(method).await.map_err(said)?;
+        let SentRequest { mut wire, outcome, .. } = self.send(head, body, Address::First).await?;
+        outcome.map_err(|(_, error)| describe(error))?;
+        let head = wire.head(method).await.map_err(describe)?;
         let mut framing = head.framing;
-        let body = whole(&mut wire, &mut framing, limit).await.map_err(said)?;
+        let body = whole(&mut wire, &mut framing, limit).await.map_err(describe)?;
         self.keep(wire, framing, head.keeps_alive);
         Ok(Reply {
             status: head.parts.status,
@@ -238,11 +238,11 @@ impl Server {
         let addresses = addresses.await.unwrap_or_else(late)?;
         let patience = CONNECT_TIMEOUT / u32::try_from(addresses.all.len()).unwrap_or(1).max(1);
         let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for (address, is_well) in addresses.in_turn(address) {
+        for (address, is_reachable) in addresses.in_order(address) {
             let connected = Wire::connect_timed(*address, self.tls.as_ref(), &self.host);
             let connected = timeout(patience, connected).await;
             let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            is_well.store(connected.is_ok(), Ordering::Relaxed);
+            is_reachable.store(connected.is_ok(), Ordering::Relaxed);
             match connected {
                 Ok(wire) => return Ok(wire),
                 Err(error) => failure = error,
@@ -253,19 +253,19 @@ impl Server {
 }
 
 impl Addresses {
-    /// All of them, in the order in which they are tried: those that failed last come last.
-    fn in_turn(&self, address: Address) -> impl Iterator<Item = &(SocketAddr, AtomicBool)> {
+    /// All addresses in the order in which to try them: those whose last attempt failed come last.
+    fn in_order(&self, address: Address) -> impl Iterator<Item = &(SocketAddr, AtomicBool)> {
         let first = match address {
             Address::Next => self.turn.fetch_add(1, Ordering::Relaxed) % self.all.len().max(1),
             Address::First => 0,
         };
         let rotated = self.all[first..].iter().chain(&self.all[..first]);
-        let (well, ill): (Vec<_>, Vec<_>) = rotated.partition(|(_, is_well)| is_well.load(Ordering::Relaxed));
+        let (well, ill): (Vec<_>, Vec<_>) = rotated.partition(|(_, is_reachable)| is_reachable.load(Ordering::Relaxed));
         well.into_iter().chain(ill)
     }
 }
 
-/// The beginning of a body: more than `limit` bytes only if there are more in it.
+/// Reads a body up to `limit` bytes. The result is longer than `limit` only if the body is.
 pub(in crate::bench) async fn whole(wire: &mut Wire, framing: &mut Framing, limit: usize) -> io::Result<Vec<u8>> {
     let mut body = Vec::new();
     while body.len() <= limit
@@ -276,7 +276,7 @@ pub(in crate::bench) async fn whole(wire: &mut Wire, framing: &mut Framing, limi
     Ok(body)
 }
 
-/// Adds headers to a head.
+/// Appends headers to a request head.
 pub(in crate::bench) fn put_headers(head: &mut Vec<u8>, headers: &HeaderMap) {
     for (name, value) in headers {
         put_header(head, name.as_str(), value.as_bytes());
@@ -289,8 +289,8 @@ fn put_header(head: &mut Vec<u8>, name: &str, value: &[u8]) {
     }
 }
 
-/// An error of a connection, in words for those that the system has none for.
-pub(in crate::bench) fn said(error: io::Error) -> io::Error {
+/// Adds a message to connection errors for which the system has none.
+pub(in crate::bench) fn describe(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::UnexpectedEof {
         io::Error::new(error.kind(), "the server closed the connection")
     } else {
@@ -303,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_base_url_is_joined_with_the_path_or_refused() {
+    fn a_base_url_is_joined_with_the_path() {
         assert_eq!(
             url("http://h:1/", "/v1/models").unwrap().as_str(),
             "http://h:1/v1/models"
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_bears_what_is_given_once_and_the_rest_as_usual() {
+    fn given_headers_replace_the_default_ones() {
         let given = [("host", "model.example.com"), ("content-type", "a/b"), ("x-a", "1")];
         let mut headers: HeaderMap = given
             .iter()
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_of_a_url_becomes_a_header_and_leaves_the_url() {
+    fn the_user_of_a_url_becomes_a_header() {
         let (url, header) = credentials("http://u:p%40@h:1/v").unwrap();
         assert_eq!(
             (url.as_str(), header.to_str().unwrap()),
@@ -355,14 +355,14 @@ mod tests {
     }
 
     #[test]
-    fn addresses_take_turns_and_those_that_failed_come_last() {
+    fn addresses_rotate_and_failed_ones_come_last() {
         let all = [1, 2, 3].map(|last| (SocketAddr::from(([127, 0, 0, last], 80)), AtomicBool::new(true)));
         let addresses = Addresses {
             all: all.into(),
             turn: AtomicUsize::new(0),
         };
         let order = |address| {
-            let order = addresses.in_turn(address);
+            let order = addresses.in_order(address);
             order
                 .map(|(address, _)| address.to_string().as_bytes()[8] - b'0')
                 .collect::<Vec<_>>()

@@ -1,8 +1,8 @@
-//! One streamed request: its body, its connection, and the clock at its start.
+//! The HTTP client of the benchmark: sends one streamed request, and everything else that is asked of the server.
 //!
-//! It begins right before a connection is made or, where one is idle, right before the request is written; the JSON of a long
-//! prompt has been made by then. What comes is stamped by the kernel, so this client's own work is not in the latencies that
-//! it reports.
+//! The clock of a request starts right before its connection is made or, on an idle connection, right before the
+//! request is written. The JSON body is ready by then. The kernel timestamps received data, so the client's own work is
+//! not part of the latencies.
 
 pub(super) mod alignment;
 pub(super) mod engine_counters;
@@ -21,26 +21,26 @@ use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
-use self::http::{Address, Sent, Server, said};
-use self::reader::{AnswerError, Reader, Scanner, Texts};
+use self::http::{Address, SentRequest, Server, describe};
+use self::reader::{AnswerError, ResponseReader, Scanner, TextPolicy};
 use crate::bench::export::python;
-use crate::bench::latency_breakdown::engine_pages::Page;
+use crate::bench::latency_breakdown::engine_metrics::EngineMetrics;
 use crate::bench::load::Exchange;
-use crate::bench::record::{Answer, Told};
-use crate::bench::workload::Order;
+use crate::bench::record::{Answer, ServerTimings};
+use crate::bench::workload::WorkItem;
 use crate::bench::{Backend, BenchError, Spec};
 use crate::wire::RxTimestamp;
 
-/// The most bytes that are read of an error.
+/// Most bytes of an error body that are read.
 const MAX_ERROR_BYTES: usize = 1 << 20;
-/// The most characters of a server's message in a report.
+/// Most characters of a server's message in a report.
 const MAX_MESSAGE_CHARS: usize = 300;
 
 /// Sends the requests of one run.
 #[derive(Debug)]
 pub(super) struct Client {
     server: Server,
-    /// The head of every request, up to what differs.
+    /// The request head up to the part that differs between requests.
     head: Vec<u8>,
     template: Vec<(String, Field)>,
     timeout: Duration,
@@ -50,7 +50,7 @@ pub(super) struct Client {
 /// A value in a request's body.
 #[derive(Debug)]
 enum Field {
-    /// The run's model, unless a request has its own.
+    /// The model of the run, unless the request has its own.
     Model(Value),
     Prompt,
     Messages,
@@ -72,15 +72,15 @@ enum ExchangeError {
         status: StatusCode,
         message: Option<String>,
     },
-    #[error("the answer is no stream, but {0}")]
+    #[error("the answer is not an event stream, but {0}")]
     NoStream(String),
-    #[error("the answer is encoded (`content-encoding: {0}`), and this client reads plain ones only")]
+    #[error("the answer is encoded (`content-encoding: {0}`), which this client does not decode")]
     Encoded(String),
     #[error("the stream broke off")]
     Stream(#[source] io::Error),
     #[error(transparent)]
     Answer(#[from] AnswerError),
-    #[error("no whole answer within {} s", .0.as_secs_f64())]
+    #[error("the answer was not complete within {} s", .0.as_secs_f64())]
     Timeout(Duration),
 }
 
@@ -88,11 +88,11 @@ impl Client {
     pub(super) fn new(spec: &Spec) -> Result<Self, BenchError> {
         let server = Server::new(&spec.base_url, &spec.headers, spec.options.is_insecure)?;
         let texts = if spec.keep_texts || spec.workload.has_turns() {
-            Texts::Keep
+            TextPolicy::Keep
         } else if spec.options.tokenizer.is_some() {
-            Texts::Count
+            TextPolicy::Count
         } else {
-            Texts::Drop
+            TextPolicy::Drop
         };
         Ok(Self {
             head: server.head(&Method::POST, &spec.endpoint)?,
@@ -103,22 +103,22 @@ impl Client {
         })
     }
 
-    /// What the server's `/metrics` says of decoding.
+    /// The decoding counters of the server's `/metrics`.
     pub(super) async fn engine_counters(&self) -> engine_counters::Counters {
         engine_counters::read(&self.server).await
     }
 
-    /// What the engines behind the server count, each for itself.
-    pub(super) async fn engine_page(&self) -> Option<Page> {
-        Page::read(&self.server).await
+    /// The counters of each engine behind the server.
+    pub(super) async fn engine_metrics(&self) -> Option<EngineMetrics> {
+        EngineMetrics::read(&self.server).await
     }
 
-    /// Makes the request and reads its whole answer.
-    pub(super) async fn exchange(&self, order: &Order, request_id: &str) -> Exchange {
+    /// Sends the request and reads its whole answer.
+    pub(super) async fn exchange(&self, item: &WorkItem, request_id: &str) -> Exchange {
         let template = &self.template;
-        let body = python::write(&Body { template, order });
+        let body = python::write(&Body { template, item });
         let mut head = self.head.clone();
-        http::put_headers(&mut head, &order.headers);
+        http::put_headers(&mut head, &item.headers);
         let rest = format!("x-request-id: {request_id}\r\ncontent-length: {}\r\n\r\n", body.len());
         head.extend_from_slice(rest.as_bytes());
         let started = Instant::now();
@@ -132,72 +132,74 @@ impl Client {
 
     async fn answer(&self, head: &[u8], body: &[u8], started: Instant) -> Result<Answer, ExchangeError> {
         let sent = self.server.send(head, body, Address::Next).await;
-        let Sent {
+        let SentRequest {
             mut wire,
             connected,
             outcome,
         } = sent.map_err(ExchangeError::Connect)?;
-        // A server that refuses a request may say so without reading it to the end.
+        // A server can reject a request without reading all of it.
         let head = wire.head(&Method::POST).await;
         let head = head.map_err(|error| match outcome {
-            Ok(()) => ExchangeError::NoAnswer(said(error)),
-            Err((_, error)) => ExchangeError::Send(said(error)),
+            Ok(()) => ExchangeError::NoAnswer(describe(error)),
+            Err((_, error)) => ExchangeError::Send(describe(error)),
         })?;
         let mut framing = head.framing;
         let status = head.parts.status;
         if !status.is_success() {
-            // What breaks off is shown by its status alone.
+            // If the body breaks off, the status alone is reported.
             let body = http::whole(&mut wire, &mut framing, MAX_ERROR_BYTES)
                 .await
                 .unwrap_or_default();
             self.server.keep(wire, framing, head.keeps_alive);
-            // Some say in the body what the status says already.
+            // Some servers repeat the status text in the body.
             let message = server_message(&body).filter(|message| status.canonical_reason() != Some(message));
             return Err(ExchangeError::Status { status, message });
         }
         if let Some(encoding) = encoding(&head.parts.headers) {
             return Err(ExchangeError::Encoded(encoding));
         }
-        let mut reader = Reader::new(&self.scanner, started);
+        let mut reader = ResponseReader::new(&self.scanner, started);
         while let Some(piece) = poll_fn(|context| wire.poll_body(&mut framing, context)).await {
-            let piece = piece.map_err(|error| ExchangeError::Stream(said(error)))?;
+            let piece = piece.map_err(|error| ExchangeError::Stream(describe(error)))?;
             let timestamp = wire.rx_timestamp().unwrap_or_else(RxTimestamp::now);
             reader.feed(&piece, timestamp)?;
         }
         let mut answer = reader.finish().map_err(|error| match error {
             AnswerError::NoToken if !is_stream(&head.parts.headers) => {
-                ExchangeError::NoStream(kind(&head.parts.headers))
+                ExchangeError::NoStream(content_type(&head.parts.headers))
             }
             error => error.into(),
         })?;
         self.server.keep(wire, framing, head.keeps_alive);
         answer.connected = connected;
-        answer.told = Told {
-            engine: answer.told.engine,
-            ..told(&head.parts.headers)
+        answer.timings = ServerTimings {
+            engine: answer.timings.engine,
+            ..server_timings(&head.parts.headers)
         };
         Ok(answer)
     }
 }
 
-/// Whether an answer calls itself a stream of events. Not every server that streams says so.
+/// Whether the content type is an event stream. Some streaming servers do not set it.
 fn is_stream(headers: &HeaderMap) -> bool {
-    kind(headers).starts_with("text/event-stream")
+    content_type(headers).starts_with("text/event-stream")
 }
 
-/// The type of an answer's content.
-fn kind(headers: &HeaderMap) -> String {
-    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-    kind.unwrap_or("without a type").to_owned()
+/// The content type of an answer.
+fn content_type(headers: &HeaderMap) -> String {
+    let content_type = headers
+        .get(CONTENT_TYPE)
+        .and_then(|content_type| content_type.to_str().ok());
+    content_type.unwrap_or("has no content type").to_owned()
 }
 
-/// How an answer is encoded, if it is. Only a client's own header asks for it.
+/// The content encoding, unless it is `identity`. A server encodes only if the user's own headers ask for it.
 fn encoding(headers: &HeaderMap) -> Option<String> {
     let encoding = headers.get(CONTENT_ENCODING)?.to_str().ok()?;
     (encoding != "identity").then(|| encoding.to_owned())
 }
 
-/// The body's fields in the order of vLLM's client. The user's own fields replace those of the same name.
+/// The fields of the body in the order of vLLM's client. The user's own fields replace those of the same name.
 fn template(spec: &Spec) -> Vec<(String, Field)> {
     let mut fields = vec![("model", Field::Model(json!(spec.model)))];
     match spec.backend {
@@ -231,10 +233,10 @@ fn template(spec: &Spec) -> Vec<(String, Field)> {
     template
 }
 
-/// A request's body as it is written.
+/// The serialized body of a request.
 struct Body<'a> {
     template: &'a [(String, Field)],
-    order: &'a Order,
+    item: &'a WorkItem,
 }
 
 impl Serialize for Body<'_> {
@@ -242,13 +244,13 @@ impl Serialize for Body<'_> {
         let mut body = serializer.serialize_map(Some(self.template.len()))?;
         for (name, field) in self.template {
             match field {
-                Field::Model(model) => match &self.order.model {
+                Field::Model(model) => match &self.item.model {
                     Some(own) => body.serialize_entry(name, own.as_ref())?,
                     None => body.serialize_entry(name, model)?,
                 },
-                Field::Prompt => body.serialize_entry(name, &self.order.prompt.as_completion())?,
-                Field::Messages => body.serialize_entry(name, &self.order.prompt.as_chat())?,
-                Field::OutputLength => body.serialize_entry(name, &self.order.output_length)?,
+                Field::Prompt => body.serialize_entry(name, &self.item.prompt.as_completion())?,
+                Field::Messages => body.serialize_entry(name, &self.item.prompt.as_chat())?,
+                Field::OutputLength => body.serialize_entry(name, &self.item.output_length)?,
                 Field::Fixed(value) => body.serialize_entry(name, value)?,
             }
         }
@@ -256,22 +258,21 @@ impl Serialize for Body<'_> {
     }
 }
 
-fn told(headers: &HeaderMap) -> Told {
+fn server_timings(headers: &HeaderMap) -> ServerTimings {
     let text = |name: &str| {
         headers
             .get(name)
             .and_then(|value| value.to_str().ok())
             .map(str::to_owned)
     };
-    Told {
+    ServerTimings {
         handoff: text("x-xpyd-handoff"),
         timing: text("server-timing"),
         engine: None,
     }
 }
 
-/// The message in an error's body, in the shapes of OpenAI, of older vLLM and of `FastAPI`; else the body itself if it is a
-/// short text.
+/// The message in an error body, in the shapes of OpenAI, older vLLM and `FastAPI`; else the body itself if it is text.
 pub(super) fn server_message(body: &[u8]) -> Option<String> {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(value) => {

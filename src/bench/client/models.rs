@@ -1,4 +1,4 @@
-//! Asks a server which models it serves: the check, before a run, that there is a server and that it has the model.
+//! Queries the models that a server serves: checks before a run that the server answers and has the model.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use serde::Deserialize;
 use crate::bench::client::http::{MAX_BYTES, Server};
 use crate::bench::{BenchError, Spec};
 
-/// How long the list of models may take. It costs a server nothing, so longer means that it is not well.
+/// Timeout of the model list. The list is cheap, so a slower server is not healthy.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The same of its version, which nothing waits for.
+/// Timeout of the version, which is optional.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The longest version.
+/// Largest version page in bytes.
 const MAX_VERSION_BYTES: usize = 4 << 10;
 
 /// A model that a server serves.
@@ -23,23 +23,23 @@ const MAX_VERSION_BYTES: usize = 4 << 10;
 pub struct Model {
     /// Its name in requests.
     pub id: String,
-    /// The path or repository it was loaded from, as vLLM says.
+    /// The path or repository it was loaded from, as vLLM reports it.
     pub root: Option<String>,
 }
 
-/// The model to ask for: `wanted`, or the first that the server serves.
+/// The model to use: `wanted`, or the first that the server serves.
 ///
 /// # Errors
-/// When there is no server, it lists no models, or the wanted one is not among them.
+/// When the server does not answer, lists no models, or does not serve the wanted one.
 pub async fn discover(base_url: &str, headers: &HeaderMap, wanted: Option<&str>) -> Result<Model, BenchError> {
-    discover_trusting(base_url, headers, false, wanted).await
+    discover_with(base_url, headers, false, wanted).await
 }
 
-/// The same; where `is_insecure`, any certificate is trusted.
+/// As [`discover`]. `is_insecure` accepts any certificate.
 ///
 /// # Errors
 /// Those of [`discover`].
-pub async fn discover_trusting(
+pub async fn discover_with(
     base_url: &str,
     headers: &HeaderMap,
     is_insecure: bool,
@@ -65,14 +65,14 @@ pub async fn discover_trusting(
     }
     if reply.body.len() > MAX_BYTES {
         return Err(not_a_list(format!(
-            "it has more than {} MiB, the most that this client reads",
+            "the list exceeds the limit of {} MiB",
             MAX_BYTES >> 20
         )));
     }
     let list: ModelList = serde_json::from_slice(&reply.body).map_err(|error| not_a_list(error.to_string()))?;
     let mut served = list.data.into_iter();
     match wanted {
-        None => served.next().ok_or_else(|| not_a_list("it is empty".to_owned())),
+        None => served.next().ok_or_else(|| not_a_list("the list is empty".to_owned())),
         Some(wanted) => {
             let mut names = Vec::new();
             for model in served {
@@ -89,7 +89,7 @@ pub async fn discover_trusting(
     }
 }
 
-/// What the server says of its version: vLLM's page `/version`. `None` where it has none.
+/// The content of vLLM's `/version`. `None` where the server has no such page.
 pub async fn version(spec: &Spec) -> Option<serde_json::Value> {
     let server = Server::new(&spec.base_url, &spec.headers, spec.options.is_insecure).ok()?;
     let reply = server

@@ -1,4 +1,4 @@
-//! What the events of one answer say, at the price of a scan: an event is parsed only where more is in it than a token.
+//! Reads the events of one streamed answer. A plain token event is only scanned; every other event is parsed as JSON.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use tokio::time::Instant;
 use crate::bench::Backend;
 use crate::bench::client::http::MAX_BYTES;
 use crate::bench::client::server_message;
-use crate::bench::client::sse::{Decoder, EventTooLarge};
-use crate::bench::record::{Answer, Backlog, EngineTimes};
+use crate::bench::client::sse::{EventTooLarge, SseDecoder};
+use crate::bench::record::{Answer, EngineTimes, ReadDelay};
 use crate::wire::RxTimestamp;
 
-/// What servers call the end of an answer that did not go well. vLLM says `abort` and `error`.
+/// Finish reasons that mean a failure. vLLM sends `abort` and `error`.
 const FAILURES: [&str; 7] = [
     "abort",
     "aborted",
@@ -25,12 +25,12 @@ const FAILURES: [&str; 7] = [
     "timeout",
 ];
 
-/// Why a stream holds no whole answer.
+/// Why a stream is not a complete answer.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::bench) enum AnswerError {
     #[error("the server failed during the stream: {0}")]
     Server(String),
-    #[error("the stream holds what is no completion chunk")]
+    #[error("the stream contains an event that is not a completion chunk")]
     Malformed(#[source] serde_json::Error),
     #[error(transparent)]
     TooLarge(#[from] EventTooLarge),
@@ -42,21 +42,21 @@ pub(in crate::bench) enum AnswerError {
     Unfinished,
 }
 
-/// What becomes of the texts of answers.
+/// What to do with the text of answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::bench) enum Texts {
-    /// They are kept.
+pub(in crate::bench) enum TextPolicy {
+    /// Keep it for the report.
     Keep,
-    /// They are kept where the server tells no number of tokens, to be counted.
+    /// Keep it if the server reports no token count, to count the tokens later.
     Count,
-    /// Nobody wants them.
+    /// Discard it.
     Drop,
 }
 
-/// Tells plain token events from those that must be parsed.
+/// Distinguishes plain token events from events that must be parsed.
 ///
-/// It looks for names between quotes. A quote within a text is escaped, so a name that is found is a key or a whole value;
-/// taking a value for a key costs a parse and nothing else.
+/// It searches for quoted names. A quote within a text is escaped, so a match is a key or a whole value. Taking a value
+/// for a key only costs a parse.
 #[derive(Debug)]
 pub(in crate::bench) struct Scanner {
     choices: Finder<'static>,
@@ -67,12 +67,12 @@ pub(in crate::bench) struct Scanner {
     token_ids: Finder<'static>,
     text: Finder<'static>,
     is_chat: bool,
-    texts: Texts,
+    texts: TextPolicy,
 }
 
 impl Scanner {
-    /// For the answers of one route. Texts that are kept have every event parsed.
-    pub(in crate::bench) fn new(texts: Texts, backend: Backend) -> Self {
+    /// A scanner for one route. Texts that are kept need every event parsed.
+    pub(in crate::bench) fn new(texts: TextPolicy, backend: Backend) -> Self {
         Self {
             choices: Finder::new(r#""choices""#),
             error: Finder::new(r#""error""#),
@@ -89,7 +89,7 @@ impl Scanner {
         }
     }
 
-    /// Whether the event is a chunk with output, and tells neither of usage, nor of an end, nor of an error.
+    /// Whether the event is a chunk with output and without usage, finish reason or error.
     fn is_plain(&self, event: &[u8]) -> bool {
         let value = |finder: &Finder<'_>| value_of(finder, event);
         let begins_list =
@@ -102,12 +102,12 @@ impl Scanner {
             && value(&self.error).is_none_or(is_null)
             && value(&self.usage).is_none_or(is_null)
             && ends.all(|at| is_null(value_after(&event[at + self.finish.needle().len()..])))
-            // The chunk of a chat that names the role holds no output, nor does one without content.
+            // A chat chunk without content, such as the one that names the role, has no output.
             && (!self.is_chat
                 || self.role.find(event).is_none() && value(&self.text).is_some_and(|value| value.starts_with(b"\"")))
     }
 
-    /// How many token ids the event holds.
+    /// The number of token ids in the event.
     fn tokens(&self, event: &[u8]) -> Option<u32> {
         let list = value_of(&self.token_ids, event)?.strip_prefix(b"[")?;
         let list = &list[..memchr::memchr(b']', list)?];
@@ -116,7 +116,7 @@ impl Scanner {
         u32::try_from(if is_empty { 0 } else { commas + 1 }).ok()
     }
 
-    /// Adds the text that the event holds.
+    /// Appends the text of the event.
     fn add_text(&self, event: &[u8], text: &mut String) {
         let Some(value) = value_of(&self.text, event).filter(|value| value.starts_with(b"\"")) else {
             return;
@@ -128,65 +128,65 @@ impl Scanner {
     }
 }
 
-/// The value of a key, if the event has the key.
+/// The value of a key, if the event has that key.
 fn value_of<'event>(finder: &Finder<'_>, event: &'event [u8]) -> Option<&'event [u8]> {
     let at = finder.find(event)?;
     Some(value_after(&event[at + finder.needle().len()..]))
 }
 
-/// The value of a key, given what follows the key; the same bytes if there is no colon.
+/// The value after a key; the same bytes if no colon follows.
 fn value_after(rest: &[u8]) -> &[u8] {
     let rest = rest.trim_ascii_start();
     rest.strip_prefix(b":").unwrap_or(rest).trim_ascii_start()
 }
 
-/// Follows the events of one answer.
+/// Reads the events of one answer.
 #[derive(Debug)]
-pub(in crate::bench) struct Reader<'client> {
+pub(in crate::bench) struct ResponseReader<'client> {
     scanner: &'client Scanner,
     started: Instant,
-    decoder: Decoder,
+    decoder: SseDecoder,
     events: Events,
-    /// The read that is being taken in, and when it came, since the start.
+    /// The current socket read, and its time since the start.
     read: Option<RxTimestamp>,
     last: Duration,
 }
 
-/// What the events said so far.
+/// The state that the events have built so far.
 #[derive(Debug, Default)]
 struct Events {
     answer: Answer,
     has_token: bool,
     has_text: bool,
-    /// The server said that the answer is whole: by `[DONE]`, or by the reason why it ended.
+    /// The server marked the answer as complete: by `[DONE]` or a finish reason.
     is_done: bool,
-    tells_ids: bool,
-    /// The server's count that runs along.
+    has_token_ids: bool,
+    /// Output tokens so far, where the server counts them in each chunk.
     counted: u64,
-    /// Chunks with output in the read that is being taken in.
+    /// Chunks with output in the current read.
     in_read: u64,
 }
 
-/// The parts of a completion chunk that count, of both routes.
+/// The fields of a completion chunk that matter, for both routes.
 #[derive(Debug, Deserialize)]
 struct Chunk {
     choices: Option<Vec<Choice>>,
     usage: Option<Usage>,
-    metrics: Option<EngineMetrics>,
+    metrics: Option<PerRequestMetrics>,
     error: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Choice {
     text: Option<String>,
-    /// As it came, because it counts which keys it has.
+    /// Unparsed, because the set of its keys matters.
     delta: Option<Map<String, Value>>,
     token_ids: Option<Vec<u64>>,
     finish_reason: Option<Value>,
 }
 
 impl Choice {
-    /// Whether it holds output, by vLLM's rule: in a chat the chunk that only names the role holds none.
+    /// Whether it has output, by vLLM's rule: a chat chunk that only names the role has none.
     fn has_output(&self) -> bool {
         let Some(delta) = &self.delta else {
             return true;
@@ -205,12 +205,12 @@ impl Choice {
             Some(Value::Object(entries)) => !entries.is_empty(),
             Some(_) => true,
         };
-        // A special token has no text, and comes without a role.
+        // A special token has an empty text and no role.
         let is_special = delta.get("content").is_some_and(|content| content == "") && !delta.contains_key("role");
         output.into_iter().any(is_there) || is_special
     }
 
-    /// The text of either route. A content in parts has it in those of them that have one.
+    /// The text of either route. If the content is a list of parts, the texts of those parts that have one.
     fn text(&self) -> String {
         let content = self.delta.as_ref().and_then(|delta| delta.get("content"));
         match (&self.text, content) {
@@ -220,12 +220,12 @@ impl Choice {
         }
     }
 
-    /// The reason why it ended, if it says so: `Err` if that is a failure.
+    /// Whether it has a finish reason: an error if that reason means a failure.
     fn end(&self) -> Result<bool, AnswerError> {
         let reason = match &self.finish_reason {
             None | Some(Value::Null) => return Ok(false),
             Some(Value::String(reason)) => reason.as_str(),
-            // SGLang's own: an object that names its type.
+            // SGLang sends an object that names its type.
             Some(other) => other["type"].as_str().unwrap_or_default(),
         };
         if FAILURES.iter().any(|failure| reason.eq_ignore_ascii_case(failure)) {
@@ -235,14 +235,14 @@ impl Choice {
     }
 }
 
-/// vLLM's `PerRequestMetrics`, in milliseconds. Its time to the first token begins where the queue ends.
+/// vLLM's `PerRequestMetrics`, in milliseconds. The time to first token starts when the request leaves the queue.
 #[derive(Debug, Deserialize)]
-struct EngineMetrics {
+struct PerRequestMetrics {
     queue_time_ms: Option<f64>,
     time_to_first_token_ms: Option<f64>,
 }
 
-impl EngineMetrics {
+impl PerRequestMetrics {
     fn times(&self) -> Option<EngineTimes> {
         let duration = |milliseconds: Option<f64>| Duration::try_from_secs_f64(milliseconds? / 1000.0).ok();
         Some(EngineTimes {
@@ -258,24 +258,24 @@ struct Usage {
     completion_tokens: Option<u64>,
 }
 
-impl<'client> Reader<'client> {
+impl<'client> ResponseReader<'client> {
     pub(in crate::bench) fn new(scanner: &'client Scanner, started: Instant) -> Self {
         Self {
             scanner,
             started,
-            decoder: Decoder::new(MAX_BYTES),
+            decoder: SseDecoder::new(MAX_BYTES),
             events: Events::default(),
             read: None,
             last: Duration::ZERO,
         }
     }
 
-    /// Takes bytes that came in one read.
+    /// Processes the bytes of one socket read.
     pub(in crate::bench) fn feed(&mut self, bytes: &[u8], timestamp: RxTimestamp) -> Result<(), AnswerError> {
         let received = timestamp.at.saturating_duration_since(self.started);
-        // The pieces of one read have one receipt.
+        // The pieces of one read have one timestamp.
         if self.read != Some(timestamp) {
-            self.events.answer.backlog.add(timestamp.waited);
+            self.events.answer.read_delay.add(timestamp.waited);
             self.events.in_read = 0;
             self.read = Some(timestamp);
             self.last = received;
@@ -287,8 +287,8 @@ impl<'client> Reader<'client> {
                 outcome = events.take(scanner, name, event, received);
             }
         })?;
-        if timestamp.waited.is_some_and(|waited| waited > Backlog::LATE) {
-            self.events.answer.backlog.merged += self.events.in_read.saturating_sub(1);
+        if timestamp.waited.is_some_and(|waited| waited > ReadDelay::LATE) {
+            self.events.answer.read_delay.merged += self.events.in_read.saturating_sub(1);
             self.events.in_read = self.events.in_read.min(1);
         }
         outcome
@@ -304,17 +304,17 @@ impl<'client> Reader<'client> {
 }
 
 impl Events {
-    /// Takes one event. A chunk with output counts as a token even when its text is empty, as in vLLM: a special token has
-    /// none.
+    /// Processes one event. A chunk with output counts as a token even when its text is empty, as in vLLM, because a
+    /// special token has no text.
     fn take(&mut self, scanner: &Scanner, name: &[u8], event: &[u8], received: Duration) -> Result<(), AnswerError> {
         if name == b"error" {
             let message = server_message(event).unwrap_or_else(|| "no message".to_owned());
             return Err(AnswerError::Server(message));
         }
-        // Until text has come every event is parsed, to find the first one that has some.
-        if self.has_text && scanner.texts != Texts::Keep && scanner.is_plain(event) {
-            let tokens = self.tells_ids.then(|| scanner.tokens(event)).flatten();
-            if scanner.texts == Texts::Count {
+        // Every event is parsed until the first text has arrived.
+        if self.has_text && scanner.texts != TextPolicy::Keep && scanner.is_plain(event) {
+            let tokens = self.has_token_ids.then(|| scanner.tokens(event)).flatten();
+            if scanner.texts == TextPolicy::Count {
                 scanner.add_text(event, &mut self.answer.text);
             }
             self.token(received, tokens);
@@ -336,17 +336,17 @@ impl Events {
         }
         if let Some(choice) = choices.into_iter().next().filter(Choice::has_output) {
             let ids = choice.token_ids.as_ref().map(|ids| ids.len() as u64);
-            self.tells_ids |= ids.is_some();
+            self.has_token_ids |= ids.is_some();
             let tokens = ids.or(counted.map(|counted| counted.saturating_sub(self.counted)));
             self.token(received, tokens.and_then(|tokens| u32::try_from(tokens).ok()));
             let text = choice.text();
             self.has_text |= !text.is_empty();
-            if scanner.texts != Texts::Drop {
+            if scanner.texts != TextPolicy::Drop {
                 self.answer.text.push_str(&text);
             }
         }
         if let Some(metrics) = chunk.metrics {
-            self.answer.told.engine = metrics.times();
+            self.answer.timings.engine = metrics.times();
         }
         if let Some(usage) = chunk.usage {
             self.counted = counted.unwrap_or(self.counted);
@@ -360,7 +360,7 @@ impl Events {
     fn token(&mut self, received: Duration, tokens: Option<u32>) {
         let answer = &mut self.answer;
         let chunks = answer.gaps.len() + usize::from(self.has_token);
-        // The list is for all chunks or for none: a gap in it would shift what follows.
+        // The list covers all chunks or none: a missing entry would shift the entries after it.
         match tokens {
             Some(tokens) if answer.chunk_tokens.len() == chunks => answer.chunk_tokens.push(tokens),
             _ => answer.chunk_tokens.clear(),
@@ -376,7 +376,7 @@ impl Events {
     }
 
     fn finish(mut self, scanner: &Scanner) -> Result<Answer, AnswerError> {
-        if scanner.texts == Texts::Count && self.answer.completion_tokens.is_some_and(|tokens| tokens > 0) {
+        if scanner.texts == TextPolicy::Count && self.answer.completion_tokens.is_some_and(|tokens| tokens > 0) {
             self.answer.text = String::new();
         }
         if !self.has_token {

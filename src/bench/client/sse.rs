@@ -1,29 +1,30 @@
-//! Server-sent events out of a byte stream that is cut anywhere. Knows nothing of what the events carry.
+//! A decoder of server-sent events from a byte stream with arbitrary read boundaries. It does not interpret the events.
 
 use memchr::memchr2;
 
-/// Splits a stream into the names and data of its events, by the WHATWG rules: lines end in LF, CR or CRLF, an empty line ends
-/// an event, several `data` fields are joined with LF, comments and other fields are skipped. An event without a name has an empty one.
+/// Splits a stream into the names and data of its events, by the WHATWG rules: lines end in LF, CR or CRLF, an empty
+/// line ends an event, several `data` fields are joined with LF, comments and other fields are skipped. An unnamed
+/// event has an empty name.
 #[derive(Debug)]
-pub(in crate::bench) struct Decoder {
-    /// The line so far, when it began in an earlier read.
+pub(in crate::bench) struct SseDecoder {
+    /// The beginning of the current line, from an earlier read.
     line: Vec<u8>,
-    /// The data of the event so far. `None` until its first `data` field.
+    /// Data of the current event. `None` until its first `data` field.
     data: Option<Vec<u8>>,
-    /// The name of the event so far.
+    /// Name of the current event.
     name: Vec<u8>,
-    /// The last byte was CR: an LF that follows belongs to the same line end.
+    /// The last byte was CR: a following LF belongs to the same line end.
     after_carriage_return: bool,
     limit: usize,
 }
 
-/// One event is larger than the limit, in bytes.
+/// An event is larger than the limit, in bytes.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("an event of the stream has more than {} MiB, which is the most that this client reads", .0 >> 20)]
+#[error("an event of the stream exceeds the limit of {} MiB", .0 >> 20)]
 pub(in crate::bench) struct EventTooLarge(usize);
 
-impl Decoder {
-    /// `limit` bounds the memory: the most bytes of one line, and of the data of one event.
+impl SseDecoder {
+    /// `limit` bounds the memory: the largest line, and the largest data of one event, in bytes.
     pub(in crate::bench) fn new(limit: usize) -> Self {
         Self {
             line: Vec::new(),
@@ -34,7 +35,7 @@ impl Decoder {
         }
     }
 
-    /// Takes the next bytes and calls `on_event` with name and data of every event that they complete.
+    /// Decodes the next bytes and calls `on_event` with name and data of every event that they complete.
     pub(in crate::bench) fn feed(
         &mut self,
         mut bytes: &[u8],
@@ -48,7 +49,7 @@ impl Decoder {
             let Some(end) = memchr2(b'\n', b'\r', bytes) else {
                 return self.keep(bytes);
             };
-            // Nearly every event is one line that came whole, with its empty line: nothing of it has to be copied.
+            // Nearly every event is a single line in one read, with its empty line: it needs no copy.
             if self.line.is_empty()
                 && self.data.is_none()
                 && self.name.is_empty()
@@ -76,7 +77,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// The stream is over. Some servers leave out the last empty line, so what is there counts as an event.
+    /// Ends the stream. Some servers leave out the last empty line, so an unfinished event counts.
     pub(in crate::bench) fn finish(mut self, mut on_event: impl FnMut(&[u8], &[u8])) -> Result<(), EventTooLarge> {
         let line = std::mem::take(&mut self.line);
         self.end_line(&line, &mut on_event)?;
@@ -120,7 +121,7 @@ impl Decoder {
     }
 }
 
-/// The value of the field of this name, without the one space that may follow the colon.
+/// The value of the named field, without the one space that can follow the colon.
 fn field<'line>(line: &'line [u8], name: &[u8]) -> Option<&'line [u8]> {
     let value = line.strip_prefix(name)?;
     if value.is_empty() {
@@ -144,7 +145,7 @@ mod tests {
             let mark = if name.is_empty() { "" } else { "!" };
             events.push([&String::from_utf8_lossy(name), mark, &String::from_utf8_lossy(data)].concat());
         };
-        let mut decoder = Decoder::new(LIMIT);
+        let mut decoder = SseDecoder::new(LIMIT);
         for read in reads {
             decoder.feed(read, &mut keep)?;
         }
@@ -153,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn data_fields_are_read_and_all_else_is_skipped() {
+    fn only_names_and_data_are_read() {
         let stream =
             b": ping\n\nevent: x\ndata: {\"a\":1}\nid: 4\n\ndata:two\ndata: lines\n\n\n\ndatabase: no\n\ndata\n\n";
         assert_eq!(decode([&stream[..]]).unwrap(), ["x!{\"a\":1}", "two\nlines", ""]);
     }
 
     #[test]
-    fn a_name_belongs_to_its_own_event_alone() {
+    fn a_name_belongs_to_one_event() {
         let stream = b"event: error\ndata: {}\n\ndata: 1\n\nevent: ping\n\ndata: 2\n\n";
         assert_eq!(decode([&stream[..]]).unwrap(), ["error!{}", "1", "2"]);
     }
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_beyond_the_limit_is_an_error_however_it_comes() {
+    fn an_event_beyond_the_limit_is_an_error() {
         let one_line = format!("data: {}\n\n", "x".repeat(LIMIT + 1));
         assert_eq!(decode([one_line.as_bytes()]), Err(EventTooLarge(LIMIT)));
         assert_eq!(decode(one_line.as_bytes().chunks(3)), Err(EventTooLarge(LIMIT)));
@@ -193,7 +194,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_cut_of_a_stream_and_any_line_end_give_the_same_events(
+        fn read_boundaries_and_line_ends_do_not_change_events(
             lines in prop::collection::vec(line(), 0..30),
             line_end in prop::sample::select(vec!["\n", "\r", "\r\n"]),
             cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..20),
@@ -204,7 +205,7 @@ mod tests {
             places.extend([0, stream.len()]);
             places.sort_unstable();
             let reads = places.windows(2).map(|pair| &stream.as_bytes()[pair[0]..pair[1]]);
-            // A small limit is met by some of these streams; then it is met however they are cut or not.
+            // Some of these streams exceed the small limit; they must do so wherever they are split.
             let expected = decode([whole.as_bytes()]);
             prop_assert_eq!(decode(reads), expected);
         }

@@ -1,4 +1,4 @@
-//! Where a result is saved: vLLM's rule for the file's name.
+//! The default name of a result file, by vLLM's rule.
 
 use super::python::repr;
 use crate::bench::report::Report;

@@ -1,4 +1,4 @@
-//! The result file of `vllm bench serve` 0.33: its keys, in its order; what is ours stands under the key `xpyd`.
+//! The result file of `vllm bench serve` 0.33: its keys in its order. xpyd's additions are under the key `xpyd`.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub(crate) fn render(report: &Report, detailed: bool) -> Value {
     settings(&mut result, report);
     totals(&mut result, report);
     requests(&mut result, report, detailed);
-    beside(&mut result, report);
+    extras(&mut result, report);
     latencies(&mut result, report);
     result.insert("xpyd".to_owned(), own(report, detailed));
     Value::Object(result)
@@ -86,7 +86,7 @@ fn totals(result: &mut Map<String, Value>, report: &Report) {
     );
 }
 
-/// One entry per request that has ended, in seconds. vLLM keeps two of the lists even when details are not asked for.
+/// One entry per finished request, in seconds. vLLM keeps two of the lists even without details.
 fn requests(result: &mut Map<String, Value>, report: &Report, detailed: bool) {
     let each = |value: fn(&Report, &Record) -> Value| -> Value {
         report.records.iter().map(|record| value(report, record)).collect()
@@ -154,33 +154,33 @@ fn requests(result: &mut Map<String, Value>, report: &Report, detailed: bool) {
                 "max_concurrent_requests",
                 json!(report.metrics.peak_concurrent_requests),
             ),
-            // Only of audio, in vLLM.
+            // vLLM computes it for audio only.
             ("rtfx", json!(0.0)),
         ],
     );
 }
 
-/// Adds the queue time and the time to first token that the server reports for each request. Adds nothing if it reports none.
+/// Adds the queue time and the time to first token that the server reports per request; nothing if it reports none.
 fn server_times(result: &mut Map<String, Value>, report: &Report) {
     if report.records.iter().all(|record| engine_times(record).is_none()) {
         return;
     }
-    let told = |value: fn(EngineTimes) -> Duration| -> Value {
+    let times_of = |value: fn(EngineTimes) -> Duration| -> Value {
         let seconds = |record| engine_times(record).map(|times| value(times).as_secs_f64());
         report.records.iter().map(|record| json!(seconds(record))).collect()
     };
     extend(
         result,
         [
-            ("server_queue_times", told(|times| times.queue)),
-            ("server_ttfts", told(|times| times.first_token)),
+            ("server_queue_times", times_of(|times| times.queue)),
+            ("server_ttfts", times_of(|times| times.first_token)),
         ],
     );
 }
 
-/// Probes, the steps of a ramp, and what engines tell of their decoding.
-fn beside(result: &mut Map<String, Value>, report: &Report) {
-    if let Some(probes) = report.beside.probes.as_ref().and_then(Probes::numbers) {
+/// Adds probes, ramp steps and the engines' decoding counters.
+fn extras(result: &mut Map<String, Value>, report: &Report) {
+    if let Some(probes) = report.extras.probes.as_ref().and_then(Probes::numbers) {
         extend(
             result,
             [
@@ -203,7 +203,7 @@ fn beside(result: &mut Map<String, Value>, report: &Report) {
             });
         extend(result, [("rps_change_events", events.collect())]);
     }
-    if let Some(speculation) = &report.beside.speculation {
+    if let Some(speculation) = &report.extras.speculation {
         extend(
             result,
             [
@@ -219,7 +219,7 @@ fn beside(result: &mut Map<String, Value>, report: &Report) {
             ],
         );
     }
-    if let Some(diffusion) = &report.beside.diffusion {
+    if let Some(diffusion) = &report.extras.diffusion {
         #[expect(
             clippy::cast_possible_truncation,
             reason = "a count of steps, which vLLM cuts as well"
@@ -252,8 +252,8 @@ fn latencies(result: &mut Map<String, Value>, report: &Report) {
 }
 
 fn own(report: &Report, detailed: bool) -> Value {
-    let verdict = report.verdict();
-    let lag = &verdict.lag;
+    let validity = report.validity();
+    let lag = &validity.lag;
     let at = |place: usize| lag.percentiles[place].1;
     let failures: Vec<Value> = report
         .failures()
@@ -262,28 +262,28 @@ fn own(report: &Report, detailed: bool) -> Value {
         .collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "setup": report.beside.setup,
+        "setup": report.extras.setup,
         "seed": report.spec.workload.seed(),
         "objectives": goodput::to_json(&report.spec.objectives),
         "release_lag_ms": {"mean": lag.mean, "p50": at(0), "p99": at(1), "max": at(2)},
-        "valid": verdict.is_valid(),
-        "reasons": verdict.reasons,
-        "notes": verdict.notes,
-        "client": verdict.to_json(),
-        "statistics": report.statistics().to_json(),
+        "valid": validity.is_valid(),
+        "reasons": validity.reasons,
+        "notes": validity.notes,
+        "client": validity.to_json(),
+        "statistics": report.latency_stats().to_json(),
         "failures": failures,
         "dropped": report.dropped,
         "unsent": report.unsent,
         "request_stages": detailed.then(|| html::stages(report)),
-        "where": report.attribution().map(|summary| summary.to_json()),
+        "where": report.latency_breakdown().map(|summary| summary.to_json()),
         "turns": conversation::turns_to_json(report),
-        "gpus": gpus::to_json(&report.beside.gpus, report.metrics.total_output_tokens),
+        "gpus": gpus::to_json(&report.extras.gpus, report.metrics.total_output_tokens),
     })
 }
 
-/// What the engine itself told of a request.
+/// The times that the engine reported for a request.
 fn engine_times(record: &Record) -> Option<EngineTimes> {
-    answer(record)?.told.engine
+    answer(record)?.timings.engine
 }
 
 fn answer(record: &Record) -> Option<&Answer> {

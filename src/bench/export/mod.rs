@@ -1,4 +1,4 @@
-//! The forms of a report, one file each.
+//! The output formats of a report, one file each.
 
 pub(super) mod file_name;
 pub(super) mod html;

@@ -6,12 +6,12 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::ser::{Formatter, Serializer};
 
-/// The value as Python's `json.dump` writes it by default: in one line, without a line end.
+/// Writes a value as Python's `json.dump` does by default: one line, without a line end.
 pub fn render(value: &Value) -> String {
     String::from_utf8(write(value)).expect("what is not ASCII is escaped")
 }
 
-/// The bytes of anything that JSON can be made of; its keys are strings.
+/// Serializes a value; its map keys must be strings.
 pub(crate) fn write(value: &impl Serialize) -> Vec<u8> {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, Python);
@@ -21,7 +21,7 @@ pub(crate) fn write(value: &impl Serialize) -> Vec<u8> {
     text
 }
 
-/// `", "` and `": "` between, numbers as `repr` has them, no character beyond ASCII.
+/// Separators `", "` and `": "`, numbers as in `repr`, and only ASCII.
 struct Python;
 
 impl Formatter for Python {
@@ -42,7 +42,7 @@ impl Formatter for Python {
     }
 
     fn write_string_fragment<W: ?Sized + Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
-        // Only 0x20 to 0x7e stay as they are: Python escapes the delete character, too.
+        // Only 0x20 to 0x7e are not escaped: Python also escapes the delete character.
         let mut rest = fragment;
         while let Some(place) = rest.find(|character| !matches!(character, ' '..='~')) {
             writer.write_all(&rest.as_bytes()[..place])?;
@@ -56,7 +56,7 @@ impl Formatter for Python {
     }
 }
 
-/// A number as Python's `repr` writes it: the shortest digits that give it back, with an exponent below 1e-4 and from 1e16.
+/// A number as Python's `repr`: the shortest exact digits, with an exponent below 1e-4 and from 1e16.
 pub fn repr(value: f64) -> String {
     let magnitude = value.abs();
     if value.is_nan() {
@@ -79,7 +79,7 @@ mod tests {
 
     use super::*;
 
-    /// The right sides are what Python 3.11 prints.
+    /// The expected texts are the output of Python 3.11.
     #[test]
     fn values_are_written_as_python_writes_them() {
         let value = json!({"a": [1, 2.0, null, true], "b": {}, "c": [], "é\"\\\n\u{7f}😀": 5e-5});

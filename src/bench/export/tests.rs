@@ -1,11 +1,11 @@
-//! The forms of a report against files that the real `vllm bench serve` wrote.
+//! Compares output formats with files that the real `vllm bench serve` wrote.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::bench::record::{Answer, Effort, Record};
+use crate::bench::record::{Answer, ClientUsage, Record};
 use crate::bench::stats::{Distribution, Metric, Metrics, Selection};
 use crate::bench::{Arrivals, Backend, Objective, Random, RangeRatio, Report, Spec, Workload};
 
@@ -53,9 +53,9 @@ fn report(spec: Spec, metrics: Metrics, records: Vec<Record>, prompt_lengths: Ve
         prompt_lengths,
         dropped: 0,
         unsent: 0,
-        effort: Effort::default(),
-        beside: crate::bench::Beside::default(),
-        statistics: std::sync::OnceLock::new(),
+        client_usage: ClientUsage::default(),
+        extras: crate::bench::Extras::default(),
+        latency_stats: std::sync::OnceLock::new(),
     }
 }
 
@@ -102,7 +102,7 @@ impl Capture {
 }
 
 #[test]
-fn the_table_of_the_recipe_is_vllms_byte_for_byte() {
+fn the_recipe_table_equals_vllms() {
     let table = Capture {
         request_rate: 1.0,
         completed: 30,
@@ -116,7 +116,7 @@ fn the_table_of_the_recipe_is_vllms_byte_for_byte() {
     assert_eq!(table.table(), include_str!("captures/recipe.txt"));
 }
 
-/// The run of `captures/everything.json`: the real client's clock readings in our records.
+/// The run of `captures/everything.json`: the clock readings of vLLM's client in xpyd's records.
 fn everything() -> (Value, Report) {
     let file: Value = serde_json::from_str(include_str!("captures/everything.json")).unwrap();
     let at = |key: &str, index: usize| file[key][index].as_f64().unwrap();
@@ -173,7 +173,7 @@ fn everything() -> (Value, Report) {
 }
 
 #[test]
-fn without_details_the_lists_of_vllm_that_stay_are_two() {
+fn two_lists_remain_without_details() {
     let (_, report) = everything();
     let brief = report.to_json(false);
     let entries = brief.as_object().unwrap();
@@ -186,7 +186,7 @@ fn without_details_the_lists_of_vllm_that_stay_are_two() {
 }
 
 #[test]
-fn failures_are_grouped_by_cause_the_most_frequent_first() {
+fn failures_are_grouped_by_cause() {
     let (_, mut report) = everything();
     report.records[0].result = Err("the stream broke off".to_owned());
     assert_eq!(

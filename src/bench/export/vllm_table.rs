@@ -1,4 +1,4 @@
-//! The table of `vllm bench serve` 0.33. Its users parse it, so every byte is kept, spaces at line ends included.
+//! The table of `vllm bench serve` 0.33. Scripts parse it, so it is equal byte for byte, including spaces at line ends.
 
 use super::python::repr;
 use crate::bench::client::engine_counters::{Diffusion, Speculation};
@@ -7,14 +7,14 @@ use crate::bench::stats::{Distribution, Metric};
 
 const WIDTH: usize = 50;
 
-/// Lines, as vLLM prints them.
-struct Table(Vec<String>);
+/// The lines of the table.
+struct VllmTable(Vec<String>);
 
 pub(crate) fn render(report: &Report) -> String {
     let metrics = &report.metrics;
     let spec = &report.spec;
     let has_tokenizer = !spec.options.is_without_tokenizer;
-    let mut table = Table(vec![format!("{:=^WIDTH$}", " Serving Benchmark Result ")]);
+    let mut table = VllmTable(vec![format!("{:=^WIDTH$}", " Serving Benchmark Result ")]);
     table.count("Successful requests:", metrics.completed);
     table.count("Failed requests:", metrics.failed);
     if let Some(limit) = spec.max_concurrency {
@@ -40,13 +40,13 @@ pub(crate) fn render(report: &Report) -> String {
     if has_tokenizer {
         table.number("Total token throughput (tok/s):", metrics.total_throughput());
     }
-    if let Some(probes) = report.beside.probes.as_ref().and_then(Probes::numbers) {
+    if let Some(probes) = report.extras.probes.as_ref().and_then(Probes::numbers) {
         table.probes(probes);
     }
     for (metric, distribution) in report.shown_latencies() {
         table.latency(metric, distribution);
     }
-    match (&report.beside.diffusion, &report.beside.speculation) {
+    match (&report.extras.diffusion, &report.extras.speculation) {
         (Some(diffusion), _) => table.diffusion(diffusion),
         (None, Some(speculation)) => table.speculation(speculation),
         (None, None) => {}
@@ -55,7 +55,7 @@ pub(crate) fn render(report: &Report) -> String {
     table.0.join("\n")
 }
 
-impl Table {
+impl VllmTable {
     fn heading(&mut self, title: &str) {
         self.0.push(format!("{title:-^WIDTH$}"));
     }
@@ -113,7 +113,7 @@ impl Table {
     }
 }
 
-/// A percentile in a name: `99`, or `99.9`.
+/// A percentile in a name: `99` or `99.9`.
 pub(super) fn percentile_word(percentile: f64) -> String {
     let word = repr(percentile);
     word.strip_suffix(".0").map_or_else(|| word.clone(), str::to_owned)

@@ -1,14 +1,13 @@
-//! What xpyd has to say beside vLLM's table: a screen of it, or what its numbers are worth in detail, and what the client
-//! itself did. Everything fits 80 columns.
+//! xpyd's own text output: a short summary, and the details below vLLM's table. Everything fits 80 columns.
 
 use std::fmt::Write as _;
 
 use crate::bench::record::TokenCount;
 use crate::bench::report::Report;
-use crate::bench::stats::client_saturation::Verdict;
-use crate::bench::stats::latency_stats::{Estimate, Row, Statistics, Tail};
+use crate::bench::stats::client_saturation::ClientValidity;
+use crate::bench::stats::latency_stats::{Estimate, LatencyRow, LatencyStats, TailPercentile};
 
-/// The whole result in a few lines: how many requests were answered, how fast, and each latency with its interval.
+/// The result in a few lines: answered requests, throughput, and each latency with its interval.
 pub(crate) fn summary(report: &Report) -> String {
     let metrics = &report.metrics;
     let mut text = format!(
@@ -23,7 +22,7 @@ pub(crate) fn summary(report: &Report) -> String {
         let _ = write!(text, ", {goodput:.2} req/s good");
     }
     text.push('\n');
-    let rows = &report.statistics().rows;
+    let rows = &report.latency_stats().rows;
     if rows.is_empty() {
         return text;
     }
@@ -47,33 +46,33 @@ pub(crate) fn summary(report: &Report) -> String {
         }
         text.push('\n');
     }
-    let of_few = |tail: &Tail| Some((tail.percentile, tail.of_few?));
-    if let Some((percentile, of)) = rows.iter().flat_map(|row| &row.tails).find_map(of_few) {
+    let too_few = |tail: &TailPercentile| Some((tail.percentile, tail.too_few?));
+    if let Some((percentile, of)) = rows.iter().flat_map(|row| &row.tails).find_map(too_few) {
         let _ = writeln!(
             text,
-            "P{percentile} of {of} requests: hardly more than the slowest one."
+            "P{percentile} of {of} requests: close to the slowest one."
         );
     }
     text
 }
 
-/// Everything that is known beside the table.
+/// The details below vLLM's table.
 pub(crate) fn details(report: &Report) -> String {
-    let (statistics, verdict) = (report.statistics(), report.verdict());
+    let (statistics, validity) = (report.latency_stats(), report.validity());
     let mut text = String::new();
     rows(&mut text, "in ms, with 95 % intervals", &statistics.rows);
     if statistics.cold > 0 {
         let title = format!("the same without the first request of each pair ({})", statistics.cold);
         rows(&mut text, &title, &statistics.without_cold);
     }
-    for line in remarks(statistics, &verdict) {
+    for line in remarks(statistics, &validity) {
         let _ = writeln!(text, "{line}");
     }
     text.trim_end().to_owned()
 }
 
-/// A line for each statistic of each latency.
-fn rows(text: &mut String, title: &str, rows: &[Row]) {
+/// Adds a line for each statistic of each latency.
+fn rows(text: &mut String, title: &str, rows: &[LatencyRow]) {
     if rows.is_empty() {
         return;
     }
@@ -85,8 +84,8 @@ fn rows(text: &mut String, title: &str, rows: &[Row]) {
         ];
         lines.extend(row.tails.iter().map(|tail| {
             let mut value = estimate(tail.estimate);
-            if let Some(of) = tail.of_few {
-                let _ = write!(value, "  of {of} requests: hardly more than the slowest");
+            if let Some(of) = tail.too_few {
+                let _ = write!(value, "  of {of} requests: close to the slowest");
             }
             (format!("P{}", tail.percentile), value)
         }));
@@ -104,12 +103,12 @@ fn estimate(estimate: Estimate) -> String {
     }
 }
 
-fn remarks(statistics: &Statistics, verdict: &Verdict) -> Vec<String> {
+fn remarks(statistics: &LatencyStats, validity: &ClientValidity) -> Vec<String> {
     let mut remarks = Vec::new();
     if statistics.tokens == TokenCount::Spread {
         remarks.push(
-            "ITL per token: chunks held several tokens, and only their whole number is known, spread evenly; \
-             --extra-body '{\"return_token_ids\": true}' has vLLM tell"
+            "ITL per token is an estimate: chunks have several tokens, and the server reports only their total; \
+             vLLM reports them with --extra-body '{\"return_token_ids\": true}'"
                 .to_owned(),
         );
     }
@@ -120,27 +119,27 @@ fn remarks(statistics: &Statistics, verdict: &Verdict) -> Vec<String> {
             stalls.count, stalls.gaps, stalls.requests, stalls.longest
         ));
     }
-    let lag = &verdict.lag;
+    let lag = &validity.lag;
     let at = |place: usize| lag.percentiles.get(place).map_or(0.0, |(_, value)| *value);
     remarks.push(format!(
         "client: requests left {:.2} ms after their time on average, {:.2} ms at most; {:.2} cores used, its busiest \
          thread {:.0} % of one",
         lag.mean,
         at(2),
-        verdict.cores_used(),
-        verdict.effort.busiest * 100.0
+        validity.cores_used(),
+        validity.client_usage.busiest * 100.0
     ));
-    if verdict.backlog.reads > 0 {
+    if validity.read_delay.reads > 0 {
         remarks.push(format!(
             "client: answers waited {:.2} ms to be read on average, {:.2} ms at most; no latency includes this wait",
-            verdict.mean_wait(),
-            verdict.backlog.most.as_secs_f64() * 1e3
+            validity.mean_wait(),
+            validity.read_delay.most.as_secs_f64() * 1e3
         ));
     }
-    if verdict.connections > 0 {
+    if validity.connections > 0 {
         remarks.push(format!(
             "client: {} connections made, in {:.2} ms on average; TTFT includes this time, as with vLLM's client",
-            verdict.connections, verdict.connecting
+            validity.connections, validity.connecting
         ));
     }
     remarks

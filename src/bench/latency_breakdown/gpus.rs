@@ -1,4 +1,4 @@
-//! What GPUs did during a run, as whoever runs the benchmark measured it.
+//! GPU use during a run, as measured by the caller of the benchmark.
 
 use serde_json::{Value, json};
 
@@ -9,39 +9,39 @@ pub struct GpuUse {
     pub index: u32,
     /// Product name.
     pub name: String,
-    /// How often it was looked at.
+    /// Number of samples.
     pub samples: u64,
-    /// Percent of the time in which a kernel ran.
-    pub utilisation: Spread,
+    /// Share of time in which a kernel ran, in percent.
+    pub utilisation: MeanMax,
     /// Power in watts.
-    pub power: Spread,
+    pub power: MeanMax,
     /// Memory in use, in bytes.
-    pub memory: Spread,
-    /// Energy in joules: power over the time between samples.
+    pub memory: MeanMax,
+    /// Energy in joules: the sum of power × sample interval.
     pub energy_joules: f64,
 }
 
-/// Mean and greatest of what was sampled.
+/// Mean and maximum of the samples.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Spread {
+pub struct MeanMax {
     /// Arithmetic mean.
     pub mean: f64,
-    /// The greatest.
+    /// Maximum.
     pub max: f64,
 }
 
-/// The energy of all GPUs for each token of the answers, in joules; `None` without either.
+/// Energy of all GPUs per output token, in joules; `None` without energy or tokens.
 pub fn joules_per_token(gpus: &[GpuUse], output_tokens: u64) -> Option<f64> {
     let energy: f64 = gpus.iter().map(|gpu| gpu.energy_joules).sum();
     (energy > 0.0 && output_tokens > 0).then(|| energy / output_tokens as f64)
 }
 
-/// What the result file holds of them; null where there is no GPU.
+/// The object `xpyd.gpus` of the result file; null without GPUs.
 pub fn to_json(gpus: &[GpuUse], output_tokens: u64) -> Value {
     if gpus.is_empty() {
         return Value::Null;
     }
-    let spread = |of: Spread| json!({"mean": of.mean, "max": of.max});
+    let spread = |of: MeanMax| json!({"mean": of.mean, "max": of.max});
     let each = gpus.iter().map(|gpu| {
         json!({
             "index": gpu.index, "name": gpu.name, "samples": gpu.samples,
@@ -65,12 +65,12 @@ mod tests {
             index,
             name: "H100".to_owned(),
             samples: 5,
-            utilisation: Spread { mean: 40.0, max: 90.0 },
-            power: Spread {
+            utilisation: MeanMax { mean: 40.0, max: 90.0 },
+            power: MeanMax {
                 mean: 300.0,
                 max: 400.0,
             },
-            memory: Spread::default(),
+            memory: MeanMax::default(),
             energy_joules,
         };
         let gpus = [gpu(0, 300.0), gpu(1, 100.0)];

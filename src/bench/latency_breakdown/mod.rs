@@ -1,52 +1,52 @@
-//! Where the time to the first token of a request went: its stages, in their order, from what the server told of it.
+//! Latency breakdown: the stages of a request's time to first token, from timings that the server reports.
 //!
-//! xpyd's proxy stamps each stage in the headers of its answer; an engine with `--enable-per-request-metrics` tells how
-//! long a request waited in it and how long it computed. Every other server tells nothing, and then there are no stages.
+//! xpyd's proxy reports each stage in response headers; an engine with `--enable-per-request-metrics` reports the queue
+//! time and the compute time of a request. Other servers report nothing, so there are no stages.
 //!
-//! Stages are made so that they add up to what the client saw. What no stamp explains is a stage of its own,
-//! [`Stage::Unexplained`], so that a table of stages can be trusted or not.
+//! The stages add up to the time that the client saw. Time that no timing explains is a stage of its own,
+//! [`Stage::Unexplained`], so that readers see how far they can trust the table.
 
-pub(super) mod engine_pages;
+pub(super) mod engine_metrics;
 pub mod gpus;
 mod summary;
 
 use std::time::Duration;
 
-pub use self::engine_pages::{Counter, Engine, Role};
+pub use self::engine_metrics::{Counter, EngineCounters, Role};
 pub use self::gpus::GpuUse;
-pub use self::summary::{Cold, Pair, Remote, Row, Summary, TOLERANCE, Unexplained};
+pub use self::summary::{BreakdownSummary, ColdRequests, PairSummary, RemoteKv, StageRow, TOLERANCE, Unexplained};
 use crate::bench::record::{Answer, Record};
 
-/// A part of the time to the first token. The order is that of a request's way.
+/// A stage of the time to first token, in the order of processing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stage {
-    /// Between client and proxy, both ways: what the client saw beyond what the proxy did, and the request's own upload.
+    /// Between client and proxy, both ways: the client's time beyond the proxy's, and the upload of the request.
     Wire,
-    /// Earlier attempts of the proxy with other engines, all of their stages.
+    /// Earlier attempts of the proxy with other engines, with all their stages.
     Retried,
-    /// The wait in the proxy for a decode engine that has room.
+    /// Wait in the proxy for a decode engine with free capacity.
     ProxyQueue,
-    /// The wait in the prefill engine until it was scheduled.
+    /// Wait in the prefill engine until the request is scheduled.
     PrefillQueue,
-    /// The prefill engine's work, until its token.
+    /// Computation in the prefill engine, until its token.
     PrefillCompute,
-    /// What is left of the prefill leg: all of it where the engine told nothing, else its HTTP server and tokenizer.
+    /// The rest of the prefill leg: its HTTP server and tokenizer, or the whole leg if the engine reports nothing.
     Prefill,
-    /// From the prefill engine's answer until the KV had arrived, where the connector says when. With NIXL the decode
-    /// engine fetches KV in its own queue, and this is next to nothing.
+    /// From the prefill engine's answer to the arrival of the KV, if the connector reports it. With NIXL the decode
+    /// engine pulls KV in its own queue, so this is nearly zero.
     Handoff,
-    /// The wait in the decode engine until it was scheduled; with NIXL the transfer is in it.
+    /// Wait in the decode engine until the request is scheduled; with NIXL it includes the transfer.
     DecodeQueue,
     /// The decode engine's first step, until its token.
     FirstStep,
-    /// What is left of the decode leg until its first token: all of it where the engine told nothing.
+    /// The rest of the decode leg until its first token: the whole leg if the engine reports nothing.
     Decode,
-    /// In the proxy between the stages; its own work.
+    /// Time in the proxy between the stages.
     Unexplained,
 }
 
 impl Stage {
-    /// All, in their order.
+    /// All stages in order.
     pub const ALL: [Self; 11] = [
         Self::Wire,
         Self::Retried,
@@ -61,7 +61,7 @@ impl Stage {
         Self::Unexplained,
     ];
 
-    /// Its name in JSON.
+    /// The name in JSON.
     pub fn key(self) -> &'static str {
         match self {
             Self::Wire => "wire",
@@ -78,7 +78,7 @@ impl Stage {
         }
     }
 
-    /// Its name for people.
+    /// The name for people.
     pub fn label(self) -> &'static str {
         match self {
             Self::Wire => "network, both ways",
@@ -98,52 +98,52 @@ impl Stage {
 
 /// One stage of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// Which.
+pub struct StageSpan {
+    /// The stage.
     pub stage: Stage,
-    /// When it began, since the request was sent. Stages follow each other without a gap.
+    /// Start since the request was sent. Stages follow each other without a gap.
     pub start: Duration,
-    /// How long it took.
+    /// Length.
     pub length: Duration,
 }
 
-/// The stages of one answered request, and who worked on it.
+/// The stages of one answered request, and its engines.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Phases {
-    /// The outcome of its hand-off known when the answer began: `transferred`, `sent`, `bypassed`. A stream
-    /// says `sent`, because its usage comes last.
+pub struct RequestStages {
+    /// The outcome of the hand-off when the answer began: `transferred`, `sent` or `bypassed`. A stream reports `sent`,
+    /// because its usage comes last.
     pub outcome: String,
-    /// Why a decode engine answered alone.
+    /// Why the decode engine answered without prefill.
     pub reason: Option<String>,
-    /// The prefill engine; `None` where a decode engine answered alone.
+    /// The prefill engine; `None` if a decode engine answered alone.
     pub prefill: Option<String>,
     /// The decode engine.
     pub decode: Option<String>,
-    /// Which attempt of the proxy this was, from 1.
+    /// The proxy's attempt, from 1.
     pub attempt: u32,
-    /// Stages that took place, in their order: from the request's start to its first token.
-    pub spans: Vec<Span>,
-    /// How much longer the stamps are than what the client saw; zero unless clocks or stamps are wrong.
+    /// The stages of this request in order, from sending to the first token.
+    pub spans: Vec<StageSpan>,
+    /// By how much the reported timings exceed the client's time; zero unless clocks or timings are wrong.
     pub excess: Duration,
 }
 
-impl Phases {
-    /// The stages of an answered request; `None` where the server told nothing.
+impl RequestStages {
+    /// The stages of an answered request; `None` if the server reported none.
     pub fn of(record: &Record) -> Option<Self> {
         Self::of_answer(record.result.as_ref().ok()?)
     }
 
-    /// [`Phases::of`] an answer.
+    /// As [`RequestStages::of`], from an answer.
     pub fn of_answer(answer: &Answer) -> Option<Self> {
-        let timing = answer.told.timing.as_deref()?;
-        let handoff = answer.told.handoff.as_deref()?;
+        let timing = answer.timings.timing.as_deref()?;
+        let handoff = answer.timings.handoff.as_deref()?;
         let dur = |name: &str| duration_of(timing, name);
         let total = dur("total")?;
         let leg = dur("first-token")?;
         let seen = answer.first_token;
         let (prefill_queue, prefill_compute) = (dur("prefill-queue"), dur("prefill-compute"));
         let (decode_queue, first_step) = answer
-            .told
+            .timings
             .engine
             .map_or((None, None), |engine| (Some(engine.queue), Some(engine.first_token)));
         let rest = |leg: Option<Duration>, parts: [Option<Duration>; 2]| {
@@ -170,7 +170,7 @@ impl Phases {
         let mut spans = Vec::new();
         for (stage, length) in lengths {
             if let Some(length) = length {
-                spans.push(Span { stage, start, length });
+                spans.push(StageSpan { stage, start, length });
                 start += length;
             }
         }
@@ -188,13 +188,13 @@ impl Phases {
         })
     }
 
-    /// How long a stage took; zero if it did not take place.
+    /// The length of a stage; zero if it is missing.
     pub fn length(&self, stage: Stage) -> Duration {
         let same = self.spans.iter().filter(|span| span.stage == stage);
         same.map(|span| span.length).sum()
     }
 
-    /// The engines that worked on it, as people write a pair: `prefiller1 → decoder2`, or one alone.
+    /// The engines as a pair: `prefiller1 → decoder2`, or one alone.
     pub fn pair(&self) -> String {
         let engines: Vec<&str> = [&self.prefill, &self.decode]
             .into_iter()
@@ -205,7 +205,7 @@ impl Phases {
     }
 }
 
-/// The `dur` of a metric in a `Server-Timing` header, which gives milliseconds.
+/// The `dur` of a metric in a `Server-Timing` header, in milliseconds.
 fn duration_of(header: &str, name: &str) -> Option<Duration> {
     let metric = header
         .split(',')
@@ -215,7 +215,7 @@ fn duration_of(header: &str, name: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(milliseconds / 1000.0).ok()
 }
 
-/// A parameter of a header's item, without its quotes.
+/// A parameter of a header item, without quotes.
 pub(super) fn parameter_of<'header>(item: &'header str, name: &str) -> Option<&'header str> {
     item.split(';').skip(1).find_map(|parameter| {
         let (key, value) = parameter.split_once('=')?;

@@ -1,136 +1,137 @@
-//! The stages of all requests of a run in numbers, whether they add up, and whether KV was handed over at all.
+//! Summarizes the stages of all requests of a run, checks that they add up, and counts how many requests used remote
+//! KV.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::engine_pages::{Counter, Engine, Role, mean_ms};
-use super::{Phases, Stage};
+use super::engine_metrics::{Counter, EngineCounters, Role, mean_ms};
+use super::{RequestStages, Stage};
 use crate::bench::record::{Answer, Record};
 use crate::bench::stats::Distribution;
 
-/// The part of the time to the first token that may stay unexplained before the table is called doubtful, and the time in
-/// milliseconds that may always do: of an answer within a few milliseconds, the proxy's own work is a large part.
+/// The share of the time to first token that can stay unexplained before the table is doubtful.
 pub const TOLERANCE: f64 = 0.05;
+/// Unexplained time in milliseconds that is always acceptable: in a very fast answer the proxy's own work is a large share.
 const UNREMARKABLE_MS: f64 = 2.0;
 
-/// Where the time of a run went.
+/// The latency breakdown of a run.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Summary {
-    /// Requests that were answered and whose stages the server told.
-    pub told: usize,
-    /// Stages, in their order; the last is the whole time to the first token.
-    pub rows: Vec<Row>,
-    /// By pair of engines, in the order of their names.
-    pub pairs: Vec<Pair>,
-    /// What the first request of each pair cost; `None` unless there are others to compare with.
-    pub cold: Option<Cold>,
-    /// What the stages do not explain.
+pub struct BreakdownSummary {
+    /// Answered requests with reported stages.
+    pub timed_requests: usize,
+    /// The stages in order; the last row is the whole time to first token.
+    pub rows: Vec<StageRow>,
+    /// Statistics by pair of engines, sorted by name.
+    pub pairs: Vec<PairSummary>,
+    /// The cost of the first request of each pair; `None` if there are no others to compare with.
+    pub cold: Option<ColdRequests>,
+    /// The unexplained time.
     pub unexplained: Unexplained,
-    /// Whether KV was handed over; `None` where the server says nothing of hand-offs.
-    pub remote: Option<Remote>,
-    /// What each engine counted over the run.
-    pub engines: Vec<Engine>,
+    /// Use of remote KV; `None` if the server does not report hand-offs.
+    pub remote: Option<RemoteKv>,
+    /// Counters of each engine over the run.
+    pub engines: Vec<EngineCounters>,
 }
 
-/// A line of the table.
+/// One row of the table.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Row {
+pub struct StageRow {
     /// Its name in JSON.
     pub key: &'static str,
     /// Its name for people.
     pub label: &'static str,
-    /// Whether it is a part of the stage before it that is no part itself.
+    /// Whether it is a part of the last row that is not a part.
     pub is_part: bool,
-    /// Arithmetic mean over all requests, in milliseconds; 0 for those that had no such stage.
+    /// Mean over all requests in milliseconds; requests without the stage count as 0.
     pub mean_ms: f64,
-    /// P50 and P99 in milliseconds; `None` where only engines' sums over the run are known.
+    /// P50 and P99 in milliseconds; `None` if only sums over the run are known.
     pub percentiles_ms: Option<(f64, f64)>,
-    /// Its part of the mean time to the first token, 0 to 1.
+    /// Share of the mean time to first token, 0 to 1.
     pub share: f64,
 }
 
-/// The requests of one pair of engines.
+/// Statistics of one pair of engines.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Pair {
+pub struct PairSummary {
     /// `prefiller1 → decoder2`, or a decode engine alone.
     pub name: String,
-    /// How many.
+    /// Number of requests.
     pub requests: usize,
-    /// Mean time to the first token, in milliseconds.
+    /// Mean time to first token in milliseconds.
     pub ttft_ms: f64,
-    /// That of its first request.
+    /// Time to first token of the first request.
     pub first_ttft_ms: f64,
-    /// The mean of each of its stages that took place, in milliseconds.
+    /// Mean of each of its stages, in milliseconds.
     pub stages_ms: Vec<(Stage, f64)>,
 }
 
-/// The first request of each pair of engines against all others.
+/// The first request of each pair of engines compared with all others.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cold {
-    /// First requests: one per pair.
+pub struct ColdRequests {
+    /// Number of first requests, one per pair.
     pub requests: usize,
-    /// Mean time to the first token of all requests, in milliseconds.
+    /// Mean time to first token of all requests, in milliseconds.
     pub all_ms: f64,
-    /// That of the first ones.
+    /// Mean of the first requests.
     pub cold_ms: f64,
-    /// That of the others.
+    /// Mean of the others.
     pub warm_ms: f64,
 }
 
-/// What no stage explains, as parts of the time to the first token, 0 to 1.
+/// Unexplained time as a share of the time to first token, 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Unexplained {
-    /// The mean.
+    /// Mean share.
     pub mean: f64,
-    /// The worst request's.
+    /// Largest share of a request.
     pub worst: f64,
-    /// How long that was, in milliseconds.
+    /// Its time in milliseconds.
     pub worst_ms: f64,
-    /// Which request that was, by its place in the workload.
+    /// Its index in the workload.
     pub worst_request: usize,
 }
 
 impl Unexplained {
-    /// Whether the table is to be doubted.
+    /// Whether too much is unexplained to trust the table.
     pub fn is_too_much(&self) -> bool {
         self.worst > TOLERANCE && self.worst_ms > UNREMARKABLE_MS
     }
 }
 
-/// How many requests decoded from KV that another engine had computed.
+/// How many requests decoded with KV from another engine.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Remote {
-    /// Requests that were answered.
+pub struct RemoteKv {
+    /// Answered requests.
     pub answered: usize,
-    /// Those of them that used remote KV.
+    /// Answered requests that used remote KV.
     pub used: usize,
-    /// Those whose hand-off seemed to succeed, and whose prompt the decode engine then computed again.
+    /// Requests whose hand-off seemed to succeed, but whose prompt the decode engine computed again.
     pub recomputed: usize,
-    /// Whether engines' counters bear this out; without them it is what the proxy knew when the answers began.
+    /// Whether engine counters confirm this; otherwise it is the proxy's knowledge when the answers began.
     pub is_counted: bool,
-    /// What became of hand-offs, by the proxy's words: `transferred`, `sent`, `bypassed (n)`.
+    /// Hand-off outcomes as the proxy names them: `transferred`, `sent`, `bypassed (n)`.
     pub outcomes: BTreeMap<String, usize>,
-    /// Prompt tokens that prefill engines had in a cache, and all they read; `None` without counters.
+    /// Prompt tokens that prefill engines had cached, and all they read; `None` without counters.
     pub cached: Option<(f64, f64)>,
 }
 
-impl Remote {
-    /// The part of the prompts that prefill engines did not compute, 0 to 1.
+impl RemoteKv {
+    /// Share of prompt tokens that prefill engines had cached, 0 to 1.
     pub fn cached_share(&self) -> f64 {
         self.cached.map_or(0.0, |(cached, all)| cached / all.max(1.0))
     }
 }
 
-/// One request that was told of.
-struct Told<'run> {
+/// A request with reported stages.
+struct TimedRequest<'run> {
     record: &'run Record,
     answer: &'run Answer,
-    phases: Phases,
+    phases: RequestStages,
 }
 
-impl Told<'_> {
+impl TimedRequest<'_> {
     fn ttft_ms(&self) -> f64 {
         milliseconds(self.answer.first_token)
     }
@@ -145,40 +146,40 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
     if count > 0.0 { sum / count } else { 0.0 }
 }
 
-impl Summary {
-    /// Sums a run up; `None` where neither the answers nor any engine told anything.
-    pub fn of(records: &[Record], engines: &[Engine]) -> Option<Self> {
-        let told: Vec<Told<'_>> = records
+impl BreakdownSummary {
+    /// Summarizes a run; `None` if neither answers nor engines report anything.
+    pub fn of(records: &[Record], engines: &[EngineCounters]) -> Option<Self> {
+        let timed: Vec<TimedRequest<'_>> = records
             .iter()
             .filter_map(|record| {
                 let answer = record.result.as_ref().ok()?;
-                let phases = Phases::of_answer(answer)?;
-                Some(Told { record, answer, phases })
+                let phases = RequestStages::of_answer(answer)?;
+                Some(TimedRequest { record, answer, phases })
             })
             .collect();
-        let rows = if told.is_empty() {
+        let rows = if timed.is_empty() {
             rows_of_engines(records, engines)?
         } else {
-            rows(&told, engines)
+            rows(&timed, engines)
         };
         Some(Self {
-            told: told.len(),
+            timed_requests: timed.len(),
             rows,
-            pairs: pairs(&told),
-            cold: cold(&told),
-            unexplained: unexplained(&told),
-            remote: remote(&told, engines),
+            pairs: pairs(&timed),
+            cold: cold(&timed),
+            unexplained: unexplained(&timed),
+            remote: remote(&timed, engines),
             engines: engines.to_vec(),
         })
     }
 
-    /// What the result file holds of it.
+    /// The object `xpyd.where` of the result file.
     pub fn to_json(&self) -> Value {
-        let rows: Vec<Value> = self.rows.iter().map(Row::to_json).collect();
-        let pairs: Vec<Value> = self.pairs.iter().map(Pair::to_json).collect();
+        let rows: Vec<Value> = self.rows.iter().map(StageRow::to_json).collect();
+        let pairs: Vec<Value> = self.pairs.iter().map(PairSummary::to_json).collect();
         let unexplained = self.unexplained;
         json!({
-            "requests": self.told,
+            "requests": self.timed_requests,
             "stages": rows,
             "pairs": pairs,
             "unexplained": {
@@ -199,7 +200,7 @@ impl Summary {
     }
 }
 
-impl Row {
+impl StageRow {
     fn to_json(&self) -> Value {
         json!({
             "stage": self.key, "is_part": self.is_part, "mean_ms": self.mean_ms, "share": self.share,
@@ -209,7 +210,7 @@ impl Row {
     }
 }
 
-impl Pair {
+impl PairSummary {
     fn to_json(&self) -> Value {
         let stages: serde_json::Map<String, Value> = self
             .stages_ms
@@ -223,7 +224,7 @@ impl Pair {
     }
 }
 
-fn engine_to_json(engine: &Engine) -> Value {
+fn engine_to_json(engine: &EngineCounters) -> Value {
     json!({
         "engine": engine.name, "role": engine.role.key(),
         "requests": engine.count(Counter::Queued),
@@ -239,19 +240,19 @@ fn engine_to_json(engine: &Engine) -> Value {
     })
 }
 
-/// Makes the lines of the table.
-struct Lines {
-    rows: Vec<Row>,
+/// Builds the rows of the table.
+struct StageTable {
+    rows: Vec<StageRow>,
     ttft_ms: f64,
 }
 
-impl Lines {
+impl StageTable {
     fn push(&mut self, key: &'static str, label: &'static str, is_part: bool, values: &Distribution) {
         let percentiles_ms = match values.percentiles[..] {
             [(_, median), (_, most)] => Some((median, most)),
             _ => None,
         };
-        self.rows.push(Row {
+        self.rows.push(StageRow {
             key,
             label,
             is_part,
@@ -265,7 +266,7 @@ impl Lines {
         });
     }
 
-    /// A part of which only a mean is known.
+    /// Adds a part of which only the mean is known.
     fn push_mean(&mut self, key: &'static str, label: &'static str, is_part: bool, mean: f64) {
         let values = Distribution {
             mean,
@@ -279,23 +280,29 @@ fn distribution(values: Vec<f64>) -> Distribution {
     Distribution::of_seconds(values, &[50.0, 99.0])
 }
 
-/// The time to the first token by stage.
-fn rows(told: &[Told<'_>], engines: &[Engine]) -> Vec<Row> {
+/// The rows of the time to first token by stage.
+fn rows(timed: &[TimedRequest<'_>], engines: &[EngineCounters]) -> Vec<StageRow> {
     let sum_of = |stages: &[Stage]| {
-        let of = |told: &Told<'_>| {
+        let of = |timed: &TimedRequest<'_>| {
             stages
                 .iter()
-                .map(|stage| told.phases.length(*stage).as_secs_f64())
+                .map(|stage| timed.phases.length(*stage).as_secs_f64())
                 .sum()
         };
-        distribution(told.iter().map(of).collect())
+        distribution(timed.iter().map(of).collect())
     };
     let has = |stage: Stage| {
-        told.iter()
-            .any(|told| told.phases.spans.iter().any(|span| span.stage == stage))
+        timed
+            .iter()
+            .any(|timed| timed.phases.spans.iter().any(|span| span.stage == stage))
     };
-    let ttft = distribution(told.iter().map(|told| told.answer.first_token.as_secs_f64()).collect());
-    let mut lines = Lines {
+    let ttft = distribution(
+        timed
+            .iter()
+            .map(|timed| timed.answer.first_token.as_secs_f64())
+            .collect(),
+    );
+    let mut lines = StageTable {
         rows: Vec::new(),
         ttft_ms: ttft.mean,
     };
@@ -305,8 +312,9 @@ fn rows(told: &[Told<'_>], engines: &[Engine]) -> Vec<Row> {
         }
     }
     let with_prefill = mean(
-        told.iter()
-            .map(|told| f64::from(u8::from(told.phases.prefill.is_some()))),
+        timed
+            .iter()
+            .map(|timed| f64::from(u8::from(timed.phases.prefill.is_some()))),
     );
     for leg in LEGS {
         if !has(leg.rest) {
@@ -337,12 +345,12 @@ fn rows(told: &[Told<'_>], engines: &[Engine]) -> Vec<Row> {
     lines.rows
 }
 
-/// A leg of a request, and its parts.
+/// A leg of a request and its stages.
 struct Leg {
     role: Role,
     queue: Stage,
     compute: Stage,
-    /// The whole leg, where no part is known.
+    /// The rest of the leg; the whole leg if no part is known.
     rest: Stage,
 }
 
@@ -362,14 +370,14 @@ const LEGS: [Leg; 2] = [
 ];
 
 impl Leg {
-    /// The parts of the leg: from the requests themselves where they tell, else from what its engines counted.
+    /// Adds the parts of the leg: from the requests if they report them, else from engine counters.
     fn parts(
         &self,
-        lines: &mut Lines,
-        engines: &[Engine],
+        lines: &mut StageTable,
+        engines: &[EngineCounters],
         whole: f64,
         scale: f64,
-        told: impl Fn(Stage) -> Option<Distribution>,
+        timed: impl Fn(Stage) -> Option<Distribution>,
     ) {
         let of_role = || engines.iter().filter(|engine| engine.role == self.role);
         let counted = |sum, count| {
@@ -378,8 +386,8 @@ impl Leg {
                 ..Distribution::default()
             })
         };
-        let queue = told(self.queue).or_else(|| counted(Counter::QueueSeconds, Counter::Queued));
-        let compute = told(self.compute).or_else(|| counted(Counter::PrefillSeconds, Counter::Prefilled));
+        let queue = timed(self.queue).or_else(|| counted(Counter::QueueSeconds, Counter::Queued));
+        let compute = timed(self.compute).or_else(|| counted(Counter::PrefillSeconds, Counter::Prefilled));
         let (Some(queue), Some(compute)) = (queue, compute) else {
             return;
         };
@@ -403,8 +411,8 @@ impl Leg {
     }
 }
 
-/// The same of a server that tells nothing of single requests, from its counters alone.
-fn rows_of_engines(records: &[Record], engines: &[Engine]) -> Option<Vec<Row>> {
+/// The rows for a server that only has counters.
+fn rows_of_engines(records: &[Record], engines: &[EngineCounters]) -> Option<Vec<StageRow>> {
     let queue = mean_ms(engines, Counter::QueueSeconds, Counter::Queued)?;
     let compute = mean_ms(engines, Counter::PrefillSeconds, Counter::Prefilled)?;
     if engines.iter().any(|engine| engine.role != Role::Alone) {
@@ -412,7 +420,7 @@ fn rows_of_engines(records: &[Record], engines: &[Engine]) -> Option<Vec<Row>> {
     }
     let answered = records.iter().filter_map(|record| record.result.as_ref().ok());
     let ttft = distribution(answered.map(|answer| answer.first_token.as_secs_f64()).collect());
-    let mut lines = Lines {
+    let mut lines = StageTable {
         rows: Vec::new(),
         ttft_ms: ttft.mean,
     };
@@ -428,27 +436,27 @@ fn rows_of_engines(records: &[Record], engines: &[Engine]) -> Option<Vec<Row>> {
     Some(lines.rows)
 }
 
-fn pairs(told: &[Told<'_>]) -> Vec<Pair> {
-    let mut by_pair: BTreeMap<String, Vec<&Told<'_>>> = BTreeMap::new();
-    for one in told {
+fn pairs(timed: &[TimedRequest<'_>]) -> Vec<PairSummary> {
+    let mut by_pair: BTreeMap<String, Vec<&TimedRequest<'_>>> = BTreeMap::new();
+    for one in timed {
         by_pair.entry(one.phases.pair()).or_default().push(one);
     }
-    let pair = |(name, requests): (String, Vec<&Told<'_>>)| {
+    let pair = |(name, requests): (String, Vec<&TimedRequest<'_>>)| {
         let stage = |stage: &Stage| {
             let took_place = requests
                 .iter()
-                .any(|told| told.phases.spans.iter().any(|span| span.stage == *stage));
+                .any(|timed| timed.phases.spans.iter().any(|span| span.stage == *stage));
             took_place.then(|| {
                 (
                     *stage,
-                    mean(requests.iter().map(|told| milliseconds(told.phases.length(*stage)))),
+                    mean(requests.iter().map(|timed| milliseconds(timed.phases.length(*stage)))),
                 )
             })
         };
-        Pair {
+        PairSummary {
             requests: requests.len(),
-            ttft_ms: mean(requests.iter().map(|told| told.ttft_ms())),
-            first_ttft_ms: first(&requests).map_or(0.0, Told::ttft_ms),
+            ttft_ms: mean(requests.iter().map(|timed| timed.ttft_ms())),
+            first_ttft_ms: first(&requests).map_or(0.0, TimedRequest::ttft_ms),
             stages_ms: Stage::ALL.iter().filter_map(stage).collect(),
             name,
         }
@@ -457,49 +465,50 @@ fn pairs(told: &[Told<'_>]) -> Vec<Pair> {
 }
 
 /// The request that was sent first.
-fn first<'told, 'run>(requests: &[&'told Told<'run>]) -> Option<&'told Told<'run>> {
-    requests.iter().copied().min_by_key(|told| told.record.started)
+fn first<'timed, 'run>(requests: &[&'timed TimedRequest<'run>]) -> Option<&'timed TimedRequest<'run>> {
+    requests.iter().copied().min_by_key(|timed| timed.record.started)
 }
 
-fn cold(told: &[Told<'_>]) -> Option<Cold> {
-    let mut in_order: Vec<&Told<'_>> = told.iter().collect();
-    in_order.sort_by_key(|told| told.record.started);
+fn cold(timed: &[TimedRequest<'_>]) -> Option<ColdRequests> {
+    let mut in_order: Vec<&TimedRequest<'_>> = timed.iter().collect();
+    in_order.sort_by_key(|timed| timed.record.started);
     let mut met = std::collections::BTreeSet::new();
-    let (cold, warm): (Vec<&Told<'_>>, Vec<&Told<'_>>) =
-        in_order.into_iter().partition(|told| met.insert(told.phases.pair()));
-    let mean_of = |some: &[&Told<'_>]| mean(some.iter().map(|told| told.ttft_ms()));
-    (!warm.is_empty()).then(|| Cold {
+    let (cold, warm): (Vec<&TimedRequest<'_>>, Vec<&TimedRequest<'_>>) =
+        in_order.into_iter().partition(|timed| met.insert(timed.phases.pair()));
+    let mean_of = |some: &[&TimedRequest<'_>]| mean(some.iter().map(|timed| timed.ttft_ms()));
+    (!warm.is_empty()).then(|| ColdRequests {
         requests: cold.len(),
-        all_ms: mean(told.iter().map(Told::ttft_ms)),
+        all_ms: mean(timed.iter().map(TimedRequest::ttft_ms)),
         cold_ms: mean_of(&cold),
         warm_ms: mean_of(&warm),
     })
 }
 
-fn unexplained(told: &[Told<'_>]) -> Unexplained {
-    let length_ms = |told: &Told<'_>| milliseconds(told.phases.length(Stage::Unexplained) + told.phases.excess);
-    let share = |told: &Told<'_>| length_ms(told) / told.ttft_ms().max(f64::MIN_POSITIVE);
-    let worst = told.iter().max_by(|left, right| share(left).total_cmp(&share(right)));
+fn unexplained(timed: &[TimedRequest<'_>]) -> Unexplained {
+    let length_ms =
+        |timed: &TimedRequest<'_>| milliseconds(timed.phases.length(Stage::Unexplained) + timed.phases.excess);
+    let share = |timed: &TimedRequest<'_>| length_ms(timed) / timed.ttft_ms().max(f64::MIN_POSITIVE);
+    let worst = timed.iter().max_by(|left, right| share(left).total_cmp(&share(right)));
     Unexplained {
-        mean: mean(told.iter().map(share)),
+        mean: mean(timed.iter().map(share)),
         worst: worst.map_or(0.0, share),
         worst_ms: worst.map_or(0.0, length_ms),
-        worst_request: worst.map_or(0, |told| told.record.index),
+        worst_request: worst.map_or(0, |timed| timed.record.index),
     }
 }
 
-/// How many requests decoded from KV that came from elsewhere.
+/// Counts requests that used remote KV.
 ///
-/// A stream's headers leave before its decode engine has said whether KV came, so they know too little. The engine's
-/// counters do know: of a prompt whose KV came, it computes one token; what it computed beyond that and beyond the prompts
-/// it was to compute are prompts that were to come. Where lengths differ, dividing by their mean makes this an estimate.
-fn remote(told: &[Told<'_>], engines: &[Engine]) -> Option<Remote> {
-    if told.is_empty() {
+/// The headers of a stream are sent before its decode engine knows whether KV arrived. The engine's counters do know:
+/// for a prompt with remote KV it computes one token. Further computed tokens, minus the prompts that it was meant to
+/// compute, are prompts whose KV did not arrive. Dividing by the mean length is an estimate if lengths differ.
+fn remote(timed: &[TimedRequest<'_>], engines: &[EngineCounters]) -> Option<RemoteKv> {
+    if timed.is_empty() {
         return None;
     }
     let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
     let (mut transferred, mut transferred_tokens, mut own_tokens) = (0_usize, 0.0, 0.0);
-    for Told { answer, phases, .. } in told {
+    for TimedRequest { answer, phases, .. } in timed {
         let reason = phases
             .reason
             .as_ref()
@@ -534,8 +543,8 @@ fn remote(told: &[Told<'_>], engines: &[Engine]) -> Option<Remote> {
     };
     let [computed, cached, from_cache] = all(Role::Prefill);
     let read = computed + cached + from_cache;
-    Some(Remote {
-        answered: told.len(),
+    Some(RemoteKv {
+        answered: timed.len(),
         used: transferred - recomputed,
         recomputed,
         is_counted,
@@ -544,7 +553,7 @@ fn remote(told: &[Told<'_>], engines: &[Engine]) -> Option<Remote> {
     })
 }
 
-/// A count that was divided, and may be below 0.
+/// A count that was divided and can be below 0.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,

@@ -1,7 +1,7 @@
-//! Stages from headers.
+//! Tests of stages from headers.
 
 use super::*;
-use crate::bench::record::{EngineTimes, Told};
+use crate::bench::record::{EngineTimes, ServerTimings};
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 
@@ -9,7 +9,7 @@ fn answer(timing: &str, engine: Option<EngineTimes>) -> Answer {
     Answer {
         first_token: 100 * MILLISECOND,
         latency: 500 * MILLISECOND,
-        told: Told {
+        timings: ServerTimings {
             handoff: Some(r#"transferred;prefill="prefiller1";decode="decoder2";attempt=2"#.to_owned()),
             timing: Some(timing.to_owned()),
             engine,
@@ -18,16 +18,16 @@ fn answer(timing: &str, engine: Option<EngineTimes>) -> Answer {
     }
 }
 
-fn lengths(phases: &Phases) -> Vec<(&'static str, u128)> {
-    let milliseconds = |span: &Span| (span.stage.key(), span.length.as_millis());
+fn lengths(phases: &RequestStages) -> Vec<(&'static str, u128)> {
+    let milliseconds = |span: &StageSpan| (span.stage.key(), span.length.as_millis());
     phases.spans.iter().map(milliseconds).collect()
 }
 
 #[test]
-fn stages_follow_each_other_and_add_up_to_what_the_client_saw() {
+fn stages_add_up_to_the_time_of_the_client() {
     let timing =
         "read;dur=1, queue;dur=0.000, prefill;dur=60.000, handoff;dur=1.000, first-token;dur=30.000, total;dur=95.000";
-    let phases = Phases::of_answer(&answer(timing, None)).unwrap();
+    let phases = RequestStages::of_answer(&answer(timing, None)).unwrap();
     let expected = [
         ("wire", 6),
         ("proxy_queue", 0),
@@ -46,14 +46,14 @@ fn stages_follow_each_other_and_add_up_to_what_the_client_saw() {
 }
 
 #[test]
-fn what_engines_tell_of_a_request_splits_its_legs() {
+fn per_request_metrics_split_the_legs() {
     let timing = "retried;dur=7, queue;dur=2, prefill;dur=60, prefill-queue;dur=20, prefill-compute;dur=35, \
                   handoff;dur=0, first-token;dur=25, total;dur=95";
     let engine = EngineTimes {
         queue: 12 * MILLISECOND,
         first_token: 9 * MILLISECOND,
     };
-    let phases = Phases::of_answer(&answer(timing, Some(engine))).unwrap();
+    let phases = RequestStages::of_answer(&answer(timing, Some(engine))).unwrap();
     let expected = [
         ("wire", 5),
         ("retried", 7),
@@ -71,15 +71,18 @@ fn what_engines_tell_of_a_request_splits_its_legs() {
 }
 
 #[test]
-fn stamps_that_are_longer_than_what_the_client_saw_are_told_as_such() {
+fn timings_longer_than_the_clients_are_excess() {
     let timing = "queue;dur=0, prefill;dur=80, first-token;dur=35, total;dur=115";
-    let phases = Phases::of_answer(&answer(timing, None)).unwrap();
+    let phases = RequestStages::of_answer(&answer(timing, None)).unwrap();
     assert_eq!(phases.excess, 15 * MILLISECOND);
 }
 
 #[test]
-fn a_server_that_tells_nothing_has_no_stages() {
-    assert_eq!(Phases::of_answer(&Answer::default()), None);
-    assert_eq!(Phases::of_answer(&answer("cache;desc=hit", None)), None);
-    assert_eq!(Phases::of_answer(&answer("total;dur=x, first-token;dur=1", None)), None);
+fn a_server_without_timings_has_no_stages() {
+    assert_eq!(RequestStages::of_answer(&Answer::default()), None);
+    assert_eq!(RequestStages::of_answer(&answer("cache;desc=hit", None)), None);
+    assert_eq!(
+        RequestStages::of_answer(&answer("total;dur=x, first-token;dur=1", None)),
+        None
+    );
 }

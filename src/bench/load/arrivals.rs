@@ -1,23 +1,23 @@
-//! When each request is released: a pure function of rate, burstiness, count and seed.
+//! The arrival process: when each request is released, as a pure function of rate, burstiness, count and seed.
 
 use crate::bench::rng::numpy::LegacyGenerator;
 
 /// The arrival process.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Arrivals {
-    /// Mean requests per second; infinite releases all at once. A ramp goes before it.
+    /// Mean requests per second; infinite releases all at once. A ramp takes precedence.
     pub request_rate: f64,
-    /// Shape of the gamma distribution of the intervals: 1 is a Poisson process, more is more even (the coefficient of
-    /// variation is 1/√burstiness), infinite is constant.
+    /// Shape of the gamma distribution of the intervals. 1 is a Poisson process, a higher value is more even (the
+    /// coefficient of variation is 1/√burstiness), infinite is constant.
     pub burstiness: f64,
     /// A rate that rises from request to request.
     pub ramp: Option<Ramp>,
 }
 
-/// A rate that rises over the requests.
+/// A rate that rises from request to request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ramp {
-    /// How it rises.
+    /// The shape of the rise.
     pub strategy: RampStrategy,
     /// Requests per second at the first request, at least 1.
     pub start: u32,
@@ -55,8 +55,8 @@ impl Ramp {
         }
     }
 
-    /// The whole rates that it passes in the first `released` of `count` requests, each with the request that has it first;
-    /// the first rate stands there from the start.
+    /// The whole-number rates that the first `released` of `count` requests reach, each with the first request that has
+    /// it. The start rate has no request.
     pub fn steps(&self, count: usize, released: usize) -> Vec<(Option<usize>, u32)> {
         let mut steps = vec![(None, self.start)];
         let mut reached = self.start;
@@ -71,21 +71,21 @@ impl Ramp {
 }
 
 impl Arrivals {
-    /// Whether requests come at one rate, and not all at once or at a rising one.
+    /// Whether requests arrive at one finite rate.
     pub fn has_fixed_rate(&self) -> bool {
         self.request_rate.is_finite() && self.ramp.is_none()
     }
 
     /// The release instants, in seconds since the start, ascending.
     ///
-    /// The rule of `vllm bench serve` 0.32: gamma intervals from numpy's legacy generator, cumulated, then, unless the rate
-    /// rises, scaled so that the last release is at `count / request_rate`. The first request therefore waits too, about
-    /// one interval.
+    /// Same rule as `vllm bench serve` 0.32: gamma intervals from numpy's legacy generator are summed up. Unless the
+    /// rate rises, they are then scaled so that the last release is at `count / request_rate`. So the first request
+    /// also waits about one interval.
     pub fn schedule(&self, count: usize, seed: u32) -> Vec<f64> {
         self.schedule_from(count, LegacyGenerator::new(seed))
     }
 
-    /// As [`Self::schedule`], where the dataset has drawn from the generator before.
+    /// As [`Self::schedule`], with a generator that the dataset has already drawn from.
     pub(in crate::bench) fn schedule_from(&self, count: usize, mut generator: LegacyGenerator) -> Vec<f64> {
         let interval = |index: usize| {
             let rate = self.ramp.map_or(self.request_rate, |ramp| ramp.rate(index, count));
@@ -122,9 +122,9 @@ mod tests {
     use super::*;
     use crate::bench::vectors::rows;
 
-    /// The vectors are what the real client's own `get_request` sleeps for; `tests/real/bench_vectors.py` writes them.
+    /// The vectors are the sleeps of `get_request` in vLLM's own client; `tests/real/bench_vectors.py` writes them.
     #[test]
-    fn a_schedule_equals_that_of_vllm_bench_serve_bit_for_bit() {
+    fn a_schedule_equals_vllms_bit_for_bit() {
         for row in rows(include_str!("../vectors/schedule.txt")) {
             let [parameters, instants] = row[..] else {
                 panic!("{row:?}")

@@ -1,4 +1,4 @@
-//! Sessions while they run: what was said so far, which turn follows which, and how long each turn took.
+//! Conversation state of running sessions: the messages so far, the order of turns, and statistics by turn.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,18 +8,18 @@ use serde_json::{Value, json};
 use crate::bench::record::Answer;
 use crate::bench::report::Report;
 use crate::bench::stats::Distribution;
-use crate::bench::workload::{Message, Order, Prompt, Workload};
+use crate::bench::workload::{Message, Prompt, WorkItem, Workload};
 
-/// A request that another one's end releases, and how long after it.
+/// The request to release when another one ends, and how long after that end.
 pub(in crate::bench) type Successor = Option<(usize, Duration)>;
 
-/// For each request of a workload, the next turn of its session.
-pub(in crate::bench) fn successors(orders: &[Order]) -> Arc<[Successor]> {
-    let sessions = orders.iter().filter_map(|order| Some(order.turn?.session + 1)).max();
+/// The successor of each request: the next turn of the same session.
+pub(in crate::bench) fn successors(items: &[WorkItem]) -> Arc<[Successor]> {
+    let sessions = items.iter().filter_map(|item| Some(item.turn?.session + 1)).max();
     let mut last: Vec<Option<usize>> = vec![None; sessions.unwrap_or(0)];
-    let mut successors = vec![None; orders.len()];
-    for (index, order) in orders.iter().enumerate() {
-        let Some(turn) = order.turn else { continue };
+    let mut successors = vec![None; items.len()];
+    for (index, item) in items.iter().enumerate() {
+        let Some(turn) = item.turn else { continue };
         if let Some(before) = last[turn.session].replace(index) {
             successors[before] = Some((index, turn.think_time));
         }
@@ -27,48 +27,49 @@ pub(in crate::bench) fn successors(orders: &[Order]) -> Arc<[Successor]> {
     successors.into()
 }
 
-/// What was said in each session.
+/// The messages of each session.
 #[derive(Debug)]
 pub(in crate::bench) struct Conversations {
-    sessions: Vec<Mutex<Said>>,
+    sessions: Vec<Mutex<Conversation>>,
 }
 
 #[derive(Debug, Default)]
-struct Said {
+struct Conversation {
     messages: Vec<Message>,
     is_broken: bool,
 }
 
 impl Conversations {
-    pub(in crate::bench) fn new(orders: &[Order]) -> Self {
-        let count = orders.iter().filter_map(|order| Some(order.turn?.session + 1)).max();
+    pub(in crate::bench) fn new(items: &[WorkItem]) -> Self {
+        let count = items.iter().filter_map(|item| Some(item.turn?.session + 1)).max();
         Self {
             sessions: (0..count.unwrap_or(0)).map(|_| Mutex::default()).collect(),
         }
     }
 
-    /// The request with what was said before it; fails where the turn before has failed. None if it is of no session.
-    pub(in crate::bench) fn next(&self, order: &Order) -> Option<Result<Order, String>> {
-        let session = self.sessions.get(order.turn?.session)?;
+    /// The request with the earlier messages of its session in front. An error if an earlier turn failed, `None` if the
+    /// request belongs to no session.
+    pub(in crate::bench) fn next(&self, item: &WorkItem) -> Option<Result<WorkItem, String>> {
+        let session = self.sessions.get(item.turn?.session)?;
         let mut said = session.lock().unwrap_or_else(PoisonError::into_inner);
         if said.is_broken {
-            return Some(Err("a turn before it in its session failed".to_owned()));
+            return Some(Err("an earlier turn of its session failed".to_owned()));
         }
-        let Prompt::Messages { messages, token_count } = &order.prompt else {
+        let Prompt::Messages { messages, token_count } = &item.prompt else {
             return None;
         };
         said.messages.extend(messages.iter().cloned());
-        let mut order = order.clone();
-        order.prompt = Prompt::Messages {
+        let mut item = item.clone();
+        item.prompt = Prompt::Messages {
             messages: said.messages.clone().into(),
             token_count: *token_count,
         };
-        Some(Ok(order))
+        Some(Ok(item))
     }
 
-    /// Keeps what came of a turn.
-    pub(in crate::bench) fn answered(&self, order: &Order, result: &Result<Answer, String>) {
-        let session = order.turn.and_then(|turn| self.sessions.get(turn.session));
+    /// Appends the answer to the session, or marks the session as broken.
+    pub(in crate::bench) fn answered(&self, item: &WorkItem, result: &Result<Answer, String>) {
+        let session = item.turn.and_then(|turn| self.sessions.get(turn.session));
         let Some(session) = session else { return };
         let mut said = session.lock().unwrap_or_else(PoisonError::into_inner);
         match result {
@@ -81,13 +82,13 @@ impl Conversations {
     }
 }
 
-/// How the turns of all sessions went, by their number; null where there are no sessions.
+/// Statistics of the turns of all sessions, by their number in the session. Null where there are no sessions.
 pub(in crate::bench) fn turns_to_json(report: &Report) -> Value {
-    let Workload::Made(made) = &report.spec.workload else {
+    let Workload::Prepared(made) = &report.spec.workload else {
         return Value::Null;
     };
-    let turn = |index: usize| Some(made.orders.get(index)?.turn?.number);
-    let Some(last) = (0..made.orders.len()).filter_map(turn).max() else {
+    let turn = |index: usize| Some(made.items.get(index)?.turn?.number);
+    let Some(last) = (0..made.items.len()).filter_map(turn).max() else {
         return Value::Null;
     };
     let rows = (0..=last).map(|number| {
@@ -117,7 +118,7 @@ mod tests {
     use super::*;
     use crate::bench::workload::Turn;
 
-    fn order(session: usize, number: usize, text: &str) -> Order {
+    fn item(session: usize, number: usize, text: &str) -> WorkItem {
         let message = Message {
             role: "user".to_owned(),
             content: text.to_owned(),
@@ -126,29 +127,29 @@ mod tests {
             messages: [message].into(),
             token_count: 1,
         };
-        let mut order = Order::new(prompt, 3);
-        order.turn = Some(Turn {
+        let mut item = WorkItem::new(prompt, 3);
+        item.turn = Some(Turn {
             session,
             number,
             think_time: Duration::from_secs(2),
         });
-        order
+        item
     }
 
     #[test]
-    fn a_turn_holds_what_was_said_before_it_and_follows_it() {
-        let orders = [order(0, 0, "a"), order(1, 0, "b"), order(0, 1, "c"), order(1, 1, "d")];
+    fn a_turn_follows_the_one_before_with_its_messages() {
+        let items = [item(0, 0, "a"), item(1, 0, "b"), item(0, 1, "c"), item(1, 1, "d")];
         let think = Duration::from_secs(2);
-        assert_eq!(*successors(&orders), [Some((2, think)), Some((3, think)), None, None]);
-        let conversations = Conversations::new(&orders);
-        let first = conversations.next(&orders[0]).unwrap().unwrap();
-        assert_eq!(first.prompt, orders[0].prompt);
+        assert_eq!(*successors(&items), [Some((2, think)), Some((3, think)), None, None]);
+        let conversations = Conversations::new(&items);
+        let first = conversations.next(&items[0]).unwrap().unwrap();
+        assert_eq!(first.prompt, items[0].prompt);
         let answer = Answer {
             text: " yes".to_owned(),
             ..Answer::default()
         };
         conversations.answered(&first, &Ok(answer));
-        let second = conversations.next(&orders[2]).unwrap().unwrap();
+        let second = conversations.next(&items[2]).unwrap().unwrap();
         let messages = serde_json::to_value(second.prompt.as_chat()).unwrap();
         assert_eq!(
             messages,
@@ -159,9 +160,9 @@ mod tests {
             ])
         );
         assert_eq!(serde_json::to_value(second.prompt.as_completion()).unwrap(), "a yes\nc");
-        conversations.next(&orders[1]).unwrap().unwrap();
-        conversations.answered(&orders[1], &Err("no".to_owned()));
-        assert!(conversations.next(&orders[3]).unwrap().is_err());
-        assert!(conversations.next(&Order::new(Prompt::text("x", 1), 1)).is_none());
+        conversations.next(&items[1]).unwrap().unwrap();
+        conversations.answered(&items[1], &Err("no".to_owned()));
+        assert!(conversations.next(&items[3]).unwrap().is_err());
+        assert!(conversations.next(&WorkItem::new(Prompt::text("x", 1), 1)).is_none());
     }
 }

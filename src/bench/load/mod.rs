@@ -1,8 +1,8 @@
-//! The one loop that sends requests by a schedule and gathers what becomes of them.
+//! The load loop: sends requests by a schedule and collects their records.
 //!
-//! Open loop: instants are absolute, a request never waits for another one's answer, and how late the client itself was is
-//! recorded. Requests run on threads of their own (`lanes`); the caller's only gathers and tells of progress. It knows no
-//! HTTP: what a request does is a future that the caller makes.
+//! Open loop: release times are absolute, no request waits for the answer to another one, and the client's own lag is
+//! recorded. Requests run on worker threads (`workers`). The caller's thread only collects records and reports
+//! progress. The loop knows no HTTP: a request is a future that the caller makes.
 
 pub(super) mod arrivals;
 pub(super) mod conversation;
@@ -21,20 +21,20 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
-use self::precise_timer::Alarm;
-pub(super) use self::workers::Lanes;
-use self::workers::{Lane, Meter};
+use self::precise_timer::PreciseTimer;
+pub(super) use self::workers::Workers;
+use self::workers::{CpuMeter, Worker};
 use crate::bench::load::conversation::Successor;
-use crate::bench::record::{Answer, Effort, Record};
-use crate::bench::{Phase, Progress};
+use crate::bench::record::{Answer, ClientUsage, Record};
+use crate::bench::{Progress, RunPhase};
 
-/// How often the caller hears of progress when nothing happens.
+/// How often progress is reported while no request ends.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Records on their way to the caller. A request that has ended may wait here: its times are known.
-const RECORDS_ON_THEIR_WAY: usize = 1024;
+/// Records between the workers and the caller. A finished request can wait here, because its times are already taken.
+const RECORD_QUEUE: usize = 1024;
 
-/// What a request's future gives.
+/// The result of a request's future.
 #[derive(Debug)]
 pub(super) struct Exchange {
     /// When it was sent.
@@ -42,24 +42,24 @@ pub(super) struct Exchange {
     pub(super) result: Result<Answer, String>,
 }
 
-/// What the loop gives.
+/// The result of a load run.
 #[derive(Debug)]
-pub(super) struct Outcome {
+pub(super) struct LoadResult {
     /// Requests that have ended, in the order of the schedule.
     pub(super) records: Vec<Record>,
-    /// From before the first wait to the end of the last request, or to the stop.
+    /// From before the first wait to the end of the last request, or to the cancellation.
     pub(super) duration: Duration,
-    /// Requests that were released and then dropped by the stop.
+    /// Requests that were in flight when the run was cancelled.
     pub(super) dropped: usize,
-    /// Requests that the stop came before.
+    /// Requests that were not released before the run was cancelled.
     pub(super) unsent: usize,
-    /// What sending and reading cost.
-    pub(super) effort: Effort,
+    /// The CPU time that sending and reading took.
+    pub(super) client_usage: ClientUsage,
 }
 
 /// The running sums behind [`Progress`].
 #[derive(Debug)]
-pub(super) struct Tally {
+pub(super) struct RunningTotals {
     start: Instant,
     total: usize,
     released: usize,
@@ -76,61 +76,61 @@ struct Mean {
     count: u32,
 }
 
-/// Releases request `i` at `releases[i]` after now, at most `limit` of them running at once, until all have ended or
-/// `stop` is cancelled. `observe` is told of the requests that have ended so far, in the order of their ends.
-pub(super) async fn drive<F>(
-    lanes: &Lanes,
+/// Releases request `i` at `releases[i]` after now, at most `limit` of them at once, until all have ended or `stop` is
+/// cancelled. `observe` gets the requests that have ended so far, in the order of their ends.
+pub(super) async fn run_schedule<F>(
+    workers: &Workers,
     releases: &[Duration],
     limit: Option<NonZeroUsize>,
     exchange: impl Fn(usize) -> F + Send + Sync + 'static,
-    observe: impl Fn(&Tally, &[Record]),
+    observe: impl Fn(&RunningTotals, &[Record]),
     stop: &CancellationToken,
-) -> Outcome
+) -> LoadResult
 where
     F: Future<Output = Exchange> + Send + 'static,
 {
-    drive_chained(lanes, releases, limit, [].into(), exchange, observe, stop).await
+    run_chained(workers, releases, limit, [].into(), exchange, observe, stop).await
 }
 
-/// As [`drive`], where the end of request `i` releases the one that `successors[i]` names, so long after it. Such a request has
-/// no time in the schedule.
-pub(super) async fn drive_chained<F>(
-    lanes: &Lanes,
+/// As [`run_schedule`]; when request `i` ends, the request and the delay in `successors[i]` follow. A successor has no
+/// time in the schedule.
+pub(super) async fn run_chained<F>(
+    workers: &Workers,
     releases: &[Duration],
     limit: Option<NonZeroUsize>,
     successors: Arc<[Successor]>,
     exchange: impl Fn(usize) -> F + Send + Sync + 'static,
-    observe: impl Fn(&Tally, &[Record]),
+    observe: impl Fn(&RunningTotals, &[Record]),
     stop: &CancellationToken,
-) -> Outcome
+) -> LoadResult
 where
     F: Future<Output = Exchange> + Send + 'static,
 {
     let follows: HashSet<usize> = successors.iter().flatten().map(|(next, _)| *next).collect();
     let start = Instant::now();
-    let (ended, mut gathered) = mpsc::channel(RECORDS_ON_THEIR_WAY);
-    let common = Arc::new(Common {
+    let (ended, mut gathered) = mpsc::channel(RECORD_QUEUE);
+    let shared = Arc::new(SharedState {
         start,
         permits: limit.map(|limit| Semaphore::new(limit.get().min(Semaphore::MAX_PERMITS))),
         released: AtomicUsize::new(0),
         successors,
         exchange,
     });
-    let meter = Meter::start();
-    let mut shares = JoinSet::new();
-    for (number, lane) in lanes.all().iter().enumerate() {
-        let turns = releases.iter().copied().enumerate();
-        let turns = turns.filter(|(index, _)| !follows.contains(index));
-        let turns = turns.skip(number).step_by(lanes.all().len()).collect();
-        let share = share(lane.clone(), turns, Arc::clone(&common), ended.clone());
-        shares.spawn_on(share, &lane.handle);
+    let meter = CpuMeter::start();
+    let mut running = JoinSet::new();
+    for (number, worker) in workers.all().iter().enumerate() {
+        let own_requests = releases.iter().copied().enumerate();
+        let own_requests = own_requests.filter(|(index, _)| !follows.contains(index));
+        let own_requests = own_requests.skip(number).step_by(workers.all().len()).collect();
+        let run_worker = run_worker(worker.clone(), own_requests, Arc::clone(&shared), ended.clone());
+        running.spawn_on(run_worker, &worker.handle);
     }
     drop(ended);
 
     let mut ticker = interval(TICK);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut records = Vec::with_capacity(releases.len());
-    let mut tally = Tally::new(start, releases.len());
+    let mut totals = RunningTotals::new(start, releases.len());
     let mut busiest = 0.0_f64;
     let mut last = start;
     let stopped = loop {
@@ -138,74 +138,74 @@ where
             biased;
             () = stop.cancelled() => break true,
             Some((record, end)) = gathered.recv() => {
-                tally.count(&record);
+                totals.count(&record);
                 records.push(record);
                 last = last.max(end);
             }
-            ended = shares.join_next() => match ended {
+            ended = running.join_next() => match ended {
                 // Nothing aborts these tasks before the loop ends, so what failed to join has panicked.
                 Some(ended) => {
                     let busy = ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
                     busiest = busiest.max(busy);
                 }
-                // Whoever would send more records has ended, and none is left.
+                // All senders have ended and no record is left.
                 None => break false,
             },
             _ = ticker.tick() => {}
         }
-        tally.released = common.released.load(Ordering::Relaxed);
-        let in_flight = tally.released.saturating_sub(tally.done);
-        tally.in_flight = in_flight.min(limit.map_or(usize::MAX, NonZeroUsize::get));
-        observe(&tally, &records);
+        totals.released = shared.released.load(Ordering::Relaxed);
+        let in_flight = totals.released.saturating_sub(totals.done);
+        totals.in_flight = in_flight.min(limit.map_or(usize::MAX, NonZeroUsize::get));
+        observe(&totals, &records);
     };
 
     let duration = if stopped { start.elapsed() } else { last - start };
-    shares.shutdown().await;
+    running.shutdown().await;
     while let Ok((record, _)) = gathered.try_recv() {
         records.push(record);
     }
     records.sort_unstable_by_key(|record: &Record| record.index);
-    let released = common.released.load(Ordering::Relaxed);
-    Outcome {
+    let released = shared.released.load(Ordering::Relaxed);
+    LoadResult {
         duration,
         dropped: released - records.len(),
         unsent: releases.len() - released,
-        effort: meter.effort(lanes.all().len(), busiest),
+        client_usage: meter.usage(workers.all().len(), busiest),
         records,
     }
 }
 
-/// What the shares of one drive have in common.
-struct Common<E> {
+/// State that the workers of one load run share.
+struct SharedState<E> {
     start: Instant,
     permits: Option<Semaphore>,
-    /// Requests that were released, on all lanes.
+    /// Requests that all workers have released.
     released: AtomicUsize,
-    /// What the end of each request releases.
+    /// The successor of each request.
     successors: Arc<[Successor]>,
     exchange: E,
 }
 
-/// One lane's part of a drive. Gives how busy its thread was, at the most.
-async fn share<E, F>(
-    lane: Lane,
-    turns: Vec<(usize, Duration)>,
-    common: Arc<Common<E>>,
+/// Sends the requests of one worker. Returns the highest CPU share of its thread.
+async fn run_worker<E, F>(
+    worker: Worker,
+    own_requests: Vec<(usize, Duration)>,
+    shared: Arc<SharedState<E>>,
     ended: mpsc::Sender<(Record, Instant)>,
 ) -> f64
 where
     E: Fn(usize) -> F + Send + Sync + 'static,
     F: Future<Output = Exchange> + Send + 'static,
 {
-    let busy = workers::Busy::default();
+    let busy = workers::BusyMeter::default();
     let work = async {
-        let mut alarm = Alarm::new(lane.is_precise);
+        let mut timer = PreciseTimer::new(worker.is_precise);
         let mut tasks = JoinSet::new();
-        for (index, scheduled) in turns {
-            alarm.wait_until(common.start + scheduled).await;
-            let released = common.start.elapsed();
-            common.released.fetch_add(1, Ordering::Relaxed);
-            tasks.spawn(chain(index, scheduled, released, Arc::clone(&common), ended.clone()));
+        for (index, scheduled) in own_requests {
+            timer.wait_until(shared.start + scheduled).await;
+            let released = shared.start.elapsed();
+            shared.released.fetch_add(1, Ordering::Relaxed);
+            tasks.spawn(chain(index, scheduled, released, Arc::clone(&shared), ended.clone()));
             while let Some(joined) = tasks.try_join_next() {
                 resume_panic(joined);
             }
@@ -222,33 +222,33 @@ where
     busy.most()
 }
 
-/// Nothing aborts the tasks of requests but the end of their share, so one that failed to join has panicked.
+/// Only the end of the worker aborts request tasks, so a task that failed to join has panicked.
 fn resume_panic(joined: Result<(), tokio::task::JoinError>) {
     if let Err(error) = joined {
         std::panic::resume_unwind(error.into_panic());
     }
 }
 
-/// A request, and those that follow it one by one.
+/// Sends a request and then its successors, one by one.
 async fn chain<E, F>(
     mut index: usize,
     mut scheduled: Duration,
     mut released: Duration,
-    common: Arc<Common<E>>,
+    shared: Arc<SharedState<E>>,
     ended: mpsc::Sender<(Record, Instant)>,
 ) where
     E: Fn(usize) -> F + Send + Sync,
     F: Future<Output = Exchange> + Send,
 {
     loop {
-        send(index, scheduled, released, Arc::clone(&common), ended.clone()).await;
-        let Some((next, pause)) = common.successors.get(index).copied().flatten() else {
+        send(index, scheduled, released, Arc::clone(&shared), ended.clone()).await;
+        let Some((next, pause)) = shared.successors.get(index).copied().flatten() else {
             return;
         };
-        scheduled = common.start.elapsed() + pause;
+        scheduled = shared.start.elapsed() + pause;
         sleep(pause).await;
-        released = common.start.elapsed();
-        common.released.fetch_add(1, Ordering::Relaxed);
+        released = shared.start.elapsed();
+        shared.released.fetch_add(1, Ordering::Relaxed);
         index = next;
     }
 }
@@ -257,19 +257,19 @@ async fn send<E, F>(
     index: usize,
     scheduled: Duration,
     released: Duration,
-    common: Arc<Common<E>>,
+    shared: Arc<SharedState<E>>,
     ended: mpsc::Sender<(Record, Instant)>,
 ) where
     E: Fn(usize) -> F,
     F: Future<Output = Exchange>,
 {
-    let permit = match &common.permits {
+    let permit = match &shared.permits {
         Some(permits) => Some(permits.acquire().await.expect("nothing closes the semaphore")),
         None => None,
     };
-    // Without a limit nothing holds a request up, so whatever comes between is the client's own doing.
-    let admitted = permit.as_ref().map_or(released, |_| common.start.elapsed());
-    let Exchange { started, result } = (common.exchange)(index).await;
+    // Without a limit the client itself causes any delay from here on.
+    let admitted = permit.as_ref().map_or(released, |_| shared.start.elapsed());
+    let Exchange { started, result } = (shared.exchange)(index).await;
     drop(permit);
     let end = Instant::now();
     let record = Record {
@@ -277,14 +277,14 @@ async fn send<E, F>(
         scheduled,
         released,
         admitted,
-        started: started - common.start,
+        started: started - shared.start,
         result,
     };
-    // Nobody gathers any more once the run has been stopped.
+    // The receiver is gone once the run has been cancelled.
     drop(ended.send((record, end)).await);
 }
 
-impl Tally {
+impl RunningTotals {
     fn new(start: Instant, total: usize) -> Self {
         Self {
             start,
@@ -311,8 +311,8 @@ impl Tally {
         }
     }
 
-    /// The state as others see it.
-    pub(super) fn progress(&self, phase: Phase) -> Progress {
+    /// The totals as a progress report.
+    pub(super) fn progress(&self, phase: RunPhase, asked_rate: Option<f64>) -> Progress {
         Progress {
             phase,
             total: self.total,
@@ -321,6 +321,7 @@ impl Tally {
             failed: self.failed,
             in_flight: self.in_flight,
             elapsed: self.start.elapsed(),
+            asked_rate,
             mean_ttft_ms: self.first_tokens.milliseconds(),
             mean_tpot_ms: self.later_tokens.milliseconds(),
         }

@@ -1,4 +1,4 @@
-//! Waking at an instant, to some tens of microseconds. The runtime's own timers are rounded up to its tick of a millisecond.
+//! A timer that is precise to some tens of microseconds. The timers of the runtime are rounded up to its tick of 1 ms.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,24 +9,24 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, sleep_until};
 
-/// Wakes one task, one instant at a time.
+/// Wakes one task at one instant at a time.
 #[derive(Debug)]
-pub(super) struct Alarm(Option<Timer>);
+pub(super) struct PreciseTimer(Option<KernelTimer>);
 
-/// A timer of the kernel, which wakes the runtime as a socket does.
+/// A kernel timer (timerfd) that wakes the runtime like a socket.
 #[derive(Debug)]
-struct Timer {
+struct KernelTimer {
     timer: TimerFd,
     wakes: AsyncFd<OwnedFd>,
 }
 
-impl Alarm {
-    /// `is_precise` is false where time may be paused, which no kernel knows of.
+impl PreciseTimer {
+    /// `is_precise` is false where tests pause time, which the kernel timer does not follow.
     pub(super) fn new(is_precise: bool) -> Self {
-        Self(is_precise.then(Timer::new).and_then(Result::ok))
+        Self(is_precise.then(KernelTimer::new).and_then(Result::ok))
     }
 
-    /// Waits until it is due; not at all if it is already, which a timer of the runtime would round up to its next tick.
+    /// Waits until `due`. Returns at once if it has passed: a timer of the runtime would wait for its next tick.
     pub(super) async fn wait_until(&mut self, due: Instant) {
         while let Some(left) = due
             .checked_duration_since(Instant::now())
@@ -39,7 +39,7 @@ impl Alarm {
     }
 }
 
-impl Timer {
+impl KernelTimer {
     #[expect(
         unsafe_code,
         reason = "the runtime must be told of a descriptor that it does not know"
@@ -53,7 +53,7 @@ impl Timer {
         Ok(Self { timer, wakes })
     }
 
-    /// Waits for so long, or a little less.
+    /// Waits for `left`, or a little less.
     async fn wait(&self, left: Duration) -> io::Result<()> {
         self.timer
             .set(Expiration::OneShot(left.into()), TimerSetTimeFlags::empty())?;

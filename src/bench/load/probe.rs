@@ -1,4 +1,5 @@
-//! Requests of one token beside the workload, one at a time: how much the load holds up whoever else asks.
+//! Probe requests: one-token requests sent one at a time during the run, which show how much the load delays another
+//! client.
 
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 use crate::bench::record::Answer;
 use crate::bench::report::Probes;
 
-/// Asks, waits `1 / rate` seconds after each answer, and asks again, until `over` says that the load has ended or `stop` that
-/// the run is to end now. The one that is under way when the load ends is awaited.
+/// Sends a probe, waits `1 / rate` seconds after its answer, and repeats until `over` (the load has ended) or `stop`
+/// (the run is cancelled). A probe in flight when the load ends is awaited.
 pub(in crate::bench) async fn run<F>(
     rate: f64,
     ask: impl Fn() -> F,
@@ -42,7 +43,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn the_next_probe_waits_for_the_answer_and_the_last_one_is_awaited() {
+    async fn probes_are_sequential_and_the_last_one_is_awaited() {
         let (over, stop) = (CancellationToken::new(), CancellationToken::new());
         let asked = Cell::new(0);
         let ask = || async {
@@ -65,7 +66,7 @@ mod tests {
         let start = Instant::now();
         let probes = run(2.0, ask, &over, &stop).await;
         assert_eq!((probes.latencies.len(), probes.failed), (2, 1));
-        // Three times 0.3 s, and 0.5 s twice in between; the last half second is not slept.
+        // Three answers of 0.3 s and two pauses of 0.5 s; the last pause is skipped.
         assert_eq!(start.elapsed().as_millis(), 1900);
     }
 }

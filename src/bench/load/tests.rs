@@ -1,4 +1,4 @@
-//! The loop on paused time, with requests that only sleep.
+//! Tests of the load loop on paused time, with requests that only sleep.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,7 +11,7 @@ fn milliseconds(value: u64) -> Duration {
     Duration::from_millis(value)
 }
 
-/// A request that takes so long and then fails or gives an answer.
+/// A request that takes `duration` and then succeeds or fails.
 async fn after(duration: Duration, succeeds: bool) -> Exchange {
     let started = Instant::now();
     sleep(duration).await;
@@ -25,10 +25,10 @@ async fn after(duration: Duration, succeeds: bool) -> Exchange {
 }
 
 #[tokio::test(start_paused = true)]
-async fn requests_go_out_on_schedule_however_long_answers_take() {
+async fn requests_keep_the_schedule_whatever_answers_take() {
     let releases = [10, 20, 30].map(milliseconds);
-    let outcome = drive(
-        &Lanes::here(),
+    let outcome = run_schedule(
+        &Workers::here(),
         &releases,
         None,
         |_| after(milliseconds(1000), true),
@@ -43,10 +43,10 @@ async fn requests_go_out_on_schedule_however_long_answers_take() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_end_of_a_request_releases_the_one_that_follows_it() {
+async fn the_end_of_a_request_releases_its_successor() {
     let releases = [0, 0, 0, 0].map(milliseconds);
-    let outcome = drive_chained(
-        &Lanes::here(),
+    let outcome = run_chained(
+        &Workers::here(),
         &releases,
         None,
         [Some((2, milliseconds(50))), None, Some((3, Duration::ZERO)), None].into(),
@@ -67,11 +67,11 @@ async fn the_end_of_a_request_releases_the_one_that_follows_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn records_stand_in_the_order_of_the_schedule() {
+async fn records_are_sorted_by_schedule() {
     let releases = [0, 1, 2].map(milliseconds);
     let exchange = |index: usize| after(milliseconds(300 - 100 * index as u64), index != 1);
-    let outcome = drive(
-        &Lanes::here(),
+    let outcome = run_schedule(
+        &Workers::here(),
         &releases,
         None,
         exchange,
@@ -88,7 +88,7 @@ async fn records_stand_in_the_order_of_the_schedule() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_limit_holds_and_the_wait_for_it_is_recorded_apart() {
+async fn a_limit_holds_and_its_wait_is_recorded_separately() {
     let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (counted, highest) = (running.clone(), most.clone());
     let exchange = move |_| {
@@ -101,9 +101,9 @@ async fn a_limit_holds_and_the_wait_for_it_is_recorded_apart() {
         }
     };
     let seen = Cell::new(0);
-    let observe = |tally: &Tally, _: &[Record]| seen.set(seen.get().max(tally.in_flight));
-    let outcome = drive(
-        &Lanes::here(),
+    let observe = |totals: &RunningTotals, _: &[Record]| seen.set(seen.get().max(totals.in_flight));
+    let outcome = run_schedule(
+        &Workers::here(),
         &[Duration::ZERO; 6],
         NonZeroUsize::new(2),
         exchange,
@@ -119,33 +119,33 @@ async fn a_limit_holds_and_the_wait_for_it_is_recorded_apart() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stop_keeps_what_has_ended_and_counts_the_rest() {
+async fn a_stop_keeps_finished_requests_and_counts_the_rest() {
     let releases = [0, 100, 200, 5000].map(milliseconds);
     let stop = CancellationToken::new();
     let exchange = |index: usize| after(milliseconds(if index == 0 { 50 } else { 9000 }), true);
-    let observe = |tally: &Tally, _: &[Record]| {
-        if tally.in_flight == 2 {
+    let observe = |totals: &RunningTotals, _: &[Record]| {
+        if totals.in_flight == 2 {
             stop.cancel();
         }
     };
-    let outcome = drive(&Lanes::here(), &releases, None, exchange, observe, &stop).await;
+    let outcome = run_schedule(&Workers::here(), &releases, None, exchange, observe, &stop).await;
     assert_eq!(outcome.records.len(), 1);
     assert_eq!((outcome.dropped, outcome.unsent), (2, 1));
-    // What is in flight is told with the first tick after its release.
+    // The requests in flight are reported at the first tick after their release.
     assert_eq!(outcome.duration, milliseconds(250));
 }
 
 #[tokio::test(start_paused = true)]
-async fn progress_is_told_while_nothing_happens_and_holds_the_means_so_far() {
+async fn progress_is_reported_while_requests_run() {
     let told = Cell::new(0);
     let last = Cell::new(None);
-    let observe = |tally: &Tally, _: &[Record]| {
+    let observe = |totals: &RunningTotals, _: &[Record]| {
         told.set(told.get() + 1);
-        last.set(Some(tally.progress(Phase::Measuring)));
+        last.set(Some(totals.progress(RunPhase::Measuring, None)));
     };
     let exchange = |index: usize| after(milliseconds(2000 + 1000 * index as u64), index < 2);
-    drive(
-        &Lanes::here(),
+    run_schedule(
+        &Workers::here(),
         &[Duration::ZERO; 3],
         None,
         exchange,

@@ -1,7 +1,8 @@
-//! The threads that requests run on: one runtime each, nothing of which ever moves to another thread.
+//! The worker threads that send requests and read answers. Each has a runtime of its own, and no task moves between
+//! threads.
 //!
-//! They are not bound to cores. The benchmark often shares its machine with the engines, and a thread that may not step
-//! aside for one of theirs is late itself.
+//! The threads are not bound to cores. The benchmark often shares its machine with the engines, and a bound thread that
+//! cannot move aside for an engine is late itself.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -15,36 +16,36 @@ use tokio::runtime::{Builder, Handle};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::bench::record::Effort;
+use crate::bench::record::ClientUsage;
 
-/// Threads at the most. One keeps up with more than 200,000 events per second, and every further one takes a core from
-/// whatever else runs here.
+/// Most threads. One keeps up with more than 200,000 events per second, and each further one takes a core from other
+/// processes on this machine.
 const MOST: usize = 4;
 
-/// Descriptors that are asked for: one per request in flight.
+/// The limit of open files that is requested: one descriptor per request in flight.
 const DESCRIPTORS: u64 = 1 << 20;
 
-/// Over how long a thread's use of its core is looked at. Longer than a hiccup, shorter than a run.
+/// The window over which the CPU use of a thread is measured. Longer than a hiccup, shorter than a run.
 const WINDOW: Duration = Duration::from_millis(500);
 
-/// Threads that run until this is dropped.
+/// The worker threads. They run until this is dropped.
 #[derive(Debug)]
-pub(in crate::bench) struct Lanes {
-    all: Vec<Lane>,
+pub(in crate::bench) struct Workers {
+    all: Vec<Worker>,
     threads: Vec<JoinHandle<()>>,
     stop: Option<DropGuard>,
 }
 
-/// One thread.
+/// One worker thread.
 #[derive(Debug, Clone)]
-pub(super) struct Lane {
+pub(super) struct Worker {
     pub(super) handle: Handle,
-    /// Whether its time is the kernel's, which tests may pause.
+    /// Whether it runs on real time. Tests can pause time.
     pub(super) is_precise: bool,
 }
 
-impl Lanes {
-    /// As many threads as half of the cores: the other half is for whom this is sent to.
+impl Workers {
+    /// Starts one thread for every two cores, at most [`MOST`]: the other cores are for the server.
     ///
     /// # Errors
     /// When a runtime or a thread cannot be started.
@@ -59,7 +60,7 @@ impl Lanes {
         };
         for number in 0..(cores / 2).clamp(1, MOST) {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            started.all.push(Lane {
+            started.all.push(Worker {
                 handle: runtime.handle().clone(),
                 is_precise: true,
             });
@@ -71,11 +72,11 @@ impl Lanes {
         Ok(started)
     }
 
-    /// The caller's own runtime in place of a thread.
+    /// Uses the caller's own runtime instead of a thread.
     #[cfg(test)]
     pub(super) fn here() -> Self {
         Self {
-            all: vec![Lane {
+            all: vec![Worker {
                 handle: Handle::current(),
                 is_precise: false,
             }],
@@ -84,27 +85,27 @@ impl Lanes {
         }
     }
 
-    pub(super) fn all(&self) -> &[Lane] {
+    pub(super) fn all(&self) -> &[Worker] {
         &self.all
     }
 }
 
-impl Drop for Lanes {
+impl Drop for Workers {
     fn drop(&mut self) {
         drop(self.stop.take());
         for thread in self.threads.drain(..) {
-            // One that panicked has said so.
+            // A thread that panicked has already printed its message.
             drop(thread.join());
         }
     }
 }
 
-/// How much of its core the thread that watches has used, in the window where it used most. Parts of a million.
+/// The highest share of its core that a thread used in any window, in parts per million.
 #[derive(Debug, Default)]
-pub(super) struct Busy(AtomicU64);
+pub(super) struct BusyMeter(AtomicU64);
 
-impl Busy {
-    /// Watches this thread for as long as it is polled.
+impl BusyMeter {
+    /// Measures this thread for as long as the future is polled.
     pub(super) async fn watch(&self) {
         let mut turns = interval(WINDOW);
         turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -122,25 +123,25 @@ impl Busy {
         }
     }
 
-    /// The share, 0 to 1. 0 for what was shorter than a window.
+    /// The share, 0 to 1. 0 if the run was shorter than a window.
     pub(super) fn most(&self) -> f64 {
         self.0.load(Ordering::Relaxed) as f64 / 1e6
     }
 }
 
-/// Time that this thread has spent on a core.
+/// CPU time of this thread.
 fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
-/// Counts what this process uses from its start on.
+/// Measures the CPU time of this process from its start on.
 #[derive(Debug)]
-pub(super) struct Meter {
+pub(super) struct CpuMeter {
     start: Instant,
     used: Duration,
 }
 
-impl Meter {
+impl CpuMeter {
     pub(super) fn start() -> Self {
         Self {
             start: Instant::now(),
@@ -148,8 +149,8 @@ impl Meter {
         }
     }
 
-    pub(super) fn effort(&self, threads: usize, busiest: f64) -> Effort {
-        Effort {
+    pub(super) fn usage(&self, threads: usize, busiest: f64) -> ClientUsage {
+        ClientUsage {
             threads,
             busiest,
             processor_time: process_time().saturating_sub(self.used),
@@ -159,7 +160,7 @@ impl Meter {
     }
 }
 
-/// Time that all threads of this process have spent on cores, in and outside the kernel.
+/// CPU time of all threads of this process, user and system.
 fn process_time() -> Duration {
     let time = |value: nix::sys::time::TimeVal| {
         let micros = value.tv_sec() * 1_000_000 + value.tv_usec();

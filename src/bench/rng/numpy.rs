@@ -1,7 +1,7 @@
-//! numpy's two random generators, bit for bit, as far as `vllm bench serve` draws from them.
+//! numpy's two random generators, bit for bit, as far as `vllm bench serve` uses them.
 //!
-//! The client that this bench stands in for seeds both with the same number; drawing the same values is what makes its
-//! arrivals and prompts ours. Pure. The vectors in the tests come from numpy itself.
+//! vLLM's client seeds both with the same number. The same draws give the same arrivals and prompts. Pure. The test
+//! vectors come from numpy.
 
 use rand_mt::Mt;
 use rand_pcg::Pcg64;
@@ -11,7 +11,7 @@ use rand_pcg::rand_core::Rng as _;
 #[derive(Debug, Clone)]
 pub(in crate::bench) struct LegacyGenerator {
     twister: Mt,
-    /// The polar method makes normal draws in pairs; the second one waits here.
+    /// The polar method makes normal draws in pairs; this is the second one.
     spare_normal: Option<f64>,
 }
 
@@ -23,9 +23,9 @@ impl LegacyGenerator {
         }
     }
 
-    /// One draw of `np.random.randint(0, count)`, which is also `RandomState(seed).randint`. `count` is not 0.
+    /// One draw of `np.random.randint(0, count)`, also of `RandomState(seed).randint`. `count` is at least 1.
     ///
-    /// Method: as many low bits as the highest value has, until they are in range; a range of one value draws nothing.
+    /// Method: draws the low bits of the highest value until they are in range. A range of one value draws nothing.
     pub(in crate::bench) fn below(&mut self, count: u32) -> u32 {
         let highest = count - 1;
         if highest == 0 {
@@ -189,7 +189,7 @@ impl Generator {
     }
 }
 
-/// High and low half.
+/// The high and the low 32 bits.
 #[expect(clippy::cast_possible_truncation, reason = "the halves of 64 bits are 32 bits each")]
 pub(in crate::bench) fn halves(value: u64) -> [u32; 2] {
     [(value >> 32) as u32, value as u32]

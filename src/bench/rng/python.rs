@@ -1,17 +1,17 @@
-//! Python's own random generator and its hash of strings, bit for bit, as far as vLLM's datasets use them. Pure.
+//! Python's random generator and string hash, bit for bit, as far as vLLM's datasets use them. Pure.
 //!
-//! The vectors in the tests come from `CPython` 3.11.
+//! The test vectors come from `CPython` 3.11.
 
 use rand_mt::Mt;
 
-/// `random.Random(seed)`, which is also the module `random` after `random.seed(seed)`.
+/// `random.Random(seed)`; the module `random` after `random.seed(seed)` is the same.
 #[derive(Debug)]
 pub(in crate::bench) struct Random {
     twister: Mt,
 }
 
 impl Random {
-    /// For a seed that is not negative.
+    /// A generator for a seed of 0 or more.
     pub(in crate::bench) fn new(seed: u64) -> Self {
         let [high, low] = crate::bench::rng::numpy::halves(seed);
         let words = [low, high];
@@ -41,7 +41,7 @@ impl Random {
         }
     }
 
-    /// `getrandbits(bits)`, for up to 64: low words first, and the last one gives its high bits.
+    /// `getrandbits(bits)` for up to 64 bits: low words first; the last word gives its high bits.
     fn bits(&mut self, bits: u32) -> u64 {
         if bits <= 32 {
             return u64::from(self.twister.next_u32() >> (32 - bits));
@@ -70,16 +70,16 @@ impl Random {
     }
 }
 
-/// `hash(text)` in a Python whose `PYTHONHASHSEED` is `seed`, as the 64 bits of the signed result; for ASCII.
+/// `hash(text)` of ASCII text in a Python with `PYTHONHASHSEED=seed`, as the 64 bits of the signed result.
 ///
-/// `SipHash-1-3` with a key that the seed gives: none at 0, else the bytes of a linear congruential generator.
+/// `SipHash-1-3` with a key from the seed: zero at 0, else the bytes of a linear congruential generator.
 pub(in crate::bench) fn hash(text: &str, seed: u32) -> u64 {
     if text.is_empty() {
         return 0;
     }
     let [first, second] = hash_key(seed);
     match sip_hash(first, second, text.as_bytes()) {
-        // -1 tells of an error inside `CPython`, so no hash has that value.
+        // `CPython` uses -1 as an error code, so no hash has that value.
         u64::MAX => u64::MAX - 1,
         hash => hash,
     }
@@ -182,7 +182,7 @@ mod tests {
     fn draws_equal_pythons() {
         for draws in vectors().random {
             let mut random = Random::new(draws.seed);
-            // Python writes a double as `0x1.hhhhp-e`; its value is what counts here.
+            // Python prints a double as `0x1.hhhhp-e`; only its value matters here.
             for expected in &draws.random {
                 let (mantissa, exponent) = expected.trim_start_matches("0x1.").split_once('p').unwrap();
                 let mantissa = 1.0 + u64::from_str_radix(mantissa, 16).unwrap() as f64 / 2_f64.powi(52);

@@ -1,93 +1,93 @@
-//! The highest rate that a server meets objectives at: which rates to try, and when to stop. Pure.
+//! The search for the highest rate at which a server meets its objectives: which rates to try, and when to stop. Pure.
 //!
-//! Doubling or halving finds a rate that passes and one that fails; halving the ratio between them, a narrower pair. A
-//! verdict is wrong now and then: where one end of the pair has stood while the other came up to it, that end is tried again.
+//! Doubling or halving finds a rate that passes and one that fails; then the search bisects the ratio between them. A
+//! single result can be wrong, so an end of the bracket that stays while the other end approaches is tried again.
 
-pub mod evidence;
 #[cfg(test)]
 pub(super) mod queue_model;
+pub mod sprt;
 
-/// How a probe ended.
+/// The result of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// The objectives were met.
+pub enum ProbeVerdict {
+    /// It met the objectives.
     Pass,
-    /// They were not.
+    /// It did not meet them.
     Fail,
-    /// The client, not the server, was measured.
+    /// The client limited the measurement.
     Invalid,
 }
 
-/// What to do next.
+/// The next step of the search.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Step {
-    /// Try this rate, in requests per second.
+    /// Probe this rate, in requests per second.
     Probe(f64),
-    /// Nothing more.
-    End(Ending),
+    /// The search is done.
+    Done(SearchEnd),
 }
 
-/// Why a search is over.
+/// Why a search ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
-    /// The pair is as narrow as wanted.
+pub enum SearchEnd {
+    /// The bracket is narrow enough.
     Found,
-    /// The lowest rate that is tried fails, too.
+    /// Even the lowest rate fails.
     NothingPasses,
-    /// The highest rate that is tried passes, too.
+    /// Even the highest rate passes.
     EverythingPasses,
     /// The client cannot send faster.
     ClientLimit,
-    /// Too many probes.
+    /// Too many probes without a result.
     Probes,
 }
 
-/// A search, between its probes.
+/// The state of a search between probes.
 #[derive(Debug, Clone)]
 pub struct Search {
-    /// The pair is narrow enough when the failing rate is at most this share above the passing one.
+    /// The bracket is narrow enough if the failing rate is at most this share above the passing one.
     tolerance: f64,
     lowest: f64,
-    /// The first rate, and by how much the next one is multiplied while the pair has one end.
+    /// The next rate, and its factor while the bracket has one end.
     next: f64,
     factor: f64,
-    low: Option<End>,
-    high: Option<End>,
+    low: Option<BracketEnd>,
+    high: Option<BracketEnd>,
     invalid: usize,
     probes: usize,
 }
 
-/// One end of the pair.
+/// One end of the bracket.
 #[derive(Debug, Clone, Copy)]
-struct End {
+struct BracketEnd {
     rate: f64,
-    /// Probes that agreed.
-    times: usize,
-    /// How often the other end came closer since.
-    stood: usize,
+    /// Number of probes at this rate with this result.
+    agreed: usize,
+    /// How often the other end has moved since.
+    kept_for: usize,
 }
 
-/// Most probes. Twenty doublings, and as many as the finest tolerance takes.
+/// Most probes: twenty doublings, and the bisections of the finest tolerance.
 const MOST_PROBES: usize = 60;
-/// The lowest rate is so much below the first.
+/// The lowest rate, relative to the first.
 const LOWEST: f64 = 1.0 / 1024.0;
-/// No client sends more requests per second.
+/// The highest rate, in requests per second. No client sends faster.
 const HIGHEST: f64 = 100_000.0;
-/// A rate is given up after so many probes in a row that measured the client: other work on its machine passes.
+/// Invalid probes in a row after which the search ends. Other work on the client's machine is often over before.
 const MOST_INVALID: usize = 3;
-/// An end that stood so often is tried again: by chance alone, an end is the nearer one that often once in eight times.
+/// An end that stayed this often is probed again: by chance alone this happens once in eight cases.
 const SUSPICIOUS: usize = 3;
-/// By how much the search steps beyond an end that was wrong.
+/// Step factor beyond an end that was wrong.
 const CORRECTION: f64 = 1.25;
 
-/// Requests of a burst that tell too little when there are fewer.
+/// Fewest answers of a burst to estimate a rate.
 const LEAST_OF_A_BURST: usize = 8;
-/// A search begins at this share of what a burst showed: below the limit, but not far below, because a rate that passes takes
-/// the more time the lower it is.
+/// The search starts at this share of the rate of a burst: below the limit, but not far below, because probes at low
+/// rates take long.
 const SHARE_OF_A_BURST: f64 = 0.5;
 
-/// Where a search begins, by when the answers to requests that were all sent at once had come, in seconds. A burst ends with
-/// few requests at the server, so its last part is left out.
+/// The first rate, from the end times in seconds of requests that were sent at once. The last part of a burst is left
+/// out, because few requests are then at the server.
 pub fn first_rate(mut ends: Vec<f64>) -> Option<f64> {
     ends.sort_unstable_by(f64::total_cmp);
     let counted = ends.len() * 4 / 5;
@@ -96,13 +96,13 @@ pub fn first_rate(mut ends: Vec<f64>) -> Option<f64> {
     if ends.len() < LEAST_OF_A_BURST || !rate.is_finite() || rate <= 0.0 {
         return None;
     }
-    // Two digits are more than such a guess is worth.
+    // Two digits are enough for an estimate.
     let digit = 10_f64.powf(rate.log10().floor() - 1.0);
     Some((rate / digit).round().max(1.0) * digit)
 }
 
 impl Search {
-    /// A search that begins at `first` requests per second. Both arguments are more than 0.
+    /// A search that starts at `first` requests per second. Both arguments must be positive.
     pub fn new(first: f64, tolerance: f64) -> Self {
         Self {
             tolerance,
@@ -116,82 +116,82 @@ impl Search {
         }
     }
 
-    /// What to do next.
+    /// The next step of the search.
     pub fn step(&self) -> Step {
         if self.probes >= MOST_PROBES {
-            return Step::End(Ending::Probes);
+            return Step::Done(SearchEnd::Probes);
         }
         if self.invalid >= MOST_INVALID {
-            return Step::End(Ending::ClientLimit);
+            return Step::Done(SearchEnd::ClientLimit);
         }
         match (self.low, self.high) {
             (Some(low), Some(high)) if high.rate <= low.rate * (1.0 + self.tolerance) => {
-                let doubtful = [high, low].into_iter().find(End::is_doubtful);
-                doubtful.map_or(Step::End(Ending::Found), |end| Step::Probe(end.rate))
+                let doubtful = [high, low].into_iter().find(BracketEnd::is_doubtful);
+                doubtful.map_or(Step::Done(SearchEnd::Found), |end| Step::Probe(end.rate))
             }
             (Some(low), Some(high)) => Step::Probe((low.rate * high.rate).sqrt()),
-            _ if self.next < self.lowest => Step::End(Ending::NothingPasses),
-            _ if self.next > HIGHEST => Step::End(Ending::EverythingPasses),
+            _ if self.next < self.lowest => Step::Done(SearchEnd::NothingPasses),
+            _ if self.next > HIGHEST => Step::Done(SearchEnd::EverythingPasses),
             _ => Step::Probe(self.next),
         }
     }
 
-    /// Takes the verdict on the rate that [`Self::step`] said.
-    pub fn take(&mut self, rate: f64, verdict: Verdict) {
+    /// Adds the result of a probe at the rate of [`Self::step`].
+    pub fn take(&mut self, rate: f64, verdict: ProbeVerdict) {
         self.probes += 1;
-        self.invalid = if verdict == Verdict::Invalid {
+        self.invalid = if verdict == ProbeVerdict::Invalid {
             self.invalid + 1
         } else {
             0
         };
         match verdict {
-            Verdict::Invalid => {}
-            Verdict::Pass => {
+            ProbeVerdict::Invalid => {}
+            ProbeVerdict::Pass => {
                 if self.high.is_some_and(|high| high.rate <= rate) {
                     self.high = None;
                     self.factor = CORRECTION;
                 }
-                self.low = Some(End::at(rate, self.low));
-                self.high = self.high.map(End::stand);
+                self.low = Some(BracketEnd::at(rate, self.low));
+                self.high = self.high.map(BracketEnd::keep);
                 self.next = rate * self.factor;
             }
-            Verdict::Fail => {
+            ProbeVerdict::Fail => {
                 if self.low.is_some_and(|low| low.rate >= rate) {
                     self.low = None;
                     self.factor = CORRECTION;
                 }
-                self.high = Some(End::at(rate, self.high));
-                self.low = self.low.map(End::stand);
+                self.high = Some(BracketEnd::at(rate, self.high));
+                self.low = self.low.map(BracketEnd::keep);
                 self.next = rate / self.factor;
             }
         }
     }
 
-    /// The highest rate that passed and the lowest that failed, as far as there are such.
+    /// The highest passing and the lowest failing rate so far.
     pub fn bracket(&self) -> (Option<f64>, Option<f64>) {
         (self.low.map(|end| end.rate), self.high.map(|end| end.rate))
     }
 }
 
-impl End {
+impl BracketEnd {
     fn at(rate: f64, before: Option<Self>) -> Self {
         let again = before.filter(|before| before.rate.total_cmp(&rate).is_eq());
         Self {
             rate,
-            times: again.map_or(0, |before| before.times) + 1,
-            stood: 0,
+            agreed: again.map_or(0, |before| before.agreed) + 1,
+            kept_for: 0,
         }
     }
 
-    fn stand(self) -> Self {
+    fn keep(self) -> Self {
         Self {
-            stood: self.stood + 1,
+            kept_for: self.kept_for + 1,
             ..self
         }
     }
 
     fn is_doubtful(&self) -> bool {
-        self.times < 2 && self.stood >= SUSPICIOUS
+        self.agreed < 2 && self.kept_for >= SUSPICIOUS
     }
 }
 

@@ -1,26 +1,26 @@
-//! A server that is a queue, for tests: requests that arrive as the bench sends them, and prefillers that take them in turn.
+//! A model server for tests: prefill engines with one queue, and requests that arrive as in the benchmark.
 
 use crate::bench::Arrivals;
 
-/// As many prefillers with one queue, each of which takes the same time for every request.
+/// Prefill engines with one queue and a constant service time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Queue {
     pub(crate) servers: usize,
-    /// Seconds per request.
+    /// Service time per request in seconds.
     pub(crate) service: f64,
-    /// Seconds from there to the first token.
+    /// Seconds from the end of the service to the first token.
     pub(crate) hand_off: f64,
 }
 
 impl Queue {
-    /// Two H100 that prefill 7500 tokens of an 8B model each, and 30 ms to hand the KV over.
+    /// Two H100 that each prefill 7500 tokens of an 8B model, and 30 ms for the KV hand-off.
     pub(crate) const PREFILLERS: Self = Self {
         servers: 2,
         service: 0.248,
         hand_off: 0.03,
     };
 
-    /// When each request is released, and how long its first token takes.
+    /// The release time and the time to first token of each request.
     pub(crate) fn first_tokens(&self, request_rate: f64, burstiness: f64, count: usize, seed: u32) -> Vec<(f64, f64)> {
         let arrivals = Arrivals {
             request_rate,
@@ -42,7 +42,7 @@ impl Queue {
             .collect()
     }
 
-    /// The highest rate, to a hundredth of it, at which such a share of very many requests has its first token in time.
+    /// The highest rate, to 1 %, at which this share of very many requests meets the limit.
     pub(crate) fn true_rate(&self, burstiness: f64, limit: f64, attainment: f64) -> f64 {
         let meets = |rate: f64| {
             let all = self.first_tokens(rate, burstiness, 100_000, 5);

@@ -1,20 +1,20 @@
-//! The search against servers that are functions, and against a queue.
+//! Tests of the search against functions and against a queue model.
 
 use proptest::prelude::*;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 
-use super::evidence::{Ballot, Evidence, Opinion};
 use super::queue_model::Queue;
+use super::sprt::{Decision, RequestOutcome, Sprt};
 use super::*;
 
-/// Searches with a function that judges each rate; gives the ending and the rates tried.
-fn search(first: f64, tolerance: f64, mut judge: impl FnMut(f64) -> Verdict) -> (Search, Ending, Vec<f64>) {
+/// Runs a search with a function that judges each rate. Returns the end and the probed rates.
+fn search(first: f64, tolerance: f64, mut judge: impl FnMut(f64) -> ProbeVerdict) -> (Search, SearchEnd, Vec<f64>) {
     let mut search = Search::new(first, tolerance);
     let mut rates = Vec::new();
     loop {
         match search.step() {
-            Step::End(ending) => return (search, ending, rates),
+            Step::Done(ending) => return (search, ending, rates),
             Step::Probe(rate) => {
                 rates.push(rate);
                 search.take(rate, judge(rate));
@@ -23,14 +23,20 @@ fn search(first: f64, tolerance: f64, mut judge: impl FnMut(f64) -> Verdict) -> 
     }
 }
 
-fn up_to(capacity: f64) -> impl Fn(f64) -> Verdict {
-    move |rate| if rate <= capacity { Verdict::Pass } else { Verdict::Fail }
+fn up_to(capacity: f64) -> impl Fn(f64) -> ProbeVerdict {
+    move |rate| {
+        if rate <= capacity {
+            ProbeVerdict::Pass
+        } else {
+            ProbeVerdict::Fail
+        }
+    }
 }
 
-/// One probe of the queue, as the bench makes it: the requests vote as they end, until they have decided.
-fn probe(queue: Queue, burstiness: f64, limit: f64, attainment: f64, rate: f64, seed: u32) -> (Verdict, usize) {
-    let mut evidence = Evidence::new(attainment, 1, 10.0);
-    let most = Evidence::most_votes(attainment) + 1500;
+/// One probe of the queue as in the benchmark: requests count as they end, until the test decides.
+fn probe(queue: Queue, burstiness: f64, limit: f64, attainment: f64, rate: f64, seed: u32) -> (ProbeVerdict, usize) {
+    let mut sprt = Sprt::new(attainment, 1, 10.0);
+    let most = Sprt::max_requests(attainment) + 1500;
     let mut ends: Vec<(f64, usize, f64, f64)> = queue
         .first_tokens(rate, burstiness, most, seed)
         .into_iter()
@@ -39,22 +45,22 @@ fn probe(queue: Queue, burstiness: f64, limit: f64, attainment: f64, rate: f64, 
         .collect();
     ends.sort_by(|left, right| left.0.total_cmp(&right.0));
     for (ended, place, released, first_token) in ends {
-        let ballot = Ballot {
+        let outcome = RequestOutcome {
             released,
             ended,
             first_token: Some(first_token),
             missed: if first_token > limit { vec![0] } else { vec![] },
         };
-        evidence.add(place, ballot);
-        if evidence.opinion() != Opinion::Open {
+        sprt.add(place, outcome);
+        if sprt.decision() != Decision::Undecided {
             break;
         }
     }
-    let verdict = match evidence.last_opinion() {
-        Opinion::Pass => Verdict::Pass,
-        _ => Verdict::Fail,
+    let verdict = match sprt.final_decision() {
+        Decision::Pass => ProbeVerdict::Pass,
+        _ => ProbeVerdict::Fail,
     };
-    (verdict, evidence.votes())
+    (verdict, sprt.counted())
 }
 
 #[test]
@@ -67,45 +73,47 @@ fn the_first_rates_double_or_halve() {
 
 #[test]
 fn servers_that_never_or_always_meet_the_objectives_end_the_search() {
-    assert_eq!(search(1.0, 0.05, |_| Verdict::Fail).1, Ending::NothingPasses);
-    assert_eq!(search(1.0, 0.05, |_| Verdict::Pass).1, Ending::EverythingPasses);
+    assert_eq!(search(1.0, 0.05, |_| ProbeVerdict::Fail).1, SearchEnd::NothingPasses);
+    assert_eq!(search(1.0, 0.05, |_| ProbeVerdict::Pass).1, SearchEnd::EverythingPasses);
 }
 
 #[test]
-fn a_client_that_cannot_keep_up_decides_nothing() {
-    let (search, ending, rates) = search(
-        1.0,
-        0.05,
-        |rate| if rate > 5.0 { Verdict::Invalid } else { Verdict::Pass },
-    );
-    assert_eq!(ending, Ending::ClientLimit);
+fn invalid_probes_decide_nothing() {
+    let (search, ending, rates) = search(1.0, 0.05, |rate| {
+        if rate > 5.0 {
+            ProbeVerdict::Invalid
+        } else {
+            ProbeVerdict::Pass
+        }
+    });
+    assert_eq!(ending, SearchEnd::ClientLimit);
     assert_eq!(search.bracket(), (Some(4.0), None));
     assert_eq!(rates[3..], [8.0, 8.0, 8.0]);
 }
 
 #[test]
-fn one_wrong_verdict_is_found_out() {
+fn one_wrong_result_is_corrected() {
     for wrong in 0..8 {
         let mut number = 0;
         let (found, ending, _) = search(1.0, 0.05, |rate| {
             number += 1;
             let is_met = rate <= 6.1;
             if is_met == (number - 1 != wrong) {
-                Verdict::Pass
+                ProbeVerdict::Pass
             } else {
-                Verdict::Fail
+                ProbeVerdict::Fail
             }
         });
         let (low, high) = found.bracket();
-        assert_eq!(ending, Ending::Found);
+        assert_eq!(ending, SearchEnd::Found);
         let (low, high) = (low.unwrap(), high.unwrap());
-        // A wrong verdict next to the truth moves the pair by no more than that.
+        // A wrong result near the true rate moves the bracket by no more than that.
         assert!(low <= 6.1 * 1.15 && high >= 6.1 / 1.15, "{wrong}: {low} {high}");
     }
 }
 
 #[test]
-fn the_search_finds_what_very_many_requests_of_a_queue_say() {
+fn the_search_finds_the_true_rate_of_a_queue() {
     for (burstiness, attainment) in [(1.0, 0.9), (100.0, 0.9), (1.0, 0.99), (100.0, 0.99)] {
         let truth = Queue::PREFILLERS.true_rate(burstiness, 0.5, attainment);
         let mut off = 0;
@@ -123,7 +131,7 @@ fn the_search_finds_what_very_many_requests_of_a_queue_say() {
                 )
                 .0
             });
-            assert_eq!(ending, Ending::Found);
+            assert_eq!(ending, SearchEnd::Found);
             let low = found.bracket().0.unwrap();
             off += usize::from(low < truth * 0.8 || low > truth * 1.25);
         }
@@ -150,19 +158,19 @@ proptest! {
         let (found, ending, rates) = search(first, tolerance, up_to(capacity));
         let (low, high) = found.bracket();
         let (low, high) = (low.unwrap(), high.unwrap());
-        prop_assert_eq!(ending, Ending::Found);
+        prop_assert_eq!(ending, SearchEnd::Found);
         prop_assert!(low <= capacity && capacity < high, "{} {} {}", low, capacity, high);
         prop_assert!(high <= low * (1.0 + tolerance));
         prop_assert!(rates.len() <= 30, "{} probes", rates.len());
     }
 
     #[test]
-    fn whatever_the_verdicts_the_search_ends_and_its_pair_is_in_order(seed: u64) {
+    fn any_results_end_the_search_with_an_ordered_bracket(seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
         let (found, _, rates) = search(1.0, 0.05, |_| match random.random_range(0..5) {
-            0 | 1 => Verdict::Pass,
-            2 | 3 => Verdict::Fail,
-            _ => Verdict::Invalid,
+            0 | 1 => ProbeVerdict::Pass,
+            2 | 3 => ProbeVerdict::Fail,
+            _ => ProbeVerdict::Invalid,
         });
         prop_assert!(rates.len() <= MOST_PROBES);
         if let (Some(low), Some(high)) = found.bracket() {
@@ -172,8 +180,8 @@ proptest! {
 }
 
 #[test]
-fn a_burst_tells_where_to_begin_and_too_few_answers_tell_nothing() {
-    // Ten a second, and the last ones come late because few are left.
+fn a_burst_gives_the_first_rate() {
+    // Ten per second; the last ones are late because few are left.
     let steady: Vec<f64> = (1..=50).map(|place| f64::from(place) / 10.0).collect();
     let with_tail: Vec<f64> = steady
         .iter()

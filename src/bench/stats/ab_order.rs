@@ -1,23 +1,23 @@
-//! Two servers on the same requests: which run comes when, and what the pairs say. Pure.
+//! A/B comparison of two servers on the same requests: the order of runs, and the statistics of the pairs. Pure.
 
 use crate::bench::record::{Answer, Record};
 use crate::bench::stats::Metric;
 use crate::bench::stats::bootstrap::{Column, Statistic};
-use crate::bench::stats::compare::{self, Row};
+use crate::bench::stats::compare::{self, MetricChange};
 
-/// One of the two servers.
+/// The two servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The server that is measured.
+    /// The measured server.
     A,
-    /// The one it is compared with.
+    /// The server that it is compared with.
     B,
 }
 
-/// Blocks of requests. An even number, so that each server comes first as often as the other.
+/// Number of blocks. It is even, so that each server goes first equally often.
 const BLOCKS: usize = 4;
 
-/// How many requests each block has, in the order of the blocks. No block is empty.
+/// The number of requests in each block. No block is empty.
 pub fn blocks(requests: usize) -> Vec<usize> {
     let count = if requests < BLOCKS { requests.min(2) } else { BLOCKS };
     (0..count)
@@ -25,7 +25,7 @@ pub fn blocks(requests: usize) -> Vec<usize> {
         .collect()
 }
 
-/// Who comes first in a block, and who second. In `A B B A` whatever drifts evenly with time weighs on both alike.
+/// The order of the servers in a block. `A B B A` cancels a linear drift over time.
 pub fn order(block: usize) -> [Side; 2] {
     if block.is_multiple_of(2) {
         [Side::A, Side::B]
@@ -34,16 +34,16 @@ pub fn order(block: usize) -> [Side; 2] {
     }
 }
 
-/// The pairs of requests so far that both servers answered.
+/// The requests that both servers answered, in pairs.
 #[derive(Debug, Clone, Default)]
 pub struct Pairs {
     answers: Vec<(Answer, Answer)>,
-    /// Requests that one of the two did not answer.
+    /// Requests that only one server answered.
     unpaired: usize,
 }
 
 impl Pairs {
-    /// Adds the requests of a block, which both servers got. Each list is in the order of the schedule.
+    /// Adds the records of one block from both servers, each in the order of the schedule.
     pub fn add(&mut self, first: &[Record], second: &[Record]) {
         let mut others = second.iter().peekable();
         for record in first {
@@ -59,23 +59,23 @@ impl Pairs {
         self.unpaired += others.count();
     }
 
-    /// Pairs that both servers answered.
+    /// Number of pairs.
     pub fn len(&self) -> usize {
         self.answers.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no pairs.
     pub fn is_empty(&self) -> bool {
         self.answers.is_empty()
     }
 
-    /// Requests that one of the two did not answer. They count for neither.
+    /// Requests that only one server answered. They do not count.
     pub fn unpaired(&self) -> usize {
         self.unpaired
     }
 
-    /// How B differs from A.
-    pub fn rows(&self, percentiles: &[f64]) -> Vec<Row> {
+    /// The change from A to B in every measure.
+    pub fn rows(&self, percentiles: &[f64]) -> Vec<MetricChange> {
         let mut statistics = vec![Statistic::Mean, Statistic::Percentile(50.0)];
         let others = percentiles
             .iter()
@@ -105,7 +105,7 @@ impl Pairs {
     }
 }
 
-/// The values of one answer, in seconds.
+/// The values that one answer has for a metric, in seconds.
 fn values(answer: &Answer, metric: Metric) -> Vec<f64> {
     match metric {
         Metric::Ttft => vec![answer.first_token.as_secs_f64()],
@@ -122,7 +122,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bench::stats::compare::Verdict;
+    use crate::bench::stats::compare::ChangeVerdict;
 
     fn record(index: usize, milliseconds: Option<u64>) -> Record {
         let answer = milliseconds.map(|milliseconds| Answer {
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn only_requests_that_both_answered_are_pairs() {
+    fn only_requests_that_both_answered_are_paired() {
         let mut pairs = Pairs::default();
         let first = [
             record(0, Some(1)),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_difference_is_seen_although_requests_differ_much() {
+    fn pairing_detects_small_differences() {
         let milliseconds = |index: usize| 100 + (index * 37 % 50) as u64 * 20;
         let first: Vec<Record> = (0..100).map(|index| record(index, Some(milliseconds(index)))).collect();
         let second: Vec<Record> = (0..100)
@@ -171,14 +171,14 @@ mod tests {
         pairs.add(&first, &second);
         let rows = pairs.rows(&[99.0]);
         let mean = rows.iter().find(|row| row.key == "mean_ttft_ms").unwrap();
-        assert_eq!(mean.verdict, Verdict::Slower);
+        assert_eq!(mean.verdict, ChangeVerdict::Slower);
         assert!(mean.detectable.unwrap() < 0.02, "{mean:?}");
         assert!(rows.iter().all(|row| !row.key.contains("itl")));
     }
 
     proptest! {
         #[test]
-        fn blocks_hold_all_requests_and_neither_server_is_always_first(requests in 1_usize..1000) {
+        fn blocks_hold_all_requests_and_alternate_the_first_server(requests in 1_usize..1000) {
             let blocks = blocks(requests);
             prop_assert_eq!(blocks.iter().sum::<usize>(), requests);
             prop_assert!(blocks.iter().all(|count| *count > 0));

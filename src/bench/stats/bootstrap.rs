@@ -1,49 +1,49 @@
-//! Intervals of a change between two runs, by drawing the requests anew many times. Pure: the draws have a fixed seed.
+//! Bootstrap confidence intervals of a statistic and of the ratio of two runs. Pure: the draws have a fixed seed.
 //!
-//! Requests of one run are no independent draws: while one waits, its neighbours wait as well. So blocks of neighbours are
-//! drawn, not single requests, and a block is as long as the cube root of their number, which is the usual order. And a
-//! request brings all its values along, because the gaps of one answer are even more alike.
+//! Requests of one run are not independent: while one waits, its neighbours wait too. So blocks of neighbouring
+//! requests are drawn. A block has the length of the cube root of the number of requests, the usual choice. All values
+//! of a request are drawn together, because the gaps of one answer are even more alike.
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-/// What is told of many values.
+/// A statistic of many values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Statistic {
     /// The arithmetic mean.
     Mean,
-    /// The percentile, 0 to 100, linear between the two nearest ranks, as numpy has it; 50 is the median.
+    /// The percentile, 0 to 100, interpolated as in numpy; 50 is the median.
     Percentile(f64),
 }
 
-/// One measure of every request of a run: each has no value, one, or many.
+/// The values of one metric for every request of a run: none, one or many per request.
 #[derive(Debug, Clone, Default)]
 pub struct Column {
-    /// Ascending, each with the place of its request.
+    /// All values in ascending order, each with the position of its request.
     sorted: Vec<(f64, usize)>,
-    /// Sum and number of the values of each request.
+    /// Sum and number of values of each request.
     sums: Vec<(f64, usize)>,
 }
 
-/// How often a value would change by chance alone.
+/// The confidence interval of a ratio.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(in crate::bench) struct Interval {
     /// Its lower end.
     pub(in crate::bench) low: f64,
     /// Its upper end.
     pub(in crate::bench) high: f64,
-    /// The standard error of the logarithm of the ratio: the relative error of the ratio, when small.
+    /// Standard error of the logarithm of the ratio: for small errors the relative error of the ratio.
     pub(in crate::bench) error: f64,
 }
 
-/// Most steps of work for one column: beyond it fewer draws are made, because so many values need fewer.
+/// Most work steps for one column. Larger columns get fewer draws, because they need fewer.
 const MOST_STEPS: usize = 40_000_000;
 const DRAWS: usize = 1000;
 const FEWEST_DRAWS: usize = 200;
 const SEED: u64 = 7;
 
 impl Column {
-    /// Of the values of each request, in the order of the schedule.
+    /// The column of these values, in the order of the schedule.
     pub fn new(values: impl IntoIterator<Item = Vec<f64>>) -> Self {
         let mut column = Self::default();
         for (place, values) in values.into_iter().enumerate() {
@@ -56,33 +56,33 @@ impl Column {
         column
     }
 
-    /// Requests, those without a value included.
+    /// Number of requests, including those without a value.
     pub fn requests(&self) -> usize {
         self.sums.len()
     }
 
-    /// Requests that have a value.
+    /// Number of requests with a value.
     pub fn valued(&self) -> usize {
         self.sums.iter().filter(|(_, count)| *count > 0).count()
     }
 
-    /// Values.
+    /// Number of values.
     pub fn len(&self) -> usize {
         self.sorted.len()
     }
 
-    /// Whether there is no value.
+    /// Whether there are no values.
     pub fn is_empty(&self) -> bool {
         self.sorted.is_empty()
     }
 
-    /// The statistic of the values; `None` without any.
+    /// The statistic; `None` without values.
     pub fn value(&self, statistic: Statistic) -> Option<f64> {
         self.weighted(statistic, &vec![1; self.requests()])
     }
 
-    /// The interval that holds the true value of the statistic in 95 of 100 cases, by chance of the requests alone. `None`
-    /// where too few requests have a value.
+    /// The 95 % confidence interval of the statistic, with the requests as the only source of chance. `None` if fewer
+    /// than two requests have a value.
     pub fn interval(&self, statistic: Statistic) -> Option<(f64, f64)> {
         if self.valued() < 2 {
             return None;
@@ -92,11 +92,11 @@ impl Column {
         let values = (0..draws).filter_map(|_| self.weighted(statistic, &draw(self.requests(), &mut random)));
         let values = Self::new(values.map(|value| vec![value]));
         let at = |percentile| values.value(Statistic::Percentile(percentile));
-        // A statistic that most draws do not have says nothing.
+        // The statistic must exist in most draws.
         at(2.5).zip(at(97.5)).filter(|_| values.len() >= draws * 9 / 10)
     }
 
-    /// The statistic where each request counts as often as its weight says.
+    /// The statistic with each request weighted.
     fn weighted(&self, statistic: Statistic, weights: &[u32]) -> Option<f64> {
         let count = |(&(_, count), &weight): (&(f64, usize), &u32)| count * weight as usize;
         let total: usize = self.sums.iter().zip(weights).map(count).sum();
@@ -138,10 +138,10 @@ impl Column {
     }
 }
 
-/// The interval that holds the true ratio `after / before` in 95 of 100 cases, by chance of the requests alone.
+/// The 95 % confidence interval of the ratio `after / before`, with the requests as the only source of chance.
 ///
-/// With `paired`, both columns are of the same requests in the same order, and each draw takes the same requests of both,
-/// so that what is hard in a request cancels. `None` where a value is not above 0, or nothing can be drawn.
+/// With `paired`, both columns have the same requests in the same order, and each draw takes the same requests of both,
+/// so that the difficulty of a request cancels out. `None` if a value is not positive or a column is empty.
 pub(in crate::bench) fn ratio_interval(
     before: &Column,
     after: &Column,
@@ -167,7 +167,7 @@ pub(in crate::bench) fn ratio_interval(
             ratios.push((high / low).ln());
         }
     }
-    // A statistic that most draws do not have says nothing.
+    // The statistic must exist in most draws.
     if ratios.len() < draws * 9 / 10 {
         return None;
     }
@@ -187,8 +187,8 @@ fn summary(logarithms: &[f64]) -> Interval {
     }
 }
 
-/// How often each of `count` requests is drawn, when blocks of neighbours are drawn until there are as many again. The
-/// first request stands behind the last one, so that all have the same chance.
+/// Draws blocks of neighbours until `count` requests are drawn. Returns how often each was drawn. The list is circular,
+/// so that all requests have the same chance.
 fn draw(count: usize, random: &mut StdRng) -> Vec<u32> {
     let mut weights = vec![0; count];
     let block = block(count);
@@ -203,7 +203,7 @@ fn draw(count: usize, random: &mut StdRng) -> Vec<u32> {
     weights
 }
 
-/// Requests of one block.
+/// The length of a block.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -223,7 +223,7 @@ mod tests {
         Column::new(values.iter().map(|&value| vec![value]))
     }
 
-    /// As many numbers around 100, with a deviation of about 10, as a seed gives.
+    /// `count` numbers around 100 with a deviation of about 10, times `scale`.
     fn noise(seed: u64, count: usize, scale: f64) -> Vec<f64> {
         let mut random = StdRng::seed_from_u64(seed);
         (0..count)
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interval_holds_the_true_ratio_about_as_often_as_it_says() {
+    fn ratio_intervals_have_their_coverage() {
         let mut held = 0;
         for seed in 0..100 {
             let before = column(&noise(seed, 60, 1.0));
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interval_of_one_run_holds_the_true_value_about_as_often_as_it_says() {
+    fn intervals_of_one_run_have_their_coverage() {
         for (statistic, truth) in [(Statistic::Mean, 100.0), (Statistic::Percentile(50.0), 100.0)] {
             let mut held = 0;
             for seed in 0..40 {
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_of_one_request_are_no_independent_values() {
+    fn gaps_of_one_request_are_drawn_together() {
         let alone = column(&noise(5, 400, 1.0));
         let grouped: Vec<Vec<f64>> = noise(5, 20, 1.0).into_iter().map(|value| vec![value; 20]).collect();
         let width = |column: &Column| {
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_find_what_their_common_noise_hides() {
+    fn pairing_removes_common_noise() {
         let noise = noise(3, 60, 1.0);
         let before = column(&noise);
         let after = column(&noise.iter().map(|value| value * 1.01).collect::<Vec<_>>());
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_ratio_has_no_interval() {
+    fn zero_or_empty_columns_have_no_interval() {
         let zero = column(&[0.0; 20]);
         assert_eq!(ratio_interval(&zero, &zero, Statistic::Mean, false), None);
         assert_eq!(ratio_interval(&zero, &column(&[]), Statistic::Mean, false), None);

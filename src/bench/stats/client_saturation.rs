@@ -1,93 +1,95 @@
-//! Whether a run may be believed: what the client itself added to what it measured. Pure.
+//! Checks whether the client limited the measurement. Pure.
 //!
-//! A run is invalid when the client was late to send by more than a twentieth of what it measured, when one of its threads
-//! had no core left, or when it read so late that gaps are lost. What the machine was doing besides is a note: it is part
-//! of what a benchmark on the same machine measures.
+//! A run is invalid if the client sent late by more than 5 % of the measured latency, if a client thread had no spare
+//! core, or if late reads lost gaps between chunks. The load of the machine itself is only a note, because it is part
+//! of a benchmark on that machine.
 
 use serde_json::{Value, json};
 
-use crate::bench::record::{Backlog, Effort, Record};
-use crate::bench::report::{Report, Uncounted};
+use crate::bench::record::{ClientUsage, ReadDelay, Record};
+use crate::bench::report::{MissingUsage, Report};
 use crate::bench::stats::{Distribution, Metric};
 
-/// The most that requests may leave late, as a share of the median time to first token.
+/// Largest send lag, as a share of the median time to first token.
 const LAG_SHARE: f64 = 0.05;
-/// The least lag that counts, in milliseconds. Below it the kernel alone decides when a thread runs.
+/// Smallest lag that counts, in milliseconds. Below it only the kernel's scheduler matters.
 const LEAST_LAG: f64 = 1.0;
-/// The lag that always counts where requests have a schedule, in milliseconds: beyond it the load is another one.
+/// Lag that always counts if requests have a schedule, in milliseconds: beyond it the load is different.
 const MOST_LAG: f64 = 10.0;
-/// The share of a core beyond which a thread cannot be said to have kept up.
+/// CPU share of a thread above which it can fall behind.
 const BUSY_THREAD: f64 = 0.8;
-/// The share of chunks whose gaps may be lost.
+/// Largest share of chunks whose gaps can be lost.
 const MERGED_SHARE: f64 = 0.01;
-/// The share of the machine's time in use beyond which somebody waits for a core.
+/// CPU use of the machine above which processes wait for a core.
 const BUSY_MACHINE: f64 = 0.9;
-/// The share of time that other virtual machines may take.
+/// Largest share of CPU time that other virtual machines can take.
 const STOLEN: f64 = 0.02;
 
-/// How the machine's cores spent the time of a run, as shares of all of it.
+/// The CPU use of the machine during a run, as shares of all CPU time.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MachineUse {
-    /// Somebody ran on them.
+    /// Share in use.
     pub busy: f64,
-    /// The machine is virtual, and others ran on them.
+    /// Share that other virtual machines took (steal time).
     pub stolen: f64,
 }
 
-/// Whether a run may be believed.
+/// Whether the numbers of a run are those of the server.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
-    /// Why not; it may be if there is none.
+pub struct ClientValidity {
+    /// Why the run is invalid; empty if it is valid.
     pub reasons: Vec<String>,
-    /// What to know about its numbers.
+    /// Remarks that do not make the run invalid.
     pub notes: Vec<String>,
-    /// How late requests left, in milliseconds; with P50, P99 and the most.
+    /// Send lag in milliseconds, with P50, P99 and maximum.
     pub lag: Distribution,
-    /// How late answers were read.
-    pub backlog: Backlog,
-    /// What it cost the client.
-    pub effort: Effort,
-    /// Connections that were made.
+    /// Delay between the arrival of data and its read.
+    pub read_delay: ReadDelay,
+    /// CPU use of the client.
+    pub client_usage: ClientUsage,
+    /// Number of opened connections.
     pub connections: usize,
-    /// How long they took on average, in milliseconds. It is part of the time to first token, as it is in vLLM's client.
+    /// Mean time to connect, in milliseconds. It is part of the time to first token, as in vLLM's client.
     pub connecting: f64,
 }
 
-impl Verdict {
-    /// On a run.
-    pub fn on(report: &Report) -> Self {
+impl ClientValidity {
+    /// Checks a run.
+    pub fn of(report: &Report) -> Self {
         let answers = || report.records.iter().filter_map(|record| record.result.as_ref().ok());
         let connected: Vec<f64> = answers()
             .map(|answer| answer.connected.as_secs_f64() * 1e3)
             .filter(|connected| *connected > 0.0)
             .collect();
-        let backlog = answers().fold(Backlog::default(), |sum, answer| sum.and(answer.backlog));
+        let read_delay = answers().fold(ReadDelay::default(), |sum, answer| sum.and(answer.read_delay));
         let chunks = answers().map(|answer| answer.gaps.len() as u64 + 1).sum();
-        let mut verdict = Self {
+        let mut validity = Self {
             reasons: Vec::new(),
             notes: Vec::new(),
             lag: report.release_lag(),
-            backlog,
-            effort: report.effort,
+            read_delay,
+            client_usage: report.client_usage,
             connections: connected.len(),
             connecting: connected.iter().sum::<f64>() / connected.len().max(1) as f64,
         };
         let median = |metric| report.metrics.latency(metric).map_or(0.0, |latency| latency.median);
-        // Chunks that come closer than a late read is late would be read together by anybody.
-        if median(Metric::Itl) < Backlog::LATE.as_secs_f64() * 1e3 {
-            verdict.backlog.merged = 0;
+        // Chunks that arrive within 1 ms of each other are read together by any client.
+        if median(Metric::Itl) < ReadDelay::LATE.as_secs_f64() * 1e3 {
+            validity.read_delay.merged = 0;
         }
         let is_scheduled = report.spec.arrivals.request_rate.is_finite();
-        verdict.judge(median(Metric::Ttft), chunks, is_scheduled);
-        verdict.annotate(report.beside.machine, &report.records);
-        verdict.notes.extend(report.beside.uncounted.map(Uncounted::note));
-        verdict
+        validity.judge(median(Metric::Ttft), chunks, is_scheduled);
+        validity.annotate(report.extras.machine, &report.records);
+        validity
+            .notes
+            .extend(report.extras.missing_usage.map(MissingUsage::note));
+        validity
     }
 
-    /// What to do about a run that may not be believed.
+    /// How to fix an invalid run.
     pub const ADVICE: &str = "free a core for the client, run it on another machine, or measure longer answers";
 
-    /// Whether the numbers may be believed.
+    /// Whether the run is valid.
     pub fn is_valid(&self) -> bool {
         self.reasons.is_empty()
     }
@@ -102,15 +104,15 @@ impl Verdict {
                  to first token of {ttft:.1} ms allows"
             ));
         }
-        if self.effort.busiest > BUSY_THREAD {
+        if self.client_usage.busiest > BUSY_THREAD {
             self.reasons.push(format!(
                 "a thread of this client used {:.0} % of its core at times, and {:.0} % are the most at which it surely \
                  keeps up",
-                self.effort.busiest * 100.0,
+                self.client_usage.busiest * 100.0,
                 BUSY_THREAD * 100.0
             ));
         }
-        let merged = self.backlog.merged as f64 / (chunks as f64).max(1.0);
+        let merged = self.read_delay.merged as f64 / (chunks as f64).max(1.0);
         if merged > MERGED_SHARE {
             self.reasons.push(format!(
                 "{:.1} % of the chunks were read late and together with others, so that the gaps before them are lost",
@@ -120,8 +122,8 @@ impl Verdict {
     }
 
     fn annotate(&mut self, machine: Option<MachineUse>, records: &[Record]) {
-        // The kernel begins to stamp a moment after it was asked for the first time.
-        if self.backlog.unknown * 20 > self.backlog.reads && !records.is_empty() {
+        // The kernel starts to timestamp a moment after the first request for it.
+        if self.read_delay.unknown * 20 > self.read_delay.reads && !records.is_empty() {
             self.notes.push(
                 "the kernel did not say when answers arrived, so times end when they were read and hold this client's own \
                  delay"
@@ -139,32 +141,32 @@ impl Verdict {
             self.notes.push(format!(
                 "this machine's cores were {:.0} % busy during the run, {:.0} % of it this client's doing",
                 machine.busy * 100.0,
-                self.cores_used() / (self.effort.cores as f64 * machine.busy) * 100.0
+                self.cores_used() / (self.client_usage.cores as f64 * machine.busy) * 100.0
             ));
         }
     }
 
-    /// Cores that the client used on average.
+    /// Mean number of cores that the client used.
     pub fn cores_used(&self) -> f64 {
-        self.effort.processor_time.as_secs_f64() / self.effort.wall_time.as_secs_f64().max(1e-9)
+        self.client_usage.processor_time.as_secs_f64() / self.client_usage.wall_time.as_secs_f64().max(1e-9)
     }
 
-    /// How long what came waited to be read, on average, in milliseconds.
+    /// Mean delay between arrival and read, in milliseconds.
     pub fn mean_wait(&self) -> f64 {
-        self.backlog.total.as_secs_f64() * 1e3 / (self.backlog.reads as f64).max(1.0)
+        self.read_delay.total.as_secs_f64() * 1e3 / (self.read_delay.reads as f64).max(1.0)
     }
 
-    /// What stands under `xpyd.client` in the result file.
+    /// The object `xpyd.client` of the result file.
     pub(in crate::bench) fn to_json(&self) -> Value {
         json!({
-            "threads": self.effort.threads,
-            "busiest_thread_share": self.effort.busiest,
+            "threads": self.client_usage.threads,
+            "busiest_thread_share": self.client_usage.busiest,
             "cores_used": self.cores_used(),
-            "cores": self.effort.cores,
-            "reads": self.backlog.reads,
-            "reads_without_receipt": self.backlog.unknown,
-            "wait_to_be_read_ms": {"mean": self.mean_wait(), "max": self.backlog.most.as_secs_f64() * 1e3},
-            "chunks_merged_late": self.backlog.merged,
+            "cores": self.client_usage.cores,
+            "reads": self.read_delay.reads,
+            "reads_without_receipt": self.read_delay.unknown,
+            "wait_to_be_read_ms": {"mean": self.mean_wait(), "max": self.read_delay.most.as_secs_f64() * 1e3},
+            "chunks_merged_late": self.read_delay.merged,
             "connections": self.connections,
             "connect_ms": self.connecting,
         })

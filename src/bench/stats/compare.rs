@@ -1,49 +1,49 @@
-//! What differs between two runs, and whether that is more than chance. Pure.
+//! Compares two saved results measure by measure, with confidence intervals. Pure.
 
 use serde_json::{Value, json};
 
-use crate::bench::saved::Saved;
+use crate::bench::saved::SavedResult;
 use crate::bench::stats::Metric;
 use crate::bench::stats::bootstrap::{Column, Interval, Statistic, ratio_interval};
 
-/// How two values of one measure differ.
+/// The change of one measure between two runs.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Row {
-    /// The measure in words, with its unit: `Mean TTFT (ms)`.
+pub struct MetricChange {
+    /// The name of the measure with its unit: `Mean TTFT (ms)`.
     pub label: String,
     /// Its key in vLLM's JSON.
     pub key: String,
-    /// Of the first run.
+    /// Value of the first run.
     pub before: f64,
-    /// Of the second run.
+    /// Value of the second run.
     pub after: f64,
-    /// By how much of the first value the second one is larger; `None` where the first is 0.
+    /// Relative change from the first to the second value. `None` if the first is 0.
     pub change: Option<f64>,
-    /// The change lies between these in 95 of 100 cases.
+    /// 95 % confidence interval of the change.
     pub interval: Option<(f64, f64)>,
-    /// The smallest change that runs of this size find four times in five.
+    /// The smallest change that runs of this size detect with a probability of 80 %.
     pub detectable: Option<f64>,
-    /// What that means.
-    pub verdict: Verdict,
+    /// Whether the change is significant.
+    pub verdict: ChangeVerdict,
 }
 
-/// What a change means.
+/// Whether a change is significant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// A latency that fell, beyond chance.
+pub enum ChangeVerdict {
+    /// A significantly lower latency.
     Faster,
-    /// A latency that rose, beyond chance.
+    /// A significantly higher latency.
     Slower,
-    /// Chance alone makes as much.
+    /// No significant change.
     NoDifference,
-    /// Too few requests to tell.
+    /// Too few requests for an interval.
     TooFew,
-    /// The requests are not known one by one, so that chance cannot be told.
+    /// The file has no values of single requests, so there is no interval.
     NotKnown,
 }
 
-impl Verdict {
-    /// In words.
+impl ChangeVerdict {
+    /// The text for people and JSON.
     pub fn words(self) -> &'static str {
         match self {
             Self::Faster => "faster",
@@ -55,16 +55,16 @@ impl Verdict {
     }
 }
 
-/// Fewest requests of which an interval is told.
+/// Fewest requests for an interval.
 const FEWEST: usize = 10;
 
-/// A change of so many standard errors is found four times in five, at 1 error in 20: 1.96 + 0.84.
+/// A change of this many standard errors is detected with 80 % power at a 5 % level: 1.96 + 0.84.
 const DETECTED_ERRORS: f64 = 2.8;
 
-/// A smaller change comes from the rounding of the numbers.
+/// Smaller changes are rounding errors.
 const ROUNDING: f64 = 1e-6;
 
-/// The settings that make two runs unlike.
+/// Settings that must be equal in both runs.
 const SETTINGS: [&str; 8] = [
     "backend",
     "model_id",
@@ -77,7 +77,7 @@ const SETTINGS: [&str; 8] = [
 ];
 
 /// Compares two saved results, measure by measure.
-pub fn saved(before: &Saved, after: &Saved) -> Vec<Row> {
+pub fn saved_results(before: &SavedResult, after: &SavedResult) -> Vec<MetricChange> {
     let mut rows = Vec::new();
     for metric in [Metric::Ttft, Metric::Tpot, Metric::Itl, Metric::E2el] {
         for statistic in statistics(before, after, metric) {
@@ -93,7 +93,7 @@ pub fn saved(before: &Saved, after: &Saved) -> Vec<Row> {
         ("total_token_throughput", "Total throughput (tok/s)"),
     ] {
         if let (Some(before), Some(after)) = (before.number(key), after.number(key)) {
-            rows.push(Row {
+            rows.push(MetricChange {
                 label: label.to_owned(),
                 key: key.to_owned(),
                 before,
@@ -101,15 +101,15 @@ pub fn saved(before: &Saved, after: &Saved) -> Vec<Row> {
                 change: change(before, after),
                 interval: None,
                 detectable: None,
-                verdict: Verdict::NotKnown,
+                verdict: ChangeVerdict::NotKnown,
             });
         }
     }
     rows
 }
 
-/// Mean, median and every percentile that either file has.
-fn statistics(before: &Saved, after: &Saved, metric: Metric) -> Vec<Statistic> {
+/// The mean, the median and every percentile that either file has.
+fn statistics(before: &SavedResult, after: &SavedResult, metric: Metric) -> Vec<Statistic> {
     let mut percentiles = before.percentiles(metric);
     percentiles.extend(after.percentiles(metric));
     if percentiles.is_empty() {
@@ -123,30 +123,30 @@ fn statistics(before: &Saved, after: &Saved, metric: Metric) -> Vec<Statistic> {
     all
 }
 
-/// How a latency differs. `values` are in milliseconds; with `paired`, the columns are of the same requests.
+/// The change of a latency. `values` are in milliseconds. With `paired`, the columns have the same requests.
 pub fn latency(
     metric: Metric,
     statistic: Statistic,
     values: (f64, f64),
     columns: Option<(&Column, &Column)>,
     paired: bool,
-) -> Row {
+) -> MetricChange {
     let (before, after) = values;
-    // Of what took no time, there is no ratio.
+    // A zero value has no ratio.
     let comparable = columns.filter(|_| values.0 > 0.0 && values.1 > 0.0);
     let interval = comparable.map(|(before, after)| {
         if is_enough(before, statistic) && is_enough(after, statistic) {
-            ratio_interval(before, after, statistic, paired).ok_or(Verdict::TooFew)
+            ratio_interval(before, after, statistic, paired).ok_or(ChangeVerdict::TooFew)
         } else {
-            Err(Verdict::TooFew)
+            Err(ChangeVerdict::TooFew)
         }
     });
     let verdict = match interval {
-        None => Verdict::NotKnown,
+        None => ChangeVerdict::NotKnown,
         Some(Err(verdict)) => verdict,
-        Some(Ok(Interval { high, .. })) if high < 1.0 - ROUNDING => Verdict::Faster,
-        Some(Ok(Interval { low, .. })) if low > 1.0 + ROUNDING => Verdict::Slower,
-        Some(Ok(_)) => Verdict::NoDifference,
+        Some(Ok(Interval { high, .. })) if high < 1.0 - ROUNDING => ChangeVerdict::Faster,
+        Some(Ok(Interval { low, .. })) if low > 1.0 + ROUNDING => ChangeVerdict::Slower,
+        Some(Ok(_)) => ChangeVerdict::NoDifference,
     };
     let interval = interval.and_then(Result::ok);
     let key = metric.key();
@@ -155,7 +155,7 @@ pub fn latency(
         Statistic::Percentile(50.0) => ("Median".to_owned(), "median".to_owned()),
         Statistic::Percentile(percentile) => (format!("P{percentile}"), format!("p{percentile}")),
     };
-    Row {
+    MetricChange {
         label: format!("{name} {} (ms)", key.to_uppercase()),
         key: format!("{prefix}_{key}_ms"),
         before,
@@ -171,7 +171,7 @@ fn change(before: f64, after: f64) -> Option<f64> {
     (before > 0.0).then(|| after / before - 1.0)
 }
 
-/// Whether the statistic can be told of so many values: a percentile needs one value beyond it.
+/// Whether there are enough values: a percentile needs one value beyond it.
 fn is_enough(column: &Column, statistic: Statistic) -> bool {
     let beyond = match statistic {
         Statistic::Mean => f64::INFINITY,
@@ -180,8 +180,8 @@ fn is_enough(column: &Column, statistic: Statistic) -> bool {
     column.valued() >= FEWEST && beyond >= 0.999
 }
 
-/// In what the two runs differ besides the server, and what else speaks against the comparison: one sentence each.
-pub fn caveats(before: &Saved, after: &Saved) -> Vec<String> {
+/// Differences in settings and other reasons against the comparison, one sentence each.
+pub fn caveats(before: &SavedResult, after: &SavedResult) -> Vec<String> {
     let mut caveats = Vec::new();
     for key in SETTINGS {
         let [left, right] = [before, after].map(|saved| saved.document.get(key).unwrap_or(&Value::Null));
@@ -190,7 +190,7 @@ pub fn caveats(before: &Saved, after: &Saved) -> Vec<String> {
         }
     }
     let lengths =
-        |saved: &Saved, key| Some(saved.number(key)? / saved.number("completed").filter(|&count| count > 0.0)?);
+        |saved: &SavedResult, key| Some(saved.number(key)? / saved.number("completed").filter(|&count| count > 0.0)?);
     for (key, what) in [("total_input_tokens", "prompts"), ("total_output_tokens", "answers")] {
         if let (Some(left), Some(right)) = (lengths(before, key), lengths(after, key))
             && (left / right - 1.0).abs() > 0.01
@@ -207,7 +207,7 @@ pub fn caveats(before: &Saved, after: &Saved) -> Vec<String> {
         }
         if saved.results > 1 {
             caveats.push(format!(
-                "the {which} file holds {} results: its last one counts",
+                "the {which} file has {} results: the last one is used",
                 saved.results
             ));
         }
@@ -216,7 +216,7 @@ pub fn caveats(before: &Saved, after: &Saved) -> Vec<String> {
             .get("xpyd")
             .is_some_and(|own| own["valid"] == json!(false))
         {
-            caveats.push(format!("the {which} says of itself that it is not valid"));
+            caveats.push(format!("the {which} run is marked as not valid"));
         }
     }
     caveats
@@ -229,9 +229,9 @@ fn is_same(left: &Value, right: &Value) -> bool {
     }
 }
 
-/// The rows as JSON: one object by key.
-pub fn to_json(rows: &[Row]) -> Value {
-    let entry = |row: &Row| {
+/// The changes as a JSON object by key.
+pub fn to_json(rows: &[MetricChange]) -> Value {
+    let entry = |row: &MetricChange| {
         let value = json!({
             "label": row.label,
             "a": row.before,
@@ -250,7 +250,7 @@ pub fn to_json(rows: &[Row]) -> Value {
 mod tests {
     use super::*;
 
-    /// A detailed result of so many requests whose time to first token is `base` plus up to a fifth of it.
+    /// A detailed result of `count` requests with a time to first token of `base` to 1.2 × `base`.
     fn result(base: f64, count: usize) -> Value {
         let spread = |place: usize| base * (1.0 + (place * 37 % 20) as f64 / 100.0);
         let first_tokens: Vec<f64> = (0..count).map(spread).collect();
@@ -264,62 +264,62 @@ mod tests {
         })
     }
 
-    fn rows(before: &Value, after: &Value) -> Vec<Row> {
-        let read = |value: &Value| Saved::read(&value.to_string()).unwrap();
-        saved(&read(before), &read(after))
+    fn rows(before: &Value, after: &Value) -> Vec<MetricChange> {
+        let read = |value: &Value| SavedResult::read(&value.to_string()).unwrap();
+        saved_results(&read(before), &read(after))
     }
 
-    fn row<'a>(rows: &'a [Row], key: &str) -> &'a Row {
+    fn row<'a>(rows: &'a [MetricChange], key: &str) -> &'a MetricChange {
         rows.iter().find(|row| row.key == key).unwrap()
     }
 
     #[test]
-    fn a_change_beyond_chance_has_a_word_and_the_others_say_that_none_was_seen() {
+    fn significant_changes_are_named() {
         let rows = rows(&result(0.2, 200), &result(0.1, 200));
         let ttft = row(&rows, "mean_ttft_ms");
-        assert_eq!(ttft.verdict, Verdict::Faster);
+        assert_eq!(ttft.verdict, ChangeVerdict::Faster);
         let (low, high) = ttft.interval.unwrap();
         assert!(low < -0.49 && high > -0.51 && low < high, "{ttft:?}");
-        assert_eq!(row(&rows, "p99_ttft_ms").verdict, Verdict::Faster);
-        assert_eq!(row(&rows, "median_tpot_ms").verdict, Verdict::NoDifference);
+        assert_eq!(row(&rows, "p99_ttft_ms").verdict, ChangeVerdict::Faster);
+        assert_eq!(row(&rows, "median_tpot_ms").verdict, ChangeVerdict::NoDifference);
         assert_eq!(row(&rows, "request_throughput").change, Some(0.0));
     }
 
     #[test]
-    fn thirty_requests_do_not_tell_a_99th_percentile_of_requests() {
+    fn thirty_requests_have_no_p99_interval() {
         let rows = rows(&result(0.1, 30), &result(0.2, 30));
-        assert_eq!(row(&rows, "mean_ttft_ms").verdict, Verdict::Slower);
+        assert_eq!(row(&rows, "mean_ttft_ms").verdict, ChangeVerdict::Slower);
         let p99 = row(&rows, "p99_ttft_ms");
-        assert_eq!((p99.verdict, p99.interval), (Verdict::TooFew, None));
-        // Of the gaps there are enough.
-        assert_eq!(row(&rows, "p99_itl_ms").verdict, Verdict::NoDifference);
+        assert_eq!((p99.verdict, p99.interval), (ChangeVerdict::TooFew, None));
+        // There are enough gaps.
+        assert_eq!(row(&rows, "p99_itl_ms").verdict, ChangeVerdict::NoDifference);
     }
 
     #[test]
-    fn plain_files_give_ratios_without_a_verdict() {
+    fn plain_files_have_no_verdict() {
         let plain =
             |mean: f64| json!({"duration": 1.0, "completed": 30, "request_throughput": 1.0, "mean_ttft_ms": mean});
         let rows = rows(&plain(100.0), &plain(150.0));
         let row = row(&rows, "mean_ttft_ms");
-        assert_eq!((row.change, row.verdict), (Some(0.5), Verdict::NotKnown));
+        assert_eq!((row.change, row.verdict), (Some(0.5), ChangeVerdict::NotKnown));
         assert_eq!(rows.len(), 2);
     }
 
     #[test]
-    fn what_makes_runs_unlike_is_said() {
+    fn different_settings_are_caveats() {
         let mut after = result(0.1, 40);
         after["request_rate"] = json!(2.0);
         after["total_input_tokens"] = json!(8000);
         after["failed"] = json!(3);
         after["xpyd"] = json!({"valid": false});
-        let read = |value: &Value| Saved::read(&value.to_string()).unwrap();
+        let read = |value: &Value| SavedResult::read(&value.to_string()).unwrap();
         assert_eq!(
             caveats(&read(&result(0.1, 40)), &read(&after)),
             [
                 "`request_rate` is \"inf\" in the first and 2.0 in the second",
                 "prompts have 100 tokens in the first and 200 in the second",
                 "3 requests of the second failed",
-                "the second says of itself that it is not valid",
+                "the second run is marked as not valid",
             ]
         );
         assert_eq!(caveats(&read(&after), &read(&after)).len(), 4);

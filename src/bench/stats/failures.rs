@@ -1,20 +1,20 @@
-//! Failed requests by their causes. Pure.
+//! Groups failed requests by cause. Pure.
 
 use std::collections::HashMap;
 
 /// Requests that failed for the same reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailureGroup {
-    /// The reason as the first of them tells it, in one line.
+    /// The error of the first of them, in one line.
     pub cause: String,
     /// How many requests.
     pub count: usize,
-    /// Their places among the causes that were given.
+    /// Their positions in the given list.
     pub members: Vec<usize>,
 }
 
-/// The causes in groups, the most frequent first. Causes that differ only in numbers and ids, such as the name of the request,
-/// are the same: a thousand of them would hide what is wrong.
+/// Groups causes, the most frequent first. Causes that differ only in numbers and ids, such as the request id, are the
+/// same group: a thousand of them would hide the problem.
 pub(in crate::bench) fn by_cause<'a>(causes: impl IntoIterator<Item = (usize, &'a str)>) -> Vec<FailureGroup> {
     let mut places: HashMap<String, usize> = HashMap::new();
     let mut groups: Vec<FailureGroup> = Vec::new();
@@ -34,8 +34,8 @@ pub(in crate::bench) fn by_cause<'a>(causes: impl IntoIterator<Item = (usize, &'
     groups
 }
 
-/// What is left of a cause without the numbers that differ from request to request. A number that is part of a name, as in
-/// `decoder1`, and the status of an answer, tell causes apart.
+/// The cause without the numbers that differ between requests. A number within a name, as in `decoder1`, and an HTTP
+/// status keep causes apart.
 fn kind(cause: &str) -> String {
     let mut kind = String::with_capacity(cause.len());
     let mut before = "";
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn causes_that_differ_in_numbers_alone_are_one_and_the_most_frequent_comes_first() {
+    fn causes_that_differ_only_in_numbers_are_grouped() {
         let causes = [
             "HTTP 503: no engine",
             "HTTP 400: prompt of 7712 tokens, 8192 are the limit",
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn names_with_numbers_tell_causes_apart() {
+    fn numbered_names_keep_causes_apart() {
         assert_ne!(kind("decoder1 died"), kind("decoder2 died"));
         assert_eq!(kind("after 3 s"), kind("after 12 s"));
         assert_eq!(kind("straße 漢字 12"), "straße 漢字 #");

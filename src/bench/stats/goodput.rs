@@ -1,19 +1,19 @@
-//! Service level objectives and which requests keep to them. Pure.
+//! Service level objectives, and whether an answer meets them. Pure.
 
 use std::str::FromStr;
 
 use crate::bench::record::Answer;
 
-/// A request is good when this latency is at most so long.
+/// An objective: a latency of at most this many milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Objective {
-    /// Of what.
+    /// The latency that it limits.
     pub latency: ObjectiveLatency,
-    /// At most, in milliseconds.
+    /// The limit in milliseconds.
     pub milliseconds: f64,
 }
 
-/// The latencies that one request has one value of.
+/// The latencies that have one value per request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ObjectiveLatency {
     /// Time to first token.
@@ -25,7 +25,7 @@ pub enum ObjectiveLatency {
 }
 
 impl ObjectiveLatency {
-    /// Its name on the command line.
+    /// Its name on the command line and in JSON.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ttft => "ttft",
@@ -35,21 +35,21 @@ impl ObjectiveLatency {
     }
 }
 
-/// Why a text is no objective.
+/// An invalid objective.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ObjectiveError {
     /// Not of the form `name:milliseconds`.
     #[error("an objective is written `name:milliseconds`, as in `ttft:500`")]
     Form,
-    /// A name that is no latency of a request.
-    #[error("`{name}` is no objective{instead}", name = .0, instead = instead(.0))]
+    /// An unknown latency.
+    #[error("`{name}` is not an objective{instead}", name = .0, instead = instead(.0))]
     Name(String),
     /// Not a number of milliseconds.
     #[error("`{0}` is not a number of milliseconds from 0 up")]
     Milliseconds(String),
 }
 
-/// The name that was meant, or all there are.
+/// The nearest valid name, or all of them.
 fn instead(name: &str) -> String {
     const NAMES: [&str; 3] = ["ttft", "tpot", "e2el"];
     let name = name.to_lowercase();
@@ -57,7 +57,7 @@ fn instead(name: &str) -> String {
         .into_iter()
         .min_by_key(|known| strsim::damerau_levenshtein(known, &name));
     match near.filter(|known| strsim::damerau_levenshtein(known, &name) <= 2) {
-        // A latency of its own, and no slip of the pen.
+        // `itl` is a latency, not a typing error.
         Some(known) if name != "itl" => format!("; did you mean `{known}`?"),
         _ => ": it is one of `ttft`, `tpot`, `e2el`".to_owned(),
     }
@@ -66,7 +66,7 @@ fn instead(name: &str) -> String {
 impl FromStr for Objective {
     type Err = ObjectiveError;
 
-    /// Reads `ttft:500`.
+    /// Parses `ttft:500`.
     fn from_str(text: &str) -> Result<Self, ObjectiveError> {
         let (name, milliseconds) = text.split_once(':').ok_or(ObjectiveError::Form)?;
         let latency = match name {
@@ -81,7 +81,7 @@ impl FromStr for Objective {
     }
 }
 
-/// Objectives as the result file tells them: milliseconds by latency.
+/// Objectives as in the result file: milliseconds by latency.
 pub fn to_json(objectives: &[Objective]) -> serde_json::Value {
     let entries = objectives.iter().map(|objective| {
         let name = objective.latency.name().to_owned();
@@ -91,7 +91,7 @@ pub fn to_json(objectives: &[Objective]) -> serde_json::Value {
 }
 
 impl Objective {
-    /// Whether an answer keeps to it.
+    /// Whether an answer meets it.
     pub fn is_met(&self, answer: &Answer) -> bool {
         let seconds = match self.latency {
             ObjectiveLatency::Ttft => answer.first_token.as_secs_f64(),
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_of_one_token_takes_no_time_per_output_token() {
+    fn one_token_answers_have_zero_tpot() {
         let answer = Answer {
             completion_tokens: Some(1),
             latency: Duration::from_secs(9),
@@ -136,13 +136,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_objective_is_refused_with_the_reason() {
+    fn invalid_objectives_are_rejected() {
         let refused = |text: &str| text.parse::<Objective>().unwrap_err();
         assert_eq!(refused("ttft"), ObjectiveError::Form);
         assert_eq!(refused("itl:5"), ObjectiveError::Name("itl".to_owned()));
         assert_eq!(
             refused("tfft:5").to_string(),
-            "`tfft` is no objective; did you mean `ttft`?"
+            "`tfft` is not an objective; did you mean `ttft`?"
         );
         assert!(refused("itl:5").to_string().ends_with("one of `ttft`, `tpot`, `e2el`"));
         for milliseconds in ["-1", "NaN", "fast", ""] {

@@ -1,5 +1,4 @@
-//! What the numbers of a run are worth: intervals from resampling, tails that are no percentiles, tokens apart from chunks,
-//! stalls, and the same without cold requests. Pure.
+//! Latency statistics with bootstrap confidence intervals, stalls, and the same without cold requests. Pure.
 
 use std::collections::HashSet;
 
@@ -9,73 +8,74 @@ use crate::bench::latency_breakdown::parameter_of;
 use crate::bench::record::{Answer, Record, TokenCount};
 use crate::bench::stats::bootstrap::{Column, Statistic};
 
-/// A value and how much it would differ if the same load had met the server at another time. Milliseconds.
+/// A value with its confidence interval, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
-    /// As vLLM computes it.
+    /// The value as vLLM computes it.
     pub value: f64,
-    /// The interval that holds the true value in 95 of 100 cases. `None` where there are too few requests for one.
+    /// 95 % confidence interval. `None` if there are too few requests.
     pub interval: Option<(f64, f64)>,
 }
 
-/// What a tail is.
+/// A percentile of a latency.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Tail {
-    /// The percentile asked for: 99.
+pub struct TailPercentile {
+    /// The percentile, such as 99.
     pub percentile: f64,
-    /// Its value, as vLLM interpolates it.
+    /// The value, interpolated as in vLLM.
     pub estimate: Estimate,
-    /// How many requests there are, if they are too few for this percentile: it is then close to the slowest one and has no interval.
-    pub of_few: Option<usize>,
+    /// The number of requests if they are too few for this percentile. It is then close to the maximum and has no
+    /// interval.
+    pub too_few: Option<usize>,
 }
 
-/// One latency.
+/// The statistics of one latency.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Row {
+pub struct LatencyRow {
     /// Its name for people.
     pub label: &'static str,
     /// Its key in JSON.
     pub key: &'static str,
-    /// Values.
+    /// Number of values.
     pub count: usize,
-    /// The mean.
+    /// Arithmetic mean.
     pub mean: Estimate,
-    /// The median.
+    /// Median.
     pub median: Estimate,
-    /// The percentiles asked for, in their order.
-    pub tails: Vec<Tail>,
+    /// The requested percentiles, in their order.
+    pub tails: Vec<TailPercentile>,
 }
 
 /// Gaps between chunks of more than twice their median.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Stalls {
-    /// Gaps of all requests.
+    /// Number of gaps of all requests.
     pub gaps: usize,
-    /// Those that are stalls.
+    /// Number of stalls.
     pub count: usize,
-    /// Requests that have one.
+    /// Number of requests with a stall.
     pub requests: usize,
-    /// The longest. Milliseconds.
+    /// The longest gap, in milliseconds.
     pub longest: f64,
 }
 
-/// What the numbers of a run are worth.
+/// The latency statistics of a run.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Statistics {
-    /// Of all requests that were answered.
-    pub rows: Vec<Row>,
-    /// How well it is known which chunk held how many tokens, at the worst.
+pub struct LatencyStats {
+    /// Statistics of all answered requests.
+    pub rows: Vec<LatencyRow>,
+    /// How the tokens of chunks were counted, at worst.
     pub tokens: TokenCount,
-    /// Gaps that stand out.
+    /// Stalls between chunks.
     pub stalls: Stalls,
-    /// Requests that were the first of their pair of engines.
+    /// Number of cold requests: the first of each pair of engines.
     pub cold: usize,
-    /// Of the other requests, if some were cold.
-    pub without_cold: Vec<Row>,
+    /// Statistics without the cold requests; empty if there are none.
+    pub without_cold: Vec<LatencyRow>,
 }
 
-impl Statistics {
-    /// Of the records of a run, with these percentiles.
+impl LatencyStats {
+    /// Computes the statistics with these percentiles.
     pub fn of(records: &[Record], percentiles: &[f64]) -> Self {
         let answers = |skipped: &HashSet<usize>| -> Vec<&Answer> {
             let kept = records.iter().filter(|record| !skipped.contains(&record.index));
@@ -95,7 +95,7 @@ impl Statistics {
         }
     }
 
-    /// What stands under `xpyd` in the result file.
+    /// The object `xpyd.statistics` of the result file.
     pub(in crate::bench) fn to_json(&self) -> Value {
         let Stalls {
             gaps,
@@ -107,7 +107,7 @@ impl Statistics {
             "interval": "95 % of draws, in which blocks of neighbouring requests are drawn anew; seeded",
             "tokens_per_chunk": match self.tokens {
                 TokenCount::OnePerChunk => "one",
-                TokenCount::Told => "told by the server",
+                TokenCount::Reported => "told by the server",
                 TokenCount::Spread => "the whole number spread evenly",
             },
             "all": rows_to_json(&self.rows),
@@ -118,8 +118,8 @@ impl Statistics {
     }
 }
 
-/// The requests, by their index, that were the first of their pair of engines: they pay for a connection between the two,
-/// and for what the engines do only once.
+/// The indices of the cold requests: the first of each pair of engines. They pay for the connection between the two and
+/// for one-time work of the engines.
 pub fn cold(records: &[Record]) -> HashSet<usize> {
     let mut by_start: Vec<&Record> = records.iter().collect();
     by_start.sort_by_key(|record| record.started);
@@ -129,7 +129,7 @@ pub fn cold(records: &[Record]) -> HashSet<usize> {
             .result
             .as_ref()
             .ok()
-            .and_then(|answer| answer.told.handoff.as_deref());
+            .and_then(|answer| answer.timings.handoff.as_deref());
         let pair = handoff.and_then(|told| Some((parameter_of(told, "prefill")?, parameter_of(told, "decode")?)));
         pair.is_some_and(|(prefill, decode)| pairs.insert((prefill.to_owned(), decode.to_owned())))
     };
@@ -137,7 +137,7 @@ pub fn cold(records: &[Record]) -> HashSet<usize> {
     by_start.iter().map(|record| record.index).collect()
 }
 
-fn rows(answers: &[&Answer], percentiles: &[f64], tokens: TokenCount) -> Vec<Row> {
+fn rows(answers: &[&Answer], percentiles: &[f64], tokens: TokenCount) -> Vec<LatencyRow> {
     if answers.is_empty() {
         return Vec::new();
     }
@@ -145,7 +145,7 @@ fn rows(answers: &[&Answer], percentiles: &[f64], tokens: TokenCount) -> Vec<Row
         let values = answers.iter().map(|answer| values(answer));
         Column::new(values.map(|values| values.into_iter().map(|seconds| seconds * 1e3).collect()))
     };
-    let row = |label, key, values| Row::of(label, key, &column(values), percentiles);
+    let row = |label, key, values| LatencyRow::of(label, key, &column(values), percentiles);
     let chunk_gaps = |answer: &Answer| answer.gaps.iter().map(std::time::Duration::as_secs_f64).collect();
     let label = if tokens == TokenCount::OnePerChunk {
         "ITL"
@@ -167,25 +167,25 @@ fn rows(answers: &[&Answer], percentiles: &[f64], tokens: TokenCount) -> Vec<Row
     rows
 }
 
-impl Row {
+impl LatencyRow {
     fn of(label: &'static str, key: &'static str, column: &Column, percentiles: &[f64]) -> Self {
         let estimate = |statistic| Estimate {
             value: column.value(statistic).unwrap_or_default(),
             interval: column.interval(statistic),
         };
         let tail = |&percentile: &f64| {
-            // P99 needs a hundred values, so that one lies beyond it. Gaps of one answer are alike, so requests count.
+            // P99 needs a hundred values, so that one is beyond it. Gaps of one answer are alike, so requests count.
             let needed = 100.0 / (100.0 - percentile).max(f64::EPSILON);
-            let of_few = ((column.valued() as f64) < needed).then(|| column.valued());
+            let too_few = ((column.valued() as f64) < needed).then(|| column.valued());
             let at = Statistic::Percentile(percentile);
             let estimate = Estimate {
                 value: column.value(at).unwrap_or_default(),
-                interval: if of_few.is_none() { column.interval(at) } else { None },
+                interval: if too_few.is_none() { column.interval(at) } else { None },
             };
-            Tail {
+            TailPercentile {
                 percentile,
                 estimate,
-                of_few,
+                too_few,
             }
         };
         Self {
@@ -218,19 +218,19 @@ fn stalls(answers: &[&Answer]) -> Stalls {
     }
 }
 
-fn rows_to_json(rows: &[Row]) -> Value {
+fn rows_to_json(rows: &[LatencyRow]) -> Value {
     let estimate = |estimate: Estimate| {
         let interval = estimate.interval.map(|(low, high)| json!([low, high]));
         json!({"value": estimate.value, "interval": interval})
     };
-    let row = |row: &Row| {
+    let row = |row: &LatencyRow| {
         let mut entry = Map::new();
         entry.insert("values".to_owned(), json!(row.count));
         entry.insert("mean".to_owned(), estimate(row.mean));
         entry.insert("median".to_owned(), estimate(row.median));
         for tail in &row.tails {
             let mut value = estimate(tail.estimate);
-            if let Some(of) = tail.of_few {
+            if let Some(of) = tail.too_few {
                 value["of_requests"] = json!(of);
             }
             entry.insert(format!("p{}", tail.percentile), value);

@@ -1,4 +1,4 @@
-//! From records to numbers, by the rules of vLLM's client. Pure.
+//! Statistics of a run, computed from its records by the rules of vLLM's client. Pure.
 
 pub mod ab_order;
 pub(super) mod bootstrap;
@@ -14,20 +14,20 @@ use std::time::Duration;
 use crate::bench::record::{Answer, Record};
 use crate::bench::stats::goodput::Objective;
 
-/// A latency that the report can show. The order is that of the table.
+/// A latency of the report, in the order of vLLM's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Metric {
     /// Time to first token.
     Ttft,
     /// Time per output token after the first; one value per request of at least two tokens.
     Tpot,
-    /// Gaps between chunks, of all requests together.
+    /// Gaps between chunks, over all requests.
     Itl,
     /// End-to-end latency.
     E2el,
-    /// The wait in the client for another request to end; only with a limit on concurrency.
+    /// Wait in the client for another request to end; only with a concurrency limit.
     ClientQueueTime,
-    /// `ClientQueueTime` plus `E2el`; only with a limit on concurrency and a finite rate.
+    /// `ClientQueueTime` plus `E2el`; only with a concurrency limit and a finite rate.
     E2elIncludingClientQueue,
 }
 
@@ -55,7 +55,7 @@ impl Metric {
     }
 }
 
-/// How values are spread. All in milliseconds; all 0 when there are none.
+/// The distribution of a latency, in milliseconds. All 0 if there are no values.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Distribution {
     /// Arithmetic mean.
@@ -64,11 +64,11 @@ pub struct Distribution {
     pub median: f64,
     /// Standard deviation of the population.
     pub deviation: f64,
-    /// The percentiles asked for, with their values, in the order asked.
+    /// The requested percentiles with their values, in the requested order.
     pub percentiles: Vec<(f64, f64)>,
 }
 
-/// The numbers of a run. Only requests that succeeded count, unless said otherwise.
+/// The numbers of a run, over successful requests unless stated otherwise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Metrics {
     /// Length of the run in seconds, from before the first wait to the end of the last request.
@@ -81,29 +81,29 @@ pub struct Metrics {
     pub total_input_tokens: u64,
     /// Answer tokens.
     pub total_output_tokens: u64,
-    /// Good requests per second, when there are objectives.
+    /// Good requests per second. `None` without objectives.
     pub request_goodput: Option<f64>,
-    /// The most chunks received in one second, counted from the first start.
+    /// Most chunks received within one second, counted from the first start.
     pub peak_output_throughput: f64,
-    /// The most requests that were at the server at some time in one second.
+    /// Most requests at the server within one second.
     pub peak_concurrent_requests: u64,
     /// The latencies that the run has, in the order of the table.
     pub latencies: Vec<(Metric, Distribution)>,
 }
 
-/// What to compute beyond the records.
+/// Settings of the computation.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Selection<'a> {
     pub(super) percentiles: &'a [f64],
     pub(super) objectives: &'a [Objective],
-    /// Whether requests may have waited in the client.
+    /// Whether the run has a concurrency limit, so that requests can wait in the client.
     pub(super) is_limited: bool,
-    /// Whether requests came by a schedule, not all at once.
+    /// Whether requests arrived at a finite rate.
     pub(super) is_scheduled: bool,
 }
 
 impl Metrics {
-    /// Computes them. `prompt_lengths` holds the length of each prompt as it was sent.
+    /// Computes the numbers. `prompt_lengths` has the length of each prompt as sent.
     pub(super) fn of(records: &[Record], prompt_lengths: &[u64], duration: Duration, selection: Selection<'_>) -> Self {
         let duration = duration.as_secs_f64();
         let answered: Vec<(&Record, &Answer)> = records
@@ -147,7 +147,7 @@ impl Metrics {
         (self.total_input_tokens + self.total_output_tokens) as f64 / self.duration
     }
 
-    /// One latency, if the run has it.
+    /// The distribution of one latency, if the run has it.
     pub fn latency(&self, metric: Metric) -> Option<&Distribution> {
         self.latencies
             .iter()
@@ -184,10 +184,10 @@ fn latencies(answered: &[(&Record, &Answer)], selection: Selection<'_>) -> Vec<(
         .collect()
 }
 
-/// vLLM's two peaks, over seconds counted from the first start: chunks received, and requests that touch the second.
+/// vLLM's two peaks, over seconds counted from the first start: chunks received, and requests active in the second.
 ///
-/// Both flatter: a chunk may hold several tokens or none, and requests that only follow each other within a second count
-/// as concurrent. The table is vLLM's, so its numbers are too.
+/// Both are too high: a chunk can hold several tokens or none, and requests that follow each other within a second
+/// count as concurrent. They equal vLLM's numbers.
 fn peaks(answered: &[(&Record, &Answer)]) -> (f64, u64) {
     let Some(first_start) = answered.iter().map(|(record, _)| record.started).min() else {
         return (0.0, 0);
@@ -218,7 +218,7 @@ fn peaks(answered: &[(&Record, &Answer)]) -> (f64, u64) {
 }
 
 impl Distribution {
-    /// Of values in seconds.
+    /// The distribution of values in seconds.
     pub(super) fn of_seconds(mut values: Vec<f64>, percentiles: &[f64]) -> Self {
         if values.is_empty() {
             let percentiles = percentiles.iter().map(|&percentile| (percentile, 0.0)).collect();
@@ -245,7 +245,7 @@ impl Distribution {
     }
 }
 
-/// numpy's sum, to the last bit: in eight lanes, and by halves where there are many.
+/// numpy's pairwise sum, bit for bit: eight lanes, and halves for long lists.
 fn sum(values: &[f64]) -> f64 {
     const LANES: usize = 8;
     const BLOCK: usize = 128;

@@ -1,30 +1,30 @@
-//! Whether a queue grows without bound while a run goes on: then its numbers say how long it ran, and nothing of the
-//! server. Pure.
+//! Detects overload: whether the queue grows without bound during a run. The latencies of such a run depend only on its
+//! length. Pure.
 
-/// How the time to first token rises along a run.
+/// The growth of the time to first token during a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Growth {
-    /// Seconds that it rises per second; surely at least so many. A server that is asked for 10 % more than it can do falls
-    /// behind by 0.1.
-    pub least: f64,
-    /// The rise from the first to the last part of the run, over the mean of the first part.
-    pub rise: f64,
+pub struct QueueGrowth {
+    /// Lower confidence bound of the growth, in seconds per second. A server at 110 % of its capacity falls behind by
+    /// 0.1.
+    pub min_slope: f64,
+    /// The growth from the first to the last part of the run, relative to the mean of the first part.
+    pub relative_rise: f64,
 }
 
-/// Parts of a run. Neighbours wait together, so the parts are compared, not single requests.
+/// Number of parts of a run. Parts are compared, not single requests, because neighbours wait together.
 const PARTS: usize = 8;
-/// Fewest requests of a part.
+/// Fewest requests in a part.
 const PART_REQUESTS: usize = 5;
-/// Student's t of 97.5 % for as many parts.
+/// Student's t at 97.5 % for this number of parts.
 const STUDENT: f64 = 2.447;
-/// A server that falls behind by less needs longer than any run to show it.
+/// Smallest growth that counts: less takes longer than any run to show.
 const LEAST_SLOPE: f64 = 0.02;
-/// A rise that no longer goes unseen.
+/// Smallest relative growth that counts.
 const LEAST_RISE: f64 = 1.0;
 
-impl Growth {
-    /// Of requests in the order of their release: when each was released, and how long its first token took, in seconds.
-    /// `None` of too few.
+impl QueueGrowth {
+    /// Computes the growth from requests in the order of their release: release time and time to first token, in
+    /// seconds. `None` for too few requests.
     pub fn of(requests: &[(f64, f64)]) -> Option<Self> {
         if requests.len() < PARTS * PART_REQUESTS {
             return None;
@@ -47,16 +47,16 @@ impl Growth {
             / spread;
         let residual = |(at, value): &(f64, f64)| (value - level - slope * (at - middle)).powi(2);
         let error = (parts.iter().map(residual).sum::<f64>() / (PARTS - 2) as f64 / spread).sqrt();
-        let rise = slope * (parts[PARTS - 1].0 - parts[0].0);
+        let total_rise = slope * (parts[PARTS - 1].0 - parts[0].0);
         Some(Self {
-            least: slope - STUDENT * error,
-            rise: rise / parts[0].1.max(f64::MIN_POSITIVE),
+            min_slope: slope - STUDENT * error,
+            relative_rise: total_rise / parts[0].1.max(f64::MIN_POSITIVE),
         })
     }
 
-    /// Whether the server has more to do than it can.
+    /// Whether the load exceeds the capacity of the server.
     pub fn is_overload(self) -> bool {
-        self.least > LEAST_SLOPE && self.rise > LEAST_RISE
+        self.min_slope > LEAST_SLOPE && self.relative_rise > LEAST_RISE
     }
 }
 
@@ -75,26 +75,26 @@ mod tests {
 
     fn is_overload(rate: f64, burstiness: f64, count: usize, seed: u32) -> bool {
         let requests = Queue::PREFILLERS.first_tokens(rate, burstiness, count, seed);
-        Growth::of(&requests).is_some_and(Growth::is_overload)
+        QueueGrowth::of(&requests).is_some_and(QueueGrowth::is_overload)
     }
 
     #[test]
-    fn a_server_that_is_asked_for_too_much_is_found_out() {
+    fn overload_is_detected() {
         let found = (0..20).filter(|&seed| is_overload(10.0, 1.0, 200, seed)).count();
         assert!(found >= 18, "{found} of 20");
         assert!((0..20).all(|seed| is_overload(9.0, 100.0, 200, seed)));
     }
 
     #[test]
-    fn a_server_that_keeps_up_is_rarely_accused() {
+    fn a_server_that_keeps_up_is_rarely_overloaded() {
         let accused = (0..200).filter(|&seed| is_overload(5.0, 1.0, 200, seed)).count();
         assert!(accused <= 4, "{accused} of 200");
         assert!((0..50).all(|seed| !is_overload(7.5, 100.0, 400, seed)));
     }
 
     #[test]
-    fn few_requests_tell_nothing() {
-        assert_eq!(Growth::of(&[(0.0, 1.0); 39]), None);
-        assert_eq!(Growth::of(&[(0.0, 1.0); 80]), None);
+    fn few_requests_have_no_growth() {
+        assert_eq!(QueueGrowth::of(&[(0.0, 1.0); 39]), None);
+        assert_eq!(QueueGrowth::of(&[(0.0, 1.0); 80]), None);
     }
 }

@@ -1,4 +1,4 @@
-//! The rules of vLLM's aggregation, on records made by hand, and numpy's on its own numbers.
+//! Tests of vLLM's aggregation rules on synthetic records, and of numpy's rules on its own numbers.
 
 use proptest::prelude::*;
 
@@ -16,7 +16,7 @@ fn milliseconds(value: u64) -> Duration {
     Duration::from_millis(value)
 }
 
-/// An answer whose chunks came at these milliseconds after it was sent at `started`.
+/// An answer with chunks at these milliseconds after its start.
 fn answered(index: usize, started: u64, chunks: &[u64], completion_tokens: u64) -> Record {
     let gaps = chunks.windows(2).map(|pair| milliseconds(pair[1] - pair[0])).collect();
     Record {
@@ -88,7 +88,7 @@ fn only_answered_requests_count() {
 }
 
 #[test]
-fn an_answer_of_one_token_has_no_time_per_output_token_but_is_good() {
+fn one_token_answers_have_no_tpot_but_are_good() {
     let objectives = ["tpot:1".parse().unwrap()];
     let selection = Selection {
         objectives: &objectives,
@@ -105,7 +105,7 @@ fn an_answer_of_one_token_has_no_time_per_output_token_but_is_good() {
 
 #[test]
 fn time_per_output_token_is_by_tokens_and_gaps_are_by_chunks() {
-    // Four tokens in a first chunk and four in a second one.
+    // Two chunks of four tokens.
     let metrics = of(&[answered(0, 0, &[100, 170], 8)], EVERYTHING);
     assert!((metrics.latency(Metric::Tpot).unwrap().mean - 10.0).abs() < 1e-9);
     assert!((metrics.latency(Metric::Itl).unwrap().mean - 70.0).abs() < 1e-9);
@@ -120,7 +120,7 @@ fn an_uncounted_answer_has_as_many_tokens_as_chunks() {
 }
 
 #[test]
-fn the_servers_count_of_prompt_tokens_goes_before_ours() {
+fn the_servers_prompt_token_count_takes_precedence() {
     let mut record = answered(0, 0, &[100], 1);
     record.result.as_mut().unwrap().prompt_tokens = Some(11);
     assert_eq!(
@@ -132,7 +132,7 @@ fn the_servers_count_of_prompt_tokens_goes_before_ours() {
 #[test]
 fn peaks_are_counted_in_seconds_from_the_first_start() {
     let first = answered(0, 1500, &[100, 900, 1100], 3);
-    // Starts 1.2 s after the first one: in the second in which the first one's last chunk comes.
+    // It starts 1.2 s after the first one, in the same second as that one's last chunk.
     let second = answered(1, 2700, &[10, 20], 2);
     let metrics = of(&[first, second], EVERYTHING);
     assert!((metrics.peak_output_throughput - 3.0).abs() < f64::EPSILON);

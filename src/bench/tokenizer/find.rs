@@ -1,13 +1,13 @@
-//! Where a tokenizer lies: a file, a folder, or a repository in Hugging Face's cache. Nothing is downloaded.
+//! Finds a tokenizer: a file, a folder, or a repository in the Hugging Face cache. Nothing is downloaded.
 
 use std::path::{Path, PathBuf};
 
 use super::TokenizerError;
 
-/// The folder or file of a tokenizer that is named by a path or by a repository, `owner/name`, of the cache `hub`.
+/// The folder or file of a tokenizer, named by a path or by a repository `owner/name` in the cache `hub`.
 ///
 /// # Errors
-/// When there is no such thing; the reason says where it was looked for.
+/// When it is not found; the reason says where it was searched.
 pub fn find(name: &str, hub: &Path) -> Result<PathBuf, TokenizerError> {
     let missing = |reason: String| TokenizerError::Missing {
         name: name.to_owned(),
@@ -23,7 +23,7 @@ pub fn find(name: &str, hub: &Path) -> Result<PathBuf, TokenizerError> {
     let parts: Vec<&str> = name.split('/').collect();
     let is_repository = parts.len() <= 2 && parts.iter().all(|part| !part.is_empty() && !part.starts_with('.'));
     if !is_repository {
-        return Err(missing("there is no such file or folder".to_owned()));
+        return Err(missing("no such file or folder".to_owned()));
     }
     let repository = hub.join(format!("models--{}", parts.join("--")));
     let snapshots = repository.join("snapshots");
@@ -44,7 +44,7 @@ pub fn find(name: &str, hub: &Path) -> Result<PathBuf, TokenizerError> {
             format!("its copy in `{}` has no `tokenizer.json`", repository.display())
         } else {
             format!(
-                "there is no such file or folder, nor such a repository in the cache `{}`",
+                "no such file or folder, and no such repository in the cache `{}`",
                 hub.display()
             )
         })
@@ -70,12 +70,9 @@ mod tests {
         std::fs::write(repository.join("refs/main"), "bbb\n").unwrap();
         assert_eq!(found("org/model").unwrap(), repository.join("snapshots/bbb"));
         let reason = found("org/other").unwrap_err().to_string();
-        assert!(reason.contains("nor such a repository"), "{reason}");
+        assert!(reason.contains("no such repository"), "{reason}");
         let reason = found("/nowhere/at/all").unwrap_err().to_string();
-        assert_eq!(
-            reason,
-            "no tokenizer `/nowhere/at/all`: there is no such file or folder"
-        );
+        assert_eq!(reason, "no tokenizer `/nowhere/at/all`: no such file or folder");
         let empty = hub.path().to_str().unwrap();
         let reason = found(empty).unwrap_err().to_string();
         assert!(reason.ends_with("the folder has no `tokenizer.json`"), "{reason}");

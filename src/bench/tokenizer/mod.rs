@@ -1,8 +1,8 @@
-//! The tokenizer of a model, as the transformers library of Python makes it of a model's folder: Hugging Face's own crate,
-//! and the few things that transformers adds to it.
+//! The tokenizer of a model, equal to Python's `transformers`: the `tokenizers` crate plus the rules that transformers
+//! adds.
 //!
-//! What transformers 5.19 says of a tokenizer decides prompts, so it is followed to the id: how many ids are in the
-//! vocabulary, which of them are special, and how many a server puts in front of a text.
+//! The prompts depend on the exact ids of transformers 5.19: the size of the vocabulary, the special ids, and the ids
+//! that a server puts in front of a text.
 
 mod find;
 mod template;
@@ -16,7 +16,7 @@ use tokenizers::{AddedToken, ModelWrapper, PostProcessor as _};
 pub use self::find::find;
 use self::template::Template;
 
-/// A tokenizer with what transformers knows of it.
+/// A tokenizer with the properties that transformers derives.
 #[derive(Debug)]
 pub struct Tokenizer {
     name: String,
@@ -28,38 +28,38 @@ pub struct Tokenizer {
     template: Option<Template>,
 }
 
-/// Tokenizers of one name are one.
+/// Two tokenizers with the same name are equal.
 impl PartialEq for Tokenizer {
     fn eq(&self, other: &Self) -> bool {
         self.name == other.name
     }
 }
 
-/// Why there is no tokenizer, or it cannot do what is asked.
+/// Why a tokenizer is missing or fails.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// Nothing of that name.
+    /// No tokenizer of that name.
     #[error("no tokenizer `{name}`: {reason}")]
     Missing {
-        /// What was asked for.
+        /// The requested name.
         name: String,
-        /// Where it was looked for.
+        /// Where it was searched.
         reason: String,
     },
-    /// A file of it is there, but cannot be read.
+    /// A file of the tokenizer cannot be read.
     #[error("cannot read the tokenizer's file {}: {reason}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong.
         reason: String,
     },
-    /// It does not take a text, or ids.
+    /// The tokenizer rejects a text or ids.
     #[error("the tokenizer `{name}` fails: {reason}")]
     Use {
         /// Its name.
         name: String,
-        /// What it says.
+        /// Its error.
         reason: String,
     },
     /// The chat template is missing or fails.
@@ -72,7 +72,7 @@ pub enum TokenizerError {
     },
 }
 
-/// The tokens that transformers calls special by name, in its order.
+/// The named special tokens of transformers, in its order.
 const NAMED: [&str; 7] = [
     "bos_token",
     "eos_token",
@@ -84,10 +84,10 @@ const NAMED: [&str; 7] = [
 ];
 
 impl Tokenizer {
-    /// The tokenizer of a model's folder, or of a `tokenizer.json` with its neighbours. `name` is for messages.
+    /// Loads the tokenizer of a model folder, or a `tokenizer.json` with its neighbours. `name` is for messages.
     ///
     /// # Errors
-    /// When there is no `tokenizer.json`, or a file is not what it should be.
+    /// When `tokenizer.json` is missing or a file is invalid.
     pub fn load(name: &str, path: &Path) -> Result<Self, TokenizerError> {
         let (folder, file) = if path.is_dir() {
             (path, path.join("tokenizer.json"))
@@ -100,7 +100,7 @@ impl Tokenizer {
         })?;
         let mut config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
         if !config.contains_key("added_tokens_decoder") {
-            // Older tokenizers keep their special tokens in a file of their own.
+            // Older tokenizers have their special tokens in a separate file.
             let own = read_json(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
             config.extend(own);
         }
@@ -112,7 +112,7 @@ impl Tokenizer {
         };
         let body = Value::Object(rebuilt(class, body, &config)).to_string();
         let mut inner = tokenizers::Tokenizer::from_bytes(body).map_err(|error| bad(error.to_string()))?;
-        // Prompts are as long as they are, whatever the file was saved with.
+        // Truncation and padding in the file must not change prompts.
         inner.with_truncation(None).map_err(|error| bad(error.to_string()))?;
         inner.with_padding(None);
         inner.set_encode_special_tokens(config.get("split_special_tokens") == Some(&json!(true)));
@@ -144,19 +144,19 @@ impl Tokenizer {
             added_to_text: inner
                 .get_post_processor()
                 .map_or(0, |processor| processor.added_tokens(false)),
-            // transformers leaves spaces as they are where the model is byte-pair encoding, whatever the file says.
+            // transformers does not clean up spaces of byte-pair models, whatever the file says.
             cleans_up: !is_bpe && config.get("clean_up_tokenization_spaces") == Some(&json!(true)),
             template: Template::read(folder, &config, specials)?,
             inner,
         })
     }
 
-    /// What it is called: a model's name, or a path.
+    /// The name: a model name or a path.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Ids of the vocabulary, without the tokens that were added to it: transformers' `vocab_size`.
+    /// Size of the vocabulary without added tokens: transformers' `vocab_size`.
     pub fn vocabulary_size(&self) -> u32 {
         self.vocabulary_size
     }
@@ -166,12 +166,12 @@ impl Tokenizer {
         self.special_ids.contains(&id)
     }
 
-    /// How many ids are put around one text: transformers' `num_special_tokens_to_add()`.
+    /// Number of ids that are added to one text: transformers' `num_special_tokens_to_add()`.
     pub fn added_to_text(&self) -> usize {
         self.added_to_text
     }
 
-    /// Every id of the vocabulary and of the tokens added to it, but the special ones, ascending.
+    /// All ids of the vocabulary and of added tokens, except special ones, ascending.
     pub fn plain_ids(&self) -> Vec<u32> {
         let mut ids: Vec<u32> = self.inner.get_vocab(true).into_values().collect();
         ids.retain(|&id| !self.is_special(id));
@@ -179,10 +179,10 @@ impl Tokenizer {
         ids
     }
 
-    /// The ids of a text alone.
+    /// The ids of a text, without added ones.
     ///
     /// # Errors
-    /// When the tokenizer does not take the text.
+    /// When the tokenizer rejects the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self
             .inner
@@ -191,10 +191,10 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// How many ids a server makes of the text, with those that it puts around it.
+    /// The number of ids of a text on a server, including added ones.
     ///
     /// # Errors
-    /// When the tokenizer does not take the text.
+    /// When the tokenizer rejects the text.
     pub fn count(&self, text: &str) -> Result<u64, TokenizerError> {
         let encoding = self.inner.encode_fast(text, true).map_err(|error| self.fails(&error))?;
         Ok(encoding.len() as u64)
@@ -203,13 +203,13 @@ impl Tokenizer {
     /// The text of ids, special tokens included.
     ///
     /// # Errors
-    /// When the tokenizer does not take the ids.
+    /// When the tokenizer rejects the ids.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
         let text = self.inner.decode(ids, false).map_err(|error| self.fails(&error))?;
         Ok(if self.cleans_up { clean_up(text) } else { text })
     }
 
-    /// One message of a user as the model's chat template writes it, with the beginning of the answer.
+    /// One user message in the model's chat template, with the beginning of the answer.
     ///
     /// # Errors
     /// When there is no template, or it fails.
@@ -230,7 +230,7 @@ impl Tokenizer {
     }
 }
 
-/// A file's JSON object; none if there is no file.
+/// The JSON object of a file; `None` if the file does not exist.
 fn read_json(path: &Path) -> Result<Option<Map<String, Value>>, TokenizerError> {
     let bad = |reason: String| TokenizerError::File {
         path: path.to_owned(),
@@ -245,7 +245,7 @@ fn read_json(path: &Path) -> Result<Option<Map<String, Value>>, TokenizerError> 
     }
 }
 
-/// The class that transformers takes: the file's own, where the kind of model has no better one; without its `Fast`.
+/// The tokenizer class of transformers, without `Fast`: the file's, unless the model type has a better one.
 fn class<'a>(config: &'a Map<String, Value>, model: &Map<String, Value>) -> &'a str {
     let named = config.get("tokenizer_class").and_then(Value::as_str);
     let kind = model.get("model_type").and_then(Value::as_str);
@@ -258,7 +258,7 @@ fn class<'a>(config: &'a Map<String, Value>, model: &Map<String, Value>) -> &'a 
     }
 }
 
-/// The special tokens by name, then those without one, each once: what the class has unless the file says otherwise.
+/// The special tokens by name, then unnamed ones, each once. The class gives defaults.
 fn special_tokens(class: &str, config: &Map<String, Value>) -> Vec<(String, String)> {
     let defaults: &[(&str, &str)] = match class {
         "LlamaTokenizer" => &[("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")],
@@ -308,7 +308,7 @@ fn special_tokens(class: &str, config: &Map<String, Value>) -> Vec<(String, Stri
         }
         _ => {}
     }
-    // A model's own `…_token` is special, too.
+    // A model-specific `…_token` is also special.
     for (name, value) in config {
         let is_own = name.ends_with("_token") && !NAMED.contains(&name.as_str());
         if let Some(token) = content(value).filter(|_| is_own) {
@@ -323,8 +323,8 @@ fn content(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// A tokenizer's file as transformers' class of that name makes it anew: it takes the vocabulary, the added tokens and what is
-/// put around texts, and has its own idea of the rest.
+/// The tokenizer file as the transformers class rebuilds it: it keeps the vocabulary, the added tokens and the
+/// post-processor, and replaces the rest.
 fn rebuilt(class: &str, mut body: Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
     let is = |key: &str| config.get(key).and_then(Value::as_bool);
     if class == "LlamaTokenizer" && body["model"]["type"] == "BPE" {
@@ -363,7 +363,7 @@ fn rebuilt(class: &str, mut body: Map<String, Value>, config: &Map<String, Value
     body
 }
 
-/// What transformers does to the text of models that cut at words: no space before what closes.
+/// transformers' clean-up of decoded text for word-based models: no space before closing punctuation.
 fn clean_up(text: String) -> String {
     let pairs = [
         (" .", "."),

@@ -1,4 +1,4 @@
-//! A model's chat template: Jinja as transformers sets it up, with Python's methods of strings and maps.
+//! The chat template of a model: Jinja with the settings of transformers and Python's string and map methods.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{TokenizerError, read_json};
 
-/// A template and what it may name.
+/// A template and its variables.
 #[derive(Debug)]
 pub(super) struct Template {
     source: String,
@@ -17,7 +17,8 @@ pub(super) struct Template {
 }
 
 impl Template {
-    /// The template of a model's folder: a file of its own, else in the tokenizer's configuration; none if there is none.
+    /// The template of a model folder: from a separate file, else from the tokenizer configuration; `None` if there is
+    /// none.
     pub(super) fn read(
         folder: &Path,
         config: &Map<String, Value>,
@@ -50,7 +51,7 @@ impl Template {
         Ok(source.map(|source| Self { source, specials }))
     }
 
-    /// One user's message and the beginning of the answer; `settings` are more names for the template.
+    /// Renders one user message and the beginning of the answer; `settings` are additional variables.
     pub(super) fn render(&self, content: &str, settings: &Map<String, Value>) -> Result<String, String> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();

@@ -1,4 +1,4 @@
-//! Against what transformers says of the same files (`vectors/tokenizers.json`, by `tests/real/datasets.py`).
+//! Compares tokenizers with transformers on the same files (`vectors/tokenizers.json`, by `tests/real/datasets.py`).
 
 use serde::Deserialize;
 
@@ -43,7 +43,7 @@ fn a_tokenizer_is_what_transformers_makes_of_its_files() {
 }
 
 #[test]
-fn files_that_are_no_tokenizer_are_named() {
+fn invalid_tokenizer_files_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let reason = |folder: &Path| Tokenizer::load("some", folder).unwrap_err().to_string();
     assert!(reason(folder.path()).contains("has no `tokenizer.json`"));

@@ -1,11 +1,11 @@
-//! The dataset `custom`: prompts of a JSONL file, each written by the model's chat template unless that is skipped.
+//! The dataset `custom`: prompts from a JSONL file, with the model's chat template unless it is skipped.
 
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
 use super::dataset::{json_lines, read};
-use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
+use super::{Dataset, DatasetError, MadeRequests, Progress, Prompt, WorkItem};
 use crate::bench::tokenizer::Tokenizer;
 
 /// A JSONL file of `{"prompt": …, "output_tokens": …}`.
@@ -13,34 +13,34 @@ use crate::bench::tokenizer::Tokenizer;
 pub struct Custom {
     /// The file.
     pub path: PathBuf,
-    /// Length of every answer, in tokens; else each line's `output_tokens`.
+    /// Length of every answer in tokens; by default each line's `output_tokens`.
     pub output_length: Option<u32>,
-    /// Whether prompts are written by the model's chat template.
+    /// Whether to apply the model's chat template.
     pub chat_template: bool,
-    /// More names for the template.
+    /// Additional variables of the template.
     pub template_settings: Map<String, Value>,
 }
 
 impl Custom {
-    /// vLLM's `CustomDataset`. Without a tokenizer the prompts are sent as they stand.
+    /// vLLM's `CustomDataset`. Without a tokenizer the prompts are sent unchanged.
     pub(super) fn make(
         &self,
         dataset: &Dataset,
         tokenizer: Option<&Tokenizer>,
         progress: Progress<'_>,
-    ) -> Result<Product, DatasetError> {
+    ) -> Result<MadeRequests, DatasetError> {
         let text = read(&self.path)?;
         let entries = json_lines(&self.path, &text)?;
         let count = match dataset.prompt_count {
             0 => entries.len(),
             count => count,
         };
-        let mut orders = Vec::new();
+        let mut items = Vec::new();
         for entry in dataset.shuffled(entries).iter().take(count) {
             let prompt = entry.field("prompt", None)?;
             let prompt = prompt
                 .as_str()
-                .ok_or_else(|| entry.wrong(format_args!("the field `prompt` is {prompt}, not a text")))?;
+                .ok_or_else(|| entry.error(format_args!("the field `prompt` is {prompt}, not a text")))?;
             let output_length = match self.output_length {
                 Some(length) => length,
                 None => entry.length("output_tokens", Some("--custom-output-len"))?,
@@ -60,12 +60,12 @@ impl Custom {
                 }
                 None => Prompt::text(prompt, 0),
             };
-            orders.push(Order::new(prompt, output_length));
-            progress(orders.len(), count)?;
+            items.push(WorkItem::new(prompt, output_length));
+            progress(items.len(), count)?;
         }
-        Ok(Product {
-            orders: dataset.oversampled(orders, count),
-            ..Product::default()
+        Ok(MadeRequests {
+            items: dataset.oversampled(items, count),
+            ..MadeRequests::default()
         })
     }
 }

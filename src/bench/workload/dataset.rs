@@ -1,4 +1,4 @@
-//! The datasets by name, and what all of them share: shuffling, making up the number, and how a bad file is told.
+//! The list of datasets and their common parts: shuffling, oversampling, file reading and errors.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -13,27 +13,27 @@ use super::random::Random;
 use super::sessions::Sessions;
 use super::sharegpt::ShareGpt;
 use super::timed_trace::TimedTrace;
-use super::{Order, WorkloadError};
+use super::{WorkItem, WorkloadError};
 use crate::bench::rng::numpy::LegacyGenerator;
 use crate::bench::rng::python;
 use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
-/// What prompts are made of, and how many.
+/// A dataset and the number of requests to make.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dataset {
-    /// Which dataset.
+    /// The dataset.
     pub source: Source,
-    /// How many requests; 0 is all of a custom dataset, and an error elsewhere.
+    /// Number of requests; 0 means all of a custom dataset and is an error for others.
     pub prompt_count: usize,
-    /// Seed of everything that is drawn.
+    /// Seed of all random draws.
     pub seed: u32,
-    /// Whether entries are taken in a random order.
+    /// Whether to shuffle the entries.
     pub shuffle: bool,
-    /// Whether entries are used again if there are too few.
+    /// Whether to repeat entries if there are too few.
     pub oversample: bool,
 }
 
-/// A dataset by its name in vLLM.
+/// A dataset with its settings, by its name in vLLM.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Source {
     /// `random`.
@@ -48,36 +48,36 @@ pub enum Source {
     BurstGpt(BurstGpt),
     /// `timed_trace`.
     TimedTrace(TimedTrace),
-    /// `sessions`, which vLLM's client does not have.
+    /// `sessions`; vLLM's client does not have it.
     Sessions(Sessions),
 }
 
-/// What a dataset gives.
+/// The requests of a dataset.
 #[derive(Debug, Default)]
-pub struct Product {
-    /// The requests, in the order of their release.
-    pub orders: Vec<Order>,
-    /// What the user should know of them, a sentence each.
+pub struct MadeRequests {
+    /// The requests in the order of their release.
+    pub items: Vec<WorkItem>,
+    /// Remarks for the user, one sentence each.
     pub remarks: Vec<String>,
-    /// Where numpy's global generator stands after the dataset drew from it, if it did: arrivals go on from there.
+    /// The state of numpy's global generator if the dataset drew from it: the arrivals continue from there.
     pub(in crate::bench) generator: Option<Box<LegacyGenerator>>,
 }
 
-/// Told how many of how many prompts are made; says whether to go on.
+/// Progress callback: gets the number of finished prompts and the total. An error stops the work.
 pub type Progress<'a> = &'a dyn Fn(usize, usize) -> Result<(), Stopped>;
 
-/// Nobody waits for the prompts any more.
+/// The prompts are no longer needed.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
-#[error("the prompts are not wanted any more")]
+#[error("making the prompts was cancelled")]
 pub struct Stopped;
 
-/// Why a dataset gives no requests.
+/// Why a dataset cannot make its requests.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
-    /// It is a file, and none is named.
-    #[error("the dataset `{0}` is a file: `--dataset-path` names it")]
+    /// The dataset needs a file, and none is given.
+    #[error("the dataset `{0}` needs a file: set `--dataset-path`")]
     NoPath(&'static str),
-    /// Its prompts are made by the tokenizer.
+    /// The dataset needs a tokenizer.
     #[error("the dataset `{dataset}` needs a tokenizer: {reason}")]
     NoTokenizer {
         /// The dataset.
@@ -93,7 +93,7 @@ pub enum DatasetError {
         /// Why.
         reason: String,
     },
-    /// A line, or an entry, is not what it should be.
+    /// A line or an entry is invalid.
     #[error("{}, {place}: {what}", path.display())]
     Entry {
         /// The file.
@@ -103,26 +103,26 @@ pub enum DatasetError {
         /// What is wrong.
         what: String,
     },
-    /// Nothing of the file can be used.
-    #[error("{} gives no request: {reason}", path.display())]
+    /// No entry of the file can be used.
+    #[error("{} has no usable request: {reason}", path.display())]
     Empty {
         /// The file.
         path: PathBuf,
-        /// What was looked for.
+        /// The condition that no entry meets.
         reason: &'static str,
     },
     /// Fewer prompts than prefixes.
     #[error("{count} prompts cannot share {prefixes} prefixes: there must be at least one for each")]
     Prefixes {
-        /// How many prompts.
+        /// Number of prompts.
         count: usize,
-        /// How many prefixes.
+        /// Number of prefixes.
         prefixes: usize,
     },
-    /// Settings that make no prompts.
+    /// Invalid settings.
     #[error(transparent)]
     Settings(#[from] WorkloadError),
-    /// Nobody waits for it any more.
+    /// The prompts are no longer needed.
     #[error(transparent)]
     Stopped(#[from] Stopped),
     /// The tokenizer fails.
@@ -146,12 +146,16 @@ impl Source {
 }
 
 impl Dataset {
-    /// Makes the requests. `without` says why there is no tokenizer, where there is none; `progress` is told how many of how
-    /// many prompts are made.
+    /// Makes the requests. `tokenizer` has the reason if there is none; `progress` gets the number of finished prompts
+    /// and the total.
     ///
     /// # Errors
     /// When the file is missing or malformed, the settings make no requests, or the dataset needs a tokenizer.
-    pub fn make(&self, tokenizer: Result<&Tokenizer, &str>, progress: Progress<'_>) -> Result<Product, DatasetError> {
+    pub fn make(
+        &self,
+        tokenizer: Result<&Tokenizer, &str>,
+        progress: Progress<'_>,
+    ) -> Result<MadeRequests, DatasetError> {
         let needed = || {
             tokenizer.map_err(|reason| DatasetError::NoTokenizer {
                 dataset: self.source.name(),
@@ -165,9 +169,9 @@ impl Dataset {
         match &self.source {
             Source::Random(random) => match tokenizer {
                 Ok(tokenizer) => random.texts(tokenizer, progress),
-                Err(_) => Ok(Product {
-                    orders: random.orders()?,
-                    ..Product::default()
+                Err(_) => Ok(MadeRequests {
+                    items: random.items()?,
+                    ..MadeRequests::default()
                 }),
             },
             Source::PrefixRepetition(prefixes) => prefixes.make(self, needed()?, progress),
@@ -179,7 +183,7 @@ impl Dataset {
         }
     }
 
-    /// Shuffles as vLLM does: by Python's generator, seeded anew.
+    /// Shuffles as vLLM does: with Python's generator and the seed.
     pub(super) fn shuffled<T>(&self, mut entries: Vec<T>) -> Vec<T> {
         if self.shuffle {
             python::Random::new(self.seed.into()).shuffle(&mut entries);
@@ -187,40 +191,40 @@ impl Dataset {
         entries
     }
 
-    /// Repeats requests, drawn by Python's generator seeded anew, until there are as many as asked for.
-    pub(super) fn oversampled(&self, mut orders: Vec<Order>, count: usize) -> Vec<Order> {
-        let original = orders.len();
+    /// Repeats random requests, drawn by Python's generator with the seed, until there are `count`.
+    pub(super) fn oversampled(&self, mut items: Vec<WorkItem>, count: usize) -> Vec<WorkItem> {
+        let original = items.len();
         if self.oversample && original > 0 {
             let mut random = python::Random::new(self.seed.into());
-            while orders.len() < count {
-                orders.push(orders[random.below(original)].clone());
+            while items.len() < count {
+                items.push(items[random.below(original)].clone());
             }
         }
-        orders
+        items
     }
 }
 
-/// A dataset's text.
+/// Reads the file of a dataset.
 pub(super) fn read(path: &Path) -> Result<String, DatasetError> {
     let text = std::fs::read_to_string(path).map_err(|error| DatasetError::Read {
         path: path.to_owned(),
         reason: match error.kind() {
-            std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
+            std::io::ErrorKind::NotFound => "no such file".to_owned(),
             _ => error.to_string(),
         },
     })?;
-    // Windows' tools put a mark of the encoding before everything else.
+    // Windows tools write a byte order mark.
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
-/// One JSON object of a file, with its place for messages.
+/// One JSON object of a file, with its position for messages.
 pub(super) struct Entry<'a> {
     pub(super) path: &'a Path,
     pub(super) place: String,
     pub(super) fields: Map<String, Value>,
 }
 
-/// The JSON objects of a file that has one a line, at least one. Empty lines are passed over.
+/// The JSON objects of a JSONL file, at least one. Empty lines are skipped.
 pub(super) fn json_lines<'a>(path: &'a Path, text: &str) -> Result<Vec<Entry<'a>>, DatasetError> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let entries: Result<Vec<_>, _> = lines
@@ -228,8 +232,12 @@ pub(super) fn json_lines<'a>(path: &'a Path, text: &str) -> Result<Vec<Entry<'a>
             let place = format!("line {}", index + 1);
             match lenient::from_str(line) {
                 Ok(Value::Object(fields)) => Ok(Entry { path, place, fields }),
-                Ok(_) => Err(wrong(path, place, "not a JSON object")),
-                Err(error) => Err(wrong(path, place, format_args!("not JSON: {}", at_column(&error)))),
+                Ok(_) => Err(entry_error(path, place, "not a JSON object")),
+                Err(error) => Err(entry_error(
+                    path,
+                    place,
+                    format_args!("not JSON: {}", at_column(&error)),
+                )),
             }
         })
         .collect();
@@ -237,18 +245,18 @@ pub(super) fn json_lines<'a>(path: &'a Path, text: &str) -> Result<Vec<Entry<'a>
     if entries.is_empty() {
         return Err(DatasetError::Empty {
             path: path.to_owned(),
-            reason: "it has no line",
+            reason: "the file has no entries",
         });
     }
     Ok(entries)
 }
 
-/// The error without its line, which is always the first here.
+/// The error without its line, which is always 1 here.
 fn at_column(error: &serde_json::Error) -> String {
     error.to_string().replace(" at line 1 column", " at column")
 }
 
-pub(super) fn wrong(path: &Path, place: String, what: impl Display) -> DatasetError {
+pub(super) fn entry_error(path: &Path, place: String, what: impl Display) -> DatasetError {
     DatasetError::Entry {
         path: path.to_owned(),
         place,
@@ -257,42 +265,42 @@ pub(super) fn wrong(path: &Path, place: String, what: impl Display) -> DatasetEr
 }
 
 impl Entry<'_> {
-    pub(super) fn wrong(&self, what: impl Display) -> DatasetError {
-        wrong(self.path, self.place.clone(), what)
+    pub(super) fn error(&self, what: impl Display) -> DatasetError {
+        entry_error(self.path, self.place.clone(), what)
     }
 
-    /// A field that must be there.
+    /// A required field.
     pub(super) fn field(&self, name: &str, flag: Option<&str>) -> Result<&Value, DatasetError> {
         let missing = || {
             let names: Vec<String> = self.fields.keys().map(|name| format!("`{name}`")).collect();
             let flag = flag
                 .map(|flag| format!("; `{flag}` names another field"))
                 .unwrap_or_default();
-            self.wrong(format_args!("no field `{name}` among {}{flag}", names.join(", ")))
+            self.error(format_args!("no field `{name}` among {}{flag}", names.join(", ")))
         };
         match self.fields.get(name) {
-            Some(Value::Null) => Err(self.wrong(format_args!("the field `{name}` is null"))),
+            Some(Value::Null) => Err(self.error(format_args!("the field `{name}` is null"))),
             found => found.ok_or_else(missing),
         }
     }
 
-    /// A length in tokens, as Python's `int` reads it.
+    /// A length in tokens, read like Python's `int`.
     pub(super) fn length(&self, name: &str, flag: Option<&str>) -> Result<u32, DatasetError> {
         let value = self.field(name, flag)?;
         let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
         number
-            .and_then(whole)
-            .ok_or_else(|| self.wrong(format_args!("the field `{name}` is {value}, not a number of tokens")))
+            .and_then(whole_tokens)
+            .ok_or_else(|| self.error(format_args!("the field `{name}` is {value}, not a number of tokens")))
     }
 }
 
-/// The whole part of a length.
+/// The whole part of a length; `None` if it is out of range.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
     reason = "the range is checked just before"
 )]
-pub(super) fn whole(number: f64) -> Option<u32> {
+pub(super) fn whole_tokens(number: f64) -> Option<u32> {
     (0.0..=f64::from(Random::MAX_LENGTH))
         .contains(&number)
         .then_some(number as u32)

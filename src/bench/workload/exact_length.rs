@@ -1,6 +1,6 @@
-//! Prompts of an exact length: ids become text and ids again until both agree on how many they are.
+//! Prompts of an exact token count: ids are decoded and encoded again until the count is right.
 //!
-//! The rule of vLLM's client 0.32: at most ten times, ids that are too many are cut, and missing ones are drawn.
+//! Same rule as vLLM's client 0.32: at most ten times; surplus ids are cut, and missing ids are drawn.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -9,35 +9,35 @@ use std::thread::{available_parallelism, scope};
 use super::{DatasetError, Progress};
 use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
-/// How often a prompt may be put right.
+/// Most corrections of one prompt.
 const ATTEMPTS: u32 = 10;
 
-/// A text with the ids that the tokenizer makes of it.
+/// A text with its ids.
 #[derive(Debug)]
-pub(super) struct Settled {
+pub(super) struct ExactPrompt {
     pub(super) text: String,
     pub(super) ids: Vec<u32>,
     attempts_left: u32,
     target: usize,
 }
 
-impl Settled {
-    /// The text of `ids`, cut to at most `target` ids, as far as that goes without drawing any.
-    fn begin(tokenizer: &Tokenizer, ids: &[u32], target: usize) -> Result<Self, TokenizerError> {
+impl ExactPrompt {
+    /// Starts a prompt: the text of `ids`, cut to at most `target` ids, without drawing new ones.
+    fn start(tokenizer: &Tokenizer, ids: &[u32], target: usize) -> Result<Self, TokenizerError> {
         let text = tokenizer.decode(ids)?;
-        let mut settled = Self {
+        let mut prompt = Self {
             ids: tokenizer.encode(&text)?,
             text,
             attempts_left: ATTEMPTS,
             target,
         };
-        while settled.attempts_left > 0 && settled.ids.len() > target {
-            settled.again(tokenizer)?;
+        while prompt.attempts_left > 0 && prompt.ids.len() > target {
+            prompt.reencode(tokenizer)?;
         }
-        Ok(settled)
+        Ok(prompt)
     }
 
-    fn again(&mut self, tokenizer: &Tokenizer) -> Result<(), TokenizerError> {
+    fn reencode(&mut self, tokenizer: &Tokenizer) -> Result<(), TokenizerError> {
         self.ids.truncate(self.target);
         self.attempts_left -= 1;
         self.text = tokenizer.decode(&self.ids)?;
@@ -45,46 +45,45 @@ impl Settled {
         Ok(())
     }
 
-    /// Goes on to the end; `draw` gives ids that are missing.
+    /// Completes the prompt; `draw` gives missing ids.
     fn finish(mut self, tokenizer: &Tokenizer, mut draw: impl FnMut() -> u32) -> Result<Self, TokenizerError> {
         while self.attempts_left > 0 && self.ids.len() != self.target {
             while self.ids.len() < self.target {
                 self.ids.push(draw());
             }
-            self.again(tokenizer)?;
+            self.reencode(tokenizer)?;
         }
         Ok(self)
     }
 
-    /// How many ids more than wanted it has.
+    /// The number of ids above the target.
     #[expect(clippy::cast_possible_wrap, reason = "lengths of prompts are far inside 63 bits")]
     pub(super) fn excess(&self) -> i64 {
         self.ids.len() as i64 - self.target as i64
     }
 }
 
-/// One prompt of `target` ids that begins as `ids`.
-pub(super) fn settle(
+/// A prompt of `target` ids that starts with `ids`.
+pub(super) fn exact_prompt(
     tokenizer: &Tokenizer,
     ids: &[u32],
     target: usize,
     draw: impl FnMut() -> u32,
-) -> Result<Settled, TokenizerError> {
-    Settled::begin(tokenizer, ids, target)?.finish(tokenizer, draw)
+) -> Result<ExactPrompt, TokenizerError> {
+    ExactPrompt::start(tokenizer, ids, target)?.finish(tokenizer, draw)
 }
 
-/// `count` prompts, of which `ids` gives the beginnings and `target` the lengths, in their order.
+/// `count` prompts; `ids` gives their beginnings and `target` their lengths.
 ///
-/// All processors begin prompts; what has to be drawn is drawn in the prompts' order, because it is one generator that all of
-/// them draw from.
-pub(super) fn settle_all(
+/// All cores start prompts. Missing ids are drawn in the order of the prompts, because all draw from one generator.
+pub(super) fn exact_prompts(
     tokenizer: &Tokenizer,
     count: usize,
     ids: impl Fn(usize) -> Vec<u32> + Sync,
     target: impl Fn(usize) -> usize + Sync,
     mut draw: impl FnMut() -> u32,
     progress: Progress<'_>,
-) -> Result<Vec<Settled>, DatasetError> {
+) -> Result<Vec<ExactPrompt>, DatasetError> {
     let workers = available_parallelism().map_or(1, usize::from).min(count.max(1));
     let next = AtomicUsize::new(0);
     let (begun, taken) = sync_channel(workers * 64);
@@ -97,8 +96,8 @@ pub(super) fn settle_all(
                     if index >= count {
                         return;
                     }
-                    let prompt = Settled::begin(tokenizer, &ids(index), target(index));
-                    // The other side hangs up at the first failure.
+                    let prompt = ExactPrompt::start(tokenizer, &ids(index), target(index));
+                    // The receiver is gone after the first error.
                     if begun.send((index, prompt)).is_err() {
                         return;
                     }
@@ -106,7 +105,7 @@ pub(super) fn settle_all(
             });
         }
         drop(begun);
-        let mut waiting: Vec<Option<Settled>> = (0..count).map(|_| None).collect();
+        let mut waiting: Vec<Option<ExactPrompt>> = (0..count).map(|_| None).collect();
         let mut done = Vec::with_capacity(count);
         for (index, prompt) in taken {
             waiting[index] = Some(prompt?);
@@ -119,11 +118,11 @@ pub(super) fn settle_all(
     })
 }
 
-/// vLLM's remark on prompts that did not come out as long as they should be; `None` if all did.
-pub(super) fn remark(excess: i64) -> Option<String> {
+/// vLLM's remark on prompts with a wrong length; `None` if all are right.
+pub(super) fn length_remark(excess: i64) -> Option<String> {
     (excess != 0).then(|| {
         format!(
-            "the prompts have {} {} tokens in all than asked for: not every row of tokens survives as text",
+            "the prompts have {} {} tokens in total than requested: some token sequences change when they are decoded and encoded",
             excess.unsigned_abs(),
             if excess > 0 { "more" } else { "fewer" }
         )

@@ -1,16 +1,16 @@
-//! JSON as Python's tools write and read it: with `NaN` and infinities, with halves of surrogate pairs, and with control
-//! characters in texts. Pure.
+//! A lenient JSON reader for files of Python tools: `NaN`, infinities, lone surrogates, and control characters in
+//! strings. Pure.
 
 use std::fmt::Write as _;
 
 use serde_json::Value;
 
-/// Reads a JSON text. Where it is not strict, `NaN` and infinities are null and half a surrogate pair is U+FFFD.
+/// Parses JSON. In non-strict JSON, `NaN` and infinities become null and a lone surrogate becomes U+FFFD.
 pub(super) fn from_str(text: &str) -> serde_json::Result<Value> {
     serde_json::from_str(text).or_else(|_| serde_json::from_str(&strict(text)))
 }
 
-/// The same text as strict JSON. What is wrong in another way stays wrong.
+/// The text as strict JSON. Other errors remain.
 fn strict(text: &str) -> String {
     const WORDS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
     let mut strict = String::with_capacity(text.len());
@@ -39,7 +39,7 @@ fn strict(text: &str) -> String {
     strict
 }
 
-/// Copies the escape that a text begins with, a pair of surrogates as a whole. Gives its length.
+/// Copies the escape at the start of a text, a surrogate pair as a whole. Returns its length.
 fn escape(rest: &str, strict: &mut String) -> usize {
     let unit = |text: &str| {
         let digits = text.strip_prefix("\\u")?.get(..4)?;
@@ -52,7 +52,7 @@ fn escape(rest: &str, strict: &mut String) -> usize {
             return 6;
         }
         (Some(_), _) => &rest[..6],
-        // The backslash and the character after it, which may be a quote.
+        // The backslash and the next character, which can be a quote.
         (None, _) => rest.char_indices().nth(2).map_or(rest, |(end, _)| &rest[..end]),
     };
     strict.push_str(copied);
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_pythons_tools_write_is_read() {
+    fn json_of_python_tools_is_read() {
         for (text, value) in [
             (
                 r#"{"a":NaN,"b":[-Infinity,Infinity]}"#,
@@ -87,13 +87,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_strict_stays_as_it_is(text in "[a-z\"\\\\0-9\u{0}-\u{20}é😀]{0,20}") {
+        fn strict_json_is_unchanged(text in "[a-z\"\\\\0-9\u{0}-\u{20}é😀]{0,20}") {
             let written = json!({"text": text, "number": 1.5}).to_string();
             prop_assert_eq!(strict(&written), written);
         }
 
         #[test]
-        fn anything_is_read_or_refused(text in "[\\\\u\"dD8f0NaInfity-]{0,24}") {
+        fn any_text_is_parsed_or_rejected(text in "[\\\\u\"dD8f0NaInfity-]{0,24}") {
             drop(from_str(&text));
         }
     }

@@ -1,6 +1,6 @@
-//! What each request asks for: prompt, length of the answer, and what else is its own; a file per dataset below.
+//! The requests of a run: prompt, answer length and request-specific settings. One file per dataset.
 //!
-//! A dataset makes [`Order`]s, the client writes them. Knows no wire format beyond how a prompt is written in JSON.
+//! A dataset makes [`WorkItem`]s, and the client sends them. Only the JSON form of prompts is known here.
 
 mod burstgpt;
 mod custom;
@@ -21,7 +21,7 @@ use reqwest::header::HeaderMap;
 
 pub use self::burstgpt::BurstGpt;
 pub use self::custom::Custom;
-pub use self::dataset::{Dataset, DatasetError, Product, Progress, Source, Stopped};
+pub use self::dataset::{Dataset, DatasetError, MadeRequests, Progress, Source, Stopped};
 pub use self::prefix_repetition::PrefixRepetition;
 pub(in crate::bench) use self::prompt::scramble;
 pub use self::prompt::{Message, Prompt, Running};
@@ -31,80 +31,80 @@ pub use self::sharegpt::ShareGpt;
 pub use self::timed_trace::TimedTrace;
 use crate::bench::rng::numpy::LegacyGenerator;
 
-/// Which requests are made.
+/// The requests of a run.
 #[derive(Debug, Clone)]
 pub enum Workload {
-    /// Synthetic prompts of token ids, which need no tokenizer; made when the run begins.
+    /// Synthetic prompts of token ids. They need no tokenizer and are made when the run starts.
     Random(Random),
-    /// A dataset that is still to be made into requests, because that takes a tokenizer, files or a server.
+    /// A dataset whose requests are not made yet, because that needs a tokenizer, files or a server.
     Planned(Dataset),
     /// Requests that a dataset has made.
-    Made(Made),
+    Prepared(Prepared),
 }
 
-/// Requests that are there already.
+/// Requests that a dataset has made.
 #[derive(Debug, Clone)]
-pub struct Made {
-    /// In the order of their release.
-    pub orders: Arc<[Order]>,
-    /// Seed that they were made with, and that of the arrivals.
+pub struct Prepared {
+    /// The requests in the order of their release.
+    pub items: Arc<[WorkItem]>,
+    /// Seed of the requests and of the arrivals.
     pub seed: u32,
-    /// Where numpy's global generator stands, if the dataset drew from it.
+    /// The state of numpy's global generator, if the dataset drew from it.
     generator: Option<Box<LegacyGenerator>>,
 }
 
-/// One request to make.
+/// One request to send.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Order {
+pub struct WorkItem {
     /// The prompt.
     pub prompt: Prompt,
     /// Tokens to generate.
     pub output_length: u32,
-    /// Headers of this request alone, beside those of the run.
+    /// Headers of this request in addition to those of the run.
     pub headers: HeaderMap,
-    /// When it is released, since the start of the run, if the dataset says so; else the arrivals do.
+    /// Release time since the start of the run, if the dataset has one; else the arrivals decide.
     pub release: Option<Duration>,
-    /// Its place in a session of several turns.
+    /// Its turn in a session.
     pub turn: Option<Turn>,
-    /// What it asks for in place of the run's model.
+    /// The model to use instead of the run's.
     pub model: Option<Arc<str>>,
 }
 
-/// A request's place in a session.
+/// The turn of a request in a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
-    /// The session, from 0.
+    /// Session number, from 0.
     pub session: usize,
-    /// The turn in it, from 0.
+    /// Turn number in the session, from 0.
     pub number: usize,
-    /// Between the answer of the turn before and this one's release. Without meaning for the first turn.
+    /// Pause between the previous answer and this turn. Unused for the first turn.
     pub think_time: Duration,
 }
 
-/// Why the settings make no workload.
+/// Why the workload settings are invalid.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WorkloadError {
-    /// Nothing to send.
+    /// No prompts.
     #[error("the number of prompts must be at least 1")]
     NoPrompts,
-    /// An empty answer cannot be timed.
+    /// No output tokens: an empty answer cannot be timed.
     #[error("the output length must be at least 1 token")]
     NoOutput,
-    /// The shortest prompt that the settings allow has no token.
+    /// The shortest possible prompt has no token.
     #[error("the shortest possible prompt is empty: raise the input or prefix length, or lower the range ratio")]
     EmptyPrompt,
     /// A ratio outside `[0, 1)`.
     #[error("a range ratio must be at least 0 and less than 1")]
     RangeRatio,
-    /// No ids to draw from.
+    /// An empty vocabulary.
     #[error("the vocabulary size must be at least 1")]
     NoVocabulary,
-    /// Longer than any model takes.
-    #[error("a length of more than {} tokens", Random::MAX_LENGTH)]
+    /// A length beyond any model.
+    #[error("a length exceeds {} tokens", Random::MAX_LENGTH)]
     TooLong,
-    /// A dataset was not made into requests.
-    #[error("the dataset has not been made into requests")]
-    NotMade,
+    /// The dataset has not made its requests.
+    #[error("the requests of the dataset have not been made")]
+    NotPrepared,
 }
 
 impl Workload {
@@ -113,25 +113,25 @@ impl Workload {
         match self {
             Self::Random(random) => random.seed,
             Self::Planned(dataset) => dataset.seed,
-            Self::Made(made) => made.seed,
+            Self::Prepared(made) => made.seed,
         }
     }
 
-    /// Whether the dataset says when each request is released.
+    /// Whether the dataset defines release times.
     pub fn is_self_timed(&self) -> bool {
         match self {
             Self::Random(_) => false,
             Self::Planned(dataset) => matches!(&dataset.source, Source::TimedTrace(trace) if trace.self_timed),
-            Self::Made(made) => made.orders.iter().all(|order| order.release.is_some()),
+            Self::Prepared(made) => made.items.iter().all(|item| item.release.is_some()),
         }
     }
 
-    /// Whether requests follow the answers of others, whose texts they need.
+    /// Whether requests need the texts of earlier answers.
     pub fn has_turns(&self) -> bool {
-        matches!(self, Self::Made(made) if made.orders.iter().any(|order| order.turn.is_some()))
+        matches!(self, Self::Prepared(made) if made.items.iter().any(|item| item.turn.is_some()))
     }
 
-    /// The dataset that is still to be made; none if its requests are there.
+    /// The dataset whose requests are not made yet.
     pub fn dataset(&self) -> Option<Dataset> {
         match self {
             Self::Random(random) => Some(Dataset {
@@ -142,59 +142,59 @@ impl Workload {
                 oversample: true,
             }),
             Self::Planned(dataset) => Some(dataset.clone()),
-            Self::Made(_) => None,
+            Self::Prepared(_) => None,
         }
     }
 
-    /// What numpy's global generator is for the arrivals, after the dataset.
+    /// The state of numpy's global generator for the arrivals, after the dataset.
     pub(super) fn generator(&self) -> LegacyGenerator {
         let own = match self {
-            Self::Made(made) => made.generator.as_deref().cloned(),
+            Self::Prepared(made) => made.generator.as_deref().cloned(),
             Self::Random(_) | Self::Planned(_) => None,
         };
         own.unwrap_or_else(|| LegacyGenerator::new(self.seed()))
     }
 
-    /// How many requests there will be at most, before they are made.
+    /// The number of requests before they are made, at most.
     ///
     /// # Errors
-    /// When the settings make none.
+    /// When the settings are invalid.
     pub fn count(&self) -> Result<usize, WorkloadError> {
         match self {
             Self::Random(random) => random.check().map(|()| random.prompt_count),
             Self::Planned(dataset) => Ok(dataset.prompt_count.max(1)),
-            Self::Made(made) if made.orders.is_empty() => Err(WorkloadError::NoPrompts),
-            Self::Made(made) => Ok(made.orders.len()),
+            Self::Prepared(made) if made.items.is_empty() => Err(WorkloadError::NoPrompts),
+            Self::Prepared(made) => Ok(made.items.len()),
         }
     }
 
-    /// The requests, in the order of their release.
+    /// The requests in the order of their release.
     ///
     /// # Errors
-    /// When the settings allow an empty prompt or answer, or make no sense.
-    pub fn orders(&self) -> Result<Arc<[Order]>, WorkloadError> {
+    /// When the settings are invalid or allow an empty prompt or answer.
+    pub fn items(&self) -> Result<Arc<[WorkItem]>, WorkloadError> {
         match self {
-            Self::Random(random) => Ok(random.orders()?.into()),
-            Self::Planned(_) => Err(WorkloadError::NotMade),
-            Self::Made(made) if made.orders.is_empty() => Err(WorkloadError::NoPrompts),
-            Self::Made(made) => Ok(made.orders.clone()),
+            Self::Random(random) => Ok(random.items()?.into()),
+            Self::Planned(_) => Err(WorkloadError::NotPrepared),
+            Self::Prepared(made) if made.items.is_empty() => Err(WorkloadError::NoPrompts),
+            Self::Prepared(made) => Ok(made.items.clone()),
         }
     }
 }
 
-impl Made {
-    /// What a dataset has made with `seed`.
-    pub fn new(product: Product, seed: u32) -> Self {
+impl Prepared {
+    /// The requests that a dataset made with `seed`.
+    pub fn new(product: MadeRequests, seed: u32) -> Self {
         Self {
-            orders: product.orders.into(),
+            items: product.items.into(),
             seed,
             generator: product.generator,
         }
     }
 }
 
-impl Order {
-    /// A request with nothing of its own but prompt and length.
+impl WorkItem {
+    /// A request with only a prompt and a length.
     pub fn new(prompt: Prompt, output_length: u32) -> Self {
         Self {
             prompt,

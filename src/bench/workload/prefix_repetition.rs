@@ -1,31 +1,31 @@
-//! The dataset `prefix_repetition`: few prefixes, each shared by many prompts.
+//! The dataset `prefix_repetition`: a few prefixes, each shared by many prompts.
 
-use super::exact_length::{remark, settle};
-use super::{Dataset, DatasetError, Order, Product, Progress, Prompt, WorkloadError};
+use super::exact_length::{exact_prompt, length_remark};
+use super::{Dataset, DatasetError, MadeRequests, Progress, Prompt, WorkItem, WorkloadError};
 use crate::bench::rng::numpy::LegacyGenerator;
 use crate::bench::tokenizer::{Tokenizer, TokenizerError};
 
-/// Lengths in tokens, and how many prefixes.
+/// Settings; lengths are in tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PrefixRepetition {
     /// Length of a prefix.
     pub prefix_length: u32,
-    /// Length of what follows it.
+    /// Length of the suffix.
     pub suffix_length: u32,
-    /// How many prefixes. Each has as many prompts; what is left over is not sent.
+    /// Number of prefixes. Each has the same number of prompts; the remainder is not sent.
     pub prefix_count: usize,
     /// Length of an answer.
     pub output_length: u32,
 }
 
 impl PrefixRepetition {
-    /// vLLM's `PrefixRepetitionRandomDataset`. It draws from numpy's global generator, and so do the arrivals after it.
+    /// vLLM's `PrefixRepetitionRandomDataset`. It draws from numpy's global generator, which the arrivals continue.
     pub(super) fn make(
         &self,
         dataset: &Dataset,
         tokenizer: &Tokenizer,
         progress: Progress<'_>,
-    ) -> Result<Product, DatasetError> {
+    ) -> Result<MadeRequests, DatasetError> {
         if self.output_length == 0 {
             return Err(WorkloadError::NoOutput.into());
         }
@@ -45,23 +45,23 @@ impl PrefixRepetition {
         let mut exact = |length: u32| -> Result<Vec<u32>, TokenizerError> {
             let mut draw = || generator.below(vocabulary_size);
             let ids: Vec<u32> = (0..length).map(|_| draw()).collect();
-            let settled = settle(tokenizer, &ids, ids.len(), draw)?;
-            excess += settled.excess();
-            Ok(settled.ids)
+            let prompt = exact_prompt(tokenizer, &ids, ids.len(), draw)?;
+            excess += prompt.excess();
+            Ok(prompt.ids)
         };
-        let mut orders = Vec::new();
+        let mut items = Vec::new();
         for _ in 0..self.prefix_count {
             let prefix = exact(self.prefix_length)?;
             for _ in 0..per_prefix {
                 let ids = [prefix.as_slice(), &exact(self.suffix_length)?].concat();
                 let prompt = Prompt::text(tokenizer.decode(&ids)?, ids.len());
-                orders.push(Order::new(prompt, self.output_length));
-                progress(orders.len(), per_prefix * self.prefix_count)?;
+                items.push(WorkItem::new(prompt, self.output_length));
+                progress(items.len(), per_prefix * self.prefix_count)?;
             }
         }
-        Ok(Product {
-            orders: dataset.shuffled(orders),
-            remarks: remark(excess).into_iter().collect(),
+        Ok(MadeRequests {
+            items: dataset.shuffled(items),
+            remarks: length_remark(excess).into_iter().collect(),
             generator: Some(Box::new(generator)),
         })
     }

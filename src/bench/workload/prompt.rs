@@ -1,14 +1,14 @@
-//! A prompt in the forms that it may have, and how each is written in a request's JSON.
+//! The forms of a prompt, and how each is written in the JSON of a request.
 
 use std::sync::Arc;
 
 use serde::ser::{SerializeSeq as _, Serializer};
 use serde::{Deserialize, Serialize};
 
-/// What a model is asked.
+/// A prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prompt {
-    /// Running token ids, stored as how to make them.
+    /// Consecutive token ids, stored by their parameters.
     Running(Running),
     /// Token ids.
     Ids(Arc<[u32]>),
@@ -16,14 +16,14 @@ pub enum Prompt {
     Text {
         /// The text.
         text: Arc<str>,
-        /// Its length by the client's own tokenizer.
+        /// Token count by the client's tokenizer.
         token_count: u64,
     },
     /// The messages of a chat.
     Messages {
-        /// In their order.
+        /// The messages in order.
         messages: Arc<[Message]>,
-        /// Their length by the client's own tokenizer; 0 where it has none.
+        /// Token count by the client's tokenizer; 0 without one.
         token_count: u64,
     },
 }
@@ -31,13 +31,13 @@ pub enum Prompt {
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who says it: `user`, `assistant`, `system`.
+    /// The role: `user`, `assistant` or `system`.
     pub role: String,
-    /// What is said.
+    /// The text.
     pub content: String,
 }
 
-/// Running token ids: a thousand prompts of 7500 need no memory until they are sent.
+/// Consecutive token ids. A thousand prompts of 7500 tokens take no memory until they are sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
     pub(super) prefix: Arc<[u32]>,
@@ -55,7 +55,7 @@ pub struct AsCompletion<'a>(&'a Prompt);
 pub struct AsChat<'a>(&'a Prompt);
 
 impl Prompt {
-    /// A text of so many tokens.
+    /// A text with its token count.
     pub fn text(text: impl Into<Arc<str>>, token_count: usize) -> Self {
         Self::Text {
             text: text.into(),
@@ -63,7 +63,7 @@ impl Prompt {
         }
     }
 
-    /// How many tokens it has, as far as the client knows.
+    /// The token count, as far as the client knows it.
     pub fn token_count(&self) -> u64 {
         match self {
             Self::Running(running) => running.prefix.len() as u64 + u64::from(running.length),
@@ -72,7 +72,7 @@ impl Prompt {
         }
     }
 
-    /// As text. Ids become words.
+    /// The prompt as text. Ids become words.
     pub(super) fn words(&self) -> String {
         match self {
             Self::Running(running) => words(running.ids()),
@@ -81,7 +81,8 @@ impl Prompt {
             Self::Messages { messages, .. } => {
                 let mut text = String::new();
                 for (index, message) in messages.iter().enumerate() {
-                    // An answer follows its prompt as the server made it, so that the server finds its KV again.
+                    // An answer follows its prompt as the server generated it, so that the server finds its KV in the
+                    // cache.
                     if index > 0 && message.role != "assistant" {
                         text.push('\n');
                     }
@@ -92,13 +93,13 @@ impl Prompt {
         }
     }
 
-    /// As the `prompt` of `/v1/completions`: token ids, which vLLM takes in place of text, or text. Messages are written
-    /// as their texts, one after the other.
+    /// The `prompt` of `/v1/completions`: token ids, which vLLM accepts instead of text, or text. Messages become their
+    /// concatenated texts.
     pub fn as_completion(&self) -> AsCompletion<'_> {
         AsCompletion(self)
     }
 
-    /// As the `messages` of `/v1/chat/completions`. Token ids become words there, because a chat takes none.
+    /// The `messages` of `/v1/chat/completions`. Token ids become words, because a chat accepts no ids.
     pub fn as_chat(&self) -> AsChat<'_> {
         AsChat(self)
     }
@@ -119,16 +120,16 @@ pub(super) fn wrap(value: u64, size: u32) -> u32 {
     (value % u64::from(size)) as u32
 }
 
-/// Ids as text: one word per id, which is about one token each. What it really counts only the server knows.
+/// Ids as text: one word per id, about one token each. Only the server knows the exact count.
 ///
-/// The words are few and short, so that every tokenizer has them whole; which one stands for an id is scrambled, so that
-/// prompts that start at different ids share no prefix.
+/// The words are few and short, so that every tokenizer has each as one token. The word of an id is scrambled, so that
+/// prompts with different first ids share no prefix.
 fn words(ids: impl Iterator<Item = u32>) -> String {
     let words: Vec<&str> = ids.map(|id| WORDS[scramble(id) as usize % WORDS.len()]).collect();
     words.join(" ")
 }
 
-/// `MurmurHash3`'s last step: every bit of the number changes about half of the bits.
+/// The final mix of `MurmurHash3`: each input bit changes about half of the output bits.
 pub(in crate::bench) fn scramble(number: u32) -> u32 {
     let mixed = (number ^ number >> 16).wrapping_mul(0x85eb_ca6b);
     let mixed = (mixed ^ mixed >> 13).wrapping_mul(0xc2b2_ae35);
@@ -161,15 +162,15 @@ impl Serialize for AsChat<'_> {
     }
 }
 
-/// A message as vLLM's client writes one that was a text: its content is a list of one part.
+/// A text message as vLLM's client writes it: its content is a list of one part.
 #[derive(Serialize)]
 struct TextMessage<'a> {
     role: &'static str,
-    content: [Part<'a>; 1],
+    content: [ContentPart<'a>; 1],
 }
 
 #[derive(Serialize)]
-struct Part<'a> {
+struct ContentPart<'a> {
     r#type: &'static str,
     text: &'a str,
 }
@@ -178,7 +179,7 @@ impl<'a> TextMessage<'a> {
     fn user(text: &'a str) -> Self {
         Self {
             role: "user",
-            content: [Part { r#type: "text", text }],
+            content: [ContentPart { r#type: "text", text }],
         }
     }
 }
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn each_form_is_written_as_both_routes_want_it() {
+    fn each_form_is_valid_for_both_routes() {
         let text = |text: &str| json!([{"role": "user", "content": [{"type": "text", "text": text}]}]);
         let running = Prompt::Running(Running {
             prefix: [7, 9].into(),

@@ -1,27 +1,27 @@
-//! The dataset `random`: prompts of running token ids, as they are, or as the text that a tokenizer makes of them.
+//! The dataset `random`: prompts of consecutive token ids, sent as ids or as the text that a tokenizer makes of them.
 
-use super::exact_length::{Settled, remark, settle, settle_all};
+use super::exact_length::{ExactPrompt, exact_prompt, exact_prompts, length_remark};
 use super::prompt::wrap;
-use super::{DatasetError, Order, Product, Progress, Prompt, Running, WorkloadError};
+use super::{DatasetError, MadeRequests, Progress, Prompt, Running, WorkItem, WorkloadError};
 use crate::bench::rng::numpy::Generator;
 use crate::bench::tokenizer::Tokenizer;
 
-/// Prompts of running token ids that start at a random one.
+/// Prompts of consecutive token ids with a random first one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Random {
     /// Mean length of a prompt without its prefix, in tokens.
     pub input_length: u32,
     /// Mean length of an answer, in tokens.
     pub output_length: u32,
-    /// How far lengths spread.
+    /// The range of lengths.
     pub range_ratio: RangeRatio,
     /// Length of the prefix that all prompts share, in tokens.
     pub prefix_length: u32,
-    /// Ids are drawn from 0 up to this, exclusive.
+    /// Upper bound of token ids, exclusive.
     pub vocabulary_size: u32,
-    /// How many requests.
+    /// Number of requests.
     pub prompt_count: usize,
-    /// Seed of prompts and lengths, and of the arrivals. numpy's legacy generator takes 32 bits.
+    /// Seed of prompts, lengths and arrivals. numpy's legacy generator takes 32 bits.
     pub seed: u32,
 }
 
@@ -35,14 +35,15 @@ pub struct RangeRatio {
 }
 
 impl Random {
-    /// Keeps every sum and product of lengths far inside 32 bits.
+    /// Keeps all sums and products of lengths within 32 bits.
     pub(super) const MAX_LENGTH: u32 = 1 << 28;
 
-    /// The draws of vLLM's `RandomDataset`, in its order, from numpy's default generator.
+    /// The requests of vLLM's `RandomDataset`, as token ids: the same draws in the same order from numpy's default
+    /// generator.
     ///
-    /// vLLM then decodes the ids and encodes the text again, because it sends text; ids are sent here as they are, so
-    /// nothing is lost on the way, and no special token is reserved, because a server adds none to ids.
-    pub(super) fn orders(&self) -> Result<Vec<Order>, WorkloadError> {
+    /// vLLM sends text, so it decodes the ids and encodes the text again. Here ids are sent, so none changes, and no
+    /// special token is reserved, because a server adds none to ids.
+    pub(super) fn items(&self) -> Result<Vec<WorkItem>, WorkloadError> {
         self.check()?;
         let mut generator = Generator::new(self.seed);
         let (shortest_input, longest_input) = spread(self.input_length, self.range_ratio.input);
@@ -59,8 +60,8 @@ impl Random {
         let prefix: std::sync::Arc<[u32]> = draws(self.prefix_length as usize, 0, self.vocabulary_size - 1).into();
 
         let vocabulary_size = self.vocabulary_size;
-        let orders = (0_u64..).zip(inputs).zip(outputs).zip(offsets);
-        Ok(orders
+        let items = (0_u64..).zip(inputs).zip(outputs).zip(offsets);
+        Ok(items
             .map(|(((index, length), output_length), offset)| {
                 let running = Running {
                     prefix: prefix.clone(),
@@ -68,13 +69,13 @@ impl Random {
                     length,
                     vocabulary_size,
                 };
-                Order::new(Prompt::Running(running), output_length)
+                WorkItem::new(Prompt::Running(running), output_length)
             })
             .collect())
     }
 
-    /// The very prompts of vLLM's `RandomDataset`, as text whose ids by this tokenizer are as many as asked for.
-    pub(super) fn texts(&self, tokenizer: &Tokenizer, progress: Progress<'_>) -> Result<Product, DatasetError> {
+    /// The prompts of vLLM's `RandomDataset`, as text with the requested number of tokens.
+    pub(super) fn texts(&self, tokenizer: &Tokenizer, progress: Progress<'_>) -> Result<MadeRequests, DatasetError> {
         self.check()?;
         let mut generator = Generator::new(self.seed);
         let added = u32::try_from(tokenizer.added_to_text()).unwrap_or(u32::MAX);
@@ -102,7 +103,7 @@ impl Random {
         let prefix = if prefix.is_empty() {
             prefix
         } else {
-            settle(tokenizer, &prefix, prefix.len(), &mut draw)?.ids
+            exact_prompt(tokenizer, &prefix, prefix.len(), &mut draw)?.ids
         };
 
         let begin = |index: usize| -> Vec<u32> {
@@ -111,12 +112,14 @@ impl Random {
             prefix.iter().copied().chain(running).collect()
         };
         let target = |index: usize| self.prefix_length as usize + inputs[index] as usize;
-        let prompts = settle_all(tokenizer, self.prompt_count, begin, target, draw, progress)?;
-        let remarks = remark(prompts.iter().map(Settled::excess).sum());
-        let orders = prompts.into_iter().zip(outputs);
-        Ok(Product {
-            orders: orders
-                .map(|(prompt, output_length)| Order::new(Prompt::text(prompt.text, prompt.ids.len()), output_length))
+        let prompts = exact_prompts(tokenizer, self.prompt_count, begin, target, draw, progress)?;
+        let remarks = length_remark(prompts.iter().map(ExactPrompt::excess).sum());
+        let items = prompts.into_iter().zip(outputs);
+        Ok(MadeRequests {
+            items: items
+                .map(|(prompt, output_length)| {
+                    WorkItem::new(Prompt::text(prompt.text, prompt.ids.len()), output_length)
+                })
                 .collect(),
             remarks: remarks.into_iter().collect(),
             generator: None,
@@ -177,8 +180,8 @@ mod tests {
         }
     }
 
-    fn running(order: &Order) -> &Running {
-        match &order.prompt {
+    fn running(item: &WorkItem) -> &Running {
+        match &item.prompt {
             Prompt::Running(running) => running,
             other => panic!("{other:?}"),
         }
@@ -196,23 +199,23 @@ mod tests {
             let [_, _, _, input_ratio, output_ratio, ..] = numbers::<f64>(parameters)[..] else {
                 panic!("{row:?}")
             };
-            let whole = |value: f64| format!("{value}").parse::<u32>().unwrap();
+            let whole_tokens = |value: f64| format!("{value}").parse::<u32>().unwrap();
             let workload = Random {
-                input_length: whole(input),
-                output_length: whole(output),
+                input_length: whole_tokens(input),
+                output_length: whole_tokens(output),
                 range_ratio: RangeRatio {
                     input: input_ratio,
                     output: output_ratio,
                 },
-                prefix_length: whole(prefix_length),
-                vocabulary_size: whole(vocabulary),
-                prompt_count: whole(count) as usize,
-                seed: whole(seed),
+                prefix_length: whole_tokens(prefix_length),
+                vocabulary_size: whole_tokens(vocabulary),
+                prompt_count: whole_tokens(count) as usize,
+                seed: whole_tokens(seed),
             };
-            let orders = workload.orders().unwrap();
+            let items = workload.items().unwrap();
             let prefix = numbers::<u32>(prefix);
-            for (order, expected) in orders.iter().zip(numbers::<u32>(inputs)) {
-                let ids: Vec<u32> = running(order).ids().collect();
+            for (item, expected) in items.iter().zip(numbers::<u32>(inputs)) {
+                let ids: Vec<u32> = running(item).ids().collect();
                 assert_eq!(ids[..prefix.len()], prefix);
                 assert_eq!(ids.len(), prefix.len() + expected as usize);
                 let steps = ids[prefix.len()..].windows(2);
@@ -222,9 +225,9 @@ mod tests {
                         .all(|pair| pair[1] == (pair[0] + 1) % workload.vocabulary_size)
                 );
             }
-            let first_ids: Vec<u32> = orders.iter().map(|order| running(order).first).collect();
+            let first_ids: Vec<u32> = items.iter().map(|item| running(item).first).collect();
             assert_eq!(first_ids, numbers::<u32>(firsts));
-            let output_lengths: Vec<u32> = orders.iter().map(|order| order.output_length).collect();
+            let output_lengths: Vec<u32> = items.iter().map(|item| item.output_length).collect();
             assert_eq!(output_lengths, numbers::<u32>(outputs));
         }
     }
@@ -238,31 +241,31 @@ mod tests {
             prefix_length: 1,
             ..random()
         };
-        let orders = small.orders().unwrap();
+        let items = small.items().unwrap();
         assert_eq!(
-            serde_json::to_string(&orders[0].prompt.as_completion()).unwrap(),
+            serde_json::to_string(&items[0].prompt.as_completion()).unwrap(),
             "[0,0,0,0]"
         );
     }
 
     #[test]
-    fn chat_prompts_have_a_word_per_id_and_do_not_share_their_beginning() {
-        let orders = random().orders().unwrap();
-        let texts: Vec<String> = orders
+    fn chat_prompts_have_one_word_per_id_and_no_common_prefix() {
+        let items = random().items().unwrap();
+        let texts: Vec<String> = items
             .iter()
-            .map(|order| {
-                let messages = serde_json::to_value(order.prompt.as_chat()).unwrap();
+            .map(|item| {
+                let messages = serde_json::to_value(item.prompt.as_chat()).unwrap();
                 messages[0]["content"][0]["text"].as_str().unwrap().to_owned()
             })
             .collect();
         assert!(texts.iter().all(|text| text.split(' ').count() == 7500));
         let beginnings: HashSet<Vec<&str>> = texts.iter().map(|text| text.split(' ').take(16).collect()).collect();
-        assert_eq!(beginnings.len(), orders.len());
+        assert_eq!(beginnings.len(), items.len());
     }
 
     #[test]
-    fn settings_that_make_no_workload_are_refused() {
-        let refused = |random: Random| random.orders().unwrap_err();
+    fn invalid_settings_are_rejected() {
+        let refused = |random: Random| random.items().unwrap_err();
         assert_eq!(
             refused(Random {
                 prompt_count: 0,
@@ -323,12 +326,12 @@ mod tests {
             let workload = Random {
                 input_length, output_length, range_ratio, prefix_length, vocabulary_size, prompt_count: 6, seed,
             };
-            for order in workload.orders().unwrap() {
-                prop_assert!(running(&order).ids().all(|id| id < vocabulary_size));
-                prop_assert_eq!(running(&order).ids().count() as u64, order.prompt.token_count());
+            for item in workload.items().unwrap() {
+                prop_assert!(running(&item).ids().all(|id| id < vocabulary_size));
+                prop_assert_eq!(running(&item).ids().count() as u64, item.prompt.token_count());
                 let (shortest, longest) = spread(input_length, input);
-                prop_assert!((shortest..=longest).contains(&running(&order).length));
-                prop_assert!((1..=output_length * 2).contains(&order.output_length));
+                prop_assert!((shortest..=longest).contains(&running(&item).length));
+                prop_assert!((1..=output_length * 2).contains(&item.output_length));
             }
         }
     }

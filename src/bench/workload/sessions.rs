@@ -1,7 +1,7 @@
-//! The dataset `sessions`: conversations of several turns, each of which is sent once the one before is answered.
+//! The dataset `sessions`: conversations of several turns. Each turn is sent after the previous answer.
 //!
-//! A turn's order holds what the user says in it; what was said before, with the server's real answers, is put in front when it
-//! is sent. vLLM's client has no such dataset, only a script of its own.
+//! The work item of a turn has the user's message. When it is sent, the earlier messages, with the server's real
+//! answers, are put in front. vLLM's client has no such dataset, only a separate script.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,32 +10,32 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
 use super::dataset::{Entry, json_lines, read};
-use super::{Dataset, DatasetError, Message, Order, Product, Prompt, Random, RangeRatio, Turn};
+use super::{Dataset, DatasetError, MadeRequests, Message, Prompt, Random, RangeRatio, Turn, WorkItem};
 use crate::bench::tokenizer::Tokenizer;
 
-/// Conversations of a file, or made ones.
+/// Conversations from a file, or synthetic ones.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sessions {
-    /// Where turns come from.
+    /// The source of the turns.
     pub turns: Turns,
-    /// Length of every answer, in tokens; else as in the file.
+    /// Length of every answer in tokens; by default as in the file.
     pub output_length: Option<u32>,
-    /// Between an answer and the user's next turn.
+    /// Pause between an answer and the next turn.
     pub think_time: Duration,
     /// The header that names the session.
     pub header: HeaderName,
 }
 
-/// Where turns come from.
+/// The source of the turns.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Turns {
     /// A JSONL file: `{"messages": [{"role", "content"}, …]}` or `{"conversations": [{"from", "value"}, …]}` a line.
     File(PathBuf),
-    /// Made of words.
-    Made {
-        /// How many sessions.
+    /// Synthetic turns of words.
+    Synthetic {
+        /// Number of sessions.
         sessions: usize,
-        /// Turns of each.
+        /// Turns of each session.
         turns: usize,
         /// Tokens of the first turn.
         first_length: u32,
@@ -44,17 +44,17 @@ pub enum Turns {
     },
 }
 
-/// The length of an answer that nothing gives.
+/// Default answer length.
 const DEFAULT_OUTPUT: u32 = 128;
 
-/// One conversation: messages before the first turn, then what the user says and how long the answer is.
+/// One conversation: the messages before the first turn, then each user message with the length of its answer.
 struct Session {
     before: Vec<Message>,
     turns: Vec<(String, u32)>,
 }
 
 impl Sessions {
-    pub(super) fn make(&self, dataset: &Dataset, tokenizer: Option<&Tokenizer>) -> Result<Product, DatasetError> {
+    pub(super) fn make(&self, dataset: &Dataset, tokenizer: Option<&Tokenizer>) -> Result<MadeRequests, DatasetError> {
         let mut sessions = match &self.turns {
             Turns::File(path) => {
                 let text = read(path)?;
@@ -63,35 +63,35 @@ impl Sessions {
                     entries.iter().map(|entry| self.session(entry, tokenizer)).collect();
                 dataset.shuffled(parsed?)
             }
-            Turns::Made {
+            Turns::Synthetic {
                 sessions,
                 turns,
                 first_length,
                 later_length,
-            } => self.made(dataset.seed, *sessions, *turns, [*first_length, *later_length])?,
+            } => self.synthetic(dataset.seed, *sessions, *turns, [*first_length, *later_length])?,
         };
         if dataset.prompt_count > 0 {
             sessions.truncate(dataset.prompt_count);
         }
-        // All first turns come first, because the schedule releases them; the order of the others is only their names'.
-        let mut orders = Vec::new();
+        // The first turns come first, because the schedule releases them. The order of the others does not matter.
+        let mut items = Vec::new();
         let most = sessions.iter().map(|session| session.turns.len()).max().unwrap_or(0);
         for number in 0..most {
             for (index, session) in sessions.iter().enumerate() {
                 if let Some((text, output_length)) = session.turns.get(number) {
                     let before = if number == 0 { session.before.as_slice() } else { &[] };
-                    orders.push(self.order(dataset.seed, index, number, before, text, *output_length, tokenizer)?);
+                    items.push(self.item(dataset.seed, index, number, before, text, *output_length, tokenizer)?);
                 }
             }
         }
-        Ok(Product {
-            orders,
-            ..Product::default()
+        Ok(MadeRequests {
+            items,
+            ..MadeRequests::default()
         })
     }
 
     #[expect(clippy::too_many_arguments, reason = "each is one part of the order")]
-    fn order(
+    fn item(
         &self,
         seed: u32,
         session: usize,
@@ -100,7 +100,7 @@ impl Sessions {
         text: &str,
         output_length: u32,
         tokenizer: Option<&Tokenizer>,
-    ) -> Result<Order, DatasetError> {
+    ) -> Result<WorkItem, DatasetError> {
         let mut messages = before.to_vec();
         messages.push(Message {
             role: "user".to_owned(),
@@ -116,21 +116,21 @@ impl Sessions {
             messages: messages.into(),
             token_count,
         };
-        let mut order = Order::new(prompt, output_length);
-        // The seed keeps sessions of two runs apart in a proxy that remembers them.
+        let mut item = WorkItem::new(prompt, output_length);
+        // The seed keeps the sessions of two runs apart in a proxy with session affinity.
         let name = format!("bench-{seed}-{session}");
         let value = HeaderValue::try_from(name).unwrap_or(HeaderValue::from_static("bench"));
-        order.headers = HeaderMap::from_iter([(self.header.clone(), value)]);
-        order.turn = Some(Turn {
+        item.headers = HeaderMap::from_iter([(self.header.clone(), value)]);
+        item.turn = Some(Turn {
             session,
             number,
             think_time: self.think_time,
         });
-        Ok(order)
+        Ok(item)
     }
 
-    /// Sessions of words, one a token or so; two sessions share no beginning.
-    fn made(
+    /// Synthetic sessions of words, about one token each. No two sessions share a prefix.
+    fn synthetic(
         &self,
         seed: u32,
         sessions: usize,
@@ -147,7 +147,7 @@ impl Sessions {
                 prompt_count,
                 seed,
             };
-            Ok(random.orders()?.iter().map(|order| order.prompt.words()).collect())
+            Ok(random.items()?.iter().map(|item| item.prompt.words()).collect())
         };
         let firsts = texts(first, sessions, seed)?;
         let laters = if turns > 1 {
@@ -176,7 +176,9 @@ impl Sessions {
             Some(list) => (list, "from", "value"),
             None => (entry.field("messages", None)?, "role", "content"),
         };
-        let list = list.as_array().ok_or_else(|| entry.wrong("its messages are no list"))?;
+        let list = list
+            .as_array()
+            .ok_or_else(|| entry.error("its messages are not a list"))?;
         let mut session = Session {
             before: Vec::new(),
             turns: Vec::new(),
@@ -184,7 +186,7 @@ impl Sessions {
         for (index, message) in list.iter().enumerate() {
             let text = |name: &str| {
                 let text = message.get(name).and_then(Value::as_str);
-                text.ok_or_else(|| entry.wrong(format_args!("message {} has no text `{name}`", index + 1)))
+                text.ok_or_else(|| entry.error(format_args!("message {} has no text `{name}`", index + 1)))
             };
             match (text(role)?, text(content)?) {
                 ("user" | "human", content) => {
@@ -205,15 +207,12 @@ impl Sessions {
                     content: content.to_owned(),
                 }),
                 (other, _) => {
-                    return Err(entry.wrong(format_args!(
-                        "message {} is of `{other}`, whom sessions do not know",
-                        index + 1
-                    )));
+                    return Err(entry.error(format_args!("message {} has the unknown role `{other}`", index + 1)));
                 }
             }
         }
         if session.turns.is_empty() {
-            return Err(entry.wrong("the user says nothing in it"));
+            return Err(entry.error("it has no user message"));
         }
         Ok(session)
     }

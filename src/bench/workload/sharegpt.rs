@@ -1,24 +1,24 @@
-//! The dataset `sharegpt`: the first question of each conversation, with answers as long as the one it got.
+//! The dataset `sharegpt`: the first question of each conversation, with the length of its answer.
 
 use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::dataset::{read, wrong};
+use super::dataset::{entry_error, read};
 use super::lenient;
-use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
+use super::{Dataset, DatasetError, MadeRequests, Progress, Prompt, WorkItem};
 use crate::bench::tokenizer::Tokenizer;
 
-/// A JSON file of conversations, as `ShareGPT` has them.
+/// A JSON file of conversations in the format of `ShareGPT`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ShareGpt {
     /// The file.
     pub path: PathBuf,
-    /// Length of every answer, in tokens; else as in the file.
+    /// Length of every answer in tokens; by default as in the file.
     pub output_length: Option<u32>,
 }
 
-/// What vLLM takes: nothing shorter than 4 tokens, no prompt over 1024, and no more than 2048 in all.
+/// vLLM's limits: at least 4 tokens each, prompts up to 1024, and at most 2048 in total.
 const SHORTEST: u64 = 4;
 const LONGEST_PROMPT: u64 = 1024;
 const LONGEST_TOTAL: u64 = 2048;
@@ -30,7 +30,7 @@ impl ShareGpt {
         dataset: &Dataset,
         tokenizer: &Tokenizer,
         progress: Progress<'_>,
-    ) -> Result<Product, DatasetError> {
+    ) -> Result<MadeRequests, DatasetError> {
         let entries = lenient::from_str(&read(&self.path)?).map_err(|error| DatasetError::Read {
             path: self.path.clone(),
             reason: format!("not JSON: {error}"),
@@ -45,15 +45,17 @@ impl ShareGpt {
             let turns = entry.get("conversations")?.as_array()?;
             (turns.len() >= 2).then_some((index, turns))
         });
-        let mut orders = Vec::new();
+        let mut items = Vec::new();
         for (index, turns) in dataset.shuffled(conversations.collect()) {
-            if orders.len() >= dataset.prompt_count {
+            if items.len() >= dataset.prompt_count {
                 break;
             }
             let value = |turn: usize| {
                 let place = format!("entry {}", index + 1);
                 let text = turns[turn].get("value").and_then(Value::as_str);
-                text.ok_or_else(|| wrong(&self.path, place, format_args!("turn {} has no text `value`", turn + 1)))
+                text.ok_or_else(|| {
+                    entry_error(&self.path, place, format_args!("turn {} has no text `value`", turn + 1))
+                })
             };
             let (prompt, answer) = (value(0)?, value(1)?);
             let prompt_length = tokenizer.count(prompt)?;
@@ -69,18 +71,18 @@ impl ShareGpt {
                 text: prompt.into(),
                 token_count: prompt_length,
             };
-            orders.push(Order::new(prompt, u32::try_from(output_length).unwrap_or(u32::MAX)));
-            progress(orders.len(), dataset.prompt_count)?;
+            items.push(WorkItem::new(prompt, u32::try_from(output_length).unwrap_or(u32::MAX)));
+            progress(items.len(), dataset.prompt_count)?;
         }
-        if orders.is_empty() {
+        if items.is_empty() {
             return Err(DatasetError::Empty {
                 path: self.path.clone(),
                 reason: "no conversation has two turns, at least 4 tokens each, a prompt of at most 1024 and 2048 in all",
             });
         }
-        Ok(Product {
-            orders: dataset.oversampled(orders, dataset.prompt_count),
-            ..Product::default()
+        Ok(MadeRequests {
+            items: dataset.oversampled(items, dataset.prompt_count),
+            ..MadeRequests::default()
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The dataset `timed_trace`: a recorded trace, Mooncake's or Qwen's, whose blocks of KV repeat where its hashes do.
+//! The dataset `timed_trace`: a recorded trace of Mooncake or Qwen. Equal hashes in it are equal blocks of KV.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -7,64 +7,63 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::dataset::{Entry, json_lines, read};
-use super::{Dataset, DatasetError, Order, Product, Progress, Prompt};
+use super::{Dataset, DatasetError, MadeRequests, Progress, Prompt, WorkItem};
 use crate::bench::rng::python;
 use crate::bench::tokenizer::Tokenizer;
 
-/// A JSONL file of times, lengths and hashes of blocks.
+/// A JSONL file of times, lengths and block hashes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TimedTrace {
     /// The file.
     pub path: PathBuf,
-    /// Tokens that one hash stands for.
+    /// Tokens per hash.
     pub chunk_length: u32,
-    /// Seconds of one unit of the file's times.
+    /// Seconds per unit of the file's times.
     pub seconds_per_unit: f64,
-    /// Field of the time.
+    /// Name of the time field.
     pub time_field: String,
-    /// Field of the prompt's length.
+    /// Name of the prompt length field.
     pub input_field: String,
-    /// Field of the answer's length.
+    /// Name of the answer length field.
     pub output_field: String,
-    /// Field of the hashes.
+    /// Name of the hash field.
     pub hashes_field: String,
-    /// Whether requests are released at the file's times; else as the arrivals say.
+    /// Whether requests are released at the file's times instead of the arrivals.
     pub self_timed: bool,
-    /// `PYTHONHASHSEED` of the client whose prompts these are.
+    /// `PYTHONHASHSEED` of the vLLM client whose prompts are reproduced.
     pub hash_seed: u32,
 }
 
-/// The latest time that a trace may hold, in seconds.
+/// The latest time in a trace, in seconds.
 const LATEST: f64 = 30.0 * 24.0 * 3600.0;
 
 impl TimedTrace {
-    /// vLLM's `TimedTrace`. It seeds each block with Python's `hash` of a text, which differs from process to process unless
-    /// `PYTHONHASHSEED` is set; prompts are those of that seed.
+    /// vLLM's `TimedTrace`. It seeds each block with Python's `hash` of a text, which depends on `PYTHONHASHSEED`.
     pub(super) fn make(
         &self,
         dataset: &Dataset,
         tokenizer: &Tokenizer,
         progress: Progress<'_>,
-    ) -> Result<Product, DatasetError> {
+    ) -> Result<MadeRequests, DatasetError> {
         let text = read(&self.path)?;
         let entries = json_lines(&self.path, &text)?;
         let ids = tokenizer.plain_ids();
         let mut blocks = HashMap::new();
-        let mut orders = Vec::new();
+        let mut items = Vec::new();
         let count = entries.len().min(dataset.prompt_count);
         for entry in entries.iter().take(count) {
             let input_length = entry.length(&self.input_field, Some("--timed-trace-label-input-length"))?;
             let output_length = entry.length(&self.output_field, Some("--timed-trace-label-output-length"))?;
             let prompt = self.prompt(entry, input_length, &ids, &mut blocks)?;
             let release = self.time(entry)?;
-            let mut order = Order::new(Prompt::Ids(prompt.into()), output_length);
-            order.release = self.self_timed.then_some(release);
-            orders.push(order);
-            progress(orders.len(), count)?;
+            let mut item = WorkItem::new(Prompt::Ids(prompt.into()), output_length);
+            item.release = self.self_timed.then_some(release);
+            items.push(item);
+            progress(items.len(), count)?;
         }
-        Ok(Product {
-            orders,
-            ..Product::default()
+        Ok(MadeRequests {
+            items,
+            ..MadeRequests::default()
         })
     }
 
@@ -77,8 +76,8 @@ impl TimedTrace {
     ) -> Result<Vec<u32>, DatasetError> {
         let hashes = entry.field(&self.hashes_field, Some("--timed-trace-label-hash-ids"))?;
         let not_hashes = || {
-            entry.wrong(format_args!(
-                "the field `{}` is no list of whole numbers",
+            entry.error(format_args!(
+                "the field `{}` is not a list of whole numbers",
                 self.hashes_field
             ))
         };
@@ -101,7 +100,7 @@ impl TimedTrace {
             }
         }
         if prompt.is_empty() {
-            return Err(entry.wrong("its prompt is empty: no length, or no hash"));
+            return Err(entry.error("its prompt is empty: no length, or no hash"));
         }
         Ok(prompt)
     }
@@ -114,7 +113,7 @@ impl TimedTrace {
             .filter(|seconds| (0.0..=LATEST).contains(seconds))
             .map(Duration::from_secs_f64)
             .ok_or_else(|| {
-                entry.wrong(format_args!(
+                entry.error(format_args!(
                     "the field `{}` is {value}, not a time within 30 days; `--timed-trace-sec-multiplier` makes its \
                      unit seconds",
                     self.time_field

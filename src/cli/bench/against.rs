@@ -48,7 +48,7 @@ async fn find(session: &Session<'_>, url: &str) -> Result<Option<Other>, Failure
     let url = without_version(url, &session.arguments.target);
     let server = Server::of(session.arguments, url)?;
     let insecure = session.first.options.is_insecure;
-    let found = bench::discover_trusting(&server.base_url, &server.headers, insecure, None);
+    let found = bench::discover_with(&server.base_url, &server.headers, insecure, None);
     let found = session.stop.run_until_cancelled(found);
     let Some(model) = found.await.transpose().map_err(failure)? else {
         return Ok(None);

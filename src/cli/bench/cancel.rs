@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why a run was stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(super) enum CancelCause {
     /// Ctrl+C, or another signal.
     Signal,
     /// `--deadline`.
@@ -27,24 +27,24 @@ pub(super) enum Cause {
 
 /// Watches for whatever stops the run, as long as it lives.
 #[derive(Debug)]
-pub(super) struct Interruption {
+pub(super) struct CancelWatch {
     /// Cancelled when the run should stop.
     pub(super) stop: CancellationToken,
-    cause: Arc<OnceLock<Cause>>,
+    cause: Arc<OnceLock<CancelCause>>,
     /// Ends the watch when dropped.
     _watch: JoinSet<()>,
 }
 
-impl Interruption {
+impl CancelWatch {
     /// Begins to watch. Only where it `may_leave`, the second signal ends the process.
     pub(super) fn watch(deadline: Option<Duration>, may_leave: bool, printer: Printer) -> Result<Self, Failure> {
         let signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
         let stop = CancellationToken::new();
         let cause = Arc::new(OnceLock::new());
         let mut watch = JoinSet::new();
-        let (token, told) = (stop.clone(), Arc::clone(&cause));
+        let (token, first_cause) = (stop.clone(), Arc::clone(&cause));
         watch.spawn(async move {
-            let signals = ask(signals, deadline, &token, &told).await;
+            let signals = cancel_at_first(signals, deadline, &token, &first_cause).await;
             if may_leave {
                 leave_at_the_next(signals, printer).await;
             }
@@ -57,27 +57,27 @@ impl Interruption {
     }
 
     /// Why the run was stopped, if it was.
-    pub(super) fn cause(&self) -> Option<Cause> {
+    pub(super) fn cause(&self) -> Option<CancelCause> {
         self.cause.get().copied()
     }
 }
 
 /// Waits for the first reason to stop, and asks for it.
-async fn ask(
+async fn cancel_at_first(
     mut signals: StopSignals,
     deadline: Option<Duration>,
     stop: &CancellationToken,
-    cause: &OnceLock<Cause>,
+    cause: &OnceLock<CancelCause>,
 ) -> StopSignals {
-    let over = async {
+    let deadline_passed = async {
         match deadline {
             Some(deadline) => tokio::time::sleep(deadline).await,
             None => std::future::pending().await,
         }
     };
     let first = tokio::select! {
-        _ = signals.next() => Cause::Signal,
-        () = over => Cause::Deadline,
+        _ = signals.next() => CancelCause::Signal,
+        () = deadline_passed => CancelCause::Deadline,
     };
     let is_first = cause.set(first).is_ok();
     debug_assert!(is_first, "nobody else sets it");

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::arguments::tests::{parse, server};
 use crate::bench::record::{Answer, Record};
-use crate::bench::{Beside, Diffusion, Probes, Report, Spec, Speculation};
+use crate::bench::{Diffusion, Extras, Probes, Report, Spec, Speculation};
 
 struct Capture {
     name: String,
@@ -98,12 +98,12 @@ fn report(capture: &Capture) -> Report {
     let lengths = (0..count).map(|index| saved["input_lens"][index].as_u64().unwrap_or(17));
     let mut report = Report::of_records(&capture.spec, lengths.collect(), records, seconds(&saved["duration"]));
     report.date = saved["date"].as_str().unwrap().to_owned();
-    report.beside = Beside {
+    report.extras = Extras {
         started_at: Some(jiff::Zoned::now()),
         speculation: speculation(saved),
         diffusion: diffusion(saved),
         probes: probes(saved),
-        ..Beside::default()
+        ..Extras::default()
     };
     report
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::bench::saved::Saved;
-use crate::bench::stats::compare::{self, Row};
+use crate::bench::saved::SavedResult;
+use crate::bench::stats::compare::{self, MetricChange};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table};
 
@@ -24,7 +24,7 @@ pub(super) fn run(
         return Err(Failure::message(ExitStatus::Usage, "`--compare` takes two files"));
     };
     let (first, second) = (read(before)?, read(after)?);
-    let rows = compare::saved(&first, &second);
+    let rows = compare::saved_results(&first, &second);
     let caveats = compare::caveats(&first, &second);
     for caveat in &caveats {
         printer.status(format_args!("not like with like: {caveat}"));
@@ -52,7 +52,7 @@ pub(super) fn run(
 }
 
 /// Prints rows for people: the change, its interval, and what it means.
-pub(super) fn show(rows: &[Row], printer: Printer) -> Result<(), Failure> {
+pub(super) fn show(rows: &[MetricChange], printer: Printer) -> Result<(), Failure> {
     let percent = |share: f64| format!("{:+.1}%", share * 100.0);
     let mut table = Table::new(["measure", "a", "b", "change", "95% interval", "detectable", "verdict"]);
     for row in rows {
@@ -74,7 +74,7 @@ pub(super) fn show(rows: &[Row], printer: Printer) -> Result<(), Failure> {
     printer.data(table)
 }
 
-fn read(path: &Path) -> Result<Saved, Failure> {
+fn read(path: &Path) -> Result<SavedResult, Failure> {
     let unusable = |error: anyhow::Error| {
         let context = format!("cannot compare `{}`", path.display());
         Failure::new(ExitStatus::Usage, error.context(context))
@@ -84,10 +84,10 @@ fn read(path: &Path) -> Result<Saved, Failure> {
     fs_err::File::open(path)
         .and_then(|file| file.take(MOST_BYTES).read_to_string(&mut text))
         .map_err(|error| unusable(error.into()))?;
-    Saved::read(&text).map_err(|error| unusable(error.into()))
+    SavedResult::read(&text).map_err(|error| unusable(error.into()))
 }
 
-fn described(path: &Path, saved: &Saved) -> Value {
+fn described(path: &Path, saved: &SavedResult) -> Value {
     let of = |key: &str| saved.document.get(key).cloned().unwrap_or(Value::Null);
     json!({
         "file": path.display().to_string(),

@@ -10,9 +10,9 @@ use tokio::time::{Instant, timeout_at};
 use super::Arguments;
 use super::session::Session;
 use crate::bench::record::Answer;
-use crate::bench::search::evidence::{Ballot, Evidence, Opinion};
-use crate::bench::search::{Ending, Search, Step, Verdict, first_rate};
-use crate::bench::stats::client_saturation::Verdict as Honesty;
+use crate::bench::search::sprt::{Decision, RequestOutcome, Sprt};
+use crate::bench::search::{ProbeVerdict, Search, SearchEnd, Step, first_rate};
+use crate::bench::stats::client_saturation::ClientValidity;
 use crate::bench::stats::goodput;
 use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
@@ -38,8 +38,8 @@ const MOST_REQUESTS: usize = 200_000;
 /// A probe that has ended.
 struct Probe {
     rate: f64,
-    verdict: Verdict,
-    evidence: Evidence,
+    verdict: ProbeVerdict,
+    sprt: Sprt,
     sent: usize,
     ttft_p99: Option<f64>,
     lasted: Duration,
@@ -59,10 +59,10 @@ struct Alone {
 }
 
 /// Why the search is over.
-enum Over {
+enum EndReason {
     /// A request alone misses these objectives.
     Alone(String),
-    Search(Ending),
+    Search(SearchEnd),
     Time,
     Interrupted,
 }
@@ -90,19 +90,19 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
         (None, _) => Box::pin(burst(session, alone.as_ref(), deadline)).await?,
     };
     let mut search = Search::new(first, modes.tolerance);
-    let over = loop {
+    let end = loop {
         if let Some(missed) = missed {
-            break Over::Alone(missed);
+            break EndReason::Alone(missed);
         }
         let rate = match search.step() {
-            Step::End(ending) => break Over::Search(ending),
+            Step::Done(ending) => break EndReason::Search(ending),
             Step::Probe(rate) => rate,
         };
         if session.stop.is_cancelled() {
-            break Over::Interrupted;
+            break EndReason::Interrupted;
         }
         if Instant::now() >= deadline {
-            break Over::Time;
+            break EndReason::Time;
         }
         let fill = probes
             .iter()
@@ -122,12 +122,12 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
                 search.take(rate, probe.verdict);
                 probes.push(probe);
             }
-            None if session.stop.is_cancelled() => break Over::Interrupted,
-            None => break Over::Time,
+            None if session.stop.is_cancelled() => break EndReason::Interrupted,
+            None => break EndReason::Time,
         }
     };
     let (low, high) = search.bracket();
-    for text in summary(&over, low, high, &wanted, &probes, &objectives) {
+    for text in summary(&end, low, high, &wanted, &probes, &objectives) {
         session.sentence(&text);
     }
     session.sentence(&format!(
@@ -136,9 +136,9 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
         probes.iter().map(|probe| probe.sent).sum::<usize>(),
         time_span(began.elapsed())
     ));
-    session.finish("find-max", document(session, &objectives, &over, (low, high), &probes))?;
-    Ok(match (&over, low) {
-        (Over::Interrupted, _) => ExitStatus::Forced,
+    session.finish("find-max", document(session, &objectives, &end, (low, high), &probes))?;
+    Ok(match (&end, low) {
+        (EndReason::Interrupted, _) => ExitStatus::Forced,
         (_, None) => ExitStatus::Failure,
         (_, Some(_)) => ExitStatus::Success,
     })
@@ -167,25 +167,25 @@ async fn probe(
 ) -> Result<Option<Probe>, Failure> {
     let modes = &session.arguments.modes;
     let shortest = modes.min_probe.as_secs_f64();
-    let votes = (Evidence::most_votes(modes.attainment) as f64).max(rate * shortest);
+    let counted = (Sprt::max_requests(modes.attainment) as f64).max(rate * shortest);
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "a number of requests, clamped"
     )]
-    let count = ((votes + rate * 2.0 * fill.as_secs_f64()).ceil() as usize + 20).min(MOST_REQUESTS);
+    let count = ((counted + rate * 2.0 * fill.as_secs_f64()).ceil() as usize + 20).min(MOST_REQUESTS);
     let spec = session.spec(|arguments| {
         arguments.load.request_rate = rate;
         arguments.data.num_prompts = count;
     })?;
     let decided = session.stop.child_token();
-    let evidence = RefCell::new((Evidence::new(modes.attainment, objectives.len(), shortest), 0));
+    let sprt = RefCell::new((Sprt::new(modes.attainment, objectives.len(), shortest), 0));
     let vote = |records: &[Record]| {
-        let (evidence, counted) = &mut *evidence.borrow_mut();
+        let (sprt, counted) = &mut *sprt.borrow_mut();
         for record in &records[*counted..] {
-            evidence.add(record.index, ballot(record, objectives));
+            sprt.add(record.index, outcome(record, objectives));
         }
-        if *counted < records.len() && evidence.opinion() != Opinion::Open {
+        if *counted < records.len() && sprt.decision() != Decision::Undecided {
             decided.cancel();
         }
         *counted = records.len();
@@ -203,16 +203,16 @@ async fn probe(
             run.await?
         }
     };
-    let (evidence, _) = evidence.into_inner();
-    let opinion = if report.is_partial() {
-        evidence.opinion()
+    let (sprt, _) = sprt.into_inner();
+    let decision = if report.is_partial() {
+        sprt.decision()
     } else {
-        evidence.last_opinion()
+        sprt.final_decision()
     };
-    if opinion == Opinion::Open && (!in_time || session.stop.is_cancelled()) {
+    if decision == Decision::Undecided && (!in_time || session.stop.is_cancelled()) {
         return Ok(None);
     }
-    Ok(Some(judged(rate, opinion, evidence, &report, began.elapsed())))
+    Ok(Some(judged(rate, decision, sprt, &report, began.elapsed())))
 }
 
 /// Sends a few requests, one after the other; `None` if one failed or the user stopped it.
@@ -245,14 +245,14 @@ async fn burst(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) 
         arguments.load.request_rate = f64::INFINITY;
         arguments.data.num_prompts = BURST;
     })?;
-    let over = session.stop.child_token();
+    let end = session.stop.child_token();
     let report = {
-        let run = session.run(&spec, "burst", &|_| {}, over.clone());
+        let run = session.run(&spec, "burst", &|_| {}, end.clone());
         tokio::pin!(run);
         if let Ok(report) = timeout_at(deadline.min(Instant::now() + LONGEST_BURST), &mut run).await {
             report?
         } else {
-            over.cancel();
+            end.cancel();
             run.await?
         }
     };
@@ -262,7 +262,7 @@ async fn burst(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) 
     let first = first_rate(ends).unwrap_or(FIRST_RATE);
     session.printer.status(format_args!(
         "{answered} of {BURST} requests sent at once were answered within {}: the search begins at {first} req/s",
-        time_span(report.effort.wall_time)
+        time_span(report.client_usage.wall_time)
     ));
     Box::pin(rest(session, alone, deadline)).await?;
     Ok(first)
@@ -294,19 +294,19 @@ async fn one_by_one(session: &Session<'_>, count: usize) -> Result<Report, Failu
     session.run(&spec, "one at a time", &|_| {}, session.stop.clone()).await
 }
 
-fn judged(rate: f64, opinion: Opinion, evidence: Evidence, report: &Report, lasted: Duration) -> Probe {
+fn judged(rate: f64, decision: Decision, sprt: Sprt, report: &Report, lasted: Duration) -> Probe {
     let invalid = sweep::why_invalid(report);
     let ttft = report.metrics.latency(Metric::Ttft);
     let answers = report.records.iter().filter_map(|record| record.result.as_ref().ok());
     Probe {
         rate,
-        verdict: match opinion {
-            _ if invalid.is_some() => Verdict::Invalid,
-            Opinion::Pass => Verdict::Pass,
-            Opinion::Fail => Verdict::Fail,
-            Opinion::Open => Verdict::Invalid,
+        verdict: match decision {
+            _ if invalid.is_some() => ProbeVerdict::Invalid,
+            Decision::Pass => ProbeVerdict::Pass,
+            Decision::Fail => ProbeVerdict::Fail,
+            Decision::Undecided => ProbeVerdict::Invalid,
         },
-        evidence,
+        sprt,
         sent: report.records.len() + report.dropped,
         ttft_p99: ttft.and_then(|ttft| ttft.percentiles.last().map(|(_, value)| *value)),
         lasted,
@@ -317,11 +317,11 @@ fn judged(rate: f64, opinion: Opinion, evidence: Evidence, report: &Report, last
     }
 }
 
-fn ballot(record: &Record, objectives: &[Objective]) -> Ballot {
+fn outcome(record: &Record, objectives: &[Objective]) -> RequestOutcome {
     let answer = record.result.as_ref().ok();
     let latency = answer.map(|answer| answer.latency).unwrap_or_default();
     let is_missed = |objective: &Objective| answer.is_some_and(|answer| !objective.is_met(answer));
-    Ballot {
+    RequestOutcome {
         released: record.released.as_secs_f64(),
         ended: (record.started + latency).as_secs_f64(),
         first_token: answer.map(|answer| answer.first_token.as_secs_f64()),
@@ -335,15 +335,15 @@ const HEADER: &str = "      REQ/S  VERDICT      GOOD   VOTES    SENT    TOOK";
 
 fn line(probe: &Probe) -> String {
     let verdict = match probe.verdict {
-        Verdict::Pass => "pass",
-        Verdict::Fail => "fail",
-        Verdict::Invalid => "not valid",
+        ProbeVerdict::Pass => "pass",
+        ProbeVerdict::Fail => "fail",
+        ProbeVerdict::Invalid => "not valid",
     };
     format!(
         "{:>11.3}  {verdict:<9} {:>6.1}% {:>7} {:>7} {:>7}",
         probe.rate,
-        probe.evidence.share() * 100.0,
-        probe.evidence.votes(),
+        probe.sprt.share() * 100.0,
+        probe.sprt.counted(),
         probe.sent,
         time_span(probe.lasted),
     )
@@ -351,28 +351,28 @@ fn line(probe: &Probe) -> String {
 
 /// What is to be known of a probe, below its line.
 fn notes(probe: &Probe, objectives: &[Objective]) -> Vec<String> {
-    let mut notes = broken(&probe.evidence, objectives);
-    if probe.evidence.is_growing() {
+    let mut notes = broken(&probe.sprt, objectives);
+    if probe.sprt.is_growing() {
         notes.push("the queue grows".to_owned());
     }
     let mut notes: Vec<String> = (!notes.is_empty()).then(|| notes.join(", ")).into_iter().collect();
     notes.extend(probe.cause.clone());
     if let Some(why) = &probe.invalid {
         notes.push(format!("not valid: {why}"));
-        notes.push(format!("hint: {}", Honesty::ADVICE));
+        notes.push(format!("hint: {}", ClientValidity::ADVICE));
     }
     notes
 }
 
 /// Which objectives were missed how often, the one most often missed first, and how many requests failed.
-fn broken(evidence: &Evidence, objectives: &[Objective]) -> Vec<String> {
-    let mut counts: Vec<(usize, String)> = evidence
+fn broken(sprt: &Sprt, objectives: &[Objective]) -> Vec<String> {
+    let mut counts: Vec<(usize, String)> = sprt
         .missed()
         .iter()
         .zip(objectives)
         .map(|(&count, objective)| (count, format!("{count} missed {}", name(objective))))
         .collect();
-    counts.push((evidence.failed(), format!("{} failed", evidence.failed())));
+    counts.push((sprt.failed(), format!("{} failed", sprt.failed())));
     counts.retain(|(count, _)| *count > 0);
     counts.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
     counts.into_iter().map(|(_, text)| text).collect()
@@ -393,7 +393,7 @@ fn percent(share: f64) -> f64 {
 
 /// The result in sentences.
 fn summary(
-    over: &Over,
+    end: &EndReason,
     low: Option<f64>,
     high: Option<f64>,
     wanted: &str,
@@ -401,25 +401,27 @@ fn summary(
     objectives: &[Objective],
 ) -> Vec<String> {
     let mut lines = Vec::new();
-    match over {
-        Over::Search(Ending::Found) => {}
-        Over::Search(Ending::NothingPasses) => lines.push("even the lowest rate fails".to_owned()),
-        Over::Search(Ending::EverythingPasses) => lines.push("even the highest rate passes".to_owned()),
-        Over::Search(Ending::ClientLimit) => {
+    match end {
+        EndReason::Search(SearchEnd::Found) => {}
+        EndReason::Search(SearchEnd::NothingPasses) => lines.push("even the lowest rate fails".to_owned()),
+        EndReason::Search(SearchEnd::EverythingPasses) => lines.push("even the highest rate passes".to_owned()),
+        EndReason::Search(SearchEnd::ClientLimit) => {
             lines.push("the client could not keep up, so the search ended early".to_owned());
-            lines.push(format!("hint: {}", Honesty::ADVICE));
+            lines.push(format!("hint: {}", ClientValidity::ADVICE));
         }
-        Over::Alone(missed) => lines.push(format!("even a request that is alone at the server misses {missed}")),
-        Over::Search(Ending::Probes) => lines.push("too many probes: the verdicts contradict each other".to_owned()),
-        Over::Time => {
+        EndReason::Alone(missed) => lines.push(format!("even a request that is alone at the server misses {missed}")),
+        EndReason::Search(SearchEnd::Probes) => {
+            lines.push("too many probes: the verdicts contradict each other".to_owned())
+        }
+        EndReason::Time => {
             lines.push(
                 "the time was over (`--max-time`) before the search was: `--max-time 30m` gives it more".to_owned(),
             );
         }
-        Over::Interrupted => lines.push("interrupted".to_owned()),
+        EndReason::Interrupted => lines.push("interrupted".to_owned()),
     }
     lines.push(match (low, high) {
-        (Some(low), Some(high)) if matches!(over, Over::Search(Ending::Found)) => {
+        (Some(low), Some(high)) if matches!(end, EndReason::Search(SearchEnd::Found)) => {
             format!("meets {wanted} up to {low:.2} req/s, and no longer at {high:.2}")
         }
         (Some(low), Some(high)) => {
@@ -427,7 +429,7 @@ fn summary(
         }
         (Some(low), None) => format!("meets {wanted} at {low:.2} req/s at least; higher rates were not tried"),
         (None, Some(high)) => format!("does not meet {wanted} at {high:.3} req/s; what it does below is not known"),
-        (None, None) if matches!(over, Over::Alone(_)) => format!("no rate meets {wanted}"),
+        (None, None) if matches!(end, EndReason::Alone(_)) => format!("no rate meets {wanted}"),
         (None, None) => format!("whether it meets {wanted} is not known"),
     });
     if let Some(first) = high.and_then(|high| first_broken(high, probes, objectives)) {
@@ -438,50 +440,53 @@ fn summary(
 
 /// What broke at the lowest rate that failed.
 fn first_broken(high: f64, probes: &[Probe], objectives: &[Objective]) -> Option<String> {
-    let is_it = |probe: &&Probe| probe.verdict == Verdict::Fail && probe.rate.total_cmp(&high).is_eq();
-    let probe = probes.iter().rev().find(is_it)?;
-    let broken = broken(&probe.evidence, objectives);
-    let votes = probe.evidence.votes();
-    Some(format!("{} of {votes} requests at {high:.2} req/s", broken.join(", ")))
+    let is_lowest = |probe: &&Probe| probe.verdict == ProbeVerdict::Fail && probe.rate.total_cmp(&high).is_eq();
+    let probe = probes.iter().rev().find(is_lowest)?;
+    let broken = broken(&probe.sprt, objectives);
+    let counted = probe.sprt.counted();
+    Some(format!(
+        "{} of {counted} requests at {high:.2} req/s",
+        broken.join(", ")
+    ))
 }
 
 fn document(
     session: &Session<'_>,
     objectives: &[Objective],
-    over: &Over,
+    end: &EndReason,
     (low, high): (Option<f64>, Option<f64>),
     probes: &[Probe],
 ) -> [(&'static str, Value); 8] {
     let entry = |probe: &Probe| {
-        let missed = probe.evidence.missed().iter().zip(objectives);
+        let missed = probe.sprt.missed().iter().zip(objectives);
         let missed = missed.map(|(count, objective)| (objective.latency.name().to_owned(), json!(count)));
         json!({
             "rate": probe.rate,
             "verdict": match probe.verdict {
-                Verdict::Pass => "pass",
-                Verdict::Fail => "fail",
-                Verdict::Invalid => "invalid",
+                ProbeVerdict::Pass => "pass",
+                ProbeVerdict::Fail => "fail",
+                ProbeVerdict::Invalid => "invalid",
             },
-            "good": probe.evidence.share(),
-            "votes": probe.evidence.votes(),
+            "good": probe.sprt.share(),
+            "votes": probe.sprt.counted(),
             "sent": probe.sent,
-            "failed": probe.evidence.failed(),
+            "failed": probe.sprt.failed(),
             "missed": Value::Object(missed.collect()),
-            "growing": probe.evidence.is_growing(),
+            "growing": probe.sprt.is_growing(),
             "ttft_ms": probe.ttft_p99,
             "seconds": probe.lasted.as_secs_f64(),
             "why_invalid": probe.invalid,
         })
     };
-    let ending = match over {
-        Over::Search(Ending::Found) => "found",
-        Over::Search(Ending::NothingPasses) => "nothing passes",
-        Over::Search(Ending::EverythingPasses) => "everything passes",
-        Over::Search(Ending::ClientLimit) => "client limit",
-        Over::Search(Ending::Probes) => "too many probes",
-        Over::Alone(_) => "a request alone misses",
-        Over::Time => "time",
-        Over::Interrupted => "interrupted",
+    let ending = match end {
+        EndReason::Search(SearchEnd::Found) => "found",
+        EndReason::Search(SearchEnd::NothingPasses) => "nothing passes",
+        EndReason::Search(SearchEnd::EverythingPasses) => "everything passes",
+        EndReason::Search(SearchEnd::ClientLimit) => "client limit",
+        EndReason::Search(SearchEnd::Probes) => "too many probes",
+        EndReason::Alone(_) => "a request alone misses",
+        EndReason::Time => "time",
+        EndReason::Interrupted => "interrupted",
     };
     let modes = &session.arguments.modes;
     [

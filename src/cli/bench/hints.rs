@@ -10,7 +10,7 @@ const NEAR: usize = 3;
 
 /// The failure of a run that could not begin.
 pub(super) fn failure(error: BenchError) -> Failure {
-    let hints = hints(&error);
+    let hints = hints_for_error(&error);
     let error = match error {
         // Between the sentence and the reason stand the layers of a library.
         BenchError::Unreachable { url, source } => {
@@ -27,12 +27,12 @@ pub(super) fn failure(error: BenchError) -> Failure {
     failure
 }
 
-fn hints(error: &BenchError) -> Vec<String> {
+fn hints_for_error(error: &BenchError) -> Vec<String> {
     match error {
         BenchError::Unreachable { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
             vec!["something listens there, but says nothing: is it a model server, and is it well?".to_owned()]
         }
-        BenchError::Unreachable { source, .. } if distrusts(source) => {
+        BenchError::Unreachable { source, .. } if is_untrusted(source) => {
             vec!["`SSL_CERT_FILE=ca.pem` names who vouches for it, `--insecure` trusts anybody".to_owned()]
         }
         BenchError::Unreachable { url, source } if source.kind() == std::io::ErrorKind::InvalidData => {
@@ -72,7 +72,7 @@ fn hints(error: &BenchError) -> Vec<String> {
 }
 
 /// Whether a connection failed because of the server's certificate.
-fn distrusts(error: &std::io::Error) -> bool {
+fn is_untrusted(error: &std::io::Error) -> bool {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     matches!(inner, Some(rustls::Error::InvalidCertificate(_)))
 }
@@ -90,11 +90,11 @@ fn served_models(model: &str, served: &[String]) -> String {
 }
 
 /// What mends requests that failed: a line per kind of failure, for the most frequent ones.
-pub(super) fn advice(groups: &[FailureGroup], spec: &Spec) -> Vec<String> {
+pub(super) fn failure_hints(groups: &[FailureGroup], spec: &Spec) -> Vec<String> {
     const MOST: usize = 3;
     let mut lines: Vec<String> = Vec::new();
     for group in groups {
-        if let Some(line) = mend(&group.cause, spec)
+        if let Some(line) = hint_for(&group.cause, spec)
             && !lines.contains(&line)
         {
             lines.push(line);
@@ -104,8 +104,8 @@ pub(super) fn advice(groups: &[FailureGroup], spec: &Spec) -> Vec<String> {
     lines
 }
 
-fn mend(cause: &str, spec: &Spec) -> Option<String> {
-    let says = |words: &[&str]| {
+fn hint_for(cause: &str, spec: &Spec) -> Option<String> {
+    let cause_contains = |words: &[&str]| {
         let cause = cause.to_lowercase();
         words.iter().any(|word| cause.contains(word))
     };
@@ -113,12 +113,12 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
         .strip_prefix("HTTP ")
         .and_then(|rest| rest.get(..3))
         .unwrap_or_default();
-    let advice = match status {
-        _ if says(&["vocabulary"]) => {
+    let hint = match status {
+        _ if cause_contains(&["vocabulary"]) => {
             "`--vocab-size N` keeps the prompts' token ids below the model's vocabulary size".to_owned()
         }
         "400" | "413" | "422"
-            if says(&[
+            if cause_contains(&[
                 "context length",
                 "model length",
                 "max_model_len",
@@ -130,7 +130,7 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
                 .to_owned()
         }
         "401" | "403" => "a key is sent from `OPENAI_API_KEY`, any header with `--header NAME=VALUE`".to_owned(),
-        "404" if says(&["model"]) => format!(
+        "404" if cause_contains(&["model"]) => format!(
             "`--model` names a model that the server has; it was asked for `{}`",
             spec.model
         ),
@@ -143,7 +143,7 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
         "503" => "the server is not ready, or full: `xpyd status` for a fleet, `--ready-check-timeout-sec N` waits"
             .to_owned(),
         _ if status.starts_with('5') => "the reason is in the server's log; for a fleet, `xpyd logs`".to_owned(),
-        _ if cause.starts_with("no whole answer within") => {
+        _ if cause.starts_with("the answer was not complete within") => {
             "`--request-timeout` is how long one request may take".to_owned()
         }
         _ if cause.starts_with("no connection") => {
@@ -153,14 +153,14 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
         _ if cause.starts_with("the server ended the answer") => {
             "the reason is in the server's log; for a fleet, `xpyd logs`".to_owned()
         }
-        _ if cause.starts_with("the answer is no stream") => {
+        _ if cause.starts_with("the answer is not an event stream") => {
             "requests ask for a stream: a proxy between may gather it, or `--backend` does not fit the endpoint"
                 .to_owned()
         }
-        _ if says(&["no completion chunk", "without a token"]) => {
+        _ if cause_contains(&["not a completion chunk", "without a token"]) => {
             "is the endpoint one of completions, and does `--backend` fit it?".to_owned()
         }
-        _ if says(&[
+        _ if cause_contains(&[
             "broke off",
             "ended early",
             "closed the connection",
@@ -171,7 +171,7 @@ fn mend(cause: &str, spec: &Spec) -> Option<String> {
         }
         _ => return None,
     };
-    Some(advice)
+    Some(hint)
 }
 
 #[cfg(test)]

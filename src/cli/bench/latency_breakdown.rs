@@ -2,9 +2,9 @@
 
 use std::cell::Cell;
 
-use crate::bench::latency_breakdown::gpus::{self, Spread};
-use crate::bench::latency_breakdown::{GpuUse, Remote, Row, Stage, Summary, TOLERANCE};
-use crate::bench::{Phase, Progress, Report};
+use crate::bench::latency_breakdown::gpus::{self, MeanMax};
+use crate::bench::latency_breakdown::{BreakdownSummary, GpuUse, RemoteKv, Stage, StageRow, TOLERANCE};
+use crate::bench::{Progress, Report, RunPhase};
 use crate::machine::{GpuTotals, GpuWatch};
 use crate::ui::{Printer, Table};
 
@@ -31,7 +31,7 @@ impl Gpus {
 
     /// The run has come so far.
     pub(super) fn follow(&self, progress: &Progress) {
-        if progress.phase == Phase::Measuring && !self.is_measuring.replace(true) {
+        if progress.phase == RunPhase::Measuring && !self.is_measuring.replace(true) {
             self.watch.iter().for_each(GpuWatch::anew);
         }
     }
@@ -43,7 +43,7 @@ impl Gpus {
 }
 
 fn over_the_run(totals: GpuTotals) -> GpuUse {
-    let spread = |(sum, max): (f64, f64)| Spread {
+    let spread = |(sum, max): (f64, f64)| MeanMax {
         mean: sum / totals.samples.max(1) as f64,
         max,
     };
@@ -59,10 +59,10 @@ fn over_the_run(totals: GpuTotals) -> GpuUse {
 }
 
 /// Says what is known; nothing where the server told nothing. Without details it is a line, and what nobody may miss.
-pub(super) fn tell(report: &Report, has_details: bool, printer: Printer) {
-    if let Some(summary) = report.attribution() {
+pub(super) fn print(report: &Report, has_details: bool, printer: Printer) {
+    if let Some(summary) = report.latency_breakdown() {
         if has_details {
-            tell_stages(&summary, printer);
+            print_stages(&summary, printer);
         } else if let Some(shares) = shares(&summary.rows) {
             printer.status(format_args!("time to first token: {shares}"));
         }
@@ -71,14 +71,14 @@ pub(super) fn tell(report: &Report, has_details: bool, printer: Printer) {
         }
     }
     if has_details {
-        tell_gpus(report, printer);
+        print_gpus(report, printer);
     }
 }
 
-fn tell_stages(summary: &Summary, printer: Printer) {
+fn print_stages(summary: &BreakdownSummary, printer: Printer) {
     printer.status(format_args!(
         "\nwhere the time to the first token went{}\n\n{}",
-        if summary.told > 0 {
+        if summary.timed_requests > 0 {
             ", seen by client, proxy and engines"
         } else {
             ", on average, as the server counts it"
@@ -94,10 +94,10 @@ fn tell_stages(summary: &Summary, printer: Printer) {
 }
 
 /// `61 % prefill, 22 % proxy queue`: the largest stages.
-fn shares(rows: &[Row]) -> Option<String> {
+fn shares(rows: &[StageRow]) -> Option<String> {
     const LEAST: f64 = 0.02;
-    let is_stage = |row: &&Row| !row.is_part && row.share >= LEAST && row.share < 1.0;
-    let mut stages: Vec<&Row> = rows.iter().filter(is_stage).collect();
+    let is_stage = |row: &&StageRow| !row.is_part && row.share >= LEAST && row.share < 1.0;
+    let mut stages: Vec<&StageRow> = rows.iter().filter(is_stage).collect();
     stages.sort_by(|one, other| other.share.total_cmp(&one.share));
     let stages = stages
         .iter()
@@ -110,7 +110,7 @@ fn number(milliseconds: f64) -> String {
     format!("{milliseconds:9.2}")
 }
 
-fn stages(rows: &[Row]) -> Table<5> {
+fn stages(rows: &[StageRow]) -> Table<5> {
     let mut table = Table::new(["stage", "  mean ms", "      p50", "      p99", " share"]);
     for row in rows {
         let percentile = |value: Option<f64>| value.map_or_else(|| format!("{:>9}", "-"), number);
@@ -125,7 +125,7 @@ fn stages(rows: &[Row]) -> Table<5> {
     table
 }
 
-fn pairs(summary: &Summary) -> Table<6> {
+fn pairs(summary: &BreakdownSummary) -> Table<6> {
     let mut table = Table::new([
         "pair, means in ms",
         "requests",
@@ -151,7 +151,7 @@ fn pairs(summary: &Summary) -> Table<6> {
     table
 }
 
-fn remarks(summary: &Summary) -> Vec<String> {
+fn remarks(summary: &BreakdownSummary) -> Vec<String> {
     let mut remarks = Vec::new();
     if let Some(cold) = &summary.cold {
         let more = cold.cold_ms - cold.warm_ms;
@@ -175,7 +175,7 @@ fn remarks(summary: &Summary) -> Vec<String> {
     remarks
 }
 
-fn evidence(remote: &Remote) -> &'static str {
+fn evidence(remote: &RemoteKv) -> &'static str {
     if remote.is_counted {
         ", as the decode engines counted"
     } else {
@@ -184,7 +184,7 @@ fn evidence(remote: &Remote) -> &'static str {
 }
 
 /// What makes the numbers something else than they seem.
-fn warnings(summary: &Summary) -> Vec<String> {
+fn warnings(summary: &BreakdownSummary) -> Vec<String> {
     let mut warnings = Vec::new();
     let unexplained = summary.unexplained;
     if unexplained.is_too_much() {
@@ -231,8 +231,8 @@ fn warnings(summary: &Summary) -> Vec<String> {
     warnings
 }
 
-fn tell_gpus(report: &Report, printer: Printer) {
-    for gpu in &report.beside.gpus {
+fn print_gpus(report: &Report, printer: Printer) {
+    for gpu in &report.extras.gpus {
         printer.status(format_args!(
             "GPU {} ({}): utilisation {:.0} % (at most {:.0}), {:.0} W (at most {:.0}), {:.1} GiB (at most {:.1})",
             gpu.index,
@@ -245,7 +245,7 @@ fn tell_gpus(report: &Report, printer: Printer) {
             gpu.memory.max / GIB,
         ));
     }
-    if let Some(joules) = gpus::joules_per_token(&report.beside.gpus, report.metrics.total_output_tokens) {
+    if let Some(joules) = gpus::joules_per_token(&report.extras.gpus, report.metrics.total_output_tokens) {
         printer.status(format_args!(
             "{joules:.2} J of GPU energy for each token of the answers"
         ));

@@ -13,12 +13,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::arguments::Arguments;
 use super::failure;
 use crate::bench::{
-    self, Dataset, DatasetError, Made, Product, Source, Spec, Stopped, Tokenizer, TokenizerError, Workload, tokenizer,
+    self, Dataset, DatasetError, MadeRequests, Prepared, Progress, RunPhase, Source, Spec, Stopped, Tokenizer,
+    TokenizerError, Workload, tokenizer,
 };
 use crate::machine::huggingface;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
-use crate::ui::bench::{BenchProgress, Snapshot};
+use crate::ui::bench::BenchProgress;
 
 /// Between two looks at how far the work is.
 const TICK: Duration = Duration::from_millis(100);
@@ -63,7 +64,7 @@ impl Prompts {
     }
 
     /// Puts requests in the place of the spec's dataset. `say` gets vLLM's lines about them.
-    pub(super) async fn prepare(&self, spec: &mut Spec, say: &dyn Fn(&str)) -> Result<(), Failure> {
+    pub(super) async fn prepare(&self, spec: &mut Spec, print_line: &dyn Fn(&str)) -> Result<(), Failure> {
         spec.options.tokenizer = self.tokenizer.as_ref().ok().cloned();
         let Some(dataset) = spec.workload.dataset() else {
             return Ok(());
@@ -89,16 +90,14 @@ impl Prompts {
         if is_aligned {
             let shown = BenchProgress::new(self.printer);
             let begun = Instant::now();
-            let progress = |done, total| shown.update(&snapshot("alignment", begun, done, total));
-            let line = bench::align(spec, &mut product.orders, &progress)
-                .await
-                .map_err(failure);
+            let progress = |done, total| shown.update("alignment", &preparing(begun, done, total));
+            let line = bench::align(spec, &mut product.items, &progress).await.map_err(failure);
             shown.clear();
             if let Some(line) = line? {
-                say(&line);
+                print_line(&line);
             }
         }
-        spec.workload = Workload::Made(Made::new(product, seed));
+        spec.workload = Workload::Prepared(Prepared::new(product, seed));
         Ok(())
     }
 }
@@ -164,7 +163,7 @@ async fn make(
     tokenizer: Result<Arc<Tokenizer>, String>,
     names: &[String],
     printer: Printer,
-) -> Result<Product, Failure> {
+) -> Result<MadeRequests, Failure> {
     let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
     let theirs = Arc::clone(&counts);
     // Dropped with this future, which tells the thread that nobody waits any more.
@@ -187,7 +186,7 @@ async fn make(
             _ = ticker.tick() => {
                 let (done, total) = (counts.0.load(Ordering::Relaxed), counts.1.load(Ordering::Relaxed));
                 if total > 0 {
-                    shown.update(&snapshot("prompts", begun, done, total));
+                    shown.update("prompts", &preparing(begun, done, total));
                 }
             }
         }
@@ -210,9 +209,9 @@ async fn make(
     })
 }
 
-fn snapshot(label: &'static str, begun: Instant, done: usize, total: usize) -> Snapshot {
-    Snapshot {
-        label: label.to_owned(),
+fn preparing(begun: Instant, done: usize, total: usize) -> Progress {
+    Progress {
+        phase: RunPhase::Preparing,
         total,
         released: done,
         done,

@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::prompts::Prompts;
 use super::setup;
-use super::{Arguments, Server, Target, base_url, failure, find_model, snapshot};
-use crate::bench::{self, Listener, Progress, Record, Report, Spec, sweep};
+use super::{Arguments, Server, Target, base_url, failure, find_model, phase_label};
+use crate::bench::{self, Progress, Record, Report, RunObserver, RunPhase, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 use crate::ui::bench::BenchProgress;
@@ -89,18 +89,18 @@ impl<'a> Session<'a> {
         self.prompts.prepare(&mut spec, &|_| {}).await?;
         let shown = BenchProgress::wanted(self.printer, !self.arguments.output.disable_tqdm);
         let show = |progress: Progress| {
-            let mut snapshot = snapshot(&progress, &spec);
-            if progress.phase == bench::Phase::Measuring {
-                label.clone_into(&mut snapshot.label);
-            }
-            shown.update(&snapshot);
+            let label = match progress.phase {
+                RunPhase::Measuring => label,
+                phase => phase_label(phase),
+            };
+            shown.update(label, &progress);
         };
-        let listener = Listener {
+        let observer = RunObserver {
             progress: &show,
-            say: &|_| {},
+            print_line: &|_| {},
             ended,
         };
-        let run = bench::run_watched(&spec, listener, stop.clone());
+        let run = bench::run_observed(&spec, observer, stop.clone());
         shown.until_stopped(stop.cancelled(), run).await.map_err(failure)
     }
 

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::Arguments;
 use super::session::Session;
 use crate::bench::stats::Distribution;
-use crate::bench::stats::client_saturation::Verdict;
-use crate::bench::sweep::{Axis, Points, Row, is_overloaded};
+use crate::bench::stats::client_saturation::ClientValidity;
+use crate::bench::sweep::{Axis, Points, SweepPoint, is_overloaded};
 use crate::bench::{Record, Report};
 use crate::report::{ExitStatus, Failure};
 
@@ -27,26 +27,26 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
     ));
     let has_objectives = !session.first.objectives.is_empty();
     session.line(&header(points.axis, has_objectives));
-    let mut told = Vec::new();
+    let mut measured = Vec::new();
     let mut end = None;
     for (number, &asked) in points.values.iter().enumerate() {
         let spec = session.spec(|arguments| set(arguments, points.axis, asked))?;
         let label = format!("point {} of {}", number + 1, points.values.len());
         let (report, was_cut) = point(session, &spec, points.axis, &label).await?;
-        let mut row = Row::of(asked, points.axis, &report);
-        row.is_overloaded |= was_cut;
-        session.line(&line(&row, has_objectives));
+        let mut point = SweepPoint::of(asked, points.axis, &report);
+        point.is_overloaded |= was_cut;
+        session.line(&line(&point, has_objectives));
         let name = format!("{} {asked}", points.axis.name());
         if let Some(cause) = report.failures().first() {
             let text = format!("{name}: {} requests failed: {}", cause.count, cause.cause);
             session.printer.error(text);
         }
-        if let Some(why) = &row.invalid {
-            let text = format!("{name}: not valid: {why}\nhint: {}", Verdict::ADVICE);
+        if let Some(why) = &point.invalid {
+            let text = format!("{name}: not valid: {why}\nhint: {}", ClientValidity::ADVICE);
             session.printer.error(text);
         }
-        let is_overloaded = row.is_overloaded;
-        told.push((row, report));
+        let is_overloaded = point.is_overloaded;
+        measured.push((point, report));
         if session.stop.is_cancelled() {
             end = Some("interrupted".to_owned());
             break;
@@ -62,8 +62,8 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
     if let Some(end) = &end {
         session.printer.status(format_args!("stopped: {end}"));
     }
-    session.finish("sweep", document(session, points, &told, end.as_ref()))?;
-    let has_failed = told.iter().any(|(row, _)| row.failed > 0);
+    session.finish("sweep", document(session, points, &measured, end.as_ref()))?;
+    let has_failed = measured.iter().any(|(point, _)| point.failed > 0);
     let is_stopped = session.stop.is_cancelled();
     Ok(session.arguments.output.exit_status(is_stopped, has_failed))
 }
@@ -100,17 +100,17 @@ async fn point(
     label: &str,
 ) -> Result<(Report, bool), Failure> {
     let cut = session.stop.child_token();
-    let next_look = Cell::new(FEWEST);
-    let look = |records: &[Record]| {
+    let next_check = Cell::new(FEWEST);
+    let check_overload = |records: &[Record]| {
         // A tenth more each time, so that looking costs little beside what is looked at.
-        if axis == Axis::Rate && records.len() >= next_look.get() {
-            next_look.set(records.len() + records.len() / 10);
+        if axis == Axis::Rate && records.len() >= next_check.get() {
+            next_check.set(records.len() + records.len() / 10);
             if is_overloaded(records) {
                 cut.cancel();
             }
         }
     };
-    let report = session.run(spec, label, &look, cut.clone()).await?;
+    let report = session.run(spec, label, &check_overload, cut.clone()).await?;
     let was_cut = cut.is_cancelled() && !session.stop.is_cancelled();
     Ok((report, was_cut))
 }
@@ -135,7 +135,7 @@ fn header(axis: Axis, has_objectives: bool) -> String {
     .to_owned()
 }
 
-fn line(row: &Row, has_objectives: bool) -> String {
+fn line(point: &SweepPoint, has_objectives: bool) -> String {
     let high = |distribution: &Distribution| {
         let found = distribution
             .percentiles
@@ -143,44 +143,40 @@ fn line(row: &Row, has_objectives: bool) -> String {
             .find(|(percentile, _)| *percentile >= 99.0);
         found.map_or_else(|| "-".to_owned(), |(_, value)| format!("{value:.1}"))
     };
-    let good = row.goodput.filter(|_| has_objectives);
+    let good = point.goodput.filter(|_| has_objectives);
     let good = good.map(|rate| format!("{rate:>7.2} ")).unwrap_or_default();
-    let failed = (row.failed > 0).then(|| format!("{} failed", row.failed));
-    let standings = [
-        row.is_overloaded.then(|| "overloaded".to_owned()),
+    let failed = (point.failed > 0).then(|| format!("{} failed", point.failed));
+    let states = [
+        point.is_overloaded.then(|| "overloaded".to_owned()),
         failed,
-        row.invalid.as_ref().map(|_| "not valid".to_owned()),
-        row.is_partial.then(|| "ended early".to_owned()),
+        point.invalid.as_ref().map(|_| "not valid".to_owned()),
+        point.is_partial.then(|| "ended early".to_owned()),
     ];
     format!(
         "{:>7} {:>8.2} {:>8.1} {:>8} {:>8.2} {:>7} {:>8.1} {good}{}",
-        row.asked,
-        row.served,
-        row.ttft.median,
-        high(&row.ttft),
-        row.tpot.median,
-        high(&row.tpot),
-        row.output_throughput,
+        point.asked,
+        point.served,
+        point.ttft.median,
+        high(&point.ttft),
+        point.tpot.median,
+        high(&point.tpot),
+        point.output_throughput,
         // The worst one: all are told below.
-        standings
-            .into_iter()
-            .flatten()
-            .next()
-            .unwrap_or_else(|| "ok".to_owned())
+        states.into_iter().flatten().next().unwrap_or_else(|| "ok".to_owned())
     )
 }
 
 fn document(
     session: &Session<'_>,
     points: &Points,
-    told: &[(Row, Report)],
+    measured: &[(SweepPoint, Report)],
     end: Option<&String>,
 ) -> [(&'static str, Value); 3] {
     let detailed = session.arguments.output.save_detailed;
-    let entries: Vec<Value> = told
+    let entries: Vec<Value> = measured
         .iter()
-        .map(|(row, report)| {
-            let mut entry = row.to_json();
+        .map(|(point, report)| {
+            let mut entry = point.to_json();
             entry["seed"] = json!(report.spec.workload.seed());
             entry["result"] = report.to_json(detailed);
             entry
@@ -205,7 +201,7 @@ mod tests {
             deviation: 0.0,
             percentiles: vec![(99.0, 98_765.4)],
         };
-        let row = Row {
+        let point = SweepPoint {
             asked: 1024.25,
             sent: 1024.0,
             served: 12_345.67,
@@ -221,7 +217,7 @@ mod tests {
             is_partial: true,
             invalid: Some("a long reason".to_owned()),
         };
-        let line = line(&row, true);
+        let line = line(&point, true);
         assert!(line.len() <= 80 && line.ends_with("overloaded"), "{line}");
         let header = header(Axis::Rate, true);
         assert!(header.ends_with("GOOD/S") && header.len() < line.len(), "{header}");

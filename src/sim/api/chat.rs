@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use super::request::{Common, Job, Message, Particulars, TellUsage, read, template};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
-use crate::sim::sequence::{End, Output, Times, TokenLogprob};
-use crate::sim::tokens::{VOCABULARY, decode, encode};
+use crate::sim::engine_core::sequence::{End, Output, Times, TokenLogprob};
+use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 
 /// The fields that only chat has.
 #[derive(Debug, Deserialize)]

@@ -22,13 +22,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use super::blocks::BlockPool;
-use super::kv_params::{self, ConnectorKind, Transfer};
-use super::metrics::Metrics;
-use super::options::Options;
-use super::scheduler::{Command, Stage};
-use super::sequence::{End, Output, Request, Sampling};
-use super::tokens::{VOCABULARY, decode, encode};
+use crate::sim::engine_core::scheduler::{Command, Stage};
+use crate::sim::engine_core::sequence::{End, Output, Request, Sampling};
+use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
+use crate::sim::kv::blocks::BlockPool;
+use crate::sim::kv::params::{self, ConnectorKind, Transfer};
+use crate::sim::metrics::Metrics;
+use crate::sim::options::Options;
 use request::{Common, Job};
 
 /// Largest body of a request, in bytes.
@@ -110,7 +110,7 @@ pub(crate) fn router(api: Arc<Api>) -> Router {
         .route("/ping", get(health).post(health))
         .route(
             "/version",
-            get(async || Json(json!({"version": super::VLLM_VERSION, "simulated": true}))),
+            get(async || Json(json!({"version": crate::sim::VLLM_VERSION, "simulated": true}))),
         )
         .route("/load", get(async || Json(json!({"server_load": 0}))))
         .route("/metrics", get(metrics))
@@ -257,7 +257,7 @@ fn request_id(headers: &HeaderMap, common: &Common) -> String {
 impl Api {
     /// A request is refused; the blocks that its parameters name are given back.
     fn refuse(&self, common: &Common, error: ApiError) -> ApiError {
-        if let Transfer::Pull(params) = kv_params::read(self.kind, common.kv_transfer_params.as_ref()) {
+        if let Transfer::Pull(params) = params::read(self.kind, common.kv_transfer_params.as_ref()) {
             // A full queue leaves it to the lease.
             drop(self.commands.try_send(Command::Release(params)));
         }

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 use super::request::{Common, Message, Particulars, read, template};
 use super::{Api, ApiError, collect, event_stream, now, request_id};
-use crate::sim::sequence::{End, Output};
-use crate::sim::tokens::encode;
+use crate::sim::engine_core::sequence::{End, Output};
+use crate::sim::engine_core::tokens::encode;
 
 /// The fields of both routes that shape the prompt and the limit.
 #[derive(Deserialize)]

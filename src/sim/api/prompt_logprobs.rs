@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::sim::sequence::TokenLogprob;
-use crate::sim::tokens::{KvState, decode};
+use crate::sim::engine_core::sequence::TokenLogprob;
+use crate::sim::engine_core::tokens::{KvState, decode};
 
 /// Of every token but the first one, before which there is nothing.
 pub(super) fn of(prompt: &[u32], alternatives: u32) -> Vec<Option<TokenLogprob>> {

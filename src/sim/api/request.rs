@@ -10,9 +10,9 @@ use serde_json::{Map, Value};
 
 use super::structured::{StructuredOutputs, texts};
 use super::{Api, ApiError};
-use crate::sim::kv_params::{self, Transfer};
-use crate::sim::sequence::Sampling;
-use crate::sim::tokens::encode;
+use crate::sim::engine_core::sequence::Sampling;
+use crate::sim::engine_core::tokens::encode;
+use crate::sim::kv::params::{self, Transfer};
 
 /// The fields that completions and chat share.
 #[derive(Debug, Deserialize)]
@@ -173,7 +173,7 @@ impl Common {
             return Err(ApiError::bad_request(message, Some("n")));
         }
         let params = self.kv_transfer_params.as_ref();
-        let mut transfer = kv_params::read(api.kind, params);
+        let mut transfer = params::read(api.kind, params);
         if of.needs_prompt && matches!(transfer, Transfer::Pull(_)) {
             transfer = Transfer::None;
         }

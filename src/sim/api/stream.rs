@@ -6,7 +6,7 @@ use futures_util::stream::unfold;
 use tokio::sync::mpsc;
 
 use super::ApiError;
-use crate::sim::sequence::{End, Output};
+use crate::sim::engine_core::sequence::{End, Output};
 
 /// Turns the news of a request into the events of one kind of stream.
 pub(super) trait Render: Send + 'static {

@@ -1,16 +1,16 @@
-//! What events say, parsed or only scanned.
+//! Tests of event reading, parsed and scanned.
 
 use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::bench::record::Told;
+use crate::bench::record::ServerTimings;
 
 fn milliseconds(value: u64) -> Duration {
     Duration::from_millis(value)
 }
 
-fn read_with(texts: Texts, events: &[(&str, u64)]) -> Result<Answer, String> {
+fn read_with(texts: TextPolicy, events: &[(&str, u64)]) -> Result<Answer, String> {
     let is_chat = events.iter().any(|(event, _)| event.contains("\"delta\""));
     let backend = if is_chat { Backend::Chat } else { Backend::Completions };
     let scanner = Scanner::new(texts, backend);
@@ -23,13 +23,13 @@ fn read_with(texts: Texts, events: &[(&str, u64)]) -> Result<Answer, String> {
         .map_err(|error| crate::report::one_line(&error))
 }
 
-/// The answer, which must not depend on what becomes of texts, but for the text.
+/// The answer, which must be the same under every text policy, except for the text.
 fn read(events: &[(&str, u64)]) -> Result<Answer, String> {
-    let kept = read_with(Texts::Keep, events);
+    let kept = read_with(TextPolicy::Keep, events);
     let text = kept.as_ref().map(|answer| answer.text.clone()).unwrap_or_default();
-    let scanned = read_with(Texts::Drop, events).map(|answer| Answer { text, ..answer });
+    let scanned = read_with(TextPolicy::Drop, events).map(|answer| Answer { text, ..answer });
     assert_eq!(scanned, kept);
-    let counted = read_with(Texts::Count, events);
+    let counted = read_with(TextPolicy::Count, events);
     let tells = kept.as_ref().is_ok_and(|answer| answer.completion_tokens.is_some());
     let expected = kept.clone().map(|answer| Answer {
         text: if tells { String::new() } else { answer.text },
@@ -58,14 +58,14 @@ fn latencies_end_at_the_last_chunk_with_a_choice() {
         prompt_tokens: Some(7),
         completion_tokens: Some(5),
         text: "ab".to_owned(),
-        told: Told::default(),
+        timings: ServerTimings::default(),
         ..Answer::default()
     };
     assert_eq!(answer, Ok(expected));
 }
 
 #[test]
-fn a_chunk_of_a_chat_counts_if_it_holds_output_and_the_one_that_names_the_role_holds_none() {
+fn a_chat_chunk_that_only_names_the_role_is_no_token() {
     let chunk = |delta: &str| format!(r#"{{"choices":[{{"delta":{delta}}}]}}"#);
     let deltas = [
         r#"{"role":"assistant","content":""}"#,
@@ -82,7 +82,7 @@ fn a_chunk_of_a_chat_counts_if_it_holds_output_and_the_one_that_names_the_role_h
     events.push(("[DONE]", 20));
     let answer = read(&events[1..]).unwrap();
     assert_eq!((answer.first_token.as_millis(), answer.gaps.len()), (2, 4));
-    let answer = read_with(Texts::Keep, &events).unwrap();
+    let answer = read_with(TextPolicy::Keep, &events).unwrap();
     assert_eq!((answer.first_token.as_millis(), answer.latency.as_millis()), (2, 7));
     assert_eq!((answer.gaps.len(), answer.text.as_str()), (4, "hi you"));
     let only_a_role = read(&[events[0], ("[DONE]", 20)]);
@@ -90,7 +90,7 @@ fn a_chunk_of_a_chat_counts_if_it_holds_output_and_the_one_that_names_the_role_h
 }
 
 #[test]
-fn an_answer_that_ends_badly_fails_whatever_the_server_calls_it() {
+fn failure_finish_reasons_fail_the_request() {
     let token = (r#"{"choices":[{"text":"a","finish_reason":null}]}"#, 1);
     for reason in [
         r#""error""#,
@@ -110,7 +110,7 @@ fn an_answer_that_ends_badly_fails_whatever_the_server_calls_it() {
         }
     }
     let mut named = Events::default();
-    let scanner = Scanner::new(Texts::Drop, Backend::Completions);
+    let scanner = Scanner::new(TextPolicy::Drop, Backend::Completions);
     let error = named
         .take(&scanner, b"error", b"out of luck", milliseconds(1))
         .unwrap_err();
@@ -118,7 +118,7 @@ fn an_answer_that_ends_badly_fails_whatever_the_server_calls_it() {
 }
 
 #[test]
-fn an_answer_is_whole_once_it_has_ended_for_a_reason_or_is_done() {
+fn an_answer_is_complete_with_a_finish_reason_or_done() {
     let token = (r#"{"choices":[{"text":"a"}]}"#, 1);
     for reason in ["stop", "length", "eos_token", "content_filter", "tool_calls"] {
         let end = format!(r#"{{"choices":[{{"text":"b","finish_reason":"{reason}"}}]}}"#);
@@ -139,7 +139,7 @@ fn tokens_of_a_chunk_are_counted_by_their_ids() {
 }
 
 #[test]
-fn tokens_of_a_chunk_are_counted_by_usage_that_runs_along() {
+fn tokens_of_a_chunk_are_counted_by_continuous_usage() {
     let answer = read(&[
         (
             r#"{"choices":[{"text":"a"}],"usage":{"prompt_tokens":7,"completion_tokens":1}}"#,
@@ -157,7 +157,7 @@ fn tokens_of_a_chunk_are_counted_by_usage_that_runs_along() {
 }
 
 #[test]
-fn a_count_that_not_every_chunk_has_is_none() {
+fn a_partial_token_count_is_ignored() {
     let answer = read(&[
         (r#"{"choices":[{"text":"a","token_ids":[5]}]}"#, 1),
         (r#"{"choices":[{"text":"b"}]}"#, 2),
@@ -168,7 +168,7 @@ fn a_count_that_not_every_chunk_has_is_none() {
 }
 
 #[test]
-fn a_stream_that_does_not_hold_a_whole_answer_fails_with_the_reason() {
+fn an_incomplete_stream_fails_with_the_reason() {
     let token = (r#"{"choices":[{"text":"a"}]}"#, 1);
     assert_eq!(read(&[("[DONE]", 1)]).unwrap_err(), "the stream ended without a token");
     assert_eq!(read(&[token]).unwrap_err(), "the stream ended early, without `[DONE]`");
@@ -180,15 +180,15 @@ fn a_stream_that_does_not_hold_a_whole_answer_fails_with_the_reason() {
     assert!(
         read(&[token, ("{", 1)])
             .unwrap_err()
-            .starts_with("the stream holds what is no completion chunk: ")
+            .starts_with("the stream contains an event that is not a completion chunk: ")
     );
 }
 
 #[test]
 fn late_reads_are_counted_apart_from_times() {
-    let scanner = Scanner::new(Texts::Drop, Backend::Completions);
+    let scanner = Scanner::new(TextPolicy::Drop, Backend::Completions);
     let started = Instant::now();
-    let mut reader = Reader::new(&scanner, started);
+    let mut reader = ResponseReader::new(&scanner, started);
     for (at, waited) in [(10, 4), (20, 1)] {
         let timestamp = RxTimestamp {
             at: started + milliseconds(at),
@@ -208,15 +208,15 @@ fn late_reads_are_counted_apart_from_times() {
         (answer.first_token, answer.latency),
         (milliseconds(10), milliseconds(20))
     );
-    let backlog = answer.backlog;
-    assert_eq!((backlog.reads, backlog.unknown), (2, 1));
-    assert_eq!((backlog.total, backlog.most), (milliseconds(5), milliseconds(4)));
+    let read_delay = answer.read_delay;
+    assert_eq!((read_delay.reads, read_delay.unknown), (2, 1));
+    assert_eq!((read_delay.total, read_delay.most), (milliseconds(5), milliseconds(4)));
 }
 
 proptest! {
-    /// Whatever a text holds: names that the scan looks for, quotes, braces.
+    /// Texts with the names that the scanner looks for, quotes and braces.
     #[test]
-    fn a_scan_says_what_parsing_says(
+    fn scanning_equals_parsing(
         texts in prop::collection::vec(
             prop_oneof![
                 "[a-z\"\\\\:{}\\[\\], ]{0,12}",

@@ -1,4 +1,4 @@
-//! What every chart shares: two widths, so that letters stay legible on a phone without any script, and the axes.
+//! Common parts of all charts: two widths, so that text is legible on a phone without a script, and the axes.
 
 use std::fmt::{self, Write as _};
 
@@ -6,7 +6,7 @@ use maud::{Markup, html};
 
 use super::number::{Axis, pixel, tick};
 
-/// A chart is drawn once for a page and once for a phone; the style sheet shows one of them.
+/// A chart is drawn twice, for a wide page and for a phone; the style sheet shows one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Size {
     Wide,
@@ -14,12 +14,12 @@ pub(super) enum Size {
 }
 
 impl Size {
-    /// Pixels from edge to edge.
+    /// Width in pixels.
     pub(super) fn width(self) -> f64 {
         self.pick(960.0, 380.0)
     }
 
-    /// The first and the last pixel of the plot across: left of it stand the numbers.
+    /// The first and last horizontal pixel of the plot. The axis labels are left of it.
     pub(super) fn plot(self) -> (f64, f64) {
         (self.pick(56.0, 42.0), self.width() - self.pick(20.0, 14.0))
     }
@@ -32,7 +32,7 @@ impl Size {
     }
 }
 
-/// The commands of an SVG path. One path of many shapes is far smaller than many elements.
+/// The commands of an SVG path. One path of many shapes is much smaller than many elements.
 #[derive(Debug, Default)]
 pub(super) struct Path(String);
 
@@ -63,7 +63,7 @@ impl Path {
         self.add(format_args!("Z"))
     }
 
-    /// A filled bar that is always wide enough to leave a trace.
+    /// A filled bar, at least 0.1 pixels wide.
     pub(super) fn bar(&mut self, (from, to): (f64, f64), y: f64, thickness: f64) {
         let width = pixel((to - from).max(0.1));
         self.move_to(from, y)
@@ -77,7 +77,7 @@ impl Path {
             .add(format_args!("l{length} {length}m-{length} 0l{length} -{length}"));
     }
 
-    /// A line of no length: with round ends it is a dot.
+    /// A line of zero length, which round line ends turn into a dot.
     pub(super) fn dot(&mut self, x: f64, y: f64) {
         self.move_to(x, y).add(format_args!("h0"));
     }
@@ -87,8 +87,8 @@ impl Path {
     }
 }
 
-/// One chart in both widths. `label` says in words what it shows, for those who do not see it; `draw` gives the height
-/// in pixels and the picture.
+/// A chart in both widths. `label` describes it for screen readers; `draw` returns the height in pixels and the
+/// picture.
 pub(super) fn chart(class: &str, label: &str, draw: impl Fn(Size) -> (f64, Markup)) -> Markup {
     html! {
         @for (size, name) in [(Size::Wide, "wide"), (Size::Narrow, "narrow")] {
@@ -99,7 +99,7 @@ pub(super) fn chart(class: &str, label: &str, draw: impl Fn(Size) -> (f64, Marku
     }
 }
 
-/// The axis along the bottom: a line up from each tick, and its number below. The last number names the unit.
+/// The bottom axis: a grid line at each tick, and its number below. The last number has the unit.
 pub(super) fn bottom_axis(axis: &Axis, size: Size, (top, bottom): (f64, f64), unit: &str) -> Markup {
     let ticks = axis.ticks(size.pick(10, 4));
     html! {
@@ -113,7 +113,7 @@ pub(super) fn bottom_axis(axis: &Axis, size: Size, (top, bottom): (f64, f64), un
     }
 }
 
-/// The lines of the axis along the bottom without its numbers, for a panel above another one.
+/// The grid lines of the bottom axis without numbers, for an upper panel.
 pub(super) fn down_lines(axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
     let mut lines = Path::default();
     for value in axis.ticks(size.pick(10, 4)) {
@@ -122,7 +122,7 @@ pub(super) fn down_lines(axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> 
     html! { path.grid d=(lines.text()) {} }
 }
 
-/// The axis at the left: a line across at each tick, and its number before it.
+/// The left axis: a grid line at each tick, and its number at the left.
 pub(super) fn left_axis(axis: &Axis, size: Size, about: usize, text: impl Fn(f64) -> String) -> Markup {
     let (left, right) = size.plot();
     html! {
@@ -134,12 +134,12 @@ pub(super) fn left_axis(axis: &Axis, size: Size, about: usize, text: impl Fn(f64
     }
 }
 
-/// The name of a panel, above its left end.
+/// The title of a panel, above its left end.
 pub(super) fn panel_name(y: f64, name: &str) -> Markup {
     html! { text.panel x="0" y=(pixel(y)) { (name) } }
 }
 
-/// A value that stands out: a line down through the panels, named at its upper end.
+/// A marked value: a vertical line through the panels, with a label at its upper end.
 #[derive(Debug)]
 pub(super) struct Mark {
     pub(super) value: f64,
@@ -148,17 +148,17 @@ pub(super) struct Mark {
     pub(super) class: &'static str,
 }
 
-/// The height of one mark's name.
+/// Height of a mark's label.
 pub(super) const MARK_HEIGHT: f64 = 17.0;
 
-/// Marks, each with its name on a line of its own so that none covers another.
+/// Draws marks, each with its label in a row of its own, so that labels do not overlap.
 pub(super) fn marks(marks: &[Mark], axis: &Axis, top: f64, bottom: f64) -> Markup {
     let y = |place: usize| top + place as f64 * MARK_HEIGHT;
     html! {
         @for (place, mark) in marks.iter().enumerate() {
             path class={ "mark " (mark.class) } d={ "M" (pixel(axis.at(mark.value))) " " (pixel(y(place) + 2.0)) "V" (pixel(bottom)) } {}
         }
-        // After all lines, so that none strikes a name through.
+        // After all lines, so that no line crosses a label.
         @for (place, mark) in marks.iter().enumerate() {
             @let (x, anchor) = beside(axis.at(mark.value), &mark.text, axis.pixels());
             text class={ "name " (mark.class) } x=(pixel(x)) y=(pixel(y(place) + 12.0)) text-anchor=(anchor) { (mark.text) }
@@ -166,10 +166,10 @@ pub(super) fn marks(marks: &[Mark], axis: &Axis, top: f64, bottom: f64) -> Marku
     }
 }
 
-/// Where a name stands beside a line: right of it, else left, else as far right as there is room.
+/// The position of a label: right of its line, else left of it, else at the right end.
 fn beside(line: f64, text: &str, (left, right): (f64, f64)) -> (f64, &'static str) {
     const GAP: f64 = 6.0;
-    // Of the letters of the style sheet's 12 pixels.
+    // The width of letters of 12 pixels.
     let width = text.chars().count() as f64 * 6.6;
     if line + GAP + width <= right {
         (line + GAP, "start")

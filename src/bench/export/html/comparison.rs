@@ -1,4 +1,4 @@
-//! The page of a comparison of two runs, or of two servers: every change with its interval, as one picture and as a table.
+//! The page of a comparison of two runs or two servers: every change with its interval, as a chart and a table.
 
 use maud::{Markup, html};
 use serde_json::Value;
@@ -6,19 +6,19 @@ use serde_json::Value;
 use super::chart::{Path, Size, bottom_axis, chart};
 use super::number::{Axis, finite, hundredths, pixel};
 
-/// Rows that are shown.
+/// Most rows.
 const MOST_ROWS: usize = 60;
-/// A change beyond this, in per cent, stands at the end of the axis.
+/// Changes beyond this, in percent, are drawn at the end of the axis.
 const FARTHEST: f64 = 200.0;
 
-/// One measure of both.
+/// One measure of both runs.
 #[derive(Debug)]
-struct Row {
+struct Measure {
     name: String,
     key: String,
     before: Option<f64>,
     after: Option<f64>,
-    /// In per cent.
+    /// Change in percent.
     change: Option<f64>,
     interval: Option<(f64, f64)>,
     verdict: String,
@@ -26,9 +26,9 @@ struct Row {
 
 pub(super) fn of(document: &Value) -> Markup {
     let measures = document["measures"].as_object().into_iter().flatten();
-    let rows: Vec<Row> = measures
+    let rows: Vec<Measure> = measures
         .take(MOST_ROWS)
-        .map(|(name, entry)| Row::of(name, entry))
+        .map(|(name, entry)| Measure::of(name, entry))
         .collect();
     let caveats = document["caveats"]
         .as_array()
@@ -43,9 +43,9 @@ pub(super) fn of(document: &Value) -> Markup {
             div.banner role="note" { strong { "Not like with like" } ul { @for caveat in caveats { li { bdi { (caveat) } } } } }
         }
         section { h2 { "Changes from A to B" } figure {
-            (chart("changes", "The change of each measure with its interval of 95 %; the table below has the numbers", |size| picture(&rows, size)))
-            figcaption { "A dot is the change, the line through it the interval that holds the true one in 95 of 100 cases. A line that \
-                crosses 0 may be chance alone. A cross has no interval: how sure it is, is not known." }
+            (chart("changes", "The change of each measure with its 95 % interval; the table below has the numbers", |size| picture(&rows, size)))
+            figcaption { "A dot is the change, and the line through it is its 95 % confidence interval. If the line \
+                crosses 0, the change is not significant. A cross is a change without an interval." }
         } }
         section { h2 { "Measures" } (table(&rows)) }
     }
@@ -58,7 +58,7 @@ fn side(name: &str, side: &Value) -> Markup {
     }
 }
 
-impl Row {
+impl Measure {
     fn of(name: &str, entry: &Value) -> Self {
         let percent = |value: &Value| value.as_f64().map(|share| finite(share) * 100.0);
         let ends = entry["interval"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -77,13 +77,13 @@ impl Row {
     }
 }
 
-/// What matters most, in a sentence.
-fn headline(rows: &[Row]) -> String {
+/// The main result in one sentence.
+fn headline(rows: &[Measure]) -> String {
     let change = |key: &str, what: &str| {
         let row = rows.iter().find(|row| row.key == key)?;
         let change = row.change?;
-        let standing = row.standing();
-        Some(match standing {
+        let css_class = row.css_class();
+        Some(match css_class {
             "" if row.interval.is_some() => format!("no difference seen {what}"),
             _ => format!(
                 "{:.1} % {} {what}",
@@ -92,22 +92,22 @@ fn headline(rows: &[Row]) -> String {
             ),
         })
     };
-    let told: Vec<String> = [
+    let sentences: Vec<String> = [
         change("mean_ttft_ms", "to the first token"),
         change("mean_tpot_ms", "per later token"),
     ]
     .into_iter()
     .flatten()
     .collect();
-    if told.is_empty() {
-        return "From A to B: what changed, and whether it is more than chance.".to_owned();
+    if sentences.is_empty() {
+        return "The changes from A to B, with confidence intervals.".to_owned();
     }
-    format!("B against A: {}.", told.join(", "))
+    format!("B against A: {}.", sentences.join(", "))
 }
 
-impl Row {
-    /// The class of its colour: whether B is better, worse, or neither for sure.
-    fn standing(&self) -> &'static str {
+impl Measure {
+    /// The CSS class: whether B is significantly better or worse.
+    fn css_class(&self) -> &'static str {
         match self.verdict.as_str() {
             "faster" | "higher" | "better" => "better",
             "slower" | "lower" | "worse" => "worse",
@@ -116,9 +116,9 @@ impl Row {
     }
 }
 
-fn picture(rows: &[Row], size: Size) -> (f64, Markup) {
+fn picture(rows: &[Measure], size: Size) -> (f64, Markup) {
     const PITCH: f64 = 26.0;
-    let drawn: Vec<(&Row, f64)> = rows.iter().filter_map(|row| Some((row, row.change?))).collect();
+    let drawn: Vec<(&Measure, f64)> = rows.iter().filter_map(|row| Some((row, row.change?))).collect();
     let ends = drawn.iter().flat_map(|(row, change)| {
         let (low, high) = row.interval.unwrap_or((*change, *change));
         [low.abs(), high.abs(), change.abs()]
@@ -134,7 +134,7 @@ fn picture(rows: &[Row], size: Size) -> (f64, Markup) {
             intervals.move_to(axis.at(low), y).across_to(axis.at(high));
             dots.dot(axis.at(*change), y);
         } else {
-            // How sure it is, nobody knows.
+            // The interval is unknown.
             unsure.cross((axis.at(*change), y), 3.0);
         }
     }
@@ -151,7 +151,7 @@ fn picture(rows: &[Row], size: Size) -> (f64, Markup) {
     (bottom + 24.0, picture)
 }
 
-fn table(rows: &[Row]) -> Markup {
+fn table(rows: &[Measure]) -> Markup {
     let number = |value: Option<f64>| value.map(hundredths).unwrap_or_default();
     html! {
         div.scroll { table.numbers {
@@ -167,7 +167,7 @@ fn table(rows: &[Row]) -> Markup {
                         td { (number(row.after)) }
                         td { @if let Some(change) = row.change { (format!("{change:+.1} %")) } }
                         td { @if let Some((low, high)) = row.interval { (format!("{low:+.1} to {high:+.1} %")) } }
-                        td class={ "text " (row.standing()) } { bdi { (row.verdict) } }
+                        td class={ "text " (row.css_class()) } { bdi { (row.verdict) } }
                     }
                 }
             }

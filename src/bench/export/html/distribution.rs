@@ -1,4 +1,4 @@
-//! How a latency is spread: how many values there are of each size, and below it the share that is longer or not.
+//! The distribution of a latency: a histogram, and below it the cumulative share.
 
 use maud::{Markup, html};
 
@@ -6,28 +6,28 @@ use super::chart::{MARK_HEIGHT, Mark, Path, Size, bottom_axis, chart, down_lines
 use super::number::{Axis, percent, pixel, place, round_up, span, tick, whole};
 use crate::bench::stats::percentile_of_sorted;
 
-/// From this many values on the tail is worth an axis of its own.
+/// From this number of values on, the lower chart shows the tail.
 const MANY: usize = 1000;
-/// Up to this many values each one is drawn.
+/// Up to this number of values, each one is drawn.
 const FEW: usize = 200;
-/// Steps of a curve: more of them than pixels show nothing.
+/// Most steps of a curve; more than pixels show nothing.
 const MOST_STEPS: usize = 500;
-/// From this ratio of the largest to the smallest on the axis is logarithmic.
+/// From this ratio of the largest to the smallest value on, the axis is logarithmic.
 const WIDE_RANGE: f64 = 10.0;
-/// Values below this share of the median stand at the lower end of a logarithmic axis: chunks that were read at once have
-/// gaps of microseconds, which tell of the network and would take most of the picture.
+/// Values below this share of the median are drawn at the lower end of a logarithmic axis. Chunks that were read
+/// together have gaps of microseconds, which would take most of the picture.
 const LOWEST_SHARE: f64 = 0.1;
 
-/// What is drawn.
+/// The data of the chart.
 #[derive(Debug)]
-pub(super) struct Spread<'a> {
+pub(super) struct LatencyDistribution<'a> {
     /// `TTFT`.
     pub(super) name: &'a str,
-    /// What there is one value of: `requests`.
+    /// What has one value each: `requests`.
     pub(super) noun: &'a str,
-    /// In seconds, ascending, at least one.
+    /// Values in seconds, ascending, at least one.
     pub(super) sorted: &'a [f64],
-    /// What a good request keeps to, in seconds.
+    /// The objective in seconds.
     pub(super) objective: Option<f64>,
 }
 
@@ -39,7 +39,7 @@ struct Bin {
     count: usize,
 }
 
-impl Spread<'_> {
+impl LatencyDistribution<'_> {
     pub(super) fn figure(&self) -> Markup {
         let floor = self.floor();
         let below = self.sorted.partition_point(|value| *value < floor);
@@ -54,7 +54,7 @@ impl Spread<'_> {
         }
     }
 
-    /// The least value that a logarithmic axis shows.
+    /// The lowest value of a logarithmic axis.
     fn floor(&self) -> f64 {
         self.sorted[0].max(percentile_of_sorted(self.sorted, 50.0) * LOWEST_SHARE)
     }
@@ -63,7 +63,7 @@ impl Spread<'_> {
         self.sorted[self.sorted.len() - 1] > self.floor() * WIDE_RANGE
     }
 
-    /// The chart in words.
+    /// The description for screen readers.
     fn label(&self) -> String {
         let at = |percentile| span(percentile_of_sorted(self.sorted, percentile));
         let objective = self.objective.map(|limit| format!(", {}", self.kept(limit)));
@@ -135,7 +135,7 @@ impl Spread<'_> {
             (self.curve(&axis, size, lower, scale))
             (bottom_axis(&axis, size, lower, unit))
             (marks(&named, &axis, 22.0, lower.1))
-            // Last, because a mark may cross them.
+            // Last, because a mark can cross them.
             (panel_name(12.0, &format!("{} by {} (in {unit}{scale_axis})", capital(self.noun), self.name)))
             (panel_name(lower.0 - 12.0, curve_name))
         };
@@ -151,7 +151,7 @@ impl Spread<'_> {
             (left_axis(&height, size, 4, tick))
             @for bin in bins.iter().filter(|bin| bin.count > 0) {
                 @let (from, to) = (axis.at(bin.from), axis.at(bin.to));
-                // The least bar still shows, or a slow request among thousands would not be seen.
+                // The smallest bar is visible, so that one slow request among thousands is seen.
                 @let y = height.at(bin.count as f64).min(bottom - 1.5);
                 rect.bar x=(pixel(from)) y=(pixel(y)) width=(pixel((to - from - 1.0).max(1.0))) height=(pixel(bottom - y)) {
                     title { (whole(bin.count)) " from " (span(bin.from / scale)) " to " (span(bin.to / scale)) }
@@ -163,7 +163,7 @@ impl Spread<'_> {
         }
     }
 
-    /// The share of values up to each size; where there are many, the share beyond it, so that the tail can be read.
+    /// The share of values up to each size. For many values the share beyond it, so that the tail is legible.
     fn curve(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64), scale: f64) -> Markup {
         let count = self.sorted.len();
         let is_tail = count >= MANY;
@@ -190,7 +190,7 @@ impl Spread<'_> {
     }
 }
 
-/// Ranks to draw: all of few; of many, evenly in the share that the axis shows.
+/// The ranks to draw: all of them, or a selection that is even in the share.
 fn ranks(count: usize, is_tail: bool) -> Vec<usize> {
     if count <= MOST_STEPS {
         return (0..count).collect();
@@ -210,7 +210,7 @@ fn ranks(count: usize, is_tail: bool) -> Vec<usize> {
     ranks
 }
 
-/// Equal steps along the axis; their number by the rule of Freedman and Diaconis, on the axis as it is drawn.
+/// Bins of equal width on the axis; their number by the rule of Freedman and Diaconis.
 fn bins(sorted: &[f64], axis: &Axis, scale: f64, most: usize) -> Vec<Bin> {
     let share = |value: f64| axis.share(value * scale);
     let at = |percentile| share(percentile_of_sorted(sorted, percentile));

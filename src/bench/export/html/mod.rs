@@ -1,8 +1,8 @@
-//! The report as one page of HTML that needs nothing else: no network, and no script to be read.
+//! The report as one self-contained HTML page: it needs no network, and no script to be read.
 //!
-//! It is a function of the result file, so a run and a file saved earlier, by xpyd or by `vllm bench serve`, give the same
-//! page. Texts of servers and models stand in it only escaped. Its size is bounded: charts of many requests are drawn from a
-//! sample, and say so.
+//! The page is a function of the result file, so a finished run and a saved file, of xpyd or of `vllm bench serve`,
+//! give the same page. Texts from servers and models are escaped. The size is limited: charts of many requests show a
+//! sample and say so.
 
 mod chart;
 mod comparison;
@@ -24,23 +24,23 @@ use super::super::report::Report;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The page of a run that has just ended.
+/// The page of a finished run.
 pub(crate) fn of_report(report: &Report) -> String {
     page::of_run(&Run::of(report)).into_string()
 }
 
-/// For the result file: what the server told of each request, so that a page can be made of the file later.
+/// The stages of each request for the result file, so that a page can be made from it later.
 pub(super) fn stages(report: &Report) -> Value {
     run::stages_to_json(&report.records)
 }
 
-/// The page of a saved result: xpyd's or that of `vllm bench serve --save-result`, best with `--save-detailed`; or of a
-/// sweep, a search, or a comparison.
+/// The page of a saved result of xpyd or `vllm bench serve --save-result`, best with `--save-detailed`; or of a sweep,
+/// a search or a comparison.
 ///
 /// # Errors
-/// When the text is no such result.
+/// When the text is not such a result.
 pub fn of_file(text: &str) -> Result<String, ResultFileError> {
-    /// What tells a result of several runs from that of one.
+    /// The key that only results of several runs have.
     #[derive(Deserialize)]
     struct Kind {
         #[serde(rename = "xpyd_bench")]
@@ -53,7 +53,7 @@ pub fn of_file(text: &str) -> Result<String, ResultFileError> {
     Ok(page::of_run(&Run::read(text)?).into_string())
 }
 
-/// The page of a sweep, a search or a comparison, of what `--json` prints of it; nothing of anything else.
+/// The page of a sweep, a search or a comparison from its JSON; `None` for other JSON.
 pub fn of_document(document: &Value) -> Option<String> {
     page::of_document(document).map(maud::Markup::into_string)
 }

@@ -1,11 +1,11 @@
-//! Numbers as people read them, and the axes that they stand on. Pure.
+//! Number formats for people, and chart axes. Pure.
 
-/// A number that can be drawn: what is none counts as 0.
+/// A finite number; anything else becomes 0.
 pub(super) fn finite(value: f64) -> f64 {
     if value.is_finite() { value } else { 0.0 }
 }
 
-/// The whole part of a number from 0 up, as a place in a list.
+/// The whole part of a non-negative number, as an index.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -15,7 +15,7 @@ pub(super) fn place(value: f64) -> usize {
     value as usize
 }
 
-/// A length of time in the unit that suits it, with three digits: `0.42 ms`, `303 ms`, `2.10 s`.
+/// A duration in a suitable unit with three digits: `0.42 ms`, `303 ms`, `2.10 s`.
 pub(super) fn span(seconds: f64) -> String {
     let milliseconds = seconds * 1000.0;
     if seconds >= 600.0 {
@@ -27,7 +27,7 @@ pub(super) fn span(seconds: f64) -> String {
     }
 }
 
-/// Three digits at least, none of them after the point that say nothing: `0.42`, `9.00`, `30.3`, `303`, `12 345`.
+/// At least three significant digits: `0.42`, `9.00`, `30.3`, `303`, `12 345`.
 pub(super) fn digits(value: f64) -> String {
     match value.abs() {
         small if small < 9.995 => format!("{value:.2}"),
@@ -36,19 +36,19 @@ pub(super) fn digits(value: f64) -> String {
     }
 }
 
-/// A whole number, its thousands apart: `12 345`, with a space that does not break.
+/// A whole number with grouped thousands: `12 345`, with a non-breaking space.
 pub(super) fn whole(value: impl std::fmt::Display) -> String {
     grouped(&value.to_string())
 }
 
-/// Two digits after the point, as vLLM's table has them, thousands apart.
+/// Two decimals as in vLLM's table, with grouped thousands.
 pub(super) fn hundredths(value: f64) -> String {
     let text = format!("{value:.2}");
     let (whole, fraction) = text.split_once('.').unwrap_or((&text, "00"));
     format!("{}.{fraction}", grouped(whole))
 }
 
-/// A share as a percentage; never 100 % or 0 % for what only nearly is.
+/// A share as a percentage; 100 % and 0 % only if exact.
 pub(super) fn percent(part: usize, whole: usize) -> String {
     let share = part as f64 / whole.max(1) as f64 * 100.0;
     if part == 0 || part == whole {
@@ -74,7 +74,7 @@ fn grouped(digits: &str) -> String {
     text
 }
 
-/// A coordinate: a tenth of a pixel is as exact as anybody sees.
+/// A coordinate, rounded to a tenth of a pixel.
 pub(super) fn pixel(value: f64) -> String {
     let text = format!("{value:.1}");
     let trimmed = text.strip_suffix(".0").unwrap_or(&text);
@@ -85,7 +85,7 @@ pub(super) fn pixel(value: f64) -> String {
     }
 }
 
-/// From values to pixels.
+/// Maps values to pixels.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Axis {
     from: f64,
@@ -96,7 +96,7 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// From `from` at pixel `start` to `to` at pixel `end`. The values differ, or are made to.
+    /// A linear axis from `from` at pixel `start` to `to` at pixel `end`. Equal values are made different.
     pub(super) fn linear((from, to): (f64, f64), (start, end): (f64, f64)) -> Self {
         let to = if to > from { to } else { from + 1e-6 };
         Self {
@@ -108,7 +108,7 @@ impl Axis {
         }
     }
 
-    /// By the logarithm of values above 0.
+    /// A logarithmic axis for positive values.
     pub(super) fn logarithmic((from, to): (f64, f64), pixels: (f64, f64)) -> Self {
         Self {
             is_logarithmic: true,
@@ -116,7 +116,7 @@ impl Axis {
         }
     }
 
-    /// The pixel of a value; the nearest end for those beyond.
+    /// The pixel of a value, clamped to the ends.
     pub(super) fn at(&self, value: f64) -> f64 {
         let share = if self.is_logarithmic {
             (value.max(self.from) / self.from).ln() / (self.to / self.from).ln()
@@ -126,12 +126,12 @@ impl Axis {
         self.start + share.clamp(0.0, 1.0) * (self.end - self.start)
     }
 
-    /// Its first and its last pixel.
+    /// The first and last pixel.
     pub(super) fn pixels(&self) -> (f64, f64) {
         (self.start, self.end)
     }
 
-    /// The value at a share of the way, 0 to 1.
+    /// The value at a fraction of the axis, 0 to 1.
     pub(super) fn value(&self, share: f64) -> f64 {
         if self.is_logarithmic {
             self.from * (self.to / self.from).powf(share)
@@ -140,12 +140,12 @@ impl Axis {
         }
     }
 
-    /// How far along a value is, 0 to 1.
+    /// The fraction of the axis at a value, 0 to 1.
     pub(super) fn share(&self, value: f64) -> f64 {
         (self.at(value) - self.start) / (self.end - self.start)
     }
 
-    /// Round values within, about as many as asked.
+    /// About `about` round values within the axis.
     pub(super) fn ticks(&self, about: usize) -> Vec<f64> {
         if self.is_logarithmic {
             self.logarithmic_ticks(about)
@@ -164,7 +164,7 @@ impl Axis {
     fn logarithmic_ticks(&self, about: usize) -> Vec<f64> {
         let decades = (self.to / self.from).log10();
         let within = |value: &f64| *value >= self.from * 0.999 && *value <= self.to * 1.001;
-        // Fewer and fewer per decade, until they do not crowd.
+        // Fewer per decade until they fit.
         let choices: [&[f64]; 3] = [&[1.0, 2.0, 5.0], &[1.0, 3.0], &[1.0]];
         let per_decade = choices
             .into_iter()
@@ -188,13 +188,13 @@ pub(super) fn round_step(step: f64) -> f64 {
     factor.unwrap_or(10.0) * power
 }
 
-/// The next larger round value, so that an axis ends at a tick.
+/// The next larger round value, so that the axis ends at a tick.
 pub(super) fn round_up(value: f64) -> f64 {
     let step = round_step(value / 4.0);
     (value / step - 1e-9).ceil() * step
 }
 
-/// Short text for a tick: no digits that say nothing.
+/// Short text for a tick, without trailing zeros.
 pub(super) fn tick(value: f64) -> String {
     if value == 0.0 {
         return "0".to_owned();
@@ -202,7 +202,7 @@ pub(super) fn tick(value: f64) -> String {
     if value.abs() >= 9_999.5 {
         return format!("{}k", trimmed(&format!("{:.2}", value / 1000.0)));
     }
-    // Enough digits for a step of a hundredth of the value.
+    // Enough digits for steps of 1 % of the value.
     trimmed(&format!("{value:.4}"))
 }
 

@@ -1,4 +1,4 @@
-//! How the run went: tokens per second, requests at the server and the time to first token, over one axis of time.
+//! The run over time: tokens per second, requests at the server, and time to first token, on one time axis.
 
 use maud::{Markup, html};
 
@@ -6,41 +6,41 @@ use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_
 use super::number::{Axis, digits, pixel, place, round_step, round_up, span, tick};
 use super::run::Run;
 
-/// Dots that are drawn; more of them cover each other.
+/// Most dots; more would overlap.
 const MOST_DOTS: usize = 3000;
-/// Up to this many, dots are large.
+/// Up to this number, dots are large.
 const FEW_DOTS: usize = 300;
-/// Bars of the throughput.
+/// Approximate number of throughput bars.
 const ABOUT_BARS: f64 = 120.0;
-/// Points of the line of requests at the server.
+/// Most points of the line of requests at the server.
 const MOST_POINTS: usize = 400;
 
-/// The numbers behind the chart.
+/// The data of the chart.
 #[derive(Debug)]
-struct Course {
+struct OverTime {
     /// Length of the run, in seconds since the first release.
     length: f64,
-    /// Seconds that a bar stands for.
+    /// Length of a bar in seconds.
     step: f64,
     /// Tokens of each bar.
     tokens: Vec<f64>,
-    /// Requests at the server from an instant on.
+    /// Requests at the server from a time on.
     in_flight: Vec<(f64, usize)>,
 }
 
 pub(super) fn draw(run: &Run) -> Markup {
-    let course = Course::of(run);
-    let most_tokens = course.tokens.iter().copied().fold(0.0, f64::max) / course.step;
-    let most_requests = course.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(0);
+    let over_time = OverTime::of(run);
+    let most_tokens = over_time.tokens.iter().copied().fold(0.0, f64::max) / over_time.step;
+    let most_requests = over_time.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(0);
     let label = format!(
         "Over the {} of the run: at most {} output tokens per second, at most {most_requests} requests at the server",
-        span(course.length),
+        span(over_time.length),
         digits(most_tokens),
     );
-    chart("course", &label, |size| course.picture(run, size))
+    chart("course", &label, |size| over_time.picture(run, size))
 }
 
-impl Course {
+impl OverTime {
     fn of(run: &Run) -> Self {
         let ends = run.answered().map(|(request, timing)| request.started + timing.end());
         let starts = run.requests.iter().map(|request| request.started);
@@ -50,7 +50,7 @@ impl Course {
         let mut changes: Vec<(f64, isize)> = Vec::new();
         for (request, timing) in run.answered() {
             changes.extend([(request.started, 1), (request.started + timing.end(), -1)]);
-            // A chunk may hold several tokens: each one counts as its share of the answer.
+            // A chunk can have several tokens: each chunk counts as an equal share of the answer.
             let chunks = timing.gaps.len() + 1;
             let each = request.output_tokens.max(1) as f64 / chunks as f64;
             let mut instant = request.started + timing.first_token;
@@ -121,7 +121,7 @@ impl Course {
     }
 }
 
-/// One dot per request where it was sent, as high as its time to first token; a cross at the bottom for each that failed.
+/// One dot per request at its send time and time to first token; a cross at the bottom for a failed request.
 fn first_tokens(run: &Run, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
     let most = run.answered().map(|(_, timing)| timing.first_token).fold(0.0, f64::max);
     let most = run.objective("ttft").map_or(most, |limit| most.max(limit));
@@ -150,7 +150,7 @@ fn first_tokens(run: &Run, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -
     }
 }
 
-/// How many run after each change.
+/// The number of running requests after each change.
 fn running(changes: &[(f64, isize)]) -> Vec<(f64, usize)> {
     let mut count = 0;
     let counted = changes.iter().map(|(instant, change)| {
@@ -160,7 +160,7 @@ fn running(changes: &[(f64, isize)]) -> Vec<(f64, usize)> {
     counted.collect()
 }
 
-/// At most so many points: of the many within one step of time, the highest.
+/// At most [`MOST_POINTS`] points: the highest within each time step.
 fn thinned(points: &[(f64, usize)], length: f64) -> Vec<(f64, usize)> {
     if points.len() <= MOST_POINTS {
         return points.to_vec();
@@ -174,7 +174,7 @@ fn thinned(points: &[(f64, usize)], length: f64) -> Vec<(f64, usize)> {
             _ => thinned.push((start, *count)),
         }
     }
-    // The last change of all is the end of the last request.
+    // The last change is the end of the last request.
     thinned.extend(points.last());
     thinned
 }

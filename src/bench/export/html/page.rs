@@ -1,10 +1,10 @@
-//! The page: its head, the headline numbers, and the order of its sections.
+//! The page layout: head, headline numbers, and the order of the sections.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
 use super::comparison;
-use super::distribution::Spread;
+use super::distribution::LatencyDistribution;
 use super::number::{digits, hundredths, span, whole};
 use super::over_time;
 use super::run::Run;
@@ -13,7 +13,7 @@ use super::setup;
 use super::stages;
 use super::table::{self, Values};
 use super::timeline::Timeline;
-use crate::bench::stats::client_saturation::Verdict;
+use crate::bench::stats::client_saturation::ClientValidity;
 
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
@@ -34,7 +34,7 @@ pub(super) fn of_run(run: &Run) -> Markup {
             (banner(run))
             (headline(run))
             @if run.requests.is_empty() {
-                p.notice { "The result was saved without details, so there is nothing to draw: `--save-detailed` keeps the times of \
+                p.notice { "The result was saved without details, so there are no charts: `--save-detailed` saves the times of \
                     every request." }
                 (named_latencies(run))
             } @else {
@@ -47,7 +47,7 @@ pub(super) fn of_run(run: &Run) -> Markup {
     )
 }
 
-/// The page around its content. Nothing may be loaded from anywhere, and the browser is told so.
+/// The page around its content. A content security policy forbids loading anything.
 fn frame(title: &str, content: &Markup) -> Markup {
     html! {
         (DOCTYPE)
@@ -69,7 +69,7 @@ fn frame(title: &str, content: &Markup) -> Markup {
     }
 }
 
-/// The parts that need the times of every request.
+/// The sections that need the times of every request.
 fn details(run: &Run) -> Markup {
     let values = Values::of(run);
     let timeline = Timeline::of(run, &values.gaps);
@@ -83,12 +83,12 @@ fn details(run: &Run) -> Markup {
         @if let Some(pairs) = table::pairs(run) { section { h2 { "Engines" } (pairs) } }
         @if run.completed > 0 {
             section { h2 { "Time to first token" }
-                (spread("TTFT", "requests", &values.first_token, run.objective("ttft")))
+                (distribution("TTFT", "requests", &values.first_token, run.objective("ttft")))
             }
             section { h2 { "While the answer streams" }
-                @if !values.gaps.is_empty() { (spread("ITL", "gaps", &values.gaps, None)) }
+                @if !values.gaps.is_empty() { (distribution("ITL", "gaps", &values.gaps, None)) }
                 @if !values.per_token.is_empty() && run.objective("tpot").is_some() {
-                    (spread("TPOT", "requests", &values.per_token, run.objective("tpot")))
+                    (distribution("TPOT", "requests", &values.per_token, run.objective("tpot")))
                 }
             }
             section { h2 { "Over the run" } figure { (over_time::draw(run)) } }
@@ -97,34 +97,34 @@ fn details(run: &Run) -> Markup {
     }
 }
 
-fn spread(name: &str, noun: &str, sorted: &[f64], objective: Option<f64>) -> Markup {
-    let spread = Spread {
+fn distribution(name: &str, noun: &str, sorted: &[f64], objective: Option<f64>) -> Markup {
+    let distribution = LatencyDistribution {
         name,
         noun,
         sorted,
         objective,
     };
-    spread.figure()
+    distribution.figure()
 }
 
-/// One sentence that says it all.
+/// The summary sentence.
 fn lede(run: &Run) -> Markup {
     let total = run.completed + run.failed;
     html! {
         @if run.completed == 0 {
-            "None of " (whole(total)) " requests was answered."
+            "None of " (whole(total)) " requests were answered."
         } @else {
             @if run.failed == 0 { "All " (whole(total)) " requests were answered" }
             @else { (whole(run.completed)) " of " (whole(total)) " requests were answered" }
             ", " (digits(run.request_throughput)) " a second over " (span(run.duration))
             @if let Some(median) = median(run, "ttft") { "; half of the first tokens came within " (span(median)) }
-            @if let Some(median) = median(run, "tpot") { ", and later ones every " (span(median)) }
+            @if let Some(median) = median(run, "tpot") { ", and later tokens every " (span(median)) }
             "."
         }
     }
 }
 
-/// What a reader must know before any number.
+/// Warnings above the numbers.
 fn banner(run: &Run) -> Markup {
     let own = &run.xpyd;
     let count = |key: &str| own[key].as_u64().unwrap_or(0);
@@ -137,25 +137,25 @@ fn banner(run: &Run) -> Markup {
     html! {
         @if own["valid"] == false {
             div.banner.invalid role="alert" { strong { "INVALID" }
-                p { "The load generator was too slow. Do not trust these numbers. Fix: " (Verdict::ADVICE) "." }
+                p { "The load generator was too slow. Do not trust these numbers. Fix: " (ClientValidity::ADVICE) "." }
                 (sentences(&own["reasons"]))
             }
         }
         @if dropped + unsent > 0 {
             div.banner role="note" { strong { "Stopped early" }
-                p { (whole(dropped)) " requests were dropped in flight and " (whole(unsent)) " were never sent: the numbers are of \
-                    those that had ended." }
+                p { (whole(dropped)) " requests were dropped in flight and " (whole(unsent)) " were never sent: the numbers cover only requests \
+that had ended." }
             }
         }
         @if local > 0 {
-            div.banner role="note" { strong { "Not all hand-offs" }
-                p { (whole(local)) " of " (whole(answered.unwrap_or(0))) " answers did not use KV of another engine." }
+            div.banner role="note" { strong { "KV hand-offs are missing" }
+                p { (whole(local)) " of " (whole(answered.unwrap_or(0))) " answers did not use KV from another engine." }
             }
         }
     }
 }
 
-/// What is worth knowing, but changes nothing.
+/// Remarks without consequences.
 fn remarks(run: &Run) -> Markup {
     let cold = &run.xpyd["where"]["cold"];
     let number = |key: &str| cold[key].as_f64();
@@ -169,7 +169,7 @@ fn remarks(run: &Run) -> Markup {
     }
 }
 
-/// A list of sentences of the result file.
+/// A list of sentences from the result file.
 fn sentences(list: &Value) -> Markup {
     const MOST: usize = 20;
     let sentences: Vec<&str> = list
@@ -182,7 +182,7 @@ fn sentences(list: &Value) -> Markup {
     html! { @if !sentences.is_empty() { ul.remarks { @for sentence in sentences { li { bdi { (sentence) } } } } } }
 }
 
-/// The page of several runs, or of a comparison, by its result file.
+/// The page of several runs or of a comparison, from its result file.
 pub(super) fn of_document(document: &Value) -> Option<Markup> {
     let (title, content) = match document["xpyd_bench"].as_str()? {
         "sweep" => ("Sweep", series::of_sweep(document)),
@@ -215,11 +215,11 @@ struct Tile {
     name: &'static str,
     value: String,
     unit: &'static str,
-    /// A second number that belongs to it.
+    /// A second, smaller number.
     below: String,
 }
 
-/// The numbers that people come for.
+/// The headline numbers.
 fn headline(run: &Run) -> Markup {
     let total = run.completed + run.failed;
     let latency = |name: &'static str, key: &str, unit: &'static str| {
@@ -259,7 +259,7 @@ fn headline(run: &Run) -> Markup {
         name: "Throughput",
         value: hundredths(run.request_throughput),
         unit: "req/s",
-        // The last answers come after the last request, so it is less than was asked for, whoever serves.
+        // The last answers arrive after the last request, so this is below the send rate for any server.
         below: run
             .rate()
             .map(|rate| format!("sent at {rate}, until the last answer"))
@@ -295,7 +295,7 @@ fn objectives(run: &Run) -> String {
     limits.collect::<Vec<_>>().join(", ")
 }
 
-/// The median of a latency in seconds: of the requests, or as the file tells it.
+/// The median of a latency in seconds, from the file.
 fn median(run: &Run, key: &str) -> Option<f64> {
     if run.completed == 0 {
         return None;
@@ -304,13 +304,13 @@ fn median(run: &Run, key: &str) -> Option<f64> {
         .map(|milliseconds| milliseconds / 1000.0)
 }
 
-/// The latencies that a file without details tells by name.
+/// The latencies in a file without details.
 fn named_latencies(run: &Run) -> Markup {
     let named = run.more.iter().filter(|(key, _)| key.ends_with("_ms"));
     html! {
         section { h2 { "Latencies" }
             div.scroll { table.numbers {
-                caption { "As the result file tells them, in milliseconds" }
+                caption { "From the result file, in milliseconds" }
                 tbody {
                     @for (key, value) in named {
                         @if let Some(value) = value.as_f64() { tr { th scope="row" { (key) } td { (hundredths(value)) } } }
@@ -331,21 +331,21 @@ fn rate(run: &Run) -> String {
     }
 }
 
-/// The last part of a path or of a name with its owner.
+/// The last part of a path or model name.
 fn short_name(model: &str) -> &str {
     let name = model.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     if name.is_empty() { "a model" } else { name }
 }
 
-/// What the words mean: the terms are those of `vllm bench serve`.
+/// The definitions of the terms, which are those of `vllm bench serve`.
 fn terms() -> Markup {
     html! {
         footer {
             p { "Times are taken in the client, from before a request is sent. " b { "TTFT" } " ends with the first chunk that holds a \
-                token. " b { "TPOT" } " is the rest of the answer's time, shared among its later tokens. " b { "ITL" } " is the \
-                gap between one chunk and the next, of all requests together: a chunk may hold several tokens. " b { "E2EL" }
-                " ends with the last token. A percentile lies between the two nearest values, as numpy has it." }
-            p { "This file needs no network and stays as it is." }
+                token. " b { "TPOT" } " is the rest of the answer's time, divided by its later tokens. " b { "ITL" } " is the \
+                gap between one chunk and the next, over all requests; a chunk can have several tokens. " b { "E2EL" }
+                " ends with the last token. Percentiles are interpolated as in numpy." }
+            p { "This file is self-contained and needs no network." }
         }
     }
 }

@@ -1,27 +1,27 @@
-//! The parts of a request's time as the report shows them: its names, and how long each one took.
+//! The phases of a request in the report: names and lengths.
 
 use super::run::{Request, Run};
 use crate::bench::latency_breakdown::Stage;
 use crate::bench::stats::percentile_of_sorted;
 
-/// A part of a request's time.
+/// A phase of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
-    /// In the client, until others had ended.
+pub(super) enum RequestPhase {
+    /// Waiting in the client for other requests to end.
     ClientQueue,
-    /// A part of the time to the first token, where the server told of it.
+    /// A stage of the time to first token, if the server reported it.
     Stage(Stage),
-    /// The time to the first token, where the server told nothing.
+    /// The time to first token, if the server reported no stages.
     Wait,
     /// From the first token to the last.
     Decoding,
 }
 
-/// How many there are.
+/// Number of phases.
 pub(super) const COUNT: usize = Stage::ALL.len() + 3;
 
-impl Phase {
-    /// All of them, in the order that a request goes through them.
+impl RequestPhase {
+    /// All phases in the order of a request.
     pub(super) fn all() -> [Self; COUNT] {
         std::array::from_fn(|place| match place {
             0 => Self::ClientQueue,
@@ -41,7 +41,7 @@ impl Phase {
         }
     }
 
-    /// Its name in the style sheet, which the result file has for stages, too.
+    /// The CSS class, which is also the key of a stage in the result file.
     pub(super) fn class(self) -> &'static str {
         match self {
             Self::ClientQueue => "client_queue",
@@ -51,32 +51,32 @@ impl Phase {
         }
     }
 
-    /// How long a request was in it, in seconds.
+    /// The length of the phase in a request, in seconds.
     pub(super) fn of(self, request: &Request) -> f64 {
         let timing = request.result.as_ref().ok();
-        match (self, &request.told) {
+        match (self, &request.reported) {
             (Self::ClientQueue, _) => request.queued,
             (Self::Decoding, _) => timing.map_or(0.0, |timing| timing.end() - timing.first_token),
             (Self::Wait, None) => request.first_token(),
-            (Self::Stage(stage), Some(told)) => told.stages[stage as usize],
+            (Self::Stage(stage), Some(reported)) => reported.stages[stage as usize],
             (Self::Wait, Some(_)) | (Self::Stage(_), None) => 0.0,
         }
     }
 
-    /// Those that took any time in the run.
+    /// The phases with any length in the run.
     pub(super) fn used(run: &Run) -> Vec<Self> {
         let is_used = |phase: &Self| run.requests.iter().any(|request| phase.of(request) > 0.0);
         Self::all().into_iter().filter(is_used).collect()
     }
 
-    /// Its lengths over the requests that were answered, ascending.
+    /// Its lengths over answered requests, ascending.
     pub(super) fn lengths(self, run: &Run) -> Vec<f64> {
         let mut lengths: Vec<f64> = run.answered().map(|(request, _)| self.of(request)).collect();
         lengths.sort_unstable_by(f64::total_cmp);
         lengths
     }
 
-    /// Its median over the requests that were answered.
+    /// Its median over answered requests.
     pub(super) fn median(self, run: &Run) -> f64 {
         let lengths = self.lengths(run);
         if lengths.is_empty() {

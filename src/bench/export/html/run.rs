@@ -1,35 +1,35 @@
-//! A run as the report needs it, read from its result file: that of xpyd, or of `vllm bench serve` itself.
+//! A run as the report needs it, read from the result file of xpyd or `vllm bench serve`.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use super::number::finite;
-use crate::bench::latency_breakdown::{Phases, Stage};
+use crate::bench::latency_breakdown::{RequestStages, Stage};
 use crate::bench::record::{Answer, Record};
 use crate::bench::report::Report;
 
-/// Requests that are read. A file with more is no result of one client.
+/// Most requests of a file.
 const MAX_REQUESTS: usize = 1_000_000;
 
-/// Why there is no report.
+/// Why a file cannot be reported.
 #[derive(Debug, thiserror::Error)]
 pub enum ResultFileError {
     /// Not JSON, or values of another type than vLLM's.
-    #[error("it is no result of `xpyd bench` or `vllm bench serve`")]
+    #[error("the file is not a result of `xpyd bench` or `vllm bench serve`")]
     Malformed(#[from] serde_json::Error),
-    /// No line with anything on it.
-    #[error("it is empty")]
+    /// An empty file.
+    #[error("the file is empty")]
     Empty,
-    /// JSON of something else.
-    #[error("it is no result of `xpyd bench` or `vllm bench serve`: it has no `{0}`")]
+    /// JSON without the keys of a result.
+    #[error("the file is not a result of `xpyd bench` or `vllm bench serve`: it has no `{0}`")]
     Missing(&'static str),
-    /// More than anybody can look at.
-    #[error("it holds {0} requests, and 1000000 are the limit")]
+    /// Too many requests.
+    #[error("the file has {0} requests; the limit is 1000000")]
     TooMany(usize),
 }
 
-/// The result of a run, under the keys of its file. Times are in seconds unless a name says otherwise.
+/// The result of a run with the keys of its file. Times are in seconds unless the name says otherwise.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Run {
@@ -60,13 +60,13 @@ pub(super) struct Run {
     start_times: Vec<f64>,
     queue_times: Vec<f64>,
     errors: Vec<String>,
-    /// Nobody looks at the texts here, and they are most of a file.
+    /// The texts are not needed, and they are most of a file.
     generated_texts: IgnoredAny,
     server_queue_times: IgnoredAny,
     server_ttfts: IgnoredAny,
-    /// What only xpyd tells.
+    /// xpyd's additions.
     pub(super) xpyd: Value,
-    /// Latencies by name, metadata, and what later versions add.
+    /// Latencies by name, metadata, and unknown keys.
     #[serde(flatten)]
     pub(super) more: Map<String, Value>,
     #[serde(skip)]
@@ -76,26 +76,26 @@ pub(super) struct Run {
 /// One request.
 #[derive(Debug, Clone)]
 pub(super) struct Request {
-    /// Its place in the workload, from 0.
+    /// Index in the workload, from 0.
     pub(super) index: usize,
-    /// When it was sent, since the first one was released.
+    /// Send time since the first release.
     pub(super) started: f64,
-    /// How long it had waited in the client before.
+    /// Time waited in the client before.
     pub(super) queued: f64,
     pub(super) input_tokens: Option<u64>,
     pub(super) output_tokens: u64,
-    /// Where the time to its first token went and who served it, where the server told.
-    pub(super) told: Option<Told>,
-    /// What came back, or why nothing usable did.
+    /// Its stages and engines, if the server reported them.
+    pub(super) reported: Option<ReportedStages>,
+    /// The times of its answer, or its error.
     pub(super) result: Result<Timing, String>,
 }
 
-/// What a server told of a request.
+/// The stages and engines of a request.
 #[derive(Debug, Clone)]
-pub(super) struct Told {
-    /// The engines, as people write them: `prefiller1 → decoder2`.
+pub(super) struct ReportedStages {
+    /// The engines: `prefiller1 → decoder2`.
     pub(super) pair: String,
-    /// How long each of [`Stage::ALL`] took, in seconds.
+    /// The length of each of [`Stage::ALL`] in seconds.
     pub(super) stages: [f64; Stage::ALL.len()],
 }
 
@@ -108,10 +108,10 @@ pub(super) struct Timing {
 }
 
 impl Run {
-    /// Reads a result file. Where results were appended to each other, the last one counts.
+    /// Reads a result file. The last of several results is used.
     pub(super) fn read(text: &str) -> Result<Self, ResultFileError> {
         let last = text.lines().rfind(|line| !line.trim().is_empty());
-        // A file of one line per result, or one result over many lines.
+        // One line per result, or one result over many lines.
         let mut run: Self = match last.map(serde_json::from_str) {
             None => return Err(ResultFileError::Empty),
             Some(Ok(run)) => run,
@@ -128,9 +128,9 @@ impl Run {
         Ok(run)
     }
 
-    /// What the file of a run would say.
+    /// The run as its file would have it.
     pub(super) fn of(report: &Report) -> Self {
-        // Without its lists, which are the longest part by far and are at hand.
+        // Without its lists: they are the largest part and already available.
         let totals = report.to_json(false);
         let mut run: Self = serde_json::from_value(totals).expect("the result file has the result file's keys");
         let first = report.records.iter().map(|record| record.released).min();
@@ -147,7 +147,7 @@ impl Run {
                 _ => report.prompt_lengths.get(record.index).copied(),
             },
             output_tokens: record.result.as_ref().map_or(0, Answer::output_tokens),
-            told: Phases::of(record).map(Told::from),
+            reported: RequestStages::of(record).map(ReportedStages::from),
             result: match &record.result {
                 Ok(answer) => Ok(Timing {
                     first_token: answer.first_token.as_secs_f64(),
@@ -161,7 +161,7 @@ impl Run {
         run
     }
 
-    /// The requests of a file saved with details; none of one without.
+    /// The requests of a detailed file; none of a plain one.
     fn listed(&mut self) -> Vec<Request> {
         let count = self.start_times.len().min(self.ttfts.len()).min(self.latencies.len());
         let queued = |index: usize| finite(self.queue_times.get(index).copied().unwrap_or(0.0));
@@ -182,11 +182,11 @@ impl Run {
                 queued: queued(index),
                 input_tokens: self.input_lens.get(index).copied().flatten(),
                 output_tokens: self.output_lens.get(index).copied().flatten().unwrap_or(0),
-                told: self
+                reported: self
                     .xpyd
                     .get("request_stages")
-                    .and_then(|entries| Told::read(entries.get(index)?)),
-                // vLLM's client leaves the latencies of what failed at 0, and some of its errors empty.
+                    .and_then(|entries| ReportedStages::read(entries.get(index)?)),
+                // vLLM's client keeps the latencies of failed requests at 0, and some errors empty.
                 result: match error {
                     Some(error) => Err(shortened(error)),
                     None if timing.latency == 0.0 => Err("no reason was recorded".to_owned()),
@@ -197,42 +197,42 @@ impl Run {
         requests.collect()
     }
 
-    /// The answers, with their requests.
+    /// The answers with their requests.
     pub(super) fn answered(&self) -> impl Iterator<Item = (&Request, &Timing)> {
         let requests = self.requests.iter();
         requests.filter_map(|request| request.result.as_ref().ok().map(|timing| (request, timing)))
     }
 
-    /// A number among the latencies by name.
+    /// A latency by its key.
     pub(super) fn latency(&self, key: &str) -> Option<f64> {
         self.more.get(key).and_then(Value::as_f64)
     }
 
-    /// What a good request keeps to, in seconds: the limit of `ttft`, `tpot` or `e2el`.
+    /// The objective of `ttft`, `tpot` or `e2el` in seconds.
     pub(super) fn objective(&self, name: &str) -> Option<f64> {
         let milliseconds = self.xpyd.get("objectives")?.get(name)?.as_f64()?;
         Some(milliseconds / 1000.0)
     }
 
-    /// Requests per second asked for; none if all were sent at once or nothing is known.
+    /// The requested rate; `None` if all were sent at once or it is unknown.
     pub(super) fn rate(&self) -> Option<f64> {
         self.request_rate.as_f64().filter(|rate| rate.is_finite())
     }
 }
 
-/// One entry per record: nothing, or who served it and how long the stages took, in milliseconds. Nothing at all where no
-/// server told of any.
+/// One entry per record: null, or its engines and the lengths of its stages in milliseconds. Null if no record has
+/// stages.
 pub(super) fn stages_to_json(records: &[Record]) -> Value {
     let entry = |record: &Record| {
-        let told = Told::from(Phases::of(record)?);
+        let reported = ReportedStages::from(RequestStages::of(record)?);
         let lengths = Stage::ALL
             .into_iter()
-            .zip(told.stages)
+            .zip(reported.stages)
             .filter(|(_, length)| *length > 0.0);
         let stages: Map<String, Value> = lengths
             .map(|(stage, length)| (stage.key().to_owned(), json!((length * 1e6).round() / 1e3)))
             .collect();
-        Some(json!({"pair": told.pair, "ms": stages}))
+        Some(json!({"pair": reported.pair, "ms": stages}))
     };
     let entries: Vec<Option<Value>> = records.iter().map(entry).collect();
     if entries.iter().all(Option::is_none) {
@@ -242,8 +242,8 @@ pub(super) fn stages_to_json(records: &[Record]) -> Value {
     }
 }
 
-impl Told {
-    /// An entry of [`stages_to_json`].
+impl ReportedStages {
+    /// Reads an entry of [`stages_to_json`].
     fn read(entry: &Value) -> Option<Self> {
         let stages = entry.get("ms")?;
         Some(Self {
@@ -256,8 +256,8 @@ impl Told {
     }
 }
 
-impl From<Phases> for Told {
-    fn from(phases: Phases) -> Self {
+impl From<RequestStages> for ReportedStages {
+    fn from(phases: RequestStages) -> Self {
         Self {
             pair: phases.pair(),
             stages: Stage::ALL.map(|stage| phases.length(stage).as_secs_f64()),
@@ -266,14 +266,14 @@ impl From<Phases> for Told {
 }
 
 impl Timing {
-    /// When its last token came, since the request was sent.
+    /// Time of its last token since the request was sent.
     pub(super) fn end(&self) -> f64 {
         self.latency.max(self.first_token)
     }
 }
 
 impl Request {
-    /// Until its first token; 0 if there was none.
+    /// Time to first token; 0 if there was none.
     pub(super) fn first_token(&self) -> f64 {
         self.result.as_ref().map_or(0.0, |timing| timing.first_token)
     }
@@ -286,7 +286,7 @@ impl Request {
     }
 }
 
-/// The last line of a Python traceback, which is what vLLM's client records, or the only line.
+/// The last line of a Python traceback, which vLLM's client records, or the only line.
 fn shortened(error: &str) -> String {
     const MOST: usize = 300;
     let line = error.lines().rfind(|line| !line.trim().is_empty()).unwrap_or(error);

@@ -1,5 +1,5 @@
-//! The page of several runs: of a sweep, whose points are runs, and of a search for the highest rate that keeps to the
-//! objectives. It reads their result files.
+//! The page of several runs: a sweep, or a search for the highest rate that meets the objectives. It reads their result
+//! files.
 
 use maud::{Markup, html};
 use serde_json::Value;
@@ -7,13 +7,13 @@ use serde_json::Value;
 use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_name};
 use super::number::{Axis, digits, finite, hundredths, pixel, round_up, span, tick, whole};
 
-/// Points that are shown.
+/// Most points.
 const MOST_POINTS: usize = 200;
 
 /// One run of the series.
 #[derive(Debug)]
 struct Point {
-    /// The rate or the concurrency that was asked for; none if all went at once.
+    /// The requested rate or concurrency; `None` if all requests were sent at once.
     asked: Option<f64>,
     served: Option<f64>,
     goodput: Option<f64>,
@@ -21,21 +21,21 @@ struct Point {
     /// Median and P99, in milliseconds.
     first_token: [Option<f64>; 2],
     per_token: [Option<f64>; 2],
-    /// The share of requests that keep to the objectives, 0 to 1.
+    /// The share of requests that meet the objectives, 0 to 1.
     good: Option<f64>,
     failed: u64,
-    standing: Standing,
+    state: PointState,
     note: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Standing {
+enum PointState {
     Fine,
     Failed,
     Invalid,
 }
 
-impl Standing {
+impl PointState {
     fn word(self) -> &'static str {
         match self {
             Self::Fine => "pass",
@@ -45,7 +45,7 @@ impl Standing {
     }
 }
 
-/// A line through the points: its name, and its value at each.
+/// A line through the points: its name, its CSS class, and its value at each point.
 type Line<'a> = (&'static str, &'static str, &'a dyn Fn(&Point) -> Option<f64>);
 
 pub(super) fn of_sweep(document: &Value) -> Markup {
@@ -81,17 +81,17 @@ pub(super) fn of_search(document: &Value) -> Markup {
     html! {
         p.lede {
             @if let Some(rate) = document["rate"].as_f64() {
-                @if is_found { "The highest rate that keeps to the objectives is " b { (digits(rate)) " req/s" } }
-                @else { "At least " b { (digits(rate)) " req/s" } " keep to the objectives" }
+                @if is_found { "The highest rate that meets the objectives is " b { (digits(rate)) " req/s" } }
+                @else { "At least " b { (digits(rate)) " req/s" } " meet the objectives" }
                 @if let Some(fails) = document["fails_at"].as_f64() { "; at " (digits(fails)) " req/s it does not" } "." }
-            @else if document["fails_at"].is_number() || ending == "a request alone misses" { "No rate that was tried keeps to the objectives." }
-            @else { "Whether any rate keeps to the objectives is not known." }
+            @else if document["fails_at"].is_number() || ending == "a request alone misses" { "No tested rate meets the objectives." }
+            @else { "Whether any rate meets the objectives is unknown." }
             @if !is_found && !ending.is_empty() { " The search ended early: " bdi { (early(ending)) } "." }
         }
         (objectives(document))
-        section { h2 { "What was tried" } figure {
+        section { h2 { "Probes" } figure {
             (panels(&points, "req/s", &[
-                ("Requests that keep to the objectives (%)", &[("good", "middle", &|point| point.good.map(|good| good * 100.0))], attainment.map(|share| share * 100.0), Some(100.0)),
+                ("Requests that meet the objectives (%)", &[("good", "middle", &|point| point.good.map(|good| good * 100.0))], attainment.map(|share| share * 100.0), Some(100.0)),
                 ("P99 of the time to first token (ms)", &[("P99", "middle", &|point| point.first_token[1])], objective, None),
             ]))
         } }
@@ -99,27 +99,27 @@ pub(super) fn of_search(document: &Value) -> Markup {
     }
 }
 
-/// Why a search ended before it knew, in words.
+/// Why a search ended early.
 fn early(ending: &str) -> &str {
     match ending {
-        "time" => "its time was over",
+        "time" => "the time limit was reached",
         "client limit" => "the load generator was too slow",
         "nothing passes" => "even the lowest rate fails",
         "everything passes" => "even the highest rate passes",
-        "a request alone misses" => "even a request that is alone at the server misses them",
+        "a request alone misses" => "even a single request at an idle server misses them",
         other => other,
     }
 }
 
-/// Up to where the server keeps up, in a sentence.
+/// The highest load that the server handles, in a sentence.
 fn knee(points: &[Point], unit: &str) -> String {
-    let asked = |standing| {
-        let points = points.iter().filter(move |point| point.standing == standing);
+    let asked = |state| {
+        let points = points.iter().filter(move |point| point.state == state);
         points.filter_map(|point| point.asked)
     };
     let (kept, lost) = (
-        asked(Standing::Fine).reduce(f64::max),
-        asked(Standing::Failed).reduce(f64::min),
+        asked(PointState::Fine).reduce(f64::max),
+        asked(PointState::Failed).reduce(f64::min),
     );
     match (kept, lost) {
         (Some(kept), Some(lost)) if kept < lost => {
@@ -130,11 +130,11 @@ fn knee(points: &[Point], unit: &str) -> String {
             )
         }
         (Some(kept), None) => format!(
-            "The server keeps up with every load that was tried, up to {} {unit}.",
+            "The server keeps up with every tested load, up to {} {unit}.",
             tick(kept)
         ),
         (None, Some(lost)) => format!("The server falls behind at {} {unit} already.", tick(lost)),
-        _ => format!("{} runs, each with another load.", whole(points.len())),
+        _ => format!("{} runs with different loads.", whole(points.len())),
     }
 }
 
@@ -167,10 +167,10 @@ fn point_of_sweep(entry: &Value) -> Point {
         per_token: [number("median_tpot_ms"), number("p99_tpot_ms")],
         good: None,
         failed: entry["failed"].as_u64().unwrap_or(0),
-        standing: match (is_valid, is_overloaded) {
-            (false, _) => Standing::Invalid,
-            (true, true) => Standing::Failed,
-            (true, false) => Standing::Fine,
+        state: match (is_valid, is_overloaded) {
+            (false, _) => PointState::Invalid,
+            (true, true) => PointState::Failed,
+            (true, false) => PointState::Fine,
         },
         note: match entry["why_invalid"].as_str() {
             Some(why) => why.to_owned(),
@@ -193,10 +193,10 @@ fn point_of_search(entry: &Value) -> Point {
         per_token: [None, None],
         good: entry["good"].as_f64().map(finite),
         failed: entry["failed"].as_u64().unwrap_or(0),
-        standing: match entry["verdict"].as_str() {
-            Some("pass") => Standing::Fine,
-            Some("invalid") => Standing::Invalid,
-            _ => Standing::Failed,
+        state: match entry["verdict"].as_str() {
+            Some("pass") => PointState::Fine,
+            Some("invalid") => PointState::Invalid,
+            _ => PointState::Failed,
         },
         note: match entry["why_invalid"].as_str() {
             Some(why) => why.to_owned(),
@@ -206,10 +206,10 @@ fn point_of_search(entry: &Value) -> Point {
     }
 }
 
-/// A panel: its name, its lines, the objective, and the greatest value that there can be.
+/// A panel: its name, its lines, the objective, and the greatest possible value.
 type Panel<'a> = (&'a str, &'a [Line<'a>], Option<f64>, Option<f64>);
 
-/// The axis of the loads. Loads that double from point to point are drawn by their logarithm.
+/// The load axis. Loads that span a factor of 8 or more are drawn logarithmically.
 fn load_axis(points: &[Point], pixels: (f64, f64)) -> Axis {
     let asked = || points.iter().filter_map(|point| point.asked);
     let most = asked().fold(0.0, f64::max);
@@ -217,7 +217,7 @@ fn load_axis(points: &[Point], pixels: (f64, f64)) -> Axis {
     if least > 0.0 && most >= least * 8.0 {
         return Axis::logarithmic((least * 0.95, most * 1.05), pixels);
     }
-    // One load alone stands in the middle.
+    // A single load is drawn in the middle.
     let margin = if most > least {
         (most - least) * 0.04
     } else {
@@ -226,7 +226,7 @@ fn load_axis(points: &[Point], pixels: (f64, f64)) -> Axis {
     Axis::linear(((least - margin).max(0.0), most + margin), pixels)
 }
 
-/// Panels one above the other over the same load.
+/// Draws panels above each other with one load axis.
 fn panels(points: &[Point], unit: &str, panels: &[Panel<'_>]) -> Markup {
     let with_values = |panel: &&Panel<'_>| {
         points
@@ -269,10 +269,10 @@ fn panel(
     let values = points
         .iter()
         .flat_map(|point| lines.iter().filter_map(|(_, _, value)| value(point)));
-    // One value of a server that has collapsed must not flatten all others: what is far beyond the limit is cut off.
+    // One value of an overloaded server must not flatten all others: values far beyond the limit are cut.
     let most = values.fold(limit.unwrap_or(0.0), f64::max);
     let most = limit.map_or(most, |limit| most.min(limit * 6.0)).max(1e-6);
-    // Room for the limit's name below the panel's.
+    // Room for the label of the limit below the panel title.
     let height = Axis::linear((0.0, greatest.unwrap_or_else(|| round_up(most * 1.12))), (bottom, top));
     let (_, right) = size.plot();
     html! {
@@ -287,7 +287,7 @@ fn panel(
             path class={ "curve " (class) } d=(path.text()) {}
             path.dots.few d=(dots.text()) {}
             path.crosses d=(crosses.text()) {}
-            // Lines that end together have their names one above the other, the upper line's above.
+            // Labels of lines that end together are above each other.
             @if let Some((x, y)) = end {
                 text.name x=(pixel(x + 8.0)) y=(pixel(if place == 0 { y + 11.0 } else { y - 3.0 })) { (line) }
             }
@@ -295,12 +295,12 @@ fn panel(
     }
 }
 
-/// Where the name of a horizontal line stands: above it, or below it where there is no room.
+/// The position of the label of a horizontal line: above it, or below it if there is no room.
 fn beside_line(line: f64, top: f64) -> f64 {
     if line - 16.0 < top { line + 14.0 } else { line - 4.0 }
 }
 
-/// The line, its dots, the crosses of runs that are no good, and where it ends.
+/// The line, its dots, the crosses of bad runs, and its end.
 fn trace(
     points: &[Point],
     axis: &Axis,
@@ -319,7 +319,7 @@ fn trace(
         } else {
             path.move_to(x, y);
         }
-        if point.standing == Standing::Fine {
+        if point.state == PointState::Fine {
             dots.dot(x, y);
         } else {
             crosses.cross((x, y), 4.0);
@@ -362,7 +362,7 @@ fn table(points: &[Point], unit: &str) -> Markup {
                         th scope="row" { (point.asked.map_or("all at once".to_owned(), tick)) }
                         @for (_, _, value) in &columns { td { (text(value(point))) } }
                         td { (whole(point.failed)) }
-                        td { (point.standing.word()) }
+                        td { (point.state.word()) }
                     }
                 }
             }

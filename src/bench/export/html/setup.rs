@@ -1,28 +1,28 @@
-//! What was measured: the server, the fleet behind it, where from, and by which command. Of a result file that says so.
+//! The section "What was measured": server, fleet, host and command, from the result file.
 
 use maud::{Markup, html};
 use serde_json::Value;
 
-/// The longest text that is shown.
+/// Longest text.
 const LONGEST: usize = 2000;
 
-/// Whether the engines only pretended.
+/// Whether the engines were simulated.
 pub(super) fn is_simulated(setup: &Value) -> bool {
     setup["server"]["simulated"] == true
 }
 
-/// What must be known before any number.
+/// The warning above the numbers.
 pub(super) fn banner(setup: &Value) -> Markup {
     html! {
         @if is_simulated(setup) {
             div.banner role="note" { strong { "Simulated engines" }
-                p { "No model ran: the times are those of a simulation, and say nothing of any GPU." }
+                p { "No model ran: the times come from a simulation, not from a GPU." }
             }
         }
     }
 }
 
-/// The section of the page; nothing of a file that does not say.
+/// The section; empty if the file has no setup.
 pub(super) fn section(setup: &Value) -> Markup {
     let entries: Vec<(&str, String)> = entries(setup)
         .into_iter()

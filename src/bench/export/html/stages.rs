@@ -1,20 +1,24 @@
-//! The time to first token of single requests, by stage, in the order of sending: slow ones stand out, and why.
+//! The chart of the time to first token of single requests by stage, in send order. It shows why slow requests are
+//! slow.
 
 use maud::{Markup, html};
 
 use super::chart::{Path, Size, chart, left_axis, panel_name};
 use super::number::{Axis, pixel, round_up, span, tick, whole};
-use super::phase::{self, Phase};
+use super::phase::{self, RequestPhase};
 use super::run::{Request, Run, Timing};
 
-/// Columns that are drawn; of more requests, the slowest of each group that shares a column.
+/// Most columns; of more requests, the slowest of each group is drawn.
 const MOST_COLUMNS: usize = 240;
 
-/// The chart; nothing where no server told of stages.
+/// The chart; `None` if the server reported no stages.
 pub(super) fn figure(run: &Run) -> Option<Markup> {
-    let told: Vec<_> = run.answered().filter(|(request, _)| request.told.is_some()).collect();
-    let group = told.len().div_ceil(MOST_COLUMNS).max(1);
-    let columns: Vec<&Request> = told.chunks(group).filter_map(slowest).collect();
+    let reported: Vec<_> = run
+        .answered()
+        .filter(|(request, _)| request.reported.is_some())
+        .collect();
+    let group = reported.len().div_ceil(MOST_COLUMNS).max(1);
+    let columns: Vec<&Request> = reported.chunks(group).filter_map(slowest).collect();
     let most = columns.iter().map(|request| request.first_token()).fold(0.0, f64::max);
     let label = format!(
         "Time to first token of {} requests by stage, the longest {}; the table below has the numbers",
@@ -50,8 +54,8 @@ fn draw(columns: &[&Request], most: f64, objective: Option<f64>, size: Size) -> 
     for (place, request) in columns.iter().enumerate() {
         let x = left + place as f64 * pitch;
         let mut base = 0.0;
-        for (path, stage) in paths.iter_mut().zip(Phase::all()) {
-            let length = if matches!(stage, Phase::Stage(_)) {
+        for (path, stage) in paths.iter_mut().zip(RequestPhase::all()) {
+            let length = if matches!(stage, RequestPhase::Stage(_)) {
                 stage.of(request)
             } else {
                 0.0
@@ -67,7 +71,7 @@ fn draw(columns: &[&Request], most: f64, objective: Option<f64>, size: Size) -> 
     let picture = html! {
         (panel_name(11.0, &format!("TTFT of each request in the order of sending (in {unit})")))
         (left_axis(&height, size, 4, tick))
-        @for (stage, path) in Phase::all().into_iter().zip(&paths) { path class={ "phase " (stage.class()) } d=(path.text()) {} }
+        @for (stage, path) in RequestPhase::all().into_iter().zip(&paths) { path class={ "phase " (stage.class()) } d=(path.text()) {} }
         @if let Some(limit) = objective {
             @let y = height.at(limit * scale);
             path.mark.limit d={ "M" (pixel(left)) " " (pixel(y)) "H" (pixel(right)) } {}

@@ -1,4 +1,4 @@
-//! The tables of the report: latencies, failures, the slowest requests, settings.
+//! The tables of the report: latencies, stages, pairs, failures, slowest requests, settings.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::number::{hundredths, percent, span, whole};
-use super::phase::Phase;
+use super::phase::RequestPhase;
 use super::run::{Request, Run, Timing};
 use crate::bench::latency_breakdown::Stage;
 use crate::bench::stats::failures::by_cause;
@@ -32,7 +32,7 @@ struct Latency {
     percentiles: [f64; 4],
 }
 
-/// The values behind the latencies, each ascending, in seconds.
+/// The values of each latency in seconds, ascending.
 #[derive(Debug)]
 pub(super) struct Values {
     pub(super) first_token: Vec<f64>,
@@ -64,7 +64,7 @@ impl Values {
     }
 }
 
-/// Mean and percentiles of every latency, with intervals where the result file has them.
+/// Mean and percentiles of every latency, with intervals if the result file has them.
 pub(super) fn latencies(values: &Values, intervals: &Value) -> Markup {
     let rows = [
         Latency::of("TTFT", "time to first token", "ttft_ms", &values.first_token),
@@ -91,7 +91,7 @@ pub(super) fn latencies(values: &Values, intervals: &Value) -> Markup {
     let has_intervals = rows.iter().any(|row| interval(row, "mean").is_some());
     html! {
         div.scroll { table.numbers {
-            caption { "Latencies in milliseconds, of requests that were answered" @if has_intervals { "; below each, its interval of 95 %" } }
+            caption { "Latencies of answered requests in milliseconds" @if has_intervals { "; below each, its 95 % interval" } }
             thead { tr {
                 th scope="col" { "Latency" } th scope="col" { "Values" } th scope="col" { "Mean" } th scope="col" { "Median" }
                 th scope="col" { "P90" } th scope="col" { "P99" } th scope="col" { "Max" }
@@ -103,7 +103,7 @@ pub(super) fn latencies(values: &Values, intervals: &Value) -> Markup {
                         td { (whole(row.count)) }
                         td { (hundredths(row.mean)) @if let Some(interval) = interval(row, "mean") { span.interval { (interval) } } }
                         @for (value, key) in row.percentiles.iter().zip(["median", "p90", "p99", ""]) {
-                            // The hundredth part of fewer than a hundred values is the largest of them.
+                            // P99 of fewer than a hundred values is the largest of them.
                             td.weak[key == "p99" && row.count < 100] {
                                 (hundredths(*value)) @if let Some(interval) = interval(row, key) { span.interval { (interval) } }
                             }
@@ -113,7 +113,7 @@ pub(super) fn latencies(values: &Values, intervals: &Value) -> Markup {
             }
         } }
         @if rows.iter().any(|row| row.count < 100) {
-            p.note { "A P99 of fewer than 100 values is hardly more than the largest of them; it stands in grey." }
+            p.note { "A P99 of fewer than 100 values is close to the largest of them and is shown in grey." }
         }
     }
 }
@@ -132,17 +132,17 @@ impl Latency {
     }
 }
 
-/// Where the time to the first token went, by stage. Nothing where no server told.
+/// The stages of the time to first token; `None` if the server reported none.
 pub(super) fn stages(run: &Run) -> Option<Markup> {
-    let stages: Vec<Phase> = Phase::used(run)
+    let stages: Vec<RequestPhase> = RequestPhase::used(run)
         .into_iter()
-        .filter(|phase| matches!(phase, Phase::Stage(_)))
+        .filter(|phase| matches!(phase, RequestPhase::Stage(_)))
         .collect();
-    let told = run.answered().filter(|(request, _)| request.told.is_some()).count();
+    let reported = run.answered().filter(|(request, _)| request.reported.is_some()).count();
     if stages.is_empty() {
         return None;
     }
-    let rows: Vec<(Phase, Vec<f64>, f64)> = stages
+    let rows: Vec<(RequestPhase, Vec<f64>, f64)> = stages
         .into_iter()
         .map(|stage| {
             let lengths = stage.lengths(run);
@@ -157,8 +157,8 @@ pub(super) fn stages(run: &Run) -> Option<Markup> {
             @for (stage, _, mean) in &rows { i class={ "swatch " (stage.class()) } style={ "width:" (format!("{:.2}", share(*mean))) "%" } {} }
         }
         div.scroll { table.numbers {
-            caption { "Stages of the time to first token, in milliseconds" @if told < run.completed {
-                ", of " (whole(told)) " of " (whole(run.completed)) " requests of which the server told" } }
+            caption { "Stages of the time to first token, in milliseconds" @if reported < run.completed {
+                ", of " (whole(reported)) " of " (whole(run.completed)) " requests for which the server reported them" } }
             thead { tr {
                 th scope="col" { "Stage" } th scope="col" { "Share" } th scope="col" { "Mean" } th scope="col" { "Median" }
                 th scope="col" { "P90" } th scope="col" { "P99" } th scope="col" { "Max" }
@@ -179,21 +179,21 @@ pub(super) fn stages(run: &Run) -> Option<Markup> {
     })
 }
 
-/// The pairs of engines, each with the latencies of its requests. Nothing where no server told.
+/// The pairs of engines with the latencies of their requests; `None` if the server reported none.
 pub(super) fn pairs(run: &Run) -> Option<Markup> {
     let mut pairs: BTreeMap<&str, Vec<(&Request, &Timing)>> = BTreeMap::new();
     for (request, timing) in run.answered() {
-        if let Some(told) = &request.told {
-            pairs.entry(&told.pair).or_default().push((request, timing));
+        if let Some(reported) = &request.reported {
+            pairs.entry(&reported.pair).or_default().push((request, timing));
         }
     }
     let stages = [
-        Phase::Stage(Stage::PrefillCompute),
-        Phase::Stage(Stage::Prefill),
-        Phase::Stage(Stage::Handoff),
+        RequestPhase::Stage(Stage::PrefillCompute),
+        RequestPhase::Stage(Stage::Prefill),
+        RequestPhase::Stage(Stage::Handoff),
     ];
-    let used = Phase::used(run);
-    let stages: Vec<Phase> = stages.into_iter().filter(|stage| used.contains(stage)).collect();
+    let used = RequestPhase::used(run);
+    let stages: Vec<RequestPhase> = stages.into_iter().filter(|stage| used.contains(stage)).collect();
     let sorted = |values: &mut dyn Iterator<Item = f64>| {
         let mut values: Vec<f64> = values.collect();
         values.sort_unstable_by(f64::total_cmp);
@@ -230,7 +230,7 @@ pub(super) fn pairs(run: &Run) -> Option<Markup> {
     })
 }
 
-/// A percentile of ascending seconds; empty where there are none.
+/// A percentile of ascending seconds in milliseconds; empty without values.
 fn milliseconds(sorted: &[f64], percentile: f64) -> String {
     if sorted.is_empty() {
         return String::new();
@@ -238,7 +238,7 @@ fn milliseconds(sorted: &[f64], percentile: f64) -> String {
     hundredths(percentile_of_sorted(sorted, percentile) * 1000.0)
 }
 
-/// What failed, by cause, the most frequent first.
+/// Failures by cause, the most frequent first.
 pub(super) fn failures(run: &Run) -> Markup {
     let requests = run.requests.iter().enumerate();
     let causes =
@@ -269,14 +269,14 @@ pub(super) fn failures(run: &Run) -> Markup {
     }
 }
 
-/// The requests that waited longest for their first token, with all their times.
+/// The requests with the longest time to first token, with all their times.
 pub(super) fn slowest(run: &Run) -> Markup {
     let mut requests: Vec<_> = run.answered().collect();
     requests.sort_by(|left, right| right.1.first_token.total_cmp(&left.1.first_token));
     requests.truncate(SLOWEST);
-    let is_told = |phase: &Phase| !matches!(phase, Phase::Wait | Phase::Decoding);
-    let phases: Vec<Phase> = Phase::used(run).into_iter().filter(is_told).collect();
-    // Without any but the wait in the client, TTFT says it all.
+    let is_told = |phase: &RequestPhase| !matches!(phase, RequestPhase::Wait | RequestPhase::Decoding);
+    let phases: Vec<RequestPhase> = RequestPhase::used(run).into_iter().filter(is_told).collect();
+    // If there are no stages, TTFT is enough.
     let phases = if phases.len() > 1 { phases } else { Vec::new() };
     html! {
         div.scroll { table.numbers {
@@ -304,7 +304,7 @@ pub(super) fn slowest(run: &Run) -> Markup {
     }
 }
 
-/// What the run was asked to do.
+/// The settings of the run.
 pub(super) fn settings(run: &Run) -> Markup {
     let rate = run
         .rate()
@@ -347,7 +347,7 @@ fn arrivals(burstiness: f64) -> &'static str {
     }
 }
 
-/// Whether a key that is not known here is metadata of the user, and short enough to be shown.
+/// Whether an unknown key is user metadata and short enough to show.
 fn is_setting(key: &str, value: &Value) -> bool {
     const KNOWN: [&str; 4] = ["endpoint_type", "rtfx", "label", "tokenizer_id"];
     let is_short = match value {

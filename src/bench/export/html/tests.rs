@@ -1,4 +1,4 @@
-//! What the page promises: it is whole, harmless, and never too large.
+//! Tests of the page: it is complete, safe, and limited in size.
 
 use serde_json::{Value, json};
 
@@ -44,7 +44,7 @@ fn fails(one: &mut Value, cause: &str) {
 }
 
 #[test]
-fn what_servers_and_models_say_stands_in_the_page_as_text_only() {
+fn texts_from_servers_are_escaped() {
     let mut file = result(4, 3, |index, one| {
         if index > 1 {
             fails(one, HOSTILE);
@@ -72,7 +72,7 @@ fn a_page_loads_nothing() {
 }
 
 #[test]
-fn a_page_of_many_requests_stays_small_and_says_what_it_left_out() {
+fn pages_of_many_requests_are_sampled() {
     let file = result(12_000, 20, |index, one| {
         if index % 3 == 0 {
             fails(one, &format!("cause{index}: {}", "long ".repeat(200)));
@@ -114,21 +114,21 @@ fn of_appended_results_the_last_one_is_shown() {
 }
 
 #[test]
-fn what_is_no_result_is_refused_with_the_reason() {
+fn invalid_results_are_rejected_with_the_reason() {
     for (text, reason) in [
-        ("", "it is empty"),
-        ("{", "it is no result"),
-        ("[1]", "it is no result"),
+        ("", "the file is empty"),
+        ("{", "is not a result"),
+        ("[1]", "is not a result"),
         ("{}", "it has no `duration`"),
-        (r#"{"duration": 1, "ttfts": "none"}"#, "it is no result"),
+        (r#"{"duration": 1, "ttfts": "none"}"#, "is not a result"),
     ] {
         let error = of_file(text).unwrap_err().to_string();
-        assert!(error.starts_with("it is") && error.contains(reason), "{text}: {error}");
+        assert!(error.starts_with("the file is") && error.contains(reason), "{text}: {error}");
     }
 }
 
 #[test]
-fn numbers_that_are_none_or_beyond_measure_do_not_break_a_page() {
+fn extreme_numbers_do_not_break_a_page() {
     for value in [json!(-1.0), json!(0.0), json!(1e300), json!(1e-300)] {
         let file = result(130, 5, |index, one| {
             for key in ["ttft", "latency", "start"] {
@@ -178,7 +178,7 @@ fn a_run_that_is_not_valid_says_so_before_any_number() {
 }
 
 #[test]
-fn results_of_several_runs_have_pages_too() {
+fn results_of_several_runs_have_pages() {
     let run = |asked: f64, ttft: f64| {
         json!({"asked": asked, "sent": asked, "served": asked * 0.9, "failed": 0, "overloaded": asked > 3.0, "valid": true,
             "why_invalid": null, "result": {"request_throughput": asked, "median_ttft_ms": ttft, "p99_ttft_ms": 2.0 * ttft,
@@ -208,7 +208,7 @@ fn results_of_several_runs_have_pages_too() {
 }
 
 #[test]
-fn a_page_says_what_was_measured_and_that_engines_were_simulated() {
+fn a_page_shows_setup_and_simulation() {
     let mut file = result(4, 3, |_, _| ());
     let setup = json!({"command": "xpyd bench --header 'Authorization=<redacted>'", "host": {"name": "box", "cores": 16,
         "memory_bytes": 64_u64 << 30}, "xpyd": "0.1.0", "server": {"url": "localhost:9100", "version": "0.33.0", "simulated": true},
@@ -237,7 +237,7 @@ fn a_page_says_what_was_measured_and_that_engines_were_simulated() {
 }
 
 #[test]
-fn a_search_that_ended_early_says_at_least_and_one_rate_alone_has_an_axis() {
+fn an_unfinished_search_says_at_least() {
     let search = |ending: &str, rate: Value, fails_at: Value| {
         let probe = json!({"rate": 1.0, "verdict": "pass", "good": 1.0, "ttft_ms": 410.0});
         let document = json!({"xpyd_bench": "find-max", "objectives": {"ttft": 500}, "attainment": 0.99, "rate": rate,
@@ -246,10 +246,10 @@ fn a_search_that_ended_early_says_at_least_and_one_rate_alone_has_an_axis() {
     };
     let page = search("time", json!(1.0), json!(null));
     assert!(
-        page.contains("At least <b>1.00 req/s</b>") && page.contains("its time was over"),
+        page.contains("At least <b>1.00 req/s</b>") && page.contains("the time limit was reached"),
         "{page}"
     );
-    assert!(!page.contains("The highest rate that keeps"));
+    assert!(!page.contains("The highest rate that meets"));
     // The numbers below the one point, each once.
     let ticks: Vec<&str> = page
         .split("text-anchor=\"middle\">")
@@ -261,13 +261,13 @@ fn a_search_that_ended_early_says_at_least_and_one_rate_alone_has_an_axis() {
     distinct.dedup();
     assert!(distinct.len() > 1, "{ticks:?}");
     let page = search("client limit", json!(null), json!(null));
-    assert!(page.contains("Whether any rate keeps to the objectives is not known") && page.contains("load generator"));
+    assert!(page.contains("Whether any rate meets the objectives is unknown") && page.contains("load generator"));
     let page = search("found", json!(1.0), json!(1.1));
-    assert!(page.contains("The highest rate that keeps to the objectives is"));
+    assert!(page.contains("The highest rate that meets the objectives is"));
 }
 
 #[test]
-fn a_sweep_says_where_the_server_falls_behind_and_a_comparison_what_got_better() {
+fn sweeps_and_comparisons_have_a_headline() {
     let point = |asked: f64, overloaded: bool| json!({"asked": asked, "served": asked, "overloaded": overloaded, "valid": true, "result": {}});
     let sweep = json!({"xpyd_bench": "sweep", "axis": "rate", "points": [point(4.0, false), point(8.0, false), point(16.0, true)]});
     let page = of_file(&sweep.to_string()).unwrap();

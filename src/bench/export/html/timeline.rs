@@ -1,58 +1,58 @@
-//! Every request over time, by phase. Drawn here for a page without scripts, and given to the script as data.
+//! The timeline of requests by phase. It is drawn here for pages without scripts, and the script gets the same data.
 //!
-//! Few requests have a row each. Of many, rows would be a thin diagonal; there each request takes the first lane that is free,
-//! so that the picture's height is the number of requests at once.
+//! Few requests have a row each. Many rows would be a thin diagonal, so each request then takes the first free lane,
+//! and the height is the number of concurrent requests.
 
 use maud::{Markup, PreEscaped, html};
 use serde_json::{Value, json};
 
 use super::chart::{Path, Size, bottom_axis, chart};
 use super::number::{Axis, pixel, place, span, tick, whole};
-use super::phase::{self, Phase};
+use super::phase::{self, RequestPhase};
 use super::run::{Request, Run};
 
-/// Requests that have a row each.
+/// Most requests with a row each.
 const MOST_ROWS: usize = 120;
-/// Requests that are drawn. More take too many bytes.
+/// Most requests to draw. More would take too many bytes.
 const MOST_DRAWN: usize = 4000;
-/// Of those, requests that failed.
+/// Of these, most failed requests.
 const MOST_FAILED: usize = 500;
-/// Of those, the ones that waited longest for their first token.
+/// Of these, the requests with the longest time to first token.
 const SLOWEST: usize = 300;
-/// Stalls that are drawn, the longest ones.
+/// Most stalls to draw, the longest first.
 const MOST_STALLS: usize = 2000;
-/// A gap is a stall from this many times the median gap on.
+/// A gap of this many median gaps is a stall.
 const STALL_RATIO: f64 = 4.0;
-/// The height of all rows together, in pixels, where they are many.
+/// Height of all rows in pixels if there are many.
 const HEIGHT: f64 = 560.0;
-/// The height of one row where they are few.
+/// Height of one row if there are few.
 const ROW_HEIGHT: f64 = 16.0;
-/// The first pixel of the plot from above.
+/// The top pixel of the plot.
 const TOP: f64 = 10.0;
 
-/// What is drawn.
+/// The data of the chart.
 #[derive(Debug)]
 pub(super) struct Timeline<'a> {
-    rows: Vec<Row<'a>>,
+    rows: Vec<TimelineRow<'a>>,
     lanes: usize,
     has_own_rows: bool,
     total: usize,
     /// From the first release to the last token.
     length: f64,
-    /// From this length on, a gap is shown as a stall.
+    /// Gaps of at least this length are shown as stalls.
     stall: f64,
     stalls: usize,
-    phases: Vec<Phase>,
+    phases: Vec<RequestPhase>,
 }
 
 #[derive(Debug)]
-struct Row<'a> {
+struct TimelineRow<'a> {
     request: &'a Request,
     lane: usize,
 }
 
 impl<'a> Timeline<'a> {
-    /// `gaps` are all of the run, in ascending order.
+    /// `gaps` are all gaps of the run, in ascending order.
     pub(super) fn of(run: &'a Run, gaps: &[f64]) -> Self {
         let typical = gaps.get(gaps.len() / 2).copied().unwrap_or(0.0) * STALL_RATIO;
         let longest = gaps.len().checked_sub(MOST_STALLS + 1).map_or(0.0, |place| gaps[place]);
@@ -62,7 +62,7 @@ impl<'a> Timeline<'a> {
         let has_own_rows = drawn.len() <= MOST_ROWS;
         let rows = if has_own_rows {
             let rows = drawn.into_iter().enumerate();
-            rows.map(|(lane, request)| Row { request, lane }).collect()
+            rows.map(|(lane, request)| TimelineRow { request, lane }).collect()
         } else {
             in_lanes(drawn, length)
         };
@@ -74,11 +74,11 @@ impl<'a> Timeline<'a> {
             length,
             stall,
             stalls: gaps.len() - gaps.partition_point(|gap| *gap <= stall),
-            phases: Phase::used(run),
+            phases: RequestPhase::used(run),
         }
     }
 
-    /// The legend, which tells the medians too; the picture; the notes on what is not in it; the data for the script.
+    /// The legend with medians, the picture, notes, and the data for the script.
     pub(super) fn figure(&self, run: &Run) -> Markup {
         let failed = self.rows.iter().filter(|row| row.request.result.is_err()).count();
         let label = format!(
@@ -95,7 +95,7 @@ impl<'a> Timeline<'a> {
                     button type="button" data-action="left" aria-label="Earlier" { "←" }
                     button type="button" data-action="right" aria-label="Later" { "→" }
                     button type="button" data-action="reset" { "All" }
-                    span.hint { "Drag over a stretch of time to look closer." }
+                    span.hint { "Drag over a time range to zoom in." }
                 }
                 (chart("rows", &label, |size| self.picture(size)))
                 div.tip hidden {}
@@ -110,12 +110,12 @@ impl<'a> Timeline<'a> {
             @if !self.has_own_rows || self.rows.len() < self.total {
                 figcaption {
                     @if !self.has_own_rows {
-                        "Each request takes the first lane that is free, so the picture is as high as requests were there at once. "
+                        "Each request takes the first free lane, so the height is the number of concurrent requests. "
                     }
                     @if self.rows.len() < self.total {
                         (whole(self.rows.len())) " of " (whole(self.total)) " requests are drawn: up to " (MOST_FAILED) " that failed, the "
-                        (SLOWEST) " that waited longest for their first token, and others at even steps. Every number and every other \
-                        chart is of all requests."
+                        (SLOWEST) " with the longest time to first token, and an even selection of the others. All numbers and all other \
+charts cover all requests."
                     }
                 }
             }
@@ -124,7 +124,7 @@ impl<'a> Timeline<'a> {
 
     fn legend(&self, run: &Run) -> Markup {
         html! {
-            ul.legend aria-label="Phases in the order of time, with their medians" {
+            ul.legend aria-label="RequestStages in the order of time, with their medians" {
                 @for phase in &self.phases {
                     li { i class={ "swatch " (phase.class()) } {} (phase.name()) " " span.value { (span(phase.median(run))) } }
                 }
@@ -146,7 +146,7 @@ impl<'a> Timeline<'a> {
             g.axis { (bottom_axis(&axis, size, (TOP, bottom), "s")) }
             g.labels { (self.labels(size, pitch, bottom)) }
             g.plot data-left=(pixel(left)) data-right=(pixel(right)) data-top=(pixel(TOP)) data-bottom=(pixel(bottom)) {
-                @for (phase, path) in Phase::all().into_iter().zip(&phases) { path class={ "phase " (phase.class()) } d=(path.text()) {} }
+                @for (phase, path) in RequestPhase::all().into_iter().zip(&phases) { path class={ "phase " (phase.class()) } d=(path.text()) {} }
                 path.stall d=(stalls[0].text()) {}
                 path.crosses d=(crosses[0].text()) {}
             }
@@ -154,15 +154,15 @@ impl<'a> Timeline<'a> {
         (bottom + 24.0, picture)
     }
 
-    /// The paths of the phases, of the stalls, of the failures.
+    /// The paths of phases, stalls and failures.
     fn paths(&self, axis: &Axis, pitch: f64) -> [Vec<Path>; 3] {
         let thickness = thickness(pitch);
         let mut phases: Vec<Path> = std::iter::repeat_with(Path::default).take(phase::COUNT).collect();
         let (mut stalls, mut crosses) = (Path::default(), Path::default());
-        for Row { request, lane } in &self.rows {
+        for TimelineRow { request, lane } in &self.rows {
             let y = TOP + *lane as f64 * pitch;
             let mut start = request.started - request.queued;
-            for (path, phase) in phases.iter_mut().zip(Phase::all()) {
+            for (path, phase) in phases.iter_mut().zip(RequestPhase::all()) {
                 let end = start + phase.of(request);
                 if end > start {
                     path.bar((axis.at(start), axis.at(end)), y, thickness);
@@ -182,14 +182,14 @@ impl<'a> Timeline<'a> {
         [phases, vec![stalls], vec![crosses]]
     }
 
-    /// At the left: the numbers of some requests beside their rows, or how many lanes there are.
+    /// The labels at the left: request numbers, or the number of lanes.
     fn labels(&self, size: Size, pitch: f64, bottom: f64) -> Markup {
         let x = pixel(size.plot().0 - 7.0);
         let stride = place((22.0 / pitch).ceil()).max(1);
         let lanes = Axis::linear((0.0, self.lanes as f64), (TOP, bottom));
         html! {
             @if self.has_own_rows {
-                @for Row { request, lane } in self.rows.iter().step_by(stride) {
+                @for TimelineRow { request, lane } in self.rows.iter().step_by(stride) {
                     text.number x=(x) y=(pixel(TOP + (*lane as f64 + 0.5) * pitch + 4.0)) text-anchor="end" { (request.index) }
                 }
             } @else {
@@ -200,7 +200,7 @@ impl<'a> Timeline<'a> {
         }
     }
 
-    /// From when to when nothing came, since the first release.
+    /// The stalls of a request: start and end since the first release.
     fn stalls_of(&self, request: &Request) -> Vec<(f64, f64)> {
         let Ok(timing) = &request.result else {
             return Vec::new();
@@ -216,9 +216,9 @@ impl<'a> Timeline<'a> {
         stalls
     }
 
-    /// What the script needs to draw the same again at another scale, in tenths of a millisecond.
+    /// The data for the script, in tenths of a millisecond.
     pub(super) fn data(&self) -> Value {
-        let rows = self.rows.iter().map(|Row { request, lane }| {
+        let rows = self.rows.iter().map(|TimelineRow { request, lane }| {
             let stalls = self.stalls_of(request).into_iter();
             let stalls: Vec<i64> = stalls.flat_map(|(from, to)| [units(from), units(to - from)]).collect();
             let mut row = json!({
@@ -229,12 +229,12 @@ impl<'a> Timeline<'a> {
                 "input": request.input_tokens,
                 "output": request.output_tokens,
             });
-            // Left out where there is nothing to say: most of a page of thousands of requests is this.
+            // Omitted if empty, because this is most of a large page.
             if !stalls.is_empty() {
                 row["stalls"] = json!(stalls);
             }
-            if let Some(told) = &request.told {
-                row["pair"] = json!(told.pair);
+            if let Some(reported) = &request.reported {
+                row["pair"] = json!(reported.pair);
             }
             if let Err(error) = &request.result {
                 row["error"] = json!(error);
@@ -256,7 +256,7 @@ fn units(seconds: f64) -> i64 {
     (seconds * 10_000.0).round() as i64
 }
 
-/// The bar of a row, with a little room to the next one where there is room.
+/// The thickness of a row's bar, with a gap to the next row if there is room.
 fn thickness(pitch: f64) -> f64 {
     match pitch {
         wide if wide > 8.0 => wide - 3.0,
@@ -265,14 +265,14 @@ fn thickness(pitch: f64) -> f64 {
     }
 }
 
-/// When a request ended, since the first release.
+/// End of a request since the first release.
 fn end(request: &Request) -> f64 {
     request.started + request.result.as_ref().map_or(0.0, super::run::Timing::end)
 }
 
-/// Each request in the first lane that is free when it is released.
-fn in_lanes(requests: Vec<&Request>, length: f64) -> Vec<Row<'_>> {
-    // What failed has no length, but its cross has a width.
+/// Puts each request into the first lane that is free at its release.
+fn in_lanes(requests: Vec<&Request>, length: f64) -> Vec<TimelineRow<'_>> {
+    // A failed request has no length, but its cross has a width.
     let room = |request: &Request| length / if request.result.is_ok() { 1000.0 } else { 120.0 };
     let mut free_at: Vec<f64> = Vec::new();
     let rows = requests.into_iter().map(|request| {
@@ -286,12 +286,12 @@ fn in_lanes(requests: Vec<&Request>, length: f64) -> Vec<Row<'_>> {
             Some(free_at) => *free_at = busy_until,
             None => free_at.push(busy_until),
         }
-        Row { request, lane }
+        TimelineRow { request, lane }
     });
     rows.collect()
 }
 
-/// Which requests are drawn, in the order of the schedule.
+/// The requests to draw, in the order of the schedule.
 fn sample(requests: &[Request]) -> Vec<&Request> {
     if requests.len() <= MOST_DRAWN {
         return requests.iter().collect();
@@ -316,8 +316,8 @@ fn sample(requests: &[Request]) -> Vec<&Request> {
         .collect()
 }
 
-/// JSON that may stand in a page's script element, whatever its texts hold: nothing in it can end the element or begin
-/// a comment, because `<`, `>` and `&` are written as escapes.
+/// JSON that is safe in a script element of a page: `<`, `>` and `&` are escaped, so no text can end the element or
+/// start a comment.
 pub(super) fn embedded(data: &Value) -> String {
     data.to_string()
         .replace('<', "\\u003c")

@@ -1,16 +1,16 @@
-//! Runs summed up: stages that add up, cold requests, hand-offs that were none.
+//! Tests of run summaries: stages that add up, cold requests, failed hand-offs.
 
 use super::*;
-use crate::bench::record::{EngineTimes, Told as Headers};
+use crate::bench::record::{EngineTimes, ServerTimings as Headers};
 
-/// A request that was answered after `ttft` ms, of which the proxy explains all but `unexplained`.
+/// A request answered after `ttft` ms, of which the proxy explains all but `unexplained` ms.
 fn record(index: usize, pair: (&str, &str), ttft: u64, unexplained: u64) -> Record {
     let prefill = ttft - 40 - unexplained;
     let (prefiller, decoder) = pair;
     let answer = Answer {
         first_token: Duration::from_millis(ttft),
         prompt_tokens: Some(100),
-        told: Headers {
+        timings: Headers {
             handoff: Some(format!(
                 "transferred;prefill=\"{prefiller}\";decode=\"{decoder}\";attempt=1"
             )),
@@ -32,9 +32,9 @@ fn record(index: usize, pair: (&str, &str), ttft: u64, unexplained: u64) -> Reco
     }
 }
 
-fn fleet(decode: &[(Counter, f64)]) -> Vec<Engine> {
+fn fleet(decode: &[(Counter, f64)]) -> Vec<EngineCounters> {
     vec![
-        Engine::counted(
+        EngineCounters::counted(
             "prefiller1",
             Role::Prefill,
             &[
@@ -45,17 +45,17 @@ fn fleet(decode: &[(Counter, f64)]) -> Vec<Engine> {
                 (Counter::ComputedTokens, 400.0),
             ],
         ),
-        Engine::counted("decoder1", Role::Decode, decode),
+        EngineCounters::counted("decoder1", Role::Decode, decode),
     ]
 }
 
-fn means(summary: &Summary) -> Vec<(&'static str, u64)> {
-    let round = |row: &Row| (row.key, u64::try_from(whole(row.mean_ms.round())).unwrap_or_default());
+fn means(summary: &BreakdownSummary) -> Vec<(&'static str, u64)> {
+    let round = |row: &StageRow| (row.key, u64::try_from(whole(row.mean_ms.round())).unwrap_or_default());
     summary.rows.iter().map(round).collect()
 }
 
 #[test]
-fn what_engines_counted_splits_the_legs_and_top_rows_add_up() {
+fn engine_counters_split_legs_and_top_rows_add_up() {
     let records: Vec<Record> = (0..4)
         .map(|index| record(index, ("prefiller1", "decoder1"), 110, 2))
         .collect();
@@ -69,7 +69,7 @@ fn what_engines_counted_splits_the_legs_and_top_rows_add_up() {
         (Counter::RemoteTokens, 396.0),
         (Counter::ComputedTokens, 4.0),
     ]);
-    let summary = Summary::of(&records, &engines).unwrap();
+    let summary = BreakdownSummary::of(&records, &engines).unwrap();
     let expected = [
         ("wire", 10),
         ("proxy_queue", 0),
@@ -101,17 +101,17 @@ fn what_engines_counted_splits_the_legs_and_top_rows_add_up() {
 }
 
 #[test]
-fn times_of_single_requests_win_over_sums() {
+fn per_request_times_take_precedence_over_sums() {
     let mut records = vec![record(0, ("prefiller1", "decoder1"), 110, 0)];
-    let told = &mut records[0].result.as_mut().unwrap().told;
-    told.timing = Some(
+    let timings = &mut records[0].result.as_mut().unwrap().timings;
+    timings.timing = Some(
         "prefill;dur=70, prefill-queue;dur=1, prefill-compute;dur=60, first-token;dur=30, total;dur=100".to_owned(),
     );
-    told.engine = Some(EngineTimes {
+    timings.engine = Some(EngineTimes {
         queue: Duration::from_millis(7),
         first_token: Duration::from_millis(9),
     });
-    let summary = Summary::of(&records, &fleet(&[])).unwrap();
+    let summary = BreakdownSummary::of(&records, &fleet(&[])).unwrap();
     let row = |key: &str| summary.rows.iter().find(|row| row.key == key).unwrap().clone();
     assert_eq!(row("prefill_compute").percentiles_ms, Some((60.0, 60.0)));
     assert!((row("decode_queue").mean_ms - 7.0).abs() < 1e-9);
@@ -119,7 +119,7 @@ fn times_of_single_requests_win_over_sums() {
 }
 
 #[test]
-fn the_first_request_of_each_pair_stands_apart() {
+fn the_first_request_of_each_pair_is_cold() {
     let pair = |decoder| ("prefiller1", decoder);
     let records = [
         record(0, pair("decoder1"), 900, 0),
@@ -127,7 +127,7 @@ fn the_first_request_of_each_pair_stands_apart() {
         record(2, pair("decoder1"), 100, 0),
         record(3, pair("decoder2"), 100, 0),
     ];
-    let summary = Summary::of(&records, &[]).unwrap();
+    let summary = BreakdownSummary::of(&records, &[]).unwrap();
     let cold = summary.cold.unwrap();
     assert_eq!(
         (cold.requests, cold.cold_ms, cold.warm_ms, cold.all_ms),
@@ -135,32 +135,32 @@ fn the_first_request_of_each_pair_stands_apart() {
     );
     assert_eq!(summary.pairs[0].name, "prefiller1 → decoder1");
     assert_eq!((summary.pairs[1].requests, summary.pairs[1].first_ttft_ms), (2, 700.0));
-    assert_eq!(Summary::of(&records[..2], &[]).unwrap().cold, None);
+    assert_eq!(BreakdownSummary::of(&records[..2], &[]).unwrap().cold, None);
 }
 
 #[test]
-fn prompts_that_decode_engines_computed_again_are_no_hand_offs() {
+fn recomputed_prompts_do_not_count_as_remote_kv() {
     let records: Vec<Record> = (0..4)
         .map(|index| record(index, ("prefiller1", "decoder1"), 110, 0))
         .collect();
     let engines = fleet(&[(Counter::ComputedTokens, 302.0), (Counter::RemoteTokens, 99.0)]);
-    let remote = Summary::of(&records, &engines).unwrap().remote.unwrap();
+    let remote = BreakdownSummary::of(&records, &engines).unwrap().remote.unwrap();
     assert_eq!((remote.answered, remote.used, remote.recomputed), (4, 1, 3));
     assert!(remote.is_counted);
     // Without counters there is only the word of the proxy.
-    let remote = Summary::of(&records, &[]).unwrap().remote.unwrap();
+    let remote = BreakdownSummary::of(&records, &[]).unwrap().remote.unwrap();
     assert_eq!((remote.used, remote.is_counted), (4, false));
 }
 
 #[test]
-fn a_prompt_that_a_decode_engine_was_to_compute_is_counted_apart() {
+fn bypassed_prompts_are_not_recomputed() {
     let mut records: Vec<Record> = (0..4)
         .map(|index| record(index, ("prefiller1", "decoder1"), 110, 0))
         .collect();
-    records[0].result.as_mut().unwrap().told.handoff =
+    records[0].result.as_mut().unwrap().timings.handoff =
         Some("bypassed;reason=\"n\";decode=\"decoder1\";attempt=1".to_owned());
     let engines = fleet(&[(Counter::ComputedTokens, 103.0), (Counter::RemoteTokens, 297.0)]);
-    let remote = Summary::of(&records, &engines).unwrap().remote.unwrap();
+    let remote = BreakdownSummary::of(&records, &engines).unwrap().remote.unwrap();
     assert_eq!((remote.answered, remote.used, remote.recomputed), (4, 3, 0));
     assert_eq!(
         remote.outcomes.keys().collect::<Vec<_>>(),
@@ -169,9 +169,9 @@ fn a_prompt_that_a_decode_engine_was_to_compute_is_counted_apart() {
 }
 
 #[test]
-fn the_worst_request_says_whether_the_table_is_to_be_trusted() {
+fn the_worst_request_decides_whether_too_much_is_unexplained() {
     let pair = ("prefiller1", "decoder1");
-    let summary = Summary::of(&[record(0, pair, 100, 0), record(1, pair, 100, 8)], &[]).unwrap();
+    let summary = BreakdownSummary::of(&[record(0, pair, 100, 0), record(1, pair, 100, 8)], &[]).unwrap();
     let unexplained = summary.unexplained;
     assert!((unexplained.mean - 0.04).abs() < 1e-9 && (unexplained.worst - 0.08).abs() < 1e-9);
     assert_eq!((unexplained.worst_request, unexplained.worst_ms.round()), (1, 8.0));
@@ -179,7 +179,7 @@ fn the_worst_request_says_whether_the_table_is_to_be_trusted() {
 }
 
 #[test]
-fn a_server_that_is_no_fleet_is_split_by_its_own_counters() {
+fn a_single_server_is_split_by_its_counters() {
     let answer = Answer {
         first_token: Duration::from_millis(100),
         ..Answer::default()
@@ -188,14 +188,14 @@ fn a_server_that_is_no_fleet_is_split_by_its_own_counters() {
         result: Ok(answer),
         ..record(0, ("", ""), 100, 0)
     }];
-    assert_eq!(Summary::of(&records, &[]), None);
+    assert_eq!(BreakdownSummary::of(&records, &[]), None);
     let counted = [
         (Counter::Queued, 1.0),
         (Counter::QueueSeconds, 0.02),
         (Counter::Prefilled, 1.0),
         (Counter::PrefillSeconds, 0.07),
     ];
-    let summary = Summary::of(&records, &[Engine::counted("0", Role::Alone, &counted)]).unwrap();
+    let summary = BreakdownSummary::of(&records, &[EngineCounters::counted("0", Role::Alone, &counted)]).unwrap();
     assert_eq!(
         means(&summary),
         [("queue", 20), ("prefill_compute", 70), ("http", 10), ("ttft", 100)]

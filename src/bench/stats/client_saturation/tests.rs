@@ -1,23 +1,23 @@
-//! What makes a run invalid, one cause at a time.
+//! Tests of each reason that makes a run invalid.
 
 use std::time::Duration;
 
 use super::*;
 
-fn verdict(lag_p99: f64, busiest: f64, merged: u64) -> Verdict {
-    Verdict {
+fn validity(lag_p99: f64, busiest: f64, merged: u64) -> ClientValidity {
+    ClientValidity {
         reasons: Vec::new(),
         notes: Vec::new(),
         lag: Distribution {
             percentiles: vec![(50.0, 0.0), (99.0, lag_p99), (100.0, lag_p99)],
             ..Distribution::default()
         },
-        backlog: Backlog {
+        read_delay: ReadDelay {
             reads: 1000,
             merged,
-            ..Backlog::default()
+            ..ReadDelay::default()
         },
-        effort: Effort {
+        client_usage: ClientUsage {
             threads: 1,
             busiest,
             processor_time: Duration::from_secs(1),
@@ -29,22 +29,22 @@ fn verdict(lag_p99: f64, busiest: f64, merged: u64) -> Verdict {
     }
 }
 
-fn reasons(mut verdict: Verdict, ttft: f64, is_scheduled: bool) -> Vec<String> {
-    verdict.judge(ttft, 1000, is_scheduled);
-    verdict.reasons
+fn reasons(mut validity: ClientValidity, ttft: f64, is_scheduled: bool) -> Vec<String> {
+    validity.judge(ttft, 1000, is_scheduled);
+    validity.reasons
 }
 
 #[test]
 fn a_client_that_kept_up_is_valid() {
-    assert!(reasons(verdict(0.9, 0.7, 9), 0.5, true).is_empty());
-    assert!(reasons(verdict(4.9, 0.0, 0), 100.0, true).is_empty());
-    // A burst has no schedule that it could keep.
-    assert!(reasons(verdict(40.0, 0.0, 0), 1000.0, false).is_empty());
+    assert!(reasons(validity(0.9, 0.7, 9), 0.5, true).is_empty());
+    assert!(reasons(validity(4.9, 0.0, 0), 100.0, true).is_empty());
+    // A burst has no schedule.
+    assert!(reasons(validity(40.0, 0.0, 0), 1000.0, false).is_empty());
 }
 
 #[test]
-fn lag_is_held_against_the_median_time_to_first_token() {
-    let late = reasons(verdict(6.0, 0.0, 0), 100.0, true);
+fn lag_is_relative_to_the_median_ttft() {
+    let late = reasons(validity(6.0, 0.0, 0), 100.0, true);
     assert_eq!(
         late,
         [
@@ -52,29 +52,29 @@ fn lag_is_held_against_the_median_time_to_first_token() {
              100.0 ms allows"
         ]
     );
-    assert_eq!(reasons(verdict(11.0, 0.0, 0), 1000.0, true).len(), 1);
+    assert_eq!(reasons(validity(11.0, 0.0, 0), 1000.0, true).len(), 1);
 }
 
 #[test]
-fn a_thread_without_a_core_to_spare_and_gaps_that_are_lost_are_reasons() {
-    assert!(reasons(verdict(0.0, 0.93, 0), 100.0, true)[0].contains("used 93 % of its core"));
-    assert!(reasons(verdict(0.0, 0.0, 20), 100.0, true)[0].starts_with("2.0 % of the chunks were read late"));
+fn busy_threads_and_lost_gaps_are_reasons() {
+    assert!(reasons(validity(0.0, 0.93, 0), 100.0, true)[0].contains("used 93 % of its core"));
+    assert!(reasons(validity(0.0, 0.0, 20), 100.0, true)[0].starts_with("2.0 % of the chunks were read late"));
 }
 
 #[test]
-fn what_the_machine_was_doing_is_a_note() {
-    let mut verdict = verdict(0.0, 0.0, 0);
+fn machine_load_is_a_note() {
+    let mut validity = validity(0.0, 0.0, 0);
     let machine = MachineUse {
         busy: 0.95,
         stolen: 0.05,
     };
-    verdict.annotate(Some(machine), &[]);
+    validity.annotate(Some(machine), &[]);
     assert_eq!(
-        verdict.notes,
+        validity.notes,
         [
             "other virtual machines took 5 % of this one's time during the run",
             "this machine's cores were 95 % busy during the run, 13 % of it this client's doing",
         ]
     );
-    assert!(verdict.is_valid());
+    assert!(validity.is_valid());
 }

@@ -1,15 +1,15 @@
-//! What is said of made records.
+//! Tests of latency statistics on synthetic records.
 
 use std::time::Duration;
 
 use super::*;
-use crate::bench::record::Told;
+use crate::bench::record::ServerTimings;
 
 fn milliseconds(value: u64) -> Duration {
     Duration::from_millis(value)
 }
 
-/// A request whose chunks came at these milliseconds, of as many tokens, through this pair of engines.
+/// A request with chunks at these milliseconds, this many tokens, and this pair of engines.
 fn answered(index: usize, chunks: &[u64], tokens: u64, pair: Option<[&str; 2]>) -> Record {
     let started = milliseconds(index as u64 * 10);
     let handoff =
@@ -25,80 +25,82 @@ fn answered(index: usize, chunks: &[u64], tokens: u64, pair: Option<[&str; 2]>) 
             gaps: chunks.windows(2).map(|pair| milliseconds(pair[1] - pair[0])).collect(),
             latency: milliseconds(chunks[chunks.len() - 1]),
             completion_tokens: Some(tokens),
-            told: Told {
+            timings: ServerTimings {
                 handoff,
-                ..Told::default()
+                ..ServerTimings::default()
             },
             ..Answer::default()
         }),
     }
 }
 
-fn row<'a>(rows: &'a [Row], key: &str) -> &'a Row {
+fn row<'a>(rows: &'a [LatencyRow], key: &str) -> &'a LatencyRow {
     rows.iter().find(|row| row.key == key).expect(key)
 }
 
-/// The mean, to a microsecond.
-fn mean(rows: &[Row], key: &str) -> String {
+/// The mean, rounded to a microsecond.
+fn mean(rows: &[LatencyRow], key: &str) -> String {
     format!("{:.3}", row(rows, key).mean.value)
 }
 
 #[test]
-fn a_percentile_of_too_few_requests_is_vllms_without_an_interval() {
+fn percentiles_of_few_requests_have_no_interval() {
     let of = |count: usize| {
         let records: Vec<Record> = (0..count)
             .map(|index| answered(index, &[index as u64 + 1, index as u64 + 2], 2, None))
             .collect();
-        Statistics::of(&records, &[99.0]).rows
+        LatencyStats::of(&records, &[99.0]).rows
     };
     let few = of(99);
     let [tail] = row(&few, "ttft").tails[..] else {
         panic!("{few:?}")
     };
-    assert_eq!((tail.of_few, tail.estimate.interval), (Some(99), None));
+    assert_eq!((tail.too_few, tail.estimate.interval), (Some(99), None));
     assert!((tail.estimate.value - 98.02).abs() < 1e-9, "{tail:?}");
     let enough = of(100);
-    let Tail {
-        estimate, of_few: None, ..
+    let TailPercentile {
+        estimate,
+        too_few: None,
+        ..
     } = row(&enough, "ttft").tails[0]
     else {
         panic!("{enough:?}")
     };
     assert!((estimate.value - 99.01).abs() < 1e-9);
-    // A hundred gaps of few requests are no hundred values.
+    // A hundred gaps of two requests are not a hundred independent values.
     let long: Vec<u64> = (1..200).collect();
-    let few = Statistics::of(&[answered(0, &long, 199, None), answered(1, &long, 199, None)], &[99.0]);
-    assert_eq!(row(&few.rows, "itl_chunk_gap").tails[0].of_few, Some(2));
+    let few = LatencyStats::of(&[answered(0, &long, 199, None), answered(1, &long, 199, None)], &[99.0]);
+    assert_eq!(row(&few.rows, "itl_chunk_gap").tails[0].too_few, Some(2));
 }
 
 #[test]
-fn the_same_records_have_the_same_intervals() {
+fn intervals_are_reproducible() {
     let records: Vec<Record> = (0..40)
         .map(|index| answered(index, &[100 + index as u64 % 7, 120], 2, None))
         .collect();
-    let first = Statistics::of(&records, &[50.0]);
-    assert_eq!(first, Statistics::of(&records, &[50.0]));
+    let first = LatencyStats::of(&records, &[50.0]);
+    assert_eq!(first, LatencyStats::of(&records, &[50.0]));
     let mean = row(&first.rows, "ttft").mean;
     let (low, high) = mean.interval.unwrap();
     assert!(low < mean.value && mean.value < high && high - low < 4.0, "{mean:?}");
 }
 
 #[test]
-fn tokens_stand_apart_from_chunks_where_a_chunk_holds_several() {
+fn itl_per_token_differs_from_itl_per_chunk() {
     let mut told = answered(0, &[100, 140, 150], 6, None);
     told.result.as_mut().unwrap().chunk_tokens = vec![1, 4, 1];
-    let statistics = Statistics::of(&[told.clone()], &[99.0]);
-    assert_eq!(statistics.tokens, TokenCount::Told);
+    let statistics = LatencyStats::of(&[told.clone()], &[99.0]);
+    assert_eq!(statistics.tokens, TokenCount::Reported);
     assert_eq!(mean(&statistics.rows, "itl_chunk_gap"), "25.000");
     assert_eq!(row(&statistics.rows, "itl_per_token").count, 5);
     assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
 
     told.result.as_mut().unwrap().chunk_tokens.clear();
-    let statistics = Statistics::of(&[told], &[99.0]);
+    let statistics = LatencyStats::of(&[told], &[99.0]);
     assert_eq!(statistics.tokens, TokenCount::Spread);
     assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
 
-    let one_each = Statistics::of(&[answered(0, &[100, 140, 150], 3, None)], &[99.0]);
+    let one_each = LatencyStats::of(&[answered(0, &[100, 140, 150], 3, None)], &[99.0]);
     assert_eq!(one_each.tokens, TokenCount::OnePerChunk);
     assert!(one_each.rows.iter().all(|row| row.key != "itl_per_token"));
 }
@@ -108,11 +110,11 @@ fn a_chunk_without_tokens_adds_its_gap_to_the_next() {
     let mut record = answered(0, &[100, 110, 130], 3, None);
     let answer = record.result.as_mut().unwrap();
     answer.chunk_tokens = vec![1, 0, 2];
-    assert_eq!(answer.token_gaps(), (vec![0.015, 0.015], TokenCount::Told));
+    assert_eq!(answer.token_gaps(), (vec![0.015, 0.015], TokenCount::Reported));
 }
 
 #[test]
-fn the_first_request_of_each_pair_is_cold_and_left_out_of_what_is_said_without() {
+fn the_first_request_of_each_pair_is_cold() {
     let (a, b) = (Some(["prefiller1", "decoder1"]), Some(["prefiller1", "decoder2"]));
     let records = [
         answered(0, &[900, 901], 2, a),
@@ -122,11 +124,11 @@ fn the_first_request_of_each_pair_is_cold_and_left_out_of_what_is_said_without()
         answered(4, &[100, 101], 2, None),
     ];
     assert_eq!(cold(&records), HashSet::from([0, 2]));
-    let statistics = Statistics::of(&records, &[99.0]);
+    let statistics = LatencyStats::of(&records, &[99.0]);
     assert_eq!(statistics.cold, 2);
     assert_eq!(mean(&statistics.rows, "ttft"), "380.000");
     assert_eq!(mean(&statistics.without_cold, "ttft"), "100.000");
-    assert!(Statistics::of(&records[4..], &[99.0]).without_cold.is_empty());
+    assert!(LatencyStats::of(&records[4..], &[99.0]).without_cold.is_empty());
 }
 
 #[test]
@@ -135,7 +137,7 @@ fn gaps_of_more_than_twice_the_median_are_stalls() {
         answered(0, &[10, 20, 30, 40, 100], 5, None),
         answered(1, &[10, 20, 30, 40, 60], 5, None),
     ];
-    let stalls = Statistics::of(&records, &[99.0]).stalls;
+    let stalls = LatencyStats::of(&records, &[99.0]).stalls;
     assert_eq!(
         stalls,
         Stalls {
@@ -148,7 +150,7 @@ fn gaps_of_more_than_twice_the_median_are_stalls() {
 }
 
 #[test]
-fn nothing_answered_is_nothing_said() {
-    let statistics = Statistics::of(&[], &[99.0]);
+fn no_answers_give_no_statistics() {
+    let statistics = LatencyStats::of(&[], &[99.0]);
     assert!(statistics.rows.is_empty() && statistics.to_json()["all"].as_object().unwrap().is_empty());
 }

@@ -1,4 +1,5 @@
-//! Against what the real classes of vLLM 0.32 make of the same files (`vectors/datasets`, by `tests/real/datasets.py`).
+//! Compares the datasets with the real classes of vLLM 0.32 on the same files (`vectors/datasets`, by
+//! `tests/real/datasets.py`).
 
 use std::path::Path;
 
@@ -46,7 +47,7 @@ fn input(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-/// FNV-1a with 64 bits over all prompts, a zero byte after each; lists as Python writes them in JSON.
+/// 64-bit FNV-1a over all prompts, each with a zero byte after it; lists are written as Python's JSON.
 fn fold(prompts: &[Value]) -> String {
     let mut value = 0xcbf2_9ce4_8422_2325_u64;
     for prompt in prompts {
@@ -68,22 +69,22 @@ fn holds(vectors: &str, source: impl Fn(&Case) -> Source) {
         let tokenizer = tokenizer(&case.tokenizer);
         let about = format!("{} {:?}", case.tokenizer, case.settings);
         let dataset = case.dataset(source(&case));
-        let orders = dataset.make(Ok(&tokenizer), &|_, _| Ok(())).unwrap().orders;
-        let prompts: Vec<Value> = orders
+        let items = dataset.make(Ok(&tokenizer), &|_, _| Ok(())).unwrap().items;
+        let prompts: Vec<Value> = items
             .iter()
-            .map(|order| serde_json::to_value(order.prompt.as_completion()).unwrap())
+            .map(|item| serde_json::to_value(item.prompt.as_completion()).unwrap())
             .collect();
         if let Some(expected) = &case.prompts {
             assert_eq!(prompts, *expected, "{about}");
         }
         assert_eq!(fold(&prompts), case.fold, "{about}");
-        let lengths: Vec<u64> = orders.iter().map(|order| order.prompt.token_count()).collect();
+        let lengths: Vec<u64> = items.iter().map(|item| item.prompt.token_count()).collect();
         assert_eq!(lengths, case.lengths, "{about}");
-        let outputs: Vec<u32> = orders.iter().map(|order| order.output_length).collect();
+        let outputs: Vec<u32> = items.iter().map(|item| item.output_length).collect();
         assert_eq!(outputs, case.outputs, "{about}");
-        for (order, expected) in orders.iter().zip(&case.times) {
+        for (item, expected) in items.iter().zip(&case.times) {
             assert_eq!(
-                order.release.map(|release| (release.as_secs_f64() * 1e6).round()),
+                item.release.map(|release| (release.as_secs_f64() * 1e6).round()),
                 expected.map(|seconds| (seconds * 1e6).round()),
                 "{about}"
             );
@@ -173,7 +174,7 @@ fn blocks_of_a_trace_are_those_of_vllm_with_a_hash_seed_of_0() {
 }
 
 #[test]
-fn without_a_tokenizer_only_the_datasets_that_need_one_fail() {
+fn only_some_datasets_need_a_tokenizer() {
     let dataset = |source: Source| Dataset {
         source,
         prompt_count: 3,
@@ -188,7 +189,7 @@ fn without_a_tokenizer_only_the_datasets_that_need_one_fail() {
         template_settings: Map::new(),
     }));
     let product = custom.make(Err("it was skipped"), &|_, _| Ok(())).unwrap();
-    assert!(matches!(&product.orders[0].prompt, Prompt::Text { text, .. } if text.starts_with("Ünder ")));
+    assert!(matches!(&product.items[0].prompt, Prompt::Text { text, .. } if text.starts_with("Ünder ")));
     let burstgpt = dataset(Source::BurstGpt(BurstGpt {
         path: input("burstgpt_input.csv"),
     }));

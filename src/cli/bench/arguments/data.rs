@@ -296,7 +296,7 @@ impl Data {
     fn conversations(&self) -> Sessions {
         let turns = match &self.dataset_path {
             Some(path) => Turns::File(path.clone()),
-            None => Turns::Made {
+            None => Turns::Synthetic {
                 sessions: self.sessions,
                 turns: self.turns,
                 first_length: self.input_length(),
@@ -306,7 +306,7 @@ impl Data {
         Sessions {
             output_length: match turns {
                 Turns::File(_) => self.output_len,
-                Turns::Made { .. } => Some(self.output_length()),
+                Turns::Synthetic { .. } => Some(self.output_length()),
             },
             turns,
             think_time: self.think_time,

@@ -29,7 +29,7 @@ pub(in crate::cli::bench) fn server() -> Server {
 fn random(spec: &Spec) -> &Random {
     match &spec.workload {
         Workload::Random(random) => random,
-        Workload::Planned(_) | Workload::Made(_) => panic!("not a random one"),
+        Workload::Planned(_) | Workload::Prepared(_) => panic!("not a random one"),
     }
 }
 

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::blocks::Blocks;
-use super::kv_params::Transfer;
-use super::tokens::{END_OF_TURN, KvState, decode_into, mix};
+use crate::sim::engine_core::tokens::{END_OF_TURN, KvState, decode_into, mix};
+use crate::sim::kv::blocks::Blocks;
+use crate::sim::kv::params::Transfer;
 
 /// How far apart the probabilities of two tokens are that are equally likely but for the order of additions.
 const EQUALLY_LIKELY: f64 = 0.01;
@@ -376,8 +376,8 @@ fn starts_character(byte: u8) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tokens::encode;
     use super::*;
+    use crate::sim::engine_core::tokens::encode;
 
     fn sequence(sampling: Sampling) -> (Sequence, mpsc::Receiver<Output>) {
         let (output, receiver) = mpsc::channel(1);

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::{Connector, Core, Loaded, garble};
-use crate::sim::kv_params::Tag;
+use crate::sim::engine_core::sequence::Sequence;
+use crate::sim::kv::params::Tag;
 use crate::sim::log::Process;
-use crate::sim::sequence::Sequence;
 
 impl Core {
     /// Takes what other engines pushed of this prompt.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::tokens::{KvState, mix};
+use crate::sim::engine_core::tokens::{KvState, mix};
 
 /// Tokens per block: vLLM's default on a GPU.
 pub(crate) const BLOCK_TOKENS: usize = 16;

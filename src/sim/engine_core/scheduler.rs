@@ -14,17 +14,17 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::blocks::BlockPool;
-use super::cache::CacheClient;
-use super::fault::{EveryNth, Fault};
-use super::kv_params::{FirstToken, PullParams, Transfer};
-use super::lmcache::receiver::Receiver;
-use super::lmcache::sender::Sender;
-use super::log::{Log, Process};
-use super::metrics::Metrics;
-use super::nixl::{Leases, Peer, PullError};
-use super::options::{LoadFailurePolicy, Options};
-use super::sequence::{End, Finish, Request, Sequence};
+use crate::sim::engine_core::sequence::{End, Finish, Request, Sequence};
+use crate::sim::fault::{EveryNth, Fault};
+use crate::sim::kv::blocks::BlockPool;
+use crate::sim::kv::lmcache::receiver::Receiver;
+use crate::sim::kv::lmcache::sender::Sender;
+use crate::sim::kv::lmcache_mp::CacheClient;
+use crate::sim::kv::nixl::{Leases, Peer, PullError};
+use crate::sim::kv::params::{FirstToken, PullParams, Transfer};
+use crate::sim::log::{Log, Process};
+use crate::sim::metrics::Metrics;
+use crate::sim::options::{LoadFailurePolicy, Options};
 
 /// Sequences that one step decodes at most: vLLM's `max_num_seqs`.
 const MAX_RUNNING: usize = 256;
@@ -283,7 +283,7 @@ impl Core {
                 ));
             }
             Transfer::Pull(params) => {
-                if params.blocks.len() < prompt.len().div_ceil(super::blocks::BLOCK_TOKENS) {
+                if params.blocks.len() < prompt.len().div_ceil(crate::sim::kv::blocks::BLOCK_TOKENS) {
                     return Err(Death(
                         "AssertionError: assert num_decode_blocks <= len(prefill_group)".to_owned(),
                     ));
@@ -393,7 +393,7 @@ impl Core {
     }
 
     fn pool_tokens(&self) -> f64 {
-        (self.parts.pool.total() * super::blocks::BLOCK_TOKENS) as f64
+        (self.parts.pool.total() * crate::sim::kv::blocks::BLOCK_TOKENS) as f64
     }
 
     /// Prefills the next prompt, or what is left of it.

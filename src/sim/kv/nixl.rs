@@ -9,13 +9,13 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::blocks::{BLOCK_TOKENS, BlockPool, Blocks, records};
-use super::kv_params::PullParams;
-use super::log::{Log, Process};
-use super::metrics::Metrics;
-use super::timing::Preset;
-use super::wire::{AgentMetadata, HandshakePayload, SideChannelRequest};
-use super::zmq::{Client, Question, Server};
+use crate::sim::engine_core::timing::Preset;
+use crate::sim::kv::blocks::{BLOCK_TOKENS, BlockPool, Blocks, records};
+use crate::sim::kv::messages::{AgentMetadata, HandshakePayload, SideChannelRequest};
+use crate::sim::kv::params::PullParams;
+use crate::sim::kv::zmq::{Client, Question, Server};
+use crate::sim::log::{Log, Process};
+use crate::sim::metrics::Metrics;
 use crate::zmtp::{PeerError, SocketType};
 
 /// A decode engine that has never met its peer waits this long for the side channel.
@@ -175,9 +175,9 @@ impl SideChannel {
 
 /// Equal on engines that fit each other. vLLM hashes its version and the model's string among others.
 fn compatibility_hash(model: &str) -> String {
-    let hash = model
-        .bytes()
-        .fold(0, |hash, byte| super::tokens::mix(hash, u64::from(byte)));
+    let hash = model.bytes().fold(0, |hash, byte| {
+        crate::sim::engine_core::tokens::mix(hash, u64::from(byte))
+    });
     format!("xpyd-sim-{hash:016x}")
 }
 

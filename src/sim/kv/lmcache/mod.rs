@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_yaml_ng::Value;
 
-use super::tokens::mix;
+use crate::sim::engine_core::tokens::mix;
 
 /// What a simulated engine takes from LMCache's file.
 #[derive(Debug, Clone, PartialEq)]
@@ -221,8 +221,8 @@ mod tests {
         Config::parse(&serde_yaml_ng::from_str(yaml).unwrap(), None)
     }
 
-    const DECODE: &str = include_str!("../../../configs/lmcache-decode.yaml");
-    const PREFILL: &str = include_str!("../../../configs/lmcache-prefill.yaml");
+    const DECODE: &str = include_str!("../../../../configs/lmcache-decode.yaml");
+    const PREFILL: &str = include_str!("../../../../configs/lmcache-prefill.yaml");
 
     #[test]
     fn the_shipped_files_are_understood_to_the_last_key() {

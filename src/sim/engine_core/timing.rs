@@ -64,7 +64,7 @@ pub const INSTANT: Preset = Preset {
 };
 
 /// As instant, but generations take long enough to be met half way: for tests of what happens in between.
-pub(super) const BRISK: Preset = Preset {
+pub(in crate::sim) const BRISK: Preset = Preset {
     name: "brisk",
     prefill_constant: 0.005,
     prefill_per_token: 10.0e-6,
@@ -110,7 +110,7 @@ pub const H100_LLAMA_3_1_8B: Preset = Preset {
 /// each sequence of about 4352 tokens (21 ns a token of context). The row of two GPUs then leaves 251 ms of prefill for a
 /// step of 21 ms: 2 ms, half the weights at 0.75 of 3.35 TB/s, and twice the line's slope. The same ratio once more makes
 /// 369 ms on one GPU. KV has 262144 B per token.
-pub(super) const H100_QWEN3_32B: Preset = Preset {
+pub(in crate::sim) const H100_QWEN3_32B: Preset = Preset {
     name: "h100-qwen3-32b",
     prefill_constant: 0.002,
     prefill_per_token: 89.7e-6,
@@ -128,7 +128,7 @@ pub(super) const H100_QWEN3_32B: Preset = Preset {
 /// OPT-13B on A100 80 GB, prefill on two GPUs and decode on one: the fits of `DistServe`'s profiler, as they stand in
 /// `simdistserve/estimators/profile_data/profiler-a100-80g.distserve.json` (the decode fit is that of batches below 95),
 /// with the millisecond that its simulator adds to a prefill. Transfers take no time there, and next to none here.
-pub(super) const A100_OPT_13B: Preset = Preset {
+pub(in crate::sim) const A100_OPT_13B: Preset = Preset {
     name: "a100-opt-13b",
     prefill_constant: 0.015_743,
     prefill_per_token: 68.577e-6,

@@ -1,8 +1,8 @@
-//! What engines counted over a run, from their pages of metrics before and after it.
+//! The difference of the engines' Prometheus counters over a run.
 //!
-//! `/metrics?engines` of xpyd's proxy has the pages of all its engines, told apart by the labels `engine` and `role`; a
-//! server that does not know the query gives its own page. Names are vLLM 0.32's (`v1/metrics/loggers.py`,
-//! `nixl/stats.py`); a page that has none of them is worth nothing here, and is no error.
+//! `/metrics?engines` of xpyd's proxy has the metrics of all its engines, with the labels `engine` and `role`. Another
+//! server ignores the query and returns its own page. The names are those of vLLM 0.32 (`v1/metrics/loggers.py`,
+//! `nixl/stats.py`). A page without any of them is ignored.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,20 +11,20 @@ use reqwest::Method;
 
 use crate::bench::client::http::Server;
 
-/// How long a page may take. The proxy gives its engines 3 s.
+/// Timeout of a page. The proxy gives its engines 3 s.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// The longest page: some 200 KiB an engine.
+/// Largest page in bytes. One engine has about 200 KiB.
 const MAX_PAGE_BYTES: usize = 16 << 20;
 
-/// What an engine does in its fleet.
+/// The role of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// Prefill.
     Prefill,
     /// Decode.
     Decode,
-    /// Both: a server that is no fleet.
+    /// Both: a server without disaggregation.
     Alone,
 }
 
@@ -39,48 +39,48 @@ impl Role {
     }
 }
 
-/// What one engine counted over the run. Times are sums in seconds.
+/// The counters of one engine over the run. Times are sums in seconds.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Engine {
-    /// Its name: `decoder1`; for a server that is no fleet, vLLM's number of the engine: `0`.
+pub struct EngineCounters {
+    /// Its name, such as `decoder1`; for another server vLLM's engine number, such as `0`.
     pub name: String,
-    /// What it does.
+    /// Its role.
     pub role: Role,
-    /// By [`Counter`].
+    /// Values by [`Counter`].
     counters: [f64; Counter::COUNT],
 }
 
-/// A number that engines count.
+/// A counter of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Counter {
-    /// Requests whose waiting was told; they have finished.
+    /// Finished requests with a queue time.
     Queued,
-    /// Seconds they waited, KV transfers by NIXL included.
+    /// Their queue time in seconds, including KV transfers by NIXL.
     QueueSeconds,
-    /// Requests whose time to the first token was told.
+    /// Finished requests with a prefill time.
     Prefilled,
-    /// Seconds from being scheduled to the first token.
+    /// Their time from being scheduled to the first token, in seconds.
     PrefillSeconds,
-    /// Transfers of KV that the engine fetched by NIXL; one per rank.
+    /// KV transfers that the engine pulled by NIXL, one per rank.
     Transfers,
-    /// Seconds these took.
+    /// Their time in seconds.
     TransferSeconds,
-    /// Bytes these moved.
+    /// Their bytes.
     TransferredBytes,
-    /// NIXL transfers that failed.
+    /// Failed NIXL transfers.
     FailedTransfers,
-    /// Prompt tokens that the engine computed itself.
+    /// Prompt tokens that the engine computed.
     ComputedTokens,
-    /// Prompt tokens that its own prefix cache had.
+    /// Prompt tokens from its own prefix cache.
     CachedTokens,
-    /// Prompt tokens that came through a connector.
+    /// Prompt tokens received through a connector.
     RemoteTokens,
 }
 
 impl Counter {
     const COUNT: usize = 11;
 
-    /// The samples that count it: the name, and the value of the label `source` if only that one counts.
+    /// The samples of each counter: the metric name, and the required value of the label `source`, if any.
     const SAMPLES: [(Self, &'static str, Option<&'static str>); Self::COUNT] = [
         (Self::Queued, "vllm:request_queue_time_seconds_count", None),
         (Self::QueueSeconds, "vllm:request_queue_time_seconds_sum", None),
@@ -98,13 +98,13 @@ impl Counter {
 
 const BY_SOURCE: &str = "vllm:prompt_tokens_by_source_total";
 
-impl Engine {
-    /// What it counted.
+impl EngineCounters {
+    /// The value of a counter.
     pub fn count(&self, counter: Counter) -> f64 {
         self.counters[counter as usize]
     }
 
-    /// The mean of a sum over a count, in milliseconds; `None` if there is nothing to count.
+    /// The mean of a sum over a count, in milliseconds; `None` if the count is 0.
     pub fn mean_ms(&self, sum: Counter, count: Counter) -> Option<f64> {
         mean_ms(std::slice::from_ref(self), sum, count)
     }
@@ -112,7 +112,7 @@ impl Engine {
 
 /// The mean over several engines, in milliseconds.
 pub(super) fn mean_ms<'engines>(
-    engines: impl IntoIterator<Item = &'engines Engine>,
+    engines: impl IntoIterator<Item = &'engines EngineCounters>,
     sum: Counter,
     count: Counter,
 ) -> Option<f64> {
@@ -122,12 +122,12 @@ pub(super) fn mean_ms<'engines>(
     (counts > 0.0).then(|| sums / counts * 1000.0)
 }
 
-/// The counters of one moment.
+/// The counters of all engines at one time.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(in crate::bench) struct Page(BTreeMap<(Role, String), [f64; Counter::COUNT]>);
+pub(in crate::bench) struct EngineMetrics(BTreeMap<(Role, String), [f64; Counter::COUNT]>);
 
-impl Page {
-    /// Reads the server's page; `None` if it has none that counts. Whatever is wrong, the benchmark goes on without it.
+impl EngineMetrics {
+    /// Reads the server's page; `None` on any failure or without known counters.
     pub(in crate::bench) async fn read(server: &Server) -> Option<Self> {
         let page = server
             .ask(&Method::GET, "/metrics?engines", None, MAX_PAGE_BYTES, DEADLINE)
@@ -139,7 +139,7 @@ impl Page {
         (!page.0.is_empty()).then_some(page)
     }
 
-    /// The samples of a page in Prometheus' text format that count.
+    /// Parses the known samples of a page in Prometheus text format.
     fn parse(text: &str) -> Self {
         let mut page = Self::default();
         for line in text.lines().filter(|line| line.starts_with("vllm:")) {
@@ -163,14 +163,14 @@ impl Page {
         page
     }
 
-    /// What was counted since `before`. An engine that started anew since then, or that was not there, is left out: what
-    /// it counted for whom is not known.
-    pub(in crate::bench) fn since(&self, before: &Self) -> Vec<Engine> {
+    /// The difference to `before`. An engine that restarted or is new is left out, because its counts do not match the
+    /// run.
+    pub(in crate::bench) fn since(&self, before: &Self) -> Vec<EngineCounters> {
         let engines = self.0.iter().filter_map(|((role, name), after)| {
             let before = before.0.get(&(*role, name.clone()))?;
             let counters: [f64; Counter::COUNT] = std::array::from_fn(|counter| after[counter] - before[counter]);
             let name = name.clone();
-            counters.iter().all(|count| *count >= 0.0).then_some(Engine {
+            counters.iter().all(|count| *count >= 0.0).then_some(EngineCounters {
                 name,
                 role: *role,
                 counters,
@@ -180,7 +180,7 @@ impl Page {
     }
 }
 
-/// The value of a label. Values that matter here hold no quotes.
+/// The value of a label. The values needed here have no quotes.
 fn label<'labels>(labels: &'labels str, key: &str) -> Option<&'labels str> {
     let mut rest = labels.trim_end_matches('}');
     while let Some((name, value)) = rest.split_once("=\"") {
@@ -194,8 +194,8 @@ fn label<'labels>(labels: &'labels str, key: &str) -> Option<&'labels str> {
 }
 
 #[cfg(test)]
-impl Engine {
-    /// An engine that counted this.
+impl EngineCounters {
+    /// An engine with these counts.
     pub(super) fn counted(name: &str, role: Role, counts: &[(Counter, f64)]) -> Self {
         let mut counters = [0.0; Counter::COUNT];
         for (counter, count) in counts {
@@ -213,8 +213,8 @@ impl Engine {
 mod tests {
     use super::*;
 
-    fn page(prefilled: u32) -> Page {
-        Page::parse(&format!(
+    fn page(prefilled: u32) -> EngineMetrics {
+        EngineMetrics::parse(&format!(
             "# TYPE vllm:request_prefill_time_seconds histogram\n\
              vllm:request_prefill_time_seconds_bucket{{engine=\"prefiller1\",role=\"prefill\",le=\"0.3\"}} 7\n\
              vllm:request_prefill_time_seconds_count{{engine=\"prefiller1\",role=\"prefill\",exported_engine=\"0\"}} {prefilled}\n\
@@ -242,17 +242,17 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_began_to_count_anew_is_left_out() {
+    fn a_restarted_engine_is_left_out() {
         let names: Vec<String> = page(1).since(&page(2)).into_iter().map(|engine| engine.name).collect();
         assert_eq!(names, ["decoder1"]);
-        assert_eq!(page(1).since(&Page::default()), []);
+        assert_eq!(page(1).since(&EngineMetrics::default()), []);
     }
 
     #[test]
-    fn a_single_server_is_an_engine_of_its_own() {
-        let alone = Page::parse("vllm:request_queue_time_seconds_sum{engine=\"0\",model_name=\"a\"} 1.5\n");
+    fn a_single_server_is_one_engine() {
+        let alone = EngineMetrics::parse("vllm:request_queue_time_seconds_sum{engine=\"0\",model_name=\"a\"} 1.5\n");
         let engines = alone.since(&alone);
         assert_eq!((engines[0].name.as_str(), engines[0].role), ("0", Role::Alone));
-        assert_eq!(Page::parse("<html>\nup 1\n"), Page::default());
+        assert_eq!(EngineMetrics::parse("<html>\nup 1\n"), EngineMetrics::default());
     }
 }

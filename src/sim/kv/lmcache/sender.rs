@@ -10,13 +10,13 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{Config, key};
+use crate::sim::engine_core::timing::Preset;
 use crate::sim::fault::{EveryNth, Fault};
-use crate::sim::kv_params::{DisaggSpec, Tag};
+use crate::sim::kv::messages::LmcacheMessage;
+use crate::sim::kv::params::{DisaggSpec, Tag};
+use crate::sim::kv::zmq::Client;
 use crate::sim::log::{Log, Process};
 use crate::sim::options::{Options, STEP_DEADLINE};
-use crate::sim::timing::Preset;
-use crate::sim::wire::LmcacheMessage;
-use crate::sim::zmq::Client;
 use crate::zmtp::{PeerError, SocketType};
 
 /// Transfers that may wait per decode engine.

@@ -10,11 +10,11 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::{Config, key};
-use crate::sim::blocks::records;
+use crate::sim::engine_core::tokens::mix;
+use crate::sim::kv::blocks::records;
+use crate::sim::kv::messages::LmcacheMessage;
+use crate::sim::kv::zmq::{Question, Server};
 use crate::sim::metrics::Metrics;
-use crate::sim::tokens::mix;
-use crate::sim::wire::LmcacheMessage;
-use crate::sim::zmq::{Question, Server};
 use crate::zmtp::SocketType;
 
 /// All ranks of a receiver.

@@ -4,19 +4,19 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::SimError;
-use super::blocks::BlockPool;
-use super::cache::CacheClient;
-use super::kv_params::ConnectorKind;
-use super::lmcache::receiver::{Receiver, ReceiverPorts};
-use super::lmcache::sender::{Faults, Sender};
-use super::lmcache::{Config, Role};
-use super::log::{Log, Process};
-use super::metrics::Metrics;
-use super::nixl::{Leases, SideChannel};
-use super::options::{KvRole, KvTransferConfig, Options};
-use super::scheduler::Connector;
-use super::zmq::Server;
+use crate::sim::SimError;
+use crate::sim::engine_core::scheduler::Connector;
+use crate::sim::kv::blocks::BlockPool;
+use crate::sim::kv::lmcache::receiver::{Receiver, ReceiverPorts};
+use crate::sim::kv::lmcache::sender::{Faults, Sender};
+use crate::sim::kv::lmcache::{Config, Role};
+use crate::sim::kv::lmcache_mp::CacheClient;
+use crate::sim::kv::nixl::{Leases, SideChannel};
+use crate::sim::kv::params::ConnectorKind;
+use crate::sim::kv::zmq::Server;
+use crate::sim::log::{Log, Process};
+use crate::sim::metrics::Metrics;
+use crate::sim::options::{KvRole, KvTransferConfig, Options};
 use crate::zmtp::SocketType;
 
 /// A connector and how it can be reached.

@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::time::{Duration, timeout};
 
-use super::SimError;
-use super::log::{Log, LogTarget};
-use super::tokens::mix;
-use super::zmq::{Client, Question, Server};
+use crate::sim::SimError;
+use crate::sim::engine_core::tokens::mix;
+use crate::sim::kv::zmq::{Client, Question, Server};
+use crate::sim::log::{Log, LogTarget};
 use crate::zmtp::SocketType;
 
 /// What one token's KV takes: that of Llama 3.1 8B.
