@@ -1,4 +1,4 @@
-//! What a storm leaves: a fleet that answers, nothing in flight, and nothing at all after `xpyd down`.
+//! Checks after a storm: the fleet answers, nothing is in flight, and `xpyd down` leaves nothing behind.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,45 +9,45 @@ use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
 use crate::Findings;
-use crate::client::{Ending, Manner, Question, ask};
+use crate::client::{ClientBehaviour, Question, RequestOutcome, ask};
 use crate::http;
-use crate::storm::{Arena, shared_memory};
+use crate::storm::{StormContext, shared_memory};
 use crate::tree::is_running;
 
 /// Far longer than a fleet takes to recover, and longer than the hand-off deadline of 90 s, after which lost ones are cleaned up.
 const RECOVERY: Duration = Duration::from_mins(3);
 const DEADLINE: Duration = Duration::from_mins(1);
 
-/// Requests after the storm, all at once.
+/// Concurrent requests after the storm.
 const REQUESTS: usize = 60;
 
 /// Gauges that must be 0 without clients.
 const GAUGES: [&str; 3] = ["xpyd_requests_in_flight", "xpyd_requests_queued", "xpyd_handoffs_open"];
 
-pub(crate) async fn check(arena: &Arc<Arena>, questions: &[Question], keep: Option<&Path>) -> Findings {
+pub(crate) async fn check(context: &Arc<StormContext>, questions: &[Question], keep: Option<&Path>) -> Findings {
     let mut findings = Findings::new();
-    let blocking = Arc::clone(arena);
+    let blocking = Arc::clone(context);
     let recovery = tokio::task::spawn_blocking(move || recover(&blocking)).await;
     findings.extend(recovery.unwrap_or_else(|error| vec![error.to_string()]));
-    findings.extend(ask_all(arena.fleet.proxy_port(), questions).await);
-    findings.extend(idle(arena.fleet.proxy_port()).await);
+    findings.extend(ask_all(context.fleet.proxy_port(), questions).await);
+    findings.extend(idle(context.fleet.proxy_port()).await);
     if let Some(folder) = keep {
-        findings.extend(arena.keep(folder).err().map(|error| format!("no logs kept: {error}")));
+        findings.extend(context.keep(folder).err().map(|error| format!("no logs kept: {error}")));
     }
-    let blocking = Arc::clone(arena);
+    let blocking = Arc::clone(context);
     let end = tokio::task::spawn_blocking(move || take_down(&blocking)).await;
     findings.extend(end.unwrap_or_else(|error| vec![error.to_string()]));
     findings
 }
 
-/// The fleet as it was at the beginning.
-fn recover(arena: &Arena) -> Findings {
+/// Restores the fleet to its initial size.
+fn recover(context: &StormContext) -> Findings {
     let mut findings = Findings::new();
-    let ran = arena.fleet.run(&["scale", "prefill=2", "decode=2"]);
+    let ran = context.fleet.run(&["scale", "prefill=2", "decode=2"]);
     if ran.code != Some(0) {
         findings.push(format!("xpyd scale after the storm: {}", ran.last_words()));
     }
-    findings.extend(arena.fleet.wait_until_whole(RECOVERY).err());
+    findings.extend(context.fleet.wait_until_whole(RECOVERY).err());
     findings
 }
 
@@ -55,11 +55,11 @@ async fn ask_all(port: u16, questions: &[Question]) -> Findings {
     let mut findings = Findings::new();
     let mut right = 0;
     let asked = questions.iter().cycle().take(REQUESTS);
-    let endings = asked.map(|question| ask(port, question, Manner::Stream, DEADLINE));
-    for ending in join_all(endings).await {
-        match ending {
-            Ending::Right => right += 1,
-            ending => findings.push(format!("after the storm: {ending:?}")),
+    let outcomes = asked.map(|question| ask(port, question, ClientBehaviour::Stream, DEADLINE));
+    for outcome in join_all(outcomes).await {
+        match outcome {
+            RequestOutcome::Right => right += 1,
+            outcome => findings.push(format!("after the storm: {outcome:?}")),
         }
     }
     println!("{:<44}{right}/{REQUESTS} right", "after the storm");
@@ -96,17 +96,17 @@ pub(crate) async fn idle(port: u16) -> Findings {
     }
 }
 
-/// `xpyd down`, and everything that is still there.
-fn take_down(arena: &Arena) -> Findings {
+/// Runs `xpyd down` and reports everything that it left behind.
+fn take_down(context: &StormContext) -> Findings {
     let mut findings = Findings::new();
-    let before: Vec<u32> = arena.fleet.processes();
-    let ran = arena.fleet.run(&["down"]);
+    let before: Vec<u32> = context.fleet.processes();
+    let ran = context.fleet.run(&["down"]);
     if ran.code != Some(0) {
         findings.push(format!("xpyd down: {}", ran.last_words()));
     }
     let left = [
-        ("processes", words(&arena.fleet.processes())),
-        ("listeners", words(&arena.fleet.listeners())),
+        ("processes", words(&context.fleet.processes())),
+        ("listeners", words(&context.fleet.listeners())),
         ("files in /dev/shm", shared_memory()),
         ("cgroups", cgroups(&before)),
     ];
@@ -125,7 +125,7 @@ fn words<T: ToString>(items: &[T]) -> Vec<String> {
     items.iter().map(ToString::to_string).collect()
 }
 
-/// Cgroups that a shim among these processes has made, and those of shims that are gone.
+/// The remaining cgroups of these processes' shims, and of shims that no longer exist.
 fn cgroups(processes: &[u32]) -> Vec<String> {
     let membership = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let Some(own) = membership.lines().find_map(|line| line.strip_prefix("0::/")) else {

@@ -1,4 +1,4 @@
-//! Answers of an engine that are large in one way or another. A recording engine gives them to a prompt that names them.
+//! Large engine answers of different kinds. A recording engine sends the one that the prompt names.
 
 use crate::http::post;
 use crate::shapes::filled;
@@ -6,7 +6,7 @@ use crate::shapes::filled;
 /// A family of answers.
 pub(crate) struct Answer {
     pub(crate) name: &'static str,
-    /// The leg of a request that gets it. The other one is answered as always.
+    /// The leg that gets it. The other leg gets a normal answer.
     leg: Leg,
     /// A complete response of about this many bytes.
     make: fn(usize) -> Vec<u8>,
@@ -38,7 +38,7 @@ pub(crate) const ANSWERS: &[Answer] = &[
     prefill("prefill: many keys", |size| whole(size, r#"{"choices":[]"#, "}", |n| format!(r#","k{n}":0"#))),
 ];
 
-/// What a prefill engine hands over under NIXL, up to the first of its blocks.
+/// The hand-off of a NIXL prefill engine, up to the first of its blocks.
 const PREFILLED: &str = concat!(
     r#"{"choices":[{"index":0,"text":"a","finish_reason":"length"}],"kv_transfer_params":{"do_remote_prefill":true,"#,
     r#""do_remote_decode":false,"remote_engine_id":"r","remote_request_id":"r","remote_host":"127.0.0.1","#,

@@ -1,5 +1,4 @@
-//! The tools in a small form, as `cargo test` runs them. Nothing here depends on how fast the machine is, but for deadlines
-//! far beyond what a busy machine needs.
+//! A small run of the tools, as a test. Only deadlines depend on the speed of the machine, and they are generous.
 
 use std::time::Duration;
 
@@ -61,7 +60,7 @@ async fn a_short_storm_finds_nothing() {
         most: 6,
         clients: 4,
         private: false,
-        // Faults that do not need an engine's start, which a busy machine makes slow.
+        // Faults that start no engine, which is slow on a busy machine.
         only: ["40 half-open", "60 clients", "log files", "200 silent", "20 clients"]
             .map(str::to_owned)
             .to_vec(),
@@ -79,7 +78,7 @@ async fn a_short_soak_leaves_nothing() {
         ..Options::of(Tool::Soak)
     };
     let mut findings = soak::run(&options).await;
-    // Processes that have just started grow.
+    // New processes still grow.
     findings.retain(|finding| !finding.contains("grows"));
     assert!(findings.is_empty(), "{findings:#?}");
 }

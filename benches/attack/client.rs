@@ -1,4 +1,4 @@
-//! One client: a completion over a connection of its own, and how it ended.
+//! One client: a completion over its own connection, and its outcome.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::http::{Failure, Response, connect, exchange, post};
 
-/// A prompt and its only right answer.
+/// A prompt and its only correct answer.
 #[derive(Debug, Clone)]
 pub(crate) struct Question {
     pub(crate) model: String,
@@ -17,23 +17,23 @@ pub(crate) struct Question {
     pub(crate) answer: String,
 }
 
-/// What a client does with its answer.
+/// The behaviour of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Manner {
+pub(crate) enum ClientBehaviour {
     Stream,
     Whole,
-    /// Leaves after this time.
+    /// Disconnects after this time.
     Leave(Duration),
     /// Reads a few bytes at a time.
     Slow,
 }
 
-/// How a request ended.
+/// The outcome of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Ending {
+pub(crate) enum RequestOutcome {
     Right,
     Wrong(String),
-    /// An error event in a stream whose text was right up to there.
+    /// An error event in a stream with correct text so far.
     ErrorEvent(String),
     /// An error response.
     Status {
@@ -43,16 +43,16 @@ pub(crate) enum Ending {
     },
     /// The connection ended in the middle of an answer.
     Cut,
-    /// The connection ended before the head of an answer.
+    /// The connection ended before the response headers.
     NoAnswer,
     Refused,
-    /// The client left, as it meant to.
+    /// The client disconnected as intended.
     Left,
     /// No end within the deadline.
     Hang,
 }
 
-/// What a server answers, for comparison with other answers.
+/// The answer of a server, as a reference for others.
 pub(crate) async fn answer_of(port: u16, question: &Question, deadline: Duration) -> Result<String, String> {
     let response = exchange(port, &request(question, false), deadline).await;
     let response = response.map_err(|failure| format!("no answer to compare with: {failure:?}"))?;
@@ -68,37 +68,37 @@ fn request(question: &Question, is_stream: bool) -> Vec<u8> {
     post("/v1/completions", body.to_string().as_bytes())
 }
 
-/// Asks, with a deadline for the whole answer.
-pub(crate) async fn ask(port: u16, question: &Question, manner: Manner, deadline: Duration) -> Ending {
+/// Sends a request, with a deadline for the complete answer.
+pub(crate) async fn ask(port: u16, question: &Question, manner: ClientBehaviour, deadline: Duration) -> RequestOutcome {
     timeout(deadline, ask_without_deadline(port, question, manner))
         .await
-        .unwrap_or(Ending::Hang)
+        .unwrap_or(RequestOutcome::Hang)
 }
 
-async fn ask_without_deadline(port: u16, question: &Question, manner: Manner) -> Ending {
-    let is_stream = manner != Manner::Whole;
+async fn ask_without_deadline(port: u16, question: &Question, manner: ClientBehaviour) -> RequestOutcome {
+    let is_stream = manner != ClientBehaviour::Whole;
     let request = request(question, is_stream);
     let begun = Instant::now();
     let mut stream = match connect(port).await {
         Ok(stream) => stream,
-        Err(Failure::Refused) => return Ending::Refused,
-        Err(_) => return Ending::NoAnswer,
+        Err(Failure::Refused) => return RequestOutcome::Refused,
+        Err(_) => return RequestOutcome::NoAnswer,
     };
-    // Where this fails, the response may have come before the request was sent completely.
+    // If this fails, the response can have arrived before the request was sent completely.
     let _ = stream.write_all(&request).await;
     let mut received = Vec::new();
-    let mut buffer = vec![0; if manner == Manner::Slow { 256 } else { 16 << 10 }];
+    let mut buffer = vec![0; if manner == ClientBehaviour::Slow { 256 } else { 16 << 10 }];
     loop {
-        if manner == Manner::Slow {
+        if manner == ClientBehaviour::Slow {
             sleep(Duration::from_millis(20)).await;
         }
         let read = stream.read(&mut buffer);
         let read = match manner {
-            Manner::Leave(after) => match timeout(after.saturating_sub(begun.elapsed()), read).await {
+            ClientBehaviour::Leave(after) => match timeout(after.saturating_sub(begun.elapsed()), read).await {
                 Ok(read) => read,
-                Err(_) => return Ending::Left,
+                Err(_) => return RequestOutcome::Left,
             },
-            Manner::Stream | Manner::Whole | Manner::Slow => read.await,
+            ClientBehaviour::Stream | ClientBehaviour::Whole | ClientBehaviour::Slow => read.await,
         };
         match read {
             Ok(0) | Err(_) => return judge(&received, question, is_stream),
@@ -107,10 +107,10 @@ async fn ask_without_deadline(port: u16, question: &Question, manner: Manner) ->
     }
 }
 
-/// The ending that these bytes say, which are all until the connection's end.
-fn judge(received: &[u8], question: &Question, is_stream: bool) -> Ending {
+/// The outcome according to all bytes of the connection.
+fn judge(received: &[u8], question: &Question, is_stream: bool) -> RequestOutcome {
     let Some((response, _)) = Response::parse(received) else {
-        return Ending::NoAnswer;
+        return RequestOutcome::NoAnswer;
     };
     if response.status != 200 {
         return error_response(&response);
@@ -119,7 +119,7 @@ fn judge(received: &[u8], question: &Question, is_stream: bool) -> Ending {
         return judge_stream(&response, &question.answer);
     }
     if !response.is_complete {
-        return Ending::Cut;
+        return RequestOutcome::Cut;
     }
     let answer: Value = serde_json::from_slice(&response.body).unwrap_or_default();
     compare(
@@ -128,9 +128,9 @@ fn judge(received: &[u8], question: &Question, is_stream: bool) -> Ending {
     )
 }
 
-fn error_response(response: &Response) -> Ending {
+fn error_response(response: &Response) -> RequestOutcome {
     let body: Value = serde_json::from_slice(&response.body).unwrap_or_default();
-    Ending::Status {
+    RequestOutcome::Status {
         status: response.status,
         code: code_of(&body),
         retry_after: response.has_header("retry-after"),
@@ -146,7 +146,7 @@ fn code_of(body: &Value) -> String {
     }
 }
 
-fn judge_stream(response: &Response, answer: &str) -> Ending {
+fn judge_stream(response: &Response, answer: &str) -> RequestOutcome {
     let body = response.text();
     let events = body.split_terminator("\n\n");
     let (mut text, mut error, mut is_done) = (String::new(), None, false);
@@ -169,19 +169,19 @@ fn judge_stream(response: &Response, answer: &str) -> Ending {
         return compare(&text, answer);
     }
     match error {
-        Some(code) => Ending::ErrorEvent(code),
+        Some(code) => RequestOutcome::ErrorEvent(code),
         None if is_done && response.is_complete => compare(&text, answer),
-        None => Ending::Cut,
+        None => RequestOutcome::Cut,
     }
 }
 
-fn compare(given: &str, answer: &str) -> Ending {
+fn compare(given: &str, answer: &str) -> RequestOutcome {
     if given == answer {
-        return Ending::Right;
+        return RequestOutcome::Right;
     }
     let start = |text: &str| text.chars().take(60).collect::<String>();
     let common = given.bytes().zip(answer.bytes()).take_while(|(a, b)| a == b).count();
-    Ending::Wrong(format!(
+    RequestOutcome::Wrong(format!(
         "{:?} instead of {:?}, different from byte {common} on, of {} and {}",
         start(given),
         start(answer),

@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How a command ended and what it printed.
+/// The exit code and output of a command.
 #[derive(Debug)]
-pub(crate) struct Ran {
+pub(crate) struct CommandResult {
     /// `None` after a signal or the deadline.
     pub(crate) code: Option<i32>,
     pub(crate) output: String,
     pub(crate) errors: String,
 }
 
-impl Ran {
+impl CommandResult {
     /// The error lines at the end, on one line.
     pub(crate) fn last_words(&self) -> String {
         let lines: Vec<&str> = self.errors.lines().filter(|line| !line.trim().is_empty()).collect();
@@ -37,8 +37,8 @@ pub(crate) fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// Runs to the end, or to the deadline. Output goes to files, because a detached child would keep a pipe open.
-pub(crate) fn run(mut command: Command, folder: &Path, deadline: Duration) -> Ran {
+/// Runs until the end or the deadline. Output goes to files, because a detached child would keep a pipe open.
+pub(crate) fn run(mut command: Command, folder: &Path, deadline: Duration) -> CommandResult {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let (output, errors) = (
@@ -52,12 +52,12 @@ pub(crate) fn run(mut command: Command, folder: &Path, deadline: Duration) -> Ra
         text.unwrap_or_default()
     };
     match code {
-        Ok(code) => Ran {
+        Ok(code) => CommandResult {
             code,
             output: read(&output),
             errors: read(&errors),
         },
-        Err(error) => Ran {
+        Err(error) => CommandResult {
             code: None,
             output: String::new(),
             errors: error.to_string(),

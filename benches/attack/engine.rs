@@ -1,6 +1,7 @@
-//! An engine that records what reaches it: every request must be well-formed and free of what clients may not say to engines.
+//! A recording engine: every request that reaches it must be well-formed and must not have fields that clients are not
+//! allowed to send to engines.
 //!
-//! Its answers depend on the prompt, and its decode legs check that the hand-off parameters are those of that very prompt.
+//! Its answers depend on the prompt, and its decode legs check that the hand-off parameters belong to the same prompt.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use crate::answers::{self, Leg};
 use crate::http::{self, find};
 use crate::inputs::FORBIDDEN;
 
-/// The argument that makes this program the engine. After it: port, events per stream, milliseconds between events.
+/// The argument that starts this program as the engine. After it: port, events per stream, milliseconds between events.
 pub(crate) const ENGINE: &str = "--engine";
 
 /// Headers that end at the proxy.
@@ -34,7 +35,7 @@ const FORBIDDEN_HEADERS: [&str; 9] = [
     "trailer",
 ];
 
-/// How often a request was what no request may be, and an example of each kind.
+/// The violations by kind, with a count and an example of each.
 type Violations = BTreeMap<String, (u64, String)>;
 
 #[derive(Debug)]
@@ -46,7 +47,7 @@ struct Engine {
     violations: Mutex<Violations>,
 }
 
-/// What an engine has seen so far.
+/// The requests that an engine has received.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Seen {
     pub(crate) requests: u64,
@@ -55,7 +56,7 @@ pub(crate) struct Seen {
     pub(crate) violations: Violations,
 }
 
-/// Asks an engine what it has seen.
+/// Queries the requests of an engine.
 pub(crate) async fn seen(port: u16) -> Result<Seen, String> {
     let response = http::get(port, "/seen", Duration::from_mins(1)).await;
     let response = response.map_err(|failure| format!("the recording engine: {failure:?}"))?;
@@ -98,7 +99,7 @@ pub(crate) async fn serve(port: u16, events: usize, interval: Duration) -> std::
         while connections.try_join_next().is_some() {}
         let engine = Arc::clone(&engine);
         connections.spawn(async move {
-            // A proxy may leave whenever its client does.
+            // A proxy can disconnect when its client does.
             let _ = engine.serve_connection(stream).await;
         });
     }
@@ -240,7 +241,7 @@ fn header<'head>(head: &'head str, name: &str) -> Option<&'head str> {
         .map(|(_, value)| value.trim())
 }
 
-/// What a request of a proxy must not be.
+/// The violations in a request of a proxy.
 fn fault_of(request: &Request) -> Option<&'static str> {
     let mut lines = request.head.trim_end_matches("\r\n").split("\r\n");
     let words: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
@@ -276,7 +277,7 @@ fn fault_of(request: &Request) -> Option<&'static str> {
     is_forbidden.then_some("what only xpyd may say")
 }
 
-/// What a prefill engine answers under NIXL. The request's identifier is the prompt's own.
+/// The answer of a NIXL prefill engine. The request id is derived from the prompt.
 fn prefilled(prompt: &str, own: &str) -> Value {
     json!({"object": "text_completion", "usage": usage(1),
         "choices": [{"index": 0, "text": token(prompt, 0), "finish_reason": "length"}],

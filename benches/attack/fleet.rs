@@ -1,4 +1,4 @@
-//! A fleet of simulated engines under `xpyd up --detach`, in a folder and on ports of its own.
+//! A fleet of simulated engines under `xpyd up --detach`, with its own folder and ports.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -12,19 +12,19 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::commands::{self, Ran};
+use crate::commands::{self, CommandResult};
 use crate::tree::{free_port, is_running};
 
 pub(crate) const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
-/// Port bases of the shipped profiles, and the ports that a fleet may take from each.
+/// Port bases of the shipped profiles, and the number of ports that a fleet can use from each.
 const BASES: [u16; 10] = [5600, 5700, 6555, 7100, 7200, 7300, 7400, 7500, 8100, 9100];
 const WIDTH: u16 = 10;
 
 /// Longest time for a command. `up` waits for engines, `scale` for idle ones.
 const COMMAND: Duration = Duration::from_mins(3);
 
-/// Ends the fleet when its input ends, which happens however this program ends. `$0` is xpyd, `$1` the folder.
+/// Stops the fleet when its input ends, which happens however this program ends. `$0` is xpyd, `$1` the folder.
 const REAPER: &str = r#"
 read line
 cd "$1" && XDG_RUNTIME_DIR="$1" timeout 60 "$0" down --force
@@ -36,7 +36,7 @@ umount "$1/logs"
 rm -rf "$1"
 "#;
 
-/// One engine, as `xpyd status` shows it.
+/// One engine in `xpyd status`.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
     pub(crate) name: String,
@@ -45,7 +45,7 @@ pub(crate) struct Engine {
     pub(crate) leader: Option<i32>,
 }
 
-/// A fleet of two prefill and two decode engines. Dropping it ends every process in its folder.
+/// A fleet of two prefill and two decode engines. Dropping it kills every process in its folder.
 pub(crate) struct Fleet {
     folder: PathBuf,
     offset: u16,
@@ -103,7 +103,7 @@ impl Fleet {
         self.port(9100)
     }
 
-    /// Starts xpyd, which attaches to engines that are there.
+    /// Starts xpyd, which attaches to running engines.
     pub(crate) fn up(&self) -> Result<(), String> {
         let mut words = vec!["up", "--detach", "--engine", "sim"];
         words.extend(self.settings.iter().flat_map(|setting| ["--set", setting.as_str()]));
@@ -116,7 +116,7 @@ impl Fleet {
     }
 
     /// Runs `xpyd WORDS` in the fleet's folder.
-    pub(crate) fn run(&self, words: &[&str]) -> Ran {
+    pub(crate) fn run(&self, words: &[&str]) -> CommandResult {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
         command.args(words).current_dir(&self.folder).env_clear();
         if let Some(path) = std::env::var_os("PATH") {
@@ -133,13 +133,13 @@ impl Fleet {
         commands::run(command, &self.folder, COMMAND)
     }
 
-    /// `xpyd status --json`, or what it printed instead.
+    /// `xpyd status --json`, or its output if that fails.
     pub(crate) fn status(&self) -> Result<Value, String> {
         let ran = self.run(&["status", "--json"]);
         serde_json::from_str(&ran.output).map_err(|_| ran.last_words())
     }
 
-    /// All engines of the plan, with those that are stopped.
+    /// All engines of the plan, including stopped ones.
     pub(crate) fn engines(&self) -> Vec<Engine> {
         let status = self.status().unwrap_or_default();
         let engines = status["engines"].as_array().cloned().unwrap_or_default();
@@ -179,7 +179,7 @@ impl Fleet {
         self.folder.join("logs/latest")
     }
 
-    /// Processes whose current folder is the fleet's: xpyd and everything that it started.
+    /// Processes whose working directory is the fleet's folder: xpyd and everything that it started.
     pub(crate) fn processes(&self) -> Vec<u32> {
         let all = fs::read_dir("/proc").into_iter().flatten().flatten();
         all.filter(|entry| fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == self.folder))
@@ -188,7 +188,7 @@ impl Fleet {
             .collect()
     }
 
-    /// Ports of the fleet that something listens on.
+    /// Ports of the fleet that are in use.
     pub(crate) fn listeners(&self) -> Vec<u16> {
         let ports = BASES.iter().flat_map(|base| (0..WIDTH).map(move |index| base + index));
         ports
@@ -205,8 +205,8 @@ impl Drop for Fleet {
     }
 }
 
-/// A number to add to every port of the profile. It is taken while the socket lives. Tests use the same names of sockets, so
-/// fleets of tests and of attacks do not meet.
+/// A port offset, reserved while the socket is open. Tests use the same socket names, so fleets of tests and attacks do
+/// not collide.
 fn free_port_offset() -> std::io::Result<(u16, UnixListener)> {
     for turn in 0..170 {
         let offset = (turn % 10) * WIDTH + (turn / 10) * 1100 + 4000;
@@ -225,7 +225,7 @@ fn free_port_offset() -> std::io::Result<(u16, UnixListener)> {
     Err(std::io::Error::other("no free ports"))
 }
 
-/// A simulated engine by itself, whose answers are the right ones: its KV never moves.
+/// A single simulated engine as the reference for correct answers: its KV never moves.
 pub(crate) struct Reference {
     pub(crate) port: u16,
     _tree: crate::tree::Tree,

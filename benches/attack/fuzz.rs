@@ -1,4 +1,4 @@
-//! Hostile input over raw sockets: xpyd answers, stays small, and passes on nothing that is malformed or forbidden.
+//! Hostile input over raw sockets: xpyd answers, stays small, and forwards nothing malformed or forbidden.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -12,38 +12,38 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::Findings;
-use crate::client::{Ending, Manner, Question, ask};
+use crate::client::{ClientBehaviour, Question, RequestOutcome, ask};
 use crate::engine::{self, ENGINE};
 use crate::http::{Response, connect};
 use crate::inputs::{CLASSES, input};
 use crate::options::Options;
-use crate::stand::Stand;
+use crate::proxy_fixture::ProxyFixture;
 use crate::{aftermath, usage};
 
-/// Every so many inputs, an honest client asks.
+/// Number of inputs between two honest requests.
 const CANARY: u64 = 50;
 
 /// Far longer than an honest client waits on a busy machine.
 const DEADLINE: Duration = Duration::from_mins(1);
 
-/// An input without an answer for so long waits for more bytes, or is answered slowly. Both are only numbers of the table.
+/// Time after which an input counts as waiting or slow. Both are only numbers in the table.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// How long further answers are waited for, such as one to a request that is hidden in another.
+/// Time to wait for further answers, such as one to a request hidden in another.
 const MORE: Duration = Duration::from_millis(100);
 
-/// What may stay after the attack: memory in MiB, which the allocator keeps, and idle connections to engines.
+/// Allowed remains after the attack: memory in MiB, which the allocator keeps, and idle connections to engines.
 const MEMORY: f64 = 64.0;
 const DESCRIPTORS: usize = 600;
 
 /// First answers by class.
-type Table = BTreeMap<&'static str, BTreeMap<String, u64>>;
+type AnswerTable = BTreeMap<&'static str, BTreeMap<String, u64>>;
 
 #[derive(Default)]
 struct Shared {
     next: AtomicU64,
     bytes: AtomicU64,
-    table: Mutex<Table>,
+    table: Mutex<AnswerTable>,
     failed_canaries: Mutex<Vec<String>>,
 }
 
@@ -61,16 +61,19 @@ pub(crate) fn recording_engine(port: u16, events: usize, interval: Duration) -> 
 
 pub(crate) async fn run(options: &Options) -> Findings {
     let folder = TempDir::new().expect("a folder");
-    let stand = Stand::start(folder.path(), |port| recording_engine(port, 8, Duration::ZERO)).await;
-    let stand = match stand {
-        Ok(stand) => stand,
+    let proxy_fixture = ProxyFixture::start(folder.path(), |port| recording_engine(port, 8, Duration::ZERO)).await;
+    let proxy_fixture = match proxy_fixture {
+        Ok(proxy_fixture) => proxy_fixture,
         Err(reason) => return vec![reason],
     };
-    let before = (usage::memory(stand.pid()), usage::descriptors(stand.pid()));
+    let before = (
+        usage::memory(proxy_fixture.pid()),
+        usage::descriptors(proxy_fixture.pid()),
+    );
     let shared = Arc::new(Shared::default());
     let mut workers = JoinSet::new();
     for _ in 0..options.clients {
-        workers.spawn(work(Arc::clone(&shared), stand.port, options.clone()));
+        workers.spawn(work(Arc::clone(&shared), proxy_fixture.port, options.clone()));
     }
     while workers.join_next().await.is_some() {}
     let mut findings = lock(&shared.failed_canaries).clone();
@@ -79,9 +82,9 @@ pub(crate) async fn run(options: &Options) -> Findings {
         options.count,
         shared.bytes.load(Ordering::Relaxed),
     );
-    findings.extend(aftermath::idle(stand.port).await);
-    findings.extend(what_is_left(&stand, before));
-    for (role, port) in [("prefill", stand.prefill), ("decode", stand.decode)] {
+    findings.extend(aftermath::idle(proxy_fixture.port).await);
+    findings.extend(what_is_left(&proxy_fixture, before));
+    for (role, port) in [("prefill", proxy_fixture.prefill), ("decode", proxy_fixture.decode)] {
         match engine::seen(port).await {
             Ok(seen) => {
                 println!("requests at the {role} engine: {}", seen.requests);
@@ -110,10 +113,10 @@ async fn work(shared: Arc<Shared>, port: u16, options: Options) {
         let result = shoot(port, &bytes, number.is_multiple_of(4)).await;
         *lock(&shared.table).entry(class).or_default().entry(result).or_default() += 1;
         if number.is_multiple_of(CANARY)
-            && let Some(ending) = canary(port, number).await
+            && let Some(outcome) = canary(port, number).await
         {
             let text = format!(
-                "after input {number} of seed {}, an honest client got {ending:?}",
+                "after input {number} of seed {}, an honest client got {outcome:?}",
                 options.seed
             );
             lock(&shared.failed_canaries).push(text);
@@ -121,8 +124,8 @@ async fn work(shared: Arc<Shared>, port: u16, options: Options) {
     }
 }
 
-/// The ending of an honest client, unless it is right.
-async fn canary(port: u16, number: u64) -> Option<Ending> {
+/// The outcome of an honest client, unless it is correct.
+async fn canary(port: u16, number: u64) -> Option<RequestOutcome> {
     let prompt = format!("canary {number}");
     let question = Question {
         model: "m".to_owned(),
@@ -130,11 +133,11 @@ async fn canary(port: u16, number: u64) -> Option<Ending> {
         prompt,
         tokens: 4,
     };
-    let ending = ask(port, &question, Manner::Stream, DEADLINE).await;
-    (ending != Ending::Right).then_some(ending)
+    let outcome = ask(port, &question, ClientBehaviour::Stream, DEADLINE).await;
+    (outcome != RequestOutcome::Right).then_some(outcome)
 }
 
-/// Sends the bytes, in two pieces on request, and returns the first status and what became of the connection.
+/// Sends the bytes, optionally in two parts. Returns the first status and the state of the connection.
 async fn shoot(port: u16, bytes: &[u8], in_two: bool) -> String {
     let Ok(Ok(mut stream)) = timeout(DEADLINE, connect(port)).await else {
         return "no connection".to_owned();
@@ -172,7 +175,7 @@ async fn shoot(port: u16, bytes: &[u8], in_two: bool) -> String {
     }
 }
 
-fn print(table: &Table, count: u64, bytes: u64) {
+fn print(table: &AnswerTable, count: u64, bytes: u64) {
     println!("{count} inputs, {:.1} MB; first answers by class:", bytes as f64 / 1e6);
     for (class, _) in CLASSES {
         let mut results: Vec<(&String, &u64)> = table.get(class).into_iter().flatten().collect();
@@ -185,15 +188,18 @@ fn print(table: &Table, count: u64, bytes: u64) {
     }
 }
 
-/// Memory and descriptors that xpyd has not given back.
-fn what_is_left(stand: &Stand, before: (u64, usize)) -> Findings {
-    let (memory, descriptors) = (usage::memory(stand.pid()), usage::descriptors(stand.pid()));
+/// Memory and descriptors that xpyd has not released.
+fn what_is_left(proxy_fixture: &ProxyFixture, before: (u64, usize)) -> Findings {
+    let (memory, descriptors) = (
+        usage::memory(proxy_fixture.pid()),
+        usage::descriptors(proxy_fixture.pid()),
+    );
     let mebibytes = |kibibytes: u64| kibibytes as f64 / 1024.0;
     println!(
         "RSS of xpyd {:.1} -> {:.1} MiB, peak {:.1} MiB; descriptors {} -> {descriptors}",
         mebibytes(before.0),
         mebibytes(memory),
-        mebibytes(usage::peak_memory(stand.pid())),
+        mebibytes(usage::peak_memory(proxy_fixture.pid())),
         before.1
     );
     let mut findings = Findings::new();

@@ -1,4 +1,4 @@
-//! Time and memory that one request costs xpyd, over its size. What grows faster than the request is a way to stop a server.
+//! Time and memory of one request by its size. Superlinear cost lets clients stop a server.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,42 +12,42 @@ use crate::answers::{self, ANSWERS};
 use crate::fuzz::recording_engine;
 use crate::http::{Failure, exchange, get};
 use crate::options::Options;
+use crate::proxy_fixture::{ProxyFixture, null_engine};
 use crate::shapes::SHAPES;
-use crate::stand::{Stand, null_engine};
 use crate::usage;
 
 /// The smallest request. Each further one is 16 times as large, up to `--max`.
 const SMALLEST: usize = 1 << 10;
 const STEP: usize = 16;
 
-/// A request that takes longer stops the server.
+/// Time after which a request counts as stopping the server.
 const DEADLINE: Duration = Duration::from_mins(1);
 
-/// Less processor time than this says nothing about growth.
+/// Shortest CPU time for an estimate of growth.
 const NOISE: Duration = Duration::from_millis(5);
 
 /// Linear work has an exponent of 1, a square has 2. Caches, the allocator and a sort add a little to 1.
 const WORST_EXPONENT: f64 = 1.35;
 
-/// What one request cost.
+/// The cost of one request.
 #[derive(Debug)]
-pub(crate) struct Row {
+pub(crate) struct GrowthRow {
     pub(crate) bytes: usize,
     pub(crate) result: Result<u16, Failure>,
     time: Duration,
     /// The same request to the engine itself.
     direct: Duration,
     cpu: Duration,
-    /// The slowest answer of `/health` meanwhile.
+    /// The slowest answer of `/health` during the request.
     health: Duration,
-    /// Resident memory of xpyd in KiB, the most during the request.
+    /// Peak resident memory of xpyd in KiB during the request.
     memory: u64,
 }
 
 /// The rows of one shape, by size.
 pub(crate) struct Growth {
     pub(crate) name: &'static str,
-    pub(crate) rows: Vec<Row>,
+    pub(crate) rows: Vec<GrowthRow>,
 }
 
 pub(crate) async fn run(options: &Options) -> Findings {
@@ -74,7 +74,7 @@ struct Case {
     make: Box<dyn Fn(usize) -> Vec<u8>>,
 }
 
-/// Measures everything that is wanted, and prints each row as soon as it is known.
+/// Measures all selected shapes and prints each row when it is ready.
 pub(crate) async fn measure(options: &Options) -> Vec<Growth> {
     println!("`direct` is the engine alone; CPU is that of xpyd; `health` is the slowest answer of /health meanwhile");
     println!(
@@ -101,7 +101,7 @@ async fn measure_cases(
     engine: impl Fn(u16) -> Command,
 ) -> Vec<Growth> {
     let folder = TempDir::new().expect("a folder");
-    let mut stand = Stand::start(folder.path(), &engine).await.expect("a proxy");
+    let mut proxy_fixture = ProxyFixture::start(folder.path(), &engine).await.expect("a proxy");
     let mut all = Vec::new();
     for case in cases.filter(|case| options.wants(case.name)) {
         let mut growth = Growth {
@@ -110,13 +110,13 @@ async fn measure_cases(
         };
         let sizes = std::iter::successors(Some(SMALLEST), |size| Some(size * STEP));
         for size in sizes.map(|size| size.min(options.max)) {
-            let row = one(&stand, &case, size).await;
+            let row = one(&proxy_fixture, &case, size).await;
             row.print(case.name);
             let is_hung = row.result == Err(Failure::Deadline) || row.health >= DEADLINE;
             growth.rows.push(row);
             if is_hung {
-                // The proxy may be busy for hours. Larger requests would tell nothing more.
-                stand = Stand::start(folder.path(), &engine).await.expect("a proxy");
+                // The proxy can be busy for hours. Larger requests would show nothing more.
+                proxy_fixture = ProxyFixture::start(folder.path(), &engine).await.expect("a proxy");
             }
             if is_hung || size >= options.max {
                 break;
@@ -130,38 +130,38 @@ async fn measure_cases(
     all
 }
 
-async fn one(stand: &Stand, case: &Case, size: usize) -> Row {
+async fn one(proxy_fixture: &ProxyFixture, case: &Case, size: usize) -> GrowthRow {
     let request = (case.make)(size);
     let begun = Instant::now();
-    // Only the time counts: the engine's own limits are not xpyd's.
-    let _ = exchange(stand.decode, &request, DEADLINE).await;
+    // Only the time matters: the engine's own limits are not xpyd's.
+    let _ = exchange(proxy_fixture.decode, &request, DEADLINE).await;
     let direct = begun.elapsed();
 
-    usage::reset_peak_memory(stand.pid());
-    let cpu = usage::cpu(stand.pid());
+    usage::reset_peak_memory(proxy_fixture.pid());
+    let cpu = usage::cpu(proxy_fixture.pid());
     let slowest = AtomicU64::new(0);
     let begun = Instant::now();
     let result = tokio::select! {
-        result = exchange(stand.port, &request, DEADLINE) => result,
-        () = ask_health(stand.port, &slowest) => unreachable!("it asks forever"),
+        result = exchange(proxy_fixture.port, &request, DEADLINE) => result,
+        () = ask_health(proxy_fixture.port, &slowest) => unreachable!("it asks forever"),
     };
     let time = begun.elapsed();
-    // A request that the server is still busy with makes this one slow.
+    // This is slow if the server is still busy with a request.
     let last = Instant::now();
-    let _ = get(stand.port, "/health", DEADLINE).await;
-    Row {
-        // What is large is the request or its answer.
+    let _ = get(proxy_fixture.port, "/health", DEADLINE).await;
+    GrowthRow {
+        // Either the request or its answer is large.
         bytes: request.len().max(if request.len() < SMALLEST { size } else { 0 }),
         result: result.map(|response| response.status),
         time,
         direct,
-        cpu: usage::cpu(stand.pid()).saturating_sub(cpu),
+        cpu: usage::cpu(proxy_fixture.pid()).saturating_sub(cpu),
         health: Duration::from_micros(slowest.load(Ordering::Relaxed)).max(last.elapsed()),
-        memory: usage::peak_memory(stand.pid()),
+        memory: usage::peak_memory(proxy_fixture.pid()),
     }
 }
 
-/// Asks `/health` again and again, and keeps the longest time in microseconds.
+/// Polls `/health` and keeps the longest time in microseconds.
 async fn ask_health(port: u16, slowest: &AtomicU64) {
     loop {
         let begun = Instant::now();
@@ -173,9 +173,9 @@ async fn ask_health(port: u16, slowest: &AtomicU64) {
 }
 
 impl Growth {
-    /// The power of the size with which processor time grows, where it grows most between two sizes.
+    /// The exponent of CPU time over size, at its highest between two sizes.
     fn exponent(&self) -> Option<f64> {
-        let rows: Vec<&Row> = self.rows.iter().filter(|row| row.cpu > NOISE).collect();
+        let rows: Vec<&GrowthRow> = self.rows.iter().filter(|row| row.cpu > NOISE).collect();
         let exponents = rows.windows(2).filter_map(|pair| {
             let [small, large] = pair else { return None };
             let time = large.cpu.as_secs_f64() / small.cpu.as_secs_f64();
@@ -185,7 +185,7 @@ impl Growth {
     }
 }
 
-impl Row {
+impl GrowthRow {
     fn print(&self, name: &str) {
         let status = match self.result {
             Ok(status) => status.to_string(),

@@ -1,4 +1,4 @@
-//! A small HTTP client over raw sockets, which sends any bytes and reads whatever comes.
+//! A small HTTP client over raw sockets that sends any bytes and reads any response.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) struct Response {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Failure {
     Refused,
-    /// The connection ended before the head of a response.
+    /// The connection ended before the response headers.
     NoAnswer(ErrorKind),
     Deadline,
 }
@@ -74,7 +74,7 @@ impl Response {
     }
 }
 
-/// A chunked body, the number of bytes it takes, and whether its last chunk is there.
+/// A chunked body, the number of its bytes, and whether it has its last chunk.
 fn unchunk(bytes: &[u8]) -> (Vec<u8>, usize, bool) {
     let mut body = Vec::new();
     let mut at = 0;
@@ -125,7 +125,7 @@ async fn exchange_without_deadline(port: u16, request: &[u8]) -> Result<Response
     let mut stream = connect(port).await?;
     let (mut reader, mut writer) = stream.split();
     let mut received = Vec::new();
-    // A server may refuse a request before it is sent completely, so both directions run at once.
+    // A server can reject a request before it is sent completely, so both directions run concurrently.
     let send = async {
         let _ = writer.write_all(request).await;
         std::future::pending::<()>().await;
@@ -157,7 +157,7 @@ pub(crate) fn post(path: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// The sum of a metric's samples. `None` where there is no such page or no such metric.
+/// The sum of the samples of a metric. `None` without such a page or metric.
 pub(crate) async fn metric(port: u16, name: &str, deadline: Duration) -> Option<f64> {
     let page = get(port, "/metrics", deadline).await.ok()?.text();
     let samples = page.lines().filter(|line| {

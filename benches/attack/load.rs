@@ -1,4 +1,5 @@
-//! Many streams at once through `xpyd proxy`: every text is right, memory per stream is small, descriptors come back.
+//! Many concurrent streams through `xpyd proxy`: every text is correct, memory per stream is small, descriptors are
+//! released.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,18 +9,18 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::client::{Manner, Question, ask};
-use crate::endings::{Cause, Endings};
+use crate::client::{ClientBehaviour, Question, ask};
 use crate::engine::{self, answer};
 use crate::fuzz::recording_engine;
 use crate::options::Options;
-use crate::stand::Stand;
+use crate::outcomes::{CutCause, OutcomeCounts};
+use crate::proxy_fixture::ProxyFixture;
 use crate::{Findings, aftermath, usage};
 
-/// Beyond the life of a stream, how long a client waits.
+/// Time that a client waits beyond the length of a stream.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// Connections to engines that may stay open and idle.
+/// Connections to engines that are allowed to stay open and idle.
 const IDLE_CONNECTIONS: usize = 600;
 
 /// Streams that are started every second, fewer than a listener's queue holds.
@@ -27,28 +28,28 @@ const STARTS: usize = 1000;
 
 pub(crate) async fn run(options: &Options) -> Findings {
     let folder = TempDir::new().expect("a folder");
-    let stand = Stand::start(folder.path(), |port| {
+    let proxy_fixture = ProxyFixture::start(folder.path(), |port| {
         recording_engine(port, options.events, options.interval)
     })
     .await;
-    let stand = match stand {
-        Ok(stand) => stand,
+    let proxy_fixture = match proxy_fixture {
+        Ok(proxy_fixture) => proxy_fixture,
         Err(reason) => return vec![reason],
     };
     let before = (
-        usage::memory(stand.pid()),
-        usage::descriptors(stand.pid()),
-        usage::cpu(stand.pid()),
+        usage::memory(proxy_fixture.pid()),
+        usage::descriptors(proxy_fixture.pid()),
+        usage::cpu(proxy_fixture.pid()),
     );
     let begun = Instant::now();
-    let endings = Arc::new(Mutex::new(Endings::default()));
+    let outcomes = Arc::new(Mutex::new(OutcomeCounts::default()));
     let open = Arc::new(AtomicUsize::new(0));
     let mut clients = JoinSet::new();
     for number in 0..options.clients {
         clients.spawn(client(
-            Arc::clone(&endings),
+            Arc::clone(&outcomes),
             Arc::clone(&open),
-            stand.port,
+            proxy_fixture.port,
             number,
             options.clone(),
         ));
@@ -58,32 +59,32 @@ pub(crate) async fn run(options: &Options) -> Findings {
         sleep(Duration::from_millis(200)).await;
         while clients.try_join_next().is_some() {}
         peak.0 = peak.0.max(open.load(Ordering::Relaxed));
-        peak.1 = peak.1.max(usage::memory(stand.pid()));
-        peak.2 = peak.2.max(usage::descriptors(stand.pid()));
+        peak.1 = peak.1.max(usage::memory(proxy_fixture.pid()));
+        peak.2 = peak.2.max(usage::descriptors(proxy_fixture.pid()));
     }
-    let endings = std::mem::take(&mut *endings.lock().unwrap_or_else(PoisonError::into_inner));
-    endings.print();
-    let mut findings = endings.findings();
+    let outcomes = std::mem::take(&mut *outcomes.lock().unwrap_or_else(PoisonError::into_inner));
+    outcomes.print();
+    let mut findings = outcomes.findings();
     let sent = options.clients as u64;
-    if endings.right != sent {
-        findings.push(format!("{} of {sent} answers are right", endings.right));
+    if outcomes.right != sent {
+        findings.push(format!("{} of {sent} answers are right", outcomes.right));
     }
-    findings.extend(aftermath::idle(stand.port).await);
+    findings.extend(aftermath::idle(proxy_fixture.port).await);
     println!(
         "at once {}; RSS of xpyd {:.1} -> {:.1} MiB, {:.1} KiB a stream; CPU {:.1} s of {:.1} s",
         peak.0,
         before.0 as f64 / 1024.0,
         peak.1 as f64 / 1024.0,
         peak.1.saturating_sub(before.0) as f64 / peak.0.max(1) as f64,
-        usage::cpu(stand.pid()).saturating_sub(before.2).as_secs_f64(),
+        usage::cpu(proxy_fixture.pid()).saturating_sub(before.2).as_secs_f64(),
         begun.elapsed().as_secs_f64(),
     );
-    let descriptors = usage::descriptors(stand.pid());
+    let descriptors = usage::descriptors(proxy_fixture.pid());
     println!("descriptors {} -> {} -> {descriptors}", before.1, peak.2);
     if descriptors > before.1 + IDLE_CONNECTIONS {
         findings.push(format!("xpyd keeps {} descriptors", descriptors - before.1));
     }
-    match engine::seen(stand.decode).await {
+    match engine::seen(proxy_fixture.decode).await {
         Ok(seen) if seen.crossed > 0 => findings.push(format!("{} hand-offs of another prompt", seen.crossed)),
         Ok(_) => {}
         Err(reason) => findings.push(reason),
@@ -91,7 +92,13 @@ pub(crate) async fn run(options: &Options) -> Findings {
     findings
 }
 
-async fn client(endings: Arc<Mutex<Endings>>, open: Arc<AtomicUsize>, port: u16, number: usize, options: Options) {
+async fn client(
+    outcomes: Arc<Mutex<OutcomeCounts>>,
+    open: Arc<AtomicUsize>,
+    port: u16,
+    number: usize,
+    options: Options,
+) {
     // All at once would overflow the listener's queue, which is the kernel's.
     sleep(Duration::from_secs_f64(number as f64 / STARTS as f64)).await;
     let prompt = format!("{} {number} {}", options.seed, "word ".repeat(number % 50));
@@ -104,8 +111,8 @@ async fn client(endings: Arc<Mutex<Endings>>, open: Arc<AtomicUsize>, port: u16,
     let life = options.interval * u32::try_from(options.events).unwrap_or(u32::MAX);
     let begun = Instant::now();
     open.fetch_add(1, Ordering::Relaxed);
-    let ending = ask(port, &question, Manner::Stream, life + PATIENCE).await;
+    let outcome = ask(port, &question, ClientBehaviour::Stream, life + PATIENCE).await;
     open.fetch_sub(1, Ordering::Relaxed);
-    let mut endings = endings.lock().unwrap_or_else(PoisonError::into_inner);
-    endings.add(&ending, Cause::Other("load"), begun.elapsed().as_secs_f64());
+    let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+    outcomes.add(&outcome, CutCause::Other("load"), begun.elapsed().as_secs_f64());
 }

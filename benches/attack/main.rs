@@ -14,7 +14,6 @@ mod answers;
 mod check;
 mod client;
 mod commands;
-mod endings;
 mod engine;
 mod faults;
 mod fleet;
@@ -26,11 +25,12 @@ mod inputs;
 mod listing;
 mod load;
 mod options;
+mod outcomes;
 mod packets;
 mod private;
+mod proxy_fixture;
 mod shapes;
 mod soak;
-mod stand;
 mod storm;
 #[expect(dead_code, reason = "other benches need more of it")]
 #[path = "../common/tree.rs"]
@@ -45,7 +45,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use options::{BENCH, Options, Tool};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// What a tool found wrong, one finding a line. Empty means that xpyd withstood the attack.
+/// The findings of a tool, one per line. Empty means that xpyd withstood the attack.
 type Findings = Vec<String>;
 
 #[tokio::main]
@@ -79,7 +79,7 @@ async fn main() -> ExitCode {
         }
     };
     let mut terminated = signal(SignalKind::terminate()).expect("signals");
-    // Dropping the tool ends everything that it started.
+    // Dropping the tool stops everything that it started.
     let findings = tokio::select! {
         findings = run(&options) => findings,
         _ = terminated.recv() => vec!["ended by SIGTERM".to_owned()],
@@ -108,7 +108,7 @@ async fn run(options: &Options) -> Findings {
 /// Thousands of connections need more descriptors than the usual soft limit of 1024. Child processes inherit the limit.
 fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        // Where this fails, the attack runs into the soft limit and reports that.
+        // If this fails, the attack reaches the soft limit and reports that.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }

@@ -54,7 +54,7 @@ pub(crate) struct Options {
     pub(crate) interval: Duration,
     /// Largest request of `growth`, in bytes.
     pub(crate) max: usize,
-    /// Beginnings of the names of shapes or faults. Empty means all.
+    /// Prefixes of shape or fault names. Empty selects all.
     pub(crate) only: Vec<String>,
     /// `KEY=VALUE` settings for `xpyd up`.
     pub(crate) settings: Vec<String>,
@@ -62,7 +62,7 @@ pub(crate) struct Options {
     pub(crate) most: u32,
     /// Where logs are kept.
     pub(crate) keep: Option<PathBuf>,
-    /// Whether faults that need a private mount namespace are wanted.
+    /// Whether to include faults that need a private mount namespace.
     pub(crate) private: bool,
 }
 
@@ -122,7 +122,7 @@ impl Options {
         Ok(options)
     }
 
-    /// Whether a shape or fault of this name is wanted.
+    /// Whether a shape or fault of this name is selected.
     pub(crate) fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|beginning| name.starts_with(beginning.as_str()))
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngExt as _};
 
-/// A peer that is not read from blocks, and a storm goes on.
+/// Timeout of a write: a peer that does not read must not block a storm.
 const DEADLINE: Duration = Duration::from_secs(2);
 
 fn connect(port: u16) -> io::Result<TcpStream> {
@@ -26,7 +26,7 @@ fn greeting() -> Vec<u8> {
     greeting
 }
 
-/// The frame of a command or message with a length of eight bytes, whatever really follows.
+/// The header of a frame with an eight-byte length, whatever follows.
 fn frame(flags: u8, length: u64, content: &[u8]) -> Vec<u8> {
     [&[flags | 2][..], &length.to_be_bytes(), content].concat()
 }
@@ -48,8 +48,8 @@ fn shake_hands(port: u16, socket_type: &[u8]) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Fills a NIXL side channel with questions whose answers are not read, until it stops reading. As long as the stream is
-/// open, the channel serves no client.
+/// Fills a NIXL side channel with requests without reading the answers, until it stops reading. The channel serves no
+/// client while the stream is open.
 pub(crate) fn wedge(port: u16) -> io::Result<TcpStream> {
     let mut stream = shake_hands(port, b"REQ")?;
     let question = [b"\x01\x00".as_slice(), b"\x00\x11", b"\x93\xc4\x0cget_meta_msg\x00\x01"].concat();
@@ -77,14 +77,14 @@ pub(crate) fn attack_notifications(port: u16, random: &mut StdRng) -> io::Result
         1 => return garbage(port, random),
         _ => shake_hands(port, b"PUSH")?,
     };
-    // The port may close the connection at any of these bytes, as it should.
+    // The port can close the connection at any of these bytes, as it should.
     let _ = match random.random_range(0..5) {
         0 => stream.write_all(&frame(0, claim, &[b'x'; 1000])),
-        // A message of 32 MiB that really comes.
+        // A complete message of 32 MiB.
         1 => stream
             .write_all(&frame(0, 32 << 20, b""))
             .and_then(|()| (0..32).try_for_each(|_| stream.write_all(&vec![b'x'; 1 << 20]))),
-        // A message of parts without an end.
+        // A message with endless parts.
         2 => (0..10_000).try_for_each(|_| stream.write_all(b"\x01\x08partpart")),
         3 => malformed(&mut stream),
         _ => spoofed(&mut stream, random),
@@ -92,7 +92,7 @@ pub(crate) fn attack_notifications(port: u16, random: &mut StdRng) -> io::Result
     Ok(vec![stream])
 }
 
-/// Connections that say nothing that is ZeroMQ, or nothing complete.
+/// Connections with invalid or incomplete ZeroMQ.
 fn garbage(port: u16, random: &mut StdRng) -> io::Result<Vec<TcpStream>> {
     (0..100)
         .map(|index| {

@@ -1,17 +1,17 @@
-//! A mount namespace of the storm's own, in which a disk or /dev/shm can be full without harm to anybody else.
+//! A private mount namespace for the storm, in which a disk or /dev/shm can be full without harm to others.
 
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Tells the program that it has been started in the namespace.
+/// The argument of the program started in the namespace.
 const MARK: &str = "XPYD_ATTACK_PRIVATE";
 
 pub(crate) fn is_entered() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
-/// Starts this program again in a private mount namespace. Returns only where that is not allowed, which takes root.
+/// Starts this program again in a private mount namespace. Returns only if that is not allowed; it needs root.
 pub(crate) fn enter() {
     let command = |program: &str| {
         let mut command = Command::new("unshare");

@@ -1,4 +1,4 @@
-//! Requests of a wanted size, each of which makes another part of the server do the work.
+//! Requests of a given size, each of which loads a different part of the server.
 
 use crate::http::post;
 
@@ -157,7 +157,7 @@ pub(crate) const SHAPES: &[Shape] = &[
 const CHUNKED: &str = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
     content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
 
-/// Room for the request's own head in its size.
+/// Bytes reserved for the request head.
 const HEAD: usize = 160;
 
 const fn shape(name: &'static str, make: fn(usize) -> Vec<u8>) -> Shape {
@@ -202,7 +202,7 @@ fn deep(size: usize, open: &str, close: &str) -> Vec<u8> {
     post("/v1/completions", body.as_bytes())
 }
 
-/// A prompt of so many bytes, of which each is a chunk.
+/// A prompt of this many bytes, each in its own chunk.
 fn chunked(bytes: usize, chunk: impl Fn(u8) -> String) -> Vec<u8> {
     let (start, end) = (r#"{"model":"null","prompt":""#, r#""}"#);
     let prompt = "a".repeat(bytes.saturating_sub(start.len() + end.len()));

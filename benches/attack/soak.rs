@@ -1,4 +1,4 @@
-//! A steady load for a long time: memory and descriptors of xpyd and of its engines must not keep growing.
+//! A steady load over a long time: memory and descriptors of xpyd and its engines must not keep growing.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,18 +6,18 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::options::Options;
-use crate::storm::{Arena, Clients, start};
+use crate::storm::{Clients, StormContext, start};
 use crate::{Findings, aftermath, usage};
 
 /// Rows of the table.
 const ROWS: u32 = 20;
 
-/// Growth between two quarters of the soak that is still noise: a tenth and 4 MiB, and descriptors of idle connections.
+/// Growth between two quarters that is still noise: 10 % plus 4 MiB, and the descriptors of idle connections.
 const MEMORY_PERCENT: u64 = 10;
 const MEMORY_KIB: u64 = 4096;
 const DESCRIPTORS: usize = 64;
 
-/// What one process uses at one time.
+/// The resources of one process at one time.
 #[derive(Debug, Clone)]
 struct Sample {
     name: String,
@@ -26,26 +26,26 @@ struct Sample {
 }
 
 pub(crate) async fn run(options: &Options) -> Findings {
-    let (arena, questions, _reference) = match start(options).await {
+    let (context, questions, _reference) = match start(options).await {
         Ok(started) => started,
         Err(reason) => return vec![reason],
     };
-    let clients = Clients::start(&arena, &questions, options);
-    let rows = sample(&arena, options.duration).await;
-    clients.stop(&arena).await;
-    let mut findings = arena.report();
+    let clients = Clients::start(&context, &questions, options);
+    let rows = sample(&context, options.duration).await;
+    clients.stop(&context).await;
+    let mut findings = context.report();
     findings.extend(growth(&rows));
-    findings.extend(aftermath::check(&arena, &questions, options.keep.as_deref()).await);
+    findings.extend(aftermath::check(&context, &questions, options.keep.as_deref()).await);
     findings
 }
 
 /// A row of samples for every twentieth of the time, printed as it comes.
-async fn sample(arena: &Arc<Arena>, duration: Duration) -> Vec<Vec<Sample>> {
+async fn sample(context: &Arc<StormContext>, duration: Duration) -> Vec<Vec<Sample>> {
     let begun = Instant::now();
     let mut rows = Vec::new();
     for number in 1..=ROWS {
         sleep((duration * number / ROWS).saturating_sub(begun.elapsed())).await;
-        let blocking = Arc::clone(arena);
+        let blocking = Arc::clone(context);
         let row = tokio::task::spawn_blocking(move || processes(&blocking))
             .await
             .unwrap_or_default();
@@ -66,9 +66,9 @@ async fn sample(arena: &Arc<Arena>, duration: Duration) -> Vec<Vec<Sample>> {
     rows
 }
 
-fn processes(arena: &Arena) -> Vec<Sample> {
-    let xpyd = arena.fleet.xpyd().map(|pid| ("xpyd".to_owned(), pid));
-    let engines = arena.fleet.engines().into_iter().filter_map(|engine| {
+fn processes(context: &StormContext) -> Vec<Sample> {
+    let xpyd = context.fleet.xpyd().map(|pid| ("xpyd".to_owned(), pid));
+    let engines = context.fleet.engines().into_iter().filter_map(|engine| {
         let pid = u32::try_from(engine.leader?).ok()?;
         Some((engine.name, pid))
     });

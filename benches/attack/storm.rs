@@ -1,4 +1,5 @@
-//! Faults under load: a seeded storm against a fleet of simulated engines. Every answer is compared with the right one.
+//! Faults under load: a seeded storm against a fleet of simulated engines. Every answer is compared with the correct
+//! one.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -16,12 +17,12 @@ use tokio::time::Instant;
 
 use crate::Findings;
 use crate::aftermath;
-use crate::client::{Ending, Manner, Question, answer_of, ask};
+use crate::client::{ClientBehaviour, Question, RequestOutcome, answer_of, ask};
 use crate::commands;
-use crate::endings::{Cause, Endings};
-use crate::faults::{FAULTS, Fault, Needs, Trouble};
+use crate::faults::{FAULTS, Fault, FaultError, Needs};
 use crate::fleet::{Fleet, MODEL, Reference};
 use crate::options::Options;
+use crate::outcomes::{CutCause, OutcomeCounts};
 use crate::private;
 
 /// Tokens of every answer. At 5 ms each, an engine can die in between.
@@ -37,25 +38,25 @@ const LOGS: u32 = 24;
 /// Most bytes of the diary.
 const DIARY: usize = 4 << 20;
 
-/// Everything that the faults and the clients of a storm share.
-pub(crate) struct Arena {
+/// The state that the faults and clients of a storm share.
+pub(crate) struct StormContext {
     pub(crate) fleet: Fleet,
     begun: Instant,
     is_over: AtomicBool,
     last_fault: Mutex<&'static str>,
-    /// How often xpyd was killed, and how often it left its engines. Both count at the beginning and at the end of the absence.
+    /// Number of times that xpyd was killed or left its engines. Counted at the start and at the end of its absence.
     kills: AtomicU64,
     leaves: AtomicU64,
-    /// What is dropped at its time, such as a connection that is held.
+    /// Objects to drop at a given time, such as a held connection.
     holds: Mutex<Vec<(Instant, Box<dyn Any + Send>)>>,
     no_long_freeze_before: Mutex<Instant>,
-    endings: Mutex<Endings>,
-    /// What happened when, one event a line.
+    outcomes: Mutex<OutcomeCounts>,
+    /// The event log, one event per line.
     diary: Mutex<String>,
 }
 
 /// Counts the end of an absence of xpyd when it is dropped.
-pub(crate) struct Absence<'arena>(&'arena AtomicU64);
+pub(crate) struct Absence<'context>(&'context AtomicU64);
 
 impl Drop for Absence<'_> {
     fn drop(&mut self) {
@@ -67,7 +68,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Arena {
+impl StormContext {
     fn new(fleet: Fleet) -> Self {
         Self {
             fleet,
@@ -78,12 +79,12 @@ impl Arena {
             leaves: AtomicU64::new(0),
             holds: Mutex::default(),
             no_long_freeze_before: Mutex::new(Instant::now()),
-            endings: Mutex::default(),
+            outcomes: Mutex::default(),
             diary: Mutex::default(),
         }
     }
 
-    /// Keeps something until its time is over.
+    /// Keeps an object until its time.
     pub(crate) fn hold(&self, what: impl Any + Send, time: Duration) {
         lock(&self.holds).push((Instant::now() + time, Box::new(what)));
     }
@@ -112,7 +113,7 @@ impl Arena {
         Absence(&self.leaves)
     }
 
-    /// Starts the next xpyd. The first failure is an error, even where a later attempt succeeds.
+    /// Starts the next xpyd. A first failure is an error even if a later attempt succeeds.
     pub(crate) fn up(&self) -> Result<(), String> {
         let Err(reason) = self.fleet.up() else {
             return Ok(());
@@ -157,28 +158,28 @@ impl Arena {
         Ok(())
     }
 
-    /// Prints how the requests ended, and returns what must not happen.
+    /// Prints the outcomes of requests and returns the forbidden ones.
     pub(crate) fn report(&self) -> Findings {
-        let endings = lock(&self.endings);
-        endings.print();
-        endings.findings()
+        let outcomes = lock(&self.outcomes);
+        outcomes.print();
+        outcomes.findings()
     }
 
     fn absences(&self) -> (u64, u64) {
         (self.kills.load(Ordering::SeqCst), self.leaves.load(Ordering::SeqCst))
     }
 
-    /// What may have ended a request that began at `before`.
-    fn cause(&self, before: (u64, u64)) -> Cause {
+    /// The possible cause of a broken request that started at `before`.
+    fn cause(&self, before: (u64, u64)) -> CutCause {
         let now = self.absences();
-        // An odd number means that xpyd is away.
+        // An odd number means that xpyd is not running.
         let happened = |before: u64, now: u64| now != before || now % 2 == 1;
         if happened(before.0, now.0) {
-            Cause::KillOfXpyd
+            CutCause::KillOfXpyd
         } else if happened(before.1, now.1) {
-            Cause::LeavingXpyd
+            CutCause::LeavingXpyd
         } else {
-            Cause::Other(*lock(&self.last_fault))
+            CutCause::Other(*lock(&self.last_fault))
         }
     }
 }
@@ -189,8 +190,8 @@ pub(crate) async fn run(options: &Options) -> Findings {
         println!("no private mount namespace, which takes root: no full disk, no full /dev/shm");
     }
     match start(options).await {
-        Ok((arena, questions, reference)) => {
-            let findings = rage(options, &arena, &questions).await;
+        Ok((context, questions, reference)) => {
+            let findings = rage(options, &context, &questions).await;
             drop(reference);
             findings
         }
@@ -198,8 +199,8 @@ pub(crate) async fn run(options: &Options) -> Findings {
     }
 }
 
-/// The fleet, and the questions with the answers of an engine that hands nothing over.
-pub(crate) async fn start(options: &Options) -> Result<(Arc<Arena>, Arc<Vec<Question>>, Reference), String> {
+/// Starts the fleet, and gets the correct answers from a single engine.
+pub(crate) async fn start(options: &Options) -> Result<(Arc<StormContext>, Arc<Vec<Question>>, Reference), String> {
     let fleet = Fleet::new(&options.connector, &options.settings).map_err(|error| error.to_string())?;
     if private::is_entered() {
         private::mount("/dev/shm".as_ref(), SHARED_MEMORY)?;
@@ -220,117 +221,117 @@ pub(crate) async fn start(options: &Options) -> Result<(Arc<Arena>, Arc<Vec<Ques
     let fleet = tokio::task::spawn_blocking(move || fleet.up().map(|()| fleet))
         .await
         .map_err(|error| error.to_string())??;
-    Ok((Arc::new(Arena::new(fleet)), Arc::new(questions), reference))
+    Ok((Arc::new(StormContext::new(fleet)), Arc::new(questions), reference))
 }
 
-/// The clients and the faults for the given time, and what is left after them.
-async fn rage(options: &Options, arena: &Arc<Arena>, questions: &Arc<Vec<Question>>) -> Findings {
-    let clients = Clients::start(arena, questions, options);
-    let (striker, strike_options) = (Arc::clone(arena), options.clone());
+/// Runs clients and faults for the given time, and then the checks.
+async fn rage(options: &Options, context: &Arc<StormContext>, questions: &Arc<Vec<Question>>) -> Findings {
+    let clients = Clients::start(context, questions, options);
+    let (striker, strike_options) = (Arc::clone(context), options.clone());
     let strikes = tokio::task::spawn_blocking(move || strike(&striker, &strike_options)).await;
-    clients.stop(arena).await;
+    clients.stop(context).await;
     let mut findings = strikes.unwrap_or_else(|error| vec![error.to_string()]);
-    findings.extend(arena.report());
-    let aftermath = aftermath::check(arena, questions, options.keep.as_deref());
+    findings.extend(context.report());
+    let aftermath = aftermath::check(context, questions, options.keep.as_deref());
     findings.extend(aftermath.await);
     findings
 }
 
-/// Clients that ask one question after the other.
+/// Clients that send one request after the other.
 pub(crate) struct Clients(JoinSet<()>);
 
 impl Clients {
-    pub(crate) fn start(arena: &Arc<Arena>, questions: &Arc<Vec<Question>>, options: &Options) -> Self {
+    pub(crate) fn start(context: &Arc<StormContext>, questions: &Arc<Vec<Question>>, options: &Options) -> Self {
         let mut clients = JoinSet::new();
         for number in 0..options.clients as u64 {
             let random = StdRng::seed_from_u64(options.seed.wrapping_mul(1_000_003) + number);
-            clients.spawn(client(Arc::clone(arena), Arc::clone(questions), random));
+            clients.spawn(client(Arc::clone(context), Arc::clone(questions), random));
         }
-        clients.spawn(release_in_time(Arc::clone(arena)));
+        clients.spawn(release_in_time(Arc::clone(context)));
         Self(clients)
     }
 
-    /// Waits for the answers to the last questions, and lets go of what is held.
-    pub(crate) async fn stop(mut self, arena: &Arena) {
-        arena.is_over.store(true, Ordering::Relaxed);
+    /// Waits for the last answers and drops held objects.
+    pub(crate) async fn stop(mut self, context: &StormContext) {
+        context.is_over.store(true, Ordering::Relaxed);
         while self.0.join_next().await.is_some() {}
-        arena.release(|_| true);
+        context.release(|_| true);
     }
 }
 
-/// Lets go of what is held for long enough, also while a fault waits for a command.
-async fn release_in_time(arena: Arc<Arena>) {
-    while !arena.is_over.load(Ordering::Relaxed) {
+/// Drops held objects whose time is over, also while a fault waits for a command.
+async fn release_in_time(context: Arc<StormContext>) {
+    while !context.is_over.load(Ordering::Relaxed) {
         let now = Instant::now();
-        arena.release(|end| now >= end);
+        context.release(|end| now >= end);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-/// Asks until the storm is over.
-async fn client(arena: Arc<Arena>, questions: Arc<Vec<Question>>, mut random: StdRng) {
-    while !arena.is_over.load(Ordering::Relaxed) {
+/// Sends requests until the storm is over.
+async fn client(context: Arc<StormContext>, questions: Arc<Vec<Question>>, mut random: StdRng) {
+    while !context.is_over.load(Ordering::Relaxed) {
         let question = questions.choose(&mut random).expect("questions");
         let manner = match random.random_range(0..100) {
-            0..20 => Manner::Whole,
-            20..30 => Manner::Leave(Duration::from_millis(random.random_range(0..800))),
-            30..35 => Manner::Slow,
-            _ => Manner::Stream,
+            0..20 => ClientBehaviour::Whole,
+            20..30 => ClientBehaviour::Leave(Duration::from_millis(random.random_range(0..800))),
+            30..35 => ClientBehaviour::Slow,
+            _ => ClientBehaviour::Stream,
         };
-        let before = arena.absences();
-        let ending = ask(arena.fleet.proxy_port(), question, manner, HANG).await;
-        let cause = arena.cause(before);
-        lock(&arena.endings).add(&ending, cause, arena.begun.elapsed().as_secs_f64());
+        let before = context.absences();
+        let outcome = ask(context.fleet.proxy_port(), question, manner, HANG).await;
+        let cause = context.cause(before);
+        lock(&context.outcomes).add(&outcome, cause, context.begun.elapsed().as_secs_f64());
         if !matches!(
-            ending,
-            Ending::Right | Ending::Left | Ending::Refused | Ending::Status { .. }
+            outcome,
+            RequestOutcome::Right | RequestOutcome::Left | RequestOutcome::Refused | RequestOutcome::Status { .. }
         ) {
-            arena.write_down(&format!("{manner:?} of {} bytes: {ending:?}", question.prompt.len()));
+            context.write_down(&format!("{manner:?} of {} bytes: {outcome:?}", question.prompt.len()));
         }
-        if !matches!(ending, Ending::Right | Ending::Left) {
+        if !matches!(outcome, RequestOutcome::Right | RequestOutcome::Left) {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 }
 
-/// Strikes with one fault after the other, and prints how often each one was.
-fn strike(arena: &Arena, options: &Options) -> Findings {
+/// Runs one fault after the other, and prints how often each occurred.
+fn strike(context: &StormContext, options: &Options) -> Findings {
     let mut random = StdRng::seed_from_u64(options.seed);
     let faults: Vec<&Fault> = FAULTS.iter().filter(|fault| is_possible(fault, options)).collect();
     let mut counts: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
     let mut findings = Findings::new();
     let mut refusals = BTreeMap::new();
-    while arena.begun.elapsed() < options.duration
+    while context.begun.elapsed() < options.duration
         && counts.values().map(|(times, _)| times).sum::<u32>() < options.most
     {
         let Ok(fault) = faults.choose_weighted(&mut random, |fault| fault.weight) else {
             return vec!["no fault is chosen".to_owned()];
         };
-        *lock(&arena.last_fault) = fault.name;
-        let at = arena.begun.elapsed().as_secs();
+        *lock(&context.last_fault) = fault.name;
+        let at = context.begun.elapsed().as_secs();
         let count = counts.entry(fault.name).or_default();
         count.0 += 1;
-        arena.write_down(&format!("fault: {}", fault.name));
-        let result = (fault.act)(arena, &mut random);
-        arena.write_down(&format!("       {}: {result:?}", fault.name));
+        context.write_down(&format!("fault: {}", fault.name));
+        let result = (fault.act)(context, &mut random);
+        context.write_down(&format!("       {}: {result:?}", fault.name));
         match result {
             Ok(()) => {}
-            Err(Trouble::Impossible(reason)) => {
+            Err(FaultError::Impossible(reason)) => {
                 count.1 += 1;
                 refusals.insert(fault.name, reason);
             }
-            Err(Trouble::Broken(reason)) => findings.push(format!("at {at} s, {}: {reason}", fault.name)),
+            Err(FaultError::Broken(reason)) => findings.push(format!("at {at} s, {}: {reason}", fault.name)),
         }
-        // Sometimes the next fault meets a fleet that has not recovered.
+        // Sometimes the next fault hits a fleet that has not recovered.
         let is_patient = random.random_range(0..3) > 0;
         pause(
-            arena,
+            context,
             Duration::from_secs_f64(random.random_range(0.5..3.0)),
             is_patient,
         );
-        if let Err(reason) = arena.fleet.status() {
+        if let Err(reason) = context.fleet.status() {
             findings.push(format!("at {at} s, no run after {}: {reason}", fault.name));
-            if let Err(reason) = arena.up() {
+            if let Err(reason) = context.up() {
                 findings.push(reason);
             }
         }
@@ -348,12 +349,12 @@ fn is_possible(fault: &Fault, options: &Options) -> bool {
     is_possible && options.wants(fault.name)
 }
 
-/// A patient pause goes on until the fleet is whole, within reason.
-fn pause(arena: &Arena, time: Duration, is_patient: bool) {
+/// A patient pause lasts until the fleet has recovered, within a limit.
+fn pause(context: &StormContext, time: Duration, is_patient: bool) {
     const PATIENCE: Duration = Duration::from_secs(20);
     let begun = Instant::now();
     loop {
-        let is_whole = || arena.fleet.wait_until_whole(Duration::ZERO).is_ok();
+        let is_whole = || context.fleet.wait_until_whole(Duration::ZERO).is_ok();
         if begun.elapsed() >= time && (!is_patient || begun.elapsed() >= PATIENCE || is_whole()) {
             return;
         }

@@ -1,4 +1,4 @@
-//! What a process uses: memory, descriptors, processor time.
+//! The resources of a process: memory, descriptors, CPU time.
 
 use std::fs;
 use std::time::Duration;
@@ -18,12 +18,12 @@ pub(crate) fn peak_memory(pid: u32) -> u64 {
     status_field(pid, "VmHWM:")
 }
 
-/// Where the kernel refuses, the peak is that of the process's whole life.
+/// If the kernel rejects it, the peak covers the whole life of the process.
 pub(crate) fn reset_peak_memory(pid: u32) {
     let _ = fs::write(format!("/proc/{pid}/clear_refs"), "5");
 }
 
-/// Processor time of all threads that run now, in nanoseconds and not in ticks of 10 ms.
+/// CPU time of all running threads in nanoseconds, not in ticks of 10 ms.
 pub(crate) fn cpu(pid: u32) -> Duration {
     let threads = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()

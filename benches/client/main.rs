@@ -1,11 +1,12 @@
-//! `cargo bench --bench client`: whether a benchmark's client tells the truth, and what its core costs per event.
+//! `cargo bench --bench client`: how accurate benchmark clients are, and how much CPU they use per event.
 //!
-//! `-- --only xpyd --rates 20,50,100,500 --seconds 6`. Everything is on loopback. README.md says how to read it.
-//! `cargo test` runs it in a tiny form, so that it cannot rot.
+//! `-- --only xpyd --rates 20,50,100,500 --seconds 6`. Everything is on loopback. README.md explains the results.
+//! `cargo test` makes a small run.
 
 #![expect(clippy::print_stdout, reason = "a table is all it is for")]
 
 mod check;
+mod ground_truth;
 #[path = "../common/listing.rs"]
 mod listing;
 mod participants;
@@ -13,31 +14,30 @@ mod server;
 mod table;
 #[path = "../common/tree.rs"]
 mod tree;
-mod truth;
 
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use ground_truth::{ClientResult, Comparison, Counts, GroundTruth};
 use participants::{Load, Participant};
 use server::Pace;
-use table::{Row, Table};
+use table::{ClientRow, ClientTable};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use tree::{Tree, free_port, is_running, serves};
-use truth::{Compared, Counts, Told, Truth};
 
-/// What Cargo gives to every bench, and to no test.
+/// The argument that Cargo passes to benches and not to tests.
 const BENCH: &str = "--bench";
 
-/// What this program is told to be the server.
+/// The argument that starts this program as the server.
 const SERVE: &str = "--serve";
 
-/// A client that has not sent its first request by then never will. Python's takes half a minute to begin on a busy machine.
+/// Time limit for the first request. Python needs half a minute to start on a busy machine.
 const START: Duration = Duration::from_mins(3);
 
-/// How often the server is asked how far it is.
+/// Interval of progress queries to the server.
 const LOOK: Duration = Duration::from_millis(100);
 
 struct Options {
@@ -144,7 +144,7 @@ fn main() -> ExitCode {
         }
         let mut terminated = signal(SignalKind::terminate()).expect("signals");
         let options = Options::read(words.into_iter());
-        // What was started ends with the measurement, however that ends: dropping it kills the trees.
+        // Dropping this kills everything that was started, however the measurement ends.
         tokio::select! {
             table = measure_all(&options) => {
                 table.print_goals();
@@ -156,10 +156,10 @@ fn main() -> ExitCode {
     })
 }
 
-/// Measures everybody under every load, and prints each row once it is known.
-async fn measure_all(options: &Options) -> Table {
+/// Measures all participants under every load and prints each row when it is ready.
+async fn measure_all(options: &Options) -> ClientTable {
     let folder = tempfile::tempdir().expect("a folder");
-    let mut table = Table::default();
+    let mut table = ClientTable::default();
     let server = match Server::start(folder.path(), options.pace).await {
         Ok(server) => server,
         Err(reason) => {
@@ -177,7 +177,7 @@ async fn measure_all(options: &Options) -> Table {
             .next()
             .unwrap_or_default(),
     );
-    Table::print_head();
+    ClientTable::print_head();
     for participant in Participant::ALL
         .into_iter()
         .filter(|participant| options.chose(*participant))
@@ -217,8 +217,8 @@ async fn measure(
     load: Load,
     command: Command,
     folder: &Path,
-) -> Result<Row, String> {
-    server.ask::<Truth>("/truth").await?;
+) -> Result<ClientRow, String> {
+    server.ask::<GroundTruth>("/truth").await?;
     let before: Counts = server.ask("/counts").await?;
     let log = folder.join("client.log");
     let client = Tree::start(command, &log).map_err(|error| error.to_string())?;
@@ -230,7 +230,7 @@ async fn measure(
             events: now.events - before.events,
         })
     };
-    // What a client does before its first request is none of its price.
+    // Work before the first request does not count.
     while counts().await?.requests == 0 {
         if begun.elapsed() > START || !is_running(client.root()) {
             return Err(format!("it sent nothing: {}", last_line(&log)));
@@ -252,13 +252,13 @@ async fn measure(
         }
         sleep(LOOK).await;
     }
-    let truth: Truth = server.ask("/truth").await?;
-    let told = fs::read(folder.join("result.json")).map_err(|_| last_line(&log))?;
+    let ground_truth: GroundTruth = server.ask("/truth").await?;
+    let result = fs::read(folder.join("result.json")).map_err(|_| last_line(&log))?;
     fs::remove_file(folder.join("result.json")).map_err(|error| error.to_string())?;
-    let told: Told = serde_json::from_slice(&told).map_err(|error| error.to_string())?;
-    let compared = Compared::new(&truth, &told)?;
+    let result: ClientResult = serde_json::from_slice(&result).map_err(|error| error.to_string())?;
+    let compared = Comparison::new(&ground_truth, &result)?;
     let events = (now.events - seen.events) as f64;
-    Ok(Row {
+    Ok(ClientRow {
         participant,
         rate: load.rate,
         events: events / wall.as_secs_f64(),
@@ -269,7 +269,7 @@ async fn measure(
     })
 }
 
-/// What a client said last.
+/// The last output of a client.
 fn last_line(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     text.lines().next_back().unwrap_or_default().to_owned()

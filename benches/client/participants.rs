@@ -1,14 +1,14 @@
-//! Which clients take part, and the command line of each for one load.
+//! The participating clients, and the command line of each for one load.
 
 use std::path::Path;
 use std::process::Command;
 
 use crate::tree::found;
 
-/// What is asked of a client: `requests` at `rate`, of so many tokens each.
+/// The load: `requests` at `rate` with this many tokens each.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Load {
-    /// Requests/s, at nearly even distances.
+    /// Requests/s at nearly even intervals.
     pub(crate) rate: f64,
     pub(crate) requests: usize,
     pub(crate) tokens: u32,
@@ -31,7 +31,7 @@ impl Participant {
         }
     }
 
-    /// The command that puts the load on `port` and writes what it found to `result`, or why there is none.
+    /// The command that sends the load to `port` and writes its result to `result`, or why it is unavailable.
     pub(crate) fn command(self, load: Load, port: u16, result: &Path) -> Result<Command, String> {
         let mut command = match self {
             Self::Xpyd => {

@@ -1,7 +1,8 @@
-//! The server that knows the truth: it paces its answers to the microsecond and notes when it wrote what.
+//! The reference server: it paces its answers to the microsecond and records when it wrote each event.
 //!
-//! One thread in one loop over epoll, in a process of its own. Requests are stamped by the kernel as they arrive, events by
-//! this program right before it writes them, all on the monotonic clock. `GET /truth` gives and forgets what was noted.
+//! One thread with one epoll loop in a separate process. The kernel timestamps arriving requests; this program
+//! timestamps events right before it writes them, all on the monotonic clock. `GET /truth` returns and clears the
+//! record.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -16,15 +17,15 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use tokio::time::Instant;
 
-use crate::truth::{Counts, Request, Truth};
+use crate::ground_truth::{Counts, GroundTruth, Request};
 
-/// How far ahead of an event the loop stops sleeping: a wake-up is that late.
+/// Time before an event at which the loop stops sleeping: the lateness of a wake-up.
 const SPIN: Duration = Duration::from_micros(60);
 
 const LISTENER: u64 = u64::MAX;
 const TIMER: u64 = u64::MAX - 1;
 
-/// What every answer is like.
+/// The shape of every answer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Pace {
     /// From the request to the first event.
@@ -38,7 +39,7 @@ struct Connection {
     stream: TcpStream,
     read: Vec<u8>,
     answer: Option<Answer>,
-    /// Tells a connection from earlier ones at the same place.
+    /// Distinguishes a connection from earlier ones in the same slot.
     generation: u64,
 }
 
@@ -46,7 +47,7 @@ struct Answer {
     id: String,
     arrived: Instant,
     left: u32,
-    /// When each event was written, since the request arrived.
+    /// Write time of each event since the arrival of the request.
     written: Vec<Duration>,
     lateness: Duration,
 }
@@ -60,7 +61,7 @@ struct Server {
     free: Vec<usize>,
     generation: u64,
     due: BinaryHeap<Reverse<(Instant, usize, u64)>>,
-    truth: Truth,
+    ground_truth: GroundTruth,
     counts: Counts,
     /// An event that is not the last.
     event: String,
@@ -85,7 +86,7 @@ pub(crate) fn serve(port: u16, pace: Pace) -> io::Result<()> {
         free: Vec::new(),
         generation: 0,
         due: BinaryHeap::new(),
-        truth: Truth::default(),
+        ground_truth: GroundTruth::default(),
         counts: Counts::default(),
         event: event("null"),
     };
@@ -108,7 +109,7 @@ pub(crate) fn serve(port: u16, pace: Pace) -> io::Result<()> {
 }
 
 impl Server {
-    /// How long to wait for requests: until shortly before the next event, the rest is spent looking.
+    /// Time to wait for requests: until shortly before the next event, for which the loop spins.
     fn sleep(&self) -> io::Result<EpollTimeout> {
         let Some(Reverse((due, ..))) = self.due.peek() else {
             return Ok(EpollTimeout::NONE);
@@ -159,7 +160,7 @@ impl Server {
         }
     }
 
-    /// Reads what has come and begins an answer once a request is whole. An error ends the connection.
+    /// Reads available bytes and starts an answer when a request is complete. An error closes the connection.
     fn hear_from(&mut self, connection: &mut Connection, place: usize) -> io::Result<()> {
         let arrived = receive(&connection.stream, &mut connection.read)?;
         let Some(end) = find(&connection.read, b"\r\n\r\n").map(|end| end + 4) else {
@@ -198,7 +199,7 @@ impl Server {
         Ok(())
     }
 
-    /// What is no completion.
+    /// Answers requests other than completions.
     fn page(&mut self, head: &str) -> (&'static str, String) {
         let json = |value: Result<String, serde_json::Error>| ("200 OK", value.unwrap_or_default());
         match head.split(' ').nth(1).unwrap_or_default() {
@@ -206,7 +207,7 @@ impl Server {
                 r#"{"object":"list","data":[{"id":"null","root":"null"}]}"#.to_owned()
             )),
             "/counts" => json(serde_json::to_string(&self.counts)),
-            "/truth" => json(serde_json::to_string(&std::mem::take(&mut self.truth))),
+            "/truth" => json(serde_json::to_string(&std::mem::take(&mut self.ground_truth))),
             _ => ("404 Not Found", "{}".to_owned()),
         }
     }
@@ -232,14 +233,14 @@ impl Server {
             self.counts.events += 1;
             let end = (answer.left == 0).then(|| end(answer.written.len()));
             let bytes = end.as_ref().unwrap_or(&self.event).as_bytes();
-            // Far less than a socket's buffer is on its way in one stream; a client that reads nothing at all is cut off.
+            // A stream needs much less than a socket buffer; a client that does not read is disconnected.
             let written = connection.stream.write_all(bytes);
             if answer.left > 0 && written.is_ok() {
                 self.due.push(Reverse((next, place, generation)));
                 continue;
             }
             if let Some(answer) = connection.answer.take() {
-                self.truth.requests.push(Request {
+                self.ground_truth.requests.push(Request {
                     id: answer.id,
                     lateness: answer.lateness.as_secs_f64(),
                     written: answer.written.iter().map(Duration::as_secs_f64).collect(),
@@ -266,7 +267,7 @@ impl Connection {
     }
 }
 
-/// Reads once; gives when the last byte reached this machine.
+/// Reads once and returns the arrival time of the last byte.
 fn receive(stream: &TcpStream, into: &mut Vec<u8>) -> io::Result<Instant> {
     let mut room = [0; 16 << 10];
     let mut control = nix::cmsg_space!(TimeSpec);

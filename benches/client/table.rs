@@ -1,11 +1,12 @@
-//! The table: a row for each client under each load, printed as it comes, and the goals as ratios to the peer of the same run.
+//! The table: a row for each client and load, printed when ready, and the goals as ratios to the other clients of the
+//! same run.
 
+use crate::ground_truth::Comparison;
 use crate::participants::Participant;
-use crate::truth::Compared;
 
 /// One client under one load.
 #[derive(Debug, Clone)]
-pub(crate) struct Row {
+pub(crate) struct ClientRow {
     pub(crate) participant: Participant,
     /// Requests/s that were asked for.
     pub(crate) rate: f64,
@@ -17,20 +18,20 @@ pub(crate) struct Row {
     pub(crate) cores: f64,
     /// MiB.
     pub(crate) rss: f64,
-    pub(crate) compared: Compared,
+    pub(crate) compared: Comparison,
 }
 
 /// Everything measured.
 #[derive(Debug, Default)]
-pub(crate) struct Table {
-    pub(crate) rows: Vec<Row>,
+pub(crate) struct ClientTable {
+    pub(crate) rows: Vec<ClientRow>,
     failed: Vec<String>,
 }
 
-/// Beyond so many milliseconds the server itself was too busy to be a measure of ITL tails.
+/// Server lateness in milliseconds above which ITL tails are not comparable.
 const LATE_SERVER: f64 = 5.0;
 
-impl Table {
+impl ClientTable {
     pub(crate) fn print_head() {
         println!(
             "\n{:<12} {:>6} {:>9} {:>9} {:>6} {:>8}   {:>25}   {:>14}   {:>13}",
@@ -40,19 +41,19 @@ impl Table {
             "CPU us/ev",
             "cores",
             "RSS MiB",
-            "TTFT ms true/told/off",
+            "TTFT ms true/client/off",
             "P99 TTFT ms",
             "P99 ITL ms"
         );
     }
 
-    pub(crate) fn add(&mut self, row: Row) {
-        let Compared {
+    pub(crate) fn add(&mut self, row: ClientRow) {
+        let Comparison {
             true_ttft,
-            told_ttft,
+            client_ttft,
             ttft_error,
             true_itl,
-            told_itl,
+            client_itl,
             server_lateness,
         } = row.compared;
         let note = if server_lateness.p99 > LATE_SERVER {
@@ -69,12 +70,12 @@ impl Table {
             row.cores,
             row.rss,
             true_ttft.mean,
-            told_ttft.mean,
+            client_ttft.mean,
             ttft_error.mean,
             true_ttft.p99,
-            told_ttft.p99,
+            client_ttft.p99,
             true_itl.p99,
-            told_itl.p99,
+            client_itl.p99,
         );
         self.rows.push(row);
     }
@@ -88,13 +89,13 @@ impl Table {
         self.failed.is_empty() && !self.rows.is_empty()
     }
 
-    fn row(&self, participant: Participant, rate: f64) -> Option<&Row> {
+    fn row(&self, participant: Participant, rate: f64) -> Option<&ClientRow> {
         let mut rows = self.rows.iter();
         rows.find(|row| row.participant == participant && row.rate.total_cmp(&rate).is_eq())
     }
 
-    /// The row with most events/s whose time to first token is true to 5 %.
-    fn most(&self, participant: Participant) -> Option<&Row> {
+    /// The row with the most events/s whose time to first token is correct to 5 %.
+    fn most(&self, participant: Participant) -> Option<&ClientRow> {
         let rows = self
             .rows
             .iter()
@@ -102,7 +103,7 @@ impl Table {
         rows.max_by(|left, right| left.events.total_cmp(&right.events))
     }
 
-    /// What xpyd is to reach, beside what it reached. A peer that did not take part is left out.
+    /// The goals of xpyd with its results. Missing participants are left out.
     pub(crate) fn print_goals(&self) {
         println!();
         let verdict = |is_reached: bool| if is_reached { "reached" } else { "missed" };
@@ -132,9 +133,9 @@ impl Table {
             );
         }
         if let Some(row) = self.row(Participant::Xpyd, 100.0) {
-            let off = (row.compared.told_ttft.mean - row.compared.true_ttft.mean).abs();
+            let off = (row.compared.client_ttft.mean - row.compared.true_ttft.mean).abs();
             let peer = self.row(Participant::Vllm, 100.0);
-            let peer = peer.map(|row| (row.compared.told_ttft.mean - row.compared.true_ttft.mean).abs());
+            let peer = peer.map(|row| (row.compared.client_ttft.mean - row.compared.true_ttft.mean).abs());
             let peer = peer.map(|off| format!(", vLLM's {off:.2}")).unwrap_or_default();
             println!(
                 "mean TTFT at 100 req/s is off by {off:.2} ms{peer} (goal 1.00: {})",

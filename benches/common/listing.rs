@@ -1,9 +1,10 @@
-//! The question of cargo-nextest which tests a program has. Cargo's own harness answers it; the benches have none.
+//! Answers cargo-nextest's request for the list of tests. Cargo's harness does this itself; the benches have no
+//! harness.
 
-/// The bench in its small form, as a test.
+/// The test that makes a small run of the bench.
 const TEST: &str = "small_form";
 
-/// Prints the test if `words` ask for a list, and returns whether they do.
+/// Prints the test if `words` ask for a list; returns whether they do.
 pub(crate) fn printed(words: &[String]) -> bool {
     let has = |flag: &str| words.iter().any(|word| word == flag);
     if has("--list") && !has("--ignored") {

@@ -1,4 +1,4 @@
-//! Process trees that a bench starts: what they use, and their end, however the bench ends.
+//! Process trees of a bench: their resource use, and their end in every case.
 
 use std::fs;
 use std::net::TcpListener;
@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long one may take to serve.
+/// Time limit until a process serves.
 const START: Duration = Duration::from_secs(30);
 
-/// A process tree, which also ends when this program is killed.
+/// A process tree that also ends when this program is killed.
 pub(crate) struct Tree {
     root: Child,
     /// Reads its input, which ends with this program, and then kills the tree's process group.
@@ -92,7 +92,7 @@ impl Tree {
 
 impl Drop for Tree {
     fn drop(&mut self) {
-        // Before the group is gone and its number may be another's.
+        // Before the group is gone and its number can be reused.
         drop(self.reaper.kill());
         drop(self.reaper.wait());
         for pid in self.processes().into_iter().rev() {
@@ -103,12 +103,12 @@ impl Drop for Tree {
     }
 }
 
-/// Whether there is such a process, and not only what nobody has waited for.
+/// Whether the process exists and is not a zombie.
 pub(crate) fn is_running(pid: u32) -> bool {
     stat(pid).is_some_and(|fields| fields.first().is_some_and(|state| state != "Z"))
 }
 
-/// The fields of `/proc/PID/stat` after the name, which may hold spaces.
+/// The fields of `/proc/PID/stat` after the name, which can have spaces.
 fn stat(pid: u32) -> Option<Vec<String>> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = text.rsplit_once(')')?;

@@ -1,5 +1,5 @@
-//! The bench in a tiny form, as `cargo test` runs it: that every row is there and counts, and that nothing is left behind.
-//! It asserts no times.
+//! A small run of the bench, as a test: every row exists and has counts, and nothing is left behind. It asserts no
+//! times.
 
 use std::process::Command;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::tree::{Tree, is_running};
 use crate::{BENCH, CONNECTIONS, Options, PROMPTS, measure_all};
 
-/// Far more than anything here takes.
+/// A generous time limit.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) async fn all() {
@@ -67,7 +67,7 @@ async fn a_bench_that_is_killed_leaves_no_process() {
     .await;
 }
 
-/// Asks again and again.
+/// Repeats a check until it succeeds.
 async fn until<T>(what: &str, ask: impl Fn() -> Option<T>) -> T {
     let began = Instant::now();
     loop {

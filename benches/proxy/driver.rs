@@ -1,4 +1,5 @@
-//! The load: raw HTTP/1.1 over kept-alive connections, bytes prepared beforehand, answers read only as far as checks need.
+//! The load generator: raw HTTP/1.1 over keep-alive connections, with prepared bytes, and answers parsed only as far as
+//! checks need.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -9,21 +10,22 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-/// Streams that may be connecting at once. More would overflow a listener's queue, which the kernel answers with a reset.
+/// Most streams that connect at the same time. More would overflow a listener's queue, which the kernel answers with a
+/// reset.
 const CONNECTING: usize = 64;
 
-/// No answer may take longer.
+/// Time limit of an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a request asks for.
+/// The kind of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ask {
+pub(crate) struct RequestKind {
     /// Bytes of the prompt.
     pub(crate) prompt: usize,
     pub(crate) stream: bool,
 }
 
-impl Ask {
+impl RequestKind {
     fn bytes(self) -> Vec<u8> {
         let prompt = "word ".repeat(self.prompt.div_ceil(5));
         let body = format!(
@@ -35,18 +37,18 @@ impl Ask {
     }
 }
 
-/// What came of a phase.
+/// The result of a phase.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Outcome {
+pub(crate) struct PhaseResult {
     pub(crate) requests: u64,
     pub(crate) wall: Duration,
-    /// Times of whole answers, or of an event's way. Nanoseconds, sorted.
+    /// Times of complete answers or delays of events, in nanoseconds, sorted.
     pub(crate) times: Vec<u64>,
     pub(crate) errors: Vec<String>,
 }
 
-impl Outcome {
-    /// The time that this share of all stays below, in microseconds.
+impl PhaseResult {
+    /// The quantile of this share, in microseconds.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         let last = self.times.len().saturating_sub(1);
         #[expect(
@@ -91,7 +93,7 @@ impl Connection {
         }
     }
 
-    /// The head of an answer, taken out of the buffer, in lower case.
+    /// Removes the headers of an answer from the buffer and returns them in lower case.
     async fn head(&mut self, request: &[u8]) -> Result<String, String> {
         self.buffer.clear();
         self.stream
@@ -124,7 +126,7 @@ impl Connection {
         ) {
             self.fill().await?;
         }
-        // The decode engine's canned text; a router may frame or re-serialize it, but has to deliver it.
+        // The canned text of the decode engine; a router can frame or re-serialize it, but must deliver it.
         if self.buffer.windows(6).any(|window| window == b" a b c") {
             Ok(())
         } else {
@@ -134,7 +136,8 @@ impl Connection {
 
     /// Reads a stream to its end marker and notes how long each event was on its way.
     ///
-    /// The permit to connect is given back with the head: until then the listener may not have accepted.
+    /// The permit to connect is released after the response headers: before, the listener can still have the connection
+    /// in its queue.
     async fn events(
         &mut self,
         request: &[u8],
@@ -175,15 +178,15 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|window| window == what)
 }
 
-/// Whole answers, as fast as `connections` clients get them, until the time is over or `most` were asked for.
-pub(crate) async fn whole(port: u16, prompt: usize, connections: usize, time: Duration, most: u64) -> Outcome {
-    let request: Arc<[u8]> = Ask { prompt, stream: false }.bytes().into();
+/// Sends requests without streaming on `connections` connections, until the time is over or `most` were sent.
+pub(crate) async fn whole(port: u16, prompt: usize, connections: usize, time: Duration, most: u64) -> PhaseResult {
+    let request: Arc<[u8]> = RequestKind { prompt, stream: false }.bytes().into();
     let begun = Instant::now();
     let mut clients = JoinSet::new();
     for _ in 0..connections {
         let request = request.clone();
         clients.spawn(async move {
-            let mut outcome = Outcome::default();
+            let mut outcome = PhaseResult::default();
             let mut connection = match Connection::open(port).await {
                 Ok(connection) => connection,
                 Err(error) => {
@@ -209,17 +212,17 @@ pub(crate) async fn whole(port: u16, prompt: usize, connections: usize, time: Du
 }
 
 /// `count` streams at once, to their ends.
-pub(crate) async fn streams(port: u16, prompt: usize, count: usize) -> Outcome {
-    let request: Arc<[u8]> = Ask { prompt, stream: true }.bytes().into();
+pub(crate) async fn streams(port: u16, prompt: usize, count: usize) -> PhaseResult {
+    let request: Arc<[u8]> = RequestKind { prompt, stream: true }.bytes().into();
     let begun = Instant::now();
     let connecting = Arc::new(Semaphore::new(CONNECTING));
     let mut clients = JoinSet::new();
     for _ in 0..count {
         let (request, connecting) = (Arc::clone(&request), Arc::clone(&connecting));
         clients.spawn(async move {
-            let mut outcome = Outcome {
+            let mut outcome = PhaseResult {
                 requests: 1,
-                ..Outcome::default()
+                ..PhaseResult::default()
             };
             let turn = connecting.acquire_owned().await;
             let done = match Connection::open(port).await {
@@ -233,8 +236,8 @@ pub(crate) async fn streams(port: u16, prompt: usize, count: usize) -> Outcome {
     joined(clients, begun).await
 }
 
-async fn joined(mut clients: JoinSet<Outcome>, begun: Instant) -> Outcome {
-    let mut all = Outcome::default();
+async fn joined(mut clients: JoinSet<PhaseResult>, begun: Instant) -> PhaseResult {
+    let mut all = PhaseResult::default();
     while let Some(one) = clients.join_next().await {
         match one {
             Ok(one) => all.merge(one),
@@ -246,7 +249,7 @@ async fn joined(mut clients: JoinSet<Outcome>, begun: Instant) -> Outcome {
     all
 }
 
-/// How many requests a null engine has seen.
+/// The number of requests that a null engine has received.
 pub(crate) async fn seen(port: u16) -> Result<u64, String> {
     let mut connection = Connection::open(port).await.map_err(|error| error.to_string())?;
     connection.head(b"GET /counts HTTP/1.1\r\nhost: bench\r\n\r\n").await?;

@@ -1,7 +1,7 @@
-//! `cargo bench --bench proxy`: what proxies cost over engines that answer at once, side by side.
+//! `cargo bench --bench proxy`: the cost of proxies in front of engines that answer at once, side by side.
 //!
-//! `-- --only xpyd,nginx --seconds 3 --repeats 3 --streams 1000`. Everything is on loopback. README.md says how to read it.
-//! `cargo test` runs it in a tiny form, so that it cannot rot.
+//! `-- --only xpyd,nginx --seconds 3 --repeats 3 --streams 1000`. Everything is on loopback. README.md explains the
+//! results. `cargo test` makes a small run.
 
 #![expect(clippy::print_stdout, reason = "a table is all it is for")]
 
@@ -18,9 +18,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use driver::Outcome;
+use driver::PhaseResult;
 use participants::{Participant, null_engine};
-use table::{Streams, Table, Whole};
+use table::{ProxyTable, Streams, WholeAnswers};
 use tokio::signal::unix::{SignalKind, signal};
 use tree::{Tree, free_port, serves};
 
@@ -78,18 +78,18 @@ impl Options {
     }
 }
 
-/// What Cargo gives to every bench, and to no test.
+/// The argument that Cargo passes to benches and not to tests.
 const BENCH: &str = "--bench";
 
-/// One measured phase: what was seen, and what the participant used for it.
+/// One measured phase: its result, and the resources of the participant.
 struct Measured {
-    outcome: Outcome,
+    outcome: PhaseResult,
     cpu: Duration,
     invalid: Option<String>,
 }
 
 /// A participant over its own two null engines.
-struct Stand {
+struct Deployment {
     participant: Participant,
     port: u16,
     prefill: u16,
@@ -98,7 +98,7 @@ struct Stand {
     _engines: [Tree; 2],
 }
 
-impl Stand {
+impl Deployment {
     async fn start(participant: Participant, folder: &Path, options: &Options) -> Result<Self, String> {
         let port = || free_port().map_err(|error| error.to_string());
         let (prefill, decode, mut own) = (port()?, port()?, port()?);
@@ -144,7 +144,7 @@ impl Stand {
         Ok([driver::seen(self.prefill).await?, driver::seen(self.decode).await?])
     }
 
-    async fn measure(&self, load: impl Future<Output = Outcome>) -> Measured {
+    async fn measure(&self, load: impl Future<Output = PhaseResult>) -> Measured {
         let (before, cpu) = (self.seen().await, self.cpu());
         let outcome = load.await;
         let (cpu, after) = (self.cpu().saturating_sub(cpu), self.seen().await);
@@ -167,7 +167,7 @@ impl Stand {
         Measured { outcome, cpu, invalid }
     }
 
-    /// Asks until an answer comes: a router may look at its engines first.
+    /// Repeats a request until it is answered, because a router can check its engines first.
     async fn warm_up(&self) {
         for _ in 0..100 {
             let outcome = driver::whole(self.port, PROMPTS[0], 8, Duration::from_millis(500), 500).await;
@@ -190,7 +190,7 @@ async fn main() -> ExitCode {
     }
     let mut terminated = signal(SignalKind::terminate()).expect("signals");
     let options = Options::read(words.into_iter());
-    // What was started ends with the measurement, however that ends: dropping it kills the trees.
+    // Dropping this kills everything that was started, however the measurement ends.
     tokio::select! {
         table = measure_all(&options) => {
             table.print_goals();
@@ -201,15 +201,15 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Measures everybody, and prints each row once it is known.
-async fn measure_all(options: &Options) -> Table {
+/// Measures all participants and prints each row when it is ready.
+async fn measure_all(options: &Options) -> ProxyTable {
     let folder = tempfile::tempdir().expect("a folder");
     let mut stands = Vec::new();
     for participant in Participant::ALL
         .into_iter()
         .filter(|participant| options.chose(*participant))
     {
-        match Stand::start(participant, folder.path(), options).await {
+        match Deployment::start(participant, folder.path(), options).await {
             Err(reason) => println!("{:<14} {reason}", participant.name()),
             Ok(stand) => stands.push(stand),
         }
@@ -218,8 +218,8 @@ async fn measure_all(options: &Options) -> Table {
         "medians of {} repeats; CPU of the whole process tree; latency is added to the base's",
         options.repeats
     );
-    Whole::print_head();
-    let mut table = Table::default();
+    WholeAnswers::print_head();
+    let mut table = ProxyTable::default();
     for stand in &stands {
         stand.warm_up().await;
         for prompt in PROMPTS {
@@ -238,8 +238,8 @@ async fn measure_all(options: &Options) -> Table {
     table
 }
 
-async fn whole_answers(stand: &Stand, options: &Options, prompt: usize, connections: usize) -> Whole {
-    let mut row = Whole::new(stand.participant, prompt, connections);
+async fn whole_answers(stand: &Deployment, options: &Options, prompt: usize, connections: usize) -> WholeAnswers {
+    let mut row = WholeAnswers::new(stand.participant, prompt, connections);
     for _ in 0..options.repeats {
         let time = Duration::from_secs_f64(options.seconds);
         let load = driver::whole(stand.port, prompt, connections, time, options.most);
@@ -255,10 +255,10 @@ async fn whole_answers(stand: &Stand, options: &Options, prompt: usize, connecti
     row
 }
 
-async fn streams(stand: &Stand, options: &Options, prompt: usize) -> Streams {
+async fn streams(stand: &Deployment, options: &Options, prompt: usize) -> Streams {
     let mut row = Streams::new(stand.participant, prompt, options.streams);
     for _ in 0..options.repeats {
-        // Memory is looked at in the middle of the streams' life; connections of earlier phases have been closed by then.
+        // Memory is measured in the middle of the streams; connections of earlier phases are closed by then.
         let before = stand.rss();
         let middle = async {
             tokio::time::sleep(options.interval * options.events / 2).await;

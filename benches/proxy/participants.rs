@@ -1,4 +1,5 @@
-//! Who takes part: how each is started over one prefill and one decode engine, and how its tree is measured and ended.
+//! The participants: how each is started in front of one prefill and one decode engine, and how its process tree is
+//! measured and stopped.
 
 use std::fs;
 use std::path::Path;
@@ -16,13 +17,13 @@ pub(crate) fn null_engine(folder: &Path, port: u16, events: u32, interval: Durat
     Tree::start(command, &folder.join(format!("engine-{port}.log")))
 }
 
-/// What is measured.
+/// The participants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Participant {
-    /// The decode engine itself, with nothing before it.
+    /// The decode engine without a proxy.
     Base,
     Xpyd,
-    /// One hop: a plain reverse proxy before the decode engine.
+    /// A plain reverse proxy in front of the decode engine.
     Nginx,
     VllmRouter,
     SglangRouter,
@@ -47,12 +48,12 @@ impl Participant {
         }
     }
 
-    /// Whether the prefill engine must have seen each request too.
+    /// Whether each request must also reach the prefill engine.
     pub(crate) fn prefills(self) -> bool {
         !matches!(self, Self::Base | Self::Nginx)
     }
 
-    /// The command that serves on `port`, or why there is none.
+    /// The command that serves on `port`, or why it is unavailable.
     pub(crate) fn command(
         self,
         folder: &Path,

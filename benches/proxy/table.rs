@@ -1,9 +1,10 @@
-//! The table: a row for each thing measured, printed as it comes, and the goals as ratios to the peers of the same run.
+//! The table: a row for each measurement, printed when ready, and the goals as ratios to the other participants of the
+//! same run.
 
 use crate::participants::Participant;
 
 /// Whole answers of one participant. Each list has one value per repeat; medians count.
-pub(crate) struct Whole {
+pub(crate) struct WholeAnswers {
     pub(crate) participant: Participant,
     pub(crate) prompt: usize,
     pub(crate) connections: usize,
@@ -26,7 +27,7 @@ pub(crate) struct Streams {
     pub(crate) count: usize,
     /// Microseconds per event.
     pub(crate) cpu: Vec<f64>,
-    /// KiB that memory grew by per stream. A later repeat uses what an earlier one left, so the most counts.
+    /// Memory growth per stream in KiB. Later repeats reuse memory, so the maximum counts.
     pub(crate) memory: Vec<f64>,
     pub(crate) p50: Vec<f64>,
     pub(crate) p99: Vec<f64>,
@@ -35,12 +36,12 @@ pub(crate) struct Streams {
 
 /// Everything measured.
 #[derive(Default)]
-pub(crate) struct Table {
-    pub(crate) whole: Vec<Whole>,
+pub(crate) struct ProxyTable {
+    pub(crate) whole: Vec<WholeAnswers>,
     pub(crate) streams: Vec<Streams>,
 }
 
-/// What a client gets to see of an invalid row.
+/// The output for an invalid row.
 fn mark(invalid: &[String]) -> String {
     invalid
         .first()
@@ -58,7 +59,7 @@ fn most(values: &[f64]) -> f64 {
     values.iter().copied().fold(0.0, f64::max)
 }
 
-impl Whole {
+impl WholeAnswers {
     pub(crate) fn new(participant: Participant, prompt: usize, connections: usize) -> Self {
         Self {
             participant,
@@ -103,9 +104,9 @@ impl Streams {
     }
 }
 
-impl Table {
-    /// Prints a row and keeps it. Latency is what it adds to the base's, which comes first.
-    pub(crate) fn add_whole(&mut self, row: Whole) {
+impl ProxyTable {
+    /// Prints a row and keeps it. Latency is the addition to the base, which comes first.
+    pub(crate) fn add_whole(&mut self, row: WholeAnswers) {
         let [p50, p99] = [&row.p50, &row.p99].map(|times| median(times));
         let base = self.whole(Participant::Base, row.prompt, row.connections);
         let [under50, under99] = base.map_or([0.0; 2], |base| [median(&base.p50), median(&base.p99)]);
@@ -139,18 +140,18 @@ impl Table {
         self.streams.push(row);
     }
 
-    /// Why rows count for nothing.
+    /// Why rows are invalid.
     pub(crate) fn invalid(&self) -> impl Iterator<Item = &String> {
         let whole = self.whole.iter().flat_map(|row| &row.invalid);
         whole.chain(self.streams.iter().flat_map(|row| &row.invalid))
     }
 
-    fn whole(&self, participant: Participant, prompt: usize, connections: usize) -> Option<&Whole> {
+    fn whole(&self, participant: Participant, prompt: usize, connections: usize) -> Option<&WholeAnswers> {
         let mut rows = self.whole.iter();
         rows.find(|row| (row.participant, row.prompt, row.connections) == (participant, prompt, connections))
     }
 
-    /// What xpyd is to reach, beside what it reached. A peer that did not take part is left out.
+    /// The goals of xpyd with its results. Missing participants are left out.
     pub(crate) fn print_goals(&self) {
         println!();
         let goal = |what: &str, reached: f64, goal: f64| {
@@ -171,7 +172,7 @@ impl Table {
             if let (1, Some(router), Some(base)) =
                 (row.connections, peer(Participant::VllmRouter), peer(Participant::Base))
             {
-                let added = |row: &Whole| median(&row.p50) - median(&base.p50);
+                let added = |row: &WholeAnswers| median(&row.p50) - median(&base.p50);
                 goal(
                     &format!("{load}: added p50, xpyd / vllm-router"),
                     added(row) / added(router),

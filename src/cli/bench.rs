@@ -1,4 +1,4 @@
-//! `xpyd bench`: reads `vllm bench serve`'s flags, checks the server, runs the benchmark and prints its table.
+//! `xpyd bench`: reads the flags of `vllm bench serve`, checks the server, runs the benchmark and prints the table.
 
 mod against;
 mod arguments;
@@ -38,21 +38,21 @@ use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 use crate::ui::bench::BenchProgress;
 
-/// A server that is known without being named: the running fleet.
+/// The default server: the running fleet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// `http://host:port`.
     pub base_url: String,
 }
 
-/// Where nothing says otherwise and no fleet runs: vLLM's own defaults.
+/// The defaults of vLLM, used without flags and without a running fleet.
 const DEFAULT_HOST: &str = "127.0.0.1";
 const DEFAULT_PORT: u16 = 8000;
 
 /// Runs the command. `defaults` is the running fleet, if there is one.
 ///
 /// # Errors
-/// When there is nothing to run: bad settings, no server, no such model; and when the result cannot be saved.
+/// When settings are invalid, the server or the model is missing, or the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
     if let (Some(result), Some(path)) = (&arguments.page.from, &arguments.page.report) {
         return page::convert(result, path, printer);
@@ -61,18 +61,18 @@ pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printe
         return compare::run(files, arguments.output.json, arguments.page.report.as_deref(), printer);
     }
     check_outputs(&arguments)?;
-    // A fleet of the bench's own is taken down first, however often somebody asks.
+    // The benchmark's own fleet is always taken down first, even after a second Ctrl+C.
     let may_leave = arguments.fleet.profile.is_none();
-    let cancel = CancelWatch::watch(arguments.ending.deadline, may_leave, printer)?;
+    let cancel = CancelWatch::watch(arguments.deadline.deadline, may_leave, printer)?;
     let status = Box::pin(with_fleet(&arguments, defaults, printer, cancel.stop.clone())).await?;
     if cancel.cause() == Some(CancelCause::Deadline) && status == ExitStatus::Forced {
-        printer.error("`--deadline` was over before the run was");
+        printer.error("the run did not finish within `--deadline`");
         return Ok(ExitStatus::Failure);
     }
     Ok(status)
 }
 
-/// The work, with a fleet of its own if the flags want one, which is taken down however the work ends.
+/// Runs the benchmark, with a fleet of its own if the flags ask for one. The fleet is always taken down.
 async fn with_fleet(
     arguments: &Arguments,
     defaults: Option<Target>,
@@ -83,12 +83,12 @@ async fn with_fleet(
         return Box::pin(work(arguments, defaults, printer, stop)).await;
     };
     if profile.is_empty() {
-        let problem = "`--profile` takes the name of a profile: the bench brings up its fleet";
+        let problem = "`--profile` needs the name of a profile, whose fleet is started for the benchmark";
         return Err(Failure::message(ExitStatus::Usage, problem)
-            .hint("`xpyd profiles list` shows the names")
+            .hint("`xpyd profiles list` shows the profiles")
             .hint("vLLM's `--profile`, which starts the server's profiler, is not supported"));
     }
-    // Before anything is started for it.
+    // Before the fleet is started.
     let nowhere = Server {
         base_url: "http://127.0.0.1:1".to_owned(),
         headers: HeaderMap::new(),
@@ -98,16 +98,16 @@ async fn with_fleet(
         return Ok(ExitStatus::Forced);
     };
     let mut arguments = arguments.clone();
-    // It was the fleet's; requests use the name that the fleet gives it.
+    // It was the model of the fleet; requests use the name under which the fleet serves it.
     arguments.target.model = None;
     let worked = Box::pin(work(&arguments, Some(fleet.target.clone()), printer, stop)).await;
-    // What went wrong first is told first.
+    // The first error is reported first.
     let went_down = fleet.stop(printer).await;
     let status = worked?;
     went_down.map(|()| status)
 }
 
-/// One run, or what the mode makes of many.
+/// Runs the benchmark once, or as often as the mode needs.
 async fn work(
     arguments: &Arguments,
     defaults: Option<Target>,
@@ -136,7 +136,7 @@ async fn work(
     }
 }
 
-/// The report, or nothing if the stop came before the first request.
+/// Runs once. `None` if the run was stopped before the first request.
 async fn measure(
     arguments: &Arguments,
     defaults: Option<Target>,
@@ -153,7 +153,7 @@ async fn measure(
             return;
         }
         match line.strip_prefix("WARNING: ") {
-            // What cannot be written now cannot be at the end, where that is a failure.
+            // If this write fails, the final write fails too, and that is an error.
             _ if has_table => shown.suspend(|| drop(printer.data(line))),
             Some(warning) if line != bench::NO_TEMPERATURE => {
                 shown.suspend(|| printer.status(format_args!("warning: {warning}")));
@@ -169,7 +169,7 @@ async fn measure(
     else {
         return Ok(None);
     };
-    // Making prompts shows a progress of its own.
+    // Making prompts shows its own progress.
     shown.clear();
     let prompts = Prompts::open(arguments, &spec, root, printer)?;
     let prepared = stop.run_until_cancelled(prompts.prepare(&mut spec, &print_line));
@@ -202,7 +202,7 @@ async fn measure(
     Ok(Some(report))
 }
 
-/// The server that the flags name, else the running fleet, else vLLM's default.
+/// The server from the flags, else the running fleet, else vLLM's default.
 fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     if let Some(base_url) = &target.base_url {
         return without_version(base_url, target);
@@ -211,7 +211,7 @@ fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
         Some(fleet) if target.host.is_none() && target.port.is_none() => fleet.base_url,
         _ => {
             let host = target.host.as_deref().unwrap_or(DEFAULT_HOST);
-            // A bare IPv6 address stands in brackets in a URL.
+            // An IPv6 address in a URL needs brackets.
             let host = if host.contains(':') && !host.starts_with('[') {
                 format!("[{host}]")
             } else {
@@ -222,7 +222,7 @@ fn base_url(target: &arguments::Target, fleet: Option<Target>) -> String {
     }
 }
 
-/// Clients of OpenAI's API take the URL with `/v1`, so people have it at hand; the paths here begin with it.
+/// Removes `/v1` from a URL. OpenAI clients expect it in the URL; the paths here include it.
 fn without_version(url: &str, target: &arguments::Target) -> String {
     let has_version = target
         .endpoint
@@ -232,10 +232,11 @@ fn without_version(url: &str, target: &arguments::Target) -> String {
     without.unwrap_or(url).to_owned()
 }
 
-/// Asks the server for its first model, or whether it has the one that the user named; gives what that was loaded from.
+/// Asks the server for its first model, or checks the model that the user named. Returns what the model was loaded
+/// from.
 ///
-/// A model that the server does not list is asked for all the same, as vLLM's client does: an adapter that is loaded when it is
-/// first asked for, or a gateway's alias, is in no list.
+/// A model that is not listed is used anyway, as in vLLM's client: an adapter that loads on first use, or an alias of a
+/// gateway, is in no list.
 async fn find_model(
     arguments: &Arguments,
     spec: &mut Spec,
@@ -255,17 +256,17 @@ async fn find_model(
         return Ok(None);
     }
     match bench::discover_with(&spec.base_url, &spec.headers, insecure, Some(&spec.model)).await {
-        // vLLM's client does not ask, so a server without a list is measured, too.
+        // vLLM's client does not ask, so a server without a list is accepted.
         Ok(model) => Ok(model.root),
         Err(BenchError::NoModelList { .. }) => Ok(None),
         Err(error @ BenchError::UnknownModel { .. }) => {
-            printer.error(format_args!("warning: {error}; it is asked for all the same"));
+            printer.error(format_args!("warning: {error}; the benchmark uses it anyway"));
             for hint in failure(error).hints {
                 printer.error(format_args!("hint: {hint}"));
             }
             Ok(None)
         }
-        // It may come up in the time that the user gives it.
+        // The server can still start within the time of the ready check.
         Err(BenchError::Unreachable { .. }) if arguments.load.ready_check_timeout_sec > 0 => Ok(None),
         Err(error) => Err(failure(error)),
     }
@@ -280,17 +281,17 @@ fn phase_label(phase: RunPhase) -> &'static str {
     }
 }
 
-/// How much is shown.
+/// How much to print.
 #[derive(Debug, Clone, Copy)]
 struct OutputDetail {
-    /// vLLM's lines and table on stdout, which scripts read; else the result on half a screen.
+    /// vLLM's lines and table on stdout, for scripts; else a short summary.
     has_table: bool,
-    /// Everything beside them on stderr; else what nobody may miss.
+    /// All details on stderr; else only what every user must see.
     has_details: bool,
 }
 
 impl OutputDetail {
-    /// As the flags say. People at a terminal get what fits their screen, files and pipes all there is.
+    /// Follows the flags. A terminal gets a short output; files and pipes get everything.
     fn of(output: &arguments::Output, printer: Printer) -> Self {
         Self {
             has_table: output.details || output.as_vllm || printer.data_width().is_none(),
@@ -328,7 +329,7 @@ fn print_report(arguments: &Arguments, report: &Report, printer: Printer) -> Res
     if !detail.has_details {
         printer.status("`--details` shows where the time went, and vLLM's table".dimmed());
     }
-    // Last, where it is seen.
+    // Last, so that it is visible.
     if report.is_partial() {
         printer.status(format_args!(
             "stopped: {} requests ended, {} were dropped in flight, {} were never sent",
@@ -340,8 +341,8 @@ fn print_report(arguments: &Arguments, report: &Report, printer: Printer) -> Res
     Ok(output.exit_status(report.is_partial(), report.failed() > 0))
 }
 
-/// Whether the numbers that follow may be believed. The exit code is that of the requests: scripts that know vLLM's ask whether
-/// they went well, and `xpyd.valid` in the result says whether their times may be believed.
+/// Prints whether the run is valid. The exit code depends only on failed requests, as scripts for vLLM expect;
+/// `xpyd.valid` in the result has the validity.
 fn print_validity(validity: &bench::stats::client_saturation::ClientValidity, printer: Printer) {
     for reason in &validity.reasons {
         printer.error(format_args!("{}: {reason}", "INVALID".red().bold()));
@@ -359,7 +360,7 @@ fn print_validity(validity: &bench::stats::client_saturation::ClientValidity, pr
     }
 }
 
-/// Failures as vLLM shows them, a line each; then by cause, and what mends them.
+/// Prints failures as vLLM does, then by cause with hints.
 fn print_failures(arguments: &Arguments, report: &Report, detail: OutputDetail, printer: Printer) {
     if !arguments.output.json && detail.has_table {
         for line in report.failure_lines() {
@@ -373,7 +374,7 @@ fn print_failures(arguments: &Arguments, report: &Report, detail: OutputDetail, 
         printer.error(format_args!("hint: {hint}"));
     }
     if report.failed() > 0 && report.metrics.completed == 0 {
-        printer.error("no request was answered, so every number is 0");
+        printer.error("no request was answered, so all numbers are 0");
     }
 }
 
@@ -381,7 +382,8 @@ fn result_folder(arguments: &Arguments) -> &Path {
     arguments.output.result_dir.as_deref().unwrap_or(Path::new("."))
 }
 
-/// Checks before the first request that the result and the page can be saved: creates a file in the folder of each, and removes it.
+/// Checks before the first request that the result and the page can be saved: creates a file in each folder and removes
+/// it.
 fn check_outputs(arguments: &Arguments) -> Result<(), Failure> {
     let output = &arguments.output;
     let saves = output.save_result || output.append_result;
@@ -397,13 +399,14 @@ fn check_outputs(arguments: &Arguments) -> Result<(), Failure> {
     };
     for (file, option) in [(result, "--result-dir"), (arguments.page.report.clone(), "--report")] {
         if let Some(Err(error)) = file.as_deref().map(probe) {
-            return Err(Failure::new(ExitStatus::Usage, error).hint(format!("name another place with `{option}`")));
+            return Err(Failure::new(ExitStatus::Usage, error).hint(format!("choose another folder with `{option}`")));
         }
     }
     Ok(())
 }
 
-/// Writes the result file, as vLLM does: its name, one line without an end, and a line more where it is appended.
+/// Writes the result file as vLLM does: the same name, one line without a line end, and a further line if it is
+/// appended.
 fn save(arguments: &Arguments, report: &Report) -> Result<PathBuf, Failure> {
     let output = &arguments.output;
     let name = output.result_filename.clone().unwrap_or_else(|| report.file_name());
@@ -424,15 +427,15 @@ fn save(arguments: &Arguments, report: &Report) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-/// A server that requests go to, and the headers of all of them.
+/// A server and the headers of all requests to it.
 struct Server {
     base_url: String,
     headers: HeaderMap,
 }
 
 impl Server {
-    /// The server at a URL. A header on the command line goes before the URL's user, and that before `OPENAI_API_KEY`, which
-    /// becomes a bearer token, as in vLLM.
+    /// The server at a URL. A header on the command line takes precedence over the user of the URL, and that over
+    /// `OPENAI_API_KEY`, which becomes a bearer token, as in vLLM.
     fn of(arguments: &Arguments, base_url: String) -> Result<Self, Failure> {
         let mut headers = HeaderMap::new();
         if let Some(key) = std::env::var_os("OPENAI_API_KEY").filter(|key| !key.is_empty()) {
@@ -441,7 +444,10 @@ impl Server {
                 .ok()
                 .and_then(|key| HeaderValue::try_from(format!("Bearer {key}")).ok());
             let mut value = value.ok_or_else(|| {
-                Failure::message(ExitStatus::Usage, "`OPENAI_API_KEY` holds what an HTTP header cannot")
+                Failure::message(
+                    ExitStatus::Usage,
+                    "`OPENAI_API_KEY` has characters that are not allowed in an HTTP header",
+                )
             })?;
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);

@@ -1,50 +1,50 @@
-//! What a simulated engine can be told to do wrong: `--fault NAME[=VALUE]`.
+//! Faults of a simulated engine: `--fault NAME[=VALUE]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// One fault, as given on the command line.
+/// One fault from the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// The start takes this much longer.
     SlowStart(Duration),
-    /// The start ends with exit code 1 when this phase begins.
+    /// The start fails with exit code 1 at the beginning of this phase.
     DieAt(Phase),
-    /// The start ends with exit code 1 at once, and the log is what this file holds. As long as there is no such file,
-    /// nothing happens, so that a later start can be made to fail.
+    /// The start fails with exit code 1 at once and prints this file as its log. Without the file nothing happens, so
+    /// that a later start can be made to fail.
     DieSaying(PathBuf),
-    /// The start goes on no more from this phase on, without any work.
+    /// The start hangs at this phase without using CPU.
     FreezeAt(Phase),
     /// SIGTERM and SIGINT have no effect.
     IgnoreSigterm,
-    /// Every nth transfer sends no LMCache notification, though its KV arrived.
+    /// Every nth transfer sends no LMCache notification, although its KV arrived.
     DropNotification(u64),
     /// Every nth transfer sends its LMCache notification twice.
     RepeatNotification(u64),
-    /// Every nth transfer sends its LMCache notification so much later.
+    /// Every nth transfer delays its LMCache notification by this time.
     DelayNotification(Duration, u64),
     /// Every nth KV transfer fails.
     FailTransfer(u64),
-    /// A plain request does not kill an LMCache sender, as with LMCache's sync mode.
+    /// A plain request does not kill an LMCache sender, as in LMCache's sync mode.
     SurvivePlainRequests,
-    /// Every nth KV that arrives is not what was sent.
+    /// Every nth received KV is corrupted.
     GarbleKv(u64),
-    /// Every nth sequence adds in another order, and so takes the other one of two tokens that are equally likely: its
-    /// second token, and then goes on from there. Real engines do so where other requests share a step.
+    /// Every nth sequence takes the other one of two equally likely tokens as its second token and continues from
+    /// there. Real engines do this when other requests share a step and change the order of additions.
     Drift(u64),
-    /// A sequence makes no more tokens after this many, and never ends.
+    /// A sequence stops generating after this many tokens and never ends.
     StallDecode(usize),
-    /// After this many requests the worker does not answer any more. What runs is counted step by step, so the next request
-    /// is in no metric, until the core gives the worker up.
+    /// After this many requests the worker hangs. Running requests are counted per step, so the next request is in no
+    /// metric until the core gives the worker up.
     Hang(u64),
     /// `EngineCore` and workers ignore SIGTERM and outlive the API server.
     Orphans,
-    /// A daemon that forked twice into a session of its own ignores SIGTERM, and holds the log and a file in `/dev/shm`.
+    /// A daemon in its own session ignores SIGTERM and keeps the log and a file in `/dev/shm` open.
     Stray,
 }
 
-/// A step of a start at which an engine can be made to die, or to go on no more.
+/// A phase of a start at which an engine can fail or hang.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Reading the model's configuration.
@@ -76,24 +76,24 @@ impl Phase {
     ];
 }
 
-/// The faults and their values, as an error lists them.
+/// The list of faults for error messages.
 const KNOWN: &str = "slow-start=DURATION, die-at=PHASE, freeze-at=PHASE, die-saying=FILE, ignore-sigterm, \
                      drop-notification[=EVERY_NTH], repeat-notification[=EVERY_NTH], \
                      delay-notification=DURATION[/EVERY_NTH], fail-transfer[=EVERY_NTH], garble-kv[=EVERY_NTH], drift[=EVERY_NTH], \
                      survive-plain-requests, stall-decode=TOKENS, hang=REQUESTS, orphans, stray";
 
-/// Why a `--fault` is refused.
+/// Why a `--fault` is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FaultError {
-    /// No fault has this name.
+    /// Unknown name.
     #[error("unknown fault `{0}`; known are {KNOWN}")]
     Unknown(String),
-    /// The value is missing or not of the fault's kind.
+    /// The value is missing or invalid.
     #[error("fault `{name}` needs {expected}")]
     Value {
         /// The fault.
         name: &'static str,
-        /// What its value must be.
+        /// The expected value.
         expected: String,
     },
 }
@@ -175,7 +175,7 @@ fn bad_value(name: &'static str, expected: &str) -> FaultError {
     }
 }
 
-/// Counts events, and says which of them a fault hits.
+/// Counts events and selects every nth.
 #[derive(Debug)]
 pub(crate) struct EveryNth {
     nth: Option<u64>,
@@ -183,12 +183,12 @@ pub(crate) struct EveryNth {
 }
 
 impl EveryNth {
-    /// Hits every `nth` event; none without.
+    /// Selects every `nth` event; none without a number.
     pub(crate) fn new(nth: Option<u64>) -> Self {
         Self { nth, seen: 0 }
     }
 
-    /// Counts one event. True when it is hit.
+    /// Counts one event. True if it is selected.
     pub(crate) fn hits(&mut self) -> bool {
         self.seen += 1;
         self.nth.is_some_and(|nth| self.seen.is_multiple_of(nth))
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_fault_is_told_what_would_be_right() {
+    fn invalid_faults_name_the_valid_ones() {
         let unknown = "slow-strat=1s".parse::<Fault>().expect_err("unknown").to_string();
         assert!(unknown.contains("slow-start=DURATION"), "{unknown}");
         let phase = "die-at=lunch".parse::<Fault>().expect_err("no phase").to_string();

@@ -1,20 +1,20 @@
-//! The log lines of a simulated engine, in vLLM's format. The one place of the simulation that writes to the terminal's
-//! streams: an engine's log is its stderr, which the launcher keeps.
+//! The log lines of a simulated engine in vLLM's format. The only file of the simulation that writes to the terminal:
+//! an engine logs to stderr, which the launcher stores.
 
 use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Where an engine's log goes.
+/// The target of an engine's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogTarget {
-    /// To stderr.
+    /// Stderr.
     Stderr,
-    /// Nowhere: for engines within a test's process.
+    /// Nowhere: for engines within a test process.
     Nowhere,
 }
 
-/// Which of vLLM's processes a line comes from.
+/// The vLLM process that writes a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Process {
     ApiServer,
@@ -39,7 +39,7 @@ impl Log {
         }
     }
 
-    /// Tells the process ids that lines of the engine core and of the first worker carry.
+    /// Sets the process ids in the lines of the engine core and of the first worker.
     pub(crate) fn set_children(&self, engine_core: u32, worker: u32) {
         self.engine_core.store(engine_core, Ordering::Relaxed);
         self.worker.store(worker, Ordering::Relaxed);
@@ -69,7 +69,7 @@ impl Log {
         self.line(Process::EngineCore, "ERROR", place, message);
     }
 
-    /// Text as it is: uvicorn's lines, progress bars, tracebacks. One write, so that lines stay whole.
+    /// Writes raw text: uvicorn's lines, progress bars, tracebacks. One write per call, so that lines are not split.
     pub(crate) fn raw(&self, text: &str) {
         if self.target == LogTarget::Stderr {
             // A closed pipe must not end the engine.

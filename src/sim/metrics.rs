@@ -1,11 +1,11 @@
-//! The counters of a simulated engine, exposed under vLLM 0.32's names.
+//! The metrics of a simulated engine under vLLM 0.32's names.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::sim::kv::blocks::BLOCK_TOKENS;
 
-/// A number that only the engine writes and `/metrics` reads.
+/// A number that the engine writes and `/metrics` reads.
 #[derive(Debug, Default)]
 pub(crate) struct Number(AtomicU64);
 
@@ -27,7 +27,7 @@ impl Number {
     }
 }
 
-/// Upper bounds of the buckets of `nixl_bytes_transferred`, in bytes: 4 KiB to 4 GiB in powers of four, as vLLM's grow.
+/// Buckets of `nixl_bytes_transferred` in bytes: 4 KiB to 4 GiB in powers of four, as in vLLM.
 const BYTE_BUCKETS: &[f64] = &[
     4096.0,
     16384.0,
@@ -42,14 +42,14 @@ const BYTE_BUCKETS: &[f64] = &[
     4_294_967_296.0,
 ];
 
-/// vLLM 0.32's buckets of a request's times (`v1/metrics/buckets.py`) and of a transfer's (`nixl/stats.py`), in seconds.
+/// vLLM 0.32's buckets of request times (`v1/metrics/buckets.py`) and transfer times (`nixl/stats.py`), in seconds.
 const REQUEST_BUCKETS: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 ];
 const TRANSFER_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0];
 
-/// A histogram that only the engine writes and `/metrics` reads.
+/// A histogram that the engine writes and `/metrics` reads.
 #[derive(Debug)]
 pub(crate) struct Histogram {
     bounds: &'static [f64],
@@ -86,7 +86,7 @@ impl Histogram {
 pub(crate) struct Metrics {
     pub(crate) running: Number,
     pub(crate) waiting: Number,
-    /// Waiting for remote KV, part of `waiting`.
+    /// Requests that wait for remote KV, included in `waiting`.
     pub(crate) deferred: Number,
     pub(crate) prompt_tokens: Number,
     pub(crate) generation_tokens: Number,
@@ -98,13 +98,13 @@ pub(crate) struct Metrics {
     pub(crate) failed_transfers: Number,
     pub(crate) expired_requests: Number,
     pub(crate) late_notifications: Number,
-    /// Pages of LMCache's receive buffer in use, over all ranks. LMCache tells of it in no metric.
+    /// Pages of LMCache's receive buffer in use, over all ranks. LMCache exposes no such metric.
     pub(crate) buffered_pages: Number,
     /// By [`FINISH_REASONS`].
     finished: [Number; FINISH_REASONS.len()],
-    /// Seconds that finished requests waited, KV transfers included.
+    /// Queue time of finished requests in seconds, including KV transfers.
     queue_time: Histogram,
-    /// Seconds from a request's scheduling to its first token.
+    /// Seconds from scheduling to the first token.
     prefill_time: Histogram,
     transferred_bytes: Histogram,
     transfer_time: Histogram,
@@ -138,29 +138,28 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Counts a request that ended.
+    /// Counts a finished request.
     pub(crate) fn finished(&self, reason: &str) {
         if let Some(at) = FINISH_REASONS.iter().position(|known| *known == reason) {
             self.finished[at].add(1);
         }
     }
 
-    /// Counts the times of a request that finished with an answer.
-    pub(crate) fn took(&self, queue: Duration, prefill: Duration) {
+    /// Records the times of a successful request.
+    pub(crate) fn observe_request(&self, queue: Duration, prefill: Duration) {
         self.queue_time.observe(queue.as_secs_f64());
         self.prefill_time.observe(prefill.as_secs_f64());
     }
 
-    /// Counts a transfer of KV by NIXL.
+    /// Records a KV transfer by NIXL.
     pub(crate) fn transferred(&self, bytes: u64, time: Duration) {
         self.transferred_bytes.observe(bytes as f64);
         self.transfer_time.observe(time.as_secs_f64());
     }
 
-    /// The page in Prometheus' text format. `usage` is the part of the KV cache in use, 0 to 1, and `blocks`
-    /// its size.
+    /// The page in Prometheus text format. `usage` is the used share of the KV cache, 0 to 1, and `blocks` its size.
     pub(crate) fn render(&self, model: &str, usage: f64, blocks: usize) -> String {
-        let mut page = Page {
+        let mut page = MetricsPage {
             text: String::with_capacity(4096),
             labels: format!("engine=\"0\",model_name=\"{model}\""),
         };
@@ -211,12 +210,12 @@ impl Metrics {
     }
 }
 
-struct Page {
+struct MetricsPage {
     text: String,
     labels: String,
 }
 
-impl Page {
+impl MetricsPage {
     fn head(&mut self, name: &str, kind: &str) {
         self.text.push_str("# TYPE vllm:");
         self.text.push_str(name);
@@ -267,7 +266,7 @@ mod tests {
         metrics.prompt_tokens.add(7);
         metrics.finished("length");
         metrics.transferred(5000, Duration::from_millis(20));
-        metrics.took(Duration::from_millis(250), Duration::from_secs(2));
+        metrics.observe_request(Duration::from_millis(250), Duration::from_secs(2));
         let page = metrics.render("llama", 0.25, 100);
         for line in [
             "vllm:prompt_tokens_total{engine=\"0\",model_name=\"llama\"} 7.0",

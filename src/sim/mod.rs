@@ -1,7 +1,7 @@
-//! The simulated engine: a server that looks like `vllm serve` from outside.
+//! The simulated engine: a server with the external behaviour of `vllm serve`.
 //!
-//! It reads the same arguments, variables and files, so that a launch that is wrong for vLLM is wrong here. Routes,
-//! errors, log lines, metrics, process tree and signals are vLLM's (0.32); KV really crosses from engine to engine over
+//! It reads the same arguments, variables and files, so a launch that is invalid for vLLM is invalid here. Routes,
+//! errors, log lines, metrics, process tree and signals are those of vLLM 0.32. KV really moves between engines over
 //! ZeroMQ, and the tokens depend on it. Times come from a model. It knows nothing of fleets, plans or proxies.
 
 mod api;
@@ -40,8 +40,8 @@ pub use options::{
     ExtraConfig, KvRole, KvTransferConfig, LoadFailurePolicy, Options, OptionsError, ProcessKind, STEP_DEADLINE,
 };
 
-use self::engine_core::scheduler::{Core, Death, Parts, Stage};
-use self::kv::connector::Connected;
+use self::engine_core::scheduler::{Core, CoreParts, Death, EngineStage};
+use self::kv::connector::ConnectorHandle;
 use crate::report::ExitStatus;
 use crate::signals::SignalListener;
 use api::Api;
@@ -53,14 +53,14 @@ use startup::Startup;
 /// The version of vLLM that is simulated.
 pub(crate) const VLLM_VERSION: &str = "0.33.0";
 
-/// Requests that may wait between the API and the core.
+/// Most requests queued between the API and the core.
 const COMMANDS: usize = 4096;
-/// How long `/health` answers 503 after the core's death.
+/// Time for which `/health` answers 503 after the core has died.
 const DEAD_BUT_ANSWERING: Duration = Duration::from_millis(50);
-/// How long connections may take to close at the end.
+/// Time for connections to close at the end.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// Why a simulated engine could not serve. vLLM exits with 1 for all of these.
+/// Why a simulated engine cannot serve. vLLM exits with 1 in all these cases.
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
     /// The HTTP address cannot be bound.
@@ -68,7 +68,7 @@ pub enum SimError {
     Bind {
         /// Host and port.
         address: String,
-        /// Why not.
+        /// The system error.
         #[source]
         source: std::io::Error,
     },
@@ -77,26 +77,26 @@ pub enum SimError {
     SideChannel {
         /// Host and port.
         address: String,
-        /// Why not.
+        /// The system error.
         #[source]
         source: std::io::Error,
     },
     /// The cache server's socket cannot be bound.
     #[error("cannot bind the cache server on `{0}`")]
     Cache(String, #[source] std::io::Error),
-    /// The cache server has no room for a single chunk.
+    /// The cache server is too small for one chunk.
     #[error("size_gb must provide room for one chunk, and is {0}")]
     CacheSize(f64),
     /// The engine's cache server does not answer.
     #[error("LMCache server at {0} does not answer")]
     NoCache(String),
-    /// LMCache's file is wrong.
+    /// LMCache's file is invalid.
     #[error("cannot start LMCache")]
     Lmcache(#[source] ConfigError),
-    /// vLLM has no such connector.
+    /// Unknown connector.
     #[error("unsupported connector type: `{0}`")]
     Connector(String),
-    /// Prefills that are not chunked must fit into one step.
+    /// Prefills without chunking must fit into one step.
     #[error("`max_num_batched_tokens` ({step}) is smaller than `max_model_len` ({model})")]
     StepTooSmall {
         /// Tokens of a step.
@@ -115,15 +115,15 @@ pub enum SimError {
         /// The model's length.
         model: u32,
     },
-    /// Signals or processes of the system failed.
+    /// A system call for signals or processes failed.
     #[error("cannot {0}")]
     System(&'static str, #[source] std::io::Error),
-    /// The start died where it was told to.
+    /// A fault stopped the start.
     #[error("the start died at phase {0:?}, as the fault says")]
     Fault(Phase),
 }
 
-/// Where an engine that serves can be reached: what the system chose for ports that were 0.
+/// The addresses of a serving engine, with the ports that the system chose for 0.
 #[derive(Debug, Clone)]
 pub struct Addresses {
     /// The OpenAI API.
@@ -134,7 +134,7 @@ pub struct Addresses {
     pub lmcache_alloc_ports: Vec<u16>,
 }
 
-/// Runs one process of an engine to its end. For the API server: until a signal, or until the engine dies.
+/// Runs one process of an engine until its end. The API server runs until a signal, or until the engine dies.
 ///
 /// # Errors
 /// When the start fails.
@@ -152,7 +152,7 @@ pub async fn run(options: Options) -> Result<ExitStatus, SimError> {
     }
 }
 
-/// As [`run`] for the API server, and tells where it can be reached once it can: for engines within one process.
+/// As [`run`] for the API server; reports its addresses once it serves. For engines within one process.
 ///
 /// # Errors
 /// When the start fails.
@@ -194,7 +194,7 @@ async fn serve(options: Options, log: &Log, ready: Option<oneshot::Sender<Addres
         }
     };
     if let Some(ready) = ready {
-        // Nobody has to listen.
+        // The receiver is optional.
         drop(ready.send(engine.addresses.clone()));
     }
     log.raw("INFO:     Application startup complete.\n");
@@ -218,7 +218,7 @@ impl Signals {
         })
     }
 
-    /// The next one that counts.
+    /// The next signal that is not ignored.
     async fn next(&mut self) {
         loop {
             tokio::select! {
@@ -232,8 +232,8 @@ impl Signals {
     }
 }
 
-/// Binds early and listens late, as vLLM does: a taken port fails the start at once, and until the engine is ready
-/// connections are refused.
+/// Binds early and listens late, as vLLM does: a taken port fails the start at once, and connections are refused until
+/// the engine is ready.
 async fn bind(options: &Options) -> Result<TcpSocket, SimError> {
     let address = format!("{}:{}", options.host, options.port);
     let failed = |source| SimError::Bind {
@@ -256,7 +256,7 @@ async fn bind(options: &Options) -> Result<TcpSocket, SimError> {
     Ok(socket)
 }
 
-/// What vLLM refuses before it loads anything, and what it finds out when it sizes the KV cache.
+/// The checks that vLLM makes before loading and when it sizes the KV cache.
 fn check(options: &Options) -> Result<(), SimError> {
     let model = options.max_model_len;
     if !options.chunked_prefill && options.step_tokens() < model {
@@ -272,18 +272,18 @@ fn check(options: &Options) -> Result<(), SimError> {
     Ok(())
 }
 
-/// An engine that serves.
+/// A serving engine.
 struct Engine {
     options: Arc<Options>,
     addresses: Addresses,
     core: JoinSet<Result<(), Death>>,
     http: JoinSet<std::io::Result<()>>,
     closing: CancellationToken,
-    stage: watch::Sender<Stage>,
+    stage: watch::Sender<EngineStage>,
     metrics: Arc<Metrics>,
 }
 
-/// Goes through the phases of a start.
+/// Runs the phases of a start.
 async fn start(
     options: &Arc<Options>,
     log: &Log,
@@ -301,7 +301,7 @@ async fn start(
     let metrics = Arc::new(Metrics::default());
     let pool = kv::blocks::BlockPool::new(options.preset.kv_cache_tokens);
     let mut background = JoinSet::new();
-    let connected = Connected::make(options, log, &metrics, &pool, &mut background).await?;
+    let connected = ConnectorHandle::make(options, log, &metrics, &pool, &mut background).await?;
     if let Some(config) = &options.kv_transfer {
         startup.connector(&config.kv_connector, &connected.engine_id);
     }
@@ -312,13 +312,13 @@ async fn start(
     let address = socket.local_addr().map_err(failed)?;
     startup.open(address).await?;
     let (commands, queue) = mpsc::channel(COMMANDS);
-    let (stage, stage_view) = watch::channel(Stage::Serving);
+    let (stage, stage_view) = watch::channel(EngineStage::Serving);
     let addresses = Addresses {
         http: address,
         lmcache_init_ports: connected.lmcache_ports.init,
         lmcache_alloc_ports: connected.lmcache_ports.alloc,
     };
-    let core = Core::new(Parts {
+    let core = Core::new(CoreParts {
         options: Arc::clone(options),
         metrics: Arc::clone(&metrics),
         log: log.clone(),
@@ -339,7 +339,7 @@ async fn start(
     });
     let closing = CancellationToken::new();
     let listener = socket.listen(1024).map_err(failed)?.tap_io(|connection| {
-        // Without it a token waits for the acknowledgement of the one before.
+        // Without it a token waits for the acknowledgement of the previous one.
         drop(connection.set_nodelay(true));
     });
     let mut http = JoinSet::new();
@@ -363,7 +363,7 @@ async fn start(
 }
 
 impl Engine {
-    /// Serves until a signal, or until the core dies. Either way the exit code is 0, as with vLLM.
+    /// Serves until a signal, or until the core dies. The exit code is 0 in both cases, as in vLLM.
     async fn serve(mut self, signals: &mut Signals, mut children: Children, log: &Log) -> ExitStatus {
         let death = tokio::select! {
             () = signals.next() => None,
@@ -384,7 +384,7 @@ impl Engine {
 
     async fn die(mut self, death: &Death, log: &Log) {
         let died = Instant::now();
-        self.stage.send_replace(Stage::Dead);
+        self.stage.send_replace(EngineStage::Dead);
         self.core.abort_all();
         log.error("core.py:1512", "EngineCore encountered a fatal error.");
         log.error("core.py:1512", "Traceback (most recent call last):");
@@ -407,25 +407,25 @@ impl Engine {
         );
         log.info(Process::ApiServer, "launcher.py:248", &message);
         if limit.is_zero() {
-            self.stage.send_replace(Stage::Aborting);
+            self.stage.send_replace(EngineStage::Aborting);
         } else {
-            self.stage.send_replace(Stage::Draining);
-            // Past the limit, what still runs ends with an error.
+            self.stage.send_replace(EngineStage::Draining);
+            // After the time limit, running requests end with an error.
             drop(timeout(limit, self.idle()).await);
-            self.stage.send_replace(Stage::DrainOver);
+            self.stage.send_replace(EngineStage::DrainOver);
         }
         drop(timeout(CLOSE_DEADLINE, self.core.join_next()).await);
         self.close(log).await;
     }
 
-    /// Returns once nothing runs or waits.
+    /// Returns when no request runs or waits.
     async fn idle(&self) {
         while self.metrics.running.get() + self.metrics.waiting.get() > 0 {
             sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// Closes the server, and what clients have not closed by then.
+    /// Closes the server and the connections that clients have not closed in time.
     async fn close(&mut self, log: &Log) {
         self.closing.cancel();
         drop(timeout(CLOSE_DEADLINE, self.http.join_next()).await);

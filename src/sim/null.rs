@@ -1,8 +1,8 @@
-//! The null engine: an engine that answers at once, so that what is measured is what stands before it.
+//! The null engine: it answers at once, so that a benchmark measures only the proxy in front of it.
 //!
-//! No scheduler, no KV, no model: canned answers in the shape of vLLM's, chosen by what the body asks for. Each event of a
-//! stream carries the wall clock's nanoseconds at which it was sent, so that a reader on the same machine knows how long it
-//! was on its way. What was asked is counted, at `/counts`.
+//! No scheduler, no KV, no model: canned answers in vLLM's shape, selected by the request body. Each event of a stream
+//! has its send time in nanoseconds of the wall clock, so that a reader on the same machine can compute the delay.
+//! `/counts` has the number of requests.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 /// Largest body of a request, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
-/// What a null prefill engine hands over: NIXL's parameters (vLLM 0.33.0 `nixl/pull_scheduler.py`).
+/// The hand-off parameters of a null prefill engine: NIXL's (vLLM 0.33.0 `nixl/pull_scheduler.py`).
 const PREFILLED: &str = concat!(
     r#"{"id":"cmpl-null","object":"text_completion","created":1,"model":"null","choices":[{"index":0,"text":" a","logprobs":null,"#,
     r#""finish_reason":"length","stop_reason":null,"prompt_logprobs":null}],"usage":{"prompt_tokens":512,"total_tokens":513,"#,
@@ -34,17 +34,17 @@ const PREFILLED: &str = concat!(
     r#""remote_request_id":"cmpl-null-0","remote_host":"127.0.0.1","remote_port":5600,"tp_size":1,"transfer_mode":"pull","remote_registration_generation":0}}"#,
 );
 
-/// A null decode engine's whole answer.
+/// The answer of a null decode engine without streaming.
 pub const COMPLETION: &str = concat!(
     r#"{"id":"cmpl-null","object":"text_completion","created":1,"model":"null","choices":[{"index":0,"text":" a b c","#,
     r#""logprobs":null,"finish_reason":"length","stop_reason":null,"prompt_logprobs":null}],"usage":{"prompt_tokens":512,"#,
     r#""total_tokens":515,"completion_tokens":3}}"#,
 );
 
-/// How a null engine streams.
+/// The stream settings of a null engine.
 #[derive(Debug, Clone, Copy)]
 pub struct NullEngine {
-    /// Events of a stream, its end marker not counted.
+    /// Events per stream, without the end marker.
     pub events: u32,
     /// Time between two events.
     pub interval: Duration,
@@ -74,7 +74,7 @@ impl NullEngine {
                     let counts = Arc::clone(&counts);
                     async move { Ok::<_, Infallible>(self.answer(&counts, request).await) }
                 });
-                // A client that leaves in the middle is its own matter.
+                // A client that disconnects is not an error.
                 let _ = hyper::server::conn::http1::Builder::new()
                     .serve_connection(TokioIo::new(stream), service)
                     .await;
@@ -146,7 +146,7 @@ impl Counts {
     }
 }
 
-/// One token's event, as long as vLLM's, with the time at which it was made.
+/// One token event of vLLM's length, with its creation time.
 fn event() -> Bytes {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Bytes::from(format!(

@@ -1,4 +1,4 @@
-//! What a simulated engine is started with: vLLM's arguments, its `--kv-transfer-config`, and LMCache's file.
+//! The options of a simulated engine: vLLM's arguments, its `--kv-transfer-config`, and LMCache's file.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,13 +12,13 @@ use crate::sim::log::LogTarget;
 /// vLLM's default for `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`.
 pub const STEP_DEADLINE: Duration = Duration::from_mins(5);
 
-/// Everything a simulated engine is started with. Field by field what `vllm serve` reads from its command line and
-/// environment, and then what only the simulation knows.
+/// The options of a simulated engine: first what `vllm serve` reads from its command line and environment, then the
+/// options of the simulation.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The model, as given.
+    /// The model as given.
     pub model: String,
-    /// The name clients use for it.
+    /// Its name in requests.
     pub served_model_name: String,
     /// Address to listen on.
     pub host: String,
@@ -26,9 +26,9 @@ pub struct Options {
     pub port: u16,
     /// Longest prompt plus answer, in tokens.
     pub max_model_len: u32,
-    /// Ranks.
+    /// Tensor-parallel ranks.
     pub tensor_parallel_size: u16,
-    /// Data-parallel ranks. All but the first only listen on their side channels.
+    /// Data-parallel ranks. All except the first only listen on their side channels.
     pub data_parallel_size: u16,
     /// The connector, if any.
     pub kv_transfer: Option<KvTransferConfig>,
@@ -40,42 +40,42 @@ pub struct Options {
     pub python_hash_seed: Option<String>,
     /// Whether a long prompt is prefilled in several steps.
     pub chunked_prefill: bool,
-    /// Tokens of one scheduler step, if given.
+    /// Tokens per scheduler step, if given.
     pub max_num_batched_tokens: Option<u32>,
-    /// `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`: how long a worker may take for a step before the core dies of it.
+    /// `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`: time limit of a worker's step, after which the core dies.
     pub step_deadline: Duration,
-    /// `--api-key` or `VLLM_API_KEY`: what clients must bear; none lets everyone in.
+    /// `--api-key` or `VLLM_API_KEY`: the required key; without one all clients are accepted.
     pub api_keys: Vec<String>,
-    /// How long running requests may go on after SIGTERM.
+    /// Time for running requests after SIGTERM.
     pub shutdown_timeout: Duration,
-    /// Whether `usage` tells cached tokens.
+    /// Whether `usage` has cached tokens.
     pub prompt_tokens_details: bool,
-    /// Whether answers tell the times of their request.
+    /// Whether answers have the times of their request.
     pub per_request_metrics: bool,
     /// Whether graphs are captured at the start.
     pub enforce_eager: bool,
-    /// The timing model's numbers.
+    /// The numbers of the timing model.
     pub preset: Preset,
-    /// What goes wrong.
+    /// The faults.
     pub faults: Vec<Fault>,
-    /// Options of `vllm serve` that were given, and that change nothing here.
+    /// Options of `vllm serve` that were given and have no effect here.
     pub ignored: Vec<String>,
-    /// Whether `EngineCore` and worker processes are spawned, by executing this program again.
+    /// Whether to spawn `EngineCore` and worker processes by executing this program again.
     pub spawn_children: bool,
-    /// Which process of the engine this is.
+    /// The process of the engine that this is.
     pub process: ProcessKind,
-    /// Where log lines go.
+    /// The log target.
     pub log: LogTarget,
 }
 
-/// Which process of an engine this program is.
+/// The kinds of processes of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProcessKind {
-    /// The one that serves, and that the launcher knows.
+    /// The API server, which the launcher starts.
     ApiServer,
-    /// Its child; it holds the workers and waits.
+    /// Its child, which has the workers.
     EngineCore,
-    /// A child of `EngineCore`; it waits.
+    /// A child of `EngineCore`.
     Worker,
 }
 
@@ -85,18 +85,18 @@ pub enum ProcessKind {
 pub struct KvTransferConfig {
     /// `NixlConnector`, `LMCacheConnectorV1`, `MultiConnector`.
     pub kv_connector: String,
-    /// What the engine does with KV.
+    /// The KV role of the engine.
     pub kv_role: KvRole,
-    /// The engine's id; made up when absent.
+    /// The engine's id; generated if absent.
     pub engine_id: Option<String>,
     /// Ignored.
     pub kv_buffer_device: Option<String>,
     /// Ignored.
     pub kv_port: Option<u16>,
-    /// What a decode engine does when KV did not arrive.
+    /// The policy of a decode engine if KV does not arrive.
     #[serde(default)]
     pub kv_load_failure_policy: LoadFailurePolicy,
-    /// The connector's own settings.
+    /// Settings of the connector.
     #[serde(default)]
     pub kv_connector_extra_config: ExtraConfig,
     /// Ignored.
@@ -125,36 +125,36 @@ pub enum LoadFailurePolicy {
     /// The request fails.
     #[default]
     Fail,
-    /// The prompt is computed here.
+    /// The decode engine computes the prompt.
     Recompute,
 }
 
-/// The keys of `kv_connector_extra_config` that matter here; vLLM passes any other on, too.
+/// The known keys of `kv_connector_extra_config`; vLLM also passes on others.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct ExtraConfig {
-    /// Seconds for which NIXL keeps KV for a decode engine.
+    /// Lease of NIXL's KV in seconds.
     pub kv_lease_duration: Option<f64>,
-    /// Tokens at a prompt's end that LMCache neither looks up nor loads.
+    /// Tokens at the end of a prompt that LMCache neither looks up nor loads.
     #[serde(default)]
     pub skip_last_n_tokens: usize,
-    /// The whole configurations of a multi-connector's parts.
+    /// The configurations of the parts of a multi-connector.
     #[serde(default)]
     pub connectors: Vec<KvTransferConfig>,
-    /// Where an engine's cache server is: `tcp://localhost`.
+    /// Host of the cache server: `tcp://localhost`.
     #[serde(rename = "lmcache.mp.host")]
     pub cache_host: Option<String>,
-    /// Its port.
+    /// Port of the cache server.
     #[serde(rename = "lmcache.mp.port")]
     pub cache_port: Option<u16>,
 }
 
-/// Why a start cannot even begin.
+/// Why the options are invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum OptionsError {
-    /// `--kv-transfer-config` is not what vLLM takes.
+    /// `--kv-transfer-config` is invalid.
     #[error("argument --kv-transfer-config: 1 validation error for KVTransferConfig")]
     KvTransferConfig(#[source] serde_json::Error),
-    /// No preset has this name.
+    /// Unknown preset.
     #[error("unknown preset `{0}`; known are {known}", known = preset_names())]
     Preset(String),
     /// A `--fault` is unknown or malformed.
@@ -174,10 +174,10 @@ fn preset_names() -> String {
 }
 
 impl KvTransferConfig {
-    /// Reads the argument's JSON.
+    /// Parses the JSON of the argument.
     ///
     /// # Errors
-    /// On an unknown key, a missing one, or a wrong type.
+    /// On an unknown or missing key, or a wrong type.
     pub fn parse(json: &str) -> Result<Self, OptionsError> {
         serde_json::from_str(json).map_err(OptionsError::KvTransferConfig)
     }
@@ -187,7 +187,7 @@ impl KvTransferConfig {
         matches!(self.kv_connector.as_str(), "NixlConnector" | "NixlPullConnector")
     }
 
-    /// The parts of a multi-connector; itself, if it is none.
+    /// The parts of a multi-connector; else this connector.
     pub(crate) fn children(&self) -> &[Self] {
         match self.kv_connector.as_str() {
             "MultiConnector" => &self.kv_connector_extra_config.connectors,
@@ -195,7 +195,7 @@ impl KvTransferConfig {
         }
     }
 
-    /// Where an engine's cache server is, by LMCache's defaults; `None` if this is another connector.
+    /// The address of the cache server, with LMCache's defaults; `None` for other connectors.
     pub(crate) fn cache_server(&self) -> Option<String> {
         let extra = &self.kv_connector_extra_config;
         (self.kv_connector == "LMCacheMPConnector").then(|| {
@@ -209,7 +209,7 @@ impl KvTransferConfig {
         self.kv_connector == "LMCacheConnectorV1"
     }
 
-    /// How long KV is kept for a decode engine; vLLM's default is 30 s.
+    /// The lease of KV for a decode engine; vLLM's default is 30 s.
     pub(crate) fn lease(&self) -> Duration {
         self.kv_connector_extra_config
             .kv_lease_duration
@@ -219,7 +219,8 @@ impl KvTransferConfig {
 }
 
 impl Options {
-    /// An engine that takes no time, on a port that the system chooses, without a connector or child processes.
+    /// Options of an engine that takes no time, on a port that the system chooses, without connector or child
+    /// processes.
     pub fn instant(model: &str) -> Self {
         Self {
             model: model.to_owned(),
@@ -250,7 +251,7 @@ impl Options {
         }
     }
 
-    /// Tokens of one scheduler step. vLLM raises its default to the model's length where prefills are not chunked.
+    /// Tokens per scheduler step. vLLM raises its default to the model length if prefills are not chunked.
     pub(crate) fn step_tokens(&self) -> u32 {
         let default = if self.chunked_prefill {
             2048
@@ -280,8 +281,8 @@ impl Options {
         self.faults.contains(&Fault::FreezeAt(phase))
     }
 
-    /// The file with the log of a start that fails.
-    pub(crate) fn dies_saying(&self) -> Option<&Path> {
+    /// The file with the log of a failing start.
+    pub(crate) fn dies_with_log(&self) -> Option<&Path> {
         self.faults.iter().find_map(|fault| match fault {
             Fault::DieSaying(path) => Some(path.as_path()),
             _ => None,
@@ -296,7 +297,7 @@ impl Options {
         .unwrap_or_default()
     }
 
-    /// The value of the first fault that `pick` takes.
+    /// The value of the first fault that `pick` selects.
     pub(crate) fn fault<T>(&self, pick: impl Fn(&Fault) -> Option<T>) -> Option<T> {
         self.faults.iter().find_map(pick)
     }

@@ -1,6 +1,6 @@
 //! The process tree of a vLLM engine: the API server spawns `EngineCore`, which spawns the workers, all in one session.
 //!
-//! They do nothing but be there. They leave when the API server asks them to, and survive its SIGKILL, as real ones do.
+//! These processes do nothing. They exit when the API server asks them to and survive its SIGKILL, as in vLLM.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -15,16 +15,16 @@ use tokio::time::timeout;
 use crate::sim::log::{Log, Process};
 use crate::sim::options::Options;
 
-/// How long children may take to appear: on a busy machine a process starts in seconds.
+/// Time limit for children to appear: on a busy machine a process starts in seconds.
 const START_DEADLINE: Duration = Duration::from_mins(1);
 
-/// How long they may take to leave when asked.
+/// Time limit for children to exit when asked.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// What the fault `stray` leaves behind. It ends by itself, should nobody end it.
+/// The process that the fault `stray` leaves. It ends by itself after 10 minutes.
 const STRAY: &str = "trap '' TERM INT HUP; exec sleep 600 9>/dev/shm/xpyd-sim-stray-$$";
 
-/// The API server's hold on its tree.
+/// The API server's handle of its process tree.
 #[derive(Debug)]
 pub(crate) struct Children {
     engine_core: Option<Child>,
@@ -32,7 +32,7 @@ pub(crate) struct Children {
 }
 
 impl Children {
-    /// None yet.
+    /// A handle without children.
     pub(crate) fn new(options: &Options) -> Self {
         Self {
             engine_core: None,
@@ -40,7 +40,7 @@ impl Children {
         }
     }
 
-    /// Spawns the tree by executing this program again, unless the options say otherwise.
+    /// Spawns the tree by executing this program again, unless the options disable it.
     pub(crate) async fn spawn(&mut self, options: &Options, log: &Log) -> std::io::Result<()> {
         if !options.spawn_children {
             return Ok(());
@@ -56,7 +56,7 @@ impl Children {
             .spawn()?;
         let engine_core = child.id().unwrap_or_default();
         let stdout = child.stdout.take();
-        // Kept before the first wait: a start that is given up must still stop it.
+        // Stored before the first wait: a cancelled start must still stop it.
         self.engine_core = Some(child);
         let mut line = String::new();
         if let Some(stdout) = stdout {
@@ -67,7 +67,7 @@ impl Children {
         Ok(())
     }
 
-    /// Returns once `EngineCore` has gone by itself; never without children.
+    /// Returns when `EngineCore` has exited by itself; never without children.
     pub(crate) async fn exited(&mut self) {
         match &mut self.engine_core {
             Some(child) => drop(child.wait().await),
@@ -75,7 +75,7 @@ impl Children {
         }
     }
 
-    /// Asks the tree to leave, and kills `EngineCore` if it does not.
+    /// Asks the tree to exit, and kills `EngineCore` if it does not.
     pub(crate) async fn stop(&mut self, log: &Log) {
         let Some(child) = &mut self.engine_core else {
             return;
@@ -86,7 +86,7 @@ impl Children {
             "[shutdown] Process manager: send sigterm to process EngineCore",
         );
         if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
-            // It may have gone meanwhile.
+            // It can have exited in the meantime.
             kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
         }
         if self.orphans {
@@ -116,7 +116,7 @@ fn command(options: &Options, title: &str, kind: &str) -> std::io::Result<Comman
     Ok(command)
 }
 
-/// The whole life of `EngineCore`: it spawns the workers, tells the first one's process id, and waits.
+/// Runs `EngineCore`: spawns the workers, reports the first one's process id, and waits.
 pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
     let mut asked_to_stop = signal(SignalKind::terminate())?;
     let mut workers = Vec::new();
@@ -132,7 +132,7 @@ pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
             .stdout(Stdio::piped())
             .spawn()?;
         pipes.push(worker.stdin.take());
-        // From then on SIGTERM does to it what it is meant to.
+        // From then on it handles SIGTERM.
         if let Some(stdout) = &mut worker.stdout {
             drop(timeout(START_DEADLINE, stdout.read_u8()).await?);
         }
@@ -153,7 +153,7 @@ pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
         }
     }
     drop(any_worker);
-    // The end of its pipe is what tells a worker to leave.
+    // A worker exits at the end of its pipe.
     drop(pipes);
     for worker in &mut workers {
         drop(timeout(DEADLINE, worker.wait()).await);
@@ -161,7 +161,7 @@ pub(crate) async fn engine_core(options: &Options) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The whole life of a worker: it leaves when `EngineCore` does, or when asked to.
+/// Runs a worker: exits with `EngineCore`, or when asked.
 pub(crate) async fn worker(options: &Options) -> std::io::Result<()> {
     let mut asked_to_stop = signal(SignalKind::terminate())?;
     tokio::io::stdout().write_all(b"\n").await?;

@@ -1,4 +1,4 @@
-//! The start of a simulated engine, as its log shows it: vLLM 0.32's lines in vLLM's order, spread over the preset's
+//! The start of a simulated engine as shown in its log: vLLM 0.32's lines in vLLM's order, spread over the preset's
 //! time.
 
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::sim::log::{Log, Process};
 use crate::sim::options::Options;
 use crate::sim::{SimError, VLLM_VERSION};
 
-/// Shards of the checkpoint whose loading the log shows.
+/// Number of checkpoint shards in the log.
 const SHARDS: u32 = 4;
 
 /// The clock of a start.
@@ -23,7 +23,7 @@ pub(crate) struct Startup<'options> {
 }
 
 impl<'options> Startup<'options> {
-    /// Begins now.
+    /// Starts the clock.
     pub(crate) fn begin(options: &'options Options, log: &'options Log) -> Self {
         Self {
             options,
@@ -33,13 +33,13 @@ impl<'options> Startup<'options> {
         }
     }
 
-    /// Waits until `share` of the whole start, 0 to 1, has passed.
+    /// Waits until this share of the start, 0 to 1, has passed.
     async fn reach(&self, share: f64) {
         let whole = Duration::from_secs_f64(self.options.preset.start);
         sleep_until(self.began + self.extra + whole.mul_f64(share)).await;
     }
 
-    /// Enters a phase, or dies or freezes at it.
+    /// Enters a phase, or fails or hangs at it.
     async fn enter(&self, phase: Phase, share: f64) -> Result<(), SimError> {
         self.reach(share).await;
         if self.options.freezes_at(phase) {
@@ -58,10 +58,10 @@ impl<'options> Startup<'options> {
         Err(SimError::Fault(phase))
     }
 
-    /// Up to the engine core.
+    /// From the beginning to the engine core.
     pub(crate) async fn read_config(&self) -> Result<(), SimError> {
         let (options, api) = (self.options, Process::ApiServer);
-        if let Some(path) = options.dies_saying().filter(|path| path.exists()) {
+        if let Some(path) = options.dies_with_log().filter(|path| path.exists()) {
             let text = fs_err::read(path).map_err(SimError::LastWords)?;
             self.log.raw(&String::from_utf8_lossy(&text));
             return Err(SimError::Fault(Phase::Config));
@@ -162,7 +162,7 @@ impl<'options> Startup<'options> {
         self.enter(Phase::Warmup, 0.88).await
     }
 
-    /// The connector is there.
+    /// Logs the connector.
     pub(crate) fn connector(&self, name: &str, engine_id: &str) {
         let created = format!("Creating v1 connector with name: {name} and engine_id: {engine_id}");
         self.log.info(Process::Worker, "factory.py:62", &created);
@@ -170,7 +170,7 @@ impl<'options> Startup<'options> {
         self.log.info(Process::Worker, "base_worker.py:1416", registered);
     }
 
-    /// From the engine core's readiness to the server's.
+    /// From the ready engine core to the ready server.
     pub(crate) async fn open(&self, address: std::net::SocketAddr) -> Result<(), SimError> {
         let api = Process::ApiServer;
         let took = self.began.elapsed().as_secs_f64();

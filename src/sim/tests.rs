@@ -1,4 +1,4 @@
-//! Engines wired to each other within one process: what crosses, what is wrong when it does not, and what kills.
+//! Tests of engines connected within one process: correct transfers, failed transfers, and fatal requests.
 
 use std::future::Future;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use zeromq::{PullSocket, Socket as _, SocketRecv as _};
 use super::*;
 use crate::sim::kv::messages::LmcacheMessage;
 
-/// Long enough for any of these engines, which take no time.
+/// Time limit of each wait; these engines take no time.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// A running engine. Dropping it ends it.
+/// A running engine. Dropping it stops it.
 struct Running {
     addresses: Addresses,
     task: JoinSet<Result<ExitStatus, SimError>>,
@@ -46,7 +46,7 @@ impl Running {
         (status, within(answer.json()).await.expect("JSON"))
     }
 
-    /// A completion that must succeed.
+    /// Sends a completion that must succeed.
     async fn complete(&self, body: &Value) -> Value {
         let (status, answer) = self.post("/v1/completions", body).await;
         assert_eq!(status, 200, "{answer}");
@@ -101,7 +101,7 @@ fn nixl(role: &str, more: &Value) -> Options {
     }
 }
 
-/// A prompt of that many tokens.
+/// A prompt of this many tokens.
 fn prompt(words: usize) -> String {
     (0..words)
         .map(|word| [" the", " time", " people", " water", " say"][word * word % 5])
@@ -122,13 +122,13 @@ fn with_params(body: &Value, params: &Value) -> Value {
     decode
 }
 
-/// What must be equal: everything but ids and times.
+/// The part of an answer that must be equal: everything except ids and times.
 fn content(answer: &Value) -> (Value, Value) {
     (answer["choices"].clone(), answer["usage"].clone())
 }
 
 #[tokio::test]
-async fn nixl_decodes_what_one_engine_would_and_the_kv_has_crossed() {
+async fn nixl_decode_equals_a_single_engine() {
     let alone = Running::start(options()).await;
     let prefiller = Running::start(nixl("kv_producer", &json!({}))).await;
     let decoder = Running::start(nixl("kv_consumer", &json!({}))).await;
@@ -184,7 +184,7 @@ async fn kv_that_is_read_after_its_lease_gives_wrong_text_and_status_200_whateve
 }
 
 #[tokio::test]
-async fn a_decode_refused_by_name_frees_the_blocks_once_the_two_have_met() {
+async fn a_rejected_decode_frees_the_prefill_blocks() {
     let prefiller = Running::start(nixl("kv_producer", &json!({}))).await;
     let decoder = Running::start(nixl("kv_consumer", &json!({}))).await;
     let body = json!({"prompt": prompt(50), "max_tokens": 5});
@@ -212,13 +212,13 @@ async fn a_bare_order_to_fetch_kills_the_engine_which_exits_with_0() {
     assert_eq!(decoder.ended().await, ExitStatus::Success);
 }
 
-/// A fleet of one prefiller and one decoder over LMCache, and the proxy's socket for notifications.
+/// One prefill and one decode engine with LMCache, and the proxy's notification socket.
 struct Lmcache {
     prefiller: Running,
     decoder: Running,
     notifications: PullSocket,
     ranks: usize,
-    /// The files live as long as the engines.
+    /// The files exist as long as the engines.
     _files: tempfile::TempDir,
 }
 
@@ -231,7 +231,7 @@ impl Lmcache {
             panic!("TCP")
         };
         let ports = vec!["0"; usize::from(ranks)].join(", ");
-        // A rank's buffer holds the KV of its own share of the heads.
+        // The buffer of a rank has the KV of its share of the heads.
         let buffer = buffer_tokens * INSTANT.kv_bytes_per_token / u64::from(ranks);
         let decode = include_str!("../../configs/lmcache-decode.yaml")
             .replace("{{host}}", "127.0.0.1")
@@ -282,7 +282,7 @@ impl Lmcache {
         self.prefiller.complete(&prefill).await
     }
 
-    /// The next notifications, one per rank, must all be for this request.
+    /// Expects the next notifications, one per rank, to be for this request.
     async fn notified(&mut self, req_id: &str) {
         for _ in 0..self.ranks {
             let message = within(self.notifications.recv()).await.unwrap();
@@ -293,7 +293,7 @@ impl Lmcache {
 }
 
 #[tokio::test]
-async fn lmcache_decodes_what_one_engine_would_on_one_rank_and_on_two() {
+async fn lmcache_decode_equals_a_single_engine() {
     let alone = Running::start(Options {
         prompt_tokens_details: true,
         ..options()
@@ -323,7 +323,7 @@ async fn lmcache_decodes_what_one_engine_would_on_one_rank_and_on_two() {
 }
 
 #[tokio::test]
-async fn the_first_token_is_told_for_a_splice_and_the_spliced_prompt_hits() {
+async fn the_first_token_can_be_streamed_by_the_proxy() {
     let mut fleet = Lmcache::start(1, 4096, |options| {
         if let Some(config) = &mut options.kv_transfer {
             config.kv_connector_extra_config.skip_last_n_tokens = 1;
@@ -346,14 +346,14 @@ async fn the_first_token_is_told_for_a_splice_and_the_spliced_prompt_hits() {
 }
 
 #[tokio::test]
-async fn a_full_receive_buffer_delays_the_notification_until_a_decode_frees_it() {
+async fn a_full_receive_buffer_delays_the_notification() {
     let mut fleet = Lmcache::start(1, 512, |_| {}).await;
     let large = json!({"prompt": prompt(500), "max_tokens": 3});
     let small = json!({"prompt": prompt(40), "max_tokens": 3});
     fleet.prefill(&large, &fleet.spec("large")).await;
     fleet.notified("large").await;
     fleet.prefill(&small, &fleet.spec("small")).await;
-    // Its notification waits behind the buffer, so the decode of the small one finds nothing.
+    // Its notification waits for the buffer, so the decode of the small one finds nothing.
     let early = timeout(Duration::from_millis(200), fleet.notifications.recv()).await;
     assert!(early.is_err(), "{early:?}");
     fleet.decoder.complete(&large).await;
@@ -381,12 +381,12 @@ async fn a_chunked_prefill_answers_200_and_never_notifies() {
     let whole = json!({"prompt": prompt(256), "max_tokens": 1});
     fleet.prefill(&cut, &fleet.spec("cut")).await;
     fleet.prefill(&whole, &fleet.spec("whole")).await;
-    // Transfers are sent in order: the first notification would be that of the first prompt.
+    // Transfers are sent in order: the first notification would belong to the first prompt.
     fleet.notified("whole").await;
 }
 
 #[tokio::test]
-async fn a_stream_has_vllms_events_in_order_and_the_text_of_the_whole_answer() {
+async fn a_stream_has_vllms_events_in_order() {
     let engine = Running::start(options()).await;
     let mut body = json!({"messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 12,
         "ignore_eos": true});
@@ -413,25 +413,25 @@ async fn a_stream_has_vllms_events_in_order_and_the_text_of_the_whole_answer() {
         .collect();
     let (usage, chunks) = events.split_last().unwrap();
     assert_eq!(usage["choices"], json!([]));
-    // As vLLM writes it: what has no value is left out of a stream.
-    let mut told = whole["usage"].clone();
-    told.as_object_mut().unwrap().retain(|_, value| !value.is_null());
-    assert_eq!(usage["usage"], told);
+    // As in vLLM, a stream omits fields without a value.
+    let mut expected = whole["usage"].clone();
+    expected.as_object_mut().unwrap().retain(|_, value| !value.is_null());
+    assert_eq!(usage["usage"], expected);
     assert_eq!(
         chunks[0]["choices"][0]["delta"],
         json!({"role": "assistant", "content": ""})
     );
     assert_eq!(chunks.len(), 13);
     assert_eq!(chunks[12]["choices"][0]["finish_reason"], "length");
-    let told: String = chunks
+    let streamed: String = chunks
         .iter()
         .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
         .collect();
-    assert_eq!(whole["choices"][0]["message"]["content"], json!(told));
+    assert_eq!(whole["choices"][0]["message"]["content"], json!(streamed));
 }
 
 #[tokio::test]
-async fn requests_that_vllm_refuses_are_refused_in_its_words() {
+async fn invalid_requests_get_vllms_errors() {
     let engine = Running::start(options()).await;
     let refused = [
         (
@@ -477,7 +477,7 @@ async fn requests_that_vllm_refuses_are_refused_in_its_words() {
 }
 
 #[tokio::test]
-async fn a_grammar_allows_what_it_says_and_the_prompt_decides() {
+async fn structured_output_follows_the_grammar() {
     let engine = Running::start(options()).await;
     let mut seen = std::collections::BTreeSet::new();
     for subject in ["rivers", "winter", "bread", "maps", "salt", "rain"] {
@@ -497,7 +497,7 @@ async fn a_grammar_allows_what_it_says_and_the_prompt_decides() {
 }
 
 #[tokio::test]
-async fn several_prompts_and_several_choices_come_in_index_order() {
+async fn choices_are_in_index_order() {
     let engine = Running::start(options()).await;
     let body = json!({"prompt": ["one day", "two ships"], "n": 2, "temperature": 1, "seed": 7, "max_tokens": 8,
         "ignore_eos": true, "echo": true});
@@ -514,7 +514,7 @@ async fn several_prompts_and_several_choices_come_in_index_order() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_fails_the_start_in_vllms_words() {
+async fn a_taken_port_fails_the_start_with_vllms_error() {
     let first = Running::start(options()).await;
     let error = run(Options {
         port: first.addresses.http.port(),

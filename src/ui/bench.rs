@@ -1,5 +1,4 @@
-//! Progress of a benchmark: two lines that are drawn again on a terminal, a line now and then elsewhere. Knows only the
-//! numbers it shows.
+//! Progress of a benchmark: two redrawn lines on a terminal, and a line now and then elsewhere.
 
 use std::fmt::Write as _;
 use std::sync::Mutex;
@@ -11,53 +10,54 @@ use owo_colors::OwoColorize as _;
 use super::Printer;
 use crate::bench::Progress;
 
-/// Between two lines where there is no terminal.
+/// Interval of lines without a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// From here on it is said that nothing comes back. A long answer takes less with any model that is worth a benchmark.
+/// Time without a finished request after which a message says so. Even long answers take less with a usable model.
 const SILENCE: Duration = Duration::from_mins(1);
 
-/// Between two turns of the sign that work goes on, where how much is left is not known.
+/// Interval of the spinner.
 const SPIN_INTERVAL: Duration = Duration::from_millis(120);
 
-/// Shows how far a benchmark is, on stderr. It may be shared with whoever else prints meanwhile.
+/// Shows the progress of a benchmark on stderr. It can be shared with code that prints in the meantime.
 #[derive(Debug)]
 pub struct BenchProgress {
     printer: Printer,
-    medium: Medium,
+    mode: OutputMode,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
-enum Medium {
+enum OutputMode {
     Bar,
     Lines,
     Nothing,
 }
 
-/// What the numbers of a moment alone do not tell.
+/// State beyond the current numbers.
 #[derive(Debug, Default)]
 struct State {
-    /// When the last line was written, since the start.
+    /// Time of the last line since the start.
     last_line: Duration,
     pace: Pace,
-    /// What is on the terminal. Each has a bar of its own: one that changed its place would leave its last picture behind.
-    shown: Option<Shown>,
+    /// The bar on the terminal. Each template has its own bar, because changing the template would leave old lines
+    /// behind.
+    shown: Option<VisibleBar>,
 }
 
 #[derive(Debug)]
-struct Shown {
+struct VisibleBar {
     bar: ProgressBar,
-    /// Whether it counts requests; else it turns.
+    /// Whether it counts requests; else it is a spinner.
     counts: bool,
 }
 
-/// How fast requests end.
+/// The rate at which requests end.
 #[derive(Debug, Clone, Copy, Default)]
 struct Pace {
-    /// When some had ended for the first time, and how many.
+    /// When the first requests had ended, and how many.
     first: Option<(Duration, usize)>,
-    /// When the number of those last grew, and to what.
+    /// When the number of ended requests last grew, and to what.
     last: (Duration, usize),
 }
 
@@ -67,34 +67,33 @@ impl BenchProgress {
         Self::wanted(printer, true)
     }
 
-    /// As [`Self::new`] where `is_wanted`, else one that shows nothing.
+    /// As [`Self::new`]; shows nothing unless `is_wanted`.
     pub fn wanted(printer: Printer, is_wanted: bool) -> Self {
         Self {
             printer,
-            medium: if is_wanted {
-                Medium::of(printer)
+            mode: if is_wanted {
+                OutputMode::of(printer)
             } else {
-                Medium::Nothing
+                OutputMode::Nothing
             },
             state: Mutex::default(),
         }
     }
 
-    /// Shows that something without a number goes on, such as `making prompts`, until the next call. Only on a terminal:
-    /// elsewhere what has begun is a line of somebody else.
+    /// Shows a spinner with a text such as `making prompts` until the next call. Only on a terminal.
     pub fn begin(&self, what: &str) {
-        if let Medium::Bar = &self.medium {
+        if let OutputMode::Bar = &self.mode {
             self.lock().show(false).set_message(what.to_owned());
         }
     }
 
-    /// Shows the state, or decides that it is too early to.
+    /// Shows the progress, unless it is too early for the next line.
     pub fn update(&self, label: &str, progress: &Progress) {
         let mut state = self.lock();
         state.pace.observe(progress);
-        match &self.medium {
-            Medium::Bar => {
-                // First what matters most: the end of the line is cut where the terminal is narrow.
+        match &self.mode {
+            OutputMode::Bar => {
+                // The most important first, because a narrow terminal cuts the line.
                 let left = state.pace.time_left(progress).map(|left| format!("{}, ", about(left)));
                 let details = details(progress, state.pace, self.printer.colour());
                 let bar = state.show(true);
@@ -103,8 +102,8 @@ impl BenchProgress {
                 bar.set_position(progress.done as u64);
                 bar.set_message(left.unwrap_or_default() + &details);
             }
-            Medium::Lines => {
-                // Less time than at the last line: another phase has begun.
+            OutputMode::Lines => {
+                // Less time than at the last line: a new phase has begun.
                 if progress.elapsed < state.last_line {
                     state.last_line = Duration::ZERO;
                 }
@@ -113,11 +112,11 @@ impl BenchProgress {
                     self.printer.status(line(label, progress, state.pace));
                 }
             }
-            Medium::Nothing => {}
+            OutputMode::Nothing => {}
         }
     }
 
-    /// Lets somebody else print, and shows the progress again below.
+    /// Hides the progress while `print` runs.
     pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         let bar = self.lock().shown.as_ref().map(|shown| shown.bar.clone());
         match bar {
@@ -126,12 +125,13 @@ impl BenchProgress {
         }
     }
 
-    /// Takes away whatever is shown, until the next call.
+    /// Hides the progress until the next call.
     pub fn clear(&self) {
         self.lock().clear();
     }
 
-    /// Waits for a run, and takes the bar away when it ends or is stopped: what others say of the stop stands below nothing.
+    /// Waits for a run and removes the bar when it ends or is stopped, so that messages about the stop are below
+    /// nothing.
     pub async fn until_stopped<T>(&self, stop: impl Future<Output = ()>, run: impl Future<Output = T>) -> T {
         tokio::pin!(run);
         let ended = tokio::select! {
@@ -147,7 +147,7 @@ impl BenchProgress {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        // Whoever panicked while it held numbers left numbers.
+        // The numbers are valid even after a panic.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -159,12 +159,12 @@ impl Drop for BenchProgress {
 }
 
 impl State {
-    /// The bar on the terminal, in the shape that is wanted.
+    /// The bar on the terminal with the right template.
     fn show(&mut self, counts: bool) -> &ProgressBar {
         if self.shown.as_ref().is_none_or(|shown| shown.counts != counts) {
             self.clear();
         }
-        &self.shown.get_or_insert_with(|| Shown::new(counts)).bar
+        &self.shown.get_or_insert_with(|| VisibleBar::new(counts)).bar
     }
 
     fn clear(&mut self) {
@@ -174,7 +174,7 @@ impl State {
     }
 }
 
-impl Shown {
+impl VisibleBar {
     fn new(counts: bool) -> Self {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         let template = if counts {
@@ -182,7 +182,7 @@ impl Shown {
         } else {
             "{spinner} {wide_msg}"
         };
-        // The templates are constants, and what a constant says is right.
+        // The templates are constants, so this does not fail.
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("━╸─").tick_chars("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏ "));
         }
@@ -193,7 +193,7 @@ impl Shown {
     }
 }
 
-impl Medium {
+impl OutputMode {
     fn of(printer: Printer) -> Self {
         if printer.quiet {
             Self::Nothing
@@ -206,10 +206,10 @@ impl Medium {
 }
 
 impl Pace {
-    /// Takes the state of a moment.
+    /// Adds the current progress.
     fn observe(&mut self, progress: &Progress) {
         if progress.done < self.last.1 || progress.elapsed < self.last.0 {
-            // Another phase has begun.
+            // A new phase has begun.
             *self = Self::default();
         }
         if progress.done > self.last.1 {
@@ -218,13 +218,13 @@ impl Pace {
         }
     }
 
-    /// How long the rest takes: as long as the schedule does, or longer where requests end more slowly than that.
+    /// The time left: that of the schedule, or longer if requests end more slowly.
     fn time_left(&self, progress: &Progress) -> Option<Duration> {
         let to_release = progress.total.saturating_sub(progress.released) as f64;
         let by_schedule = progress.asked_rate.map(|rate| to_release / rate);
         let by_pace = self.first.and_then(|(since, before)| {
             let (seconds, ended) = (self.last.0.saturating_sub(since).as_secs_f64(), self.last.1 - before);
-            // Of a few nothing can be told.
+            // A few requests give no estimate.
             let is_known = ended >= 3 && seconds > 0.0;
             is_known.then(|| progress.total.saturating_sub(progress.done) as f64 * seconds / ended as f64)
         });
@@ -232,14 +232,14 @@ impl Pace {
         Duration::try_from_secs_f64(seconds).ok()
     }
 
-    /// How long nothing has ended, if that is remarkable.
+    /// The time without a finished request, if it is long.
     fn silence(&self, progress: &Progress) -> Option<Duration> {
         let since = progress.elapsed.saturating_sub(self.last.0);
         (progress.in_flight > 0 && since >= SILENCE).then_some(since)
     }
 }
 
-/// The line that is printed where nothing can be redrawn.
+/// The line for output that cannot be redrawn.
 fn line(label: &str, progress: &Progress, pace: Pace) -> String {
     let Progress { total, done, .. } = progress;
     let left = pace.time_left(progress).map(|left| format!(", {}", about(left)));
@@ -255,7 +255,7 @@ fn details(progress: &Progress, pace: Pace, is_coloured: bool) -> String {
     let mut parts = Vec::new();
     let seconds = progress.elapsed.as_secs_f64();
     if let Some(asked) = progress.asked_rate.filter(|_| seconds > 0.0) {
-        // The first request of a schedule goes out after one interval, and not at once.
+        // The first request is sent after one interval.
         parts.push(format!("{:.2} of {asked} req/s", progress.released as f64 / seconds));
     }
     parts.push(format!("{} in flight", progress.in_flight));
@@ -267,7 +267,7 @@ fn details(progress: &Progress, pace: Pace, is_coloured: bool) -> String {
         parts.push(format!("mean TTFT {mean:.1} ms"));
     }
     if let Some(mean) = progress.mean_tpot_ms {
-        // Behind the time to first token, which is a mean, too; a line of 80 columns has no room for the word again.
+        // After TTFT, which is also a mean; 80 columns have no room for the word again.
         let mean_of = if progress.mean_ttft_ms.is_some() { "" } else { "mean " };
         parts.push(format!("{mean_of}TPOT {mean:.2} ms"));
     }
@@ -276,14 +276,14 @@ fn details(progress: &Progress, pace: Pace, is_coloured: bool) -> String {
         // Writing to a String cannot fail.
         let _ = write!(
             text,
-            "; none has ended for {} s: Ctrl+C shows what there is",
+            "; no request has ended for {} s: Ctrl+C prints the results so far",
             silence.as_secs()
         );
     }
     text
 }
 
-/// A length of time that is only estimated.
+/// An estimated duration.
 fn about(left: Duration) -> String {
     match left.as_secs() {
         0 => "almost done".to_owned(),
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_of_another_shape_takes_the_place_of_the_one_before() {
+    fn a_new_template_replaces_the_bar() {
         let mut state = State::default();
         let spinner = state.show(false).clone();
         state.show(false);
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_says_what_is_known_and_no_more() {
+    fn a_line_has_only_known_numbers() {
         let mut progress = start();
         assert_eq!(
             line("benchmark", &progress, Pace::default()),
@@ -346,7 +346,7 @@ mod tests {
         );
     }
 
-    /// What is heard when `done` requests have ended after so many seconds.
+    /// The progress when `done` requests have ended after `seconds`.
     fn after(pace: &mut Pace, seconds: u64, done: usize, asked_rate: Option<f64>) -> Progress {
         let progress = Progress {
             released: (usize::try_from(seconds).unwrap()).min(30),
@@ -360,10 +360,10 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_takes_as_long_as_the_slower_of_schedule_and_server() {
+    fn the_time_left_follows_the_slower_of_schedule_and_server() {
         let mut pace = Pace::default();
         let left = |pace: &Pace, progress: &Progress| pace.time_left(progress).map(|left| left.as_secs());
-        // One ends every two seconds, though one a second is sent.
+        // One ends every two seconds, but one per second is sent.
         for (seconds, done) in [(4, 1), (6, 2), (8, 3), (10, 4)] {
             after(&mut pace, seconds, done, Some(1.0));
         }
@@ -371,23 +371,26 @@ mod tests {
         assert_eq!(left(&pace, &late), Some(52));
         let all_at_once = after(&mut pace, 10, 4, None);
         assert_eq!(left(&pace, &all_at_once), Some(52));
-        // The next phase begins anew, and of one answer nothing can be told.
+        // The next phase starts again, and one answer gives no estimate.
         let next = after(&mut pace, 1, 1, None);
         assert_eq!(left(&pace, &next), None);
     }
 
     #[test]
-    fn a_server_that_sends_nothing_is_told_of() {
+    fn a_silent_server_is_reported() {
         let mut pace = Pace::default();
         after(&mut pace, 10, 1, None);
         let early = after(&mut pace, 69, 1, None);
         let late = after(&mut pace, 75, 1, None);
-        assert!(!line("benchmark", &early, pace).contains("none has ended"));
-        assert!(line("benchmark", &late, pace).ends_with("; none has ended for 65 s: Ctrl+C shows what there is"));
+        assert!(!line("benchmark", &early, pace).contains("no request has ended"));
+        assert!(
+            line("benchmark", &late, pace)
+                .ends_with("; no request has ended for 65 s: Ctrl+C prints the results so far")
+        );
     }
 
     #[test]
-    fn estimates_claim_no_more_than_they_know() {
+    fn estimates_are_rounded() {
         let about = |seconds| about(Duration::from_secs(seconds));
         assert_eq!(
             [about(0), about(99), about(150), about(7300)],

@@ -1,4 +1,4 @@
-//! Progress of a download: one bar on a terminal, elsewhere a line now and then.
+//! Progress of a download: a bar on a terminal, a line now and then elsewhere.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -10,28 +10,28 @@ use super::{Printer, time_span};
 
 const BAR: &str = "  {bar:24.cyan/dim} {binary_bytes:>10} of {binary_total_bytes}  {binary_bytes_per_sec:.dim}  {msg}";
 
-/// Between two lines where nothing can be redrawn.
+/// Interval of lines if nothing can be redrawn.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// A download under way; threads may tell it at once.
+/// A running download. Several threads can report to it.
 #[derive(Debug)]
 pub struct DownloadProgress {
     printer: Printer,
     redraws: bool,
     bar: ProgressBar,
     began: Instant,
-    told: Mutex<Told>,
+    last_line: Mutex<LastLine>,
 }
 
-/// What was said last.
+/// The last printed line.
 #[derive(Debug)]
-struct Told {
+struct LastLine {
     at: Instant,
     percent: u64,
 }
 
 impl DownloadProgress {
-    /// Nothing has come yet.
+    /// A download that has received nothing.
     pub fn new(printer: Printer) -> Self {
         let redraws = printer.redraws();
         let target = if redraws {
@@ -49,11 +49,11 @@ impl DownloadProgress {
             redraws,
             bar,
             began,
-            told: Mutex::new(Told { at: began, percent: 0 }),
+            last_line: Mutex::new(LastLine { at: began, percent: 0 }),
         }
     }
 
-    /// So many bytes of all of them are here, and so many files.
+    /// Updates the number of received bytes and files.
     pub fn advance(&self, bytes: u64, total: u64, (files, total_files): (usize, usize)) {
         self.bar.set_length(total);
         self.bar.set_position(bytes);
@@ -63,11 +63,11 @@ impl DownloadProgress {
             return;
         }
         let percent = u64::try_from(u128::from(bytes) * 100 / u128::from(total)).unwrap_or(100);
-        let Ok(mut told) = self.told.lock() else {
+        let Ok(mut last_line) = self.last_line.lock() else {
             return;
         };
-        if told.at.elapsed() >= LINE_EVERY && percent > told.percent {
-            *told = Told {
+        if last_line.at.elapsed() >= LINE_EVERY && percent > last_line.percent {
+            *last_line = LastLine {
                 at: Instant::now(),
                 percent,
             };
@@ -76,7 +76,7 @@ impl DownloadProgress {
         }
     }
 
-    /// Something else to know, above the bar.
+    /// Prints a note above the bar.
     pub fn note(&self, text: &str) {
         if self.redraws {
             self.bar.suspend(|| self.printer.status(format!("  {text}")));
@@ -85,7 +85,7 @@ impl DownloadProgress {
         }
     }
 
-    /// Takes the bar away. How long it took.
+    /// Removes the bar. Returns the time that the download took.
     pub fn finish(&self) -> String {
         self.bar.finish_and_clear();
         time_span(self.began.elapsed())

@@ -1,4 +1,4 @@
-//! The only place that writes to the terminal: data to stdout, everything else to stderr.
+//! The only module that writes to the terminal: data to stdout, everything else to stderr.
 
 pub mod bench;
 pub mod download;
@@ -26,31 +26,31 @@ pub use progress::{FleetProgress, StopProgress};
 pub use screen::Screen;
 pub use table::Table;
 
-/// Writes to the terminal. Colours are dropped where the stream is not a terminal or `NO_COLOR` is set.
+/// Writes to the terminal. Colours are removed if the stream is not a terminal or `NO_COLOR` is set.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Printer {
-    /// Suppresses everything on stderr but errors.
+    /// Suppresses all output on stderr except errors.
     pub quiet: bool,
 }
 
 impl Printer {
-    /// Data, for people or programs: one line on stdout. A closed pipe is not an error; a full disk is one.
+    /// Prints one line of data on stdout, for people or programs. A closed pipe is not an error; a full disk is one.
     pub fn data(self, line: impl Display) -> Result<(), Failure> {
         self.data_part(format_args!("{line}\n"))
     }
 
-    /// Many lines of data at once, each with its end.
+    /// Prints many lines of data at once, each with its line end.
     pub fn data_lines(self, text: &str) -> Result<Reader, Failure> {
-        // Logs have gigabytes: a text without colours is written as it is, a whole batch at once.
+        // Logs can have gigabytes: text without colours is written in one batch.
         if AutoStream::choice(&io::stdout()) == ColorChoice::Never && text.contains('\x1b') {
-            return received(anstream::stdout().lock().write_all(text.as_bytes()));
+            return check_write(anstream::stdout().lock().write_all(text.as_bytes()));
         }
         let mut stdout = io::stdout().lock();
-        received(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))
+        check_write(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()))
     }
 
-    /// Whether the reader of stdout has gone: one that reads a first line and ends is not noticed before the next one is
-    /// written.
+    /// Whether the reader of stdout has gone. Without this check, a reader that has ended is only noticed at the next
+    /// write.
     pub fn data_reader(self) -> Reader {
         let stdout = io::stdout();
         let mut end = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
@@ -58,12 +58,12 @@ impl Printer {
         if has_ended { Reader::Gone } else { Reader::There }
     }
 
-    /// Data in sentences: as [`Self::data`], broken between words where a terminal shows it.
+    /// Prints sentences as data, wrapped on a terminal.
     pub fn prose(self, text: impl Display) -> Result<(), Failure> {
         self.data(wrap::lines(&text.to_string(), self.data_width()))
     }
 
-    /// Columns of the terminal that stdout is; `None` if it is none.
+    /// Columns of the terminal on stdout; `None` if stdout is not a terminal.
     pub fn data_width(self) -> Option<usize> {
         io::stdout()
             .is_terminal()
@@ -75,26 +75,26 @@ impl Printer {
         AutoStream::choice(&io::stdout()) != ColorChoice::Never
     }
 
-    /// Data without a line end, flushed at once: tokens as they arrive.
+    /// Prints data without a line end and flushes it: tokens as they arrive.
     pub fn data_part(self, part: impl Display) -> Result<(), Failure> {
         let mut stdout = anstream::stdout();
-        received(write!(stdout, "{part}").and_then(|()| stdout.flush())).map(drop)
+        check_write(write!(stdout, "{part}").and_then(|()| stdout.flush())).map(drop)
     }
 
-    /// What xpyd is doing: one line on stderr.
+    /// Prints a status line on stderr.
     pub fn status(self, line: impl Display) {
         if !self.quiet {
-            write_stderr(&self.told(&line.to_string()));
+            write_stderr(&self.wrapped(&line.to_string()));
         }
     }
 
-    /// What went wrong: always on stderr.
+    /// Prints an error on stderr, even if quiet.
     pub fn error(self, text: impl Display) {
-        write_stderr(&self.told(&text.to_string()));
+        write_stderr(&self.wrapped(&text.to_string()));
     }
 
-    /// A text for stderr, broken between words where a terminal shows it.
-    fn told(self, text: &str) -> String {
+    /// A text for stderr, wrapped on a terminal.
+    fn wrapped(self, text: &str) -> String {
         let width = self
             .is_terminal()
             .then(|| usize::from(console::Term::stderr().size().1));
@@ -106,7 +106,7 @@ impl Printer {
         io::stderr().is_terminal()
     }
 
-    /// Whether what is on stderr may be redrawn: it is a terminal that can do that.
+    /// Whether output on stderr can be redrawn.
     pub fn redraws(self) -> bool {
         !self.quiet && io::stderr().is_terminal() && can_redraw()
     }
@@ -117,17 +117,17 @@ impl Printer {
     }
 }
 
-/// Whether anyone still reads what is printed.
+/// Whether a process still reads stdout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reader {
-    /// Somebody may.
+    /// A process can still read.
     There,
-    /// Nobody does, which ends an endless command, and is no failure.
+    /// The reader has gone, which ends an endless command and is not an error.
     Gone,
 }
 
-/// What became of data: its reader may have seen enough, and whatever else hinders a write is a failure.
-fn received(written: io::Result<()>) -> Result<Reader, Failure> {
+/// The result of a write: a reader that has gone is not an error, everything else is.
+fn check_write(written: io::Result<()>) -> Result<Reader, Failure> {
     match written {
         Ok(()) => Ok(Reader::There),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
@@ -138,8 +138,8 @@ fn received(written: io::Result<()>) -> Result<Reader, Failure> {
     }
 }
 
-/// Decides once, for the whole program, that a terminal which would print escapes gets no colours. By itself, anstream takes every terminal
-/// for a coloured one where `CI` is set. `CLICOLOR_FORCE` still forces them.
+/// Disables colours for the whole program if the terminal does not support them. By default anstream uses colours on
+/// every terminal if `CI` is set. `CLICOLOR_FORCE` still forces them.
 pub fn choose_colours() {
     let forced = std::env::var_os("CLICOLOR_FORCE").is_some_and(|value| value != "0");
     if !can_redraw() && !forced {
@@ -147,32 +147,31 @@ pub fn choose_colours() {
     }
 }
 
-/// Whether the terminal moves its cursor: a `dumb` one, as editors and some CI have it, only prints.
+/// Whether the terminal supports cursor movement; a `dumb` one, as in editors and some CI, does not.
 fn can_redraw() -> bool {
     std::env::var_os("TERM").is_some_and(|name| !name.is_empty() && name != "dumb")
 }
 
-/// How long a reader of stderr may take to make room, in milliseconds.
-const PATIENCE: u16 = 200;
+/// Longest wait for a reader of stderr, in milliseconds.
+const WRITE_TIMEOUT_MS: u16 = 200;
 
-/// As many bytes as a pipe takes at once if it takes any.
-const PIECE: usize = 4096;
+/// The number of bytes that a writable pipe accepts at once.
+const CHUNK: usize = 4096;
 
-/// Writes to stderr what its reader takes in time, and drops the rest: whoever started xpyd with a pipe that nobody
-/// reads must not stop a fleet, nor its end.
+/// Writes to stderr and drops what the reader does not accept in time: a pipe without a reader must not block a fleet.
 fn write_stderr(text: &str) {
     let raw = io::stderr();
     let mut stderr = anstream::stderr().lock();
-    for piece in text.as_bytes().chunks(PIECE) {
+    for chunk in text.as_bytes().chunks(CHUNK) {
         let mut room = [PollFd::new(raw.as_fd(), PollFlags::POLLOUT)];
-        let has_room = poll(&mut room, PollTimeout::from(PATIENCE)).is_ok_and(|ready| ready > 0);
-        if !has_room || stderr.write_all(piece).is_err() {
+        let has_room = poll(&mut room, PollTimeout::from(WRITE_TIMEOUT_MS)).is_ok_and(|ready| ready > 0);
+        if !has_room || stderr.write_all(chunk).is_err() {
             return;
         }
     }
 }
 
-/// A time span for people: `0.4 s`, `12 s`, `2 min 05 s`, `3 h 07 min`.
+/// A duration for people: `0.4 s`, `12 s`, `2 min 05 s`, `3 h 07 min`.
 pub fn time_span(span: Duration) -> String {
     let seconds = span.as_secs();
     match seconds {
@@ -183,7 +182,7 @@ pub fn time_span(span: Duration) -> String {
     }
 }
 
-/// What a start still takes, to stand behind how far it is: `, about 40 s left`. Empty where that is unknown.
+/// The time left of a start, as a suffix: `, about 40 s left`. Empty if unknown.
 pub fn time_left(left: TimeLeft) -> String {
     match left {
         TimeLeft::Unknown => String::new(),
@@ -192,7 +191,7 @@ pub fn time_left(left: TimeLeft) -> String {
     }
 }
 
-/// A state in the colour that says whether to worry.
+/// A state in its colour.
 pub fn state(state: EngineState) -> String {
     match state {
         EngineState::Ready => state.green().to_string(),

@@ -1,10 +1,10 @@
-//! Whose line it is, in front of it: names in one width, each with its own colour.
+//! Prefixes of log lines: the engine names, padded to one width, each in its own colour.
 
 use owo_colors::{AnsiColors, OwoColorize};
 
 use super::table::width;
 
-/// Told apart on dark and on light terminals; red is left to errors.
+/// Colours that are distinct on dark and light terminals. Red is reserved for errors.
 const COLOURS: [AnsiColors; 8] = [
     AnsiColors::Cyan,
     AnsiColors::Yellow,
@@ -16,14 +16,14 @@ const COLOURS: [AnsiColors; 8] = [
     AnsiColors::BrightGreen,
 ];
 
-/// The prefixes of several logs that are shown together.
+/// The prefixes of several logs that are printed together.
 #[derive(Debug, Clone)]
 pub struct RolePrefixes {
     prefixes: Vec<String>,
 }
 
 impl RolePrefixes {
-    /// A prefix per name. A single log needs none, so its lines stay as they are.
+    /// A prefix per name. A single log gets none.
     pub fn new(names: &[&str], coloured: bool) -> Self {
         let widest = names.iter().map(|name| width(name)).max().unwrap_or(0);
         let prefixes = names
@@ -38,7 +38,7 @@ impl RolePrefixes {
         Self { prefixes }
     }
 
-    /// What stands before the lines of the log with this index.
+    /// The prefix of the log with this index.
     pub fn of(&self, index: usize) -> &str {
         &self.prefixes[index]
     }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn several_logs_get_names_of_one_width_and_a_single_one_gets_none() {
+    fn prefixes_have_one_width_and_a_single_log_has_none() {
         let names = ["prefiller1", "proxy"];
         let (plain, coloured) = (RolePrefixes::new(&names, false), RolePrefixes::new(&names, true));
         assert_eq!([plain.of(0), plain.of(1)], ["prefiller1 | ", "proxy      | "]);

@@ -1,4 +1,4 @@
-//! Progress of a fleet's start and of its end: redrawn on a terminal, one line per change elsewhere.
+//! Progress of the start and the stop of a fleet: redrawn on a terminal, one line per change elsewhere.
 
 use std::time::Duration;
 
@@ -9,27 +9,27 @@ use tokio::time::Instant;
 use super::{Printer, time_left, time_span};
 use crate::fleet::{EngineId, EngineState, Role, TimeLeft};
 
-/// How often the spinner turns.
+/// Interval of the spinner.
 const TICK: Duration = Duration::from_millis(100);
 
 // All of them fit 80 columns.
-/// An engine whose start is under way.
+/// A starting engine.
 const MOVING: &str = "{spinner:.cyan} {prefix}  {bar:10.cyan/dim} {pos:>3} %  {msg:20}  {time:.dim}";
-/// An engine whose start is under way, and is known to take about so long.
+/// A starting engine with an estimate of the time left.
 const COUNTED: &str = "{spinner:.cyan} {prefix}  {bar:10.cyan/dim} {pos:>3} %  {msg}";
-/// An engine that waits for its turn, or has arrived somewhere.
+/// An engine that waits or has reached a state.
 const RESTING: &str = "{prefix}  {bar:10.green/dim} {pos:>3} %  {msg}";
 /// An engine that failed.
 const BROKEN: &str = "{prefix}  {bar:10.red/dim} {pos:>3} %  {msg}";
-/// The end of a run.
-const ENDING: &str = "{spinner:.yellow} {msg}";
+/// A stopping run.
+const STOPPING: &str = "{spinner:.yellow} {msg}";
 
-/// The start of a fleet, one line per engine.
+/// The progress of a starting fleet, one line per engine.
 #[derive(Debug)]
 pub struct FleetProgress {
     printer: Printer,
     bars: MultiProgress,
-    /// Whether the bars are shown; changes are printed as lines otherwise.
+    /// Whether the bars are drawn; otherwise changes are printed as lines.
     redraws: bool,
     lines: Vec<EngineLine>,
 }
@@ -37,19 +37,19 @@ pub struct FleetProgress {
 #[derive(Debug)]
 struct EngineLine {
     id: EngineId,
-    /// Its name in the width of the longest.
+    /// Its name, padded to the longest name.
     name: String,
-    /// `prefiller1  :7100`, in the width of the longest; the colour of the name tells the role.
+    /// `prefiller1  :7100`, padded; the colour shows the role.
     label: String,
     bar: ProgressBar,
-    /// When its present start began.
+    /// Time of its current start.
     started: Instant,
     state: EngineState,
     phase: Option<(String, u8)>,
 }
 
 impl FleetProgress {
-    /// Shows the engines, none of them started. The numbers are their HTTP ports.
+    /// Shows the engines before their start. The numbers are their HTTP ports.
     pub fn new(printer: Printer, engines: &[(EngineId, Role, u16)]) -> Self {
         let redraws = printer.redraws();
         let target = if redraws {
@@ -91,7 +91,7 @@ impl FleetProgress {
         }
     }
 
-    /// The engine's start is in a phase; `percent` and `left` are of the whole start.
+    /// Updates the phase of a starting engine; `percent` and `left` refer to the whole start.
     pub fn phase(&mut self, engine: &EngineId, phase: &str, percent: u8, left: TimeLeft) {
         let Some(line) = self.lines.iter_mut().find(|line| line.id == *engine) else {
             return;
@@ -109,7 +109,7 @@ impl FleetProgress {
         }
     }
 
-    /// The engine is in another state now.
+    /// Updates the state of an engine.
     pub fn state(&mut self, engine: &EngineId, state: EngineState) {
         let Some(line) = self.lines.iter_mut().find(|line| line.id == *engine) else {
             return;
@@ -128,19 +128,19 @@ impl FleetProgress {
         }
     }
 
-    /// Runs `write`, which writes to the terminal, with the bars out of its way.
+    /// Hides the bars while `write` prints.
     pub fn suspend<T>(&self, write: impl FnOnce() -> T) -> T {
         self.bars.suspend(write)
     }
 
-    /// Leaves the last picture where it is.
+    /// Leaves the last lines on the terminal.
     pub fn finish(self) {
         for line in &self.lines {
             line.bar.abandon();
         }
     }
 
-    /// Takes away what would stand still half way: the bars of a start that does not go on. Those that failed stay.
+    /// Removes the bars of a start that was cancelled. Those of failed engines stay.
     pub fn clear(self) {
         for line in &self.lines {
             if line.state == EngineState::Failed {
@@ -153,7 +153,7 @@ impl FleetProgress {
 }
 
 impl EngineLine {
-    /// Shows the phase, and what the start still takes where that is known; else how long it has taken.
+    /// Shows the phase and the time left if it is known, else the elapsed time.
     fn count(&self, phase: &str, left: TimeLeft) {
         let left = match left {
             TimeLeft::Unknown => {
@@ -203,7 +203,7 @@ impl EngineLine {
         self.bar.set_style(style(template));
         self.bar.set_prefix(format!("{mark} {}", self.label));
         match self.state {
-            // A hand-off must still be proven.
+            // A hand-off must still be verified.
             EngineState::Healthy => self.bar.set_position(99),
             EngineState::Ready => self.bar.set_position(100),
             _ => {}
@@ -217,21 +217,21 @@ impl EngineLine {
     }
 }
 
-/// The end of a run: draining, then stopping.
+/// The progress of a stopping run: draining, then stopping.
 #[derive(Debug)]
 pub struct StopProgress {
     printer: Printer,
     line: ProgressBar,
     redraws: bool,
-    /// How the user can hurry, shown while there is something to wait for.
-    hurry: String,
-    /// What a line was last printed for.
+    /// How the user can force the stop, shown while waiting.
+    force_hint: String,
+    /// The last printed state.
     printed: String,
 }
 
 impl StopProgress {
-    /// Nothing is shown yet. `hurry` says how to force it: `press Ctrl+C again to force`.
-    pub fn new(printer: Printer, hurry: impl Into<String>) -> Self {
+    /// A progress that shows nothing yet. `force_hint` is, for example, `press Ctrl+C again to force`.
+    pub fn new(printer: Printer, force_hint: impl Into<String>) -> Self {
         let redraws = printer.redraws();
         let target = if redraws {
             ProgressDrawTarget::stderr()
@@ -239,9 +239,9 @@ impl StopProgress {
             ProgressDrawTarget::hidden()
         };
         let line = ProgressBar::with_draw_target(None, target);
-        line.set_style(style(ENDING));
+        line.set_style(style(STOPPING));
         if redraws {
-            // The terminal has just echoed `^C`, and a line that is redrawn must begin where the cursor is.
+            // The terminal has just printed `^C`; a redrawn line must start in a new line.
             printer.status("");
         }
         line.enable_steady_tick(TICK);
@@ -249,12 +249,12 @@ impl StopProgress {
             printer,
             line,
             redraws,
-            hurry: hurry.into(),
+            force_hint: force_hint.into(),
             printed: String::new(),
         }
     }
 
-    /// Requests in flight may go on for `left`.
+    /// Requests in flight can continue for `left`.
     pub fn draining(&mut self, in_flight: usize, left: Option<Duration>) {
         let requests = if in_flight == 1 { "request" } else { "requests" };
         let limit = left
@@ -266,7 +266,7 @@ impl StopProgress {
         );
     }
 
-    /// These engines are still there.
+    /// These engines have not stopped yet.
     pub fn stopping(&mut self, left: &[EngineId]) {
         let names: Vec<&str> = left.iter().map(EngineId::as_str).collect();
         let text = match names.as_slice() {
@@ -276,20 +276,20 @@ impl StopProgress {
         self.show(&text, &text);
     }
 
-    /// Takes the line away; there is nothing more to say.
+    /// Removes the line.
     pub fn clear(self) {
         self.line.finish_and_clear();
     }
 
-    /// Takes the line away and says how it ended.
+    /// Removes the line and prints a summary.
     pub fn finish(self, summary: impl std::fmt::Display) {
         self.line.finish_and_clear();
         self.printer.status(summary);
     }
 
-    /// Shows `text`; printed as a line only where `news` differs from the last time.
+    /// Shows `text`. Without a terminal it is printed only if `news` has changed.
     fn show(&mut self, news: &str, text: &str) {
-        let text = format!("{text}  {}", format!("({})", self.hurry).dimmed());
+        let text = format!("{text}  {}", format!("({})", self.force_hint).dimmed());
         if !self.redraws && self.printed != news {
             self.printer.status(&text);
         }
@@ -302,7 +302,7 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template)
         .expect("the templates are constants and a test makes each style")
         .with_key("time", |state: &ProgressState, writer: &mut dyn std::fmt::Write| {
-            // A formatter that fails has nowhere to report it, and a missing time is no harm.
+            // A formatting error cannot be reported here, and a missing time is harmless.
             let _ = writer.write_str(&time_span(state.elapsed()));
         })
         .progress_chars("━╸─")
@@ -314,13 +314,13 @@ mod tests {
 
     #[test]
     fn every_template_makes_a_style() {
-        for template in [MOVING, COUNTED, RESTING, BROKEN, ENDING] {
+        for template in [MOVING, COUNTED, RESTING, BROKEN, STOPPING] {
             style(template);
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_plain_line_says_who_is_where_and_for_how_long() {
+    async fn a_plain_line_has_name_state_and_time() {
         let engines = [
             (EngineId::new(Role::Prefill, 0), Role::Prefill, 7100),
             (EngineId::new(Role::Decode, 0), Role::Decode, 7200),
@@ -333,7 +333,7 @@ mod tests {
             progress.lines[1].plain("loading weights (56 %)"),
             "decoder1    loading weights (56 %)  12 s"
         );
-        // A restart begins a new count and forgets the old phase.
+        // A restart resets time and phase.
         progress.phase(&engines[1].0, "loading weights", 56, TimeLeft::Unknown);
         progress.state(&engines[1].0, EngineState::Failed);
         progress.state(&engines[1].0, EngineState::Starting);

@@ -1,4 +1,4 @@
-//! A picture that is drawn again and again over the whole terminal, which is given back as it was.
+//! A full-screen view that is redrawn. The terminal is restored at the end.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -9,21 +9,21 @@ use console::{Term, truncate_str};
 const ENTER: &str = "\x1b[?1049h\x1b[?25l";
 const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
 
-/// Between these a terminal that knows mode 2026 shows nothing half drawn; others ignore them.
+/// Terminals with mode 2026 show the text between these at once; others ignore them.
 const BEGIN: &str = "\x1b[?2026h\x1b[H";
 const END: &str = "\x1b[J\x1b[?2026l";
 
-/// What follows a line: what an earlier picture had there is erased.
+/// Ends a line and erases the rest of the old one.
 const END_OF_LINE: &str = "\x1b[K";
 
-/// The terminal while it shows a picture; dropping it shows what was there before.
+/// The terminal in full-screen mode. Dropping it restores the previous content.
 #[derive(Debug)]
 pub struct Screen {
     terminal: Term,
 }
 
 impl Screen {
-    /// Takes the terminal that stdout is; `None` if it is none, or one that cannot be drawn on.
+    /// Switches the terminal on stdout to full-screen mode; `None` if stdout is not a terminal or cannot be redrawn.
     pub fn open() -> Option<Self> {
         (io::stdout().is_terminal() && super::can_redraw()).then(|| {
             write(ENTER);
@@ -33,12 +33,12 @@ impl Screen {
         })
     }
 
-    /// How many columns it has now.
+    /// Current number of columns.
     pub fn width(&self) -> usize {
         usize::from(self.terminal.size().1)
     }
 
-    /// Draws `text`, cut to the size that the terminal has now.
+    /// Draws `text`, cut to the current size of the terminal.
     pub fn draw(&self, text: &str) {
         let (height, width) = self.terminal.size();
         let text = if AutoStream::choice(&io::stdout()) == ColorChoice::Never {
@@ -56,13 +56,13 @@ impl Drop for Screen {
     }
 }
 
-/// One write, so that the terminal has no reason to show a half. When the terminal is gone, a signal says so.
+/// Writes at once, so that the terminal never shows a part. If the terminal is gone, a signal ends the program.
 fn write(text: &str) {
     let mut stdout = io::stdout().lock();
     drop(stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()));
 }
 
-/// What draws `text` over an earlier picture.
+/// The escape sequences that draw `text` over the old content.
 fn picture(text: &str, height: usize, width: usize) -> String {
     let lines = text.lines().take(height).map(|line| truncate_str(line, width, "…"));
     let lines: Vec<_> = lines.map(|line| format!("{line}{END_OF_LINE}")).collect();
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_picture_fits_the_terminal_and_erases_what_was_there() {
+    fn a_drawing_fits_the_terminal_and_erases_the_old_one() {
         let drawn = picture("a\n\x1b[32mlonger\x1b[0m\nthird", 2, 4);
         assert_eq!(
             drawn,

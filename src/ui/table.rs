@@ -1,4 +1,4 @@
-//! Tables of text: aligned columns, two spaces apart, no lines.
+//! Text tables: aligned columns, two spaces apart, without lines.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use anstream::adapter::strip_str;
 use owo_colors::OwoColorize;
 use unicode_width::UnicodeWidthStr;
 
-/// A table with a header. Columns are as wide as their widest cell; colours in a cell count nothing.
+/// A table with a header. Each column is as wide as its widest cell; colour codes have no width.
 #[derive(Debug, Clone)]
 pub struct Table<const COLUMNS: usize> {
     header: [&'static str; COLUMNS],
@@ -22,7 +22,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         }
     }
 
-    /// Adds a row. An empty cell is shown as `-`, so that columns can be told apart by programs too.
+    /// Adds a row. An empty cell is printed as `-`, so that programs can split columns.
     pub fn row(&mut self, mut cells: [String; COLUMNS]) {
         for cell in &mut cells {
             if cell.is_empty() {
@@ -63,7 +63,7 @@ impl<const COLUMNS: usize> fmt::Display for Table<COLUMNS> {
     }
 }
 
-/// Columns of a terminal that `text` takes.
+/// The width of `text` in terminal columns.
 pub fn width(text: &str) -> usize {
     strip_str(text).map(UnicodeWidthStr::width).sum()
 }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up_whatever_the_colours_and_the_script() {
+    fn columns_align_with_colours_and_wide_characters() {
         let mut table = Table::new(["name", "state", "note"]);
         table.row(["漢字".to_owned(), "ready".green().to_string(), "a".to_owned()]);
         table.row(["decoder10".to_owned(), String::new(), "b".to_owned()]);

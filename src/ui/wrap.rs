@@ -1,17 +1,17 @@
-//! Long lines of prose, broken between words, for a terminal of some width.
+//! Wraps long lines between words for a terminal width.
 
 use std::borrow::Cow;
 
 use textwrap::{Options, WordSplitter};
 
-/// Narrower than that, nothing is readable, and lines may as well be broken by the terminal.
+/// Narrowest width for wrapping. Below it the terminal can break lines itself.
 const LEAST: usize = 24;
 
-/// The longest word that a line hangs behind, as `caused by:`.
+/// Longest label that sets the indentation, as `caused by:`.
 const LONGEST_LABEL: usize = 12;
 
-/// The text with each of its lines broken to `width` columns. What follows a line's first part stands below what follows its
-/// indent or its label (`hint: …`), so that one can tell where the next line begins. Words stay whole.
+/// Wraps each line to `width` columns. Continuation lines are indented like the line itself, or to the text after its
+/// label (`hint: …`), so that the next line is recognizable. Words are not broken.
 pub fn lines(text: &str, width: Option<usize>) -> Cow<'_, str> {
     let Some(width) = width else {
         return Cow::Borrowed(text);
@@ -29,7 +29,7 @@ pub fn lines(text: &str, width: Option<usize>) -> Cow<'_, str> {
     Cow::Owned(broken.join("\n"))
 }
 
-/// A text that begins at column `indent`, broken to `width` columns. All lines begin at that column.
+/// Wraps a text that starts at column `indent`. All lines start at that column.
 pub fn column(text: &str, indent: usize, width: Option<usize>) -> String {
     let Some(width) = width else {
         return text.to_owned();
@@ -43,14 +43,14 @@ fn broken(line: &str, width: usize, hang: &str) -> String {
     textwrap::fill(line, options(width.max(LEAST)).subsequent_indent(hang))
 }
 
-/// Commands and paths are words that must not be cut.
+/// Commands and paths must not be broken.
 fn options<'a>(width: usize) -> Options<'a> {
     Options::new(width)
         .break_words(false)
         .word_splitter(WordSplitter::NoHyphenation)
 }
 
-/// How far the rest of a line is indented: below its own beginning, or behind its label.
+/// The indentation of continuation lines: that of the line, or the end of its label.
 fn hang(line: &str) -> usize {
     let plain = anstream::adapter::strip_str(line).to_string();
     let indent = plain.len() - plain.trim_start().len();
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_stay_whole_and_lines_hang_behind_their_label() {
+    fn words_are_not_broken_and_labels_set_the_indentation() {
         let text = "error: port 7100 is taken by process 12\n  caused by: one two three four\nhint: `a/very/long/path/that/fits/no/line` x";
         assert_eq!(
             lines(text, Some(30)),
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_is_broken_behind_its_indent() {
+    fn a_column_keeps_its_indent() {
         assert_eq!(
             column("one two three four five six", 4, Some(28)),
             "one two three four five\n    six"

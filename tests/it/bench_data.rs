@@ -286,7 +286,7 @@ fn a_bad_dataset_is_told_by_file_line_and_field() {
     );
     says(
         "--dataset-name random --dataset-path a.jsonl",
-        "`random` reads no file, but `--dataset-path` names `a.jsonl`",
+        "`random` reads no file, but `--dataset-path` is `a.jsonl`",
     );
     says(
         "--dataset-name random --num-prompts 0",
@@ -297,7 +297,7 @@ fn a_bad_dataset_is_told_by_file_line_and_field() {
         tokenizer("metaspace")
     );
     says(&bare, "the chat template of the tokenizer");
-    says(&bare, "hint: `--skip-chat-template` sends the prompts as they stand");
+    says(&bare, "hint: set `--skip-chat-template` to send the prompts unchanged");
 }
 
 #[test]
@@ -348,7 +348,7 @@ fn a_bad_file_of_another_form_is_told_by_entry_column_or_message() {
         &format!("{trace} t.jsonl --backend openai-chat"),
         "`timed_trace` has prompts of token ids",
     );
-    says("--self-timed", "are about `--dataset-name timed_trace`");
+    says("--self-timed", "need `--dataset-name timed_trace`");
     write("s.jsonl", r#"{"messages": [{"role": "tool", "content": "x"}]}"#);
     says(
         "--dataset-name sessions --dataset-path s.jsonl",

@@ -208,7 +208,7 @@ fn what_cannot_be_begun_is_one_error_with_a_way_out() {
     bench(&["--base-url", &url, "--model", "gpt-9"]).says(0, &["hint: it serves `tiny`"]);
     bench(&["--base-url", &server.url("/nothing")]).says(
         2,
-        &["does not list the models", "hint: `--base-url` ends before the path"],
+        &["does not list the models", "hint: set `--base-url` without a path"],
     );
     bench(&["--base-url", url.trim_start_matches("http://")]).says(2, &["hint: `--base-url http://127.0.0.1:"]);
     bench(&["--goodput", "tfft:500"]).says(2, &["did you mean `ttft`?"]);
@@ -244,7 +244,7 @@ fn failures_are_counted_by_cause_the_most_frequent_first_and_shortened() {
         &[
             "3 of 12 requests failed: HTTP 500 Internal Server Error: request cmpl-",
             "3 of 12 requests failed: HTTP 503 Service Unavailable: no engine is ready",
-            "hint: the reason is in the server's log",
+            "hint: see the server's log",
         ],
     );
     assert!(seen.text.lines().all(|line| line.len() < 500), "{}", seen.text);
@@ -269,17 +269,17 @@ fn each_kind_of_failure_has_its_own_advice() {
     all(
         "busy",
         "HTTP 429 Too Many Requests: slow down",
-        "hint: the server takes no more at once: `--max-concurrency",
+        "hint: the server is overloaded (429): lower `--request-rate` or set `--max-concurrency",
     );
     all(
         "guarded",
         "HTTP 401 Unauthorized: who are you?",
-        "hint: a key is sent from `OPENAI_API_KEY`",
+        "hint: set the key in `OPENAI_API_KEY`",
     );
     all(
         "wrong",
         "HTTP 404 Not Found",
-        "hint: nothing answers at `/wrong/v1/completions`: `--endpoint`",
+        "hint: the server has no route `/wrong/v1/completions`: set `--endpoint`",
     );
     all(
         "plain",
@@ -289,10 +289,10 @@ fn each_kind_of_failure_has_its_own_advice() {
     all(
         "cut",
         "the stream ended early, without `[DONE]`",
-        "hint: the server ended connections",
+        "hint: the server closed connections",
     );
     let cause = "the answer was not complete within 0.4 s";
-    all_within("400ms", "hang", cause, "hint: `--request-timeout`");
+    all_within("400ms", "hang", cause, "hint: increase `--request-timeout`");
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn the_deadline_ends_a_run_whose_server_hangs() {
         1,
         &[
             "stopped: 3 requests ended, 9 were dropped in flight, 0 were never sent",
-            "`--deadline` was over",
+            "the run did not finish within `--deadline`",
         ],
     );
     assert_eq!(seen.row("Successful requests:"), "3");
@@ -363,11 +363,11 @@ fn a_second_ctrl_c_leaves_at_once_whatever_goes_on() {
     run.wait_for_line("benchmark: 0/3 requests");
     run.signal(Signal::SIGINT);
     // The run still asks for the server's metrics, in vain.
-    run.wait_for_line("press Ctrl+C again to leave at once");
+    run.wait_for_line("press Ctrl+C again to exit at once");
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
     assert_eq!(code, 130, "{text}");
-    assert!(text.contains("left at once"), "{text}");
+    assert!(text.contains("exited without a result"), "{text}");
 }
 
 #[test]

@@ -157,7 +157,7 @@ fn a_search_tells_every_probe_and_what_it_knows_when_its_time_is_over() {
 
     let output = bench(&place, &[&search[..], &["--goodput", "e2el:0"]].concat());
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert!(stdout(&output).contains("even a request that is alone at the server misses e2el:0"));
+    assert!(stdout(&output).contains("even a single request at an idle server misses e2el:0"));
 }
 
 #[test]
@@ -210,7 +210,7 @@ fn what_excludes_each_other_is_refused() {
     let output = bench(&place, &["--profile", "--num-prompts", "3"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(
-        stderr(&output).contains("takes the name of a profile"),
+        stderr(&output).contains("needs the name of a profile"),
         "{}",
         stderr(&output)
     );

@@ -86,7 +86,7 @@ fn stages_add_up_to_what_the_client_saw_and_engines_split_them() {
         assert!(told.contains(line), "{line} in {told}");
     }
     assert!(
-        !told.contains("used remote KV, as the decode engines counted:"),
+        !told.contains("used remote KV, according to the decode engines:"),
         "{told}"
     );
 }

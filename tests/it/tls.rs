@@ -117,7 +117,7 @@ fn a_fleet_answers_over_tls_whole_and_streamed_and_writes_no_key_down() {
     let error = String::from_utf8_lossy(&bench.stderr).into_owned();
     assert_eq!(bench.status.code(), Some(2), "{error}");
     assert!(
-        error.contains(&url) && error.contains("`--insecure` trusts anybody"),
+        error.contains(&url) && error.contains("`--insecure` to trust any"),
         "{error}"
     );
 

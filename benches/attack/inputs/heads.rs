@@ -16,7 +16,7 @@ pub(super) fn bare_line_feeds(draw: &mut Draw) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// Headers that go on in the next line, which RFC 9112 forbids.
+/// Headers that continue in the next line, which RFC 9112 forbids.
 pub(super) fn folded_headers(draw: &mut Draw) -> Vec<u8> {
     let folded = draw.pick(&[
         "X-A: b\r\n c\r\n",

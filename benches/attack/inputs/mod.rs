@@ -8,13 +8,13 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, RngExt as _, SeedableRng as _};
 
-/// What must not reach an engine, wherever it stands in a request.
+/// Text that must not reach an engine anywhere in a request.
 pub(crate) const FORBIDDEN: &str = "EVIL";
 
-/// A request behind one that is malformed, so that nothing after it is a request.
+/// A request behind a malformed one, so that it must not be treated as a request.
 const SMUGGLED: &str = "GET /v1/EVIL HTTP/1.1\r\nhost: EVIL\r\n\r\n";
 
-/// A request behind one that may be right, and then is the next one.
+/// A request behind one that can be valid, and then is the next one.
 const NEXT: &str = "GET /v1/next HTTP/1.1\r\nhost: x\r\n\r\n";
 
 const PATHS: [&str; 7] = [

@@ -48,10 +48,7 @@ pub(crate) fn summary(report: &Report) -> String {
     }
     let too_few = |tail: &TailPercentile| Some((tail.percentile, tail.too_few?));
     if let Some((percentile, of)) = rows.iter().flat_map(|row| &row.tails).find_map(too_few) {
-        let _ = writeln!(
-            text,
-            "P{percentile} of {of} requests: close to the slowest one."
-        );
+        let _ = writeln!(text, "P{percentile} of {of} requests: close to the slowest one.");
     }
     text
 }

@@ -40,10 +40,7 @@ impl PreciseTimer {
 }
 
 impl KernelTimer {
-    #[expect(
-        unsafe_code,
-        reason = "the runtime must be told of a descriptor that it does not know"
-    )]
+    #[expect(unsafe_code, reason = "the runtime does not know this descriptor")]
     fn new() -> io::Result<Self> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;

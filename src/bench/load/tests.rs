@@ -137,10 +137,10 @@ async fn a_stop_keeps_finished_requests_and_counts_the_rest() {
 
 #[tokio::test(start_paused = true)]
 async fn progress_is_reported_while_requests_run() {
-    let told = Cell::new(0);
+    let reports = Cell::new(0);
     let last = Cell::new(None);
     let observe = |totals: &RunningTotals, _: &[Record]| {
-        told.set(told.get() + 1);
+        reports.set(reports.get() + 1);
         last.set(Some(totals.progress(RunPhase::Measuring, None)));
     };
     let exchange = |index: usize| after(milliseconds(2000 + 1000 * index as u64), index < 2);
@@ -153,7 +153,7 @@ async fn progress_is_reported_while_requests_run() {
         &CancellationToken::new(),
     )
     .await;
-    assert!(told.get() > 10, "{} times in 4 s", told.get());
+    assert!(reports.get() > 10, "{} times in 4 s", reports.get());
     let last = last.get().unwrap();
     assert_eq!((last.total, last.done, last.failed, last.in_flight), (3, 3, 1, 0));
     assert_eq!(last.elapsed, milliseconds(4000));

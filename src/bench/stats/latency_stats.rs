@@ -130,7 +130,7 @@ pub fn cold(records: &[Record]) -> HashSet<usize> {
             .as_ref()
             .ok()
             .and_then(|answer| answer.timings.handoff.as_deref());
-        let pair = handoff.and_then(|told| Some((parameter_of(told, "prefill")?, parameter_of(told, "decode")?)));
+        let pair = handoff.and_then(|header| Some((parameter_of(header, "prefill")?, parameter_of(header, "decode")?)));
         pair.is_some_and(|(prefill, decode)| pairs.insert((prefill.to_owned(), decode.to_owned())))
     };
     by_start.retain(&mut first_of_pair);

@@ -212,7 +212,7 @@ impl Tokenizer {
     /// One user message in the model's chat template, with the beginning of the answer.
     ///
     /// # Errors
-    /// When there is no template, or it fails.
+    /// When the template is missing or fails.
     pub fn apply_template(&self, content: &str, settings: &Map<String, Value>) -> Result<String, TokenizerError> {
         let fails = |reason: String| TokenizerError::Template {
             name: self.name.clone(),

@@ -82,7 +82,7 @@ pub enum DatasetError {
     NoTokenizer {
         /// The dataset.
         dataset: &'static str,
-        /// Why there is none.
+        /// Why the tokenizer is missing.
         reason: String,
     },
     /// The file cannot be read.

@@ -1,8 +1,8 @@
-//! `xpyd bench --against`: two servers, the same requests, in turn.
+//! `xpyd bench --against`: compares two servers with the same requests, block by block.
 
 use serde_json::json;
 
-use super::compare::show;
+use super::compare::print_changes;
 use super::session::Session;
 use super::{Server, failure, without_version};
 use crate::bench::stats::ab_order::{self, Pairs, Side};
@@ -10,7 +10,7 @@ use crate::bench::stats::compare;
 use crate::bench::{self, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 
-/// The other server, and what its requests name.
+/// The other server and its model.
 struct Other {
     server: Server,
     model: String,
@@ -23,7 +23,7 @@ pub(super) async fn run(session: &Session<'_>, url: &str) -> Result<ExitStatus, 
     };
     let blocks = ab_order::blocks(session.arguments.data.num_prompts);
     session.printer.status(format_args!(
-        "{} requests to each of two servers, in {} blocks, whose order is A B B A:\n  A  `{}` at {}\n  B  `{}` at {}",
+        "{} requests to each of two servers in {} blocks, in the order A B B A:\n  A  `{}` at {}\n  B  `{}` at {}",
         session.arguments.data.num_prompts,
         blocks.len(),
         session.first.model,
@@ -43,7 +43,7 @@ pub(super) async fn run(session: &Session<'_>, url: &str) -> Result<ExitStatus, 
     conclude(session, &other, &pairs, &done, blocks.len())
 }
 
-/// Asks the other server for its model; `None` if the stop came first.
+/// Asks the other server for its model; `None` if the run was stopped before.
 async fn find(session: &Session<'_>, url: &str) -> Result<Option<Other>, Failure> {
     let url = without_version(url, &session.arguments.target);
     let server = Server::of(session.arguments, url)?;
@@ -59,7 +59,7 @@ async fn find(session: &Session<'_>, url: &str) -> Result<Option<Other>, Failure
     }))
 }
 
-/// One block on both servers: the report of A, then that of B. `None` if the user stopped it.
+/// Runs one block on both servers and returns the reports of A and B; `None` if the user stopped the run.
 async fn both(
     session: &Session<'_>,
     other: &Other,
@@ -90,7 +90,7 @@ async fn both(
             block + 1,
             report.mean_ttft_ms(),
             report.mean_tpot_ms(),
-            told_apart(&report)
+            block_problems(&report)
         ));
         reports[place] = Some(report);
     }
@@ -98,8 +98,8 @@ async fn both(
     Ok(first.zip(second).map(|(first, second)| [first, second]))
 }
 
-/// What else is to be known of a block.
-fn told_apart(report: &Report) -> String {
+/// Failures and invalidity of a block.
+fn block_problems(report: &Report) -> String {
     let failed = report.failures().into_iter().next();
     let failed = failed.map(|group| format!(", {} failed: {}", report.failed(), group.cause));
     let invalid = sweep::why_invalid(report).map(|why| format!(", not valid: {why}"));
@@ -115,7 +115,7 @@ fn conclude(
 ) -> Result<ExitStatus, Failure> {
     let rows = pairs.rows(&session.first.percentiles);
     if !session.arguments.output.json {
-        show(&rows, session.printer)?;
+        print_changes(&rows, session.printer)?;
     }
     if done.len() < blocks {
         session
@@ -123,12 +123,12 @@ fn conclude(
             .status(format_args!("stopped: {} of {blocks} blocks are complete", done.len()));
     }
     session.printer.status(format_args!(
-        "{} pairs of requests that both answered; the change is that of B against A",
+        "{} requests were answered by both servers; the change is from A to B",
         pairs.len()
     ));
     if pairs.unpaired() > 0 {
         session.printer.error(format_args!(
-            "{} requests that one of the two did not answer count for neither",
+            "{} requests were not answered by both servers and do not count",
             pairs.unpaired()
         ));
     }

@@ -1,7 +1,7 @@
-//! The flags of `xpyd bench`: named and meant as those of `vllm bench serve`, and with its defaults.
+//! The flags of `xpyd bench`, with the names, meanings and defaults of `vllm bench serve`.
 
 mod data;
-mod ending;
+mod deadline;
 mod load;
 mod modes;
 mod output;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::Args;
 
 pub(super) use self::data::{Data, DatasetName};
-pub(super) use self::ending::Ending;
+pub(super) use self::deadline::Deadline;
 pub(super) use self::load::Load;
 pub(super) use self::modes::{Fleet, Modes};
 pub(super) use self::output::Output;
@@ -25,41 +25,41 @@ use super::Server;
 use crate::bench::{Backend, Lora, LoraAssignment, Naming, Options, Spec};
 use crate::report::{ExitStatus, Failure};
 
-/// Benchmarks a server: the running fleet, or any other that speaks OpenAI's API.
+/// Benchmarks a server: the running fleet, or any other with an OpenAI-compatible API.
 #[derive(Debug, Clone, Args)]
 #[command(args_override_self = true, allow_negative_numbers = true)]
 pub struct Arguments {
-    /// Which server is asked, and how.
+    /// The server and the form of requests.
     #[command(flatten)]
     pub target: Target,
-    /// What is asked.
+    /// The workload.
     #[command(flatten)]
     pub data: Data,
-    /// When it is asked.
+    /// The load.
     #[command(flatten)]
     pub load: Load,
-    /// What is asked of the sampler.
+    /// Sampling parameters.
     #[command(flatten)]
     pub sampling: Sampling,
-    /// What is told of the run.
+    /// Output of the run.
     #[command(flatten)]
     pub output: Output,
-    /// When it ends before its time.
+    /// The time limit of the run.
     #[command(flatten)]
-    pub ending: Ending,
-    /// The report as a page.
+    pub deadline: Deadline,
+    /// The HTML report.
     #[command(flatten)]
     pub page: Page,
-    /// More than one run.
+    /// Modes with several runs.
     #[command(flatten)]
     pub modes: Modes,
-    /// A fleet for the bench.
+    /// The fleet to start for the benchmark.
     #[command(flatten)]
     pub fleet: Fleet,
 }
 
 impl Arguments {
-    /// The run that they ask for. Its model is empty if they leave that to the server.
+    /// The settings of the run. The model is empty if the server decides.
     pub(super) fn spec(&self, server: Server) -> Result<Spec, Failure> {
         let backend = match self.target.backend {
             BackendName::Openai | BackendName::Vllm => Backend::Completions,
@@ -69,7 +69,7 @@ impl Arguments {
         if !endpoint.starts_with('/') {
             return Err(Failure::message(
                 ExitStatus::Usage,
-                "`--endpoint` is a path and starts with `/`",
+                "`--endpoint` must be a path that starts with `/`",
             ));
         }
         let arrivals = self.load.arrivals();
@@ -125,7 +125,7 @@ impl Arguments {
         }
     }
 
-    /// What is about to run, in one line.
+    /// The run in one line.
     pub(super) fn headline(&self, spec: &Spec) -> String {
         let random = matches!(self.data.dataset_name, DatasetName::Random);
         let what = if random {
@@ -140,7 +140,7 @@ impl Arguments {
             format!("{count} requests of `{}`", self.data.dataset_name.name())
         };
         let when = if spec.workload.is_self_timed() {
-            "at the trace's own times".to_owned()
+            "at the times of the trace".to_owned()
         } else {
             format!("{} req/s, burstiness {}", self.load.request_rate, self.load.burstiness)
         };

@@ -1,13 +1,13 @@
-//! Makes a line for `vllm bench serve` one for `xpyd bench`, and a recipe the flags that it stands for. Pure but for the
-//! clock, of which a recipe's seed is made.
+//! Converts a command line of `vllm bench serve` into one of `xpyd bench`, and expands recipes. Pure except for the
+//! clock, which gives the seed of a recipe.
 
 use std::ffi::OsString;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A whole command line: the words after `bench` are read as `words` does, others stay.
+/// Converts a command line: the arguments after `bench` as in [`bench_arguments`]; others are unchanged.
 pub fn compatible_argv(all: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut all: Vec<OsString> = all.into_iter().collect();
-    // Global flags take no values, so the first word that is no flag is the verb.
+    // Global flags have no values, so the first argument that is not a flag is the command.
     let is_word = |word: &OsString| !word.as_encoded_bytes().starts_with(b"-");
     let verb = all.iter().skip(1).position(is_word).map(|place| place + 1);
     if let Some(verb) = verb.filter(|&place| all[place] == "bench") {
@@ -17,10 +17,10 @@ pub fn compatible_argv(all: impl IntoIterator<Item = OsString>) -> Vec<OsString>
     all
 }
 
-/// The words after `bench`.
+/// Converts the arguments after `bench`.
 ///
-/// As in vLLM, flags may be written with underscores. A leading `serve` makes the line one of vLLM's, which ends as vLLM
-/// does. A recipe's flags are put first, because of a flag that comes twice the last one counts.
+/// As in vLLM, flags can have underscores. A leading `serve` selects vLLM's output and exit codes. The flags of a
+/// recipe come first, because the last of two equal flags wins.
 pub(super) fn bench_arguments(given: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut given: Vec<OsString> = given.into_iter().map(dashed).collect();
     let mut words = Vec::new();
@@ -34,7 +34,7 @@ pub(super) fn bench_arguments(given: impl IntoIterator<Item = OsString>) -> Vec<
     words
 }
 
-/// `--num_prompts=3` as `--num-prompts=3`. What is no UTF-8 is no flag.
+/// `--num_prompts=3` as `--num-prompts=3`. Non-UTF-8 arguments are unchanged.
 fn dashed(word: OsString) -> OsString {
     let Some(text) = word.to_str().filter(|text| text.starts_with("--")) else {
         return word;
@@ -48,8 +48,8 @@ fn names_recipe(given: &[OsString]) -> bool {
     given.windows(2).any(is_apart) || given.iter().any(|word| word == "--recipe=lmcache-xpyd")
 }
 
-/// LMCache's xPyD example, as its README calls vLLM's client. Its seed is the shell's `date +%s`, which differs from run to
-/// run: the same seed would make the same prompts, whose KV a server may still hold.
+/// The flags with which the README of LMCache's xPyD example calls vLLM's client. The seed is `date +%s`, which differs
+/// between runs: equal seeds make equal prompts, whose KV a server can still have cached.
 fn recipe(given: &[OsString]) -> Vec<OsString> {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     // numpy takes seeds of 32 bits; the clock wraps around in 2106.
@@ -71,16 +71,16 @@ fn recipe(given: &[OsString]) -> Vec<OsString> {
 mod tests {
     use super::*;
 
-    fn lined(text: &str) -> String {
+    fn converted(text: &str) -> String {
         let words = compatible_argv(text.split(' ').map(OsString::from));
         let words: Vec<_> = words.iter().map(|word| word.to_str().unwrap()).collect();
         words.join(" ")
     }
 
     #[test]
-    fn a_line_of_vllm_is_read_as_its_parser_does() {
+    fn vllm_command_lines_are_converted() {
         assert_eq!(
-            lined("xpyd -q bench serve --num_prompts 3 --extra_body={\"a_b\":1} --label a_b"),
+            converted("xpyd -q bench serve --num_prompts 3 --extra_body={\"a_b\":1} --label a_b"),
             "xpyd -q bench --as-vllm --num-prompts 3 --extra-body={\"a_b\":1} --label a_b"
         );
         for untouched in [
@@ -89,14 +89,14 @@ mod tests {
             "xpyd --help",
             "xpyd bench --label serve",
         ] {
-            assert_eq!(lined(untouched), untouched);
+            assert_eq!(converted(untouched), untouched);
         }
     }
 
     #[test]
-    fn a_recipe_is_flags_that_given_ones_come_after() {
+    fn given_flags_override_a_recipe() {
         let rate = "--request-rate 1 --recipe";
-        let plain = lined("xpyd bench --recipe lmcache-xpyd --num-prompts 3");
+        let plain = converted("xpyd bench --recipe lmcache-xpyd --num-prompts 3");
         assert!(
             plain.starts_with("xpyd bench --dataset-name random --random-input-len 7500 "),
             "{plain}"
@@ -105,12 +105,12 @@ mod tests {
             plain.contains(rate) && plain.ends_with(" --recipe lmcache-xpyd --num-prompts 3"),
             "{plain}"
         );
-        let ramp = lined("xpyd bench --recipe=lmcache-xpyd --ramp-up-strategy linear");
+        let ramp = converted("xpyd bench --recipe=lmcache-xpyd --ramp-up-strategy linear");
         assert!(
             ramp.contains("--burstiness 100") && !ramp.contains("--request-rate"),
             "{ramp}"
         );
         let unknown = "xpyd bench --recipe no-such";
-        assert_eq!(lined(unknown), unknown);
+        assert_eq!(converted(unknown), unknown);
     }
 }

@@ -1,7 +1,7 @@
-//! What ends a benchmark before its time: Ctrl+C, a signal, or the deadline that the user gave it.
+//! Cancellation of a benchmark: Ctrl+C, another signal, or the deadline.
 //!
-//! The first one asks the run to stop, so that what has ended still gets its table. The second one leaves at once, whatever
-//! the program is doing: it comes on a thread of its own, because the main one may be busy making prompts.
+//! The first event asks the run to stop, and the finished requests still get their table. The second signal exits at
+//! once; a separate thread handles it, because the main one can be busy with prompts.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
 use crate::ui::Printer;
 
-/// How long the run may take to stop before the user is told what else can be done.
+/// Time for the run to stop before a message names the second Ctrl+C.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why a run was stopped.
@@ -25,10 +25,10 @@ pub(super) enum CancelCause {
     Deadline,
 }
 
-/// Watches for whatever stops the run, as long as it lives.
+/// Watches for the events that stop the run.
 #[derive(Debug)]
 pub(super) struct CancelWatch {
-    /// Cancelled when the run should stop.
+    /// Cancelled when the run must stop.
     pub(super) stop: CancellationToken,
     cause: Arc<OnceLock<CancelCause>>,
     /// Ends the watch when dropped.
@@ -36,7 +36,7 @@ pub(super) struct CancelWatch {
 }
 
 impl CancelWatch {
-    /// Begins to watch. Only where it `may_leave`, the second signal ends the process.
+    /// Starts to watch. With `may_leave`, the second signal ends the process.
     pub(super) fn watch(deadline: Option<Duration>, may_leave: bool, printer: Printer) -> Result<Self, Failure> {
         let signals = StopSignals::listen().map_err(|error| Failure::new(ExitStatus::Failure, error))?;
         let stop = CancellationToken::new();
@@ -46,7 +46,7 @@ impl CancelWatch {
         watch.spawn(async move {
             let signals = cancel_at_first(signals, deadline, &token, &first_cause).await;
             if may_leave {
-                leave_at_the_next(signals, printer).await;
+                exit_at_next_signal(signals, printer).await;
             }
         });
         Ok(Self {
@@ -62,7 +62,7 @@ impl CancelWatch {
     }
 }
 
-/// Waits for the first reason to stop, and asks for it.
+/// Waits for the first reason to stop, and cancels the run.
 async fn cancel_at_first(
     mut signals: StopSignals,
     deadline: Option<Duration>,
@@ -80,27 +80,27 @@ async fn cancel_at_first(
         () = deadline_passed => CancelCause::Deadline,
     };
     let is_first = cause.set(first).is_ok();
-    debug_assert!(is_first, "nobody else sets it");
+    debug_assert!(is_first, "only this task sets it");
     stop.cancel();
     signals
 }
 
-async fn leave_at_the_next(mut signals: StopSignals, printer: Printer) {
-    // Most often the run has ended, and this watch with it, before that is worth a word.
+async fn exit_at_next_signal(mut signals: StopSignals, printer: Printer) {
+    // Usually the run, and this task with it, ends before the message.
     let patience = tokio::time::timeout(PATIENCE, signals.next());
     if patience.await.is_err() {
-        printer.status("stopping: press Ctrl+C again to leave at once");
+        printer.status("stopping: press Ctrl+C again to exit at once");
         signals.next().await;
     }
-    printer.error("left at once, without a result");
-    leave();
+    printer.error("exited without a result");
+    exit();
 }
 
 #[expect(
     clippy::exit,
     clippy::disallowed_methods,
-    reason = "the user has asked twice, the main thread may be busy for long, and there is nothing to put in order"
+    reason = "the user asked twice, the main thread can be busy for long, and there is no state to clean up"
 )]
-fn leave() -> ! {
+fn exit() -> ! {
     std::process::exit(ExitStatus::Forced.code().into())
 }

@@ -1,7 +1,7 @@
-//! The real client's flags and clock readings must give the real client's table, file and file name.
+//! Tests that the flags and clock readings of vLLM's client give the same table, file and file name.
 //!
-//! `tests/real/bench_capture.py` ran `vllm bench serve` 0.32.0 and kept what it printed and saved; the README beside the
-//! captures says more.
+//! `tests/real/bench_capture.py` ran `vllm bench serve` 0.32.0 and kept its output and files; see the README beside the
+//! captures.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -29,7 +29,7 @@ fn captures() -> Vec<Capture> {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "flags") {
             let flags = std::fs::read_to_string(&path).unwrap();
-            // Python writes an infinite burstiness as what is no JSON; the rate it writes as a string, and so do we both.
+            // Python writes an infinite burstiness as invalid JSON. Both clients write an infinite rate as a string.
             let saved_text = std::fs::read_to_string(path.with_extension("json")).unwrap();
             let saved_text = saved_text.replace(": Infinity", ": \"inf\"");
             let (line, file_name) = flags.trim().split_once('\n').unwrap();
@@ -48,7 +48,7 @@ fn captures() -> Vec<Capture> {
     found
 }
 
-/// What the flags ask for, with the model that the server named where they name none.
+/// The settings of the flags, with the server's model if they name none.
 fn spec(line: &str, saved: &str) -> Spec {
     let arguments = parse(line).unwrap();
     let mut spec = arguments.spec(server()).unwrap();
@@ -63,7 +63,7 @@ fn seconds(value: &Value) -> Duration {
     Duration::try_from_secs_f64(value.as_f64().unwrap()).unwrap()
 }
 
-/// One request as the file has it, or as far as it has it.
+/// One request, as far as the file has it.
 fn record(saved: &Value, index: usize) -> Record {
     let text = |key: &str| saved[key][index].as_str().unwrap_or_default().to_owned();
     let instant = |key: &str| saved[key].get(index).map_or(Duration::ZERO, seconds);
@@ -132,8 +132,8 @@ fn diffusion(saved: &Value) -> Option<Diffusion> {
     })
 }
 
-/// Latencies whose numbers are those of the file, which has no others: the median up to the last but one, which the 99th
-/// percentile of so few tells.
+/// Latencies that have the numbers of the file: the median for all but the last two, from which P99 and the maximum
+/// follow.
 fn probes(saved: &Value) -> Option<Probes> {
     let completed = usize::try_from(saved["probe_completed"].as_u64()?).unwrap();
     let number = |key: &str| saved[key].as_f64().unwrap() / 1000.0;
@@ -149,7 +149,7 @@ fn probes(saved: &Value) -> Option<Probes> {
 }
 
 #[test]
-fn the_same_clock_readings_give_the_same_table_byte_for_byte() {
+fn the_same_clock_readings_give_the_same_table() {
     for capture in captures().iter().filter(|capture| capture.is_detailed) {
         let report = report(capture);
         let mut ours = report.failure_lines().join("\n");
@@ -158,14 +158,14 @@ fn the_same_clock_readings_give_the_same_table_byte_for_byte() {
         }
         ours.push_str(&report.table());
         let is_result = |line: &&str| line.starts_with("Failed requests during") || line.starts_with("====");
-        let is_told = |line: &&str| !line.starts_with("tip: install termplotlib");
-        let lines: Vec<&str> = capture.printed.lines().filter(is_told).collect();
+        let is_output = |line: &&str| !line.starts_with("tip: install termplotlib");
+        let lines: Vec<&str> = capture.printed.lines().filter(is_output).collect();
         let start = lines.iter().position(is_result).unwrap();
         assert_eq!(ours, lines[start..].join("\n"), "{}", capture.name);
     }
 }
 
-/// Equal, with numbers equal to the nanosecond that a record keeps.
+/// Asserts equality, with numbers equal to the nanosecond that a record keeps.
 fn assert_close(path: &str, ours: &Value, theirs: &Value) {
     match (ours, theirs) {
         (Value::Number(ours), Value::Number(theirs)) => {
@@ -195,14 +195,14 @@ fn keys(entries: &serde_json::Map<String, Value>) -> Vec<&str> {
 }
 
 #[test]
-fn the_same_clock_readings_give_the_same_file_with_the_same_keys_in_the_same_order() {
+fn the_same_clock_readings_give_the_same_file() {
     for capture in &captures() {
         let mut ours = report(capture).to_json(capture.is_detailed);
         let entries = ours.as_object_mut().unwrap();
         assert_eq!(entries.keys().next_back().unwrap(), "xpyd", "{}", capture.name);
         entries.shift_remove("xpyd");
         if !capture.is_detailed {
-            // It has latencies and waits alone, of which these numbers are not made.
+            // The file only has latencies and waits, which do not give these numbers.
             for key in keys(capture.saved.as_object().unwrap()) {
                 let is_measured = ["_ms", "_tokens", "_throughput", "_requests", "_per_s"]
                     .iter()
@@ -212,7 +212,7 @@ fn the_same_clock_readings_give_the_same_file_with_the_same_keys_in_the_same_ord
                 }
             }
         }
-        // The instants differ only in where their count begins.
+        // The times only differ in their origin.
         if let Some(starts) = entries.get_mut("start_times") {
             *starts = capture.saved["start_times"].clone();
         }
@@ -223,7 +223,7 @@ fn the_same_clock_readings_give_the_same_file_with_the_same_keys_in_the_same_ord
 #[test]
 fn python_writes_the_file_in_the_same_way() {
     for capture in &captures() {
-        // serde_json reads numbers to the last bit but one, so they are compared apart.
+        // serde_json does not read the last bit of numbers exactly, so they are compared separately.
         let mut plain = String::new();
         for (place, piece) in capture
             .saved_text

@@ -1,4 +1,4 @@
-//! `xpyd bench --compare A.json B.json`: reads two saved results and tells what differs. Needs no server.
+//! `xpyd bench --compare A.json B.json`: compares two saved results. Needs no server.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::bench::stats::compare::{self, MetricChange};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table};
 
-/// The largest file that is read: the gaps of some ten million tokens.
+/// Largest file in bytes: the gaps of about ten million tokens.
 const MOST_BYTES: u64 = 1 << 30;
 
 /// Compares the two files.
@@ -27,7 +27,7 @@ pub(super) fn run(
     let rows = compare::saved_results(&first, &second);
     let caveats = compare::caveats(&first, &second);
     for caveat in &caveats {
-        printer.status(format_args!("not like with like: {caveat}"));
+        printer.status(format_args!("not directly comparable: {caveat}"));
     }
     let document = json!({
         "xpyd_bench": "compare",
@@ -44,15 +44,15 @@ pub(super) fn run(
         printer.data(document)?;
         return Ok(ExitStatus::Success);
     }
-    show(&rows, printer)?;
+    print_changes(&rows, printer)?;
     if rows.iter().all(|row| row.interval.is_none()) {
-        printer.status("whether that is more than chance, only files of `--save-detailed` can tell");
+        printer.status("to show confidence intervals, save both results with `--save-detailed`");
     }
     Ok(ExitStatus::Success)
 }
 
-/// Prints rows for people: the change, its interval, and what it means.
-pub(super) fn show(rows: &[MetricChange], printer: Printer) -> Result<(), Failure> {
+/// Prints the changes as a table.
+pub(super) fn print_changes(rows: &[MetricChange], printer: Printer) -> Result<(), Failure> {
     let percent = |share: f64| format!("{:+.1}%", share * 100.0);
     let mut table = Table::new(["measure", "a", "b", "change", "95% interval", "detectable", "verdict"]);
     for row in rows {
@@ -78,7 +78,7 @@ fn read(path: &Path) -> Result<SavedResult, Failure> {
     let unusable = |error: anyhow::Error| {
         let context = format!("cannot compare `{}`", path.display());
         Failure::new(ExitStatus::Usage, error.context(context))
-            .hint("name two files that `--save-result` wrote, of `xpyd bench` or `vllm bench serve`")
+            .hint("use two files that `--save-result` of `xpyd bench` or `vllm bench serve` wrote")
     };
     let mut text = String::new();
     fs_err::File::open(path)

@@ -1,4 +1,4 @@
-//! `xpyd bench --find-max`: probes rates until the highest that meets the objectives is known closely enough.
+//! `xpyd bench --find-max`: searches for the highest rate that meets the objectives.
 
 use std::cell::RefCell;
 use std::num::NonZeroUsize;
@@ -18,24 +18,24 @@ use crate::bench::{Metric, Objective, Record, Report, Spec, sweep};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::time_span;
 
-/// The first rate, where the flags name none and a burst does not tell.
+/// The first rate if neither the flags nor a burst give one.
 const FIRST_RATE: f64 = 1.0;
-/// Requests of that burst, and how long it may take.
+/// Requests of that burst, and its time limit.
 const BURST: usize = 64;
 const LONGEST_BURST: Duration = Duration::from_secs(30);
-/// Requests that are sent alone before the first probe. The first one may be cold.
-const ALONE: usize = 3;
-/// A server is at rest again when a request alone takes no more than this much longer than at first, or than the moment below.
-const AT_REST: f64 = 1.25;
-const MOMENT: Duration = Duration::from_millis(20);
-/// How long a server may take to come to rest after a probe that was cut.
-const REST: Duration = Duration::from_mins(1);
-/// How long a server takes to fill, before anything is known of it.
+/// Single requests before the first probe. The first one can be cold.
+const SINGLE_REQUESTS: usize = 3;
+/// A server is idle again when a single request takes at most this factor of the first latency, plus [`IDLE_MARGIN`].
+const IDLE_FACTOR: f64 = 1.25;
+const IDLE_MARGIN: Duration = Duration::from_millis(20);
+/// Longest wait for an idle server after a probe that was cut.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
+/// Assumed time to fill the server before any probe has measured it.
 const FILL: Duration = Duration::from_secs(5);
-/// Most requests that are made up for one probe.
+/// Most requests of one probe.
 const MOST_REQUESTS: usize = 200_000;
 
-/// A probe that has ended.
+/// A finished probe.
 struct Probe {
     rate: f64,
     verdict: ProbeVerdict,
@@ -43,37 +43,37 @@ struct Probe {
     sent: usize,
     ttft_p99: Option<f64>,
     lasted: Duration,
-    /// Of the answers: about how long the server takes to fill.
+    /// The shortest latency, about the time to fill the server.
     quickest: Duration,
     invalid: Option<String>,
     cause: Option<String>,
-    /// Requests were at the server when it ended.
+    /// Whether requests were in flight when it ended.
     was_cut: bool,
 }
 
-/// What a request meets that is alone at the server.
-struct Alone {
+/// The latency of a single request at an idle server.
+struct IdleLatency {
     latency: Duration,
-    /// The objectives that even it misses, if it does.
+    /// The objectives that even this request misses.
     missed: Option<String>,
 }
 
-/// Why the search is over.
+/// Why the search ended.
 enum EndReason {
-    /// A request alone misses these objectives.
-    Alone(String),
+    /// A single request at an idle server misses these objectives.
+    MissedWhenIdle(String),
     Search(SearchEnd),
     Time,
     Interrupted,
 }
 
-/// Searches.
+/// Runs the search.
 pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     let modes = &session.arguments.modes;
     let objectives = session.first.objectives.clone();
-    let wanted = format!("{} for {}% of requests", named(&objectives), percent(modes.attainment));
+    let wanted = format!("{} for {}% of requests", names(&objectives), percent(modes.attainment));
     session.printer.status(format_args!(
-        "searching the highest rate that meets {wanted}, to `{}` at {}; every probe has prompts of its own, made from seed {} and its number",
+        "searching for the highest rate that meets {wanted}, with `{}` at {}; every probe has its own prompts, made from seed {} and its number",
         session.first.model,
         session.first.base_url,
         session.first.workload.seed()
@@ -82,17 +82,17 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     let began = Instant::now();
     let deadline = began + modes.max_time;
     let mut probes: Vec<Probe> = Vec::new();
-    let alone = Box::pin(alone(session, &objectives)).await?;
-    let missed = alone.as_ref().and_then(|alone| alone.missed.clone());
+    let idle = Box::pin(measure_idle(session, &objectives)).await?;
+    let missed = idle.as_ref().and_then(|idle| idle.missed.clone());
     let first = match (&missed, session.arguments.load.request_rate) {
         (Some(_), _) => FIRST_RATE,
         (None, rate) if rate.is_finite() => rate,
-        (None, _) => Box::pin(burst(session, alone.as_ref(), deadline)).await?,
+        (None, _) => Box::pin(burst(session, idle.as_ref(), deadline)).await?,
     };
     let mut search = Search::new(first, modes.tolerance);
     let end = loop {
         if let Some(missed) = missed {
-            break EndReason::Alone(missed);
+            break EndReason::MissedWhenIdle(missed);
         }
         let rate = match search.step() {
             Step::Done(ending) => break EndReason::Search(ending),
@@ -113,7 +113,7 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
         match Box::pin(probe(session, &objectives, rate, fill, deadline)).await? {
             Some(probe) => {
                 if probe.was_cut {
-                    Box::pin(rest(session, alone.as_ref(), deadline)).await?;
+                    Box::pin(wait_until_idle(session, idle.as_ref(), deadline)).await?;
                 }
                 session.line(&line(&probe));
                 for note in notes(&probe, &objectives) {
@@ -144,20 +144,22 @@ pub(super) async fn run(session: &Session<'_>) -> Result<ExitStatus, Failure> {
     })
 }
 
-/// Whether the flags make a search.
+/// Checks the flags of a search.
 pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
     if first.objectives.is_empty() {
         let problem = "`--find-max` needs objectives to meet";
-        return Err(Failure::message(ExitStatus::Usage, problem).hint("name them: `--goodput ttft:500 tpot:20`"));
+        return Err(
+            Failure::message(ExitStatus::Usage, problem).hint("set them, for example `--goodput ttft:500 tpot:20`")
+        );
     }
     if arguments.load.max_concurrency.is_some() {
-        let problem = "`--max-concurrency` holds requests back in the client, where no objective sees them wait";
-        return Err(Failure::message(ExitStatus::Usage, problem).hint("leave it out of `--find-max`"));
+        let problem = "`--max-concurrency` delays requests in the client, which no objective measures";
+        return Err(Failure::message(ExitStatus::Usage, problem).hint("remove `--max-concurrency`"));
     }
     Ok(())
 }
 
-/// Probes a rate until it is decided; `None` if the time or the user's patience ran out before.
+/// Probes a rate until the test decides; `None` if the time is over or the user stopped the run.
 async fn probe(
     session: &Session<'_>,
     objectives: &[Objective],
@@ -180,7 +182,7 @@ async fn probe(
     })?;
     let decided = session.stop.child_token();
     let sprt = RefCell::new((Sprt::new(modes.attainment, objectives.len(), shortest), 0));
-    let vote = |records: &[Record]| {
+    let observe = |records: &[Record]| {
         let (sprt, counted) = &mut *sprt.borrow_mut();
         for record in &records[*counted..] {
             sprt.add(record.index, outcome(record, objectives));
@@ -193,7 +195,7 @@ async fn probe(
     let began = Instant::now();
     let mut in_time = true;
     let report = {
-        let run = session.run(&spec, "probe", &vote, decided.clone());
+        let run = session.run(&spec, "probe", &observe, decided.clone());
         tokio::pin!(run);
         if let Ok(report) = timeout_at(deadline, &mut run).await {
             report?
@@ -212,12 +214,12 @@ async fn probe(
     if decision == Decision::Undecided && (!in_time || session.stop.is_cancelled()) {
         return Ok(None);
     }
-    Ok(Some(judged(rate, decision, sprt, &report, began.elapsed())))
+    Ok(Some(finished_probe(rate, decision, sprt, &report, began.elapsed())))
 }
 
-/// Sends a few requests, one after the other; `None` if one failed or the user stopped it.
-async fn alone(session: &Session<'_>, objectives: &[Objective]) -> Result<Option<Alone>, Failure> {
-    let report = Box::pin(one_by_one(session, ALONE)).await?;
+/// Sends a few requests one by one; `None` if one failed or the user stopped the run.
+async fn measure_idle(session: &Session<'_>, objectives: &[Objective]) -> Result<Option<IdleLatency>, Failure> {
+    let report = Box::pin(run_sequentially(session, SINGLE_REQUESTS)).await?;
     let answers: Vec<&Answer> = report
         .records
         .iter()
@@ -227,20 +229,20 @@ async fn alone(session: &Session<'_>, objectives: &[Objective]) -> Result<Option
         .iter()
         .map(|answer| answer.latency)
         .min()
-        .filter(|_| answers.len() == ALONE)
+        .filter(|_| answers.len() == SINGLE_REQUESTS)
     else {
         return Ok(None);
     };
     let is_missed = |objective: &&Objective| answers.iter().all(|answer| !objective.is_met(answer));
     let missed: Vec<Objective> = objectives.iter().filter(is_missed).copied().collect();
-    Ok(Some(Alone {
+    Ok(Some(IdleLatency {
         latency: quickest,
-        missed: (!missed.is_empty()).then(|| named(&missed)),
+        missed: (!missed.is_empty()).then(|| names(&missed)),
     }))
 }
 
-/// Sends many requests at once, to see about how much the server can do: probes of rates far below that take minutes each.
-async fn burst(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) -> Result<f64, Failure> {
+/// Sends many requests at once to estimate the capacity. Probes at rates far below it take minutes each.
+async fn burst(session: &Session<'_>, idle: Option<&IdleLatency>, deadline: Instant) -> Result<f64, Failure> {
     let spec = session.spec(|arguments| {
         arguments.load.request_rate = f64::INFINITY;
         arguments.data.num_prompts = BURST;
@@ -264,28 +266,28 @@ async fn burst(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) 
         "{answered} of {BURST} requests sent at once were answered within {}: the search begins at {first} req/s",
         time_span(report.client_usage.wall_time)
     ));
-    Box::pin(rest(session, alone, deadline)).await?;
+    Box::pin(wait_until_idle(session, idle, deadline)).await?;
     Ok(first)
 }
 
-/// Waits until the server has let go of what the last probe left behind: a request alone takes as long as at first.
-async fn rest(session: &Session<'_>, alone: Option<&Alone>, deadline: Instant) -> Result<(), Failure> {
-    let Some(alone) = alone else {
+/// Waits until the server is idle: until a single request takes as long as at first.
+async fn wait_until_idle(session: &Session<'_>, idle: Option<&IdleLatency>, deadline: Instant) -> Result<(), Failure> {
+    let Some(idle) = idle else {
         return Ok(());
     };
-    let limit = alone.latency.mul_f64(AT_REST) + MOMENT;
-    let deadline = deadline.min(Instant::now() + REST);
+    let limit = idle.latency.mul_f64(IDLE_FACTOR) + IDLE_MARGIN;
+    let deadline = deadline.min(Instant::now() + IDLE_TIMEOUT);
     while Instant::now() < deadline && !session.stop.is_cancelled() {
-        let report = Box::pin(one_by_one(session, 1)).await?;
-        let is_at_rest = |record: &Record| record.result.as_ref().is_ok_and(|answer| answer.latency <= limit);
-        if report.records.iter().all(is_at_rest) {
+        let report = Box::pin(run_sequentially(session, 1)).await?;
+        let is_idle = |record: &Record| record.result.as_ref().is_ok_and(|answer| answer.latency <= limit);
+        if report.records.iter().all(is_idle) {
             return Ok(());
         }
     }
     Ok(())
 }
 
-async fn one_by_one(session: &Session<'_>, count: usize) -> Result<Report, Failure> {
+async fn run_sequentially(session: &Session<'_>, count: usize) -> Result<Report, Failure> {
     let spec = session.spec(|arguments| {
         arguments.load.request_rate = f64::INFINITY;
         arguments.load.max_concurrency = NonZeroUsize::new(1);
@@ -294,7 +296,7 @@ async fn one_by_one(session: &Session<'_>, count: usize) -> Result<Report, Failu
     session.run(&spec, "one at a time", &|_| {}, session.stop.clone()).await
 }
 
-fn judged(rate: f64, decision: Decision, sprt: Sprt, report: &Report, lasted: Duration) -> Probe {
+fn finished_probe(rate: f64, decision: Decision, sprt: Sprt, report: &Report, lasted: Duration) -> Probe {
     let invalid = sweep::why_invalid(report);
     let ttft = report.metrics.latency(Metric::Ttft);
     let answers = report.records.iter().filter_map(|record| record.result.as_ref().ok());
@@ -349,9 +351,9 @@ fn line(probe: &Probe) -> String {
     )
 }
 
-/// What is to be known of a probe, below its line.
+/// The notes below the line of a probe.
 fn notes(probe: &Probe, objectives: &[Objective]) -> Vec<String> {
-    let mut notes = broken(&probe.sprt, objectives);
+    let mut notes = missed_counts(&probe.sprt, objectives);
     if probe.sprt.is_growing() {
         notes.push("the queue grows".to_owned());
     }
@@ -364,8 +366,8 @@ fn notes(probe: &Probe, objectives: &[Objective]) -> Vec<String> {
     notes
 }
 
-/// Which objectives were missed how often, the one most often missed first, and how many requests failed.
-fn broken(sprt: &Sprt, objectives: &[Objective]) -> Vec<String> {
+/// How often each objective was missed, the most frequent first, and how many requests failed.
+fn missed_counts(sprt: &Sprt, objectives: &[Objective]) -> Vec<String> {
     let mut counts: Vec<(usize, String)> = sprt
         .missed()
         .iter()
@@ -382,12 +384,12 @@ fn name(objective: &Objective) -> String {
     format!("{}:{}", objective.latency.name(), objective.milliseconds)
 }
 
-fn named(objectives: &[Objective]) -> String {
+fn names(objectives: &[Objective]) -> String {
     objectives.iter().map(name).collect::<Vec<_>>().join(" ")
 }
 
 fn percent(share: f64) -> f64 {
-    // Without the digits that a hundredth of a double has.
+    // Without the rounding error of the multiplication.
     (share * 1e8).round() / 1e6
 }
 
@@ -409,44 +411,46 @@ fn summary(
             lines.push("the client could not keep up, so the search ended early".to_owned());
             lines.push(format!("hint: {}", ClientValidity::ADVICE));
         }
-        EndReason::Alone(missed) => lines.push(format!("even a request that is alone at the server misses {missed}")),
+        EndReason::MissedWhenIdle(missed) => {
+            lines.push(format!("even a single request at an idle server misses {missed}"))
+        }
         EndReason::Search(SearchEnd::Probes) => {
-            lines.push("too many probes: the verdicts contradict each other".to_owned())
+            lines.push("too many probes: their results contradict each other".to_owned())
         }
         EndReason::Time => {
             lines.push(
-                "the time was over (`--max-time`) before the search was: `--max-time 30m` gives it more".to_owned(),
+                "the search did not finish within `--max-time`: increase it, for example `--max-time 30m`".to_owned(),
             );
         }
         EndReason::Interrupted => lines.push("interrupted".to_owned()),
     }
     lines.push(match (low, high) {
         (Some(low), Some(high)) if matches!(end, EndReason::Search(SearchEnd::Found)) => {
-            format!("meets {wanted} up to {low:.2} req/s, and no longer at {high:.2}")
+            format!("meets {wanted} up to {low:.2} req/s, but not at {high:.2}")
         }
         (Some(low), Some(high)) => {
-            format!("meets {wanted} at {low:.2} req/s at least, and not at {high:.2}; rates between were not tried")
+            format!("meets {wanted} at least up to {low:.2} req/s, but not at {high:.2}; rates between were not tested")
         }
-        (Some(low), None) => format!("meets {wanted} at {low:.2} req/s at least; higher rates were not tried"),
-        (None, Some(high)) => format!("does not meet {wanted} at {high:.3} req/s; what it does below is not known"),
-        (None, None) if matches!(end, EndReason::Alone(_)) => format!("no rate meets {wanted}"),
-        (None, None) => format!("whether it meets {wanted} is not known"),
+        (Some(low), None) => format!("meets {wanted} at least up to {low:.2} req/s; higher rates were not tested"),
+        (None, Some(high)) => format!("does not meet {wanted} at {high:.3} req/s; lower rates were not tested"),
+        (None, None) if matches!(end, EndReason::MissedWhenIdle(_)) => format!("no rate meets {wanted}"),
+        (None, None) => format!("it is unknown whether it meets {wanted}"),
     });
-    if let Some(first) = high.and_then(|high| first_broken(high, probes, objectives)) {
-        lines.push(format!("what gives way first: {first}"));
+    if let Some(first) = high.and_then(|high| first_failure(high, probes, objectives)) {
+        lines.push(format!("first to fail: {first}"));
     }
     lines
 }
 
-/// What broke at the lowest rate that failed.
-fn first_broken(high: f64, probes: &[Probe], objectives: &[Objective]) -> Option<String> {
+/// What failed at the lowest failing rate.
+fn first_failure(high: f64, probes: &[Probe], objectives: &[Objective]) -> Option<String> {
     let is_lowest = |probe: &&Probe| probe.verdict == ProbeVerdict::Fail && probe.rate.total_cmp(&high).is_eq();
     let probe = probes.iter().rev().find(is_lowest)?;
-    let broken = broken(&probe.sprt, objectives);
+    let missed_counts = missed_counts(&probe.sprt, objectives);
     let counted = probe.sprt.counted();
     Some(format!(
         "{} of {counted} requests at {high:.2} req/s",
-        broken.join(", ")
+        missed_counts.join(", ")
     ))
 }
 
@@ -484,7 +488,7 @@ fn document(
         EndReason::Search(SearchEnd::EverythingPasses) => "everything passes",
         EndReason::Search(SearchEnd::ClientLimit) => "client limit",
         EndReason::Search(SearchEnd::Probes) => "too many probes",
-        EndReason::Alone(_) => "a request alone misses",
+        EndReason::MissedWhenIdle(_) => "a request alone misses",
         EndReason::Time => "time",
         EndReason::Interrupted => "interrupted",
     };
@@ -498,7 +502,7 @@ fn document(
         ("fails_at", json!(high)),
         (
             "first_broken",
-            json!(high.and_then(|high| first_broken(high, probes, objectives))),
+            json!(high.and_then(|high| first_failure(high, probes, objectives))),
         ),
         ("probes", probes.iter().map(entry).collect()),
     ]

@@ -1,5 +1,7 @@
-//! `xpyd bench --profile`: a fleet of the bench's own. A second xpyd runs it, as `xpyd up --detach` does; it is told to end
-//! when the bench has ended, and the kernel tells it if the bench is killed.
+//! `xpyd bench --profile`: starts a fleet for the benchmark.
+//!
+//! A second xpyd process runs the fleet, as with `xpyd up --detach`. The benchmark stops it at the end, and the kernel
+//! stops it if the benchmark is killed.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -15,18 +17,18 @@ use crate::control::rundir;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
-/// A fleet that runs.
+/// A running fleet.
 pub(super) struct Fleet {
     name: String,
     xpyd: Child,
-    /// The folder with its logs.
+    /// Folder of its logs.
     logs: PathBuf,
-    /// Where it serves.
+    /// Its address.
     pub(super) target: Target,
 }
 
 impl Fleet {
-    /// Brings up the fleet that the flags name; `None` if the stop came before it was ready.
+    /// Starts the fleet; `None` if it was stopped before it was ready.
     pub(super) async fn start(
         arguments: &Arguments,
         profile: &str,
@@ -37,22 +39,22 @@ impl Fleet {
         let program = std::env::current_exe().map_err(anyhow::Error::from)?;
         let mut xpyd = Command::new(program)
             .args(printer.quiet.then_some("--quiet"))
-            .args(words(arguments, profile, &name)?)
+            .args(up_arguments(arguments, profile, &name)?)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| anyhow::Error::new(error).context("cannot start the process of the fleet"))?;
         if !is_ready(&mut xpyd, printer, stop).await? {
-            // It has said why, and is about to end.
+            // It has printed the reason and is ending.
             let ended = xpyd.wait().await.map_err(anyhow::Error::from)?;
             if stop.is_cancelled() {
                 return Ok(None);
             }
             let status = detach::status_after(ended);
-            let problem = format!("the fleet of profile `{profile}` did not come up");
+            let problem = format!("the fleet of profile `{profile}` did not start");
             return Err(
-                Failure::message(status, problem).hint(format!("`xpyd plan --profile {profile}` shows what was tried"))
+                Failure::message(status, problem).hint(format!("`xpyd plan --profile {profile}` shows the plan"))
             );
         }
         let run = rundir::find(&name).map_err(|error| Failure::new(ExitStatus::Failure, error))?;
@@ -67,7 +69,7 @@ impl Fleet {
         }))
     }
 
-    /// Takes it down, and fails if anything of it is left.
+    /// Stops the fleet; an error if anything of it is left.
     pub(super) async fn stop(mut self, printer: Printer) -> Result<(), Failure> {
         let went_down = down::run_to_its_end(down::Arguments::of(&self.name), printer).await;
         match went_down {
@@ -75,9 +77,9 @@ impl Fleet {
                 self.xpyd.wait().await.map_err(anyhow::Error::from)?;
                 Ok(())
             }
-            // It has ended by itself, and said why in its log.
+            // It ended by itself; its log has the reason.
             Err(failure) if failure.status == ExitStatus::RunState => {
-                let problem = "the fleet ended while it was measured";
+                let problem = "the fleet ended during the benchmark";
                 Err(Failure::message(ExitStatus::Failure, problem)
                     .hint(format!("`xpyd logs --run {}` shows why", self.logs.display())))
             }
@@ -86,8 +88,8 @@ impl Fleet {
     }
 }
 
-/// The words of the command that runs the fleet.
-fn words(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<String>, Failure> {
+/// The arguments of the command that runs the fleet.
+fn up_arguments(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<String>, Failure> {
     let fleet = &arguments.fleet;
     let mut settings = fleet.set.clone();
     settings.extend(fleet.preset.as_ref().map(|preset| format!("sim.preset={preset}")));
@@ -140,7 +142,7 @@ fn words(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<String>
     Ok(words)
 }
 
-/// Waits until the fleet is ready or its process has let go of its pipes; true if it is ready. The stop ends it.
+/// Waits until the fleet is ready or its process closes its pipes; true if it is ready. `stop` ends it.
 async fn is_ready(xpyd: &mut Child, printer: Printer, stop: &CancellationToken) -> Result<bool, Failure> {
     let mut relay = std::pin::pin!(detach::relay(xpyd.stdout.take(), xpyd.stderr.take(), printer));
     let is_ready = tokio::select! {
@@ -152,7 +154,7 @@ async fn is_ready(xpyd: &mut Child, printer: Printer, stop: &CancellationToken) 
     };
     let is_ready = is_ready.map_err(anyhow::Error::from)?;
     if is_ready && stop.is_cancelled() {
-        // Both at once. It ends as it does before it is ready.
+        // Ready and stopped at the same time: it ends as before it is ready.
         terminate(xpyd);
         return Ok(false);
     }
@@ -162,7 +164,7 @@ async fn is_ready(xpyd: &mut Child, printer: Printer, stop: &CancellationToken) 
 fn terminate(xpyd: &Child) {
     let process = xpyd.id().and_then(|id| i32::try_from(id).ok());
     if let Some(process) = process {
-        // One that has ended needs no telling.
+        // Fails if it has already ended.
         let _ = kill(Pid::from_raw(process), Signal::SIGTERM);
     }
 }

@@ -1,18 +1,18 @@
-//! What went wrong with a benchmark, and what mends it: for a run that could not begin, and for requests that failed.
+//! Hints for benchmarks that cannot start, and for failed requests.
 
 use tokio_rustls::rustls;
 
 use crate::bench::{BenchError, FailureGroup, Spec};
 use crate::report::{ExitStatus, Failure};
 
-/// Letters that a name may be away from one that is there.
+/// Largest edit distance of a suggested name.
 const NEAR: usize = 3;
 
-/// The failure of a run that could not begin.
+/// The failure of a run that could not start.
 pub(super) fn failure(error: BenchError) -> Failure {
     let hints = hints_for_error(&error);
     let error = match error {
-        // Between the sentence and the reason stand the layers of a library.
+        // Skips the intermediate errors of libraries.
         BenchError::Unreachable { url, source } => {
             let mut reason: &dyn std::error::Error = &source;
             while let Some(next) = reason.source() {
@@ -30,32 +30,32 @@ pub(super) fn failure(error: BenchError) -> Failure {
 fn hints_for_error(error: &BenchError) -> Vec<String> {
     match error {
         BenchError::Unreachable { source, .. } if source.kind() == std::io::ErrorKind::TimedOut => {
-            vec!["something listens there, but says nothing: is it a model server, and is it well?".to_owned()]
+            vec!["a process listens there but does not answer: check that it is a model server and that it is healthy".to_owned()]
         }
         BenchError::Unreachable { source, .. } if is_untrusted(source) => {
-            vec!["`SSL_CERT_FILE=ca.pem` names who vouches for it, `--insecure` trusts anybody".to_owned()]
+            vec!["set `SSL_CERT_FILE=ca.pem` to trust its certificate, or `--insecure` to trust any".to_owned()]
         }
         BenchError::Unreachable { url, source } if source.kind() == std::io::ErrorKind::InvalidData => {
             let scheme = if url.starts_with("https") { "http" } else { "https" };
             vec![format!(
-                "what answers is no {} server: `--base-url {scheme}://…`?",
+                "the server does not speak {}: try `--base-url {scheme}://…`",
                 url.split(':').next().unwrap_or_default()
             )]
         }
         BenchError::Unreachable { .. } => vec![
-            "`xpyd up` or `xpyd demo` starts a fleet; `xpyd status` says whether one runs".to_owned(),
-            "`--base-url http://host:port` names another server; `--ready-check-timeout-sec 300` waits for one that is \
+            "`xpyd up` or `xpyd demo` starts a fleet; `xpyd status` shows whether one is running".to_owned(),
+            "set `--base-url http://host:port` for another server, or `--ready-check-timeout-sec 300` to wait for one that is \
              still starting"
                 .to_owned(),
         ],
         BenchError::NoModelList { .. } => vec![
-            "`--base-url` ends before the path: `http://host:port`".to_owned(),
-            "a server without a list of its models is measured with `--model NAME`".to_owned(),
+            "set `--base-url` without a path: `http://host:port`".to_owned(),
+            "set `--model NAME` for a server without a model list".to_owned(),
         ],
         BenchError::UnknownModel { served, .. } if served.is_empty() => Vec::new(),
         BenchError::UnknownModel { model, served } => vec![served_models(model, served)],
         BenchError::NotReady { .. } => {
-            vec!["the server's log says how far it is; `--ready-check-timeout-sec` gives it more time".to_owned()]
+            vec!["see the server's log, or increase `--ready-check-timeout-sec`".to_owned()]
         }
         BenchError::BaseUrl(url) if !url.contains("://") => vec![format!("`--base-url http://{url}`")],
         BenchError::Workload(_)
@@ -66,7 +66,7 @@ fn hints_for_error(error: &BenchError) -> Vec<String> {
         | BenchError::BaseUrl(_)
         | BenchError::Threads(_) => Vec::new(),
         BenchError::Trust(_) => {
-            vec!["`SSL_CERT_FILE=ca.pem` names whom to trust, `--insecure` trusts anybody".to_owned()]
+            vec!["set `SSL_CERT_FILE=ca.pem` to the certificates to trust, or `--insecure` to trust any".to_owned()]
         }
     }
 }
@@ -77,19 +77,22 @@ fn is_untrusted(error: &std::io::Error) -> bool {
     matches!(inner, Some(rustls::Error::InvalidCertificate(_)))
 }
 
-/// What the server has instead, the nearest name first.
+/// The models that the server has, the nearest name first.
 fn served_models(model: &str, served: &[String]) -> String {
     let distance = |name: &str| strsim::damerau_levenshtein(name, model);
-    // vLLM serves a model of a path by that path, so people often leave the owner out.
+    // vLLM serves a model from a path under that path, so users often omit the owner.
     let is_near = |name: &&String| name.rsplit('/').next() == Some(model) || distance(name) <= NEAR;
     if let Some(name) = served.iter().filter(is_near).min_by_key(|name| distance(name)) {
         return format!("did you mean `--model {name}`?");
     }
     let names: Vec<String> = served.iter().map(|name| format!("`{name}`")).collect();
-    format!("it serves {}; without `--model` the first is taken", names.join(", "))
+    format!(
+        "the server has {}; without `--model` the first is used",
+        names.join(", ")
+    )
 }
 
-/// What mends requests that failed: a line per kind of failure, for the most frequent ones.
+/// Hints for failed requests: one line per kind of failure, for the most frequent ones.
 pub(super) fn failure_hints(groups: &[FailureGroup], spec: &Spec) -> Vec<String> {
     const MOST: usize = 3;
     let mut lines: Vec<String> = Vec::new();
@@ -115,7 +118,7 @@ fn hint_for(cause: &str, spec: &Spec) -> Option<String> {
         .unwrap_or_default();
     let hint = match status {
         _ if cause_contains(&["vocabulary"]) => {
-            "`--vocab-size N` keeps the prompts' token ids below the model's vocabulary size".to_owned()
+            "set `--vocab-size N` to the size of the model's vocabulary".to_owned()
         }
         "400" | "413" | "422"
             if cause_contains(&[
@@ -126,39 +129,39 @@ fn hint_for(cause: &str, spec: &Spec) -> Option<String> {
                 "too long",
             ]) =>
         {
-            "prompt and answer must fit the model's context together: `--random-input-len`, `--random-output-len`"
+            "prompt and answer together exceed the model's context: lower `--random-input-len` or `--random-output-len`"
                 .to_owned()
         }
-        "401" | "403" => "a key is sent from `OPENAI_API_KEY`, any header with `--header NAME=VALUE`".to_owned(),
+        "401" | "403" => "set the key in `OPENAI_API_KEY`, or another header with `--header NAME=VALUE`".to_owned(),
         "404" if cause_contains(&["model"]) => format!(
-            "`--model` names a model that the server has; it was asked for `{}`",
+            "set `--model` to a model that the server has; the requests used `{}`",
             spec.model
         ),
         "404" | "405" => format!(
-            "nothing answers at `{}`: `--endpoint` is the path of completions, and `--base-url` ends before it",
+            "the server has no route `{}`: set `--endpoint` to the path of completions, and `--base-url` without a path",
             spec.endpoint
         ),
-        "429" => "the server takes no more at once: `--max-concurrency N` or a lower `--request-rate` asks less of it"
+        "429" => "the server is overloaded (429): lower `--request-rate` or set `--max-concurrency N`"
             .to_owned(),
-        "503" => "the server is not ready, or full: `xpyd status` for a fleet, `--ready-check-timeout-sec N` waits"
+        "503" => "the server is not ready or is full: see `xpyd status` for a fleet, or wait with `--ready-check-timeout-sec N`"
             .to_owned(),
-        _ if status.starts_with('5') => "the reason is in the server's log; for a fleet, `xpyd logs`".to_owned(),
+        _ if status.starts_with('5') => "see the server's log for the reason; for a fleet, `xpyd logs`".to_owned(),
         _ if cause.starts_with("the answer was not complete within") => {
-            "`--request-timeout` is how long one request may take".to_owned()
+            "increase `--request-timeout`, the time limit of one request".to_owned()
         }
         _ if cause.starts_with("no connection") => {
-            "the server was there before the run: it went away, or takes no more connections".to_owned()
+            "the server answered before the run: it has stopped, or accepts no more connections".to_owned()
         }
-        _ if cause.starts_with("the answer is encoded") => "leave `accept-encoding` out of `--header`".to_owned(),
+        _ if cause.starts_with("the answer is encoded") => "remove `accept-encoding` from `--header`".to_owned(),
         _ if cause.starts_with("the server ended the answer") => {
-            "the reason is in the server's log; for a fleet, `xpyd logs`".to_owned()
+            "see the server's log for the reason; for a fleet, `xpyd logs`".to_owned()
         }
         _ if cause.starts_with("the answer is not an event stream") => {
-            "requests ask for a stream: a proxy between may gather it, or `--backend` does not fit the endpoint"
+            "requests ask for a stream: a proxy in between can buffer it, or `--backend` does not match the endpoint"
                 .to_owned()
         }
         _ if cause_contains(&["not a completion chunk", "without a token"]) => {
-            "is the endpoint one of completions, and does `--backend` fit it?".to_owned()
+            "check that `--endpoint` is a completions route and that `--backend` matches it".to_owned()
         }
         _ if cause_contains(&[
             "broke off",
@@ -167,7 +170,7 @@ fn hint_for(cause: &str, spec: &Spec) -> Option<String> {
             "no answer to the request",
         ]) =>
         {
-            "the server ended connections or answers before they were whole; its log may say why".to_owned()
+            "the server closed connections before the answers were complete: see its log".to_owned()
         }
         _ => return None,
     };
@@ -179,13 +182,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_is_nearly_right_is_offered() {
+    fn similar_model_names_are_suggested() {
         let served = ["meta-llama/Llama-3.1-8B".to_owned(), "tiny".to_owned()];
         assert_eq!(served_models("tinny", &served), "did you mean `--model tiny`?");
         assert_eq!(
             served_models("Llama-3.1-8B", &served),
             "did you mean `--model meta-llama/Llama-3.1-8B`?"
         );
-        assert!(served_models("gpt-9000", &served).starts_with("it serves `meta-llama/Llama-3.1-8B`, `tiny`;"));
+        assert!(served_models("gpt-9000", &served).starts_with("the server has `meta-llama/Llama-3.1-8B`, `tiny`;"));
     }
 }

@@ -1,4 +1,4 @@
-//! What `xpyd bench` says after its table: where the time went, whether KV was handed over, what GPUs did.
+//! Prints the latency breakdown, the use of remote KV, and GPU use after the table.
 
 use std::cell::Cell;
 
@@ -8,11 +8,10 @@ use crate::bench::{Progress, Report, RunPhase};
 use crate::machine::{GpuTotals, GpuWatch};
 use crate::ui::{Printer, Table};
 
-/// The part of the prompts that may come from a cache before it is said aloud. Prompts share their first tokens: a
-/// template's.
+/// Share of cached prompt tokens below which no warning is printed. Prompts share the first tokens of a template.
 const UNREMARKABLE_CACHE: f64 = 0.02;
 
-/// This machine's GPUs over the measured part of a run; nothing where there is none, or the server is elsewhere.
+/// Measures this machine's GPUs during the measured part of a run. Empty without GPUs or for a remote server.
 pub(super) struct Gpus {
     watch: Option<GpuWatch>,
     is_measuring: Cell<bool>,
@@ -29,7 +28,7 @@ impl Gpus {
         }
     }
 
-    /// The run has come so far.
+    /// Follows the progress of the run.
     pub(super) fn follow(&self, progress: &Progress) {
         if progress.phase == RunPhase::Measuring && !self.is_measuring.replace(true) {
             self.watch.iter().for_each(GpuWatch::anew);
@@ -58,7 +57,7 @@ fn over_the_run(totals: GpuTotals) -> GpuUse {
     }
 }
 
-/// Says what is known; nothing where the server told nothing. Without details it is a line, and what nobody may miss.
+/// Prints what the server reported. Without details it is one line and the warnings.
 pub(super) fn print(report: &Report, has_details: bool, printer: Printer) {
     if let Some(summary) = report.latency_breakdown() {
         if has_details {
@@ -77,11 +76,11 @@ pub(super) fn print(report: &Report, has_details: bool, printer: Printer) {
 
 fn print_stages(summary: &BreakdownSummary, printer: Printer) {
     printer.status(format_args!(
-        "\nwhere the time to the first token went{}\n\n{}",
+        "\nstages of the time to first token{}\n\n{}",
         if summary.timed_requests > 0 {
-            ", seen by client, proxy and engines"
+            ", as measured by client, proxy and engines"
         } else {
-            ", on average, as the server counts it"
+            ", on average, from the server's counters"
         },
         stages(&summary.rows)
     ));
@@ -93,7 +92,7 @@ fn print_stages(summary: &BreakdownSummary, printer: Printer) {
     }
 }
 
-/// `61 % prefill, 22 % proxy queue`: the largest stages.
+/// The largest stages: `61 % prefill, 22 % proxy queue`.
 fn shares(rows: &[StageRow]) -> Option<String> {
     const LEAST: f64 = 0.02;
     let is_stage = |row: &&StageRow| !row.is_part && row.share >= LEAST && row.share < 1.0;
@@ -177,20 +176,20 @@ fn remarks(summary: &BreakdownSummary) -> Vec<String> {
 
 fn evidence(remote: &RemoteKv) -> &'static str {
     if remote.is_counted {
-        ", as the decode engines counted"
+        ", according to the decode engines"
     } else {
-        ", as far as the proxy knows: the engines' counters were not to be had"
+        ", according to the proxy: the engines' counters are not available"
     }
 }
 
-/// What makes the numbers something else than they seem.
+/// Warnings that change the meaning of the numbers.
 fn warnings(summary: &BreakdownSummary) -> Vec<String> {
     let mut warnings = Vec::new();
     let unexplained = summary.unexplained;
     if unexplained.is_too_much() {
         warnings.push(format!(
-            "stages do not add up: {:.1} % of the time to the first token is unexplained on average, {:.1} % at request {}; \
-             up to {:.0} % is usual",
+            "the stages do not add up: {:.1} % of the time to first token is unexplained on average, {:.1} % for request {}; \
+             up to {:.0} % is normal",
             unexplained.mean * 100.0,
             unexplained.worst * 100.0,
             unexplained.worst_request,
@@ -203,10 +202,7 @@ fn warnings(summary: &BreakdownSummary) -> Vec<String> {
     if remote.used < remote.answered {
         let mut why: Vec<String> = Vec::new();
         if remote.recomputed > 0 {
-            why.push(format!(
-                "{} were computed again by the decode engine",
-                remote.recomputed
-            ));
+            why.push(format!("the decode engine recomputed {}", remote.recomputed));
         }
         let others = remote
             .outcomes
@@ -214,7 +210,7 @@ fn warnings(summary: &BreakdownSummary) -> Vec<String> {
             .filter(|(outcome, _)| !matches!(outcome.as_str(), "transferred" | "sent"));
         why.extend(others.map(|(outcome, count)| format!("{count} {outcome}")));
         warnings.push(format!(
-            "only {} of {} requests used remote KV{}: {}; the others were no disaggregated serving",
+            "only {} of {} requests used remote KV{}: {}; the others were not disaggregated",
             remote.used,
             remote.answered,
             evidence(remote),
@@ -223,8 +219,8 @@ fn warnings(summary: &BreakdownSummary) -> Vec<String> {
     }
     if remote.cached_share() > UNREMARKABLE_CACHE {
         warnings.push(format!(
-            "{:.0} % of the prompts' tokens came from a cache of the prefill engines, so this measured the cache; another \
-             `--seed` makes other prompts",
+            "{:.0} % of the prompt tokens were in the prefill engines' caches, so this run measured the cache: use another \
+             `--seed`",
             remote.cached_share() * 100.0,
         ));
     }
@@ -246,9 +242,7 @@ fn print_gpus(report: &Report, printer: Printer) {
         ));
     }
     if let Some(joules) = gpus::joules_per_token(&report.extras.gpus, report.metrics.total_output_tokens) {
-        printer.status(format_args!(
-            "{joules:.2} J of GPU energy for each token of the answers"
-        ));
+        printer.status(format_args!("{joules:.2} J of GPU energy per output token"));
     }
 }
 

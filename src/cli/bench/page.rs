@@ -1,4 +1,4 @@
-//! `xpyd bench --report`: the report as a page, of a run or of a saved result.
+//! `xpyd bench --report`: writes the HTML report of a run or of a saved result.
 
 use std::io::Read as _;
 use std::path::Path;
@@ -9,18 +9,19 @@ use crate::bench::{self, Report};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
-/// Result files that are read: one of a million requests has some hundred megabytes.
+/// Largest result file in bytes. A million requests take some hundred megabytes.
 const LARGEST_RESULT: u64 = 2 << 30;
 
-/// How a file comes about that a page can be made of.
-const SAVING: &str = "`xpyd bench --save-result --save-detailed` and `vllm bench serve` with the same flags save one";
+/// How to save a file that can be reported.
+const SAVING: &str =
+    "`xpyd bench --save-result --save-detailed` and `vllm bench serve` with the same flags save such a file";
 
 /// Writes the page of a run.
 pub(super) fn write(report: &Report, path: &Path, printer: Printer) -> Result<(), Failure> {
     save(&report.to_html(), path, printer)
 }
 
-/// Writes the page of a sweep, a search or a comparison, of its JSON.
+/// Writes the page of a sweep, a search or a comparison, from its JSON.
 pub(super) fn write_document(document: &Value, path: &Path, printer: Printer) -> Result<(), Failure> {
     match bench::page_of_document(document) {
         Some(page) => save(&page, path, printer),
@@ -42,12 +43,12 @@ pub(super) fn convert(result: &Path, path: &Path, printer: Printer) -> Result<Ex
     Ok(ExitStatus::Success)
 }
 
-/// The text of a result file, unless it is larger than any result.
+/// The text of a result file within the size limit.
 fn read(result: &Path) -> std::io::Result<String> {
     let mut text = String::new();
     let mut file = std::fs::File::open(result)?.take(LARGEST_RESULT + 1);
     if file.read_to_string(&mut text)? as u64 > LARGEST_RESULT {
-        let message = format!("it has more than {} GiB, which is the limit", LARGEST_RESULT >> 30);
+        let message = format!("the file exceeds the limit of {} GiB", LARGEST_RESULT >> 30);
         return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, message));
     }
     Ok(text)

@@ -1,5 +1,5 @@
-//! Makes a dataset into requests before a run: finds the tokenizer, lets it work beside a progress bar, and holds what it
-//! made against the server's own.
+//! Makes the requests of a dataset before a run: finds the tokenizer, makes the prompts with a progress bar, and aligns
+//! them with the server's tokenizer.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,23 +21,23 @@ use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 use crate::ui::bench::BenchProgress;
 
-/// Between two looks at how far the work is.
+/// Interval of progress updates.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Makes datasets into requests, run after run, with one tokenizer.
+/// Makes the requests of datasets, with one tokenizer for all runs.
 #[derive(Debug)]
 pub(super) struct Prompts {
     tokenizer: Result<Arc<Tokenizer>, String>,
     is_skipped: bool,
-    /// Names that the tokenizer may have, the likeliest first.
+    /// Possible names of the tokenizer, the likeliest first.
     names: Vec<String>,
     printer: Printer,
 }
 
 impl Prompts {
-    /// Finds the tokenizer: the one that the flags name, else the model's, where that is known as `root`, too.
+    /// Finds the tokenizer: from the flags, else the model's, which can also be known as `root`.
     ///
-    /// Where there is none and random prompts are asked for, a line says that they are something else, and why.
+    /// Without a tokenizer, a line explains what random prompts are made of, and why.
     pub(super) fn open(
         arguments: &Arguments,
         spec: &Spec,
@@ -63,7 +63,7 @@ impl Prompts {
         })
     }
 
-    /// Puts requests in the place of the spec's dataset. `say` gets vLLM's lines about them.
+    /// Replaces the dataset of the spec by its requests. `print_line` gets vLLM's lines about them.
     pub(super) async fn prepare(&self, spec: &mut Spec, print_line: &dyn Fn(&str)) -> Result<(), Failure> {
         spec.options.tokenizer = self.tokenizer.as_ref().ok().cloned();
         let Some(dataset) = spec.workload.dataset() else {
@@ -72,13 +72,13 @@ impl Prompts {
         spec.naming.tokenizer_id = self.tokenizer.as_ref().ok().map(|found| found.name().to_owned());
         spec.options.is_without_tokenizer = self.is_skipped;
         if self.tokenizer.is_err() && matches!(dataset.source, Source::Random(_)) {
-            // Ids need no tokenizer, and are made when the run begins.
+            // Ids need no tokenizer and are made when the run starts.
             return Ok(());
         }
         let is_aligned = matches!(dataset.source, Source::Random(_) | Source::PrefixRepetition(_));
         if let Source::TimedTrace(trace) = &dataset.source {
             self.printer.status(format_args!(
-                "blocks of the trace are seeded by Python's hash with PYTHONHASHSEED={}",
+                "the blocks of the trace are seeded by Python's hash with PYTHONHASHSEED={}",
                 trace.hash_seed
             ));
         }
@@ -102,10 +102,10 @@ impl Prompts {
     }
 }
 
-/// The tokenizer, or why there is none: that is no failure unless one was named.
+/// The tokenizer, or the reason why there is none. That is an error only if the user named one.
 fn find(arguments: &Arguments, names: &[String]) -> Result<Result<Arc<Tokenizer>, String>, Failure> {
     if arguments.data.skip_tokenizer_init {
-        return Ok(Err("`--skip-tokenizer-init` asks for no tokenizer".to_owned()));
+        return Ok(Err("`--skip-tokenizer-init` is set".to_owned()));
     }
     let load = |name: &str, path: &Path| {
         let loaded = Tokenizer::load(name, path);
@@ -121,43 +121,45 @@ fn find(arguments: &Arguments, names: &[String]) -> Result<Result<Arc<Tokenizer>
     let mut first = None;
     for name in names {
         match tokenizer::find(name, settings.cache()) {
-            // A model whose tokenizer is broken is no reason to measure something else.
+            // If the model's tokenizer is broken, no other one is used.
             Ok(path) => return load(name, &path),
             Err(error) => {
                 first.get_or_insert(error.to_string());
             }
         }
     }
-    Ok(Err(first.unwrap_or_else(|| "no model is known by name".to_owned())))
+    Ok(Err(
+        first.unwrap_or_else(|| "the name of the model is unknown".to_owned())
+    ))
 }
 
 fn unusable(name: &str, error: TokenizerError) -> Failure {
     let hints = match &error {
         TokenizerError::Missing { .. } => missing(name),
-        _ => vec!["`--skip-tokenizer-init` measures without one, with prompts of token ids".to_owned()],
+        _ => vec!["set `--skip-tokenizer-init` to use prompts of token ids without a tokenizer".to_owned()],
     };
     let mut failure = Failure::new(ExitStatus::Usage, error);
     failure.hints = hints;
     failure
 }
 
-/// What to do about a tokenizer that is not there.
+/// Hints for a missing tokenizer.
 fn missing(name: &str) -> Vec<String> {
     let mut hints = Vec::new();
     let is_repository = name.split('/').count() == 2 && !name.starts_with(['/', '.', '~']);
     if is_repository {
         hints.push(format!(
-            "`hf download {name} --include 'tokenizer*' --include '*.jinja' --include config.json` fetches it"
+            "`hf download {name} --include 'tokenizer*' --include '*.jinja' --include config.json` downloads it"
         ));
     }
     hints.push(
-        "`--tokenizer` names a folder with a `tokenizer.json`, that file, or a repository in Hugging Face's cache"
+        "set `--tokenizer` to a folder with a `tokenizer.json`, that file, or a repository in the Hugging Face cache"
             .to_owned(),
     );
     hints
 }
 
-/// Lets the dataset work on a thread of its own.
+/// Makes the requests on a thread of its own.
 async fn make(
     dataset: Dataset,
     tokenizer: Result<Arc<Tokenizer>, String>,
@@ -166,7 +168,7 @@ async fn make(
 ) -> Result<MadeRequests, Failure> {
     let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
     let theirs = Arc::clone(&counts);
-    // Dropped with this future, which tells the thread that nobody waits any more.
+    // Dropped with this future, which cancels the thread.
     let (wanted, is_wanted) = watch::channel(());
     let mut work = tokio::task::spawn_blocking(move || {
         let tokenizer = tokenizer.as_deref().map_err(String::as_str);
@@ -193,13 +195,13 @@ async fn make(
     };
     shown.clear();
     drop(wanted);
-    // Nothing aborts the work, so what failed to join has panicked.
+    // Nothing aborts the task, so a failed join is a panic.
     let made = made.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
     made.map_err(|error| {
         let hints = match &error {
             DatasetError::NoTokenizer { .. } => names.first().map_or_else(Vec::new, |name| missing(name)),
             DatasetError::Tokenizer(TokenizerError::Template { .. }) => {
-                vec!["`--skip-chat-template` sends the prompts as they stand".to_owned()]
+                vec!["set `--skip-chat-template` to send the prompts unchanged".to_owned()]
             }
             _ => Vec::new(),
         };

@@ -1,4 +1,4 @@
-//! What the modes of several runs share: a server, found once, and one run after the other on it.
+//! Common parts of the modes with several runs: the server, and one run after the other on it.
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
@@ -14,23 +14,23 @@ use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 use crate::ui::bench::BenchProgress;
 
-/// A server, and how it is measured.
+/// A server and the settings of its runs.
 pub(super) struct Session<'a> {
     pub(super) arguments: &'a Arguments,
     pub(super) printer: Printer,
-    /// Cancelled when the user wants an end.
+    /// Cancelled when the user stops the run.
     pub(super) stop: CancellationToken,
-    /// The run that the flags ask for, with the model that the server has.
+    /// The settings of the flags, with the server's model.
     pub(super) first: Spec,
     prompts: Prompts,
-    /// What is measured.
+    /// Description of the measured server.
     setup: Value,
-    /// Runs so far.
+    /// Number of runs so far.
     runs: Cell<u32>,
 }
 
 impl<'a> Session<'a> {
-    /// Finds the server and its model; `None` if the stop came first.
+    /// Finds the server and its model; `None` if the run was stopped before.
     pub(super) async fn open(
         arguments: &'a Arguments,
         defaults: Option<Target>,
@@ -56,13 +56,13 @@ impl<'a> Session<'a> {
         }))
     }
 
-    /// The settings of one more run: those of the flags with a change, and prompts that no run before it had.
+    /// The settings of the next run: those of the flags with a change, and new prompts.
     pub(super) fn spec(&self, change: impl FnOnce(&mut Arguments)) -> Result<Spec, Failure> {
         let number = self.runs.replace(self.runs.get() + 1);
         self.numbered_spec(number, change)
     }
 
-    /// As [`Self::spec`], with the prompts of the run of this number.
+    /// As [`Self::spec`], with the prompts of run `number`.
     pub(super) fn numbered_spec(&self, number: u32, change: impl FnOnce(&mut Arguments)) -> Result<Spec, Failure> {
         let mut arguments = self.arguments.clone();
         arguments.data.seed = sweep::seed(self.first.workload.seed(), number);
@@ -77,7 +77,7 @@ impl<'a> Session<'a> {
         Ok(spec)
     }
 
-    /// One run, with progress. `ended` is told of the requests that have ended so far, and `stop` ends it.
+    /// Runs once with progress. `ended` gets the requests that have ended so far; `stop` cancels the run.
     pub(super) async fn run(
         &self,
         spec: &Spec,
@@ -104,7 +104,7 @@ impl<'a> Session<'a> {
         shown.until_stopped(stop.cancelled(), run).await.map_err(failure)
     }
 
-    /// A line of the result, as it comes: data, or, where the result is JSON, something to look at meanwhile.
+    /// Prints a line of the result: as data, or as status if the result is JSON.
     pub(super) fn line(&self, line: &str) {
         if self.arguments.output.json {
             self.printer.status(line);
@@ -113,7 +113,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The same of a sentence, which may be broken between words.
+    /// As [`Self::line`], for a sentence that can be wrapped.
     pub(super) fn sentence(&self, text: &str) {
         if self.arguments.output.json {
             self.printer.status(text);
@@ -122,7 +122,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// What every result of several runs begins with.
+    /// The first keys of every result of several runs.
     fn header(&self, mode: &str) -> Vec<(&'static str, Value)> {
         vec![
             ("xpyd_bench", json!(mode)),
@@ -136,7 +136,7 @@ impl<'a> Session<'a> {
         ]
     }
 
-    /// Prints the whole result, which ends with `more`, where JSON is wanted, and saves it where that is.
+    /// Prints the result as JSON and saves it, if the flags ask for it. The result ends with `more`.
     pub(super) fn finish(
         &self,
         mode: &str,
@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Refuses what makes no run, and what has no meaning for several of them.
+/// Rejects invalid settings, and settings without meaning for several runs.
 pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> {
     first.check().map_err(failure)?;
     let Some(flag) = arguments.modes.flag() else {
@@ -182,17 +182,16 @@ pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> 
     if arguments.output.append_result {
         return Err(
             usage(format!("`--append-result` appends results of one run, not of `{flag}`"))
-                .hint("`--save-result` saves the whole in a file of its own"),
+                .hint("`--save-result` saves the result in a separate file"),
         );
     }
     if first.arrivals.ramp.is_some() && flag != "--against" {
         return Err(usage(format!("`{flag}` and `--ramp-up-strategy` both decide the rate"))
-            .hint("leave out the `--ramp-up` flags"));
+            .hint("remove the `--ramp-up` flags"));
     }
     if flag == "--against" && arguments.data.num_prompts < 2 {
-        return Err(
-            usage("`--against` deals requests out in blocks".to_owned()).hint("name their number: `--num-prompts 100`")
-        );
+        return Err(usage("`--against` needs at least 2 requests".to_owned())
+            .hint("set their number, for example `--num-prompts 100`"));
     }
     if let Some(points) = &arguments.modes.sweep {
         super::sweep::check(arguments, points)?;
@@ -201,10 +200,10 @@ pub(super) fn check(arguments: &Arguments, first: &Spec) -> Result<(), Failure> 
         super::find_max::check(arguments, first)?;
     }
     if flag != "--against" && first.workload.is_self_timed() {
-        return Err(usage(format!(
-            "`{flag}` decides when requests go out, and this dataset does, too"
-        ))
-        .hint("name another dataset, or measure this one in a single run"));
+        return Err(
+            usage(format!("`{flag}` and this dataset both decide the release times"))
+                .hint("use another dataset, or measure this one in a single run"),
+        );
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What was measured, for the result file and the page: a number without it is worth nothing a week later.
+//! Describes what was measured, for the result file and the page: command, host, server and fleet.
 
 use std::path::Path;
 
@@ -11,10 +11,10 @@ use crate::control::rundir::{self, FoundRun, RunInfo};
 use crate::machine::{self, Engine, Host, Machine, Wanted};
 use crate::plan;
 
-/// The flag whose values are secrets: `NAME=VALUE`.
+/// The flag with secret values: `NAME=VALUE`.
 const HEADERS: &str = "--header";
 
-/// The command, this host, the server, and the fleet behind it where it is one of this user's.
+/// The command, this host, the server, and the fleet if it belongs to this user.
 pub(super) async fn of(spec: &Spec) -> Value {
     let version = bench::version(spec).await;
     let run = run_at(&spec.base_url);
@@ -44,7 +44,7 @@ fn run_at(base_url: &str) -> Option<RunInfo> {
     runs.find(|run| self::place(&run.proxy_url).as_ref() == Some(&place))
 }
 
-/// Scheme and port of a URL of this machine; names and addresses of the loopback are one.
+/// Scheme and port of a URL of this machine; all loopback names are equal.
 fn place(url: &str) -> Option<(String, u16)> {
     let url = reqwest::Url::parse(url).ok()?;
     let is_here = matches!(url.host_str()?, "127.0.0.1" | "localhost" | "[::1]" | "0.0.0.0");
@@ -52,7 +52,7 @@ fn place(url: &str) -> Option<(String, u16)> {
     is_here.then(|| (url.scheme().to_owned(), port))
 }
 
-/// What a run's plan says of its fleet, and what is installed for it.
+/// The fleet of a run, from its plan, and the installed versions.
 fn fleet(run: &RunInfo) -> Option<Value> {
     let plan = RunPlan::read(&run.logs_dir)?;
     let (engines, program) = (plan.engines(), plan.vllm());
@@ -77,7 +77,7 @@ fn fleet(run: &RunInfo) -> Option<Value> {
     }))
 }
 
-/// `4 x NVIDIA H200`, by the GPUs that the engines have.
+/// The GPUs of the engines: `4 x NVIDIA H200`.
 fn gpus(machine: &Machine, engines: &[Value]) -> Vec<String> {
     let indices = engines
         .iter()
@@ -124,7 +124,7 @@ fn versions(machine: &Machine) -> Vec<String> {
     known
 }
 
-/// The command line as it was typed, without secrets.
+/// The command line without secrets.
 fn command(words: impl Iterator<Item = String>) -> String {
     let mut is_header = false;
     let words = words.enumerate().map(|(place, word)| {
@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_is_told_without_secrets() {
+    fn the_command_has_no_secrets() {
         let line = "/usr/bin/xpyd bench --base-url http://u:p@h:1 --header Authorization=Bearer-x X-Key=2 --model m \
                     --header=A=b --goodput ttft:500 -- --api-key s3cr3t";
         assert_eq!(
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_this_machine_are_one_and_others_are_none() {
+    fn loopback_names_are_equal() {
         assert_eq!(place("http://localhost:9100"), place("http://127.0.0.1:9100/"));
         assert_ne!(place("http://localhost:9100"), place("https://localhost:9100"));
         assert_eq!(place("http://10.0.0.1:9100"), None);

@@ -1,4 +1,4 @@
-//! `xpyd bench --sweep`: one run per rate or concurrency, and the curve as it grows.
+//! `xpyd bench --sweep`: one run per rate or concurrency.
 
 use std::cell::Cell;
 use std::num::NonZeroUsize;
@@ -13,13 +13,13 @@ use crate::bench::sweep::{Axis, Points, SweepPoint, is_overloaded};
 use crate::bench::{Record, Report};
 use crate::report::{ExitStatus, Failure};
 
-/// Fewest requests after which a point may be ended early.
+/// Fewest requests before a point can end early.
 const FEWEST: usize = 80;
 
-/// Runs all points, or as many as the server keeps up with.
+/// Runs the points until the server is overloaded.
 pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitStatus, Failure> {
     session.printer.status(format_args!(
-        "sweep of {points}: {} requests each, to `{}` at {}; every point has prompts of its own, made from seed {} and its number",
+        "sweep of {points}: {} requests each, to `{}` at {}; every point has its own prompts, made from seed {} and its number",
         session.arguments.data.num_prompts,
         session.first.model,
         session.first.base_url,
@@ -52,10 +52,7 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
             break;
         }
         if is_overloaded {
-            end = Some(format!(
-                "the server fell behind more and more at {} {asked}",
-                points.axis.name()
-            ));
+            end = Some(format!("the server was overloaded at {} {asked}", points.axis.name()));
             break;
         }
     }
@@ -68,11 +65,11 @@ pub(super) async fn run(session: &Session<'_>, points: &Points) -> Result<ExitSt
     Ok(session.arguments.output.exit_status(is_stopped, has_failed))
 }
 
-/// Whether the flags make a sweep.
+/// Checks the flags of a sweep.
 pub(super) fn check(arguments: &Arguments, points: &Points) -> Result<(), Failure> {
     if points.axis == Axis::Rate && arguments.load.request_rate.is_finite() {
         let problem = "`--request-rate` and `--sweep rate=…` both decide the rate";
-        return Err(Failure::message(ExitStatus::Usage, problem).hint("leave out `--request-rate`"));
+        return Err(Failure::message(ExitStatus::Usage, problem).hint("remove `--request-rate`"));
     }
     Ok(())
 }
@@ -92,7 +89,7 @@ fn set(arguments: &mut Arguments, axis: Axis, asked: f64) {
     }
 }
 
-/// One point, and whether it was cut because the server fell behind.
+/// Runs one point. Also returns whether it was cut because of overload.
 async fn point(
     session: &Session<'_>,
     spec: &crate::bench::Spec,
@@ -102,7 +99,7 @@ async fn point(
     let cut = session.stop.child_token();
     let next_check = Cell::new(FEWEST);
     let check_overload = |records: &[Record]| {
-        // A tenth more each time, so that looking costs little beside what is looked at.
+        // Again after 10 % more requests, so that the check costs little.
         if axis == Axis::Rate && records.len() >= next_check.get() {
             next_check.set(records.len() + records.len() / 10);
             if is_overloaded(records) {
@@ -115,7 +112,7 @@ async fn point(
     Ok((report, was_cut))
 }
 
-/// The head of the table, which fits 80 columns. `--json` tells more.
+/// The header of the table, which fits 80 columns. `--json` has more.
 fn header(axis: Axis, has_objectives: bool) -> String {
     let asked = match axis {
         Axis::Rate => "RATE",
@@ -161,7 +158,7 @@ fn line(point: &SweepPoint, has_objectives: bool) -> String {
         point.tpot.median,
         high(&point.tpot),
         point.output_throughput,
-        // The worst one: all are told below.
+        // The most important one; all are printed below.
         states.into_iter().flatten().next().unwrap_or_else(|| "ok".to_owned())
     )
 }
@@ -194,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_fits_80_columns_whatever_became_of_a_point() {
+    fn the_table_fits_80_columns() {
         let distribution = Distribution {
             mean: 0.0,
             median: 123_456.7,

@@ -1,4 +1,4 @@
-//! `/v1/chat/completions`.
+//! The route `/v1/chat/completions`.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::request::{Common, Job, Message, Particulars, TellUsage, read, template};
+use super::request::{Common, Job, Message, RouteSettings, UsageEvents, read, template};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
 use crate::sim::engine_core::sequence::{End, Output, Times, TokenLogprob};
 use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 
-/// The fields that only chat has.
+/// The fields of chat requests only.
 #[derive(Debug, Deserialize)]
 pub(super) struct ChatOnly {
     messages: Vec<Message>,
@@ -24,13 +24,13 @@ pub(super) struct ChatOnly {
 }
 
 impl ChatOnly {
-    /// Reads them; a wrong type is a schema error.
+    /// Parses the fields; a wrong type is a schema error.
     pub(super) fn read(body: &[u8]) -> Result<Self, ApiError> {
         read(body)
     }
 }
 
-/// What an answer repeats in each of its parts.
+/// The constant parts of an answer.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
     id: String,
@@ -40,7 +40,7 @@ pub(super) struct Shape {
     logprobs: bool,
     return_token_ids: bool,
     prompt_logprobs: Option<u32>,
-    tell_usage: TellUsage,
+    usage_events: UsageEvents,
     tells_cached: bool,
     tells_times: bool,
 }
@@ -51,7 +51,7 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
     if only.messages.is_empty() {
         return Err(ApiError::bad_request("messages must not be empty", Some("messages")));
     }
-    // vLLM needs a parser to be named at its start for any choice but `none`.
+    // vLLM needs a configured parser for any choice except `none`.
     let tool_choice = only.tool_choice.as_ref().and_then(Value::as_str);
     if only.tools.as_ref().is_some_and(|tools| !tools.is_empty()) && tool_choice != Some("none") {
         return Err(ApiError::bad_request(
@@ -60,7 +60,7 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
         ));
     }
     let logprobs = only.logprobs.unwrap_or(false);
-    let particulars = Particulars {
+    let particulars = RouteSettings {
         id: format!("chatcmpl-{base}"),
         prompts: vec![prompt(common, only)?.into()],
         default_max_tokens: None,
@@ -79,15 +79,15 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
         prompt_logprobs: common
             .prompt_logprobs
             .map(|alternatives| u32::try_from(alternatives).unwrap_or(0)),
-        tell_usage: job.tell_usage,
+        usage_events: job.usage_events,
         tells_cached: api.options.prompt_tokens_details,
-        // Times of several sequences belong to none of them.
+        // Several sequences have no common times.
         tells_times: api.options.per_request_metrics && job.prompts.len() * job.choices == 1,
     };
     Ok((job, shape))
 }
 
-/// The tokens of the messages, or those that the hand-off carries: they win.
+/// The tokens of the messages; those of the hand-off take precedence.
 fn prompt(common: &Common, only: &ChatOnly) -> Result<Vec<u32>, ApiError> {
     let handed = common
         .kv_transfer_params
@@ -107,7 +107,7 @@ fn prompt(common: &Common, only: &ChatOnly) -> Result<Vec<u32>, ApiError> {
     }
 }
 
-/// Answers, in one piece or as a stream.
+/// Answers, with or without streaming.
 pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response, ApiError> {
     let sequences = job.choices;
     let news = api.start(&job).await?;
@@ -118,7 +118,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
             cached: 0,
             times: None,
             sequences,
-            told: vec![0; sequences],
+            generated: vec![0; sequences],
             begun: false,
         };
         return Ok(event_stream(stream::body(chunks, news, sequences)));
@@ -147,7 +147,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
         "usage": shape.usage(made, cached),
         "prompt_logprobs": shape
             .prompt_logprobs
-            .map(|alternatives| prompt_logprobs::tell(&shape.prompt, alternatives)),
+            .map(|alternatives| prompt_logprobs::to_json(&shape.prompt, alternatives)),
         "prompt_token_ids": shape.return_token_ids.then_some(&shape.prompt),
         "prompt_text": null,
         "kv_transfer_params": params,
@@ -223,9 +223,9 @@ struct Chunks {
     cached: usize,
     times: Option<Box<Times>>,
     sequences: usize,
-    /// Tokens made, by choice.
-    told: Vec<usize>,
-    /// Whether the roles were told.
+    /// Generated tokens by choice.
+    generated: Vec<usize>,
+    /// Whether the role chunks were sent.
     begun: bool,
 }
 
@@ -240,9 +240,9 @@ impl Chunks {
         })
     }
 
-    /// Tells the usage so far, where every event does.
+    /// Adds the usage so far, if every event has it.
     fn count(&self, event: &mut Value, made: usize) {
-        if self.shape.tell_usage == TellUsage::Always {
+        if self.shape.usage_events == UsageEvents::Always {
             event["usage"] = streamed_usage(self.shape.prompt.len(), made, None);
         }
     }
@@ -275,7 +275,7 @@ impl Render for Chunks {
             self.times.clone_from(&finish.times);
         }
         let index = output.index;
-        self.told[index] += output.tokens.len();
+        self.generated[index] += output.tokens.len();
         let mut choice = json!({
             "index": index,
             "delta": {"content": output.text},
@@ -289,13 +289,13 @@ impl Render for Chunks {
         choice["token_ids"] = json!(self.shape.return_token_ids.then_some(output.tokens));
         let mut event = self.event(&json!([choice]));
         event["kv_transfer_params"] = Value::Null;
-        self.count(&mut event, self.told[index]);
+        self.count(&mut event, self.generated[index]);
         events.push(event.to_string());
         events
     }
 
     fn usage(&mut self) -> Option<String> {
-        if self.shape.tell_usage == TellUsage::Never {
+        if self.shape.usage_events == UsageEvents::Never {
             return None;
         }
         let mut event = self.event(&json!([]));

@@ -1,4 +1,4 @@
-//! `/v1/completions`.
+//! The route `/v1/completions`.
 
 use std::sync::Arc;
 
@@ -8,13 +8,13 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::request::{Common, Job, Particulars, TellUsage, read};
+use super::request::{Common, Job, RouteSettings, UsageEvents, read};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
 use crate::sim::engine_core::sequence::{End, Output, Times, TokenLogprob};
 use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 
-/// The fields that only completions have.
+/// The fields of completion requests only.
 #[derive(Debug, Deserialize)]
 struct CompletionOnly {
     prompt: Option<Box<RawValue>>,
@@ -23,22 +23,22 @@ struct CompletionOnly {
     suffix: Option<String>,
 }
 
-/// What an answer repeats in each of its parts.
+/// The constant parts of an answer.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
     id: String,
     model: String,
     created: u64,
-    /// By prompt, where the client asked for its echo.
+    /// The echoed prompts, if requested.
     echo: Vec<String>,
     prompts: Vec<Arc<[u32]>>,
     choices: usize,
     return_token_ids: bool,
-    /// Alternatives to tell for each token of the answer, and of the prompt where it is echoed.
+    /// Number of alternatives for each token of the answer, and of an echoed prompt.
     logprobs: Option<u32>,
     prompt_logprobs: Option<u32>,
     prompt_only: bool,
-    tell_usage: TellUsage,
+    usage_events: UsageEvents,
     tells_cached: bool,
     tells_times: bool,
 }
@@ -56,7 +56,7 @@ pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Re
         .ok_or_else(|| ApiError::bad_request("prompt: Field required", Some("prompt")))?;
     let prompts = prompts(raw)?;
     let echo = only.echo.unwrap_or(false);
-    let particulars = Particulars {
+    let particulars = RouteSettings {
         id: format!("cmpl-{base}"),
         prompts,
         default_max_tokens: Some(16),
@@ -82,15 +82,15 @@ pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Re
             .prompt_logprobs
             .map(|alternatives| u32::try_from(alternatives).unwrap_or(0)),
         prompt_only: job.prompt_only,
-        tell_usage: job.tell_usage,
+        usage_events: job.usage_events,
         tells_cached: api.options.prompt_tokens_details,
-        // Times of several sequences belong to none of them.
+        // Several sequences have no common times.
         tells_times: api.options.per_request_metrics && job.prompts.len() * job.choices == 1,
     };
     Ok((job, shape))
 }
 
-/// A text, a list of texts, a list of tokens, or a list of those.
+/// Parses a text, a list of texts, a list of tokens, or a list of those.
 fn prompts(raw: &RawValue) -> Result<Vec<Arc<[u32]>>, ApiError> {
     let text = raw.get();
     let inner = text.strip_prefix('[').map(str::trim_start);
@@ -107,7 +107,7 @@ fn prompts(raw: &RawValue) -> Result<Vec<Arc<[u32]>>, ApiError> {
     Ok(prompts.into_iter().map(Arc::from).collect())
 }
 
-/// Answers, in one piece or as a stream.
+/// Answers, with or without streaming.
 pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response, ApiError> {
     let sequences = job.prompts.len() * job.choices;
     let news = api.start(&job).await?;
@@ -155,29 +155,29 @@ impl Shape {
         usage(prompt, made, self.tells_cached.then_some(cached))
     }
 
-    /// What a choice tells with its next output; `begins` says whether it has told nothing yet.
-    fn part(&self, output: &Output, begins: bool, offset: usize) -> Part {
+    /// The next part of a choice; `begins` is true for its first one.
+    fn part(&self, output: &Output, begins: bool, offset: usize) -> ChoiceDelta {
         let prompt = &self.prompts[self.prompt_of(output.index)];
         let mut text = String::new();
-        let mut told: Vec<Option<TokenLogprob>> = Vec::new();
+        let mut entries: Vec<Option<TokenLogprob>> = Vec::new();
         if begins && let Some(echo) = self.echo.get(self.prompt_of(output.index)) {
             text.clone_from(echo);
-            told = self
+            entries = self
                 .logprobs
                 .map(|alternatives| prompt_logprobs::of(prompt, alternatives))
                 .unwrap_or_default();
         }
         if !self.prompt_only {
             text.push_str(&output.text);
-            told.extend(output.logprobs.iter().cloned().map(Some));
+            entries.extend(output.logprobs.iter().cloned().map(Some));
         }
-        Part {
-            logprobs: logprobs(&told, offset),
+        ChoiceDelta {
+            logprobs: logprobs(&entries, offset),
             text,
         }
     }
 
-    /// A whole choice.
+    /// A complete choice.
     fn choice(&self, output: Output) -> Value {
         let prompt = &self.prompts[self.prompt_of(output.index)];
         let part = self.part(&output, true, 0);
@@ -189,15 +189,15 @@ impl Shape {
             "finish_reason": reason,
             "stop_reason": stop_reason,
             "token_ids": self.return_token_ids.then_some(&output.tokens),
-            "prompt_logprobs": self.prompt_logprobs.map(|alternatives| prompt_logprobs::tell(prompt, alternatives)),
+            "prompt_logprobs": self.prompt_logprobs.map(|alternatives| prompt_logprobs::to_json(prompt, alternatives)),
             "prompt_token_ids": self.return_token_ids.then_some(prompt),
             "routed_experts": null,
         })
     }
 }
 
-/// The part of a choice that one event tells.
-struct Part {
+/// The part of a choice in one event.
+struct ChoiceDelta {
     text: String,
     logprobs: Value,
 }
@@ -217,7 +217,7 @@ fn logprobs(of: &[Option<TokenLogprob>], offset: usize) -> Value {
     let mut offsets = Vec::with_capacity(of.len());
     let mut tokens = Vec::with_capacity(of.len());
     for one in of {
-        // The first token of a prompt has no probability; what it is does not matter to what comes after.
+        // The first token of a prompt has no probability.
         let text = one.as_ref().map_or_else(String::new, |one| decode(&[one.token]));
         offsets.push(at);
         at += text.len();
@@ -242,8 +242,8 @@ struct Chunks {
     made: usize,
     cached: usize,
     times: Option<Box<Times>>,
-    /// By choice: whether it has told something, tokens made, and the length of the text told.
-    told: Vec<(bool, usize, usize)>,
+    /// By choice: whether it has started, its tokens, and the length of its text.
+    sent: Vec<(bool, usize, usize)>,
 }
 
 impl Chunks {
@@ -253,7 +253,7 @@ impl Chunks {
             made: 0,
             cached: 0,
             times: None,
-            told: vec![(false, 0, 0); sequences],
+            sent: vec![(false, 0, 0); sequences],
         }
     }
 
@@ -276,10 +276,10 @@ impl Render for Chunks {
             self.times.clone_from(&finish.times);
         }
         let index = output.index;
-        let (told, made, offset) = self.told[index];
+        let (started, made, offset) = self.sent[index];
         let made = made + output.tokens.len();
-        let part = self.shape.part(&output, !told, offset);
-        self.told[index] = (true, made, offset + part.text.len());
+        let part = self.shape.part(&output, !started, offset);
+        self.sent[index] = (true, made, offset + part.text.len());
         let prompt = &self.shape.prompts[self.shape.prompt_of(index)];
         let ids = self.shape.return_token_ids;
         let (reason, stop_reason) = reason(output.end);
@@ -289,18 +289,18 @@ impl Render for Chunks {
             "logprobs": part.logprobs,
             "finish_reason": reason,
             "stop_reason": stop_reason,
-            "prompt_token_ids": (ids && !told).then_some(prompt),
+            "prompt_token_ids": (ids && !started).then_some(prompt),
             "token_ids": ids.then_some(&output.tokens),
         }]));
         event["kv_transfer_params"] = Value::Null;
-        if self.shape.tell_usage == TellUsage::Always {
+        if self.shape.usage_events == UsageEvents::Always {
             event["usage"] = streamed_usage(prompt.len(), made, None);
         }
         vec![event.to_string()]
     }
 
     fn usage(&mut self) -> Option<String> {
-        if self.shape.tell_usage == TellUsage::Never {
+        if self.shape.usage_events == UsageEvents::Never {
             return None;
         }
         let prompt = self.shape.prompts.iter().map(|prompt| prompt.len()).sum();

@@ -1,4 +1,4 @@
-//! The HTTP side: vLLM's routes, and what every request goes through between its body and the scheduler.
+//! The HTTP API: vLLM's routes, and the common steps of every request before the scheduler.
 
 mod chat;
 mod completion;
@@ -22,7 +22,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use crate::sim::engine_core::scheduler::{Command, Stage};
+use crate::sim::engine_core::scheduler::{Command, EngineStage};
 use crate::sim::engine_core::sequence::{End, Output, Request, Sampling};
 use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 use crate::sim::kv::blocks::BlockPool;
@@ -34,18 +34,18 @@ use request::{Common, Job};
 /// Largest body of a request, in bytes.
 const MAX_BODY: usize = 64 << 20;
 
-/// What handlers share.
+/// The state that handlers share.
 #[derive(Debug)]
 pub(crate) struct Api {
     pub(crate) options: Arc<Options>,
     pub(crate) kind: ConnectorKind,
     pub(crate) commands: mpsc::Sender<Command>,
-    pub(crate) stage: watch::Receiver<Stage>,
+    pub(crate) stage: watch::Receiver<EngineStage>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) pool: BlockPool,
 }
 
-/// An answer that is an error, in OpenAI's shape.
+/// An error in OpenAI's shape.
 #[derive(Debug)]
 pub(crate) struct ApiError {
     status: StatusCode,
@@ -82,12 +82,12 @@ impl ApiError {
         }
     }
 
-    /// After a failed KV load, or when a drain is over.
+    /// The error after a failed KV load or an expired drain.
     fn failed() -> Self {
         Self::internal("Internal server error")
     }
 
-    /// The core is gone.
+    /// The error of a dead core.
     fn dead() -> Self {
         Self::internal("The server had an error while processing your request.")
     }
@@ -128,7 +128,7 @@ pub(crate) fn router(api: Arc<Api>) -> Router {
         .with_state(api)
 }
 
-/// vLLM's `authenticate.py`: only what begins like this wants a key.
+/// As in vLLM's `authenticate.py`: only paths with these prefixes need a key.
 async fn authenticate(State(api): State<Arc<Api>>, request: extract::Request, next: Next) -> Response {
     const GUARDED: [&str; 4] = ["/v1", "/v2", "/inference", "/cohere"];
     let keys = &api.options.api_keys;
@@ -144,7 +144,7 @@ async fn authenticate(State(api): State<Arc<Api>>, request: extract::Request, ne
 }
 
 async fn health(State(api): State<Arc<Api>>) -> StatusCode {
-    if *api.stage.borrow() == Stage::Dead {
+    if *api.stage.borrow() == EngineStage::Dead {
         StatusCode::SERVICE_UNAVAILABLE
     } else {
         StatusCode::OK
@@ -227,7 +227,7 @@ fn out_of_vocabulary(token: u32) -> ApiError {
 async fn completions(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
     let common = Common::read(&body)?;
     let base = request_id(&headers, &common);
-    // From here on a refusal frees what a prefill engine holds for the request.
+    // From here on a rejection frees the blocks that a prefill engine keeps for the request.
     match completion::prepare(&api, &common, &body, &base) {
         Ok((job, shape)) => completion::answer(&api, job, shape).await,
         Err(error) => Err(api.refuse(&common, error)),
@@ -255,16 +255,16 @@ fn request_id(headers: &HeaderMap, common: &Common) -> String {
 }
 
 impl Api {
-    /// A request is refused; the blocks that its parameters name are given back.
+    /// Rejects a request and frees the blocks that its parameters name.
     fn refuse(&self, common: &Common, error: ApiError) -> ApiError {
         if let Transfer::Pull(params) = params::read(self.kind, common.kv_transfer_params.as_ref()) {
-            // A full queue leaves it to the lease.
+            // If the queue is full, the lease expires later.
             drop(self.commands.try_send(Command::Release(params)));
         }
         error
     }
 
-    /// The model's name is the one served, or absent.
+    /// Checks that the model is the served one or absent.
     fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
         match model {
             Some(name) if name != self.options.served_model_name && !name.is_empty() => Err(ApiError::not_found(
@@ -275,12 +275,12 @@ impl Api {
         }
     }
 
-    /// Hands all sequences of a job to the core. Returns their news.
+    /// Sends all sequences of a job to the core. Returns the channel of their outputs.
     async fn start(&self, job: &Job) -> Result<mpsc::Receiver<Output>, ApiError> {
         match *self.stage.borrow() {
-            Stage::Serving => {}
-            Stage::Dead => return Err(ApiError::dead()),
-            Stage::Draining | Stage::Aborting | Stage::DrainOver => {
+            EngineStage::Serving => {}
+            EngineStage::Dead => return Err(ApiError::dead()),
+            EngineStage::Draining | EngineStage::Aborting | EngineStage::DrainOver => {
                 return Err(ApiError::internal("cannot schedule new futures after shutdown"));
             }
         }
@@ -316,7 +316,7 @@ impl Api {
     }
 }
 
-/// Waits for all sequences of a request that is not streamed. In the order of their index.
+/// Waits for all sequences of a request without streaming, sorted by index.
 async fn collect(mut news: mpsc::Receiver<Output>, sequences: usize) -> Result<Vec<Output>, ApiError> {
     let mut outputs = Vec::with_capacity(sequences);
     while outputs.len() < sequences {
@@ -330,7 +330,7 @@ async fn collect(mut news: mpsc::Receiver<Output>, sequences: usize) -> Result<V
     Ok(outputs)
 }
 
-/// The `usage` object. `cached` is told only where the engine was started to.
+/// The `usage` object. `cached` is only included if the engine was started with that option.
 fn usage(prompt: usize, completion: usize, cached: Option<usize>) -> Value {
     json!({
         "prompt_tokens": prompt,
@@ -343,7 +343,7 @@ fn usage(prompt: usize, completion: usize, cached: Option<usize>) -> Value {
     })
 }
 
-/// The `usage` of a stream, which leaves out what has no value.
+/// The `usage` of a stream, which omits empty fields.
 fn streamed_usage(prompt: usize, completion: usize, cached: Option<usize>) -> Value {
     let mut usage = json!({
         "prompt_tokens": prompt,

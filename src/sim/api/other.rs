@@ -1,6 +1,6 @@
-//! `/v1/responses` and `/v1/messages`: generations in the words of OpenAI's newer API and of Anthropic's.
+//! The routes `/v1/responses` and `/v1/messages`: generation in OpenAI's newer API and in Anthropic's.
 //!
-//! As far as clients of a text model see them: text in, text out, whole or as named events.
+//! Limited to text in and text out, complete or as named events.
 
 use std::sync::Arc;
 
@@ -13,14 +13,14 @@ use futures_util::StreamExt as _;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::request::{Common, Message, Particulars, read, template};
+use super::request::{Common, Message, RouteSettings, read, template};
 use super::{Api, ApiError, collect, event_stream, now, request_id};
 use crate::sim::engine_core::sequence::{End, Output};
 use crate::sim::engine_core::tokens::encode;
 
 /// The fields of both routes that shape the prompt and the limit.
 #[derive(Deserialize)]
-struct Asked {
+struct PromptFields {
     input: Option<Value>,
     instructions: Option<String>,
     messages: Option<Vec<Message>>,
@@ -28,8 +28,8 @@ struct Asked {
     max_output_tokens: Option<usize>,
 }
 
-/// A generation that has ended.
-struct Done {
+/// A finished generation.
+struct Generation {
     id: String,
     text: String,
     finish: Option<&'static str>,
@@ -37,7 +37,7 @@ struct Done {
     made: usize,
 }
 
-impl Asked {
+impl PromptFields {
     fn messages(self) -> Result<Vec<Message>, ApiError> {
         let missing = || ApiError::bad_request("input: Field required", Some("input"));
         let system = self
@@ -54,16 +54,16 @@ impl Asked {
     }
 }
 
-async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(Common, Done), ApiError> {
+async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(Common, Generation), ApiError> {
     let common = Common::read(body)?;
-    let asked: Asked = read(body)?;
+    let asked: PromptFields = read(body)?;
     api.check_model(common.model.as_deref())?;
     let id = request_id(headers, &common);
     let limit = asked.max_output_tokens;
     let prompt: Arc<[u32]> = encode(&template(&asked.messages()?)?).into();
     let mut job = common.check(
         api,
-        Particulars {
+        RouteSettings {
             id: id.clone(),
             prompts: vec![Arc::clone(&prompt)],
             default_max_tokens: limit,
@@ -74,7 +74,7 @@ async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(Commo
     )?;
     job.stream = false;
     let output: Output = collect(api.start(&job).await?, 1).await?.remove(0);
-    let done = Done {
+    let done = Generation {
         id,
         text: output.text,
         finish: match output.end {
@@ -87,7 +87,7 @@ async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(Commo
     Ok((common, done))
 }
 
-/// Events with names, one for each pair.
+/// A response of named events.
 fn named(events: Vec<(&'static str, Value)>) -> Response {
     let events = events.into_iter().map(|(name, mut data)| {
         data["type"] = json!(name);
@@ -204,6 +204,6 @@ pub(super) async fn messages(
 pub(super) async fn count_tokens(State(api): State<Arc<Api>>, body: Bytes) -> Result<Json<Value>, ApiError> {
     let common = Common::read(&body)?;
     api.check_model(common.model.as_deref())?;
-    let messages = read::<Asked>(&body)?.messages()?;
+    let messages = read::<PromptFields>(&body)?.messages()?;
     Ok(Json(json!({"input_tokens": encode(&template(&messages)?).len()})))
 }

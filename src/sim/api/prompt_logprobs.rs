@@ -1,15 +1,15 @@
-//! Probabilities of a prompt's tokens: a function of the prompt alone, because an engine computes it for them.
+//! Log probabilities of prompt tokens: a function of the prompt only.
 
 use serde_json::{Value, json};
 
 use crate::sim::engine_core::sequence::TokenLogprob;
 use crate::sim::engine_core::tokens::{KvState, decode};
 
-/// Of every token but the first one, before which there is nothing.
+/// The log probabilities of all tokens except the first, which has no predecessor.
 pub(super) fn of(prompt: &[u32], alternatives: u32) -> Vec<Option<TokenLogprob>> {
     let mut state = KvState::default();
     let of = prompt.iter().map(|token| {
-        let told = (state.length() > 0).then(|| {
+        let logprob = (state.length() > 0).then(|| {
             let draw = state.draw(0);
             let top = (1..=alternatives).map(|rank| draw.alternative(rank));
             TokenLogprob {
@@ -19,22 +19,22 @@ pub(super) fn of(prompt: &[u32], alternatives: u32) -> Vec<Option<TokenLogprob>>
             }
         });
         state.compute(*token);
-        told
+        logprob
     });
     of.collect()
 }
 
-/// As vLLM's answers tell them.
-pub(super) fn tell(prompt: &[u32], alternatives: u32) -> Value {
-    let tell = |told: &TokenLogprob| -> Value {
-        let ranked = told.top.iter().enumerate().map(|(rank, (token, logprob))| {
-            let told = json!({"logprob": logprob, "rank": rank + 1, "decoded_token": decode(&[*token])});
-            (token.to_string(), told)
+/// The log probabilities as in vLLM's answers.
+pub(super) fn to_json(prompt: &[u32], alternatives: u32) -> Value {
+    let to_json = |entry: &TokenLogprob| -> Value {
+        let ranked = entry.top.iter().enumerate().map(|(rank, (token, logprob))| {
+            let described = json!({"logprob": logprob, "rank": rank + 1, "decoded_token": decode(&[*token])});
+            (token.to_string(), described)
         });
         ranked.collect()
     };
     of(prompt, alternatives)
         .iter()
-        .map(|told| told.as_ref().map(tell))
+        .map(|entry| entry.as_ref().map(to_json))
         .collect()
 }

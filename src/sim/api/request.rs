@@ -1,4 +1,4 @@
-//! Bodies of requests: what completions and chat share, and the checks that vLLM makes.
+//! Request bodies: the common fields of completions and chats, and vLLM's checks.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::sim::engine_core::sequence::Sampling;
 use crate::sim::engine_core::tokens::encode;
 use crate::sim::kv::params::{self, Transfer};
 
-/// The fields that completions and chat share.
+/// The common fields of completions and chats.
 #[derive(Debug, Deserialize)]
 pub(super) struct Common {
     pub(super) model: Option<String>,
@@ -46,13 +46,13 @@ struct StreamOptions {
     continuous_usage_stats: Option<bool>,
 }
 
-/// When a stream tells its usage.
+/// When a stream reports its usage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum TellUsage {
+pub(super) enum UsageEvents {
     Never,
-    /// In an event of its own before the end.
+    /// In a separate event before the end.
     AtEnd,
-    /// There, and in every event.
+    /// In a separate event and in every chunk.
     Always,
 }
 
@@ -64,7 +64,7 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// A message of text.
+    /// A text message.
     pub(super) fn new(role: &str, text: &str) -> Self {
         Self {
             role: role.to_owned(),
@@ -73,19 +73,19 @@ impl Message {
     }
 }
 
-/// One part of a message's content.
+/// One part of the content of a message.
 #[derive(Debug, Deserialize)]
-struct Part {
+struct ContentPart {
     text: Option<String>,
 }
 
-/// A checked request: what the core needs, and what every answer needs.
+/// A valid request: the data for the core and for the answer.
 #[derive(Debug)]
 pub(super) struct Job {
     /// `cmpl-<base>` or `chatcmpl-<base>`.
     pub(super) id: String,
     pub(super) prompts: Vec<Arc<[u32]>>,
-    /// By prompt.
+    /// Prompts.
     pub(super) max_tokens: Vec<usize>,
     /// Answers per prompt.
     pub(super) choices: usize,
@@ -93,28 +93,28 @@ pub(super) struct Job {
     pub(super) temperature: f64,
     pub(super) seed: Option<i64>,
     pub(super) stream: bool,
-    pub(super) tell_usage: TellUsage,
-    /// Whether the client asked for its prompt and nothing more. One token is made all the same, as by vLLM.
+    pub(super) usage_events: UsageEvents,
+    /// Whether only the prompt was requested. One token is still generated, as in vLLM.
     pub(super) prompt_only: bool,
     pub(super) return_token_ids: bool,
     pub(super) transfer: Transfer,
     pub(super) cache_salt: Option<String>,
 }
 
-/// What differs between the two kinds of requests when they are checked.
-pub(super) struct Particulars {
+/// The settings that differ between the two routes.
+pub(super) struct RouteSettings {
     pub(super) id: String,
     pub(super) prompts: Vec<Arc<[u32]>>,
     /// `max_tokens` when the client gave none; `None` fills the context.
     pub(super) default_max_tokens: Option<usize>,
     pub(super) logprobs: Option<u32>,
-    /// Whether probabilities of the prompt are wanted: then it is computed, never fetched.
+    /// Whether prompt probabilities are requested: then the prompt is computed, never pulled.
     pub(super) needs_prompt: bool,
-    /// Whether no token may be asked for, because the prompt is echoed.
+    /// Whether zero tokens are allowed, because the prompt is echoed.
     pub(super) echoes: bool,
 }
 
-/// Reads a body. A wrong one is told where it is wrong.
+/// Parses a body. The error names the invalid field.
 pub(super) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| ApiError {
         status: StatusCode::BAD_REQUEST,
@@ -125,7 +125,7 @@ pub(super) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
 }
 
 impl Common {
-    /// Reads the shared fields, and checks what vLLM's schema checks.
+    /// Parses the common fields and makes the checks of vLLM's schema.
     pub(super) fn read(body: &[u8]) -> Result<Self, ApiError> {
         let common: Self = read(body)?;
         if common.stream_options.is_some() && common.stream != Some(true) {
@@ -137,8 +137,8 @@ impl Common {
         Ok(common)
     }
 
-    /// Makes the checks that need the engine's limits.
-    pub(super) fn check(&self, api: &Api, of: Particulars) -> Result<Job, ApiError> {
+    /// Makes the checks that depend on the engine's limits.
+    pub(super) fn check(&self, api: &Api, of: RouteSettings) -> Result<Job, ApiError> {
         let limit = api.options.max_model_len as usize;
         let given = self.max_completion_tokens.or(self.max_tokens);
         let prompt_only = of.echoes && given == Some(0);
@@ -194,11 +194,11 @@ impl Common {
                 allowed: texts(self.structured_outputs.as_ref(), self.response_format.as_ref())?
                     .map(|texts| texts.iter().map(|text| encode(text)).collect()),
             },
-            // Beams differ whatever the temperature, and always in the same way.
+            // Beams differ at any temperature, and always in the same way.
             temperature: if beams { 1.0 } else { temperature },
             seed: if beams { None } else { self.seed },
             stream: self.stream.unwrap_or(false),
-            tell_usage: self.tell_usage(),
+            usage_events: self.usage_events(),
             prompt_only,
             return_token_ids: self.return_token_ids.unwrap_or(false),
             transfer,
@@ -206,16 +206,16 @@ impl Common {
         })
     }
 
-    fn tell_usage(&self) -> TellUsage {
+    fn usage_events(&self) -> UsageEvents {
         let options = self.stream_options.as_ref();
         match options.map(|options| (options.include_usage, options.continuous_usage_stats)) {
-            Some((Some(true), Some(true))) => TellUsage::Always,
-            Some((Some(true), _)) => TellUsage::AtEnd,
-            _ => TellUsage::Never,
+            Some((Some(true), Some(true))) => UsageEvents::Always,
+            Some((Some(true), _)) => UsageEvents::AtEnd,
+            _ => UsageEvents::Never,
         }
     }
 
-    /// `stop` is a text or a list of texts.
+    /// Parses `stop`: a text or a list of texts.
     fn stop_strings(&self) -> Result<Vec<String>, ApiError> {
         let Some(raw) = &self.stop else {
             return Ok(Vec::new());
@@ -230,7 +230,7 @@ impl Common {
     }
 }
 
-/// How many tokens a prompt may be answered with.
+/// The allowed number of output tokens for a prompt.
 fn room(limit: usize, prompt: usize, given: Option<usize>, default: Option<usize>) -> Result<usize, ApiError> {
     if prompt == 0 {
         return Err(ApiError::bad_request(
@@ -252,7 +252,7 @@ fn room(limit: usize, prompt: usize, given: Option<usize>, default: Option<usize
     Ok(given.unwrap_or_else(|| default.unwrap_or(left).min(left)))
 }
 
-/// The text that a chat becomes.
+/// Renders a chat as text.
 pub(super) fn template(messages: &[Message]) -> Result<String, ApiError> {
     let mut text = String::new();
     for message in messages {
@@ -263,7 +263,7 @@ pub(super) fn template(messages: &[Message]) -> Result<String, ApiError> {
             None => {}
             Some(raw) if raw.get().starts_with('"') => text.push_str(&read::<String>(raw.get().as_bytes())?),
             Some(raw) => {
-                for part in read::<Vec<Part>>(raw.get().as_bytes())? {
+                for part in read::<Vec<ContentPart>>(raw.get().as_bytes())? {
                     text.push_str(part.text.as_deref().unwrap_or_default());
                 }
             }

@@ -1,4 +1,4 @@
-//! Streams of server-sent events, in vLLM's order: chunks as tokens come, then the usage if asked for, then `[DONE]`.
+//! Event streams in vLLM's order: chunks as tokens are generated, the usage if requested, then `[DONE]`.
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::ApiError;
 use crate::sim::engine_core::sequence::{End, Output};
 
-/// Turns the news of a request into the events of one kind of stream.
+/// Converts the outputs of a request into the events of a route.
 pub(super) trait Render: Send + 'static {
     /// The events of one output, as JSON texts.
     fn chunks(&mut self, output: Output) -> Vec<String>;
@@ -20,12 +20,12 @@ pub(super) trait Render: Send + 'static {
 struct State<R> {
     render: R,
     news: mpsc::Receiver<Output>,
-    /// Sequences that have not ended.
+    /// Number of running sequences.
     open: usize,
     over: bool,
 }
 
-/// The body of a stream. `first` was taken from `news` already.
+/// The body of a stream. `first` was already received from `news`.
 pub(super) fn body<R: Render>(render: R, news: mpsc::Receiver<Output>, sequences: usize) -> Body {
     let state = State {
         render,

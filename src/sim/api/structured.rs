@@ -1,11 +1,11 @@
-//! Structured output: the texts that a grammar allows, of which the sampler draws one. As many as tell two prompts apart.
+//! Structured output: the texts that a grammar allows, enough of them for two prompts to differ. The sampler draws one.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::ApiError;
 
-/// How many texts an open grammar allows here.
+/// Number of texts for an open grammar.
 const VARIANTS: usize = 16;
 
 /// vLLM's `structured_outputs`.
@@ -15,7 +15,7 @@ pub(super) struct StructuredOutputs {
     json: Option<Value>,
 }
 
-/// The allowed texts; `None` where everything is.
+/// The allowed texts; `None` without a restriction.
 pub(super) fn texts(
     outputs: Option<&StructuredOutputs>,
     format: Option<&Value>,
@@ -46,7 +46,7 @@ fn instances(schema: &Value) -> Vec<String> {
         .collect()
 }
 
-/// The smallest value that fits a schema, one of several.
+/// A minimal value of a schema, in variants.
 fn instance(schema: &Value, variant: usize) -> Value {
     if let Some(values) = schema["enum"].as_array().filter(|values| !values.is_empty()) {
         return values[variant % values.len()].clone();

@@ -1,7 +1,7 @@
 //! The engine core: one loop that prefills prompts one at a time and decodes all running sequences together, on the
 //! clock of the timing model.
 //!
-//! Steps lie on an absolute schedule: a timer that fires late delays one step's news, never the steps after it.
+//! Steps follow an absolute schedule: a late timer delays the output of one step, never the steps after it.
 
 mod cache;
 
@@ -26,36 +26,36 @@ use crate::sim::log::{Log, Process};
 use crate::sim::metrics::Metrics;
 use crate::sim::options::{LoadFailurePolicy, Options};
 
-/// Sequences that one step decodes at most: vLLM's `max_num_seqs`.
+/// Most sequences per decode step: vLLM's `max_num_seqs`.
 const MAX_RUNNING: usize = 256;
-/// Tokens made between two looks at the queue when steps take no time.
+/// Tokens between two checks of the queue if steps take no time.
 const BURST: usize = 16;
 
-/// Where an engine is in its life.
+/// The life cycle of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// It serves.
+pub(crate) enum EngineStage {
+    /// Serving.
     Serving,
-    /// It takes no new request; those running go on.
+    /// Rejects new requests; running ones continue.
     Draining,
-    /// What runs ends now, with reason `abort`.
+    /// Running requests end now with reason `abort`.
     Aborting,
-    /// What runs ends now, with an error.
+    /// Running requests end now with an error.
     DrainOver,
     /// The core is dead.
     Dead,
 }
 
-/// What the API asks of the core.
+/// A command of the API to the core.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Generate.
+    /// Generates a sequence.
     Add(Request),
-    /// Tell a prefill engine that its blocks are not wanted: a request that carried them was refused.
+    /// Releases the blocks of a prefill engine, because the request that named them was rejected.
     Release(PullParams),
 }
 
-/// Why the core died, in the words of its log.
+/// Why the core died, as in its log.
 #[derive(Debug)]
 pub(crate) struct Death(pub(crate) String);
 
@@ -74,9 +74,9 @@ pub(crate) enum Connector {
     Receiver(Receiver),
 }
 
-/// What the core is made of.
+/// The parts of the core.
 #[derive(Debug)]
-pub(crate) struct Parts {
+pub(crate) struct CoreParts {
     pub(crate) options: Arc<Options>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) log: Log,
@@ -85,15 +85,15 @@ pub(crate) struct Parts {
     /// Its cache server, if it has one.
     pub(crate) cache: Option<CacheClient>,
     pub(crate) commands: mpsc::Receiver<Command>,
-    pub(crate) stage: watch::Receiver<Stage>,
-    /// Tasks that live as long as the core: sockets and their peers.
+    pub(crate) stage: watch::Receiver<EngineStage>,
+    /// Tasks that run as long as the core: sockets and peers.
     pub(crate) background: JoinSet<()>,
 }
 
 /// The engine core.
 #[derive(Debug)]
 pub(crate) struct Core {
-    parts: Parts,
+    parts: CoreParts,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     loads: JoinSet<Loaded>,
@@ -106,23 +106,23 @@ pub(crate) struct Core {
     drifts: Option<EveryNth>,
     stall_after: Option<usize>,
     hang_after: Option<u64>,
-    /// Requests taken so far.
+    /// Number of accepted requests.
     taken: u64,
 }
 
-/// What a task of the core brought.
+/// The result of a task of the core.
 #[derive(Debug)]
 enum Loaded {
     Kv(Box<Sequence>, PullParams, Result<Vec<u64>, PullError>),
     Released(String),
     Cached(Box<Sequence>),
     Stored,
-    /// The client of a request that could never be scheduled has left.
+    /// The client of a stalled request has disconnected.
     ParkedLeft,
 }
 
-/// Changes what arrived, if the fault hits it.
-fn garble(fault: &mut EveryNth, records: &mut [u64]) {
+/// Corrupts received records if the fault selects them.
+fn corrupt(fault: &mut EveryNth, records: &mut [u64]) {
     if let Some(first) = records.first_mut()
         && fault.hits()
     {
@@ -131,7 +131,7 @@ fn garble(fault: &mut EveryNth, records: &mut [u64]) {
 }
 
 impl Core {
-    pub(crate) fn new(parts: Parts) -> Self {
+    pub(crate) fn new(parts: CoreParts) -> Self {
         let options = &parts.options;
         let pull_failures = EveryNth::new(options.fault(|fault| match fault {
             Fault::FailTransfer(nth) => Some(*nth),
@@ -171,13 +171,13 @@ impl Core {
         }
     }
 
-    /// Works until the stage says that it is over.
+    /// Runs until the stage ends it.
     pub(crate) async fn run(mut self) -> Result<(), Death> {
         loop {
             let stage = *self.parts.stage.borrow_and_update();
             match stage {
-                Stage::Serving | Stage::Draining => {}
-                Stage::Aborting | Stage::DrainOver | Stage::Dead => {
+                EngineStage::Serving | EngineStage::Draining => {}
+                EngineStage::Aborting | EngineStage::DrainOver | EngineStage::Dead => {
                     self.end_all(stage);
                     return Ok(());
                 }
@@ -209,7 +209,7 @@ impl Core {
 
     /// Waits for something to do.
     async fn idle(&mut self) -> Result<(), Death> {
-        // Blocks may come free, and stalled clients may leave, without a word.
+        // Blocks can become free and stalled clients can disconnect without an event.
         let pause = if self.waiting.is_empty() && self.running.is_empty() {
             Duration::from_hours(1)
         } else {
@@ -242,7 +242,7 @@ impl Core {
                 if met {
                     self.release(params);
                 } else {
-                    // vLLM makes the handshake at once, but the notification leaves with the next step only.
+                    // vLLM makes the handshake at once, but sends the notification with the next step.
                     self.unsent_releases.push(params);
                 }
                 Ok(())
@@ -327,7 +327,7 @@ impl Core {
         let (model, preset) = (self.parts.options.model.clone(), self.parts.options.preset);
         self.loads.spawn(async move {
             if let Ok(mut peer) = Peer::reach(&params, &model, met, &preset).await {
-                // If it is lost, the lease ends by itself.
+                // If it is lost, the lease expires.
                 drop(peer.done(&params).await);
             }
             Loaded::Released(params.engine_id)
@@ -354,7 +354,7 @@ impl Core {
                 metrics.transferred(bytes, preset.transfer(records.len()));
                 sequence.cached_tokens = params.cached_tokens.unwrap_or(records.len());
                 sequence.loaded = records;
-                garble(&mut self.garbled_loads, &mut sequence.loaded);
+                corrupt(&mut self.garbled_loads, &mut sequence.loaded);
                 self.met.insert(params.engine_id);
                 self.waiting.push_back(*sequence);
             }
@@ -396,7 +396,7 @@ impl Core {
         (self.parts.pool.total() * crate::sim::kv::blocks::BLOCK_TOKENS) as f64
     }
 
-    /// Prefills the next prompt, or what is left of it.
+    /// Prefills the next prompt, or the rest of it.
     async fn prefill_next(&mut self) -> Result<(), Death> {
         let Some(mut sequence) = self.waiting.pop_front() else {
             return Ok(());
@@ -430,14 +430,14 @@ impl Core {
             self.parts.metrics.finished("abort");
             return Ok(());
         }
-        // The last token of a transferred prompt is computed with the next step; a computed one has its first token.
+        // The last token of a transferred prompt is computed with the next step; a computed prompt has its first token.
         if transferred || self.advance(&mut sequence) {
             self.running.push(sequence);
         }
         Ok(())
     }
 
-    /// Hands the KV of a prefilled prompt to LMCache's sender. False when the engine ended meanwhile.
+    /// Passes the KV of a prefilled prompt to LMCache's sender. False if the engine ended meanwhile.
     async fn push(&mut self, sequence: &Sequence, records: &[u64]) -> Result<bool, Death> {
         let parts = &mut self.parts;
         let (Transfer::Push(spec, _, tag), Connector::Sender(sender)) =
@@ -446,7 +446,7 @@ impl Core {
             return Ok(true);
         };
         if parts.options.chunked_prefill && records.len() > parts.options.step_tokens() as usize {
-            // LMCache transfers only a prompt that is prefilled in one step. Nobody is told.
+            // LMCache only transfers a prompt that is prefilled in one step, and reports nothing.
             return Ok(true);
         }
         let meeting = sender.meet(spec, &mut parts.background);
@@ -483,7 +483,7 @@ impl Core {
         self.running = running;
     }
 
-    /// Lets time pass on the engine's schedule.
+    /// Waits on the engine's schedule.
     async fn pass(&mut self, duration: Duration) {
         if duration.is_zero() {
             tokio::task::yield_now().await;
@@ -493,7 +493,7 @@ impl Core {
         sleep_until(self.clock).await;
     }
 
-    /// Makes one token of a sequence. False when it is over.
+    /// Generates one token of a sequence. False if it has ended.
     fn advance(&self, sequence: &mut Sequence) -> bool {
         if sequence.is_abandoned() {
             self.parts.metrics.finished("abort");
@@ -502,21 +502,21 @@ impl Core {
         self.parts.metrics.generation_tokens.add(1);
         let Some(mut finish) = sequence.advance() else {
             if let Some(output) = sequence.report(None) {
-                // The channel has room for every token; it fails only when the client is gone.
+                // The channel has room for every token; it fails only if the client is gone.
                 return sequence.request.output.try_send(output).is_ok();
             }
             return true;
         };
         self.parts.metrics.finished(finish.reason);
         if let Some(times) = &finish.times {
-            self.parts.metrics.took(times.queue, times.first_token);
+            self.parts.metrics.observe_request(times.queue, times.first_token);
         }
         finish.kv_transfer_params = self.answer_params(sequence, &finish);
         send(sequence, End::Finished(finish));
         false
     }
 
-    /// `kv_transfer_params` of the answer. Blocks that a decode engine is to fetch get their lease here.
+    /// The `kv_transfer_params` of the answer. Blocks for a decode engine get their lease here.
     fn answer_params(&self, sequence: &mut Sequence, finish: &Finish) -> Value {
         match (&self.parts.connector, &sequence.request.transfer) {
             (
@@ -559,10 +559,10 @@ impl Core {
         }
     }
 
-    fn end_all(&mut self, stage: Stage) {
+    fn end_all(&mut self, stage: EngineStage) {
         let all = self.running.drain(..).chain(self.waiting.drain(..));
         for mut sequence in all {
-            let end = if stage == Stage::Aborting {
+            let end = if stage == EngineStage::Aborting {
                 self.parts.metrics.finished("abort");
                 End::Finished(sequence.finish("abort", Value::Null))
             } else {
@@ -573,25 +573,24 @@ impl Core {
     }
 }
 
-/// Tells the end of a sequence. Nobody listens when the client is gone.
+/// Sends the end of a sequence. Ignored if the client is gone.
 fn send(sequence: &mut Sequence, end: End) {
     if let Some(output) = sequence.report(Some(end)) {
         drop(sequence.request.output.try_send(output));
     }
 }
 
-/// Returns once what runs is to end.
-/// The worker does not answer, and all that waits waits with it: until the end, or until the core gives it up.
-async fn wedged(parts: &mut Parts) -> Result<(), Death> {
+/// Returns when running requests must end.
+async fn wedged(parts: &mut CoreParts) -> Result<(), Death> {
     tokio::select! {
         () = sleep(parts.options.step_deadline) => Err(Death("RPC call to execute_model timed out".to_owned())),
         () = ended(&mut parts.stage) => Ok(()),
     }
 }
 
-async fn ended(stage: &mut watch::Receiver<Stage>) {
+async fn ended(stage: &mut watch::Receiver<EngineStage>) {
     let over = stage
-        .wait_for(|stage| !matches!(stage, Stage::Serving | Stage::Draining))
+        .wait_for(|stage| !matches!(stage, EngineStage::Serving | EngineStage::Draining))
         .await;
     drop(over);
 }

@@ -1,4 +1,4 @@
-//! One sequence that an engine generates: its sampling, its text, its end. Pure; the scheduler drives it.
+//! One generated sequence: sampling, text and end. Pure; the scheduler drives it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,34 +11,34 @@ use crate::sim::engine_core::tokens::{END_OF_TURN, KvState, decode_into, mix};
 use crate::sim::kv::blocks::Blocks;
 use crate::sim::kv::params::Transfer;
 
-/// How far apart the probabilities of two tokens are that are equally likely but for the order of additions.
+/// The difference between the probabilities of two tokens that are equally likely up to rounding.
 const EQUALLY_LIKELY: f64 = 0.01;
 
 /// How a sequence is sampled and when it ends.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sampling {
-    /// Most tokens to make; at least 1.
+    /// Most tokens to generate; at least 1.
     pub(crate) max_tokens: usize,
-    /// Tokens before which the sequence does not end by itself.
+    /// Fewest tokens before a natural end.
     pub(crate) min_tokens: usize,
     /// Whether only `max_tokens` and stop strings end it.
     pub(crate) ignore_eos: bool,
-    /// Texts that end it.
+    /// Stop strings.
     pub(crate) stop: Vec<String>,
-    /// Tokens that end it.
+    /// Stop tokens.
     pub(crate) stop_token_ids: Vec<u32>,
     /// Whether the stop string stays in the text.
     pub(crate) include_stop: bool,
     /// Mixed into every draw; 0 for greedy sampling.
     pub(crate) salt: u64,
-    /// How many alternatives to report per token; `None` reports no probabilities.
+    /// Number of alternatives per token; `None` reports no probabilities.
     pub(crate) logprobs: Option<u32>,
     /// The token sequences that a grammar allows; `None` allows all.
     pub(crate) allowed: Option<Arc<[Vec<u32>]>>,
 }
 
 impl Sampling {
-    /// The salt of the `choice`-th of several answers. Greedy ones are all alike.
+    /// The salt of choice number `choice`. Greedy choices are all equal.
     pub(crate) fn salt_of(temperature: f64, seed: Option<i64>, choice: usize) -> u64 {
         if temperature == 0.0 || (seed.is_none() && choice == 0) {
             return 0;
@@ -47,24 +47,24 @@ impl Sampling {
     }
 }
 
-/// A request for one sequence, as the API hands it to the scheduler.
+/// A request for one sequence from the API to the scheduler.
 #[derive(Debug)]
 pub(crate) struct Request {
-    /// The engine's id of it: `cmpl-<base>-<index>-<8 hex>`.
+    /// The engine's request id: `cmpl-<base>-<index>-<8 hex>`.
     pub(crate) id: String,
-    /// Its number among the sequences of the client's request.
+    /// Its index among the sequences of the client's request.
     pub(crate) index: usize,
     /// The prompt.
     pub(crate) prompt: Arc<[u32]>,
-    /// How to sample.
+    /// Sampling settings.
     pub(crate) sampling: Sampling,
-    /// Whether every token is reported, or only the whole.
+    /// Whether to report every token or only the complete output.
     pub(crate) stream: bool,
-    /// What its KV does.
+    /// Its KV transfer.
     pub(crate) transfer: Transfer,
-    /// Only requests with the same one share cached KV.
+    /// Cache salt: only requests with the same salt share cached KV.
     pub(crate) cache_salt: Option<String>,
-    /// Where its tokens go. Closed once the client is gone.
+    /// The channel of its outputs. Closed when the client disconnects.
     pub(crate) output: mpsc::Sender<Output>,
 }
 
@@ -73,24 +73,24 @@ pub(crate) struct Request {
 pub(crate) struct TokenLogprob {
     /// The token.
     pub(crate) token: u32,
-    /// Its logarithm of probability.
+    /// Its log probability.
     pub(crate) logprob: f64,
     /// The best alternatives, itself first.
     pub(crate) top: Vec<(u32, f64)>,
 }
 
-/// News of one sequence.
+/// A partial output of one sequence.
 #[derive(Debug)]
 pub(crate) struct Output {
     /// The request's [`Request::index`].
     pub(crate) index: usize,
-    /// Text since the last news.
+    /// Text since the last output.
     pub(crate) text: String,
-    /// Tokens since the last news.
+    /// Tokens since the last output.
     pub(crate) tokens: Vec<u32>,
-    /// Their probabilities, if asked for.
+    /// Their probabilities, if requested.
     pub(crate) logprobs: Vec<TokenLogprob>,
-    /// Set on the last news.
+    /// Set on the last output.
     pub(crate) end: Option<End>,
 }
 
@@ -114,14 +114,14 @@ pub(crate) struct Finish {
     pub(crate) kv_transfer_params: Value,
     /// Prompt tokens that were not computed here.
     pub(crate) cached_tokens: usize,
-    /// How long it took; `None` before a token.
+    /// Its times; `None` without a token.
     pub(crate) times: Option<Box<Times>>,
 }
 
-/// How long the parts of a sequence's life took.
+/// The times of a sequence.
 #[derive(Debug, Clone)]
 pub(crate) struct Times {
-    /// Until it was scheduled, a transfer of its KV included.
+    /// Time until it was scheduled, including a KV transfer.
     pub(crate) queue: Duration,
     /// From there to its first token.
     pub(crate) first_token: Duration,
@@ -154,22 +154,22 @@ impl Times {
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) request: Request,
-    /// Records of the prompt that another engine computed.
+    /// Records of the prompt from another engine.
     pub(crate) loaded: Vec<u64>,
     /// Blocks of the prompt, once it is scheduled.
     pub(crate) blocks: Option<Blocks>,
-    /// Prompt tokens that `usage` calls cached.
+    /// Prompt tokens that `usage` reports as cached.
     pub(crate) cached_tokens: usize,
-    /// Tokens made.
+    /// Generated tokens.
     pub(crate) made: usize,
-    /// When it was scheduled.
+    /// Time of scheduling.
     pub(crate) scheduled: Option<Instant>,
     queued: Instant,
     first_token_at: Option<Instant>,
-    /// Whether it takes the other one of two second tokens that are equally likely; `None` where one is likelier.
+    /// Whether it takes the other one of two equally likely second tokens; `None` if one is likelier.
     pub(crate) tie: Option<bool>,
     first: Option<u32>,
-    /// Which of the allowed sequences it is.
+    /// The selected allowed sequence.
     drawn: usize,
     state: KvState,
     previous: Option<u32>,
@@ -182,8 +182,8 @@ pub(crate) struct Sequence {
 impl Sequence {
     pub(crate) fn new(request: Request) -> Self {
         Self {
-            // The prompt's last token, and not none: a prompt that ends with an answer's first token must go on as that
-            // answer does.
+            // The last token of the prompt and not none: a prompt that ends with the first token of an answer must
+            // continue like that answer.
             previous: request.prompt.last().copied(),
             request,
             loaded: Vec::new(),
@@ -204,7 +204,7 @@ impl Sequence {
         }
     }
 
-    /// Prompt tokens that are left to compute here. A fully loaded prompt leaves one: its last token is computed again.
+    /// Prompt tokens left to compute. A fully loaded prompt has one: its last token is computed again.
     pub(crate) fn uncomputed(&self) -> usize {
         self.request.prompt.len() - self.usable()
     }
@@ -218,17 +218,17 @@ impl Sequence {
         self.request.prompt.len() + self.made
     }
 
-    /// The first token made.
+    /// The first generated token.
     pub(crate) fn first_token(&self) -> Option<u32> {
         self.first
     }
 
-    /// Whether nobody waits for it any more.
+    /// Whether the client has disconnected.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.request.output.is_closed()
     }
 
-    /// Takes the loaded records and computes the rest of the prompt. Returns the records of the whole prompt.
+    /// Uses the loaded records and computes the rest of the prompt. Returns the records of the whole prompt.
     pub(crate) fn prefill(&mut self) -> Vec<u64> {
         let usable = self.usable();
         let mut records = std::mem::take(&mut self.loaded);
@@ -244,7 +244,7 @@ impl Sequence {
         records
     }
 
-    /// Makes the next token. Returns the end, if it was the last one.
+    /// Generates the next token. Returns the end if it was the last one.
     pub(crate) fn advance(&mut self) -> Option<Finish> {
         let sampling = &self.request.sampling;
         let draw = self.state.draw(sampling.salt);
@@ -297,7 +297,7 @@ impl Sequence {
         (self.made >= self.request.sampling.max_tokens).then(|| self.finish("length", Value::Null))
     }
 
-    /// The first stop string that the text after `before` completes, and where the text ends for it.
+    /// The first stop string completed by the text after `before`, and where the text ends.
     fn find_stop(&self, before: usize) -> Option<(String, usize)> {
         let sampling = &self.request.sampling;
         sampling
@@ -343,12 +343,12 @@ impl Sequence {
         })
     }
 
-    /// What is to be told now; `None` when nothing is.
+    /// The next output; `None` if there is nothing to send.
     pub(crate) fn report(&mut self, end: Option<End>) -> Option<Output> {
         if end.is_none() && !self.request.stream {
             return None;
         }
-        // A stop string may be half there: that much text waits.
+        // Text that can be the beginning of a stop string is held back.
         let held = if end.is_none() {
             self.request.sampling.stop.iter().map(String::len).max().unwrap_or(1) - 1
         } else {
@@ -394,7 +394,7 @@ mod tests {
         (Sequence::new(request), receiver)
     }
 
-    /// Runs a sequence to its end: its reported texts, its tokens, its end.
+    /// Runs a sequence to its end and returns its texts, its tokens and its end.
     fn run(sampling: Sampling) -> (Vec<String>, Vec<u32>, Finish) {
         let (mut sequence, _receiver) = sequence(sampling);
         sequence.prefill();
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_prompt_gives_the_same_tokens_and_another_seed_gives_others() {
+    fn tokens_depend_on_prompt_and_seed() {
         assert_eq!(run(endless(20)).1, run(endless(20)).1);
         let salt = Sampling::salt_of(1.0, Some(7), 0);
         let seeded = run(Sampling { salt, ..endless(20) }).1;
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_string_over_several_tokens_never_shows_even_in_part() {
+    fn a_stop_string_over_several_tokens_is_never_sent() {
         let whole = run(endless(40)).0.concat();
         let stop = whole[20..33].to_owned();
         let (texts, _, finish) = run(Sampling {
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_ends_by_itself_unless_told_otherwise() {
+    fn an_answer_ends_unless_eos_is_ignored() {
         let free = Sampling {
             max_tokens: 5000,
             ..Sampling::default()
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn loaded_records_give_the_tokens_that_computing_gives() {
+    fn loaded_records_equal_computed_ones() {
         let (mut alone, _keep) = sequence(endless(10));
         let records = alone.prefill();
         let (mut loaded, _keep_too) = sequence(endless(10));

@@ -1,12 +1,12 @@
-//! The timing model: how long a simulated engine takes for what it does. Pure; presets are data.
+//! The timing model: how long a simulated engine takes for each step. Pure; presets are data.
 //!
-//! Prefill: `a0 + a1·n + a2·n²`, plus a cost per token beyond the longest prefill this engine has seen. Decode step:
-//! `d0 + d1·batch + d2·context`, context being the tokens of all sequences of the batch. KV: bytes over bandwidth plus
-//! a latency, and a handshake on the first contact of a pair.
+//! Prefill: `a0 + a1·n + a2·n²`, plus a cost per token beyond the longest prefill of this engine so far. Decode step:
+//! `d0 + d1·batch + d2·context`, where context is the number of tokens of all sequences in the batch. KV: bytes over
+//! bandwidth plus a latency, and a handshake at the first contact of a pair.
 
 use std::time::Duration;
 
-/// What an engine's times are computed from.
+/// The parameters of an engine's times.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preset {
     /// Its name on the command line.
@@ -17,7 +17,7 @@ pub struct Preset {
     pub prefill_per_token: f64,
     /// Seconds per squared prompt token.
     pub prefill_per_token_squared: f64,
-    /// Seconds per token beyond the longest prefill before: the allocator grows, kernels are chosen and loaded.
+    /// Seconds per token beyond the longest prefill so far: the allocator grows, and kernels are selected and loaded.
     pub first_touch_per_token: f64,
     /// Constant part of a decode step, in seconds.
     pub step_constant: f64,
@@ -44,7 +44,7 @@ pub struct Preset {
 /// The presets that `--preset` knows.
 pub const PRESETS: &[Preset] = &[INSTANT, BRISK, H100_LLAMA_3_1_8B, H100_QWEN3_32B, A100_OPT_13B];
 
-/// Everything takes no time: for tests, and as an engine that costs nothing under a proxy's benchmark.
+/// No operation takes time: for tests, and for benchmarks of the proxy alone.
 pub const INSTANT: Preset = Preset {
     name: "instant",
     prefill_constant: 0.0,
@@ -63,7 +63,7 @@ pub const INSTANT: Preset = Preset {
     kv_cache_tokens: 400_000,
 };
 
-/// As instant, but generations take long enough to be met half way: for tests of what happens in between.
+/// As instant, but generation takes long enough to interrupt it: for tests.
 pub(in crate::sim) const BRISK: Preset = Preset {
     name: "brisk",
     prefill_constant: 0.005,
@@ -125,7 +125,7 @@ pub(in crate::sim) const H100_QWEN3_32B: Preset = Preset {
     ..INSTANT
 };
 
-/// OPT-13B on A100 80 GB, prefill on two GPUs and decode on one: the fits of `DistServe`'s profiler, as they stand in
+/// OPT-13B on A100 80 GB, prefill on two GPUs and decode on one: the fits of `DistServe`'s profiler, from
 /// `simdistserve/estimators/profile_data/profiler-a100-80g.distserve.json` (the decode fit is that of batches below 95),
 /// with the millisecond that its simulator adds to a prefill. Transfers take no time there, and next to none here.
 pub(in crate::sim) const A100_OPT_13B: Preset = Preset {
@@ -146,12 +146,12 @@ pub(in crate::sim) const A100_OPT_13B: Preset = Preset {
 };
 
 impl Preset {
-    /// The preset of this name.
+    /// The preset with this name.
     pub fn named(name: &str) -> Option<Self> {
         PRESETS.iter().copied().find(|preset| preset.name == name)
     }
 
-    /// How long a prefill of `tokens` takes on an engine whose longest so far had `longest` tokens.
+    /// The time of a prefill of `tokens` on an engine whose longest so far had `longest` tokens.
     pub(crate) fn prefill(&self, tokens: usize, longest: usize) -> Duration {
         let count = tokens as f64;
         Duration::from_secs_f64(
@@ -162,7 +162,7 @@ impl Preset {
         )
     }
 
-    /// How long a decode step of `sequences` with `context` tokens in all takes.
+    /// The time of a decode step of `sequences` with `context` tokens in total.
     pub(crate) fn step(&self, sequences: usize, context: usize) -> Duration {
         Duration::from_secs_f64(
             self.step_constant
@@ -171,13 +171,13 @@ impl Preset {
         )
     }
 
-    /// How long the KV of `tokens` is on its way.
+    /// The time of the KV transfer of `tokens`.
     pub(crate) fn transfer(&self, tokens: usize) -> Duration {
         let bytes = self.kv_bytes_per_token as f64 * tokens as f64;
         Duration::from_secs_f64(self.kv_latency + bytes / self.kv_bandwidth)
     }
 
-    /// How long the first contact of a pair takes.
+    /// The time of the first contact of a pair.
     pub(crate) fn handshake(&self) -> Duration {
         Duration::from_secs_f64(self.handshake)
     }
@@ -203,7 +203,7 @@ mod tests {
         let rest = milliseconds(preset.transfer(7500) + preset.step(1, 7500));
         let cold = milliseconds(preset.prefill(7500, warm_up)) + rest;
         let warm = milliseconds(preset.prefill(7500, 7500)) + rest;
-        // Two prefillers, thirty requests that never meet: the first on each is cold.
+        // Two prefill engines and thirty requests that never overlap: the first on each is cold.
         let mean = (2.0 * cold + 28.0 * warm) / 30.0;
         let steps: f64 = (1..200).map(|made| milliseconds(preset.step(1, 7500 + made))).sum();
         for (simulated, published) in [mean, warm, cold, steps / 199.0].into_iter().zip(PUBLISHED) {

@@ -1,15 +1,15 @@
 //! The simulated tokenizer and sampler: pure functions between text, token ids and a hash of the KV cache.
 //!
-//! Every text is a sequence of tokens and back again without loss. Ids count 128256, as Llama 3's do, so that ids made
-//! for a real Llama are valid here. What the sampler makes reads like words.
+//! Encoding is lossless for every text. There are 128256 ids as in Llama 3, so that ids for a real Llama are valid
+//! here. Sampled text looks like words.
 
-/// Ids run from 0 to this, exclusive: Llama 3's vocabulary.
+/// Number of ids: Llama 3's vocabulary.
 pub(crate) const VOCABULARY: u32 = 128_256;
 
-/// Ends an answer. Llama 3.1's `<|eot_id|>`; it has no text.
+/// The end of an answer: Llama 3.1's `<|eot_id|>`, without text.
 pub(crate) const END_OF_TURN: u32 = 128_009;
 
-/// One token per byte, then one per pair of bytes, then one per word, then one per hyphenated pair of words.
+/// Ids: single bytes, then pairs of bytes, then words, then hyphenated pairs of words.
 const PAIRS: u32 = 256;
 const SINGLE_WORDS: u32 = PAIRS + 65_536;
 const DOUBLE_WORDS: u32 = SINGLE_WORDS + 256;
@@ -18,7 +18,7 @@ const SPECIAL: u32 = 128_000;
 const COMMA: u32 = b',' as u32;
 const PERIOD: u32 = b'.' as u32;
 
-/// Sorted, so that a word's id is found by bisection.
+/// Sorted for binary search.
 #[rustfmt::skip]
 const WORDS: [&str; 256] = [
     "about", "above", "add", "after", "again", "air", "all", "also", "an", "and", "animal", "another", "answer",
@@ -43,7 +43,7 @@ const WORDS: [&str; 256] = [
     "year", "you", "young", "your",
 ];
 
-/// The tokens of a text. A word of the list with the space before it is one token; anything else goes by pairs of bytes.
+/// Encodes a text. A listed word with its leading space is one token; other text is encoded as pairs of bytes.
 pub(crate) fn encode(text: &str) -> Vec<u32> {
     let bytes = text.as_bytes();
     let mut tokens = Vec::with_capacity(bytes.len() / 4 + 1);
@@ -88,7 +88,7 @@ fn word_token(piece: &str) -> Option<u32> {
     (token < SPECIAL).then_some(token)
 }
 
-/// Appends the bytes of one token. An id outside the vocabulary, or a special one, has none.
+/// Appends the bytes of one token. Special and invalid ids have none.
 pub(crate) fn decode_into(token: u32, bytes: &mut Vec<u8>) {
     let word = |index: u32| WORDS[index as usize % 256].as_bytes();
     match token {
@@ -112,7 +112,7 @@ pub(crate) fn decode_into(token: u32, bytes: &mut Vec<u8>) {
     }
 }
 
-/// The text of tokens. Bytes that are no UTF-8 become U+FFFD.
+/// Decodes tokens. Invalid UTF-8 becomes U+FFFD.
 pub(crate) fn decode(tokens: &[u32]) -> String {
     let mut bytes = Vec::with_capacity(tokens.len() * 5);
     for token in tokens {
@@ -129,8 +129,8 @@ pub(crate) fn mix(left: u64, right: u64) -> u64 {
     hash ^ (hash >> 31)
 }
 
-/// The KV cache of one sequence, boiled down. Every token leaves one record, which depends on the record before it; the
-/// next token depends on all records. So a record that was lost, crossed or garbled on its way changes the output.
+/// A summary of the KV cache of one sequence. Every token adds a record that depends on the previous one, and the next
+/// token depends on all records. So a lost, swapped or corrupted record changes the output.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct KvState {
     last: u64,
@@ -139,29 +139,29 @@ pub(crate) struct KvState {
 }
 
 impl KvState {
-    /// Bytes of one record on the wire.
+    /// Bytes of one record in a transfer.
     pub(crate) const RECORD_BYTES: usize = 8;
 
-    /// Takes a record that another engine computed.
+    /// Adds a record from another engine.
     pub(crate) fn absorb(&mut self, record: u64) {
         self.last = record;
         self.folded = mix(self.folded, record);
         self.length += 1;
     }
 
-    /// Computes the record of the next token, and takes it.
+    /// Computes and adds the record of the next token.
     pub(crate) fn compute(&mut self, token: u32) -> u64 {
         let record = mix(self.last, u64::from(token));
         self.absorb(record);
         record
     }
 
-    /// Tokens taken so far.
+    /// Number of tokens so far.
     pub(crate) fn length(&self) -> usize {
         self.length
     }
 
-    /// What the sampler draws from: all records, and a salt for seeded or repeated sampling.
+    /// The input of the sampler: all records, and a salt for seeded or repeated sampling.
     pub(crate) fn draw(&self, salt: u64) -> Draw {
         Draw(mix(self.folded, salt))
     }
@@ -172,7 +172,7 @@ impl KvState {
 pub(crate) struct Draw(u64);
 
 impl Draw {
-    /// The token. `previous` keeps punctuation apart; `may_end` says whether the answer may end here.
+    /// The token. `previous` avoids repeated punctuation; `may_end` allows the end of the answer.
     pub(crate) fn token(self, previous: Option<u32>, may_end: bool) -> u32 {
         let [word, choice, ending, ..] = self.0.to_le_bytes();
         let after_word = previous.is_some_and(|token| token >= SINGLE_WORDS);
@@ -186,17 +186,17 @@ impl Draw {
         }
     }
 
-    /// One of so many.
+    /// One of `of` choices.
     pub(crate) fn choice(self, of: usize) -> usize {
         usize::try_from(self.0 >> 33).unwrap_or(0) % of.max(1)
     }
 
-    /// Its logarithm of probability: between -2 and 0.
+    /// Its log probability, between -2 and 0.
     pub(crate) fn logprob(self) -> f64 {
         -(((self.0 >> 40) % 2000) as f64) / 1000.0
     }
 
-    /// The `rank`-th best alternative from 1, with its logarithm of probability.
+    /// The alternative of this rank, from 1, with its log probability.
     pub(crate) fn alternative(self, rank: u32) -> (u32, f64) {
         let [word, ..] = mix(self.0, u64::from(rank)).to_le_bytes();
         (SINGLE_WORDS + u32::from(word), self.logprob() - f64::from(rank))
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn generated_text_is_read_back_as_the_very_tokens_it_was_made_of() {
+    fn generated_text_encodes_to_its_tokens() {
         let mut state = KvState::default();
         for token in encode("Once upon a time") {
             state.compute(token);
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn one_garbled_record_changes_the_draw() {
+    fn one_corrupted_record_changes_the_draw() {
         let records = [1_u64, 2, 3, 4];
         let fold = |records: &[u64]| {
             let mut state = KvState::default();

@@ -1,7 +1,7 @@
-//! The KV cache of an engine as vLLM pages it: a pool of blocks that hold the records of a sequence's tokens.
+//! The paged KV cache of an engine: a pool of blocks with the records of the tokens of sequences.
 //!
-//! A block is scrubbed when it is freed. A real engine leaves the bytes until somebody else overwrites them, so that
-//! reading a freed block is wrong only now and then; here it is always wrong, so that every test sees it.
+//! A block is overwritten when it is freed. A real engine keeps the bytes until the block is used again, so reading a
+//! freed block fails only sometimes. Here it always fails, so that every test notices.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use crate::sim::engine_core::tokens::{KvState, mix};
 /// Tokens per block: vLLM's default on a GPU.
 pub(crate) const BLOCK_TOKENS: usize = 16;
 
-/// All blocks of an engine.
+/// The blocks of an engine.
 #[derive(Debug, Clone)]
 pub(crate) struct BlockPool {
     state: Arc<Mutex<PoolState>>,
@@ -24,12 +24,12 @@ pub(crate) struct BlockPool {
 struct PoolState {
     records: Vec<u64>,
     free: VecDeque<u32>,
-    /// Makes every scrubbing different.
+    /// Makes each overwrite different.
     scrubbed: u64,
 }
 
 impl BlockPool {
-    /// A pool that holds `tokens` tokens.
+    /// A pool for `tokens` tokens.
     pub(crate) fn new(tokens: u32) -> Self {
         let total = (tokens / 16).max(1);
         Self {
@@ -42,7 +42,7 @@ impl BlockPool {
         }
     }
 
-    /// Reserves blocks for `tokens` tokens. `None` when too few are free.
+    /// Reserves blocks for `tokens` tokens. `None` if too few are free.
     pub(crate) fn reserve(&self, tokens: usize) -> Option<Blocks> {
         let count = tokens.div_ceil(BLOCK_TOKENS);
         let mut state = self.lock();
@@ -56,7 +56,7 @@ impl BlockPool {
         })
     }
 
-    /// The part of the pool in use, 0 to 1.
+    /// Used share of the pool, 0 to 1.
     pub(crate) fn usage(&self) -> f64 {
         1.0 - self.lock().free.len() as f64 / self.total as f64
     }
@@ -66,7 +66,7 @@ impl BlockPool {
         self.total
     }
 
-    /// The bytes of any blocks, whoever holds them now. `None` when an id is out of range.
+    /// The bytes of any blocks, whether they are free or not. `None` if an id is out of range.
     pub(crate) fn read(&self, ids: &[u32]) -> Option<Bytes> {
         let state = self.lock();
         let mut bytes = BytesMut::with_capacity(ids.len() * BLOCK_TOKENS * KvState::RECORD_BYTES);
@@ -84,7 +84,7 @@ impl BlockPool {
     }
 }
 
-/// Blocks of one sequence; dropping them frees and scrubs them.
+/// The blocks of one sequence; dropping them frees and overwrites them.
 #[derive(Debug)]
 pub(crate) struct Blocks {
     pool: BlockPool,
@@ -92,12 +92,12 @@ pub(crate) struct Blocks {
 }
 
 impl Blocks {
-    /// Their ids, in the sequence's order.
+    /// Their ids in the order of the sequence.
     pub(crate) fn ids(&self) -> &[u32] {
         &self.ids
     }
 
-    /// Writes the records of a sequence from its first token on.
+    /// Writes the records of a sequence, from its first token.
     pub(crate) fn write(&self, records: &[u64]) {
         let mut state = self.pool.lock();
         for (id, block) in self.ids.iter().zip(records.chunks(BLOCK_TOKENS)) {
@@ -121,7 +121,7 @@ impl Drop for Blocks {
     }
 }
 
-/// The records in bytes that came over a wire; a rest shorter than a record is left out.
+/// The records in received bytes; an incomplete last record is ignored.
 pub(crate) fn records(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes
         .chunks_exact(KvState::RECORD_BYTES)
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_written_is_read_until_it_is_freed() {
+    fn blocks_are_readable_until_freed() {
         let pool = BlockPool::new(64);
         let written: Vec<u64> = (1..=20).collect();
         let blocks = pool.reserve(20).unwrap();
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pool_reserves_nothing_and_an_id_beyond_it_reads_nothing() {
+    fn full_pools_and_invalid_ids_give_none() {
         let pool = BlockPool::new(32);
         let all = pool.reserve(32).unwrap();
         assert!(pool.reserve(1).is_none());

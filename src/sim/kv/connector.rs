@@ -1,4 +1,4 @@
-//! Builds the connector that `--kv-transfer-config` names: its sockets, its tasks, its part in the core.
+//! Builds the connector of `--kv-transfer-config`: its sockets, its tasks, and its part in the core.
 
 use std::sync::Arc;
 
@@ -19,9 +19,9 @@ use crate::sim::metrics::Metrics;
 use crate::sim::options::{KvRole, KvTransferConfig, Options};
 use crate::zmtp::SocketType;
 
-/// A connector and how it can be reached.
+/// A connector and its addresses.
 #[derive(Debug)]
-pub(crate) struct Connected {
+pub(crate) struct ConnectorHandle {
     pub(crate) connector: Connector,
     pub(crate) kind: ConnectorKind,
     pub(crate) engine_id: String,
@@ -29,7 +29,7 @@ pub(crate) struct Connected {
     pub(crate) cache: Option<CacheClient>,
 }
 
-impl Connected {
+impl ConnectorHandle {
     fn new(connector: Connector, kind: ConnectorKind, engine_id: String) -> Self {
         Self {
             connector,
@@ -40,7 +40,7 @@ impl Connected {
         }
     }
 
-    /// Makes the connector. Its tasks live in `background`.
+    /// Builds the connector. Its tasks run in `background`.
     pub(crate) async fn make(
         options: &Options,
         log: &Log,
@@ -93,7 +93,7 @@ impl Connected {
     }
 }
 
-/// The side channel of a data-parallel rank: vLLM adds its number to the port.
+/// The side channel of a data-parallel rank: vLLM adds the rank to the port.
 async fn side_channel(options: &Options, rank: u16) -> Result<(Server, u16), SimError> {
     let (host, port) = &options.side_channel;
     // Port 0 lets the system choose.
@@ -115,7 +115,7 @@ async fn lmcache(
     (log, metrics): (&Log, &Arc<Metrics>),
     engine_id: String,
     background: &mut JoinSet<()>,
-) -> Result<Connected, SimError> {
+) -> Result<ConnectorHandle, SimError> {
     let config = Config::load(
         options.lmcache_config_file.as_deref(),
         options.python_hash_seed.as_deref(),
@@ -138,7 +138,7 @@ async fn lmcache(
                 background,
             );
             let connector = Connector::Sender(Box::new(sender));
-            Ok(Connected::new(connector, ConnectorKind::LmcacheSender, engine_id))
+            Ok(ConnectorHandle::new(connector, ConnectorKind::LmcacheSender, engine_id))
         }
         (Some(Role::Receiver), KvRole::KvConsumer | KvRole::KvBoth) => {
             let skip = transfer.kv_connector_extra_config.skip_last_n_tokens;
@@ -146,22 +146,22 @@ async fn lmcache(
             match Receiver::start(&config, &options.model, skip, world, background).await {
                 Ok((receiver, ports)) => {
                     let connector = Connector::Receiver(receiver);
-                    let mut connected = Connected::new(connector, ConnectorKind::LmcacheReceiver, engine_id);
+                    let mut connected = ConnectorHandle::new(connector, ConnectorKind::LmcacheReceiver, engine_id);
                     connected.lmcache_ports = ports;
                     Ok(connected)
                 }
                 Err(error) => {
-                    // LMCache goes on without: requests succeed, nothing is transferred.
+                    // LMCache continues without it: requests succeed, and nothing is transferred.
                     let message = format!("LMCache initialization failed, running in degraded mode: {error}");
                     log.line(Process::Worker, "ERROR", "vllm_v1_adapter.py:1393", &message);
-                    Ok(Connected::new(Connector::None, ConnectorKind::None, engine_id))
+                    Ok(ConnectorHandle::new(Connector::None, ConnectorKind::None, engine_id))
                 }
             }
         }
         (role, kv_role) => {
             let message = format!("PD transfers nothing with pd_role {role:?} and kv_role {kv_role:?}");
             warn(&message);
-            Ok(Connected::new(Connector::None, ConnectorKind::None, engine_id))
+            Ok(ConnectorHandle::new(Connector::None, ConnectorKind::None, engine_id))
         }
     }
 }

@@ -1,6 +1,7 @@
-//! LMCache MP: a cache server that keeps the KV of whole chunks of prompts, and an engine's side of it.
+//! LMCache MP: a cache server for the KV of whole chunks of prompts, and the client in an engine.
 //!
-//! Arguments, ports and log lines are those of `lmcache server` 0.5.6; what goes over its socket is the simulation's own.
+//! Arguments, ports and log lines are those of `lmcache server` 0.5.6; the protocol on its socket is private to the
+//! simulation.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,45 +14,45 @@ use tokio::time::{Duration, timeout};
 
 use crate::sim::SimError;
 use crate::sim::engine_core::tokens::mix;
-use crate::sim::kv::zmq::{Client, Question, Server};
+use crate::sim::kv::zmq::{Client, Server, ZmqRequest};
 use crate::sim::log::{Log, LogTarget};
 use crate::zmtp::SocketType;
 
-/// What one token's KV takes: that of Llama 3.1 8B.
+/// Bytes of KV per token: those of Llama 3.1 8B.
 const TOKEN_BYTES: f64 = 131_072.0;
 
-/// How long one exchange may take. With LMCache it is 300 s, in which the engine's worker does nothing else.
+/// Time limit of one request. LMCache has 300 s, during which the engine's worker is blocked.
 const EXCHANGE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A cache server, as its command line describes it.
+/// The settings of a cache server.
 #[derive(Debug, Clone)]
 pub struct CacheServer {
-    /// Where it takes an engine's requests.
+    /// Address for engines.
     pub requests: (String, u16),
-    /// Where it tells people how it is.
+    /// Address of its status page.
     pub http: (String, u16),
-    /// Its memory, in units of 2^30 bytes.
+    /// Memory in GiB.
     pub l1_gibibytes: f64,
-    /// Tokens of a chunk: less is not kept.
+    /// Tokens per chunk; incomplete chunks are not stored.
     pub chunk_tokens: usize,
 }
 
-/// What an engine asks for.
+/// A request of an engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum CacheRequest {
-    /// Whether it is there.
+    /// Checks that the server answers.
     Ping,
-    /// The records that a prompt begins with, under this salt.
+    /// Looks up the records of the beginning of a prompt under this salt.
     Lookup(u64, Vec<u32>),
-    /// Keep the records of this prompt.
+    /// Stores the records of this prompt.
     Store(u64, Vec<u32>, Vec<u64>),
 }
 
 impl CacheServer {
-    /// Serves until the process is told to end.
+    /// Serves until the process is asked to stop.
     ///
     /// # Errors
-    /// When an address is taken, or the memory holds nothing.
+    /// When an address is taken or the memory is too small.
     pub async fn run(self, log: LogTarget) -> Result<(), SimError> {
         let log = Log::new(log);
         let served = self.serve(&log).await;
@@ -85,7 +86,7 @@ impl CacheServer {
             address(&self.requests)
         ));
         let health = axum::Router::new().route("/healthcheck", get(|| async { Json("healthy") }));
-        let kept = Kept {
+        let kept = ChunkStore {
             chunks: LruCache::unbounded(),
             capacity,
             chunk_tokens: self.chunk_tokens,
@@ -99,30 +100,30 @@ impl CacheServer {
     }
 }
 
-/// The records of chunks, by a hash of all tokens up to the chunk's end.
-struct Kept {
+/// The records of chunks by a hash of all tokens up to the end of the chunk.
+struct ChunkStore {
     chunks: LruCache<u64, Vec<u64>>,
-    /// How many chunks fit.
+    /// Capacity in chunks.
     capacity: f64,
     chunk_tokens: usize,
 }
 
-impl Kept {
+impl ChunkStore {
     async fn answer(self, socket: Server) {
         let kept = Arc::new(Mutex::new(self));
-        let answer = move |question: Question| {
+        let answer = move |question: ZmqRequest| {
             let kept = Arc::clone(&kept);
             async move {
                 let request = rmp_serde::from_slice(&question.payload).ok()?;
-                let records = kept.lock().unwrap_or_else(PoisonError::into_inner).carry_out(request);
+                let records = kept.lock().unwrap_or_else(PoisonError::into_inner).handle(request);
                 let records = rmp_serde::to_vec(&records).expect("numbers have no type that msgpack lacks");
                 Some(vec![records.into()])
             }
         };
-        socket.in_turn().serve(answer).await;
+        socket.one_at_a_time().serve(answer).await;
     }
 
-    fn carry_out(&mut self, request: CacheRequest) -> Vec<u64> {
+    fn handle(&mut self, request: CacheRequest) -> Vec<u64> {
         match request {
             CacheRequest::Ping => Vec::new(),
             CacheRequest::Lookup(salt, prompt) => {
@@ -143,7 +144,7 @@ impl Kept {
     }
 }
 
-/// A key for each whole chunk, which stands for the salt and all tokens up to its end.
+/// The keys of whole chunks: a hash of the salt and all tokens up to the end of the chunk.
 fn keys(salt: u64, prompt: &[u32], chunk_tokens: usize) -> impl Iterator<Item = u64> {
     let chunks = prompt.chunks_exact(chunk_tokens);
     chunks.scan(salt, |hash, chunk| {
@@ -152,14 +153,14 @@ fn keys(salt: u64, prompt: &[u32], chunk_tokens: usize) -> impl Iterator<Item = 
     })
 }
 
-/// An engine's side. Cheap to clone.
+/// The client in an engine. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct CacheClient {
     address: String,
 }
 
 impl CacheClient {
-    /// The server at `address`, which must be there.
+    /// Connects to the server at `address`, which must answer.
     pub(crate) async fn connect(address: String) -> Result<Self, SimError> {
         let client = Self { address };
         match client.ask(&CacheRequest::Ping).await {
@@ -168,13 +169,13 @@ impl CacheClient {
         }
     }
 
-    /// The records that the prompt begins with; none if the server is gone.
+    /// The stored records of the beginning of a prompt; empty if the server is gone.
     pub(crate) async fn look_up(&self, salt: Option<&str>, prompt: &[u32]) -> Vec<u64> {
         let request = CacheRequest::Lookup(number(salt), prompt.to_vec());
         self.ask(&request).await.unwrap_or_default()
     }
 
-    /// Keeps the records of a prompt. Lost if the server is gone.
+    /// Stores the records of a prompt; ignored if the server is gone.
     pub(crate) async fn store(&self, salt: Option<&str>, prompt: &[u32], records: Vec<u64>) {
         let request = CacheRequest::Store(number(salt), prompt.to_vec(), records);
         drop(self.ask(&request).await);
@@ -193,7 +194,7 @@ impl CacheClient {
     }
 }
 
-/// A salt as it goes into keys.
+/// The number of a salt for keys.
 fn number(salt: Option<&str>) -> u64 {
     let bytes = salt.unwrap_or_default().bytes();
     bytes.fold(0, |hash, byte| mix(hash, u64::from(byte)))
@@ -203,8 +204,8 @@ fn number(salt: Option<&str>) -> u64 {
 mod tests {
     use super::*;
 
-    fn kept(capacity: f64) -> Kept {
-        Kept {
+    fn kept(capacity: f64) -> ChunkStore {
+        ChunkStore {
             chunks: LruCache::unbounded(),
             capacity,
             chunk_tokens: 2,
@@ -212,10 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn whole_chunks_of_what_prompts_have_in_common_are_found() {
+    fn common_whole_chunks_are_found() {
         let mut kept = kept(8.0);
-        kept.carry_out(CacheRequest::Store(0, vec![1, 2, 3, 4, 5], vec![10, 20, 30, 40, 50]));
-        let mut salted = |salt, prompt: &[u32]| kept.carry_out(CacheRequest::Lookup(salt, prompt.to_vec()));
+        kept.handle(CacheRequest::Store(0, vec![1, 2, 3, 4, 5], vec![10, 20, 30, 40, 50]));
+        let mut salted = |salt, prompt: &[u32]| kept.handle(CacheRequest::Lookup(salt, prompt.to_vec()));
         assert_eq!(salted(1, &[1, 2, 3, 4]), [0; 0]);
         let mut found = |prompt: &[u32]| salted(0, prompt);
         assert_eq!(found(&[1, 2, 3, 4, 5, 6]), [10, 20, 30, 40]);
@@ -225,12 +226,12 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_used_for_longest_goes_first() {
+    fn the_least_recently_used_chunk_is_evicted() {
         let mut kept = kept(2.0);
         for prompt in [[1, 1], [2, 2], [3, 3]] {
-            kept.carry_out(CacheRequest::Store(0, prompt.to_vec(), vec![7, 7]));
+            kept.handle(CacheRequest::Store(0, prompt.to_vec(), vec![7, 7]));
         }
-        let mut found = |token| kept.carry_out(CacheRequest::Lookup(0, vec![token, token])).len();
+        let mut found = |token| kept.handle(CacheRequest::Lookup(0, vec![token, token])).len();
         assert_eq!([found(1), found(2), found(3)], [0, 2, 2]);
     }
 }

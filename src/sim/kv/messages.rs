@@ -1,13 +1,13 @@
-//! The bytes on the side channels: LMCache's PD messages, vLLM's NIXL handshake, and the private frames in which
-//! simulated engines carry KV.
+//! The messages on the side channels: LMCache's PD messages, vLLM's NIXL handshake, and private frames with the KV of
+//! simulated engines.
 //!
 //! LMCache's messages are msgpack maps whose first key `type` names the message (LMCache 0.5.6, `pd_backend_async.py`
-//! and `nixl_channel.py`). The handshake is vLLM 0.32's (`nixl/base_scheduler.py`, `nixl/metadata.py`). Private frames
-//! begin with `Xpyd` or `xpyd`: a real engine moves KV by NIXL and never sees them.
+//! and `nixl_channel.py`). The handshake is that of vLLM 0.32 (`nixl/base_scheduler.py`, `nixl/metadata.py`). Private
+//! frames begin with `Xpyd` or `xpyd`: real engines move KV by NIXL and never see them.
 
 use serde::{Deserialize, Serialize};
 
-/// A message of LMCache's PD backend, fields in the order in which LMCache declares them.
+/// A message of LMCache's PD backend, with the fields in LMCache's order.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type")]
 pub(crate) enum LmcacheMessage {
@@ -16,11 +16,11 @@ pub(crate) enum LmcacheMessage {
         /// As in the request's `disagg_spec`.
         req_id: String,
     },
-    /// To the receiver: a transfer came to nothing, its pages may go. Answered with an empty `AllocResponse`.
+    /// To the receiver: a transfer failed; free its pages. Answered with an empty `AllocResponse`.
     CancelNotif {
         /// As in the request's `disagg_spec`.
         req_id: String,
-        /// What was reserved.
+        /// The reserved keys.
         keys: Vec<String>,
     },
     /// To the receiver: reserve a page per chunk.
@@ -45,7 +45,7 @@ pub(crate) enum LmcacheMessage {
         #[serde(default)]
         total_chunks: u64,
     },
-    /// From the receiver: the pages. -1 where there is none.
+    /// From the receiver: the pages, or -1 for none.
     AllocResponse {
         /// A page per chunk.
         remote_indexes: Vec<i64>,
@@ -107,18 +107,18 @@ impl LmcacheMessage {
         rmp_serde::to_vec_named(self).expect("a message has no type that msgpack lacks")
     }
 
-    /// From msgpack; `None` when it is no message of these.
+    /// Parses msgpack; `None` for other messages.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         rmp_serde::from_slice(bytes).ok()
     }
 }
 
-/// The first element of a frame to a NIXL side channel, which says what the frame is.
+/// The first element of a frame to a NIXL side channel: the type of the frame.
 const GET_META: &[u8] = b"get_meta_msg";
 const READ: &[u8] = b"xpyd_read";
 const DONE: &[u8] = b"xpyd_done";
 
-/// A request to a prefill engine's NIXL side channel: a msgpack array that begins with its name as bytes.
+/// A request to the NIXL side channel of a prefill engine: a msgpack array that begins with its name in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum SideChannelRequest {
     /// vLLM's `get_meta_msg`: pipeline and tensor parallel rank.
@@ -152,7 +152,7 @@ impl SideChannelRequest {
         .expect("a request has no type that msgpack lacks")
     }
 
-    /// From msgpack; `None` when it is no request of these.
+    /// Parses msgpack; `None` for other requests.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         type Name = serde_bytes::ByteBuf;
         if let Ok((name, pipeline, tensor)) = rmp_serde::from_slice::<(Name, u32, u32)>(bytes) {
@@ -172,17 +172,17 @@ impl SideChannelRequest {
     }
 }
 
-/// The answer to `get_meta_msg`: which engines fit each other, and the agent's metadata.
+/// The answer to `get_meta_msg`: a compatibility hash and the agent's metadata.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HandshakePayload {
-    /// Equal on engines that fit: version, model, dtype and the like, hashed.
+    /// Equal on compatible engines: a hash of version, model, dtype and more.
     pub(crate) compatibility_hash: String,
     /// An [`AgentMetadata`] as msgpack.
     #[serde(with = "serde_bytes")]
     pub(crate) agent_metadata_bytes: Vec<u8>,
 }
 
-/// The keys of vLLM's `NixlAgentMetadata` that have a meaning for a simulated engine.
+/// The keys of vLLM's `NixlAgentMetadata` that matter for a simulated engine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct AgentMetadata {
     /// The engine's id.
@@ -218,7 +218,7 @@ mod tests {
         })
     }
 
-    /// Made with msgspec from LMCache 0.5.6's own classes.
+    /// Created with msgspec from LMCache 0.5.6's own classes.
     fn vectors() -> Vec<(LmcacheMessage, &'static str)> {
         let key = "m@1@0@1f@half".to_owned();
         vec![

@@ -1,5 +1,5 @@
-//! NIXL pull: blocks held under a lease on the prefill side, a side channel that serves them, and the decode side's
-//! fetch. Real engines move the bytes by NIXL; here they go over the side channel itself.
+//! NIXL pull: blocks under a lease on the prefill side, a side channel that serves them, and the client of the decode
+//! side. Real engines move the bytes by NIXL; here they go over the side channel.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,20 +13,20 @@ use crate::sim::engine_core::timing::Preset;
 use crate::sim::kv::blocks::{BLOCK_TOKENS, BlockPool, Blocks, records};
 use crate::sim::kv::messages::{AgentMetadata, HandshakePayload, SideChannelRequest};
 use crate::sim::kv::params::PullParams;
-use crate::sim::kv::zmq::{Client, Question, Server};
+use crate::sim::kv::zmq::{Client, Server, ZmqRequest};
 use crate::sim::log::{Log, Process};
 use crate::sim::metrics::Metrics;
 use crate::zmtp::{PeerError, SocketType};
 
-/// A decode engine that has never met its peer waits this long for the side channel.
+/// Time limit of the first connection to a side channel.
 const FIRST_CONTACT_DEADLINE: Duration = Duration::from_secs(5);
-/// One that has met it sees a refused connection at once.
+/// Time limit of later connections: a refusal is seen at once.
 const CONNECT_DEADLINE: Duration = Duration::from_millis(50);
 
-/// Blocks that wait for a decode engine. Cheap to clone.
+/// Leased blocks that wait for a decode engine. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Leases {
-    table: Arc<Mutex<Table>>,
+    table: Arc<Mutex<LeaseTable>>,
     changed: Arc<Notify>,
     duration: Duration,
     metrics: Arc<Metrics>,
@@ -34,7 +34,7 @@ pub(crate) struct Leases {
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct LeaseTable {
     held: HashMap<String, (Blocks, Instant)>,
 }
 
@@ -49,14 +49,14 @@ impl Leases {
         }
     }
 
-    /// Keeps blocks for whoever fetches them under this id.
+    /// Keeps blocks until a decode engine pulls them by this id.
     pub(crate) fn hold(&self, request_id: &str, blocks: Blocks) {
         let expiry = Instant::now() + self.duration;
         self.lock().held.insert(request_id.to_owned(), (blocks, expiry));
         self.changed.notify_one();
     }
 
-    /// Frees what was fetched, or given up.
+    /// Frees pulled or released blocks.
     fn release(&self, request_id: &str) {
         if self.lock().held.remove(request_id).is_none() {
             self.metrics.late_notifications.add(1);
@@ -65,7 +65,7 @@ impl Leases {
         }
     }
 
-    /// Frees what nobody fetched in time, for ever.
+    /// Frees blocks whose lease has expired. Runs forever.
     pub(crate) async fn expire(self) {
         loop {
             let changed = self.changed.notified();
@@ -94,12 +94,12 @@ impl Leases {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, LeaseTable> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What the prefill side serves.
+/// The side channel of a prefill engine.
 pub(crate) struct SideChannel {
     pub(crate) engine_id: String,
     pub(crate) model: String,
@@ -108,18 +108,18 @@ pub(crate) struct SideChannel {
 }
 
 impl SideChannel {
-    /// Answers for ever.
+    /// Serves forever.
     pub(crate) async fn serve(self, socket: Server) {
         let (started, channel) = (Instant::now(), Arc::new(self));
-        let answer = move |question: Question| {
+        let answer = move |question: ZmqRequest| {
             let channel = Arc::clone(&channel);
             async move { channel.answer(&question.payload, started) }
         };
-        // vLLM has one thread for it.
-        socket.in_turn().serve(answer).await;
+        // vLLM uses one thread.
+        socket.one_at_a_time().serve(answer).await;
     }
 
-    /// vLLM logs what it does not understand, and answers nothing.
+    /// vLLM logs unknown messages and does not answer.
     fn answer(&self, payload: &[u8], started: Instant) -> Option<Vec<Bytes>> {
         Some(match SideChannelRequest::from_bytes(payload)? {
             SideChannelRequest::GetMeta(_, _) => {
@@ -142,8 +142,8 @@ impl SideChannel {
         })
     }
 
-    /// The bytes of the blocks, whichever request they belong to by now; empty when the read fails. Real engines do not
-    /// check the lease here either: a late read succeeds.
+    /// The bytes of the blocks, even if another request has them now; empty if the read fails. Real engines do not
+    /// check the lease here either, so a late read succeeds.
     fn read(&self, engine_id: &str, blocks: &[u32]) -> Bytes {
         if engine_id != self.engine_id {
             return Bytes::new();
@@ -173,7 +173,7 @@ impl SideChannel {
     }
 }
 
-/// Equal on engines that fit each other. vLLM hashes its version and the model's string among others.
+/// Equal on compatible engines. vLLM hashes its version, the model name and more.
 fn compatibility_hash(model: &str) -> String {
     let hash = model.bytes().fold(0, |hash, byte| {
         crate::sim::engine_core::tokens::mix(hash, u64::from(byte))
@@ -181,7 +181,7 @@ fn compatibility_hash(model: &str) -> String {
     format!("xpyd-sim-{hash:016x}")
 }
 
-/// Why KV could not be fetched.
+/// Why a pull failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PullError {
     #[error("NIXL handshake failed")]
@@ -192,13 +192,13 @@ pub(crate) enum PullError {
     Disconnected,
 }
 
-/// One connection of a decode engine to a prefill engine's side channel.
+/// A connection of a decode engine to the side channel of a prefill engine.
 pub(crate) struct Peer {
     socket: Client,
 }
 
 impl Peer {
-    /// Connects; on first contact also exchanges metadata.
+    /// Connects; the first time it also exchanges metadata.
     pub(crate) async fn reach(params: &PullParams, model: &str, met: bool, preset: &Preset) -> Result<Self, PullError> {
         let deadline = if met { CONNECT_DEADLINE } else { FIRST_CONTACT_DEADLINE };
         let address = format!("{}:{}", params.host, params.port);
@@ -225,7 +225,7 @@ impl Peer {
         Ok(peer)
     }
 
-    /// Fetches the records of `tokens` tokens and tells the prefill engine that they may be freed.
+    /// Pulls the records of `tokens` tokens and notifies the prefill engine to free them.
     pub(crate) async fn fetch(
         mut self,
         params: &PullParams,
@@ -248,7 +248,7 @@ impl Peer {
         Ok(fetched)
     }
 
-    /// Tells the prefill engine that its blocks may be freed.
+    /// Notifies the prefill engine to free its blocks.
     pub(crate) async fn done(&mut self, params: &PullParams) -> Result<(), PullError> {
         let notification = format!("{}:1", params.request_id);
         self.ask(&SideChannelRequest::Done(notification)).await.map(drop)

@@ -1,40 +1,40 @@
-//! What a request's `kv_transfer_params` make an engine do. Pure.
+//! The effect of a request's `kv_transfer_params` on an engine. Pure.
 //!
-//! vLLM checks next to nothing of this object, so most mistakes in it cost the engine its life; each case here was seen
-//! on real engines (vLLM 0.32, `NixlConnector`; LMCache 0.5.6, async PD).
+//! vLLM hardly checks this object, so most mistakes in it kill the engine. Each case here was seen on real engines
+//! (vLLM 0.32, `NixlConnector`; LMCache 0.5.6, async PD).
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// What the KV of a sequence does.
+/// The KV transfer of a sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Transfer {
-    /// It stays.
+    /// No transfer.
     None,
-    /// NIXL: it is kept for a decode engine, under a lease.
+    /// NIXL: the KV is leased to a decode engine.
     Hold,
-    /// NIXL: it is fetched from a prefill engine.
+    /// NIXL: the KV is pulled from a prefill engine.
     Pull(PullParams),
     /// NIXL, one of the required addresses is missing: the request is never scheduled.
     Park,
     /// NIXL, the block ids are missing: the scheduler fails an assertion.
     Fatal,
-    /// LMCache: it is pushed to a decode engine.
+    /// LMCache: the KV is pushed to a decode engine.
     Push(DisaggSpec, FirstToken, Tag),
-    /// LMCache: the sender is asked for nothing, and its worker fails.
+    /// LMCache: a request without hand-off on a sender, whose worker fails.
     PushNowhere,
-    /// LMCache: what other engines pushed under this tag is looked up.
+    /// LMCache: the KV that other engines pushed under this tag is looked up.
     Retrieve(Tag),
 }
 
-/// Whether the answer carries the first token's id, for LMCache's reference proxy.
+/// Whether the answer has the id of the first token, for LMCache's reference proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FirstToken {
     Told,
     Untold,
 }
 
-/// Where a decode engine fetches from.
+/// The source of a pull.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct PullParams {
     pub(crate) engine_id: String,
@@ -55,7 +55,7 @@ pub(crate) struct DisaggSpec {
     pub(crate) receiver_alloc_port: Vec<u16>,
 }
 
-/// Which connector reads the parameters.
+/// The connector that reads the parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ConnectorKind {
     None,
@@ -64,7 +64,7 @@ pub(crate) enum ConnectorKind {
     LmcacheReceiver,
 }
 
-/// What a connector makes of a request's parameters.
+/// The transfer that a connector derives from the parameters.
 pub(crate) fn read(kind: ConnectorKind, params: Option<&Map<String, Value>>) -> Transfer {
     match kind {
         ConnectorKind::None => Transfer::None,
@@ -72,7 +72,7 @@ pub(crate) fn read(kind: ConnectorKind, params: Option<&Map<String, Value>>) -> 
         ConnectorKind::LmcacheSender => params
             .and_then(|params| {
                 let spec = DisaggSpec::deserialize(params.get("disagg_spec")?).ok()?;
-                // LMCache looks for the key alone.
+                // LMCache only checks that the key exists.
                 let first = if params.contains_key("ret_first_tok") {
                     FirstToken::Told
                 } else {
@@ -85,7 +85,7 @@ pub(crate) fn read(kind: ConnectorKind, params: Option<&Map<String, Value>>) -> 
     }
 }
 
-/// `@name%value` for each tag, as LMCache appends them to its keys; empty without any.
+/// The tags as `@name%value`, as LMCache appends them to its keys; empty without tags.
 pub(crate) type Tag = String;
 
 fn tag(params: Option<&Map<String, Value>>) -> Tag {
@@ -104,14 +104,14 @@ fn read_nixl(params: &Map<String, Value>) -> Transfer {
         };
         return pull_params(params, blocks).map_or(Transfer::Park, Transfer::Pull);
     }
-    // Alone it is a plain prefill; with the rest of the object it asks for a hand-off.
+    // Alone it is a plain prefill; with the other fields it requests a hand-off.
     if flag("do_remote_decode") && params.len() > 1 {
         return Transfer::Hold;
     }
     Transfer::None
 }
 
-/// The block ids of the first group that has some.
+/// The block ids of the first non-empty group.
 fn block_ids(params: &Map<String, Value>) -> Option<Vec<u32>> {
     params
         .get("remote_block_ids")?
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_order_to_fetch_is_fatal_and_one_without_host_is_parked() {
+    fn incomplete_pull_parameters_are_fatal_or_stall() {
         assert_eq!(nixl(&json!({"do_remote_prefill": true})), Transfer::Fatal);
         let complete = json!({"do_remote_prefill": true, "remote_block_ids": [[1]], "remote_engine_id": "e",
             "remote_request_id": "r", "remote_host": "h", "remote_port": 5600});
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_a_plain_request_to_nixl_and_deadly_to_an_lmcache_sender() {
+    fn invalid_parameters_kill_only_lmcache_senders() {
         for params in [json!({}), json!({"foo": 1}), json!({"do_remote_decode": true})] {
             assert_eq!(nixl(&params), Transfer::None, "{params}");
             assert_eq!(

@@ -1,6 +1,6 @@
-//! The ZeroMQ sockets of a simulated engine: servers that answer every connection, and clients that ask one.
+//! The ZeroMQ sockets of a simulated engine: servers for many connections, and clients with one.
 //!
-//! What REQ and DEALER sockets ask, REP and ROUTER sockets answer: an empty frame, and then what is said.
+//! REP and ROUTER sockets answer REQ and DEALER sockets with an empty frame, followed by the content.
 
 use std::io;
 use std::sync::Arc;
@@ -14,29 +14,29 @@ use tokio::time::{sleep, timeout};
 
 use crate::zmtp::{Connection, Limits, PeerError, SocketType};
 
-/// Room for the KV of any prompt, and time for a peer that stands still for a while.
+/// Limits that allow the KV of any prompt, and a peer that pauses for a while.
 const LIMITS: Limits = Limits {
     frame_bytes: 256 << 20,
     handshake: Duration::from_mins(5),
     frame: Duration::from_mins(5),
 };
 
-/// The first pause before a refused connection is tried again, and the longest.
+/// The first and the longest pause between connection attempts.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// A socket that others connect to.
+/// A listening socket.
 #[derive(Debug)]
 pub(crate) struct Server {
     listener: TcpListener,
     kind: SocketType,
-    /// Held from a question until its answer has left.
+    /// Held from a request until its answer is sent.
     turn: Option<Arc<Mutex<()>>>,
 }
 
-/// What a peer asks.
+/// A request of a peer.
 #[derive(Debug)]
-pub(crate) struct Question {
-    /// What the peer calls itself; empty where it does not.
+pub(crate) struct ZmqRequest {
+    /// The identity of the peer, if it has one.
     pub(crate) identity: Vec<u8>,
     pub(crate) payload: Vec<u8>,
 }
@@ -52,8 +52,8 @@ impl Server {
         })
     }
 
-    /// Answers as one thread does: a peer that takes no answer holds up all others.
-    pub(crate) fn in_turn(self) -> Self {
+    /// Serves like a single thread: a peer that does not read its answer blocks all others.
+    pub(crate) fn one_at_a_time(self) -> Self {
         Self {
             turn: Some(Arc::default()),
             ..self
@@ -64,10 +64,11 @@ impl Server {
         Ok(self.listener.local_addr()?.port())
     }
 
-    /// Answers for ever: the questions of one connection one after the other, those of several side by side. `None` is no answer.
+    /// Serves forever: the requests of one connection in sequence, those of several in parallel. `None` sends no
+    /// answer.
     pub(crate) async fn serve<A, F>(self, answer: A)
     where
-        A: Fn(Question) -> F + Clone + Send + 'static,
+        A: Fn(ZmqRequest) -> F + Clone + Send + 'static,
         F: Future<Output = Option<Vec<Bytes>>> + Send,
     {
         let mut peers = JoinSet::new();
@@ -77,7 +78,7 @@ impl Server {
                     Ok((stream, _)) => {
                         let (answer, turn) = (answer.clone(), self.turn.clone());
                         peers.spawn(async move {
-                            // A peer that goes away, or speaks something else, is done with.
+                            // A peer that disconnects or uses another protocol is dropped.
                             drop(converse(stream, self.kind, turn, answer).await);
                         });
                     }
@@ -96,7 +97,7 @@ async fn converse<A, F>(
     answer: A,
 ) -> Result<(), PeerError>
 where
-    A: Fn(Question) -> F,
+    A: Fn(ZmqRequest) -> F,
     F: Future<Output = Option<Vec<Bytes>>>,
 {
     stream.set_nodelay(true)?;
@@ -113,7 +114,7 @@ where
             Some(turn) => Some(turn.lock().await),
             None => None,
         };
-        if let Some(answer) = answer(Question { identity, payload }).await {
+        if let Some(answer) = answer(ZmqRequest { identity, payload }).await {
             let frames: Vec<&[u8]> = std::iter::once(&[][..])
                 .chain(answer.iter().map(Bytes::as_ref))
                 .collect();
@@ -123,12 +124,12 @@ where
     Ok(())
 }
 
-/// A socket that is connected to one other.
+/// A socket connected to one server.
 #[derive(Debug)]
 pub(crate) struct Client(Connection<TcpStream>);
 
 impl Client {
-    /// Connects to `host:port`, and tries again while it is refused, until the deadline.
+    /// Connects to `host:port` and retries while it is refused, until the deadline.
     pub(crate) async fn connect(
         kind: SocketType,
         address: &str,
@@ -144,7 +145,7 @@ impl Client {
         connected.unwrap_or(Err(PeerError::Slow(deadline))).map(Self)
     }
 
-    /// Waits for the answer; its first frame.
+    /// Waits for the answer and returns its first frame.
     pub(crate) async fn ask(&mut self, payload: &[u8]) -> Result<Vec<u8>, PeerError> {
         self.0.send(&[b"", payload]).await?;
         let frames = self.0.receive().await?.unwrap_or_default();
@@ -152,7 +153,7 @@ impl Client {
         answer.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof).into())
     }
 
-    /// Says something that gets no answer, and nothing after it.
+    /// Sends a last message that has no answer.
     pub(crate) async fn tell(mut self, payload: &[u8]) -> Result<(), PeerError> {
         self.0.send(&[payload]).await?;
         self.0.finish().await
@@ -176,11 +177,11 @@ mod tests {
 
     const DEADLINE: Duration = Duration::from_secs(20);
 
-    /// A server that says what it was asked, but for those that ask it to wait.
+    /// A server that echoes requests, except those that ask it to wait.
     async fn echo(peers: &mut JoinSet<()>) -> String {
         let server = Server::bind(SocketType::Router, "127.0.0.1", 0).await.expect("a port");
         let address = format!("127.0.0.1:{}", server.port().expect("bound"));
-        peers.spawn(server.serve(|question: Question| async move {
+        peers.spawn(server.serve(|question: ZmqRequest| async move {
             if question.payload == b"wait" {
                 std::future::pending::<()>().await;
             }
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn neither_silent_nor_half_nor_waiting_peers_hold_up_any_other() {
+    async fn slow_peers_do_not_block_others() {
         let mut peers = JoinSet::new();
         let address = echo(&mut peers).await;
         let mut silent = Vec::new();
@@ -213,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peer_that_goes_away_is_an_error_at_once_and_one_that_comes_late_is_met() {
+    async fn lost_peers_are_errors_and_late_peers_connect() {
         let mut peers = JoinSet::new();
         let address = echo(&mut peers).await;
         let mut asking = Client::connect(SocketType::Req, &address, "", DEADLINE)
@@ -227,10 +228,8 @@ mod tests {
             .expect("a port");
         let mut meeting = tokio_test::task::spawn(Client::connect(SocketType::Req, &address, "", DEADLINE));
         assert!(meeting.poll().is_pending());
-        let again = Server::bind(SocketType::Rep, "127.0.0.1", port)
-            .await
-            .expect("free again");
-        peers.spawn(again.serve(|question: Question| async move { Some(vec![question.payload.into()]) }));
+        let again = Server::bind(SocketType::Rep, "127.0.0.1", port).await.expect("free again");
+        peers.spawn(again.serve(|question: ZmqRequest| async move { Some(vec![question.payload.into()]) }));
         let mut met = meeting.await.expect("a rep socket");
         assert_eq!(met.ask(b"x").await.expect("an answer"), b"x");
     }

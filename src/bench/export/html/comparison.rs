@@ -40,7 +40,7 @@ pub(super) fn of(document: &Value) -> Markup {
         p.lede { (headline(&rows)) }
         dl.settings.sides { (side("A", &document["a"])) (side("B", &document["b"])) }
         @if !caveats.is_empty() {
-            div.banner role="note" { strong { "Not like with like" } ul { @for caveat in caveats { li { bdi { (caveat) } } } } }
+            div.banner role="note" { strong { "Not directly comparable" } ul { @for caveat in caveats { li { bdi { (caveat) } } } } }
         }
         section { h2 { "Changes from A to B" } figure {
             (chart("changes", "The change of each measure with its 95 % interval; the table below has the numbers", |size| picture(&rows, size)))

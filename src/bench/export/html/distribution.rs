@@ -47,7 +47,7 @@ impl LatencyDistribution<'_> {
             figure {
                 (chart("spread", &self.label(), |size| self.draw(size)))
                 @if self.is_wide() && below > 0 {
-                    figcaption { (whole(below)) " of " (whole(self.sorted.len())) " " (self.noun) " are under " (span(floor)) " and stand \
+                    figcaption { (whole(below)) " of " (whole(self.sorted.len())) " " (self.noun) " are under " (span(floor)) " and are drawn \
                         at the left end." }
                 }
             }

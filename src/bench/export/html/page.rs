@@ -144,7 +144,7 @@ fn banner(run: &Run) -> Markup {
         @if dropped + unsent > 0 {
             div.banner role="note" { strong { "Stopped early" }
                 p { (whole(dropped)) " requests were dropped in flight and " (whole(unsent)) " were never sent: the numbers cover only requests \
-that had ended." }
+    that had ended." }
             }
         }
         @if local > 0 {

@@ -123,7 +123,10 @@ fn invalid_results_are_rejected_with_the_reason() {
         (r#"{"duration": 1, "ttfts": "none"}"#, "is not a result"),
     ] {
         let error = of_file(text).unwrap_err().to_string();
-        assert!(error.starts_with("the file is") && error.contains(reason), "{text}: {error}");
+        assert!(
+            error.starts_with("the file is") && error.contains(reason),
+            "{text}: {error}"
+        );
     }
 }
 
@@ -199,7 +202,7 @@ fn results_of_several_runs_have_pages() {
         "caveats": [HOSTILE], "measures": {"mean_ttft_ms": {"a": 300.0, "b": 330.0, "change": 0.1, "interval": [0.05, 0.15],
         "verdict": "slower"}, "p99_ttft_ms": {"a": 1.0, "b": null, "change": null, "interval": null, "verdict": null}}});
     let page_of_compare = of_file(&compare.to_string()).unwrap();
-    assert!(page_of_compare.contains("+5.0 to +15.0 %") && page_of_compare.contains("Not like with like"));
+    assert!(page_of_compare.contains("+5.0 to +15.0 %") && page_of_compare.contains("Not directly comparable"));
     for page in [page, page_of_compare, of_file(&sweep.to_string()).unwrap()] {
         assert_eq!(page.matches("<script").count(), 1);
         assert!(!page.contains("<img"));

@@ -115,7 +115,7 @@ impl<'a> Timeline<'a> {
                     @if self.rows.len() < self.total {
                         (whole(self.rows.len())) " of " (whole(self.total)) " requests are drawn: up to " (MOST_FAILED) " that failed, the "
                         (SLOWEST) " with the longest time to first token, and an even selection of the others. All numbers and all other \
-charts cover all requests."
+        charts cover all requests."
                     }
                 }
             }

@@ -87,16 +87,16 @@ fn intervals_are_reproducible() {
 
 #[test]
 fn itl_per_token_differs_from_itl_per_chunk() {
-    let mut told = answered(0, &[100, 140, 150], 6, None);
-    told.result.as_mut().unwrap().chunk_tokens = vec![1, 4, 1];
-    let statistics = LatencyStats::of(&[told.clone()], &[99.0]);
+    let mut counted = answered(0, &[100, 140, 150], 6, None);
+    counted.result.as_mut().unwrap().chunk_tokens = vec![1, 4, 1];
+    let statistics = LatencyStats::of(&[counted.clone()], &[99.0]);
     assert_eq!(statistics.tokens, TokenCount::Reported);
     assert_eq!(mean(&statistics.rows, "itl_chunk_gap"), "25.000");
     assert_eq!(row(&statistics.rows, "itl_per_token").count, 5);
     assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
 
-    told.result.as_mut().unwrap().chunk_tokens.clear();
-    let statistics = LatencyStats::of(&[told], &[99.0]);
+    counted.result.as_mut().unwrap().chunk_tokens.clear();
+    let statistics = LatencyStats::of(&[counted], &[99.0]);
     assert_eq!(statistics.tokens, TokenCount::Spread);
     assert_eq!(mean(&statistics.rows, "itl_per_token"), "10.000");
 

@@ -1,4 +1,4 @@
-//! Flags of `xpyd bench`: what is asked.
+//! Flags of `xpyd bench`: the workload.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,50 +15,50 @@ use crate::bench::{
 };
 use crate::report::{ExitStatus, Failure};
 
-/// Flags that say what is asked.
+/// The workload flags.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Workload")]
 pub struct Data {
-    /// What prompts are made of.
+    /// The dataset of the prompts.
     #[arg(long, value_enum, value_name = "NAME", default_value_t = DatasetName::Random)]
     pub dataset_name: DatasetName,
-    /// The dataset's file.
+    /// The file of the dataset.
     #[arg(long, value_name = "FILE")]
     pub dataset_path: Option<PathBuf>,
-    /// How many requests; 0 is all of `custom` or `sessions`.
+    /// Number of requests; 0 means all of `custom` or `sessions`.
     #[arg(long, value_name = "COUNT", default_value_t = 1000)]
     pub num_prompts: usize,
     /// Seed of prompts, lengths and arrivals.
     ///
-    /// The same seed makes the same prompts, whose KV a server may still hold from the last run: its numbers are then
-    /// those of a cache.
+    /// The same seed makes the same prompts. If the server still has their KV in its cache, the numbers are those of
+    /// the cache.
     #[arg(long, default_value_t = 0)]
     pub seed: u32,
-    /// Length of a prompt, whatever the dataset calls it.
+    /// Length of a prompt in tokens, for any dataset.
     #[arg(long, value_name = "TOKENS")]
     pub input_len: Option<u32>,
-    /// Length of an answer, whatever the dataset calls it.
+    /// Length of an answer in tokens, for any dataset.
     #[arg(long, value_name = "TOKENS")]
     pub output_len: Option<u32>,
-    /// Takes a dataset's entries in their own order.
+    /// Keeps the entries of a dataset in their order.
     #[arg(long)]
     pub disable_shuffle: bool,
-    /// Sends fewer requests where a dataset has too few, and none twice.
+    /// Sends fewer requests if a dataset has too few, instead of repeating some.
     #[arg(long)]
     pub no_oversample: bool,
     /// The tokenizer: a folder, a `tokenizer.json`, or a repository in Hugging Face's cache [default: the model's].
     #[arg(long, value_name = "NAME")]
     pub tokenizer: Option<String>,
-    /// How the tokenizer is read; all of them read `tokenizer.json`.
+    /// How to load the tokenizer; every mode reads `tokenizer.json`.
     #[arg(long, value_enum, value_name = "MODE", default_value_t = TokenizerMode::Auto)]
     pub tokenizer_mode: TokenizerMode,
-    /// Uses no tokenizer: prompts are token ids, or words where it is a chat.
+    /// Uses no tokenizer: prompts are token ids, or words for a chat.
     #[arg(long)]
     pub skip_tokenizer_init: bool,
-    /// Accepted: no code of a model is run.
+    /// Accepted without effect: xpyd runs no code of a model.
     #[arg(long)]
     pub trust_remote_code: bool,
-    /// Without a tokenizer, prompts are made of token ids below this. The default is Llama 3's.
+    /// Upper bound of token ids in prompts without a tokenizer. The default is Llama 3's.
     #[arg(long, value_name = "TOKENS", default_value_t = 128_000)]
     pub vocab_size: u32,
     /// `random`: mean length of a prompt, in tokens.
@@ -76,10 +76,10 @@ pub struct Data {
     /// `prefix_repetition`: length of a prefix, in tokens.
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     pub prefix_repetition_prefix_len: u32,
-    /// `prefix_repetition`: length of what follows it, in tokens.
+    /// `prefix_repetition`: length of a suffix, in tokens.
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     pub prefix_repetition_suffix_len: u32,
-    /// `prefix_repetition`: how many prefixes share the prompts.
+    /// `prefix_repetition`: number of prefixes.
     #[arg(long, value_name = "COUNT", default_value_t = 10)]
     pub prefix_repetition_num_prefixes: usize,
     /// `prefix_repetition`: length of an answer, in tokens.
@@ -91,49 +91,49 @@ pub struct Data {
     /// `custom`: length of an answer, in tokens; -1 takes each line's `output_tokens`.
     #[arg(long, value_name = "TOKENS", default_value_t = 256, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=1 << 28))]
     pub custom_output_len: i64,
-    /// `custom`: sends prompts as they stand, not as the model's chat template writes them.
+    /// `custom`: sends prompts without the model's chat template.
     #[arg(long)]
     pub skip_chat_template: bool,
-    /// `custom`: more names for the chat template.
+    /// `custom`: additional variables of the chat template.
     #[arg(long, value_name = "JSON", value_parser = super::sampling::json_object)]
     pub chat_template_kwargs: Option<Map<String, Value>>,
-    /// `timed_trace`: tokens that one hash stands for; 512 in Mooncake's traces.
+    /// `timed_trace`: tokens per hash; 512 in Mooncake's traces.
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1 << 28))]
     pub timed_trace_chunk_hash_size: u32,
-    /// `timed_trace`: seconds of one unit of its times; 0.001 in Mooncake's traces.
+    /// `timed_trace`: seconds per unit of its times; 0.001 in Mooncake's traces.
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     pub timed_trace_sec_multiplier: f64,
-    /// `timed_trace`: field of the time.
+    /// `timed_trace`: name of the time field.
     #[arg(long, value_name = "NAME", default_value = "timestamp")]
     pub timed_trace_label_timestamp: String,
-    /// `timed_trace`: field of a prompt's length.
+    /// `timed_trace`: name of the prompt length field.
     #[arg(long, value_name = "NAME", default_value = "input_length")]
     pub timed_trace_label_input_length: String,
-    /// `timed_trace`: field of an answer's length.
+    /// `timed_trace`: name of the answer length field.
     #[arg(long, value_name = "NAME", default_value = "output_length")]
     pub timed_trace_label_output_length: String,
-    /// `timed_trace`: field of the hashes.
+    /// `timed_trace`: name of the hash field.
     #[arg(long, value_name = "NAME", default_value = "hash_ids")]
     pub timed_trace_label_hash_ids: String,
-    /// `timed_trace`: the PYTHONHASHSEED of a client of vLLM whose prompts these are.
+    /// `timed_trace`: the PYTHONHASHSEED of the vLLM client whose prompts are reproduced.
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     pub timed_trace_hash_seed: u32,
-    /// `timed_trace`: releases requests at the trace's times; the default there.
+    /// `timed_trace`: sends requests at the times of the trace; the default.
     #[arg(long, overrides_with = "no_self_timed")]
     pub self_timed: bool,
-    /// `timed_trace`: releases requests by --request-rate.
+    /// `timed_trace`: sends requests by --request-rate.
     #[arg(long)]
     pub no_self_timed: bool,
-    /// `sessions` without a file: how many.
+    /// `sessions` without a file: number of sessions.
     #[arg(long, value_name = "COUNT", default_value_t = 8)]
     pub sessions: usize,
-    /// `sessions` without a file: turns of each. The first one is as long as --random-input-len.
+    /// `sessions` without a file: turns per session. The first one has --random-input-len tokens.
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     pub turns: usize,
     /// `sessions` without a file: tokens of every later turn.
     #[arg(long, value_name = "TOKENS", default_value_t = 128)]
     pub turn_input_len: u32,
-    /// `sessions`: between an answer and the next turn, as in `2s`.
+    /// `sessions`: pause between an answer and the next turn, as in `2s`.
     #[arg(long, value_name = "TIME", value_parser = crate::span::parse, default_value = "0s")]
     pub think_time: Duration,
     /// `sessions`: the header that names the session.
@@ -141,42 +141,42 @@ pub struct Data {
     pub session_header: HeaderName,
 }
 
-/// What prompts are made of.
+/// The dataset of the prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DatasetName {
-    /// Synthetic ones
+    /// Synthetic prompts
     Random,
-    /// Few synthetic prefixes, each shared by many prompts
+    /// A few synthetic prefixes, each shared by many prompts
     #[value(name = "prefix_repetition")]
     PrefixRepetition,
-    /// First questions of conversations, a JSON file of `ShareGPT`'s form
+    /// First questions of conversations, from a JSON file in the format of `ShareGPT`
     #[value(name = "sharegpt")]
     ShareGpt,
     /// A JSONL file of `{"prompt": …, "output_tokens": …}`
     Custom,
-    /// Lengths of a CSV file of `BurstGPT`'s form
+    /// Lengths from a CSV file in the format of `BurstGPT`
     #[value(name = "burstgpt")]
     BurstGpt,
-    /// A recorded trace with its times and repeated blocks, JSONL of Mooncake's form
+    /// A recorded trace with times and repeated blocks, from a JSONL file in the format of Mooncake
     #[value(name = "timed_trace")]
     TimedTrace,
-    /// Conversations of several turns, made ones or a JSONL file
+    /// Conversations of several turns, synthetic or from a JSONL file
     Sessions,
 }
 
-/// How vLLM's client reads a tokenizer.
+/// How to load the tokenizer, as in vLLM's client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TokenizerMode {
-    /// Whatever the model has
+    /// The model's tokenizer
     Auto,
-    /// Hugging Face's
+    /// The tokenizer of Hugging Face
     Hf,
-    /// The same
+    /// The same as `hf`
     Slow,
 }
 
 impl DatasetName {
-    /// As it is written.
+    /// The name on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Random => "random",
@@ -201,7 +201,7 @@ impl Data {
         self.output_len.unwrap_or(self.random_output_len)
     }
 
-    /// Whether answers are of the full length unless the user says otherwise, as in vLLM.
+    /// Whether answers have the full length by default, as in vLLM.
     pub(super) fn ignores_eos(&self) -> bool {
         matches!(
             self.dataset_name,
@@ -209,25 +209,27 @@ impl Data {
         )
     }
 
-    /// The workload that they ask for, before anything is read.
+    /// The workload of the flags, before any file is read.
     pub(super) fn workload(&self, backend: BackendName) -> Result<Workload, Failure> {
         let usage = |text: &'static str| Err(Failure::message(ExitStatus::Usage, text));
         let is_trace = self.dataset_name == DatasetName::TimedTrace;
         if is_trace && backend.is_chat() {
-            return usage("`timed_trace` has prompts of token ids, which a chat does not take: `--backend openai`");
+            return usage(
+                "`timed_trace` has prompts of token ids, which a chat does not accept: set `--backend openai`",
+            );
         }
         if (self.self_timed || self.no_self_timed) && !is_trace {
-            return usage("`--self-timed` and `--no-self-timed` are about `--dataset-name timed_trace`");
+            return usage("`--self-timed` and `--no-self-timed` need `--dataset-name timed_trace`");
         }
         let is_made = matches!(self.dataset_name, DatasetName::Random | DatasetName::PrefixRepetition);
         if let (true, Some(path)) = (is_made, &self.dataset_path) {
             let problem = format!(
-                "`{}` reads no file, but `--dataset-path` names `{}`",
+                "`{}` reads no file, but `--dataset-path` is `{}`",
                 self.dataset_name.name(),
                 path.display()
             );
             let mut failure = Failure::message(ExitStatus::Usage, problem);
-            failure.hints = vec!["`--dataset-name` says what is in the file: `custom`, `sharegpt`, …".to_owned()];
+            failure.hints = vec!["set `--dataset-name` to the kind of the file: `custom`, `sharegpt`, …".to_owned()];
             return Err(failure);
         }
         let dataset = self.dataset()?;
@@ -237,7 +239,7 @@ impl Data {
         })
     }
 
-    /// The dataset that they ask for.
+    /// The dataset of the flags.
     pub(in crate::cli::bench) fn dataset(&self) -> Result<Dataset, Failure> {
         let path = || {
             let name = self.dataset_name.name();
@@ -316,7 +318,7 @@ impl Data {
 }
 
 fn header_name(text: &str) -> Result<HeaderName, String> {
-    HeaderName::try_from(text).map_err(|_| "the name is not one of an HTTP header".to_owned())
+    HeaderName::try_from(text).map_err(|_| "it is not a valid HTTP header name".to_owned())
 }
 
 fn range_ratio(text: &str) -> Result<RangeRatio, String> {

@@ -1,4 +1,4 @@
-//! Flags of `xpyd bench`: when it is asked.
+//! Flags of `xpyd bench`: the load.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -7,23 +7,23 @@ use clap::{Args, ValueEnum};
 
 use crate::bench::{Arrivals, Ramp, RampStrategy};
 
-/// Flags that say when it is asked.
+/// The load flags.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Load")]
 pub struct Load {
-    /// A published benchmark: its flags, where they are not given.
+    /// Sets the flags of a published benchmark, unless they are given.
     #[arg(long, value_enum, value_name = "NAME")]
     pub recipe: Option<Recipe>,
     /// Mean requests per second; `inf` sends all at once.
     #[arg(long, value_name = "RATE", default_value_t = f64::INFINITY)]
     pub request_rate: f64,
-    /// How even the arrivals are: 1 is a Poisson process, more is more even, `inf` is constant.
+    /// Evenness of arrivals: 1 is a Poisson process, higher is more even, `inf` is constant.
     #[arg(long, value_name = "SHAPE", default_value = "1.0")]
     pub burstiness: f64,
     /// Most requests at the server at once [default: no limit].
     #[arg(long, value_name = "COUNT")]
     pub max_concurrency: Option<NonZeroUsize>,
-    /// Lets the rate rise from request to request, in place of --request-rate.
+    /// Raises the rate from request to request, instead of --request-rate.
     #[arg(long, value_enum, value_name = "HOW", requires_all = ["ramp_up_start_rps", "ramp_up_end_rps"])]
     pub ramp_up_strategy: Option<RampUp>,
     /// Requests per second at the first request of a ramp.
@@ -32,16 +32,17 @@ pub struct Load {
     /// Requests per second at the last request of a ramp.
     #[arg(long, value_name = "RATE", value_parser = clap::value_parser!(u32).range(1..), requires = "ramp_up_strategy")]
     pub ramp_up_end_rps: Option<u32>,
-    /// Seconds that the server may take until it answers the first prompt; 0 does not ask [default: 0].
+    /// Seconds to wait for the server's first answer; 0 skips the check [default: 0].
     #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
     pub ready_check_timeout_sec: u32,
-    /// Copies of the first prompt sent before the clock starts.
+    /// Number of copies of the first prompt to send before the clock starts.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pub num_warmups: usize,
-    /// Requests of one token per second beside the others, past --max-concurrency; they are reported apart.
+    /// One-token probe requests per second in addition to the load, not limited by --max-concurrency; reported
+    /// separately.
     #[arg(long, value_name = "RATE", default_value_t = 0.0, value_parser = rate_or_zero)]
     pub probe_request_rate: f64,
-    /// How long one request may take, as in `90s` or `6h`.
+    /// Time limit of one request, as in `90s` or `6h`.
     #[arg(long, value_name = "TIME", value_parser = crate::span::parse, default_value = "6h")]
     pub request_timeout: Duration,
 }
@@ -49,21 +50,21 @@ pub struct Load {
 /// Published benchmarks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Recipe {
-    /// LMCache's xPyD example: 30 requests of 7500 tokens in and 200 out, one a second, evenly
+    /// LMCache's xPyD example: 30 requests of 7500 input and 200 output tokens, one per second at even intervals
     LmcacheXpyd,
 }
 
-/// How the rate rises.
+/// The shape of the rise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum RampUp {
-    /// By the same amount from request to request
+    /// By a constant amount per request
     Linear,
-    /// By the same factor from request to request
+    /// By a constant factor per request
     Exponential,
 }
 
 impl Load {
-    /// The arrivals that they ask for.
+    /// The arrivals of the flags.
     pub(super) fn arrivals(&self) -> Arrivals {
         let strategy = self.ramp_up_strategy.map(|strategy| match strategy {
             RampUp::Linear => RampStrategy::Linear,

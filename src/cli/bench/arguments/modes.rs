@@ -1,4 +1,4 @@
-//! Flags of `xpyd bench`: more than one run, and a fleet for them.
+//! Flags of `xpyd bench`: modes with several runs, and a fleet for them.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,78 +8,80 @@ use clap::Args;
 use crate::bench::sweep::Points;
 use crate::cli::request::{ConnectorFlag, EngineFlag};
 
-/// Flags that make more of the bench than one run.
+/// The flags of modes with several runs.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "More than one run")]
 pub struct Modes {
     /// One run per rate or concurrency: `rate=1,2,4`, `concurrency=1,8,64`, with ranges `rate=1..16x2`, `rate=2..10+2`.
     ///
-    /// Each has --num-prompts requests with prompts of its own. It ends where the server falls behind more and more.
+    /// Each has --num-prompts requests with new prompts. The sweep ends when the server is overloaded.
     #[arg(long, value_name = "POINTS", conflicts_with_all = ["find_max", "against", "compare"])]
     pub sweep: Option<Points>,
-    /// Searches the highest rate at which enough requests meet the objectives of --goodput.
+    /// Searches for the highest rate at which enough requests meet the objectives of --goodput.
     ///
-    /// It begins at --request-rate, else at half of what the server does with a burst. Every probe has prompts of its own, and ends as soon as it is decided.
+    /// It starts at --request-rate, else at half of the rate of a burst. Every probe has new prompts, and ends as soon
+    /// as the result is clear.
     #[arg(long, conflicts_with_all = ["against", "compare"])]
     pub find_max: bool,
-    /// The share of requests that must meet all objectives: 0.99 is as much as to say "at the 99th percentile".
+    /// The share of requests that must meet all objectives: 0.99 means the 99th percentile.
     #[arg(long, value_name = "SHARE", value_parser = share, default_value = "0.99", requires = "find_max")]
     pub attainment: f64,
-    /// How far apart the rate that meets the objectives and the one that does not may be in the end.
+    /// Largest relative difference between the passing and the failing rate at the end.
     #[arg(long, value_name = "SHARE", value_parser = share, default_value = "0.05", requires = "find_max")]
     pub tolerance: f64,
-    /// How long a probe runs at least before its rate can pass: a queue that grows takes time to be seen.
+    /// Shortest time of a probe that passes: a growing queue takes time to show.
     #[arg(
         long, value_name = "TIME", value_parser = crate::span::parse, default_value = "10s", requires = "find_max"
     )]
     pub min_probe: Duration,
-    /// How long the search may take.
+    /// Time limit of the search.
     #[arg(
         long, value_name = "TIME", value_parser = crate::span::parse, default_value = "30m", requires = "find_max"
     )]
     pub max_time: Duration,
-    /// Compares the server with this one: both get the same requests, in turn, so that what changes with time cancels.
+    /// Compares the server with this one: both get the same requests in alternating blocks, which cancels drift over
+    /// time.
     #[arg(long, value_name = "URL", conflicts_with = "compare")]
     pub against: Option<String>,
-    /// Compares two saved results, of `xpyd bench` or `vllm bench serve`, and needs no server.
+    /// Compares two saved results of `xpyd bench` or `vllm bench serve`, without a server.
     ///
-    /// With `--save-detailed` in both, every change has an interval and a verdict.
+    /// With `--save-detailed` in both, every change has a confidence interval and a verdict.
     #[arg(long, num_args = 2, value_names = ["A.json", "B.json"])]
     pub compare: Option<Vec<PathBuf>>,
 }
 
-/// Flags that bring up a fleet for the bench.
+/// The flags of a fleet for the benchmark.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Fleet")]
 pub struct Fleet {
-    /// Brings up the fleet of this profile, measures it, and takes it down: a shipped profile's name or a file.
+    /// Starts the fleet of this profile, measures it and stops it: the name of a shipped profile, or a file.
     #[arg(
         long, value_name = "NAME|FILE", num_args = 0..=1, default_missing_value = "",
         conflicts_with_all = ["base_url", "host", "port", "compare"]
     )]
     pub profile: Option<String>,
-    /// Changes one key of the profile; may be repeated.
+    /// Changes one key of the profile; can be repeated.
     #[arg(long, value_name = "KEY=VALUE", requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub set: Vec<String>,
-    /// What serves the model: real vLLM, or the built-in simulated engine.
+    /// The engine: vLLM, or the built-in simulated engine.
     #[arg(long, value_enum, requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub(in crate::cli) engine: Option<EngineFlag>,
-    /// Timing of simulated engines.
+    /// Timing preset of simulated engines.
     #[arg(long, value_name = "NAME", requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub preset: Option<String>,
     /// How KV moves from prefill to decode.
     #[arg(long, value_enum, requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub(in crate::cli) connector: Option<ConnectorFlag>,
-    /// Folder that holds one folder per run of the fleet.
+    /// Folder for the logs of the fleet, one subfolder per run.
     #[arg(long, default_value = "logs", value_name = "DIR", requires = "profile")]
     pub logs: PathBuf,
-    /// More arguments for `vllm serve`, of all engines of the fleet.
+    /// Additional arguments of `vllm serve` for all engines.
     #[arg(last = true, requires = "profile", value_name = "VLLM ARGUMENTS")]
     pub vllm: Vec<String>,
 }
 
 impl Modes {
-    /// The flag of the mode that makes several runs of one server, if there is one.
+    /// The flag of the mode with several runs, if there is one.
     pub(in crate::cli::bench) fn flag(&self) -> Option<&'static str> {
         if self.sweep.is_some() {
             Some("--sweep")
@@ -95,5 +97,5 @@ impl Modes {
 
 fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share: &f64| *share > 0.0 && *share < 1.0);
-    share.ok_or_else(|| "it is a number between 0 and 1, such as 0.99".to_owned())
+    share.ok_or_else(|| "it must be a number between 0 and 1, such as 0.99".to_owned())
 }

@@ -1,13 +1,13 @@
-//! Flags of `xpyd bench`: what is asked of the sampler.
+//! Flags of `xpyd bench`: sampling parameters.
 
 use clap::{ArgAction, Args};
 use serde_json::{Map, Value};
 
-/// Flags that say what is asked of the sampler.
+/// The sampling flags.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct Sampling {
-    /// Asks for answers of the full length, whatever the model wants to say [default: true for `random`, `timed_trace` and `sessions`].
+    /// Generates answers of the full length [default: true for `random`, `timed_trace` and `sessions`].
     #[arg(
         long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
         default_missing_value = "true"
@@ -19,31 +19,31 @@ pub struct Sampling {
     /// Nucleus sampling [default: the server's].
     #[arg(long)]
     pub top_p: Option<f64>,
-    /// Sampling from the likeliest tokens [default: the server's].
+    /// Samples from this number of likeliest tokens [default: the server's].
     #[arg(long, allow_negative_numbers = true)]
     pub top_k: Option<i64>,
-    /// Smallest probability relative to the likeliest token's [default: the server's].
+    /// Smallest probability relative to the likeliest token [default: the server's].
     #[arg(long)]
     pub min_p: Option<f64>,
-    /// Penalty by frequency [default: the server's].
+    /// Frequency penalty [default: the server's].
     #[arg(long, allow_negative_numbers = true)]
     pub frequency_penalty: Option<f64>,
-    /// Penalty by presence [default: the server's].
+    /// Presence penalty [default: the server's].
     #[arg(long, allow_negative_numbers = true)]
     pub presence_penalty: Option<f64>,
-    /// Penalty of repetition [default: 1 for completions].
+    /// Repetition penalty [default: 1 for completions].
     #[arg(long)]
     pub repetition_penalty: Option<f64>,
-    /// Probabilities of so many tokens beside each one of a completion [default: none].
+    /// Number of log probabilities per token of a completion [default: none].
     #[arg(long, value_name = "COUNT")]
     pub logprobs: Option<u32>,
-    /// More fields of the request's body, as a JSON object.
+    /// Additional fields of the request body, as a JSON object.
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub extra_body: Option<Map<String, Value>>,
 }
 
 impl Sampling {
-    /// The fields of the body that the user set; `--extra-body` goes before the single flags, as in vLLM.
+    /// The body fields that the user set; `--extra-body` takes precedence over single flags, as in vLLM.
     pub(super) fn fields(&self) -> Map<String, Value> {
         let flags = [
             ("top_p", self.top_p.map(Value::from)),

@@ -1,60 +1,60 @@
-//! Flags of `xpyd bench`: which server is asked, and how.
+//! Flags of `xpyd bench`: the server and the form of requests.
 
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use reqwest::header::{CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING};
 
-/// Flags that say which server is asked, and how.
+/// The server flags.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Target")]
 pub struct Target {
-    /// The server, as `http://host:port` or `https://host` [default: the running fleet, else --host and --port].
+    /// The server as `http://host:port` or `https://host` [default: the running fleet, else --host and --port].
     #[arg(long, value_name = "URL")]
     pub base_url: Option<String>,
-    /// The server's host [default: 127.0.0.1].
+    /// Host of the server [default: 127.0.0.1].
     #[arg(long)]
     pub host: Option<String>,
-    /// The server's port [default: 8000].
+    /// Port of the server [default: 8000].
     #[arg(long)]
     pub port: Option<u16>,
-    /// The kind of requests: `openai` and `vllm` are completions, `openai-chat` chats [default: openai].
+    /// The request type: `openai` and `vllm` send completions, `openai-chat` sends chats [default: openai].
     #[arg(long, value_name = "NAME", default_value = "openai", hide_default_value = true)]
     pub backend: BackendName,
-    /// The path of the requests [default: by backend].
+    /// Path of the requests [default: by backend].
     #[arg(long, value_name = "PATH")]
     pub endpoint: Option<String>,
     /// The model [default: the first that the server lists].
     #[arg(long)]
     pub model: Option<String>,
-    /// The model's name in requests [default: --model].
+    /// Name of the model in requests [default: --model].
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// Names of low-rank adapters (`LoRA`); each request asks for one of them in place of the model.
+    /// Names of `LoRA` adapters; each request uses one of them instead of the model.
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub lora_modules: Vec<String>,
-    /// Which request asks for which adapter.
+    /// How adapters are assigned to requests.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = LoraAssignment::Random)]
     pub lora_assignment: LoraAssignment,
-    /// Headers of every request, `Host` too. `OPENAI_API_KEY` is sent as a bearer token, the user of a URL as basic
-    /// authorization.
+    /// Headers of every request, including `Host`. `OPENAI_API_KEY` is sent as a bearer token, the user of a URL as
+    /// basic authorization.
     #[arg(long, value_name = "NAME=VALUE", num_args = 0..)]
     pub header: Vec<Header>,
-    /// What the requests' ids begin with [default: `bench-`, eight random digits, `-`].
+    /// Prefix of request ids [default: `bench-`, eight random digits, `-`].
     #[arg(long, value_name = "TEXT", value_parser = id_prefix)]
     pub request_id_prefix: Option<String>,
-    /// Trusts any certificate of an `https` server, such as one that it made itself. `SSL_CERT_FILE` names whom to trust
-    /// instead.
+    /// Accepts any certificate of an `https` server, such as a self-signed one. `SSL_CERT_FILE` is the safe
+    /// alternative.
     #[arg(long)]
     pub insecure: bool,
 }
 
-/// The names of backends, as vLLM has them.
+/// The backends, by vLLM's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendName {
     /// `/v1/completions`
     Openai,
-    /// The same
+    /// The same as `openai`
     Vllm,
     /// `/v1/chat/completions`
     OpenaiChat,
@@ -63,7 +63,7 @@ pub enum BackendName {
 impl FromStr for BackendName {
     type Err = String;
 
-    /// Reads vLLM's names. Those of what this benchmark does not measure are told from typing errors.
+    /// Parses vLLM's names. Known backends that xpyd does not measure get their own message.
     fn from_str(name: &str) -> Result<Self, String> {
         const OTHERS: [&str; 10] = [
             "openai-responses",
@@ -82,7 +82,7 @@ impl FromStr for BackendName {
         found.ok_or_else(|| {
             let names = own.map(|backend| format!("`{}`", backend.name())).join(", ");
             if OTHERS.contains(&name) {
-                format!("`vllm bench serve` has it, but xpyd measures generations only: {names}")
+                format!("xpyd measures text generation only; use one of {names}")
             } else {
                 format!("the backends are {names}")
             }
@@ -96,7 +96,7 @@ impl BackendName {
         matches!(self, Self::OpenaiChat)
     }
 
-    /// As it is written.
+    /// The name on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Openai => "openai",
@@ -106,12 +106,12 @@ impl BackendName {
     }
 }
 
-/// Which request asks for which adapter.
+/// How adapters are assigned to requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LoraAssignment {
-    /// Any one, by the seed
+    /// At random, by the seed
     Random,
-    /// One after the other
+    /// In turn
     RoundRobin,
 }
 
@@ -119,7 +119,7 @@ fn id_prefix(text: &str) -> Result<String, String> {
     let is_header = HeaderValue::try_from(text).is_ok_and(|value| value.to_str().is_ok());
     is_header
         .then(|| text.to_owned())
-        .ok_or_else(|| "it holds what an HTTP header cannot".to_owned())
+        .ok_or_else(|| "it has characters that are not allowed in an HTTP header".to_owned())
 }
 
 /// A header given on the command line. Its value is not printed.
@@ -134,17 +134,18 @@ pub struct Header {
 impl FromStr for Header {
     type Err = String;
 
-    /// Reads `NAME=VALUE`.
+    /// Parses `NAME=VALUE`.
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, value) = text.split_once('=').ok_or("a header is written `NAME=VALUE`")?;
-        let name = HeaderName::try_from(name.trim()).map_err(|_| "the name is not one of an HTTP header")?;
+        let (name, value) = text.split_once('=').ok_or("a header must have the form `NAME=VALUE`")?;
+        let name = HeaderName::try_from(name.trim()).map_err(|_| "the name is not a valid HTTP header name")?;
         if [CONTENT_LENGTH, TRANSFER_ENCODING].contains(&name) {
-            return Err(format!("`{name}` says how a body is sent, which is this client's own"));
+            return Err(format!("xpyd sets `{name}` itself"));
         }
         if name == "x-request-id" {
-            return Err("every request has an id of its own, which `--request-id-prefix` begins".to_owned());
+            return Err("every request has its own id; set its beginning with `--request-id-prefix`".to_owned());
         }
-        let mut value = HeaderValue::try_from(value.trim()).map_err(|_| "the value holds what a header cannot")?;
+        let mut value = HeaderValue::try_from(value.trim())
+            .map_err(|_| "the value has characters that are not allowed in a header")?;
         value.set_sensitive(true);
         Ok(Self { name, value })
     }

@@ -1,4 +1,4 @@
-//! Flags to settings.
+//! Tests of the flags.
 
 use clap::{FromArgMatches as _, error::ErrorKind};
 use reqwest::header::HeaderMap;
@@ -18,7 +18,7 @@ fn spec(line: &str) -> Spec {
     arguments.spec(server()).unwrap()
 }
 
-/// A server somewhere.
+/// A server for tests.
 pub(in crate::cli::bench) fn server() -> Server {
     Server {
         base_url: "http://h:1".to_owned(),
@@ -58,7 +58,7 @@ fn the_defaults_are_vllms() {
 }
 
 #[test]
-fn the_recipes_own_command_line_is_understood() {
+fn the_command_line_of_the_recipe_is_accepted() {
     let spec = spec(
         "--port 9100 --seed 1763800000 --model meta-llama/Llama-3.1-8B-Instruct --dataset-name random \
          --random-input-len 7500 --random-output-len 200 --num-prompts 30 --burstiness 100 --request-rate 1 --ignore-eos",
@@ -68,7 +68,7 @@ fn the_recipes_own_command_line_is_understood() {
 }
 
 #[test]
-fn a_recipe_stands_for_flags_and_given_ones_win() {
+fn given_flags_override_a_recipe() {
     let line = "xpyd bench serve --recipe lmcache-xpyd --num_prompts 3 --random-input-len 64";
     let words = crate::cli::bench::compatible_argv(line.split(' ').map(std::ffi::OsString::from));
     let words: Vec<&str> = words[2..].iter().map(|word| word.to_str().unwrap()).collect();
@@ -94,7 +94,7 @@ fn a_ramp_takes_the_place_of_a_rate() {
 }
 
 #[test]
-fn of_two_flags_and_of_two_objectives_the_later_one_counts() {
+fn the_later_of_two_flags_wins() {
     let spec = spec("--num-prompts 3 --seed 1 --num-prompts 4 --goodput ttft:5 tpot:1 ttft:6");
     let random = random(&spec);
     assert_eq!(random.prompt_count, 4);
@@ -102,7 +102,7 @@ fn of_two_flags_and_of_two_objectives_the_later_one_counts() {
 }
 
 #[test]
-fn what_is_sent_beside_the_workload_is_off_unless_asked() {
+fn optional_features_are_off_by_default() {
     assert_eq!(spec("").options, Options::default());
     let line = "--lora-modules a b --lora-assignment round-robin --logprobs 2 --ready-check-timeout-sec 9 \
                 --probe-request-rate 0.5 --request-id-prefix x- --served-model-name m --model org/m --backend vllm \
@@ -151,7 +151,7 @@ fn flags_that_take_several_values_take_them_as_vllm_does() {
 }
 
 #[test]
-fn sampling_flags_become_fields_and_extra_body_goes_before_them() {
+fn extra_body_overrides_sampling_flags() {
     let spec = spec(r#"--temperature 0 --top-k -1 --extra-body {"temperature":0.5,"seed":1} --ignore-eos=false"#);
     assert_eq!(
         Value::Object(spec.extra_body),
@@ -175,7 +175,7 @@ fn infinite_rates_and_separate_ratios_are_read() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_flags_are_rejected() {
     for (line, kind) in [
         ("--goodput ttfft:1", ErrorKind::ValueValidation),
         ("--header secret", ErrorKind::ValueValidation),

@@ -1,14 +1,14 @@
-//! Where the core looks prompts up before it computes them: LMCache's receive buffer, and the engine's cache server.
+//! Looks up prompts before they are computed: in LMCache's receive buffer and in the engine's cache server.
 
 use std::sync::Arc;
 
-use super::{Connector, Core, Loaded, garble};
+use super::{Connector, Core, Loaded, corrupt};
 use crate::sim::engine_core::sequence::Sequence;
 use crate::sim::kv::params::Tag;
 use crate::sim::log::Process;
 
 impl Core {
-    /// Takes what other engines pushed of this prompt.
+    /// Loads the records of this prompt that other engines pushed.
     pub(super) fn retrieve(&mut self, sequence: &mut Sequence, tag: &Tag) {
         let Connector::Receiver(receiver) = &self.parts.connector else {
             return;
@@ -16,7 +16,7 @@ impl Core {
         let prompt = &sequence.request.prompt;
         self.parts.metrics.external_queries.add(prompt.len());
         sequence.loaded = receiver.retrieve(prompt, tag);
-        garble(&mut self.garbled_loads, &mut sequence.loaded);
+        corrupt(&mut self.garbled_loads, &mut sequence.loaded);
         // The last token of a prompt is computed again.
         sequence.cached_tokens = sequence.loaded.len().min(prompt.len() - 1);
         self.parts.metrics.external_hits.add(sequence.loaded.len());
@@ -30,7 +30,7 @@ impl Core {
         self.parts.log.info(Process::EngineCore, place, &message);
     }
 
-    /// The sequence waits until the cache server has said what it has of its prompt; without a server at once.
+    /// Looks up the prompt in the cache server while the sequence waits; without a server it continues at once.
     pub(super) fn look_up(&mut self, mut sequence: Sequence) {
         let Some(cache) = self.parts.cache.clone() else {
             self.waiting.push_back(sequence);
@@ -45,7 +45,7 @@ impl Core {
         });
     }
 
-    /// Has the cache server keep the records of a whole prompt.
+    /// Stores the records of a whole prompt in the cache server.
     pub(super) fn store(&mut self, sequence: &Sequence, records: &[u64]) {
         if let Some(cache) = self.parts.cache.clone() {
             let request = &sequence.request;

@@ -1,4 +1,4 @@
-//! LMCache PD in async mode, as `LMCacheConnectorV1` runs it: its file, the keys of chunks, and the two sides.
+//! LMCache PD in async mode, as in `LMCacheConnectorV1`: its configuration file, the keys of chunks, and the two sides.
 
 pub(crate) mod receiver;
 pub(crate) mod sender;
@@ -11,24 +11,24 @@ use serde_yaml_ng::Value;
 
 use crate::sim::engine_core::tokens::mix;
 
-/// What a simulated engine takes from LMCache's file.
+/// The settings that a simulated engine uses from LMCache's file.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Config {
     pub(crate) chunk_size: usize,
-    /// `None` when PD is off: then nothing is transferred.
+    /// `None` if PD is off: nothing is transferred.
     pub(crate) role: Option<Role>,
     pub(crate) buffer_size: u64,
     pub(crate) peer_host: String,
     pub(crate) init_ports: Vec<u16>,
     pub(crate) alloc_ports: Vec<u16>,
     pub(crate) proxy: (String, u16),
-    /// How long an allocation may take; LMCache's default is for ever.
+    /// Time limit of an allocation; LMCache's default is unlimited.
     pub(crate) allocation_timeout: Duration,
-    /// Sync mode lets requests without a receiver pass.
+    /// Sync mode accepts requests without a receiver.
     pub(crate) sync: bool,
-    /// Mixed into chunk keys: engines agree on keys only if it is equal.
+    /// Salt of chunk keys: it must be equal on both engines.
     pub(crate) hash_salt: u64,
-    /// Keys that LMCache does not know and drops.
+    /// Unknown keys, which LMCache drops.
     pub(crate) unknown: Vec<String>,
 }
 
@@ -45,16 +45,16 @@ pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read `{0}`")]
     Read(PathBuf, #[source] std::io::Error),
-    /// The file is no YAML mapping.
+    /// The file is not a YAML mapping.
     #[error("`{0}` is not a YAML mapping")]
     Yaml(PathBuf, #[source] serde_yaml_ng::Error),
-    /// A value that PD needs is missing or of the wrong kind.
+    /// A value that PD needs is missing or invalid.
     #[error("`{0}` is required for PD and missing or malformed")]
     Missing(&'static str),
 }
 
-/// The keys of LMCache 0.5.6 that its users write (`lmcache/v1/config.py`). Any other is dropped with a warning, and so
-/// are the old `nixl_*` and `enable_xpyd` names.
+/// The known keys of LMCache 0.5.6 (`lmcache/v1/config.py`). Any other is dropped with a warning, including the old
+/// `nixl_*` and `enable_xpyd` names.
 const KNOWN: &[&str] = &[
     "chunk_size",
     "local_cpu",
@@ -94,7 +94,7 @@ const KNOWN: &[&str] = &[
 ];
 
 impl Config {
-    /// Reads the file that `LMCACHE_CONFIG_FILE` names. Without one, PD is off.
+    /// Reads the file in `LMCACHE_CONFIG_FILE`. Without one, PD is off.
     pub(crate) fn load(file: Option<&Path>, hash_seed: Option<&str>) -> Result<Self, ConfigError> {
         let Some(file) = file else {
             return Self::parse(&serde_yaml_ng::Mapping::new(), hash_seed);
@@ -164,7 +164,7 @@ impl Config {
         Ok(config)
     }
 
-    /// The keys of a prompt's chunks: every hash covers all tokens up to its chunk's end.
+    /// The keys of the chunks of a prompt: each hash covers all tokens up to the end of its chunk.
     pub(crate) fn chunk_hashes(&self, tokens: &[u32]) -> Vec<u64> {
         let mut hash = self.hash_salt;
         tokens
@@ -177,7 +177,7 @@ impl Config {
     }
 }
 
-/// Long enough to never end within a run, short enough for every clock.
+/// Longer than any run, but within the range of clocks.
 const FOR_EVER: Duration = Duration::from_hours(365 * 24);
 
 /// `model@world_size@worker_id@chunk_hash@dtype` and the request's tags, as LMCache writes it.
@@ -194,7 +194,7 @@ fn whole(values: &serde_yaml_ng::Mapping, key: &str) -> Option<u64> {
     })
 }
 
-/// A list of ports; LMCache takes a bare number, too.
+/// A list of ports; LMCache also accepts a single number.
 fn ports(values: &serde_yaml_ng::Mapping, key: &str) -> Vec<u16> {
     let Some(value) = values.get(key) else {
         return Vec::new();
@@ -204,7 +204,7 @@ fn ports(values: &serde_yaml_ng::Mapping, key: &str) -> Vec<u16> {
         .unwrap_or_default()
 }
 
-/// Python's own hash differs from process to process unless `PYTHONHASHSEED` is set.
+/// Python's hash differs between processes unless `PYTHONHASHSEED` is set.
 fn hash_salt(algorithm: Option<&str>, seed: Option<&str>) -> u64 {
     match (algorithm, seed) {
         (Some("sha256_cbor"), _) => 1,

@@ -1,5 +1,5 @@
-//! The decode side of LMCache PD: a bounded buffer per rank that prefill engines allocate in and write to, and that only
-//! the decode of the same prompt frees.
+//! The decode side of LMCache PD: a bounded buffer per rank. Prefill engines allocate and write pages, and only the
+//! decode of the same prompt frees them.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -13,11 +13,11 @@ use super::{Config, key};
 use crate::sim::engine_core::tokens::mix;
 use crate::sim::kv::blocks::records;
 use crate::sim::kv::messages::LmcacheMessage;
-use crate::sim::kv::zmq::{Question, Server};
+use crate::sim::kv::zmq::{Server, ZmqRequest};
 use crate::sim::metrics::Metrics;
 use crate::zmtp::SocketType;
 
-/// All ranks of a receiver.
+/// The ranks of a receiver.
 #[derive(Debug, Clone)]
 pub(crate) struct Receiver {
     config: Arc<Config>,
@@ -32,27 +32,27 @@ struct Rank {
     metrics: Arc<Metrics>,
     buffer: Mutex<Buffer>,
     freed: Notify,
-    /// Allocations are made in the order in which they were asked for.
+    /// Serializes allocations in the order of requests.
     turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
 struct Buffer {
     free: VecDeque<i64>,
-    /// What arrived or is to arrive. The same key may wait several times: entries are counted, not overwritten.
+    /// Received and expected pages. A key can be expected several times: entries are counted, not overwritten.
     entries: HashMap<String, VecDeque<Page>>,
-    /// Identities of senders that made the handshake with this process.
+    /// Identities of senders after their handshake with this process.
     senders: HashSet<String>,
 }
 
 #[derive(Debug)]
 struct Page {
     index: i64,
-    /// `None` until the bytes have landed.
+    /// `None` until the bytes have arrived.
     bytes: Option<Bytes>,
 }
 
-/// Where a receiver listens, in rank order.
+/// The ports of a receiver in rank order.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ReceiverPorts {
     pub(crate) init: Vec<u16>,
@@ -60,7 +60,7 @@ pub(crate) struct ReceiverPorts {
 }
 
 impl Receiver {
-    /// Binds the ports of all ranks and serves them from tasks in `tasks`. `bytes_per_token` is the KV of all ranks.
+    /// Binds the ports of all ranks and serves them in `tasks`. `bytes_per_token` is the KV of all ranks.
     pub(crate) async fn start(
         config: &Config,
         model: &str,
@@ -89,7 +89,7 @@ impl Receiver {
                 .collect(),
         };
         let mut bound = ReceiverPorts::default();
-        // A rank without a port of its own cannot start; LMCache indexes the lists by rank.
+        // A rank without a port cannot start; LMCache indexes the lists by rank.
         for rank in 0..world_size {
             let (Some(init), Some(alloc)) = (config.init_ports.get(rank), config.alloc_ports.get(rank)) else {
                 return Err(io::Error::other("list index out of range"));
@@ -113,8 +113,8 @@ impl Receiver {
         Ok((receiver, bound))
     }
 
-    /// Takes what is there for a prompt: the records of its longest prefix of chunks that every rank has. Whatever is
-    /// taken is freed. One token at least is left to compute.
+    /// Takes the records of the longest prefix of chunks of a prompt that every rank has, and frees their pages. At
+    /// least one token is left to compute.
     pub(crate) fn retrieve(&self, prompt: &[u32], tag: &str) -> Vec<u64> {
         let looked_up = &prompt[..prompt.len().saturating_sub(self.skip_last_tokens)];
         let mut loaded = Vec::new();
@@ -126,7 +126,7 @@ impl Receiver {
             let Some(mut chunk) = self.take_chunk(hash, tag) else {
                 break;
             };
-            // Bytes that never landed are garbage, not a miss.
+            // Bytes that never arrived are garbage, not a miss.
             chunk.resize(tokens, mix(hash, 0));
             loaded.extend(chunk);
         }
@@ -152,7 +152,7 @@ impl Receiver {
             let shard: Vec<u64> = records(&bytes).collect();
             whole = Some(match whole {
                 None => shard,
-                // Every rank carries the same records here, so a rank that differs was mixed up on the way.
+                // All ranks have the same records here, so a different one was mixed up in the transfer.
                 Some(first) if first == shard => first,
                 Some(first) => first.iter().map(|record| mix(*record, 1)).collect(),
             });
@@ -170,12 +170,12 @@ impl Rank {
         self.free(key, |_| Some(0))
     }
 
-    /// Frees a page whose bytes never landed.
+    /// Frees a page whose bytes never arrived.
     fn cancel(&self, key: &str) {
         self.free(key, |pages| pages.iter().position(|page| page.bytes.is_none()));
     }
 
-    /// Frees the page that `choose` says, and returns its bytes.
+    /// Frees the page that `choose` selects and returns its bytes.
     fn free(&self, key: &str, choose: impl FnOnce(&VecDeque<Page>) -> Option<usize>) -> Option<Bytes> {
         let mut buffer = self.lock();
         let pages = buffer.entries.get_mut(key)?;
@@ -190,7 +190,8 @@ impl Rank {
         page.bytes
     }
 
-    /// A page for every key, or `None` while too few are free. Keys count from now on, before their bytes land.
+    /// Allocates a page for every key, or returns `None` if too few are free. Keys count from now on, before their
+    /// bytes arrive.
     fn allocate(&self, keys: &[String]) -> Option<Vec<i64>> {
         let mut buffer = self.lock();
         if buffer.free.len() < keys.len() {
@@ -224,7 +225,7 @@ impl Rank {
         accepted
     }
 
-    /// A page for every key, once those who asked before have theirs.
+    /// Allocates a page for every key, after earlier requests.
     async fn wait_for_pages(&self, keys: &[String]) -> Vec<i64> {
         let _turn = self.turn.lock().await;
         loop {
@@ -236,7 +237,7 @@ impl Rank {
         }
     }
 
-    /// Answers the two messages of a handshake, and nothing else.
+    /// Answers only the two messages of a handshake.
     fn shake_hands(&self, rank: usize, payload: &[u8]) -> Option<Vec<Bytes>> {
         let answer = match LmcacheMessage::from_bytes(payload)? {
             LmcacheMessage::NixlInitRequest { local_meta_bytes } => LmcacheMessage::NixlInitResponse {
@@ -254,8 +255,8 @@ impl Rank {
         Some(vec![answer.to_bytes().into()])
     }
 
-    /// Answers allocations, each once its pages are free, and takes writes.
-    async fn answer(&self, question: Question) -> Option<Vec<Bytes>> {
+    /// Answers allocations when their pages are free, and accepts writes.
+    async fn answer(&self, question: ZmqRequest) -> Option<Vec<Bytes>> {
         // The identity is "{sender}-to-{receiver}".
         let known = std::str::from_utf8(&question.identity)
             .ok()

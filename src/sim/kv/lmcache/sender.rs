@@ -1,4 +1,4 @@
-//! The prefill side of LMCache PD: a handshake on the first contact with a decode engine, then allocate, write and
+//! The prefill side of LMCache PD: a handshake at the first contact with a decode engine, then allocate, write and
 //! notify, one transfer after the other.
 
 use std::collections::HashMap;
@@ -19,11 +19,11 @@ use crate::sim::log::{Log, Process};
 use crate::sim::options::{Options, STEP_DEADLINE};
 use crate::zmtp::{PeerError, SocketType};
 
-/// Transfers that may wait per decode engine.
+/// Most queued transfers per decode engine.
 const QUEUE: usize = 1024;
-/// How long a message of a live peer may take.
+/// Time limit of a message of a live peer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a peer that went away is tried again.
+/// Time for which a lost peer is retried.
 const RECONNECT_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The prefill side of one engine.
@@ -34,14 +34,14 @@ pub(crate) struct Sender {
     world_size: usize,
     preset: Preset,
     log: Log,
-    /// By `receiver_host` + init port, as LMCache keeps them: written differently, it is another peer.
+    /// Peers by `receiver_host` + init port, as in LMCache: another spelling is another peer.
     peers: HashMap<String, mpsc::Sender<Transfer>>,
     notifications: mpsc::Sender<Notice>,
     faults: Faults,
     local_id: String,
 }
 
-/// What can go wrong with transfers.
+/// The faults of transfers.
 #[derive(Debug)]
 pub(crate) struct Faults {
     failures: EveryNth,
@@ -52,7 +52,7 @@ pub(crate) struct Faults {
 }
 
 impl Faults {
-    /// Those that the options ask for.
+    /// The faults of the options.
     pub(crate) fn of(options: &Options) -> Self {
         let every = |pick: fn(&Fault) -> Option<u64>| EveryNth::new(options.fault(pick));
         Self {
@@ -82,14 +82,14 @@ impl Faults {
     }
 }
 
-/// A notification, and when it is to be sent.
+/// A notification and its send time.
 #[derive(Debug)]
 struct Notice {
     req_id: String,
     due: Instant,
 }
 
-/// The KV of one prompt on its way.
+/// The KV of one prompt to transfer.
 #[derive(Debug)]
 struct Transfer {
     req_id: String,
@@ -99,21 +99,21 @@ struct Transfer {
     last_chunk_tokens: usize,
     tokens: usize,
     fails: bool,
-    /// How often its notification is sent.
+    /// Number of notifications to send.
     notices: usize,
     delay: Duration,
 }
 
-/// Why a peer cannot be reached. Either way the worker never returns.
+/// Why a peer cannot be reached. In either case the worker never returns.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HandshakeError {
     /// A list of ports is shorter than the ranks.
     #[error("IndexError: list index out of range")]
     TooFewPorts,
-    /// Nobody answers.
+    /// No answer.
     #[error("no handshake with `{0}`")]
     Unreachable(String, #[source] PeerError),
-    /// It answers something else.
+    /// An invalid answer.
     #[error("`{0}` does not answer the handshake")]
     NoAnswer(String),
 }
@@ -145,12 +145,12 @@ impl Sender {
         }
     }
 
-    /// Whether requests without a receiver pass (sync mode).
+    /// Whether requests without a receiver are accepted (sync mode).
     pub(crate) fn tolerates_plain_requests(&self) -> bool {
         self.config.sync
     }
 
-    /// Makes the handshake with a receiver that is not known yet. Waits for as long as a worker may.
+    /// Makes the handshake with an unknown receiver. Waits up to the time limit of a worker's step.
     pub(crate) async fn meet(&mut self, spec: &DisaggSpec, tasks: &mut JoinSet<()>) -> Result<(), HandshakeError> {
         let first = spec.receiver_init_port.first().ok_or(HandshakeError::TooFewPorts)?;
         let receiver_id = format!("{}{first}", spec.receiver_host);
@@ -182,7 +182,7 @@ impl Sender {
         Ok(())
     }
 
-    /// Queues the KV of a prompt for a receiver that was met.
+    /// Queues the KV of a prompt for a known receiver.
     pub(crate) fn push(&mut self, spec: &DisaggSpec, tag: &str, prompt: &[u32], records: &[u64]) {
         let receiver_id = spec
             .receiver_init_port
@@ -251,7 +251,7 @@ async fn handshake(address: String, local_id: &str) -> Result<(), HandshakeError
     }
 }
 
-/// The transfers to one receiver, first come, first served.
+/// The transfers to one receiver, in order.
 struct Peer {
     addresses: Vec<String>,
     identity: String,
@@ -263,7 +263,7 @@ struct Peer {
     notifications: mpsc::Sender<Notice>,
 }
 
-/// Why a transfer came to nothing.
+/// Why a transfer failed.
 #[derive(Debug, thiserror::Error)]
 enum TransferError {
     #[error("NIXL_ERR_REMOTE_DISCONNECT")]
@@ -278,7 +278,7 @@ impl Peer {
         while let Some(transfer) = transfers.recv().await {
             let result = self.transfer(&mut connections, &transfer).await;
             if let Err(error) = result {
-                // A receiver that went away is found at the same address again, but knows this sender no more.
+                // A restarted receiver has the same address, but no longer knows this sender.
                 connections = None;
                 let message = format!(
                     "Async transfer task failed: {error}, [ABORT] req_id={}",
@@ -355,7 +355,7 @@ impl Peer {
         let request = LmcacheMessage::AllocRequest {
             keys: keys.clone(),
             fmt: 1,
-            // Layers and width of the model's KV do not matter here.
+            // The layers and width of the model's KV do not matter here.
             shape: vec![2, 32, self.chunk_size, 1024],
             dtype: "bfloat16".to_owned(),
             last_chunk_toks: transfer.last_chunk_tokens as u64,
@@ -387,8 +387,8 @@ async fn exchange(
         .ok_or(TransferError::Disconnected)
 }
 
-/// Sends the proxy one message per transfer and rank, each over a connection of its own. libzmq, which LMCache has, sees at
-/// once that a proxy has gone and connects to the next one.
+/// Sends the proxy one message per transfer and rank, each over its own connection. LMCache's libzmq notices at once
+/// that a proxy is gone and connects to the next one.
 async fn notify(address: String, mut queue: mpsc::Receiver<Notice>, log: Log) {
     let mut sending = JoinSet::new();
     while let Some(notice) = queue.recv().await {

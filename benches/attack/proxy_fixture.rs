@@ -1,4 +1,4 @@
-//! `xpyd proxy` in front of one prefill and one decode engine, which answer at once.
+//! `xpyd proxy` in front of one prefill and one decode engine that answer at once.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::tree::{Tree, free_port, serves};
 
 /// A proxy and its two engines.
-pub(crate) struct Stand {
+pub(crate) struct ProxyFixture {
     pub(crate) port: u16,
     /// Ports of the engines.
     pub(crate) prefill: u16,
@@ -15,8 +15,8 @@ pub(crate) struct Stand {
     _engines: [Tree; 2],
 }
 
-impl Stand {
-    /// `engine` gives the command of an engine on a port.
+impl ProxyFixture {
+    /// `engine` returns the command of an engine for a port.
     pub(crate) async fn start(folder: &Path, engine: impl Fn(u16) -> Command) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
         let (port, prefill, decode) = (
@@ -62,7 +62,7 @@ fn proxy(port: u16, prefill: u16, decode: u16) -> Command {
     command
 }
 
-/// An engine of xpyd's own that gives canned answers.
+/// A null engine of xpyd.
 pub(crate) fn null_engine(port: u16) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
     command.args(["sim", "null", "--null", "--port", &port.to_string()]);

@@ -1,42 +1,42 @@
-//! What really happened, as the server noted it, beside what a client says.
+//! The server's record of a run, compared with the result of a client.
 
 use serde::{Deserialize, Serialize};
 
-/// Of all requests since it was asked last.
+/// The record of all requests since the last query.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Truth {
+pub(crate) struct GroundTruth {
     pub(crate) requests: Vec<Request>,
 }
 
-/// One answer. Seconds.
+/// One answer; times in seconds.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) id: String,
-    /// The most that an event was written after its time.
+    /// The largest lateness of an event.
     pub(crate) lateness: f64,
-    /// When each event was written, since the request arrived.
+    /// Write time of each event since the arrival of the request.
     pub(crate) written: Vec<f64>,
 }
 
-/// How far the server is.
+/// The progress of the server.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Counts {
     pub(crate) requests: u64,
     pub(crate) events: u64,
 }
 
-/// What a client says: vLLM's result file with details.
+/// The result of a client: vLLM's result file with details.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Told {
+pub(crate) struct ClientResult {
     pub(crate) completed: u64,
     pub(crate) failed: u64,
-    /// Of each request, in the order of their numbers. Seconds.
+    /// Per request, in order of their numbers, in seconds.
     pub(crate) ttfts: Vec<f64>,
     pub(crate) itls: Vec<Vec<f64>>,
 }
 
 impl Request {
-    /// The number at the end of its id, which is its place in the client's lists.
+    /// The number at the end of its id: its index in the client's lists.
     pub(crate) fn number(&self) -> Option<usize> {
         self.id.rsplit('-').next()?.parse().ok()
     }
@@ -58,7 +58,7 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// Of seconds.
+    /// The summary of values in seconds.
     pub(crate) fn of(seconds: impl Iterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = seconds.map(|value| value * 1e3).collect();
         values.sort_by(f64::total_cmp);
@@ -75,46 +75,49 @@ impl Summary {
     }
 }
 
-/// A client's numbers beside the true ones.
+/// A client's numbers and the server's.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Compared {
+pub(crate) struct Comparison {
     pub(crate) true_ttft: Summary,
-    pub(crate) told_ttft: Summary,
-    /// By how much single times to first token are off.
+    pub(crate) client_ttft: Summary,
+    /// The errors of single times to first token.
     pub(crate) ttft_error: Summary,
     pub(crate) true_itl: Summary,
-    pub(crate) told_itl: Summary,
+    pub(crate) client_itl: Summary,
     /// The mean of each request's worst lateness at the server.
     pub(crate) server_lateness: Summary,
 }
 
-impl Compared {
+impl Comparison {
     /// # Errors
-    /// When the two are not about the same requests.
-    pub(crate) fn new(truth: &Truth, told: &Told) -> Result<Self, String> {
-        if told.failed > 0 || told.completed != told.ttfts.len() as u64 || truth.requests.len() != told.ttfts.len() {
+    /// When the two have different requests.
+    pub(crate) fn new(ground_truth: &GroundTruth, client: &ClientResult) -> Result<Self, String> {
+        if client.failed > 0
+            || client.completed != client.ttfts.len() as u64
+            || ground_truth.requests.len() != client.ttfts.len()
+        {
             return Err(format!(
                 "{} answers, {} of them good to the client, {} failed",
-                truth.requests.len(),
-                told.completed,
-                told.failed
+                ground_truth.requests.len(),
+                client.completed,
+                client.failed
             ));
         }
-        let pair = |request: &Request| Some((request.first(), *told.ttfts.get(request.number()?)?));
-        let pairs: Option<Vec<(f64, f64)>> = truth.requests.iter().map(pair).collect();
+        let pair = |request: &Request| Some((request.first(), *client.ttfts.get(request.number()?)?));
+        let pairs: Option<Vec<(f64, f64)>> = ground_truth.requests.iter().map(pair).collect();
         let pairs = pairs.ok_or("a request of another number")?;
         Ok(Self {
             true_ttft: Summary::of(pairs.iter().map(|pair| pair.0)),
-            told_ttft: Summary::of(pairs.iter().map(|pair| pair.1)),
-            ttft_error: Summary::of(pairs.iter().map(|(truth, told)| (told - truth).abs())),
-            true_itl: Summary::of(truth.requests.iter().flat_map(Request::gaps)),
-            told_itl: Summary::of(told.itls.iter().flatten().copied()),
-            server_lateness: Summary::of(truth.requests.iter().map(|request| request.lateness)),
+            client_ttft: Summary::of(pairs.iter().map(|pair| pair.1)),
+            ttft_error: Summary::of(pairs.iter().map(|(actual, measured)| (measured - actual).abs())),
+            true_itl: Summary::of(ground_truth.requests.iter().flat_map(Request::gaps)),
+            client_itl: Summary::of(client.itls.iter().flatten().copied()),
+            server_lateness: Summary::of(ground_truth.requests.iter().map(|request| request.lateness)),
         })
     }
 
     /// Whether the client's mean time to first token is within 5 % of the true one.
     pub(crate) fn is_true(&self) -> bool {
-        (self.told_ttft.mean - self.true_ttft.mean).abs() <= 0.05 * self.true_ttft.mean
+        (self.client_ttft.mean - self.true_ttft.mean).abs() <= 0.05 * self.true_ttft.mean
     }
 }

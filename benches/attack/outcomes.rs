@@ -1,25 +1,25 @@
-//! How many requests ended how, and what they were cut by.
+//! Counts the outcomes of requests and the causes of broken ones.
 
 use std::collections::BTreeMap;
 
-use crate::client::Ending;
+use crate::client::RequestOutcome;
 
-/// What may have ended a request that its server did not end itself.
+/// The possible cause of a request that its server did not finish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Cause {
-    /// SIGKILL of xpyd while the request ran, or no xpyd after it.
+pub(crate) enum CutCause {
+    /// xpyd was killed, or not running, during the request.
     KillOfXpyd,
     /// `xpyd down --keep-engines`, and the time until the next xpyd.
     LeavingXpyd,
-    /// Something else. The last fault is named.
+    /// Another cause; the last fault is named.
     Other(&'static str),
 }
 
-/// A few examples of each kind are enough to search for the reason.
+/// Examples to keep of each kind.
 const EXAMPLES: usize = 3;
 
 #[derive(Debug, Default)]
-pub(crate) struct Endings {
+pub(crate) struct OutcomeCounts {
     counts: BTreeMap<String, u64>,
     examples: BTreeMap<String, Vec<String>>,
     pub(crate) right: u64,
@@ -30,30 +30,30 @@ pub(crate) struct Endings {
     pub(crate) told_to_retry: u64,
     pub(crate) other_errors: u64,
     pub(crate) left: u64,
-    cut: BTreeMap<Cause, u64>,
-    unanswered: BTreeMap<Cause, u64>,
-    refused: BTreeMap<Cause, u64>,
+    cut: BTreeMap<CutCause, u64>,
+    unanswered: BTreeMap<CutCause, u64>,
+    refused: BTreeMap<CutCause, u64>,
 }
 
-impl Endings {
-    /// Counts an ending. `seconds` is the time since the start of the attack.
-    pub(crate) fn add(&mut self, ending: &Ending, cause: Cause, seconds: f64) {
-        let kind = match ending {
-            Ending::Right => return self.right += 1,
-            Ending::Left => return self.left += 1,
-            Ending::Wrong(_) => {
+impl OutcomeCounts {
+    /// Counts an outcome. `seconds` is the time since the start of the attack.
+    pub(crate) fn add(&mut self, outcome: &RequestOutcome, cause: CutCause, seconds: f64) {
+        let kind = match outcome {
+            RequestOutcome::Right => return self.right += 1,
+            RequestOutcome::Left => return self.left += 1,
+            RequestOutcome::Wrong(_) => {
                 self.wrong += 1;
                 "wrong".to_owned()
             }
-            Ending::Hang => {
+            RequestOutcome::Hang => {
                 self.hangs += 1;
                 "hang".to_owned()
             }
-            Ending::ErrorEvent(code) => {
+            RequestOutcome::ErrorEvent(code) => {
                 self.error_events += 1;
                 format!("error event {code}")
             }
-            Ending::Status {
+            RequestOutcome::Status {
                 status,
                 code,
                 retry_after,
@@ -65,25 +65,26 @@ impl Endings {
                 }
                 format!("{status} {code}{}", if *retry_after { ", Retry-After" } else { "" })
             }
-            Ending::Cut => {
+            RequestOutcome::Cut => {
                 *self.cut.entry(cause).or_default() += 1;
                 format!("cut by {}", cause.name())
             }
-            Ending::NoAnswer => {
+            RequestOutcome::NoAnswer => {
                 *self.unanswered.entry(cause).or_default() += 1;
                 format!("no answer, by {}", cause.name())
             }
-            Ending::Refused => {
+            RequestOutcome::Refused => {
                 *self.refused.entry(cause).or_default() += 1;
                 format!("refused, by {}", cause.name())
             }
         };
         *self.counts.entry(kind.clone()).or_default() += 1;
-        let is_expected = matches!(ending, Ending::Status { .. } | Ending::ErrorEvent(_)) || cause == Cause::KillOfXpyd;
+        let is_expected = matches!(outcome, RequestOutcome::Status { .. } | RequestOutcome::ErrorEvent(_))
+            || cause == CutCause::KillOfXpyd;
         let examples = self.examples.entry(kind).or_default();
         if !is_expected && examples.len() < EXAMPLES {
-            examples.push(match ending {
-                Ending::Wrong(difference) => format!("at {seconds:.1} s, {}: {difference}", cause.name()),
+            examples.push(match outcome {
+                RequestOutcome::Wrong(difference) => format!("at {seconds:.1} s, {}: {difference}", cause.name()),
                 _ => format!("at {seconds:.1} s, {}", cause.name()),
             });
         }
@@ -109,7 +110,7 @@ impl Endings {
         }
     }
 
-    /// What must not happen whatever else goes wrong.
+    /// The outcomes that must never occur.
     pub(crate) fn findings(&self) -> Vec<String> {
         let mut findings = Vec::new();
         for (count, what) in [(self.wrong, "wrong answers"), (self.hangs, "hangs")] {
@@ -122,7 +123,7 @@ impl Endings {
             (&self.unanswered, "requests without an answer"),
             (&self.refused, "connections refused"),
         ] {
-            for (cause, count) in counts.iter().filter(|(cause, _)| **cause != Cause::KillOfXpyd) {
+            for (cause, count) in counts.iter().filter(|(cause, _)| **cause != CutCause::KillOfXpyd) {
                 findings.push(format!("{count} {what}, by {}", cause.name()));
             }
         }
@@ -130,7 +131,7 @@ impl Endings {
     }
 }
 
-impl Cause {
+impl CutCause {
     fn name(self) -> &'static str {
         match self {
             Self::KillOfXpyd => "SIGKILL of xpyd",
@@ -140,7 +141,7 @@ impl Cause {
     }
 }
 
-fn by_cause(counts: &BTreeMap<Cause, u64>) -> String {
+fn by_cause(counts: &BTreeMap<CutCause, u64>) -> String {
     let all: u64 = counts.values().sum();
     let parts: Vec<String> = counts
         .iter()
