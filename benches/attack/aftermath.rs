@@ -9,12 +9,12 @@ use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
 use crate::Findings;
-use crate::client::{ClientBehaviour, Question, RequestOutcome, ask};
+use crate::client::{ClientBehaviour, RequestOutcome, TestRequest, ask};
 use crate::http;
 use crate::storm::{StormContext, shared_memory};
 use crate::tree::is_running;
 
-/// Far longer than a fleet takes to recover, and longer than the hand-off deadline of 90 s, after which lost ones are cleaned up.
+/// Far longer than a fleet takes to recover, and longer than the 90 s after which lost hand-offs are cleaned up.
 const RECOVERY: Duration = Duration::from_mins(3);
 const DEADLINE: Duration = Duration::from_mins(1);
 
@@ -24,12 +24,12 @@ const REQUESTS: usize = 60;
 /// Gauges that must be 0 without clients.
 const GAUGES: [&str; 3] = ["xpyd_requests_in_flight", "xpyd_requests_queued", "xpyd_handoffs_open"];
 
-pub(crate) async fn check(context: &Arc<StormContext>, questions: &[Question], keep: Option<&Path>) -> Findings {
+pub(crate) async fn check(context: &Arc<StormContext>, test_requests: &[TestRequest], keep: Option<&Path>) -> Findings {
     let mut findings = Findings::new();
     let blocking = Arc::clone(context);
     let recovery = tokio::task::spawn_blocking(move || recover(&blocking)).await;
     findings.extend(recovery.unwrap_or_else(|error| vec![error.to_string()]));
-    findings.extend(ask_all(context.fleet.proxy_port(), questions).await);
+    findings.extend(ask_all(context.fleet.proxy_port(), test_requests).await);
     findings.extend(idle(context.fleet.proxy_port()).await);
     if let Some(folder) = keep {
         findings.extend(context.keep(folder).err().map(|error| format!("no logs kept: {error}")));
@@ -51,11 +51,11 @@ fn recover(context: &StormContext) -> Findings {
     findings
 }
 
-async fn ask_all(port: u16, questions: &[Question]) -> Findings {
+async fn ask_all(port: u16, test_requests: &[TestRequest]) -> Findings {
     let mut findings = Findings::new();
     let mut right = 0;
-    let asked = questions.iter().cycle().take(REQUESTS);
-    let outcomes = asked.map(|question| ask(port, question, ClientBehaviour::Stream, DEADLINE));
+    let asked = test_requests.iter().cycle().take(REQUESTS);
+    let outcomes = asked.map(|test_request| ask(port, test_request, ClientBehaviour::Stream, DEADLINE));
     for outcome in join_all(outcomes).await {
         match outcome {
             RequestOutcome::Right => right += 1,

@@ -10,7 +10,7 @@ use crate::http::{Failure, Response, connect, exchange, post};
 
 /// A prompt and its only correct answer.
 #[derive(Debug, Clone)]
-pub(crate) struct Question {
+pub(crate) struct TestRequest {
     pub(crate) model: String,
     pub(crate) prompt: String,
     pub(crate) tokens: usize,
@@ -53,8 +53,8 @@ pub(crate) enum RequestOutcome {
 }
 
 /// The answer of a server, as a reference for others.
-pub(crate) async fn answer_of(port: u16, question: &Question, deadline: Duration) -> Result<String, String> {
-    let response = exchange(port, &request(question, false), deadline).await;
+pub(crate) async fn answer_of(port: u16, test_request: &TestRequest, deadline: Duration) -> Result<String, String> {
+    let response = exchange(port, &request(test_request, false), deadline).await;
     let response = response.map_err(|failure| format!("no answer to compare with: {failure:?}"))?;
     let body: Value = serde_json::from_slice(&response.body).unwrap_or_default();
     let text = body["choices"][0]["text"].as_str();
@@ -62,22 +62,27 @@ pub(crate) async fn answer_of(port: u16, question: &Question, deadline: Duration
         .ok_or_else(|| format!("no answer to compare with: {}", response.text()))
 }
 
-fn request(question: &Question, is_stream: bool) -> Vec<u8> {
-    let body = json!({"model": question.model, "prompt": question.prompt, "max_tokens": question.tokens,
+fn request(test_request: &TestRequest, is_stream: bool) -> Vec<u8> {
+    let body = json!({"model": test_request.model, "prompt": test_request.prompt, "max_tokens": test_request.tokens,
         "temperature": 0, "ignore_eos": true, "stream": is_stream});
     post("/v1/completions", body.to_string().as_bytes())
 }
 
 /// Sends a request, with a deadline for the complete answer.
-pub(crate) async fn ask(port: u16, question: &Question, manner: ClientBehaviour, deadline: Duration) -> RequestOutcome {
-    timeout(deadline, ask_without_deadline(port, question, manner))
+pub(crate) async fn ask(
+    port: u16,
+    test_request: &TestRequest,
+    behaviour: ClientBehaviour,
+    deadline: Duration,
+) -> RequestOutcome {
+    timeout(deadline, ask_without_deadline(port, test_request, behaviour))
         .await
         .unwrap_or(RequestOutcome::Hang)
 }
 
-async fn ask_without_deadline(port: u16, question: &Question, manner: ClientBehaviour) -> RequestOutcome {
-    let is_stream = manner != ClientBehaviour::Whole;
-    let request = request(question, is_stream);
+async fn ask_without_deadline(port: u16, test_request: &TestRequest, behaviour: ClientBehaviour) -> RequestOutcome {
+    let is_stream = behaviour != ClientBehaviour::Whole;
+    let request = request(test_request, is_stream);
     let begun = Instant::now();
     let mut stream = match connect(port).await {
         Ok(stream) => stream,
@@ -87,13 +92,20 @@ async fn ask_without_deadline(port: u16, question: &Question, manner: ClientBeha
     // If this fails, the response can have arrived before the request was sent completely.
     let _ = stream.write_all(&request).await;
     let mut received = Vec::new();
-    let mut buffer = vec![0; if manner == ClientBehaviour::Slow { 256 } else { 16 << 10 }];
+    let mut buffer = vec![
+        0;
+        if behaviour == ClientBehaviour::Slow {
+            256
+        } else {
+            16 << 10
+        }
+    ];
     loop {
-        if manner == ClientBehaviour::Slow {
+        if behaviour == ClientBehaviour::Slow {
             sleep(Duration::from_millis(20)).await;
         }
         let read = stream.read(&mut buffer);
-        let read = match manner {
+        let read = match behaviour {
             ClientBehaviour::Leave(after) => match timeout(after.saturating_sub(begun.elapsed()), read).await {
                 Ok(read) => read,
                 Err(_) => return RequestOutcome::Left,
@@ -101,14 +113,14 @@ async fn ask_without_deadline(port: u16, question: &Question, manner: ClientBeha
             ClientBehaviour::Stream | ClientBehaviour::Whole | ClientBehaviour::Slow => read.await,
         };
         match read {
-            Ok(0) | Err(_) => return judge(&received, question, is_stream),
+            Ok(0) | Err(_) => return judge(&received, test_request, is_stream),
             Ok(length) => received.extend_from_slice(&buffer[..length]),
         }
     }
 }
 
 /// The outcome according to all bytes of the connection.
-fn judge(received: &[u8], question: &Question, is_stream: bool) -> RequestOutcome {
+fn judge(received: &[u8], test_request: &TestRequest, is_stream: bool) -> RequestOutcome {
     let Some((response, _)) = Response::parse(received) else {
         return RequestOutcome::NoAnswer;
     };
@@ -116,7 +128,7 @@ fn judge(received: &[u8], question: &Question, is_stream: bool) -> RequestOutcom
         return error_response(&response);
     }
     if is_stream {
-        return judge_stream(&response, &question.answer);
+        return judge_stream(&response, &test_request.answer);
     }
     if !response.is_complete {
         return RequestOutcome::Cut;
@@ -124,7 +136,7 @@ fn judge(received: &[u8], question: &Question, is_stream: bool) -> RequestOutcom
     let answer: Value = serde_json::from_slice(&response.body).unwrap_or_default();
     compare(
         answer["choices"][0]["text"].as_str().unwrap_or_default(),
-        &question.answer,
+        &test_request.answer,
     )
 }
 

@@ -179,8 +179,8 @@ fn freeze(context: &StormContext, target: &Target, time: Duration) -> Result<(),
     Ok(())
 }
 
-/// Longer than vLLM's lease of 30 s for KV that waits, so that a late pull finds other blocks. One at a time, because two in
-/// a row are longer than any client waits.
+/// Longer than vLLM's lease of 30 s for KV that waits, so that a late pull finds other blocks.
+/// Only one at a time: two in a row exceed the deadline of every client.
 fn freeze_long(
     context: &StormContext,
     random: &mut StdRng,

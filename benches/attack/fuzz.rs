@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::Findings;
-use crate::client::{ClientBehaviour, Question, RequestOutcome, ask};
+use crate::client::{ClientBehaviour, RequestOutcome, TestRequest, ask};
 use crate::engine::{self, ENGINE};
 use crate::http::{Response, connect};
 use crate::inputs::{CLASSES, input};
@@ -127,13 +127,13 @@ async fn work(shared: Arc<Shared>, port: u16, options: Options) {
 /// The outcome of an honest client, unless it is correct.
 async fn canary(port: u16, number: u64) -> Option<RequestOutcome> {
     let prompt = format!("canary {number}");
-    let question = Question {
+    let test_request = TestRequest {
         model: "m".to_owned(),
         answer: engine::answer(&prompt, 4),
         prompt,
         tokens: 4,
     };
-    let outcome = ask(port, &question, ClientBehaviour::Stream, DEADLINE).await;
+    let outcome = ask(port, &test_request, ClientBehaviour::Stream, DEADLINE).await;
     (outcome != RequestOutcome::Right).then_some(outcome)
 }
 

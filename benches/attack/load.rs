@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::client::{ClientBehaviour, Question, ask};
+use crate::client::{ClientBehaviour, TestRequest, ask};
 use crate::engine::{self, answer};
 use crate::fuzz::recording_engine;
 use crate::options::Options;
@@ -102,7 +102,7 @@ async fn client(
     // All at once would overflow the listener's queue, which is the kernel's.
     sleep(Duration::from_secs_f64(number as f64 / STARTS as f64)).await;
     let prompt = format!("{} {number} {}", options.seed, "word ".repeat(number % 50));
-    let question = Question {
+    let test_request = TestRequest {
         model: "m".to_owned(),
         answer: answer(&prompt, options.events),
         prompt,
@@ -111,7 +111,7 @@ async fn client(
     let life = options.interval * u32::try_from(options.events).unwrap_or(u32::MAX);
     let begun = Instant::now();
     open.fetch_add(1, Ordering::Relaxed);
-    let outcome = ask(port, &question, ClientBehaviour::Stream, life + PATIENCE).await;
+    let outcome = ask(port, &test_request, ClientBehaviour::Stream, life + PATIENCE).await;
     open.fetch_sub(1, Ordering::Relaxed);
     let mut outcomes = outcomes.lock().unwrap_or_else(PoisonError::into_inner);
     outcomes.add(&outcome, CutCause::Other("load"), begun.elapsed().as_secs_f64());

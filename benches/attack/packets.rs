@@ -52,8 +52,8 @@ fn shake_hands(port: u16, socket_type: &[u8]) -> io::Result<TcpStream> {
 /// client while the stream is open.
 pub(crate) fn wedge(port: u16) -> io::Result<TcpStream> {
     let mut stream = shake_hands(port, b"REQ")?;
-    let question = [b"\x01\x00".as_slice(), b"\x00\x11", b"\x93\xc4\x0cget_meta_msg\x00\x01"].concat();
-    let many = question.repeat(200);
+    let lookup = [b"\x01\x00".as_slice(), b"\x00\x11", b"\x93\xc4\x0cget_meta_msg\x00\x01"].concat();
+    let many = lookup.repeat(200);
     for _ in 0..3000 {
         if stream.write_all(&many).is_err() {
             break;

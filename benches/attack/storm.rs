@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::Findings;
 use crate::aftermath;
-use crate::client::{ClientBehaviour, Question, RequestOutcome, answer_of, ask};
+use crate::client::{ClientBehaviour, RequestOutcome, TestRequest, answer_of, ask};
 use crate::commands;
 use crate::faults::{FAULTS, Fault, FaultError, Needs};
 use crate::fleet::{Fleet, MODEL, Reference};
@@ -190,8 +190,8 @@ pub(crate) async fn run(options: &Options) -> Findings {
         println!("no private mount namespace, which takes root: no full disk, no full /dev/shm");
     }
     match start(options).await {
-        Ok((context, questions, reference)) => {
-            let findings = rage(options, &context, &questions).await;
+        Ok((context, test_requests, reference)) => {
+            let findings = rage(options, &context, &test_requests).await;
             drop(reference);
             findings
         }
@@ -200,39 +200,39 @@ pub(crate) async fn run(options: &Options) -> Findings {
 }
 
 /// Starts the fleet, and gets the correct answers from a single engine.
-pub(crate) async fn start(options: &Options) -> Result<(Arc<StormContext>, Arc<Vec<Question>>, Reference), String> {
+pub(crate) async fn start(options: &Options) -> Result<(Arc<StormContext>, Arc<Vec<TestRequest>>, Reference), String> {
     let fleet = Fleet::new(&options.connector, &options.settings).map_err(|error| error.to_string())?;
     if private::is_entered() {
         private::mount("/dev/shm".as_ref(), SHARED_MEMORY)?;
         private::mount(&fleet.folder().join("logs"), LOGS)?;
     }
     let reference = Reference::start(fleet.folder()).await?;
-    let mut questions = Vec::new();
+    let mut test_requests = Vec::new();
     for (number, words) in [1, 40, 400, 900, 1500, 4000].into_iter().enumerate() {
-        let mut question = Question {
+        let mut test_request = TestRequest {
             model: MODEL.to_owned(),
             prompt: format!("{} {number} {}", options.seed, "word ".repeat(words)),
             tokens: TOKENS,
             answer: String::new(),
         };
-        question.answer = answer_of(reference.port, &question, HANG).await?;
-        questions.push(question);
+        test_request.answer = answer_of(reference.port, &test_request, HANG).await?;
+        test_requests.push(test_request);
     }
     let fleet = tokio::task::spawn_blocking(move || fleet.up().map(|()| fleet))
         .await
         .map_err(|error| error.to_string())??;
-    Ok((Arc::new(StormContext::new(fleet)), Arc::new(questions), reference))
+    Ok((Arc::new(StormContext::new(fleet)), Arc::new(test_requests), reference))
 }
 
 /// Runs clients and faults for the given time, and then the checks.
-async fn rage(options: &Options, context: &Arc<StormContext>, questions: &Arc<Vec<Question>>) -> Findings {
-    let clients = Clients::start(context, questions, options);
+async fn rage(options: &Options, context: &Arc<StormContext>, test_requests: &Arc<Vec<TestRequest>>) -> Findings {
+    let clients = Clients::start(context, test_requests, options);
     let (striker, strike_options) = (Arc::clone(context), options.clone());
     let strikes = tokio::task::spawn_blocking(move || strike(&striker, &strike_options)).await;
     clients.stop(context).await;
     let mut findings = strikes.unwrap_or_else(|error| vec![error.to_string()]);
     findings.extend(context.report());
-    let aftermath = aftermath::check(context, questions, options.keep.as_deref());
+    let aftermath = aftermath::check(context, test_requests, options.keep.as_deref());
     findings.extend(aftermath.await);
     findings
 }
@@ -241,11 +241,11 @@ async fn rage(options: &Options, context: &Arc<StormContext>, questions: &Arc<Ve
 pub(crate) struct Clients(JoinSet<()>);
 
 impl Clients {
-    pub(crate) fn start(context: &Arc<StormContext>, questions: &Arc<Vec<Question>>, options: &Options) -> Self {
+    pub(crate) fn start(context: &Arc<StormContext>, test_requests: &Arc<Vec<TestRequest>>, options: &Options) -> Self {
         let mut clients = JoinSet::new();
         for number in 0..options.clients as u64 {
             let random = StdRng::seed_from_u64(options.seed.wrapping_mul(1_000_003) + number);
-            clients.spawn(client(Arc::clone(context), Arc::clone(questions), random));
+            clients.spawn(client(Arc::clone(context), Arc::clone(test_requests), random));
         }
         clients.spawn(release_in_time(Arc::clone(context)));
         Self(clients)
@@ -269,24 +269,27 @@ async fn release_in_time(context: Arc<StormContext>) {
 }
 
 /// Sends requests until the storm is over.
-async fn client(context: Arc<StormContext>, questions: Arc<Vec<Question>>, mut random: StdRng) {
+async fn client(context: Arc<StormContext>, test_requests: Arc<Vec<TestRequest>>, mut random: StdRng) {
     while !context.is_over.load(Ordering::Relaxed) {
-        let question = questions.choose(&mut random).expect("questions");
-        let manner = match random.random_range(0..100) {
+        let test_request = test_requests.choose(&mut random).expect("test requests");
+        let behaviour = match random.random_range(0..100) {
             0..20 => ClientBehaviour::Whole,
             20..30 => ClientBehaviour::Leave(Duration::from_millis(random.random_range(0..800))),
             30..35 => ClientBehaviour::Slow,
             _ => ClientBehaviour::Stream,
         };
         let before = context.absences();
-        let outcome = ask(context.fleet.proxy_port(), question, manner, HANG).await;
+        let outcome = ask(context.fleet.proxy_port(), test_request, behaviour, HANG).await;
         let cause = context.cause(before);
         lock(&context.outcomes).add(&outcome, cause, context.begun.elapsed().as_secs_f64());
         if !matches!(
             outcome,
             RequestOutcome::Right | RequestOutcome::Left | RequestOutcome::Refused | RequestOutcome::Status { .. }
         ) {
-            context.write_down(&format!("{manner:?} of {} bytes: {outcome:?}", question.prompt.len()));
+            context.write_down(&format!(
+                "{behaviour:?} of {} bytes: {outcome:?}",
+                test_request.prompt.len()
+            ));
         }
         if !matches!(outcome, RequestOutcome::Right | RequestOutcome::Left) {
             tokio::time::sleep(Duration::from_millis(50)).await;

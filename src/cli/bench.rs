@@ -10,8 +10,8 @@ mod compare;
 mod find_max;
 mod fleet;
 mod hints;
+mod html_report;
 mod latency_breakdown;
-mod page;
 mod prompts;
 mod session;
 mod setup;
@@ -54,11 +54,16 @@ const DEFAULT_PORT: u16 = 8000;
 /// # Errors
 /// When settings are invalid, the server or the model is missing, or the result cannot be saved.
 pub async fn run(arguments: Arguments, defaults: Option<Target>, printer: Printer) -> Result<ExitStatus, Failure> {
-    if let (Some(result), Some(path)) = (&arguments.page.from, &arguments.page.report) {
-        return page::convert(result, path, printer);
+    if let (Some(result), Some(path)) = (&arguments.html_report.from, &arguments.html_report.report) {
+        return html_report::convert(result, path, printer);
     }
     if let Some(files) = &arguments.modes.compare {
-        return compare::run(files, arguments.output.json, arguments.page.report.as_deref(), printer);
+        return compare::run(
+            files,
+            arguments.output.json,
+            arguments.html_report.report.as_deref(),
+            printer,
+        );
     }
     check_outputs(&arguments)?;
     // The benchmark's own fleet is always taken down first, even after a second Ctrl+C.
@@ -323,8 +328,8 @@ fn print_report(arguments: &Arguments, report: &Report, printer: Printer) -> Res
         let path = save(arguments, report)?;
         printer.status(format_args!("result saved to {}", path.display()));
     }
-    if let Some(path) = &arguments.page.report {
-        page::write(report, path, printer)?;
+    if let Some(path) = &arguments.html_report.report {
+        html_report::write(report, path, printer)?;
     }
     if !detail.has_details {
         printer.status("`--details` shows where the time went, and vLLM's table".dimmed());
@@ -382,8 +387,8 @@ fn result_folder(arguments: &Arguments) -> &Path {
     arguments.output.result_dir.as_deref().unwrap_or(Path::new("."))
 }
 
-/// Checks before the first request that the result and the page can be saved: creates a file in each folder and removes
-/// it.
+/// Checks before the first request that the result and the HTML report can be saved: creates a file in each folder
+/// and removes it.
 fn check_outputs(arguments: &Arguments) -> Result<(), Failure> {
     let output = &arguments.output;
     let saves = output.save_result || output.append_result;
@@ -397,7 +402,10 @@ fn check_outputs(arguments: &Arguments) -> Result<(), Failure> {
         fs_err::write(&probe, "")?;
         fs_err::remove_file(&probe)
     };
-    for (file, option) in [(result, "--result-dir"), (arguments.page.report.clone(), "--report")] {
+    for (file, option) in [
+        (result, "--result-dir"),
+        (arguments.html_report.report.clone(), "--report"),
+    ] {
         if let Some(Err(error)) = file.as_deref().map(probe) {
             return Err(Failure::new(ExitStatus::Usage, error).hint(format!("choose another folder with `{option}`")));
         }

@@ -13,7 +13,7 @@ use crate::bench::stats::Distribution;
 
 /// The share of the time to first token that can stay unexplained before the table is doubtful.
 pub const TOLERANCE: f64 = 0.05;
-/// Unexplained time in milliseconds that is always acceptable: in a very fast answer the proxy's own work is a large share.
+/// Unexplained time in milliseconds that is always acceptable: in a very fast answer the proxy's work is a large share.
 const UNREMARKABLE_MS: f64 = 2.0;
 
 /// The latency breakdown of a run.

@@ -2,10 +2,10 @@
 
 mod data;
 mod deadline;
+mod html_report;
 mod load;
 mod modes;
 mod output;
-mod page;
 mod sampling;
 mod target;
 
@@ -15,10 +15,10 @@ use clap::Args;
 
 pub(super) use self::data::{Data, DatasetName};
 pub(super) use self::deadline::Deadline;
+pub(super) use self::html_report::HtmlReport;
 pub(super) use self::load::Load;
 pub(super) use self::modes::{Fleet, Modes};
 pub(super) use self::output::Output;
-pub(super) use self::page::Page;
 pub(super) use self::sampling::Sampling;
 pub(super) use self::target::{BackendName, Header, Target};
 use super::Server;
@@ -49,7 +49,7 @@ pub struct Arguments {
     pub deadline: Deadline,
     /// The HTML report.
     #[command(flatten)]
-    pub page: Page,
+    pub html_report: HtmlReport,
     /// Modes with several runs.
     #[command(flatten)]
     pub modes: Modes,

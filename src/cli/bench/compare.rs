@@ -38,7 +38,7 @@ pub(super) fn run(
         "caveats": caveats,
     });
     if let Some(page) = page {
-        super::page::write_document(&document, page, printer)?;
+        super::html_report::write_document(&document, page, printer)?;
     }
     if as_json {
         printer.data(document)?;

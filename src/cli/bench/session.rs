@@ -156,8 +156,8 @@ impl<'a> Session<'a> {
             let path = self.save(Path::new(&name), &document)?;
             self.printer.status(format_args!("result saved to {}", path.display()));
         }
-        if let Some(path) = &self.arguments.page.report {
-            super::page::write_document(&document, path, self.printer)?;
+        if let Some(path) = &self.arguments.html_report.report {
+            super::html_report::write_document(&document, path, self.printer)?;
         }
         Ok(())
     }

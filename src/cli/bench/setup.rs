@@ -1,4 +1,4 @@
-//! Describes what was measured, for the result file and the page: command, host, server and fleet.
+//! Describes what was measured, for the result file and the HTML report: command, host, server and fleet.
 
 use std::path::Path;
 

@@ -7,10 +7,10 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::request::{Common, Job, Message, RouteSettings, UsageEvents, read, template};
+use super::request::{CommonFields, Job, Message, RouteSettings, UsageEvents, read, template};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
-use crate::sim::engine_core::sequence::{End, Output, Times, TokenLogprob};
+use crate::sim::engine_core::sequence::{Output, SequenceEnd, Times, TokenLogprob};
 use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 
 /// The fields of chat requests only.
@@ -46,7 +46,7 @@ pub(super) struct Shape {
 }
 
 /// Checks a request.
-pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -> Result<(Job, Shape), ApiError> {
+pub(super) fn prepare(api: &Api, common: &CommonFields, only: &ChatOnly, base: &str) -> Result<(Job, Shape), ApiError> {
     api.check_model(common.model.as_deref())?;
     if only.messages.is_empty() {
         return Err(ApiError::bad_request("messages must not be empty", Some("messages")));
@@ -88,7 +88,7 @@ pub(super) fn prepare(api: &Api, common: &Common, only: &ChatOnly, base: &str) -
 }
 
 /// The tokens of the messages; those of the hand-off take precedence.
-fn prompt(common: &Common, only: &ChatOnly) -> Result<Vec<u32>, ApiError> {
+fn prompt(common: &CommonFields, only: &ChatOnly) -> Result<Vec<u32>, ApiError> {
     let handed = common
         .kv_transfer_params
         .as_ref()
@@ -129,7 +129,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
     let mut cached = 0;
     let mut times = None;
     for output in outputs.iter_mut().rev() {
-        if let Some(End::Finished(finish)) = &mut output.end {
+        if let Some(SequenceEnd::Finished(finish)) = &mut output.end {
             params = finish.kv_transfer_params.take();
             cached = finish.cached_tokens;
             times = finish.times.take();
@@ -209,9 +209,9 @@ fn token_logprob(token: u32, logprob: f64) -> Value {
     json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()})
 }
 
-fn reason(end: Option<End>) -> (Option<&'static str>, Value) {
+fn reason(end: Option<SequenceEnd>) -> (Option<&'static str>, Value) {
     match end {
-        Some(End::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
+        Some(SequenceEnd::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
         _ => (None, Value::Null),
     }
 }
@@ -270,7 +270,7 @@ impl Render for Chunks {
         let mut events = if self.begun { Vec::new() } else { self.roles() };
         self.begun = true;
         self.made += output.tokens.len();
-        if let Some(End::Finished(finish)) = &output.end {
+        if let Some(SequenceEnd::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
             self.times.clone_from(&finish.times);
         }

@@ -8,10 +8,10 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::request::{Common, Job, RouteSettings, UsageEvents, read};
+use super::request::{CommonFields, Job, RouteSettings, UsageEvents, read};
 use super::stream::{self, Render};
 use super::{Api, ApiError, collect, event_stream, now, out_of_vocabulary, prompt_logprobs, streamed_usage, usage};
-use crate::sim::engine_core::sequence::{End, Output, Times, TokenLogprob};
+use crate::sim::engine_core::sequence::{Output, SequenceEnd, Times, TokenLogprob};
 use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 
 /// The fields of completion requests only.
@@ -44,7 +44,7 @@ pub(super) struct Shape {
 }
 
 /// Checks a request.
-pub(super) fn prepare(api: &Api, common: &Common, body: &[u8], base: &str) -> Result<(Job, Shape), ApiError> {
+pub(super) fn prepare(api: &Api, common: &CommonFields, body: &[u8], base: &str) -> Result<(Job, Shape), ApiError> {
     let only: CompletionOnly = read(body)?;
     api.check_model(common.model.as_deref())?;
     if only.suffix.is_some() {
@@ -122,7 +122,7 @@ pub(super) async fn answer(api: &Api, job: Job, shape: Shape) -> Result<Response
     let mut times = None;
     // For several prompts vLLM returns the parameters of the first.
     for output in outputs.iter_mut().rev() {
-        if let Some(End::Finished(finish)) = &mut output.end {
+        if let Some(SequenceEnd::Finished(finish)) = &mut output.end {
             params = finish.kv_transfer_params.take();
             cached = finish.cached_tokens;
             times = finish.times.take();
@@ -202,9 +202,9 @@ struct ChoiceDelta {
     logprobs: Value,
 }
 
-fn reason(end: Option<End>) -> (Option<&'static str>, Value) {
+fn reason(end: Option<SequenceEnd>) -> (Option<&'static str>, Value) {
     match end {
-        Some(End::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
+        Some(SequenceEnd::Finished(finish)) => (Some(finish.reason), finish.stop_reason),
         _ => (None, Value::Null),
     }
 }
@@ -271,7 +271,7 @@ impl Chunks {
 impl Render for Chunks {
     fn chunks(&mut self, output: Output) -> Vec<String> {
         self.made += output.tokens.len();
-        if let Some(End::Finished(finish)) = &output.end {
+        if let Some(SequenceEnd::Finished(finish)) = &output.end {
             self.cached = finish.cached_tokens;
             self.times.clone_from(&finish.times);
         }

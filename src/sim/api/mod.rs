@@ -23,13 +23,13 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
 use crate::sim::engine_core::scheduler::{Command, EngineStage};
-use crate::sim::engine_core::sequence::{End, Output, Request, Sampling};
+use crate::sim::engine_core::sequence::{Output, Request, Sampling, SequenceEnd};
 use crate::sim::engine_core::tokens::{VOCABULARY, decode, encode};
 use crate::sim::kv::blocks::BlockPool;
 use crate::sim::kv::params::{self, ConnectorKind, Transfer};
 use crate::sim::metrics::Metrics;
 use crate::sim::options::Options;
-use request::{Common, Job};
+use request::{CommonFields, Job};
 
 /// Largest body of a request, in bytes.
 const MAX_BODY: usize = 64 << 20;
@@ -225,7 +225,7 @@ fn out_of_vocabulary(token: u32) -> ApiError {
 }
 
 async fn completions(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
-    let common = Common::read(&body)?;
+    let common = CommonFields::read(&body)?;
     let base = request_id(&headers, &common);
     // From here on a rejection frees the blocks that a prefill engine keeps for the request.
     match completion::prepare(&api, &common, &body, &base) {
@@ -235,7 +235,7 @@ async fn completions(State(api): State<Arc<Api>>, headers: HeaderMap, body: Byte
 }
 
 async fn chat_completions(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Result<Response, ApiError> {
-    let common = Common::read(&body)?;
+    let common = CommonFields::read(&body)?;
     let only = chat::ChatOnly::read(&body)?;
     let base = request_id(&headers, &common);
     match chat::prepare(&api, &common, &only, &base) {
@@ -245,7 +245,7 @@ async fn chat_completions(State(api): State<Arc<Api>>, headers: HeaderMap, body:
 }
 
 /// The base of all ids of a request: the client's, or a new one.
-fn request_id(headers: &HeaderMap, common: &Common) -> String {
+fn request_id(headers: &HeaderMap, common: &CommonFields) -> String {
     headers
         .get("x-request-id")
         .and_then(|value| value.to_str().ok())
@@ -256,7 +256,7 @@ fn request_id(headers: &HeaderMap, common: &Common) -> String {
 
 impl Api {
     /// Rejects a request and frees the blocks that its parameters name.
-    fn refuse(&self, common: &Common, error: ApiError) -> ApiError {
+    fn refuse(&self, common: &CommonFields, error: ApiError) -> ApiError {
         if let Transfer::Pull(params) = params::read(self.kind, common.kv_transfer_params.as_ref()) {
             // If the queue is full, the lease expires later.
             drop(self.commands.try_send(Command::Release(params)));
@@ -321,7 +321,7 @@ async fn collect(mut news: mpsc::Receiver<Output>, sequences: usize) -> Result<V
     let mut outputs = Vec::with_capacity(sequences);
     while outputs.len() < sequences {
         let output = news.recv().await.ok_or_else(ApiError::dead)?;
-        if matches!(output.end, Some(End::Failed)) {
+        if matches!(output.end, Some(SequenceEnd::Failed)) {
             return Err(ApiError::failed());
         }
         outputs.push(output);

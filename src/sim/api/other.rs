@@ -13,9 +13,9 @@ use futures_util::StreamExt as _;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::request::{Common, Message, RouteSettings, read, template};
+use super::request::{CommonFields, Message, RouteSettings, read, template};
 use super::{Api, ApiError, collect, event_stream, now, request_id};
-use crate::sim::engine_core::sequence::{End, Output};
+use crate::sim::engine_core::sequence::{Output, SequenceEnd};
 use crate::sim::engine_core::tokens::encode;
 
 /// The fields of both routes that shape the prompt and the limit.
@@ -54,8 +54,8 @@ impl PromptFields {
     }
 }
 
-async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(Common, Generation), ApiError> {
-    let common = Common::read(body)?;
+async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(CommonFields, Generation), ApiError> {
+    let common = CommonFields::read(body)?;
     let asked: PromptFields = read(body)?;
     api.check_model(common.model.as_deref())?;
     let id = request_id(headers, &common);
@@ -78,7 +78,7 @@ async fn generate(api: &Api, headers: &HeaderMap, body: &Bytes) -> Result<(Commo
         id,
         text: output.text,
         finish: match output.end {
-            Some(End::Finished(finish)) => Some(finish.reason),
+            Some(SequenceEnd::Finished(finish)) => Some(finish.reason),
             _ => None,
         },
         prompt: prompt.len(),
@@ -202,7 +202,7 @@ pub(super) async fn messages(
 
 /// `POST /v1/messages/count_tokens`.
 pub(super) async fn count_tokens(State(api): State<Arc<Api>>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    let common = Common::read(&body)?;
+    let common = CommonFields::read(&body)?;
     api.check_model(common.model.as_deref())?;
     let messages = read::<PromptFields>(&body)?.messages()?;
     Ok(Json(json!({"input_tokens": encode(&template(&messages)?).len()})))

@@ -16,7 +16,7 @@ use crate::sim::kv::params::{self, Transfer};
 
 /// The common fields of completions and chats.
 #[derive(Debug, Deserialize)]
-pub(super) struct Common {
+pub(super) struct CommonFields {
     pub(super) model: Option<String>,
     pub(super) max_tokens: Option<i64>,
     pub(super) max_completion_tokens: Option<i64>,
@@ -124,7 +124,7 @@ pub(super) fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     })
 }
 
-impl Common {
+impl CommonFields {
     /// Parses the common fields and makes the checks of vLLM's schema.
     pub(super) fn read(body: &[u8]) -> Result<Self, ApiError> {
         let common: Self = read(body)?;

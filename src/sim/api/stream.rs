@@ -6,7 +6,7 @@ use futures_util::stream::unfold;
 use tokio::sync::mpsc;
 
 use super::ApiError;
-use crate::sim::engine_core::sequence::{End, Output};
+use crate::sim::engine_core::sequence::{Output, SequenceEnd};
 
 /// Converts the outputs of a request into the events of a route.
 pub(super) trait Render: Send + 'static {
@@ -43,7 +43,7 @@ pub(super) fn body<R: Render>(render: R, news: mpsc::Receiver<Output>, sequences
                 push_error(&mut events, &ApiError::dead());
                 state.over = true;
             }
-            Some(output) if matches!(output.end, Some(End::Failed)) => {
+            Some(output) if matches!(output.end, Some(SequenceEnd::Failed)) => {
                 push_error(&mut events, &ApiError::failed());
                 state.over = true;
             }

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::sim::engine_core::sequence::{End, Finish, Request, Sequence};
+use crate::sim::engine_core::sequence::{Finish, Request, Sequence, SequenceEnd};
 use crate::sim::fault::{EveryNth, Fault};
 use crate::sim::kv::blocks::BlockPool;
 use crate::sim::kv::lmcache::receiver::Receiver;
@@ -381,7 +381,7 @@ impl Core {
         let message = "Failing 1 request(s) due to KV load failure (failure_policy=fail)";
         self.parts.log.error("scheduler.py:3417", message);
         self.parts.metrics.finished("error");
-        send(&mut sequence, End::Failed);
+        send(&mut sequence, SequenceEnd::Failed);
     }
 
     fn can_prefill(&self) -> bool {
@@ -512,7 +512,7 @@ impl Core {
             self.parts.metrics.observe_request(times.queue, times.first_token);
         }
         finish.kv_transfer_params = self.answer_params(sequence, &finish);
-        send(sequence, End::Finished(finish));
+        send(sequence, SequenceEnd::Finished(finish));
         false
     }
 
@@ -564,9 +564,9 @@ impl Core {
         for mut sequence in all {
             let end = if stage == EngineStage::Aborting {
                 self.parts.metrics.finished("abort");
-                End::Finished(sequence.finish("abort", Value::Null))
+                SequenceEnd::Finished(sequence.finish("abort", Value::Null))
             } else {
-                End::Failed
+                SequenceEnd::Failed
             };
             send(&mut sequence, end);
         }
@@ -574,7 +574,7 @@ impl Core {
 }
 
 /// Sends the end of a sequence. Ignored if the client is gone.
-fn send(sequence: &mut Sequence, end: End) {
+fn send(sequence: &mut Sequence, end: SequenceEnd) {
     if let Some(output) = sequence.report(Some(end)) {
         drop(sequence.request.output.try_send(output));
     }

@@ -91,12 +91,12 @@ pub(crate) struct Output {
     /// Their probabilities, if requested.
     pub(crate) logprobs: Vec<TokenLogprob>,
     /// Set on the last output.
-    pub(crate) end: Option<End>,
+    pub(crate) end: Option<SequenceEnd>,
 }
 
 /// How a sequence ended.
 #[derive(Debug)]
-pub(crate) enum End {
+pub(crate) enum SequenceEnd {
     /// With an answer.
     Finished(Finish),
     /// With HTTP status 500, as after a failed KV load.
@@ -344,7 +344,7 @@ impl Sequence {
     }
 
     /// The next output; `None` if there is nothing to send.
-    pub(crate) fn report(&mut self, end: Option<End>) -> Option<Output> {
+    pub(crate) fn report(&mut self, end: Option<SequenceEnd>) -> Option<Output> {
         if end.is_none() && !self.request.stream {
             return None;
         }
@@ -402,11 +402,11 @@ mod tests {
         loop {
             let finish = sequence.advance();
             let ended = finish.is_some();
-            let output = sequence.report(finish.map(End::Finished)).expect("streams");
+            let output = sequence.report(finish.map(SequenceEnd::Finished)).expect("streams");
             texts.push(output.text);
             tokens.extend(output.tokens);
             if ended {
-                let Some(End::Finished(finish)) = output.end else {
+                let Some(SequenceEnd::Finished(finish)) = output.end else {
                     panic!("finished")
                 };
                 return (texts, tokens, finish);

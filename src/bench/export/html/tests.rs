@@ -9,7 +9,8 @@ use super::timeline::Timeline;
 
 const HOSTILE: &str = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u{2028}&amp;";
 
-/// A result file with details: request `i` is sent at `i` tenths of a second and answers after 300 ms, with gaps of 10 ms.
+/// A result file with details: request `i` is sent after `i` tenths of a second and answered 300 ms later, with gaps
+/// of 10 ms.
 fn result(count: usize, gaps: usize, mut change: impl FnMut(usize, &mut Value)) -> Value {
     let mut each: Vec<Value> = Vec::new();
     for index in 0..count {

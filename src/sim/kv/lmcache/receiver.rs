@@ -40,13 +40,13 @@ struct Rank {
 struct Buffer {
     free: VecDeque<i64>,
     /// Received and expected pages. A key can be expected several times: entries are counted, not overwritten.
-    entries: HashMap<String, VecDeque<Page>>,
+    entries: HashMap<String, VecDeque<KvPage>>,
     /// Identities of senders after their handshake with this process.
     senders: HashSet<String>,
 }
 
 #[derive(Debug)]
-struct Page {
+struct KvPage {
     index: i64,
     /// `None` until the bytes have arrived.
     bytes: Option<Bytes>,
@@ -176,7 +176,7 @@ impl Rank {
     }
 
     /// Frees the page that `choose` selects and returns its bytes.
-    fn free(&self, key: &str, choose: impl FnOnce(&VecDeque<Page>) -> Option<usize>) -> Option<Bytes> {
+    fn free(&self, key: &str, choose: impl FnOnce(&VecDeque<KvPage>) -> Option<usize>) -> Option<Bytes> {
         let mut buffer = self.lock();
         let pages = buffer.entries.get_mut(key)?;
         let page = choose(pages).and_then(|place| pages.remove(place))?;
@@ -199,7 +199,7 @@ impl Rank {
         }
         let pages: Vec<i64> = buffer.free.drain(..keys.len()).collect();
         for (key, index) in keys.iter().zip(&pages) {
-            let page = Page {
+            let page = KvPage {
                 index: *index,
                 bytes: None,
             };

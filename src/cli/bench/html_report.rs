@@ -16,12 +16,12 @@ const LARGEST_RESULT: u64 = 2 << 30;
 const SAVING: &str =
     "`xpyd bench --save-result --save-detailed` and `vllm bench serve` with the same flags save such a file";
 
-/// Writes the page of a run.
+/// Writes the HTML report of a run.
 pub(super) fn write(report: &Report, path: &Path, printer: Printer) -> Result<(), Failure> {
     save(&report.to_html(), path, printer)
 }
 
-/// Writes the page of a sweep, a search or a comparison, from its JSON.
+/// Writes the HTML report of a sweep, a search or a comparison, from its JSON.
 pub(super) fn write_document(document: &Value, path: &Path, printer: Printer) -> Result<(), Failure> {
     match bench::page_of_document(document) {
         Some(page) => save(&page, path, printer),
@@ -29,7 +29,7 @@ pub(super) fn write_document(document: &Value, path: &Path, printer: Printer) ->
     }
 }
 
-/// Writes the page of a saved result.
+/// Writes the HTML report of a saved result.
 pub(super) fn convert(result: &Path, path: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
     let text = read(result).map_err(|error| {
         let context = format!("cannot make a report of `{}`", result.display());

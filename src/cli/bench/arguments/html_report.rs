@@ -7,7 +7,7 @@ use clap::Args;
 /// The flags of the HTML report.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Report")]
-pub struct Page {
+pub struct HtmlReport {
     /// Writes the report as one self-contained HTML file: every request over time, latencies, throughput, failures.
     #[arg(long, value_name = "FILE.html")]
     pub report: Option<PathBuf>,
