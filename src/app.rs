@@ -156,8 +156,7 @@ where
     let proxy = Proxy::new(proxy_settings(&plan, proxy_parts), view.clone(), sockets.notifications);
     let (requests, request_receiver) = mpsc::channel(8);
     let (stop, mut parts) = (CancellationToken::new(), JoinSet::new());
-    let listener = sockets.listener;
-    let clients = ClientService::start(&mut parts, proxy.clone(), listener, &view, &stop, attach.is_some());
+    let clients = ClientService::start(&mut parts, &proxy, sockets.listener, &view, &stop, attach.is_some());
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
     let (progress_done, seen, notes) = start_reporting(&mut parts, &plans, printer, &view, &stop);
     if prints_throughput {
@@ -182,10 +181,7 @@ where
         requests: request_receiver,
         view: view_sender,
         hooks: RunHooks {
-            canaries: Canaries {
-                proxy: proxy.clone(),
-                duration: verified_sender,
-            },
+            canaries: Canaries::new(proxy.clone(), verified_sender),
             clients,
             diagnosis: LogDiagnosis::new(&plan, log_starts_sender),
             gpus: GpuChecks::new(&plan.engines, &plan.run_dir, notes),

@@ -24,12 +24,16 @@ const VERIFY_MARGIN: Duration = Duration::from_secs(10);
 
 /// Sends canaries through the proxy.
 pub(super) struct Canaries {
-    pub(super) proxy: Proxy,
-    /// Gets the time of a round up to the last pair that worked.
-    pub(super) duration: watch::Sender<Duration>,
+    proxy: Proxy,
+    duration: watch::Sender<Duration>,
 }
 
 impl Canaries {
+    /// `duration` gets the time of each round up to the last pair that worked.
+    pub(super) fn new(proxy: Proxy, duration: watch::Sender<Duration>) -> Self {
+        Self { proxy, duration }
+    }
+
     /// Sends one canary through every pair: one after the other unless the round says otherwise, because the first hand-off of a
     /// fresh pair is slow even on an idle host.
     pub(super) fn run(&self, round: CanaryRound) -> HookFuture<Vec<CanaryResult>> {

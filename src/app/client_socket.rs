@@ -67,13 +67,13 @@ impl ClientService {
     /// Serves clients until `stop` is cancelled.
     pub(super) fn start(
         parts: &mut JoinSet<()>,
-        proxy: Proxy,
+        proxy: &Proxy,
         listener: TcpListener,
         view: &watch::Receiver<Arc<FleetView>>,
         stop: &CancellationToken,
         is_attached: bool,
     ) -> Self {
-        let (closing, served) = (stop.child_token(), CancellationToken::new());
+        let (proxy, closing, served) = (proxy.clone(), stop.child_token(), CancellationToken::new());
         let (until, end, mut view) = (closing.clone(), served.clone().drop_guard(), view.clone());
         parts.spawn(async move {
             if is_attached {
