@@ -30,7 +30,7 @@ pub(super) async fn keep_findable(run_dir: Arc<RunDir>, state: ServerState, stop
     };
     match run_dir.listen_by_name() {
         Ok(listener) => serve_also(listener),
-        Err(error) => tracing::warn!(%error, "the kernel does not know this run by its name"),
+        Err(error) => tracing::warn!(%error, "cannot open the abstract control socket"),
     }
     while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
         match run_dir.restore() {

@@ -207,7 +207,7 @@ impl GpuWatch {
             .insert(engine.id.clone(), on.values().flatten().copied().collect());
         let mut listed = everywhere.iter().flat_map(|(_, processes)| processes).peekable();
         let blind = if listed.peek().is_none() {
-            Some("NVML lists no process at all, as in most containers")
+            Some("NVML lists no process, as in most containers")
         } else if listed.any(|process| process.local.is_none()) {
             Some("NVML reports process ids of the host, and this is a container")
         } else {

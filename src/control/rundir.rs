@@ -305,7 +305,7 @@ impl RunDir {
         if let Some(key) = held.engine_key.as_ref().filter(|_| !is_there(ENGINE_KEY_FILE)) {
             self.replace(ENGINE_KEY_FILE, format!("{key}\n").as_bytes())?;
         }
-        tracing::info!(folder = %self.folder.display(), "wrote the runtime folder again");
+        tracing::info!(folder = %self.folder.display(), "restored the runtime folder");
         Ok(if is_there(SOCKET_FILE) {
             None
         } else {
@@ -341,7 +341,7 @@ impl Drop for RunDir {
         // Before the lock is released: afterwards these files can be the next run's.
         for path in [&self.folder.join(RUN_FILE), &self.socket_path] {
             if let Err(error) = remove_if_there(path) {
-                tracing::warn!(%error, "cannot tidy the runtime folder");
+                tracing::warn!(%error, "cannot remove the runtime folder");
             }
         }
         // Nothing stays of a run that keeps no engines.
@@ -427,7 +427,7 @@ fn make_private(path: &Path) -> Result<(), RunDirError> {
         Ok(()) => fs_err::set_permissions(path, Permissions::from_mode(0o700))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            return Err(io::Error::new(error.kind(), format!("cannot make `{}`: {error}", path.display())).into());
+            return Err(io::Error::new(error.kind(), format!("cannot create `{}`: {error}", path.display())).into());
         }
     }
     check_private(path)

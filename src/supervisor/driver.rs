@@ -418,7 +418,7 @@ impl<H: Hooks> Driver<H> {
     fn spawn(&mut self, id: &EngineId, incarnation: Incarnation) -> Vec<Event> {
         let mut events = Vec::new();
         if let Err(error) = run_folder::restore(&self.settings.run_dir, &self.settings.engines) {
-            let reason = format!("cannot get the files that it reads: {error}");
+            let reason = format!("cannot restore the files that it reads: {error}");
             return vec![Event::SpawnFailed(id.clone(), incarnation, reason)];
         }
         if incarnation > Incarnation::FIRST {
@@ -426,7 +426,7 @@ impl<H: Hooks> Driver<H> {
                 Ok(Some(endpoint)) => events.push(Event::EndpointChanged(id.clone(), incarnation, endpoint)),
                 Ok(None) => {}
                 Err(error) => {
-                    let reason = format!("cannot be prepared for another start: {error}");
+                    let reason = format!("cannot get ports for another start: {error}");
                     return vec![Event::SpawnFailed(id.clone(), incarnation, reason)];
                 }
             }
