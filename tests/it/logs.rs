@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use xpyd::cli::logs as command;
 use xpyd::engine::EngineKind;
 use xpyd::fleet::{EngineId, Role};
-use xpyd::logs::start::Start;
+use xpyd::logs::start::ReadStart;
 use xpyd::logs::{Follower, LogsError, PhaseTracker, Position, create_run_folder, first_error_in, watch_phases};
 use xpyd::report::{ExitStatus, Failure};
 use xpyd::ui::Printer;
@@ -257,7 +257,7 @@ proptest! {
         fs_err::write(folder.path().join("x.1.log"), "1\n22\n").unwrap();
         fs_err::write(folder.path().join("x.3.log"), "333\n").unwrap();
         lines.splice(0..0, earlier.map(str::to_owned));
-        let start = Start::find(&log, None, Some(count), &TimeZone::UTC).unwrap();
+        let start = ReadStart::find(&log, None, Some(count), &TimeZone::UTC).unwrap();
         let mut follower = Follower::from_line(&log, start).unwrap();
         let mut last = read(&mut follower);
         // A full file is missing between the two.
