@@ -9,6 +9,8 @@
 
 mod client;
 mod export;
+#[cfg(test)]
+mod fixtures;
 pub mod latency_breakdown;
 mod load;
 mod options;
@@ -20,8 +22,6 @@ pub mod search;
 pub mod stats;
 pub mod sweep;
 pub mod tokenizer;
-#[cfg(test)]
-mod vectors;
 mod warmup;
 pub mod workload;
 

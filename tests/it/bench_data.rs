@@ -86,7 +86,7 @@ fn bench(place: &Place, more: &[&str]) -> Output {
 }
 
 fn tokenizer(name: &str) -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bench/vectors/tokenizers");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bench/tokenizers");
     folder.join(name).to_str().unwrap().to_owned()
 }
 

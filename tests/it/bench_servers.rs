@@ -268,7 +268,7 @@ fn tokens_that_the_server_does_not_count_are_counted_from_the_text() {
     let note = "note: the server reported no usage for 4 answers, and there is no tokenizer";
     assert!(stderr(&output).contains(note), "{}", stderr(&output));
     // One of this repository's own: a word is a token there.
-    let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/vectors/tokenizers/metaspace");
+    let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/bench/tokenizers/metaspace");
     for detail in [&["--save-detailed"][..], &[]] {
         let fixed = [
             "bench",

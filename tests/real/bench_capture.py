@@ -3,7 +3,7 @@
     venv/bin/python tests/real/bench_capture.py FOLDER [NAME...]
 
 FOLDER is that of setup.sh. Every case writes `NAME.flags`, `NAME.txt` (what the client printed, without its settings in the
-first line and its log) and `NAME.json` (what it saved) into src/bench/export/captures, from where the tests of
+first line and its log) and `NAME.json` (what it saved) into tests/fixtures/bench/captures, from where the tests of
 src/cli/bench/captures.rs read them: the same flags and the same clock readings must give the same bytes.
 """
 
@@ -19,7 +19,7 @@ import threading
 
 from aiohttp import web
 
-CAPTURES = pathlib.Path(__file__).resolve().parents[2] / "src/bench/export/captures"
+CAPTURES = pathlib.Path(__file__).resolve().parents[2] / "tests/fixtures/bench/captures"
 EVERY_METRIC = "ttft,tpot,itl,e2el,client_queue_time,e2el_including_client_queue"
 SAVE = "--save-result --save-detailed"
 SMALL = "--random-input-len 16 --random-output-len 5 --model tiny --tokenizer tiny-llama --disable-tqdm"

@@ -1,6 +1,6 @@
-"""Prints src/bench/vectors/schedule.txt: when the real client of vLLM releases its requests, to the last bit.
+"""Prints tests/fixtures/bench/schedule.txt: when the real client of vLLM releases its requests, to the last bit.
 
-    venv/bin/python tests/real/bench_vectors.py > src/bench/vectors/schedule.txt
+    venv/bin/python tests/real/bench_vectors.py > tests/fixtures/bench/schedule.txt
 
 The instants are those of the real `get_request`, whose clock stands still and whose sleeps return at once: what it asks to
 sleep for is the instant itself.

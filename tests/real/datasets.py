@@ -3,7 +3,7 @@
     <venv>/bin/python tests/real/datasets.py <venv>/../tiny-llama
 
 PYTHONHASHSEED must be 0 for the timed trace; the script starts itself again with it. The tests of `src/bench/workload`
-read the files and expect the same prompts, byte for byte. Without the folder `src/bench/vectors/tokenizers`, other tokenizers are trained.
+read the files and expect the same prompts, byte for byte. Without the folder `tests/fixtures/bench/tokenizers`, other tokenizers are trained.
 """
 
 import argparse
@@ -22,7 +22,7 @@ if os.environ.get("PYTHONHASHSEED") != "0":
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-VECTORS = ROOT / "src/bench/vectors"
+VECTORS = ROOT / "tests/fixtures/bench"
 TOKENIZERS = VECTORS / "tokenizers"
 DATA = VECTORS / "datasets"
 

@@ -113,12 +113,12 @@ fn the_recipe_table_equals_vllms() {
         tpot: latency(9.001_381_920_267_873, 9.001_823_660_803_975, 9.005_808_573_667_833),
         itl: latency(9.001_381_920_267_873, 9.222_502_500_051_633, 11.790_182_410_102_263),
     };
-    assert_eq!(table.table(), include_str!("captures/recipe.txt"));
+    assert_eq!(table.table(), crate::bench::fixtures::fixture!("captures/recipe.txt"));
 }
 
 /// The run of `captures/everything.json`: the clock readings of vLLM's client in xpyd's records.
 fn everything() -> (Value, Report) {
-    let file: Value = serde_json::from_str(include_str!("captures/everything.json")).unwrap();
+    let file: Value = serde_json::from_str(crate::bench::fixtures::fixture!("captures/everything.json")).unwrap();
     let at = |key: &str, index: usize| file[key][index].as_f64().unwrap();
     let duration = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap();
     let count = file["ttfts"].as_array().unwrap().len();

@@ -120,12 +120,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bench::vectors::rows;
+    use crate::bench::fixtures::{fixture, rows};
 
     /// The vectors are the sleeps of `get_request` in vLLM's own client; `tests/real/bench_vectors.py` writes them.
     #[test]
-    fn a_schedule_equals_vllms_bit_for_bit() {
-        for row in rows(include_str!("../vectors/schedule.txt")) {
+    fn a_schedule_equals_that_of_vllm_bench_serve_bit_for_bit() {
+        for row in rows(fixture!("schedule.txt")) {
             let [parameters, instants] = row[..] else {
                 panic!("{row:?}")
             };

@@ -235,11 +235,11 @@ fn seed_sequence(seed: u32) -> [u64; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::vectors::{numbers, rows};
+    use crate::bench::fixtures::{fixture, numbers, rows};
 
     #[test]
     fn gamma_draws_equal_numpys_bit_for_bit() {
-        for row in rows(include_str!("../vectors/gamma.txt")) {
+        for row in rows(fixture!("gamma.txt")) {
             let [parameters, first, fold] = row[..] else {
                 panic!("{row:?}")
             };
@@ -263,7 +263,7 @@ mod tests {
     #[test]
     fn integer_draws_equal_numpys_across_calls_on_one_generator() {
         let mut generator = (0, Generator::new(0));
-        for row in rows(include_str!("../vectors/integers.txt")) {
+        for row in rows(fixture!("integers.txt")) {
             let [parameters, draws] = row[..] else {
                 panic!("{row:?}")
             };

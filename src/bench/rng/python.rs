@@ -175,7 +175,7 @@ mod tests {
     }
 
     fn vectors() -> Vectors {
-        serde_json::from_str(include_str!("../vectors/python.json")).unwrap()
+        serde_json::from_str(crate::bench::fixtures::fixture!("python.json")).unwrap()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::bench::vectors::{numbers, rows};
+use crate::bench::fixtures::{fixture, numbers, rows};
 
 const EVERYTHING: Selection<'_> = Selection {
     percentiles: &[99.0],
@@ -49,7 +49,7 @@ fn of(records: &[Record], selection: Selection<'_>) -> Metrics {
 
 #[test]
 fn means_percentiles_and_deviations_are_numpys() {
-    for row in rows(include_str!("../vectors/summary.txt")) {
+    for row in rows(fixture!("summary.txt")) {
         let [values, expected] = row[..] else { panic!("{row:?}") };
         let values = numbers::<f64>(values);
         let distribution = Distribution::of_seconds(values, &[50.0, 90.0, 99.0, 99.9]);

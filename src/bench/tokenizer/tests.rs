@@ -1,4 +1,4 @@
-//! Compares tokenizers with transformers on the same files (`vectors/tokenizers.json`, by `tests/real/datasets.py`).
+//! Against what transformers says of the same files (`tests/fixtures/bench/tokenizers.json`, by `tests/real/datasets.py`).
 
 use serde::Deserialize;
 
@@ -17,10 +17,10 @@ struct Known {
 
 #[test]
 fn a_tokenizer_is_what_transformers_makes_of_its_files() {
-    let all: Vec<Known> = serde_json::from_str(include_str!("../vectors/tokenizers.json")).unwrap();
+    let all: Vec<Known> = serde_json::from_str(crate::bench::fixtures::fixture!("tokenizers.json")).unwrap();
     assert_eq!(all.len(), 4);
     for known in all {
-        let tokenizer = crate::bench::vectors::tokenizer(&known.tokenizer);
+        let tokenizer = crate::bench::fixtures::tokenizer(&known.tokenizer);
         let name = &known.tokenizer;
         assert_eq!(tokenizer.vocabulary_size(), known.vocabulary_size, "{name}");
         let mut specials: Vec<u32> = tokenizer.special_ids.iter().copied().collect();

@@ -166,7 +166,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::bench::vectors::{numbers, rows};
+    use crate::bench::fixtures::{fixture, numbers, rows};
 
     fn random() -> Random {
         Random {
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn prompts_equal_those_of_vllms_random_dataset() {
-        for row in rows(include_str!("../vectors/random_dataset.txt")) {
+        for row in rows(fixture!("random_dataset.txt")) {
             let [parameters, inputs, outputs, firsts, prefix] = row[..] else {
                 panic!("{row:?}")
             };

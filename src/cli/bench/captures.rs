@@ -23,7 +23,7 @@ struct Capture {
 }
 
 fn captures() -> Vec<Capture> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/bench/export/captures");
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bench/captures");
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();

@@ -1,7 +1,7 @@
 //! Lines for `vllm bench serve`, run as they are by the binary: what is printed, saved and returned.
 //!
 //! The flags are those that the real client was run with; what it printed and saved stands beside them, in
-//! src/bench/export/captures.
+//! tests/fixtures/bench/captures.
 
 use std::path::Path;
 use std::process::Output;
@@ -22,7 +22,7 @@ fn bench(server: &Server, place: &Place, words: &[&str], flags: &str) -> Output 
 }
 
 fn capture(name: &str, extension: &str) -> String {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bench/export/captures");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bench/captures");
     std::fs::read_to_string(folder.join(format!("{name}.{extension}"))).unwrap()
 }
 

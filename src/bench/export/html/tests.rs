@@ -87,7 +87,7 @@ fn pages_of_many_requests_are_sampled() {
 
 #[test]
 fn a_file_of_vllms_client_gives_a_page_with_or_without_details() {
-    let mut file: Value = serde_json::from_str(include_str!("../captures/everything.json")).unwrap();
+    let mut file: Value = serde_json::from_str(crate::bench::fixtures::fixture!("captures/everything.json")).unwrap();
     let page = of_file(&file.to_string()).unwrap();
     assert!(page.contains("Every request") && page.contains("4 of 20 requests failed, by cause"));
     // As vLLM leaves a file without `--save-detailed`.

@@ -1,5 +1,4 @@
-//! Compares the datasets with the real classes of vLLM 0.32 on the same files (`vectors/datasets`, by
-//! `tests/real/datasets.py`).
+//! Against what the real classes of vLLM 0.32 make of the same files (`tests/fixtures/bench/datasets`, by `tests/real/datasets.py`).
 
 use std::path::Path;
 
@@ -9,7 +8,7 @@ use serde_json::json;
 use super::super::Prompt;
 use super::*;
 use crate::bench::RangeRatio;
-use crate::bench::vectors::tokenizer;
+use crate::bench::fixtures::{fixture, tokenizer};
 
 #[derive(Deserialize)]
 struct Case {
@@ -43,7 +42,7 @@ impl Case {
 }
 
 fn input(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/bench/vectors/datasets");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bench/datasets");
     folder.join(name)
 }
 
@@ -94,7 +93,7 @@ fn holds(vectors: &str, source: impl Fn(&Case) -> Source) {
 
 #[test]
 fn random_prompts_are_those_of_vllm_byte_for_byte() {
-    holds(include_str!("../../vectors/datasets/random.json"), |case| {
+    holds(fixture!("datasets/random.json"), |case| {
         let ratio = case.settings.get("range_ratio");
         let part = |name: &str| ratio.and_then(|ratio| ratio.as_f64().or_else(|| ratio[name].as_f64()));
         Source::Random(Random {
@@ -114,7 +113,7 @@ fn random_prompts_are_those_of_vllm_byte_for_byte() {
 
 #[test]
 fn repeated_prefixes_are_those_of_vllm_byte_for_byte() {
-    holds(include_str!("../../vectors/datasets/prefix_repetition.json"), |case| {
+    holds(fixture!("datasets/prefix_repetition.json"), |case| {
         Source::PrefixRepetition(PrefixRepetition {
             prefix_length: case.number("prefix_len").unwrap(),
             suffix_length: case.number("suffix_len").unwrap(),
@@ -126,7 +125,7 @@ fn repeated_prefixes_are_those_of_vllm_byte_for_byte() {
 
 #[test]
 fn conversations_are_filtered_shuffled_and_repeated_as_by_vllm() {
-    holds(include_str!("../../vectors/datasets/sharegpt.json"), |case| {
+    holds(fixture!("datasets/sharegpt.json"), |case| {
         Source::ShareGpt(ShareGpt {
             path: input("sharegpt_input.json"),
             output_length: case.number("output_len"),
@@ -136,7 +135,7 @@ fn conversations_are_filtered_shuffled_and_repeated_as_by_vllm() {
 
 #[test]
 fn custom_prompts_go_through_the_chat_template_as_by_vllm() {
-    holds(include_str!("../../vectors/datasets/custom.json"), |case| {
+    holds(fixture!("datasets/custom.json"), |case| {
         let settings = case.settings.get("chat_template_kwargs").and_then(Value::as_object);
         Source::Custom(Custom {
             path: input("custom_input.jsonl"),
@@ -149,7 +148,7 @@ fn custom_prompts_go_through_the_chat_template_as_by_vllm() {
 
 #[test]
 fn rows_of_burstgpt_are_drawn_as_pandas_draws_them() {
-    holds(include_str!("../../vectors/datasets/burstgpt.json"), |_| {
+    holds(fixture!("datasets/burstgpt.json"), |_| {
         Source::BurstGpt(BurstGpt {
             path: input("burstgpt_input.csv"),
         })
@@ -158,7 +157,7 @@ fn rows_of_burstgpt_are_drawn_as_pandas_draws_them() {
 
 #[test]
 fn blocks_of_a_trace_are_those_of_vllm_with_a_hash_seed_of_0() {
-    holds(include_str!("../../vectors/datasets/timed_trace.json"), |case| {
+    holds(fixture!("datasets/timed_trace.json"), |case| {
         Source::TimedTrace(TimedTrace {
             path: input("trace_input.jsonl"),
             chunk_length: case.number("chunk").unwrap(),
