@@ -349,6 +349,29 @@ pub struct EngineView {
     pub load: Arc<Load>,
 }
 
+#[cfg(test)]
+impl EngineView {
+    /// A ready engine without load at `127.0.0.1:1`, in its first incarnation, for unit tests.
+    pub(crate) fn fixture(role: Role, index: usize) -> Self {
+        Self {
+            id: EngineId::new(role, index),
+            role,
+            incarnation: Incarnation::FIRST,
+            state: EngineState::Ready,
+            endpoint: Endpoint {
+                host: "127.0.0.1".to_owned(),
+                port: 1,
+                tensor_parallel: 1,
+                receiver: None,
+            },
+            pid: None,
+            reason: None,
+            restart_at: None,
+            load: Arc::new(Load::default()),
+        }
+    }
+}
+
 /// An immutable snapshot of the fleet.
 #[derive(Debug, Clone)]
 pub struct FleetView {

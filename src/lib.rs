@@ -1,7 +1,7 @@
 //! xpyd runs prefill/decode-disaggregated LLM serving on one machine: it launches the engines, proxies the OpenAI API
 //! over them, watches them, benches them and takes them down.
 //!
-//! The modules stand in layer order. Imports go down only; `tests/it/tidy.rs` holds the table. ARCHITECTURE.md tells the
+//! The modules stand in layer order. Imports go down only; `tests/it/repository/tidy.rs` holds the table. ARCHITECTURE.md tells the
 //! whole story.
 
 // Composition root and commands.

@@ -182,24 +182,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::fleet::{Endpoint, EngineView, FleetStage, Load};
+    use crate::fleet::{EngineView, FleetStage};
 
     fn view(states: &[EngineState]) -> FleetView {
         let engines = states.iter().enumerate().map(|(index, state)| EngineView {
-            id: EngineId::new(Role::Decode, index),
-            role: Role::Decode,
-            incarnation: Incarnation::FIRST,
             state: *state,
-            endpoint: Endpoint {
-                host: "127.0.0.1".into(),
-                port: 1,
-                tensor_parallel: 1,
-                receiver: None,
-            },
-            pid: None,
-            reason: None,
-            restart_at: None,
-            load: Arc::new(Load::default()),
+            ..EngineView::fixture(Role::Decode, index)
         });
         FleetView {
             generation: 1,

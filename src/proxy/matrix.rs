@@ -29,7 +29,7 @@ A client cannot tell a fleet from one big vLLM, except by its speed ([how exact 
 route of the servers of vLLM 0.32 and
 0.33 and every field of their generations has a rule. If two engines cannot serve a request exactly, one engine serves it.
 This page is generated from the rules in `src/proxy/server/route_table.rs` and `src/proxy/body/field_table.rs`; a test compares them, and
-`XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it again. `tests/it/exact` compares the fleet's bytes with one
+`XPYD_UPDATE_DOCS=1 cargo test --lib proxy::matrix` writes it again. `tests/it/proxy/exact` compares the fleet's bytes with one
 simulated engine's for each cell, `tests/real/run.sh FOLDER matrix` with real vLLM's.
 
 - **handed over**: prefill on one engine, decode on another, from the client's own bytes.

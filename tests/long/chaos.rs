@@ -14,13 +14,11 @@ use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use serde_json::{Value, json};
 
-use crate::support::{DEADLINE, Place, completion_of, metric, wait_for};
-
-const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
+use crate::support::{DEADLINE, MODEL, TestEnv, completion_of, metric, wait_for};
 
 const CLIENTS: usize = 6;
 const REQUESTS: usize = 12;
-const BLOWS: usize = 5;
+const DISRUPTIONS: usize = 5;
 
 /// Tokens of every answer. At 5 ms each, an engine can die in between.
 const TOKENS: usize = 40;
@@ -33,11 +31,11 @@ struct Question {
 
 /// What a client does.
 #[derive(Debug, Clone, Copy)]
-enum Manner {
+enum ClientBehaviour {
     Whole,
     Stream,
     /// Leaves after so many milliseconds.
-    Leave(u64),
+    Disconnect(u64),
 }
 
 /// Seeds to try.
@@ -50,35 +48,35 @@ fn seeds() -> Vec<u64> {
 }
 
 #[test]
-fn nothing_is_lost_wrong_or_left_when_kv_is_pulled() {
+fn chaos_over_nixl_loses_nothing() {
     for seed in seeds() {
-        storm(seed, &["connector=nixl"]);
+        chaos_run(seed, &["connector=nixl"]);
     }
 }
 
 #[test]
-fn nothing_is_lost_wrong_or_left_when_kv_is_pulled_strictly() {
+fn chaos_over_strict_nixl_loses_nothing() {
     for seed in seeds() {
-        storm(seed, &["connector=nixl", "proxy.handoff.strict=true"]);
+        chaos_run(seed, &["connector=nixl", "proxy.handoff.strict=true"]);
     }
 }
 
 #[test]
-fn nothing_is_lost_wrong_or_left_when_kv_is_pushed() {
+fn chaos_over_lmcache_loses_nothing() {
     for seed in seeds() {
-        storm(seed, &["connector=lmcache"]);
+        chaos_run(seed, &["connector=lmcache"]);
     }
 }
 
 #[test]
-fn nothing_is_lost_wrong_or_left_when_the_prefill_engine_makes_the_first_token() {
+fn chaos_over_lmcache_first_token_loses_nothing() {
     for seed in seeds() {
-        storm(seed, &["connector=lmcache", "lmcache.first_token=prefiller"]);
+        chaos_run(seed, &["connector=lmcache", "lmcache.first_token=prefiller"]);
     }
 }
 
-fn storm(seed: u64, connector: &[&str]) {
-    let place = Place::new();
+fn chaos_run(seed: u64, connector: &[&str]) {
+    let env = TestEnv::new();
     let faults =
         r#"sim.faults=["drop-notification=9","repeat-notification=7","delay-notification=700ms/8","fail-transfer=11"]"#;
     let settings = [
@@ -97,39 +95,39 @@ fn storm(seed: u64, connector: &[&str]) {
         .chain(connector)
         .flat_map(|setting| ["--set", setting])
         .collect();
-    let mut run = place.up(&arguments);
+    let mut run = env.up(&arguments);
     run.wait_until_ready();
-    let questions = questions(&place, seed);
+    let questions = questions(&env, seed);
     std::thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS as u64)
             .map(|client| {
-                let (place, questions) = (&place, &questions);
-                scope.spawn(move || load(place, questions, seed * 1000 + client))
+                let (env, questions) = (&env, &questions);
+                scope.spawn(move || send_requests(env, questions, seed * 1000 + client))
             })
             .collect();
-        blows(&place, seed);
+        disrupt(&env, seed);
         for client in clients {
             client.join().unwrap_or_else(|_| panic!("seed {seed}, {connector:?}"));
         }
     });
     for question in &questions {
-        let answer = completion_of(place.proxy_port(), MODEL, &question.prompt, TOKENS);
-        assert_eq!(answer, question.answer, "seed {seed}: after the storm");
+        let answer = completion_of(env.proxy_port(), MODEL, &question.prompt, TOKENS);
+        assert_eq!(answer, question.answer, "seed {seed}: after the chaos run");
     }
-    assert_nothing_is_left(&place, seed);
+    assert_nothing_is_left(&env, seed);
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
     assert_eq!(code, 0, "seed {seed}: {text}");
-    assert_eq!(place.processes(), []);
+    assert_eq!(env.processes(), []);
 }
 
 /// Prompts from a word to several chunks of KV, with the answers of one engine alone.
-fn questions(place: &Place, seed: u64) -> Vec<Question> {
+fn questions(env: &TestEnv, seed: u64) -> Vec<Question> {
     let lengths = [1, 40, 400, 900, 1500, 4000];
     let prompts = lengths.iter().map(|words| format!("{seed} {}", "word ".repeat(*words)));
     prompts
         .map(|prompt| Question {
-            answer: place.alone_of(MODEL, &prompt, TOKENS),
+            answer: env.alone_of(MODEL, &prompt, TOKENS),
             prompt,
         })
         .collect()
@@ -137,21 +135,21 @@ fn questions(place: &Place, seed: u64) -> Vec<Question> {
 
 /// One engine after the other is killed, frozen or restarted, as soon as the fleet is whole again; so one of each role
 /// lives all the time.
-fn blows(place: &Place, seed: u64) {
+fn disrupt(env: &TestEnv, seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let mut half_open = Vec::new();
-    for _ in 0..BLOWS {
-        let engines = engines(place);
+    for _ in 0..DISRUPTIONS {
+        let engines = engines(env);
         let (name, incarnation, pid) = engines.choose(&mut random).expect("engines");
         match random.random_range(0..5) {
             0 | 1 => kill(*pid, Signal::SIGKILL).expect("it is there"),
             2 => kill(*pid, Signal::SIGSTOP).expect("it is there"),
             3 => {
-                let restart = place.run(&["restart", name]);
+                let restart = env.run(&["restart", name]);
                 assert!(restart.status.success(), "{}", String::from_utf8_lossy(&restart.stderr));
             }
             _ => {
-                let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, place.proxy_port())).expect("a connection");
+                let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, env.proxy_port())).expect("a connection");
                 let head = "POST /v1/completions HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{\"prompt\"";
                 client.write_all(head.as_bytes()).expect("written");
                 half_open.push(client);
@@ -160,7 +158,7 @@ fn blows(place: &Place, seed: u64) {
         }
         // A frozen engine counts as ready until it is found out.
         wait_for("the next incarnation", || {
-            let status = status(place);
+            let status = status(env);
             let engines = status["engines"].as_array().cloned().unwrap_or_default();
             let is_whole = engines.len() == 4 && engines.iter().all(|engine| engine["state"] == "ready");
             let is_next =
@@ -174,8 +172,8 @@ fn blows(place: &Place, seed: u64) {
     }
 }
 
-fn status(place: &Place) -> Value {
-    let output = place.run(&["status", "--json"]);
+fn status(env: &TestEnv) -> Value {
+    let output = env.run(&["status", "--json"]);
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
@@ -196,8 +194,8 @@ fn states(status: &Value) -> String {
 }
 
 /// Names, incarnations and leaders.
-fn engines(place: &Place) -> Vec<(String, i64, Pid)> {
-    let status = status(place);
+fn engines(env: &TestEnv) -> Vec<(String, i64, Pid)> {
+    let status = status(env);
     let engines = status["engines"].as_array().expect("a list").iter();
     engines
         .map(|engine| {
@@ -212,9 +210,9 @@ fn engines(place: &Place) -> Vec<(String, i64, Pid)> {
         .collect()
 }
 
-fn assert_nothing_is_left(place: &Place, seed: u64) {
-    let at = |base: u16| base + place.offset;
-    let looked_at = [
+fn assert_nothing_is_left(env: &TestEnv, seed: u64) {
+    let at = |base: u16| base + env.offset;
+    let gauges = [
         (at(9100), "xpyd_handoffs_open "),
         (at(9100), "xpyd_requests_in_flight "),
         (at(7100), "vllm:kv_cache_usage_perc"),
@@ -225,7 +223,7 @@ fn assert_nothing_is_left(place: &Place, seed: u64) {
         (at(7201), "vllm:sim_lmcache_buffered_pages"),
     ];
     wait_for("nothing to be left", || {
-        let left: Vec<String> = looked_at
+        let left: Vec<String> = gauges
             .iter()
             .map(|(port, name)| (port, name, metric(*port, name, "")))
             .filter(|(.., value)| *value != 0.0)
@@ -240,22 +238,22 @@ fn assert_nothing_is_left(place: &Place, seed: u64) {
 }
 
 /// One client's requests, one after the other.
-fn load(place: &Place, questions: &[Question], seed: u64) {
+fn send_requests(env: &TestEnv, questions: &[Question], seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .expect("a runtime");
-    let url = format!("http://127.0.0.1:{}/v1/completions", place.proxy_port());
+    let url = format!("http://127.0.0.1:{}/v1/completions", env.proxy_port());
     for _ in 0..REQUESTS {
         let question = questions.choose(&mut random).expect("a question");
-        let manner = match random.random_range(0..4) {
-            0 => Manner::Leave(random.random_range(0..150)),
-            1 => Manner::Whole,
-            _ => Manner::Stream,
+        let behaviour = match random.random_range(0..4) {
+            0 => ClientBehaviour::Disconnect(random.random_range(0..150)),
+            1 => ClientBehaviour::Whole,
+            _ => ClientBehaviour::Stream,
         };
         let body = json!({"model": MODEL, "prompt": question.prompt, "temperature": 0, "max_tokens": TOKENS,
-            "stream": !matches!(manner, Manner::Whole)});
+            "stream": !matches!(behaviour, ClientBehaviour::Whole)});
         // A connection of its own, so that leaving closes it.
         let request = reqwest::Client::new()
             .post(&url)
@@ -263,24 +261,26 @@ fn load(place: &Place, questions: &[Question], seed: u64) {
             .body(body.to_string())
             .send();
         runtime.block_on(async {
-            let told = match manner {
-                Manner::Leave(after) => {
+            let outcome = match behaviour {
+                ClientBehaviour::Disconnect(after) => {
                     let after = Duration::from_millis(after);
-                    tokio::time::timeout(after, answered(request, question))
+                    tokio::time::timeout(after, check_response(request, question))
                         .await
                         .unwrap_or(Ok(()))
                 }
-                Manner::Whole | Manner::Stream => tokio::time::timeout(DEADLINE, answered(request, question))
-                    .await
-                    .unwrap_or_else(|_| Err("it hangs".to_owned())),
+                ClientBehaviour::Whole | ClientBehaviour::Stream => {
+                    tokio::time::timeout(DEADLINE, check_response(request, question))
+                        .await
+                        .unwrap_or_else(|_| Err("it hangs".to_owned()))
+                }
             };
-            told.unwrap_or_else(|error| panic!("{manner:?} of {} bytes: {error}", question.prompt.len()));
+            outcome.unwrap_or_else(|error| panic!("{behaviour:?} of {} bytes: {error}", question.prompt.len()));
         });
     }
 }
 
 /// Checks an answer. Whoever has got no byte yet must be answered; a stream may end with an honest error event.
-async fn answered(
+async fn check_response(
     request: impl Future<Output = reqwest::Result<reqwest::Response>>,
     question: &Question,
 ) -> Result<(), String> {

@@ -16,7 +16,7 @@ use xpyd::supervisor::shim::client::Shim;
 use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use crate::skipped;
-use crate::support::{DEADLINE as PATIENCE, Place, until};
+use crate::support::{DEADLINE, TestEnv, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
 
@@ -55,7 +55,7 @@ impl Drop for Freezer {
     fn drop(&mut self) {
         self.set("THAWED");
         // The kernel lets go of a process some moments after it has ended.
-        let give_up = Instant::now() + PATIENCE;
+        let give_up = Instant::now() + DEADLINE;
         while std::fs::remove_dir(&self.0).is_err() && Instant::now() < give_up {
             std::thread::yield_now();
         }
@@ -63,18 +63,18 @@ impl Drop for Freezer {
 }
 
 #[tokio::test]
-async fn a_process_that_sigkill_does_not_end_is_named_and_never_called_stopped() {
+async fn an_unkillable_process_is_named_and_not_called_stopped() {
     let Some(freezer) = Freezer::new("worker") else {
         skipped(
-            "a_process_that_sigkill_does_not_end",
+            "an_unkillable_process_is_named_and_not_called_stopped",
             "cgroup version 1 has no freezer here",
         );
         return;
     };
-    let place = Place::new();
-    let mut run = place.up(&["--profile", "1p1d"]);
+    let env = TestEnv::new();
+    let mut run = env.up(&["--profile", "1p1d"]);
     run.wait_until_ready();
-    let processes = place.processes();
+    let processes = env.processes();
     let (frozen, _) = processes
         .iter()
         .find(|(_, command)| command.contains("VLLM::Worker"))
@@ -93,14 +93,14 @@ async fn a_process_that_sigkill_does_not_end_is_named_and_never_called_stopped()
     );
     drop(freezer);
     // The signal was waiting for it.
-    place.wait_until_empty();
+    env.wait_until_empty();
 }
 
 #[tokio::test]
-async fn shared_memory_is_removed_before_anything_is_killed_that_tells_whose_it_is() {
+async fn shared_memory_is_removed_before_its_owner_is_killed() {
     let Some(freezer) = Freezer::new("segment") else {
         skipped(
-            "shared_memory_is_removed_before_anything_is_killed",
+            "shared_memory_is_removed_before_its_owner_is_killed",
             "cgroup version 1 has no freezer here",
         );
         return;
@@ -138,7 +138,7 @@ const IN_NAMESPACE: &str = "XPYD_TEST_PID_NAMESPACE";
 const MOST_PIDS: &str = "400";
 
 #[test]
-fn a_kill_never_hits_a_process_that_has_got_the_id_of_one_of_the_tree() {
+fn a_kill_never_hits_a_reused_pid() {
     let namespace = ["--pid", "--fork", "--kill-child", "--mount-proc"];
     let may = Process::new("unshare")
         .args(namespace)
@@ -149,7 +149,7 @@ fn a_kill_never_hits_a_process_that_has_got_the_id_of_one_of_the_tree() {
     let outside: u32 = read(Path::new("/proc/sys/kernel/pid_max")).trim().parse().unwrap();
     if !may || outside <= 400 {
         skipped(
-            "a_kill_never_hits_a_process_that_has_got_the_id",
+            "a_kill_never_hits_a_reused_pid",
             "process id namespaces have no limit of their own here",
         );
         return;
@@ -230,5 +230,5 @@ fn spawn(folder: &Path, engine: &str, script: &str) -> Command {
 }
 
 async fn event(shim: &mut Shim) -> Event {
-    timeout(PATIENCE, shim.event()).await.unwrap().unwrap()
+    timeout(DEADLINE, shim.event()).await.unwrap().unwrap()
 }

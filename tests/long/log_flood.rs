@@ -15,7 +15,7 @@ use xpyd::supervisor::shim::client::Shim;
 use xpyd::supervisor::shim::protocol::{Command, Event, Keep, Spawn};
 
 use crate::skipped;
-use crate::support::{DEADLINE, Place, wait_for};
+use crate::support::{DEADLINE, TestEnv, wait_for};
 
 /// About 20 MB of numbered lines in each of two incarnations.
 const LINES: u64 = 2_500_000;
@@ -121,7 +121,7 @@ fn numbered_files(folder: &Path) -> usize {
 }
 
 #[tokio::test]
-async fn every_line_of_a_flood_is_there_after_rotations_and_a_restart_of_the_engine() {
+async fn no_line_is_lost_over_rotations_and_a_restart() {
     let mut flood = Flood::new().await;
     let follower = Follower::from_start(&flood.log());
     // Reads along while the files are renamed under it.
@@ -136,7 +136,7 @@ async fn every_line_of_a_flood_is_there_after_rotations_and_a_restart_of_the_eng
 }
 
 #[tokio::test]
-async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
+async fn no_line_is_lost_over_a_detach_and_attach() {
     let mut flood = Flood::new().await;
     let socket = flood.folder.path().join("attach.sock");
     let keep = Keep {
@@ -175,7 +175,7 @@ async fn no_line_is_lost_while_xpyd_is_away_and_another_one_attaches() {
 const BURST_LINES: u64 = if cfg!(debug_assertions) { 400_000 } else { 3_000_000 };
 
 #[tokio::test]
-async fn a_burst_of_long_lines_on_stderr_is_counted_to_the_last_one() {
+async fn a_burst_of_long_stderr_lines_is_complete() {
     let mut flood = Flood::new().await;
     let limits = LogLimits {
         file_bytes: 8 << 20,
@@ -209,7 +209,7 @@ async fn a_burst_of_long_lines_on_stderr_is_counted_to_the_last_one() {
 }
 
 #[tokio::test]
-async fn a_log_that_somebody_takes_away_goes_on_in_a_file_of_its_name() {
+async fn a_deleted_log_is_created_again() {
     for take_away in [(|log: &Path| std::fs::remove_file(log).unwrap()) as fn(&Path), |log| {
         std::fs::rename(log, log.with_extension("elsewhere")).unwrap();
     }] {
@@ -236,7 +236,7 @@ async fn a_log_that_somebody_takes_away_goes_on_in_a_file_of_its_name() {
 const FULL_DISK: &str = "XPYD_TEST_FULL_DISK";
 
 #[test]
-fn a_full_disk_costs_output_that_is_counted_and_no_engine() {
+fn a_full_disk_drops_counted_output_and_no_engine() {
     let disk = tempfile::tempdir().unwrap();
     // In a mount namespace of its own, which ends with it.
     let script = "mount -t tmpfs -o size=4m xpyd-test \"$0\" && exec \"$@\"";
@@ -252,7 +252,7 @@ fn a_full_disk_costs_output_that_is_counted_and_no_engine() {
     };
     if !inside("true".as_ref(), &[]).is_ok_and(|output| output.status.success()) {
         skipped(
-            "a_full_disk_costs_output_that_is_counted",
+            "a_full_disk_drops_counted_output_and_no_engine",
             "no file system can be mounted here",
         );
         return;
@@ -307,7 +307,7 @@ async fn on_a_full_disk() {
 }
 
 #[tokio::test]
-async fn the_death_of_xpyd_costs_no_line_of_an_engine_that_says_goodbye() {
+async fn last_lines_survive_the_death_of_xpyd() {
     let mut flood = Flood::new().await;
     let folder = flood.folder.path().to_owned();
     let gate = folder.join("gate");
@@ -337,7 +337,7 @@ async fn the_death_of_xpyd_costs_no_line_of_an_engine_that_says_goodbye() {
 }
 
 #[tokio::test]
-async fn progress_bars_and_lines_of_a_megabyte_do_no_harm() {
+async fn progress_bars_and_huge_lines_do_no_harm() {
     let mut flood = Flood::new().await;
     let limits = LogLimits {
         file_bytes: 1 << 16,
@@ -349,8 +349,8 @@ async fn progress_bars_and_lines_of_a_megabyte_do_no_harm() {
     flood.start(script, limits).await;
     flood.end().await;
 
-    let place = Place::new();
-    let output = place.run(&["logs", "--run", flood.folder.path().to_str().unwrap(), "decoder1"]);
+    let env = TestEnv::new();
+    let output = env.run(&["logs", "--run", flood.folder.path().to_str().unwrap(), "decoder1"]);
     assert!(output.status.success(), "{output:?}");
     let text = String::from_utf8(output.stdout).unwrap();
     let bars = (1..=20_000).map(|number| format!("{number}%|####"));
@@ -360,7 +360,7 @@ async fn progress_bars_and_lines_of_a_megabyte_do_no_harm() {
 }
 
 #[tokio::test]
-async fn only_so_many_files_are_kept_and_a_reader_that_comes_late_gets_the_end() {
+async fn kept_files_are_limited_and_late_readers_get_the_end() {
     let mut flood = Flood::new().await;
     let limits = LogLimits {
         file_bytes: 10_000,

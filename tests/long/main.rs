@@ -7,11 +7,11 @@ use std::io::Write as _;
 mod chaos;
 mod kernel;
 mod log_flood;
-mod matrix;
 mod measure;
-#[path = "../it/support.rs"]
+#[path = "../it/support/mod.rs"]
 #[expect(dead_code, reason = "shared with `it`, which uses all of it")]
 mod support;
+mod teardown_matrix;
 
 /// Says that a test proves nothing on this machine. Written past the test harness, which shows no output of tests that pass, and
 /// to the file that `.ci/run` prints at its end.

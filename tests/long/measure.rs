@@ -14,8 +14,8 @@ use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::supervisor::shim::client::Shim;
 use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
-use crate::matrix::Victim;
-use crate::support::{DEADLINE, Place, get};
+use crate::support::{DEADLINE, TestEnv, get};
+use crate::teardown_matrix::Victim;
 
 fn milliseconds(since: SystemTime) -> u128 {
     since.elapsed().unwrap().as_millis()
@@ -36,12 +36,12 @@ fn print_percentiles(what: &str, mut took: Vec<u128>) {
 #[test]
 #[ignore = "a measurement"]
 fn teardown_after_sigkill() {
-    let place = Place::new();
+    let env = TestEnv::new();
     let mut took = Vec::new();
     for turn in 0..50 {
-        let mut run = place.up(&["--profile", "2p2d"]);
+        let mut run = env.up(&["--profile", "2p2d"]);
         run.wait_until_ready();
-        let processes = place.processes();
+        let processes = env.processes();
         for victim in [Victim::Xpyd, Victim::Shim, Victim::Monitor] {
             if turn == 0 {
                 let memory =
@@ -69,10 +69,10 @@ fn teardown_after_sigkill() {
 #[test]
 #[ignore = "a measurement"]
 fn graceful_stop() {
-    let place = Place::new();
+    let env = TestEnv::new();
     let mut took = Vec::new();
     for _ in 0..20 {
-        let mut run = place.up(&["--profile", "2p2d"]);
+        let mut run = env.up(&["--profile", "2p2d"]);
         run.wait_until_ready();
         let began = SystemTime::now();
         run.signal(Signal::SIGINT);
@@ -87,29 +87,29 @@ fn graceful_stop() {
 #[test]
 #[ignore = "a measurement"]
 fn start() {
-    let place = Place::new();
+    let env = TestEnv::new();
     let (mut healthy, mut ready, mut alone) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..20 {
         let began = SystemTime::now();
-        let mut run = place.up(&["--profile", "1p1d"]);
-        while !get_or_nothing(&place).contains("verifying") && !get_or_nothing(&place).contains("\"ready\"") {}
+        let mut run = env.up(&["--profile", "1p1d"]);
+        while !get_or_nothing(&env).contains("verifying") && !get_or_nothing(&env).contains("\"ready\"") {}
         healthy.push(milliseconds(began));
         run.wait_until_ready();
         ready.push(milliseconds(began));
         run.signal(Signal::SIGINT);
         run.end();
         let began = SystemTime::now();
-        let port = (7200 + place.offset).to_string();
-        let mut engine = place
+        let port = (7200 + env.offset).to_string();
+        let mut engine = env
             .command(&["sim", "model", "--port", &port, "--preset", "instant"])
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        while std::net::TcpStream::connect(("127.0.0.1", 7200 + place.offset)).is_err() {
+        while std::net::TcpStream::connect(("127.0.0.1", 7200 + env.offset)).is_err() {
             std::thread::yield_now();
         }
-        get(7200 + place.offset, "/health");
+        get(7200 + env.offset, "/health");
         alone.push(milliseconds(began));
         nix::sys::signal::kill(
             nix::unistd::Pid::from_raw(engine.id().try_into().unwrap()),
@@ -124,8 +124,8 @@ fn start() {
 }
 
 /// What the run says over its control socket, if it is there already.
-fn get_or_nothing(place: &Place) -> String {
-    let output = place.run(&["status", "--json"]);
+fn get_or_nothing(env: &TestEnv) -> String {
+    let output = env.run(&["status", "--json"]);
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 

@@ -68,24 +68,12 @@ impl Pairs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::{Endpoint, EngineState, Role};
+    use crate::fleet::Role;
 
     fn engine(role: Role, incarnation: u32) -> EngineView {
         EngineView {
-            id: EngineId::new(role, 0),
-            role,
             incarnation: Incarnation(incarnation),
-            state: EngineState::Ready,
-            endpoint: Endpoint {
-                host: "127.0.0.1".to_owned(),
-                port: 1,
-                tensor_parallel: 1,
-                receiver: None,
-            },
-            pid: None,
-            reason: None,
-            restart_at: None,
-            load: std::sync::Arc::default(),
+            ..EngineView::fixture(role, 0)
         }
     }
 

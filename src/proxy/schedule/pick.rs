@@ -93,27 +93,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::fleet::{Endpoint, EngineState, Incarnation, Load, Role};
+    use crate::fleet::Role;
 
     fn engines(count: usize) -> Vec<Arc<EngineView>> {
         (0..count)
-            .map(|index| EngineView {
-                id: EngineId::new(Role::Decode, index),
-                role: Role::Decode,
-                incarnation: Incarnation::FIRST,
-                state: EngineState::Ready,
-                endpoint: Endpoint {
-                    host: "127.0.0.1".into(),
-                    port: 1,
-                    tensor_parallel: 1,
-                    receiver: None,
-                },
-                pid: None,
-                reason: None,
-                restart_at: None,
-                load: Arc::new(Load::default()),
-            })
-            .map(Arc::new)
+            .map(|index| Arc::new(EngineView::fixture(Role::Decode, index)))
             .collect()
     }
 

@@ -13,28 +13,15 @@ use tokio::task::JoinSet;
 use super::cleanup::NO_MODEL;
 use super::*;
 use crate::connector::{Connector, Nixl};
-use crate::fleet::{Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Role};
+use crate::fleet::{EngineView, FleetStage, FleetView, Role};
 use crate::proxy::body::serving_mode::GenerationKind;
 use crate::proxy::{Parts, Proxy, Settings};
 use crate::service::Service;
 
 fn engine(role: Role, port: u16) -> Arc<EngineView> {
-    Arc::new(EngineView {
-        id: EngineId::new(role, 0),
-        role,
-        incarnation: Incarnation::FIRST,
-        state: EngineState::Ready,
-        endpoint: Endpoint {
-            host: "127.0.0.1".into(),
-            port,
-            tensor_parallel: 1,
-            receiver: None,
-        },
-        pid: None,
-        reason: None,
-        restart_at: None,
-        load: Arc::new(Load::default()),
-    })
+    let mut engine = EngineView::fixture(role, 0);
+    engine.endpoint.port = port;
+    Arc::new(engine)
 }
 
 /// Brings a transfer to a state with `go` and drops it. Returns the request that the decode engine got, and the

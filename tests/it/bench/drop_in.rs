@@ -1,24 +1,23 @@
-//! Lines for `vllm bench serve`, run as they are by the binary: what is printed, saved and returned.
+//! Command lines for `vllm bench serve`, run unchanged by xpyd: output, saved file, and exit code.
 //!
-//! The flags are those that the real client was run with; what it printed and saved stands beside them, in
-//! tests/fixtures/bench/captures.
+//! The real client ran with the same flags. `tests/fixtures/bench/captures` holds what it printed and saved.
 
 use std::path::Path;
 use std::process::Output;
 
 use serde_json::Value;
 
-use super::{Behaviour, Server};
-use crate::support::Place;
+use super::fake_server::{Behaviour, Server};
+use crate::support::TestEnv;
 
-/// Runs `xpyd bench` with the server's port and so many flags.
-fn bench(server: &Server, place: &Place, words: &[&str], flags: &str) -> Output {
+/// Runs `xpyd bench` with the server's port and these flags.
+fn bench(server: &Server, env: &TestEnv, words: &[&str], flags: &str) -> Output {
     let port = server.address.port().to_string();
     let mut line: Vec<&str> = words.to_vec();
     line.extend(["--port", &port]);
     line.extend(flags.split_whitespace());
-    // Whoever serves the requests runs on this runtime, so nothing may block it.
-    tokio::task::block_in_place(|| place.run(&line))
+    // The server runs on this runtime, so the call must not block it.
+    tokio::task::block_in_place(|| env.run(&line))
 }
 
 fn capture(name: &str, extension: &str) -> String {
@@ -26,20 +25,20 @@ fn capture(name: &str, extension: &str) -> String {
     std::fs::read_to_string(folder.join(format!("{name}.{extension}"))).unwrap()
 }
 
-/// Text of stdout, and of stderr for those who wonder.
+/// The texts of standard output and standard error.
 fn text(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))
 }
 
-/// What a line says but for measured values: the label of a row, or the whole line.
+/// A line without measured values: the label of a table row, or the whole line.
 fn told(line: &str) -> &str {
     let is_row = line.len() >= 51 && line.as_bytes()[40] == b' ' && !line.starts_with(['=', '-']);
     if is_row { &line[..40] } else { line }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_line_of_vllm_prints_and_saves_what_it_does_with_vllm() {
+async fn a_vllm_command_line_gives_vllms_output_and_file() {
     for name in [
         "plain",
         "brief",
@@ -52,13 +51,13 @@ async fn a_line_of_vllm_prints_and_saves_what_it_does_with_vllm() {
         "one_token",
     ] {
         let server = Server::start(|_| Behaviour::Answer).await;
-        let place = Place::new();
+        let env = TestEnv::new();
         let flags = capture(name, "flags");
         let (line, file_name) = flags.trim().split_once('\n').unwrap();
         let line = line.replace("--tokenizer tiny-llama", "");
         let output = bench(
             &server,
-            &place,
+            &env,
             &["bench", "serve"],
             &format!("{line} --result-dir saved"),
         );
@@ -69,13 +68,13 @@ async fn a_line_of_vllm_prints_and_saves_what_it_does_with_vllm() {
             "First model name: tiny, first model id: tiny-llama",
             "First model name: tiny, first model id: /models/tiny",
         );
-        // It makes its prompts with a tokenizer, and has no plots.
+        // xpyd needs a tokenizer for these prompts, and draws no plots.
         let is_ours = |line: &&str| !line.starts_with("WARNING: /tokenize") && !line.starts_with("tip: ");
         let theirs: Vec<&str> = theirs.lines().filter(is_ours).map(told).collect();
         let ours: Vec<&str> = stdout.lines().map(told).collect();
         assert_eq!(ours, theirs, "{name}");
 
-        let saved: Vec<_> = std::fs::read_dir(place.path().join("saved")).unwrap().collect();
+        let saved: Vec<_> = std::fs::read_dir(env.path().join("saved")).unwrap().collect();
         let [Ok(saved)] = &saved[..] else { panic!("{saved:?}") };
         let masked = |name: &str| {
             name.chars()
@@ -103,7 +102,7 @@ async fn a_line_of_vllm_prints_and_saves_what_it_does_with_vllm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
+async fn failures_set_the_exit_code_except_in_vllm_mode() {
     let server = Server::start(|index| {
         if index % 4 == 1 {
             Behaviour::Fail
@@ -112,14 +111,14 @@ async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
         }
     })
     .await;
-    let place = Place::new();
+    let env = TestEnv::new();
     let flags = "--num-prompts 8 --max-concurrency 1 --random-input-len 8 --random-output-len 2";
     for (words, code) in [
         (&["bench"][..], 1),
         (&["bench", "serve"], 0),
         (&["bench", "--allow-failures"], 0),
     ] {
-        let output = bench(&server, &place, words, flags);
+        let output = bench(&server, &env, words, flags);
         let (stdout, stderr) = text(&output);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {stderr}");
         let failures: Vec<&str> = stdout
@@ -137,7 +136,7 @@ async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
             ]
         );
     }
-    let output = bench(&server, &place, &["bench", "serve", "--json"], flags);
+    let output = bench(&server, &env, &["bench", "serve", "--json"], flags);
     let (stdout, stderr) = text(&output);
     let result: Value = serde_json::from_str(&stdout).expect("JSON alone");
     assert_eq!(result["failed"], 2);
@@ -145,16 +144,16 @@ async fn failures_are_told_and_decide_the_exit_code_unless_the_line_is_vllms() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_result_is_one_more_line_of_a_file_that_is_appended_to() {
+async fn append_result_adds_one_line() {
     let server = Server::start(|_| Behaviour::Answer).await;
-    let place = Place::new();
+    let env = TestEnv::new();
     let flags =
         "--num-prompts 1 --random-input-len 8 --random-output-len 2 --append-result --result-filename all.jsonl";
     for _ in 0..2 {
-        let output = bench(&server, &place, &["bench"], flags);
+        let output = bench(&server, &env, &["bench"], flags);
         assert!(output.status.success(), "{}", text(&output).1);
     }
-    let file = std::fs::read_to_string(place.path().join("all.jsonl")).unwrap();
+    let file = std::fs::read_to_string(env.path().join("all.jsonl")).unwrap();
     let lines: Vec<Value> = file
         .split('\n')
         .map(|line| serde_json::from_str(line).unwrap())
@@ -164,9 +163,9 @@ async fn a_result_is_one_more_line_of_a_file_that_is_appended_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_asked_for_is_one_clear_error() {
+async fn impossible_requests_are_one_clear_error() {
     let server = Server::start(|_| Behaviour::Answer).await;
-    let place = Place::new();
+    let env = TestEnv::new();
     for (flags, told) in [
         (
             "--backend openai-audio",
@@ -178,7 +177,7 @@ async fn what_cannot_be_asked_for_is_one_clear_error() {
             "`--request-rate` and `--ramp-up-strategy` exclude each other",
         ),
     ] {
-        let output = bench(&server, &place, &["bench", "serve"], flags);
+        let output = bench(&server, &env, &["bench", "serve"], flags);
         let (_, stderr) = text(&output);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(stderr.contains(told), "{stderr}");

@@ -1,9 +1,9 @@
-//! Memory before a start: who has it, what fits, and whether the model does.
+//! GPU memory before a start: which process uses it, and whether engines and model fit.
 
-use super::{Machine, cards, uuid};
+use super::machine::{Machine, cards, uuid};
 
 #[test]
-fn a_busy_gpu_is_avoided_and_its_holder_is_named_where_it_is_needed() {
+fn a_busy_gpu_is_avoided_or_its_process_named() {
     let own = std::process::id();
     let machine = Machine::new(&format!(
         "[gpu.0]\n[gpu.0.process.0]\npid = {own}\nmib = 70000\n[gpu.0.process.1]\npid = 4194305\nmib = 300\n[gpu.1]\n[gpu.2]\n"
@@ -32,7 +32,7 @@ fn a_busy_gpu_is_avoided_and_its_holder_is_named_where_it_is_needed() {
     );
 
     let output = machine.prepared("up", &more).output().expect("xpyd runs");
-    assert_eq!(output.status.code(), Some(3), "{}", super::text(&output));
+    assert_eq!(output.status.code(), Some(3), "{}", super::machine::text(&output));
     let fits = [&more[..], &["--set", "vllm.gpu_memory_utilization=0.13"]].concat();
     assert!(
         machine.findings("gpu_memory", &fits)[0].starts_with("pass"),
@@ -41,7 +41,7 @@ fn a_busy_gpu_is_avoided_and_its_holder_is_named_where_it_is_needed() {
 }
 
 #[test]
-fn memory_that_nobody_is_seen_to_hold_is_said_so() {
+fn memory_without_a_visible_process_is_reported() {
     let script = cards(2, "used_mib = 60000");
     let found = Machine::new(&script).findings("gpu_memory", &["-p", "1p1d"]);
     assert!(found[0].contains("NVML lists no process that holds it"), "{found:?}");
@@ -57,7 +57,7 @@ fn memory_that_nobody_is_seen_to_hold_is_said_so() {
 }
 
 #[test]
-fn two_engines_share_one_gpu_when_they_are_told_to_take_less() {
+fn engines_with_small_memory_shares_share_a_gpu() {
     let machine = Machine::new(&cards(1, ""));
     let found = machine.findings("gpu", &["-p", "1p1d"]);
     assert!(found[0].contains("gpu_memory_utilization=0.45"), "{found:?}");
@@ -85,7 +85,7 @@ fn two_engines_share_one_gpu_when_they_are_told_to_take_less() {
 }
 
 #[test]
-fn a_model_that_will_not_fit_is_told_before_minutes_are_lost() {
+fn a_model_that_does_not_fit_is_reported_before_the_start() {
     let small = Machine::new(&cards(2, "total_mib = 23034\nname = \"NVIDIA L4\""));
     let found = small.findings("fit", &["-p", "1p1d", "--set", "vllm.max_model_len=131072"]);
     assert!(

@@ -1,13 +1,13 @@
-//! What `xpyd plan` makes of machines: facts, places, pins, and what is wrong.
+//! `xpyd plan` on different machines: GPU facts, placement, pinning, and findings.
 
-use super::{Machine, cards, nvlink_pairs, uuid};
+use super::machine::{Machine, cards, nvlink_pairs, uuid};
 
 fn pins(machine: &Machine, more: &[&str]) -> Vec<String> {
     machine.variables("CUDA_VISIBLE_DEVICES", more)
 }
 
 #[test]
-fn pairs_of_engines_share_nvlink_bridges_and_are_pinned_by_uuid() {
+fn pairs_share_nvlink_and_are_pinned_by_uuid() {
     let machine = Machine::new(&nvlink_pairs());
     assert_eq!(pins(&machine, &["-p", "2p2d"]), [uuid(0), uuid(2), uuid(1), uuid(3)]);
     assert!(
@@ -24,7 +24,7 @@ fn pairs_of_engines_share_nvlink_bridges_and_are_pinned_by_uuid() {
 }
 
 #[test]
-fn an_nvswitch_connects_all_and_pcie_switches_come_before_numa_nodes() {
+fn an_nvswitch_connects_all_and_pcie_wins_over_numa() {
     let switch = cards(8, "numa = 0\nnvlink = \"0,1,2,3,4,5,6,7\"");
     let text = Machine::new(&switch).plan(&["-p", "2p2d-tp2"]);
     assert!(
@@ -33,7 +33,7 @@ fn an_nvswitch_connects_all_and_pcie_switches_come_before_numa_nodes() {
     );
     assert!(!text.contains("hand-offs over one NUMA node"), "{text}");
 
-    // Card n shares a switch with n + 2; two NUMA nodes.
+    // GPU n shares a PCIe switch with GPU n + 2. The machine has two NUMA nodes.
     let card = |number: usize| {
         format!(
             "[gpu.{number}]\nnuma = {}\nswitch = \"{}\"\n",
@@ -51,7 +51,7 @@ fn an_nvswitch_connects_all_and_pcie_switches_come_before_numa_nodes() {
 }
 
 #[test]
-fn an_inherited_list_is_never_left() {
+fn inherited_visible_devices_are_respected() {
     let machine = Machine::new(&nvlink_pairs());
     let pins = |visible: &str| {
         let mut command = machine.prepared("plan", &["--json", "-p", "1p1d"]);
@@ -74,7 +74,7 @@ fn an_inherited_list_is_never_left() {
     let only_one = Machine::new(&nvlink_pairs());
     let mut command = only_one.prepared("plan", &["-p", "1p1d"]);
     let output = command.env("CUDA_VISIBLE_DEVICES", "7").output().expect("xpyd runs");
-    let text = super::text(&output);
+    let text = super::machine::text(&output);
     assert!(
         text.contains(
             "the plan needs 2 GPUs, and xpyd may use 1 here (none with index 8); CUDA_VISIBLE_DEVICES is \"7\""
@@ -84,7 +84,7 @@ fn an_inherited_list_is_never_left() {
 }
 
 #[test]
-fn what_the_profile_names_stays_also_outside_of_the_list() {
+fn gpus_named_in_the_profile_override_visible_devices() {
     let machine = Machine::new(&nvlink_pairs());
     let more = ["-p", "1p1d", "--set", "decode.gpus=[6]"];
     assert_eq!(pins(&machine, &more), [uuid(7), uuid(6)]);
@@ -93,14 +93,14 @@ fn what_the_profile_names_stays_also_outside_of_the_list() {
 }
 
 #[test]
-fn an_older_vllm_is_pinned_by_numbers() {
+fn an_older_vllm_is_pinned_by_index() {
     let old = r#"{"packages": {"vllm": "0.11.0", "nixl": "1.5.1"}}"#;
     let machine = Machine::with_vllm(&nvlink_pairs(), old);
     assert_eq!(pins(&machine, &["-p", "1p1d"]), ["0", "1"]);
 }
 
 #[test]
-fn workers_are_bound_to_the_numa_node_of_their_gpu_where_vllm_can() {
+fn workers_are_bound_to_their_gpus_numa_node() {
     let bound = |machine: &Machine, more: &[&str]| {
         let plan = machine.json(&[&["-p", "2p2d-tp2"], more].concat());
         let argv = plan["plan"]["engines"][3]["argv"].as_array().expect("words").clone();
@@ -121,7 +121,7 @@ fn workers_are_bound_to_the_numa_node_of_their_gpu_where_vllm_can() {
 }
 
 #[test]
-fn mixed_cards_use_the_large_ones_and_say_so_where_ranks_must_mix() {
+fn larger_gpus_are_preferred_and_mixed_ranks_reported() {
     let machine = Machine::new(
         "[gpu.0]\nname = \"NVIDIA L4\"\ntotal_mib = 23034\n[gpu.1]\n[gpu.2]\n[gpu.3]\nname = \"NVIDIA L4\"\ntotal_mib = 23034\n",
     );
@@ -148,7 +148,7 @@ fn mixed_cards_use_the_large_ones_and_say_so_where_ranks_must_mix() {
 }
 
 #[test]
-fn mig_slices_are_devices_of_their_own() {
+fn mig_slices_are_separate_devices() {
     let script = "[gpu.0]\n[gpu.0.mig.0]\ntotal_mib = 40000\nname = \"NVIDIA H100 MIG 3g.40gb\"\n[gpu.0.mig.1]\ntotal_mib = 40000\n";
     let machine = Machine::new(script);
     let slice = |number: usize| format!("MIG-00000000-0000-0000-0000-{number:012x}");
@@ -179,7 +179,7 @@ fn mig_slices_are_devices_of_their_own() {
 }
 
 #[test]
-fn broken_cards_are_avoided_and_named_where_they_must_be_used() {
+fn broken_gpus_are_avoided_or_named() {
     let script = "[gpu.0]\nlost = 15\n[gpu.1]\nrepair_failed = 1\n[gpu.2]\nrepair_pending = 1\nuncorrected_errors = 3\n[gpu.3]\n";
     let machine = Machine::new(script);
     assert_eq!(pins(&machine, &["-p", "1p1d"]), [uuid(2), uuid(3)]);
@@ -199,7 +199,7 @@ fn broken_cards_are_avoided_and_named_where_they_must_be_used() {
 }
 
 #[test]
-fn a_library_that_is_missing_or_broken_is_a_finding() {
+fn a_missing_or_broken_nvml_is_a_finding() {
     let machine = Machine::new(&cards(2, ""));
     let mut command = machine.prepared("plan", &["-p", "1p1d"]);
     let output = command
@@ -207,7 +207,7 @@ fn a_library_that_is_missing_or_broken_is_a_finding() {
         .output()
         .expect("xpyd runs");
     assert!(output.status.success());
-    let text = super::text(&output);
+    let text = super::machine::text(&output);
     let finding = text
         .lines()
         .find(|line| line.trim_start().starts_with("fail  gpu "))
@@ -217,9 +217,9 @@ fn a_library_that_is_missing_or_broken_is_a_finding() {
             .contains("the plan needs 2 GPUs: no NVIDIA driver: its library /nowhere/libnvidia-ml.so cannot be loaded"),
         "{text}"
     );
-    // What decides whether there will be a fleet comes first.
-    let place = |needle: &str| text.find(needle).expect(needle);
-    assert!(place("fail  gpu") < place("profile    1p1d"), "{text}");
+    // Findings that prevent the start come first.
+    let position = |needle: &str| text.find(needle).expect(needle);
+    assert!(position("fail  gpu") < position("profile    1p1d"), "{text}");
     machine.set(&format!("fail = \"nvmlInit_v2\"\nfail_with = 18\n{}", cards(2, "")));
     let updated = machine.findings("gpu", &["-p", "1p1d"]);
     assert!(updated[0].contains("the NVIDIA driver was updated"), "{updated:?}");
@@ -232,7 +232,7 @@ fn a_library_that_is_missing_or_broken_is_a_finding() {
 }
 
 #[test]
-fn no_single_call_is_needed_but_the_ones_that_list_gpus() {
+fn only_nvml_calls_that_list_gpus_are_required() {
     let machine = Machine::new(&nvlink_pairs());
     for call in [
         "nvmlSystemGetDriverVersion",
@@ -260,7 +260,7 @@ fn no_single_call_is_needed_but_the_ones_that_list_gpus() {
             .iter()
             .filter(|finding| finding["level"] == "fail");
         assert_eq!(failed.count(), 0, "{call}");
-        // Without the status of peers, the ends of links tell the same.
+        // Without peer status, the remote ends of the links show the same topology.
         if call == "nvmlDeviceGetP2PStatus" {
             let text = machine.plan(&["-p", "2p2d"]);
             assert!(text.contains("NVLink to 1"), "{text}");

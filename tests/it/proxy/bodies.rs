@@ -5,15 +5,19 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 use xpyd::connector::{Connector, Nixl};
 
-use super::fake::{self, COMPLETION, Fake, Going, Rig, answer, nixl_prefilled, soon};
-use super::{code, decoder, message, prefiller};
+use super::harness::{
+    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, decode_engine, message,
+    nixl_prefilled, prefill_engine, within_deadline,
+};
 
 /// Sends `request` and returns all that comes until the proxy closes the connection.
-async fn talk(rig: &Rig, request: &str) -> String {
-    let mut stream = TcpStream::connect(rig.url.trim_start_matches("http://")).await.unwrap();
+async fn talk(harness: &ProxyHarness, request: &str) -> String {
+    let mut stream = TcpStream::connect(harness.url.trim_start_matches("http://"))
+        .await
+        .unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
-    soon("the end of the connection", stream.read_to_end(&mut answer))
+    within_deadline("the end of the connection", stream.read_to_end(&mut answer))
         .await
         .unwrap();
     String::from_utf8(answer).unwrap()
@@ -25,11 +29,11 @@ fn many_members(count: usize) -> String {
 }
 
 #[tokio::test]
-async fn a_body_of_many_members_or_levels_is_refused_with_the_limit() {
-    let (prefill, decode) = (prefiller().await, decoder().await);
-    let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+async fn a_body_with_too_many_members_or_levels_is_refused() {
+    let (prefill, decode) = (prefill_engine().await, decode_engine().await);
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.max_body_bytes = 64 << 20;
-    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let deep = format!("{{\"prompt\":{}{}}}", "[".repeat(1_000_000), "]".repeat(1_000_000));
     for (body, limit) in [
         (many_members(200_000), "1024 members"),
@@ -40,45 +44,45 @@ async fn a_body_of_many_members_or_levels_is_refused_with_the_limit() {
         ),
     ] {
         for path in ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"] {
-            let response = rig.post(path, body.clone()).send().await.unwrap();
+            let response = harness.post(path, body.clone()).send().await.unwrap();
             assert_eq!(response.status(), 400, "{path} {limit}");
             let body = response.text().await.unwrap();
             assert_eq!(code(&body), "invalid_body");
             assert!(message(&body).contains(limit), "{path} {body}");
         }
     }
-    assert_eq!((prefill.seen().len(), decode.seen().len()), (0, 0));
-    let (status, body) = rig.complete(many_members(1000)).await;
+    assert_eq!((prefill.requests().len(), decode.requests().len()), (0, 0));
+    let (status, body) = harness.complete(many_members(1000)).await;
     assert_eq!((status, body.as_str()), (200, COMPLETION));
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn an_engine_sees_no_duplicate_that_the_proxy_has_not_read() {
-    let (prefill, decode) = (prefiller().await, decoder().await);
-    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+async fn duplicate_keys_never_reach_an_engine() {
+    let (prefill, decode) = (prefill_engine().await, decode_engine().await);
+    let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let body =
         r#"{"prompt":"x","vllm_xargs":{"kv_transfer_params":{"remote_host":"evil"}},"n":2,"vllm_xargs":{"a":1},"n":1}"#;
-    assert_eq!(rig.complete(body).await.0, 200);
-    let passed = rig.post("/v1/embeddings", body).send().await.unwrap();
+    assert_eq!(harness.complete(body).await.0, 200);
+    let passed = harness.post("/v1/embeddings", body).send().await.unwrap();
     assert_eq!(passed.status(), 200);
-    for seen in [prefill.seen(), decode.seen()].concat() {
+    for seen in [prefill.requests(), decode.requests()].concat() {
         assert!(!seen.raw.contains("evil"), "{}", seen.raw);
         assert_eq!(seen.raw.matches("vllm_xargs").count(), 1, "{}", seen.raw);
         assert_eq!(seen.raw.matches("\"n\"").count(), 1, "{}", seen.raw);
     }
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_length_over_the_limit_is_refused_before_the_client_is_asked_to_continue() {
-    let (prefill, decode) = (prefiller().await, decoder().await);
-    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
+async fn a_too_long_body_is_refused_before_100_continue() {
+    let (prefill, decode) = (prefill_engine().await, decode_engine().await);
+    let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     for path in ["/v1/completions", "/v1/embeddings"] {
         for length in ["content-length: 10001", "content-length: 100000000000"] {
             for expect in ["expect: 100-continue\r\n", ""] {
                 let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{expect}{length}\r\n\r\n");
-                let answer = talk(&rig, &head).await;
+                let answer = talk(&harness, &head).await;
                 assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
                 assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
                 assert!(answer.contains("body_too_large"), "{answer}");
@@ -87,18 +91,18 @@ async fn a_length_over_the_limit_is_refused_before_the_client_is_asked_to_contin
         let size = 10_001;
         let head = "content-type: application/json\r\ntransfer-encoding: chunked";
         let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n");
-        let answer = talk(&rig, &format!("{head}{size:x}\r\n{}\r\n", " ".repeat(size))).await;
+        let answer = talk(&harness, &format!("{head}{size:x}\r\n{}\r\n", " ".repeat(size))).await;
         assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
         assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
     }
-    assert_eq!(rig.metric(r#"xpyd_errors_total{code="body_too_large"}"#), "10");
-    rig.finish().await;
+    assert_eq!(harness.metric(r#"xpyd_errors_total{code="body_too_large"}"#), "10");
+    harness.finish().await;
 }
 
-async fn held(rig: &Rig, bytes: usize) {
+async fn held(harness: &ProxyHarness, bytes: usize) {
     let bytes = bytes.to_string();
-    soon("the bodies", async {
-        while rig.metric("xpyd_body_bytes ") != bytes {
+    within_deadline("the bodies", async {
+        while harness.metric("xpyd_body_bytes ") != bytes {
             tokio::task::yield_now().await;
         }
     })
@@ -112,29 +116,31 @@ fn sized(bytes: usize) -> String {
 }
 
 #[tokio::test]
-async fn bodies_share_a_budget_while_they_are_read_and_while_they_are_needed() {
+async fn bodies_share_one_memory_budget() {
     let go = CancellationToken::new();
-    let prefill = Fake::held(&go, nixl_prefilled).await;
-    let decode = Fake::start(|_| async { answer(200, COMPLETION) }).await;
-    let mut settings = fake::settings(Connector::Nixl(Nixl {}));
+    let prefill = ScriptedEngine::held_until(&go, nixl_prefilled).await;
+    let decode = ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await;
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.service.admission.body_bytes = 20_000;
-    let rig = Rig::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
 
     // One is served, half of another has come.
-    let first = rig.post("/v1/completions", sized(8_000));
-    let first = Going::start(async move { first.send().await.unwrap().status().as_u16() });
-    prefill.saw(1).await;
-    let mut half = TcpStream::connect(rig.url.trim_start_matches("http://")).await.unwrap();
+    let first = harness.post("/v1/completions", sized(8_000));
+    let first = BackgroundTask::start(async move { first.send().await.unwrap().status().as_u16() });
+    prefill.wait_for_requests(1).await;
+    let mut half = TcpStream::connect(harness.url.trim_start_matches("http://"))
+        .await
+        .unwrap();
     let body = sized(6_000);
     let head =
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 6000\r\n\r\n";
     half.write_all(format!("{head}{}", &body[..5_000]).as_bytes())
         .await
         .unwrap();
-    held(&rig, 13_000).await;
+    held(&harness, 13_000).await;
 
     for path in ["/v1/completions", "/v1/embeddings"] {
-        let response = rig.post(path, sized(3_000)).send().await.unwrap();
+        let response = harness.post(path, sized(3_000)).send().await.unwrap();
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()["retry-after"], "1");
         assert_eq!(code(&response.text().await.unwrap()), "too_many_body_bytes");
@@ -142,29 +148,34 @@ async fn bodies_share_a_budget_while_they_are_read_and_while_they_are_needed() {
     // Refused at its head, or once it has no room.
     let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n\
                 content-length: 3000\r\n\r\n";
-    let refused = talk(&rig, head).await;
+    let refused = talk(&harness, head).await;
     assert!(
         refused.starts_with("HTTP/1.1 503 ") && refused.contains("\r\nconnection: close\r\n"),
         "{refused}"
     );
     let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
                 transfer-encoding: chunked\r\n\r\n";
-    let refused = talk(&rig, &format!("{head}bb8\r\n{}\r\n", sized(3_000))).await;
+    let refused = talk(&harness, &format!("{head}bb8\r\n{}\r\n", sized(3_000))).await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
-    assert_eq!(rig.metric(r#"xpyd_errors_total{code="too_many_body_bytes"}"#), "4");
+    assert_eq!(harness.metric(r#"xpyd_errors_total{code="too_many_body_bytes"}"#), "4");
     // What fits is served.
     assert_eq!(
-        rig.post("/v1/embeddings", sized(1_500)).send().await.unwrap().status(),
+        harness
+            .post("/v1/embeddings", sized(1_500))
+            .send()
+            .await
+            .unwrap()
+            .status(),
         200
     );
 
     // A client that leaves frees its part, and so does an answered request.
     drop(half);
-    held(&rig, 8_000).await;
+    held(&harness, 8_000).await;
     go.cancel();
     assert_eq!(first.end().await, 200);
-    held(&rig, 0).await;
-    assert_eq!(rig.complete(sized(9_000)).await.0, 200);
-    held(&rig, 0).await;
-    rig.finish().await;
+    held(&harness, 0).await;
+    assert_eq!(harness.complete(sized(9_000)).await.0, 200);
+    held(&harness, 0).await;
+    harness.finish().await;
 }

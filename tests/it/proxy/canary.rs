@@ -7,13 +7,13 @@ use xpyd::connector::TransferUnit;
 use xpyd::fleet::{EngineId, EngineState, FleetStage, Role};
 use xpyd::proxy::{CanaryError, CanaryPrompts, CanaryReport};
 
-use super::fake::{Fake, Rig, answer, nixl_prefilled};
+use super::harness::{ProxyHarness, ScriptedEngine, answer, nixl_prefilled};
 
 /// Flies a canary over a pair whose decode engine has `moved` bytes per hand-off and answers with these texts.
 async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<CanaryReport, CanaryError> {
     let bytes = Arc::new(AtomicUsize::new(7));
-    let prefill = Fake::start(|_| async { nixl_prefilled() }).await;
-    let decode = Fake::start(move |seen| {
+    let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
+    let decode = ScriptedEngine::start(move |seen| {
         let bytes = Arc::clone(&bytes);
         async move {
             if seen.path == "/metrics" {
@@ -35,8 +35,8 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
         }
     })
     .await;
-    let rig = Rig::nixl(&[prefill.port], &[decode.port]).await;
-    rig.change(|view| {
+    let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
+    harness.change(|view| {
         view.stage = FleetStage::Verifying;
         for engine in &mut view.engines {
             Arc::make_mut(engine).state = EngineState::Healthy;
@@ -46,7 +46,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
     if waits_in_vain {
         tokio::time::pause();
     }
-    let report = rig
+    let report = harness
         .proxy
         .canary(
             &EngineId::new(Role::Prefill, 0),
@@ -64,21 +64,25 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
         "xpyd_request_seconds_count",
     ];
     for name in clients {
-        assert_eq!(rig.metric(&format!("{name}{{")), "", "{name}: canaries are no clients");
+        assert_eq!(
+            harness.metric(&format!("{name}{{")),
+            "",
+            "{name}: canaries are no clients"
+        );
     }
-    assert_eq!(rig.metric("xpyd_time_to_first_token_seconds_count"), "0");
+    assert_eq!(harness.metric("xpyd_time_to_first_token_seconds_count"), "0");
     if let Ok(report) = &report {
         let flown = report.total.as_nanos() > 0;
-        let counted = rig.metric(r#"xpyd_canary_request_seconds_count{outcome="answered"}"#);
+        let counted = harness.metric(r#"xpyd_canary_request_seconds_count{outcome="answered"}"#);
         assert_eq!((flown, counted.as_str()), (true, "1"));
-        assert_eq!(rig.metric(r#"xpyd_canary_handoff_total{outcome="sent"}"#), "1");
+        assert_eq!(harness.metric(r#"xpyd_canary_handoff_total{outcome="sent"}"#), "1");
     }
-    rig.finish().await;
+    harness.finish().await;
     report
 }
 
 #[tokio::test]
-async fn a_pair_that_hands_over_passes_before_clients_are_served() {
+async fn a_working_pair_passes_the_canary() {
     let report = fly(4096, "same", "same").await.expect("a good pair");
     assert_eq!(
         report.pair,
@@ -91,7 +95,7 @@ async fn a_pair_that_hands_over_passes_before_clients_are_served() {
 }
 
 #[tokio::test]
-async fn wrong_kv_is_found_by_the_text() {
+async fn wrong_kv_is_detected_by_the_output() {
     let error = fly(4096, "one", "two").await.expect_err("a bad pair");
     assert!(
         matches!(&error, CanaryError::Differs { through, alone, .. } if through == "one" && alone == "two"),
@@ -100,16 +104,16 @@ async fn wrong_kv_is_found_by_the_text() {
 }
 
 #[tokio::test]
-async fn a_right_answer_without_a_transfer_is_no_success() {
+async fn a_right_answer_without_a_transfer_fails() {
     let error = fly(0, "same", "same").await.expect_err("no transfer");
     assert!(matches!(error, CanaryError::NothingMoved { .. }), "{error}");
 }
 
 #[tokio::test]
-async fn a_pair_that_is_not_up_is_named() {
-    let rig = Rig::nixl(&[1], &[1]).await;
-    rig.lose(Role::Decode, 0);
-    let error = rig
+async fn a_pair_that_is_down_is_named() {
+    let harness = ProxyHarness::nixl(&[1], &[1]).await;
+    harness.lose(Role::Decode, 0);
+    let error = harness
         .proxy
         .canary(
             &EngineId::new(Role::Prefill, 0),
@@ -118,5 +122,5 @@ async fn a_pair_that_is_not_up_is_named() {
         )
         .await;
     assert!(error.expect_err("no engine").to_string().contains("decoder1"));
-    rig.finish().await;
+    harness.finish().await;
 }

@@ -11,8 +11,10 @@ use xpyd::connector::FirstToken;
 use xpyd::proxy::{Notifications, Settings};
 use zeromq::{PushSocket, Socket, SocketSend};
 
-use super::fake::{COMPLETION, Fake, Rig, Seen, answer, error, events, lmcache, settings, soon};
-use super::{code, message};
+use super::harness::{
+    COMPLETION, ProxyHarness, ScriptedEngine, SeenRequest, answer, code, error, events, lmcache, message, settings,
+    within_deadline,
+};
 
 /// Sends one notification, as a rank of a prefill engine does.
 async fn notify(port: u16, request_id: &str) {
@@ -23,14 +25,14 @@ async fn notify(port: u16, request_id: &str) {
     bytes.extend(request_id.as_bytes());
     socket.send(bytes.into()).await.unwrap();
     // Dropping a socket may drop what it has not written yet.
-    soon("the notification", socket.close()).await;
+    within_deadline("the notification", socket.close()).await;
 }
 
-fn spec(seen: &Seen) -> Value {
+fn spec(seen: &SeenRequest) -> Value {
     seen.json()["kv_transfer_params"]["disagg_spec"].clone()
 }
 
-fn request_id(seen: &Seen) -> String {
+fn request_id(seen: &SeenRequest) -> String {
     spec(seen)["req_id"]
         .as_str()
         .expect("a plain request would kill an LMCache prefill engine")
@@ -38,20 +40,20 @@ fn request_id(seen: &Seen) -> String {
 }
 
 /// What a decode leg carries to find the KV of this hand-off and no other.
-fn tag(prefill: &Seen) -> Value {
+fn tag(prefill: &SeenRequest) -> Value {
     let tag = json!({"lmcache.tag.handoff": request_id(prefill)});
     let carried = &prefill.json()["kv_transfer_params"]["lmcache.tag.handoff"];
     assert_eq!(carried, &tag["lmcache.tag.handoff"], "both legs carry the same tag");
     tag
 }
 
-async fn decoder() -> Fake {
-    Fake::start(|_| async { answer(200, COMPLETION) }).await
+async fn decode_engine() -> ScriptedEngine {
+    ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await
 }
 
 /// A prefill engine that sends `ranks` notifications before it answers.
-pub(crate) async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fake {
-    Fake::start(move |seen| async move {
+pub(crate) async fn prefiller(port: u16, ranks: usize, body: &'static str) -> ScriptedEngine {
+    ScriptedEngine::start(move |seen| async move {
         for _ in 0..ranks {
             notify(port, &request_id(&seen)).await;
         }
@@ -62,94 +64,107 @@ pub(crate) async fn prefiller(port: u16, ranks: usize, body: &'static str) -> Fa
 
 const PREFILLED: &str = r#"{"choices":[{"text":"t","finish_reason":"length"}],"kv_transfer_params":null}"#;
 
-async fn rig(settings: Settings, prefill: &Fake, decode: &Fake, ranks: u16, socket: Notifications) -> Rig {
-    Rig::start(settings, &[prefill.port], &[decode.port], ranks, Some(socket)).await
+async fn harness(
+    settings: Settings,
+    prefill: &ScriptedEngine,
+    decode: &ScriptedEngine,
+    ranks: u16,
+    socket: Notifications,
+) -> ProxyHarness {
+    ProxyHarness::start(settings, &[prefill.port], &[decode.port], ranks, Some(socket)).await
 }
 
 #[tokio::test]
-async fn the_decode_leg_waits_for_every_rank_and_carries_the_clients_body() {
+async fn the_decode_leg_waits_for_every_rank() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
     // One rank notifies before the answer, the other one long after.
-    let (prefill, decode) = (prefiller(port, 1, PREFILLED).await, decoder().await);
-    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 2, socket).await;
+    let (prefill, decode) = (prefiller(port, 1, PREFILLED).await, decode_engine().await);
+    let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 2, socket).await;
     let body = r#"{"prompt":"x", "max_tokens":5,"n":1}"#;
-    let request = rig.complete(body);
+    let request = harness.complete(body);
     let second_rank = async {
-        let seen = prefill.saw(1).await.remove(0);
+        let seen = prefill.wait_for_requests(1).await.remove(0);
         assert_eq!(spec(&seen)["receiver_init_port"], json!([7300, 7301]));
         assert_eq!(request_id(&seen), seen.id());
         // Foreign and repeated garbage in between.
         notify(port, "someone-else").await;
-        assert_eq!(decode.seen().len(), 0);
+        assert_eq!(decode.requests().len(), 0);
         notify(port, &request_id(&seen)).await;
     };
-    let (outcome, ()) = soon("the answer", futures_util::future::join(request, second_rank)).await;
+    let (outcome, ()) = within_deadline("the answer", futures_util::future::join(request, second_rank)).await;
     assert_eq!(outcome, (200, COMPLETION.to_owned()));
     let tagged = format!(
         r#"{},"kv_transfer_params":{}}}"#,
         body.trim_end_matches('}'),
-        tag(&prefill.seen()[0])
+        tag(&prefill.requests()[0])
     );
-    assert_eq!(decode.seen()[0].raw, tagged);
-    assert_eq!(decode.seen().len(), 1);
-    rig.finish().await;
+    assert_eq!(decode.requests()[0].raw, tagged);
+    assert_eq!(decode.requests().len(), 1);
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn models_whose_first_rank_alone_stores_kv_need_one_notification() {
+async fn mla_models_need_one_notification() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decode_engine().await);
     let settings = Settings {
         notifications: Some(1),
         ..settings(lmcache(FirstToken::Decoder))
     };
-    let rig = rig(settings, &prefill, &decode, 4, socket).await;
-    let outcome = soon("the answer", rig.complete(r#"{"prompt":"x"}"#)).await;
+    let harness = harness(settings, &prefill, &decode, 4, socket).await;
+    let outcome = within_deadline("the answer", harness.complete(r#"{"prompt":"x"}"#)).await;
     assert_eq!(outcome, (200, COMPLETION.to_owned()));
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn an_unreachable_prefill_engine_leaves_nothing_to_wait_for() {
+async fn an_unreachable_prefill_engine_owes_no_notification() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let decode = decoder().await;
+    let decode = decode_engine().await;
     let settings = settings(lmcache(FirstToken::Decoder));
-    let rig = Rig::start(settings, &[super::dead_port().await], &[decode.port], 1, Some(socket)).await;
-    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    let harness = ProxyHarness::start(
+        settings,
+        &[super::harness::dead_port().await],
+        &[decode.port],
+        1,
+        Some(socket),
+    )
+    .await;
+    let (status, body) = harness.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!((status, code(&body).as_str()), (502, "engine_unreachable"));
     assert_eq!(
-        rig.metric("xpyd_handoffs_open "),
+        harness.metric("xpyd_handoffs_open "),
         "0",
         "no clean-up waits for KV that cannot come"
     );
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_lost_notification_is_an_error_within_its_deadline() {
+async fn a_lost_notification_fails_at_its_deadline() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let (prefill, decode) = (prefiller(socket.port(), 0, PREFILLED).await, decoder().await);
+    let (prefill, decode) = (prefiller(socket.port(), 0, PREFILLED).await, decode_engine().await);
     let settings = Settings {
         handoff_deadline: Duration::from_millis(200),
         ..settings(lmcache(FirstToken::Decoder))
     };
-    let rig = rig(settings, &prefill, &decode, 1, socket).await;
-    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    let harness = harness(settings, &prefill, &decode, 1, socket).await;
+    let (status, body) = harness.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!((status, code(&body).as_str()), (504, "engine_timeout"));
     assert!(
         message(&body).contains("`handoff`") && message(&body).contains("`prefiller1`"),
         "{body}"
     );
-    let ids: Vec<String> = prefill.seen().iter().map(request_id).collect();
+    let ids: Vec<String> = prefill.requests().iter().map(request_id).collect();
     assert_eq!(
         ids.len(),
         3,
         "a lost hand-off is tried again, each time with an id of its own"
     );
     assert_ne!(ids[0], ids[1]);
-    rig.finish().await;
-    let seen = decode.saw(3).await;
+    harness.finish().await;
+    let seen = decode.wait_for_requests(3).await;
     assert!(
         seen.len() == 3 && seen.iter().all(|seen| seen.json()["max_tokens"] == 1),
         "the KV may be there all the same, and is taken out of the buffer: {seen:?}"
@@ -157,60 +172,60 @@ async fn a_lost_notification_is_an_error_within_its_deadline() {
 }
 
 #[tokio::test]
-async fn kv_whose_notification_is_overdue_is_consumed_when_it_comes_at_last() {
+async fn kv_of_a_late_notification_is_consumed() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
-    let (prefill, decode) = (prefiller(port, 0, PREFILLED).await, decoder().await);
+    let (prefill, decode) = (prefiller(port, 0, PREFILLED).await, decode_engine().await);
     let mut settings = Settings {
         handoff_deadline: Duration::from_millis(200),
         ..settings(lmcache(FirstToken::Decoder))
     };
     settings.service.routing.attempts = 1;
-    let rig = rig(settings, &prefill, &decode, 1, socket).await;
-    assert_eq!(rig.complete(r#"{"prompt":"x"}"#).await.0, 504);
-    decode.saw(1).await;
+    let harness = harness(settings, &prefill, &decode, 1, socket).await;
+    assert_eq!(harness.complete(r#"{"prompt":"x"}"#).await.0, 504);
+    decode.wait_for_requests(1).await;
     // Nothing is held meanwhile: a drain need not wait.
-    soon("an idle decode engine", rig.fleet.borrow().engines[1].load.idle()).await;
-    notify(port, &request_id(&prefill.seen()[0])).await;
-    let seen = decode.saw(2).await;
+    within_deadline("an idle decode engine", harness.fleet.borrow().engines[1].load.idle()).await;
+    notify(port, &request_id(&prefill.requests()[0])).await;
+    let seen = decode.wait_for_requests(2).await;
     assert_eq!(seen[1].json()["max_tokens"], 1);
-    rig.finish().await;
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn kv_that_a_dead_prefill_engine_has_half_written_is_taken_out_and_found_by_nobody_else() {
+async fn half_written_kv_is_consumed_and_never_reused() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
     // The first one dies in its prefill leg, the second one hands over.
-    let dying = Fake::start(|_| std::future::pending::<Response<Body>>()).await;
+    let dying = ScriptedEngine::start(|_| std::future::pending::<Response<Body>>()).await;
     let living = prefiller(port, 1, PREFILLED).await;
-    let decode = decoder().await;
+    let decode = decode_engine().await;
     let settings = settings(lmcache(FirstToken::Decoder));
-    let rig = Rig::start(settings, &[dying.port, living.port], &[decode.port], 1, Some(socket)).await;
-    let request = rig.complete(r#"{"prompt":"x","max_tokens":7}"#);
+    let harness = ProxyHarness::start(settings, &[dying.port, living.port], &[decode.port], 1, Some(socket)).await;
+    let request = harness.complete(r#"{"prompt":"x","max_tokens":7}"#);
     let death = async {
-        dying.saw(1).await;
-        rig.lose(xpyd::fleet::Role::Prefill, 0);
+        dying.wait_for_requests(1).await;
+        harness.lose(xpyd::fleet::Role::Prefill, 0);
     };
     let ((status, _), ()) = tokio::join!(request, death);
     assert_eq!(status, 200);
-    let seen = decode.saw(2).await;
+    let seen = decode.wait_for_requests(2).await;
     let carried = |tokens: u64| {
         let leg = seen.iter().find(|seen| seen.json()["max_tokens"] == tokens);
         leg.expect("both legs").json()["kv_transfer_params"].clone()
     };
-    assert_eq!(carried(1), tag(&dying.seen()[0]), "taken out");
-    assert_eq!(carried(7), tag(&living.seen()[0]), "the answer's own");
-    rig.finish().await;
+    assert_eq!(carried(1), tag(&dying.requests()[0]), "taken out");
+    assert_eq!(carried(7), tag(&living.requests()[0]), "the answer's own");
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn kv_that_arrives_after_its_client_left_is_consumed() {
+async fn kv_arriving_after_a_disconnect_is_consumed() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
-    let (prefill, decode) = (prefiller(port, 0, PREFILLED).await, decoder().await);
-    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
-    let request = rig
+    let (prefill, decode) = (prefiller(port, 0, PREFILLED).await, decode_engine().await);
+    let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let request = harness
         .post(
             "/v1/chat/completions",
             r#"{"messages":[],"stream":true,"max_completion_tokens":99}"#,
@@ -218,16 +233,16 @@ async fn kv_that_arrives_after_its_client_left_is_consumed() {
         .send();
     tokio::select! {
         _ = request => panic!("no notification, no answer"),
-        _ = prefill.saw(1) => {}
+        _ = prefill.wait_for_requests(1) => {}
     }
-    notify(port, &request_id(&prefill.seen()[0])).await;
-    let consumed = decode.saw(1).await.remove(0);
+    notify(port, &request_id(&prefill.requests()[0])).await;
+    let consumed = decode.wait_for_requests(1).await.remove(0);
     assert_eq!(consumed.path, "/v1/chat/completions");
     let expected = json!({"messages": [], "stream": false, "max_completion_tokens": 1, "max_tokens": 1,
-        "kv_transfer_params": tag(&prefill.seen()[0])});
+        "kv_transfer_params": tag(&prefill.requests()[0])});
     assert_eq!(consumed.json(), expected);
-    let proxy = rig.proxy.clone();
-    rig.finish().await;
+    let proxy = harness.proxy.clone();
+    harness.finish().await;
     let metrics = proxy.metrics_text();
     assert!(
         metrics.contains(r#"xpyd_handoff_cleanups_total{outcome="freed"} 1"#),
@@ -237,58 +252,58 @@ async fn kv_that_arrives_after_its_client_left_is_consumed() {
 
 /// vLLM aborts a prefill whose client has left, and then nothing is ever pushed or notified.
 #[tokio::test]
-async fn a_client_that_leaves_during_the_prefill_leg_holds_its_decode_engine_for_a_moment_only() {
+async fn a_disconnect_in_prefill_frees_the_decode_engine() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
-    let prefill = Fake::start(|_| std::future::pending::<Response<Body>>()).await;
-    let decode = decoder().await;
+    let prefill = ScriptedEngine::start(|_| std::future::pending::<Response<Body>>()).await;
+    let decode = decode_engine().await;
     let settings = Settings {
         handoff_deadline: Duration::from_mins(2),
         ..settings(lmcache(FirstToken::Decoder))
     };
-    let rig = rig(settings, &prefill, &decode, 1, socket).await;
+    let harness = harness(settings, &prefill, &decode, 1, socket).await;
     tokio::select! {
-        _ = rig.complete(r#"{"prompt":"x"}"#) => panic!("no prefill, no answer"),
-        _ = prefill.saw(1) => {}
+        _ = harness.complete(r#"{"prompt":"x"}"#) => panic!("no prefill, no answer"),
+        _ = prefill.wait_for_requests(1) => {}
     }
     // Its hand-off may take two minutes, and a drain would wait for that.
-    let load = &rig.fleet.borrow().engines[1].load.clone();
+    let load = &harness.fleet.borrow().engines[1].load.clone();
     tokio::time::timeout(Duration::from_secs(20), load.idle())
         .await
         .expect("an idle decode engine");
     // What comes later all the same is consumed.
-    notify(port, &request_id(&prefill.seen()[0])).await;
-    decode.saw(1).await;
-    rig.finish().await;
+    notify(port, &request_id(&prefill.requests()[0])).await;
+    decode.wait_for_requests(1).await;
+    harness.finish().await;
 }
 
 /// A decode engine whose look-up came too late has computed the prompt itself. Nobody else finds KV with this hand-off's tag.
 #[tokio::test]
-async fn kv_that_the_decode_engine_did_not_use_is_consumed() {
+async fn unused_kv_is_consumed() {
     const USAGE: &str =
         r#""usage":{"prompt_tokens":550,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":0}}"#;
     for stream in [false, true] {
         let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
         let prefill = prefiller(socket.port(), 1, PREFILLED).await;
-        let decode = Fake::start(|seen| async move {
+        let decode = ScriptedEngine::start(|seen| async move {
             let choices = r#""choices":[{"text":" world","finish_reason":"length"}]"#;
             if seen.json()["stream"] == true {
                 let event = format!("data: {{{choices},{USAGE}}}\n\ndata: [DONE]\n\n");
-                super::fake::sse(Body::from(event))
+                super::harness::sse(Body::from(event))
             } else {
                 answer(200, format!("{{{choices},{USAGE}}}"))
             }
         })
         .await;
-        let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+        let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
         let body = json!({"prompt": "x", "max_tokens": 7, "stream": stream}).to_string();
-        assert_eq!(soon("the answer", rig.complete(body)).await.0, 200);
-        let seen = decode.saw(2).await;
-        let tag = tag(&prefill.seen()[0]);
+        assert_eq!(within_deadline("the answer", harness.complete(body)).await.0, 200);
+        let seen = decode.wait_for_requests(2).await;
+        let tag = tag(&prefill.requests()[0]);
         assert_eq!(seen[1].json()["kv_transfer_params"], tag, "stream: {stream}");
         assert_eq!(seen[1].json()["max_tokens"], 1, "stream: {stream}");
-        let proxy = rig.proxy.clone();
-        rig.finish().await;
+        let proxy = harness.proxy.clone();
+        harness.finish().await;
         let metrics = proxy.metrics_text();
         for line in [
             r#"xpyd_handoff_total{outcome="recomputed"} 1"#,
@@ -304,7 +319,7 @@ async fn kv_that_the_decode_engine_did_not_use_is_consumed() {
 async fn kv_of_a_refused_decode_is_consumed() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let prefill = prefiller(socket.port(), 1, PREFILLED).await;
-    let decode = Fake::start(|seen| async move {
+    let decode = ScriptedEngine::start(|seen| async move {
         if seen.json()["max_tokens"] == 1 {
             answer(200, COMPLETION)
         } else {
@@ -312,40 +327,40 @@ async fn kv_of_a_refused_decode_is_consumed() {
         }
     })
     .await;
-    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
-    let (status, body) = rig.complete(r#"{"prompt":"x","top_p":"?"}"#).await;
+    let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let (status, body) = harness.complete(r#"{"prompt":"x","top_p":"?"}"#).await;
     assert_eq!((status, message(&body)), (400, "bad top_p".into()));
-    assert_eq!(decode.saw(2).await[1].json()["max_tokens"], 1);
-    rig.finish().await;
+    assert_eq!(decode.wait_for_requests(2).await[1].json()["max_tokens"], 1);
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn a_decoder_with_the_wrong_number_of_ports_is_never_named() {
+async fn a_decode_engine_with_wrong_port_count_is_skipped() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
-    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
-    rig.change(|view| Arc::make_mut(&mut view.engines[0]).endpoint.tensor_parallel = 2);
-    let (status, body) = rig.complete(r#"{"prompt":"x"}"#).await;
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decode_engine().await);
+    let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    harness.change(|view| Arc::make_mut(&mut view.engines[0]).endpoint.tensor_parallel = 2);
+    let (status, body) = harness.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!((status, code(&body).as_str()), (500, "engines_do_not_fit"));
-    assert_eq!(prefill.seen().len(), 0);
-    rig.finish().await;
+    assert_eq!(prefill.requests().len(), 0);
+    harness.finish().await;
 }
 
 #[tokio::test]
-async fn requests_that_need_no_handoff_never_reach_a_prefill_engine() {
+async fn requests_without_handoff_skip_the_prefill_engine() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decoder().await);
-    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let (prefill, decode) = (prefiller(socket.port(), 1, PREFILLED).await, decode_engine().await);
+    let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
     for body in [
         r#"{"prompt":["a","b"]}"#,
         r#"{"prompt":"x","n":2}"#,
         r#"{"prompt":"x","max_tokens":0}"#,
     ] {
-        assert_eq!(rig.complete(body).await.0, 200);
+        assert_eq!(harness.complete(body).await.0, 200);
     }
-    assert_eq!(rig.get("/v1/models").await.status(), 200);
-    assert_eq!(prefill.seen().len(), 0);
-    rig.finish().await;
+    assert_eq!(harness.get("/v1/models").await.status(), 200);
+    assert_eq!(prefill.requests().len(), 0);
+    harness.finish().await;
 }
 
 /// The prefill engine's answer in the splice: `Hel` is token 42.
@@ -375,10 +390,14 @@ fn rest_stream() -> Response<Body> {
     ])
 }
 
-async fn splice(first: &'static str, body: &str, path: &str) -> (u16, String, String, Vec<Seen>, Vec<Seen>) {
+async fn splice(
+    first: &'static str,
+    body: &str,
+    path: &str,
+) -> (u16, String, String, Vec<SeenRequest>, Vec<SeenRequest>) {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let prefill = prefiller(socket.port(), 1, first).await;
-    let decode = Fake::start(|seen| async move {
+    let decode = ScriptedEngine::start(|seen| async move {
         match (seen.path.as_str(), &seen.json()["stream"]) {
             ("/tokenize", _) => answer(200, r#"{"count":3,"max_model_len":99,"tokens":[1,2,3]}"#),
             (_, Value::Bool(true)) => rest_stream(),
@@ -386,14 +405,14 @@ async fn splice(first: &'static str, body: &str, path: &str) -> (u16, String, St
         }
     })
     .await;
-    let rig = rig(settings(lmcache(FirstToken::Prefiller)), &prefill, &decode, 1, socket).await;
-    let request = rig.post(path, body.to_owned()).header("authorization", "Bearer k");
-    let response = soon("the answer", request.send()).await.unwrap();
+    let harness = harness(settings(lmcache(FirstToken::Prefiller)), &prefill, &decode, 1, socket).await;
+    let request = harness.post(path, body.to_owned()).header("authorization", "Bearer k");
+    let response = within_deadline("the answer", request.send()).await.unwrap();
     let status = response.status().as_u16();
     let content_type = response.headers()["content-type"].to_str().unwrap().to_owned();
-    let text = soon("the whole answer", response.text()).await.unwrap();
-    rig.finish().await;
-    (status, content_type, text, prefill.seen(), decode.seen())
+    let text = within_deadline("the whole answer", response.text()).await.unwrap();
+    harness.finish().await;
+    (status, content_type, text, prefill.requests(), decode.requests())
 }
 
 fn chunks(text: &str) -> Vec<Value> {
@@ -403,7 +422,7 @@ fn chunks(text: &str) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn a_spliced_completion_is_one_coherent_answer() {
+async fn a_first_token_completion_is_one_answer() {
     let body = r#"{"model":"m","prompt":"x","max_tokens":5,"temperature":0}"#;
     let (status, content_type, text, prefill, decode) = splice(FIRST, body, "/v1/completions").await;
     assert_eq!((status, content_type.as_str()), (200, "application/json"));
@@ -427,7 +446,7 @@ async fn a_spliced_completion_is_one_coherent_answer() {
 }
 
 #[tokio::test]
-async fn a_spliced_stream_has_one_id_and_the_right_usage() {
+async fn a_first_token_stream_has_one_id_and_right_usage() {
     let body = r#"{"model":"m","prompt":[1,2,3],"stream":true,"stream_options":{"include_usage":true}}"#;
     let (_, content_type, text, _, decode) = splice(FIRST, body, "/v1/completions").await;
     assert!(content_type.starts_with("text/event-stream"));
@@ -463,7 +482,7 @@ const CHAT_THOUGHT: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","cre
 const CHAT: &str = "/v1/chat/completions";
 
 #[tokio::test]
-async fn a_spliced_chat_is_the_prefill_engines_own_chat_gone_on() {
+async fn a_first_token_chat_continues_the_prefill_response() {
     let body = r#"{"messages":[{"role":"user","content":"x"}],"parallel_tool_calls":true,"logprobs":false}"#;
     let (_, _, text, prefill, decode) = splice(CHAT_FIRST, body, CHAT).await;
     let whole = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hello","new":1.50},"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2},"kv_transfer_params":null}"#;
@@ -497,7 +516,7 @@ async fn a_spliced_chat_is_the_prefill_engines_own_chat_gone_on() {
 }
 
 #[tokio::test]
-async fn a_first_token_that_is_no_plain_text_is_left_to_the_decode_engine() {
+async fn a_first_token_that_is_not_text_goes_to_decode() {
     let body = r#"{"messages":[{"role":"user","content":"x"}]}"#;
     let (status, _, _, prefill, decode) = splice(CHAT_THOUGHT, body, CHAT).await;
     assert_eq!((status, prefill.len()), (200, 1));
@@ -505,7 +524,7 @@ async fn a_first_token_that_is_no_plain_text_is_left_to_the_decode_engine() {
 }
 
 #[tokio::test]
-async fn an_answer_that_ends_with_its_first_token_needs_no_decode_leg() {
+async fn a_one_token_answer_needs_no_decode_leg() {
     let body = r#"{"model":"m","prompt":"x","max_tokens":1}"#;
     let (_, _, text, prefill, decode) = splice(FIRST, body, "/v1/completions").await;
     let answer: Value = serde_json::from_str(&text).unwrap();
@@ -544,7 +563,7 @@ async fn an_answer_that_ends_with_its_first_token_needs_no_decode_leg() {
 }
 
 #[tokio::test]
-async fn half_a_character_is_left_to_the_decode_engine() {
+async fn an_incomplete_character_goes_to_decode() {
     let body = r#"{"model":"m","prompt":"x","max_tokens":5}"#;
     let (status, _, text, _, decode) = splice(HALF, body, "/v1/completions").await;
     assert_eq!((status, text.as_str()), (200, REST));
@@ -555,7 +574,7 @@ async fn half_a_character_is_left_to_the_decode_engine() {
 }
 
 #[tokio::test]
-async fn what_a_splice_cannot_do_exactly_goes_to_a_decode_engine_alone() {
+async fn inexact_first_token_requests_use_decode_alone() {
     for extra in [r#""logprobs":1"#, r#""stop":["a"]"#, r#""min_tokens":2"#, r#""seed":7"#] {
         let body = format!(r#"{{"model":"m","prompt":"x",{extra}}}"#);
         let (status, _, text, prefill, decode) = splice(FIRST, &body, "/v1/completions").await;
@@ -574,12 +593,12 @@ async fn what_a_splice_cannot_do_exactly_goes_to_a_decode_engine_alone() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_during_the_decode_leg_still_has_its_kv_consumed() {
+async fn a_disconnect_in_decode_still_consumes_the_kv() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let prefill = prefiller(socket.port(), 1, PREFILLED).await;
     let stuck = CancellationToken::new();
     let gate = stuck.clone();
-    let decode = Fake::start(move |seen| {
+    let decode = ScriptedEngine::start(move |seen| {
         let gate = gate.clone();
         async move {
             if seen.json()["max_tokens"] != 1 {
@@ -589,12 +608,14 @@ async fn a_client_that_leaves_during_the_decode_leg_still_has_its_kv_consumed() 
         }
     })
     .await;
-    let rig = rig(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
-    let request = rig.post("/v1/completions", r#"{"prompt":"x","max_tokens":50}"#).send();
+    let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 1, socket).await;
+    let request = harness
+        .post("/v1/completions", r#"{"prompt":"x","max_tokens":50}"#)
+        .send();
     tokio::select! {
         _ = request => panic!("the decode engine never answers"),
-        _ = decode.saw(1) => {}
+        _ = decode.wait_for_requests(1) => {}
     }
-    assert_eq!(decode.saw(2).await[1].json()["max_tokens"], 1);
-    rig.finish().await;
+    assert_eq!(decode.wait_for_requests(2).await[1].json()["max_tokens"], 1);
+    harness.finish().await;
 }

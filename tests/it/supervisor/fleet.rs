@@ -21,7 +21,8 @@ use xpyd::supervisor::{
     Settings, Wiring,
 };
 
-use super::{MARK, PATIENCE, marked, read};
+use super::processes::{MARK, marked, read};
+use crate::support::DEADLINE;
 
 const PORT: &str = "XPYD_TEST_PORT";
 
@@ -104,14 +105,14 @@ impl Run {
             reservations,
             engines: engines.clone(),
             run_dir: folder.path().to_owned(),
-            drain_deadline: PATIENCE,
-            verify_deadline: PATIENCE,
+            drain_deadline: DEADLINE,
+            verify_deadline: DEADLINE,
             restart: RestartPolicy {
                 policy: RestartWhen::Never,
                 max_restarts: 0,
                 backoff: Duration::ZERO,
                 max_backoff: Duration::ZERO,
-                stable_after: PATIENCE,
+                stable_after: DEADLINE,
             },
             run_name: "test".to_owned(),
             program: env!("CARGO_BIN_EXE_xpyd").into(),
@@ -142,13 +143,13 @@ impl Run {
     }
 
     async fn until(&mut self, condition: impl FnMut(&Arc<FleetView>) -> bool) -> Arc<FleetView> {
-        let view = timeout(PATIENCE, self.view.wait_for(condition)).await;
+        let view = timeout(DEADLINE, self.view.wait_for(condition)).await;
         Arc::clone(&view.expect("the view in time").expect("the run goes on"))
     }
 
     /// Waits for the end, and holds it to the promise: no process, no listener.
     async fn outcome(mut self) -> Outcome {
-        let outcome = timeout(PATIENCE, self.tasks.join_next()).await;
+        let outcome = timeout(DEADLINE, self.tasks.join_next()).await;
         let outcome = outcome.expect("an end in time").unwrap().unwrap();
         assert_eq!(marked(&self.mark), []);
         assert_eq!(outcome.left, []);
@@ -203,15 +204,15 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
             purpose: "http".to_owned(),
         }],
         ready_path: "/health".to_owned(),
-        ready_deadline: PATIENCE,
-        start_stall: PATIENCE,
+        ready_deadline: DEADLINE,
+        start_stall: DEADLINE,
         stop_grace: Duration::from_secs(30),
         log_file: format!("{name}.log").into(),
         liveness: Liveness {
             path: "/metrics".to_owned(),
             running: "running".to_owned(),
             counters: Vec::new(),
-            stall: PATIENCE,
+            stall: DEADLINE,
             expired_leases: String::new(),
             late_reads: String::new(),
         },
@@ -221,7 +222,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
 }
 
 #[tokio::test]
-async fn a_fleet_comes_up_drains_and_leaves_nothing() {
+async fn a_fleet_starts_drains_and_leaves_nothing() {
     let mut run = Run::ready(&["prefiller1", "decoder1"], "").await;
     let load = Arc::clone(&run.view.borrow().engines[1].load);
     let in_flight = load.try_enter().expect("open while ready");
@@ -231,7 +232,7 @@ async fn a_fleet_comes_up_drains_and_leaves_nothing() {
     assert!(view.engines.iter().all(|engine| engine.state == EngineState::Draining));
     assert!(!load.is_closed(), "the request in flight goes on");
     drop(in_flight);
-    let answer = timeout(PATIENCE, answer).await.unwrap().unwrap();
+    let answer = timeout(DEADLINE, answer).await.unwrap().unwrap();
     let record = read(&run.folder.path().join("decoder1.spawn.json"));
     assert!(record.contains("\"pid\"") && !record.contains("swordfish"), "{record}");
     let outcome = run.outcome().await;
@@ -240,7 +241,7 @@ async fn a_fleet_comes_up_drains_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn an_engine_that_ends_while_starting_ends_the_run_whatever_its_code() {
+async fn an_engine_exit_while_starting_ends_the_run() {
     let run = Run::start(&["prefiller1", "decoder1"], "sleep 1000 & exit 0", Ok(()));
     let outcome = run.outcome().await;
     assert!(
@@ -259,7 +260,7 @@ async fn a_canary_that_fails_ends_the_run() {
 }
 
 #[tokio::test]
-async fn the_fleet_goes_on_without_a_failed_engine_until_a_role_is_lost() {
+async fn the_fleet_serves_until_a_role_is_lost() {
     let mut run = Run::ready(&["prefiller1", "decoder1", "decoder2"], "").await;
     run.die("decoder1");
     let failed = |view: &Arc<FleetView>| view.engines[1].state == EngineState::Failed;
@@ -286,7 +287,7 @@ async fn two_interrupts_kill_engines_that_ignore_sigterm() {
 }
 
 #[tokio::test]
-async fn a_wrapper_that_passes_no_signal_on_leaves_nothing_of_what_it_wraps() {
+async fn a_wrapper_that_forwards_no_signal_leaves_nothing() {
     let program = std::env::current_exe().unwrap();
     let wrapper = format!(
         "trap 'exit 0' TERM; {} supervisor::fleet::fake_engine --exact --ignored --nocapture & wait; exit 1",
@@ -298,7 +299,7 @@ async fn a_wrapper_that_passes_no_signal_on_leaves_nothing_of_what_it_wraps() {
 }
 
 #[tokio::test]
-async fn a_stop_while_engines_start_does_not_wait_for_them() {
+async fn a_stop_does_not_wait_for_starting_engines() {
     let mut run = Run::start(&["prefiller1", "decoder1"], "trap '' TERM; sleep 1000", Ok(()));
     run.until(|view| view.engines.iter().all(|engine| engine.pid.is_some()))
         .await;

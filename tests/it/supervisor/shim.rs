@@ -16,7 +16,8 @@ use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::supervisor::shim::client::Shim;
 use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
-use super::{MARK, PATIENCE, marked, read, until};
+use super::processes::{MARK, marked, read};
+use crate::support::{DEADLINE, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
 
@@ -60,7 +61,7 @@ impl Bench {
     }
 
     async fn event(&mut self) -> Event {
-        timeout(PATIENCE, self.shim.event())
+        timeout(DEADLINE, self.shim.event())
             .await
             .expect("an event in time")
             .unwrap()
@@ -121,7 +122,7 @@ fn exited(exit: Exit) -> Event {
 }
 
 #[tokio::test]
-async fn a_kill_leaves_nothing_of_a_tree_that_ignores_sigterm_and_flees() {
+async fn a_kill_removes_a_tree_that_ignores_sigterm() {
     let mut bench = Bench::new().await;
     bench.spawn_stubborn("wait").await;
     assert_eq!(marked(&bench.mark).len(), STUBBORN_PROCESSES);
@@ -132,7 +133,7 @@ async fn a_kill_leaves_nothing_of_a_tree_that_ignores_sigterm_and_flees() {
 }
 
 #[tokio::test]
-async fn a_leader_that_exits_first_is_reported_and_its_orphans_can_still_be_killed() {
+async fn orphans_of_an_exited_leader_can_be_killed() {
     let mut bench = Bench::new().await;
     bench.spawn_stubborn("exit 0").await;
     assert_eq!(bench.event().await, exited(Exit::Code(0)));
@@ -143,7 +144,7 @@ async fn a_leader_that_exits_first_is_reported_and_its_orphans_can_still_be_kill
 }
 
 #[tokio::test]
-async fn sigterm_reaches_the_leader_only_and_only_once() {
+async fn sigterm_reaches_only_the_leader_once() {
     let mut bench = Bench::new().await;
     let script = r#"
         sh -c 'trap "echo worker got it" TERM; while :; do sleep 0.01; done' &
@@ -165,7 +166,7 @@ async fn sigterm_reaches_the_leader_only_and_only_once() {
 }
 
 #[tokio::test]
-async fn what_a_wrapper_has_started_is_asked_to_leave_once_the_wrapper_has_gone() {
+async fn children_of_an_exited_wrapper_get_sigterm() {
     let mut bench = Bench::new().await;
     // A shell without `exec`: it ends by its SIGTERM, and passes none on.
     let script = r#"
@@ -184,7 +185,7 @@ async fn what_a_wrapper_has_started_is_asked_to_leave_once_the_wrapper_has_gone(
 }
 
 #[tokio::test]
-async fn everything_an_engine_prints_is_in_its_log_when_its_end_is_reported() {
+async fn the_log_is_complete_when_the_exit_is_reported() {
     const LINES: usize = 200_000;
     let mut bench = Bench::new().await;
     bench.spawn(&format!("seq 1 {LINES}; printf 'no newline' >&2")).await;
@@ -198,7 +199,7 @@ async fn everything_an_engine_prints_is_in_its_log_when_its_end_is_reported() {
 }
 
 #[tokio::test]
-async fn an_engine_starts_with_a_session_default_signals_and_no_stdin() {
+async fn an_engine_starts_in_a_clean_session() {
     let mut bench = Bench::new().await;
     let leader = bench
         .spawn("cat; grep -E '^Sig(Blk|Ign)' /proc/self/status; readlink /proc/self/fd/0; cut -d' ' -f6 /proc/$$/stat")
@@ -216,7 +217,7 @@ async fn an_engine_starts_with_a_session_default_signals_and_no_stdin() {
 }
 
 #[tokio::test]
-async fn a_program_that_is_not_there_is_a_failed_spawn() {
+async fn a_missing_program_is_a_failed_spawn() {
     let mut bench = Bench::new().await;
     let Command::Spawn(mut wrong) = spawn("", &bench.mark, &bench.log()) else {
         unreachable!()
@@ -230,7 +231,7 @@ async fn a_program_that_is_not_there_is_a_failed_spawn() {
 }
 
 #[tokio::test]
-async fn a_second_start_of_an_engine_that_is_still_there_is_refused() {
+async fn a_second_start_of_a_living_engine_is_refused() {
     let mut bench = Bench::new().await;
     bench.spawn("exec sleep 1000").await;
     bench
@@ -262,7 +263,7 @@ async fn shared_memory_of_a_killed_tree_is_removed() {
 }
 
 #[tokio::test]
-async fn signals_of_the_terminal_do_not_end_the_shim() {
+async fn terminal_signals_do_not_end_the_shim() {
     let mut bench = Bench::new().await;
     let shim = Pid::from_raw(bench.shim.pid().try_into().unwrap());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
@@ -273,11 +274,11 @@ async fn signals_of_the_terminal_do_not_end_the_shim() {
 }
 
 #[tokio::test]
-async fn a_shutdown_kills_what_is_left_and_ends_the_shim() {
+async fn a_shutdown_kills_the_rest_and_ends_the_shim() {
     let mut bench = Bench::new().await;
     bench.spawn_stubborn("wait").await;
     bench.shim.send(&Command::Shutdown).unwrap();
-    while timeout(PATIENCE, bench.shim.event()).await.unwrap().is_ok() {}
+    while timeout(DEADLINE, bench.shim.event()).await.unwrap().is_ok() {}
     bench.shim.ended().await;
     assert_eq!(marked(&bench.mark), []);
 }
@@ -289,14 +290,14 @@ async fn nothing_is_left_when_the_shim_is_killed() {
         bench.spawn_stubborn(then).await;
         let shim = Pid::from_raw(bench.shim.pid().try_into().unwrap());
         kill(shim, Signal::SIGKILL).unwrap();
-        while timeout(PATIENCE, bench.shim.event()).await.unwrap().is_ok() {}
+        while timeout(DEADLINE, bench.shim.event()).await.unwrap().is_ok() {}
         assert_eq!(bench.shim.sweep().await, []);
         assert_eq!(marked(&bench.mark), [], "leader: {then}");
     }
 }
 
 #[tokio::test]
-async fn nothing_is_left_when_xpyd_is_killed_and_engines_that_served_are_asked_first() {
+async fn killing_xpyd_terminates_engines_gracefully() {
     for settled in [false, true] {
         let folder = tempfile::tempdir().unwrap();
         let mut xpyd = Process::new(std::env::current_exe().unwrap())

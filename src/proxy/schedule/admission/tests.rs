@@ -1,29 +1,15 @@
 //! Tests of weights, of engines' limits, and of the queue: no waiter is lost, overtaken or starved.
 
-use std::sync::Arc;
-
 use proptest::prelude::*;
 
 use super::*;
-use crate::fleet::{Endpoint, EngineState, Load, Role};
+use crate::fleet::Role;
 use crate::proxy::body::media::condensed;
 
 fn engine(index: usize, incarnation: u32) -> EngineView {
     EngineView {
-        id: EngineId::new(Role::Decode, index),
-        role: Role::Decode,
         incarnation: Incarnation(incarnation),
-        state: EngineState::Ready,
-        endpoint: Endpoint {
-            host: "127.0.0.1".into(),
-            port: 1,
-            tensor_parallel: 1,
-            receiver: None,
-        },
-        pid: None,
-        reason: None,
-        restart_at: None,
-        load: Arc::new(Load::default()),
+        ..EngineView::fixture(Role::Decode, index)
     }
 }
 

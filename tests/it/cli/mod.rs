@@ -1,0 +1,10 @@
+//! Commands as a user runs them.
+
+mod command_line;
+mod control_socket;
+mod doctor;
+mod environment;
+mod proxy_command;
+mod sim_command;
+mod status;
+mod up;

@@ -1,0 +1,6 @@
+//! Checks of the repository itself: its sources, documents and hints.
+
+mod clocks;
+mod documents;
+mod hints;
+mod tidy;

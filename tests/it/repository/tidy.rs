@@ -1,0 +1,347 @@
+//! Invariants of the code itself: who may import whom, how long a file may be, who prints.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// What each module may import of the others. ARCHITECTURE.md says why; a new arrow is a change of the design.
+const ALLOWED: &[(&str, &[&str])] = &[
+    ("fleet", &[]),
+    ("private", &[]),
+    ("log_file", &["fleet", "private"]),
+    ("own_log", &["fleet", "log_file"]),
+    ("report", &[]),
+    ("signals", &[]),
+    ("sockets", &[]),
+    ("span", &[]),
+    ("service", &["span"]),
+    ("samples", &[]),
+    ("wire", &[]),
+    ("zmtp", &[]),
+    ("connector", &["fleet"]),
+    ("engine", &["connector", "fleet"]),
+    ("machine", &["report"]),
+    ("profile", &["connector", "engine", "fleet", "service", "span"]),
+    (
+        "plan",
+        &["connector", "engine", "fleet", "machine", "profile", "service"],
+    ),
+    (
+        "preflight",
+        &["connector", "engine", "fleet", "machine", "plan", "profile"],
+    ),
+    (
+        "supervisor",
+        &[
+            "fleet", "log_file", "plan", "private", "report", "samples", "signals", "sockets",
+        ],
+    ),
+    (
+        "proxy",
+        &[
+            "connector",
+            "fleet",
+            "private",
+            "report",
+            "samples",
+            "service",
+            "wire",
+            "zmtp",
+        ],
+    ),
+    ("control", &["fleet", "private", "report", "sockets"]),
+    ("logs", &["engine", "fleet", "private", "report"]),
+    ("bench", &["report", "wire"]),
+    ("sim", &["report", "signals", "zmtp"]),
+    ("ui", &["bench", "fleet", "report"]),
+    (
+        "app",
+        &[
+            "control",
+            "engine",
+            "fleet",
+            "logs",
+            "machine",
+            "plan",
+            "private",
+            "proxy",
+            "report",
+            "samples",
+            "signals",
+            "supervisor",
+            "ui",
+        ],
+    ),
+    (
+        "cli",
+        &[
+            "app",
+            "bench",
+            "connector",
+            "control",
+            "engine",
+            "fleet",
+            "logs",
+            "machine",
+            "own_log",
+            "plan",
+            "preflight",
+            "private",
+            "profile",
+            "proxy",
+            "report",
+            "service",
+            "signals",
+            "sim",
+            "span",
+            "supervisor",
+            "ui",
+        ],
+    ),
+];
+
+/// The folders of the proxy, from the top. A folder imports only those below it, so a completion walks in one direction.
+const PROXY_FOLDERS: [&str; 8] = [
+    "server",
+    "canary",
+    "request",
+    "transfer",
+    "schedule",
+    "telemetry",
+    "upstream",
+    "body",
+];
+
+/// Lines that a file may have.
+const MAX_LINES: usize = 600;
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").path())
+    {
+        if entry.is_dir() {
+            found.extend(sources(&entry));
+        } else if entry.extension().is_some_and(|extension| extension == "rs") {
+            found.push(entry);
+        }
+    }
+    found.sort();
+    found
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Path relative to `src`, module, and text of every source file.
+fn modules() -> Vec<(String, String, String)> {
+    let src = root().join("src");
+    sources(&src)
+        .into_iter()
+        .map(|path| {
+            let name = path.strip_prefix(&src).expect("below src").display().to_string();
+            let module = name
+                .split('/')
+                .next()
+                .unwrap_or_default()
+                .trim_end_matches(".rs")
+                .to_owned();
+            (name, module, std::fs::read_to_string(&path).expect("a file"))
+        })
+        .collect()
+}
+
+/// Top-level modules that a text names after `crate::`, grouped imports included.
+fn imported(text: &str) -> Vec<String> {
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let joined = code.collect::<Vec<_>>().join("\n");
+    let mut names = Vec::new();
+    for rest in joined.split("crate::").skip(1) {
+        if let Some(group) = rest.strip_prefix('{') {
+            let mut depth = 0;
+            let mut name = String::new();
+            for character in group.chars() {
+                match character {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => names.push(std::mem::take(&mut name)),
+                    _ if depth == 0 => name.push(character),
+                    _ => {}
+                }
+            }
+            names.push(name);
+        } else {
+            names.push(rest.to_owned());
+        }
+    }
+    names
+        .into_iter()
+        .map(|name| {
+            name.trim()
+                .chars()
+                .take_while(|c| c.is_ascii_lowercase() || *c == '_')
+                .collect::<String>()
+        })
+        .filter(|name| !name.is_empty())
+        .collect()
+}
+
+#[test]
+fn imports_go_down_only() {
+    let table: BTreeMap<&str, &[&str]> = ALLOWED.iter().copied().collect();
+    let mut wrong = Vec::new();
+    for (name, module, text) in modules() {
+        if ["lib", "main"].contains(&module.as_str()) {
+            continue;
+        }
+        let allowed = table
+            .get(module.as_str())
+            .unwrap_or_else(|| panic!("`{module}` is not in the import table"));
+        for import in imported(&text) {
+            if import != module && table.contains_key(import.as_str()) && !allowed.contains(&import.as_str()) {
+                wrong.push(format!("{name} imports `{import}`"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "forbidden imports:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn folders_of_the_proxy_import_only_those_below_them() {
+    let level = |folder: &str| PROXY_FOLDERS.iter().position(|name| *name == folder);
+    let mut wrong = Vec::new();
+    for (name, _, text) in modules() {
+        let folder = name.strip_prefix("proxy/").and_then(|path| path.split('/').next());
+        let Some(own) = folder.and_then(level) else {
+            continue;
+        };
+        for path in text.split("crate::proxy::").skip(1) {
+            let import = path.split(|c: char| !c.is_ascii_lowercase()).next().unwrap_or_default();
+            if level(import).is_some_and(|other| other < own) {
+                wrong.push(format!("{name} imports `{import}`"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "imports of a folder above:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_import_table_has_no_cycle() {
+    let order: Vec<&str> = ALLOWED.iter().map(|(module, _)| *module).collect();
+    for (index, (module, allowed)) in ALLOWED.iter().enumerate() {
+        for import in *allowed {
+            let position = order
+                .iter()
+                .position(|name| name == import)
+                .expect("a module of the table");
+            assert!(
+                position < index,
+                "`{module}` may import `{import}`, which stands above it"
+            );
+        }
+    }
+}
+
+#[test]
+fn files_are_short_and_start_with_a_doc_comment() {
+    let tests = sources(&root().join("tests"));
+    let all = sources(&root().join("src")).into_iter().chain(tests);
+    for path in all {
+        let text = std::fs::read_to_string(&path).expect("a file");
+        let lines = text.lines().count();
+        assert!(
+            lines <= MAX_LINES,
+            "{} has {lines} lines, and {MAX_LINES} are the limit",
+            path.display()
+        );
+        assert!(text.starts_with("//!"), "{} does not begin with `//!`", path.display());
+    }
+}
+
+#[test]
+fn only_ui_writes_to_the_terminal() {
+    // The simulated engine is a program of its own: its log is its output. Two files speak to a parent process, and the log of
+    // `xpyd proxy` is its standard error.
+    let exempt = ["sim/log.rs", "sim/process.rs", "cli/detach.rs", "own_log.rs"];
+    for (name, _, text) in modules() {
+        let writes = [
+            "println!",
+            "eprintln!",
+            "print!(",
+            "io::stdout()",
+            "io::stderr()",
+            "anstream::std",
+        ];
+        let found = writes.iter().find(|write| {
+            text.lines()
+                .any(|line| !line.trim_start().starts_with("//") && line.contains(**write))
+        });
+        assert!(
+            found.is_none() || name.starts_with("ui/") || exempt.contains(&name.as_str()),
+            "{name} uses {found:?}; print through `ui::Printer`"
+        );
+    }
+}
+
+#[test]
+fn tests_do_not_sleep() {
+    for path in sources(&root().join("tests")) {
+        let text = std::fs::read_to_string(&path).expect("a file");
+        // Split, so that this line does not find itself.
+        for sleep in [concat!("thread::", "sleep("), concat!("time::", "sleep(")] {
+            assert!(
+                !text.contains(sleep),
+                "{} sleeps; wait for what the test needs, with a deadline",
+                path.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn no_local_paths_are_committed() {
+    let own = concat!("/wo", "rk/");
+    let files = [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "STYLE.md",
+        "SECURITY.md",
+        "Cargo.toml",
+    ];
+    let pages = std::fs::read_dir(root().join("docs")).expect("docs").flatten();
+    let named = files
+        .iter()
+        .map(|name| root().join(name))
+        .chain(pages.map(|page| page.path()));
+    let code = sources(&root().join("src"))
+        .into_iter()
+        .chain(sources(&root().join("tests")));
+    for path in named.chain(code) {
+        let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        assert!(!text.contains(own), "{} names a path of one machine", path.display());
+    }
+}
+
+#[test]
+fn logs_contain_no_rust_debug_output() {
+    for (name, _, text) in modules() {
+        let dumps = text.split("tracing::").skip(1).filter(|call| {
+            let is_read = ["info!(", "warn!(", "error!("]
+                .iter()
+                .any(|level| call.starts_with(level));
+            let arguments = call.split(");").next().unwrap_or_default();
+            // `?value` or `name = ?value` among the fields, which come before the message.
+            let fields = arguments.split('"').next().unwrap_or_default();
+            is_read && fields.contains('?')
+        });
+        assert_eq!(
+            dumps.count(),
+            0,
+            "{name} writes a value with `?` into a log that people read: `%` writes its words"
+        );
+    }
+}

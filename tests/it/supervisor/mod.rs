@@ -1,0 +1,14 @@
+//! The supervisor, its shim, and engines that restart, join, leave and outlive it.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod detach_attach;
+mod engine_access;
+mod fleet;
+mod kv_blame;
+mod lmcache_mp;
+mod ports;
+mod processes;
+mod restart;
+mod scale;
+mod shim;

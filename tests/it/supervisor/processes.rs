@@ -1,0 +1,33 @@
+//! Finds the processes that a test has started, wherever they ended up.
+
+use std::path::Path;
+
+/// The variable by which a test finds the processes it has started, wherever they ended up.
+pub(super) const MARK: &str = "XPYD_TEST_MARK";
+
+/// The processes that carry the mark, by id and name. The dead that wait for their parent have no environment any more.
+pub(super) fn marked(mark: &str) -> Vec<(u32, String)> {
+    let wanted = format!("{MARK}={mark}");
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/environ")).is_ok_and(|environment| {
+                environment
+                    .split(|byte| *byte == 0)
+                    .any(|variable| variable == wanted.as_bytes())
+            })
+        })
+        .map(|pid| {
+            (
+                pid,
+                std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default(),
+            )
+        })
+        .collect()
+}
+
+pub(super) fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
