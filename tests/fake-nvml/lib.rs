@@ -1,8 +1,8 @@
-//! A `libnvidia-ml.so` that says what a file says: tests build it with `rustc` and let xpyd load it.
+//! A `libnvidia-ml.so` that reports the contents of a file. Tests build it with `rustc` and let xpyd load it.
 //!
-//! `XPYD_FAKE_NVML` names the file, a small part of TOML: `[sections]`, and `key = value` with numbers, `true` and
-//! `"texts"`. `[gpu.0]`, `[gpu.0.process.0]` and `[gpu.0.mig.0]` describe cards; `[engines]` lets the workers of engines
-//! that run hold memory, as their `CUDA_VISIBLE_DEVICES` says. `fail = "nvmlName,…"` makes calls fail.
+//! `XPYD_FAKE_NVML` names the file, a subset of TOML: `[sections]`, and `key = value` with numbers, `true` and `"texts"`.
+//! `[gpu.0]`, `[gpu.0.process.0]` and `[gpu.0.mig.0]` describe GPUs. With `[engines]`, workers of running engines use memory
+//! on the GPUs of their `CUDA_VISIBLE_DEVICES`. `fail = "nvmlName,…"` makes calls fail.
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ const NOT_FOUND: c_uint = 6;
 const INSUFFICIENT_SIZE: c_uint = 7;
 const UNKNOWN: c_uint = 999;
 
-/// What the file says: section and key, with the value as text.
+/// The contents of the file: section and key, with the value as text.
 type Script = BTreeMap<(String, String), String>;
 
 fn script() -> Script {
@@ -51,13 +51,13 @@ fn exists(section: &str) -> bool {
     script().contains_key(&(section.to_owned(), String::new()))
 }
 
-/// The code with which a call is to fail.
+/// The error code of a call that must fail.
 fn failure(call: &str) -> Option<c_uint> {
     let fails = text("", "fail")?.split(',').any(|name| name.trim() == call);
     fails.then(|| number("", "fail_with").map_or(UNKNOWN, |code| code as c_uint))
 }
 
-/// A card or a slice. As a handle, its number and one.
+/// A GPU or a MIG slice. Its handle is its number plus one.
 #[derive(Clone, Copy, PartialEq)]
 struct Device {
     card: usize,
@@ -118,7 +118,7 @@ fn devices() -> Vec<Device> {
         .collect()
 }
 
-/// A worker of an engine, and since when it is gone.
+/// A worker of an engine, and the time of its end.
 struct Worker {
     uuid: String,
     gone: Option<Instant>,
@@ -126,7 +126,7 @@ struct Worker {
 
 static WORKERS: Mutex<BTreeMap<u32, Worker>> = Mutex::new(BTreeMap::new());
 
-/// Pids and memory in MiB of everything on the device.
+/// The process ids on the device and their memory in MiB.
 fn processes(device: Device) -> Vec<(u32, u64)> {
     let named = (0..)
         .map(|process| format!("{}.process.{process}", device.section()))
@@ -208,7 +208,7 @@ fn remember(workers: &mut BTreeMap<u32, Worker>) {
     }
 }
 
-/// Answers a call, unless it is to fail.
+/// Runs a call, unless it must fail.
 fn answer(call: &str, work: impl FnOnce() -> Result<(), c_uint>) -> c_uint {
     match failure(call) {
         Some(code) => code,
@@ -469,7 +469,7 @@ pub unsafe extern "C" fn nvmlDeviceGetCpuAffinityWithinScope(
 ) -> c_uint {
     answer("nvmlDeviceGetCpuAffinityWithinScope", || {
         let mask = unsafe { std::slice::from_raw_parts_mut(mask, size as usize) };
-        // 32 CPUs a node.
+        // 32 CPUs per NUMA node.
         mask[Device::of(device).node() as usize / 2] = 0xffff_ffff << (Device::of(device).node() % 2 * 32);
         Ok(())
     })
@@ -520,7 +520,7 @@ pub unsafe extern "C" fn nvmlDeviceGetFieldValues(device: *mut c_void, count: c_
                 }
             };
             let value = number(&Device::of(device).section(), key).unwrap_or(0);
-            // An unsigned int, which lies in the first half of the union.
+            // An unsigned int, in the first half of the union.
             (field.kind, field.result, field.value) = (1, SUCCESS, value);
         }
         Ok(())
@@ -556,7 +556,7 @@ pub unsafe extern "C" fn nvmlDeviceGetP2PStatus(
 ) -> c_uint {
     answer("nvmlDeviceGetP2PStatus", || {
         let linked = Device::of(one).lists("nvlink", Device::of(other));
-        // Kind 2 is NVLink; status 5 says that it is not supported.
+        // Kind 2 is NVLink. Status 5 means not supported.
         unsafe { *status = if kind == 2 && linked { 0 } else { 5 } };
         Ok(())
     })

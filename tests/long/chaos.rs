@@ -1,6 +1,6 @@
-//! A fleet under load while everything goes wrong that can: no hang, no wrong answer, no KV left behind.
+//! Chaos runs: a fleet under load while engines are killed, frozen and restarted. No hang, no wrong answer, no KV left.
 //!
-//! What happens is drawn from a seed. `XPYD_CHAOS_SEEDS=20` tries more of them, `XPYD_CHAOS_SEED=7` that very one.
+//! A seed decides the disruptions. `XPYD_CHAOS_SEEDS=20` tries 20 seeds, `XPYD_CHAOS_SEED=7` repeats one.
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, TcpStream};
@@ -20,25 +20,25 @@ const CLIENTS: usize = 6;
 const REQUESTS: usize = 12;
 const DISRUPTIONS: usize = 5;
 
-/// Tokens of every answer. At 5 ms each, an engine can die in between.
+/// The number of tokens of every answer. At 5 ms each, an engine can die in the middle.
 const TOKENS: usize = 40;
 
-/// A prompt and the only right answer to it.
+/// A prompt and its only right answer.
 struct Question {
     prompt: String,
     answer: String,
 }
 
-/// What a client does.
+/// How a client reads its response.
 #[derive(Debug, Clone, Copy)]
 enum ClientBehaviour {
     Whole,
     Stream,
-    /// Leaves after so many milliseconds.
+    /// Disconnects after this number of milliseconds.
     Disconnect(u64),
 }
 
-/// Seeds to try.
+/// The seeds to run.
 fn seeds() -> Vec<u64> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
     match number("XPYD_CHAOS_SEED") {
@@ -121,7 +121,7 @@ fn chaos_run(seed: u64, connector: &[&str]) {
     assert_eq!(env.processes(), []);
 }
 
-/// Prompts from a word to several chunks of KV, with the answers of one engine alone.
+/// Prompts from one word to several KV chunks, with the answers of one engine alone.
 fn questions(env: &TestEnv, seed: u64) -> Vec<Question> {
     let lengths = [1, 40, 400, 900, 1500, 4000];
     let prompts = lengths.iter().map(|words| format!("{seed} {}", "word ".repeat(*words)));
@@ -133,8 +133,8 @@ fn questions(env: &TestEnv, seed: u64) -> Vec<Question> {
         .collect()
 }
 
-/// One engine after the other is killed, frozen or restarted, as soon as the fleet is whole again; so one of each role
-/// lives all the time.
+/// Kills, freezes or restarts one engine at a time, and waits until the fleet is complete again, so that one engine of each
+/// role is always alive.
 fn disrupt(env: &TestEnv, seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let mut half_open = Vec::new();
@@ -156,7 +156,7 @@ fn disrupt(env: &TestEnv, seed: u64) {
                 continue;
             }
         }
-        // A frozen engine counts as ready until it is found out.
+        // A frozen engine counts as ready until xpyd detects it.
         wait_for("the next incarnation", || {
             let status = status(env);
             let engines = status["engines"].as_array().cloned().unwrap_or_default();
@@ -177,7 +177,7 @@ fn status(env: &TestEnv) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
-/// The engines of a status, for people.
+/// The engines of a status as text.
 fn states(status: &Value) -> String {
     let engines = status["engines"].as_array().into_iter().flatten();
     let lines = engines.map(|engine| {
@@ -193,7 +193,7 @@ fn states(status: &Value) -> String {
     lines.collect::<Vec<_>>().join("; ")
 }
 
-/// Names, incarnations and leaders.
+/// The name, the incarnation and the leader of each engine.
 fn engines(env: &TestEnv) -> Vec<(String, i64, Pid)> {
     let status = status(env);
     let engines = status["engines"].as_array().expect("a list").iter();
@@ -237,7 +237,7 @@ fn assert_nothing_is_left(env: &TestEnv, seed: u64) {
     });
 }
 
-/// One client's requests, one after the other.
+/// Sends the requests of one client, one at a time.
 fn send_requests(env: &TestEnv, questions: &[Question], seed: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -254,7 +254,7 @@ fn send_requests(env: &TestEnv, questions: &[Question], seed: u64) {
         };
         let body = json!({"model": MODEL, "prompt": question.prompt, "temperature": 0, "max_tokens": TOKENS,
             "stream": !matches!(behaviour, ClientBehaviour::Whole)});
-        // A connection of its own, so that leaving closes it.
+        // A separate connection, which closes when the client disconnects.
         let request = reqwest::Client::new()
             .post(&url)
             .header("content-type", "application/json")
@@ -279,7 +279,7 @@ fn send_requests(env: &TestEnv, questions: &[Question], seed: u64) {
     }
 }
 
-/// Checks an answer. Whoever has got no byte yet must be answered; a stream may end with an honest error event.
+/// Checks a response. A request without any byte yet must succeed. A started stream is allowed to end with an error event.
 async fn check_response(
     request: impl Future<Output = reqwest::Result<reqwest::Response>>,
     question: &Question,

@@ -1,6 +1,6 @@
-//! What takes the kernel's help to provoke: a process that SIGKILL does not end, and process ids that come again.
+//! Faults that need the kernel's help: a process that SIGKILL does not end, and reused process ids.
 //!
-//! Both need rights that not every machine gives; without them the tests print `SKIPPED` and prove nothing.
+//! Both need rights that not every machine grants. Without them the tests report `SKIPPED` through [`skipped`].
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -20,11 +20,12 @@ use crate::support::{DEADLINE, TestEnv, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
 
-/// A freezer of cgroup version 1: what is frozen in it waits in the kernel, state `D`, whatever signal it gets.
+/// A freezer of cgroup version 1. A frozen process waits in the kernel in state `D`, and no signal ends it; cgroup version 2
+/// lets SIGKILL end frozen processes, so it cannot replace this.
 struct Freezer(PathBuf);
 
 impl Freezer {
-    /// `None` where there is no such hierarchy, or this user may not make one.
+    /// Returns `None` if there is no such hierarchy, or the user is not allowed to create a group in it.
     fn new(purpose: &str) -> Option<Self> {
         let mounts = std::fs::read_to_string("/proc/mounts").ok()?;
         let is_freezer = |options: &str| options.split(',').any(|option| option == "freezer");
@@ -54,7 +55,7 @@ impl Freezer {
 impl Drop for Freezer {
     fn drop(&mut self) {
         self.set("THAWED");
-        // The kernel lets go of a process some moments after it has ended.
+        // The kernel removes a process from the group shortly after its end.
         let give_up = Instant::now() + DEADLINE;
         while std::fs::remove_dir(&self.0).is_err() && Instant::now() < give_up {
             std::thread::yield_now();
@@ -92,7 +93,7 @@ async fn an_unkillable_process_is_named_and_not_called_stopped() {
         "{text}"
     );
     drop(freezer);
-    // The signal was waiting for it.
+    // The pending SIGKILL ends the process.
     env.wait_until_empty();
 }
 
@@ -134,7 +135,7 @@ fn read(path: &Path) -> String {
 
 const IN_NAMESPACE: &str = "XPYD_TEST_PID_NAMESPACE";
 
-/// So few process ids that each comes again within a moment.
+/// A limit of process ids that is so small that ids are reused within a moment.
 const MOST_PIDS: &str = "400";
 
 #[test]
@@ -145,7 +146,7 @@ fn a_kill_never_hits_a_reused_pid() {
         .args(["sh", "-c", "echo 400 > /proc/sys/kernel/pid_max"])
         .output()
         .is_ok_and(|output| output.status.success());
-    // Before Linux 6.14 the limit is the whole machine's, which is not ours to change.
+    // Before Linux 6.14 the limit applies to the whole machine, which the test must not change.
     let outside: u32 = read(Path::new("/proc/sys/kernel/pid_max")).trim().parse().unwrap();
     if !may || outside <= 400 {
         skipped(
@@ -165,7 +166,7 @@ fn a_kill_never_hits_a_reused_pid() {
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
-/// Not a test by itself: the inside of the one above.
+/// Not a test by itself: the part of the test above that runs in the namespace.
 #[tokio::test]
 #[ignore = "run by another test"]
 async fn in_a_namespace() {
@@ -177,8 +178,8 @@ async fn in_a_namespace() {
     let mut shim = Shim::start(Path::new(PROGRAM), &folder.path().join("shim.log"))
         .await
         .unwrap();
-    // Its child in a session of its own is known as a member before it ends.
-    // Ids below 300 never come again. The orphan is the shim's to reap, which makes it look at the tree.
+    // Its child in another session is known as a member of the tree before it ends.
+    // Ids below 300 are never reused. The shim reaps the orphan, which makes it read the tree.
     let victim = "while [ $(sh -c 'echo $$') -lt 310 ]; do :; done; \
                   setsid sleep 1000 & echo $! > child; (true &); read line < gate; kill -9 $!; wait $!; echo gone > gone; exec sleep 1000";
     nix::unistd::mkfifo(&folder.path().join("gate"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -189,7 +190,7 @@ async fn in_a_namespace() {
     })
     .await;
     let child: u32 = read(&folder.path().join("child")).trim().parse().unwrap();
-    // The other engine takes ids until it has that one.
+    // The other engine uses up ids until it has the child's.
     let other = format!(
         "read line < start; while :; do sleep 1000 & \
          if [ $! = {child} ]; then echo $! > taken; exec sleep 1000; fi; kill -9 $!; wait $!; done"
@@ -207,14 +208,14 @@ async fn in_a_namespace() {
     })
     .unwrap();
     while !matches!(event(&mut shim).await, Event::TreeEmpty { engine, .. } if engine == EngineId::named("decoder1")) {}
-    // It may still be on its way from the shell to `sleep`. What was hit never gets there.
+    // The process can still be between fork and `exec` of `sleep`. A killed process never gets there.
     until("the other engine's process sleeps", || {
         read(Path::new(&format!("/proc/{child}/stat"))).contains("(sleep) S")
     })
     .await;
 }
 
-/// Starts a script in `folder`, with its log there.
+/// The command that starts a script in `folder`, with its log there.
 fn spawn(folder: &Path, engine: &str, script: &str) -> Command {
     Command::Spawn(Spawn {
         engine: EngineId::named(engine),

@@ -1,4 +1,4 @@
-//! Floods: an engine that prints as fast as it can, through rotation, restarts and the death of xpyd. Every line counts.
+//! Log floods: an engine prints as fast as it can, over rotations, restarts and the death of xpyd. No line is lost.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -17,10 +17,10 @@ use xpyd::supervisor::shim::protocol::{Command, Event, Keep, Spawn};
 use crate::skipped;
 use crate::support::{DEADLINE, TestEnv, wait_for};
 
-/// About 20 MB of numbered lines in each of two incarnations.
+/// The number of lines per incarnation, about 20 MB.
 const LINES: u64 = 2_500_000;
 
-/// Rotates some twenty times per incarnation, and keeps everything.
+/// Log limits with about twenty rotations per incarnation, which keep all files.
 const LIMITS: LogLimits = LogLimits {
     file_bytes: 1 << 20,
     files: 1000,
@@ -79,13 +79,13 @@ impl Flood {
         timeout(DEADLINE, self.shim.event()).await.unwrap().unwrap()
     }
 
-    /// Waits until nothing of the engine is left, so that all it printed is in the log.
+    /// Waits until no process of the engine is left, so that its whole output is in the log.
     async fn end(&mut self) {
         while !matches!(self.event().await, Event::TreeEmpty { .. }) {}
     }
 }
 
-/// Reads until there is a line that says `end`, and checks that the numbers before it count from 1 to `last`, `times` times.
+/// Reads until a line is `end`, and checks that the numbers before it count from 1 to `last`, `times` times.
 fn count_on(mut follower: Follower, last: u64, times: u64) {
     let (_never, pause) = std::sync::mpsc::channel::<()>();
     let (mut seen, mut quiet) = (0, Duration::ZERO);
@@ -124,7 +124,7 @@ fn numbered_files(folder: &Path) -> usize {
 async fn no_line_is_lost_over_rotations_and_a_restart() {
     let mut flood = Flood::new().await;
     let follower = Follower::from_start(&flood.log());
-    // Reads along while the files are renamed under it.
+    // The reader follows while the files are renamed.
     let along = std::thread::spawn(move || count_on(follower, LINES, 2));
     for _ in 0..2 {
         flood.start(&format!("seq 1 {LINES}"), LIMITS).await;
@@ -145,7 +145,7 @@ async fn no_line_is_lost_over_a_detach_and_attach() {
         run_dir: flood.folder.path().to_owned(),
     };
     flood.shim.send(&Command::Keep(keep)).unwrap();
-    // It prints on until it has been attached to.
+    // The engine prints until another xpyd has attached.
     let attached = flood.folder.path().join("attached");
     let script = format!(
         "seq 1 {LINES}; until [ -e '{}' ]; do :; done; seq 1 {LINES}",
@@ -153,7 +153,7 @@ async fn no_line_is_lost_over_a_detach_and_attach() {
     );
     flood.start(&script, LIMITS).await;
     let Flood { shim, folder, .. } = flood;
-    // As the kernel does when xpyd is killed.
+    // The kernel closes the socket like this when xpyd is killed.
     drop(shim);
     let found = tokio::task::spawn_blocking(move || AttachableRun::find(&socket))
         .await
@@ -171,7 +171,7 @@ async fn no_line_is_lost_over_a_detach_and_attach() {
     count_on(Follower::from_start(&flood.log()), LINES, 2);
 }
 
-/// What a burst of a loading engine comes to: 40 MB without a build for speed, 300 MB with one.
+/// The size of a burst: 40 MB in a debug build, 300 MB in a release build.
 const BURST_LINES: u64 = if cfg!(debug_assertions) { 400_000 } else { 3_000_000 };
 
 #[tokio::test]
@@ -181,7 +181,7 @@ async fn a_burst_of_long_stderr_lines_is_complete() {
         file_bytes: 8 << 20,
         ..LIMITS
     };
-    // 100 bytes a line, first all on stderr, then on stdout: an engine that is read on one of them only would hang.
+    // 100 bytes per line, first on stderr, then on stdout. An engine would hang if only one of them was read.
     let half = BURST_LINES / 2;
     let padding = "x".repeat(90);
     let script = format!(
@@ -238,7 +238,7 @@ const FULL_DISK: &str = "XPYD_TEST_FULL_DISK";
 #[test]
 fn a_full_disk_drops_counted_output_and_no_engine() {
     let disk = tempfile::tempdir().unwrap();
-    // In a mount namespace of its own, which ends with it.
+    // The test runs in its own mount namespace, which ends with it.
     let script = "mount -t tmpfs -o size=4m xpyd-test \"$0\" && exec \"$@\"";
     let inside = |program: &std::ffi::OsStr, arguments: &[&str]| {
         let mut unshare = std::process::Command::new("unshare");
@@ -267,7 +267,7 @@ fn a_full_disk_drops_counted_output_and_no_engine() {
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
-/// Not a test by itself: the inside of the one above.
+/// Not a test by itself: the part of the test above that runs in the namespace.
 #[tokio::test]
 #[ignore = "run by another test"]
 async fn on_a_full_disk() {
@@ -278,7 +278,7 @@ async fn on_a_full_disk() {
     let gate = flood.folder.path().join("gate");
     let ballast = disk.join("ballast");
     std::fs::write(&ballast, vec![0; 3 << 20]).unwrap();
-    // More than the disk and a pipe take; then room is made, and the engine says one thing more.
+    // More than the disk and a pipe hold. Then the test frees space, and the engine prints one more line.
     let script = format!(
         "mkfifo '{0}'; seq 1 600000; read line <'{0}'; echo at last",
         gate.display()
@@ -291,7 +291,7 @@ async fn on_a_full_disk() {
     flood.shim.send(&Command::Spawn(spawn)).unwrap();
     assert!(matches!(flood.event().await, Event::Spawned { .. }));
     wait_for("the gate", || if gate.exists() { Ok(()) } else { Err(String::new()) });
-    // Opens once the engine reads, and it has printed everything by then.
+    // The pipe opens when the engine reads it, and by then the engine has printed everything.
     let gate = std::fs::OpenOptions::new().write(true).open(&gate).unwrap();
     std::fs::remove_file(&ballast).unwrap();
     drop(gate);
@@ -311,7 +311,7 @@ async fn last_lines_survive_the_death_of_xpyd() {
     let mut flood = Flood::new().await;
     let folder = flood.folder.path().to_owned();
     let gate = folder.join("gate");
-    // Goes on until xpyd is gone, and then prints some more.
+    // The engine runs until xpyd is gone, and then prints more lines.
     let script = format!(
         "trap '' TERM; mkfifo '{gate}'; seq 1 1000; read line <'{gate}'; seq 1001 300000",
         gate = gate.display()
@@ -343,7 +343,7 @@ async fn progress_bars_and_huge_lines_do_no_harm() {
         file_bytes: 1 << 16,
         ..LIMITS
     };
-    // A bar that is redrawn 20 000 times, and a line that is longer than a file may be.
+    // A progress bar with 20 000 updates, and a line that is longer than a log file.
     let script = "seq 1 20000 | awk '{ printf \"\\r%d%%|####\", $1 }'; echo; \
                   head -c 1000000 /dev/zero | tr '\\0' x; echo; echo 'INFO 11-22 21:50:42 [a.py:1] done'";
     flood.start(script, limits).await;

@@ -1,4 +1,4 @@
-//! The tests that take minutes: faults under load, every fault in every phase, floods of log lines.
+//! Tests that take minutes: chaos runs, the teardown matrix, log floods, and faults that need the kernel's help.
 //!
 //! `cargo test` leaves them out; `cargo test --test long` runs them.
 
@@ -13,8 +13,8 @@ mod measure;
 mod support;
 mod teardown_matrix;
 
-/// Says that a test proves nothing on this machine. Written past the test harness, which shows no output of tests that pass, and
-/// to the file that `.ci/run` prints at its end.
+/// Reports that a test cannot run on this machine. The line goes directly to standard error, because the test harness hides the
+/// output of passed tests, and to the file of `XPYD_SKIPPED_TESTS`, which `.ci/run` prints at its end.
 fn skipped(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: {reason}\n");
     let mut stderr = std::io::stderr();

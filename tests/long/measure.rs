@@ -1,4 +1,4 @@
-//! Not tests: what supervision costs and how long it takes, on simulated engines. They assert nothing about time.
+//! Measurements of supervision on simulated engines: durations, memory and throughput. They assert nothing about time.
 //!
 //! `cargo test --release --test long -- --ignored --nocapture --test-threads 1 measure::`
 
@@ -32,7 +32,7 @@ fn print_percentiles(what: &str, mut took: Vec<u128>) {
     );
 }
 
-/// From SIGKILL of xpyd until no process of four idle engines is left; and what xpyd, shim and monitor take idle.
+/// The time from SIGKILL of xpyd until no process of four idle engines is left, and the idle cost of xpyd, shim and monitor.
 #[test]
 #[ignore = "a measurement"]
 fn teardown_after_sigkill() {
@@ -65,7 +65,7 @@ fn teardown_after_sigkill() {
     print_percentiles("SIGKILL of xpyd to an empty tree of four engines", took);
 }
 
-/// From Ctrl+C until xpyd has ended, four idle engines.
+/// The time from Ctrl+C until xpyd has ended, with four idle engines.
 #[test]
 #[ignore = "a measurement"]
 fn graceful_stop() {
@@ -82,8 +82,8 @@ fn graceful_stop() {
     print_percentiles("Ctrl+C to the end of four engines", took);
 }
 
-/// From the start of `xpyd up` until it has seen `/health` of both of its instant engines, and until clients are served;
-/// and until the `/health` of one such engine alone.
+/// The time from the start of `xpyd up` until `/health` of both instant engines answers, and until clients are served. For
+/// comparison, the time until `/health` of one such engine without xpyd.
 #[test]
 #[ignore = "a measurement"]
 fn start() {
@@ -123,13 +123,13 @@ fn start() {
     print_percentiles("start of one engine to its /health, without xpyd", alone);
 }
 
-/// What the run says over its control socket, if it is there already.
+/// The status of the run over its control socket; empty if there is none yet.
 fn get_or_nothing(env: &TestEnv) -> String {
     let output = env.run(&["status", "--json"]);
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Bytes per second from an engine that prints as fast as it can, through the shim, to files that rotate.
+/// The log throughput in bytes per second, from an engine through the shim to rotated files.
 #[tokio::test]
 #[ignore = "a measurement"]
 async fn log_throughput() {

@@ -1,4 +1,4 @@
-//! Every fault in every phase under every signal: whatever is killed or asked to stop, nothing of a run is left.
+//! The teardown matrix: every engine fault, in every phase of a run, under every disruption. Nothing of a run is left.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -11,10 +11,10 @@ use nix::unistd::Pid;
 
 use crate::support::{MODEL, Run, TestEnv, wait_for};
 
-/// Fleets that are up at the same time in one test; they mostly wait.
+/// The number of concurrent fleets in one test. They mostly wait.
 const WORKERS: usize = 2;
 
-/// What is wrong with the engines.
+/// A fault of the engines.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     Nothing,
@@ -36,21 +36,21 @@ impl Fault {
     }
 }
 
-/// How far the run is.
+/// The phase of the run at the disruption.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Phase {
     Starting,
-    /// Engines are up, and a canary waits for KV that never comes.
+    /// The engines are up, and a canary waits for KV that never arrives.
     Verifying,
     Ready,
     Serving,
     Draining,
-    /// One of the two engines has failed and waits for its next start.
+    /// One of the two engines has failed and is in backoff.
     Backoff,
 }
 
 impl Phase {
-    /// What can be wrong in it. What engines themselves do with signals does not change with every phase.
+    /// The faults to test in this phase. How engines handle signals does not depend on the phase.
     fn faults(self) -> &'static [Fault] {
         match self {
             Self::Verifying | Self::Backoff => &[Fault::Nothing, Fault::Stray],
@@ -60,22 +60,22 @@ impl Phase {
 
     fn allows(self, disruption: Disruption) -> bool {
         match self {
-            // The simulated engine does not look at `EngineCore` before it serves.
+            // The simulated engine does not watch `EngineCore` before it serves.
             Self::Starting => disruption != Disruption::Kill(&[Victim::EngineCore]),
-            // An engine that fails as well is no end: it waits for its next start, too.
+            // A second failed engine does not end the run: it is in backoff, too.
             Self::Backoff => !matches!(disruption, Disruption::Kill([Victim::Leader | Victim::EngineCore])),
             _ => true,
         }
     }
 }
 
-/// What happens to it.
+/// A signal to the run, or the death of some of its processes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Disruption {
     Interrupt,
     TwoInterrupts,
     Terminate,
-    /// SIGKILL to all of these.
+    /// SIGKILL to all of these processes.
     Kill(&'static [Victim]),
 }
 
@@ -102,28 +102,28 @@ const DISRUPTIONS: [Disruption; 11] = [
     Disruption::Kill(&[Victim::EngineCore]),
 ];
 
-/// The exit codes that are right, where xpyd lives to give one.
+/// The allowed exit codes of xpyd; -1 if xpyd itself is killed.
 fn expected_exit_codes(phase: Phase, disruption: Disruption, fault: Fault) -> &'static [i32] {
     match disruption {
         Disruption::Kill(victims) if victims.contains(&Victim::Xpyd) => &[-1],
-        // An engine that fails while the run is ending is no news.
+        // An engine failure during the stop does not count.
         Disruption::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Draining => &[0],
         Disruption::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Starting => &[4],
-        // The canary that waits for the engine may fail before the engine has ended.
+        // The waiting canary can fail before the engine has ended.
         Disruption::Kill([Victim::Leader | Victim::EngineCore]) if phase == Phase::Verifying => &[4, 5],
-        // The run goes on without its monitor, until it is asked to end.
+        // The run continues without its shim monitor until it is stopped.
         Disruption::Kill([Victim::Monitor]) => &[0],
         Disruption::Kill(_) => &[1],
         Disruption::Interrupt if phase == Phase::Draining => &[130],
         Disruption::TwoInterrupts if phase == Phase::Draining => &[130],
         Disruption::Interrupt | Disruption::Terminate => &[0],
         Disruption::TwoInterrupts if phase == Phase::Serving || fault == Fault::IgnoreSigterm => &[130],
-        // The run may be over before the second one comes.
+        // The run can be over before the second signal arrives.
         Disruption::TwoInterrupts => &[0, 130],
     }
 }
 
-/// Goes through all cells of a phase.
+/// Checks all cells of a phase.
 #[expect(clippy::print_stdout, reason = "tells which cell failed where the failure does not")]
 fn check_phase(phase: Phase) {
     let faults = phase.faults().iter();
@@ -136,7 +136,7 @@ fn check_phase(phase: Phase) {
     std::thread::scope(|scope| {
         for _ in 0..WORKERS {
             scope.spawn(|| {
-                // One place for many cells: that the next `up` works is part of what is asserted.
+                // Cells share a test environment, which also asserts that the next `up` works.
                 let env = TestEnv::new();
                 loop {
                     let cell = cells.lock().expect("no cell failed").pop();
@@ -191,7 +191,7 @@ fn check_cell(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disruption)
         run.signal(Signal::SIGINT);
     }
     if phase == Phase::Draining {
-        // Its client leaves; otherwise a run that lost the other engine would rightly wait for this request.
+        // The client disconnects. Otherwise a run that lost the other engine would rightly wait for this request.
         drop(stream);
     }
     let (code, text) = run.end();
@@ -199,10 +199,10 @@ fn check_cell(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disruption)
         expected_exit_codes(phase, disruption, fault).contains(&code),
         "{cell}: {code}\n{text}"
     );
-    // What xpyd says must be true when it has said it; only without it the rest may take its time.
+    // When xpyd reports that nothing is left, that must be true. Only if xpyd was killed can the cleanup take longer.
     if code < 0 {
         env.wait_until_empty();
-        // The kernel closes sockets last.
+        // The kernel closes the sockets of a process last.
         wait_for("no listener", || {
             env.listener().map_or(Ok(()), |port| Err(port.to_string()))
         });
@@ -215,7 +215,7 @@ fn check_cell(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disruption)
     assert_eq!(env.run(&["status"]).status.code(), Some(8), "{cell}");
 }
 
-/// Starts a fleet and brings it to the phase.
+/// Starts a fleet, and waits until it is in the phase.
 fn start_in_phase(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disruption) -> (Run<'_>, Option<TcpStream>) {
     let mut faults: Vec<&str> = fault.setting().into_iter().collect();
     faults.push(match phase {
@@ -224,7 +224,7 @@ fn start_in_phase(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disrupt
         Phase::Ready | Phase::Serving | Phase::Draining | Phase::Backoff => "stall-decode=9",
     });
     let faults = format!("sim.faults={faults:?}");
-    // Who waits for a second signal must have the time for it.
+    // A run that waits for a second signal needs time for it.
     let drain = match (phase, disruption) {
         (Phase::Draining, _) | (_, Disruption::TwoInterrupts) => "deadlines.drain=60s",
         _ => "deadlines.drain=100ms",
@@ -233,7 +233,7 @@ fn start_in_phase(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disrupt
         (Phase::Ready, Disruption::TwoInterrupts) => "deadlines.stop=60s",
         _ => "deadlines.stop=300ms",
     };
-    // A killed engine would come back, and the run with it; tests of restarts are elsewhere.
+    // Without this, a killed engine restarts and the run continues. Other tests check restarts.
     let policy = match phase {
         Phase::Backoff => "restart.backoff=60s",
         _ => "restart.policy=never",
@@ -287,7 +287,7 @@ fn start_in_phase(env: &TestEnv, fault: Fault, phase: Phase, disruption: Disrupt
     (run, Some(stream))
 }
 
-/// A completion that has begun to stream and does not end.
+/// Starts an endless streamed completion.
 fn open_stream(port: u16) -> TcpStream {
     let body = format!(
         "{{\"model\":\"{MODEL}\",\"prompt\":\"a b c\",\"max_tokens\":500,\"ignore_eos\":true,\"stream\":true}}"
@@ -315,14 +315,14 @@ fn disrupt(env: &TestEnv, run: &mut Run<'_>, disruption: Disruption) {
         Disruption::TwoInterrupts => {
             run.signal(Signal::SIGINT);
             run.wait_for_line("press Ctrl+C again to force");
-            // It has not been waited for, so its id is its own even if it has ended.
+            // The test has not reaped the process, so its id is not reused even if it has ended.
             run.signal(Signal::SIGINT);
         }
         Disruption::Kill(victims) => {
             let processes = env.processes();
             let pids: Vec<i32> = victims.iter().map(|victim| victim.find(&processes)).collect();
             for pid in pids {
-                // The death of the one before may have ended this one already.
+                // The death of an earlier victim can have ended this one already.
                 let killed = kill(Pid::from_raw(pid), Signal::SIGKILL);
                 assert!(matches!(killed, Ok(()) | Err(Errno::ESRCH)), "{killed:?}");
             }
@@ -331,7 +331,7 @@ fn disrupt(env: &TestEnv, run: &mut Run<'_>, disruption: Disruption) {
 }
 
 impl Victim {
-    /// Its process id among these of a place.
+    /// The process id of the victim among the processes of a test environment.
     pub(crate) fn find(self, processes: &[(i32, String)]) -> i32 {
         let is_monitor = |pid: &i32| {
             std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == "xpyd-monitor")
@@ -347,7 +347,7 @@ impl Victim {
     }
 }
 
-/// The files in `/dev/shm` that processes of the place hold.
+/// The files in `/dev/shm` that processes of the test environment hold open.
 fn shared_memory(env: &TestEnv) -> Vec<PathBuf> {
     let held_by = |pid: i32| {
         let entries = std::fs::read_dir(format!("/proc/{pid}/fd"))

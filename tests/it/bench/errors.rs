@@ -140,7 +140,7 @@ fn say(mut connection: TcpStream, status: &str, kind: &str, body: &str) -> std::
     )
 }
 
-/// Standard output and standard error of a finished command.
+/// Exit code, standard output and standard error of a finished command.
 struct Seen {
     code: i32,
     data: String,

@@ -77,7 +77,7 @@ fn serve(connection: &TcpStream, seen: &Mutex<Vec<String>>, stream: &str) -> std
     )
 }
 
-/// Sends four small requests, and returns the detailed JSON result.
+/// Sends four small requests with `--json --save-detailed`.
 fn bench(env: &TestEnv, url: &str, more: &[&str]) -> Output {
     let fixed = [
         "bench",

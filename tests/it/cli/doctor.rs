@@ -295,7 +295,7 @@ fn left_engine(env: &TestEnv) -> (Unsupervised, u32) {
 #[test]
 fn an_engine_with_a_living_parent_is_never_reaped() {
     let env = TestEnv::new();
-    // The parent is this test, so xpyd must assume that the parent still manages it.
+    // The parent is alive and could manage this process, so xpyd must not kill it.
     let mut parent = Command::new("python3");
     parent
         .args([

@@ -1,4 +1,4 @@
-//! Causes: what xpyd makes of the logs of engines that failed, and what it prints when one does.
+//! Diagnosis of failed engines: which hint matches their logs, what xpyd prints, and whether it retries.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -9,7 +9,7 @@ use xpyd::logs::{Hint, Position, diagnose, first_error_in, hints};
 
 use crate::support::{Run, TestEnv, engine, kill_engine};
 
-/// The golden logs: `<entry>.log` or `<entry>.<variant>.log` for each entry of `hints.toml`.
+/// The golden logs: `<hint>.log` or `<hint>.<variant>.log` for each hint of `hints.toml`.
 fn golden() -> BTreeMap<String, PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/logs/hints");
     let files = std::fs::read_dir(folder).expect("the folder");
@@ -28,7 +28,7 @@ fn entry(name: &str) -> &'static Hint {
     found.unwrap_or_else(|| panic!("`{name}.log` belongs to no entry"))
 }
 
-/// How the engine ended whose failure an entry tells.
+/// How the engine of a golden log ended.
 fn exit(hint: &Hint) -> Option<Exit> {
     match (&hint.pattern, hint.signal) {
         (_, Some(signal)) => Some(Exit::Signal(signal)),
@@ -104,7 +104,7 @@ fn old_incarnations_and_missing_logs_match_no_hint() {
     );
 }
 
-/// What `xpyd up` prints after its engine `prefiller1` died at once, as after these last words.
+/// The output of `xpyd up` after its engine `prefiller1` died at once with this golden log.
 fn printed(last_words: Option<&str>) -> String {
     let env = TestEnv::new();
     let fault = match last_words {
@@ -115,7 +115,7 @@ fn printed(last_words: Option<&str>) -> String {
     let (code, text) = run.end();
     assert_eq!(code, 4, "{text}");
     let (_, failure) = text.split_once("error: ").unwrap_or_else(|| panic!("no error: {text}"));
-    // Which of the two engines dies first is chance, and the folder is another in each run.
+    // Either engine can die first, and each run has another folder.
     let logs = env.path().canonicalize().expect("the folder");
     let mut printed = format!("error: {failure}").replace("decoder1", "prefiller1");
     while let Some(start) = printed.find(" (/") {
@@ -138,7 +138,7 @@ fn an_unknown_failure_is_printed_with_its_first_real_error() {
     insta::assert_snapshot!(printed(None));
 }
 
-/// A fleet of two prefill and two decode engines that serves, and whose next starts all die with the log of this name.
+/// A serving fleet of two prefill and two decode engines. Every further start dies with the golden log of this name.
 fn later_starts_die_of(name: &str, env: &TestEnv, check: impl FnOnce(&mut Run<'_>)) -> String {
     let words = env.path().join("last-words.log");
     let fault = format!("sim.faults=[{:?}]", format!("die-saying={}", words.display()));
@@ -148,7 +148,7 @@ fn later_starts_die_of(name: &str, env: &TestEnv, check: impl FnOnce(&mut Run<'_
     kill_engine(env, "decoder1");
     check(&mut run);
     assert_eq!(engine(env, "decoder2")["state"], "ready");
-    // The other engine of the role goes the same way, and ends the run.
+    // The other engine of the role fails in the same way, which ends the run.
     kill_engine(env, "decoder2");
     let (code, text) = run.end();
     assert_eq!(code, if name == "port-http" { 6 } else { 1 }, "{text}");
@@ -168,7 +168,7 @@ fn a_permanent_failure_is_not_retried() {
     ] {
         let env = TestEnv::new();
         let text = later_starts_die_of(name, &env, |run| {
-            // Killed, which may be anybody's, so it starts again.
+            // A kill can come from any process, so xpyd restarts the engine.
             run.wait_for_line("the engine was killed from outside; it starts again in");
             run.wait_for_line("it is not started again");
             let failed = engine(&env, "decoder1");
@@ -182,7 +182,7 @@ fn a_permanent_failure_is_not_retried() {
             let status = String::from_utf8(env.run(&["status"]).stdout).expect("text");
             assert!(status.contains(title), "{status}");
         });
-        // What is printed in the end is what the last start said, with what to do about it.
+        // The final error shows the cause of the last start and its hint.
         let (_, ending) = text.split_once("error: no decode engine is left").expect("an ending");
         assert!(ending.contains(title) && ending.contains("hint:"), "{text}");
         assert!(!ending.contains("killed from outside"), "{text}");
@@ -274,7 +274,7 @@ fn a_log_position_survives_rotation() {
         [first(Position::START), first(second)],
         ["FirstError: x", "SecondError: x"]
     );
-    // The second incarnation fills the file, and goes on in another one, and the third begins there.
+    // The second incarnation fills the file and continues in the next one, where the third one begins.
     std::fs::rename(&log, log.with_extension("1.log")).expect("a rotation");
     std::fs::write(&log, "quiet\n").expect("a log");
     assert_eq!(first(second), "SecondError: x");
@@ -284,7 +284,7 @@ fn a_log_position_survives_rotation() {
     assert_eq!(first(third), "ThirdError: x");
     std::fs::rename(&log, log.with_extension("2.log")).expect("a rotation");
     assert_eq!(first(third), "ThirdError: x");
-    // Nothing of the second incarnation is left but the part in the third one's file.
+    // Only the part of the second incarnation in the third one's file remains.
     std::fs::remove_file(log.with_extension("1.log")).expect("it is there");
     assert_eq!(first(second), "ThirdError: x");
 }

@@ -1,4 +1,4 @@
-//! Logs: what real ones say, and following files that grow, rotate and are cut.
+//! Engine logs: errors and phases in real logs, and following files that grow, rotate and are truncated.
 
 #![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
 
@@ -21,7 +21,7 @@ use xpyd::ui::Printer;
 
 use crate::support::DEADLINE;
 
-/// `xpyd logs`, without the other commands.
+/// The command line of `xpyd logs` alone.
 #[derive(Debug, Parser)]
 struct Command {
     #[command(flatten)]
@@ -153,7 +153,7 @@ fn a_follower_survives_a_late_file_rotation_and_truncation() {
     fs_err::rename(&log, folder.path().join("prefiller1.1.log")).unwrap();
     append(&log, b"after it\n");
     assert_eq!(read(&mut follower), ["three", "before the rotation", "after it"]);
-    // Others rotate as they like.
+    // Other programs rotate logs in other ways.
     fs_err::rename(&log, folder.path().join("prefiller1.log-yesterday")).unwrap();
     append(&log, b"today\n");
     assert_eq!(read(&mut follower), ["today"]);
@@ -172,7 +172,7 @@ fn a_rotated_file_is_read_to_its_end() {
     let mut follower = Follower::from_start(&log);
     append(&log, b"first\n");
     assert_eq!(read(&mut follower), ["first"]);
-    // More than one look takes.
+    // More than the follower reads at once.
     let flood: Vec<String> = (0..3000).map(|number| format!("{number:01000}")).collect();
     append(&log, format!("{}\n", flood.join("\n")).as_bytes());
     fs_err::rename(&log, folder.path().join("decoder1.1.log")).unwrap();
@@ -201,7 +201,7 @@ fn several_rotations_are_read_in_order() {
         fs_err::rename(&log, numbered(number)).unwrap();
         append(&log, line.as_bytes());
     }
-    // Its own file was read, the next one was not.
+    // The follower has read its own file, but not the next one.
     fs_err::remove_file(numbered(4)).unwrap();
     fs_err::remove_file(numbered(5)).unwrap();
     let lines = read(&mut follower);
@@ -247,12 +247,12 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("x.log");
-        // Longer than the first window, so that the search has to widen.
+        // Longer than the first window, so that the search must widen.
         let mut lines = lines;
         lines.splice(0..0, std::iter::repeat_n("x".repeat(40_000), long));
         let all: Vec<&str> = lines.iter().map(String::as_str).chain([unfinished.as_str()]).collect();
         fs_err::write(&log, all.join("\n")).unwrap();
-        // Earlier lines are in full files.
+        // Earlier lines are in rotated files.
         let earlier = ["1", "22", "333"];
         fs_err::write(folder.path().join("x.1.log"), "1\n22\n").unwrap();
         fs_err::write(folder.path().join("x.3.log"), "333\n").unwrap();
@@ -260,7 +260,7 @@ proptest! {
         let start = ReadStart::find(&log, None, Some(count), &TimeZone::UTC).unwrap();
         let mut follower = Follower::from_line(&log, start).unwrap();
         let mut last = read(&mut follower);
-        // A full file is missing between the two.
+        // A rotated file between the two is missing.
         last.retain(|line| !line.starts_with("[xpyd: "));
         prop_assert_eq!(&last, &lines[lines.len().saturating_sub(count)..]);
         append(&log, b" goes on\n");
@@ -272,7 +272,7 @@ proptest! {
 async fn phases_of_a_growing_log_arrive_until_ready() {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("prefiller1.log");
-    // What an earlier incarnation wrote is no phase of this one.
+    // Lines of an earlier incarnation are not phases of this one.
     let earlier = b"INFO:     Application startup complete.\n";
     append(&log, earlier);
     let (sender, mut phases) = mpsc::channel(8);
@@ -306,7 +306,7 @@ async fn phases_of_a_growing_log_arrive_until_ready() {
 #[test]
 fn only_old_folders_of_ended_runs_are_removed() {
     let root = tempfile::tempdir().unwrap();
-    // Not made by xpyd, and older than anything.
+    // xpyd did not create this folder, and it is the oldest one.
     fs_err::create_dir(root.path().join("00000000-000000-mine")).unwrap();
     let running = create_run_folder(root.path(), "2p2d", 2).unwrap();
     let mut ended = Vec::new();

@@ -1,4 +1,4 @@
-//! `xpyd logs`: several logs in the order of time, and parts of them.
+//! `xpyd logs`: several logs merged by time, and parts of them.
 
 #![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
 
@@ -18,7 +18,7 @@ use crate::support::TestEnv;
 /// 2026-11-22T22:00:00Z in microseconds.
 const BEGAN: i64 = 1_795_384_800_000_000;
 
-/// A line as one of several writers would stamp it; `None` for the ones that do not.
+/// The timestamp of a line in the style of one of several writers; `None` for a line without one.
 fn stamped(style: u8, micros: i64, text: &str) -> String {
     let time = Timestamp::from_microsecond(BEGAN + micros).unwrap();
     match style {
@@ -36,16 +36,16 @@ fn stamped(style: u8, micros: i64, text: &str) -> String {
     }
 }
 
-/// What of the time a stamp of this style keeps.
+/// The time as precise as a timestamp of this style.
 fn precision(style: u8) -> i64 {
     [1, 1000, 1_000_000][usize::from(style)]
 }
 
-/// A line to be: log, style, and how long after the line before it, in microseconds.
+/// A line to write: log, timestamp style, and microseconds since the line before it.
 type Planned = (usize, u8, i64);
 
-/// Writes the lines into up to three logs of a folder, each over several files. Returns, per line in the order written:
-/// effective time, log, text.
+/// Writes the lines into up to three logs of a folder, each over several files. Returns effective time, log and text of each
+/// line, in the order of writing.
 fn write(folder: &Path, planned: &[Planned], lines_per_file: usize) -> Vec<(Option<i64>, usize, String)> {
     let mut texts = vec![Vec::new(); 3];
     let mut latest = [None; 3];
@@ -83,7 +83,7 @@ fn write(folder: &Path, planned: &[Planned], lines_per_file: usize) -> Vec<(Opti
                 .unwrap();
         }
     }
-    // Lines before a log's first stamp are as old as that one.
+    // Lines before a log's first timestamp count as equally old.
     for log in 0..3 {
         let first = all.iter().filter(|line| line.1 == log).find_map(|line| line.0);
         for line in all.iter_mut().filter(|line| line.1 == log && line.0.is_none()) {
@@ -124,14 +124,14 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let mut expected = write(folder.path(), &planned, lines_per_file);
-        // Stable, so that lines of one log stay in their order.
+        // The sort is stable, so lines of one log stay in their order.
         expected.sort_by_key(|(time, log, _)| (*time, *log));
         prop_assert_eq!(merged(folder.path(), None), expected);
     }
 }
 
 proptest! {
-    // Logs of several windows, so that bisection has something to do.
+    // The logs are longer than one window, so that the search bisects.
     #![proptest_config(ProptestConfig::with_cases(20))]
     #[test]
     fn since_gives_the_end_of_the_merged_log(
@@ -146,7 +146,7 @@ proptest! {
         let since = BEGAN + length / 100 * share;
         let mut expected = Vec::new();
         for log in 0..3 {
-            // From the first line on that has a stamp of its own that is late enough.
+            // From the first line whose own timestamp is late enough.
             let begin = all.iter().zip(&planned).position(|(line, (of, style, _))| {
                 *of == log && *style < 3 && line.0 >= Some(since)
             });
@@ -155,12 +155,12 @@ proptest! {
             expected.extend(all[begin.unwrap_or(all.len())..].iter().filter(|line| line.1 == log).cloned());
         }
         expected.sort_by_key(|(time, log, _)| (*time, *log));
-        // Without the two of them in the message: they are long.
+        // The message leaves out both values, because they are long.
         prop_assert!(merged(folder.path(), Some(since)) == expected);
     }
 }
 
-/// `xpyd logs` on the folder `run` of this place, in UTC.
+/// Runs `xpyd logs` on the folder `run` of the test environment, in UTC.
 fn logs(env: &TestEnv, arguments: &[&str]) -> String {
     let output = env
         .command(&[&["logs", "--run", "run"], arguments].concat())
@@ -171,7 +171,7 @@ fn logs(env: &TestEnv, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A run of some time ago, by hand: two engines and xpyd.
+/// The logs of an old run, written by hand: two engines and xpyd.
 fn env_with_run() -> TestEnv {
     let env = TestEnv::new();
     let folder = env.path().join("run");
@@ -277,7 +277,7 @@ fn logs_of_a_killed_run_are_in_order() {
     run.signal(Signal::SIGKILL);
     drop(run);
     env.wait_until_empty();
-    // The limits of the profile have reached the shim.
+    // The shim has received the log limits of the profile.
     assert!(!env.log("decoder1.1.log").is_empty());
     let output = env.run(&["logs", "--json"]);
     assert!(output.status.success(), "{output:?}");
@@ -297,7 +297,7 @@ fn logs_of_a_killed_run_are_in_order() {
 #[test]
 fn timestamps_use_a_named_time_zone() {
     let zone = "America/Los_Angeles";
-    // Where the machine knows no zones by name, Python stamps in UTC as well.
+    // Python also uses UTC if the machine has no time zone database.
     let offset = if Path::new("/usr/share/zoneinfo").join(zone).exists() {
         8
     } else {

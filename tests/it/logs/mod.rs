@@ -1,4 +1,4 @@
-//! Logs: of engines, merged and followed; what failures in them mean; and xpyd's own.
+//! Logs: engine logs followed and merged, the diagnosis of failures, and xpyd's own log.
 
 mod diagnosis;
 mod follow;

@@ -1,4 +1,4 @@
-//! What xpyd itself logs: bounded, whatever clients send, and never in the way of a request.
+//! xpyd's own log: its size is bounded whatever clients send, and it never delays a request.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpStream};
@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::support::{TestEnv, Unsupervised, get, wait_for};
 
-/// Asks for a path of two kilobytes that no route has, `count` times over one connection, and takes all answers.
+/// Requests an unknown path of two kilobytes `count` times over one connection, and reads all responses.
 fn flood(port: u16, count: usize) {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("a connection");
     let mut answers = stream.try_clone().expect("a second descriptor");
@@ -62,7 +62,7 @@ fn xpyd_proxy_logs_to_stderr_without_blocking() {
     let mut proxy = Unsupervised::start(command.stderr(Stdio::piped()));
     let mut lines = BufReader::new(proxy.stderr()).lines().map_while(Result::ok);
     assert!(lines.any(|line| line.contains("serving 1 prefill")));
-    // More than the pipe holds, and nobody reads it.
+    // More than the pipe holds. Nothing reads the pipe.
     flood(env.proxy_port(), 300);
     assert!(get(env.proxy_port(), "/metrics").contains("xpyd"));
     let line = lines.find(|line| line.contains("request failed")).expect("a line");

@@ -1,4 +1,4 @@
-//! Admission by tokens: who waits for a decode engine, in which order, and what those are told for whom there is no room.
+//! Admission by tokens: which requests wait for a decode engine, in which order, and the errors when there is no room.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -41,7 +41,7 @@ fn limited(admission: Admission) -> Settings {
     settings
 }
 
-/// Room for 100 tokens.
+/// A decode engine has room for 100 tokens.
 fn narrow() -> Admission {
     Admission {
         decode_tokens: Some(100),
@@ -51,7 +51,7 @@ fn narrow() -> Admission {
 
 type Sent = BackgroundTask<(u16, HeaderMap, String)>;
 
-/// Sends a prompt of as many tokens as it says, one of the answer included, named by its last token.
+/// Sends a prompt that needs `tokens` tokens including one for the answer. Its last token is its name.
 fn send(harness: &ProxyHarness, key: &str, tokens: usize, name: usize) -> Sent {
     let mut prompt = vec![7; tokens - 2];
     prompt.push(name);
@@ -66,7 +66,7 @@ fn send(harness: &ProxyHarness, key: &str, tokens: usize, name: usize) -> Sent {
     })
 }
 
-/// The names of the requests that the engine has seen, in order.
+/// The names of the requests that the engine received, in order.
 fn names(decode: &ScriptedEngine) -> Vec<u64> {
     let name = |body: Value| body["prompt"].as_array().unwrap().last().unwrap().as_u64().unwrap();
     decode.requests().iter().map(|seen| name(seen.json())).collect()
@@ -124,7 +124,7 @@ async fn a_large_request_is_not_starved_or_refused() {
     let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
     let mut all = vec![send(&harness, "a", 40, 0), send(&harness, "a", 40, 1)];
     decode.wait_for_requests(2).await;
-    // Larger than the engine: it waits until that is empty. The small one would fit in, but came later.
+    // Larger than the engine's room, so it waits until the engine is empty. The small one would fit, but arrived later.
     all.push(send(&harness, "a", 500, 2));
     queued(&harness, 1).await;
     all.push(send(&harness, "b", 5, 3));
@@ -205,7 +205,7 @@ async fn a_disconnected_waiter_frees_its_place() {
     let stays = send(&harness, "b", 40, 2);
     queued(&harness, 2).await;
     drop(leaves);
-    // The engine has room for the small one; only the large one stood before it.
+    // The engine has room for the small one. Only the large one was ahead of it.
     decode.wait_for_requests(2).await;
     assert_eq!(names(&decode), [0, 2]);
     gate.add_permits(2);
@@ -250,7 +250,7 @@ async fn prefill_usage_corrects_the_token_estimate() {
     .await;
     let (decode, gate) = gated().await;
     let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
-    // Ninety tokens by its bytes: a second one fits in only because the first is known to have four.
+    // The estimate by bytes is 90 tokens. A second one fits only because the first is known to have four.
     let text = json!({"prompt": "x".repeat(358), "max_tokens": 1}).to_string();
     let sent = [text.clone(), text].map(|body| BackgroundTask::start(harness.post("/v1/completions", body).send()));
     decode.wait_for_requests(2).await;
@@ -281,7 +281,7 @@ async fn lmcache_buffer_space_is_held_until_kv_is_consumed() {
         ..Admission::default()
     });
     settings.connector = harness::lmcache(FirstToken::Decoder);
-    // No notification is awaited: the prefill's answer is the hand-off.
+    // The proxy waits for no notification: the prefill response completes the hand-off.
     settings.notifications = Some(0);
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, Some(notifications)).await;
     let send = || {
@@ -296,7 +296,7 @@ async fn lmcache_buffer_space_is_held_until_kv_is_consumed() {
     let second = send();
     queued(&harness, 1).await;
     gate.add_permits(1);
-    // It goes on, but its KV has left the buffer.
+    // The request continues, but its KV has left the buffer.
     let first = first.end().await.unwrap();
     decode.wait_for_requests(2).await;
     gate.add_permits(1);
@@ -351,7 +351,7 @@ async fn the_canary_learns_the_kv_capacity() {
     harness.finish().await;
 }
 
-/// A chat with an image of a megabyte, by its `data:` URL.
+/// A chat with an image of 1 MB in a `data:` URL.
 fn image() -> String {
     let url = format!("data:image/png;base64,{}", "QUJD".repeat(1 << 18));
     let parts = json!([{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": url}}]);
@@ -381,7 +381,8 @@ async fn an_image_counts_as_its_tokens() {
     harness.finish().await;
 }
 
-/// It may be smaller than its bytes say, so others go first for a while; what was counted waits in its turn.
+/// An estimated request can be smaller than its bytes suggest, so others can overtake it for a while. A counted one cannot be
+/// overtaken.
 #[tokio::test]
 async fn an_estimated_shortage_blocks_no_other_client() {
     let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
@@ -436,7 +437,7 @@ async fn a_prompt_counts_at_most_the_model_length() {
         BackgroundTask::start(async move { request.send().await.unwrap().status().as_u16() })
     };
     let second = large("x");
-    // It asks how long the model is, and fits in beside the first one.
+    // The proxy asks for the model's length, so the second one fits beside the first.
     assert_eq!(decode.wait_for_requests(3).await[1].path, "/v1/models");
     gate.add_permits(2);
     good(first).await;
@@ -452,7 +453,7 @@ async fn a_prompt_counts_at_most_the_model_length() {
     harness.finish().await;
 }
 
-/// Room for three of them at once.
+/// There is room for three requests at once.
 #[test]
 fn an_overloaded_fleet_answers_every_client() {
     let env = TestEnv::new();

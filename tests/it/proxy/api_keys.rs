@@ -1,15 +1,15 @@
-//! Who is let in at a fleet, by its own keys and by those of its engines, and that no key is ever written down.
+//! API keys of a fleet and of its engines: which requests are accepted, and that no file contains a key.
 
 use nix::sys::signal::Signal;
 
 use crate::support::{MODEL, Run, TestEnv, get, post, post_with};
 
-/// A key of the engines, and two of clients.
+/// A key of the engines and two keys of clients.
 const ENGINE: &str = "swordfish-engine";
 const FILED: &str = "swordfish-filed";
 const VARIABLE: &str = "swordfish-variable";
 
-/// The engines of both roles want [`ENGINE`], each told in another way.
+/// The engines of both roles require [`ENGINE`], each configured in another way.
 const ENGINES_WANT_IT: [&str; 4] = [
     "--set",
     "prefill.env={VLLM_API_KEY=\"swordfish-engine\"}",
@@ -24,7 +24,7 @@ fn complete(port: u16, key: Option<&str>) -> (u16, String) {
     post_with(port, "/v1/completions", &body, &headers)
 }
 
-/// Every file that the place holds, and what holds a key of these tests.
+/// Checks that no file in the test environment contains a key of these tests.
 fn assert_no_key_is_written_down(env: &TestEnv, printed: &str) {
     let mut folders = vec![env.path().to_owned()];
     let mut files = 0;
@@ -92,7 +92,7 @@ fn proxy_keys_are_required_and_not_forwarded() {
     run.wait_until_ready();
     let port = env.proxy_port();
     for key in [FILED, VARIABLE] {
-        // The engines know neither: they were sent their own.
+        // The engines never see the clients' keys: the proxy sends their own.
         let (status, body) = complete(port, Some(key));
         assert_eq!(status, 200, "{body}");
     }

@@ -1,4 +1,4 @@
-//! Clients' bodies: what they may cost, each one and all of them together.
+//! Limits of request bodies, for each one and for all together.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -10,7 +10,7 @@ use super::harness::{
     nixl_prefilled, prefill_engine, within_deadline,
 };
 
-/// Sends `request` and returns all that comes until the proxy closes the connection.
+/// Sends `request`, and returns all bytes until the proxy closes the connection.
 async fn talk(harness: &ProxyHarness, request: &str) -> String {
     let mut stream = TcpStream::connect(harness.url.trim_start_matches("http://"))
         .await
@@ -109,7 +109,7 @@ async fn held(harness: &ProxyHarness, bytes: usize) {
     .await;
 }
 
-/// A body of so many bytes.
+/// A request body of this number of bytes.
 fn sized(bytes: usize) -> String {
     let body = r#"{"prompt":""}"#;
     body.replace("\"\"", &format!("\"{}\"", "x".repeat(bytes - body.len())))
@@ -124,7 +124,7 @@ async fn bodies_share_one_memory_budget() {
     settings.service.admission.body_bytes = 20_000;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
 
-    // One is served, half of another has come.
+    // One request is being served, and half of another one has arrived.
     let first = harness.post("/v1/completions", sized(8_000));
     let first = BackgroundTask::start(async move { first.send().await.unwrap().status().as_u16() });
     prefill.wait_for_requests(1).await;
@@ -145,7 +145,7 @@ async fn bodies_share_one_memory_budget() {
         assert_eq!(response.headers()["retry-after"], "1");
         assert_eq!(code(&response.text().await.unwrap()), "too_many_body_bytes");
     }
-    // Refused at its head, or once it has no room.
+    // Refused by its header, or when the budget is used up.
     let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n\
                 content-length: 3000\r\n\r\n";
     let refused = talk(&harness, head).await;
@@ -158,7 +158,7 @@ async fn bodies_share_one_memory_budget() {
     let refused = talk(&harness, &format!("{head}bb8\r\n{}\r\n", sized(3_000))).await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     assert_eq!(harness.metric(r#"xpyd_errors_total{code="too_many_body_bytes"}"#), "4");
-    // What fits is served.
+    // A body that fits is served.
     assert_eq!(
         harness
             .post("/v1/embeddings", sized(1_500))
@@ -169,7 +169,7 @@ async fn bodies_share_one_memory_budget() {
         200
     );
 
-    // A client that leaves frees its part, and so does an answered request.
+    // A disconnect frees the share of a request, and so does its response.
     drop(half);
     held(&harness, 8_000).await;
     go.cancel();

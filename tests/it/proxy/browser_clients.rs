@@ -1,4 +1,4 @@
-//! Requests as clients send them that were not made for xpyd: web pages, forms, encodings, large bodies, and other spellings of a path.
+//! Requests of browsers and general HTTP clients: CORS, forms, encodings, large bodies, and other spellings of a path.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -52,7 +52,7 @@ async fn allowed_origins_can_use_the_fleet() {
     assert_eq!(response.status(), 400);
     assert!(!response.headers().contains_key("access-control-allow-origin"));
     assert_eq!(response.text().await.unwrap(), "Disallowed CORS origin");
-    // An answer, an error of an engine's route, and errors of xpyd's own.
+    // A response, an error of an engine, and errors of xpyd itself.
     for (path, key, status) in [
         ("/v1/completions", "key", 200),
         ("/v1/embeddings", "key", 200),
@@ -94,7 +94,7 @@ async fn by_default_cross_origin_requests_are_refused() {
     harness.finish().await;
 }
 
-/// A page may send text and forms to any address without asking.
+/// A web page can send text and forms to any address without a preflight request.
 #[tokio::test]
 async fn only_json_content_types_are_accepted() {
     let (prefill, decode, harness) = harness(settings()).await;
@@ -143,7 +143,7 @@ async fn only_json_content_types_are_accepted() {
         assert_eq!(plain.send().await.unwrap().status(), 200);
     }
     let before = prefill.requests().len() + decode.requests().len();
-    // Not vLLM's: a form is answered as any unknown route.
+    // vLLM has no such route, so a form gets the response for an unknown route.
     let files = post("/v1/files").header("content-type", "multipart/form-data; boundary=b");
     assert_eq!(files.body("--b--").send().await.unwrap().status(), 404);
     for (method, path) in [(Method::DELETE, "/v1/models/m"), (Method::PUT, "/v1/files/f")] {
@@ -165,7 +165,7 @@ async fn only_json_content_types_are_accepted() {
         before,
         "no engine was asked"
     );
-    // A route that needs no body gets none.
+    // A route without a body receives none.
     assert_eq!(post("/v1/responses/resp_1/cancel").send().await.unwrap().status(), 200);
     harness.finish().await;
 }
@@ -193,7 +193,7 @@ async fn extra_slashes_in_a_path_are_accepted() {
         assert_eq!(response.status(), 404, "{path}");
     }
     assert_eq!(decode.requests().len(), 0);
-    // Clients follow, with their body.
+    // Clients follow the redirect and send their body again.
     let body = json!({"prompt": "x"}).to_string();
     let response = harness.post("/v1/completions/", body).send().await.unwrap();
     assert_eq!(
@@ -203,7 +203,7 @@ async fn extra_slashes_in_a_path_are_accepted() {
     harness.finish().await;
 }
 
-/// Many clients send all of a body before they look for an answer.
+/// Many clients send a whole body before they read the response.
 #[tokio::test]
 async fn a_client_with_a_too_large_body_sees_the_error() {
     let (_prefill, _decode, harness) = harness(settings()).await;

@@ -1,4 +1,4 @@
-//! The canary: what it proves, and what it must not let pass.
+//! The canary: what passes it, and which errors it detects.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +9,7 @@ use xpyd::proxy::{CanaryError, CanaryPrompts, CanaryReport};
 
 use super::harness::{ProxyHarness, ScriptedEngine, answer, nixl_prefilled};
 
-/// Flies a canary over a pair whose decode engine has `moved` bytes per hand-off and answers with these texts.
+/// Runs a canary over a pair. The decode engine reports `moved` bytes per hand-off and answers with these texts.
 async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<CanaryReport, CanaryError> {
     let bytes = Arc::new(AtomicUsize::new(7));
     let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
@@ -55,7 +55,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
         )
         .await;
     if waits_in_vain {
-        // The proxy's own threads end in real time.
+        // The proxy's threads run in real time.
         tokio::time::resume();
     }
     let clients = [

@@ -1,4 +1,4 @@
-//! Connections of clients: stopped, slow, half-open, idle and too many ones, on a proxy over engines that answer at once.
+//! Connections of clients: stalled, slow, half-open, idle, and more than the descriptor limit.
 
 use std::io::{ErrorKind, Read, Write};
 use std::process::Stdio;
@@ -48,12 +48,12 @@ fn a_slow_client_keeps_being_served() {
     read_to(&mut slow, "data: ");
     let (_never, pause) = mpsc::channel::<()>();
     let mut chunk = [0; 16384];
-    // Together far more than the deadline.
+    // The pauses add up to far more than the deadline.
     for _ in 0..16 {
         assert!(slow.read(&mut chunk).expect("the stream goes on") > 0);
         assert!(pause.recv_timeout(Duration::from_millis(500)).is_err(), "nobody sends");
     }
-    // More than any buffer between engine and client can have held.
+    // More than all buffers between engine and client can hold.
     let mut left: usize = 32 << 20;
     while left > 0 {
         let count = slow.read(&mut chunk).expect("the stream goes on");

@@ -1,4 +1,4 @@
-//! The proxy over scripted engines: routes, NIXL hand-offs, failures, and clients that leave.
+//! The proxy over scripted engines: routes, NIXL hand-offs, failures, and disconnects.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -283,7 +283,7 @@ async fn a_broken_stream_ends_with_an_error_event() {
     }
 }
 
-/// A decode engine whose stream stops after its first event. The token is raised when the proxy hangs up.
+/// A decode engine whose stream stops after its first event. The token is cancelled when the proxy disconnects.
 async fn stalling_decoder() -> (ScriptedEngine, CancellationToken) {
     let hung_up = CancellationToken::new();
     let raise = hung_up.clone();

@@ -1,4 +1,4 @@
-//! Engines that a test scripts, and a proxy over them.
+//! Scripted engines, and a proxy over them in the test process.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -24,7 +24,7 @@ use xpyd::service::Service;
 
 pub(crate) use crate::support::DEADLINE;
 
-/// One request as an engine saw it.
+/// A request that a scripted engine received.
 #[derive(Debug, Clone)]
 pub(crate) struct SeenRequest {
     pub(crate) path: String,
@@ -44,7 +44,7 @@ impl SeenRequest {
 
 type Answer = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
 
-/// A scripted engine.
+/// An HTTP server in place of an engine. The test scripts its responses, and it records its requests.
 pub(crate) struct ScriptedEngine {
     pub(crate) port: u16,
     seen: watch::Receiver<Vec<SeenRequest>>,
@@ -52,7 +52,7 @@ pub(crate) struct ScriptedEngine {
 }
 
 impl ScriptedEngine {
-    /// An engine that gives this answer to everything, once `go` is cancelled.
+    /// An engine that answers every request with this response, once `go` is cancelled.
     pub(crate) async fn held_until(
         go: &CancellationToken,
         answer: impl Fn() -> Response<Body> + Send + Sync + 'static,
@@ -68,7 +68,7 @@ impl ScriptedEngine {
         .await
     }
 
-    /// An engine that answers with what `script` makes of each request.
+    /// An engine that answers each request with the response of `script`.
     pub(crate) async fn start<F>(script: impl Fn(SeenRequest) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Response<Body>> + Send + 'static,
@@ -105,7 +105,7 @@ impl ScriptedEngine {
         self.seen.borrow().clone()
     }
 
-    /// Waits until the engine has seen `count` requests.
+    /// Waits until the engine has received `count` requests.
     pub(crate) async fn wait_for_requests(&self, count: usize) -> Vec<SeenRequest> {
         let mut seen = self.seen.clone();
         let all = tokio::time::timeout(DEADLINE, seen.wait_for(|all| all.len() >= count)).await;
@@ -113,7 +113,7 @@ impl ScriptedEngine {
     }
 }
 
-/// An address where nobody listens.
+/// A port without a listener.
 pub(crate) async fn dead_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
         .await
@@ -145,7 +145,7 @@ pub(crate) fn sse(body: Body) -> Response<Body> {
         .unwrap()
 }
 
-/// An engine's error.
+/// An error response in vLLM's shape.
 pub(crate) fn error(status: u16, message: &str) -> Response<Body> {
     answer(
         status,
@@ -153,10 +153,10 @@ pub(crate) fn error(status: u16, message: &str) -> Response<Body> {
     )
 }
 
-/// The parameters that a NIXL prefill engine hands over, in a spelling that only its own bytes have.
+/// The transfer parameters of a NIXL prefill engine, with unusual spacing, so that a rewrite of the bytes is visible.
 pub(crate) const PARAMS: &str = r#"{"do_remote_prefill": true, "do_remote_decode":false,"remote_block_ids":[[1, 2]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"127.0.0.1","remote_port":5600,"tp_size":1,"transfer_mode":"pull","future":1.50}"#;
 
-/// A NIXL prefill engine's answer.
+/// The response of a NIXL prefill engine.
 pub(crate) fn nixl_prefilled() -> Response<Body> {
     answer(
         200,
@@ -164,11 +164,11 @@ pub(crate) fn nixl_prefilled() -> Response<Body> {
     )
 }
 
-/// A decode engine's whole answer, with bytes that no JSON writer would make.
+/// The whole response of a decode engine, with unusual spacing, so that a rewrite of the bytes is visible.
 pub(crate) const COMPLETION: &str =
     "{\"id\":\"cmpl-1\", \"choices\":[{\"text\":\" world\",\"finish_reason\":\"length\"}],\n\"new_field\":1.50}";
 
-/// A proxy over scripted engines.
+/// A proxy over scripted engines, and the view of the fleet that it reads.
 pub(crate) struct ProxyHarness {
     pub(crate) proxy: Proxy,
     pub(crate) url: String,
@@ -228,7 +228,7 @@ fn engine(role: Role, index: usize, port: u16, ranks: u16) -> Arc<EngineView> {
 }
 
 impl ProxyHarness {
-    /// NIXL over engines on these ports.
+    /// A proxy with the NIXL connector over engines on these ports.
     pub(crate) async fn nixl(prefill: &[u16], decode: &[u16]) -> Self {
         Self::start(settings(Connector::Nixl(Nixl {})), prefill, decode, 1, None).await
     }
@@ -281,7 +281,7 @@ impl ProxyHarness {
         reqwest::get(format!("{}{path}", self.url)).await.unwrap()
     }
 
-    /// Changes the fleet's view as the supervisor would.
+    /// Publishes a changed fleet view, like the supervisor.
     pub(crate) fn change(&self, change: impl FnOnce(&mut FleetView)) {
         let mut view = FleetView::clone(&self.fleet.borrow());
         view.generation += 1;
@@ -289,7 +289,7 @@ impl ProxyHarness {
         self.fleet.send_replace(Arc::new(view));
     }
 
-    /// The engine ends.
+    /// Marks the engine as failed and closes its load.
     pub(crate) fn lose(&self, role: Role, index: usize) {
         let id = EngineId::new(role, index);
         self.change(|view| {
@@ -299,7 +299,7 @@ impl ProxyHarness {
         });
     }
 
-    /// Stops the proxy, which lets clean-ups end, and checks that nothing is left.
+    /// Stops the proxy, which finishes its cleanups, and checks that no request, hand-off or load is left.
     pub(crate) async fn finish(mut self) {
         self.stop.cancel();
         let ended = tokio::time::timeout(DEADLINE, self.serving.join_next()).await;
@@ -312,7 +312,7 @@ impl ProxyHarness {
         }
     }
 
-    /// The value of the sample whose line begins so.
+    /// The value of the first sample whose line starts with `beginning`; empty if there is none.
     pub(crate) fn metric(&self, beginning: &str) -> String {
         let text = self.proxy.metrics_text();
         let value = text.lines().find_map(|line| line.strip_prefix(beginning));
@@ -320,7 +320,7 @@ impl ProxyHarness {
     }
 }
 
-/// A flag that is raised when this is dropped, to see that a connection ended.
+/// Cancels its token when it is dropped, which shows that a connection ended.
 pub(crate) struct CancelOnDrop(pub(crate) CancellationToken);
 
 impl Drop for CancelOnDrop {
@@ -329,7 +329,7 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Something that goes on beside the test. Dropping it ends it.
+/// A task that runs beside the test. Dropping it aborts the task.
 pub(crate) struct BackgroundTask<T>(JoinSet<T>);
 
 impl<T: Send + 'static> BackgroundTask<T> {
@@ -339,23 +339,23 @@ impl<T: Send + 'static> BackgroundTask<T> {
         Self(task)
     }
 
-    /// Waits for its end.
+    /// Waits for the result of the task.
     pub(crate) async fn end(mut self) -> T {
         within_deadline("the end", self.0.join_next()).await.unwrap().unwrap()
     }
 }
 
-/// Waits for something that must happen.
+/// Waits for the future, and panics with `what` after [`DEADLINE`].
 pub(crate) async fn within_deadline<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future)
         .await
         .unwrap_or_else(|_| panic!("{what} did not happen"))
 }
 
-/// An answer that does not depend on the request.
+/// A response that does not depend on the request.
 pub(crate) type Script = fn() -> Response<Body>;
 
-/// Answers given one after the other; the last one stays.
+/// Gives these responses in order, and repeats the last one.
 pub(crate) fn responses_in_turn(answers: Vec<Script>) -> impl Fn(SeenRequest) -> std::future::Ready<Response<Body>> {
     let next = Mutex::new(0);
     move |_| {

@@ -1,4 +1,4 @@
-//! Engines that speak HTTP/1.1 byte by byte: connections are used again, and an answer may be framed in any way.
+//! The proxy's HTTP/1.1 client against engines that write raw bytes: connection reuse and every framing of a response.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::harness::{COMPLETION, PARAMS, ProxyHarness, ScriptedEngine, answer, nixl_prefilled};
 
-/// An engine that sends these bytes for every request, and then closes the connection if it is told to.
+/// An engine that sends these bytes for every request, and then closes the connection if `closes` is set.
 struct Raw {
     port: u16,
     connections: Arc<AtomicUsize>,
@@ -51,7 +51,7 @@ async fn talk(mut stream: TcpStream, answer: String, closes: bool, piece: usize)
             if stream.write_all(piece).await.is_err() {
                 return;
             }
-            // So that each piece may be read on its own.
+            // So that the proxy can read each piece separately.
             tokio::task::yield_now().await;
         }
         if closes {
@@ -60,7 +60,7 @@ async fn talk(mut stream: TcpStream, answer: String, closes: bool, piece: usize)
     }
 }
 
-/// Reads a request with a length, or the end of the connection.
+/// Reads a request with a `content-length`, or the end of the connection.
 async fn read_request(stream: &mut TcpStream) -> Option<String> {
     let mut read = Vec::new();
     loop {
@@ -105,7 +105,7 @@ async fn an_engine_connection_is_reused() {
     harness.finish().await;
 }
 
-/// Whatever tells its length, a server does not read beyond it.
+/// The proxy does not read beyond the end of a response, whatever its framing.
 #[tokio::test]
 async fn a_passthrough_connection_is_reused() {
     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n";
@@ -180,7 +180,7 @@ async fn truncated_or_invalid_responses_are_engine_errors() {
     ] {
         let decode = Raw::start(answer.clone(), true, 4096).await;
         let harness = ProxyHarness::nixl(&[1], &[decode.port]).await;
-        // Two choices need no prefill engine.
+        // A request with two choices skips the prefill engine.
         let (status, text) = harness.complete(r#"{"prompt":"x","n":2}"#).await;
         let error: serde_json::Value = serde_json::from_str(&text).expect("an error is JSON");
         assert_eq!(
@@ -192,7 +192,7 @@ async fn truncated_or_invalid_responses_are_engine_errors() {
     }
 }
 
-/// Headers that ask for an answer in an encoding, in parts, or only if it has changed, or that are between two machines.
+/// Headers for encodings, ranges and conditional requests, and hop-by-hop headers.
 const NEGOTIATED: [(&str, &str); 12] = [
     ("accept-encoding", "gzip, br"),
     ("te", "trailers"),
@@ -248,7 +248,7 @@ async fn a_compressed_response_is_reported() {
             assert!(status == 502 && text.contains("encoding `gzip`"), "{status} {text}");
             harness.finish().await;
         }
-        // What the proxy does not read is passed on as it is.
+        // The proxy forwards responses that it does not parse unchanged.
         let harness = ProxyHarness::nixl(&[1], &[raw.port]).await;
         let response = harness.post("/v1/embeddings", "{}").send().await.unwrap();
         assert_eq!(response.headers()["content-encoding"], "gzip");

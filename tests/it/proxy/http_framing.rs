@@ -1,5 +1,5 @@
-//! How the proxy answers requests that break HTTP, or that two implementations can read in two ways: the first statuses and
-//! whether the connection closes, for raw bytes. Where RFC 9112 leaves a choice, the answer is nginx's.
+//! Invalid and ambiguous HTTP/1.1 requests as raw bytes: the statuses of the responses, and whether the connection closes.
+//! Where RFC 9112 leaves a choice, the proxy behaves like nginx.
 
 use std::io::{ErrorKind, Read, Write};
 
@@ -8,15 +8,15 @@ use crate::support::TestEnv;
 
 const BODY: &str = r#"{"model":"m","prompt":"p"}"#;
 
-/// A second request, which must not be answered if the first one's end is not certain.
+/// A second request, which must get no response if the end of the first one is ambiguous.
 const SECOND: &str = "GET /second HTTP/1.1\r\nHost: x\r\n\r\n";
 
-/// What comes back: the statuses of all answers, and then `close` if the proxy closes the connection.
+/// The statuses of all responses, and then `close` if the proxy closes the connection.
 ///
-/// A request after the others tells what has happened, so that nothing waits for an answer that does not come.
+/// A last valid request shows what happened, so that the test never waits for a response that does not come.
 fn statuses(env: &TestEnv, sent: &[u8]) -> String {
     let mut client = client(env);
-    // A connection that is closed at once may refuse the rest.
+    // The proxy can close the connection before the rest is written.
     drop(client.write_all(sent));
     drop(client.write_all(b"GET /last HTTP/1.1\r\nHost: x\r\n\r\n"));
     let mut read = Vec::new();
@@ -58,7 +58,7 @@ fn get(rest: &str) -> String {
     format!("GET /health HTTP/1.1\r\n{rest}\r\n")
 }
 
-/// The table: what is sent, and what comes back.
+/// The requests, and the expected statuses.
 #[expect(clippy::too_many_lines, reason = "a table reads best in one piece")]
 fn table() -> Vec<(&'static str, String, &'static str)> {
     let length = BODY.len();
@@ -68,7 +68,7 @@ fn table() -> Vec<(&'static str, String, &'static str)> {
     let sized = |value: &str| post(&format!("Content-Length:{value}\r\n"), BODY);
     let first_chunk = |line: &str| chunked(&format!("{line}{BODY}\r\n0\r\n\r\n"));
     let mut table = vec![
-        // A length.
+        // Content-Length.
         ("one length", post(&exact, BODY), "200 404"),
         (
             "leading zeros",
@@ -87,7 +87,7 @@ fn table() -> Vec<(&'static str, String, &'static str)> {
             post(&format!("Content-Length : {length}\r\n"), BODY),
             "400 close",
         ),
-        // A length beside chunks.
+        // Content-Length with Transfer-Encoding.
         (
             "length, coding",
             post("Content-Length: 4\r\nTransfer-Encoding: chunked\r\n", &chunk),
@@ -98,7 +98,7 @@ fn table() -> Vec<(&'static str, String, &'static str)> {
             post("Transfer-Encoding: chunked\r\nContent-Length: 4\r\n", &chunk),
             "400 close",
         ),
-        // A coding.
+        // Transfer codings.
         ("chunked", coding(" chunked"), "200 404"),
         ("Chunked after a tab", coding("\tChunked"), "200 404"),
         ("a vertical tab", coding(" chunked\x0b"), "400 close"),
@@ -167,7 +167,7 @@ fn table() -> Vec<(&'static str, String, &'static str)> {
             chunked(&format!("{length:x}\r\n{BODY}0\r\n\r\n")),
             "400 close",
         ),
-        // A head.
+        // Request line and headers.
         ("no Host", get(""), "400 close"),
         ("two Hosts", get("Host: a\r\nHost: b\r\n"), "400 close"),
         ("an odd Host", get("Host: a b/c@d\r\n"), "400 close"),
@@ -190,7 +190,7 @@ fn table() -> Vec<(&'static str, String, &'static str)> {
         ("a folded header", get("Host: x\r\nA: b\r\n c\r\n"), "400 close"),
         ("NUL in a header", get("Host: x\r\nA: b\0c\r\n"), "400 close"),
         ("CR in a header", get("Host: x\r\nA: b\rc\r\n"), "400 close"),
-        // As nginx: RFC 9112 §2.2 lets a recipient take LF alone in a head.
+        // Like nginx: RFC 9112 §2.2 allows a recipient to accept a bare LF in a header section.
         ("LF alone", get("Host: x\r\n").replace('\r', ""), "200"),
         (
             "empty lines before",

@@ -1,4 +1,4 @@
-//! KV that a prefill engine keeps: who frees it when the request ends early, who waits for it, and who is to blame.
+//! KV on a prefill engine after a request ends early: how it is freed, what waits for it, and which engine is blamed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,14 +14,14 @@ use super::harness::{
     nixl_prefilled, prefill_engine, settings, within_deadline,
 };
 
-/// The model that a decode engine is asked for when it shall free KV.
+/// The model name in requests that make a decode engine free KV.
 const RELEASE: &str = "xpyd-releases-kv-with-this-unknown-model";
 
 pub(super) fn is_release(seen: &super::harness::SeenRequest) -> bool {
     seen.json()["model"] == RELEASE && seen.json()["kv_transfer_params"]["remote_engine_id"] == "e"
 }
 
-/// A decode engine that refuses unknown models, as all do.
+/// A decode engine that refuses unknown models, like vLLM.
 async fn strict_decoder() -> ScriptedEngine {
     ScriptedEngine::start(|seen| async move {
         if seen.json()["model"] == RELEASE {
@@ -65,7 +65,7 @@ async fn kv_of_a_late_prefill_is_freed_after_a_disconnect() {
         _ = request => panic!("nothing is answered yet"),
         _ = prefill.wait_for_requests(1) => {}
     }
-    // The connection of the client closed with its request, and the proxy comes to know that.
+    // Dropping the request closed the client's connection. The proxy notices that.
     within_deadline("the end of the hand-off", async {
         while !harness.proxy.metrics_text().contains("xpyd_handoffs_open 0") {
             tokio::task::yield_now().await;

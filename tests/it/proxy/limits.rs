@@ -1,5 +1,5 @@
-//! The proxy at its own limits: file descriptors, client connections, connections of one address. Engines are not blamed, health
-//! checks are answered, and clients are told when to come back.
+//! The proxy at its limits of file descriptors, client connections, and connections per address: it blames no engine, answers
+//! health checks, and sends `retry-after` to clients.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -9,7 +9,7 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use super::raw_client::{ENDLESS, Engines, ask, client, complete, is_closed, proxy, read_to};
 use crate::support::{Run, TestEnv, get, wait_for};
 
-/// The descriptors that a process has open.
+/// The number of open file descriptors of a process.
 fn open_descriptors(pid: i32) -> u64 {
     let all = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process");
     all.count() as u64
@@ -24,7 +24,7 @@ fn limit_descriptors(run: &Run<'_>, current: u64) {
     prlimit(Some(pid), Resource::Nofile, limit).expect("a lower limit");
 }
 
-/// The answer to a request that is refused for now.
+/// The response to a request that is refused for lack of resources.
 fn refused(client: &mut TcpStream, code: &str) {
     ask(client, false);
     let answer = read_to(client, "}}");
@@ -40,7 +40,7 @@ fn health(env: &TestEnv) -> String {
     read_to(&mut checker, "\r\n\r\n")
 }
 
-/// Begins a stream that does not end.
+/// Starts an endless stream.
 fn stream(env: &TestEnv) -> TcpStream {
     let mut streaming = client(env);
     ask(&mut streaming, true);
@@ -65,12 +65,12 @@ fn without_descriptors_idle_engine_connections_close_first() {
         client.write_all(request.as_bytes()).expect("it is open");
         read_to(client, "\r\n\r\n");
     }
-    // Its connection to the prefill engine is idle while the answer runs.
+    // Its connection to the prefill engine is idle during the decode leg.
     let _streaming = stream(&env);
     let full = open_descriptors(proxy.pid());
     limit_descriptors(&proxy, full);
-    // Every stream keeps a connection to the decode engine. How many descriptors a probe had open for a moment is chance, so one
-    // of the first clients finds nothing left that gives way.
+    // Every stream keeps a connection to the decode engine. The number of descriptors that probes use varies, so one of the first
+    // clients finds no idle connection to close.
     let is_refused = |client: &mut TcpStream| {
         ask(client, true);
         let answer = read_to(client, "\r\n\r\n");
@@ -83,7 +83,7 @@ fn without_descriptors_idle_engine_connections_close_first() {
     );
     let mut third = waiting.pop().expect("more clients than descriptors");
     limit_descriptors(&proxy, full.saturating_sub(4));
-    // More often than a healthy engine may fail.
+    // More often than the breaker tolerates.
     for _ in 0..5 {
         refused(&mut third, "out_of_descriptors");
     }
@@ -161,7 +161,7 @@ fn slow_connections_do_not_block_health_checks() {
             1 => b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
             _ => b"",
         };
-        // Those that gave way may be closed by now.
+        // The closed connections can be gone by now.
         drop(slow.write_all(sent));
     }
     assert!(health(&env).starts_with("HTTP/1.1 200"));

@@ -1,4 +1,4 @@
-//! LMCache: notifications, KV that must be consumed, and the splice.
+//! LMCache: notifications, KV that must be consumed, and the first token of the prefill engine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::harness::{
     within_deadline,
 };
 
-/// Sends one notification, as a rank of a prefill engine does.
+/// Sends one notification like a rank of a prefill engine.
 async fn notify(port: u16, request_id: &str) {
     let mut socket = PushSocket::new();
     socket.connect(&format!("tcp://127.0.0.1:{port}")).await.unwrap();
@@ -24,7 +24,7 @@ async fn notify(port: u16, request_id: &str) {
     bytes.push(u8::try_from(request_id.len()).unwrap());
     bytes.extend(request_id.as_bytes());
     socket.send(bytes.into()).await.unwrap();
-    // Dropping a socket may drop what it has not written yet.
+    // Dropping a socket can lose data that it has not written yet.
     within_deadline("the notification", socket.close()).await;
 }
 
@@ -39,7 +39,7 @@ fn request_id(seen: &SeenRequest) -> String {
         .to_owned()
 }
 
-/// What a decode leg carries to find the KV of this hand-off and no other.
+/// The tag by which a decode leg finds the KV of this hand-off only.
 fn tag(prefill: &SeenRequest) -> Value {
     let tag = json!({"lmcache.tag.handoff": request_id(prefill)});
     let carried = &prefill.json()["kv_transfer_params"]["lmcache.tag.handoff"];
@@ -78,7 +78,7 @@ async fn harness(
 async fn the_decode_leg_waits_for_every_rank() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
-    // One rank notifies before the answer, the other one long after.
+    // One rank notifies before the response, the other one long after it.
     let (prefill, decode) = (prefiller(port, 1, PREFILLED).await, decode_engine().await);
     let harness = harness(settings(lmcache(FirstToken::Decoder)), &prefill, &decode, 2, socket).await;
     let body = r#"{"prompt":"x", "max_tokens":5,"n":1}"#;
@@ -87,7 +87,7 @@ async fn the_decode_leg_waits_for_every_rank() {
         let seen = prefill.wait_for_requests(1).await.remove(0);
         assert_eq!(spec(&seen)["receiver_init_port"], json!([7300, 7301]));
         assert_eq!(request_id(&seen), seen.id());
-        // Foreign and repeated garbage in between.
+        // Unknown and repeated notifications arrive in between.
         notify(port, "someone-else").await;
         assert_eq!(decode.requests().len(), 0);
         notify(port, &request_id(&seen)).await;
@@ -184,7 +184,7 @@ async fn kv_of_a_late_notification_is_consumed() {
     let harness = harness(settings, &prefill, &decode, 1, socket).await;
     assert_eq!(harness.complete(r#"{"prompt":"x"}"#).await.0, 504);
     decode.wait_for_requests(1).await;
-    // Nothing is held meanwhile: a drain need not wait.
+    // No engine is held in the meantime, so a drain does not wait.
     within_deadline("an idle decode engine", harness.fleet.borrow().engines[1].load.idle()).await;
     notify(port, &request_id(&prefill.requests()[0])).await;
     let seen = decode.wait_for_requests(2).await;
@@ -196,7 +196,7 @@ async fn kv_of_a_late_notification_is_consumed() {
 async fn half_written_kv_is_consumed_and_never_reused() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
     let port = socket.port();
-    // The first one dies in its prefill leg, the second one hands over.
+    // The first engine dies in its prefill leg, the second one hands over.
     let dying = ScriptedEngine::start(|_| std::future::pending::<Response<Body>>()).await;
     let living = prefiller(port, 1, PREFILLED).await;
     let decode = decode_engine().await;
@@ -250,7 +250,7 @@ async fn kv_arriving_after_a_disconnect_is_consumed() {
     );
 }
 
-/// vLLM aborts a prefill whose client has left, and then nothing is ever pushed or notified.
+/// vLLM aborts a prefill after its client disconnects. Then it neither pushes KV nor notifies.
 #[tokio::test]
 async fn a_disconnect_in_prefill_frees_the_decode_engine() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
@@ -266,18 +266,18 @@ async fn a_disconnect_in_prefill_frees_the_decode_engine() {
         _ = harness.complete(r#"{"prompt":"x"}"#) => panic!("no prefill, no answer"),
         _ = prefill.wait_for_requests(1) => {}
     }
-    // Its hand-off may take two minutes, and a drain would wait for that.
+    // Its hand-off deadline is two minutes, and a drain would wait for that long.
     let load = &harness.fleet.borrow().engines[1].load.clone();
     tokio::time::timeout(Duration::from_secs(20), load.idle())
         .await
         .expect("an idle decode engine");
-    // What comes later all the same is consumed.
+    // A notification that arrives later is still consumed.
     notify(port, &request_id(&prefill.requests()[0])).await;
     decode.wait_for_requests(1).await;
     harness.finish().await;
 }
 
-/// A decode engine whose look-up came too late has computed the prompt itself. Nobody else finds KV with this hand-off's tag.
+/// A decode engine with a late lookup computes the prompt itself. No other request finds KV with the tag of this hand-off.
 #[tokio::test]
 async fn unused_kv_is_consumed() {
     const USAGE: &str =
@@ -363,18 +363,18 @@ async fn requests_without_handoff_skip_the_prefill_engine() {
     harness.finish().await;
 }
 
-/// The prefill engine's answer in the splice: `Hel` is token 42.
+/// The prefill engine's response with the first token: `Hel` is token 42.
 const FIRST: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"Hel","logprobs":null,"finish_reason":"length","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":2}},"kv_transfer_params":{"first_tok":42}}"#;
 
-/// The same where the answer is already over.
+/// The same, with an answer that is already complete.
 const ENDED: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop","stop_reason":7}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1},"kv_transfer_params":{"first_tok":2}}"#;
 
-/// The same where the first token is half a character.
+/// The same, with half a character as first token.
 const HALF: &str = r#"{"id":"cmpl-P","object":"text_completion","created":5,"model":"m","choices":[{"index":0,"text":"\ufffd","finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":9}}"#;
 
 const REST: &str = r#"{"id":"cmpl-D","object":"text_completion","created":6,"model":"m","choices":[{"index":0,"text":"lo","logprobs":null,"finish_reason":"stop","stop_reason":null}],"usage":{"prompt_tokens":4,"total_tokens":5,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":3}}}"#;
 
-/// Cut where a parser that takes a chunk for an event would fail.
+/// Split where a parser that treats each chunk as an event fails.
 fn rest_stream() -> Response<Body> {
     events(vec![
         Ok(
@@ -470,12 +470,12 @@ async fn a_first_token_stream_has_one_id_and_right_usage() {
         (&json!(3), &json!(3))
     );
     assert_eq!(events[0]["usage"], Value::Null);
-    // The prompt was token ids already, and vLLM's default of 16 tokens counts the first one.
+    // The prompt consists of token ids, and vLLM's default of 16 tokens includes the first one.
     assert_eq!(decode.len(), 1);
     assert_eq!(decode[0].json()["max_tokens"], 15);
 }
 
-/// The same of a chat, and what a reasoning parser makes of it.
+/// The same for a chat, and with a reasoning parser.
 const CHAT_FIRST: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","new":1.50},"finish_reason":"length","stop_reason":null}],"usage":{"prompt_tokens":3,"total_tokens":4,"completion_tokens":1},"kv_transfer_params":{"first_tok":42}}"#;
 const CHAT_THOUGHT: &str = r#"{"id":"chatcmpl-P","object":"chat.completion","created":5,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"Hel","reasoning":"Hel"},"finish_reason":"length"}],"usage":{"prompt_tokens":3},"kv_transfer_params":{"first_tok":42}}"#;
 
@@ -493,7 +493,7 @@ async fn a_first_token_chat_continues_the_prefill_response() {
         (&params["prompt_token_ids"], &params["ret_first_tok"]),
         (&json!([1, 2, 3]), &json!(true))
     );
-    // As many tokens as fit: 99 less the prompt's 3 and the first one.
+    // The remaining tokens: 99 minus the 3 of the prompt and the first one.
     let rest = json!({"prompt": [1, 2, 3, 42], "max_tokens": 95, "kv_transfer_params": tag(&prefill[0])});
     assert_eq!((decode[1].path.as_str(), decode[1].json()), ("/v1/completions", rest));
 
@@ -536,7 +536,7 @@ async fn a_one_token_answer_needs_no_decode_leg() {
         (Some("Hel"), Some("length"))
     );
     assert_eq!(answer["usage"]["completion_tokens"], 1);
-    // Only the tokenization, and the request that takes the KV out of the decode engine's buffer.
+    // Only the tokenization and the request that frees the KV in the decode engine's buffer.
     assert_eq!(decode.len(), 2);
     assert_eq!(
         decode[1].json(),

@@ -1,4 +1,4 @@
-//! What the proxy tells of its requests: metrics of how they ended, under its own names and under vLLM's.
+//! Metrics of the proxy under its own and vLLM's names, merged engine metrics, access log and trace context.
 
 use axum::body::Body;
 use futures_util::StreamExt;
@@ -16,7 +16,7 @@ use super::harness::{
 const EVENT: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
-/// Requests that ended so.
+/// The number of requests with this outcome.
 fn ended(harness: &ProxyHarness, outcome: &str) -> String {
     harness.metric(&format!(r#"xpyd_request_seconds_count{{outcome="{outcome}"}}"#))
 }
@@ -52,7 +52,7 @@ async fn every_generation_is_counted_once_by_outcome() {
     harness.finish().await;
 }
 
-/// The count comes with the last of what a request held, which may be after its last byte.
+/// The proxy counts a request when its last resource is dropped, which can be after its last byte.
 async fn until_ended(harness: &ProxyHarness, outcome: &str, count: &str) {
     within_deadline(outcome, async {
         while ended(harness, outcome) != count {
@@ -158,7 +158,7 @@ async fn the_fleet_exports_vllms_metric_names() {
     harness.finish().await;
 }
 
-/// Prometheus asks for `OpenMetrics`; whoever does not gets what every parser reads.
+/// Prometheus asks for `OpenMetrics`. Other clients get the classic text format.
 #[tokio::test]
 async fn metrics_use_the_requested_format() {
     let harness = ProxyHarness::nixl(&[1], &[1]).await;
@@ -186,7 +186,7 @@ async fn metrics_use_the_requested_format() {
     harness.finish().await;
 }
 
-/// Nobody watches the engines of `xpyd proxy`, so they are asked.
+/// `xpyd proxy` does not supervise its engines, so `/health` asks them.
 #[tokio::test]
 async fn health_asks_unsupervised_engines() {
     let well = || ScriptedEngine::start(|_| async { answer(200, "") });
@@ -213,7 +213,7 @@ async fn health_asks_unsupervised_engines() {
     }
 }
 
-/// `left` is the word for clients that went away, and for nothing else.
+/// The outcome `left` means that the client disconnected, and nothing else.
 #[tokio::test]
 async fn the_access_log_marks_only_real_disconnects() {
     let folder = tempfile::tempdir().unwrap();
@@ -252,7 +252,7 @@ async fn the_access_log_marks_only_real_disconnects() {
     assert_eq!(outcomes.collect::<Vec<_>>(), ["\"answered\""; 8], "{told}");
 }
 
-/// An engine that answers every path with this text.
+/// An engine that answers every request with this text.
 async fn telling(text: &'static str) -> ScriptedEngine {
     ScriptedEngine::start(move |_| async move { answer(200, text) }).await
 }
@@ -297,7 +297,7 @@ async fn concurrent_scrapes_share_one_engine_request() {
         let answers = futures_util::future::join_all((0..40).map(|_| harness.get(path))).await;
         assert!(answers.iter().all(|answer| answer.status() == 200), "{path}");
         let asked = decode.requests().len() - before;
-        // One answer, and perhaps another one where the first is too old by now.
+        // One request to the engine, and possibly a second one if the first response is too old by now.
         assert!((1..20).contains(&asked), "{path}: {asked}");
     }
     harness.finish().await;
@@ -346,7 +346,7 @@ fn parts(headers: &axum::http::HeaderMap) -> [String; 3] {
     [parts[1], parts[2], parts[3]].map(str::to_owned)
 }
 
-/// A proxy that traces, towards a collector that is not there.
+/// A proxy with tracing whose collector is unreachable.
 async fn tracing(percent: u8) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) {
     let (prefill, decode) = (prefill_engine().await, decode_engine().await);
     let endpoint = format!("http://127.0.0.1:{}/v1/traces", dead_port().await);
@@ -378,7 +378,7 @@ async fn every_leg_has_its_own_span_in_the_clients_trace() {
         for seen in &seen {
             assert_eq!(seen.headers["tracestate"], "vendor=1");
         }
-        // The client has decided whether its trace is kept.
+        // The client's own sampling decision applies.
         let [_, _, last] = parts(&decode.requests().last().unwrap().headers);
         assert_eq!(last, flags);
         assert!(legs.iter().all(|[id, ..]| id == trace), "{legs:?}");

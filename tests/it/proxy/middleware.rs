@@ -1,4 +1,4 @@
-//! The entrance of the proxy: what it lets through to engines, keys and headers, and what it tells clients of their requests.
+//! The proxy's middleware: API keys, headers in both directions, request ids, and stage times in responses.
 
 use xpyd::connector::{Connector, Nixl};
 use xpyd::proxy::{ClientKeys, EngineKey, Parts};
@@ -7,7 +7,7 @@ use super::harness::{
     self, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, decode_engine, nixl_prefilled, prefill_engine,
 };
 
-/// A proxy with a key of its own over two engines that are sent another.
+/// A proxy with its own key over two engines that get another key.
 async fn guarded(pass_key_through: bool) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) {
     let (prefill, decode) = (prefill_engine().await, decode_engine().await);
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
@@ -50,7 +50,7 @@ async fn a_request_without_a_key_is_refused() {
     assert_eq!(response.status(), 401);
     assert_eq!(response.headers()["www-authenticate"], "Bearer");
     assert_eq!(code(&response.text().await.unwrap()), "invalid_api_key");
-    // Not even whether a route exists is told.
+    // The response does not show whether the route exists.
     assert_eq!(harness.get("/unknown").await.status(), 401);
     assert_eq!(harness.get("/health").await.status(), 200);
     assert_eq!((prefill.requests().len(), decode.requests().len()), (0, 0));
@@ -112,7 +112,7 @@ async fn engine_control_headers_are_removed_and_the_id_echoed() {
             );
         }
     }
-    // Without an id of its own, the client is told the engines'.
+    // A client without a request id gets the one that engines see.
     let response = harness
         .post("/v1/completions", r#"{"prompt":"x"}"#)
         .send()
@@ -122,7 +122,7 @@ async fn engine_control_headers_are_removed_and_the_id_echoed() {
         response.headers()["x-request-id"],
         decode.requests().last().unwrap().id()
     );
-    // What is refused tells it, too; what is no id is not repeated.
+    // Refusals contain the id, too. An invalid id is not echoed.
     let refused = harness
         .post("/v1/completions", "[1]")
         .header("x-request-id", "mine-2")

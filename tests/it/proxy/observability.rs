@@ -1,4 +1,4 @@
-//! What a fleet tells of its requests beyond their answers: the access log, and engines' metrics merged into its own.
+//! Access log, merged engine metrics, dashboard and traces of a whole fleet.
 
 use std::sync::mpsc::{Receiver, channel};
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::{MODEL, TestEnv, get, post_with, wait_for};
 
-/// The lines of a log of JSON.
+/// The objects of a log in JSON lines.
 fn lines(env: &TestEnv, name: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(env.path().join(name)).unwrap_or_default();
     text.lines()
@@ -21,7 +21,7 @@ fn lines(env: &TestEnv, name: &str) -> Vec<Value> {
         .collect()
 }
 
-/// A line of the access log for a generation through the pair.
+/// Checks a line of the access log for a generation with hand-off.
 fn assert_tells_all_of_a_generation(line: &Value) {
     for (key, value) in [
         ("method", json!("POST")),
@@ -95,7 +95,7 @@ fn the_access_log_has_every_request_and_no_content() {
         "canaries and the question for its health are no clients'"
     );
 
-    // Lines come when requests are over, in whatever order that is.
+    // A line is written when its request is over, so the order varies.
     let of = |status: u16| found.iter().filter(move |line| line["status"] == status);
     let generations: Vec<&Value> = of(200).collect();
     assert_eq!(generations.len(), 2);
@@ -124,7 +124,7 @@ fn an_unwritable_access_log_is_refused_before_the_start() {
     }
 }
 
-/// Every metric that an expression of the dashboard names.
+/// Every metric in an expression of the dashboard.
 fn named_by_the_dashboard() -> Vec<String> {
     fn expressions(value: &Value, found: &mut Vec<String>) {
         match value {
@@ -182,7 +182,7 @@ fn every_dashboard_metric_is_exported() {
         }
         Ok(named.iter().filter(|name| !is_told(name)).cloned().collect::<Vec<_>>())
     });
-    // Nothing was abandoned here, so that nothing had to be cleaned up.
+    // No request was abandoned here, so the cleanup metrics do not exist yet.
     assert_eq!(missing, ["xpyd_handoff_cleanups_total"]);
     run.signal(Signal::SIGINT);
     assert_eq!(run.end().0, 0);
@@ -204,7 +204,7 @@ fn metrics_of_simulated_engines_are_merged() {
     assert_eq!(run.end().0, 0);
 }
 
-/// A collector: its URL, and what is exported to it.
+/// A trace collector: its URL and the spans it receives.
 fn collector() -> (String, Receiver<ExportTraceServiceRequest>) {
     let (exported, exports) = channel();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");

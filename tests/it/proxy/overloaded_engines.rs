@@ -1,4 +1,4 @@
-//! Engines that say that they have no room: they are not asked again at once, and their clients learn when to come back.
+//! Overloaded engines (429 and 503 with `retry-after`): the proxy does not retry them at once, and forwards the wait.
 
 use axum::body::Body;
 use axum::http::Response;
@@ -7,7 +7,7 @@ use serde_json::json;
 use super::harness::{COMPLETION, ProxyHarness, ScriptedEngine, answer, code, error, events, prefill_engine};
 use super::kv_cleanup::is_release;
 
-/// An engine without room, which wants to be asked again after `wait`.
+/// An overloaded engine that sends `retry-after: wait`.
 async fn busy(status: u16, wait: &'static str) -> ScriptedEngine {
     ScriptedEngine::start(move |_| async move {
         let mut response = error(status, "no room");
@@ -17,7 +17,7 @@ async fn busy(status: u16, wait: &'static str) -> ScriptedEngine {
     .await
 }
 
-/// Legs of requests that the engine has seen.
+/// The number of request legs that the engine received.
 fn legs(engine: &ScriptedEngine) -> usize {
     engine.requests().iter().filter(|seen| !is_release(seen)).count()
 }
@@ -69,7 +69,7 @@ async fn the_longest_retry_after_is_sent_if_all_are_busy() {
     harness.finish().await;
 }
 
-/// An engine that fails so often is the last choice; one that is busy is asked again as soon as it is its turn.
+/// An engine that fails this often is chosen last. A busy engine keeps its turn.
 #[tokio::test]
 async fn a_busy_engine_does_not_open_the_breaker() {
     let (prefill, full) = (prefill_engine().await, busy(503, "1").await);

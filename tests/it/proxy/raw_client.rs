@@ -1,4 +1,4 @@
-//! Clients that write their bytes themselves, and a proxy over simulated engines that answer at once.
+//! Clients that write raw bytes, and `xpyd proxy` over simulated engines that answer at once.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -6,10 +6,10 @@ use std::process::Stdio;
 
 use crate::support::{DEADLINE, Run, TestEnv, Unsupervised, wait_for};
 
-/// A stream that ends when its reader leaves.
+/// A stream that ends only when the client disconnects.
 pub(crate) const ENDLESS: &[&str] = &["--null-events", "4000000000"];
 
-/// Both engines of a proxy.
+/// The prefill and the decode engine of a proxy.
 pub(crate) struct Engines {
     _both: [Unsupervised; 2],
 }
@@ -64,7 +64,7 @@ pub(crate) fn client(env: &TestEnv) -> TcpStream {
     connect(env.proxy_port()).expect("the proxy listens")
 }
 
-/// A client whose kernel holds little for it.
+/// A client with a small receive buffer.
 pub(crate) fn narrow_client(env: &TestEnv) -> TcpStream {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -90,7 +90,7 @@ pub(crate) fn ask(client: &mut impl Write, stream: bool) {
     client.write_all((head + &body).as_bytes()).expect("a request is taken");
 }
 
-/// Reads until what was read contains `text`.
+/// Reads until the data contains `text`.
 pub(crate) fn read_to(client: &mut impl Read, text: &str) -> String {
     let mut read = Vec::new();
     let mut chunk = [0; 4096];
@@ -105,14 +105,14 @@ pub(crate) fn read_to(client: &mut impl Read, text: &str) -> String {
     }
 }
 
-/// A whole request on a connection that stays open.
+/// Sends a request and reads its whole response. The connection stays open.
 pub(crate) fn complete(client: &mut (impl Read + Write)) {
     ask(client, false);
     let answer = read_to(client, r#""completion_tokens":3}}"#);
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
-/// Whether the other side has closed the connection, once it says anything at all.
+/// Waits for data or the end, and returns whether the other side has closed the connection.
 pub(crate) fn is_closed(client: &mut TcpStream) -> bool {
     match client.read(&mut [0; 64]) {
         Ok(count) => count == 0,

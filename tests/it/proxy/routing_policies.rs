@@ -1,4 +1,4 @@
-//! Which engines requests go to, by the options of `[proxy.routing]`.
+//! The routing policies of `[proxy.routing]`: which engines get a request.
 
 use serde_json::json;
 use xpyd::connector::{Connector, Nixl};
@@ -68,7 +68,7 @@ async fn a_prompt_goes_to_the_engine_with_its_prefix() {
         (6, 0),
         "round robin would alternate"
     );
-    // The engine is lost; the other one reads the prompt and keeps it.
+    // The engine fails. The other one computes the prompt and caches it.
     harness.lose(Role::Prefill, 0);
     for end in 0..2 {
         ask(&harness, prompt("a", end)).await;
@@ -160,7 +160,7 @@ async fn short_and_cached_prompts_skip_the_prefill_engine() {
     };
     let harness = harness(routing, &[&prefill], &[&decode]).await;
     let ids = |count: usize| json!({"prompt": (0..count).collect::<Vec<_>>(), "max_tokens": 1}).to_string();
-    // Sent, and the prefills so far: 128 tokens are known once a prompt of 150 was read.
+    // The request, and the number of prefills so far. After a prompt of 150 tokens, 128 of them are cached.
     for (tokens, prefills) in [(49, 0), (50, 1), (150, 2), (150, 2), (170, 2), (178, 3)] {
         ask(&harness, ids(tokens)).await;
         assert_eq!(prefill.requests().len(), prefills, "after {tokens} tokens");
@@ -170,8 +170,8 @@ async fn short_and_cached_prompts_skip_the_prefill_engine() {
     harness.finish().await;
 }
 
-/// Every policy on a whole fleet, chosen by the profile's keys: the answers are those of any other, and canaries still hand
-/// over where no client's prompt would be.
+/// Runs a whole fleet with each policy. All policies give the same answers, and canaries transfer KV even if the policy lets
+/// clients' prompts skip the prefill engine.
 #[test]
 fn every_policy_gives_the_same_answers() {
     let mut answers = Vec::new();

@@ -1,4 +1,4 @@
-//! Comments and events without data: an engine sends them to keep a connection open, and they are no part of its answer.
+//! SSE comments and events without data: engines and the proxy send them to keep connections open. They are not tokens.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::harness::{
     self, ProxyHarness, ScriptedEngine, code, events, prefill_engine, responses_in_turn, within_deadline,
 };
 
-/// What keeps a connection open, in every spelling.
+/// Keepalive comments and empty events, in every spelling.
 const SILENCE: &str =
     ": keep-alive\n\n:\r\n\r\ndata:\n\ndata: \t\n\nretry: 3000\n\nid: 7\n\nevent: ping\nid: 8\ndata:\n\n\n\n";
 
@@ -64,7 +64,7 @@ async fn comments_do_not_count_as_first_token() {
     let request = harness.post("/v1/completions", STREAM);
     let asked = harness::BackgroundTask::start(async move { request.send().await.unwrap().text().await.unwrap() });
     decode.wait_for_requests(1).await;
-    // The comments are read long before this answer of another request.
+    // The proxy has read the comments long before it reads this response of another request.
     for _ in 0..20 {
         assert_eq!(harness.get("/health").await.status(), 200);
         assert_eq!(harness.metric("xpyd_time_to_first_token_seconds_count "), "0");
@@ -84,7 +84,7 @@ async fn comments_between_tokens_are_not_counted() {
             SILENCE,
             "data: {\"b\":1}\n\ndata: [DONE]\n\n",
         ];
-        // Each is read on its own, because the next one is made only when the last one was sent.
+        // Each event is read separately, because the next one is created after the last one was sent.
         let pieces = stream::iter(pieces).then(|piece| async move {
             tokio::task::yield_now().await;
             Ok::<_, std::io::Error>(piece)
@@ -139,14 +139,14 @@ async fn comments_do_not_keep_a_hung_stream_alive() {
     }
 }
 
-/// The rest of a stream, without its comments.
+/// The rest of a stream, without comments.
 async fn without_comments(stream: impl Stream<Item = reqwest::Result<Bytes>>) -> String {
     let rest: Vec<_> = within_deadline("the end", stream.map(Result::unwrap).collect()).await;
     let rest = String::from_utf8(rest.concat()).unwrap();
     rest.replace(": keep-alive\n\n", "")
 }
 
-/// A fleet that sends a comment for every bit of silence.
+/// A proxy that sends a keepalive comment after very short pauses.
 fn lively() -> Settings {
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.service.streams.keep_alive = Duration::from_millis(50);

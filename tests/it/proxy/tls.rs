@@ -1,5 +1,4 @@
-//! TLS towards clients: what they are answered over it, what becomes of those that cannot speak it, and which files are
-//! refused.
+//! TLS of the proxy: responses, versions, failed handshakes, and invalid certificate files.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -16,10 +15,10 @@ use tokio_rustls::rustls::{SupportedProtocolVersion, version};
 use super::raw_client::{ENDLESS, Engines, ask, client, complete, is_closed, narrow_client, proxy, read_to};
 use crate::support::{MODEL, TestEnv, wait_for};
 
-/// The files that [`certify`] makes.
+/// The files that [`certify`] writes.
 const FILES: [&str; 4] = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"];
 
-/// Makes a certificate for `localhost` in the place, and returns its key.
+/// Creates a certificate for `localhost` in the test environment, and returns its key.
 fn certify(env: &TestEnv) -> String {
     let CertifiedKey { cert, signing_key } = generate_simple_self_signed(["localhost".to_owned()]).expect("a name");
     let key = signing_key.serialize_pem();
@@ -28,7 +27,7 @@ fn certify(env: &TestEnv) -> String {
     key
 }
 
-/// Over this connection, a client that trusts the place's certificate alone.
+/// A TLS client on this connection that trusts only the certificate of the test environment.
 fn over(stream: TcpStream, env: &TestEnv, version: &'static SupportedProtocolVersion) -> Client {
     let mut roots = RootCertStore::empty();
     let cert = CertificateDer::from_pem_file(env.path().join("cert.pem")).expect("a certificate");
@@ -48,7 +47,7 @@ fn tls_client(env: &TestEnv) -> Client {
     over(client(env), env, &version::TLS13)
 }
 
-/// A request's whole answer on a connection of its own.
+/// Sends a request on its own connection, and returns the whole response.
 fn exchange(env: &TestEnv, head: &str, body: &str) -> String {
     let mut client = tls_client(env);
     let length = body.len();
@@ -67,7 +66,7 @@ fn generate(env: &TestEnv, stream: bool) -> String {
     exchange(env, "POST /v1/completions", &body.to_string())
 }
 
-/// No file below the folder but `key.pem` holds the text.
+/// Checks that no file below the folder except `key.pem` contains the text.
 fn assert_is_nowhere(folder: &Path, text: &str) {
     for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
         let path = entry.path();
@@ -162,14 +161,14 @@ fn unfinished_handshakes_and_plain_http_are_disconnected() {
     let _proxy = proxy(&env, &[&FILES[..], &deadline].concat());
     let mut silent = client(&env);
     let mut half = client(&env);
-    // The head of a record that says that a greeting of 512 bytes follows.
+    // The header of a TLS record that announces a ClientHello of 512 bytes.
     half.write_all(b"\x16\x03\x01\x02\x00\x01").expect("it is open");
     let mut plain = client(&env);
     ask(&mut plain, false);
     complete(&mut tls_client(&env));
     assert!(is_closed(&mut silent) && is_closed(&mut half));
     let mut answer = Vec::new();
-    // What was sent and not read may end the connection with a reset.
+    // Data that the proxy has not read can end the connection with a reset.
     drop(plain.read_to_end(&mut answer));
     assert!(!String::from_utf8_lossy(&answer).contains("HTTP"), "{answer:?}");
     assert!(is_closed(&mut plain));

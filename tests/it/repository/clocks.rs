@@ -1,10 +1,10 @@
-//! `docs/clocks.md`: its defaults are those of the code, and each clock outlives what it must.
+//! `docs/clocks.md`: its defaults equal those of the code, and each time limit is longer than what it must outlive.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// A row of the table: the default, and what it outlives, each a sum of clocks.
+/// A row of the table: the default, and what it must outlive. Each is a sum of clocks.
 struct Clock {
     default: Duration,
     outlives: Vec<Vec<String>>,
@@ -35,7 +35,7 @@ fn table() -> BTreeMap<String, Clock> {
     clocks.collect()
 }
 
-/// The number after `marker` in a file that other tests compare with the code.
+/// The number after `marker` in a file. Other tests compare that file with the code.
 fn number_after(file: &str, marker: &str) -> u64 {
     let text = read(file);
     let at = text.find(marker).unwrap_or_else(|| panic!("no {marker} in {file}"));
@@ -64,7 +64,7 @@ fn constant(file: &str, name: &str) -> Duration {
     }
 }
 
-/// What the code says, by the names of the table. What is missing here is vLLM's own.
+/// The values of the code by the names of the table. Clocks that are not here belong to vLLM.
 fn code() -> BTreeMap<&'static str, Duration> {
     let deadlines = xpyd::profile::load("2p2d-nixl", &[]).expect("a profile").deadlines;
     let planned = |profile: &str, marker: &str| {

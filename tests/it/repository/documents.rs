@@ -1,4 +1,4 @@
-//! What README and docs/ say is so: their profiles are valid, their commands work, their tables are those of the program.
+//! README and docs/ are true: profiles are valid, commands work, links have targets, and tables match the program.
 
 use std::collections::BTreeMap;
 use std::process::Output;
@@ -11,7 +11,7 @@ const README: &str = include_str!("../../../README.md");
 const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
 const OPERATIONS: &str = include_str!("../../../docs/operations.md");
 
-/// The pages whose commands a reader types, each with its name.
+/// The pages whose commands a reader types, by name.
 const PAGES: [(&str, &str); 6] = [
     ("README.md", README),
     ("configuration.md", CONFIGURATION),
@@ -25,7 +25,7 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
-/// The TOML blocks of a page. Those that do not extend a profile are parts of one.
+/// The TOML blocks of a page. Blocks that do not extend a profile are parts of one.
 fn tomls(page: &str) -> Vec<String> {
     let blocks = page.split("```toml\n").skip(1);
     let blocks = blocks.map(|rest| rest.split("```").next().expect("an end"));
@@ -39,14 +39,14 @@ fn tomls(page: &str) -> Vec<String> {
     blocks.map(whole).collect()
 }
 
-/// A place with the README's profile in `my.toml`.
+/// A test environment with the README's profile in `my.toml`.
 fn readme_env() -> TestEnv {
     let env = TestEnv::new();
     std::fs::write(env.path().join("my.toml"), &tomls(README)[0]).expect("a file");
     env
 }
 
-/// The commands of xpyd on a page, in order, as words without comments. Lines that end in `\` continue.
+/// The xpyd commands on a page, in order, as words without comments. A line that ends in `\` continues.
 fn lines(page: &str) -> Vec<Vec<String>> {
     let text = page.replace("\\\n", " ");
     let commands = text.lines().filter_map(|line| line.strip_prefix("    xpyd "));
@@ -85,7 +85,7 @@ fn the_readme_profile_runs_on_simulated_engines() {
     );
 }
 
-/// A command as it is typed on another machine: with simulated engines, on free ports, with an end.
+/// A documented command changed for the test machine: simulated engines, free ports, and a limited run time.
 fn adapted(env: &TestEnv, words: &[String]) -> Vec<String> {
     let mut words = words.to_vec();
     let before = words.iter().position(|word| word == "--").unwrap_or(words.len());
@@ -115,14 +115,14 @@ fn documented_commands_work_in_order() {
     assert!(output.status.success(), "{}", text(&output));
     let mut done = 0;
     let all: Vec<Vec<String>> = PAGES.iter().flat_map(|(_, page)| lines(page)).collect();
-    // A proxy of engines on other machines has no end.
+    // A proxy for engines on other machines runs for ever.
     for line in all.iter().filter(|words| words[0] != "proxy") {
         let words = adapted(&env, line);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let output = env.run(&words);
         assert!(output.status.success(), "{words:?}: {}", text(&output));
         done += 1;
-        // What comes after it needs no fleet, or another one.
+        // The commands after it need no fleet, or another one.
         if words[0] == "down" {
             let output = env.run(&arguments);
             assert!(output.status.success(), "{}", text(&output));
@@ -158,7 +158,7 @@ fn every_documented_command_exists() {
     let env = TestEnv::new();
     let mut verbs = BTreeMap::new();
     for (name, page) in PAGES {
-        // What is quoted in backticks, and in indented blocks.
+        // Commands in backticks and in indented blocks.
         let quoted = page.lines().flat_map(|line| line.split('`').skip(1).step_by(2));
         let blocks = page.lines().filter(|line| line.starts_with("    "));
         let commands = quoted
@@ -207,7 +207,7 @@ fn completions_exist_for_the_documented_shells() {
         let output = env.run(&["completions", shell]);
         let script = text(&output);
         assert!(output.status.success() && script.contains("profiles"), "{shell}");
-        // What only xpyd itself calls.
+        // Commands that only xpyd itself runs.
         assert!(!script.contains("shim") && !script.contains("sim-lmcache"), "{shell}");
     }
 }

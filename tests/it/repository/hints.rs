@@ -1,4 +1,4 @@
-//! Hints are safe to follow: each command that one names exists, ends what it says, and leaves other runs alone.
+//! Hints are safe to follow: each command in a hint exists, has the promised effect, and does not touch other runs.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use crate::support::{Run, TestEnv, kill_process, wait_for};
 
-/// Every text between backticks in the source that is a command of xpyd.
+/// Every text between backticks in the sources that is an xpyd command.
 fn commands(text: &str) -> Vec<String> {
     let spans = text.split('`').skip(1).step_by(2);
     let named = spans.filter(|span| span.starts_with("xpyd ") && !span.contains('\n'));
@@ -25,7 +25,7 @@ fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
     files.iter().filter(is_text).cloned().chain(inner).collect()
 }
 
-/// Words as a user types them: placeholders of a format and of a sentence have some value.
+/// The words as a user types them, with example values for placeholders.
 fn words(command: &str) -> Vec<String> {
     let mut text = String::new();
     let mut rest = command;
@@ -38,7 +38,7 @@ fn words(command: &str) -> Vec<String> {
     let mut words: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
         let is_value = words.last().is_some_and(|last| last.starts_with("--"));
-        // Alone it stands for the options of the user.
+        // `…` alone stands for the user's options.
         if word != "…" || is_value {
             words.push(word.replace('…', "1"));
         }
@@ -56,14 +56,14 @@ fn every_command_in_a_text_parses() {
         for command in texts.flat_map(commands) {
             found += 1;
             let mut words = words(&command);
-            // `xpyd VERB` of a named run, `xpyd shim`: a word that stands for a verb is none.
+            // A placeholder for a verb, as in `xpyd VERB`, is no command.
             if words
                 .get(1)
                 .is_some_and(|word| word.chars().all(char::is_uppercase) || word == "1")
             {
                 continue;
             }
-            // A verb alone, whose arguments the sentence does not need.
+            // A verb without its arguments, which the sentence does not need.
             let needs_more = ["restart", "drain", "scale", "sim", "sidecar"];
             if words.len() == 2 && needs_more.contains(&words[1].as_str()) {
                 words.push("--help".to_owned());
@@ -81,7 +81,7 @@ fn every_command_in_a_text_parses() {
     assert!(found > 30, "only {found} commands were found");
 }
 
-/// The commands in the hints of what was printed.
+/// The commands in the hints of this output.
 fn hinted(printed: &str) -> Vec<String> {
     let hints = printed.lines().filter(|line| line.starts_with("hint:"));
     let spans = hints.flat_map(|line| line.split('`').skip(1).step_by(2));
@@ -89,7 +89,7 @@ fn hinted(printed: &str) -> Vec<String> {
     named.map(str::to_owned).collect()
 }
 
-/// Types one command as it is printed, and checks that it succeeds.
+/// Runs one command as it is printed, and checks that it succeeds.
 fn follow(env: &TestEnv, command: &str) {
     let words: Vec<&str> = command.split_whitespace().collect();
     let output = if words[0] == "xpyd" {
@@ -100,7 +100,7 @@ fn follow(env: &TestEnv, command: &str) {
     assert_eq!(output.status.code(), Some(0), "{command}: {output:?}");
 }
 
-/// Two named runs in a place, of which the other one must stay as it is.
+/// Two named runs in one test environment. The other run must not be affected.
 fn two_runs(env: &TestEnv, more: &[&str]) -> (Vec<(i32, String)>, i32) {
     let up = |name: &str, offset: u16| {
         let offset = format!("port_offset={}", env.offset + offset);
@@ -121,7 +121,7 @@ fn xpyd_of(env: &TestEnv, name: &str) -> i32 {
     i32::try_from(status["run"]["pid"].as_i64().expect("a pid")).expect("a pid")
 }
 
-/// Waits until only these processes are left, then takes the other run down.
+/// Waits until only these processes are left, and then stops the other run.
 fn assert_only_the_other_run_is_left(env: &TestEnv, others: &[(i32, String)]) {
     wait_for("the end of this run alone", || {
         let now = env.processes();
@@ -203,7 +203,7 @@ fn a_named_run_prints_commands_that_name_it() {
     ] {
         assert!(printed.contains(text), "no {text} in\n{printed}");
     }
-    // Who asks for the default run is told of this one.
+    // A command for the default run mentions this one.
     let output = env.run(&["status"]);
     let commands = hinted(&String::from_utf8_lossy(&output.stderr));
     assert_eq!(commands, ["xpyd ps"]);

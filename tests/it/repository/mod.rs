@@ -1,4 +1,4 @@
-//! Checks of the repository itself: its sources, documents and hints.
+//! Checks of the repository itself: sources, documents and hints.
 
 mod clocks;
 mod documents;

@@ -1,9 +1,9 @@
-//! Invariants of the code itself: who may import whom, how long a file may be, who prints.
+//! Rules of the source code: allowed imports, length of files, which module prints, and forbidden constructs.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// What each module may import of the others. ARCHITECTURE.md says why; a new arrow is a change of the design.
+/// The modules that each module is allowed to import. ARCHITECTURE.md says why. A new arrow changes the design.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("fleet", &[]),
     ("private", &[]),
@@ -111,7 +111,7 @@ const PROXY_FOLDERS: [&str; 8] = [
     "body",
 ];
 
-/// Lines that a file may have.
+/// The maximum number of lines in a file.
 const MAX_LINES: usize = 600;
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
@@ -134,7 +134,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Path relative to `src`, module, and text of every source file.
+/// The path relative to `src`, the top-level module, and the text of every source file.
 fn modules() -> Vec<(String, String, String)> {
     let src = root().join("src");
     sources(&src)
@@ -152,7 +152,7 @@ fn modules() -> Vec<(String, String, String)> {
         .collect()
 }
 
-/// Top-level modules that a text names after `crate::`, grouped imports included.
+/// The top-level modules after `crate::` in a source text, including grouped imports.
 fn imported(text: &str) -> Vec<String> {
     let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
     let joined = code.collect::<Vec<_>>().join("\n");
@@ -262,8 +262,8 @@ fn files_are_short_and_start_with_a_doc_comment() {
 
 #[test]
 fn only_ui_writes_to_the_terminal() {
-    // The simulated engine is a program of its own: its log is its output. Two files speak to a parent process, and the log of
-    // `xpyd proxy` is its standard error.
+    // The simulated engine is a separate program whose log is its output. Two files write to a parent process, and `xpyd proxy`
+    // logs to standard error.
     let exempt = ["sim/log.rs", "sim/process.rs", "cli/detach.rs", "own_log.rs"];
     for (name, _, text) in modules() {
         let writes = [
@@ -289,7 +289,7 @@ fn only_ui_writes_to_the_terminal() {
 fn tests_do_not_sleep() {
     for path in sources(&root().join("tests")) {
         let text = std::fs::read_to_string(&path).expect("a file");
-        // Split, so that this line does not find itself.
+        // Split, so that the search does not find this line.
         for sleep in [concat!("thread::", "sleep("), concat!("time::", "sleep(")] {
             assert!(
                 !text.contains(sleep),

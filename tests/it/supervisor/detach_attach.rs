@@ -1,4 +1,4 @@
-//! Engines that outlive their xpyd: kept, attached to by the next one, or ended, through the binary on simulated engines.
+//! Detach and attach: engines that outlive their xpyd, until another one attaches or they are stopped.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::support::{MODEL, Run, TestEnv, asking_meanwhile, completion, kill_process, wait_for};
 
-/// Keeps engines for as long as any test takes.
+/// A keep time that is longer than any test.
 const KEEP: &str = "deadlines.keep=10m";
 
 fn status(env: &TestEnv) -> serde_json::Value {
@@ -15,7 +15,7 @@ fn status(env: &TestEnv) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// Name, process id and incarnation of every engine; 0 for the process id of one between two incarnations.
+/// Name, process id and incarnation of every engine. The process id is 0 between two incarnations.
 fn engines(env: &TestEnv) -> Vec<(String, i64, i64)> {
     let status = status(env);
     let engines = status["engines"].as_array().expect("a list").iter();
@@ -28,7 +28,7 @@ fn engines(env: &TestEnv) -> Vec<(String, i64, i64)> {
         .collect()
 }
 
-/// The process whose command line, or name, is this.
+/// The process with this command line or name.
 fn process(env: &TestEnv, command: &str) -> i64 {
     let is_meant = |pid: i32, line: &str| {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -39,7 +39,7 @@ fn process(env: &TestEnv, command: &str) -> i64 {
     found.unwrap_or_else(|| panic!("no {command}: {processes:#?}")).0.into()
 }
 
-/// A run whose xpyd was killed, with its engines as they were.
+/// Starts a run, kills its xpyd, and returns its engines.
 fn orphaned<'env>(env: &'env TestEnv, more: &[&str]) -> (Run<'env>, Vec<(String, i64, i64)>) {
     let mut run = env.up(&[&["--set", KEEP], more].concat());
     run.wait_until_ready();
@@ -73,7 +73,7 @@ fn engines_survive_a_killed_xpyd_and_the_next_attaches() {
         assert_eq!(engines(&env), before, "{connector}");
         let prompt = "a prompt of some length ".repeat(40);
         assert_eq!(completion(env.proxy_port(), MODEL, &prompt), env.alone(MODEL, &prompt));
-        // What was started by the first xpyd is supervised by the second one.
+        // The second xpyd supervises the engines of the first one.
         kill_process(before[3].1);
         run.wait_for_line("decoder2 serves again");
         assert!(stop(&env, run).contains("was killed by SIGKILL"));
@@ -201,7 +201,7 @@ fn clients_wait_while_xpyd_is_away() {
     });
     assert_eq!(answer, env.alone(MODEL, "once"));
 
-    // The next one serves elsewhere: nobody waits at the old port for nothing.
+    // The next xpyd serves on another port, so no client must wait on the old one.
     run.kill();
     let elsewhere = format!("{}", port + 1);
     let mut run = env.up(&["--set", KEEP, "--port", &elsewhere]);
@@ -209,7 +209,7 @@ fn clients_wait_while_xpyd_is_away() {
     let refused = std::net::TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port));
     assert!(refused.is_err(), "{refused:?}");
 
-    // Nobody waits for engines that are taken down.
+    // Clients do not wait for engines that are being stopped.
     run.kill();
     assert_eq!(env.run(&["down"]).status.code(), Some(0));
     env.assert_no_listener();
@@ -223,7 +223,7 @@ fn engines_of_a_detached_run_survive_an_abort() {
     let up = env.run(&arguments);
     assert_eq!(up.status.code(), Some(0), "{up:?}");
     let before = engines(&env);
-    // What the process gets from a panic of the release build, and from an allocation that fails.
+    // A panic of the release build and a failed allocation raise this signal.
     let pid = status(&env)["run"]["pid"].as_i64().expect("a pid");
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid")),
@@ -325,7 +325,7 @@ fn killing_the_shim_after_an_attach_leaves_nothing() {
     }
 }
 
-/// Kills the monitor, and waits until xpyd has seen it.
+/// Kills the shim monitor, and waits until xpyd has noticed.
 fn kill_monitor(env: &TestEnv) {
     kill_process(process(env, "xpyd-monitor"));
     wait_for("xpyd to see the end of the monitor", || {
@@ -378,10 +378,10 @@ fn a_client_without_a_valid_command_is_disconnected() {
     let long = vec![b'x'; 3 << 20];
     for sent in [&b"{}\n"[..], b"\n", b"GET / HTTP/1.1\r\n\r\n", b"\xff\x00\n", &long] {
         let mut stream = UnixStream::connect(env.path().join("xpyd/default/attach.sock")).expect("a shim");
-        // It may close before it has read all.
+        // The shim can close the connection before it has read everything.
         let _ = stream.write_all(sent);
         let mut told = Vec::new();
-        // What it has not read resets the connection.
+        // Unread data resets the connection.
         let _ = stream.read_to_end(&mut told);
     }
     let mut run = env.up(&["--set", KEEP]);
@@ -449,7 +449,7 @@ fn an_added_engine_restarts_after_an_attach() {
     }
     let mut run = env.up(&command);
     run.wait_until_ready();
-    // A decode engine listens elsewhere after each start, which its file must say; a canary proves it.
+    // A decode engine listens on another port after each start. Its file must contain it, which a canary proves.
     for engine in ["decoder2", "prefiller2"] {
         let output = env.run(&["restart", engine]);
         assert_eq!(output.status.code(), Some(0), "{output:?}");

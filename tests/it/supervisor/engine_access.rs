@@ -1,4 +1,4 @@
-//! Who gets in at the engines of a run, and who can read what a run writes.
+//! Access to the engines of a run by key, and permissions of the files that a run writes.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::support::{MODEL, Run, TestEnv, completion, completion_with, kill_engine, post_with};
 
-/// Every file and folder below this one.
+/// Every file and folder below this folder.
 fn below(folder: &Path) -> Vec<PathBuf> {
     let mut found = vec![folder.to_owned()];
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -25,11 +25,11 @@ fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path).expect("a file").permissions().mode() & 0o777
 }
 
-/// Whether a request with these headers gets past the keys of an engine or a proxy.
+/// Whether the key check of an engine or a proxy accepts a request with these headers.
 fn lets_in(port: u16, headers: &[(&str, &str)]) -> bool {
     match post_with(port, "/v1/models", "{}", headers).0 {
         401 => false,
-        // That route takes no POST.
+        // The route accepts no POST.
         405 => true,
         other => panic!("status {other}"),
     }
@@ -39,7 +39,7 @@ fn key_file(env: &TestEnv) -> PathBuf {
     env.path().join("xpyd/default/engine-key")
 }
 
-/// Each of the engines wants this key, and lets nobody else in.
+/// Checks that each engine accepts this key and no other.
 fn assert_they_want(key: &str, ports: &[u16]) {
     let bearer = format!("Bearer {key}");
     for port in ports {
@@ -67,29 +67,29 @@ fn engines_accept_only_xpyds_key() {
     assert!(key.len() > 32, "128 bits in hexadecimal, and a prefix");
     assert_eq!(mode(&key_file(&env)), 0o600);
     assert_they_want(&key, &ports[..2]);
-    // A client of the proxy needs no key, and one that sends another gets an answer all the same.
+    // A client of the proxy needs no key. A client with another key is served as well.
     let answer = completion(env.proxy_port(), MODEL, "one two");
     let sent = [("authorization", "Bearer of-a-client")];
     assert_eq!(completion_with(env.proxy_port(), MODEL, "one two", 12, &sent), answer);
-    // Its operator is told where it is.
+    // xpyd prints where the key is.
     let status = String::from_utf8(env.run(&["status"]).stdout).expect("text");
     assert!(status.contains(&key_file(&env).display().to_string()), "{status}");
     assert!(!status.contains(&key), "{status}");
     let json: serde_json::Value = serde_json::from_slice(&env.run(&["status", "--json"]).stdout).expect("JSON");
     assert_eq!(json["run"]["engine_key_file"], key_file(&env).display().to_string());
-    // It is on no command line and in no other file.
+    // The key is on no command line and in no other file.
     assert!(env.processes().iter().all(|(_, command)| !command.contains(&key)));
     let with_it = below(env.path())
         .into_iter()
         .filter(|path| std::fs::read(path).is_ok_and(|content| String::from_utf8_lossy(&content).contains(&key)));
     assert_eq!(with_it.collect::<Vec<_>>(), [key_file(&env)]);
-    // A restarted engine and one that joins want the same key.
+    // A restarted engine and an added one require the same key.
     kill_engine(&env, "decoder1");
     run.wait_for_line("decoder1 serves again");
     let scaled = env.run(&["scale", "decode=2"]);
     assert_eq!(scaled.status.code(), Some(0), "{scaled:?}");
     assert_they_want(&key, &ports);
-    // So do those that the next xpyd finds.
+    // So do the engines after another xpyd attached.
     run.kill();
     assert_eq!(env.engine_key(), key);
     let attached = [&profile[..], &["--set", "decode.count=2"]].concat();
@@ -136,13 +136,13 @@ fn client_keys_never_reach_engines() {
 #[test]
 fn a_user_key_protects_all_engines_and_empty_opens_them() {
     for (settings, are_open) in [
-        // Only one role was given a key; the other one must be no way around it.
+        // Only one role has a configured key. The other role must not be open.
         (&["decode.args=[\"--api-key\", \"swordfish\"]"][..], [false, false]),
         (
             &["prefill.env={VLLM_API_KEY=\"\"}", "decode.env={VLLM_API_KEY=\"\"}"],
             [true, true],
         ),
-        // Engines shall see the keys of clients, so they have none of their own.
+        // Engines check the clients' keys here, so xpyd gives them none.
         (&["proxy.guard.pass_key_through=true"], [true, true]),
     ] {
         let env = TestEnv::new();

@@ -1,4 +1,6 @@
-//! Whole runs of the supervisor, with engines that answer HTTP and leave workers behind.
+//! Whole runs of the supervisor over engines that answer HTTP and leave worker processes behind.
+//!
+//! The engine is this test program itself, started again with the name of one test.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -26,8 +28,8 @@ use crate::support::DEADLINE;
 
 const PORT: &str = "XPYD_TEST_PORT";
 
-/// Not a test: the engine that the tests below start. Answers 200 to everything, and ends with code 0 when asked for
-/// `/die`, as vLLM does after a crash.
+/// Not a test: the engine of the tests below. It answers every request with 200, and exits with code 0 on `/die`, as vLLM
+/// does after a crash.
 #[test]
 #[ignore = "run by other tests"]
 fn fake_engine() {
@@ -41,7 +43,7 @@ fn fake_engine() {
             return;
         }
         let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-        // A client that has gone does not end the engine.
+        // A disconnected client does not end the engine.
         drop(connection.write_all(answer));
     }
 }
@@ -79,11 +81,11 @@ struct Run {
 }
 
 impl Run {
-    /// Starts these engines. `prelude` runs in each engine's shell before the server.
+    /// Starts these engines. The shell of each engine runs `prelude` before the server.
     fn start(names: &[&str], prelude: &str, canary: Result<(), String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mark = folder.path().to_string_lossy().into_owned();
-        // A free port may be gone by the time it is reserved, because other tests look for one as well.
+        // Another test can take a free port before it is reserved.
         let (engines, reservations) = (0..20)
             .find_map(|_| {
                 let engines: Vec<EngineSpec> = names.iter().map(|name| engine(name, prelude, &mark)).collect();
@@ -147,7 +149,7 @@ impl Run {
         Arc::clone(&view.expect("the view in time").expect("the run goes on"))
     }
 
-    /// Waits for the end, and holds it to the promise: no process, no listener.
+    /// Waits for the end of the run, and checks that no process and no listener is left.
     async fn outcome(mut self) -> Outcome {
         let outcome = timeout(DEADLINE, self.tasks.join_next()).await;
         let outcome = outcome.expect("an end in time").unwrap().unwrap();
@@ -168,7 +170,7 @@ impl Run {
 }
 
 fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
-    // The port is free again once the listener is dropped, and reserved right after.
+    // Dropping the listener frees the port, and the run reserves it right after.
     let port = TcpListener::bind(("127.0.0.1", 0))
         .unwrap()
         .local_addr()
@@ -176,7 +178,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
         .port();
     let program = std::env::current_exe().unwrap();
     let server = "supervisor::fleet::fake_engine --exact --ignored --nocapture";
-    // The worker is what a leader leaves behind.
+    // The worker survives its leader.
     let script = format!("{prelude}\nsleep 1000 &\nexec {} {server}", program.display());
     EngineSpec {
         id: EngineId::named(name),

@@ -1,4 +1,4 @@
-//! One engine's KV side stands still while its HTTP side answers: it is found and restarted, and no other engine pays for it.
+//! An engine whose KV transfer hangs while its HTTP API answers: xpyd finds and restarts it, and blames no other engine.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -19,7 +19,7 @@ const UP: [&str; 6] = [
     "deadlines.keep=10m",
 ];
 
-/// Holds the side channel of an engine: it asks for metadata and reads no answer, so the engine's one thread for it blocks.
+/// Blocks the side channel of an engine: it asks for metadata and reads no response, so the engine's only thread for it hangs.
 struct Wedge(#[expect(dead_code, reason = "held open")] TcpStream);
 
 impl Wedge {
@@ -38,7 +38,7 @@ impl Wedge {
             .write_all(&[4, u8::try_from(ready.len()).expect("short")])
             .expect("a head");
         stream.write_all(&ready).expect("a command");
-        // An empty frame, then msgpack `[b"get_meta_msg", 0, 1]`... as vLLM sends it.
+        // An empty frame, then msgpack `[b"get_meta_msg", 0, 1]`, as vLLM sends it.
         let request = b"\x93\xc4\x0cget_meta_msg\x00\x01";
         let mut one = vec![1, 0, 0, u8::try_from(request.len()).expect("short")];
         one.extend_from_slice(request);
@@ -58,7 +58,7 @@ impl Wedge {
     }
 }
 
-/// Each engine with its state, its incarnation, and why it failed last.
+/// The state, the incarnation and the last failure of each engine.
 fn engines(env: &TestEnv) -> Vec<(String, String, i64)> {
     let output = env.run(&["status", "--json"]);
     let status: Value = serde_json::from_slice(&output.stdout).expect("JSON");

@@ -1,4 +1,4 @@
-//! Engines with a cache server each, through the binary on simulated engines and a simulated `lmcache server`.
+//! LMCache MP: engines with a cache server each as sidecar, on simulated engines and a simulated `lmcache server`.
 
 use std::path::Path;
 use std::process::Output;
@@ -10,21 +10,21 @@ use crate::support::{
     wait_for,
 };
 
-/// A fleet of this shape, which is `ready` when this returns.
+/// Starts a fleet of this shape, and waits until it is ready.
 fn up<'env>(env: &'env TestEnv, more: &[&str]) -> Run<'env> {
-    // The default is too close to another fleet's proxy, see `support`.
+    // The default port is too close to another fleet's proxy, see `support`.
     let fixed = ["--profile", "2p2d-lmcache-mp", "--set", "lmcache_mp.http_port=8100"];
     env.up(&[&fixed, more].concat())
 }
 
-/// The processes of the place whose command line begins with its program and this verb: `sim-lmcache`.
+/// The processes of the test environment whose command is this verb of xpyd, such as `sim-lmcache`.
 fn of_verb(env: &TestEnv, verb: &str) -> Vec<i32> {
     let processes = env.processes().into_iter();
     let of_verb = processes.filter(|(_, command)| command.split(' ').nth(1) == Some(verb));
     of_verb.map(|(pid, _)| pid).collect()
 }
 
-/// The cache server of an engine: the one that listens on its port.
+/// The process of an engine's cache server, found by its port.
 fn cache_server(env: &TestEnv, engine_number: u16) -> i32 {
     let port = format!(" --port {} ", 6555 + env.offset + engine_number);
     let processes = env.processes().into_iter();
@@ -59,7 +59,7 @@ fn lmcache_mp_transfers_by_nixl_and_caches_prefixes() {
         assert_eq!(alone["choices"][0]["text"], through);
     }
     assert!(moved() > moved_before, "NIXL moved nothing");
-    // Two prompts each, of which the second one begins as the first.
+    // Two prompts each. The second one starts with the first one.
     for (before, after) in kept_before.into_iter().zip(kept()) {
         assert!(after - before >= 256.0, "{before} {after}");
     }
@@ -104,7 +104,7 @@ fn an_engine_restarts_with_a_new_cache_server() {
     let (code, text) = run.end();
     assert_eq!(code, 0, "{text}");
     for name in ["prefiller1", "decoder2"] {
-        // An engine that is ending refuses hand-offs, which may be seen before its end.
+        // A stopping engine refuses hand-offs, which can be visible before its exit.
         let is_noticed = ["failed", "is drained and restarted"].map(|how| text.contains(&format!("{name} {how}")));
         assert!(
             is_noticed.contains(&true) && text.contains(&format!("{name} serves again")),
@@ -148,7 +148,7 @@ fn a_cache_server_never_outlives_its_engine() {
             Err(format!("{left:?}"))
         }
     });
-    // EngineCore and workers of simulated engines are nobody's then, as real ones.
+    // EngineCore and workers of simulated engines become orphans then, like real ones.
     env.processes().into_iter().for_each(|(pid, _)| kill_process(pid));
 }
 
@@ -158,7 +158,7 @@ fn a_failed_cache_server_start_fails_the_engine() {
     let (code, text) = up(&env, &["--set", "lmcache_mp.l1_size=1MiB"]).end();
     assert_eq!(code, 4, "{text}");
     assert!(text.contains("size_gb must provide room for one chunk"), "{text}");
-    // All four fail; the first one ends the run, and with it the others, perhaps before they have said so.
+    // All four engines fail. The first failure ends the run, possibly before the others have reported theirs.
     let logs = ["prefiller1", "prefiller2", "decoder1", "decoder2"].map(|engine| env.log(&format!("{engine}.log")));
     let reason = "ended (exit code 1) before it listened on port";
     assert!(logs.iter().any(|log| log.contains(reason)), "{logs:?}");
@@ -224,7 +224,7 @@ fn xpyd_proxy_serves_lmcache_mp_engines() {
     proxy.wait_for_line("serving 2 prefill and 2 decode engines");
     let moved = || metric(7200 + env.offset, "vllm:nixl_bytes_transferred_sum", "");
     let before = moved();
-    // Two decode engines take turns.
+    // Requests alternate between the two decode engines.
     let bearer = format!("Bearer {key}");
     let prompt = "a prompt for a proxy of its own";
     let answers = [(); 2].map(|()| completion_with(own_port, MODEL, prompt, 12, &[("authorization", &bearer)]));
@@ -232,7 +232,7 @@ fn xpyd_proxy_serves_lmcache_mp_engines() {
     assert!(moved() > before);
 }
 
-/// `xpyd sidecar` with these commands, and what is left of it.
+/// Runs `xpyd sidecar` with these commands to its end. Returns its output and its remaining processes.
 fn sidecar(env: &TestEnv, deadline: &str, commands: &[&str]) -> Output {
     let port = (6555 + env.offset).to_string();
     let flags = [

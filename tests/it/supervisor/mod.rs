@@ -1,4 +1,4 @@
-//! The supervisor, its shim, and engines that restart, join, leave and outlive it.
+//! The supervisor, its shim, and engines that restart, are added, drained, or outlive it.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

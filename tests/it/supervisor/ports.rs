@@ -1,4 +1,4 @@
-//! Ports: held before anything starts, named when taken, and listened on by nobody but the engine.
+//! Ports: reserved before the start, reported with their holder if taken, and used only by the engine itself.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
@@ -56,7 +56,7 @@ fn a_foreign_program_on_an_engine_port_is_named() {
     let env = TestEnv::new();
     let mut run = env.up(&["--profile", "1p1d", "--set", "sim.faults=[\"slow-start=60s\"]"]);
     run.wait_for_line("logs in");
-    // An engine has bound its port before it has workers.
+    // An engine binds its port before it starts workers.
     wait_for("workers", || {
         let processes = env.processes();
         let workers = processes.iter().filter(|(_, command)| command.contains("VLLM::Worker"));
@@ -66,7 +66,7 @@ fn a_foreign_program_on_an_engine_port_is_named() {
             Err(format!("{processes:#?}"))
         }
     });
-    // The standard library sets SO_REUSEADDR, so that the reservation cannot keep it out, and the engine listens late.
+    // The standard library sets SO_REUSEADDR, so the reservation does not block this listener, and the engine listens late.
     let port = 7200 + env.offset;
     let usurper = listen(port);
     std::thread::spawn(move || {
@@ -74,12 +74,12 @@ fn a_foreign_program_on_an_engine_port_is_named() {
             let mut connection = connection.expect("a connection");
             let mut request = [0; 1024];
             let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-            // Whoever asked may have gone.
+            // The client can be gone by now.
             drop(connection.read(&mut request).and_then(|_| connection.write_all(answer)));
         }
     });
     let (code, text) = run.end();
-    // It is still there after the run, and xpyd says so.
+    // The program still listens after the run, and xpyd reports it.
     assert_eq!(code, 7, "{text}");
     let named = format!(
         "decoder1 does not listen on port {port} (http): process {}",

@@ -1,11 +1,11 @@
-//! Finds the processes that a test has started, wherever they ended up.
+//! Finds all processes that a test has started, also those that have left their session.
 
 use std::path::Path;
 
-/// The variable by which a test finds the processes it has started, wherever they ended up.
+/// The environment variable that marks the processes of a test.
 pub(super) const MARK: &str = "XPYD_TEST_MARK";
 
-/// The processes that carry the mark, by id and name. The dead that wait for their parent have no environment any more.
+/// The ids and names of the processes with this mark. Zombies have no environment, so they are not found.
 pub(super) fn marked(mark: &str) -> Vec<(u32, String)> {
     let wanted = format!("{MARK}={mark}");
     std::fs::read_dir("/proc")

@@ -1,4 +1,4 @@
-//! Single engines that leave and come back while the fleet serves, through the binary on simulated engines.
+//! Restarts of single engines while the fleet serves: crashes, hangs, drains, backoff and stalled starts.
 
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,13 +11,13 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Processes that the record of a hang shows; those of simulated engines are all called like this.
+/// The processes in a hang report. All processes of simulated engines have this name.
 fn processes_in(record: &str) -> usize {
     let lines = record.lines().filter(|line| !line.starts_with(' '));
     lines.filter(|line| line.contains(" xpyd: state ")).count()
 }
 
-/// Prompt tokens whose KV a decode engine has received.
+/// The number of prompt tokens whose KV a decode engine has received.
 fn received_tokens(port: u16) -> f64 {
     metric(port, "vllm:prompt_tokens_by_source_total", "external_kv_transfer")
 }
@@ -40,7 +40,7 @@ fn a_killed_decode_engine_restarts_while_clients_are_served() {
         assert_eq!(back["reason"], serde_json::Value::Null);
         let before = received_tokens(7200 + env.offset);
         let prompt = "a prompt that is long enough to fill a whole block of KV on its way ".repeat(40);
-        // Two decode engines take turns.
+        // Requests alternate between the two decode engines.
         let answers = [ask(&prompt), ask(&prompt)];
         assert!(
             received_tokens(7200 + env.offset) > before,
@@ -184,7 +184,7 @@ fn a_drained_engine_stays_stopped_until_restarted() {
 #[test]
 fn a_worker_hung_before_counting_a_request_is_restarted() {
     let env = TestEnv::new();
-    // A canary is two requests to the decode engine, so its second request of a client hangs.
+    // A canary sends two requests to the decode engine, so the second request of a client hangs.
     let mut run = env.up(&[
         "--profile",
         "1p1d",
@@ -223,7 +223,7 @@ fn a_prefill_engine_without_progress_counts_as_hung() {
         "restart.backoff=10ms",
     ]);
     run.wait_until_ready();
-    // A canary for each decode engine, and one more.
+    // One canary for each decode engine, and one more request.
     completion(env.proxy_port(), MODEL, "the last one");
     let body = serde_json::json!({"model": MODEL, "prompt": "one too many", "max_tokens": 2});
     let (status, answer) = post(env.proxy_port(), "/v1/completions", &body.to_string());

@@ -1,4 +1,4 @@
-//! Engines that join and leave a fleet that serves, through the binary on simulated engines.
+//! Adding and draining engines of a serving fleet.
 
 use nix::sys::signal::Signal;
 
@@ -21,7 +21,7 @@ fn states(env: &TestEnv) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Requests that an engine has finished.
+/// The number of requests that an engine has finished.
 fn finished(port: u16) -> f64 {
     metric(port, "vllm:request_success_total", "")
 }
@@ -40,7 +40,7 @@ fn engines_are_added_and_drained_without_losing_requests() {
             wait_for("work for every engine", || {
                 let ports = [7100, 7101, 7200, 7201, 7202].map(|base| base + env.offset);
                 let counts = ports.map(finished);
-                // The canaries of those that joined are two at most, per peer.
+                // Each added engine gets at most two canaries per peer.
                 if counts.iter().all(|count| *count > 12.0) {
                     Ok(())
                 } else {
@@ -56,7 +56,7 @@ fn engines_are_added_and_drained_without_losing_requests() {
                 .filter_map(|(id, state)| (state == "stopped").then_some(id))
                 .collect();
             assert_eq!(stopped, ["decoder2", "decoder3"], "{connector}");
-            // Those that left come back before anybody new joins.
+            // Drained engines are started again before new ones are added.
             scale(&env, &["decode=2"], 0);
             assert!(states(&env).contains(&ready("decoder2")));
         });
@@ -86,7 +86,7 @@ fn impossible_scaling_is_refused_with_a_reason() {
         assert!(scale(&env, &[count], 2).contains(told), "{count}");
     }
     assert!(scale(&env, &["decode=1"], 0).contains("already"));
-    // The port of the next decode engine is taken by a stranger.
+    // Another process has the port of the next decode engine.
     let taken = std::net::TcpListener::bind(("127.0.0.1", 7201 + env.offset)).expect("a free port");
     let told = scale(&env, &["decode=2"], 1);
     assert!(told.contains("is taken by process"), "{told}");

@@ -1,4 +1,4 @@
-//! The shim, through its client and real processes.
+//! The shim with real processes, through its client.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -21,8 +21,8 @@ use crate::support::{DEADLINE, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_xpyd");
 
-/// A leader that ignores SIGTERM, with a worker in its session, one in a session of its own, a daemon that forked twice
-/// and let go of the log, and a grandchild that holds the log. Each says `up` once it is where it wants to be.
+/// A leader that ignores SIGTERM, with a worker in its session, one in another session, a daemon that forked twice and closed
+/// the log, and a grandchild that holds the log. Each prints `up` when it runs.
 const STUBBORN: &str = r#"
 trap '' TERM
 sleep 1000 &
@@ -37,7 +37,7 @@ fn stubborn(then: &str) -> String {
     format!("{STUBBORN}{then}")
 }
 
-/// A shim with its folder, and a mark that is on everything it starts.
+/// A shim with its folder, and the mark of all processes that it starts.
 struct Bench {
     shim: Shim,
     folder: TempDir,
@@ -67,7 +67,7 @@ impl Bench {
             .unwrap()
     }
 
-    /// Starts the script as engine `decoder1`; returns its leader.
+    /// Starts the script as engine `decoder1`, and returns the process id of its leader.
     async fn spawn(&mut self, script: &str) -> u32 {
         self.shim.send(&spawn(script, &self.mark, &self.log())).unwrap();
         match self.event().await {
@@ -159,7 +159,7 @@ async fn sigterm_reaches_only_the_leader_once() {
         bench.shim.send(&Command::Terminate { engine: engine() }).unwrap();
     }
     assert_eq!(bench.event().await, exited(Exit::Code(7)));
-    // What the worker's own `sleep` does is its business: the tree ends by itself or is still there to be killed.
+    // The worker's `sleep` can end either way: the tree is empty, or still there to be killed.
     bench.kill();
     assert_eq!(bench.event().await, tree_empty());
     assert_eq!(read(&log), "up\nleader got it\n");
@@ -168,7 +168,7 @@ async fn sigterm_reaches_only_the_leader_once() {
 #[tokio::test]
 async fn children_of_an_exited_wrapper_get_sigterm() {
     let mut bench = Bench::new().await;
-    // A shell without `exec`: it ends by its SIGTERM, and passes none on.
+    // A shell without `exec` ends on SIGTERM and forwards no signal.
     let script = r#"
         sh -c 'trap "echo clean end; exit 0" TERM; echo up; while :; do sleep 0.01; done' &
         wait
@@ -179,7 +179,7 @@ async fn children_of_an_exited_wrapper_get_sigterm() {
     bench.shim.send(&Command::Terminate { engine: engine() }).unwrap();
     assert_eq!(bench.event().await, exited(Exit::Signal(15)));
     assert_eq!(bench.event().await, tree_empty());
-    // The shell may also tell that its `sleep` was terminated.
+    // The shell can also print that its `sleep` was terminated.
     let said = read(&log);
     assert!(said.starts_with("up\n") && said.ends_with("clean end\n"), "{said}");
 }
@@ -325,7 +325,7 @@ async fn killing_xpyd_terminates_engines_gracefully() {
 const PLAY: &str = "XPYD_TEST_PLAY";
 const PLAY_SETTLED: &str = "XPYD_TEST_PLAY_SETTLED";
 
-/// Not a test: the process that plays xpyd above. It starts a tree, says so, and waits to be killed.
+/// Not a test: the process that stands in for xpyd above. It starts a tree, prints that, and waits to be killed.
 #[tokio::test]
 #[ignore = "run by another test"]
 async fn play_xpyd() {

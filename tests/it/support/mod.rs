@@ -1,4 +1,4 @@
-//! A run of xpyd in a folder of its own: its commands, its ports, its processes.
+//! The environment of a test: its own folder, ports and processes, and commands of xpyd in it.
 
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
@@ -16,26 +16,26 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use tokio::signal::unix::SignalKind;
 
-/// Longest wait for anything. Only a defect waits it out: a machine with a load of 10 per core needs a minute for some steps.
+/// The longest wait for anything. Only a defect reaches it: with a load of 10 per core, some steps take a minute.
 pub(crate) const DEADLINE: Duration = Duration::from_mins(4);
 
 /// The model of the simulated engines.
 pub(crate) const MODEL: &str = "meta-llama/Llama-3.1-8B-Instruct";
 
-/// Tokens of a completion whose length does not matter.
+/// The length in tokens of a completion whose length does not matter.
 const TOKENS: usize = 12;
 
-/// Every port base of the shipped profiles, but that tests move 8090, which is a multiple of 1100 and ten fleets below 9100.
+/// Every port base of the shipped profiles, except 8090, which tests move: it is a multiple of 1100 plus ten fleets below 9100.
 const BASES: [u16; 10] = [5600, 5700, 6555, 7100, 7200, 7300, 7400, 7500, 8100, 9100];
 
-/// Ports that a fleet takes from each base.
+/// The number of ports that a fleet uses from each base.
 const WIDTH: u16 = 10;
 
-/// A number to add to every port of a profile, so that fleets of tests that run at once do not meet, in this process or
-/// another. It is taken as long as the socket lives, whose name says so to everyone on the machine.
+/// A free port offset for the fleets of one test, unique among all tests on this machine. It is reserved as long as the
+/// abstract socket lives, whose name contains it.
 fn free_port_offset() -> (u16, UnixListener) {
-    // Below the ephemeral range of Linux, so that no outgoing connection is in the way. Bases are 100 apart, or 55,
-    // so ten fleets fit between them, and no two bases are about a multiple of 1100 apart.
+    // The ports are below the ephemeral range of Linux, so that no outgoing connection uses them. Bases are 100 or 55 apart, so
+    // ten fleets fit between them, and no two bases differ by about a multiple of 1100.
     for turn in 0..170 {
         let offset = (turn % 10) * WIDTH + (turn / 10) * 1100 + 4000;
         let name = SocketAddr::from_abstract_name(format!("xpyd-tests/{offset}")).expect("a name");
@@ -52,10 +52,10 @@ fn free_port_offset() -> (u16, UnixListener) {
     panic!("no free ports");
 }
 
-/// The signals that end a program on request.
+/// The signals that ask a program to end.
 const ENDING: [Signal; 4] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
 
-/// Which of the signals that end a program a process ignores.
+/// The signals of [`ENDING`] that a process ignores.
 pub(crate) fn ignored(pid: i32) -> Vec<Signal> {
     ignored_of(pid, &ENDING)
 }
@@ -68,8 +68,8 @@ fn ignored_of(pid: i32, signals: &[Signal]) -> Vec<Signal> {
     signals.iter().copied().filter(is_set).collect()
 }
 
-/// A signal that is ignored here, as in `nohup cargo test &`, in what scripts do in the background, and by Python (SIGXFSZ), would
-/// be ignored by every program that the tests start. What is heard here instead is theirs to hear again.
+/// Installs handlers for signals that this process ignores. `nohup`, background jobs of scripts, and Python (SIGXFSZ) leave
+/// signals ignored, and every program that the tests start would inherit that. A handler is reset at `exec`.
 pub(crate) fn hear_signals() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -83,7 +83,7 @@ pub(crate) fn hear_signals() {
     });
 }
 
-/// A folder with everything of one test's runs in it.
+/// The folder and the ports of one test's runs. Dropping it removes the folder.
 pub(crate) struct TestEnv {
     folder: tempfile::TempDir,
     pub(crate) offset: u16,
@@ -105,7 +105,7 @@ impl TestEnv {
         self.folder.path()
     }
 
-    /// `xpyd ARGUMENTS` in this place, untouched by the environment of whoever runs the tests.
+    /// `xpyd ARGUMENTS` in this folder, without variables of the environment in which the tests run.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xpyd"));
         command
@@ -142,12 +142,12 @@ impl TestEnv {
         command
     }
 
-    /// Runs a command to its end.
+    /// Runs `xpyd ARGUMENTS` to its end.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().expect("xpyd runs")
     }
 
-    /// The arguments of `xpyd up` for simulated engines that take no time.
+    /// The arguments of `xpyd up` with simulated engines that answer at once.
     pub(crate) fn up_arguments(&self, more: &[&str]) -> Vec<String> {
         let offset = format!("port_offset={}", self.offset);
         let fixed = ["up", "--engine", "sim", "--set", "sim.preset=instant", "--set", &offset];
@@ -158,7 +158,7 @@ impl TestEnv {
             .collect()
     }
 
-    /// Starts `xpyd up` with these arguments more.
+    /// Starts `xpyd up` with these additional arguments.
     pub(crate) fn up(&self, more: &[&str]) -> Run<'_> {
         let arguments = self.up_arguments(more);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -169,24 +169,24 @@ impl TestEnv {
         9100 + self.offset
     }
 
-    /// The key that xpyd made for the engines of the run `default`.
+    /// The key that xpyd generated for the engines of the run `default`.
     pub(crate) fn engine_key(&self) -> String {
         let file = self.path().join("xpyd/default/engine-key");
         std::fs::read_to_string(file).expect("a key").trim_end().to_owned()
     }
 
-    /// The text of a greedy completion by the first decode engine alone.
+    /// The text of a greedy completion by the first decode engine alone, without hand-off.
     pub(crate) fn alone(&self, model: &str, prompt: &str) -> String {
         self.alone_of(model, prompt, TOKENS)
     }
 
-    /// The same of so many tokens.
+    /// The same, with this number of tokens.
     pub(crate) fn alone_of(&self, model: &str, prompt: &str, tokens: usize) -> String {
         let bearer = format!("Bearer {}", self.engine_key());
         completion_with(7200 + self.offset, model, prompt, tokens, &[("authorization", &bearer)])
     }
 
-    /// Processes whose current folder is this place: xpyd, its shim, and everything that they started.
+    /// The processes whose working directory is this folder: xpyd, its shim, and everything that they started.
     pub(crate) fn processes(&self) -> Vec<(i32, String)> {
         let here = self.path().canonicalize().expect("the folder");
         let mut found = Vec::new();
@@ -202,7 +202,7 @@ impl TestEnv {
         found
     }
 
-    /// Waits until no process of this place is left.
+    /// Waits until no process of this test environment is left.
     pub(crate) fn wait_until_empty(&self) {
         wait_for("an empty place", || {
             let left = self.processes();
@@ -214,7 +214,7 @@ impl TestEnv {
         });
     }
 
-    /// A port of the place's fleet that somebody listens on.
+    /// A port of the fleet that has a listener.
     pub(crate) fn listener(&self) -> Option<u16> {
         BASES
             .iter()
@@ -222,19 +222,19 @@ impl TestEnv {
             .find(|port| std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, *port)).is_ok())
     }
 
-    /// Nothing listens on any port of the place's fleet.
+    /// Checks that no port of the fleet has a listener.
     pub(crate) fn assert_no_listener(&self) {
         assert_eq!(self.listener(), None, "something listens on this port");
     }
 
-    /// A file of the newest run.
+    /// The text of a log file of the newest run; empty if there is none.
     pub(crate) fn log(&self, name: &str) -> String {
         std::fs::read_to_string(self.path().join("logs/latest").join(name)).unwrap_or_default()
     }
 }
 
-/// Asks again until the answer is `Ok`, with pauses that grow to a moment: a question is often a whole `xpyd status`, and asking
-/// without a pause takes the CPU time from what is waited for.
+/// Calls `ask` until it returns `Ok`, with pauses that grow to 100 ms. A call is often a whole `xpyd status`, and calls without
+/// a pause would take CPU time from the process that is waited for.
 pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
     let (_never, pause) = mpsc::channel::<()>();
     let began = std::time::SystemTime::now();
@@ -264,8 +264,8 @@ pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// An engine or a proxy that a test has started by itself, in a process group of its own. Dropping it ends the group: what an
-/// engine has started outlives its leader otherwise, as with real ones.
+/// An engine or a proxy that a test has started without a supervisor, in its own process group. Dropping it kills the group,
+/// because children of an engine survive their leader.
 pub(crate) struct Unsupervised(Child);
 
 impl Unsupervised {
@@ -277,7 +277,7 @@ impl Unsupervised {
         Pid::from_raw(i32::try_from(self.0.id()).expect("a pid"))
     }
 
-    /// What it prints to its standard error, which must be a pipe.
+    /// Its standard error, which must be a pipe.
     pub(crate) fn stderr(&mut self) -> std::process::ChildStderr {
         self.0.stderr.take().expect("a pipe that nobody has taken")
     }
@@ -285,13 +285,13 @@ impl Unsupervised {
 
 impl Drop for Unsupervised {
     fn drop(&mut self) {
-        // A group that has ended is what was wanted.
+        // A group that has already ended is no error.
         let _ = killpg(self.pid(), Signal::SIGKILL);
         drop(self.0.wait());
     }
 }
 
-/// A running `xpyd`, of which everything that it prints is read as it comes.
+/// A running `xpyd`, whose output is read as it is printed.
 pub(crate) struct Run<'env> {
     env: &'env TestEnv,
     child: Child,
@@ -304,7 +304,7 @@ impl<'env> Run<'env> {
         Self::of(env, env.command(arguments))
     }
 
-    /// A run of this command of the place's.
+    /// Starts this command of the test environment.
     pub(crate) fn of(env: &'env TestEnv, mut command: Command) -> Self {
         let (output, input) = std::io::pipe().expect("a pipe");
         let child = command
@@ -332,7 +332,7 @@ impl<'env> Run<'env> {
         i32::try_from(self.child.id()).expect("a pid")
     }
 
-    /// Reads on until a line contains `text`.
+    /// Reads lines until one contains `text`, and returns it.
     pub(crate) fn wait_for_line(&mut self, text: &str) -> String {
         loop {
             match self.lines.recv_timeout(DEADLINE) {
@@ -347,7 +347,7 @@ impl<'env> Run<'env> {
         }
     }
 
-    /// Waits until clients are served, by every engine: some of an attached fleet may join later on a busy machine.
+    /// Waits until every engine serves clients. On a busy machine, some engines of an attached fleet serve later than others.
     pub(crate) fn wait_until_ready(&mut self) {
         let line = self.wait_for_line("ready: every pair");
         let later = line.split_once("not serving yet: ").map_or("", |(_, names)| names);
@@ -363,13 +363,13 @@ impl<'env> Run<'env> {
         kill(Pid::from_raw(self.pid()), signal).expect("xpyd is there");
     }
 
-    /// Kills xpyd, and waits until it has let everything go: its socket may be closed before its lock is.
+    /// Kills xpyd, and waits until it has ended: its socket can be closed before its lock is released.
     pub(crate) fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().expect("it ends");
     }
 
-    /// Waits for the end and returns the exit code, and everything that was printed.
+    /// Waits for the end, and returns the exit code and the whole output.
     pub(crate) fn end(mut self) -> (i32, String) {
         let status = wait_for("the end of xpyd", || match self.child.try_wait() {
             Ok(Some(status)) => Ok(status),
@@ -390,7 +390,7 @@ impl Drop for Run<'_> {
     }
 }
 
-/// What `xpyd status --json` says about one engine.
+/// The entry of one engine in `xpyd status --json`.
 pub(crate) fn engine(env: &TestEnv, name: &str) -> serde_json::Value {
     let output = env.run(&["status", "--json"]);
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -399,12 +399,12 @@ pub(crate) fn engine(env: &TestEnv, name: &str) -> serde_json::Value {
     engines.find(|engine| engine["id"] == name).expect("an engine")
 }
 
-/// SIGKILL to its leader.
+/// Sends SIGKILL to the leader of an engine.
 pub(crate) fn kill_engine(env: &TestEnv, name: &str) {
     kill_process(engine(env, name)["pid"].as_i64().expect("a pid"));
 }
 
-/// SIGKILL to one process.
+/// Sends SIGKILL to one process.
 pub(crate) fn kill_process(pid: impl Into<i64>) {
     kill(
         Pid::from_raw(i32::try_from(pid.into()).expect("a pid")),
@@ -413,7 +413,7 @@ pub(crate) fn kill_process(pid: impl Into<i64>) {
     .expect("it is there");
 }
 
-/// The sum of an engine's or the proxy's samples whose lines begin with `name` and contain `label`; there must be one.
+/// The sum of the samples on `/metrics` whose lines start with `name` and contain `label`. There must be at least one.
 pub(crate) fn metric(port: u16, name: &str, label: &str) -> f64 {
     let metrics = get(port, "/metrics");
     let lines = metrics
@@ -428,9 +428,9 @@ pub(crate) fn metric(port: u16, name: &str, label: &str) -> f64 {
         .sum()
 }
 
-/// Asks for the same greedy completion for as long as `work` goes on. Each answer must be that of a decode engine alone.
+/// Sends the same greedy completion while `work` runs. Each response must equal that of a decode engine alone.
 pub(crate) fn asking_meanwhile(env: &TestEnv, model: &str, work: impl FnOnce()) {
-    /// Ends the asking also where the work fails.
+    /// Ends the requests, also if `work` panics.
     struct Done<'flag>(&'flag AtomicBool);
     impl Drop for Done<'_> {
         fn drop(&mut self) {
@@ -452,12 +452,12 @@ pub(crate) fn asking_meanwhile(env: &TestEnv, model: &str, work: impl FnOnce()) 
     });
 }
 
-/// An answer over HTTP: status and body.
+/// Posts JSON, and returns status and body of the response.
 pub(crate) fn post(port: u16, path: &str, body: &str) -> (u16, String) {
     post_with(port, path, body, &[])
 }
 
-/// As [`post`], with headers.
+/// Like [`post`], with headers.
 pub(crate) fn post_with(port: u16, path: &str, body: &str, headers: &[(&str, &str)]) -> (u16, String) {
     let client = client();
     let mut request = client
@@ -470,7 +470,7 @@ pub(crate) fn post_with(port: u16, path: &str, body: &str, headers: &[(&str, &st
     answer(request)
 }
 
-/// The body that a path answers.
+/// The response body of a GET.
 pub(crate) fn get(port: u16, path: &str) -> String {
     answer(client().get(url(port, path))).1
 }
@@ -503,12 +503,12 @@ pub(crate) fn completion(port: u16, model: &str, prompt: &str) -> String {
     completion_of(port, model, prompt, TOKENS)
 }
 
-/// The text of a greedy completion of so many tokens.
+/// The text of a greedy completion of this number of tokens.
 pub(crate) fn completion_of(port: u16, model: &str, prompt: &str, tokens: usize) -> String {
     completion_with(port, model, prompt, tokens, &[])
 }
 
-/// The same, asked for with headers.
+/// The same, with request headers.
 pub(crate) fn completion_with(port: u16, model: &str, prompt: &str, tokens: usize, headers: &[(&str, &str)]) -> String {
     let body = serde_json::json!({"model": model, "prompt": prompt, "temperature": 0, "max_tokens": tokens});
     let (status, text) = post_with(port, "/v1/completions", &body.to_string(), headers);

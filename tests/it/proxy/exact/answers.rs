@@ -1,4 +1,4 @@
-//! What becomes of answers: refusals of a prefill engine, usage, and generations that fail.
+//! Responses: refusals of prefill engines, usage, strict hand-offs, and failed generations.
 
 use futures_util::StreamExt as _;
 use serde_json::json;
@@ -20,7 +20,7 @@ fn outcome(harness: &ProxyHarness, outcome: &str) -> String {
 
 #[tokio::test]
 async fn the_decode_engine_decides_on_prefill_refusals() {
-    // The prefill engine's complaint is about the proxy's own edit.
+    // The prefill engine refuses a field that the proxy itself has changed.
     let prefill = ScriptedEngine::start(|_| async { error(400, "max_tokens=1 is too small") }).await;
     let body = r#"{"prompt":"x", "min_tokens":2,"max_tokens":5}"#;
     for (decoder, status) in [("fine", 200), ("min_tokens must be", 400)] {
@@ -58,7 +58,7 @@ async fn a_refused_lmcache_prefill_leaves_no_kv() {
     assert_eq!(decode.requests().len(), 1);
 }
 
-/// Whole answers and streams whose usage tells of cached tokens.
+/// Whole responses and streams whose usage contains cached tokens.
 fn decoded(stream: bool, cached: u64) -> String {
     let usage =
         format!("\"usage\":{{\"prompt_tokens\":300, \"prompt_tokens_details\":{{\"cached_tokens\":{cached}}}}}");
@@ -98,7 +98,7 @@ async fn usage_has_prefill_cache_hits_and_metrics_decode_hits() {
     }
 }
 
-/// Requests but those of one token, which free KV that was not used.
+/// Requests without those of one token, which free unused KV.
 fn legs(fake: &ScriptedEngine) -> usize {
     fake.requests()
         .iter()
@@ -199,7 +199,7 @@ async fn a_late_failure_ends_with_an_error_event() {
     const LOST: &str =
         "data: {\"choices\":[{\"index\":1,\"text\":\"\",\"finish_reason\":\"error\"}]}\n\ndata: [DONE]\n\n";
     const TOGETHER: &str = "data: {\"choices\":[{\"index\":0,\"text\":\"\\\"abort\\\"\"}]}\n\ndata: {\"choices\":[{\"finish_reason\":\"abort\"}]}\n\ndata: [DONE]\n\n";
-    // In chunks of their own, and in one with the first event.
+    // In a separate chunk, and in one chunk with the first event.
     let streams: [(Vec<&str>, bool); 4] = [
         (vec![FIRST, LAST], true),
         (vec![FIRST, LOST], true),

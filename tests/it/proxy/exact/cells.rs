@@ -1,7 +1,6 @@
-//! docs/matrix.md, cell by cell: the fleet's bytes against one engine's, for each way in which KV is handed over.
+//! Every cell of docs/matrix.md: the response of the fleet equals that of one engine, for each kind of hand-off.
 //!
-//! Ids and times differ, and nothing else may. The engines tell their cached tokens, so that the KV that came from elsewhere
-//! would show.
+//! Only ids and times differ. The engines report cached tokens, so KV from another engine would be visible.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
@@ -15,11 +14,11 @@ use crate::support::{MODEL, Run, TestEnv, Unsupervised, engine, get, post, wait_
 
 const COMPLETIONS: &str = "/v1/completions";
 
-/// What becomes of a request.
+/// Which engines handle a request.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Fate {
-    /// Prefill on one engine, decode on another.
+    /// Prefill on one engine, and decode on another.
     Handed,
     /// A decode engine alone.
     Alone,
@@ -27,7 +26,7 @@ enum Fate {
     Refused,
 }
 
-/// How KV is handed over.
+/// The kind of hand-off.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Flow {
     Nixl,
@@ -45,7 +44,7 @@ impl Flow {
     }
 }
 
-/// One engine that was never told of another.
+/// A single engine without a connector.
 struct Alone {
     _process: Unsupervised,
     port: u16,
@@ -86,7 +85,7 @@ impl Alone {
     }
 }
 
-/// The text without what differs between any two answers: ids and times.
+/// The text without ids and times, which differ between any two responses.
 fn normalised(text: &str) -> String {
     let ids = regex::Regex::new(r"\b(cmpl|chatcmpl|resp|msg)[-_][0-9a-f]{32}").unwrap();
     let times = regex::Regex::new(r#""(created|created_at)":\d+"#).unwrap();
@@ -94,7 +93,7 @@ fn normalised(text: &str) -> String {
     times.replace_all(&text, r#""$1":0"#).into_owned()
 }
 
-/// How many requests of each fate the proxy has counted.
+/// The number of requests of each fate that the proxy has counted.
 fn counts(port: u16) -> [u64; 3] {
     let text = get(port, "/metrics");
     let of = |outcomes: &[&str]| {
@@ -112,15 +111,15 @@ fn counts(port: u16) -> [u64; 3] {
     ]
 }
 
-/// A request by what it adds to the plainest one, and its fate where the decode engine, and where the prefill engine makes the
-/// first token. What is `"-"` is absent, and `{"of": x, "times": n}` is `x` so many times.
+/// A request as additions to the plainest one, and its fates if the decode engine or the prefill engine makes the first token.
+/// The value `"-"` removes a field, and `{"of": x, "times": n}` repeats `x` n times.
 #[derive(serde::Deserialize)]
 struct Cell(String, serde_json::Map<String, Value>, Fate, Fate);
 
-/// Also those of `tests/real/matrix.py`.
+/// The cells, which `tests/real/matrix.py` uses as well.
 const CELLS: &str = include_str!("../../../fixtures/cells.json");
 
-/// The whole body of a cell.
+/// The request body of a cell.
 fn body(path: &str, cell: &serde_json::Map<String, Value>, manner: &Value) -> String {
     let mut body = json!({"model": MODEL, "max_tokens": 17, "temperature": 0});
     if path == COMPLETIONS {
@@ -129,7 +128,7 @@ fn body(path: &str, cell: &serde_json::Map<String, Value>, manner: &Value) -> St
         body["messages"] = json!([{"role": "user", "content": "Tell me a story"}]);
     }
     let fields = body.as_object_mut().unwrap();
-    // What a cell is about goes before the manner.
+    // The fields of the cell win over those of the response mode.
     for (key, value) in manner.as_object().unwrap().iter().chain(cell) {
         fields.insert(key.clone(), repeated(value));
     }
@@ -150,7 +149,7 @@ fn repeated(value: &Value) -> Value {
     }
 }
 
-/// How answers are asked for.
+/// How responses are requested: whole or streamed, with or without usage.
 fn manners() -> [Value; 4] {
     [
         json!({}),
@@ -189,7 +188,7 @@ fn check(flow: Flow) {
                 by_decoder
             };
             for manner in &manners() {
-                // Each event of a stream counts the first token: a splice cannot.
+                // Per-event usage includes the first token, which the first-token path cannot count.
                 let counts_each = manner.to_string().contains("continuous");
                 let text = body(path, cell, manner);
                 let expected = post(alone.port, path, &text);
@@ -270,7 +269,7 @@ fn every_passthrough_route_equals_one_engines_answer() {
         ("/tokenize", json!({"messages": messages})),
         ("/detokenize", json!({"tokens": [65_800, 65_801]})),
         ("/detokenize", json!({"tokens": [200_000]})),
-        // The model makes no embeddings, and neither does a fleet of it.
+        // The model supports no embeddings, so the fleet does not either.
         ("/v1/embeddings", json!({"model": MODEL, "input": "x"})),
         ("/v1/score", json!({"model": MODEL})),
         ("/v1/of_a_later_version", json!({"model": MODEL})),
@@ -320,7 +319,7 @@ fn an_aborted_stream_ends_with_an_error_event() {
     let (status, text) = std::thread::scope(|scope| {
         let stream = scope.spawn(|| post(port, COMPLETIONS, &body));
         wait_for("the first token", is_begun);
-        // vLLM ends what runs with reason `abort` when it is told to stop.
+        // vLLM ends running requests with reason `abort` when it stops.
         let decoder = engine(&env, "decoder1")["pid"].as_i64().unwrap();
         kill(Pid::from_raw(i32::try_from(decoder).unwrap()), Signal::SIGTERM).unwrap();
         stream.join().unwrap()

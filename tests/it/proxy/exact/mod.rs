@@ -1,4 +1,4 @@
-//! Exactness: what a client gets from a fleet is what one engine would have given it.
+//! Exactness: a fleet gives a client the same response as one engine.
 
 #![expect(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! Requests that a decode engine answers alone, and those that no engine sees.
+//! Passthrough: requests that a decode engine answers alone, and requests that never reach an engine.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ async fn reserved_fields_are_removed_from_passthrough_requests() {
     harness.finish().await;
 }
 
-/// Python reads JSON in UTF-16 and after a byte order mark, and so does the proxy: no parameter hides there.
+/// Like Python, the proxy parses JSON in UTF-16 and after a byte order mark, so that no parameter is hidden from it.
 #[tokio::test]
 async fn a_body_is_parsed_as_an_engine_parses_it() {
     let decode = echo().await;
@@ -76,7 +76,7 @@ async fn a_body_is_parsed_as_an_engine_parses_it() {
 async fn an_unreadable_body_is_not_forwarded() {
     let decode = echo().await;
     let (_prefill, harness) = harness(&decode).await;
-    // Python reads the first one.
+    // Python uses the first one.
     for body in [
         br#"{"kv_transfer_params":{"do_remote_prefill":true},"x":NaN}"#.to_vec(),
         b"\xff\xfe{".to_vec(),
@@ -129,7 +129,7 @@ async fn engine_control_routes_are_refused_in_any_spelling() {
     harness.finish().await;
 }
 
-/// An engine whose answer begins and does not go on.
+/// An engine whose response starts and then stalls.
 async fn half_an_answer(content_type: &'static str) -> ScriptedEngine {
     ScriptedEngine::start(move |_| async move {
         let first = futures_util::stream::iter([Ok::<_, std::io::Error>("event: a\ndata: {\"a\":1}\n\n")]);
