@@ -127,7 +127,7 @@ fn questions(env: &TestEnv, seed: u64) -> Vec<Question> {
     let prompts = lengths.iter().map(|words| format!("{seed} {}", "word ".repeat(*words)));
     prompts
         .map(|prompt| Question {
-            answer: env.alone_of(MODEL, &prompt, TOKENS),
+            answer: env.decode_alone_of(MODEL, &prompt, TOKENS),
             prompt,
         })
         .collect()
@@ -142,8 +142,8 @@ fn disrupt(env: &TestEnv, seed: u64) {
         let engines = engines(env);
         let (name, incarnation, pid) = engines.choose(&mut random).expect("engines");
         match random.random_range(0..5) {
-            0 | 1 => kill(*pid, Signal::SIGKILL).expect("it is there"),
-            2 => kill(*pid, Signal::SIGSTOP).expect("it is there"),
+            0 | 1 => kill(*pid, Signal::SIGKILL).expect("the process exists"),
+            2 => kill(*pid, Signal::SIGSTOP).expect("the process exists"),
             3 => {
                 let restart = env.run(&["restart", name]);
                 assert!(restart.status.success(), "{}", String::from_utf8_lossy(&restart.stderr));

@@ -2,7 +2,7 @@
 //!
 //! Both need rights that not every machine grants. Without them the tests report `SKIPPED` through [`skipped`].
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -122,7 +122,7 @@ async fn shared_memory_is_removed_before_its_owner_is_killed() {
     let engine = EngineId::named("decoder1");
     shim.send(&Command::Kill { engine }).unwrap();
     tokio::select! {
-        event = shim.event() => panic!("what cannot end has ended: {event:?}"),
+        event = shim.event() => panic!("the unkillable process has ended: {event:?}"),
         () = until("the segment is gone", || !segment.exists()) => {}
     }
     drop(freezer);
@@ -163,7 +163,10 @@ fn a_kill_never_hits_a_reused_pid() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(
+        output.status.success() && text.contains("test result: ok. 1 passed;"),
+        "{text}"
+    );
 }
 
 /// Not a test by itself: the part of the test above that runs in the namespace.
@@ -201,7 +204,7 @@ async fn in_a_namespace() {
     std::fs::write(folder.path().join("gate"), "go\n").unwrap();
     until("the child is gone", || folder.path().join("gone").exists()).await;
     std::fs::write(folder.path().join("start"), "go\n").unwrap();
-    until("its id has come again", || folder.path().join("taken").exists()).await;
+    until("its id is reused", || folder.path().join("taken").exists()).await;
 
     shim.send(&Command::Kill {
         engine: EngineId::named("decoder1"),

@@ -1,6 +1,6 @@
 //! Log floods: an engine prints as fast as it can, over rotations, restarts and the death of xpyd. No line is lost.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -264,7 +264,10 @@ fn a_full_disk_drops_counted_output_and_no_engine() {
     )
     .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(
+        output.status.success() && text.contains("test result: ok. 1 passed;"),
+        "{text}"
+    );
 }
 
 /// Not a test by itself: the part of the test above that runs in the namespace.
@@ -301,7 +304,7 @@ async fn on_a_full_disk() {
     let (lost, rest) = rest
         .split_once(" bytes of output lost here, the disk did not take them]\n")
         .unwrap();
-    let rest = rest.strip_suffix("at last\n").expect("what came when there was room");
+    let rest = rest.strip_suffix("at last\n").expect("the line after space was freed");
     let all: usize = (1..=600_000).map(|number: u32| number.to_string().len() + 1).sum();
     assert_eq!(kept.len() + lost.parse::<usize>().unwrap() + rest.len(), all);
 }

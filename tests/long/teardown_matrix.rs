@@ -124,7 +124,7 @@ fn expected_exit_codes(phase: Phase, disruption: Disruption, fault: Fault) -> &'
 }
 
 /// Checks all cells of a phase.
-#[expect(clippy::print_stdout, reason = "tells which cell failed where the failure does not")]
+#[expect(clippy::print_stdout, reason = "shows which cell failed if the failure does not")]
 fn check_phase(phase: Phase) {
     let faults = phase.faults().iter();
     let mut cells: Vec<(Fault, Disruption)> = faults

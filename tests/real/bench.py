@@ -1,7 +1,7 @@
 """Compares `xpyd bench serve` with the real `vllm bench serve`: bench.py XPYD FOLDER [--server URL --model NAME] [CASE...]
 
-Both get the same flags and the same seed, one after the other, and talk through a recorder to the same server: `xpyd sim` unless
-a URL is given. Compared are the requests' bodies byte for byte, when they came, the lines that are printed but for measured
+Both run one after the other with the same flags and the same seed, through a recorder, against the same server: `xpyd sim` unless
+a URL is given. The script compares the request bodies byte for byte, the arrival times, the printed lines without measured
 values, and the keys of the saved files in their order.
 """
 
@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp import web
 
 ID_PREFIX = "compared-"
-# How far the same release may lie apart, in seconds; this is about the machine that both share, not about the clients.
+# The allowed difference of the same arrival time in seconds. It depends on the shared machine, not on the clients.
 TOLERANCE_SECONDS = 0.25
 EVERY_METRIC = "ttft,tpot,itl,e2el,client_queue_time,e2el_including_client_queue"
 RANDOM = "--random-input-len 40 --random-output-len 8"
@@ -40,7 +40,7 @@ CASES = {
 
 
 class Recorder:
-    """Passes everything on to a server, and keeps what was asked and when."""
+    """Forwards everything to a server, and records requests and their arrival times."""
 
     def __init__(self, server):
         self.server, self.seen, self.port = server, [], None
@@ -86,7 +86,7 @@ class Recorder:
             return answer
 
     def taken(self):
-        """The requests since the last call, in the order of their names."""
+        """Returns the requests since the last call, in the order of their ids."""
         seen, self.seen = sorted(self.seen), []
         return seen
 
@@ -95,25 +95,25 @@ class Recorder:
         self.thread.join()
 
 
-def told(line):
+def without_value(line):
     """A printed line without its measured value."""
     is_row = len(line) >= 51 and line[40] == " " and line[0] not in "=-"
     return line[:40] if is_row else line
 
 
 def run(command, place):
-    """Runs one client; what it printed about the run, and what it saved."""
+    """Runs one client. Returns its output about the run, and the saved file."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     (saved,) = (place / "saved").iterdir()
     noise = ("Namespace(", "(MainProcess", "tip: install termplotlib")
-    lines = [told(line) for line in done.stdout.splitlines() if not line.startswith(noise)]
+    lines = [without_value(line) for line in done.stdout.splitlines() if not line.startswith(noise)]
     return lines, re.sub(r"\d{8}-\d{6}", "TIME", saved.name), json.loads(saved.read_text())
 
 
 def differ(what, ours, theirs):
-    """Says where two lists part; how many differences there are."""
+    """Prints the differences of two lists, and returns their number."""
     pairs = list(zip(ours, theirs))
     wrong = [(index, pair) for index, pair in enumerate(pairs) if pair[0] != pair[1]]
     for index, (own, other) in wrong[:3]:
@@ -124,7 +124,7 @@ def differ(what, ours, theirs):
 
 
 def compare(name, clients, recorder):
-    """Runs both clients; how much differs."""
+    """Runs both clients, and returns the number of differences."""
     results = {}
     for client, command in clients.items():
         with tempfile.TemporaryDirectory() as place:

@@ -1,9 +1,9 @@
-"""Runs the real `vllm bench serve` against a server made here, and keeps what it prints and saves:
+"""Runs the real `vllm bench serve` against a server in this script, and keeps what it prints and saves:
 
     venv/bin/python tests/real/bench_capture.py FOLDER [NAME...]
 
 FOLDER is that of setup.sh. Every case writes `NAME.flags`, `NAME.txt` (what the client printed, without its settings in the
-first line and its log) and `NAME.json` (what it saved) into tests/fixtures/bench/captures, from where the tests of
+first line and its log) and `NAME.json` (what it saved) into tests/fixtures/bench/captures. The tests of
 src/cli/bench/captures.rs read them: the same flags and the same clock readings must give the same bytes.
 """
 
@@ -25,7 +25,7 @@ SAVE = "--save-result --save-detailed"
 SMALL = "--random-input-len 16 --random-output-len 5 --model tiny --tokenizer tiny-llama --disable-tqdm"
 RAMP = "--ramp-up-strategy {} --ramp-up-start-rps {} --ramp-up-end-rps {}"
 
-# Name, flags, and what the server does otherwise: `fails` says which requests (from 0) are refused.
+# Name, flags, and special behaviour of the server: `fails` decides which requests (from 0) are refused.
 CASES = {
     "plain": (f"{SMALL} {SAVE} --request-rate 6 --num-prompts 12", {}),
     "burst": (f"{SMALL} {SAVE} --num-prompts 4", {"tokens_per_chunk": 4}),
@@ -125,7 +125,7 @@ class Server:
         await asyncio.sleep(0.05 + 0.01 * (index % 3))
         left = asked
         while left > 0:
-            # Every text is another one, with characters beyond ASCII.
+            # Every text is different and contains characters beyond ASCII.
             words = " ".join(f"ü{index}" for _ in range(min(left, self.tokens_per_chunk)))
             choice = {"delta": {"content": words}} if is_chat else {"text": words}
             await answer.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
@@ -140,7 +140,7 @@ class Server:
 
     @contextlib.contextmanager
     def running(self):
-        """Serves in a thread of its own; gives the port."""
+        """Serves in a separate thread, and returns the port."""
         app = web.Application(client_max_size=1 << 26)
         app.add_routes([web.get("/v1/models", self.models), web.get("/metrics", self.counters)])
         app.add_routes([web.post(path, self.complete) for path in ("/v1/completions", "/v1/chat/completions")])
@@ -170,7 +170,7 @@ class Server:
 
 
 def without_tokenizer():
-    """The client's datasets need a tokenizer, its report does not: requests like those of other datasets take their place."""
+    """Replaces the client's datasets, which need a tokenizer, by requests like those of other datasets. The report needs none."""
     from vllm.benchmarks import serve
     from vllm.benchmarks.datasets import SampleRequest
 
@@ -181,7 +181,7 @@ def without_tokenizer():
 
 
 def run(flags, port):
-    """Runs the client as its command does; what it prints."""
+    """Runs the client like its command, and returns its output."""
     from vllm.entrypoints.cli.main import main
 
     printed = io.StringIO()

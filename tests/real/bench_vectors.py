@@ -1,9 +1,9 @@
-"""Prints tests/fixtures/bench/schedule.txt: when the real client of vLLM releases its requests, to the last bit.
+"""Prints tests/fixtures/bench/schedule.txt: the instants at which the real client of vLLM releases its requests, to the last bit.
 
     venv/bin/python tests/real/bench_vectors.py > tests/fixtures/bench/schedule.txt
 
-The instants are those of the real `get_request`, whose clock stands still and whose sleeps return at once: what it asks to
-sleep for is the instant itself.
+The instants come from the real `get_request` with a stopped clock and sleeps that return at once: the requested sleep is the
+instant itself.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ RUNS = [
 
 
 def released(seed, burstiness, rate, count, strategy=None, first=None, last=None):
-    """The instants, in seconds since the start."""
+    """Returns the instants in seconds since the start."""
     numpy.random.seed(seed)
     asked = []
 

@@ -1,4 +1,4 @@
-"""Runs one fleet of real engines through its life and checks it: check.py XPYD FOLDER CONNECTOR."""
+"""Starts, checks and stops one fleet of real engines: check.py XPYD FOLDER CONNECTOR."""
 
 import concurrent.futures
 import json
@@ -9,14 +9,14 @@ import uuid
 from fleet import MODEL, Fleet, request
 
 SUBJECTS = ["rivers", "winter", "a very old clock", "bread", "the moon", "engines", "salt", "maps", "rain", "a long road"]
-# From a few tokens to several KV blocks and LMCache chunks.
+# The lengths range from a few tokens to several KV blocks and LMCache chunks.
 PROMPTS = [f"Tell me about {subject}. " * (1 + 7 * index) for index, subject in enumerate(SUBJECTS)]
 
-# What the decode engine counts of the KV that reaches it.
+# The decode engine's counters of received KV.
 TRANSFERRED = {
     "nixl": {"vllm:nixl_bytes_transferred_sum"},
     "lmcache": {"vllm:external_prefix_cache_hits_total"},
-    # The others count what comes out of the decode engine's own cache server, too.
+    # The other counters include KV from the decode engine's own cache server.
     "lmcache-mp": {"vllm:nixl_bytes_transferred_sum"},
 }
 
@@ -70,15 +70,15 @@ def check_answers(proxy, decoder, connector):
     for chat, stream in kinds:
         kind = f"{'chat' if chat else 'completions'}, {'streamed' if stream else 'whole'}"
         before = counter(decoder, names)
-        # One at a time: the order of additions in a batch is not that of a single request, and greedy text may turn on it.
+        # One request at a time: a batch adds in another order than a single request, which can change greedy text.
         through = [answer(proxy, prompt, chat, stream) for prompt in PROMPTS]
         moved = counter(decoder, names) - before
         assert moved > 0, f"{kind}: the decode engine saw no KV arrive"
         for prompt, got in zip(PROMPTS, through):
-            # With a salt no cache answers with the KV that was just handed over.
+            # With a salt, no cache returns the KV of the hand-off before.
             alone = answer(decoder, prompt, chat, stream, cache_salt=uuid.uuid4().hex)
             if connector == "lmcache-mp":
-                # The prefill engine's cache server knows a prompt that was asked before; with a salt nothing does.
+                # The prefill engine's cache server has the KV of an earlier prompt. With a salt, no cache has it.
                 for _, _, usage in (got, alone):
                     usage["prompt_tokens_details"].pop("cached_tokens")
             if got != alone:

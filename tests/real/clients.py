@@ -1,6 +1,6 @@
-"""Drives a fleet with real clients, and compares what they see with the decode engine's own: clients.py XPYD FOLDER CONNECTOR.
+"""Uses a fleet through real clients, and compares their results with those of the decode engine alone: clients.py XPYD FOLDER CONNECTOR.
 
-    clients.py --fleet URL --engine URL [--model NAME]    asks engines that run; needs the package `openai`, and curl
+    clients.py --fleet URL --engine URL [--model NAME]    asks running engines; needs the package `openai`, and curl
 """
 
 import asyncio
@@ -18,7 +18,7 @@ GREEDY = {"temperature": 0, "max_tokens": 16}
 
 
 def failed(call):
-    """What a call raises, by type and status: an exception of the SDK must be the same one."""
+    """Returns type and status of the exception of a call. The SDK must raise the same one for both."""
     try:
         call()
     except openai.APIStatusError as error:
@@ -27,7 +27,7 @@ def failed(call):
 
 
 def synchronous(base, model):
-    """What the synchronous client sees."""
+    """Results of the synchronous client."""
     client = openai.OpenAI(base_url=f"{base}/v1", api_key=engine_key(), max_retries=0)
     seen = {"models": [found.id for found in client.models.list()]}
     whole = client.completions.create(model=model, prompt=PROMPT, logprobs=2, **GREEDY)
@@ -51,19 +51,19 @@ def synchronous(base, model):
 
 
 def tool(client, model):
-    """A call of a tool that must be made, or the engine's refusal where it has no parser."""
+    """A required tool call, or the engine's refusal if it has no parser."""
     try:
         asked = {"tools": [TOOL], "tool_choice": NAMED, "temperature": 0, "max_tokens": 60}
         choice = client.chat.completions.create(model=model, messages=MESSAGES, **asked).choices[0]
     except openai.BadRequestError as error:
         return error.status_code
-    # A random model may not end its call within so many tokens, which is then no call yet.
+    # A random model can fail to finish its call within this number of tokens. Then there is no call.
     calls = choice.message.tool_calls or []
     return choice.finish_reason, choice.message.content, [(call.function.name, call.function.arguments) for call in calls]
 
 
 def streamed(base, model):
-    """What the synchronous client sees of streams, one of which it leaves."""
+    """Results of the synchronous client for streams. It disconnects from one of them."""
     client = openai.OpenAI(base_url=f"{base}/v1", api_key=engine_key(), max_retries=0)
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     events = list(client.completions.create(model=model, prompt=PROMPT, **usage, **GREEDY))
@@ -79,14 +79,14 @@ def streamed(base, model):
 
 
 async def asynchronous(base, model):
-    """What the asynchronous client sees of four streams at once, that begin alike."""
+    """Results of the asynchronous client for four concurrent streams with a common prefix."""
     async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=engine_key(), max_retries=0) as client:
         async def one(number):
             prompt = PROMPT * number
             events = await client.completions.create(model=model, prompt=prompt, stream=True, **GREEDY)
             return "".join([choice.text async for event in events for choice in event.choices])
 
-        # One after the other: the order of additions in a batch is not that of a single request.
+        # One request at a time: a batch adds in another order than a single request.
         texts = [await one(number) for number in range(1, 5)]
         together = await asyncio.gather(*map(one, range(1, 5)))
         assert all(together), together
@@ -94,7 +94,7 @@ async def asynchronous(base, model):
 
 
 def curl(base, model):
-    """What curl sees: a whole answer, a stream, a large body that waits for `100 Continue`, and a refusal."""
+    """Results of curl: a whole response, a stream, a large body that waits for `100 Continue`, and a refusal."""
     def run(path, body, *options):
         command = ["curl", "-sS", "--max-time", "300", "-w", "\n%{http_code} %{content_type}", *options, base + path]
         command += ["-H", "content-type: application/json", "-H", f"authorization: Bearer {engine_key()}"]

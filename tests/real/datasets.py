@@ -1,9 +1,9 @@
-"""Writes what the real dataset classes of vLLM's bench client make of small inputs, and the tokenizers that it needs.
+"""Writes the prompts that the real dataset classes of vLLM's bench client make of small inputs, and the tokenizers for them.
 
     <venv>/bin/python tests/real/datasets.py <venv>/../tiny-llama
 
-PYTHONHASHSEED must be 0 for the timed trace; the script starts itself again with it. The tests of `src/bench/workload`
-read the files and expect the same prompts, byte for byte. Without the folder `tests/fixtures/bench/tokenizers`, other tokenizers are trained.
+PYTHONHASHSEED must be 0 for the timed trace, so the script restarts itself with it. The tests of `src/bench/workload` read the
+files and expect the same prompts, byte for byte. If the folder `tests/fixtures/bench/tokenizers` is missing, the script trains new ones.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DATA = VECTORS / "datasets"
 
 
 def text():
-    """The project's own words, and made-up ones of other scripts, so that merges reach beyond ASCII."""
+    """Words of this project, and invented words in other scripts, so that merges include characters beyond ASCII."""
     own = "\n".join((ROOT / name).read_text() for name in ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
     rng = random.Random(7)
     alphabets = ["абвгдежзиклмнопрстуфхцчшыэюя", "αβγδεζηθικλμνξοπρστυφχψω", "äöüßéèêçñ", "日本語文字漢仮名交事"]
@@ -52,7 +52,7 @@ def save(tokenizer, name, config, template=None):
 def train():
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    # As Llama 3's: the specials lie behind the vocabulary, and a text gets one in front.
+    # Like Llama 3: the special tokens are behind the vocabulary, and a text starts with one.
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -96,7 +96,7 @@ def train():
         template,
     )
 
-    # As Llama 2's: metaspace, bytes as a last resort, specials at the beginning of the vocabulary.
+    # Like Llama 2: metaspace, byte fallback, special tokens at the start of the vocabulary.
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -120,7 +120,7 @@ def train():
         {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False},
     )
 
-    # As Qwen's: nothing is put in front of a text, and a padding token is special, too.
+    # Like Qwen: no token before a text, and a special padding token.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     pattern = (
@@ -218,7 +218,7 @@ def prefix_cases(load, names):
 
 
 def conversations():
-    """Made-up conversations, some too short or too long for the dataset's filter."""
+    """Invented conversations. Some are too short or too long for the dataset's filter."""
     rng = random.Random(11)
     words = "the fleet has two engines that read and two that write so what does a proxy do with them all day".split()
     say = lambda low, high: " ".join(rng.choices(words, k=rng.randint(low, high)))
@@ -341,7 +341,7 @@ def trace_cases(load, names):
 
 
 def python_cases():
-    """Python's own generator, its shuffles and its hashes, and numpy's legacy integers and permutations."""
+    """Draws, shuffles and hashes of Python, and legacy integers and permutations of numpy."""
     rows = []
     for seed in [0, 1, 42, 2**32 - 1, 2**40 + 5]:
         rng = random.Random(seed)
@@ -371,7 +371,7 @@ def python_cases():
 
 
 def about(load, names):
-    """What transformers says of each tokenizer."""
+    """Results of transformers for each tokenizer."""
     rows = []
     samples = ["Hello world, it's 2026!", " two  spaces\n\nlines\t", "naïve 日本語 😀 <s> <|eot_id|><|im_end|>", "café"]
     for name in names:
@@ -396,7 +396,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="the tiny model that tests/real/setup.sh makes")
     arguments = parser.parse_args()
-    # Training is not deterministic to the last merge, so what is there stays.
+    # Training is not deterministic to the last merge, so existing tokenizers are kept.
     if not TOKENIZERS.exists():
         train()
         tiny = TOKENIZERS / "tiny"

@@ -1,4 +1,4 @@
-"""One fleet of real engines: started by xpyd in a folder of its own, asked over HTTP, and looked for afterwards."""
+"""One fleet of real engines: start by xpyd in a separate folder, requests over HTTP, and a search for leftovers."""
 
 import json
 import os
@@ -16,17 +16,17 @@ START_DEADLINE_SECONDS = 900
 STOP_DEADLINE_SECONDS = 120
 
 
-# The key of the engines, which xpyd makes for each run; the proxy needs none and ignores it.
+# The key of the engines, which xpyd generates for each run. The proxy needs none and ignores it.
 engine_key_file = None
 
 
 def engine_key():
-    """What engines of the present run take; anything, where there is no key."""
+    """The key of the engines of the current run; any text if there is none."""
     return engine_key_file.read_text().strip() if engine_key_file and engine_key_file.exists() else "none"
 
 
 def request(url, body=None, stream=False):
-    """The body of an answer, or the data of its events."""
+    """The body of a response, or the data of its events."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json", "authorization": f"Bearer {engine_key()}"}
     call = urllib.request.Request(url, data, headers)
@@ -38,12 +38,12 @@ def request(url, body=None, stream=False):
 
 
 class Fleet:
-    """`xpyd up --profile cpu-1p1d` on real vLLM, with more settings if given."""
+    """`xpyd up --profile cpu-1p1d` on real vLLM, with optional further settings."""
 
     def __init__(self, xpyd, folder, connector, settings=(), model="tiny-llama"):
         self.xpyd, folder = pathlib.Path(xpyd).resolve(), pathlib.Path(folder).resolve()
         self.shared_before = set(os.listdir("/dev/shm"))
-        # Everything that the run starts inherits this as its current folder, and can be found by it.
+        # Every process of the run inherits this working directory, by which the script finds it.
         self.place = pathlib.Path(tempfile.mkdtemp(prefix="xpyd-real-")).resolve()
         global engine_key_file
         engine_key_file = self.place / "xpyd/default/engine-key"
@@ -64,13 +64,13 @@ class Fleet:
         self.up()
 
     def free_offset(self):
-        """How far the profile's ports must be moved so that nobody listens on any of them."""
+        """The port offset at which no port of the profile has a listener."""
         plan = json.loads(self.run("plan", *self.command[2:], "--json"))["plan"]
         ports, taken = ports_of(plan), listeners()
         return next(offset for offset in range(0, 20_000, 100) if not taken & {port + offset for port in ports})
 
     def up(self):
-        """Starts xpyd, the first one of the run or another one after it."""
+        """Starts the first xpyd of the run, or another one after it."""
         self.began = time.monotonic()
         environment = self.environment
         self.process = subprocess.Popen(self.command, env=environment, cwd=self.place, stderr=subprocess.PIPE, text=True)
@@ -98,14 +98,14 @@ class Fleet:
         assert came, f"no line with {text!r}; logs in {self.place}"
 
     def run(self, *arguments):
-        """Another command of xpyd about this run; its output."""
+        """Runs another xpyd command for this run, and returns its output."""
         command = [str(self.xpyd), *arguments]
         done = subprocess.run(command, env=self.environment, cwd=self.place, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"xpyd {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}"
         return done.stdout
 
     def engine(self, name):
-        """What `xpyd status` says about one engine."""
+        """The entry of one engine in `xpyd status`."""
         engines = json.loads(self.run("status", "--json"))["engines"]
         return next(engine for engine in engines if engine["id"] == name)
 
@@ -123,7 +123,7 @@ class Fleet:
         return ports_of(self.plan())
 
     def processes(self):
-        """What is there of the run: pid and command line."""
+        """The processes of the run: process id and command line."""
         found = {}
         for entry in pathlib.Path("/proc").iterdir():
             try:
@@ -135,7 +135,7 @@ class Fleet:
         return found
 
     def stop(self):
-        """Ctrl+C; nothing may be left of the run."""
+        """Sends Ctrl+C, and checks that nothing of the run is left."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGINT)
         status = self.process.wait(STOP_DEADLINE_SECONDS)
@@ -148,7 +148,7 @@ class Fleet:
         assert not left, f"processes are left: {left}"
         listening = self.ports() & listeners()
         assert not listening, f"listeners are left: {listening}"
-        # What a living process uses belongs to somebody else: all of this run are gone.
+        # All processes of this run are gone, so shared memory in use belongs to another program.
         shared = set(os.listdir("/dev/shm")) - self.shared_before - shared_in_use()
         assert not shared, f"files in /dev/shm are left: {shared}"
 
@@ -167,7 +167,7 @@ def ports_of(plan):
 
 
 def shared_in_use():
-    """Names in /dev/shm that processes have mapped or open."""
+    """Files in /dev/shm that processes have mapped or open."""
     names = set()
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -180,7 +180,7 @@ def shared_in_use():
 
 
 def listeners():
-    """Ports that somebody listens on."""
+    """Ports with a listener."""
     ports = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in pathlib.Path(table).read_text().splitlines()[1:]:

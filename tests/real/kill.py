@@ -13,7 +13,7 @@ PROMPT = "Tell me about rivers and winter. " * 60
 
 
 def ask(proxy, tokens):
-    """One request whose answer nobody waits for: it dies with the fleet."""
+    """Sends a request whose response is ignored, because it ends with the fleet."""
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     try:
         request(f"{proxy}/v1/completions", body, stream=True)
@@ -37,7 +37,7 @@ def during_load(fleet):
 def during_handoff(fleet):
     fleet.wait_for_line("ready: every pair")
     threading.Thread(target=ask, args=(fleet.proxy(), 10), daemon=True).start()
-    # Long prompts take about a second to prefill here, so this is before the decode leg's first byte.
+    # The prefill of long prompts takes about a second here, so this is before the first byte of the decode leg.
     while "xpyd_handoffs_open 1" not in request(f"{fleet.proxy()}/metrics"):
         time.sleep(0.01)
 

@@ -1,8 +1,8 @@
-"""A decode engine stands still for longer than vLLM's own lease on KV: lease.py XPYD FOLDER CONNECTOR.
+"""A decode engine hangs for longer than vLLM's own KV lease: lease.py XPYD FOLDER CONNECTOR.
 
-Its processes get SIGSTOP while two requests are on their way, other requests use the prefill engine's free blocks, and the
-processes get SIGCONT. Every answer must be the decode engine's own of before. With XPYD_REAL_CONTROL=1 the engines keep
-vLLM's default lease instead, and the check must find wrong text: that is what would be served without xpyd's lease.
+The script stops its processes with SIGSTOP during two requests, lets other requests use the prefill engine's free blocks, and
+continues the processes. Every answer must equal the decode engine's earlier one. With XPYD_REAL_CONTROL=1 the engines have
+vLLM's default lease, and the answers must be wrong: this is what clients would get without xpyd's lease.
 """
 
 import concurrent.futures
@@ -16,16 +16,16 @@ import time
 from check import answer, counter
 from fleet import MODEL, Fleet, request
 
-# vLLM's default lease is 30 s, and xpyd lets a hung engine live for two minutes.
+# vLLM's default lease is 30 s, and xpyd ends a hung engine after two minutes.
 STILL_SECONDS = 34
 OTHERS = 60
-# So few blocks that the others soon use those of the two requests, if these are free.
+# With so few blocks, the other prompts soon use those of the two requests if they are free.
 BLOCKS = 40
 PROMPT = "You are a geography teacher. " * 12 + "Tell me about the capital of France."
 
 
 def tree(leader):
-    """The processes of an engine that compute: pid and name."""
+    """The compute processes of an engine: process id and name."""
     found = {}
     for entry in pathlib.Path("/proc").iterdir():
         try:
@@ -44,8 +44,8 @@ def ask(base, stream):
     return answer(base, PROMPT, chat=False, stream=stream)[0]
 
 
-def others(prefiller):
-    """Other prompts on the prefill engine alone, which overwrite every block that is free."""
+def fill_free_blocks(prefiller):
+    """Sends other prompts to the prefill engine alone, which overwrite every free block."""
     def one(number):
         prompt = f"Number {number}. " + f"Bananas are yellow, and {number} is larger than a cow. " * 9
         request(f"{prefiller}/v1/completions", {"model": MODEL, "prompt": prompt, "max_tokens": 2})
@@ -54,8 +54,8 @@ def others(prefiller):
         list(pool.map(one, range(OTHERS)))
 
 
-def while_it_stands_still(fleet, prefiller):
-    """Two answers, streamed and not, that were asked for while the decode engine stood still."""
+def ask_while_hung(fleet, prefiller):
+    """Returns two answers, streamed and whole, whose requests were sent while the decode engine hung."""
     processes = tree(fleet.engine("decoder1")["pid"])
     assert processes, "no process of decoder1 computes"
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -65,7 +65,7 @@ def while_it_stands_still(fleet, prefiller):
             began = time.monotonic()
             asked = [pool.submit(ask, fleet.proxy(), stream) for stream in (False, True)]
             time.sleep(STILL_SECONDS)
-            others(prefiller)
+            fill_free_blocks(prefiller)
         finally:
             for pid in processes:
                 os.kill(pid, signal.SIGCONT)
@@ -93,7 +93,7 @@ def main():
         assert ask(fleet.proxy(), False) == right, "the fleet's answer differs before anything stood still"
         counters = [f"vllm:nixl_num_{name}_total" for name in ("kv_expired_reqs", "notifications_after_expiry")]
         before = [counter(prefiller, {name}) for name in counters]
-        texts = while_it_stands_still(fleet, prefiller)
+        texts = ask_while_hung(fleet, prefiller)
         after = [counter(prefiller, {name}) for name in counters]
         for kind, text in zip(("whole", "streamed"), texts):
             print(f"  asked meanwhile, {kind}: {'right' if text == right else 'WRONG'}", flush=True)

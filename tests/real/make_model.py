@@ -1,4 +1,4 @@
-"""Writes a tiny Llama with seeded random weights, and a tokenizer that knows every byte, to the folder given."""
+"""Writes a tiny Llama with seeded random weights and a byte-level tokenizer to the given folder."""
 
 import sys
 
@@ -13,7 +13,7 @@ tokenizer = Tokenizer(models.BPE())
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
 alphabet = pre_tokenizers.ByteLevel.alphabet()
-# The standard library's own documentation is text that every Python has.
+# Every Python has the documentation of the standard library as text.
 corpus = [line for module in (sys, torch, str, dict, bytes) for line in (module.__doc__ or "").splitlines()]
 trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet)
 tokenizer.train_from_iterator(corpus, trainer)

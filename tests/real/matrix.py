@@ -1,7 +1,7 @@
-"""Compares each cell of docs/matrix.md through the fleet with the decode engine's own answer.
+"""Compares the fleet's response for each cell of docs/matrix.md with that of the decode engine alone.
 
     matrix.py XPYD FOLDER CONNECTOR                                    starts real engines
-    matrix.py --fleet URL --engine URL [--model NAME] [--prefiller]    asks those that run; --prefiller: it makes the first token
+    matrix.py --fleet URL --engine URL [--model NAME] [--prefiller]    asks running ones; --prefiller: it makes the first token
 """
 
 import argparse
@@ -16,7 +16,7 @@ import urllib.request
 from fleet import MODEL, Fleet, engine_key
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-# What differs between any two answers.
+# The fields that differ between any two responses.
 IDS = re.compile(r"\b(cmpl|chatcmpl|resp|msg|chatcmpl-tool|call)[-_][0-9a-f]{8,32}")
 TIMES = re.compile(r'"(created|created_at)":\d+')
 OPTIONS = ["--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
@@ -28,8 +28,8 @@ SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Tells it", "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
-# Name, fields, and what becomes of it where the decode engine, and where the prefill engine makes the first token. What the
-# engine refuses is refused, whatever stands there. `"-"` is absent, and `{"of": x, "times": n}` is x so many times.
+# Name, fields, and the fates if the decode engine or the prefill engine makes the first token. A request that the engine
+# refuses is refused in any case. `"-"` removes a field, and `{"of": x, "times": n}` repeats x n times.
 GENERATIONS = json.loads((pathlib.Path(__file__).resolve().parent.parent / "fixtures/cells.json").read_text())
 CELLS = GENERATIONS | {
     "/v1/responses": [("responses", {"input": "Tell me about salt.", "max_output_tokens": 12, "max_tokens": "-"},
@@ -48,7 +48,7 @@ def repeated(value):
 
 
 def ask(base, path, body):
-    """Status and body of an answer."""
+    """Status and body of a response."""
     headers = {"content-type": "application/json", "authorization": f"Bearer {engine_key()}"}
     call = urllib.request.Request(base + path, json.dumps(body).encode(), headers)
     try:
@@ -64,11 +64,11 @@ def normalised(answer):
 
 
 def content(answer):
-    """What an answer says, however its text was cut into events: a busy API server sends several tokens in one, and so tells
-    fewer counts where each event has one. The last one counts."""
+    """The content of a response, however its text is split into events. A busy API server sends several tokens in one event, and
+    so fewer counts if each event has one. Only the last count matters."""
     status, text = normalised(answer)
     if text.startswith('data: {"error"'):
-        # One engine has sent its 200 already; the proxy has not, and makes of the refusal what it is.
+        # A single engine has already sent 200. The proxy has not, so it returns the refusal's own status.
         refusal = json.loads(text.splitlines()[0][6:])
         return refusal["error"]["code"], json.dumps(refusal)
     if not text.startswith(("data:", "event:")):
@@ -102,23 +102,23 @@ def counted(before, after):
 
 
 def compare(fleet, engine, model, prefiller):
-    """Goes through all cells; the differences."""
+    """Runs all cells, and returns the differences."""
     wrong, cut, total = [], [], 0
     due = {"handed": ["transferred"], "alone": ["bypassed"], "refused": ["refused"], "passed": []}
     for path, cells in CELLS.items():
         for name, fields, by_decoder, by_prefiller in cells:
-            # Answers as long as the context take minutes on a CPU.
+            # Responses as long as the context take minutes on a CPU.
             manners = MANNERS[:2] if "ends" in name else MANNERS
             for stream in manners if path in PROMPTS else [{}]:
                 body = {"model": model, "max_tokens": 16, "temperature": 0} | PROMPTS.get(path, {}) | stream | fields
                 body = {key: repeated(value) for key, value in body.items() if value != "-"}
-                # Asked directly, the decode engine would die of them.
+                # A direct request with these fields crashes the decode engine.
                 harmless = {key: value for key, value in body.items() if key != "kv_transfer_params"}
                 alone, before = ask(engine, path, harmless), outcomes(fleet)
                 through = ask(fleet, path, body)
                 fate, seen = by_prefiller if prefiller else by_decoder, counted(before, outcomes(fleet))
                 if stream is COUNTED and prefiller and fate == "handed":
-                    # Each event of a stream counts the first token: a splice cannot.
+                    # Per-event usage includes the first token, which the first-token path cannot count.
                     fate = "alone"
                 expected = ["refused"] if alone[0] >= 400 and fate != "passed" else due[fate]
                 total += 1
@@ -133,7 +133,7 @@ def compare(fleet, engine, model, prefiller):
 
 @contextlib.contextmanager
 def started(xpyd, folder, connector, *settings):
-    """A fleet of real engines that tell all that they can; the addresses of its proxy and of its decode engine."""
+    """Starts a fleet of real engines with full usage reports. Yields the addresses of its proxy and of its decode engine."""
     options = json.dumps(OPTIONS)
     own = (f"prefill.args={options}", f"decode.args={options}", "vllm.max_model_len=2048")
     with Fleet(xpyd, folder, connector, (*own, *settings)) as fleet:
@@ -142,7 +142,7 @@ def started(xpyd, folder, connector, *settings):
 
 
 def addresses(description):
-    """The command line of a script that can ask engines that run already; None where it names none."""
+    """The addresses on the command line of a script that can ask running engines; None if there are none."""
     if len(sys.argv) < 2 or not sys.argv[1].startswith("--"):
         return None
     parser = argparse.ArgumentParser(description=description)

@@ -1,4 +1,4 @@
-"""The port for LMCache's notifications, with libzmq on the other side: notify.py XPYD FOLDER CONNECTOR. Needs no engines."""
+"""Tests the port for LMCache's notifications with libzmq as client: notify.py XPYD FOLDER CONNECTOR. Needs no engines."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def free_port():
 
 
 class Proxy:
-    """`xpyd proxy` over engines that are not there."""
+    """`xpyd proxy` over engines that do not exist."""
 
     def __init__(self, xpyd):
         self.http, self.port = free_port(), free_port()
@@ -41,7 +41,7 @@ class Proxy:
             return float(re.search(rf"^xpyd_{name} (\S+)$", page.read().decode(), re.MULTILINE)[1])
 
     def wait_for(self, expected):
-        """Waits until so many notifications have come that no request waits for."""
+        """Waits until this number of unexpected notifications has arrived."""
         deadline = time.monotonic() + 60
         while (count := self.count("late_notifications")) != expected:
             assert time.monotonic() < deadline, f"{count} notifications came, not {expected}"
@@ -52,7 +52,7 @@ class Proxy:
             return int(re.search(r"VmHWM:\s+(\d+)", status.read())[1])
 
     def raw(self, data):
-        """Sends bytes over a connection of its own. Returns it, and whether the other side has closed it by then."""
+        """Sends bytes over a new connection. Returns the connection, and whether the other side has closed it."""
         connection = socket.create_connection(("127.0.0.1", self.port), 5)
         connection.settimeout(15)
         try:
@@ -72,7 +72,7 @@ def notification(number):
 
 def from_libzmq(proxy, context):
     push = context.socket(zmq.PUSH)
-    # Several of them pass while nothing else is sent. One without an answer would end the connection.
+    # Several heartbeats pass while nothing else is sent. One without a reply would end the connection.
     push.setsockopt(zmq.HEARTBEAT_IVL, 100)
     push.setsockopt(zmq.HEARTBEAT_TIMEOUT, 2000)
     push.setsockopt(zmq.HEARTBEAT_TTL, 2000)
@@ -86,7 +86,7 @@ def from_libzmq(proxy, context):
     proxy.wait_for(1001)
     assert not monitor.poll(0), "the connection broke"
     print("  1,000 notifications, heartbeats for 3 s, a message of three frames: all taken over one connection", flush=True)
-    # LMCache's sockets live as long as their engine, which may be longer than one xpyd.
+    # LMCache's sockets live as long as their engine, which can outlive xpyd.
     pushes = [context.socket(zmq.PUSH) for _ in range(200)]
     for number, other in enumerate(pushes):
         other.connect(f"tcp://127.0.0.1:{proxy.port}")
@@ -99,8 +99,8 @@ def from_libzmq(proxy, context):
         other.close(0)
 
 
-def from_strangers(proxy):
-    """What ended xpyd before, and what filled its memory."""
+def from_foreign_clients(proxy):
+    """Sends what once crashed xpyd or filled its memory."""
     for name, data in {
         "a frame of 1 TiB before the handshake": GREETING + b"\x06" + struct.pack(">Q", 1 << 40),
         "a frame of 1 TiB": GREETING + READY + b"\x02" + struct.pack(">Q", 1 << 40),
@@ -128,7 +128,7 @@ def main():
     proxy = Proxy(xpyd)
     try:
         before = proxy.kilobytes()
-        from_strangers(proxy)
+        from_foreign_clients(proxy)
         from_libzmq(proxy, zmq.Context())
         growth = proxy.kilobytes() - before
         print(f"  memory at its highest: {growth} kB more than at the start", flush=True)

@@ -1,4 +1,4 @@
-"""Everything about the proxy on one fleet of real engines: proxy.py XPYD FOLDER CONNECTOR."""
+"""Runs all checks of the proxy on one fleet of real engines: proxy.py XPYD FOLDER CONNECTOR."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import clients
 import matrix
 from check import check_answers
 from fleet import MODEL, Fleet
-from leave import check_leaving, settings_for
+from disconnect import check_disconnects, settings_for
 
 
 def main():
@@ -18,8 +18,8 @@ def main():
         fleet.wait_for_line("ready: every pair")
         print("-- answers", flush=True)
         check_answers(fleet.proxy(), fleet.decoder(), connector)
-        print("-- clients that leave", flush=True)
-        check_leaving(fleet, connector)
+        print("-- disconnects", flush=True)
+        check_disconnects(fleet, connector)
         print("-- real clients", flush=True)
         clients.compare(fleet.proxy(), fleet.decoder(), MODEL)
         print("-- every cell of docs/matrix.md", flush=True)

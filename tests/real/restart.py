@@ -1,7 +1,7 @@
 """Restarts, kills and hangs engines of one fleet under load: restart.py XPYD FOLDER CONNECTOR.
 
-Two prefill engines and one decode engine, so that a prefill engine comes back to a decode engine that is busy, and a
-decode engine comes back to prefill engines that knew the one before.
+With two prefill engines and one decode engine, a restarted prefill engine meets a busy decode engine, and a restarted decode
+engine meets prefill engines that knew its previous incarnation.
 """
 
 import itertools
@@ -21,7 +21,7 @@ BACK_DEADLINE_SECONDS = 900
 STALL_SECONDS = 20
 CLIENTS = 2
 SETTINGS = ("prefill.count=2", f"deadlines.stall={STALL_SECONDS}s", "restart.max_restarts=20")
-# How much less likely than the best token another one may be that the order of additions makes the best: as in the canary.
+# The largest difference in log probability that rounding can reverse, as in the canary.
 NEAR_TIE = 0.5
 
 
@@ -30,14 +30,14 @@ def body(prompt, **more):
 
 
 class Reference:
-    """What the decode engine alone answers, with the tokens that it nearly gave instead."""
+    """The answers of the decode engine alone, with the tokens that were nearly as likely."""
 
     def __init__(self, decoder, prompt):
         choice = json.loads(request(f"{decoder}/v1/completions", body(prompt, logprobs=5)))["choices"][0]
         self.text, self.logprobs = choice["text"], choice["logprobs"]
 
     def verdict(self, text):
-        """`equal`, `near tie` where the order of additions may decide, or `wrong`."""
+        """Returns `equal`, `near tie` if rounding can decide, or `wrong`."""
         if text == self.text:
             return "equal"
         so_far = ""
@@ -50,7 +50,7 @@ class Reference:
 
 
 class Load:
-    """Clients that ask all the time; what they got is judged at once."""
+    """Clients that send requests all the time. Each answer is checked at once."""
 
     def __init__(self, proxy, references):
         self.proxy, self.references, self.done = proxy, references, threading.Event()
@@ -100,12 +100,12 @@ class Load:
 
 
 def tree(leader):
-    """The names of an engine's processes, by id and start, which tell each from a later one of the same id."""
+    """The names of an engine's processes, by process id and start time, so that a reused id is recognised."""
     found = {}
     for entry in pathlib.Path("/proc").iterdir():
         try:
             if entry.name.isdigit():
-                # After the name, which may hold anything: state, parent, group, session, and the start as the 20th.
+                # The fields after the name, which can contain any character: state, parent, group, session, and the start time as 20th.
                 fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
                 if int(fields[3]) == leader:
                     found[int(entry.name), fields[19]] = (entry / "comm").read_text().strip()
@@ -122,7 +122,7 @@ def alive(process):
 
 
 def member(name):
-    """The process of an engine's tree whose name begins so."""
+    """The process of an engine's tree whose name starts with this text."""
     def find(processes):
         return next(process[0] for process, comm in processes.items() if comm.startswith(name))
 
@@ -130,7 +130,7 @@ def member(name):
 
 
 def shared_memory(processes):
-    """Files in /dev/shm that these have mapped."""
+    """The files in /dev/shm that these processes have mapped."""
     used = set()
     for pid, _ in processes:
         try:
@@ -146,7 +146,7 @@ def to_leader(number):
 
 
 def to_member(number, name):
-    """Sends a signal to the process of the engine's tree whose name begins so."""
+    """Sends a signal to the process of the engine's tree whose name starts with this text."""
     def act(fleet, engine, processes):
         os.kill(next(process[0] for process, known in processes.items() if known.startswith(name)), number)
 
@@ -166,7 +166,7 @@ STEPS = [
 
 
 def wait_until_back(fleet, name, incarnation):
-    """Waits until the next incarnation is ready; says what was seen when."""
+    """Waits until the next incarnation is ready, and prints each change with its time."""
     began, seen = time.monotonic(), {}
     while time.monotonic() - began < BACK_DEADLINE_SECONDS:
         engine = fleet.engine(name)

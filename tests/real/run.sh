@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs xpyd on real vLLM without a GPU, once with NIXL and once with LMCache. See README.md beside this file.
+# Runs xpyd on real vLLM without a GPU, once with NIXL and once with LMCache. See README.md in this folder.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-$HOME/.cache/xpyd-real}

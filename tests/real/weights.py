@@ -1,9 +1,9 @@
 """Trained weights, short and long prompts, prefill in one step and in several: weights.py XPYD FOLDER CONNECTOR.
 
-Greedy texts of a bf16 model part where two tokens are as good as equally likely, so texts alone prove nothing. Instead the decode
-engine reads each answer of the fleet by itself, without a cache, and says at every place how likely it finds each token. By the
-canary's rule the fleet's own probabilities must be the same but for the order of additions. As a control, answers are judged as
-if they were those of other prompts, and must be found wrong.
+Greedy texts of a bf16 model differ where two tokens are almost equally likely, so texts alone prove nothing. Instead the decode
+engine reads each answer of the fleet without a cache, and reports the probability of each token. By the canary's rule the
+fleet's probabilities must be equal except for rounding. As a control, answers are compared with those of other prompts, and
+must be found wrong.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from fleet import MODEL, Fleet, request
 # The rule of src/proxy/canary/output_match.rs.
 ALTERNATIVES, TOLERANCE = 5, 0.5
 MODEL_LENGTH, ANSWER = 2048, 16
-# Around the sizes of KV blocks (16, 128) and of LMCache's chunks (256), up to the model's length.
+# Lengths around the sizes of KV blocks (16, 128) and LMCache chunks (256), up to the model's length.
 LENGTHS = [1, 16, 17, 128, 129, 256, 257, 513, 1025, MODEL_LENGTH - ANSWER]
 CHATS = ["What is the capital of France?", "Write a short poem about rain.", "Count from one to ten.",
          "Explain why the sky is blue. " * 20]
@@ -26,7 +26,7 @@ NAMED_CHATS = {words[:30]: words for words in CHATS}
 
 
 def text():
-    """English that every Python has."""
+    """English text that every Python contains."""
     return " ".join(module.__doc__ for module in (itertools, json, signal, uuid, str, dict, int, bytes, print) if module.__doc__)
 
 
@@ -51,8 +51,8 @@ def chat(base, words, more={}):
 
 
 def read_alone(decoder, prompt, tokens):
-    """What the decode engine itself finds likely where each of the tokens stands: by id, and by text."""
-    # One token is made all the same, so the last one is left out where the model has no room for more.
+    """The likely tokens of the decode engine alone at the position of each token, by id and by text."""
+    # The engine always generates one token, so the last one is left out if the model has no room for more.
     ids = (prompt + tokens)[:MODEL_LENGTH - 1]
     fields = {"prompt": ids, "prompt_logprobs": ALTERNATIVES, "max_tokens": 1, "cache_salt": uuid.uuid4().hex}
     places = ask(decoder, "/v1/completions", fields)["choices"][0]["prompt_logprobs"][len(prompt):]
@@ -68,13 +68,13 @@ def explains(ours, theirs):
 
 
 def judge(decoder, prompt, tokens, likely):
-    """The first place that no order of additions explains, or None; and how many tokens were not the likeliest."""
+    """Returns the first position that rounding cannot explain, or None, and the number of tokens that were not the most likely."""
     by_id, by_text = read_alone(decoder, prompt, tokens)
     ties = 0
     for place, (token, alone, names, through) in enumerate(zip(tokens, by_id, by_text, likely)):
         best = max(alone.values())
         ties += alone[token] < best
-        # Other pieces of a character may have the same text.
+        # Other parts of a character can have the same text.
         texts = {name: logprob for name, logprob in through.items() if "\ufffd" not in name}
         if alone[token] < best - TOLERANCE or not explains(texts, names):
             return place, ties
@@ -102,7 +102,7 @@ def check_weights(proxy, decoder, connector):
     assert len(tokens) >= MODEL_LENGTH, f"the text has {len(tokens)} tokens only"
     answers, wrong, ties, total, read_otherwise = [], [], 0, 0, 0
     for length in LENGTHS:
-        # Each begins elsewhere, so that no prefix is cached.
+        # Each prompt starts at another position, so that no prefix is cached.
         first = (length * 37) % (len(tokens) - length + 1)
         answers.append((f"{length} tokens", completion(proxy, tokens[first:first + length])))
     answers += [(name, chat(proxy, words)) for name, words in NAMED_CHATS.items()]
@@ -135,10 +135,10 @@ def check_weights(proxy, decoder, connector):
 def main():
     xpyd, folder, connector = sys.argv[1:]
     length = f"vllm.max_model_len={MODEL_LENGTH}"
-    # One step of 2,032 tokens took more than the usual two minutes on two busy cores, and vLLM then gives its worker up.
+    # One step of 2,032 tokens took more than two minutes on two busy cores, after which vLLM gives up its worker.
     patience = ("deadlines.stall=10m", "deadlines.prefill=20m", "deadlines.decode_idle=20m")
     manners = {"one step": ()}
-    # LMCache's in-process connector never transfers a prompt of several steps, so xpyd plans one step there.
+    # LMCache's in-process connector never transfers a prompt of several steps, so xpyd plans one step for it.
     if connector != "lmcache":
         manners["steps of 256 tokens"] = ('prefill.args=["--max-num-batched-tokens","256"]',)
     for manner, settings in manners.items():

@@ -1,6 +1,6 @@
 //! Accuracy of the bench client: connection reuse, streams split at any byte, send times, and what it reports about itself.
 //! The server writes given bytes, so that a test can split them anywhere.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use xpyd::bench::{self, Report, Spec};
 use super::fake_server::spec;
 
 /// A server that answers every request with the same bytes, one piece per write.
-struct Bytes {
+struct ByteServer {
     base_url: String,
     connections: Arc<AtomicUsize>,
     /// Ends the server when dropped.
     _task: JoinSet<()>,
 }
 
-impl Bytes {
+impl ByteServer {
     async fn start(pieces: Vec<String>, closes: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base_url = format!("http://{}", listener.local_addr().unwrap());
@@ -110,7 +110,7 @@ fn stream() -> Vec<String> {
 }
 
 /// A run that sends one request at a time.
-fn one_by_one(server: &Bytes) -> Spec {
+fn sequential(server: &ByteServer) -> Spec {
     Spec {
         max_concurrency: NonZeroUsize::new(1),
         keep_texts: false,
@@ -120,8 +120,8 @@ fn one_by_one(server: &Bytes) -> Spec {
 
 #[tokio::test]
 async fn a_finished_connection_is_reused() {
-    let server = Bytes::start(stream(), false).await;
-    let report = server.run(one_by_one(&server)).await;
+    let server = ByteServer::start(stream(), false).await;
+    let report = server.run(sequential(&server)).await;
     assert_eq!(
         (report.metrics.completed, report.failed()),
         (8, 0),
@@ -139,8 +139,8 @@ async fn a_closed_connection_is_replaced() {
     let mut pieces = vec![format!("{HEAD}connection: close\r\n\r\n")];
     pieces.push("data: {\"choices\":[{\"text\":\"a\"}]}\n\n".to_owned());
     pieces.push("data: [DONE]\n\n".to_owned());
-    let server = Bytes::start(pieces, true).await;
-    let report = server.run(one_by_one(&server)).await;
+    let server = ByteServer::start(pieces, true).await;
+    let report = server.run(sequential(&server)).await;
     assert_eq!(
         (report.metrics.completed, report.failed()),
         (8, 0),
@@ -154,8 +154,8 @@ async fn a_closed_connection_is_replaced() {
 async fn a_stream_can_be_split_at_any_byte() {
     let whole = stream().concat();
     let cut = whole.chars().map(String::from).collect();
-    let server = Bytes::start(cut, false).await;
-    let report = server.run(one_by_one(&server)).await;
+    let server = ByteServer::start(cut, false).await;
+    let report = server.run(sequential(&server)).await;
     assert_eq!(
         (report.metrics.completed, report.failed()),
         (8, 0),
@@ -167,7 +167,7 @@ async fn a_stream_can_be_split_at_any_byte() {
 
 #[tokio::test]
 async fn the_result_reports_confidence_and_client_saturation() {
-    let server = Bytes::start(stream(), false).await;
+    let server = ByteServer::start(stream(), false).await;
     let report = server.run(spec(&server.base_url)).await;
     let own = &report.to_json(false)["xpyd"];
     assert!(own["valid"].is_boolean() && own["reasons"].is_array(), "{own}");
@@ -195,10 +195,11 @@ async fn the_result_reports_confidence_and_client_saturation() {
 
 #[tokio::test]
 async fn no_request_is_sent_early() {
-    let server = Bytes::start(stream(), false).await;
+    let server = ByteServer::start(stream(), false).await;
     let mut spec = spec(&server.base_url);
     spec.arrivals.request_rate = 200.0;
     let report = server.run(spec).await;
+    assert_eq!(report.records.len(), 8);
     for record in &report.records {
         assert!(record.started >= record.scheduled, "{record:?}");
         assert!(
@@ -210,8 +211,8 @@ async fn no_request_is_sent_early() {
 
 #[tokio::test]
 async fn a_silent_server_is_reported_by_connection() {
-    let server = Bytes::start(vec![String::new()], true).await;
-    let report = server.run(one_by_one(&server)).await;
+    let server = ByteServer::start(vec![String::new()], true).await;
+    let report = server.run(sequential(&server)).await;
     assert_eq!(
         report.failures()[0].cause,
         "no answer to the request: the server closed the connection"

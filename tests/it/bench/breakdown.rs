@@ -1,6 +1,6 @@
 //! `xpyd bench` on simulated fleets: the stages of the time to first token, and whether KV was transferred. Durations are not
 //! asserted, only that the stages add up.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use serde_json::Value;
 
@@ -21,9 +21,9 @@ fn bench(env: &TestEnv, more: &[&str]) -> (Value, String) {
         "1",
     ];
     let output = env.run(&[&recipe[..], more].concat());
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{told}");
-    (serde_json::from_slice(&output.stdout).unwrap(), told)
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{printed}");
+    (serde_json::from_slice(&output.stdout).unwrap(), printed)
 }
 
 fn stage<'run>(report: &'run Value, name: &str) -> Option<&'run Value> {
@@ -45,7 +45,7 @@ fn stages_add_up_to_the_clients_time_to_first_token() {
     let env = TestEnv::new();
     let mut run = env.up(&["--profile", "2p2d", "--connector", "nixl", "--set", "sim.preset=brisk"]);
     run.wait_until_ready();
-    let (report, told) = bench(&env, &["--num-prompts", "8"]);
+    let (report, printed) = bench(&env, &["--num-prompts", "8"]);
     let seen = report["mean_ttft_ms"].as_f64().unwrap();
     let sum = sum_of_stages(&report);
     assert!((sum - seen).abs() < 0.01 * seen, "{sum} against {seen}: {report}");
@@ -83,11 +83,11 @@ fn stages_add_up_to_the_clients_time_to_first_token() {
         "without the first request of each pair",
         "8 of 8 requests used remote KV",
     ] {
-        assert!(told.contains(line), "{line} in {told}");
+        assert!(printed.contains(line), "{line} in {printed}");
     }
     assert!(
-        !told.contains("used remote KV, according to the decode engines:"),
-        "{told}"
+        !printed.contains("used remote KV, according to the decode engines:"),
+        "{printed}"
     );
 }
 
@@ -116,13 +116,13 @@ fn recomputed_prompts_are_reported() {
     let faults = r#"sim.faults=["fail-transfer=3"]"#;
     let mut run = env.up(&["--profile", "1p1d", "--connector", "nixl", "--set", faults]);
     run.wait_until_ready();
-    let (report, told) = bench(&env, &["--num-prompts", "6"]);
+    let (report, printed) = bench(&env, &["--num-prompts", "6"]);
     let remote = &report["xpyd"]["where"]["remote_kv"];
     // Every third transfer fails. Two transfers belong to the canary, and requests that free unused KV count as well.
     let (used, recomputed) = (remote["used"].as_u64().unwrap(), remote["recomputed"].as_u64().unwrap());
     assert!(recomputed >= 2 && used + recomputed == 6, "{remote}");
     let warning = format!("warning: only {used} of 6 requests used remote KV");
-    assert!(told.contains(&warning), "{told}");
+    assert!(printed.contains(&warning), "{printed}");
 }
 
 #[test]
@@ -137,11 +137,11 @@ fn bypassed_handoffs_are_reported_with_the_reason() {
         "proxy.routing.prefill_threshold=100000",
     ]);
     run.wait_until_ready();
-    let (report, told) = bench(&env, &["--num-prompts", "3"]);
+    let (report, printed) = bench(&env, &["--num-prompts", "3"]);
     assert_eq!(report["xpyd"]["where"]["remote_kv"]["used"], 0);
     assert!(
-        told.contains("only 0 of 3 requests used remote KV") && told.contains("3 bypassed (prefill_threshold)"),
-        "{told}"
+        printed.contains("only 0 of 3 requests used remote KV") && printed.contains("3 bypassed (prefill_threshold)"),
+        "{printed}"
     );
     assert!(
         stage(&report, "prefill").is_none() && stage(&report, "decode").is_some(),

@@ -1,5 +1,5 @@
 //! Datasets and tokenizers of `xpyd bench`: the requests it sends, and its errors for bad input.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,19 +18,19 @@ use tokio::runtime::Runtime;
 use crate::support::TestEnv;
 
 /// The request bodies, in order of arrival.
-type Seen = Arc<Mutex<Vec<(HeaderMap, Value)>>>;
+type RecordedRequests = Arc<Mutex<Vec<(HeaderMap, Value)>>>;
 
 /// A server of the model `tiny` that answers every prompt with ` yes` and records its requests.
 struct Server {
     address: SocketAddr,
-    seen: Seen,
+    seen: RecordedRequests,
     /// Ends the server when dropped.
     _runtime: Runtime,
 }
 
 impl Server {
     fn start() -> Self {
-        let seen = Seen::default();
+        let seen = RecordedRequests::default();
         let app = Router::new()
             .route(
                 "/v1/models",
@@ -57,7 +57,7 @@ impl Server {
 }
 
 async fn complete(
-    State(seen): State<Seen>,
+    State(seen): State<RecordedRequests>,
     uri: Uri,
     headers: HeaderMap,
     Json(body): Json<Value>,
@@ -87,27 +87,27 @@ fn tokenizer(name: &str) -> String {
     folder.join(name).to_str().unwrap().to_owned()
 }
 
-fn said(output: &Output) -> String {
+fn output_text(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
 /// Runs a command that must fail, and checks that its error contains this text.
-fn refused_with(env: &TestEnv, line: &str, expected: &str) {
-    let said = refused(env, line);
-    assert!(said.contains(expected), "{line}: {said}");
+fn assert_refused(env: &TestEnv, line: &str, expected: &str) {
+    let output_text = refusal(env, line);
+    assert!(output_text.contains(expected), "{line}: {output_text}");
 }
 
 /// Runs a command that must fail before the first request, and returns its error, which is about the data and not a panic.
-fn refused(env: &TestEnv, line: &str) -> String {
+fn refusal(env: &TestEnv, line: &str) -> String {
     let server = Server::start();
     let base_url = format!("http://{}", server.address);
     let mut words = vec!["--base-url", &base_url];
     words.extend(line.split(' '));
     let output = bench(env, &words);
-    let said = said(&output);
-    assert_eq!(output.status.code(), Some(2), "{line}: {said}");
+    let output_text = output_text(&output);
+    assert_eq!(output.status.code(), Some(2), "{line}: {output_text}");
     assert!(server.bodies().is_empty(), "{line}: something was sent");
-    said
+    output_text
 }
 
 #[test]
@@ -125,14 +125,14 @@ fn prompts_fall_back_to_token_ids_without_a_tokenizer() {
         "3",
     ];
     let output = bench(&env, &few);
-    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
-    let reason = said(&output);
+    assert_eq!(output.status.code(), Some(0), "{}", output_text(&output));
+    let reason = output_text(&output);
     assert!(
         reason.contains("prompts are token ids, not text: no tokenizer `nobody/tiny`"),
         "{reason}"
     );
     let output = bench(&env, &[&few[..], &["--tokenizer", &tokenizer("within")]].concat());
-    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(0), "{}", output_text(&output));
     let printed = String::from_utf8(output.stdout).unwrap();
     assert!(
         printed.contains("WARNING: /tokenize unavailable (404 Not Found: either this server has no /tokenize route"),
@@ -148,7 +148,7 @@ fn prompts_fall_back_to_token_ids_without_a_tokenizer() {
         std::fs::copy(Path::new(&tokenizer("within")).join(name), snapshot.join(name)).unwrap();
     }
     let output = bench(&env, &few);
-    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(0), "{}", output_text(&output));
     let sorted = |bodies: &[Value]| {
         let mut texts: Vec<String> = bodies.iter().map(|body| body["prompt"].to_string()).collect();
         texts.sort();
@@ -189,7 +189,7 @@ fn a_custom_dataset_uses_the_chat_template_without_ignore_eos() {
         ]
         .concat(),
     );
-    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(0), "{}", output_text(&output));
     let bodies = server.bodies();
     assert_eq!(bodies.len(), 2, "one line is used twice");
     assert_eq!(
@@ -204,7 +204,7 @@ fn a_custom_dataset_uses_the_chat_template_without_ignore_eos() {
         &env,
         &[&line[..], &["--no-oversample", "--skip-tokenizer-init"]].concat(),
     );
-    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(0), "{}", output_text(&output));
     assert_eq!(
         server.bodies()[2..],
         [json!({
@@ -223,7 +223,7 @@ fn each_session_turn_follows_and_contains_the_last_answer() {
     let mut words = vec!["--base-url", &base_url];
     words.extend(line.split_whitespace());
     let output = bench(&env, &words);
-    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_eq!(output.status.code(), Some(0), "{}", output_text(&output));
     let result: Value = serde_json::from_slice(&output.stdout).unwrap();
     let turns = result["xpyd"]["turns"].as_array().unwrap();
     let completed: Vec<&Value> = turns.iter().map(|turn| &turn["completed"]).collect();
@@ -237,7 +237,7 @@ fn each_session_turn_follows_and_contains_the_last_answer() {
             .map(|(_, body)| body["messages"].as_array().unwrap())
             .collect();
         let lengths: Vec<usize> = messages.iter().map(|messages| messages.len()).collect();
-        assert_eq!(lengths, [1, 3, 5], "what was said before comes first");
+        assert_eq!(lengths, [1, 3, 5], "earlier turns come first");
         assert_eq!(messages[2][1], json!({"role": "assistant", "content": " yes"}));
         assert_eq!(messages[2][..3], messages[1][..]);
     }
@@ -248,44 +248,44 @@ fn a_bad_jsonl_dataset_is_reported_by_line_and_field() {
     let env = TestEnv::new();
     let write = |name: &str, text: &str| std::fs::write(env.path().join(name), text).unwrap();
     let own = tokenizer("within");
-    let says = |line: &str, expected: &str| refused_with(&env, line, expected);
+    let check = |line: &str, expected: &str| assert_refused(&env, line, expected);
     write(
         "broken.jsonl",
         "{\"prompt\": \"a\", \"output_tokens\": 1}\n{\"prompt\": \"b\"\n",
     );
     let custom = format!("--tokenizer {own} --dataset-name custom --custom-output-len -1 --dataset-path");
-    says(
+    check(
         &format!("{custom} broken.jsonl"),
         "broken.jsonl, line 2: not JSON: EOF while parsing",
     );
     write("field.jsonl", "{\"prompt\": \"a\", \"tokens\": 1}\n");
-    says(
+    check(
         &format!("{custom} field.jsonl"),
         "field.jsonl, line 1: no field `output_tokens` among `prompt`, `tokens`; `--custom-output-len` names another field",
     );
     write("text.jsonl", "{\"prompt\": [1], \"output_tokens\": 1}\n");
-    says(
+    check(
         &format!("{custom} text.jsonl"),
         "text.jsonl, line 1: the field `prompt` is [1], not a text",
     );
     write("empty.jsonl", "\n");
-    says(
+    check(
         &format!("{custom} empty.jsonl"),
         "empty.jsonl has no usable request: the file has no entries",
     );
-    says(
+    check(
         &format!("{custom} gone.jsonl"),
         "cannot read the dataset gone.jsonl: no such file",
     );
-    says(
+    check(
         "--dataset-name custom",
         "the dataset `custom` needs a file: set `--dataset-path`",
     );
-    says(
+    check(
         "--dataset-name random --dataset-path a.jsonl",
         "`random` reads no file, but `--dataset-path` is `a.jsonl`",
     );
-    says(
+    check(
         "--dataset-name random --num-prompts 0",
         "the number of prompts must be at least 1",
     );
@@ -293,8 +293,8 @@ fn a_bad_jsonl_dataset_is_reported_by_line_and_field() {
         "--tokenizer {} --dataset-name custom --dataset-path field.jsonl",
         tokenizer("metaspace")
     );
-    says(&bare, "the chat template of the tokenizer");
-    says(&bare, "hint: set `--skip-chat-template` to send the prompts unchanged");
+    check(&bare, "the chat template of the tokenizer");
+    check(&bare, "hint: set `--skip-chat-template` to send the prompts unchanged");
 }
 
 #[test]
@@ -302,27 +302,27 @@ fn bad_csv_and_json_datasets_are_reported_by_position() {
     let env = TestEnv::new();
     let write = |name: &str, text: &str| std::fs::write(env.path().join(name), text).unwrap();
     let own = tokenizer("within");
-    let says = |line: &str, expected: &str| refused_with(&env, line, expected);
+    let check = |line: &str, expected: &str| assert_refused(&env, line, expected);
     write("list.json", "{}");
     let sharegpt = format!("--tokenizer {own} --dataset-name sharegpt --dataset-path");
-    says(
+    check(
         &format!("{sharegpt} list.json"),
         "list.json: not a JSON list of conversations",
     );
     write("short.json", r#"[{"conversations": [{"value": "a"}]}]"#);
-    says(
+    check(
         &format!("{sharegpt} short.json"),
         "short.json has no usable request: no conversation has two turns",
     );
     write("value.json", r#"[{"conversations": [{"value": "a"}, {"text": "b"}]}]"#);
-    says(
+    check(
         &format!("{sharegpt} value.json"),
         "value.json, entry 1: turn 2 has no text `value`",
     );
 
     write("a.csv", "Model,Request tokens\nGPT-4,3\n");
     let burstgpt = format!("--tokenizer {own} --dataset-name burstgpt --dataset-path");
-    says(
+    check(
         &format!("{burstgpt} a.csv"),
         "a.csv, line 1: no column `Response tokens`",
     );
@@ -330,7 +330,7 @@ fn bad_csv_and_json_datasets_are_reported_by_position() {
         "b.csv",
         "Timestamp,Model,Request tokens,Response tokens\n1,GPT-4,many,3\n",
     );
-    says(
+    check(
         &format!("{burstgpt} b.csv"),
         "b.csv, line 2: the column `Request tokens` has `many`, not a number of tokens",
     );
@@ -340,14 +340,14 @@ fn bad_csv_and_json_datasets_are_reported_by_position() {
         r#"{"timestamp": 1, "input_length": 3, "output_length": 2, "ids": [1]}"#,
     );
     let trace = format!("--tokenizer {own} --dataset-name timed_trace --dataset-path");
-    says(&format!("{trace} t.jsonl"), "t.jsonl, line 1: no field `hash_ids`");
-    says(
+    check(&format!("{trace} t.jsonl"), "t.jsonl, line 1: no field `hash_ids`");
+    check(
         &format!("{trace} t.jsonl --backend openai-chat"),
         "`timed_trace` has prompts of token ids",
     );
-    says("--self-timed", "need `--dataset-name timed_trace`");
+    check("--self-timed", "need `--dataset-name timed_trace`");
     write("s.jsonl", r#"{"messages": [{"role": "tool", "content": "x"}]}"#);
-    says(
+    check(
         "--dataset-name sessions --dataset-path s.jsonl",
         "s.jsonl, line 1: message 1 has the unknown role `tool`",
     );
@@ -356,25 +356,25 @@ fn bad_csv_and_json_datasets_are_reported_by_position() {
 #[test]
 fn a_missing_tokenizer_is_reported_with_the_fix() {
     let env = TestEnv::new();
-    let said = refused(&env, "--tokenizer some/model");
+    let output_text = refusal(&env, "--tokenizer some/model");
     assert!(
-        said.contains("no tokenizer `some/model`: no such file or folder, and no"),
-        "{said}"
+        output_text.contains("no tokenizer `some/model`: no such file or folder, and no"),
+        "{output_text}"
     );
-    assert!(said.contains("hint: `hf download some/model"), "{said}");
-    let said = refused(&env, "--tokenizer /nowhere/at/all");
-    assert!(said.contains("no tokenizer `/nowhere/at/all`"), "{said}");
+    assert!(output_text.contains("hint: `hf download some/model"), "{output_text}");
+    let output_text = refusal(&env, "--tokenizer /nowhere/at/all");
+    assert!(output_text.contains("no tokenizer `/nowhere/at/all`"), "{output_text}");
     std::fs::create_dir(env.path().join("odd")).unwrap();
     std::fs::write(env.path().join("odd/tokenizer.json"), "{}").unwrap();
-    let said = refused(&env, "--tokenizer ./odd");
+    let output_text = refusal(&env, "--tokenizer ./odd");
     assert!(
-        said.contains("cannot read the tokenizer's file ./odd/tokenizer.json"),
-        "{said}"
+        output_text.contains("cannot read the tokenizer's file ./odd/tokenizer.json"),
+        "{output_text}"
     );
-    let said = refused(&env, "--dataset-name prefix_repetition");
+    let output_text = refusal(&env, "--dataset-name prefix_repetition");
     assert!(
-        said.contains("the dataset `prefix_repetition` needs a tokenizer: no tokenizer `nobody/tiny`"),
-        "{said}"
+        output_text.contains("the dataset `prefix_repetition` needs a tokenizer: no tokenizer `nobody/tiny`"),
+        "{output_text}"
     );
-    assert!(said.contains("hint: `hf download nobody/tiny"), "{said}");
+    assert!(output_text.contains("hint: `hf download nobody/tiny"), "{output_text}");
 }

@@ -32,7 +32,7 @@ fn text(output: &Output) -> (String, String) {
 }
 
 /// A line without measured values: the label of a table row, or the whole line.
-fn told(line: &str) -> &str {
+fn without_values(line: &str) -> &str {
     let is_row = line.len() >= 51 && line.as_bytes()[40] == b' ' && !line.starts_with(['=', '-']);
     if is_row { &line[..40] } else { line }
 }
@@ -70,8 +70,8 @@ async fn a_vllm_command_line_gives_vllms_output_and_file() {
         );
         // xpyd needs a tokenizer for these prompts, and draws no plots.
         let is_ours = |line: &&str| !line.starts_with("WARNING: /tokenize") && !line.starts_with("tip: ");
-        let theirs: Vec<&str> = theirs.lines().filter(is_ours).map(told).collect();
-        let ours: Vec<&str> = stdout.lines().map(told).collect();
+        let theirs: Vec<&str> = theirs.lines().filter(is_ours).map(without_values).collect();
+        let ours: Vec<&str> = stdout.lines().map(without_values).collect();
         assert_eq!(ours, theirs, "{name}");
 
         let saved: Vec<_> = std::fs::read_dir(env.path().join("saved")).unwrap().collect();
@@ -166,7 +166,7 @@ async fn append_result_adds_one_line() {
 async fn impossible_requests_are_one_clear_error() {
     let server = Server::start(|_| Behaviour::Answer).await;
     let env = TestEnv::new();
-    for (flags, told) in [
+    for (flags, expected) in [
         (
             "--backend openai-audio",
             "generations only: `openai`, `vllm`, `openai-chat`",
@@ -180,7 +180,7 @@ async fn impossible_requests_are_one_clear_error() {
         let output = bench(&server, &env, &["bench", "serve"], flags);
         let (_, stderr) = text(&output);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
-        assert!(stderr.contains(told), "{stderr}");
+        assert!(stderr.contains(expected), "{stderr}");
     }
     assert!(server.seen.lock().unwrap().is_empty());
 }

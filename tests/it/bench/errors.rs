@@ -1,5 +1,5 @@
 //! `xpyd bench` against failing servers and with impossible arguments: the errors and hints that a user sees.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support::{Run, TestEnv};
 
 /// After this number of requests the server no longer answers `/metrics`.
-const MUTE: usize = 1000;
+const REQUESTS_WITH_METRICS: usize = 1000;
 
 /// The first segment of a request's path selects the server's behaviour.
 struct Server {
@@ -40,7 +40,7 @@ impl Server {
     }
 
     /// Sends twelve concurrent requests to the path of this behaviour.
-    fn bench(&self, env: &TestEnv, behaviour: &str, more: &[&str]) -> Seen {
+    fn bench(&self, env: &TestEnv, behaviour: &str, more: &[&str]) -> CommandOutput {
         let (base_url, endpoint) = (self.url(""), format!("/{behaviour}/v1/completions"));
         let fixed = [
             "bench",
@@ -52,7 +52,7 @@ impl Server {
             "4",
         ];
         let target = ["--base-url", &base_url, "--endpoint", &endpoint];
-        Seen::of(env, &[&fixed[..], &target, more].concat())
+        CommandOutput::of(env, &[&fixed[..], &target, more].concat())
     }
 }
 
@@ -71,19 +71,19 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
     }
     reader.read_exact(&mut vec![0; length])?;
     if path == "/v1/models" {
-        return say(
+        return respond(
             connection,
             "200 OK",
             "application/json",
             r#"{"data": [{"id": "tiny"}]}"#,
         );
     }
-    if path == "/metrics" && requests.load(Ordering::Relaxed) >= MUTE {
+    if path == "/metrics" && requests.load(Ordering::Relaxed) >= REQUESTS_WITH_METRICS {
         reader.read_to_end(&mut Vec::new())?;
         return Ok(());
     }
     if !path.ends_with("/completions") {
-        return say(connection, "404 Not Found", "text/plain", "");
+        return respond(connection, "404 Not Found", "text/plain", "");
     }
     let number = requests.fetch_add(1, Ordering::Relaxed);
     let error = |message: &str| format!(r#"{{"error": {{"message": "{message}"}}}}"#);
@@ -91,25 +91,25 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
     match path.split('/').nth(1).unwrap_or_default() {
         "half" if number.is_multiple_of(4) => {
             let long = format!("request cmpl-{number:08x} was lost: {}", "because ".repeat(300));
-            say(connection, "500 Internal Server Error", json, &error(&long))
+            respond(connection, "500 Internal Server Error", json, &error(&long))
         }
-        "half" if number % 4 == 1 => say(
+        "half" if number % 4 == 1 => respond(
             connection,
             "503 Service Unavailable",
             json,
             &error("no engine is ready"),
         ),
-        "busy" => say(connection, "429 Too Many Requests", json, &error("slow down")),
-        "guarded" => say(connection, "401 Unauthorized", json, &error("who are you?")),
-        "plain" => say(connection, "200 OK", json, r#"{"choices": [{"text": "hello"}]}"#),
-        "cut" => say(
+        "busy" => respond(connection, "429 Too Many Requests", json, &error("slow down")),
+        "guarded" => respond(connection, "401 Unauthorized", json, &error("who are you?")),
+        "plain" => respond(connection, "200 OK", json, r#"{"choices": [{"text": "hello"}]}"#),
+        "cut" => respond(
             connection,
             "200 OK",
             "text/event-stream",
             "data: {\"choices\":[{\"text\":\"a\"}]}\n\n",
         ),
         "mute" => {
-            requests.fetch_add(MUTE, Ordering::Relaxed);
+            requests.fetch_add(REQUESTS_WITH_METRICS, Ordering::Relaxed);
             reader.read_to_end(&mut Vec::new())?;
             Ok(())
         }
@@ -126,13 +126,13 @@ fn serve(connection: TcpStream, requests: &AtomicUsize) -> std::io::Result<()> {
             let token = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n".repeat(4);
             let usage =
                 "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":8,\"completion_tokens\":4}}\n\ndata: [DONE]\n\n";
-            say(connection, "200 OK", "text/event-stream", &(token + usage))
+            respond(connection, "200 OK", "text/event-stream", &(token + usage))
         }
-        _ => say(connection, "404 Not Found", json, r#"{"detail": "Not Found"}"#),
+        _ => respond(connection, "404 Not Found", json, r#"{"detail": "Not Found"}"#),
     }
 }
 
-fn say(mut connection: TcpStream, status: &str, kind: &str, body: &str) -> std::io::Result<()> {
+fn respond(mut connection: TcpStream, status: &str, kind: &str, body: &str) -> std::io::Result<()> {
     let length = body.len();
     write!(
         connection,
@@ -141,13 +141,13 @@ fn say(mut connection: TcpStream, status: &str, kind: &str, body: &str) -> std::
 }
 
 /// Exit code, standard output and standard error of a finished command.
-struct Seen {
+struct CommandOutput {
     code: i32,
     data: String,
     text: String,
 }
 
-impl Seen {
+impl CommandOutput {
     fn of(env: &TestEnv, arguments: &[&str]) -> Self {
         let output = env.run(arguments);
         Self {
@@ -158,7 +158,7 @@ impl Seen {
     }
 
     #[track_caller]
-    fn says(&self, code: i32, texts: &[&str]) {
+    fn assert_output(&self, code: i32, texts: &[&str]) {
         assert_eq!(self.code, code, "{}", self.text);
         for text in texts {
             assert!(self.text.contains(text), "no `{text}` in:\n{}", self.text);
@@ -176,12 +176,12 @@ impl Seen {
 #[test]
 fn a_run_that_cannot_start_is_one_error_with_a_hint() {
     let (env, server) = (TestEnv::new(), Server::start());
-    let bench = |arguments: &[&str]| Seen::of(&env, &[&["bench", "--num-prompts", "2"], arguments].concat());
+    let bench = |arguments: &[&str]| CommandOutput::of(&env, &[&["bench", "--num-prompts", "2"], arguments].concat());
     let nobody = {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         format!("http://{}", listener.local_addr().unwrap())
     };
-    bench(&["--base-url", &nobody]).says(
+    bench(&["--base-url", &nobody]).assert_output(
         2,
         &[
             "error: no answer from `http://127.0.0.1:",
@@ -198,28 +198,29 @@ fn a_run_that_cannot_start_is_one_error_with_a_hint() {
     );
     let url = server.url("");
     // A server can serve models that it does not list.
-    bench(&["--base-url", &url, "--model", "tinny"]).says(
+    bench(&["--base-url", &url, "--model", "tinny"]).assert_output(
         0,
         &[
             "warning: the server does not serve the model `tinny`",
             "hint: did you mean `--model tiny`?",
         ],
     );
-    bench(&["--base-url", &url, "--model", "gpt-9"]).says(0, &["hint: it serves `tiny`"]);
-    bench(&["--base-url", &server.url("/nothing")]).says(
+    bench(&["--base-url", &url, "--model", "gpt-9"]).assert_output(0, &["hint: it serves `tiny`"]);
+    bench(&["--base-url", &server.url("/nothing")]).assert_output(
         2,
         &["does not list the models", "hint: set `--base-url` without a path"],
     );
-    bench(&["--base-url", url.trim_start_matches("http://")]).says(2, &["hint: `--base-url http://127.0.0.1:"]);
-    bench(&["--goodput", "tfft:500"]).says(2, &["did you mean `ttft`?"]);
-    bench(&["--base-url", &url, "--num-prompts", "0"]).says(2, &["the number of prompts must be at least 1"]);
+    bench(&["--base-url", url.trim_start_matches("http://")])
+        .assert_output(2, &["hint: `--base-url http://127.0.0.1:"]);
+    bench(&["--goodput", "tfft:500"]).assert_output(2, &["did you mean `ttft`?"]);
+    bench(&["--base-url", &url, "--num-prompts", "0"]).assert_output(2, &["the number of prompts must be at least 1"]);
 }
 
 #[test]
 fn a_base_url_can_end_in_v1() {
     let (env, server) = (TestEnv::new(), Server::start());
     let url = server.url("/v1/");
-    let seen = Seen::of(
+    let seen = CommandOutput::of(
         &env,
         &[
             "bench",
@@ -231,7 +232,7 @@ fn a_base_url_can_end_in_v1() {
             "8",
         ],
     );
-    seen.says(0, &[]);
+    seen.assert_output(0, &[]);
     assert_eq!(seen.row("Successful requests:"), "3");
 }
 
@@ -239,7 +240,7 @@ fn a_base_url_can_end_in_v1() {
 fn failures_are_grouped_by_cause_and_sorted_by_count() {
     let (env, server) = (TestEnv::new(), Server::start());
     let seen = server.bench(&env, "half", &[]);
-    seen.says(
+    seen.assert_output(
         1,
         &[
             "3 of 12 requests failed: HTTP 500 Internal Server Error: request cmpl-",
@@ -253,7 +254,7 @@ fn failures_are_grouped_by_cause_and_sorted_by_count() {
         ("6", "6")
     );
     let seen = server.bench(&env, "half", &["--allow-failures"]);
-    seen.says(0, &["3 of 12 requests failed: "]);
+    seen.assert_output(0, &["3 of 12 requests failed: "]);
 }
 
 #[test]
@@ -262,7 +263,7 @@ fn each_failure_kind_has_its_own_hint() {
     let all_within = |timeout, behaviour, cause: &str, hint: &str| {
         let seen = server.bench(&env, behaviour, &["--request-timeout", timeout]);
         let cause = format!("12 of 12 requests failed: {cause}\n");
-        seen.says(1, &[&cause, hint, "no request was answered"]);
+        seen.assert_output(1, &[&cause, hint, "no request was answered"]);
         assert_eq!(seen.row("Failed requests:"), "12");
     };
     let all = |behaviour, cause, hint| all_within("2m", behaviour, cause, hint);
@@ -299,7 +300,7 @@ fn each_failure_kind_has_its_own_hint() {
 fn the_deadline_ends_a_run_on_a_hung_server() {
     let (env, server) = (TestEnv::new(), Server::start());
     let seen = server.bench(&env, "late", &["--deadline", "6s"]);
-    seen.says(
+    seen.assert_output(
         1,
         &[
             "stopped: 3 requests ended, 9 were dropped in flight, 0 were never sent",
@@ -310,7 +311,7 @@ fn the_deadline_ends_a_run_on_a_hung_server() {
 }
 
 /// A run whose server answers three requests and holds the others. Returns when the three have finished.
-fn held<'env>(env: &'env TestEnv, server: &Server) -> Run<'env> {
+fn run_with_held_requests<'env>(env: &'env TestEnv, server: &Server) -> Run<'env> {
     let (base_url, page) = (server.url(""), env.path().join("page.html"));
     let mut run = Run::start(
         env,
@@ -335,7 +336,7 @@ fn held<'env>(env: &'env TestEnv, server: &Server) -> Run<'env> {
 #[test]
 fn ctrl_c_prints_partial_results_and_says_so() {
     let (env, server) = (TestEnv::new(), Server::start());
-    let run = held(&env, &server);
+    let run = run_with_held_requests(&env, &server);
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
     assert_eq!(code, 130, "{text}");
@@ -382,12 +383,12 @@ fn a_report_from_a_saved_result_equals_the_runs() {
         "--report",
     ];
     let seen = server.bench(&env, "half", &[&saving[..], &[&path("live.html")]].concat());
-    seen.says(1, &["report written to "]);
-    let seen = Seen::of(
+    seen.assert_output(1, &["report written to "]);
+    let seen = CommandOutput::of(
         &env,
         &["bench", "--from", &path("saved.json"), "--report", &path("saved.html")],
     );
-    seen.says(0, &["report written to "]);
+    seen.assert_output(0, &["report written to "]);
     let requests = |name: &str| -> Vec<(Value, Value, bool)> {
         let page = std::fs::read_to_string(path(name)).unwrap();
         let (_, data) = page.split_once("type=\"application/json\">").unwrap();
@@ -400,11 +401,11 @@ fn a_report_from_a_saved_result_equals_the_runs() {
     assert_eq!(live.len(), 12);
     assert_eq!(live.iter().filter(|(_, _, failed)| *failed).count(), 6);
     assert_eq!(live, requests("saved.html"));
-    Seen::of(
+    CommandOutput::of(
         &env,
         &["bench", "--from", &path("live.html"), "--report", &path("x.html")],
     )
-    .says(
+    .assert_output(
         2,
         &[
             "error: cannot make a report of `",
@@ -412,10 +413,10 @@ fn a_report_from_a_saved_result_equals_the_runs() {
             "hint: `xpyd bench --save-result --save-detailed`",
         ],
     );
-    Seen::of(
+    CommandOutput::of(
         &env,
         &["bench", "--from", &path("nothing.json"), "--report", &path("x.html")],
     )
-    .says(2, &["nothing.json"]);
-    Seen::of(&env, &["bench", "--from", &path("saved.json")]).says(2, &["--report"]);
+    .assert_output(2, &["nothing.json"]);
+    CommandOutput::of(&env, &["bench", "--from", &path("saved.json")]).assert_output(2, &["--report"]);
 }

@@ -1,5 +1,5 @@
 //! A server whose answers each test scripts, and a small run against it.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};

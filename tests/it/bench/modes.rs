@@ -1,5 +1,5 @@
 //! Modes of `xpyd bench`: compare, sweep, rate search, two servers, own fleet. Measured values are not asserted.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::process::Output;
 
@@ -55,11 +55,13 @@ fn incomparable_results_are_refused_with_file_and_hint() {
     std::fs::write(env.path().join("text.json"), "no JSON").unwrap();
     for (file, reason) in [("text.json", "the file is not JSON"), ("none.json", "No such file")] {
         let output = env.run(&["bench", "--compare", "a.json", file]);
-        let told = stderr(&output);
-        assert_eq!(output.status.code(), Some(2), "{told}");
+        let printed = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{printed}");
         assert!(
-            told.contains(&format!("cannot compare `{file}`")) && told.contains(reason) && told.contains("hint:"),
-            "{told}"
+            printed.contains(&format!("cannot compare `{file}`"))
+                && printed.contains(reason)
+                && printed.contains("hint:"),
+            "{printed}"
         );
     }
     assert_eq!(env.run(&["bench", "--compare", "a.json"]).status.code(), Some(2));
@@ -173,7 +175,9 @@ fn compared_servers_get_the_same_requests() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(document["pairs"], 10);
-    for block in document["blocks"].as_array().unwrap() {
+    let blocks = document["blocks"].as_array().unwrap();
+    assert!(!blocks.is_empty(), "{document}");
+    for block in blocks {
         assert_eq!(block["a"]["input_lens"], block["b"]["input_lens"]);
         assert_eq!(block["a"]["xpyd"]["seed"], block["b"]["xpyd"]["seed"]);
         // Both URLs are the same server, so equal prompts have equal answers.
@@ -270,10 +274,10 @@ fn an_interrupted_or_killed_bench_leaves_no_fleet() {
         let mut bench = Run::start(&env, &arguments);
         bench.wait_for_line("point 1 of 2:");
         bench.signal(end);
-        let (code, told) = bench.end();
+        let (code, printed) = bench.end();
         if end == Signal::SIGINT {
-            assert_eq!(code, 130, "{told}");
-            assert!(told.contains("stopped: interrupted"), "{told}");
+            assert_eq!(code, 130, "{printed}");
+            assert!(printed.contains("stopped: interrupted"), "{printed}");
         }
         env.wait_until_empty();
         env.assert_no_listener();

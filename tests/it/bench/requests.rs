@@ -1,6 +1,6 @@
 //! The bench client against a scripted server over real sockets: what it sends, counts and prints. Measured values are not
 //! asserted.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -27,6 +27,7 @@ async fn every_request_is_sent_and_counted() {
         (metrics.total_input_tokens, metrics.total_output_tokens),
         (8 * 17, 8 * 6)
     );
+    assert_eq!(report.records.len(), 8);
     assert!(
         report
             .records

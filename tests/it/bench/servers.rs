@@ -1,6 +1,6 @@
 //! `xpyd bench` against other kinds of servers: behind gateways and TLS, with unlisted models, large events, and other stream
 //! endings. Checks what the user sees and what the server receives.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -40,7 +40,7 @@ impl Server {
     }
 
     /// The headers of the requests with this method.
-    fn heads(&self, method: &str) -> Vec<String> {
+    fn request_headers(&self, method: &str) -> Vec<String> {
         let heads = self.heads.lock().unwrap();
         let heads = heads.iter().filter(|head| head.starts_with(&method.to_lowercase()));
         heads.cloned().collect()
@@ -117,7 +117,7 @@ fn every_request_has_the_given_headers_and_url_credentials() {
     ];
     let output = bench(&env, &server.url().replace("//", "//user:p%40ss@"), &given);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let (asked, measured) = (server.heads("GET"), server.heads("POST"));
+    let (asked, measured) = (server.request_headers("GET"), server.request_headers("POST"));
     assert!(!asked.is_empty());
     assert_eq!(measured.len(), 4);
     for head in asked.iter().chain(&measured) {
@@ -135,8 +135,8 @@ fn every_request_has_the_given_headers_and_url_credentials() {
             "{head}"
         );
     }
-    let told = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
-    assert!(!told.contains("p%40ss") && !told.contains("p@ss"), "{told}");
+    let printed = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
+    assert!(!printed.contains("p%40ss") && !printed.contains("p@ss"), "{printed}");
 }
 
 #[test]
@@ -172,13 +172,13 @@ fn an_unlisted_model_is_requested_with_a_warning() {
     let (env, server) = (TestEnv::new(), Server::start([TOKEN, END, USAGE, DONE].concat()));
     for flags in [["--model", "sql-lora"], ["--served-model-name", "alias"]] {
         let output = bench(&env, &server.url(), &flags);
-        let told = stderr(&output);
-        assert_eq!(output.status.code(), Some(0), "{told}");
+        let printed = stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{printed}");
         assert_eq!(result(&output)["completed"], 4);
         let warning = format!("warning: the server does not serve the model `{}`", flags[1]);
         assert!(
-            told.contains(&warning) && told.contains("hint: it serves `m`"),
-            "{told}"
+            printed.contains(&warning) && printed.contains("hint: it serves `m`"),
+            "{printed}"
         );
     }
     let swept = bench(&env, &server.url(), &["--model", "sql-lora", "--sweep", "rate=100"]);
@@ -203,12 +203,12 @@ fn large_events_are_read_up_to_the_clients_limit() {
     assert_eq!(result(&output)["completed"], 4, "{}", stderr(&output));
     let server = Server::start([&event(65 << 20), END, DONE].concat());
     let output = bench(&env, &server.url(), &["--num-prompts", "1"]);
-    let told = stderr(&output);
+    let printed = stderr(&output);
     assert!(
-        told.contains("an event of the stream exceeds the limit of 64 MiB"),
-        "{told}"
+        printed.contains("an event of the stream exceeds the limit of 64 MiB"),
+        "{printed}"
     );
-    assert!(!told.contains("is a completions route"), "{told}");
+    assert!(!printed.contains("is a completions route"), "{printed}");
 }
 
 #[test]
@@ -250,11 +250,11 @@ fn a_finish_reason_replaces_the_done_marker() {
     assert_eq!(result(&output)["completed"], 4, "{}", stderr(&output));
     let server = Server::start(TOKEN);
     let output = bench(&env, &server.url(), &[]);
-    let told = stderr(&output);
+    let printed = stderr(&output);
     assert!(
-        told.contains("the stream ended early, without `[DONE]`")
-            && told.contains("hint: the server closed connections before"),
-        "{told}"
+        printed.contains("the stream ended early, without `[DONE]`")
+            && printed.contains("hint: the server closed connections before"),
+        "{printed}"
     );
 }
 
@@ -301,7 +301,7 @@ fn tokens_are_counted_from_text_without_server_usage() {
 #[test]
 fn non_generation_endpoints_are_refused() {
     let (env, server) = (TestEnv::new(), Server::start([TOKEN, END, DONE].concat()));
-    for (flags, told) in [
+    for (flags, expected) in [
         (
             &["--backend", "openai-embeddings"][..],
             "xpyd measures text generation only; use one of `openai`, `vllm`, `openai-chat`",
@@ -314,9 +314,9 @@ fn non_generation_endpoints_are_refused() {
     ] {
         let output = bench(&env, &server.url(), flags);
         assert_eq!(output.status.code(), Some(2));
-        assert!(stderr(&output).contains(told), "{}", stderr(&output));
+        assert!(stderr(&output).contains(expected), "{}", stderr(&output));
     }
-    assert!(server.heads("POST").is_empty());
+    assert!(server.request_headers("POST").is_empty());
 }
 
 #[test]
@@ -372,12 +372,12 @@ fn a_tls_server_needs_a_trusted_certificate() {
     ];
 
     let stranger = env.run(&fixed);
-    let told = stderr(&stranger);
-    assert_eq!(stranger.status.code(), Some(2), "{told}");
+    let printed = stderr(&stranger);
+    assert_eq!(stranger.status.code(), Some(2), "{printed}");
     assert!(
-        told.contains("certificate")
-            && told.contains("hint: set `SSL_CERT_FILE=ca.pem` to trust its certificate, or `--insecure`"),
-        "{told}"
+        printed.contains("certificate")
+            && printed.contains("hint: set `SSL_CERT_FILE=ca.pem` to trust its certificate, or `--insecure`"),
+        "{printed}"
     );
     let trusting = env.command(&fixed).env("SSL_CERT_FILE", "cert.pem").output().unwrap();
     assert_eq!(result(&trusting)["completed"], 4, "{}", stderr(&trusting));

@@ -148,7 +148,7 @@ fn misplaced_vllm_options_get_a_hint() {
     assert_eq!(shown["plan"]["proxy"]["host"], "0.0.0.0");
     assert_eq!(shown["plan"]["connector"]["name"], "lmcache-mp");
     assert_eq!(shown["plan"]["engines"][1]["endpoint"]["tensor_parallel"], 2);
-    for (arguments, told) in [
+    for (arguments, expected) in [
         (&["up", "--max-model-len", "8192"][..], "behind `--`"),
         (&["plan", "--max_num_seqs=8"], "behind `--`"),
         (&["up", "--gpus", "0,1"], "prefill.gpus"),
@@ -157,7 +157,7 @@ fn misplaced_vllm_options_get_a_hint() {
     ] {
         let output = env.run(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
-        assert!(text(&output).contains(told), "{arguments:?}: {}", text(&output));
+        assert!(text(&output).contains(expected), "{arguments:?}: {}", text(&output));
     }
 }
 
@@ -182,7 +182,7 @@ fn profiles_are_shown_as_files_and_resolved() {
 #[test]
 fn an_unrunnable_profile_fails_validation() {
     let env = TestEnv::new();
-    for (file, told) in [
+    for (file, expected) in [
         ("prefill.port = 7201", "port 7201 is needed twice"),
         ("sim.preset = \"h200\"", "unknown preset `h200`; known are instant"),
         ("sim.faults = [\"explode\"]", "sim.faults"),
@@ -193,7 +193,7 @@ fn an_unrunnable_profile_fails_validation() {
         std::fs::write(env.path().join("my.toml"), format!("extends = \"2p2d\"\n{file}\n")).expect("a file");
         let output = env.run(&["profiles", "validate", "my.toml"]);
         assert_eq!(output.status.code(), Some(2), "{file}: {}", text(&output));
-        assert!(text(&output).contains(told), "{file}: {}", text(&output));
+        assert!(text(&output).contains(expected), "{file}: {}", text(&output));
     }
     // A finding that depends on the installed software is not an error of the profile.
     std::fs::write(
@@ -215,7 +215,7 @@ fn engines_do_not_inherit_planned_variables() {
         .env("VLLM_PORT", "tcp://10.0.0.1:8000")
         .env("VLLM_DP_SIZE", "4")
         .env("VLLM_LOGGING_LEVEL", "DEBUG");
-    let mut run = Run::of(&env, command);
+    let mut run = Run::start_command(&env, command);
     run.wait_until_ready();
     let engines = env
         .processes()
@@ -352,7 +352,7 @@ fn a_run_starts_under_any_umask() {
     shell
         .current_dir(env.path())
         .envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let mut run = Run::of(&env, shell);
+    let mut run = Run::start_command(&env, shell);
     run.wait_until_ready();
     run.signal(Signal::SIGTERM);
     assert_eq!(run.end().0, 0);
@@ -386,11 +386,11 @@ fn ctrl_c_ends_the_wait_for_a_drain_with_a_hint() {
     let mut drain = Run::start(&env, &["drain", &busy, "--name", "mine"]);
     drain.wait_for_line("draining");
     drain.signal(Signal::SIGINT);
-    let (code, told) = drain.end();
-    assert_eq!(code, 130, "{told}");
+    let (code, printed) = drain.end();
+    assert_eq!(code, 130, "{printed}");
     assert!(
-        told.contains("the drain goes on") && told.contains("`xpyd status --name mine`"),
-        "{told}"
+        printed.contains("the drain goes on") && printed.contains("`xpyd status --name mine`"),
+        "{printed}"
     );
     assert!(env.run(&["down", "--name", "mine", "--force"]).status.success());
     run.end();

@@ -1,6 +1,6 @@
 //! The runtime folder and the control socket of a run.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -118,7 +118,7 @@ fn bad_run_names_and_long_socket_paths_are_refused() {
     let deep = root.path().join("x".repeat(100));
     let error = RunDir::acquire_in(&deep, "a").unwrap_err();
     assert!(matches!(error, RunDirError::SocketPathTooLong { .. }), "{error}");
-    assert!(error.to_string().contains("107"), "{error}");
+    assert!(error.to_string().ends_with("Unix sockets take at most 107"), "{error}");
 }
 
 #[test]
@@ -143,8 +143,8 @@ fn the_outcome_belongs_to_its_own_run_only() {
     assert_eq!(outcome(&info).unwrap(), None);
     let leftovers = ["pid 7 is in state D".to_owned()];
     record_outcome(&info.logs_dir, ExitStatus::TeardownIncomplete, &leftovers).unwrap();
-    let told = outcome(&info).unwrap().unwrap();
-    assert_eq!((told.exit_code, told.leftovers), (7, leftovers.to_vec()));
+    let printed = outcome(&info).unwrap().unwrap();
+    assert_eq!((printed.exit_code, printed.leftovers), (7, leftovers.to_vec()));
     let mut other = info;
     other.start_time_ticks += 1;
     assert_eq!(outcome(&other).unwrap(), None);

@@ -116,7 +116,7 @@ const OPTIONS: &[&str] = &[
 
 /// Checks that `xpyd doctor MORE` on these packages and connectors has a finding of `check` with `words` and a hint, and that
 /// its level decides the exit code.
-fn says(packages: &Value, connectors: &[&str], more: &[&str], (check, words): (&str, &str)) {
+fn assert_finding(packages: &Value, connectors: &[&str], more: &[&str], (check, words): (&str, &str)) {
     let env = TestEnv::new();
     let bin = environment(&env, packages, OPTIONS, connectors);
     let (code, findings) = findings(&mut doctor(&env, &bin, more));
@@ -132,54 +132,54 @@ fn says(packages: &Value, connectors: &[&str], more: &[&str], (check, words): (&
 
 #[test]
 fn missing_packages_are_named() {
-    says(
+    assert_finding(
         &json!({"vllm": "0.32.0"}),
         GOOD,
         &[],
         ("nixl", "nixl is not installed beside vLLM"),
     );
-    says(&json!({}), GOOD, &[], ("nixl", "could not be read"));
+    assert_finding(&json!({}), GOOD, &[], ("nixl", "could not be read"));
     let both = json!({"vllm": "0.32.0", "nixl": "1.5.1", "lmcache": "0.5.6"});
     let store = ["--set", "connector=lmcache-mp"];
-    says(&both, GOOD, &store, ("lmcache_program", "is not beside `vllm`"));
+    assert_finding(&both, GOOD, &store, ("lmcache_program", "is not beside `vllm`"));
 }
 
 #[test]
 fn options_unknown_to_the_installed_vllm_are_named() {
     let good = json!({"vllm": "0.32.0", "nixl": "1.5.1"});
-    says(
+    assert_finding(
         &good,
         &["Other"],
         &[],
         ("connector", "vLLM 0.32.0 has no NixlConnector"),
     );
     let removed = ["--set", "vllm.args=[\"--disable-log-requests\"]"];
-    says(
+    assert_finding(
         &good,
         GOOD,
         &removed,
         ("options", "vLLM 0.32.0 has no option `--disable-log-requests`"),
     );
     let typo = ["--set", "decode.args=[\"--max-model-lenn\", \"8\"]"];
-    says(
+    assert_finding(
         &good,
         GOOD,
         &typo,
         ("options", "no option `--max-model-lenn`, and decoder1"),
     );
     let forced = ["--connector", "lmcache"];
-    says(&good, GOOD, &forced, ("plan", "connector `lmcache` is not safe here"));
+    assert_finding(&good, GOOD, &forced, ("plan", "connector `lmcache` is not safe here"));
 }
 
 #[test]
 fn impossible_roles_and_models_are_named() {
     let good = json!({"vllm": "0.32.0", "nixl": "1.5.1"});
     let seed = ["--set", "decode.env={PYTHONHASHSEED=\"1\"}"];
-    says(&good, GOOD, &seed, ("hash_seed", "PYTHONHASHSEED differs"));
+    assert_finding(&good, GOOD, &seed, ("hash_seed", "PYTHONHASHSEED differs"));
     let dtype = ["--set", "decode.args=[\"--dtype\", \"half\"]"];
-    says(&good, GOOD, &dtype, ("roles", "no hand-off can work"));
+    assert_finding(&good, GOOD, &dtype, ("roles", "no hand-off can work"));
     let model = ["--model", "/no/such/model"];
-    says(&good, GOOD, &model, ("model", "`/no/such/model` is not there"));
+    assert_finding(&good, GOOD, &model, ("model", "`/no/such/model` is not there"));
 }
 
 #[test]
@@ -261,14 +261,11 @@ fn only_leftovers_of_killed_runs_are_listed_and_removed() {
     assert!(!folder.join("run.json").exists() && !folder.join("control.sock").exists());
     assert!(mine.exists());
     let shown = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        shown.contains("no run was killed"),
-        "what is told is what is true now: {shown}"
-    );
+    assert!(shown.contains("no run was killed"), "the report is up to date: {shown}");
 }
 
 /// A process marked as an engine whose shim is dead.
-fn left_engine(env: &TestEnv) -> (Unsupervised, u32) {
+fn orphaned_engine(env: &TestEnv) -> (Unsupervised, u32) {
     // The process has ended. Its id is unused, or belongs to a process that is no shim.
     let mut ended = Command::new("true").spawn().expect("it starts");
     ended.wait().expect("it ends");
@@ -324,7 +321,7 @@ fn an_engine_with_a_living_parent_is_never_reaped() {
 fn orphaned_engines_are_ended_only_with_the_flag() {
     let env = TestEnv::new();
     // Python makes it an orphan: its parent exits at once, and the process that adopts it manages no engine.
-    let (process, pid) = left_engine(&env);
+    let (process, pid) = orphaned_engine(&env);
     let only = pid.to_string();
     let (_, found) = findings(&mut env.command(&["doctor", "--json"]));
     assert!(found.contains_key("orphans"));
@@ -337,7 +334,7 @@ fn orphaned_engines_are_ended_only_with_the_flag() {
     assert_eq!(run.end().0, 0);
 
     let output = env.run(&["doctor", "--reap", "--pid", &only]);
-    assert_eq!(output.status.code(), Some(2), "nobody can be asked: {output:?}");
+    assert_eq!(output.status.code(), Some(2), "there is no terminal to ask: {output:?}");
     assert!(
         String::from_utf8_lossy(&output.stdout).contains(&only),
         "it is shown: {output:?}"
@@ -355,7 +352,7 @@ fn orphaned_engines_are_ended_only_with_the_flag() {
 }
 
 /// Every file of an archive by name, with its text.
-fn unpacked(path: &Path) -> BTreeMap<String, String> {
+fn unpack(path: &Path) -> BTreeMap<String, String> {
     let file = std::fs::File::open(path).expect("an archive");
     let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(file));
     let entries = archive.entries().expect("entries").map(|entry| {
@@ -411,7 +408,7 @@ fn a_bundle_contains_no_secret() {
     let archive = env.path().join("out.tar.gz");
     let mode = std::fs::metadata(&archive).expect("a file").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let files = unpacked(&archive);
+    let files = unpack(&archive);
     for name in [
         "about.txt",
         "findings.json",
@@ -449,7 +446,7 @@ fn a_bundle_works_without_runs_and_cuts_long_logs() {
     std::fs::write(folder.join("prefiller1.log"), lines.join("\n")).expect("a file");
     let output = env.run(&["bundle", "--output", "out.tar.gz", "--run", "a-run"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    let files = unpacked(&env.path().join("out.tar.gz"));
+    let files = unpack(&env.path().join("out.tar.gz"));
     let log = &files["run/prefiller1.log"];
     assert!(
         log.starts_with("0 x") && log.contains("bytes were left out") && log.contains("\n7999 x"),

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use rustix::process::{Resource, Rlimit, prlimit};
 use serde_json::Value;
 
-use crate::support::{MODEL, Run, TestEnv, completion, ignored, wait_for};
+use crate::support::{MODEL, Run, TestEnv, completion, ignored_signals, wait_for};
 
 /// The arguments of a fleet with one engine per role.
 const SMALL: [&str; 2] = ["--profile", "1p1d"];
@@ -43,7 +43,7 @@ fn down(env: &TestEnv, more: &[&str]) {
 }
 
 fn send(pid: i32, signal: Signal) {
-    kill(Pid::from_raw(pid), signal).expect("it is there");
+    kill(Pid::from_raw(pid), signal).expect("the process exists");
 }
 
 fn pid(status: &Value) -> i32 {
@@ -74,7 +74,7 @@ fn after(first: &str, command: &Command) -> Command {
 #[test]
 fn inherited_ignored_signals_stay_ignored() {
     let env = TestEnv::new();
-    let start = |arguments: &[&str], trap: &str| Run::of(&env, after(trap, &env.command(arguments)));
+    let start = |arguments: &[&str], trap: &str| Run::start_command(&env, after(trap, &env.command(arguments)));
     let up = env.up_arguments(&SMALL);
     let up: Vec<&str> = up.iter().map(String::as_str).collect();
     // `nohup` and shells with background jobs start programs like this.
@@ -85,7 +85,7 @@ fn inherited_ignored_signals_stay_ignored() {
         format!("bench --base-url {url} --num-prompts 1000 --request-rate 1 --random-input-len 10 --ignore-eos");
     let sim = format!("sim {MODEL} --preset instant --port {}", 7209 + env.offset);
     let all = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
-    assert_eq!(ignored(fleet.pid()), all);
+    assert_eq!(ignored_signals(fleet.pid()), all);
     for (line, printed) in [
         ("logs -f", ""),
         ("status --watch", "is ready"),
@@ -98,7 +98,7 @@ fn inherited_ignored_signals_stay_ignored() {
     ] {
         let mut run = start(&line.split(' ').collect::<Vec<_>>(), "trap '' HUP INT QUIT");
         run.wait_for_line(printed);
-        assert_eq!(ignored(run.pid()), all[..3], "{line}");
+        assert_eq!(ignored_signals(run.pid()), all[..3], "{line}");
         run.signal(Signal::SIGHUP);
         run.signal(Signal::SIGINT);
         run.signal(Signal::SIGTERM);
@@ -159,16 +159,16 @@ fn kept_engines_are_found_after_their_folder_is_deleted() {
     run.wait_until_ready();
     run.kill();
     wait_for("a run without its xpyd", || {
-        let told = stderr(&env.run(&["status"]));
-        if told.contains("has lost its xpyd") {
+        let printed = stderr(&env.run(&["status"]));
+        if printed.contains("has lost its xpyd") {
             Ok(())
         } else {
-            Err(told)
+            Err(printed)
         }
     });
     std::fs::remove_dir_all(env.path().join("xpyd")).expect("a folder");
-    let told = stderr(&env.run(&["status"]));
-    assert!(told.contains("has lost its xpyd"), "{told}");
+    let printed = stderr(&env.run(&["status"]));
+    assert!(printed.contains("has lost its xpyd"), "{printed}");
     down(&env, &[]);
 }
 
@@ -215,13 +215,13 @@ fn a_suspended_run_is_reported_with_the_resume_command() {
     });
     for command in ["status", "down", "drain decoder1", "status --watch"] {
         let output = env.run(&command.split(' ').collect::<Vec<_>>());
-        let told = stderr(&output);
-        assert_eq!(output.status.code(), Some(1), "{command}: {told}");
+        let printed = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{command}: {printed}");
         assert!(
-            told.contains("is suspended") && told.contains(&format!("`kill -CONT {}`", run.pid())),
-            "{told}"
+            printed.contains("is suspended") && printed.contains(&format!("`kill -CONT {}`", run.pid())),
+            "{printed}"
         );
-        assert!(!told.contains("KILL"), "{told}");
+        assert!(!printed.contains("KILL"), "{printed}");
     }
     run.signal(Signal::SIGCONT);
     down(&env, &[]);
@@ -312,11 +312,11 @@ fn failed_writes_to_stdout_are_errors() {
         let mut command_line = env.command(&command.split(' ').collect::<Vec<_>>());
         let full = File::options().write(true).open("/dev/full").expect("a device");
         let output = command_line.stdout(full).output().expect("xpyd runs");
-        let told = stderr(&output);
-        assert_eq!(output.status.code(), Some(1), "{command}: {told}");
+        let printed = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{command}: {printed}");
         assert!(
-            told.contains("cannot write to the standard output"),
-            "{command}: {told}"
+            printed.contains("cannot write to the standard output"),
+            "{command}: {printed}"
         );
     }
     run.signal(Signal::SIGINT);
@@ -341,13 +341,13 @@ fn a_dumb_terminal_gets_plain_lines() {
     // This process has closed its writing end, so the terminal reports its end after the last writer has exited.
     drop(command);
     let (mut screen, mut text) = (File::from(terminal.master), String::new());
-    let (mut buffer, mut told) = ([0; 4096], false);
+    let (mut buffer, mut is_stopping) = ([0; 4096], false);
     while let Ok(count @ 1..) = screen.read(&mut buffer) {
         text.push_str(&String::from_utf8_lossy(&buffer[..count]));
         // A second signal would kill the engines that the first one stops.
-        if text.contains("press Ctrl+C to stop") && !told {
+        if text.contains("press Ctrl+C to stop") && !is_stopping {
             send(i32::try_from(child.id()).expect("a pid"), Signal::SIGTERM);
-            told = true;
+            is_stopping = true;
         }
     }
     assert_eq!(child.wait().expect("it ends").code(), Some(0), "{text}");
@@ -366,13 +366,16 @@ fn a_file_size_limit_only_drops_log_lines() {
     run.wait_until_ready();
     let processes = env.processes();
     let limit = |bytes: Option<u64>| {
+        let mut limited = 0;
         for (pid, command) in &processes {
             if command.trim().ends_with("shim") || *pid == run.pid() {
                 let pid = rustix::process::Pid::from_raw(*pid).expect("a pid");
                 let (current, maximum) = (bytes, None);
                 prlimit(Some(pid), Resource::Fsize, Rlimit { current, maximum }).expect("a limit");
+                limited += 1;
             }
         }
+        assert!(limited >= 2, "xpyd and its shim: {processes:#?}");
     };
     limit(Some(1));
     for _ in 0..3 {
@@ -381,7 +384,7 @@ fn a_file_size_limit_only_drops_log_lines() {
     // The shim has read all output by now, or reads it after the limit is lifted.
     assert_eq!(status(&env, &[])["stage"], "ready");
     let lost = |log: &str| log.contains("bytes of output lost here");
-    wait_for("a loss that is told", || {
+    wait_for("a report of the lost lines", || {
         limit(Some(1));
         completion(env.proxy_port(), MODEL, "once");
         limit(None);
@@ -403,10 +406,10 @@ fn a_file_size_limit_is_reported_before_the_start() {
     let env = TestEnv::new();
     let plan = env.command(&["plan", "--engine", "sim"]);
     let output = after("ulimit -f 100000", &plan).output().expect("xpyd runs");
-    let told = String::from_utf8_lossy(&output.stdout);
+    let printed = String::from_utf8_lossy(&output.stdout);
     assert!(
-        told.contains("warn  fsize") && told.contains("ulimit -f unlimited"),
-        "{told}"
+        printed.contains("warn  fsize") && printed.contains("ulimit -f unlimited"),
+        "{printed}"
     );
 }
 
@@ -433,7 +436,7 @@ fn contained(env: &TestEnv, arguments: &[&str]) -> Option<Command> {
 fn contained_up(env: &TestEnv) -> Option<Run<'_>> {
     let arguments = env.up_arguments(&SMALL);
     let command = contained(env, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
-    Some(Run::of(env, command))
+    Some(Run::start_command(env, command))
 }
 
 /// The process that a container begins with, seen from outside.
@@ -483,7 +486,7 @@ fn as_pid_1_xpyd_reaps_orphans_and_forwards_signals() {
         .output()
         .expect("nsenter runs");
     assert_eq!(stray.stdout, b"stray\n", "{}", stderr(&stray));
-    wait_for("the end of what was left", || {
+    wait_for("the end of the remaining processes", || {
         let left = children(first);
         if left.len() == 1 {
             Ok(())
@@ -507,24 +510,27 @@ fn a_second_run_gets_its_own_ports() {
     // The test has only one range of ports, so the second run is planned and not started.
     let second = ["up", "--dry-run", "--name", "two", "--profile", "small.toml"];
     // Another test's fleet can take the ports between the choice and the check.
-    wait_for("ports that nobody takes meanwhile", || {
+    wait_for("ports that stay free", || {
         let output = env.run(&second);
-        let (planned, told) = (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output));
-        assert!(output.status.success(), "{told}");
-        assert!(told.contains("note: run `default` has ports of this profile"), "{told}");
+        let (planned, printed) = (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output));
+        assert!(output.status.success(), "{printed}");
+        assert!(
+            printed.contains("note: run `default` has ports of this profile"),
+            "{printed}"
+        );
         assert!(!planned.contains(&format!(":{}", env.proxy_port())), "{planned}");
         if planned.contains("fail") { Err(planned) } else { Ok(()) }
     });
     // xpyd does not move ports that the user set.
     let offset = format!("port_offset={}", env.offset);
     let output = env.run(&["up", "--name", "two", "--profile", "small.toml", "--set", &offset]);
-    let told = stderr(&output);
-    assert_eq!(output.status.code(), Some(3), "{told}");
+    let printed = stderr(&output);
+    assert_eq!(output.status.code(), Some(3), "{printed}");
     assert!(
-        told.contains(&format!("taken by run `default` (pid {})", run.pid())),
-        "{told}"
+        printed.contains(&format!("taken by run `default` (pid {})", run.pid())),
+        "{printed}"
     );
-    assert!(told.contains("`xpyd down`"), "{told}");
+    assert!(printed.contains("`xpyd down`"), "{printed}");
     run.signal(Signal::SIGINT);
     assert_eq!(run.end().0, 0);
 }
@@ -546,8 +552,11 @@ fn unusable_folders_are_named_with_a_hint() {
     std::fs::write(env.path().join("file"), "").expect("a file");
     for verb in [&["plan"][..], &["up", "--dry-run"]] {
         let output = env.run(&[verb, &["--engine", "sim", "--logs", "file/logs"]].concat());
-        let told = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(told.contains("fail  logs") && told.contains("--logs DIR"), "{told}");
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            printed.contains("fail  logs") && printed.contains("--logs DIR"),
+            "{printed}"
+        );
     }
     let output = env.run(&["up", "--engine", "sim", "--logs", "file/logs"]);
     assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
@@ -557,10 +566,10 @@ fn unusable_folders_are_named_with_a_hint() {
     let up = env.command(&["up", "--engine", "sim"]);
     let mut command = after("cd gone && rmdir ../gone", &up);
     let output = command.output().expect("xpyd runs");
-    let told = stderr(&output);
+    let printed = stderr(&output);
     assert!(
-        told.contains("the working folder") && told.contains("hint: `cd` to a folder that exists"),
-        "{told}"
+        printed.contains("the working folder") && printed.contains("hint: `cd` to a folder that exists"),
+        "{printed}"
     );
 }
 

@@ -97,7 +97,7 @@ fn xpyd_proxy_serves_over_lmcache_until_sigterm() {
     }
     let metrics = crate::support::get(env.proxy_port(), "/metrics");
     assert!(
-        metrics.contains("xpyd_handoff_total{outcome=\"transferred\"} 3"),
+        metrics.contains("xpyd_handoff_total{outcome=\"transferred\"} 3\n"),
         "{metrics}"
     );
     proxy.signal(Signal::SIGTERM);
@@ -189,7 +189,7 @@ fn output_from_expired_kv_is_never_returned() {
         assert_eq!(asking.join().expect("an answer"), alone, "streams: {streams}");
     }
     let metrics = crate::support::get(env.proxy_port(), "/metrics");
-    assert!(metrics.contains("xpyd_kv_leases_outlived_total 2"), "{metrics}");
+    assert!(metrics.contains("xpyd_kv_leases_outlived_total 2\n"), "{metrics}");
     proxy.signal(Signal::SIGTERM);
     let (code, text) = proxy.end();
     assert_eq!(code, 0, "{text}");

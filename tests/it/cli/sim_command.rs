@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::unwrap_used,
-    reason = "what a test starts and signals may only fail by failing the test"
+    reason = "a failure to start or signal a process must fail the test"
 )]
 
 use std::io::{BufRead as _, BufReader};

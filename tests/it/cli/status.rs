@@ -125,7 +125,7 @@ fn ctrl_c_ends_the_watch_and_restores_the_terminal() {
         let count = screen.read(&mut buffer).expect("a picture");
         drawn.extend_from_slice(&buffer[..count]);
     }
-    kill(Pid::from_raw(i32::try_from(watch.id()).expect("a pid")), Signal::SIGINT).expect("it is there");
+    kill(Pid::from_raw(i32::try_from(watch.id()).expect("a pid")), Signal::SIGINT).expect("the process exists");
     // Linux reports the end of a pseudo-terminal as EIO.
     while let Ok(count) = screen.read(&mut buffer) {
         drawn.extend_from_slice(&buffer[..count]);
@@ -191,8 +191,10 @@ fn the_control_socket_serves_plain_http() {
     assert_eq!((code.as_str(), &answer["stage"]), ("200", &Value::from("ready")));
     let (code, answer) = ask("GET", "/v1/nothing");
     assert_eq!(code, "404");
-    let routes = answer["error"].as_str().expect("a sentence").split([' ', ',']);
-    for route in routes.filter(|word| word.starts_with("/v1/")) {
+    let words = answer["error"].as_str().expect("a sentence").split([' ', ',']);
+    let routes: Vec<&str> = words.filter(|word| word.starts_with("/v1/")).collect();
+    assert!(routes.contains(&"/v1/status"), "{answer}");
+    for route in routes {
         assert!(
             include_str!("../../../docs/operations.md").contains(route),
             "{route} is not in docs/operations.md"

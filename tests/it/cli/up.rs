@@ -15,7 +15,7 @@ fn a_fleet_starts_serves_and_leaves_nothing_on_ctrl_c() {
     run.wait_until_ready();
     let port = env.proxy_port();
     let through = completion(port, MODEL, "The quick brown fox jumps over the lazy dog");
-    let alone = env.alone(MODEL, "The quick brown fox jumps over the lazy dog");
+    let alone = env.decode_alone(MODEL, "The quick brown fox jumps over the lazy dog");
     assert_eq!(through, alone);
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
@@ -40,7 +40,7 @@ fn every_connector_and_tensor_parallel_profile_starts() {
         let mut run = env.up(&[&["--profile", profile], more.as_slice()].concat());
         run.wait_until_ready();
         let text = completion(env.proxy_port(), MODEL, "one two three");
-        assert_eq!(text, env.alone(MODEL, "one two three"), "{profile}");
+        assert_eq!(text, env.decode_alone(MODEL, "one two three"), "{profile}");
         run.signal(Signal::SIGTERM);
         let (code, text) = run.end();
         assert_eq!(code, 0, "{profile}: {text}");
@@ -114,14 +114,14 @@ fn an_unread_output_pipe_does_not_block_a_run() {
     completion(env.proxy_port(), MODEL, "one two three");
     // An engine that fails and restarts produces much output.
     let decoder = ready["engines"][1]["pid"].as_i64().expect("a pid");
-    kill(Pid::from_raw(i32::try_from(decoder).expect("a pid")), Signal::SIGKILL).expect("it is there");
+    kill(Pid::from_raw(i32::try_from(decoder).expect("a pid")), Signal::SIGKILL).expect("the process exists");
     status("the decode engine", &|status| {
         let engine = &status["engines"][1];
         engine["incarnation"] == 2 && engine["state"] == "ready"
     });
     completion(env.proxy_port(), MODEL, "one two three");
     let pid = i32::try_from(xpyd.id()).expect("a pid");
-    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it is there");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("the process exists");
     let ended = wait_for("the end of xpyd", || {
         xpyd.try_wait()
             .expect("a child")
@@ -216,9 +216,9 @@ fn wrong_kv_of_long_prompts_fails_the_canary() {
     let faults = ["--set", "sim.faults=[\"garble-kv=2\"]", "--set", "connector=nixl"];
     let (code, text) = env.up(&[&["--profile", "1p1d"], faults.as_slice()].concat()).end();
     assert_eq!(code, 5, "{text}");
-    let told = "to a prompt of 8";
+    let printed = "to a prompt of 8";
     assert!(
-        text.contains(told) && text.contains("the transferred KV is wrong"),
+        text.contains(printed) && text.contains("the transferred KV is wrong"),
         "{text}"
     );
     assert_eq!(env.processes(), []);
@@ -254,7 +254,7 @@ fn the_run_ends_with_the_last_engine_of_a_role() {
     };
     let kill_engine = |name: &str| {
         let pid = engine(name)["pid"].as_i64().expect("a pid");
-        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("it is there");
+        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), Signal::SIGKILL).expect("the process exists");
     };
     kill_engine("decoder1");
     run.wait_for_line("decoder1 failed");
@@ -329,8 +329,14 @@ fn a_taken_port_is_reported_before_the_start() {
     let _holder = std::net::TcpListener::bind(("127.0.0.1", port)).expect("a free port");
     let (code, text) = env.up(&[]).end();
     assert_eq!(code, 3, "{text}");
-    assert!(text.contains(&port.to_string()) && text.contains("decoder2"), "{text}");
-    assert!(text.contains(&std::process::id().to_string()), "the holder: {text}");
+    assert!(
+        text.contains(&format!(" {port} (")) && text.contains("decoder2"),
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!(" by process {} (", std::process::id())),
+        "the holder: {text}"
+    );
 }
 
 #[test]
@@ -422,7 +428,7 @@ fn the_demo_runs_to_its_end() {
         String::from_utf8_lossy(&output.stderr),
     );
     assert!(output.status.success(), "{text}");
-    assert!(data.contains("Successful requests:                     2"), "{data}");
+    assert!(data.contains("Successful requests:                     2 "), "{data}");
     let stages = text.split("STAGE").nth(1).expect("the table of stages");
     assert!(
         stages.contains("prefill compute") && stages.contains("2 of 2 requests used remote KV"),

@@ -36,7 +36,7 @@ fn a_busy_gpu_is_avoided_or_its_process_named() {
     let fits = [&more[..], &["--set", "vllm.gpu_memory_utilization=0.13"]].concat();
     assert!(
         machine.findings("gpu_memory", &fits)[0].starts_with("pass"),
-        "what is hinted at is free"
+        "the hinted amount fits"
     );
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::fake_hub::{FakeHub, Reply, Seen};
+use super::fake_hub::{FakeHub, Reply, SeenRequest};
 use crate::support::{Run, TestEnv};
 
 const TOKEN: &str = "hf_abcdefghijklmnopqrstuvwx";
@@ -39,7 +39,7 @@ fn sha256(bytes: &[u8]) -> String {
 }
 
 /// The hub's responses about a public repository. The caller serves the files.
-fn open_hub(request: &Seen) -> Option<Reply> {
+fn open_hub(request: &SeenRequest) -> Option<Reply> {
     let path = request.path.split('?').next().unwrap_or_default();
     let listing = serde_json::json!([
         {"type": "file", "path": "config.json", "oid": CONFIG_HASH, "size": 2},
@@ -59,7 +59,7 @@ fn open_hub(request: &Seen) -> Option<Reply> {
     })
 }
 
-fn is_weights(request: &Seen) -> bool {
+fn is_weights(request: &SeenRequest) -> bool {
     request.path == format!("/org/model/resolve/{COMMIT}/model.safetensors")
 }
 
@@ -122,7 +122,7 @@ fn doctor(env: &TestEnv, hub: &FakeHub, check: &str) -> (i32, Value) {
     finding(&mut command(env, hub, &["doctor"]), check)
 }
 
-fn refusing(status: u16, code: &'static str) -> FakeHub {
+fn refusing_hub(status: u16, code: &'static str) -> FakeHub {
     FakeHub::start(move |request| match request.path.as_str() {
         "/api/whoami-v2" => Reply::json(r#"{"name": "ada"}"#),
         _ => Reply::status(status).header("x-error-code", code),
@@ -131,7 +131,7 @@ fn refusing(status: u16, code: &'static str) -> FakeHub {
 
 #[test]
 fn an_unaccepted_licence_is_reported_with_its_page() {
-    let (env, hub) = (TestEnv::new(), refusing(403, "GatedRepo"));
+    let (env, hub) = (TestEnv::new(), refusing_hub(403, "GatedRepo"));
     let (code, found) = doctor(&env, &hub, "hf_access");
     assert_eq!((code, &found["level"]), (3, &"fail".into()), "{found}");
     let hint = found["hint"].as_str().expect("a hint");
@@ -140,7 +140,7 @@ fn an_unaccepted_licence_is_reported_with_its_page() {
 
 #[test]
 fn a_gated_model_without_a_token_asks_for_one() {
-    let (env, hub) = (TestEnv::new(), refusing(401, "GatedRepo"));
+    let (env, hub) = (TestEnv::new(), refusing_hub(401, "GatedRepo"));
     let mut doctor = command(&env, &hub, &["doctor"]);
     let (code, found) = finding(doctor.env_remove("HF_TOKEN"), "hf_access");
     assert_eq!(code, 3, "{found}");
@@ -177,7 +177,7 @@ fn a_rejected_token_is_named_by_its_source() {
 
 #[test]
 fn an_unknown_model_suggests_cached_ones() {
-    let (env, hub) = (TestEnv::new(), refusing(404, "RepoNotFound"));
+    let (env, hub) = (TestEnv::new(), refusing_hub(404, "RepoNotFound"));
     std::fs::create_dir_all(env.path().join("huggingface/hub/models--org--models")).expect("a folder");
     let (code, found) = doctor(&env, &hub, "hf_access");
     assert_eq!(code, 3, "{found}");
@@ -191,8 +191,8 @@ fn an_unknown_model_suggests_cached_ones() {
 fn an_unavailable_hub_does_not_fail_the_check() {
     let env = TestEnv::new();
     for (hub, words) in [
-        (refusing(429, ""), "takes no more requests"),
-        (refusing(503, ""), "status 503"),
+        (refusing_hub(429, ""), "takes no more requests"),
+        (refusing_hub(503, ""), "status 503"),
         (
             FakeHub::start(|_| Reply::status(200).after(Duration::from_mins(1))),
             "it took too long",
@@ -216,7 +216,7 @@ fn an_unavailable_hub_does_not_fail_the_check() {
 
 #[test]
 fn offline_mode_sends_no_request() {
-    let (env, hub) = (TestEnv::new(), refusing(500, ""));
+    let (env, hub) = (TestEnv::new(), refusing_hub(500, ""));
     let (code, found) = finding(command(&env, &hub, &["doctor"]).env("HF_HUB_OFFLINE", "1"), "model");
     assert_eq!(code, 3, "{found}");
     assert!(
@@ -225,7 +225,7 @@ fn offline_mode_sends_no_request() {
             .is_some_and(|text| text.contains("HF_HUB_OFFLINE is set")),
         "{found}"
     );
-    assert_eq!(hub.seen().len(), 0);
+    assert_eq!(hub.requests().len(), 0);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn a_full_disk_is_reported_before_the_download() {
 /// Starts and stops the fleet, and returns the output.
 fn up_and_down(mut command: Command, env: &TestEnv) -> String {
     command.arg("--set").arg("deadlines.ready=60s");
-    let mut run = Run::of(env, command);
+    let mut run = Run::start_command(env, command);
     run.wait_until_ready();
     run.signal(Signal::SIGTERM);
     let (code, text) = run.end();
@@ -298,7 +298,7 @@ fn a_download_resumes_and_keeps_the_token_with_the_hub() {
     );
     assert!(text.contains("going on in") && !text.contains("swordfish"), "{text}");
 
-    let seen = elsewhere.seen();
+    let seen = elsewhere.requests();
     assert_eq!(seen.len(), 2, "{seen:?}");
     assert!(
         seen.iter().all(|request| request.header("authorization").is_none()),
@@ -307,10 +307,13 @@ fn a_download_resumes_and_keeps_the_token_with_the_hub() {
     let range = seen[1].header("range").expect("a range");
     assert!(range.starts_with("bytes=") && range != "bytes=0-", "{range}");
     let bearer = format!("Bearer {TOKEN}");
+    let asked = hub.requests();
     assert!(
-        hub.seen()
-            .iter()
-            .all(|request| request.header("authorization") == Some(&bearer))
+        !asked.is_empty()
+            && asked
+                .iter()
+                .all(|request| request.header("authorization") == Some(&bearer)),
+        "{asked:?}"
     );
 
     // The cache has the layout of huggingface_hub and no other files.
@@ -326,21 +329,23 @@ fn a_download_resumes_and_keeps_the_token_with_the_hub() {
         std::fs::read_to_string(cache(&env).join("refs/main")).expect("a file"),
         COMMIT
     );
-    let left = std::fs::read_dir(cache(&env).join("blobs"))
-        .expect("a folder")
-        .flatten();
+    let blobs = std::fs::read_dir(cache(&env).join("blobs")).expect("a folder");
+    let blobs: Vec<PathBuf> = blobs.map(|entry| entry.expect("an entry").path()).collect();
     assert!(
-        left.into_iter()
-            .all(|entry| entry.path().extension().is_none_or(|end| end != "incomplete"))
+        !blobs.is_empty()
+            && blobs
+                .iter()
+                .all(|path| path.extension().is_none_or(|end| end != "incomplete")),
+        "{blobs:?}"
     );
 
     // Engines only read the cache, and the next start sends no request.
     let spawned = env.log("prefiller1.spawn.json");
     assert!(spawned.contains("\"HF_HUB_OFFLINE\": \"1\""), "{spawned}");
-    let asked = hub.seen().len();
+    let asked = hub.requests().len();
     let text = up_and_down(command(&env, &hub, &["up"]), &env);
     assert!(!text.contains("fetching"), "{text}");
-    assert_eq!(hub.seen().len(), asked);
+    assert_eq!(hub.requests().len(), asked);
 }
 
 #[test]
@@ -357,8 +362,8 @@ fn a_cached_model_is_not_downloaded_again() {
     let part = blobs.join(format!("{}.incomplete", sha256(&weights())));
     std::fs::write(&part, &weights()[..200_000]).expect("a file");
     up_and_down(command(&env, &hub, &["up"]), &env);
-    let seen = hub.seen();
-    let asked: Vec<&Seen> = seen.iter().filter(|request| is_weights(request)).collect();
+    let seen = hub.requests();
+    let asked: Vec<&SeenRequest> = seen.iter().filter(|request| is_weights(request)).collect();
     assert_eq!(asked.len(), 1);
     assert_eq!(asked[0].header("range").map(String::as_str), Some("bytes=200000-"));
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// One request.
 #[derive(Debug, Clone)]
-pub(super) struct Seen {
+pub(super) struct SeenRequest {
     /// The number of requests before this one.
     pub(super) number: usize,
     pub(super) path: String,
@@ -17,7 +17,7 @@ pub(super) struct Seen {
     is_head: bool,
 }
 
-impl Seen {
+impl SeenRequest {
     /// A header by its lower-case name.
     pub(super) fn header(&self, name: &str) -> Option<&String> {
         self.headers
@@ -55,7 +55,7 @@ impl Reply {
     }
 
     /// A file, or the range of it that the request asks for.
-    pub(super) fn file(content: &[u8], request: &Seen) -> Self {
+    pub(super) fn file(content: &[u8], request: &SeenRequest) -> Self {
         let start = request
             .header("range")
             .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
@@ -110,7 +110,7 @@ impl Reply {
 /// The server. Dropping it stops it.
 pub(super) struct FakeHub {
     port: u16,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    seen: Arc<Mutex<Vec<SeenRequest>>>,
     is_over: Arc<AtomicBool>,
     /// Wakes the threads that delay a response.
     ending: Option<mpsc::Sender<()>>,
@@ -118,7 +118,7 @@ pub(super) struct FakeHub {
 }
 
 impl FakeHub {
-    pub(super) fn start(script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+    pub(super) fn start(script: impl Fn(&SeenRequest) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -152,7 +152,7 @@ impl FakeHub {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    pub(super) fn seen(&self) -> Vec<Seen> {
+    pub(super) fn requests(&self) -> Vec<SeenRequest> {
         self.seen.lock().expect("no panic").clone()
     }
 
@@ -181,8 +181,8 @@ impl Drop for FakeHub {
 
 fn serve(
     mut stream: TcpStream,
-    script: &(impl Fn(&Seen) -> Reply + Sync),
-    all: &Mutex<Vec<Seen>>,
+    script: &(impl Fn(&SeenRequest) -> Reply + Sync),
+    all: &Mutex<Vec<SeenRequest>>,
     ended: &Mutex<mpsc::Receiver<()>>,
 ) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
@@ -202,7 +202,7 @@ fn serve(
     let is_head = words.next() == Some("HEAD");
     let request = {
         let mut all = all.lock().expect("no panic");
-        let request = Seen {
+        let request = SeenRequest {
             number: all.len(),
             path: words.next().unwrap_or_default().to_owned(),
             headers,

@@ -10,7 +10,7 @@ use xpyd::logs::{Hint, Position, diagnose, first_error_in, hints};
 use crate::support::{Run, TestEnv, engine, kill_engine};
 
 /// The golden logs: `<hint>.log` or `<hint>.<variant>.log` for each hint of `hints.toml`.
-fn golden() -> BTreeMap<String, PathBuf> {
+fn golden_logs() -> BTreeMap<String, PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/logs/hints");
     let files = std::fs::read_dir(folder).expect("the folder");
     files
@@ -22,7 +22,7 @@ fn golden() -> BTreeMap<String, PathBuf> {
         .collect()
 }
 
-fn entry(name: &str) -> &'static Hint {
+fn hint_named(name: &str) -> &'static Hint {
     let entry = name.split('.').next().unwrap_or_default();
     let found = hints().iter().find(|hint| hint.name == entry);
     found.unwrap_or_else(|| panic!("`{name}.log` belongs to no entry"))
@@ -40,8 +40,8 @@ fn exit(hint: &Hint) -> Option<Exit> {
 #[test]
 fn every_golden_log_matches_its_hint() {
     let mut table = String::new();
-    for (name, path) in golden() {
-        let expected = entry(&name);
+    for (name, path) in golden_logs() {
+        let expected = hint_named(&name);
         let diagnosis = diagnose(&path, Position::START, exit(expected));
         let hint = diagnosis.as_ref().and_then(|diagnosis| diagnosis.hint);
         let found = hint.map_or("nothing", |hint| hint.name.as_str());
@@ -52,13 +52,14 @@ fn every_golden_log_matches_its_hint() {
     insta::assert_snapshot!(table);
     for line in table.lines().filter(|line| !line.starts_with(' ')) {
         let (name, found) = line.split_once(" -> ").expect("an arrow");
-        assert_eq!(entry(name).name, found, "{name}");
+        assert_eq!(hint_named(name).name, found, "{name}");
     }
 }
 
 #[test]
 fn every_hint_has_a_golden_log() {
-    let names: Vec<String> = golden().into_keys().collect();
+    let names: Vec<String> = golden_logs().into_keys().collect();
+    assert!(!hints().is_empty());
     for hint in hints() {
         let is_its = |name: &&String| name.split('.').next() == Some(&hint.name);
         assert!(names.iter().any(|name| is_its(&name)), "{} has no log", hint.name);
@@ -67,7 +68,7 @@ fn every_hint_has_a_golden_log() {
 
 #[test]
 fn an_engine_that_was_asked_to_stop_gets_no_hint() {
-    let log = &golden()["core-silent"];
+    let log = &golden_logs()["core-silent"];
     assert!(
         diagnose(log, Position::START, Some(Exit::Code(1)))
             .expect("an error")
@@ -92,7 +93,7 @@ fn good_starts_match_no_hint() {
 
 #[test]
 fn old_incarnations_and_missing_logs_match_no_hint() {
-    let golden = golden();
+    let golden = golden_logs();
     let log = &golden["port-http"];
     let end = Position::end_of(log).expect("a file");
     assert!(diagnose(log, end, Some(Exit::Code(1))).is_none());
@@ -105,10 +106,10 @@ fn old_incarnations_and_missing_logs_match_no_hint() {
 }
 
 /// The output of `xpyd up` after its engine `prefiller1` died at once with this golden log.
-fn printed(last_words: Option<&str>) -> String {
+fn output_of_failed_up(last_words: Option<&str>) -> String {
     let env = TestEnv::new();
     let fault = match last_words {
-        Some(name) => format!("die-saying={}", golden()[name].display()),
+        Some(name) => format!("die-saying={}", golden_logs()[name].display()),
         None => "die-at=kv-cache".to_owned(),
     };
     let run = env.up(&["--profile", "1p1d", "--set", &format!("sim.faults=[{fault:?}]")]);
@@ -130,21 +131,21 @@ fn printed(last_words: Option<&str>) -> String {
 
 #[test]
 fn a_known_failure_is_printed_with_cause_and_fix() {
-    insta::assert_snapshot!(printed(Some("gpu-memory-taken")));
+    insta::assert_snapshot!(output_of_failed_up(Some("gpu-memory-taken")));
 }
 
 #[test]
 fn an_unknown_failure_is_printed_with_its_first_real_error() {
-    insta::assert_snapshot!(printed(None));
+    insta::assert_snapshot!(output_of_failed_up(None));
 }
 
 /// A serving fleet of two prefill and two decode engines. Every further start dies with the golden log of this name.
-fn later_starts_die_of(name: &str, env: &TestEnv, check: impl FnOnce(&mut Run<'_>)) -> String {
+fn with_restarts_failing_by(name: &str, env: &TestEnv, check: impl FnOnce(&mut Run<'_>)) -> String {
     let words = env.path().join("last-words.log");
     let fault = format!("sim.faults=[{:?}]", format!("die-saying={}", words.display()));
     let mut run = env.up(&["--set", &fault, "--set", "restart.backoff=10ms"]);
     run.wait_until_ready();
-    std::fs::copy(&golden()[name], &words).expect("a copy");
+    std::fs::copy(&golden_logs()[name], &words).expect("a copy");
     kill_engine(env, "decoder1");
     check(&mut run);
     assert_eq!(engine(env, "decoder2")["state"], "ready");
@@ -167,7 +168,7 @@ fn a_permanent_failure_is_not_retried() {
         ("flag-unknown", "this vLLM has no such flag", "unrecognized arguments"),
     ] {
         let env = TestEnv::new();
-        let text = later_starts_die_of(name, &env, |run| {
+        let text = with_restarts_failing_by(name, &env, |run| {
             // A kill can come from any process, so xpyd restarts the engine.
             run.wait_for_line("the engine was killed from outside; it starts again in");
             run.wait_for_line("it is not started again");
@@ -192,7 +193,7 @@ fn a_permanent_failure_is_not_retried() {
 #[test]
 fn a_lost_port_race_is_retried() {
     let env = TestEnv::new();
-    later_starts_die_of("port-http", &env, |run| {
+    with_restarts_failing_by("port-http", &env, |run| {
         run.wait_for_line("it starts again in");
         let again = run.wait_for_line("an engine's HTTP port is taken");
         assert!(again.contains("it starts again in"), "{again}");
@@ -250,13 +251,13 @@ fn the_always_policy_ignores_the_diagnosis() {
         "restart.max_backoff=50ms",
     ]);
     run.wait_until_ready();
-    std::fs::copy(&golden()["flag-unknown"], &words).expect("a copy");
+    std::fs::copy(&golden_logs()["flag-unknown"], &words).expect("a copy");
     kill_engine(&env, "decoder1");
     for _ in 0..2 {
         let line = run.wait_for_line("this vLLM has no such flag");
         assert!(line.contains("it starts again in"), "{line}");
     }
-    std::fs::remove_file(&words).expect("it is there");
+    std::fs::remove_file(&words).expect("the process exists");
     run.wait_for_line("decoder1 serves again");
 }
 
@@ -264,7 +265,10 @@ fn the_always_policy_ignores_the_diagnosis() {
 fn a_log_position_survives_rotation() {
     let folder = tempfile::tempdir().expect("a folder");
     let log = folder.path().join("decoder1.log");
-    assert_eq!(Position::end_of(&log).expect("no log is no error"), Position::START);
+    assert_eq!(
+        Position::end_of(&log).expect("a missing log is not an error"),
+        Position::START
+    );
     let error = |name: &str| format!("Traceback (most recent call last):\n{name}Error: x\n");
     let first = |from| first_error_in(&log, from).expect("a log").unwrap_or_default();
     std::fs::write(&log, error("First")).expect("a log");
@@ -285,6 +289,6 @@ fn a_log_position_survives_rotation() {
     std::fs::rename(&log, log.with_extension("2.log")).expect("a rotation");
     assert_eq!(first(third), "ThirdError: x");
     // Only the part of the second incarnation in the third one's file remains.
-    std::fs::remove_file(log.with_extension("1.log")).expect("it is there");
+    std::fs::remove_file(log.with_extension("1.log")).expect("the process exists");
     assert_eq!(first(second), "ThirdError: x");
 }

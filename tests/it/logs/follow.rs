@@ -1,6 +1,6 @@
 //! Engine logs: errors and phases in real logs, and following files that grow, rotate and are truncated.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! `xpyd logs`: several logs merged by time, and parts of them.
 
-#![expect(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 use std::fmt::Write as _;
 use std::path::Path;

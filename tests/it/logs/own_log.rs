@@ -35,7 +35,7 @@ fn refused_requests_are_logged_shortened_and_limited() {
     let mut run = env.up(&[]);
     run.wait_until_ready();
     flood(env.proxy_port(), COUNT);
-    let log = wait_for("the count of what was left out", || {
+    let log = wait_for("the count of omitted lines", || {
         let log = env.log("proxy.log");
         if log.contains("more lines of this kind were left out kind=\"unknown_route\"") {
             Ok(log)

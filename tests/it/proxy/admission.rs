@@ -15,19 +15,20 @@ use xpyd::proxy::{CanaryPrompts, Notifications, Settings};
 use xpyd::service::Admission;
 
 use super::harness::{
-    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, prefill_engine, within_deadline,
+    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, code, json_response, prefill_engine,
+    within_deadline,
 };
 use crate::support::{MODEL, TestEnv, completion, get, wait_for};
 
 /// A decode engine that answers one request per permit.
-async fn gated() -> (ScriptedEngine, Arc<Semaphore>) {
+async fn gated_engine() -> (ScriptedEngine, Arc<Semaphore>) {
     let gate = Arc::new(Semaphore::new(0));
     let inside = Arc::clone(&gate);
     let decode = ScriptedEngine::start(move |_| {
         let gate = Arc::clone(&inside);
         async move {
             gate.acquire().await.unwrap().forget();
-            answer(200, COMPLETION)
+            json_response(200, COMPLETION)
         }
     })
     .await;
@@ -42,7 +43,7 @@ fn limited(admission: Admission) -> Settings {
 }
 
 /// A decode engine has room for 100 tokens.
-fn narrow() -> Admission {
+fn small_capacity() -> Admission {
     Admission {
         decode_tokens: Some(100),
         ..Admission::default()
@@ -72,7 +73,7 @@ fn names(decode: &ScriptedEngine) -> Vec<u64> {
     decode.requests().iter().map(|seen| name(seen.json())).collect()
 }
 
-async fn queued(harness: &ProxyHarness, count: usize) {
+async fn wait_until_queued(harness: &ProxyHarness, count: usize) {
     let count = count.to_string();
     within_deadline("the queue", async {
         while harness.metric("xpyd_requests_queued ") != count {
@@ -82,15 +83,15 @@ async fn queued(harness: &ProxyHarness, count: usize) {
     .await;
 }
 
-async fn good(sent: Sent) {
+async fn assert_served(sent: Sent) {
     let (status, _, body) = sent.end().await;
     assert_eq!((status, body.as_str()), (200, COMPLETION));
 }
 
 #[tokio::test]
 async fn clients_take_turns_in_the_queue() {
-    let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
+    let harness = ProxyHarness::start(limited(small_capacity()), &[prefill.port], &[decode.port], 1, None).await;
     let mut all = vec![send(&harness, "greedy", 60, 0)];
     decode.wait_for_requests(1).await;
     for (count, (key, name)) in [("greedy", 1), ("greedy", 2), ("greedy", 3), ("modest", 4), ("third", 5)]
@@ -98,12 +99,12 @@ async fn clients_take_turns_in_the_queue() {
         .enumerate()
     {
         all.push(send(&harness, key, 60, name));
-        queued(&harness, count + 1).await;
+        wait_until_queued(&harness, count + 1).await;
     }
     assert_eq!(
         prefill.requests().len(),
         1,
-        "nobody prefills what has no place to decode"
+        "there is no prefill before there is room to decode"
     );
     for seen in 2..=6 {
         gate.add_permits(1);
@@ -112,7 +113,7 @@ async fn clients_take_turns_in_the_queue() {
     gate.add_permits(1);
     assert_eq!(names(&decode), [0, 1, 4, 5, 2, 3]);
     for sent in all {
-        good(sent).await;
+        assert_served(sent).await;
     }
     assert_eq!(harness.metric(r#"xpyd_stage_seconds_count{stage="queue"}"#), "5");
     harness.finish().await;
@@ -120,15 +121,15 @@ async fn clients_take_turns_in_the_queue() {
 
 #[tokio::test]
 async fn a_large_request_is_not_starved_or_refused() {
-    let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
+    let harness = ProxyHarness::start(limited(small_capacity()), &[prefill.port], &[decode.port], 1, None).await;
     let mut all = vec![send(&harness, "a", 40, 0), send(&harness, "a", 40, 1)];
     decode.wait_for_requests(2).await;
     // Larger than the engine's room, so it waits until the engine is empty. The small one would fit, but arrived later.
     all.push(send(&harness, "a", 500, 2));
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     all.push(send(&harness, "b", 5, 3));
-    queued(&harness, 2).await;
+    wait_until_queued(&harness, 2).await;
     gate.add_permits(1);
     within_deadline("the first end", async {
         while harness.fleet.borrow().engines[1].load.in_flight() != 1 {
@@ -136,7 +137,7 @@ async fn a_large_request_is_not_starved_or_refused() {
         }
     })
     .await;
-    queued(&harness, 2).await;
+    wait_until_queued(&harness, 2).await;
     for seen in 3..=4 {
         gate.add_permits(1);
         decode.wait_for_requests(seen).await;
@@ -144,7 +145,7 @@ async fn a_large_request_is_not_starved_or_refused() {
     gate.add_permits(1);
     assert_eq!(names(&decode)[2..], [2, 3]);
     for sent in all {
-        good(sent).await;
+        assert_served(sent).await;
     }
     harness.finish().await;
 }
@@ -153,23 +154,23 @@ async fn a_large_request_is_not_starved_or_refused() {
 async fn a_full_queue_and_a_timeout_send_retry_after() {
     let full = Admission {
         max_queued: 0,
-        ..narrow()
+        ..small_capacity()
     };
     let in_vain = Admission {
         queue_deadline: Duration::from_millis(50),
-        ..narrow()
+        ..small_capacity()
     };
     for (admission, status, expected) in [(full, 429, "queue_full"), (in_vain, 503, "queue_timeout")] {
-        let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
+        let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
         let harness = ProxyHarness::start(limited(admission), &[prefill.port], &[decode.port], 1, None).await;
         let first = send(&harness, "a", 60, 0);
         decode.wait_for_requests(1).await;
-        let (told, headers, body) = send(&harness, "b", 60, 1).end().await;
-        assert_eq!((told, code(&body).as_str()), (status, expected));
+        let (printed, headers, body) = send(&harness, "b", 60, 1).end().await;
+        assert_eq!((printed, code(&body).as_str()), (status, expected));
         assert_eq!(headers["retry-after"], "1");
-        queued(&harness, 0).await;
+        wait_until_queued(&harness, 0).await;
         gate.add_permits(1);
-        good(first).await;
+        assert_served(first).await;
         assert_eq!((prefill.requests().len(), decode.requests().len()), (1, 1));
         harness.finish().await;
     }
@@ -177,63 +178,70 @@ async fn a_full_queue_and_a_timeout_send_retry_after() {
 
 #[tokio::test]
 async fn the_queue_length_is_limited() {
-    let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
+    let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
     let admission = Admission {
         max_queued: 1,
-        ..narrow()
+        ..small_capacity()
     };
     let harness = ProxyHarness::start(limited(admission), &[prefill.port], &[decode.port], 1, None).await;
     let first = send(&harness, "a", 60, 0);
     decode.wait_for_requests(1).await;
     let second = send(&harness, "a", 60, 1);
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     assert_eq!(send(&harness, "b", 60, 2).end().await.0, 429);
     gate.add_permits(2);
-    good(first).await;
-    good(second).await;
+    assert_served(first).await;
+    assert_served(second).await;
     harness.finish().await;
 }
 
 #[tokio::test]
 async fn a_disconnected_waiter_frees_its_place() {
-    let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
+    let harness = ProxyHarness::start(limited(small_capacity()), &[prefill.port], &[decode.port], 1, None).await;
     let first = send(&harness, "a", 60, 0);
     decode.wait_for_requests(1).await;
     let leaves = send(&harness, "a", 500, 1);
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     let stays = send(&harness, "b", 40, 2);
-    queued(&harness, 2).await;
+    wait_until_queued(&harness, 2).await;
     drop(leaves);
     // The engine has room for the small one. Only the large one was ahead of it.
     decode.wait_for_requests(2).await;
     assert_eq!(names(&decode), [0, 2]);
     gate.add_permits(2);
-    good(first).await;
-    good(stays).await;
+    assert_served(first).await;
+    assert_served(stays).await;
     harness.finish().await;
 }
 
 #[tokio::test]
 async fn waiters_notice_new_engines_and_shutdown() {
-    let (prefill, (decode, gate), (other, open)) = (prefill_engine().await, gated().await, gated().await);
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port, other.port], 1, None).await;
+    let (prefill, (decode, gate), (other, open)) = (prefill_engine().await, gated_engine().await, gated_engine().await);
+    let harness = ProxyHarness::start(
+        limited(small_capacity()),
+        &[prefill.port],
+        &[decode.port, other.port],
+        1,
+        None,
+    )
+    .await;
     harness.change(|view| Arc::make_mut(&mut view.engines[2]).state = EngineState::Starting);
     let first = send(&harness, "a", 60, 0);
     decode.wait_for_requests(1).await;
     let second = send(&harness, "a", 60, 1);
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     harness.change(|view| Arc::make_mut(&mut view.engines[2]).state = EngineState::Ready);
     other.wait_for_requests(1).await;
     let third = send(&harness, "a", 60, 2);
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     harness.change(|view| view.stage = FleetStage::Draining);
     let (status, _, body) = third.end().await;
     assert_eq!((status, code(&body).as_str()), (503, "not_serving"));
     gate.add_permits(1);
     open.add_permits(1);
-    good(first).await;
-    good(second).await;
+    assert_served(first).await;
+    assert_served(second).await;
     harness.finish().await;
 }
 
@@ -242,14 +250,14 @@ async fn prefill_usage_corrects_the_token_estimate() {
     let prefill = ScriptedEngine::start(|_| async {
         let usage = r#""usage":{"prompt_tokens":4}"#;
         let choices = r#""choices":[{"text":"t","finish_reason":"length"}]"#;
-        answer(
+        json_response(
             200,
             format!(r#"{{{choices},{usage},"kv_transfer_params":{}}}"#, harness::PARAMS),
         )
     })
     .await;
-    let (decode, gate) = gated().await;
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let (decode, gate) = gated_engine().await;
+    let harness = ProxyHarness::start(limited(small_capacity()), &[prefill.port], &[decode.port], 1, None).await;
     // The estimate by bytes is 90 tokens. A second one fits only because the first is known to have four.
     let text = json!({"prompt": "x".repeat(358), "max_tokens": 1}).to_string();
     let sent = [text.clone(), text].map(|body| BackgroundTask::start(harness.post("/v1/completions", body).send()));
@@ -272,7 +280,7 @@ async fn lmcache_buffer_space_is_held_until_kv_is_consumed() {
         async move {
             gate.acquire().await.unwrap().forget();
             let first = futures_util::stream::iter([Ok::<_, std::io::Error>("data: {\"a\":1}\n\n")]);
-            harness::sse(Body::from_stream(first.chain(futures_util::stream::pending())))
+            harness::event_stream(Body::from_stream(first.chain(futures_util::stream::pending())))
         }
     })
     .await;
@@ -294,7 +302,7 @@ async fn lmcache_buffer_space_is_held_until_kv_is_consumed() {
     let first = send();
     decode.wait_for_requests(1).await;
     let second = send();
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     gate.add_permits(1);
     // The request continues, but its KV has left the buffer.
     let first = first.end().await.unwrap();
@@ -321,7 +329,7 @@ async fn the_canary_learns_the_kv_capacity() {
         let moved = moved.fetch_add(1, Ordering::Relaxed);
         async move {
             if seen.path == "/metrics" {
-                return answer(
+                return json_response(
                     200,
                     format!("{PAGE}vllm:nixl_bytes_transferred_sum{{engine=\"0\"}} {moved}.0\n"),
                 );
@@ -329,7 +337,7 @@ async fn the_canary_learns_the_kv_capacity() {
             if !seen.raw.contains("Canary") {
                 gate.acquire().await.unwrap().forget();
             }
-            answer(200, COMPLETION)
+            json_response(200, COMPLETION)
         }
     })
     .await;
@@ -344,10 +352,10 @@ async fn the_canary_learns_the_kv_capacity() {
     let first = send(&harness, "a", 100, 0);
     decode.wait_for_requests(before + 1).await;
     let second = send(&harness, "a", 100, 1);
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     gate.add_permits(2);
-    good(first).await;
-    good(second).await;
+    assert_served(first).await;
+    assert_served(second).await;
     harness.finish().await;
 }
 
@@ -360,7 +368,7 @@ fn image() -> String {
 
 #[tokio::test]
 async fn an_image_counts_as_its_tokens() {
-    let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
+    let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
     let mut settings = limited(Admission {
         decode_tokens: Some(4000),
         ..Admission::default()
@@ -375,8 +383,8 @@ async fn an_image_counts_as_its_tokens() {
     let last = send(&harness, "a", 100, 1);
     decode.wait_for_requests(3).await;
     gate.add_permits(3);
-    good(text).await;
-    good(last).await;
+    assert_served(text).await;
+    assert_served(last).await;
     assert_eq!(seen.end().await, 200);
     harness.finish().await;
 }
@@ -385,8 +393,8 @@ async fn an_image_counts_as_its_tokens() {
 /// overtaken.
 #[tokio::test]
 async fn an_estimated_shortage_blocks_no_other_client() {
-    let (prefill, (decode, gate)) = (prefill_engine().await, gated().await);
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let (prefill, (decode, gate)) = (prefill_engine().await, gated_engine().await);
+    let harness = ProxyHarness::start(limited(small_capacity()), &[prefill.port], &[decode.port], 1, None).await;
     let mut all = vec![send(&harness, "a", 40, 0)];
     decode.wait_for_requests(1).await;
     let request = harness.post(
@@ -394,15 +402,15 @@ async fn an_estimated_shortage_blocks_no_other_client() {
         json!({"prompt": "x".repeat(2000), "max_tokens": 1}).to_string(),
     );
     let large = BackgroundTask::start(async move { request.send().await.unwrap().status().as_u16() });
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     for name in 1..=3 {
         all.push(send(&harness, "b", 5, name));
         decode.wait_for_requests(name + 1).await;
     }
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     gate.add_permits(4);
     for sent in all {
-        good(sent).await;
+        assert_served(sent).await;
     }
     decode.wait_for_requests(5).await;
     gate.add_permits(1);
@@ -419,14 +427,14 @@ async fn a_prompt_counts_at_most_the_model_length() {
         let gate = Arc::clone(&inside);
         async move {
             if seen.path == "/v1/models" {
-                return answer(200, r#"{"data":[{"id":"m","max_model_len":50},{"id":"lora"}]}"#);
+                return json_response(200, r#"{"data":[{"id":"m","max_model_len":50},{"id":"lora"}]}"#);
             }
             gate.acquire().await.unwrap().forget();
-            answer(200, COMPLETION)
+            json_response(200, COMPLETION)
         }
     })
     .await;
-    let mut settings = limited(narrow());
+    let mut settings = limited(small_capacity());
     settings.max_body_bytes = 1 << 20;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let first = send(&harness, "a", 40, 0);
@@ -440,7 +448,7 @@ async fn a_prompt_counts_at_most_the_model_length() {
     // The proxy asks for the model's length, so the second one fits beside the first.
     assert_eq!(decode.wait_for_requests(3).await[1].path, "/v1/models");
     gate.add_permits(2);
-    good(first).await;
+    assert_served(first).await;
     assert_eq!(second.end().await, 200);
     let third = large("y");
     assert_ne!(
@@ -460,10 +468,10 @@ fn an_overloaded_fleet_answers_every_client() {
     let mut run = env.up(&["--profile", "1p1d", "--set", "proxy.admission.decode_tokens=64"]);
     run.wait_until_ready();
     let port = env.proxy_port();
-    let expected = completion(port, MODEL, "a prompt of its own");
+    let expected = completion(port, MODEL, "a unique prompt");
     std::thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| assert_eq!(completion(port, MODEL, "a prompt of its own"), expected));
+            scope.spawn(|| assert_eq!(completion(port, MODEL, "a unique prompt"), expected));
         }
     });
     wait_for("an empty queue", || {
@@ -477,12 +485,12 @@ fn an_overloaded_fleet_answers_every_client() {
 
 #[tokio::test]
 async fn a_waiter_fails_when_the_last_decode_engine_fails() {
-    let (prefill, (decode, _gate)) = (prefill_engine().await, gated().await);
-    let harness = ProxyHarness::start(limited(narrow()), &[prefill.port], &[decode.port], 1, None).await;
+    let (prefill, (decode, _gate)) = (prefill_engine().await, gated_engine().await);
+    let harness = ProxyHarness::start(limited(small_capacity()), &[prefill.port], &[decode.port], 1, None).await;
     let first = send(&harness, "a", 60, 0);
     decode.wait_for_requests(1).await;
     let second = send(&harness, "a", 60, 1);
-    queued(&harness, 1).await;
+    wait_until_queued(&harness, 1).await;
     harness.lose(Role::Decode, 0);
     for sent in [first, second] {
         let (status, _, body) = sent.end().await;

@@ -10,7 +10,7 @@ const FILED: &str = "swordfish-filed";
 const VARIABLE: &str = "swordfish-variable";
 
 /// The engines of both roles require [`ENGINE`], each configured in another way.
-const ENGINES_WANT_IT: [&str; 4] = [
+const ENGINES_REQUIRE_KEY: [&str; 4] = [
     "--set",
     "prefill.env={VLLM_API_KEY=\"swordfish-engine\"}",
     "--set",
@@ -25,7 +25,7 @@ fn complete(port: u16, key: Option<&str>) -> (u16, String) {
 }
 
 /// Checks that no file in the test environment contains a key of these tests.
-fn assert_no_key_is_written_down(env: &TestEnv, printed: &str) {
+fn assert_no_file_contains_a_key(env: &TestEnv, printed: &str) {
     let mut folders = vec![env.path().to_owned()];
     let mut files = 0;
     while let Some(folder) = folders.pop() {
@@ -50,7 +50,7 @@ fn assert_no_key_is_written_down(env: &TestEnv, printed: &str) {
 fn engines_with_a_key_check_the_clients_key() {
     let env = TestEnv::new();
     let mut more = vec!["--profile", "1p1d"];
-    more.extend(ENGINES_WANT_IT);
+    more.extend(ENGINES_REQUIRE_KEY);
     let mut run = env.up(&more);
     run.wait_until_ready();
     let port = env.proxy_port();
@@ -66,7 +66,7 @@ fn engines_with_a_key_check_the_clients_key() {
     for json in [&["--json"][..], &[]] {
         let arguments = [
             &["plan", "--engine", "sim", "--profile", "1p1d"],
-            &ENGINES_WANT_IT[..],
+            &ENGINES_REQUIRE_KEY[..],
             json,
         ]
         .concat();
@@ -75,7 +75,7 @@ fn engines_with_a_key_check_the_clients_key() {
     assert!(shown.contains("<redacted>"), "{shown}");
     run.signal(Signal::SIGINT);
     let (_, printed) = run.end();
-    assert_no_key_is_written_down(&env, &(printed + &shown));
+    assert_no_file_contains_a_key(&env, &(printed + &shown));
 }
 
 #[test]
@@ -83,12 +83,12 @@ fn proxy_keys_are_required_and_not_forwarded() {
     let env = TestEnv::new();
     std::fs::write(env.path().join("keys"), format!("# team a\n{FILED}\n")).expect("a file");
     let mut more = vec!["--profile", "1p1d", "--api-key-file", "keys"];
-    more.extend(ENGINES_WANT_IT);
+    more.extend(ENGINES_REQUIRE_KEY);
     let arguments = env.up_arguments(&more);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut command = env.command(&arguments);
     command.env("XPYD_API_KEY", VARIABLE);
-    let mut run = Run::of(&env, command);
+    let mut run = Run::start_command(&env, command);
     run.wait_until_ready();
     let port = env.proxy_port();
     for key in [FILED, VARIABLE] {
@@ -111,19 +111,19 @@ fn proxy_keys_are_required_and_not_forwarded() {
     assert_eq!(get(port, "/health"), "");
     run.signal(Signal::SIGINT);
     let (_, printed) = run.end();
-    assert_no_key_is_written_down(&env, &printed);
+    assert_no_file_contains_a_key(&env, &printed);
 }
 
 #[test]
 fn unusable_keys_are_refused_before_the_start() {
     let env = TestEnv::new();
     let file = |content: &str| std::fs::write(env.path().join("keys"), content).expect("a file");
-    let refused = |arguments: &[&str], told: &str| {
+    let refused = |arguments: &[&str], printed: &str| {
         let output = env.run(arguments);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{error}");
         assert!(
-            error.contains(told) && error.contains("hint:") && !error.contains("swordfish"),
+            error.contains(printed) && error.contains("hint:") && !error.contains("swordfish"),
             "{error}"
         );
     };

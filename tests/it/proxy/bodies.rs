@@ -6,12 +6,12 @@ use tokio_util::sync::CancellationToken;
 use xpyd::connector::{Connector, Nixl};
 
 use super::harness::{
-    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, decode_engine, message,
-    nixl_prefilled, prefill_engine, within_deadline,
+    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, code, decode_engine, json_response, message,
+    nixl_prefill_response, prefill_engine, within_deadline,
 };
 
 /// Sends `request`, and returns all bytes until the proxy closes the connection.
-async fn talk(harness: &ProxyHarness, request: &str) -> String {
+async fn exchange(harness: &ProxyHarness, request: &str) -> String {
     let mut stream = TcpStream::connect(harness.url.trim_start_matches("http://"))
         .await
         .unwrap();
@@ -82,7 +82,7 @@ async fn a_too_long_body_is_refused_before_100_continue() {
         for length in ["content-length: 10001", "content-length: 100000000000"] {
             for expect in ["expect: 100-continue\r\n", ""] {
                 let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{expect}{length}\r\n\r\n");
-                let answer = talk(&harness, &head).await;
+                let answer = exchange(&harness, &head).await;
                 assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
                 assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
                 assert!(answer.contains("body_too_large"), "{answer}");
@@ -91,7 +91,7 @@ async fn a_too_long_body_is_refused_before_100_continue() {
         let size = 10_001;
         let head = "content-type: application/json\r\ntransfer-encoding: chunked";
         let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n");
-        let answer = talk(&harness, &format!("{head}{size:x}\r\n{}\r\n", " ".repeat(size))).await;
+        let answer = exchange(&harness, &format!("{head}{size:x}\r\n{}\r\n", " ".repeat(size))).await;
         assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
         assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
     }
@@ -99,7 +99,7 @@ async fn a_too_long_body_is_refused_before_100_continue() {
     harness.finish().await;
 }
 
-async fn held(harness: &ProxyHarness, bytes: usize) {
+async fn wait_for_body_bytes(harness: &ProxyHarness, bytes: usize) {
     let bytes = bytes.to_string();
     within_deadline("the bodies", async {
         while harness.metric("xpyd_body_bytes ") != bytes {
@@ -110,7 +110,7 @@ async fn held(harness: &ProxyHarness, bytes: usize) {
 }
 
 /// A request body of this number of bytes.
-fn sized(bytes: usize) -> String {
+fn body_of(bytes: usize) -> String {
     let body = r#"{"prompt":""}"#;
     body.replace("\"\"", &format!("\"{}\"", "x".repeat(bytes - body.len())))
 }
@@ -118,29 +118,29 @@ fn sized(bytes: usize) -> String {
 #[tokio::test]
 async fn bodies_share_one_memory_budget() {
     let go = CancellationToken::new();
-    let prefill = ScriptedEngine::held_until(&go, nixl_prefilled).await;
-    let decode = ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await;
+    let prefill = ScriptedEngine::held_until(&go, nixl_prefill_response).await;
+    let decode = ScriptedEngine::start(|_| async { json_response(200, COMPLETION) }).await;
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.service.admission.body_bytes = 20_000;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
 
     // One request is being served, and half of another one has arrived.
-    let first = harness.post("/v1/completions", sized(8_000));
+    let first = harness.post("/v1/completions", body_of(8_000));
     let first = BackgroundTask::start(async move { first.send().await.unwrap().status().as_u16() });
     prefill.wait_for_requests(1).await;
     let mut half = TcpStream::connect(harness.url.trim_start_matches("http://"))
         .await
         .unwrap();
-    let body = sized(6_000);
+    let body = body_of(6_000);
     let head =
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 6000\r\n\r\n";
     half.write_all(format!("{head}{}", &body[..5_000]).as_bytes())
         .await
         .unwrap();
-    held(&harness, 13_000).await;
+    wait_for_body_bytes(&harness, 13_000).await;
 
     for path in ["/v1/completions", "/v1/embeddings"] {
-        let response = harness.post(path, sized(3_000)).send().await.unwrap();
+        let response = harness.post(path, body_of(3_000)).send().await.unwrap();
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()["retry-after"], "1");
         assert_eq!(code(&response.text().await.unwrap()), "too_many_body_bytes");
@@ -148,20 +148,20 @@ async fn bodies_share_one_memory_budget() {
     // Refused by its header, or when the budget is used up.
     let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nexpect: 100-continue\r\n\
                 content-length: 3000\r\n\r\n";
-    let refused = talk(&harness, head).await;
+    let refused = exchange(&harness, head).await;
     assert!(
         refused.starts_with("HTTP/1.1 503 ") && refused.contains("\r\nconnection: close\r\n"),
         "{refused}"
     );
     let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
                 transfer-encoding: chunked\r\n\r\n";
-    let refused = talk(&harness, &format!("{head}bb8\r\n{}\r\n", sized(3_000))).await;
+    let refused = exchange(&harness, &format!("{head}bb8\r\n{}\r\n", body_of(3_000))).await;
     assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
     assert_eq!(harness.metric(r#"xpyd_errors_total{code="too_many_body_bytes"}"#), "4");
     // A body that fits is served.
     assert_eq!(
         harness
-            .post("/v1/embeddings", sized(1_500))
+            .post("/v1/embeddings", body_of(1_500))
             .send()
             .await
             .unwrap()
@@ -171,11 +171,11 @@ async fn bodies_share_one_memory_budget() {
 
     // A disconnect frees the share of a request, and so does its response.
     drop(half);
-    held(&harness, 8_000).await;
+    wait_for_body_bytes(&harness, 8_000).await;
     go.cancel();
     assert_eq!(first.end().await, 200);
-    held(&harness, 0).await;
-    assert_eq!(harness.complete(sized(9_000)).await.0, 200);
-    held(&harness, 0).await;
+    wait_for_body_bytes(&harness, 0).await;
+    assert_eq!(harness.complete(body_of(9_000)).await.0, 200);
+    wait_for_body_bytes(&harness, 0).await;
     harness.finish().await;
 }

@@ -8,7 +8,9 @@ use serde_json::json;
 use xpyd::connector::{Connector, Nixl};
 use xpyd::proxy::{ClientKeys, Settings};
 
-use super::harness::{self, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, decode_engine, prefill_engine};
+use super::harness::{
+    self, COMPLETION, ProxyHarness, ScriptedEngine, code, decode_engine, json_response, prefill_engine,
+};
 
 fn settings() -> Settings {
     harness::settings(Connector::Nixl(Nixl {}))
@@ -232,7 +234,7 @@ async fn a_client_with_a_too_large_body_sees_the_error() {
 
 #[tokio::test]
 async fn api_documentation_pages_come_from_the_engine() {
-    let decode = ScriptedEngine::start(|seen| async move { answer(200, seen.path) }).await;
+    let decode = ScriptedEngine::start(|seen| async move { json_response(200, seen.path) }).await;
     let harness = ProxyHarness::nixl(&[1], &[decode.port]).await;
     for path in ["/docs", "/openapi.json"] {
         assert_eq!(harness.get(path).await.text().await.unwrap(), path);

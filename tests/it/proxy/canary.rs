@@ -7,18 +7,18 @@ use xpyd::connector::TransferUnit;
 use xpyd::fleet::{EngineId, EngineState, FleetStage, Role};
 use xpyd::proxy::{CanaryError, CanaryPrompts, CanaryReport};
 
-use super::harness::{ProxyHarness, ScriptedEngine, answer, nixl_prefilled};
+use super::harness::{ProxyHarness, ScriptedEngine, json_response, nixl_prefill_response};
 
 /// Runs a canary over a pair. The decode engine reports `moved` bytes per hand-off and answers with these texts.
-async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<CanaryReport, CanaryError> {
+async fn run_canary(moved: usize, handed: &'static str, alone: &'static str) -> Result<CanaryReport, CanaryError> {
     let bytes = Arc::new(AtomicUsize::new(7));
-    let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
+    let prefill = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
     let decode = ScriptedEngine::start(move |seen| {
         let bytes = Arc::clone(&bytes);
         async move {
             if seen.path == "/metrics" {
                 let bytes = bytes.load(Ordering::Relaxed);
-                return answer(
+                return json_response(
                     200,
                     format!("vllm:nixl_bytes_transferred_sum{{engine=\"0\"}} {bytes}.0\n"),
                 );
@@ -28,7 +28,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
                 bytes.fetch_add(moved, Ordering::Relaxed);
             }
             let text = if through { handed } else { alone };
-            answer(
+            json_response(
                 200,
                 format!(r#"{{"choices":[{{"text":"{text}","finish_reason":"length"}}]}}"#),
             )
@@ -67,7 +67,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
         assert_eq!(
             harness.metric(&format!("{name}{{")),
             "",
-            "{name}: canaries are no clients"
+            "{name}: canaries do not count as clients"
         );
     }
     assert_eq!(harness.metric("xpyd_time_to_first_token_seconds_count"), "0");
@@ -83,7 +83,7 @@ async fn fly(moved: usize, handed: &'static str, alone: &'static str) -> Result<
 
 #[tokio::test]
 async fn a_working_pair_passes_the_canary() {
-    let report = fly(4096, "same", "same").await.expect("a good pair");
+    let report = run_canary(4096, "same", "same").await.expect("a good pair");
     assert_eq!(
         report.pair,
         (EngineId::new(Role::Prefill, 0), EngineId::new(Role::Decode, 0))
@@ -96,7 +96,7 @@ async fn a_working_pair_passes_the_canary() {
 
 #[tokio::test]
 async fn wrong_kv_is_detected_by_the_output() {
-    let error = fly(4096, "one", "two").await.expect_err("a bad pair");
+    let error = run_canary(4096, "one", "two").await.expect_err("a bad pair");
     assert!(
         matches!(&error, CanaryError::Differs { through, alone, .. } if through == "one" && alone == "two"),
         "{error}"
@@ -105,7 +105,7 @@ async fn wrong_kv_is_detected_by_the_output() {
 
 #[tokio::test]
 async fn a_right_answer_without_a_transfer_fails() {
-    let error = fly(0, "same", "same").await.expect_err("no transfer");
+    let error = run_canary(0, "same", "same").await.expect_err("no transfer");
     assert!(matches!(error, CanaryError::NothingMoved { .. }), "{error}");
 }
 

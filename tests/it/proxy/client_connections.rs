@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use super::raw_client::{
-    ENDLESS, Engines, arguments, ask, client, complete, connect, is_closed, narrow_client, proxy, read_to,
+    ENDLESS, Engines, arguments, ask, client, complete, connect, is_closed, proxy, read_to, small_buffer_client,
 };
 use crate::support::{TestEnv, Unsupervised, get, wait_for};
 
@@ -32,7 +32,7 @@ fn a_stalled_client_is_disconnected_after_the_deadline() {
     let env = TestEnv::new();
     let _engines = Engines::start(&env, ENDLESS);
     let _proxy = proxy(&env, &["--decode-idle-deadline", "1s"]);
-    let mut stopped = narrow_client(&env);
+    let mut stopped = small_buffer_client(&env);
     ask(&mut stopped, true);
     read_to(&mut stopped, "data: ");
     wait_until_in_flight(&env, 0);
@@ -43,20 +43,23 @@ fn a_slow_client_keeps_being_served() {
     let env = TestEnv::new();
     let _engines = Engines::start(&env, ENDLESS);
     let _proxy = proxy(&env, &["--decode-idle-deadline", "6s"]);
-    let mut slow = narrow_client(&env);
+    let mut slow = small_buffer_client(&env);
     ask(&mut slow, true);
     read_to(&mut slow, "data: ");
     let (_never, pause) = mpsc::channel::<()>();
     let mut chunk = [0; 16384];
     // The pauses add up to far more than the deadline.
     for _ in 0..16 {
-        assert!(slow.read(&mut chunk).expect("the stream goes on") > 0);
-        assert!(pause.recv_timeout(Duration::from_millis(500)).is_err(), "nobody sends");
+        assert!(slow.read(&mut chunk).expect("the stream continues") > 0);
+        assert!(
+            pause.recv_timeout(Duration::from_millis(500)).is_err(),
+            "nothing is sent"
+        );
     }
     // More than all buffers between engine and client can hold.
     let mut left: usize = 32 << 20;
     while left > 0 {
-        let count = slow.read(&mut chunk).expect("the stream goes on");
+        let count = slow.read(&mut chunk).expect("the stream continues");
         assert!(count > 0, "the stream was cut with {left} bytes to go");
         left = left.saturating_sub(count);
     }
@@ -71,7 +74,7 @@ fn unfinished_headers_and_idle_connections_time_out() {
     let _proxy = proxy(&env, &["--set", "clients.idle_deadline=4s"]);
     let mut half = client(&env);
     half.write_all(b"POST /v1/completions HTTP/1.1\r\nhos")
-        .expect("it is open");
+        .expect("the connection is open");
     assert!(is_closed(&mut half));
     let mut idle = client(&env);
     complete(&mut idle);

@@ -12,8 +12,9 @@ use xpyd::fleet::{FleetStage, Role};
 use xpyd::proxy::Settings;
 
 use super::harness::{
-    self, COMPLETION, CancelOnDrop, PARAMS, ProxyHarness, Script, ScriptedEngine, answer, code, dead_port,
-    decode_engine, error, events, message, nixl_prefilled, prefill_engine, responses_in_turn, within_deadline,
+    self, COMPLETION, CancelOnDrop, PARAMS, ProxyHarness, Script, ScriptedEngine, code, dead_port, decode_engine,
+    error_response, json_response, message, nixl_prefill_response, prefill_engine, responses_in_turn, sse_response,
+    within_deadline,
 };
 
 #[tokio::test]
@@ -73,7 +74,7 @@ async fn a_chat_uses_the_chat_route_and_streams_unchanged() {
         "data: [DONE]\n\n",
     ];
     let prefill = prefill_engine().await;
-    let decode = ScriptedEngine::start(|_| async { events(STREAM.map(Ok).to_vec()) }).await;
+    let decode = ScriptedEngine::start(|_| async { sse_response(STREAM.map(Ok).to_vec()) }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let body = json!({"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function"}], "stream": true,
         "stream_options": {"include_usage": true}});
@@ -121,9 +122,10 @@ async fn requests_without_handoff_use_the_decode_engine_alone() {
 #[tokio::test]
 async fn a_decode_refusal_is_forwarded_and_not_retried() {
     let prefill = prefill_engine().await;
-    let decode = ScriptedEngine::start(responses_in_turn(vec![|| error(400, "bad max_tokens"), || {
-        error(404, "unknown model")
-    }]))
+    let decode = ScriptedEngine::start(responses_in_turn(vec![
+        || error_response(400, "bad max_tokens"),
+        || error_response(404, "unknown model"),
+    ]))
     .await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let (status, body) = harness.complete(r#"{"prompt":"x"}"#).await;
@@ -143,10 +145,10 @@ async fn a_decode_refusal_is_forwarded_and_not_retried() {
 #[tokio::test]
 async fn an_early_failure_is_retried_on_another_pair() {
     let broken: [(Script, bool); 6] = [
-        (|| error(500, "prefill broke"), true),
+        (|| error_response(500, "prefill broke"), true),
         (
             || {
-                answer(
+                json_response(
                     200,
                     r#"{"choices":[{"finish_reason":"abort"}],"kv_transfer_params":null}"#,
                 )
@@ -155,21 +157,21 @@ async fn an_early_failure_is_retried_on_another_pair() {
         ),
         (
             || {
-                answer(
+                json_response(
                     200,
                     r#"{"choices":[{"finish_reason":"length"}],"kv_transfer_params":{"do_remote_prefill":true}}"#,
                 )
             },
             true,
         ),
-        (|| error(500, "decode broke"), false),
+        (|| error_response(500, "decode broke"), false),
         (
-            || answer(200, r#"{"choices":[{"text":"","finish_reason":"error"}]}"#),
+            || json_response(200, r#"{"choices":[{"text":"","finish_reason":"error"}]}"#),
             false,
         ),
         (
             || {
-                events(vec![Ok(
+                sse_response(vec![Ok(
                     "data: {\"error\":{\"message\":\"lost\",\"code\":500}}\n\ndata: [DONE]\n\n",
                 )])
             },
@@ -228,7 +230,7 @@ async fn an_unreachable_engine_is_retried_elsewhere_or_named() {
 #[tokio::test]
 async fn a_client_error_event_becomes_the_status() {
     let decode = ScriptedEngine::start(|_| async {
-        events(vec![Ok(
+        sse_response(vec![Ok(
             "data: {\"error\":{\"message\":\"too long\",\"code\":400}}\n\n",
         )])
     })
@@ -256,7 +258,7 @@ async fn a_broken_stream_ends_with_an_error_event() {
                 let rest = futures_util::stream::once(async move { gate.cancelled().await })
                     .flat_map(move |()| futures_util::stream::iter(end))
                     .map(|chunk| chunk.map_err(std::io::Error::other));
-                harness::sse(Body::from_stream(first.chain(rest)))
+                harness::event_stream(Body::from_stream(first.chain(rest)))
             }
         })
         .await;
@@ -284,7 +286,7 @@ async fn a_broken_stream_ends_with_an_error_event() {
 }
 
 /// A decode engine whose stream stops after its first event. The token is cancelled when the proxy disconnects.
-async fn stalling_decoder() -> (ScriptedEngine, CancellationToken) {
+async fn stalling_decode_engine() -> (ScriptedEngine, CancellationToken) {
     let hung_up = CancellationToken::new();
     let raise = hung_up.clone();
     let fake = ScriptedEngine::start(move |_| {
@@ -295,7 +297,7 @@ async fn stalling_decoder() -> (ScriptedEngine, CancellationToken) {
                 let _raise = raise;
                 std::future::pending().await
             });
-            harness::sse(Body::from_stream(first.chain(rest)))
+            harness::event_stream(Body::from_stream(first.chain(rest)))
         }
     })
     .await;
@@ -304,7 +306,7 @@ async fn stalling_decoder() -> (ScriptedEngine, CancellationToken) {
 
 #[tokio::test]
 async fn a_stalled_stream_ends_with_an_error_event() {
-    let (decode, hung_up) = stalling_decoder().await;
+    let (decode, hung_up) = stalling_decode_engine().await;
     let prefill = prefill_engine().await;
     let settings = Settings {
         decode_idle_deadline: Duration::from_secs(2),
@@ -316,13 +318,13 @@ async fn a_stalled_stream_ends_with_an_error_event() {
         text.contains("engine_timeout") && text.ends_with("data: [DONE]\n\n"),
         "{text}"
     );
-    within_deadline("the hang-up", hung_up.cancelled()).await;
+    within_deadline("the disconnect", hung_up.cancelled()).await;
     harness.finish().await;
 }
 
 #[tokio::test]
 async fn a_disconnect_cancels_the_running_leg() {
-    let (decode, hung_up) = stalling_decoder().await;
+    let (decode, hung_up) = stalling_decode_engine().await;
     let prefill = prefill_engine().await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let response = harness
@@ -333,7 +335,7 @@ async fn a_disconnect_cancels_the_running_leg() {
     let mut stream = response.bytes_stream();
     stream.next().await.unwrap().unwrap();
     drop(stream);
-    within_deadline("the hang-up of the decode leg", hung_up.cancelled()).await;
+    within_deadline("the disconnect in the decode leg", hung_up.cancelled()).await;
     harness.finish().await;
     assert_eq!(decode.requests().len(), 1);
 
@@ -354,7 +356,7 @@ async fn a_disconnect_cancels_the_running_leg() {
         _ = request => panic!("the prefill never answers"),
         _ = prefill.wait_for_requests(1) => {}
     }
-    within_deadline("the hang-up of the prefill leg", hung_up.cancelled()).await;
+    within_deadline("the disconnect in the prefill leg", hung_up.cancelled()).await;
     harness.finish().await;
     assert_eq!(decode.requests().len(), 0);
 }
@@ -373,7 +375,7 @@ async fn legs_on_a_failed_engine_fail_at_once() {
     assert_eq!((status, prefill.requests().len()), (200, 1));
     harness.finish().await;
 
-    let (decode, _) = stalling_decoder().await;
+    let (decode, _) = stalling_decode_engine().await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let response = harness
         .post("/v1/completions", r#"{"prompt":"x","stream":true}"#)
@@ -392,7 +394,7 @@ async fn legs_on_a_failed_engine_fail_at_once() {
 #[tokio::test]
 async fn a_draining_engine_finishes_its_requests() {
     let go = CancellationToken::new();
-    let decode = ScriptedEngine::held_until(&go, || answer(200, COMPLETION)).await;
+    let decode = ScriptedEngine::held_until(&go, || json_response(200, COMPLETION)).await;
     let prefill = prefill_engine().await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let request = harness.complete(r#"{"prompt":"x"}"#);
@@ -465,7 +467,7 @@ async fn refused_requests_get_openai_errors() {
 #[tokio::test]
 async fn too_many_requests_in_flight_are_refused() {
     let go = CancellationToken::new();
-    let prefill = ScriptedEngine::held_until(&go, nixl_prefilled).await;
+    let prefill = ScriptedEngine::held_until(&go, nixl_prefill_response).await;
     let decode = decode_engine().await;
     let settings = Settings {
         max_in_flight: 1,
@@ -525,7 +527,8 @@ async fn requests_rotate_and_sessions_stay() {
 #[tokio::test]
 async fn model_and_tokenizer_routes_use_a_decode_engine() {
     let prefill = prefill_engine().await;
-    let decode = ScriptedEngine::start(|seen| async move { answer(200, format!("{} {}", seen.path, seen.raw)) }).await;
+    let decode =
+        ScriptedEngine::start(|seen| async move { json_response(200, format!("{} {}", seen.path, seen.raw)) }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     for path in ["/v1/models", "/version"] {
         assert_eq!(harness.get(path).await.text().await.unwrap(), format!("{path} "));
@@ -544,7 +547,7 @@ async fn model_and_tokenizer_routes_use_a_decode_engine() {
     assert_eq!(prefill.requests().len(), 0);
     let text = harness.get("/metrics").await.text().await.unwrap();
     assert!(
-        text.contains(r#"xpyd_requests_total{endpoint="/tokenize",status="200"} 1"#),
+        text.contains("xpyd_requests_total{endpoint=\"/tokenize\",status=\"200\"} 1\n"),
         "{text}"
     );
     harness.finish().await;

@@ -42,7 +42,7 @@ impl SeenRequest {
     }
 }
 
-type Answer = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
+type ResponseFuture = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
 
 /// An HTTP server in place of an engine. The test scripts its responses, and it records its requests.
 pub(crate) struct ScriptedEngine {
@@ -76,7 +76,8 @@ impl ScriptedEngine {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (sender, seen) = watch::channel(Vec::new());
-        let script: Arc<dyn Fn(SeenRequest) -> Answer + Send + Sync> = Arc::new(move |seen| Box::pin(script(seen)));
+        let script: Arc<dyn Fn(SeenRequest) -> ResponseFuture + Send + Sync> =
+            Arc::new(move |seen| Box::pin(script(seen)));
         let sender = Arc::new(sender);
         let router = Router::new().fallback(move |request: Request| {
             let (script, sender) = (Arc::clone(&script), Arc::clone(&sender));
@@ -109,7 +110,7 @@ impl ScriptedEngine {
     pub(crate) async fn wait_for_requests(&self, count: usize) -> Vec<SeenRequest> {
         let mut seen = self.seen.clone();
         let all = tokio::time::timeout(DEADLINE, seen.wait_for(|all| all.len() >= count)).await;
-        all.expect("the engine saw too few requests").unwrap().clone()
+        all.expect("the engine received too few requests").unwrap().clone()
     }
 }
 
@@ -123,7 +124,7 @@ pub(crate) async fn dead_port() -> u16 {
         .port()
 }
 
-pub(crate) fn answer(status: u16, body: impl Into<Body>) -> Response<Body> {
+pub(crate) fn json_response(status: u16, body: impl Into<Body>) -> Response<Body> {
     Response::builder()
         .status(StatusCode::from_u16(status).unwrap())
         .header("content-type", "application/json")
@@ -131,14 +132,14 @@ pub(crate) fn answer(status: u16, body: impl Into<Body>) -> Response<Body> {
         .unwrap()
 }
 
-pub(crate) fn events(chunks: Vec<Result<&'static str, &'static str>>) -> Response<Body> {
+pub(crate) fn sse_response(chunks: Vec<Result<&'static str, &'static str>>) -> Response<Body> {
     let frames = chunks
         .into_iter()
         .map(|chunk| chunk.map(Bytes::from).map_err(std::io::Error::other));
-    sse(Body::from_stream(futures_util::stream::iter(frames)))
+    event_stream(Body::from_stream(futures_util::stream::iter(frames)))
 }
 
-pub(crate) fn sse(body: Body) -> Response<Body> {
+pub(crate) fn event_stream(body: Body) -> Response<Body> {
     Response::builder()
         .header("content-type", "text/event-stream; charset=utf-8")
         .body(body)
@@ -146,8 +147,8 @@ pub(crate) fn sse(body: Body) -> Response<Body> {
 }
 
 /// An error response in vLLM's shape.
-pub(crate) fn error(status: u16, message: &str) -> Response<Body> {
-    answer(
+pub(crate) fn error_response(status: u16, message: &str) -> Response<Body> {
+    json_response(
         status,
         json!({"error": {"message": message, "type": "T", "param": null, "code": status}}).to_string(),
     )
@@ -157,8 +158,8 @@ pub(crate) fn error(status: u16, message: &str) -> Response<Body> {
 pub(crate) const PARAMS: &str = r#"{"do_remote_prefill": true, "do_remote_decode":false,"remote_block_ids":[[1, 2]],"remote_engine_id":"e","remote_request_id":"r","remote_host":"127.0.0.1","remote_port":5600,"tp_size":1,"transfer_mode":"pull","future":1.50}"#;
 
 /// The response of a NIXL prefill engine.
-pub(crate) fn nixl_prefilled() -> Response<Body> {
-    answer(
+pub(crate) fn nixl_prefill_response() -> Response<Body> {
+    json_response(
         200,
         format!(r#"{{"id":"x","choices":[{{"text":"t","finish_reason":"length"}}],"kv_transfer_params":{PARAMS}}}"#),
     )
@@ -367,11 +368,11 @@ pub(crate) fn responses_in_turn(answers: Vec<Script>) -> impl Fn(SeenRequest) ->
 }
 
 pub(crate) async fn prefill_engine() -> ScriptedEngine {
-    ScriptedEngine::start(|_| async { nixl_prefilled() }).await
+    ScriptedEngine::start(|_| async { nixl_prefill_response() }).await
 }
 
 pub(crate) async fn decode_engine() -> ScriptedEngine {
-    ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await
+    ScriptedEngine::start(|_| async { json_response(200, COMPLETION) }).await
 }
 
 pub(crate) fn message(body: &str) -> String {

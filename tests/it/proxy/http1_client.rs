@@ -8,16 +8,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-use super::harness::{COMPLETION, PARAMS, ProxyHarness, ScriptedEngine, answer, nixl_prefilled};
+use super::harness::{COMPLETION, PARAMS, ProxyHarness, ScriptedEngine, json_response, nixl_prefill_response};
 
 /// An engine that sends these bytes for every request, and then closes the connection if `closes` is set.
-struct Raw {
+struct RawEngine {
     port: u16,
     connections: Arc<AtomicUsize>,
     _server: JoinSet<()>,
 }
 
-impl Raw {
+impl RawEngine {
     async fn start(answer: String, closes: bool, piece: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -30,7 +30,7 @@ impl Raw {
                 let (stream, _) = listener.accept().await.unwrap();
                 stream.set_nodelay(true).unwrap();
                 counter.fetch_add(1, Ordering::Relaxed);
-                clients.spawn(talk(stream, answer.clone(), closes, piece));
+                clients.spawn(serve_connection(stream, answer.clone(), closes, piece));
             }
         });
         Self {
@@ -45,7 +45,7 @@ impl Raw {
     }
 }
 
-async fn talk(mut stream: TcpStream, answer: String, closes: bool, piece: usize) {
+async fn serve_connection(mut stream: TcpStream, answer: String, closes: bool, piece: usize) {
     while read_request(&mut stream).await.is_some() {
         for piece in answer.as_bytes().chunks(piece) {
             if stream.write_all(piece).await.is_err() {
@@ -77,7 +77,7 @@ async fn read_request(stream: &mut TcpStream) -> Option<String> {
     }
 }
 
-fn whole(body: &str) -> String {
+fn whole_response(body: &str) -> String {
     format!(
         "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
@@ -85,7 +85,7 @@ fn whole(body: &str) -> String {
 }
 
 fn prefilled() -> String {
-    whole(&format!(
+    whole_response(&format!(
         r#"{{"choices":[{{"text":"t","finish_reason":"length"}}],"kv_transfer_params":{PARAMS}}}"#
     ))
 }
@@ -94,8 +94,8 @@ fn prefilled() -> String {
 async fn an_engine_connection_is_reused() {
     const STREAM: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n\
         e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n";
-    let prefill = Raw::start(prefilled(), false, 4096).await;
-    let decode = Raw::start(STREAM.to_owned(), false, 4096).await;
+    let prefill = RawEngine::start(prefilled(), false, 4096).await;
+    let decode = RawEngine::start(STREAM.to_owned(), false, 4096).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     for _ in 0..3 {
         let (status, text) = harness.complete(r#"{"prompt":"x","stream":true}"#).await;
@@ -110,14 +110,14 @@ async fn an_engine_connection_is_reused() {
 async fn a_passthrough_connection_is_reused() {
     let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n";
     for answer in [
-        whole("{}"),
-        whole(""),
+        whole_response("{}"),
+        whole_response(""),
         format!("{head}transfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n"),
         format!("{head}transfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\nx-sum: 1\r\n\r\n"),
         "HTTP/1.1 204 No Content\r\n\r\n".to_owned(),
     ] {
         for piece in [1, 4096] {
-            let decode = Raw::start(answer.clone(), false, piece).await;
+            let decode = RawEngine::start(answer.clone(), false, piece).await;
             let harness = ProxyHarness::nixl(&[1], &[decode.port]).await;
             for _ in 0..4 {
                 let response = harness.post("/v1/embeddings", "{}").send().await.unwrap();
@@ -141,7 +141,7 @@ async fn every_response_framing_and_split_is_read() {
     );
     let json = "content-type: application/json\r\n";
     for (answer, closes) in [
-        (whole(COMPLETION), false),
+        (whole_response(COMPLETION), false),
         (
             format!("HTTP/1.1 200 OK\r\n{json}transfer-encoding: chunked\r\n\r\n{chunks}"),
             false,
@@ -149,13 +149,16 @@ async fn every_response_framing_and_split_is_read() {
         (format!("HTTP/1.1 200 OK\r\n{json}\r\n{COMPLETION}"), true),
         (format!("HTTP/1.0 200 OK\r\n{json}\r\n{COMPLETION}"), true),
         (
-            format!("HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n{}", whole(COMPLETION)),
+            format!(
+                "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n{}",
+                whole_response(COMPLETION)
+            ),
             false,
         ),
     ] {
         for piece in [1, 7, 4096] {
-            let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
-            let decode = Raw::start(answer.clone(), closes, piece).await;
+            let prefill = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
+            let decode = RawEngine::start(answer.clone(), closes, piece).await;
             let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
             let (status, text) = harness.complete(r#"{"prompt":"x"}"#).await;
             assert_eq!((status, text.as_str()), (200, COMPLETION), "{answer}");
@@ -178,7 +181,7 @@ async fn truncated_or_invalid_responses_are_engine_errors() {
         "SSH-2.0-OpenSSH\r\n\r\n".to_owned(),
         String::new(),
     ] {
-        let decode = Raw::start(answer.clone(), true, 4096).await;
+        let decode = RawEngine::start(answer.clone(), true, 4096).await;
         let harness = ProxyHarness::nixl(&[1], &[decode.port]).await;
         // A request with two choices skips the prefill engine.
         let (status, text) = harness.complete(r#"{"prompt":"x","n":2}"#).await;
@@ -193,7 +196,7 @@ async fn truncated_or_invalid_responses_are_engine_errors() {
 }
 
 /// Headers for encodings, ranges and conditional requests, and hop-by-hop headers.
-const NEGOTIATED: [(&str, &str); 12] = [
+const REMOVED_HEADERS: [(&str, &str); 12] = [
     ("accept-encoding", "gzip, br"),
     ("te", "trailers"),
     ("trailer", "x-sum"),
@@ -210,22 +213,27 @@ const NEGOTIATED: [(&str, &str); 12] = [
 
 #[tokio::test]
 async fn accept_encoding_never_reaches_an_engine() {
-    let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
-    let decode = ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await;
+    let prefill = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
+    let decode = ScriptedEngine::start(|_| async { json_response(200, COMPLETION) }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     for path in ["/v1/completions", "/v1/responses"] {
         let mut request = harness.post(path, r#"{"prompt":"x"}"#).header("x-mine", "1");
-        for (name, value) in NEGOTIATED {
+        for (name, value) in REMOVED_HEADERS {
             request = request.header(name, value);
         }
         assert_eq!(request.send().await.unwrap().status(), 200);
     }
     harness.get("/version").await;
     harness.get("/metrics?engines").await;
+    assert!(!prefill.requests().is_empty() && !decode.requests().is_empty());
     for seen in prefill.requests().iter().chain(&decode.requests()) {
         assert_eq!(seen.headers["accept-encoding"], "identity", "{}", seen.path);
         let crossed = |name: &&str| *name != "accept-encoding" && seen.headers.contains_key(*name);
-        let crossed: Vec<_> = NEGOTIATED.map(|(name, _)| name).into_iter().filter(crossed).collect();
+        let crossed: Vec<_> = REMOVED_HEADERS
+            .map(|(name, _)| name)
+            .into_iter()
+            .filter(crossed)
+            .collect();
         assert!(crossed.is_empty(), "{} {crossed:?}", seen.path);
     }
     assert!(prefill.requests()[0].headers.contains_key("x-mine"));
@@ -239,9 +247,9 @@ async fn a_compressed_response_is_reported() {
             "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\n\x1f\x08ab"
         )
     };
-    let good = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
+    let good = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
     for kind in ["application/json", "text/event-stream"] {
-        let raw = Raw::start(encoded(kind), false, 4096).await;
+        let raw = RawEngine::start(encoded(kind), false, 4096).await;
         for (prefill, decode) in [(raw.port, good.port), (good.port, raw.port)] {
             let harness = ProxyHarness::nixl(&[prefill], &[decode]).await;
             let (status, text) = harness.complete(r#"{"prompt":"x","stream":true}"#).await;

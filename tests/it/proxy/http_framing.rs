@@ -258,7 +258,7 @@ fn framing_errors_have_openais_shape() {
         (chunked("5\nhello"), "malformed_body"),
     ] {
         let mut client = client(&env);
-        client.write_all(sent.as_bytes()).expect("it is open");
+        client.write_all(sent.as_bytes()).expect("the connection is open");
         let text = read_to(&mut client, "}}");
         assert!(text.contains(&format!("\"code\":\"{code}\"")), "{text}");
     }

@@ -10,8 +10,8 @@ use xpyd::fleet::{EngineState, Role};
 use xpyd::service::WithoutPrefill;
 
 use super::harness::{
-    BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, dead_port, decode_engine, error,
-    nixl_prefilled, prefill_engine, settings, within_deadline,
+    BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, code, dead_port, decode_engine, error_response,
+    json_response, nixl_prefill_response, prefill_engine, settings, within_deadline,
 };
 
 /// The model name in requests that make a decode engine free KV.
@@ -22,12 +22,12 @@ pub(super) fn is_release(seen: &super::harness::SeenRequest) -> bool {
 }
 
 /// A decode engine that refuses unknown models, like vLLM.
-async fn strict_decoder() -> ScriptedEngine {
+async fn decode_engine_that_checks_models() -> ScriptedEngine {
     ScriptedEngine::start(|seen| async move {
         if seen.json()["model"] == RELEASE {
-            error(404, "no such model")
+            error_response(404, "no such model")
         } else {
-            answer(200, COMPLETION)
+            json_response(200, COMPLETION)
         }
     })
     .await
@@ -35,7 +35,7 @@ async fn strict_decoder() -> ScriptedEngine {
 
 #[tokio::test]
 async fn kv_of_an_unreached_decode_engine_is_freed_by_another() {
-    let (prefill, other) = (prefill_engine().await, strict_decoder().await);
+    let (prefill, other) = (prefill_engine().await, decode_engine_that_checks_models().await);
     let harness = ProxyHarness::nixl(&[prefill.port], &[dead_port().await, other.port]).await;
     let (status, _) = harness.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!(status, 200, "the other decode engine answers");
@@ -53,12 +53,12 @@ async fn kv_of_a_late_prefill_is_freed_after_a_disconnect() {
             let gate = Arc::clone(&gate);
             async move {
                 gate.notified().await;
-                nixl_prefilled()
+                nixl_prefill_response()
             }
         }
     })
     .await;
-    let decode = strict_decoder().await;
+    let decode = decode_engine_that_checks_models().await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let request = harness.post("/v1/completions", r#"{"prompt":"x"}"#).send();
     tokio::select! {
@@ -67,7 +67,7 @@ async fn kv_of_a_late_prefill_is_freed_after_a_disconnect() {
     }
     // Dropping the request closed the client's connection. The proxy notices that.
     within_deadline("the end of the hand-off", async {
-        while !harness.proxy.metrics_text().contains("xpyd_handoffs_open 0") {
+        while !harness.proxy.metrics_text().contains("xpyd_handoffs_open 0\n") {
             tokio::task::yield_now().await;
         }
     })
@@ -80,7 +80,7 @@ async fn kv_of_a_late_prefill_is_freed_after_a_disconnect() {
 
 #[tokio::test]
 async fn kv_of_a_dead_decode_engine_is_freed_by_another() {
-    let (prefill, other) = (prefill_engine().await, strict_decoder().await);
+    let (prefill, other) = (prefill_engine().await, decode_engine_that_checks_models().await);
     let dying = ScriptedEngine::start(|_| std::future::pending::<axum::http::Response<axum::body::Body>>()).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[dying.port, other.port]).await;
     let request = harness.complete(r#"{"prompt":"x"}"#);
@@ -99,7 +99,7 @@ async fn kv_of_a_dead_decode_engine_is_freed_by_another() {
 async fn a_draining_prefill_engine_waits_for_its_kv() {
     let prefill = prefill_engine().await;
     let gate = CancellationToken::new();
-    let decode = ScriptedEngine::held_until(&gate, || answer(200, COMPLETION)).await;
+    let decode = ScriptedEngine::held_until(&gate, || json_response(200, COMPLETION)).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let url = format!("{}/v1/completions", harness.url);
     let request = BackgroundTask::start(async move {
@@ -129,24 +129,24 @@ async fn a_retry_avoids_only_the_failed_engine() {
     let (first, second) = (prefill_engine().await, prefill_engine().await);
     let failing = ScriptedEngine::start(|seen| async move {
         if seen.json()["model"] == RELEASE {
-            error(404, "no such model")
+            error_response(404, "no such model")
         } else {
-            error(500, "broken")
+            error_response(500, "broken")
         }
     })
     .await;
-    let well = strict_decoder().await;
+    let well = decode_engine_that_checks_models().await;
     let harness = ProxyHarness::nixl(&[first.port, second.port], &[failing.port, well.port]).await;
     let response = within_deadline("an answer", harness.post("/v1/completions", r#"{"prompt":"x"}"#).send())
         .await
         .unwrap();
     assert_eq!(response.status(), 200);
-    let told = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
+    let header = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
     assert!(
-        told.starts_with("sent;") && told.contains(r#"decode="decoder2""#),
-        "{told}"
+        header.starts_with("sent;") && header.contains(r#"decode="decoder2""#),
+        "{header}"
     );
-    assert!(told.ends_with(";attempt=2"), "{told}");
+    assert!(header.ends_with(";attempt=2"), "{header}");
     harness.finish().await;
     assert_eq!(well.requests().iter().filter(|seen| !is_release(seen)).count(), 1);
 }
@@ -154,7 +154,7 @@ async fn a_retry_avoids_only_the_failed_engine() {
 #[tokio::test]
 async fn a_repeatedly_failing_engine_is_chosen_last() {
     let prefill = prefill_engine().await;
-    let failing = ScriptedEngine::start(|_| async { error(500, "broken") }).await;
+    let failing = ScriptedEngine::start(|_| async { error_response(500, "broken") }).await;
     let well = decode_engine().await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[failing.port, well.port]).await;
     let began = Instant::now();
@@ -185,8 +185,11 @@ async fn decode_only_fallback_works_when_enabled() {
         let response = within_deadline("an answer", request).await.unwrap();
         assert_eq!(response.status(), expected);
         if expected == 200 {
-            let told = response.headers()["x-xpyd-handoff"].to_str().unwrap();
-            assert_eq!(told, r#"bypassed;reason="without_prefill";decode="decoder1";attempt=1"#);
+            let header = response.headers()["x-xpyd-handoff"].to_str().unwrap();
+            assert_eq!(
+                header,
+                r#"bypassed;reason="without_prefill";decode="decoder1";attempt=1"#
+            );
             assert_eq!(decode.requests()[0].json()["kv_transfer_params"], Value::Null);
         }
         harness.finish().await;
@@ -195,7 +198,7 @@ async fn decode_only_fallback_works_when_enabled() {
 
 #[tokio::test]
 async fn unfreeable_kv_is_reported_and_blocks_nothing() {
-    let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
+    let prefill = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
     let mut settings = settings(Connector::Nixl(Nixl {}));
     settings.handoff_deadline = Duration::from_millis(200);
     settings.service.routing.attempts = 1;
@@ -205,7 +208,7 @@ async fn unfreeable_kv_is_reported_and_blocks_nothing() {
     harness.finish().await;
     let metrics = proxy.metrics_text();
     assert!(
-        metrics.contains(r#"xpyd_handoff_cleanups_total{outcome="stranded"} 1"#),
+        metrics.contains("xpyd_handoff_cleanups_total{outcome=\"stranded\"} 1\n"),
         "{metrics}"
     );
 }

@@ -25,30 +25,30 @@ fn limit_descriptors(run: &Run<'_>, current: u64) {
 }
 
 /// The response to a request that is refused for lack of resources.
-fn refused(client: &mut TcpStream, code: &str) {
+fn assert_refused(client: &mut TcpStream, code: &str) {
     ask(client, false);
     let answer = read_to(client, "}}");
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-    assert!(answer.to_ascii_lowercase().contains("retry-after: 1"), "{answer}");
+    assert!(answer.to_ascii_lowercase().contains("retry-after: 1\r\n"), "{answer}");
     assert!(answer.contains(&format!("\"code\":\"{code}\"")), "{answer}");
 }
 
 fn health(env: &TestEnv) -> String {
     let mut checker = client(env);
     let request = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    checker.write_all(request.as_bytes()).expect("it is open");
+    checker.write_all(request.as_bytes()).expect("the connection is open");
     read_to(&mut checker, "\r\n\r\n")
 }
 
 /// Starts an endless stream.
-fn stream(env: &TestEnv) -> TcpStream {
+fn open_stream(env: &TestEnv) -> TcpStream {
     let mut streaming = client(env);
     ask(&mut streaming, true);
     read_to(&mut streaming, "data: ");
     streaming
 }
 
-fn reached(env: &TestEnv, limit: &str) -> bool {
+fn limit_was_reached(env: &TestEnv, limit: &str) -> bool {
     let metrics = get(env.proxy_port(), "/metrics");
     let line = format!("xpyd_limit_reached_total{{limit=\"{limit}\"}} ");
     metrics.lines().any(|found| found.starts_with(&line))
@@ -62,11 +62,11 @@ fn without_descriptors_idle_engine_connections_close_first() {
     let mut waiting: Vec<TcpStream> = (0..8).map(|_| client(&env)).collect();
     for client in &mut waiting {
         let request = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n";
-        client.write_all(request.as_bytes()).expect("it is open");
+        client.write_all(request.as_bytes()).expect("the connection is open");
         read_to(client, "\r\n\r\n");
     }
     // Its connection to the prefill engine is idle during the decode leg.
-    let _streaming = stream(&env);
+    let _streaming = open_stream(&env);
     let full = open_descriptors(proxy.pid());
     limit_descriptors(&proxy, full);
     // Every stream keeps a connection to the decode engine. The number of descriptors that probes use varies, so one of the first
@@ -77,21 +77,18 @@ fn without_descriptors_idle_engine_connections_close_first() {
         answer.starts_with("HTTP/1.1 503")
     };
     let first = waiting.iter_mut().position(is_refused).expect("a limit");
-    assert!(
-        first > 0,
-        "the idle connection to the prefill engine gave way to nobody"
-    );
+    assert!(first > 0, "the idle connection to the prefill engine was not closed");
     let mut third = waiting.pop().expect("more clients than descriptors");
     limit_descriptors(&proxy, full.saturating_sub(4));
     // More often than the breaker tolerates.
     for _ in 0..5 {
-        refused(&mut third, "out_of_descriptors");
+        assert_refused(&mut third, "out_of_descriptors");
     }
     limit_descriptors(&proxy, 1024);
     ask(&mut third, true);
     let answer = read_to(&mut third, "data: ");
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    assert!(reached(&env, "descriptors_connect"));
+    assert!(limit_was_reached(&env, "descriptors_connect"));
 }
 
 #[test]
@@ -103,10 +100,11 @@ fn a_connection_without_a_request_times_out_early() {
     complete(&mut idle);
     let mut silent = client(&env);
     let mut half = client(&env);
-    half.write_all(b"GET /health HTTP/1.1\r\nHos").expect("it is open");
+    half.write_all(b"GET /health HTTP/1.1\r\nHos")
+        .expect("the connection is open");
     assert!(is_closed(&mut silent) && is_closed(&mut half));
     complete(&mut idle);
-    assert!(reached(&env, "head_deadline"));
+    assert!(limit_was_reached(&env, "head_deadline"));
     proxy.kill();
 }
 
@@ -130,12 +128,12 @@ fn health_and_metrics_work_at_the_connection_limit() {
     let env = TestEnv::new();
     let _engines = Engines::start(&env, ENDLESS);
     let _proxy = proxy(&env, &["--set", "clients.max_connections=2"]);
-    let both = [stream(&env), stream(&env)];
+    let both = [open_stream(&env), open_stream(&env)];
     assert!(health(&env).starts_with("HTTP/1.1 200"));
     let mut third = client(&env);
-    refused(&mut third, "too_many_connections");
+    assert_refused(&mut third, "too_many_connections");
     assert!(is_closed(&mut third));
-    assert!(reached(&env, "max_connections"));
+    assert!(limit_was_reached(&env, "max_connections"));
     drop(both);
     wait_for("room for a client", || {
         let mut client = client(&env);
@@ -176,8 +174,8 @@ fn the_limit_per_address_is_enforced() {
     let mut first = client(&env);
     complete(&mut first);
     let mut second = client(&env);
-    refused(&mut second, "too_many_connections");
+    assert_refused(&mut second, "too_many_connections");
     assert!(health(&env).starts_with("HTTP/1.1 200"));
     complete(&mut first);
-    assert!(reached(&env, "max_per_address"));
+    assert!(limit_was_reached(&env, "max_per_address"));
 }

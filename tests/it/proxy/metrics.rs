@@ -9,15 +9,15 @@ use xpyd::connector::{Connector, Nixl};
 use xpyd::proxy::{AccessLog, Traces};
 
 use super::harness::{
-    self, COMPLETION, CancelOnDrop, ProxyHarness, Script, ScriptedEngine, answer, dead_port, decode_engine, error,
-    events, prefill_engine, responses_in_turn, within_deadline,
+    self, COMPLETION, CancelOnDrop, ProxyHarness, Script, ScriptedEngine, dead_port, decode_engine, error_response,
+    json_response, prefill_engine, responses_in_turn, sse_response, within_deadline,
 };
 
 const EVENT: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
 /// The number of requests with this outcome.
-fn ended(harness: &ProxyHarness, outcome: &str) -> String {
+fn count_by_outcome(harness: &ProxyHarness, outcome: &str) -> String {
     harness.metric(&format!(r#"xpyd_request_seconds_count{{outcome="{outcome}"}}"#))
 }
 
@@ -25,12 +25,12 @@ fn ended(harness: &ProxyHarness, outcome: &str) -> String {
 async fn every_generation_is_counted_once_by_outcome() {
     let prefill = prefill_engine().await;
     let script: Vec<Script> = vec![
-        || answer(200, COMPLETION),
-        || events([EVENT, DONE].map(Ok).to_vec()),
-        || error(400, "no"),
-        || error(500, "broke"),
-        || error(500, "broke"),
-        || error(500, "broke"),
+        || json_response(200, COMPLETION),
+        || sse_response([EVENT, DONE].map(Ok).to_vec()),
+        || error_response(400, "no"),
+        || error_response(500, "broke"),
+        || error_response(500, "broke"),
+        || error_response(500, "broke"),
     ];
     let decode = ScriptedEngine::start(responses_in_turn(script)).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
@@ -42,9 +42,9 @@ async fn every_generation_is_counted_once_by_outcome() {
         (r#"{"prompt":"x"}"#, "failed", "1"),
     ] {
         harness.complete(body).await;
-        until_ended(&harness, outcome, count).await;
+        wait_for_outcome(&harness, outcome, count).await;
     }
-    assert_eq!(ended(&harness, "left"), "");
+    assert_eq!(count_by_outcome(&harness, "left"), "");
     assert_eq!(
         harness.metric("vllm:e2e_request_latency_seconds_count{model_name=\"m\"}"),
         "2"
@@ -53,9 +53,9 @@ async fn every_generation_is_counted_once_by_outcome() {
 }
 
 /// The proxy counts a request when its last resource is dropped, which can be after its last byte.
-async fn until_ended(harness: &ProxyHarness, outcome: &str, count: &str) {
+async fn wait_for_outcome(harness: &ProxyHarness, outcome: &str, count: &str) {
     within_deadline(outcome, async {
-        while ended(harness, outcome) != count {
+        while count_by_outcome(harness, outcome) != count {
             tokio::task::yield_now().await;
         }
     })
@@ -75,7 +75,7 @@ async fn abandoned_or_broken_streams_are_not_successes() {
                 gate.cancelled().await;
                 Err(std::io::Error::other("cut"))
             });
-            harness::sse(Body::from_stream(first.chain(rest)))
+            harness::event_stream(Body::from_stream(first.chain(rest)))
         }
     })
     .await;
@@ -88,13 +88,13 @@ async fn abandoned_or_broken_streams_are_not_successes() {
     let mut stream = request().await.unwrap().bytes_stream();
     stream.next().await.unwrap().unwrap();
     drop(stream);
-    until_ended(&harness, "left", "1").await;
+    wait_for_outcome(&harness, "left", "1").await;
     let mut stream = request().await.unwrap().bytes_stream();
     stream.next().await.unwrap().unwrap();
     cut.cancel();
     while stream.next().await.is_some() {}
-    until_ended(&harness, "broken", "1").await;
-    assert_eq!(ended(&harness, "answered"), "");
+    wait_for_outcome(&harness, "broken", "1").await;
+    assert_eq!(count_by_outcome(&harness, "answered"), "");
     harness.finish().await;
 }
 
@@ -111,7 +111,7 @@ async fn inter_token_latency_is_observed_per_read() {
                 gate.cancelled().await;
                 Ok([EVENT, EVENT, DONE].concat())
             });
-            harness::sse(Body::from_stream(
+            harness::event_stream(Body::from_stream(
                 first.map(|event| event.map(str::to_owned)).chain(second),
             ))
         }
@@ -142,7 +142,7 @@ async fn inter_token_latency_is_observed_per_read() {
 #[tokio::test]
 async fn the_fleet_exports_vllms_metric_names() {
     let go = CancellationToken::new();
-    let prefill = ScriptedEngine::held_until(&go, harness::nixl_prefilled).await;
+    let prefill = ScriptedEngine::held_until(&go, harness::nixl_prefill_response).await;
     let decode = decode_engine().await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let request = harness.complete(r#"{"prompt":"x"}"#);
@@ -189,8 +189,8 @@ async fn metrics_use_the_requested_format() {
 /// `xpyd proxy` does not supervise its engines, so `/health` asks them.
 #[tokio::test]
 async fn health_asks_unsupervised_engines() {
-    let well = || ScriptedEngine::start(|_| async { answer(200, "") });
-    let ill = ScriptedEngine::start(|_| async { answer(503, "") }).await;
+    let well = || ScriptedEngine::start(|_| async { json_response(200, "") });
+    let ill = ScriptedEngine::start(|_| async { json_response(503, "") }).await;
     let (prefill, decode) = (well().await, well().await);
     for (engines, is_well) in [
         ((vec![prefill.port], vec![decode.port]), true),
@@ -220,9 +220,9 @@ async fn the_access_log_marks_only_real_disconnects() {
     let file = folder.path().join("access.log");
     let decode = ScriptedEngine::start(|seen| async move {
         match &*seen.path {
-            "/v1/completions" => events(vec![Ok("data: {}\n\n"), Ok("data: [DONE]\n\n")]),
-            "/v1/responses" => events(vec![Ok("event: a\ndata: {}\n\n")]),
-            _ => answer(200, "{}"),
+            "/v1/completions" => sse_response(vec![Ok("data: {}\n\n"), Ok("data: [DONE]\n\n")]),
+            "/v1/responses" => sse_response(vec![Ok("event: a\ndata: {}\n\n")]),
+            _ => json_response(200, "{}"),
         }
     })
     .await;
@@ -245,23 +245,23 @@ async fn the_access_log_marks_only_real_disconnects() {
         request.body(body).send().await.unwrap().bytes().await.unwrap();
     }
     harness.finish().await;
-    let told = std::fs::read_to_string(&file).unwrap();
-    let outcomes = told
+    let printed = std::fs::read_to_string(&file).unwrap();
+    let outcomes = printed
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap()["outcome"].to_string());
-    assert_eq!(outcomes.collect::<Vec<_>>(), ["\"answered\""; 8], "{told}");
+    assert_eq!(outcomes.collect::<Vec<_>>(), ["\"answered\""; 8], "{printed}");
 }
 
 /// An engine that answers every request with this text.
-async fn telling(text: &'static str) -> ScriptedEngine {
-    ScriptedEngine::start(move |_| async move { answer(200, text) }).await
+async fn engine_with_page(text: &'static str) -> ScriptedEngine {
+    ScriptedEngine::start(move |_| async move { json_response(200, text) }).await
 }
 
 #[tokio::test]
 async fn merged_metrics_keep_fleet_names_distinct() {
     const PAGE: &str = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\"} 3.0\n";
     for by_option in [true, false] {
-        let (prefill, decode) = (telling(PAGE).await, telling(PAGE).await);
+        let (prefill, decode) = (engine_with_page(PAGE).await, engine_with_page(PAGE).await);
         let mut settings = harness::settings(Connector::Nixl(Nixl {}));
         settings.service.metrics.merge = by_option;
         let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
@@ -290,7 +290,7 @@ async fn merged_metrics_keep_fleet_names_distinct() {
 
 #[tokio::test]
 async fn concurrent_scrapes_share_one_engine_request() {
-    let (prefill, decode) = (telling("m 1\n").await, telling("m 1\n").await);
+    let (prefill, decode) = (engine_with_page("m 1\n").await, engine_with_page("m 1\n").await);
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     for path in ["/metrics?engines", "/version"] {
         let before = decode.requests().len();
@@ -317,11 +317,11 @@ async fn failed_engine_scrapes_are_counted_and_block_nothing() {
     .await;
     let endless = ScriptedEngine::start(|_| async {
         let line = futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>("m 1\n".repeat(1 << 14)));
-        answer(200, Body::from_stream(line))
+        json_response(200, Body::from_stream(line))
     })
     .await;
-    let broken = ScriptedEngine::start(|_| async { error(500, "broke") }).await;
-    let good = telling("m 1\n").await;
+    let broken = ScriptedEngine::start(|_| async { error_response(500, "broke") }).await;
+    let good = engine_with_page("m 1\n").await;
     let prefill = [stuck.port, dead_port().await, good.port];
     let harness = ProxyHarness::nixl(&prefill, &[endless.port, broken.port]).await;
     let merged = harness.get("/metrics?engines").await.text().await.unwrap();
@@ -333,12 +333,12 @@ async fn failed_engine_scrapes_are_counted_and_block_nothing() {
         .lines()
         .filter(|line| line.starts_with("xpyd_engine_metrics_unread_total{") && line.ends_with(" 1"));
     assert_eq!(unread.count(), 4, "{merged}");
-    within_deadline("the hang-up", hung_up.cancelled()).await;
+    within_deadline("the disconnect", hung_up.cancelled()).await;
     harness.finish().await;
 }
 
 /// Trace, span and flags of a `traceparent`.
-fn parts(headers: &axum::http::HeaderMap) -> [String; 3] {
+fn traceparent_fields(headers: &axum::http::HeaderMap) -> [String; 3] {
     let value = headers["traceparent"].to_str().unwrap();
     let parts: Vec<&str> = value.split('-').collect();
     assert_eq!((parts.len(), parts[0]), (4, "00"), "{value}");
@@ -347,7 +347,7 @@ fn parts(headers: &axum::http::HeaderMap) -> [String; 3] {
 }
 
 /// A proxy with tracing whose collector is unreachable.
-async fn tracing(percent: u8) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) {
+async fn traced_harness(percent: u8) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) {
     let (prefill, decode) = (prefill_engine().await, decode_engine().await);
     let endpoint = format!("http://127.0.0.1:{}/v1/traces", dead_port().await);
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
@@ -358,7 +358,7 @@ async fn tracing(percent: u8) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) 
 
 #[tokio::test]
 async fn every_leg_has_its_own_span_in_the_clients_trace() {
-    let (prefill, decode, harness) = tracing(0).await;
+    let (prefill, decode, harness) = traced_harness(0).await;
     let (trace, span) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
     for flags in ["01", "00"] {
         for path in ["/v1/completions", "/tokenize"] {
@@ -369,7 +369,11 @@ async fn every_leg_has_its_own_span_in_the_clients_trace() {
             assert_eq!(request.send().await.unwrap().status(), 200);
         }
         let seen = [prefill.requests(), decode.requests()].concat();
-        let legs: Vec<_> = seen.iter().rev().map(|seen| parts(&seen.headers)).collect();
+        let legs: Vec<_> = seen
+            .iter()
+            .rev()
+            .map(|seen| traceparent_fields(&seen.headers))
+            .collect();
         let mut spans: Vec<_> = legs.iter().map(|[_, span, _]| span.clone()).collect();
         spans.push(span.into());
         spans.sort();
@@ -379,7 +383,7 @@ async fn every_leg_has_its_own_span_in_the_clients_trace() {
             assert_eq!(seen.headers["tracestate"], "vendor=1");
         }
         // The client's own sampling decision applies.
-        let [_, _, last] = parts(&decode.requests().last().unwrap().headers);
+        let [_, _, last] = traceparent_fields(&decode.requests().last().unwrap().headers);
         assert_eq!(last, flags);
         assert!(legs.iter().all(|[id, ..]| id == trace), "{legs:?}");
     }
@@ -389,7 +393,7 @@ async fn every_leg_has_its_own_span_in_the_clients_trace() {
 #[tokio::test]
 async fn a_new_trace_follows_the_sampling_ratio() {
     for (percent, flags) in [(100, "01"), (0, "00")] {
-        let (prefill, decode, harness) = tracing(percent).await;
+        let (prefill, decode, harness) = traced_harness(percent).await;
         for broken in [
             None,
             Some("garbage"),
@@ -401,7 +405,7 @@ async fn a_new_trace_follows_the_sampling_ratio() {
                 .fold(request, |request, value| request.header("traceparent", value));
             assert_eq!(request.send().await.unwrap().status(), 200);
             let seen = [prefill.requests().pop().unwrap(), decode.requests().pop().unwrap()];
-            let [first, second] = seen.map(|seen| parts(&seen.headers));
+            let [first, second] = seen.map(|seen| traceparent_fields(&seen.headers));
             assert_eq!((&first[0], &first[2]), (&second[0], &flags.to_owned()));
             assert_ne!(first[1], second[1]);
         }

@@ -4,11 +4,12 @@ use xpyd::connector::{Connector, Nixl};
 use xpyd::proxy::{ClientKeys, EngineKey, Parts};
 
 use super::harness::{
-    self, COMPLETION, ProxyHarness, ScriptedEngine, answer, code, decode_engine, nixl_prefilled, prefill_engine,
+    self, COMPLETION, ProxyHarness, ScriptedEngine, code, decode_engine, json_response, nixl_prefill_response,
+    prefill_engine,
 };
 
 /// A proxy with its own key over two engines that get another key.
-async fn guarded(pass_key_through: bool) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) {
+async fn harness_with_keys(pass_key_through: bool) -> (ScriptedEngine, ScriptedEngine, ProxyHarness) {
     let (prefill, decode) = (prefill_engine().await, decode_engine().await);
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.parts = Parts {
@@ -24,7 +25,7 @@ async fn guarded(pass_key_through: bool) -> (ScriptedEngine, ScriptedEngine, Pro
 #[tokio::test]
 async fn a_checked_key_is_forwarded_only_on_request() {
     for (pass_through, sent) in [(false, "Bearer engines"), (true, "Bearer clients")] {
-        let (prefill, decode, harness) = guarded(pass_through).await;
+        let (prefill, decode, harness) = harness_with_keys(pass_through).await;
         let request = |path: &str| {
             harness
                 .post(path, r#"{"prompt":"x"}"#)
@@ -41,7 +42,7 @@ async fn a_checked_key_is_forwarded_only_on_request() {
 
 #[tokio::test]
 async fn a_request_without_a_key_is_refused() {
-    let (prefill, decode, harness) = guarded(false).await;
+    let (prefill, decode, harness) = harness_with_keys(false).await;
     let response = harness
         .post("/v1/completions", r#"{"prompt":"x"}"#)
         .send()
@@ -59,8 +60,8 @@ async fn a_request_without_a_key_is_refused() {
 
 #[tokio::test]
 async fn without_proxy_keys_the_clients_key_is_forwarded() {
-    let prefill = ScriptedEngine::start(|_| async { nixl_prefilled() }).await;
-    let decode = ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await;
+    let prefill = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
+    let decode = ScriptedEngine::start(|_| async { json_response(200, COMPLETION) }).await;
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.parts.engine_key = Some(EngineKey::new("engines").unwrap());
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
@@ -72,7 +73,7 @@ async fn without_proxy_keys_the_clients_key_is_forwarded() {
     own.send().await.unwrap();
     for seen in [prefill.requests(), decode.requests()] {
         let keys: Vec<_> = seen.iter().map(|seen| seen.headers.get("authorization")).collect();
-        assert_eq!(keys[0], None, "nobody uses the fleet's key without having shown one");
+        assert_eq!(keys[0], None, "a request without a key must not use the fleet's key");
         assert_eq!(keys[1].unwrap(), "Bearer own");
     }
     harness.finish().await;
@@ -168,9 +169,9 @@ async fn a_response_reports_its_stage_times() {
     let prefill = prefill_engine().await;
     let decode = ScriptedEngine::start(|seen| async move {
         if seen.json()["stream"] == true {
-            harness::events(STREAM.map(Ok).to_vec())
+            harness::sse_response(STREAM.map(Ok).to_vec())
         } else {
-            answer(200, COMPLETION)
+            json_response(200, COMPLETION)
         }
     })
     .await;
@@ -188,7 +189,7 @@ async fn a_response_reports_its_stage_times() {
     ] {
         let response = harness.post("/v1/completions", body).send().await.unwrap();
         let timing = response.headers()["server-timing"].to_str().unwrap().to_owned();
-        let told: Vec<&str> = timing
+        let reported: Vec<&str> = timing
             .split(", ")
             .map(|entry| {
                 let (name, time) = entry.split_once(";dur=").unwrap();
@@ -196,7 +197,7 @@ async fn a_response_reports_its_stage_times() {
                 name
             })
             .collect();
-        assert_eq!(told, stages, "{body}");
+        assert_eq!(reported, stages, "{body}");
     }
     let response = harness.post("/tokenize", "{}").send().await.unwrap();
     assert!(!response.headers().contains_key("server-timing"));

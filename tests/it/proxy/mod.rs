@@ -1,9 +1,6 @@
 //! The proxy: in the test process over scripted engines, and as a program over simulated ones.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "helpers of tests stop them as loudly as the tests themselves"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 mod admission;
 mod api_keys;
@@ -12,6 +9,7 @@ mod browser_clients;
 mod canary;
 mod client_connections;
 mod exact;
+mod first_token;
 mod handoff;
 mod harness;
 mod http1_client;

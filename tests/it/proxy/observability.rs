@@ -22,7 +22,7 @@ fn lines(env: &TestEnv, name: &str) -> Vec<Value> {
 }
 
 /// Checks a line of the access log for a generation with hand-off.
-fn assert_tells_all_of_a_generation(line: &Value) {
+fn assert_generation_is_logged(line: &Value) {
     for (key, value) in [
         ("method", json!("POST")),
         ("route", json!("/v1/completions")),
@@ -92,14 +92,14 @@ fn the_access_log_has_every_request_and_no_content() {
     assert_eq!(
         lines(&env, "access.jsonl").len(),
         4,
-        "canaries and the question for its health are no clients'"
+        "canaries and health checks are not logged"
     );
 
     // A line is written when its request is over, so the order varies.
     let of = |status: u16| found.iter().filter(move |line| line["status"] == status);
     let generations: Vec<&Value> = of(200).collect();
     assert_eq!(generations.len(), 2);
-    generations.into_iter().for_each(assert_tells_all_of_a_generation);
+    generations.into_iter().for_each(assert_generation_is_logged);
     let refused = of(401).next().expect("a line");
     assert_eq!(
         (&refused["code"], &refused["outcome"]),
@@ -125,7 +125,7 @@ fn an_unwritable_access_log_is_refused_before_the_start() {
 }
 
 /// Every metric in an expression of the dashboard.
-fn named_by_the_dashboard() -> Vec<String> {
+fn dashboard_metrics() -> Vec<String> {
     fn expressions(value: &Value, found: &mut Vec<String>) {
         match value {
             Value::Object(fields) => {
@@ -167,20 +167,24 @@ fn every_dashboard_metric_is_exported() {
     let port = env.proxy_port();
     let body = json!({"model": MODEL, "prompt": "one two", "max_tokens": 4, "stream": true}).to_string();
     assert_eq!(post_with(port, "/v1/completions", &body, &[]).0, 200);
-    let named = named_by_the_dashboard();
+    let named = dashboard_metrics();
     assert!(named.len() > 15, "{named:?}");
     let missing = wait_for("the end of the request", || {
         let text = get(port, "/metrics");
-        let is_told = |name: &String| {
+        let is_exported = |name: &String| {
             text.lines().any(|line| {
                 line.strip_prefix(name.as_str())
                     .is_some_and(|rest| rest.starts_with(['{', ' ']))
             })
         };
-        if !text.contains("xpyd_request_seconds_count{outcome=\"answered\"} 1") {
+        if !text.contains("xpyd_request_seconds_count{outcome=\"answered\"} 1\n") {
             return Err(text);
         }
-        Ok(named.iter().filter(|name| !is_told(name)).cloned().collect::<Vec<_>>())
+        Ok(named
+            .iter()
+            .filter(|name| !is_exported(name))
+            .cloned()
+            .collect::<Vec<_>>())
     });
     // No request was abandoned here, so the cleanup metrics do not exist yet.
     assert_eq!(missing, ["xpyd_handoff_cleanups_total"]);
@@ -253,7 +257,7 @@ fn a_request_and_its_legs_are_spans_of_one_trace() {
     );
     assert_eq!(post_with(env.proxy_port(), "/v1/completions", "[1]", &context).0, 400);
     run.signal(Signal::SIGINT);
-    assert_eq!(run.end().0, 0, "what waits is exported before the end");
+    assert_eq!(run.end().0, 0, "pending spans are exported before the exit");
 
     let exported: Vec<ExportTraceServiceRequest> = exports.try_iter().collect();
     assert!(!format!("{exported:?}").contains("confidential"));

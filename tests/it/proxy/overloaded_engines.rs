@@ -4,13 +4,15 @@ use axum::body::Body;
 use axum::http::Response;
 use serde_json::json;
 
-use super::harness::{COMPLETION, ProxyHarness, ScriptedEngine, answer, code, error, events, prefill_engine};
+use super::harness::{
+    COMPLETION, ProxyHarness, ScriptedEngine, code, error_response, json_response, prefill_engine, sse_response,
+};
 use super::kv_cleanup::is_release;
 
 /// An overloaded engine that sends `retry-after: wait`.
-async fn busy(status: u16, wait: &'static str) -> ScriptedEngine {
+async fn busy_engine(status: u16, wait: &'static str) -> ScriptedEngine {
     ScriptedEngine::start(move |_| async move {
-        let mut response = error(status, "no room");
+        let mut response = error_response(status, "no room");
         response.headers_mut().insert("retry-after", wait.parse().unwrap());
         response
     })
@@ -35,25 +37,25 @@ async fn ask(harness: &ProxyHarness) -> (u16, String, String) {
 
 #[tokio::test]
 async fn a_busy_engine_is_not_retried_and_retry_after_is_sent() {
-    for (status, wait, told) in [
+    for (status, wait, expected) in [
         (503, "7", "7"),
         (429, "120", "120"),
         (503, "Sun, 06 Nov 1994 08:49:37 GMT", "1"),
         (503, "soon", "1"),
     ] {
-        let (prefill, decode) = (prefill_engine().await, busy(status, wait).await);
+        let (prefill, decode) = (prefill_engine().await, busy_engine(status, wait).await);
         let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
         let (got, after, body) = ask(&harness).await;
-        assert_eq!((got, after.as_str()), (status, told), "{body}");
+        assert_eq!((got, after.as_str()), (status, expected), "{body}");
         assert_eq!(code(&body), "engine_overloaded");
         assert!(body.contains("no room"), "{body}");
         assert_eq!((legs(&prefill), legs(&decode)), (1, 1));
         harness.finish().await;
 
-        let (prefill, decode) = (busy(status, wait).await, prefill_engine().await);
+        let (prefill, decode) = (busy_engine(status, wait).await, prefill_engine().await);
         let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
         let (got, after, _) = ask(&harness).await;
-        assert_eq!((got, after.as_str()), (status, told));
+        assert_eq!((got, after.as_str()), (status, expected));
         assert_eq!((prefill.requests().len(), decode.requests().len()), (1, 0));
         harness.finish().await;
     }
@@ -61,7 +63,11 @@ async fn a_busy_engine_is_not_retried_and_retry_after_is_sent() {
 
 #[tokio::test]
 async fn the_longest_retry_after_is_sent_if_all_are_busy() {
-    let (prefill, first, second) = (prefill_engine().await, busy(503, "3").await, busy(503, "9").await);
+    let (prefill, first, second) = (
+        prefill_engine().await,
+        busy_engine(503, "3").await,
+        busy_engine(503, "9").await,
+    );
     let harness = ProxyHarness::nixl(&[prefill.port], &[first.port, second.port]).await;
     let (status, after, _) = ask(&harness).await;
     assert_eq!((status, after.as_str()), (503, "9"));
@@ -72,8 +78,8 @@ async fn the_longest_retry_after_is_sent_if_all_are_busy() {
 /// An engine that fails this often is chosen last. A busy engine keeps its turn.
 #[tokio::test]
 async fn a_busy_engine_does_not_open_the_breaker() {
-    let (prefill, full) = (prefill_engine().await, busy(503, "1").await);
-    let free = ScriptedEngine::start(|_| async { answer(200, COMPLETION) }).await;
+    let (prefill, full) = (prefill_engine().await, busy_engine(503, "1").await);
+    let free = ScriptedEngine::start(|_| async { json_response(200, COMPLETION) }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[full.port, free.port]).await;
     for _ in 0..12 {
         assert_eq!(ask(&harness).await.0, 200);
@@ -89,7 +95,7 @@ async fn a_busy_engine_does_not_open_the_breaker() {
 #[tokio::test]
 async fn a_busy_error_event_becomes_the_status() {
     let decode = ScriptedEngine::start(|_| async {
-        events(vec![Ok(
+        sse_response(vec![Ok(
             "data: {\"error\":{\"message\":\"no room\",\"type\":\"T\",\"code\":429}}\n\ndata: [DONE]\n\n",
         )])
     })

@@ -65,7 +65,7 @@ pub(crate) fn client(env: &TestEnv) -> TcpStream {
 }
 
 /// A client with a small receive buffer.
-pub(crate) fn narrow_client(env: &TestEnv) -> TcpStream {
+pub(crate) fn small_buffer_client(env: &TestEnv) -> TcpStream {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

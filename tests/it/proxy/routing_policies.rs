@@ -6,8 +6,8 @@ use xpyd::fleet::Role;
 use xpyd::service::{Policy, Routing};
 
 use super::harness::{
-    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, answer, decode_engine, nixl_prefilled,
-    prefill_engine,
+    self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, decode_engine, json_response,
+    nixl_prefill_response, prefill_engine,
 };
 use crate::support::{TestEnv, completion, get};
 
@@ -88,7 +88,7 @@ async fn load_is_measured_in_tokens() {
                 if seen.raw.contains("\"user\":\"slow\"") {
                     gate.cancelled().await;
                 }
-                answer(200, COMPLETION)
+                json_response(200, COMPLETION)
             }
         })
     };
@@ -150,7 +150,7 @@ async fn the_hash_policy_keeps_prefixes_and_sessions_together() {
 #[tokio::test]
 async fn short_and_cached_prompts_skip_the_prefill_engine() {
     let (prefill, decode) = (
-        ScriptedEngine::start(|_| async { nixl_prefilled() }).await,
+        ScriptedEngine::start(|_| async { nixl_prefill_response() }).await,
         decode_engine().await,
     );
     let routing = Routing {

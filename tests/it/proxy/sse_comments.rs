@@ -11,11 +11,11 @@ use xpyd::connector::{Connector, Nixl};
 use xpyd::proxy::Settings;
 
 use super::harness::{
-    self, ProxyHarness, ScriptedEngine, code, events, prefill_engine, responses_in_turn, within_deadline,
+    self, ProxyHarness, ScriptedEngine, code, prefill_engine, responses_in_turn, sse_response, within_deadline,
 };
 
 /// Keepalive comments and empty events, in every spelling.
-const SILENCE: &str =
+const KEEPALIVES: &str =
     ": keep-alive\n\n:\r\n\r\ndata:\n\ndata: \t\n\nretry: 3000\n\nid: 7\n\nevent: ping\nid: 8\ndata:\n\n\n\n";
 
 const STREAM: &str = r#"{"prompt":"x","stream":true}"#;
@@ -23,12 +23,12 @@ const STREAM: &str = r#"{"prompt":"x","stream":true}"#;
 #[tokio::test]
 async fn an_error_after_comments_is_retried() {
     let failing = || {
-        events(vec![
-            Ok(SILENCE),
+        sse_response(vec![
+            Ok(KEEPALIVES),
             Ok("data: {\"error\":{\"message\":\"boom\",\"code\":500}}\n\ndata: [DONE]\n\n"),
         ])
     };
-    let good = || events(vec![Ok(SILENCE), Ok("data: {\"a\":1}\n\n"), Ok("data: [DONE]\n\n")]);
+    let good = || sse_response(vec![Ok(KEEPALIVES), Ok("data: {\"a\":1}\n\n"), Ok("data: [DONE]\n\n")]);
     let prefill = prefill_engine().await;
     let decode = ScriptedEngine::start(responses_in_turn(vec![failing, good])).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
@@ -36,7 +36,7 @@ async fn an_error_after_comments_is_retried() {
     assert_eq!(status, 200);
     assert_eq!(
         text,
-        format!("{SILENCE}data: {{\"a\":1}}\n\ndata: [DONE]\n\n"),
+        format!("{KEEPALIVES}data: {{\"a\":1}}\n\ndata: [DONE]\n\n"),
         "comments are passed on"
     );
     assert_eq!(prefill.requests().len(), 2);
@@ -50,12 +50,12 @@ async fn comments_do_not_count_as_first_token() {
     let decode = ScriptedEngine::start(move |_| {
         let gate = gate.clone();
         async move {
-            let first = stream::iter([SILENCE; 3].map(Ok::<_, std::io::Error>));
+            let first = stream::iter([KEEPALIVES; 3].map(Ok::<_, std::io::Error>));
             let rest = stream::once(async move {
                 gate.cancelled().await;
                 Ok("data: {\"a\":1}\n\ndata: [DONE]\n\n")
             });
-            harness::sse(Body::from_stream(first.chain(rest)))
+            harness::event_stream(Body::from_stream(first.chain(rest)))
         }
     })
     .await;
@@ -80,8 +80,8 @@ async fn comments_between_tokens_are_not_counted() {
     let decode = ScriptedEngine::start(|_| async {
         let pieces = [
             "data: {\"a\":1}\n\n",
-            SILENCE,
-            SILENCE,
+            KEEPALIVES,
+            KEEPALIVES,
             "data: {\"b\":1}\n\ndata: [DONE]\n\n",
         ];
         // Each event is read separately, because the next one is created after the last one was sent.
@@ -89,7 +89,7 @@ async fn comments_between_tokens_are_not_counted() {
             tokio::task::yield_now().await;
             Ok::<_, std::io::Error>(piece)
         });
-        harness::sse(Body::from_stream(pieces))
+        harness::event_stream(Body::from_stream(pieces))
     })
     .await;
     let prefill = prefill_engine().await;
@@ -112,9 +112,9 @@ async fn comments_do_not_keep_a_hung_stream_alive() {
                 let turns = tokio::time::interval(Duration::from_millis(20));
                 let rest = stream::unfold(turns, |mut turns| async {
                     turns.tick().await;
-                    Some((Ok::<_, std::io::Error>(SILENCE), turns))
+                    Some((Ok::<_, std::io::Error>(KEEPALIVES), turns))
                 });
-                harness::sse(Body::from_stream(stream::iter([Ok(beginning)]).chain(rest)))
+                harness::event_stream(Body::from_stream(stream::iter([Ok(beginning)]).chain(rest)))
             })
             .await;
             let prefill = prefill_engine().await;
@@ -147,7 +147,7 @@ async fn without_comments(stream: impl Stream<Item = reqwest::Result<Bytes>>) ->
 }
 
 /// A proxy that sends a keepalive comment after very short pauses.
-fn lively() -> Settings {
+fn with_keepalive() -> Settings {
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
     settings.service.streams.keep_alive = Duration::from_millis(50);
     settings
@@ -156,10 +156,11 @@ fn lively() -> Settings {
 #[tokio::test]
 async fn keepalive_comments_are_sent_during_prefill() {
     let go = CancellationToken::new();
-    let prefill = ScriptedEngine::held_until(&go, harness::nixl_prefilled).await;
+    let prefill = ScriptedEngine::held_until(&go, harness::nixl_prefill_response).await;
     let decode =
-        ScriptedEngine::start(|_| async { events(vec![Ok("data: {\"a\":1}\n\n"), Ok("data: [DONE]\n\n")]) }).await;
-    let harness = ProxyHarness::start(lively(), &[prefill.port], &[decode.port], 1, None).await;
+        ScriptedEngine::start(|_| async { sse_response(vec![Ok("data: {\"a\":1}\n\n"), Ok("data: [DONE]\n\n")]) })
+            .await;
+    let harness = ProxyHarness::start(with_keepalive(), &[prefill.port], &[decode.port], 1, None).await;
     let response = harness.post("/v1/completions", STREAM).send().await.unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
@@ -181,9 +182,9 @@ async fn keepalive_comments_are_sent_during_prefill() {
 async fn a_failure_after_a_comment_is_an_error_event() {
     for (status, outcome) in [(500, "broken"), (400, "refused")] {
         let go = CancellationToken::new();
-        let decode = ScriptedEngine::held_until(&go, move || harness::error(status, "of the engine")).await;
+        let decode = ScriptedEngine::held_until(&go, move || harness::error_response(status, "of the engine")).await;
         let prefill = prefill_engine().await;
-        let harness = ProxyHarness::start(lively(), &[prefill.port], &[decode.port], 1, None).await;
+        let harness = ProxyHarness::start(with_keepalive(), &[prefill.port], &[decode.port], 1, None).await;
         let response = harness.post("/v1/completions", STREAM).send().await.unwrap();
         assert_eq!(response.status(), 200);
         let mut stream = response.bytes_stream();
@@ -213,14 +214,14 @@ async fn a_failure_after_a_comment_is_an_error_event() {
 async fn fast_and_non_stream_responses_get_no_comments() {
     let decode = ScriptedEngine::start(|seen| async move {
         if seen.raw.contains("\"stream\":true") {
-            events(vec![Ok("data: {\"a\":1}\n\ndata: [DONE]\n\n")])
+            sse_response(vec![Ok("data: {\"a\":1}\n\ndata: [DONE]\n\n")])
         } else {
-            harness::answer(200, harness::COMPLETION)
+            harness::json_response(200, harness::COMPLETION)
         }
     })
     .await;
     let prefill = prefill_engine().await;
-    let mut settings = lively();
+    let mut settings = with_keepalive();
     settings.service.streams.keep_alive = Duration::from_mins(10);
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     assert_eq!(

@@ -26,7 +26,7 @@ fn text(output: &Output) -> String {
 }
 
 /// The TOML blocks of a page. Blocks that do not extend a profile are parts of one.
-fn tomls(page: &str) -> Vec<String> {
+fn toml_blocks(page: &str) -> Vec<String> {
     let blocks = page.split("```toml\n").skip(1);
     let blocks = blocks.map(|rest| rest.split("```").next().expect("an end"));
     let whole = |block: &str| {
@@ -42,12 +42,12 @@ fn tomls(page: &str) -> Vec<String> {
 /// A test environment with the README's profile in `my.toml`.
 fn readme_env() -> TestEnv {
     let env = TestEnv::new();
-    std::fs::write(env.path().join("my.toml"), &tomls(README)[0]).expect("a file");
+    std::fs::write(env.path().join("my.toml"), &toml_blocks(README)[0]).expect("a file");
     env
 }
 
 /// The xpyd commands on a page, in order, as words without comments. A line that ends in `\` continues.
-fn lines(page: &str) -> Vec<Vec<String>> {
+fn documented_commands(page: &str) -> Vec<Vec<String>> {
     let text = page.replace("\\\n", " ");
     let commands = text.lines().filter_map(|line| line.strip_prefix("    xpyd "));
     let words = commands.map(|line| line.split(" #").next().unwrap_or_default().split_whitespace());
@@ -57,9 +57,9 @@ fn lines(page: &str) -> Vec<Vec<String>> {
 #[test]
 fn documented_profiles_are_valid() {
     let env = readme_env();
-    let tomls = [tomls(README), tomls(CONFIGURATION)].concat();
-    assert!(tomls.len() > 5, "{} blocks", tomls.len());
-    for (number, toml) in tomls.iter().enumerate() {
+    let toml_blocks = [toml_blocks(README), toml_blocks(CONFIGURATION)].concat();
+    assert!(toml_blocks.len() > 5, "{} blocks", toml_blocks.len());
+    for (number, toml) in toml_blocks.iter().enumerate() {
         let file = format!("{number}.toml");
         std::fs::write(env.path().join(&file), toml).expect("a file");
         let output = env.run(&["profiles", "validate", &file]);
@@ -86,7 +86,7 @@ fn the_readme_profile_runs_on_simulated_engines() {
 }
 
 /// A documented command changed for the test machine: simulated engines, free ports, and a limited run time.
-fn adapted(env: &TestEnv, words: &[String]) -> Vec<String> {
+fn adapted_command(env: &TestEnv, words: &[String]) -> Vec<String> {
     let mut words = words.to_vec();
     let before = words.iter().position(|word| word == "--").unwrap_or(words.len());
     let insert = |words: &mut Vec<String>, more: &[&str]| {
@@ -114,10 +114,10 @@ fn documented_commands_work_in_order() {
     let output = env.run(&arguments);
     assert!(output.status.success(), "{}", text(&output));
     let mut done = 0;
-    let all: Vec<Vec<String>> = PAGES.iter().flat_map(|(_, page)| lines(page)).collect();
+    let all: Vec<Vec<String>> = PAGES.iter().flat_map(|(_, page)| documented_commands(page)).collect();
     // A proxy for engines on other machines runs for ever.
     for line in all.iter().filter(|words| words[0] != "proxy") {
-        let words = adapted(&env, line);
+        let words = adapted_command(&env, line);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let output = env.run(&words);
         assert!(output.status.success(), "{words:?}: {}", text(&output));
@@ -207,6 +207,7 @@ fn completions_exist_for_the_documented_shells() {
         let output = env.run(&["completions", shell]);
         let script = text(&output);
         assert!(output.status.success() && script.contains("profiles"), "{shell}");
+        assert!(README.contains(shell), "the README does not name {shell}");
         // Commands that only xpyd itself runs.
         assert!(!script.contains("shim") && !script.contains("sim-lmcache"), "{shell}");
     }

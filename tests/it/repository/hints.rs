@@ -72,7 +72,7 @@ fn every_command_in_a_text_parses() {
             let is_understood = parsed.as_ref().map_or_else(|error| !error.use_stderr(), |_| true);
             assert!(
                 is_understood,
-                "{}: `{command}` is no command: {:?}",
+                "{}: `{command}` does not parse: {:?}",
                 path.display(),
                 parsed.err()
             );
@@ -82,7 +82,7 @@ fn every_command_in_a_text_parses() {
 }
 
 /// The commands in the hints of this output.
-fn hinted(printed: &str) -> Vec<String> {
+fn hinted_commands(printed: &str) -> Vec<String> {
     let hints = printed.lines().filter(|line| line.starts_with("hint:"));
     let spans = hints.flat_map(|line| line.split('`').skip(1).step_by(2));
     let named = spans.filter(|span| span.starts_with("xpyd ") || span.starts_with("kill "));
@@ -90,7 +90,7 @@ fn hinted(printed: &str) -> Vec<String> {
 }
 
 /// Runs one command as it is printed, and checks that it succeeds.
-fn follow(env: &TestEnv, command: &str) {
+fn run_hint(env: &TestEnv, command: &str) {
     let words: Vec<&str> = command.split_whitespace().collect();
     let output = if words[0] == "xpyd" {
         env.run(&words[1..])
@@ -131,7 +131,7 @@ fn assert_only_the_other_run_is_left(env: &TestEnv, others: &[(i32, String)]) {
             Err(format!("{now:#?}"))
         }
     });
-    follow(env, "xpyd down --name other");
+    run_hint(env, "xpyd down --name other");
     env.wait_until_empty();
     env.assert_no_listener();
 }
@@ -140,14 +140,14 @@ fn assert_only_the_other_run_is_left(env: &TestEnv, others: &[(i32, String)]) {
 fn the_hint_for_a_suspended_xpyd_ends_only_its_run() {
     let env = TestEnv::new();
     let (others, xpyd) = two_runs(&env, &[]);
-    kill(Pid::from_raw(xpyd), Signal::SIGSTOP).expect("it is there");
+    kill(Pid::from_raw(xpyd), Signal::SIGSTOP).expect("the process exists");
     let output = env.run(&["down", "--name", "mine"]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
     let command = format!("kill -CONT {xpyd}");
     assert!(printed.contains(&format!("`{command}`")), "{printed}");
-    follow(&env, &command);
-    follow(&env, "xpyd down --name mine");
+    run_hint(&env, &command);
+    run_hint(&env, "xpyd down --name mine");
     assert_only_the_other_run_is_left(&env, &others);
 }
 
@@ -171,17 +171,17 @@ fn the_hint_for_a_hung_shim_ends_only_its_run() {
         own.iter().any(|parent| status.contains(&format!("PPid:\t{parent}\n")))
     };
     let shim = own.iter().copied().find(is_child).expect("the child of its monitor");
-    kill(Pid::from_raw(shim), Signal::SIGSTOP).expect("it is there");
+    kill(Pid::from_raw(shim), Signal::SIGSTOP).expect("the process exists");
     let output = env.run(&["down", "--name", "mine"]);
     assert_eq!(output.status.code(), Some(8), "{output:?}");
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
-    let commands = hinted(&printed);
+    let commands = hinted_commands(&printed);
     assert_eq!(
         commands,
         [format!("kill -KILL {shim}"), "xpyd doctor".to_owned()],
         "{printed}"
     );
-    follow(&env, &commands[0]);
+    run_hint(&env, &commands[0]);
     assert_only_the_other_run_is_left(&env, &others);
 }
 
@@ -205,24 +205,24 @@ fn a_named_run_prints_commands_that_name_it() {
     }
     // A command for the default run mentions this one.
     let output = env.run(&["status"]);
-    let commands = hinted(&String::from_utf8_lossy(&output.stderr));
+    let commands = hinted_commands(&String::from_utf8_lossy(&output.stderr));
     assert_eq!(commands, ["xpyd ps"]);
     assert!(
         String::from_utf8_lossy(&output.stderr).contains("`--name mine`"),
         "{output:?}"
     );
     for command in &commands {
-        follow(&env, command);
+        run_hint(&env, command);
     }
     let again = env.run(&["up", "--engine", "sim", "--name", "mine"]);
-    let commands = hinted(&String::from_utf8_lossy(&again.stderr));
+    let commands = hinted_commands(&String::from_utf8_lossy(&again.stderr));
     assert_eq!(
         commands,
         ["xpyd status --name mine", "xpyd down --name mine"],
         "{again:?}"
     );
     for command in &commands {
-        follow(&env, command);
+        run_hint(&env, command);
     }
     assert_eq!(run.end().0, 0);
 }
@@ -291,7 +291,7 @@ fn invalid_values_are_explained_in_plain_words() {
     let env = TestEnv::new();
     std::fs::create_dir_all(env.path().join("run")).expect("a folder");
     std::fs::write(env.path().join("run/decoder1.log"), "one\ntwo\n").expect("a log");
-    for (line, told) in [
+    for (line, expected) in [
         ("bench --request-rate fast", "it is not a number"),
         (
             "bench --request-rate -1",
@@ -314,7 +314,7 @@ fn invalid_values_are_explained_in_plain_words() {
         let output = env.run(&line.split(' ').collect::<Vec<_>>());
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{line}: {text}");
-        assert!(text.contains(told), "{line}: {text}");
+        assert!(text.contains(expected), "{line}: {text}");
         for theirs in ["literal", "digit found", "target type", "metadata", "tip:"] {
             assert!(!text.contains(theirs), "{line}: {text}");
         }

@@ -134,10 +134,17 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// The sources below a folder of the repository, which must have some.
+fn sources_below(folder: &str) -> Vec<PathBuf> {
+    let found = sources(&root().join(folder));
+    assert!(!found.is_empty(), "no sources below {folder}");
+    found
+}
+
 /// The path relative to `src`, the top-level module, and the text of every source file.
 fn modules() -> Vec<(String, String, String)> {
     let src = root().join("src");
-    sources(&src)
+    sources_below("src")
         .into_iter()
         .map(|path| {
             let name = path.strip_prefix(&src).expect("below src").display().to_string();
@@ -191,7 +198,7 @@ fn imported(text: &str) -> Vec<String> {
 #[test]
 fn imports_go_down_only() {
     let table: BTreeMap<&str, &[&str]> = ALLOWED.iter().copied().collect();
-    let mut wrong = Vec::new();
+    let (mut wrong, mut arrows) = (Vec::new(), 0);
     for (name, module, text) in modules() {
         if ["lib", "main"].contains(&module.as_str()) {
             continue;
@@ -200,11 +207,16 @@ fn imports_go_down_only() {
             .get(module.as_str())
             .unwrap_or_else(|| panic!("`{module}` is not in the import table"));
         for import in imported(&text) {
-            if import != module && table.contains_key(import.as_str()) && !allowed.contains(&import.as_str()) {
+            if import == module || !table.contains_key(import.as_str()) {
+                continue;
+            }
+            arrows += 1;
+            if !allowed.contains(&import.as_str()) {
                 wrong.push(format!("{name} imports `{import}`"));
             }
         }
     }
+    assert!(arrows > 0, "no imports were found");
     assert!(wrong.is_empty(), "forbidden imports:\n{}", wrong.join("\n"));
 }
 
@@ -238,7 +250,7 @@ fn the_import_table_has_no_cycle() {
                 .expect("a module of the table");
             assert!(
                 position < index,
-                "`{module}` may import `{import}`, which stands above it"
+                "`{module}` imports `{import}`, which is a higher layer"
             );
         }
     }
@@ -246,9 +258,7 @@ fn the_import_table_has_no_cycle() {
 
 #[test]
 fn files_are_short_and_start_with_a_doc_comment() {
-    let tests = sources(&root().join("tests"));
-    let all = sources(&root().join("src")).into_iter().chain(tests);
-    for path in all {
+    for path in sources_below("src").into_iter().chain(sources_below("tests")) {
         let text = std::fs::read_to_string(&path).expect("a file");
         let lines = text.lines().count();
         assert!(
@@ -287,13 +297,13 @@ fn only_ui_writes_to_the_terminal() {
 
 #[test]
 fn tests_do_not_sleep() {
-    for path in sources(&root().join("tests")) {
+    for path in sources_below("tests") {
         let text = std::fs::read_to_string(&path).expect("a file");
         // Split, so that the search does not find this line.
         for sleep in [concat!("thread::", "sleep("), concat!("time::", "sleep(")] {
             assert!(
                 !text.contains(sleep),
-                "{} sleeps; wait for what the test needs, with a deadline",
+                "{} sleeps: wait for a condition with a deadline instead",
                 path.display()
             );
         }
@@ -317,9 +327,7 @@ fn no_local_paths_are_committed() {
         .iter()
         .map(|name| root().join(name))
         .chain(pages.map(|page| page.path()));
-    let code = sources(&root().join("src"))
-        .into_iter()
-        .chain(sources(&root().join("tests")));
+    let code = sources_below("src").into_iter().chain(sources_below("tests"));
     for path in named.chain(code) {
         let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert!(!text.contains(own), "{} names a path of one machine", path.display());

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use nix::sys::signal::Signal;
 
-use crate::support::{MODEL, Run, TestEnv, asking_meanwhile, completion, kill_process, wait_for};
+use crate::support::{MODEL, Run, TestEnv, completion, kill_process, wait_for, with_requests_meanwhile};
 
 /// A keep time that is longer than any test.
 const KEEP: &str = "deadlines.keep=10m";
@@ -40,7 +40,7 @@ fn process(env: &TestEnv, command: &str) -> i64 {
 }
 
 /// Starts a run, kills its xpyd, and returns its engines.
-fn orphaned<'env>(env: &'env TestEnv, more: &[&str]) -> (Run<'env>, Vec<(String, i64, i64)>) {
+fn start_and_kill_xpyd<'env>(env: &'env TestEnv, more: &[&str]) -> (Run<'env>, Vec<(String, i64, i64)>) {
     let mut run = env.up(&[&["--set", KEEP], more].concat());
     run.wait_until_ready();
     let engines = engines(env);
@@ -62,17 +62,20 @@ fn stop(env: &TestEnv, run: Run<'_>) -> String {
 fn engines_survive_a_killed_xpyd_and_the_next_attaches() {
     for connector in ["connector=lmcache", "connector=nixl"] {
         let env = TestEnv::new();
-        let (_dead, before) = orphaned(&env, &["--set", connector]);
-        let told = String::from_utf8(env.run(&["status"]).stderr).expect("text");
+        let (_dead, before) = start_and_kill_xpyd(&env, &["--set", connector]);
+        let printed = String::from_utf8(env.run(&["status"]).stderr).expect("text");
         assert!(
-            told.contains("has lost its xpyd") && told.contains("`xpyd up` attaches"),
-            "{told}"
+            printed.contains("has lost its xpyd") && printed.contains("`xpyd up` attaches"),
+            "{printed}"
         );
         let mut run = env.up(&["--set", KEEP, "--set", connector]);
         run.wait_until_ready();
         assert_eq!(engines(&env), before, "{connector}");
         let prompt = "a prompt of some length ".repeat(40);
-        assert_eq!(completion(env.proxy_port(), MODEL, &prompt), env.alone(MODEL, &prompt));
+        assert_eq!(
+            completion(env.proxy_port(), MODEL, &prompt),
+            env.decode_alone(MODEL, &prompt)
+        );
         // The second xpyd supervises the engines of the first one.
         kill_process(before[3].1);
         run.wait_for_line("decoder2 serves again");
@@ -83,14 +86,14 @@ fn engines_survive_a_killed_xpyd_and_the_next_attaches() {
 #[test]
 fn an_engine_that_died_while_detached_is_restarted() {
     let env = TestEnv::new();
-    let (_dead, before) = orphaned(&env, &[]);
+    let (_dead, before) = start_and_kill_xpyd(&env, &[]);
     kill_process(before[2].1);
     wait_for("the end of decoder1", || {
-        let told = String::from_utf8(env.run(&["status"]).stderr).expect("text");
-        if told.contains("decoder1 (ended)") {
+        let printed = String::from_utf8(env.run(&["status"]).stderr).expect("text");
+        if printed.contains("decoder1 (ended)") {
             Ok(())
         } else {
-            Err(told)
+            Err(printed)
         }
     });
     let mut run = env.up(&["--set", KEEP, "--set", "restart.backoff=10ms"]);
@@ -178,7 +181,7 @@ fn an_upgrade_loses_no_connection_or_answer() {
     let mut run = env.up(&[]);
     run.wait_until_ready();
     let mut next = None;
-    asking_meanwhile(&env, MODEL, || {
+    with_requests_meanwhile(&env, MODEL, || {
         assert_eq!(env.run(&["down", "--keep-engines"]).status.code(), Some(0));
         let (code, text) = run.end();
         assert_eq!(code, 0, "{text}");
@@ -191,7 +194,7 @@ fn an_upgrade_loses_no_connection_or_answer() {
 #[test]
 fn clients_wait_while_xpyd_is_away() {
     let env = TestEnv::new();
-    let (_dead, _) = orphaned(&env, &[]);
+    let (_dead, _) = start_and_kill_xpyd(&env, &[]);
     let port = env.proxy_port();
     let (answer, mut run) = std::thread::scope(|scope| {
         let client = scope.spawn(|| completion(port, MODEL, "once"));
@@ -199,7 +202,7 @@ fn clients_wait_while_xpyd_is_away() {
         run.wait_until_ready();
         (client.join().expect("an answer"), run)
     });
-    assert_eq!(answer, env.alone(MODEL, "once"));
+    assert_eq!(answer, env.decode_alone(MODEL, "once"));
 
     // The next xpyd serves on another port, so no client must wait on the old one.
     run.kill();
@@ -277,8 +280,8 @@ fn engines_restart_after_their_log_folder_is_deleted() {
 #[test]
 fn attaching_with_another_plan_is_refused() {
     let env = TestEnv::new();
-    let (_dead, before) = orphaned(&env, &[]);
-    for (change, told) in [
+    let (_dead, before) = start_and_kill_xpyd(&env, &[]);
+    for (change, expected) in [
         ("decode.count=1", "decoder2 is not part of this plan"),
         ("vllm.max_model_len=1024", "another command line"),
     ] {
@@ -286,7 +289,7 @@ fn attaching_with_another_plan_is_refused() {
         let (code, text) = run.end();
         assert_eq!(code, 8, "{text}");
         assert!(
-            text.contains(told) && text.contains("`xpyd down` ends them first"),
+            text.contains(expected) && text.contains("`xpyd down` ends them first"),
             "{text}"
         );
     }
@@ -299,7 +302,7 @@ fn attaching_with_another_plan_is_refused() {
 #[test]
 fn killing_a_waiting_shim_leaves_nothing() {
     let env = TestEnv::new();
-    let (_dead, _) = orphaned(&env, &[]);
+    let (_dead, _) = start_and_kill_xpyd(&env, &[]);
     kill_process(process(&env, "xpyd shim"));
     env.wait_until_empty();
     assert_eq!(env.run(&["down"]).status.code(), Some(8), "nothing is left to end");
@@ -309,7 +312,7 @@ fn killing_a_waiting_shim_leaves_nothing() {
 fn killing_the_shim_after_an_attach_leaves_nothing() {
     for has_monitor in [true, false] {
         let env = TestEnv::new();
-        let (_dead, before) = orphaned(&env, &[]);
+        let (_dead, before) = start_and_kill_xpyd(&env, &[]);
         let mut run = env.up(&[]);
         run.wait_until_ready();
         if !has_monitor {
@@ -364,7 +367,7 @@ fn engines_survive_a_killed_shim_monitor() {
 #[test]
 fn down_works_without_the_shim_monitor() {
     let env = TestEnv::new();
-    let (_dead, _) = orphaned(&env, &[]);
+    let (_dead, _) = start_and_kill_xpyd(&env, &[]);
     kill_process(process(&env, "xpyd-monitor"));
     let down = env.run(&["down"]);
     assert_eq!(down.status.code(), Some(0), "{down:?}");
@@ -374,15 +377,15 @@ fn down_works_without_the_shim_monitor() {
 #[test]
 fn a_client_without_a_valid_command_is_disconnected() {
     let env = TestEnv::new();
-    let (_dead, before) = orphaned(&env, &[]);
+    let (_dead, before) = start_and_kill_xpyd(&env, &[]);
     let long = vec![b'x'; 3 << 20];
     for sent in [&b"{}\n"[..], b"\n", b"GET / HTTP/1.1\r\n\r\n", b"\xff\x00\n", &long] {
         let mut stream = UnixStream::connect(env.path().join("xpyd/default/attach.sock")).expect("a shim");
         // The shim can close the connection before it has read everything.
         let _ = stream.write_all(sent);
-        let mut told = Vec::new();
+        let mut printed = Vec::new();
         // Unread data resets the connection.
-        let _ = stream.read_to_end(&mut told);
+        let _ = stream.read_to_end(&mut printed);
     }
     let mut run = env.up(&["--set", KEEP]);
     run.wait_until_ready();
@@ -441,12 +444,15 @@ fn an_added_engine_restarts_after_an_attach() {
     let output = env.run(&["scale", "prefill=2", "decode=2"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     dead.kill();
+    let mut removed = 0;
     for entry in std::fs::read_dir(env.path().join("logs/latest")).expect("a folder") {
         let path = entry.expect("an entry").path();
         if path.extension().is_some_and(|extension| extension == "yaml") {
             std::fs::remove_file(path).expect("removable");
+            removed += 1;
         }
     }
+    assert!(removed > 0, "no engine has a file");
     let mut run = env.up(&command);
     run.wait_until_ready();
     // A decode engine listens on another port after each start. Its file must contain it, which a canary proves.

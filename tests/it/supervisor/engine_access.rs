@@ -8,12 +8,12 @@ use nix::sys::signal::Signal;
 use crate::support::{MODEL, Run, TestEnv, completion, completion_with, kill_engine, post_with};
 
 /// Every file and folder below this folder.
-fn below(folder: &Path) -> Vec<PathBuf> {
+fn files_below(folder: &Path) -> Vec<PathBuf> {
     let mut found = vec![folder.to_owned()];
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() && !path.is_symlink() {
-            found.extend(below(&path));
+            found.extend(files_below(&path));
         } else {
             found.push(path);
         }
@@ -26,7 +26,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 /// Whether the key check of an engine or a proxy accepts a request with these headers.
-fn lets_in(port: u16, headers: &[(&str, &str)]) -> bool {
+fn accepts(port: u16, headers: &[(&str, &str)]) -> bool {
     match post_with(port, "/v1/models", "{}", headers).0 {
         401 => false,
         // The route accepts no POST.
@@ -40,12 +40,12 @@ fn key_file(env: &TestEnv) -> PathBuf {
 }
 
 /// Checks that each engine accepts this key and no other.
-fn assert_they_want(key: &str, ports: &[u16]) {
+fn assert_engines_require(key: &str, ports: &[u16]) {
     let bearer = format!("Bearer {key}");
     for port in ports {
-        assert!(!lets_in(*port, &[]), "{port}");
-        assert!(!lets_in(*port, &[("authorization", "Bearer swordfish")]), "{port}");
-        assert!(lets_in(*port, &[("authorization", &bearer)]), "{port}");
+        assert!(!accepts(*port, &[]), "{port}");
+        assert!(!accepts(*port, &[("authorization", "Bearer swordfish")]), "{port}");
+        assert!(accepts(*port, &[("authorization", &bearer)]), "{port}");
     }
 }
 
@@ -66,7 +66,7 @@ fn engines_accept_only_xpyds_key() {
     let key = env.engine_key();
     assert!(key.len() > 32, "128 bits in hexadecimal, and a prefix");
     assert_eq!(mode(&key_file(&env)), 0o600);
-    assert_they_want(&key, &ports[..2]);
+    assert_engines_require(&key, &ports[..2]);
     // A client of the proxy needs no key. A client with another key is served as well.
     let answer = completion(env.proxy_port(), MODEL, "one two");
     let sent = [("authorization", "Bearer of-a-client")];
@@ -78,8 +78,10 @@ fn engines_accept_only_xpyds_key() {
     let json: serde_json::Value = serde_json::from_slice(&env.run(&["status", "--json"]).stdout).expect("JSON");
     assert_eq!(json["run"]["engine_key_file"], key_file(&env).display().to_string());
     // The key is on no command line and in no other file.
-    assert!(env.processes().iter().all(|(_, command)| !command.contains(&key)));
-    let with_it = below(env.path())
+    let processes = env.processes();
+    assert!(processes.len() >= 5, "xpyd, its shim and engines: {processes:#?}");
+    assert!(processes.iter().all(|(_, command)| !command.contains(&key)));
+    let with_it = files_below(env.path())
         .into_iter()
         .filter(|path| std::fs::read(path).is_ok_and(|content| String::from_utf8_lossy(&content).contains(&key)));
     assert_eq!(with_it.collect::<Vec<_>>(), [key_file(&env)]);
@@ -88,7 +90,7 @@ fn engines_accept_only_xpyds_key() {
     run.wait_for_line("decoder1 serves again");
     let scaled = env.run(&["scale", "decode=2"]);
     assert_eq!(scaled.status.code(), Some(0), "{scaled:?}");
-    assert_they_want(&key, &ports);
+    assert_engines_require(&key, &ports);
     // So do the engines after another xpyd attached.
     run.kill();
     assert_eq!(env.engine_key(), key);
@@ -96,28 +98,28 @@ fn engines_accept_only_xpyds_key() {
     let mut run = env.up(&attached);
     run.wait_until_ready();
     assert_eq!(env.engine_key(), key);
-    assert_they_want(&key, &ports);
+    assert_engines_require(&key, &ports);
     assert_eq!(completion(env.proxy_port(), MODEL, "one two"), answer);
     let left = env.run(&["down", "--keep-engines"]);
     assert_eq!(left.status.code(), Some(0), "{left:?}");
     run.end();
-    assert_they_want(&env.engine_key(), &ports);
+    assert_engines_require(&env.engine_key(), &ports);
     assert_eq!(env.run(&["down"]).status.code(), Some(0));
     assert!(!key_file(&env).exists(), "it goes with the engines");
     env.wait_until_empty();
 }
 
 #[test]
-fn client_keys_never_reach_engines() {
+fn client_keys_are_not_in_engine_environments() {
     let env = TestEnv::new();
     let arguments = env.up_arguments(&["--profile", "1p1d"]);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut command = env.command(&arguments);
     command.env("XPYD_API_KEY", "swordfish");
-    let mut run = Run::of(&env, command);
+    let mut run = Run::start_command(&env, command);
     run.wait_until_ready();
-    assert!(lets_in(env.proxy_port(), &[("authorization", "Bearer swordfish")]));
-    assert!(!lets_in(env.proxy_port(), &[]));
+    assert!(accepts(env.proxy_port(), &[("authorization", "Bearer swordfish")]));
+    assert!(!accepts(env.proxy_port(), &[]));
     let others = env.processes().into_iter().filter(|(pid, _)| *pid != run.pid());
     let environments: Vec<String> = others
         .map(|(pid, _)| std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default())
@@ -152,7 +154,7 @@ fn a_user_key_protects_all_engines_and_empty_opens_them() {
         run.wait_until_ready();
         assert!(!key_file(&env).exists(), "{settings:?}");
         let ports = [7100, 7200].map(|base| base + env.offset);
-        assert_eq!(ports.map(|port| lets_in(port, &[])), are_open, "{settings:?}");
+        assert_eq!(ports.map(|port| accepts(port, &[])), are_open, "{settings:?}");
         run.signal(Signal::SIGINT);
         assert_eq!(run.end().0, 0);
     }
@@ -190,7 +192,7 @@ fn files_of_a_run_are_private_and_without_secrets() {
     run.signal(Signal::SIGINT);
     assert_eq!(run.end().0, 0);
     let [logs, access] = ["logs", "access.log"].map(|name| env.path().join(name));
-    let written = [below(&logs), vec![access]].concat();
+    let written = [files_below(&logs), vec![access]].concat();
     assert!(written.iter().any(|path| path.ends_with("plan.json")), "{written:?}");
     for path in written.iter().filter(|path| !path.is_symlink()) {
         let wanted = if path.is_dir() { 0o700 } else { 0o600 };

@@ -146,7 +146,7 @@ impl Run {
 
     async fn until(&mut self, condition: impl FnMut(&Arc<FleetView>) -> bool) -> Arc<FleetView> {
         let view = timeout(DEADLINE, self.view.wait_for(condition)).await;
-        Arc::clone(&view.expect("the view in time").expect("the run goes on"))
+        Arc::clone(&view.expect("the view in time").expect("the run continues"))
     }
 
     /// Waits for the end of the run, and checks that no process and no listener is left.
@@ -232,7 +232,7 @@ async fn a_fleet_starts_drains_and_leaves_nothing() {
     run.requests.send(Request::Stop { force: false, reply }).await.unwrap();
     let view = run.until(|view| view.stage == FleetStage::Draining).await;
     assert!(view.engines.iter().all(|engine| engine.state == EngineState::Draining));
-    assert!(!load.is_closed(), "the request in flight goes on");
+    assert!(!load.is_closed(), "the request in flight continues");
     drop(in_flight);
     let answer = timeout(DEADLINE, answer).await.unwrap().unwrap();
     let record = read(&run.folder.path().join("decoder1.spawn.json"));

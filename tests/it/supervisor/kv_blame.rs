@@ -20,9 +20,9 @@ const UP: [&str; 6] = [
 ];
 
 /// Blocks the side channel of an engine: it asks for metadata and reads no response, so the engine's only thread for it hangs.
-struct Wedge(#[expect(dead_code, reason = "held open")] TcpStream);
+struct BlockedSideChannel(#[expect(dead_code, reason = "held open")] TcpStream);
 
-impl Wedge {
+impl BlockedSideChannel {
     fn of(env: &TestEnv, engine: &str) -> Self {
         let record: Value = serde_json::from_str(&env.log(&format!("{engine}.spawn.json"))).expect("JSON");
         let port = record["env"]["VLLM_NIXL_SIDE_CHANNEL_PORT"].as_str().expect("a port");
@@ -112,7 +112,7 @@ fn failed_handoffs_identify_the_engine_with_hung_kv() {
     let env = TestEnv::new();
     let mut run = env.up(&UP);
     run.wait_until_ready();
-    let wedge = Wedge::of(&env, "prefiller2");
+    let blocked = BlockedSideChannel::of(&env, "prefiller2");
     std::thread::scope(|scope| {
         for index in 0..16 {
             let env = &env;
@@ -121,7 +121,7 @@ fn failed_handoffs_identify_the_engine_with_hung_kv() {
     });
     run.wait_for_line("prefiller2 is drained and restarted: its hand-offs with");
     wait_until(&env, [1, 2, 1, 1]);
-    drop(wedge);
+    drop(blocked);
     let metrics = crate::support::get(env.proxy_port(), "/metrics");
     assert!(
         metrics.contains(r#"xpyd_handoff_total{outcome="recomputed"}"#),
@@ -135,11 +135,11 @@ fn a_restarted_engine_is_not_blamed_for_a_hung_peer() {
     let env = TestEnv::new();
     let mut run = env.up(&UP);
     run.wait_until_ready();
-    let wedge = Wedge::of(&env, "prefiller2");
+    let blocked = BlockedSideChannel::of(&env, "prefiller2");
     let output = env.run(&["restart", "decoder1"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     wait_until(&env, [1, 2, 2, 1]);
-    drop(wedge);
+    drop(blocked);
     stop(&env, run);
 }
 
@@ -148,12 +148,12 @@ fn an_attach_restarts_only_unhealthy_engines() {
     let env = TestEnv::new();
     let mut dead = env.up(&UP);
     dead.wait_until_ready();
-    let wedge = Wedge::of(&env, "prefiller2");
+    let blocked = BlockedSideChannel::of(&env, "prefiller2");
     dead.kill();
     let mut run = env.up(&UP);
     run.wait_for_line("ready: every pair of engines that serve");
     wait_until(&env, [1, 2, 1, 1]);
-    drop(wedge);
+    drop(blocked);
     stop(&env, run);
 }
 
@@ -171,7 +171,7 @@ fn an_attach_serves_while_waiting_for_a_hung_engine() {
         .collect();
     let send = |signal| {
         for pid in &hung {
-            kill(Pid::from_raw(*pid), signal).expect("it is there");
+            kill(Pid::from_raw(*pid), signal).expect("the process exists");
         }
     };
     assert!(!hung.is_empty(), "{:?}", env.processes());

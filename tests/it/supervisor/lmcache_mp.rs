@@ -6,8 +6,8 @@ use std::process::Output;
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    MODEL, Run, TestEnv, asking_meanwhile, completion, completion_with, engine, get, kill_engine, kill_process, metric,
-    wait_for,
+    MODEL, Run, TestEnv, completion, completion_with, engine, get, kill_engine, kill_process, metric, wait_for,
+    with_requests_meanwhile,
 };
 
 /// Starts a fleet of this shape, and waits until it is ready.
@@ -18,10 +18,10 @@ fn up<'env>(env: &'env TestEnv, more: &[&str]) -> Run<'env> {
 }
 
 /// The processes of the test environment whose command is this verb of xpyd, such as `sim-lmcache`.
-fn of_verb(env: &TestEnv, verb: &str) -> Vec<i32> {
+fn processes_of(env: &TestEnv, verb: &str) -> Vec<i32> {
     let processes = env.processes().into_iter();
-    let of_verb = processes.filter(|(_, command)| command.split(' ').nth(1) == Some(verb));
-    of_verb.map(|(pid, _)| pid).collect()
+    let processes_of = processes.filter(|(_, command)| command.split(' ').nth(1) == Some(verb));
+    processes_of.map(|(pid, _)| pid).collect()
 }
 
 /// The process of an engine's cache server, found by its port.
@@ -86,7 +86,7 @@ fn an_engine_restarts_with_a_new_cache_server() {
     let env = TestEnv::new();
     let mut run = up(&env, &["--set", "restart.backoff=10ms"]);
     run.wait_until_ready();
-    asking_meanwhile(&env, MODEL, || {
+    with_requests_meanwhile(&env, MODEL, || {
         for (number, name) in [(0, "prefiller1"), (3, "decoder2")] {
             let lost = cache_server(&env, number);
             kill_process(lost);
@@ -120,10 +120,10 @@ fn a_cache_server_never_outlives_its_engine() {
     let env = TestEnv::new();
     let mut run = up(&env, &["--set", "restart.policy=never"]);
     run.wait_until_ready();
-    assert_eq!(of_verb(&env, "sim-lmcache").len(), 4);
+    assert_eq!(processes_of(&env, "sim-lmcache").len(), 4);
     kill_engine(&env, "decoder1");
     wait_for("the end of its cache server", || {
-        let left = [of_verb(&env, "sim-lmcache"), of_verb(&env, "sidecar")];
+        let left = [processes_of(&env, "sim-lmcache"), processes_of(&env, "sidecar")];
         if left.iter().all(|pids| pids.len() == 3) {
             Ok(())
         } else {
@@ -139,9 +139,9 @@ fn a_cache_server_never_outlives_its_engine() {
     run.wait_until_ready();
     run.signal(Signal::SIGKILL);
     // The shim and its monitor.
-    of_verb(&env, "shim").into_iter().for_each(kill_process);
-    wait_for("the end of what only its parent's death ends", || {
-        let left = [of_verb(&env, "sim-lmcache"), of_verb(&env, "sidecar")];
+    processes_of(&env, "shim").into_iter().for_each(kill_process);
+    wait_for("the end of the processes that outlived their parent", || {
+        let left = [processes_of(&env, "sim-lmcache"), processes_of(&env, "sidecar")];
         if left.iter().all(Vec::is_empty) {
             Ok(())
         } else {
@@ -177,11 +177,11 @@ fn added_and_restarted_engines_have_cache_servers() {
     }
     assert_ne!(cache_server(&env, 2), before);
     let joined = cache_server(&env, 4);
-    assert_eq!(of_verb(&env, "sim-lmcache").len(), 5);
+    assert_eq!(processes_of(&env, "sim-lmcache").len(), 5);
     let output = env.run(&["scale", "decode=2"]);
     assert!(output.status.success(), "{}", text(&output));
     wait_for("the end of the cache server", || {
-        let left = of_verb(&env, "sim-lmcache");
+        let left = processes_of(&env, "sim-lmcache");
         if left.contains(&joined) {
             Err(format!("{left:?}"))
         } else {
@@ -190,7 +190,7 @@ fn added_and_restarted_engines_have_cache_servers() {
     });
     assert_eq!(
         completion(env.proxy_port(), MODEL, "one two three"),
-        env.alone(MODEL, "one two three")
+        env.decode_alone(MODEL, "one two three")
     );
     run.signal(Signal::SIGINT);
     let (code, text) = run.end();
@@ -220,13 +220,13 @@ fn xpyd_proxy_serves_lmcache_mp_engines() {
     let key = env.engine_key();
     let mut command = env.command(&arguments);
     command.env("VLLM_API_KEY", &key);
-    let mut proxy = Run::of(&env, command);
+    let mut proxy = Run::start_command(&env, command);
     proxy.wait_for_line("serving 2 prefill and 2 decode engines");
     let moved = || metric(7200 + env.offset, "vllm:nixl_bytes_transferred_sum", "");
     let before = moved();
     // Requests alternate between the two decode engines.
     let bearer = format!("Bearer {key}");
-    let prompt = "a prompt for a proxy of its own";
+    let prompt = "a prompt for `xpyd proxy`";
     let answers = [(); 2].map(|()| completion_with(own_port, MODEL, prompt, 12, &[("authorization", &bearer)]));
     assert_eq!(answers, [(); 2].map(|()| completion(env.proxy_port(), MODEL, prompt)));
     assert!(moved() > before);

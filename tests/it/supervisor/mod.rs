@@ -1,6 +1,6 @@
 //! The supervisor, its shim, and engines that restart, are added, drained, or outlive it.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 mod detach_attach;
 mod engine_access;

@@ -46,7 +46,7 @@ fn a_killed_decode_engine_restarts_while_clients_are_served() {
             received_tokens(7200 + env.offset) > before,
             "{connector}: no KV reached the new incarnation"
         );
-        let alone = env.alone(MODEL, &prompt);
+        let alone = env.decode_alone(MODEL, &prompt);
         assert_eq!(answers, [alone.clone(), alone], "{connector}");
         run.signal(Signal::SIGINT);
         let (code, text) = run.end();

@@ -2,13 +2,13 @@
 
 use nix::sys::signal::Signal;
 
-use crate::support::{MODEL, TestEnv, asking_meanwhile, metric, wait_for};
+use crate::support::{MODEL, TestEnv, metric, wait_for, with_requests_meanwhile};
 
 fn scale(env: &TestEnv, counts: &[&str], expected: i32) -> String {
     let output = env.run(&[&["scale"], counts].concat());
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(expected), "{told}");
-    told
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(expected), "{printed}");
+    printed
 }
 
 fn states(env: &TestEnv) -> Vec<(String, String)> {
@@ -32,7 +32,7 @@ fn engines_are_added_and_drained_without_losing_requests() {
         let env = TestEnv::new();
         let mut run = env.up(&["--profile", "1p1d", "--set", connector]);
         run.wait_until_ready();
-        asking_meanwhile(&env, MODEL, || {
+        with_requests_meanwhile(&env, MODEL, || {
             scale(&env, &["decode=3", "prefill=2"], 0);
             let ready = |id: &str| (id.to_owned(), "ready".to_owned());
             let all = ["prefiller1", "prefiller2", "decoder1", "decoder2", "decoder3"];
@@ -77,19 +77,19 @@ fn impossible_scaling_is_refused_with_a_reason() {
     let env = TestEnv::new();
     let mut run = env.up(&["--profile", "1p1d"]);
     run.wait_until_ready();
-    for (count, told) in [
+    for (count, expected) in [
         ("decode=0", "needs at least 1 engine"),
         ("decode=65", "at most 64 engines"),
         ("decoder=2", "`decoder` is no role"),
         ("decode", "expected ROLE=COUNT"),
     ] {
-        assert!(scale(&env, &[count], 2).contains(told), "{count}");
+        assert!(scale(&env, &[count], 2).contains(expected), "{count}");
     }
     assert!(scale(&env, &["decode=1"], 0).contains("already"));
     // Another process has the port of the next decode engine.
     let taken = std::net::TcpListener::bind(("127.0.0.1", 7201 + env.offset)).expect("a free port");
-    let told = scale(&env, &["decode=2"], 1);
-    assert!(told.contains("is taken by process"), "{told}");
+    let printed = scale(&env, &["decode=2"], 1);
+    assert!(printed.contains("is taken by process"), "{printed}");
     drop(taken);
     scale(&env, &["decode=2"], 0);
     run.signal(Signal::SIGINT);

@@ -38,15 +38,15 @@ fn stubborn(then: &str) -> String {
 }
 
 /// A shim with its folder, and the mark of all processes that it starts.
-struct Bench {
+struct ShimHarness {
     shim: Shim,
     folder: TempDir,
     mark: String,
 }
 
-impl Bench {
+impl ShimHarness {
     async fn new() -> Self {
-        crate::support::hear_signals();
+        crate::support::reset_ignored_signals();
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("shim.log");
         Self {
@@ -123,62 +123,62 @@ fn exited(exit: Exit) -> Event {
 
 #[tokio::test]
 async fn a_kill_removes_a_tree_that_ignores_sigterm() {
-    let mut bench = Bench::new().await;
-    bench.spawn_stubborn("wait").await;
-    assert_eq!(marked(&bench.mark).len(), STUBBORN_PROCESSES);
-    bench.kill();
-    assert_eq!(bench.event().await, exited(Exit::Signal(9)));
-    assert_eq!(bench.event().await, tree_empty());
-    assert_eq!(marked(&bench.mark), []);
+    let mut harness = ShimHarness::new().await;
+    harness.spawn_stubborn("wait").await;
+    assert_eq!(marked(&harness.mark).len(), STUBBORN_PROCESSES);
+    harness.kill();
+    assert_eq!(harness.event().await, exited(Exit::Signal(9)));
+    assert_eq!(harness.event().await, tree_empty());
+    assert_eq!(marked(&harness.mark), []);
 }
 
 #[tokio::test]
 async fn orphans_of_an_exited_leader_can_be_killed() {
-    let mut bench = Bench::new().await;
-    bench.spawn_stubborn("exit 0").await;
-    assert_eq!(bench.event().await, exited(Exit::Code(0)));
-    assert!(!marked(&bench.mark).is_empty());
-    bench.kill();
-    assert_eq!(bench.event().await, tree_empty());
-    assert_eq!(marked(&bench.mark), []);
+    let mut harness = ShimHarness::new().await;
+    harness.spawn_stubborn("exit 0").await;
+    assert_eq!(harness.event().await, exited(Exit::Code(0)));
+    assert!(!marked(&harness.mark).is_empty());
+    harness.kill();
+    assert_eq!(harness.event().await, tree_empty());
+    assert_eq!(marked(&harness.mark), []);
 }
 
 #[tokio::test]
 async fn sigterm_reaches_only_the_leader_once() {
-    let mut bench = Bench::new().await;
+    let mut harness = ShimHarness::new().await;
     let script = r#"
         sh -c 'trap "echo worker got it" TERM; while :; do sleep 0.01; done' &
         trap 'echo leader got it; trap "echo leader got it again" TERM; sleep 0.2; kill -9 $!; exit 7' TERM
         echo up
         while :; do sleep 0.01; done
     "#;
-    bench.spawn(script).await;
-    let log = bench.log();
+    harness.spawn(script).await;
+    let log = harness.log();
     until("the leader is up", || read(&log).contains("up")).await;
     for _ in 0..2 {
-        bench.shim.send(&Command::Terminate { engine: engine() }).unwrap();
+        harness.shim.send(&Command::Terminate { engine: engine() }).unwrap();
     }
-    assert_eq!(bench.event().await, exited(Exit::Code(7)));
+    assert_eq!(harness.event().await, exited(Exit::Code(7)));
     // The worker's `sleep` can end either way: the tree is empty, or still there to be killed.
-    bench.kill();
-    assert_eq!(bench.event().await, tree_empty());
+    harness.kill();
+    assert_eq!(harness.event().await, tree_empty());
     assert_eq!(read(&log), "up\nleader got it\n");
 }
 
 #[tokio::test]
 async fn children_of_an_exited_wrapper_get_sigterm() {
-    let mut bench = Bench::new().await;
+    let mut harness = ShimHarness::new().await;
     // A shell without `exec` ends on SIGTERM and forwards no signal.
     let script = r#"
         sh -c 'trap "echo clean end; exit 0" TERM; echo up; while :; do sleep 0.01; done' &
         wait
     "#;
-    bench.spawn(script).await;
-    let log = bench.log();
+    harness.spawn(script).await;
+    let log = harness.log();
     until("the server is up", || read(&log).contains("up")).await;
-    bench.shim.send(&Command::Terminate { engine: engine() }).unwrap();
-    assert_eq!(bench.event().await, exited(Exit::Signal(15)));
-    assert_eq!(bench.event().await, tree_empty());
+    harness.shim.send(&Command::Terminate { engine: engine() }).unwrap();
+    assert_eq!(harness.event().await, exited(Exit::Signal(15)));
+    assert_eq!(harness.event().await, tree_empty());
     // The shell can also print that its `sleep` was terminated.
     let said = read(&log);
     assert!(said.starts_with("up\n") && said.ends_with("clean end\n"), "{said}");
@@ -187,25 +187,25 @@ async fn children_of_an_exited_wrapper_get_sigterm() {
 #[tokio::test]
 async fn the_log_is_complete_when_the_exit_is_reported() {
     const LINES: usize = 200_000;
-    let mut bench = Bench::new().await;
-    bench.spawn(&format!("seq 1 {LINES}; printf 'no newline' >&2")).await;
-    assert_eq!(bench.event().await, exited(Exit::Code(0)));
+    let mut harness = ShimHarness::new().await;
+    harness.spawn(&format!("seq 1 {LINES}; printf 'no newline' >&2")).await;
+    assert_eq!(harness.event().await, exited(Exit::Code(0)));
     let mut expected = (1..=LINES).fold(String::new(), |mut text, line| {
         writeln!(text, "{line}").unwrap();
         text
     });
     expected.push_str("no newline");
-    assert!(read(&bench.log()) == expected, "the log differs");
+    assert!(read(&harness.log()) == expected, "the log differs");
 }
 
 #[tokio::test]
 async fn an_engine_starts_in_a_clean_session() {
-    let mut bench = Bench::new().await;
-    let leader = bench
+    let mut harness = ShimHarness::new().await;
+    let leader = harness
         .spawn("cat; grep -E '^Sig(Blk|Ign)' /proc/self/status; readlink /proc/self/fd/0; cut -d' ' -f6 /proc/$$/stat")
         .await;
-    assert_eq!(bench.event().await, exited(Exit::Code(0)));
-    let text = read(&bench.log());
+    assert_eq!(harness.event().await, exited(Exit::Code(0)));
+    let text = read(&harness.log());
     let words: Vec<&str> = text.split_whitespace().collect();
     let [_, blocked, _, ignored, stdin, session] = words[..] else {
         panic!("{text}")
@@ -218,13 +218,13 @@ async fn an_engine_starts_in_a_clean_session() {
 
 #[tokio::test]
 async fn a_missing_program_is_a_failed_spawn() {
-    let mut bench = Bench::new().await;
-    let Command::Spawn(mut wrong) = spawn("", &bench.mark, &bench.log()) else {
+    let mut harness = ShimHarness::new().await;
+    let Command::Spawn(mut wrong) = spawn("", &harness.mark, &harness.log()) else {
         unreachable!()
     };
     wrong.argv = vec!["/no/such/program".to_owned()];
-    bench.shim.send(&Command::Spawn(wrong)).unwrap();
-    match bench.event().await {
+    harness.shim.send(&Command::Spawn(wrong)).unwrap();
+    match harness.event().await {
         Event::SpawnFailed { reason, .. } => assert!(reason.contains("/no/such/program"), "{reason}"),
         other => panic!("{other:?}"),
     }
@@ -232,67 +232,67 @@ async fn a_missing_program_is_a_failed_spawn() {
 
 #[tokio::test]
 async fn a_second_start_of_a_living_engine_is_refused() {
-    let mut bench = Bench::new().await;
-    bench.spawn("exec sleep 1000").await;
-    bench
+    let mut harness = ShimHarness::new().await;
+    harness.spawn("exec sleep 1000").await;
+    harness
         .shim
-        .send(&spawn("exec sleep 1000", &bench.mark, &bench.log()))
+        .send(&spawn("exec sleep 1000", &harness.mark, &harness.log()))
         .unwrap();
-    assert!(matches!(bench.event().await, Event::SpawnFailed { .. }));
-    assert_eq!(marked(&bench.mark).len(), 1);
+    assert!(matches!(harness.event().await, Event::SpawnFailed { .. }));
+    assert_eq!(marked(&harness.mark).len(), 1);
 }
 
 #[tokio::test]
 async fn shared_memory_of_a_killed_tree_is_removed() {
-    let mut bench = Bench::new().await;
+    let mut harness = ShimHarness::new().await;
     let file = tempfile::Builder::new()
         .prefix("xpyd-test-")
         .tempdir_in("/dev/shm")
         .unwrap();
     let path = file.path().with_extension("segment");
-    bench
+    harness
         .spawn(&format!("exec 3<>{}; echo up; exec sleep 1000", path.display()))
         .await;
-    let log = bench.log();
+    let log = harness.log();
     until("the segment is there", || read(&log).contains("up")).await;
     assert!(path.exists());
-    bench.kill();
-    bench.event().await;
-    assert_eq!(bench.event().await, tree_empty());
+    harness.kill();
+    harness.event().await;
+    assert_eq!(harness.event().await, tree_empty());
     assert!(!path.exists());
 }
 
 #[tokio::test]
 async fn terminal_signals_do_not_end_the_shim() {
-    let mut bench = Bench::new().await;
-    let shim = Pid::from_raw(bench.shim.pid().try_into().unwrap());
+    let mut harness = ShimHarness::new().await;
+    let shim = Pid::from_raw(harness.shim.pid().try_into().unwrap());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
         kill(shim, signal).unwrap();
     }
-    bench.spawn("exit 3").await;
-    assert_eq!(bench.event().await, exited(Exit::Code(3)));
+    harness.spawn("exit 3").await;
+    assert_eq!(harness.event().await, exited(Exit::Code(3)));
 }
 
 #[tokio::test]
 async fn a_shutdown_kills_the_rest_and_ends_the_shim() {
-    let mut bench = Bench::new().await;
-    bench.spawn_stubborn("wait").await;
-    bench.shim.send(&Command::Shutdown).unwrap();
-    while timeout(DEADLINE, bench.shim.event()).await.unwrap().is_ok() {}
-    bench.shim.ended().await;
-    assert_eq!(marked(&bench.mark), []);
+    let mut harness = ShimHarness::new().await;
+    harness.spawn_stubborn("wait").await;
+    harness.shim.send(&Command::Shutdown).unwrap();
+    while timeout(DEADLINE, harness.shim.event()).await.unwrap().is_ok() {}
+    harness.shim.ended().await;
+    assert_eq!(marked(&harness.mark), []);
 }
 
 #[tokio::test]
 async fn nothing_is_left_when_the_shim_is_killed() {
     for then in ["wait", "exit 0"] {
-        let mut bench = Bench::new().await;
-        bench.spawn_stubborn(then).await;
-        let shim = Pid::from_raw(bench.shim.pid().try_into().unwrap());
+        let mut harness = ShimHarness::new().await;
+        harness.spawn_stubborn(then).await;
+        let shim = Pid::from_raw(harness.shim.pid().try_into().unwrap());
         kill(shim, Signal::SIGKILL).unwrap();
-        while timeout(DEADLINE, bench.shim.event()).await.unwrap().is_ok() {}
-        assert_eq!(bench.shim.sweep().await, []);
-        assert_eq!(marked(&bench.mark), [], "leader: {then}");
+        while timeout(DEADLINE, harness.shim.event()).await.unwrap().is_ok() {}
+        assert_eq!(harness.shim.sweep().await, []);
+        assert_eq!(marked(&harness.mark), [], "leader: {then}");
     }
 }
 

@@ -1,6 +1,6 @@
 """Loaded by every Python process of the engines. See ../README.md for why.
 
-Only standard modules may be imported at the top: this runs before anything else, in every helper process too.
+Only standard modules are allowed at the top: this runs first in every process, including helper processes.
 """
 
 import importlib.abc
@@ -17,7 +17,7 @@ def stay_polite_on_few_cores():
 
 
 def cpu_connector(module):
-    """A device connector for vLLM's CPU backend: LMCache's abstract class, with copies by plain indexing."""
+    """A device connector for vLLM's CPU backend: LMCache's abstract class with copies by plain indexing."""
     import torch
 
     class CpuConnector(module.GPUConnectorInterface):
@@ -33,10 +33,10 @@ def cpu_connector(module):
             return torch.Size([2, self.layers, num_tokens, self.width])
 
         def layer_views(self):
-            """For each layer, K and V as views [blocks, tokens, heads, head size] of the engine's own memory.
+            """Returns K and V of each layer as views [blocks, tokens, heads, head size] of the engine's memory.
 
-            The CPU attention keeps [blocks, heads, tokens, 2 x head size], of which the first half of a block is K with
-            tokens innermost, and the second half is V with the head size innermost.
+            CPU attention stores [blocks, heads, tokens, 2 x head size]. The first half of a block is K with tokens innermost,
+            the second half is V with the head size innermost.
             """
             caches = self.caches.values() if isinstance(self.caches, dict) else self.caches
             for cache in caches:
@@ -79,7 +79,7 @@ def cpu_connector(module):
 
 
 def teach_lmcache(module):
-    """Makes LMCache's factory fall back to the connector above where it knows none."""
+    """Makes LMCache's factory fall back to the connector above if it knows none."""
     known = module.CreateGPUConnector
 
     def create(config, metadata, engine, layout_hints=None):

@@ -6,12 +6,13 @@ use xpyd::connector::{Connector, FirstToken, Nixl};
 use xpyd::proxy::Notifications;
 
 use crate::proxy::harness::{
-    self, COMPLETION, PARAMS, ProxyHarness, ScriptedEngine, answer, error, events, nixl_prefilled,
+    self, COMPLETION, PARAMS, ProxyHarness, ScriptedEngine, error_response, json_response, nixl_prefill_response,
+    sse_response,
 };
-use crate::proxy::lmcache::prefiller as notifying;
+use crate::proxy::lmcache::notifying_prefill_engine;
 
 async fn prefill_engine() -> ScriptedEngine {
-    ScriptedEngine::start(|_| async { nixl_prefilled() }).await
+    ScriptedEngine::start(|_| async { nixl_prefill_response() }).await
 }
 
 fn outcome(harness: &ProxyHarness, outcome: &str) -> String {
@@ -21,14 +22,14 @@ fn outcome(harness: &ProxyHarness, outcome: &str) -> String {
 #[tokio::test]
 async fn the_decode_engine_decides_on_prefill_refusals() {
     // The prefill engine refuses a field that the proxy itself has changed.
-    let prefill = ScriptedEngine::start(|_| async { error(400, "max_tokens=1 is too small") }).await;
+    let prefill = ScriptedEngine::start(|_| async { error_response(400, "max_tokens=1 is too small") }).await;
     let body = r#"{"prompt":"x", "min_tokens":2,"max_tokens":5}"#;
     for (decoder, status) in [("fine", 200), ("min_tokens must be", 400)] {
         let decode = ScriptedEngine::start(move |_| async move {
             if decoder == "fine" {
-                answer(200, COMPLETION)
+                json_response(200, COMPLETION)
             } else {
-                error(400, decoder)
+                error_response(400, decoder)
             }
         })
         .await;
@@ -48,8 +49,8 @@ async fn the_decode_engine_decides_on_prefill_refusals() {
 #[tokio::test]
 async fn a_refused_lmcache_prefill_leaves_no_kv() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let prefill = ScriptedEngine::start(|_| async { error(404, "no such model") }).await;
-    let decode = ScriptedEngine::start(|_| async { error(404, "no such model, says the decoder") }).await;
+    let prefill = ScriptedEngine::start(|_| async { error_response(404, "no such model") }).await;
+    let decode = ScriptedEngine::start(|_| async { error_response(404, "no such model, says the decoder") }).await;
     let settings = harness::settings(harness::lmcache(FirstToken::Decoder));
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, Some(socket)).await;
     let (status, text) = harness.complete(r#"{"model":"z","prompt":"x"}"#).await;
@@ -76,13 +77,13 @@ async fn usage_has_prefill_cache_hits_and_metrics_decode_hits() {
     for stream in [false, true] {
         for (cached, counted) in [(299, "transferred"), (0, "recomputed")] {
             let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-            let prefill = notifying(socket.port(), 1, PREFILLED).await;
+            let prefill = notifying_prefill_engine(socket.port(), 1, PREFILLED).await;
             let decode = ScriptedEngine::start(move |_| async move {
                 let body = decoded(stream, cached);
                 if stream {
-                    harness::sse(body.into())
+                    harness::event_stream(body.into())
                 } else {
-                    answer(200, body)
+                    json_response(200, body)
                 }
             })
             .await;
@@ -109,9 +110,9 @@ fn legs(fake: &ScriptedEngine) -> usize {
 #[tokio::test]
 async fn a_strict_handoff_without_kv_is_retried() {
     let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-    let prefill = notifying(socket.port(), 1, PREFILLED).await;
-    let missing = ScriptedEngine::start(|_| async { answer(200, decoded(false, 0)) }).await;
-    let there = ScriptedEngine::start(|_| async { answer(200, decoded(false, 299)) }).await;
+    let prefill = notifying_prefill_engine(socket.port(), 1, PREFILLED).await;
+    let missing = ScriptedEngine::start(|_| async { json_response(200, decoded(false, 0)) }).await;
+    let there = ScriptedEngine::start(|_| async { json_response(200, decoded(false, 299)) }).await;
     let mut settings = harness::settings(harness::lmcache(FirstToken::Decoder));
     settings.service.handoff.strict = true;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[missing.port, there.port], 1, Some(socket)).await;
@@ -136,9 +137,9 @@ async fn a_strict_first_token_handoff_without_kv_is_retried() {
     };
     for (strict, asked, counted) in [(true, [1, 1], "transferred"), (false, [1, 0], "recomputed")] {
         let socket = Notifications::bind("127.0.0.1", 0).await.unwrap();
-        let prefill = notifying(socket.port(), 1, FIRST).await;
-        let missing = ScriptedEngine::start(move |_| std::future::ready(answer(200, rest(0)))).await;
-        let there = ScriptedEngine::start(move |_| std::future::ready(answer(200, rest(300)))).await;
+        let prefill = notifying_prefill_engine(socket.port(), 1, FIRST).await;
+        let missing = ScriptedEngine::start(move |_| std::future::ready(json_response(200, rest(0)))).await;
+        let there = ScriptedEngine::start(move |_| std::future::ready(json_response(200, rest(300)))).await;
         let mut settings = harness::settings(harness::lmcache(FirstToken::Prefiller));
         settings.service.handoff.strict = strict;
         let decode = [missing.port, there.port];
@@ -146,8 +147,8 @@ async fn a_strict_first_token_handoff_without_kv_is_retried() {
         let prompt: Vec<u32> = (0..300).collect();
         let request = harness.post("/v1/completions", json!({"model": "m", "prompt": prompt}).to_string());
         let response = request.send().await.unwrap();
-        let told = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
-        assert!(told.starts_with(counted), "{told}");
+        let printed = response.headers()["x-xpyd-handoff"].to_str().unwrap().to_owned();
+        assert!(printed.starts_with(counted), "{printed}");
         assert!(response.text().await.unwrap().contains(r#""text":"Hello""#));
         assert_eq!(outcome(&harness, counted), "1");
         assert_eq!([legs(&missing), legs(&there)], asked);
@@ -163,8 +164,8 @@ async fn nixl_cached_tokens_prove_the_transfer() {
         let prefilled = format!(
             r#"{{"choices":[{{"finish_reason":"length"}}],"usage":{{"prompt_tokens_details":{{"cached_tokens":16}}}},"kv_transfer_params":{params}}}"#
         );
-        let prefill = ScriptedEngine::start(move |_| std::future::ready(answer(200, prefilled.clone()))).await;
-        let decode = ScriptedEngine::start(move |_| async move { answer(200, decoded(false, cached)) }).await;
+        let prefill = ScriptedEngine::start(move |_| std::future::ready(json_response(200, prefilled.clone()))).await;
+        let decode = ScriptedEngine::start(move |_| async move { json_response(200, decoded(false, cached)) }).await;
         let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
         assert_eq!(harness.complete(r#"{"prompt":"x"}"#).await, (200, decoded(false, 16)));
         assert_eq!(outcome(&harness, counted), "1");
@@ -178,7 +179,7 @@ async fn nixl_cached_tokens_prove_the_transfer() {
 async fn a_response_without_usage_proves_nothing() {
     const STREAM: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: [DONE]\n\n";
     let prefill = prefill_engine().await;
-    let decode = ScriptedEngine::start(|_| async { events(vec![Ok(STREAM)]) }).await;
+    let decode = ScriptedEngine::start(|_| async { sse_response(vec![Ok(STREAM)]) }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let request = harness.post("/v1/completions", r#"{"prompt":"x","stream":true}"#);
     let response = request.send().await.unwrap();
@@ -209,9 +210,10 @@ async fn a_late_failure_ends_with_an_error_event() {
     for (chunks, handed) in streams {
         let prefill = prefill_engine().await;
         let sent = chunks.clone();
-        let decode =
-            ScriptedEngine::start(move |_| std::future::ready(events(sent.iter().map(|chunk| Ok(*chunk)).collect())))
-                .await;
+        let decode = ScriptedEngine::start(move |_| {
+            std::future::ready(sse_response(sent.iter().map(|chunk| Ok(*chunk)).collect()))
+        })
+        .await;
         let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
         let body = json!({"prompt": "x", "stream": true, "n": if handed { 1 } else { 2 }});
         let (status, text) = harness.complete(body.to_string()).await;
@@ -237,7 +239,7 @@ async fn a_late_failure_ends_with_an_error_event() {
 async fn engine_error_events_are_forwarded_and_counted() {
     const STREAM: &str = "data: {\"choices\":[{\"text\":\"a\"}]}\n\ndata: {\"error\":{\"message\":\"lost\",\"code\":500}}\n\ndata: [DONE]\n\n";
     let prefill = prefill_engine().await;
-    let decode = ScriptedEngine::start(|_| async { events(vec![Ok(&STREAM[..34]), Ok(&STREAM[34..])]) }).await;
+    let decode = ScriptedEngine::start(|_| async { sse_response(vec![Ok(&STREAM[..34]), Ok(&STREAM[34..])]) }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     let (_, text) = harness.complete(r#"{"prompt":"x","stream":true}"#).await;
     assert_eq!(text, STREAM);
@@ -250,7 +252,7 @@ async fn an_abandoned_stream_is_counted_by_its_state() {
     let prefill = prefill_engine().await;
     let decode = ScriptedEngine::start(|_| async {
         let first = futures_util::stream::iter([Ok::<_, std::io::Error>("data: {\"choices\":[]}\n\n")]);
-        harness::sse(axum::body::Body::from_stream(
+        harness::event_stream(axum::body::Body::from_stream(
             first.chain(futures_util::stream::pending()),
         ))
     })
@@ -273,6 +275,6 @@ async fn an_abandoned_stream_is_counted_by_its_state() {
     drop(stream);
     let proxy = harness.proxy.clone();
     harness.finish().await;
-    let counted = r#"xpyd_handoff_total{outcome="sent"} 1"#;
+    let counted = "xpyd_handoff_total{outcome=\"sent\"} 1\n";
     assert!(proxy.metrics_text().contains(counted), "{}", proxy.metrics_text());
 }

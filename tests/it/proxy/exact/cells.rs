@@ -28,13 +28,13 @@ enum Fate {
 
 /// The kind of hand-off.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Flow {
+enum HandoffKind {
     Nixl,
     Decoder,
     Prefiller,
 }
 
-impl Flow {
+impl HandoffKind {
     fn settings(self) -> &'static [&'static str] {
         match self {
             Self::Nixl => &["--connector", "nixl"],
@@ -45,12 +45,12 @@ impl Flow {
 }
 
 /// A single engine without a connector.
-struct Alone {
+struct SingleEngine {
     _process: Unsupervised,
     port: u16,
 }
 
-impl Alone {
+impl SingleEngine {
     fn start(env: &TestEnv) -> Self {
         let arguments = [
             "sim",
@@ -120,7 +120,7 @@ struct Cell(String, serde_json::Map<String, Value>, Fate, Fate);
 const CELLS: &str = include_str!("../../../fixtures/cells.json");
 
 /// The request body of a cell.
-fn body(path: &str, cell: &serde_json::Map<String, Value>, manner: &Value) -> String {
+fn body(path: &str, cell: &serde_json::Map<String, Value>, mode: &Value) -> String {
     let mut body = json!({"model": MODEL, "max_tokens": 17, "temperature": 0});
     if path == COMPLETIONS {
         body["prompt"] = json!("Once upon a time there was a ship");
@@ -129,7 +129,7 @@ fn body(path: &str, cell: &serde_json::Map<String, Value>, manner: &Value) -> St
     }
     let fields = body.as_object_mut().unwrap();
     // The fields of the cell win over those of the response mode.
-    for (key, value) in manner.as_object().unwrap().iter().chain(cell) {
+    for (key, value) in mode.as_object().unwrap().iter().chain(cell) {
         fields.insert(key.clone(), repeated(value));
     }
     fields.retain(|_, value| value != "-");
@@ -150,7 +150,7 @@ fn repeated(value: &Value) -> Value {
 }
 
 /// How responses are requested: whole or streamed, with or without usage.
-fn manners() -> [Value; 4] {
+fn response_modes() -> [Value; 4] {
     [
         json!({}),
         json!({"stream": true}),
@@ -159,7 +159,7 @@ fn manners() -> [Value; 4] {
     ]
 }
 
-fn up(env: &TestEnv, flow: Flow) -> Run<'_> {
+fn up(env: &TestEnv, kind: HandoffKind) -> Run<'_> {
     let mut arguments = vec!["--profile", "1p1d", "--set", "force_connector=true"];
     for setting in [
         r#"prefill.args=["--enable-prompt-tokens-details"]"#,
@@ -168,33 +168,33 @@ fn up(env: &TestEnv, flow: Flow) -> Run<'_> {
     ] {
         arguments.extend(["--set", setting]);
     }
-    arguments.extend(flow.settings());
+    arguments.extend(kind.settings());
     env.up(&arguments)
 }
 
-fn check(flow: Flow) {
+fn check(kind: HandoffKind) {
     let env = TestEnv::new();
-    let mut fleet = up(&env, flow);
-    let alone = Alone::start(&env);
+    let mut fleet = up(&env, kind);
+    let alone = SingleEngine::start(&env);
     fleet.wait_until_ready();
     let port = env.proxy_port();
     let mut wrong = Vec::new();
     let matrix: BTreeMap<String, Vec<Cell>> = serde_json::from_str(CELLS).unwrap();
     for (path, cells) in &matrix {
         for Cell(name, cell, by_decoder, by_prefiller) in cells {
-            let declared = *if flow == Flow::Prefiller {
+            let declared = *if kind == HandoffKind::Prefiller {
                 by_prefiller
             } else {
                 by_decoder
             };
-            for manner in &manners() {
+            for mode in &response_modes() {
                 // Per-event usage includes the first token, which the first-token path cannot count.
-                let counts_each = manner.to_string().contains("continuous");
-                let text = body(path, cell, manner);
+                let counts_each = mode.to_string().contains("continuous");
+                let text = body(path, cell, mode);
                 let expected = post(alone.port, path, &text);
                 let fate = match declared {
                     _ if expected.0 != 200 => Fate::Refused,
-                    Fate::Handed if counts_each && flow == Flow::Prefiller => Fate::Alone,
+                    Fate::Handed if counts_each && kind == HandoffKind::Prefiller => Fate::Alone,
                     declared => declared,
                 };
                 let before = counts(port);
@@ -208,7 +208,7 @@ fn check(flow: Flow) {
                 };
                 if (got.0, normalised(&got.1)) != (expected.0, normalised(&expected.1)) || counted != due {
                     wrong.push(format!(
-                        "{flow:?} {path} {name}: {text}\n  fleet  {counted:?} {got:?}\n  engine {due:?} {expected:?}"
+                        "{kind:?} {path} {name}: {text}\n  fleet  {counted:?} {got:?}\n  engine {due:?} {expected:?}"
                     ));
                 }
             }
@@ -219,24 +219,24 @@ fn check(flow: Flow) {
 
 #[test]
 fn every_nixl_cell_equals_one_engines_answer() {
-    check(Flow::Nixl);
+    check(HandoffKind::Nixl);
 }
 
 #[test]
 fn every_lmcache_cell_equals_one_engines_answer() {
-    check(Flow::Decoder);
+    check(HandoffKind::Decoder);
 }
 
 #[test]
 fn every_first_token_cell_equals_one_engines_answer() {
-    check(Flow::Prefiller);
+    check(HandoffKind::Prefiller);
 }
 
 #[test]
 fn every_passthrough_route_equals_one_engines_answer() {
     let env = TestEnv::new();
-    let mut fleet = up(&env, Flow::Nixl);
-    let alone = Alone::start(&env);
+    let mut fleet = up(&env, HandoffKind::Nixl);
+    let alone = SingleEngine::start(&env);
     fleet.wait_until_ready();
     let messages = json!([{"role": "user", "content": "Tell me of the sea"}]);
     let response = |more: Value| {

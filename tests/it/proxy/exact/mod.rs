@@ -1,9 +1,6 @@
 //! Exactness: a fleet gives a client the same response as one engine.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "helpers of tests stop them as loudly as the tests themselves"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed helper must fail its test")]
 
 mod answers;
 mod cells;

@@ -10,16 +10,16 @@ use xpyd::connector::{Connector, Nixl};
 use xpyd::fleet::Role;
 use xpyd::proxy::Settings;
 
-use crate::proxy::harness::{self, ProxyHarness, ScriptedEngine, answer, dead_port, within_deadline};
+use crate::proxy::harness::{self, ProxyHarness, ScriptedEngine, dead_port, json_response, within_deadline};
 
 async fn harness(decode: &ScriptedEngine) -> (ScriptedEngine, ProxyHarness) {
-    let prefill = ScriptedEngine::start(|_| async { answer(500, "nobody asks it") }).await;
+    let prefill = ScriptedEngine::start(|_| async { json_response(500, "unused") }).await;
     let harness = ProxyHarness::nixl(&[prefill.port], &[decode.port]).await;
     (prefill, harness)
 }
 
 async fn echo() -> ScriptedEngine {
-    ScriptedEngine::start(|seen| async move { answer(200, format!("{} {}", seen.path, seen.raw)) }).await
+    ScriptedEngine::start(|seen| async move { json_response(200, format!("{} {}", seen.path, seen.raw)) }).await
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn engine_control_routes_are_refused_in_any_spelling() {
 }
 
 /// An engine whose response starts and then stalls.
-async fn half_an_answer(content_type: &'static str) -> ScriptedEngine {
+async fn stalling_engine(content_type: &'static str) -> ScriptedEngine {
     ScriptedEngine::start(move |_| async move {
         let first = futures_util::stream::iter([Ok::<_, std::io::Error>("event: a\ndata: {\"a\":1}\n\n")]);
         let body = Body::from_stream(first.chain(futures_util::stream::pending()));
@@ -144,7 +144,7 @@ async fn half_an_answer(content_type: &'static str) -> ScriptedEngine {
 
 #[tokio::test]
 async fn a_passthrough_stream_is_unbuffered_and_ends_loudly() {
-    let decode = half_an_answer("text/event-stream; charset=utf-8").await;
+    let decode = stalling_engine("text/event-stream; charset=utf-8").await;
     let (_prefill, harness) = harness(&decode).await;
     let response = within_deadline("the head", harness.post("/v1/messages", r#"{"stream":true}"#).send())
         .await
@@ -165,7 +165,7 @@ async fn a_passthrough_stream_is_unbuffered_and_ends_loudly() {
 
 #[tokio::test]
 async fn a_stalled_passthrough_response_is_closed() {
-    let decode = half_an_answer("application/json").await;
+    let decode = stalling_engine("application/json").await;
     let prefill = echo().await;
     let settings = Settings {
         decode_idle_deadline: Duration::from_secs(2),
@@ -183,7 +183,7 @@ async fn a_stalled_passthrough_response_is_closed() {
 #[tokio::test]
 async fn a_passthrough_stream_needs_no_done_marker() {
     let whole = "event: message_start\ndata: {}\n\nevent: message_stop\ndata: {}\n\n";
-    let decode = ScriptedEngine::start(move |_| async move { harness::events(vec![Ok(whole)]) }).await;
+    let decode = ScriptedEngine::start(move |_| async move { harness::sse_response(vec![Ok(whole)]) }).await;
     let (_prefill, harness) = harness(&decode).await;
     let response = harness.post("/v1/messages", "{}").send().await.unwrap();
     assert_eq!(response.text().await.unwrap(), whole);
@@ -217,7 +217,7 @@ async fn passthrough_uses_the_least_busy_reachable_engine() {
 
 #[tokio::test]
 async fn a_passthrough_response_keeps_status_and_length() {
-    let decode = ScriptedEngine::start(|_| async { harness::error(422, "no such field") }).await;
+    let decode = ScriptedEngine::start(|_| async { harness::error_response(422, "no such field") }).await;
     let (_prefill, harness) = harness(&decode).await;
     let response = harness.post("/v1/responses", "{}").send().await.unwrap();
     assert_eq!(response.status(), 422);

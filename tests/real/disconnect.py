@@ -1,4 +1,4 @@
-"""Clients that leave at any moment of a hand-off: no KV may stay behind. leave.py XPYD FOLDER CONNECTOR."""
+"""Clients disconnect at every moment of a hand-off, and no KV must be left: disconnect.py XPYD FOLDER CONNECTOR."""
 
 import http.client
 import json
@@ -13,14 +13,14 @@ from fleet import MODEL, Fleet
 
 CLIENTS = 24
 LONGEST_STAY_SECONDS = 3.0
-# A lease of NIXL ends by itself after 16 minutes only, so everything must be freed before.
+# A NIXL lease ends by itself only after 16 minutes, so all KV must be freed before.
 SETTLED_WITHIN_SECONDS = 40
-# Room for eight of the prompts below: with every third client leaking, later hand-offs would find the buffer full.
+# Room for eight of the prompts below: if every third client leaked, later hand-offs would find a full buffer.
 SMALL_BUFFER = "16MiB"
 
 
-def leave(base, number, stay):
-    """Sends a prompt of its own and hangs up after `stay` seconds, whatever has come by then."""
+def disconnect(base, number, stay):
+    """Sends a unique prompt, and disconnects after `stay` seconds."""
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(base).netloc, timeout=stay)
     prompt = f"Number {number}. " + "Tell me about the sea. " * 150
     body = {"model": MODEL, "prompt": prompt, "max_tokens": 200, "stream": bool(number % 2), "ignore_eos": True}
@@ -33,8 +33,8 @@ def leave(base, number, stay):
         connection.close()
 
 
-def settled(fleet, prefiller, connector):
-    """What is still held, in words; empty when nothing is."""
+def held_kv(fleet, prefiller, connector):
+    """Describes the KV that is still held; empty if there is none."""
     held = {
         "hand-offs open": counter(fleet.proxy(), {"xpyd_handoffs_open"}),
         "requests in flight": counter(fleet.proxy(), {"xpyd_requests_in_flight"}),
@@ -45,17 +45,17 @@ def settled(fleet, prefiller, connector):
     return {name: amount for name, amount in held.items() if amount}
 
 
-def check_leaving(fleet, connector):
-    """Lets clients leave one fleet, and looks for what they have left behind."""
+def check_disconnects(fleet, connector):
+    """Lets clients of one fleet disconnect, and checks that no KV is left."""
     random.seed(4)
     engine = next(engine for engine in fleet.plan()["engines"] if engine["role"] == "prefill")
     prefiller = f"http://127.0.0.1:{engine['endpoint']['port']}"
     expired_before = counter(prefiller, {"vllm:nixl_num_kv_expired_reqs_total"})
     stays = [random.uniform(0.05, LONGEST_STAY_SECONDS) for _ in range(CLIENTS)]
-    # Three at a time, as hand-offs overlap, and engines of a small machine still get on.
+    # Three at a time, so that hand-offs overlap, and a small machine still makes progress.
     for first in range(0, CLIENTS, 3):
         together = [
-            threading.Thread(target=leave, args=(fleet.proxy(), number, stays[number]))
+            threading.Thread(target=disconnect, args=(fleet.proxy(), number, stays[number]))
             for number in range(first, first + 3)
         ]
         for thread in together:
@@ -63,7 +63,7 @@ def check_leaving(fleet, connector):
         for thread in together:
             thread.join()
     last = time.monotonic()
-    while held := settled(fleet, prefiller, connector):
+    while held := held_kv(fleet, prefiller, connector):
         assert time.monotonic() - last < SETTLED_WITHIN_SECONDS, f"still held: {held}"
         time.sleep(0.2)
     print(f"  {CLIENTS} clients left; nothing is held {time.monotonic() - last:.1f} s after the last one", flush=True)
@@ -92,7 +92,7 @@ def main():
     xpyd, folder, connector = sys.argv[1:]
     with Fleet(xpyd, folder, connector, settings_for(connector)) as fleet:
         fleet.wait_for_line("ready: every pair")
-        check_leaving(fleet, connector)
+        check_disconnects(fleet, connector)
         fleet.stop()
     print(f"== {connector}: passed", flush=True)
 

@@ -1,4 +1,4 @@
-"""Kills xpyd with SIGKILL under load and lets another one take its engines over: keep.py XPYD FOLDER CONNECTOR."""
+"""Kills xpyd with SIGKILL under load, and lets another one attach to its engines: detach_attach.py XPYD FOLDER CONNECTOR."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ STREAMS = 3
 
 
 def check(fleet, references, connector, when):
-    """Every answer is right, and KV moved for them."""
+    """Checks that every answer is right and that KV was transferred."""
     before = counter(fleet.decoder(), TRANSFERRED[connector])
     answers = [json.loads(request(f"{fleet.proxy()}/v1/completions", body(prompt))) for prompt in references]
     verdicts = [
