@@ -66,20 +66,20 @@ def check_disconnects(fleet, connector):
     while held := held_kv(fleet, prefiller, connector):
         assert time.monotonic() - last < SETTLED_WITHIN_SECONDS, f"still held: {held}"
         time.sleep(0.2)
-    print(f"  {CLIENTS} clients left; nothing is held {time.monotonic() - last:.1f} s after the last one", flush=True)
+    print(f"  {CLIENTS} clients disconnected; no KV is held {time.monotonic() - last:.1f} s after the last one", flush=True)
     if connector == "nixl":
         expired = counter(prefiller, {"vllm:nixl_num_kv_expired_reqs_total"}) - expired_before
-        print(f"  leases that ran out: {expired:.0f} of {CLIENTS}", flush=True)
+        print(f"  expired leases: {expired:.0f} of {CLIENTS}", flush=True)
         assert expired == 0, "KV was freed by its lease only"
     cleanups = counter(fleet.proxy(), {"xpyd_handoff_cleanups_total"})
-    print(f"  clean-ups: {cleanups:.0f}", flush=True)
+    print(f"  cleanups: {cleanups:.0f}", flush=True)
     before = counter(fleet.decoder(), TRANSFERRED[connector])
     prompt = "And now about the land. " * 150
     got = answer(fleet.proxy(), prompt, chat=False, stream=True)
     moved = counter(fleet.decoder(), TRANSFERRED[connector]) - before
     assert moved > 0, "the next hand-off found no room"
     assert got == answer(fleet.decoder(), prompt, chat=False, stream=True), got
-    print(f"  the next answer is right, and {moved:.0f} of its KV moved", flush=True)
+    print(f"  the next answer is right, and {moved:.0f} of its KV transferred", flush=True)
 
 
 def settings_for(connector):

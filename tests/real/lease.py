@@ -69,7 +69,7 @@ def ask_while_hung(fleet, prefiller):
         finally:
             for pid in processes:
                 os.kill(pid, signal.SIGCONT)
-        print(f"  {', '.join(processes.values())} stood still for {time.monotonic() - began:.0f} s", flush=True)
+        print(f"  {', '.join(processes.values())} hung for {time.monotonic() - began:.0f} s", flush=True)
         return [future.result() for future in asked]
 
 
@@ -96,8 +96,8 @@ def main():
         texts = ask_while_hung(fleet, prefiller)
         after = [counter(prefiller, {name}) for name in counters]
         for kind, text in zip(("whole", "streamed"), texts):
-            print(f"  asked meanwhile, {kind}: {'right' if text == right else 'WRONG'}", flush=True)
-        print(f"  leases that ended, late reads: {[now - then for now, then in zip(after, before)]}", flush=True)
+            print(f"  during the hang, {kind}: {'right' if text == right else 'WRONG'}", flush=True)
+        print(f"  expired leases, late reads: {[now - then for now, then in zip(after, before)]}", flush=True)
         if is_control:
             assert texts != [right, right], "vLLM's own lease did no harm: this check proves nothing"
             print(fleet.run("status"), flush=True)

@@ -127,7 +127,7 @@ def compare(fleet, engine, model, prefiller):
                 elif normalised(through) != normalised(alone):
                     cut.append(f"{path} {name}")
             print(f"  {path} {name}: {total} answers compared, {len(wrong)} differ", flush=True)
-    print(f"  {total} answers compared, {len(wrong)} differ; cut into other events: {cut or 'none'}", flush=True)
+    print(f"  {total} answers compared, {len(wrong)} differ; split into other events: {cut or 'none'}", flush=True)
     return wrong
 
 

@@ -85,7 +85,7 @@ def from_libzmq(proxy, context):
     push.send_multipart([notification(1000), b"more", b""])
     proxy.wait_for(1001)
     assert not monitor.poll(0), "the connection broke"
-    print("  1,000 notifications, heartbeats for 3 s, a message of three frames: all taken over one connection", flush=True)
+    print("  1,000 notifications, heartbeats for 3 s, a message of three frames: all received over one connection", flush=True)
     # LMCache's sockets live as long as their engine, which can outlive xpyd.
     pushes = [context.socket(zmq.PUSH) for _ in range(200)]
     for number, other in enumerate(pushes):
@@ -117,7 +117,7 @@ def from_foreign_clients(proxy):
     descriptors = len(os.listdir(f"/proc/{proxy.process.pid}/fd"))
     for connection in held:
         connection.close()
-    print(f"  strangers: let go each time; with 1,000 of their connections {descriptors} descriptors", flush=True)
+    print(f"  foreign clients: disconnected each time; with 1,000 connections {descriptors} descriptors", flush=True)
     assert descriptors < 400, descriptors
 
 
@@ -131,7 +131,7 @@ def main():
         from_foreign_clients(proxy)
         from_libzmq(proxy, zmq.Context())
         growth = proxy.kilobytes() - before
-        print(f"  memory at its highest: {growth} kB more than at the start", flush=True)
+        print(f"  peak memory: {growth} kB more than at the start", flush=True)
         assert growth < MOST_GROWTH_KILOBYTES
         proxy.process.send_signal(signal.SIGTERM)
         assert proxy.process.wait(60) == 0
