@@ -118,7 +118,7 @@ fn bad_run_names_and_long_socket_paths_are_refused() {
     let deep = root.path().join("x".repeat(100));
     let error = RunDir::acquire_in(&deep, "a").unwrap_err();
     assert!(matches!(error, RunDirError::SocketPathTooLong { .. }), "{error}");
-    assert!(error.to_string().ends_with("Unix sockets take at most 107"), "{error}");
+    assert!(error.to_string().contains("at most 107"), "{error}");
 }
 
 #[test]
