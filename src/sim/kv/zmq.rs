@@ -228,7 +228,9 @@ mod tests {
             .expect("a port");
         let mut meeting = tokio_test::task::spawn(Client::connect(SocketType::Req, &address, "", DEADLINE));
         assert!(meeting.poll().is_pending());
-        let again = Server::bind(SocketType::Rep, "127.0.0.1", port).await.expect("free again");
+        let again = Server::bind(SocketType::Rep, "127.0.0.1", port)
+            .await
+            .expect("free again");
         peers.spawn(again.serve(|question: ZmqRequest| async move { Some(vec![question.payload.into()]) }));
         let mut met = meeting.await.expect("a rep socket");
         assert_eq!(met.ask(b"x").await.expect("an answer"), b"x");

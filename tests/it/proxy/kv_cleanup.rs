@@ -164,7 +164,10 @@ async fn a_repeatedly_failing_engine_is_chosen_last() {
     let asked = failing.requests().iter().filter(|seen| !is_release(seen)).count();
     // After the third failure it rests for a second, then gets one request, and rests for longer.
     let most = 3 + usize::try_from(began.elapsed().as_secs()).expect("a number");
-    assert!((3..=most).contains(&asked), "{asked} requests, where {most} are the most");
+    assert!(
+        (3..=most).contains(&asked),
+        "{asked} requests, where {most} are the most"
+    );
     // With no other left, it is asked again.
     harness.lose(Role::Decode, 1);
     let (status, body) = harness.complete(r#"{"prompt":"x"}"#).await;
