@@ -86,7 +86,7 @@ impl ProfileError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Invalid { origin, .. } if is_other_format(origin) => {
-                Some("a profile is TOML: `xpyd profiles show 2p2d > my.toml` writes one to begin with".to_owned())
+                Some("a profile is TOML: `xpyd profiles show 2p2d` prints one to begin with".to_owned())
             }
             Self::Unknown {
                 nearest: Some(nearest), ..

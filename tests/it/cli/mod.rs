@@ -1,6 +1,7 @@
 //! Commands as a user runs them.
 
 mod command_line;
+mod containers;
 mod control_socket;
 mod doctor;
 mod environment;
