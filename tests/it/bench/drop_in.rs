@@ -169,7 +169,7 @@ async fn impossible_requests_are_one_clear_error() {
     for (flags, expected) in [
         (
             "--backend openai-audio",
-            "generations only: `openai`, `vllm`, `openai-chat`",
+            "text generation only; use one of `openai`, `vllm`, `openai-chat`",
         ),
         ("--base-url ftp://h:1", "is not a URL of the form `http://host:port`"),
         (

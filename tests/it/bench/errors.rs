@@ -205,7 +205,7 @@ fn a_run_that_cannot_start_is_one_error_with_a_hint() {
             "hint: did you mean `--model tiny`?",
         ],
     );
-    bench(&["--base-url", &url, "--model", "gpt-9"]).assert_output(0, &["hint: it serves `tiny`"]);
+    bench(&["--base-url", &url, "--model", "gpt-9"]).assert_output(0, &["hint: the server has `tiny`"]);
     bench(&["--base-url", &server.url("/nothing")]).assert_output(
         2,
         &["does not list the models", "hint: set `--base-url` without a path"],

@@ -177,7 +177,7 @@ fn an_unlisted_model_is_requested_with_a_warning() {
         assert_eq!(result(&output)["completed"], 4);
         let warning = format!("warning: the server does not serve the model `{}`", flags[1]);
         assert!(
-            printed.contains(&warning) && printed.contains("hint: it serves `m`"),
+            printed.contains(&warning) && printed.contains("hint: the server has `m`"),
             "{printed}"
         );
     }

@@ -126,7 +126,7 @@ fn a_detached_run_is_found_after_its_folder_is_deleted() {
     let second = env.run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     assert_eq!(second.status.code(), Some(8), "{}", stderr(&second));
     assert!(
-        stderr(&second).contains(&format!("already there (pid {})", pid(&before))),
+        stderr(&second).contains(&format!("already exists (pid {})", pid(&before))),
         "{}",
         stderr(&second)
     );

@@ -114,7 +114,7 @@ fn code() -> BTreeMap<&'static str, Duration> {
             constant("src/proxy/transfer/notify.rs", "FRAME_DEADLINE"),
         ),
         ("idle connection", constant("src/wire/pool.rs", "IDLE_CONNECTION")),
-        ("canary", constant("src/app/verify.rs", "VERIFY_DEADLINE")),
+        ("canary", constant("src/app/canaries.rs", "VERIFY_DEADLINE")),
         ("start stall", deadlines.start_stall),
         ("start", deadlines.ready),
         ("vLLM's own start limit", seconds("VLLM_ENGINE_READY_TIMEOUT_S=")),
