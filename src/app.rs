@@ -140,7 +140,7 @@ where
         printer,
         prints_throughput,
     } = run;
-    let run_dir = Arc::new(run_dir);
+    let (run_dir, model) = (Arc::new(run_dir), plan.served_model_name.clone());
     write_plan(&plan).map_err(anyhow::Error::from)?;
     let sockets = open_sockets(&plan, &run_dir, attach.as_mut()).await?;
     let keep = keep(&plan, &run_dir, detached);
@@ -187,7 +187,6 @@ where
             gpus: GpuChecks::new(&plan.engines, &plan.run_dir, notes),
         },
     };
-    let model = plan.served_model_name.clone();
     let work = work(view.clone(), progress_done, requests, move |not_serving| {
         when_ready(Ready {
             name: ready_name,

@@ -150,11 +150,11 @@ fn shortened(text: String) -> String {
 enum TracebackContext {
     #[default]
     Nothing,
-    /// TracebackContext a traceback; the next line that looks like an exception ends it.
+    /// In a traceback; the next line that looks like an exception ends it.
     Traceback,
-    /// TracebackContext the traceback of an exception that Python ignored.
+    /// In the traceback of an exception that Python ignored.
     Ignored,
-    /// TracebackContext the lines below a headline; so many more belong to it.
+    /// In the lines below a headline; this many more belong to it.
     Headline(usize),
 }
 

@@ -43,7 +43,7 @@ pub(crate) struct Shared {
     /// The healthy engines, for a proxy without a supervisor.
     pub(crate) healthy: SharedAnswer<Arc<[EngineId]>>,
     /// The context length of the engines' model, once an engine has reported it.
-    pub(crate) shared_length: SharedAnswer<Option<u64>>,
+    pub(crate) length_answer: SharedAnswer<Option<u64>>,
     pub(crate) model_length: OnceLock<u64>,
     pub(crate) admission: Arc<Semaphore>,
     pub(crate) bodies: Arc<BodyReader>,
@@ -87,7 +87,7 @@ impl Proxy {
             merged: SharedAnswer::default(),
             version: SharedAnswer::default(),
             healthy: SharedAnswer::default(),
-            shared_length: SharedAnswer::default(),
+            length_answer: SharedAnswer::default(),
             model_length: OnceLock::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),

@@ -412,10 +412,10 @@ fn summary(
             lines.push(format!("hint: {}", ClientValidity::ADVICE));
         }
         EndReason::MissedWhenIdle(missed) => {
-            lines.push(format!("even a single request at an idle server misses {missed}"))
+            lines.push(format!("even a single request at an idle server misses {missed}"));
         }
         EndReason::Search(SearchEnd::Probes) => {
-            lines.push("too many probes: their results contradict each other".to_owned())
+            lines.push("too many probes: their results contradict each other".to_owned());
         }
         EndReason::Time => {
             lines.push(

@@ -20,7 +20,7 @@ impl Shared {
         if let Some(length) = self.model_length.get() {
             return Some(*length);
         }
-        let length = self.shared_length.get(self.ask_for_length(headers)).await?;
+        let length = self.length_answer.get(self.ask_for_length(headers)).await?;
         Some(*self.model_length.get_or_init(|| length))
     }
 

@@ -22,7 +22,7 @@ fn bench(server: &Server, env: &TestEnv, words: &[&str], flags: &str) -> Output 
 
 fn capture(name: &str, extension: &str) -> String {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bench/captures");
-    std::fs::read_to_string(folder.join(format!("{name}.{extension}"))).unwrap()
+    std::fs::read_to_string(folder.join(format!("{name}.{extension}"))).expect("a capture")
 }
 
 /// The texts of standard output and standard error.

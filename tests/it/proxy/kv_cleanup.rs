@@ -1,9 +1,10 @@
 //! KV on a prefill engine after a request ends early: how it is freed, what waits for it, and which engine is blamed.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use xpyd::connector::{Connector, Nixl};
 use xpyd::fleet::{EngineState, Role};
