@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Converts a command line: the arguments after `bench` as in [`bench_arguments`]; others are unchanged.
+/// Converts a command line: the arguments after `bench` as in `bench_arguments`; others are unchanged.
 pub fn compatible_argv(all: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut all: Vec<OsString> = all.into_iter().collect();
     // Global flags have no values, so the first argument that is not a flag is the command.
