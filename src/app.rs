@@ -22,7 +22,7 @@ use self::hooks::RunHooks;
 use crate::control::rundir::{self, RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
 use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
-use crate::plan::{Plan, ProxySpec};
+use crate::plan::{Plan, ProxyPlan};
 use crate::private;
 use crate::proxy::{self, Notifications, Proxy};
 use crate::report::{ExitStatus, Failure};
@@ -316,7 +316,7 @@ async fn open_sockets(plan: &Plan, run_dir: &RunDir, attach: Option<&mut Attacha
     };
     let listener = client_socket::listen(&plan.proxy, attach.and_then(|kept| kept.listener.take())).await?;
     let held = listener.as_fd().try_clone_to_owned().map_err(anyhow::Error::from)?;
-    let scheme = plan.proxy.service.clients.scheme();
+    let scheme = plan.proxy.config.clients.scheme();
     let url = format!("{scheme}://{}", listener.local_addr().map_err(anyhow::Error::from)?);
     let notifications = bind_notifications(&plan.proxy).await?;
     let control = run_dir.listen().map_err(|error| {
@@ -417,7 +417,7 @@ fn write_plan(plan: &Plan) -> std::io::Result<()> {
     )
 }
 
-async fn bind_notifications(proxy: &ProxySpec) -> Result<Option<Notifications>, Failure> {
+async fn bind_notifications(proxy: &ProxyPlan) -> Result<Option<Notifications>, Failure> {
     let Some((host, port)) = &proxy.notify else {
         return Ok(None);
     };
@@ -438,21 +438,14 @@ fn port_holder(port: u16) -> String {
 }
 
 fn proxy_settings(plan: &Plan, parts: proxy::Parts) -> proxy::Settings {
-    let spec = &plan.proxy;
     proxy::Settings {
         connector: plan.connector.clone(),
         served_model_name: plan.served_model_name.clone(),
-        session_header: spec.session_header.clone(),
-        notifications: spec.notifications,
-        prefill_deadline: spec.prefill_deadline,
-        handoff_deadline: spec.handoff_deadline,
-        decode_idle_deadline: spec.decode_idle_deadline,
-        kv_lease: spec.kv_lease,
+        notifications: plan.proxy.notifications,
+        deadlines: plan.proxy.deadlines,
         asks_engines: false,
-        max_body_bytes: spec.max_body_bytes,
-        max_in_flight: spec.max_in_flight,
         parts,
-        service: spec.service.clone(),
+        config: plan.proxy.config.clone(),
     }
 }
 

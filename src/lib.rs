@@ -1,8 +1,8 @@
-//! xpyd runs prefill/decode-disaggregated LLM serving on one machine: it launches the engines, proxies the OpenAI API
-//! over them, watches them, benches them and takes them down.
+//! xpyd serves LLMs with prefill and decode on different engines, on one machine. It launches and supervises the engines,
+//! proxies the OpenAI API over them, and benchmarks them.
 //!
-//! The modules stand in layer order. Imports go down only; `tests/it/repository/tidy.rs` holds the table. ARCHITECTURE.md tells the
-//! whole story.
+//! The modules are in layer order: imports go down only. `tests/it/tidy.rs` has the table of allowed imports, and
+//! ARCHITECTURE.md describes the parts.
 
 // Composition root and commands.
 pub mod app;
@@ -26,13 +26,14 @@ pub mod plan;
 pub mod profile;
 
 // Vocabulary.
+pub mod byte_size;
 pub mod fleet;
 pub(crate) mod log_file;
 pub(crate) mod own_log;
 pub mod private;
+pub mod proxy_config;
 pub mod report;
 pub(crate) mod samples;
-pub mod service;
 pub mod signals;
 pub mod sockets;
 pub mod span;

@@ -1,4 +1,4 @@
-//! The `xpyd` program: everything is in the library.
+//! The `xpyd` program. All code is in the library.
 
 fn main() -> std::process::ExitCode {
     xpyd::cli::main()

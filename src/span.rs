@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-/// The longest duration, which the word for "no limit" means: ten years.
+use serde::{Deserialize as _, Deserializer, Serializer};
+
+/// The longest, and what the word for "no limit" means: ten years.
 pub const LONGEST: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// The word for "no limit".
@@ -26,12 +28,37 @@ pub fn parse(text: &str) -> Result<Duration, String> {
     Ok(span)
 }
 
+/// For `#[serde(with = "crate::span")]`: writes what [`parse`] reads.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize<S: Serializer>(span: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_duration(*span))
+}
+
+/// For `#[serde(with = "crate::span")]` and `#[serde(deserialize_with = "crate::span::deserialize")]`.
+///
+/// # Errors
+/// Those of [`parse`].
+pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse(&text).map_err(serde::de::Error::custom)
+}
+
+/// As [`deserialize`], for a key that can be absent. It needs `#[serde(default)]` beside it.
+///
+/// # Errors
+/// Those of [`parse`].
+pub fn deserialize_some<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    deserialize(deserializer).map(Some)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn durations_are_bounded_and_never_means_no_limit() {
+    fn durations_are_bounded() {
         assert_eq!(parse("1m 30s"), Ok(Duration::from_secs(90)));
         assert_eq!(parse("never"), Ok(LONGEST));
         assert_eq!(parse("87600h"), Ok(LONGEST));

@@ -12,13 +12,13 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::fleet::{FleetStage, FleetView};
-use crate::plan::ProxySpec;
+use crate::plan::ProxyPlan;
 use crate::proxy::Proxy;
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::HookFuture;
 
 /// The socket for clients: the one that the shim held, if it has the planned address, or a new one.
-pub(super) async fn listen(proxy: &ProxySpec, held: Option<OwnedFd>) -> Result<TcpListener, Failure> {
+pub(super) async fn listen(proxy: &ProxyPlan, held: Option<OwnedFd>) -> Result<TcpListener, Failure> {
     match held.map(StdListener::from) {
         Some(held) if listens_there(&held, proxy).await => {
             Ok(TcpListener::from_std(held).map_err(anyhow::Error::from)?)
@@ -27,29 +27,29 @@ pub(super) async fn listen(proxy: &ProxySpec, held: Option<OwnedFd>) -> Result<T
     }
 }
 
-async fn listens_there(held: &StdListener, proxy: &ProxySpec) -> bool {
+async fn listens_there(held: &StdListener, proxy: &ProxyPlan) -> bool {
     let Ok(address) = held.local_addr() else { return false };
-    let Ok(mut wanted) = tokio::net::lookup_host((proxy.host.as_str(), proxy.port)).await else {
+    let Ok(mut wanted) = tokio::net::lookup_host((proxy.config.host.as_str(), proxy.config.port)).await else {
         return false;
     };
     wanted.any(|wanted| wanted.ip() == address.ip() && (wanted.port() == 0 || wanted.port() == address.port()))
 }
 
-async fn bind(proxy: &ProxySpec) -> Result<TcpListener, Failure> {
-    TcpListener::bind((proxy.host.as_str(), proxy.port))
+async fn bind(proxy: &ProxyPlan) -> Result<TcpListener, Failure> {
+    TcpListener::bind((proxy.config.host.as_str(), proxy.config.port))
         .await
         .map_err(|error| {
             let context = format!(
                 "the proxy cannot listen on {}:{}{}",
-                proxy.host,
-                proxy.port,
-                super::port_holder(proxy.port)
+                proxy.config.host,
+                proxy.config.port,
+                super::port_holder(proxy.config.port)
             );
             let is_of_port = matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::PermissionDenied);
             let hint = if is_of_port {
                 "choose another port with `--port`"
             } else {
-                "choose an address of this machine with `--set proxy.host=…`"
+                "choose an address of this machine with `--set proxy.config.host=…`"
             };
             Failure::new(ExitStatus::Preflight, anyhow::Error::new(error).context(context)).hint(hint)
         })

@@ -1,4 +1,4 @@
-//! `xpyd bundle`: a run's plan, logs and this machine's findings in one archive for an issue, without secrets.
+//! `xpyd bundle`: an archive for an issue, with a run's plan, its logs and this machine's findings, without secrets.
 
 mod scrub;
 
@@ -16,22 +16,22 @@ use super::doctor;
 use super::run_plan::RunPlan;
 use crate::control::rundir::{self, DEFAULT_NAME};
 use crate::machine::huggingface::Settings;
-use crate::machine::{Engine, Machine};
+use crate::machine::{Installation, Machine};
 use crate::plan::redacted_env;
 use crate::preflight::gibibytes;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
-/// Of a long file, so much is taken from its beginning: a start that fails says why there.
+/// Number of bytes to take from the beginning of a long file. A failed start gives its reason there.
 const HEAD_BYTES: u64 = 512 << 10;
 
-/// And so much from its end.
+/// Number of bytes to take from its end.
 const TAIL_BYTES: u64 = 4 << 20;
 
-/// Files of a run that are taken: an engine may have many full logs.
+/// Maximum number of files of a run. An engine can have many log files.
 const MOST_FILES: usize = 200;
 
-/// Variables that change what engines do begin like these.
+/// Prefixes of variables that change the behaviour of engines.
 const TELLING: [&str; 16] = [
     "CUDA",
     "GLOO",
@@ -54,10 +54,10 @@ const TELLING: [&str; 16] = [
 /// Arguments of `xpyd bundle`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Arguments {
-    /// The archive to write; must not exist
+    /// The archive to write; it must not exist
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// The folder of a run; the newest one by default, or that of the run that is up
+    /// The folder of a run; default: the run that is up, or the newest one
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
     /// Name of a run that is up
@@ -85,8 +85,8 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
             let error = anyhow::Error::new(error).context(format!("cannot make `{}`", output.display()));
             Failure::new(ExitStatus::Usage, error).hint("name another file: `xpyd bundle --output FILE.tar.gz`")
         })?;
-    printer.status("looking at this machine");
-    // Nobody needs to know whose the token is.
+    printer.status("checking this machine");
+    // The archive does not need the account of the token.
     let machine = doctor::survey(false);
     let scrubber = Scrubber::new(&secrets(folder.as_deref()));
     let written = write(file, &stem, folder.as_deref(), &machine, &scrubber);
@@ -100,21 +100,21 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     let bytes = std::fs::metadata(&output).map_or(0, |file| file.len());
     printer.data(output.display())?;
     printer.status(format!(
-        "{} with {} files. Tokens, keys and passwords were taken out as far as they can be told; look through it before you \
-         give it away: logs may hold prompts.",
+        "{} with {} files. Recognised tokens, keys and passwords were removed; check the files before you share \
+         them: logs can contain prompts.",
         gibibytes(bytes),
         names.len()
     ));
     Ok(ExitStatus::Success)
 }
 
-/// The folder of the run: the one that is named, that of the run that is up, or the newest; `None` where there is none.
+/// The folder of the run: the given one, that of the run that is up, or the newest; `None` if there is none.
 fn run_folder(arguments: &Arguments) -> Result<Option<PathBuf>, Failure> {
     if let Some(folder) = &arguments.run {
         if folder.is_dir() {
             return Ok(Some(folder.clone()));
         }
-        let message = format!("`{}` is no folder", folder.display());
+        let message = format!("`{}` is not a folder", folder.display());
         return Err(Failure::message(ExitStatus::Usage, message).hint("`ls logs` shows the folders of runs"));
     }
     let up = rundir::find(&arguments.name).ok().flatten().map(|run| run.logs_dir);
@@ -145,15 +145,15 @@ fn write(
     archive.add("gpus.txt", &format!("{:#?}", machine.gpus))?;
     for path in folder.map(files).unwrap_or_default() {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // A file that cannot be read is told in its place: the archive is for those who look for what went wrong.
-        let text = ends(&path).unwrap_or_else(|error| format!("could not be read: {error}"));
+        // The error takes the place of a file that cannot be read, because it can explain the problem.
+        let text = ends(&path).unwrap_or_else(|error| format!("cannot be read: {error}"));
         archive.add(&format!("run/{name}"), &text)?;
     }
     archive.builder.into_inner()?.finish()?.flush()?;
     Ok(archive.names)
 }
 
-/// The archive as it is written. Everything in it went through the scrubber.
+/// The archive while it is written. All content passes through the scrubber.
 struct Archive<'bundle> {
     builder: tar::Builder<GzEncoder<std::fs::File>>,
     stem: &'bundle str,
@@ -175,7 +175,7 @@ impl Archive<'_> {
     }
 }
 
-/// What is said of a run: its plan, records, logs, and rendered files; in the order of their names.
+/// The files of a run: its plan, records, logs and rendered files, in the order of their names.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let known = ["json", "log", "yaml", "txt", "toml"];
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -192,7 +192,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// A text as a whole, or its beginning and its end, cut where lines end: half a secret could not be told.
+/// A whole text, or its beginning and its end, cut at line ends so that no secret is cut in half.
 fn ends(path: &Path) -> std::io::Result<String> {
     let mut file = std::fs::File::open(path)?;
     let size = file.metadata()?.len();
@@ -252,7 +252,7 @@ fn about(machine: &Machine) -> String {
 
 fn packages(machine: &Machine) -> String {
     match &machine.engine {
-        Engine::Found {
+        Installation::Found {
             program, environment, ..
         } => {
             let mut lines = vec![format!("program {}", program.display())];
@@ -277,12 +277,12 @@ fn packages(machine: &Machine) -> String {
             lines.extend(environment.cuda.iter().map(|cuda| format!("torch's CUDA {cuda}")));
             lines.join("\n") + "\n"
         }
-        Engine::Missing(name) => format!("no `{name}` on PATH\n"),
-        Engine::NotAsked => String::new(),
+        Installation::Missing(name) => format!("no `{name}` on PATH\n"),
+        Installation::NotAsked => String::new(),
     }
 }
 
-/// The variables that change what engines do, without secrets.
+/// The variables that change the behaviour of engines, without secrets.
 fn variables() -> String {
     let all =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
@@ -293,8 +293,8 @@ fn variables() -> String {
     lines.collect()
 }
 
-/// Every secret that can be found on this machine: those of this process's variables, tokens of Hugging Face, and the API keys
-/// of the run's proxy.
+/// Every known secret on this machine: in this process's variables, Hugging Face tokens, and the API keys of the run's
+/// proxy.
 fn secrets(folder: Option<&Path>) -> Vec<String> {
     let all: BTreeMap<String, String> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -318,9 +318,38 @@ fn secrets(folder: Option<&Path>) -> Vec<String> {
     secrets
 }
 
-/// The file with the API keys of a run's clients, by its plan.
+/// The file with the API keys of a run's clients, from its plan.
 fn key_file(folder: &Path) -> Option<PathBuf> {
     let plan = RunPlan::read(folder)?;
-    let path = plan.value().pointer("/proxy/service/guard/api_key_file")?.as_str()?;
+    // The second place is that of plans up to xpyd 0.1.0.
+    let places = ["/proxy/guard/api_key_file", "/proxy/service/guard/api_key_file"];
+    let path = places.iter().find_map(|place| plan.value().pointer(place)?.as_str())?;
     Some(PathBuf::from(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_file_is_found_in_new_and_old_plans() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let guard = serde_json::json!({"guard": {"api_key_file": "keys"}});
+        for proxy in [guard.clone(), serde_json::json!({"service": guard})] {
+            let plan = serde_json::json!({"proxy": proxy}).to_string();
+            std::fs::write(folder.path().join("plan.json"), plan).expect("a file");
+            assert_eq!(key_file(folder.path()), Some(PathBuf::from("keys")));
+        }
+        // The plan of this version has it at the first place.
+        let config = serde_json::to_value(crate::proxy_config::ProxyConfig {
+            guard: crate::proxy_config::Guard {
+                api_key_file: Some(PathBuf::from("keys")),
+                ..crate::proxy_config::Guard::default()
+            },
+            ..crate::proxy_config::ProxyConfig::default()
+        })
+        .expect("JSON");
+        assert_eq!(config.pointer("/guard/api_key_file"), Some(&"keys".into()));
+        assert_eq!(config["max_body"], "64MiB");
+    }
 }

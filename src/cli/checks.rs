@@ -1,4 +1,4 @@
-//! The checks of `up` and `doctor`: what the preflight finds, and what earlier runs have left on this machine.
+//! The checks of `up` and `doctor`: the preflight, and remains of earlier runs on this machine.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use nix::unistd::{AccessFlags, access};
 
 use super::attach;
-use super::neighbours::Neighbours;
+use super::other_runs::OtherRuns;
 use crate::control::rundir::{self, RunDir};
 use crate::engine::EngineKind;
 use crate::machine::Machine;
@@ -17,17 +17,17 @@ use crate::plan::Plan;
 use crate::preflight::{self, Finding, Level, Topic, gibibytes};
 use crate::private;
 use crate::proxy;
-use crate::service::Service;
+use crate::proxy_config::ProxyConfig;
 use crate::supervisor::shim;
 use crate::supervisor::shim::orphans::{self, LeakedMemory, Orphan};
 
-/// A warning names a certificate that expires within this time.
+/// A certificate that expires within this time gets a warning.
 const EXPIRES_SOON: SignedDuration = SignedDuration::from_hours(14 * 24);
 
-/// What earlier runs have left.
+/// Remains of earlier runs.
 #[derive(Debug)]
 pub(super) struct Leftovers {
-    /// Processes that nobody watches.
+    /// Orphaned engine processes.
     pub(super) orphans: Vec<Orphan>,
     /// Names of runs that were killed.
     stale_runs: Vec<String>,
@@ -35,22 +35,22 @@ pub(super) struct Leftovers {
     memory: Vec<LeakedMemory>,
 }
 
-/// Something that `doctor --fix` removes: it is this user's own, and nobody uses it.
+/// A remedy of `doctor --fix`. It only removes unused files of this user.
 #[derive(Debug)]
 pub(super) enum Remedy {
     /// The files of a run that was killed.
     StaleRun(String),
-    /// A file of a download that was cut off.
+    /// A file of an interrupted download.
     Download(Leftover),
     /// Shared memory that no process uses.
     Memory(LeakedMemory),
 }
 
-/// What a warning about orphans is followed by.
-pub(super) const HOW_TO_REAP: &str = "`xpyd doctor --reap` shows and ends them";
+/// The hint of a warning about orphans.
+pub(super) const REAP_HINT: &str = "`xpyd doctor --reap` lists and kills them";
 
-/// A sentence about engines without a shim, with the memory of each; `None` if there are none.
-pub(super) fn unwatched(orphans: &[Orphan]) -> Option<String> {
+/// A sentence about orphaned engines, with the memory of each; `None` if there are none.
+pub(super) fn orphans_message(orphans: &[Orphan]) -> Option<String> {
     let shown = orphans.iter().take(3).map(|orphan| {
         let memory = gibibytes(orphan.resident_bytes);
         format!("{} (pid {}, {memory})", orphan.title, orphan.pid)
@@ -60,7 +60,7 @@ pub(super) fn unwatched(orphans: &[Orphan]) -> Option<String> {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    let message = format!("engines that nobody watches hold memory: {}{more}", shown.join(", "));
+    let message = format!("orphaned engine processes use memory: {}{more}", shown.join(", "));
     (!shown.is_empty()).then_some(message)
 }
 
@@ -84,10 +84,10 @@ impl fmt::Display for Remedy {
 }
 
 impl Remedy {
-    /// Does it; looks once more whether nobody uses it.
+    /// Applies the remedy, unless the file is in use meanwhile.
     pub(super) fn apply(&self) -> anyhow::Result<()> {
         match self {
-            // Taking the lock of a run removes what a killed one has left; giving it back leaves nothing.
+            // Taking the lock of a run removes the files of a killed one. Dropping the lock removes the rest.
             Self::StaleRun(name) => RunDir::acquire(name)?.remove_engine_key(),
             Self::Download(leftover) => leftover.remove()?,
             Self::Memory(memory) => memory.remove(),
@@ -96,7 +96,7 @@ impl Remedy {
     }
 }
 
-/// Everything that is to be said of a plan on this machine before it starts.
+/// All findings about a plan on this machine, before its start.
 pub(super) fn of_plan(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let mut findings = of_machine(plan, machine);
     if plan.engine == EngineKind::Vllm {
@@ -108,20 +108,20 @@ pub(super) fn of_plan(plan: &Plan, machine: &Machine) -> Vec<Finding> {
 /// Whether the plan can work on this machine, beside the runs that are up.
 pub(super) fn of_machine(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let mut findings = preflight::check(plan, machine);
-    if let Some(finding) = Neighbours::look().finding(plan) {
-        // It says more than that somebody listens.
+    if let Some(finding) = OtherRuns::find().finding(plan) {
+        // It says more than the finding about the port.
         findings.retain(|other| other.check != finding.check);
         findings.push(finding);
     }
     findings.extend(logs_folder(&plan.run_dir));
-    findings.extend(of_service(&plan.proxy.service));
+    findings.extend(of_proxy(&plan.proxy.config));
     findings
 }
 
-/// What is to be said of the files that a proxy serves with.
-pub(super) fn of_service(service: &Service) -> Vec<Finding> {
-    let mut findings = secret_files(service);
-    let valid = service.clients.tls_cert.as_deref().and_then(|path| {
+/// Findings about the files of a proxy.
+pub(super) fn of_proxy(config: &ProxyConfig) -> Vec<Finding> {
+    let mut findings = secret_files(config);
+    let valid = config.clients.tls_cert.as_deref().and_then(|path| {
         let valid = proxy::validity(path)?;
         certificate(path, &valid, Timestamp::now())
     });
@@ -129,7 +129,7 @@ pub(super) fn of_service(service: &Service) -> Vec<Finding> {
     findings
 }
 
-/// A certificate that clients refuse, or will refuse soon.
+/// A finding about a certificate that clients refuse, or will refuse soon.
 fn certificate(path: &Path, valid: &RangeInclusive<u64>, now: Timestamp) -> Option<Finding> {
     let [from, until] = [valid.start(), valid.end()].map(|seconds| {
         let seconds = i64::try_from(*seconds).unwrap_or(i64::MAX);
@@ -150,12 +150,12 @@ fn certificate(path: &Path, valid: &RangeInclusive<u64>, now: Timestamp) -> Opti
             "certificate",
             Level::Warn,
             format!("`tls_cert`: the certificate in `{}` {problem}", path.display()),
-            Some("clients refuse one that is not valid: put a newer one into the file, and start again"),
+            Some("clients refuse an invalid certificate: replace the file, then restart xpyd"),
         )
     })
 }
 
-/// Whether the folder of the run can be made.
+/// Whether the folder of the run can be created.
 fn logs_folder(run_dir: &Path) -> Option<Finding> {
     let folder = std::path::absolute(run_dir).ok()?;
     let there = folder
@@ -163,7 +163,7 @@ fn logs_folder(run_dir: &Path) -> Option<Finding> {
         .skip(1)
         .find(|folder| folder.symlink_metadata().is_ok())?;
     let problem = if !there.is_dir() {
-        "it is no folder".to_owned()
+        "it is not a folder".to_owned()
     } else if let Err(errno) = access(there, AccessFlags::W_OK | AccessFlags::X_OK) {
         errno.desc().to_lowercase()
     } else {
@@ -183,11 +183,11 @@ fn logs_folder(run_dir: &Path) -> Option<Finding> {
     })
 }
 
-/// Files with secrets of the proxy that others than the user can read.
-fn secret_files(service: &Service) -> Vec<Finding> {
+/// Files with secrets of the proxy that other users can read.
+fn secret_files(config: &ProxyConfig) -> Vec<Finding> {
     let files = [
-        ("api_key_file", &service.guard.api_key_file),
-        ("tls_key", &service.clients.tls_key),
+        ("api_key_file", &config.guard.api_key_file),
+        ("tls_key", &config.clients.tls_key),
     ];
     let open = files.into_iter().filter_map(|(key, path)| {
         let path = path.as_ref().filter(|path| private::is_open_to_others(path))?;
@@ -205,7 +205,7 @@ fn secret_files(service: &Service) -> Vec<Finding> {
 }
 
 impl Leftovers {
-    /// Looks.
+    /// Finds all remains.
     pub(super) fn find() -> Self {
         let is_kept = |name: &str| attach::find(name).is_ok_and(|kept| kept.is_some());
         Self {
@@ -215,7 +215,7 @@ impl Leftovers {
         }
     }
 
-    /// As findings.
+    /// The remains as findings.
     pub(super) fn findings(&self) -> Vec<Finding> {
         let mut findings = vec![self.orphans(), self.runs()];
         findings.extend(self.memory());
@@ -223,7 +223,7 @@ impl Leftovers {
         findings
     }
 
-    /// What can be removed, and what of the model's downloads.
+    /// The remains that can be removed, those of the model's downloads included.
     pub(super) fn remedies(self, machine: &Machine) -> Vec<Remedy> {
         let downloads = machine.hugging_face.leftovers.iter();
         let downloads = downloads.filter(|leftover| leftover.kind != LeftoverKind::HeldLock);
@@ -234,28 +234,25 @@ impl Leftovers {
     }
 
     fn orphans(&self) -> Finding {
-        match unwatched(&self.orphans) {
-            None => finding("orphans", Level::Pass, "no engine without a run".to_owned(), None),
-            Some(message) => finding("orphans", Level::Warn, message, Some(HOW_TO_REAP)),
+        match orphans_message(&self.orphans) {
+            None => finding("orphans", Level::Pass, "no orphaned engine process".to_owned(), None),
+            Some(message) => finding("orphans", Level::Warn, message, Some(REAP_HINT)),
         }
     }
 
     fn runs(&self) -> Finding {
         if self.stale_runs.is_empty() {
-            return finding("runs", Level::Pass, "no run was killed".to_owned(), None);
+            return finding("runs", Level::Pass, "no files of killed runs".to_owned(), None);
         }
-        let message = format!(
-            "the files of killed runs are still there: {}",
-            self.stale_runs.join(", ")
-        );
-        let hint = "harmless: the next run of that name removes them, and so does `xpyd doctor --fix`";
+        let message = format!("files of killed runs are left: {}", self.stale_runs.join(", "));
+        let hint = "harmless; the next run of that name removes them, or `xpyd doctor --fix`";
         finding("runs", Level::Warn, message, Some(hint))
     }
 
     fn memory(&self) -> Option<Finding> {
         let bytes: u64 = self.memory.iter().map(|memory| memory.bytes).sum();
         let message = format!(
-            "dead engines have left {} files in /dev/shm ({})",
+            "engines that have ended left {} files in /dev/shm ({})",
             self.memory.len(),
             gibibytes(bytes)
         );
@@ -266,9 +263,9 @@ impl Leftovers {
 
 fn cgroups() -> Finding {
     let message = if shim::cgroup_folder().is_some() {
-        "every engine gets a cgroup of its own"
+        "every engine gets its own cgroup"
     } else {
-        "this user may make none; engines are found by their process trees, which is as good unless something escapes on purpose"
+        "this user cannot create cgroups; xpyd finds the processes of engines by their process trees instead"
     };
     Finding {
         topic: Topic::System,
@@ -291,7 +288,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_certificate_is_told_of_before_it_expires_and_after_and_before_it_is_valid() {
+    fn invalid_and_expiring_certificates_are_reported() {
         const DAY: i64 = 24 * 60 * 60;
         let told = |day: i64| {
             let now = Timestamp::from_second(day * DAY).expect("a time");

@@ -8,11 +8,11 @@ use crate::ui::Printer;
 /// Arguments of `xpyd completions`.
 #[derive(Debug, Parser)]
 pub(super) struct Arguments {
-    /// The shell: put the output where it looks for completions.
+    /// The shell; write the output to the file where it looks for completions
     shell: clap_complete::Shell,
 }
 
-/// The command line without what only xpyd itself calls.
+/// The command line without the commands that only xpyd itself uses.
 fn shown() -> Command {
     let whole = super::Cli::command();
     let verbs = whole.get_subcommands().filter(|verb| !verb.is_hide_set()).cloned();

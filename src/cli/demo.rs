@@ -1,4 +1,4 @@
-//! `xpyd demo`: a whole life of a fleet on simulated engines, for those who have just met xpyd.
+//! `xpyd demo`: start, use and stop of a fleet of simulated engines, for new users.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -8,8 +8,10 @@ use futures_util::StreamExt;
 use tokio::process::Command;
 
 use super::detach::status_after;
-use super::neighbours::Neighbours;
-use super::{block_on, engine_key, request, up};
+use super::other_runs::OtherRuns;
+use super::planning::{build, profile_failure};
+use super::run_lifecycle::{KEEP_LOGS, acquire, announce, conclude, create_folder, log_to};
+use super::{block_on, engine_key, fleet_arguments};
 use crate::app::{self, Ready, Run};
 use crate::machine;
 use crate::profile::{self, Override};
@@ -20,13 +22,13 @@ use crate::ui::Printer;
 /// Arguments of `xpyd demo`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Arguments {
-    /// Requests of the benchmark, one a second.
+    /// Requests of the benchmark, one per second.
     #[arg(long, default_value_t = 30, value_name = "COUNT")]
     num_prompts: usize,
     /// Timing of the simulated engines.
     #[arg(long, default_value = "h100-llama-3.1-8b")]
     preset: String,
-    /// Added to every port of the fleet; without it, the demo looks for free ones.
+    /// Offset of every port of the fleet; default: an offset at which all ports are free.
     #[arg(long)]
     port_offset: Option<u16>,
     /// Folder that holds one folder per run.
@@ -37,33 +39,33 @@ pub(super) struct Arguments {
 const QUESTION: &str = "Why do people split prefill from decode?";
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    request::working_folder()?;
-    let machine = machine::survey(&machine::Wanted::nothing());
+    fleet_arguments::working_folder()?;
+    let machine = machine::survey(&machine::SurveyRequest::nothing());
     let profile = |offset: u16| {
         let overrides = [
             Override::flag("--engine", "engine", "sim"),
             Override::flag("--preset", "sim.preset", arguments.preset.as_str()),
             Override::flag("--port-offset", "port_offset", i64::from(offset)),
         ];
-        profile::load("2p2d", &overrides).map_err(request::profile_failure)
+        profile::load("2p2d", &overrides).map_err(profile_failure)
     };
     let offset = if let Some(offset) = arguments.port_offset {
         offset
     } else {
-        let plan = |offset| request::build(&profile(offset)?, &machine, &arguments.logs);
-        Neighbours::look().free_offset(0, plan)?.unwrap_or_default()
+        let plan = |offset| build(&profile(offset)?, &machine, &arguments.logs);
+        OtherRuns::find().free_offset(0, plan)?.unwrap_or_default()
     };
     let mut profile = profile(offset)?;
-    let draft = request::build(&profile, &machine, &arguments.logs)?;
-    // A name of its own, so that a demo beside a running fleet is not in its way.
+    let draft = build(&profile, &machine, &arguments.logs)?;
+    // Its own name, so that a demo does not conflict with a running fleet.
     let name = format!("demo-{}", std::process::id());
-    let run_dir = up::acquire(&name)?;
-    let folder = up::create_folder(&arguments.logs, &draft, up::KEEP_LOGS, printer)?;
+    let run_dir = acquire(&name)?;
+    let folder = create_folder(&arguments.logs, &draft, KEEP_LOGS, printer)?;
     let engine_key = engine_key::choose(&mut profile, &draft, None)?;
-    let plan = request::build(&profile, &machine, folder.path())?;
-    let _log = up::log_to(folder.path(), profile.logs)?;
+    let plan = build(&profile, &machine, folder.path())?;
+    let _log = log_to(folder.path(), profile.logs)?;
     printer.status("xpyd demo: 2 prefill + 2 decode engines, simulated, so no GPU is needed.\n");
-    up::announce(&plan, printer);
+    announce(&plan, printer);
     let run = Run {
         plan: plan.clone(),
         name: name.clone(),
@@ -73,10 +75,10 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         attach: None,
         grow: Box::new(move |plan, role, count| crate::plan::grow(&profile, &machine, plan, role, count)),
         proxy_parts: proxy::Parts {
-            engine_key: engine_key.sent,
+            engine_key: engine_key.proxy_key,
             ..proxy::Parts::default()
         },
-        engine_key: engine_key.made,
+        engine_key: engine_key.generated,
         printer,
         // The benchmark has the terminal meanwhile.
         prints_throughput: false,
@@ -92,7 +94,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         worked = show(&ready, num_prompts, &page, printer).await;
         printer.status("\ntaking everything down");
     }))?;
-    let ended = up::conclude(&ended, &plan, &name, printer)?;
+    let ended = conclude(&ended, &plan, &name, printer)?;
     let worked = worked?;
     if worked == ExitStatus::Success && ended == ExitStatus::Success {
         next_steps(printer);
@@ -100,22 +102,20 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     Ok(if ended == ExitStatus::Success { worked } else { ended })
 }
 
-/// One chat, the benchmark, and where its time went.
+/// One chat, then the benchmark.
 async fn show(ready: &Ready, num_prompts: usize, page: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
     printer.status(format!(
-        "\n1. one chat, streamed (the text is made up, its timing is that of a GPU)\n\n> {QUESTION}"
+        "\n1. one chat, streamed (generated text, with the timing of a GPU)\n\n> {QUESTION}"
     ));
     chat(ready, printer).await?;
     printer.status(format!(
         "\n2. the benchmark of LMCache's example: {num_prompts} requests of 7500 tokens in and 200 out, one a second.\n\
-         TTFT, the time to the first token, is what the prefill engine and the hand-off take; TPOT, the time per later \
-         token, is the decode engine's.\n"
+         TTFT, the time to the first token, is the time of prefill and KV transfer; TPOT, the time per later token, depends on the decode engine.\n"
     ));
     benchmark(&ready.url, num_prompts, page, printer).await
 }
 
-/// Runs the benchmark in a process of its own, as everybody else does: a client that shares a process with the proxy counts
-/// the proxy's work as its own.
+/// Runs the benchmark in its own process. In the same process as the proxy, it would measure the proxy's work as its own.
 async fn benchmark(url: &str, num_prompts: usize, page: &Path, printer: Printer) -> Result<ExitStatus, Failure> {
     let program = std::env::current_exe().map_err(anyhow::Error::from)?;
     let mut command = Command::new(program);
@@ -125,7 +125,7 @@ async fn benchmark(url: &str, num_prompts: usize, page: &Path, printer: Printer)
         .arg("--report")
         .arg(page)
         .stdin(Stdio::null())
-        // A fleet that ends takes its benchmark with it.
+        // The end of the fleet ends the benchmark.
         .kill_on_drop(true);
     if printer.quiet {
         command.arg("--quiet");
@@ -135,7 +135,7 @@ async fn benchmark(url: &str, num_prompts: usize, page: &Path, printer: Printer)
     Ok(status_after(ended))
 }
 
-/// Streams one answer to the terminal as it comes.
+/// Streams one answer to the terminal.
 async fn chat(ready: &Ready, printer: Printer) -> Result<(), Failure> {
     let client = reqwest::Client::builder()
         .no_proxy()
@@ -177,15 +177,15 @@ fn next_steps(printer: Printer) {
     printer.status("\nNext:");
     for (arguments, what) in [
         ("up --engine sim", "the same fleet, until Ctrl+C"),
-        ("plan", "what it would do on this machine with real vLLM"),
+        ("plan", "show what it would do on this machine with real vLLM"),
         ("up", "do it: 2 prefill + 2 decode engines on 4 GPUs"),
-        ("profiles list", "other shapes"),
+        ("profiles list", "other profiles"),
     ] {
         printer.status(format!("  {:width$}{what}", format!("{xpyd} {arguments}")));
     }
 }
 
-/// What to type for this program: its name if PATH leads to one of that name, else its path.
+/// How to call this program: its name if PATH has one of that name, else its path.
 fn program() -> String {
     let on_path = std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join("xpyd").is_file()));

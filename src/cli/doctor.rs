@@ -1,4 +1,4 @@
-//! `xpyd doctor`: every check of a start without the start, and what can be put right at once.
+//! `xpyd doctor`: all checks of a start without starting, and the repairs that xpyd can do itself.
 
 mod reap;
 mod show;
@@ -9,26 +9,28 @@ use tokio::time::Instant;
 pub(super) use self::show::Report as Findings;
 
 use super::checks::{self, Leftovers, Remedy};
-use super::request::{self, ConnectorFlag, EngineFlag, FleetArguments};
+use super::fleet_arguments::FleetArguments;
+use super::planning::build;
+use crate::connector::ConnectorChoice;
 use crate::engine::EngineKind;
 use crate::machine::{self, Machine};
 use crate::preflight::{self, Finding, Level, Topic};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
-/// The program that is looked for where no profile names one.
+/// The program to look for without a profile.
 const VLLM: &str = "vllm";
 
 /// Arguments of `xpyd doctor`.
 #[derive(Debug, Clone, Args)]
 pub(super) struct Arguments {
-    /// The profile to check this machine for (see `xpyd profiles list`); without one, nothing is needed, and it is told what is there
+    /// The profile to check this machine for (see `xpyd profiles list`); without one, print what is installed
     #[arg(value_name = "PROFILE", group = "chosen")]
     fleet: Option<String>,
     /// The same as an option
     #[arg(short, long, value_name = "NAME|FILE", group = "chosen")]
     profile: Option<String>,
-    /// Changes one key of the profile; may be repeated, later ones win
+    /// Set one key of the profile; can be repeated, later ones win
     #[arg(long, value_name = "KEY=VALUE", requires = "chosen")]
     set: Vec<String>,
     /// Model path or Hugging Face repository
@@ -36,33 +38,33 @@ pub(super) struct Arguments {
     model: Option<String>,
     /// What serves the model
     #[arg(long, value_enum, requires = "chosen")]
-    engine: Option<EngineFlag>,
+    engine: Option<EngineKind>,
     /// How KV moves from prefill to decode
     #[arg(long, value_enum, requires = "chosen")]
-    connector: Option<ConnectorFlag>,
+    connector: Option<ConnectorChoice>,
     /// Print the findings as JSON
     #[arg(long)]
     json: bool,
-    /// Remove what killed runs and broken downloads have left, after it was listed
+    /// Remove files of killed runs and interrupted downloads, after listing them
     #[arg(long)]
     fix: bool,
-    /// Find engines that nobody watches, show them, and end them
+    /// List orphaned engine processes, and kill them
     #[arg(long, conflicts_with_all = ["json", "fix"])]
     reap: bool,
-    /// End them without asking
+    /// Do not ask before killing
     #[arg(long, requires = "reap")]
     yes: bool,
-    /// Only this one; may be repeated
+    /// Only kill the process with this id; can be repeated
     #[arg(long, requires = "reap", value_name = "PID")]
     pid: Vec<u32>,
-    /// More arguments for `vllm serve`, of all engines
+    /// More arguments for `vllm serve`, for all engines
     #[arg(last = true, requires = "chosen", value_name = "VLLM ARGUMENTS")]
     vllm: Vec<String>,
 }
 
 impl Arguments {
-    /// The profile, if there is one.
-    fn chosen(&self) -> Option<&String> {
+    /// The name of the profile, if there is one.
+    fn profile_name(&self) -> Option<&String> {
         self.fleet.as_ref().or(self.profile.as_ref())
     }
 }
@@ -72,19 +74,19 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         return reap::run(arguments.yes, &arguments.pid, printer);
     }
     let began = Instant::now();
-    let (mut findings, machine) = look(arguments)?;
+    let (mut findings, machine) = collect_findings(arguments)?;
     let leftovers = Leftovers::find();
     findings.extend(leftovers.findings());
     if arguments.fix && fix(leftovers.remedies(&machine), printer) {
-        // What is told below is what is true now.
-        let (again, _) = look(arguments)?;
+        // The report shows the state after the repair.
+        let (again, _) = collect_findings(arguments)?;
         findings = again;
         findings.extend(Leftovers::find().findings());
     }
-    // Stable: within a topic, the order is that of a start.
+    // A stable sort: within a topic, the order is that of a start.
     findings.sort_by_key(|finding| finding.topic);
     let report = show::Report {
-        profile: arguments.chosen().map(String::as_str),
+        profile: arguments.profile_name().map(String::as_str),
         findings: &findings,
         took: began.elapsed(),
     };
@@ -101,9 +103,9 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     })
 }
 
-/// What is there, against the profile if there is one.
-fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
-    let Some(profile) = arguments.chosen() else {
+/// All findings: for the profile, or an overview without one.
+fn collect_findings(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
+    let Some(profile) = arguments.profile_name() else {
         let machine = survey(true);
         return Ok((preflight::overview(&machine), machine));
     };
@@ -116,13 +118,13 @@ fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
         ..FleetArguments::of_profile(profile)
     };
     let (profile, machine) = fleet.survey()?;
-    let findings = match request::build(&profile, &machine, &fleet.logs.join("RUN")) {
+    let findings = match build(&profile, &machine, &fleet.logs.join("RUN")) {
         Ok(plan) if plan.engine == EngineKind::Vllm => checks::of_machine(&plan, &machine),
         Ok(plan) => preflight::of_simulated(&plan, &machine),
         Err(failure) if failure.status == ExitStatus::Preflight => {
-            // The rest is worth to be known, too.
+            // The other findings are useful as well.
             let mut findings = preflight::overview(&machine);
-            findings.insert(0, refused(&failure));
+            findings.insert(0, plan_refused(&failure));
             findings
         }
         Err(failure) => return Err(failure),
@@ -130,18 +132,18 @@ fn look(arguments: &Arguments) -> Result<(Vec<Finding>, Machine), Failure> {
     Ok((findings, machine))
 }
 
-/// This machine, where nothing is asked of it; and, if wanted, whose the token is.
+/// The facts about this machine without a profile, and optionally the account of the token.
 pub(super) fn survey(asks_for_account: bool) -> Machine {
-    machine::survey(&machine::Wanted {
+    machine::survey(&machine::SurveyRequest {
         asks_for_account,
         program: Some(VLLM),
         gpus: true,
-        ..machine::Wanted::nothing()
+        ..machine::SurveyRequest::nothing()
     })
 }
 
-/// A plan that cannot be made on this machine.
-fn refused(failure: &Failure) -> Finding {
+/// The finding for a plan that cannot be built on this machine.
+fn plan_refused(failure: &Failure) -> Finding {
     Finding {
         topic: Topic::Software,
         check: "plan",
@@ -151,10 +153,11 @@ fn refused(failure: &Failure) -> Finding {
     }
 }
 
-/// Lists what is removed, and removes it. Whether there was anything.
+/// Lists what it removes, and removes it. Returns whether there was anything.
 fn fix(remedies: Vec<Remedy>, printer: Printer) -> bool {
     if remedies.is_empty() {
-        printer.status("nothing to fix: no killed run, no broken download and no dead shared memory of this user's");
+        printer
+            .status("nothing to fix: this user has no killed run, no interrupted download and no unused shared memory");
         return false;
     }
     printer.status("removing:");
@@ -169,7 +172,7 @@ fn fix(remedies: Vec<Remedy>, printer: Printer) -> bool {
     true
 }
 
-/// The checks of this machine as `xpyd bundle` takes them along.
+/// The findings about this machine for `xpyd bundle`.
 pub(super) fn findings_of_machine(machine: &Machine) -> Vec<Finding> {
     let mut findings = preflight::overview(machine);
     findings.extend(Leftovers::find().findings());

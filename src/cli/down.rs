@@ -1,11 +1,12 @@
-//! `xpyd down`: asks a run to stop and waits until it is gone.
+//! `xpyd down`: stops a run and waits until it has ended.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::status::{client, running};
-use super::{attach, command, up};
+use super::run_lifecycle::{acquire, report_leftovers};
+use super::running::{client, running, wait_for_run};
+use super::{attach, command};
 use crate::app;
 use crate::control::api::DownRequest;
 use crate::control::client::{ClientError, ControlClient};
@@ -15,7 +16,7 @@ use crate::report::{ExitStatus, Failure};
 use crate::supervisor::{AttachableRun, EndReason};
 use crate::ui::{Printer, StopProgress, time_span};
 
-/// How often to look whether the run is gone.
+/// Interval between checks whether the run has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Arguments of `xpyd down`.
@@ -27,16 +28,16 @@ pub struct Arguments {
     /// Kill the engines now, without waiting for requests in flight
     #[arg(long)]
     force: bool,
-    /// End xpyd and its proxy only, to upgrade it: the engines wait for the next `xpyd up`
+    /// Only stop xpyd and its proxy, for an upgrade: the engines wait for the next `xpyd up`
     #[arg(long, conflicts_with = "force")]
     keep_engines: bool,
-    /// How long to wait for the end; the run goes on stopping after that
+    /// How long to wait for the end; the run continues to stop after that
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = crate::span::parse)]
     timeout: Duration,
 }
 
 impl Arguments {
-    /// Stops the run of this name, gently and with patience.
+    /// A graceful stop of the run with this name.
     pub(super) fn of(name: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -47,16 +48,16 @@ impl Arguments {
     }
 }
 
-/// Stops a run. Succeeds only when the run is gone and said that nothing of it is left. Ctrl+C ends only the waiting.
+/// Stops a run. It succeeds only if the run has ended and reported that nothing is left. Ctrl+C only ends the waiting.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     match kept_engines(&arguments.name)? {
-        // This process ends them, so there is no waiting to leave.
+        // This process stops the engines itself, so Ctrl+C must not end it early.
         Some(kept) => end_kept(kept, arguments, printer).await,
-        None => super::goes_on("stop", &arguments.name, stop(&arguments, printer)).await,
+        None => wait_for_run("stop", &arguments.name, stop(&arguments, printer)).await,
     }
 }
 
-/// The same, whatever signals come.
+/// As [`run`], but signals do not end the waiting.
 pub(super) async fn run_to_its_end(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     match kept_engines(&arguments.name)? {
         Some(kept) => end_kept(kept, arguments, printer).await,
@@ -64,7 +65,7 @@ pub(super) async fn run_to_its_end(arguments: Arguments, printer: Printer) -> Re
     }
 }
 
-/// The engines of a run of this name that has lost its xpyd.
+/// The engines of a run with this name that has lost its xpyd.
 fn kept_engines(name: &str) -> Result<Option<AttachableRun>, Failure> {
     if rundir::find(name).is_ok_and(|found| found.is_none()) {
         attach::find(name)
@@ -84,7 +85,7 @@ async fn stop(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fai
     let mut kept_for = Duration::ZERO;
     match client.down(request).await {
         Ok(answer) => kept_for = Duration::from_secs(answer.keep_seconds),
-        // It may have ended by itself a moment ago. If it has not, waiting for it would be waiting for nothing.
+        // It can have ended by itself. If it has not, waiting is useless.
         Err(_) if !info.is_alive() => {}
         Err(error @ ClientError::Refused { .. }) => return Err(Failure::new(ExitStatus::Failure, error)),
         Err(error) => return Err(unanswered(error, &info)),
@@ -107,7 +108,7 @@ async fn stop(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fai
     match rundir::outcome(&info) {
         Ok(Some(outcome)) if outcome.leftovers.is_empty() && !kept_for.is_zero() => {
             printer.status(format!(
-                "xpyd has left run `{}`; its engines wait {} for the next `{}`, and `{}` ends them",
+                "xpyd has left run `{}`; its engines wait {} for the next `{}`, and `{}` stops them",
                 info.name,
                 humantime::format_duration(kept_for),
                 command("up", &info.name),
@@ -125,14 +126,17 @@ async fn stop(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fai
         }
         Ok(Some(outcome)) => {
             let left = outcome.leftovers.join("\n  ");
-            let text = format!("run `{}` has ended, and this of it is left:\n  {left}", info.name);
+            let text = format!("run `{}` has ended, but left:\n  {left}", info.name);
             Err(Failure::message(ExitStatus::TeardownIncomplete, text))
         }
         Ok(None) => {
-            let text = format!("run `{}` has ended without saying whether all of it is gone", info.name);
+            let text = format!(
+                "run `{}` has ended without reporting whether anything is left",
+                info.name
+            );
             let failure = Failure::message(ExitStatus::TeardownIncomplete, text);
             Err(failure.hint(format!(
-                "see its last words: `xpyd logs xpyd --run {}`",
+                "see the end of its log: `xpyd logs xpyd --run {}`",
                 info.logs_dir.display()
             )))
         }
@@ -140,33 +144,33 @@ async fn stop(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fai
     }
 }
 
-/// Ends the engines of a run whose xpyd has gone.
+/// Stops the engines of a run that has lost its xpyd.
 async fn end_kept(kept: AttachableRun, arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if arguments.keep_engines {
-        let text = format!("run `{}` has no xpyd; its engines are kept already", arguments.name);
+        let text = format!("run `{}` has no xpyd; its engines are waiting already", arguments.name);
         return Err(Failure::message(ExitStatus::RunState, text));
     }
-    let (run_dir, name) = (up::acquire(&arguments.name)?, arguments.name);
+    let (run_dir, name) = (acquire(&arguments.name)?, arguments.name);
     printer.status(format!(
-        "ending the engines that an earlier xpyd left: {}",
-        attach::who(&kept)
+        "stopping the engines that an earlier xpyd left: {}",
+        attach::describe(&kept)
     ));
     let outcome = app::end_kept(kept, &run_dir, name.clone(), arguments.force, printer).await?;
-    up::say_what_is_left(&outcome, &name, printer);
+    report_leftovers(&outcome, &name, printer);
     match &outcome.reason {
-        // With the shim's monitor gone the engines end without their grace, which is an end all the same.
+        // Without the shim monitor, the engines are killed without their grace period, which is still a stop.
         EndReason::Stopped | EndReason::Forced | EndReason::SupervisionLost { .. } => Ok(outcome.exit_status()),
         ending => Err(Failure::message(outcome.exit_status(), ending.to_string())),
     }
 }
 
-/// Waits with progress until the run is gone; false if it is still there at the deadline.
+/// Waits with progress until the run has ended. Returns false at the deadline.
 async fn wait(info: &RunInfo, client: &ControlClient, deadline: Instant, mut progress: StopProgress) -> bool {
     while info.is_alive() {
         if Instant::now() >= deadline {
             return false;
         }
-        // A run that is past answering is past telling how far it is; its lock still tells when it is over.
+        // Late in its stop, a run no longer answers. Its lock still shows when it has ended.
         if let Ok(status) = client.status().await {
             match status.stage {
                 FleetStage::Leaving | FleetStage::Draining => {

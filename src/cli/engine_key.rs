@@ -1,4 +1,5 @@
-//! The API key of the engines: the user's own, or one made for the run, so that only xpyd and its operator can use them.
+//! The API key of the engines: the user's own, or one generated for the run, so that only xpyd and its operator can use
+//! the engines.
 
 use rand::RngExt as _;
 
@@ -10,36 +11,36 @@ use crate::proxy::{self, EngineKey};
 use crate::report::{ExitStatus, Failure};
 use crate::supervisor::AttachableRun;
 
-/// How a key that was made for a run begins, so that a later xpyd tells it from a user's.
+/// The prefix of a generated key, which a later xpyd recognises.
 const PREFIX: &str = "xpyd-run-";
 
 /// The key of a run's engines.
 #[derive(Debug, Default)]
-pub(super) struct Chosen {
-    /// What the proxy sends; `None` if the engines take requests from everyone.
-    pub(super) sent: Option<EngineKey>,
-    /// The key, if it was made for this run.
-    pub(super) made: Option<String>,
+pub(super) struct ChosenKey {
+    /// The key that the proxy sends; `None` if the engines accept requests without a key.
+    pub(super) proxy_key: Option<EngineKey>,
+    /// The key, if it was generated for this run.
+    pub(super) generated: Option<String>,
 }
 
-/// Chooses the key of the engines of `draft`, and gives it to those that have none. `kept` are engines that run already:
-/// they keep the key they have.
-pub(super) fn choose(profile: &mut Profile, draft: &Plan, kept: Option<&AttachableRun>) -> Result<Chosen, Failure> {
+/// Chooses the key of the engines of `draft`, and sets it for engines without one. The engines in `kept` are running
+/// already, and keep their key.
+pub(super) fn choose(profile: &mut Profile, draft: &Plan, kept: Option<&AttachableRun>) -> Result<ChosenKey, Failure> {
     let inherited = inherited();
     let users = draft.engine_key(inherited.as_deref()).map_err(|error| {
         Failure::new(ExitStatus::Usage, error)
-            .hint("give both roles the same `--api-key`, for example in `[vllm] args`")
+            .hint("set the same `--api-key` for both roles, for example in `[vllm] args`")
     })?;
-    let made = match (users, kept) {
-        (None, Some(kept)) => key_of(kept),
-        (None, None) if is_made(draft) => Some(new_key()),
+    let generated = match (users, kept) {
+        (None, Some(kept)) => generated_key_of(kept),
+        (None, None) if is_generated(draft) => Some(new_key()),
         _ => None,
     };
-    let sent = match &made {
+    let proxy_key = match &generated {
         Some(key) => checked(Some(key))?.map(EngineKey::known_to_xpyd_only),
         None => checked(users)?,
     };
-    if let Some(key) = users.or(made.as_deref()) {
+    if let Some(key) = users.or(generated.as_deref()) {
         for role in draft.roles_without_key(inherited.as_deref()) {
             let of_role = match role {
                 Role::Prefill => &mut profile.prefill,
@@ -48,20 +49,20 @@ pub(super) fn choose(profile: &mut Profile, draft: &Plan, kept: Option<&Attachab
             of_role.env.insert(API_KEY_VARIABLE.to_owned(), key.to_owned());
         }
     }
-    Ok(Chosen { sent, made })
+    Ok(ChosenKey { proxy_key, generated })
 }
 
-/// Whether a run of this plan makes a key: its user has given none, and wants some engine to have one. Engines that shall
-/// see the keys of clients cannot have one of their own.
-pub(super) fn is_made(draft: &Plan) -> bool {
+/// Whether a run of this plan generates a key: the user has set none, and has not turned it off for all engines. Engines
+/// that get the clients' keys cannot have one of their own.
+pub(super) fn is_generated(draft: &Plan) -> bool {
     let inherited = inherited();
-    !draft.proxy.service.guard.pass_key_through
+    !draft.proxy.config.guard.pass_key_through
         && matches!(draft.engine_key(inherited.as_deref()), Ok(None))
         && !draft.roles_without_key(inherited.as_deref()).is_empty()
 }
 
-/// The key that an earlier xpyd made for these engines.
-fn key_of(kept: &AttachableRun) -> Option<String> {
+/// The key that an earlier xpyd generated for these engines.
+fn generated_key_of(kept: &AttachableRun) -> Option<String> {
     let specs = kept.specs().ok()?;
     let mut keys = specs
         .into_iter()
@@ -78,13 +79,13 @@ pub(super) fn inherited() -> Option<String> {
     std::env::var(API_KEY_VARIABLE).ok()
 }
 
-/// A key of engines as a header carries it.
+/// The key, if it can be sent in a header.
 pub(super) fn checked(key: Option<&str>) -> Result<Option<EngineKey>, Failure> {
     let key = key.filter(|key| !key.is_empty()).map(EngineKey::new).transpose();
     key.map_err(|error: proxy::KeyError| {
         Failure::new(
             ExitStatus::Usage,
-            anyhow::Error::new(error).context("the key of the engines"),
+            anyhow::Error::new(error).context("the API key of the engines is invalid"),
         )
     })
 }

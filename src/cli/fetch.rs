@@ -1,4 +1,4 @@
-//! The model, fetched once before any engine starts.
+//! Downloads the model once, before any engine starts.
 
 use crate::machine::Machine;
 use crate::machine::huggingface::{self, Access, DownloadError, Settings};
@@ -8,7 +8,7 @@ use crate::profile::Profile;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{DownloadProgress, Printer};
 
-/// Fetches what the plan says is to be fetched, unless the cache has it.
+/// Downloads the plan's model, unless it is in the cache.
 pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: Printer) -> Result<(), Failure> {
     let is_missing = machine.hugging_face.model.state.is_to_fetch();
     let Some(fetch) = plan.fetch.as_ref().filter(|_| is_missing) else {
@@ -16,7 +16,7 @@ pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: 
     };
     let access = Access::new(&Settings::read(&plan::shared_env(profile)));
     printer.status(format!(
-        "fetching {} into {} once for all engines",
+        "downloading {} into {}, once for all engines",
         fetch.repository,
         machine.hugging_face.cache.display()
     ));
@@ -30,33 +30,29 @@ pub(super) fn model(plan: &Plan, profile: &Profile, machine: &Machine, printer: 
     );
     let took = progress.finish();
     result.map_err(|error| failure(error, fetch))?;
-    printer.status(format!("fetched {} in {took}", fetch.repository));
+    printer.status(format!("downloaded {} in {took}", fetch.repository));
     Ok(())
 }
 
 fn failure(error: DownloadError, fetch: &ModelFetch) -> Failure {
     let hint = match &error {
-        DownloadError::Refused(_) => "`xpyd doctor --profile …` says what the hub has against it",
-        DownloadError::Access(_) => {
-            "start again: what has arrived is kept, and the download goes on where it broke off"
-        }
-        DownloadError::Damaged { .. } => {
-            "a proxy or a mirror on the way changes files: try another network, or without HF_ENDPOINT"
-        }
+        DownloadError::Refused(_) => "`xpyd doctor --profile …` shows why",
+        DownloadError::Access(_) => "start again: the download resumes",
+        DownloadError::Damaged { .. } => "a proxy or a mirror changes files: try another network, or unset HF_ENDPOINT",
         DownloadError::NoSpace { .. } => {
             "`hf cache ls` shows what is there and `hf cache rm` removes it; or `export HF_HOME=/a/larger/disk`"
         }
-        DownloadError::Locked { .. } => "end the other download, or wait for it",
-        DownloadError::Io(_) => "check the cache's folder, or name another one: `export HF_HOME=/a/folder/of/yours`",
+        DownloadError::Locked { .. } => "stop the other download, or wait for it",
+        DownloadError::Io(_) => "check the cache folder, or set another one: `export HF_HOME=/a/folder/of/yours`",
     };
     let error = match error {
         DownloadError::NoSpace { needed, free, folder } => anyhow::Error::msg(format!(
-            "{} are still to come, and {} are free in {folder}",
+            "{} are missing, but only {} are free in {folder}",
             gibibytes(needed),
             gibibytes(free)
         )),
         error => anyhow::Error::new(error),
     };
-    let error = error.context(format!("cannot fetch {}", fetch.repository));
+    let error = error.context(format!("cannot download {}", fetch.repository));
     Failure::new(ExitStatus::Preflight, error).hint(hint)
 }

@@ -1,7 +1,7 @@
-//! xpyd as the first process of a container: it starts itself once more, passes signals on, and reaps what others leave.
+//! xpyd as the first process of a container: it starts itself in a child, forwards signals, and reaps orphans.
 //!
-//! The kernel gives orphans to the first process, which must wait for them, or they stay as zombies. xpyd itself waits for its
-//! own children only.
+//! The kernel gives orphans to the first process. It must wait for them, or they stay as zombies. xpyd itself only waits
+//! for its own children.
 
 use std::io::{self, IsTerminal as _};
 use std::os::unix::process::CommandExt as _;
@@ -13,23 +13,23 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, tcsetpgrp};
 
-/// Runs the whole program in a child, if this is the first process. `None` if it is not, or if there can be no child.
+/// Runs the whole program in a child if this is the first process. `None` if it is not, or if no child can be started.
 pub(super) fn run() -> Option<ExitCode> {
     (getpid() == Pid::from_raw(1)).then(start)?.ok()
 }
 
 fn start() -> io::Result<ExitCode> {
-    // The kernel drops what the first process neither handles nor blocks.
+    // The kernel drops signals that the first process neither handles nor blocks.
     SigSet::all().thread_set_mask()?;
     let signals = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC)?;
     let child = Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
-        // Ctrl+C goes to the group in front, so it comes once.
+        // Ctrl+C goes to the foreground process group, so it arrives once.
         .process_group(0)
         .spawn()?;
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     if io::stdin().is_terminal() {
-        // Without a terminal of its own there is no group in front.
+        // Without a controlling terminal there is no foreground group.
         let _ = tcsetpgrp(io::stdin(), child);
     }
     loop {
@@ -46,14 +46,14 @@ fn start() -> io::Result<ExitCode> {
                     return Ok(ended);
                 }
             }
-            // Those of a terminal are for who reads and writes there.
+            // Signals of a terminal are for the process that reads and writes there.
             Some(Signal::SIGTTIN | Signal::SIGTTOU | Signal::SIGTSTP) | None => {}
             Some(signal) => drop(kill(child, signal)),
         }
     }
 }
 
-/// Waits for all that have ended; how the child did, if it is among them.
+/// Waits for all children that have ended. Returns the exit code if `child` is among them.
 fn reap(child: Pid) -> Option<ExitCode> {
     let mut ended = None;
     loop {

@@ -1,4 +1,4 @@
-//! `xpyd logs`: what the roles of a run wrote, now and as they write it.
+//! `xpyd logs`: prints or follows the logs of a run.
 
 use std::borrow::Cow;
 use std::io;
@@ -11,7 +11,7 @@ use regex::{Regex, RegexBuilder};
 use serde::Serialize;
 
 use super::run_plan::RunPlan;
-use super::status::running;
+use super::running::running;
 use crate::control::rundir::{self, DEFAULT_NAME, RunInfo};
 use crate::logs::Merge;
 use crate::logs::folder::{self, LATEST};
@@ -24,13 +24,13 @@ use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
 use crate::ui::{Printer, Reader, RolePrefixes};
 
-/// The folder with all runs' logs, below the current one.
+/// The default folder of all runs' logs, below the current one.
 const LOGS_ROOT: &str = "logs";
 
-/// How many times logs are read between two questions whether the run is over, which can take a look at all processes.
+/// Number of reads of the logs per check whether the run is over. The check can read all of `/proc`.
 const LOOKS_PER_QUESTION: usize = 5;
 
-/// With how many lines to begin; all without a number.
+/// Number of lines to begin with; `None` for all.
 #[derive(Debug, Clone, Copy)]
 struct Tail(Option<usize>);
 
@@ -38,28 +38,28 @@ struct Tail(Option<usize>);
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 pub struct Arguments {
-    /// Whose logs: `prefiller1`, `decoder2`, `proxy`, `xpyd`, or a group: `prefill`, `decode`, `all`
+    /// The logs: `prefiller1`, `decoder2`, `proxy`, `xpyd`, or a group: `prefill`, `decode`, `all`
     #[arg(value_name = "ROLE")]
     roles: Vec<String>,
-    /// Go on as the logs grow
+    /// Continue as the logs grow
     #[arg(short, long)]
     follow: bool,
-    /// Begin with the last N lines of each log instead of all of it (`all`); counted before `--grep`
+    /// Begin with the last N lines of each log, or with all of it (`all`); counted before `--grep`
     #[arg(short = 'n', long, value_name = "N", value_parser = parse_tail)]
     tail: Option<Tail>,
-    /// Leave out what is older: `10m`, `14:05`, `2026-11-23T13:05:00Z`
+    /// Leave out older lines: `10m`, `14:05`, `2026-11-23T13:05:00Z`
     #[arg(long, value_name = "TIME", value_parser = parse_since)]
     since: Option<Timestamp>,
     /// Only lines that match this regular expression; colours are not part of a line
     #[arg(long, value_name = "REGEX")]
     grep: Option<String>,
-    /// Match without regard to case
+    /// Ignore upper and lower case
     #[arg(short, long, requires = "grep")]
     ignore_case: bool,
-    /// One JSON object a line: role, text, and time, level and process where they are known
+    /// One JSON object per line: role and text; time, level and process if they are known
     #[arg(long)]
     json: bool,
-    /// Folder of the run, or its name below `logs`, or `latest`; without it, the run that is up, else the latest
+    /// Folder of the run, its name below `logs`, or `latest`; default: the run that is up, else the latest
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
     /// Name of the run that is up
@@ -67,7 +67,7 @@ pub struct Arguments {
     name: String,
 }
 
-/// Prints logs, merged by time; with `--follow`, whatever comes after that as it comes.
+/// Prints logs, merged by time. With `--follow`, continues as they grow.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let source = source(&arguments, printer)?;
     let all = source.logs().map_err(|error| cannot_read(&error))?;
@@ -75,10 +75,10 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     if chosen.is_empty() {
         return Err(Failure::message(
             ExitStatus::Failure,
-            format!("there is no log in `{}` yet", source.folder.display()),
+            format!("`{}` has no log yet", source.folder.display()),
         ));
     }
-    let mut shown = Shown::new(&chosen, &arguments, printer)?;
+    let mut shown = LogPrinter::new(&chosen, &arguments, printer)?;
     if !arguments.follow {
         shown.show(false, &source).await?;
         return Ok(ExitStatus::Success);
@@ -92,7 +92,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     Ok(ExitStatus::Success)
 }
 
-/// A time as people write it: `10m` ago, `14:05` of the last 24 hours, or a whole date and time.
+/// A time: `10m` ago, `14:05` of the last 24 hours, or a whole date and time.
 fn parse_since(text: &str) -> Result<Timestamp, String> {
     let now = Zoned::now();
     if let Ok(ago) = humantime::parse_duration(text) {
@@ -101,7 +101,7 @@ fn parse_since(text: &str) -> Result<Timestamp, String> {
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    // The date first: a whole date and time can be read as a time as well, of whatever day.
+    // The date first: a whole date and time also parses as a time, without its day.
     let local = match (text.parse::<DateTime>(), text.parse::<Time>()) {
         (Ok(local), _) => Some(local),
         (_, Ok(time)) if time > now.time() => now.date().yesterday().ok().map(|day| day.to_datetime(time)),
@@ -114,14 +114,14 @@ fn parse_since(text: &str) -> Result<Timestamp, String> {
         .ok_or_else(|| "write for example `10m`, `14:05`, `2026-11-23 14:05:00` or `2026-11-23T13:05:00Z`".to_owned())
 }
 
-/// Where the logs are, and the run that still writes them.
-struct Source {
+/// The folder of the logs, and the run that still writes them.
+struct LogSource {
     folder: PathBuf,
     run: Option<RunInfo>,
 }
 
-impl Source {
-    /// The logs that are there, and those of engines that have not written yet.
+impl LogSource {
+    /// The existing logs, and those of engines that have not written yet.
     fn logs(&self) -> io::Result<Vec<RoleLog>> {
         let mut logs = roles::logs_in(&self.folder)?;
         for engine in self.run.iter().flat_map(|run| &run.engines) {
@@ -136,8 +136,9 @@ impl Source {
         Ok(logs)
     }
 
-    /// Whether the run writes no more logs. A run that is given as a folder is over once an xpyd has recorded its outcome there and
-    /// no process has a file of the folder open to write. Without an outcome it may run in another container, out of sight.
+    /// Whether the run writes no more logs. For a run that is given as a folder, an xpyd must have recorded its outcome
+    /// there, and no process can have a file of the folder open for writing. Without an outcome the run can be active in
+    /// another, invisible container.
     fn is_over(&self) -> bool {
         match &self.run {
             Some(run) => !run.is_alive(),
@@ -146,58 +147,55 @@ impl Source {
     }
 }
 
-fn source(arguments: &Arguments, printer: Printer) -> Result<Source, Failure> {
+fn source(arguments: &Arguments, printer: Printer) -> Result<LogSource, Failure> {
     let root = Path::new(LOGS_ROOT);
     if let Some(run) = &arguments.run {
         let found = [run.clone(), root.join(run)].into_iter().find(|path| path.is_dir());
         return match found {
-            Some(folder) => Ok(Source {
+            Some(folder) => Ok(LogSource {
                 folder: resolve(folder)?,
                 run: None,
             }),
             None => Err(Failure::message(
                 ExitStatus::Usage,
-                format!(
-                    "there is no folder `{}`, neither here nor in `{LOGS_ROOT}`",
-                    run.display()
-                ),
+                format!("no folder `{}`, neither here nor in `{LOGS_ROOT}`", run.display()),
             )),
         };
     }
     let latest = root.join(LATEST);
     match running(&arguments.name) {
-        Ok(info) => Ok(Source {
+        Ok(info) => Ok(LogSource {
             folder: info.logs_dir.clone(),
             run: Some(info),
         }),
-        // The latest run here is the default one as likely as any; a run that was named is nothing to guess.
+        // Here the latest run is probably the default one. A named run is not guessed.
         Err(failure) if failure.status == ExitStatus::RunState && arguments.name == DEFAULT_NAME && latest.is_dir() => {
             let folder = resolve(latest)?;
             printer.status(format!(
                 "no run `{DEFAULT_NAME}` is up; these are the logs of the last run here, {}",
                 folder.display()
             ));
-            Ok(Source { folder, run: None })
+            Ok(LogSource { folder, run: None })
         }
-        Err(failure) => Err(failure.hint("`xpyd logs --run DIR` shows those of an earlier run")),
+        Err(failure) => Err(failure.hint("`xpyd logs --run DIR` shows the logs of an earlier run")),
     }
 }
 
-/// The folder itself, so that the next run does not move the link under us.
-/// A number of lines, or `all` of them, as other tools have it.
+/// The folder itself, because the next run moves the link `latest`.
+/// Parses a number of lines, or `all`, as other tools do.
 fn parse_tail(text: &str) -> Result<Tail, String> {
     if text == "all" {
         return Ok(Tail(None));
     }
     let lines = text
         .parse()
-        .map_err(|_| "it is a number of lines, or `all`".to_owned())?;
+        .map_err(|_| "expected a number of lines, or `all`".to_owned())?;
     Ok(Tail(Some(lines)))
 }
 
-/// The failure of a text that is no regular expression.
+/// The failure for an invalid regular expression.
 fn no_pattern(error: &regex::Error) -> Failure {
-    // The last line says what is wrong, those before it draw where.
+    // The last line has the reason; the lines before it point to the position.
     let text = error.to_string();
     let reason = text
         .lines()
@@ -209,15 +207,15 @@ fn no_pattern(error: &regex::Error) -> Failure {
         ExitStatus::Usage,
         format!("`--grep` is not a regular expression: {reason}"),
     )
-    .hint("a backslash makes a character stand for itself: `--grep '\\('`")
+    .hint("escape a special character with a backslash: `--grep '\\('`")
 }
 
 fn resolve(folder: PathBuf) -> Result<PathBuf, Failure> {
     fs_err::canonicalize(folder).map_err(|error| cannot_read(&error))
 }
 
-/// The logs being shown.
-struct Shown {
+/// Prints the lines of logs, merged and filtered.
+struct LogPrinter {
     printer: Printer,
     names: Vec<String>,
     prefixes: RolePrefixes,
@@ -239,7 +237,7 @@ struct JsonLine<'line> {
     text: &'line str,
 }
 
-impl Shown {
+impl LogPrinter {
     fn new(logs: &[RoleLog], arguments: &Arguments, printer: Printer) -> Result<Self, Failure> {
         let names: Vec<&str> = logs.iter().map(|log| log.name.as_str()).collect();
         let paths = logs.iter().map(|log| log.path.as_path());
@@ -265,10 +263,10 @@ impl Shown {
         })
     }
 
-    /// Shows what is there already and, if it is to be followed, what comes until the run is gone.
-    async fn show(&mut self, follow: bool, source: &Source) -> Result<(), Failure> {
+    /// Prints the existing lines. With `follow`, also prints later ones until the run has ended.
+    async fn show(&mut self, follow: bool, source: &LogSource) -> Result<(), Failure> {
         for look in 0_usize.. {
-            // Asked before reading, so that what a run wrote last is read after it was seen to be gone.
+            // Checked before reading, so that the last lines of a run that has ended are still read.
             let is_over = !follow || look.is_multiple_of(LOOKS_PER_QUESTION) && source.is_over();
             loop {
                 let records = self.merge.read_new().map_err(|error| cannot_read(&error))?;
@@ -278,7 +276,7 @@ impl Shown {
                 if self.print(&records)? == Reader::Gone {
                     return Ok(());
                 }
-                // So that Ctrl+C is heard between two batches.
+                // So that Ctrl+C is handled between two batches.
                 tokio::task::yield_now().await;
             }
             if is_over {
@@ -335,12 +333,14 @@ impl Shown {
 fn unknown_role(error: UnknownRole, folder: &Path) -> Failure {
     if is_planned(&error.name, folder) {
         let text = format!(
-            "{} has written nothing: run `{}` ended before it was started",
+            "{} has no log: run `{}` ended before its start",
             error.name,
             folder.display()
         );
-        return Failure::message(ExitStatus::Failure, text)
-            .hint(format!("`xpyd logs xpyd --run {}` says why it ended", folder.display()));
+        return Failure::message(ExitStatus::Failure, text).hint(format!(
+            "`xpyd logs xpyd --run {}` shows why it ended",
+            folder.display()
+        ));
     }
     let known = format!("this run has: {}", error.known.join(" "));
     let nearest = error
@@ -354,7 +354,7 @@ fn unknown_role(error: UnknownRole, folder: &Path) -> Failure {
     }
 }
 
-/// Whether the plan of the run in `folder` has an engine, or a role, of this name.
+/// Whether the plan of the run in `folder` has an engine or a role with this name.
 fn is_planned(name: &str, folder: &Path) -> bool {
     let plan = RunPlan::read(folder);
     plan.is_some_and(|plan| plan.engines().iter().any(|engine| engine["id"] == name))

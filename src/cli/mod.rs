@@ -1,4 +1,4 @@
-//! The command line: one thin file per verb.
+//! The command line: one thin file per command.
 
 mod attach;
 pub mod bench;
@@ -10,41 +10,45 @@ mod detach;
 mod doctor;
 pub mod down;
 mod drain;
+mod engine_change;
 mod engine_key;
 mod fetch;
 mod first_process;
+mod fleet_arguments;
 pub mod logs;
-mod neighbours;
+mod other_runs;
 mod plan;
+mod planning;
 mod profiles;
 pub mod proxy;
+mod proxy_options;
 mod ps;
 #[cfg(test)]
 mod reference;
-mod request;
 mod restart;
+mod run_lifecycle;
 mod run_plan;
+mod running;
 mod scale;
 mod sidecar;
 pub mod sim;
 mod sim_lmcache;
 pub mod status;
 mod up;
-mod upgraded;
 mod usage;
+mod vllm_upgrade;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tokio::signal::unix::SignalKind;
 
 use crate::control::rundir::{self, FoundRun, RunDirError, RunInfo};
 use crate::report::{ExitStatus, Failure};
-use crate::signals::{self, SignalListener};
+use crate::signals;
 use crate::supervisor::shim;
 use crate::ui::{self, Printer};
 
-/// Prefill/decode-disaggregated LLM serving on one machine.
+/// Serve LLMs with prefill and decode on different engines, on one machine.
 #[derive(Debug, Parser)]
 #[command(name = "xpyd", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = after_help())]
@@ -64,52 +68,52 @@ fn after_help() -> String {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Start a fleet, serve the OpenAI API over it, and take it down on Ctrl+C
+    /// Start a fleet, serve the OpenAI API, and stop on Ctrl+C
     Up(up::Arguments),
-    /// See a whole fleet at work on simulated engines, in a minute
+    /// Show a whole fleet of simulated engines at work, in one minute
     Demo(demo::Arguments),
-    /// Show a run's engines, their states and their load
+    /// Show the engines of a run, their states and their load
     Status(status::Arguments),
-    /// List all runs, wherever they were started
+    /// List all runs of this user
     Ps(ps::Arguments),
     /// Print or follow the logs of a run
     Logs(logs::Arguments),
-    /// Take engines out, start them again and prove them, while the others serve
+    /// Restart engines one by one, while the others serve
     Restart(restart::Arguments),
-    /// Take engines out and stop them, while the others serve
+    /// Drain engines and stop them, while the others serve
     Drain(drain::Arguments),
-    /// Change how many engines of a role serve: stopped ones come back, new ones join, the last ones leave
+    /// Change the number of engines of a role
     Scale(scale::Arguments),
     /// Stop a run
     Down(down::Arguments),
-    /// Measure a server, with the flags and the table of `vllm bench serve`
+    /// Benchmark a server, with the flags and the table of `vllm bench serve`
     Bench(Box<bench::Arguments>),
-    /// Serve engines that xpyd did not start, on this machine or others
+    /// Serve the API over engines that xpyd did not start, on this machine or others
     Proxy(proxy::Arguments),
-    /// Run one simulated engine, shaped like `vllm serve`
+    /// Run one simulated engine with the interface of `vllm serve`
     Sim(Box<sim::Arguments>),
     /// Show everything that a run would do: ports, GPUs, command lines, files
     Plan(plan::Arguments),
-    /// Check this machine, for a profile or at large: what is missing, why, and what mends it
+    /// Check that this machine can run a profile
     Doctor(doctor::Arguments),
-    /// Put a run's plan and logs and this machine's findings into one archive for an issue, without secrets
+    /// Write an archive for an issue: plan, logs and findings, without secrets
     Bundle(bundle::Arguments),
     /// List, show or check profiles
     Profiles(profiles::Arguments),
-    /// Print completions for a shell
+    /// Print shell completions
     Completions(completions::Arguments),
-    /// Own the engines of a run; started by `xpyd up`, its control socket is its stdin
+    /// Own the engines of a run; `xpyd up` starts it, with its control socket as stdin
     #[command(hide = true)]
     Shim,
-    /// Start a server that an engine needs, and become the engine
+    /// Start a server that an engine needs, then become the engine
     #[command(hide = true)]
     Sidecar(sidecar::Arguments),
-    /// Run one simulated cache server, shaped like `lmcache server`
+    /// Run one simulated cache server with the interface of `lmcache server`
     #[command(hide = true)]
     SimLmcache(sim_lmcache::Arguments),
 }
 
-/// Parses the command line and runs the verb.
+/// Parses the command line and runs the command.
 pub fn main() -> ExitCode {
     if let Some(ended) = first_process::run() {
         return ended;
@@ -131,7 +135,7 @@ pub fn main() -> ExitCode {
     ExitCode::from(status.code())
 }
 
-/// Runs one verb.
+/// Runs one command.
 fn run(verb: Verb, printer: Printer) -> Result<ExitStatus, Failure> {
     match verb {
         Verb::Up(arguments) => up::run(&arguments, printer),
@@ -157,23 +161,7 @@ fn run(verb: Verb, printer: Printer) -> Result<ExitStatus, Failure> {
     }
 }
 
-/// Waits for what the run of this name does. Ctrl+C ends only the waiting.
-async fn goes_on(
-    what: &str,
-    name: &str,
-    waiting: impl Future<Output = Result<ExitStatus, Failure>>,
-) -> Result<ExitStatus, Failure> {
-    let mut interrupt = SignalListener::listen(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
-    tokio::select! {
-        ended = waiting => ended,
-        () = interrupt.recv() => {
-            let text = format!("stopped waiting: the {what} goes on");
-            Err(Failure::message(ExitStatus::Forced, text).hint(format!("`{}` shows how far it is", command("status", name))))
-        }
-    }
-}
-
-/// Runs an async verb on the main thread, with worker threads for what it spawns.
+/// Runs an async command on the main thread, with worker threads for its tasks.
 fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -187,7 +175,7 @@ fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Fail
     runtime.block_on(work)
 }
 
-/// The command `xpyd VERB` about the run `name`, as people type it.
+/// The command `xpyd VERB` for the run `name`, as people type it.
 fn command(verb: &str, name: &str) -> String {
     if name == rundir::DEFAULT_NAME {
         format!("xpyd {verb}")
@@ -196,7 +184,7 @@ fn command(verb: &str, name: &str) -> String {
     }
 }
 
-/// The failure of a command that could not use the runtime folder.
+/// The failure if the runtime folder cannot be used.
 fn no_run_dir(error: RunDirError) -> Failure {
     let hint = error.hint();
     let status = match &error {
@@ -208,7 +196,7 @@ fn no_run_dir(error: RunDirError) -> Failure {
     failure
 }
 
-/// The run of the default name, or the only one that there is: what `xpyd bench` measures unless it is told otherwise.
+/// The run with the default name, or the only one: the default target of `xpyd bench`.
 fn running_fleet() -> Option<bench::Target> {
     let only = || match &rundir::visible()[..] {
         [FoundRun::Up(run)] => Some(RunInfo::clone(run)),

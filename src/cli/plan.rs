@@ -1,4 +1,4 @@
-//! `xpyd plan`: everything that a run would do, for people and as JSON.
+//! `xpyd plan`: prints everything that a run would do, as text or as JSON.
 
 mod blocks;
 mod topology;
@@ -6,16 +6,17 @@ mod topology;
 use clap::Parser;
 use tokio::time::Instant;
 
-use self::blocks::Block;
+use self::blocks::TextBlock;
 use super::checks;
 use super::doctor::Findings;
-use super::request::{self, FleetArguments};
+use super::fleet_arguments::FleetArguments;
+use super::planning::build;
 use crate::machine::Machine;
 use crate::plan::{EngineSpec, Plan};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table, wrap};
 
-/// Arguments of `xpyd plan`. Whatever the checks find, it exits with 0 once there is a plan; `xpyd doctor` exits with 3.
+/// Arguments of `xpyd plan`. It exits with 0 whenever there is a plan; `xpyd doctor` exits with 3 if a check fails.
 #[derive(Debug, Parser)]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -27,8 +28,8 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let (profile, machine) = arguments.fleet.survey()?;
-    // The run's folder is named when it is made.
-    let plan = request::build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;
+    // The real name of the run's folder is only known at its start.
+    let plan = build(&profile, &machine, &arguments.fleet.logs.join("RUN"))?;
     show(&plan, &machine, arguments.json, printer)?;
     Ok(ExitStatus::Success)
 }
@@ -50,7 +51,7 @@ pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer)
     }
     let width = printer.data_width();
     if !findings.is_empty() {
-        // First, because it decides whether the rest will ever be.
+        // The findings come first, because they decide whether the plan can work.
         let found = Findings {
             profile: Some(&plan.profile),
             findings: &findings,
@@ -65,7 +66,8 @@ pub(super) fn show(plan: &Plan, machine: &Machine, json: bool, printer: Printer)
     Ok(())
 }
 
-/// The plan as people read it, with sentences of at most `width` columns. Command lines stay whole, to be pasted.
+/// The plan for people, with sentences of at most `width` columns. Command lines are not wrapped, so that they can be
+/// pasted.
 fn text(plan: &Plan, width: Option<usize>) -> String {
     let head = [
         ("profile", plan.profile.clone()),
@@ -79,9 +81,9 @@ fn text(plan: &Plan, width: Option<usize>) -> String {
             "proxy",
             format!(
                 "{}://{}:{}{}",
-                plan.proxy.service.clients.scheme(),
-                plan.proxy.host,
-                plan.proxy.port,
+                plan.proxy.config.clients.scheme(),
+                plan.proxy.config.host,
+                plan.proxy.config.port,
                 notified_at(plan)
             ),
         ),
@@ -98,7 +100,7 @@ fn text(plan: &Plan, width: Option<usize>) -> String {
     }
     lines.push(format!("\n{table}"));
     let engines = plan.engines.iter().map(engine_block);
-    let files = plan.files().map(|file| Block {
+    let files = plan.files().map(|file| TextBlock {
         kind: file
             .path
             .display()
@@ -116,14 +118,14 @@ fn text(plan: &Plan, width: Option<usize>) -> String {
     lines.join("\n")
 }
 
-/// What an engine is started with: its variables, then its command line.
-fn engine_block(engine: &EngineSpec) -> Block {
+/// The start of an engine: its variables, then its command line.
+fn engine_block(engine: &EngineSpec) -> TextBlock {
     let variables = engine
         .env
         .iter()
         .map(|(name, value)| format!("{name}={}", shell_word(value)));
     let command = command_line(&engine.argv);
-    Block {
+    TextBlock {
         kind: engine.role.to_string(),
         title: engine.id.to_string(),
         lines: variables.chain(command.lines().map(str::to_owned)).collect(),
@@ -155,7 +157,7 @@ fn row(engine: &EngineSpec) -> [String; 6] {
     ]
 }
 
-/// `lmcache init 7300,7301; lmcache alloc 7400,7401`: the ports of all ranks together.
+/// `lmcache init 7300,7301; lmcache alloc 7400,7401`: the other ports, grouped over ranks.
 fn other_ports(engine: &EngineSpec) -> String {
     let mut groups: Vec<(&str, Vec<String>)> = Vec::new();
     for using in engine.ports.iter().filter(|using| using.port != engine.endpoint.port) {
@@ -172,7 +174,7 @@ fn other_ports(engine: &EngineSpec) -> String {
     groups.join("; ")
 }
 
-/// The command line, ready to be pasted, a flag per line.
+/// The command line for a shell, one flag per line.
 fn command_line(argv: &[String]) -> String {
     let mut text = String::new();
     for (index, word) in argv.iter().enumerate() {
@@ -184,7 +186,7 @@ fn command_line(argv: &[String]) -> String {
     text
 }
 
-/// A word as a shell reads it back.
+/// A word quoted for a shell.
 pub(super) fn shell_word(word: &str) -> String {
     let plain = |character: char| character.is_ascii_alphanumeric() || "-_./:=,@%+".contains(character);
     if !word.is_empty() && word.chars().all(plain) {
@@ -199,7 +201,7 @@ mod tests {
     use std::path::Path;
 
     use super::text;
-    use crate::machine::{Engine, Gpus, Machine};
+    use crate::machine::{Gpus, Installation, Machine};
     use crate::plan::{self, PlanError};
     use crate::profile::{self, Override};
 
@@ -214,8 +216,8 @@ mod tests {
     }
 
     #[test]
-    fn every_shipped_profile_has_the_plan_of_its_snapshot() {
-        // An old box, where LMCache is safe, so that the snapshots show its files.
+    fn shipped_profiles_match_their_snapshots() {
+        // Old versions with which LMCache is safe, so that the snapshots show its files.
         let machine = Machine::fixture(8, "0.25.1", Some("0.3.9"));
         for name in profile::shipped_names() {
             insta::assert_snapshot!(name, plan_text(name, &machine, &[]).expect("a plan"));
@@ -223,15 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn a_simulated_fleet_has_the_plan_of_its_snapshot() {
+    fn a_simulated_fleet_matches_its_snapshot() {
         let mut machine = Machine::fixture(0, "0.32.0", None);
-        machine.engine = Engine::NotAsked;
+        machine.engine = Installation::NotAsked;
         machine.gpus = Gpus::NotAsked;
         insta::assert_snapshot!("sim", plan_text("1p1d", &machine, &["engine=sim"]).expect("a plan"));
     }
 
     #[test]
-    fn auto_picks_lmcache_only_where_it_is_safe_and_says_why() {
+    fn auto_picks_lmcache_only_if_safe() {
         let connector = |machine: &Machine| {
             let text = plan_text("2p2d", machine, &[]).expect("a plan");
             text.lines()
@@ -242,12 +244,13 @@ mod tests {
         let old = Machine::fixture(4, "0.25.1", Some("0.3.9"));
         assert_eq!(
             connector(&old),
-            "connector  lmcache (it is safe with what is installed)"
+            "connector  lmcache (it is safe with the installed versions)"
         );
         let new = Machine::fixture(4, "0.26.0", Some("0.5.6"));
         assert_eq!(
             connector(&new),
-            "connector  nixl (not LMCache, because with vLLM 0.26.0 it hands over wrong KV (its layout changed in vLLM 0.26))"
+            "connector  nixl (not LMCache, because with vLLM 0.26.0 it transfers wrong KV (the layout changed in \
+             vLLM 0.26))"
         );
         let without = Machine::fixture(4, "0.25.1", None);
         assert_eq!(
@@ -266,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn explicit_gpus_win_and_the_rest_fills_up_around_them() {
+    fn explicit_gpus_win() {
         let machine = Machine::fixture(4, "0.32.0", None);
         let text = plan_text("2p2d", &machine, &["decode.gpus=[0, 2]"]).expect("a plan");
         let gpus: Vec<&str> = text
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn engines_look_for_ports_of_their_own_in_different_places_unless_ranks_would_share_one() {
+    fn engines_search_ports_in_different_ranges() {
         let machine = Machine::fixture(8, "0.32.0", None);
         let own = |overrides: &[&str]| -> Vec<String> {
             let text = plan_text("2p2d", &machine, overrides).expect("a plan");
@@ -289,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn data_parallel_ranks_have_gpus_and_side_channels_and_ports_named_in_arguments_are_planned() {
+    fn data_parallel_ranks_get_gpus_and_ports() {
         let machine = Machine::fixture(8, "0.32.0", None);
         let parallel = "decode.args=[\"--data-parallel-size\", \"2\", \"--data_parallel_rpc_port\", \"29550\"]";
         let text = plan_text("1p1d-tp2", &machine, &["connector=nixl", parallel]).expect("a plan");
@@ -302,7 +305,7 @@ mod tests {
         let clash = plan_text("2p2d-nixl", &machine, &[parallel]).expect_err("both decode engines");
         assert_eq!(
             clash.to_string(),
-            "port 29550 is needed twice: decoder1 data-parallel rpc and decoder2 data-parallel rpc"
+            "port 29550 is used twice: decoder1 data-parallel rpc and decoder2 data-parallel rpc"
         );
     }
 
@@ -332,17 +335,17 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_is_needed_twice_or_does_not_exist_is_an_error() {
+    fn duplicate_and_invalid_ports_are_errors() {
         let machine = Machine::fixture(4, "0.32.0", None);
         let clash = plan_text("2p2d", &machine, &["decode.port=7101"]).expect_err("a clash");
         assert_eq!(
             clash.to_string(),
-            "port 7101 is needed twice: decoder1 http and prefiller2 http"
+            "port 7101 is used twice: decoder1 http and prefiller2 http"
         );
         let high = plan_text("2p2d", &machine, &["decode.port=65535"]).expect_err("too high");
         assert_eq!(
             high.to_string(),
-            "http of decoder2 would need port 65536, and ports end at 65535"
+            "http of decoder2 would need port 65536, which is above 65535"
         );
     }
 }

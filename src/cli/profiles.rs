@@ -4,7 +4,8 @@ use std::path::Path;
 
 use clap::{Parser, Subcommand};
 
-use super::request::{self, FleetArguments, profile_failure};
+use super::fleet_arguments::FleetArguments;
+use super::planning::{self, build, profile_failure};
 use crate::machine;
 use crate::preflight::{self, Level};
 use crate::profile;
@@ -15,45 +16,45 @@ use crate::ui::{Printer, Table};
 #[derive(Debug, Parser)]
 pub(super) struct Arguments {
     #[command(subcommand)]
-    what: What,
+    what: ProfilesCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
+enum ProfilesCommand {
     /// List the shipped profiles.
     List {
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Print a profile as it is written, to start a file of one's own from.
+    /// Print a profile, as a start for your own.
     Show {
-        /// A shipped name or the path of a file.
+        /// The name of a shipped profile, or the path of a file.
         name: String,
-        /// Print what it says with all that it extends, each key once.
+        /// Print it with everything it extends, each key once.
         #[arg(long)]
         resolved: bool,
     },
     /// Check a profile without running it.
     Validate {
-        /// A shipped name or the path of a file.
+        /// The name of a shipped profile, or the path of a file.
         profile: String,
     },
 }
 
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     match &arguments.what {
-        What::List { json } => list(*json, printer)?,
-        What::Show { name, resolved: false } => {
+        ProfilesCommand::List { json } => list(*json, printer)?,
+        ProfilesCommand::Show { name, resolved: false } => {
             let text = profile::text(name).map_err(profile_failure)?;
             printer.data(text.trim_end())?;
         }
-        What::Show { name, resolved: true } => {
+        ProfilesCommand::Show { name, resolved: true } => {
             let whole = profile::resolved(name, &[], &[]).map_err(profile_failure)?;
             let text = toml::to_string_pretty(&whole).map_err(anyhow::Error::from)?;
             printer.data(text.trim_end())?;
         }
-        What::Validate { profile } => validate(profile, printer)?,
+        ProfilesCommand::Validate { profile } => validate(profile, printer)?,
     }
     Ok(ExitStatus::Success)
 }
@@ -78,28 +79,28 @@ fn list(json: bool, printer: Printer) -> Result<(), Failure> {
     }
 }
 
-/// Checks all that can be told of a profile without the machine that is to run it.
+/// Checks everything about a profile that does not depend on the machine.
 fn validate(name: &str, printer: Printer) -> Result<(), Failure> {
     let profile = FleetArguments::of_profile(name).profile()?;
-    let nowhere = machine::survey(&machine::Wanted::nothing());
-    let plan = match request::build(&profile, &nowhere, Path::new("RUN")) {
+    let nowhere = machine::survey(&machine::SurveyRequest::nothing());
+    let plan = match build(&profile, &nowhere, Path::new("RUN")) {
         Ok(plan) => Some(plan),
-        // That is a question of what is installed.
+        // That depends on the installed versions.
         Err(failure) if failure.status == ExitStatus::Preflight => None,
         Err(failure) => return Err(failure),
     };
     let findings = plan.as_ref().map(preflight::of_profile).unwrap_or_default();
     for finding in &findings {
-        printer.error(request::line(finding));
+        printer.error(planning::line(finding));
     }
     let failures = findings.iter().filter(|finding| finding.level == Level::Fail).count();
     if failures > 0 {
         let problems = if failures == 1 { "problem" } else { "problems" };
-        let message = format!("`{name}` cannot run anywhere: {failures} {problems} above");
+        let message = format!("`{name}` cannot run on any machine: {failures} {problems} above");
         return Err(Failure::message(ExitStatus::Usage, message));
     }
     printer.data(format!(
-        "{name} is a good profile: {} prefill + {} decode engines of {}",
+        "{name} is valid: {} prefill + {} decode engines of {}",
         profile.prefill.count, profile.decode.count, profile.model
     ))
 }

@@ -1,58 +1,38 @@
-//! `xpyd proxy`: the proxy alone, over engines that it did not start, with the flags of LMCache's reference proxy.
+//! `xpyd proxy`: only the proxy, over engines that xpyd did not start, with the flags of LMCache's reference proxy.
 //!
-//! Engines are taken to be ready: nothing here watches them.
+//! It assumes that the engines are ready, because it does not supervise them.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::ValueEnum;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::checks;
 use super::engine_key;
-use super::request::{self, ServiceArguments};
+use super::planning;
+use super::proxy_options::{self, ProxyOptions};
 use super::usage::Switch;
-use crate::connector::{Connector, FirstToken, LmCache, LmCacheMp, Nixl};
+use crate::byte_size;
+use crate::connector::{Connector, ConnectorKind, FirstToken, LmCache, LmCacheMp, Nixl};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
 use crate::own_log::OwnLog;
-use crate::profile::parse_bytes;
 use crate::proxy::{Notifications, Parts, Proxy, Settings};
+use crate::proxy_config::{ProxyConfig, RequestDeadlines};
 use crate::report::{ExitStatus, Failure};
-use crate::service::Service;
 use crate::signals::StopSignals;
 use crate::ui::Printer;
 
-/// How long requests in flight may go on after the first signal.
+/// How long requests in flight can continue after the first signal.
 const DRAIN_DEADLINE: Duration = Duration::from_mins(1);
-
-/// How KV moves between the engines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ConnectorName {
-    /// NIXL: the decode engine pulls.
-    Nixl,
-    /// LMCache's PD backend: the prefill engine pushes and notifies this proxy.
-    Lmcache,
-    /// As `nixl`, between engines that have LMCache's cache servers as well.
-    LmcacheMp,
-}
-
-/// Who makes the first token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum FirstTokenName {
-    /// The decode engine, from the client's own request.
-    Decoder,
-    /// The prefill engine; its decoders must run with `skip_last_n_tokens: 1`.
-    Prefiller,
-}
 
 /// Serve the OpenAI API over prefill and decode engines that are already running.
 ///
-/// Lists are comma-separated. One host with many ports, many hosts with one port, and lists of equal length pair up; one
-/// host with one port and a number of engines means consecutive ports.
+/// Lists are comma-separated. One host with many ports, many hosts with one port, and lists of equal length form pairs.
+/// One host with one port and a number of engines means consecutive ports.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Arguments {
     /// Address to listen on.
@@ -79,32 +59,32 @@ pub struct Arguments {
     /// Number of decode engines, if it does not follow from the lists.
     #[arg(long)]
     pub num_decoders: Option<usize>,
-    /// LMCache: handshake ports of a decode engine, one per tensor-parallel rank. Further decode engines on the same
-    /// host use the ports that follow.
+    /// LMCache: init ports of a decode engine, one per tensor-parallel rank. Further decode engines on the same host use
+    /// the next ports.
     #[arg(long, value_delimiter = ',', default_value = "8300")]
     pub decoder_init_port: Vec<u16>,
     /// LMCache: allocation ports of a decode engine, as above.
     #[arg(long, value_delimiter = ',', default_value = "8400")]
     pub decoder_alloc_port: Vec<u16>,
-    /// LMCache: address on which to take the prefill engines' notifications.
+    /// LMCache: address on which to receive the prefill engines' notifications.
     #[arg(long, default_value = "127.0.0.1")]
     pub proxy_host: String,
-    /// LMCache: port on which to take the prefill engines' notifications.
+    /// LMCache: port on which to receive the prefill engines' notifications.
     #[arg(long, default_value_t = 8500)]
     pub proxy_port: u16,
-    /// LMCache: notifications per prefill, if not one per rank. MLA models send a single one.
+    /// LMCache: notifications per prefill, if not one per rank. Models with MLA send one.
     #[arg(long)]
     pub notifications: Option<u16>,
     /// How KV moves between the engines.
-    #[arg(long, value_enum, default_value_t = ConnectorName::Lmcache)]
-    pub connector: ConnectorName,
-    /// LMCache: who makes the first token.
-    #[arg(long, value_enum, default_value_t = FirstTokenName::Decoder)]
-    pub first_token: FirstTokenName,
-    /// Keep the requests of a session on the same engines.
+    #[arg(long, value_enum, default_value_t = ConnectorKind::LmCache)]
+    pub connector: ConnectorKind,
+    /// LMCache: the engine that generates the first token.
+    #[arg(long, value_enum, default_value_t = FirstToken::Decoder)]
+    pub first_token: FirstToken,
+    /// Send the requests of a session to the same engines.
     #[arg(long, env = "CLIENT_BOUND", action = clap::ArgAction::Set, default_value = "false", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub client_bound: Switch,
-    /// The header that names a request's session.
+    /// Name of the header with a request's session.
     #[arg(long, env = "CLIENT_BOUND_KEY", default_value = "session-id")]
     pub client_bound_key: String,
     /// Largest body of a request, such as `256MiB`.
@@ -113,45 +93,47 @@ pub struct Arguments {
     /// Most requests in the proxy at once.
     #[arg(long, default_value_t = 4096)]
     pub max_in_flight: usize,
-    /// How long a prefill may take.
+    /// Time limit for a prefill.
     #[arg(long, value_parser = crate::span::parse, default_value = "5m")]
     pub prefill_deadline: Duration,
-    /// How long the KV may take to arrive after a prefill.
+    /// Time limit for the KV to arrive after a prefill.
     #[arg(long, value_parser = crate::span::parse, default_value = "90s")]
     pub handoff_deadline: Duration,
-    /// How long a decode engine may be silent. Answers that are not streamed are silent until their end.
+    /// How long a decode engine can send nothing. An answer that is not streamed is silent until its end.
     #[arg(long, value_parser = crate::span::parse, default_value = "10m")]
     pub decode_idle_deadline: Duration,
-    /// NIXL: the `kv_lease_duration` of the engines, vLLM's own being 30s. An answer that begins later than this after its
-    /// prefill began may come from blocks of another request: it is not passed on, and the request is tried again.
+    /// NIXL: the `kv_lease_duration` of the engines (vLLM's default is 30s). An answer that begins later than this after
+    /// the start of its prefill can come from blocks of another request: the proxy discards it, and tries the request
+    /// again.
     #[arg(long, value_parser = crate::span::parse)]
     pub kv_lease: Option<Duration>,
     #[command(flatten)]
-    service: ServiceArguments,
-    /// Changes how clients are served, with the keys of a profile's `[proxy]` table: `routing.attempts=2`; may be repeated.
+    options: ProxyOptions,
+    /// Set one key of the profile's `[proxy]` table, such as `routing.attempts=2`; can be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }
 
-/// A number of bytes as profiles write it.
+/// Parses a number of bytes.
 fn size(text: &str) -> Result<usize, String> {
-    let bytes = parse_bytes(text).and_then(|bytes| usize::try_from(bytes).ok());
+    let bytes = byte_size::parse(text).and_then(|bytes| usize::try_from(bytes).ok());
     bytes.ok_or_else(|| "write for example `256MiB` or `1GiB`".to_owned())
 }
 
-/// Why the flags describe no fleet. Every variant names the flags.
+/// Why the flags do not describe a fleet. Every variant names the flags.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FlagError {
-    /// Two lists that cannot be paired.
+    /// Two lists of different length.
     #[error(
-        "`--{stem}-host` has {hosts} entries and `--{stem}-port` {ports}: they must be equal in number, or one of them single"
+        "`--{stem}-host` has {hosts} entries and `--{stem}-port` {ports}: both need the same number of entries, or \
+         one of them a single entry"
     )]
     Lengths {
         /// `prefiller` or `decoder`.
         stem: &'static str,
-        /// Entries of the host list.
+        /// Number of entries of the host list.
         hosts: usize,
-        /// Entries of the port list.
+        /// Number of entries of the port list.
         ports: usize,
     },
     /// A number that contradicts the lists.
@@ -159,39 +141,39 @@ pub enum FlagError {
     Number {
         /// `prefiller` or `decoder`.
         stem: &'static str,
-        /// The number given.
+        /// The given number.
         number: usize,
-        /// Engines named.
+        /// Number of engines in the lists.
         found: usize,
     },
-    /// No engine.
+    /// A number of 0 engines.
     #[error("`--num-{stem}s` must be at least 1")]
     None {
         /// `prefiller` or `decoder`.
         stem: &'static str,
     },
-    /// Ports per rank that do not match.
+    /// Different numbers of init and allocation ports.
     #[error(
         "`--decoder-init-port` has {init} entries and `--decoder-alloc-port` {alloc}: both need one per tensor-parallel rank"
     )]
     Ranks {
-        /// Entries of the list of handshake ports.
+        /// Number of entries of the list of init ports.
         init: usize,
-        /// Entries of the list of allocation ports.
+        /// Number of entries of the list of allocation ports.
         alloc: usize,
     },
-    /// Counting up went past the last port.
-    #[error("`--{flag}` counts up past 65535")]
+    /// A consecutive port would be above 65535.
+    #[error("`--{flag}` would need a port above 65535")]
     Overflow {
         /// The flag, without dashes.
         flag: String,
     },
 }
 
-/// The engines that the flags describe: prefill engines, then decode engines.
+/// The engines in the flags: prefill engines, then decode engines.
 ///
 /// # Errors
-/// When lists cannot be paired, or ports run out.
+/// When lists cannot be paired, or a port would be above 65535.
 pub fn endpoints(arguments: &Arguments) -> Result<(Vec<Endpoint>, Vec<Endpoint>), FlagError> {
     let prefill = pairs(
         "prefiller",
@@ -205,7 +187,7 @@ pub fn endpoints(arguments: &Arguments) -> Result<(Vec<Endpoint>, Vec<Endpoint>)
         &arguments.decoder_port,
         arguments.num_decoders,
     )?;
-    let lmcache = arguments.connector == ConnectorName::Lmcache;
+    let lmcache = arguments.connector == ConnectorKind::LmCache;
     let (init, alloc) = (&arguments.decoder_init_port, &arguments.decoder_alloc_port);
     if lmcache && (init.len() != alloc.len() || init.is_empty()) {
         return Err(FlagError::Ranks {
@@ -222,7 +204,7 @@ pub fn endpoints(arguments: &Arguments) -> Result<(Vec<Endpoint>, Vec<Endpoint>)
     };
     let mut decoders = Vec::with_capacity(decode.len());
     for (index, pair) in decode.iter().enumerate() {
-        // Hosts can use the same port numbers, engines of one host cannot.
+        // Engines on different hosts can use the same port numbers.
         let neighbours = decode[..index].iter().filter(|(host, _)| *host == pair.0).count();
         let receiver = if lmcache {
             Some(Receiver {
@@ -238,7 +220,7 @@ pub fn endpoints(arguments: &Arguments) -> Result<(Vec<Endpoint>, Vec<Endpoint>)
     Ok((prefill.iter().map(|pair| endpoint(pair, None)).collect(), decoders))
 }
 
-/// Hosts and ports paired up by the rules of the reference proxy.
+/// Pairs of host and port, by the rules of the reference proxy.
 fn pairs(
     stem: &'static str,
     hosts: &[String],
@@ -283,30 +265,27 @@ fn shifted(ports: &[u16], by: usize, flag: &str) -> Result<Vec<u16>, FlagError> 
         .ok_or_else(|| FlagError::Overflow { flag: flag.to_owned() })
 }
 
-/// Serves until a signal; a second one ends what is in flight.
+/// Serves until a signal; a second signal ends requests in flight.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let usage = |error: FlagError| {
-        Failure::new(ExitStatus::Usage, error).hint("`xpyd proxy --help` says how hosts and ports go together")
+        Failure::new(ExitStatus::Usage, error).hint("`xpyd proxy --help` explains the lists of hosts and ports")
     };
     let (prefill, decode) = endpoints(&arguments).map_err(usage)?;
-    let mut service = Service::from_overrides(&arguments.set).map_err(|error| {
-        Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are")
-    })?;
-    arguments.service.change(&mut service);
+    let config = config(&arguments)?;
     let _log = OwnLog::to_standard_error().map_err(anyhow::Error::from)?;
-    let scheme = service.clients.scheme();
+    let scheme = config.clients.scheme();
     let parts = Parts {
         engine_key: engine_key::checked(engine_key::inherited().as_deref())?,
-        ..request::proxy_parts(&service)?
+        ..proxy_options::open_parts(&config)?
     };
-    for finding in checks::of_service(&service) {
-        printer.status(request::line(&finding));
+    for finding in checks::of_proxy(&config) {
+        printer.status(planning::line(&finding));
     }
-    let settings = settings(&arguments, service, parts);
+    let settings = settings(&arguments, config, parts);
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     let notifications = match arguments.connector {
-        ConnectorName::Nixl | ConnectorName::LmcacheMp => None,
-        ConnectorName::Lmcache => Some(
+        ConnectorKind::Nixl | ConnectorKind::LmCacheMp => None,
+        ConnectorKind::LmCache => Some(
             Notifications::bind(&arguments.proxy_host, arguments.proxy_port)
                 .await
                 .map_err(|error| {
@@ -330,12 +309,12 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     ));
     if let Some(notifications) = &notifications {
         printer.status(format_args!(
-            "taking notifications on {}:{}",
+            "receiving notifications on {}:{}",
             arguments.proxy_host,
             notifications.port()
         ));
     }
-    // The sender is kept: nothing changes, but a closed channel would say that the fleet is gone.
+    // The sender is kept open: the fleet never changes, but a closed channel would mean that it has ended.
     let (_fleet, view) = watch::channel(Arc::new(fleet(prefill, decode)));
     let proxy = Proxy::new(settings, view, notifications);
     let stop = CancellationToken::new();
@@ -357,41 +336,73 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     }
 }
 
-fn settings(arguments: &Arguments, service: Service, parts: Parts) -> Settings {
-    Settings {
-        connector: match arguments.connector {
-            ConnectorName::Nixl => Connector::Nixl(Nixl {}),
-            ConnectorName::Lmcache => Connector::LmCache(LmCache {
-                first_token: match arguments.first_token {
-                    FirstTokenName::Decoder => FirstToken::Decoder,
-                    FirstTokenName::Prefiller => FirstToken::Prefiller,
-                },
-                // Only launches use the sizes.
-                prefill_buffer_bytes: 0,
-                decode_buffer_bytes: 0,
-            }),
-            ConnectorName::LmcacheMp => Connector::LmCacheMp(LmCacheMp {
-                nixl: Nixl {},
-                l1_bytes: 0,
-            }),
-        },
-        // Only canaries use it, and these engines get none.
-        served_model_name: String::new(),
-        session_header: (arguments.client_bound == Switch(Some(true))).then(|| arguments.client_bound_key.clone()),
-        notifications: arguments.notifications,
-        prefill_deadline: arguments.prefill_deadline,
-        handoff_deadline: arguments.handoff_deadline,
-        decode_idle_deadline: arguments.decode_idle_deadline,
-        kv_lease: arguments.kv_lease,
-        asks_engines: true,
-        max_body_bytes: arguments.max_body,
-        max_in_flight: arguments.max_in_flight,
-        parts,
-        service,
+/// Keys of `[proxy]` that have their own flag here, so `--set` refuses them.
+const KEYS_WITH_FLAGS: [(&str, &str); 6] = [
+    ("host", "--host"),
+    ("port", "--port"),
+    ("bind_sessions", "--client-bound"),
+    ("session_header", "--client-bound-key"),
+    ("max_body", "--max-body"),
+    ("max_in_flight", "--max-in-flight"),
+];
+
+/// The configuration: defaults, then `--set`, then flags.
+fn config(arguments: &Arguments) -> Result<ProxyConfig, Failure> {
+    for text in &arguments.set {
+        let key = text.split('=').next().unwrap_or_default().trim();
+        if let Some((_, flag)) = KEYS_WITH_FLAGS.iter().find(|(name, _)| *name == key) {
+            let error = format!("`--set {text}`: `{key}` is set by a flag");
+            return Err(Failure::message(ExitStatus::Usage, error).hint(format!("use `{flag}` instead")));
+        }
+    }
+    let mut config = ProxyConfig::from_overrides(&arguments.set).map_err(|error| {
+        Failure::message(ExitStatus::Usage, error).hint("`xpyd proxy --help` says where the keys are listed")
+    })?;
+    config.host.clone_from(&arguments.host);
+    config.port = arguments.port;
+    config.bind_sessions = arguments.client_bound == Switch(Some(true));
+    config.session_header.clone_from(&arguments.client_bound_key);
+    config.max_body = arguments.max_body;
+    config.max_in_flight = arguments.max_in_flight;
+    arguments.options.apply(&mut config);
+    Ok(config)
+}
+
+fn connector(arguments: &Arguments) -> Connector {
+    // The sizes are only used for launches.
+    match arguments.connector {
+        ConnectorKind::Nixl => Connector::Nixl(Nixl {}),
+        ConnectorKind::LmCache => Connector::LmCache(LmCache {
+            first_token: arguments.first_token,
+            prefill_buffer_bytes: 0,
+            decode_buffer_bytes: 0,
+        }),
+        ConnectorKind::LmCacheMp => Connector::LmCacheMp(LmCacheMp {
+            nixl: Nixl {},
+            l1_bytes: 0,
+        }),
     }
 }
 
-/// A view that never changes, in which every engine is ready.
+fn settings(arguments: &Arguments, config: ProxyConfig, parts: Parts) -> Settings {
+    Settings {
+        connector: connector(arguments),
+        // Only canaries use it, and this proxy runs none.
+        served_model_name: String::new(),
+        notifications: arguments.notifications,
+        deadlines: RequestDeadlines {
+            prefill: arguments.prefill_deadline,
+            handoff: arguments.handoff_deadline,
+            decode_idle: arguments.decode_idle_deadline,
+            kv_lease: arguments.kv_lease,
+        },
+        asks_engines: true,
+        parts,
+        config,
+    }
+}
+
+/// A constant view, in which every engine is ready.
 fn fleet(prefill: Vec<Endpoint>, decode: Vec<Endpoint>) -> FleetView {
     let views = |role: Role, endpoints: Vec<Endpoint>| {
         endpoints

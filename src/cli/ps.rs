@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::command;
-use super::status::{since, stage};
+use super::running::{since, stage};
 use crate::control::api::Status;
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, FoundRun, RunInfo};
@@ -13,7 +13,7 @@ use crate::fleet::EngineState;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{Printer, Table};
 
-/// How long a run may take to tell its state: a list must not wait for one that hangs.
+/// How long to wait for a run's status, so that a hung run does not block the list.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Arguments of `xpyd ps`.
@@ -24,25 +24,25 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-/// Lists the runs. That there is none is no failure.
+/// Lists the runs. An empty list is a success.
 pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let mut rows = Vec::new();
     for seen in rundir::all() {
         rows.push(match seen {
             FoundRun::Up(info) => {
                 let status = if info.is_suspended() { None } else { ask(&info).await };
-                Row::of(&info, status.as_ref())
+                RunRow::of(&info, status.as_ref())
             }
-            FoundRun::Silent { name, pid } => Row::bare(name, "silent", pid),
-            FoundRun::Kept { name } => Row::bare(name, "kept", None),
-            FoundRun::Foreign { name, user } => Row {
+            FoundRun::Silent { name, pid } => RunRow::without_info(name, "silent", pid),
+            FoundRun::Kept { name } => RunRow::without_info(name, "kept", None),
+            FoundRun::Foreign { name, user } => RunRow {
                 user: Some(user),
-                ..Row::bare(name, "foreign", None)
+                ..RunRow::without_info(name, "foreign", None)
             },
         });
     }
     if arguments.json {
-        printer.data(rows.iter().map(Row::json).collect::<Value>())?;
+        printer.data(rows.iter().map(RunRow::json).collect::<Value>())?;
     } else if rows.is_empty() {
         printer.status(format!(
             "no run is up; `{}` starts one",
@@ -59,21 +59,21 @@ async fn ask(info: &RunInfo) -> Option<Status> {
     tokio::time::timeout(PATIENCE, client.status()).await.ok()?.ok()
 }
 
-/// What is told of a run.
-struct Row {
+/// A line of the list.
+struct RunRow {
     name: String,
-    /// In one word, for programs.
+    /// The state in one word, for programs.
     state: String,
-    /// For people.
+    /// The state for people.
     shown: String,
     pid: Option<u32>,
     user: Option<u32>,
     info: Option<RunInfo>,
-    /// Engines that serve, and all.
+    /// Number of engines that serve, and of all engines.
     engines: Option<(usize, usize)>,
 }
 
-impl Row {
+impl RunRow {
     fn of(info: &RunInfo, status: Option<&Status>) -> Self {
         let (state, shown) = match status {
             Some(status) => (status.stage.to_string(), stage(status)),
@@ -98,10 +98,10 @@ impl Row {
         }
     }
 
-    /// A run that says nothing of itself.
-    fn bare(name: String, state: &'static str, pid: Option<u32>) -> Self {
+    /// A run that does not answer.
+    fn without_info(name: String, state: &'static str, pid: Option<u32>) -> Self {
         let shown = match state {
-            "kept" => "engines kept, no xpyd",
+            "kept" => "engines waiting, no xpyd",
             "foreign" => "another user's",
             _ => "does not answer",
         };
@@ -135,7 +135,7 @@ impl Row {
     }
 }
 
-fn table(rows: &[Row]) -> Table<7> {
+fn table(rows: &[RunRow]) -> Table<7> {
     let mut table = Table::new(["name", "state", "engines", "pid", "up for", "proxy", "profile"]);
     for row in rows {
         let info = row.info.as_ref();
@@ -159,7 +159,7 @@ fn table(rows: &[Row]) -> Table<7> {
     table
 }
 
-/// The name of a user, or the number where it has none.
+/// The name of a user, or the user id if there is no name.
 pub(super) fn user_name(user: u32) -> String {
     let known = nix::unistd::User::from_uid(user.into()).ok().flatten();
     known.map_or_else(|| user.to_string(), |known| known.name)

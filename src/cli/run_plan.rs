@@ -1,20 +1,20 @@
-//! The plan that a run has written into its folder of logs, for commands that ask what it began with.
+//! The `plan.json` in a run's folder of logs, for commands that need the plan of a running or finished run.
 
 use std::path::Path;
 
 use serde_json::Value;
 
-/// What `plan.json` says.
+/// The content of a `plan.json`.
 pub(super) struct RunPlan(Value);
 
 impl RunPlan {
-    /// Of the run with this folder of logs; `None` where it cannot be read.
+    /// The plan of the run with this folder of logs; `None` if it cannot be read.
     pub(super) fn read(logs_dir: &Path) -> Option<Self> {
         let text = fs_err::read(logs_dir.join("plan.json")).ok()?;
         serde_json::from_slice(&text).ok().map(Self)
     }
 
-    /// Everything.
+    /// The whole plan.
     pub(super) fn value(&self) -> &Value {
         &self.0
     }
@@ -24,7 +24,7 @@ impl RunPlan {
         self.0["engines"].as_array().map_or(&[], Vec::as_slice)
     }
 
-    /// The program that serves the model; `None` where engines are simulated. A wrapper of xpyd's own may stand before it.
+    /// The program that serves the model; `None` for simulated engines. `xpyd sidecar` can come before it in the command line.
     pub(super) fn vllm(&self) -> Option<&str> {
         if self.0["engine"] == "sim" {
             return None;

@@ -1,4 +1,4 @@
-//! `xpyd scale`: another number of engines of a role, while the others serve.
+//! `xpyd scale`: changes the number of engines of a role, while the others serve.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::command;
-use super::restart::{POLL_INTERVAL, Wait, status};
-use super::status::{client, running};
-use super::upgraded;
+use super::engine_change::EngineWait;
+use super::running::{POLL_INTERVAL, client, running, status, wait_for_run};
+use super::vllm_upgrade;
 use crate::control::api::{ScaleRequest, ScaleResponse, Status};
 use crate::control::client::{ClientError, ControlClient};
 use crate::control::rundir::{DEFAULT_NAME, RunInfo};
@@ -16,24 +16,24 @@ use crate::fleet::{EngineId, EngineVerb, MAX_ENGINES_PER_ROLE, Role};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{FleetProgress, Printer};
 
-/// How long a new engine may take to be seen; it is planned at once.
+/// How long to wait until a new engine is in the status. It is planned at once.
 const SEEN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Arguments of `xpyd scale`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Engines of a role that are to serve: decode=3, prefill=2
+    /// The number of engines per role: decode=3, prefill=2
     #[arg(required = true, value_name = "ROLE=COUNT")]
     counts: Vec<Count>,
     /// Name of the run
     #[arg(long, value_name = "NAME", default_value = DEFAULT_NAME)]
     name: String,
-    /// How long to wait for each engine; it goes on after that
+    /// How long to wait for each engine; it continues after that
     #[arg(long, value_name = "DURATION", default_value = "35m", value_parser = crate::span::parse)]
     timeout: Duration,
 }
 
-/// `decode=3`.
+/// A role with its number of engines: `decode=3`.
 #[derive(Debug, Clone, Copy)]
 struct Count(ScaleRequest);
 
@@ -47,11 +47,11 @@ impl FromStr for Count {
         let role = match role {
             "prefill" => Role::Prefill,
             "decode" => Role::Decode,
-            _ => return Err(format!("`{role}` is no role; there are `prefill` and `decode`")),
+            _ => return Err(format!("`{role}` is not a role: use `prefill` or `decode`")),
         };
         if count.starts_with('+') {
             return Err(format!(
-                "`{count}` is no number of engines: name how many {role} is to have in all, as in `{role}=4`"
+                "`{count}` is not a number of engines: write the total number, as in `{role}=4`"
             ));
         }
         match count.parse() {
@@ -60,14 +60,14 @@ impl FromStr for Count {
                 Err(format!("a role can have at most {MAX_ENGINES_PER_ROLE} engines"))
             }
             Ok(count) => Ok(Self(ScaleRequest { role, count })),
-            Err(_) => Err(format!("`{count}` is no number of engines")),
+            Err(_) => Err(format!("`{count}` is not a number of engines")),
         }
     }
 }
 
-/// Changes the number of engines, and waits until those that come serve and those that go are stopped.
+/// Changes the number of engines, and waits until new ones serve and removed ones are stopped.
 pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
-    super::goes_on("change", &arguments.name, scale(&arguments, printer)).await
+    wait_for_run("change", &arguments.name, scale(&arguments, printer)).await
 }
 
 async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
@@ -76,7 +76,7 @@ async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fa
     for Count(request) in arguments.counts.iter().copied() {
         let known = info.engines.iter().filter(|engine| engine.role == request.role).count();
         if usize::from(request.count) > known {
-            upgraded::check(&info)?;
+            vllm_upgrade::check(&info)?;
         }
         let answer = client
             .scale(request)
@@ -84,7 +84,7 @@ async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fa
             .map_err(|error| refused(error, &info.name))?;
         let ScaleResponse { starting, stopping } = &answer;
         if starting.is_empty() && stopping.is_empty() {
-            printer.status(format!("{} engines serve as {} already", request.count, request.role));
+            printer.status(format!("{} {} engines serve already", request.count, request.role));
             continue;
         }
         let deadline = Instant::now() + arguments.timeout;
@@ -92,7 +92,7 @@ async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fa
         let starts = starting.iter().map(|(id, start)| (id, *start, EngineVerb::Restart));
         let stops = stopping.iter().map(|id| (id, 0, EngineVerb::Drain));
         for (id, incarnation, verb) in starts.chain(stops) {
-            let wait = Wait {
+            let wait = EngineWait {
                 id,
                 verb,
                 incarnation,
@@ -106,7 +106,7 @@ async fn scale(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Fa
     Ok(ExitStatus::Success)
 }
 
-/// The engines that come and go, as the status knows them.
+/// The engines that start and stop, from the run's status.
 async fn shown(
     client: &ControlClient,
     info: &RunInfo,

@@ -1,4 +1,4 @@
-//! `xpyd sidecar`: what an engine's leader runs first where the engine needs a server of its own.
+//! `xpyd sidecar`: the first program of an engine's leader, if the engine needs a server of its own.
 
 use std::time::Duration;
 
@@ -9,16 +9,16 @@ use crate::ui::Printer;
 /// Arguments of `xpyd sidecar`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Where the sidecar will listen
+    /// Host on which the sidecar listens
     #[arg(long)]
     host: String,
-    /// Its port
+    /// Port on which the sidecar listens
     #[arg(long)]
     port: u16,
-    /// How long it may take until it listens
+    /// Time limit for the sidecar until it listens
     #[arg(long, value_parser = crate::span::parse)]
     deadline: Duration,
-    /// How long the engine may take to leave when its sidecar has ended
+    /// Time from SIGTERM to SIGKILL of the engine after its sidecar has ended
     #[arg(long, value_parser = crate::span::parse)]
     grace: Duration,
     /// The sidecar's command line, `--`, the engine's command line
@@ -26,7 +26,7 @@ pub(super) struct Arguments {
     commands: Vec<String>,
 }
 
-/// Returns only if there is no engine.
+/// Replaces this process by the engine. It only returns if that fails.
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     let mut commands = arguments.commands.splitn(2, |word| word == "--");
     let sidecar = Sidecar {

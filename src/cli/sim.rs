@@ -7,18 +7,18 @@ use std::time::Duration;
 use clap::{ArgAction, Args, ValueEnum};
 use tokio::net::TcpListener;
 
-use crate::engine::arguments::{self, Given};
+use crate::engine::arguments::{self, GivenOption};
 use crate::report::{ExitStatus, Failure};
 use crate::sim;
 
-/// Arguments of `xpyd sim`: those of `vllm serve` that mean something here, then those of the simulation. `line` takes the
-/// others out.
+/// Arguments of `xpyd sim`: those of `vllm serve` with an effect here, then those of the simulation. `line` removes the
+/// others.
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]
 pub struct Arguments {
     /// The model, a name or a path; nothing is loaded
     pub model: String,
-    /// The name clients use for the model
+    /// The model name for clients
     #[arg(long)]
     pub served_model_name: Option<String>,
     /// Address to listen on
@@ -30,10 +30,10 @@ pub struct Arguments {
     /// Longest prompt plus answer, in tokens
     #[arg(long, default_value_t = 8192)]
     pub max_model_len: u32,
-    /// Ranks
+    /// Tensor-parallel ranks
     #[arg(long, default_value_t = 1)]
     pub tensor_parallel_size: u16,
-    /// Data-parallel ranks; each has a side channel of its own, and the first one does all the work
+    /// Data-parallel ranks; each has its own side channel, and the first one does all the work
     #[arg(long, default_value_t = 1)]
     pub data_parallel_size: u16,
     /// The connector, as JSON
@@ -42,28 +42,28 @@ pub struct Arguments {
     /// Capture no CUDA graphs
     #[arg(long)]
     pub enforce_eager: bool,
-    /// Accepted; no prefix is cached
+    /// Accepted; the prefix cache is always off
     #[arg(long = "no-enable-prefix-caching")]
     pub no_enable_prefix_caching: bool,
     /// Prefill every prompt in one step
     #[arg(long = "no-enable-chunked-prefill")]
     pub no_enable_chunked_prefill: bool,
-    /// Tokens of one scheduler step
+    /// Tokens per scheduler step
     #[arg(long)]
     pub max_num_batched_tokens: Option<u32>,
-    /// Keys of which clients must bear one
+    /// API keys; clients must send one of them
     #[arg(long, num_args = 1.., value_name = "KEY", env = "VLLM_API_KEY", hide_env_values = true)]
     pub api_key: Vec<String>,
-    /// Seconds that running requests may go on after SIGTERM
+    /// Seconds that running requests can continue after SIGTERM
     #[arg(long, default_value_t = 0)]
     pub shutdown_timeout: u64,
-    /// Tell cached tokens in `usage`
+    /// Report cached tokens in `usage`
     #[arg(long, overrides_with = "no_enable_prompt_tokens_details")]
     pub enable_prompt_tokens_details: bool,
-    /// Do not
+    /// Do not report cached tokens in `usage`
     #[arg(long = "no-enable-prompt-tokens-details")]
     pub no_enable_prompt_tokens_details: bool,
-    /// Tell a request's times in its answer
+    /// Report a request's times in its answer
     #[arg(long)]
     pub enable_per_request_metrics: bool,
     /// Accepted; nothing is computed
@@ -78,22 +78,22 @@ pub struct Arguments {
     /// Accepted; nothing is bound
     #[arg(long, num_args = 1.., value_name = "NODE")]
     pub numa_bind_nodes: Vec<u32>,
-    /// An option of `vllm serve` that was left out
+    /// An option of `vllm serve` without an effect here
     #[arg(long, hide = true, value_name = "OPTION", action = ArgAction::Append)]
     pub ignored: Vec<String>,
-    /// The timing model's numbers
+    /// The timing preset
     #[arg(long, default_value = sim::INSTANT.name)]
     pub preset: String,
-    /// Something to do wrong, as NAME or NAME=VALUE; repeatable
+    /// A fault to simulate, as NAME or NAME=VALUE; can be repeated
     #[arg(long = "fault", value_name = "KNOB", action = ArgAction::Append)]
     pub faults: Vec<String>,
-    /// Which process of the engine this is
+    /// The process of the engine to run
     #[arg(long, hide = true)]
-    pub child: Option<Child>,
-    /// Answer everything at once with canned bytes: what `benches/proxy` measures proxies with
+    pub child: Option<SpawnedProcess>,
+    /// Answer everything at once with canned bytes, for `benches/proxy`
     #[arg(long, hide = true)]
     pub null: bool,
-    /// Events of a null engine's streams
+    /// Events per stream of a null engine
     #[arg(long, hide = true, default_value_t = 16, requires = "null")]
     pub null_events: u32,
     /// Time between two events of a null engine's streams
@@ -103,18 +103,18 @@ pub struct Arguments {
 
 /// A process that the simulated API server spawns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Child {
+pub enum SpawnedProcess {
     /// vLLM's `EngineCore`.
     EngineCore,
     /// vLLM's worker.
     Worker,
 }
 
-/// A whole command line: of what follows `sim`, each option of `vllm serve` in the spelling of [`Arguments`]; the names of those
-/// that mean nothing to a simulated engine behind `--ignored`.
+/// A whole command line with the options of `vllm serve` after `sim` in the spelling of [`Arguments`]. Options without an
+/// effect are listed after `--ignored`.
 pub(super) fn line(all: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut all: Vec<OsString> = all.into_iter().collect();
-    // Global flags take no values, so the first word that is no flag is the verb.
+    // Global flags take no values, so the first word that is not a flag is the command.
     let is_word = |word: &OsString| !word.as_encoded_bytes().starts_with(b"-");
     let verb = all.iter().skip(1).position(is_word).map(|place| place + 1);
     let Some(verb) = verb.filter(|&place| all[place] == "sim") else {
@@ -156,7 +156,7 @@ fn words(given: &[String]) -> Vec<String> {
         }
         let (off, is_off) = (format!("no-{full}"), option.is_off());
         if option.part.is_none() && is_own(&off) && (is_off || !is_own(&full)) {
-            // Without it, the engine does what is asked.
+            // Without this word, the engine does what is asked.
             words.retain(|word| *word != format!("--{off}"));
             words.extend(is_off.then(|| format!("--{off}")));
         } else if option.part.is_none() && is_own(&full) && !is_off && is_usable(&full, &option) {
@@ -176,24 +176,24 @@ fn words(given: &[String]) -> Vec<String> {
     words
 }
 
-/// Whether it has a value that is told apart here: `--max-model-len auto` leaves that to the engine.
-fn is_usable(name: &str, option: &Given<'_>) -> bool {
+/// Whether the value has a meaning here. `--max-model-len auto` leaves the choice to the engine.
+fn is_usable(name: &str, option: &GivenOption<'_>) -> bool {
     !name.starts_with("max-") || option.value().and_then(arguments::number).is_some()
 }
 
-/// A number of tokens in digits only.
+/// A number of tokens, written in digits only.
 fn in_digits(name: &str, value: &str) -> String {
     let number = arguments::number(value).filter(|_| name.starts_with("max-"));
     number.map_or_else(|| value.to_owned(), |number| number.to_string())
 }
 
-/// Runs one process of an engine to its end.
+/// Runs one process of an engine until it ends.
 pub(super) async fn run(arguments: Arguments) -> Result<ExitStatus, Failure> {
     if arguments.null {
         return answer_at_once(&arguments).await;
     }
     let options = arguments.into_options()?;
-    // The engine's own log says what happened, as vLLM's does; only the exit code is left to tell.
+    // The engine's own log has the reason, as vLLM's does; only the exit code is missing.
     Ok(sim::run(options).await.unwrap_or(ExitStatus::Failure))
 }
 
@@ -213,10 +213,10 @@ async fn answer_at_once(arguments: &Arguments) -> Result<ExitStatus, Failure> {
 }
 
 impl Arguments {
-    /// Checks the arguments and reads the variables that vLLM and LMCache read.
+    /// Checks the arguments, and reads the variables of vLLM and LMCache.
     ///
     /// # Errors
-    /// With the exit code for wrong usage, 2, which is also `vllm serve`'s.
+    /// With exit code 2 for wrong usage, as `vllm serve`.
     pub fn into_options(self) -> Result<sim::Options, Failure> {
         let usage = |error: sim::OptionsError| Failure::new(ExitStatus::Usage, error);
         let preset =
@@ -273,8 +273,8 @@ impl Arguments {
             spawn_children: true,
             process: match self.child {
                 None => sim::ProcessKind::ApiServer,
-                Some(Child::EngineCore) => sim::ProcessKind::EngineCore,
-                Some(Child::Worker) => sim::ProcessKind::Worker,
+                Some(SpawnedProcess::EngineCore) => sim::ProcessKind::EngineCore,
+                Some(SpawnedProcess::Worker) => sim::ProcessKind::Worker,
             },
             log: sim::LogTarget::Stderr,
         })
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_vllm_that_mean_nothing_here_are_left_out_and_named() {
+    fn options_without_effect_are_removed_and_listed() {
         for (given, left) in [
             (
                 "xpyd sim m --max-num-seqs 128 --port 1",
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_what_comes_twice_counts() {
+    fn the_last_value_wins() {
         let words =
             read("sim sim m --max-model-len 1 --max-model-len 2 --no-enable-chunked-prefill --enable-chunked-prefill");
         let options = Command::try_parse_from(&words[1..])
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn the_arguments_of_vllm_are_taken_as_they_are() {
+    fn vllm_arguments_are_accepted() {
         let options = options(&[
             "--served-model-name=llama",
             "--enforce-eager",
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn what_vllm_refuses_at_once_ends_with_its_exit_code() {
+    fn invalid_arguments_exit_as_vllm_does() {
         for wrong in [
             r#"--kv-transfer-config={"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_rank":0}"#,
             "--preset=h200",

@@ -9,43 +9,43 @@ use crate::sim;
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
     #[command(subcommand)]
-    verb: Verb,
+    verb: LmcacheCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Verb {
-    /// Keep KV for one engine
-    Server(Server),
+enum LmcacheCommand {
+    /// Cache KV for one engine
+    ServerArguments(ServerArguments),
 }
 
-/// Those of `lmcache server` that xpyd passes.
+/// The arguments of `lmcache server` that xpyd passes.
 #[derive(Debug, Args)]
-struct Server {
+struct ServerArguments {
     /// Address for engines
     #[arg(long, default_value = "localhost")]
     host: String,
     /// Port for engines
     #[arg(long, default_value_t = 5555)]
     port: u16,
-    /// Address for people
+    /// Address of the HTTP server
     #[arg(long, default_value = "127.0.0.1")]
     http_host: String,
-    /// Port for people
+    /// Port of the HTTP server
     #[arg(long, default_value_t = 8080)]
     http_port: u16,
     /// Memory, in units of 2^30 bytes
     #[arg(long)]
     l1_size_gb: f64,
-    /// What goes when it is full
+    /// The eviction policy of a full cache
     #[arg(long)]
     eviction_policy: EvictionPolicy,
-    /// Tokens of a chunk
+    /// Tokens per chunk
     #[arg(long, default_value_t = 256)]
     chunk_size: usize,
-    /// Accepted
+    /// Accepted without effect
     #[arg(long)]
     instance_id: Option<String>,
-    /// Accepted
+    /// Accepted without effect
     #[arg(long)]
     supported_transfer_mode: Option<TransferMode>,
 }
@@ -64,7 +64,7 @@ enum EvictionPolicy {
     Noop,
 }
 
-/// Who moves KV between engine and server.
+/// The side that moves KV between engine and server.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
 #[value(rename_all = "snake_case")]
 enum TransferMode {
@@ -75,14 +75,14 @@ enum TransferMode {
 
 /// Serves until a signal.
 pub(super) async fn run(arguments: Arguments) -> Result<ExitStatus, Failure> {
-    let Verb::Server(server) = arguments.verb;
+    let LmcacheCommand::ServerArguments(server) = arguments.verb;
     let server = sim::CacheServer {
         requests: (server.host, server.port),
         http: (server.http_host, server.http_port),
         l1_gibibytes: server.l1_size_gb,
         chunk_tokens: server.chunk_size,
     };
-    // Its log says what happened; only the exit code is left to tell.
+    // Its log has the reason; only the exit code is missing.
     Ok(server
         .run(sim::LogTarget::Stderr)
         .await

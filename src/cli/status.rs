@@ -1,21 +1,18 @@
-//! `xpyd status`: what a run is doing.
+//! `xpyd status`: shows the state of a run.
 
 mod watch;
 
 use std::time::Duration;
 
-use jiff::Timestamp;
-
-use super::ps::user_name;
-use super::{attach, command, no_run_dir};
+use super::command;
+use super::running::{client, running, since, stage};
 use crate::control::api::{EngineStatus, Status};
-use crate::control::client::ControlClient;
-use crate::control::rundir::{self, DEFAULT_NAME, FoundRun, RunDirError, RunInfo};
-use crate::fleet::{EngineState, FleetStage, OutlivedKv};
+use crate::control::rundir::DEFAULT_NAME;
+use crate::fleet::{EngineState, OutlivedKv};
 use crate::report::{ExitStatus, Failure};
 use crate::ui::{self, Printer, Table};
 
-/// Columns from which a whole table is drawn, a usual detail included.
+/// Minimum number of columns for the whole table with a usual detail.
 const WIDE: usize = 112;
 
 /// Arguments of `xpyd status`.
@@ -27,7 +24,7 @@ pub struct Arguments {
     /// Print everything as JSON
     #[arg(long)]
     json: bool,
-    /// Go on until the run ends: drawn anew every so many seconds on a terminal, elsewhere a line for every change
+    /// Continue until the run ends: redraw at this interval on a terminal, else print a line per change
     #[arg(
         short,
         long,
@@ -39,8 +36,8 @@ pub struct Arguments {
     watch: Option<Duration>,
 }
 
-/// Prints the status of a run. A run that is not there is a failure with its own exit code. A run that is watched ends
-/// the command with its own exit code.
+/// Prints the status of a run. If there is no such run, the exit code says so. A watched run ends the command with its own
+/// exit code.
 pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if let Some(interval) = arguments.watch {
         return watch::run(&arguments.name, interval, arguments.json, printer).await;
@@ -49,98 +46,27 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let client = client(&info)?;
     let status = client.status().await.map_err(|error| {
         Failure::new(ExitStatus::Failure, error)
-            .hint(format!("see what it last wrote: `{}`", command("logs", &info.name)))
+            .hint(format!("see the end of its log: `{}`", command("logs", &info.name)))
     })?;
     if arguments.json {
         let status = serde_json::to_string_pretty(&status.to_json());
         printer.data(status.map_err(|error| Failure::new(ExitStatus::Bug, error))?)?;
     } else {
-        printer.data(picture(&status, usize::MAX))?;
+        printer.data(render(&status, usize::MAX))?;
     }
     Ok(ExitStatus::Success)
 }
 
-/// The run of this name, or the failure that says that none is there.
-pub(super) fn running(name: &str) -> Result<RunInfo, Failure> {
-    match rundir::find(name) {
-        Ok(Some(info)) => Ok(info),
-        Ok(None) => Err(match attach::find(name)? {
-            Some(kept) => Failure::message(
-                ExitStatus::RunState,
-                format!(
-                    "run `{name}` has lost its xpyd; its engines are kept: {}",
-                    attach::who(&kept)
-                ),
-            )
-            .hint(format!(
-                "`{}` attaches to them, `{}` ends them",
-                command("up", name),
-                command("down", name)
-            )),
-            None => none_is_up(name),
-        }),
-        Err(error @ RunDirError::NotPublished { .. }) => {
-            Err(Failure::new(ExitStatus::RunState, error).hint("try again in a moment"))
-        }
-        Err(error @ RunDirError::BadName(_)) => Err(Failure::new(ExitStatus::Usage, error)),
-        Err(error) => Err(no_run_dir(error)),
-    }
-}
-
-/// No run of this name is up. Others that are up are named.
-fn none_is_up(name: &str) -> Failure {
-    let mut failure = Failure::message(ExitStatus::RunState, format!("no run `{name}` is up"));
-    let (foreign, own): (Vec<_>, Vec<_>) = rundir::visible()
-        .into_iter()
-        .partition(|seen| matches!(seen, FoundRun::Foreign { .. }));
-    for seen in foreign {
-        if let FoundRun::Foreign { name: theirs, user } = seen
-            && theirs == name
-        {
-            let (status, user) = (command("status", name), user_name(user));
-            failure = failure.hint(format!("user `{user}` has one: `sudo -u {user} {status}`"));
-        }
-    }
-    let others: Vec<String> = own
-        .iter()
-        .filter(|seen| seen.name() != name)
-        .map(|seen| format!("`--name {}`", seen.name()))
-        .collect();
-    if others.is_empty() {
-        failure.hint(format!("start one: `{}`", command("up", name)))
-    } else {
-        failure.hint(format!(
-            "`xpyd ps` shows the runs that are up; name one of them: {}",
-            others.join(", ")
-        ))
-    }
-}
-
-/// A client of this run, which is not just suspended: it would not answer.
-pub(super) fn client(info: &RunInfo) -> Result<ControlClient, Failure> {
-    if info.is_suspended() {
-        let text = format!(
-            "run `{}` (pid {}) is suspended: somebody pressed Ctrl+Z, or sent SIGSTOP",
-            info.name, info.pid
-        );
-        return Err(Failure::message(ExitStatus::Failure, text).hint(format!(
-            "`fg` in its terminal, or `kill -CONT {}`, lets it go on",
-            info.pid
-        )));
-    }
-    ControlClient::new(&info.control_socket).map_err(|error| Failure::new(ExitStatus::Bug, error))
-}
-
-/// The status for people. Columns that do not fit `width` beside the detail are left out.
-fn picture(status: &Status, width: usize) -> String {
+/// The status for people. Columns that do not fit into `width` beside the detail are left out.
+fn render(status: &Status, width: usize) -> String {
     let run = &status.run;
     let age = since(&run.started_at)
         .map(|age| format!(", up for {age}"))
         .unwrap_or_default();
     let engines = if width < WIDE {
-        narrow(&status.engines).to_string()
+        narrow_table(&status.engines).to_string()
     } else {
-        wide(&status.engines).to_string()
+        wide_table(&status.engines).to_string()
     };
     let mut lines = vec![
         format!("run `{}` is {}{age} (pid {})", run.name, stage(status), run.pid),
@@ -149,13 +75,13 @@ fn picture(status: &Status, width: usize) -> String {
         format!("  proxy    {} ({} in flight)", run.proxy_url, status.in_flight),
         format!("  logs     {}", run.logs_dir.display()),
     ];
-    lines.extend(direct(status));
+    lines.extend(direct_access(status));
     lines.extend([String::new(), engines]);
     lines.join("\n")
 }
 
-/// How the operator asks an engine directly, if that takes the key that was made for the run.
-fn direct(status: &Status) -> Option<String> {
+/// How the operator can call an engine directly, if that needs the generated key.
+fn direct_access(status: &Status) -> Option<String> {
     let file = status.run.engine_key_file.as_ref()?.display();
     let port = status.engines.last()?.port;
     Some(format!(
@@ -163,7 +89,7 @@ fn direct(status: &Status) -> Option<String> {
     ))
 }
 
-fn wide(engines: &[EngineStatus]) -> Table<9> {
+fn wide_table(engines: &[EngineStatus]) -> Table<9> {
     let mut table = Table::new([
         "engine",
         "role",
@@ -195,7 +121,7 @@ fn wide(engines: &[EngineStatus]) -> Table<9> {
     table
 }
 
-fn narrow(engines: &[EngineStatus]) -> Table<4> {
+fn narrow_table(engines: &[EngineStatus]) -> Table<4> {
     let mut table = Table::new(["engine", "state", "in flight", "detail"]);
     for engine in engines {
         table.row([
@@ -208,35 +134,7 @@ fn narrow(engines: &[EngineStatus]) -> Table<4> {
     table
 }
 
-pub(super) fn stage(status: &Status) -> String {
-    let ready_for = status.ready_since.as_deref().and_then(since);
-    match (status.stage, ready_for, status.drain_seconds_left) {
-        _ if !status.degraded().is_empty() => degraded(status).unwrap_or_default(),
-        (FleetStage::Ready, Some(span), _) => format!("ready for {span}"),
-        (FleetStage::Draining, _, Some(left)) => format!("draining for at most {left} s more"),
-        (stage, ..) => stage.to_string(),
-    }
-}
-
-/// `degraded: no prefill engine is ready`, of a fleet that cannot answer.
-fn degraded(status: &Status) -> Option<String> {
-    let roles: Vec<String> = status
-        .degraded()
-        .iter()
-        .map(|role| format!("no {role} engine is ready"))
-        .collect();
-    (!roles.is_empty()).then(|| format!("degraded: {}", roles.join(", ")))
-}
-
-/// How long ago an RFC 3339 time was.
-pub(super) fn since(time: &str) -> Option<String> {
-    let then: Timestamp = time.parse().ok()?;
-    // A clock that was set back makes a negative span; that is no time ago.
-    let span = Timestamp::now().duration_since(then);
-    Some(ui::time_span(Duration::try_from(span).unwrap_or_default()))
-}
-
-/// What the state alone does not say.
+/// Facts that the state alone does not show.
 fn detail(engine: &EngineStatus) -> String {
     let start = match (&engine.phase, engine.percent, engine.state) {
         (Some(phase), Some(percent), EngineState::Starting) => {

@@ -1,7 +1,7 @@
-//! What is said of a command line that cannot be read, or that asks for help.
+//! Errors about the command line, and help.
 
-mod habits;
-mod plain;
+mod other_tools;
+mod parse_errors;
 mod vllm_options;
 
 use std::str::FromStr;
@@ -11,7 +11,8 @@ use clap::error::ContextKind;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
-/// A switch whose variable may be empty, as a line `CLIENT_BOUND=` of a file with variables leaves it: `None` then.
+/// A boolean flag whose environment variable can be empty, as in a line `CLIENT_BOUND=` of an environment file: `None`
+/// then.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Switch(pub Option<bool>);
 
@@ -23,19 +24,19 @@ impl FromStr for Switch {
             "" => Ok(Self(None)),
             "y" | "yes" | "t" | "true" | "on" | "1" => Ok(Self(Some(true))),
             "n" | "no" | "f" | "false" | "off" | "0" => Ok(Self(Some(false))),
-            _ => Err("it is neither `true` nor `false`"),
+            _ => Err("expected `true` or `false`"),
         }
     }
 }
 
-/// Says what is wrong with a command line, or prints the help that it asks for.
+/// Prints what is wrong with a command line, or the requested help.
 pub(super) fn refuse(mut error: clap::Error, printer: Printer) -> Result<ExitStatus, Failure> {
-    habits::hide_internals(&mut error);
-    if let Some(failure) = habits::unknown_command(&error) {
+    other_tools::hide_internals(&mut error);
+    if let Some(failure) = other_tools::unknown_command(&error) {
         return Err(failure);
     }
-    // "to pass it as a value, use `-- --flag`": what stands there goes to vLLM.
+    // "to pass it as a value, use `-- --flag`": the words after `--` go to vLLM.
     error.remove(ContextKind::Suggested);
     vllm_options::point_to_their_place(&mut error);
-    plain::show(&error, printer)
+    parse_errors::show(&error, printer)
 }

@@ -1,7 +1,7 @@
 //! LMCache PD (`LMCacheConnectorV1` of vLLM with LMCache 0.5.6's PD backend): the prefill engine pushes KV to the decode
 //! engine named in its request, then every rank sends the proxy one notification over ZeroMQ.
 //!
-//! Wire formats: LMCache 0.5.6 `pd_backend_async.py` and `vllm_v1_adapter.py`, and what real engines did.
+//! Wire formats: LMCache 0.5.6 `pd_backend_async.py` and `vllm_v1_adapter.py`, and behaviour seen on real engines.
 
 use serde::Serialize;
 use serde_json::json;
@@ -9,14 +9,14 @@ use serde_json::json;
 use super::{Handoff, HandoffError, Launch, LaunchContext, PairError, answer_params};
 use crate::fleet::{Endpoint, Receiver, Role};
 
-/// LMCache's templates, one per role. `{{name}}` stands for a value of the plan.
+/// LMCache's configuration templates, one per role. `{{name}}` is replaced by a value of the plan.
 const PREFILL_TEMPLATE: &str = include_str!("../../configs/lmcache-prefill.yaml");
 const DECODE_TEMPLATE: &str = include_str!("../../configs/lmcache-decode.yaml");
 
-/// LMCache PD.
+/// The options of LMCache PD.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LmCache {
-    /// Who makes the first token that the client sees.
+    /// The engine that generates the first token that the client sees.
     pub first_token: FirstToken,
     /// The send buffer of a prefill engine, in bytes.
     pub prefill_buffer_bytes: u64,
@@ -24,17 +24,18 @@ pub struct LmCache {
     pub decode_buffer_bytes: u64,
 }
 
-/// Who makes the first token that the client sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+/// The engine that generates the first token that the client sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum FirstToken {
-    /// The decode engine, from the client's own request: exact in every respect, one more decode step.
+    /// The decode engine, from the client's own request: exact in every respect, one more decode step
     Decoder,
-    /// The prefill engine, as LMCache's reference proxy does: one step sooner, completions and chat without extras only.
+    /// The prefill engine, as LMCache's reference proxy does: one step sooner, only completions and chat without extras;
+    /// its decode engines must run with `skip_last_n_tokens: 1`
     Prefiller,
 }
 
-/// The key of a hand-off's tag. LMCache takes everything after `lmcache.tag.` for its name.
+/// The key of a hand-off's tag. LMCache takes everything after `lmcache.tag.` as the tag's name.
 const TAG: &str = "lmcache.tag.handoff";
 
 impl LmCache {
@@ -49,12 +50,12 @@ impl LmCache {
             "lmcache_rpc_port": format!("{rpc_stem}{}", context.index + 1),
         });
         if context.role == Role::Decode && self.first_token == FirstToken::Prefiller {
-            // The decode leg then carries one token more than was transferred.
+            // The decode leg then has one token more than was transferred.
             extra["skip_last_n_tokens"] = json!(1);
         }
         let mut arguments = Vec::new();
         if context.role == Role::Prefill {
-            // LMCache transfers only what one scheduler step prefills: a prompt cut in two is silently lost.
+            // LMCache transfers only what one scheduler step prefills: a prompt that needs two steps is silently lost.
             arguments.push("--no-enable-chunked-prefill".to_owned());
             if let Some(tokens) = context.max_model_len {
                 arguments.extend(["--max-num-batched-tokens".to_owned(), tokens.to_string()]);
@@ -73,7 +74,7 @@ impl LmCache {
             )
             .replace("{{device}}", context.device.as_str());
         let (content, receiver_template) = match context.receiver {
-            // A prefill engine never connects again to a decode engine that it has known and that ended.
+            // A prefill engine never connects again to a decode engine that it knew and that has ended.
             Some(receiver) => (with_ports(&content, receiver), Some(content)),
             None => (content, None),
         };
@@ -89,7 +90,7 @@ impl LmCache {
                     "LMCACHE_CONFIG_FILE".into(),
                     context.run_dir.join(&file).display().to_string(),
                 ),
-                // Chunk keys are hashes that both engines must compute alike.
+                // Chunk keys are hashes, which both engines must compute with the same seed.
                 ("PYTHONHASHSEED".into(), "0".into()),
             ],
             file: Some((file.into(), content)),
@@ -98,9 +99,10 @@ impl LmCache {
         }
     }
 
-    /// The hand-off's tag, which LMCache makes part of the keys of its KV. Without one, hand-offs of prompts that begin alike share pages of
-    /// the decode engine's buffer, from their allocation on: before their bytes have landed, and after the engine that was
-    /// to write them has died, which gives wrong text without an error. (LMCache 0.5.6: `pd_backend_async.py`, `utils.py`.)
+    /// The hand-off's tag, which LMCache makes part of its KV keys. Without a tag, prompts with the same beginning share
+    /// pages of the decode engine's buffer from allocation on: before the bytes have arrived, and after the engine that
+    /// should write them has died. The result is wrong text without an error. (LMCache 0.5.6: `pd_backend_async.py`,
+    /// `utils.py`.)
     pub(super) fn decode_params(&self, request_id: &str) -> String {
         json!({TAG: request_id}).to_string()
     }
@@ -148,7 +150,7 @@ impl LmCache {
     }
 }
 
-/// A decode engine's file with its receiver's ports.
+/// The configuration file of a decode engine with its receiver's ports.
 pub(super) fn with_ports(template: &str, receiver: &Receiver) -> String {
     template
         .replace("{{init_ports}}", &ports(&receiver.init_ports))

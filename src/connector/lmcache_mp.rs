@@ -1,29 +1,29 @@
 //! LMCache MP (`MultiConnector` of vLLM over `NixlConnector` and `LMCacheMPConnector`): NIXL moves KV from prefill to
-//! decode, and each engine has a cache server of its own, from which it loads what prompts have in common.
+//! decode. Each engine has its own cache server, from which it loads shared prefixes.
 //!
 //! The legs of a request are those of NIXL pull. Configuration: LMCache 0.5.6 `lmcache_mp_connector.py` and
-//! `multiprocess/config.py`, vLLM 0.32.0 `multi_connector.py`, and what a real engine did.
+//! `multiprocess/config.py`, vLLM 0.32.0 `multi_connector.py`, and behaviour seen on a real engine.
 
 use serde::Serialize;
 use serde_json::json;
 
 use super::{Device, Launch, LaunchContext, Nixl, Sidecar};
 
-/// LMCache MP.
+/// The options of LMCache MP.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LmCacheMp {
-    /// What moves KV.
+    /// The connector that moves KV from prefill to decode.
     pub nixl: Nixl,
     /// The memory of each cache server, in bytes.
     pub l1_bytes: u64,
 }
 
-/// Where an engine's cache server listens.
+/// The ports of an engine's cache server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CachePorts {
-    /// For its engine.
+    /// The port for its engine.
     pub requests: u16,
-    /// For people: its state and its metrics.
+    /// The HTTP port with state and metrics.
     pub http: u16,
 }
 
@@ -38,7 +38,7 @@ impl LmCacheMp {
             "kv_connector": "MultiConnector",
             "kv_role": nixl["kv_role"],
             "kv_connector_extra_config": {"connectors": [
-                // The first one that has a prompt's KV loads it, and a hand-off must.
+                // The first connector that has a prompt's KV loads it. A hand-off must be loaded by NIXL.
                 nixl,
                 {
                     "kv_connector": "LMCacheMPConnector",
@@ -50,7 +50,7 @@ impl LmCacheMp {
                 },
             ]},
         });
-        // The scheduler reads the outer one only.
+        // The scheduler only reads the outer policy.
         if let Some(policy) = nixl.get("kv_load_failure_policy") {
             config["kv_load_failure_policy"] = policy.clone();
         }
@@ -68,13 +68,13 @@ impl LmCacheMp {
         flag("port", cache.requests.to_string());
         flag("http-host", context.host.to_owned());
         flag("http-port", cache.http.to_string());
-        // LMCache counts in units of 2^30 bytes.
+        // LMCache's unit is 2^30 bytes.
         flag("l1-size-gb", gibibytes.to_string());
         flag("eviction-policy", "LRU".to_owned());
         flag("chunk-size", "256".to_owned());
         flag("instance-id", name);
         if context.device == Device::Cpu {
-            // By default the server moves KV itself, by CUDA's means; an engine on a CPU moves its own.
+            // By default the server moves KV itself, with CUDA; an engine on a CPU moves its own.
             flag("supported-transfer-mode", "auto".to_owned());
         }
         Sidecar {
@@ -93,7 +93,7 @@ mod tests {
     use crate::fleet::Role;
 
     #[test]
-    fn each_role_has_nixl_first_and_the_policy_where_the_scheduler_reads_it() {
+    fn nixl_comes_first_in_both_roles() {
         let connector = LmCacheMp {
             nixl: Nixl {},
             l1_bytes: 3 << 29,

@@ -1,9 +1,10 @@
 //! Connectors: how KV moves from a prefill engine to a decode engine.
 //!
-//! A connector answers two kinds of questions: what an engine needs at its launch ([`Connector::launch`]), and what the
-//! two legs of a request carry ([`Connector::prefill_params`], [`Connector::read_handoff`], [`Connector::decode_flow`]).
-//! It is a closed enum with one file per adapter; an unknown connector is an error, never a default.
+//! A connector defines two things: what an engine needs at its launch ([`Connector::launch`]), and what the two legs of a
+//! request carry ([`Connector::prefill_params`], [`Connector::read_handoff`], [`Connector::decode_flow`]). It is a closed
+//! enum with one file per adapter. An unknown connector is an error, never a default.
 
+mod kind;
 pub mod lmcache;
 pub mod lmcache_mp;
 pub mod nixl;
@@ -11,16 +12,17 @@ pub mod nixl;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::fleet::{Endpoint, Receiver, Role};
 
+pub use kind::{ConnectorChoice, ConnectorKind};
 pub use lmcache::{FirstToken, LmCache};
 pub use lmcache_mp::{CachePorts, LmCacheMp};
 pub use nixl::Nixl;
 
-/// How KV moves.
+/// A connector with its options.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "name", rename_all = "lowercase")]
 pub enum Connector {
@@ -29,22 +31,23 @@ pub enum Connector {
     /// `LMCacheConnectorV1` with LMCache's PD backend: the prefill engine pushes, then notifies the proxy.
     #[serde(rename = "lmcache")]
     LmCache(LmCache),
-    /// `MultiConnector` of NIXL pull and `LMCacheMPConnector`: NIXL hands over, LMCache keeps.
+    /// `MultiConnector` of NIXL pull and `LMCacheMPConnector`: NIXL moves KV from prefill to decode, LMCache caches it.
     #[serde(rename = "lmcache-mp")]
     LmCacheMp(LmCacheMp),
 }
 
-/// Where an engine's KV lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The device on which engines compute and keep their KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Device {
-    /// NVIDIA GPUs.
+    /// NVIDIA GPUs, one or more per engine.
     Cuda,
     /// vLLM's CPU backend.
     Cpu,
 }
 
 impl Device {
-    /// As vLLM and LMCache spell it.
+    /// The name that vLLM and LMCache use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cuda => "cuda",
@@ -53,63 +56,63 @@ impl Device {
     }
 }
 
-/// What is known of an engine when its connector is asked for launch arguments.
+/// The facts about an engine from which its connector makes launch arguments.
 #[derive(Debug)]
 pub struct LaunchContext<'plan> {
     /// The engine's role.
     pub role: Role,
-    /// Its 0-based number within the role.
+    /// Its number within the role, from 0.
     pub index: usize,
-    /// Where its KV lives.
+    /// The device with its KV.
     pub device: Device,
-    /// Host that its side channels bind to and advertise.
+    /// The host on which its side channels listen.
     pub host: &'plan str,
-    /// Port of the NIXL side channel, if this connector has one.
+    /// The port of the NIXL side channel, if this connector has one.
     pub side_channel_port: Option<u16>,
     /// Its LMCache receiver, if it is a decode engine of that connector.
     pub receiver: Option<&'plan Receiver>,
     /// The ports of its cache server, if this connector has one.
     pub cache: Option<CachePorts>,
-    /// Where the proxy takes LMCache's notifications.
+    /// The address on which the proxy receives LMCache's notifications.
     pub notify: Option<(&'plan str, u16)>,
-    /// Longest prompt plus answer, in tokens, if the profile says so.
+    /// Longest prompt plus answer, in tokens, if the profile sets it.
     pub max_model_len: Option<u32>,
     /// NIXL: how long a prefill engine keeps KV for a decode engine.
     pub kv_lease: Duration,
-    /// LMCache: how long a decode engine waits for its worker to say which KV has come.
+    /// LMCache: how long a decode engine waits for its worker to report which KV has arrived.
     pub lookup_deadline: Duration,
-    /// Whether a decode engine must fail where KV did not arrive.
+    /// Whether a decode engine must fail a request whose KV did not arrive.
     pub strict: bool,
-    /// The run's folder, for variables that name a rendered file.
+    /// The run's folder, for variables with the path of a rendered file.
     pub run_dir: &'plan Path,
 }
 
-/// What a connector adds to an engine's launch.
+/// The arguments, variables and files that a connector adds to an engine's launch.
 #[derive(Debug, Default)]
 pub struct Launch {
     /// The value of `--kv-transfer-config`.
     pub kv_transfer_config: serde_json::Value,
-    /// More arguments.
+    /// Additional arguments.
     pub arguments: Vec<String>,
-    /// Variables.
+    /// Environment variables.
     pub env: Vec<(String, String)>,
-    /// A file to write into the run's folder: path relative to it, and content.
+    /// A file to write: path relative to the run's folder, and content.
     pub file: Option<(PathBuf, String)>,
-    /// The content of that file with the receiver's ports left open, where every start of an engine needs new ones:
-    /// [`with_receiver_ports`] closes it.
+    /// The content of that file without the receiver's ports, if every start of an engine needs new ones.
+    /// [`with_receiver_ports`] fills them in.
     pub receiver_template: Option<String>,
-    /// A server that the engine cannot do without.
+    /// A server that the engine needs.
     pub sidecar: Option<Sidecar>,
 }
 
-/// A server of one engine's own, which is there before it starts, and without which it ends.
+/// A server for one engine. It starts before the engine, and the engine ends with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sidecar {
-    /// The name of its program, which is beside the engine's.
+    /// The name of its program, in the folder of the engine's program.
     pub program: &'static str,
     /// Its arguments.
     pub arguments: Vec<String>,
-    /// The port on which it listens once the engine may start.
+    /// The port on which it listens when it is ready.
     pub port: u16,
 }
 
@@ -118,28 +121,28 @@ pub fn with_receiver_ports(template: &str, receiver: &Receiver) -> String {
     lmcache::with_ports(template, receiver)
 }
 
-/// What the prefill leg gave for the decode leg of the same request. Not `Clone`: KV can be fetched once, for exactly
-/// the prompt that it was made of. Used twice, vLLM answers 200 with another prompt's text.
+/// The result of the prefill leg that the decode leg of the same request needs. Not `Clone`: KV can be fetched once, and
+/// only for its own prompt. Used twice, vLLM answers 200 with another prompt's text.
 #[derive(Debug)]
 pub enum Handoff {
-    /// Parameters that the decode engine pulls with, in the prefill engine's own bytes.
+    /// Parameters with which the decode engine pulls, in the prefill engine's own bytes.
     Pull(Box<RawValue>),
-    /// The KV was pushed to the decode engine, which finds it by the prompt.
+    /// The prefill engine has pushed the KV to the decode engine, which finds it by the prompt.
     Pushed,
-    /// As `Pushed`, and the first token is known.
+    /// As `Pushed`, with the first token.
     PushedWithFirstToken(u32),
 }
 
-/// How the decode leg is made.
+/// How the request of the decode leg is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DecodeFlow {
-    /// The client's own body, plus the hand-off's parameters if it has any.
+    /// The client's own body, plus the parameters of the hand-off if there are any.
     Original,
-    /// LMCache's reference flow: prompt tokens plus the first token, one token less to generate.
+    /// LMCache's reference flow: the prompt's tokens plus the first token, and one token less to generate.
     TokenSplice,
 }
 
-/// Why an answer of a prefill engine is no hand-off.
+/// Why a prefill engine's answer has no usable hand-off.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum HandoffError {
     /// The answer is not a JSON object.
@@ -148,21 +151,21 @@ pub enum HandoffError {
     /// The field `kv_transfer_params` is absent or null.
     #[error("the prefill answer has no `kv_transfer_params`")]
     Missing,
-    /// A key of `kv_transfer_params` is absent or of the wrong kind. Sent on, it would kill the decode engine.
+    /// A key of `kv_transfer_params` is absent or of the wrong type. It would kill the decode engine.
     #[error("`kv_transfer_params.{0}` of the prefill answer is missing or malformed")]
     Malformed(&'static str),
-    /// The prefill engine runs in another mode than the decode leg expects.
-    #[error("the prefill engine hands over in mode `{0}`, which this connector does not speak")]
+    /// The prefill engine runs in a mode that the decode leg does not expect.
+    #[error("the prefill engine hands over in mode `{0}`, which this connector does not support")]
     Mode(String),
 }
 
-/// Why two engines cannot hand over.
+/// Why two engines cannot form a pair.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PairError {
     /// LMCache: the decode engine has no receiver.
     #[error("the decode engine has no LMCache receiver")]
     NoReceiver,
-    /// LMCache: every rank of the prefill engine needs one port of each kind. With fewer, the engine hangs for good.
+    /// LMCache: every rank of the prefill engine needs one port of each kind. With fewer, the engine hangs forever.
     #[error("the prefill engine has {ranks} ranks, the receiver {init} init and {alloc} alloc ports")]
     Ports {
         /// Ranks of the prefill engine.
@@ -174,7 +177,7 @@ pub enum PairError {
     },
 }
 
-/// What a counter of transferred KV counts.
+/// The unit of a counter of transferred KV.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransferUnit {
     /// Bytes.
@@ -188,13 +191,13 @@ pub enum TransferUnit {
 pub struct TransferCounter {
     /// Its Prometheus name, without `_total`, which only some versions append.
     pub name: &'static str,
-    /// The label pair that the sample must have, as in the exposition: `source="external_kv_transfer"`.
+    /// The label pair that the sample must have, as in the exposition format: `source="external_kv_transfer"`.
     pub label: Option<&'static str>,
-    /// What it counts.
+    /// The unit that it counts.
     pub unit: TransferUnit,
 }
 
-/// The KV bytes that NIXL has read, from finished transfers only.
+/// The KV bytes that NIXL has read in finished transfers.
 const NIXL_BYTES: TransferCounter = TransferCounter {
     name: "vllm:nixl_bytes_transferred_sum",
     label: None,
@@ -206,7 +209,7 @@ const EXTERNAL_HITS: TransferCounter = TransferCounter {
     label: None,
     unit: TransferUnit::Tokens,
 };
-/// The same, as newer versions count it.
+/// The same, in newer versions.
 const EXTERNAL_SOURCE: TransferCounter = TransferCounter {
     name: "vllm:prompt_tokens_by_source",
     label: Some("source=\"external_kv_transfer\""),
@@ -214,16 +217,21 @@ const EXTERNAL_SOURCE: TransferCounter = TransferCounter {
 };
 
 impl Connector {
-    /// Its name in profiles and on the command line.
-    pub fn name(&self) -> &'static str {
+    /// The connector without its options.
+    pub fn kind(&self) -> ConnectorKind {
         match self {
-            Self::Nixl(_) => "nixl",
-            Self::LmCache(_) => "lmcache",
-            Self::LmCacheMp(_) => "lmcache-mp",
+            Self::Nixl(_) => ConnectorKind::Nixl,
+            Self::LmCache(_) => ConnectorKind::LmCache,
+            Self::LmCacheMp(_) => ConnectorKind::LmCacheMp,
         }
     }
 
-    /// What the connector adds to the launch of an engine.
+    /// The name in profiles and on the command line.
+    pub fn name(&self) -> &'static str {
+        self.kind().name()
+    }
+
+    /// The arguments, variables and files that the connector adds to an engine's launch.
     pub fn launch(&self, context: &LaunchContext<'_>) -> Launch {
         match self {
             Self::Nixl(nixl) => nixl.launch(context),
@@ -234,7 +242,7 @@ impl Connector {
 
     /// The value of `kv_transfer_params` on the prefill leg, as JSON text.
     ///
-    /// `request_id` must be unique over all proxies and restarts. `decoder` is the engine that will decode.
+    /// `request_id` must be unique over all proxies and restarts. `decoder` is the engine of the decode leg.
     pub fn prefill_params(&self, request_id: &str, decoder: &Endpoint) -> String {
         match self {
             Self::Nixl(nixl) | Self::LmCacheMp(LmCacheMp { nixl, .. }) => nixl.prefill_params(),
@@ -242,7 +250,7 @@ impl Connector {
         }
     }
 
-    /// The value of `kv_transfer_params` on the decode leg where the hand-off itself gives none, as JSON text.
+    /// The value of `kv_transfer_params` on the decode leg if the hand-off itself has none, as JSON text.
     pub fn decode_params(&self, request_id: &str) -> Option<String> {
         match self {
             Self::Nixl(_) | Self::LmCacheMp(_) => None,
@@ -250,10 +258,10 @@ impl Connector {
         }
     }
 
-    /// Whether `prefill` may be told to hand over to `decode`. A wrong pair can wedge the prefill engine for good.
+    /// Checks that `prefill` can hand over to `decode`. A wrong pair can block the prefill engine forever.
     ///
     /// # Errors
-    /// What does not fit.
+    /// The mismatch between the two engines.
     pub fn check_pair(&self, prefill: &Endpoint, decode: &Endpoint) -> Result<(), PairError> {
         match self {
             Self::Nixl(_) | Self::LmCacheMp(_) => Ok(()),
@@ -261,17 +269,17 @@ impl Connector {
         }
     }
 
-    /// The decode engine's counters that prove that KV moved, the strongest proof first (names of vLLM 0.32.0).
+    /// The decode engine's counters that prove a KV transfer, the strongest proof first (names of vLLM 0.32.0).
     pub fn transfer_counters(&self) -> &'static [TransferCounter] {
         match self {
             Self::Nixl(_) => &[NIXL_BYTES, EXTERNAL_SOURCE, EXTERNAL_HITS],
             Self::LmCache(_) => &[EXTERNAL_SOURCE, EXTERNAL_HITS],
-            // The others grow with what comes from the engine's own cache server, too.
+            // The other counters also grow with KV from the engine's own cache server.
             Self::LmCacheMp(_) => &[NIXL_BYTES],
         }
     }
 
-    /// Whether a hand-off is complete only when LMCache's notifications have come, one per rank.
+    /// Whether a hand-off is complete only after LMCache's notifications, one per rank.
     pub fn notifies(&self) -> bool {
         match self {
             Self::Nixl(_) | Self::LmCacheMp(_) => false,
@@ -279,10 +287,10 @@ impl Connector {
         }
     }
 
-    /// Reads the hand-off out of the prefill engine's whole answer.
+    /// Reads the hand-off from the prefill engine's whole answer.
     ///
     /// # Errors
-    /// When the answer holds none, or one that must not reach a decode engine.
+    /// When the answer has no hand-off, or one that must not reach a decode engine.
     pub fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
         match self {
             Self::Nixl(nixl) | Self::LmCacheMp(LmCacheMp { nixl, .. }) => nixl.read_handoff(prefill_answer),
@@ -290,7 +298,7 @@ impl Connector {
         }
     }
 
-    /// How the decode leg is made.
+    /// How the request of the decode leg is made.
     pub fn decode_flow(&self) -> DecodeFlow {
         match self {
             Self::LmCache(LmCache {
@@ -302,7 +310,7 @@ impl Connector {
     }
 }
 
-/// The `kv_transfer_params` of an answer, in its own bytes. `None` when absent or null.
+/// The `kv_transfer_params` of an answer, in their own bytes. `None` if absent or null.
 fn answer_params(prefill_answer: &[u8]) -> Result<Option<Box<RawValue>>, HandoffError> {
     #[derive(serde::Deserialize)]
     struct Answer {

@@ -1,7 +1,7 @@
 //! NIXL pull (`NixlConnector` of vLLM 0.32): the prefill engine keeps the KV under a lease and answers with the
 //! parameters that the decode engine pulls with.
 //!
-//! Bodies and keys: vLLM 0.32.0 `nixl/pull_scheduler.py`, and what real engines did (vLLM on CPU, NIXL 1.5.1).
+//! Bodies and keys: vLLM 0.32.0 `nixl/pull_scheduler.py`, and behaviour seen on real engines (vLLM on CPU, NIXL 1.5.1).
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 use super::{Handoff, HandoffError, Launch, LaunchContext, answer_params};
 use crate::fleet::Role;
 
-/// NIXL pull.
+/// The options of NIXL pull. There are none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Nixl {}
 
@@ -23,11 +23,12 @@ impl Nixl {
             "kv_connector": "NixlConnector",
             "kv_role": match context.role { Role::Prefill => "kv_producer", Role::Decode => "kv_consumer" },
             "kv_buffer_device": context.device.as_str(),
-            // Both roles read it: the decode engine renews the lease, and how often follows from how long it is.
+            // Both roles read it: the decode engine renews the lease, at an interval that follows from the lease's length.
             "kv_connector_extra_config": {"kv_lease_duration": context.kv_lease.as_secs()},
         });
         if context.role == Role::Decode {
-            // A lost transfer is recomputed and the client still gets its answer; `fail` is a 500, and another attempt.
+            // By default the engine recomputes a lost transfer, and the client still gets its answer. `fail` makes it a
+            // 500 and another attempt.
             config["kv_load_failure_policy"] = json!(if context.strict { "fail" } else { "recompute" });
         }
         let mut env = vec![("VLLM_NIXL_SIDE_CHANNEL_HOST".into(), context.host.to_owned())];
@@ -53,8 +54,8 @@ impl Nixl {
         .to_string()
     }
 
-    /// Checks key by key: vLLM's scheduler dies of a hand-off without block ids, and of one without a remote host as
-    /// soon as its client leaves.
+    /// Checks every key: vLLM's scheduler crashes on a hand-off without block ids, and on one without a remote host as
+    /// soon as its client disconnects.
     pub(super) fn read_handoff(&self, prefill_answer: &[u8]) -> Result<Handoff, HandoffError> {
         let raw = answer_params(prefill_answer)?.ok_or(HandoffError::Missing)?;
         let params: Params<'_> = serde_json::from_str(raw.get()).map_err(|_| HandoffError::NotJson)?;
@@ -81,21 +82,21 @@ impl Nixl {
     }
 }
 
-/// The values of a hand-off's keys as JSON text. Long lists of block ids are never built.
+/// The values of a hand-off's keys as JSON text, so that long lists of block ids are not parsed.
 type Params<'answer> = BTreeMap<&'answer str, &'answer RawValue>;
 
-/// The prefill engine's count of cached tokens, which vLLM 0.32 adds for the decode engine to repeat in its usage.
+/// The prefill engine's number of cached tokens, which vLLM 0.32 sends so that the decode engine repeats it in its usage.
 const CACHED_TOKENS: &str = "remote_prefill_cached_tokens";
 
-/// The parameters without [`CACHED_TOKENS`], so that the decode engine's usage tells what it has received itself. `None` where
-/// it is not there.
+/// The parameters without [`CACHED_TOKENS`], so that the decode engine's usage shows what it received itself. `None` if
+/// the key is absent.
 fn without_cached_tokens(params: &Params<'_>) -> Option<Box<RawValue>> {
     let mut params = params.clone();
     params.remove(CACHED_TOKENS)?;
     serde_json::value::to_raw_value(&params).ok()
 }
 
-/// The value of a key, if it is there and of this kind.
+/// The value of a key, if it exists and has this type.
 fn read<'answer, T: Deserialize<'answer>>(params: &Params<'answer>, key: &str) -> Option<T> {
     serde_json::from_str(params.get(key)?.get()).ok()
 }
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_prefill_engines_count_of_cached_tokens_is_left_out_of_the_decode_leg() {
+    fn cached_token_count_is_removed_from_the_decode_leg() {
         let with = answer(|params| params["remote_prefill_cached_tokens"] = json!(16));
         let Ok(Handoff::Pull(raw)) = (Nixl {}).read_handoff(&with) else {
             panic!("a hand-off")

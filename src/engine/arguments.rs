@@ -1,7 +1,7 @@
-//! Arguments of `vllm serve` as its parser reads them. PURE.
+//! Reads arguments of `vllm serve` as its parser does. PURE.
 //!
-//! The parser is Python's argparse with vLLM's changes (`utils/argparse_utils.py`): `_` is `-`, `--name=value` is one word, a
-//! beginning that fits one option only is enough, `--a.b` is a part of the JSON of `--a`, and the last one wins. From 0.33 on,
+//! The parser is Python's argparse with vLLM's changes (`utils/argparse_utils.py`): `_` equals `-`, `--name=value` is one
+//! word, a unique prefix is enough, `--a.b` is a part of the JSON of `--a`, and the last value wins. From 0.33 on,
 //! `--disable-x` and `--enable-x` switch each other off, as `--no-x` does `--x`.
 
 use std::ops::Range;
@@ -9,29 +9,29 @@ use std::sync::LazyLock;
 
 /// An option on a command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Given<'args> {
-    /// Its full name, whatever was written: `--tensor-parallel-size` for `-tp`. As written where no option fits, or several do.
+pub struct GivenOption<'args> {
+    /// Its full name: `--tensor-parallel-size` for `-tp`. The word itself if no option or more than one fits.
     pub name: String,
-    /// The full names of the options that it can mean: one, unless it is the beginning of several. None is vLLM's, as far as
-    /// this xpyd knows.
+    /// The full names of the options that it can mean: one, or several for an ambiguous prefix. Empty if this xpyd does
+    /// not know the option.
     pub fits: Vec<&'static str>,
-    /// As it was written, without a value.
+    /// The option as it was written, without a value.
     pub spelled: &'args str,
-    /// The part of its JSON that is meant: `model` of `--speculative-config.model`.
+    /// The part of its JSON that is set: `model` of `--speculative-config.model`.
     pub part: Option<&'args str>,
     /// Its values.
     pub values: Vec<&'args str>,
-    /// Its words on the command line.
+    /// The positions of its words on the command line.
     pub words: Range<usize>,
 }
 
-impl<'args> Given<'args> {
+impl<'args> GivenOption<'args> {
     /// Its last value.
     pub fn value(&self) -> Option<&'args str> {
         self.values.last().copied()
     }
 
-    /// Whether a switch was written so that it turns off what its full name turns on.
+    /// Whether the spelling of a switch turns off what its full name turns on.
     pub fn is_off(&self) -> bool {
         let written = self.spelled.replace('_', "-");
         written.starts_with("--no-") || opposite(&self.name).is_some_and(|other| other.starts_with(&written))
@@ -40,7 +40,7 @@ impl<'args> Given<'args> {
 
 /// How many values an option takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Takes {
+enum ValueCount {
     Nothing,
     One,
     OneOrNothing,
@@ -49,25 +49,25 @@ enum Takes {
 
 /// An option of `vllm serve`.
 #[derive(Debug)]
-struct Known {
-    /// The first one is its full name.
+struct KnownOption {
+    /// All names; the first one is the full name.
     names: Vec<&'static str>,
-    takes: Takes,
+    takes: ValueCount,
 }
 
-/// All options of `vllm serve` of 0.32 and 0.33: a line each, with how many values it takes and its names.
-static KNOWN: LazyLock<Vec<Known>> = LazyLock::new(|| {
+/// All options of `vllm serve` 0.32 and 0.33: one per line, with the number of values and the names.
+static KNOWN_OPTIONS: LazyLock<Vec<KnownOption>> = LazyLock::new(|| {
     let lines = include_str!("vllm_options.txt").lines();
     let known = |line: &'static str| {
         let mut words = line.split_ascii_whitespace();
         let takes = match words.next()? {
-            "switch" => Takes::Nothing,
-            "value" => Takes::One,
-            "optional" => Takes::OneOrNothing,
-            "values" => Takes::Several,
+            "switch" => ValueCount::Nothing,
+            "value" => ValueCount::One,
+            "optional" => ValueCount::OneOrNothing,
+            "values" => ValueCount::Several,
             _ => return None,
         };
-        Some(Known {
+        Some(KnownOption {
             names: words.collect(),
             takes,
         })
@@ -75,8 +75,8 @@ static KNOWN: LazyLock<Vec<Known>> = LazyLock::new(|| {
     lines.filter_map(known).collect()
 });
 
-/// The options among `args`, in order. What is no option and no option's value is left out.
-pub fn read(args: &[String]) -> Vec<Given<'_>> {
+/// The options in `args`, in order. Words that are neither an option nor an option's value are left out.
+pub fn read(args: &[String]) -> Vec<GivenOption<'_>> {
     let mut found = Vec::new();
     let mut index = 0;
     while let Some(word) = args.get(index) {
@@ -89,11 +89,15 @@ pub fn read(args: &[String]) -> Vec<Given<'_>> {
         };
         let start = index;
         index += 1;
-        let most = if given.values.is_empty() { takes } else { Takes::Nothing };
+        let most = if given.values.is_empty() {
+            takes
+        } else {
+            ValueCount::Nothing
+        };
         let most = match most {
-            Takes::Nothing => 0,
-            Takes::One | Takes::OneOrNothing => 1,
-            Takes::Several => usize::MAX,
+            ValueCount::Nothing => 0,
+            ValueCount::One | ValueCount::OneOrNothing => 1,
+            ValueCount::Several => usize::MAX,
         };
         while given.values.len() < most && args.get(index).is_some_and(|word| !is_option(word)) {
             given.values.push(&args[index]);
@@ -105,21 +109,21 @@ pub fn read(args: &[String]) -> Vec<Given<'_>> {
     found
 }
 
-/// The last value of the option of this full name.
+/// The last value of the option with this full name.
 pub fn value<'args>(args: &'args [String], name: &str) -> Option<&'args str> {
-    let is_meant = |given: &Given<'_>| given.name == name && given.part.is_none();
+    let is_meant = |given: &GivenOption<'_>| given.name == name && given.part.is_none();
     read(args).into_iter().rfind(is_meant).and_then(|given| given.value())
 }
 
-/// Whether a word is an option. One that begins with `-` and a digit is a value.
+/// Whether a word is an option. A `-` with a digit after it begins a value.
 fn is_option(word: &str) -> bool {
     let name = word.strip_prefix("--").or_else(|| word.strip_prefix('-'));
     name.and_then(|name| name.chars().next())
         .is_some_and(char::is_alphabetic)
 }
 
-/// The option that a word begins, and how many values it takes beside one behind `=`.
-fn begun(word: &str) -> Option<(Given<'_>, Takes)> {
+/// The option of a word, and the number of values that follow it, without one after `=`.
+fn begun(word: &str) -> Option<(GivenOption<'_>, ValueCount)> {
     if !is_option(word) {
         return None;
     }
@@ -129,7 +133,7 @@ fn begun(word: &str) -> Option<(Given<'_>, Takes)> {
     let (name, part) = spelled
         .split_once('.')
         .map_or((spelled, None), |(name, part)| (name, Some(part)));
-    let mut given = Given {
+    let mut given = GivenOption {
         name: String::new(),
         fits: Vec::new(),
         spelled,
@@ -148,33 +152,33 @@ fn begun(word: &str) -> Option<(Given<'_>, Takes)> {
     }
     let fits = fitting(&dashed);
     given.fits = fits.iter().map(|known| known.names[0]).collect();
-    // Nobody knows how many values another one takes, so all that follow are its own.
-    let mut takes = Takes::Several;
+    // The number of values of an unknown option is unknown, so it takes all that follow.
+    let mut takes = ValueCount::Several;
     given.name = dashed;
     if let [known] = fits[..] {
         known.names[0].clone_into(&mut given.name);
-        takes = if part.is_some() { Takes::One } else { known.takes };
+        takes = if part.is_some() { ValueCount::One } else { known.takes };
     }
     Some((given, takes))
 }
 
-/// The option of this name, or those of which a name begins so.
-fn fitting(name: &str) -> Vec<&'static Known> {
-    let exact = KNOWN.iter().find(|known| known.names.contains(&name));
-    let begins = |known: &&Known| known.names.iter().any(|other| other.starts_with(name));
+/// The option with this name, or all options with this prefix.
+fn fitting(name: &str) -> Vec<&'static KnownOption> {
+    let exact = KNOWN_OPTIONS.iter().find(|known| known.names.contains(&name));
+    let begins = |known: &&KnownOption| known.names.iter().any(|other| other.starts_with(name));
     match exact {
         Some(known) => vec![known],
-        None => KNOWN.iter().filter(begins).collect(),
+        None => KNOWN_OPTIONS.iter().filter(begins).collect(),
     }
 }
 
-/// The other name of a switch of vLLM 0.33 that comes in pairs: `--disable-x` of `--enable-x`, and the reverse.
+/// The other name of a paired switch of vLLM 0.33: `--disable-x` for `--enable-x`, and the reverse.
 pub fn opposite(name: &str) -> Option<String> {
     let other = |from: &str, to: &str| name.strip_prefix(from).map(|rest| format!("{to}{rest}"));
     other("--enable-", "--disable-").or_else(|| other("--disable-", "--enable-"))
 }
 
-/// A number as vLLM takes it: `4096`, `4k` (4000), `4K` (4096).
+/// A number in vLLM's syntax: `4096`, `4k` (4000), `4K` (4096).
 pub fn number(text: &str) -> Option<u64> {
     let text = text.trim();
     let (digits, factor) = match text.char_indices().last()? {
@@ -184,7 +188,7 @@ pub fn number(text: &str) -> Option<u64> {
     if let Ok(whole) = digits.parse::<u64>() {
         return whole.checked_mul(factor);
     }
-    // A part of a decimal unit only: `25.6k`.
+    // Fractions only with a decimal unit: `25.6k`.
     let (whole, part) = digits.split_once('.').filter(|_| factor % 1000 == 0)?;
     let scale = 10_u64.checked_pow(u32::try_from(part.len()).ok()?)?;
     let part = part.parse::<u64>().ok()?.checked_mul(factor)? / scale;
@@ -213,7 +217,7 @@ mod tests {
 
     fn shown(text: &str) -> Vec<(String, Option<String>, String)> {
         let args = words(text);
-        let shown = |given: Given<'_>| {
+        let shown = |given: GivenOption<'_>| {
             (
                 given.name.clone(),
                 given.part.map(str::to_owned),
@@ -224,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn every_spelling_that_vllm_takes_is_the_same_option() {
+    fn every_spelling_is_recognised() {
         for spelled in [
             "--tensor-parallel-size 2",
             "--tensor_parallel_size 2",
@@ -252,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn values_end_where_the_next_option_begins_and_switches_have_none() {
+    fn values_end_at_the_next_option() {
         let read = shown("--enforce-eager x --api-key a b -O3 --seed -1 --no-enable-prefix-caching --new-thing 1 2");
         let read: Vec<(&str, &str)> = read
             .iter()
@@ -272,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_beginning_of_several_options_is_none_of_them() {
+    fn an_ambiguous_prefix_matches_no_option() {
         let args = words("--max-num 3");
         let read = read(&args);
         assert_eq!(read[0].name, "--max-num");
@@ -304,11 +308,11 @@ mod tests {
 
     #[test]
     fn the_table_can_be_read() {
-        assert!(KNOWN.len() > 150, "{}", KNOWN.len());
+        assert!(KNOWN_OPTIONS.len() > 150, "{}", KNOWN_OPTIONS.len());
         let lines = include_str!("vllm_options.txt")
             .lines()
             .filter(|line| !line.starts_with('#'));
-        assert_eq!(lines.count(), KNOWN.len());
+        assert_eq!(lines.count(), KNOWN_OPTIONS.len());
         assert_eq!(opposite("--enable-x").as_deref(), Some("--disable-x"));
         assert_eq!(opposite("--disable-x").as_deref(), Some("--enable-x"));
         assert_eq!(opposite("--x"), None);

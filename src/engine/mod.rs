@@ -1,4 +1,4 @@
-//! Model servers that xpyd can run: what to execute, when it is ready, and what its log says while it starts.
+//! The model servers that xpyd can run: command line, readiness, and log lines of a start.
 
 pub mod arguments;
 pub mod vllm;
@@ -11,93 +11,93 @@ use serde::{Deserialize, Serialize};
 use crate::connector::{Device, Launch, Sidecar};
 use crate::fleet::Endpoint;
 
-/// How long a sidecar may take until it listens. `lmcache server` imports torch, which took it 6 s on a quiet machine and
-/// 20 s on a busy one.
+/// Time limit for a sidecar until it listens. `lmcache server` imports torch, which took 6 s on an idle machine and 20 s
+/// on a busy one.
 const SIDECAR_DEADLINE: Duration = Duration::from_mins(3);
 
 /// The program that serves the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
-    /// `vllm serve`.
+    /// `vllm serve`
     Vllm,
-    /// `xpyd sim`, the built-in simulated engine: vLLM-shaped, and reads the same arguments, files and variables.
+    /// `xpyd sim`, the built-in simulated engine, which takes the same arguments, files and variables as vLLM
     Sim,
 }
 
-/// What is decided about an engine before its command line is written.
+/// The decisions from which an engine's command line is built.
 #[derive(Debug)]
-pub struct Serve<'plan> {
-    /// xpyd itself, which starts sidecars.
+pub struct ServeSpec<'plan> {
+    /// The path of xpyd itself, which starts sidecars.
     pub xpyd: &'plan Path,
     /// The program: `vllm`, or `xpyd` for the simulated engine.
     pub program: &'plan Path,
-    /// Model path or repository.
+    /// The model: a path or a repository.
     pub model: &'plan str,
-    /// Name for clients.
+    /// The model name that clients use.
     pub served_model_name: &'plan str,
-    /// Where to listen, and over how many ranks to spread.
+    /// The address to listen on, and the number of ranks.
     pub endpoint: &'plan Endpoint,
-    /// How many engines of the fleet come before it.
+    /// Number of engines of the fleet before this one.
     pub number: usize,
-    /// What is added to every port of the fleet.
+    /// The offset of every port of the fleet.
     pub port_offset: u16,
     /// Data-parallel ranks.
     pub data_parallel: u16,
-    /// Where it computes.
+    /// The device on which it computes.
     pub device: Device,
-    /// Its GPUs, as `CUDA_VISIBLE_DEVICES` has them.
+    /// Its GPUs, in the form of `CUDA_VISIBLE_DEVICES`.
     pub visible_gpus: &'plan str,
-    /// The NUMA node of each of its GPUs, to bind its workers to; empty binds nothing.
+    /// The NUMA node of each of its GPUs, to which its workers are bound; empty: not bound.
     pub numa_nodes: &'plan [u32],
-    /// The part of its GPUs' memory that it may use, 0 to 1; its own default when absent.
+    /// The fraction of its GPUs' memory, 0 to 1; default: the engine's own.
     pub gpu_memory_utilization: Option<f64>,
     /// Longest prompt plus answer, in tokens.
     pub max_model_len: Option<u32>,
-    /// What its connector adds.
+    /// The arguments and variables of its connector.
     pub launch: &'plan Launch,
-    /// The profile's own arguments, last so that they win.
+    /// The profile's own arguments. They are last, so that they win.
     pub args: &'plan [String],
-    /// Whether the program knows `--shutdown-timeout`.
+    /// Whether the program has the option `--shutdown-timeout`.
     pub has_shutdown_timeout: bool,
-    /// xpyd's own deadline for the start.
+    /// xpyd's time limit for the start.
     pub ready_deadline: Duration,
-    /// How long an engine with something to do may get nothing done.
+    /// How long an engine with work to do can make no progress.
     pub stall: Duration,
-    /// How long it may take to leave when asked.
+    /// Time from SIGTERM to SIGKILL.
     pub stop: Duration,
-    /// What only the simulated engine is told: the timing preset and the faults.
+    /// For the simulated engine: the timing preset and the faults.
     pub sim: (&'plan str, &'plan [String]),
 }
 
-/// A step of an engine's start that its log shows.
+/// A phase of an engine's start, recognised by a log line.
 #[derive(Debug, Clone, Copy)]
 pub struct PhaseMarker {
-    /// The phase that has begun when the pattern matches, for people: `loading weights`.
+    /// The phase that begins when the pattern matches, for people: `loading weights`.
     pub phase: &'static str,
-    /// Regular expression on one log line, free of colours. A first capture group, if any, is a percentage.
+    /// Regular expression for one log line without colours. The first capture group, if any, is a percentage.
     pub pattern: &'static str,
-    /// How far the whole start is when this phase begins, 0 to 100, for an engine on a warm machine.
+    /// Progress of the whole start at the beginning of this phase, in percent, for an engine on a warm machine.
     pub percent: u8,
 }
 
-/// Names of the Prometheus samples that tell a working engine from a hung one.
+/// Names of the Prometheus samples that distinguish a working engine from a hung one.
 #[derive(Debug, Clone, Copy)]
 pub struct ProgressMetrics {
-    /// Where they are: `/metrics`.
+    /// The path of the metrics: `/metrics`.
     pub path: &'static str,
-    /// Requests being computed now.
+    /// Number of running requests.
     pub running: &'static str,
-    /// Counters of which at least one grows while anything is computed.
+    /// Counters of which at least one grows during any work.
     pub counters: &'static [&'static str],
-    /// KV that was kept for a decode engine until its lease ended.
+    /// Counter of KV leases that expired before a decode engine used them.
     pub expired_leases: &'static str,
-    /// Decode engines that reported a read of KV that was no longer kept for them.
+    /// Counter of reads of KV whose lease had expired.
     pub late_reads: &'static str,
 }
 
 impl EngineKind {
-    /// Its name in profiles and on the command line.
+    /// The name in profiles and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Vllm => "vllm",
@@ -105,10 +105,10 @@ impl EngineKind {
         }
     }
 
-    /// Program and arguments.
-    pub fn command(self, serve: &Serve<'_>) -> Vec<String> {
+    /// The program and its arguments.
+    pub fn command(self, serve: &ServeSpec<'_>) -> Vec<String> {
         let sidecar = serve.launch.sidecar.as_ref();
-        let mut argv = sidecar.map_or_else(Vec::new, |sidecar| self.accompanied(sidecar, serve));
+        let mut argv = sidecar.map_or_else(Vec::new, |sidecar| self.sidecar_command(sidecar, serve));
         argv.push(serve.program.display().to_string());
         match self {
             Self::Vllm => argv.push("serve".to_owned()),
@@ -123,8 +123,8 @@ impl EngineKind {
         argv
     }
 
-    /// What stands before the engine's own command line where a sidecar must be there first: see `xpyd sidecar`.
-    fn accompanied(self, sidecar: &Sidecar, serve: &Serve<'_>) -> Vec<String> {
+    /// The words before the engine's own command line if a sidecar must start first: see `xpyd sidecar`.
+    fn sidecar_command(self, sidecar: &Sidecar, serve: &ServeSpec<'_>) -> Vec<String> {
         let mut argv = vec![serve.xpyd.display().to_string(), "sidecar".to_owned()];
         let mut flag = |name: &str, value: String| argv.extend([format!("--{name}"), value]);
         flag("host", serve.endpoint.host.clone());
@@ -142,30 +142,30 @@ impl EngineKind {
         argv
     }
 
-    /// Variables on top of xpyd's own environment, before those of the connector and of the profile.
-    pub fn environment(self, serve: &Serve<'_>) -> Vec<(String, String)> {
+    /// Variables on top of xpyd's own environment. Those of the connector and the profile come later and win.
+    pub fn environment(self, serve: &ServeSpec<'_>) -> Vec<(String, String)> {
         match self {
             Self::Vllm => vllm::environment(serve),
             Self::Sim => vec![vllm::step_deadline(serve)],
         }
     }
 
-    /// The path whose 200 means that an engine takes requests.
+    /// The path that answers 200 when an engine accepts requests.
     pub fn ready_path(self) -> &'static str {
         match self {
             Self::Vllm | Self::Sim => "/health",
         }
     }
 
-    /// The markers of a start, in the order in which an engine prints them.
+    /// The markers of a start, in the order of an engine's log.
     pub fn phase_markers(self) -> &'static [PhaseMarker] {
-        // The simulated engine prints vLLM's lines.
+        // The simulated engine writes vLLM's lines.
         match self {
             Self::Vllm | Self::Sim => vllm::PHASE_MARKERS,
         }
     }
 
-    /// What `/metrics` says about an engine's progress.
+    /// The metrics that show an engine's progress.
     pub fn progress_metrics(self) -> ProgressMetrics {
         match self {
             Self::Vllm | Self::Sim => vllm::PROGRESS_METRICS,

@@ -1,61 +1,63 @@
 //! `vllm serve`: its command line, its variables, and the phases of its start.
 //!
-//! Flags and log lines are those of vLLM 0.32.0. tqdm bars end in `\r` and carry no prefix.
+//! Flags and log lines are those of vLLM 0.32.0. tqdm bars end in `\r` and have no prefix.
 
 use std::time::Duration;
 
-use super::{PhaseMarker, ProgressMetrics, Serve, arguments};
+use super::{PhaseMarker, ProgressMetrics, ServeSpec, arguments};
 use crate::connector::Device;
 
-/// When vLLM kills its own processes after SIGTERM; until then running requests go on, but the proxy has drained before.
-/// With its default of 0 it kills its workers at once, so that NIXL and shared memory are never cleaned up. A real engine
-/// uses all of it even when idle: what it holds is given back in a second or two, and then Python takes its time to end.
+/// Seconds after SIGTERM at which vLLM kills its own processes. Until then running requests continue, but the proxy has
+/// drained before. With the default of 0, vLLM kills its workers at once, and NIXL and shared memory are never cleaned up.
+/// A real engine uses the whole time even when idle: it frees its resources within a second or two, and then Python needs
+/// the rest to exit.
 pub const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// When `EngineCore` sends SIGTERM to workers that it has told to leave. It ends those that have cleaned up, and those
-/// that have not ignore it. `EngineCore` removes its own shared memory only when they have gone.
+/// Seconds at which `EngineCore` sends SIGTERM to workers that it has told to exit. It ends those that have cleaned up;
+/// the others ignore it. `EngineCore` removes its own shared memory only after they have exited.
 const WORKER_GRACE: Duration = Duration::from_secs(3);
 
-/// Where vLLM of the first engine looks for ports for itself; each further engine starts [`OWN_PORTS`] later.
+/// The first port that vLLM of the first engine tries for itself; each further engine starts [`OWN_PORTS`] later.
 ///
-/// It takes the first port from there on that it can bind without `SO_REUSEADDR`, so it skips what xpyd holds. Left to
-/// itself it asks the kernel for any port and binds it later, and engines that start together take each other's.
+/// vLLM takes the first port that it can bind without `SO_REUSEADDR`, so it skips ports that xpyd holds. Without a start
+/// port it asks the kernel for a free port and binds it later, and engines that start together take each other's ports.
 const FIRST_OWN_PORT: u16 = 7600;
 
-/// How many ports an engine may look at before it meets those of the next one.
+/// Number of ports that an engine can try before it reaches those of the next one.
 const OWN_PORTS: u16 = 20;
 
-/// The option for the part of each GPU's memory that an engine takes, its weights included.
+/// The option for the fraction of each GPU's memory that an engine uses, weights included.
 pub const MEMORY_OPTION: &str = "--gpu-memory-utilization";
 
-/// What an engine takes of each GPU unless it is told: 0.92 with vLLM 0.32, 0.9 with older ones.
+/// vLLM's default for [`MEMORY_OPTION`]: 0.92 with vLLM 0.32, 0.9 with older versions.
 pub fn default_memory_utilization(is_recent: bool) -> f64 {
     if is_recent { 0.92 } else { 0.9 }
 }
 
-/// The option that has an engine tell how much of a prompt it did not compute: the only proof, per request, of a hand-off.
+/// The option that makes an engine report how much of a prompt it did not compute: the only proof of a transfer per
+/// request.
 const TOKEN_DETAILS: &str = "--enable-prompt-tokens-details";
 
-/// The options on an engine's whole command line: what stands before `serve` belongs to other programs.
+/// The options of the engine in a whole command line. Words before `serve` belong to other programs.
 pub fn own_arguments(argv: &[String]) -> &[String] {
     let verb = argv.iter().position(|word| word == "serve" || word == "sim");
     verb.map_or(argv, |verb| &argv[verb + 1..])
 }
 
-/// The API keys that an engine takes: `--api-key`, else the variable; empty for one that wants none.
+/// The API keys that an engine accepts: `--api-key`, else the variable; empty if it needs none.
 pub fn api_keys<'engine>(argv: &'engine [String], variable: Option<&'engine str>) -> Vec<&'engine str> {
     let given = arguments::read(own_arguments(argv));
-    // As with argparse, the last one counts.
+    // As in argparse, the last one counts.
     let given = given.into_iter().rfind(|given| given.name == "--api-key");
     let keys = given.map_or_else(|| variable.into_iter().collect(), |given| given.values);
     keys.into_iter().filter(|key| !key.is_empty()).collect()
 }
 
-/// The variable of [`api_keys`].
+/// The environment variable with the API key.
 pub const API_KEY_VARIABLE: &str = "VLLM_API_KEY";
 
-/// The arguments after `vllm serve`, which the simulated engine takes as well.
-pub(super) fn command_line(serve: &Serve<'_>) -> Vec<String> {
+/// The arguments after `vllm serve`. The simulated engine takes the same.
+pub(super) fn command_line(serve: &ServeSpec<'_>) -> Vec<String> {
     let mut words: Vec<String> = vec![serve.model.to_owned()];
     let mut flag = |name: &str, value: String| words.extend([format!("--{name}"), value]);
     flag("host", serve.endpoint.host.clone());
@@ -73,7 +75,7 @@ pub(super) fn command_line(serve: &Serve<'_>) -> Vec<String> {
     }
     flag("kv-transfer-config", serve.launch.kv_transfer_config.to_string());
     if !serve.numa_nodes.is_empty() {
-        // Told explicitly, because vLLM's own search gives up where xpyd itself was bound to some CPUs.
+        // Explicit, because vLLM's own search fails if xpyd itself is bound to some CPUs.
         words.extend(["--numa-bind".to_owned(), "--numa-bind-nodes".to_owned()]);
         words.extend(serve.numa_nodes.iter().map(u32::to_string));
     }
@@ -88,15 +90,15 @@ pub(super) fn command_line(serve: &Serve<'_>) -> Vec<String> {
     words
 }
 
-/// The variables, before those of the connector and of the profile.
-pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
+/// The variables. Those of the connector and the profile come later and win.
+pub(super) fn environment(serve: &ServeSpec<'_>) -> Vec<(String, String)> {
     let mut variables: Vec<(&str, String)> = vec![
-        // Chunk and block hashes must agree between engines.
+        // The engines must compute the same hashes of chunks and blocks.
         ("PYTHONHASHSEED", "0".to_owned()),
-        // The log is a file: no colours, and no line may wait in a buffer when a process dies.
+        // The log is a file: no colours, and no line in a buffer when a process dies.
         ("PYTHONUNBUFFERED", "1".to_owned()),
         ("VLLM_LOGGING_COLOR", "0".to_owned()),
-        // Only xpyd's deadline decides; vLLM's own strands its workers when it fires.
+        // Only xpyd's deadline decides: vLLM's own leaves its workers behind when it fires.
         (
             "VLLM_ENGINE_READY_TIMEOUT_S",
             (seconds(serve.ready_deadline) + 600).to_string(),
@@ -106,7 +108,7 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
             WORKER_GRACE.as_secs().to_string(),
         ),
     ];
-    // With data parallelism all ranks would begin at the same port, and older versions never end to look for a second one.
+    // With data parallelism all ranks would start at the same port, and older versions search for a second one forever.
     if serve.data_parallel == 1 {
         let add = u16::try_from(serve.number)
             .unwrap_or(u16::MAX)
@@ -117,7 +119,7 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
     match serve.device {
         Device::Cuda => {
             variables.push(("CUDA_VISIBLE_DEVICES", serve.visible_gpus.to_owned()));
-            // CUDA's own order is by speed, NVML's by bus.
+            // CUDA's default order is by speed, NVML's by bus.
             variables.push(("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()));
             variables.push(("UCX_TLS", "cuda_ipc,cuda_copy,sm,self,tcp".to_owned()));
         }
@@ -127,19 +129,19 @@ pub(super) fn environment(serve: &Serve<'_>) -> Vec<(String, String)> {
     variables.chain([step_deadline(serve)]).collect()
 }
 
-/// When the engine core gives up a worker and ends. One that hangs before it has made a step for a request is in no metric,
-/// so nobody else can tell.
-pub(super) fn step_deadline(serve: &Serve<'_>) -> (String, String) {
+/// Time after which the engine core gives up on a worker and exits. A worker that hangs before its first step for a
+/// request is in no metric, so only the engine core can notice.
+pub(super) fn step_deadline(serve: &ServeSpec<'_>) -> (String, String) {
     let name = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS".to_owned();
     (name, seconds(serve.stall).max(1).to_string())
 }
 
-/// Whole seconds for vLLM, which waits in milliseconds that fit 31 bits.
+/// Whole seconds for vLLM, which waits in milliseconds of 31 bits.
 fn seconds(span: Duration) -> u64 {
     span.as_secs().min(1_000_000)
 }
 
-/// The markers of a start, in order. GPU-only phases are missing from a CPU start, and the other way round.
+/// The markers of a start, in order. A CPU start lacks the phases of GPUs, and the reverse.
 pub const PHASE_MARKERS: &[PhaseMarker] = &[
     PhaseMarker {
         phase: "importing",
@@ -208,7 +210,7 @@ pub const PHASE_MARKERS: &[PhaseMarker] = &[
     },
 ];
 
-/// Requests that wait for remote KV do not count as running, so a slow hand-off is no hang.
+/// Requests that wait for remote KV do not count as running, so a slow transfer is not a hang.
 pub const PROGRESS_METRICS: ProgressMetrics = ProgressMetrics {
     path: "/metrics",
     running: "vllm:num_requests_running",

@@ -1,10 +1,10 @@
-//! Paths as Python's `expandvars(expanduser(…))` reads them, which `huggingface_hub` does with its variables. PURE but for the
-//! home folders of other users.
+//! Expands paths as Python's `expandvars(expanduser(…))` does, which `huggingface_hub` applies to its variables. PURE,
+//! except that it looks up the home folders of other users.
 
 use std::path::PathBuf;
 
-/// The path with the user's home for `~`, another user's for `~name`, and variables for `$NAME` and `${NAME}`. What is unknown
-/// stays as it is written.
+/// The path with the user's home for `~`, another user's for `~name`, and variables for `$NAME` and `${NAME}`. Unknown
+/// names stay as they are.
 pub(super) fn expanded(path: &str, variable: &dyn Fn(&str) -> Option<String>) -> PathBuf {
     PathBuf::from(variables(&home(path, variable), variable))
 }
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn homes_and_variables_are_put_in_and_what_is_unknown_stays() {
+    fn homes_and_variables_are_expanded() {
         let variable = |name: &str| match name {
             "HOME" => Some("/h/".to_owned()),
             "SCRATCH" => Some("/scratch/me".to_owned()),

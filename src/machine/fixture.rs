@@ -1,13 +1,13 @@
-//! Machines for tests: plans and checks are pure, so a machine is just a value.
+//! Machines for tests. Plans and checks are pure, so a machine is just a value.
 
 use super::huggingface::{CacheState, Hub, Model};
 use super::{
-    Driver, Engine, Environment, Gpu, GpuMemory, Gpus, HuggingFace, Limit, Machine, Pcie, Space, System, Token,
-    TokenSource, Version,
+    FilesystemSpace, Gpu, GpuDriver, GpuMemory, Gpus, HuggingFace, Installation, Limit, Machine, Pcie,
+    PythonEnvironment, System, Token, TokenSource, Version,
 };
 
 impl Machine {
-    /// A machine with `gpus` H100s, the model cached, and vLLM with these versions beside it.
+    /// A machine with `gpus` H100s, the model in the cache, and these versions of vLLM and LMCache.
     pub fn fixture(gpus: u32, vllm: &str, lmcache: Option<&str>) -> Self {
         let gpu = |index| Gpu {
             index,
@@ -23,7 +23,7 @@ impl Machine {
         };
         Self {
             gpus: Gpus::Found((0..gpus).map(gpu).collect()),
-            driver: Driver::default(),
+            driver: GpuDriver::default(),
             hugging_face: HuggingFace {
                 token: Some(Token {
                     source: TokenSource::Environment("HF_TOKEN"),
@@ -41,7 +41,7 @@ impl Machine {
                 similar: Vec::new(),
             },
             model: None,
-            engine: Engine::Found {
+            engine: Installation::Found {
                 program: "/opt/venv/bin/vllm".into(),
                 vllm: Version::parse(vllm),
                 lmcache: lmcache.and_then(Version::parse),
@@ -49,11 +49,11 @@ impl Machine {
                 has_shutdown_timeout: true,
                 has_device_ids: Version::parse(vllm).is_some_and(|version| version.at_least(0, 30)),
                 has_numa_bind: true,
-                environment: Box::new(Environment {
+                environment: Box::new(PythonEnvironment {
                     python: Some("/opt/venv/bin/python".into()),
                     python_version: Version::parse("3.12.3"),
                     has_lmcache_program: lmcache.is_some(),
-                    ..Environment::default()
+                    ..PythonEnvironment::default()
                 }),
             },
             binds_numa: false,
@@ -72,7 +72,7 @@ impl Machine {
                     soft: u64::MAX,
                     hard: u64::MAX,
                 },
-                shared_memory: Some(Space {
+                shared_memory: Some(FilesystemSpace {
                     total: 64 << 30,
                     free: 64 << 30,
                 }),

@@ -1,4 +1,4 @@
-//! GPUs, as far as NVML tells. Its library is loaded at run time, so a machine without it is a fact and not a crash, and a
+//! GPUs, as NVML reports them. The library is loaded at run time, so a machine without it is a fact and not a crash. A
 //! call that fails leaves its fact out.
 
 mod holders;
@@ -15,19 +15,19 @@ pub use holders::{GpuProcess, LocalProcess};
 pub use meter::{Meter, Usage};
 pub use release::{Baseline, Release};
 
-/// What NVML says, within an inherited `CUDA_VISIBLE_DEVICES`.
+/// The GPUs of this machine, within an inherited `CUDA_VISIBLE_DEVICES`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Gpus {
-    /// The plan needs none.
+    /// NVML was not asked, because the plan needs no GPU.
     NotAsked,
-    /// These may be used, in NVML's (PCI) order or that of the inherited list.
+    /// The GPUs that xpyd can use, in NVML's (PCI) order or that of the inherited list.
     Found(Vec<Gpu>),
-    /// None can be seen, and why.
+    /// There is no usable GPU, with the reason.
     Unavailable(String),
 }
 
 impl Gpus {
-    /// Those that may be used; none where none can be seen.
+    /// The usable GPUs; empty if there are none.
     pub fn found(&self) -> &[Gpu] {
         match self {
             Self::Found(gpus) => gpus,
@@ -35,90 +35,91 @@ impl Gpus {
         }
     }
 
-    /// The one of this number.
+    /// The GPU with this index.
     pub fn get(&self, index: u32) -> Option<&Gpu> {
         self.found().iter().find(|gpu| gpu.index == index)
     }
 }
 
-/// One GPU, or one slice of a GPU that is divided by MIG.
+/// One GPU, or one MIG slice of a GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct Gpu {
-    /// NVML's index, which is CUDA's with `CUDA_DEVICE_ORDER=PCI_BUS_ID`. Of a MIG slice, [`slice_number`].
+    /// NVML's index, which is CUDA's with `CUDA_DEVICE_ORDER=PCI_BUS_ID`. For a MIG slice, [`slice_number`].
     pub index: u32,
     /// Product name.
     pub name: String,
-    /// `GPU-…` or `MIG-…`, by which CUDA takes it as well.
+    /// `GPU-…` or `MIG-…`, which CUDA accepts as well.
     pub uuid: String,
-    /// Of a MIG slice, the index of the GPU that it is part of.
+    /// For a MIG slice, the index of its GPU.
     pub parent: Option<u32>,
-    /// Its memory.
+    /// Its memory, if NVML reports it.
     pub memory: Option<GpuMemory>,
-    /// Processes that compute on it, with what they hold. `None` where they cannot be listed.
+    /// The processes that compute on it, with the memory they use. `None` if they cannot be listed.
     pub processes: Option<Vec<GpuProcess>>,
-    /// The NUMA node of the CPUs next to it.
+    /// The NUMA node of the closest CPUs.
     pub numa_node: Option<u32>,
-    /// The CPUs next to it, as the kernel writes lists of them: `0-27,56-83`.
+    /// The closest CPUs, in the kernel's list format: `0-27,56-83`.
     pub cpus: Option<String>,
-    /// Its place on the bus: `00000000:3B:00.0`.
+    /// The PCI address: `00000000:3B:00.0`.
     pub bus_id: Option<String>,
-    /// How it is connected to the others, by their index.
+    /// The connection to each other GPU, by index.
     pub paths: BTreeMap<u32, Path>,
-    /// What is wrong with it, or may be.
-    pub health: Health,
+    /// Faults that NVML reports.
+    pub health: GpuHealth,
 }
 
 /// Memory of a GPU, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct GpuMemory {
-    /// All of it.
+    /// Total memory.
     pub total: u64,
-    /// Not in use.
+    /// Free memory.
     pub free: u64,
-    /// Allocated; total less free, and less what the driver keeps for itself.
+    /// Allocated memory: total minus free, minus what the driver reserves.
     pub used: u64,
 }
 
-/// What NVML knows of a GPU's faults. XID errors themselves are in the kernel's log only, but the lasting ones leave these.
+/// Faults that NVML reports. XID errors themselves are only in the kernel's log, but the lasting ones show here.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct Health {
-    /// Why NVML cannot reach it: it fell off the bus (XID 79), needs a reset (XID 95, 119, …), or this user may not use it.
+pub struct GpuHealth {
+    /// Why NVML cannot reach the GPU: it fell off the bus (XID 79), needs a reset (XID 95, 119, …), or this user has no
+    /// permission.
     pub unreachable: Option<String>,
-    /// Memory errors that could not be corrected since the driver was loaded (XID 48, 94, 95).
+    /// Uncorrectable memory errors since the driver was loaded (XID 48, 94, 95).
     pub uncorrected_errors: Option<u64>,
-    /// Rows of memory (Ampere and later) or pages (before) wait for a reset to be replaced (XID 63).
+    /// Memory rows (Ampere and later) or pages (before) that are replaced at the next reset (XID 63).
     pub repair_pending: Option<bool>,
-    /// A row of memory could not be replaced (XID 64).
+    /// A memory row could not be replaced (XID 64).
     pub repair_failed: Option<bool>,
 }
 
-impl Health {
-    /// Whether nothing should be started on it.
+impl GpuHealth {
+    /// Whether no engine should be started on it.
     pub fn is_broken(&self) -> bool {
         self.unreachable.is_some() || self.repair_failed == Some(true)
     }
 }
 
-/// The way between two GPUs, the best first. The names of `nvidia-smi topo` stand behind.
+/// The connection between two GPUs, the best first. The comments name the terms of `nvidia-smi topo`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Path {
-    /// They are the same one.
+    /// The same GPU.
     Same,
     /// `NVLink`, directly or through an `NVSwitch` (`NV#`).
     NvLink,
-    /// Only switches of the bus (`PIX`, `PXB`).
+    /// Only PCIe switches (`PIX`, `PXB`).
     Switch,
-    /// The same NUMA node (`PHB`, `NODE`).
+    /// Within a NUMA node (`PHB`, `NODE`).
     Numa,
-    /// The link between processors (`SYS`).
+    /// The link between CPU sockets (`SYS`).
     System,
-    /// NVML does not tell.
+    /// NVML does not report it.
     Unknown,
 }
 
 impl Path {
-    /// For people.
+    /// The name for people.
     pub fn name(self) -> &'static str {
         match self {
             Self::Same => "the same GPU",
@@ -126,24 +127,24 @@ impl Path {
             Self::Switch => "a PCIe switch",
             Self::Numa => "one NUMA node",
             Self::System => "two NUMA nodes",
-            Self::Unknown => "a way that NVML does not tell",
+            Self::Unknown => "an unknown connection",
         }
     }
 }
 
-/// The driver of NVIDIA's GPUs.
+/// The NVIDIA driver.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct Driver {
-    /// `570.86.15`.
+pub struct GpuDriver {
+    /// Its version: `570.86.15`.
     pub version: Option<String>,
-    /// The newest CUDA that it can run, `12.8`.
+    /// The newest CUDA version that it supports: `12.8`.
     pub cuda: Option<String>,
     /// `CUDA_VISIBLE_DEVICES` of xpyd itself, which hides GPUs that the driver has.
     pub visible: Option<String>,
 }
 
-impl Driver {
-    /// What is known of it, as in `driver 570.86.15` and `CUDA 12.8`.
+impl GpuDriver {
+    /// The known versions, such as `driver 570.86.15` and `CUDA 12.8`.
     pub fn versions(&self) -> Vec<String> {
         let both = [("driver", &self.version), ("CUDA", &self.cuda)];
         let known = both
@@ -154,7 +155,7 @@ impl Driver {
 }
 
 impl Gpu {
-    /// The way to another one.
+    /// The connection to another GPU.
     pub fn path(&self, other: u32) -> Path {
         if self.index == other {
             return Path::Same;
@@ -162,7 +163,7 @@ impl Gpu {
         self.paths.get(&other).copied().unwrap_or(Path::Unknown)
     }
 
-    /// How people call it: `GPU 3`, `GPU 3 slice 1`.
+    /// The name for people: `GPU 3`, `GPU 3 slice 1`.
     pub fn label(&self) -> String {
         match self.parent {
             Some(parent) => format!(
@@ -174,24 +175,24 @@ impl Gpu {
     }
 }
 
-/// The number by which plans and profiles call slice `slice` of the GPU `parent`: 1000, 1001, … for the slices of GPU 0,
-/// 1010, … for those of GPU 1. A GPU has seven slices at most, and a machine has far fewer than a thousand GPUs.
+/// The index of MIG slice `slice` of the GPU `parent` in plans and profiles: 1000, 1001, … for the slices of GPU 0, 1010,
+/// … for those of GPU 1. A GPU has at most seven slices, and a machine far fewer than a thousand GPUs.
 pub fn slice_number(parent: u32, slice: u32) -> u32 {
     1000 + 10 * parent + slice
 }
 
-/// Loads NVML; the error is a sentence.
+/// Loads NVML. The error is a sentence.
 pub(super) fn open() -> Result<nvml_wrapper::Nvml, String> {
     nvml::open()
 }
 
-/// Asks NVML for everything.
-pub(super) fn survey() -> (Gpus, Driver) {
+/// Queries NVML for all facts.
+pub(super) fn survey() -> (Gpus, GpuDriver) {
     let library = match nvml::open() {
         Ok(library) => library,
-        Err(reason) => return (Gpus::Unavailable(reason), Driver::default()),
+        Err(reason) => return (Gpus::Unavailable(reason), GpuDriver::default()),
     };
-    let driver = Driver {
+    let driver = GpuDriver {
         visible: visible_devices(),
         ..nvml::driver(&library)
     };

@@ -1,4 +1,4 @@
-//! What this machine is called and how large it is, for whoever compares what was measured on it.
+//! Name and size of this machine, for comparisons of measurements.
 
 use std::num::NonZero;
 use std::thread;
@@ -6,19 +6,19 @@ use std::thread;
 use serde::Serialize;
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
-/// A machine, in short.
+/// A short description of a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Host {
-    /// Its name in the network.
+    /// Its host name.
     pub name: Option<String>,
-    /// Cores that this process may run on.
+    /// Number of cores that this process can use.
     pub cores: usize,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
 }
 
 impl Host {
-    /// This machine.
+    /// The description of this machine.
     pub fn here() -> Self {
         let memory = MemoryRefreshKind::nothing().with_ram();
         Self {

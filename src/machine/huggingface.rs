@@ -1,6 +1,6 @@
-//! Hugging Face: where its files are, whether there is a token, what of the model is here, and what the hub says.
+//! Hugging Face: the cache, the token, the model's files on this machine, and the hub's answers.
 //!
-//! Every variable means what it means to `huggingface_hub` (its `constants.py` and `utils/_auth.py`, version 2.4).
+//! Every variable has the meaning that it has for `huggingface_hub` (its `constants.py` and `utils/_auth.py`, version 2.4).
 
 mod access;
 mod cache;
@@ -16,51 +16,51 @@ use super::expand::expanded;
 pub use access::{Access, AccessError};
 pub use cache::{CacheState, Leftover, LeftoverKind, Model};
 pub use download::{DownloadError, Progress, download};
-pub use hub::{Answer, Answered, Hub, Identity};
+pub use hub::{Hub, HubReport, Identity, RepositoryAccess};
 
-/// What is asked when nobody says otherwise.
+/// The default hub.
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// With this variable, vLLM gets models from `ModelScope`.
 pub const MODELSCOPE: &str = "VLLM_USE_MODELSCOPE";
 
-/// The revision that engines take when they are given none.
+/// The default revision.
 pub const MAIN: &str = "main";
 
-/// Token, cache, and what the hub said.
+/// Token, cache, and the hub's answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HuggingFace {
-    /// The token, if one was found. Its text is not here.
+    /// Facts about the token, if there is one. The token itself is not part of it.
     pub token: Option<Token>,
-    /// What of the model is on this machine.
+    /// The model's files on this machine.
     pub model: Model,
-    /// What the hub said of the token and the model.
+    /// The hub's answers about the token and the model.
     pub hub: Hub,
-    /// Base of every URL of the hub: `https://huggingface.co`.
+    /// The base of all URLs of the hub: `https://huggingface.co`.
     pub endpoint: String,
-    /// The folder with a folder per repository.
+    /// The cache folder, with one folder per repository.
     pub cache: PathBuf,
-    /// Bytes that may still be written there; `None` where that could not be read.
+    /// Free bytes on the cache's file system; `None` if unknown.
     pub free_bytes: Option<u64>,
-    /// What downloads that were cut off have left for this model.
+    /// Remains of interrupted downloads of this model.
     pub leftovers: Vec<Leftover>,
-    /// Repositories of the cache whose names are close to the model's.
+    /// Repositories in the cache with similar names.
     pub similar: Vec<String>,
 }
 
-/// What is known of a token.
+/// Facts about a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
-    /// Where it was found.
+    /// The place where it was found.
     pub source: TokenSource,
     /// Whether it has the form `hf_…`.
     pub well_formed: bool,
 }
 
-/// Where a token was found.
+/// The place where a token was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenSource {
-    /// The variable of this name.
+    /// The environment variable with this name.
     Environment(&'static str),
     /// The file that `hf auth login` writes.
     File(PathBuf),
@@ -75,7 +75,7 @@ impl fmt::Display for TokenSource {
     }
 }
 
-/// A secret that no message, log or debug output shows.
+/// A secret that never appears in messages, logs or debug output.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Secret(String);
 
@@ -86,36 +86,36 @@ impl fmt::Debug for Secret {
 }
 
 impl Secret {
-    /// The text, for the one header that carries it.
+    /// The secret, for the one header that carries it.
     fn reveal(&self) -> &str {
         &self.0
     }
 }
 
-/// Where things are and how the hub is reached, by variables: those that the profile gives the engines win.
+/// Folders and hub, from environment variables. Those that the profile gives the engines win.
 #[derive(Debug, Clone)]
 pub struct Settings {
     endpoint: String,
     cache: PathBuf,
     offline: Option<&'static str>,
-    /// Whether engines get models from another hub.
+    /// Whether engines get models from `ModelScope`.
     uses_modelscope: bool,
     token: Option<(Token, Secret)>,
     token_files: [PathBuf; 2],
 }
 
 impl Settings {
-    /// The folder of all repositories that were fetched.
+    /// The folder with all downloaded repositories.
     pub fn cache(&self) -> &Path {
         &self.cache
     }
 
-    /// The file in which a token is looked for, and the usual one, which may be another.
+    /// The token file from the variables, and the default one.
     pub fn token_files(&self) -> &[PathBuf; 2] {
         &self.token_files
     }
 
-    /// Reads the variables of this process under those of `profile`.
+    /// Reads the variables of `profile`, then those of this process.
     pub fn read(profile: &BTreeMap<String, String>) -> Self {
         Self::from(&|name| profile.get(name).cloned().or_else(|| std::env::var(name).ok()))
     }
@@ -151,7 +151,7 @@ fn token(text: &dyn Fn(&str) -> Option<String>, file: &Path) -> Option<(Token, S
     let found = |source, text: &str| {
         let text: String = text.trim().to_owned();
         let well_formed = is_well_formed(&text);
-        // What no header can carry is no token that can be sent.
+        // A token that cannot be sent in a header is no token.
         let sendable = !text.is_empty() && text.chars().all(|character| character.is_ascii_graphic());
         let secret = Secret(if sendable { text } else { String::new() });
         (Token { source, well_formed }, secret)
@@ -172,9 +172,9 @@ fn is_well_formed(token: &str) -> bool {
         .is_some_and(|rest| rest.len() >= 16 && rest.chars().all(|character| character.is_ascii_alphanumeric()))
 }
 
-/// Looks for token and model where `huggingface_hub` does, and asks the hub where that is needed: for a model that is not
-/// here, or for the token's account.
-pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> HuggingFace {
+/// Looks for token and model in the places of `huggingface_hub`. Asks the hub only about a model that is not on this
+/// machine, or about the token's account.
+pub(super) fn survey(wanted: &super::SurveyRequest<'_>, settings: &Settings) -> HuggingFace {
     let (model, revision) = (wanted.model, wanted.revision);
     let found = match model {
         None => Model::none(),
@@ -189,10 +189,11 @@ pub(super) fn survey(wanted: &super::Wanted<'_>, settings: &Settings) -> Hugging
         (None, _) if asks_for_account => hub::ask(&Access::new(settings), None, revision),
         (None, CacheState::Complete) => Hub::NotAsked("the model is in the cache".to_owned()),
         (None, CacheState::Folder | CacheState::BadFolder { .. }) => Hub::NotAsked("the model is a folder".to_owned()),
-        (None, CacheState::Elsewhere { .. }) => Hub::NotAsked("the engine gets the model by itself".to_owned()),
-        (None, _) => Hub::NotAsked("nothing is to be fetched".to_owned()),
+        (None, CacheState::Elsewhere { .. }) => Hub::NotAsked("the engine downloads the model itself".to_owned()),
+        (None, _) => Hub::NotAsked("there is nothing to download".to_owned()),
     };
-    let is_unknown = matches!(&hub, Hub::Answered(answered) if matches!(answered.model, Some(Answer::NotFound { .. })));
+    let is_unknown =
+        matches!(&hub, Hub::Answered(answered) if matches!(answered.model, Some(RepositoryAccess::NotFound { .. })));
     HuggingFace {
         token: settings.token.as_ref().map(|(token, _)| token.clone()),
         model: found,
@@ -223,13 +224,13 @@ pub fn is_repository(model: &str) -> bool {
     }
 }
 
-/// Why only the engine can tell what this name stands for, as the rest of a sentence; `None` for a path or a repository.
+/// Why only the engine can resolve this name, as the rest of a sentence; `None` for a path or a repository.
 fn beyond_us(model: &str) -> Option<&'static str> {
     let is_gguf = model.to_ascii_lowercase().ends_with(".gguf");
     if let Some((scheme, _)) = model.split_once("://") {
         let is_name = !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
         let is_page = ["http", "https"].contains(&scheme);
-        return (is_name && (is_gguf || !is_page)).then_some("is an address outside of this machine");
+        return (is_name && (is_gguf || !is_page)).then_some("is an address on another machine");
     }
     let parts: Vec<&str> = model.split('/').collect();
     let is_plain = |part: &&str| !part.is_empty() && !part.starts_with(['.', '~']);
@@ -239,10 +240,10 @@ fn beyond_us(model: &str) -> Option<&'static str> {
     let (name, quantization) = model.rsplit_once(':')?;
     let is_word = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
     (name.contains('/') && is_repository(name) && is_word(quantization))
-        .then_some("names a quantization of a repository")
+        .then_some("names a quantisation of a repository")
 }
 
-/// Bytes that this user may still write where the folder is, or will be.
+/// Bytes that this user can write to the file system of the folder, which does not have to exist.
 fn free_bytes(folder: &Path) -> Option<u64> {
     let folder = std::path::absolute(folder).ok()?;
     let there = folder.ancestors().find(|folder| folder.exists())?;
@@ -263,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_follow_the_variables_in_hugging_faces_order() {
+    fn folders_follow_the_variables() {
         let cache = |variables: &[(&str, &str)]| settings(variables).cache;
         assert_eq!(cache(&[("HOME", "/h")]), Path::new("/h/.cache/huggingface/hub"));
         assert_eq!(
@@ -288,16 +289,16 @@ mod tests {
     }
 
     #[test]
-    fn a_model_of_another_hub_is_asked_for_nowhere() {
+    fn a_modelscope_model_is_not_looked_up() {
         let surveyed = |value: &str| {
-            // Nothing listens there: who asks is told that the hub is out of reach.
+            // Nothing listens there, so the hub counts as unreachable.
             let variables = [
                 (MODELSCOPE, value),
                 ("HF_ENDPOINT", "http://127.0.0.1:9"),
                 ("HF_HOME", "/none"),
             ];
             let env = BTreeMap::new();
-            let wanted = super::super::Wanted {
+            let wanted = super::super::SurveyRequest {
                 model: Some("org/only-there"),
                 asks_for_account: false,
                 revision: MAIN,
@@ -316,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_the_engine_understands_is_told_from_mistakes() {
+    fn engine_only_names_are_not_mistakes() {
         for model in [
             "s3://bucket/model",
             "gs://bucket/model",
@@ -342,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn the_endpoint_has_no_slash_at_its_end_and_offline_has_two_names() {
+    fn endpoint_and_offline_variables_are_read() {
         assert_eq!(
             settings(&[("HF_ENDPOINT", "http://mirror/ ")]).endpoint,
             "http://mirror"
@@ -369,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repository_is_told_from_a_path() {
+    fn repositories_and_paths_are_distinguished() {
         for name in ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"] {
             assert!(is_repository(name), "{name}");
         }

@@ -1,4 +1,4 @@
-//! Facts about this machine. Only this module asks NVML and Python.
+//! Facts about this machine. Only this module queries NVML and Python.
 
 mod expand;
 #[cfg(test)]
@@ -17,66 +17,66 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 pub use gpu::{
-    Baseline, Driver, Gpu, GpuMemory, GpuProcess, Gpus, Health, LocalProcess, Meter, Path as GpuPath, Release, Usage,
-    slice_number,
+    Baseline, Gpu, GpuDriver, GpuHealth, GpuMemory, GpuProcess, Gpus, LocalProcess, Meter, Path as GpuPath, Release,
+    Usage, slice_number,
 };
 pub use host::Host;
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use model::{KvShape, ModelSize};
 pub use processors::Processors;
-pub use software::{Engine, Environment, Version};
-pub use system::{Limit, Listener, Pcie, Space, System};
+pub use software::{Installation, PythonEnvironment, Version};
+pub use system::{FilesystemSpace, Limit, Listener, Pcie, System};
 pub use watch::{GpuReading, GpuTotals, GpuWatch};
 
-/// Everything the plan and the checks know about this machine.
+/// The facts about this machine for the plan and the checks.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    /// The GPUs that xpyd may use, or why none can be seen.
+    /// The GPUs that xpyd can use, or why there are none.
     pub gpus: Gpus,
-    /// Their driver.
-    pub driver: Driver,
-    /// Token and cache.
+    /// The GPU driver.
+    pub driver: GpuDriver,
+    /// Token, cache, and the hub's answers.
     pub hugging_face: HuggingFace,
-    /// How large the model is, if it is here and engines want GPUs for it.
+    /// The size of the model, if it is on this machine and engines need GPUs for it.
     pub model: Option<ModelSize>,
     /// The installed engine, if the profile's program was found.
-    pub engine: Engine,
-    /// Cores that this process may run on.
+    pub engine: Installation,
+    /// Number of cores that this process can use.
     pub cores: usize,
-    /// Memory that could be given to new processes, in bytes.
+    /// Memory that is available to new processes, in bytes.
     pub available_memory_bytes: u64,
     /// Limits, shared memory, ports, clock.
     pub system: System,
-    /// vLLM's variables in xpyd's own environment, which engines inherit; no key is among them.
+    /// vLLM's variables in xpyd's own environment, which engines inherit, without keys.
     pub inherited: BTreeMap<String, String>,
-    /// Whether processes can be bound to a NUMA node: there is more than one, and `numactl`, which vLLM does it with.
+    /// Whether processes can be bound to a NUMA node: the machine has more than one, and `numactl`, which vLLM uses.
     pub binds_numa: bool,
-    /// This very program, for the simulated engine.
+    /// The path of this program, for the simulated engine.
     pub xpyd: PathBuf,
 }
 
-/// What to look for.
+/// What to look for on the machine.
 #[derive(Debug)]
-pub struct Wanted<'profile> {
-    /// The model, a path or a Hugging Face repository; `None` when none is to be served.
+pub struct SurveyRequest<'profile> {
+    /// The model, a path or a Hugging Face repository; `None` without a model.
     pub model: Option<&'profile str>,
-    /// Whether the hub is asked whose the token is, even if nothing is to be fetched.
+    /// Whether to ask the hub for the token's account even if nothing is to be downloaded.
     pub asks_for_account: bool,
     /// Branch, tag or commit of the model.
     pub revision: &'profile str,
     /// Variables that the profile gives all engines.
     pub env: &'profile BTreeMap<String, String>,
-    /// The engine's program, a name on PATH or a path; `None` when the simulated engine runs.
+    /// The engine's program, a name on PATH or a path; `None` for the simulated engine.
     pub program: Option<&'profile str>,
     /// Whether GPUs are needed.
     pub gpus: bool,
 }
 
-/// Of a profile without variables.
+/// The variables of a request without a profile.
 static NO_VARIABLES: BTreeMap<String, String> = BTreeMap::new();
 
-impl Wanted<'_> {
-    /// What every machine has, and no more: no model, no engine, no GPU.
+impl SurveyRequest<'_> {
+    /// A request without model, engine and GPU.
     pub fn nothing() -> Self {
         Self {
             model: None,
@@ -89,9 +89,9 @@ impl Wanted<'_> {
     }
 }
 
-/// Looks at the machine, in well under a second, or in three where the hub has to be asked and does not answer. Imports
-/// nothing heavy and changes nothing. What takes a while is looked at side by side.
-pub fn survey(wanted: &Wanted<'_>) -> Machine {
+/// Surveys the machine, with concurrent queries. It takes well under a second, or three seconds if the hub has to be asked
+/// and does not answer. It imports no heavy package and changes nothing.
+pub fn survey(wanted: &SurveyRequest<'_>) -> Machine {
     let memory = sysinfo::System::new_with_specifics(
         sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
     );
@@ -100,13 +100,13 @@ pub fn survey(wanted: &Wanted<'_>) -> Machine {
         let hugging_face = scope.spawn(|| huggingface::survey(wanted, &settings));
         let engine = scope.spawn(|| {
             let found = |program| software::survey(program, wanted.env);
-            wanted.program.map_or(Engine::NotAsked, found)
+            wanted.program.map_or(Installation::NotAsked, found)
         });
         let system = scope.spawn(system::survey);
         let gpus = if wanted.gpus {
             gpu::survey()
         } else {
-            (Gpus::NotAsked, Driver::default())
+            (Gpus::NotAsked, GpuDriver::default())
         };
         (joined(hugging_face), joined(engine), joined(system), gpus)
     });
@@ -133,15 +133,15 @@ fn inherited() -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The version of the vLLM that this program starts, if its metadata can be read.
+/// The version of the vLLM of this program, if its metadata can be read.
 pub fn vllm_version(program: &str) -> Option<String> {
     match software::survey(program, &BTreeMap::new()) {
-        Engine::Found { vllm, .. } => vllm.map(|version| version.text),
-        Engine::Missing(_) | Engine::NotAsked => None,
+        Installation::Found { vllm, .. } => vllm.map(|version| version.text),
+        Installation::Missing(_) | Installation::NotAsked => None,
     }
 }
 
-/// What a thread found; its panic is this thread's.
+/// The result of a thread. A panic in it continues here.
 fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

@@ -1,53 +1,53 @@
-//! How large a model is, from files that are here already: its `config.json`, and the sizes of its weights.
+//! The size of a model, from its `config.json` and the sizes of its weight files.
 
 use std::path::Path;
 
 use serde::Deserialize;
 
-/// What is known of the model's size.
+/// The size of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSize {
-    /// Its weights, in bytes.
+    /// Size of the weights, in bytes.
     pub weights_bytes: u64,
-    /// Whether that is the size of its files; else it is reckoned from the configuration.
+    /// Whether it is the size of the files; otherwise it is computed from the configuration.
     pub weights_are_exact: bool,
-    /// The longest context that it was made for, in tokens.
+    /// Longest context that the model supports, in tokens.
     pub max_positions: Option<u64>,
-    /// What a token's KV takes.
+    /// The size of a token's KV.
     pub kv: KvShape,
 }
 
-/// What decides how much KV a request needs.
+/// The numbers that determine the KV size of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvShape {
     /// Layers that keep the KV of every token.
     pub full_layers: u64,
-    /// Layers that keep the KV of the last [`window`](Self::window) tokens only.
+    /// Layers that only keep the KV of the last [`window`](Self::window) tokens.
     pub window_layers: u64,
-    /// Tokens that window layers keep.
+    /// Number of tokens in a window layer.
     pub window: u64,
-    /// Heads of KV, which tensor-parallel ranks divide among themselves; 0 with MLA, of which every rank keeps all.
+    /// Number of KV heads, which tensor-parallel ranks share out; 0 with MLA, where every rank keeps everything.
     pub heads: u64,
-    /// Values per token and layer, in all heads together, keys and values.
+    /// Values per token and layer, keys and values of all heads.
     pub values: u64,
-    /// Bytes of one value, unless the engine is told to quantise its cache.
+    /// Bytes per value, unless the engine quantises its cache.
     pub value_bytes: u64,
 }
 
 impl KvShape {
-    /// KV of one request of so many tokens on one of `ranks`, in bytes; `value_bytes` is what one value takes.
+    /// KV size of one request of `tokens` on one of `ranks`, in bytes, with `value_bytes` per value.
     pub fn bytes(&self, tokens: u64, ranks: u64, value_bytes: u64) -> u64 {
         let kept = self.full_layers * tokens + self.window_layers * tokens.min(self.window);
         let whole = kept.saturating_mul(self.values * value_bytes);
         if self.heads == 0 {
             return whole;
         }
-        // With more ranks than heads, ranks keep copies.
+        // With more ranks than heads, ranks have copies.
         whole / self.heads * self.heads.div_ceil(ranks.max(1))
     }
 }
 
-/// The parts of a `config.json` that matter here. Names are those of Hugging Face's `transformers`.
+/// The relevant parts of a `config.json`. The names are those of Hugging Face's `transformers`.
 #[derive(Debug, Default, Clone, Deserialize)]
 #[serde(default)]
 struct Config {
@@ -83,7 +83,7 @@ struct Quantization {
     quant_method: Option<String>,
 }
 
-/// An index of weights in several files.
+/// The index of weights in several files.
 #[derive(Debug, Deserialize)]
 struct Index {
     metadata: IndexMetadata,
@@ -100,7 +100,7 @@ pub(super) fn survey(folder: &Path) -> Option<ModelSize> {
     size(&config, weights(folder))
 }
 
-/// The weights' size as their files say it.
+/// The size of the weight files.
 fn weights(folder: &Path) -> Option<u64> {
     let index = fs_err::read_to_string(folder.join("model.safetensors.index.json")).ok();
     if let Some(index) = index.and_then(|text| serde_json::from_str::<Index>(&text).ok()) {
@@ -112,13 +112,13 @@ fn weights(folder: &Path) -> Option<u64> {
             .extension()
             .is_some_and(|extension| extension == "safetensors")
     });
-    // In the cache they are links.
+    // The files are links in the cache.
     let sizes = weights.filter_map(|file| Some(fs_err::metadata(file.path()).ok()?.len()));
     let total: u64 = sizes.sum();
     (total > 0).then_some(total)
 }
 
-/// The size from the text of a `config.json`, and that of the weights if it is known. PURE.
+/// The size from the text of a `config.json`, and the size of the weights if it is known. PURE.
 fn size(config: &str, weights: Option<u64>) -> Option<ModelSize> {
     let outer: Config = serde_json::from_str(config).ok()?;
     let mut config = outer.text.as_deref().cloned().unwrap_or_else(|| outer.clone());
@@ -139,7 +139,7 @@ fn size(config: &str, weights: Option<u64>) -> Option<ModelSize> {
 impl Config {
     fn value_bytes(&self) -> u64 {
         match self.dtype.as_deref().or(self.torch_dtype.as_deref()) {
-            // vLLM computes in half of it then.
+            // vLLM then computes in 16 bits.
             Some("float32") | None => 2,
             Some(name) if name.contains("float8") => 1,
             Some(_) => 2,
@@ -179,7 +179,7 @@ impl Config {
         }
     }
 
-    /// Matrices of attention and feed-forward layers and of the vocabulary; all else is far smaller.
+    /// Parameters of attention, feed-forward layers and the vocabulary; everything else is far smaller.
     fn reckoned_weights(&self) -> u64 {
         let (hidden, head) = (self.hidden_size, self.head_dim());
         let attention = 2 * hidden * head * (self.num_attention_heads + self.heads());
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn llama_3_1_8b_is_as_large_as_it_is() {
+    fn size_of_llama_3_1_8b() {
         let llama = reckoned(
             r#"{"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
             "num_attention_heads": 32, "num_key_value_heads": 8, "torch_dtype": "bfloat16",
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_with_a_latent_keeps_it_on_every_rank() {
+    fn mla_kv_is_on_every_rank() {
         // DeepSeek-V3: 61 layers, 512 + 64 values.
         let deepseek = reckoned(
             r#"{"num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432, "vocab_size": 129280,
@@ -246,14 +246,14 @@ mod tests {
     }
 
     #[test]
-    fn windows_end_the_growth_of_their_layers() {
+    fn window_layers_stop_growing() {
         let layers = r#"["sliding_attention", "full_attention"]"#;
         let config = format!(
             r#"{{"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 1, "sliding_window": 10, "layer_types": {layers}}}"#
         );
         let kv = reckoned(&config).kv;
         assert_eq!(kv.bytes(100, 1, 2), (100 + 10) * 2 * 64 * 2);
-        // Qwen2 names a window that it does not use.
+        // Qwen2's configuration has a window that the model does not use.
         let unused = reckoned(
             r#"{"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 1, "sliding_window": 10, "use_sliding_window": false}"#,
         );
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn text_inside_a_larger_model_and_files_beside_it_count() {
+    fn nested_text_config_is_read() {
         let folder = tempfile::tempdir().expect("a folder");
         let config = r#"{"torch_dtype": "bfloat16", "text_config": {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}}"#;
         fs_err::write(folder.path().join("config.json"), config).expect("a file");

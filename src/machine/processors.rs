@@ -1,6 +1,6 @@
-//! How the cores of this machine spend their time, by the kernel's count since it started.
+//! CPU time of this machine, by the kernel's counters since boot.
 
-/// The count at one instant, in ticks, of all cores together.
+/// The counters at one moment, in ticks, summed over all cores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Processors {
     total: u64,
@@ -9,12 +9,13 @@ pub struct Processors {
 }
 
 impl Processors {
-    /// The count now; `None` where the kernel does not tell.
+    /// The current counters; `None` if the kernel does not provide them.
     pub fn now() -> Option<Self> {
         Self::parse(&std::fs::read_to_string("/proc/stat").ok()?)
     }
 
-    /// proc(5): user, nice, system, idle, iowait, irq, softirq, steal; what follows is in the first two already.
+    /// Fields by proc(5): user, nice, system, idle, iowait, irq, softirq, steal. Later fields are included in the first
+    /// two.
     fn parse(text: &str) -> Option<Self> {
         let line = text.lines().next()?.strip_prefix("cpu ")?;
         let ticks: Vec<u64> = line.split_whitespace().map_while(|field| field.parse().ok()).collect();
@@ -25,8 +26,8 @@ impl Processors {
         })
     }
 
-    /// The shares of time since an earlier count, each 0 to 1: somebody ran here, and other virtual machines did. `None`
-    /// when no time has passed.
+    /// The fractions of CPU time since an earlier count, each 0 to 1: used on this machine, and used by other virtual
+    /// machines. `None` if no time has passed.
     pub fn shares_since(self, before: Self) -> Option<(f64, f64)> {
         let passed = self.total.saturating_sub(before.total);
         let share = |now: u64, before: u64| now.saturating_sub(before) as f64 / passed as f64;
@@ -40,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_are_of_the_time_between_two_counts() {
+    fn shares_cover_the_time_between_counts() {
         let before = Processors::parse("cpu  100 0 50 800 50 0 0 0 0 0\ncpu0 1 2 3\n").unwrap();
         let after = Processors::parse("cpu  150 0 60 820 60 0 0 10 7 0\n").unwrap();
         let (busy, stolen) = after.shares_since(before).unwrap();

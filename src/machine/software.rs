@@ -1,5 +1,5 @@
-//! The installed engine: where its program is, and the versions beside it. Nothing heavy is imported to find out:
-//! the program's own interpreter reads package metadata.
+//! The installed engine: its program, and the versions of its packages. The program's own interpreter reads package
+//! metadata, and imports nothing heavy.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,14 +14,14 @@ use serde::Deserialize;
 
 use super::expand::expanded;
 
-/// What is installed.
+/// The installed engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Engine {
-    /// The plan runs none.
+pub enum Installation {
+    /// Not looked for, because the plan runs none.
     NotAsked,
-    /// The program of this name is not on PATH, or the path is no file.
+    /// No program of this name is on PATH, or the path is not a file.
     Missing(String),
-    /// The program, and the versions of the packages of its environment.
+    /// The program, and the versions of the packages in its environment.
     Found {
         /// Absolute path.
         program: PathBuf,
@@ -31,49 +31,49 @@ pub enum Engine {
         lmcache: Option<Version>,
         /// Version of `nixl`, if installed.
         nixl: Option<Version>,
-        /// Whether `vllm serve` knows `--shutdown-timeout`.
+        /// Whether `vllm serve` has the option `--shutdown-timeout`.
         has_shutdown_timeout: bool,
-        /// Whether it reads UUIDs in `CUDA_VISIBLE_DEVICES`: those that know `--device-ids` do, older ones crash on them.
+        /// Whether it accepts UUIDs in `CUDA_VISIBLE_DEVICES`. Versions with `--device-ids` do; older ones crash on them.
         has_device_ids: bool,
-        /// Whether it knows `--numa-bind`, and goes on where the kernel forbids it.
+        /// Whether it has the option `--numa-bind`, and continues if the kernel forbids binding.
         has_numa_bind: bool,
-        /// What else is known of the program's environment.
-        environment: Box<Environment>,
+        /// More facts about the program's environment.
+        environment: Box<PythonEnvironment>,
     },
 }
 
-/// The Python environment of the engine's program. Everything is empty where its interpreter could not be asked.
+/// The Python environment of the engine's program. All fields are empty if its interpreter could not be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Environment {
-    /// The interpreter.
+pub struct PythonEnvironment {
+    /// The path of the interpreter.
     pub python: Option<PathBuf>,
-    /// Its version.
+    /// The version of the interpreter.
     pub python_version: Option<Version>,
-    /// Versions of other packages that matter, by name; the distribution that brings NIXL's library, too.
+    /// Versions of other relevant packages, by name. NIXL's library has a distribution of its own.
     pub packages: BTreeMap<String, String>,
-    /// CUDA that torch was built for, as its `version.py` says it: `13.0`.
+    /// The CUDA version that torch was built for, from its `version.py`: `13.0`.
     pub cuda: Option<String>,
-    /// Options of `vllm serve` by the sources of the installed version, as far as they can be found there: `--max-model-len`.
+    /// Options of `vllm serve` in the sources of the installed version, as far as they can be found: `--max-model-len`.
     pub options: BTreeSet<String>,
-    /// Whether its switches come in pairs, `--enable-x` and `--disable-x` (from 0.33 on).
+    /// Whether its switches are paired, `--enable-x` and `--disable-x` (from 0.33 on).
     pub has_pairs: bool,
-    /// Names of the connectors that vLLM's factory knows.
+    /// Names of the connectors in vLLM's factory.
     pub connectors: BTreeSet<String>,
-    /// Whether the `lmcache` program is beside the engine's.
+    /// Whether the program `lmcache` is in the folder of the engine's.
     pub has_lmcache_program: bool,
 }
 
-/// The first three numbers of a version, and its text.
+/// A version: its first three numbers, and its text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
-    /// Major, minor, patch; what is absent counts as 0.
+    /// Major, minor, patch; missing numbers are 0.
     pub numbers: [u32; 3],
-    /// As the package says it: `0.32.0+cpu`.
+    /// The package's own text: `0.32.0+cpu`.
     pub text: String,
 }
 
 impl Version {
-    /// Reads a version, as far as it consists of numbers.
+    /// Parses the leading numbers of a version.
     pub fn parse(text: &str) -> Option<Self> {
         let release = text
             .split(|character: char| !character.is_ascii_digit() && character != '.')
@@ -101,7 +101,7 @@ impl fmt::Display for Version {
     }
 }
 
-/// What [`PROBE`] prints.
+/// The output of [`PROBE`].
 #[derive(Debug, Default, Deserialize)]
 struct Probe {
     python: Option<String>,
@@ -118,10 +118,10 @@ struct Probe {
     pairs: bool,
 }
 
-/// Reads metadata, and those source files that define options and connectors. Imports neither vllm nor torch.
+/// Reads metadata, and the source files that define options and connectors. It imports neither vllm nor torch.
 ///
-/// An option of `vllm serve` is a string in the files that call `add_argument`, or a field of a class of arguments, from
-/// which vLLM makes `--field-name`; where these files are has changed with versions.
+/// An option of `vllm serve` is a string in a file that calls `add_argument`, or a field of an argument class, which vLLM
+/// turns into `--field-name`. The places of these files differ between versions.
 const PROBE: &str = r#"
 import sys
 # The engine's program does not look into the current folder either.
@@ -167,10 +167,10 @@ print(json.dumps({"python": platform.python_version(), "packages": {k: v for k, 
     "numa_bind": numa_bind, "pairs": pairs}))
 "#;
 
-/// Looks for the program and asks its interpreter. `env` are the variables of the engines.
-pub(super) fn survey(program: &str, env: &BTreeMap<String, String>) -> Engine {
+/// Finds the program and asks its interpreter. `env` are the variables of the engines.
+pub(super) fn survey(program: &str, env: &BTreeMap<String, String>) -> Installation {
     let Some(path) = find(program, env.get("PATH").map(String::as_str)) else {
-        return Engine::Missing(program.to_owned());
+        return Installation::Missing(program.to_owned());
     };
     let python = interpreter(&path);
     let probe = python.as_deref().and_then(ask).unwrap_or_default();
@@ -179,14 +179,14 @@ pub(super) fn survey(program: &str, env: &BTreeMap<String, String>) -> Engine {
         found.and_then(|text| Version::parse(text))
     };
     let options: BTreeSet<String> = probe.options.iter().map(|option| option.replace('_', "-")).collect();
-    Engine::Found {
+    Installation::Found {
         vllm: version(&["vllm"]),
         lmcache: version(&["lmcache"]),
         nixl: version(&["nixl", "nixl-cu13", "nixl-cu12"]),
         has_shutdown_timeout: options.contains("--shutdown-timeout"),
         has_device_ids: options.contains("--device-ids"),
         has_numa_bind: options.contains("--numa-bind-nodes") && probe.numa_bind,
-        environment: Box::new(Environment {
+        environment: Box::new(PythonEnvironment {
             has_lmcache_program: path.with_file_name("lmcache").is_file(),
             python_version: probe.python.as_deref().and_then(Version::parse),
             python,
@@ -200,8 +200,7 @@ pub(super) fn survey(program: &str, env: &BTreeMap<String, String>) -> Engine {
     }
 }
 
-/// A path as it is, a name where a shell would find it: in the first folder of `path`, or else of PATH, in which it may be
-/// executed.
+/// Resolves a path or a name as a shell does: a name is searched in the folders of `path`, or else of PATH.
 pub(super) fn find(program: &str, path: Option<&str>) -> Option<PathBuf> {
     let variable = |name: &str| std::env::var(name).ok();
     if program.contains('/') {
@@ -218,8 +217,8 @@ fn is_executable(path: &Path) -> bool {
     path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
 }
 
-/// The interpreter of a script that pip, uv or pipx made: the one of its header, or the `python` beside it. The script may be a
-/// link from a folder of programs into an environment.
+/// The interpreter of a script that pip, uv or pipx made: the one in its header, or the `python` in its folder. The script
+/// can be a link from a folder of programs into an environment.
 fn interpreter(program: &Path) -> Option<PathBuf> {
     let script = program.canonicalize().ok()?;
     let mut head = [0; 1024];
@@ -235,8 +234,8 @@ fn interpreter(program: &Path) -> Option<PathBuf> {
         .or_else(|| beside.into_iter().find(|path| path.is_file()))
 }
 
-/// The interpreter in the header of a script. A path that is too long for `#!`, or has a space, stands in a second line, which a
-/// shell executes and Python reads as text: `'''exec' "/a b/python" "$0" "$@"`.
+/// The interpreter in the header of a script. If its path is too long for `#!` or has a space, it is in a second line,
+/// which a shell executes and Python reads as text: `'''exec' "/a b/python" "$0" "$@"`.
 fn named(head: &str) -> Option<PathBuf> {
     let mut lines = head.lines();
     let mut words = lines.next()?.strip_prefix("#!")?.split_ascii_whitespace();
@@ -256,7 +255,7 @@ fn named(head: &str) -> Option<PathBuf> {
     }
 }
 
-/// Runs the probe. An interpreter that does not answer in time is as good as none.
+/// Runs the probe. `None` if the interpreter fails or does not answer in time.
 fn ask(interpreter: &Path) -> Option<Probe> {
     let mut child = Command::new(interpreter)
         .args(["-c", PROBE])
@@ -273,14 +272,14 @@ fn ask(interpreter: &Path) -> Option<Probe> {
         drop(sender.send(text));
     });
     let answer = receiver.recv_timeout(PROBE_DEADLINE).ok();
-    // After an answer the process is at its end anyway; without one it must go, which also ends the reader.
+    // After its answer the process exits anyway. Without one it must be killed, which also ends the reader.
     drop(child.kill());
     drop(child.wait());
     drop(reader.join());
     serde_json::from_slice(&answer?).ok()
 }
 
-/// Longest wait for the probe. It only reads metadata, but from a cold disk of a busy host.
+/// Time limit for the probe. It only reads metadata, but perhaps from a cold disk of a busy host.
 const PROBE_DEADLINE: Duration = Duration::from_mins(1);
 
 #[cfg(test)]
@@ -290,7 +289,7 @@ mod tests {
     use super::{Version, named};
 
     #[test]
-    fn the_interpreter_is_named_in_the_first_line_or_in_one_that_a_shell_executes() {
+    fn the_interpreter_is_read_from_the_header() {
         for (head, wanted) in [
             ("#!/opt/venv/bin/python3\nimport x", "/opt/venv/bin/python3"),
             (

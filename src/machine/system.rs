@@ -1,4 +1,4 @@
-//! Facts about the operating system that decide whether engines start: limits, shared memory, ports, the clock, PCIe.
+//! Facts about the operating system that decide whether engines can start: limits, shared memory, ports, the clock, PCIe.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -6,64 +6,64 @@ use std::path::{Path, PathBuf};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::statvfs;
 
-/// What was found.
+/// Facts about the operating system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct System {
-    /// Descriptors that a process may have open.
+    /// Number of file descriptors that a process can open.
     pub open_files: Limit,
-    /// Bytes that a file may have which a process writes.
+    /// Size of a file that a process can write, in bytes.
     pub file_size: Limit,
-    /// Bytes that a process may lock in memory.
+    /// Memory that a process can lock, in bytes.
     pub locked_memory: Limit,
-    /// `/dev/shm`; `None` where there is none.
-    pub shared_memory: Option<Space>,
-    /// TCP ports that somebody listens on.
+    /// The file system of `/dev/shm`; `None` if there is none.
+    pub shared_memory: Option<FilesystemSpace>,
+    /// TCP ports in use.
     pub listeners: Vec<Listener>,
-    /// What PCIe does between two GPUs.
+    /// PCIe between two GPUs.
     pub pcie: Pcie,
-    /// Whether there is a device for RDMA.
+    /// Whether there is an RDMA device.
     pub has_rdma: bool,
-    /// Now, in seconds since 1970.
+    /// The current time, in seconds since 1970.
     pub unix_seconds: i64,
 }
 
-/// A limit of this process, which its children get. `u64::MAX` is none.
+/// A limit of this process, which its children inherit. `u64::MAX` means no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
-    /// What holds now.
+    /// The effective limit.
     pub soft: u64,
-    /// What a process may raise it to.
+    /// The highest value to which a process can raise it.
     pub hard: u64,
 }
 
-/// Room of a file system, in bytes.
+/// The size of a file system, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Space {
-    /// All of it.
+pub struct FilesystemSpace {
+    /// Total size.
     pub total: u64,
-    /// What this user may still write.
+    /// Bytes that this user can write.
     pub free: u64,
 }
 
-/// A port in use.
+/// A TCP port in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// The port.
+    /// The port number.
     pub port: u16,
-    /// Process id and name of who listens, where this user may know.
+    /// Process id and name of the listener, if this user can see it.
     pub process: Option<(u32, String)>,
 }
 
-/// What PCIe does between two devices.
+/// PCIe between two devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pcie {
-    /// Whether an IOMMU is on.
+    /// Whether an IOMMU is active.
     pub has_iommu: bool,
-    /// Bridges that send what goes from device to device through the root (ACS); `None` where only root may read that.
+    /// Number of bridges that redirect traffic between devices through the root (ACS); `None` if only root can read that.
     pub redirecting_bridges: Option<usize>,
 }
 
-/// Looks at all of it.
+/// Reads all facts.
 pub(super) fn survey() -> System {
     System {
         open_files: limit(Resource::RLIMIT_NOFILE),
@@ -82,9 +82,9 @@ fn limit(resource: Resource) -> Limit {
     Limit { soft, hard }
 }
 
-fn shared_memory(folder: &Path) -> Option<Space> {
+fn shared_memory(folder: &Path) -> Option<FilesystemSpace> {
     let space = statvfs(folder).ok()?;
-    Some(Space {
+    Some(FilesystemSpace {
         total: space.blocks() * space.fragment_size(),
         free: space.blocks_available() * space.fragment_size(),
     })
@@ -95,7 +95,7 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).collect()
 }
 
-/// Who listens on which port, in port order.
+/// The listeners, in port order.
 fn listeners() -> Vec<Listener> {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
     let mut sockets: Vec<(u16, u64)> = tables
@@ -115,7 +115,7 @@ fn listeners() -> Vec<Listener> {
         .collect()
 }
 
-/// Port and inode of a line of `/proc/net/tcp` whose socket listens (state `0A`; proc(5)).
+/// Port and inode of a listening socket (state `0A`; proc(5)) in a line of `/proc/net/tcp`.
 fn listening(line: &str) -> Option<(u16, u64)> {
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     let port = u16::from_str_radix(fields.get(1)?.rsplit(':').next()?, 16).ok()?;
@@ -166,9 +166,9 @@ fn pcie(sys: &Path) -> Pcie {
     }
 }
 
-/// Whether a bridge's ACS sends requests or completions between its ports up to the root. Extended capabilities begin at
+/// Whether a bridge's ACS redirects requests or completions between its ports to the root. Extended capabilities begin at
 /// 256, each with its number and the offset of the next; ACS is number 13, its control register at 6 (PCI Express Base
-/// Specification, 7.7.11). Users but root read the first 64 bytes only.
+/// Specification, 7.7.11). Users other than root can read the first 64 bytes only.
 fn redirects(config: &[u8]) -> Option<bool> {
     const ACS: u32 = 13;
     const REQUEST_OR_COMPLETION: u8 = 0b1100;
@@ -180,7 +180,7 @@ fn redirects(config: &[u8]) -> Option<bool> {
         Some(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     };
     let mut offset = 256;
-    // As many as fit, so that a loop ends.
+    // The maximum number of capabilities, so that a cycle ends.
     for _ in 0..480 {
         let Some(header) = word(offset).filter(|header| *header != 0 && *header != u32::MAX) else {
             break;
@@ -205,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_listening_sockets_are_read_and_no_others() {
+    fn only_listening_sockets_are_read() {
         let listen =
             "   0: 0100007F:238C 00000000:0000 0A 00000000:00000000 00:00000000 00000000  0  0 4711 1 0 100 0 0 10 0";
         assert_eq!(listening(listen), Some((9100, 4711)));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_that_redirects_is_told_by_its_configuration() {
+    fn a_redirecting_bridge_is_recognised() {
         let mut config = vec![0_u8; 4096];
         assert_eq!(redirects(&config), Some(false));
         // Advanced error reporting at 256, then ACS at 512.

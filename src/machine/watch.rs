@@ -1,6 +1,6 @@
-//! Looks at the GPUs again and again while something else is measured, on a thread of its own.
+//! Samples the GPUs periodically during a measurement, on a thread of its own.
 //!
-//! Only sums are kept, so that a run of a day costs what one of a minute does.
+//! It only keeps sums, so a run of a day needs as much memory as one of a minute.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -12,41 +12,41 @@ use tokio::time::Instant;
 use super::Gpu;
 use super::gpu;
 
-/// How often. NVML itself averages over 1/6 s to 1 s (`nvmlDeviceGetUtilizationRates`).
+/// Sampling interval. NVML itself averages over 1/6 s to 1 s (`nvmlDeviceGetUtilizationRates`).
 const PERIOD: Duration = Duration::from_millis(200);
 
-/// How long the last look may take.
+/// How long the last sample can take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What one look at a GPU says.
+/// One sample of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GpuReading {
     /// NVML's index.
     pub index: u32,
-    /// Percent of the time in which a kernel ran.
+    /// Percentage of time in which a kernel ran.
     pub utilisation: f64,
-    /// Watts.
+    /// Power, in watts.
     pub power: f64,
     /// Memory in use, in bytes.
     pub memory: f64,
 }
 
-/// What a GPU did over the looks at it.
+/// The samples of a GPU, summed.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GpuTotals {
     /// NVML's index.
     pub index: u32,
     /// Product name.
     pub name: String,
-    /// How many looks.
+    /// Number of samples.
     pub samples: u64,
-    /// Sum and greatest of the utilisation, in percent.
+    /// Sum and maximum of the utilisation, in percent.
     pub utilisation: (f64, f64),
-    /// Sum and greatest of the power, in watts.
+    /// Sum and maximum of the power, in watts.
     pub power: (f64, f64),
-    /// Sum and greatest of the memory in use, in bytes.
+    /// Sum and maximum of the memory in use, in bytes.
     pub memory: (f64, f64),
-    /// Power over the time between looks, in joules.
+    /// Energy, from the power over the time between samples, in joules.
     pub energy: f64,
 }
 
@@ -64,49 +64,49 @@ impl GpuTotals {
     }
 }
 
-/// A thread that looks at GPUs until this is finished or dropped.
+/// A thread that samples GPUs until this value is finished or dropped.
 #[derive(Debug)]
 pub struct GpuWatch {
-    /// A message starts the sums anew; its end ends the thread.
-    anew: Sender<()>,
+    /// A message resets the sums. The end of the channel ends the thread.
+    reset: Sender<()>,
     totals: Receiver<Vec<GpuTotals>>,
 }
 
 impl GpuWatch {
-    /// Begins to look at the GPUs that xpyd may use; `None` where there are none, or no thread can be had.
+    /// Starts sampling the GPUs that xpyd can use; `None` if there are none, or no thread can be started.
     pub fn begin() -> Option<Self> {
         let nvml = gpu::open().ok()?;
         let gpus = gpu::usable(&nvml).ok()?;
-        // Slices have neither a utilisation nor a power of their own.
+        // Slices have no utilisation and no power of their own.
         let mut indices: Vec<u32> = gpus.iter().map(|gpu| gpu.parent.unwrap_or(gpu.index)).collect();
         indices.dedup();
         (!gpus.is_empty()).then(|| Self::over(&gpus, move || read(&nvml, &indices)))?
     }
 
-    /// Looks by calling `read`.
+    /// Samples by calling `read`.
     fn over(gpus: &[Gpu], read: impl FnMut() -> Vec<GpuReading> + Send + 'static) -> Option<Self> {
         let names = gpus.iter().map(|gpu| (gpu.index, gpu.name.clone())).collect();
-        let (anew, orders) = channel();
+        let (reset, orders) = channel();
         let (told, totals) = channel();
         let look = move || drop(told.send(watch(read, &names, &orders)));
         std::thread::Builder::new().name("gpus".to_owned()).spawn(look).ok()?;
-        Some(Self { anew, totals })
+        Some(Self { reset, totals })
     }
 
-    /// Forgets what was seen: the measured part begins.
-    pub fn anew(&self) {
-        // A thread that has ended has nothing to forget.
-        let _ = self.anew.send(());
+    /// Resets the sums when the measured part begins.
+    pub fn reset(&self) {
+        // A thread that has ended has no sums to reset.
+        let _ = self.reset.send(());
     }
 
-    /// Ends, with what was seen.
+    /// Stops, and returns the sums.
     pub fn finish(self) -> Vec<GpuTotals> {
-        drop(self.anew);
+        drop(self.reset);
         self.totals.recv_timeout(PATIENCE).unwrap_or_default()
     }
 }
 
-/// Looks until nobody can give orders any more.
+/// Samples until the channel is closed.
 fn watch(
     mut read: impl FnMut() -> Vec<GpuReading>,
     names: &BTreeMap<u32, String>,
@@ -136,7 +136,7 @@ fn watch(
     }
 }
 
-/// Asks NVML. A GPU that does not answer is left out of this look.
+/// Queries NVML. A GPU that does not answer is missing in this sample.
 fn read(nvml: &Nvml, indices: &[u32]) -> Vec<GpuReading> {
     let look = |index: &u32| {
         let device = nvml.device_by_index(*index).ok()?;
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn power_over_time_is_energy_and_the_greatest_is_kept() {
+    fn energy_and_maxima_are_computed() {
         let reading = |utilisation, power| GpuReading {
             index: 0,
             utilisation,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_before_the_measured_part_is_forgotten() {
+    fn samples_before_the_measurement_are_dropped() {
         let gpu = Gpu {
             index: 3,
             name: "H100".to_owned(),
@@ -194,7 +194,7 @@ mod tests {
         };
         let watch = GpuWatch::over(&[gpu], read).unwrap();
         looks.recv().unwrap();
-        watch.anew();
+        watch.reset();
         let totals = watch.finish();
         assert_eq!((totals[0].index, totals[0].name.as_str()), (3, "H100"));
         assert!(totals[0].power.1 < 100.0, "{totals:?}");

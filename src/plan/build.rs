@@ -1,68 +1,71 @@
-//! Builds the plan. Pure: the same profile and machine give the same plan.
+//! Builds the plan. PURE: the same profile and machine give the same plan.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::connector::{CachePorts, Connector, Device, Launch, LaunchContext};
-use crate::engine::{EngineKind, Serve};
+use crate::connector::{CachePorts, Connector, Launch, LaunchContext};
+use crate::engine::{EngineKind, ServeSpec};
 use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Machine};
-use crate::profile::{DeviceChoice, Profile, RoleProfile};
+use crate::profile::{Profile, RoleProfile};
+use crate::proxy_config::RequestDeadlines;
 
-use super::{EngineFile, EngineSpec, Liveness, Plan, PortUse, ProxySpec, adopt, choose, fetch, gpus, owned};
+use super::{
+    EngineFile, EngineSpec, Liveness, Plan, PortUse, ProxyPlan, choose_connector, engine_options, fetch, gpus, reserved,
+};
 
 /// Engines, their side channels and notifications stay on this machine.
 const LOOPBACK: &str = "127.0.0.1";
 
-/// Why no plan can be made.
+/// A reason why no plan can be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
-    /// LMCache was asked for where it returns wrong text or does not work. Holds why.
+    /// LMCache was asked for, but it returns wrong text or does not work here. Holds the reason.
     #[error("connector `lmcache` is not safe here: {0}")]
     UnsafeConnector(String),
-    /// A port is beyond 65535.
-    #[error("{purpose} of {owner} would need port {port}, and ports end at 65535")]
+    /// A port is above 65535.
+    #[error("{purpose} of {owner} would need port {port}, which is above 65535")]
     PortTooHigh {
-        /// Engine or `proxy`.
+        /// The engine, or `proxy`.
         owner: String,
-        /// What for.
+        /// The purpose of the port.
         purpose: String,
-        /// The number.
+        /// The port number that would be needed.
         port: u32,
     },
     /// Two parts of the plan need the same port.
-    #[error("port {port} is needed twice: {first} and {second}")]
+    #[error("port {port} is used twice: {first} and {second}")]
     PortTwice {
-        /// The port.
+        /// The port number.
         port: u16,
-        /// Who and what for.
+        /// The first owner and its purpose.
         first: String,
-        /// Who and what for.
+        /// The second owner and its purpose.
         second: String,
     },
-    /// A running fleet is to grow, and the machine has no GPU for it.
-    #[error("{engine} needs {needed} GPU{}, and {free} of this machine are free", if *needed == 1 { "" } else { "s" })]
+    /// A new engine of a running fleet needs more GPUs than are free.
+    #[error("{engine} needs {needed} GPU{}, but {free} of this machine are free", if *needed == 1 { "" } else { "s" })]
     NoGpuLeft {
-        /// The engine.
+        /// The name of the engine.
         engine: String,
-        /// GPUs that it needs.
+        /// Number of GPUs that the engine needs.
         needed: usize,
-        /// GPUs that nobody of the fleet has.
+        /// Number of GPUs that no engine of the fleet uses.
         free: usize,
     },
-    /// LMCache pushes rank to rank.
+    /// LMCache pushes from rank to rank, so both roles need the same number of ranks.
     #[error("connector `lmcache` needs the same tensor_parallel on both roles, not {prefill} and {decode}")]
     UnequalRanks {
-        /// Of the prefill engines.
+        /// `tensor_parallel` of the prefill engines.
         prefill: u16,
-        /// Of the decode engines.
+        /// `tensor_parallel` of the decode engines.
         decode: u16,
     },
 }
 
 impl PlanError {
-    /// What the user can do about it.
+    /// What the user can do about the error.
     pub fn hint(&self) -> String {
         match self {
             Self::UnsafeConnector(_) => {
@@ -73,18 +76,19 @@ impl PlanError {
                 "change a port of the profile, for example `--set decode.port=7600`, or `--set port_offset=…`"
                     .to_owned()
             }
-            Self::NoGpuLeft { .. } => "`nvidia-smi` shows who uses which GPU".to_owned(),
-            Self::UnequalRanks { .. } => "set both alike, or use `--connector nixl`".to_owned(),
+            Self::NoGpuLeft { .. } => "`nvidia-smi` shows which process uses which GPU".to_owned(),
+            Self::UnequalRanks { .. } => "set the same value for both roles, or use `--connector nixl`".to_owned(),
         }
     }
 }
 
-/// Decides everything about a run whose folder is `run_dir` (absolute, or a placeholder for printing).
+/// Builds the plan of a run in the folder `run_dir` (absolute, or a placeholder for printing).
 ///
 /// # Errors
-/// When the profile asks for what cannot work. Whether the machine can carry the plan is the preflight's question.
+/// When the profile asks for something that can never work. Whether this machine can run the plan is checked by
+/// `preflight`.
 pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Plan, PlanError> {
-    let (connector, connector_reason) = choose::connector(profile, machine)?;
+    let (connector, connector_reason) = choose_connector::connector(profile, machine)?;
     let (prefill_ranks, decode_ranks) = (profile.prefill.tensor_parallel, profile.decode.tensor_parallel);
     if connector.notifies() && prefill_ranks != decode_ranks {
         return Err(PlanError::UnequalRanks {
@@ -103,7 +107,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         profile: profile.name.clone(),
         engine: profile.engine,
         vllm: match &machine.engine {
-            machine::Engine::Found { vllm: Some(vllm), .. } if profile.engine == EngineKind::Vllm => {
+            machine::Installation::Found { vllm: Some(vllm), .. } if profile.engine == EngineKind::Vllm => {
                 Some(vllm.text.clone())
             }
             _ => None,
@@ -113,7 +117,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         served_model_name: profile.served_model_name.clone(),
         proxy: proxy(profile, &connector)?,
         notes: notes(profile, &connector),
-        objections: owned::objections(profile, &connector),
+        objections: reserved::objections(profile, &connector),
         names_gpus: !profile.prefill.gpus.is_empty() && !profile.decode.gpus.is_empty(),
         connector,
         connector_reason,
@@ -133,13 +137,13 @@ pub(super) struct Builder<'input> {
     machine: &'input Machine,
     connector: &'input Connector,
     run_dir: &'input Path,
-    /// Those of each engine, in order; empty where engines use none.
+    /// The GPUs of each engine; empty for engines that use none.
     gpus: VecDeque<Vec<u32>>,
-    /// The model, if it is fetched before any of them starts.
+    /// The model, if xpyd downloads it before the engines start.
     fetch: Option<fetch::ModelFetch>,
 }
 
-/// Everything an engine listens on.
+/// The endpoint and ports of one engine.
 struct Addresses {
     endpoint: Endpoint,
     ports: Vec<PortUse>,
@@ -147,7 +151,7 @@ struct Addresses {
     cache: Option<CachePorts>,
 }
 
-/// The ports of one engine as they are given out.
+/// The ports of one engine, collected one after the other.
 struct Ports<'id> {
     owner: &'id EngineId,
     offset: u16,
@@ -155,7 +159,7 @@ struct Ports<'id> {
 }
 
 impl Ports<'_> {
-    /// The port `add` above the profile's `base`.
+    /// Takes the port `base + add`.
     fn take(&mut self, purpose: &str, base: u16, add: usize) -> Result<u16, PlanError> {
         let number = u32::from(base) + u32::from(self.offset) + u32::try_from(add).unwrap_or(u32::MAX / 2);
         let port = u16::try_from(number).map_err(|_| PlanError::PortTooHigh {
@@ -196,7 +200,7 @@ impl<'input> Builder<'input> {
         }
     }
 
-    /// The engine of this index within its role, and of this number within the fleet; no two engines share either.
+    /// Builds one engine. `index` is unique within the role, `number` within the fleet.
     pub(super) fn engine(&mut self, role: Role, index: usize, number: usize) -> Result<EngineSpec, PlanError> {
         let id = EngineId::new(role, index);
         let mut ports = Ports {
@@ -240,7 +244,7 @@ impl<'input> Builder<'input> {
         ))
     }
 
-    /// Takes the side channels of an engine; the first one.
+    /// Takes the ports of an engine's side channels, and returns the first one.
     fn side_channels(&self, role: Role, index: usize, ports: &mut Ports<'_>) -> Result<Option<u16>, PlanError> {
         let base = match role {
             Role::Prefill => self.profile.nixl.prefill_side_channel_port,
@@ -283,7 +287,6 @@ impl<'input> Builder<'input> {
             cache,
         } = addresses;
         let profile = self.profile;
-        let device = device(profile.device);
         let max_model_len = match profile.engine {
             EngineKind::Vllm => profile.vllm.max_model_len,
             EngineKind::Sim => profile.vllm.max_model_len.or(Some(profile.sim.max_model_len)),
@@ -292,7 +295,7 @@ impl<'input> Builder<'input> {
         let mut launch = self.connector.launch(&LaunchContext {
             role,
             index,
-            device,
+            device: profile.device,
             host: LOOPBACK,
             side_channel_port,
             receiver: endpoint.receiver.as_ref(),
@@ -301,7 +304,7 @@ impl<'input> Builder<'input> {
             max_model_len,
             kv_lease: kv_lease(profile),
             lookup_deadline: profile.deadlines.lookup(),
-            strict: profile.proxy.service.handoff.strict,
+            strict: profile.proxy.handoff.strict,
             run_dir: self.run_dir,
         });
         let file = file(&mut launch);
@@ -310,7 +313,7 @@ impl<'input> Builder<'input> {
         let visible_gpus = gpus::visible(self.machine, &gpus, &gpu_uuids);
         let (program, has_shutdown_timeout) = self.program();
         let args: Vec<String> = profile.vllm.args.iter().chain(&self.role(role).args).cloned().collect();
-        let serve = Serve {
+        let serve = ServeSpec {
             xpyd: &self.machine.xpyd,
             program: &program,
             model: &profile.model,
@@ -319,7 +322,7 @@ impl<'input> Builder<'input> {
             number,
             port_offset: profile.port_offset,
             data_parallel: profile.ranks(self.role(role)).data,
-            device,
+            device: profile.device,
             visible_gpus: &visible_gpus,
             numa_nodes: &gpus::numa_nodes(self.machine, &gpus, &args),
             gpu_memory_utilization: gpus::given_share(profile, self.role(role)),
@@ -335,7 +338,7 @@ impl<'input> Builder<'input> {
         let argv = profile.engine.command(&serve);
         let env = self.environment(&serve, role);
         if env.get("CUDA_VISIBLE_DEVICES") != Some(&visible_gpus) {
-            // The profile's own variable wins, and nobody knows what it will mean.
+            // The profile's own variable wins, and xpyd cannot tell which GPUs it selects.
             gpu_uuids.clear();
         }
         EngineSpec {
@@ -358,7 +361,7 @@ impl<'input> Builder<'input> {
         }
     }
 
-    /// Ports that the profile's own arguments give vLLM for its parallel ranks to meet on.
+    /// The ports in the profile's arguments on which vLLM's parallel ranks meet.
     fn named_in_arguments(&self, role: Role) -> impl Iterator<Item = PortUse> {
         let options = [
             ("--master-port", "master port"),
@@ -373,12 +376,12 @@ impl<'input> Builder<'input> {
         })
     }
 
-    /// The engine's variables: its kind's, the connector's, then the profile's own, which win.
-    fn environment(&self, serve: &Serve<'_>, role: Role) -> BTreeMap<String, String> {
+    /// The engine's variables: first those of its kind, then of the connector, then the profile's own. Later ones win.
+    fn environment(&self, serve: &ServeSpec<'_>, role: Role) -> BTreeMap<String, String> {
         let mut env: BTreeMap<String, String> = self.profile.engine.environment(serve).into_iter().collect();
         env.extend(serve.launch.env.iter().cloned());
         if self.fetch.is_some() {
-            // It is in the cache when they start; asking the hub again only takes time, and fails where there is none.
+            // The model is in the cache when engines start. Asking the hub again costs time, and fails without a network.
             env.insert(fetch::OFFLINE.to_owned(), "1".to_owned());
         }
         if self.profile.engine == EngineKind::Vllm {
@@ -394,34 +397,27 @@ impl<'input> Builder<'input> {
             (EngineKind::Sim, _) => (self.machine.xpyd.clone(), true),
             (
                 EngineKind::Vllm,
-                machine::Engine::Found {
+                machine::Installation::Found {
                     program,
                     has_shutdown_timeout,
                     ..
                 },
             ) => (program.clone(), *has_shutdown_timeout),
-            (EngineKind::Vllm, machine::Engine::Missing(_) | machine::Engine::NotAsked) => {
+            (EngineKind::Vllm, machine::Installation::Missing(_) | machine::Installation::NotAsked) => {
                 (PathBuf::from(&self.profile.vllm.program), true)
             }
         }
     }
 }
 
-fn device(choice: DeviceChoice) -> Device {
-    match choice {
-        DeviceChoice::Cuda => Device::Cuda,
-        DeviceChoice::Cpu => Device::Cpu,
-    }
-}
-
 /// How long a prefill engine keeps KV for a decode engine.
 fn kv_lease(profile: &Profile) -> Duration {
     let lease = profile.nixl.lease.unwrap_or_else(|| profile.deadlines.kv_lease());
-    // What vLLM makes of it.
+    // vLLM reads whole seconds.
     Duration::from_secs(lease.as_secs())
 }
 
-/// The file that an engine reads, with the template of one that names its receiver's ports.
+/// The file that an engine reads, with the template that leaves the receiver's ports open.
 fn file(launch: &mut Launch) -> Option<EngineFile> {
     let (path, content) = launch.file.take()?;
     Some(EngineFile {
@@ -443,7 +439,7 @@ fn liveness(profile: &Profile) -> Liveness {
     }
 }
 
-fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanError> {
+fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxyPlan, PlanError> {
     let port = |purpose: &str, base: u16| {
         base.checked_add(profile.port_offset)
             .ok_or_else(|| PlanError::PortTooHigh {
@@ -460,43 +456,40 @@ fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxySpec, PlanErro
     } else {
         None
     };
-    Ok(ProxySpec {
-        host: profile.proxy.host.clone(),
-        port: if profile.proxy.port_is_exact {
-            profile.proxy.port
-        } else {
-            port("http", profile.proxy.port)?
-        },
+    let mut config = engine_options::proxy_config(profile);
+    if !profile.proxy_port_is_exact {
+        config.port = port("http", config.port)?;
+    }
+    let deadlines = &profile.deadlines;
+    Ok(ProxyPlan {
+        config,
         notify,
-        session_header: profile
-            .proxy
-            .bind_sessions
-            .then(|| profile.proxy.session_header.clone()),
         notifications: profile.lmcache.notifications,
-        drain_deadline: profile.deadlines.drain,
-        prefill_deadline: profile.deadlines.prefill,
-        handoff_deadline: profile.deadlines.handoff,
-        decode_idle_deadline: profile.deadlines.decode_idle,
-        kv_lease: (!connector.notifies()).then(|| kv_lease(profile)),
-        max_body_bytes: profile.proxy.max_body_bytes,
-        max_in_flight: profile.proxy.max_in_flight,
-        service: adopt::service(profile),
+        drain_deadline: deadlines.drain,
+        deadlines: RequestDeadlines {
+            prefill: deadlines.prefill,
+            handoff: deadlines.handoff,
+            decode_idle: deadlines.decode_idle,
+            kv_lease: (!connector.notifies()).then(|| kv_lease(profile)),
+        },
     })
 }
 
-/// Things to know that stop nothing.
+/// Notes for the user that do not stop the run.
 fn notes(profile: &Profile, connector: &Connector) -> Vec<String> {
     let mut notes = Vec::new();
     if profile.engine == EngineKind::Sim {
-        notes.push("simulated engines: answers are made up, timings follow the preset".to_owned());
+        notes.push("simulated engines: generated answers, timing of the preset".to_owned());
     }
     if connector.notifies() && profile.vllm.max_model_len.is_none() && profile.engine == EngineKind::Vllm {
         notes.push(
-            "vllm.max_model_len is not set: a prompt longer than an LMCache buffer will not be handed over".to_owned(),
+            "vllm.max_model_len is not set: KV of a prompt that is larger than an LMCache buffer is not \
+             transferred"
+                .to_owned(),
         );
     }
     let listens_beyond_loopback = !["127.0.0.1", "::1", "localhost"].contains(&profile.proxy.host.as_str());
-    if listens_beyond_loopback && profile.proxy.service.guard.api_key_file.is_none() {
+    if listens_beyond_loopback && profile.proxy.guard.api_key_file.is_none() {
         notes.push(format!(
             "the proxy listens on {}: without `proxy.guard.api_key_file` or XPYD_API_KEY, anyone who reaches it can use it",
             profile.proxy.host

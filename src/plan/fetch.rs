@@ -1,4 +1,4 @@
-//! Whether xpyd fetches the model once, before any engine starts, so that engines need not ask the hub. PURE.
+//! Decides whether xpyd downloads the model once before the engines start, so that engines need no access to the hub. PURE.
 
 use std::collections::BTreeMap;
 
@@ -9,19 +9,20 @@ use crate::machine::huggingface::{MAIN, MODELSCOPE, is_repository};
 use crate::machine::{Machine, huggingface::CacheState};
 use crate::profile::Profile;
 
-/// With this variable, `huggingface_hub` and all that use it read the cache only.
+/// With this variable, `huggingface_hub` and all programs that use it read only the cache.
 pub(super) const OFFLINE: &str = "HF_HUB_OFFLINE";
 
-/// The model that xpyd fetches where it is not cached.
+/// The model that xpyd downloads if it is not in the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ModelFetch {
-    /// `org/model`.
+    /// The repository: `org/model`.
     pub repository: String,
-    /// Branch, tag or commit.
+    /// The branch, tag or commit.
     pub revision: String,
 }
 
-/// Options with which an engine reads more than the model's own repository, not from the cache, or by code that nobody knows.
+/// Options that make an engine read something other than the model's own repository, read outside the cache, or run code
+/// that xpyd does not know.
 const ELSEWHERE: [&str; 24] = [
     "--tokenizer",
     "--tokenizer-revision",
@@ -49,7 +50,7 @@ const ELSEWHERE: [&str; 24] = [
     "--model-class-overrides",
 ];
 
-/// Variables with which an engine reads more later: adapters, plugins.
+/// Variables that make an engine read more files after its start: adapters, plugins.
 const LATER: [&str; 4] = [
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
     "VLLM_LORA_RESOLVER_CACHE_DIR",
@@ -57,7 +58,8 @@ const LATER: [&str; 4] = [
     "VLLM_PLUGINS",
 ];
 
-/// What to fetch. Nothing where the model is no repository, or an engine may read from elsewhere: engines do that themselves.
+/// The model to download. `None` if the model is not a repository, or if an engine can read from elsewhere: engines then
+/// download themselves.
 pub(super) fn model(profile: &Profile, machine: &Machine) -> Option<ModelFetch> {
     let is_here = matches!(
         machine.hugging_face.model.state,
@@ -68,7 +70,7 @@ pub(super) fn model(profile: &Profile, machine: &Machine) -> Option<ModelFetch> 
     }
     let roles = [&profile.prefill, &profile.decode];
     let mut args = roles.iter().map(|role| &role.args).chain([&profile.vllm.args]);
-    // Roles may have places of their own; the variables of all engines are those that xpyd looks at, too.
+    // A role can have its own cache folder, but xpyd only looks at the variables of all engines.
     let shared = shared_env(profile);
     let has_places = roles
         .iter()
@@ -94,7 +96,7 @@ pub(super) fn model(profile: &Profile, machine: &Machine) -> Option<ModelFetch> 
 
 const REVISION: &str = "--revision";
 
-/// Whether these arguments name something else to read, by an option that is known to, or by a value that can be a repository.
+/// Whether these arguments name something else to read, by a known option or by a value that can be a repository.
 fn reads_elsewhere(args: &[String]) -> bool {
     arguments::read(args).iter().any(|given| {
         given.fits.iter().any(|name| ELSEWHERE.contains(name))
@@ -102,7 +104,7 @@ fn reads_elsewhere(args: &[String]) -> bool {
     })
 }
 
-/// `org/name` itself, or in JSON or a list.
+/// Whether a value is `org/name`, or JSON or a list with such a name.
 fn names_repository(value: &str) -> bool {
     let between = |character: char| "\"'{}[]:=, ".contains(character);
     value
@@ -115,7 +117,7 @@ fn is_later(name: &str, value: &str) -> bool {
     (LATER.contains(&name) || name == MODELSCOPE) && !is_off
 }
 
-/// The variables that all engines have alike: those of `[vllm]`, and what both roles say alike.
+/// The variables that all engines share: those of `[vllm]`, and those that both roles set to the same value.
 pub fn shared_env(profile: &Profile) -> BTreeMap<String, String> {
     let mut shared = profile.vllm.env.clone();
     let (prefill, decode) = (&profile.prefill.env, &profile.decode.env);
@@ -124,7 +126,7 @@ pub fn shared_env(profile: &Profile) -> BTreeMap<String, String> {
     shared
 }
 
-/// The revision that the profile's arguments name, of prefill engines where roles have different ones.
+/// The revision in the profile's arguments. If the roles differ, that of the prefill engines.
 pub fn revision(profile: &Profile) -> &str {
     profile.argument(&profile.prefill, REVISION).unwrap_or(MAIN)
 }
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn engines_are_offline_exactly_where_xpyd_fetches_for_them() {
+    fn engines_are_offline_if_xpyd_downloads() {
         let (fetch, offline) = fetched(&["model=org/name", "vllm.args=[\"--revision\", \"v2\"]"]);
         let wanted = ModelFetch {
             repository: "org/name".to_owned(),
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_revision_of_both_roles_is_the_one_that_is_fetched() {
+    fn the_revision_of_both_roles_is_downloaded() {
         for set in [
             &["vllm.args=[\"--revision=v2\"]"][..],
             &["prefill.args=[\"--revision\", \"v2\"]", "decode.args=[\"--revis=v2\"]"],

@@ -1,51 +1,52 @@
-//! The GPUs of a plan: how many each engine needs, which it gets, and how it is bound to them. PURE.
+//! The GPUs of a plan: how many each engine needs, which ones it gets, and how it is bound to them. PURE.
 
 use std::collections::VecDeque;
 
-use super::place::{Group, place};
+use super::placement::{PlacementRequest, place};
 use super::{EngineSpec, Plan};
+use crate::connector::Device;
 use crate::engine::{EngineKind, arguments, vllm};
 use crate::fleet::Role;
-use crate::machine::{Engine, Machine};
-use crate::profile::{DeviceChoice, Profile, RoleProfile};
+use crate::machine::{Installation, Machine};
+use crate::profile::{Profile, RoleProfile};
 
-/// The part of a GPU's memory that each engine of a role takes.
+/// The fraction of a GPU's memory that each engine of a role uses, 0 to 1.
 fn share(profile: &Profile, role: &RoleProfile, machine: &Machine) -> f64 {
     given_share(profile, role).unwrap_or_else(|| default_share(machine))
 }
 
-/// The part of a GPU's memory that the profile's own keys give each engine of a role.
+/// The fraction of a GPU's memory that the profile's own keys set for a role.
 pub(super) fn given_share(profile: &Profile, role: &RoleProfile) -> Option<f64> {
     role.gpu_memory_utilization.or(profile.vllm.gpu_memory_utilization)
 }
 
-/// The part of each of its GPUs' memory that an engine takes, 0 to 1.
+/// The fraction of the memory of each of its GPUs that an engine uses, 0 to 1.
 pub fn memory_share(engine: &EngineSpec, machine: &Machine) -> f64 {
     let given = arguments::value(vllm::own_arguments(&engine.argv), vllm::MEMORY_OPTION);
     let given = given.and_then(|value| value.parse().ok());
     given.unwrap_or_else(|| default_share(machine))
 }
 
-/// What the installed vLLM takes unless it is told otherwise.
+/// The default of the installed vLLM.
 fn default_share(machine: &Machine) -> f64 {
     match &machine.engine {
-        Engine::Found { vllm: Some(vllm), .. } => vllm::default_memory_utilization(vllm.at_least(0, 32)),
-        Engine::Found { vllm: None, .. } | Engine::Missing(_) | Engine::NotAsked => {
+        Installation::Found { vllm: Some(vllm), .. } => vllm::default_memory_utilization(vllm.at_least(0, 32)),
+        Installation::Found { vllm: None, .. } | Installation::Missing(_) | Installation::NotAsked => {
             vllm::default_memory_utilization(true)
         }
     }
 }
 
 fn uses_gpus(profile: &Profile) -> bool {
-    profile.engine == EngineKind::Vllm && profile.device == DeviceChoice::Cuda
+    profile.engine == EngineKind::Vllm && profile.device == Device::Cuda
 }
 
-fn group(profile: &Profile, machine: &Machine, role: Role, fixed: Vec<u32>) -> Group {
+fn group(profile: &Profile, machine: &Machine, role: Role, fixed: Vec<u32>) -> PlacementRequest {
     let of_role = match role {
         Role::Prefill => &profile.prefill,
         Role::Decode => &profile.decode,
     };
-    Group {
+    PlacementRequest {
         role,
         ranks: profile.ranks(of_role).total(),
         fixed,
@@ -53,7 +54,7 @@ fn group(profile: &Profile, machine: &Machine, role: Role, fixed: Vec<u32>) -> G
     }
 }
 
-/// The GPUs of every engine, prefill first; none where engines use none. What the profile names stays.
+/// The GPUs of every engine, prefill first; empty for engines that use none. GPUs that the profile names are kept.
 pub(super) fn for_all(profile: &Profile, machine: &Machine) -> VecDeque<Vec<u32>> {
     if !uses_gpus(profile) {
         return VecDeque::new();
@@ -69,7 +70,7 @@ pub(super) fn for_all(profile: &Profile, machine: &Machine) -> VecDeque<Vec<u32>
     place(machine.gpus.found(), &groups).into()
 }
 
-/// The GPUs of `count` engines more of `role`, beside those of the plan.
+/// GPUs for `count` more engines of `role`, beside the engines of the plan.
 pub(super) fn for_more(
     profile: &Profile,
     machine: &Machine,
@@ -85,14 +86,14 @@ pub(super) fn for_more(
         .iter()
         .map(|engine| group(profile, machine, engine.role, engine.gpus.clone()));
     let new = std::iter::repeat_with(|| group(profile, machine, role, Vec::new())).take(count);
-    let groups: Vec<Group> = existing.chain(new).collect();
+    let groups: Vec<PlacementRequest> = existing.chain(new).collect();
     place(machine.gpus.found(), &groups)
         .into_iter()
         .skip(plan.engines.len())
         .collect()
 }
 
-/// The UUIDs of these GPUs; empty unless NVML told them all.
+/// The UUIDs of these GPUs; empty unless NVML reported all of them.
 pub(super) fn uuids(machine: &Machine, gpus: &[u32]) -> Vec<String> {
     let uuids: Option<Vec<String>> = gpus
         .iter()
@@ -101,12 +102,12 @@ pub(super) fn uuids(machine: &Machine, gpus: &[u32]) -> Vec<String> {
     uuids.unwrap_or_default()
 }
 
-/// `CUDA_VISIBLE_DEVICES`: UUIDs where the engine reads them, because numbers change their meaning with the driver and the
-/// order that CUDA is told; else numbers. A MIG slice has no number.
+/// The value of `CUDA_VISIBLE_DEVICES`: UUIDs if the engine can read them, else indices. The meaning of an index depends
+/// on the driver and on CUDA's device order, and a MIG slice has none.
 pub(super) fn visible(machine: &Machine, gpus: &[u32], uuids: &[String]) -> String {
     let reads_uuids = match &machine.engine {
-        Engine::Found { has_device_ids, .. } => *has_device_ids,
-        Engine::Missing(_) | Engine::NotAsked => true,
+        Installation::Found { has_device_ids, .. } => *has_device_ids,
+        Installation::Missing(_) | Installation::NotAsked => true,
     };
     let is_slice = |index: &u32| machine.gpus.get(*index).is_some_and(|gpu| gpu.parent.is_some());
     if !uuids.is_empty() && (reads_uuids || gpus.iter().any(is_slice)) {
@@ -115,12 +116,12 @@ pub(super) fn visible(machine: &Machine, gpus: &[u32], uuids: &[String]) -> Stri
     gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// The NUMA node of each GPU, if the engine is to be bound to them: it can be, the machine has several, and the profile's
-/// own arguments do not speak of it.
+/// The NUMA node of each GPU, or nothing if the engine is not to be bound: binding is impossible, the machine has one
+/// node, or the profile's own arguments set the binding.
 pub(super) fn numa_nodes(machine: &Machine, gpus: &[u32], args: &[String]) -> Vec<u32> {
     let has_flag = matches!(
         &machine.engine,
-        Engine::Found {
+        Installation::Found {
             has_numa_bind: true,
             ..
         }
@@ -135,7 +136,7 @@ pub(super) fn numa_nodes(machine: &Machine, gpus: &[u32], args: &[String]) -> Ve
     nodes.unwrap_or_default()
 }
 
-/// Which engines share a GPU, for people.
+/// Notes for the user about engines that share a GPU.
 pub(super) fn notes(plan: &Plan, machine: &Machine) -> Vec<String> {
     let mut notes = Vec::new();
     for gpu in machine.gpus.found() {

@@ -1,5 +1,5 @@
-//! More engines for a fleet that runs already. PURE. What runs stays as it is: new engines get ports after those of their
-//! role, and GPUs that are free beside those of the plan.
+//! Adds engines to the plan of a running fleet. PURE. Running engines keep their ports and GPUs. New engines get the next
+//! ports of their role, and free GPUs.
 
 use super::build::{Builder, check_ports};
 use super::gpus;
@@ -8,7 +8,7 @@ use crate::fleet::Role;
 use crate::machine::{Gpu, Machine};
 use crate::profile::Profile;
 
-/// What a plan grows by.
+/// A plan with new engines.
 #[derive(Debug, Clone)]
 pub struct Growth {
     /// The plan with the new engines.
@@ -17,10 +17,10 @@ pub struct Growth {
     pub engines: Vec<EngineSpec>,
 }
 
-/// The plan with `count` engines more of `role`, built from the profile and the machine that `plan` was built from.
+/// Adds `count` engines of `role` to a plan that was built from this profile and machine.
 ///
 /// # Errors
-/// When no GPU is left for them, or a port of theirs is taken within the plan.
+/// When no GPU is left for them, or one of their ports is taken within the plan.
 pub fn grow(profile: &Profile, machine: &Machine, plan: &Plan, role: Role, count: usize) -> Result<Growth, PlanError> {
     let existing = plan.engines_of(role).count();
     let places = gpus::for_more(profile, machine, plan, role, count);
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn new_engines_share_no_port_file_or_gpu_with_those_that_run() {
+    fn new_engines_share_nothing_with_running_ones() {
         for connector in ["nixl", "lmcache", "lmcache-mp"] {
             let (profile, machine) = (profile(connector), Machine::fixture(8, "0.25.1", Some("0.3.9")));
             let mut plan = build(&profile, &machine, Path::new("/run")).expect("a plan");
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_a_free_gpu_is_told_so() {
+    fn no_free_gpu_is_an_error() {
         let (profile, machine) = (profile("nixl"), Machine::fixture(2, "0.25.1", None));
         let plan = build(&profile, &machine, Path::new("/run")).expect("a plan");
         let error = grow(&profile, &machine, &plan, Role::Decode, 1).expect_err("no room");

@@ -1,17 +1,17 @@
 //! The plan: everything about a run, decided before anything runs.
 //!
-//! A [`Plan`] is a value with every port, GPU, argument, variable and file of the run. Two functions of this module change it
-//! later: [`grow()`] adds engines for `xpyd scale`, and [`respawn()`] moves an LMCache receiver that starts again to new ports.
+//! A [`Plan`] is a value with every port, GPU, argument, variable and file of the run. Two functions of this module change
+//! it later: [`grow()`] adds engines for `xpyd scale`, and [`respawn()`] moves a restarted LMCache receiver to new ports.
 
-mod adopt;
 mod build;
-mod choose;
+mod choose_connector;
+mod engine_options;
 mod fetch;
 mod gpus;
 mod grow;
-mod owned;
-mod place;
+mod placement;
 mod redact;
+mod reserved;
 mod respawn;
 mod start_key;
 
@@ -24,157 +24,143 @@ use serde::{Deserialize, Serialize};
 use crate::connector::Connector;
 use crate::engine::{EngineKind, vllm};
 use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
-use crate::service::Service;
+use crate::proxy_config::{ProxyConfig, RequestDeadlines};
 
 pub use build::{PlanError, build};
 pub use fetch::{ModelFetch, revision, shared_env};
 pub use gpus::memory_share;
 pub use grow::{Growth, grow};
-pub use owned::Objection;
 pub use redact::{redacted_argv, redacted_env, without_secrets};
+pub use reserved::ReservedOption;
 pub use respawn::{fresh_ports_needed, respawn};
 pub use start_key::start_key;
 
 pub use crate::profile::{RestartPolicy, RestartWhen};
 
-/// Everything decided about one run.
+/// All decisions about one run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
-    /// The profile it was built from, by name or path.
+    /// The name or path of the profile.
     pub profile: String,
     /// The program that serves the model.
     pub engine: EngineKind,
-    /// The version of vLLM, where it is known and serves the model.
+    /// The version of vLLM, if it is known and serves the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vllm: Option<String>,
     /// The model, as given to the engines.
     pub model: String,
-    /// What xpyd fetches before any engine starts, unless it is cached; `None` leaves that to the engines.
+    /// The model that xpyd downloads before any engine starts, unless it is cached; `None` if engines download it
+    /// themselves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fetch: Option<ModelFetch>,
-    /// The name clients use for it.
+    /// The model name that clients use.
     pub served_model_name: String,
     /// How KV moves from prefill to decode.
     pub connector: Connector,
-    /// Why that connector, in one sentence.
+    /// The reason for this connector, in one sentence.
     pub connector_reason: String,
-    /// Prefill engines first, each role in number order.
+    /// The engines: prefill first, then decode, each role in number order.
     pub engines: Vec<EngineSpec>,
-    /// The proxy.
-    pub proxy: ProxySpec,
-    /// Which engines that ended are started again.
+    /// The proxy, with its configuration.
+    pub proxy: ProxyPlan,
+    /// The rules for restarting engines that failed.
     pub restart: RestartPolicy,
-    /// How long engines wait for the next xpyd should this one disappear; `None` leaves it to how the run was started.
+    /// How long engines wait for the next xpyd if this one disappears; `None`: the default of how the run was started.
     pub keep: Option<Duration>,
-    /// The folder of the run: logs, rendered files, `spawn.json`s.
+    /// The folder of the run, with logs, rendered files and the `spawn.json` of each engine.
     pub run_dir: PathBuf,
-    /// Things the user should know that do not stop the run.
+    /// Notes for the user that do not stop the run.
     pub notes: Vec<String>,
     /// Whether the profile names the GPUs of all engines.
     #[serde(skip)]
     pub names_gpus: bool,
-    /// What the profile gives engines although xpyd decides it.
+    /// Options and variables in the profile that xpyd sets itself.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub objections: Vec<Objection>,
+    pub objections: Vec<ReservedOption>,
 }
 
-/// One engine, ready to be spawned. Whoever attaches to it reads this again.
+/// One engine, ready to be spawned. An xpyd that attaches later reads it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineSpec {
-    /// Its name.
+    /// The engine's name.
     pub id: EngineId,
-    /// What it does.
+    /// The engine's role.
     pub role: Role,
     /// Program and arguments.
     pub argv: Vec<String>,
-    /// Variables set on top of xpyd's own environment.
+    /// Variables on top of xpyd's own environment.
     pub env: BTreeMap<String, String>,
-    /// Indices of its GPUs, in rank order, with numbers of their own for MIG slices; empty on a CPU or with the simulated
+    /// Indices of its GPUs in rank order; MIG slices have numbers of their own. Empty on a CPU and with the simulated
     /// engine.
     pub gpus: Vec<u32>,
-    /// Their UUIDs, `GPU-…` or `MIG-…`; empty where NVML did not tell them.
+    /// UUIDs of its GPUs, `GPU-…` or `MIG-…`; empty if NVML did not report them.
     #[serde(default)]
     pub gpu_uuids: Vec<String>,
-    /// How to reach it.
+    /// The address of its HTTP server, and its number of ranks.
     pub endpoint: Endpoint,
-    /// Every port it will listen on, with what for, the HTTP port included.
+    /// Every port on which it listens, the HTTP port included.
     pub ports: Vec<PortUse>,
-    /// The path whose 200 means that it is up: `/health`.
+    /// The path that answers 200 when the engine is ready: `/health`.
     pub ready_path: String,
-    /// How long it may take from its spawn until it is healthy.
+    /// Time limit from spawn to ready.
     pub ready_deadline: Duration,
-    /// For how long a start may do nothing at all: log, compute or read.
+    /// Time limit for a start that writes no log, uses no CPU and reads nothing.
     pub start_stall: Duration,
-    /// How long it may take to leave after SIGTERM before its tree is killed.
+    /// Time from SIGTERM until xpyd kills its process tree.
     pub stop_grace: Duration,
     /// Its log file, relative to the run's folder: `prefiller1.log`.
     pub log_file: PathBuf,
-    /// How much of its output is kept.
+    /// Limits on its log files.
     pub log_limits: LogLimits,
-    /// How to tell that it hangs.
+    /// How to detect that it hangs.
     pub liveness: Liveness,
-    /// The file that it reads when it starts.
+    /// The file that the engine reads when it starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<EngineFile>,
 }
 
-/// How to tell that an engine hangs: it has running requests, and none of its counters grows.
+/// How to detect that an engine hangs: it has running requests, but no counter grows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Liveness {
     /// The path of its Prometheus metrics.
     pub path: String,
-    /// The sample that counts running requests.
+    /// Name of the sample with the number of running requests.
     pub running: String,
-    /// Samples that count what it has done.
+    /// Names of the counters that grow with progress.
     pub counters: Vec<String>,
-    /// For how long nothing may grow.
+    /// The time without progress after which the engine hangs.
     pub stall: Duration,
-    /// The sample that counts KV leases that ended unused.
+    /// Name of the sample that counts KV leases that expired unused.
     #[serde(default)]
     pub expired_leases: String,
-    /// The sample that counts reads of KV after its lease.
+    /// Name of the sample that counts reads of KV after its lease.
     #[serde(default)]
     pub late_reads: String,
 }
 
-/// A port of the plan and what listens on it.
+/// A port of the plan, and its purpose.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PortUse {
-    /// The port.
+    /// The port number.
     pub port: u16,
-    /// For people: `http`, `nixl side channel`, `lmcache init, rank 0`.
+    /// The purpose, for people: `http`, `nixl side channel`, `lmcache init, rank 0`.
     pub purpose: String,
 }
 
-/// The proxy's part of the plan.
+/// The proxy, ready to be started.
 #[derive(Debug, Clone, Serialize)]
-pub struct ProxySpec {
-    /// Address to listen on.
-    pub host: String,
-    /// Port to listen on.
-    pub port: u16,
-    /// Where LMCache's prefill engines send their notifications, if the connector has any.
+pub struct ProxyPlan {
+    /// The proxy's configuration, with the port on which it listens.
+    #[serde(flatten)]
+    pub config: ProxyConfig,
+    /// Address on which the proxy receives LMCache's notifications; `None` for other connectors.
     pub notify: Option<(String, u16)>,
-    /// Header whose value binds a session to its engines; `None` binds nothing.
-    pub session_header: Option<String>,
-    /// Notifications to wait for per prefill; `None` means one per tensor-parallel rank.
+    /// Number of notifications per prefill; `None` means one per tensor-parallel rank.
     pub notifications: Option<u16>,
-    /// How long requests in flight may go on after the first Ctrl+C.
+    /// How long requests in flight can continue after the first Ctrl+C.
     pub drain_deadline: Duration,
-    /// How long one prefill leg may take, from its first byte out to its whole answer.
-    pub prefill_deadline: Duration,
-    /// How long the KV may take to arrive after the prefill's answer.
-    pub handoff_deadline: Duration,
-    /// How long the decode leg may take to its first byte, and then between two reads.
-    pub decode_idle_deadline: Duration,
-    /// How long a prefill engine keeps KV for a decode engine; `None` where KV is pushed.
-    pub kv_lease: Option<Duration>,
-    /// Largest body of a client's request, in bytes.
-    pub max_body_bytes: usize,
-    /// Most requests in the proxy at once; one more is answered 503.
-    pub max_in_flight: usize,
-    /// How clients are served.
-    pub service: Service,
+    /// Time limits of one request.
+    pub deadlines: RequestDeadlines,
 }
 
 impl Plan {
@@ -187,7 +173,7 @@ impl Plan {
 /// A file to write into the run's folder before its engine starts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineFile {
-    /// Relative to the run's folder.
+    /// Path relative to the run's folder.
     pub path: PathBuf,
     /// The whole content.
     pub content: String,
@@ -196,11 +182,11 @@ pub struct EngineFile {
     pub template: Option<String>,
 }
 
-/// Two engines whose API keys differ: no request could go through both.
+/// Two engines have different API keys, so no request can pass through both.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{} and {} have no API key in common, and a request must be let in by both", engines.0, engines.1)]
+#[error("{} and {} have no API key in common, but each request needs both engines", engines.0, engines.1)]
 pub struct NoCommonKey {
-    /// The two.
+    /// The names of the two engines.
     pub engines: (EngineId, EngineId),
 }
 
@@ -210,9 +196,9 @@ impl Plan {
         self.engines.iter().filter(move |engine| engine.role == role)
     }
 
-    /// Every port of the run with its owner, the proxy's included, in port order.
+    /// Every port of the run with its owner, in port order. The proxy's ports are included.
     pub fn ports(&self) -> Vec<(u16, String)> {
-        let mut ports = vec![(self.proxy.port, "proxy http".to_owned())];
+        let mut ports = vec![(self.proxy.config.port, "proxy http".to_owned())];
         ports.extend(
             self.proxy
                 .notify
@@ -231,11 +217,11 @@ impl Plan {
         ports
     }
 
-    /// A key that lets a request in at every engine that wants one; `inherited` is the engines' variable in xpyd's own
-    /// environment, which they get too.
+    /// An API key that every engine with a key accepts. `inherited` is the value of the engines' variable in xpyd's own
+    /// environment, which engines inherit.
     ///
     /// # Errors
-    /// The two engines that have no key in common.
+    /// When two engines have no key in common.
     pub fn engine_key<'plan>(&'plan self, inherited: Option<&'plan str>) -> Result<Option<&'plan str>, NoCommonKey> {
         let keys = self.engines.iter().map(|engine| {
             let own = engine.env.get(vllm::API_KEY_VARIABLE).map(String::as_str);
@@ -259,7 +245,7 @@ impl Plan {
         Ok(common.and_then(|(_, keys)| keys.first().copied()))
     }
 
-    /// Roles whose engines take requests from everyone, and were not told to by an empty key.
+    /// Roles with an engine that accepts requests without a key, unless the user has set an empty key for it.
     pub fn roles_without_key(&self, inherited: Option<&str>) -> Vec<Role> {
         let is_open = |engine: &&EngineSpec| {
             let own = engine.env.get(vllm::API_KEY_VARIABLE).map(String::as_str);
@@ -271,7 +257,7 @@ impl Plan {
             .collect()
     }
 
-    /// GPUs that the plan needs.
+    /// Number of GPUs that the plan needs.
     pub fn gpus_needed(&self) -> usize {
         self.engines.iter().map(|engine| engine.gpus.len()).sum()
     }

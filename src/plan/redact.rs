@@ -1,4 +1,4 @@
-//! What of a plan may be shown and written down: everything but the secrets in arguments and variables. PURE.
+//! Removes secrets from a plan before it is printed or written. PURE.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -9,14 +9,14 @@ use regex::Regex;
 use super::Plan;
 use crate::engine::{arguments, vllm};
 
-/// What stands in a secret's place.
+/// The text in place of a secret.
 const REDACTED: &str = "<redacted>";
 
-/// A variable whose name has a part that ends like this is a secret.
+/// Parts of a variable's name that mark it as a secret.
 const SECRET_WORDS: [&str; 6] = ["TOKEN", "KEY", "SECRET", "PASSWORD", "AUTH", "CREDENTIALS"];
 
 impl Plan {
-    /// The plan for people and for `plan.json`: what is a secret is left out.
+    /// The plan without secrets, for people and for `plan.json`.
     #[must_use]
     pub fn redacted(&self) -> Self {
         let mut plan = self.clone();
@@ -24,7 +24,7 @@ impl Plan {
             engine.argv = redacted_argv(&engine.argv);
             engine.env = redacted_env(&engine.env);
         }
-        let endpoint = &mut plan.proxy.service.traces.otlp_endpoint;
+        let endpoint = &mut plan.proxy.config.traces.otlp_endpoint;
         *endpoint = endpoint.take().map(|url| without_secrets(&url).into_owned());
         plan
     }
@@ -33,7 +33,7 @@ impl Plan {
 /// Options whose values are secrets.
 const SECRET_OPTIONS: [&str; 2] = ["--api-key", "--hf-token"];
 
-/// The arguments without the values of options that are secrets, in every spelling, and without what is one by its form.
+/// The arguments without the values of secret options in any spelling, and without values that look like a secret.
 pub fn redacted_argv(argv: &[String]) -> Vec<String> {
     let hidden = |word: &String| {
         if looks_secret(word) {
@@ -61,7 +61,7 @@ pub fn redacted_argv(argv: &[String]) -> Vec<String> {
     shown
 }
 
-/// The variables without the values of those that are secrets by their name or their value.
+/// The variables without the values that are secret by name or by form.
 pub fn redacted_env(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let is_secret = |name: &str| {
         let upper = name.to_uppercase();
@@ -79,12 +79,12 @@ pub fn redacted_env(env: &BTreeMap<String, String>) -> BTreeMap<String, String> 
         .collect()
 }
 
-/// Whether a value is a secret by its form: a token, a URL with a password or a signature, a header with credentials.
+/// Whether a value looks like a secret: a token, a URL with a password or a signature, a header with credentials.
 fn looks_secret(value: &str) -> bool {
     value.starts_with("hf_") || SHAPES.iter().any(|shape| shape.is_match(value))
 }
 
-/// A text without what is a secret by its form; `$1` of a shape is what stays in front of one.
+/// A text without anything that looks like a secret. In the patterns, `$1` is the part before the secret.
 pub fn without_secrets(text: &str) -> Cow<'_, str> {
     let replacement = format!("${{1}}{REDACTED}");
     SHAPES.iter().fold(Cow::Borrowed(text), |text, shape| {
@@ -95,7 +95,7 @@ pub fn without_secrets(text: &str) -> Cow<'_, str> {
     })
 }
 
-/// Forms of secrets that need no name beside them.
+/// Patterns of secrets that are recognised without a name.
 static SHAPES: LazyLock<Vec<Regex>> = LazyLock::new(|| {
     [
         // Tokens: Hugging Face, OpenAI, GitHub, AWS, JSON web tokens, and the key that xpyd makes for engines.
@@ -107,7 +107,7 @@ static SHAPES: LazyLock<Vec<Regex>> = LazyLock::new(|| {
         r"(\beyJ)[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*",
         r"(\bxpyd-run-)[0-9a-f]{8,}",
         r"(?i)(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{4,}",
-        // URLs: user and password, and what signs them.
+        // URLs: user and password, and signatures.
         r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/@]*:[^\s/@]+@",
         r#"(?i)([?&](?:x-amz-[a-z-]+|signature|policy|key-pair-id|sig|[a-z_-]*token|api[-_]?key|key|password|secret)=)[^&\s"']+"#,
     ]
@@ -126,7 +126,7 @@ mod tests {
     use crate::profile::{Override, load};
 
     #[test]
-    fn every_spelling_of_a_key_is_left_out_and_nothing_else() {
+    fn every_spelling_of_a_key_is_redacted() {
         let argv = "vllm --api-key swordfish swordfish --port 1 --api_key=swordfish --api-k=swordfish --hf-tok swordfish hf_swordfish --x y";
         let argv: Vec<String> = argv.split(' ').map(str::to_owned).collect();
         assert_eq!(
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_to_be_shown_holds_no_secret() {
+    fn a_redacted_plan_has_no_secret() {
         let overrides = [
             "decode.args=[\"--api-key\", \"swordfish\"]",
             "prefill.env={VLLM_API_KEY=\"swordfish\"}",

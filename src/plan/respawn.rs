@@ -1,13 +1,13 @@
-//! What a later start of an engine differs in. PURE: whoever starts it reserves the ports and writes the file.
+//! The changes to an engine before a restart. PURE: the caller reserves the ports and writes the file.
 //!
-//! Only an LMCache receiver differs: prefill engines know it by host and init port, and one that has lost it never
-//! connects to that address again. NIXL engines make a new id by themselves.
+//! Only an LMCache receiver changes. Prefill engines know it by host and init port, and never connect again to an address
+//! that they have lost. NIXL engines create a new id by themselves.
 
 use super::EngineSpec;
 use crate::connector::with_receiver_ports;
 use crate::fleet::{Endpoint, Receiver};
 
-/// How many ports [`respawn`] needs that no earlier start of the engine had.
+/// Number of ports that [`respawn`] needs. No earlier start of the engine can have used them.
 pub fn fresh_ports_needed(spec: &EngineSpec) -> usize {
     spec.endpoint
         .receiver
@@ -15,10 +15,10 @@ pub fn fresh_ports_needed(spec: &EngineSpec) -> usize {
         .map_or(0, |receiver| receiver.init_ports.len() + receiver.alloc_ports.len())
 }
 
-/// The engine with `fresh` ports for its receiver, as many as [`fresh_ports_needed`] says. Its file names them, too.
+/// The engine with `fresh` ports for its receiver. Its file names the new ports, too.
 ///
 /// # Panics
-/// With fewer ports than that.
+/// With fewer ports than [`fresh_ports_needed`].
 pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> EngineSpec {
     let mut spec = spec.clone();
     let Some(receiver) = &spec.endpoint.receiver else {
@@ -51,8 +51,8 @@ pub fn respawn(spec: &EngineSpec, fresh: &[u16]) -> EngineSpec {
 }
 
 impl EngineSpec {
-    /// This engine as it runs already, if `running` is what this plan would start. Its receiver may have moved, and what
-    /// does not concern its process may have changed.
+    /// The engine as it runs already, or `None` if `running` is not what this plan would start. The receiver's ports and
+    /// everything outside its process can differ.
     pub fn resume(&self, running: &Self) -> Option<Self> {
         let without_receiver = |endpoint: &Endpoint| (endpoint.host.clone(), endpoint.port, endpoint.tensor_parallel);
         let is_same = (&self.argv, &self.env, &self.gpus, self.role)
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_listens_elsewhere_after_every_start_and_its_file_says_so() {
+    fn a_restarted_receiver_has_new_ports() {
         let plan = plan("lmcache");
         let first = &plan.engines[1];
         assert_eq!((first.role, fresh_ports_needed(first)), (Role::Decode, 4));
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn engines_without_a_receiver_start_again_as_they_were() {
+    fn other_engines_restart_unchanged() {
         let (nixl, lmcache, lmcache_mp) = (plan("nixl"), plan("lmcache"), plan("lmcache-mp"));
         let without = nixl.engines.iter().chain(&lmcache_mp.engines);
         for engine in without.chain(&lmcache.engines[..1]) {

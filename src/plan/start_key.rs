@@ -1,13 +1,13 @@
-//! What an engine's start is known by from one run to the next. PURE.
+//! A key that identifies an engine's start across runs. PURE.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::{EngineSpec, Plan};
 
-/// Equal for two starts that can be expected to take equally long: of the same engine, with the same program, model,
-/// arguments and number of GPUs, whatever the ports and the folder of the run.
+/// Two starts with the same key take equally long: same engine name, program, model, arguments and number of GPUs. Ports
+/// and the run's folder do not matter.
 ///
-/// It need not stay the same from one version of xpyd to the next: then only the past is forgotten.
+/// The key can change between versions of xpyd: only the measured times are lost then.
 pub fn start_key(plan: &Plan, spec: &EngineSpec) -> String {
     let ports: Vec<u16> = plan.ports().into_iter().map(|(port, _)| port).collect();
     let folder = plan.run_dir.display().to_string();
@@ -19,7 +19,7 @@ pub fn start_key(plan: &Plan, spec: &EngineSpec) -> String {
     format!("{:016x}", hasher.finish())
 }
 
-/// `text` with a name in place of every number that is one of `ports`.
+/// `text` with a placeholder for every number in `ports`.
 fn without_ports(text: &str, ports: &[u16]) -> String {
     let is_digit = |letter: char| letter.is_ascii_digit();
     let mut rest = text;
@@ -44,7 +44,7 @@ mod tests {
     use crate::plan::build;
     use crate::profile::{Override, load};
 
-    /// The keys of a plan's engines.
+    /// The start keys of a plan's engines.
     fn keys(profile: &str, overrides: &[Override], folder: &str) -> Vec<String> {
         let profile = load(profile, overrides).expect("a profile");
         let machine = Machine::fixture(4, "0.25.1", Some("0.3.9"));
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_and_folders_make_no_difference_and_all_else_does() {
+    fn start_keys_ignore_ports_and_folders() {
         let keys_of = |overrides: &[Override]| keys("2p2d", overrides, "/logs/a");
         let known = keys_of(&[]);
         let moved = [Override::flag("--port-offset", "port_offset", 40)];

@@ -1,21 +1,21 @@
-//! Versions that do not go together, and options that are gone: the entries of `compatibility.toml`.
+//! Incompatible versions and removed options: the entries of `compatibility.toml`.
 
 use std::sync::LazyLock;
 
 use serde::Deserialize;
 
 use super::{Finding, Level, finding};
-use crate::machine::{Engine, Version};
+use crate::machine::{Installation, Version};
 use crate::plan::Plan;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Table {
+struct CompatibilityRules {
     rule: Vec<Rule>,
-    option: Vec<GoneOption>,
+    option: Vec<RemovedOption>,
 }
 
-/// Versions of a package with a problem. The file says what the keys mean.
+/// Versions of a package with a known problem. The file explains the keys.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Rule {
@@ -27,16 +27,16 @@ struct Rule {
     connectors: Option<Vec<String>>,
     /// Other packages that must be installed as well, in these versions.
     #[serde(default)]
-    with: Vec<With>,
+    with: Vec<OtherPackage>,
     level: RuleLevel,
     message: String,
     hint: String,
 }
 
-/// Versions of another package, beside which a rule holds.
+/// Versions of another package that a rule requires as well.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct With {
+struct OtherPackage {
     package: String,
     from: Option<String>,
     below: Option<String>,
@@ -51,20 +51,20 @@ enum RuleLevel {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct GoneOption {
+struct RemovedOption {
     name: String,
     instead: String,
 }
 
-static TABLE: LazyLock<Table> = LazyLock::new(|| {
+static RULES: LazyLock<CompatibilityRules> = LazyLock::new(|| {
     toml::from_str(include_str!("compatibility.toml")).expect("the file is part of the program and a test reads it")
 });
 
-/// What is known of the installed versions.
-pub(super) fn check(plan: Option<&Plan>, engine: &Engine) -> Vec<Finding> {
+/// The rules that apply to the installed versions.
+pub(super) fn check(plan: Option<&Plan>, engine: &Installation) -> Vec<Finding> {
     let fits = |rule: &&Rule| {
         let connector = plan.map_or("", |plan| plan.connector.name());
-        let is_there = |with: &With| {
+        let is_there = |with: &OtherPackage| {
             let version = version(engine, &with.package);
             version.is_some_and(|version| is_between(&version, with.from.as_ref(), with.below.as_ref()))
         };
@@ -74,10 +74,10 @@ pub(super) fn check(plan: Option<&Plan>, engine: &Engine) -> Vec<Finding> {
         });
         is_meant && rule.with.iter().all(is_there)
     };
-    let rules = TABLE.rule.iter().filter(fits);
+    let rules = RULES.rule.iter().filter(fits);
     rules
         .filter_map(|rule| {
-            let version = version(engine, &rule.package).filter(|version| rule.is_about(version))?;
+            let version = version(engine, &rule.package).filter(|version| rule.applies_to(version))?;
             let level = match rule.level {
                 RuleLevel::Warn => Level::Warn,
                 RuleLevel::Fail => Level::Fail,
@@ -93,14 +93,14 @@ pub(super) fn check(plan: Option<&Plan>, engine: &Engine) -> Vec<Finding> {
         .collect()
 }
 
-/// What to say instead of an option that is gone.
+/// What to write instead of a removed option.
 pub(super) fn instead(option: &str) -> Option<&'static str> {
-    let found = TABLE.option.iter().find(|gone| gone.name == option);
+    let found = RULES.option.iter().find(|gone| gone.name == option);
     found.map(|gone| gone.instead.as_str())
 }
 
 impl Rule {
-    fn is_about(&self, version: &Version) -> bool {
+    fn applies_to(&self, version: &Version) -> bool {
         is_between(version, self.from.as_ref(), self.below.as_ref())
     }
 }
@@ -111,8 +111,8 @@ fn is_between(version: &Version, from: Option<&String>, below: Option<&String>) 
         && bound(below).is_none_or(|below| version.numbers < below.numbers)
 }
 
-fn version(engine: &Engine, package: &str) -> Option<Version> {
-    let Engine::Found {
+fn version(engine: &Installation, package: &str) -> Option<Version> {
+    let Installation::Found {
         vllm,
         lmcache,
         nixl,
@@ -135,8 +135,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_entry_can_be_read_and_is_about_some_versions() {
-        for rule in &TABLE.rule {
+    fn every_rule_is_valid() {
+        for rule in &RULES.rule {
             let with = rule.with.iter().flat_map(|with| [&with.from, &with.below]);
             for bound in [&rule.from, &rule.below].into_iter().chain(with).flatten() {
                 assert!(Version::parse(bound).is_some(), "{}: {bound}", rule.name);
@@ -148,15 +148,15 @@ mod tests {
             );
             assert!(!rule.message.ends_with('.') && !rule.hint.is_empty(), "{}", rule.name);
         }
-        let mut names: Vec<&str> = TABLE.option.iter().map(|option| option.name.as_str()).collect();
+        let mut names: Vec<&str> = RULES.option.iter().map(|option| option.name.as_str()).collect();
         assert!(names.iter().all(|name| name.starts_with("--") && !name.contains('_')));
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), TABLE.option.len(), "an option is there twice");
+        assert_eq!(names.len(), RULES.option.len(), "an option is there twice");
     }
 
     #[test]
-    fn a_rule_is_about_the_versions_between_its_bounds() {
+    fn rules_apply_between_their_bounds() {
         let rule = |from: Option<&str>, below: Option<&str>| Rule {
             name: String::new(),
             package: String::new(),
@@ -168,7 +168,7 @@ mod tests {
             message: String::new(),
             hint: String::new(),
         };
-        let about = |rule: &Rule, text| rule.is_about(&Version::parse(text).expect("a version"));
+        let about = |rule: &Rule, text| rule.applies_to(&Version::parse(text).expect("a version"));
         let between = rule(Some("0.26"), Some("0.30"));
         assert!(about(&between, "0.26.0") && about(&between, "0.29.9+cu130"));
         assert!(!about(&between, "0.25.9") && !about(&between, "0.30.0"));

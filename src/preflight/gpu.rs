@@ -1,7 +1,7 @@
-//! Whether the GPUs of the plan are there, are well, and can be used as the plan wants.
+//! Checks that the GPUs of the plan exist, are healthy, and can be used as planned.
 
 use super::{Finding, Level, finding};
-use crate::machine::{Engine, Gpu, Gpus, Machine};
+use crate::machine::{Gpu, Gpus, Installation, Machine};
 use crate::plan::{EngineSpec, Plan};
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
@@ -13,8 +13,9 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let found = match &machine.gpus {
         Gpus::Found(found) => found,
         Gpus::Unavailable(reason) if plan.names_gpus => {
-            let message = format!("the {needed} GPUs that the profile names cannot be looked at: {reason}");
-            let hint = "nothing tells whether they are there, what is free on them, and what engines give back";
+            let message = format!("the {needed} GPUs in the profile cannot be checked: {reason}");
+            let hint = "xpyd cannot check whether they exist, how much memory is free, and whether engines free \
+                their memory";
             return vec![finding("gpu", Level::Warn, message, Some(hint))];
         }
         Gpus::Unavailable(reason) => {
@@ -41,7 +42,8 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             missing.join(", "),
             inherited_list(machine)
         );
-        let hint = "choose a smaller profile (`xpyd profiles list`), `--set prefill.count=1`, or widen CUDA_VISIBLE_DEVICES; \
+        let hint = "choose a smaller profile (`xpyd profiles list`), `--set prefill.count=1`, or extend \
+            CUDA_VISIBLE_DEVICES; \
             two engines share a GPU with `--set vllm.gpu_memory_utilization=0.45`; without GPUs, try `--engine sim`";
         return vec![finding("gpu", Level::Fail, message, Some(hint))];
     }
@@ -58,9 +60,9 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// The GPUs that xpyd may use, where no plan says which are needed.
+/// The GPUs that xpyd can use, without a plan.
 pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
-    let without = "`xpyd demo` and `--engine sim` need none, and `--profile cpu-1p1d` runs real vLLM without one";
+    let without = "`xpyd demo` and `--engine sim` need no GPU, and `--profile cpu-1p1d` runs real vLLM without one";
     match &machine.gpus {
         Gpus::NotAsked => Vec::new(),
         Gpus::Unavailable(reason) => vec![finding("gpu", Level::Warn, reason.clone(), Some(without))],
@@ -73,7 +75,7 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
                 "gpu",
                 Level::Warn,
                 message,
-                Some("widen CUDA_VISIBLE_DEVICES, or see `nvidia-smi -L`"),
+                Some("extend CUDA_VISIBLE_DEVICES, or see `nvidia-smi -L`"),
             )]
         }
         Gpus::Found(found) => vec![finding("gpu", Level::Pass, kinds_of(found), None)],
@@ -106,24 +108,24 @@ fn summary(needed: usize, found: &[Gpu], machine: &Machine) -> String {
     parts.join(", ")
 }
 
-/// What is wrong with one GPU that engines are planned on.
+/// Problems of one GPU that the plan uses.
 fn health(gpu: &Gpu, users: &str) -> Vec<Finding> {
     let label = gpu.label();
     let fault = |level, message: String, hint: &str| finding("gpu_health", level, message, Some(hint));
     let reset = format!(
-        "end what runs on it, then `sudo nvidia-smi --gpu-reset -i {}`, or reboot; until then choose others with \
-        `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`, or leave it out of CUDA_VISIBLE_DEVICES",
+        "stop all processes on it, then `sudo nvidia-smi --gpu-reset -i {}`, or reboot; until then choose others with \
+        `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`, or remove it from CUDA_VISIBLE_DEVICES",
         gpu.parent.unwrap_or(gpu.index)
     );
     let mut findings = Vec::new();
     if let Some(reason) = &gpu.health.unreachable {
         let message = format!("{label}, planned for {users}, cannot be used: {reason}");
-        let hint = format!("`dmesg | grep -i xid` tells more; {reset}");
+        let hint = format!("`dmesg | grep -i xid` shows details; {reset}");
         return vec![fault(Level::Fail, message, &hint)];
     }
     if gpu.health.repair_failed == Some(true) {
         let message = format!("{label}, planned for {users}, has bad memory that could not be replaced (XID 64)");
-        let hint = "have the card replaced; until then leave it out of CUDA_VISIBLE_DEVICES";
+        let hint = "replace the card; until then remove it from CUDA_VISIBLE_DEVICES";
         findings.push(fault(Level::Fail, message, hint));
     } else if gpu.health.repair_pending == Some(true) {
         let message = format!("{label}, planned for {users}, waits for a reset to replace bad memory (XID 63)");
@@ -138,7 +140,7 @@ fn health(gpu: &Gpu, users: &str) -> Vec<Finding> {
     findings
 }
 
-/// Ranks of one engine wait for the slowest, and have as much KV as the smallest.
+/// Ranks of one engine wait for the slowest GPU, and have as much KV as the smallest.
 fn kinds(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
     let mut names: Vec<&str> = engine
         .gpus
@@ -148,13 +150,13 @@ fn kinds(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
     names.sort_unstable();
     names.dedup();
     (names.len() > 1).then(|| {
-        let message = format!("{} runs on unlike GPUs: {}", engine.id, names.join(", "));
-        let hint = "name GPUs of one kind with `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`";
+        let message = format!("{} runs on GPUs of different kinds: {}", engine.id, names.join(", "));
+        let hint = "choose GPUs of one kind with `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`";
         finding("gpu_kinds", Level::Warn, message, Some(hint))
     })
 }
 
-/// What MIG does not allow.
+/// What MIG does not support.
 fn slices(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
     let is_slice = |index: &u32| machine.gpus.get(*index).is_some_and(|gpu| gpu.parent.is_some());
     if !engine.gpus.iter().any(is_slice) {
@@ -162,16 +164,16 @@ fn slices(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
     }
     if engine.gpus.len() > 1 {
         let message = format!(
-            "{} is to run over {} MIG slices, and CUDA shows a process one slice only",
+            "{} needs {} MIG slices, but CUDA shows a process only one slice",
             engine.id,
             engine.gpus.len()
         );
-        let hint = "use `--set prefill.tensor_parallel=1` and `--set decode.tensor_parallel=1`, or switch MIG off with \
+        let hint = "use `--set prefill.tensor_parallel=1` and `--set decode.tensor_parallel=1`, or turn MIG off with \
             `sudo nvidia-smi -mig 0`";
         return Some(finding("mig", Level::Fail, message, Some(hint)));
     }
     match &machine.engine {
-        Engine::Found {
+        Installation::Found {
             has_device_ids: false,
             vllm,
             ..
@@ -180,10 +182,10 @@ fn slices(engine: &EngineSpec, machine: &Machine) -> Option<Finding> {
                 .as_ref()
                 .map_or_else(|| "this vLLM".to_owned(), |vllm| format!("vLLM {vllm}"));
             let message = format!(
-                "{} is to run on a MIG slice, and {version} crashes on the UUID of one",
+                "{} needs a MIG slice, but {version} crashes on the UUID of one",
                 engine.id
             );
-            let hint = "install a vLLM that knows `--device-ids` (0.32 does)";
+            let hint = "install a vLLM with the option `--device-ids` (0.32 has it)";
             Some(finding("mig", Level::Fail, message, Some(hint)))
         }
         _ => None,

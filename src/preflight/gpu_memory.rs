@@ -1,4 +1,4 @@
-//! Whether the memory that engines will take is free, who has it if not, and whether model and KV fit into it.
+//! Checks that the memory for the engines is free, names the processes that use it, and estimates whether model and KV fit.
 
 use super::{Finding, Level, finding};
 use crate::engine::{arguments, vllm};
@@ -8,14 +8,14 @@ use crate::plan::{EngineSpec, Plan, memory_share};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// What an engine takes beside weights and KV: its CUDA context, activations of a step, graphs. Of the order that vLLM
-/// reports for models of 8 billion parameters.
+/// Memory of an engine besides weights and KV: its CUDA context, activations of a step, CUDA graphs. vLLM reports values
+/// of this size for models with 8 billion parameters.
 const OVERHEAD_BYTES: u64 = 2 << 30;
 
-/// Holders that are told by name.
+/// Number of processes to name.
 const MOST_HOLDERS: usize = 3;
 
-/// Whether what the engines on each GPU will take is free.
+/// Whether the memory that engines will use on each GPU is free.
 pub(super) fn free(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let mut findings = Vec::new();
     let (mut checked, mut smallest) = (0, f64::INFINITY);
@@ -27,7 +27,7 @@ pub(super) fn free(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         }
         let Some(memory) = gpu.memory.filter(|memory| memory.total > 0) else {
             let message = format!(
-                "the memory of {} cannot be read, so whether enough is free shows only when {} starts",
+                "the memory of {} cannot be read, so xpyd cannot check it before {} starts",
                 gpu.label(),
                 names(&engines)
             );
@@ -66,7 +66,7 @@ fn lacking(gpu: &Gpu, memory: GpuMemory, engines: &[&EngineSpec], machine: &Mach
         memory.free as f64 / GIB,
         memory.total as f64 / GIB,
         names(engines),
-        if engines.len() == 1 { "wants" } else { "want" },
+        if engines.len() == 1 { "needs" } else { "need" },
         shares.join(" + "),
         wanted * memory.total as f64 / GIB,
         held_by(gpu.processes.as_deref())
@@ -74,50 +74,51 @@ fn lacking(gpu: &Gpu, memory: GpuMemory, engines: &[&EngineSpec], machine: &Mach
     let fits = largest_share(memory, engines.len());
     let mut hints = Vec::new();
     if gpu.processes.iter().flatten().any(is_orphan) {
-        hints.push("an engine that outlived its launcher is ended by `xpyd doctor --reap`".to_owned());
+        hints.push("`xpyd doctor --reap` kills orphaned engines".to_owned());
     }
     if let Some(fits) = fits {
         hints.push(format!(
-            "`--set vllm.gpu_memory_utilization={fits}` fits into what is free"
+            "`--set vllm.gpu_memory_utilization={fits}` fits into the free memory"
         ));
     }
     hints.push(
-        "end that process, or name other GPUs with `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`".to_owned(),
+        "stop that process, or choose other GPUs with `--set prefill.gpus=[…]` and `--set decode.gpus=[…]`".to_owned(),
     );
     Some(finding("gpu_memory", Level::Fail, message, Some(&hints.join("; "))))
 }
 
-/// Who holds a GPU's memory, as the end of a sentence.
+/// The processes that use a GPU's memory, as the end of a sentence.
 fn held_by(processes: Option<&[GpuProcess]>) -> String {
     let Some(processes) = processes else {
-        return "; who holds it, NVML does not tell".to_owned();
+        return "; NVML does not report which process uses it".to_owned();
     };
     let mut processes: Vec<&GpuProcess> = processes.iter().collect();
     processes.sort_by_key(|process| std::cmp::Reverse(process.bytes));
-    let told: Vec<String> = processes.iter().take(MOST_HOLDERS).map(ToString::to_string).collect();
+    let named: Vec<String> = processes.iter().take(MOST_HOLDERS).map(ToString::to_string).collect();
     match processes.len() {
-        0 => "; NVML lists no process that holds it".to_owned(),
+        0 => "; NVML lists no process that uses it".to_owned(),
         count if count > MOST_HOLDERS => {
-            format!("; {} and {} more hold it", told.join(", "), count - MOST_HOLDERS)
+            format!("; {} and {} more use it", named.join(", "), count - MOST_HOLDERS)
         }
-        1 => format!("; {} holds it", told.join(", ")),
-        _ => format!("; {} hold it", told.join(", ")),
+        1 => format!("; {} uses it", named.join(", ")),
+        _ => format!("; {} use it", named.join(", ")),
     }
 }
 
-/// A process of an engine that looks as if nobody supervised it.
+/// Whether a process looks like an orphaned engine.
 fn is_orphan(process: &GpuProcess) -> bool {
     let command = process.local.as_ref().map_or("", |local| local.command.as_str());
     command.contains("VLLM::") || command.contains("::EngineCore") || command.contains("::Worker")
 }
 
-/// The largest utilisation, in hundredths, with which so many engines fit into what is free. `None` if none is of use.
+/// The largest utilisation, in hundredths, with which this many engines fit into the free memory. `None` if it is too
+/// small to be useful.
 fn largest_share(memory: GpuMemory, engines: usize) -> Option<f64> {
     let hundredths = (memory.free as f64 / memory.total as f64 * 100.0 / engines.max(1) as f64).floor();
     (hundredths >= 10.0).then_some(hundredths / 100.0)
 }
 
-/// Whether weights and KV fit into what each engine may use. An estimate: only the engine itself knows.
+/// Whether weights and KV fit into each engine's memory. This is an estimate: only the engine itself knows.
 pub(super) fn fit(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let Some(model) = &machine.model else {
         return Vec::new();
@@ -131,7 +132,7 @@ pub(super) fn fit(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             let args = vllm::own_arguments(&engine.argv);
             let option = |name: &str| arguments::value(args, name);
             let copies = option("--data-parallel-size").and_then(|ranks| ranks.parse::<u64>().ok());
-            let demand = Demand {
+            let demand = MemoryDemand {
                 budget: part_of(smallest.total, memory_share(engine, machine)),
                 ranks: engine.gpus.len() as u64 / copies.unwrap_or(1).max(1),
                 tokens: option("--max-model-len")
@@ -148,22 +149,22 @@ pub(super) fn fit(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         .collect()
 }
 
-/// What an engine is to hold, and into what.
+/// The memory that an engine needs, and the memory that it has.
 #[derive(Debug, Clone, Copy)]
-struct Demand {
-    /// Memory of each GPU that it may use, in bytes.
+struct MemoryDemand {
+    /// Memory that it can use on each GPU, in bytes.
     budget: u64,
     /// Tensor-parallel ranks.
     ranks: u64,
-    /// Longest request.
+    /// Length of the longest request, in tokens.
     tokens: u64,
-    /// Requests at once, if the profile says how many.
+    /// Number of concurrent requests, if the profile sets it.
     requests: Option<u64>,
-    /// Bytes of one value of KV.
+    /// Bytes of one KV value.
     value_bytes: u64,
 }
 
-fn judge(role: Role, model: &ModelSize, demand: &Demand) -> Finding {
+fn judge(role: Role, model: &ModelSize, demand: &MemoryDemand) -> Finding {
     let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / GIB);
     let weights = model.weights_bytes / demand.ranks.max(1);
     let about = if model.weights_are_exact { "" } else { "about " };
@@ -171,22 +172,23 @@ fn judge(role: Role, model: &ModelSize, demand: &Demand) -> Finding {
     let one = model.kv.bytes(demand.tokens, demand.ranks, demand.value_bytes).max(1);
     if left == 0 {
         let message = format!(
-            "{role} engines hold {about}{} of weights on each GPU and need about {} beside them, and may use {}: they will \
-            not start",
+            "{role} engines need {about}{} for weights on each GPU and about {} for other data, but can use {}: \
+             they will not start",
             gib(weights),
             gib(OVERHEAD_BYTES),
             gib(demand.budget)
         );
         let hint = format!(
-            "spread each engine over more GPUs with `--set {role}.tensor_parallel={}`, or take a smaller or quantised model",
+            "spread each engine over more GPUs with `--set {role}.tensor_parallel={}`, or choose a smaller or \
+             quantised model",
             demand.ranks * 2
         );
         return finding("fit", Level::Warn, message, Some(&hint));
     }
     if one > left {
         let message = format!(
-            "KV of one request of {} tokens takes {} on each GPU of {role} engines, and about {} are left beside {about}{} of \
-            weights: they will not start",
+            "KV of one request of {} tokens needs {} on each GPU of {role} engines, but about {} are left beside \
+             {about}{} of weights: they will not start",
             demand.tokens,
             gib(one),
             gib(left),
@@ -201,8 +203,8 @@ fn judge(role: Role, model: &ModelSize, demand: &Demand) -> Finding {
     let fit = left / one;
     if let Some(requests) = demand.requests.filter(|requests| *requests > fit) {
         let message = format!(
-            "about {fit} requests of {} tokens fit into {role} engines at once, not the {requests} of --max-num-seqs: the \
-            others will wait, or be preempted",
+            "about {fit} requests of {} tokens fit into {role} engines at once, not the {requests} of \
+             --max-num-seqs: the other requests wait or are preempted",
             demand.tokens
         );
         return finding("fit", Level::Warn, message, None);
@@ -215,17 +217,17 @@ fn judge(role: Role, model: &ModelSize, demand: &Demand) -> Finding {
     finding("fit", Level::Pass, message, None)
 }
 
-/// A part of so many bytes.
+/// The fraction `part` of `bytes`.
 fn part_of(bytes: u64, part: f64) -> u64 {
-    // In thousandths, which is finer than anybody sets it.
+    // Thousandths are finer than any value in use.
     let thousandths = (0..=1000u16)
         .rev()
         .find(|thousandths| f64::from(*thousandths) <= part * 1000.0 + 0.5);
     bytes / 1000 * u64::from(thousandths.unwrap_or(0))
 }
 
-/// The longest request whose KV fits into `left` bytes, in whole blocks of 1024 tokens where it is that long.
-fn most_tokens(kv: &KvShape, left: u64, demand: &Demand) -> u64 {
+/// Length of the longest request whose KV fits into `left` bytes, rounded down to blocks of 1024 tokens if it is that long.
+fn most_tokens(kv: &KvShape, left: u64, demand: &MemoryDemand) -> u64 {
     let fits = |tokens: u64| kv.bytes(tokens, demand.ranks, demand.value_bytes) <= left;
     let (mut low, mut high) = (0, demand.tokens);
     while low + 1 < high {
@@ -256,8 +258,8 @@ mod tests {
         }
     }
 
-    fn demand(mib: u64, ranks: u64, tokens: u64) -> Demand {
-        Demand {
+    fn demand(mib: u64, ranks: u64, tokens: u64) -> MemoryDemand {
+        MemoryDemand {
             budget: mib << 20,
             ranks,
             tokens,
@@ -267,14 +269,14 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_fits_says_how_many_requests_do() {
+    fn a_fitting_model_reports_requests() {
         let found = judge(Role::Decode, &llama(), &demand(74_957, 1, 16_384));
         assert_eq!(found.level, Level::Pass);
         assert_eq!(
             found.message,
             "decode engines: 15.0 GiB of weights on each GPU, and KV for about 28 requests of 16384 tokens"
         );
-        let many = Demand {
+        let many = MemoryDemand {
             requests: Some(64),
             ..demand(74_957, 1, 16_384)
         };
@@ -286,12 +288,12 @@ mod tests {
     }
 
     #[test]
-    fn a_context_that_is_too_long_gets_the_longest_that_fits() {
+    fn a_long_context_gets_the_longest_that_fits() {
         let found = judge(Role::Prefill, &llama(), &demand(22 << 10, 1, 131_072));
         assert_eq!(found.level, Level::Warn);
-        assert!(found.message.contains("takes 16.0 GiB"), "{found:?}");
+        assert!(found.message.contains("needs 16.0 GiB"), "{found:?}");
         let hint = found.hint.expect("a hint");
-        // 22 less 15 of weights and 2 beside: 5 GiB, of 131072 bytes a token.
+        // 22 GiB minus 15 for weights and 2 for the rest: 5 GiB, at 131072 bytes per token.
         assert_eq!(hint, "`--set vllm.max_model_len=40960` would fit");
         assert_eq!(
             judge(Role::Prefill, &llama(), &demand(22 << 10, 2, 131_072)).level,
@@ -300,14 +302,14 @@ mod tests {
     }
 
     #[test]
-    fn weights_that_are_too_large_ask_for_more_gpus() {
+    fn large_weights_need_more_gpus() {
         let found = judge(Role::Decode, &llama(), &demand(14 << 10, 1, 4096));
         assert_eq!(found.level, Level::Warn);
         assert!(found.hint.is_some_and(|hint| hint.contains("decode.tensor_parallel=2")));
     }
 
     #[test]
-    fn the_largest_utilisation_leaves_room_for_all_engines() {
+    fn the_largest_utilisation_fits_all_engines() {
         let memory = |free: u64| GpuMemory {
             total: 80 << 30,
             free: free << 30,

@@ -1,11 +1,11 @@
-//! Whether the memory and the cores of this host carry the engines and their cache servers.
+//! Checks that the host has enough memory and cores for the engines and their cache servers.
 
 use super::{Finding, Level, finding};
 use crate::connector::Connector;
 use crate::machine::Machine;
 use crate::plan::Plan;
 
-/// What an engine without a GPU takes besides its KV: vLLM 0.32 with a tiny model had 4 GB in three processes.
+/// Memory of an engine without a GPU besides its KV: vLLM 0.32 with a tiny model used 4 GB in three processes.
 const CPU_ENGINE_BYTES: u64 = 4 << 30;
 
 pub(super) fn without_gpus(plan: &Plan, machine: &Machine) -> Vec<Finding> {
@@ -16,7 +16,7 @@ pub(super) fn without_gpus(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let engines = plan.engines.len() as u64;
     if machine.available_memory_bytes < engines * CPU_ENGINE_BYTES {
         let message = format!(
-            "{engines} engines on the CPU take about {} GiB, and {} GiB are available",
+            "{engines} engines on the CPU need about {} GiB, but {} GiB are available",
             (engines * CPU_ENGINE_BYTES) >> 30,
             machine.available_memory_bytes >> 30
         );
@@ -27,7 +27,7 @@ pub(super) fn without_gpus(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             Some("choose a profile with fewer engines"),
         ));
     }
-    // UCX's progress thread spins, one in every worker that has a NIXL agent.
+    // Every worker with a NIXL agent has a progress thread of UCX, which spins.
     let workers: usize = plan
         .engines
         .iter()
@@ -43,14 +43,14 @@ pub(super) fn without_gpus(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// Whether the cache servers' memory is there.
+/// Whether there is memory for the cache servers.
 pub(super) fn of_cache_servers(plan: &Plan, machine: &Machine) -> Option<Finding> {
     let Connector::LmCacheMp(lmcache) = &plan.connector else {
         return None;
     };
     let needed = lmcache.l1_bytes.saturating_mul(plan.engines.len() as u64);
     let sizes = format!(
-        "{} cache servers take {} MiB, and {} MiB are available",
+        "{} cache servers need {} MiB, but {} MiB are available",
         plan.engines.len(),
         needed >> 20,
         machine.available_memory_bytes >> 20

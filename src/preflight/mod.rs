@@ -1,4 +1,4 @@
-//! The preflight: whether this machine can carry the plan. Pure: a plan and a machine give findings, each with a hint.
+//! The preflight: checks that this machine can run the plan. PURE: a plan and a machine give findings, each with a hint.
 
 mod compatibility;
 mod gpu;
@@ -19,48 +19,48 @@ use crate::plan::Plan;
 
 pub use model::gibibytes;
 
-/// One result.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What it is about.
+    /// The topic of the check.
     pub topic: Topic,
-    /// What was looked at: `gpu`, `vllm`, `hf_token`.
+    /// The name of the check: `gpu`, `vllm`, `hf_token`.
     pub check: &'static str,
     /// How bad it is.
     pub level: Level,
-    /// What was found, in one sentence.
+    /// The result, in one sentence.
     pub message: String,
-    /// What to do about it.
+    /// What the user can do about it.
     pub hint: Option<String>,
 }
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// As it should be.
+    /// The check found no problem.
     Pass,
-    /// The run may go on.
+    /// A problem that does not stop the run.
     Warn,
-    /// The run cannot work.
+    /// A problem with which the run cannot work.
     Fail,
 }
 
-/// What a finding is about, in the order of a start.
+/// The topics of findings, in the order of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Topic {
-    /// What the engines are made of.
+    /// The installed programs and packages.
     Software,
-    /// Their GPUs.
+    /// The GPUs.
     Gpu,
-    /// The host's memory and cores.
+    /// The memory and cores of the host.
     Memory,
     /// The model, its files, and Hugging Face.
     Model,
     /// Limits, ports, the clock.
     System,
-    /// What earlier runs have left.
+    /// Remains of earlier runs.
     Leftovers,
 }
 
@@ -77,7 +77,7 @@ impl fmt::Display for Topic {
     }
 }
 
-/// Checks everything; the order is the order of a start.
+/// Runs all checks, in the order of a start.
 pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let decided = (Topic::Software, options::decided(plan));
     if plan.engine != EngineKind::Vllm {
@@ -100,12 +100,12 @@ pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     sorted(topics)
 }
 
-/// What is wrong with a plan whatever the machine.
+/// Problems of a plan on any machine.
 pub fn of_profile(plan: &Plan) -> Vec<Finding> {
     sorted([(Topic::Software, options::decided(plan))])
 }
 
-/// What a simulated fleet needs of a machine.
+/// Checks for a fleet of simulated engines.
 pub fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     sorted([
         (Topic::Software, options::decided(plan)),
@@ -113,7 +113,7 @@ pub fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     ])
 }
 
-/// What can be said of a machine without a plan: nothing is needed, so nothing fails.
+/// Findings about a machine without a plan. None of them fails, because nothing is required.
 pub fn overview(machine: &Machine) -> Vec<Finding> {
     let topics = [
         (Topic::Software, software::overview(machine)),
@@ -131,7 +131,7 @@ fn sorted(topics: impl IntoIterator<Item = (Topic, Vec<Finding>)>) -> Vec<Findin
     topics.into_iter().flat_map(of).collect()
 }
 
-/// A finding whose topic is filled in by [`check`].
+/// A finding. [`check`] fills in its topic.
 fn finding(check: &'static str, level: Level, message: String, hint: Option<&str>) -> Finding {
     Finding {
         topic: Topic::System,

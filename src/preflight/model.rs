@@ -1,17 +1,17 @@
-//! Whether the model is here, or may be fetched and fits.
+//! Checks that the model is on this machine, or can be downloaded and fits on the disk.
 
 use super::{Finding, Level, finding};
-use crate::machine::huggingface::{Answer, CacheState, Hub, Identity, LeftoverKind, is_repository};
+use crate::machine::huggingface::{CacheState, Hub, Identity, LeftoverKind, RepositoryAccess, is_repository};
 use crate::machine::{HuggingFace, Machine};
 use crate::plan::Plan;
 
-/// Repositories whose files need a token and an accepted licence, by prefix: for when the hub cannot be asked.
+/// Prefixes of repositories that need a token and an accepted licence, for when the hub cannot be asked.
 const GATED: &[&str] = &["meta-llama/", "google/gemma", "mistralai/Mixtral-8x22B", "CohereForAI/"];
 
-/// Where a token is made.
+/// The page on which users create tokens.
 const TOKENS: &str = "https://huggingface.co/settings/tokens";
 
-/// A clock that is off by so much is no accident, and certificates may seem not to be valid.
+/// A clock that is off by more than this can make certificates look invalid.
 const CLOCK_SECONDS: i64 = 300;
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
@@ -24,13 +24,13 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             pass("hf_access", "not asked: the model is in the cache".to_owned()),
         ],
         CacheState::Elsewhere { what } => {
-            let hint = "the engines fetch it themselves, each on its own; their logs show how far they are";
-            let message = format!("`{model}` {what}: only the engine can tell whether it is there and fits");
+            let hint = "each engine downloads it itself; the logs show the progress";
+            let message = format!("`{model}` {what}: only the engine can check whether it exists and fits");
             vec![finding("model", Level::Warn, message, Some(hint))]
         }
         CacheState::BadFolder { problem } => {
             let message = format!("`{model}` {problem}");
-            vec![finding("model", Level::Fail, message, Some(&what_was_meant(model)))]
+            vec![finding("model", Level::Fail, message, Some(&suggestion(model)))]
         }
         CacheState::Partial { missing } => to_fetch(plan, facts, Some(missing)),
         CacheState::Absent | CacheState::None => to_fetch(plan, facts, None),
@@ -40,17 +40,20 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// What to write instead of a name that is neither a folder nor a repository.
-fn what_was_meant(model: &str) -> String {
+/// A hint for a name that is neither a folder nor a repository.
+fn suggestion(model: &str) -> String {
     match model.split_once('@') {
         Some((name, revision)) if is_repository(name) => {
-            return format!("a revision is an argument: `--model {name}`, and `--revision {revision}` in `vllm.args`");
+            return format!(
+                "give the revision as an argument: `--model {name}`, and `--revision {revision}` in \
+                `vllm.args`"
+            );
         }
         _ => {}
     }
     let page = model.split_once("://").and_then(|(_, rest)| rest.split_once('/'));
     if let Some((_, name)) = page.filter(|(_, name)| is_repository(name)) {
-        return format!("name the repository alone: `--model {name}`");
+        return format!("name only the repository: `--model {name}`");
     }
     if model.starts_with('~') {
         return "a shell replaces `~` only at the beginning of a word: write the whole path".to_owned();
@@ -58,14 +61,14 @@ fn what_was_meant(model: &str) -> String {
     "check the path given as `model`, or name a repository of Hugging Face: `--model org/name`".to_owned()
 }
 
-/// The token, where no model is asked for.
+/// The token, without a model.
 pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
     let facts = &machine.hugging_face;
     let mut findings = vec![pass("hf_cache", cache(facts))];
     findings.extend(match &facts.token {
         None => Some(pass(
             "hf_token",
-            "there is none; only gated and private models need one".to_owned(),
+            "no token; only gated and private models need one".to_owned(),
         )),
         Some(_) => token(facts, false),
     });
@@ -82,7 +85,7 @@ fn pass(check: &'static str, message: String) -> Finding {
     finding(check, Level::Pass, message, None)
 }
 
-/// Bytes for people.
+/// A number of bytes for people.
 pub fn gibibytes(bytes: u64) -> String {
     const GIB: f64 = 1_073_741_824.0;
     const MIB: f64 = 1_048_576.0;
@@ -96,7 +99,7 @@ pub fn gibibytes(bytes: u64) -> String {
     }
 }
 
-/// A model that is not here, or only in part.
+/// Findings about a model that is missing or incomplete.
 fn to_fetch(plan: &Plan, facts: &HuggingFace, missing: Option<&Vec<String>>) -> Vec<Finding> {
     let model = &plan.model;
     let part = missing.map(|missing| {
@@ -114,16 +117,16 @@ fn to_fetch(plan: &Plan, facts: &HuggingFace, missing: Option<&Vec<String>>) -> 
     match &facts.hub {
         Hub::NotAsked(reason) => {
             let hint = format!(
-                "`HF_HUB_OFFLINE=0 xpyd up …` fetches it; or copy its folder into {}",
+                "`HF_HUB_OFFLINE=0 xpyd up …` downloads it; or copy its folder into {}",
                 facts.cache.display()
             );
-            let message = format!("{absent}, and nothing is fetched: {reason}");
+            let message = format!("{absent}, and downloads are off: {reason}");
             findings.push(finding("model", Level::Fail, message, Some(&hint)));
         }
         Hub::Unreachable(reason) => {
             findings.extend(gated_by_name(plan, facts, &absent));
-            let message = format!("{absent}, and the hub could not be asked: {reason}");
-            let hint = "check the network, HTTPS_PROXY and HF_ENDPOINT; what is cached needs no hub";
+            let message = format!("{absent}, and the hub cannot be reached: {reason}");
+            let hint = "check the network, HTTPS_PROXY and HF_ENDPOINT; a cached model needs no hub";
             findings.push(finding("hf_access", Level::Warn, message, Some(hint)));
         }
         Hub::Answered(answered) => {
@@ -135,7 +138,7 @@ fn to_fetch(plan: &Plan, facts: &HuggingFace, missing: Option<&Vec<String>>) -> 
     findings
 }
 
-/// What the hub says of the token.
+/// The hub's answer about the token.
 fn token(facts: &HuggingFace, is_needed: bool) -> Option<Finding> {
     let token = facts.token.as_ref()?;
     let source = &token.source;
@@ -158,7 +161,7 @@ fn token(facts: &HuggingFace, is_needed: bool) -> Option<Finding> {
             let message =
                 format!("Hugging Face does not accept the token in {source}: it is wrong, expired or revoked{form}");
             let hint =
-                format!("make one at {TOKENS}, then `export HF_TOKEN=hf_…` or `hf auth login`; or `unset HF_TOKEN`");
+                format!("create one at {TOKENS}, then `export HF_TOKEN=hf_…` or `hf auth login`; or `unset HF_TOKEN`");
             let level = if is_needed { Level::Fail } else { Level::Warn };
             Some(finding("hf_token", level, message, Some(&hint)))
         }
@@ -166,34 +169,34 @@ fn token(facts: &HuggingFace, is_needed: bool) -> Option<Finding> {
     }
 }
 
-/// Whether this repository can be had, and whether there is room for it.
-fn access(plan: &Plan, facts: &HuggingFace, answer: &Answer, absent: &str) -> Finding {
+/// Whether the repository can be downloaded, and fits on the disk.
+fn access(plan: &Plan, facts: &HuggingFace, answer: &RepositoryAccess, absent: &str) -> Finding {
     let model = &plan.model;
     let page = format!("{}/{model}", facts.endpoint);
     match answer {
-        Answer::Open { bytes } => room(plan, facts, *bytes, absent),
-        Answer::Gated { with_token: true } => {
+        RepositoryAccess::Open { bytes } => room(plan, facts, *bytes, absent),
+        RepositoryAccess::Gated { with_token: true } => {
             let message = format!("{absent}, and its licence is not accepted by this token's account");
             let hint = format!(
                 "accept it at {page}; a fine-grained token also needs the right to read public gated repositories, at {TOKENS}"
             );
             finding("hf_access", Level::Fail, message, Some(&hint))
         }
-        Answer::Gated { with_token: false } => {
+        RepositoryAccess::Gated { with_token: false } => {
             let message = format!("{absent} and is gated, and there is no Hugging Face token");
             let hint = format!("accept the licence at {page}, then `export HF_TOKEN=hf_…` (or `hf auth login`)");
             finding("hf_access", Level::Fail, message, Some(&hint))
         }
-        Answer::BadToken => {
+        RepositoryAccess::BadToken => {
             let message = format!("{absent}, and Hugging Face does not accept the token");
             let hint = format!(
-                "make one at {TOKENS}, then `export HF_TOKEN=hf_…`; a public model needs none: `unset HF_TOKEN`"
+                "create one at {TOKENS}, then `export HF_TOKEN=hf_…`; a public model needs none: `unset HF_TOKEN`"
             );
             finding("hf_access", Level::Fail, message, Some(&hint))
         }
-        Answer::NotFound { with_token } => {
+        RepositoryAccess::NotFound { with_token } => {
             let or = if *with_token {
-                "or this token may not see it"
+                "or this token cannot see it"
             } else {
                 "or it is private and there is no token"
             };
@@ -207,19 +210,19 @@ fn access(plan: &Plan, facts: &HuggingFace, answer: &Answer, absent: &str) -> Fi
             };
             finding("hf_access", Level::Fail, message, Some(&hint))
         }
-        Answer::NoRevision => {
+        RepositoryAccess::NoRevision => {
             let message = format!("`{model}` has no such branch, tag or commit");
             let hint = format!("{page}/tree/main shows them; `--revision` is in `vllm.args`");
             finding("hf_access", Level::Fail, message, Some(&hint))
         }
-        Answer::RateLimited => {
-            let message = format!("{absent}, and Hugging Face takes no more requests from here for now");
-            let hint = "wait some minutes; with a token (`hf auth login`) more are allowed";
+        RepositoryAccess::RateLimited => {
+            let message = format!("{absent}, and Hugging Face limits the requests from this address");
+            let hint = "wait some minutes; with a token (`hf auth login`) the limit is higher";
             finding("hf_access", Level::Warn, message, Some(hint))
         }
-        Answer::Failed(reason) => {
+        RepositoryAccess::Failed(reason) => {
             let message = format!("{absent}, and the hub answers with {reason}");
-            let hint = "https://status.huggingface.co tells whether it is its own problem";
+            let hint = "https://status.huggingface.co shows the state of the hub";
             finding("hf_access", Level::Warn, message, Some(hint))
         }
     }
@@ -227,9 +230,9 @@ fn access(plan: &Plan, facts: &HuggingFace, answer: &Answer, absent: &str) -> Fi
 
 fn room(plan: &Plan, facts: &HuggingFace, bytes: Option<u64>, absent: &str) -> Finding {
     let who = if plan.fetch.is_some() {
-        "xpyd fetches"
+        "xpyd downloads"
     } else {
-        "each engine fetches"
+        "each engine downloads"
     };
     let size = bytes
         .map(|bytes| format!(" ({})", gibibytes(bytes)))
@@ -237,7 +240,7 @@ fn room(plan: &Plan, facts: &HuggingFace, bytes: Option<u64>, absent: &str) -> F
     match (bytes, facts.free_bytes) {
         (Some(bytes), Some(free)) if free < bytes => {
             let message = format!(
-                "{absent}; it takes {}, and {} are free in {}",
+                "{absent}; it needs {}, but {} are free in {}",
                 gibibytes(bytes),
                 gibibytes(free),
                 facts.cache.display()
@@ -250,7 +253,7 @@ fn room(plan: &Plan, facts: &HuggingFace, bytes: Option<u64>, absent: &str) -> F
     }
 }
 
-/// What can be said without the hub.
+/// Findings without the hub.
 fn gated_by_name(plan: &Plan, facts: &HuggingFace, absent: &str) -> Option<Finding> {
     let model = &plan.model;
     let is_gated = GATED.iter().any(|prefix| model.starts_with(prefix));
@@ -271,7 +274,7 @@ fn gated_by_name(plan: &Plan, facts: &HuggingFace, absent: &str) -> Option<Findi
     Some(finding("hf_token", Level::Fail, message, Some(&hint)))
 }
 
-/// What downloads have left, of this model.
+/// Remains of downloads of this model.
 fn leftovers(facts: &HuggingFace) -> Vec<Finding> {
     let of = |kind: LeftoverKind| facts.leftovers.iter().filter(move |leftover| leftover.kind == kind);
     let bytes: u64 = of(LeftoverKind::DeadPart).map(|leftover| leftover.bytes).sum();
@@ -279,7 +282,7 @@ fn leftovers(facts: &HuggingFace) -> Vec<Finding> {
     let mut findings = Vec::new();
     if let Some(held) = of(LeftoverKind::HeldLock).next() {
         let message = format!(
-            "another process is downloading this model; it holds {}",
+            "another process is downloading this model; it has locked {}",
             held.path.display()
         );
         let hint = "`up` waits for it; `fuser` on that file names the process";
@@ -287,7 +290,7 @@ fn leftovers(facts: &HuggingFace) -> Vec<Finding> {
     }
     if parts + stale > 0 {
         let message = format!(
-            "downloads that were cut off have left {stale} locks and {parts} unusable parts ({})",
+            "interrupted downloads left {stale} locks and {parts} unusable parts ({})",
             gibibytes(bytes)
         );
         findings.push(finding(
@@ -310,7 +313,7 @@ fn clock(hub: &Hub) -> Option<Finding> {
     }
     let way = if ahead > 0 { "ahead of" } else { "behind" };
     let message = format!(
-        "this clock is {} s {way} the hub's: tokens and certificates may be refused",
+        "this clock is {} s {way} the hub's: tokens and certificates can be refused",
         ahead.abs()
     );
     Some(finding(

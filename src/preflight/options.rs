@@ -1,21 +1,21 @@
-//! What the plan says to engines, against what the installed vLLM understands: options, connectors, and what both roles must
-//! have in common.
+//! Checks the options of the plan against the installed vLLM, and the options that both roles must share.
 
 use std::collections::BTreeSet;
 
 use super::{Finding, Level, compatibility, finding};
 use crate::connector::Connector;
-use crate::engine::arguments::{self, Given};
+use crate::engine::arguments::{self, GivenOption};
 use crate::engine::vllm;
 use crate::fleet::Role;
-use crate::machine::{Environment, Version};
-use crate::plan::{EngineSpec, Objection, Plan};
+use crate::machine::{PythonEnvironment, Version};
+use crate::plan::{EngineSpec, Plan, ReservedOption};
 
-/// Options without which the sources have not been found: what they do not hold then says nothing.
+/// Options that every version has. If the sources lack them, the option list is incomplete, and a missing option proves
+/// nothing.
 const SURE: [&str; 3] = ["--max-model-len", "--port", "--served-model-name"];
 
-/// Options that one role has and the other lacks make a hand-off fail or lie: NIXL compares a hash of most of them only when
-/// the first request comes (`kv_connector/v1/nixl/metadata.py` of vLLM 0.32).
+/// Options that must be equal in both roles, or a hand-off fails or gives wrong results. NIXL compares a hash of most of
+/// them only when the first request arrives (`kv_connector/v1/nixl/metadata.py` of vLLM 0.32).
 const COMMON: [&str; 6] = [
     "--dtype",
     "--kv-cache-dtype",
@@ -25,13 +25,13 @@ const COMMON: [&str; 6] = [
     "--disable-hybrid-kv-cache-manager",
 ];
 
-/// The variable with the layout of KV, which both roles must have alike, too.
+/// The variable with the layout of KV, which must be equal in both roles, too.
 const LAYOUT: &str = "VLLM_KV_CACHE_LAYOUT";
 
-/// What the profile gives engines although xpyd decides it.
+/// Options in the profile that xpyd sets itself.
 pub(super) fn decided(plan: &Plan) -> Vec<Finding> {
-    let finding = |objection: &Objection| {
-        let then = if objection.is_fatal { "" } else { "; yours holds" };
+    let finding = |objection: &ReservedOption| {
+        let then = if objection.is_fatal { "" } else { "; your value is used" };
         let message = format!("{}: {}{then}", objection.given, objection.why);
         let level = if objection.is_fatal { Level::Fail } else { Level::Warn };
         finding("decided", level, message, Some(&objection.instead))
@@ -40,7 +40,7 @@ pub(super) fn decided(plan: &Plan) -> Vec<Finding> {
     plan.objections.iter().map(finding).chain(ranks).collect()
 }
 
-/// Ranks over which no hand-off is known to go (`nixl/connector.py`, `nixl/base_worker.py` of vLLM 0.32).
+/// Kinds of ranks for which no hand-off is known to work (`nixl/connector.py`, `nixl/base_worker.py` of vLLM 0.32).
 fn pipeline(plan: &Plan) -> Option<Finding> {
     const STAGES: [&str; 2] = ["--pipeline-parallel-size", "--prefill-context-parallel-size"];
     let has_stages = |engine: &&EngineSpec| {
@@ -52,11 +52,11 @@ fn pipeline(plan: &Plan) -> Option<Finding> {
     let mut bad = with_stages.filter(|engine| engine.role == Role::Decode || plan.connector.notifies());
     let engine = bad.next()?;
     let (level, who) = if plan.connector.notifies() {
-        (Level::Fail, "LMCache hands over rank to rank")
+        (Level::Fail, "LMCache transfers KV from rank to rank")
     } else {
         (
             Level::Warn,
-            "NIXL takes pipeline stages and context ranks on prefill engines only",
+            "NIXL supports pipeline stages and context ranks on prefill engines only",
         )
     };
     let message = format!("{} has pipeline stages or context ranks: {who}", engine.id);
@@ -64,8 +64,8 @@ fn pipeline(plan: &Plan) -> Option<Finding> {
     Some(finding("ranks", level, message, Some(hint)))
 }
 
-/// Options of the plan that the installed vLLM does not have: it would say so after half a minute of imports, and end.
-pub(super) fn unknown(plan: &Plan, environment: &Environment, vllm: Option<&Version>) -> Vec<Finding> {
+/// Options that the installed vLLM does not have. vLLM itself would report them only after half a minute of imports.
+pub(super) fn unknown(plan: &Plan, environment: &PythonEnvironment, vllm: Option<&Version>) -> Vec<Finding> {
     if !SURE.iter().all(|option| environment.options.contains(*option)) {
         return Vec::new();
     }
@@ -78,7 +78,7 @@ pub(super) fn unknown(plan: &Plan, environment: &Environment, vllm: Option<&Vers
             }
             let version = vllm.map(|version| format!(" {version}")).unwrap_or_default();
             let message = format!(
-                "vLLM{version} has no option `{}`, and {} would end at once",
+                "vLLM{version} has no option `{}`, so {} would exit at once",
                 option.spelled, engine.id
             );
             let hint = advice(option.spelled, environment);
@@ -92,8 +92,8 @@ pub(super) fn unknown(plan: &Plan, environment: &Environment, vllm: Option<&Vers
     findings
 }
 
-/// As the installed vLLM's parser reads it; what this xpyd knows of spellings is in `engine::arguments`.
-fn is_known(option: &Given<'_>, environment: &Environment) -> bool {
+/// Whether the installed vLLM's parser accepts the option. xpyd's own table of spellings is in `engine::arguments`.
+fn is_known(option: &GivenOption<'_>, environment: &PythonEnvironment) -> bool {
     let known = &environment.options;
     let normal = option.spelled.replace('_', "-");
     let name = normal.split('.').next().unwrap_or_default();
@@ -102,7 +102,7 @@ fn is_known(option: &Given<'_>, environment: &Environment) -> bool {
         known.contains(name) || (name.starts_with("--") && beginning.is_some_and(|known| known.starts_with(name)))
     };
     let positive = name.strip_prefix("--no-").map(|rest| format!("--{rest}"));
-    // `--disable-x` is there where `--enable-x` is, and `--no-disable-x` with it.
+    // If there is `--enable-x`, there is `--disable-x`, and `--no-disable-x` with it.
     let opposite = [Some(name), positive.as_deref()]
         .into_iter()
         .flatten()
@@ -115,13 +115,13 @@ fn is_known(option: &Given<'_>, environment: &Environment) -> bool {
         || name == "-cc"
 }
 
-fn advice(option: &str, environment: &Environment) -> String {
+fn advice(option: &str, environment: &PythonEnvironment) -> String {
     const CLOSE: f64 = 0.75;
     let normal = option.replace('_', "-");
     if let Some(instead) = compatibility::instead(&normal) {
-        return format!("{instead} (profiles say options in `vllm.args`, `prefill.args` and `decode.args`)");
+        return format!("{instead} (in profiles: `vllm.args`, `prefill.args` and `decode.args`)");
     }
-    // Where switches do not come in pairs, the other one of a pair is what `--no-` does.
+    // Where switches are not paired, `--no-` does the same as the other one of a pair.
     let other = arguments::opposite(&normal).filter(|other| environment.options.contains(other));
     if let Some(other) = other {
         let negated = other.replacen("--", "--no-", 1);
@@ -136,20 +136,20 @@ fn advice(option: &str, environment: &Environment) -> String {
     match closest.filter(|name| likeness(name) >= CLOSE) {
         Some(name) => format!("did you mean `{name}`? Options are in `vllm.args`, `prefill.args` and `decode.args`"),
         None => {
-            "take it out of `vllm.args`, `prefill.args` or `decode.args`; `vllm serve --help=all` lists what there is"
+            "remove it from `vllm.args`, `prefill.args` or `decode.args`; `vllm serve --help=all` lists all options"
                 .to_owned()
         }
     }
 }
 
-/// Whether one of two switches turns on what the other one turns off, by their beginnings.
+/// Whether one switch turns on what the other one turns off, judged by their prefixes.
 fn says_the_opposite(one: &str, other: &str) -> bool {
     let turns_off = |name: &str| name.starts_with("--disable-") || name.starts_with("--no-");
     turns_off(one) != turns_off(other)
 }
 
 /// The plan's connectors that the installed vLLM has removed, or does not have yet.
-pub(super) fn unregistered(plan: &Plan, environment: &Environment, vllm: Option<&Version>) -> Option<Finding> {
+pub(super) fn unregistered(plan: &Plan, environment: &PythonEnvironment, vllm: Option<&Version>) -> Option<Finding> {
     if environment.connectors.is_empty() {
         return None;
     }
@@ -174,7 +174,7 @@ pub(super) fn unregistered(plan: &Plan, environment: &Environment, vllm: Option<
     })
 }
 
-/// Options and variables that both roles must have alike.
+/// Options and variables that differ between the roles but must not.
 pub(super) fn different(plan: &Plan) -> Vec<Finding> {
     let option = |role: Role, name: &str| {
         let engine = plan.engines_of(role).next()?;
@@ -191,10 +191,10 @@ pub(super) fn different(plan: &Plan) -> Vec<Finding> {
     let all = options.chain([(LAYOUT, both(&variable), "env")]);
     let differs = all.filter_map(|(name, (prefill, decode), place)| {
         (prefill != decode).then(|| {
-            // A default may be the very value that the other role names.
+            // The default can be the value that the other role sets.
             let (level, then) = match (&prefill, &decode) {
-                (Some(_), Some(_)) => (Level::Fail, "no hand-off can work"),
-                _ => (Level::Warn, "no hand-off works unless that is the default"),
+                (Some(_), Some(_)) => (Level::Fail, "KV transfers cannot work"),
+                _ => (Level::Warn, "KV transfers only work if that is the default"),
             };
             let shown = |value: Option<String>| value.map_or("the default".to_owned(), |value| format!("`{value}`"));
             let message = format!(
@@ -202,14 +202,14 @@ pub(super) fn different(plan: &Plan) -> Vec<Finding> {
                 shown(prefill),
                 shown(decode)
             );
-            let hint = format!("say it once, in `vllm.{place}`, instead of in `prefill.{place}` or `decode.{place}`");
+            let hint = format!("set it once, in `vllm.{place}`, instead of `prefill.{place}` or `decode.{place}`");
             finding("roles", level, message, Some(&hint))
         })
     });
     differs.collect()
 }
 
-/// Engines hash prompts; with Python's own random seed none finds what another has made.
+/// Engines hash prompts. With Python's random seed, each engine computes other hashes, and none finds another one's KV.
 pub(super) fn hash_seed(plan: &Plan) -> Option<Finding> {
     const NAME: &str = "PYTHONHASHSEED";
     let seeds: BTreeSet<&str> = plan
@@ -230,12 +230,12 @@ pub(super) fn hash_seed(plan: &Plan) -> Option<Finding> {
             seeds.join(", ")
         )
     };
-    // LMCache finds KV by such hashes; NIXL sends parameters.
+    // LMCache finds KV by these hashes; NIXL sends parameters.
     let level = match plan.connector {
         Connector::Nixl(_) => Level::Warn,
         Connector::LmCache(_) | Connector::LmCacheMp(_) => Level::Fail,
     };
-    let hint = "take it out of `vllm.env`, `prefill.env` and `decode.env`: xpyd sets it to 0 for all engines";
+    let hint = "remove it from `vllm.env`, `prefill.env` and `decode.env`: xpyd sets it to 0 for all engines";
     Some(finding("hash_seed", level, message, Some(hint)))
 }
 
@@ -243,7 +243,7 @@ pub(super) fn hash_seed(plan: &Plan) -> Option<Finding> {
 mod tests {
     use super::*;
 
-    fn environment(has_pairs: bool) -> Environment {
+    fn environment(has_pairs: bool) -> PythonEnvironment {
         let names = [
             "--max-model-len",
             "--port",
@@ -256,10 +256,10 @@ mod tests {
             "--enable-log-requests",
             "--disable-hybrid-kv-cache-manager",
         ];
-        Environment {
+        PythonEnvironment {
             options: names.map(str::to_owned).into(),
             has_pairs,
-            ..Environment::default()
+            ..PythonEnvironment::default()
         }
     }
 
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn options_are_known_in_every_spelling_that_vllm_takes() {
+    fn options_are_known_in_every_spelling() {
         for option in [
             "--max-model-len",
             "--max_model_len",
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn switches_come_in_pairs_where_the_installed_vllm_has_them() {
+    fn paired_switches_follow_the_installed_vllm() {
         for option in [
             "--disable-prefix-caching",
             "--disable_prefix_caching",
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn an_option_that_is_not_there_is_replaced_or_corrected() {
+    fn a_missing_option_has_a_suggestion() {
         let advice = |option: &str| advice(option, &environment(false));
         assert!(advice("--disable_log_requests").contains("--enable-log-requests"));
         assert!(advice("--max-model-lenn").contains("did you mean `--max-model-len`"));
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn no_advice_says_the_opposite_of_what_was_asked() {
+    fn suggestions_never_invert_a_switch() {
         let advice = |option: &str| advice(option, &environment(false));
         assert_eq!(
             advice("--disable-prefix-caching"),

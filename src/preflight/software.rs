@@ -1,17 +1,17 @@
-//! Whether what the engines are made of is installed, fits together, and knows what the plan asks of it.
+//! Checks that the packages of the engines are installed, compatible, and support the options of the plan.
 
 use super::{Finding, Level, compatibility, finding, options};
 use crate::connector::Connector;
-use crate::machine::{Engine, Environment, Machine, Version};
+use crate::machine::{Installation, Machine, PythonEnvironment, Version};
 use crate::plan::Plan;
 
 const INSTALL_NIXL: &str = "`pip install nixl` in the environment of vLLM";
 const INSTALL_LMCACHE: &str = "`pip install -U nixl \"lmcache>=0.5.6\"` in the environment of vLLM";
-const INSTALL_VLLM: &str = "`pip install vllm nixl` and activate its environment, or name it with \
-    `--set vllm.program=/path/to/vllm`; without vLLM, try `--engine sim`";
+const INSTALL_VLLM: &str = "`pip install vllm nixl` and activate its environment, or set its path with `--set \
+    vllm.program=/path/to/vllm`; without vLLM, try `--engine sim`";
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
-    let Engine::Found {
+    let Installation::Found {
         vllm,
         lmcache,
         nixl,
@@ -40,9 +40,9 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// What is installed, where nothing is needed.
+/// The installed software, without a plan.
 pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
-    let Engine::Found { lmcache, nixl, .. } = &machine.engine else {
+    let Installation::Found { lmcache, nixl, .. } = &machine.engine else {
         return vec![missing(&machine.engine, Level::Warn)];
     };
     let mut findings = found(machine);
@@ -50,13 +50,13 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
     findings.extend(optional.into_iter().map(|(name, version, install)| match version {
         Some(version) => finding(name, Level::Pass, format!("{name} {version}"), None),
         None if name == "nixl" => {
-            let message = "NIXL is not installed, and without it or LMCache no KV moves".to_owned();
+            let message = "NIXL is not installed; KV transfers need NIXL or LMCache".to_owned();
             finding(name, Level::Warn, message, Some(install))
         }
         None => finding(
             name,
             Level::Pass,
-            "LMCache is not installed; NIXL does without".to_owned(),
+            "LMCache is not installed; NIXL does not need it".to_owned(),
             None,
         ),
     }));
@@ -64,10 +64,10 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-fn missing(engine: &Engine, level: Level) -> Finding {
+fn missing(engine: &Installation, level: Level) -> Finding {
     let name = match engine {
-        Engine::Missing(name) => name.as_str(),
-        Engine::NotAsked | Engine::Found { .. } => "vllm",
+        Installation::Missing(name) => name.as_str(),
+        Installation::NotAsked | Installation::Found { .. } => "vllm",
     };
     let place = if name.contains('/') { "" } else { " on PATH" };
     let message = format!("the program `{name}` was not found{place}");
@@ -76,7 +76,7 @@ fn missing(engine: &Engine, level: Level) -> Finding {
 
 /// vLLM and the Python that runs it.
 fn found(machine: &Machine) -> Vec<Finding> {
-    let Engine::Found {
+    let Installation::Found {
         program,
         vllm,
         environment,
@@ -89,19 +89,19 @@ fn found(machine: &Machine) -> Vec<Finding> {
         let message = format!("vLLM {version} at {}", program.display());
         finding("vllm", Level::Pass, message, None)
     } else {
-        let message = format!("the version of {} could not be read", program.display());
-        let hint = "is it a script of another environment? `head -1` of it names its Python, and `python -m pip show vllm` \
-            there its version";
+        let message = format!("the version of {} cannot be read", program.display());
+        let hint = "perhaps it is a script of another environment: `head -1` shows its Python, and `python -m pip \
+            show vllm` there its version";
         finding("vllm", Level::Warn, message, Some(hint))
     };
     vec![vllm].into_iter().chain(python(environment)).collect()
 }
 
-fn python(environment: &Environment) -> Option<Finding> {
+fn python(environment: &PythonEnvironment) -> Option<Finding> {
     let version = environment.python_version.as_ref()?;
     let torch = environment.packages.get("torch").map(|torch| {
         let cuda = environment.cuda.as_ref().map(|cuda| format!(" for CUDA {cuda}"));
-        // A version like `2.13.0+cu130` says it already.
+        // A version such as `2.13.0+cu130` has it already.
         let cuda = cuda.filter(|_| !torch.contains('+')).unwrap_or_default();
         format!(", torch {torch}{cuda}")
     });
@@ -109,26 +109,27 @@ fn python(environment: &Environment) -> Option<Finding> {
     Some(finding("python", Level::Pass, message, None))
 }
 
-/// Whether a package is there. Where no package's metadata could be read, nothing can be said about one.
+/// Whether a package is installed. If no package's metadata could be read, there is no finding.
 fn package(name: &'static str, version: Option<&Version>, others_are_known: bool, install: &str) -> Finding {
     match version {
         Some(version) => finding(name, Level::Pass, format!("{name} {version}"), None),
         None if others_are_known => {
-            let message = format!("{name} is not installed beside vLLM");
+            let message = format!("{name} is not installed in vLLM's environment");
             finding(name, Level::Fail, message, Some(install))
         }
         None => {
-            let message = format!("whether {name} is installed could not be read");
+            let message = format!("cannot check whether {name} is installed");
             finding(name, Level::Warn, message, None)
         }
     }
 }
 
-/// Whether the cache servers' program is there.
-fn cache_program(plan: &Plan, environment: &Environment, is_known: bool) -> Option<Finding> {
+/// Whether the program of the cache servers is installed.
+fn cache_program(plan: &Plan, environment: &PythonEnvironment, is_known: bool) -> Option<Finding> {
     let is_needed = matches!(plan.connector, Connector::LmCacheMp(_)) && is_known;
     (is_needed && !environment.has_lmcache_program).then(|| {
-        let message = "the program `lmcache` is not beside `vllm`, and every engine needs a cache server".to_owned();
+        let message =
+            "the program `lmcache` is not in the folder of `vllm`, but every engine needs a cache server".to_owned();
         finding("lmcache_program", Level::Fail, message, Some(INSTALL_LMCACHE))
     })
 }

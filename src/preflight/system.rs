@@ -1,21 +1,22 @@
-//! Limits, shared memory, ports, the bus and the clock, against what the plan's engines need.
+//! Checks limits, shared memory, ports, PCIe and the clock against the needs of the plan.
 
 use super::model::gibibytes;
 use super::{Finding, Level, finding};
 use crate::machine::{Limit, Listener, Machine, System};
 use crate::plan::Plan;
 
-/// What vLLM raises its soft limit to, and warns below (`utils/system_utils.py`, `set_ulimit`, of vLLM 0.32).
+/// vLLM raises its soft limit to this value, and warns if it is lower (`utils/system_utils.py`, `set_ulimit`, of vLLM
+/// 0.32).
 const OPEN_FILES: u64 = 65_535;
 
-/// Below this a proxy and its engines run out of descriptors at once.
+/// With fewer, a proxy and its engines run out of descriptors at once.
 const FEW_OPEN_FILES: u64 = 4096;
 
-/// Shared memory for one rank of a tensor-parallel group: NCCL's buffers and vLLM's own ring. 64 MB, a container's default,
-/// is too little for two (llm-d issue 352).
+/// Shared memory per tensor-parallel rank: NCCL's buffers and vLLM's own ring. 64 MB, the default of a container, is too
+/// little for two ranks (llm-d issue 352).
 const SHARED_BYTES_PER_RANK: u64 = 256 << 20;
 
-/// This code was written after that time: no clock is right that shows an earlier one. 2026-01-01.
+/// This code is newer than that, so a clock with an earlier time is wrong. 2026-01-01, in seconds since 1970.
 const WRITTEN: i64 = 1_767_225_600;
 
 pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
@@ -43,7 +44,7 @@ pub(super) fn of_simulated(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     findings
 }
 
-/// Limits that even simulated engines feel.
+/// Limits that also affect simulated engines.
 pub(super) fn limits(machine: &Machine) -> Vec<Finding> {
     file_size(machine.system.file_size).into_iter().collect()
 }
@@ -67,7 +68,7 @@ fn shown(limit: u64) -> String {
     }
 }
 
-/// xpyd and vLLM raise the soft limit themselves; the hard one is the administrator's.
+/// xpyd and vLLM raise the soft limit themselves. Only an administrator can raise the hard limit.
 fn open_files(limit: Limit) -> Finding {
     let numbers = format!(
         "{} open files per process, at most {}",
@@ -79,18 +80,18 @@ fn open_files(limit: Limit) -> Finding {
     match limit.hard {
         ..FEW_OPEN_FILES => finding("nofile", Level::Fail, numbers, Some(hint)),
         FEW_OPEN_FILES..OPEN_FILES => {
-            let message = format!("{numbers}: vLLM wants {OPEN_FILES}, and many requests at once may fail");
+            let message = format!("{numbers}: vLLM needs {OPEN_FILES}, and many requests at once can fail");
             finding("nofile", Level::Warn, message, Some(hint))
         }
         OPEN_FILES.. => pass("nofile", numbers),
     }
 }
 
-/// A limit of files' sizes holds for logs, for a model that is fetched, and for what engines compile and cache.
+/// The limit on file sizes applies to logs, a downloaded model, and compile caches of engines.
 fn file_size(limit: Limit) -> Option<Finding> {
     (limit.soft != u64::MAX).then(|| {
         let message = format!(
-            "a file may have {} at most: logs are cut into smaller files, and larger writes of engines fail",
+            "a file can have at most {}: logs are split into smaller files, and larger writes of engines fail",
             size(limit.soft)
         );
         let hint = "`ulimit -f unlimited` before the start, or `LimitFSIZE=infinity` in a systemd unit";
@@ -98,7 +99,7 @@ fn file_size(limit: Limit) -> Option<Finding> {
     })
 }
 
-/// A size that may be far below a gibibyte.
+/// A size that can be far below 1 GiB.
 fn size(bytes: u64) -> String {
     if bytes < 1 << 30 {
         format!("{} KiB", bytes >> 10)
@@ -110,7 +111,7 @@ fn size(bytes: u64) -> String {
 fn shared_memory(system: &System, ranks: u64) -> Finding {
     let hint = "start the container with `--shm-size=16g` or `--ipc=host`; elsewhere, as root, `mount -o remount,size=50% /dev/shm`";
     let Some(space) = system.shared_memory else {
-        let message = "there is no /dev/shm, and engines share memory between their processes there".to_owned();
+        let message = "there is no /dev/shm, which engines need for shared memory".to_owned();
         return finding(
             "shm",
             Level::Fail,
@@ -126,13 +127,14 @@ fn shared_memory(system: &System, ranks: u64) -> Finding {
     let needed = ranks * SHARED_BYTES_PER_RANK;
     if space.total < needed {
         let message = format!(
-            "{numbers}, and {ranks} ranks of tensor parallelism want about {}",
+            "{numbers}, but {ranks} tensor-parallel ranks need about {}",
             gibibytes(needed)
         );
         return finding("shm", Level::Fail, message, Some(hint));
     }
     if space.free < needed.max(SHARED_BYTES_PER_RANK) {
-        let hint = "`ls -l /dev/shm` shows what fills it; `xpyd doctor --fix` removes what dead engines have left";
+        let hint = "`ls -l /dev/shm` shows what fills it; `xpyd doctor --fix` removes the files of engines that \
+            have ended";
         return finding("shm", Level::Warn, numbers, Some(hint));
     }
     pass("shm", numbers)
@@ -155,18 +157,19 @@ fn ports(plan: &Plan, listeners: &[Listener]) -> Finding {
         return pass("ports", format!("all {} are free", wanted.len()));
     }
     let noun = if taken.len() == 1 { "port is" } else { "ports are" };
-    let message = format!("{} {noun} taken: {}", taken.len(), taken.join(", "));
-    let hint = "`xpyd status` shows your runs; end the process, or move this fleet to other ports with another `port_offset`, for example `--set port_offset=1000`";
+    let message = format!("{} {noun} in use: {}", taken.len(), taken.join(", "));
+    let hint =
+        "`xpyd ps` shows your runs; stop the process, or move all ports of this fleet with `--set port_offset=100`";
     finding("ports", Level::Fail, message, Some(hint))
 }
 
-/// Only RDMA locks much memory; on one machine, UCX needs none of it.
+/// Only RDMA locks much memory. On one machine, UCX does not need it.
 fn locked_memory(plan: &Plan, system: &System) -> Finding {
     let limit = system.locked_memory.soft;
     let words = if limit == u64::MAX {
-        "no limit of locked memory".to_owned()
+        "no limit on locked memory".to_owned()
     } else {
-        format!("{} of memory may be locked", gibibytes(limit))
+        format!("{} of memory can be locked", gibibytes(limit))
     };
     let over_rdma = plan.engines.iter().any(|engine| {
         let transports = engine.env.get("UCX_TLS").map_or("all", String::as_str);
@@ -175,30 +178,29 @@ fn locked_memory(plan: &Plan, system: &System) -> Finding {
             .any(|name| ["all", "ib", "rc", "rc_v", "rc_x", "ud", "dc"].contains(&name))
     });
     if system.has_rdma && over_rdma && limit != u64::MAX {
-        let message = format!("{words}, and UCX may use this machine's RDMA devices, which want it all");
-        let hint = "`ulimit -l unlimited`, `LimitMEMLOCK=infinity`, or `--ulimit memlock=-1` for a container; or leave RDMA alone, \
-            with `UCX_TLS` in `vllm.env`";
+        let message = format!("{words}, but UCX can use this machine's RDMA devices, which need more");
+        let hint = "`ulimit -l unlimited`, `LimitMEMLOCK=infinity`, or `--ulimit memlock=-1` for a container; or \
+            turn RDMA off, with `UCX_TLS` in `vllm.env`";
         return finding("memlock", Level::Warn, message, Some(hint));
     }
     pass("memlock", format!("{words}; only RDMA needs more"))
 }
 
-/// Direct copies between GPUs stop or crawl where bridges send them through the root (vLLM issue 8058).
+/// Direct copies between GPUs stop or are slow if bridges redirect them through the root (vLLM issue 8058).
 fn pcie(system: &System) -> Option<Finding> {
     let bridges = system.pcie.redirecting_bridges?;
     if bridges == 0 || !system.pcie.has_iommu {
-        return Some(pass("acs", "no bridge redirects what goes from GPU to GPU".to_owned()));
+        return Some(pass("acs", "no bridge redirects traffic between GPUs".to_owned()));
     }
-    let message =
-        format!("{bridges} PCIe bridges redirect what goes from GPU to GPU (ACS), and direct copies may hang");
-    let hint = "where GPUs have no NVLink: `iommu=pt` on the kernel's command line and ACS off in the firmware; or \
+    let message = format!("{bridges} PCIe bridges redirect traffic between GPUs (ACS), so direct copies can hang");
+    let hint = "if the GPUs have no NVLink: `iommu=pt` on the kernel's command line and ACS off in the firmware; or \
         `--set vllm.env.NCCL_P2P_DISABLE=1` with `--disable-custom-all-reduce` in `vllm.args`";
     Some(finding("acs", Level::Warn, message, Some(hint)))
 }
 
 fn year(system: &System) -> Finding {
     if system.unix_seconds < WRITTEN {
-        let message = "this machine's clock shows a time before 2026: no certificate will seem valid".to_owned();
+        let message = "this machine's clock shows a time before 2026: certificates will look invalid".to_owned();
         return finding("time", Level::Warn, message, Some("`timedatectl set-ntp true`"));
     }
     pass("time", "the clock is plausible".to_owned())

@@ -1,10 +1,10 @@
-//! Tests of the preflight: each problem gives its finding, and a good machine gives none.
+//! Tests of the preflight: each problem has its finding, and a good machine has none.
 
 use std::path::Path;
 
 use super::*;
-use crate::machine::huggingface::{Answer, Answered, CacheState, Hub, Identity};
-use crate::machine::{Engine, Gpus, Limit, Listener, Pcie, Space, System, Token, TokenSource};
+use crate::machine::huggingface::{CacheState, Hub, HubReport, Identity, RepositoryAccess};
+use crate::machine::{FilesystemSpace, Gpus, Installation, Limit, Listener, Pcie, System, Token, TokenSource};
 use crate::profile::{self, Override};
 
 fn findings(profile: &str, machine: &Machine) -> Vec<Finding> {
@@ -56,7 +56,7 @@ fn too_few_gpus_name_the_missing_ones() {
         .expect("a failure");
     assert_eq!(
         gpu.message,
-        "the plan needs 4 GPUs, and xpyd may use 3 here (none with index 3)"
+        "the plan needs 4 GPUs, but xpyd can use 3 here (none with index 3)"
     );
 }
 
@@ -79,30 +79,30 @@ fn no_driver_points_to_the_simulated_engine() {
 #[test]
 fn a_missing_program_or_package_fails() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
-    if let Engine::Found { nixl, .. } = &mut machine.engine {
+    if let Installation::Found { nixl, .. } = &mut machine.engine {
         *nixl = None;
     }
     assert_eq!(failed("2p2d", &machine), ["nixl"]);
-    machine.engine = Engine::Missing("vllm".to_owned());
+    machine.engine = Installation::Missing("vllm".to_owned());
     assert_eq!(failed("2p2d", &machine), ["vllm"]);
 }
 
 #[test]
-fn cache_servers_want_both_packages_and_memory_for_all_of_them() {
+fn cache_servers_need_packages_and_memory() {
     let mut machine = Machine::fixture(4, "0.32.0", Some("0.5.6"));
     machine.available_memory_bytes = 4 * (8 << 30);
     assert!(failed("2p2d-lmcache-mp", &machine).is_empty());
     machine.available_memory_bytes -= 1;
     assert_eq!(failed("2p2d-lmcache-mp", &machine), ["cache_memory"]);
-    if let Engine::Found { nixl, lmcache, .. } = &mut machine.engine {
+    if let Installation::Found { nixl, lmcache, .. } = &mut machine.engine {
         (*nixl, *lmcache) = (None, None);
     }
     assert_eq!(failed("2p2d-lmcache-mp", &machine), ["nixl", "lmcache", "cache_memory"]);
 }
 
-fn hub(machine: &mut Machine, model: Answer) {
+fn hub(machine: &mut Machine, model: RepositoryAccess) {
     machine.hugging_face.model.state = CacheState::Absent;
-    machine.hugging_face.hub = Hub::Answered(Answered {
+    machine.hugging_face.hub = Hub::Answered(HubReport {
         identity: Some(Identity::User("ada".to_owned())),
         model: Some(model),
         clock_ahead_seconds: Some(0),
@@ -115,37 +115,42 @@ fn of<'findings>(findings: &'findings [Finding], check: &str) -> &'findings Find
 }
 
 #[test]
-fn each_answer_of_the_hub_has_its_finding_with_what_to_do() {
+fn each_hub_answer_has_a_finding() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     for (answer, check, level, hint) in [
         (
-            Answer::Gated { with_token: true },
+            RepositoryAccess::Gated { with_token: true },
             "hf_access",
             Level::Fail,
             "accept it at https://huggingface.co/meta-llama/",
         ),
         (
-            Answer::Gated { with_token: false },
+            RepositoryAccess::Gated { with_token: false },
             "hf_access",
             Level::Fail,
             "accept the licence",
         ),
-        (Answer::BadToken, "hf_access", Level::Fail, "settings/tokens"),
+        (RepositoryAccess::BadToken, "hf_access", Level::Fail, "settings/tokens"),
         (
-            Answer::NotFound { with_token: true },
+            RepositoryAccess::NotFound { with_token: true },
             "hf_access",
             Level::Fail,
             "check the name",
         ),
-        (Answer::NoRevision, "hf_access", Level::Fail, "--revision"),
-        (Answer::RateLimited, "hf_access", Level::Warn, "wait"),
+        (RepositoryAccess::NoRevision, "hf_access", Level::Fail, "--revision"),
+        (RepositoryAccess::RateLimited, "hf_access", Level::Warn, "wait"),
         (
-            Answer::Failed("status 503".to_owned()),
+            RepositoryAccess::Failed("status 503".to_owned()),
             "hf_access",
             Level::Warn,
             "status.huggingface.co",
         ),
-        (Answer::Open { bytes: Some(1 << 50) }, "disk", Level::Fail, "HF_HOME"),
+        (
+            RepositoryAccess::Open { bytes: Some(1 << 50) },
+            "disk",
+            Level::Fail,
+            "HF_HOME",
+        ),
     ] {
         hub(&mut machine, answer.clone());
         let findings = findings("2p2d", &machine);
@@ -156,18 +161,18 @@ fn each_answer_of_the_hub_has_its_finding_with_what_to_do() {
             "{answer:?}: {found:?}"
         );
     }
-    hub(&mut machine, Answer::Open { bytes: Some(16 << 30) });
+    hub(&mut machine, RepositoryAccess::Open { bytes: Some(16 << 30) });
     let access = findings("2p2d", &machine);
     assert_eq!(
         of(&access, "hf_access").message,
-        "`meta-llama/Llama-3.1-8B-Instruct` is not cached; xpyd fetches it before the start (16.0 GiB)"
+        "`meta-llama/Llama-3.1-8B-Instruct` is not cached; xpyd downloads it before the start (16.0 GiB)"
     );
 }
 
 #[test]
-fn a_typo_names_what_is_cached() {
+fn a_typo_suggests_a_cached_model() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
-    hub(&mut machine, Answer::NotFound { with_token: false });
+    hub(&mut machine, RepositoryAccess::NotFound { with_token: false });
     machine.hugging_face.similar = vec!["org/model".to_owned()];
     let findings = findings("2p2d", &machine);
     let hint = of(&findings, "hf_access").hint.clone();
@@ -178,7 +183,7 @@ fn a_typo_names_what_is_cached() {
 }
 
 #[test]
-fn without_the_hub_a_gated_model_needs_a_well_formed_token_unless_it_is_cached() {
+fn offline_gated_models_need_a_token() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     machine.hugging_face.token = None;
     assert!(failed("2p2d", &machine).is_empty(), "cached");
@@ -196,7 +201,7 @@ fn without_the_hub_a_gated_model_needs_a_well_formed_token_unless_it_is_cached()
 }
 
 #[test]
-fn what_is_missing_of_a_model_is_named_and_offline_it_fails() {
+fn missing_files_are_named() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     machine.hugging_face.model.state = CacheState::Partial {
         missing: (1..=5).map(|number| format!("model-{number}.safetensors")).collect(),
@@ -215,7 +220,7 @@ fn what_is_missing_of_a_model_is_named_and_offline_it_fails() {
 }
 
 #[test]
-fn limits_of_the_system_are_judged_by_what_the_plan_needs() {
+fn system_limits_depend_on_the_plan() {
     let level = |profile: &str, change: &dyn Fn(&mut System), check: &str| {
         let mut machine = Machine::fixture(8, "0.32.0", None);
         change(&mut machine.system);
@@ -227,7 +232,7 @@ fn limits_of_the_system_are_judged_by_what_the_plan_needs() {
     assert_eq!(level("2p2d", &files(8192), "nofile"), Level::Warn);
     assert_eq!(level("2p2d", &files(1024), "nofile"), Level::Fail);
     let small = |system: &mut System| {
-        system.shared_memory = Some(Space {
+        system.shared_memory = Some(FilesystemSpace {
             total: 64 << 20,
             free: 64 << 20,
         });
@@ -253,7 +258,7 @@ fn limits_of_the_system_are_judged_by_what_the_plan_needs() {
 }
 
 #[test]
-fn a_port_that_is_taken_names_its_holder() {
+fn a_port_in_use_names_its_process() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     machine.system.listeners = vec![Listener {
         port: 7101,
@@ -264,13 +269,13 @@ fn a_port_that_is_taken_names_its_holder() {
     assert_eq!(ports.level, Level::Fail);
     assert_eq!(
         ports.message,
-        "1 port is taken: 7101 (prefiller2 http) by process 4711 (nginx)"
+        "1 port is in use: 7101 (prefiller2 http) by process 4711 (nginx)"
     );
 }
 
 fn with_options(options: &[&str], connectors: &[&str]) -> Machine {
     let mut machine = Machine::fixture(4, "0.32.0", None);
-    if let Engine::Found { environment, .. } = &mut machine.engine {
+    if let Installation::Found { environment, .. } = &mut machine.engine {
         environment.options = options.iter().map(|&name| name.to_owned()).collect();
         environment.connectors = connectors.iter().map(|&name| name.to_owned()).collect();
     }
@@ -278,7 +283,7 @@ fn with_options(options: &[&str], connectors: &[&str]) -> Machine {
 }
 
 #[test]
-fn an_option_that_the_installed_vllm_lacks_fails_and_unreadable_sources_say_nothing() {
+fn unknown_options_fail() {
     let mut options = vec![
         "--max-model-len",
         "--port",
@@ -322,7 +327,7 @@ fn findings_with(set: &[&str]) -> Vec<Finding> {
 }
 
 #[test]
-fn roles_must_agree_on_what_a_hand_off_compares() {
+fn roles_must_share_transfer_options() {
     let found = findings_with(&[
         "prefill.args=[\"--dtype\", \"float16\"]",
         "decode.args=[\"--dtype=bfloat16\"]",
@@ -348,16 +353,16 @@ fn roles_must_agree_on_what_a_hand_off_compares() {
 }
 
 #[test]
-fn a_connector_that_was_forced_is_told_to_be_unsafe() {
+fn a_forced_connector_gets_a_warning() {
     let found = findings_with(&["connector=lmcache", "force_connector=true"]);
     assert_eq!(of(&found, "lmcache_layout").level, Level::Warn);
 }
 
 #[test]
-fn versions_of_two_packages_that_do_not_go_together_are_told() {
+fn incompatible_versions_are_reported() {
     let checks = |vllm: &str, nixl: &str, lmcache: Option<&str>, torch: &str, profile: &str| -> Vec<(&str, Level)> {
         let mut machine = Machine::fixture(4, vllm, lmcache);
-        if let Engine::Found {
+        if let Installation::Found {
             nixl: found,
             environment,
             ..
@@ -393,7 +398,7 @@ fn versions_of_two_packages_that_do_not_go_together_are_told() {
 }
 
 #[test]
-fn what_only_the_engine_can_judge_is_a_warning() {
+fn uncertain_models_are_warnings() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
     machine.hugging_face.model.state = CacheState::Elsewhere { what: "is a GGUF file" };
     let found = findings("2p2d-nixl", &machine);
@@ -402,7 +407,7 @@ fn what_only_the_engine_can_judge_is_a_warning() {
 }
 
 #[test]
-fn gpus_that_are_named_are_used_without_a_driver_that_tells_of_them() {
+fn named_gpus_work_without_nvml() {
     let mut machine = Machine::fixture(0, "0.32.0", None);
     machine.gpus = Gpus::Unavailable("no NVIDIA driver".to_owned());
     let level = |set: &[&str]| {
@@ -426,7 +431,7 @@ fn gpus_that_are_named_are_used_without_a_driver_that_tells_of_them() {
 }
 
 #[test]
-fn pipeline_stages_where_no_hand_off_goes_are_told() {
+fn unsupported_pipeline_stages_are_reported() {
     let stages = |set: &str| {
         let found = findings_with(&[set]);
         let ranks = found.iter().find(|finding| finding.check == "ranks");
@@ -441,9 +446,9 @@ fn pipeline_stages_where_no_hand_off_goes_are_told() {
 }
 
 #[test]
-fn nothing_fails_where_nothing_is_asked_for() {
+fn an_overview_never_fails() {
     let mut machine = Machine::fixture(0, "0.32.0", None);
-    machine.engine = Engine::Missing("vllm".to_owned());
+    machine.engine = Installation::Missing("vllm".to_owned());
     machine.gpus = Gpus::Unavailable("no NVIDIA driver".to_owned());
     machine.hugging_face.token = None;
     let findings = overview(&machine);
@@ -460,7 +465,7 @@ fn nothing_fails_where_nothing_is_asked_for() {
 }
 
 #[test]
-fn engines_on_the_cpu_want_memory_and_cores_but_no_gpu() {
+fn cpu_engines_need_memory_and_cores() {
     let mut machine = Machine::fixture(0, "0.32.0", None);
     machine.gpus = Gpus::NotAsked;
     let warned = |machine: &Machine| {
@@ -484,7 +489,7 @@ fn engines_on_the_cpu_want_memory_and_cores_but_no_gpu() {
 #[test]
 fn the_simulated_engine_needs_nothing() {
     let mut machine = Machine::fixture(0, "0.32.0", None);
-    machine.engine = Engine::Missing("vllm".to_owned());
+    machine.engine = Installation::Missing("vllm".to_owned());
     let sim = [Override::flag("--engine", "engine", "sim")];
     let profile = profile::load("2p2d", &sim).expect("a profile");
     let plan = crate::plan::build(&profile, &machine, Path::new("/run")).expect("a plan");

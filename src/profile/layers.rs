@@ -1,14 +1,16 @@
-//! The layers of a profile: shipped files, the user's file, overrides. Reads, checks and merges them.
+//! Reads, checks and merges the layers of a profile: shipped profiles, the user's file, overrides.
 
 use std::path::Path;
 
 use serde::Deserialize;
 use toml::{Table, Value};
 
-use super::file::{File, MissingKey};
-use super::{Profile, adopt, keys, ranges};
+use crate::connector::ConnectorKind;
 
-/// The shipped profiles, embedded: name and text.
+use super::file::{File, MissingKey};
+use super::{Profile, args_to_keys, ranges, suggestions};
+
+/// The shipped profiles with their texts.
 const SHIPPED: &[(&str, &str)] = &[
     ("1p1d", include_str!("../../profiles/1p1d.toml")),
     ("2p2d", include_str!("../../profiles/2p2d.toml")),
@@ -20,59 +22,59 @@ const SHIPPED: &[(&str, &str)] = &[
     ("cpu-1p1d", include_str!("../../profiles/cpu-1p1d.toml")),
 ];
 
-/// A profile may extend one that extends another, this deep.
+/// The longest chain of `extends`.
 const MAX_DEPTH: usize = 8;
 
-/// Why a profile cannot be used.
+/// A reason why a profile cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {
-    /// The name is no shipped profile and no file.
+    /// The name is neither a shipped profile nor a file.
     #[error("no profile `{name}`{}: it is neither a shipped profile nor a file", extended(from.as_ref()))]
     Unknown {
-        /// As the user wrote it.
+        /// The name as the user wrote it.
         name: String,
-        /// The profile that extends it.
+        /// The profile whose `extends` names it.
         from: Option<String>,
-        /// The shipped profile that it is most like.
+        /// The shipped profile with the most similar name.
         nearest: Option<String>,
     },
     /// The file cannot be read.
     #[error("cannot read a profile{}", extended(from.as_ref()))]
     Read {
-        /// The profile that extends it.
+        /// The profile whose `extends` names it.
         from: Option<String>,
-        /// Why.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// The text is no TOML, or no profile. The message shows line, column and the line itself.
+    /// The text is not TOML, or not a profile. The message shows line, column and the line itself.
     #[error("{origin}: {message}")]
     Invalid {
-        /// File, shipped profile or override.
+        /// The file, shipped profile or override.
         origin: String,
         /// The parser's message.
         message: String,
-        /// The known key that an unknown one is most like.
+        /// The known key that is most similar to the unknown one.
         nearest: Option<String>,
     },
-    /// `extends` goes round, or too deep.
-    #[error("`{0}` extends itself, or too many profiles")]
+    /// The chain of `extends` is a cycle, or too long.
+    #[error("`{0}` extends itself, or the chain of `extends` is too long")]
     TooDeep(String),
-    /// A required key is nowhere in the layers.
+    /// No layer has a required key.
     #[error("profile `{name}` has no `{key}`")]
     Missing {
-        /// The profile.
+        /// The name of the profile.
         name: String,
-        /// The key.
+        /// The missing key.
         key: &'static str,
     },
-    /// A value is out of its range.
+    /// A value is outside its range.
     #[error("profile `{name}`: `{key}` {problem}")]
     OutOfRange {
-        /// The profile.
+        /// The name of the profile.
         name: String,
-        /// The key.
+        /// The key with the value.
         key: String,
-        /// What is wrong with it.
+        /// What is wrong, as the rest of a sentence.
         problem: String,
     },
 }
@@ -82,7 +84,7 @@ fn extended(from: Option<&String>) -> String {
 }
 
 impl ProfileError {
-    /// What the user can do about it.
+    /// What the user can do about the error.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Invalid { origin, .. } if is_other_format(origin) => {
@@ -95,35 +97,39 @@ impl ProfileError {
                 nearest: Some(nearest), ..
             } => Some(format!("did you mean `{nearest}`?")),
             Self::Unknown { .. } => Some(
-                "`xpyd profiles list` shows the shipped ones, and `3p1d` is one of any numbers; the path of a file has a `/` or ends in \
-                 `.toml`"
+                "`xpyd profiles list` shows the shipped profiles; other numbers work as well, such as `3p1d`; the \
+                 path of a file has a `/` or ends in `.toml`"
                     .to_owned(),
             ),
             Self::Missing { key, .. } => Some(format!("add `{key} = …`, or start the file with `extends = \"2p2d\"`")),
-            Self::Invalid { message, .. } => keys::correction(message).map(str::to_owned),
-            Self::Read { .. } => Some("`xpyd profiles list` shows the shipped profiles; another one is the path of a file".to_owned()),
+            Self::Invalid { message, .. } => suggestions::form_hint(message).map(str::to_owned),
+            Self::Read { .. } => Some(
+                "`xpyd profiles list` shows the shipped profiles; check the path of a \
+                file"
+                    .to_owned(),
+            ),
             Self::TooDeep(_) => Some("`extends` names a shipped profile or another file, up to eight deep".to_owned()),
             Self::OutOfRange { .. } => None,
         }
     }
 }
 
-/// A layer on top of the profile: a key path with its value.
+/// A layer on top of the profile that sets one key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Override {
-    /// Where it came from, for errors: `--set decode.count=3`.
+    /// Its source, for errors: `--set decode.count=3`.
     origin: String,
     table: Table,
-    /// The same with a text in a number's or a switch's place, for keys that are text.
+    /// The same with a string instead of a number or boolean, for keys that hold strings.
     text: Option<Table>,
 }
 
 impl Override {
-    /// Parses `KEY.PATH=VALUE`. The value is TOML; what is no TOML is a string, so that `model=tiny` needs no quotes, and so is
-    /// `2024` where the key is text.
+    /// Parses `KEY.PATH=VALUE`. The value is TOML. A value that is not TOML is a string, so `model=tiny` needs no quotes;
+    /// so is `2024` if the key holds a string.
     ///
     /// # Errors
-    /// Without `=`, or with a key that is no dotted key.
+    /// Without `=`, or if the key is not a dotted key.
     pub fn parse(text: &str) -> Result<Self, ProfileError> {
         let origin = format!("`--set {text}`");
         let invalid = |message: &str| ProfileError::Invalid {
@@ -146,20 +152,20 @@ impl Override {
         Ok(Self { origin, table, text })
     }
 
-    /// What it says, checked by itself.
+    /// The override as a table, if the key accepts the value.
     fn checked(&self) -> Result<Table, ProfileError> {
         let check = |table: &Table| check(&self.origin, &Value::Table(table.clone()).to_string(), Some(table));
         let as_text = self.text.as_ref().map(|table| check(table).map(|()| table));
         match (as_text, check(&self.table)) {
             (Some(Ok(text)), _) => Ok(text.clone()),
             (_, Ok(())) => Ok(self.table.clone()),
-            // A text of the wrong form says which form is right.
+            // The error about the string is better: it says which form is right.
             (Some(Err(error)), Err(_)) if !error.to_string().contains("invalid type") => Err(error),
             (_, Err(error)) => Err(error),
         }
     }
 
-    /// A flag's value for one key.
+    /// An override that sets one key from a flag.
     pub fn flag(flag: &str, key: &str, value: impl Into<Value>) -> Self {
         let (mut outer, last) = match key.rsplit_once('.') {
             Some((outer, last)) => (Some(outer), last),
@@ -181,28 +187,28 @@ impl Override {
     }
 }
 
-/// Names and texts of the shipped profiles.
+/// The names and texts of the shipped profiles.
 pub fn shipped() -> impl Iterator<Item = (&'static str, &'static str)> {
     SHIPPED.iter().copied()
 }
 
-/// Names of the shipped profiles.
+/// The names of the shipped profiles.
 pub fn shipped_names() -> impl Iterator<Item = &'static str> {
     SHIPPED.iter().map(|(name, _)| *name)
 }
 
-/// Loads a profile by name or path, with everything it extends, and puts `overrides` on top.
+/// Loads a profile by name or path with everything it extends, and applies `overrides`.
 ///
 /// # Errors
-/// When a layer cannot be read or is wrong, or the whole lacks a required key.
+/// When a layer cannot be read or is invalid, or a required key is missing.
 pub fn load(name: &str, overrides: &[Override]) -> Result<Profile, ProfileError> {
     load_with(name, overrides, &[])
 }
 
-/// [`load`], with more arguments for all engines.
+/// [`load`] with more arguments for all engines.
 ///
 /// # Errors
-/// The same.
+/// Those of [`load`].
 pub fn load_with(name: &str, overrides: &[Override], args: &[String]) -> Result<Profile, ProfileError> {
     let merged = resolved(name, overrides, args)?;
     let file = File::deserialize(merged).map_err(|error| invalid(name, &error))?;
@@ -214,30 +220,30 @@ pub fn load_with(name: &str, overrides: &[Override], args: &[String]) -> Result<
     Ok(profile)
 }
 
-/// All layers as one: what a profile says, without the defaults of what it leaves out.
+/// All layers merged into one table, without default values.
 ///
 /// # Errors
-/// When a layer cannot be read or is wrong.
+/// When a layer cannot be read or is invalid.
 pub fn resolved(name: &str, overrides: &[Override], args: &[String]) -> Result<Table, ProfileError> {
     let mut merged = load_layers(name, None, 0)?;
     for layer in overrides {
         merge(&mut merged, layer.checked()?);
     }
     merged.remove("extends");
-    adopt::adopt(&mut merged, args);
+    args_to_keys::apply(&mut merged, args);
     Ok(merged)
 }
 
-/// The text of a profile, as it was written.
+/// The text of a profile as it was written.
 ///
 /// # Errors
-/// When it is not there.
+/// When the profile does not exist.
 pub fn text(name: &str) -> Result<String, ProfileError> {
     read(name, None).map(|(_, text, _)| text)
 }
 
-/// The profile of so many engines as a name says it: `3p1d`, and what may follow: `-tp2`, `-nixl`, `-lmcache`, `-lmcache-mp`.
-fn of_any_size(name: &str) -> Option<String> {
+/// The text of a profile that its name describes: `3p1d`, optionally with `-tp2`, `-nixl`, `-lmcache` or `-lmcache-mp`.
+fn generated_profile(name: &str) -> Option<String> {
     let (size, more) = name
         .split_once('-')
         .map_or((name, None), |(size, more)| (size, Some(more)));
@@ -260,8 +266,7 @@ fn of_any_size(name: &str) -> Option<String> {
     }
     match more {
         None => {}
-        Some(connector @ ("nixl" | "lmcache" | "lmcache-mp")) => lines.push(format!("connector = \"{connector}\"")),
-        Some(_) => return None,
+        Some(name) => lines.push(format!("connector = \"{}\"", ConnectorKind::named(name)?.name())),
     }
     Some(lines.join("\n"))
 }
@@ -269,13 +274,13 @@ fn of_any_size(name: &str) -> Option<String> {
 /// `2p1d-tp2`, for a name that means it: `2P1D-TP2`, `1d2p-tp2`.
 fn as_size(name: &str) -> Option<String> {
     let name = name.to_lowercase();
-    if of_any_size(&name).is_some() {
+    if generated_profile(&name).is_some() {
         return Some(name);
     }
     let (size, more) = name.split_at(name.find('-').unwrap_or(name.len()));
     let (decode, prefill) = size.strip_suffix('p')?.split_once('d')?;
     let swapped = format!("{prefill}p{decode}d{more}");
-    of_any_size(&swapped).map(|_| swapped)
+    generated_profile(&swapped).map(|_| swapped)
 }
 
 /// Whether a profile's origin is a file of another format.
@@ -300,21 +305,21 @@ fn load_layers(name: &str, from: Option<&Path>, depth: usize) -> Result<Table, P
     Ok(merged)
 }
 
-/// Finds a profile: a shipped name, one of any numbers, or a file, relative to the one that extends it. Returns its origin and
-/// path too.
+/// Finds a profile: a shipped name, a generated one, or a file relative to the profile that extends it. Returns origin,
+/// text and path.
 fn read(name: &str, from: Option<&Path>) -> Result<(String, String, Option<std::path::PathBuf>), ProfileError> {
     if let Some((_, text)) = SHIPPED.iter().find(|(shipped, _)| *shipped == name) {
         return Ok((format!("shipped profile `{name}`"), (*text).to_owned(), None));
     }
     let folder = from.and_then(Path::parent);
     let path = folder.map_or_else(|| Path::new(name).to_owned(), |folder| folder.join(name));
-    if let Some(text) = of_any_size(name).filter(|_| !path.is_file()) {
+    if let Some(text) = generated_profile(name).filter(|_| !path.is_file()) {
         return Ok((format!("profile `{name}`"), text, None));
     }
     let extended_by = || from.map(|from| format!("`{}`", from.display()));
     let looks_like_path = name.contains('/') || path.extension().is_some_and(|extension| extension == "toml");
     if !path.is_file() && !looks_like_path {
-        let nearest = as_size(name).or_else(|| keys::nearest(name, shipped_names()));
+        let nearest = as_size(name).or_else(|| suggestions::nearest(name, shipped_names()));
         return Err(ProfileError::Unknown {
             name: name.to_owned(),
             from: extended_by(),
@@ -328,8 +333,8 @@ fn read(name: &str, from: Option<&Path>) -> Result<(String, String, Option<std::
     Ok((path.display().to_string(), text, Some(path)))
 }
 
-/// Deserializes one layer by itself, so that the error shows the place where the user wrote the mistake. A layer that is
-/// no text of the user's (an override) is shown by its origin alone.
+/// Deserializes one layer alone, so that an error shows the line that the user wrote. An override has no line: its error
+/// only names the origin.
 fn check(origin: &str, text: &str, table: Option<&Table>) -> Result<(), ProfileError> {
     let checked = match table {
         Some(table) => File::deserialize(table.clone()),
@@ -339,8 +344,8 @@ fn check(origin: &str, text: &str, table: Option<&Table>) -> Result<(), ProfileE
         None => invalid(origin, &error),
         Some(_) => ProfileError::Invalid {
             origin: origin.to_owned(),
-            message: keys::in_words(error.message()),
-            nearest: keys::nearest_key(error.message()),
+            message: suggestions::readable(error.message()),
+            nearest: suggestions::nearest_key(error.message()),
         },
     })
 }
@@ -348,12 +353,12 @@ fn check(origin: &str, text: &str, table: Option<&Table>) -> Result<(), ProfileE
 fn invalid(origin: &str, error: &toml::de::Error) -> ProfileError {
     ProfileError::Invalid {
         origin: origin.to_owned(),
-        message: keys::in_words(error.to_string().trim_end()),
-        nearest: keys::nearest_key(error.message()),
+        message: suggestions::readable(error.to_string().trim_end()),
+        nearest: suggestions::nearest_key(error.message()),
     }
 }
 
-/// Puts `top` over `base`: tables are merged key by key, everything else is replaced.
+/// Merges `top` into `base`: tables key by key, all other values are replaced.
 fn merge(base: &mut Table, top: Table) {
     for (key, value) in top {
         match (base.get_mut(&key), value) {

@@ -1,12 +1,12 @@
-//! What the values of a profile may be. PURE.
+//! The ranges of a profile's values. PURE.
 
 use super::{Profile, ProfileError};
 use crate::fleet::MAX_ENGINES_PER_ROLE;
 
-/// More threads than any machine has cores for the proxy.
+/// More threads than the proxy can use on any machine.
 const MOST_THREADS: usize = 1024;
 
-/// Checks what no type can.
+/// Checks the values that their types cannot check.
 pub(super) fn check(profile: &Profile) -> Result<(), ProfileError> {
     let fail = |key: String, problem: &str| {
         Err(ProfileError::OutOfRange {
@@ -45,16 +45,16 @@ pub(super) fn check(profile: &Profile) -> Result<(), ProfileError> {
     if let Some(key) = zero(profile) {
         return fail(key.to_owned(), "must be more than 0");
     }
-    let threads = profile.proxy.service.clients.threads;
+    let threads = profile.proxy.clients.threads;
     if threads.is_some_and(|threads| threads > MOST_THREADS) {
-        let problem = format!("must be {MOST_THREADS} at most");
+        let problem = format!("must be at most {MOST_THREADS}");
         return fail("proxy.clients.threads".to_owned(), &problem);
     }
     let shortest = profile.deadlines.kv_lease();
     if profile.nixl.lease.is_some_and(|lease| lease < shortest) {
         let problem = format!(
-            "must be at least {} with these deadlines, or a request may read KV that is no longer its own; leave it out, \
-             or shorten `deadlines.prefill`, `deadlines.decode_idle` or `deadlines.stall`",
+            "must be at least {} with these deadlines, or a request can read KV of another request; remove it, or \
+             shorten `deadlines.prefill`, `deadlines.decode_idle` or `deadlines.stall`",
             humantime::format_duration(shortest)
         );
         return fail("nixl.lease".to_owned(), &problem);
@@ -62,9 +62,9 @@ pub(super) fn check(profile: &Profile) -> Result<(), ProfileError> {
     Ok(())
 }
 
-/// The first length of time or number that is 0 where nothing can work with that.
+/// The first duration or number that is 0 but must not be.
 fn zero(profile: &Profile) -> Option<&'static str> {
-    let (deadlines, clients) = (&profile.deadlines, &profile.proxy.service.clients);
+    let (deadlines, clients) = (&profile.deadlines, &profile.proxy.clients);
     let spans = [
         ("deadlines.ready", deadlines.ready),
         ("deadlines.start_stall", deadlines.start_stall),
@@ -75,7 +75,7 @@ fn zero(profile: &Profile) -> Option<&'static str> {
         ("proxy.clients.head_deadline", clients.head_deadline),
     ];
     let counts = [
-        ("proxy.max_body", profile.proxy.max_body_bytes),
+        ("proxy.max_body", profile.proxy.max_body),
         ("proxy.clients.max_connections", clients.max_connections),
         ("proxy.clients.threads", clients.threads.unwrap_or(1)),
         ("proxy.clients.max_per_address", clients.max_per_address.unwrap_or(1)),
@@ -85,7 +85,7 @@ fn zero(profile: &Profile) -> Option<&'static str> {
     spans.chain(counts).next()
 }
 
-/// A port that xpyd counts from, and that is 0. The proxy's may be: the kernel then chooses one.
+/// A port that is 0 but is the first of a range. The proxy's port can be 0: the kernel then chooses one.
 fn unusable_port(profile: &Profile) -> Option<(String, &'static str)> {
     let ports = [
         ("prefill.port", profile.prefill.port),
@@ -102,14 +102,14 @@ fn unusable_port(profile: &Profile) -> Option<(String, &'static str)> {
     found.map(|(key, _)| {
         (
             key.to_owned(),
-            "must not be 0: others have to know it before it is opened",
+            "must not be 0: other processes must know the port before it is opened",
         )
     })
 }
 
-/// Text that no process can be started with.
+/// A string that cannot be passed to a process.
 fn unusable_text(profile: &Profile) -> Option<(String, &'static str)> {
-    const NUL: &str = "holds a NUL character, which no process can be given";
+    const NUL: &str = "contains a NUL character, which cannot be passed to a process";
     let tables = [
         ("vllm", &profile.vllm.args, &profile.vllm.env),
         ("prefill", &profile.prefill.args, &profile.prefill.env),
@@ -122,7 +122,7 @@ fn unusable_text(profile: &Profile) -> Option<(String, &'static str)> {
         for (name, value) in env {
             let key = || format!("{table}.env.{}", name.escape_debug());
             if name.is_empty() || name.contains('=') {
-                return Some((key(), "is no name of a variable: it is empty or has a `=`"));
+                return Some((key(), "is not a variable name: it is empty or contains `=`"));
             }
             if name.contains('\0') || value.contains('\0') {
                 return Some((key(), NUL));

@@ -13,7 +13,6 @@ use tokio_util::task::TaskTracker;
 
 use super::body::read::BodyReader;
 use super::error::ProxyError;
-use super::request::attempt::Deadlines;
 use super::schedule::pairs::Pairs;
 use super::schedule::selection::Scheduler;
 use super::server::engine_status::Version;
@@ -24,6 +23,7 @@ use super::telemetry::metrics::Metrics;
 use super::transfer::notify::Notifications;
 use super::upstream::{SharedAnswer, Upstream};
 use crate::fleet::{EngineId, EngineView, FleetView, Role};
+use crate::proxy_config::RequestDeadlines;
 
 /// A proxy. Clones are the same proxy.
 #[derive(Debug, Clone)]
@@ -71,13 +71,15 @@ impl Proxy {
         view: watch::Receiver<Arc<FleetView>>,
         notifications: Option<Notifications>,
     ) -> Self {
-        let admission = Arc::new(Semaphore::new(settings.max_in_flight.min(Semaphore::MAX_PERMITS)));
+        let admission = Arc::new(Semaphore::new(
+            settings.config.max_in_flight.min(Semaphore::MAX_PERMITS),
+        ));
         let metrics = Metrics::new(&settings);
-        let bodies = BodyReader::new(settings.max_body_bytes, settings.service.admission.body_bytes);
+        let bodies = BodyReader::new(settings.config.max_body, settings.config.admission.body_bytes);
         Self(Arc::new(Shared {
             upstream: Upstream::new(metrics.overload.clone()),
             bodies: Arc::new(bodies),
-            scheduler: Scheduler::new(&settings.service.admission),
+            scheduler: Scheduler::new(&settings.config.admission),
             metrics,
             pairs: Mutex::default(),
             suspects: watch::Sender::default(),
@@ -106,9 +108,9 @@ impl Proxy {
     pub async fn serve(self, listener: tokio::net::TcpListener, stop: CancellationToken) -> std::io::Result<()> {
         let router = handlers::router(Arc::clone(&self.0));
         let limits = Limits {
-            clients: self.0.settings.service.clients.clone(),
+            clients: self.0.settings.config.clients.clone(),
             tls: self.0.settings.parts.tls.clone(),
-            stall: self.0.settings.decode_idle_deadline,
+            stall: self.0.settings.deadlines.decode_idle,
             upstream: self.0.upstream.clone(),
             overload: self.0.metrics.overload.clone(),
         };
@@ -128,7 +130,7 @@ impl Proxy {
 
     /// How long a request can wait in the queue until it is answered 503.
     pub fn queue_deadline(&self) -> Duration {
-        self.0.settings.service.admission.queue_deadline
+        self.0.settings.config.admission.queue_deadline
     }
 
     /// Requests in the proxy now, including clean-ups of hand-offs.
@@ -152,16 +154,12 @@ impl Shared {
         Arc::clone(&self.admission)
             .try_acquire_owned()
             .map_err(|_| ProxyError::Busy {
-                limit: self.settings.max_in_flight,
+                limit: self.settings.config.max_in_flight,
             })
     }
 
-    pub(crate) fn deadlines(&self) -> Deadlines {
-        Deadlines {
-            prefill: self.settings.prefill_deadline,
-            handoff: self.settings.handoff_deadline,
-            decode: self.settings.decode_idle_deadline,
-        }
+    pub(crate) fn deadlines(&self) -> RequestDeadlines {
+        self.settings.deadlines
     }
 
     /// Records whether a client's hand-off between these engines was good or bad.
@@ -189,7 +187,7 @@ impl Shared {
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        let limit = self.settings.max_in_flight.min(Semaphore::MAX_PERMITS);
+        let limit = self.settings.config.max_in_flight.min(Semaphore::MAX_PERMITS);
         limit.saturating_sub(self.admission.available_permits())
     }
 

@@ -33,7 +33,7 @@ class Proxy:
         command = [xpyd, "proxy", "--connector", "lmcache", "--port", str(self.http), "--proxy-port", str(self.port)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         for line in self.process.stderr:
-            if "taking notifications" in line:
+            if "receiving notifications" in line:
                 break
 
     def count(self, name):

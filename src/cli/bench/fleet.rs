@@ -12,7 +12,8 @@ use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
 use super::{Arguments, Target};
-use crate::cli::{detach, down, request};
+use crate::cli::fleet_arguments::FleetArguments;
+use crate::cli::{detach, down};
 use crate::control::rundir;
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
@@ -93,7 +94,7 @@ fn up_arguments(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<
     let fleet = &arguments.fleet;
     let mut settings = fleet.set.clone();
     settings.extend(fleet.preset.as_ref().map(|preset| format!("sim.preset={preset}")));
-    let mut wanted = request::FleetArguments::of_profile(profile);
+    let mut wanted = FleetArguments::of_profile(profile);
     wanted.set.clone_from(&settings);
     wanted.engine = fleet.engine;
     wanted.connector = fleet.connector;
@@ -126,11 +127,11 @@ fn up_arguments(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<
     for setting in settings {
         words.extend(["--set".to_owned(), setting]);
     }
-    if let Some(engine) = fleet.engine.and_then(request::value_name) {
-        words.extend(["--engine".to_owned(), engine]);
+    if let Some(engine) = fleet.engine {
+        words.extend(["--engine", engine.name()].map(str::to_owned));
     }
-    if let Some(connector) = fleet.connector.and_then(request::value_name) {
-        words.extend(["--connector".to_owned(), connector]);
+    if let Some(connector) = fleet.connector {
+        words.extend(["--connector", connector.name()].map(str::to_owned));
     }
     if let Some(model) = &arguments.target.model {
         words.extend(["--model".to_owned(), model.clone()]);

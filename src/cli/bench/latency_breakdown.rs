@@ -31,7 +31,7 @@ impl Gpus {
     /// Follows the progress of the run.
     pub(super) fn follow(&self, progress: &Progress) {
         if progress.phase == RunPhase::Measuring && !self.is_measuring.replace(true) {
-            self.watch.iter().for_each(GpuWatch::anew);
+            self.watch.iter().for_each(GpuWatch::reset);
         }
     }
 

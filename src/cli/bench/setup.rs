@@ -8,7 +8,7 @@ use crate::bench::{self, Spec};
 use crate::cli::plan::shell_word;
 use crate::cli::run_plan::RunPlan;
 use crate::control::rundir::{self, FoundRun, RunInfo};
-use crate::machine::{self, Engine, Host, Machine, Wanted};
+use crate::machine::{self, Host, Installation, Machine, SurveyRequest};
 use crate::plan;
 
 /// The flag with secret values: `NAME=VALUE`.
@@ -58,10 +58,10 @@ fn fleet(run: &RunInfo) -> Option<Value> {
     let (engines, program) = (plan.engines(), plan.vllm());
     let count = |role: &str| engines.iter().filter(|engine| engine["role"] == role).count();
     let machine = program.map(|program| {
-        machine::survey(&Wanted {
+        machine::survey(&SurveyRequest {
             program: Some(program),
             gpus: true,
-            ..Wanted::nothing()
+            ..SurveyRequest::nothing()
         })
     });
     let plan = plan.value();
@@ -104,7 +104,7 @@ fn gpus(machine: &Machine, engines: &[Value]) -> Vec<String> {
 
 fn versions(machine: &Machine) -> Vec<String> {
     let mut known = Vec::new();
-    if let Engine::Found {
+    if let Installation::Found {
         vllm,
         lmcache,
         nixl,

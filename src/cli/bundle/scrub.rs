@@ -1,6 +1,6 @@
-//! Takes secrets out of texts: those that are known word by word, and what looks like one. PURE.
+//! Removes secrets from texts: known ones, and everything that looks like one. PURE.
 //!
-//! Rather too much than too little is taken: what is left goes to people who are not known.
+//! It removes too much rather than too little, because strangers read the result.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -11,10 +11,10 @@ use crate::plan::without_secrets;
 
 const GONE: &str = "<redacted>";
 
-/// A shorter one would take ordinary words with it.
+/// Minimum length of a known secret. A shorter one would remove ordinary words.
 const SHORTEST: usize = 4;
 
-/// What secrets look like beside their names; `$1` is what stays in front of one.
+/// Patterns of named secrets; `$1` is the part before the secret.
 static PATTERNS: LazyLock<Vec<Regex>> = LazyLock::new(|| {
     [
         // Private keys, over many lines.
@@ -24,7 +24,7 @@ static PATTERNS: LazyLock<Vec<Regex>> = LazyLock::new(|| {
         r#"(?i)(\b(?:set-)?cookie["']?\s*[:=]\s*)[^\n]+"#,
         r#"(?i)(\bx-(?:api|auth)-[a-z-]*["']?\s*[:=]\s*["']?)[^\s"',}]+"#,
         r"(?i)(\bbearer\s+)[A-Za-z0-9._~+/=-]{4,}",
-        // Options and their values, as many as follow.
+        // Options with one or more values.
         r#"(--(?:api[-_]key|hf[-_]token)["']?(?:,\s*|\s+|=)["']?)[^\s"',-][^\s"',]*(?:["']?,?[ \t]+["']?[^\s"',-][^\s"',]*)*"#,
         // Lists and values by name, in JSON, YAML, Python and shells.
         r#"(?i)((?:api[_-]?keys?|hf[_-]?token)["']?\s*[:=]\s*)\[[^\]]*\]"#,
@@ -36,16 +36,16 @@ static PATTERNS: LazyLock<Vec<Regex>> = LazyLock::new(|| {
     .collect()
 });
 
-/// Knows what must not be in a text.
+/// Removes secrets from texts.
 #[derive(Debug)]
 pub(super) struct Scrubber {
-    /// The longest first: one may be a part of another.
+    /// Known secrets, the longest first, because one can be a part of another.
     known: Vec<String>,
     home: Option<String>,
 }
 
 impl Scrubber {
-    /// These secrets are known.
+    /// A scrubber that knows these secrets.
     pub(super) fn new(known: &[String]) -> Self {
         let home = std::env::var("HOME").ok().filter(|home| home.len() > 1);
         Self::with_home(known, home)
@@ -59,7 +59,7 @@ impl Scrubber {
         Self { known, home }
     }
 
-    /// The text without secrets, and without the name of the user's folder.
+    /// The text without secrets, and without the name of the user's home folder.
     pub(super) fn scrub(&self, text: &str) -> String {
         let mut text = Cow::Borrowed(text);
         for secret in &self.known {
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_form_of_a_secret_stays() {
+    fn every_form_of_secret_is_removed() {
         let scrubber = Scrubber::with_home(&["marlin-77".to_owned()], None);
         for text in [
             "a marlin-77 b",
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn what_helps_stays() {
+    fn useful_text_stays() {
         let scrubber = Scrubber::with_home(&["no".to_owned()], Some("/home/ada".to_owned()));
         for text in [
             "INFO 11-22 Maximum concurrency for 4,096 tokens per request: 12.00x",

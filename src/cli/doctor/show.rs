@@ -1,5 +1,5 @@
-//! Findings as people and programs read them: by topic in the order of a start, what to do below each, the sum at the end,
-//! where a terminal shows it.
+//! The report of `xpyd doctor`, as text and as JSON: findings by topic in the order of a start, each with its hint, and a
+//! summary at the end.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::preflight::{Finding, Level};
 use crate::report::Failure;
 use crate::ui::{table, wrap};
 
-/// All findings, and how long they took.
+/// All findings, and the time that the checks took.
 #[derive(Debug)]
 pub(in crate::cli) struct Report<'findings> {
     pub(in crate::cli) profile: Option<&'findings str>,
@@ -23,7 +23,7 @@ impl Report<'_> {
         self.findings.iter().filter(|finding| finding.level == level).collect()
     }
 
-    /// For programs. Keys stay as they are; checks may come and go.
+    /// The report for programs. The keys are stable; checks can be added and removed.
     pub(super) fn json(&self) -> Result<String, Failure> {
         let value = serde_json::json!({
             "xpyd": env!("CARGO_PKG_VERSION"),
@@ -38,7 +38,7 @@ impl Report<'_> {
         Ok(serde_json::to_string_pretty(&value).map_err(anyhow::Error::from)?)
     }
 
-    /// For people, in lines of at most `width` columns where one is given.
+    /// The report for people, in lines of at most `width` columns.
     pub(in crate::cli) fn text(&self, width: Option<usize>) -> String {
         let names = self
             .findings
@@ -163,12 +163,12 @@ mod tests {
     }
 
     #[test]
-    fn findings_stand_by_topic_and_line_up_and_the_sum_is_last() {
+    fn findings_are_aligned_by_topic_with_a_summary() {
         insta::assert_snapshot!(shown(None));
     }
 
     #[test]
-    fn a_narrow_terminal_breaks_lines_below_each_other() {
+    fn a_narrow_terminal_wraps_lines() {
         let text = shown(Some(60));
         insta::assert_snapshot!(text);
         assert!(

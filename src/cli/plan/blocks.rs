@@ -1,15 +1,15 @@
-//! Blocks of lines of which several are nearly the same: the first of a kind is told whole, the others by what differs. PURE.
+//! Blocks of similar lines: the first of a kind is printed in full, the others as differences to it. PURE.
 
-/// A title with lines below it. Those of one kind are compared.
+/// A title with lines below it. Blocks of one kind are compared.
 #[derive(Debug, Clone)]
-pub(super) struct Block {
+pub(super) struct TextBlock {
     pub(super) kind: String,
     pub(super) title: String,
     pub(super) lines: Vec<String>,
 }
 
-/// All blocks as text, an empty line before each.
-pub(super) fn text(blocks: &[Block]) -> Vec<String> {
+/// All blocks as text, with an empty line before each.
+pub(super) fn text(blocks: &[TextBlock]) -> Vec<String> {
     let mut text = Vec::new();
     for (place, block) in blocks.iter().enumerate() {
         let first = blocks[..place].iter().find(|earlier| earlier.kind == block.kind);
@@ -23,8 +23,8 @@ pub(super) fn text(blocks: &[Block]) -> Vec<String> {
     text
 }
 
-/// A block by what differs from the first of its kind; whole where that is most of it.
-fn but(first: &Block, block: &Block) -> (String, Vec<String>) {
+/// A block as differences to the first of its kind; in full if most lines differ.
+fn but(first: &TextBlock, block: &TextBlock) -> (String, Vec<String>) {
     let (mut own, gone) = (missing(block, first), missing(first, block));
     if own.len() * 2 > block.lines.len() {
         return (block.title.clone(), block.lines.clone());
@@ -32,7 +32,7 @@ fn but(first: &Block, block: &Block) -> (String, Vec<String>) {
     if own.is_empty() && gone.is_empty() {
         return (format!("{}: as {}", block.title, first.title), own);
     }
-    // What has another value stands there with that value; only what is gone has to be named.
+    // A changed line is printed with its new value, so only removed ones have to be named.
     let name = |line: &str| line.split([' ', '=', ':']).next().unwrap_or_default().to_owned();
     let without: Vec<String> = gone
         .into_iter()
@@ -43,8 +43,8 @@ fn but(first: &Block, block: &Block) -> (String, Vec<String>) {
     (format!("{}: as {}, but", block.title, first.title), own)
 }
 
-/// The lines of one block that another does not have, without what joins lines of a command.
-fn missing(of: &Block, from: &Block) -> Vec<String> {
+/// The lines of one block that another lacks, without the backslashes that join lines.
+fn missing(of: &TextBlock, from: &TextBlock) -> Vec<String> {
     let plain = |line: &String| line.trim().trim_end_matches('\\').trim_end().to_owned();
     let known: Vec<String> = from.lines.iter().map(plain).collect();
     let lines = of.lines.iter().map(plain);
@@ -55,8 +55,8 @@ fn missing(of: &Block, from: &Block) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn block(kind: &str, title: &str, lines: &[&str]) -> Block {
-        Block {
+    fn block(kind: &str, title: &str, lines: &[&str]) -> TextBlock {
+        TextBlock {
             kind: kind.to_owned(),
             title: title.to_owned(),
             lines: lines.iter().map(|line| (*line).to_owned()).collect(),
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_nearly_the_same_is_told_by_what_differs() {
+    fn similar_blocks_show_only_differences() {
         let blocks = [
             block(
                 "p",

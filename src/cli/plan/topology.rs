@@ -1,4 +1,4 @@
-//! The machine's GPUs with the engines on them, as people read them: a tree by NUMA node, and how hand-offs travel.
+//! The machine's GPUs with the engines on them: a tree by NUMA node, and the path of each KV transfer.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ use crate::plan::{EngineSpec, Plan};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// The drawing; `None` where no GPU is known, or none is wanted.
+/// The drawing; `None` if no GPU is known, or the plan uses none.
 pub(super) fn text(plan: &Plan, machine: &Machine) -> Option<String> {
     let gpus = machine.gpus.found();
     if gpus.is_empty() || plan.gpus_needed() == 0 {
@@ -126,7 +126,7 @@ fn ranges(numbers: &[u32]) -> String {
     runs.collect::<Vec<_>>().join(", ")
 }
 
-/// The pairs of engines by the way between them, the best way first.
+/// The pairs of engines by their connection, the best first.
 fn hand_offs(plan: &Plan, machine: &Machine) -> Vec<String> {
     let mut pairs: BTreeMap<GpuPath, Vec<String>> = BTreeMap::new();
     for prefill in plan.engines_of(Role::Prefill) {
@@ -144,7 +144,7 @@ fn hand_offs(plan: &Plan, machine: &Machine) -> Vec<String> {
     lines.collect()
 }
 
-/// The way between two engines is the worst one between ranks that hand over to each other.
+/// The connection between two engines is the worst one between ranks that transfer KV to each other.
 fn way(prefill: &EngineSpec, decode: &EngineSpec, machine: &Machine) -> GpuPath {
     let path = |one: &u32, other: &u32| machine.gpus.get(*one).map_or(GpuPath::Unknown, |gpu| gpu.path(*other));
     let ways = if prefill.gpus.len() == decode.gpus.len() {
@@ -169,7 +169,7 @@ mod tests {
     use super::ranges;
 
     #[test]
-    fn neighbours_by_number_are_told_as_ranges() {
+    fn consecutive_numbers_become_ranges() {
         assert_eq!(ranges(&[3, 0, 1, 2, 6]), "0-3, 6");
         assert_eq!(ranges(&[]), "");
     }

@@ -1,4 +1,4 @@
-//! How flags become engines, and which defaults they have.
+//! Tests of the flags of `xpyd proxy` and their defaults.
 
 use clap::Parser;
 
@@ -34,7 +34,7 @@ fn defaults_are_those_of_a_profile() {
     assert_eq!((&arguments.host, arguments.port), (&proxy.host, proxy.port));
     assert_eq!(
         (arguments.max_body, arguments.max_in_flight),
-        (proxy.max_body_bytes, proxy.max_in_flight)
+        (proxy.max_body, proxy.max_in_flight)
     );
     let given = [
         arguments.prefill_deadline,
@@ -88,7 +88,10 @@ fn sessions_are_bound_on_request_only() {
     let header = |line: &str| {
         let words = std::iter::once("proxy").chain(line.split_whitespace());
         let arguments = Command::try_parse_from(words).expect("well-formed flags").arguments;
-        settings(&arguments, Service::default(), Parts::default()).session_header
+        config(&arguments)
+            .expect("known options")
+            .bound_session_header()
+            .map(str::to_owned)
     };
     assert_eq!(header("--client-bound=false"), None);
     assert_eq!(header("--client-bound"), Some("session-id".into()));
@@ -133,11 +136,12 @@ fn decoders_of_one_host_never_share_receiver_ports() {
 }
 
 #[test]
-fn flags_that_contradict_each_other_are_refused_by_name() {
+fn contradicting_flags_are_named() {
     let table = [
         (
             "--prefiller-host a,b --prefiller-port 1,2,3",
-            "`--prefiller-host` has 2 entries and `--prefiller-port` 3: they must be equal in number, or one of them single",
+            "`--prefiller-host` has 2 entries and `--prefiller-port` 3: both need the same number of entries, or \
+             one of them a single entry",
         ),
         (
             "--decoder-host a,b --num-decoders 3",
@@ -150,10 +154,17 @@ fn flags_that_contradict_each_other_are_refused_by_name() {
         ),
         (
             "--prefiller-port 65535 --num-prefillers 2",
-            "`--prefiller-port` counts up past 65535",
+            "`--prefiller-port` would need a port above 65535",
         ),
     ];
     for (line, message) in table {
         assert_eq!(parse(line).expect_err(line).to_string(), message, "{line}");
     }
+}
+
+#[test]
+fn keys_with_a_flag_of_their_own_are_refused_by_set() {
+    let Command { arguments } = Command::try_parse_from(["proxy", "--set", "port=1"]).expect("well-formed flags");
+    let failure = config(&arguments).expect_err("a key with a flag");
+    assert_eq!(failure.hints, ["use `--port` instead"]);
 }

@@ -1,4 +1,4 @@
-//! `xpyd status --watch`: the status again and again, until the run ends.
+//! `xpyd status --watch`: shows the status repeatedly, until the run ends.
 
 use std::time::Duration;
 
@@ -6,8 +6,10 @@ use jiff::Zoned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
-use super::{client, command, picture, running};
+use super::render;
+use crate::cli::command;
 use crate::cli::detach::status_of;
+use crate::cli::running::{client, running};
 use crate::control::api::{EngineStatus, Status};
 use crate::control::client::ControlClient;
 use crate::control::rundir::{self, RunDirError, RunInfo};
@@ -16,13 +18,13 @@ use crate::report::{ExitStatus, Failure};
 use crate::signals::StopSignals;
 use crate::ui::{Printer, Reader, Screen};
 
-/// How often to look whether the run is still there, or has appeared.
+/// Interval between checks whether the run still exists, or has appeared.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long a run may be there without an answer: while it starts, and while its machine is busy.
+/// How long a run can exist without an answer: while it starts, and while its machine is busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Seconds, of which parts are allowed.
+/// Parses seconds, with fractions.
 pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()
@@ -31,7 +33,7 @@ pub(super) fn parse_interval(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "write seconds from 0.1 to 3600".to_owned())
 }
 
-/// Shows the run until it ends; Ctrl+C only ends the watching.
+/// Shows the run until it ends. Ctrl+C only ends the watching.
 pub(super) async fn run(name: &str, interval: Duration, json: bool, printer: Printer) -> Result<ExitStatus, Failure> {
     let mut signals = StopSignals::listen().map_err(anyhow::Error::from)?;
     tokio::select! {
@@ -45,7 +47,7 @@ async fn watch(name: &str, interval: Duration, json: bool, printer: Printer) -> 
     let info = published(name).await?;
     let client = client(&info)?;
     let mut resized = signal(SignalKind::window_change()).map_err(anyhow::Error::from)?;
-    let mut shown = Shown::new(json, printer);
+    let mut shown = StatusPrinter::new(json, printer);
     let mut answered = Instant::now();
     loop {
         match ask(&client, &info).await {
@@ -59,16 +61,16 @@ async fn watch(name: &str, interval: Duration, json: bool, printer: Printer) -> 
             None => {}
         }
         match wait(&info, interval, &mut resized, printer).await {
-            Waited::TimeToAsk => {}
-            Waited::RunEnded => break,
-            Waited::ReaderGone => return Ok(ExitStatus::Success),
+            WaitOutcome::TimeToAsk => {}
+            WaitOutcome::RunEnded => break,
+            WaitOutcome::ReaderGone => return Ok(ExitStatus::Success),
         }
     }
     drop(shown);
     conclude(&info, printer)
 }
 
-/// The run of this name, once it can be asked.
+/// The run with this name, as soon as it can be asked.
 async fn published(name: &str) -> Result<RunInfo, Failure> {
     let began = Instant::now();
     while let Err(RunDirError::NotPublished { .. }) = rundir::find(name) {
@@ -87,48 +89,51 @@ async fn ask(client: &ControlClient, info: &RunInfo) -> Option<Status> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Waited {
+enum WaitOutcome {
     TimeToAsk,
     RunEnded,
     ReaderGone,
 }
 
-/// Waits until it is time to ask again, which it also is when the terminal has another size, or the run has ended.
-async fn wait(info: &RunInfo, interval: Duration, resized: &mut Signal, printer: Printer) -> Waited {
+/// Waits for the next interval, a change of the terminal's size, or the end of the run.
+async fn wait(info: &RunInfo, interval: Duration, resized: &mut Signal, printer: Printer) -> WaitOutcome {
     let next = Instant::now() + interval;
     while info.is_alive() {
         let left = next.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Waited::TimeToAsk;
+            return WaitOutcome::TimeToAsk;
         }
         if printer.data_reader() == Reader::Gone {
-            return Waited::ReaderGone;
+            return WaitOutcome::ReaderGone;
         }
         tokio::select! {
             () = sleep(left.min(POLL_INTERVAL)) => {}
-            _ = resized.recv() => return Waited::TimeToAsk,
+            _ = resized.recv() => return WaitOutcome::TimeToAsk,
         }
     }
-    Waited::RunEnded
+    WaitOutcome::RunEnded
 }
 
 fn silent(info: &RunInfo) -> Failure {
-    // It may be suspended, which is another thing.
+    // A suspended run has its own error.
     if let Err(suspended) = client(info) {
         return suspended;
     }
-    let text = format!("run `{}` (pid {}) is there and does not answer", info.name, info.pid);
+    let text = format!("run `{}` (pid {}) does not answer", info.name, info.pid);
     Failure::message(ExitStatus::Failure, text)
-        .hint(format!("see what it last wrote: `{}`", command("logs", &info.name)))
+        .hint(format!("see the end of its log: `{}`", command("logs", &info.name)))
 }
 
-/// Says how the run ended, and ends as it did.
+/// Prints how the run ended, and returns its exit status.
 fn conclude(info: &RunInfo, printer: Printer) -> Result<ExitStatus, Failure> {
     let name = &info.name;
     let outcome = rundir::outcome(info).map_err(|error| Failure::new(ExitStatus::Failure, error))?;
-    let logs = format!("see its last words: `xpyd logs xpyd --run {}`", info.logs_dir.display());
+    let logs = format!(
+        "see the end of its log: `xpyd logs xpyd --run {}`",
+        info.logs_dir.display()
+    );
     let Some(outcome) = outcome else {
-        let text = format!("run `{name}` has ended without saying how");
+        let text = format!("run `{name}` has ended without recording how");
         return Err(Failure::message(ExitStatus::Failure, text).hint(logs));
     };
     let status = status_of(i32::from(outcome.exit_code)).unwrap_or(ExitStatus::Failure);
@@ -145,15 +150,15 @@ fn conclude(info: &RunInfo, printer: Printer) -> Result<ExitStatus, Failure> {
     Err(Failure::message(status, text).hint(logs))
 }
 
-/// What has been shown, and how.
-struct Shown {
+/// Prints the status, and remembers what has been printed.
+struct StatusPrinter {
     printer: Printer,
     json: bool,
     screen: Option<Screen>,
     last: Option<Status>,
 }
 
-impl Shown {
+impl StatusPrinter {
     fn new(json: bool, printer: Printer) -> Self {
         Self {
             printer,
@@ -163,10 +168,10 @@ impl Shown {
         }
     }
 
-    /// Shows what the status has of news.
+    /// Prints the changes of the status.
     fn show(&mut self, status: &Status) -> Result<Reader, Failure> {
         if let Some(screen) = &self.screen {
-            screen.draw(&picture(status, screen.width()));
+            screen.draw(&render(status, screen.width()));
             return Ok(Reader::There);
         }
         let before = self.last.replace(status.timeless());
@@ -186,7 +191,7 @@ impl Shown {
     }
 }
 
-/// What has changed, a sentence each; everything when there was nothing before. Requests come and go too fast for that.
+/// The changes as one sentence each, or everything the first time. The number of requests changes too fast to be reported.
 fn changes(before: Option<&Status>, now: &Status) -> Vec<String> {
     let mut changes = Vec::new();
     if before.is_none_or(|before| before.stage != now.stage) {
@@ -196,7 +201,7 @@ fn changes(before: Option<&Status>, now: &Status) -> Vec<String> {
         });
     }
     if before.map(Status::degraded).unwrap_or_default() != now.degraded() {
-        changes.push(match super::degraded(now) {
+        changes.push(match crate::cli::running::degraded(now) {
             Some(words) => format!("run `{}` is {words}", now.run.name),
             None => format!("run `{}` is no longer degraded", now.run.name),
         });
@@ -212,7 +217,7 @@ fn changes(before: Option<&Status>, now: &Status) -> Vec<String> {
     changes
 }
 
-/// What of an engine is worth a line.
+/// The facts about an engine whose change is worth a line.
 fn news(engine: &EngineStatus) -> (EngineState, u32, Option<&str>, Option<&str>) {
     let phase = engine
         .phase
@@ -259,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_a_change_and_never_just_the_clock() {
+    fn only_changes_are_printed() {
         let about = |seconds| TimeLeft::About(Duration::from_secs(seconds));
         let starting = engine(EngineState::Starting);
         let first = status(FleetStage::Starting, starting.clone().starting(40, about(12)));
@@ -287,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ready_fleet_without_a_ready_engine_of_a_role_is_degraded() {
+    fn a_fleet_without_a_role_is_degraded() {
         let mut prefill = engine(EngineState::Backoff);
         (prefill.id, prefill.role) = (EngineId::new(Role::Prefill, 0), Role::Prefill);
         let mut now = status(FleetStage::Ready, engine(EngineState::Ready));
@@ -295,7 +300,7 @@ mod tests {
         assert_eq!(now.to_json()["degraded"], serde_json::json!(["prefill"]));
         let words = "run `a` is degraded: no prefill engine is ready".to_owned();
         assert!(changes(None, &now).contains(&words));
-        assert!(picture(&now, 80).starts_with(&words));
+        assert!(render(&now, 80).starts_with(&words));
         let mut later = now.clone();
         later.engines[1].state = EngineState::Ready;
         assert!(changes(Some(&now), &later).contains(&"run `a` is no longer degraded".to_owned()));

@@ -1,17 +1,17 @@
-//! Options of `vllm serve` that somebody gives to xpyd: how they reach the engines.
+//! Options of `vllm serve` that users give to xpyd: a hint how to pass them to the engines.
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::engine::arguments;
 
-/// Keys of the profile that people look for among the flags, with an example of a value. `--logs DIR` is a flag.
+/// Keys of the profile that users look for among the flags, with an example value. `--logs DIR` is a flag.
 const KEYS: [(&str, &str); 3] = [
     ("--port-offset", "port_offset=1000"),
     ("--max-in-flight", "proxy.max_in_flight=1024"),
     ("--restart-policy", "restart.policy=never"),
 ];
 
-/// Gives an option of vLLM's a tip of its own, because clap knows only xpyd's.
+/// Replaces clap's suggestion for an option of vLLM, because clap only knows xpyd's options.
 pub(super) fn point_to_their_place(error: &mut clap::Error) {
     let unknown = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(word)) if error.kind() == ErrorKind::UnknownArgument => Some(word.clone()),
@@ -31,17 +31,17 @@ pub(super) fn point_to_their_place(error: &mut clap::Error) {
     }
 }
 
-/// What to type instead of an option of vLLM's, or of what people look for by its name. Other verbs start no engines.
+/// The replacement for an option of vLLM, or for a key of a profile. Commands other than these start no engines.
 fn tip(word: &str, verb: &str) -> Option<String> {
     if !["", "up", "plan", "doctor", "bench"].contains(&verb) {
         return None;
     }
     if word == "-t" {
-        return Some("the GPUs of each engine are given by `--tp 2`".to_owned());
+        return Some("set the GPUs of each engine with `--tp 2`".to_owned());
     }
     let name = word.split('=').next().unwrap_or_default().replace('_', "-");
     if name == "--gpus" {
-        return Some("name GPUs for each role: `--set prefill.gpus=[0] --set decode.gpus=[1]`".to_owned());
+        return Some("choose GPUs for each role: `--set prefill.gpus=[0] --set decode.gpus=[1]`".to_owned());
     }
     if let Some((_, key)) = KEYS.iter().find(|(flag, _)| *flag == name) {
         return Some(format!("it is a key of the profile: `--set {key}`"));
@@ -53,8 +53,8 @@ fn tip(word: &str, verb: &str) -> Option<String> {
         .is_some_and(|given| given.name == args[0] && !given.fits.is_empty());
     is_vllms.then(|| {
         format!(
-            "`{}` is an option of vLLM: give it to all engines behind `--`, as in `xpyd up 2p2d -- {} …`; or in `vllm.args`, \
-             `prefill.args` or `decode.args` of a profile",
+            "`{}` is an option of vLLM: pass it to all engines after `--`, as in `xpyd up 2p2d -- {} …`; or in \
+             `vllm.args`, `prefill.args` or `decode.args` of a profile",
             args[0], args[0]
         )
     })
@@ -65,10 +65,10 @@ mod tests {
     use super::tip;
 
     #[test]
-    fn an_option_of_vllm_is_shown_its_place_and_another_one_is_not() {
+    fn only_vllm_options_get_a_hint() {
         for option in ["--max-model-len", "--max_num_seqs", "--enforce-eager", "--dtype=half"] {
             assert!(
-                tip(option, "up").is_some_and(|tip| tip.contains("behind `--`")),
+                tip(option, "up").is_some_and(|tip| tip.contains("after `--`")),
                 "{option}"
             );
         }
@@ -83,7 +83,7 @@ mod tests {
             );
         }
         assert!(tip("-t", "plan").is_some_and(|tip| tip.contains("--tp 2")));
-        // `--all` begins options of vLLM, and `-a` all of them.
+        // `--all` is a prefix of vLLM options, and `-a` is a prefix of all.
         for (option, verb) in [("-a", "ps"), ("-p", "logs"), ("--all", "down")] {
             assert_eq!(tip(option, verb), None, "{option} {verb}");
         }

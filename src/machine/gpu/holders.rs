@@ -1,4 +1,4 @@
-//! Who computes on a GPU: NVML tells process ids, `/proc` tells whose they are.
+//! The processes on a GPU: NVML reports process ids, and `/proc` whose they are.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,22 +8,22 @@ use serde::Serialize;
 /// A process that NVML lists on a GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct GpuProcess {
-    /// Its id as NVML says it. In a container that is the host's id.
+    /// Its id as NVML reports it. In a container, this is the host's id.
     pub pid: u32,
-    /// Memory of the GPU that it holds, in bytes; NVML does not tell it everywhere.
+    /// GPU memory that it uses, in bytes; NVML does not report it on every system.
     pub bytes: Option<u64>,
-    /// The process as it is called here; `None` if it cannot be seen from here.
+    /// The same process in this pid namespace; `None` if it is not visible here.
     pub local: Option<LocalProcess>,
 }
 
-/// A process that this one can see.
+/// A visible process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LocalProcess {
-    /// Its id here.
+    /// Its id in this namespace.
     pub pid: u32,
-    /// Whose it is: a name, or a number without one.
+    /// The name of its user, or the user id if there is no name.
     pub user: String,
-    /// What it calls itself, shortened.
+    /// Its command line, shortened.
     pub command: String,
 }
 
@@ -39,28 +39,29 @@ impl fmt::Display for GpuProcess {
                 "pid {} ({}, {}, {size})",
                 local.pid, local.user, local.command
             ),
-            // In a container it may be any process of the host; elsewhere only one whose memory is still being freed.
+            // In a container it can be any process of the host. Elsewhere it is a dead process whose memory is still being
+            // freed.
             None => write!(
                 formatter,
-                "pid {} ({size}, not seen here: ended, or the host's)",
+                "pid {} ({size}, not visible here: it has ended, or is in another container or on the host)",
                 self.pid
             ),
         }
     }
 }
 
-/// Characters of a command line that are told.
+/// Number of characters of a command line to show.
 const COMMAND_CHARACTERS: usize = 60;
 
-/// Looks processes up. Reads `/proc` as a whole only if a process is missing, and then once.
+/// Looks up processes. It reads the whole of `/proc` only if a process is missing, and only once.
 #[derive(Debug, Default)]
 pub(super) struct Lookup {
-    /// The ids here of processes by those in outer namespaces, once they were needed.
+    /// Ids in this namespace, by ids in outer namespaces; read when needed.
     inner: Option<BTreeMap<u32, u32>>,
 }
 
 impl Lookup {
-    /// What is known of the process that NVML calls `pid`.
+    /// The visible process that NVML calls `pid`.
     pub(super) fn process(&mut self, pid: u32) -> Option<LocalProcess> {
         if let Some(process) = describe(pid) {
             return Some(process);
@@ -91,7 +92,7 @@ fn describe(pid: u32) -> Option<LocalProcess> {
     })
 }
 
-/// Where the host's `/proc` is mounted, a process has its ids of all namespaces in one line, the outermost first.
+/// If the host's `/proc` is mounted, a process has its ids of all namespaces in one line, the outermost first.
 fn inner_ids() -> BTreeMap<u32, u32> {
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = processes.filter_map(|process| process.file_name().to_str()?.parse::<u32>().ok());
@@ -106,7 +107,7 @@ fn outer_ids(status: &str) -> Vec<u32> {
     ids.filter_map(|id| id.parse().ok()).collect()
 }
 
-/// What stands behind `name` in a `/proc/PID/status`.
+/// The value after `name` in a `/proc/PID/status`.
 fn field<'status>(status: &'status str, name: &str) -> Option<&'status str> {
     status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
@@ -123,8 +124,8 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_cannot_be_seen_is_said_so() {
-        // Beyond the largest id that Linux can give.
+    fn an_invisible_process_is_reported() {
+        // Above the largest id that Linux assigns.
         let pid = 4_194_305;
         assert_eq!(Lookup::default().process(pid), None);
         let process = GpuProcess {
@@ -134,7 +135,7 @@ mod tests {
         };
         assert_eq!(
             process.to_string(),
-            "pid 4194305 (5120 MiB, not seen here: ended, or the host's)"
+            "pid 4194305 (5120 MiB, not visible here: it has ended, or is in another container or on the host)"
         );
     }
 

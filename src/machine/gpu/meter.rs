@@ -1,33 +1,33 @@
-//! Memory of GPUs and who holds it, asked again and again while engines come and go.
+//! Repeated queries of the memory and processes of GPUs, while engines start and stop.
 
 use nvml_wrapper::Nvml;
 
 use super::holders::Lookup;
 use super::{GpuMemory, GpuProcess, nvml};
 
-/// NVML, kept open.
+/// An open NVML library.
 #[derive(Debug)]
 pub struct Meter(Nvml);
 
-/// A GPU at one moment.
+/// The state of a GPU at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
-    /// Its memory.
+    /// Its total, free and used memory, in bytes.
     pub memory: GpuMemory,
-    /// Processes that compute on it; `None` where they cannot be listed.
+    /// The processes that compute on it; `None` if they cannot be listed.
     pub processes: Option<Vec<GpuProcess>>,
 }
 
 impl Meter {
-    /// Loads NVML.
+    /// Loads NVML and keeps it open.
     ///
     /// # Errors
-    /// Why it cannot be, as a sentence.
+    /// A sentence that says why the library cannot be loaded.
     pub fn open() -> Result<Self, String> {
         nvml::open().map(Self)
     }
 
-    /// The GPU or MIG slice with this UUID as it is now; `None` where NVML does not tell its memory.
+    /// The current state of the GPU or MIG slice with this UUID; `None` if NVML does not report its memory.
     pub fn usage(&self, uuid: &str) -> Option<Usage> {
         let device = self
             .0
@@ -40,7 +40,7 @@ impl Meter {
         })
     }
 
-    /// The processes on every GPU that this machine has, by UUID; what cannot be listed is left out.
+    /// The processes on every GPU of this machine, by UUID. GPUs whose processes cannot be listed are left out.
     pub fn everywhere(&self) -> Vec<(String, Vec<GpuProcess>)> {
         nvml::processes_everywhere(&self.0)
     }

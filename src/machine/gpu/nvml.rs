@@ -1,5 +1,5 @@
-//! The questions to NVML. Whatever fails is left out and told in the debug log; only a library that cannot list its GPUs is
-//! of no use.
+//! Queries to NVML. A query that fails leaves its fact out, with a line in the debug log. Only a library that cannot list
+//! its GPUs is an error.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -12,21 +12,21 @@ use nvml_wrapper::sys_exports::field_id::{NVML_FI_DEV_REMAPPED_FAILURE, NVML_FI_
 use nvml_wrapper::{Device, Nvml};
 
 use super::holders::Lookup;
-use super::{Driver, Gpu, GpuMemory, GpuProcess, Health, Path, slice_number};
+use super::{Gpu, GpuDriver, GpuHealth, GpuMemory, GpuProcess, Path, slice_number};
 
-/// Names another library than the driver's: an absolute path, for drivers in unusual places and for tests.
+/// A variable with the absolute path of another library, for drivers in unusual places and for tests.
 const LIBRARY_VARIABLE: &str = "XPYD_NVML";
 
 /// Links of one GPU; NVML's own limit.
 const MAX_LINKS: u32 = 18;
 
-/// `NVML_AFFINITY_SCOPE_NODE`: all of the NUMA node, not only the processor's own part.
+/// `NVML_AFFINITY_SCOPE_NODE`: the whole NUMA node, not only the closest part of the processor.
 const NODE_SCOPE: u32 = 0;
 
-/// Words of 64 CPUs each that are asked for.
+/// Number of requested words, of 64 CPUs each.
 const CPU_WORDS: usize = 16;
 
-/// Loads the library and initialises it.
+/// Loads and initialises the library.
 pub(super) fn open() -> Result<Nvml, String> {
     let named = std::env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty());
     // The wrapper's default name needs the development package; every driver ships this one.
@@ -34,34 +34,35 @@ pub(super) fn open() -> Result<Nvml, String> {
     match Nvml::builder().lib_path(&library).init() {
         Ok(nvml) => Ok(nvml),
         Err(NvmlError::LibloadingError(_) | NvmlError::LibraryNotFound) => Err(format!(
-            "no NVIDIA driver: its library {} cannot be loaded",
+            "no NVIDIA driver: the library {} cannot be loaded",
             library.display()
         )),
         Err(NvmlError::LibRmVersionMismatch) => Err(
-            "the NVIDIA driver was updated and its library does not fit the one in the kernel: reboot, or reload its modules"
+            "the NVIDIA driver was updated, and its library does not match the kernel module: reboot, or reload the \
+             modules"
                 .to_owned(),
         ),
         Err(error) => Err(format!("NVML failed: {error}")),
     }
 }
 
-pub(super) fn driver(nvml: &Nvml) -> Driver {
+pub(super) fn driver(nvml: &Nvml) -> GpuDriver {
     let cuda = known("cuda version", nvml.sys_cuda_driver_version());
-    Driver {
+    GpuDriver {
         version: known("driver version", nvml.sys_driver_version()),
         cuda: cuda.map(|number| format!("{}.{}", number / 1000, number % 1000 / 10)),
         visible: None,
     }
 }
 
-/// A fact, unless NVML does not give it.
+/// The answer, if NVML has one.
 fn known<T>(what: &str, answer: Result<T, NvmlError>) -> Option<T> {
     answer
-        .inspect_err(|error| tracing::debug!(what, %error, "NVML does not tell"))
+        .inspect_err(|error| tracing::debug!(what, %error, "NVML does not report it"))
         .ok()
 }
 
-/// Every GPU, and in place of one that MIG divides its slices.
+/// Every GPU. A GPU with MIG is replaced by its slices.
 pub(super) fn list(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
     let count = nvml.device_count()?;
     let devices: Vec<(u32, Result<Device<'_>, NvmlError>)> =
@@ -96,20 +97,20 @@ pub(super) fn list(nvml: &Nvml) -> Result<Vec<Gpu>, NvmlError> {
     Ok(gpus)
 }
 
-/// A GPU of which nothing but its index is known.
+/// A GPU of which only the index is known.
 fn unreachable(index: u32, error: &NvmlError) -> Gpu {
     Gpu {
         index,
         name: "unknown".to_owned(),
-        health: Health {
+        health: GpuHealth {
             unreachable: Some(error.to_string()),
-            ..Health::default()
+            ..GpuHealth::default()
         },
         ..Gpu::default()
     }
 }
 
-/// What slices have as well.
+/// The facts that slices have as well.
 fn about(index: u32, device: &Device<'_>, lookup: &mut Lookup) -> Gpu {
     let uuid = device.uuid();
     let lost = match &uuid {
@@ -122,9 +123,9 @@ fn about(index: u32, device: &Device<'_>, lookup: &mut Lookup) -> Gpu {
         uuid: known("uuid", uuid).unwrap_or_default(),
         memory: memory(device),
         processes: processes(device, lookup),
-        health: Health {
+        health: GpuHealth {
             unreachable: lost,
-            ..Health::default()
+            ..GpuHealth::default()
         },
         ..Gpu::default()
     }
@@ -139,7 +140,7 @@ pub(super) fn memory(device: &Device<'_>) -> Option<GpuMemory> {
     })
 }
 
-/// The processes that compute on it, by themselves or through MPS.
+/// The processes that compute on it, directly or through MPS.
 pub(super) fn processes(device: &Device<'_>, lookup: &mut Lookup) -> Option<Vec<GpuProcess>> {
     let mut processes = known("processes", device.running_compute_processes())?;
     processes.extend(known("mps processes", device.mps_running_compute_processes()).unwrap_or_default());
@@ -156,7 +157,7 @@ pub(super) fn processes(device: &Device<'_>, lookup: &mut Lookup) -> Option<Vec<
     Some(processes.collect())
 }
 
-/// The processes on every GPU or slice, by its UUID, as far as they can be listed.
+/// The processes on every GPU or slice, by UUID, if they can be listed.
 pub(super) fn processes_everywhere(nvml: &Nvml) -> Vec<(String, Vec<GpuProcess>)> {
     let mut lookup = Lookup::default();
     let count = known("count", nvml.device_count()).unwrap_or(0);
@@ -170,7 +171,7 @@ pub(super) fn processes_everywhere(nvml: &Nvml) -> Vec<(String, Vec<GpuProcess>)
         .collect()
 }
 
-/// The slices of a GPU that MIG divides, by their number, in which there may be gaps.
+/// The slices of a GPU with MIG, by their number. The numbers can have gaps.
 fn slices_of<'nvml>(device: &Device<'nvml>) -> Vec<(u32, Device<'nvml>)> {
     if known("mig mode", device.mig_mode()).is_none_or(|mode| mode.current != 1) {
         return Vec::new();
@@ -194,7 +195,7 @@ fn slices(whole: &Gpu, device: &Device<'_>, lookup: &mut Lookup) -> Vec<Gpu> {
         .collect()
 }
 
-/// Slices speak to others through the host, even to those of the same GPU.
+/// Slices communicate through the host, even with slices of the same GPU.
 fn connect_slices(gpus: &mut [Gpu]) {
     let nodes: Vec<(u32, Option<u32>, Option<u32>)> =
         gpus.iter().map(|gpu| (gpu.index, gpu.parent, gpu.numa_node)).collect();
@@ -214,14 +215,14 @@ fn connect_slices(gpus: &mut [Gpu]) {
     }
 }
 
-/// The NUMA node whose memory is next to it. `nvmlDeviceGetNumaNodeId` answers another question: which node a GPU itself is.
+/// The NUMA node of the closest memory. `nvmlDeviceGetNumaNodeId` answers another question: the node that a GPU itself is.
 fn numa_node(device: &Device<'_>) -> Option<u32> {
     let mask = known("numa node", device.memory_affinity(1, NODE_SCOPE))?;
     let mask = mask.first().copied().filter(|mask| mask.is_power_of_two())?;
     Some(mask.trailing_zeros())
 }
 
-fn health(device: &Device<'_>) -> Health {
+fn health(device: &Device<'_>) -> GpuHealth {
     let remapped = known(
         "remapped rows",
         device.field_values_for(&[
@@ -238,7 +239,7 @@ fn health(device: &Device<'_>) -> Health {
     };
     let pages = || known("retired pages", device.are_pages_pending_retired());
     let errors = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile);
-    Health {
+    GpuHealth {
         unreachable: None,
         uncorrected_errors: known("ecc errors", errors),
         repair_pending: is_set(0).or_else(pages),
@@ -246,7 +247,7 @@ fn health(device: &Device<'_>) -> Health {
     }
 }
 
-/// How every two GPUs are connected.
+/// The connections between every two GPUs.
 fn links(nvml: &Nvml, devices: &[(u32, Result<Device<'_>, NvmlError>)]) -> BTreeMap<u32, BTreeMap<u32, Path>> {
     let devices: Vec<(u32, &Device<'_>)> = devices
         .iter()
@@ -263,7 +264,7 @@ fn links(nvml: &Nvml, devices: &[(u32, Result<Device<'_>, NvmlError>)]) -> BTree
     links
 }
 
-/// The way between two. The wrapper wants the other one by value, so `again` opens it once more.
+/// The connection between two GPUs. The wrapper takes the other GPU by value, so `again` opens it once more.
 fn path<'nvml>(
     device: &Device<'nvml>,
     other: &Device<'nvml>,
@@ -271,7 +272,7 @@ fn path<'nvml>(
 ) -> Path {
     let by_nvlink = match device.p2p_status(other, P2pCapabilitiesIndex::NvLink) {
         Ok(status) => status == P2pStatus::Ok,
-        // Older drivers tell only where each link ends.
+        // Older drivers only report where each link ends.
         Err(_) => are_linked(device, other),
     };
     if by_nvlink {
@@ -292,7 +293,7 @@ fn path<'nvml>(
     }
 }
 
-/// Whether a link of the one ends at the other.
+/// Whether a link of one GPU ends at the other.
 fn are_linked(device: &Device<'_>, other: &Device<'_>) -> bool {
     let Ok(place) = other.pci_info() else { return false };
     (0..MAX_LINKS)
@@ -301,7 +302,7 @@ fn are_linked(device: &Device<'_>, other: &Device<'_>) -> bool {
         .any(|link| link.remote_pci_info().is_ok_and(|remote| remote.bus_id == place.bus_id))
 }
 
-/// A mask of CPUs as the kernel writes lists: `0-27,56-83`. `None` for none.
+/// A mask of CPUs in the kernel's list format: `0-27,56-83`. `None` if it is empty.
 fn list_of(mask: &[u64]) -> Option<String> {
     let is_set = |cpu: usize| mask.get(cpu / 64).is_some_and(|word| word >> (cpu % 64) & 1 == 1);
     let mut ranges: Vec<String> = Vec::new();

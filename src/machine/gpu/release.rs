@@ -1,7 +1,7 @@
-//! Whether the memory that engines had is back. PURE.
+//! Decides whether the memory of engines that ended is free again. PURE.
 //!
-//! A driver takes a process's memory apart after the process itself has gone, and a context of a few hundred MiB more or
-//! less may stay with others. Processes of strangers come and go meanwhile, and engines beside it keep theirs.
+//! A driver frees a process's memory after the process itself has ended, and other processes can keep a few hundred MiB
+//! more or less for contexts. Meanwhile other users' processes start and end, and other engines keep their memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,36 +9,36 @@ use serde::{Deserialize, Serialize};
 
 use super::{GpuProcess, Usage};
 
-/// How much more may be in use than before.
+/// Tolerance over the memory that was in use before.
 const SLACK_BYTES: u64 = 256 << 20;
 
-/// A GPU before engines came.
+/// The state of a GPU before the engines started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Baseline {
-    /// Memory that was in use, in bytes.
+    /// Memory in use, in bytes.
     pub used: u64,
-    /// Processes that were there, by the id that NVML tells, and what each held, as far as NVML tells.
+    /// The processes on it, by the id that NVML reports, with the memory of each if NVML reports it.
     pub processes: BTreeMap<u32, Option<u64>>,
 }
 
-/// What has become of the memory of engines that ended.
+/// The state of the memory of engines that ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Release {
-    /// It is back.
+    /// The memory is free again.
     Back,
-    /// It is not.
+    /// The memory is still in use.
     Held {
-        /// More than before, in bytes.
+        /// Bytes in use beyond those before the start.
         bytes: u64,
-        /// Processes that have it, as far as NVML lists them.
+        /// The processes that use it, if NVML lists them.
         by: Vec<GpuProcess>,
     },
-    /// Nobody can tell, and why.
+    /// Unknown, with the reason.
     Unknown(&'static str),
 }
 
 impl Baseline {
-    /// The GPU as it is now.
+    /// The baseline of the GPU in its current state.
     pub fn of(usage: &Usage) -> Self {
         let processes = usage.processes.iter().flatten();
         Self {
@@ -47,7 +47,8 @@ impl Baseline {
         }
     }
 
-    /// What `now` tells of the memory of engines whose processes NVML listed as `ours`. `others` says whether engines of the
+    /// Compares `now` with the baseline. NVML listed the engines' processes as `ours`; `others` says whether other engines
+    /// of the fleet still run on the GPU.
     /// fleet go on running on it.
     pub fn compare(&self, now: &Usage, ours: &BTreeSet<u32>, others: bool) -> Release {
         let Some(processes) = &now.processes else {
@@ -69,16 +70,16 @@ impl Baseline {
             return Release::Unknown("NVML lists no processes of its GPU, on which another engine runs");
         }
         if others && suspects.iter().any(|process| !ours.contains(&process.pid)) {
-            return Release::Unknown("NVML tells process ids of the host, and another engine runs on its GPU");
+            return Release::Unknown("NVML reports process ids of the host, and another engine runs on its GPU");
         }
         let sizes: Option<u64> = strangers.iter().map(|process| process.bytes).sum();
         let Some(theirs) = sizes else {
-            return Release::Unknown("NVML does not tell what other processes on its GPU hold");
+            return Release::Unknown("NVML does not report the memory of other processes on its GPU");
         };
         self.judge(now.memory.used, theirs, suspects.into_iter().cloned().collect())
     }
 
-    /// Judges by what no stranger has, then and now.
+    /// Decides by memory that no other user's process accounts for, before and now.
     fn judge(&self, used: u64, theirs: u64, suspects: Vec<GpuProcess>) -> Release {
         let before: u64 = self.processes.values().flatten().sum();
         let before = self.used.saturating_sub(before);
@@ -129,12 +130,12 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_back_when_little_more_is_used_and_nobody_of_ours_is_listed() {
+    fn memory_is_back_within_tolerance() {
         let before = Baseline::of(&usage(500, Vec::new()));
         let ours = BTreeSet::from([7]);
         assert_eq!(before.compare(&usage(700, Vec::new()), &ours, false), Release::Back);
         assert_eq!(held(&before.compare(&usage(70_500, Vec::new()), &ours, false)), 70_000);
-        // The driver still lists it, with nothing.
+        // The driver still lists the process, without memory.
         assert_eq!(
             held(&before.compare(&usage(500, vec![process(7, 0, false)]), &ours, false)),
             0
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_that_come_and_go_make_no_difference() {
+    fn other_users_processes_do_not_count() {
         let before = Baseline::of(&usage(10_500, vec![process(100, 10_000, true)]));
         let ours = BTreeSet::from([7]);
         assert_eq!(
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn host_pids_count_as_ours_unless_they_were_there_before() {
+    fn new_host_pids_count_as_ours() {
         let before = Baseline::of(&usage(10_500, vec![process(81_000, 10_000, false)]));
         let none = BTreeSet::new();
         let leaving = usage(
@@ -171,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_beside_it_keeps_what_it_has() {
+    fn another_engine_keeps_its_memory() {
         let before = Baseline::of(&usage(500, Vec::new()));
         let beside = |mib| usage(mib, vec![process(9, 35_000, true)]);
         assert_eq!(

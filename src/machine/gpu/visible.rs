@@ -1,16 +1,16 @@
-//! What an inherited `CUDA_VISIBLE_DEVICES` leaves. PURE.
+//! The GPUs within an inherited `CUDA_VISIBLE_DEVICES`. PURE.
 
 use super::Gpu;
 
-/// The GPUs that the list leaves, in its order. As CUDA does, an entry that names no GPU hides itself and all after it. A
-/// number means the GPU at this place on the bus, and the first slice of one that MIG divides.
+/// The GPUs in the list, in its order. As in CUDA, an entry without a GPU hides itself and all entries after it. A number
+/// is the GPU at this position on the bus, and for a GPU with MIG its first slice.
 pub(super) fn within(gpus: &[Gpu], visible: &str) -> Vec<Gpu> {
     let mut found: Vec<Gpu> = Vec::new();
     for entry in visible.split(',').map(str::trim) {
         let Some(gpu) = gpus.iter().find(|gpu| names(entry, gpu)) else {
             break;
         };
-        // CUDA shows nothing at all for a list that repeats itself; once is what was meant.
+        // CUDA shows no GPU for a list with duplicates; here each GPU counts once.
         if !found.iter().any(|known| known.index == gpu.index) {
             found.push(gpu.clone());
         }
@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inherited_list_is_the_universe_and_keeps_its_order() {
+    fn an_inherited_list_limits_the_gpus() {
         let gpus: Vec<Gpu> = (0..4).map(gpu).collect();
         assert_eq!(seen(&gpus, "2,0"), [2, 0]);
         assert_eq!(seen(&gpus, "GPU-333, 1"), [3, 1]);
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn slices_have_uuids_of_their_own_and_a_number_means_the_first() {
+    fn a_number_means_the_first_slice() {
         let slice = |slice| Gpu {
             index: slice_number(1, slice),
             parent: Some(1),

@@ -1,4 +1,4 @@
-//! One way to the hub: HTTP with the token for the endpoint's own origin and for no other, redirects followed by hand.
+//! HTTP access to the hub. The token is only sent to the endpoint's own origin, so redirects are followed by hand.
 
 use std::fmt::Write;
 use std::io::Read;
@@ -13,19 +13,19 @@ use ureq::{Agent, Body};
 use super::{Secret, Settings};
 use crate::report::one_line;
 
-/// How long the hub may take to say anything when it is only asked.
+/// Time limit for an answer to a short request.
 pub(super) const QUESTION: Duration = Duration::from_secs(3);
 
-/// How long a download may stand still before its connection is given up.
+/// How long a download can receive nothing before its connection is closed.
 pub(super) const STILL: Duration = Duration::from_secs(30);
 
-/// Redirects of one request; the hub needs two.
+/// Maximum number of redirects of one request; the hub needs two.
 const MOST_REDIRECTS: usize = 5;
 
-/// Bytes of an answer that is not a file. A listing of a repository with thousands of files has a few MB.
+/// Maximum size of an answer that is not a file, in bytes. The list of a repository with thousands of files has a few MB.
 const MOST_ANSWER: u64 = 32 << 20;
 
-/// How the hub is reached.
+/// The HTTP client for the hub.
 #[derive(Clone)]
 pub struct Access {
     agent: Agent,
@@ -43,29 +43,29 @@ impl std::fmt::Debug for Access {
     }
 }
 
-/// Why there was no answer.
+/// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AccessError {
-    /// No connection, no answer in time, or one that is no HTTP.
+    /// No connection, no answer in time, or an answer that is not HTTP.
     #[error("{host} does not answer: {reason}")]
     Unreachable {
-        /// Scheme and host, never a whole URL: those of a CDN are signed.
+        /// Scheme and host. Not the whole URL, because URLs of a CDN are signed.
         host: String,
-        /// What went wrong.
+        /// What went wrong, as the rest of a sentence.
         reason: String,
     },
-    /// An answer that cannot be understood.
+    /// An answer that xpyd cannot understand.
     #[error("{host} answered with {reason}")]
     Strange {
         /// Scheme and host.
         host: String,
-        /// What it answered.
+        /// What was wrong with the answer.
         reason: String,
     },
 }
 
 impl Access {
-    /// The hub of these settings.
+    /// A client for the hub of these settings.
     pub fn new(settings: &Settings) -> Self {
         let tls = TlsConfig::builder()
             .unversioned_rustls_crypto_provider(Arc::new(ring::default_provider()))
@@ -99,7 +99,7 @@ impl Access {
         format!("{}/{path}", self.endpoint)
     }
 
-    /// The headers of an answer; a redirect is an answer.
+    /// Requests the headers. A redirect counts as an answer.
     pub(super) fn head(&self, path: &str) -> Result<(StatusCode, HeaderMap), AccessError> {
         let url = self.url(path);
         let mut request = self.agent.head(&url).config().timeout_global(Some(QUESTION)).build();
@@ -110,7 +110,7 @@ impl Access {
         Ok((answer.status(), answer.headers().clone()))
     }
 
-    /// A short answer as a whole.
+    /// Requests a short answer as text.
     pub(super) fn get_text(&self, url: &str) -> Result<(StatusCode, HeaderMap, String), AccessError> {
         let (url, answer) = self.follow(url, None, Some(QUESTION))?;
         let (parts, mut body) = answer.into_parts();
@@ -125,14 +125,14 @@ impl Access {
         Ok((parts.status, parts.headers, text))
     }
 
-    /// A file from byte `from` on.
+    /// Requests a file from byte `from` on.
     pub(super) fn get_file(&self, path: &str, from: u64) -> Result<Response<Body>, AccessError> {
         let range = (from > 0).then(|| format!("bytes={from}-"));
         self.follow(&self.url(path), range.as_deref(), None)
             .map(|(_, answer)| answer)
     }
 
-    /// Asks, and goes where the answers point to. The token goes to the endpoint's origin only.
+    /// Sends a request and follows redirects. The token is only sent to the endpoint's origin.
     fn follow(
         &self,
         url: &str,
@@ -160,7 +160,7 @@ impl Access {
         Err(strange(&url, "too many redirects"))
     }
 
-    /// The header's value, if this URL may see it.
+    /// The value of the authorization header, if it can be sent to this URL.
     fn token_for(&self, url: &str) -> Option<String> {
         let is_ours = origin(url).eq_ignore_ascii_case(origin(&self.endpoint));
         let token = self.token.as_ref().filter(|_| is_ours)?;
@@ -170,8 +170,8 @@ impl Access {
 
 fn unreachable(url: &str, error: &ureq::Error) -> AccessError {
     let reason = match error {
-        ureq::Error::Timeout(_) => "it took too long".to_owned(),
-        ureq::Error::HostNotFound => "its name cannot be resolved".to_owned(),
+        ureq::Error::Timeout(_) => "timeout".to_owned(),
+        ureq::Error::HostNotFound => "the name cannot be resolved".to_owned(),
         ureq::Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
             "the connection was refused".to_owned()
         }
@@ -198,7 +198,7 @@ pub(super) fn origin(url: &str) -> &str {
     &url[..start + length]
 }
 
-/// Where a redirect of `url` leads: another URL, or a path of the same origin.
+/// The target of a redirect of `url`: another URL, or a path of the same origin.
 fn joined(url: &str, location: &str) -> Option<String> {
     let lower = location.to_ascii_lowercase();
     if lower.starts_with("https://") || lower.starts_with("http://") {
@@ -212,13 +212,13 @@ fn joined(url: &str, location: &str) -> Option<String> {
     }
 }
 
-/// Waits on a thread that may block.
+/// Sleeps on a thread that can block.
 pub(super) fn pause(duration: Duration) {
-    // Nobody unparks it; a wake-up without a reason only makes the pause shorter.
+    // No code unparks it. A spurious wake-up only makes the pause shorter.
     std::thread::park_timeout(duration);
 }
 
-/// A path of a URL: everything but what may stand for itself is escaped (RFC 3986, section 2.3).
+/// A URL path in which all but unreserved characters are escaped (RFC 3986, section 2.3).
 pub(super) fn escaped(path: &str) -> String {
     let mut text = String::with_capacity(path.len());
     for byte in path.bytes() {
@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_origin_is_no_more_and_no_less_than_scheme_host_and_port() {
+    fn an_origin_is_scheme_host_and_port() {
         assert_eq!(origin("https://hf.co/a?b"), "https://hf.co");
         assert_eq!(origin("http://127.0.0.1:80"), "http://127.0.0.1:80");
         for other in [
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_escaped_but_for_its_slashes() {
+    fn paths_are_escaped_except_slashes() {
         assert_eq!(escaped("a/b c%/ü#?.bin"), "a/b%20c%25/%C3%BC%23%3F.bin");
     }
 }

@@ -1,4 +1,4 @@
-//! What of a model is on this machine: a folder, a snapshot in the cache, or parts of one.
+//! The model's files on this machine: a folder, a snapshot in the cache, or parts of one.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
@@ -11,40 +11,40 @@ use serde::Deserialize;
 use super::pointer::Repository;
 use super::{beyond_us, is_repository};
 
-/// A model, as far as it is here.
+/// The model's files on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Model {
-    /// How much of it is here.
+    /// The state of these files.
     pub state: CacheState,
-    /// The folder with its files: the user's, or a snapshot of the cache.
+    /// The folder with the files: the user's, or a snapshot of the cache.
     pub folder: Option<PathBuf>,
 }
 
-/// How much of a model is here.
+/// The state of a model's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CacheState {
-    /// No model was asked for.
+    /// There is no model to look for.
     None,
-    /// A folder of the user with all that an engine needs.
+    /// A folder of the user with all files that an engine needs.
     Folder,
     /// A path that is no model, or a folder that lacks files.
     BadFolder {
-        /// What is wrong with it, as the rest of a sentence that begins with the path.
+        /// The problem, as the rest of a sentence that begins with the path.
         problem: String,
     },
-    /// Something that the engine finds by itself, if it is there: an object store, another hub, a GGUF file.
+    /// A model that only the engine can find: an object store, another hub, a GGUF file.
     Elsewhere {
-        /// What it is, as the rest of a sentence that begins with the name.
+        /// The kind of place, as the rest of a sentence that begins with the name.
         what: &'static str,
     },
-    /// A snapshot of the cache with all that an engine needs.
+    /// A snapshot of the cache with all files that an engine needs.
     Complete,
-    /// A snapshot without these files.
+    /// A snapshot with missing files.
     Partial {
-        /// Their names, or `weights` and `a tokenizer` where no index tells.
+        /// The missing files, or `weights` and `a tokenizer` if there is no index.
         missing: Vec<String>,
     },
-    /// Nothing of it.
+    /// No file of it is in the cache.
     Absent,
 }
 
@@ -55,32 +55,32 @@ impl CacheState {
     }
 }
 
-/// What a download that was cut off has left.
+/// A file that an interrupted download has left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leftover {
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
     /// Its size in bytes.
     pub bytes: u64,
-    /// What it is.
+    /// The kind of file.
     pub kind: LeftoverKind,
 }
 
-/// What a file of the cache is that belongs to no finished download.
+/// A kind of file in the cache that belongs to no finished download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeftoverKind {
-    /// A lock that a live process holds: somebody is downloading.
+    /// A lock that a live process holds, so a download is running.
     HeldLock,
-    /// A lock that nobody holds, of a file that never came.
+    /// A lock that no process holds, for a file that was never completed.
     StaleLock,
-    /// The beginning of a file that nobody can go on with.
+    /// A part of a file that no download can resume.
     DeadPart,
 }
 
-/// How old a leftover must be: younger ones may be those of a download that just begins.
+/// Minimum age of a leftover. Younger files can belong to a download that is just starting.
 const OLD: Duration = Duration::from_mins(10);
 
-/// The most of a file that is read to learn something.
+/// Maximum size of a JSON file to read, in bytes.
 const MOST_JSON: u64 = 64 << 20;
 
 impl Model {
@@ -92,7 +92,7 @@ impl Model {
     }
 }
 
-/// Looks for the model, a path or a repository, where an engine would.
+/// Looks for the model, a path or a repository, in the places of an engine.
 pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
     let path = Path::new(model);
     if path.is_dir() {
@@ -116,7 +116,7 @@ pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
         let problem = if path.is_file() {
             "is a file, not a folder"
         } else {
-            "is not there"
+            "does not exist"
         };
         return Model {
             state: CacheState::BadFolder {
@@ -145,7 +145,7 @@ pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
     }
 }
 
-/// A model that the engine finds by itself, unless it is a folder of this machine.
+/// A model that only the engine can find, unless it is a folder on this machine.
 pub(super) fn beside_hub(model: &str, what: &'static str) -> Model {
     let path = Path::new(model);
     if path.is_dir() {
@@ -157,7 +157,7 @@ pub(super) fn beside_hub(model: &str, what: &'static str) -> Model {
     }
 }
 
-/// Why a folder of the user is no model, as the rest of a sentence.
+/// Why a folder of the user is not a model, as the rest of a sentence.
 fn folder_problem(folder: &Path) -> Option<String> {
     if !is_there(folder, &["config.json", "params.json"]) {
         return Some("has no config.json".to_owned());
@@ -176,11 +176,11 @@ fn folder_problem(folder: &Path) -> Option<String> {
     let pointer = weights(folder).into_iter().find(|path| is_lfs_pointer(path))?;
     let name = pointer.file_name()?.to_string_lossy().into_owned();
     Some(format!(
-        "holds only Git LFS's pointer to {name}, not the file: run `git lfs pull` in it"
+        "has only the Git LFS pointer to {name}, not the file: run `git lfs pull` in it"
     ))
 }
 
-/// What a snapshot lacks; empty for one that an engine can start from.
+/// The files that a snapshot lacks; empty if an engine can start from it.
 fn missing(folder: &Path) -> Vec<String> {
     let mut missing = Vec::new();
     if !is_there(folder, &["config.json", "params.json"]) {
@@ -190,7 +190,7 @@ fn missing(folder: &Path) -> Vec<String> {
     if shards.is_empty() && weights(folder).is_empty() {
         missing.push("weights".to_owned());
     }
-    // A link to a blob that is gone does not exist.
+    // A link to a missing blob counts as missing.
     missing.extend(shards.into_iter().filter(|shard| !folder.join(shard).exists()));
     let tokenizers = [
         "tokenizer.json",
@@ -212,20 +212,20 @@ fn is_there(folder: &Path, names: &[&str]) -> bool {
 }
 
 #[derive(Debug, Deserialize)]
-struct Index {
+struct ShardIndex {
     weight_map: std::collections::HashMap<String, String>,
 }
 
-/// The files that the model's index names; empty without an index.
+/// The files in the model's index; empty without an index.
 fn shards(folder: &Path) -> BTreeSet<String> {
     let names = [
         "model.safetensors.index.json",
         "consolidated.safetensors.index.json",
         "pytorch_model.bin.index.json",
     ];
-    // Engines take the first kind that is there.
+    // Engines use the first kind that exists.
     let index = names.iter().map(|name| folder.join(name)).find(|path| path.exists());
-    let read = |path: PathBuf| -> Option<Index> {
+    let read = |path: PathBuf| -> Option<ShardIndex> {
         let is_sane = fs_err::metadata(&path).is_ok_and(|file| file.len() <= MOST_JSON);
         serde_json::from_slice(&fs_err::read(path).ok().filter(|_| is_sane)?).ok()
     };
@@ -251,13 +251,13 @@ fn ending(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether this is what Git leaves in a file's place without its LFS extension (git-lfs, `docs/spec.md`).
+/// Whether the file is a pointer that Git writes without its LFS extension (git-lfs, `docs/spec.md`).
 fn is_lfs_pointer(path: &Path) -> bool {
     let is_small = fs_err::metadata(path).is_ok_and(|file| file.len() < 1024);
     is_small && fs_err::read(path).is_ok_and(|text| text.starts_with(b"version https://git-lfs"))
 }
 
-/// What downloads of this repository that were cut off have left, and locks that are held.
+/// The remains of interrupted downloads of this repository, and locks in use.
 pub(super) fn leftovers(name: &str, cache: &Path) -> Vec<Leftover> {
     let repository = Repository::new(cache, name);
     let blobs = repository.blobs();
@@ -290,8 +290,8 @@ fn leftover(path: PathBuf, kind: LeftoverKind) -> Leftover {
     Leftover { path, bytes, kind }
 }
 
-/// `<hash>.<8 hexadecimal digits>.incomplete`, whose name only the process that made it knew (`huggingface_hub` 2). What is
-/// called `<hash>.incomplete` can be gone on with.
+/// `<hash>.<8 hexadecimal digits>.incomplete`, a name that only its process knew (`huggingface_hub` 2). A file
+/// `<hash>.incomplete` can be resumed.
 fn is_dead_part(path: &Path) -> bool {
     let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
     let parts: Vec<&str> = name.split('.').collect();
@@ -304,7 +304,7 @@ fn is_old(path: &Path) -> bool {
     changed.is_ok_and(|changed| SystemTime::now().duration_since(changed).is_ok_and(|age| age > OLD))
 }
 
-/// Whether a process holds the lock, which is one of `flock(2)`. Where the file cannot be opened, nobody knows.
+/// Whether a process holds the lock, which is one of `flock(2)`. A file that cannot be opened counts as held.
 fn is_held(path: &Path) -> bool {
     let Ok(file) = std::fs::File::open(path) else {
         return false;
@@ -317,7 +317,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs_err::read_dir(folder).into_iter().flatten().flatten();
     entries
         .filter(|entry| {
-            // Only what is this user's own can be told to be left over, and removed.
+            // Only a file of this user can be reported as a leftover, and removed.
             entry.metadata().is_ok_and(|file| file.is_file() && file.uid() == own)
         })
         .map(|entry| entry.path())
@@ -325,7 +325,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 }
 
 impl Leftover {
-    /// Removes it, unless somebody has taken it in the meantime.
+    /// Removes the file, unless a process has locked it meanwhile.
     ///
     /// # Errors
     /// When the file cannot be removed.
@@ -342,7 +342,7 @@ impl Leftover {
     }
 }
 
-/// Repositories of the cache whose names are close to this one, the closest first.
+/// Repositories in the cache with similar names, the most similar first.
 pub(super) fn similar(name: &str, cache: &Path) -> Vec<String> {
     const CLOSE: f64 = 0.75;
     const MOST: usize = 3;
@@ -365,7 +365,7 @@ mod tests {
 
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-    /// A cache that holds `org/model` at `main` with these files.
+    /// A cache with `org/model` at `main`, with these files.
     fn cache(files: &[(&str, &str)]) -> tempfile::TempDir {
         let cache = tempfile::tempdir().expect("a folder");
         let repository = Repository::new(cache.path(), "org/model");
@@ -386,7 +386,7 @@ mod tests {
     const INDEX: &str = r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}"#;
 
     #[test]
-    fn a_snapshot_is_complete_once_every_shard_of_its_index_is_there() {
+    fn a_complete_snapshot_has_every_shard() {
         let empty = tempfile::tempdir().expect("a folder");
         assert_eq!(state(&empty), CacheState::Absent);
         let mut files = vec![("config.json", "{}"), ("model.safetensors.index.json", INDEX)];
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_to_a_blob_that_is_gone_is_missing() {
+    fn a_dangling_link_is_missing() {
         let files = [("config.json", "{}"), ("tokenizer.json", "{}")];
         let cache = cache(&files);
         let folder = Repository::new(cache.path(), "org/model").snapshot(COMMIT);
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_no_model_says_why() {
+    fn a_bad_folder_has_a_reason() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().to_str().expect("text");
         let problem = || match inspect(path, "main", Path::new("/none")).state {
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn leftovers_are_old_and_held_by_nobody() {
+    fn leftovers_are_old_and_unlocked() {
         let cache = cache(&[]);
         let repository = Repository::new(cache.path(), "org/model");
         fs_err::create_dir_all(repository.locks()).expect("a folder");
@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn close_names_of_the_cache_are_found() {
+    fn similar_cached_names_are_found() {
         let cache = tempfile::tempdir().expect("a folder");
         for folder in [
             "models--Qwen--Qwen2.5-0.5B-Instruct",

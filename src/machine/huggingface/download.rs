@@ -1,5 +1,4 @@
-//! Fetches a model into the cache, once for all engines: several files at a time, each checked by its hash, and gone on with
-//! after a break.
+//! Downloads a model into the cache, once for all engines: several files at a time, each verified by its hash, resumable.
 
 mod file;
 mod listing;
@@ -11,104 +10,104 @@ use std::thread;
 
 use self::listing::RemoteFile;
 use super::access::{Access, AccessError};
-use super::hub::Answer;
+use super::hub::RepositoryAccess;
 use super::pointer::Repository;
 
-/// Files that come at the same time. The hub's CDN gives one connection a part of what a line can carry.
+/// Number of concurrent files. The hub's CDN limits the rate of each connection.
 const AT_ONCE: usize = 4;
 
-/// What stays free of the disk.
+/// Disk space that stays free, in bytes.
 const RESERVE_BYTES: u64 = 1 << 30;
 
-/// How far a download is.
+/// The progress of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes that are here.
+    /// Bytes on this machine.
     pub bytes: u64,
     /// Bytes of all files.
     pub total_bytes: u64,
-    /// Files that are here.
+    /// Number of files on this machine.
     pub files: usize,
-    /// All files.
+    /// Number of all files.
     pub total_files: usize,
 }
 
-/// Why a model could not be fetched.
+/// Why a model could not be downloaded.
 #[derive(Debug, thiserror::Error)]
 pub enum DownloadError {
-    /// The hub refuses.
-    #[error("the hub does not give it: {0:?}")]
-    Refused(Answer),
-    /// The hub is not there, or breaks off again and again.
+    /// The hub denies access.
+    #[error("the hub denies access: {0:?}")]
+    Refused(RepositoryAccess),
+    /// The hub is unreachable, or breaks the connection again and again.
     #[error(transparent)]
     Access(#[from] AccessError),
-    /// A file was not what the hub said, several times.
-    #[error("{name} arrived damaged {times} times: its hash is not the one that the hub names")]
+    /// A file arrived with a wrong hash several times.
+    #[error("{name} arrived damaged {times} times: its hash differs from the hub's")]
     Damaged {
-        /// The file.
+        /// The name of the file.
         name: String,
-        /// How often it was fetched.
+        /// Number of attempts.
         times: u32,
     },
-    /// The files do not fit.
-    #[error("{needed} bytes are still to come, and {free} are free in {folder}")]
+    /// The disk is too small for the files.
+    #[error("{needed} bytes are missing, but only {free} are free in {folder}")]
     NoSpace {
-        /// Bytes.
+        /// Bytes needed.
         needed: u64,
-        /// Bytes.
+        /// Bytes free.
         free: u64,
-        /// The cache.
+        /// The cache folder.
         folder: String,
     },
     /// Another process holds the lock of a file for too long.
-    #[error("another process has been downloading {name} for too long; its lock is {lock}")]
+    #[error("another process has locked {name} for too long; the lock is {lock}")]
     Locked {
-        /// The file.
+        /// The name of the file.
         name: String,
-        /// The lock's path.
+        /// The path of the lock.
         lock: String,
     },
-    /// The disk refused.
+    /// Writing to the disk failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// Counts of one download, which its threads share.
+/// The counters of one download, which its threads share.
 #[derive(Debug)]
-struct Counter<'watch> {
+struct ByteCounter<'watch> {
     bytes: AtomicU64,
     files: AtomicUsize,
     total_bytes: u64,
     total_files: usize,
-    /// Set by the first thread that fails: the others stop at their next look.
+    /// Set by the first thread that fails, so that the others stop.
     failed: AtomicBool,
-    watch: Watch<'watch>,
+    watch: DownloadWatch<'watch>,
 }
 
-/// Who is told how far it is, and what it waits for.
-struct Watch<'watch> {
+/// Callbacks for the progress, and for messages while the download waits.
+struct DownloadWatch<'watch> {
     progress: &'watch (dyn Fn(Progress) + Sync),
     note: &'watch (dyn Fn(String) + Sync),
 }
 
-impl std::fmt::Debug for Watch<'_> {
+impl std::fmt::Debug for DownloadWatch<'_> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("Watch")
     }
 }
 
-impl Counter<'_> {
-    /// More bytes are here, or fewer, when a file was damaged.
+impl ByteCounter<'_> {
+    /// Adds bytes, or subtracts them when a file was damaged.
     fn add(&self, bytes: i64) {
         if bytes >= 0 {
             self.bytes.fetch_add(bytes.unsigned_abs(), Ordering::Relaxed);
         } else {
             self.bytes.fetch_sub(bytes.unsigned_abs(), Ordering::Relaxed);
         }
-        self.tell();
+        self.report();
     }
 
-    fn tell(&self) {
+    fn report(&self) {
         (self.watch.progress)(Progress {
             bytes: self.bytes.load(Ordering::Relaxed),
             total_bytes: self.total_bytes,
@@ -126,11 +125,12 @@ impl Counter<'_> {
     }
 }
 
-/// Fetches all files of `repository` at `revision` that an engine needs. The branch points to them once all are there.
+/// Downloads all files of `repository` at `revision` that an engine needs. The branch points to them only once all are
+/// complete.
 ///
 /// # Errors
-/// When the hub refuses or stays away, the disk is full, or a file keeps arriving damaged. What has arrived is kept, and the
-/// next download goes on with it.
+/// When the hub denies access or is unreachable, the disk is full, or a file arrives damaged several times. Complete and
+/// partial files are kept, and the next download resumes.
 pub fn download(
     access: &Access,
     repository: &str,
@@ -141,16 +141,16 @@ pub fn download(
     let listing = listing::fetch(access, repository, revision, note)?;
     let place = Repository::new(&access.cache, repository);
     check_space(access, repository, &listing.files)?;
-    let counter = Counter {
+    let counter = ByteCounter {
         bytes: AtomicU64::new(0),
         files: AtomicUsize::new(0),
         total_bytes: listing.files.iter().map(|file| file.bytes).sum(),
         total_files: listing.files.len(),
         failed: AtomicBool::new(false),
-        watch: Watch { progress, note },
+        watch: DownloadWatch { progress, note },
     };
-    counter.tell();
-    let job = file::Job {
+    counter.report();
+    let job = file::DownloadJob {
         access,
         repository,
         place: &place,
@@ -164,14 +164,14 @@ pub fn download(
     Ok(())
 }
 
-/// Bytes of the files that engines need and that are not in the cache yet; asked once.
+/// Bytes of the needed files that are not in the cache yet. The hub is asked once, without retries.
 pub(super) fn size(access: &Access, repository: &str, revision: &str) -> Option<u64> {
     let files = listing::once(access, repository, revision)?.files;
     Some(still_to_come(access, repository, &files))
 }
 
-/// Takes the files from a common list, the largest first, so that no thread is left alone with one at the end.
-fn fetch_all(job: &file::Job<'_>, mut files: Vec<&RemoteFile>) -> Result<(), DownloadError> {
+/// The threads take files from a common list, the largest first, so that no thread is left with a large one at the end.
+fn fetch_all(job: &file::DownloadJob<'_>, mut files: Vec<&RemoteFile>) -> Result<(), DownloadError> {
     files.sort_by_key(|file| file.bytes);
     let queue = Mutex::new(files);
     let next = || queue.lock().ok().and_then(|mut files| files.pop());
@@ -185,7 +185,7 @@ fn fetch_all(job: &file::Job<'_>, mut files: Vec<&RemoteFile>) -> Result<(), Dow
                 return Err(error);
             }
             job.counter.files.fetch_add(1, Ordering::Relaxed);
-            job.counter.tell();
+            job.counter.report();
         }
         Ok(())
     };

@@ -1,4 +1,4 @@
-//! What the hub says of a token and of one repository, in a few short questions that are asked at once.
+//! Asks the hub about a token and a repository, with a few short concurrent requests.
 
 use std::thread;
 
@@ -7,66 +7,66 @@ use ureq::http::{HeaderMap, StatusCode};
 
 use super::access::{Access, AccessError, escaped, strange};
 
-/// What the hub said.
+/// The result of asking the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hub {
-    /// It was not asked, and why.
+    /// It was not asked, with the reason.
     NotAsked(String),
-    /// It does not answer, and why.
+    /// It does not answer, with the reason.
     Unreachable(String),
-    /// It answered.
-    Answered(Answered),
+    /// It answered at least one request.
+    Answered(HubReport),
 }
 
-/// Its answers.
+/// The answers of the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answered {
-    /// Of the token; `None` without one, or when this question stayed without an answer.
+pub struct HubReport {
+    /// The account of the token; `None` without a token, or if this request failed.
     pub identity: Option<Identity>,
-    /// Of the model; `None` when none was asked for.
-    pub model: Option<Answer>,
-    /// How far this machine's clock is before the hub's, in seconds.
+    /// The access to the model; `None` if there was no model to ask about.
+    pub model: Option<RepositoryAccess>,
+    /// How far this machine's clock is ahead of the hub's, in seconds.
     pub clock_ahead_seconds: Option<i64>,
 }
 
-/// Whom a token belongs to.
+/// The account of a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Identity {
-    /// This account.
+    /// The name of the account.
     User(String),
-    /// Nobody: it is wrong, expired or revoked.
+    /// The token is wrong, expired or revoked.
     Invalid,
 }
 
-/// Whether a repository can be had.
+/// Whether a repository can be downloaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
-    /// Yes.
+pub enum RepositoryAccess {
+    /// The repository can be downloaded.
     Open {
-        /// Bytes that engines need and that are not in the cache yet, where the hub told them.
+        /// Bytes of the needed files that are not in the cache yet, if the hub reported them.
         bytes: Option<u64>,
     },
-    /// Its licence has not been accepted, or there is no token that says by whom.
+    /// Its licence has not been accepted, or there is no token.
     Gated {
-        /// Whether the token was sent, so that it is the account that lacks access.
+        /// Whether the request had a token, so that the account lacks access.
         with_token: bool,
     },
-    /// The token is not accepted for anything.
+    /// The hub rejects the token.
     BadToken,
-    /// There is none of this name that the token can see.
+    /// The token can see no repository of this name.
     NotFound {
-        /// Whether a token was sent, so that it may not be just private.
+        /// Whether the request had a token; without one the repository can be private.
         with_token: bool,
     },
-    /// The repository is there, and the branch, tag or commit is not.
+    /// The repository exists, but not this branch, tag or commit.
     NoRevision,
-    /// Too many questions from here.
+    /// Too many requests from this address.
     RateLimited,
-    /// The hub has a problem of its own.
+    /// Another error of the hub.
     Failed(String),
 }
 
-/// Asks whose the token is, and whether the repository can be had.
+/// Asks for the account of the token, and for access to the repository.
 pub(super) fn ask(access: &Access, repository: Option<&str>, revision: &str) -> Hub {
     let (identity, access_answer, size) = thread::scope(|scope| {
         let identity = scope.spawn(|| access.has_token().then(|| identity(access)));
@@ -99,10 +99,10 @@ pub(super) fn ask(access: &Access, repository: Option<&str>, revision: &str) -> 
         return Hub::Unreachable(error.to_string());
     }
     let model = model.map(|answer| match answer {
-        Answer::Open { .. } => Answer::Open { bytes: size },
+        RepositoryAccess::Open { .. } => RepositoryAccess::Open { bytes: size },
         other => other,
     });
-    Hub::Answered(Answered {
+    Hub::Answered(HubReport {
         identity,
         model,
         clock_ahead_seconds,
@@ -119,11 +119,11 @@ fn identity(access: &Access) -> Result<(Option<Identity>, HeaderMap), AccessErro
     let (status, headers, text) = access.get_text(&url)?;
     let identity = match status {
         StatusCode::UNAUTHORIZED => Some(Identity::Invalid),
-        // A mirror need not have this route.
+        // A mirror does not need to have this route.
         status if !status.is_success() => None,
         _ => {
             let parsed = serde_json::from_str::<WhoAmI>(&text).map_err(|_| strange(&url, "no account"))?;
-            // A name goes to the terminal: nothing but what a name may hold.
+            // The name goes to the terminal, so only characters of a name are allowed.
             let name = parsed
                 .name
                 .chars()
@@ -134,7 +134,7 @@ fn identity(access: &Access) -> Result<(Option<Identity>, HeaderMap), AccessErro
     Ok((identity, headers))
 }
 
-fn model(access: &Access, repository: &str, revision: &str) -> Result<(Answer, HeaderMap), AccessError> {
+fn model(access: &Access, repository: &str, revision: &str) -> Result<(RepositoryAccess, HeaderMap), AccessError> {
     let path = format!(
         "{repository}/resolve/{}/config.json",
         escaped(revision).replace('/', "%2F")
@@ -143,9 +143,9 @@ fn model(access: &Access, repository: &str, revision: &str) -> Result<(Answer, H
     Ok((judge(status, &headers, access.has_token()), headers))
 }
 
-/// What an answer about a file means. The hub names the reason in `X-Error-Code`, as `huggingface_hub` reads it
-/// (`utils/_http.py`); without it, the status has to do.
-pub(super) fn judge(status: StatusCode, headers: &HeaderMap, with_token: bool) -> Answer {
+/// The meaning of an answer about a file. The hub names the reason in `X-Error-Code`, as `huggingface_hub` reads it
+/// (`utils/_http.py`); without it, the status decides.
+pub(super) fn judge(status: StatusCode, headers: &HeaderMap, with_token: bool) -> RepositoryAccess {
     let text = |name: &str| {
         headers
             .get(name)
@@ -153,21 +153,21 @@ pub(super) fn judge(status: StatusCode, headers: &HeaderMap, with_token: bool) -
             .unwrap_or_default()
     };
     match (status.as_u16(), text("x-error-code")) {
-        (200..=399, _) | (_, "EntryNotFound") => Answer::Open { bytes: None },
-        (_, "GatedRepo") => Answer::Gated { with_token },
-        (_, "RevisionNotFound") => Answer::NoRevision,
-        (401, _) if text("x-error-message").starts_with("Invalid credentials") => Answer::BadToken,
-        (401 | 404, "RepoNotFound") | (404, _) => Answer::NotFound { with_token },
-        (401, _) if with_token => Answer::BadToken,
-        // The hub hides what is private from those who say no name.
-        (401, _) => Answer::NotFound { with_token },
-        (403, _) => Answer::Gated { with_token },
-        (429, _) => Answer::RateLimited,
-        (status, _) => Answer::Failed(format!("status {status}")),
+        (200..=399, _) | (_, "EntryNotFound") => RepositoryAccess::Open { bytes: None },
+        (_, "GatedRepo") => RepositoryAccess::Gated { with_token },
+        (_, "RevisionNotFound") => RepositoryAccess::NoRevision,
+        (401, _) if text("x-error-message").starts_with("Invalid credentials") => RepositoryAccess::BadToken,
+        (401 | 404, "RepoNotFound") | (404, _) => RepositoryAccess::NotFound { with_token },
+        (401, _) if with_token => RepositoryAccess::BadToken,
+        // The hub hides private repositories from anonymous requests.
+        (401, _) => RepositoryAccess::NotFound { with_token },
+        (403, _) => RepositoryAccess::Gated { with_token },
+        (429, _) => RepositoryAccess::RateLimited,
+        (status, _) => RepositoryAccess::Failed(format!("status {status}")),
     }
 }
 
-/// By how many seconds this clock is before the one that wrote these headers.
+/// How far this clock is ahead of the server's, in seconds.
 fn clock_ahead(headers: &HeaderMap) -> Option<i64> {
     let date = headers.get("date")?.to_str().ok()?;
     let theirs = jiff::fmt::rfc2822::parse(date).ok()?.timestamp();
@@ -178,7 +178,7 @@ fn clock_ahead(headers: &HeaderMap) -> Option<i64> {
 mod tests {
     use super::*;
 
-    fn judged(status: u16, code: &'static str, message: &'static str, with_token: bool) -> Answer {
+    fn judged(status: u16, code: &'static str, message: &'static str, with_token: bool) -> RepositoryAccess {
         let mut headers = HeaderMap::new();
         for (name, value) in [("x-error-code", code), ("x-error-message", message)] {
             if !value.is_empty() {
@@ -190,25 +190,37 @@ mod tests {
 
     #[test]
     fn every_refusal_of_the_hub_has_its_meaning() {
-        assert_eq!(judged(200, "", "", true), Answer::Open { bytes: None });
-        assert_eq!(judged(307, "", "", false), Answer::Open { bytes: None });
-        assert_eq!(judged(404, "EntryNotFound", "", false), Answer::Open { bytes: None });
-        assert_eq!(judged(401, "GatedRepo", "", false), Answer::Gated { with_token: false });
-        assert_eq!(judged(403, "GatedRepo", "", true), Answer::Gated { with_token: true });
+        assert_eq!(judged(200, "", "", true), RepositoryAccess::Open { bytes: None });
+        assert_eq!(judged(307, "", "", false), RepositoryAccess::Open { bytes: None });
+        assert_eq!(
+            judged(404, "EntryNotFound", "", false),
+            RepositoryAccess::Open { bytes: None }
+        );
+        assert_eq!(
+            judged(401, "GatedRepo", "", false),
+            RepositoryAccess::Gated { with_token: false }
+        );
+        assert_eq!(
+            judged(403, "GatedRepo", "", true),
+            RepositoryAccess::Gated { with_token: true }
+        );
         assert_eq!(
             judged(401, "RepoNotFound", "", false),
-            Answer::NotFound { with_token: false }
+            RepositoryAccess::NotFound { with_token: false }
         );
         assert_eq!(
             judged(401, "", "Invalid credentials in Authorization header", true),
-            Answer::BadToken
+            RepositoryAccess::BadToken
         );
         assert_eq!(
             judged(404, "RepoNotFound", "", true),
-            Answer::NotFound { with_token: true }
+            RepositoryAccess::NotFound { with_token: true }
         );
-        assert_eq!(judged(404, "RevisionNotFound", "", true), Answer::NoRevision);
-        assert_eq!(judged(429, "", "", true), Answer::RateLimited);
-        assert_eq!(judged(503, "", "", true), Answer::Failed("status 503".to_owned()));
+        assert_eq!(judged(404, "RevisionNotFound", "", true), RepositoryAccess::NoRevision);
+        assert_eq!(judged(429, "", "", true), RepositoryAccess::RateLimited);
+        assert_eq!(
+            judged(503, "", "", true),
+            RepositoryAccess::Failed("status 503".to_owned())
+        );
     }
 }

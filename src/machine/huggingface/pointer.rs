@@ -1,8 +1,8 @@
-//! The layout of `huggingface_hub`'s cache: a folder per repository with blobs by their hash, and snapshots that link to them.
+//! The layout of `huggingface_hub`'s cache: one folder per repository, with blobs by hash, and snapshots of links to them.
 
 use std::path::{Component, Path, PathBuf};
 
-/// The folder of one repository, which may not be there.
+/// The folder of one repository, which does not have to exist.
 #[derive(Debug, Clone)]
 pub(super) struct Repository {
     folder: PathBuf,
@@ -10,7 +10,7 @@ pub(super) struct Repository {
 }
 
 impl Repository {
-    /// Of the model repository `name` below the folder of the cache.
+    /// The folder of the model repository `name` in the cache.
     pub(super) fn new(cache: &Path, name: &str) -> Self {
         let folder = format!("models--{}", name.replace('/', "--"));
         Self {
@@ -19,27 +19,27 @@ impl Repository {
         }
     }
 
-    /// The file that says which commit a branch or a tag is at.
+    /// The file with the commit of a branch or tag.
     pub(super) fn reference(&self, revision: &str) -> PathBuf {
         self.folder.join("refs").join(revision)
     }
 
-    /// The folder of a commit's files.
+    /// The folder with the files of a commit.
     pub(super) fn snapshot(&self, commit: &str) -> PathBuf {
         self.folder.join("snapshots").join(commit)
     }
 
-    /// The folder of all contents, each by its hash.
+    /// The folder with all contents, named by their hashes.
     pub(super) fn blobs(&self) -> PathBuf {
         self.folder.join("blobs")
     }
 
-    /// The folder of the locks that downloads hold.
+    /// The folder with the locks of downloads.
     pub(super) fn locks(&self) -> &Path {
         &self.locks
     }
 
-    /// The commit that a branch, a tag or a commit's own name stands for.
+    /// The commit of a branch, a tag or a commit hash.
     pub(super) fn commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
@@ -52,23 +52,23 @@ impl Repository {
     }
 }
 
-/// Whether this is a whole commit hash.
+/// Whether a text is a full commit hash.
 pub(super) fn is_commit(text: &str) -> bool {
     text.len() == 40 && is_hash(text)
 }
 
-/// Whether this may be the name of a blob: a SHA-1 or a SHA-256.
+/// Whether a text can be the name of a blob: a SHA-1 or a SHA-256.
 pub(super) fn is_hash(text: &str) -> bool {
     [40, 64].contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether a path of a repository stays below the folder that it is joined to.
+/// Whether a path of a repository stays within the folder that it is joined to.
 pub(super) fn is_plain(path: &str) -> bool {
     let mut parts = Path::new(path).components();
     !path.is_empty() && parts.all(|part| matches!(part, Component::Normal(_)))
 }
 
-/// The link from a file of a snapshot to its blob: relative, so that a cache may be moved.
+/// The link from a file of a snapshot to its blob. It is relative, so that the cache can be moved.
 pub(super) fn link(file: &str, blob: &str) -> PathBuf {
     let depth = file.split('/').count() + 1;
     let mut path: PathBuf = std::iter::repeat_n("..", depth).collect();

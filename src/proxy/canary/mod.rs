@@ -377,7 +377,7 @@ impl Canary<'_> {
         };
         let step = self.shared.upstream.fetch(&lease.engine, call);
         let answer: Result<_, ProxyError> = lease
-            .run(RequestStage::Pass, self.shared.deadlines().decode, step)
+            .run(RequestStage::Pass, self.shared.deadlines().decode_idle, step)
             .await;
         let (head, body) = answer.map_err(|error| self.failed(one_line(&error)))?;
         self.read(head.status, &body)

@@ -30,15 +30,7 @@ use crate::proxy::telemetry::metrics::{HandoffOutcome, TimedStage};
 use crate::proxy::telemetry::record::Record;
 use crate::proxy::transfer::{self, CleanupContext, ConsumeRequest, PrefillCall, Transfer};
 use crate::proxy::upstream::{AnswerBody, Call, forwardable, read_whole};
-
-/// The deadline of each stage.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Deadlines {
-    pub(crate) prefill: Duration,
-    pub(crate) handoff: Duration,
-    /// To the first byte of the decode leg, and between two reads.
-    pub(crate) decode: Duration,
-}
+use crate::proxy_config::RequestDeadlines;
 
 /// A client's generation request, read and admitted.
 #[derive(Debug)]
@@ -51,7 +43,7 @@ pub(crate) struct Job {
     pub(crate) session: Option<String>,
     /// The prefill and decode engine that must serve it, whatever the fleet's stage. For canaries.
     pub(crate) pair: Option<(EngineId, EngineId)>,
-    pub(crate) deadlines: Deadlines,
+    pub(crate) deadlines: RequestDeadlines,
     pub(crate) arrived: Instant,
     pub(crate) permit: Arc<OwnedSemaphorePermit>,
     pub(crate) record: Arc<Record>,
@@ -247,7 +239,7 @@ impl Attempt<'_> {
         path: &str,
         body: Vec<u8>,
     ) -> Result<DecodeAnswer, ProxyError> {
-        let deadline = self.job.deadlines.decode;
+        let deadline = self.job.deadlines.decode_idle;
         let headers = self.job.record.leg(&lease.engine, id, &self.job.headers);
         let call = Call::post(path, &headers, id, body);
         let step = self.shared.upstream.send(&lease.engine, call);
@@ -305,7 +297,7 @@ impl Attempt<'_> {
         let mut events = Events::default();
         let first = lease.run(
             RequestStage::Decode,
-            self.job.deadlines.decode,
+            self.job.deadlines.decode_idle,
             first_events(&mut body, &mut events),
         );
         let first = first.await?;
@@ -327,7 +319,7 @@ impl Attempt<'_> {
             events: Some(events),
             usage,
             on_drop: Some(on_drop),
-            ..StreamContext::new(Arc::clone(lease), self.job.deadlines.decode, timer)
+            ..StreamContext::new(Arc::clone(lease), self.job.deadlines.decode_idle, timer)
         };
         let headers = forwardable(&head.headers);
         let body = Body::new(StreamBody::after(first, body, stream));
@@ -339,7 +331,7 @@ impl Attempt<'_> {
     /// Fails a hand-off if the prefill engine could have given its KV away before the decode engine read it. No byte
     /// of the answer has gone to the client.
     fn check_lease(&self, decode: &EngineLease, transfer: Option<&mut Transfer>) -> Result<(), ProxyError> {
-        let lease = self.shared.settings.kv_lease;
+        let lease = self.shared.settings.deadlines.kv_lease;
         let (Some(transfer), Some(lease)) = (transfer, lease) else {
             return Ok(());
         };
@@ -357,7 +349,7 @@ impl Attempt<'_> {
         match proof {
             Proof::Received => Ok(HandoffOutcome::Transferred),
             Proof::None => Ok(HandoffOutcome::Sent),
-            Proof::Computed if self.shared.settings.service.handoff.strict => {
+            Proof::Computed if self.shared.settings.config.handoff.strict => {
                 Err(decode.failed(RequestStage::Handoff, Cause::Recomputed))
             }
             Proof::Computed => Ok(HandoffOutcome::Recomputed),

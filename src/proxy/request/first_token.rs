@@ -262,7 +262,7 @@ impl FirstHalf {
                     transfer: Some(transfer.take()),
                     usage: Some(self.usage),
                     on_drop: Some(attempt.outcome_on_drop(HandoffOutcome::Sent)),
-                    ..StreamContext::new(self.decode, attempt.job.deadlines.decode, attempt.token_timer())
+                    ..StreamContext::new(self.decode, attempt.job.deadlines.decode_idle, attempt.token_timer())
                 };
                 let mut response = verbatim(head, Bytes::new());
                 *response.body_mut() = Body::new(StreamBody::new(begin.into(), body, stream));

@@ -52,7 +52,7 @@ pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Bo
         },
         number: 0,
     };
-    let mut most = shared.settings.service.routing.attempts;
+    let mut most = shared.settings.config.routing.attempts;
     if job.pair.is_some() {
         // The first hand-off of a new pair can fail. A second failure is what the canary must find.
         most = most.min(2);

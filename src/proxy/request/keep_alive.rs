@@ -34,7 +34,7 @@ const COMMENT: &[u8] = b": keep-alive\n\n";
 
 /// Answers a generation, with comments if it is a stream and keep-alive is on.
 pub(crate) async fn answer(shared: &Arc<Shared>, job: Job) -> Result<Response<Body>, ProxyError> {
-    let every = shared.settings.service.streams.keep_alive;
+    let every = shared.settings.config.streams.keep_alive;
     let is_streamed = || Document::parse(&job.body).is_ok_and(|document| document.given("stream") == Some("true"));
     if every.is_zero() || !is_streamed() {
         return flow::answer(shared, job).await;

@@ -33,7 +33,7 @@ pub(crate) async fn answer(
 ) -> Result<Response<Body>, ProxyError> {
     let body = edited(body)?;
     let headers = shared.engine_headers(&head.headers);
-    let idle = shared.deadlines().decode;
+    let idle = shared.deadlines().decode_idle;
     let mut outcome = Err(ProxyError::NoEngine(Role::Decode));
     for lease in leases(shared, session) {
         let call = Call {

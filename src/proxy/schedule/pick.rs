@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::fleet::{EngineId, EngineView};
 use crate::proxy::hash::hash_of;
-use crate::service::Policy;
+use crate::proxy_config::Policy;
 
 /// The `prefix` policy passes over an engine that has this many times the tokens of the least loaded one.
 const TOO_LOADED: u64 = 3;

@@ -23,7 +23,7 @@ use crate::proxy::error::{ProxyError, RequestStage};
 use crate::proxy::hash::hash_of;
 use crate::proxy::telemetry::metrics::TimedStage;
 use crate::proxy::telemetry::record::Record;
-use crate::service::{Admission, Policy, WithoutPrefill};
+use crate::proxy_config::{Admission, Policy, WithoutPrefill};
 
 /// The load of the engines and the queue, for all requests of a proxy.
 #[derive(Debug)]
@@ -179,7 +179,7 @@ impl<'job> EngineSelector<'job> {
             0
         };
         let Placement { lease: decode, known } = self.wait_for_decode(&key, buffer).await?;
-        let threshold = self.shared.settings.service.routing.prefill_threshold;
+        let threshold = self.shared.settings.config.routing.prefill_threshold;
         if self.pair.is_none() && self.demand.prompt.saturating_sub(known) < threshold {
             decode.reservation().inspect(|reservation| reservation.release_buffer());
             return Ok(Selection::DecodeOnly(decode, "prefill_threshold"));
@@ -205,7 +205,7 @@ impl<'job> EngineSelector<'job> {
 
     /// Whether decode engines prefill as well if no prefill engine serves.
     fn aggregates(&self) -> bool {
-        self.pair.is_none() && self.shared.settings.service.routing.without_prefill == WithoutPrefill::Aggregate
+        self.pair.is_none() && self.shared.settings.config.routing.without_prefill == WithoutPrefill::Aggregate
     }
 
     /// Leases a decode engine that answers alone.
@@ -215,7 +215,7 @@ impl<'job> EngineSelector<'job> {
     }
 
     fn key(&self) -> PromptKey {
-        let routing = &self.shared.settings.service.routing;
+        let routing = &self.shared.settings.config.routing;
         let uses = |policy| routing.prefill_policy == policy || routing.decode_policy == policy;
         let (document, prompt) = (self.document, self.prompt);
         // The chat template puts model and tools before the messages.
@@ -246,7 +246,7 @@ impl<'job> EngineSelector<'job> {
         }
         let ticket = self.join()?;
         let began = Instant::now();
-        let limit = shared.settings.service.admission.queue_deadline;
+        let limit = shared.settings.config.admission.queue_deadline;
         let mut deadline = std::pin::pin!(tokio::time::sleep(limit));
         let mut view = shared.view.clone();
         view.mark_unchanged();
@@ -277,7 +277,7 @@ impl<'job> EngineSelector<'job> {
         ticket: Option<&QueueTicket<'_>>,
     ) -> Result<Option<Placement>, ProxyError> {
         let shared = self.shared;
-        let routing = &shared.settings.service.routing;
+        let routing = &shared.settings.config.routing;
         let request = SelectionRequest {
             policy: if role == Role::Prefill {
                 routing.prefill_policy
@@ -411,7 +411,7 @@ impl<'job> EngineSelector<'job> {
             (None, Some(session)) => hash_of(session),
             (None, None) => 0,
         };
-        let limit = shared.settings.service.admission.max_queued;
+        let limit = shared.settings.config.admission.max_queued;
         let mut tracker = shared.scheduler.lock();
         if tracker.queue.len() >= limit {
             let retry_after = tracker.queue.retry_after();

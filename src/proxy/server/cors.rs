@@ -7,7 +7,7 @@ use axum::body::Body;
 use axum::http::header::{self, HeaderName};
 use axum::http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
-use crate::service::Cors;
+use crate::proxy_config::Cors;
 
 /// All methods, in Starlette's order.
 const METHODS: &str = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT";

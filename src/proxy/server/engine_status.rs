@@ -13,7 +13,7 @@ use crate::proxy::Shared;
 use crate::proxy::error::{ProxyError, RequestStage};
 use crate::proxy::schedule::lease::EngineLease;
 use crate::proxy::upstream::Call;
-use crate::service::WithoutPrefill;
+use crate::proxy_config::WithoutPrefill;
 
 /// How long an engine has to answer.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -105,7 +105,7 @@ impl Shared {
     pub(super) async fn is_healthy(&self) -> Result<(), ProxyError> {
         self.check_serving()?;
         let view = Arc::clone(&self.view.borrow());
-        let needs_prefill = self.settings.service.routing.without_prefill == WithoutPrefill::Fail;
+        let needs_prefill = self.settings.config.routing.without_prefill == WithoutPrefill::Fail;
         let healthy = if self.settings.asks_engines {
             Some(self.healthy_engines().await)
         } else {

@@ -139,7 +139,7 @@ async fn version(shared: &Shared) -> Result<Response<Body>, ProxyError> {
 /// the former.
 async fn metrics(shared: &Shared, with_engines: bool, open: bool) -> Response<Body> {
     let classic = "text/plain; version=0.0.4; charset=utf-8";
-    let (text, content_type) = if with_engines || shared.settings.service.metrics.merge {
+    let (text, content_type) = if with_engines || shared.settings.config.metrics.merge {
         (shared.merged_metrics().await, classic)
     } else {
         let text = shared.metrics_text(true);
@@ -223,7 +223,7 @@ async fn wrong_method(State(shared): State<Arc<Shared>>, request: Request) -> Re
 }
 
 fn session(shared: &Shared, headers: &HeaderMap) -> Option<String> {
-    let name = shared.settings.session_header.as_deref()?;
+    let name = shared.settings.config.bound_session_header()?;
     let value = headers.get(name)?.to_str().ok()?;
     (!value.is_empty()).then(|| value.to_owned())
 }

@@ -37,8 +37,8 @@ use super::strict_heads::StrictStream;
 use super::tls::Tls;
 use crate::proxy::overload::{Limit, Overload};
 use crate::proxy::upstream::Upstream;
+use crate::proxy_config::Clients;
 use crate::report::lacks_descriptors;
-use crate::service::Clients;
 use crate::wire::descriptors;
 
 /// How long to wait if the system has no room for another connection.

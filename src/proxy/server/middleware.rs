@@ -33,7 +33,7 @@ pub(crate) async fn check_request(
 ) -> Response<Body> {
     let method = request.method().clone();
     let origin = request.headers().get(header::ORIGIN).cloned();
-    let pages = &shared.settings.service.cors;
+    let pages = &shared.settings.config.cors;
     let record = Arc::new(Record::of_client(&shared, method, request.headers_mut()));
     let mut response = match shared.check(&request) {
         Ok(()) if cors::is_preflight(request.method(), request.headers()) => {

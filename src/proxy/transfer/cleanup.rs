@@ -346,7 +346,7 @@ fn warn_of_stranded(request: &str, error: &str) {
 /// Tries to free blocks for as long as their lease can last. Returns whether they are free.
 async fn while_leased(shared: &Shared, prefill: Option<&EngineWatch>, passed_on: impl Future<Output = ()>) -> bool {
     let place = Arc::clone(&shared.overdue).try_acquire_owned();
-    let lease = match (&place, shared.settings.kv_lease) {
+    let lease = match (&place, shared.settings.deadlines.kv_lease) {
         (Ok(_), Some(lease)) => lease,
         _ => RELEASE_DEADLINE,
     };

@@ -16,7 +16,7 @@ use crate::connector::{Connector, Nixl};
 use crate::fleet::{EngineView, FleetStage, FleetView, Role};
 use crate::proxy::body::serving_mode::GenerationKind;
 use crate::proxy::{Parts, Proxy, Settings};
-use crate::service::Service;
+use crate::proxy_config::{ProxyConfig, RequestDeadlines};
 
 fn engine(role: Role, port: u16) -> Arc<EngineView> {
     let mut engine = EngineView::fixture(role, 0);
@@ -47,16 +47,19 @@ async fn dropped(go: impl FnOnce(&mut Transfer, &EngineLease)) -> (Option<String
         parts: Parts::default(),
         connector: Connector::Nixl(Nixl {}),
         served_model_name: "m".into(),
-        session_header: None,
         notifications: None,
-        prefill_deadline: minute,
-        handoff_deadline: minute,
-        decode_idle_deadline: minute,
-        kv_lease: None,
+        deadlines: RequestDeadlines {
+            prefill: minute,
+            handoff: minute,
+            decode_idle: minute,
+            kv_lease: None,
+        },
         asks_engines: false,
-        max_body_bytes: 1,
-        max_in_flight: 1,
-        service: Service::default(),
+        config: ProxyConfig {
+            max_body: 1,
+            max_in_flight: 1,
+            ..ProxyConfig::default()
+        },
     };
     let proxy = Proxy::new(settings, view.clone(), None);
     let context = CleanupContext {

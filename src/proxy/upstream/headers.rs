@@ -104,7 +104,7 @@ impl Shared {
     pub(crate) fn engine_headers(&self, headers: &HeaderMap) -> HeaderMap {
         let mut forwarded = forwardable(headers);
         let parts = &self.settings.parts;
-        let is_checked = !parts.client_keys.is_empty() && !self.settings.service.guard.pass_key_through;
+        let is_checked = !parts.client_keys.is_empty() && !self.settings.config.guard.pass_key_through;
         if is_checked || matches!(&parts.engine_key, Some(key) if key.is_xpyds_own()) {
             forwarded.remove(header::AUTHORIZATION);
             if let Some(key) = &parts.engine_key {

@@ -149,8 +149,8 @@ fn misplaced_vllm_options_get_a_hint() {
     assert_eq!(shown["plan"]["connector"]["name"], "lmcache-mp");
     assert_eq!(shown["plan"]["engines"][1]["endpoint"]["tensor_parallel"], 2);
     for (arguments, expected) in [
-        (&["up", "--max-model-len", "8192"][..], "behind `--`"),
-        (&["plan", "--max_num_seqs=8"], "behind `--`"),
+        (&["up", "--max-model-len", "8192"][..], "after `--`"),
+        (&["plan", "--max_num_seqs=8"], "after `--`"),
         (&["up", "--gpus", "0,1"], "prefill.gpus"),
         (&["up", "org/model"], "--model org/model"),
         (&["plan", "2p2e"], "did you mean"),
@@ -183,7 +183,7 @@ fn profiles_are_shown_as_files_and_resolved() {
 fn an_unrunnable_profile_fails_validation() {
     let env = TestEnv::new();
     for (file, expected) in [
-        ("prefill.port = 7201", "port 7201 is needed twice"),
+        ("prefill.port = 7201", "port 7201 is used twice"),
         ("sim.preset = \"h200\"", "unknown preset `h200`; known are instant"),
         ("sim.faults = [\"explode\"]", "sim.faults"),
         ("decode.args = [\"--port\", \"1\"]", "`--port` in `decode.args`"),
@@ -389,7 +389,7 @@ fn ctrl_c_ends_the_wait_for_a_drain_with_a_hint() {
     let (code, printed) = drain.end();
     assert_eq!(code, 130, "{printed}");
     assert!(
-        printed.contains("the drain goes on") && printed.contains("`xpyd status --name mine`"),
+        printed.contains("the drain continues") && printed.contains("`xpyd status --name mine`"),
         "{printed}"
     );
     assert!(env.run(&["down", "--name", "mine", "--force"]).status.success());

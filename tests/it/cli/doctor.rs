@@ -136,12 +136,17 @@ fn missing_packages_are_named() {
         &json!({"vllm": "0.32.0"}),
         GOOD,
         &[],
-        ("nixl", "nixl is not installed beside vLLM"),
+        ("nixl", "nixl is not installed in vLLM's environment"),
     );
-    assert_finding(&json!({}), GOOD, &[], ("nixl", "could not be read"));
+    assert_finding(&json!({}), GOOD, &[], ("nixl", "cannot check"));
     let both = json!({"vllm": "0.32.0", "nixl": "1.5.1", "lmcache": "0.5.6"});
     let store = ["--set", "connector=lmcache-mp"];
-    assert_finding(&both, GOOD, &store, ("lmcache_program", "is not beside `vllm`"));
+    assert_finding(
+        &both,
+        GOOD,
+        &store,
+        ("lmcache_program", "is not in the folder of `vllm`"),
+    );
 }
 
 #[test]
@@ -177,7 +182,7 @@ fn impossible_roles_and_models_are_named() {
     let seed = ["--set", "decode.env={PYTHONHASHSEED=\"1\"}"];
     assert_finding(&good, GOOD, &seed, ("hash_seed", "PYTHONHASHSEED differs"));
     let dtype = ["--set", "decode.args=[\"--dtype\", \"half\"]"];
-    assert_finding(&good, GOOD, &dtype, ("roles", "no hand-off can work"));
+    assert_finding(&good, GOOD, &dtype, ("roles", "KV transfers cannot work"));
     let model = ["--model", "/no/such/model"];
     assert_finding(&good, GOOD, &model, ("model", "`/no/such/model` is not there"));
 }
@@ -192,7 +197,7 @@ fn a_taken_port_is_named_with_its_process() {
     assert_eq!(code, 3);
     let message = text(&findings["ports"], "message");
     let wanted = format!(
-        "1 port is taken: {port} (prefiller1 http) by process {}",
+        "1 port is in use: {port} (prefiller1 http) by process {}",
         std::process::id()
     );
     assert!(message.starts_with(&wanted), "{message}");
@@ -261,7 +266,10 @@ fn only_leftovers_of_killed_runs_are_listed_and_removed() {
     assert!(!folder.join("run.json").exists() && !folder.join("control.sock").exists());
     assert!(mine.exists());
     let shown = String::from_utf8_lossy(&output.stdout);
-    assert!(shown.contains("no run was killed"), "the report is up to date: {shown}");
+    assert!(
+        shown.contains("no files of killed runs"),
+        "the report is up to date: {shown}"
+    );
 }
 
 /// A process marked as an engine whose shim is dead.
@@ -311,7 +319,7 @@ fn an_engine_with_a_living_parent_is_never_reaped() {
     let output = env.run(&["doctor", "--reap", "--yes", "--pid", &pid.to_string()]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(
-        String::from_utf8_lossy(&output.stderr).contains("nothing to end"),
+        String::from_utf8_lossy(&output.stderr).contains("no orphaned engine process"),
         "{output:?}"
     );
     kill(Pid::from_raw(pid), None).expect("it lives");
@@ -327,7 +335,7 @@ fn orphaned_engines_are_ended_only_with_the_flag() {
     assert!(found.contains_key("orphans"));
 
     let mut run = env.up(&["--profile", "1p1d"]);
-    let note = run.wait_for_line("note: engines that nobody watches");
+    let note = run.wait_for_line("note: orphaned engine processes");
     assert!(note.contains("`xpyd doctor --reap`"), "{note}");
     run.wait_until_ready();
     run.signal(Signal::SIGINT);

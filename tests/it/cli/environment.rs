@@ -237,7 +237,7 @@ fn ctrl_c_during_a_detached_start_leaves_it_running() {
     waiting.signal(Signal::SIGINT);
     let (code, text) = waiting.end();
     assert_eq!(code, 130, "{text}");
-    assert!(text.contains("goes on in the background"), "{text}");
+    assert!(text.contains("continues in the background"), "{text}");
     assert!(text.contains("`xpyd status`") && text.contains("`xpyd down`"), "{text}");
     assert!(["starting", "verifying", "ready"].contains(&status(&env, &[])["stage"].as_str().expect("a stage")));
     down(&env, &[]);
@@ -428,7 +428,7 @@ fn a_second_run_gets_its_own_ports() {
         let (planned, printed) = (String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output));
         assert!(output.status.success(), "{printed}");
         assert!(
-            printed.contains("note: run `default` has ports of this profile"),
+            printed.contains("note: run `default` uses ports of this profile"),
             "{printed}"
         );
         assert!(!planned.contains(&format!(":{}", env.proxy_port())), "{planned}");
@@ -440,7 +440,7 @@ fn a_second_run_gets_its_own_ports() {
     let printed = stderr(&output);
     assert_eq!(output.status.code(), Some(3), "{printed}");
     assert!(
-        printed.contains(&format!("taken by run `default` (pid {})", run.pid())),
+        printed.contains(&format!("in use by run `default` (pid {})", run.pid())),
         "{printed}"
     );
     assert!(printed.contains("`xpyd down`"), "{printed}");
@@ -516,7 +516,7 @@ fn an_unstarted_engine_differs_from_an_unknown_one() {
     let never = of_run("decoder1");
     assert_eq!(never.status.code(), Some(1), "{}", stderr(&never));
     assert!(
-        stderr(&never).contains("ended before it was started"),
+        stderr(&never).contains("ended before its start"),
         "{}",
         stderr(&never)
     );

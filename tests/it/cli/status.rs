@@ -89,7 +89,7 @@ fn status_watch_prints_changes_and_ends_with_the_run() {
     let (code, text) = watch.end();
     assert_eq!(code, 1, "{text}");
     assert!(
-        text.contains("has ended without saying how") && text.contains("hint: "),
+        text.contains("has ended without recording how") && text.contains("hint: "),
         "{text}"
     );
     assert_eq!(text.matches("decoder1 is ready").count(), 1, "{text}");

@@ -18,14 +18,14 @@ fn a_busy_gpu_is_avoided_or_its_process_named() {
         .map(|user| user.name);
     let user = user.expect("a name");
     assert!(
-        found[0].starts_with("fail GPU 0 has 10.4 of 79.6 GiB free, and prefiller1 wants 0.92 of it (73.3 GiB); "),
+        found[0].starts_with("fail GPU 0 has 10.4 of 79.6 GiB free, and prefiller1 needs 0.92 of it (73.3 GiB); "),
         "{found:?}"
     );
     assert!(
         found[0].contains(&format!("pid {own} ({user}, ")) && found[0].contains(", 70000 MiB)"),
         "{found:?}"
     );
-    assert!(found[0].contains("pid 4194305 (300 MiB, not seen here"), "{found:?}");
+    assert!(found[0].contains("pid 4194305 (300 MiB, not visible here"), "{found:?}");
     assert!(
         found[0].contains("`--set vllm.gpu_memory_utilization=0.13` fits"),
         "{found:?}"
@@ -44,10 +44,13 @@ fn a_busy_gpu_is_avoided_or_its_process_named() {
 fn memory_without_a_visible_process_is_reported() {
     let script = cards(2, "used_mib = 60000");
     let found = Machine::new(&script).findings("gpu_memory", &["-p", "1p1d"]);
-    assert!(found[0].contains("NVML lists no process that holds it"), "{found:?}");
+    assert!(found[0].contains("NVML lists no process that uses it"), "{found:?}");
     let hidden = format!("fail = \"nvmlDeviceGetComputeRunningProcesses_v3\"\n{script}");
     let found = Machine::new(&hidden).findings("gpu_memory", &["-p", "1p1d"]);
-    assert!(found[0].contains("who holds it, NVML does not tell"), "{found:?}");
+    assert!(
+        found[0].contains("NVML does not report which process uses it"),
+        "{found:?}"
+    );
     let unknown = format!("fail = \"nvmlDeviceGetMemoryInfo_v2\"\n{script}");
     let found = Machine::new(&unknown).findings("gpu_memory", &["-p", "1p1d"]);
     assert!(
@@ -81,7 +84,7 @@ fn engines_with_small_memory_shares_share_a_gpu() {
     );
     assert!(machine.findings("gpu_memory", &more)[0].starts_with("pass"));
     let wrong = machine.plan(&["--set", "decode.gpu_memory_utilization=1.5"]);
-    assert!(wrong.contains("1.5 is not a part of the memory"), "{wrong}");
+    assert!(wrong.contains("1.5 is not a fraction of the memory"), "{wrong}");
 }
 
 #[test]
@@ -89,7 +92,7 @@ fn a_model_that_does_not_fit_is_reported_before_the_start() {
     let small = Machine::new(&cards(2, "total_mib = 23034\nname = \"NVIDIA L4\""));
     let found = small.findings("fit", &["-p", "1p1d", "--set", "vllm.max_model_len=131072"]);
     assert!(
-        found[0].starts_with("warn KV of one request of 131072 tokens takes 16.0 GiB on each GPU of prefill engines"),
+        found[0].starts_with("warn KV of one request of 131072 tokens needs 16.0 GiB on each GPU of prefill engines"),
         "{found:?}"
     );
     assert!(found[0].contains("| `--set vllm.max_model_len="), "{found:?}");

@@ -97,7 +97,7 @@ fn with_host_pids_only_memory_is_checked() {
     let (code, text) = run.end();
     assert_eq!(code, 0, "{text}");
     assert!(
-        text.contains("cannot tell on which GPUs engines run: NVML reports process ids of the host"),
+        text.contains("on which GPUs engines run cannot be told: NVML reports process ids of the host"),
         "{text}"
     );
     assert!(log(&machine).contains("GPU memory is back"), "{}", log(&machine));

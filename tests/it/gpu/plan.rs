@@ -141,7 +141,7 @@ fn larger_gpus_are_preferred_and_mixed_ranks_reported() {
     ];
     let mixed = machine.findings("gpu_kinds", &more);
     assert!(
-        mixed[0].starts_with("warn prefiller1 runs on unlike GPUs: NVIDIA H100 80GB HBM3, NVIDIA L4"),
+        mixed[0].starts_with("warn prefiller1 runs on GPUs of different kinds: NVIDIA H100 80GB HBM3, NVIDIA L4"),
         "{mixed:?}"
     );
 }
@@ -174,7 +174,7 @@ fn mig_slices_are_separate_devices() {
             "decode.gpus=[1000]",
         ],
     );
-    assert!(wide[0].contains("CUDA shows a process one slice only"), "{wide:?}");
+    assert!(wide[0].contains("CUDA shows a process only one slice"), "{wide:?}");
     let old = r#"{"packages": {"vllm": "0.11.0", "nixl": "1.5.1"}}"#;
     let old = Machine::with_vllm(script, old).findings("mig", &["-p", "1p1d"]);
     assert!(old[0].contains("vLLM 0.11.0 crashes on the UUID of one"), "{old:?}");
@@ -216,7 +216,7 @@ fn a_missing_or_broken_nvml_is_a_finding() {
         .unwrap_or_default();
     assert!(
         finding
-            .contains("the plan needs 2 GPUs: no NVIDIA driver: its library /nowhere/libnvidia-ml.so cannot be loaded"),
+            .contains("the plan needs 2 GPUs: no NVIDIA driver: the library /nowhere/libnvidia-ml.so cannot be loaded"),
         "{text}"
     );
     // Findings that prevent the start come first.

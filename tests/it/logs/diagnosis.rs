@@ -195,9 +195,9 @@ fn a_lost_port_race_is_retried() {
     let env = TestEnv::new();
     with_restarts_failing_by("port-http", &env, |run| {
         run.wait_for_line("it starts again in");
-        let again = run.wait_for_line("an engine's HTTP port is taken");
+        let again = run.wait_for_line("an engine's HTTP port is in use");
         assert!(again.contains("it starts again in"), "{again}");
-        let last = run.wait_for_line("an engine's HTTP port is taken");
+        let last = run.wait_for_line("an engine's HTTP port is in use");
         assert!(last.contains("it kept failing and is not started again"), "{last}");
         assert_eq!(engine(&env, "decoder1")["incarnation"], 3);
     });

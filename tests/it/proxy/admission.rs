@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use xpyd::connector::{Connector, FirstToken, Nixl};
 use xpyd::fleet::{EngineId, EngineState, FleetStage, Role};
 use xpyd::proxy::{CanaryPrompts, Notifications, Settings};
-use xpyd::service::Admission;
+use xpyd::proxy_config::Admission;
 
 use super::harness::{
     self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, code, json_response, prefill_engine,
@@ -37,8 +37,8 @@ async fn gated_engine() -> (ScriptedEngine, Arc<Semaphore>) {
 
 fn limited(admission: Admission) -> Settings {
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
-    settings.max_in_flight = 64;
-    settings.service.admission = admission;
+    settings.config.max_in_flight = 64;
+    settings.config.admission = admission;
     settings
 }
 
@@ -373,7 +373,7 @@ async fn an_image_counts_as_its_tokens() {
         decode_tokens: Some(4000),
         ..Admission::default()
     });
-    settings.max_body_bytes = 4 << 20;
+    settings.config.max_body = 4 << 20;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let text = send(&harness, "a", 100, 0);
     decode.wait_for_requests(1).await;
@@ -435,7 +435,7 @@ async fn a_prompt_counts_at_most_the_model_length() {
     })
     .await;
     let mut settings = limited(small_capacity());
-    settings.max_body_bytes = 1 << 20;
+    settings.config.max_body = 1 << 20;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let first = send(&harness, "a", 40, 0);
     decode.wait_for_requests(1).await;

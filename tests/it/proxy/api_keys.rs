@@ -136,7 +136,7 @@ fn unusable_keys_are_refused_before_the_start() {
         let arguments = [verb, &["--api-key-file", "keys"]].concat();
         refused(&[verb, &["--api-key-file", "nowhere"]].concat(), "nowhere");
         file("\n# none\n");
-        refused(&arguments, "`keys` holds no API key");
+        refused(&arguments, "`keys` has no API key");
         file("sword fish swordfish");
         refused(&arguments, "line 1 is not a valid API key");
         file("\u{feff}# with a byte order mark\nsword-fish\nsword\u{a0}fish");

@@ -32,7 +32,7 @@ fn many_members(count: usize) -> String {
 async fn a_body_with_too_many_members_or_levels_is_refused() {
     let (prefill, decode) = (prefill_engine().await, decode_engine().await);
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
-    settings.max_body_bytes = 64 << 20;
+    settings.config.max_body = 64 << 20;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let deep = format!("{{\"prompt\":{}{}}}", "[".repeat(1_000_000), "]".repeat(1_000_000));
     for (body, limit) in [
@@ -121,7 +121,7 @@ async fn bodies_share_one_memory_budget() {
     let prefill = ScriptedEngine::held_until(&go, nixl_prefill_response).await;
     let decode = ScriptedEngine::start(|_| async { json_response(200, COMPLETION) }).await;
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
-    settings.service.admission.body_bytes = 20_000;
+    settings.config.admission.body_bytes = 20_000;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
 
     // One request is being served, and half of another one has arrived.

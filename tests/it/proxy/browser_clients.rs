@@ -30,7 +30,7 @@ fn client() -> reqwest::Client {
 #[tokio::test]
 async fn allowed_origins_can_use_the_fleet() {
     let mut settings = settings();
-    settings.service.cors.allowed_origins = vec!["http://app.example".to_owned()];
+    settings.config.cors.allowed_origins = vec!["http://app.example".to_owned()];
     settings.parts.client_keys = ClientKeys::read("key").unwrap();
     let (_prefill, decode, harness) = harness(settings).await;
     let ask = |origin: &'static str| {

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use xpyd::connector::{Connector, Nixl};
 use xpyd::fleet::{FleetStage, Role};
-use xpyd::proxy::Settings;
 
 use super::harness::{
     self, COMPLETION, CancelOnDrop, PARAMS, ProxyHarness, Script, ScriptedEngine, code, dead_port, decode_engine,
@@ -308,10 +307,8 @@ async fn stalling_decode_engine() -> (ScriptedEngine, CancellationToken) {
 async fn a_stalled_stream_ends_with_an_error_event() {
     let (decode, hung_up) = stalling_decode_engine().await;
     let prefill = prefill_engine().await;
-    let settings = Settings {
-        decode_idle_deadline: Duration::from_secs(2),
-        ..harness::settings(Connector::Nixl(Nixl {}))
-    };
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
+    settings.deadlines.decode_idle = Duration::from_secs(2);
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let (_, text) = harness.complete(r#"{"prompt":"x","stream":true}"#).await;
     assert!(
@@ -469,10 +466,8 @@ async fn too_many_requests_in_flight_are_refused() {
     let go = CancellationToken::new();
     let prefill = ScriptedEngine::held_until(&go, nixl_prefill_response).await;
     let decode = decode_engine().await;
-    let settings = Settings {
-        max_in_flight: 1,
-        ..harness::settings(Connector::Nixl(Nixl {}))
-    };
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
+    settings.config.max_in_flight = 1;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let first = harness.complete(r#"{"prompt":"x"}"#);
     let second = async {
@@ -501,10 +496,8 @@ async fn requests_rotate_and_sessions_stay() {
         decode_engine().await,
         decode_engine().await,
     );
-    let settings = Settings {
-        session_header: Some("session-id".into()),
-        ..harness::settings(Connector::Nixl(Nixl {}))
-    };
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
+    settings.config.bind_sessions = true;
     let harness = ProxyHarness::start(settings, &[p1.port, p2.port], &[d1.port, d2.port], 1, None).await;
     for _ in 0..4 {
         harness.complete(r#"{"prompt":"x"}"#).await;

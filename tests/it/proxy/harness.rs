@@ -20,7 +20,7 @@ use xpyd::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
 use xpyd::proxy::{Notifications, Parts, Proxy, Settings};
-use xpyd::service::Service;
+use xpyd::proxy_config::{ProxyConfig, RequestDeadlines};
 
 pub(crate) use crate::support::DEADLINE;
 
@@ -190,17 +190,20 @@ pub(crate) fn settings(connector: Connector) -> Settings {
     Settings {
         connector,
         served_model_name: "m".into(),
-        session_header: None,
         notifications: None,
-        prefill_deadline: DEADLINE,
-        handoff_deadline: DEADLINE,
-        decode_idle_deadline: DEADLINE,
-        kv_lease: None,
+        deadlines: RequestDeadlines {
+            prefill: DEADLINE,
+            handoff: DEADLINE,
+            decode_idle: DEADLINE,
+            kv_lease: None,
+        },
         asks_engines: false,
-        max_body_bytes: 10_000,
-        max_in_flight: 8,
         parts: Parts::default(),
-        service: Service::default(),
+        config: ProxyConfig {
+            max_body: 10_000,
+            max_in_flight: 8,
+            ..ProxyConfig::default()
+        },
     }
 }
 

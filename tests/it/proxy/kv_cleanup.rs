@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use xpyd::connector::{Connector, Nixl};
 use xpyd::fleet::{EngineState, Role};
-use xpyd::service::WithoutPrefill;
+use xpyd::proxy_config::WithoutPrefill;
 
 use super::harness::{
     BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, code, dead_port, decode_engine, error_response,
@@ -181,7 +181,7 @@ async fn decode_only_fallback_works_when_enabled() {
     for (policy, expected) in [(WithoutPrefill::Fail, 503), (WithoutPrefill::Aggregate, 200)] {
         let (prefill, decode) = (prefill_engine().await, decode_engine().await);
         let mut settings = settings(Connector::Nixl(Nixl {}));
-        settings.service.routing.without_prefill = policy;
+        settings.config.routing.without_prefill = policy;
         let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
         harness.lose(Role::Prefill, 0);
         assert_eq!(harness.get("/health").await.status(), expected);
@@ -204,8 +204,8 @@ async fn decode_only_fallback_works_when_enabled() {
 async fn unfreeable_kv_is_reported_and_blocks_nothing() {
     let prefill = ScriptedEngine::start(|_| async { nixl_prefill_response() }).await;
     let mut settings = settings(Connector::Nixl(Nixl {}));
-    settings.handoff_deadline = Duration::from_millis(200);
-    settings.service.routing.attempts = 1;
+    settings.deadlines.handoff = Duration::from_millis(200);
+    settings.config.routing.attempts = 1;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[dead_port().await], 1, None).await;
     assert_eq!(harness.complete(r#"{"prompt":"x"}"#).await.0, 502);
     let proxy = harness.proxy.clone();

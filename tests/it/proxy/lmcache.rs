@@ -114,10 +114,8 @@ async fn mla_models_need_one_notification() {
         notifying_prefill_engine(socket.port(), 1, PREFILLED).await,
         decode_engine().await,
     );
-    let settings = Settings {
-        notifications: Some(1),
-        ..settings(lmcache(FirstToken::Decoder))
-    };
+    let mut settings = settings(lmcache(FirstToken::Decoder));
+    settings.notifications = Some(1);
     let harness = harness(settings, &prefill, &decode, 4, socket).await;
     let outcome = within_deadline("the answer", harness.complete(r#"{"prompt":"x"}"#)).await;
     assert_eq!(outcome, (200, COMPLETION.to_owned()));
@@ -154,10 +152,8 @@ async fn a_lost_notification_fails_at_its_deadline() {
         notifying_prefill_engine(socket.port(), 0, PREFILLED).await,
         decode_engine().await,
     );
-    let settings = Settings {
-        handoff_deadline: Duration::from_millis(200),
-        ..settings(lmcache(FirstToken::Decoder))
-    };
+    let mut settings = settings(lmcache(FirstToken::Decoder));
+    settings.deadlines.handoff = Duration::from_millis(200);
     let harness = harness(settings, &prefill, &decode, 1, socket).await;
     let (status, body) = harness.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!((status, code(&body).as_str()), (504, "engine_timeout"));
@@ -184,11 +180,9 @@ async fn kv_of_a_late_notification_is_consumed() {
         notifying_prefill_engine(port, 0, PREFILLED).await,
         decode_engine().await,
     );
-    let mut settings = Settings {
-        handoff_deadline: Duration::from_millis(200),
-        ..settings(lmcache(FirstToken::Decoder))
-    };
-    settings.service.routing.attempts = 1;
+    let mut settings = settings(lmcache(FirstToken::Decoder));
+    settings.deadlines.handoff = Duration::from_millis(200);
+    settings.config.routing.attempts = 1;
     let harness = harness(settings, &prefill, &decode, 1, socket).await;
     assert_eq!(harness.complete(r#"{"prompt":"x"}"#).await.0, 504);
     decode.wait_for_requests(1).await;
@@ -268,10 +262,8 @@ async fn a_disconnect_in_prefill_frees_the_decode_engine() {
     let port = socket.port();
     let prefill = ScriptedEngine::start(|_| std::future::pending::<Response<Body>>()).await;
     let decode = decode_engine().await;
-    let settings = Settings {
-        handoff_deadline: Duration::from_mins(2),
-        ..settings(lmcache(FirstToken::Decoder))
-    };
+    let mut settings = settings(lmcache(FirstToken::Decoder));
+    settings.deadlines.handoff = Duration::from_mins(2);
     let harness = harness(settings, &prefill, &decode, 1, socket).await;
     tokio::select! {
         _ = harness.complete(r#"{"prompt":"x"}"#) => panic!("no prefill, no answer"),

@@ -263,7 +263,7 @@ async fn merged_metrics_keep_fleet_names_distinct() {
     for by_option in [true, false] {
         let (prefill, decode) = (engine_with_page(PAGE).await, engine_with_page(PAGE).await);
         let mut settings = harness::settings(Connector::Nixl(Nixl {}));
-        settings.service.metrics.merge = by_option;
+        settings.config.metrics.merge = by_option;
         let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
         let plain = harness.get("/metrics").await.text().await.unwrap();
         assert_eq!(plain.contains("exported_engine"), by_option, "{plain}");

@@ -17,7 +17,7 @@ async fn harness_with_keys(pass_key_through: bool) -> (ScriptedEngine, ScriptedE
         engine_key: Some(EngineKey::new("engines").unwrap()),
         ..Parts::default()
     };
-    settings.service.guard.pass_key_through = pass_key_through;
+    settings.config.guard.pass_key_through = pass_key_through;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     (prefill, decode, harness)
 }

@@ -3,7 +3,7 @@
 use serde_json::json;
 use xpyd::connector::{Connector, Nixl};
 use xpyd::fleet::Role;
-use xpyd::service::{Policy, Routing};
+use xpyd::proxy_config::{Policy, Routing};
 
 use super::harness::{
     self, BackgroundTask, COMPLETION, ProxyHarness, ScriptedEngine, decode_engine, json_response,
@@ -14,8 +14,8 @@ use crate::support::{TestEnv, completion, get};
 async fn harness(routing: Routing, prefill: &[&ScriptedEngine], decode: &[&ScriptedEngine]) -> ProxyHarness {
     let ports = |fakes: &[&ScriptedEngine]| fakes.iter().map(|fake| fake.port).collect::<Vec<_>>();
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
-    settings.session_header = Some("session-id".into());
-    settings.service.routing = routing;
+    settings.config.bind_sessions = true;
+    settings.config.routing = routing;
     ProxyHarness::start(settings, &ports(prefill), &ports(decode), 1, None).await
 }
 

@@ -118,10 +118,8 @@ async fn comments_do_not_keep_a_hung_stream_alive() {
             })
             .await;
             let prefill = prefill_engine().await;
-            let settings = Settings {
-                decode_idle_deadline: Duration::from_secs(1),
-                ..harness::settings(Connector::Nixl(Nixl {}))
-            };
+            let mut settings = harness::settings(Connector::Nixl(Nixl {}));
+            settings.deadlines.decode_idle = Duration::from_secs(1);
             let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
             let response = harness.post(path, body).send().await.unwrap();
             let text = within_deadline("its end", response.text()).await.unwrap();
@@ -149,7 +147,7 @@ async fn without_comments(stream: impl Stream<Item = reqwest::Result<Bytes>>) ->
 /// A proxy that sends a keepalive comment after very short pauses.
 fn with_keepalive() -> Settings {
     let mut settings = harness::settings(Connector::Nixl(Nixl {}));
-    settings.service.streams.keep_alive = Duration::from_millis(50);
+    settings.config.streams.keep_alive = Duration::from_millis(50);
     settings
 }
 
@@ -222,7 +220,7 @@ async fn fast_and_non_stream_responses_get_no_comments() {
     .await;
     let prefill = prefill_engine().await;
     let mut settings = with_keepalive();
-    settings.service.streams.keep_alive = Duration::from_mins(10);
+    settings.config.streams.keep_alive = Duration::from_mins(10);
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     assert_eq!(
         harness.complete(STREAM).await,

@@ -77,7 +77,7 @@ fn code() -> BTreeMap<&'static str, Duration> {
     let lease = seconds("\"kv_lease_duration\":");
     BTreeMap::from([
         ("stall", deadlines.stall),
-        ("end of a hang", constant("src/profile/mod.rs", "TO_END_A_HANG")),
+        ("end of a hang", constant("src/profile/deadlines.rs", "TO_END_A_HANG")),
         ("engine step", seconds("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=")),
         ("prefill leg", deadlines.prefill),
         ("hand-off", deadlines.handoff),

@@ -292,20 +292,20 @@ fn invalid_values_are_explained_in_plain_words() {
     std::fs::create_dir_all(env.path().join("run")).expect("a folder");
     std::fs::write(env.path().join("run/decoder1.log"), "one\ntwo\n").expect("a log");
     for (line, expected) in [
-        ("bench --request-rate fast", "it is not a number"),
+        ("bench --request-rate fast", "expected a number"),
         (
             "bench --request-rate -1",
             "the request rate must be more than 0, not -1",
         ),
-        ("bench --num-prompts -5", "it is not a whole number from 0 up"),
-        ("bench --max-concurrency 0", "it must be at least 1"),
+        ("bench --num-prompts -5", "expected a whole number, at least 0"),
+        ("bench --max-concurrency 0", "must be at least 1"),
         ("bench --seed 99999999999", "is not in 0..=4294967295"),
         ("bench --port 99999", "is not in 0..=65535"),
         (
             "logs --run run --grep (",
             "`--grep` is not a regular expression: unclosed group",
         ),
-        ("logs --run run --tail many", "it is a number of lines, or `all`"),
+        ("logs --run run --tail many", "expected a number of lines, or `all`"),
         (
             "bench --from nofile.json --report page.html",
             "cannot make a report of `nofile.json`",

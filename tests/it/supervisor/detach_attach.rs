@@ -283,13 +283,13 @@ fn attaching_with_another_plan_is_refused() {
     let (_dead, before) = start_and_kill_xpyd(&env, &[]);
     for (change, expected) in [
         ("decode.count=1", "decoder2 is not part of this plan"),
-        ("vllm.max_model_len=1024", "another command line"),
+        ("vllm.max_model_len=1024", "a command line that differs"),
     ] {
         let run = env.up(&["--set", change]);
         let (code, text) = run.end();
         assert_eq!(code, 8, "{text}");
         assert!(
-            text.contains(expected) && text.contains("`xpyd down` ends them first"),
+            text.contains(expected) && text.contains("stop them first: `xpyd down`"),
             "{text}"
         );
     }

@@ -80,7 +80,7 @@ fn impossible_scaling_is_refused_with_a_reason() {
     for (count, expected) in [
         ("decode=0", "needs at least 1 engine"),
         ("decode=65", "at most 64 engines"),
-        ("decoder=2", "`decoder` is no role"),
+        ("decoder=2", "`decoder` is not a role"),
         ("decode", "expected ROLE=COUNT"),
     ] {
         assert!(scale(&env, &[count], 2).contains(expected), "{count}");

@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::bench::sweep::Points;
-use crate::cli::request::{ConnectorFlag, EngineFlag};
+use crate::connector::ConnectorChoice;
+use crate::engine::EngineKind;
 
 /// The flags of modes with several runs.
 #[derive(Debug, Clone, Args)]
@@ -65,14 +66,14 @@ pub struct Fleet {
     pub set: Vec<String>,
     /// The engine: vLLM, or the built-in simulated engine.
     #[arg(long, value_enum, requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
-    pub(in crate::cli) engine: Option<EngineFlag>,
-    /// Timing preset of simulated engines.
+    pub(in crate::cli) engine: Option<EngineKind>,
+    /// Timing of simulated engines.
     #[arg(long, value_name = "NAME", requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
     pub preset: Option<String>,
     /// How KV moves from prefill to decode.
     #[arg(long, value_enum, requires = "profile", conflicts_with_all = ["base_url", "host", "port"])]
-    pub(in crate::cli) connector: Option<ConnectorFlag>,
-    /// Folder for the logs of the fleet, one subfolder per run.
+    pub(in crate::cli) connector: Option<ConnectorChoice>,
+    /// Folder that holds one folder per run of the fleet.
     #[arg(long, default_value = "logs", value_name = "DIR", requires = "profile")]
     pub logs: PathBuf,
     /// Additional arguments of `vllm serve` for all engines.

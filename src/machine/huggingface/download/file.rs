@@ -1,4 +1,4 @@
-//! One file of a download: under the lock that `huggingface_hub` takes, gone on with where it broke off, checked by its hash.
+//! Downloads one file: under the lock of `huggingface_hub`, resumable, verified by its hash.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -11,54 +11,55 @@ use ring::digest;
 use tokio::time::Instant;
 
 use super::super::access::{Access, AccessError, escaped, pause};
-use super::super::hub::{Answer, judge};
+use super::super::hub::{RepositoryAccess, judge};
 use super::super::pointer::{Repository, link};
 use super::listing::{RemoteFile, asked_pause};
-use super::{Counter, DownloadError};
+use super::{ByteCounter, DownloadError};
 
-/// Attempts in a row that bring no new byte.
+/// Maximum number of attempts in a row without a new byte.
 const MOST_IDLE: u32 = 6;
 
-/// Times that a whole file may arrive damaged.
+/// How often a whole file can arrive damaged.
 const MOST_DAMAGED: u32 = 3;
 
-/// The wait after the first attempt in vain; each further one takes twice as long.
+/// The pause after the first failed attempt. It doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 
-/// How long another process may hold a lock. A large file over a slow line takes hours, and engines would wait as long.
+/// How long another process can hold a lock. A large file over a slow connection takes hours, and engines would wait as
+/// long.
 const LOCK_DEADLINE: Duration = Duration::from_hours(2);
 
-/// How often a lock is tried.
+/// Interval between attempts to take a lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(200);
 
 const PIECE: usize = 1 << 20;
 
-/// What the files of a download have in common.
+/// The common data of the files of a download.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Job<'download> {
+pub(super) struct DownloadJob<'download> {
     pub(super) access: &'download Access,
     pub(super) repository: &'download str,
     pub(super) place: &'download Repository,
     pub(super) commit: &'download str,
-    pub(super) counter: &'download Counter<'download>,
+    pub(super) counter: &'download ByteCounter<'download>,
 }
 
-/// How an attempt ended that did not bring the whole file.
-enum Broken {
-    /// Nothing will help.
+/// How an attempt failed.
+enum AttemptError {
+    /// Another attempt cannot help.
     Final(DownloadError),
-    /// Another attempt may, after a pause that the hub may have asked for.
+    /// Another attempt can help, after the pause that the hub asked for, if any.
     Passing(DownloadError, Option<Duration>),
 }
 
-impl From<io::Error> for Broken {
+impl From<io::Error> for AttemptError {
     fn from(error: io::Error) -> Self {
         Self::Final(error.into())
     }
 }
 
-impl Job<'_> {
-    /// Brings the file into the snapshot.
+impl DownloadJob<'_> {
+    /// Downloads the file into the snapshot.
     pub(super) fn fetch(&self, file: &RemoteFile) -> Result<(), DownloadError> {
         let blob = self.place.blobs().join(&file.hash);
         let pointer = self.place.snapshot(self.commit).join(&file.path);
@@ -77,7 +78,7 @@ impl Job<'_> {
         point(&pointer, &link(&file.path, &file.hash), &blob)
     }
 
-    /// Waits until no other process fetches this file. `None` where the file system has no locks.
+    /// Waits until no other process downloads this file. `None` if the file system has no locks.
     fn lock(&self, file: &RemoteFile) -> Result<Option<Flock<File>>, DownloadError> {
         let path = self.place.locks().join(format!("{}.lock", file.hash));
         let give_up = Instant::now() + LOCK_DEADLINE;
@@ -95,7 +96,7 @@ impl Job<'_> {
                         lock: path.display().to_string(),
                     });
                 }
-                // A file system without locks: the worst that can happen is that a file is fetched twice.
+                // A file system without locks: at worst a file is downloaded twice.
                 Err(_) => return Ok(None),
             }
             if !is_told {
@@ -111,7 +112,7 @@ impl Job<'_> {
     }
 
     fn fetch_blob(&self, file: &RemoteFile, blob: &Path) -> Result<(), DownloadError> {
-        // The name by which older versions of `huggingface_hub` go on, too.
+        // Older versions of `huggingface_hub` also resume from a file of this name.
         let part = blob.with_extension("incomplete");
         let (mut idle, mut damaged) = (0, 0);
         let mut counted: u64 = 0;
@@ -134,11 +135,11 @@ impl Job<'_> {
                         });
                     }
                     self.counter
-                        .note(format!("{} arrived damaged; fetching it again", file.path));
+                        .note(format!("{} arrived damaged; downloading it again", file.path));
                     continue;
                 }
-                Err(Broken::Final(error)) => return Err(error),
-                Err(Broken::Passing(error, asked)) => (error, asked),
+                Err(AttemptError::Final(error)) => return Err(error),
+                Err(AttemptError::Passing(error, asked)) => (error, asked),
             };
             idle = if size(&part) > before { 0 } else { idle + 1 };
             if idle == MOST_IDLE || self.counter.is_over() {
@@ -146,7 +147,7 @@ impl Job<'_> {
             }
             let wait = asked.unwrap_or(FIRST_PAUSE * 2_u32.pow(idle));
             self.counter.note(format!(
-                "{}: {error}; going on in {:.1} s",
+                "{}: {error}; resuming in {:.1} s",
                 file.path,
                 wait.as_secs_f64()
             ));
@@ -154,8 +155,8 @@ impl Job<'_> {
         }
     }
 
-    /// Fetches what is missing of the file, once. Whether what is there then has the right hash.
-    fn attempt(&self, file: &RemoteFile, part: &Path, counted: &mut u64) -> Result<bool, Broken> {
+    /// Downloads the rest of the file, once. Returns whether the file now has the right hash.
+    fn attempt(&self, file: &RemoteFile, part: &Path, counted: &mut u64) -> Result<bool, AttemptError> {
         let mut target = open_part(part)?;
         let mut have = target.metadata()?.len();
         if have > file.bytes {
@@ -171,7 +172,7 @@ impl Job<'_> {
             let status = answer.status();
             match status.as_u16() {
                 206 if starts_at(answer.headers(), have) => {}
-                // A server that knows no ranges begins anew.
+                // A server without range requests starts from the beginning.
                 200 => {
                     target.set_len(0)?;
                     hasher = Hasher::new(file);
@@ -194,7 +195,7 @@ impl Job<'_> {
         target: &mut File,
         hasher: &mut Hasher,
         (mut have, counted): (u64, &mut u64),
-    ) -> Result<(), Broken> {
+    ) -> Result<(), AttemptError> {
         let mut piece = vec![0; PIECE];
         while have < file.bytes {
             let read = body
@@ -215,29 +216,29 @@ impl Job<'_> {
         Ok(())
     }
 
-    fn broke_off(&self, reason: &str) -> Broken {
+    fn broke_off(&self, reason: &str) -> AttemptError {
         passing(AccessError::Unreachable {
             host: super::super::access::origin(&self.access.url("")).to_owned(),
             reason: reason.to_owned(),
         })
     }
 
-    /// Says how many bytes of the file are here.
+    /// Updates the progress: `now` bytes of the file are on this machine.
     fn count(&self, counted: &mut u64, now: u64) {
         self.counter.add(signed(now) - signed(*counted));
         *counted = now;
     }
 }
 
-/// A lock that may be another user's: `flock` needs no more than a file that can be read. A new one may be written by all who may
-/// write into its folder, or `huggingface_hub` of another user could not take it.
+/// Opens a lock file, which can belong to another user: `flock` only needs read permission. A new lock file gets the write
+/// permissions of its folder, or `huggingface_hub` of another user could not take the lock.
 fn open_lock(path: &Path) -> io::Result<File> {
     let mut options = fs_err::OpenOptions::new();
     match options.append(true).create_new(true).open(path) {
         Ok(new) => {
             let folder = path.parent().unwrap_or(path);
             let mode = fs_err::metadata(folder)?.permissions().mode() & 0o666 | 0o600;
-            // What matters less than the download must not end it.
+            // A failure here must not end the download.
             drop(new.file().set_permissions(Permissions::from_mode(mode)));
             Ok(new.into_file())
         }
@@ -250,7 +251,7 @@ fn open_lock(path: &Path) -> io::Result<File> {
     }
 }
 
-/// The beginning of a file that is to be gone on with. Another user's that cannot be is begun anew.
+/// Opens the partial file to resume it. A file of another user that cannot be opened is replaced.
 fn open_part(path: &Path) -> io::Result<File> {
     let mut options = fs_err::OpenOptions::new();
     options.create(true).read(true).append(true);
@@ -263,37 +264,37 @@ fn open_part(path: &Path) -> io::Result<File> {
     Ok(opened?.into_file())
 }
 
-fn passing(error: AccessError) -> Broken {
-    Broken::Passing(error.into(), None)
+fn passing(error: AccessError) -> AttemptError {
+    AttemptError::Passing(error.into(), None)
 }
 
-fn refusal(status: ureq::http::StatusCode, headers: &ureq::http::HeaderMap, access: &Access) -> Broken {
+fn refusal(status: ureq::http::StatusCode, headers: &ureq::http::HeaderMap, access: &Access) -> AttemptError {
     let answer = match judge(status, headers, access.has_token()) {
-        // Neither 200 nor 206, and no error: nobody knows what it is.
-        Answer::Open { .. } => Answer::Failed(format!("status {}", status.as_u16())),
+        // The status is neither 200 nor 206, and not an error.
+        RepositoryAccess::Open { .. } => RepositoryAccess::Failed(format!("status {}", status.as_u16())),
         answer => answer,
     };
     match answer {
-        Answer::RateLimited | Answer::Failed(_) => {
-            Broken::Passing(DownloadError::Refused(answer), asked_pause(headers))
+        RepositoryAccess::RateLimited | RepositoryAccess::Failed(_) => {
+            AttemptError::Passing(DownloadError::Refused(answer), asked_pause(headers))
         }
-        answer => Broken::Final(DownloadError::Refused(answer)),
+        answer => AttemptError::Final(DownloadError::Refused(answer)),
     }
 }
 
-/// Whether `Content-Range: bytes 5-9/10` begins where we stand.
+/// Whether `Content-Range: bytes 5-9/10` begins at the requested byte.
 fn starts_at(headers: &ureq::http::HeaderMap, have: u64) -> bool {
     let range = headers.get("content-range").and_then(|value| value.to_str().ok());
     let start = range.and_then(|range| range.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok());
     start == Some(have)
 }
 
-/// Makes the link of a snapshot, or a copy where the file system has none.
+/// Creates the link of a snapshot, or a copy if the file system has no links.
 fn point(pointer: &Path, target: &Path, blob: &Path) -> Result<(), DownloadError> {
     if pointer.exists() {
         return Ok(());
     }
-    // A link to a blob that was removed is in the way.
+    // A link to a removed blob is in the way.
     match fs_err::remove_file(pointer) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
@@ -305,7 +306,7 @@ fn point(pointer: &Path, target: &Path, blob: &Path) -> Result<(), DownloadError
     }
 }
 
-/// Writes a file so that nobody ever sees half of it.
+/// Writes a file atomically.
 pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     if let Some(folder) = path.parent() {
         fs_err::create_dir_all(folder)?;
@@ -317,7 +318,7 @@ pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     fs_err::rename(&half, path)
 }
 
-/// The hash by which the hub names the file: SHA-256 of a large one, Git's of another.
+/// The hash by which the hub names the file: SHA-256 for a large file, Git's for the others.
 struct Hasher {
     context: digest::Context,
     wanted: String,
@@ -345,7 +346,7 @@ impl Hasher {
         self.context.update(bytes);
     }
 
-    /// Takes what is in the file already. Its bytes.
+    /// Hashes the existing part of the file, and returns its length in bytes.
     fn read(&mut self, file: &mut File) -> io::Result<u64> {
         file.seek(SeekFrom::Start(0))?;
         let mut piece = vec![0; PIECE];
@@ -360,7 +361,7 @@ impl Hasher {
         }
     }
 
-    /// Whether it is the one that was wanted.
+    /// Whether the hash is the expected one.
     fn fits(self) -> bool {
         let digest = self.context.finish();
         let bytes = digest.as_ref();
@@ -385,7 +386,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_is_as_writable_as_its_folder_and_one_that_is_only_readable_is_taken() {
+    fn locks_of_other_users_can_be_taken() {
         let folder = tempfile::tempdir().expect("a folder");
         let mode = |path: &Path| fs_err::metadata(path).expect("a file").permissions().mode() & 0o777;
         fs_err::set_permissions(folder.path(), Permissions::from_mode(0o777)).expect("a mode");

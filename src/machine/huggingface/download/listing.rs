@@ -1,4 +1,4 @@
-//! The files of a repository at one commit, and which of them engines need.
+//! Lists the files of a repository at one commit, and selects those that engines need.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -7,14 +7,14 @@ use serde::Deserialize;
 use ureq::http::{HeaderMap, StatusCode};
 
 use super::super::access::{Access, AccessError, escaped, pause, strange};
-use super::super::hub::{Answer, judge};
+use super::super::hub::{RepositoryAccess, judge};
 use super::super::pointer::{is_commit, is_hash, is_plain};
 use super::DownloadError;
 
-/// Pages of a listing, of up to 1000 files each.
+/// Maximum number of pages of a list, of up to 1000 files each.
 const MOST_PAGES: usize = 20;
 
-/// Waits between attempts to reach a hub that does not answer, or is overloaded.
+/// Pauses between attempts if the hub does not answer, or is overloaded.
 const PAUSES: [Duration; 4] = [
     Duration::from_millis(300),
     Duration::from_secs(1),
@@ -22,7 +22,7 @@ const PAUSES: [Duration; 4] = [
     Duration::from_secs(8),
 ];
 
-/// The longest that a hub may tell us to wait.
+/// The longest pause that xpyd accepts from the hub.
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 /// The files of one commit.
@@ -35,11 +35,11 @@ pub(super) struct Listing {
 /// A file of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RemoteFile {
-    /// Relative to the repository.
+    /// Path within the repository.
     pub(super) path: String,
-    /// Its size.
+    /// Size in bytes.
     pub(super) bytes: u64,
-    /// Its name in the cache: the SHA-256 of a large file, Git's SHA-1 of another.
+    /// Its name in the cache: SHA-256 for a large file, Git's SHA-1 for the others.
     pub(super) hash: String,
 }
 
@@ -64,7 +64,7 @@ struct Lfs {
     size: u64,
 }
 
-/// Asks for the commit that the revision is at, and for its files; patiently.
+/// Requests the commit of the revision and its files, with retries.
 pub(super) fn fetch(
     access: &Access,
     repository: &str,
@@ -87,12 +87,12 @@ pub(super) fn fetch(
     }
 }
 
-/// As [`fetch`], asked once.
+/// [`fetch`] without retries.
 pub(super) fn once(access: &Access, repository: &str, revision: &str) -> Option<Listing> {
     ask(access, repository, revision).ok()
 }
 
-/// Whether asking again can help, and how long the hub wants us to wait.
+/// Whether a retry can help, and the pause that the hub asks for.
 enum Failure {
     Final(DownloadError),
     Passing(DownloadError, Option<Duration>),
@@ -118,7 +118,7 @@ fn ask(access: &Access, repository: &str, revision: &str) -> Result<Listing, Fai
         info.sha
     };
     if !is_commit(&commit) {
-        return Err(strange(&access.url(""), "a commit that is none").into());
+        return Err(strange(&access.url(""), "an invalid commit").into());
     }
     let mut url = Some(access.url(&format!("api/models/{repository}/tree/{commit}?recursive=true")));
     let mut files = Vec::new();
@@ -128,7 +128,7 @@ fn ask(access: &Access, repository: &str, revision: &str) -> Result<Listing, Fai
         };
         let (text, headers) = get(access, &page)?;
         let entries: Vec<Entry> =
-            serde_json::from_str(&text).map_err(|_| Failure::from(strange(&page, "a listing that is none")))?;
+            serde_json::from_str(&text).map_err(|_| Failure::from(strange(&page, "an invalid list of files")))?;
         for entry in entries.into_iter().filter(|entry| entry.kind == "file") {
             files.push(checked(entry, &page)?);
         }
@@ -151,14 +151,14 @@ fn get(access: &Access, url: &str) -> Result<(String, HeaderMap), Failure> {
 fn refusal(status: StatusCode, headers: &HeaderMap, with_token: bool) -> Failure {
     let answer = judge(status, headers, with_token);
     match answer {
-        Answer::RateLimited | Answer::Failed(_) => {
+        RepositoryAccess::RateLimited | RepositoryAccess::Failed(_) => {
             Failure::Passing(DownloadError::Refused(answer), asked_pause(headers))
         }
         answer => Failure::Final(DownloadError::Refused(answer)),
     }
 }
 
-/// The seconds of `Retry-After`.
+/// The seconds in `Retry-After`.
 pub(super) fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
     let seconds = headers.get("retry-after")?.to_str().ok()?.trim().parse().ok()?;
     Some(Duration::from_secs(seconds).min(LONGEST_PAUSE))
@@ -166,9 +166,9 @@ pub(super) fn asked_pause(headers: &HeaderMap) -> Option<Duration> {
 
 fn checked(entry: Entry, url: &str) -> Result<RemoteFile, Failure> {
     let (hash, bytes) = entry.lfs.map_or((entry.oid, entry.size), |lfs| (lfs.oid, lfs.size));
-    // Both become paths of this machine.
+    // Both become paths on this machine.
     if !is_plain(&entry.path) || !is_hash(&hash) {
-        return Err(strange(url, "a file that no repository can hold").into());
+        return Err(strange(url, "an invalid file name or hash").into());
     }
     Ok(RemoteFile {
         path: entry.path,
@@ -177,15 +177,15 @@ fn checked(entry: Entry, url: &str) -> Result<RemoteFile, Failure> {
     })
 }
 
-/// `<URL>; rel="next"` of the header `Link` (RFC 8288).
+/// `<URL>; rel="next"` in the header `Link` (RFC 8288).
 fn next_page(headers: &HeaderMap) -> Option<String> {
     let link = headers.get("link")?.to_str().ok()?;
     let (url, rest) = link.strip_prefix('<')?.split_once('>')?;
     rest.contains("rel=\"next\"").then(|| url.to_owned())
 }
 
-/// What engines read: everything but the weights of other programs, and of another format than the one that vLLM takes
-/// (safetensors first, `model_executor/model_loader/default_loader.py` of vLLM 0.32), and pictures.
+/// The files that engines read: without weights of other programs, weights in another format than the one that vLLM uses
+/// (safetensors first, `model_executor/model_loader/default_loader.py` of vLLM 0.32), and images.
 fn needed(files: Vec<RemoteFile>) -> Vec<RemoteFile> {
     const OTHERS: [&str; 16] = [
         "h5",
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn one_format_of_the_weights_is_enough() {
+    fn only_one_weight_format_is_downloaded() {
         let llama = [
             "config.json",
             "model-1.safetensors",
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_or_a_hash_that_would_leave_the_cache_is_refused() {
+    fn paths_outside_the_cache_are_refused() {
         let entry = |path: &str, oid: &str| Entry {
             kind: "file".to_owned(),
             path: path.to_owned(),

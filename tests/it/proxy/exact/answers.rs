@@ -114,7 +114,7 @@ async fn a_strict_handoff_without_kv_is_retried() {
     let missing = ScriptedEngine::start(|_| async { json_response(200, decoded(false, 0)) }).await;
     let there = ScriptedEngine::start(|_| async { json_response(200, decoded(false, 299)) }).await;
     let mut settings = harness::settings(harness::lmcache(FirstToken::Decoder));
-    settings.service.handoff.strict = true;
+    settings.config.handoff.strict = true;
     let harness = ProxyHarness::start(settings, &[prefill.port], &[missing.port, there.port], 1, Some(socket)).await;
     let answered = harness.complete(r#"{"prompt":"x"}"#).await;
     assert_eq!(answered, (200, decoded(false, 16)));
@@ -141,7 +141,7 @@ async fn a_strict_first_token_handoff_without_kv_is_retried() {
         let missing = ScriptedEngine::start(move |_| std::future::ready(json_response(200, rest(0)))).await;
         let there = ScriptedEngine::start(move |_| std::future::ready(json_response(200, rest(300)))).await;
         let mut settings = harness::settings(harness::lmcache(FirstToken::Prefiller));
-        settings.service.handoff.strict = strict;
+        settings.config.handoff.strict = strict;
         let decode = [missing.port, there.port];
         let harness = ProxyHarness::start(settings, &[prefill.port], &decode, 1, Some(socket)).await;
         let prompt: Vec<u32> = (0..300).collect();

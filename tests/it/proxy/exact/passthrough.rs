@@ -8,7 +8,6 @@ use futures_util::StreamExt as _;
 use serde_json::Value;
 use xpyd::connector::{Connector, Nixl};
 use xpyd::fleet::Role;
-use xpyd::proxy::Settings;
 
 use crate::proxy::harness::{self, ProxyHarness, ScriptedEngine, dead_port, json_response, within_deadline};
 
@@ -167,10 +166,8 @@ async fn a_passthrough_stream_is_unbuffered_and_ends_loudly() {
 async fn a_stalled_passthrough_response_is_closed() {
     let decode = stalling_engine("application/json").await;
     let prefill = echo().await;
-    let settings = Settings {
-        decode_idle_deadline: Duration::from_secs(2),
-        ..harness::settings(Connector::Nixl(Nixl {}))
-    };
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
+    settings.deadlines.decode_idle = Duration::from_secs(2);
     let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
     let response = harness.post("/v1/embeddings", "{}").send().await.unwrap();
     assert!(

@@ -1,6 +1,6 @@
-//! What the proxy takes over from the options of its engines, because clients meet the proxy in the engines' place.
+//! Options of the engines that set keys of the proxy, because clients connect to the proxy instead of an engine. PURE.
 //!
-//! Pure. What the profile says of the proxy itself goes first.
+//! A key that the profile sets for the proxy itself wins.
 
 use std::time::Duration;
 
@@ -8,21 +8,21 @@ use serde::de::DeserializeOwned;
 
 use crate::engine::arguments;
 use crate::profile::Profile;
-use crate::service::{Cors, Service, Streams};
+use crate::proxy_config::{Cors, ProxyConfig, Streams};
 
-/// How clients are served.
-pub(super) fn service(profile: &Profile) -> Service {
-    let mut service = profile.proxy.service.clone();
+/// The profile's proxy configuration, completed from the options of the engines.
+pub(super) fn proxy_config(profile: &Profile) -> ProxyConfig {
+    let mut config = profile.proxy.clone();
     let args = [&profile.vllm.args[..], &profile.decode.args].concat();
-    if service.cors == Cors::default() {
-        service.cors = cors(&args);
+    if config.cors == Cors::default() {
+        config.cors = cors(&args);
     }
-    if service.streams == Streams::default() {
+    if config.streams == Streams::default() {
         let seconds = arguments::value(&args, "--sse-keep-alive-interval");
         let seconds = seconds.and_then(|text| text.parse().ok()).unwrap_or(0);
-        service.streams.keep_alive = Duration::from_secs(seconds);
+        config.streams.keep_alive = Duration::from_secs(seconds);
     }
-    service
+    config
 }
 
 fn cors(args: &[String]) -> Cors {
@@ -39,7 +39,7 @@ fn cors(args: &[String]) -> Cors {
     }
 }
 
-/// The JSON value of an option. What is none ends the engine, whose log says so.
+/// The JSON value of an option. Invalid JSON is ignored here: the engine refuses it, and its log says so.
 fn json<T: DeserializeOwned>(args: &[String], name: &str) -> Option<T> {
     serde_json::from_str(arguments::value(args, name)?).ok()
 }

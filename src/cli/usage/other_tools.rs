@@ -1,4 +1,4 @@
-//! What people type who know other tools: a word that is no command here is answered with the one that is meant.
+//! Commands of other tools: for a word that is not a command here, xpyd suggests the right one.
 
 use clap::CommandFactory as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -6,7 +6,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::cli::Cli;
 use crate::report::{ExitStatus, Failure};
 
-/// Words of other tools, and what does here what they mean.
+/// Words of other tools, with the xpyd command of the same meaning.
 const WORDS: &[(&[&str], &str)] = &[
     (
         &[
@@ -24,7 +24,7 @@ const WORDS: &[(&[&str], &str)] = &[
     ),
     (
         &["info", "show", "describe", "inspect", "stats"],
-        "`xpyd status` shows a run, `xpyd plan` what one would do",
+        "`xpyd status` shows a run, `xpyd plan` shows what a run would do",
     ),
     (
         &["init", "new", "config", "configure", "edit", "profile", "template"],
@@ -37,7 +37,7 @@ const WORDS: &[(&[&str], &str)] = &[
     ),
     (
         &["reload", "bounce", "respawn"],
-        "`xpyd restart ROLE` starts engines again, one after the other",
+        "`xpyd restart ROLE` restarts engines, one after the other",
     ),
     (
         &["check", "test", "verify", "validate", "health", "env", "collect-env"],
@@ -49,11 +49,11 @@ const WORDS: &[(&[&str], &str)] = &[
     ),
     (
         &["router", "route", "gateway", "balance", "lb"],
-        "`xpyd proxy` serves engines that run already",
+        "`xpyd proxy` serves engines that are already running",
     ),
     (
         &["pull", "download", "fetch"],
-        "`xpyd up` fetches the model before it starts engines",
+        "`xpyd up` downloads the model before it starts engines",
     ),
     (
         &["attach", "resume"],
@@ -61,7 +61,7 @@ const WORDS: &[(&[&str], &str)] = &[
     ),
     (
         &["upgrade", "update"],
-        "`xpyd down --keep-engines`, then the new version's `xpyd up`, changes xpyd below running engines",
+        "`xpyd down --keep-engines`, then `xpyd up` of the new version, upgrades xpyd while engines run",
     ),
     (
         &["simulate", "mock", "fake"],
@@ -69,32 +69,32 @@ const WORDS: &[(&[&str], &str)] = &[
     ),
     (
         &["completion", "complete"],
-        "`xpyd completions bash` prints them, and so for other shells",
+        "`xpyd completions bash` prints them; other shells work alike",
     ),
 ];
 
-/// The failure of a word that is no command of xpyd itself.
+/// The failure for a word that is not a command of xpyd.
 pub(super) fn unknown_command(error: &clap::Error) -> Option<Failure> {
     let (ErrorKind::InvalidSubcommand, Some(ContextValue::String(word))) =
         (error.kind(), error.get(ContextKind::InvalidSubcommand))
     else {
         return None;
     };
-    // That of `xpyd profiles` and others is told with what they have.
+    // An unknown word after `xpyd profiles` and others gets clap's own list.
     let usage = error.get(ContextKind::Usage).map(ToString::to_string);
     let is_of_a_command =
         usage.is_some_and(|usage| anstream::adapter::strip_str(&usage).to_string().contains("xpyd ["));
     if !is_of_a_command {
         return None;
     }
-    let failure = Failure::message(ExitStatus::Usage, format!("there is no command `{word}`"));
+    let failure = Failure::message(ExitStatus::Usage, format!("unknown command `{word}`"));
     Some(match meant(word) {
         Some(tip) => failure.hint(tip),
         None => failure.hint("`xpyd --help` lists the commands"),
     })
 }
 
-/// What somebody who typed `word` wants to type.
+/// The suggested command for `word`.
 fn meant(word: &str) -> Option<String> {
     let lower = word.to_lowercase();
     let habit = WORDS.iter().find(|(words, _)| words.contains(&lower.as_str()));
@@ -111,12 +111,12 @@ fn meant(word: &str) -> Option<String> {
             )
         })
         .filter(|(likeness, _)| *likeness >= 0.5)
-        // The first one of those that are as like.
+        // The first one of equally similar candidates.
         .min_by(|left, right| right.0.total_cmp(&left.0));
     nearest.map(|(_, name)| format!("did you mean `xpyd {name}`?"))
 }
 
-/// Takes flags and commands for xpyd's own use out of what is suggested.
+/// Removes internal flags and commands from the suggestions.
 pub(super) fn hide_internals(error: &mut clap::Error) {
     let command = Cli::command();
     let verbs = || command.get_subcommands();
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_other_tools_lead_to_the_command_that_is_meant() {
+    fn words_of_other_tools_suggest_a_command() {
         for (word, command) in [
             ("stop", "`xpyd down`"),
             ("serve", "`xpyd up`"),
@@ -172,7 +172,7 @@ mod tests {
             ("benhc", "did you mean `xpyd bench`?"),
         ] {
             let told = told(&[word]);
-            assert!(told.contains(&format!("there is no command `{word}`")), "{told}");
+            assert!(told.contains(&format!("unknown command `{word}`")), "{told}");
             assert!(told.contains(command), "{word}: {told}");
         }
         let told = told(&["xylophone"]);
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn every_word_leads_to_something_that_there_is() {
+    fn every_suggestion_exists() {
         let command = Cli::command();
         let shown: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).collect();
         for (words, tip) in WORDS {
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_for_xpyd_itself_is_never_suggested() {
+    fn internal_commands_are_never_suggested() {
         for line in [
             &["gaurdian"][..],
             &["companio"],
@@ -212,7 +212,7 @@ mod tests {
                 assert!(!suggested.contains(internal), "{line:?}: {told}");
             }
         }
-        // A command's own words are told by itself.
+        // clap itself reports the subcommands of a command.
         assert!(told(&["profiles", "sho"]).contains("show"));
     }
 }

@@ -1,38 +1,38 @@
-//! What the reader of the command line and Rust's own parsers say of a wrong value, in the words of everything else here.
+//! Rewrites messages of clap and of Rust's parsers about wrong values in xpyd's own style.
 
 use clap::error::ErrorKind;
 
 use crate::report::{ExitStatus, Failure};
 use crate::ui::Printer;
 
-/// Their words, and ours.
+/// Their words, and xpyd's.
 const WORDS: [(&str, &str); 11] = [
-    ("invalid float literal", "it is not a number"),
+    ("invalid float literal", "expected a number"),
     (
         "cannot parse float from empty string",
-        "it is empty, and a number is needed",
+        "expected a number, not an empty value",
     ),
-    ("invalid digit found in string", "it is not a whole number from 0 up"),
+    ("invalid digit found in string", "expected a whole number, at least 0"),
     (
         "cannot parse integer from empty string",
-        "it is empty, and a whole number is needed",
+        "expected a whole number, not an empty value",
     ),
-    ("number too large to fit in target type", "it is too large"),
-    ("number too small to fit in target type", "it is too small"),
-    ("number would be zero for non-zero type", "it must be at least 1"),
+    ("number too large to fit in target type", "too large"),
+    ("number too small to fit in target type", "too small"),
+    ("number would be zero for non-zero type", "must be at least 1"),
     (
         "provided string was not `true` or `false`",
-        "it is neither `true` nor `false`",
+        "expected `true` or `false`",
     ),
     (
         "invalid socket address syntax",
-        "it is not an address with a port, such as `127.0.0.1:8000`",
+        "expected an address with a port, such as `127.0.0.1:8000`",
     ),
-    ("invalid IP address syntax", "it is not an IP address"),
+    ("invalid IP address syntax", "expected an IP address"),
     ("tip:", "hint:"),
 ];
 
-/// Shows what is wrong with the command line, or the help that was asked for.
+/// Prints what is wrong with the command line, or the requested help.
 pub(super) fn show(error: &clap::Error, printer: Printer) -> Result<ExitStatus, Failure> {
     let text = error.render().ansi().to_string();
     if !error.use_stderr() {
@@ -48,7 +48,7 @@ pub(super) fn show(error: &clap::Error, printer: Printer) -> Result<ExitStatus, 
     Ok(ExitStatus::Usage)
 }
 
-/// The text in plain words.
+/// The message in plain words.
 fn in_words(text: &str) -> String {
     WORDS
         .iter()
@@ -59,7 +59,7 @@ fn in_words(text: &str) -> String {
 mod tests {
     use super::*;
 
-    /// What Rust says of each, so that a new version of it with other words is noticed.
+    /// Rust's messages, so that a new version with other words is noticed.
     #[test]
     fn every_error_of_a_parser_has_plain_words() {
         let errors = [

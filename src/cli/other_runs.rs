@@ -1,4 +1,4 @@
-//! The ports of other runs on this machine: told from their plans, because a reserved port can be seen by nobody.
+//! The ports of other runs on this machine, from their plans, because a port that is only reserved is not visible.
 
 use std::collections::BTreeMap;
 
@@ -11,19 +11,19 @@ use crate::preflight::{Finding, Level, Topic};
 use super::command;
 use super::run_plan::RunPlan;
 
-/// What is tried for a fleet beside others, added to its ports.
+/// Step between two port offsets that are tried.
 const STEP: u16 = 20;
 
-/// How often. Three ranges of ports of a shipped profile are 100 apart, so 5 fleets fit between them; then it begins anew
-/// beyond all of them.
+/// Number of offsets to try. The three port ranges of a shipped profile are 100 apart, so 5 fleets fit between them;
+/// further fleets are placed above all three.
 const TRIES: u16 = 400;
 
-/// Ports that runs have, and which run.
-pub(super) struct Neighbours(BTreeMap<u16, RunInfo>);
+/// Ports of other runs, with the run of each.
+pub(super) struct OtherRuns(BTreeMap<u16, RunInfo>);
 
-impl Neighbours {
-    /// Those of all runs that are up now.
-    pub(super) fn look() -> Self {
+impl OtherRuns {
+    /// The ports of all runs that are up.
+    pub(super) fn find() -> Self {
         let mut ports = BTreeMap::new();
         for seen in rundir::all() {
             if let FoundRun::Up(info) = seen {
@@ -34,20 +34,20 @@ impl Neighbours {
         Self(ports)
     }
 
-    /// Ports of the plan that a run has, and what for.
-    fn taken<'here>(&'here self, plan: &Plan) -> Vec<(u16, String, &'here RunInfo)> {
+    /// The ports of the plan that other runs have, with the purpose of each.
+    fn ports_in_use<'here>(&'here self, plan: &Plan) -> Vec<(u16, String, &'here RunInfo)> {
         let wanted = plan.ports().into_iter();
         wanted
             .filter_map(|(port, purpose)| Some((port, purpose, self.0.get(&port)?)))
             .collect()
     }
 
-    /// The run that has a port of the plan, if one has.
-    pub(super) fn in_the_way(&self, plan: &Plan) -> Option<&RunInfo> {
-        self.taken(plan).first().map(|(_, _, run)| *run)
+    /// The first run that has a port of the plan.
+    pub(super) fn conflicting(&self, plan: &Plan) -> Option<&RunInfo> {
+        self.ports_in_use(plan).first().map(|(_, _, run)| *run)
     }
 
-    /// The first offset from `base` on at which nobody has a port of the fleet.
+    /// The first offset from `base` on at which no port of the fleet is in use.
     pub(super) fn free_offset<E>(&self, base: u16, plan: impl Fn(u16) -> Result<Plan, E>) -> Result<Option<u16>, E> {
         let is_free = |(port, _): &(u16, String)| {
             *port == 0 || !self.0.contains_key(port) && std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()
@@ -60,42 +60,47 @@ impl Neighbours {
         Ok(None)
     }
 
-    /// What the preflight says of ports that runs have; `None` where none has any.
+    /// The finding about ports of other runs; `None` if there is no conflict.
     pub(super) fn finding(&self, plan: &Plan) -> Option<Finding> {
-        let taken = self.taken(plan);
-        let (_, _, run) = taken.first()?;
-        let shown: Vec<String> = taken
+        let ports_in_use = self.ports_in_use(plan);
+        let (_, _, run) = ports_in_use.first()?;
+        let shown: Vec<String> = ports_in_use
             .iter()
             .take(3)
             .map(|(port, purpose, _)| format!("{port} ({purpose})"))
             .collect();
-        let more = taken.len() - shown.len();
+        let more = ports_in_use.len() - shown.len();
         let more = if more == 0 {
             String::new()
         } else {
             format!(" and {more} more")
         };
-        let noun = if taken.len() == 1 { "port is" } else { "ports are" };
+        let noun = if ports_in_use.len() == 1 {
+            "port is"
+        } else {
+            "ports are"
+        };
         Some(Finding {
             topic: Topic::System,
             check: "ports",
             level: Level::Fail,
             message: format!(
-                "{} {noun} taken by run `{}` (pid {}): {}{more}",
-                taken.len(),
+                "{} {noun} in use by run `{}` (pid {}): {}{more}",
+                ports_in_use.len(),
                 run.name,
                 run.pid,
                 shown.join(", ")
             ),
             hint: Some(format!(
-                "`{}` stops that run; without `--port` and `port_offset`, `xpyd up --name NAME` starts this one on other ports",
+                "`{}` stops that run; without `--port` and `port_offset`, `xpyd up --name NAME` starts this one on \
+                 other ports",
                 command("down", &run.name)
             )),
         })
     }
 }
 
-/// The ports of a run's plan, and the proxy's as it is.
+/// The ports of a run's plan, and the proxy's real port.
 fn ports_of(info: &RunInfo) -> Vec<u16> {
     let number = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
     let plan = RunPlan::read(&info.logs_dir);

@@ -1,4 +1,4 @@
-//! Whether the vLLM that a run began with is still the one that is installed: NIXL hands over between engines of one version only.
+//! Checks that the installed vLLM is still the one that the run began with: NIXL only works between engines of one version.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use crate::control::rundir::RunInfo;
 use crate::machine;
 use crate::report::{ExitStatus, Failure};
 
-/// Fails where an engine that starts now would be of another version than those that run. What cannot be read says nothing.
+/// Fails if a new engine would have another version than the running ones. An unknown version is not an error.
 pub(super) fn check(run: &RunInfo) -> Result<(), Failure> {
     let Some((began, program)) = began(&run.logs_dir) else {
         return Ok(());
@@ -16,13 +16,13 @@ pub(super) fn check(run: &RunInfo) -> Result<(), Failure> {
         return Ok(());
     };
     let text = format!(
-        "vLLM {now} is installed, and the engines of this run are {began}: engines of different versions cannot hand over"
+        "vLLM {now} is installed, but the engines of this run are {began}: KV transfers between different versions fail"
     );
     let (down, up) = (super::command("down", &run.name), super::command("up", &run.name));
-    Err(Failure::message(ExitStatus::RunState, text).hint(format!("start all of them anew: `{down}`, then `{up}`")))
+    Err(Failure::message(ExitStatus::RunState, text).hint(format!("restart the whole fleet: `{down}`, then `{up}`")))
 }
 
-/// The version and the program of the run's engines. The version is not there where it was not known.
+/// The version and the program of the run's engines; `None` if the version is unknown.
 fn began(logs_dir: &Path) -> Option<(String, String)> {
     let plan = RunPlan::read(logs_dir)?;
     Some((plan.value()["vllm"].as_str()?.to_owned(), plan.vllm()?.to_owned()))
@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_plan_of_a_run_tells_version_and_program_unless_engines_are_simulated() {
+    fn a_run_plan_has_vllm_version_and_program() {
         let folder = tempfile::tempdir().expect("a folder");
         let read = |text: &str| {
             fs_err::write(folder.path().join("plan.json"), text).expect("a file");

@@ -1,43 +1,43 @@
-//! Which GPUs each engine gets. PURE: the same GPUs and engines give the same places.
+//! Chooses the GPUs of each engine. PURE: the same GPUs and engines give the same placement.
 //!
-//! What matters, in this order: no broken GPU, none without the memory that the engine will want, ranks of one engine on
-//! cards of one kind, the large cards rather than the small ones, as few engines as possible on one GPU, ranks as near to
-//! each other as can be, every prefill engine near the decode engines; then the lowest numbers. Found by trying every
-//! first move that may be worth it, going on greedily, and exchanging GPUs until no exchange helps.
+//! The criteria, in this order: no broken GPU; enough free memory for the engine; the ranks of one engine on GPUs of one
+//! size; large GPUs before small ones; as few engines as possible on one GPU; ranks of one engine close to each other;
+//! prefill engines close to decode engines; then the lowest indices. The search tries every promising first move,
+//! continues greedily, and then exchanges GPUs until no exchange improves the score.
 
 use std::cmp::Reverse;
 
 use crate::fleet::Role;
 use crate::machine::{Gpu, GpuPath};
 
-/// As much of a GPU's memory as the engines on it may be given together: each has a CUDA context beside what it counts.
+/// The highest sum of memory fractions on one GPU: each engine has a CUDA context that its fraction does not include.
 const MOST: f64 = 0.96;
 
-/// Sets of GPUs for one engine that are looked at; beyond, they are grown around each GPU.
+/// Up to this many sets of GPUs for one engine are all tried; beyond, sets are grown around each GPU.
 const MOST_SETS: usize = 20_000;
 
-/// First moves that are tried.
+/// Number of first moves that are tried.
 const MOST_STARTS: usize = 16;
 
-/// Exchanges until a place is good enough, should ever so many help.
+/// Limit on exchanges, so that the search ends.
 const MOST_EXCHANGES: usize = 200;
 
 /// An engine that needs GPUs.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Group {
-    /// What it does.
+pub(super) struct PlacementRequest {
+    /// The engine's role.
     pub(super) role: Role,
-    /// GPUs that it needs.
+    /// Number of GPUs that it needs.
     pub(super) ranks: usize,
-    /// The GPUs that it has been given already, by their index; empty to choose.
+    /// Indices of the GPUs that the profile names; empty to choose.
     pub(super) fixed: Vec<u32>,
-    /// The part of each GPU's memory that it will take, 0 to 1.
+    /// The fraction of each GPU's memory that it uses, 0 to 1.
     pub(super) share: f64,
 }
 
-/// The GPUs of every engine, by index. Where the machine has too few, numbers that it does not have, so that a plan can be
-/// printed and the preflight can say what is missing.
-pub(super) fn place(gpus: &[Gpu], groups: &[Group]) -> Vec<Vec<u32>> {
+/// The GPUs of every engine, by index. If the machine has too few, the result has indices that do not exist, so that the
+/// plan can be printed and the preflight can report the missing GPUs.
+pub(super) fn place(gpus: &[Gpu], groups: &[PlacementRequest]) -> Vec<Vec<u32>> {
     let search = Search::new(gpus, groups);
     let best = search.best();
     let named = gpus.iter().map(|gpu| gpu.index);
@@ -58,30 +58,30 @@ pub(super) fn place(gpus: &[Gpu], groups: &[Group]) -> Vec<Vec<u32>> {
     places
 }
 
-/// For each engine the positions of its GPUs.
-type Places = Vec<Vec<usize>>;
+/// For each engine, the positions of its GPUs in the list.
+type Placement = Vec<Vec<usize>>;
 
-/// How good places are; the larger the better.
+/// The score of a placement; larger is better.
 type Score = (Reverse<[usize; 5]>, Nearness, Nearness);
 
-/// Pairs of GPUs by the way between them, the best way first.
+/// Number of GPU pairs per kind of connection, the fastest kind first.
 type Nearness = [usize; 5];
 
 struct Search<'input> {
     gpus: &'input [Gpu],
-    groups: &'input [Group],
-    /// The ways between all GPUs, as places in [`Nearness`].
+    groups: &'input [PlacementRequest],
+    /// The connection between every two GPUs, as an index into [`Nearness`].
     ways: Vec<Vec<usize>>,
-    /// Cards that have clearly less memory than the largest.
+    /// GPUs with clearly less memory than the largest.
     is_small: Vec<bool>,
-    /// Whether an engine may be put where another one is.
+    /// Whether engines can share a GPU.
     sharing: bool,
-    /// Engines to be placed, in the order in which that is done.
+    /// The engines to place, in placement order.
     order: Vec<usize>,
 }
 
 impl<'input> Search<'input> {
-    fn new(gpus: &'input [Gpu], groups: &'input [Group]) -> Self {
+    fn new(gpus: &'input [Gpu], groups: &'input [PlacementRequest]) -> Self {
         let way = |path: GpuPath| match path {
             GpuPath::Same | GpuPath::NvLink => 0,
             GpuPath::Switch => 1,
@@ -107,7 +107,7 @@ impl<'input> Search<'input> {
         let mut order: Vec<(Reverse<usize>, usize, usize)> = Vec::new();
         for (index, group) in groups.iter().enumerate() {
             let turn = &mut seen[usize::from(group.role == Role::Decode)];
-            // The large first, because they are hard to place; then in turns, so that partners meet.
+            // Large engines first, because they are hard to place; then the roles in turns, so that partners are close.
             order.push((Reverse(group.ranks), *turn, index));
             *turn += 1;
         }
@@ -130,8 +130,8 @@ impl<'input> Search<'input> {
         }
     }
 
-    /// The places that were given.
-    fn fixed(&self) -> Places {
+    /// The placement of the engines whose GPUs the profile names.
+    fn fixed(&self) -> Placement {
         let position = |index: &u32| self.gpus.iter().position(|gpu| gpu.index == *index);
         let groups = self.groups.iter();
         groups
@@ -139,14 +139,14 @@ impl<'input> Search<'input> {
             .collect()
     }
 
-    fn best(&self) -> Places {
+    fn best(&self) -> Placement {
         let fixed = self.fixed();
         let Some((first, rest)) = self.order.split_first() else {
             return fixed;
         };
-        let mut starts: Vec<Places> = self.choices(&fixed, *first).collect();
+        let mut starts: Vec<Placement> = self.choices(&fixed, *first).collect();
         starts.sort_by_cached_key(|places| Reverse(self.score(places)));
-        // In a large machine the first moves are many and alike.
+        // A large machine has many equivalent first moves.
         starts.truncate(if self.gpus.len() > 16 { 1 } else { MOST_STARTS });
         let finished = starts.into_iter().map(|start| {
             let places = rest.iter().fold(start, |places, group| self.next(places, *group));
@@ -160,12 +160,12 @@ impl<'input> Search<'input> {
             .unwrap_or(fixed)
     }
 
-    /// Every way to place one engine more.
+    /// Every way to place one more engine.
     fn choices<'places>(
         &'places self,
-        places: &'places Places,
+        places: &'places Placement,
         group: usize,
-    ) -> impl Iterator<Item = Places> + 'places {
+    ) -> impl Iterator<Item = Placement> + 'places {
         let ranks = self.groups[group].ranks;
         let possible: Vec<usize> = (0..self.gpus.len())
             .filter(|position| self.has_room(places, *position, group))
@@ -182,8 +182,8 @@ impl<'input> Search<'input> {
         })
     }
 
-    /// The best way to place one engine more; as it was where there is none.
-    fn next(&self, places: Places, group: usize) -> Places {
+    /// The best way to place one more engine; unchanged if there is none.
+    fn next(&self, places: Placement, group: usize) -> Placement {
         let best = self.choices(&places, group).max_by(|one, other| {
             let scores = self.score(one).cmp(&self.score(other));
             scores.then_with(|| other[group].cmp(&one[group]))
@@ -191,7 +191,7 @@ impl<'input> Search<'input> {
         best.unwrap_or(places)
     }
 
-    /// Around each GPU the `ranks` that are nearest to it.
+    /// For each GPU, the `ranks` GPUs closest to it.
     fn grown_sets(&self, possible: &[usize], ranks: usize) -> Vec<Vec<usize>> {
         let around = possible.iter().map(|start| {
             let mut others = possible.to_vec();
@@ -203,10 +203,10 @@ impl<'input> Search<'input> {
         around.collect()
     }
 
-    /// Exchanges GPUs between engines, and with those that nobody has, as long as that helps.
-    fn exchanged(&self, mut places: Places) -> Places {
+    /// Exchanges GPUs between engines, and with free ones, as long as that improves the score.
+    fn exchanged(&self, mut places: Placement) -> Placement {
         for _ in 0..MOST_EXCHANGES {
-            let better = |other: &Places| {
+            let better = |other: &Placement| {
                 let scores = self.score(other).cmp(&self.score(&places));
                 scores.then_with(|| places.cmp(other)).is_gt()
             };
@@ -218,7 +218,7 @@ impl<'input> Search<'input> {
         places
     }
 
-    fn exchanges<'places>(&'places self, places: &'places Places) -> impl Iterator<Item = Places> + 'places {
+    fn exchanges<'places>(&'places self, places: &'places Placement) -> impl Iterator<Item = Placement> + 'places {
         let slots: Vec<(usize, usize)> = self
             .order
             .iter()
@@ -255,8 +255,8 @@ impl<'input> Search<'input> {
         swaps.chain(moves).filter(|places| self.fits(places))
     }
 
-    /// Whether no GPU has more on it than it can carry.
-    fn fits(&self, places: &Places) -> bool {
+    /// Whether no GPU is overloaded.
+    fn fits(&self, places: &Placement) -> bool {
         let most = if self.sharing { MOST } else { 1.0 };
         (0..self.gpus.len()).all(|position| {
             let engines = places.iter().filter(|place| place.contains(&position)).count();
@@ -264,15 +264,15 @@ impl<'input> Search<'input> {
         })
     }
 
-    /// Whether the engine may be put onto this GPU as well.
-    fn has_room(&self, places: &Places, position: usize, group: usize) -> bool {
+    /// Whether this GPU has room for one more engine.
+    fn has_room(&self, places: &Placement, position: usize, group: usize) -> bool {
         let load = self.load(places, position);
         let is_own = places[group].contains(&position);
         !is_own && (load == 0.0 || (self.sharing && load + self.groups[group].share <= MOST))
     }
 
-    /// The part of the GPU's memory that engines have been given.
-    fn load(&self, places: &Places, position: usize) -> f64 {
+    /// The sum of the memory fractions on this GPU.
+    fn load(&self, places: &Placement, position: usize) -> f64 {
         let on_it = places
             .iter()
             .zip(self.groups)
@@ -280,7 +280,7 @@ impl<'input> Search<'input> {
         on_it.map(|(_, group)| group.share.max(f64::EPSILON)).sum()
     }
 
-    fn score(&self, places: &Places) -> Score {
+    fn score(&self, places: &Placement) -> Score {
         let mut faults = [0; 5];
         let (mut tight, mut near) = (Nearness::default(), Nearness::default());
         let mut engines = vec![0usize; self.gpus.len()];
@@ -317,20 +317,20 @@ impl<'input> Search<'input> {
     }
 }
 
-/// Whether somebody else has so much of its memory that this part of it is not free.
+/// Whether another process uses so much of the GPU's memory that this fraction is not free.
 fn lacks_memory(gpu: &Gpu, share: f64) -> bool {
     gpu.memory
         .is_some_and(|memory| (memory.free as f64) < share * memory.total as f64)
 }
 
-/// How many sets of `size` there are, as far as that matters.
+/// Number of sets of this size, up to the limit that matters.
 fn count_of_sets(of: usize, size: usize) -> usize {
     (0..size).fold(1usize, |count, step| {
         count.saturating_mul(of.saturating_sub(step)) / (step + 1)
     })
 }
 
-/// Every set of `size`, in order.
+/// Every set of this size, in order.
 fn sets(of: &[usize], size: usize) -> Vec<Vec<usize>> {
     if size == 0 {
         return vec![Vec::new()];

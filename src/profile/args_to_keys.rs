@@ -1,73 +1,73 @@
-//! Arguments of engines that are keys of a profile, too: moved to their keys, so that everything is said once. PURE.
+//! Moves engine arguments that are also keys of a profile to those keys, so that the plan reads one place. PURE.
 
 use toml::{Table, Value};
 
 use crate::engine::arguments;
 
-/// What an option of `vllm serve` is in a profile.
+/// An option of `vllm serve` and the key of a profile with the same meaning.
 #[derive(Debug, Clone, Copy)]
-struct Key {
+struct ArgumentKey {
     option: &'static str,
-    /// The key of a role's table.
+    /// The key in a role's table.
     of_role: Option<&'static str>,
-    /// Table and key for the engines of both roles; none where each role has the key.
+    /// Table and key for the engines of both roles; `None` if only roles have the key.
     of_all: Option<(&'static str, &'static str)>,
     read: fn(&str) -> Option<Value>,
 }
 
-const KEYS: [Key; 5] = [
-    Key {
+const ARGUMENT_KEYS: [ArgumentKey; 5] = [
+    ArgumentKey {
         option: "--tensor-parallel-size",
         of_role: Some("tensor_parallel"),
         of_all: None,
-        read: whole,
+        read: integer,
     },
-    Key {
+    ArgumentKey {
         option: "--gpu-memory-utilization",
         of_role: Some("gpu_memory_utilization"),
         of_all: Some(("vllm", "gpu_memory_utilization")),
-        read: part,
+        read: fraction,
     },
-    Key {
+    ArgumentKey {
         option: "--max-model-len",
         of_role: None,
         of_all: Some(("vllm", "max_model_len")),
-        read: whole,
+        read: integer,
     },
-    Key {
+    ArgumentKey {
         option: "--served-model-name",
         of_role: None,
         of_all: Some(("", "served_model_name")),
-        read: text,
+        read: string,
     },
-    Key {
+    ArgumentKey {
         option: "--model",
         of_role: None,
         of_all: Some(("", "model")),
-        read: text,
+        read: string,
     },
 ];
 
 const ROLES: [&str; 2] = ["prefill", "decode"];
 
-fn whole(value: &str) -> Option<Value> {
+fn integer(value: &str) -> Option<Value> {
     Some(Value::Integer(i64::try_from(arguments::number(value)?).ok()?))
 }
 
-fn part(value: &str) -> Option<Value> {
+fn fraction(value: &str) -> Option<Value> {
     value.trim().parse().ok().map(Value::Float)
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "as the others that read a value")]
-fn text(value: &str) -> Option<Value> {
+fn string(value: &str) -> Option<Value> {
     Some(Value::String(value.to_owned()))
 }
 
-/// Moves them in a merged profile. `passed` are arguments for all engines that come after those of the profile.
+/// Moves the arguments in a merged profile. `passed` are arguments for all engines, after those of the profile.
 ///
-/// vLLM takes the last of what comes twice, so an argument wins over the key, one of a role over one of all engines, and one
-/// that is passed over both. What cannot be read as the key's value stays where it is.
-pub(super) fn adopt(profile: &mut Table, passed: &[String]) {
+/// vLLM uses the last of two values. So an argument wins over the key, an argument of a role over one of all engines, and
+/// a passed argument over both. A value that the key cannot hold stays an argument.
+pub(super) fn apply(profile: &mut Table, passed: &[String]) {
     if let Some(args) = args_of(profile, "vllm") {
         let rest = take(profile, args, None);
         set_args(profile, "vllm", rest);
@@ -78,7 +78,7 @@ pub(super) fn adopt(profile: &mut Table, passed: &[String]) {
             set_args(profile, role, rest);
         }
     }
-    // `vllm serve` begins with the model.
+    // The first argument of `vllm serve` is the model.
     let passed = match passed.split_first() {
         Some((model, rest)) if !model.starts_with('-') => {
             set(profile, "", "model", Value::String(model.clone()));
@@ -94,11 +94,13 @@ pub(super) fn adopt(profile: &mut Table, passed: &[String]) {
     }
 }
 
-/// Sets the keys that `args` of this role, or of all engines, name, and returns the other ones.
+/// Sets the keys for the `args` of this role, or of all engines, and returns the other arguments.
 fn take(profile: &mut Table, args: Vec<String>, role: Option<&str>) -> Vec<String> {
     let mut taken = vec![false; args.len()];
     for given in arguments::read(&args) {
-        let key = KEYS.iter().find(|key| key.option == given.name && given.part.is_none());
+        let key = ARGUMENT_KEYS
+            .iter()
+            .find(|key| key.option == given.name && given.part.is_none());
         let ([value], Some(key)) = (&given.values[..], key) else {
             continue;
         };
@@ -109,7 +111,7 @@ fn take(profile: &mut Table, args: Vec<String>, role: Option<&str>) -> Vec<Strin
                 for role in ROLES {
                     match of_role {
                         Some(key) if of_all.is_none() => set(profile, role, key, value.clone()),
-                        // A role's own one would win over that of all.
+                        // A role's own key would win over the key of all engines.
                         Some(key) => drop(table(profile, role).and_then(|table| table.remove(key))),
                         None => {}
                     }
@@ -118,7 +120,7 @@ fn take(profile: &mut Table, args: Vec<String>, role: Option<&str>) -> Vec<Strin
                     set(profile, name, key, value);
                 }
             }
-            // The plan has one for all engines.
+            // The plan has one value for all engines.
             (Some(_), None, _) => continue,
         }
         taken[given.words].fill(true);
@@ -142,7 +144,7 @@ fn set(profile: &mut Table, name: &str, key: &str, value: Value) {
     }
 }
 
-/// The arguments of this table, if they are there and all of them are text.
+/// The arguments in this table, if all of them are strings.
 fn args_of(profile: &Table, name: &str) -> Option<Vec<String>> {
     let args = profile.get(name)?.get("args")?.as_array()?;
     args.iter().map(|word| word.as_str().map(str::to_owned)).collect()
@@ -160,12 +162,12 @@ mod tests {
     fn adopted(profile: &str, passed: &[&str]) -> Table {
         let mut table: Table = profile.parse().expect("TOML");
         let passed: Vec<String> = passed.iter().map(|&word| word.to_owned()).collect();
-        adopt(&mut table, &passed);
+        apply(&mut table, &passed);
         table
     }
 
     #[test]
-    fn an_option_that_is_a_key_becomes_the_key_in_every_spelling() {
+    fn options_with_a_key_set_the_key() {
         for spelled in [
             r#""--tensor-parallel-size", "2""#,
             r#""-tp", "2""#,
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_role_wins_over_all_engines_and_what_is_passed_over_both() {
+    fn roles_win_over_all_and_passed_over_both() {
         let profile =
             "[vllm]\nargs = [\"-tp\", \"2\"]\n[decode]\ngpu_memory_utilization = 0.9\nargs = [\"-tp\", \"4\"]";
         let roles = |table: &Table| ROLES.map(|role| table[role]["tensor_parallel"].as_integer());
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_value_of_the_key_stays() {
+    fn invalid_values_stay_arguments() {
         let table = adopted(
             "[vllm]\nargs = [\"--max-model-len\", \"auto\", \"--served-model-name\", \"a\", \"b\"]",
             &[],

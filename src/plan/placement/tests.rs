@@ -1,13 +1,13 @@
-//! Placement on machines as they are sold, and rules that hold on every machine.
+//! Tests of the placement: on common machines, and rules that hold on every machine.
 
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::machine::{GpuMemory, Health, slice_number};
+use crate::machine::{GpuHealth, GpuMemory, slice_number};
 
-/// `count` cards of 80 GiB, with the way between any two of them.
+/// `count` GPUs of 80 GiB, with `way` as the connection between any two of them.
 fn machine(count: u32, way: impl Fn(u32, u32) -> GpuPath) -> Vec<Gpu> {
     let gpu = |index| Gpu {
         index,
@@ -26,7 +26,7 @@ fn machine(count: u32, way: impl Fn(u32, u32) -> GpuPath) -> Vec<Gpu> {
     (0..count).map(gpu).collect()
 }
 
-/// Bridges between 0 and 1, 2 and 3, …; the first half on one NUMA node.
+/// NVLink bridges between 0 and 1, 2 and 3, …; the first half on one NUMA node.
 fn nvlink_pairs() -> Vec<Gpu> {
     machine(8, |one, other| match (one / 2 == other / 2, one / 4 == other / 4) {
         (true, _) => GpuPath::NvLink,
@@ -35,7 +35,7 @@ fn nvlink_pairs() -> Vec<Gpu> {
     })
 }
 
-/// No NVLink; two cards behind each switch, which are not neighbours by number.
+/// No NVLink; two GPUs behind each switch, which are not neighbours by index.
 fn pcie() -> Vec<Gpu> {
     machine(8, |one, other| match (one % 4 == other % 4, one % 2 == other % 2) {
         (true, _) => GpuPath::Switch,
@@ -44,8 +44,8 @@ fn pcie() -> Vec<Gpu> {
     })
 }
 
-fn fleet(prefill: usize, decode: usize, ranks: usize) -> Vec<Group> {
-    let group = |role| Group {
+fn fleet(prefill: usize, decode: usize, ranks: usize) -> Vec<PlacementRequest> {
+    let group = |role| PlacementRequest {
         role,
         ranks,
         fixed: Vec::new(),
@@ -75,7 +75,7 @@ fn without_nvlink_a_switch_is_next_and_then_the_numa_node() {
 }
 
 #[test]
-fn a_later_bridge_is_found_although_the_first_gpu_has_none() {
+fn a_later_bridge_is_found() {
     let gpus = machine(4, |one, other| {
         if (one, other) == (2, 3) {
             GpuPath::NvLink
@@ -87,7 +87,7 @@ fn a_later_bridge_is_found_although_the_first_gpu_has_none() {
 }
 
 #[test]
-fn where_all_is_alike_or_unknown_numbers_go_up() {
+fn equal_gpus_are_taken_in_order() {
     for path in [GpuPath::NvLink, GpuPath::Unknown] {
         assert_eq!(place(&machine(8, |_, _| path), &fleet(2, 2, 1)), [[0], [1], [2], [3]]);
     }
@@ -95,7 +95,7 @@ fn where_all_is_alike_or_unknown_numbers_go_up() {
 }
 
 #[test]
-fn what_the_profile_says_stays_and_others_come_near() {
+fn explicit_gpus_stay() {
     let mut groups = fleet(2, 2, 1);
     groups[2].fixed = vec![7];
     groups[3].fixed = vec![5];
@@ -108,9 +108,9 @@ fn busy_broken_and_small_cards_come_last() {
     if let Some(memory) = &mut gpus[0].memory {
         memory.free = 10 << 30;
     }
-    gpus[2].health = Health {
+    gpus[2].health = GpuHealth {
         repair_failed: Some(true),
-        ..Health::default()
+        ..GpuHealth::default()
     };
     gpus[4].name = "L4".to_owned();
     if let Some(memory) = &mut gpus[4].memory {
@@ -122,7 +122,7 @@ fn busy_broken_and_small_cards_come_last() {
 }
 
 #[test]
-fn engines_share_a_gpu_only_where_there_are_too_few_and_their_memory_fits() {
+fn engines_share_a_gpu_only_if_they_must() {
     let one = machine(1, |_, _| GpuPath::Unknown);
     let mut groups = fleet(1, 1, 1);
     assert_eq!(place(&one, &groups), [[0], [1]], "GPU 1 is missing");
@@ -136,7 +136,7 @@ fn engines_share_a_gpu_only_where_there_are_too_few_and_their_memory_fits() {
 }
 
 #[test]
-fn a_machine_full_of_slices_is_no_long_search() {
+fn many_slices_are_placed_quickly() {
     let slices = (0..8).flat_map(|parent| (0..7).map(move |slice| slice_number(parent, slice)));
     let gpus: Vec<Gpu> = slices
         .map(|index| Gpu {
@@ -156,7 +156,7 @@ fn a_machine_full_of_slices_is_no_long_search() {
     assert_eq!(place(&large, &fleet(1, 1, 8)).concat(), (0..16).collect::<Vec<_>>());
 }
 
-/// A machine of up to eight cards with any ways between them.
+/// A machine of up to eight GPUs with any connections between them.
 fn machines() -> impl Strategy<Value = Vec<Gpu>> {
     let ways = proptest::collection::vec(0usize..4, 64);
     (1u32..=8, ways).prop_map(|(count, ways)| {
@@ -169,7 +169,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn no_gpu_is_used_twice_or_made_up_while_there_are_enough(
+    fn enough_gpus_are_used_once_each(
         gpus in machines(), prefill in 1usize..3, decode in 1usize..3, ranks in 1usize..3,
     ) {
         let groups = fleet(prefill, decode, ranks);
@@ -184,7 +184,7 @@ proptest! {
     }
 
     #[test]
-    fn a_pair_gets_the_best_way_that_there_is(gpus in machines()) {
+    fn a_pair_gets_the_best_connection(gpus in machines()) {
         prop_assume!(gpus.len() > 1);
         let places = place(&gpus, &fleet(1, 1, 1));
         let best = gpus.iter().flat_map(|gpu| gpu.paths.values()).min();
@@ -192,7 +192,7 @@ proptest! {
     }
 
     #[test]
-    fn the_first_ranks_are_as_tight_as_they_can_be(gpus in machines()) {
+    fn ranks_are_as_close_as_possible(gpus in machines()) {
         prop_assume!(gpus.len() >= 2);
         let mut groups = fleet(1, 0, 2);
         groups[0].role = Role::Decode;
@@ -203,10 +203,10 @@ proptest! {
 
     #[test]
     fn shares_never_exceed_a_gpu(gpus in machines(), shares in proptest::collection::vec(0.1f64..0.9, 2..7)) {
-        let groups: Vec<Group> = shares
+        let groups: Vec<PlacementRequest> = shares
             .iter()
             .enumerate()
-            .map(|(number, share)| Group {
+            .map(|(number, share)| PlacementRequest {
                 role: if number % 2 == 0 { Role::Prefill } else { Role::Decode },
                 ranks: 1,
                 fixed: Vec::new(),

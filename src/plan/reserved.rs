@@ -1,5 +1,5 @@
-//! What the profile gives engines although xpyd decides it: the engine would have it twice, and do as the last one says, while
-//! everybody else goes by the plan. PURE.
+//! Options and variables that xpyd sets itself, found in a profile. The engine would get them twice and use the last one,
+//! while the rest of xpyd follows the plan. PURE.
 
 use serde::Serialize;
 
@@ -8,32 +8,32 @@ use crate::engine::arguments;
 use crate::fleet::Role;
 use crate::profile::{Profile, RoleProfile};
 
-/// One argument or variable that is not the profile's to give.
+/// One argument or variable that a profile must not set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Objection {
-    /// What was given, and where: "`--port` in `prefill.args`".
+pub struct ReservedOption {
+    /// The option and its place: "`--port` in `prefill.args`".
     pub given: String,
-    /// Why not, as the rest of the sentence.
+    /// The reason, as the rest of the sentence.
     pub why: String,
     /// What to do instead.
     pub instead: String,
-    /// Whether no run can work so; else the given value holds.
+    /// Whether a run cannot work with it; otherwise the given value is used.
     pub is_fatal: bool,
 }
 
-/// Names with the reason, and the key of a profile that is meant. `{role}` is the role, where it is said for one.
-type Owned = (&'static [&'static str], &'static str, &'static str);
+/// Names, the reason, and the key of a profile that replaces them. `{role}` stands for the role if only one has it.
+type ReservedNames = (&'static [&'static str], &'static str, &'static str);
 
-const OPTIONS: &[Owned] = &[
+const OPTIONS: &[ReservedNames] = &[
     (
         &["--port", "--grpc-port"],
-        "every engine has a port of its own, and xpyd waits for it there",
-        "`{role}.port`, from which the engines of a role are numbered; clients have `--port` (`proxy.port`)",
+        "xpyd gives every engine its own port",
+        "`{role}.port`, the port of the first engine of the role; for clients: `--port` (`proxy.port`)",
     ),
     (
         &["--host", "--uds", "--grpc"],
-        "xpyd reaches engines by HTTP on loopback, and nobody else shall",
-        "take it out; `--host` (`proxy.host`) is the address for clients",
+        "engines listen on loopback only, for xpyd",
+        "remove it; `--host` (`proxy.host`) is the address for clients",
     ),
     (
         &[
@@ -44,13 +44,13 @@ const OPTIONS: &[Owned] = &[
             "--ssl-ciphers",
             "--enable-ssl-refresh",
         ],
-        "xpyd speaks plain HTTP with engines, on loopback",
-        "clients get TLS with `--tls-cert` and `--tls-key` (`proxy.clients.tls_cert`, `tls_key`)",
+        "xpyd uses plain HTTP to engines, on loopback",
+        "`--tls-cert` and `--tls-key` (`proxy.clients.tls_cert`, `tls_key`) for TLS to clients",
     ),
     (
         &["--headless", "--nnodes", "--node-rank", "--master-addr"],
         "every engine is one server on this machine",
-        "take it out; `xpyd proxy` serves engines on other machines",
+        "remove it; `xpyd proxy` serves engines on other machines",
     ),
     (
         &[
@@ -68,8 +68,8 @@ const OPTIONS: &[Owned] = &[
     ),
     (
         &["--served-model-name"],
-        "all engines serve one model under one name",
-        "`served_model_name = \"…\"`; it is one name",
+        "all engines serve one model with one name",
+        "`served_model_name = \"…\"`, a single name",
     ),
     (
         &["--model"],
@@ -78,17 +78,17 @@ const OPTIONS: &[Owned] = &[
     ),
     (
         &["--max-model-len"],
-        "both roles must take prompts of the same length, for which xpyd plans",
+        "both roles must accept prompts of the same length",
         "`vllm.max_model_len`, a whole number of tokens, for both roles",
     ),
     (
         &["--tensor-parallel-size"],
-        "xpyd plans GPUs and ports by it",
+        "xpyd plans GPUs and ports with it",
         "`{role}.tensor_parallel`, a whole number",
     ),
     (
         &["--gpu-memory-utilization"],
-        "xpyd plans GPUs by it",
+        "xpyd plans GPUs with it",
         "`{role}.gpu_memory_utilization`, a number above 0 and up to 1",
     ),
     (
@@ -97,8 +97,9 @@ const OPTIONS: &[Owned] = &[
             "--kv-offloading-size",
             "--kv-offloading-backend",
         ],
-        "xpyd configures how KV moves, and this replaces it",
-        "`connector`: \"nixl\", \"lmcache\", \"lmcache-mp\" (which also keeps KV on the host: `lmcache_mp.l1_size`) or \"auto\"",
+        "xpyd configures the KV transfer itself",
+        "`connector`: \"nixl\", \"lmcache\", \"lmcache-mp\" (which also caches KV in host memory: \
+         `lmcache_mp.l1_size`) or \"auto\"",
     ),
     (
         &["--device-ids"],
@@ -107,23 +108,23 @@ const OPTIONS: &[Owned] = &[
     ),
     (
         &["--shutdown-timeout"],
-        "xpyd times the stop of an engine",
-        "`deadlines.stop` is how long it may take",
+        "xpyd sets the time limit for the stop of an engine",
+        "`deadlines.stop`",
     ),
     (
         &["--config"],
-        "xpyd does not read that file, and it can say what xpyd decides",
+        "xpyd does not read that file, which can have options that xpyd sets itself",
         "write its options into `{role}.args`, and the model, names, ports and sizes into the profile's own keys",
     ),
     (
         &["--disable-log-stats"],
-        "without metrics nobody can tell a hung engine, or that KV moved",
+        "without metrics, xpyd can neither detect a hung engine nor verify KV transfers",
         "take it out",
     ),
 ];
 
-/// As [`OPTIONS`], of variables; a name that ends in `*` is all that begin so.
-const VARIABLES: &[Owned] = &[
+/// As [`OPTIONS`], for variables. A name that ends in `*` is a prefix.
+const VARIABLES: &[ReservedNames] = &[
     (
         &["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"],
         "xpyd chooses the GPUs of every engine",
@@ -131,12 +132,12 @@ const VARIABLES: &[Owned] = &[
     ),
     (
         &["VLLM_PORT"],
-        "xpyd gives each engine ports for itself",
-        "take it out; `port_offset` moves all ports",
+        "xpyd gives each engine its own ports",
+        "remove it; `port_offset` moves all ports",
     ),
     (
         &["VLLM_NIXL_SIDE_CHANNEL_*"],
-        "xpyd gives each engine a side channel of its own",
+        "xpyd gives each engine its own side channel",
         "`nixl.prefill_side_channel_port` and `nixl.decode_side_channel_port`",
     ),
     (
@@ -151,51 +152,51 @@ const VARIABLES: &[Owned] = &[
             "LMCACHE_PD_*",
             "LMCACHE_TRANSFER_CHANNEL",
         ],
-        "xpyd writes LMCache's configuration",
+        "xpyd writes the configuration of LMCache",
         "the keys of `[lmcache]` and `[lmcache_mp]`",
     ),
 ];
 
-/// Variables that xpyd sets, and whose other value an engine can work with.
-const TIMEOUTS: &[Owned] = &[
+/// Variables that xpyd sets, but that can also have another value.
+const TIMEOUTS: &[ReservedNames] = &[
     (
         &["VLLM_ENGINE_READY_TIMEOUT_S"],
-        "vLLM gives up a start after it, beside xpyd's own deadline",
+        "vLLM gives up a start after this time, in addition to xpyd's own deadline",
         "`deadlines.ready`",
     ),
     (
         &["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"],
-        "vLLM gives up a step after it, beside xpyd's own deadline",
+        "vLLM gives up a step after this time, in addition to xpyd's own deadline",
         "`deadlines.stall`",
     ),
     (
         &["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"],
-        "vLLM ends its workers after it, beside xpyd's own deadline",
+        "vLLM ends its workers after this time, in addition to xpyd's own deadline",
         "`deadlines.stop`",
     ),
 ];
 
-/// A name that was found, where, and what is known of it.
-struct Found<'profile> {
+/// A reserved name in a profile, its place, and its entry.
+struct ReservedUse<'profile> {
     name: &'profile str,
     role: Option<Role>,
     list: &'static str,
-    owned: &'static Owned,
+    owned: &'static ReservedNames,
     is_fatal: bool,
 }
 
-/// Everything of that kind in the profile.
-pub(super) fn objections(profile: &Profile, connector: &Connector) -> Vec<Objection> {
+/// All reserved options and variables in the profile.
+pub(super) fn objections(profile: &Profile, connector: &Connector) -> Vec<ReservedOption> {
     let tables = [
         (None, &profile.vllm.args, &profile.vllm.env),
         (Some(Role::Prefill), &profile.prefill.args, &profile.prefill.env),
         (Some(Role::Decode), &profile.decode.args, &profile.decode.env),
     ];
-    let mut found: Vec<Found<'_>> = Vec::new();
+    let mut found: Vec<ReservedUse<'_>> = Vec::new();
     for (role, args, env) in tables {
         for given in arguments::read(args) {
-            let fits = |(names, ..): &&Owned| given.fits.iter().any(|name| names.contains(name));
-            found.extend(OPTIONS.iter().find(fits).map(|owned| Found {
+            let fits = |(names, ..): &&ReservedNames| given.fits.iter().any(|name| names.contains(name));
+            found.extend(OPTIONS.iter().find(fits).map(|owned| ReservedUse {
                 name: given.spelled,
                 role,
                 list: "args",
@@ -204,10 +205,10 @@ pub(super) fn objections(profile: &Profile, connector: &Connector) -> Vec<Object
             }));
         }
         for name in env.keys() {
-            let fits = |(names, ..): &&Owned| names.iter().any(|known| is_named(name, known));
+            let fits = |(names, ..): &&ReservedNames| names.iter().any(|known| is_named(name, known));
             let decided = VARIABLES.iter().find(fits).map(|owned| (owned, true));
             let decided = decided.or_else(|| TIMEOUTS.iter().find(fits).map(|owned| (owned, false)));
-            found.extend(decided.map(|(owned, is_fatal)| Found {
+            found.extend(decided.map(|(owned, is_fatal)| ReservedUse {
                 name,
                 role,
                 list: "env",
@@ -216,11 +217,12 @@ pub(super) fn objections(profile: &Profile, connector: &Connector) -> Vec<Object
             }));
         }
     }
-    let mut objections: Vec<Objection> = Vec::new();
+    let mut objections: Vec<ReservedOption> = Vec::new();
     for one in &found {
-        // What both roles have is said once, as what stands behind `--` is.
+        // What both roles set is reported once, like the arguments after `--`.
         let is_of = |role| {
-            let is_it = |other: &Found<'_>| (other.name, other.list, other.role) == (one.name, one.list, Some(role));
+            let is_it =
+                |other: &ReservedUse<'_>| (other.name, other.list, other.role) == (one.name, one.list, Some(role));
             found.iter().any(is_it)
         };
         let is_of_both = one.role.is_some() && is_of(Role::Prefill) && is_of(Role::Decode);
@@ -235,8 +237,8 @@ pub(super) fn objections(profile: &Profile, connector: &Connector) -> Vec<Object
     objections
 }
 
-fn objection(found: &Found<'_>, is_of_both: bool) -> Objection {
-    let Found { name, list, .. } = found;
+fn objection(found: &ReservedUse<'_>, is_of_both: bool) -> ReservedOption {
+    let ReservedUse { name, list, .. } = found;
     let (_, why, instead) = found.owned;
     let (place, instead) = match found.role {
         _ if is_of_both => (format!("`prefill.{list}` and `decode.{list}`"), for_both(instead)),
@@ -244,7 +246,7 @@ fn objection(found: &Found<'_>, is_of_both: bool) -> Objection {
         Some(Role::Prefill) => (format!("`prefill.{list}`"), instead.replace("{role}", "prefill")),
         Some(Role::Decode) => (format!("`decode.{list}`"), instead.replace("{role}", "decode")),
     };
-    Objection {
+    ReservedOption {
         given: format!("`{name}` in {place}"),
         why: (*why).to_owned(),
         instead,
@@ -252,7 +254,7 @@ fn objection(found: &Found<'_>, is_of_both: bool) -> Objection {
     }
 }
 
-/// A hint that names the key of each role.
+/// A hint that names the keys of both roles.
 fn for_both(instead: &str) -> String {
     let mut text = String::new();
     let mut rest = instead;
@@ -272,8 +274,8 @@ fn is_named(name: &str, known: &str) -> bool {
     }
 }
 
-/// LMCache hands over only what one scheduler step prefills, so its prefill engines do it in one.
-fn in_one_step(profile: &Profile) -> Vec<Objection> {
+/// LMCache transfers only what one scheduler step prefills, so its prefill engines need one step for the whole prompt.
+fn in_one_step(profile: &Profile) -> Vec<ReservedOption> {
     let of = |role: &RoleProfile| [profile.vllm.args.clone(), role.args.clone()].concat();
     let args = of(&profile.prefill);
     let given = arguments::read(&args);
@@ -288,14 +290,15 @@ fn in_one_step(profile: &Profile) -> Vec<Objection> {
                 .is_none_or(|longest| tokens < u64::from(longest))
         })
     });
-    let objection = |given: &arguments::Given<'_>| {
-        Objection {
+    let objection = |given: &arguments::GivenOption<'_>| ReservedOption {
         given: format!("`{}` for prefill engines", given.spelled),
-        why: "LMCache hands over only what one step prefills, so prefill engines take whole prompts".to_owned(),
-        instead: "give it in `decode.args` alone, or set `vllm.max_model_len`, which is the size of a step; or `--connector nixl`"
+        why: "LMCache only transfers the KV of one step, so prefill engines need one step for a whole \
+            prompt"
+            .to_owned(),
+        instead: "set it only in `decode.args`, or set `vllm.max_model_len`, which is the size of a step; or use \
+            `--connector nixl`"
             .to_owned(),
         is_fatal: true,
-    }
     };
     [chunked, batch].into_iter().flatten().map(objection).collect()
 }
@@ -309,7 +312,7 @@ mod tests {
     use crate::plan::build;
     use crate::profile::{Override, load};
 
-    fn objections_to(set: &str) -> Vec<Objection> {
+    fn objections_to(set: &str) -> Vec<ReservedOption> {
         let set = Override::parse(set).expect("an override");
         let profile = load("1p1d", &[set]).expect("a profile");
         let machine = Machine::fixture(8, "0.32.0", None);
@@ -317,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_xpyd_decides_is_not_taken_twice_in_any_spelling() {
+    fn reserved_options_are_refused_in_any_spelling() {
         for args in [
             r#""--port", "1""#,
             r#""--port=1""#,
@@ -361,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_users_own_is_taken() {
+    fn other_options_are_accepted() {
         for set in [
             r#"vllm.args=["--max-num-seqs", "128", "--data-parallel-size", "2", "--api-key", "k", "--enable-log-requests"]"#,
             r#"vllm.args=["-tp", "2", "--max-model-len", "8k", "--gpu-memory-utilization=0.5", "--served-model-name", "x"]"#,
@@ -372,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn what_both_roles_have_is_said_once() {
+    fn an_option_of_both_roles_is_reported_once() {
         let args: Vec<String> = ["--host", "0.0.0.0"].map(str::to_owned).into();
         let profile = crate::profile::load_with("1p1d", &[], &args).expect("a profile");
         let plan = build(&profile, &Machine::fixture(8, "0.32.0", None), Path::new("/run")).expect("a plan");
@@ -383,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hint_names_the_key_of_the_role_that_is_meant() {
+    fn hints_name_the_key_of_the_role() {
         let hint = |table: &str| {
             objections_to(&format!("{table}.args=[\"--port\", \"1\"]"))[0]
                 .instead

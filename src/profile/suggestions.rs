@@ -1,4 +1,5 @@
-//! What a wrong key or value of a profile is told: the key that was meant, and the value's form in words. PURE.
+//! Suggestions for a wrong key or value in a profile: the key that was probably meant, and the right form of the value.
+//! PURE.
 
 use super::file::File;
 
@@ -25,16 +26,16 @@ const TABLES: [&str; 19] = [
     "logs",
 ];
 
-/// The key that an unknown one is most like.
+/// The known key that is most similar to the unknown one of a message.
 ///
-/// serde says ``unknown field `cuont`, expected one of `count`, `port` ``: the names between backticks are all we need.
+/// serde's message is ``unknown field `cuont`, expected one of `count`, `port` ``: only the names between backticks matter.
 pub(super) fn nearest_key(message: &str) -> Option<String> {
     let is_field = message.contains("unknown field");
     if !is_field && !message.contains("unknown variant") {
         return None;
     }
     let (unknown, known) = quoted(message)?;
-    let meant = of_vllm(unknown);
+    let meant = key_for_vllm_option(unknown);
     if known.contains(&meant) {
         return Some(meant.to_owned());
     }
@@ -45,8 +46,8 @@ pub(super) fn nearest_key(message: &str) -> Option<String> {
     Some(elsewhere.join("` or `"))
 }
 
-/// The key that says what an option of vLLM's says.
-fn of_vllm(name: &str) -> &str {
+/// The key with the meaning of a vLLM option.
+fn key_for_vllm_option(name: &str) -> &str {
     match name {
         "tensor_parallel_size" | "tp" => "tensor_parallel",
         "api_key" => "api_key_file",
@@ -55,9 +56,9 @@ fn of_vllm(name: &str) -> &str {
     }
 }
 
-/// Keys of this name, or of vLLM's name for them, in all tables: `prefill.args` for `args` where there is no such key.
+/// Keys with this name, or with the meaning of this vLLM option, in all tables: `prefill.args` for `args`.
 fn in_other_tables(unknown: &str) -> Vec<String> {
-    let vllms = of_vllm(unknown);
+    let vllms = key_for_vllm_option(unknown);
     let mut found = Vec::new();
     for table in TABLES {
         let message = match toml::from_str::<File>(&format!("{table}.no-such-key = 0")) {
@@ -72,13 +73,13 @@ fn in_other_tables(unknown: &str) -> Vec<String> {
     found
 }
 
-/// The unknown name of serde's message, and those that it knows.
+/// The unknown name in serde's message, and the known ones.
 fn quoted(message: &str) -> Option<(&str, Vec<&str>)> {
     let mut quoted = message.split('`').skip(1).step_by(2);
     Some((quoted.next()?, quoted.collect()))
 }
 
-/// The candidate most like `name`, if one is like it at all.
+/// The candidate most similar to `name`, if one is similar enough.
 pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     candidates
         .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
@@ -87,8 +88,8 @@ pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>)
         .map(|(_, candidate)| candidate.to_owned())
 }
 
-/// What serde expects, in words.
-pub(super) fn in_words(message: &str) -> String {
+/// Replaces Rust's type names in serde's message.
+pub(super) fn readable(message: &str) -> String {
     let mut text = message.to_owned();
     for (expected, words) in [
         ("expected u16", "expected a whole number up to 65535"),
@@ -105,7 +106,7 @@ pub(super) fn in_words(message: &str) -> String {
 }
 
 /// How to write a value that has the wrong form.
-pub(super) fn correction(message: &str) -> Option<&'static str> {
+pub(super) fn form_hint(message: &str) -> Option<&'static str> {
     let forms = [
         (
             "expected a list",
@@ -118,7 +119,7 @@ pub(super) fn correction(message: &str) -> Option<&'static str> {
         ("expected a string", "write text in quotes: `model = \"org/name\"`"),
         ("expected `true` or `false`", "write it without quotes"),
     ];
-    // The message `invalid value`, as for a number that is too large, is about a value of the right form.
+    // `invalid value`, as for a number that is too large, is about a value of the right form.
     let found = forms.into_iter().find(|(expected, _)| message.contains(expected));
     found.map(|(_, hint)| hint).filter(|_| message.contains("invalid type"))
 }
