@@ -137,7 +137,17 @@ impl LastSeen {
         }
     }
 
-    /// Whether the engine failed without a view that showed it: a later view replaces an earlier one.
+    /// Whether `now` is the first view of an engine that is stopped and restarted for its failed hand-offs. The view in
+    /// which it drains can have been missed: a later view replaces an earlier one.
+    fn begins_restart(self, now: &EngineView) -> bool {
+        let is_stopping = matches!(
+            now.state,
+            EngineState::Draining | EngineState::Stopping | EngineState::Stopped
+        );
+        now.incarnation == self.incarnation && now.restart_at.is_some() && is_stopping && !self.will_start
+    }
+
+    /// Whether the engine failed without a view that showed it.
     fn missed_failure(self, now: &EngineView) -> bool {
         let was_told = self.will_start || matches!(self.state, EngineState::Failed | EngineState::Stopped);
         now.incarnation != self.incarnation && now.reason.is_some() && !was_told
@@ -276,6 +286,11 @@ impl Reporter {
             if before.is_some_and(|before| before.missed_failure(engine)) {
                 self.tell_restart(engine, Instant::now());
             }
+            if before.is_some_and(|before| before.begins_restart(engine)) {
+                let reason = engine.reason.as_deref().unwrap_or("its hand-offs fail");
+                self.warn(&format!("{} is drained and restarted: {reason}", engine.id));
+                continue;
+            }
             self.tell_change(engine, view.stage);
         }
         if view.stage != self.stage {
@@ -347,9 +362,6 @@ impl Reporter {
                     self.tell_restart(engine, at);
                 }
             }
-            EngineState::Draining if serving && engine.reason.is_some() => {
-                self.warn(&format!("{id} is drained and restarted: {reason}"));
-            }
             EngineState::Draining if serving => self.tell(&format!("{id} takes no more requests")),
             EngineState::Stopped if serving => self.tell(&format!("{id} is stopped")),
             EngineState::Starting => self.tell(&format!("{id} starts{again}")),
@@ -415,5 +427,36 @@ impl Reporter {
             // No receiver waits when the run is ending.
             let _ = settled.send(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restart_for_failed_hand_offs_is_told_once_even_if_the_drain_is_missed() {
+        let serving = EngineView {
+            state: EngineState::Ready,
+            ..EngineView::fixture(Role::Prefill, 0)
+        };
+        let at = |state| EngineView {
+            state,
+            restart_at: Some(Instant::now()),
+            reason: Some("its hand-offs with decoder1 fail".to_owned()),
+            ..serving.clone()
+        };
+        let (draining, stopping) = (at(EngineState::Draining), at(EngineState::Stopping));
+        assert!(LastSeen::of(&serving).begins_restart(&draining));
+        assert!(LastSeen::of(&serving).begins_restart(&stopping), "the drain was missed");
+        assert!(
+            !LastSeen::of(&draining).begins_restart(&stopping),
+            "it was told already"
+        );
+        let drained_by_user = EngineView {
+            restart_at: None,
+            ..draining
+        };
+        assert!(!LastSeen::of(&serving).begins_restart(&drained_by_user));
     }
 }

@@ -515,11 +515,7 @@ fn an_unstarted_engine_differs_from_an_unknown_one() {
     };
     let never = of_run("decoder1");
     assert_eq!(never.status.code(), Some(1), "{}", stderr(&never));
-    assert!(
-        stderr(&never).contains("ended before its start"),
-        "{}",
-        stderr(&never)
-    );
+    assert!(stderr(&never).contains("ended before its start"), "{}", stderr(&never));
     let unknown = of_run("decoder9");
     assert_eq!(unknown.status.code(), Some(2), "{}", stderr(&unknown));
     assert!(!stderr(&unknown).contains("did you mean"), "{}", stderr(&unknown));

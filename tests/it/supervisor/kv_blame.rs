@@ -119,7 +119,9 @@ fn failed_handoffs_identify_the_engine_with_hung_kv() {
             scope.spawn(move || ask(env, index));
         }
     });
-    run.wait_for_line("prefiller2 is drained and restarted: its hand-offs with");
+    // The busiest machine can skip the view in which it drains; the reason is printed all the same.
+    let line = run.wait_for_line(": its hand-offs with");
+    assert!(line.contains("prefiller2"), "{line}");
     wait_until(&env, [1, 2, 1, 1]);
     drop(blocked);
     let metrics = crate::support::get(env.proxy_port(), "/metrics");
