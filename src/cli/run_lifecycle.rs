@@ -164,7 +164,7 @@ fn logs_of(engine: &EngineId, plan: &Plan) -> String {
     format!("`xpyd logs {engine} --tail 50 --run {}`", plan.run_dir.display())
 }
 
-/// The position in the log at which the engine's last incarnation, which failed, log_starts.
+/// The position in the log at which the engine's last incarnation, which failed, began.
 fn last_start(log_starts: &LogStarts, engine: &EngineId) -> Position {
     log_starts.get(engine).copied().unwrap_or(Position::START)
 }

@@ -15,7 +15,7 @@ pub(super) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum LmcacheCommand {
     /// Cache KV for one engine
-    ServerArguments(ServerArguments),
+    Server(ServerArguments),
 }
 
 /// The arguments of `lmcache server` that xpyd passes.
@@ -75,7 +75,7 @@ enum TransferMode {
 
 /// Serves until a signal.
 pub(super) async fn run(arguments: Arguments) -> Result<ExitStatus, Failure> {
-    let LmcacheCommand::ServerArguments(server) = arguments.verb;
+    let LmcacheCommand::Server(server) = arguments.verb;
     let server = sim::CacheServer {
         requests: (server.host, server.port),
         http: (server.http_host, server.http_port),

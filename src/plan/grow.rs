@@ -106,7 +106,7 @@ mod tests {
         let error = grow(&profile, &machine, &plan, Role::Decode, 1).expect_err("no room");
         assert_eq!(
             error.to_string(),
-            "decoder2 needs 1 GPU, and 0 of this machine are free"
+            "decoder2 needs 1 GPU, but 0 of this machine are free"
         );
     }
 }

@@ -392,9 +392,13 @@ mod tests {
                 .instead
                 .clone()
         };
-        assert!(hint("decode").starts_with("`decode.port`, from"), "{}", hint("decode"));
         assert!(
-            hint("vllm").starts_with("`prefill.port` and `decode.port`, from"),
+            hint("decode").starts_with("`decode.port`, the port of"),
+            "{}",
+            hint("decode")
+        );
+        assert!(
+            hint("vllm").starts_with("`prefill.port` and `decode.port`, the port of"),
             "{}",
             hint("vllm")
         );

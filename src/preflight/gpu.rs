@@ -37,7 +37,7 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
         .collect();
     if !missing.is_empty() {
         let message = format!(
-            "the plan needs {needed} GPUs, and xpyd may use {} here (none with index {}){}",
+            "the plan needs {needed} GPUs, but xpyd can use {} here (none with index {}){}",
             found.len(),
             missing.join(", "),
             inherited_list(machine)
@@ -68,7 +68,7 @@ pub(super) fn overview(machine: &Machine) -> Vec<Finding> {
         Gpus::Unavailable(reason) => vec![finding("gpu", Level::Warn, reason.clone(), Some(without))],
         Gpus::Found(found) if found.is_empty() => {
             let message = format!(
-                "there is a driver, and no GPU that xpyd may use{}",
+                "there is a driver, but no GPU that xpyd can use{}",
                 inherited_list(machine)
             );
             vec![finding(

@@ -306,7 +306,7 @@ mod tests {
         let advice = |option: &str| advice(option, &environment(false));
         assert!(advice("--disable_log_requests").contains("--enable-log-requests"));
         assert!(advice("--max-model-lenn").contains("did you mean `--max-model-len`"));
-        assert!(advice("--something-else-altogether").contains("take it out"));
+        assert!(advice("--something-else-altogether").contains("remove it from"));
     }
 
     #[test]

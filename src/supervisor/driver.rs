@@ -292,7 +292,10 @@ impl<H: Hooks> Driver<H> {
                 self.tasks
                     .spawn(async move { Event::Diagnosed(id, incarnation, hooks::diagnose(diagnose, exit).await) });
             }
-            Action::StartupFinished(engine) => self.command(&Command::StartupFinished { engine }),
+            Action::StartupFinished(engine) => {
+                tracing::info!(%engine, "engine is up");
+                self.command(&Command::StartupFinished { engine });
+            }
             Action::Verify { round, pairs, at_once } => {
                 let (sender, receiver) = mpsc::channel(pairs.len().max(1));
                 self.worked_pairs = (round, receiver);

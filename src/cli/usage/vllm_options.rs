@@ -7,7 +7,7 @@ use crate::engine::arguments;
 /// Keys of the profile that users look for among the flags, with an example value. `--logs DIR` is a flag.
 const KEYS: [(&str, &str); 3] = [
     ("--port-offset", "port_offset=1000"),
-    ("--max-in-flight", "proxy.max_in_flight=1024"),
+    ("--max-in-flight", "proxy.max_in_flight=4096"),
     ("--restart-policy", "restart.policy=never"),
 ];
 

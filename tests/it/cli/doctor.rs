@@ -170,7 +170,7 @@ fn options_unknown_to_the_installed_vllm_are_named() {
         &good,
         GOOD,
         &typo,
-        ("options", "no option `--max-model-lenn`, and decoder1"),
+        ("options", "no option `--max-model-lenn`, so decoder1"),
     );
     let forced = ["--connector", "lmcache"];
     assert_finding(&good, GOOD, &forced, ("plan", "connector `lmcache` is not safe here"));
@@ -184,7 +184,7 @@ fn impossible_roles_and_models_are_named() {
     let dtype = ["--set", "decode.args=[\"--dtype\", \"half\"]"];
     assert_finding(&good, GOOD, &dtype, ("roles", "KV transfers cannot work"));
     let model = ["--model", "/no/such/model"];
-    assert_finding(&good, GOOD, &model, ("model", "`/no/such/model` is not there"));
+    assert_finding(&good, GOOD, &model, ("model", "`/no/such/model` does not exist"));
 }
 
 #[test]
@@ -255,7 +255,7 @@ fn only_leftovers_of_killed_runs_are_listed_and_removed() {
     std::fs::write(&mine, "of the user").expect("a file");
     let (_, found) = findings(&mut env.command(&["doctor", "--json"]));
     assert!(
-        text(&found["runs"], "message").ends_with("still there: old"),
+        text(&found["runs"], "message").ends_with("killed runs are left: old"),
         "{found:#?}"
     );
     assert!(folder.join("run.json").exists(), "looking changes nothing");
@@ -352,7 +352,7 @@ fn orphaned_engines_are_ended_only_with_the_flag() {
     let output = env.run(&["doctor", "--reap", "--yes", "--pid", &only]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(
-        String::from_utf8_lossy(&output.stderr).contains("ended 1 process"),
+        String::from_utf8_lossy(&output.stderr).contains("killed 1 process"),
         "{output:?}"
     );
     drop(process);

@@ -99,7 +99,7 @@ fn a_model_that_does_not_fit_is_reported_before_the_start() {
     let tiny = Machine::new(&cards(2, "total_mib = 16000"));
     let found = tiny.findings("fit", &["-p", "1p1d"]);
     assert!(
-        found[1].contains("decode engines hold about 15.0 GiB of weights") && found[1].contains("tensor_parallel=2"),
+        found[1].contains("decode engines need about 15.0 GiB for weights") && found[1].contains("tensor_parallel=2"),
         "{found:?}"
     );
     let large = Machine::new(&cards(2, ""));

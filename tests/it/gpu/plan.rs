@@ -76,7 +76,7 @@ fn inherited_visible_devices_are_respected() {
     let text = super::machine::text(&output);
     assert!(
         text.contains(
-            "the plan needs 2 GPUs, and xpyd may use 1 here (none with index 8); CUDA_VISIBLE_DEVICES is \"7\""
+            "the plan needs 2 GPUs, but xpyd can use 1 here (none with index 8); CUDA_VISIBLE_DEVICES is \"7\""
         ),
         "{text}"
     );

@@ -207,8 +207,8 @@ fn unusable_tls_files_are_refused_before_the_start() {
         "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
     );
     let cases: [(&[&str], [&str; 2]); 8] = [
-        (&["--tls-cert", "cert.pem"], ["`tls_cert`", "there is no `tls_key`"]),
-        (&["--tls-key", "key.pem"], ["`tls_key`", "there is no `tls_cert`"]),
+        (&["--tls-cert", "cert.pem"], ["`tls_cert`", "`tls_key` is not set"]),
+        (&["--tls-key", "key.pem"], ["`tls_key`", "`tls_cert` is not set"]),
         (
             &["--tls-cert", "nowhere", "--tls-key", "key.pem"],
             ["`tls_cert`", "`nowhere`"],
