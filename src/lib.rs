@@ -19,23 +19,11 @@ pub mod supervisor;
 pub mod ui;
 
 // Domain.
-pub mod connector;
 pub mod engine;
 pub mod machine;
 pub mod plan;
 pub mod profile;
 
 // Vocabulary.
-pub mod byte_size;
-pub mod fleet;
-pub(crate) mod log_file;
-pub(crate) mod own_log;
-pub mod private;
-pub mod proxy_config;
-pub mod report;
-pub(crate) mod samples;
-pub mod signals;
-pub mod sockets;
-pub mod span;
-pub(crate) mod wire;
-pub(crate) mod zmtp;
+pub use xpyd_base::{byte_size, connector, fleet, private, proxy_config, report, signals, sockets, span};
+pub(crate) use xpyd_base::{log_file, own_log, samples, wire, zmtp};

@@ -113,7 +113,10 @@ fn code() -> BTreeMap<&'static str, Duration> {
             "notification frame",
             constant("src/proxy/transfer/notify.rs", "FRAME_DEADLINE"),
         ),
-        ("idle connection", constant("src/wire/pool.rs", "IDLE_CONNECTION")),
+        (
+            "idle connection",
+            constant("crates/base/src/wire/pool.rs", "IDLE_CONNECTION"),
+        ),
         ("canary", constant("src/app/canaries.rs", "VERIFY_DEADLINE")),
         ("start stall", deadlines.start_stall),
         ("start", deadlines.ready),

@@ -1,9 +1,10 @@
 //! Rules of the source code: allowed imports, length of files, which module prints, and forbidden constructs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// The modules that each module is allowed to import. ARCHITECTURE.md says why. A new arrow changes the design.
+/// The modules that each module is allowed to import. ARCHITECTURE.md says why. A new arrow changes the design. Cargo keeps the
+/// order of the members; this table keeps the order within `base` and within the root, and says which modules of `base` each uses.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("fleet", &[]),
     ("private", &[]),
@@ -146,30 +147,55 @@ fn sources_below(folder: &str) -> Vec<PathBuf> {
     found
 }
 
-/// The path relative to `src`, the top-level module, and the text of every source file.
-fn modules() -> Vec<(String, String, String)> {
-    let src = root().join("src");
-    sources_below("src")
-        .into_iter()
-        .map(|path| {
-            let name = path.strip_prefix(&src).expect("below src").display().to_string();
-            let module = name
-                .split('/')
-                .next()
-                .unwrap_or_default()
-                .trim_end_matches(".rs")
-                .to_owned();
-            (name, module, std::fs::read_to_string(&path).expect("a file"))
-        })
-        .collect()
+/// All sources of the program and its tests.
+fn code() -> Vec<PathBuf> {
+    ["src", "crates", "tests"].into_iter().flat_map(sources_below).collect()
 }
 
-/// The top-level modules after `crate::` in a source text, including grouped imports.
-fn imported(text: &str) -> Vec<String> {
+/// The members below `crates`.
+const MEMBERS: [&str; 1] = ["base"];
+
+/// The path, the module, and the text of every source file. A path of the root is relative to `src`; one of a member begins with
+/// the member's name instead. A member is one module, but for `base`, which has many.
+fn modules() -> Vec<(String, String, String)> {
+    let read = |path: &Path, folder: &Path| {
+        let name = path.strip_prefix(folder).expect("below it").display().to_string();
+        (name, std::fs::read_to_string(path).expect("a file"))
+    };
+    let first = |name: &str| {
+        name.split('/')
+            .next()
+            .unwrap_or_default()
+            .trim_end_matches(".rs")
+            .to_owned()
+    };
+    let of_root = sources_below("src").into_iter().map(|path| {
+        let (name, text) = read(&path, &root().join("src"));
+        let module = first(&name);
+        (name, module, text)
+    });
+    let of_members = MEMBERS.iter().flat_map(|member| {
+        let folder = format!("crates/{member}/src");
+        let files = sources_below(&folder).into_iter();
+        files.map(move |path| {
+            let (name, text) = read(&path, &root().join(&folder));
+            let module = if *member == "base" {
+                first(&name)
+            } else {
+                (*member).to_owned()
+            };
+            (format!("{member}/{name}"), module, text)
+        })
+    });
+    of_root.chain(of_members).collect()
+}
+
+/// The top-level modules after `origin` (`crate::`) in a source text, including grouped imports.
+fn imported(text: &str, origin: &str) -> Vec<String> {
     let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
     let joined = code.collect::<Vec<_>>().join("\n");
     let mut names = Vec::new();
-    for rest in joined.split("crate::").skip(1) {
+    for rest in joined.split(origin).skip(1) {
         if let Some(group) = rest.strip_prefix('{') {
             let mut depth = 0;
             let mut name = String::new();
@@ -211,7 +237,9 @@ fn imports_go_down_only() {
         let allowed = table
             .get(module.as_str())
             .unwrap_or_else(|| panic!("`{module}` is not in the import table"));
-        for import in imported(&text) {
+        let is_member = MEMBERS.contains(&module.as_str());
+        let origin = if is_member { "xpyd_base::" } else { "crate::" };
+        for import in imported(&text, origin) {
             if import == module || !table.contains_key(import.as_str()) {
                 continue;
             }
@@ -223,6 +251,29 @@ fn imports_go_down_only() {
     }
     assert!(arrows > 0, "no imports were found");
     assert!(wrong.is_empty(), "forbidden imports:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_member_is_checked() {
+    let folders = std::fs::read_dir(root().join("crates")).expect("a folder");
+    let found: BTreeSet<String> = folders
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .collect();
+    assert_eq!(found, MEMBERS.map(str::to_owned).into());
+}
+
+#[test]
+fn the_root_names_members_only_by_their_modules() {
+    for path in sources_below("src") {
+        let text = std::fs::read_to_string(&path).expect("a file");
+        // The import table reads `crate::`.
+        let found = MEMBERS.iter().find(|member| text.contains(&format!("xpyd_{member}::")));
+        assert!(
+            found.is_none() || path.ends_with("src/lib.rs"),
+            "{} names the member {found:?}; import what `src/lib.rs` re-exports",
+            path.display()
+        );
+    }
 }
 
 #[test]
@@ -263,7 +314,7 @@ fn the_import_table_has_no_cycle() {
 
 #[test]
 fn files_are_short_and_start_with_a_doc_comment() {
-    for path in sources_below("src").into_iter().chain(sources_below("tests")) {
+    for path in code() {
         let text = std::fs::read_to_string(&path).expect("a file");
         let lines = text.lines().count();
         assert!(
@@ -279,7 +330,7 @@ fn files_are_short_and_start_with_a_doc_comment() {
 fn only_ui_writes_to_the_terminal() {
     // The simulated engine is a separate program whose log is its output. Two files write to a parent process, and `xpyd proxy`
     // logs to standard error.
-    let exempt = ["sim/log.rs", "sim/process.rs", "cli/detach.rs", "own_log.rs"];
+    let exempt = ["sim/log.rs", "sim/process.rs", "cli/detach.rs", "base/own_log.rs"];
     for (name, _, text) in modules() {
         let writes = [
             "println!",
@@ -337,8 +388,7 @@ fn no_local_paths_are_committed() {
         .iter()
         .map(|name| root().join(name))
         .chain(pages.map(|page| page.path()));
-    let code = sources_below("src").into_iter().chain(sources_below("tests"));
-    for path in named.chain(code) {
+    for path in named.chain(code()) {
         let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert!(!text.contains(own), "{} names a path of one machine", path.display());
     }

@@ -21,7 +21,7 @@ use super::rx_timestamp::TimestampingReader;
 
 /// The trusted certificates of a client.
 #[derive(Clone)]
-pub(crate) struct Tls(TlsConnector);
+pub struct Tls(TlsConnector);
 
 impl Tls {
     /// Trusts the system's certificates (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others), or any certificate if
@@ -29,7 +29,7 @@ impl Tls {
     ///
     /// # Errors
     /// When the system has no trusted certificates.
-    pub(crate) fn new(is_insecure: bool) -> Result<Self, rustls::Error> {
+    pub fn new(is_insecure: bool) -> Result<Self, rustls::Error> {
         let provider = Arc::new(ring::default_provider());
         let builder =
             ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;

@@ -16,7 +16,7 @@ const MAX_FRAMES: usize = 16;
 
 /// The type of a socket, which decides which types it can talk to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum SocketType {
+pub enum SocketType {
     /// Sends messages and gets no answers.
     Push,
     /// Receives messages.
@@ -58,13 +58,13 @@ impl SocketType {
 
 /// The limits of a peer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
+pub struct Limits {
     /// Maximum length of a frame, in bytes.
-    pub(crate) frame_bytes: usize,
+    pub frame_bytes: usize,
     /// Deadline of the peer's part of the handshake. libzmq allows 30 s.
-    pub(crate) handshake: Duration,
+    pub handshake: Duration,
     /// Deadline of the rest of a frame, and of a reply to a heartbeat. Between frames a peer can be silent forever.
-    pub(crate) frame: Duration,
+    pub frame: Duration,
 }
 
 /// Signature, version 3.0, mechanism NULL, no server, filler.
@@ -83,7 +83,7 @@ const COMMAND: u8 = 4;
 
 /// Why a connection was ended.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum PeerError {
+pub enum PeerError {
     /// Another protocol, an older version, or a mechanism with passwords.
     #[error("the peer does not speak ZMTP 3 with the NULL mechanism")]
     Greeting,
@@ -109,7 +109,7 @@ pub(crate) enum PeerError {
 
 /// One connection to a peer whose socket type fits.
 #[derive(Debug)]
-pub(crate) struct Connection<S> {
+pub struct Connection<S> {
     stream: BufReader<S>,
     limits: Limits,
     /// The identity of the peer; empty if it has none.
@@ -125,7 +125,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     ///
     /// # Errors
     /// When the peer speaks another protocol, has another socket type, or is slow.
-    pub(crate) async fn open(stream: S, kind: SocketType, identity: &[u8], limits: Limits) -> Result<Self, PeerError> {
+    pub async fn open(stream: S, kind: SocketType, identity: &[u8], limits: Limits) -> Result<Self, PeerError> {
         let mut connection = Self {
             stream: BufReader::with_capacity(1024, stream),
             limits,
@@ -136,7 +136,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// The identity of the peer; empty if it has none.
-    pub(crate) fn identity(&self) -> &[u8] {
+    pub fn identity(&self) -> &[u8] {
         &self.identity
     }
 
@@ -167,7 +167,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     ///
     /// # Errors
     /// When the connection breaks, or the peer breaks the protocol.
-    pub(crate) async fn receive(&mut self) -> Result<Option<Vec<Vec<u8>>>, PeerError> {
+    pub async fn receive(&mut self) -> Result<Option<Vec<Vec<u8>>>, PeerError> {
         let mut message = Vec::new();
         while let Some((flags, body)) = self.frame().await? {
             if flags & COMMAND != 0 {
@@ -189,7 +189,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     ///
     /// # Errors
     /// When the connection breaks.
-    pub(crate) async fn send(&mut self, frames: &[&[u8]]) -> Result<(), PeerError> {
+    pub async fn send(&mut self, frames: &[&[u8]]) -> Result<(), PeerError> {
         let mut bytes = Vec::new();
         for (index, frame) in frames.iter().enumerate() {
             let more = if index + 1 < frames.len() { MORE } else { 0 };
@@ -202,7 +202,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     ///
     /// # Errors
     /// When the connection breaks.
-    pub(crate) async fn finish(mut self) -> Result<(), PeerError> {
+    pub async fn finish(mut self) -> Result<(), PeerError> {
         Ok(self.stream.shutdown().await?)
     }
 

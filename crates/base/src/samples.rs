@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 /// The sum of all samples with this name, and with this label (`name="value"`) if one is given. 0 if there are none. Reads the text
 /// format only.
-pub(crate) fn sum(page: &str, name: &str, label: Option<&str>) -> f64 {
+pub fn sum(page: &str, name: &str, label: Option<&str>) -> f64 {
     let samples = page
         .lines()
         .filter(|line| line.starts_with(name))
@@ -21,7 +21,7 @@ pub(crate) fn sum(page: &str, name: &str, label: Option<&str>) -> f64 {
 /// Converts a page to the text format 0.0.4; a page in that format stays unchanged. `OpenMetrics` differs: a counter's samples
 /// have another name than the counter, there are more types, a sample can have an exemplar, times are in seconds, and `# EOF`
 /// ends the page.
-pub(crate) fn as_text_format(page: &str) -> Cow<'_, str> {
+pub fn as_text_format(page: &str) -> Cow<'_, str> {
     if !page.trim_end().ends_with("# EOF") {
         return Cow::Borrowed(page);
     }
@@ -71,16 +71,18 @@ fn as_sample(line: &str, text: &mut String) {
 
 /// A sample's line.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sample<'line> {
-    pub(crate) name: &'line str,
+pub struct Sample<'line> {
+    /// The metric's name.
+    pub name: &'line str,
     /// The text between the braces.
-    pub(crate) labels: &'line str,
+    pub labels: &'line str,
     /// The value, and the time if there is one.
-    pub(crate) value: &'line str,
+    pub value: &'line str,
 }
 
 impl<'line> Sample<'line> {
-    pub(crate) fn read(line: &'line str) -> Option<Self> {
+    /// The sample of this line. `None` for a comment or what is no sample.
+    pub fn read(line: &'line str) -> Option<Self> {
         let end = line.find(['{', ' '])?;
         let (name, rest) = line.split_at(end);
         let (labels, value) = match rest.strip_prefix('{') {
@@ -95,7 +97,8 @@ impl<'line> Sample<'line> {
     }
 }
 
-pub(crate) fn is_name(name: &str) -> bool {
+/// Whether this can be the name of a metric.
+pub fn is_name(name: &str) -> bool {
     let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"_:".contains(&byte);
     !name.is_empty() && !name.starts_with(|first: char| first.is_ascii_digit()) && name.bytes().all(is_part)
 }
@@ -106,7 +109,7 @@ fn end_of_labels(text: &str) -> Option<usize> {
 }
 
 /// The labels, each `name="value"`.
-pub(crate) fn labels(text: &str) -> impl Iterator<Item = &str> {
+pub fn labels(text: &str) -> impl Iterator<Item = &str> {
     let mut start = 0;
     let parts = cuts(text, b',').chain([text.len()]).map(move |end| {
         let part = text[start..end].trim();

@@ -14,7 +14,7 @@ const IDLE_CONNECTION: Duration = Duration::from_secs(4);
 
 /// Idle connections by `Key`: the server, and the runtime that its bytes would wake.
 #[derive(Debug)]
-pub(crate) struct Pool<Key> {
+pub struct Pool<Key> {
     idle: Mutex<HashMap<Key, Vec<Idle>>>,
     /// Maximum connections per key.
     most: usize,
@@ -28,7 +28,7 @@ struct Idle {
 
 impl<Key: Hash + Eq> Pool<Key> {
     /// Keeps at most this many connections per key.
-    pub(crate) fn new(most: usize) -> Self {
+    pub fn new(most: usize) -> Self {
         Self {
             idle: Mutex::default(),
             most,
@@ -40,7 +40,7 @@ impl<Key: Hash + Eq> Pool<Key> {
     }
 
     /// Takes the connection that was used last, which is the least likely to be closed.
-    pub(crate) fn take(&self, key: &Key) -> Option<Wire> {
+    pub fn take(&self, key: &Key) -> Option<Wire> {
         let mut all = self.lock();
         let idle = all.get_mut(key)?;
         while let Some(Idle { wire, since }) = idle.pop() {
@@ -52,7 +52,7 @@ impl<Key: Hash + Eq> Pool<Key> {
     }
 
     /// Keeps a connection whose answer has been read to its end.
-    pub(crate) fn keep(&self, key: Key, wire: Wire) {
+    pub fn keep(&self, key: Key, wire: Wire) {
         let mut all = self.lock();
         let idle = all.entry(key).or_default();
         if idle.len() < self.most && wire.is_idle() {
@@ -62,13 +62,13 @@ impl<Key: Hash + Eq> Pool<Key> {
     }
 
     /// Closes all idle connections. Returns whether there was one.
-    pub(crate) fn clear(&self) -> bool {
+    pub fn clear(&self) -> bool {
         let idle = std::mem::take(&mut *self.lock());
         idle.values().any(|idle| !idle.is_empty())
     }
 
     /// Closes connections that have been idle for too long, for as long as it runs.
-    pub(crate) async fn close_idle(&self) {
+    pub async fn close_idle(&self) {
         let mut turns = tokio::time::interval(IDLE_CONNECTION / 4);
         turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

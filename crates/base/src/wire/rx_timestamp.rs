@@ -22,16 +22,16 @@ const ROOM: usize = 4 << 10;
 
 /// When bytes arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct RxTimestamp {
+pub struct RxTimestamp {
     /// When the last of them reached this machine.
-    pub(crate) at: Instant,
+    pub at: Instant,
     /// How long they waited to be read. `None` if the kernel gives no stamp: then `at` is the time of the read.
-    pub(crate) waited: Option<Duration>,
+    pub waited: Option<Duration>,
 }
 
 impl RxTimestamp {
     /// The timestamp of bytes without a stamp.
-    pub(crate) fn now() -> Self {
+    pub fn now() -> Self {
         Self {
             at: Instant::now(),
             waited: None,

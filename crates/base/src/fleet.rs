@@ -349,10 +349,10 @@ pub struct EngineView {
     pub load: Arc<Load>,
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 impl EngineView {
     /// A ready engine without load at `127.0.0.1:1`, in its first incarnation, for unit tests.
-    pub(crate) fn fixture(role: Role, index: usize) -> Self {
+    pub fn fixture(role: Role, index: usize) -> Self {
         Self {
             id: EngineId::new(role, index),
             role,

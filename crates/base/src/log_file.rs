@@ -24,7 +24,7 @@ const LONGEST_LINE: u64 = 4 << 20;
 
 /// The current file of a log, and the numbers of the full ones.
 #[derive(Debug)]
-pub(crate) struct LogFile {
+pub struct LogFile {
     path: PathBuf,
     limits: LogLimits,
     file: File,
@@ -40,7 +40,7 @@ pub(crate) struct LogFile {
 
 impl LogFile {
     /// Opens `path`, with the limits of the log.
-    pub(crate) fn open(path: &Path, limits: LogLimits) -> io::Result<Self> {
+    pub fn open(path: &Path, limits: LogLimits) -> io::Result<Self> {
         let limits = LogLimits {
             file_bytes: limits.file_bytes.min(largest_file()),
             ..limits
@@ -68,7 +68,7 @@ impl LogFile {
     }
 
     /// Appends `bytes`, and rotates the file when it is full.
-    pub(crate) fn take(&mut self, mut bytes: &[u8]) {
+    pub fn take(&mut self, mut bytes: &[u8]) {
         if !self.is_in_place() {
             self.replace();
         }

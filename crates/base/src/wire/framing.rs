@@ -14,7 +14,7 @@ const MAX_LINE_BYTES: usize = 4 << 10;
 
 /// The part of a body that is still to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Framing {
+pub enum Framing {
     /// This many bytes.
     Length(u64),
     /// Chunks, each with its size.
@@ -27,7 +27,7 @@ pub(crate) enum Framing {
 
 /// The next part of a chunked body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ChunkPart {
+pub enum ChunkPart {
     /// The line with a chunk's size.
     Size,
     /// This many bytes of a chunk.
@@ -40,7 +40,7 @@ pub(crate) enum ChunkPart {
 
 /// The next step of reading a body.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum BodyStep {
+pub enum BodyStep {
     /// A piece of the body.
     Data(Bytes),
     /// More must be read.
@@ -67,7 +67,7 @@ impl Framing {
     ///
     /// # Errors
     /// When the header gives no clear length of the body.
-    pub(crate) fn of(method: &Method, status: StatusCode, headers: &HeaderMap) -> io::Result<(Self, bool)> {
+    pub fn of(method: &Method, status: StatusCode, headers: &HeaderMap) -> io::Result<(Self, bool)> {
         if *method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
             return Ok((Self::Ended, true));
         }
@@ -99,7 +99,7 @@ impl Framing {
     ///
     /// # Errors
     /// When the body breaks its framing.
-    pub(crate) fn take(&mut self, read: &mut BytesMut) -> io::Result<BodyStep> {
+    pub fn take(&mut self, read: &mut BytesMut) -> io::Result<BodyStep> {
         loop {
             match self {
                 Self::Ended => return Ok(BodyStep::End),
@@ -144,7 +144,7 @@ impl Framing {
 
     /// Takes the end of the body out of the bytes that were read, if nothing comes before it. Returns whether the
     /// body has ended. Broken framing is left to the next step.
-    pub(crate) fn end(&mut self, read: &mut BytesMut) -> bool {
+    pub fn end(&mut self, read: &mut BytesMut) -> bool {
         match self {
             Self::Length(0) => *self = Self::Ended,
             // The last chunk has a line of its own and an empty one. Trailers are left to the next step.
@@ -162,7 +162,7 @@ impl Framing {
     }
 
     /// Whether the body ends with the connection.
-    pub(crate) fn ends_with_connection(self) -> bool {
+    pub fn ends_with_connection(self) -> bool {
         matches!(self, Self::ToClose | Self::Ended | Self::Length(0))
     }
 }

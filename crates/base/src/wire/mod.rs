@@ -23,13 +23,13 @@ use tokio::net::{TcpStream, ToSocketAddrs};
 use tokio_rustls::client::TlsStream;
 use tokio_util::io::poll_read_buf;
 
-pub(crate) use self::framing::Framing;
+pub use self::framing::Framing;
 use self::framing::{BodyStep, header_contains, protocol_error};
-pub(crate) use self::pool::Pool;
-pub(crate) use self::rx_timestamp::RxTimestamp;
+pub use self::pool::Pool;
+pub use self::rx_timestamp::RxTimestamp;
 use self::rx_timestamp::TimestampingReader;
 use self::tls::TimedTcpStream;
-pub(crate) use self::tls::Tls;
+pub use self::tls::Tls;
 
 /// Maximum size of an answer's header.
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -45,7 +45,7 @@ const MOST_ROOM: usize = 64 << 10;
 
 /// An open connection.
 #[derive(Debug)]
-pub(crate) struct Wire {
+pub struct Wire {
     stream: Stream,
     /// Bytes that were read and not taken yet.
     read: BytesMut,
@@ -61,15 +61,22 @@ enum Stream {
 }
 
 /// The header of an answer.
-pub(crate) struct Head {
-    pub(crate) parts: Parts,
-    pub(crate) framing: Framing,
+#[derive(Debug)]
+pub struct Head {
+    /// Status and headers.
+    pub parts: Parts,
+    /// How the end of the body is known.
+    pub framing: Framing,
     /// Whether the connection can take another request afterwards.
-    pub(crate) keeps_alive: bool,
+    pub keeps_alive: bool,
 }
 
 impl Wire {
-    pub(crate) async fn connect(address: impl ToSocketAddrs) -> io::Result<Self> {
+    /// Connects in plain text, without receive times.
+    ///
+    /// # Errors
+    /// When the connection fails.
+    pub async fn connect(address: impl ToSocketAddrs) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         Ok(Self::over(Stream::Plain(stream, None)))
@@ -79,7 +86,7 @@ impl Wire {
     ///
     /// # Errors
     /// When the connection fails, or the certificate is not trusted.
-    pub(crate) async fn connect_timed(address: impl ToSocketAddrs, tls: Option<&Tls>, host: &str) -> io::Result<Self> {
+    pub async fn connect_timed(address: impl ToSocketAddrs, tls: Option<&Tls>, host: &str) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         let reader = Some(TimestampingReader::new(&stream));
@@ -98,7 +105,7 @@ impl Wire {
     }
 
     /// When the bytes of the last read arrived. `None` unless the connection is timed and has read.
-    pub(crate) fn rx_timestamp(&self) -> Option<RxTimestamp> {
+    pub fn rx_timestamp(&self) -> Option<RxTimestamp> {
         let reader = match &self.stream {
             Stream::Plain(_, reader) => reader,
             Stream::Tls(stream) => &stream.get_ref().0.reader,
@@ -107,7 +114,7 @@ impl Wire {
     }
 
     /// Whether the server has neither closed the idle connection nor sent anything.
-    pub(crate) fn is_idle(&self) -> bool {
+    pub fn is_idle(&self) -> bool {
         let stream = match &self.stream {
             Stream::Plain(stream, _) => stream,
             Stream::Tls(stream) => &stream.get_ref().0.stream,
@@ -120,7 +127,7 @@ impl Wire {
     ///
     /// # Errors
     /// The number of bytes sent before, and the error.
-    pub(crate) async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<(), (usize, io::Error)> {
+    pub async fn send(&mut self, head: &[u8], body: &[u8]) -> Result<(), (usize, io::Error)> {
         let mut request = head.chain(body);
         let whole = request.remaining();
         while request.has_remaining() {
@@ -142,7 +149,7 @@ impl Wire {
     ///
     /// # Errors
     /// When the connection breaks or ends before it, or the header is invalid.
-    pub(crate) async fn head(&mut self, method: &Method) -> io::Result<Head> {
+    pub async fn head(&mut self, method: &Method) -> io::Result<Head> {
         let mut parsed = 0;
         loop {
             // Only a line end can complete a header, so one that comes byte by byte is not parsed for each byte.
@@ -167,11 +174,7 @@ impl Wire {
     }
 
     /// The next piece of the answer's body. `None` at its end.
-    pub(crate) fn poll_body(
-        &mut self,
-        framing: &mut Framing,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<io::Result<Bytes>>> {
+    pub fn poll_body(&mut self, framing: &mut Framing, context: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         loop {
             match framing.take(&mut self.read) {
                 Ok(BodyStep::Data(bytes)) => return Poll::Ready(Some(Ok(bytes))),
@@ -194,7 +197,7 @@ impl Wire {
     }
 
     /// Whether the answer's body has ended, judged by the bytes read so far.
-    pub(crate) fn has_ended(&mut self, framing: &mut Framing) -> bool {
+    pub fn has_ended(&mut self, framing: &mut Framing) -> bool {
         framing.end(&mut self.read)
     }
 
@@ -221,7 +224,7 @@ impl Wire {
 }
 
 /// The number of descriptors that this process can open, after it has tried to raise its limit to `wanted`.
-pub(crate) fn descriptors(wanted: u64) -> u64 {
+pub fn descriptors(wanted: u64) -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return wanted;
     };

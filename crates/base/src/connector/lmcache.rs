@@ -10,8 +10,8 @@ use super::{Handoff, HandoffError, Launch, LaunchContext, PairError, answer_para
 use crate::fleet::{Endpoint, Receiver, Role};
 
 /// LMCache's configuration templates, one per role. `{{name}}` is replaced by a value of the plan.
-const PREFILL_TEMPLATE: &str = include_str!("../../configs/lmcache-prefill.yaml");
-const DECODE_TEMPLATE: &str = include_str!("../../configs/lmcache-decode.yaml");
+const PREFILL_TEMPLATE: &str = include_str!("../../../../configs/lmcache-prefill.yaml");
+const DECODE_TEMPLATE: &str = include_str!("../../../../configs/lmcache-decode.yaml");
 
 /// The options of LMCache PD.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

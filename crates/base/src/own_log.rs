@@ -39,7 +39,7 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 const PROXY: &str = "xpyd::proxy";
 
 /// The running log. Dropping it waits, for a bounded time, until all queued lines are written.
-pub(crate) struct OwnLog(Arc<Shared>);
+pub struct OwnLog(Arc<Shared>);
 
 impl fmt::Debug for OwnLog {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -99,7 +99,7 @@ impl OwnLog {
     ///
     /// # Errors
     /// When a file cannot be opened, or the program has a log already.
-    pub(crate) fn to_files(folder: &Path, limits: LogLimits) -> io::Result<Self> {
+    pub fn to_files(folder: &Path, limits: LogLimits) -> io::Result<Self> {
         let open = |name| LogFile::open(&folder.join(name), limits).map(Box::new);
         Self::start(Sink::Files {
             proxy: open("proxy.log")?,
@@ -111,7 +111,7 @@ impl OwnLog {
     ///
     /// # Errors
     /// When the program already has a log.
-    pub(crate) fn to_standard_error() -> io::Result<Self> {
+    pub fn to_standard_error() -> io::Result<Self> {
         Self::start(Sink::StandardError)
     }
 
@@ -212,8 +212,9 @@ impl Shared {
         let lost = self.lost.swap(0, Ordering::Relaxed);
         if lost > 0 {
             let now = jiff::Timestamp::now();
-            let line =
-                format!("{now:.6}  WARN xpyd::own_log: {lost} lines are lost: they were not written fast enough\n");
+            let line = format!(
+                "{now:.6}  WARN xpyd_base::own_log: {lost} lines are lost: they were not written fast enough\n"
+            );
             sink.write(&QueuedLine {
                 is_of_proxy: false,
                 line,
