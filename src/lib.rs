@@ -14,7 +14,7 @@ pub mod control;
 pub mod logs;
 pub mod preflight;
 pub mod proxy;
-pub mod sim;
+pub use xpyd_sim as sim;
 pub mod supervisor;
 pub mod ui;
 
