@@ -9,7 +9,7 @@ pub mod app;
 pub mod cli;
 
 // Features. Siblings do not import each other.
-pub mod bench;
+pub use xpyd_bench as bench;
 pub mod control;
 pub mod logs;
 pub mod preflight;

@@ -2,7 +2,7 @@
 
     <venv>/bin/python tests/real/datasets.py <venv>/../tiny-llama
 
-PYTHONHASHSEED must be 0 for the timed trace, so the script restarts itself with it. The tests of `src/bench/workload` read the
+PYTHONHASHSEED must be 0 for the timed trace, so the script restarts itself with it. The tests of `crates/bench/src/workload` read the
 files and expect the same prompts, byte for byte. If the folder `tests/fixtures/bench/tokenizers` is missing, the script trains new ones.
 """
 

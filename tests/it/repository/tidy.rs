@@ -153,7 +153,7 @@ fn code() -> Vec<PathBuf> {
 }
 
 /// The members below `crates`.
-const MEMBERS: [&str; 2] = ["base", "sim"];
+const MEMBERS: [&str; 3] = ["base", "sim", "bench"];
 
 /// The path, the module, and the text of every source file. A path of the root is relative to `src`; one of a member begins with
 /// the member's name instead. A member is one module, but for `base`, which has many.
