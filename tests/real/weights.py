@@ -15,7 +15,7 @@ import uuid
 from check import TRANSFERRED, counter
 from fleet import MODEL, Fleet, request
 
-# The rule of src/proxy/canary/output_match.rs.
+# The rule of crates/proxy/src/canary/output_match.rs.
 ALTERNATIVES, TOLERANCE = 5, 0.5
 MODEL_LENGTH, ANSWER = 2048, 16
 # Lengths around the sizes of KV blocks (16, 128) and LMCache chunks (256), up to the model's length.

@@ -36,7 +36,7 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The prefix of targets that go to the proxy's log.
-const PROXY: &str = "xpyd::proxy";
+const PROXY: &str = "xpyd_proxy";
 
 /// The running log. Dropping it waits, for a bounded time, until all queued lines are written.
 pub struct OwnLog(Arc<Shared>);

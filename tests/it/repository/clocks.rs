@@ -87,11 +87,11 @@ fn code() -> BTreeMap<&'static str, Duration> {
         ("heartbeat of a KV lease", lease / 6),
         (
             "release by one engine",
-            constant("src/proxy/transfer/cleanup.rs", "RELEASE_DEADLINE"),
+            constant("crates/proxy/src/transfer/cleanup.rs", "RELEASE_DEADLINE"),
         ),
         (
             "abandoned prefill",
-            constant("src/proxy/transfer/abandoned.rs", "MOMENT"),
+            constant("crates/proxy/src/transfer/abandoned.rs", "MOMENT"),
         ),
         (
             "LMCache allocation",
@@ -103,15 +103,15 @@ fn code() -> BTreeMap<&'static str, Duration> {
         ),
         (
             "overdue notification",
-            constant("src/proxy/transfer/cleanup.rs", "OVERDUE"),
+            constant("crates/proxy/src/transfer/cleanup.rs", "OVERDUE"),
         ),
         (
             "notification handshake",
-            constant("src/proxy/transfer/notify.rs", "HANDSHAKE_DEADLINE"),
+            constant("crates/proxy/src/transfer/notify.rs", "HANDSHAKE_DEADLINE"),
         ),
         (
             "notification frame",
-            constant("src/proxy/transfer/notify.rs", "FRAME_DEADLINE"),
+            constant("crates/proxy/src/transfer/notify.rs", "FRAME_DEADLINE"),
         ),
         (
             "idle connection",
