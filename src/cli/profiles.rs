@@ -1,4 +1,4 @@
-//! `xpyd profiles list|show|validate`.
+//! `xpyd profiles list|show|validate|schema`.
 
 use std::path::Path;
 
@@ -35,6 +35,8 @@ enum ProfilesCommand {
         #[arg(long)]
         resolved: bool,
     },
+    /// Print the JSON Schema of profiles, with which editors check and complete keys.
+    Schema,
     /// Check a profile without running it.
     Validate {
         /// The name of a shipped profile, or the path of a file.
@@ -42,18 +44,30 @@ enum ProfilesCommand {
     },
 }
 
+/// The first line of a printed profile. Editors (taplo, Even Better TOML) read the schema from there; for TOML it is a comment.
+const EDITOR_LINE: &str = concat!(
+    "#:schema ",
+    env!("CARGO_PKG_REPOSITORY"),
+    "/raw/v",
+    env!("CARGO_PKG_VERSION"),
+    "/docs/profile.schema.json\n"
+);
+
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     match &arguments.what {
         ProfilesCommand::List { json } => list(*json, printer)?,
         ProfilesCommand::Show { name, resolved: false } => {
             let text = profile::text(name).map_err(profile_failure)?;
-            printer.data(text.trim_end())?;
+            // A file of the user is printed as it is.
+            let line = if Path::new(name).is_file() { "" } else { EDITOR_LINE };
+            printer.data(format!("{line}{}", text.trim_end()))?;
         }
         ProfilesCommand::Show { name, resolved: true } => {
             let whole = profile::resolved(name, &[], &[]).map_err(profile_failure)?;
             let text = toml::to_string_pretty(&whole).map_err(anyhow::Error::from)?;
-            printer.data(text.trim_end())?;
+            printer.data(format!("{EDITOR_LINE}{}", text.trim_end()))?;
         }
+        ProfilesCommand::Schema => printer.data(format!("{:#}", profile::schema()))?,
         ProfilesCommand::Validate { profile } => validate(profile, printer)?,
     }
     Ok(ExitStatus::Success)

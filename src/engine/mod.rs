@@ -6,6 +6,7 @@ pub mod vllm;
 use std::path::Path;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::connector::{Device, Launch, Sidecar};
@@ -16,10 +17,11 @@ use crate::fleet::Endpoint;
 const SIDECAR_DEADLINE: Duration = Duration::from_mins(3);
 
 /// The program that serves the model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
     /// `vllm serve`
+    #[default]
     Vllm,
     /// `xpyd sim`, the built-in simulated engine, which takes the same arguments, files and variables as vLLM
     Sim,

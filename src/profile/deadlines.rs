@@ -2,39 +2,49 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 /// The time limits of a run.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Deadlines {
-    /// From an engine's spawn until its `/health` answers 200.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// Time for an engine to start: from its spawn until its `/health` answers 200.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub ready: Duration,
-    /// For a start that writes no log, uses no CPU and reads nothing. Not 0.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// A start that writes no log, uses no CPU and reads nothing for this long hangs.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub start_stall: Duration,
-    /// For requests in flight after the first Ctrl+C.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// Time for requests in flight after the first Ctrl+C, and when an engine is drained.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub drain: Duration,
-    /// From SIGTERM to SIGKILL of an engine that has served.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// Time from SIGTERM to SIGKILL of an engine that has served.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub stop: Duration,
-    /// For one prefill leg.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// Time for one prefill leg.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub prefill: Duration,
-    /// From the prefill's answer until the KV arrives.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// Time from the answer of the prefill engine until the KV has arrived.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub handoff: Duration,
-    /// Between two reads of a decode leg.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// Time between two events of a stream, and for a whole answer that is not streamed.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub decode_idle: Duration,
-    /// For an engine with running requests that generates no token.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    /// An engine with running requests that generates no token for this long hangs.
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub stall: Duration,
-    /// How long engines whose xpyd was killed wait for the next one; 0 ends them at once. `None`: the default of how the
-    /// run was started.
+    /// How long engines whose xpyd was killed wait for the next one; "0s" stops them at once. Default: 15 minutes for
+    /// detached runs, else 0.
     #[serde(deserialize_with = "crate::span::deserialize_some")]
+    #[schemars(with = "Option<crate::span::Text>")]
     pub keep: Option<Duration>,
 }
 

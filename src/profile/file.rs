@@ -3,94 +3,168 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 
+use super::ranges::MOST_RANKS;
 use super::{
     Deadlines, LmCacheMpProfile, LmCacheProfile, NixlProfile, Profile, RestartPolicy, RoleProfile, SimProfile,
     VllmProfile,
 };
 use crate::connector::{ConnectorChoice, Device};
 use crate::engine::EngineKind;
-use crate::fleet::LogLimits;
+use crate::fleet::{LogLimits, MAX_ENGINES_PER_ROLE};
 use crate::proxy_config::ProxyConfig;
 use crate::{byte_size, span};
 
-/// A profile file. Each layer can leave out any key; [`File::resolve`] checks that the merged result is complete.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// The ports of the first prefill engine and the first decode engine. All default ports are those of LMCache's
+/// `disagg_prefill/xpyd` example.
+pub(super) const PREFILL_PORT: u16 = 7100;
+pub(super) const DECODE_PORT: u16 = 7200;
+
+/// A profile file. Each layer can leave out any key; [`File::resolve`] checks that the merged result is complete. The
+/// comments of the fields are the descriptions in the JSON Schema.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct File {
-    /// Only `layers` reads it.
+    /// The profile that this one changes: the name of a shipped profile, or the path of a file, relative to this one.
     #[serde(rename = "extends")]
     _extends: Option<String>,
+    /// What the profile is for, as `xpyd profiles list` prints it.
     description: Option<String>,
+    /// The model: a repository of Hugging Face such as `Qwen/Qwen3-8B`, or a folder. Required, here or in the extended
+    /// profile.
     model: Option<String>,
+    /// The model name that clients use. Default: `model`.
     served_model_name: Option<String>,
-    engine: Option<EngineKind>,
-    connector: Option<ConnectorChoice>,
-    force_connector: Option<bool>,
-    device: Option<Device>,
-    port_offset: Option<u16>,
-    #[serde(default)]
+    /// The program that serves the model.
+    engine: EngineKind,
+    /// How KV moves from prefill to decode. `auto` is LMCache where the installed versions make it safe, else NIXL.
+    connector: ConnectorChoice,
+    /// Uses a connector that xpyd would refuse for the installed versions.
+    force_connector: bool,
+    /// The device on which engines compute.
+    device: Device,
+    /// Added to every port of the profile, so that several fleets fit on one machine.
+    port_offset: u16,
+    /// The prefill engines: they read prompts and compute their KV.
     prefill: RoleTable,
-    #[serde(default)]
+    /// The decode engines: they generate the answers.
     decode: RoleTable,
-    #[serde(default)]
+    /// Options of vLLM, for the engines of both roles.
     vllm: VllmTable,
-    #[serde(default)]
+    /// Options of the simulated engine (`engine = "sim"`).
     sim: SimProfile,
-    #[serde(default)]
+    /// Options of the connectors `nixl` and `lmcache-mp`.
     nixl: NixlProfile,
-    #[serde(default)]
+    /// Options of the connector `lmcache`.
     lmcache: LmCacheProfile,
-    #[serde(default)]
+    /// Options of the connector `lmcache-mp`.
     lmcache_mp: LmCacheMpProfile,
-    #[serde(default)]
+    /// The proxy, which serves the OpenAI API.
     proxy: ProxyConfig,
-    #[serde(default)]
+    /// Time limits.
     deadlines: Deadlines,
-    #[serde(default)]
+    /// When an engine that failed is restarted.
     restart: RestartPolicy,
-    #[serde(default)]
+    /// Limits on the log file of each engine.
     logs: LogsTable,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// `[prefill]` and `[decode]`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 struct RoleTable {
-    count: Option<u16>,
+    /// Number of engines.
+    #[schemars(range(min = 1, max = MAX_ENGINES_PER_ROLE))]
+    count: u16,
+    /// HTTP port of the first engine; the nth engine listens on `port + n - 1`.
     port: Option<u16>,
-    tensor_parallel: Option<u16>,
-    #[serde(default)]
+    /// Tensor-parallel ranks of each engine. Each rank has its own GPU.
+    #[schemars(range(min = 1, max = MOST_RANKS))]
+    tensor_parallel: u16,
+    /// Indices of the GPUs of all engines of the role, in order. Default: xpyd chooses GPUs that are close to each other.
     gpus: Vec<u32>,
+    /// The fraction of a GPU's memory that an engine uses. Default: `vllm.gpu_memory_utilization`. Below 0.48 for all
+    /// engines, two share a GPU if there are too few.
     gpu_memory_utilization: Option<MemoryFraction>,
-    #[serde(default)]
+    /// Additional arguments for `vllm serve`, after those of `vllm.args`.
     args: Vec<String>,
-    #[serde(default)]
+    /// Additional environment variables of the engines.
     env: BTreeMap<String, EnvValue>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+impl Default for RoleTable {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            port: None,
+            tensor_parallel: 1,
+            gpus: Vec::new(),
+            gpu_memory_utilization: None,
+            args: Vec::new(),
+            env: BTreeMap::new(),
+        }
+    }
+}
+
+/// `[vllm]`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 struct VllmTable {
-    program: Option<String>,
+    /// The `vllm` program: a name on PATH, or a path.
+    program: String,
+    /// Longest prompt plus answer, in tokens. Default: the limit of the model.
     max_model_len: Option<u32>,
+    /// The fraction of a GPU's memory that an engine uses. Default: that of vLLM.
     gpu_memory_utilization: Option<MemoryFraction>,
-    #[serde(default)]
+    /// Additional arguments for `vllm serve`.
     args: Vec<String>,
-    #[serde(default)]
+    /// Additional environment variables of the engines.
     env: BTreeMap<String, EnvValue>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+impl Default for VllmTable {
+    fn default() -> Self {
+        Self {
+            program: "vllm".to_owned(),
+            max_model_len: None,
+            gpu_memory_utilization: None,
+            args: Vec::new(),
+            env: BTreeMap::new(),
+        }
+    }
+}
+
+/// `[logs]`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 struct LogsTable {
-    file_size: Option<ByteSize>,
-    files: Option<u32>,
-    age: Option<Span>,
+    /// Size at which a log file is renamed and a new one begins.
+    #[serde(with = "byte_size")]
+    #[schemars(with = "byte_size::Text")]
+    file_size: u64,
+    /// Number of files to keep for each engine, with the one that is being written; at least 2.
+    files: u32,
+    /// A full file that was last written longer ago is removed, except the newest one.
+    #[serde(with = "span")]
+    #[schemars(with = "span::Text")]
+    age: Duration,
+}
+
+impl Default for LogsTable {
+    fn default() -> Self {
+        let LogLimits { file_bytes, files, age } = LogLimits::default();
+        Self {
+            file_size: file_bytes,
+            files,
+            age,
+        }
+    }
 }
 
 /// The value of an environment variable: a string, or a number or `true` without quotes.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected a string, a number, `true` or `false`")]
 enum EnvValue {
     Text(String),
@@ -114,19 +188,10 @@ impl EnvValue {
     }
 }
 
-/// A duration such as `"30s"` or `"1m 30s"`.
-#[derive(Debug, Clone, Copy)]
-struct Span(Duration);
-
-impl<'de> Deserialize<'de> for Span {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        span::deserialize(deserializer).map(Self)
-    }
-}
-
 /// A fraction of a GPU's memory: above 0, at most 1.
-#[derive(Debug, Clone, Copy)]
-struct MemoryFraction(f64);
+#[derive(Debug, Clone, Copy, JsonSchema)]
+#[schemars(inline)]
+struct MemoryFraction(#[schemars(extend("exclusiveMinimum" = 0, "maximum" = 1))] f64);
 
 impl<'de> Deserialize<'de> for MemoryFraction {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -143,22 +208,12 @@ impl<'de> Deserialize<'de> for MemoryFraction {
     }
 }
 
-/// A number of bytes such as `"2GiB"` or `"512MiB"`.
-#[derive(Debug, Clone, Copy)]
-struct ByteSize(u64);
-
-impl<'de> Deserialize<'de> for ByteSize {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        byte_size::deserialize(deserializer).map(Self)
-    }
-}
-
 /// A required key that a complete profile lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct MissingKey(pub(super) &'static str);
 
 impl File {
-    /// Fills in the defaults. The ports are those of LMCache's `disagg_prefill/xpyd` example.
+    /// Fills in the defaults that are not those of a type.
     pub(super) fn resolve(self, name: &str) -> Result<Profile, MissingKey> {
         let model = self.model.ok_or(MissingKey("model"))?;
         Ok(Profile {
@@ -166,15 +221,15 @@ impl File {
             description: self.description.unwrap_or_default(),
             served_model_name: self.served_model_name.unwrap_or_else(|| model.clone()),
             model,
-            engine: self.engine.unwrap_or(EngineKind::Vllm),
-            connector: self.connector.unwrap_or(ConnectorChoice::Auto),
-            force_connector: self.force_connector.unwrap_or(false),
-            device: self.device.unwrap_or(Device::Cuda),
-            port_offset: self.port_offset.unwrap_or(0),
-            prefill: self.prefill.resolve(7100),
-            decode: self.decode.resolve(7200),
+            engine: self.engine,
+            connector: self.connector,
+            force_connector: self.force_connector,
+            device: self.device,
+            port_offset: self.port_offset,
+            prefill: self.prefill.resolve(PREFILL_PORT),
+            decode: self.decode.resolve(DECODE_PORT),
             vllm: VllmProfile {
-                program: self.vllm.program.unwrap_or_else(|| "vllm".to_owned()),
+                program: self.vllm.program,
                 max_model_len: self.vllm.max_model_len,
                 gpu_memory_utilization: self.vllm.gpu_memory_utilization.map(|part| part.0),
                 args: self.vllm.args,
@@ -196,9 +251,9 @@ impl File {
 impl RoleTable {
     fn resolve(self, port: u16) -> RoleProfile {
         RoleProfile {
-            count: self.count.unwrap_or(1),
+            count: self.count,
             port: self.port.unwrap_or(port),
-            tensor_parallel: self.tensor_parallel.unwrap_or(1),
+            tensor_parallel: self.tensor_parallel,
             gpus: self.gpus,
             gpu_memory_utilization: self.gpu_memory_utilization.map(|part| part.0),
             args: self.args,
@@ -209,11 +264,10 @@ impl RoleTable {
 
 impl LogsTable {
     fn resolve(self) -> LogLimits {
-        let default = LogLimits::default();
         LogLimits {
-            file_bytes: self.file_size.map_or(default.file_bytes, |bytes| bytes.0.max(1)),
-            files: self.files.unwrap_or(default.files).max(2),
-            age: self.age.map_or(default.age, |span| span.0),
+            file_bytes: self.file_size.max(1),
+            files: self.files.max(2),
+            age: self.age,
         }
     }
 }

@@ -9,12 +9,16 @@ mod deadlines;
 mod file;
 mod layers;
 mod ranges;
+#[cfg(test)]
+mod reference;
 mod restart;
+mod schema;
 mod suggestions;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::connector::{ConnectorChoice, Device, FirstToken};
@@ -25,6 +29,7 @@ use crate::proxy_config::ProxyConfig;
 pub use deadlines::Deadlines;
 pub use layers::{Override, ProfileError, load, load_with, resolved, shipped, shipped_names, text};
 pub use restart::{RestartPolicy, RestartWhen};
+pub use schema::schema;
 
 /// A complete and checked profile. Nothing in it depends on the machine.
 #[derive(Debug, Clone, PartialEq)]
@@ -150,10 +155,10 @@ pub struct VllmProfile {
 }
 
 /// Options for the simulated engine.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SimProfile {
-    /// The name of the timing preset.
+    /// The timing preset; `xpyd sim --help` lists them.
     pub preset: String,
     /// Longest prompt plus answer, in tokens, if `vllm.max_model_len` is not set.
     pub max_model_len: u32,
@@ -172,15 +177,17 @@ impl Default for SimProfile {
 }
 
 /// Options for NIXL.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NixlProfile {
     /// Side channel port of the first prefill engine; one per engine.
     pub prefill_side_channel_port: u16,
     /// Side channel port of the first decode engine; one per engine.
     pub decode_side_channel_port: u16,
-    /// How long a prefill engine keeps KV for a decode engine; default and minimum: [`Deadlines::kv_lease`].
+    /// How long a prefill engine keeps KV for a decode engine. Default and minimum: what the deadlines need (16 minutes by
+    /// default; `docs/clocks.md`).
     #[serde(deserialize_with = "crate::span::deserialize_some")]
+    #[schemars(with = "Option<crate::span::Text>")]
     pub lease: Option<Duration>,
 }
 
@@ -195,24 +202,26 @@ impl Default for NixlProfile {
 }
 
 /// Options for LMCache.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LmCacheProfile {
     /// The engine that generates the first token.
     pub first_token: FirstToken,
-    /// First init port; one per decode engine and rank.
+    /// Init port of the first decode engine; one per engine and rank.
     pub init_port: u16,
-    /// First allocation port; one per decode engine and rank.
+    /// Allocation port of the first decode engine; one per engine and rank.
     pub alloc_port: u16,
     /// The port on which the proxy receives notifications.
     pub notify_port: u16,
-    /// Send buffer of a prefill engine, in bytes.
-    #[serde(rename = "prefill_buffer", deserialize_with = "crate::byte_size::deserialize")]
+    /// Send buffer of a prefill engine.
+    #[serde(rename = "prefill_buffer", with = "crate::byte_size")]
+    #[schemars(with = "crate::byte_size::Text")]
     pub prefill_buffer_bytes: u64,
-    /// Receive buffer of a decode engine, in bytes.
-    #[serde(rename = "decode_buffer", deserialize_with = "crate::byte_size::deserialize")]
+    /// Receive buffer of a decode engine.
+    #[serde(rename = "decode_buffer", with = "crate::byte_size")]
+    #[schemars(with = "crate::byte_size::Text")]
     pub decode_buffer_bytes: u64,
-    /// Notifications per prefill; default: one per rank. Models with MLA send one.
+    /// Notifications to wait for after each prefill. Default: one per rank. Models with MLA send one.
     pub notifications: Option<u16>,
 }
 
@@ -232,15 +241,16 @@ impl Default for LmCacheProfile {
 }
 
 /// Options for LMCache MP.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LmCacheMpProfile {
     /// Request port of the first engine's cache server; one per engine.
     pub port: u16,
     /// HTTP port of the first engine's cache server; one per engine.
     pub http_port: u16,
-    /// The memory of each cache server, in bytes.
-    #[serde(rename = "l1_size", deserialize_with = "crate::byte_size::deserialize")]
+    /// The memory of each cache server.
+    #[serde(rename = "l1_size", with = "crate::byte_size")]
+    #[schemars(with = "crate::byte_size::Text")]
     pub l1_bytes: u64,
 }
 

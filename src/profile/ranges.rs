@@ -3,6 +3,9 @@
 use super::{Profile, ProfileError};
 use crate::fleet::MAX_ENGINES_PER_ROLE;
 
+/// Tensor-parallel ranks of one engine.
+pub(super) const MOST_RANKS: u16 = 64;
+
 /// More threads than the proxy can use on any machine.
 const MOST_THREADS: usize = 1024;
 
@@ -18,7 +21,7 @@ pub(super) fn check(profile: &Profile) -> Result<(), ProfileError> {
     for (table, role) in [("prefill", &profile.prefill), ("decode", &profile.decode)] {
         for (key, value, most) in [
             ("count", role.count, MAX_ENGINES_PER_ROLE),
-            ("tensor_parallel", role.tensor_parallel, 64),
+            ("tensor_parallel", role.tensor_parallel, MOST_RANKS),
         ] {
             if !(1..=most).contains(&value) {
                 return fail(format!("{table}.{key}"), &format!("must be between 1 and {most}"));

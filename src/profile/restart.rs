@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// When xpyd restarts an engine that failed. It applies to engines that have been ready once; a failure before the fleet
 /// is ready ends the run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RestartPolicy {
     /// The failures after which xpyd restarts.
@@ -14,13 +15,16 @@ pub struct RestartPolicy {
     /// Restarts in a row, without a stable time in between, after which xpyd gives the engine up.
     pub max_restarts: u32,
     /// The delay before the first restart. It doubles with each restart in a row, plus a random quarter at most.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub backoff: Duration,
     /// The longest delay, before the random quarter.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub max_backoff: Duration,
     /// An engine that has been ready for this long is stable, and its restarts are counted from 0 again.
-    #[serde(deserialize_with = "crate::span::deserialize")]
+    #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub stable_after: Duration,
 }
 
@@ -38,7 +42,7 @@ impl Default for RestartPolicy {
 
 /// The failures after which xpyd restarts an engine. Every exit that xpyd did not ask for is a failure, whatever the exit
 /// code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RestartWhen {
     /// After no failure.

@@ -1,30 +1,7 @@
 //! Suggestions for a wrong key or value in a profile: the key that was probably meant, and the right form of the value.
 //! PURE.
 
-use super::file::File;
-
-/// Every table of a profile.
-const TABLES: [&str; 19] = [
-    "prefill",
-    "decode",
-    "vllm",
-    "sim",
-    "nixl",
-    "lmcache",
-    "lmcache_mp",
-    "proxy",
-    "proxy.routing",
-    "proxy.admission",
-    "proxy.clients",
-    "proxy.handoff",
-    "proxy.guard",
-    "proxy.access_log",
-    "proxy.metrics",
-    "proxy.traces",
-    "deadlines",
-    "restart",
-    "logs",
-];
+use super::schema::{schema, tables};
 
 /// The known key that is most similar to the unknown one of a message.
 ///
@@ -59,18 +36,11 @@ fn key_for_vllm_option(name: &str) -> &str {
 /// Keys with this name, or with the meaning of this vLLM option, in all tables: `prefill.args` for `args`.
 fn in_other_tables(unknown: &str) -> Vec<String> {
     let vllms = key_for_vllm_option(unknown);
-    let mut found = Vec::new();
-    for table in TABLES {
-        let message = match toml::from_str::<File>(&format!("{table}.no-such-key = 0")) {
-            Ok(_) => continue,
-            Err(error) => error.message().to_owned(),
-        };
-        let known = quoted(&message).map(|(_, known)| known).unwrap_or_default();
-        if known.contains(&vllms) {
-            found.push(format!("{table}.{vllms}"));
-        }
-    }
-    found
+    let schema = schema();
+    let tables = tables(&schema);
+    let inner = tables.iter().filter(|(name, _)| !name.is_empty());
+    let with_key = inner.filter(|(_, table)| table["properties"].get(vllms).is_some());
+    with_key.map(|(name, _)| format!("{name}.{vllms}")).collect()
 }
 
 /// The unknown name in serde's message, and the known ones.

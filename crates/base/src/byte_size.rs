@@ -1,5 +1,6 @@
 //! Numbers of bytes as people write them: `2GiB`, `512 MiB`, `17`. PURE.
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize as _, Deserializer, Serializer};
 
 /// Units with their number of bytes, the largest first.
@@ -31,9 +32,9 @@ pub fn format(bytes: u64) -> String {
 ///
 /// # Errors
 /// When the number is too large, which no number of bytes in memory is.
-pub fn serialize<S: Serializer>(bytes: &usize, serializer: S) -> Result<S::Ok, S::Error> {
-    let bytes = u64::try_from(*bytes).map_err(serde::ser::Error::custom)?;
-    serializer.collect_str(&format(bytes))
+pub fn serialize<S: Serializer, T: Copy + TryInto<u64>>(bytes: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    let too_large = |_| serde::ser::Error::custom("a size of more than 64 bits");
+    serializer.collect_str(&format((*bytes).try_into().map_err(too_large)?))
 }
 
 /// For `#[serde(with = "crate::byte_size")]` and `#[serde(deserialize_with = "crate::byte_size::deserialize")]`.
@@ -47,6 +48,24 @@ pub fn deserialize<'de, D: Deserializer<'de>, T: TryFrom<u64>>(deserializer: D) 
             "invalid size `{text}`; write for example \"2GiB\" or \"512MiB\""
         ))
     })
+}
+
+/// The JSON Schema of a size in a profile, for `#[schemars(with = "crate::byte_size::Text")]`.
+#[derive(Debug)]
+pub struct Text;
+
+impl JsonSchema for Text {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "size".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"title": "size", "type": "string", "pattern": "^[0-9]+ *(B|KiB|MiB|GiB)?$", "examples": ["2GiB", "512MiB"]})
+    }
 }
 
 #[cfg(test)]

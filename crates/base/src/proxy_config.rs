@@ -4,10 +4,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The `[proxy]` table of a profile. Every key has a default.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProxyConfig {
     /// Address to listen on.
@@ -20,6 +21,7 @@ pub struct ProxyConfig {
     pub session_header: String,
     /// Largest request body, in bytes.
     #[serde(with = "crate::byte_size")]
+    #[schemars(with = "crate::byte_size::Text")]
     pub max_body: usize,
     /// Most requests in the proxy at once; one more is answered 503.
     pub max_in_flight: usize,
@@ -89,7 +91,7 @@ pub struct RequestDeadlines {
 }
 
 /// Rules for web pages of other origins, with the options and defaults of vLLM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Cors {
     /// Origins whose pages can use the API; `*` is every origin. None by default.
@@ -114,17 +116,18 @@ impl Default for Cors {
 }
 
 /// Keep-alive comments in streams.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Streams {
     /// After this much silence, a streamed generation gets a comment, also while it waits or prefills; 0: never. Load
     /// balancers cut silent connections, most of them after one minute.
     #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub keep_alive: Duration,
 }
 
 /// When a KV transfer counts as failed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Handoff {
     /// Whether a decode engine fails a request whose KV did not arrive, so that the proxy tries another pair, instead of
@@ -133,7 +136,7 @@ pub struct Handoff {
 }
 
 /// Export of traces.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Traces {
     /// URL of an OTLP collector over HTTP, such as `http://localhost:4318/v1/traces`; default: no export.
@@ -153,7 +156,7 @@ impl Default for Traces {
 }
 
 /// What `/metrics` returns.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Metrics {
     /// Whether `/metrics` includes the engines' own metrics, as `/metrics?engines` always does.
@@ -161,7 +164,7 @@ pub struct Metrics {
 }
 
 /// The log with one line per request, without prompts and answers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AccessLog {
     /// The file, with one JSON object per line, such as `/dev/stdout`; default: no log.
@@ -181,7 +184,7 @@ impl Default for AccessLog {
 }
 
 /// API keys of clients. The keys are not part of a profile: they come from a file, or from `XPYD_API_KEY`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Guard {
     /// A file with one API key per line. Clients must send one of them.
@@ -192,7 +195,7 @@ pub struct Guard {
 }
 
 /// How the proxy chooses the engines of a request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Routing {
     /// How to choose the prefill engine.
@@ -221,7 +224,7 @@ impl Default for Routing {
 }
 
 /// What to do with requests while no prefill engine serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum WithoutPrefill {
     /// Answer 503.
@@ -231,7 +234,7 @@ pub enum WithoutPrefill {
 }
 
 /// How to choose an engine of a role. Sessions stay on their engines under every policy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// In turns. With equal numbers of engines the pairs stay together, as in LMCache's reference proxy.
@@ -245,13 +248,14 @@ pub enum Policy {
 }
 
 /// Limits on requests that wait for an engine.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Admission {
     /// Number of requests that can wait; one more is answered 429.
     pub max_queued: usize,
     /// How long a request can wait before it is answered 503.
     #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub queue_deadline: Duration,
     /// Tokens of prompts and answers on a decode engine at once. Default: the capacity of the engine's KV blocks, or no
     /// limit if it does not report them; 0: no limit.
@@ -277,7 +281,7 @@ impl Default for Admission {
 }
 
 /// Limits on clients' connections, and TLS.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Clients {
     /// Number of connections. At the limit, a new connection replaces the one that has been without a request for longest.
@@ -289,9 +293,11 @@ pub struct Clients {
     pub max_per_address: Option<usize>,
     /// Time from accepting a connection until the header of its first request is complete.
     #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub head_deadline: Duration,
     /// Time from an answer until the header of the next request on the connection is complete.
     #[serde(with = "crate::span")]
+    #[schemars(with = "crate::span::Text")]
     pub idle_deadline: Duration,
     /// Number of threads that serve clients. Default: one per eight cores, at most eight.
     #[serde(skip_serializing_if = "Option::is_none")]

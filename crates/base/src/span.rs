@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize as _, Deserializer, Serializer};
 
 /// The longest, and what the word for "no limit" means: ten years.
@@ -51,6 +52,35 @@ pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duratio
 /// Those of [`parse`].
 pub fn deserialize_some<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     deserialize(deserializer).map(Some)
+}
+
+/// The JSON Schema of a duration in a profile, for `#[schemars(with = "crate::span::Text")]`.
+#[derive(Debug)]
+pub struct Text;
+
+impl JsonSchema for Text {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "duration".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"title": "duration", "type": "string", "examples": ["90s", "1m 30s", "never"]})
+    }
+}
+
+/// As [`serialize`], for a key that can be absent.
+///
+/// # Errors
+/// Those of the serializer.
+pub fn serialize_some<S: Serializer>(span: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    match span {
+        Some(span) => serialize(span, serializer),
+        None => serializer.serialize_none(),
+    }
 }
 
 #[cfg(test)]

@@ -176,7 +176,22 @@ fn profiles_are_shown_as_files_and_resolved() {
     std::fs::write(env.path().join("whole.toml"), whole).expect("a file");
     let output = env.run(&["profiles", "validate", "whole.toml"]);
     assert!(output.status.success(), "{}", text(&output));
-    assert!(show(&["5p7d"]).contains("decode.count = 7"));
+    let generated = show(&["5p7d"]);
+    assert!(generated.contains("decode.count = 7"), "{generated}");
+    // The line is for editors; for TOML it is a comment.
+    assert!(generated.starts_with("#:schema https://"), "{generated}");
+    std::fs::write(env.path().join("5p7d.toml"), generated).expect("a file");
+    assert_eq!(env.run(&["profiles", "validate", "./5p7d.toml"]).status.code(), Some(0));
+}
+
+#[test]
+fn the_schema_of_profiles_is_printed_as_json() {
+    let output = TestEnv::new().run(&["profiles", "schema"]);
+    assert_eq!(output.status.code(), Some(0));
+    let schema: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(schema["additionalProperties"], false);
+    let count = &schema["properties"]["decode"]["properties"]["count"];
+    assert_eq!((&count["minimum"], &count["default"]), (&1.into(), &1.into()));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
-use serde::{Deserialize, Deserializer};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A connector, without its options.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -35,9 +36,10 @@ impl ConnectorKind {
 }
 
 /// The connector that the user asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ConnectorChoice {
     /// LMCache where the installed versions make it safe, else NIXL.
+    #[default]
     Auto,
     /// A connector that the user names.
     Named(ConnectorKind),
@@ -83,6 +85,26 @@ impl<'de> Deserialize<'de> for ConnectorChoice {
             .into_iter()
             .find(|choice| choice.name() == text)
             .ok_or_else(|| serde::de::Error::unknown_variant(&text, &Self::NAMES))
+    }
+}
+
+impl Serialize for ConnectorChoice {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl JsonSchema for ConnectorChoice {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "connector".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "enum": Self::NAMES})
     }
 }
 

@@ -25,7 +25,7 @@ pub struct LmCache {
 }
 
 /// The engine that generates the first token that the client sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize, schemars::JsonSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum FirstToken {
     /// The decode engine, from the client's own request: exact in every respect, one more decode step

@@ -12,6 +12,7 @@ pub mod nixl;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -37,10 +38,11 @@ pub enum Connector {
 }
 
 /// The device on which engines compute and keep their KV.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Device {
     /// NVIDIA GPUs, one or more per engine.
+    #[default]
     Cuda,
     /// vLLM's CPU backend.
     Cpu,
