@@ -21,7 +21,7 @@ use self::gpu_watch::GpuChecks;
 use self::hooks::RunHooks;
 use crate::control::rundir::{self, RunDir, RunEngine, RunInfo};
 use crate::control::{api, server};
-use crate::fleet::{EngineId, EngineState, FleetStage, FleetView};
+use crate::fleet::{EngineId, EngineState, EngineView, FleetStage, FleetView};
 use crate::plan::{Plan, ProxyPlan};
 use crate::private;
 use crate::proxy::{self, Notifications, Proxy};
@@ -490,9 +490,7 @@ fn status(
             let planned = plan.engines.iter().find(|planned| planned.id == engine.id);
             let status = api::EngineStatus {
                 phase: start.map(|start| start.phase().to_owned()),
-                uptime_seconds: start
-                    .filter(|_| engine.state.is_alive())
-                    .map(|start| start.began.elapsed().as_secs()),
+                uptime_seconds: uptime(engine, start),
                 gpus: planned.map(|planned| planned.gpus.clone()).unwrap_or_default(),
                 ..api::EngineStatus::from(&**engine)
             };
@@ -515,6 +513,16 @@ fn status(
             engines: engines.collect(),
         }
     }
+}
+
+/// How long this incarnation has been running, in seconds. Of an engine that an earlier xpyd started, only its process knows.
+fn uptime(engine: &EngineView, start: Option<&reporting::EngineStart>) -> Option<u64> {
+    if !engine.state.is_alive() {
+        return None;
+    }
+    let of_process = || rundir::process_age(engine.pid?);
+    let age = start.map(|start| start.began.elapsed()).or_else(of_process);
+    age.map(|age| age.as_secs())
 }
 
 /// The engines that should serve and do not.

@@ -49,11 +49,13 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         ];
         profile::load("2p2d", &overrides).map_err(profile_failure)
     };
-    let offset = if let Some(offset) = arguments.port_offset {
-        offset
+    // The claim on the ports is held until the end of the run.
+    let (offset, _ports) = if let Some(offset) = arguments.port_offset {
+        (offset, None)
     } else {
         let plan = |offset| build(&profile(offset)?, &machine, &arguments.logs);
-        OtherRuns::find().free_offset(0, plan)?.unwrap_or_default()
+        let found = OtherRuns::find().free_offset(0, plan)?;
+        found.map_or((0, None), |(offset, claim)| (offset, Some(claim)))
     };
     let mut profile = profile(offset)?;
     let draft = build(&profile, &machine, &arguments.logs)?;
@@ -195,7 +197,9 @@ fn program() -> String {
         || "xpyd".to_owned(),
         |program| {
             let relative = here.and_then(|here| program.strip_prefix(here).ok().map(Path::to_owned));
-            relative.unwrap_or(program).display().to_string()
+            let shown = relative.unwrap_or(program).display().to_string();
+            // Linux adds this where the file was replaced since the start.
+            shown.trim_end_matches(" (deleted)").to_owned()
         },
     )
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::other_runs::OtherRuns;
+use super::other_runs::{self, OtherRuns};
 use super::planning::{build, profile_failure};
 use super::proxy_options::ProxyOptions;
 use super::usage::Switch;
@@ -16,6 +16,7 @@ use crate::plan::{self, Plan};
 use crate::profile::{self, Override, Profile, ProfileError};
 use crate::report::{ExitStatus, Failure};
 use crate::sim;
+use crate::sockets::PortClaim;
 use crate::ui::Printer;
 
 /// The flags that choose a fleet.
@@ -94,11 +95,12 @@ impl FleetArguments {
         }
     }
 
-    /// An offset at which all ports of this fleet are free.
-    pub(super) fn free_offset(&self) -> Result<u16, Failure> {
+    /// An offset at which all ports of this fleet are free, with a claim on them.
+    pub(super) fn free_offset(&self) -> Result<(u16, Option<PortClaim>), Failure> {
         let (_, machine) = self.survey()?;
         let plan = |offset| build(&self.at(offset).profile()?, &machine, &self.logs);
-        Ok(OtherRuns::find().free_offset(0, plan)?.unwrap_or_default())
+        let found = OtherRuns::find().free_offset(0, plan)?;
+        Ok(found.map_or((0, None), |(offset, claim)| (offset, Some(claim))))
     }
 
     /// The same fleet with this port offset.
@@ -114,7 +116,8 @@ impl FleetArguments {
         self.port.is_some() || self.set.iter().any(sets_offset)
     }
 
-    /// The fleet on free ports, if another run uses ports of its profile and the user has not chosen any.
+    /// The fleet on free ports, if another run uses ports of its profile and the user has not chosen any. The claim on its
+    /// ports must be held until they are open.
     pub(super) fn beside_others(
         &self,
         name: &str,
@@ -122,27 +125,30 @@ impl FleetArguments {
         draft: Plan,
         machine: &Machine,
         printer: Printer,
-    ) -> Result<(Profile, Plan), Failure> {
+    ) -> Result<(Profile, Plan, Option<PortClaim>), Failure> {
+        let own = other_runs::claim(&draft);
         if self.has_chosen_ports() {
-            return Ok((profile, draft));
+            return Ok((profile, draft, own));
         }
         let other_runs = OtherRuns::find();
-        // A run of the same name conflicts as a whole.
-        let Some(other) = other_runs.conflicting(&draft).filter(|other| other.name != name) else {
-            return Ok((profile, draft));
+        let other = match other_runs.conflicting(&draft) {
+            Some(other) if other.name != name => format!("run `{}`", other.name),
+            None if own.is_none() => "another run that starts now".to_owned(),
+            // A run of the same name conflicts as a whole.
+            _ => return Ok((profile, draft, own)),
         };
+        drop(own);
         let plan = |offset| build(&self.at(offset).profile()?, machine, &draft.run_dir);
-        let Some(offset) = other_runs.free_offset(profile.port_offset, plan)? else {
-            return Ok((profile, draft));
+        let Some((offset, claim)) = other_runs.free_offset(profile.port_offset, plan)? else {
+            return Ok((profile, draft, None));
         };
         printer.status(format!(
-            "note: run `{}` uses ports of this profile, so all ports are moved by {}: the proxy is on port {}",
-            other.name,
+            "note: {other} uses ports of this profile, so all ports are moved by {}: the proxy is on port {}",
             offset - profile.port_offset,
             plan(offset)?.proxy.config.port
         ));
         let moved = self.at(offset).profile()?;
-        Ok((moved, plan(offset)?))
+        Ok((moved, plan(offset)?, Some(claim)))
     }
 
     /// The profile with the flags of the command line.

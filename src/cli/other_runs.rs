@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::control::rundir::{self, FoundRun, RunInfo};
 use crate::plan::Plan;
 use crate::preflight::{Finding, Level, Topic};
+use crate::sockets::PortClaim;
 
 use super::command;
 use super::run_plan::RunPlan;
@@ -47,14 +48,19 @@ impl OtherRuns {
         self.ports_in_use(plan).first().map(|(_, _, run)| *run)
     }
 
-    /// The first offset from `base` on at which no port of the fleet is in use.
-    pub(super) fn free_offset<E>(&self, base: u16, plan: impl Fn(u16) -> Result<Plan, E>) -> Result<Option<u16>, E> {
+    /// The first offset from `base` on at which no port of the fleet is in use, with a claim on these ports.
+    pub(super) fn free_offset<E>(
+        &self,
+        base: u16,
+        plan: impl Fn(u16) -> Result<Plan, E>,
+    ) -> Result<Option<(u16, PortClaim)>, E> {
         let is_free = |(port, _): &(u16, String)| {
             *port == 0 || !self.0.contains_key(port) && std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()
         };
         for offset in (0..TRIES).map_while(|turn| base.checked_add(turn * STEP)) {
-            if plan(offset)?.ports().iter().all(is_free) {
-                return Ok(Some(offset));
+            let plan = plan(offset)?;
+            if let Some(claim) = claim(&plan).filter(|_| plan.ports().iter().all(is_free)) {
+                return Ok(Some((offset, claim)));
             }
         }
         Ok(None)
@@ -98,6 +104,11 @@ impl OtherRuns {
             )),
         })
     }
+}
+
+/// A claim on the ports of a plan; `None` if another run that starts now has claimed one.
+pub(super) fn claim(plan: &Plan) -> Option<PortClaim> {
+    PortClaim::take(plan.ports().into_iter().map(|(port, _)| port).filter(|port| *port != 0))
 }
 
 /// The ports of a run's plan, and the proxy's real port.

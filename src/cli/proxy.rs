@@ -319,7 +319,12 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let proxy = Proxy::new(settings, view, notifications);
     let stop = CancellationToken::new();
     let mut serving = std::pin::pin!(proxy.clone().serve(listener, stop.clone()));
+    let asking = async {
+        warn_of_unhealthy_engines(&proxy, printer).await;
+        std::future::pending().await
+    };
     tokio::select! {
+        () = asking => {}
         ended = &mut serving => return ended.map(|()| ExitStatus::Success).map_err(|error| anyhow::Error::from(error).into()),
         _ = signals.next() => stop.cancel(),
     }
@@ -333,6 +338,17 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
         () = tokio::time::sleep(DRAIN_DEADLINE) => {
             Err(Failure::message(ExitStatus::Failure, format!("{} requests did not end in time", proxy.in_flight())))
         }
+    }
+}
+
+/// Names the engines that do not answer now. They may still start, so this is no failure.
+async fn warn_of_unhealthy_engines(proxy: &Proxy, printer: Printer) {
+    for engine in proxy.unhealthy_engines().await {
+        printer.status(format!(
+            "warn  {} at {} does not answer `/health`: requests that need it fail",
+            engine.id,
+            engine.endpoint.authority()
+        ));
     }
 }
 

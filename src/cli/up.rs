@@ -56,9 +56,11 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         outlives_the_terminal(draft.proxy.config.access_log.file.as_deref())?;
         return block_on(detach::start(&arguments.name, printer));
     }
-    let (mut profile, draft) = arguments
-        .fleet
-        .beside_others(&arguments.name, profile, draft, &machine, printer)?;
+    // The claim is held until the end of the run.
+    let (mut profile, draft, _ports) =
+        arguments
+            .fleet
+            .beside_others(&arguments.name, profile, draft, &machine, printer)?;
     if arguments.dry_run {
         super::plan::show(&draft, &machine, false, printer)?;
         return Ok(ExitStatus::Success);

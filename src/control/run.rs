@@ -2,7 +2,9 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::unistd::{SysconfVar, sysconf};
 use serde::{Deserialize, Serialize};
 
 use super::rundir::{RunDirError, read_json};
@@ -154,6 +156,18 @@ pub fn outcome(info: &RunInfo) -> Result<Option<RunOutcome>, RunDirError> {
         read => read?,
     };
     Ok(outcome.filter(|outcome| (outcome.pid, outcome.start_time_ticks) == (info.pid, info.start_time_ticks)))
+}
+
+/// How long the process `pid` has been running. `None` if it is gone, or `/proc` is not the usual one.
+pub fn process_age(pid: u32) -> Option<Duration> {
+    let started = start_time_ticks(pid).ok()?;
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok()??;
+    let uptime = fs_err::read_to_string("/proc/uptime").ok()?;
+    let now: f64 = uptime.split_ascii_whitespace().next()?.parse().ok()?;
+    let started = started / u64::try_from(per_second).ok()?.max(1);
+    Duration::try_from_secs_f64(now)
+        .ok()?
+        .checked_sub(Duration::from_secs(started))
 }
 
 /// When the process `pid` started, in clock ticks after boot.

@@ -27,7 +27,7 @@ use super::find::{listener_at, runtime_root};
 use crate::sockets::{self, KernelName, Who};
 
 pub use super::find::{FoundRun, all, fate_at_logout, find, find_in, kept_sockets, stale, stale_in, visible};
-pub use super::run::{RunEngine, RunInfo, RunOutcome, has_outcome, outcome, record_outcome};
+pub use super::run::{RunEngine, RunInfo, RunOutcome, has_outcome, outcome, process_age, record_outcome};
 
 /// The default name of a run.
 pub const DEFAULT_NAME: &str = "default";

@@ -7,8 +7,9 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -58,6 +59,30 @@ pub fn connect_to_user(socket: &Path, user: u32) -> io::Result<Option<(UnixStrea
 /// A socket as people read it: the kernel's tools show the NUL of an abstract name as `@`.
 pub fn shown(socket: &Path) -> String {
     socket.display().to_string().replace('\0', "@")
+}
+
+/// Ports that the run of this process will use, claimed from every other xpyd of this network namespace.
+///
+/// A port that is only planned is not open yet, so two runs that start at the same moment would choose the same ones. A claim
+/// is an abstract socket for each port, so it ends with the process at the latest.
+#[derive(Debug)]
+pub struct PortClaim(#[expect(dead_code, reason = "held open")] Vec<UnixDatagram>);
+
+impl PortClaim {
+    /// Claims all of these ports, or none: `None` if another process has claimed one.
+    pub fn take(ports: impl IntoIterator<Item = u16>) -> Option<Self> {
+        let mut held = Vec::new();
+        for port in ports {
+            let address = SocketAddr::from_abstract_name(format!("xpyd-port-{port}"));
+            match address.and_then(|address| UnixDatagram::bind_addr(&address)) {
+                Ok(socket) => held.push(socket),
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => return None,
+                // Without a claim, the checks of the start find a port that is in use.
+                Err(_) => {}
+            }
+        }
+        Some(Self(held))
+    }
 }
 
 /// The file that lists the Unix sockets.

@@ -133,6 +133,14 @@ impl Proxy {
         self.0.settings.config.admission.queue_deadline
     }
 
+    /// The engines that do not answer `/health` with success, each asked once.
+    pub async fn unhealthy_engines(&self) -> Vec<Arc<EngineView>> {
+        let healthy = self.0.healthy_engines().await;
+        let view = Arc::clone(&self.0.view.borrow());
+        let engines = view.engines.iter().filter(|engine| !healthy.contains(&engine.id));
+        engines.cloned().collect()
+    }
+
     /// Requests in the proxy now, including clean-ups of hand-offs.
     pub fn in_flight(&self) -> usize {
         self.0.in_flight()

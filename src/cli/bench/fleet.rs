@@ -105,7 +105,7 @@ fn up_arguments(arguments: &Arguments, profile: &str, name: &str) -> Result<Vec<
         .iter()
         .any(|setting| setting.trim_start().starts_with("port_offset"))
     {
-        let offset = wanted.free_offset()?;
+        let (offset, _claim) = wanted.free_offset()?;
         settings.push(format!("port_offset={offset}"));
     }
     let process = std::process::id().to_string();

@@ -80,11 +80,11 @@ pub(super) fn unknown_command(error: &clap::Error) -> Option<Failure> {
     else {
         return None;
     };
-    // An unknown word after `xpyd profiles` and others gets clap's own list.
-    let usage = error.get(ContextKind::Usage).map(ToString::to_string);
-    let is_of_a_command =
-        usage.is_some_and(|usage| anstream::adapter::strip_str(&usage).to_string().contains("xpyd ["));
-    if !is_of_a_command {
+    // An unknown word after `xpyd profiles` and others gets clap's own list. The usage is `Usage: xpyd [OPTIONS] <COMMAND>`,
+    // but the program's file can have any name.
+    let usage = error.get(ContextKind::Usage)?.to_string();
+    let usage = anstream::adapter::strip_str(&usage).to_string();
+    if !usage.split_whitespace().nth(2)?.starts_with('[') {
         return None;
     }
     let failure = Failure::message(ExitStatus::Usage, format!("unknown command `{word}`"));
@@ -180,6 +180,13 @@ mod tests {
             told.contains("`xpyd --help`") && !told.contains("did you mean"),
             "{told}"
         );
+    }
+
+    #[test]
+    fn a_renamed_program_has_the_same_suggestions() {
+        let error = Cli::try_parse_from(["/opt/xpyd-0.1", "stop"]).expect_err("no command");
+        let failure = unknown_command(&error).expect("a suggestion");
+        assert!(failure.to_string().contains("`xpyd down`"), "{failure}");
     }
 
     #[test]

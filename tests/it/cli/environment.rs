@@ -12,6 +12,8 @@ use nix::unistd::Pid;
 use rustix::process::{Resource, Rlimit, prlimit};
 use serde_json::Value;
 
+use xpyd::sockets::PortClaim;
+
 use crate::support::{MODEL, Run, TestEnv, completion, ignored_signals, wait_for};
 
 /// The arguments of a fleet with one engine per role.
@@ -411,6 +413,24 @@ fn a_file_size_limit_is_reported_before_the_start() {
         printed.contains("warn  fsize") && printed.contains("ulimit -f unlimited"),
         "{printed}"
     );
+}
+
+#[test]
+fn a_run_that_starts_now_keeps_its_ports() {
+    let env = TestEnv::new();
+    let profile = format!("extends = \"1p1d\"\nengine = \"sim\"\nport_offset = {}\n", env.offset);
+    std::fs::write(env.path().join("small.toml"), profile).expect("a file");
+    // As a run that has chosen its ports, and has not opened them yet.
+    let claim = PortClaim::take([env.proxy_port()]).expect("a free port");
+    let dry = ["up", "--dry-run", "--name", "two", "--profile", "small.toml"];
+    let output = env.run(&dry);
+    let printed = stderr(&output);
+    assert!(
+        printed.contains("note: another run that starts now uses ports of this profile"),
+        "{printed}"
+    );
+    drop(claim);
+    assert!(!stderr(&env.run(&dry)).contains("another run"));
 }
 
 #[test]

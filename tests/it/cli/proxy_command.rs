@@ -107,6 +107,30 @@ fn xpyd_proxy_serves_over_lmcache_until_sigterm() {
     env.wait_until_empty();
 }
 
+#[test]
+fn xpyd_proxy_names_engines_that_do_not_answer() {
+    let env = TestEnv::new();
+    let port = |base: u16| (base + env.offset).to_string();
+    let ports = [
+        "--port",
+        &port(9100),
+        "--prefiller-port",
+        &port(7100),
+        "--decoder-port",
+        &port(7200),
+    ];
+    let mut proxy = Run::start(&env, &[&["proxy", "--connector", "nixl"][..], &ports].concat());
+    for (engine, base) in [("prefiller1", 7100), ("decoder1", 7200)] {
+        let line = proxy.wait_for_line("does not answer `/health`");
+        assert!(
+            line.contains(&format!("warn  {engine} at ")) && line.contains(&port(base)),
+            "{line}"
+        );
+    }
+    proxy.signal(Signal::SIGTERM);
+    assert_eq!(proxy.end().0, 0);
+}
+
 /// The text of a streamed greedy completion.
 fn streamed(port: u16, prompt: &str) -> String {
     let body =

@@ -71,6 +71,12 @@ fn engines_survive_a_killed_xpyd_and_the_next_attaches() {
         let mut run = env.up(&["--set", KEEP, "--set", connector]);
         run.wait_until_ready();
         assert_eq!(engines(&env), before, "{connector}");
+        let status = status(&env);
+        let uptimes = status["engines"].as_array().expect("engines").iter();
+        assert!(
+            uptimes.clone().all(|engine| engine["uptime_seconds"].is_u64()),
+            "{status}"
+        );
         let prompt = "a prompt of some length ".repeat(40);
         assert_eq!(
             completion(env.proxy_port(), MODEL, &prompt),
