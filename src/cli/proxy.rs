@@ -321,7 +321,7 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let mut serving = std::pin::pin!(proxy.clone().serve(listener, stop.clone()));
     let asking = async {
         warn_of_unhealthy_engines(&proxy, printer).await;
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     tokio::select! {
         () = asking => {}

@@ -98,6 +98,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "report",
             "signals",
             "sim",
+            "sockets",
             "span",
             "supervisor",
             "ui",
