@@ -177,7 +177,7 @@ where
     let (verified_sender, verified) = watch::channel(Duration::ZERO);
     let (log_starts_sender, log_starts) = watch::channel(LogStarts::new());
     let wiring = supervisor::Wiring {
-        signals: signals::forward(&mut parts, &stop, has_parent)?,
+        signals: signals::forward(&mut parts, &stop, has_parent, detached)?,
         requests: request_receiver,
         view: view_sender,
         hooks: RunHooks {

@@ -101,7 +101,7 @@ pub async fn end_kept(
     let (notes, mut told) = mpsc::channel(8);
     let (mut parts, end) = (tokio::task::JoinSet::new(), CancellationToken::new());
     let wiring = supervisor::Wiring {
-        signals: signals::forward(&mut parts, &end, false)?,
+        signals: signals::forward(&mut parts, &end, false, false)?,
         requests: request_receiver,
         view,
         hooks: StopHooks {

@@ -56,6 +56,10 @@ const WORDS: &[(&[&str], &str)] = &[
         "`xpyd up` downloads the model before it starts engines",
     ),
     (
+        &["exec", "shell"],
+        "`xpyd status` shows the process id and port of each engine, `xpyd logs ROLE` its log",
+    ),
+    (
         &["attach", "resume"],
         "`xpyd up` attaches to engines that an earlier xpyd left",
     ),

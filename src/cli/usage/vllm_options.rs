@@ -1,4 +1,5 @@
-//! Options of `vllm serve` that users give to xpyd: a hint how to pass them to the engines.
+//! Options of other programs that users give to xpyd. Those of `vllm serve` go to the engines; those of docker compose have an
+//! equivalent, or none.
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
@@ -11,14 +12,57 @@ const KEYS: [(&str, &str); 3] = [
     ("--restart-policy", "restart.policy=never"),
 ];
 
+/// Flags of docker compose, with the commands that have them there.
+const COMPOSE: &[(&[&str], &[&str], &str)] = &[
+    (
+        &["up"],
+        &["--wait"],
+        "leave it out: `xpyd up -d` returns when the fleet is ready",
+    ),
+    (
+        &["up"],
+        &["--build", "--pull", "--force-recreate", "--no-deps"],
+        "leave it out: xpyd has no images or containers; `xpyd restart all` starts engines again",
+    ),
+    (
+        &["up", "down"],
+        &["--remove-orphans"],
+        "leave it out: `xpyd doctor --reap` stops engine processes that a killed run left behind",
+    ),
+    (
+        &["down"],
+        &["-v", "--volumes", "--rmi"],
+        "leave it out: xpyd keeps no data but logs and the cache of Hugging Face",
+    ),
+    (
+        &["up", "plan", "doctor"],
+        &["-f", "--file"],
+        "`--profile FILE` names a profile",
+    ),
+    (
+        &[""],
+        &["-f", "--file"],
+        "name the profile after the command: `xpyd up --profile FILE`",
+    ),
+    (
+        &[""],
+        &["--profile", "-p", "--model", "--engine", "--set", "--name"],
+        "options come after the command: `xpyd up --profile 1p1d`",
+    ),
+];
+
 /// Replaces clap's suggestion for an option of vLLM, because clap only knows xpyd's options.
 pub(super) fn point_to_their_place(error: &mut clap::Error) {
     let unknown = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(word)) if error.kind() == ErrorKind::UnknownArgument => Some(word.clone()),
         _ => None,
     };
-    let verb = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    let tip = unknown.and_then(|word| tip(&word, verb.as_deref().unwrap_or_default()));
+    let tip = unknown.and_then(|word| {
+        // The command, if the option comes after it.
+        let mut before = std::env::args().skip(1).take_while(|given| !given.starts_with(&word));
+        let verb = before.find(|given| !given.starts_with('-'));
+        tip(&word, verb.as_deref().unwrap_or_default())
+    });
     if let Some(tip) = tip {
         for kind in [
             ContextKind::SuggestedArg,
@@ -33,6 +77,13 @@ pub(super) fn point_to_their_place(error: &mut clap::Error) {
 
 /// The replacement for an option of vLLM, or for a key of a profile. Commands other than these start no engines.
 fn tip(word: &str, verb: &str) -> Option<String> {
+    let flag = word.split('=').next().unwrap_or_default();
+    let compose = COMPOSE
+        .iter()
+        .find(|(verbs, flags, _)| verbs.contains(&verb) && flags.contains(&flag));
+    if let Some((_, _, tip)) = compose {
+        return Some((*tip).to_owned());
+    }
     if !["", "up", "plan", "doctor", "bench"].contains(&verb) {
         return None;
     }
@@ -83,6 +134,18 @@ mod tests {
             );
         }
         assert!(tip("-t", "plan").is_some_and(|tip| tip.contains("--tp 2")));
+        for (option, verb, words) in [
+            ("--wait", "up", "`xpyd up -d`"),
+            ("--volumes", "down", "leave it out"),
+            ("-f", "up", "`--profile FILE`"),
+            ("-f", "", "after the command"),
+            ("--profile", "", "`xpyd up --profile 1p1d`"),
+        ] {
+            assert!(
+                tip(option, verb).is_some_and(|tip| tip.contains(words)),
+                "{option} {verb}"
+            );
+        }
         // `--all` is a prefix of vLLM options, and `-a` is a prefix of all.
         for (option, verb) in [("-a", "ps"), ("-p", "logs"), ("--all", "down")] {
             assert_eq!(tip(option, verb), None, "{option} {verb}");

@@ -116,6 +116,24 @@ fn inherited_ignored_signals_stay_ignored() {
 }
 
 #[test]
+fn sighup_does_not_stop_a_detached_run() {
+    let env = TestEnv::new();
+    up_detached(&env, &[]);
+    let pid = i32::try_from(status(&env, &[])["run"]["pid"].as_u64().expect("a pid")).expect("a pid");
+    kill(Pid::from_raw(pid), Signal::SIGHUP).expect("the run exists");
+    wait_for("the line about the signal", || {
+        let log = env.log("xpyd.log");
+        if log.contains("SIGHUP changes nothing") {
+            Ok(())
+        } else {
+            Err(log)
+        }
+    });
+    assert_eq!(status(&env, &[])["stage"], "ready");
+    down(&env, &[]);
+}
+
+#[test]
 fn a_detached_run_is_found_after_its_folder_is_deleted() {
     let env = TestEnv::new();
     up_detached(&env, &[]);
