@@ -117,23 +117,29 @@ impl FleetArguments {
     }
 
     /// The fleet on free ports, if another run uses ports of its profile and the user has not chosen any. The claim on its
-    /// ports must be held until they are open.
+    /// ports must be held until they are open; without `is_starting` there is none.
     pub(super) fn beside_others(
         &self,
         name: &str,
         profile: Profile,
         draft: Plan,
         machine: &Machine,
+        is_starting: bool,
         printer: Printer,
     ) -> Result<(Profile, Plan, Option<PortClaim>), Failure> {
-        let own = other_runs::claim(&draft);
+        let own = is_starting.then(|| other_runs::claim(&draft)).flatten();
+        let is_claimed = if is_starting {
+            own.is_none()
+        } else {
+            other_runs::is_claimed(&draft)
+        };
         if self.has_chosen_ports() {
             return Ok((profile, draft, own));
         }
         let other_runs = OtherRuns::find();
         let other = match other_runs.conflicting(&draft) {
             Some(other) if other.name != name => format!("run `{}`", other.name),
-            None if own.is_none() => "another run that starts now".to_owned(),
+            None if is_claimed => "another run that starts now".to_owned(),
             // A run of the same name conflicts as a whole.
             _ => return Ok((profile, draft, own)),
         };

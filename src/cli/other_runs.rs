@@ -59,7 +59,9 @@ impl OtherRuns {
         };
         for offset in (0..TRIES).map_while(|turn| base.checked_add(turn * STEP)) {
             let plan = plan(offset)?;
-            if let Some(claim) = claim(&plan).filter(|_| plan.ports().iter().all(is_free)) {
+            if plan.ports().iter().all(is_free)
+                && let Some(claim) = claim(&plan)
+            {
                 return Ok(Some((offset, claim)));
             }
         }
@@ -108,7 +110,17 @@ impl OtherRuns {
 
 /// A claim on the ports of a plan; `None` if another run that starts now has claimed one.
 pub(super) fn claim(plan: &Plan) -> Option<PortClaim> {
-    PortClaim::take(plan.ports().into_iter().map(|(port, _)| port).filter(|port| *port != 0))
+    PortClaim::take(fixed_ports(plan))
+}
+
+/// Whether another run that starts now has claimed a port of the plan.
+pub(super) fn is_claimed(plan: &Plan) -> bool {
+    PortClaim::is_taken(fixed_ports(plan))
+}
+
+/// The ports of a plan, without those that the kernel chooses.
+fn fixed_ports(plan: &Plan) -> impl Iterator<Item = u16> {
+    plan.ports().into_iter().map(|(port, _)| port).filter(|port| *port != 0)
 }
 
 /// The ports of a run's plan, and the proxy's real port.

@@ -343,7 +343,8 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
 
 /// Names the engines that do not answer now. They may still start, so this is no failure.
 async fn warn_of_unhealthy_engines(proxy: &Proxy, printer: Printer) {
-    for engine in proxy.unhealthy_engines().await {
+    let unhealthy = proxy.unhealthy_engines().await;
+    for engine in &unhealthy {
         printer.status(format!(
             "warn  {} at {} does not answer `/health`: requests that need it fail",
             engine.id,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::command;
+use super::plan::shell_word;
 use super::running::{since, stage};
 use crate::control::api::Status;
 use crate::control::client::ControlClient;
@@ -50,6 +51,9 @@ pub(super) async fn run(arguments: Arguments, printer: Printer) -> Result<ExitSt
         ));
     } else {
         printer.data(table(&rows))?;
+        for line in namesakes(&rows) {
+            printer.status(line);
+        }
     }
     Ok(ExitStatus::Success)
 }
@@ -159,8 +163,51 @@ fn table(rows: &[RunRow]) -> Table<7> {
     table
 }
 
+/// How to reach each of several runs with the same name: a command finds the run of its own environment first.
+fn namesakes(rows: &[RunRow]) -> Vec<String> {
+    let has_namesake = |row: &&RunRow| rows.iter().filter(|other| other.name == row.name).count() > 1;
+    let line = |row: &RunRow| {
+        let folder = row.info.as_ref()?.control_socket.parent()?.parent()?;
+        let environment = match (folder.parent(), folder.file_name()?.to_str()?) {
+            (Some(parent), "xpyd") => format!("XDG_RUNTIME_DIR={}", shell_word(&parent.display().to_string())),
+            // The folder of an environment without a log-in, `/tmp/xpyd-UID`.
+            _ => "XDG_RUNTIME_DIR=".to_owned(),
+        };
+        let command = command("status", &row.name);
+        Some(format!("`{environment} {command}` shows the run with pid {}", row.pid?))
+    };
+    rows.iter().filter(has_namesake).filter_map(line).collect()
+}
+
 /// The name of a user, or the user id if there is no name.
 pub(super) fn user_name(user: u32) -> String {
     let known = nix::unistd::User::from_uid(user.into()).ok().flatten();
     known.map_or_else(|| user.to_string(), |known| known.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_one_name_have_a_command_each() {
+        let row = |name: &str, pid: u32, socket: &str| {
+            let mut info = RunInfo::of_this_process(name).expect("a process");
+            info.pid = pid;
+            info.control_socket = socket.into();
+            RunRow::of(&info, None)
+        };
+        let rows = [
+            row("a", 1, "/run/user/7/xpyd/a/control.sock"),
+            row("a", 2, "/tmp/xpyd-7/a/control.sock"),
+            row("b", 3, "/run/user/7/xpyd/b/control.sock"),
+        ];
+        assert_eq!(
+            namesakes(&rows),
+            [
+                "`XDG_RUNTIME_DIR=/run/user/7 xpyd status --name a` shows the run with pid 1",
+                "`XDG_RUNTIME_DIR= xpyd status --name a` shows the run with pid 2",
+            ]
+        );
+    }
 }

@@ -60,7 +60,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
     let (mut profile, draft, _ports) =
         arguments
             .fleet
-            .beside_others(&arguments.name, profile, draft, &machine, printer)?;
+            .beside_others(&arguments.name, profile, draft, &machine, !arguments.dry_run, printer)?;
     if arguments.dry_run {
         super::plan::show(&draft, &machine, false, printer)?;
         return Ok(ExitStatus::Success);

@@ -189,6 +189,7 @@ pub(super) fn survey(wanted: &super::SurveyRequest<'_>, settings: &Settings) -> 
         (None, _) if asks_for_account => hub::ask(&Access::new(settings), None, revision),
         (None, CacheState::Complete) => Hub::NotAsked("the model is in the cache".to_owned()),
         (None, CacheState::Folder | CacheState::BadFolder { .. }) => Hub::NotAsked("the model is a folder".to_owned()),
+        (None, CacheState::GgufFile) => Hub::NotAsked("the model is a file".to_owned()),
         (None, CacheState::Elsewhere { .. }) => Hub::NotAsked("the engine downloads the model itself".to_owned()),
         (None, _) => Hub::NotAsked("there is nothing to download".to_owned()),
     };

@@ -63,7 +63,7 @@ const LATER: [&str; 4] = [
 pub(super) fn model(profile: &Profile, machine: &Machine) -> Option<ModelFetch> {
     let is_here = matches!(
         machine.hugging_face.model.state,
-        CacheState::Folder | CacheState::BadFolder { .. } | CacheState::Elsewhere { .. }
+        CacheState::Folder | CacheState::BadFolder { .. } | CacheState::GgufFile | CacheState::Elsewhere { .. }
     );
     if profile.engine != EngineKind::Vllm || is_here || !is_repository(&profile.model) {
         return None;

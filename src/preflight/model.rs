@@ -23,6 +23,12 @@ pub(super) fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
             pass("model", format!("`{model}` is on this machine")),
             pass("hf_access", "not asked: the model is in the cache".to_owned()),
         ],
+        CacheState::GgufFile => {
+            let hint = "vLLM recommends the tokenizer of the original model: `-- --tokenizer ORG/NAME`";
+            let message =
+                format!("`{model}` is a GGUF file on this machine: only the engine can check whether it fits");
+            vec![finding("model", Level::Warn, message, Some(hint))]
+        }
         CacheState::Elsewhere { what } => {
             let hint = "each engine downloads it itself; the logs show the progress";
             let message = format!("`{model}` {what}: only the engine can check whether it exists and fits");

@@ -400,10 +400,12 @@ fn incompatible_versions_are_reported() {
 #[test]
 fn uncertain_models_are_warnings() {
     let mut machine = Machine::fixture(4, "0.32.0", None);
-    machine.hugging_face.model.state = CacheState::Elsewhere { what: "is a GGUF file" };
-    let found = findings("2p2d-nixl", &machine);
-    assert_eq!(of(&found, "model").level, Level::Warn);
-    assert!(failed("2p2d-nixl", &machine).is_empty());
+    for state in [CacheState::GgufFile, CacheState::Elsewhere { what: "is an address" }] {
+        machine.hugging_face.model.state = state;
+        let found = findings("2p2d-nixl", &machine);
+        assert_eq!(of(&found, "model").level, Level::Warn);
+        assert!(failed("2p2d-nixl", &machine).is_empty());
+    }
 }
 
 #[test]

@@ -83,6 +83,13 @@ impl PortClaim {
         }
         Some(Self(held))
     }
+
+    /// Whether a process has claimed one of these ports now. It claims nothing, so it disturbs no start.
+    pub fn is_taken(ports: impl IntoIterator<Item = u16>) -> bool {
+        let table = fs_err::read_to_string(TABLE).unwrap_or_default();
+        let claimed = |port| table.lines().any(|line| line.ends_with(&format!(" @xpyd-port-{port}")));
+        ports.into_iter().any(claimed)
+    }
 }
 
 /// The file that lists the Unix sockets.

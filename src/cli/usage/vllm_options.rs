@@ -91,6 +91,13 @@ fn tip(word: &str, verb: &str) -> Option<String> {
         return Some("set the GPUs of each engine with `--tp 2`".to_owned());
     }
     let name = word.split('=').next().unwrap_or_default().replace('_', "-");
+    if name == "--config" {
+        return Some(
+            "`--profile FILE` names a profile of xpyd. The options of a vLLM config file go into `vllm.args` of a profile, or \
+             after `--`"
+                .to_owned(),
+        );
+    }
     if name == "--gpus" {
         return Some("choose GPUs for each role: `--set prefill.gpus=[0] --set decode.gpus=[1]`".to_owned());
     }
@@ -135,6 +142,7 @@ mod tests {
         }
         assert!(tip("-t", "plan").is_some_and(|tip| tip.contains("--tp 2")));
         for (option, verb, words) in [
+            ("--config", "up", "`vllm.args`"),
             ("--wait", "up", "`xpyd up -d`"),
             ("--volumes", "down", "leave it out"),
             ("-f", "up", "`--profile FILE`"),

@@ -32,7 +32,9 @@ pub enum CacheState {
         /// The problem, as the rest of a sentence that begins with the path.
         problem: String,
     },
-    /// A model that only the engine can find: an object store, another hub, a GGUF file.
+    /// A GGUF file of the user.
+    GgufFile,
+    /// A model that only the engine can find: an object store, another hub, a GGUF file of a repository.
     Elsewhere {
         /// The kind of place, as the rest of a sentence that begins with the name.
         what: &'static str,
@@ -107,7 +109,10 @@ pub(super) fn inspect(model: &str, revision: &str, cache: &Path) -> Model {
         .extension()
         .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     if path.is_file() && is_gguf {
-        return beside_hub(model, "is a GGUF file");
+        return Model {
+            state: CacheState::GgufFile,
+            folder: None,
+        };
     }
     if let Some(what) = beyond_us(model) {
         return beside_hub(model, what);
