@@ -14,5 +14,6 @@ pub mod samples;
 pub mod signals;
 pub mod sockets;
 pub mod span;
+pub mod web;
 pub mod wire;
 pub mod zmtp;

@@ -393,7 +393,8 @@ fn a_report_from_a_saved_result_equals_the_runs() {
         let page = std::fs::read_to_string(path(name)).unwrap();
         let (_, data) = page.split_once("type=\"application/json\">").unwrap();
         let data: Value = serde_json::from_str(data.split_once("</script>").unwrap().0).unwrap();
-        let rows = data["rows"].as_array().unwrap().iter();
+        let timeline = data.as_array().unwrap().iter().find(|chart| chart["rows"].is_array());
+        let rows = timeline.unwrap()["rows"].as_array().unwrap().iter();
         rows.map(|row| (row["request"].clone(), row["output"].clone(), row["error"].is_string()))
             .collect()
     };

@@ -17,6 +17,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("byte_size", &[]),
     ("proxy_config", &["byte_size", "span"]),
     ("samples", &[]),
+    ("web", &[]),
     ("wire", &[]),
     ("zmtp", &[]),
     ("connector", &["fleet"]),
@@ -55,7 +56,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("control", &["fleet", "private", "report", "sockets"]),
     ("logs", &["engine", "fleet", "private", "report"]),
-    ("bench", &["report", "wire"]),
+    ("bench", &["report", "web", "wire"]),
     ("sim", &["report", "signals", "zmtp"]),
     ("ui", &["bench", "fleet", "report"]),
     (

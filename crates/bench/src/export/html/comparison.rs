@@ -3,8 +3,8 @@
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::chart::{Path, Size, bottom_axis, chart};
-use super::number::{Axis, finite, hundredths, pixel};
+use super::chart::{Chart, Charts, Mark, Panel, Series, Shape, ShownAxis};
+use super::number::{Axis, finite, hundredths};
 
 /// Most rows.
 const MOST_ROWS: usize = 60;
@@ -24,7 +24,7 @@ struct Measure {
     verdict: String,
 }
 
-pub(super) fn of(document: &Value) -> Markup {
+pub(super) fn of(document: &Value, charts: &mut Charts) -> Markup {
     let measures = document["measures"].as_object().into_iter().flatten();
     let rows: Vec<Measure> = measures
         .take(MOST_ROWS)
@@ -43,7 +43,7 @@ pub(super) fn of(document: &Value) -> Markup {
             div.banner role="note" { strong { "Not directly comparable" } ul { @for caveat in caveats { li { bdi { (caveat) } } } } }
         }
         section { h2 { "Changes from A to B" } figure {
-            (chart("changes", "The change of each measure with its 95 % interval; the table below has the numbers", |size| picture(&rows, size)))
+            (charts.add("The change of each measure with its 95 % interval; the table below has the numbers", chart(&rows)))
             figcaption { "A dot is the change, and the line through it is its 95 % confidence interval. If the line \
                 crosses 0, the change is not significant. A cross is a change without an interval." }
         } }
@@ -116,39 +116,53 @@ impl Measure {
     }
 }
 
-fn picture(rows: &[Measure], size: Size) -> (f64, Markup) {
-    const PITCH: f64 = 26.0;
+fn chart(rows: &[Measure]) -> Chart {
     let drawn: Vec<(&Measure, f64)> = rows.iter().filter_map(|row| Some((row, row.change?))).collect();
     let ends = drawn.iter().flat_map(|(row, change)| {
         let (low, high) = row.interval.unwrap_or((*change, *change));
         [low.abs(), high.abs(), change.abs()]
     });
     let most = ends.fold(1.0, f64::max).min(FARTHEST) * 1.08;
-    let (top, bottom) = (6.0, 6.0 + PITCH * drawn.len().max(1) as f64);
-    let left = size.pick(250.0, 128.0);
-    let axis = Axis::linear((-most, most), (left, size.plot().1));
-    let (mut intervals, mut dots, mut unsure) = (Path::default(), Path::default(), Path::default());
+    let (mut intervals, mut dots, mut unsure) = (
+        Series::of(Shape::Intervals, "", "accent", []),
+        Series::of(Shape::Dots, "change", "few", []),
+        // The interval is unknown.
+        Series::of(Shape::Crosses, "change", "soft", []),
+    );
     for (place, (row, change)) in drawn.iter().enumerate() {
-        let y = top + (place as f64 + 0.5) * PITCH;
+        let y = place as f64 + 0.5;
+        let series = if row.interval.is_some() { &mut dots } else { &mut unsure };
+        let interval = row.interval.map(|(low, high)| format!(" ({low:+.1} to {high:+.1} %)"));
+        series
+            .text
+            .push(format!("{change:+.1} %{}", interval.unwrap_or_default()));
+        series.x.push(*change);
+        series.y.push(y);
         if let Some((low, high)) = row.interval {
-            intervals.move_to(axis.at(low), y).across_to(axis.at(high));
-            dots.dot(axis.at(*change), y);
-        } else {
-            // The interval is unknown.
-            unsure.cross((axis.at(*change), y), 3.0);
+            intervals.x.push(low);
+            intervals.to.push(high);
+            intervals.y.push(y);
         }
     }
-    let picture = html! {
-        (bottom_axis(&axis, size, (top, bottom), "%"))
-        path.mark.middle d={ "M" (pixel(axis.at(0.0))) " " (pixel(top)) "V" (pixel(bottom)) } {}
-        path.interval d=(intervals.text()) {}
-        path.dots.few d=(dots.text()) {}
-        path.unsure d=(unsure.text()) {}
-        @for (place, (row, _)) in drawn.iter().enumerate() {
-            text x="0" y=(pixel(top + (place as f64 + 0.5) * PITCH + 4.0)) { (row.name) }
-        }
+    let zero = Mark {
+        on: "x",
+        value: 0.0,
+        text: String::new(),
+        class: "middle",
     };
-    (bottom + 24.0, picture)
+    let height = u16::try_from(26 * drawn.len().max(1)).unwrap_or(u16::MAX);
+    let panel = Panel {
+        title: String::new(),
+        y: ShownAxis::rows(drawn.iter().map(|(row, _)| row.name.as_str())),
+        height: [height; 2],
+        marks: vec![zero],
+        series: vec![intervals, dots, unsure],
+    };
+    Chart {
+        x: ShownAxis::bottom(&Axis::linear(-most, most), "", "%"),
+        panels: vec![panel],
+        ..Chart::default()
+    }
 }
 
 fn table(rows: &[Measure]) -> Markup {

@@ -2,8 +2,8 @@
 
 use maud::{Markup, html};
 
-use super::chart::{MARK_HEIGHT, Mark, Path, Size, bottom_axis, chart, down_lines, left_axis, marks, panel_name};
-use super::number::{Axis, percent, pixel, place, round_up, span, tick, whole};
+use super::chart::{Chart, Charts, Mark, Panel, Series, Shape, ShownAxis};
+use super::number::{Axis, digits, percent, place, round_up, span, tick, whole};
 use crate::stats::percentile_of_sorted;
 
 /// From this number of values on, the lower chart shows the tail.
@@ -12,6 +12,8 @@ const MANY: usize = 1000;
 const FEW: usize = 200;
 /// Most steps of a curve; more than pixels show nothing.
 const MOST_STEPS: usize = 500;
+/// Most bars of the histogram.
+const MOST_BINS: usize = 60;
 /// From this ratio of the largest to the smallest value on, the axis is logarithmic.
 const WIDE_RANGE: f64 = 10.0;
 /// Values below this share of the median are drawn at the lower end of a logarithmic axis. Chunks that were read
@@ -40,12 +42,12 @@ struct Bin {
 }
 
 impl LatencyDistribution<'_> {
-    pub(super) fn figure(&self) -> Markup {
+    pub(super) fn figure(&self, charts: &mut Charts) -> Markup {
         let floor = self.floor();
         let below = self.sorted.partition_point(|value| *value < floor);
         html! {
             figure {
-                (chart("spread", &self.label(), |size| self.draw(size)))
+                (charts.add(&self.label(), self.chart()))
                 @if self.is_wide() && below > 0 {
                     figcaption { (whole(below)) " of " (whole(self.sorted.len())) " " (self.noun) " are under " (span(floor)) " and are drawn \
                         at the left end." }
@@ -88,6 +90,7 @@ impl LatencyDistribution<'_> {
     fn marks(&self, scale: f64) -> Vec<Mark> {
         let at = |percentile| percentile_of_sorted(self.sorted, percentile);
         let mark = |class, name: &str, value: f64| Mark {
+            on: "x",
             value: value * scale,
             text: format!("{name} {}", span(value)),
             class,
@@ -95,6 +98,7 @@ impl LatencyDistribution<'_> {
         let mut marks = vec![mark("middle", "median", at(50.0)), mark("tail", "P99", at(99.0))];
         if let Some(limit) = self.objective {
             marks.push(Mark {
+                on: "x",
                 value: limit * scale,
                 text: format!("objective: {}", self.kept(limit)),
                 class: "limit",
@@ -103,7 +107,7 @@ impl LatencyDistribution<'_> {
         marks
     }
 
-    fn draw(&self, size: Size) -> (f64, Markup) {
+    fn chart(&self) -> Chart {
         let (smallest, largest) = (self.sorted[0], self.sorted[self.sorted.len() - 1]);
         let farthest = self.objective.unwrap_or(0.0).max(largest);
         let (scale, unit) = if farthest < 10.0 { (1000.0, "ms") } else { (1.0, "s") };
@@ -111,81 +115,103 @@ impl LatencyDistribution<'_> {
             let lowest = self
                 .objective
                 .map_or(self.floor(), |limit| limit.min(self.floor()).max(farthest * 1e-5));
-            Axis::logarithmic((lowest * 0.9 * scale, farthest * 1.1 * scale), size.plot())
+            Axis::logarithmic(lowest * 0.9 * scale, farthest * 1.1 * scale)
         } else {
             let margin = ((farthest - smallest) * 0.06).max(farthest * 0.002);
-            Axis::linear(
-                ((smallest - margin).max(0.0) * scale, (farthest + margin) * scale),
-                size.plot(),
-            )
+            Axis::linear((smallest - margin).max(0.0) * scale, (farthest + margin) * scale)
         };
-        let named = self.marks(scale);
-        let names = MARK_HEIGHT * named.len() as f64;
-        let upper = (34.0 + names, 34.0 + names + size.pick(150.0, 120.0));
-        let lower = (upper.1 + 46.0, upper.1 + 46.0 + size.pick(130.0, 110.0));
         let scale_axis = if axis.is_logarithmic { ", logarithmic" } else { "" };
-        let is_tail = self.sorted.len() >= MANY;
-        let curve_name = if is_tail {
-            "Share that is longer (logarithmic)"
-        } else {
-            "Share that is not longer"
-        };
-        let picture = html! {
-            (self.histogram(&axis, size, upper, scale))
-            (self.curve(&axis, size, lower, scale))
-            (bottom_axis(&axis, size, lower, unit))
-            (marks(&named, &axis, 22.0, lower.1))
-            // Last, because a mark can cross them.
-            (panel_name(12.0, &format!("{} by {} (in {unit}{scale_axis})", capital(self.noun), self.name)))
-            (panel_name(lower.0 - 12.0, curve_name))
-        };
-        (lower.1 + 24.0, picture)
+        let marks = self.marks(scale);
+        let without_texts = marks.iter().map(|mark| Mark {
+            text: String::new(),
+            ..mark.clone()
+        });
+        let without_texts = without_texts.collect();
+        let title = format!("{} by {} (in {unit}{scale_axis})", capital(self.noun), self.name);
+        Chart {
+            x: ShownAxis::bottom(&axis, self.name, unit),
+            panels: vec![
+                self.histogram(&axis, scale, title, marks),
+                self.curve(&axis, scale, without_texts),
+            ],
+            ..Chart::default()
+        }
     }
 
-    fn histogram(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64), scale: f64) -> Markup {
-        let bins = bins(self.sorted, axis, scale, size.pick(60, 30));
+    fn histogram(&self, axis: &Axis, scale: f64, title: String, marks: Vec<Mark>) -> Panel {
+        let bins: Vec<Bin> = bins(self.sorted, axis, scale, MOST_BINS);
         let most = bins.iter().map(|bin| bin.count).max().unwrap_or(1);
-        let height = Axis::linear((0.0, round_up(most as f64)), (bottom, top));
-        html! {
-            (down_lines(axis, size, (top, bottom)))
-            (left_axis(&height, size, 4, tick))
-            @for bin in bins.iter().filter(|bin| bin.count > 0) {
-                @let (from, to) = (axis.at(bin.from), axis.at(bin.to));
-                // The smallest bar is visible, so that one slow request among thousands is seen.
-                @let y = height.at(bin.count as f64).min(bottom - 1.5);
-                rect.bar x=(pixel(from)) y=(pixel(y)) width=(pixel((to - from - 1.0).max(1.0))) height=(pixel(bottom - y)) {
-                    title { (whole(bin.count)) " from " (span(bin.from / scale)) " to " (span(bin.to / scale)) }
-                }
-            }
-            @if self.sorted.len() <= FEW {
-                path.rug d=(rug(self.sorted, axis, bottom, scale).text()) {}
-            }
+        let bins: Vec<Bin> = bins.into_iter().filter(|bin| bin.count > 0).collect();
+        let text = |bin: &Bin| {
+            format!(
+                "{} from {} to {}",
+                whole(bin.count),
+                span(bin.from / scale),
+                span(bin.to / scale)
+            )
+        };
+        let bars = Series {
+            to: bins.iter().map(|bin| bin.to).collect(),
+            text: bins.iter().map(text).collect(),
+            ..Series::of(
+                Shape::Bars,
+                self.noun,
+                "area",
+                bins.iter().map(|bin| (bin.from, bin.count as f64)),
+            )
+        };
+        let mut series = vec![bars];
+        if self.sorted.len() <= FEW {
+            let values = self.sorted.iter().map(|value| (value * scale, 0.0));
+            series.push(Series::of(Shape::Rug, "", "accent", values));
+        }
+        Panel {
+            title,
+            y: ShownAxis::left(&Axis::linear(0.0, round_up(most as f64)), self.noun, tick),
+            height: [170, 130],
+            marks,
+            series,
         }
     }
 
     /// The share of values up to each size. For many values the share beyond it, so that the tail is legible.
-    fn curve(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64), scale: f64) -> Markup {
+    fn curve(&self, axis: &Axis, scale: f64, marks: Vec<Mark>) -> Panel {
         let count = self.sorted.len();
         let is_tail = count >= MANY;
-        let shares = if is_tail {
-            Axis::logarithmic((1.0 / count as f64, 1.0), (bottom, top))
+        let least = 1.0 / count as f64;
+        let (shares, title) = if is_tail {
+            (Axis::logarithmic(least, 1.0), "Share that is longer (logarithmic)")
         } else {
-            Axis::linear((0.0, 1.0), (bottom, top))
+            (Axis::linear(0.0, 1.0), "Share that is not longer")
         };
-        let mut path = Path::default();
-        path.move_to(axis.at(0.0), if is_tail { top } else { bottom });
-        for rank in ranks(count, is_tail) {
+        let percents = |share: f64| format!("{} %", tick(share * 100.0));
+        let inside = |value: f64| value.clamp(axis.from, axis.to);
+        let mut points = vec![(axis.from, if is_tail { 1.0 } else { 0.0 })];
+        points.extend(ranks(count, is_tail).into_iter().map(|rank| {
             let below = (rank + 1) as f64 / count as f64;
-            let share = if is_tail { 1.0 - below } else { below };
-            path.across_to(axis.at(self.sorted[rank] * scale))
-                .down_to(shares.at(share));
-        }
+            let share = if is_tail { (1.0 - below).max(least) } else { below };
+            (inside(self.sorted[rank] * scale), share)
+        }));
         if !is_tail {
-            path.across_to(size.plot().1);
+            points.push((axis.to, 1.0));
         }
-        html! {
-            (left_axis(&shares, size, 4, |share| format!("{} %", tick(share * 100.0))))
-            path.curve d=(path.text()) {}
+        let mut curve = Series::of(
+            Shape::Steps,
+            if is_tail { "longer" } else { "not longer" },
+            "accent",
+            points,
+        );
+        curve.text = curve
+            .y
+            .iter()
+            .map(|share| format!("{} %", digits(share * 100.0)))
+            .collect();
+        Panel {
+            title: title.to_owned(),
+            y: ShownAxis::left(&shares, "", percents),
+            height: [140, 115],
+            marks,
+            series: vec![curve],
         }
     }
 }
@@ -228,15 +254,6 @@ fn bins(sorted: &[f64], axis: &Axis, scale: f64, most: usize) -> Vec<Bin> {
         bins[place(share(*value) * count as f64).min(count - 1)].count += 1;
     }
     bins
-}
-
-/// A short line for each value.
-fn rug(sorted: &[f64], axis: &Axis, bottom: f64, scale: f64) -> Path {
-    let mut path = Path::default();
-    for value in sorted {
-        path.move_to(axis.at(value * scale), bottom + 2.0).down_to(bottom + 7.0);
-    }
-    path
 }
 
 fn capital(word: &str) -> String {

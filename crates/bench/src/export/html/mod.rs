@@ -1,4 +1,4 @@
-//! The report as one self-contained HTML page: it needs no network, and no script to be read.
+//! The report as one self-contained HTML page: it needs no network. Only its charts need JavaScript.
 //!
 //! The page is a function of the result file, so a finished run and a saved file, of xpyd or of `vllm bench serve`,
 //! give the same page. Texts from servers and models are escaped. The size is limited: charts of many requests show a

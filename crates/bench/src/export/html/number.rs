@@ -1,4 +1,4 @@
-//! Number formats for people, and chart axes. Pure.
+//! Number formats for people, and the ranges and ticks of chart axes. Pure.
 
 /// A finite number; anything else becomes 0.
 pub(super) fn finite(value: f64) -> f64 {
@@ -74,61 +74,36 @@ fn grouped(digits: &str) -> String {
     text
 }
 
-/// A coordinate, rounded to a tenth of a pixel.
-pub(super) fn pixel(value: f64) -> String {
-    let text = format!("{value:.1}");
-    let trimmed = text.strip_suffix(".0").unwrap_or(&text);
-    if trimmed == "-0" {
-        "0".to_owned()
-    } else {
-        trimmed.to_owned()
-    }
-}
-
-/// Maps values to pixels.
+/// The range of a chart's axis.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Axis {
-    from: f64,
-    to: f64,
-    start: f64,
-    end: f64,
+    pub(super) from: f64,
+    pub(super) to: f64,
     pub(super) is_logarithmic: bool,
 }
 
 impl Axis {
-    /// A linear axis from `from` at pixel `start` to `to` at pixel `end`. Equal values are made different.
-    pub(super) fn linear((from, to): (f64, f64), (start, end): (f64, f64)) -> Self {
-        let to = if to > from { to } else { from + 1e-6 };
+    /// A linear axis. Equal ends are made different.
+    pub(super) fn linear(from: f64, to: f64) -> Self {
+        // In proportion, so that six digits still tell the ends apart.
+        let to = if to > from {
+            to
+        } else {
+            from + (from.abs() * 1e-3).max(1e-6)
+        };
         Self {
             from,
             to,
-            start,
-            end,
             is_logarithmic: false,
         }
     }
 
     /// A logarithmic axis for positive values.
-    pub(super) fn logarithmic((from, to): (f64, f64), pixels: (f64, f64)) -> Self {
+    pub(super) fn logarithmic(from: f64, to: f64) -> Self {
         Self {
             is_logarithmic: true,
-            ..Self::linear((from.max(1e-9), to.max(from.max(1e-9) * 1.01)), pixels)
+            ..Self::linear(from.max(1e-9), to.max(from.max(1e-9) * 1.01))
         }
-    }
-
-    /// The pixel of a value, clamped to the ends.
-    pub(super) fn at(&self, value: f64) -> f64 {
-        let share = if self.is_logarithmic {
-            (value.max(self.from) / self.from).ln() / (self.to / self.from).ln()
-        } else {
-            (value - self.from) / (self.to - self.from)
-        };
-        self.start + share.clamp(0.0, 1.0) * (self.end - self.start)
-    }
-
-    /// The first and last pixel.
-    pub(super) fn pixels(&self) -> (f64, f64) {
-        (self.start, self.end)
     }
 
     /// The value at a fraction of the axis, 0 to 1.
@@ -140,9 +115,14 @@ impl Axis {
         }
     }
 
-    /// The fraction of the axis at a value, 0 to 1.
+    /// The fraction of the axis at a value, from 0 to 1, also for values beyond the ends.
     pub(super) fn share(&self, value: f64) -> f64 {
-        (self.at(value) - self.start) / (self.end - self.start)
+        let share = if self.is_logarithmic {
+            (value.max(self.from) / self.from).ln() / (self.to / self.from).ln()
+        } else {
+            (value - self.from) / (self.to - self.from)
+        };
+        share.clamp(0.0, 1.0)
     }
 
     /// About `about` round values within the axis.
@@ -243,11 +223,16 @@ mod tests {
 
     #[test]
     fn an_axis_puts_values_where_they_belong_and_keeps_others_inside() {
-        let linear = Axis::linear((0.0, 10.0), (100.0, 200.0));
-        let drawn = |axis: &Axis, values: [f64; 3]| values.map(|value| pixel(axis.at(value)));
-        assert_eq!(drawn(&linear, [5.0, -3.0, 99.0]), ["150", "100", "200"]);
-        let logarithmic = Axis::logarithmic((1.0, 100.0), (0.0, 10.0));
-        assert_eq!(drawn(&logarithmic, [10.0, 0.0, 1e9]), ["5", "0", "10"]);
+        let linear = Axis::linear(0.0, 10.0);
+        assert_eq!(
+            [5.0, -3.0, 99.0].map(|value| linear.share(value).to_string()),
+            ["0.5", "0", "1"]
+        );
+        let logarithmic = Axis::logarithmic(1.0, 100.0);
+        assert_eq!(
+            [10.0, 0.0, 1e9].map(|value| logarithmic.share(value).to_string()),
+            ["0.5", "0", "1"]
+        );
         let ticks = |axis: &Axis, about| axis.ticks(about).into_iter().map(tick).collect::<Vec<_>>().join(" ");
         assert_eq!(ticks(&logarithmic, 6), "1 2 5 10 20 50 100");
         assert_eq!(ticks(&logarithmic, 2), "1 10 100");
@@ -256,8 +241,8 @@ mod tests {
 
     #[test]
     fn an_axis_of_one_value_still_has_a_length() {
-        let axis = Axis::linear((3.0, 3.0), (0.0, 10.0));
-        assert!(axis.at(3.0).is_finite() && axis.ticks(4).len() < 50);
-        assert!(Axis::logarithmic((0.0, 0.0), (0.0, 1.0)).at(0.0).is_finite());
+        let axis = Axis::linear(3.0, 3.0);
+        assert!(axis.share(3.0).is_finite() && axis.ticks(4).len() < 50);
+        assert!(Axis::logarithmic(0.0, 0.0).share(0.0).is_finite());
     }
 }

@@ -1,9 +1,9 @@
 //! The run over time: tokens per second, requests at the server, and time to first token, on one time axis.
 
-use maud::{Markup, html};
+use maud::Markup;
 
-use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_name};
-use super::number::{Axis, digits, pixel, place, round_step, round_up, span, tick};
+use super::chart::{Chart, Charts, Mark, Panel, Series, Shape, ShownAxis};
+use super::number::{Axis, digits, place, round_step, round_up, span, tick};
 use super::run::Run;
 
 /// Most dots; more would overlap.
@@ -28,7 +28,7 @@ struct OverTime {
     in_flight: Vec<(f64, usize)>,
 }
 
-pub(super) fn draw(run: &Run) -> Markup {
+pub(super) fn chart(run: &Run, charts: &mut Charts) -> Markup {
     let over_time = OverTime::of(run);
     let most_tokens = over_time.tokens.iter().copied().fold(0.0, f64::max) / over_time.step;
     let most_requests = over_time.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(0);
@@ -37,7 +37,13 @@ pub(super) fn draw(run: &Run) -> Markup {
         span(over_time.length),
         digits(most_tokens),
     );
-    chart("course", &label, |size| over_time.picture(run, size))
+    let axis = Axis::linear(0.0, over_time.length);
+    let chart = Chart {
+        x: ShownAxis::bottom(&axis, "at", "s"),
+        panels: vec![over_time.tokens(), over_time.in_flight(), first_tokens(run)],
+        ..Chart::default()
+    };
+    charts.add(&label, chart)
 }
 
 impl OverTime {
@@ -69,84 +75,59 @@ impl OverTime {
         }
     }
 
-    fn picture(&self, run: &Run, size: Size) -> (f64, Markup) {
-        let axis = Axis::linear((0.0, self.length), size.plot());
-        let height = size.pick(120.0, 100.0);
-        let panel = |place: f64| {
-            let top = 22.0 + place * (height + 44.0);
-            (top, top + height)
-        };
-        let picture = html! {
-            (self.tokens(&axis, size, panel(0.0)))
-            (self.in_flight(&axis, size, panel(1.0)))
-            (first_tokens(run, &axis, size, panel(2.0)))
-            (bottom_axis(&axis, size, panel(2.0), "s"))
-        };
-        (panel(2.0).1 + 24.0, picture)
-    }
-
-    fn tokens(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+    fn tokens(&self) -> Panel {
         let rates = || self.tokens.iter().map(|tokens| tokens / self.step);
         let most = round_up(rates().fold(1.0, f64::max));
-        let height = Axis::linear((0.0, most), (bottom, top));
-        let mut path = Path::default();
-        path.move_to(axis.at(0.0), bottom);
-        for (place, rate) in rates().enumerate() {
-            path.down_to(height.at(rate))
-                .across_to(axis.at((place + 1) as f64 * self.step));
-        }
-        path.down_to(bottom).close();
-        html! {
-            (panel_name(top - 10.0, &format!("Output tokens per second, in steps of {} s", tick(self.step))))
-            (down_lines(axis, size, (top, bottom)))
-            (left_axis(&height, size, 4, tick))
-            path.area d=(path.text()) {}
-        }
+        let mut points: Vec<(f64, f64)> = rates()
+            .enumerate()
+            .map(|(place, rate)| ((place as f64 * self.step).min(self.length), rate))
+            .collect();
+        points.extend(points.last().map(|(_, rate)| (self.length, *rate)));
+        let title = format!("Output tokens per second, in steps of {} s", tick(self.step));
+        let y = ShownAxis::left(&Axis::linear(0.0, most), "tok/s", tick);
+        panel(title, y, vec![Series::of(Shape::Area, "output", "area", points)])
     }
 
-    fn in_flight(&self, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+    fn in_flight(&self) -> Panel {
         let most = self.in_flight.iter().map(|(_, count)| *count).max().unwrap_or(1);
-        let height = Axis::linear((0.0, round_up(most.max(1) as f64)), (bottom, top));
-        let mut path = Path::default();
-        path.move_to(axis.at(0.0), bottom);
-        for (instant, count) in &self.in_flight {
-            path.across_to(axis.at(*instant)).down_to(height.at(*count as f64));
-        }
-        html! {
-            (panel_name(top - 10.0, "Requests at the server"))
-            (down_lines(axis, size, (top, bottom)))
-            (left_axis(&height, size, 4, tick))
-            path.curve d=(path.text()) {}
-        }
+        let counts = self.in_flight.iter().map(|(instant, count)| (*instant, *count as f64));
+        let points = [(0.0, 0.0)].into_iter().chain(counts);
+        let y = ShownAxis::left(&Axis::linear(0.0, round_up(most.max(1) as f64)), "", tick);
+        let line = Series::of(Shape::Steps, "requests", "accent", points);
+        panel("Requests at the server".to_owned(), y, vec![line])
+    }
+}
+
+fn panel(title: String, y: ShownAxis, series: Vec<Series>) -> Panel {
+    Panel {
+        title,
+        y,
+        height: [130, 105],
+        marks: Vec::new(),
+        series,
     }
 }
 
 /// One dot per request at its send time and time to first token; a cross at the bottom for a failed request.
-fn first_tokens(run: &Run, axis: &Axis, size: Size, (top, bottom): (f64, f64)) -> Markup {
+fn first_tokens(run: &Run) -> Panel {
     let most = run.answered().map(|(_, timing)| timing.first_token).fold(0.0, f64::max);
     let most = run.objective("ttft").map_or(most, |limit| most.max(limit));
     let (scale, unit) = if most < 10.0 { (1000.0, "ms") } else { (1.0, "s") };
-    let height = Axis::linear((0.0, round_up((most * scale).max(1e-3))), (bottom, top));
     let stride = run.requests.len().div_ceil(MOST_DOTS).max(1);
-    let (mut dots, mut crosses) = (Path::default(), Path::default());
-    for (request, timing) in run.answered().step_by(stride) {
-        dots.dot(axis.at(request.started), height.at(timing.first_token * scale));
-    }
+    let answered = run.answered().step_by(stride);
+    let dots = answered.map(|(request, timing)| (request.started, timing.first_token * scale));
+    let class = if run.requests.len() <= FEW_DOTS { "few" } else { "" };
     let failed = run.requests.iter().filter(|request| request.result.is_err());
-    for request in failed.take(MOST_DOTS) {
-        crosses.cross((axis.at(request.started), bottom - 5.0), 3.0);
-    }
-    let few = run.requests.len() <= FEW_DOTS;
-    let limit = run.objective("ttft").map(|limit| height.at(limit * scale));
-    html! {
-        (panel_name(top - 10.0, &format!("Time to first token by when a request was sent (in {unit})")))
-        (left_axis(&height, size, 4, tick))
-        @if let Some(y) = limit {
-            path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(y)) "H" (pixel(size.plot().1)) } {}
-            text.name.limit x=(pixel(size.plot().1)) y=(pixel(y - 4.0)) text-anchor="end" { "objective" }
-        }
-        path.dots.few[few] d=(dots.text()) {}
-        path.crosses d=(crosses.text()) {}
+    let crosses = failed.take(MOST_DOTS).map(|request| (request.started, 0.0));
+    let failures = Series::of(Shape::Crosses, "", "bad", crosses);
+    let title = format!("Time to first token by when a request was sent (in {unit})");
+    let y = ShownAxis::left(&Axis::linear(0.0, round_up((most * scale).max(1e-3))), unit, tick);
+    let limit = run
+        .objective("ttft")
+        .map(|limit| Mark::limit(limit * scale, "objective".to_owned()));
+    Panel {
+        marks: limit.into_iter().collect(),
+        ..panel(title, y, vec![Series::of(Shape::Dots, "TTFT", class, dots), failures])
     }
 }
 

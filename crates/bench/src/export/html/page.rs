@@ -3,6 +3,7 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
+use super::chart::Charts;
 use super::comparison;
 use super::distribution::LatencyDistribution;
 use super::number::{digits, hundredths, span, whole};
@@ -14,16 +15,17 @@ use super::stages;
 use super::table::{self, Values};
 use super::timeline::Timeline;
 use crate::stats::client_saturation::ClientValidity;
-
-const STYLE: &str = include_str!("page.css");
-const SCRIPT: &str = include_str!("page.js");
+use xpyd_base::web;
 
 pub(super) fn of_run(run: &Run) -> Markup {
     let setup = &run.xpyd["setup"];
     let kind = if setup::is_simulated(setup) { ", simulated" } else { "" };
     let title = format!("{} at {}{kind}", short_name(&run.model_id), rate(run));
+    let mut charts = Charts::default();
+    let details = (!run.requests.is_empty()).then(|| details(run, &mut charts));
     frame(
         &title,
+        &charts,
         &html! {
             header {
                 p.kind { "xpyd bench" span { (table::date(&run.date)) } }
@@ -33,12 +35,12 @@ pub(super) fn of_run(run: &Run) -> Markup {
             (setup::banner(setup))
             (banner(run))
             (headline(run))
-            @if run.requests.is_empty() {
+            @if let Some(details) = details {
+                (details)
+            } @else {
                 p.notice { "The result was saved without details, so there are no charts: `--save-detailed` saves the times of \
                     every request." }
                 (named_latencies(run))
-            } @else {
-                (details(run))
             }
             section { h2 { "Settings" } (table::settings(run)) }
             (setup::section(setup))
@@ -48,7 +50,7 @@ pub(super) fn of_run(run: &Run) -> Markup {
 }
 
 /// The page around its content. A content security policy forbids loading anything.
-fn frame(title: &str, content: &Markup) -> Markup {
+fn frame(title: &str, charts: &Charts, content: &Markup) -> Markup {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -59,18 +61,19 @@ fn frame(title: &str, content: &Markup) -> Markup {
                 meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
                 meta name="referrer" content="no-referrer";
                 title { (title) " · xpyd bench" }
-                style { (PreEscaped(STYLE)) }
+                style { (PreEscaped(web::style())) }
             }
             body {
                 main { (content) }
-                script { (PreEscaped(SCRIPT)) }
+                (charts.data())
+                script { (PreEscaped(web::script())) }
             }
         }
     }
 }
 
 /// The sections that need the times of every request.
-fn details(run: &Run) -> Markup {
+fn details(run: &Run, charts: &mut Charts) -> Markup {
     let values = Values::of(run);
     let timeline = Timeline::of(run, &values.gaps);
     html! {
@@ -78,33 +81,33 @@ fn details(run: &Run) -> Markup {
         @if run.completed > 0 {
             section { h2 { "Latencies" } (table::latencies(&values, &run.xpyd["statistics"]["all"])) (remarks(run)) }
         }
-        section { h2 { "Every request" } (timeline.figure(run)) }
-        @if let Some(table) = table::stages(run) { section { h2 { "Where the time to first token goes" } @if let Some(figure) = stages::figure(run) { (figure) } (table) } }
+        section { h2 { "Every request" } (timeline.figure(run, charts)) }
+        @if let Some(table) = table::stages(run) { section { h2 { "Where the time to first token goes" } @if let Some(figure) = stages::figure(run, charts) { (figure) } (table) } }
         @if let Some(pairs) = table::pairs(run) { section { h2 { "Engines" } (pairs) } }
         @if run.completed > 0 {
             section { h2 { "Time to first token" }
-                (distribution("TTFT", "requests", &values.first_token, run.objective("ttft")))
+                (distribution(charts, "TTFT", "requests", &values.first_token, run.objective("ttft")))
             }
             section { h2 { "While the answer streams" }
-                @if !values.gaps.is_empty() { (distribution("ITL", "gaps", &values.gaps, None)) }
+                @if !values.gaps.is_empty() { (distribution(charts, "ITL", "gaps", &values.gaps, None)) }
                 @if !values.per_token.is_empty() && run.objective("tpot").is_some() {
-                    (distribution("TPOT", "requests", &values.per_token, run.objective("tpot")))
+                    (distribution(charts, "TPOT", "requests", &values.per_token, run.objective("tpot")))
                 }
             }
-            section { h2 { "Over the run" } figure { (over_time::draw(run)) } }
+            section { h2 { "Over the run" } figure { (over_time::chart(run, charts)) } }
             section { h2 { "Slowest requests" } (table::slowest(run)) }
         }
     }
 }
 
-fn distribution(name: &str, noun: &str, sorted: &[f64], objective: Option<f64>) -> Markup {
+fn distribution(charts: &mut Charts, name: &str, noun: &str, sorted: &[f64], objective: Option<f64>) -> Markup {
     let distribution = LatencyDistribution {
         name,
         noun,
         sorted,
         objective,
     };
-    distribution.figure()
+    distribution.figure(charts)
 }
 
 /// The summary sentence.
@@ -184,10 +187,14 @@ fn sentences(list: &Value) -> Markup {
 
 /// The page of several runs or of a comparison, from its result file.
 pub(super) fn of_document(document: &Value) -> Option<Markup> {
+    let mut charts = Charts::default();
     let (title, content) = match document["xpyd_bench"].as_str()? {
-        "sweep" => ("Sweep", series::of_sweep(document)),
-        "find-max" => ("Highest rate within the objectives", series::of_search(document)),
-        "compare" | "against" => ("Comparison", comparison::of(document)),
+        "sweep" => ("Sweep", series::of_sweep(document, &mut charts)),
+        "find-max" => (
+            "Highest rate within the objectives",
+            series::of_search(document, &mut charts),
+        ),
+        "compare" | "against" => ("Comparison", comparison::of(document, &mut charts)),
         _ => return None,
     };
     let model = document["model_id"].as_str().or(document["b"]["model_id"].as_str());
@@ -196,6 +203,7 @@ pub(super) fn of_document(document: &Value) -> Option<Markup> {
     let kind = if setup::is_simulated(setup) { ", simulated" } else { "" };
     Some(frame(
         &format!("{title}: {model}{kind}"),
+        &charts,
         &html! {
             header {
                 p.kind { "xpyd bench" span { (table::date(document["date"].as_str().unwrap_or_default())) } }

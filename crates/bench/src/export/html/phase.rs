@@ -18,7 +18,7 @@ pub(super) enum RequestPhase {
 }
 
 /// Number of phases.
-pub(super) const COUNT: usize = Stage::ALL.len() + 3;
+const COUNT: usize = Stage::ALL.len() + 3;
 
 impl RequestPhase {
     /// All phases in the order of a request.

@@ -4,8 +4,8 @@
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::chart::{Path, Size, bottom_axis, chart, down_lines, left_axis, panel_name};
-use super::number::{Axis, digits, finite, hundredths, pixel, round_up, span, tick, whole};
+use super::chart::{Chart, Charts, Mark, Panel, Series, Shape, ShownAxis};
+use super::number::{Axis, digits, finite, hundredths, round_up, span, tick, whole};
 
 /// Most points.
 const MOST_POINTS: usize = 200;
@@ -48,7 +48,7 @@ impl PointState {
 /// A line through the points: its name, its CSS class, and its value at each point.
 type Line<'a> = (&'static str, &'static str, &'a dyn Fn(&Point) -> Option<f64>);
 
-pub(super) fn of_sweep(document: &Value) -> Markup {
+pub(super) fn of_sweep(document: &Value, charts: &mut Charts) -> Markup {
     let points: Vec<Point> = list(document, "points").map(point_of_sweep).collect();
     let unit = match document["axis"].as_str() {
         Some("concurrency") => "at once",
@@ -61,7 +61,7 @@ pub(super) fn of_sweep(document: &Value) -> Markup {
     html! {
         p.lede { (knee(&points, unit)) @if let Some(why) = document["stopped"].as_str() { " Ended: " bdi { (why) } "." } }
         section { h2 { "Latencies over the load" } figure {
-            (panels(&points, unit, &[
+            (chart(charts, &points, unit, &[
                 ("Time to first token (ms)", &[("median", "middle", &|point| point.first_token[0]), ("P99", "tail", &|point| point.first_token[1])], objective("ttft"), None),
                 ("Time per output token (ms)", &[("median", "middle", &|point| point.per_token[0]), ("P99", "tail", &|point| point.per_token[1])], objective("tpot"), None),
                 ("Requests served per second", &[("served", "middle", &|point| point.served), ("good", "tail", &|point| point.goodput)], None, None),
@@ -71,7 +71,7 @@ pub(super) fn of_sweep(document: &Value) -> Markup {
     }
 }
 
-pub(super) fn of_search(document: &Value) -> Markup {
+pub(super) fn of_search(document: &Value, charts: &mut Charts) -> Markup {
     let mut points: Vec<Point> = list(document, "probes").map(point_of_search).collect();
     points.sort_by(|left, right| left.asked.unwrap_or(0.0).total_cmp(&right.asked.unwrap_or(0.0)));
     let attainment = document["attainment"].as_f64();
@@ -90,7 +90,7 @@ pub(super) fn of_search(document: &Value) -> Markup {
         }
         (objectives(document))
         section { h2 { "Probes" } figure {
-            (panels(&points, "req/s", &[
+            (chart(charts, &points, "req/s", &[
                 ("Requests that meet the objectives (%)", &[("good", "middle", &|point| point.good.map(|good| good * 100.0))], attainment.map(|share| share * 100.0), Some(100.0)),
                 ("P99 of the time to first token (ms)", &[("P99", "middle", &|point| point.first_token[1])], objective, None),
             ]))
@@ -206,16 +206,16 @@ fn point_of_search(entry: &Value) -> Point {
     }
 }
 
-/// A panel: its name, its lines, the objective, and the greatest possible value.
-type Panel<'a> = (&'a str, &'a [Line<'a>], Option<f64>, Option<f64>);
+/// A panel: its title, its lines, the objective, and the greatest possible value.
+type Content<'a> = (&'a str, &'a [Line<'a>], Option<f64>, Option<f64>);
 
 /// The load axis. Loads that span a factor of 8 or more are drawn logarithmically.
-fn load_axis(points: &[Point], pixels: (f64, f64)) -> Axis {
+fn load_axis(points: &[Point]) -> Axis {
     let asked = || points.iter().filter_map(|point| point.asked);
     let most = asked().fold(0.0, f64::max);
     let least = asked().fold(most, f64::min);
     if least > 0.0 && most >= least * 8.0 {
-        return Axis::logarithmic((least * 0.95, most * 1.05), pixels);
+        return Axis::logarithmic(least * 0.95, most * 1.05);
     }
     // A single load is drawn in the middle.
     let margin = if most > least {
@@ -223,17 +223,15 @@ fn load_axis(points: &[Point], pixels: (f64, f64)) -> Axis {
     } else {
         most.max(1.0) / 2.0
     };
-    Axis::linear(((least - margin).max(0.0), most + margin), pixels)
+    Axis::linear((least - margin).max(0.0), most + margin)
 }
 
-/// Draws panels above each other with one load axis.
-fn panels(points: &[Point], unit: &str, panels: &[Panel<'_>]) -> Markup {
-    let with_values = |panel: &&Panel<'_>| {
-        points
-            .iter()
-            .any(|point| panel.1.iter().any(|(_, _, value)| value(point).is_some()))
+/// Panels above each other with one load axis.
+fn chart(charts: &mut Charts, points: &[Point], unit: &str, contents: &[Content<'_>]) -> Markup {
+    let with_values = |content: &&Content<'_>| {
+        let has = |point: &Point| content.1.iter().any(|(_, _, value)| value(point).is_some());
+        points.iter().any(has)
     };
-    let panels: Vec<_> = panels.iter().filter(with_values).collect();
     let most = points.iter().filter_map(|point| point.asked).fold(0.0, f64::max);
     let least = points.iter().filter_map(|point| point.asked).fold(most, f64::min);
     let label = format!(
@@ -242,29 +240,17 @@ fn panels(points: &[Point], unit: &str, panels: &[Panel<'_>]) -> Markup {
         tick(least),
         tick(most)
     );
-    chart("series", &label, |size| {
-        let (left, right) = size.plot();
-        let axis = load_axis(points, (left, right - 50.0));
-        let height = size.pick(150.0, 120.0);
-        let bottom = |place: usize| 22.0 + height + place as f64 * (height + 46.0);
-        let picture = html! {
-            @for (place, shown) in panels.iter().enumerate() {
-                (down_lines(&axis, size, (bottom(place) - height, bottom(place))))
-                (panel(points, &axis, size, (bottom(place) - height, bottom(place)), shown))
-                @if place + 1 == panels.len() { (bottom_axis(&axis, size, (bottom(place) - height, bottom(place)), unit)) }
-            }
-        };
-        (bottom(panels.len().saturating_sub(1)) + 24.0, picture)
-    })
+    let shown = contents.iter().filter(with_values);
+    let chart = Chart {
+        x: ShownAxis::bottom(&load_axis(points), "", unit),
+        panels: shown.map(|content| panel(points, content)).collect(),
+        right: Some([72, 66]),
+        ..Chart::default()
+    };
+    charts.add(&label, chart)
 }
 
-fn panel(
-    points: &[Point],
-    axis: &Axis,
-    size: Size,
-    (top, bottom): (f64, f64),
-    (name, lines, limit, greatest): &Panel<'_>,
-) -> Markup {
+fn panel(points: &[Point], (title, lines, limit, greatest): &Content<'_>) -> Panel {
     let limit = *limit;
     let values = points
         .iter()
@@ -273,60 +259,39 @@ fn panel(
     let most = values.fold(limit.unwrap_or(0.0), f64::max);
     let most = limit.map_or(most, |limit| most.min(limit * 6.0)).max(1e-6);
     // Room for the label of the limit below the panel title.
-    let height = Axis::linear((0.0, greatest.unwrap_or_else(|| round_up(most * 1.12))), (bottom, top));
-    let (_, right) = size.plot();
-    html! {
-        (panel_name(top - 10.0, name))
-        (left_axis(&height, size, 4, tick))
-        @if let Some(limit) = limit {
-            path.mark.limit d={ "M" (pixel(size.plot().0)) " " (pixel(height.at(limit))) "H" (pixel(right)) } {}
-            text.name.limit x=(pixel(size.plot().0 + 4.0)) y=(pixel(beside_line(height.at(limit), top))) { "objective " (tick(limit)) }
-        }
-        @for (place, (line, class, value)) in lines.iter().enumerate() {
-            @let (path, dots, crosses, end) = trace(points, axis, &height, *value);
-            path class={ "curve " (class) } d=(path.text()) {}
-            path.dots.few d=(dots.text()) {}
-            path.crosses d=(crosses.text()) {}
-            // Labels of lines that end together are above each other.
-            @if let Some((x, y)) = end {
-                text.name x=(pixel(x + 8.0)) y=(pixel(if place == 0 { y + 11.0 } else { y - 3.0 })) { (line) }
-            }
-        }
+    let height = Axis::linear(0.0, greatest.unwrap_or_else(|| round_up(most * 1.12)));
+    let objective = limit.map(|limit| Mark::limit(limit, format!("objective {}", tick(limit))));
+    Panel {
+        title: (*title).to_owned(),
+        y: ShownAxis::left(&height, "", tick),
+        height: [160, 125],
+        marks: objective.into_iter().collect(),
+        series: lines.iter().flat_map(|line| trace(points, line)).collect(),
     }
 }
 
-/// The position of the label of a horizontal line: above it, or below it if there is no room.
-fn beside_line(line: f64, top: f64) -> f64 {
-    if line - 16.0 < top { line + 14.0 } else { line - 4.0 }
-}
-
-/// The line, its dots, the crosses of bad runs, and its end.
-fn trace(
-    points: &[Point],
-    axis: &Axis,
-    height: &Axis,
-    value: &dyn Fn(&Point) -> Option<f64>,
-) -> (Path, Path, Path, Option<(f64, f64)>) {
-    let (mut path, mut dots, mut crosses) = (Path::default(), Path::default(), Path::default());
-    let mut end = None;
-    for point in points {
-        let (Some(asked), Some(value)) = (point.asked, value(point)) else {
-            continue;
-        };
-        let (x, y) = (axis.at(asked), height.at(value));
-        if end.is_some() {
-            path.line_to(x, y);
-        } else {
-            path.move_to(x, y);
-        }
-        if point.state == PointState::Fine {
-            dots.dot(x, y);
-        } else {
-            crosses.cross((x, y), 4.0);
-        }
-        end = Some((x, y));
-    }
-    (path, dots, crosses, end)
+/// The line, its dots, and the crosses of bad runs.
+fn trace(points: &[Point], (name, class, value): &Line<'_>) -> [Series; 3] {
+    let all = points
+        .iter()
+        .filter_map(|point| Some((point.asked?, value(point)?, point.state)));
+    let mut all: Vec<(f64, f64, PointState)> = all.collect();
+    all.sort_by(|left, right| left.0.total_cmp(&right.0));
+    let of = |is_fine: bool| {
+        let some = all
+            .iter()
+            .filter(move |(_, _, state)| (*state == PointState::Fine) == is_fine);
+        some.map(|(asked, value, _)| (*asked, *value))
+    };
+    let line = all.iter().map(|(asked, value, _)| (*asked, *value));
+    [
+        Series {
+            end: true,
+            ..Series::of(Shape::Line, name, class, line)
+        },
+        Series::of(Shape::Dots, "", "few", of(true)),
+        Series::of(Shape::Crosses, "", "bad", of(false)),
+    ]
 }
 
 fn table(points: &[Point], unit: &str) -> Markup {

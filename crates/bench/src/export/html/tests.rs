@@ -33,6 +33,41 @@ fn result(count: usize, gaps: usize, mut change: impl FnMut(usize, &mut Value)) 
     })
 }
 
+/// The charts of a page, as its script gets them.
+fn charts(page: &str) -> Vec<Value> {
+    let (_, data) = page
+        .split_once("type=\"application/json\">")
+        .expect("a page with charts");
+    let (data, _) = data.split_once("</script>").expect("the end of the data");
+    let charts: Vec<Value> = serde_json::from_str(data).expect("JSON");
+    for number in 0..charts.len() {
+        assert_eq!(
+            page.matches(&format!("data-chart=\"{number}\"")).count(),
+            1,
+            "chart {number}"
+        );
+    }
+    charts
+}
+
+/// The texts of the ticks of an axis on a wide page.
+fn ticks(axis: &Value) -> Vec<&str> {
+    let ticks = axis["ticks"][0].as_array().expect("ticks").iter();
+    ticks.filter_map(|tick| tick[1].as_str()).collect()
+}
+
+/// The points of a series.
+fn points(series: &Value) -> Vec<(f64, f64)> {
+    let numbers = |key: &str| {
+        series[key]
+            .as_array()
+            .expect("numbers")
+            .iter()
+            .map(|number| number.as_f64().expect("a number"))
+    };
+    numbers("x").zip(numbers("y")).collect()
+}
+
 fn fails(one: &mut Value, cause: &str) {
     for (key, value) in [
         ("ttft", json!(0.0)),
@@ -66,8 +101,13 @@ fn texts_from_servers_are_escaped() {
 #[test]
 fn a_page_loads_nothing() {
     let page = of_file(&result(3, 3, |_, _| ()).to_string()).unwrap();
-    let without_names = page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "");
-    for outside in ["http", "src=", "href=", "url(", "@import", "fetch("] {
+    // The origin in the first line of the chart library.
+    let origin = "https://github.com/leeoniya/uPlot ";
+    assert_eq!(page.matches(origin).count(), 1);
+    let without_names = page.replace(origin, "").replace("http-equiv", "");
+    for outside in [
+        "http", "src=", "href=", "url(", "@import", "fetch(", "XMLHttp", "import(",
+    ] {
         assert!(!without_names.contains(outside), "`{outside}` is in the page");
     }
 }
@@ -81,6 +121,16 @@ fn pages_of_many_requests_are_sampled() {
     });
     let page = of_file(&file.to_string()).unwrap();
     assert!(page.len() < 5_000_000, "{} bytes", page.len());
+    // The bound on every series, whatever the size of the run.
+    for panel in charts(&page)
+        .iter()
+        .filter_map(|chart| chart["panels"].as_array())
+        .flatten()
+    {
+        for series in panel["series"].as_array().unwrap() {
+            assert!(points(series).len() <= 3000, "{}", panel["title"]);
+        }
+    }
     assert!(page.contains("of 12\u{202f}000 requests are drawn"));
     assert!(page.contains("Further causes: 3980"));
 }
@@ -205,7 +255,7 @@ fn results_of_several_runs_have_pages() {
     let page_of_compare = of_file(&compare.to_string()).unwrap();
     assert!(page_of_compare.contains("+5.0 to +15.0 %") && page_of_compare.contains("Not directly comparable"));
     for page in [page, page_of_compare, of_file(&sweep.to_string()).unwrap()] {
-        assert_eq!(page.matches("<script").count(), 1);
+        assert_eq!(page.matches("<script").count(), 2);
         assert!(!page.contains("<img"));
     }
     assert!(of_file(r#"{"xpyd_bench": "something"}"#).is_err());
@@ -255,15 +305,12 @@ fn an_unfinished_search_says_at_least() {
     );
     assert!(!page.contains("The highest rate that meets"));
     // The numbers below the one point, each once.
-    let ticks: Vec<&str> = page
-        .split("text-anchor=\"middle\">")
-        .skip(1)
-        .filter_map(|rest| rest.split('<').next())
-        .collect();
+    let charts = charts(&page);
+    let ticks = ticks(&charts[0]["x"]);
     let mut distinct = ticks.clone();
     distinct.sort_unstable();
     distinct.dedup();
-    assert!(distinct.len() > 1, "{ticks:?}");
+    assert!(distinct.len() > 1 && distinct.len() == ticks.len(), "{ticks:?}");
     let page = search("client limit", json!(null), json!(null));
     assert!(page.contains("Whether any rate meets the objectives is unknown") && page.contains("load generator"));
     let page = search("found", json!(1.0), json!(1.1));
@@ -292,4 +339,119 @@ fn sweeps_and_comparisons_have_a_headline() {
     );
     assert!(page.contains("Mean TTFT (ms)") && !page.contains("mean_ttft_ms"));
     assert!(page.contains("class=\"text worse\"") && page.contains("class=\"text better\""));
+}
+
+#[test]
+fn a_run_draws_its_objectives_distributions_and_course() {
+    let mut file = result(40, 20, |index, one| {
+        if index == 30 {
+            fails(one, "no");
+        }
+        if index == 39 {
+            one["ttft"] = json!(6.0);
+            one["latency"] = json!(6.2);
+        }
+    });
+    file["xpyd"] = json!({"objectives": {"ttft": 400}});
+    let page = of_file(&file.to_string()).unwrap();
+    let charts = charts(&page);
+    let timeline = &charts[0];
+    assert_eq!(
+        (timeline["rows"].as_array().unwrap().len(), &timeline["ownRows"]),
+        (40, &json!(true))
+    );
+    let first_token = &charts[1];
+    // 300 ms to 6 s: a logarithmic axis, with the unit at its last tick.
+    assert_eq!(first_token["x"]["log"], true);
+    assert!(
+        ticks(&first_token["x"]).last().unwrap().ends_with(" ms"),
+        "{}",
+        first_token["x"]
+    );
+    let marks = first_token["panels"][0]["marks"].as_array().unwrap();
+    let texts: Vec<&str> = marks.iter().filter_map(|mark| mark["text"].as_str()).collect();
+    assert_eq!(texts[0], "median 300 ms");
+    assert!(
+        texts[2].contains("within 400 ms") && marks[2]["value"] == 400.0,
+        "{texts:?}"
+    );
+    let bars = points(&first_token["panels"][0]["series"][0]);
+    assert_eq!(
+        bars.iter().map(|(_, count)| *count).sum::<f64>().to_string(),
+        "39",
+        "every answer is in a bar"
+    );
+    assert_eq!(first_token["panels"][0]["series"][1]["kind"], "rug");
+    let curve = points(&first_token["panels"][1]["series"][0]);
+    assert_eq!((curve[0].1, curve.last().unwrap().1), (0.0, 1.0));
+    let over_time = charts.last().unwrap()["panels"].as_array().unwrap();
+    let in_flight = points(&over_time[1]["series"][0]);
+    // The first request is sent at once, and the last answer ends the run.
+    assert_eq!((in_flight[0], in_flight.last().unwrap().1), ((0.0, 1.0), 0.0));
+    assert!(
+        in_flight.iter().all(|(_, count)| (0.0..=6.0).contains(count)),
+        "{in_flight:?}"
+    );
+    let [dots, crosses] = [0, 1].map(|place| points(&over_time[2]["series"][place]));
+    assert_eq!((dots.len(), crosses), (39, vec![(3.0, 0.0)]));
+    assert_eq!(over_time[2]["marks"][0]["value"], 400.0);
+}
+
+#[test]
+fn stages_are_stacked_up_to_the_first_token() {
+    let mut file = result(3, 2, |_, _| ());
+    file["xpyd"] = json!({"request_stages": vec![json!({"pair": "prefiller1 → decoder1",
+        "ms": {"prefill_queue": 100.0, "prefill_compute": 150.0, "handoff": 50.0}}); 3]});
+    let charts = charts(&of_file(&file.to_string()).unwrap());
+    let stages = charts.iter().find(|chart| chart["columns"].is_array()).unwrap();
+    assert_eq!(stages["columns"], json!(["Request 0", "Request 1", "Request 2"]));
+    assert_eq!(ticks(&stages["x"]), ["0", "1", "2"]);
+    let series = stages["panels"][0]["series"].as_array().unwrap();
+    let spans: Vec<(&Value, &Value)> = series.iter().map(|stage| (&stage["base"][1], &stage["y"][1])).collect();
+    let expected = [(0.0, 100.0), (100.0, 250.0), (250.0, 300.0)].map(|(base, top)| (json!(base), json!(top)));
+    assert_eq!(
+        spans,
+        expected.iter().map(|(base, top)| (base, top)).collect::<Vec<_>>()
+    );
+}
+
+#[test]
+fn sweeps_and_comparisons_draw_every_point_with_a_value() {
+    let point = |asked: f64, ttft: Value, valid: bool| json!({"asked": asked, "valid": valid, "result": {"median_ttft_ms": ttft, "xpyd": {"objectives": {"ttft": 500}}}});
+    // Not in order, over a factor of 16, one value missing, and one far beyond the objective.
+    let sweep = json!({"xpyd_bench": "sweep", "axis": "rate", "points": [point(16.0, json!(90_000), false),
+        point(1.0, json!(100), true), point(4.0, json!(null), true), point(2.0, json!(200), true)]});
+    let page = of_file(&sweep.to_string()).unwrap();
+    let drawn = charts(&page);
+    assert_eq!(drawn[0]["x"]["log"], true);
+    let panels = drawn[0]["panels"].as_array().unwrap();
+    assert_eq!(panels.len(), 1, "a panel without values is left out");
+    let series = panels[0]["series"].as_array().unwrap();
+    assert_eq!(points(&series[0]), [(1.0, 100.0), (2.0, 200.0), (16.0, 90_000.0)]);
+    assert_eq!(points(&series[1]), [(1.0, 100.0), (2.0, 200.0)]);
+    assert_eq!(points(&series[2]), [(16.0, 90_000.0)], "a cross for the invalid run");
+    assert!(
+        panels[0]["y"]["max"].as_f64().unwrap() < 5000.0,
+        "the axis ends at six objectives"
+    );
+    assert_eq!(panels[0]["marks"][0]["text"], "objective 500");
+    let compare = json!({"xpyd_bench": "compare", "a": {}, "b": {}, "measures": {
+        "one": {"a": 1.0, "b": 1.1, "change": 0.1, "interval": [0.05, 0.15]}, "two": {"a": 1.0, "b": 9.0, "change": 8.0},
+        "three": {"a": 1.0, "b": null, "change": null}}});
+    let drawn = charts(&of_file(&compare.to_string()).unwrap());
+    let panel = &drawn[0]["panels"][0];
+    assert_eq!(ticks(&panel["y"]), ["one", "two"]);
+    assert_eq!(
+        (&panel["y"]["flip"], drawn[0]["x"]["max"].as_f64()),
+        (&json!(true), Some(216.0))
+    );
+    let series = &panel["series"];
+    assert_eq!(
+        (points(&series[0]), &series[0]["to"]),
+        (vec![(5.0, 0.5)], &json!([15.0]))
+    );
+    assert_eq!(
+        (points(&series[1]), points(&series[2])),
+        (vec![(10.0, 0.5)], vec![(800.0, 1.5)])
+    );
 }

@@ -1,14 +1,14 @@
-//! The timeline of requests by phase. It is drawn here for pages without scripts, and the script gets the same data.
+//! The timeline of requests by phase.
 //!
 //! Few requests have a row each. Many rows would be a thin diagonal, so each request then takes the first free lane,
 //! and the height is the number of concurrent requests.
 
-use maud::{Markup, PreEscaped, html};
+use maud::{Markup, html};
 use serde_json::{Value, json};
 
-use super::chart::{Path, Size, bottom_axis, chart};
-use super::number::{Axis, pixel, place, span, tick, whole};
-use super::phase::{self, RequestPhase};
+use super::chart::Charts;
+use super::number::{span, whole};
+use super::phase::RequestPhase;
 use super::run::{Request, Run};
 
 /// Most requests with a row each.
@@ -23,12 +23,6 @@ const SLOWEST: usize = 300;
 const MOST_STALLS: usize = 2000;
 /// A gap of this many median gaps is a stall.
 const STALL_RATIO: f64 = 4.0;
-/// Height of all rows in pixels if there are many.
-const HEIGHT: f64 = 560.0;
-/// Height of one row if there are few.
-const ROW_HEIGHT: f64 = 16.0;
-/// The top pixel of the plot.
-const TOP: f64 = 10.0;
 
 /// The data of the chart.
 #[derive(Debug)]
@@ -79,7 +73,7 @@ impl<'a> Timeline<'a> {
     }
 
     /// The legend with medians, the picture, notes, and the data for the script.
-    pub(super) fn figure(&self, run: &Run) -> Markup {
+    pub(super) fn figure(&self, run: &Run, charts: &mut Charts) -> Markup {
         let failed = self.rows.iter().filter(|row| row.request.result.is_err()).count();
         let label = format!(
             "{} requests over {}, by phase; {failed} of them failed. The table of the slowest requests has the numbers.",
@@ -97,11 +91,9 @@ impl<'a> Timeline<'a> {
                     button type="button" data-action="reset" { "All" }
                     span.hint { "Drag over a time range to zoom in." }
                 }
-                (chart("rows", &label, |size| self.picture(size)))
-                div.tip hidden {}
+                (charts.add(&label, self.data()))
                 (self.notes())
             }
-            script #timeline-data type="application/json" { (PreEscaped(embedded(&self.data()))) }
         }
     }
 
@@ -132,70 +124,6 @@ impl<'a> Timeline<'a> {
                     li { i.swatch.stall {} "gap over " (span(self.stall)) " " span.value { (whole(self.stalls)) } }
                 }
                 @if run.failed > 0 { li { i.swatch.failed { "×" } "failed " span.value { (whole(run.failed)) } } }
-            }
-        }
-    }
-
-    fn picture(&self, size: Size) -> (f64, Markup) {
-        let pitch = (HEIGHT / self.lanes as f64).min(ROW_HEIGHT);
-        let bottom = TOP + pitch * self.lanes as f64;
-        let axis = Axis::linear((0.0, self.length), size.plot());
-        let (left, right) = size.plot();
-        let [phases, stalls, crosses] = self.paths(&axis, pitch);
-        let picture = html! {
-            g.axis { (bottom_axis(&axis, size, (TOP, bottom), "s")) }
-            g.labels { (self.labels(size, pitch, bottom)) }
-            g.plot data-left=(pixel(left)) data-right=(pixel(right)) data-top=(pixel(TOP)) data-bottom=(pixel(bottom)) {
-                @for (phase, path) in RequestPhase::all().into_iter().zip(&phases) { path class={ "phase " (phase.class()) } d=(path.text()) {} }
-                path.stall d=(stalls[0].text()) {}
-                path.crosses d=(crosses[0].text()) {}
-            }
-        };
-        (bottom + 24.0, picture)
-    }
-
-    /// The paths of phases, stalls and failures.
-    fn paths(&self, axis: &Axis, pitch: f64) -> [Vec<Path>; 3] {
-        let thickness = thickness(pitch);
-        let mut phases: Vec<Path> = std::iter::repeat_with(Path::default).take(phase::COUNT).collect();
-        let (mut stalls, mut crosses) = (Path::default(), Path::default());
-        for TimelineRow { request, lane } in &self.rows {
-            let y = TOP + *lane as f64 * pitch;
-            let mut start = request.started - request.queued;
-            for (path, phase) in phases.iter_mut().zip(RequestPhase::all()) {
-                let end = start + phase.of(request);
-                if end > start {
-                    path.bar((axis.at(start), axis.at(end)), y, thickness);
-                    start = end;
-                }
-            }
-            for (from, to) in self.stalls_of(request) {
-                stalls.bar((axis.at(from), axis.at(to)), y, thickness);
-            }
-            if request.result.is_err() {
-                crosses.cross(
-                    (axis.at(request.started), y + thickness / 2.0),
-                    (thickness / 2.0).clamp(2.0, 4.0),
-                );
-            }
-        }
-        [phases, vec![stalls], vec![crosses]]
-    }
-
-    /// The labels at the left: request numbers, or the number of lanes.
-    fn labels(&self, size: Size, pitch: f64, bottom: f64) -> Markup {
-        let x = pixel(size.plot().0 - 7.0);
-        let stride = place((22.0 / pitch).ceil()).max(1);
-        let lanes = Axis::linear((0.0, self.lanes as f64), (TOP, bottom));
-        html! {
-            @if self.has_own_rows {
-                @for TimelineRow { request, lane } in self.rows.iter().step_by(stride) {
-                    text.number x=(x) y=(pixel(TOP + (*lane as f64 + 0.5) * pitch + 4.0)) text-anchor="end" { (request.index) }
-                }
-            } @else {
-                @for count in lanes.ticks(8).into_iter().filter(|count| *count > 0.0) {
-                    text.number x=(x) y=(pixel(lanes.at(count) + 4.0)) text-anchor="end" { (tick(count)) }
-                }
             }
         }
     }
@@ -244,6 +172,7 @@ impl<'a> Timeline<'a> {
         json!({
             "phases": self.phases.iter().map(|phase| json!([phase.name(), phase.class()])).collect::<Vec<_>>(),
             "length": units(self.length),
+            "lanes": self.lanes,
             "ownRows": self.has_own_rows,
             "rows": rows.collect::<Vec<_>>(),
         })
@@ -254,15 +183,6 @@ impl<'a> Timeline<'a> {
 #[expect(clippy::cast_possible_truncation, reason = "a run of days has far fewer")]
 fn units(seconds: f64) -> i64 {
     (seconds * 10_000.0).round() as i64
-}
-
-/// The thickness of a row's bar, with a gap to the next row if there is room.
-fn thickness(pitch: f64) -> f64 {
-    match pitch {
-        wide if wide > 8.0 => wide - 3.0,
-        some if some > 4.0 => some - 1.5,
-        thin => thin,
-    }
 }
 
 /// End of a request since the first release.
@@ -314,15 +234,4 @@ fn sample(requests: &[Request]) -> Vec<&Request> {
     chosen
         .filter_map(|(request, is_chosen)| is_chosen.then_some(request))
         .collect()
-}
-
-/// JSON that is safe in a script element of a page: `<`, `>` and `&` are escaped, so no text can end the element or
-/// start a comment.
-pub(super) fn embedded(data: &Value) -> String {
-    data.to_string()
-        .replace('<', "\\u003c")
-        .replace('>', "\\u003e")
-        .replace('&', "\\u0026")
-        .replace('\u{2028}', "\\u2028")
-        .replace('\u{2029}', "\\u2029")
 }
