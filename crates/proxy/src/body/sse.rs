@@ -16,6 +16,8 @@ pub(crate) struct Events {
     partial: BytesMut,
     /// Whether `partial` ends with a line end, so that another line end would end the event.
     ends_line: bool,
+    /// Whether the unfinished event has data, once a part of it was forwarded.
+    forwarded: Option<bool>,
     done: bool,
 }
 
@@ -24,6 +26,9 @@ impl Events {
     /// byte once.
     pub(crate) fn push(&mut self, mut chunk: Bytes) -> Bytes {
         let end = end_of_last_event(&chunk, self.ends_line);
+        if end > 0 {
+            self.forwarded = None;
+        }
         let rest = chunk.split_off(end);
         self.ends_line = ends_line(&rest, chunk.is_empty() && self.ends_line);
         let mut whole = chunk;
@@ -34,6 +39,7 @@ impl Events {
         self.partial.extend_from_slice(&rest);
         if whole.is_empty() && self.partial.len() > MAX_HELD_BYTES {
             self.ends_line = false;
+            self.forwarded = Some(self.is_within_data());
             whole = std::mem::take(&mut self.partial).freeze();
         }
         // A comment after the end marker is not data.
@@ -45,6 +51,9 @@ impl Events {
 
     /// Whether the unfinished event has data, judged by its beginning.
     pub(crate) fn is_within_data(&self) -> bool {
+        if let Some(has_data) = self.forwarded {
+            return has_data;
+        }
         let beginning = &self.partial[..self.partial.len().min(MAX_FIELDS_BYTES)];
         given(beginning).next().is_some()
     }
@@ -162,6 +171,20 @@ mod tests {
         let whole = events.push(Bytes::from_static(b"\n\nrest"));
         assert_eq!(whole.len(), MAX_HELD_BYTES / 9 * piece.len() + 2);
         assert_eq!(events.push(Bytes::from_static(b"\r\n\r\n")), "rest\r\n\r\n");
+    }
+
+    /// Later parts of an event have no field name, and are what its beginning is.
+    #[test]
+    fn a_forwarded_part_of_an_event_decides_about_the_rest() {
+        for (beginning, is_data) in [("data: ", true), (": ", false)] {
+            let mut events = Events::default();
+            events.push(Bytes::from(format!("{beginning}{}", "x".repeat(MAX_HELD_BYTES - 8))));
+            assert!(!events.push(Bytes::from_static(b"yyyyyyyyyy")).is_empty(), "a part");
+            events.push(Bytes::from_static(b"zz"));
+            assert_eq!(events.is_within_data(), is_data, "{beginning}");
+            assert_eq!(events.push(Bytes::from_static(b"\n\ndata: {")), "zz\n\n");
+            assert!(events.is_within_data(), "the next event");
+        }
     }
 
     #[test]
