@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use super::body::read::BodyReader;
 use super::error::ProxyError;
+use super::request::model_length::ModelList;
 use super::schedule::pairs::Pairs;
 use super::schedule::selection::Scheduler;
 use super::server::engine_status::Version;
@@ -42,9 +43,9 @@ pub(crate) struct Shared {
     pub(crate) version: SharedAnswer<Option<Version>>,
     /// The healthy engines, for a proxy without a supervisor.
     pub(crate) healthy: SharedAnswer<Arc<[EngineId]>>,
-    /// The context length of the engines' model, once an engine has reported it.
-    pub(crate) length_answer: SharedAnswer<Option<u64>>,
-    pub(crate) model_length: OnceLock<u64>,
+    /// The engines' models, once an engine has listed them.
+    pub(crate) model_list_answer: SharedAnswer<Option<ModelList>>,
+    pub(crate) model_list: OnceLock<ModelList>,
     pub(crate) admission: Arc<Semaphore>,
     pub(crate) bodies: Arc<BodyReader>,
     pub(crate) scheduler: Scheduler,
@@ -89,8 +90,8 @@ impl Proxy {
             merged: SharedAnswer::default(),
             version: SharedAnswer::default(),
             healthy: SharedAnswer::default(),
-            length_answer: SharedAnswer::default(),
-            model_length: OnceLock::new(),
+            model_list_answer: SharedAnswer::default(),
+            model_list: OnceLock::new(),
             admission,
             prefill_turn: AtomicUsize::new(0),
             decode_turn: AtomicUsize::new(0),

@@ -461,6 +461,35 @@ async fn a_prompt_counts_at_most_the_model_length() {
     harness.finish().await;
 }
 
+/// Each question would otherwise delay its request, as the proxy leaves 200 ms between two of them.
+#[tokio::test]
+async fn an_engine_that_reports_no_model_length_is_asked_once() {
+    let prefill = prefill_engine().await;
+    let decode = ScriptedEngine::start(|seen| async move {
+        let is_list = seen.path == "/v1/models";
+        json_response(
+            200,
+            if is_list {
+                r#"{"data":[{"id":"m"}]}"#
+            } else {
+                COMPLETION
+            },
+        )
+    })
+    .await;
+    let mut settings = harness::settings(Connector::Nixl(Nixl {}));
+    settings.config.max_body = 1 << 20;
+    let harness = ProxyHarness::start(settings, &[prefill.port], &[decode.port], 1, None).await;
+    for _ in 0..3 {
+        let body = json!({"prompt": "x".repeat(100_000), "max_tokens": 1}).to_string();
+        let response = harness.post("/v1/completions", body).send().await.unwrap();
+        assert_eq!(response.status().as_u16(), 200);
+    }
+    let paths = decode.requests().into_iter().map(|seen| seen.path);
+    assert_eq!(paths.filter(|path| path == "/v1/models").count(), 1);
+    harness.finish().await;
+}
+
 /// There is room for three requests at once.
 #[test]
 fn an_overloaded_fleet_answers_every_client() {
