@@ -181,8 +181,9 @@ fn fetch_all(job: &file::DownloadJob<'_>, mut files: Vec<&RemoteFile>) -> Result
                 return Ok(());
             }
             if let Err(error) = job.fetch(file) {
-                job.counter.failed.store(true, Ordering::Relaxed);
-                return Err(error);
+                // Later errors only say that another file failed.
+                let is_first = !job.counter.failed.swap(true, Ordering::Relaxed);
+                return if is_first { Err(error) } else { Ok(()) };
             }
             job.counter.files.fetch_add(1, Ordering::Relaxed);
             job.counter.report();

@@ -2,7 +2,7 @@
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -112,20 +112,27 @@ impl DownloadJob<'_> {
     }
 
     fn fetch_blob(&self, file: &RemoteFile, blob: &Path) -> Result<(), DownloadError> {
-        // Older versions of `huggingface_hub` also resume from a file of this name.
-        let part = blob.with_extension("incomplete");
+        let (part, claim) = claim_part(blob)?;
+        let result = self.fetch_part(file, &part);
+        if result.is_ok() {
+            fs_err::rename(&part, blob)?;
+        } else if claim.is_none() {
+            drop(fs_err::remove_file(&part));
+        }
+        result
+    }
+
+    /// Downloads the whole file to this path, in several attempts if necessary.
+    fn fetch_part(&self, file: &RemoteFile, part: &Path) -> Result<(), DownloadError> {
         let (mut idle, mut damaged) = (0, 0);
         let mut counted: u64 = 0;
         loop {
-            let before = size(&part);
-            let result = self.attempt(file, &part, &mut counted);
-            let (error, asked) = match result {
-                Ok(true) => {
-                    fs_err::rename(&part, blob)?;
-                    return Ok(());
-                }
+            let before = size(part);
+            let (error, asked) = match self.attempt(file, part, &mut counted) {
+                Ok(true) => return Ok(()),
                 Ok(false) => {
-                    fs_err::remove_file(&part)?;
+                    // Not removed: the claim is on this file.
+                    open_part(part)?.set_len(0)?;
                     self.counter.add(-signed(std::mem::take(&mut counted)));
                     damaged += 1;
                     if damaged == MOST_DAMAGED {
@@ -141,7 +148,7 @@ impl DownloadJob<'_> {
                 Err(AttemptError::Final(error)) => return Err(error),
                 Err(AttemptError::Passing(error, asked)) => (error, asked),
             };
-            idle = if size(&part) > before { 0 } else { idle + 1 };
+            idle = if size(part) > before { 0 } else { idle + 1 };
             if idle == MOST_IDLE || self.counter.is_over() {
                 return Err(error);
             }
@@ -262,6 +269,22 @@ fn open_part(path: &Path) -> io::Result<File> {
         Err(error)
     });
     Ok(opened?.into_file())
+}
+
+/// The partial file, which only this process writes. It is the common one, from which older versions of
+/// `huggingface_hub` resume too. If another process writes that one, whose cache has another folder for locks, or if the
+/// file system has no locks, it is a new one, without a claim, with a name of `huggingface_hub` 2.
+fn claim_part(blob: &Path) -> io::Result<(PathBuf, Option<Flock<File>>)> {
+    let common = blob.with_extension("incomplete");
+    if let Ok(claim) = Flock::lock(open_part(&common)?, FlockArg::LockExclusiveNonblock) {
+        let (ours, named) = (claim.metadata()?, fs_err::metadata(&common));
+        // In the meantime, the file can have become the blob.
+        if named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())) {
+            return Ok((common, Some(claim)));
+        }
+    }
+    let own = format!("{:08x}.incomplete", rand::random::<u32>());
+    Ok((blob.with_extension(own), None))
 }
 
 fn passing(error: AccessError) -> AttemptError {
@@ -400,6 +423,19 @@ mod tests {
         assert!(again.is_ok());
         let error = open_lock(&folder.path().join("none/a.lock")).expect_err("no such folder");
         assert!(error.to_string().contains("none/a.lock"), "{error}");
+    }
+
+    #[test]
+    fn two_processes_never_write_the_same_partial_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let blob = folder.path().join("abc");
+        let (common, claim) = claim_part(&blob).expect("a file");
+        assert!(claim.is_some());
+        let (own, no_claim) = claim_part(&blob).expect("a file");
+        assert!(no_claim.is_none());
+        assert_ne!(common, own);
+        drop(claim);
+        assert!(matches!(claim_part(&blob), Ok((path, Some(_))) if path == common));
     }
 
     #[test]
