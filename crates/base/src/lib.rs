@@ -5,6 +5,7 @@
 pub mod byte_size;
 pub mod connector;
 pub mod fleet;
+pub mod http1;
 pub mod log_file;
 pub mod own_log;
 pub mod private;
@@ -15,5 +16,4 @@ pub mod signals;
 pub mod sockets;
 pub mod span;
 pub mod web;
-pub mod wire;
 pub mod zmtp;

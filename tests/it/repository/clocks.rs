@@ -115,7 +115,7 @@ fn code() -> BTreeMap<&'static str, Duration> {
         ),
         (
             "idle connection",
-            constant("crates/base/src/wire/pool.rs", "IDLE_CONNECTION"),
+            constant("crates/base/src/http1/pool.rs", "IDLE_CONNECTION"),
         ),
         ("canary", constant("src/app/canaries.rs", "VERIFY_DEADLINE")),
         ("start stall", deadlines.start_stall),

@@ -16,7 +16,7 @@ use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use crate::{BenchError, CONNECT_TIMEOUT};
-use xpyd_base::wire::{Framing, Pool, Tls, Wire};
+use xpyd_base::http1::{Connection, Framing, Pool, Tls};
 
 /// Most bytes of an answer, and of one event of a stream: far more than any server sends on purpose.
 pub(crate) const MAX_BYTES: usize = 64 << 20;
@@ -57,7 +57,7 @@ pub(crate) enum Address {
 
 /// A connection after an attempt to write a request on it.
 pub(crate) struct SentRequest {
-    pub(crate) wire: Wire,
+    pub(crate) connection: Connection,
     /// How long connecting took; zero for an idle connection.
     pub(crate) connected: Duration,
     /// On failure, the number of bytes that had been written.
@@ -162,17 +162,17 @@ impl Server {
         loop {
             let idle = self.pool.take(&runtime);
             let is_new = idle.is_none();
-            let mut wire = match idle {
-                Some(wire) => wire,
+            let mut connection = match idle {
+                Some(connection) => connection,
                 None => self.connect(address).await?,
             };
             let connected = if is_new { started.elapsed() } else { Duration::ZERO };
-            match wire.send(head, body).await {
+            match connection.send(head, body).await {
                 // The idle connection was closed in this moment: try the next one.
                 Err((0, _)) if !is_new => {}
                 outcome => {
                     return Ok(SentRequest {
-                        wire,
+                        connection,
                         connected,
                         outcome,
                     });
@@ -182,9 +182,9 @@ impl Server {
     }
 
     /// Keeps a connection for another request if its answer has been read completely.
-    pub(crate) fn keep(&self, wire: Wire, framing: Framing, keeps_alive: bool) {
+    pub(crate) fn keep(&self, connection: Connection, framing: Framing, keeps_alive: bool) {
         if keeps_alive && framing == Framing::Ended {
-            self.pool.keep(tokio::runtime::Handle::current().id(), wire);
+            self.pool.keep(tokio::runtime::Handle::current().id(), connection);
         }
     }
 
@@ -213,19 +213,23 @@ impl Server {
     }
 
     async fn answer(&self, method: &Method, head: &[u8], body: &[u8], limit: usize) -> io::Result<Reply> {
-        let SentRequest { mut wire, outcome, .. } = self.send(head, body, Address::First).await?;
+        let SentRequest {
+            mut connection,
+            outcome,
+            ..
+        } = self.send(head, body, Address::First).await?;
         outcome.map_err(|(_, error)| describe(error))?;
-        let head = wire.head(method).await.map_err(describe)?;
+        let head = connection.head(method).await.map_err(describe)?;
         let mut framing = head.framing;
-        let body = whole(&mut wire, &mut framing, limit).await.map_err(describe)?;
-        self.keep(wire, framing, head.keeps_alive);
+        let body = whole(&mut connection, &mut framing, limit).await.map_err(describe)?;
+        self.keep(connection, framing, head.keeps_alive);
         Ok(Reply {
             status: head.parts.status,
             body,
         })
     }
 
-    async fn connect(&self, address: Address) -> io::Result<Wire> {
+    async fn connect(&self, address: Address) -> io::Result<Connection> {
         let resolve = async || {
             let found = lookup_host((self.host.as_str(), self.port)).await?;
             Ok::<_, io::Error>(Addresses {
@@ -239,12 +243,12 @@ impl Server {
         let patience = CONNECT_TIMEOUT / u32::try_from(addresses.all.len()).unwrap_or(1).max(1);
         let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for (address, is_reachable) in addresses.in_order(address) {
-            let connected = Wire::connect_timed(*address, self.tls.as_ref(), &self.host);
+            let connected = Connection::connect_timed(*address, self.tls.as_ref(), &self.host);
             let connected = timeout(patience, connected).await;
             let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             is_reachable.store(connected.is_ok(), Ordering::Relaxed);
             match connected {
-                Ok(wire) => return Ok(wire),
+                Ok(connection) => return Ok(connection),
                 Err(error) => failure = error,
             }
         }
@@ -266,10 +270,10 @@ impl Addresses {
 }
 
 /// Reads a body up to `limit` bytes. The result is longer than `limit` only if the body is.
-pub(crate) async fn whole(wire: &mut Wire, framing: &mut Framing, limit: usize) -> io::Result<Vec<u8>> {
+pub(crate) async fn whole(connection: &mut Connection, framing: &mut Framing, limit: usize) -> io::Result<Vec<u8>> {
     let mut body = Vec::new();
     while body.len() <= limit
-        && let Some(piece) = poll_fn(|context| wire.poll_body(framing, context)).await
+        && let Some(piece) = poll_fn(|context| connection.poll_body(framing, context)).await
     {
         body.extend_from_slice(&piece?);
     }

@@ -29,7 +29,7 @@ use crate::load::Exchange;
 use crate::record::{Answer, ServerTimings};
 use crate::workload::WorkItem;
 use crate::{Backend, BenchError, Spec};
-use xpyd_base::wire::RxTimestamp;
+use xpyd_base::http1::RxTimestamp;
 
 /// Most bytes of an error body that are read.
 const MAX_ERROR_BYTES: usize = 1 << 20;
@@ -133,12 +133,12 @@ impl Client {
     async fn answer(&self, head: &[u8], body: &[u8], started: Instant) -> Result<Answer, ExchangeError> {
         let sent = self.server.send(head, body, Address::Next).await;
         let SentRequest {
-            mut wire,
+            mut connection,
             connected,
             outcome,
         } = sent.map_err(ExchangeError::Connect)?;
         // A server can reject a request without reading all of it.
-        let head = wire.head(&Method::POST).await;
+        let head = connection.head(&Method::POST).await;
         let head = head.map_err(|error| match outcome {
             Ok(()) => ExchangeError::NoAnswer(describe(error)),
             Err((_, error)) => ExchangeError::Send(describe(error)),
@@ -147,10 +147,10 @@ impl Client {
         let status = head.parts.status;
         if !status.is_success() {
             // If the body breaks off, the status alone is reported.
-            let body = http::whole(&mut wire, &mut framing, MAX_ERROR_BYTES)
+            let body = http::whole(&mut connection, &mut framing, MAX_ERROR_BYTES)
                 .await
                 .unwrap_or_default();
-            self.server.keep(wire, framing, head.keeps_alive);
+            self.server.keep(connection, framing, head.keeps_alive);
             // Some servers repeat the status text in the body.
             let message = server_message(&body).filter(|message| status.canonical_reason() != Some(message));
             return Err(ExchangeError::Status { status, message });
@@ -159,9 +159,9 @@ impl Client {
             return Err(ExchangeError::Encoded(encoding));
         }
         let mut reader = ResponseReader::new(&self.scanner, started);
-        while let Some(piece) = poll_fn(|context| wire.poll_body(&mut framing, context)).await {
+        while let Some(piece) = poll_fn(|context| connection.poll_body(&mut framing, context)).await {
             let piece = piece.map_err(|error| ExchangeError::Stream(describe(error)))?;
-            let timestamp = wire.rx_timestamp().unwrap_or_else(RxTimestamp::now);
+            let timestamp = connection.rx_timestamp().unwrap_or_else(RxTimestamp::now);
             reader.feed(&piece, timestamp)?;
         }
         let mut answer = reader.finish().map_err(|error| match error {
@@ -170,7 +170,7 @@ impl Client {
             }
             error => error.into(),
         })?;
-        self.server.keep(wire, framing, head.keeps_alive);
+        self.server.keep(connection, framing, head.keeps_alive);
         answer.connected = connected;
         answer.timings = ServerTimings {
             engine: answer.timings.engine,

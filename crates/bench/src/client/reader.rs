@@ -12,7 +12,7 @@ use crate::client::http::MAX_BYTES;
 use crate::client::server_message;
 use crate::client::sse::{EventTooLarge, SseDecoder};
 use crate::record::{Answer, EngineTimes, ReadDelay};
-use xpyd_base::wire::RxTimestamp;
+use xpyd_base::http1::RxTimestamp;
 
 /// Finish reasons that mean a failure. vLLM sends `abort` and `error`.
 const FAILURES: [&str; 7] = [

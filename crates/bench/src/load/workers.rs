@@ -50,7 +50,7 @@ impl Workers {
     /// # Errors
     /// When a runtime or a thread cannot be started.
     pub(crate) fn start() -> io::Result<Self> {
-        xpyd_base::wire::descriptors(DESCRIPTORS);
+        xpyd_base::http1::descriptors(DESCRIPTORS);
         let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let stop = CancellationToken::new();
         let mut started = Self {

@@ -37,9 +37,9 @@ use super::strict_heads::StrictStream;
 use super::tls::Tls;
 use crate::overload::{Limit, Overload};
 use crate::upstream::Upstream;
+use xpyd_base::http1::descriptors;
 use xpyd_base::proxy_config::Clients;
 use xpyd_base::report::lacks_descriptors;
-use xpyd_base::wire::descriptors;
 
 /// How long to wait if the system has no room for another connection.
 const NO_ROOM: Duration = Duration::from_millis(100);

@@ -20,8 +20,8 @@ use hyper::body::{Body, Frame};
 use crate::error::{Cause, Unreachable};
 use crate::overload::{Limit, Overload};
 use xpyd_base::fleet::{Endpoint, EngineId, EngineView, Incarnation};
+use xpyd_base::http1::{Connection, Framing, Head, Pool};
 use xpyd_base::report::lacks_descriptors;
-use xpyd_base::wire::{Framing, Head, Pool, Wire};
 
 pub(crate) use headers::{REQUEST_ID, forwardable};
 pub(crate) use shared_answer::SharedAnswer;
@@ -101,12 +101,12 @@ impl Upstream {
     }
 
     /// Opens a connection. If no descriptor is free for it, idle connections give theirs back.
-    async fn connect(&self, endpoint: &Endpoint) -> Result<Wire, Cause> {
+    async fn connect(&self, endpoint: &Endpoint) -> Result<Connection, Cause> {
         loop {
             let address = (endpoint.host.as_str(), endpoint.port);
-            let wire = tokio::time::timeout(CONNECT_DEADLINE, Wire::connect(address)).await;
-            return match wire.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                Ok(wire) => Ok(wire),
+            let connection = tokio::time::timeout(CONNECT_DEADLINE, Connection::connect(address)).await;
+            return match connection.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                Ok(connection) => Ok(connection),
                 Err(error) if lacks_descriptors(&error) => {
                     if self.close_all_idle() {
                         continue;
@@ -128,26 +128,26 @@ impl Upstream {
             runtime: tokio::runtime::Handle::current().id(),
         };
         let no_answer = |error| Cause::Unreachable(Unreachable::NoAnswer(error));
-        let mut wire = loop {
+        let mut connection = loop {
             let idle = self.pool.take(&key);
             let is_new = idle.is_none();
-            let mut wire = match idle {
-                Some(wire) => wire,
+            let mut connection = match idle {
+                Some(connection) => connection,
                 None => self.connect(&engine.endpoint).await?,
             };
-            match wire.send(&head, &call.body).await {
-                Ok(()) => break wire,
+            match connection.send(&head, &call.body).await {
+                Ok(()) => break connection,
                 // The engine closed the idle connection just as it was taken.
                 Err((0, _)) if !is_new => {}
                 // An engine that refuses a request can answer before it has read all of it.
-                Err((_, error)) => match wire.head(&call.method).await {
-                    Ok(head) => return Ok(self.answer(head, wire, None)),
+                Err((_, error)) => match connection.head(&call.method).await {
+                    Ok(head) => return Ok(self.answer(head, connection, None)),
                     Err(_) => return Err(no_answer(error)),
                 },
             }
         };
-        let head = wire.head(&call.method).await.map_err(no_answer)?;
-        Ok(self.answer(head, wire, Some(key)))
+        let head = connection.head(&call.method).await.map_err(no_answer)?;
+        Ok(self.answer(head, connection, Some(key)))
     }
 
     /// Sends a call and reads the whole answer.
@@ -156,10 +156,10 @@ impl Upstream {
         Ok((head, read_whole(body).await?))
     }
 
-    fn answer(&self, head: Head, wire: Wire, key: Option<PoolKey>) -> Response<AnswerBody> {
+    fn answer(&self, head: Head, connection: Connection, key: Option<PoolKey>) -> Response<AnswerBody> {
         let key = key.filter(|_| head.keeps_alive);
         let mut body = AnswerBody {
-            wire: Some(wire),
+            connection: Some(connection),
             framing: head.framing,
             key: key.map(|key| (self.clone(), key)),
         };
@@ -177,7 +177,7 @@ impl Upstream {
 /// end is known from the answer's length, without reading further.
 #[derive(Debug)]
 pub(crate) struct AnswerBody {
-    wire: Option<Wire>,
+    connection: Option<Connection>,
     framing: Framing,
     key: Option<(Upstream, PoolKey)>,
 }
@@ -185,11 +185,14 @@ pub(crate) struct AnswerBody {
 impl AnswerBody {
     /// Returns the connection to the pool, if all of the answer has been read.
     fn release_if_complete(&mut self) {
-        if self.wire.as_mut().is_some_and(|wire| wire.has_ended(&mut self.framing))
-            && let Some(wire) = self.wire.take()
+        if self
+            .connection
+            .as_mut()
+            .is_some_and(|connection| connection.has_ended(&mut self.framing))
+            && let Some(connection) = self.connection.take()
             && let Some((upstream, key)) = self.key.take()
         {
-            upstream.pool.keep(key, wire);
+            upstream.pool.keep(key, connection);
         }
     }
 }
@@ -199,18 +202,18 @@ impl Body for AnswerBody {
     type Error = io::Error;
 
     fn is_end_stream(&self) -> bool {
-        self.wire.is_none()
+        self.connection.is_none()
     }
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         let this = &mut *self;
-        let Some(wire) = &mut this.wire else {
+        let Some(connection) = &mut this.connection else {
             return Poll::Ready(None);
         };
-        let piece = ready!(wire.poll_body(&mut this.framing, context));
+        let piece = ready!(connection.poll_body(&mut this.framing, context));
         this.release_if_complete();
         if !matches!(piece, Some(Ok(_))) {
-            this.wire = None;
+            this.connection = None;
         }
         Poll::Ready(piece.map(|piece| piece.map(Frame::data)))
     }

@@ -45,7 +45,7 @@ const MOST_ROOM: usize = 64 << 10;
 
 /// An open connection.
 #[derive(Debug)]
-pub struct Wire {
+pub struct Connection {
     stream: Stream,
     /// Bytes that were read and not taken yet.
     read: BytesMut,
@@ -71,7 +71,7 @@ pub struct Head {
     pub keeps_alive: bool,
 }
 
-impl Wire {
+impl Connection {
     /// Connects in plain text, without receive times.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::Wire;
+use super::Connection;
 
 /// How long an idle connection is kept. vLLM's server closes after 5 s; closing first avoids sending into the close.
 const IDLE_CONNECTION: Duration = Duration::from_secs(4);
@@ -22,7 +22,7 @@ pub struct Pool<Key> {
 
 #[derive(Debug)]
 struct Idle {
-    wire: Wire,
+    connection: Connection,
     since: Instant,
 }
 
@@ -40,24 +40,24 @@ impl<Key: Hash + Eq> Pool<Key> {
     }
 
     /// Takes the connection that was used last, which is the least likely to be closed.
-    pub fn take(&self, key: &Key) -> Option<Wire> {
+    pub fn take(&self, key: &Key) -> Option<Connection> {
         let mut all = self.lock();
         let idle = all.get_mut(key)?;
-        while let Some(Idle { wire, since }) = idle.pop() {
-            if since.elapsed() < IDLE_CONNECTION && wire.is_idle() {
-                return Some(wire);
+        while let Some(Idle { connection, since }) = idle.pop() {
+            if since.elapsed() < IDLE_CONNECTION && connection.is_idle() {
+                return Some(connection);
             }
         }
         None
     }
 
     /// Keeps a connection whose answer has been read to its end.
-    pub fn keep(&self, key: Key, wire: Wire) {
+    pub fn keep(&self, key: Key, connection: Connection) {
         let mut all = self.lock();
         let idle = all.entry(key).or_default();
-        if idle.len() < self.most && wire.is_idle() {
+        if idle.len() < self.most && connection.is_idle() {
             let since = Instant::now();
-            idle.push(Idle { wire, since });
+            idle.push(Idle { connection, since });
         }
     }
 
