@@ -151,11 +151,17 @@ pub(crate) fn kill_engine(env: &TestEnv, name: &str) {
     kill_process(engine(env, name)["pid"].as_i64().expect("a pid"));
 }
 
-/// Sends SIGKILL to one process.
+/// Sends SIGKILL to one process, and waits until it has let go of its locks and sockets.
 pub(crate) fn kill_process(pid: impl Into<i64>) {
-    kill(
-        Pid::from_raw(i32::try_from(pid.into()).expect("a pid")),
-        Signal::SIGKILL,
-    )
-    .expect("the process exists");
+    let pid = i32::try_from(pid.into()).expect("a pid");
+    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the process exists");
+    wait_for("its end", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        if matches!(state, None | Some('Z' | 'X')) {
+            Ok(())
+        } else {
+            Err(stat)
+        }
+    });
 }
