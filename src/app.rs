@@ -492,6 +492,7 @@ fn status(
                 phase: start.map(|start| start.phase().to_owned()),
                 uptime_seconds: uptime(engine, start),
                 gpus: planned.map(|planned| planned.gpus.clone()).unwrap_or_default(),
+                node: planned.and_then(|planned| Some(planned.node.as_ref()?.name.clone())),
                 ..api::EngineStatus::from(&**engine)
             };
             match start.map(reporting::EngineStart::estimate) {

@@ -23,6 +23,7 @@ pub mod engine;
 pub mod machine;
 pub mod plan;
 pub mod profile;
+pub mod slurm;
 pub use xpyd_base::connector;
 
 // Vocabulary.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::allocation;
 use super::other_runs::{self, OtherRuns};
 use super::planning::{build, profile_failure};
 use super::proxy_options::ProxyOptions;
@@ -226,6 +227,7 @@ impl FleetArguments {
             program: (!simulated).then_some(profile.vllm.program.as_str()),
             gpus: !simulated && profile.device == Device::Cuda,
         });
+        let machine = allocation::with_other_nodes(machine, &profile, &self.logs)?;
         Ok((profile, machine))
     }
 }

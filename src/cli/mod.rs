@@ -1,5 +1,6 @@
 //! The command line: one thin file per command.
 
+mod allocation;
 mod attach;
 pub mod bench;
 mod bundle;
@@ -16,6 +17,7 @@ mod fetch;
 mod first_process;
 mod fleet_arguments;
 pub mod logs;
+mod node;
 mod other_runs;
 mod plan;
 mod planning;
@@ -33,6 +35,7 @@ mod scale;
 mod sidecar;
 pub mod sim;
 mod sim_lmcache;
+mod slurm;
 pub mod status;
 mod up;
 mod usage;
@@ -48,7 +51,7 @@ use crate::signals;
 use crate::supervisor::shim;
 use crate::ui::{self, Printer};
 
-/// Serve LLMs with prefill and decode on different engines, on one machine.
+/// Serve LLMs with prefill and decode on different engines, on one machine or a Slurm allocation.
 #[derive(Debug, Parser)]
 #[command(name = "xpyd", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(after_help = after_help())]
@@ -58,6 +61,9 @@ pub struct Cli {
     /// Print errors and data only
     #[arg(short, long, global = true)]
     quiet: bool,
+    /// Run the command in this Slurm job, on its first node, where `xpyd up` runs
+    #[arg(long, global = true, value_name = "ID")]
+    job: Option<String>,
 }
 
 /// `Exit codes: 0 ok, 1 the work failed, …`.
@@ -100,6 +106,9 @@ enum Verb {
     Bundle(bundle::Arguments),
     /// List, show or check profiles
     Profiles(profiles::Arguments),
+    /// Run a fleet over the nodes of a Slurm cluster
+    #[command(subcommand)]
+    Slurm(slurm::Verb),
     /// Print shell completions
     Completions(completions::Arguments),
     /// Own the engines of a run; `xpyd up` starts it, with its control socket as stdin
@@ -108,9 +117,30 @@ enum Verb {
     /// Start a server that an engine needs, then become the engine
     #[command(hide = true)]
     Sidecar(sidecar::Arguments),
+    /// Run an engine on another node of a Slurm allocation
+    #[command(hide = true, subcommand)]
+    Node(node::Part),
     /// Run one simulated cache server with the interface of `lmcache server`
     #[command(hide = true)]
     SimLmcache(sim_lmcache::Arguments),
+}
+
+impl Verb {
+    /// Whether the command is about runs, GPUs or engines of a machine, so that it must run on the right one.
+    fn uses_the_machine(&self) -> bool {
+        !matches!(
+            self,
+            Self::Slurm(_)
+                | Self::Proxy(_)
+                | Self::Sim(_)
+                | Self::Profiles(_)
+                | Self::Completions(_)
+                | Self::Shim
+                | Self::Sidecar(_)
+                | Self::Node(_)
+                | Self::SimLmcache(_)
+        )
+    }
 }
 
 /// Parses the command line and runs the command.
@@ -121,23 +151,29 @@ pub fn main() -> ExitCode {
     signals::prepare();
     ui::choose_colours();
     let printer = Printer::default();
-    let status = Cli::try_parse_from(sim::line(bench::compatible_argv(std::env::args_os()))).map_or_else(
-        |error| usage::refuse(error, printer),
+    let code = Cli::try_parse_from(sim::line(bench::compatible_argv(std::env::args_os()))).map_or_else(
+        |error| usage::refuse(error, printer).map(ExitStatus::code),
         |cli| {
-            let printer = Printer { quiet: cli.quiet };
-            run(cli.verb, printer)
+            if cli.verb.uses_the_machine() {
+                let can_end_the_job = matches!(cli.verb, Verb::Down(_));
+                if let Some(code) = allocation::move_to_first_node(cli.job.as_deref(), can_end_the_job)? {
+                    return Ok(code);
+                }
+            }
+            run(cli.verb, Printer { quiet: cli.quiet })
         },
     );
-    let status = status.unwrap_or_else(|failure| {
+    ExitCode::from(code.unwrap_or_else(|failure| {
         printer.error(&failure);
-        failure.status
-    });
-    ExitCode::from(status.code())
+        failure.status.code()
+    }))
 }
 
-/// Runs one command.
-fn run(verb: Verb, printer: Printer) -> Result<ExitStatus, Failure> {
-    match verb {
+/// Runs one command, and returns its exit code.
+fn run(verb: Verb, printer: Printer) -> Result<u8, Failure> {
+    let status = match verb {
+        // It ends as an engine does, which can have any code.
+        Verb::Node(part) => return node::run(&part),
         Verb::Up(arguments) => up::run(&arguments, printer),
         Verb::Demo(arguments) => demo::run(&arguments, printer),
         Verb::Status(arguments) => block_on(status::run(arguments, printer)),
@@ -154,11 +190,13 @@ fn run(verb: Verb, printer: Printer) -> Result<ExitStatus, Failure> {
         Verb::Doctor(arguments) => doctor::run(&arguments, printer),
         Verb::Bundle(arguments) => bundle::run(&arguments, printer),
         Verb::Profiles(arguments) => profiles::run(&arguments, printer),
+        Verb::Slurm(verb) => slurm::run(&verb, printer),
         Verb::Completions(arguments) => completions::run(&arguments, printer),
         Verb::Shim => Ok(shim::process::run()),
         Verb::Sidecar(arguments) => sidecar::run(&arguments, printer),
         Verb::SimLmcache(arguments) => block_on(sim_lmcache::run(arguments)),
-    }
+    };
+    status.map(ExitStatus::code)
 }
 
 /// Runs an async command on the main thread, with worker threads for its tasks.

@@ -23,7 +23,10 @@ pub(super) fn profile_failure(error: ProfileError) -> Failure {
 pub(super) fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Plan, Failure> {
     plan::build(profile, machine, run_dir).map_err(|error| {
         let status = match &error {
-            PlanError::UnsafeConnector(_) | PlanError::NoGpuLeft { .. } => ExitStatus::Preflight,
+            PlanError::UnsafeConnector(_)
+            | PlanError::NoGpuLeft { .. }
+            | PlanError::LargerThanNode { .. }
+            | PlanError::SpansNodes { .. } => ExitStatus::Preflight,
             PlanError::PortTooHigh { .. } | PlanError::PortTwice { .. } | PlanError::UnequalRanks { .. } => {
                 ExitStatus::Usage
             }

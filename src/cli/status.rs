@@ -83,9 +83,11 @@ fn render(status: &Status, width: usize) -> String {
 /// How the operator can call an engine directly, if that needs the generated key.
 fn direct_access(status: &Status) -> Option<String> {
     let file = status.run.engine_key_file.as_ref()?.display();
-    let port = status.engines.last()?.port;
+    let last = status.engines.last()?;
+    let host = Some(last.host.as_str()).filter(|host| !host.is_empty());
+    let (host, port) = (host.unwrap_or("127.0.0.1"), last.port);
     Some(format!(
-        "  direct   curl -H \"Authorization: Bearer $(cat {file})\" http://127.0.0.1:{port}/v1/models"
+        "  direct   curl -H \"Authorization: Bearer $(cat {file})\" http://{host}:{port}/v1/models"
     ))
 }
 
@@ -107,7 +109,7 @@ fn wide_table(engines: &[EngineStatus]) -> Table<9> {
             engine.role.to_string(),
             ui::state(engine.state),
             engine.pid.map(|pid| pid.to_string()).unwrap_or_default(),
-            engine.port.to_string(),
+            address(engine),
             engine.gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(","),
             engine.in_flight.to_string(),
             engine
@@ -119,6 +121,14 @@ fn wide_table(engines: &[EngineStatus]) -> Table<9> {
         ]);
     }
     table
+}
+
+/// `7200`, or `n2:7200` on another node.
+fn address(engine: &EngineStatus) -> String {
+    match &engine.node {
+        Some(node) => format!("{node}:{}", engine.port),
+        None => engine.port.to_string(),
+    }
 }
 
 fn narrow_table(engines: &[EngineStatus]) -> Table<4> {

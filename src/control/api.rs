@@ -127,6 +127,12 @@ pub struct EngineStatus {
     pub pid: Option<u32>,
     /// Port of its OpenAI API.
     pub port: u16,
+    /// The address on which it listens; empty if xpyd is older.
+    #[serde(default)]
+    pub host: String,
+    /// The node on which it runs, if it is not that of xpyd.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// Indices of its GPUs.
     pub gpus: Vec<u32>,
     /// The number of this start, from 1.
@@ -161,6 +167,8 @@ impl From<&EngineView> for EngineStatus {
             slower_than_last: false,
             pid: view.pid,
             port: view.endpoint.port,
+            host: view.endpoint.host.clone(),
+            node: None,
             gpus: Vec::new(),
             incarnation: view.incarnation.0,
             in_flight: view.load.in_flight(),

@@ -52,6 +52,8 @@ pub struct ServeSpec<'plan> {
     pub visible_gpus: &'plan str,
     /// The NUMA node of each of its GPUs, to which its workers are bound; empty: not bound.
     pub numa_nodes: &'plan [u32],
+    /// Whether KV can also go over RDMA: other nodes take part, and this one has devices for it.
+    pub rdma: bool,
     /// The fraction of its GPUs' memory, 0 to 1; default: the engine's own.
     pub gpu_memory_utilization: Option<f64>,
     /// Longest prompt plus answer, in tokens.

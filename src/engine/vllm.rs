@@ -121,7 +121,8 @@ pub(super) fn environment(serve: &ServeSpec<'_>) -> Vec<(String, String)> {
             variables.push(("CUDA_VISIBLE_DEVICES", serve.visible_gpus.to_owned()));
             // CUDA's default order is by speed, NVML's by bus.
             variables.push(("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()));
-            variables.push(("UCX_TLS", "cuda_ipc,cuda_copy,sm,self,tcp".to_owned()));
+            let rdma = if serve.rdma { "rc," } else { "" };
+            variables.push(("UCX_TLS", format!("cuda_ipc,cuda_copy,sm,self,{rdma}tcp")));
         }
         Device::Cpu => variables.push(("CUDA_VISIBLE_DEVICES", String::new())),
     }

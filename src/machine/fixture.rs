@@ -2,7 +2,7 @@
 
 use super::huggingface::{CacheState, Hub, Model};
 use super::{
-    FilesystemSpace, Gpu, GpuDriver, GpuMemory, Gpus, HuggingFace, Installation, Limit, Machine, Pcie,
+    FilesystemSpace, Gpu, GpuDriver, GpuMemory, Gpus, HuggingFace, Installation, Limit, Machine, Nodes, Pcie,
     PythonEnvironment, System, Token, TokenSource, Version,
 };
 
@@ -83,6 +83,7 @@ impl Machine {
             },
             inherited: std::collections::BTreeMap::new(),
             xpyd: "/usr/bin/xpyd".into(),
+            nodes: Nodes::default(),
         }
     }
 }

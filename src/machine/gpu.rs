@@ -9,14 +9,15 @@ mod visible;
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use holders::{GpuProcess, LocalProcess};
 pub use meter::{Meter, Usage};
 pub use release::{Baseline, Release};
 
 /// The GPUs of this machine, within an inherited `CUDA_VISIBLE_DEVICES`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Gpus {
     /// NVML was not asked, because the plan needs no GPU.
     NotAsked,
@@ -42,10 +43,13 @@ impl Gpus {
 }
 
 /// One GPU, or one MIG slice of a GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Gpu {
     /// NVML's index, which is CUDA's with `CUDA_DEVICE_ORDER=PCI_BUS_ID`. For a MIG slice, [`slice_number`].
     pub index: u32,
+    /// The other node of the Slurm allocation that has it; `None` for this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<GpuNode>,
     /// Product name.
     pub name: String,
     /// `GPU-…` or `MIG-…`, which CUDA accepts as well.
@@ -68,8 +72,17 @@ pub struct Gpu {
     pub health: GpuHealth,
 }
 
+/// The place of a GPU on another node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuNode {
+    /// The node's name.
+    pub name: String,
+    /// The GPU's index there.
+    pub index: u32,
+}
+
 /// Memory of a GPU, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GpuMemory {
     /// Total memory.
     pub total: u64,
@@ -80,7 +93,7 @@ pub struct GpuMemory {
 }
 
 /// Faults that NVML reports. XID errors themselves are only in the kernel's log, but the lasting ones show here.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GpuHealth {
     /// Why NVML cannot reach the GPU: it fell off the bus (XID 79), needs a reset (XID 95, 119, …), or this user has no
     /// permission.
@@ -101,7 +114,7 @@ impl GpuHealth {
 }
 
 /// The connection between two GPUs, the best first. The comments name the terms of `nvidia-smi topo`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Path {
     /// The same GPU.
@@ -114,6 +127,8 @@ pub enum Path {
     Numa,
     /// The link between CPU sockets (`SYS`).
     System,
+    /// The network between two nodes.
+    Network,
     /// NVML does not report it.
     Unknown,
 }
@@ -127,13 +142,14 @@ impl Path {
             Self::Switch => "a PCIe switch",
             Self::Numa => "one NUMA node",
             Self::System => "two NUMA nodes",
+            Self::Network => "the network",
             Self::Unknown => "an unknown connection",
         }
     }
 }
 
 /// The NVIDIA driver.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct GpuDriver {
     /// Its version: `570.86.15`.
     pub version: Option<String>,
@@ -163,6 +179,11 @@ impl Gpu {
         self.paths.get(&other).copied().unwrap_or(Path::Unknown)
     }
 
+    /// The other node that has it; `None` for this one.
+    pub fn node_name(&self) -> Option<&str> {
+        self.node.as_ref().map(|node| node.name.as_str())
+    }
+
     /// The name for people: `GPU 3`, `GPU 3 slice 1`.
     pub fn label(&self) -> String {
         match self.parent {
@@ -170,7 +191,10 @@ impl Gpu {
                 "GPU {parent} slice {}",
                 self.index.saturating_sub(slice_number(parent, 0))
             ),
-            None => format!("GPU {}", self.index),
+            None => match &self.node {
+                Some(node) => format!("GPU {} ({} of {})", self.index, node.index, node.name),
+                None => format!("GPU {}", self.index),
+            },
         }
     }
 }

@@ -7,6 +7,7 @@ mod gpu;
 mod host;
 pub mod huggingface;
 mod model;
+mod nodes;
 mod processors;
 mod software;
 mod system;
@@ -17,12 +18,13 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 pub use gpu::{
-    Baseline, Gpu, GpuDriver, GpuHealth, GpuMemory, GpuProcess, Gpus, LocalProcess, Meter, Path as GpuPath, Release,
-    Usage, slice_number,
+    Baseline, Gpu, GpuDriver, GpuHealth, GpuMemory, GpuNode, GpuProcess, Gpus, LocalProcess, Meter, Path as GpuPath,
+    Release, Usage, slice_number,
 };
 pub use host::Host;
 pub use huggingface::{HuggingFace, Token, TokenSource};
 pub use model::{KvShape, ModelSize};
+pub use nodes::{NodeFacts, NodeQuestion, Nodes, OtherNode, facts as node_facts, survey as survey_nodes};
 pub use processors::Processors;
 pub use software::{Installation, PythonEnvironment, Version};
 pub use system::{FilesystemSpace, Limit, Listener, Pcie, System};
@@ -53,6 +55,8 @@ pub struct Machine {
     pub binds_numa: bool,
     /// The path of this program, for the simulated engine.
     pub xpyd: PathBuf,
+    /// The nodes on which engines run.
+    pub nodes: Nodes,
 }
 
 /// What to look for on the machine.
@@ -123,6 +127,7 @@ pub fn survey(wanted: &SurveyRequest<'_>) -> Machine {
         system,
         inherited: inherited(),
         xpyd: std::env::current_exe().unwrap_or_else(|_| Path::new("xpyd").to_owned()),
+        nodes: Nodes::default(),
     }
 }
 

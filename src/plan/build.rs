@@ -10,13 +10,12 @@ use crate::fleet::{Endpoint, EngineId, Receiver, Role};
 use crate::machine::{self, Machine};
 use crate::profile::{Profile, RoleProfile};
 use crate::proxy_config::RequestDeadlines;
+use crate::slurm::Node;
 
 use super::{
-    EngineFile, EngineSpec, Liveness, Plan, PortUse, ProxyPlan, choose_connector, engine_options, fetch, gpus, reserved,
+    EngineFile, EngineSpec, Liveness, Plan, PortUse, ProxyPlan, choose_connector, engine_options, fetch, gpus, nodes,
+    reserved,
 };
-
-/// Engines, their side channels and notifications stay on this machine.
-const LOOPBACK: &str = "127.0.0.1";
 
 /// A reason why no plan can be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +53,22 @@ pub enum PlanError {
         /// Number of GPUs that no engine of the fleet uses.
         free: usize,
     },
+    /// An engine needs more GPUs than any node of the allocation has.
+    #[error("{engine} needs {needed} GPUs, but no node of this allocation has more than {largest}")]
+    LargerThanNode {
+        /// The name of the engine.
+        engine: String,
+        /// Number of GPUs that the engine needs.
+        needed: usize,
+        /// The most GPUs of one node.
+        largest: usize,
+    },
+    /// The profile gives an engine GPUs of several nodes.
+    #[error("{engine} has GPUs of several nodes, but an engine runs on one node")]
+    SpansNodes {
+        /// The name of the engine.
+        engine: String,
+    },
     /// LMCache pushes from rank to rank, so both roles need the same number of ranks.
     #[error("connector `lmcache` needs the same tensor_parallel on both roles, not {prefill} and {decode}")]
     UnequalRanks {
@@ -76,6 +91,11 @@ impl PlanError {
                 "change a port of the profile, for example `--set decode.port=7600`, or `--set port_offset=…`"
                     .to_owned()
             }
+            Self::LargerThanNode { .. } => {
+                "lower `tensor_parallel`, or use nodes with more GPUs; xpyd starts no engine over several nodes"
+                    .to_owned()
+            }
+            Self::SpansNodes { .. } => "`xpyd plan` lists the GPUs of each node; change `gpus` of the role".to_owned(),
             Self::NoGpuLeft { .. } => "`nvidia-smi` shows which process uses which GPU".to_owned(),
             Self::UnequalRanks { .. } => "set the same value for both roles, or use `--connector nixl`".to_owned(),
         }
@@ -96,6 +116,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
             decode: decode_ranks,
         });
     }
+    gpus::check_sizes(profile, machine)?;
     let mut builder = Builder::new(profile, machine, &connector, run_dir, gpus::for_all(profile, machine));
     let mut engines = Vec::new();
     for role in [Role::Prefill, Role::Decode] {
@@ -115,7 +136,7 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
         model: profile.model.clone(),
         fetch: builder.fetch,
         served_model_name: profile.served_model_name.clone(),
-        proxy: proxy(profile, &connector)?,
+        proxy: proxy(profile, machine, &connector)?,
         notes: notes(profile, &connector),
         objections: reserved::objections(profile, &connector),
         names_gpus: !profile.prefill.gpus.is_empty() && !profile.decode.gpus.is_empty(),
@@ -143,8 +164,10 @@ pub(super) struct Builder<'input> {
     fetch: Option<fetch::ModelFetch>,
 }
 
-/// The endpoint and ports of one engine.
+/// The place, endpoint and ports of one engine.
 struct Addresses {
+    node: Option<Node>,
+    gpus: Vec<u32>,
     endpoint: Endpoint,
     ports: Vec<PortUse>,
     side_channel_port: Option<u16>,
@@ -203,6 +226,8 @@ impl<'input> Builder<'input> {
     /// Builds one engine. `index` is unique within the role, `number` within the fleet.
     pub(super) fn engine(&mut self, role: Role, index: usize, number: usize) -> Result<EngineSpec, PlanError> {
         let id = EngineId::new(role, index);
+        let gpus = self.gpus.pop_front().unwrap_or_default();
+        let home = nodes::home(self.machine, &id, index, &gpus)?;
         let mut ports = Ports {
             owner: &id,
             offset: self.profile.port_offset,
@@ -220,13 +245,15 @@ impl<'input> Builder<'input> {
                     http: ports.take("cache server http", base.http_port, number)?,
                 });
             }
-            Connector::LmCache(_) if role == Role::Decode => receiver = Some(self.receiver(index, &mut ports)?),
+            Connector::LmCache(_) if role == Role::Decode => {
+                receiver = Some(self.receiver(index, &home.address, &mut ports)?);
+            }
             Connector::LmCache(_) => {}
         }
         let mut ports = ports.taken;
         ports.extend(self.named_in_arguments(role));
         let endpoint = Endpoint {
-            host: LOOPBACK.to_owned(),
+            host: home.address,
             port: http,
             tensor_parallel: self.role(role).tensor_parallel,
             receiver,
@@ -236,6 +263,8 @@ impl<'input> Builder<'input> {
             role,
             (index, number),
             Addresses {
+                node: home.node,
+                gpus,
                 endpoint,
                 ports,
                 side_channel_port,
@@ -265,7 +294,7 @@ impl<'input> Builder<'input> {
     }
 
     /// Takes the ports of a decode engine's LMCache receiver.
-    fn receiver(&self, index: usize, ports: &mut Ports<'_>) -> Result<Receiver, PlanError> {
+    fn receiver(&self, index: usize, host: &str, ports: &mut Ports<'_>) -> Result<Receiver, PlanError> {
         let ranks = usize::from(self.profile.decode.tensor_parallel);
         let mut block = |purpose: &str, base: u16| -> Result<Vec<u16>, PlanError> {
             (0..ranks)
@@ -273,7 +302,7 @@ impl<'input> Builder<'input> {
                 .collect()
         };
         Ok(Receiver {
-            host: LOOPBACK.to_owned(),
+            host: host.to_owned(),
             init_ports: block("lmcache init", self.profile.lmcache.init_port)?,
             alloc_ports: block("lmcache alloc", self.profile.lmcache.alloc_port)?,
         })
@@ -281,26 +310,26 @@ impl<'input> Builder<'input> {
 
     fn spec(&mut self, id: EngineId, role: Role, (index, number): (usize, usize), addresses: Addresses) -> EngineSpec {
         let Addresses {
+            node,
+            gpus,
             endpoint,
             ports,
             side_channel_port,
             cache,
         } = addresses;
         let profile = self.profile;
-        let max_model_len = match profile.engine {
-            EngineKind::Vllm => profile.vllm.max_model_len,
-            EngineKind::Sim => profile.vllm.max_model_len.or(Some(profile.sim.max_model_len)),
-        };
+        let of_sim = (profile.engine == EngineKind::Sim).then_some(profile.sim.max_model_len);
+        let max_model_len = profile.vllm.max_model_len.or(of_sim);
         let notify_port = profile.lmcache.notify_port.saturating_add(profile.port_offset);
         let mut launch = self.connector.launch(&LaunchContext {
             role,
             index,
             device: profile.device,
-            host: LOOPBACK,
+            host: &endpoint.host,
             side_channel_port,
             receiver: endpoint.receiver.as_ref(),
             cache,
-            notify: Some((LOOPBACK, notify_port)),
+            notify: Some((nodes::proxy_address(self.machine), notify_port)),
             max_model_len,
             kv_lease: kv_lease(profile),
             lookup_deadline: profile.deadlines.lookup(),
@@ -308,7 +337,6 @@ impl<'input> Builder<'input> {
             run_dir: self.run_dir,
         });
         let file = file(&mut launch);
-        let gpus = self.gpus.pop_front().unwrap_or_default();
         let mut gpu_uuids = gpus::uuids(self.machine, &gpus);
         let visible_gpus = gpus::visible(self.machine, &gpus, &gpu_uuids);
         let (program, has_shutdown_timeout) = self.program();
@@ -325,6 +353,7 @@ impl<'input> Builder<'input> {
             device: profile.device,
             visible_gpus: &visible_gpus,
             numa_nodes: &gpus::numa_nodes(self.machine, &gpus, &args),
+            rdma: self.machine.nodes.this.is_some() && self.machine.system.has_rdma,
             gpu_memory_utilization: gpus::given_share(profile, self.role(role)),
             max_model_len,
             launch: &launch,
@@ -337,14 +366,15 @@ impl<'input> Builder<'input> {
         };
         let argv = profile.engine.command(&serve);
         let env = self.environment(&serve, role);
-        if env.get("CUDA_VISIBLE_DEVICES") != Some(&visible_gpus) {
-            // The profile's own variable wins, and xpyd cannot tell which GPUs it selects.
+        // The profile's own variable wins, and xpyd cannot tell which GPUs it selects. The driver here knows no other node's.
+        if env.get("CUDA_VISIBLE_DEVICES") != Some(&visible_gpus) || node.is_some() {
             gpu_uuids.clear();
         }
         EngineSpec {
             log_file: PathBuf::from(format!("{id}.log")),
             id,
             role,
+            node,
             argv,
             env,
             gpus,
@@ -439,7 +469,7 @@ fn liveness(profile: &Profile) -> Liveness {
     }
 }
 
-fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxyPlan, PlanError> {
+fn proxy(profile: &Profile, machine: &Machine, connector: &Connector) -> Result<ProxyPlan, PlanError> {
     let port = |purpose: &str, base: u16| {
         base.checked_add(profile.port_offset)
             .ok_or_else(|| PlanError::PortTooHigh {
@@ -450,7 +480,7 @@ fn proxy(profile: &Profile, connector: &Connector) -> Result<ProxyPlan, PlanErro
     };
     let notify = if connector.notifies() {
         Some((
-            LOOPBACK.to_owned(),
+            nodes::proxy_address(machine).to_owned(),
             port("lmcache notifications", profile.lmcache.notify_port)?,
         ))
     } else {

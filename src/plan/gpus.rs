@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 
 use super::placement::{PlacementRequest, place};
-use super::{EngineSpec, Plan};
+use super::{EngineSpec, Plan, PlanError, nodes};
 use crate::connector::Device;
 use crate::engine::{EngineKind, arguments, vllm};
-use crate::fleet::Role;
+use crate::fleet::{EngineId, Role};
 use crate::machine::{Installation, Machine};
 use crate::profile::{Profile, RoleProfile};
 
@@ -70,6 +70,18 @@ pub(super) fn for_all(profile: &Profile, machine: &Machine) -> VecDeque<Vec<u32>
     place(machine.gpus.found(), &groups).into()
 }
 
+/// Fails if an engine needs more GPUs than any node has.
+pub(super) fn check_sizes(profile: &Profile, machine: &Machine) -> Result<(), PlanError> {
+    if !uses_gpus(profile) {
+        return Ok(());
+    }
+    let roles = [(Role::Prefill, &profile.prefill), (Role::Decode, &profile.decode)];
+    let check = |(role, of_role): (Role, &RoleProfile)| {
+        nodes::check_size(machine, profile.ranks(of_role).total(), &EngineId::new(role, 0))
+    };
+    roles.into_iter().try_for_each(check)
+}
+
 /// GPUs for `count` more engines of `role`, beside the engines of the plan.
 pub(super) fn for_more(
     profile: &Profile,
@@ -110,10 +122,18 @@ pub(super) fn visible(machine: &Machine, gpus: &[u32], uuids: &[String]) -> Stri
         Installation::Missing(_) | Installation::NotAsked => true,
     };
     let is_slice = |index: &u32| machine.gpus.get(*index).is_some_and(|gpu| gpu.parent.is_some());
+    let index_on_node = |index: &u32| {
+        machine
+            .gpus
+            .get(*index)
+            .and_then(|gpu| gpu.node.as_ref())
+            .map_or(*index, |node| node.index)
+    };
     if !uuids.is_empty() && (reads_uuids || gpus.iter().any(is_slice)) {
         return uuids.join(",");
     }
-    gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+    let indices = gpus.iter().map(|index| index_on_node(index).to_string());
+    indices.collect::<Vec<_>>().join(",")
 }
 
 /// The NUMA node of each GPU, or nothing if the engine is not to be bound: binding is impossible, the machine has one

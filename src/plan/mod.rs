@@ -9,6 +9,7 @@ mod engine_options;
 mod fetch;
 mod gpus;
 mod grow;
+mod nodes;
 mod placement;
 mod redact;
 mod reserved;
@@ -25,6 +26,7 @@ use crate::connector::Connector;
 use crate::engine::{EngineKind, vllm};
 use crate::fleet::{Endpoint, EngineId, LogLimits, Role};
 use crate::proxy_config::{ProxyConfig, RequestDeadlines};
+use crate::slurm::Node;
 
 pub use build::{PlanError, build};
 pub use fetch::{ModelFetch, revision, shared_env};
@@ -86,6 +88,9 @@ pub struct EngineSpec {
     pub id: EngineId,
     /// The engine's role.
     pub role: Role,
+    /// The node on which it runs; `None` for this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<Node>,
     /// Program and arguments.
     pub argv: Vec<String>,
     /// Variables on top of xpyd's own environment.
@@ -198,6 +203,15 @@ impl Plan {
 
     /// Every port of the run with its owner, in port order. The proxy's ports are included.
     pub fn ports(&self) -> Vec<(u16, String)> {
+        self.ports_of(|_| true)
+    }
+
+    /// The same, without engines on other nodes.
+    pub fn ports_here(&self) -> Vec<(u16, String)> {
+        self.ports_of(|engine| engine.node.is_none())
+    }
+
+    fn ports_of(&self, counts: impl Fn(&EngineSpec) -> bool) -> Vec<(u16, String)> {
         let mut ports = vec![(self.proxy.config.port, "proxy http".to_owned())];
         ports.extend(
             self.proxy
@@ -205,7 +219,7 @@ impl Plan {
                 .iter()
                 .map(|(_, port)| (*port, "proxy lmcache notifications".to_owned())),
         );
-        for engine in &self.engines {
+        for engine in self.engines.iter().filter(|engine| counts(engine)) {
             ports.extend(
                 engine
                     .ports

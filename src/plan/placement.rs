@@ -65,7 +65,7 @@ type Placement = Vec<Vec<usize>>;
 type Score = (Reverse<[usize; 5]>, Nearness, Nearness);
 
 /// Number of GPU pairs per kind of connection, the fastest kind first.
-type Nearness = [usize; 5];
+type Nearness = [usize; 6];
 
 struct Search<'input> {
     gpus: &'input [Gpu],
@@ -88,6 +88,7 @@ impl<'input> Search<'input> {
             GpuPath::Numa => 2,
             GpuPath::System => 3,
             GpuPath::Unknown => 4,
+            GpuPath::Network => 5,
         };
         let ways = gpus
             .iter()
@@ -175,7 +176,9 @@ impl<'input> Search<'input> {
         } else {
             self.grown_sets(&possible, ranks)
         };
-        sets.into_iter().map(move |set| {
+        // An engine runs on one node.
+        let sets = sets.into_iter().filter(|set| self.is_on_one_node(set));
+        sets.map(move |set| {
             let mut places = places.clone();
             places[group] = set;
             places
@@ -257,11 +260,20 @@ impl<'input> Search<'input> {
 
     /// Whether no GPU is overloaded.
     fn fits(&self, places: &Placement) -> bool {
+        if !places.iter().all(|place| self.is_on_one_node(place)) {
+            return false;
+        }
         let most = if self.sharing { MOST } else { 1.0 };
         (0..self.gpus.len()).all(|position| {
             let engines = places.iter().filter(|place| place.contains(&position)).count();
             engines <= 1 || self.load(places, position) <= most
         })
+    }
+
+    fn is_on_one_node(&self, place: &[usize]) -> bool {
+        let mut nodes = place.iter().map(|position| self.gpus[*position].node_name());
+        let first = nodes.next();
+        nodes.all(|node| Some(node) == first)
     }
 
     /// Whether this GPU has room for one more engine.

@@ -5,6 +5,7 @@ mod gpu;
 mod gpu_memory;
 mod memory;
 mod model;
+mod nodes;
 mod options;
 mod software;
 mod system;
@@ -50,6 +51,8 @@ pub enum Level {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Topic {
+    /// The other nodes of a Slurm allocation.
+    Nodes,
     /// The installed programs and packages.
     Software,
     /// The GPUs.
@@ -67,6 +70,7 @@ pub enum Topic {
 impl fmt::Display for Topic {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
+            Self::Nodes => "nodes",
             Self::Software => "software",
             Self::Gpu => "GPUs",
             Self::Memory => "memory and cores",
@@ -80,10 +84,12 @@ impl fmt::Display for Topic {
 /// Runs all checks, in the order of a start.
 pub fn check(plan: &Plan, machine: &Machine) -> Vec<Finding> {
     let decided = (Topic::Software, options::decided(plan));
+    let nodes = (Topic::Nodes, nodes::findings(machine));
     if plan.engine != EngineKind::Vllm {
-        return sorted([decided, (Topic::System, system::limits(machine))]);
+        return sorted([nodes, decided, (Topic::System, system::limits(machine))]);
     }
     let topics = [
+        nodes,
         (Topic::Software, software::check(plan, machine)),
         decided,
         (Topic::Gpu, gpu::check(plan, machine)),

@@ -141,7 +141,7 @@ fn shared_memory(system: &System, ranks: u64) -> Finding {
 }
 
 fn ports(plan: &Plan, listeners: &[Listener]) -> Finding {
-    let wanted = plan.ports();
+    let wanted = plan.ports_here();
     let taken: Vec<String> = wanted
         .iter()
         .filter_map(|(port, purpose)| {
@@ -163,7 +163,7 @@ fn ports(plan: &Plan, listeners: &[Listener]) -> Finding {
     finding("ports", Level::Fail, message, Some(hint))
 }
 
-/// Only RDMA locks much memory. On one machine, UCX does not need it.
+/// Only RDMA locks much memory. Within one node, UCX does not need it.
 fn locked_memory(plan: &Plan, system: &System) -> Finding {
     let limit = system.locked_memory.soft;
     let words = if limit == u64::MAX {

@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::hang_report::HangReport;
 use super::hooks::{self, CanaryRound, Diagnose, Hooks};
-use super::shim::client::{Shim, ShimError};
+use super::node::{self, RemoteEngine};
+use super::shim::client::{Shim, ShimError, ShimLog};
 use super::shim::protocol::{Command, Event as ShimEvent, Spawn};
 use super::state::{Action, Event, FleetMachine, Limits};
 use super::{
@@ -94,7 +95,7 @@ impl<H: Hooks> Driver<H> {
         let kept = attach.as_ref().map(AttachableRun::engines);
         let shim = match attach {
             Some(run) => Shim::attach(run),
-            None => Shim::start(&settings.program, &settings.run_dir.join(SHIM_LOG)).await,
+            None => Shim::start(&settings.program, ShimLog::File(&settings.run_dir.join(SHIM_LOG))).await,
         };
         let mut shim = shim.map_err(|error| one_line(&error))?;
         tracing::info!(pid = shim.pid(), attached = kept.is_some(), "shim");
@@ -436,13 +437,24 @@ impl<H: Hooks> Driver<H> {
         }
         let Some(spec) = self.spec(id) else { return events };
         let diagnose = self.hooks.diagnosis_of_start(spec);
+        let (argv, env) = match &spec.node {
+            None => (spec.argv.clone(), spec.env.clone()),
+            Some(node) => {
+                let engine = RemoteEngine {
+                    spec: spec.clone(),
+                    incarnation,
+                    directory: self.directory.clone(),
+                };
+                node::command(&self.settings.program, node, &engine)
+            }
+        };
         let spawn = Spawn {
             engine: id.clone(),
             incarnation,
-            argv: spec.argv.clone(),
-            env: spec.env.clone(),
+            argv,
+            env,
             directory: self.directory.clone(),
-            log: self.settings.run_dir.join(&spec.log_file),
+            log: Some(self.settings.run_dir.join(&spec.log_file)),
             log_limits: spec.log_limits,
             stop_grace: spec.stop_grace,
             memo: serde_json::to_value(spec).unwrap_or_default(),

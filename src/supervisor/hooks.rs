@@ -95,5 +95,5 @@ pub(super) async fn diagnose(diagnose: Option<Diagnose>, exit: Option<Exit>) -> 
 
 /// Whether the GPU hooks apply to the engine.
 pub(super) fn has_gpus(engine: &EngineSpec) -> bool {
-    !engine.gpu_uuids.is_empty()
+    engine.node.is_none() && !engine.gpu_uuids.is_empty()
 }

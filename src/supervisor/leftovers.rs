@@ -26,7 +26,7 @@ pub(super) async fn find(processes: &[(Option<EngineId>, LeftoverProcess)], engi
                 name: process.name.clone(),
                 state: process.state,
             });
-        let held = engines.iter().flat_map(|engine| {
+        let held = ports::of_this_node(engines).flat_map(|engine| {
             let held = |used: &&PortUse| !ports::is_free(&engine.endpoint.host, used.port);
             engine.ports.iter().filter(held).map(|used| Leftover::Port {
                 engine: engine.id.clone(),

@@ -10,6 +10,7 @@ mod hang_report;
 mod hooks;
 mod leftovers;
 mod liveness;
+pub mod node;
 mod outcome;
 pub mod ports;
 mod probe;

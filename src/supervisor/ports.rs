@@ -78,11 +78,11 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Reserves every port of the engines, or none.
+/// Reserves every port of the engines on this node, or none.
 pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
     let mut reservations = Reservations::default();
     let mut taken: BTreeMap<u16, &EngineId> = BTreeMap::new();
-    for engine in engines {
+    for engine in of_this_node(engines) {
         for wanted in &engine.ports {
             let conflict = |holder, source| PortConflict {
                 port: wanted.port,
@@ -112,7 +112,7 @@ pub fn reserve(engines: &[EngineSpec]) -> Result<Reservations, PortConflict> {
 /// Reserves the ports of engines that run already: where an engine listens, only the lock between runs.
 pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
     let mut reservations = Reservations::default();
-    for engine in engines {
+    for engine in of_this_node(engines) {
         for used in &engine.ports {
             if let Ok(lock) = lock(used.port) {
                 let socket = bind(&engine.endpoint.host, used.port).ok();
@@ -121,6 +121,11 @@ pub fn reserve_running(engines: &[EngineSpec]) -> Reservations {
         }
     }
     reservations
+}
+
+/// The agents reserve the ports of the others.
+pub(super) fn of_this_node(engines: &[EngineSpec]) -> impl Iterator<Item = &EngineSpec> {
+    engines.iter().filter(|engine| engine.node.is_none())
 }
 
 impl Reservations {
@@ -195,6 +200,10 @@ pub fn holder(port: u16) -> Option<Holder> {
 /// A reservation cannot keep out a program that sets `SO_REUSEADDR` as well and listens first; the engine then fails to
 /// listen, while that program can answer in its place.
 pub(super) fn taken_by_other(engine: &EngineSpec, leader: u32) -> Option<String> {
+    if engine.node.is_some() {
+        // Its agent has reserved them, and looked before.
+        return None;
+    }
     engine.ports.iter().find_map(|used| {
         let mut listening = sockets_on(used.port)
             .into_iter()

@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use tokio::time::{Instant, timeout};
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
-use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::client::{Shim, ShimLog};
 use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use crate::skipped;
@@ -107,7 +107,7 @@ async fn shared_memory_is_removed_before_its_owner_is_killed() {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
-    let mut shim = Shim::start(Path::new(PROGRAM), &folder.path().join("shim.log"))
+    let mut shim = Shim::start(Path::new(PROGRAM), ShimLog::File(&folder.path().join("shim.log")))
         .await
         .unwrap();
     let segment = Path::new("/dev/shm").join(format!("xpyd-test-frozen-{}", std::process::id()));
@@ -178,7 +178,7 @@ async fn in_a_namespace() {
     }
     std::fs::write("/proc/sys/kernel/pid_max", MOST_PIDS).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let mut shim = Shim::start(Path::new(PROGRAM), &folder.path().join("shim.log"))
+    let mut shim = Shim::start(Path::new(PROGRAM), ShimLog::File(&folder.path().join("shim.log")))
         .await
         .unwrap();
     // Its child in another session is known as a member of the tree before it ends.
@@ -226,7 +226,7 @@ fn spawn(folder: &Path, engine: &str, script: &str) -> Command {
         argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
         env: BTreeMap::new(),
         directory: folder.to_owned(),
-        log: folder.join(format!("{engine}.log")),
+        log: Some(folder.join(format!("{engine}.log"))),
         log_limits: LogLimits::default(),
         stop_grace: Duration::from_mins(10),
         memo: serde_json::Value::Null,

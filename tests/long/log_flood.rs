@@ -11,7 +11,7 @@ use xpyd::fleet::{EngineId, Incarnation, LogLimits};
 use xpyd::logs::Follower;
 use xpyd::logs::follow::POLL_INTERVAL;
 use xpyd::supervisor::AttachableRun;
-use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::client::{Shim, ShimLog};
 use xpyd::supervisor::shim::protocol::{Command, Event, Keep, Spawn};
 
 use crate::skipped;
@@ -43,7 +43,7 @@ impl Flood {
         let log = folder.path().join("shim.log");
         let program = Path::new(env!("CARGO_BIN_EXE_xpyd"));
         Self {
-            shim: Shim::start(program, &log).await.unwrap(),
+            shim: Shim::start(program, ShimLog::File(&log)).await.unwrap(),
             folder,
             incarnation: Incarnation::FIRST,
         }
@@ -63,7 +63,7 @@ impl Flood {
 
     fn spawn(&self, engine: EngineId, script: &str, log_limits: LogLimits) -> Command {
         Command::Spawn(Spawn {
-            log: self.folder.path().join(format!("{engine}.log")),
+            log: Some(self.folder.path().join(format!("{engine}.log"))),
             engine,
             incarnation: self.incarnation,
             argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
@@ -289,7 +289,7 @@ async fn on_a_full_disk() {
     let Command::Spawn(mut spawn) = flood.spawn(engine(), &script, LIMITS) else {
         unreachable!()
     };
-    spawn.log = disk.join("decoder1.log");
+    spawn.log = Some(disk.join("decoder1.log"));
     spawn.log_limits.file_bytes = 1 << 30;
     flood.shim.send(&Command::Spawn(spawn)).unwrap();
     assert!(matches!(flood.event().await, Event::Spawned { .. }));

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::Signal;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
-use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::client::{Shim, ShimLog};
 use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use crate::support::{DEADLINE, TestEnv, get};
@@ -135,9 +135,12 @@ fn get_or_nothing(env: &TestEnv) -> String {
 async fn log_throughput() {
     const BYTES: u64 = 2_000_000_000;
     let folder = tempfile::tempdir().unwrap();
-    let mut shim = Shim::start(Path::new(env!("CARGO_BIN_EXE_xpyd")), &folder.path().join("shim.log"))
-        .await
-        .unwrap();
+    let mut shim = Shim::start(
+        Path::new(env!("CARGO_BIN_EXE_xpyd")),
+        ShimLog::File(&folder.path().join("shim.log")),
+    )
+    .await
+    .unwrap();
     let line = "x".repeat(199);
     let spawn = Command::Spawn(Spawn {
         engine: EngineId::named("decoder1"),
@@ -147,7 +150,7 @@ async fn log_throughput() {
             .to_vec(),
         env: BTreeMap::new(),
         directory: "/".into(),
-        log: folder.path().join("decoder1.log"),
+        log: Some(folder.path().join("decoder1.log")),
         log_limits: LogLimits {
             file_bytes: 64 << 20,
             files: 4,

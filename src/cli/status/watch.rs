@@ -243,6 +243,8 @@ mod tests {
             slower_than_last: false,
             pid: Some(7),
             port: 7200,
+            host: "127.0.0.1".to_owned(),
+            node: None,
             gpus: vec![0],
             incarnation: 1,
             in_flight: 0,

@@ -73,6 +73,15 @@ pub enum ShimError {
     },
 }
 
+/// Where the shim writes its own log.
+#[derive(Debug, Clone, Copy)]
+pub enum ShimLog<'path> {
+    /// This file.
+    File(&'path Path),
+    /// The standard error of this process, where engines without a log file write as well.
+    Inherited,
+}
+
 /// A running shim. Dropping this closes the connection, and then the shim ends every engine by itself.
 #[derive(Debug)]
 pub struct Shim {
@@ -93,10 +102,10 @@ struct ShimConnection {
 }
 
 impl Shim {
-    /// Starts `program shim` and waits for its hello. Its own log goes to `log`.
+    /// Starts `program shim` and waits for its hello.
     ///
     /// Makes this process a child subreaper, so that it inherits the engines' processes if the shim is killed.
-    pub async fn start(program: &Path, log: &Path) -> Result<Self, ShimError> {
+    pub async fn start(program: &Path, log: ShimLog<'_>) -> Result<Self, ShimError> {
         prctl::set_child_subreaper(true).map_err(|errno| ShimError::Connection(errno.into()))?;
         let foreign = SharedFiles::present();
         let (own, theirs) = std::os::unix::net::UnixStream::pair().map_err(ShimError::Connection)?;
@@ -104,9 +113,15 @@ impl Shim {
             program: program.to_owned(),
             source,
         };
-        let (log, _) = private::append(log).map_err(start)?.into_parts();
-        // The shim holds the lock, so no other run removes the folder as an old one. Some file systems have no locks.
-        let _ = log.lock_shared();
+        let log = match log {
+            ShimLog::File(path) => {
+                let (log, _) = private::append(path).map_err(start)?.into_parts();
+                // The shim holds the lock, so no other run removes the folder as an old one. Some file systems have no locks.
+                let _ = log.lock_shared();
+                Stdio::from(log)
+            }
+            ShimLog::Inherited => Stdio::inherit(),
+        };
         let mut command = tokio::process::Command::new(program);
         for name in NOT_FOR_ENGINES {
             command.env_remove(name);

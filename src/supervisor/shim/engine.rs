@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -53,6 +53,22 @@ pub(super) struct Engine {
     memo: serde_json::Value,
 }
 
+/// The engine's log, if it has one, and its standard output and error.
+fn output(spawn: &Spawn) -> Result<(Option<Log>, [OwnedFd; 2]), String> {
+    let no_copy = |error| format!("cannot duplicate its output: {error}");
+    let (log, writer) = match &spawn.log {
+        Some(path) => {
+            let opened = Log::open(path, spawn.log_limits);
+            let (log, writer) =
+                opened.map_err(|error| format!("cannot write its log `{}`: {error}", path.display()))?;
+            (Some(log), writer)
+        }
+        None => (None, io::stderr().as_fd().try_clone_to_owned().map_err(no_copy)?),
+    };
+    let copy = writer.try_clone().map_err(no_copy)?;
+    Ok((log, [writer, copy]))
+}
+
 /// How far the end of the tree has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Termination {
@@ -71,8 +87,7 @@ enum Termination {
 impl Engine {
     /// Starts the engine. The error is a sentence for the user.
     pub(super) fn spawn(spawn: Spawn) -> Result<Self, String> {
-        let (log, writer) = Log::open(&spawn.log, spawn.log_limits)
-            .map_err(|error| format!("cannot write its log `{}`: {error}", spawn.log.display()))?;
+        let (log, [output, errors]) = output(&spawn)?;
         let mark = Tree::mark(std::process::id(), &spawn.engine, spawn.incarnation);
         let cgroup = Cgroup::create(&Tree::cgroup_name(std::process::id(), &spawn.engine, spawn.incarnation));
         let entrance = cgroup.as_ref().and_then(|cgroup| cgroup.entrance().ok());
@@ -84,12 +99,8 @@ impl Engine {
             .env(MARK_VARIABLE, &mark)
             .current_dir(&spawn.directory)
             .stdin(Stdio::null())
-            .stdout(
-                writer
-                    .try_clone()
-                    .map_err(|error| format!("cannot duplicate its log pipe: {error}"))?,
-            )
-            .stderr(writer);
+            .stdout(output)
+            .stderr(errors);
         prepare_leader(&mut command, entrance);
         let child = command
             .spawn()
@@ -105,12 +116,12 @@ impl Engine {
             .and_then(Process::read)
             .ok_or("its process is not in /proc")?;
         Ok(Self {
-            tree: Tree::new(leader.pid, log.inode(), mark, cgroup),
+            tree: Tree::new(leader.pid, log.as_ref().map(Log::inode), mark, cgroup),
             id: spawn.engine,
             incarnation: spawn.incarnation,
             leader,
             exit: None,
-            log: Some(log),
+            log,
             shared_files: SharedFiles::default(),
             startup_finished: false,
             terminated: false,

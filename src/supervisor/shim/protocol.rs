@@ -77,8 +77,8 @@ pub struct Spawn {
     pub env: BTreeMap<String, String>,
     /// Working directory.
     pub directory: PathBuf,
-    /// File that gets its output, appended.
-    pub log: PathBuf,
+    /// File that gets its output, appended; `None`: it has the shim's standard error.
+    pub log: Option<PathBuf>,
     /// How much of its output is kept.
     #[serde(default)]
     pub log_limits: LogLimits,
@@ -328,7 +328,7 @@ mod tests {
             argv: vec!["vllm".into(), "--api-key".into(), "swordfish".into()],
             env: BTreeMap::from([("HF_TOKEN".into(), "hf_swordfish".into())]),
             directory: "/".into(),
-            log: "decoder1.log".into(),
+            log: Some("decoder1.log".into()),
             log_limits: LogLimits::default(),
             stop_grace: Duration::ZERO,
             memo: serde_json::json!({"api_key": "swordfish"}),

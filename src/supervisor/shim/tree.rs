@@ -29,7 +29,7 @@ use crate::fleet::{EngineId, Incarnation};
 
 /// The variable that marks every process of a tree. vLLM's `setproctitle` wipes it from EngineCore and workers, so it is the last
 /// resort, for daemons that kept nothing else of their tree.
-pub(super) const MARK_VARIABLE: &str = "XPYD_TREE";
+pub(in crate::supervisor) const MARK_VARIABLE: &str = "XPYD_TREE";
 
 /// One process of the process table.
 #[derive(Debug, Clone)]
@@ -203,8 +203,8 @@ impl ProcessTable {
 pub(super) struct Tree {
     /// Process id of the leader, and of its session.
     leader: i32,
-    /// Inode of its log pipe.
-    pipe: u64,
+    /// Inode of its log pipe, if its output goes to one.
+    pipe: Option<u64>,
     /// The value of [`MARK_VARIABLE`] in its environment.
     mark: String,
     /// Its cgroup, if it could get one.
@@ -214,7 +214,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    pub(super) fn new(leader: i32, pipe: u64, mark: String, cgroup: Option<Cgroup>) -> Self {
+    pub(super) fn new(leader: i32, pipe: Option<u64>, mark: String, cgroup: Option<Cgroup>) -> Self {
         Self {
             leader,
             pipe,
@@ -222,6 +222,10 @@ impl Tree {
             cgroup,
             seen: HashSet::new(),
         }
+    }
+
+    fn holds_pipe(&self, process: &Process) -> bool {
+        self.pipe.is_some_and(|pipe| process.holds_pipe(pipe))
     }
 
     /// The name of the cgroup of one incarnation. Begins with [`Tree::cgroups_of`] its shim.
@@ -252,7 +256,7 @@ impl Tree {
                 || inside.contains(&process.pid)
                 || members.contains(&process.parent)
                 || self.seen.contains(&(process.pid, process.started))
-                || process.parent == reaper && (process.holds_pipe(self.pipe) || process.carries(&self.mark));
+                || process.parent == reaper && (self.holds_pipe(process) || process.carries(&self.mark));
             if belongs {
                 members.insert(process.pid);
             }
@@ -373,7 +377,7 @@ mod tests {
 
     #[test]
     fn members_are_the_session_and_its_descendants() {
-        let mut tree = Tree::new(LEADER, 0, String::new(), None);
+        let mut tree = Tree::new(LEADER, Some(0), String::new(), None);
         let (child, escaped, grandchild, other) = (LEADER + 1, LEADER + 2, LEADER + 3, LEADER + 4);
         let found = members(
             &mut tree,
@@ -413,13 +417,13 @@ mod tests {
 
     #[test]
     fn an_orphan_of_the_session_stays_a_member() {
-        let mut tree = Tree::new(LEADER, 0, String::new(), None);
+        let mut tree = Tree::new(LEADER, Some(0), String::new(), None);
         assert_eq!(members(&mut tree, &[(LEADER + 1, 900, LEADER)]), [LEADER + 1]);
     }
 
     #[test]
     fn a_known_member_stays_one_without_its_parents() {
-        let mut tree = Tree::new(LEADER, 0, String::new(), None);
+        let mut tree = Tree::new(LEADER, Some(0), String::new(), None);
         let escaped = LEADER + 1;
         members(&mut tree, &[(LEADER, 900, LEADER), (escaped, LEADER, escaped)]);
         assert_eq!(members(&mut tree, &[(escaped, 900, escaped)]), [escaped]);
@@ -427,7 +431,7 @@ mod tests {
 
     #[test]
     fn a_session_outside_the_reaper_is_no_member() {
-        let mut tree = Tree::new(LEADER, 0, String::new(), None);
+        let mut tree = Tree::new(LEADER, Some(0), String::new(), None);
         assert!(members(&mut tree, &[(LEADER, 1, LEADER)]).is_empty());
     }
 

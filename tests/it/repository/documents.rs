@@ -12,13 +12,14 @@ const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
 const OPERATIONS: &str = include_str!("../../../docs/operations.md");
 
 /// The pages whose commands a reader types, by name.
-const PAGES: [(&str, &str); 6] = [
+const PAGES: [(&str, &str); 7] = [
     ("README.md", README),
     ("configuration.md", CONFIGURATION),
     ("operations.md", OPERATIONS),
     ("benchmark.md", include_str!("../../../docs/benchmark.md")),
     ("api.md", include_str!("../../../docs/api.md")),
     ("connectors.md", include_str!("../../../docs/connectors.md")),
+    ("cluster.md", include_str!("../../../docs/cluster.md")),
 ];
 
 fn text(output: &Output) -> String {
@@ -115,8 +116,10 @@ fn documented_commands_work_in_order() {
     assert!(output.status.success(), "{}", text(&output));
     let mut done = 0;
     let all: Vec<Vec<String>> = PAGES.iter().flat_map(|(_, page)| documented_commands(page)).collect();
-    // A proxy for engines on other machines runs for ever.
-    for line in all.iter().filter(|words| words[0] != "proxy") {
+    // A proxy for engines on other machines runs for ever. The others need Slurm.
+    let needs_more =
+        |words: &[String]| words[0] == "proxy" || words[0] == "slurm" || words.contains(&"--job".to_owned());
+    for line in all.iter().filter(|words| !needs_more(words)) {
         let words = adapted_command(&env, line);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let output = env.run(&words);

@@ -181,6 +181,7 @@ fn engine(name: &str, prelude: &str, mark: &str) -> EngineSpec {
     // The worker survives its leader.
     let script = format!("{prelude}\nsleep 1000 &\nexec {} {server}", program.display());
     EngineSpec {
+        node: None,
         id: EngineId::named(name),
         role: if name.starts_with("prefiller") {
             Role::Prefill

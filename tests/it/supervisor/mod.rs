@@ -7,6 +7,7 @@ mod engine_access;
 mod fleet;
 mod kv_blame;
 mod lmcache_mp;
+mod nodes;
 mod ports;
 mod processes;
 mod restart;

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 use xpyd::fleet::Exit;
 use xpyd::fleet::{EngineId, Incarnation, LogLimits};
-use xpyd::supervisor::shim::client::Shim;
+use xpyd::supervisor::shim::client::{Shim, ShimLog};
 use xpyd::supervisor::shim::protocol::{Command, Event, Spawn};
 
 use super::processes::{MARK, marked, read};
@@ -50,7 +50,7 @@ impl ShimHarness {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("shim.log");
         Self {
-            shim: Shim::start(Path::new(PROGRAM), &log).await.unwrap(),
+            shim: Shim::start(Path::new(PROGRAM), ShimLog::File(&log)).await.unwrap(),
             mark: folder.path().to_string_lossy().into_owned(),
             folder,
         }
@@ -99,7 +99,7 @@ fn spawn(script: &str, mark: &str, log: &Path) -> Command {
         argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
         env: BTreeMap::from([(MARK.to_owned(), mark.to_owned())]),
         directory: "/".into(),
-        log: log.to_owned(),
+        log: Some(log.to_owned()),
         log_limits: LogLimits::default(),
         stop_grace: Duration::from_mins(10),
         memo: serde_json::Value::Null,
@@ -332,7 +332,9 @@ async fn play_xpyd() {
     let Ok(mark) = std::env::var(PLAY) else { return };
     let folder = PathBuf::from(&mark);
     let log = folder.join("engine.log");
-    let mut shim = Shim::start(Path::new(PROGRAM), &folder.join("shim.log")).await.unwrap();
+    let mut shim = Shim::start(Path::new(PROGRAM), ShimLog::File(&folder.join("shim.log")))
+        .await
+        .unwrap();
     let leader = "trap 'echo asked to leave; exit 0' TERM; while :; do sleep 0.01; done";
     shim.send(&spawn(&stubborn(leader), &mark, &log)).unwrap();
     if std::env::var_os(PLAY_SETTLED).is_some() {

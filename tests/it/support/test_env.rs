@@ -122,6 +122,7 @@ impl TestEnv {
             "ALL_PROXY",
             "all_proxy",
             "CUDA_VISIBLE_DEVICES",
+            "SLURM_JOB_ID",
         ] {
             command.env_remove(name);
         }

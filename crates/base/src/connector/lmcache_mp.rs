@@ -9,6 +9,9 @@ use serde_json::json;
 
 use super::{Device, Launch, LaunchContext, Nixl, Sidecar};
 
+/// Only its own engine uses a cache server.
+const SERVER_HOST: &str = "127.0.0.1";
+
 /// The options of LMCache MP.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LmCacheMp {
@@ -44,7 +47,7 @@ impl LmCacheMp {
                     "kv_connector": "LMCacheMPConnector",
                     "kv_role": "kv_both",
                     "kv_connector_extra_config": {
-                        "lmcache.mp.host": format!("tcp://{}", context.host),
+                        "lmcache.mp.host": format!("tcp://{SERVER_HOST}"),
                         "lmcache.mp.port": cache.requests,
                     },
                 },
@@ -64,9 +67,9 @@ impl LmCacheMp {
         let gibibytes = self.l1_bytes as f64 / f64::from(1 << 30);
         let mut arguments = vec!["server".to_owned()];
         let mut flag = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
-        flag("host", context.host.to_owned());
+        flag("host", SERVER_HOST.to_owned());
         flag("port", cache.requests.to_string());
-        flag("http-host", context.host.to_owned());
+        flag("http-host", SERVER_HOST.to_owned());
         flag("http-port", cache.http.to_string());
         // LMCache's unit is 2^30 bytes.
         flag("l1-size-gb", gibibytes.to_string());

@@ -37,6 +37,7 @@ pub(super) fn policy(policy: RestartWhen) -> RestartPolicy {
 /// The spec of an engine; its role follows from its name.
 pub(in crate::supervisor) fn engine(name: &str, gpus: &[u32]) -> EngineSpec {
     EngineSpec {
+        node: None,
         id: EngineId::named(name),
         role: if name.starts_with("prefiller") {
             Role::Prefill
