@@ -62,6 +62,7 @@ fn methods(methods: RouteMethods) -> &'static str {
 fn fate(action: RouteAction) -> (&'static str, &'static str) {
     match action {
         RouteAction::Generate(_) => ("handed over", "by its fields, below"),
+        RouteAction::Live => ("the proxy's", "200 while the proxy works, whatever its engines do"),
         RouteAction::Health => ("the proxy's", "200 while there is a ready engine of each role"),
         RouteAction::Metrics => ("the proxy's", "its own metrics"),
         RouteAction::Version => ("alone", "at most five times a second, shared by all clients that ask"),

@@ -205,7 +205,8 @@ async fn health_asks_unsupervised_engines() {
         let mut settings = harness::settings(Connector::Nixl(Nixl {}));
         settings.asks_engines = true;
         let harness = ProxyHarness::start(settings, &engines.0, &engines.1, 1, None).await;
-        for path in ["/health", "/ping"] {
+        assert_eq!(harness.get("/live").await.status(), 200);
+        for path in ["/health", "/ping", "/ready"] {
             let status = harness.get(path).await.status();
             assert_eq!(status, if is_well { 200 } else { 503 }, "{path} of {engines:?}");
         }

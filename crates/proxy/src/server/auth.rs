@@ -7,8 +7,9 @@ use std::fmt;
 use axum::http::{HeaderMap, HeaderValue, Method, header};
 use subtle::{Choice, ConstantTimeEq};
 
-/// Paths that are open to everyone, as on vLLM with `--api-key`: they use no GPU of an engine.
-const OPEN: [&str; 5] = ["/health", "/ping", "/metrics", "/version", "/load"];
+/// Paths that are open to everyone, as on vLLM with `--api-key`: they use no GPU of an engine. `/ready` and `/live` are
+/// xpyd's own.
+const OPEN: [&str; 7] = ["/health", "/ping", "/ready", "/live", "/metrics", "/version", "/load"];
 
 /// A key that a header cannot carry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -49,6 +49,7 @@ async fn dispatch(shared: &Arc<Shared>, route: &'static Route, request: Request)
     let outcome = match route.action {
         RouteAction::Generate(kind) => Box::pin(generate(shared, kind, request)).await,
         RouteAction::Health => return health(shared).await,
+        RouteAction::Live => return Response::new(Body::empty()),
         RouteAction::Metrics => {
             let (with_engines, open) = (asks_for_engines(&request), wants_open_metrics(request.headers()));
             return metrics(shared, with_engines, open).await;

@@ -23,7 +23,7 @@ const MAX_HEADERS: usize = 90;
 const MAX_HEADER_BYTES: usize = 32 << 10;
 
 /// Paths that are served on every connection, even beyond the limit.
-const ALWAYS: [&str; 3] = ["/health", "/ping", "/metrics"];
+const ALWAYS: [&str; 5] = ["/health", "/ping", "/ready", "/live", "/metrics"];
 
 /// Runs the request's route, or answers why it is refused.
 pub(crate) async fn check_request(

@@ -29,6 +29,8 @@ pub(crate) enum RouteAction {
     Generate(GenerationKind),
     /// Answer whether the fleet is healthy.
     Health,
+    /// Answer 200: the proxy works, whatever its engines do.
+    Live,
     /// Answer with the proxy's own metrics.
     Metrics,
     /// Answer with the engines' version.
@@ -66,6 +68,9 @@ pub(crate) const ROUTES: &[Route] = &[
     post("/v1/chat/completions", RouteAction::Generate(GenerationKind::Chat)),
     get("/health", RouteAction::Health),
     both("/ping", RouteAction::Health),
+    // For probes of Kubernetes and load balancers, which must not confuse the two.
+    get("/ready", RouteAction::Health),
+    get("/live", RouteAction::Live),
     get("/metrics", RouteAction::Metrics),
     // Generations in other formats. Which of their fields a hand-off can serve was not tested on real engines.
     post("/v1/responses", RouteAction::Pass),
