@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::{self, OptionFuture};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use self::canaries::Canaries;
 use self::client_socket::ClientService;
 use self::diagnosis::LogDiagnosis;
+use self::endpoints_file::EndpointsFile;
 use self::gpu_watch::GpuChecks;
 use self::hooks::RunHooks;
 use crate::control::rundir::{self, RunDir, RunEngine, RunInfo};
@@ -34,6 +36,7 @@ mod client_socket;
 mod control_socket;
 mod diagnosis;
 mod end_kept;
+mod endpoints_file;
 mod forward;
 mod gpu_watch;
 mod hooks;
@@ -43,6 +46,7 @@ mod signals;
 mod start_history;
 mod throughput;
 
+pub use self::canaries::verify_pairs;
 pub use self::diagnosis::LogStarts;
 pub use self::end_kept::end_kept;
 pub use self::scale::Grow;
@@ -77,6 +81,8 @@ pub struct Run {
     pub printer: Printer,
     /// Whether a line every ten seconds reports the throughput.
     pub prints_throughput: bool,
+    /// The file that lists the engines that serve, for other proxies.
+    pub write_endpoints: Option<PathBuf>,
 }
 
 impl fmt::Debug for Run {
@@ -119,6 +125,11 @@ pub struct Ended {
     pub log_starts: LogStarts,
 }
 
+/// Both at the same time, as far as the run has them.
+async fn optional(one: Option<impl Future<Output = ()>>, other: Option<impl Future<Output = ()>>) {
+    future::join(OptionFuture::from(one), OptionFuture::from(other)).await;
+}
+
 /// Runs the fleet until it ends. Once it is ready, `when_ready` runs beside it; when that returns, the fleet is stopped.
 ///
 /// # Errors
@@ -139,6 +150,7 @@ where
         engine_key,
         printer,
         prints_throughput,
+        write_endpoints,
     } = run;
     let (run_dir, model) = (Arc::new(run_dir), plan.served_model_name.clone());
     write_plan(&plan).map_err(anyhow::Error::from)?;
@@ -159,10 +171,9 @@ where
     let clients = ClientService::start(&mut parts, &proxy, sockets.listener, &view, &stop, attach.is_some());
     let (planned, plans) = watch::channel(Arc::new(plan.clone()));
     let (progress_done, seen, notes) = start_reporting(&mut parts, &plans, printer, &view, &stop);
-    if prints_throughput {
-        let served = throughput::follow(proxy.clone(), view.clone(), notes.clone());
-        parts.spawn(until(stop.clone(), served));
-    }
+    let served = prints_throughput.then(|| throughput::follow(proxy.clone(), view.clone(), notes.clone()));
+    let listed = write_endpoints.map(|path| EndpointsFile::at(path).follow(view.clone()));
+    parts.spawn(until(stop.clone(), optional(served, listed)));
     let status = status(&info, plans, &view, &seen, &proxy);
     let scaler = scale::Scaler {
         grow,

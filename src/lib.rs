@@ -10,6 +10,7 @@ pub mod cli;
 
 // Features. Siblings do not import each other.
 pub mod control;
+pub mod discovery;
 pub mod logs;
 pub mod preflight;
 pub mod supervisor;

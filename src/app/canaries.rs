@@ -70,6 +70,20 @@ async fn send(proxy: Proxy, duration: watch::Sender<Duration>, round: CanaryRoun
     canaries.collect().await
 }
 
+/// Sends a canary through each of these pairs, one after the other. Returns why one failed, in one line.
+pub async fn verify_pairs(proxy: &Proxy, pairs: Vec<(EngineId, EngineId)>) -> Vec<Result<(), String>> {
+    let mut results = Vec::with_capacity(pairs.len());
+    for pair in pairs {
+        let end = Instant::now() + VERIFY_DEADLINE;
+        results.push(match canary(proxy, &pair, CanaryPrompts::ShortAndLong, end).await {
+            CanaryResult::Worked => Ok(()),
+            CanaryResult::Failed(reason) => Err(reason),
+            CanaryResult::Untried => Err("there was no time for it".to_owned()),
+        });
+    }
+    results
+}
+
 async fn canary(
     proxy: &Proxy,
     (prefill, decode): &(EngineId, EngineId),

@@ -84,6 +84,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         printer,
         // The benchmark has the terminal meanwhile.
         prints_throughput: false,
+        write_endpoints: None,
     };
     let num_prompts = arguments.num_prompts;
     let page = plan.run_dir.join("bench.html");

@@ -14,8 +14,10 @@ use super::engine_key;
 use super::planning;
 use super::proxy_options::{self, ProxyOptions};
 use super::usage::Switch;
+use crate::app;
 use crate::byte_size;
 use crate::connector::{Connector, ConnectorKind, FirstToken, LmCache, LmCacheMp, Nixl};
+use crate::discovery::{self, Source};
 use crate::fleet::{
     Endpoint, EngineId, EngineState, EngineView, FleetStage, FleetView, Incarnation, Load, Receiver, Role,
 };
@@ -41,6 +43,11 @@ pub struct Arguments {
     /// Port to listen on.
     #[arg(long, default_value_t = 9100)]
     pub port: u16,
+    /// Engines that come and go, in a file in llm-d's format: `file:endpoints.yaml`. A new engine gets requests once a
+    /// canary has worked through it; one that leaves the file finishes its requests.
+    #[arg(long, value_name = "SOURCE", conflicts_with_all = ["prefiller_host", "prefiller_port", "num_prefillers",
+        "decoder_host", "decoder_port", "num_decoders"])]
+    pub discover: Option<Source>,
     /// Hosts of the prefill engines.
     #[arg(long, value_delimiter = ',', default_value = "localhost")]
     pub prefiller_host: Vec<String>,
@@ -270,7 +277,11 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
     let usage = |error: FlagError| {
         Failure::new(ExitStatus::Usage, error).hint("`xpyd proxy --help` explains the lists of hosts and ports")
     };
-    let (prefill, decode) = endpoints(&arguments).map_err(usage)?;
+    let (prefill, decode) = match &arguments.discover {
+        None => endpoints(&arguments).map_err(usage)?,
+        Some(_) if arguments.connector == ConnectorKind::LmCache => return Err(lmcache_needs_ports()),
+        Some(_) => Default::default(),
+    };
     let config = config(&arguments)?;
     let _log = OwnLog::to_standard_error().map_err(anyhow::Error::from)?;
     let scheme = config.clients.scheme();
@@ -302,11 +313,14 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
             Failure::new(ExitStatus::Failure, error).hint("choose another address with `--host` and `--port`")
         })?;
     let address = listener.local_addr().map_err(anyhow::Error::from)?;
-    printer.status(format_args!(
-        "serving {} prefill and {} decode engines on {scheme}://{address}",
-        prefill.len(),
-        decode.len()
-    ));
+    printer.status(match &arguments.discover {
+        None => format!(
+            "serving {} prefill and {} decode engines on {scheme}://{address}",
+            prefill.len(),
+            decode.len()
+        ),
+        Some(source) => format!("serving the engines of {source} on {scheme}://{address}"),
+    });
     if let Some(notifications) = &notifications {
         printer.status(format_args!(
             "receiving notifications on {}:{}",
@@ -314,17 +328,34 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
             notifications.port()
         ));
     }
-    // The sender is kept open: the fleet never changes, but a closed channel would mean that it has ended.
-    let (_fleet, view) = watch::channel(Arc::new(fleet(prefill, decode)));
+    // The sender is kept open: a closed channel would mean that the fleet has ended.
+    let (fleet, view) = watch::channel(Arc::new(fleet(prefill, decode)));
     let proxy = Proxy::new(settings, view, notifications);
-    let stop = CancellationToken::new();
-    let mut serving = std::pin::pin!(proxy.clone().serve(listener, stop.clone()));
-    let asking = async {
-        warn_of_unhealthy_engines(&proxy, printer).await;
+    let following = async {
+        match arguments.discover {
+            Some(source) => {
+                let verify = |pairs| app::verify_pairs(&proxy, pairs);
+                discovery::follow(source, fleet.clone(), verify, |line| printer.status(line)).await;
+            }
+            None => warn_of_unhealthy_engines(&proxy, printer).await,
+        }
         std::future::pending::<()>().await;
     };
+    serve(&proxy, listener, following, &mut signals, printer).await
+}
+
+/// Serves clients beside this work, until a signal. Then finishes their requests.
+async fn serve(
+    proxy: &Proxy,
+    listener: TcpListener,
+    following: impl Future<Output = ()>,
+    signals: &mut StopSignals,
+    printer: Printer,
+) -> Result<ExitStatus, Failure> {
+    let stop = CancellationToken::new();
+    let mut serving = std::pin::pin!(proxy.clone().serve(listener, stop.clone()));
     tokio::select! {
-        () = asking => {}
+        () = following => {}
         ended = &mut serving => return ended.map(|()| ExitStatus::Success).map_err(|error| anyhow::Error::from(error).into()),
         _ = signals.next() => stop.cancel(),
     }
@@ -339,6 +370,11 @@ pub async fn run(arguments: Arguments, printer: Printer) -> Result<ExitStatus, F
             Err(Failure::message(ExitStatus::Failure, format!("{} requests did not end in time", proxy.in_flight())))
         }
     }
+}
+
+fn lmcache_needs_ports() -> Failure {
+    let problem = "`--discover` does not work with `--connector lmcache`: the file has no ports of LMCache's receivers";
+    Failure::message(ExitStatus::Usage, problem.to_owned()).hint("use `--connector nixl` or `--connector lmcache-mp`")
 }
 
 /// Names the engines that do not answer now. They may still start, so this is no failure.

@@ -1,6 +1,6 @@
 //! `xpyd up`: from the command line to a running fleet, and its end.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -32,6 +32,9 @@ pub(super) struct Arguments {
     /// Name of the run, for `xpyd down`, `status` and `logs` if there are several.
     #[arg(long, default_value = "default")]
     name: String,
+    /// Write the engines that serve to this file, in llm-d's format, for other proxies: `xpyd proxy --discover file:FILE`.
+    #[arg(long, value_name = "FILE")]
+    write_endpoints: Option<PathBuf>,
     /// Number of folders of old runs to keep.
     #[arg(long, default_value_t = KEEP_LOGS, value_name = "COUNT")]
     keep_logs: usize,
@@ -115,6 +118,7 @@ pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus,
         grow: Box::new(move |plan, role, count| plan::grow(&profile, &machine, plan, role, count)),
         printer,
         prints_throughput: true,
+        write_endpoints: arguments.write_endpoints.clone(),
     };
     let log = plan.run_dir.join("xpyd.log");
     let ended = block_on(app::run(run, async move |ready: Ready| {

@@ -3,6 +3,7 @@
 mod command_line;
 mod containers;
 mod control_socket;
+mod discovery;
 mod doctor;
 mod environment;
 mod proxy_command;

@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use crate::support::{MODEL, Run, TestEnv, Unsupervised, completion, post, wait_for};
 
 /// Starts the engines with the command lines of a plan, and waits until they are ready.
-fn start_engines(env: &TestEnv, profile: &str) -> Vec<Unsupervised> {
+pub(super) fn start_engines(env: &TestEnv, profile: &str) -> Vec<Unsupervised> {
     start_changed_engines(env, profile, str::to_owned)
 }
 

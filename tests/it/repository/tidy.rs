@@ -67,6 +67,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("logs", &["engine", "fleet", "private", "report"]),
     ("bench", &["http1", "report", "web"]),
     ("sim", &["report", "signals", "zmtp"]),
+    ("discovery", &["fleet"]),
     ("ui", &["bench", "fleet", "report"]),
     (
         "app",
@@ -94,6 +95,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "byte_size",
             "connector",
             "control",
+            "discovery",
             "engine",
             "fleet",
             "logs",

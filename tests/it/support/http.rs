@@ -69,6 +69,11 @@ pub(crate) fn get(port: u16, path: &str) -> String {
     send(client().get(url(port, path))).1
 }
 
+/// The status of a GET.
+pub(crate) fn status_of(port: u16, path: &str) -> u16 {
+    send(client().get(url(port, path))).0
+}
+
 fn url(port: u16, path: &str) -> String {
     format!("http://127.0.0.1:{port}{path}")
 }

@@ -315,8 +315,12 @@ impl Canary<'_> {
     fn body(&self, words: usize) -> Bytes {
         let model = &self.shared.settings.served_model_name;
         let mut body = serde_json::json!({
-            "model": model, "prompt": of_words(words), "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
+            "prompt": of_words(words), "temperature": 0, "max_tokens": TOKENS, "ignore_eos": true,
         });
+        // Without a name, an engine uses its own model.
+        if !model.is_empty() {
+            body["model"] = model.as_str().into();
+        }
         // With the prefill engine's first token, a request for log-probabilities would go to the decode engine alone.
         if self.shared.settings.connector.decode_flow() == DecodeFlow::Original {
             body["logprobs"] = ALTERNATIVES.into();
