@@ -43,8 +43,9 @@ pub struct Arguments {
     /// Port to listen on.
     #[arg(long, default_value_t = 9100)]
     pub port: u16,
-    /// Engines that come and go, in a file in llm-d's format: `file:endpoints.yaml`. A new engine gets requests once a
-    /// canary has worked through it; one that leaves the file finishes its requests.
+    /// Engines that come and go: a file in llm-d's format (`file:endpoints.yaml`), or host names that stand for all their
+    /// addresses (`dns:prefill=HOST:PORT,decode=HOST:PORT`). A new engine gets requests once a canary has worked through
+    /// it; one that leaves finishes its requests.
     #[arg(long, value_name = "SOURCE", conflicts_with_all = ["prefiller_host", "prefiller_port", "num_prefillers",
         "decoder_host", "decoder_port", "num_decoders"])]
     pub discover: Option<Source>,

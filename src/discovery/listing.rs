@@ -60,29 +60,37 @@ pub(super) fn parse(text: &[u8]) -> Result<Listing, String> {
         return Err(format!("it is larger than {MAX_BYTES} bytes"));
     }
     let file: File = serde_yaml_ng::from_slice(text).map_err(|error| error.to_string())?;
+    let entries = file.endpoints.into_iter().enumerate();
+    let entries = entries.map(|(number, value)| {
+        entry(value).map_err(|problem| format!("entry {} of `endpoints` is left out: {problem}", number + 1))
+    });
+    Ok(checked(entries))
+}
+
+/// The engines, as far as their names differ and each role has room.
+pub(super) fn limited(engines: Vec<ListedEngine>) -> Listing {
+    checked(engines.into_iter().map(Ok))
+}
+
+fn checked(entries: impl Iterator<Item = Result<ListedEngine, String>>) -> Listing {
     let mut listing = Listing::default();
-    for (number, value) in file.endpoints.into_iter().enumerate() {
-        match entry(value) {
+    for entry in entries {
+        match entry {
             Ok(engine) if listing.engines.iter().any(|known| known.name == engine.name) => {
-                listing.problems.push(format!(
-                    "engine `{}` is listed twice; the first entry counts",
-                    engine.name
-                ));
+                let problem = format!("engine `{}` is listed twice; the first entry counts", engine.name);
+                listing.problems.push(problem);
             }
             Ok(engine) if count(&listing, engine.role) == usize::from(MAX_ENGINES_PER_ROLE) => {
-                let role = engine.role;
+                let (name, role) = (engine.name, engine.role);
                 listing.problems.push(format!(
-                    "`{}` is left out: there are {MAX_ENGINES_PER_ROLE} {role} engines",
-                    engine.name
+                    "`{name}` is left out: there are {MAX_ENGINES_PER_ROLE} {role} engines"
                 ));
             }
             Ok(engine) => listing.engines.push(engine),
-            Err(problem) => listing
-                .problems
-                .push(format!("entry {} of `endpoints` is left out: {problem}", number + 1)),
+            Err(problem) => listing.problems.push(problem),
         }
     }
-    Ok(listing)
+    listing
 }
 
 fn count(listing: &Listing, role: Role) -> usize {

@@ -88,6 +88,27 @@ fn engines_serve_after_a_canary_and_leave_after_their_requests() {
 }
 
 #[test]
+fn a_name_stands_for_the_engines_at_its_addresses() {
+    let env = TestEnv::new();
+    let _engines = start_engines(&env, "1p1d-nixl");
+    let [port, prefill, decode] = [9100, 7100, 7200].map(|base: u16| base + env.offset);
+    let source = format!("dns:prefill=127.0.0.1:{prefill},decode=127.0.0.1:{decode}");
+    let port = port.to_string();
+    let mut proxy = Run::start(
+        &env,
+        &["proxy", "--connector", "nixl", "--port", &port, "--discover", &source],
+    );
+    proxy.wait_for_line("decode-127.0.0.1 serves");
+    let alone = completion(decode, MODEL, "found");
+    wait_for("readiness", || {
+        if ready(&env) == 200 { Ok(()) } else { Err(String::new()) }
+    });
+    assert_eq!(completion(env.proxy_port(), MODEL, "found"), alone);
+    proxy.signal(Signal::SIGTERM);
+    assert_eq!(proxy.end().0, 0);
+}
+
+#[test]
 fn a_fleet_can_be_found_by_its_own_list() {
     let env = TestEnv::new();
     let mut run = env.up(&["--profile", "1p1d", "--connector", "nixl", "--write-endpoints", FILE]);
