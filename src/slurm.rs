@@ -64,7 +64,8 @@ impl SlurmError {
 }
 
 impl Allocation {
-    /// The allocation that Slurm's variables describe; `None` outside of one.
+    /// The allocation that Slurm's variables describe, if it concerns this process: it has other nodes, or this is none of its
+    /// nodes. `None` as well where Slurm's programs are not installed, as in a container that has inherited the variables.
     ///
     /// # Errors
     /// When `scontrol` does not list its nodes, or xpyd runs several times in it.
@@ -73,12 +74,18 @@ impl Allocation {
         let (Some(job), Some(list)) = (variable("SLURM_JOB_ID"), variable("SLURM_JOB_NODELIST")) else {
             return Ok(None);
         };
+        let own = variable("SLURMD_NODENAME");
+        if own.as_ref() == Some(&list) {
+            return Ok(None);
+        }
         let copies = variable("SLURM_STEP_NUM_TASKS").and_then(|count| count.parse().ok());
         if let Some(copies) = copies.filter(|count| *count > 1) {
             return Err(SlurmError::SeveralCopies(copies));
         }
-        let nodes = host_names(&list)?;
-        let own = variable("SLURMD_NODENAME");
+        let nodes = match host_names(&list) {
+            Err(SlurmError::Command { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            nodes => nodes?,
+        };
         let here = nodes.iter().position(|node| Some(node) == own.as_ref());
         Ok(Some(Self { job, nodes, here }))
     }

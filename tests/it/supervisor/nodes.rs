@@ -203,6 +203,22 @@ fn a_node_that_does_not_answer_is_named_before_the_start() {
     assert_eq!(allocation.env.processes(), []);
 }
 
+/// A container inherits the variables of the job, but has no programs of Slurm.
+#[test]
+fn without_slurms_programs_a_node_is_a_machine() {
+    let env = TestEnv::new();
+    for (list, node) in [("n1", Some("n1")), ("n[1-2]", Some("n1")), ("n[1-2]", None)] {
+        let mut command = env.command(&["plan", "--engine", "sim"]);
+        command
+            .env("PATH", env.path())
+            .env("SLURM_JOB_ID", "7")
+            .env("SLURM_JOB_NODELIST", list);
+        node.map(|node| command.env("SLURMD_NODENAME", node));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{list}: {output:?}");
+    }
+}
+
 #[test]
 fn copies_of_xpyd_are_refused() {
     let allocation = Allocation::new();
