@@ -1,4 +1,4 @@
-//! xpyd serves LLMs with prefill and decode on different engines, on one machine. It launches and supervises the engines,
+//! xpyd serves LLMs with prefill and decode on different engines, on one machine or in a Slurm allocation. It launches and supervises the engines,
 //! proxies the OpenAI API over them, and benchmarks them.
 //!
 //! The modules are in layer order: imports go down only. Those that are members of the workspace, below `crates`, appear here as

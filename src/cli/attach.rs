@@ -68,7 +68,7 @@ pub(super) fn with_running_gpus(profile: &Profile, kept: &AttachableRun, name: &
     Ok(profile)
 }
 
-/// The plan with the running engines, if they are the ones that it would start. Engines that were added since the start
+/// Puts the engines that still run into the plan. Fails if the plan would start others. Engines that were added since the start
 /// become part of it. An engine without any process is ignored.
 pub(super) fn resume(mut plan: Plan, kept: &AttachableRun, name: &str) -> Result<Plan, Failure> {
     let specs = kept.specs().map_err(|error| unreachable_engines(error, name))?;

@@ -1,4 +1,4 @@
-//! The flags that choose a fleet, for `up`, `plan` and `bench --profile`, and the profile that they give.
+//! The flags with which `up`, `plan` and `bench --profile` choose a fleet, and how they become a profile.
 
 use std::path::{Path, PathBuf};
 

@@ -299,7 +299,7 @@ pub struct Endpoint {
     pub port: u16,
     /// The tensor-parallel size, at least 1. It is also the number of LMCache notifications of one prefill.
     pub tensor_parallel: u16,
-    /// Where prefill engines send KV, if the connector needs it.
+    /// The ports to which prefill engines push KV; `None` unless the connector pushes.
     pub receiver: Option<Receiver>,
 }
 

@@ -72,17 +72,6 @@ impl JsonSchema for Text {
     }
 }
 
-/// As [`serialize`], for a key that can be absent.
-///
-/// # Errors
-/// Those of the serializer.
-pub fn serialize_some<S: Serializer>(span: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
-    match span {
-        Some(span) => serialize(span, serializer),
-        None => serializer.serialize_none(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,7 +15,7 @@ pub struct Options {
     pub logprobs: Option<u32>,
     /// Time limit for the first answer, before anything else is sent; 0 skips the check.
     pub ready_check: Duration,
-    /// One-token probe requests per second during the run, one at a time; 0 sends none.
+    /// How many probes are sent per second during the run, never two at once. A probe asks for one token. 0: none.
     pub probe_rate: f64,
     /// Prefix of request ids; by default a random one.
     pub request_id_prefix: Option<String>,

@@ -21,8 +21,8 @@ const EXTRA_ARGUMENTS: &str = "vllm_xargs";
 /// Maximum number of members of an object. vLLM 0.32 knows about a hundred fields of a request.
 const MAX_MEMBERS: usize = 1024;
 
-/// Maximum nesting of objects and lists. Engines refuse more too: Python's JSON reader ends at 994 levels, pydantic's
-/// at 201 (seen on Python 3.11).
+/// Maximum nesting of objects and lists. Engines refuse such bodies anyway: Python's JSON reader reads at most 994
+/// levels, pydantic's 201 (seen on Python 3.11).
 const MAX_DEPTH: usize = 1000;
 
 /// Why the proxy cannot use a body.

@@ -24,7 +24,7 @@ pub struct Modes {
     /// as the result is clear.
     #[arg(long, conflicts_with_all = ["against", "compare"])]
     pub find_max: bool,
-    /// The share of requests that must meet all objectives: 0.99 means the 99th percentile.
+    /// The share of requests that must meet all objectives of `--goodput`; 0.99 lets one in a hundred miss.
     #[arg(long, value_name = "SHARE", value_parser = share, default_value = "0.99", requires = "find_max")]
     pub attainment: f64,
     /// Largest relative difference between the passing and the failing rate at the end.
