@@ -92,7 +92,8 @@ fn an_engine_restarts_with_a_new_cache_server() {
             kill_process(lost);
             wait_for(name, || {
                 let engine = engine(&env, name);
-                let is_back = engine["state"] == "ready" && engine["incarnation"] == 2;
+                // On a loaded host the second start can fail as well.
+                let is_back = engine["state"] == "ready" && engine["incarnation"].as_i64() > Some(1);
                 if is_back { Ok(()) } else { Err(engine.to_string()) }
             });
             assert_ne!(cache_server(&env, number), lost);

@@ -76,7 +76,7 @@ impl Allocation {
     fn wait_for_restart(&self, name: &str) {
         wait_for("another start", || {
             let engine = self.engine(name);
-            let is_back = engine["incarnation"] == 2 && engine["state"] == "ready";
+            let is_back = engine["state"] == "ready" && engine["incarnation"].as_i64() > Some(1);
             if is_back { Ok(()) } else { Err(engine.to_string()) }
         });
     }
