@@ -125,7 +125,7 @@ pub struct Ended {
     pub log_starts: LogStarts,
 }
 
-/// Both at the same time, as far as the run has them.
+/// Runs at the same time whichever of the two there are.
 async fn optional(one: Option<impl Future<Output = ()>>, other: Option<impl Future<Output = ()>>) {
     future::join(OptionFuture::from(one), OptionFuture::from(other)).await;
 }

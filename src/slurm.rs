@@ -63,18 +63,29 @@ impl SlurmError {
     }
 }
 
+/// The variable that `slurmd` sets to the name of its node.
+const NODE_NAME: &str = "SLURMD_NODENAME";
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Whether `slurmd` has started this process, which it does on the nodes of an allocation.
+pub fn is_on_a_node() -> bool {
+    variable(NODE_NAME).is_some()
+}
+
 impl Allocation {
-    /// The allocation that Slurm's variables describe, if it concerns this process: it has other nodes, or this is none of its
-    /// nodes. `None` as well where Slurm's programs are not installed, as in a container that has inherited the variables.
+    /// The allocation that Slurm's variables describe. `None` if it has no other node than this one, and where Slurm's programs
+    /// are not installed: a container inherits the variables.
     ///
     /// # Errors
     /// When `scontrol` does not list its nodes, or xpyd runs several times in it.
     pub fn read() -> Result<Option<Self>, SlurmError> {
-        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let (Some(job), Some(list)) = (variable("SLURM_JOB_ID"), variable("SLURM_JOB_NODELIST")) else {
             return Ok(None);
         };
-        let own = variable("SLURMD_NODENAME");
+        let own = variable(NODE_NAME);
         if own.as_ref() == Some(&list) {
             return Ok(None);
         }
@@ -159,11 +170,16 @@ fn output(command: &'static str, arguments: &[&str]) -> Result<String, SlurmErro
     if run.status.success() {
         return Ok(String::from_utf8_lossy(&run.stdout).into_owned());
     }
-    let said = String::from_utf8_lossy(&run.stderr);
     Err(SlurmError::Failed {
         command: format!("{command} {}", arguments.join(" ")),
-        message: said.trim().lines().last().unwrap_or("no message").to_owned(),
+        message: last_line(&run.stderr),
     })
+}
+
+/// The last line of what a command printed: its reason to fail.
+pub fn last_line(printed: &[u8]) -> String {
+    let printed = String::from_utf8_lossy(printed);
+    printed.trim().lines().last().unwrap_or("no message").to_owned()
 }
 
 /// The command that runs `command` as a step of its own on a node of this allocation.

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::fleet::EngineId;
@@ -70,18 +70,20 @@ async fn send(proxy: Proxy, duration: watch::Sender<Duration>, round: CanaryRoun
     canaries.collect().await
 }
 
-/// Sends a canary through each of these pairs, one after the other. Returns why one failed, in one line.
+/// Sends a round of canaries through these pairs, one after the other. Returns why each one failed, in one line.
 pub async fn verify_pairs(proxy: &Proxy, pairs: Vec<(EngineId, EngineId)>) -> Vec<Result<(), String>> {
-    let mut results = Vec::with_capacity(pairs.len());
-    for pair in pairs {
-        let end = Instant::now() + VERIFY_DEADLINE;
-        results.push(match canary(proxy, &pair, CanaryPrompts::ShortAndLong, end).await {
-            CanaryResult::Worked => Ok(()),
-            CanaryResult::Failed(reason) => Err(reason),
-            CanaryResult::Untried => Err("there was no time for it".to_owned()),
-        });
-    }
-    results
+    let round = CanaryRound {
+        pairs,
+        at_once: false,
+        worked: mpsc::channel(1).0,
+    };
+    let results = send(proxy.clone(), watch::Sender::new(Duration::ZERO), round).await;
+    let reason = |result| match result {
+        CanaryResult::Worked => Ok(()),
+        CanaryResult::Failed(reason) => Err(reason),
+        CanaryResult::Untried => Err("there was no time for it".to_owned()),
+    };
+    results.into_iter().map(reason).collect()
 }
 
 async fn canary(

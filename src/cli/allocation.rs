@@ -25,6 +25,17 @@ fn failure(error: SlurmError) -> Failure {
     Failure::new(ExitStatus::Failure, error).hint(hint)
 }
 
+/// How a command runs as a step of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StepKind {
+    /// The step ends with the command, and the job goes on.
+    Plain,
+    /// It can end the job, and so its own step.
+    CanEndTheJob,
+    /// Its processes would have to outlive the step, and Slurm ends them.
+    OutlivesTheStep,
+}
+
 /// Adds the other nodes of the allocation, with their facts.
 pub(super) fn with_other_nodes(machine: Machine, profile: &Profile, logs: &Path) -> Result<Machine, Failure> {
     let Some(allocation) = Allocation::read().map_err(failure)? else {
@@ -73,21 +84,21 @@ impl Drop for SharedFile {
 /// node after `salloc`.
 ///
 /// A command that can end the job (`xpyd down`) is a child instead, which Slurm kills with the job. Returns its exit code.
-pub(super) fn move_to_first_node(job: Option<&str>, can_end_the_job: bool) -> Result<Option<u8>, Failure> {
+pub(super) fn move_to_first_node(job: Option<&str>, kind: StepKind) -> Result<Option<u8>, Failure> {
     let target = match job {
         Some(job) => {
             let node = slurm::first_node(job).map_err(|error| failure(error).hint("`squeue --me` lists your jobs"))?;
             Some((job.to_owned(), node))
         }
-        None => Allocation::read().map_err(failure)?.and_then(|allocation| {
-            let is_elsewhere = allocation.here.is_none();
-            is_elsewhere.then(|| Some((allocation.job.clone(), allocation.nodes.first()?.clone())))?
-        }),
+        None if slurm::is_on_a_node() => None,
+        None => Allocation::read()
+            .map_err(failure)?
+            .and_then(|allocation| Some((allocation.job, allocation.nodes.into_iter().next()?))),
     };
     let Some((job, node)) = target else { return Ok(None) };
     let program = std::env::current_exe().map_err(anyhow::Error::from)?;
     let arguments = without_options(std::env::args_os().skip(1), &["--job"]);
-    if job_wants_to_outlive_its_step(&arguments) {
+    if kind == StepKind::OutlivesTheStep {
         let problem = "`--detach` ends with the Slurm step in which this command runs".to_owned();
         let hint = "`xpyd slurm submit` runs a fleet in the background";
         return Err(Failure::message(ExitStatus::Usage, problem).hint(hint));
@@ -104,25 +115,20 @@ pub(super) fn move_to_first_node(job: Option<&str>, can_end_the_job: bool) -> Re
     step.splice(1..1, options.map(OsString::from));
     let mut command = Command::new(&step[0]);
     command.args(&step[1..]);
-    if can_end_the_job {
+    if kind == StepKind::CanEndTheJob {
         return follow_to_the_end(command, &job).map(Some);
     }
-    let error = command.exec();
-    Err(failure(SlurmError::Command {
-        command: "srun",
-        source: error,
-    }))
+    Err(no_srun(command.exec()))
+}
+
+fn no_srun(source: std::io::Error) -> Failure {
+    let command = "srun";
+    failure(SlurmError::Command { command, source })
 }
 
 /// Runs a command in a job that it may end.
 fn follow_to_the_end(mut command: Command, job: &str) -> Result<u8, Failure> {
-    let failed = |source| {
-        failure(SlurmError::Command {
-            command: "srun",
-            source,
-        })
-    };
-    let mut step = command.stderr(Stdio::piped()).spawn().map_err(failed)?;
+    let mut step = command.stderr(Stdio::piped()).spawn().map_err(no_srun)?;
     let printer = Printer::default();
     let mut of_slurm = Vec::new();
     for line in step
@@ -132,7 +138,7 @@ fn follow_to_the_end(mut command: Command, job: &str) -> Result<u8, Failure> {
         .into_iter()
         .flat_map(BufRead::lines)
     {
-        let line = line.map_err(failed)?;
+        let line = line.map_err(no_srun)?;
         // How Slurm ends the step is of interest only if that was not the aim.
         if line.starts_with("srun: ") || line.starts_with("slurmstepd") {
             of_slurm.push(line);
@@ -142,7 +148,7 @@ fn follow_to_the_end(mut command: Command, job: &str) -> Result<u8, Failure> {
     }
     let code = step
         .wait()
-        .map_err(failed)?
+        .map_err(no_srun)?
         .code()
         .and_then(|code| u8::try_from(code).ok())
         .unwrap_or(1);
@@ -170,11 +176,6 @@ fn follow_to_the_end(mut command: Command, job: &str) -> Result<u8, Failure> {
 fn pause() {
     // There is nothing to wait for but time.
     let _ = poll(&mut [], PollTimeout::from(200u8));
-}
-
-fn job_wants_to_outlive_its_step(arguments: &[OsString]) -> bool {
-    let is_up = arguments.iter().any(|word| word == "up");
-    is_up && arguments.iter().any(|word| word == "-d" || word == "--detach")
 }
 
 /// The arguments without these options, which all have a value: `--job ID` and `--job=ID`. What follows `--` stays.

@@ -45,6 +45,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use self::allocation::StepKind;
 use crate::control::rundir::{self, FoundRun, RunDirError, RunInfo};
 use crate::report::{ExitStatus, Failure};
 use crate::signals;
@@ -126,20 +127,23 @@ enum Verb {
 }
 
 impl Verb {
-    /// Whether the command is about runs, GPUs or engines of a machine, so that it must run on the right one.
-    fn uses_the_machine(&self) -> bool {
-        !matches!(
-            self,
+    /// How the command runs as a step of a job. `None` if it is not about the runs, GPUs or engines of a machine, and so runs
+    /// where it is.
+    fn as_step(&self) -> Option<StepKind> {
+        match self {
             Self::Slurm(_)
-                | Self::Proxy(_)
-                | Self::Sim(_)
-                | Self::Profiles(_)
-                | Self::Completions(_)
-                | Self::Shim
-                | Self::Sidecar(_)
-                | Self::Node(_)
-                | Self::SimLmcache(_)
-        )
+            | Self::Proxy(_)
+            | Self::Sim(_)
+            | Self::Profiles(_)
+            | Self::Completions(_)
+            | Self::Shim
+            | Self::Sidecar(_)
+            | Self::Node(_)
+            | Self::SimLmcache(_) => None,
+            Self::Down(_) => Some(StepKind::CanEndTheJob),
+            Self::Up(arguments) if arguments.detaches() => Some(StepKind::OutlivesTheStep),
+            _ => Some(StepKind::Plain),
+        }
     }
 }
 
@@ -154,11 +158,10 @@ pub fn main() -> ExitCode {
     let code = Cli::try_parse_from(sim::line(bench::compatible_argv(std::env::args_os()))).map_or_else(
         |error| usage::refuse(error, printer).map(ExitStatus::code),
         |cli| {
-            if cli.verb.uses_the_machine() {
-                let can_end_the_job = matches!(cli.verb, Verb::Down(_));
-                if let Some(code) = allocation::move_to_first_node(cli.job.as_deref(), can_end_the_job)? {
-                    return Ok(code);
-                }
+            if let Some(kind) = cli.verb.as_step()
+                && let Some(code) = allocation::move_to_first_node(cli.job.as_deref(), kind)?
+            {
+                return Ok(code);
             }
             run(cli.verb, Printer { quiet: cli.quiet })
         },

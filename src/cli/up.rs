@@ -46,6 +46,13 @@ pub(super) struct Arguments {
     ends_with: Option<i32>,
 }
 
+impl Arguments {
+    /// Whether the run goes on after the command has returned.
+    pub(super) fn detaches(&self) -> bool {
+        self.detach
+    }
+}
+
 pub(super) fn run(arguments: &Arguments, printer: Printer) -> Result<ExitStatus, Failure> {
     if arguments.detached_child {
         detach::become_session_leader()?;

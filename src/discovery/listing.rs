@@ -67,7 +67,7 @@ pub(super) fn parse(text: &[u8]) -> Result<Listing, String> {
     Ok(checked(entries))
 }
 
-/// The engines, as far as their names differ and each role has room.
+/// Leaves out engines whose name is taken, and those beyond the limit of their role.
 pub(super) fn limited(engines: Vec<ListedEngine>) -> Listing {
     checked(engines.into_iter().map(Ok))
 }

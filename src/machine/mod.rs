@@ -140,10 +140,8 @@ fn inherited() -> BTreeMap<String, String> {
 
 /// The version of the vLLM of this program, if its metadata can be read.
 pub fn vllm_version(program: &str) -> Option<String> {
-    match software::survey(program, &BTreeMap::new()) {
-        Installation::Found { vllm, .. } => vllm.map(|version| version.text),
-        Installation::Missing(_) | Installation::NotAsked => None,
-    }
+    let installed = software::survey(program, &BTreeMap::new());
+    installed.vllm_version().map(str::to_owned)
 }
 
 /// The result of a thread. A panic in it continues here.

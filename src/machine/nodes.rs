@@ -9,7 +9,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 use super::gpu::{self, GpuNode, Gpus, Path as GpuPath};
-use super::{Machine, joined, software};
+use super::{Machine, joined};
 use crate::slurm::{self, Node};
 
 /// The nodes on which engines run. By default, only this machine.
@@ -91,10 +91,7 @@ fn ask(program: &Path, node: &str, question: &str) -> io::Result<NodeFacts> {
     let argv: Vec<OsString> = slurm::step(node, &[&[program.as_os_str()], &words[..]].concat());
     let step = Command::new(&argv[0]).args(&argv[1..]).stdin(Stdio::null()).output()?;
     if !step.status.success() {
-        let said = String::from_utf8_lossy(&step.stderr);
-        return Err(io::Error::other(
-            said.trim().lines().last().unwrap_or("no message").to_owned(),
-        ));
+        return Err(io::Error::other(slurm::last_line(&step.stderr)));
     }
     serde_json::from_slice(&step.stdout).map_err(io::Error::from)
 }
@@ -133,13 +130,5 @@ impl Machine {
         }
         self.nodes = nodes;
         self
-    }
-
-    /// The version of the engine on this machine.
-    pub fn engine_version(&self) -> Option<&str> {
-        match &self.engine {
-            software::Installation::Found { vllm: Some(vllm), .. } => Some(&vllm.text),
-            _ => None,
-        }
     }
 }

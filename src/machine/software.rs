@@ -42,6 +42,16 @@ pub enum Installation {
     },
 }
 
+impl Installation {
+    /// The version of vLLM, if it is known.
+    pub fn vllm_version(&self) -> Option<&str> {
+        match self {
+            Self::Found { vllm, .. } => vllm.as_ref().map(|version| version.text.as_str()),
+            Self::Missing(_) | Self::NotAsked => None,
+        }
+    }
+}
+
 /// The Python environment of the engine's program. All fields are empty if its interpreter could not be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PythonEnvironment {

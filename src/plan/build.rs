@@ -124,15 +124,14 @@ pub fn build(profile: &Profile, machine: &Machine, run_dir: &Path) -> Result<Pla
             engines.push(builder.engine(role, index, engines.len())?);
         }
     }
+    let version = machine
+        .engine
+        .vllm_version()
+        .filter(|_| profile.engine == EngineKind::Vllm);
     let mut plan = Plan {
         profile: profile.name.clone(),
         engine: profile.engine,
-        vllm: match &machine.engine {
-            machine::Installation::Found { vllm: Some(vllm), .. } if profile.engine == EngineKind::Vllm => {
-                Some(vllm.text.clone())
-            }
-            _ => None,
-        },
+        vllm: version.map(str::to_owned),
         model: profile.model.clone(),
         fetch: builder.fetch,
         served_model_name: profile.served_model_name.clone(),

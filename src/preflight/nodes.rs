@@ -41,7 +41,7 @@ fn problem(facts: &NodeFacts, machine: &Machine) -> Option<(String, &'static str
             "name a folder on a file system that all nodes share: `--logs DIR`",
         ));
     }
-    match (machine.engine_version(), facts.engine.as_deref()) {
+    match (machine.engine.vllm_version(), facts.engine.as_deref()) {
         (Some(_), None) => Some((
             "does not have the engine's program at the same path".to_owned(),
             "install vLLM on a file system that all nodes share, or at the same path on each",

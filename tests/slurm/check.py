@@ -184,6 +184,13 @@ class Clients:
         return f"{self.right} right, {self.errors} errors, {self.silent} cut, {self.refused} refused"
 
 
+def busy_fleet(answers):
+    """A fleet with clients that have this number of answers."""
+    fleet, clients = Fleet(), Clients()
+    until("answers", lambda: clients.right > answers, 30)
+    return fleet, clients
+
+
 def nothing_is_left(timeout=40):
     until("no process", lambda: not ours(), timeout)
     assert not listeners(), listeners()
@@ -193,9 +200,7 @@ def nothing_is_left(timeout=40):
 
 def engine_case(name, victim, deadline, engine="decoder2"):
     """Breaks an engine of the other node: it leaves the view, comes back, and the others serve meanwhile."""
-    fleet = Fleet()
-    clients = Clients()
-    until("answers", lambda: clients.right > 20, 30)
+    fleet, clients = busy_fleet(20)
     process = victim(fleet)
     begun = time.monotonic()
     os.kill(process.pid, signal.SIGKILL)
@@ -231,9 +236,7 @@ def up_and_down():
 
 
 def restart_and_drain():
-    fleet = Fleet()
-    clients = Clients()
-    until("answers", lambda: clients.right > 10, 30)
+    fleet, clients = busy_fleet(10)
     run(PROGRAM, "restart", "decoder2", "--job", fleet.job, timeout=90)
     run(PROGRAM, "drain", "prefiller2", "--job", fleet.job, timeout=90)
     answers = clients.end()
@@ -245,9 +248,7 @@ def restart_and_drain():
 
 
 def head_is_killed():
-    fleet = Fleet()
-    clients = Clients()
-    until("answers", lambda: clients.right > 10, 30)
+    fleet, clients = busy_fleet(10)
     head = next(p for p in processes() if p.is_of("up"))
     begun = time.monotonic()
     os.kill(head.pid, signal.SIGKILL)
@@ -257,9 +258,7 @@ def head_is_killed():
 
 
 def node_is_cut_off():
-    fleet = Fleet()
-    clients = Clients()
-    until("answers", lambda: clients.right > 10, 30)
+    fleet, clients = busy_fleet(10)
     begun = time.monotonic()
     run("ip", "link", "set", "vn2", "down")
     try:
@@ -280,9 +279,7 @@ def node_is_cut_off():
 
 
 def cancelled():
-    fleet = Fleet()
-    clients = Clients()
-    until("answers", lambda: clients.right > 10, 30)
+    fleet, clients = busy_fleet(10)
     begun = time.monotonic()
     run("scancel", fleet.job)
     nothing_is_left()

@@ -44,7 +44,7 @@ pub struct Options {
     pub max_num_batched_tokens: Option<u32>,
     /// `VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS`: time limit of a worker's step, after which the core dies.
     pub step_deadline: Duration,
-    /// `--api-key` or `VLLM_API_KEY`: the keys, of which a client must send one; if there is none, every client is accepted.
+    /// `--api-key` or `VLLM_API_KEY`: a client must send one of these keys. Without keys, every client is accepted.
     pub api_keys: Vec<String>,
     /// Time for running requests after SIGTERM.
     pub shutdown_timeout: Duration,

@@ -86,7 +86,7 @@ impl Agent {
 
     /// Passes messages on until the engine and all its processes have ended, and ends them if the relay is gone.
     async fn serve<R: AsyncRead + Unpin>(&mut self, relay: &mut Messages<BufReader<R>>) {
-        // Slurm sends these to every process of a step that it ends. The engine gets them too, and the relay is told how it ends.
+        // When Slurm ends a step, it sends these to each of its processes. The engine ends by them, and the agent reports that.
         let ignored = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
         let mut beat = interval(HEARTBEAT);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);

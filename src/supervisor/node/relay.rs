@@ -49,7 +49,7 @@ pub enum RelayError {
         /// The node.
         node: String,
     },
-    /// The step ended without the end of the engine: Slurm or somebody else ended it.
+    /// The step ended, and the agent had not reported the end of the engine.
     #[error("the Slurm step on node {node} ended (srun {status})")]
     StepEnded {
         /// The node.

@@ -13,7 +13,7 @@ use xpyd_base::fleet::{EngineView, Role};
 /// How long an engine has to answer.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// An engine's list of models, as far as the proxy reads it.
+/// What the proxy reads of an engine's list of models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ModelList {
     /// The largest context length, in tokens. `None` if the engine reports none.
