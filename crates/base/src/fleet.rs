@@ -1,7 +1,7 @@
 //! The fleet's vocabulary: engines, roles, states, and the immutable view that readers get.
 //!
-//! The supervisor's driver is the only writer of a [`FleetView`]; it replaces the whole view through a `watch` channel. Other
-//! parts write only [`Load`], a counter that lives as long as one incarnation of an engine.
+//! A [`FleetView`] has one writer: the supervisor's driver, or `discovery` for `xpyd proxy --discover`. It replaces the whole view
+//! through a `watch` channel. Other parts write only [`Load`], a counter that lives as long as one incarnation of an engine.
 
 use std::fmt;
 use std::sync::Arc;
